@@ -54,7 +54,7 @@ def problems_of(document: Path, root: Path) -> Iterator[str]:
 def _options() -> dict[str, set[str]]:
     options: dict[str, set[str]] = {}
     for cls in REGISTRY:
-        parameters = cls.__dataclass_fields__.values()  # type: ignore[attr-defined]
+        parameters = cls.__dataclass_fields__.values()
         options[cls.__name__] = {name for p in parameters for name in (p.name, *p.metadata["aliases"])}
     return options
 

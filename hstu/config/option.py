@@ -12,8 +12,9 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Literal, Optional
 
 from hstu.base.errors import ConfigError
@@ -60,14 +61,70 @@ Changes = Literal["reports", "speed", "training", "model", "tensors"]
 """
 
 
-def option(default: Any = MISSING, *, changes: Changes, **limits: Any) -> Any:
-    """A dataclass field with what it ``changes`` and its ``Limits``. Without a default it is required."""
-    metadata = {**vars(Limits(**limits)), "changes": changes}
+@dataclass(frozen=True)
+class Need:
+    """A condition without which an option has no effect. RunConfig then has the default of the option."""
+
+    option: str
+    """Another option of the class, ``Class.option``, or what RunConfig says of the run: "task" or "data"."""
+    values: tuple[Any, ...]
+    """The values of it with which the option has an effect. Of a list, one element is enough."""
+    excepted: bool = False
+    """Whether all other values than ``values`` are meant."""
+    why: str = ""
+    """Why, if it is not obvious."""
+    strict: bool = False
+    """Whether it is an error where the condition is not met, because the user expects another run; else a warning."""
+
+    def is_met(self, value: Any) -> bool:
+        """Whether the option has an effect with this value of the other one."""
+        elements = value if isinstance(value, (list, tuple)) else [value]
+        return any((element in self.values) != self.excepted for element in elements)
+
+    def wanted(self) -> str:
+        """The values with which the option has an effect, in words."""
+        return ("a value other than " if self.excepted else "") + " or ".join(map(literal, self.values))
+
+    def __str__(self) -> str:
+        if self.option in ("task", "data"):
+            return f"a {self.values[0]} run" if self.option == "task" else "stored data"
+        return f"{self.option}{' other than' if self.excepted else ' ='} {' or '.join(map(literal, self.values))}"
+
+
+def having(option: str, *values: Any, why: str = "", strict: bool = False) -> Need:
+    """The need of one of these values of another option."""
+    return Need(option, values, False, why, strict)
+
+
+def not_having(option: str, *values: Any, why: str = "", strict: bool = False) -> Need:
+    """The need of any other value than these of another option."""
+    return Need(option, values, True, why, strict)
+
+
+STORED_DATA = having("data", "stored")
+
+
+def option(
+    default: Any = MISSING,
+    *,
+    changes: Changes,
+    needs: Need | Sequence[Need] = (),
+    excludes: Mapping[str, str] = MappingProxyType({}),
+    **limits: Any,
+) -> Any:
+    """A dataclass field. Without a default it is required.
+
+    changes: what another value changes. needs: without which it has no effect. excludes: options that may not be given
+    beside it → why, if it is not obvious. limits: the fields of ``Limits``.
+    """
+    needs = (needs,) if isinstance(needs, Need) else tuple(needs)
+    metadata = {**vars(Limits(**limits)), "changes": changes, "needs": needs, "excludes": excludes}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
+@dataclass(frozen=True)
 class Args:
     """Base of all argument classes. Construction checks and converts every field."""
 
@@ -257,7 +314,7 @@ def _guess(field: Field[Any], element: Any) -> str:
 
 def options_of(cls: type[Args]) -> tuple[Field[Any], ...]:
     """The fields of an argument class in order, those of its base first."""
-    return fields(cls)  # type: ignore[arg-type]
+    return fields(cls)
 
 
 @functools.cache

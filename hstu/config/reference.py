@@ -14,8 +14,9 @@ import sys
 import textwrap
 from collections import ChainMap
 from collections.abc import Sequence
+from dataclasses import Field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import CLASSES, REGISTRY, Args
@@ -26,12 +27,17 @@ MARKER = "<!-- Made from hstu/config/args by: python -m hstu.config.reference --
 
 
 class Parameter(NamedTuple):
-    """One row of the reference. ``default`` is as in gin or "required"; ``allowed`` has the limits beyond the type."""
+    """One row of the reference. ``default`` is as in gin or "required"; ``allowed`` has the limits beyond the type.
+
+    ``changes`` and ``needs``: see ``hstu.config.option.option``.
+    """
 
     name: str
     type: str
     default: str
     allowed: str
+    changes: str
+    needs: str
     meaning: str
 
 
@@ -44,10 +50,18 @@ def parameters_of(cls: type[Args]) -> list[Parameter]:
             str(field.type),
             "required" if is_required(field) else literal(default_of(field)),
             describe_limits(field),
+            field.metadata["changes"],
+            _needs(field),
             docs[field.name],
         )
         for field in options_of(cls)
     ]
+
+
+def _needs(field: Field[Any]) -> str:
+    """What an option needs to have an effect, and what excludes it, as a sentence; empty if that is nothing."""
+    needed, excluded = " and ".join(map(str, field.metadata["needs"])), " and ".join(field.metadata["excludes"])
+    return " ".join([f"Needs {needed}."] * bool(needed) + [f"Excludes {excluded}."] * bool(excluded))
 
 
 @functools.cache
@@ -79,7 +93,8 @@ def _as_text(cls: type[Args]) -> str:
     for p in parameters_of(cls):
         head = f"  {p.name}: {p.type}" + (" (required)" if p.default == "required" else f" = {p.default}")
         lines.append(head + (f"   [{p.allowed}]" if p.allowed else ""))
-        lines.append(textwrap.fill(p.meaning, width=110, initial_indent="      ", subsequent_indent="      "))
+        text = f"{p.meaning} {p.needs}".rstrip() + f" Changes {p.changes}."
+        lines.append(textwrap.fill(text, width=110, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
 
 
@@ -90,10 +105,10 @@ def markdown(page: str) -> str:
 
 
 def _as_markdown(cls: type[Args]) -> str:
-    rows = ["| parameter | type | default | allowed | meaning |", "|---|---|---|---|---|"]
+    rows = ["| parameter | type | default | allowed | changes | meaning |", "|---|---|---|---|---|---|"]
     for p in parameters_of(cls):
         default = p.default if p.default == "required" else f"`{p.default}`"
-        cells = [f"`{p.name}`", f"`{p.type}`", default, p.allowed, p.meaning]
+        cells = [f"`{p.name}`", f"`{p.type}`", default, p.allowed, p.changes, f"{p.meaning} {p.needs}".rstrip()]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([f"### {cls.__name__}", "", " ".join((cls.__doc__ or "").split()), "", *rows, ""])
 

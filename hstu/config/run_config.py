@@ -9,6 +9,7 @@ from typing import Any
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import (
+    CLASSES,
     REGISTRY,
     SEVERAL,
     TASK_ARGS,
@@ -29,7 +30,7 @@ from hstu.config.args import (
     TensorModelParallelArgs,
     TrainerArgs,
 )
-from hstu.config.option import options_of, referred_class
+from hstu.config.option import default_of, options_of, referred_class
 from hstu.config.problems import Origin, Problem, literal, show
 
 
@@ -64,6 +65,8 @@ class RunConfig:
         expected = TASK_ARGS[self.task]
         if not isinstance(self.task_args, expected):
             raise ConfigError(f"task_args of a {self.task} run must be {expected.__name__}")
+        for each in fields(self):
+            object.__setattr__(self, each.name, self._in_force(getattr(self, each.name)))
         if isinstance(self.dataset, BenchmarkDatasetArgs):
             tables = tuple(self.dataset.embedding_args)
             if self.embeddings not in ((), tables):
@@ -72,6 +75,41 @@ class RunConfig:
         if self.network.disable_contextual_mask is None:
             without_leak = replace(self.network, disable_contextual_mask=not self.dataset.has_candidates)
             object.__setattr__(self, "network", without_leak)
+
+    def _in_force(self, value: Any) -> Any:
+        """``value``, in whose argument objects the options without effect have their defaults."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._in_force, value))
+        if isinstance(value, dict):
+            return {key: self._in_force(element) for key, element in value.items()}
+        if not isinstance(value, Args):
+            return value
+        for each in options_of(type(value)):
+            own = getattr(value, each.name)
+            needs = (need for need in each.metadata["needs"] if not need.strict)
+            has_effect = all(need.is_met(self.value_of(value, need.option)) for need in needs)
+            in_force = self._in_force(own) if has_effect else default_of(each)
+            if in_force != own:
+                return self._in_force(replace(value, **{each.name: in_force}))  # other options may need this one
+        return value
+
+    @property
+    def data(self) -> str:
+        """Whether the data is "stored" or "random"."""
+        return "random" if isinstance(self.dataset, BenchmarkDatasetArgs) else "stored"
+
+    def find(self, part: Args, option: str) -> tuple[Args, str]:
+        """The object and the parameter of an option that an option of ``part`` names (``hstu.config.option.Need``)."""
+        cls, _, parameter = option.rpartition(".")
+        return getattr(self, REGISTRY[CLASSES[cls]]) if cls else part, parameter
+
+    def value_of(self, part: Args, option: str) -> Any:
+        """The value of that option, or of "task" or "data"; None of an option that this kind of dataset lacks."""
+        if option in ("task", "data"):
+            return getattr(self, option)
+        other, parameter = self.find(part, option)
+        has_it = any(each.name == parameter for each in options_of(type(other)))
+        return getattr(other, parameter) if has_it else None
 
     @property
     def retrieval(self) -> RetrievalArgs | None:

@@ -62,8 +62,8 @@ def sparse_options_have_sharded_tables(run: RunConfig) -> Iterator[Problem]:
     if run.embeddings and all(table.sharding_type == "data_parallel" for table in run.embeddings):
         for name in ("sparse_optimizer_str", "sparse_learning_rate"):
             if is_given(run.optimizer, name):
-                text = "is for model_parallel tables, and this run has none; remove it"
-                yield run.problem(run.optimizer, name, text)
+                text = "has no effect: it is for model_parallel tables, and this run has none; remove it"
+                yield run.problem(run.optimizer, name, text, is_warning=True)
 
 
 DATA_RULES = (

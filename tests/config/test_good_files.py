@@ -378,6 +378,22 @@ def test_what_does_no_harm_is_warned_of(base: str, lines: list[str], warned: str
     assert warned is None or warned in warnings[0]
 
 
+def test_options_without_effect_have_their_defaults(tmp_path: Path) -> None:
+    lines = [
+        "NetworkArgs.dtype_str = 'float32'",
+        "NetworkArgs.bfloat16_residual = True",
+        "LRScheduleArgs.decay_iters = 8",
+    ]
+    readers = ["TrainerArgs.data_workers = 2", "TrainerArgs.data_prefetch = 5"]
+    lengths = ["seq/FeatureArgs.is_jagged = False", "seq/FeatureArgs.seqlen_dist = @RandomDistribution()"]
+    file = write(tmp_path, changed(BENCHMARK, *lines, *readers, *lengths))
+    config, warnings = read_and_check([file], [], "ranking", world_size=1, rules=ALL_RULES)
+    assert len(warnings) == 4
+    assert not config.network.bfloat16_residual and config.schedule.decay_iters is None
+    assert (config.trainer.data_workers, config.trainer.data_prefetch) == (0, 2)
+    assert isinstance(config.dataset, BenchmarkDatasetArgs) and config.dataset.feature_args[0].seqlen_dist is None
+
+
 def test_warning_free_by_default(tmp_path: Path) -> None:
     assert validate(load([write(tmp_path, RANKING)], [], "ranking"), world_size=1, rules=ALL_RULES) == []
 

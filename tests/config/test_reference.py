@@ -1,10 +1,13 @@
 """The reference is complete, and docs/configuration.md is up to date."""
 
+from dataclasses import Field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hstu.config.args import REGISTRY, DynamicEmbeddingArgs
+from hstu.config.args import CLASSES, REGISTRY, Args, DynamicEmbeddingArgs, LRScheduleArgs
+from hstu.config.option import default_of, field_problems, options_of
 from hstu.config.reference import MARKER, explain, main, markdown, parameters_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -21,6 +24,35 @@ def test_inherited_parameters_are_listed() -> None:
     meanings = {parameter.name: parameter.meaning for parameter in parameters_of(DynamicEmbeddingArgs)}
     assert meanings["table_name"] == "Name of the table, unique in a run."
     assert meanings["sharding_type"] == "Always model_parallel."
+
+
+def test_what_an_option_changes_and_needs_is_shown() -> None:
+    shown = {parameter.name: parameter for parameter in parameters_of(LRScheduleArgs)}["decay_ratio"]
+    assert shown.changes == "training"
+    expected = "Needs schedule = 'linear' or 'cosine' or 'cosine_restarts' or 'exponential'. Excludes decay_iters."
+    assert shown.needs == expected and f"{expected} Changes training." in explain(["LRScheduleArgs"]).replace(
+        "\n      ", " "
+    )
+
+
+@pytest.mark.parametrize("cls", REGISTRY, ids=lambda cls: cls.__name__)
+def test_what_an_option_refers_to_exists(cls: type) -> None:
+    for option in options_of(cls):
+        for need in option.metadata["needs"]:
+            if need.option not in ("task", "data"):
+                owner, field = referred(cls, need.option)
+                assert all(
+                    value == default_of(field) or not field_problems(owner, field, value) for value in need.values
+                )
+        for other in option.metadata["excludes"]:
+            referred(cls, other)
+
+
+def referred(cls: type[Args], option: str) -> tuple[type[Args], Field[Any]]:
+    """The class and the field of an option that an option of ``cls`` names."""
+    owner, _, name = option.rpartition(".")
+    kind = CLASSES[owner] if owner else cls
+    return kind, next(field for field in options_of(kind) if field.name == name)
 
 
 def test_explain_of_all_names_every_class() -> None:
@@ -48,4 +80,4 @@ def test_writing_keeps_what_is_written_by_hand(tmp_path: Path, capsys: pytest.Ca
 def test_bars_in_a_cell_are_escaped() -> None:
     rows = [line for line in markdown("").splitlines() if line.startswith("| `")]
     assert rows
-    assert all(row.replace("\\|", "").count("|") == 6 for row in rows)
+    assert all(row.replace("\\|", "").count("|") == 7 for row in rows)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
 from hstu.config.args.embedding import EmbeddingArgs
-from hstu.config.option import Args, option
+from hstu.config.option import Args, having, option
 
 SPLITS = {"retrieval": ("leave_one_out",), "ranking": ("user_holdout", "time")}
 """Task → the splits that it allows, the first of which is its default."""
+HOLDS_OUT_USERS = having("task", "ranking", why="retrieval holds out each user's last items")
+SCORES_CANDIDATES = having("task", "ranking", why="retrieval scores the whole corpus", strict=True)
+ONE_HISTORY = {"candidates": "a request has one history, which ends where the request is"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +32,23 @@ class DatasetArgs(Args):
     dynamic_tables: bool = option(False, changes="tensors")
     """Built-in datasets: make the predefined tables of items and users dynamic (DynamicEmbeddingArgs), with a row for
     every id."""
-    candidates: str = option("tail", changes="training", choices=("tail", "requests"))
+    candidates: str = option("tail", changes="training", choices=("tail", "requests"), needs=SCORES_CANDIDATES)
     """Ranking: what is scored without attending to each other. tail: the newest items of a user, max_num_candidates of
     them. requests: what was shown to a user in each request of data preprocessed with --requests, after the newest
     items before the request that fit."""
-    max_num_candidates: int = option(0, changes="training", minimum=0)
+    max_num_candidates: int = option(0, changes="training", minimum=0, needs=SCORES_CANDIDATES)
     """Ranking: number of candidates of a sample. tail: 0 means no candidates; every item is scored. requests: a request
     with more candidates is divided evenly into several samples with the same history; 0 means no limit."""
-    window_stride: Optional[int] = option(None, changes="training", minimum=1)
+    window_stride: Optional[int] = option(None, changes="training", minimum=1, excludes=ONE_HISTORY)
     """Training: cut a history longer than max_sequence_length into windows of that length, down to its first item.
     Each window ends this many items before the next newer one. A window is labelled on its newest window_stride items
     (or max_num_candidates), so that no label occurs twice; the oldest window is labelled on all its items. None: use
     only the newest items."""
-    random_windows: bool = option(False, changes="training")
+    random_windows: bool = option(
+        False,
+        changes="training",
+        excludes={"window_stride": "windows lie either at every stride or at random", **ONE_HISTORY},
+    )
     """Training: of a history longer than max_sequence_length, take one window of that length in each epoch, at random,
     instead of the newest items. It begins at any item with equal probability, or is the newest window if too few items
     follow. All its items are labelled, as those of a short history are, or the newest max_num_candidates."""
@@ -55,16 +62,32 @@ class DatasetArgs(Args):
     split: str = option("auto", changes="training", choices=("auto", *SPLITS["retrieval"], *SPLITS["ranking"]))
     """How training and evaluation data are separated. auto: the split column of your own data, if it was preprocessed
     with --split; else leave_one_out for retrieval and user_holdout for ranking."""
-    valid_items: int = option(1, changes="training", choices=(0, 1))
+    valid_items: int = option(
+        1,
+        changes="training",
+        choices=(0, 1),
+        needs=having("task", "retrieval", why="ranking holds out whole users or a period of time"),
+    )
     """leave_one_out: items before the last one that are held out for validation. 0: the published protocol, which
     trains on all items but the last and evaluates on the last."""
-    train_fraction: float = option(0.7, changes="training", above=0, below=1)
+    train_fraction: float = option(0.7, changes="training", above=0, below=1, needs=HOLDS_OUT_USERS)
     """user_holdout: fraction of users to train on. time: fraction of events before the cut."""
-    valid_fraction: float = option(0.0, changes="training", minimum=0, below=1)
+    valid_fraction: float = option(
+        0.0,
+        changes="training",
+        minimum=0,
+        below=1,
+        needs=(HOLDS_OUT_USERS, having("split", "auto", "user_holdout", why="it is a fraction of the users")),
+    )
     """user_holdout: fraction of users to evaluate on during training and to choose the best model by (valid). The users
     beside these and train_fraction are evaluated on after the last iteration alone (test). 0: all users that are not
     trained on are valid, and there is no test."""
-    eval_dataset_path: Optional[str] = option(None, changes="reports")
+    eval_dataset_path: Optional[str] = option(
+        None,
+        changes="reports",
+        needs=replace(HOLDS_OUT_USERS, strict=True),
+        excludes={"valid_fraction": "all users of that data are evaluated on"},
+    )
     """Ranking: a second preprocessed directory, all of which is used for evaluation."""
     item_feature_name: Optional[str] = option(None, changes="tensors")
     """Own data: the item feature. None: the item feature of the store."""
@@ -120,13 +143,13 @@ class RandomDistribution(Args):
     high: Optional[int] = option(None, changes="training", minimum=1)
     """Largest value plus one. None: the limit of the feature, which is the rows of its table or its longest
     sequence."""
-    mean: Optional[float] = option(None, changes="training")
+    mean: Optional[float] = option(None, changes="training", needs=having("dist_type", "normal", "lognormal"))
     """Mean of a normal or lognormal distribution, for lognormal that of the value itself. None: the middle of the
     range."""
-    std: Optional[float] = option(None, changes="training", above=0)
+    std: Optional[float] = option(None, changes="training", above=0, needs=having("dist_type", "normal", "lognormal"))
     """Standard deviation of a normal distribution (None: a quarter of the range), or of the logarithm of a lognormal
     one (None: 1)."""
-    alpha: float = option(1.2, changes="training", above=0)
+    alpha: float = option(1.2, changes="training", above=0, needs=having("dist_type", "zipf"))
     """Exponent of a zipf distribution: the probability of low + k is proportional to 1 / (k + 1)^alpha."""
 
 
@@ -140,7 +163,9 @@ class FeatureArgs(Args):
     """Length of the longest sequence; 1 for contextual features."""
     is_jagged: bool = option(False, changes="training")
     """True: lengths vary, see seqlen_dist. False: every sequence has max_sequence_length."""
-    seqlen_dist: Optional[RandomDistribution] = option(None, changes="training")
+    seqlen_dist: Optional[RandomDistribution] = option(
+        None, changes="training", needs=having("is_jagged", True, why="all sequences are equally long")
+    )
     """Distribution of the lengths if is_jagged. None: uniform on [1, max_sequence_length]."""
     value_dists: Optional[list[RandomDistribution] | dict[str, RandomDistribution]] = option(None, changes="training")
     """Distributions of the ids: a dict from feature to distribution, or a list with one per feature in the order of

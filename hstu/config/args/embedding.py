@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from hstu.config.args.optimizer import TABLE_OPTIMIZERS
-from hstu.config.option import Args, option
+from hstu.config.option import Args, having, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,19 @@ class EmbeddingArgs(Args):
     """data_parallel: every rank holds a replica. model_parallel: TorchRec shards the table over all ranks. Either way a
     step trains the rows that the batch looks up, and no others. The default "None" is not a valid choice, so this must
     be given."""
-    sharding: str = option("auto", changes="speed", choices=("auto", "row_wise", "table_wise", "column_wise"))
+    sharding: str = option(
+        "auto",
+        changes="speed",
+        choices=("auto", "row_wise", "table_wise", "column_wise"),
+        needs=having("sharding_type", "model_parallel"),
+    )
     """How a model_parallel table is sharded. auto: TorchRec's planner decides. column_wise excludes the optimizer
     rowwise_adagrad."""
     compute_kernel: Optional[str] = option(
-        None, changes="speed", choices=("dense", "fused", "fused_uvm", "fused_uvm_caching")
+        None,
+        changes="speed",
+        choices=("dense", "fused", "fused_uvm", "fused_uvm_caching"),
+        needs=having("sharding_type", "model_parallel"),
     )
     """Kernel of a model_parallel table. fused: FBGEMM updates the rows in backward. fused_uvm: the rows are in host
     memory. fused_uvm_caching: as fused_uvm, with a cache for a fifth of the rows in GPU memory. dense (CPU only): the

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from hstu.config.option import Args, option
+from hstu.config.option import STORED_DATA, Args, having, not_having, option
 
 DTYPES = ("bfloat16", "float16", "float32")
 KERNEL_BACKENDS = ("cutlass", "triton", "pytorch")
+NOT_IN_WHOLE_LAYERS = having("recompute_layer", False, why="that recomputes the whole layer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,9 @@ class NetworkArgs(Args):
     dtype_str: str = option("bfloat16", changes="training", choices=DTYPES)
     """Data type in which the dense model computes; parameters are always float32. float16 is meant for GPUs (CPUs are
     very slow in it) and scales the loss, see PrecisionArgs."""
-    bfloat16_residual: bool = option(False, changes="training")
+    bfloat16_residual: bool = option(
+        False, changes="training", needs=having("dtype_str", "bfloat16", why="layers compute in another type")
+    )
     """True: keep the residual stream between the layers, and its gradient, in bfloat16 instead of float32. It needs
     dtype_str = "bfloat16" and saves memory and, on GPUs, traffic; docs/benchmarks/layer compares the quality."""
     max_attention_span: Optional[int | tuple[Optional[int], ...]] = option(
@@ -45,7 +48,13 @@ class NetworkArgs(Args):
     the cost of attention grows linearly with the length. An interleaved action is a token of its own. Context tokens
     stay visible; candidates see the newest tokens of the history. One number for all layers, or one per layer, such as
     (256, 256, None). None: the whole history. docs/attention_mask.md defines the mask."""
-    min_full_attention_tokens: int = option(0, changes="model", minimum=0, maximum=10_000_000)
+    min_full_attention_tokens: int = option(
+        0,
+        changes="model",
+        minimum=0,
+        maximum=10_000_000,
+        needs=not_having("max_attention_span", None, why="all tokens see the whole history"),
+    )
     """With max_attention_span: the newest tokens of context and history, before the candidates, that see the whole
     history all the same. Above 0, candidates see it, too."""
     truncate_after_layer: Optional[int] = option(None, changes="model", minimum=1, maximum=100_000)
@@ -62,7 +71,9 @@ class NetworkArgs(Args):
     without a kernel in kernel_backend is no error."""
     target_group_size: int = option(1, changes="model", minimum=1)
     """Candidates per group. A candidate attends to the history and to the candidates of its own group."""
-    num_position_buckets: int = option(8192, changes="model", minimum=1, maximum=10_000_000)
+    num_position_buckets: int = option(
+        8192, changes="model", minimum=1, maximum=10_000_000, needs=having("position_encoding", "absolute")
+    )
     """Rows of the absolute position table. All later positions share the last row."""
     position_encoding: tuple[str, ...] = option(
         ("absolute",), changes="model", choices=("absolute", "relative_bias", "none"), not_empty=True
@@ -73,9 +84,9 @@ class NetworkArgs(Args):
     """Factor of the products of queries and keys. None: 1 / √kv_channels."""
     interleave_actions: bool = option(True, changes="model")
     """True: an action is a separate token after its item. False: its embedding is added to the token of its item."""
-    recompute_input_layernorm: bool = option(False, changes="speed")
+    recompute_input_layernorm: bool = option(False, changes="speed", needs=NOT_IN_WHOLE_LAYERS)
     """Save memory by recomputing the output of the input layer norm in backward."""
-    recompute_input_silu: bool = option(False, changes="speed")
+    recompute_input_silu: bool = option(False, changes="speed", needs=NOT_IN_WHOLE_LAYERS)
     """Save memory by recomputing the SiLU of the uvqk projection in backward."""
     recompute_layer: bool = option(False, changes="speed")
     """Save memory by storing only the input of each layer and recomputing the layer in backward."""
@@ -85,7 +96,16 @@ class NetworkArgs(Args):
     contextual_embedding_dim: int = option(-1, changes="model", minimum=-1, maximum=100_000)
     """Width of the contextual tables if above 0; their rows are then projected to hidden_size. Otherwise
     hidden_size."""
-    side_embedding_dim: int = option(16, changes="model", minimum=1, maximum=100_000)
+    side_embedding_dim: int = option(
+        16,
+        changes="model",
+        minimum=1,
+        maximum=100_000,
+        needs=(
+            STORED_DATA,
+            not_having("DatasetArgs.side_feature_names", [], why="it is the width of their tables"),
+        ),
+    )
     """Width of the tables of DatasetArgs.side_feature_names. Their rows are joined and projected to hidden_size."""
     scaling_seqlen: int = option(-1, changes="model", minimum=-1)
     """Number by which attention weights are divided. -1: the longest possible sequence in tokens."""
@@ -101,7 +121,15 @@ class NetworkArgs(Args):
     ranking loss. The first step takes about 6 s longer. Without a C++ compiler the run continues uncompiled. On a CPU
     the gain is small: head and loss of configs/ml_1m_ranking.gin on 4,100 labels take 4.4 ms instead of 9.0 ms in
     bfloat16 and 4.3 ms instead of 4.7 ms in float32, in steps of 250 ms and 390 ms."""
-    sequence_parallel: bool = option(False, changes="speed")
+    sequence_parallel: bool = option(
+        False,
+        changes="speed",
+        needs=not_having(
+            "TensorModelParallelArgs.tensor_model_parallel_size",
+            1,
+            why="it splits tokens over the ranks of a tensor-parallel group",
+        ),
+    )
     """With tensor parallelism, also split the tokens between the projections of the layers over the ranks of a group.
     It saves memory and does not change the result."""
 
@@ -170,12 +198,19 @@ class DataParallelArgs(Args):
     updates an equal part of the weights, and the ranks gather the parts after every step (ZeRO stage 1). weights: also
     the weights and their gradients. Each layer is gathered when it computes, in forward and again in backward (FSDP).
     All train the same weights, and checkpoints do not depend on it: a run can go on with another one."""
-    shard_group_size: Optional[int] = option(None, changes="speed", minimum=2)
+    shard_group_size: Optional[int] = option(
+        None,
+        changes="speed",
+        minimum=2,
+        needs=having("sharding", "optimizer", "weights", why="every rank holds the whole dense part"),
+    )
     """optimizer, weights: how many neighbouring ranks share the dense part. It must divide the number of ranks with
     equal dense weights, which is that of all ranks divided by tensor_model_parallel_size. Each such group holds the
     whole dense part, so only gradients are exchanged between groups (hybrid sharding, HSDP). Choose the GPUs of a host
     divided by tensor_model_parallel_size. None: all ranks with equal dense weights share it."""
-    reshard_after_forward: bool = option(True, changes="speed")
+    reshard_after_forward: bool = option(
+        True, changes="speed", needs=having("sharding", "weights", why="only these are gathered")
+    )
     """weights: free the gathered weights of a layer after its forward. False: they stay for backward, which saves the
     second of the three exchanges of a step and takes the memory of all weights."""
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from hstu.config.option import Args, option
+from hstu.config.option import Args, having, not_having, option
 
 DENSE_OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad")
 TABLE_OPTIMIZERS = (*DENSE_OPTIMIZERS, "rowwise_adagrad")
+WITH_A_DECAY = having("schedule", "linear", "cosine", "cosine_restarts", "exponential")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,20 +77,30 @@ class LRScheduleArgs(Args):
     """Shape of the decay after the warm-up."""
     warmup_iters: Optional[int] = option(None, changes="training", minimum=0)
     """Iterations of linear warm-up. Exclusive with warmup_ratio."""
-    warmup_ratio: Optional[float] = option(None, changes="training", minimum=0, below=1)
+    warmup_ratio: Optional[float] = option(None, changes="training", minimum=0, below=1, excludes={"warmup_iters": ""})
     """Warm-up as a fraction of all iterations."""
     warmup_start: float = option(0.0, changes="training", minimum=0, maximum=1)
     """Multiplier at the first iteration of the warm-up."""
-    decay_iters: Optional[int] = option(None, changes="training", minimum=1)
+    decay_iters: Optional[int] = option(None, changes="training", minimum=1, needs=WITH_A_DECAY)
     """Iterations of decay, or of one cycle of cosine_restarts. None: all iterations after the warm-up. Exclusive with
     decay_ratio."""
-    decay_ratio: Optional[float] = option(None, changes="training", above=0, maximum=1)
+    decay_ratio: Optional[float] = option(
+        None, changes="training", above=0, maximum=1, needs=WITH_A_DECAY, excludes={"decay_iters": ""}
+    )
     """Decay as a fraction of all iterations."""
-    min_ratio: float = option(0.0, changes="training", minimum=0, maximum=1)
+    min_ratio: float = option(
+        0.0,
+        changes="training",
+        minimum=0,
+        maximum=1,
+        needs=not_having("schedule", "constant", why="there is no decay"),
+    )
     """Lower limit of the multiplier during the decay."""
-    decay_factor: float = option(0.1, changes="training", above=0, maximum=1)
+    decay_factor: float = option(
+        0.1, changes="training", above=0, maximum=1, needs=having("schedule", "exponential", "step")
+    )
     """exponential: multiplier at the end of the decay. step: factor at each milestone."""
-    milestones: list[int] = option([], changes="training", minimum=1)
+    milestones: list[int] = option([], changes="training", minimum=1, needs=having("schedule", "step"))
     """step: iterations, or epochs if by_epoch, at which decay_factor applies."""
     by_epoch: bool = option(False, changes="training")
     """True: the multiplier changes only between epochs, also during the warm-up, and milestones are epochs. All steps
@@ -101,17 +112,41 @@ class LRScheduleArgs(Args):
 class PrecisionArgs(Args):
     """Loss scaling and reduced precision; the compute type itself is NetworkArgs.dtype_str."""
 
-    loss_scale: Optional[float | str] = option(None, changes="training", above=0, maximum=1e9, words=("dynamic",))
+    loss_scale: Optional[float | str] = option(
+        None,
+        changes="training",
+        above=0,
+        maximum=1e9,
+        words=("dynamic",),
+        needs=having("NetworkArgs.dtype_str", "float16", why="only float16 gradients vanish without it", strict=True),
+    )
     """float16 only: factor on the loss before backward, so that small gradients do not underflow; gradients are divided
     by it in float32. "dynamic": starts at 65536; a step whose gradients overflow is skipped on all ranks and halves it
     (an overflow at 1 ends the run), and growth_interval steps without overflow double it. A number: a constant scale;
     an overflow ends the run. None: "dynamic" with float16, no scaling with other types."""
-    growth_interval: int = option(2000, changes="training", minimum=1)
+    growth_interval: int = option(
+        2000,
+        changes="training",
+        minimum=1,
+        needs=(
+            having("NetworkArgs.dtype_str", "float16", why="only float16 has a loss scale", strict=True),
+            having("loss_scale", None, "dynamic", why="a constant scale does not grow"),
+        ),
+    )
     """loss_scale = "dynamic": consecutive steps without overflow after which the scale doubles."""
     allow_tf32: bool = option(False, changes="training")
     """GPUs: allow PyTorch to multiply float32 matrices in TF32, which has 10 bits of mantissa. Our own kernels keep
     float32 precision in any case."""
-    fp32_master_grads: bool = option(True, changes="training")
+    fp32_master_grads: bool = option(
+        True,
+        changes="training",
+        needs=having(
+            "NetworkArgs.dtype_str",
+            "bfloat16",
+            "float16",
+            why="it sends gradients in the type of the model, which is already float32",
+        ),
+    )
     """True: gradients of the dense weights are averaged over data-parallel ranks in float32. False: they are rounded to
     NetworkArgs.dtype_str and sent in half the bytes. In both cases micro-batches are summed in float32 and the
     gradients of tables are sent in float32."""

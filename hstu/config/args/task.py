@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional
 
-from hstu.config.option import Args, option
+from hstu.config.option import STORED_DATA, Args, having, not_having, option
 
+OF_BINARY = having("kind", "binary", strict=True)
 METRICS_PER_TASK = ("AUC", "GAUC")
 """Ranking metrics that a run with several tasks also reports per task, as "AUC/task0"."""
 LOWER_IS_BETTER = ("LOGLOSS", "NE", "RMSE", "MAE")
@@ -60,16 +61,27 @@ class RankingTaskArgs(Args):
     weight: float = option(1.0, changes="training", above=0, maximum=1e6)
     """Factor of the loss. The loss of a run is the sum over the tasks of weight times the mean over the labelled items,
     in which items without a label count as 0."""
-    positive_from: Optional[float] = option(None, changes="training", minimum=-1e12, maximum=1e12)
+    positive_from: Optional[float] = option(
+        None,
+        changes="training",
+        minimum=-1e12,
+        maximum=1e12,
+        needs=OF_BINARY,
+        excludes={"positive_values": "", "bit_mask": ""},
+    )
     """binary: labels of at least this are positive. None: labels are 0 and 1, or one of the next two options is set."""
-    positive_values: Optional[list[str]] = option(None, changes="training", not_empty=True)
+    positive_values: Optional[list[str]] = option(
+        None, changes="training", not_empty=True, needs=OF_BINARY, excludes={"bit_mask": ""}
+    )
     """binary: labels that are one of these texts are positive, such as ["cart", "purchase"]."""
-    bit_mask: Optional[int] = option(None, changes="training", minimum=1, maximum=2**24 - 1)
+    bit_mask: Optional[int] = option(None, changes="training", minimum=1, maximum=2**24 - 1, needs=OF_BINARY)
     """binary: labels that have one of these bits are positive, for actions that are sets of bits."""
-    num_classes: Optional[int] = option(None, changes="model", minimum=2, maximum=1_000_000)
+    num_classes: Optional[int] = option(
+        None, changes="model", minimum=2, maximum=1_000_000, needs=having("kind", "class", "ordinal", strict=True)
+    )
     """class, ordinal: number of classes. Labels are 0 to num_classes - 1; or 1 to num_classes, if num_classes occurs
     and 0 does not. Of class, labels may be texts, which are numbered in alphabetical order."""
-    scale: float = option(1.0, changes="model", above=0, maximum=1e12)
+    scale: float = option(1.0, changes="model", above=0, maximum=1e12, needs=having("kind", "regression", strict=True))
     """regression: the loss is that of label / scale; predictions and metrics are in units of the label. Choose about
     the usual size of a label. huber is linear beyond an error of scale."""
     metrics: Optional[tuple[str, ...]] = option(
@@ -108,13 +120,17 @@ class RankingTaskArgs(Args):
 class RankingArgs(Args):
     """The ranking task."""
 
-    tasks: Optional[list[RankingTaskArgs]] = option(None, changes="model", not_empty=True)
+    tasks: Optional[list[RankingTaskArgs]] = option(
+        None, changes="model", not_empty=True, needs=replace(STORED_DATA, strict=True)
+    )
     """What is predicted, such as [@click/RankingTaskArgs(), @stars/RankingTaskArgs()]. None: the action, see
     num_tasks."""
-    task_sharing: str = option("shared", changes="model", choices=("shared", "mmoe", "ple"))
+    task_sharing: str = option(
+        "shared", changes="model", choices=("shared", "mmoe", "ple"), needs=not_having("tasks", None)
+    )
     """tasks: what they share of the head. shared: all hidden layers. mmoe: experts, weighted by a gate per task (Ma et
     al., KDD 2018). ple: shared experts and some of each task's own (Tang et al., RecSys 2020)."""
-    num_experts: int = option(4, changes="model", minimum=1, maximum=1024)
+    num_experts: int = option(4, changes="model", minimum=1, maximum=1024, needs=having("task_sharing", "mmoe", "ple"))
     """mmoe: number of experts. ple: number of shared experts, and of each task's own."""
     prediction_head_arch: list[int] = option(changes="model", not_empty=True, minimum=1, maximum=1_000_000)
     """Widths of the layers of the prediction head. The last one is num_tasks, or the number of classes if there is one
@@ -123,12 +139,13 @@ class RankingArgs(Args):
     """Activation between the layers of the prediction head."""
     prediction_head_bias: bool = option(True, changes="model")
     """Whether the layers of the prediction head have a bias."""
-    num_tasks: int = option(1, changes="model", minimum=1)
+    num_tasks: int = option(1, changes="model", minimum=1, excludes={"tasks": "there is one RankingTaskArgs per task"})
     """Number of tasks. If the last width is num_tasks, each task has one sigmoid and its label is one bit of the
     action. Otherwise there is one multi-class task."""
     eval_metrics: tuple[str, ...] = option(
         ("AUC",),
         changes="reports",
+        excludes={"tasks": "each task has its own: use RankingTaskArgs.metrics"},
         pattern=r"AUC|GAUC|ACC|LOGLOSS|NE|AUC>=\d+",
         examples=("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE"),
         not_empty=True,
@@ -156,15 +173,29 @@ class RetrievalArgs(Args):
     Use it with logq_correction; on MovieLens it did not gain over uniform, nor did mixed.
     mixed: the items of the batch and num_negatives draws from the corpus that all positions share (Yang et al., WWW
     2020). full: a softmax over the whole corpus."""
-    shared_negatives: bool = option(False, changes="training")
+    shared_negatives: bool = option(
+        False,
+        changes="training",
+        needs=having("negatives", "uniform", "popularity", why="only these are drawn per position"),
+    )
     """uniform, popularity: draw one set of negatives for the whole global batch instead of one set per position."""
     hard_negatives: int = option(0, changes="training", minimum=0, maximum=10_000_000)
     """uniform, popularity: how many of the num_negatives of a position are at most items that the user's last request
     before the target showed and that the user did not take; data preprocessed with --requests has them."""
-    popularity_exponent: float | None = option(None, changes="training", above=0, maximum=10)
+    popularity_exponent: float | None = option(
+        None,
+        changes="training",
+        above=0,
+        maximum=10,
+        needs=having("negatives", "popularity", "mixed", why="no other kind counts items"),
+    )
     """popularity, mixed: draw items in proportion to their number in the training samples to this power. None: 0.75 for
     popularity; mixed draws uniformly."""
-    logq_correction: bool = option(False, changes="training")
+    logq_correction: bool = option(
+        False,
+        changes="training",
+        needs=not_having("negatives", "full", why="the whole corpus is not a sample of it"),
+    )
     """Subtract log Q from the logit of each negative, where Q is how often the item is expected among the negatives:
     the sampled softmax then estimates that of the whole corpus. The target is always there, so its logit stays (Bengio
     and Senécal, 2003). On MovieLens popularity needs it, and the other kinds did not gain from it."""
@@ -176,7 +207,13 @@ class RetrievalArgs(Args):
     """Make the vector of an item from its id and its features, those of DatasetArgs.side_feature_names that belong to
     items: the row of the id plus an MLP of the rows of the features. An item that is new, or was never trained on, gets
     its vector from its features alone. False: the vector is the row of the id."""
-    item_id_dropout: float = option(0.0, changes="training", minimum=0, below=1)
+    item_id_dropout: float = option(
+        0.0,
+        changes="training",
+        minimum=0,
+        below=1,
+        needs=having("item_tower", True, why="without features an item has its id alone"),
+    )
     """item_tower, training: the probability that an item's vector is made without its id, so that features learn to
     stand alone (DropoutNet, Volkovs et al., NeurIPS 2017). Items that are only known by features need it."""
     filter_seen: bool = option(True, changes="reports")

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from hstu.config.option import Args, option
+from hstu.config.option import STORED_DATA, Args, having, not_having, option
+
+OF_WHAT_IS_LOADED = not_having("ckpt_load_dir", "", why="nothing is loaded")
+OF_ANOTHER_RUN = (
+    OF_WHAT_IS_LOADED,
+    not_having("ckpt_load_dir", "auto", why="it is for checkpoints of other runs", strict=True),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +30,7 @@ class TrainerArgs(Args):
     """Iterations between two log lines."""
     max_train_iters: Optional[int] = option(None, changes="training", minimum=1)
     """Iterations to train. None: one pass over the data. A number above one pass continues with reshuffled epochs."""
-    num_train_epochs: Optional[float] = option(None, changes="training", above=0)
+    num_train_epochs: Optional[float] = option(None, changes="training", above=0, excludes={"max_train_iters": ""})
     """Passes over the data to train; may be fractional. Exclusive with max_train_iters."""
     max_eval_iters: Optional[int] = option(None, changes="reports", minimum=1)
     """Maximum number of batches per rank in an evaluation. None: the whole evaluation set."""
@@ -32,9 +38,9 @@ class TrainerArgs(Args):
     """Random seed of initial weights, data order, dropout and negatives."""
     profile: bool = option(False, changes="reports")
     """Write a torch.profiler trace of the iterations [profile_step_start, profile_step_end)."""
-    profile_step_start: int = option(100, changes="reports", minimum=0)
+    profile_step_start: int = option(100, changes="reports", minimum=0, needs=having("profile", True))
     """First profiled iteration."""
-    profile_step_end: int = option(200, changes="reports", minimum=1)
+    profile_step_end: int = option(200, changes="reports", minimum=1, needs=having("profile", True))
     """First iteration after the profiled ones."""
     ckpt_save_interval: Optional[int] = option(None, changes="reports", minimum=-1)
     """Iterations between two checkpoints. The last state (save_at_end) and the best one (best_metric) are saved as
@@ -47,14 +53,14 @@ class TrainerArgs(Args):
     """Checkpoint to start from: a checkpoint directory, a directory of checkpoints or the directory of a run, of which
     the latest is loaded. "auto" loads the latest one in ckpt_save_dir if there is any, or the one before if the latest
     is damaged."""
-    ckpt_load_strict: bool = option(True, changes="reports")
+    ckpt_load_strict: bool = option(True, changes="reports", needs=OF_WHAT_IS_LOADED)
     """True: any mismatch between checkpoint and model is an error. False: load the tensors that match, initialise the
     others, and report which are missing, unexpected or of another size. A table that has grown keeps the saved
     rows."""
-    ckpt_load_optimizer: bool = option(True, changes="training")
+    ckpt_load_optimizer: bool = option(True, changes="training", needs=OF_ANOTHER_RUN)
     """True: continue the saved run. False (fine-tuning): load only the weights, from a checkpoint or an export, and
     start at iteration 0 with new optimizer states, schedule and data order."""
-    ckpt_param_map: Optional[str] = option(None, changes="reports")
+    ckpt_param_map: Optional[str] = option(None, changes="reports", needs=OF_ANOTHER_RUN)
     """Text file that renames tensors of the checkpoint. Each line is "new old": the tensor "new" of this run, or every
     tensor whose name starts with "new.", is named "old" in the checkpoint. scripts/inspect_checkpoint.py prints the
     names (model.…). Optimizer states are renamed with their weights."""
@@ -86,13 +92,29 @@ class TrainerArgs(Args):
     """One of the task's eval_metrics, such as "NDCG@10", "AUC/task1" or "AUC/click". Unless ckpt_save_interval = -1,
     the checkpoint with its best value on the first evaluated split ("valid" if there is one) is kept under the name
     "best"; it is saved at once if that iteration has none."""
-    best_metric_mode: str = option("max", changes="reports", choices=("max", "min"))
+    best_metric_mode: str = option(
+        "max", changes="reports", choices=("max", "min"), needs=not_having("best_metric", None)
+    )
     """Whether a larger or a smaller best_metric is better. LOGLOSS, NE, RMSE and MAE need "min"."""
-    early_stop_patience: Optional[int] = option(None, changes="training", minimum=1)
+    early_stop_patience: Optional[int] = option(
+        None,
+        changes="training",
+        minimum=1,
+        needs=(
+            not_having("best_metric", None, why="it counts evaluations of that metric", strict=True),
+            not_having("eval_interval", 0, why="it counts evaluations", strict=True),
+        ),
+    )
     """Stop after this many consecutive evaluations in which best_metric does not improve. None: never."""
     max_grad_norm: float = option(0.0, changes="training", minimum=0)
     """Maximum global L2 norm of the dense gradients; larger gradients are scaled down to it. 0: no clipping."""
-    gradient_accumulation_steps: int = option(1, changes="training", minimum=1, maximum=1_000_000)
+    gradient_accumulation_steps: int = option(
+        1,
+        changes="training",
+        minimum=1,
+        maximum=1_000_000,
+        excludes={"tokens_per_rank": "micro-batches have equal counts of sequences"},
+    )
     """Micro-batches per iteration, each of train_batch_size sequences per rank. The update, including tables and
     negatives, equals that of one batch of the combined size; the memory for activations is that of a micro-batch.
     Table rows are looked up once for all micro-batches."""
@@ -101,11 +123,17 @@ class TrainerArgs(Args):
     deterministic algorithm is an error. On a GPU, CUBLAS_WORKSPACE_CONFIG is set to :4096:8 unless it is set."""
     collective_timeout_s: float = option(600.0, changes="reports", above=0, maximum=10_000_000)
     """Seconds without progress (a step, or a batch of an evaluation) after which a rank ends the run as stuck."""
-    data_workers: int = option(0, changes="speed", minimum=0, maximum=1000)
+    data_workers: int = option(0, changes="speed", minimum=0, maximum=1000, needs=STORED_DATA)
     """Processes per rank that read and collate batches. 0: the training process does it."""
-    data_prefetch: int = option(2, changes="speed", minimum=1, maximum=10_000)
+    data_prefetch: int = option(
+        2,
+        changes="speed",
+        minimum=1,
+        maximum=10_000,
+        needs=not_having("data_workers", 0, why="only data workers prepare batches in advance"),
+    )
     """Batches that each data worker prepares in advance."""
-    bad_row_policy: str = option("raise", changes="training", choices=("raise", "skip"))
+    bad_row_policy: str = option("raise", changes="training", choices=("raise", "skip"), needs=STORED_DATA)
     """What happens to a sample with damaged data. raise: the run ends with an error. skip: the sample is left out and
     counted, with a warning; a rank that has skipped 100 ends the run at the next one."""
     output_dir: Optional[str] = option(None, changes="reports")

@@ -15,7 +15,6 @@ from hstu.config.args import (
     RandomDistribution,
 )
 from hstu.config.incomplete import apply
-from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean, nearest
 from hstu.config.run_config import RunConfig
 
@@ -67,20 +66,6 @@ def rowwise_adagrad_is_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) 
         yield run.problem(table, "optimizer_str", text)
 
 
-def kernels_are_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    if table.compute_kernel is not None and table.sharding_type == "data_parallel":
-        text = f"is for model_parallel tables, but {run.cite(table, 'sharding_type')}; remove it"
-        yield run.problem(table, "compute_kernel", text)
-
-
-def sharding_is_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    sharded = [other for other in run.embeddings if other.sharding_type == "model_parallel"]
-    is_default_of_others = any(other.sharding == table.sharding for other in sharded)  # EmbeddingArgs.sharding = …
-    if table.sharding_type == "data_parallel" and is_given(table, "sharding") and not is_default_of_others:
-        text = f"has no effect with {run.cite(table, 'sharding_type')}; remove it"
-        yield run.problem(table, "sharding", text, is_warning=True)
-
-
 def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if isinstance(table, DynamicEmbeddingArgs) and table.compute_kernel is not None:
         text = "is not for dynamic tables, whose kernel follows from caching and their GPU memory; remove it"
@@ -123,8 +108,7 @@ def _optimizer_of(run: RunConfig, table: EmbeddingArgs) -> tuple[Args, str]:
 
 
 RULES_OF_A_TABLE = (
-    rowwise_adagrad_forbids_column_wise, rowwise_adagrad_is_for_sharded_tables, kernels_are_for_sharded_tables,
-    sharding_is_for_sharded_tables,
+    rowwise_adagrad_forbids_column_wise, rowwise_adagrad_is_for_sharded_tables,
     dynamic_tables_choose_their_kernel, one_option_gives_the_gpu_memory, dense_kernel_has_adam,
 )  # fmt: skip
 
@@ -227,12 +211,6 @@ def ids_have_one_distribution_each(run: RunConfig, group: FeatureArgs) -> Iterat
         yield run.problem(group, "value_dists", text)
 
 
-def length_distributions_are_for_jagged_features(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
-    if group.seqlen_dist is not None and not group.is_jagged:
-        text = "has no effect because all sequences are equally long; set FeatureArgs.is_jagged = True"
-        yield run.problem(group, "seqlen_dist", text)
-
-
 def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
     for dist in _distributions(group):
         if (high := getattr(dist, "high", None)) is not None and getattr(dist, "low", -1) >= high:
@@ -263,20 +241,11 @@ def actions_have_rows(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
             yield run.problem(dist, "high", f"must be at most {cited}, because actions are labels; lower it")
 
 
-def distributions_have_the_parameters_of_their_kind(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
+def means_of_lognormals_are_positive(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
     for dist in _distributions(group):
-        yield from apply([parameters_fit_the_kind], run, dist)
-
-
-def parameters_fit_the_kind(run: RunConfig, dist: RandomDistribution) -> Iterator[Problem]:
-    readers = {"mean": ("normal", "lognormal"), "std": ("normal", "lognormal"), "alpha": ("zipf",)}
-    for name, kinds in readers.items():
-        if dist.dist_type not in kinds and is_given(dist, name):
-            yield run.problem(
-                dist, name, f"has no effect with {run.cite(dist, 'dist_type')}; remove it", is_warning=True
-            )
-    if dist.dist_type == "lognormal" and dist.mean is not None and dist.mean <= 0:
-        yield run.problem(dist, "mean", f"must be above 0 with {run.cite(dist, 'dist_type')}; raise it")
+        kind, mean = getattr(dist, "dist_type", None), getattr(dist, "mean", None)
+        if kind == "lognormal" and mean is not None and mean <= 0:
+            yield run.problem(dist, "mean", f"must be above 0 with {run.cite(dist, 'dist_type')}; raise it")
 
 
 def _distributions(group: FeatureArgs) -> list[RandomDistribution]:
@@ -286,9 +255,9 @@ def _distributions(group: FeatureArgs) -> list[RandomDistribution]:
 
 
 RULES_OF_A_GROUP = (
-    ids_have_one_distribution_each, length_distributions_are_for_jagged_features, distributions_have_a_range,
+    ids_have_one_distribution_each, distributions_have_a_range,
     lengths_begin_below_the_longest, ids_begin_below_the_rows, actions_have_rows,
-    distributions_have_the_parameters_of_their_kind,
+    means_of_lognormals_are_positive,
 )  # fmt: skip
 RULES_OF_THE_DATA = (
     features_are_described_once, roles_are_features, features_have_roles, features_have_tables,

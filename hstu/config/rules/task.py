@@ -54,12 +54,6 @@ def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
                 yield run.problem(numbers, "feature_names", text + did_you_mean(name, known))
 
 
-def side_features_have_a_width(run: RunConfig) -> Iterator[Problem]:
-    if is_given(run.network, "side_embedding_dim") and not getattr(run.dataset, "side_feature_names", []):
-        text = "has no effect without side_feature_names of the dataset; remove it"
-        yield run.problem(run.network, "side_embedding_dim", text, is_warning=True)
-
-
 def actions_are_not_items(run: RunConfig) -> Iterator[Problem]:
     if run.dataset.item_feature_name and run.dataset.item_feature_name == run.dataset.action_feature_name:
         text = f"is also {run.cite(run.dataset, 'item_feature_name')}; name the feature that holds the actions"
@@ -163,7 +157,7 @@ def added_actions_exist(run: RunConfig) -> Iterator[Problem]:
         return
     if not run.network.interleave_actions:
         text = f"has no effect with {run.cite(run.dataset, 'action_feature_name')}: there are no actions; remove it"
-        yield run.problem(run.network, "interleave_actions", text)
+        yield run.problem(run.network, "interleave_actions", text, is_warning=True)
 
 
 def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
@@ -233,7 +227,7 @@ def query_time_is_seen(run: RunConfig) -> Iterator[Problem]:
         elif run.retrieval is None:
             because = "only what finds the next item has a choice, and a ranking run predicts actions"
         if because is not None:
-            yield run.problem(run.dataset, "query_time", f"has no effect: {because}; remove it")
+            yield run.problem(run.dataset, "query_time", f"has no effect: {because}; remove it", is_warning=True)
 
 
 # --- positions -----------------------------------------------------------------------------------------------------
@@ -246,12 +240,6 @@ def position_encodings_combine(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(run.network, "position_encoding", text)
 
 
-def position_buckets_have_a_table(run: RunConfig) -> Iterator[Problem]:
-    if is_given(run.network, "num_position_buckets") and "absolute" not in run.network.position_encoding:
-        text = f"has no effect with {run.cite(run.network, 'position_encoding')}; remove it"
-        yield run.problem(run.network, "num_position_buckets", text, is_warning=True)
-
-
 # --- masks ---------------------------------------------------------------------------------------------------------
 
 
@@ -262,15 +250,6 @@ def spans_fit_the_layers(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(run.network, "max_attention_span", f"{text}; write one number for all layers, or as many")
 
 
-def full_attention_exceeds_a_span(run: RunConfig) -> Iterator[Problem]:
-    if is_given(run.network, "min_full_attention_tokens") and not run.network.has_window:
-        text = (
-            f"has no effect with {run.cite(run.network, 'max_attention_span')}, because all tokens see the whole "
-            "history; remove it, or set max_attention_span"
-        )
-        yield run.problem(run.network, "min_full_attention_tokens", text)
-
-
 def truncation_leaves_layers(run: RunConfig) -> Iterator[Problem]:
     network = run.network
     for name, other in (("truncate_after_layer", "truncate_to_items"), ("truncate_to_items", "truncate_after_layer")):
@@ -279,14 +258,6 @@ def truncation_leaves_layers(run: RunConfig) -> Iterator[Problem]:
     if network.truncate_after_layer is not None and network.truncate_after_layer >= network.num_layers:
         text = f"must be below {run.cite(network, 'num_layers')}, or no layer follows; change it or remove it"
         yield run.problem(network, "truncate_after_layer", text)
-
-
-def layers_are_recomputed(run: RunConfig) -> Iterator[Problem]:
-    network = run.network
-    for name in ("recompute_input_layernorm", "recompute_input_silu"):
-        if is_given(network, name) and network.recompute_layer:
-            text = f"has no effect with {run.cite(network, 'recompute_layer')}, because that recomputes the whole layer"
-            yield run.problem(network, name, f"{text}; remove it, or set recompute_layer to False", is_warning=True)
 
 
 def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
@@ -327,14 +298,14 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
 
 RULES = (
     features_have_one_role, what_is_known_after_is_a_side_feature,
-    numbers_are_side_features, side_features_have_a_width, actions_are_not_items,
+    numbers_are_side_features, actions_are_not_items,
     candidates_leave_history, only_candidates_are_grouped, windows_leave_no_gap, split_fits_the_task,
     users_are_left_for_the_test,
     head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
     counted_items_are_stored,
     item_towers_have_features, query_time_is_seen,
-    position_encodings_combine, position_buckets_have_a_table,
-    spans_fit_the_layers, full_attention_exceeds_a_span, truncation_leaves_layers, layers_are_recomputed,
+    position_encodings_combine,
+    spans_fit_the_layers, truncation_leaves_layers,
     masks_hide_the_labels,
 )  # fmt: skip

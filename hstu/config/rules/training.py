@@ -47,7 +47,7 @@ def best_metric_has_an_effect(run: RunConfig) -> Iterator[Problem]:
             f"has no effect: no checkpoint is kept with {run.cite(trainer, 'ckpt_save_interval')}, and "
             "early_stop_patience is not set; set one of the two, or remove this"
         )
-        yield run.problem(trainer, "best_metric", text)
+        yield run.problem(trainer, "best_metric", text, is_warning=True)
 
 
 def evaluations_take_place(run: RunConfig) -> Iterator[Problem]:
@@ -57,7 +57,7 @@ def evaluations_take_place(run: RunConfig) -> Iterator[Problem]:
             if is_given(trainer, name):
                 interval = run.cite(trainer, "eval_interval")
                 text = f"has no effect: nothing is evaluated with {interval} and eval_at_end = False; remove it"
-                yield run.problem(trainer, name, text, is_warning=name == "max_eval_iters")
+                yield run.problem(trainer, name, text, is_warning=True)
 
 
 def best_metric_mode_fits_the_metric(run: RunConfig) -> Iterator[Problem]:
@@ -165,24 +165,16 @@ def shard_groups_divide(run: RunDraft) -> Iterator[Problem]:
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
 
 
-def momentum_has_sgd(run: RunConfig) -> Iterator[Problem]:
-    optimizer = run.optimizer
-    if optimizer.momentum > 0:
-        kinds = {optimizer.optimizer_str, *(part.optimizer_str for part in optimizer.part_optimizers)}
-        if "sgd" not in kinds:
-            text = f"is for sgd and has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
-            yield run.problem(optimizer, "momentum", text)
-
-
-def adam_options_have_adam(run: RunConfig) -> Iterator[Problem]:
-    optimizer = run.optimizer
-    kinds = {optimizer.optimizer_str, optimizer.sparse_optimizer_str}
-    kinds |= {part.optimizer_str for part in optimizer.part_optimizers}
-    kinds |= {table.optimizer_str for table in run.embeddings}
-    adam = {"adam", "adamw"}
+def optimizers_have_what_is_set(run: RunConfig) -> Iterator[Problem]:
+    optimizer, adam = run.optimizer, {"adam", "adamw"}
+    dense = {optimizer.optimizer_str, *(part.optimizer_str for part in optimizer.part_optimizers)}
+    if optimizer.momentum > 0 and "sgd" not in dense:
+        text = f"is for sgd and has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
+        yield run.problem(optimizer, "momentum", text, is_warning=True)
+    every = {*dense, optimizer.sparse_optimizer_str, *(table.optimizer_str for table in run.embeddings)}
     readers = {"adam_beta1": adam, "adam_beta2": adam, "adam_eps": adam | {"adagrad", "rowwise_adagrad"}}
     for name, those in readers.items():
-        if not kinds & those and is_given(optimizer, name):
+        if not every & those and is_given(optimizer, name):
             text = f"has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
             yield run.problem(optimizer, name, text, is_warning=True)
 
@@ -214,14 +206,14 @@ def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
 def warmup_start_has_a_warmup(run: RunConfig) -> Iterator[Problem]:
     if run.schedule.warmup_start > 0 and not _has_warmup(run):
         text = "has no effect without a warm-up; set warmup_iters or warmup_ratio above 0, or remove this"
-        yield run.problem(run.schedule, "warmup_start", text)
+        yield run.problem(run.schedule, "warmup_start", text, is_warning=True)
 
 
 def by_epoch_has_an_effect(run: RunConfig) -> Iterator[Problem]:
     schedule, trainer = run.schedule, run.trainer
     if schedule.by_epoch and schedule.schedule == "constant" and not _has_warmup(run):
         text = f"has no effect with {run.cite(schedule, 'schedule')} and no warm-up; remove it"
-        yield run.problem(schedule, "by_epoch", text)
+        yield run.problem(schedule, "by_epoch", text, is_warning=True)
     elif schedule.by_epoch and trainer.max_train_iters is None and (trainer.num_train_epochs or 1) <= 1:
         text = "never changes the learning rate in a run of one epoch; set num_train_epochs above 1, or remove this"
         yield run.problem(schedule, "by_epoch", text)
@@ -246,7 +238,7 @@ RULES = (
     evaluations_take_place, best_metric_is_measured, best_metric_has_an_effect, best_metric_mode_fits_the_metric,
     token_limit_admits_the_longest_sequence, token_limit_can_be_reached, balanced_lengths_differ,
     heads_divide, ranks_divide, sharding_has_ranks, shard_groups_divide,
-    momentum_has_sgd, adam_options_have_adam, part_regexes_compile,
+    optimizers_have_what_is_set, part_regexes_compile,
     milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run, warmup_start_has_a_warmup,
     by_epoch_has_an_effect, by_epoch_trains_in_the_first_epoch,
 )  # fmt: skip

@@ -172,7 +172,7 @@ def zero_spare_rows(state: TrainState, source: BatchSource) -> None:
 
 
 def zero_untrained_items(state: TrainState, source: BatchSource) -> None:
-    """Zero the rows of items that occur in no training sample: an item tower then makes their vectors of features.
+    """Zero the rows of items that occur in no training sample, so that an item tower reads their features alone.
 
     Rows of items that training does see are left as initialised. A dynamic table has no rows for other items.
     """

@@ -24,6 +24,8 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
+from tabulate import tabulate
+
 from hstu.base.errors import EXIT_DONE, ConfigError, printable
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
@@ -189,9 +191,7 @@ def _interval(interval: Interval | None, signed: bool = False) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of texts as columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
 if __name__ == "__main__":

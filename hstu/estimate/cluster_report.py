@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 from hstu.estimate.estimate import size
 from hstu.estimate.machine import Machine
@@ -67,9 +68,7 @@ def _lines(clusters: Sequence[Simulated], machine: Machine) -> Iterator[str]:
         f"{config.trainer.sequences_per_iteration} sequences per GPU\n"
     )
     rows = [_HEAD, *(_row(each, clusters[0]) for each in clusters)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for *numbers, last in rows:
-        yield "  ".join(f"{cell:>{width}}" for cell, width in zip(numbers, widths, strict=False)) + f"  {last}"
+    yield tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=["right"] * (len(_HEAD) - 1) + ["left"])
     yield "\nnote: an estimate; none of it has been measured on GPUs"
     fewest = min(len(each.steps.seconds) for each in clusters)
     yield f"note: at least {fewest} steps are simulated; waiting and exchange are shares of them"

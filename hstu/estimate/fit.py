@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from tabulate import tabulate
+
 from hstu.base.errors import ConfigError
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
@@ -150,7 +152,7 @@ def as_text(plans: Sequence[Plan], file: RunConfig) -> str:
         f"within {limit:.1f} GB, {USED:.0%} of a rank's memory; all plans train the global batches of the file",
         "",
     ]
-    lines.append(f"{'tokens/s':>12} {'step':>10} {'memory':>10}  differs from the file in")
+    rows = [["tokens/s", "step", "memory", "differs from the file in"]]
     smallest = float("inf")
     for plan in plans if best.fits else [best]:
         found = plan.found
@@ -159,7 +161,9 @@ def as_text(plans: Sequence[Plan], file: RunConfig) -> str:
         smallest = found.memory_total
         differs = ", ".join(line.partition(".")[2].replace(" = ", "=") for line in plan.bindings(file)) or "nothing"
         size = f"{found.memory_total / 1e9:.1f} GB"
-        lines.append(f"{found.tokens / found.step_s:>12,.0f} {1e3 * found.step_s:>7.1f} ms {size:>10}  {differs}")
+        rows.append([f"{found.tokens / found.step_s:,.0f}", f"{1e3 * found.step_s:.1f} ms", size, differs])
+    aligned = ["right", "right", "right", "left"]
+    lines.append(tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=aligned))
     if not best.fits:
         remedy = "no plan fits, and this one is the smallest: use more ranks, shorter sequences, or a smaller model"
         return "\n".join([*lines, "", remedy])

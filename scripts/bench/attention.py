@@ -8,7 +8,7 @@ counted as NVIDIA recsys-examples counts them, for softmax as well: 2 · H · n�
 products) and 2.5 times that backward, without those that padding adds. "kernels_ms" lists the kernels of a forward and
 backward one by one, by the profiler. All variants run in turn in one process. The limits of the device are measured
 before and after. --span and --full-tokens hide pairs as NetworkArgs.max_attention_span does: then only ours are timed,
-and hidden pairs are not counted. With --output FILE.json it also draws FILE.png.
+and hidden pairs are not counted.
 """
 
 from __future__ import annotations
@@ -17,21 +17,17 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from harness import (
-    Panel,
     Pass,
     Row,
     attempt,
     begin,
-    ceiling,
     compiled,
-    draw,
     finish,
     kernel_times,
     longest_kernels,
@@ -244,18 +240,6 @@ def movielens(device: torch.device, rounds: int) -> list[Row]:
     ]
 
 
-def plot(report: Row, dtype: str, image: Path) -> None:
-    """GFLOPS by length, forward and backward, under the ceiling."""
-    limit = (f"{dtype} products", ceiling(report, f"{dtype}_gflops"))
-    panels = []
-    for way in ("forward", "backward"):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in report["lengths"]:
-            lines.setdefault(row["variant"], []).append((row["length"], row[f"{way}_gflops"]))
-        panels.append(Panel(way, "tokens per sequence", "GFLOPS", lines, limit))
-    draw(panels, image, f"Attention, {dtype}, {report['device']}")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, completed by the default shape of the device."""
     add = (commands := operator_command_line(__doc__)).add_argument
@@ -305,8 +289,6 @@ def main() -> None:
     if device.type == "cpu":
         add("ml_1m", {}, lambda: movielens(device, options.rounds))
     finish(report, options)
-    if options.output and device.type == "cpu":
-        plot(report, options.dtype, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import COLOURS, ROOT, command_line, publish
+from harness import ROOT, command_line, publish
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import estimate as script
 
-from hstu.base.figure import open_figure
+from hstu.base.figure import COLOURS, open_figure
 from hstu.estimate.simulate import COMPUTING, WAITING
 
 SIZES, FEW = ("64", "256", "1024", "4096"), ("64", "1024")

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: command lines, timing in turn, the limits of a device, JSON reports and plots.
+"""Shared by the benchmarks: command lines, timing in turn, the limits of a device, and JSON reports.
 
 Importing this file puts the checkout on Python's path, so that a benchmark also runs where hstu is not installed.
 """
@@ -10,7 +10,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from torch.profiler import ProfilerActivity, profile
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from hstu.base.figure import COLOURS, GREY, STYLE  # noqa: E402
 from hstu.base.files import replace_text  # noqa: E402
 
 Row = dict[str, Any]
@@ -245,11 +244,6 @@ def products(device: torch.device, repeats: int = 5) -> dict[str, float]:
     return found
 
 
-def ceiling(report: Row, name: str) -> float:
-    """The higher of the rates measured before and after, because other processes can only lower them."""
-    return float(max(report["ceilings"][name], report["ceilings_after"][name]))
-
-
 def relative_error(computed: Tensor, exact: Tensor) -> float:
     """Norm of the error relative to the norm of ``exact``."""
     exact = exact.detach().double()
@@ -356,45 +350,3 @@ def earlier(options: argparse.Namespace) -> Row:
     """With --resume, what an earlier process has written to --output."""
     found: Row = json.loads(options.output.read_text()) if options.resume and options.output.exists() else {}
     return found
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot on logarithmic axes; ``ceiling`` is the label and the height of a dashed line."""
-
-    title: str
-    xlabel: str
-    ylabel: str
-    lines: Mapping[str, Sequence[tuple[float, float]]]
-    ceiling: tuple[str, float] | None = None
-
-
-def draw(panels: Iterable[Panel], image: Path, title: str) -> None:
-    """Write the panels side by side as PNG. A line has the same colour in all of them."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, StrMethodFormatter
-
-    panels = list(panels)
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(5 * len(panels) + 2, 4.6), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        figure.suptitle(title, x=0.01, ha="left", color=GREY, fontsize=11)
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True):
-            for name, points in panel.lines.items():
-                axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[names.index(name) % len(COLOURS)], label=name)
-            axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel, xscale="log", yscale="log")
-            ticks = sorted({x for points in panel.lines.values() for x, _ in points})
-            if len(ticks) <= 8:
-                axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axes.minorticks_off()
-            if panel.ceiling:
-                label, value = panel.ceiling
-                axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-                axes.text(ticks[0], value, f"{label} {value:,.0f}", color=GREY, va="bottom", fontsize=9)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-        figure.savefig(image)

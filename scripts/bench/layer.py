@@ -6,7 +6,7 @@ bfloat16 by autocast, and on a CPU also float32. The padded layer runs as it is 
 of ML-1M retrieval (128 sequences of 107 items on average, one head of 50, relative bias), and wider ones (4 heads of
 64) over sequences of equal length. On a GPU: hidden size 1024, 4 heads of 256, 32 sequences. Operations are counted as
 NVIDIA recsys-examples counts them (hstu/ops/costs.py), without those that padding adds. "parts" are the kernels in
-which our layer spends the most time, by the profiler. With --output FILE.json it also draws FILE.png on a CPU.
+which our layer spends the most time, by the profiler.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from attention import BACKENDS, LABELS, MOST_SCORES, SEQUENCES, Shape, movielens_lengths, movielens_times
 from harness import (
-    Panel,
     Pass,
     Row,
     attempt,
     begin,
-    ceiling,
     compiled,
-    draw,
     finish,
     kernel_times,
     longest_kernels,
@@ -137,19 +133,6 @@ def measure(case: Case, dtype: torch.dtype, device: torch.device, options: argpa
     return rows
 
 
-def plot(report: Row, image: Path) -> None:
-    """GFLOPS of forward and backward together by length, one panel per dtype."""
-    panels = []
-    for dtype in dict.fromkeys(row["dtype"] for row in report["layers"]):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for row in report["layers"]:
-            if row["dtype"] == dtype and row["case"].isdigit():
-                lines.setdefault(row["variant"], []).append((int(row["case"]), row["gflops"]))
-        limit = ("products", ceiling(report, f"{dtype}_gflops"))
-        panels.append(Panel(dtype, "tokens per sequence", "GFLOPS", lines, limit))
-    draw(panels, image, f"A layer, forward and backward, {report['device']}")
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     commands = operator_command_line(__doc__)
@@ -167,8 +150,6 @@ def main() -> None:
             timed = partial(measure, case, dtype, device, options, report["parts"])
             attempt(report, "layers", {"case": case.name, "dtype": name_of(dtype)}, timed, options.output)
     finish(report, options)
-    if options.output and device.type == "cpu":
-        plot(report, options.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -105,20 +105,22 @@ class Runner:
         self._processes.add(process)
         if self._is_stopped:
             process.terminate()
-        if code := process.wait():
+        code = process.wait()
+        self._processes.discard(process)
+        if code:
             raise UserError(f"a command ended with exit code {code}")
-        self._processes.remove(process)
 
     def _stop(self) -> None:
         """End the processes; trainings save a checkpoint first. A second Ctrl-C kills them at once."""
         self._is_stopped = True
         deadline = time.monotonic() + _STOP_S
-        for process in self._processes:
+        processes = list(self._processes)  # the threads take away those that end
+        for process in processes:
             process.terminate()
         with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            for process in self._processes:
+            for process in processes:
                 process.wait(timeout=max(0.1, deadline - time.monotonic()))
-        for process in self._processes:
+        for process in processes:
             process.kill()
 
 

@@ -1,6 +1,7 @@
 import math
 import mmap
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_a_timed_iterator_gives_the_same_batches_and_counts_the_wait() -> None:
     meter = ThroughputMeter(clock=clock)
     clock.now += 1000.0  # building the model; training begins when batches are asked for
 
-    def slow_loader():
+    def slow_loader() -> Iterator[str]:
         for batch in "abc":
             clock.now += 2.0
             yield batch

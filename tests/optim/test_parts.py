@@ -21,7 +21,7 @@ WEIGHTS = {
 
 
 def args(*parts: dict[str, Any], **options: Any) -> OptimizerArgs:
-    common = {"optimizer_str": "adam", "learning_rate": 0.1, "weight_decay": 0.01, "adam_eps": 1e-4}
+    common: dict[str, Any] = {"optimizer_str": "adam", "learning_rate": 0.1, "weight_decay": 0.01, "adam_eps": 1e-4}
     return OptimizerArgs(**common | options, part_optimizers=[PartOptimizerArgs(**part) for part in parts])
 
 
@@ -101,18 +101,19 @@ def reference(model: nn.Module, momentum: float, decay: float, steps: int) -> li
                 assert g is not None
                 if name.startswith("last"):
                     if name == "last.weight":
-                        w -= 0.3 * scale * 0.2 * w
+                        w.sub_(0.3 * scale * 0.2 * w)
                     a.mul_(momentum).add_(g)
-                    w -= 0.3 * scale * a
+                    w.sub_(0.3 * scale * a)
                 elif name.startswith("norm"):
                     a += g**2
-                    w -= 0.05 * scale * g / (a.sqrt() + 1e-4)
+                    w.sub_(0.05 * scale * g / (a.sqrt() + 1e-4))
                 else:
                     if name == "first.weight":
-                        w -= 0.1 * scale * decay * w
+                        w.sub_(0.1 * scale * decay * w)
                     a.mul_(0.9).add_(0.1 * g)
                     b.mul_(0.999).add_(0.001 * g**2)
-                    w -= 0.1 * scale * (a / (1 - 0.9 ** (step + 1))) / ((b / (1 - 0.999 ** (step + 1))).sqrt() + 1e-4)
+                    first, second = a / (1 - 0.9 ** (step + 1)), b / (1 - 0.999 ** (step + 1))
+                    w.sub_(0.1 * scale * first / (second.sqrt() + 1e-4))
     return list(model.parameters())
 
 
@@ -145,9 +146,11 @@ def test_averages_are_of_all_parts_and_states_of_any_part_can_be_restored() -> N
     second.load_state_dict(first.state_dict())
     assert other.state_tensors().keys() == states.keys()
     for name, tensor in other.state_tensors().items():
-        tensor.copy_(states[name])
+        kept = states[name]
+        assert isinstance(tensor, torch.Tensor) and isinstance(kept, torch.Tensor)
+        tensor.copy_(kept)
     other.steps = one.steps
     train(first, one, range(3, 5))
     train(second, other, range(3, 5))
     assert all(map(torch.equal, first.parameters(), second.parameters()))
-    assert all(torch.equal(tensor, one.state_tensors()[name]) for name, tensor in other.state_tensors().items())
+    torch.testing.assert_close(other.state_tensors(), one.state_tensors(), rtol=0, atol=0)

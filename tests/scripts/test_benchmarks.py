@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,14 +33,14 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, *arguments: str) -> dict[str, list[dict]]:  # type: ignore[type-arg]
+def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, *arguments: str) -> dict[str, Any]:
     """What a script writes."""
     file = tmp_path / f"{name}.json"
     command = [name, "--rounds", "2", "--no-compile", "--output", str(file), *arguments]
     monkeypatch.setattr("sys.argv", command)
     import_module(name).main()
-    written: dict[str, list[dict]] = json.loads(file.read_text())  # type: ignore[type-arg]
-    assert written["ceilings"]["float32_gflops"] > 0 < written["ceilings_after"]["copy_gb_s"]  # type: ignore[call-overload]
+    written: dict[str, Any] = json.loads(file.read_text())
+    assert written["ceilings"]["float32_gflops"] > 0 < written["ceilings_after"]["copy_gb_s"]
     return written
 
 
@@ -80,7 +81,8 @@ def test_padded_attention_is_ours() -> None:
     shape = import_module("attention").Shape(np.array([9, 9]), 2, 4)
     leaves = [torch.randn(2, 9, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     theirs = padded_attention(*leaves, torch.ones(9, 9).tril(), 0.5, 9)
-    ours = hstu_attention(*(x.flatten(0, 1) for x in leaves), shape.layout(CPU), alpha=0.5, scaling_seqlen=9)
+    q, k, v = (x.flatten(0, 1) for x in leaves)
+    ours = hstu_attention(q, k, v, shape.layout(CPU), alpha=0.5, scaling_seqlen=9)
     torch.testing.assert_close(ours.view_as(theirs), theirs)
     for a, b in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
         torch.testing.assert_close(a, b)
@@ -118,26 +120,24 @@ def test_the_sampled_softmax_and_its_gradients_are_those_of_the_usual_code() -> 
         torch.testing.assert_close(a, b)
 
 
-def variants(rows: list[dict]) -> set[str]:  # type: ignore[type-arg]
+def variants(rows: list[dict[str, Any]]) -> set[str]:
     assert all(row["forward_ms"] > 0 < row["backward_ms"] for row in rows)
     return {row["variant"] for row in rows}
 
 
 @pytest.mark.slow
-def test_attention_reports_and_draws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_attention_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     written = report(monkeypatch, tmp_path, "attention", "--length", "16", "32", "64", "--tokens", "64")
     everything = {"ours, C++", "ours, PyTorch", "padded", "softmax (SDPA), padded"}
     assert variants(written["lengths"]) == variants(written["distributions"]) == everything
     assert [row["length"] for row in written["lengths"]][::4] == [16, 32, 64]
     assert "ours, C++, relative bias" in variants(written["ml_1m"])
-    assert (tmp_path / "attention.png").stat().st_size > 10_000
 
 
 def test_attention_with_a_span_is_timed_without_the_hidden_pairs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     attention = import_module("attention")
-    monkeypatch.setattr(attention, "plot", lambda *_: None)
     monkeypatch.setattr(attention, "movielens", lambda *_: [])
     written = report(monkeypatch, tmp_path, "attention", "--length", "64", "--tokens", "64", "--span", "8")
     assert variants(written["lengths"]) == {"ours, C++", "ours, PyTorch"}
@@ -153,7 +153,7 @@ def test_the_layer_and_its_operators_report(monkeypatch: pytest.MonkeyPatch, tmp
     written = report(monkeypatch, tmp_path, "layer")
     assert variants(written["layers"]) == {"ours, C++", "ours, PyTorch", "padded"}
     assert {row["dtype"] for row in written["layers"]} == {"float32", "bfloat16"}
-    assert all("everything else" in parts for parts in written["parts"].values())  # type: ignore[attr-defined]
+    assert all("everything else" in parts for parts in written["parts"].values())
     written = report(monkeypatch, tmp_path, "operators", "--tokens", "64")
     assert len(written["operators"]) == 8
     worst = [max(row["errors"]) for row in written["operators"] if "errors" in row]

@@ -30,8 +30,8 @@ def test_histories_end_before_what_is_held_out(tmp_path: Path) -> None:
 
 def test_the_newest_occurrence_of_an_item_has_the_weight() -> None:
     history = peers.Histories(np.array([0, 1, 0, 2]), np.array([3, 1]), 4)
-    np.testing.assert_allclose(history.matrix(half_life=1).toarray(), [[1, 0.5, 0, 0], [0, 0, 1, 0]])
-    np.testing.assert_allclose(history.matrix().toarray(), [[1, 1, 0, 0], [0, 0, 1, 0]])
+    np.testing.assert_allclose(history.matrix(half_life=1).toarray(), np.array([[1, 0.5, 0, 0], [0, 0, 1, 0]]))
+    np.testing.assert_allclose(history.matrix().toarray(), np.array([[1, 1, 0, 0], [0, 0, 1, 0]]))
 
 
 def test_seen_items_are_left_out_and_equal_scores_get_midranks() -> None:

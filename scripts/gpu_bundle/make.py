@@ -14,8 +14,8 @@ training needs is CARRIED. Two packages are made small:
   needs others ends its process with SIGTRAP: make the bundle again after changing kernels. The library that launches
   kernels is linked from the archive that the DSL brings for this, with PyTorch's libcudart.
 
---data names stores that scripts/preprocess_dataset.py has written. --caches names compiled kernels of these versions:
-a directory with ``triton`` (as TRITON_CACHE_DIR) and ``hstu`` (in XDG_CACHE_HOME).
+--data names stores that scripts/preprocess_dataset.py has written. --caches names kernels that were compiled in this
+environment: a directory with ``triton`` (as TRITON_CACHE_DIR) and ``hstu`` (in XDG_CACHE_HOME).
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ CARRIED = (
     ),
 )
 """Packages, in the versions of requirements/cuda.txt where none is given. TorchRec and FBGEMM go with PyTorch."""
+COMPILERS = ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu13")
+"""A launch does not find what other versions of these have compiled."""
 IMPORTS = (
     "torch",
     "torchrec",
@@ -92,14 +94,19 @@ NEVER_CALLED = ("fbgemm_gpu_tbe_training_backward_gwd", "fbgemm_gpu_tbe_training
 COMPRESSION = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 26}]
 
 
+def carried_versions() -> dict[str, str]:
+    """The version of each package of CARRIED."""
+    pins = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", PINS.read_text(encoding="utf-8"), re.MULTILINE))
+    named = (package.partition("==") for package in CARRIED)
+    return {name: version or pins[name] for name, _, version in named}
+
+
 def download(directory: Path) -> list[Path]:
     """The wheels of CARRIED; those that are there are not fetched again."""
-    pins = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", PINS.read_text(encoding="utf-8"), re.MULTILINE))
     directory.mkdir(parents=True, exist_ok=True)
     wheels: list[Path] = []
-    for package in CARRIED:
-        name, _, version = package.partition("==")
-        pattern = f"{name.replace('-', '_')}-{version or pins[name]}-*.whl"
+    for name, version in carried_versions().items():
+        pattern = f"{name.replace('-', '_')}-{version}-*.whl"
         if not list(directory.glob(pattern)):
             command = [
                 "pip",
@@ -108,7 +115,7 @@ def download(directory: Path) -> list[Path]:
                 "--no-deps",
                 "--wheel-dir",
                 str(directory),
-                f"{name}=={version or pins[name]}",
+                f"{name}=={version}",
             ]
             subprocess.run([sys.executable, "-m", *command], check=True)
         wheels += directory.glob(pattern)
@@ -217,7 +224,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--caches", type=Path, help="directory of compiled kernels")
     parser.add_argument("--downloads", type=Path, default=ROOT / "build" / "gpu_bundle", help="wheels that are kept")
     options = parser.parse_args(argv)
-    unpack.check_versions(NEEDED)
+    compilers = {name: carried_versions()[name] for name in COMPILERS} if options.caches else {}
+    try:
+        unpack.check_versions(NEEDED | compilers)
+    except unpack.BundleError as error:
+        parser.error(f"in this environment: {error}")
     options.folder.mkdir(parents=True, exist_ok=True)
     if any(options.folder.iterdir()):
         parser.error(f"{options.folder} is not empty")

@@ -172,3 +172,15 @@ def test_another_machine_and_a_package_that_does_not_import_are_refused(bundle: 
         for _ in range(2):
             refused = activate(bundle, tmp_path / "unpacked", "true")
             assert refused.returncode == 1 and said in refused.stderr
+
+
+def test_kernels_of_another_compiler_are_not_carried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(make, "NEEDED", {})
+    monkeypatch.setattr(unpack.metadata, "version", dict.fromkeys(make.COMPILERS, "4.0.0").__getitem__)
+    with pytest.raises(SystemExit):
+        make.main([str(tmp_path / "bundle"), f"--caches={tmp_path}"])
+    needed = make.carried_versions()["nvidia-cutlass-dsl"]
+    assert f"found nvidia-cutlass-dsl 4.0.0, needed {needed}" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()

@@ -11,7 +11,8 @@ if INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
-from hstu.ops.triton.compile_ahead import Compiled, Variant, compile_launch, record, variants
+from hstu.ops.compile_ahead import compile_all, num_cores
+from hstu.ops.triton.compile_ahead import Compiled, Variant, compile_launch, jobs_of, record, variants
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "kernels"
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -87,6 +88,18 @@ def test_main_variants_launch_every_kernel_that_any_variant_does() -> None:
         return {launch.kernel.fn.__name__ for name in names for launch in record(VARIANTS[name], 90)}
 
     assert kernels(MAIN) == kernels(VARIANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_every_variant_compiles_as_a_launch_runs_it(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launches = [launch for variant in VARIANTS.values() for launch in record(variant, capability)]
+    results = list(compile_all(jobs_of(launches, capability), num_cores()))
+    assert len(results) > 100 and not [result for result in results if result.error]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import re
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,15 @@ import pytest
 import torch
 
 from hstu import entry
-from hstu.base.errors import ConfigError
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
-from hstu.config.args import Task
+from hstu.checkpoint.load import ModelShape, match_checkpoint
+from hstu.checkpoint.matching import LoadOptions
+from hstu.checkpoint.raw_ids import RawIds
+from hstu.config.args import REGISTRY, Task
 from hstu.config.gin_io import read_and_check
+from hstu.config.option import options_of
 from hstu.config.run_config import RunDraft
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate import preflight
@@ -224,6 +229,33 @@ def test_a_checkpoint_of_another_model_is_told_as_the_run_would(
     (found,) = problems(tmp_path, text, place, *lines)
     assert "TrainerArgs.ckpt_load_dir = " in found and said in found
     assert problems(tmp_path, text, place, *lines, "TrainerArgs.ckpt_load_strict = False") == []
+
+
+def test_a_run_resumes_with_another_value_of_any_option_that_does_not_change_the_model(
+    store: SequenceStore, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    root = locate(str(trained[0] / "checkpoints"))
+    opened, tried = Opened(RunDraft(**vars(tiny_config("ranking", store, tmp_path)), world_size=1)), 0
+    own = ModelShape(
+        opened.tensor_sizes,
+        opened.specs.value,
+        RawIds.from_store(store, opened.roles.value.names),
+        opened.operative_gin,
+    )
+    for cls in REGISTRY:
+        for option in options_of(cls):
+            bound = rf"^({cls.__name__}\.{option.name}) = .*$"
+            other, found = re.subn(bound, r"\1 = 'another'", own.operative_gin, flags=re.MULTILINE)
+            if not found:
+                continue
+            is_refused = False
+            try:
+                match_checkpoint(root, replace(own, operative_gin=other), LoadOptions())
+            except DataError as error:
+                is_refused = f"{cls.__name__}.{option.name} = " in str(error)
+            assert is_refused == (option.metadata["changes"] == "model"), option.name
+            tried += found
+    assert tried > 100
 
 
 def test_an_export_or_a_damaged_checkpoint_is_told(

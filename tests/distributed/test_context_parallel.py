@@ -13,7 +13,8 @@ from torch import Tensor
 from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import AttentionConfig, Backend
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
-from hstu.ops.layout import NUM_TIME_BUCKETS
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
+from hstu.ops.self_check import small_layout
 from hstu.parallel.layer_comm import ProcessGroupComm
 from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import Launch, free_port, run_ranks, started_mesh
@@ -143,3 +144,35 @@ def test_the_batches_are_of_all_kinds(cases: list[Case]) -> None:
         assert {getattr(case, name) for case in cases} == {False, True}
     assert any(case.max_span and case.full_tokens for case in cases)
     assert any(case.batch.contextuals and case.batch.tokens_per_item == 2 for case in cases)
+
+
+def kept_bytes(port: int) -> tuple[int, int]:
+    """On a rank: what a layer saves for backward, with all tokens and with this rank's share, for one long history."""
+    os.environ["MASTER_PORT"] = str(port)
+    layout = small_layout(torch.device("cpu"), (400, *[7] * 60), [0] * 61, num_contextuals=0)
+    with started_mesh(1, 4) as mesh:
+        return saved_by(LayerComm(), layout), saved_by(ProcessGroupComm(mesh, sequence_parallel=False), layout)
+
+
+def saved_by(comm: LayerComm, layout: JaggedLayout) -> int:
+    inner = HEADS * WIDTH
+    shapes: list[Any] = [(HIDDEN,), (HIDDEN,), (4 * inner, HIDDEN), (4 * inner,), None, None]
+    shapes += [(inner,), (inner,), (HIDDEN, inner)]
+    weights = [None if shape is None else torch.randn(shape, requires_grad=True) for shape in shapes]
+    config = HSTULayerConfig(WIDTH, AttentionConfig(0.6, 400), 0.1, kernels_of(Backend.PYTORCH, WIDTH), comm=comm)
+    x = torch.randn(layout.num_tokens, HIDDEN, requires_grad=True)
+    own, layout = comm.split_tokens(comm.take_rows(x, [len(tokens) for tokens in comm.token_ranges(len(x))]), layout)
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        HSTULayerFunction.apply(own, None, layout, config, *weights)
+    return sum(sizes.values()) - sum(sizes.get(w.untyped_storage().data_ptr(), 0) for w in weights if w is not None)
+
+
+def test_a_rank_keeps_its_share_of_what_one_rank_saves() -> None:
+    found = run_ranks(Launch(4, timeout_s=150), kept_bytes, free_port())
+    assert max(share for _, share in found) * 4 < 1.1 * found[0][0]

@@ -1,5 +1,5 @@
 """What updates the weights, once gradients are known.
 
 dense.py trains the dense part, with part_optimizers and a moving average. optimizers.py combines it with the table
-optimizer of hstu.parallel. schedule.py gives the learning-rate multiplier, loss_scale.py the loss scale of float16.
+optimizer of hstu.parallel, and has the schedule of the learning rates.
 """

@@ -1,4 +1,7 @@
-"""The check that no loss or gradient of a step is nan or infinite, which also carries the signals that stop a run."""
+"""The check that no loss or gradient of a step is nan or infinite, which also carries the signals that stop a run.
+
+The loss scale of float16 follows what the check finds.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hstu.base.errors import UserError
+from hstu.config.args import PrecisionArgs
 from hstu.data.batches.batch import HSTUBatch
-from hstu.optim.loss_scale import LossScale
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """A scheduler sends SIGTERM, and Ctrl-C SIGINT."""
 _SHOWN_USERS = 5
+INITIAL_SCALE = 65536.0
+SCALE_FACTOR = 2.0
+LOWEST_SCALE = 1.0
+HIGHEST_SCALE = 2.0**127
+"""The largest power of two in float32."""
 
 
 class NonFiniteStep(UserError):
@@ -33,6 +41,60 @@ class NonFiniteStep(UserError):
         super().__init__(message)
         self.iteration = iteration
         """The iteration of the step, counted from 1."""
+
+
+class LossScale:
+    """The factor by which a float16 run multiplies its loss, so that small gradients do not vanish.
+
+    Has the arithmetic of torch.amp.GradScaler, with the scale and its counters on the host.
+
+    GradScaler detects an overflow when an optimizer steps, on each rank by itself. Sharded tables are updated earlier,
+    inside backward, and all ranks must decide alike. The host therefore decides, by the step's finite check.
+    """
+
+    def __init__(self, args: PrecisionArgs) -> None:
+        self.is_dynamic = args.loss_scale in (None, "dynamic")
+        self.value = INITIAL_SCALE if self.is_dynamic else float(args.loss_scale or 0)
+        self._growth_interval = args.growth_interval
+        self._steps_without_overflow = 0
+        self._skipped_steps = 0
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a step whose gradients overflow may be skipped, because training can go on with a lower scale."""
+        return self.is_dynamic and self.value > LOWEST_SCALE
+
+    def update(self, found_inf: bool) -> None:
+        """Follow one step. ``found_inf``: its gradients overflowed and it was skipped, which needs ``can_shrink``."""
+        if found_inf:
+            self.value = max(self.value / SCALE_FACTOR, LOWEST_SCALE)
+            self._steps_without_overflow = 0
+            self._skipped_steps += 1
+            return
+        self._steps_without_overflow += 1
+        if self.is_dynamic and self._steps_without_overflow >= self._growth_interval:
+            self.value = min(self.value * SCALE_FACTOR, HIGHEST_SCALE)
+            self._steps_without_overflow = 0
+
+    def pop_skipped_steps(self) -> int:
+        """Number of steps skipped since the last call."""
+        skipped, self._skipped_steps = self._skipped_steps, 0
+        return skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state, as JSON."""
+        return {
+            "value": self.value,
+            "steps_without_overflow": self._steps_without_overflow,
+            "skipped": self._skipped_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict``. A scale that the configuration fixes keeps its value."""
+        if self.is_dynamic:
+            self.value = state["value"]
+        self._steps_without_overflow = state["steps_without_overflow"]
+        self._skipped_steps = state["skipped"]
 
 
 class FiniteCheck:

@@ -13,13 +13,12 @@ from torch import Tensor
 from hstu.data.batches.batch import POOL, HSTUBatch, is_of_negatives, is_of_pool, of_pool
 from hstu.data.batches.train_batch import TrainBatch
 from hstu.model.gr_model import GRModel, as_jagged
-from hstu.optim.loss_scale import LossScale
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.ddp import average_sparse_gradients, gradient_sync, own_gradients_finite
 from hstu.parallel.group import gather_embeddings
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import all_finite, numbers_of
-from hstu.pipeline.finite import FiniteCheck
+from hstu.pipeline.finite import FiniteCheck, LossScale
 
 log = logging.getLogger(__name__)
 

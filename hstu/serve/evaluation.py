@@ -28,10 +28,9 @@ from hstu.parallel.mesh import Mesh
 from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
 from hstu.train.builder import build_evaluator
-from hstu.train.evaluate import Evaluator
+from hstu.train.evaluate import Evaluator, Observations
 from hstu.train.inference import InferenceSource
 from hstu.train.metrics import undefined_without_warning
-from hstu.train.observations import Observations
 
 HISTORY_BOUNDS = (0, 10, 20, 50, 100, 200, 500, 1000)
 """Where the segments of the length of the history begin."""

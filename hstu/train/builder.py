@@ -41,18 +41,15 @@ from hstu.observe.throughput import ThroughputMeter, peak_tflops
 from hstu.ops.kernels import Kernels
 from hstu.ops.products import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
-from hstu.optim.loss_scale import LossScale
-from hstu.optim.optimizers import Optimizers, build_optimizers
-from hstu.optim.schedule import Schedule
+from hstu.optim.optimizers import Optimizers, Schedule, build_optimizers
 from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, require_equal
 from hstu.parallel.ddp import replicate_dense, unwrap_dense
 from hstu.parallel.fsdp import shard_dense
 from hstu.parallel.mesh import Mesh, seed_dropout
 from hstu.parallel.tables import check_memory, shard
 from hstu.parallel.tensor import split_encoder
-from hstu.pipeline.native import NativePipeline
-from hstu.pipeline.none import SequentialPipeline, TrainPipeline
-from hstu.pipeline.prefetch import PrefetchPipeline
+from hstu.pipeline.finite import LossScale
+from hstu.pipeline.pipelines import NativePipeline, PrefetchPipeline, SequentialPipeline, TrainPipeline
 from hstu.pipeline.step import TrainStep
 from hstu.train.batch_source import BatchSource
 from hstu.train.directories import choose_directories, describe_saving

@@ -1,5 +1,7 @@
 """Evaluation: ranking metrics of predictions, and retrieval against the whole corpus.
 
+An evaluation observes, one row per prediction, and then measures: metrics are computed from all rows, or some of them.
+
 Every rank calls these functions together, with equally many batches (some may hold only padding).
 """
 
@@ -8,7 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from itertools import islice
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 
 from hstu.config.args import RankingArgs, RankingTaskArgs, RetrievalArgs
 from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.jagged import ranges, run_indices
 from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
 from hstu.model.tasks import RankingTask
@@ -26,11 +31,71 @@ from hstu.parallel.tables import dynamic_tables
 from hstu.train.batch_source import BatchSource
 from hstu.train.corpus import Corpus, Queries, target_ranks
 from hstu.train.metrics import Gather, only_rank, retrieval_metrics
-from hstu.train.observations import Observations, of_ranking
 from hstu.train.task_metrics import RankingMetrics, TaskMetrics
 
 Forward = Callable[[HSTUBatch], ModelOutput]
 """A batch on the host → logits or queries of its sequences. May be a collective."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """What an evaluation finds, N predictions: one per labelled item (ranking), or per held-out item (retrieval)."""
+
+    users: np.ndarray
+    """int64 [N]: rows of the users in the evaluated store."""
+    items: np.ndarray
+    """int64 [N]: what the model gets for the labelled or held-out item."""
+    history: np.ndarray
+    """int64 [N]: events before the item that the model has read."""
+    requests: np.ndarray
+    """int64 [N]: any number per sequence, different from those of other sequences."""
+    results: np.ndarray
+    """Ranking: float32 [N, width], the predictions. Retrieval: float64 [N], the rank of the held-out item."""
+    labels: np.ndarray
+    """Ranking: int64 [N] actions or, of tasks, float32 [N, L] as HSTUBatch.label_values. Retrieval: ``items``."""
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.users)
+
+    def select(self, rows: np.ndarray) -> Self:
+        """Some rows: bool [N], or indices, which may repeat."""
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def gathered(self, gather: Gather) -> Self:
+        """The rows of all ranks. Collective."""
+        return type(self)(*(gather(getattr(self, field.name)) for field in fields(self)))
+
+    @classmethod
+    def none(cls, results: np.ndarray, labels: np.ndarray) -> Self:
+        """No rows. ``results`` and ``labels``: empty arrays of the dtypes and widths that rows would have."""
+        nothing = np.zeros(0, dtype=np.int64)
+        return cls(nothing, nothing, nothing, nothing, results, labels)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Observations]) -> Self:
+        """The rows of one or more parts, one part after another."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+
+def of_ranking(
+    batch: HSTUBatch, item_feature: str, predictions: np.ndarray, labels: np.ndarray, requests: np.ndarray
+) -> Observations:
+    """The labelled items of a batch on the host. requests: int64 [B], a number per sequence."""
+    num_labels = batch.num_labels.numpy()
+    sequence, place = run_indices(num_labels)
+    first = batch.item_lengths - num_labels
+    starts = np.cumsum(batch.item_lengths) - num_labels
+    # Candidates do not see each other: each has the history before the first of them.
+    history = np.minimum(first[sequence] + place, (batch.item_lengths - batch.num_candidates_host)[sequence])
+    return Observations(
+        users=batch.user_ids.numpy()[sequence],
+        items=batch.features[item_feature].values().numpy()[ranges(starts, num_labels)],
+        history=history,
+        requests=requests[sequence],
+        results=predictions.astype(np.float32),
+        labels=labels,
+    )
 
 
 class Evaluator(ABC):

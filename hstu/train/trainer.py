@@ -24,13 +24,13 @@ from hstu.observe.profiler import Profiler
 from hstu.observe.records import EvalRecord, TrainRecord
 from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import Throughput, ThroughputMeter, memory_bytes
-from hstu.optim.schedule import Schedule
+from hstu.optim.optimizers import Schedule
 from hstu.parallel.collectives import sum_over_ranks
 from hstu.parallel.dynamic.table import describe_report, pop_reports
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.pipeline.finite import NonFiniteStep, Stopped, StopSignal
-from hstu.pipeline.none import TrainPipeline
+from hstu.pipeline.pipelines import TrainPipeline
 from hstu.train.batch_source import BatchSource
 from hstu.train.evaluate import Evaluator
 from hstu.train.flops import FlopCounter

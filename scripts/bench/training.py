@@ -15,7 +15,7 @@ from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes
-from hstu.pipeline.none import TrainPipeline
+from hstu.pipeline.pipelines import TrainPipeline
 from hstu.train.batch_source import BatchSource
 from hstu.train.builder import build_model, build_pipeline
 from hstu.train.sources import open_source

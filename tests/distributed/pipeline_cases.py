@@ -15,7 +15,7 @@ from hstu.data.sampling.sampler import SamplerPosition
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.shards import ShardedView
-from hstu.pipeline.none import TrainPipeline
+from hstu.pipeline.pipelines import TrainPipeline
 from hstu.train.batch_source import BatchSource
 from hstu.train.builder import build_evaluator, build_model, build_pipeline
 from hstu.train.evaluate import Evaluator

@@ -13,7 +13,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.loader import build_loader
 from hstu.data.sampling.sampler import BatchPlan, SamplerPosition, TrainSampler, epoch_order
 from hstu.parallel.mesh import Mesh, seed_initial_weights
-from hstu.pipeline.none import SequentialPipeline
+from hstu.pipeline.pipelines import SequentialPipeline
 from hstu.pipeline.step import TrainStep
 from hstu.train.builder import build_model
 from hstu.train.flops import FlopCounter

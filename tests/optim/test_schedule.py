@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hstu.config.args import LRScheduleArgs
-from hstu.optim.schedule import Schedule
+from hstu.optim.optimizers import Schedule
 
 TOTAL, PER_EPOCH = 100, 10
 

@@ -15,8 +15,8 @@ from torch import nn
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.parallel.mesh import Mesh, seed_initial_weights
-from hstu.pipeline import prefetch
-from hstu.pipeline.none import TrainPipeline
+from hstu.pipeline import pipelines
+from hstu.pipeline.pipelines import TrainPipeline
 from hstu.train.builder import build_trainer
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import PIPELINES, STEPS, assemble, digest, make_config, train, write_store
@@ -170,9 +170,9 @@ def test_prefetched_ids_stay_in_memory_until_the_stream_of_the_steps_has_read_th
     cuda = SimpleNamespace(Stream=lambda *_, **__: Mock(), current_stream=Mock(), stream=lambda _: nullcontext())
     monkeypatch.setattr(torch, "get_device_module", lambda *_: cuda)
     prefetched = Mock(return_value={})
-    monkeypatch.setattr(prefetch, "_prefetch_embeddings", prefetched)
+    monkeypatch.setattr(pipelines, "_prefetch_embeddings", prefetched)
     step: Any = SimpleNamespace(model=nn.Linear(1, 1), mesh=SimpleNamespace(device=torch.device("cuda")))
-    stages = prefetch.PrefetchStages(step)
+    stages = pipelines.PrefetchStages(step)
     stages._pipelined_modules = []
     stages._prefetch(Mock())
     assert prefetched.call_args.args[-1] is cuda.current_stream()

@@ -5,8 +5,8 @@ import pytest
 
 from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import ByUser, Resampling
+from hstu.train.evaluate import Observations
 from hstu.train.metrics import retrieval_metrics
-from hstu.train.observations import Observations
 from hstu.train.task_metrics import RankingMetrics, TaskMetrics
 
 

@@ -8,9 +8,8 @@ from torch import nn
 
 from hstu.model.outputs import ModelOutput
 from hstu.train.corpus import Corpus
-from hstu.train.evaluate import observe_ranking, observe_retrieval
+from hstu.train.evaluate import Observations, observe_ranking, observe_retrieval, of_ranking
 from hstu.train.metrics import retrieval_metrics
-from hstu.train.observations import Observations, of_ranking
 from hstu.train.task_metrics import RankingMetrics
 from tests.helpers import make_batch
 from tests.train.test_corpus import EPS, make_queries, ranks_by_loop

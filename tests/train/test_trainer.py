@@ -19,7 +19,7 @@ from hstu.config.gin_io import load
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.pipeline.none import SequentialPipeline
+from hstu.pipeline.pipelines import SequentialPipeline
 from hstu.train.builder import build_trainer
 from hstu.train.trainer import Trainer
 from tests.train.tiny import FinishedRun, build, run, tiny_config

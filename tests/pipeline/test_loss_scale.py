@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config.args import PrecisionArgs
-from hstu.optim.loss_scale import HIGHEST, LOWEST, LossScale
+from hstu.pipeline.finite import HIGHEST_SCALE, LOWEST_SCALE, LossScale
 
 
 def follow(scale: LossScale, overflows: list[bool]) -> list[float]:
@@ -53,11 +53,11 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(before: list[bool], 
 def test_it_stays_a_number_that_float32_has_and_does_not_fall_below_one() -> None:
     args = PrecisionArgs(growth_interval=1)
     scale = LossScale(args)
-    assert follow(scale, [False] * 200)[-1] == HIGHEST == float(torch.tensor(HIGHEST))
+    assert follow(scale, [False] * 200)[-1] == HIGHEST_SCALE == float(torch.tensor(HIGHEST_SCALE))
     falling = LossScale(args)
     while falling.can_shrink:
         falling.update(found_inf=True)
-    assert falling.value == LOWEST
+    assert falling.value == LOWEST_SCALE
 
 
 def test_a_fixed_scale_neither_moves_nor_takes_on_that_of_a_checkpoint() -> None:

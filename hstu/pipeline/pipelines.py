@@ -1,0 +1,241 @@
+"""The pipelines of TrainerArgs.pipeline_type, which overlap a training step with the batches that follow.
+
+While "native" trains on batch i:
+
+    batch i + 2   next(batches), copy to the device       memcpy stream
+    batch i + 1   ids to the ranks that own their rows    data-dist stream (sizes before the step, ids in ``overlap``)
+    batch i       train_step                              default stream
+
+While "prefetch" trains on batch i, rows that a table keeps off the device also enter its cache:
+
+    batch i + 2   next(batches), copy to the device       memcpy stream
+    batch i + 1   ids to the ranks that own their rows    data-dist stream (before the step; sizes behind step i - 1)
+    batch i + 1   rows into the tables' caches            prefetch stream, in ``overlap``
+    batch i       train_step                              default stream
+
+The losses are those of "none", bit for bit. "native" exchanges only ids ahead: rows are looked up in step i, after the
+update of step i - 1. What "prefetch" fetches is the position of a row, not its value. Of a dynamic table the ids of
+batch i + 1 are prefetched that have a row by batch i. A table that lies on the device as a whole has no cache: its ids
+are exchanged as in "native", one batch further ahead. On a CPU there are no copies and no streams; with several ranks
+the exchange still overlaps.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
+
+import torch
+from torchrec.distributed.model_parallel import ShardedModule
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.pipeline_context import PrefetchTrainPipelineContext
+from torchrec.distributed.train_pipeline.runtime_forwards import PrefetchPipelinedForward
+from torchrec.distributed.train_pipeline.utils import _prefetch_embeddings
+
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.train_batch import TrainBatch
+from hstu.parallel.group import to_train_batch
+from hstu.pipeline.step import StepResult, TrainStep
+
+log = logging.getLogger(__name__)
+
+
+class TrainPipeline(ABC):
+    """Turns batches into optimizer steps. The trainer does not depend on the kind of overlap."""
+
+    def __init__(self, step: TrainStep, num_micro_batches: int = 1) -> None:
+        self.step = step
+        self.num_micro_batches = num_micro_batches
+
+    @abstractmethod
+    def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
+        """Train on the next batch, which is on the host.
+
+        Raises StopIteration once all of ``batches`` have been trained on. Raises NonFiniteStep, see FiniteCheck.
+        """
+
+    def evaluation(self) -> AbstractContextManager[None]:
+        """Inside, between two steps, the model's forward serves any batch.
+
+        Batches that have been fetched ahead are kept, and trained on afterwards.
+        """
+        return nullcontext()
+
+    def resolve(self) -> None:
+        """Wait until the last step is known to be finite. Call it before the step is logged, evaluated or saved.
+
+        Raises NonFiniteStep on all ranks alike.
+        """
+        self.step.check.resolve()
+
+    def _train_batch(self, batch: HSTUBatch) -> TrainBatch:
+        return to_train_batch(batch, self.step.model.roles, self.step.mesh, self.num_micro_batches)
+
+
+class SequentialPipeline(TrainPipeline):
+    """pipeline_type = "none", the reference: copy batch i → train on batch i, all on the default stream."""
+
+    def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
+        """See TrainPipeline.progress."""
+        batch = self._train_batch(next(batches)).to(self.step.mesh.device, non_blocking=True)
+        return self.step(batch)
+
+
+class NativeStages(TrainPipelineSparseDist[TrainBatch, StepResult]):
+    """TorchRec's stages around our step, also for models without a sharded table.
+
+    TorchRec 1.6 to 1.8 traces through such models to the last operator (it stops only at modules *beside* a sharded
+    one), and fails in any dense model. tests/pipeline/test_defects.py fails once that is fixed.
+    """
+
+    def __init__(self, step: TrainStep) -> None:
+        no_optimizer = cast(torch.optim.Optimizer, None)  # the step has its own
+        super().__init__(model=step.model, optimizer=no_optimizer, device=step.mesh.device)
+        self._step = step
+
+    def progress(self, batches: Iterator[TrainBatch]) -> StepResult:
+        """TorchRec's order of stages, with the whole step in the place of forward, backward and optimizer."""
+        self.fill_pipeline(batches)
+        if not self.batches:
+            raise StopIteration
+        self._set_module_context(self.contexts[0])
+        self._wait_for_batch()
+        if len(self.batches) >= 2:
+            self.start_sparse_data_dist(self.batches[1], self.contexts[1])  # sizes
+        self.enqueue_batch(batches)
+        result = self._step(cast(TrainBatch, self.batches[0]), overlap=self._overlap)
+        self.dequeue_batch()
+        return result
+
+    def _overlap(self) -> None:
+        if len(self.batches) >= 2:
+            self.wait_sparse_data_dist(self.contexts[1])  # sizes are there: ids follow
+
+    def _pipeline_model(self, batch: Any, context: Any, *args: Any, **options: Any) -> None:
+        if any(isinstance(module, ShardedModule) for module in self._model.modules()):
+            super()._pipeline_model(batch, context, *args, **options)
+        else:  # no ids to send, but the stream waits for the copy, and the step for the stream
+            self.start_sparse_data_dist(batch, context)
+
+
+class NativePipeline(TrainPipeline):
+    """pipeline_type = "native": overlaps by TorchRec's TrainPipelineSparseDist."""
+
+    name = "native"
+    stages: type[NativeStages] = NativeStages
+
+    def __init__(self, step: TrainStep, num_micro_batches: int = 1) -> None:
+        super().__init__(step, num_micro_batches)
+        self._batches: Iterator[HSTUBatch] | None = None
+        self._train_batches: Iterator[TrainBatch] = iter(())
+        self._stages = self.stages(step)
+        if step.mesh.device.type == "cpu":
+            log.info("pipeline_type %r on a CPU: no copy and no cache, only the exchange of ids overlaps", self.name)
+
+    def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
+        """See TrainPipeline.progress. Raises ValueError for other ``batches`` while some of the former wait."""
+        if batches is not self._batches:
+            if self._stages.batches:
+                # TorchRec would train on those, then fail for want of the new one's ids.
+                raise ValueError(
+                    f"{len(self._stages.batches)} batches of another iterator are in the pipeline: go on with that one "
+                    "until it raises StopIteration"
+                )
+            self._batches, self._train_batches = batches, map(self._train_batch, batches)
+        return self._stages.progress(self._train_batches)
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """See TrainPipeline.evaluation."""
+        self._stages.detach()
+        try:
+            yield
+        finally:
+            # Without sparse_dist=False, TorchRec sends the ids of the waiting batch a second time and loses the sizes
+            # of the first exchange, which the look-up then lacks (tests/pipeline/test_defects.py).
+            self._stages.attach(sparse_dist=False)
+
+
+class PrefetchStages(NativeStages):
+    """TorchRec's stages of "native", and between them the prefetch.
+
+    TorchRec's own class, PrefetchTrainPipelineSparseDist, cannot serve: torchrec 1.6.1 keeps the prefetched ids of one
+    batch only, and torchrec 1.8.0 passes none on without a CUDA stream, and records as the stream of forward one in
+    which nothing runs. What it is made of is the same in all releases.
+    """
+
+    _pipelined_forward_type = PrefetchPipelinedForward
+
+    def __init__(self, step: TrainStep) -> None:
+        super().__init__(step)
+        self._context_type = PrefetchTrainPipelineContext
+        on_gpu = self._device.type == "cuda"
+        self._prefetch_stream = torch.get_device_module(self._device).Stream() if on_gpu else None
+
+    def fill_pipeline(self, batches: Iterator[TrainBatch]) -> None:
+        """Take the first two batches: rows of the first enter the caches, and sizes of the second are exchanged."""
+        is_first = not self.batches
+        super().fill_pipeline(batches)
+        if is_first and self.batches:
+            self._prefetch(self.contexts[0])
+        if is_first and len(self.batches) >= 2:
+            self.start_sparse_data_dist(self.batches[1], self.contexts[1])
+
+    def progress(self, batches: Iterator[TrainBatch]) -> StepResult:
+        """See NativeStages.progress."""
+        self.fill_pipeline(batches)
+        if not self.batches:
+            raise StopIteration
+        self._set_module_context(self.contexts[0])
+        self._wait_for_batch()
+        self.enqueue_batch(batches)
+        if len(self.batches) >= 2:
+            self.wait_sparse_data_dist(self.contexts[1])  # sizes are there: ids follow
+        result = self._step(cast(TrainBatch, self.batches[0]), overlap=self._overlap)
+        if len(self.batches) >= 3:
+            self.start_sparse_data_dist(self.batches[2], self.contexts[2])  # sizes
+        self.dequeue_batch()
+        if self._prefetch_stream is not None:  # the caches are at rest for an evaluation or a checkpoint
+            torch.cuda.current_stream().wait_stream(self._prefetch_stream)
+        return result
+
+    def _wait_for_batch(self) -> None:
+        if self._prefetch_stream is not None:
+            stream = torch.cuda.current_stream()
+            stream.wait_stream(self._prefetch_stream)
+            cast(TrainBatch, self.batches[0]).record_stream(stream)
+
+    def _overlap(self) -> None:
+        used: Any = self.contexts[0]
+        used.module_input_post_prefetch.clear()  # frees their memory for the next batch
+        used.module_contexts_post_prefetch.clear()
+        if len(self.batches) >= 2:
+            self._prefetch(self.contexts[1])
+
+    def _prefetch(self, context: Any) -> None:
+        forward = None if self._prefetch_stream is None else torch.get_device_module(self._device).current_stream()
+        with self._stream_context(self._prefetch_stream):
+            ids_of_tables = _prefetch_embeddings(
+                None,  # the batch: unused
+                context,
+                self._pipelined_modules,
+                self._device,
+                self._stream_context,
+                self._data_dist_stream,
+                forward,
+            )
+        for name, ids in ids_of_tables.items():
+            context.module_input_post_prefetch[name] = ids
+            context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
+        if self._prefetch_stream is not None:  # with it the step waits for the copy of the batch, also without tables
+            self._prefetch_stream.wait_stream(self._data_dist_stream)
+
+
+class PrefetchPipeline(NativePipeline):
+    """pipeline_type = "prefetch": overlaps as native does, and by TorchRec's prefetch."""
+
+    name = "prefetch"
+    stages = PrefetchStages

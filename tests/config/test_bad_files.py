@@ -193,7 +193,7 @@ TOGETHER = [
     idle("gathered weights without shards", "ranking", "DataParallelArgs.reshard_after_forward = False" + HERE,
         'DataParallelArgs.sharding = "optimizer"', told=("no effect with DataParallelArgs.sharding",), world_size=2),
     idle("a shard group without shards", "ranking", "DataParallelArgs.shard_group_size = 2" + HERE,
-        told=("no effect with DataParallelArgs.sharding = 'none'", "'optimizer' or 'weights'"), world_size=2),
+        told=("no effect with DataParallelArgs.sharding = 'none'", "'optimizer' or 'weights'")),
     bad("a shard group of one rank", "ranking", "DataParallelArgs.shard_group_size = 1" + HERE,
         'DataParallelArgs.sharding = "weights"', told=("at least 2",), world_size=2),
     bad("shard groups that do not divide", "ranking", "DataParallelArgs.shard_group_size = 4" + HERE,

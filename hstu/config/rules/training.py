@@ -153,7 +153,9 @@ def sharding_has_ranks(run: RunDraft) -> Iterator[Problem]:
 def shard_groups_divide(run: RunDraft) -> Iterator[Problem]:
     tensor, size = run.tensor_parallel.tensor_model_parallel_size, run.data_parallel.shard_group_size
     ranks = run.world_size // tensor
-    if size is None or ranks % size == 0 or run.world_size % run.ranks_per_group:
+    if size is None or run.data_parallel.sharding == "none":
+        return  # it has no effect
+    if ranks % size == 0 or run.world_size % run.ranks_per_group:
         return
     fitting = [str(count) for count in range(2, ranks + 1) if ranks % count == 0]
     remedy = f"set it to one of {', '.join(fitting)}, or remove it" if fitting else "remove it"

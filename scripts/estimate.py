@@ -110,10 +110,9 @@ def run(options: argparse.Namespace) -> str:
 
     import torch
 
-    from hstu.estimate import cluster_report, fit, machine
+    from hstu.estimate import cluster, fit, machine
     from hstu.estimate.estimate import as_json, as_text, estimate
     from hstu.estimate.plan import plan_cluster, plan_workload
-    from hstu.estimate.simulate import simulate
     from hstu.observe.logging import quiet_libraries
 
     quiet_libraries()
@@ -126,10 +125,10 @@ def run(options: argparse.Namespace) -> str:
         for gpus in options.simulate:
             tell(f"{gpus} GPUs")
             planned = plan_cluster(read(options, gpus), gpus, options.ranks_per_host, "cuda")
-            clusters.append(simulate(*planned, gpu))
+            clusters.append(cluster.simulate(*planned, gpu))
         if options.json:
-            return json.dumps(cluster_report.as_json(clusters), indent=1)
-        return cluster_report.as_text(clusters, gpu)
+            return json.dumps(cluster.as_objects(clusters), indent=1)
+        return cluster.as_text(clusters, gpu, planned[0].notes)
     if options.fit:
         return fit.as_text(fit.search(config, options.world_size, options.ranks_per_host, gpu, tell), config)
     workload = plan_workload(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")

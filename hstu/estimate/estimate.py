@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hstu.estimate.machine import Machine
-from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables
-from hstu.estimate.operators import operators
-from hstu.estimate.traffic import Transfer, transfers
+from hstu.estimate.data_parallel import data_parallel_transfers
+from hstu.estimate.dry_run import UPDATE, DryRun, DryRuns
+from hstu.estimate.machine import Machine, ThisCpu
+from hstu.estimate.memory import memory
+from hstu.estimate.record import Exchange, Operator
+from hstu.estimate.tables import TableShards, plan_tables, replicated_specs, table_costs, table_transfers
+from hstu.estimate.transfer import Transfer
 from hstu.estimate.workload import Batch, Workload
 from hstu.parallel.table_plan import UNLIMITED, TableRoom, TablesDoNotFit
 
@@ -58,21 +61,21 @@ class Estimate:
         return self.tflops / self.peak_tflops
 
 
-def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0) -> Estimate:
-    """The estimate for ``machine``. batch_s: seconds in which the host makes a batch."""
-    plan, batches = plan_for(machine, workload), workload.batches
-    exchanged = transfers(workload, workload.typical, plan)
-    computing = computing_seconds(workload, machine, workload.typical, plan)
-    compute = sum(computing.values())
-    exposed = exchange_seconds(workload, machine, exchanged, computing)
+def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0, runs: DryRuns | None = None) -> Estimate:
+    """The estimate for ``machine``. batch_s: seconds in which the host makes a batch. runs: to be used again."""
+    runs = runs or DryRuns()
+    plan, batches = plan_for(machine, workload, runs), workload.batches
+    run = runs.of(workload, workload.typical)
+    found = Times.of(workload, machine, workload.typical, run, plan)
+    compute = sum(found.computing.values())
     return Estimate(
-        memory=memory(workload, plan),
-        transfers=exchanged,
-        computing=computing,
+        memory=memory(workload, plan, runs.of(workload, workload.largest)),
+        transfers=found.transfers,
+        computing=found.computing,
         step={
             "computing": compute,
             "waiting for the slowest rank": compute * (workload.straggling - 1),
-            **{f"exchange for {part}": seconds for part, seconds in exposed.items()},
+            **{f"exchange for {part}": seconds for part, seconds in found.exposed.items()},
             "making batches": batch_wait_s(workload, machine, batch_s, compute),
         },
         tokens=sum(map(workload.tokens, batches)) / len(batches) * workload.dp_size,
@@ -84,36 +87,107 @@ def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0) -> Esti
     )
 
 
-def computing_seconds(
-    workload: Workload, machine: Machine, batch: Batch, plan: tuple[TableShards, ...]
-) -> dict[str, float]:
-    """Operator → seconds on a rank of the group that trains on ``batch``."""
+@dataclass(frozen=True)
+class Times:
+    """What the time of a step on one rank consists of; seconds."""
+
+    transfers: tuple[Transfer, ...]
+    computing: dict[str, float]
+    """Operator → seconds."""
+    exposed: dict[str, float]
+    """What ranks exchange for → seconds that no operator hides."""
+
+    @classmethod
+    def of(
+        cls, workload: Workload, machine: Machine, batch: Batch, run: DryRun, plan: tuple[TableShards, ...]
+    ) -> Times:
+        """Of a rank of the group that trains on ``batch``; ``run``: its step."""
+        shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
+        parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
+        parts |= {"samples": shared} | dict.fromkeys(("data", "shards", "replicas"), "data parallelism")
+        exposed = dict.fromkeys(parts.values(), 0.0)
+        computing, waits = _follow(workload, machine, run)
+        computing |= {name: machine.seconds(name, cost) for name, cost in table_costs(workload, run, plan).items()}
+        if isinstance(machine, ThisCpu):
+            computing = machine.step_seconds(workload, batch, run, plan)
+        for group, seconds in waits.items():
+            exposed[parts[group]] += seconds
+        found = transfers(workload, run, plan)
+        for transfer in (each for each in found if each.behind != "operators"):
+            seconds = machine.transfer_seconds(transfer, workload.ranks_on_host(transfer.group, transfer.ranks))
+            hidden = _hidden_seconds(transfer, seconds, workload, computing) if machine.overlaps else 0.0
+            exposed[parts[transfer.group]] += max(0.0, seconds - hidden)
+        return cls(found, computing, exposed)
+
+
+def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> tuple[Transfer, ...]:
+    """All collectives of a step between at least two ranks."""
+    sizes = _group_sizes(workload)
+    calls: dict[tuple[str, str], list[int]] = {}
+    for event in run.recording.events:
+        if isinstance(event, Exchange):
+            calls.setdefault((event.group, event.kind), []).append(event.payload)
+    replicated = sum(spec.rows * spec.dim for spec in replicated_specs(workload) if workload.device_type != "cpu")
+    found = [
+        *table_transfers(workload, run, plan),
+        Transfer("samples of the group, on hosts", "all_gather", "samples", sizes["samples"], 2, run.sent_bytes),
+        *(
+            Transfer(PURPOSES[group], kind, group, sizes[group], len(each), sum(each), "operators")
+            for (group, kind), each in calls.items()
+        ),
+        *data_parallel_transfers(workload, run, replicated),
+    ]
+    return tuple(transfer for transfer in found if transfer.ranks > 1)
+
+
+PURPOSES = {
+    "tensor": "tensor parallelism of the layers",
+    "context": "context parallelism",
+    "samples": "rows of the group's samples",
+    "data": "loss, counts and negatives",
+}
+"""Group of ranks → what a step exchanges among them."""
+
+
+def _group_sizes(workload: Workload) -> dict[str, int]:
+    tensor, context = workload.tp_size, workload.cp_size
+    return {"tensor": tensor, "context": context, "samples": workload.group_size, "data": workload.dp_size}
+
+
+def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str, float], dict[str, float]]:
+    """(operator → seconds, group → seconds that a rank waits for its exchanges).
+
+    Operators follow each other. Exchanges follow each other beside them, and an operator waits for those that it reads.
+    """
     computing: dict[str, float] = {}
-    for op in operators(workload, batch, plan):
-        computing[op.name] = computing.get(op.name, 0.0) + machine.seconds(op)
-    return computing
+    waits: dict[str, float] = {}
+    sizes, ready = _group_sizes(workload), dict[int, float]()
+    now = link_is_free = 0.0
+    for index, event in enumerate(run.recording.events):
+        if isinstance(event, Exchange):
+            one = Transfer("", event.kind, event.group, sizes[event.group], 1, event.payload)
+            on_host = workload.ranks_on_host(one.group, one.ranks)
+            seconds = machine.transfer_seconds(one, on_host) if one.ranks > 1 else 0.0
+            link_is_free = ready[index] = max(now, link_is_free) + seconds
+        needed = [index] if isinstance(event, Exchange) and not machine.overlaps else []
+        for other in needed if isinstance(event, Exchange) else event.needs:
+            group = run.recording.events[other].group  # type: ignore[union-attr]
+            waits[group] = waits.get(group, 0.0) + max(0.0, ready[other] - now)
+            now = max(now, ready[other])
+        if isinstance(event, Operator):
+            name = UPDATE if event.phase == UPDATE else event.name
+            seconds = machine.seconds(name, event.cost)
+            seconds /= workload.shard_group_size if event.phase == UPDATE else 1
+            computing[name] = computing.get(name, 0.0) + seconds
+            now += seconds
+    return computing, waits
 
 
-def exchange_seconds(
-    workload: Workload, machine: Machine, exchanged: tuple[Transfer, ...], computing: dict[str, float]
-) -> dict[str, float]:
-    """What ranks exchange for → seconds that the operators of ``computing`` do not hide."""
-    shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
-    parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
-    parts |= {"samples": shared} | dict.fromkeys(("data", "shards", "replicas"), "data parallelism")
-    exposed = dict.fromkeys(parts.values(), 0.0)
-    for transfer in exchanged:
-        seconds = machine.transfer_seconds(transfer, workload.ranks_on_host(transfer.group, transfer.ranks))
-        hidden = _hidden_seconds(transfer, seconds, workload, computing) if machine.overlaps else 0.0
-        exposed[parts[transfer.group]] += max(0.0, seconds - hidden)
-    return exposed
-
-
-def plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:
+def plan_for(machine: Machine, workload: Workload, runs: DryRuns) -> tuple[TableShards, ...]:
     """The plan of a run on ``machine``; where the tables do not fit, one that shows by how much."""
     has = int(machine.memory_gb * 1e9)
     if workload.device_type == "cuda":  # how much memory its host has is not known
-        beside = beside_tables(workload)
+        beside = sum(memory(workload, (), runs.of(workload, workload.largest)).values())
         room = TableRoom(max(0, has - beside), UNLIMITED.host, beside)
     else:
         room = TableRoom(0, has)
@@ -129,8 +203,6 @@ def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, comp
     match transfer.behind:
         case "backward":  # all but the last bucket, which nothing follows
             return min(compute * 2 / 3, seconds * (1 - 1 / transfer.calls))
-        case "weights":
-            return (computing.get("W_uvqk", 0.0) + computing.get("W_o", 0.0)) / 3
         case "pipeline":
             return 0.0 if workload.config.trainer.pipeline_type == "none" else compute
     return 0.0

@@ -17,6 +17,7 @@ from tabulate import tabulate
 from hstu.base.errors import ConfigError
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
+from hstu.estimate.dry_run import DryRuns
 from hstu.estimate.estimate import Estimate, estimate
 from hstu.estimate.machine import Machine
 from hstu.estimate.plan import plan_workload
@@ -75,7 +76,7 @@ def search(
 
     ``progress`` is called with a line for each pair of group sizes.
     """
-    plans = []
+    plans, runs = [], DryRuns()
     for tp, cp in _groups(config, world_size, ranks_per_host):
         progress(f"tensor parallel {tp}, context parallel {cp}")
         planned: Workload | None = None
@@ -86,7 +87,7 @@ def search(
                 continue
             # Lengths and tables depend on the size of the groups alone.
             planned = planned or plan_workload(changed, world_size, ranks_per_host, "cuda")
-            plans.append(_with_fewest_micro_batches(replace(planned, config=changed), machine))
+            plans.append(_with_fewest_micro_batches(replace(planned, config=changed), machine, runs))
     fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.found.step_s)
     return fitting + sorted((plan for plan in plans if not plan.fits), key=lambda plan: plan.found.memory_total)
 
@@ -129,16 +130,16 @@ def _is_valid(config: RunConfig, world_size: int) -> bool:
         return False
 
 
-def _with_fewest_micro_batches(workload: Workload, machine: Machine) -> Plan:
+def _with_fewest_micro_batches(workload: Workload, machine: Machine, runs: DryRuns) -> Plan:
     """The plan with the fewest micro-batches that fits, or the one with the most."""
     config, trainer = workload.config, workload.config.trainer
     sequences = trainer.sequences_per_iteration
     if trainer.tokens_per_rank is not None:  # cannot be divided
-        return Plan(config, estimate(workload, machine))
+        return Plan(config, estimate(workload, machine, runs=runs))
     for count in (count for count in range(1, sequences + 1) if sequences % count == 0):
         divided = replace(trainer, train_batch_size=sequences // count, gradient_accumulation_steps=count)
         changed = replace(config, trainer=divided)
-        plan = Plan(changed, estimate(replace(workload, config=changed), machine))
+        plan = Plan(changed, estimate(replace(workload, config=changed), machine, runs=runs))
         if plan.fits:
             break
     return plan

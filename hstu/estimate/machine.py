@@ -24,13 +24,14 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import BenchmarkDatasetArgs
 from hstu.config.problems import did_you_mean
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.estimate.dense_operators import ATTENTION
-from hstu.estimate.timing import Operator
-from hstu.estimate.traffic import Transfer
-from hstu.estimate.workload import Workload
+from hstu.estimate.dry_run import UPDATE, DryRun, real_step
+from hstu.estimate.record import ATTENTION
+from hstu.estimate.tables import TableShards, table_steps
+from hstu.estimate.transfer import Transfer
+from hstu.estimate.workload import Batch, Workload
 from hstu.observe.throughput import data_sheet_tflops, peak_tflops
+from hstu.ops.costs import Cost
 from hstu.parallel import mesh as meshes
-from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source
 
 Clock = Callable[[], float]
@@ -88,13 +89,12 @@ class Machine:
     overlaps: bool = True
     """Whether communication and copies run beside computation."""
 
-    def seconds(self, op: Operator) -> float:
-        """Seconds of all ``op.times`` operators by roofline: the longer of arithmetic and traffic, plus launches."""
-        efficiency = self.attention_efficiency if op.name == ATTENTION else self.matmul_efficiency
-        arithmetic = op.cost.flops / (self.peak_tflops * 1e12 * efficiency)
-        memory = op.cost.bytes / (self.memory_gb_s * 1e9 * self.memory_efficiency)
-        once = max(arithmetic, memory) + op.cost.launches * self.launch_us * 1e-6
-        return op.times * once * (1 + op.extra_forwards / 3)  # backward is two thirds
+    def seconds(self, name: str, cost: Cost) -> float:
+        """Seconds of an operator by roofline: the longer of arithmetic and traffic, plus launches."""
+        efficiency = self.attention_efficiency if name == ATTENTION else self.matmul_efficiency
+        arithmetic = cost.flops / (self.peak_tflops * 1e12 * efficiency)
+        memory = cost.bytes / (self.memory_gb_s * 1e9 * self.memory_efficiency)
+        return max(arithmetic, memory) + cost.launches * self.launch_us * 1e-6
 
     def transfer_seconds(self, transfer: Transfer, on_host: int) -> float:
         """Seconds of all calls of ``transfer``, of whose ranks a host has ``on_host``.
@@ -176,16 +176,38 @@ def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
 class ThisCpu(Machine):
     """A rank's share of the cores of this host, measured."""
 
-    mesh: Mesh
-    """Of this process alone."""
     clock: Clock = time.perf_counter
 
-    def seconds(self, op: Operator) -> float:
-        """Seconds of all ``op.times`` operators, measured."""
-        timed = op.prepare(self.mesh)
-        once = seconds_of(timed.run, self.clock)
-        more = max(0.0, seconds_of(timed.first, self.clock) - once) if timed.first else 0.0
-        return timed.scale * (op.times * once * (1 + op.extra_forwards / 3) + more)
+    def step_seconds(
+        self, workload: Workload, batch: Batch, run: DryRun, plan: tuple[TableShards, ...]
+    ) -> dict[str, float]:
+        """Part of a step → seconds, measured: the step of a rank without its tables and exchanges, and its tables.
+
+        A long step is measured with fewer sequences.
+        """
+        share = max(1, round(batch.sequences * min(1.0, _MOST_FLOPS / workload.flops(batch))))
+        size = workload.group_size
+        part = batch.part(0, -(-batch.sequences // max(size, share)))
+        more = workload.flops(batch) / workload.flops(part)
+        with real_step(workload, part) as (step, optimizers):
+            updates: list[float] = []
+            update = optimizers.step
+
+            def timed(*args: Any) -> None:
+                begun = self.clock()
+                update(*args)
+                updates.append(self.clock() - begun)
+
+            optimizers.step = timed  # type: ignore[method-assign]
+            whole = seconds_of(step, self.clock)
+        updating = statistics.median(updates)
+        found = {"forward and backward": more * (whole - updating), UPDATE: updating / workload.shard_group_size}
+        mesh = meshes.start()
+        try:
+            steps = table_steps(workload, run, plan, mesh)
+            return found | {name: seconds_of(table, self.clock) for name, table in steps.items()}
+        finally:
+            meshes.finish()
 
     def transfer_seconds(self, transfer: Transfer, on_host: int) -> float:
         """As Machine, but gloo reduces whole tensors for a reduce-scatter."""
@@ -203,7 +225,6 @@ def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[T
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     dtype = torch.float32 if workload.element_size == 4 else torch.bfloat16
     latency_s, rate = _gloo() if workload.world_size > 1 else (1e-4, 1e9)
-    mesh = meshes.start()
     torch.set_num_threads(max(1, cores // workload.ranks_per_host))
     try:
         with _busy_cores(min(workload.ranks_per_host, cores) - 1):
@@ -218,12 +239,10 @@ def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[T
                 network_latency_us=latency_s * 1e6,
                 link_efficiency=1.0,
                 overlaps=False,
-                mesh=mesh,
                 clock=clock,
             )
     finally:
         torch.set_num_threads(threads)
-        meshes.finish()
 
 
 _WORK_OF_A_RANK = """
@@ -272,7 +291,9 @@ def batch_seconds(workload: Workload, clock: Clock = time.perf_counter) -> float
     return statistics.median(times)
 
 
-_BUDGET_S = 0.15
+_MOST_FLOPS = 4e10
+"""Operations of a step that is measured."""
+_BUDGET_S = 0.5
 _CACHE_BYTES = 1 << 25
 """As large as a common cache: what the other operators of a step touch between two runs of one."""
 

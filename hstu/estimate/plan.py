@@ -81,8 +81,7 @@ def plan_cluster(
     else:
         data = _plan_without_data(config)
         batch = data.steps[0][0]
-        labels = np.full_like(batch.item_lengths, batch.labels // batch.sequences)
-        lengths = SampleLengths(batch.item_lengths, batch.num_candidates, labels)
+        lengths = SampleLengths(batch.item_lengths, batch.num_candidates, batch.num_labels)
     draws = LengthDraws(config, data.roles, data.max_items, lengths, world_size)
     workload = _workload(config, (world_size, ranks_per_host, device_type), data, has_data)
     return replace(workload, steps=(_spread_batches(workload, draws),)), draws
@@ -148,7 +147,7 @@ def _data_of(source: BatchSource, steps: tuple[tuple[Batch, ...], ...], notes: t
 
 def batch_of(lengths: SampleLengths, samples: np.ndarray) -> Batch:
     """The batch of these rows of the sample table."""
-    return Batch(lengths.items[samples], lengths.candidates[samples], int(lengths.labels[samples].sum()))
+    return Batch(lengths.items[samples], lengths.candidates[samples], lengths.labels[samples])
 
 
 def _is_preprocessed(args: DatasetArgs) -> bool:
@@ -174,7 +173,7 @@ def _plan_without_data(config: RunConfig) -> _Data:
     candidates = args.max_num_candidates or (longest - 1) * args.has_candidates  # those of requests may fill it
     labels = longest - 1 if config.task == "retrieval" else candidates or longest
     lengths = np.full(sequences, longest, dtype=np.int64)
-    batch = Batch(lengths, np.full_like(lengths, candidates), labels * sequences)
+    batch = Batch(lengths, np.full_like(lengths, candidates), np.full_like(lengths, labels))
     notes = [f"{args.dataset_name} is not preprocessed: every sequence is taken to be as long as allowed"]
     if unknown := [feature for feature in roles.names if feature not in rows]:
         notes.append(f"tables of unknown size, not counted: {', '.join(unknown)}")

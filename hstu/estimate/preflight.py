@@ -29,10 +29,12 @@ from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunDraft
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.store.sequence_store import SequenceStore
+from hstu.estimate.dry_run import dry_run
 from hstu.estimate.estimate import size
-from hstu.estimate.memory import TableShards, beside_tables, memory, plan_tables
+from hstu.estimate.memory import beside_tables, memory
 from hstu.estimate.opened import Attempt, Labels, Opened
 from hstu.estimate.plan import plan_workload
+from hstu.estimate.tables import TableShards, plan_tables
 from hstu.estimate.workload import Workload
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
@@ -222,7 +224,7 @@ def memory_is_enough(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     workload = plan_workload(run.finish(), run.world_size, ranks_here, device)
     plan = Attempt(partial(_plan_with_room, workload, ranks_here))
     yield from reported(run, run.dataset, _place_of_data(run.dataset), plan.error)
-    needed = sum(memory(workload, plan.value).values())
+    needed = sum(memory(workload, plan.value, dry_run(workload, workload.largest)).values())
     if device == "cuda":
         has, owner = torch.cuda.get_device_properties(0).total_memory, "the GPU"
     else:

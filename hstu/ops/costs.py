@@ -4,9 +4,9 @@
 compare with its published numbers: the arithmetic of the HSTU layers alone, without embedding tables, norms, heads,
 losses and recomputation.
 
-The other functions return the :class:`Cost` of one operator on one rank, forward and backward. Bytes are those that
-the unfused PyTorch operators read and write if nothing stays in a cache; for :func:`add_layer_norm` those of its Triton
-kernels. ``element_size``: bytes of the compute type.
+The other functions return the costs of an operator with a kernel of its own on one rank (:mod:`hstu.ops.fake` reports
+them in a step that computes nothing). Bytes are those that the kernels read and write if nothing stays in a cache.
+``element_size``: bytes of the compute type. What a loss costs includes its gradients, which forward computes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,21 @@ ATTENTION_PASSES = 3.5
 
 
 class Cost(NamedTuple):
-    """One forward and backward."""
+    """One pass of an operator."""
 
     flops: float
     """Arithmetic of matrix products; 0 for an operator that only moves bytes."""
     bytes: float
     """Read from and written to memory."""
-    launches: int = 4
+    launches: int = 1
     """Kernels started."""
+
+
+class TwoPasses(NamedTuple):
+    """An operator with a backward."""
+
+    forward: Cost
+    backward: Cost
 
 
 class Window(NamedTuple):
@@ -130,28 +137,17 @@ def attention(
     element_size: int,
     is_causal: bool = True,
     window: Window = NO_WINDOW,
-) -> Cost:
+) -> TwoPasses:
     """Attention of one layer over sequences of ``tokens`` tokens each.
 
     Forward moves q, k, v and the output; backward those, their gradients and the gradient of the output.
     """
     forward = float(attention_flops(tokens, candidate_tokens, num_heads, head_dim, is_causal, window).sum())
-    flops = ATTENTION_PASSES * forward
-    return Cost(flops, 12.0 * element_size * int(np.sum(tokens)) * num_heads * head_dim)
+    tensor = float(element_size * int(np.sum(tokens)) * num_heads * head_dim)
+    return TwoPasses(Cost(forward, 4 * tensor), Cost((ATTENTION_PASSES - 1) * forward, 8 * tensor, 2))
 
 
-def linear(rows: int, inputs: int, outputs: int, element_size: int) -> Cost:
-    """[rows, inputs] → [rows, outputs]: one product forward and two backward, each reading two and writing one matrix.
-
-    Float32 weights and inputs are cast where the compute type is another one.
-    """
-    weights = inputs * outputs
-    cast = (FLOAT32 + element_size) * (weights + rows * inputs) if element_size != FLOAT32 else 0
-    moved = 3.0 * element_size * (rows * (inputs + outputs) + weights) + cast
-    return Cost(6.0 * rows * inputs * outputs, moved)
-
-
-def add_layer_norm(rows: int, width: int, element_size: int, residual_size: int) -> Cost:
+def add_layer_norm(rows: int, width: int, element_size: int, residual_size: int) -> TwoPasses:
     """Residual stream [rows, width] plus the update of a layer, and LayerNorm of the sum: one kernel each way.
 
     Forward reads the stream and the update and writes their sum and its norm. Backward reads the sum and the gradients
@@ -160,33 +156,17 @@ def add_layer_norm(rows: int, width: int, element_size: int, residual_size: int)
     """
     rounded = element_size if element_size != residual_size else 0
     forward, backward = 2 * (residual_size + element_size), 3 * residual_size + element_size + rounded
-    return Cost(0.0, float(forward + backward) * rows * width)
+    return TwoPasses(Cost(0.0, float(forward * rows * width)), Cost(0.0, float(backward * rows * width), 2))
 
 
-def silu(rows: int, width: int, element_size: int, *, fused: bool = False) -> Cost:
-    """SiLU of [rows, width]: 2 passes forward, 3 backward.
+def norm_mul_dropout(rows: int, width: int, element_size: int) -> TwoPasses:
+    """Dropout(LayerNorm(attention) ⊙ U) of [rows, width]: one kernel each way.
 
-    ``fused``: in the GPU kernels of its neighbours, which move 1.75 passes more for it. The projection writes a second
-    tensor. Backward of attention also reads the pre-activations of v, q and k; that of the gate reads that of u, not u.
+    Forward reads attention and U and writes the product. Backward reads both, the gradient of the product and the
+    pre-activation of U, and writes the product again and both gradients.
     """
-    passes, launches = (1.75, 0) if fused else (5.0, 4)
-    return Cost(0.0, passes * element_size * rows * width, launches)
-
-
-def norm_mul_dropout(rows: int, width: int, element_size: int, dropout: float) -> Cost:
-    """Dropout(LayerNorm(attention) ⊙ U) of [rows, width]: casts, norm, product, dropout; backward about as much."""
-    passes = 2 * (2 * (FLOAT32 + element_size) + 2 * FLOAT32 + (2 * FLOAT32 + element_size))
-    dropped = 2 * (2 * element_size + 1) if dropout > 0 else 0
-    return Cost(0.0, float(passes + dropped) * rows * width, launches=14)
-
-
-def token_inputs(rows: int, width: int, dropout: float, num_positions: int) -> Cost:
-    """Table rows → tokens [rows, width]: scale, concatenate and permute take 2 passes each, positions 3, dropout 2.
-
-    num_positions: rows of the table of positions; 0: there is none.
-    """
-    passes = 6 + (3 if num_positions else 0) + (2 if dropout > 0 else 0)
-    return Cost(0.0, 2.0 * FLOAT32 * passes * rows * width + FLOAT32 * 2 * num_positions * width, launches=24)
+    tensor = float(element_size * rows * width)
+    return TwoPasses(Cost(0.0, 3 * tensor), Cost(0.0, 7 * tensor, 2))
 
 
 def sampled_softmax(queries: int, draws: int, width: int) -> Cost:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 _RESOLUTION = 1 << 16
 _SEEDS = 1 << 62
@@ -30,16 +31,19 @@ def draw(shape: torch.Size, p: float, device: torch.device, stream: int | None =
     ``stream``: ranks with equal generator states and different streams draw different masks, of any shapes, and their
     states stay equal.
     """
+    mask = torch.empty(shape, dtype=torch.bool, device=device)
+    if is_fake(mask):
+        return mask
     generator = None if stream is None else _generator_of(stream, device)
     if device.type != "cpu":
         generator = generator or _generator_of(0, device)
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p, generator=generator)
+        return mask.bernoulli_(1 - p, generator=generator)
     elements = shape.numel()
     words = torch.empty(-(-elements // 4), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
-    drawn, kept = words.view(torch.int16)[:elements], torch.empty(elements, dtype=torch.bool)
+    drawn = words.view(torch.int16)[:elements]
     # NumPy compares int16 three times as fast as PyTorch.
-    np.greater_equal(drawn.numpy(), _dropped(p) - _RESOLUTION // 2, out=kept.numpy())
-    return kept.view(shape)
+    np.greater_equal(drawn.numpy(), _dropped(p) - _RESOLUTION // 2, out=mask.view(elements).numpy())
+    return mask
 
 
 def scale_of(p: float, device: torch.device) -> float:

@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu.config.args import NetworkArgs
 from hstu.ops.comm import LayerComm, Pending
-from hstu.ops.costs import FLOAT32
 from hstu.ops.kernels import (
     AddLayerNormInputs,
     AttentionConfig,
@@ -106,41 +104,6 @@ class SavedActivations:
     """Mean and rstd over the heads of all ranks, [2, T]."""
     dropout_mask: Tensor | None
     """bool [T, H · d], or a seed int64 []."""
-
-
-def saved_bytes(network: NetworkArgs, tokens: int, tp_size: int, element_size: int, residual_size: int) -> int:
-    """Bytes that one layer saves for backward on one rank: the sum of ``saved_tensors``."""
-    return sum(saved_tensors(network, tokens, tp_size, element_size, residual_size).values())
-
-
-def saved_tensors(
-    network: NetworkArgs, tokens: int, tp_size: int, element_size: int, residual_size: int
-) -> dict[str, int]:
-    """Bytes of what one layer saves for backward on one rank: its input and the fields of :class:`SavedActivations`.
-
-    Exact for the PyTorch and C++ kernels. Triton's save a seed of 8 bytes instead of the dropout mask.
-
-    Args:
-        network: widths, dropout and what is recomputed.
-        tokens: T of the group of ``tp_size`` ranks that shares the layer.
-        element_size: bytes of a number in the compute type.
-        residual_size: bytes of a number between the layers.
-    """
-    width, inner = network.hidden_size, network.num_attention_heads * network.kv_channels // tp_size
-    own_tokens = -(-tokens // tp_size) if network.sequence_parallel else tokens
-    layer_input = {"input": own_tokens * residual_size * width}
-    if network.recompute_layer:
-        return layer_input
-    return layer_input | {
-        "input_statistics": 2 * FLOAT32 * own_tokens,
-        "normalized": 0 if network.recompute_input_layernorm else own_tokens * element_size * width,
-        "projected": tokens * element_size * 4 * inner,
-        "u": 0 if network.recompute_input_silu else tokens * element_size * inner,
-        "vqk": 0 if network.recompute_input_silu else tokens * element_size * 3 * inner,
-        "attended": tokens * element_size * inner,
-        "output_statistics": 2 * FLOAT32 * tokens,
-        "dropout_mask": tokens * inner if network.hidden_dropout > 0 else 0,
-    }
 
 
 def split_gate(uvqk: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

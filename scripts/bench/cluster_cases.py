@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import estimate as script
 
 from hstu.base.figure import COLOURS, open_figure
-from hstu.estimate.simulate import COMPUTING, WAITING
+from hstu.estimate.cluster import COMPUTING, WAITING
 
 SIZES, FEW = ("64", "256", "1024", "4096"), ("64", "1024")
 EQUAL, UNEVEN = "configs/benchmark_ranking.gin", "configs/benchmark_ranking_balanced.gin"

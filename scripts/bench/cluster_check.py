@@ -16,23 +16,33 @@ import os
 import sys
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from harness import ROOT, command_line, publish
 from scaling_cpu import ALONE, CASES, Variant, World, start, variants_of
 
 from hstu.config.gin_io import load
+from hstu.estimate.cluster import COMPUTING, WAITING, fit_times, simulate_steps
+from hstu.estimate.dry_run import DryRuns
 from hstu.estimate.estimate import plan_for
 from hstu.estimate.machine import batch_seconds, this_cpu
 from hstu.estimate.plan import plan_cluster
-from hstu.estimate.simulate import COMPUTING, MAKING, WAITING, Steps, batch_times, simulate_steps
 from hstu.observe.logging import quiet_libraries
 
 CORES = sorted(os.sched_getaffinity(0))[:2]
 RANKS = (1, 2, 4)
 FITTED = 6
 """Batches that are timed for each number of ranks."""
+
+
+class Steps(NamedTuple):
+    """Simulated steps."""
+
+    seconds: np.ndarray
+    parts: dict[str, float]
+    tokens: float
+    flops: float
 
 
 def variants_for(case: str, ranks: int) -> dict[str, Variant]:
@@ -77,9 +87,11 @@ def simulate_here(case: str, ranks: int) -> tuple[dict[str, Steps], float]:
     timed = replace(first, steps=(chosen,))
     os.sched_setaffinity(0, CORES[:ranks])  # one thread per rank, as it is measured
     with this_cpu(timed, time.process_time) as machine:
-        making_s = batch_seconds(timed, time.process_time)
-        times = batch_times(timed, machine, plan_for(machine, timed), making_s)
-    return {name: simulate_steps(*each, times) for name, each in planned.items()}, times.worst
+        runs = DryRuns()
+        lines, worst = fit_times(timed, machine, plan_for(machine, timed, runs), runs)
+        lines[COMPUTING] += np.array([batch_seconds(timed, time.process_time), 0.0, 0.0])
+    found = {name: Steps(*simulate_steps(*each, lines, None, 0)) for name, each in planned.items()}
+    return found, worst
 
 
 def compare(case: str, steps: int, rounds: int) -> dict[str, Any]:
@@ -93,7 +105,7 @@ def compare(case: str, steps: int, rounds: int) -> dict[str, Any]:
         for variant, worked in measured[ranks].items():
             slowest, mean = worked.max(axis=0), worked.mean(axis=0)
             parts = of_ranks[variant].parts
-            expected = parts[COMPUTING] + parts[MAKING]
+            expected = parts[COMPUTING]
             rows.append({
                 "ranks": ranks,
                 "variant": variant,
@@ -122,9 +134,9 @@ def wall(case: str, simulated: dict[str, Steps]) -> list[dict[str, Any]]:
             "speed_up": row["speed_up"],
             "waiting_share": row["waiting_share"],
             "communication_share": row["communication_share"],
-            "simulated_speed_up": steps.tokens / steps.mean_s / (one.tokens / one.mean_s),
-            "simulated_waiting_share": steps.parts[WAITING] / steps.mean_s,
-            "simulated_communication_share": exchanged / steps.mean_s,
+            "simulated_speed_up": steps.tokens / steps.seconds.mean() / (one.tokens / one.seconds.mean()),
+            "simulated_waiting_share": steps.parts[WAITING] / float(steps.seconds.mean()),
+            "simulated_communication_share": exchanged / float(steps.seconds.mean()),
         })  # fmt: skip
     return rows
 

@@ -51,7 +51,6 @@ All are counted in the source.
 """
 PASSES = {"forward": 1.0, "backward": 2.5}
 """Counted operations of each pass, as a multiple of 2 · H · T² · d."""
-LAYER = ("residual and norm", "W_uvqk", "SiLU", "attention", "norm, gate, dropout", "W_o")
 PUBLISHED: dict[str, dict[int, float]] = {
     "forward": {512: 245, 1024: 409, 2048: 537, 4096: 622, 16384: 637},
     "backward": {512: 163, 1024: 256, 2048: 321, 4096: 360, 16384: 385},
@@ -156,8 +155,11 @@ def expected() -> list[dict[str, Any]]:
             for bound in (0, 1):
                 device_s = sum(both[bound] for both in attention_seconds(length).values())
                 found = whole(length, 3.5 * counted(length) / device_s / 1e12 / peak, layers)
-                layer_s = sum(found.computing[name] for name in LAYER)
-                rates.append(found.flops / layer_s / 1e12 if what == "layer" else found.tflops)
+                if what == "layer":  # what a second one adds
+                    more = whole(length, 3.5 * counted(length) / device_s / 1e12 / peak, 2 * layers)
+                    rates.append((more.flops - found.flops) / (more.step_s - found.step_s) / 1e12)
+                else:
+                    rates.append(found.tflops)
             add(what, length, published, *rates)
     for way, published in PUBLISHED_MS.items():
         milliseconds = (STEP_LAYERS * 1e3 * each for each in attention_seconds(STEP_LENGTH)[way])

@@ -16,8 +16,11 @@ from torch import Tensor
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.train_batch import TrainBatch
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.estimate import memory, traffic
+from hstu.estimate.data_parallel import held_weights, state_bytes
+from hstu.estimate.dry_run import DryRun, dry_run
+from hstu.estimate.estimate import transfers
 from hstu.estimate.plan import plan_workload
+from hstu.estimate.tables import plan_tables, replicated_bytes, table_bytes
 from hstu.estimate.workload import Workload
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.parallel.ddp import unwrap_dense
@@ -66,37 +69,36 @@ def case(name: str, launch: Sizes) -> tuple[Workload, list[dict[str, Any]]]:
     return plan_workload(config, ranks, ranks, "cpu"), [rank[name] for rank in counted(launch)]
 
 
+def run_of(workload: Workload, step: int) -> DryRun:
+    return dry_run(workload, workload.steps[step][0])
+
+
 @pytest.mark.parametrize(("name", "launch"), LAUNCHED)
 def test_what_stays_is_known_to_the_byte(name: str, launch: Sizes) -> None:
     workload, ranks = case(name, launch)
-    dense = sum(workload.dense_parameters.values())
-    rows, states = memory.table_bytes(workload, memory.plan_tables(workload))
+    run = run_of(workload, 0)
+    dense = 4 * sum(weight.elements for weight in run.weights.values())
+    held = 4 * sum(held_weights(workload, run).values())
+    replicated, _, replicated_states = replicated_bytes(workload, run)
+    is_sharded = workload.dense_sharding == "weights"
     for rank in ranks:
-        held = 4 * sum(memory.held_weights(workload).values())
-        is_sharded = workload.dense_sharding == "weights"
-        assert rank["gradients"] == (held if is_sharded else 4 * dense)
-        assert rank["weights"] == (held if is_sharded else 4 * dense) + 4 * workload.replicated_elements
-    assert max(rank["states"] for rank in ranks) == memory.dense_state_bytes(workload)
-    assert max((rank["tables"], rank["table states"]) for rank in ranks) == (rows, states)
+        assert rank["gradients"] == (held if is_sharded else dense)
+        assert rank["weights"] == (held if is_sharded else dense) + replicated
+    assert max(rank["states"] for rank in ranks) == state_bytes(workload, run) + replicated_states
+    assert max((rank["tables"], rank["table states"]) for rank in ranks) == table_bytes(workload, plan_tables(workload))
 
 
 @pytest.mark.parametrize(("name", "launch"), LAUNCHED)
 def test_what_backward_needs_is_known_within_a_tenth(name: str, launch: Sizes) -> None:
     workload, ranks = case(name, launch)
-    batch = workload.steps[0][0]
-    expected = (
-        memory.saved_by_layers(workload, batch)
-        + memory.input_bytes(workload, batch)
-        + memory.task_bytes(workload, batch, workload.pool(batch))[0]
-    )
-    assert ranks[0]["activations"] == pytest.approx(expected, rel=0.1)
+    assert ranks[0]["activations"] == pytest.approx(run_of(workload, 0).recording.saved, rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "launch"), [one for one in LAUNCHED if max(one.values[1][1:]) > 1])
 def test_what_is_exchanged_is_known_within_a_fifth(name: str, launch: Sizes) -> None:
     workload, ranks = case(name, launch)
     expected: Counter[str] = Counter()
-    for transfer in traffic.transfers(workload, workload.steps[2][0], memory.plan_tables(workload)):
+    for transfer in transfers(workload, run_of(workload, 2), plan_tables(workload)):
         # gloo sums whole tensors where a part would do
         expected[transfer.kind.replace("reduce_scatter", "all_reduce")] += transfer.payload
     busiest = {kind: max(rank["exchanged"].get(kind, 0) for rank in ranks) for kind in expected}

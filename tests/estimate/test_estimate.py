@@ -10,12 +10,15 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs
 from hstu.config.gin_io import load
 from hstu.estimate import machine
-from hstu.estimate.dense_operators import ATTENTION
-from hstu.estimate.estimate import as_text, estimate, size
-from hstu.estimate.memory import beside_tables, held_weights, plan_tables
-from hstu.estimate.operators import operators
+from hstu.estimate.data_parallel import held_weights
+from hstu.estimate.dry_run import dry_run, real_step
+from hstu.estimate.estimate import as_text, estimate, size, transfers
+from hstu.estimate.memory import beside_tables
 from hstu.estimate.plan import plan_workload
-from hstu.estimate.traffic import Transfer, transfers
+from hstu.estimate.record import ATTENTION, Operator
+from hstu.estimate.tables import plan_tables
+from hstu.estimate.transfer import Transfer
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.table_plan import TableRoom, TablesDoNotFit
 from tests.estimate.runs import run_config
 
@@ -82,14 +85,15 @@ def test_shard_groups_within_hosts_hold_more_and_send_less_between_hosts() -> No
     for ranks in (None, 4):
         bindings = ["DataParallelArgs.sharding = 'weights'", f"DataParallelArgs.shard_group_size = {ranks}"]
         workload = plan_workload(run_config(bindings=bindings), 16, 4, "cuda")
+        run = dry_run(workload, workload.typical)
         sent = {
             transfer.name: transfer.sent(workload.ranks_on_host(transfer.group, transfer.ranks))
-            for transfer in transfers(workload, workload.typical, ())
+            for transfer in transfers(workload, run, ())
             if transfer.group in ("shards", "replicas")
         }
-        held[ranks] = 4 * sum(held_weights(workload).values())
+        held[ranks] = 4 * sum(held_weights(workload, run).values())
         within[ranks], between[ranks] = ({name: each[side] for name, each in sent.items()} for side in (0, 1))
-    dense = 4 * sum(workload.dense_parameters.values())
+    dense = 4 * sum(weight.elements for weight in run.weights.values())
     assert held[None] == pytest.approx(dense / 16, rel=0.02) and held[4] == pytest.approx(dense / 4, rel=0.02)
     forward, gradients = "dense weights in forward", "gradients of the dense part"
     assert between[4].pop("their parts, between groups") == pytest.approx(2 * dense / 4 * 3 / 4, rel=0.02)
@@ -112,20 +116,24 @@ def test_each_layer_costs_what_its_span_costs() -> None:
     costs = []
     for spans in ("None", "(8, None)", "8"):
         workload = plan_workload(run_config(bindings=[f"NetworkArgs.max_attention_span = {spans}"]), 1, 1, "cuda")
-        attention = [op for op in operators(workload, workload.largest, ()) if op.name == ATTENTION]
-        assert sum(op.times for op in attention) == 2
-        costs.append(sum(op.cost.flops * op.times for op in attention))
+        events = dry_run(workload, workload.largest).recording.events
+        attention = [op for op in events if isinstance(op, Operator) and op.name == ATTENTION]
+        assert len(attention) == 2 * 2, "forward and backward of two layers"
+        costs.append(sum(op.cost.flops for op in attention))
     assert costs[0] > costs[1] > costs[2]
     assert costs[0] - costs[1] == pytest.approx(costs[1] - costs[2])
 
 
 def test_a_bfloat16_residual_takes_half_the_bytes_between_the_layers() -> None:
     chosen = {
-        wanted: ["NetworkArgs.dtype_str = 'bfloat16'", f"NetworkArgs.bfloat16_residual = {wanted}"]
+        wanted: [
+            "NetworkArgs.dtype_str = 'bfloat16'",
+            f"NetworkArgs.bfloat16_residual = {wanted}",
+            "NetworkArgs.kernel_backend = 'triton'",
+        ]
         for wanted in (False, True)
     }
     wide, narrow = (plan_workload(run_config(bindings=bindings), 1, 1, "cuda") for bindings in chosen.values())
-    assert (wide.residual_size, narrow.residual_size) == (4, 2)
     wide_run, narrow_run = estimate(wide, H100), estimate(narrow, H100)
     assert narrow_run.memory["activations"] < wide_run.memory["activations"]
     assert narrow_run.computing["residual and norm"] < wide_run.computing["residual and norm"]
@@ -140,7 +148,7 @@ def test_micro_batches_take_the_activations_of_one_of_them() -> None:
         )
     )
     assert parts.memory["activations"] < whole.memory["activations"] / 3
-    assert parts.memory["looked-up rows"] == whole.memory["looked-up rows"]
+    assert parts.memory["looked-up rows"] == pytest.approx(whole.memory["looked-up rows"], rel=0.1)
     assert parts.tokens == whole.tokens and parts.flops == whole.flops
 
 
@@ -160,7 +168,7 @@ def test_kuairand_27k_is_planned_on_one_h100_beside_its_step(tmp_path) -> None:
     assert beside > 5e9, "activations of 32 sequences of 4,096 items"
     tables = plan_tables(workload, TableRoom(int(0.95 * 84e9) - beside, 10**12, beside))
     assert 32.8e9 < sum(4 * rows * columns for table in tables for _, rows, columns in table.shards) < 33e9
-    with pytest.raises(TablesDoNotFit, match=r"video_id needs 32\.9\d GB .* A rank has 30\.\d\d GB"):
+    with pytest.raises(TablesDoNotFit, match=r"video_id needs 32\.9\d GB .* A rank has 31\.\d\d GB"):
         plan_tables(workload, TableRoom(int(40e9) - beside, 10**12, beside))
 
 
@@ -202,7 +210,7 @@ def test_own_data_that_is_not_there_must_name_its_features(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
-def test_a_cpu_is_measured_operator_by_operator(task: str) -> None:
+def test_a_cpu_is_measured_by_steps_without_exchanges(task: str) -> None:
     workload = plan_workload(run_config(task, bindings=["NetworkArgs.max_attention_span = (8, None)"]), 2, 2, "cpu")
     with machine.this_cpu(workload) as cpu:
         found = estimate(workload, cpu, machine.batch_seconds(workload))
@@ -211,23 +219,28 @@ def test_a_cpu_is_measured_operator_by_operator(task: str) -> None:
     assert found.step["exchange for tables"] > 0
 
 
-def test_operators_are_timed_with_the_kernels_of_the_run() -> None:
+def test_a_step_is_timed_with_the_kernels_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if another backend served them."""
+    attention, calls = REFERENCE_KERNELS.attention, []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return attention.forward(*args)
+
+    kernels = dataclasses.replace(REFERENCE_KERNELS, attention=dataclasses.replace(attention, forward=counted))
+    monkeypatch.setattr("hstu.estimate.dry_run.select_kernels", lambda *args: kernels)
     workload = plan_workload(run_config(), 1, 1, "cpu")
-    kernels, calls = workload.cpu_kernels, []
-    attention, gate = kernels.attention, kernels.norm_mul_dropout
+    with real_step(workload, workload.typical) as (step, _):
+        step()
+    assert len(calls) == workload.config.network.num_layers
 
-    def counted(kernel: Any) -> Any:
-        return lambda *args, **options: (calls.append(kernel), kernel(*args, **options))[1]
 
-    workload.__dict__["cpu_kernels"] = dataclasses.replace(  # as if another backend served them
-        kernels,
-        attention=dataclasses.replace(attention, forward=counted(attention.forward)),
-        norm_mul_dropout=dataclasses.replace(gate, forward=counted(gate.forward)),
-    )
-    for op in operators(workload, workload.typical, ()):
-        if op.name in (ATTENTION, "norm, gate, dropout"):
-            op.prepare(None).run()  # type: ignore[arg-type]
-    assert {attention.forward, gate.forward} == set(calls)
+def test_a_layer_of_any_kind_is_counted_without_a_line_here() -> None:
+    """Operators that no file of the estimate names: the arithmetic of the products is what the training log counts."""
+    workload = plan_workload(run_config(), 1, 1, "cuda")
+    events = dry_run(workload, workload.typical).recording.events
+    flops = sum(event.cost.flops for event in events if isinstance(event, Operator))
+    assert workload.flops(workload.typical) < flops < 1.1 * workload.flops(workload.typical), "and the head's"
 
 
 def test_numbers_of_a_machine_can_be_set() -> None:

@@ -73,15 +73,29 @@ def simulate(
     plan, largest = plan_for(machine, workload, runs), runs.of(workload, workload.largest)
     fitted = fit_times(workload, machine, plan, runs)
     seconds, parts, tokens, flops = simulate_steps(workload, draws, fitted[0], steps, seed)
-    saves = checkpoint_times(workload, plan, largest, machine)
-    stall, write, load = saves[1:]
+    total, stall, write, load = checkpoint_times(workload, plan, largest, machine)
     mtbf, mean = 3600 * machine.mtbf_hours / workload.world_size, float(seconds.mean())
     every = max(1, round(best_interval(stall, write, mtbf) / mean))
     kept, saving = goodput(every * mean, (stall, write, load), mtbf, machine.restart_s, seed)
     shares = {part: kept * each / mean for part, each in parts.items()} | {SAVING: saving, LOST: 1 - kept - saving}
-    needed, late = sum(memory(workload, plan, largest).values()), float(np.quantile(seconds, 0.95))
-    speed = fitted[1], tokens / mean, flops / mean / 1e12
-    return Cluster(workload.world_size, needed, mean, late, len(seconds), parts, *speed, *saves, every, kept, shares)
+    return Cluster(
+        gpus=workload.world_size,
+        memory=sum(memory(workload, plan, largest).values()),
+        step_s=mean,
+        step_s_95=float(np.quantile(seconds, 0.95)),
+        steps=len(seconds),
+        parts_s=parts,
+        fit_error=fitted[1],
+        tokens_per_s=tokens / mean,
+        tflops=flops / mean / 1e12,
+        checkpoint=total,
+        stall_s=stall,
+        write_s=write,
+        load_s=load,
+        save_every_steps=every,
+        goodput=kept,
+        shares=shares,
+    )
 
 
 def fit_times(

@@ -8,7 +8,7 @@ The tables are left out: rows come from nowhere. So is what data parallelism add
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -189,7 +189,7 @@ class _WithoutTables(GRModel):
 
     def __init__(
         self,
-        specs: Sequence[TableSpec],
+        specs: tuple[TableSpec, ...],
         task: nn.Module,
         keys: tuple[str, ...],
         roles: FeatureRoles,

@@ -198,7 +198,7 @@ class ThisCpu(Machine):
                 update(*args)
                 updates.append(self.clock() - begun)
 
-            optimizers.step = timed  # type: ignore[method-assign]
+            optimizers.step = timed  # type: ignore[method-assign, assignment]
             whole = seconds_of(step, self.clock)
         updating = statistics.median(updates)
         found = {"forward and backward": more * (whole - updating), UPDATE: updating / workload.shard_group_size}

@@ -165,7 +165,7 @@ class _FakeAddLayerNorm:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See AddLayerNormForward."""
         cost, others = (
-            costs.add_layer_norm(*x.shape, dtype.itemsize, x.element_size()),
+            costs.add_layer_norm(len(x), x.shape[1], dtype.itemsize, x.element_size()),
             () if update is None else (update,),
         )
         self.report("residual and norm", cost.forward, x, *others)
@@ -183,7 +183,7 @@ class _FakeAddLayerNorm:
         update_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """See AddLayerNormBackward."""
-        cost = costs.add_layer_norm(*total.shape, grad.element_size(), total.element_size())
+        cost = costs.add_layer_norm(len(total), total.shape[1], grad.element_size(), total.element_size())
         self.report("residual and norm", cost.backward, grad, grad_total, total)
         grad_x = torch.empty_like(total)
         grad_update = grad_x
@@ -240,7 +240,7 @@ class _FakeSampledSoftmax(_FakeSoftmax):
         ctx: Any, report: Report, queries: Tensor, positives: Tensor, pool: Tensor, draws: Tensor, *others: Any
     ) -> Tensor:
         """See hstu.ops.functional.sampled_softmax_loss."""
-        report("loss", costs.sampled_softmax(*draws.shape, pool.shape[1]), queries, positives, pool)
+        report("loss", costs.sampled_softmax(len(draws), draws.shape[1], pool.shape[1]), queries, positives, pool)
         scores = [queries.new_empty(draws.shape) for _ in range(2)]
         in_order = [draws.new_empty(draws.shape, dtype=torch.int64) for _ in range(4)]
         del scores, in_order

@@ -25,7 +25,7 @@ from hstu.config.option import options_of
 from hstu.config.run_config import RunDraft
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate import preflight
-from hstu.estimate.memory import beside_tables_of_run, memory
+from hstu.estimate.memory import beside_tables, beside_tables_of_run
 from hstu.estimate.opened import Opened
 from hstu.estimate.plan import plan_workload
 from hstu.estimate.preflight import PREFLIGHT_RULES
@@ -291,7 +291,7 @@ def planned_beside(mesh: Mesh, store: str, output: str) -> tuple[int, int]:
 
     tables.room_of_rank = as_on_a_gpu
     build_trainer(config, mesh, beside_tables_of_run).run_directory.close()
-    return found[0], sum(memory(plan_workload(config, 1, 1, "cpu"), ()).values())
+    return found[0], beside_tables(plan_workload(config, 1, 1, "cpu"))
 
 
 def test_a_run_plans_its_tables_beside_what_its_step_needs(store: SequenceStore, tmp_path: Path) -> None:

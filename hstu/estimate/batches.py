@@ -8,9 +8,8 @@ import pickle
 import numpy as np
 
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
-from hstu.data.batches.collate import Assembler
+from hstu.data.batches.collate import Assembler, Rows
 from hstu.data.batches.loader import pack
-from hstu.data.batches.rows import Rows
 from hstu.data.batches.train_batch import TrainBatch, merge_ranks, pool_feature_positions, split_micro_batches
 from hstu.data.sampling.sampler import START, BatchPlan
 from hstu.estimate.workload import Batch, Workload

@@ -16,20 +16,21 @@ from torch import Tensor
 from hstu.ops import costs
 from hstu.ops.costs import Cost, TwoPasses
 from hstu.ops.kernels import (
+    AddLayerNormInputs,
     AddLayerNormKernels,
-    AttentionConfig,
+    AttentionInputs,
     AttentionKernels,
     Backend,
-    GateConfig,
+    GateInputs,
     GateKernels,
+    Gradient,
     Kernels,
-    Preactivation,
+    Negatives,
     ProjectionKernels,
     RelativeBias,
 )
-from hstu.ops.layout import JaggedLayout
+from hstu.ops.pytorch import softmax_loss
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.pytorch.softmax_loss import SoftmaxLoss
 
 Report = Callable[..., None]
 """Called with the name of an operator, the cost of one of its passes, and the tensors that it reads."""
@@ -42,11 +43,16 @@ def fake_kernels(backend: Backend, report: Report) -> Kernels:
     """
     fused = backend in (Backend.TRITON, Backend.CUTLASS)
     attention = _FakeAttention(report, backend is Backend.PYTORCH)
+
+    def loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
+        result: Tensor = _FakeSoftmax.apply(queries, positives, pool, negatives, report)
+        return result
+
     found = replace(
         REFERENCE_KERNELS,
         attention=AttentionKernels(attention.forward, attention.backward, backend is not Backend.CPU),
-        sampled_softmax_loss=_FakeSampledSoftmax.reporting(report),
-        pool_softmax_loss=_FakePoolSoftmax.reporting(report),
+        sampled_softmax_loss=loss,
+        pool_softmax_loss=loss,
     )
     if backend is not Backend.PYTORCH:
         gate = _FakeGate(report, saves_seed=fused)
@@ -67,41 +73,30 @@ class _FakeAttention:
     def __init__(self, report: Report, copies: bool) -> None:
         self.report, self.copies = report, copies
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: JaggedLayout, config: AttentionConfig, bias: RelativeBias | None
-    ) -> Tensor:
+    def forward(self, inputs: AttentionInputs) -> Tensor:
         """See AttentionForward."""
-        self.report("attention", self._cost(q, layout, config).forward, q, k, v)
-        copies = self._copies(q, 4)
+        self.report("attention", self._cost(inputs).forward, inputs.q, inputs.k, inputs.v)
+        copies = self._copies(inputs.q, 4)
         del copies[:3]
-        return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        return torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
 
     def backward(
-        self,
-        grad: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: JaggedLayout,
-        config: AttentionConfig,
-        bias: RelativeBias | None,
-        grads: tuple[Tensor, Tensor, Tensor],
-        before_silu: tuple[Preactivation, Preactivation, Preactivation] | None = None,
+        self, grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]
     ) -> RelativeBias | None:
         """See AttentionBackward."""
-        self.report("attention", self._cost(q, layout, config).backward, grad, q, k, v)
-        copies = self._copies(q, 7)  # of q, k, v and the gradient, and the three gradients
+        self.report("attention", self._cost(inputs).backward, grad, inputs.q, inputs.k, inputs.v)
+        copies = self._copies(inputs.q, 7)  # of q, k, v and the gradient, and the three gradients
         del copies
-        if bias is None:
-            return None
-        return RelativeBias(torch.empty_like(bias.position_weight), torch.empty_like(bias.time_weight))
+        bias = inputs.bias
+        return bias and RelativeBias(torch.empty_like(bias.position_weight), torch.empty_like(bias.time_weight))
 
     def _copies(self, q: Tensor, count: int) -> list[Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
         return [torch.empty(q.shape, dtype=wide, device=q.device) for _ in range(count if self.copies else 0)]
 
     @staticmethod
-    def _cost(q: Tensor, layout: JaggedLayout, config: AttentionConfig) -> TwoPasses:
+    def _cost(inputs: AttentionInputs) -> TwoPasses:
+        q, config, layout = inputs.q, inputs.config, inputs.layout
         window = costs.Window(config.max_span, config.full_tokens, layout.num_contextuals)
         lengths, candidates = layout.seqlens, layout.num_candidate_tokens_host
         _, heads, width = q.shape
@@ -114,44 +109,32 @@ class _FakeGate:
     def __init__(self, report: Report, saves_seed: bool) -> None:
         self.report, self.saves_seed = report, saves_seed
 
-    def forward(
-        self, x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
         """See GateForward."""
-        self.report("norm, gate, dropout", self._cost(x).forward, x, u)
+        x, config, shape = inputs.x, inputs.config, inputs.x.flatten(1).shape
+        self.report("norm, gate, dropout", self._cost(x).forward, x, inputs.u)
         statistics, mask = x.new_empty((2, len(x)), dtype=torch.float32), None
         if config.comm.tp_size > 1:
             config.comm.all_gather(statistics)
         if config.dropout > 0:
-            mask = x.new_empty(() if self.saves_seed else x.flatten(1).shape, dtype=_mask_type(self.saves_seed))
-        return x.new_empty(x.flatten(1).shape), statistics, mask
+            dtype = torch.int64 if self.saves_seed else torch.bool
+            mask = x.new_empty(() if self.saves_seed else shape, dtype=dtype)
+        return x.new_empty(shape), statistics, mask
 
     def backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        u: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        config: GateConfig,
-        statistics: Tensor,
-        dropout_mask: Tensor | None,
-        grad_u: Tensor,
-        before_silu: Preactivation | None = None,
+        self, grad: Tensor, inputs: GateInputs, statistics: Tensor, dropout_mask: Tensor | None, grad_u: Gradient
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See GateBackward."""
-        self.report("norm, gate, dropout", self._cost(x).backward, grad, x, u)
-        if config.comm.tp_size > 1:
-            config.comm.all_gather(torch.empty_like(statistics))
-        return x.new_empty(x.flatten(1).shape), torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        x, comm = inputs.x, inputs.config.comm
+        self.report("norm, gate, dropout", self._cost(x).backward, grad, x, inputs.u)
+        if comm.tp_size > 1:
+            comm.all_gather(torch.empty_like(statistics))
+        affine = torch.empty_like(inputs.weight), torch.empty_like(inputs.bias)
+        return x.new_empty(x.flatten(1).shape), torch.empty_like(x), *affine
 
     @staticmethod
     def _cost(x: Tensor) -> TwoPasses:
         return costs.norm_mul_dropout(len(x), x.shape[1] * x.shape[2], x.element_size())
-
-
-def _mask_type(saves_seed: bool) -> torch.dtype:
-    return torch.int64 if saves_seed else torch.bool
 
 
 class _FakeAddLayerNorm:
@@ -160,36 +143,30 @@ class _FakeAddLayerNorm:
     def __init__(self, report: Report) -> None:
         self.report = report
 
-    def forward(
-        self, x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, inputs: AddLayerNormInputs) -> tuple[Tensor, Tensor, Tensor]:
         """See AddLayerNormForward."""
-        cost, others = (
-            costs.add_layer_norm(len(x), x.shape[1], dtype.itemsize, x.element_size()),
-            () if update is None else (update,),
-        )
+        x, others = inputs.x, () if inputs.update is None else (inputs.update,)
+        cost = costs.add_layer_norm(len(x), x.shape[1], inputs.dtype.itemsize, x.element_size())
         self.report("residual and norm", cost.forward, x, *others)
-        total = x if update is None else torch.empty_like(x)
-        return total, x.new_empty(x.shape, dtype=dtype), x.new_empty((2, len(x)), dtype=torch.float32)
+        total = torch.empty_like(x) if others else x
+        return total, x.new_empty(x.shape, dtype=inputs.dtype), x.new_empty((2, len(x)), dtype=torch.float32)
 
     def backward(
         self,
         grad: Tensor,
         grad_total: Tensor,
-        total: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        inputs: AddLayerNormInputs,
         statistics: Tensor,
         update_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """See AddLayerNormBackward."""
+        total = inputs.x
         cost = costs.add_layer_norm(len(total), total.shape[1], grad.element_size(), total.element_size())
         self.report("residual and norm", cost.backward, grad, grad_total, total)
-        grad_x = torch.empty_like(total)
-        grad_update = grad_x
+        grad_x = grad_update = torch.empty_like(total)
         if update_dtype is not None and update_dtype != total.dtype:
             grad_update = torch.empty_like(total, dtype=update_dtype)
-        affine = torch.empty_like(weight), torch.empty_like(bias)
+        affine = torch.empty_like(inputs.weight), torch.empty_like(inputs.bias)
         return grad_x, None if update_dtype is None else grad_update, *affine
 
 
@@ -213,49 +190,26 @@ class _FakeProjection:
         return torch.empty_like(projected)
 
 
-class _FakeSoftmax(SoftmaxLoss):
-    """What the softmax losses share: gradients that are saved in forward."""
+class _FakeSoftmax(softmax_loss.SoftmaxLoss):
+    """The softmax losses, whose forward saves the gradients.
 
-    @classmethod
-    def reporting(cls, report: Report) -> Callable[..., Tensor]:
-        """The differentiable loss, which calls ``report`` in forward."""
-
-        def loss(*args: Any) -> Tensor:
-            result: Tensor = cls.apply(report, *args)
-            return result
-
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients."""
-        return None, *SoftmaxLoss.backward(ctx, grad_loss)[: len(ctx.needs_input_grad) - 1]
-
-
-class _FakeSampledSoftmax(_FakeSoftmax):
-    """Softmax of each query over negatives of its own: scores, their weights, and the draws sorted by row."""
+    With negatives of each query's own there are scores, their weights, and the draws sorted by row; with a whole pool
+    there is a block of scores at a time.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, report: Report, queries: Tensor, positives: Tensor, pool: Tensor, draws: Tensor, *others: Any
+        ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives, report: Report
     ) -> Tensor:
-        """See hstu.ops.functional.sampled_softmax_loss."""
-        report("loss", costs.sampled_softmax(len(draws), draws.shape[1], pool.shape[1]), queries, positives, pool)
-        scores = [queries.new_empty(draws.shape) for _ in range(2)]
-        in_order = [draws.new_empty(draws.shape, dtype=torch.int64) for _ in range(4)]
-        del scores, in_order
-        ctx.save_for_backward(*map(torch.empty_like, (queries, positives, pool)))
-        return queries.new_empty(())
-
-
-class _FakePoolSoftmax(_FakeSoftmax):
-    """Softmax of each query over a whole pool, of which a block of scores exists at a time."""
-
-    @staticmethod
-    def forward(ctx: Any, report: Report, queries: Tensor, positives: Tensor, pool: Tensor, *others: Any) -> Tensor:
-        """See hstu.ops.functional.pool_softmax_loss."""
-        report("loss", costs.pool_softmax(len(queries), len(pool), pool.shape[1]), queries, positives, pool)
-        block = pool.new_empty(min(len(queries) * len(pool), 1 << 20))
-        del block
+        """See hstu.ops.functional.softmax_loss."""
+        draws, width = negatives.draws, pool.shape[1]
+        if draws is None:
+            report("loss", costs.pool_softmax(len(queries), len(pool), width), queries, positives, pool)
+            blocks = [pool.new_empty(min(len(queries) * len(pool), 1 << 20))]
+        else:
+            report("loss", costs.sampled_softmax(len(draws), draws.shape[1], width), queries, positives, pool)
+            blocks = [queries.new_empty(draws.shape) for _ in range(2)]
+            blocks += [draws.new_empty(draws.shape, dtype=torch.int64) for _ in range(4)]
+        del blocks
         ctx.save_for_backward(*map(torch.empty_like, (queries, positives, pool)))
         return queries.new_empty(())

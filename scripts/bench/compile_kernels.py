@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import command_line, to_json
-
-from hstu.ops.triton.compile_ahead import Compiled
+from kernel_variants import Compiled, compile_launch, read_cutlass_kernel, record, variants
 
 Row = dict[str, Any]
 IsChosen = Callable[[Row], bool]
@@ -35,8 +34,6 @@ WIDE = 128
 
 def triton_rows(is_chosen: IsChosen, known: list[Row]) -> Iterator[Row]:
     """One row per kernel, variant, configuration and compute capability. Repeated launches are listed once."""
-    from hstu.ops.triton.compile_ahead import compile_launch, record, variants
-
     seen = set()
     for capability, configurations in TRITON_CONFIGURATIONS.items():
         for variant in variants():
@@ -56,10 +53,11 @@ def triton_rows(is_chosen: IsChosen, known: list[Row]) -> Iterator[Row]:
 
 def cutlass_rows(is_chosen: IsChosen, known: list[Row]) -> Iterator[Row]:
     """One row per kernel, head dim and compute capability, in bfloat16."""
-    from hstu.ops.cutlass.attention import variants
-    from hstu.ops.cutlass.compile_ahead import compile_variant, kernel_name
+    from hstu.ops.cutlass.attention import compile_ahead
+    from hstu.ops.cutlass.attention import variants as cutlass_variants
+    from hstu.ops.cutlass.compile_ahead import kernel_name
 
-    for variant in variants():
+    for variant in cutlass_variants():
         described = {"op": ATTENTION, "head_dim": variant.head_dim, "capability": variant.capability}
         if not is_chosen(described):
             yield from _same(known, kernel=kernel_name(variant), head_dim=variant.head_dim)
@@ -67,7 +65,13 @@ def cutlass_rows(is_chosen: IsChosen, known: list[Row]) -> Iterator[Row]:
         print(f"{kernel_name(variant)} {variant.head_dim}", file=sys.stderr)
         dtype = str(variant.dtype).removeprefix("torch.")
         output = CUTLASS_OUTPUTS[variant.kernel.value]
-        yield row_of(compile_variant(variant), head_dim=variant.head_dim, output=output, dtype=dtype, is_default=True)
+        yield row_of(
+            read_cutlass_kernel(variant, *compile_ahead(variant)),
+            head_dim=variant.head_dim,
+            output=output,
+            dtype=dtype,
+            is_default=True,
+        )
 
 
 def _same(known: list[Row], **described: Any) -> Iterator[Row]:

@@ -16,7 +16,7 @@ from hstu.config.args import NetworkArgs
 from hstu.model.stack import FusedHSTULayer
 from hstu.ops.cutlass.schedule import Rows
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.triton.compile_ahead import Compiled
+from scripts.bench.kernel_variants import Compiled
 from tests.conftest import REPOSITORY
 from tests.ops.backends import hstu_attention
 

@@ -1,244 +1,31 @@
-"""Compile every kernel without a GPU, exactly as its host function would launch it.
+"""Compile recorded launches without a GPU, exactly as they would be launched, into Triton's cache.
 
-:func:`variants` lists the operators in the variants that training uses. :func:`record` runs the host functions of a
-variant and records their launches. :func:`compile_kernel` compiles a recorded launch as Triton does at a launch, into
-Triton's cache. :func:`compile_launch` also reads registers, spills and instructions from the machine code.
-:func:`jobs` lists what the self check of a run launches.
+:func:`jobs` lists the kernels that the self check of a run launches.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import triton
-from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
-from hstu.ops.comm import LayerComm
 from hstu.ops.compile_ahead import Job
-from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
-from hstu.ops.kernels import (
-    AddLayerNormInputs,
-    AttentionConfig,
-    GateConfig,
-    KernelShapes,
-    Negatives,
-    RelativeBias,
-    SeenItems,
-)
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, build_layout, token_order
+from hstu.ops.kernels import KernelShapes
 from hstu.ops.triton.launch import Launch, recorded_launches
 from hstu.ops.triton.new_rows import start_rows
-from hstu.ops.triton.operators import OPERATORS
 from hstu.ops.triton.self_check import checks
 from hstu.ops.triton.slots import DeviceSlots
 
 WARP_SIZE = 32
-HEADS = 2
-LENGTHS = np.array([48, 16])
-HIDDEN = 1024
-
-
-@dataclass(frozen=True)
-class Variant:
-    """An example of one operator, forward and backward."""
-
-    op: str
-    head_dim: int
-    """0 for an operator without heads."""
-    description: str
-    run: Callable[[], None]
-
-
-def record(variant: Variant, capability: int) -> list[Launch]:
-    """The launches of a variant on a GPU of compute capability ``capability`` (90 for 9.0)."""
-    with recorded_launches(divmod(capability, 10)) as launches:
-        variant.run()
-    return launches
-
-
-def variants() -> list[Variant]:
-    """All operators in the variants that training uses."""
-    return [
-        *(_attention(width, torch.bfloat16, *parts) for width in (16, 32, 64, 128, 256) for parts in ATTENTION_PARTS),
-        *(_attention(width, torch.float32, *parts) for width in (64, 128) for parts in ATTENTION_PARTS[::2]),
-        *(_attention(64, torch.bfloat16, *parts) for parts in WINDOW_PARTS),
-        *(_add_layer_norm(residual) for residual in (torch.float32, torch.bfloat16)),
-        *(_norm(width, split) for width in (64, 256) for split in (False, True)),
-        Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, bfloat16", lambda: _run_uvqk(torch.bfloat16)),
-        Variant("uvqk", 256, f"{HIDDEN} → {HEADS} × 4 × 256, float32", lambda: _run_uvqk(torch.float32)),
-        Variant("activate", 256, f"{HEADS} × 4 × 256, bfloat16", _run_activate),
-        Variant("jagged_concat", 0, f"[T, {HIDDEN}], float32", _run_jagged),
-        Variant("add_positions", 0, f"[T, {HIDDEN}], float32", _run_positions),
-        *(
-            Variant(
-                op,
-                0,
-                f"[M, {width}], float32{', seen items masked' if masks else ''}",
-                lambda op=op, width=width, masks=masks: _run_softmax(op, width, masks),  # type: ignore[misc]
-            )
-            for op in ("pool_softmax_loss", "sampled_softmax_loss")
-            for width in (64, 256)
-            for masks in (False, True)
-        ),
-        *(Variant("slots", 0, policy, lambda policy=policy: _run_slots(policy)) for policy in ("lru", "lfu")),  # type: ignore[misc]
-    ]
-
-
-ATTENTION_PARTS = (("causal",), ("causal", "context", "candidates"), ("causal", "bias"), ("bidirectional", "bias"))
-WINDOW_PARTS = (("causal", "context", "candidates", "window"), ("causal", "window", "bias"))
-
-
-def _attention(head_dim: int, dtype: torch.dtype, *parts: str) -> Variant:
-    description = f"{', '.join(parts)}, {str(dtype).removeprefix('torch.')}"
-    return Variant("hstu_attention", head_dim, description, lambda: _run_attention(head_dim, dtype, parts))
-
-
-def _run_attention(head_dim: int, dtype: torch.dtype, parts: tuple[str, ...]) -> None:
-    layout = _layout(contextuals=2 * ("context" in parts), candidates=4 * ("candidates" in parts))
-    projected = torch.zeros(layout.num_tokens, HEADS, 4, head_dim, dtype=dtype, requires_grad=True)[:, :, 1:]
-    bias = None
-    if "bias" in parts:
-        bias = RelativeBias(*(torch.zeros(n, requires_grad=True) for n in (2 * 64 - 1, NUM_TIME_BUCKETS)))
-    window = {"max_span": 20, "full_tokens": 9} if "window" in parts else {}
-    config = AttentionConfig(head_dim**-0.5, 64, "causal" in parts, True, **window)
-    out = projected_attention(projected, _zeros(HEADS, 3, head_dim), layout, config, bias, OPERATORS["attention"])
-    out.backward(torch.zeros_like(out))
-
-
-class _TwoEqualRanks(LayerComm):
-    """Stands in for two ranks with equal values, to compile the kernels of tensor parallelism in one process."""
-
-    tp_size = 2
-
-    def all_gather(self, own: Tensor) -> Tensor:
-        """See :class:`LayerComm`."""
-        return torch.stack([own, own])
-
-
-def _norm(head_dim: int, split: bool) -> Variant:
-    where = "heads on 2 ranks" if split else "one rank"
-    return Variant("norm_mul_dropout", head_dim, f"{HEADS} heads, {where}", lambda: _run_norm(head_dim, split))
-
-
-def _run_norm(head_dim: int, split: bool) -> None:
-    _, x, u, _ = _zeros(64, HEADS, 4, head_dim, dtype=torch.bfloat16).unbind(2)
-    shift, weight, bias = _zeros(HEADS, head_dim), _zeros(HEADS * head_dim), _zeros(HEADS * head_dim)
-    config = GateConfig(1e-5, 0.2, _TwoEqualRanks() if split else LayerComm())
-    projected_gate(x, u, shift, weight, bias, config, OPERATORS["norm_mul_dropout"]).float().sum().backward()
-
-
-def _add_layer_norm(residual: torch.dtype) -> Variant:
-    description = f"[T, {HIDDEN}], {str(residual).removeprefix('torch.')} residual, bfloat16 update"
-    return Variant("add_layer_norm", 0, description, lambda: _run_add_layer_norm(residual))
-
-
-def _run_add_layer_norm(residual: torch.dtype) -> None:
-    x, update = _zeros(64, HIDDEN, dtype=residual), _zeros(64, HIDDEN, dtype=torch.bfloat16)
-    for added in (None, update):  # the first layer has nothing to add
-        inputs = AddLayerNormInputs(x, added, _zeros(HIDDEN), _zeros(HIDDEN), 1e-5, torch.bfloat16)
-        both = add_layer_norm(inputs, OPERATORS["add_layer_norm"])
-        torch.cat(both).sum().backward()
-
-
-def _run_uvqk(dtype: torch.dtype) -> None:
-    width = HEADS * 4 * 256
-    x, weight, bias = (_zeros(*shape, dtype=dtype) for shape in ((64, HIDDEN), (width, HIDDEN), (width,)))
-    project_uvqk(x, weight, bias, OPERATORS["project_uvqk"]).sum().backward()
-
-
-def _run_activate() -> None:
-    OPERATORS["project_uvqk"].activate(_zeros(64, HEADS * 4 * 256, dtype=torch.bfloat16))
-
-
-def _run_jagged() -> None:
-    layout = _layout(contextuals=1, candidates=0)
-    items = _zeros(int(layout.num_items.sum()), HIDDEN)
-    OPERATORS["jagged_concat"]([_zeros(len(LENGTHS), HIDDEN), items], token_order(layout)).sum().backward()
-
-
-def _run_positions() -> None:
-    layout = _layout(contextuals=0, candidates=0)
-    x, table = _zeros(layout.num_tokens, HIDDEN), _zeros(8192, HIDDEN)
-    OPERATORS["add_positions"](x, table, layout.positions).sum().backward()
-
-
-def _run_softmax(op: str, width: int, masks: bool) -> None:
-    vectors = _zeros(64, width), _zeros(64, width), _zeros(48, width)
-    targets, ids = torch.zeros(64, dtype=torch.int64), torch.zeros(48, dtype=torch.int64)
-    of_queries = torch.zeros(64, dtype=torch.int32)
-    seen = SeenItems(torch.zeros(2, 48, dtype=torch.int32), of_queries, of_queries) if masks else None
-    draws = None if op == "pool_softmax_loss" else torch.zeros(64, 128, dtype=torch.int64)
-    OPERATORS[op](*vectors, Negatives(targets, ids, 0.05, _zeros(48), seen, draws))
-
-
-def _run_slots(policy: str) -> None:
-    ids, row_ids = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
-    table, sightings = (DeviceSlots(48, lfu, "cpu") for lfu in (policy == "lfu", False))
-    table.find(ids)
-    done = table.assign(ids, 1, sightings, 2)
-    table.assign(ids, 1)
-    rows, inserted = torch.zeros(64, 128), done.counters[4:5]
-    start_rows(rows, done.new_slots, inserted, done.new_ids, torch.zeros(1 << 16), init_std=0.1)
-    start_rows(rows, row_ids, inserted)
-
-
-def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype, requires_grad=True)
-
-
-def _layout(contextuals: int, candidates: int) -> JaggedLayout:
-    return build_layout(
-        item_lengths=LENGTHS,
-        num_sequences=len(LENGTHS),
-        num_contextuals=contextuals,
-        num_candidates=np.full(len(LENGTHS), candidates),
-        tokens_per_item=1,
-        target_group_size=2,
-        device=torch.device("cpu"),
-        item_times=torch.zeros(int(LENGTHS.sum()), dtype=torch.int64),
-    )
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """Resources and instructions of one kernel in one configuration."""
-
-    kernel: str
-    capability: int
-    """90 for compute capability 9.0."""
-    config: str
-    registers: int
-    """Per thread."""
-    shared_bytes: int
-    """Per program."""
-    spill_instructions: int
-    """Loads and stores of registers that did not fit."""
-    stack_bytes: int
-    """Local memory per thread."""
-    instructions: int
-    wgmma: int
-    """Matrix products of warp groups (HGMMA)."""
-    mma: int
-    """Matrix products of warps (HMMA)."""
-    tensor_memory_mma: int
-    """Matrix products into tensor memory, from sm_100 on (UTCHMMA)."""
-    wgmma_waits: int
-    """Instructions that wait for products of warp groups."""
 
 
 class _Driver:
@@ -285,12 +72,24 @@ def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str])
     with recorded_launches(divmod(capability, 10)) as launches:
         if shapes is None:
             for policy in ("lru", "lfu"):  # not the self check, whose host part reads what the kernels write
-                _run_slots(policy)
+                run_slots(policy)
         else:
             for check in checks(torch.device("cpu"), shapes):
                 if check.operator in operators:
                     check.measure()
     return jobs_of(launches, capability)
+
+
+def run_slots(policy: str) -> None:
+    """Launch the kernels of dynamic tables. policy: lru or lfu."""
+    ids, row_ids = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
+    table, sightings = (DeviceSlots(48, lfu, "cpu") for lfu in (policy == "lfu", False))
+    table.find(ids)
+    done = table.assign(ids, 1, sightings, 2)
+    table.assign(ids, 1)
+    rows, inserted = torch.zeros(64, 128), done.counters[4:5]
+    start_rows(rows, done.new_slots, inserted, done.new_ids, torch.zeros(1 << 16), init_std=0.1)
+    start_rows(rows, row_ids, inserted)
 
 
 def jobs_of(launches: Iterable[Launch], capability: int) -> list[Job]:
@@ -300,84 +99,27 @@ def jobs_of(launches: Iterable[Launch], capability: int) -> list[Job]:
     }
     return [
         Job(
-            f"{launch.kernel.fn.__name__} ({_description_of(config)})",
+            f"{launch.kernel.fn.__name__} ({describe_config(config)})",
             partial(compile_kernel, launch, config, capability),
         )
         for launch, config in different.values()
     ]
 
 
-def compile_launch(launch: Launch, config: triton.Config, capability: int) -> Compiled:
-    """Compile one configuration of a recorded launch for sm_{capability} and read its machine code.
-
-    Raises:
-        RuntimeError: the tools that read machine code fail.
-        triton.CompilationError: the kernel does not compile.
-    """
-    built = compile_kernel(launch, config, capability)
-    return Compiled(
-        kernel=launch.kernel.fn.__name__,
-        capability=capability,
-        config=_description_of(config),
-        shared_bytes=built.metadata.shared,
-        **read_cubin(built.asm["cubin"]),
-    )
-
-
-def source_of(launch: Launch, config: triton.Config, capability: int) -> tuple[ASTSource, Any]:
-    """What Triton compiles for one configuration of a recorded launch: the source, and the options of the backend."""
-    kernel = launch.kernel
-    backend, bound, specialization, options = _bind(launch, config, capability)
-    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    return ASTSource(kernel, signature, constants, attributes), parsed
-
-
 def specialized_kernel(launch: Launch, config: triton.Config, capability: int) -> str:
     """What tells the machine code of a launch from others: equal launches are compiled once in a process."""
-    _, _, specialization, options = _bind(launch, config, capability)
+    _, _, specialization, options = bound_arguments(launch, config, capability)
     return f"{launch.kernel.fn.__name__} {specialization} {options}"
 
 
-def _bind(launch: Launch, config: triton.Config, capability: int) -> tuple[Any, Any, Any, Any]:
+def bound_arguments(launch: Launch, config: triton.Config, capability: int) -> tuple[Any, Any, Any, Any]:
     """As JITFunction.run: (the backend, the arguments, what their values are specialized to, options)."""
     backend, kernel = make_backend(GPUTarget("cuda", capability, WARP_SIZE)), launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     return backend, *bind(**launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
 
 
-def _description_of(config: triton.Config) -> str:
+def describe_config(config: triton.Config) -> str:
+    """Sizes of tiles, warps and stages."""
     tile = " × ".join(str(value) for value in config.kwargs.values())
     return f"{tile or 'one'}, {config.num_warps} warps, {config.num_stages} stages"
-
-
-def read_cubin(cubin: bytes) -> dict[str, int]:
-    """The fields of :class:`Compiled` that machine code contains."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file)
-        opcodes = _opcodes(_output(tools / "nvdisasm", "-c", file))
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    roots = [opcode.split(".")[0] for opcode in opcodes]
-    return {
-        "registers": numbers["REG"],
-        "spill_instructions": roots.count("LDL") + roots.count("STL"),
-        "stack_bytes": numbers["STACK"] + numbers["LOCAL"],
-        "instructions": len(roots),
-        "wgmma": roots.count("HGMMA"),
-        "mma": roots.count("HMMA"),
-        "tensor_memory_mma": roots.count("UTCHMMA"),
-        "wgmma_waits": sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes),
-    }
-
-
-def _opcodes(assembly: str) -> list[str]:
-    return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", assembly, re.MULTILINE)
-
-
-def _output(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip()}")
-    return done.stdout

@@ -2,11 +2,8 @@
 
 import functools
 
-import pytest
-
-from hstu.ops.cutlass import compile_ahead as ahead
 from hstu.ops.cutlass.attention import Variant, compile_ahead
-from hstu.ops.triton.compile_ahead import Compiled
+from scripts.bench.kernel_variants import Compiled, read_cutlass_kernel
 
 _compiled = functools.cache(compile_ahead)
 
@@ -17,7 +14,5 @@ def ptx_of(variant: Variant) -> str:
 
 
 def compile_variant(variant: Variant) -> Compiled:
-    """As ``hstu.ops.cutlass.compile_ahead.compile_variant``, without compiling a kernel again."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ahead, "compile_ahead", _compiled)
-        return ahead.compile_variant(variant)
+    """What the machine code of a kernel needs."""
+    return read_cutlass_kernel(variant, *_compiled(variant))

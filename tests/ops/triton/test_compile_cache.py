@@ -18,7 +18,9 @@ pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 import hstu
 from hstu.ops.compile_ahead import Job, compile_all, strip_triton_cache
 from hstu.ops.kernels import KernelShapes
-from hstu.ops.triton.compile_ahead import jobs, jobs_of, record, variants
+from hstu.ops.triton.compile_ahead import jobs, jobs_of
+from scripts.bench import kernel_variants
+from scripts.bench.kernel_variants import record, variants
 
 VARIANTS = (
     "hstu_attention 16 causal, bfloat16",
@@ -30,7 +32,7 @@ import sys
 from types import SimpleNamespace
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from hstu.ops.triton.compile_ahead import variants
+from scripts.bench.kernel_variants import variants
 
 launched = []
 class Driver:
@@ -84,6 +86,8 @@ def test_a_launch_finds_a_copied_cache(tmp_path: Path, monkeypatch: pytest.Monke
     assert {file.suffix for file in here.glob("*/*")} == {".cubin", ".json"}
 
     shutil.copytree(hstu.__path__[0], there / "hstu", ignore=shutil.ignore_patterns("__pycache__"))
+    (there / "scripts" / "bench").mkdir(parents=True)
+    shutil.copy(kernel_variants.__file__, there / "scripts" / "bench")
     shutil.move(here, there / "triton")
     missing = launch_elsewhere(there)
     assert "is not in the cache" in missing.stderr, "paths are adopted first"

@@ -23,8 +23,9 @@ from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import AttentionConfig, AttentionInputs, GateConfig, GateInputs, Gradient
 from hstu.ops.layout import build_layout
 from hstu.ops.triton import attention, linear, norm
-from hstu.ops.triton.compile_ahead import WARP_SIZE, record, source_of, specialized_kernel, variants
+from hstu.ops.triton.compile_ahead import WARP_SIZE, specialized_kernel
 from hstu.ops.triton.launch import Launch
+from scripts.bench.kernel_variants import record, source_of, variants
 
 CAPABILITY = 90
 PRODUCT_OF_32_BITS = re.compile(r"arith\.muli %(\w+), %(\w+) .*: (?:i32|tensor<[0-9x]+xi32>)")

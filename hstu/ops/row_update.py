@@ -1,4 +1,4 @@
-"""One optimizer step of a table, on the rows that have a gradient: the formulas, and the interface of the kernels."""
+"""One optimizer step of a table, on the rows that have a gradient: formulas, interface and reference in PyTorch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -51,3 +52,54 @@ class UpdateRows(Protocol):
         Repeated rows are summed in the order in which they occur, so the bits do not depend on the place of a row.
         ``found_inf``: scalar on the device; where it is not 0, nothing changes.
         """
+
+
+@torch.no_grad()
+def update_rows(
+    gradient: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate, found_inf: Tensor | None = None
+) -> None:
+    """See :class:`UpdateRows`."""
+    if not gradient.is_sparse:
+        changes = gradient.ne(0).any(1, keepdim=True)
+        new = _updated(gradient, weight, states, update)
+        for tensor, value in zip((weight, *states), new, strict=True):
+            tensor.copy_(torch.where(_unless(found_inf, changes), value, tensor))
+        return
+    rows, values = sum_by_row(gradient)
+    old = [tensor.index_select(0, rows) for tensor in (weight, *states)]
+    new = _updated(values, old[0], old[1:], update)
+    for tensor, before, value in zip((weight, *states), old, new, strict=True):
+        tensor.index_copy_(0, rows, value if found_inf is None else torch.where(found_inf > 0, before, value))
+
+
+def sum_by_row(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """(distinct rows in ascending order, sums of their gradients) of a sparse COO gradient.
+
+    Sums are taken in the order in which rows occur. ``coalesce`` sorts without keeping that order.
+    """
+    rows, index = gradient._indices()[0].unique(return_inverse=True)
+    values = gradient._values()
+    return rows, values.new_zeros((len(rows), *values.shape[1:])).index_add_(0, index, values)
+
+
+def _unless(found_inf: Tensor | None, changes: Tensor) -> Tensor:
+    return changes if found_inf is None else changes & (found_inf == 0)
+
+
+def _updated(g: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate) -> list[Tensor]:
+    """New weight and states."""
+    if update.max_gradient is not None:
+        g = g.clamp(-update.max_gradient, update.max_gradient)
+    rate, eps = update.learning_rate, update.eps
+    match update.optimizer:
+        case "sgd":
+            return [torch.add(weight, g, alpha=-rate)]
+        case "adagrad":
+            total = torch.addcmul(states[0], g, g)
+            return [torch.addcdiv(weight, g, total.sqrt().add_(eps), value=-rate), total]
+        case "adam":
+            (beta1, beta2), step = update.betas, update.step
+            first = torch.lerp(states[0], g, 1 - beta1)
+            second = (states[1] * beta2).addcmul_(g, g, value=1 - beta2)
+            deviation = (second / (1 - beta2**step)).sqrt_().add_(eps)
+            return [torch.addcdiv(weight, first / (1 - beta1**step), deviation, value=-rate), first, second]

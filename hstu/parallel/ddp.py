@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hstu.model.embedding import ReplicatedTables
 from hstu.model.gr_model import GRModel
-from hstu.ops.pytorch.row_update import sum_by_row
+from hstu.ops.row_update import sum_by_row
 from hstu.parallel.collectives import PADDING_ID, gather_rows
 from hstu.parallel.fsdp import fully_sharded
 from hstu.parallel.mesh import Mesh

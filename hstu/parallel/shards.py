@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from hstu.ops.pytorch.row_update import sum_by_row
+from hstu.ops.row_update import sum_by_row
 
 
 class ShardedView:

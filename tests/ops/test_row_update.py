@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hstu.ops import row_update as plain
 from hstu.ops.cpu import row_update as cpp
-from hstu.ops.pytorch import row_update as plain
 from hstu.ops.row_update import RowUpdate, UpdateRows
 
 STATES = {"sgd": 0, "adagrad": 1, "adam": 2}

@@ -10,8 +10,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from hstu.ops import row_update
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, num_threads, pointer
-from hstu.ops.pytorch import row_update
 from hstu.ops.row_update import RowUpdate
 
 

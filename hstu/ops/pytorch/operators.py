@@ -21,7 +21,8 @@ from hstu.ops.kernels import (
 )
 from hstu.ops.layout import TokenOrder
 from hstu.ops.products import linear
-from hstu.ops.pytorch import attention, norm, row_update, softmax_loss
+from hstu.ops.pytorch import attention, norm, softmax_loss
+from hstu.ops.row_update import update_rows
 
 
 def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +65,6 @@ REFERENCE_KERNELS = Kernels(
     pool_softmax_loss=softmax_loss.PoolSoftmaxLoss.apply,
     jagged_concat=jagged_concat,
     add_positions=add_positions,
-    update_rows=row_update.update_rows,
+    update_rows=update_rows,
     served_by=dict.fromkeys(OPERATORS, ServedBy(Backend.PYTORCH)),
 )

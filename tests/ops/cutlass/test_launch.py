@@ -11,7 +11,7 @@ pytest.importorskip("cutlass")
 
 from hstu.ops.cutlass import attention
 from hstu.ops.cutlass.attention import NUM_FACTORS, NUM_SIZES, Kernel, Variant, launch_arguments
-from hstu.ops.kernels import AttentionConfig, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.ops.self_check import small_layout
 
@@ -61,7 +61,8 @@ def test_without_any_token_the_gradients_of_a_bias_are_zeros() -> None:
     layout = small_layout(torch.device("cpu"), (0, 0), (0, 0), num_contextuals=0)
     empty = torch.empty(layout.num_tokens, 2, 64, dtype=torch.bfloat16)
     bias, config = RelativeBias(torch.ones(2 * 9 - 1), torch.ones(NUM_TIME_BUCKETS)), AttentionConfig(1.0, 1)
-    grads = attention.backward(empty, empty, empty, empty, layout, config, bias, (empty, empty, empty))
+    inputs = AttentionInputs(empty, empty, empty, layout, config, bias)
+    grads = attention.backward(empty, inputs, (Gradient(empty), Gradient(empty), Gradient(empty)))
     assert grads is not None
     assert not grads.position_weight.any() and not grads.time_weight.any()
     assert grads.position_weight.shape == bias.position_weight.shape

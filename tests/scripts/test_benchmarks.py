@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from kernel_variants import Compiled
 from torch import Tensor
 
 from hstu.config.args import NetworkArgs
 from hstu.model.stack import FusedHSTULayer
 from hstu.ops.cutlass.schedule import Rows
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from scripts.bench.kernel_variants import Compiled
 from tests.conftest import REPOSITORY
 from tests.ops.backends import hstu_attention
 

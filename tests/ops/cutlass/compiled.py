@@ -2,8 +2,9 @@
 
 import functools
 
+from kernel_variants import Compiled, read_cutlass_kernel
+
 from hstu.ops.cutlass.attention import Variant, compile_ahead
-from scripts.bench.kernel_variants import Compiled, read_cutlass_kernel
 
 _compiled = functools.cache(compile_ahead)
 

@@ -11,9 +11,10 @@ if INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
+from kernel_variants import Compiled, Variant, compile_launch, record, variants
+
 from hstu.ops.compile_ahead import compile_all, num_cores
 from hstu.ops.triton.compile_ahead import jobs_of
-from scripts.bench.kernel_variants import Compiled, Variant, compile_launch, record, variants
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "kernels"
 SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}

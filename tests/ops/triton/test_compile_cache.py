@@ -15,12 +15,13 @@ if INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
 pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
+import kernel_variants
+from kernel_variants import record, variants
+
 import hstu
 from hstu.ops.compile_ahead import Job, compile_all, strip_triton_cache
 from hstu.ops.kernels import KernelShapes
 from hstu.ops.triton.compile_ahead import jobs, jobs_of
-from scripts.bench import kernel_variants
-from scripts.bench.kernel_variants import record, variants
 
 VARIANTS = (
     "hstu_attention 16 causal, bfloat16",
@@ -32,7 +33,7 @@ import sys
 from types import SimpleNamespace
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from scripts.bench.kernel_variants import variants
+from kernel_variants import variants
 
 launched = []
 class Driver:
@@ -86,8 +87,7 @@ def test_a_launch_finds_a_copied_cache(tmp_path: Path, monkeypatch: pytest.Monke
     assert {file.suffix for file in here.glob("*/*")} == {".cubin", ".json"}
 
     shutil.copytree(hstu.__path__[0], there / "hstu", ignore=shutil.ignore_patterns("__pycache__"))
-    (there / "scripts" / "bench").mkdir(parents=True)
-    shutil.copy(kernel_variants.__file__, there / "scripts" / "bench")
+    shutil.copy(kernel_variants.__file__, there)
     shutil.move(here, there / "triton")
     missing = launch_elsewhere(there)
     assert "is not in the cache" in missing.stderr, "paths are adopted first"

@@ -15,6 +15,7 @@ from tests.ops.backends import INTERPRETED
 pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
 import triton
+from kernel_variants import record, source_of, variants
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -25,7 +26,6 @@ from hstu.ops.layout import build_layout
 from hstu.ops.triton import attention, linear, norm
 from hstu.ops.triton.compile_ahead import WARP_SIZE, specialized_kernel
 from hstu.ops.triton.launch import Launch
-from scripts.bench.kernel_variants import record, source_of, variants
 
 CAPABILITY = 90
 PRODUCT_OF_32_BITS = re.compile(r"arith\.muli %(\w+), %(\w+) .*: (?:i32|tensor<[0-9x]+xi32>)")

@@ -149,13 +149,12 @@ def test_a_run_that_loads_in_part_is_also_applied_in_part(old: FinishedRun, mesh
     checkpoint = locate(old.path)
     config = replace(api.load(checkpoint, mesh=mesh).config)
     wider = replace(config, network=replace(config.network, num_layers=3))
+    loads_in_part = replace(wider.trainer, ckpt_load_dir=str(checkpoint), ckpt_load_strict=False)
     with pytest.raises(DataError, match="ckpt_load_strict = False loads what fits"):
         api.TrainedModel.restore(wider, checkpoint, mesh)
     for restored in (
         api.TrainedModel.restore(wider, checkpoint, mesh, strict=False),
-        api.TrainedModel.restore(
-            replace(wider, trainer=replace(wider.trainer, ckpt_load_strict=False)), checkpoint, mesh
-        ),
+        api.TrainedModel.restore(replace(wider, trainer=loads_in_part), checkpoint, mesh),
     ):
         assert any("layers.2" in line and "as initialised" in line for line in restored.report)
         assert len(restored.recommend(["u00"], top=2)[0].items) == 2

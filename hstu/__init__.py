@@ -1,3 +1,3 @@
 """Gin-configured distributed training of HSTU models for generative recommendation."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

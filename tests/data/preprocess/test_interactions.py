@@ -1,3 +1,4 @@
+import csv
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ def write(table: pd.DataFrame, file: Path) -> Path:
     if file.suffix == ".parquet":
         table.to_parquet(file)
     else:
-        table.to_csv(file, index=False, sep="\t" if file.suffix == ".tsv" else ",")
+        separator = "\t" if file.suffix == ".tsv" else ","
+        # By default, pandas does not quote a text with a carriage return, which readers take for the end of a row.
+        table.to_csv(file, index=False, sep=separator, quoting=csv.QUOTE_NONNUMERIC)
     return file
 
 
@@ -83,6 +86,12 @@ def test_any_ids_come_back_as_they_were(
         raw = store.raw_ids("sku")
         assert sorted(raw.tolist()) == raw.tolist()
         assert store.encode("sku", raw).tolist() == list(range(len(raw)))
+
+
+def test_ids_with_ends_of_lines_come_back_as_they_were(tmp_path: Path) -> None:
+    ids = ["0\r", "0\r0", "\r", "0\n", "0\r\n0"]
+    store = make(tmp_path, pd.DataFrame({"member": range(5), "sku": ids}))
+    assert histories(store) == {user: [item] for user, item in enumerate(ids)}
 
 
 def test_ids_with_leading_zeros_stay_apart(tmp_path: Path) -> None:

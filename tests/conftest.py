@@ -152,9 +152,9 @@ def write_small_store(
             array = writer.create_item_numbers(feature, width=numbers.shape[1], items=num_items)
             array[:] = numbers.reshape(-1)
             array.flush()
-        for feature, rows in (event_numbers or {}).items():
+        for feature, of_events in (event_numbers or {}).items():
             array = writer.create_sequence(feature, "event_number", cardinality=None, length=total)
-            array[:] = [value for row in rows for value in row]
+            array[:] = [value for row in of_events for value in row]
             array.flush()
         for feature in raw:
             writer.keep_raw_ids(feature)

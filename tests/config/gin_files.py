@@ -1,5 +1,6 @@
 """Small valid gin files, and changed versions of them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ def table(scope: str, rows: int, cls: str = "EmbeddingArgs", **arguments: Any) -
     return [f"{scope}/{cls}.{name} = {value!r}" for name, value in given.items()]
 
 
-def text(lines: list[str]) -> str:
+def text(lines: Iterable[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -217,7 +217,7 @@ def build(config: RunConfig, mesh: Mesh) -> Trainer:
 
 def skip_measuring_the_peak() -> None:
     """In a process of its own: assume the peak FLOP/s of the machine. Measuring it takes longer than a tiny run."""
-    builder.peak_tflops = lambda *_: PeakTflops(1.0, "assumed")  # type: ignore[assignment]
+    builder.peak_tflops = lambda *_: PeakTflops(1.0, "assumed")
 
 
 def run(config: RunConfig, mesh: Mesh) -> FinishedRun:

@@ -18,8 +18,11 @@ from hstu.checkpoint.save import save
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.tensors import TENSORS
 from hstu.config.run_config import RunConfig
-from hstu.estimate import memory, traffic
+from hstu.estimate.data_parallel import state_bytes
+from hstu.estimate.dry_run import dry_run
+from hstu.estimate.estimate import transfers
 from hstu.estimate.plan import plan_workload
+from hstu.estimate.tables import replicated_bytes
 from hstu.model.outputs import ModelOutput
 from hstu.model.stack import FusedHSTULayer
 from hstu.parallel.mesh import Mesh
@@ -277,8 +280,10 @@ def test_the_estimate_knows_the_states_of_a_rank_and_what_is_gathered(launched: 
     for case, kind in product(launched.cases, launched.kinds):
         config = config_of(store, launched.launch, CASES[case], kind)
         workload = plan_workload(config, launched.launch.ranks, launched.launch.ranks, "cpu")
-        assert memory.dense_state_bytes(workload) == max(rank[case][kind]["held"] for rank in launched.told)
-        names = {transfer.name for transfer in traffic.transfers(workload, workload.typical, ())}
+        run = dry_run(workload, workload.typical)
+        states = state_bytes(workload, run) + replicated_bytes(workload, run)[2]
+        assert states == max(rank[case][kind]["held"] for rank in launched.told)
+        names = {transfer.name for transfer in transfers(workload, run, ())}
         assert ("updated dense weights" in names) == (kind == "optimizer")
         assert ("dense weights in backward" in names) == (kind == "weights" and CASES[case] not in KEPT_GATHERED)
 

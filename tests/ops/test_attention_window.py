@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hstu.ops.kernels import AttentionConfig, Backend, KernelShapes, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Backend, KernelShapes, RelativeBias
 from hstu.ops.pytorch import attention as pytorch_attention
 from hstu.ops.select import resolve_kernels
 from tests.ops.backends import FULL_SIZE, INTERPRETED, TYPES, WITHOUT_A_GPU, examples
@@ -80,7 +80,7 @@ def pairs_computed(backend: Backend, length: int, is_causal: bool) -> int:
     q = torch.zeros(layout.num_tokens, 1, 1)
     bias = RelativeBias(torch.zeros(3), torch.zeros(128))
     kernels = resolve_kernels(backend, KernelShapes(1, 1, 1, 1, torch.float32, True, True)).attention
-    kernels.forward(q, q, q, layout, config, bias)
+    kernels.forward(AttentionInputs(q, q, q, layout, config, bias))
     (plan,) = layout.cache.values()
     if backend is Backend.CPU:
         return int(plan.bucket_offsets[-1])

@@ -12,7 +12,7 @@ from hstu.model.stack import FusedHSTULayer
 from hstu.ops.comm import LayerComm
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import AttentionConfig, Backend
-from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights, saved_bytes
+from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from tests.model.examples import make_network
 from tests.ops.backends import INTERPRETED, kernels_of
@@ -166,6 +166,24 @@ def stays(layer: FusedHSTULayer, inputs: tuple[Any, ...], dtype: torch.dtype | N
     return sum(event.self_cpu_memory_usage for event in profile.key_averages()) - update.nbytes
 
 
+def saved_bytes(network: NetworkArgs, tokens: int, element_size: int) -> int:
+    """Bytes that one layer saves for backward: its float32 input and the fields of SavedActivations.
+
+    element_size: bytes of a number in the compute type.
+    """
+    width, inner = network.hidden_size, network.num_attention_heads * network.kv_channels
+    saved_input = 4 * tokens * width
+    if network.recompute_layer:
+        return saved_input
+    statistics = 2 * 2 * 4 * tokens  # mean and rstd of both norms
+    normalized = 0 if network.recompute_input_layernorm else tokens * element_size * width
+    projected = tokens * element_size * 4 * inner
+    activated = 0 if network.recompute_input_silu else projected
+    attended = tokens * element_size * inner
+    dropout_mask = tokens * inner if network.hidden_dropout > 0 else 0
+    return saved_input + statistics + normalized + projected + activated + attended + dropout_mask
+
+
 @pytest.mark.parametrize("place", ["later"] if INTERPRETED else ["first", "later"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -183,7 +201,7 @@ def test_what_is_kept_is_the_formula_to_the_byte(
     update = torch.randn(tokens, 32, dtype=dtype, requires_grad=True)
     inputs = (x, layout) if place == "first" else (x, layout, update)
     element = 4 if dtype is None else 2
-    formula = saved_bytes(network, tokens, 1, element, 4)
+    formula = saved_bytes(network, tokens, element)
     if backend is Backend.TRITON and dropout and not network.recompute_layer:
         formula += 8 - tokens * 32  # a seed, not a byte an element
     assert saved(layer, inputs, dtype) == formula

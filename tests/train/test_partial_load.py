@@ -148,7 +148,8 @@ def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
             changes = dataclasses.replace(config, **{part: dataclasses.replace(own, **{field.name: value})})
             with contextlib.suppress(ConfigError):
                 warnings = validate(changes, world_size=1)
-                if value != getattr(own, field.name) and not warnings:
+                in_force = getattr(getattr(changes, part), field.name)  # the default, if it has no effect
+                if in_force != getattr(own, field.name) and not warnings:
                     config, tried = changes, [*tried, (part, field)]
         if not tried:
             break

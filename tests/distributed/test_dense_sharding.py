@@ -75,7 +75,7 @@ CASES: dict[str, RunOptions] = {
         "bindings": ["RetrievalArgs.item_tower = True", "NetworkArgs.recompute_layer = True", AVERAGED],
     },
     "tasks": {"optimizer": "sgd", "bindings": [*USER_TASKS, ELEVEN]},
-    "kept gathered": {"bindings": [ELEVEN, AVERAGED]},
+    "kept gathered": {"optimizer": "adamw", "bindings": [ELEVEN, AVERAGED]},
 }
 KEPT_GATHERED = CASES["momentum"], CASES["kept gathered"]
 """Fully sharded, these do not free their layers after forward."""
@@ -258,8 +258,7 @@ def test_sharded_runs_train_the_same_weights_and_sharded_states_alone_the_same_b
             rtol = 0.0 if kind == "optimizer" else launched.rtol
             assert_close(rank[case][kind][part], whole[part], rtol, f"{case}, {kind}, {part}")
         moved = [name for name, values in whole["tensors"].items() if values != whole["initial"][name]]
-        stayed = {name for name in whole["averaged"] if ".numbers." not in name} - set(moved)
-        assert all(".output_norm." in name for name in stayed), stayed  # ones, which few steps may leave
+        assert {name for name in whole["averaged"] if ".numbers." not in name} <= set(moved)
         trained = {name: whole["tensors"][name] for name in whole["averaged"]}
         is_averaged = AVERAGED in CASES[case]["bindings"]
         assert (whole["averaged"] != trained) == is_averaged and whole["metrics"] != whole["untrained"]

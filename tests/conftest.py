@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, settings
 
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
-from tests import gpu_plan
 
 # The same examples each time, and no verdict on speed: a run fails for what the code does, on any machine.
 settings.register_profile(
@@ -27,8 +26,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RAW_DATA = REPOSITORY.parent / "shared" / "data"
 STARTS_RANKS = re.compile(r"tests\.(distributed|reliability)\b|torch\.distributed\.run\b")
 KERNELS, EXPORTS = "tests/ops/", "tests/serve/"
-GPU_TESTS = pytest.StashKey[list[str]]()
-"""Node ids of the collected tests that need a GPU."""
 
 
 @functools.cache
@@ -55,23 +52,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Units(config, log)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest units come first, lest one worker is left with them. On a GPU, the most valuable tests do."""
-    of_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[GPU_TESTS] = [item.nodeid for item in of_gpu]
-    if config.option.markexpr == "gpu":
-        items.sort(key=lambda item: gpu_plan.order_of(item.nodeid))
-        for item in of_gpu:
-            item.add_marker(pytest.mark.timeout(gpu_plan.timeout_s(item.nodeid)))
-        return
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest units come first, lest one worker is left with them."""
     ranks = {item: unit_of(item.nodeid.partition("::")[0]) == "ranks" for item in items}
     items.sort(key=lambda item: (not ranks[item], not item.nodeid.startswith(KERNELS)))
-
-
-def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
-    """Where the tests of a GPU were chosen, how long they take on one."""
-    tests = config.stash.get(GPU_TESTS, [])
-    return gpu_plan.describe(tests) if config.option.markexpr == "gpu" and tests else None
 
 
 def write_item_feature(

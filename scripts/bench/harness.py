@@ -30,6 +30,8 @@ WARM_UP = 2
 """Rounds that are not timed, in which kernels are compiled."""
 LAUNCHES = {"cpu": 1, "cuda": 8}
 """Calls that are timed together. A launch costs the host 40 to 80 µs, as much as a small kernel takes."""
+ENDED = "the process ended while it was measured"
+"""Error of a case that is not measured again."""
 _FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 _SIZES = {"cpu": (2048, 256 << 20), "cuda": (8192, 1 << 30)}
 """Side of the matrices and bytes of the copy with which the limits of a device are measured."""
@@ -85,7 +87,7 @@ def attempt(report: Row, section: str, case: Row, measure: Callable[[], Sequence
     rows = report.setdefault(section, [])
     if any(case.items() <= row.items() for row in rows):
         return
-    rows.append(case | {"error": "the process ended while it was measured"})
+    rows.append(case | {"error": ENDED})
     write(report, output)
     try:
         found = measure()
@@ -347,6 +349,9 @@ def write(report: Any, output: Path | None) -> None:
 
 
 def earlier(options: argparse.Namespace) -> Row:
-    """With --resume, what an earlier process has written to --output."""
+    """With --resume, what an earlier process has written to --output, without the cases that raised an error."""
     found: Row = json.loads(options.output.read_text()) if options.resume and options.output.exists() else {}
-    return found
+    return {
+        key: [row for row in value if row.get("error", ENDED) == ENDED] if isinstance(value, list) else value
+        for key, value in found.items()
+    }

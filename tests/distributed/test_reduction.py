@@ -14,7 +14,7 @@ from hstu.parallel.ddp import ReplicatedDense, own_gradients_finite
 from hstu.parallel.fsdp import fully_sharded
 from hstu.parallel.group import to_train_batch
 from hstu.parallel.mesh import Mesh
-from scripts.bench.collective_clock import CollectiveClock, Times, split
+from tests.distributed.collective_clock import CollectiveClock, Times, split
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import assemble, make_config, write_store
 

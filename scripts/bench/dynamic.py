@@ -36,8 +36,8 @@ from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.select import select_slot_kernels
 from hstu.parallel import mesh as meshes
-from hstu.parallel.dynamic.slot_tables import CpuSlots, GpuSlots, TorchSlots
-from hstu.parallel.dynamic.slots import Policy, SlotTable, score
+from hstu.parallel.dynamic.create import CpuSlots
+from hstu.parallel.dynamic.slots import Policy, SlotTable, TorchSlots, score
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.table_optimizer import TableOptimizer
 from hstu.parallel.tables import dynamic_tables, shard
@@ -94,7 +94,7 @@ def slot_kinds(
 ) -> dict[str, Callable[[Policy], SlotTable]]:
     """The implementations for the device. Where Triton cannot run, the report gets the reason."""
     kinds: dict[str, Callable[[Policy], SlotTable]] = {
-        "PyTorch": lambda policy: TorchSlots(options.rows, policy, device=str(device))
+        "PyTorch": lambda policy: TorchSlots(options.rows, policy, device=device)
     }
     if device.type != "cuda":
         return {"C++": lambda policy: CpuSlots(options.rows, policy), **kinds}
@@ -102,7 +102,7 @@ def slot_kinds(
     if kernels is None:
         report["no_triton"] = unsupported_reason
         return kinds
-    return {"Triton": lambda policy: GpuSlots(options.rows, policy, 0, device, kernels), **kinds}
+    return {"Triton": lambda policy: TorchSlots(options.rows, policy, 0, device, kernels), **kinds}
 
 
 def look_up(table: SlotTable, stream: Stream, number: int) -> None:

@@ -62,9 +62,9 @@ def test_a_run_compiles_what_its_backends_check(config: Config, store: SequenceS
     pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed")
     network = {"kv_channels": 32, "dtype_str": "bfloat16"}
     plain = [job.name for job in compile_ahead.jobs_of_run(config("ranking", network=network), 90)]
-    assert any(name.startswith("attention_forward") for name in plain) and "place_new" not in str(plain)
+    assert any(name.startswith("attention_forward") for name in plain) and "insert_slots" not in str(plain)
     options = {"network": network | {"kernel_backend": "cutlass"}, "tables": tables_with_dynamic(store, rows=9)}
     names = [job.name for job in compile_ahead.jobs_of_run(config("ranking", **options), 90)]
     assert {"forward_sm90 (32 channels)", "keys_sm90 (32 channels)", "queries_sm90 (32 channels)"} <= {*names}
-    assert "place_new" in str(names) and {*plain} <= {*names}
+    assert "insert_slots" in str(names) and {*plain} <= {*names}
     assert compile_ahead.jobs_of_run(config("ranking", network={"kernel_backend": "pytorch"}), 90) == []

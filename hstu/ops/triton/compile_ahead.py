@@ -21,9 +21,8 @@ from triton.runtime.jit import create_function_from_signature
 from hstu.ops.compile_ahead import Job
 from hstu.ops.kernels import KernelShapes
 from hstu.ops.triton.launch import Launch, recorded_launches
-from hstu.ops.triton.new_rows import start_rows
 from hstu.ops.triton.self_check import checks
-from hstu.ops.triton.slots import DeviceSlots
+from hstu.ops.triton.slots import SlotIndex, start_rows
 
 WARP_SIZE = 32
 
@@ -71,8 +70,7 @@ def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str])
     """The kernels of the self check of these operators; shapes None: those of dynamic tables."""
     with recorded_launches(divmod(capability, 10)) as launches:
         if shapes is None:
-            for policy in ("lru", "lfu"):  # not the self check, whose host part reads what the kernels write
-                run_slots(policy)
+            run_slots()
         else:
             for check in checks(torch.device("cpu"), shapes):
                 if check.operator in operators:
@@ -80,16 +78,15 @@ def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str])
     return jobs_of(launches, capability)
 
 
-def run_slots(policy: str) -> None:
-    """Launch the kernels of dynamic tables. policy: lru or lfu."""
-    ids, row_ids = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
-    table, sightings = (DeviceSlots(48, lfu, "cpu") for lfu in (policy == "lfu", False))
-    table.find(ids)
-    done = table.assign(ids, 1, sightings, 2)
-    table.assign(ids, 1)
-    rows, inserted = torch.zeros(64, 128), done.counters[4:5]
-    start_rows(rows, done.new_slots, inserted, done.new_ids, torch.zeros(1 << 16), init_std=0.1)
-    start_rows(rows, row_ids, inserted)
+def run_slots() -> None:
+    """Launch the kernels of dynamic tables."""
+    slots, row_ids = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
+    index, number = SlotIndex(torch.zeros(48, dtype=torch.int64)), slots[:1]
+    index.insert(slots, number)
+    index.find(slots)
+    rows = torch.zeros(64, 128)
+    start_rows(rows, slots, number, slots, torch.zeros(1 << 16), init_std=0.1)
+    start_rows(rows, row_ids, number)
 
 
 def jobs_of(launches: Iterable[Launch], capability: int) -> list[Job]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.base.hashing import splitmix64
 from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
 from hstu.ops.kernels import (
     SLOTS,
@@ -34,7 +32,7 @@ from hstu.ops.layout import NUM_TIME_BUCKETS, TokenOrder
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import Check, Checks, Errors, largest_error, main, same_bits, small_layout
 from hstu.ops.triton.operators import OPERATORS
-from hstu.ops.triton.slots import DeviceSlots
+from hstu.ops.triton.slots import SlotIndex, start_rows
 from hstu.ops.triton.support import unsupported_reason
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -224,36 +222,24 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[tuple[str, Case]]:
 
 
 def _slots_errors(device: torch.device) -> Errors:
-    """The share of ids with a wrong slot, count or step, after batches of more ids than there are slots."""
-    capacity, extremes = 500, [0, -1, torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max]
-    drawn = [(torch.arange(600) * step**2 * 31 % 997 - 9).tolist() + extremes * step for step in range(1, 7)]
-    wrong = 0.0
-    for lfu in (False, True):
-        table, expected = DeviceSlots(capacity, lfu, device), dict[int, list[int]]()
-        for step, batch in enumerate(drawn, 1):
-            ids = torch.tensor(batch).to(device)
-            differ = table.assign(ids, step).slots != table.find(ids)
-            _assign_one_by_one(expected, batch, step, capacity, lfu)
-            size = int(table.size)
-            seen = table.seen[:size].cpu()
-            pairs = torch.stack([seen >> 32, seen & (2**32 - 1)], dim=1).tolist()
-            held = dict(zip(table.ids[:size].tolist(), pairs, strict=True))
-            misses = sum(held.get(id_) != pair for id_, pair in expected.items()) / capacity
-            wrong = max(wrong, misses, float(differ.double().mean()), abs(size - len(expected)))
-    return {"slots of dynamic tables": (wrong, 0.0)}
-
-
-def _assign_one_by_one(held: dict[int, list[int]], batch: list[int], step: int, capacity: int, lfu: bool) -> None:
-    """The rules of hstu/parallel/dynamic/slots.py. ``held``: id → [count, last step]."""
-    protected = held.keys() & set(batch)
-    for id_, count in Counter(batch).items():
-        held[id_] = [held.get(id_, [0])[0] + count, step]
-
-    def order(id_: int) -> tuple[int, ...]:
-        return (*(held[id_] if lfu else reversed(held[id_])), int(splitmix64(id_)[0]))
-
-    for id_ in sorted(held.keys() - protected, key=order)[: max(0, len(held) - capacity)]:
-        del held[id_]
+    """The share of keys that are not found where they were put, while slots change keys; and of rows that are wrong."""
+    capacity, wrong = 500, 0.0
+    keys = torch.zeros(capacity, dtype=torch.int64, device=device)
+    index, size = SlotIndex(keys), torch.full_like(keys[:1], capacity)
+    slots = torch.arange(capacity, device=device)
+    for step in range(3, 12):
+        changed = slots[:: 1 + step % 3]
+        former = keys[changed]
+        keys[changed] = (changed * 16 + step) * 0x61C8864680B583EB
+        index.insert(changed, size)
+        differ = torch.cat([index.find(keys) != slots, index.find(former) != -1])
+        wrong = max(wrong, float(differ.double().mean()))
+    rows = torch.ones(capacity, 5, device=device)
+    start_rows(rows, slots, size - 1)
+    return {
+        "slots of dynamic tables": (wrong, 0.0),
+        "rows of dynamic tables": (float((rows.sum(1) != 5 * (slots == capacity - 1)).sum()), 0.0),
+    }
 
 
 def all_shapes() -> Iterator[KernelShapes | None]:

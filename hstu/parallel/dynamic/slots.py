@@ -1,4 +1,4 @@
-"""Which row ("slot") of a table's shard holds which id: the specification of every implementation, bit for bit.
+"""Which row ("slot") of a table's shard holds which id: the specification, and its implementation in PyTorch.
 
 A shard has ``capacity`` slots, and any id may get any slot. A batch is a multiset of ids: their order and position in
 it do not matter. ``assign`` at step t does the following:
@@ -10,10 +10,8 @@ it do not matter. ``assign`` at step t does the following:
    this batch: the highest scores win.
 
 The new ids that win take over the slots of the lowest scores. Under lru every new id scores higher than any id outside
-the batch. Under lfu an id that occurs once does not evict an id that was seen twice.
-
-Which of these slots gets which of the new ids is left to the implementation, and depends only on the batches. The CPU
-and the reference hand out the slot of the lowest score first, the GPU that of the lowest number.
+the batch. Under lfu an id that occurs once does not evict an id that was seen twice. Which of these slots gets which of
+the new ids is left to the implementation, and depends only on the batches.
 
 Scores are int64. Equal scores are ordered by the hash of their ids (hstu.base.hashing.splitmix64); the lower one goes.
 
@@ -25,17 +23,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from types import ModuleType
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from hstu.parallel.dynamic.hashing import in_unsigned_order, mix
+from hstu.parallel.dynamic.hashing import in_unsigned_order, mix, unmix
 
 Policy = Literal["lru", "lfu"]
 MAX_COUNT = 2**31 - 1
 """Counts saturate here."""
 MAX_STEP = 2**32 - 1
 NO_SLOT = -1
+HIGHEST = 2**63 - 1
+"""The score of an unused slot, above all others."""
 
 
 @dataclass
@@ -60,8 +62,8 @@ _INSERTIONS = [field.name for field in fields(Counters)].index("insertions")
 class Assignment:
     """The result of ``assign`` for a batch of n ids. All tensors are int64.
 
-    On a GPU the host does not know how many ids are new: ``new_slots`` and ``new_ids`` are as long as there may be, and
-    their first ``insertions`` entries are set; of ``evicted_ids`` the first ``evictions``. Elsewhere they have no more.
+    The host need not know how many ids are new: ``new_slots`` and ``new_ids`` are as long as there may be, and their
+    first ``insertions`` entries are set; of ``evicted_ids`` the first ``evictions``.
     """
 
     slots: Tensor
@@ -102,6 +104,8 @@ class SlotTable(ABC):
     """
 
     sightings: SlotTable | None = None
+    kernels: ModuleType | None = None
+    """hstu.ops.triton.slots where these serve the table: the host then waits for nothing that depends on ids."""
 
     def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0) -> None:
         self.capacity = capacity
@@ -149,3 +153,199 @@ def eviction_order(scores: Tensor, ids: Tensor) -> Tensor:
     """Indices of ids in the order in which they are evicted: by ascending score, equal scores by hash."""
     by_hash = in_unsigned_order(mix(ids)).argsort()
     return by_hash[scores[by_hash].argsort(stable=True)]
+
+
+class SortedIndex:
+    """Finds the slot of a key on any device: all keys are sorted after every change."""
+
+    def __init__(self, keys: Tensor) -> None:
+        """``keys``: int64 [capacity], live: the key of each slot."""
+        self._keys = keys
+        self._places = torch.arange(len(keys), device=keys.device)
+        self.insert(self._places, torch.zeros_like(self._places[:1]))
+
+    def find(self, wanted: Tensor) -> Tensor:
+        """Slots of keys, int64 [n]; NO_SLOT: none."""
+        place = torch.searchsorted(self._sorted, wanted).clamp_(max=len(self._keys) - 1)
+        slots = self._slots[place]
+        return torch.where((self._sorted[place] == wanted) & (slots < self._size), slots, NO_SLOT)
+
+    def insert(self, slots: Tensor, size: Tensor) -> None:
+        """Follow ``keys``, of which the first ``size``, int64 [1], are in use."""
+        self._size = size
+        used = torch.where(self._places < size, self._keys, HIGHEST)  # used keys precede unused ones that are equal
+        self._sorted, self._slots = used.sort(stable=True)
+
+
+class TorchSlots(SlotTable):
+    """See SlotTable. On any device: all tensors have fixed sizes, so the host waits for the device in ``content`` only.
+
+    Ids are kept as their hashes, int64 that are ordered as the unsigned ones.
+    """
+
+    sightings: TorchSlots | None
+
+    def __init__(
+        self,
+        capacity: int,
+        policy: Policy,
+        admission_threshold: int = 0,
+        device: torch.device | str = "cpu",
+        kernels: ModuleType | None = None,
+    ) -> None:
+        super().__init__(capacity, policy, admission_threshold)
+        self.kernels = kernels
+        # The last element receives what belongs to no slot.
+        self._hashes = torch.zeros(capacity + 1, dtype=torch.int64, device=device)
+        self._scores = torch.full_like(self._hashes, HIGHEST)
+        self.restore(self._hashes[:0], self._scores[:0])
+        if admission_threshold > 1:
+            self.sightings = TorchSlots(capacity, "lru", 0, device, kernels)
+
+    def size(self) -> Tensor:
+        """See SlotTable."""
+        return self._size
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """See SlotTable."""
+        slots: Tensor = self._index.find(_hashed(ids))
+        return slots
+
+    def content(self) -> tuple[Tensor, Tensor]:
+        """See SlotTable; the ids are a copy."""
+        size = int(self._size)
+        return _ids(self._hashes[:size]), self._scores[:size]
+
+    def restore(self, ids: Tensor, scores: Tensor) -> None:
+        """See SlotTable."""
+        number = self._size_at_most = len(ids)
+        self._hashes[:number], self._scores[:number] = _hashed(ids), scores
+        self._scores[number:] = HIGHEST
+        self._size = torch.full_like(self._hashes[:1], number)
+        kind = SortedIndex if self.kernels is None else self.kernels.SlotIndex
+        self._index = kind(self._hashes[: self.capacity])
+        self._index.insert(torch.arange(number, device=self._hashes.device), self._size)
+
+    def assign(self, ids: Tensor, step: int) -> Assignment:
+        """See SlotTable."""
+        if not len(ids):
+            return Assignment(ids, ids, ids, ids, ids.new_zeros(len(fields(Counters))))
+        hashes, order = _hashed(ids).sort()
+        begins = torch.ones_like(hashes, dtype=torch.bool)
+        torch.ne(hashes[1:], hashes[:-1], out=begins[1:])
+        number = begins.cumsum(0) - 1
+        distinct = torch.zeros_like(hashes).scatter(0, number, hashes)
+        counts = torch.zeros_like(hashes).scatter_add(0, number, torch.ones_like(hashes))
+        added = self._add(distinct, counts, step)
+        waiting = added.is_new & ~added.is_admitted
+        rejected = added.is_admitted & ~added.is_placed
+        counters = [
+            counts.sum(),
+            (counts * ~added.is_new).sum(),
+            (counts * waiting).sum(),
+            (counts * rejected).sum(),
+            added.is_placed.sum(),
+            (added.victims < self.capacity).sum(),
+        ]
+        return Assignment(
+            slots=torch.zeros_like(hashes).scatter(0, order, added.slots[number]),
+            new_slots=_compacted(added.slots, added.is_placed),
+            new_ids=_ids(_compacted(distinct, added.is_placed)),
+            evicted_ids=_ids(added.evicted),
+            counts=torch.stack(counters),
+        )
+
+    def _add(self, hashes: Tensor, counts: Tensor, step: int) -> _Added:
+        """Count distinct ids, and give slots to new ones. Those with a count of 0 do not exist."""
+        number, none = len(hashes), self.capacity
+        slots = self._index.find(hashes)
+        held = torch.where((counts > 0) & (slots != NO_SLOT), slots, none)
+        held_scores = score(self.policy, counts_of(self.policy, self._scores[held]) + counts, step)
+        self._scores[held] = HIGHEST  # ids of the batch do not give way
+        is_admitted = is_new = (counts > 0) & (slots == NO_SLOT)
+        if self.sightings is not None:
+            sighted = self.sightings._sight(hashes, counts * is_new, step)
+            is_admitted = is_new & (sighted >= self.admission_threshold)
+        scores = torch.where(is_admitted, score(self.policy, counts, step), HIGHEST)
+        unused = none - self._size
+        self._size_at_most += number
+        victims, is_placed = torch.full_like(slots, none), is_admitted
+        if self._size_at_most > self.capacity:
+            self._size_at_most = self.capacity
+            losers = self._lowest(scores, hashes, (is_admitted.sum() - unused).clamp(min=0))
+            victims = _compacted(losers, losers < none, fill=none)
+            is_rejected = torch.zeros(number + 1, dtype=torch.bool, device=slots.device)
+            is_rejected[torch.where(losers >= none, losers - none, number)] = True
+            is_placed = is_admitted & ~is_rejected[:number]
+        rank = is_placed.cumsum(0) - 1
+        of_victim = victims[(rank - unused).clamp(min=0)]
+        slots = torch.where(is_placed, torch.where(rank < unused, self._size + rank, of_victim), slots)
+        evicted = self._hashes[victims]
+        written = torch.where(is_placed, slots, none)
+        self._hashes[written], self._scores[written] = hashes, scores
+        self._scores[held] = held_scores
+        self._size = torch.minimum(self._size + is_placed.sum(), torch.full_like(self._size, self.capacity))
+        self._index.insert(torch.where(is_placed, slots, NO_SLOT), self._size)
+        return _Added(slots, is_new, is_admitted, is_placed, victims, evicted)
+
+    def _lowest(self, scores: Tensor, hashes: Tensor, excess: Tensor) -> Tensor:
+        """Which ``excess``, int64 [1], of the slots and the n new ids give way: [n].
+
+        A slot is listed by its number, the i-th new id as ``capacity`` + i, and no one as ``capacity`` + n.
+        """
+        of_slots, of_hashes = self._scores[: self.capacity], self._hashes[: self.capacity]
+        lowest, indices = _smallest(of_slots, scores)
+        threshold = lowest.gather(0, (excess - 1).clamp(min=0))
+        below = (lowest < threshold).sum()
+        _, ties = _smallest(
+            torch.where(of_slots == threshold, of_hashes, HIGHEST), torch.where(scores == threshold, hashes, HIGHEST)
+        )
+        place = torch.arange(len(scores), device=scores.device)
+        listed = torch.where(place < below, indices, ties[(place - below).clamp(min=0)])
+        return torch.where(place < excess, listed, self.capacity + len(scores))
+
+    def _sight(self, hashes: Tensor, counts: Tensor, step: int) -> Tensor:
+        """Add ``counts`` sightings of distinct ids; returns how often each was sighted, int64 [n]."""
+        slots = self._add(hashes, counts, step).slots
+        return torch.where(slots != NO_SLOT, counts_of(self.policy, self._scores[slots]), counts)
+
+
+class _Added(NamedTuple):
+    """What became of n distinct ids."""
+
+    slots: Tensor
+    """[n]: their slots now, or NO_SLOT."""
+    is_new: Tensor
+    """bool [n]: had no slot."""
+    is_admitted: Tensor
+    """bool [n]: is let in by admission_threshold, of the new ones."""
+    is_placed: Tensor
+    """bool [n]: got a slot, of the admitted ones."""
+    victims: Tensor
+    """[n]: slots that were taken from other ids; then ``capacity``."""
+    evicted: Tensor
+    """[n]: the hashes of these ids."""
+
+
+def _hashed(ids: Tensor) -> Tensor:
+    return in_unsigned_order(mix(ids))
+
+
+def _ids(hashes: Tensor) -> Tensor:
+    return unmix(in_unsigned_order(hashes))
+
+
+def _smallest(many: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:
+    """The len(few) smallest numbers of both, ascending, and their indices in both one after the other."""
+    number = min(len(many), len(few))
+    values, indices = many.topk(number, largest=False)
+    indices = torch.cat([indices, torch.arange(len(many), len(many) + len(few), device=few.device)])
+    values, order = torch.cat([values, few]).sort()
+    return values[: len(few)], indices[order[: len(few)]]
+
+
+def _compacted(values: Tensor, mask: Tensor, fill: int = 0) -> Tensor:
+    """The ``values`` [n] where the mask is set, in their order; then ``fill``."""
+    last = len(values)
+    places = torch.where(mask, mask.cumsum(0) - 1, last)
+    return values.new_full((last + 1,), fill).scatter(0, places, values)[:last]

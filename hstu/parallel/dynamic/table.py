@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hstu.model.embedding import TableSpec
 from hstu.parallel.dynamic.content import Sightings, StepTimes, TableContent, last_evicted, merged, owners
+from hstu.parallel.dynamic.create import create_slots
 from hstu.parallel.dynamic.hashing import initial_rows, table_key
 from hstu.parallel.dynamic.rows import InitialRows, Rows
-from hstu.parallel.dynamic.slot_tables import GpuSlots, create_slots
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters
 
 TableReport = dict[str, float]
@@ -46,8 +46,7 @@ class DynamicTable:
         self._default = torch.tensor([self.default_slot], device=rows.device)
         self._one = torch.ones_like(self._default)
         self._default_was_trained = False
-        self._kernels = self.slots.kernels if isinstance(self.slots, GpuSlots) else None
-        """On a GPU: the host then waits for nothing that depends on ids."""
+        self._kernels = self.slots.kernels
 
     @property
     def counters(self) -> Counters:
@@ -68,7 +67,7 @@ class DynamicTable:
         if self._kernels is not None:
             initial = InitialRows(assigned.new_ids, self._key, self.spec.init_std)
             self.rows.start(assigned.new_slots, assigned.insertions, self._kernels, initial)
-        elif len(assigned.new_slots):
+        elif len((assigned := assigned.trimmed()).new_slots):
             new_rows = initial_rows(assigned.new_ids, self.spec.dim, self.spec.init_std, self._key)
             self.rows.initialize(assigned.new_slots, new_rows)
         rows = self._or_default(assigned.slots)

@@ -35,9 +35,8 @@ MAIN = {
     "add_positions 0 [T, 1024], float32": 90,
     "pool_softmax_loss 0 [M, 256], float32, seen items masked": 80,
     "sampled_softmax_loss 0 [M, 64], float32, seen items masked": 90,
-    "slots 0 lfu": 90,
+    "slots 0 of dynamic tables": 90,
 }
-LONG_TO_COMPILE = ("slots 0 lfu",)
 
 
 def check(variant: Variant, capability: int, *, only_first: bool) -> list[Compiled]:
@@ -66,9 +65,7 @@ def test_the_table_in_the_docs_has_every_variant_and_all_of_them_fit(capability:
     assert max(narrow) <= MOST_SPILLS[capability]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG_TO_COMPILE else []) for name in MAIN]
-)
+@pytest.mark.parametrize("name", MAIN)
 def test_the_main_kernels_compile_without_spilling(name: str) -> None:
     built = check(VARIANTS[name], MAIN[name], only_first=True)
     if name == "hstu_attention 128 causal, bfloat16":

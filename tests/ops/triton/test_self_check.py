@@ -37,7 +37,7 @@ def test_all_kernels_pass(device: torch.device, shapes: KernelShapes, monkeypatc
     if shapes.dtype == torch.float32:
         chosen += [check.measure for check in self_check.checks(device, None)]
     errors = {name: error for measure in chosen for name, error in measure().items()}
-    assert len(errors) == (1 + 2 * 12 if shapes.dtype == torch.float32 else 2 * 6)
+    assert len(errors) == (2 + 2 * 12 if shapes.dtype == torch.float32 else 2 * 6)
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 

@@ -14,7 +14,7 @@ from hstu.config.args import DynamicEmbeddingArgs
 from hstu.model.embedding import TableSpec
 from hstu.parallel.dynamic import table as tables
 from hstu.parallel.dynamic.rows import FbgemmCache, RowBlock, Rows
-from hstu.parallel.dynamic.slot_tables import GpuSlots
+from hstu.parallel.dynamic.slots import TorchSlots
 from hstu.parallel.dynamic.table import DynamicTable, pop_reports
 
 kernels = pytest.importorskip("hstu.ops.triton.slots", reason="NEEDS TRITON: pip install -e '.[cpu]'")
@@ -48,7 +48,7 @@ def make_table(
         evict_strategy="lfu",
         admission_threshold=threshold,
     )
-    slots = lambda name, args, capacity, device: GpuSlots(capacity, "lfu", threshold, device, kernels)  # noqa: E731
+    slots = lambda name, args, capacity, device: TorchSlots(capacity, "lfu", threshold, device, kernels)  # noqa: E731
     monkeypatch.setattr(tables, "create_slots", slots)
     spec = TableSpec("item", CAPACITY + 1, DIM, ("item",), False, "row_wise", 0.1, args)
     sizes = [CAPACITY + 1 - 10 * (blocks - 1), *[10] * (blocks - 1)]
@@ -83,7 +83,7 @@ def test_batches_need_no_value_from_the_device(
     table = make_table(META, monkeypatch, threshold, blocks, cached)
     train(table)
     names = {launch.kernel.fn.__name__ for launch in launches}
-    assert {"find_and_count", "find_threshold", "insert_new", "write_first_values"} <= names
+    assert {"find_slots", "clear", "insert_slots", "write_first_values"} <= names
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
         pop_reports({"item": table}, lambda numbers: numbers)
 

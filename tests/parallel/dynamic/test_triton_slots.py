@@ -1,4 +1,4 @@
-"""The kernels of dynamic tables on a GPU: slots equal those of a dictionary, id for id, and of C++ in long streams."""
+"""Dynamic tables by the index of Triton kernels: slots equal those of a dictionary, and of PyTorch in long streams."""
 
 from types import ModuleType
 
@@ -12,11 +12,10 @@ from torch import Tensor
 from hstu.ops.kernels import Backend
 from hstu.parallel.dynamic.hashing import initial_rows, normal_quantiles, unmix
 from hstu.parallel.dynamic.rows import InitialRows, RowBlock, Rows
-from hstu.parallel.dynamic.slot_tables import GpuSlots, TorchSlots
-from hstu.parallel.dynamic.slots import MAX_COUNT, NO_SLOT, Policy, SlotTable, counts_of, score
+from hstu.parallel.dynamic.slots import NO_SLOT, Policy, TorchSlots
 from tests.ops.backends import INTERPRETED, device_of, examples, needs_gpu
 from tests.parallel.dynamic.dictionary import DictionaryTable
-from tests.parallel.dynamic.test_slots import IDS, THRESHOLDS, assert_holds
+from tests.parallel.dynamic.test_slots import IDS, THRESHOLDS, assert_alike, assert_holds, assert_is
 
 kernels: ModuleType = pytest.importorskip("hstu.ops.triton.slots", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
@@ -24,45 +23,25 @@ pytestmark = [] if INTERPRETED else list(needs_gpu)
 DEVICE = device_of(Backend.TRITON)
 
 
-def gpu_slots(capacity: int, policy: Policy, threshold: int = 0) -> GpuSlots:
-    return GpuSlots(capacity, policy, threshold, DEVICE, kernels)
+def gpu_slots(capacity: int, policy: Policy, threshold: int = 0) -> TorchSlots:
+    return TorchSlots(capacity, policy, threshold, DEVICE, kernels)
 
 
 def on_device(ids: object) -> Tensor:
     return torch.as_tensor(ids, dtype=torch.int64).to(DEVICE)
 
 
-def restarted(table: GpuSlots) -> GpuSlots:
-    """Another table with the content of ``table``, as after loading a checkpoint."""
-    other = gpu_slots(table.capacity, table.policy, table.admission_threshold)
-    other.restore(*table.content())
-    if table.sightings is not None and other.sightings is not None:
-        other.sightings.restore(*table.sightings.content())
-    return other
-
-
 @pytest.mark.parametrize("policy", ["lru", "lfu"])
-@settings(max_examples=examples(50), deadline=None)
-@given(
-    stream=st.lists(st.lists(IDS, max_size=30), max_size=6),
-    capacity=st.integers(1, 20),
-    threshold=THRESHOLDS,
-    first_step=st.sampled_from([1, 500, 300_000]),
-)
+@settings(max_examples=examples(30), deadline=None)
+@given(stream=st.lists(st.lists(IDS, max_size=30), max_size=6), capacity=st.integers(1, 20), threshold=THRESHOLDS)
 def test_streams_have_the_same_result_as_in_a_dictionary(
-    policy: Policy, stream: list[list[int]], capacity: int, threshold: int, first_step: int
+    policy: Policy, stream: list[list[int]], capacity: int, threshold: int
 ) -> None:
     model = DictionaryTable(capacity, policy, threshold)
     table = gpu_slots(capacity, policy, threshold)
-    for step, batch in enumerate(stream, first_step):
+    for step, batch in enumerate(stream, 1):
         expected = model.assign(batch, step)
-        made = table.assign(on_device(batch), step).trimmed()
-        assert made.new_ids.tolist() == expected["placed"]
-        assert sorted(made.evicted_ids.tolist()) == sorted(expected["evicted"])
-        assert made.slots.tolist() == table.lookup(on_device(batch)).tolist()
-        assert made.new_slots.tolist() == table.lookup(made.new_ids).tolist()
-        assert made.counters.waiting == sum(batch.count(id_) for id_ in expected["waiting"])
-        assert made.counters.rejections == sum(batch.count(id_) for id_ in expected["rejected"])
+        assert_is(table.assign(on_device(batch), step).trimmed(), expected, table, batch)
         assert_holds(table, model)
 
 
@@ -74,73 +53,27 @@ def test_long_streams_equal_those_of_pytorch_and_go_on_from_a_checkpoint(policy:
     ours, oracle = gpu_slots(capacity, policy, 2), TorchSlots(capacity, policy, 2)
     evictions = refills = 0
     for step in range(1, steps + 1):
-        ids = torch.from_numpy(rng.zipf(1.2, batch) % (8 * capacity) - 7)
-        taken = int(ours._slots.numbers[1])
-        made, expected = ours.assign(ids.to(DEVICE), step).trimmed(), oracle.assign(ids, step)
-        refills += int(ours._slots.numbers[1]) < taken
-        assert torch.equal(made.new_ids.cpu(), expected.new_ids) and made.counters == expected.counters
-        assert torch.equal((made.slots == NO_SLOT).cpu(), expected.slots == NO_SLOT)
-        assert all(map(torch.equal, by_id(ours), by_id(oracle)))
+        taken = int(ours._index.taken)
+        made = assert_alike(ours, oracle, torch.from_numpy(rng.zipf(1.2, batch) % (8 * capacity) - 7), step)
+        refills += int(ours._index.taken) < taken
         evictions += made.counters.evictions
         if step == steps // 2:
-            ours = restarted(ours)
+            ours.restore(*(part.clone() for part in ours.content()))
     assert evictions > capacity / 4 and (refills or policy == "lfu")
-
-
-def by_id(table: SlotTable) -> tuple[Tensor, Tensor]:
-    ids, scores = (part.cpu() for part in table.content())
-    order = ids.argsort()
-    return ids[order], scores[order]
-
-
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_the_same_batches_give_the_same_slots_in_any_order_of_programs(policy: Policy) -> None:
-    rng = np.random.default_rng(1)
-    batches = [rng.integers(0, 90, 50) for _ in range(6)]
-    results = []
-    for _ in range(2):
-        table = gpu_slots(30, policy)
-        made = [table.assign(on_device(batch), step).slots for step, batch in enumerate(batches, 1)]
-        results.append([*made, *table.content()])
-    assert all(map(torch.equal, *results))
-
-
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-@pytest.mark.parametrize("count", [1, 5000])
-def test_ids_of_equal_or_close_scores_give_way_by_score_then_by_hash(policy: Policy, count: int) -> None:
-    """Counts whose bins hold several values, and more equal scores than the digits of the code can separate."""
-    capacity = 40
-    alike = unmix(torch.arange(capacity) + (7 << 40))  # hashes that begin with the same 24 bits
-    counts = torch.full((capacity,), count) - torch.arange(capacity).clamp(max=count - 1) % 3
-    tables: list[SlotTable] = [gpu_slots(capacity, policy), TorchSlots(capacity, policy)]
-    for table in tables:
-        table.restore(alike.to(DEVICE if table is tables[0] else "cpu"), score(policy, counts, 1).to(DEVICE))
-    new = torch.arange(10).repeat_interleave(torch.arange(10) * 3 + 1)
-    ours, oracle = tables[0].assign(new.to(DEVICE), 2).trimmed(), tables[1].assign(new, 2)
-    assert ours.new_ids.tolist() == oracle.new_ids.tolist() and ours.counters == oracle.counters
-    assert sorted(ours.evicted_ids.tolist()) == sorted(oracle.evicted_ids.tolist())
 
 
 def test_ids_that_are_looked_for_at_the_same_place_are_all_found_beyond_the_last_entry_too() -> None:
     capacity = 24
-    last_place = unmix(torch.arange(-2 * capacity, 0)).to(DEVICE)  # their hashes begin with 58 ones
+    last_place = unmix(torch.arange(2**63 - 2 * capacity, 2**63 - 1)).to(DEVICE)  # their keys begin with 57 ones
     table = gpu_slots(capacity, "lru")
     table.assign(last_place[:capacity], 1)
-    taken = table._slots.entries.cpu() >= 0
+    taken = table._index.entries.cpu() >= 0
     assert taken.sum() == capacity and taken[-1] and taken[: capacity - 1].all()
-    assert table.lookup(last_place).tolist() == [*range(capacity), *[NO_SLOT] * capacity]
+    found = table.lookup(last_place).tolist()
+    assert sorted(found[:capacity]) == [*range(capacity)] and set(found[capacity:]) == {NO_SLOT}
     table.assign(torch.cat([last_place[::2], last_place[capacity::2]])[:capacity], 2)
-    assert sorted(table.lookup(last_place[:capacity:2]).tolist()) == list(range(0, capacity, 2))
-    assert set(table.lookup(last_place[capacity::2]).tolist()) == set(range(1, capacity, 2))
-
-
-def test_counts_stop_at_the_most_there_may_be() -> None:
-    table = gpu_slots(3, "lfu")
-    table.restore(on_device([5, 0, -9]), score("lfu", on_device([MAX_COUNT - 10, 2, 8]), 1))
-    for step in (2, 3):
-        table.assign(on_device([5, 0] * 100), step)
-    scores = table.content()[1]
-    assert counts_of("lfu", scores).tolist() == [MAX_COUNT, 202, 8] and (scores[:2] & 3 == 3).all()
+    assert table.lookup(last_place[:capacity:2]).tolist() == found[:capacity:2]
+    assert sorted(table.lookup(last_place[capacity::2]).tolist()) == sorted(found[1:capacity:2])
 
 
 @pytest.mark.parametrize("dim", [1, 6, 70])

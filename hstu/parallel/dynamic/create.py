@@ -1,0 +1,121 @@
+"""Creates the slots of a dynamic table: those in C++ on a CPU, by Triton kernels on a GPU, else in PyTorch."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import weakref
+
+import torch
+from torch import Tensor
+
+from hstu.config.args import DynamicEmbeddingArgs
+from hstu.ops.cpu.build import KernelsUnavailable, address, int32, int64, library, library_file, pointer
+from hstu.ops.select import select_slot_kernels
+from hstu.ops.self_check import record_passed
+from hstu.parallel.dynamic.slots import Assignment, Policy, SlotTable, TorchSlots
+
+log = logging.getLogger(__name__)
+
+
+def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: torch.device) -> SlotTable:
+    """The fastest implementation that this machine has, for the ``table`` of that name."""
+    policy: Policy = "lfu" if args.evict_strategy == "lfu" else "lru"
+    threshold = args.admission_threshold
+    kernels = None
+    if device.type == "cpu":
+        try:
+            check_cpu_slots()
+            log.info("kernel slots of table %s: cpu", table)
+            return CpuSlots(capacity, policy, threshold)
+        except KernelsUnavailable as reason:
+            log.warning("kernel slots of table %s: pytorch (cpu: %s)", table, reason)
+    elif device.type == "cuda":
+        kernels, unsupported_reason = select_slot_kernels(device)
+        if kernels is not None:
+            log.info("kernel slots of table %s: triton", table)
+        else:
+            log.warning("kernel slots of table %s: pytorch (triton: %s)", table, unsupported_reason)
+    return TorchSlots(capacity, policy, threshold, device, kernels)
+
+
+class CpuSlots(SlotTable):
+    """See SlotTable. In C++ (hstu/ops/cpu/csrc/slots.h), on one thread.
+
+    Raises hstu.ops.cpu.build.KernelsUnavailable where there is no compiler.
+    """
+
+    sightings: CpuSlots | None
+
+    def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0) -> None:
+        super().__init__(capacity, policy, admission_threshold)
+        self._records = torch.zeros(capacity, 2, dtype=torch.int64)  # id and score of a slot share a cache line
+        self._library = library()
+        self._library.hstu_slots_new.restype = pointer
+        self._library.hstu_slots_size.restype = int64
+        lfu = int32(policy == "lfu")
+        self._handle = pointer(self._library.hstu_slots_new(int64(capacity), lfu, _pointer(self._records)))
+        weakref.finalize(self, self._library.hstu_slots_free, self._handle)
+        if admission_threshold > 1:
+            self.sightings = CpuSlots(capacity, "lru")
+            self._library.hstu_slots_set_admission(self._handle, self.sightings._handle, int64(admission_threshold))
+
+    def size(self) -> Tensor:
+        """See SlotTable."""
+        return torch.tensor([self._library.hstu_slots_size(self._handle)])
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """See SlotTable."""
+        ids, slots = ids.contiguous(), torch.empty_like(ids)
+        self._library.hstu_slots_lookup(self._handle, _pointer(ids), int64(len(ids)), _pointer(slots))
+        return slots
+
+    def assign(self, ids: Tensor, step: int) -> Assignment:
+        """See SlotTable."""
+        ids, slots = ids.contiguous(), torch.empty_like(ids)
+        most = min(len(ids), self.capacity)
+        new_slots, new_ids, evicted_ids = (torch.empty(most, dtype=torch.int64) for _ in range(3))
+        counts = torch.empty(6, dtype=torch.int64)
+        outputs = map(_pointer, (slots, new_slots, new_ids, evicted_ids, counts))
+        self._library.hstu_slots_assign(self._handle, _pointer(ids), int64(len(ids)), int64(step), *outputs)
+        return Assignment(slots, new_slots, new_ids, evicted_ids, counts)
+
+    def content(self) -> tuple[Tensor, Tensor]:
+        """See SlotTable; views."""
+        ids, scores = self._records[: int(self.size())].unbind(1)
+        return ids, scores
+
+    def restore(self, ids: Tensor, scores: Tensor) -> None:
+        """See SlotTable."""
+        self._records[: len(ids)] = torch.stack([ids, scores], dim=1)
+        self._library.hstu_slots_rebuild(self._handle, int64(len(ids)))
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return pointer(address(tensor))
+
+
+def check_cpu_slots() -> None:
+    """Compare CpuSlots with TorchSlots once per machine, as compilers have defects; takes some tenths of a second.
+
+    Raises KernelsUnavailable where there is no compiler, or where the two differ.
+    """
+    passed = library_file().with_suffix(".slots_checked")
+    if passed.exists():
+        return
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(200, generator=generator).mul(300).long() for _ in range(30)]
+    policies: tuple[Policy, ...] = ("lru", "lfu")
+    for policy in policies:
+        for threshold in (0, 2):
+            tables = CpuSlots(300, policy, threshold), TorchSlots(300, policy, threshold)
+            for step, ids in enumerate(batches, 1):
+                compiled, expected = (table.assign(ids, step) for table in tables)
+                contents = [torch.stack(table.content())[:, table.content()[0].argsort()] for table in tables]
+                found = torch.equal(tables[0].lookup(ids), compiled.slots)
+                if not found or not torch.equal(*contents) or compiled.counters != expected.counters:
+                    raise KernelsUnavailable(
+                        f"the C++ slots of dynamic tables ({policy}) differ from PyTorch's; please report this with "
+                        "the output of `c++ --version`"
+                    )
+    record_passed(passed)

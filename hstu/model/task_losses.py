@@ -30,15 +30,6 @@ def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs, labels.long(), reduction="none")
 
 
-def cumulative_logit(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross entropies of "label > k", k = 0, 1, … (Cao et al., "Rank consistent ordinal regression", 2020).
-
-    outputs: the logit of each.
-    """
-    above = labels[:, None] > torch.arange(outputs.shape[1], device=outputs.device)
-    return F.binary_cross_entropy_with_logits(outputs, above.float(), reduction="none").sum(1)
-
-
 def mse(outputs: Tensor, labels: Tensor) -> Tensor:
     """Squared error."""
     return (outputs[:, 0] - labels).square()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -22,7 +21,6 @@ _LOSSES = {
     "bce": task_losses.bce,
     "focal": task_losses.focal,
     "cross_entropy": task_losses.cross_entropy,
-    "cumulative_logit": task_losses.cumulative_logit,
     "mse": task_losses.mse,
     "huber": task_losses.huber,
 }
@@ -45,25 +43,9 @@ class RankingTask(nn.Module):
         self.first_class = codes.first
         self.register_buffer("positive", torch.tensor(codes.positive, dtype=torch.float32), persistent=False)
         self._row = columns.index(args.label)
-        self.thresholds: nn.Parameter | None = None
-        if args.kind == "ordinal":
-            # At first all classes are equally likely where the head gives 0.
-            classes = args.num_classes or 0
-            log_odds = [math.log((classes - above) / above) for above in range(1, classes)]
-            self.thresholds = nn.Parameter(torch.tensor(log_odds))
-
-    @property
-    def num_predictions(self) -> int:
-        """Numbers that are predicted of an item."""
-        return self.args.output_width if self.thresholds is None else len(self.thresholds)
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """What evaluation reads, float32 [M, num_predictions], from the head's [M, output_width].
-
-        binary: a logit. class: a logit per class. ordinal: the logit of "label > k" for each k. Else the number.
-        """
-        if self.thresholds is not None:
-            return outputs + self.thresholds
+        """What evaluation reads, float32 [M, output_width]: a logit, a logit per class, or the number."""
         return outputs * self.args.scale
 
     def labels(self, label_values: Tensor) -> Tensor:
@@ -92,8 +74,7 @@ class RankingTask(nn.Module):
         if args.loss_in_force == "pairwise":
             longest = max(1, int(batch.num_candidates_host.max(initial=0)))
             return args.weight * task_losses.pairwise_sum(outputs, labels, weights, batch.num_labels, longest)
-        predicted = outputs if self.thresholds is None else outputs + self.thresholds
-        losses = _LOSSES[args.loss_in_force](predicted, labels)
+        losses = _LOSSES[args.loss_in_force](outputs, labels)
         return args.weight * (losses * weights).sum()
 
 

@@ -120,12 +120,12 @@ def _tasks(trained: LoadedModel) -> list[dict[str, Any]]:
     """Name, kind and number of outputs of each prediction."""
     task = task_of(trained)
     if isinstance(task, MultiTaskDense):
-        kinds = {"binary": "binary", "class": "class", "ordinal": "ordinal"}
+        kinds = {"binary": "binary", "class": "class"}
         return [
             {
                 "name": each.args.task_name,
                 "kind": kinds.get(each.args.kind, "number"),
-                "width": each.num_predictions,
+                "width": each.args.output_width,
                 "first": each.first_class,
             }
             for each in task.each_task

@@ -251,12 +251,12 @@ def score_columns(evaluator: Evaluator, config: RunConfig, source: StoreSource) 
 
     - One binary task: ``score``, the probability of a positive action; of several, ``score_<name>`` each.
     - Classes: ``p_<action>``, the probability of each, and ``score``, the expected action, unless actions are texts.
-    - RankingArgs.tasks: binary ``score_<task>``, a probability; class ``p_<task>_<label>``; ordinal ``score_<task>``,
-      the expected label; regression ``score_<task>``, the value.
+    - RankingArgs.tasks: binary ``score_<task>``, a probability; class ``p_<task>_<label>``; regression
+      ``score_<task>``, the value.
     """
     if isinstance(evaluator, MultiTaskEvaluator):
         tasks = evaluator.tasks
-        widths = [task.num_predictions for task in tasks]
+        widths = [task.args.output_width for task in tasks]
 
         def of_tasks(outputs: np.ndarray) -> Columns:
             parts = np.split(outputs, np.cumsum(widths)[:-1], axis=1)
@@ -292,8 +292,6 @@ def _task(task: RankingTask, outputs: np.ndarray, texts: Sequence[str]) -> Colum
         return _classes(outputs, f"p_{name}_", task.first_class, texts)
     if kind == "binary":
         return {f"score_{name}": sigmoid(outputs[:, 0])}
-    if kind == "ordinal":
-        return {f"score_{name}": task.first_class + sigmoid(outputs).sum(axis=1)}
     return {f"score_{name}": outputs[:, 0]}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hstu.base.errors import ConfigError
 from hstu.checkpoint.directory import complete_checkpoints
 from hstu.checkpoint.find import AUTO, Run, belongs, candidates
 from hstu.config.args import TrainerArgs
@@ -40,14 +39,11 @@ def directory_of_checkpoints(config: RunConfig, path: Path) -> Path:
     if args.ckpt_save_dir is not None:
         return Path(args.ckpt_save_dir)
     if args.ckpt_load_dir == AUTO and args.output_dir is None:
-        saved_in = CHECKPOINTS / run_name(config.source_files)
-        _check_not_directly_above(saved_in)
-        return saved_in
+        return CHECKPOINTS / run_name(config.source_files)
     if earlier := _saved_in_earlier(args, path):
         return earlier
     saved_in = CHECKPOINTS / path.name
     if args.ckpt_load_dir == AUTO:
-        _check_not_directly_above(saved_in)
         return saved_in
     return unused(CHECKPOINTS, f"{path.name}-{{}}", first=2) if complete_checkpoints(saved_in) else saved_in
 
@@ -59,17 +55,6 @@ def _saved_in_earlier(args: TrainerArgs, path: Path) -> Path | None:
         return None
     found = candidates(args.ckpt_load_dir, earlier.checkpoints)
     return Path(earlier.checkpoints) if any(belongs(checkpoint, path) for checkpoint in found) else None
-
-
-def _check_not_directly_above(saved_in: Path) -> None:
-    """Raise ConfigError if there is nothing to resume in ``saved_in``, but earlier versions saved directly above it."""
-    earlier = complete_checkpoints(CHECKPOINTS)
-    if earlier and not complete_checkpoints(saved_in):
-        raise ConfigError(
-            f'TrainerArgs.ckpt_load_dir = "auto": {saved_in} holds no checkpoint, but an earlier version of this '
-            f'program has saved {earlier[0]}. Set TrainerArgs.ckpt_save_dir = "./{CHECKPOINTS}" to continue '
-            "from there. To start anew, move it away or set another ckpt_save_dir."
-        )
 
 
 def describe_saving(args: TrainerArgs, directory: Path) -> str:

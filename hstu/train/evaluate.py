@@ -186,7 +186,7 @@ class MultiTaskEvaluator(LabelledItemEvaluator):
         """See Evaluator."""
         results: dict[str, float] = {}
         labels = torch.from_numpy(observations.labels.T)
-        ends = np.cumsum([task.num_predictions for task in self.tasks])[:-1]
+        ends = np.cumsum([task.args.output_width for task in self.tasks])[:-1]
         of_tasks = np.split(observations.results, ends, axis=1)
         for task, predictions in zip(self.tasks, of_tasks, strict=True):
             args = self.args.get(task.args.task_name)
@@ -195,7 +195,7 @@ class MultiTaskEvaluator(LabelledItemEvaluator):
             metrics = TaskMetrics(args.metrics_in_force, args.kind, task=args.task_name, label_offset=task.first_class)
             if len(observations):
                 metrics.update(
-                    predictions.squeeze(1) if task.num_predictions == 1 else predictions,
+                    predictions.squeeze(1) if task.args.output_width == 1 else predictions,
                     task.labels(labels).numpy(),
                     observations.users,
                     observations.requests,

@@ -84,11 +84,7 @@ class MetricsHistory:
         return json.loads(to_line({"last": last, "count": self._count, "extremes": self._extremes}))
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Restore ``state_dict()``, or add all evaluations of a run, which older checkpoints list."""
-        if isinstance(state_dict, list):
-            for record in state_dict:
-                self.add(EvalRecord.from_json(record))
-            return
+        """Restore ``state_dict()``."""
         records = [EvalRecord.from_json(record) for record in state_dict["last"]]
         self._last, self._count = {record.split: record for record in records}, state_dict["count"]
         self._extremes = state_dict["extremes"]

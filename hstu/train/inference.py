@@ -61,15 +61,13 @@ class StoredSource(BatchSource):
         super().__init__(config, mesh, 1)
         assert isinstance(config.dataset, DatasetArgs)
         metadata = read_metadata(checkpoint)
-        facts = metadata.get("features")
-        if facts is None:  # an earlier version wrote it
-            raise missing
+        facts = metadata["features"]
         self.missing = missing
         self.roles = FeatureRoles(
             facts["item"],
             facts["action"],
             tuple(facts["contextual"]),
-            **{name: tuple(facts.get(name, ())) for name in _SIDE_FACTS},  # earlier versions lack them
+            **{name: tuple(facts[name]) for name in _SIDE_FACTS},
         )
         self.cardinalities = facts["cardinalities"]
         self.raw_features = tuple(facts["raw"])

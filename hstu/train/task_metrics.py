@@ -1,4 +1,4 @@
-"""Exact metrics of ranking tasks over all predictions of the evaluation set: of classes, levels and values.
+"""Exact metrics of ranking tasks over all predictions of the evaluation set: of classes and of values.
 
 TaskMetrics is one task. RankingMetrics are the tasks of the action, for runs without RankingArgs.tasks.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -38,16 +38,12 @@ class TaskMetrics:
     =========== ======================================== ========================= ====================
     binary      logit [M]                                0 or 1                    logit
     class       logits [M, C]                            label_offset + class      –
-    ordinal     logits of "level > k", k < C − 1         label_offset + level < C  expected label
-                [M, C − 1]
     regression  value [M]                                value                     value
     =========== ======================================== ========================= ====================
 
     AUC and GAUC (Zhou et al., KDD 2018) of classes are one-vs-rest, the mean over the classes that have both positives
     and negatives. LOGLOSS is the mean cross entropy in nats. NE is LOGLOSS divided by the LOGLOSS of a model that
-    always predicts the base rate (He et al., ADKDD 2014). ACC is the share of correct predictions. For an ordinal task,
-    the first four are the means over its binary questions "level > k"; ACC compares the level with the number of
-    questions whose P > 1/2.
+    always predicts the base rate (He et al., ADKDD 2014). ACC is the share of correct predictions.
 
     AUC>=K is the AUC of the predicted P(label >= K), or of the score.
 
@@ -57,8 +53,8 @@ class TaskMetrics:
     et al., KDD 2022).
 
     NDCG and NDCG@K order the candidates of a request by score and average over the requests with different labels. The
-    gain is the label, not 2^label − 1, because watch times would overflow; for ordinal tasks it is the level. Equal
-    scores share their gains (the expectation over their orders; McSherry & Najork, ECIR 2008).
+    gain is the label, not 2^label − 1, because watch times would overflow. Equal scores share their gains (the
+    expectation over their orders; McSherry & Najork, ECIR 2008).
 
     Args:
         task: name of the task, for warnings.
@@ -115,16 +111,9 @@ class TaskMetrics:
             classified = classes(predictions, levels)
             at_least = np.cumsum(classified.scores[:, ::-1], axis=1)[:, ::-1]
             return _Answers(labels, None, classified, at_least)
-        questions = predictions.reshape(len(labels), -1)
-        check_classes(levels, questions.shape[1] + 1)
-        classified = binary(questions, levels[:, None] > np.arange(questions.shape[1]))
-        if self.kind == "binary":
-            return _Answers(labels, questions[:, 0], classified)
-        right = (questions > 0).sum(axis=1) == levels
-        expected = self.label_offset + sigmoid(questions).sum(axis=1)
-        always = np.zeros((len(labels), 1))  # every label is at least the lowest one
-        classified = replace(classified, accuracy=float(right.mean()))
-        return _Answers(labels, expected, classified, np.concatenate([always, questions], axis=1))
+        check_classes(levels, 2)
+        scores = predictions.reshape(len(labels))
+        return _Answers(labels, scores, binary(scores[:, None], levels[:, None] > 0))
 
     def _compute_one(self, name: str, answers: _Answers, users: np.ndarray, requests: np.ndarray) -> float:
         if name in CLASSIFICATION_METRICS:
@@ -218,7 +207,7 @@ class _Answers:
     scores: np.ndarray | None
     """float64 [M], in the order of the predicted labels; None for classes, which have no order."""
     classified: Classified | None = None
-    """The binary questions or the classes."""
+    """The binary question or the classes."""
     at_least: np.ndarray | None = None
     """float64 [M, number of classes]: scores of "the label is at least label_offset + column"."""
 

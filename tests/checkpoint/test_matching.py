@@ -156,7 +156,7 @@ def test_a_parameter_that_an_older_program_did_not_write_has_its_default() -> No
 
 def test_another_kind_of_task_is_another_model_and_another_loss_is_not() -> None:
     stored = "click/RankingTaskArgs.kind = 'binary'\nclick/RankingTaskArgs.loss = 'bce'\n"
-    own = stored.replace("binary", "ordinal").replace("bce", "focal")
+    own = stored.replace("binary", "regression").replace("bce", "focal")
     assert [(entry.name, entry.changes == "model") for entry in config_differences(stored, own)] == [
         ("click/RankingTaskArgs.kind", True),
         ("click/RankingTaskArgs.loss", False),

@@ -64,7 +64,7 @@ USER_TASKS = OWN_DATA + text(
         "RankingArgs.tasks = [@click/RankingTaskArgs(), @stars/RankingTaskArgs()]",
         'click/RankingTaskArgs.label = "clicked"',
         'stars/RankingTaskArgs.label = "action"',
-        'stars/RankingTaskArgs.kind = "ordinal"',
+        'stars/RankingTaskArgs.kind = "class"',
         "stars/RankingTaskArgs.num_classes = 5",
     ]
 )

@@ -87,10 +87,9 @@ FIRST, WHOLE = 5, 9
 TASKS = {
     "binary": RankingTaskArgs(name="odd", label="action", bit_mask=1, metrics=("GAUC", "NE", "NDCG@2")),
     "class": RankingTaskArgs(name="code", label="action", kind="class", num_classes=ACTIONS, metrics=("AUC", "ACC")),
-    "ordinal": RankingTaskArgs(
-        name="level", label="action", kind="ordinal", num_classes=ACTIONS, metrics=("LOGLOSS", "AUC>=2", "NDCG")
+    "regression": RankingTaskArgs(
+        name="size", label="action", kind="regression", metrics=("XAUC", "RMSE", "MAE", "AUC>=2", "NDCG")
     ),
-    "regression": RankingTaskArgs(name="size", label="action", kind="regression", metrics=("XAUC", "RMSE", "MAE")),
 }
 """Tasks of each kind."""
 

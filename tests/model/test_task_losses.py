@@ -33,10 +33,6 @@ def cross_entropy(outputs: Tensor, label: float) -> Tensor:
     return -(outputs[int(label)].exp() / outputs.exp().sum()).log()
 
 
-def cumulative_logit(outputs: Tensor, label: float) -> Tensor:
-    return -sum((likelihood(logit, label > k).log() for k, logit in enumerate(outputs)), torch.zeros(()))
-
-
 def mse(outputs: Tensor, label: float) -> Tensor:
     return (outputs[0] - label) ** 2
 
@@ -50,7 +46,6 @@ CASES: dict[str, tuple[Callable[[Tensor, float], Tensor], int, int]] = {
     "bce": (bce, 1, 2),
     "focal": (focal, 1, 2),
     "cross_entropy": (cross_entropy, 4, 4),
-    "cumulative_logit": (cumulative_logit, 3, 4),
     "mse": (mse, 1, 0),
     "huber": (huber, 1, 0),
 }
@@ -130,9 +125,3 @@ def test_labels_of_binary_tasks_are_positive_by_threshold_or_bit_or_text() -> No
 
 def test_items_without_a_label_do_not_count() -> None:
     assert task().weights(values([0, 1, torch.nan, 1], [0.0] * 4)).tolist() == [1, 1, 0, 1]
-
-
-def test_classes_are_equally_likely_where_the_head_of_an_ordinal_task_gives_nothing() -> None:
-    logits = task(kind="ordinal", num_classes=5).predictions(torch.zeros(1, 1))
-    above = torch.sigmoid(logits)[0]
-    torch.testing.assert_close(above, torch.tensor([0.8, 0.6, 0.4, 0.2]))

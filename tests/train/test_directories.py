@@ -74,20 +74,6 @@ def test_auto_without_a_directory_finds_what_the_same_file_has_saved(
     assert saved_iterations(tmp_path / "checkpoints" / "mine") == [2, 4]
 
 
-def test_auto_does_not_start_anew_beside_checkpoints_of_an_earlier_version(
-    train: Callable[..., FinishedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    train("ranking", trainer={"ckpt_save_interval": 4, "ckpt_save_dir": "./checkpoints"})  # as earlier versions did
-    auto = {"ckpt_save_interval": None, "ckpt_save_dir": None, "ckpt_load_dir": "auto", "output_dir": "runs/mine"}
-    with pytest.raises(ConfigError, match=r"earlier version .* has saved checkpoints/iteration_00000004\. Set"):
-        train("ranking", trainer=auto)
-    assert not Path("runs").exists() and sorted(path.name for path in Path("checkpoints").iterdir()) == [
-        "iteration_00000004",
-        "latest",
-    ]
-
-
 @pytest.mark.parametrize("kind", ["file", "directory"])
 @pytest.mark.parametrize("name", ["latest", ".writing_iteration_00000004", ".writing_latest"])
 def test_what_is_in_the_way_of_checkpoints_is_found_at_start(

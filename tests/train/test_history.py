@@ -70,16 +70,6 @@ def test_what_a_checkpoint_keeps_does_not_grow_with_the_evaluations() -> None:
     assert max(sizes) < sizes[0] + 100  # more digits
 
 
-def test_checkpoints_that_list_all_evaluations_are_still_read() -> None:
-    history, resumed = MetricsHistory(), MetricsHistory()
-    entries = [record(10, AUC=0.8), record(20, AUC=0.7), record(20, "test", AUC=0.5), record(30, AUC=math.nan)]
-    for entry in entries:
-        history.add(entry)
-    resumed.load_state_dict([entry.as_json() for entry in entries])
-    assert resumed.state_dict() == history.state_dict()
-    assert resumed.find_best("valid", "AUC", "max") == (0.8, 10, 2)
-
-
 def follow(values: list[float], mode: str = "max", patience: int | None = 2) -> tuple[list[bool], Selection]:
     """Whether each of the values, evaluated at 10, 20, …, was the best by then; and the selection in the end."""
     history, selection = MetricsHistory(), Selection("AUC", mode, "valid", patience)

@@ -101,16 +101,6 @@ def reference(name, kind, rows):
     predictions, labels, users, requests = (list(column) for column in zip(*rows, strict=True))
     if kind == "class":
         return class_reference(name, predictions, labels, users)
-    if kind == "ordinal":
-        columns = [list(column) for column in zip(*predictions, strict=True)]
-        positive = [[label > k for label in labels] for k in range(CLASSES - 1)]
-        if name == "ACC":
-            return mean([sum(x > 0 for x in logits) == y for logits, y in zip(predictions, labels, strict=True)])
-        if name == "AUC>=2":
-            return auc(columns[1], positive[1])
-        if name in ("AUC", "GAUC", "LOGLOSS", "NE"):
-            return questions_reference(name, columns, positive, users)
-        predictions = [sum(math.exp(log_sigmoid(x)) for x in logits) for logits in predictions]
     if kind == "binary":
         if name == "ACC":
             return mean([(x > 0) == y for x, y in zip(predictions, labels, strict=True)])
@@ -154,13 +144,10 @@ FEW_LOGITS = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float3
 
 def rows_of(kind):
     """Lists of (prediction, label or nan, user, request)."""
-    width = {"class": CLASSES, "ordinal": CLASSES - 1}.get(kind)
-    prediction = QUARTERS if width is None else st.sampled_from(FEW_LOGITS).map(lambda logits: logits[:width])
-    label = {
-        "binary": st.integers(0, 1),
-        "class": st.integers(0, CLASSES - 1),
-        "ordinal": st.integers(0, CLASSES - 1),
-    }.get(kind, st.integers(0, 8).map(lambda number: number / 2))
+    prediction = st.sampled_from(FEW_LOGITS) if kind == "class" else QUARTERS
+    label = {"binary": st.integers(0, 1), "class": st.integers(0, CLASSES - 1)}.get(
+        kind, st.integers(0, 8).map(lambda number: number / 2)
+    )
     ids = st.integers(0, 3)
     return st.lists(st.tuples(prediction, label | st.just(NAN), ids, ids), max_size=14)
 
@@ -168,7 +155,7 @@ def rows_of(kind):
 def collected(kind, rows, names=None, **options):
     """Metrics that have seen the rows in two batches."""
     task = TaskMetrics(names or names_of(kind), kind, **options)
-    width = {"class": (CLASSES,), "ordinal": (CLASSES - 1,)}.get(kind, ())
+    width = (CLASSES,) if kind == "class" else ()
     for part in (rows[::2], rows[1::2]):
         predictions, labels, users, requests = zip(*part, strict=True) if part else [()] * 4
         task.update(
@@ -195,7 +182,7 @@ def test_every_metric_equals_loops_over_pairs_and_requests(kind):
 @pytest.mark.parametrize("kind", METRICS_OF_KIND)
 def test_metrics_do_not_depend_on_the_order_of_the_samples(kind):
     rng = np.random.default_rng(1)
-    width = {"class": CLASSES, "ordinal": CLASSES - 1}.get(kind)
+    width = CLASSES if kind == "class" else None
     logits = rng.integers(-6, 7, (120, width or 1)) / 4
     labels = np.where(rng.random(120) < 0.2, NAN, rng.integers(0, 2 if kind == "binary" else CLASSES, 120))
     rows = [
@@ -219,18 +206,6 @@ def test_binary_and_class_tasks_have_the_metrics_of_actions():
         ours = TaskMetrics((*names, *extra), kind, label_offset=options.get("label_offset", 0))
         ours.update(logits, actions.astype(np.float32), users, users)
         assert ours.compute() == pytest.approx(theirs.compute(), rel=1e-12)
-
-
-def test_levels_that_start_at_one_are_those_that_start_at_zero():
-    rng = np.random.default_rng(3)
-    logits, levels, ids = rng.normal(size=(200, 4)), rng.integers(0, 5, 200), rng.integers(0, 20, 200)
-    names = ("AUC", "ACC", "RMSE", "MAE", "XAUC", "NDCG@3")
-    values = []
-    for offset in (0, 1):
-        task = TaskMetrics((*names, f"AUC>={2 + offset}"), "ordinal", label_offset=offset)
-        task.update(logits, (levels + offset).astype(np.float32), ids, ids)
-        values.append([*task.compute().values()])
-    assert values[0] == pytest.approx(values[1])
 
 
 # --- order metrics on many rows ------------------------------------------------------------------------------------
@@ -275,7 +250,7 @@ def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_re
 @pytest.mark.parametrize("kind", METRICS_OF_KIND)
 @pytest.mark.parametrize("rows", [[], [None]])
 def test_without_a_known_label_all_metrics_are_nan(kind, rows, caplog):
-    prediction = {"class": [0.0] * CLASSES, "ordinal": [0.0] * (CLASSES - 1)}.get(kind, NAN)
+    prediction = [0.0] * CLASSES if kind == "class" else NAN
     result = collected(kind, [(prediction, NAN, 0, 0) for _ in rows], task="click").compute()
     assert list(result) == list(names_of(kind))
     assert all(math.isnan(value) for value in result.values())
@@ -300,12 +275,12 @@ def test_negative_labels_have_no_ndcg(caplog):
     [
         ("binary", 2.0, "classes 2 … 2, but there are logits for 2"),
         ("class", 4.0, "classes 4 … 4"),
-        ("ordinal", -1.0, "classes -1 … -1"),
-        ("ordinal", 1.5, "labels of task 'stars' must be whole numbers"),
+        ("class", -1.0, "classes -1 … -1"),
+        ("class", 1.5, "labels of task 'stars' must be whole numbers"),
     ],
 )
 def test_labels_outside_the_classes_are_refused(kind, label, text):
-    prediction = {"class": [0.0] * CLASSES, "ordinal": [0.0] * (CLASSES - 1)}.get(kind, 0.0)
+    prediction = [0.0] * CLASSES if kind == "class" else 0.0
     with pytest.raises(ValueError, match=text):
         collected(kind, [(prediction, label, 0, 0)], task="stars").compute()
 
@@ -314,4 +289,4 @@ def test_metrics_of_another_kind_are_refused():
     with pytest.raises(ValueError, match=r"'RMSE' is not a metric of binary tasks; allowed: AUC, .*NDCG@K"):
         TaskMetrics(("AUC", "RMSE"), "binary")
     assert fits_kind("NDCG@10", "binary") and fits_kind("AUC>=0", "class")
-    assert not any(fits_kind(name, "ordinal") for name in ("NDCG@0", "NDCG@", "NDCG@2x", "AUC@2", "AUC>=", "HR@10"))
+    assert not any(fits_kind(name, "class") for name in ("NDCG@0", "NDCG@", "NDCG@2x", "AUC@2", "AUC>=", "HR@10"))

@@ -22,7 +22,7 @@ USERS, LENGTH, ITEMS, ACTIONS = 24, 8, 12, 4
 MISSING = "unknown"
 TASKS = (
     {"label": "click", "metrics": ("AUC", "LOGLOSS", "NDCG")},
-    {"label": "stars", "kind": "ordinal", "num_classes": 3, "metrics": ("ACC", "MAE")},
+    {"label": "stars", "kind": "class", "num_classes": 3, "metrics": ("ACC", "LOGLOSS")},
     {"name": "topic", "label": "topic", "kind": "class", "num_classes": 3, "metrics": ("ACC",)},
     {"label": "watched", "kind": "regression", "scale": 10.0, "metrics": ("XAUC", "RMSE")},
     {"name": "often", "label": "action", "bit_mask": 2, "loss": "focal", "metrics": ("AUC",)},
@@ -93,7 +93,7 @@ def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, tmp_path: Path, sharing: st
     finished = run(task_config(store, tmp_path, trainer=trainer, task_args={"task_sharing": sharing, **experts}), mesh)
     metrics = finished.metrics
     assert set(metrics) == {
-        *("AUC/click", "LOGLOSS/click", "NDCG/click", "ACC/stars", "MAE/stars", "ACC/topic"),
+        *("AUC/click", "LOGLOSS/click", "NDCG/click", "ACC/stars", "LOGLOSS/stars", "ACC/topic"),
         *("XAUC/watched", "RMSE/watched", "AUC/often", "RMSE/long"),
     }
     learnt = [metrics[name] for name in ("AUC/click", "ACC/stars", "ACC/topic", "XAUC/watched", "AUC/often")]

@@ -60,7 +60,7 @@ OF_THE_ACTION = {
     "task_sharing": "ple",
     "num_experts": 2,
     "tasks": [
-        RankingTaskArgs(name="level", label="action", kind="ordinal", num_classes=ACTIONS, weight=0.5),
+        RankingTaskArgs(name="level", label="action", kind="class", num_classes=ACTIONS, weight=0.5),
         RankingTaskArgs(name="odd", label="action", bit_mask=1, loss="focal", metrics=("LOGLOSS", "NDCG")),
         RankingTaskArgs(name="high", label="action", positive_from=2, loss="pairwise", metrics=("LOGLOSS",)),
     ],

@@ -18,7 +18,6 @@ _VALUES = ("AUC>=K", "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K")
 METRICS_OF_KIND = {
     "binary": (*_CLASSIFICATION, "NDCG", "NDCG@K"),
     "class": (*_CLASSIFICATION, "AUC>=K"),
-    "ordinal": (*_CLASSIFICATION, *_VALUES),
     "regression": _VALUES,
 }
 """Kind of a ranking task → the metrics that it has. K stands for any number."""
@@ -32,11 +31,10 @@ def fits_kind(metric: str, kind: str) -> bool:
 LOSSES = {
     "binary": ("bce", "focal", "pairwise"),
     "class": ("cross_entropy",),
-    "ordinal": ("cumulative_logit",),
     "regression": ("mse", "huber"),
 }
 """Kind of a ranking task → the losses that it allows, the first of which is its default."""
-DEFAULT_METRIC = {"binary": "AUC", "class": "ACC", "ordinal": "MAE", "regression": "RMSE"}
+DEFAULT_METRIC = {"binary": "AUC", "class": "ACC", "regression": "RMSE"}
 """Kind of a ranking task → what is measured unless metrics are given."""
 
 
@@ -50,14 +48,12 @@ class RankingTaskArgs(Args):
     name: Optional[str] = option(None, changes="reports", pattern=r"[a-z_][a-z0-9_]*", examples=("click", "watch_time"))
     """Name of the task in metrics, such as click in "AUC/click". None: the label, in lower case."""
     kind: str = option("binary", changes="model", choices=tuple(LOSSES))
-    """binary: positive or negative. class: one of num_classes. ordinal: one of num_classes in an order, such as stars.
-    regression: a number."""
+    """binary: positive or negative. class: one of num_classes. regression: a number, such as stars."""
     loss: Optional[str] = option(
         None, changes="training", choices=tuple(loss for losses in LOSSES.values() for loss in losses)
     )
     """binary: bce, focal (arXiv 1708.02002, gamma = 2) or pairwise (RankNet: the logistic loss of each positive and
-    negative candidate of a request). class: cross_entropy. ordinal: cumulative_logit (arXiv 1901.07884). regression:
-    mse or huber. None: the first of the kind."""
+    negative candidate of a request). class: cross_entropy. regression: mse or huber. None: the first of the kind."""
     weight: float = option(1.0, changes="training", above=0, maximum=1e6)
     """Factor of the loss. The loss of a run is the sum over the tasks of weight times the mean over the labelled items,
     in which items without a label count as 0."""
@@ -77,10 +73,10 @@ class RankingTaskArgs(Args):
     bit_mask: Optional[int] = option(None, changes="training", minimum=1, maximum=2**24 - 1, needs=OF_BINARY)
     """binary: labels that have one of these bits are positive, for actions that are sets of bits."""
     num_classes: Optional[int] = option(
-        None, changes="model", minimum=2, maximum=1_000_000, needs=having("kind", "class", "ordinal", strict=True)
+        None, changes="model", minimum=2, maximum=1_000_000, needs=having("kind", "class", strict=True)
     )
-    """class, ordinal: number of classes. Labels are 0 to num_classes - 1; or 1 to num_classes, if num_classes occurs
-    and 0 does not. Of class, labels may be texts, which are numbered in alphabetical order."""
+    """class: number of classes. Labels are 0 to num_classes - 1; or 1 to num_classes, if num_classes occurs
+    and 0 does not. Labels may be texts, which are numbered in alphabetical order."""
     scale: float = option(1.0, changes="model", above=0, maximum=1e12, needs=having("kind", "regression", strict=True))
     """regression: the loss is that of label / scale; predictions and metrics are in units of the label. Choose about
     the usual size of a label. huber is linear beyond an error of scale."""
@@ -93,7 +89,7 @@ class RankingTaskArgs(Args):
         capitals=True,
     )
     """Metrics, reported as "AUC/click". NDCG is that of the candidates of a request. None: AUC of binary, ACC of class,
-    MAE of ordinal, RMSE of regression."""
+    RMSE of regression."""
 
     @property
     def task_name(self) -> str:
@@ -112,7 +108,7 @@ class RankingTaskArgs(Args):
 
     @property
     def output_width(self) -> int:
-        """Numbers that the head gives: a logit per class, or one. The thresholds of ordinal are parameters."""
+        """Numbers that the head gives: a logit per class, or one."""
         return self.num_classes or 1 if self.kind == "class" else 1
 
 

@@ -23,7 +23,7 @@ def each_task_is_consistent(run: RunConfig) -> Iterator[Problem]:
 
 
 def kinds_have_their_option(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
-    if task.kind in ("class", "ordinal") and task.num_classes is None:
+    if task.kind == "class" and task.num_classes is None:
         yield run.problem(task, "kind", "needs RankingTaskArgs.num_classes; bind it under the scope of this task")
 
 

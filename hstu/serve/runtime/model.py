@@ -183,7 +183,7 @@ class Model:
         """For each history: name of a prediction → its value for each candidate, in the order given.
 
         Ranking has a prediction per task (``facts["tasks"]``). A binary task gives a probability, a class task a list
-        of probabilities, an ordinal one the probabilities of "more than i", others a number. Retrieval has "cosine".
+        of probabilities, others a number. Retrieval has "cosine".
         Arguments and errors: :meth:`recommend_batch`.
         """
         return [self.predictions(outputs) for outputs in self.predict_batch(histories, candidates, at)]
@@ -196,7 +196,7 @@ class Model:
             first += task["width"]
             if task["kind"] != "number":
                 own = own.softmax(1) if task["kind"] == "class" else own.sigmoid()
-            values[task["name"]] = (own if task["kind"] in ("class", "ordinal") else own[:, 0]).tolist()
+            values[task["name"]] = (own if task["kind"] == "class" else own[:, 0]).tolist()
         return values
 
     def predict_batch(

@@ -84,7 +84,7 @@ def make_batch(
         if seen_lists is None
         else SeenIds(
             values=torch.from_numpy(_flat(seen_lists)),
-            offsets=torch.tensor([0, *np.cumsum([len(row) for row in seen_lists]).tolist()]),
+            lengths=torch.tensor([len(row) for row in seen_lists]),
         ),
         real_batch_size=int((lengths > 0).sum()),
         item_lengths=lengths,

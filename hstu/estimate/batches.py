@@ -7,10 +7,9 @@ import pickle
 
 import numpy as np
 
-from hstu.data.batches.batch import HSTUBatch, ItemFeatures
+from hstu.data.batches.batch import HSTUBatch, ItemFeatures, packed
 from hstu.data.batches.collate import Assembler, Rows
-from hstu.data.batches.loader import pack
-from hstu.data.batches.train_batch import TrainBatch, merge_ranks, pool_feature_positions, split_micro_batches
+from hstu.data.batches.train_batch import TrainBatch, merge_ranks
 from hstu.data.sampling.sampler import START, BatchPlan
 from hstu.estimate.workload import Batch, Workload
 
@@ -25,20 +24,12 @@ def train_batch(workload: Workload, batch: Batch) -> tuple[TrainBatch, int]:
     own = [_rank_batch(workload, batch.part(rank, size), batch_size) for rank in range(size)]
     computed, group, sent = own[0], None, 0
     if size > 1:
-        sent = len(pickle.dumps(pack(dataclasses.replace(own[0], position=None))))
+        sent = len(pickle.dumps(packed(dataclasses.replace(own[0], position=None))))
         computed, group = merge_ranks(own, 0, roles.item)
         replicated = {name for spec in workload.specs if spec.replicated for name in spec.features}
         gathered = {name: counts for name, counts in group.num_values.items() if name not in replicated}
         group = dataclasses.replace(group, num_values=gathered)
-    if trainer.gradient_accumulation_steps == 1:
-        return TrainBatch(own=own[0], parts=(computed,), group=group), sent
-    return TrainBatch(
-        own=own[0],
-        parts=split_micro_batches(computed, trainer.gradient_accumulation_steps, roles),
-        group=group,
-        pool_positions=computed.negatives.pool_positions,
-        pool_feature_positions=pool_feature_positions(computed, roles),
-    ), sent
+    return TrainBatch.of(own[0], computed, group, trainer.gradient_accumulation_steps, roles), sent
 
 
 def _rank_batch(workload: Workload, batch: Batch, batch_size: int) -> HSTUBatch:

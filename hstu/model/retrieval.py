@@ -263,7 +263,7 @@ def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature:
     flat, columns = first.view(-1), first_places(items.values(), ordered)
     flat.scatter_reduce_(0, sequences * size + columns, places.int(), "amin")
     if batch.seen is not None:
-        rows = _rows(batch.seen.offsets.diff(), len(batch.seen.values))
+        rows = _rows(batch.seen.lengths, len(batch.seen.values))
         flat[rows * size + first_places(batch.seen.values, ordered)] = _BEFORE_THE_SEQUENCE
     of_entries = first.index_select(1, torch.searchsorted(ordered, pool_ids))
     return SeenItems(of_entries, sequences[targets].int(), places[targets].int())

@@ -9,6 +9,7 @@ single process.
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Mapping
 
 import torch
@@ -16,15 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from hstu.data.batches.batch import HSTUBatch
-from hstu.data.batches.loader import pack, unpack
-from hstu.data.batches.train_batch import (
-    GroupLayout,
-    TrainBatch,
-    merge_ranks,
-    pool_feature_positions,
-    split_micro_batches,
-)
+from hstu.data.batches.batch import HSTUBatch, packed
+from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.model.outputs import ModelOutput
@@ -38,16 +32,7 @@ def to_train_batch(batch: HSTUBatch, roles: FeatureRoles, mesh: Mesh, num_micro_
     Collective over the tp_cp group, over gloo: all its ranks must have equally many batches.
     """
     computed, group = _merge_group(batch, roles.item, mesh) if mesh.tp_cp_size > 1 else (batch, None)
-    if num_micro_batches == 1:
-        train_batch = TrainBatch(own=batch, parts=(computed,), group=group)
-    else:
-        train_batch = TrainBatch(
-            own=batch,
-            parts=split_micro_batches(computed, num_micro_batches, roles),
-            group=group,
-            pool_positions=computed.negatives.pool_positions,
-            pool_feature_positions=pool_feature_positions(computed, roles),
-        )
+    train_batch = TrainBatch.of(batch, computed, group, num_micro_batches, roles)
     return train_batch.pin_memory() if batch.labels.is_pinned() else train_batch
 
 
@@ -74,8 +59,8 @@ def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
 
 
 def _merge_group(batch: HSTUBatch, item_feature: str, mesh: Mesh) -> tuple[HSTUBatch, GroupLayout]:
-    packed = gather_objects(pack(dataclasses.replace(batch, position=None)), mesh.tp_cp_group)
-    return merge_ranks([unpack(part) for part in packed], mesh.tp_cp_rank, item_feature)
+    gathered = gather_objects(packed(dataclasses.replace(batch, position=None)), mesh.tp_cp_group)
+    return merge_ranks([pickle.loads(part) for part in gathered], mesh.tp_cp_rank, item_feature)
 
 
 def gather_embeddings(

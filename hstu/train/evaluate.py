@@ -321,7 +321,7 @@ def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torc
             seen_lengths.append(np.zeros(len(real), dtype=np.int64))
         else:  # padding rows have no seen items
             seen.append(_host(batch.seen.values))
-            seen_lengths.append(np.diff(_host(batch.seen.offsets))[real])
+            seen_lengths.append(_host(batch.seen.lengths)[real])
     arrays = (np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
     return Queries(torch.cat(vectors[1:] or vectors), *arrays), np.concatenate(history)
 

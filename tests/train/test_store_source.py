@@ -114,7 +114,7 @@ def test_training_batches_have_what_users_had_before_where_it_is_masked(source: 
     offsets, items = np.asarray(opened.store.offsets()), opened.store.sequence("item_id")
     for row, user in enumerate(real_users(batch)):
         begin, stop = offsets[user], offsets[user + 1] - 2  # the last two are held out
-        seen = batch.seen.values[batch.seen.offsets[row] : batch.seen.offsets[row + 1]]
+        seen = batch.seen.values.split(batch.seen.lengths.tolist())[row]
         assert seen.tolist() == items[begin : max(begin, stop - 3)].tolist()
     assert len(batch.seen.values) > 0
 

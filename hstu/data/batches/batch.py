@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -54,6 +56,11 @@ class ItemFeatures:
     """List → int64 [n], values of each item."""
 
 
+def _per(axis: str, dim: int = 0, **options: Any) -> Any:
+    """A field whose dimension ``dim`` has an element per "sequence", "item", "label", "draw" or "seen" id."""
+    return field(metadata={"axis": axis, "dim": dim}, **options)
+
+
 class TensorGroup(Pipelineable):
     """Base of dataclasses that move between devices: it maps tensors, jagged tensors and other groups in the fields."""
 
@@ -83,12 +90,12 @@ class TensorGroup(Pipelineable):
 class ItemColumns(TensorGroup):
     """What a batch has of each item beside ids, items of one sequence after another; T = sum of item_lengths."""
 
-    timestamps: Tensor | None = None
+    timestamps: Tensor | None = _per("item", default=None)
     """int64 [T], in seconds: times of the items, if the model has a relative bias."""
-    numbers: Tensor | None = None
+    numbers: Tensor | None = _per("item", default=None)
     """float32 [T, W]: the numbers and vectors of each item, in the order of FeatureRoles.numbers; NaN where one is
     missing. None if there are none."""
-    list_lengths: Tensor | None = None
+    list_lengths: Tensor | None = _per("item", dim=1, default=None)
     """int64 [L, T]: the number of values that each item has of each of the L side features that are lists. None if
     L = 0."""
 
@@ -97,7 +104,7 @@ class ItemColumns(TensorGroup):
 class BatchNegatives(TensorGroup):
     """What the labels of a batch are compared with, beside the NEGATIVES among its features. Empty in evaluation."""
 
-    draws: Tensor | None = None
+    draws: Tensor | None = _per("draw", default=None)
     """int32 [n, R] for the n labelled items that have an item before them (``labels_with_history``). From the corpus:
     indices into the NEGATIVES values. In-batch: random numbers in [0, 2^31)."""
     pool_positions: Tensor | None = None
@@ -121,10 +128,10 @@ class SeenIds(TensorGroup):
     mask_seen: ids of the items that the users had before the sequences begin.
     """
 
-    values: Tensor
+    values: Tensor = _per("seen")
     """int64 [.], possibly repeated."""
-    offsets: Tensor
-    """int64 [B + 1]: each sequence's range in ``values``."""
+    lengths: Tensor = _per("sequence")
+    """int64 [B]: how many of ``values`` each sequence has."""
 
 
 @dataclass(kw_only=True)
@@ -140,19 +147,19 @@ class HSTUBatch(TensorGroup):
     """Keys in order: contextual features, item, action if any, side features, NEGATIVES if any and what an item tower
     reads of them. int64 values and lengths. All NEGATIVES belong to the first sequence. ``length_per_key`` is set, so
     splitting by key reads nothing from the device."""
-    num_candidates: Tensor
+    num_candidates: Tensor = _per("sequence")
     """int64 [B]: the newest items of each sequence that are candidates."""
-    num_labels: Tensor
+    num_labels: Tensor = _per("sequence")
     """int64 [B]: the newest items of each sequence that are labelled."""
-    labels: Tensor
+    labels: Tensor = _per("label")
     """int64 [M]. Ranking: actions of the labelled items. Retrieval: ids of the labelled items, which are the targets.
     Retrieval evaluation: the store's codes of the held-out items, int64 [B], -1 for padding."""
-    label_values: Tensor | None = None
+    label_values: Tensor | None = _per("label", dim=1, default=None)
     """float32 [L, M]: what RankingArgs.tasks read of the labelled items, a row for each of FeatureRoles.labels; NaN
     where a value is missing. None if L = 0."""
-    user_ids: Tensor
+    user_ids: Tensor = _per("sequence")
     """int64 [B]: rows of the users in the store, -1 for padding."""
-    request_times: Tensor | None = None
+    request_times: Tensor | None = _per("sequence", default=None)
     """int64 [B], in seconds: when the recommendations are asked for, if DatasetArgs.query_time = "request"; 0 for
     padding. Only in retrieval evaluation of a model with a relative bias."""
     items: ItemColumns = field(default_factory=ItemColumns)
@@ -163,11 +170,11 @@ class HSTUBatch(TensorGroup):
     """None where nothing is removed from the corpus or from the negatives."""
     real_batch_size: int
     """Number of sequences that are not padding. They come first."""
-    item_lengths: np.ndarray
+    item_lengths: np.ndarray = _per("sequence")
     """int64 [B], on the host: items of each sequence, candidates included."""
-    num_candidates_host: np.ndarray
+    num_candidates_host: np.ndarray = _per("sequence")
     """int64 [B], on the host: the values of num_candidates."""
-    num_labels_host: np.ndarray
+    num_labels_host: np.ndarray = _per("sequence")
     """int64 [B], on the host: the values of num_labels."""
     position: SamplerPosition | None = None
     """Sampler position after this batch has been trained on. None for a batch made by hand."""
@@ -201,3 +208,17 @@ def keyed_jagged(values: dict[str, np.ndarray], lengths: dict[str, np.ndarray]) 
         stride=len(next(iter(lengths.values()))),
         length_per_key=[len(array) for array in values.values()],
     )
+
+
+def packed(batch: HSTUBatch) -> bytes:
+    """The pickle of a batch on the host; ``pickle.loads`` gives it back."""
+    sink = io.BytesIO()
+    _Pickler(sink, protocol=pickle.HIGHEST_PROTOCOL).dump(batch)
+    return sink.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles a tensor as the array of its values: torch would write and read an archive for each."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        return (torch.from_numpy, (thing.numpy(),)) if isinstance(thing, Tensor) else NotImplemented

@@ -147,8 +147,8 @@ class Assembler:
     def _seen(self, rows: Rows) -> SeenIds | None:
         if rows.seen is None or rows.seen_lengths is None:
             return None
-        offsets = run_offsets(self._padded(rows.seen_lengths))
-        return SeenIds(values=torch.from_numpy(rows.seen), offsets=torch.from_numpy(offsets))
+        lengths = torch.from_numpy(self._padded(rows.seen_lengths))
+        return SeenIds(values=torch.from_numpy(rows.seen), lengths=lengths)
 
     def _features(self, rows: Rows, negatives: Mapping[str, np.ndarray]) -> KeyedJaggedTensor:
         lengths = self._padded(rows.lengths)

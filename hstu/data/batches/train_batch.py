@@ -12,10 +12,10 @@ The two differ in two cases, which combine:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,10 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu.data.batches.batch import (
     NEGATIVES,
-    BatchNegatives,
     HSTUBatch,
-    ItemColumns,
-    SeenIds,
     TensorGroup,
     is_of_negatives,
     keyed_jagged,
@@ -35,6 +32,8 @@ from hstu.data.batches.batch import (
 )
 from hstu.data.batches.jagged import ranges, run_offsets
 from hstu.data.features.roles import FeatureRoles
+
+Group = TypeVar("Group", bound=TensorGroup)
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,21 @@ class TrainBatch(TensorGroup):
     pool_feature_positions: KeyedJaggedTensor | None = None
     """With an item tower: feature → positions of the values of the pool's S items among the values of the batch."""
 
+    @classmethod
+    def of(
+        cls, own: HSTUBatch, computed: HSTUBatch, group: GroupLayout | None, count: int, roles: FeatureRoles
+    ) -> TrainBatch:
+        """``computed``, which is ``own`` or the merged batch of its group, in ``count`` micro-batches."""
+        if count == 1:
+            return cls(own=own, parts=(computed,), group=group)
+        return cls(
+            own=own,
+            parts=split_micro_batches(computed, count, roles),
+            group=group,
+            pool_positions=computed.negatives.pool_positions,
+            pool_feature_positions=_pool_feature_positions(computed, roles),
+        )
+
     @property
     def features(self) -> KeyedJaggedTensor:
         """The ids that TorchRec's pipelines exchange ahead of the step."""
@@ -85,93 +99,91 @@ class TrainBatch(TensorGroup):
 def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> tuple[HSTUBatch, GroupLayout]:
     """Merge the batches of a tp_cp group, given in rank order and on the host.
 
-    Returns (the real sequences rank after rank and then the padding, the layout seen from ``rank``). What only
-    evaluators read of a rank's own batch (position) is left out.
+    Returns (the real sequences rank after rank and then the padding, the layout seen from ``rank``).
     """
+    real = [batch.real_batch_size for batch in batches]
     features = [batch.features.to_dict() for batch in batches]
     by_rank = {key: [keyed[key].values().numpy() for keyed in features] for key in features[0]}
     shared = {key for key in by_rank if is_of_negatives(key) and batches[0].negatives.draws is None}
     values, lengths = {}, {}
     for key, arrays in by_rank.items():
         values[key] = arrays[0] if key in shared else np.concatenate(arrays)
-        lengths[key] = _stack(batches, [keyed[key].lengths().numpy() for keyed in features])
+        of_ranks = list(zip([keyed[key].lengths().numpy() for keyed in features], real, strict=True))
+        lengths[key] = np.concatenate([*(array[:n] for array, n in of_ranks), *(array[n:] for array, n in of_ranks)])
         if is_of_negatives(key):
             lengths[key] = _all_in_first(len(lengths[key]), len(values[key]))
-    labels = [batch.labels.numpy() for batch in batches]
-    is_per_label = all(len(batch.labels) == batch.num_labels_total for batch in batches)
-    num_candidates = _stack(batches, [batch.num_candidates_host for batch in batches])
-    num_labels = _stack(batches, [batch.num_labels.numpy() for batch in batches])
+    merged = _joined([_real_part(batch) for batch in batches] + [_padding(batch) for batch in batches])
     has_pool = batches[0].negatives.pool_positions is not None
-    merged = HSTUBatch(
-        features=keyed_jagged(values, lengths),
-        num_candidates=torch.from_numpy(num_candidates),
-        num_labels=torch.from_numpy(num_labels),
-        labels=torch.from_numpy(np.concatenate(labels) if is_per_label else _stack(batches, labels)),
-        user_ids=torch.from_numpy(_stack(batches, [batch.user_ids.numpy() for batch in batches])),
-        label_values=_concatenate([batch.label_values for batch in batches], dim=1),
-        request_times=_stack_tensors(batches, [batch.request_times for batch in batches]),
-        items=ItemColumns(
-            timestamps=_concatenate([batch.items.timestamps for batch in batches]),
-            numbers=_concatenate([batch.items.numbers for batch in batches]),
-            list_lengths=_concatenate([batch.items.list_lengths for batch in batches], dim=1),
-        ),
-        negatives=BatchNegatives(
-            draws=_merge_draws(batches, by_rank.get(NEGATIVES)),
-            pool_positions=torch.from_numpy(np.unique(values[item_feature], return_index=True)[1])
-            if has_pool
-            else None,
-            list_lengths=_concatenate(
-                [batch.negatives.list_lengths for batch in (batches[:1] if shared else batches)], dim=1
-            ),
-        ),
-        seen=_merge_seen(batches),
-        real_batch_size=sum(batch.real_batch_size for batch in batches),
-        item_lengths=_stack(batches, [batch.item_lengths for batch in batches]),
-        num_candidates_host=num_candidates,
-        num_labels_host=num_labels,
+    negatives = dataclasses.replace(
+        merged.negatives,
+        draws=_merged_draws(batches, by_rank.get(NEGATIVES)),
+        pool_positions=torch.from_numpy(np.unique(values[item_feature], return_index=True)[1]) if has_pool else None,
+        list_lengths=_concatenated([each.negatives.list_lengths for each in batches[: 1 if shared else None]], dim=1),
+    )
+    merged = dataclasses.replace(
+        merged, features=keyed_jagged(values, lengths), negatives=negatives, real_batch_size=sum(real)
     )
     layout = GroupLayout(
         num_values={key: [len(array) for array in arrays] for key, arrays in by_rank.items() if key not in shared},
-        sequences=_range_of_rank([batch.real_batch_size for batch in batches], rank),
+        sequences=_range_of_rank(real, rank),
         labels=_range_of_rank([batch.num_labels_total for batch in batches], rank),
     )
     return merged, layout
 
 
-def _stack(batches: Sequence[HSTUBatch], arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Merge arrays with one element per sequence: the real sequences rank after rank, then the padding."""
-    real = [batch.real_batch_size for batch in batches]
-    return np.concatenate(
-        [array[:count] for array, count in zip(arrays, real, strict=True)]
-        + [array[count:] for array, count in zip(arrays, real, strict=True)]
-    )
+def _real_part(batch: HSTUBatch) -> HSTUBatch:
+    return _cut(batch, _bounds(batch, slice(batch.real_batch_size), slice(None)))
 
 
-def _stack_tensors(batches: Sequence[HSTUBatch], tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [tensor.numpy() for tensor in tensors if tensor is not None]
-    return torch.from_numpy(_stack(batches, present)) if present else None
+def _padding(batch: HSTUBatch) -> HSTUBatch:
+    return _cut(batch, _bounds(batch, slice(batch.real_batch_size, None), slice(0)))
 
 
-def _concatenate(tensors: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
+def _bounds(batch: HSTUBatch, sequences: slice, others: slice) -> dict[str, slice]:
+    """Axis of fields → what to cut of it. In the evaluation of retrieval, each sequence has one label."""
+    is_per_label = len(batch.labels) == batch.num_labels_total
+    axes = {"item": others, "draw": others, "seen": others}
+    return axes | {"sequence": sequences, "label": others if is_per_label else sequences}
+
+
+def _cut(group: Group, bounds: Mapping[str, slice]) -> Group:
+    """The elements of each field that lie within the bounds of its axis."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if isinstance(value, TensorGroup):
+            changes[field.name] = _cut(value, bounds)
+        elif value is not None and "axis" in field.metadata:
+            chosen = bounds[field.metadata["axis"]]
+            changes[field.name] = value[chosen] if field.metadata["dim"] == 0 else value[:, chosen]
+    return dataclasses.replace(group, **changes)
+
+
+def _joined(groups: Sequence[Group]) -> Group:
+    """The elements of each field that has an axis, group after group. Other fields are those of the first group."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(groups[0]):
+        values = [getattr(group, field.name) for group in groups]
+        if isinstance(values[0], TensorGroup):
+            changes[field.name] = _joined(values)
+        elif isinstance(values[0], np.ndarray):
+            changes[field.name] = np.concatenate(values)
+        elif "axis" in field.metadata:
+            changes[field.name] = _concatenated(values, field.metadata["dim"])
+    return dataclasses.replace(groups[0], **changes)
+
+
+def _concatenated(tensors: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
     present = [tensor for tensor in tensors if tensor is not None]
     return torch.cat(present, dim) if present else None
 
 
-def _merge_draws(batches: Sequence[HSTUBatch], negatives: Sequence[np.ndarray] | None) -> Tensor | None:
+def _merged_draws(batches: Sequence[HSTUBatch], negatives: Sequence[np.ndarray] | None) -> Tensor | None:
     """Shift indices into the NEGATIVES by the number of those of the ranks before. Raw random numbers stay."""
-    shift, draws = 0, []
-    for rank, batch in enumerate(batches):
-        draws.append(None if batch.negatives.draws is None else batch.negatives.draws + shift)
-        shift += 0 if negatives is None else len(negatives[rank])
-    return _concatenate(draws)
-
-
-def _merge_seen(batches: Sequence[HSTUBatch]) -> SeenIds | None:
-    seen = [batch.seen for batch in batches if batch.seen is not None]
-    if not seen:
-        return None
-    offsets = run_offsets(_stack(batches, [each.offsets.diff().numpy() for each in seen]))
-    return SeenIds(values=torch.cat([each.values for each in seen]), offsets=torch.from_numpy(offsets))
+    counts = [0] * len(batches) if negatives is None else [len(of_rank) for of_rank in negatives]
+    draws = [batch.negatives.draws for batch in batches]
+    shifts = run_offsets(np.array(counts)).tolist()
+    return _concatenated([None if draw is None else draw + shift for draw, shift in zip(draws, shifts, strict=False)])
 
 
 def _range_of_rank(counts: Sequence[int], rank: int) -> slice:
@@ -179,7 +191,7 @@ def _range_of_rank(counts: Sequence[int], rank: int) -> slice:
     return slice(start, start + counts[rank])
 
 
-def pool_feature_positions(batch: HSTUBatch, roles: FeatureRoles) -> KeyedJaggedTensor | None:
+def _pool_feature_positions(batch: HSTUBatch, roles: FeatureRoles) -> KeyedJaggedTensor | None:
     """See TrainBatch.pool_feature_positions. None without an item tower, or without a pool."""
     if batch.negatives.pool_positions is None or not roles.tower:
         return None
@@ -199,66 +211,47 @@ def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tu
 
     NEGATIVES and the pool of in-batch negatives belong to the whole batch, so every part has all of them.
     """
-    item_feature = roles.item
     features = batch.features.to_dict()
     values = {key: jagged.values().numpy() for key, jagged in features.items()}
     lengths = {key: jagged.lengths().numpy() for key, jagged in features.items()}
-    offsets = {key: _offsets(lengths[key]) for key in values if not is_of_negatives(key)}
-    num_labels = batch.num_labels.numpy()
-    label_offsets = _offsets(num_labels)
-    draw_offsets = _offsets(labels_with_history(num_labels, batch.item_lengths))
     pool_ids, pool_features = None, None
     if batch.negatives.pool_positions is not None:
-        pool_ids = torch.from_numpy(values[item_feature][batch.negatives.pool_positions.numpy()])
-    if (positions := pool_feature_positions(batch, roles)) is not None:
+        pool_ids = torch.from_numpy(values[roles.item][batch.negatives.pool_positions.numpy()])
+    if (positions := _pool_feature_positions(batch, roles)) is not None:
         of_pool = positions.to_dict()
         pool_features = keyed_jagged(
             {name: values[name][found.values().numpy()] for name, found in of_pool.items()},
             {name: found.lengths().numpy() for name, found in of_pool.items()},
         )
+    negatives = dataclasses.replace(
+        batch.negatives, pool_positions=None, pool_ids=pool_ids, pool_features=pool_features
+    )
+    whole = dataclasses.replace(batch, negatives=negatives, position=None)
+    offsets = {key: _offsets(lengths[key]) for key in values}
+    of_axes = {
+        "sequence": [*range(batch.batch_size + 1)],
+        "item": offsets[roles.item],
+        "label": _offsets(batch.num_labels_host),
+        "draw": _offsets(labels_with_history(batch.num_labels_host, batch.item_lengths)),
+        "seen": [] if batch.seen is None else _offsets(batch.seen.lengths.numpy()),
+    }
 
     def part(start: int, stop: int) -> HSTUBatch:
-        part_values = {key: values[key][offsets[key][start] : offsets[key][stop]] for key in offsets}
-        part_lengths = {key: lengths[key][start:stop] for key in offsets}
-        for key in (key for key in values if key not in offsets):
-            part_values[key], part_lengths[key] = values[key], _all_in_first(stop - start, len(values[key]))
-        items = slice(offsets[item_feature][start], offsets[item_feature][stop])
-        columns, negatives, seen = batch.items, batch.negatives, batch.seen
-        if seen is not None:
-            first, end = seen.offsets[start], seen.offsets[stop]
-            seen = SeenIds(values=seen.values[first:end], offsets=seen.offsets[start : stop + 1] - first)
-        labels = slice(label_offsets[start], label_offsets[stop])
-        return HSTUBatch(
-            features=keyed_jagged(part_values, part_lengths),
-            num_candidates=batch.num_candidates[start:stop],
-            num_labels=batch.num_labels[start:stop],
-            labels=batch.labels[labels],
-            user_ids=batch.user_ids[start:stop],
-            label_values=None if batch.label_values is None else batch.label_values[:, labels],
-            items=ItemColumns(
-                timestamps=None if columns.timestamps is None else columns.timestamps[items],
-                numbers=None if columns.numbers is None else columns.numbers[items],
-                list_lengths=None if columns.list_lengths is None else columns.list_lengths[:, items],
-            ),
-            negatives=BatchNegatives(
-                draws=None if negatives.draws is None else negatives.draws[draw_offsets[start] : draw_offsets[stop]],
-                pool_ids=pool_ids,
-                pool_features=pool_features,
-                list_lengths=negatives.list_lengths,
-            ),
-            seen=seen,
-            real_batch_size=min(max(batch.real_batch_size - start, 0), stop - start),
-            item_lengths=batch.item_lengths[start:stop],
-            num_candidates_host=batch.num_candidates_host[start:stop],
-            num_labels_host=num_labels[start:stop],
-        )
+        part_values, part_lengths = dict(values), {key: lengths[key][start:stop] for key in values}
+        for key in values:
+            if is_of_negatives(key):
+                part_lengths[key] = _all_in_first(stop - start, len(values[key]))
+            else:
+                part_values[key] = values[key][offsets[key][start] : offsets[key][stop]]
+        cut = _cut(whole, {axis: slice(ends[start], ends[stop]) for axis, ends in of_axes.items() if ends})
+        real = min(max(batch.real_batch_size - start, 0), stop - start)
+        return dataclasses.replace(cut, features=keyed_jagged(part_values, part_lengths), real_batch_size=real)
 
     size = batch.batch_size // count
     return tuple(part(start, stop) for start, stop in pairwise(range(0, count * size + 1, size)))
 
 
 def _offsets(lengths: np.ndarray) -> list[int]:
-    """Start of each of n runs and the end of the last: n + 1 integers."""
     return run_offsets(lengths).tolist()
 
 

@@ -18,7 +18,7 @@ from hstu.config.option import is_given
 from hstu.config.problems import Cite, cite
 from hstu.data.batches.jagged import run_indices
 from hstu.data.store.layout import HeldOut
-from hstu.data.store.requests import Requests, has_wrong_bounds
+from hstu.data.store.requests import Requests
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 Split = Literal["train", "valid", "test", "all"]
@@ -59,11 +59,6 @@ class SampleTable:
         """Items of each sample, candidates included."""
         return self.stop - self.start + (0 if self.request is None else self.num_candidates)
 
-    def select(self, keep: np.ndarray) -> SampleTable:
-        """The samples that ``keep``, bool [S], picks, with the same report."""
-        columns = {name: values for name, values in vars(self).items() if isinstance(values, np.ndarray)}
-        return replace(self, **{name: values[keep] for name, values in columns.items()})
-
 
 @dataclass(frozen=True)
 class _Runs:
@@ -98,29 +93,36 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     one sample, whose history ends before it.
 
     "all": every user, unsplit (ranking on a second store). With window_stride, a long training history gives several
-    samples, the newest first. Raises ConfigError for a split in time of data without times, DataError for damaged
-    offsets. ``args`` obeys the rules of hstu/config/rules.
-
-    With candidates = "requests": the samples of ``_of_requests``.
+    samples. With candidates = "requests", a sample is a request. Raises ConfigError for a split in time of data without
+    times, DataError for damaged offsets. ``args`` obeys the rules of hstu/config/rules.
     """
-    runs = _whole_histories(store)
+    offsets = np.asarray(store.offsets(), dtype=np.int64)
+    _require(store, bool((np.diff(offsets) >= 0).all()), "offsets of the users")
+    runs = _Runs(np.arange(store.num_users, dtype=np.int64), offsets[:-1], offsets[1:])
     if args.candidates == "requests":
         return _of_requests(store, args, split, seed)
     if store.split is not None and split != "all":
         return _of_given_split(store, runs, args, task, split)
     if task == "retrieval":
-        return _leave_one_out(runs, args, split)
+        if split == "train":
+            return _training(runs, np.maximum(runs.stop - 1 - args.valid_items, runs.begin), args, task)
+        return _with_target(runs, runs.stop - 1 - (args.valid_items if split == "valid" else 0), args)
     if split == "all":
-        return _ranking_samples(runs, args)
+        return _ranking_samples(runs, runs.lengths, args)
     if args.split != "time":
-        chosen = _users_of_split(store, args, split, seed)
-        samples = _ranking_samples(runs.select(chosen), args)
-        return in_windows(samples, args, unlabelled=0) if split == "train" else samples
+        runs = runs.select(_users_of_split(store, args, split, seed))
+        if split == "train":
+            return _training(runs, runs.stop, args, task)
+        return _ranking_samples(runs, runs.lengths, args)
     cut = _cut_events(store, args.train_fraction)
     if split == "train":
-        return _ranking_before(runs, cut, args)
-    later = runs.stop - cut
-    return _ranking_samples(runs.select(later > 0), args, num_later=later[later > 0])
+        return _training(runs, cut, args, task)
+    return _ranking_samples(runs.select(runs.stop > cut), (runs.stop - cut)[runs.stop > cut], args)
+
+
+def _require(store: SequenceStore, is_right: bool, what: str) -> None:
+    if not is_right:
+        raise DataError(f"{store.path}: the {what} are damaged; preprocess the data again")
 
 
 def require_requests(store: SequenceStore, args: Args, option: str, cite: Cite = cite) -> None:
@@ -167,33 +169,34 @@ def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> N
         raise ConfigError(problems)
 
 
-def _whole_histories(store: SequenceStore) -> _Runs:
-    offsets = np.asarray(store.offsets(), dtype=np.int64)
-    if (backwards := np.diff(offsets) < 0).any():
-        user = store.raw_ids(USER_FEATURE)[int(backwards.argmax())]
-        raise DataError(f"{store.path}: the offsets of user {user} are damaged; preprocess the data again")
-    return _Runs(np.arange(store.num_users, dtype=np.int64), offsets[:-1], offsets[1:])
+def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> SampleTable:
+    """Training samples of the events before ``stop``. All are labels, but for the first ones of retrieval.
 
-
-def _leave_one_out(runs: _Runs, args: DatasetArgs, split: Split) -> SampleTable:
-    if split == "train":
-        return _retrieval_before(runs, np.maximum(runs.stop - 1 - args.valid_items, runs.begin), args)
-    return _with_target(runs, runs.stop - 1 - (args.valid_items if split == "valid" else 0), args)
-
-
-def _retrieval_before(runs: _Runs, stop: np.ndarray, args: DatasetArgs) -> SampleTable:
-    """Training samples of the events before ``stop``, all of which but the first are labels."""
-    kept = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin >= 2)
-    num_labels = np.minimum(kept.lengths, args.max_sequence_length) - 1
-    return in_windows(_table(kept, args, len(runs.user), num_labels), args, unlabelled=1)
+    With random_windows, the newest windows, which RandomWindows moves in each epoch. With window_stride, each user's
+    newest window and the older ones, so that every event is a label once, after as much history as fits.
+    """
+    num_users, unlabelled = len(runs.user), 1 if task == "retrieval" else 0
+    runs = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin > unlabelled)
+    if task == "retrieval":
+        samples = _table(runs, args, num_users, np.minimum(runs.lengths, args.max_sequence_length) - 1)
+    else:
+        samples = _ranking_samples(runs, runs.lengths, args)
+    if args.random_windows:
+        long = int((samples.start > samples.history_begin).sum())
+        return replace(samples, report=samples.report | {"truncated": 0, "in random windows": long})
+    if args.window_stride is None:
+        return samples
+    usable = _Runs(samples.user, samples.history_begin, samples.stop)
+    windows = _windows(usable, usable.begin + unlabelled, args, args.window_stride, is_training=True)
+    counts = {"samples": len(windows), "truncated": 0, "events": windows.report["events"]}
+    return replace(windows, report=samples.report | counts)
 
 
 def _with_target(runs: _Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
     """Evaluation samples, one per run: the history before ``target``, of at least one event."""
     usable = target > runs.begin
     kept = _Runs(runs.user, runs.begin, target).select(usable)
-    no_labels = np.zeros(len(kept.user), dtype=np.int64)
-    return _table(kept, args, len(runs.user), no_labels, target=target[usable])
+    return _table(kept, args, len(runs.user), np.zeros_like(kept.user), target=target[usable])
 
 
 def _users_of_split(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> np.ndarray:
@@ -222,8 +225,9 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: in
     "time", train_fraction of all requests precede the cut.
     """
     requests, offsets = store.requests(), np.asarray(store.offsets())
-    if has_wrong_bounds(requests, offsets) or (requests.sizes < 1).any():
-        raise DataError(f"{store.path}: the requests are damaged; preprocess the data again")
+    ends = requests.history_ends
+    is_within = (offsets[requests.users] < ends) & (ends <= offsets[requests.users + 1])
+    _require(store, bool(is_within.all() and (requests.sizes > 0).all()), "requests")
     chosen = np.flatnonzero(_requests_of_split(store, requests, args, split, seed))
     sizes = requests.sizes[chosen]
     parts = -(-sizes // (args.max_num_candidates or sizes))
@@ -283,53 +287,46 @@ def _of_given_split(
     store: SequenceStore, runs: _Runs, args: DatasetArgs, task: Task, split: Literal["train"] | HeldOut
 ) -> SampleTable:
     begin, stop = store.held_out("valid" if split == "train" else split)
-    if ((begin < runs.begin) | (stop < begin) | (runs.stop < stop)).any():
-        raise DataError(f"{store.path}: the bounds of its splits are damaged; preprocess the data again")
+    is_within = (runs.begin <= begin) & (begin <= stop) & (stop <= runs.stop)
+    _require(store, bool(is_within.all()), "bounds of its splits")
     if split == "train":
-        return (_retrieval_before if task == "retrieval" else _ranking_before)(runs, begin, args)
-    if task == "ranking":
-        return _labelled_once(runs, begin, stop, args)
-    rows, place = run_indices(stop - begin)
-    samples = _with_target(runs.select(rows), begin[rows] + place, args)
+        return _training(runs, begin, args, task)
+    if task == "ranking":  # samples that are cut label half of their length at most, so that each label has a history
+        labelled = args.max_num_candidates or max(args.max_sequence_length // 2, 1)
+        samples = _windows(_Runs(runs.user, runs.begin, stop), begin, args, labelled, is_training=False)
+    else:
+        rows, place = run_indices(stop - begin)
+        samples = _with_target(runs.select(rows), begin[rows] + place, args)
     return replace(samples, report=samples.report | {"users": int((stop > begin).sum())})
 
 
-def _labelled_once(runs: _Runs, begin: np.ndarray, stop: np.ndarray, args: DatasetArgs) -> SampleTable:
-    """Ranking: each event of [begin, stop) is a label of one sample, which also has the events before it that fit.
+def _windows(runs: _Runs, begin: np.ndarray, args: DatasetArgs, step: int, is_training: bool) -> SampleTable:
+    """Several samples per run, the newest first: number k ends k * ``step`` events before the run does.
 
-    Samples that are cut label half of their length at most, so that every label keeps as much history as that.
+    Each labels its newest ``step`` events, and the oldest one all from ``begin`` on, so that each event is a label
+    once. With max_num_candidates, training labels as many candidates in each window.
     """
     length, most = args.max_sequence_length, args.max_num_candidates
-    labelled = most or max(length // 2, 1)
-    older = np.maximum(-(-(stop - begin) // labelled) - 1, 0)
-    if not most:  # one sample from the first event on has the whole history of all its labels
-        older = np.minimum(older, -(-np.maximum(stop - runs.begin - length, 0) // labelled))
-    has_labels = stop > begin
-    rows, back = run_indices(np.where(has_labels, 1 + older, 0))
-    ends = stop[rows] - back * labelled
-    num_labels = np.where(back == older[rows], ends - begin[rows], labelled)
-    history_begin = runs.begin[rows]
+    of_labels = np.maximum(-(-(runs.stop - begin) // step) - 1, 0)
+    older = -(-np.maximum(runs.lengths - length, 0) // step)
+    if not is_training:  # without candidates, a sample from the first event on has the whole history of all its labels
+        older = of_labels if most else np.minimum(of_labels, older)
+    rows, back = run_indices(np.where(runs.stop > begin, 1 + older, 0))
+    history_begin, ends = runs.begin[rows], runs.stop[rows] - back * step
+    unlabelled = (begin - runs.begin)[rows] if is_training else 0
+    num_labels = np.where(back == older[rows], ends - begin[rows], np.minimum(step, length - unlabelled))
     if most:  # which need an event before them
-        num_labels = np.minimum(num_labels, ends - history_begin - 1)
+        num_labels = np.minimum(most if is_training else num_labels, ends - history_begin - 1)
     kept = num_labels > 0
     candidates = num_labels if most else np.zeros_like(num_labels)
-    samples = _table(
-        _Runs(runs.user[rows], history_begin, ends).select(kept), args, len(rows), num_labels[kept], candidates[kept]
-    )
-    return replace(samples, report=samples.report | {"users": int(has_labels.sum())})
+    cut = _Runs(runs.user[rows], history_begin, ends).select(kept)
+    return _table(cut, args, len(rows), num_labels[kept], candidates[kept])
 
 
-def _ranking_before(runs: _Runs, stop: np.ndarray, args: DatasetArgs) -> SampleTable:
-    """Training samples of the events before ``stop``."""
-    earlier = _Runs(runs.user, runs.begin, stop).select(stop > runs.begin)
-    return in_windows(_ranking_samples(earlier, args), args, unlabelled=0)
-
-
-def _ranking_samples(runs: _Runs, args: DatasetArgs, num_later: np.ndarray | None = None) -> SampleTable:
+def _ranking_samples(runs: _Runs, num_later: np.ndarray, args: DatasetArgs) -> SampleTable:
     """Labels are the candidates or, without candidates, all events; in both cases at most the newest ``num_later``."""
-    limit = runs.lengths if num_later is None else num_later
-    candidates = np.minimum(limit, args.max_num_candidates)
-    labels = candidates if args.max_num_candidates else np.minimum(limit, args.max_sequence_length)
+    candidates = np.minimum(num_later, args.max_num_candidates)
+    labels = candidates if args.max_num_candidates else np.minimum(num_later, args.max_sequence_length)
     # A user with no more events than candidates has candidates = length, hence no history, and is dropped.
     usable = runs.lengths >= 1 + candidates
     return _table(runs.select(usable), args, len(runs.user), labels[usable], candidates[usable])
@@ -361,40 +358,3 @@ def _table(
         history_begin=runs.begin,
         report=report,
     )
-
-
-def in_windows(samples: SampleTable, args: DatasetArgs, unlabelled: int) -> SampleTable:
-    """Training samples as the options on long histories cut them.
-
-    With random_windows, the newest windows, which RandomWindows moves in each epoch. With window_stride, each user's
-    newest window and the older ones, the newest first: window k has the max_sequence_length events that end
-    k * window_stride before the history does, or fewer at its begin. It is labelled on its newest window_stride events
-    (max_num_candidates, where there are candidates); the oldest window, which begins with the history, on all but its
-    first ``unlabelled`` events. So every event is a label once, after as much history as fits, unless
-    stride + unlabelled exceeds the length.
-    """
-    stride, length = args.window_stride, args.max_sequence_length
-    if args.random_windows:
-        long = int((samples.start > samples.history_begin).sum())
-        return replace(samples, report=samples.report | {"truncated": 0, "in random windows": long})
-    if stride is None:
-        return samples
-    older = -(-np.maximum(samples.stop - samples.history_begin - length, 0) // stride)
-    rows, back = run_indices(1 + older)
-    begin, stop = samples.history_begin[rows], samples.stop[rows] - back * stride
-    start = np.maximum(begin, stop - length)
-    candidates = np.minimum(samples.num_candidates[rows], stop - start - 1)
-    all_labels = stop - start - unlabelled
-    labels = np.where(back == older[rows], all_labels, np.minimum(stride, all_labels))
-    kept = stop - start > unlabelled if not args.max_num_candidates else candidates > 0
-    table = SampleTable(
-        user=samples.user[rows],
-        start=start,
-        stop=stop,
-        num_candidates=candidates,
-        num_labels=candidates if args.max_num_candidates else labels,
-        target=None,
-        history_begin=begin,
-    )
-    report = samples.report | {"samples": int(kept.sum()), "truncated": 0, "events": int((stop - start)[kept].sum())}
-    return replace(table.select(kept), report=report)

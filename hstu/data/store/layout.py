@@ -1,4 +1,4 @@
-"""What a sequence store consists of: the roles that features have, and the names of the files."""
+"""What a sequence store consists of: its features with their roles, its files, and how many values each file has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote
+
+from hstu.data.datasets.spec import USER_FEATURE
 
 Role = Literal["item", "action", "timestamp", "context", "item_feature", "event", "item_number", "event_number"]
 HeldOut = Literal["valid", "test"]
@@ -19,6 +21,13 @@ DTYPES = {
 """Role of a feature → dtype of its array."""
 NUMBER_ROLES = ("item_number", "event_number")
 """Roles of quantities: numbers of events, numbers and vectors of items. NaN stands for a missing one."""
+OF_CANDIDATES: tuple[Role, ...] = ("item", "action", "event", "event_number")
+"""Roles of the features that the candidates of requests have, as events do."""
+REQUEST_FILES = {
+    "users": "request.user.npy", "times": "request.time.npy", "history_ends": "request.history.npy",
+    "offsets": "request.offsets.npy",
+}  # fmt: skip
+"""Field of Requests → its file."""
 _FOLDERS = {"context": "context", "item_feature": "item", "item_number": "item"}
 """Role → first part of the name of its files, where that is not "sequence"."""
 
@@ -63,9 +72,18 @@ class FeatureMeta:
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> FeatureMeta:
         """From the description of a store."""
-        if found := described.get("statistics"):
-            described = {**described, "statistics": NumberStatistics(**found)}
-        return cls(**described)
+        found = described.get("statistics")
+        return cls(**{**described, "statistics": NumberStatistics(**found) if found else None})
+
+    @property
+    def file(self) -> str:
+        """File of the values; any character may occur in the name."""
+        return feature_file(self.role, self.name)
+
+    @property
+    def candidate_file(self) -> str:
+        """File of the values that candidates have of an item, action or event feature."""
+        return f"candidate.{quote(self.name, safe='')}.npy"
 
 
 TIME_FEATURES = {
@@ -79,7 +97,7 @@ for that event, at most 39."""
 
 
 def feature_file(role: Role, feature: str) -> str:
-    """File of a feature's values; any character may occur in the name."""
+    """File of a feature's values."""
     return f"{_FOLDERS.get(role, 'sequence')}.{_quoted(feature, role)}.npy"
 
 
@@ -92,20 +110,6 @@ def _quoted(feature: str, role: Role) -> str:
     name = quote(feature, safe="")
     # Else the values of "a.offsets" would be in the file of the offsets of "a".
     return name.replace(".", "%2E") if role in ("item_feature", "item_number") else name
-
-
-REQUEST_FILES = {
-    "users": "request.user.npy", "times": "request.time.npy", "history_ends": "request.history.npy",
-    "offsets": "request.offsets.npy",
-}  # fmt: skip
-"""Field of Requests → its file."""
-OF_CANDIDATES: tuple[Role, ...] = ("item", "action", "event", "event_number")
-"""Roles of the features that the candidates of requests have, as events do."""
-
-
-def candidate_file(feature: str) -> str:
-    """File of the values that candidates have of an item, action or event feature."""
-    return f"candidate.{quote(feature, safe='')}.npy"
 
 
 def split_file(split: HeldOut) -> str:
@@ -121,3 +125,31 @@ def strings_files(stem: str) -> tuple[str, str]:
 def vocabulary_stem(feature: str) -> str:
     """Common start of the names of a vocabulary's files."""
     return f"vocabulary.{quote(feature, safe='')}"
+
+
+def lengths_of_files(meta: Mapping[str, Any]) -> dict[str, int | None]:
+    """File → how many values it must have, by a store's description; None where only its offsets say it."""
+    users, files = meta["num_users"], meta["files"]
+    features = [FeatureMeta.of(feature) for feature in meta["features"]]
+    items = next(feature.cardinality or 0 for feature in features if feature.role == "item")
+    lengths: dict[str, int | None] = {OFFSETS_FILE: users + 1}
+    if "split" in meta:
+        lengths |= {split_file("valid"): users, split_file("test"): users}
+    for feature in features:
+        of_role = {"context": users, "item_feature": items, "item_number": items * feature.width}
+        lengths[feature.file] = None if feature.is_list else of_role.get(feature.role, meta["num_events"])
+        if feature.is_list:
+            lengths[list_offsets_file(feature.name)] = items + 1
+        if meta.get("num_requests") and feature.role in OF_CANDIDATES:
+            lengths[feature.candidate_file] = meta["num_candidates"]
+    if requests := meta.get("num_requests"):
+        lengths |= dict.fromkeys(REQUEST_FILES.values(), requests) | {REQUEST_FILES["offsets"]: requests + 1}
+    texts: dict[str, int | None] = {feature.name: feature.cardinality for feature in features if feature.has_vocab}
+    stems = {vocabulary_stem(name): length for name, length in (texts | {USER_FEATURE: users}).items()}
+    for stem, length in (stems | {"titles": items}).items():
+        offsets, utf8 = strings_files(stem)
+        if offsets in files:
+            lengths |= {offsets: (length or 0) + 1, utf8: None}
+        elif stem != "titles":
+            lengths[f"{stem}.npy"] = length
+    return lengths

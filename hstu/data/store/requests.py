@@ -47,16 +47,10 @@ def request_problems(requests: Requests, offsets: np.ndarray, times: np.ndarray)
         return
     if (np.diff(requests.times) < 0)[np.diff(users) == 0].any():
         yield REQUEST_FILES["times"], "a user's requests are not in time order"
-    if has_wrong_bounds(requests, offsets):
+    if ((ends <= offsets[users]) | (ends > offsets[users + 1])).any():
         yield REQUEST_FILES["history_ends"], "a history ends outside the events of its user, or is empty"
         return
     has_later = ends < offsets[users + 1]
     is_early = times[ends[has_later]] < requests.times[has_later]
     if (times[ends - 1] >= requests.times).any() or is_early.any():
         yield REQUEST_FILES["history_ends"], "a history does not end where its request is"
-
-
-def has_wrong_bounds(requests: Requests, offsets: np.ndarray) -> bool:
-    """Whether a history is empty, or ends outside the events of its user."""
-    ends = requests.history_ends
-    return bool(((ends <= offsets[requests.users]) | (ends > offsets[requests.users + 1])).any())

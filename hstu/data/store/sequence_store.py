@@ -14,7 +14,7 @@
 
 U users and I items are ordered by raw id. E events are in time order within a user, with ties in the order of the raw
 file. Numbers have float32 in place of codes, NaN where one is missing: item.<feature>.npy has [I * width] of them.
-writer.py writes a store; meta.py describes it, maps its arrays and checks them.
+layout.py declares these files, writer.py writes them, meta.py maps and checks them.
 """
 
 from __future__ import annotations
@@ -40,25 +40,17 @@ from hstu.data.store.layout import (
     FeatureMeta,
     HeldOut,
     Role,
-    candidate_file,
-    feature_file,
     list_offsets_file,
     split_file,
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store.meta import MALFORMED, StoreFiles, description_problems, length_problems, read_meta, remedy
+from hstu.data.store.meta import MALFORMED, StoreFiles, read_meta, remedy
 from hstu.data.store.requests import Requests, request_problems
 
 _CHUNK = 1 << 22
 _HASHED_ON_OPENING = 8 << 20
 """Bytes whose checksums are verified at every opening, smallest files first; takes a few milliseconds."""
-_ACCESS = {
-    "context": ("contextual", "context"),
-    "item_feature": ("per-item", "item_values"),
-    "item_number": ("numeric per-item", "item_numbers"),
-}
-"""Role → what errors call it, and the method that reads it."""
 
 
 class SequenceStore:
@@ -108,16 +100,12 @@ class SequenceStore:
             meta = read_meta(path)
         except DataError as error:
             raise DataError(f"{error}. {remedy(path, None)}") from error
-        for problem in description_problems(meta):
-            raise DataError(f"{path / META_FILE} is damaged: {problem}. {remedy(path, meta)}")
         try:
             store = cls(path, meta)
             store._files.check_presence()
-            for problem in length_problems(meta):
-                raise store._files.damaged(META_FILE, problem)
-            store._check_offsets()
         except MALFORMED as error:
             raise DataError(f"{path / META_FILE} is incomplete ({error!r}). {remedy(path, meta)}") from error
+        store._check_offsets()
         store._files.check_sums(up_to=_HASHED_ON_OPENING)
         return store
 
@@ -129,7 +117,7 @@ class SequenceStore:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """File → the SHA-256 that its description states; its size in bytes in stores older than the checksums."""
+        """File → the SHA-256 that its description states."""
         return self._files.checksums
 
     def feature(self, name: str) -> FeatureMeta:
@@ -150,7 +138,7 @@ class SequenceStore:
         """
         if feature in self.time_features:
             return self.time_codes(feature, np.arange(self.num_events))
-        return self._feature_values(feature, "sequence")
+        return self._files[self.feature(feature).file]
 
     def time_codes(self, feature: str, events: np.ndarray) -> np.ndarray:
         """int64 [n] codes of a time feature of these events."""
@@ -176,19 +164,20 @@ class SequenceStore:
 
     def context(self, feature: str) -> np.ndarray:
         """int32 [U] codes of a contextual feature."""
-        return self._feature_values(feature, "context")
+        return self._files[self.feature(feature).file]
 
     def item_values(self, feature: str) -> tuple[np.ndarray, np.ndarray | None]:
         """(codes, offsets) of an item feature: int32 [I] and None, or int32 [n] and int64 [I + 1] where it is a list.
 
         The list of item i, which has one or more codes, is codes[offsets[i] : offsets[i + 1]].
         """
-        codes = self._feature_values(feature, "item_values")
-        return codes, self._files[list_offsets_file(feature)] if self.features[feature].is_list else None
+        meta = self.feature(feature)
+        return self._files[meta.file], self._files[list_offsets_file(feature)] if meta.is_list else None
 
     def item_numbers(self, feature: str) -> np.ndarray:
         """float32 [I, width]: the number or the vector of each item, NaN where it is missing."""
-        return self._feature_values(feature, "item_numbers").reshape(-1, self.features[feature].width)
+        meta = self.feature(feature)
+        return self._files[meta.file].reshape(-1, meta.width)
 
     def requests(self) -> Requests:
         """The requests. Raises DataError where the store has none."""
@@ -198,7 +187,7 @@ class SequenceStore:
 
     def candidates(self, feature: str) -> np.ndarray:
         """[C] values of the item, the action or an event feature, request after request; in the dtypes of events."""
-        return self._files[candidate_file(feature)]
+        return self._files[self.feature(feature).candidate_file]
 
     def candidate_times(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of candidates, the times of their requests and of the last events before these; int64 [n] each."""
@@ -224,23 +213,22 @@ class SequenceStore:
         if self.split is None:
             return {}
         (valid, valid_end), (test, test_end) = self.held_out("valid"), self.held_out("test")
-        train = int((valid - self.offsets()[:-1]).sum())
-        return {"train": train, "valid": int((valid_end - valid).sum()), "test": int((test_end - test).sum())}
+        bounds = {"train": (self.offsets()[:-1], valid), "valid": (valid, valid_end), "test": (test, test_end)}
+        return {split: int((end - begin).sum()) for split, (begin, end) in bounds.items()}
 
     def cardinality(self, feature: str) -> int:
         """Number of codes: values of the feature lie in [0, cardinality). For user_id the number of users."""
         if feature == USER_FEATURE:
             return self.num_users
-        cardinality = self.feature(feature).cardinality
-        if cardinality is None:
-            kind = "number" if self.feature(feature).role in NUMBER_ROLES else "timestamp"
-            raise DataError(f"{self.path}: feature {feature!r} is a {kind} and has no cardinality")
-        return cardinality
+        meta = self.feature(feature)
+        if meta.cardinality is None:
+            raise DataError(f"{self.path}: feature {feature!r} is a {meta.role} and has no cardinality")
+        return meta.cardinality
 
     def raw_ids(self, feature: str) -> np.ndarray:
         """Code → raw id, [cardinality], int64 or str objects; for user_id and every feature with a vocabulary."""
         arrays = self.raw_id_arrays(feature)
-        return arrays[0] if len(arrays) == 1 else self._decoded(vocabulary_stem(feature), arrays)
+        return arrays[0] if len(arrays) == 1 else self._decoded(vocabulary_stem(feature))
 
     def raw_id_arrays(self, feature: str) -> tuple[np.ndarray, ...]:
         """raw_ids as stored: int64 [cardinality], or int64 [cardinality + 1] offsets and UTF-8 bytes."""
@@ -270,17 +258,14 @@ class SequenceStore:
 
     def titles(self) -> np.ndarray | None:
         """Item code → human title, str objects [cardinality]; None where the data has no titles."""
-        files = strings_files("titles")
-        return self._decoded("titles", tuple(self._files[file] for file in files)) if files[0] in self._files else None
+        return self._decoded("titles") if strings_files("titles")[0] in self._files else None
 
-    def _decoded(self, stem: str, arrays: tuple[np.ndarray, ...]) -> np.ndarray:
-        offsets, utf8 = arrays
-        if offsets[0] != 0 or offsets[-1] != len(utf8) or (np.diff(offsets) < 0).any():
-            raise self._files.damaged(strings_files(stem)[0], "its values are not ascending, or not those of the text")
+    def _decoded(self, stem: str) -> np.ndarray:
+        offsets, utf8 = strings_files(stem)
         try:
-            return decode_strings(offsets, utf8)
+            return decode_strings(self._files[offsets], self._files[utf8])
         except UnicodeDecodeError as error:
-            raise self._files.damaged(strings_files(stem)[1], str(error)) from error
+            raise self._files.damaged(utf8, str(error)) from error
 
     def verify_contents(self) -> None:
         """Checks the checksum and the values of every array. Raises DataError, which names the damaged file."""
@@ -289,51 +274,38 @@ class SequenceStore:
 
     def verify_values(self) -> None:
         """Checks offsets and ranges of codes, and that times and splits ascend within users. Raises DataError."""
-        for name in self.item_side_features:
-            _, ends = self.item_values(name)
-            if ends is not None and (np.diff(ends) < 1).any():
-                raise self._files.damaged(
-                    list_offsets_file(name), "an item has no values, or offsets are not ascending"
-                )
-        if (np.diff(self.offsets()) < 1).any():
-            raise self._files.damaged(OFFSETS_FILE, "a user has no events, or offsets are not ascending")
+        for file, problem in self._value_problems():
+            raise self._files.damaged(file, problem)
+
+    def _value_problems(self) -> Iterator[tuple[str, str]]:
+        """(file, what is wrong with it)"""
+        offsets = self.offsets()
+        if (np.diff(offsets) < 1).any():
+            yield OFFSETS_FILE, "a user has no events, or offsets are not ascending"
         if self.split is not None:
-            bounds = (self.offsets()[:-1], self._files[split_file("valid")], self._files[split_file("test")])
-            if any((after < before).any() for before, after in pairwise([*bounds, self.offsets()[1:]])):
-                raise self._files.damaged(split_file("valid"), "a split begins outside the events of its user")
+            bounds = (offsets[:-1], self._files[split_file("valid")], self._files[split_file("test")], offsets[1:])
+            if any((after < before).any() for before, after in pairwise(bounds)):
+                yield split_file("valid"), "a split begins outside the events of its user"
         for name, feature in self.features.items():
-            files = [feature_file(feature.role, name)]
-            if self.num_requests and feature.role in OF_CANDIDATES:
-                files.append(candidate_file(name))
-            for file in files:
+            if feature.is_list and (np.diff(self._files[list_offsets_file(name)]) < 1).any():
+                yield list_offsets_file(name), "an item has no values, or offsets are not ascending"
+            of_candidates = self.num_requests and feature.role in OF_CANDIDATES
+            for file in (feature.file, *([feature.candidate_file] if of_candidates else [])):
                 for start, values in _chunks(self._files[file]):
                     if feature.role == "timestamp":
-                        self._check_time_order(file, start, values)
+                        backwards = start + 1 + np.flatnonzero(values[1:] < values[:-1])
+                        if (offsets[np.searchsorted(offsets, backwards)] != backwards).any():
+                            yield file, "a user's events are not in time order"
                     elif feature.role in NUMBER_ROLES:
                         if np.isinf(values).any():
-                            raise self._files.damaged(file, "a number is infinite")
+                            yield file, "a number is infinite"
                     elif values.min() < 0 or values.max() >= self.cardinality(name):
-                        raise self._files.damaged(file, f"values outside [0, {feature.cardinality})")
+                        yield file, f"values outside [0, {feature.cardinality})"
         if self.num_requests:
-            times = self.sequence(str(self.timestamp_feature))
-            for file, what in request_problems(self.requests(), self.offsets(), times):
-                raise self._files.damaged(file, what)
-
-    def _check_time_order(self, file: str, start: int, values: np.ndarray) -> None:
-        backwards = start + 1 + np.flatnonzero(values[1:] < values[:-1])
-        offsets = self.offsets()
-        if (offsets[np.searchsorted(offsets, backwards)] != backwards).any():
-            raise self._files.damaged(file, "a user's events are not in time order")
+            yield from request_problems(self.requests(), offsets, self.sequence(str(self.timestamp_feature)))
 
     def _named(self, role: Role) -> tuple[str, ...]:
         return tuple(name for name, feature in self.features.items() if feature.role == role)
-
-    def _feature_values(self, feature: str, method: str) -> np.ndarray:
-        meta = self.feature(feature)
-        kind, right_method = _ACCESS.get(meta.role, ("sequence", "sequence"))
-        if method != right_method:
-            raise DataError(f"{self.path}: {feature!r} is a {kind} feature, use {right_method}({feature!r})")
-        return self._files[feature_file(meta.role, feature)]
 
     def _check_offsets(self) -> None:
         self._files.check_ends(OFFSETS_FILE, self.num_events)
@@ -341,19 +313,18 @@ class SequenceStore:
             self._files.check_ends(REQUEST_FILES["offsets"], self.num_candidates)
         for name in self.item_side_features:
             if self.features[name].is_list:
-                self._files.check_ends(list_offsets_file(name), len(self.item_values(name)[0]))
+                self._files.check_ends(list_offsets_file(name), len(self._files[self.features[name].file]))
 
     def remedy(self) -> str:
         """How to make the store again, in words: the command that made it, with --force."""
-        return self._files.remedy()
+        return remedy(self.path, {"command": self.command})
 
 
 def decode_strings(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:
     """Strings as objects [n] from offsets [n + 1] into bytes."""
     text = utf8.tobytes()
-    bounds = offsets.tolist()
-    strings = np.empty(len(bounds) - 1, dtype=object)
-    strings[:] = [text[a:b].decode() for a, b in pairwise(bounds)]
+    strings = np.empty(len(offsets) - 1, dtype=object)
+    strings[:] = [text[begin:end].decode() for begin, end in pairwise(offsets.tolist())]
     return strings
 
 

@@ -6,9 +6,10 @@ import fcntl
 import io
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.base.errors import DataError
-from hstu.base.files import Journal, put_in_place, sync_tree
+from hstu.base.files import Journal, put_in_place, remove, sync_tree
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.features.statistics import statistics_of_numbers
 from hstu.data.store.layout import (
@@ -28,14 +29,13 @@ from hstu.data.store.layout import (
     REQUEST_FILES,
     FeatureMeta,
     Role,
-    candidate_file,
     feature_file,
     list_offsets_file,
     split_file,
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store.meta import FORMAT, OPTIONAL, PLAIN, VERSION, WITH_FEATURES, WITH_SPLIT, read_meta, sealed, sha256
+from hstu.data.store.meta import FORMAT, VERSION, read_meta, sealed, sha256
 from hstu.data.store.sequence_store import SequenceStore
 
 
@@ -76,11 +76,9 @@ class StoreWriter:
         self._command = command
         self._resume_key = resume_key
         self.partial = self.target.parent / f".{self.target.name}.partial"
-        self._features: list[tuple[str, Role, np.dtype, int | None]] = []
-        self._lists: set[str] = set()
-        self._widths: dict[str, int] = {}
-        self._vocabularies: set[str] = set()
-        self._raw: set[str] = set()
+        self._features: dict[str, FeatureMeta] = {}
+        self._details: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        """Feature → fields of its FeatureMeta that other calls than create_sequence give."""
         self._arrays: dict[str, tuple[str, int]] = {}
         self._num_users = self._num_requests = self._num_candidates = 0
         self._split: str | None = None
@@ -139,9 +137,8 @@ class StoreWriter:
 
         An array that a killed writer has left keeps its content.
         """
-        dtype = np.dtype(DTYPES[role])
-        self._features.append((feature, role, dtype, cardinality))
-        return self._create(feature_file(role, feature), dtype, length)
+        self._features[feature] = FeatureMeta(feature, role, DTYPES[role], cardinality, has_vocab=False)
+        return self._create(self._features[feature].file, np.dtype(DTYPES[role]), length)
 
     def written(self, feature: str, role: Role) -> np.ndarray:
         """What an array that create_sequence has made is filled with, read-only."""
@@ -153,7 +150,7 @@ class StoreWriter:
 
     def create_list_offsets(self, feature: str, *, items: int) -> np.memmap:
         """int64 [items + 1] to be filled: item i has the values [offsets[i], offsets[i + 1]), one at least."""
-        self._lists.add(feature)
+        self._details[feature]["is_list"] = True
         return self._create(list_offsets_file(feature), np.dtype(np.int64), items + 1)
 
     def create_item_numbers(self, feature: str, *, width: int, items: int) -> np.memmap:
@@ -161,12 +158,12 @@ class StoreWriter:
 
         The numbers of an item are all missing or all there.
         """
-        self._widths[feature] = width
+        self._details[feature]["width"] = width
         return self.create_sequence(feature, "item_number", cardinality=None, length=items * width)
 
     def write_vocabulary(self, feature: str, raw_ids: np.ndarray | Iterable[str]) -> None:
         """Stores code → raw id, ascending: an int64 array, or strings. That of the users is called "user_id"."""
-        self._vocabularies.add(feature)
+        self._details[feature]["has_vocab"] = True
         stem = vocabulary_stem(feature)
         if isinstance(raw_ids, np.ndarray) and raw_ids.dtype != object:
             self._create(f"{stem}.npy", np.dtype(np.int64), len(raw_ids))[:] = raw_ids
@@ -175,7 +172,7 @@ class StoreWriter:
 
     def write_text_vocabulary(self, feature: str, offsets: np.ndarray, utf8: np.ndarray) -> None:
         """The same for encoded strings: value i is the bytes [offsets[i], offsets[i + 1])."""
-        self._vocabularies.add(feature)
+        self._details[feature]["has_vocab"] = True
         self._write_utf8(vocabulary_stem(feature), offsets, utf8)
 
     def write_split(self, column: str, valid: np.ndarray, test: np.ndarray) -> None:
@@ -197,12 +194,12 @@ class StoreWriter:
 
     def create_candidates(self, feature: str) -> np.memmap:
         """A flat [C] array to be filled with what candidates have of an item, action or event feature."""
-        (role,) = (role for name, role, *_ in self._features if name == feature)
-        return self._create(candidate_file(feature), np.dtype(DTYPES[role]), self._num_candidates)
+        meta = self._features[feature]
+        return self._create(meta.candidate_file, np.dtype(meta.dtype), self._num_candidates)
 
     def keep_raw_ids(self, feature: str) -> None:
         """Lets models get the raw ids of a feature, which must be int64, in place of its codes."""
-        self._raw.add(feature)
+        self._details[feature]["raw"] = True
 
     def write_titles(self, titles: Iterable[str]) -> None:
         """Stores item code → human title, empty where there is none."""
@@ -233,17 +230,12 @@ class StoreWriter:
             np.save(self.partial / file, array)
 
     def _clear_partial(self) -> None:
-        """Empties the partial directory, which has scratch or, once it is complete, a description."""
-        if self.scratch.is_dir():
-            _empty(self.partial, last=self.scratch.name)
-        else:
-            check_replaceable(self.partial)
-            _empty(self.partial, last=META_FILE)
+        for path in self.partial.iterdir():
+            remove(path)
 
     def _remove_partial(self) -> None:
         with suppress(OSError):  # a full or read-only disk has its own message
-            self._clear_partial()
-            self.partial.rmdir()
+            remove(self.partial)
 
     def _commit(self) -> None:
         (self.partial / META_FILE).write_text(sealed(self._meta()), encoding="utf-8")
@@ -251,34 +243,26 @@ class StoreWriter:
         SequenceStore.open(self.partial).verify_values()
         sync_tree(self.partial)
         discarded = discarded_beside(self.target)
-        check_replaceable(discarded)
-        _empty(discarded, last=META_FILE)
+        remove(discarded)
         self._check_target()
         if self.target.exists():
             self.target.rename(discarded)
         put_in_place(self.partial, self.target)
-        _empty(discarded, last=META_FILE)
-        if discarded.is_dir():
-            discarded.rmdir()
+        remove(discarded)
 
     def _meta(self) -> dict[str, Any]:
-        features = [self._describe(*feature) for feature in self._features]
-        item = next(feature["name"] for feature in features if feature["role"] == "item")
-        roles = {feature["role"] for feature in features}
-        is_new = bool(self._num_requests or roles & set(NUMBER_ROLES))
-        has_side = bool(roles & {"item_feature", "event"})
-        version = VERSION if is_new else WITH_FEATURES if has_side else WITH_SPLIT if self._split else PLAIN
-        requests = {"num_requests": self._num_requests, "num_candidates": self._num_candidates}
+        (item,) = (feature for feature in self._features.values() if feature.role == "item")
         return {
             "format": FORMAT,
-            "version": version,
+            "version": VERSION,
             "name": self._name,
             "command": self._command,
             **({"split": self._split} if self._split else {}),
             "num_users": self._num_users,
-            "num_events": self._arrays[feature_file("item", item)][1],
-            **(requests if self._num_requests else {}),
-            "features": features,
+            "num_events": self._arrays[item.file][1],
+            "num_requests": self._num_requests,
+            "num_candidates": self._num_candidates,
+            "features": [asdict(self._described(feature)) for feature in self._features.values()],
             "statistics": dict(self.statistics),
             "sources": dict(self.sources),
             "files": {
@@ -292,16 +276,12 @@ class StoreWriter:
             },
         }
 
-    def _describe(self, name: str, role: Role, dtype: np.dtype, cardinality: int | None) -> dict[str, Any]:
-        optional: dict[str, Any] = {"raw": name in self._raw, "is_list": name in self._lists}
-        if role in NUMBER_ROLES:
-            width = self._widths.get(name, 1)
-            values = np.load(self.partial / feature_file(role, name), mmap_mode="r").reshape(-1, width)
-            optional |= {"width": width, "statistics": statistics_of_numbers(values)}
-        # Earlier versions, which do not have an option, can open stores without it.
-        given = {option: value for option, value in optional.items() if value}
-        described = asdict(FeatureMeta(name, role, dtype.str, cardinality, name in self._vocabularies, **given))
-        return {key: value for key, value in described.items() if key not in OPTIONAL or key in given}
+    def _described(self, feature: FeatureMeta) -> FeatureMeta:
+        feature = replace(feature, **self._details[feature.name])
+        if feature.role not in NUMBER_ROLES:
+            return feature
+        values = np.load(self.partial / feature.file, mmap_mode="r").reshape(-1, feature.width)
+        return replace(feature, statistics=statistics_of_numbers(values))
 
     def _check_target(self) -> None:
         check_replaceable(self.target)
@@ -320,19 +300,15 @@ def is_taken(target: Path) -> bool:
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises DataError where replacing ``target`` would lose something other than a store.
-
-    A store has a description of a known version with a right checksum. Its arrays may be damaged.
-    """
+    """Raises DataError where replacing ``target`` would lose something other than a store, which may be damaged."""
     if not is_taken(target):
         return
     if not target.is_dir():
         raise DataError(f"{target} is a file; give another --output, or move it away")
     try:
-        files = read_meta(target).get("files")
+        described = {META_FILE, *read_meta(target)["files"]}
     except DataError as error:
         raise DataError(f"{error}. It is not replaced: move it away, or give another --output") from error
-    described = {META_FILE, *(files if isinstance(files, dict) else ())}
     if foreign := sorted(path.name for path in target.iterdir() if path.name not in described):
         shown = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
         raise DataError(f"{target} holds files that are not of the store: {shown}; move them away")
@@ -343,10 +319,3 @@ def array_header(dtype: str, length: int) -> bytes:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (length,)})
     return header.getvalue()
-
-
-def _empty(directory: Path, last: str) -> None:
-    """Removes what is in a directory, if there is one. ``last``, which shows whose it is, goes last."""
-    paths = directory.iterdir() if directory.is_dir() else ()
-    for path in sorted(paths, key=lambda path: path.name == last):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -104,7 +104,7 @@ def test_a_training_batch_has_the_items_before_its_sequences_where_seen_items_ar
     sequences, earlier = zip(*expected, *padding, strict=True)
     assert [row.tolist() for row in batch.features["item"].to_dense()] == [*sequences]
     assert batch.seen is not None
-    assert [row.tolist() for row in batch.seen.values.tensor_split(batch.seen.offsets[1:-1])] == [*earlier]
+    assert [row.tolist() for row in batch.seen.values.split(batch.seen.lengths.tolist())] == [*earlier]
     assert batches_of(collator_of(store, **options))[0].seen is None
 
 

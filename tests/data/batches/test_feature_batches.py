@@ -204,7 +204,7 @@ def in_raw_values(schema: Mapping[str, Any], store: SequenceStore, batch: HSTUBa
         is_evaluation = batch.seen is not None
         seen = None
         if batch.seen is not None:
-            seen = set(raw("item", batch.seen.values[batch.seen.offsets[row] : batch.seen.offsets[row + 1]].numpy()))
+            seen = set(raw("item", batch.seen.values.split(batch.seen.lengths.tolist())[row].numpy()))
         label = "item" if schema["task"] == "retrieval" else "action"
         yield {
             "user": store.raw_ids("user_id")[batch.user_ids[row]],

@@ -195,7 +195,7 @@ def test_retrieval_has_targets_negatives_times_and_held_out_items() -> None:
     held_out = next(build_loader(evaluation, evaluation.eval_sampler()))
     assert held_out.labels.shape == (16,) and 0 <= held_out.labels.min() <= held_out.labels.max() < 500
     assert torch.equal(held_out.seen.values, held_out.features["item"].values())
-    assert torch.equal(held_out.seen.offsets.diff(), held_out.features["item"].lengths())
+    assert torch.equal(held_out.seen.lengths, held_out.features["item"].lengths())
 
 
 def test_ids_beyond_their_table_are_hashed_into_it() -> None:

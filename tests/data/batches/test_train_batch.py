@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, packed
 from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
 from hstu.data.features.roles import FeatureRoles
 from tests.data.batches.test_batch import tensors_of
@@ -38,7 +38,7 @@ def batch_of(samples: Sequence[int], padding: int, **options: Any) -> HSTUBatch:
 
 
 def merged(*batches: HSTUBatch, rank: int = 0) -> tuple[HSTUBatch, GroupLayout]:
-    return merge_ranks([pickle.loads(pickle.dumps(batch)) for batch in batches], rank, "item")
+    return merge_ranks([pickle.loads(packed(batch)) for batch in batches], rank, "item")
 
 
 def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:

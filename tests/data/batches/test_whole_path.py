@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,7 +110,7 @@ CASES: list[tuple[Task, dict[str, Any], tuple[Split, ...]]] = [
 ]
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(tables(), st.integers(4, 30), st.none() | st.integers(1, 4))
 def test_samples_are_those_of_the_reference(
     rows: tuple[pd.DataFrame, pd.DataFrame], length: int, stride: int | None
@@ -147,12 +146,3 @@ def holdout(store: SequenceStore, args: DatasetArgs, split: Split) -> np.ndarray
     """Rows of the users of a holdout's split, whatever becomes of their histories."""
     all_of_them = DatasetArgs(dataset_name="mine", max_sequence_length=1000, train_fraction=args.train_fraction)
     return np.unique(build_samples(store, all_of_them, "ranking", split, SEED).user)
-
-
-@pytest.mark.slow
-@settings(max_examples=400)
-@given(tables(), st.integers(4, 30), st.none() | st.integers(1, 4))
-def test_samples_are_those_of_the_reference_on_many_more_tables(
-    rows: tuple[pd.DataFrame, pd.DataFrame], length: int, stride: int | None
-) -> None:
-    test_samples_are_those_of_the_reference.hypothesis.inner_test(rows, length, stride)  # type: ignore[attr-defined]

@@ -96,13 +96,6 @@ def test_the_column_has_no_second_role(tmp_path: Path) -> None:
         make(tmp_path, write(tmp_path / "e.csv", EVENTS), split="fold", context_columns=("fold",))
 
 
-def test_a_program_that_does_not_know_splits_refuses_the_store(tmp_path: Path) -> None:
-    with_split = make(tmp_path, write(tmp_path / "e.csv", EVENTS), split="fold")
-    without = make(tmp_path / "other", write(tmp_path / "e.csv", EVENTS))
-    versions = [pd.read_json(store.path / "meta.json", typ="series")["version"] for store in (with_split, without)]
-    assert versions == [2, 1]
-
-
 def test_bounds_that_are_damaged_are_found(tmp_path: Path) -> None:
     store = make(tmp_path, write(tmp_path / "e.csv", EVENTS), split="fold")
     (bounds := np.load(store.path / "split.test.npy"))[0] = 9

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 import hstu.data.store.sequence_store as store_module
 from hstu.base.errors import DataError
-from hstu.data.store.meta import STATISTICS, sealed, sha256
+from hstu.data.store.meta import sealed, sha256
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
 
@@ -45,9 +44,9 @@ def test_any_flipped_byte_of_a_small_store_is_found_on_opening(good: SequenceSto
     chance = random.Random(0)
     for file in sorted(good.path.iterdir()):
         size = file.stat().st_size
-        positions = {*chance.sample(range(size), min(size, 30))}
+        positions = {*chance.sample(range(size), min(size, 8))}
         if file.name == "meta.json":
-            positions |= {*range(size - 90, size)}  # the seal itself
+            positions |= {*range(size - 90, size, 5)}  # the seal itself
         whole = file.read_bytes()
         for position in sorted(positions):
             flip(file, position)
@@ -82,114 +81,46 @@ def test_in_a_large_file_a_flipped_byte_is_found_by_verifying(
         opened.verify_contents()
 
 
-def test_stores_of_before_the_checksums_are_still_read(good: SequenceStore) -> None:
-    meta = json.loads((good.path / "meta.json").read_text())
-    del meta["sha256"]
-    for file in meta["files"].values():
-        del file["sha256"]
-    (good.path / "meta.json").write_text(json.dumps(meta))
-    SequenceStore.open(good.path).verify_contents()
-
-
 FEATURE = {"name": "item_id", "role": "item", "dtype": "<i4", "cardinality": 9, "has_vocab": False}
-SEALED_LIES: dict[str, tuple[dict[str, object], str]] = {
-    "a count that is true": ({"num_users": True}, "num_users is True"),
-    "a count beyond any disk": ({"num_events": 10**30}, "num_events is 1000"),
-    "no name": ({"name": None}, "name is None"),
-    "half a character as name": ({"name": "\ud800"}, "cannot be read"),
-    "a command of numbers": ({"command": [1]}, r"command is \[1\]"),
-    "statistics of nan": ({"statistics": {"published": {}, "users": float("nan")}}, "no number, or lacks one"),
-    "statistics that lack some": ({"statistics": {"published": {}, "users": 4}}, "no number, or lacks one"),
-    "statistics without the published": (
-        {"statistics": dict.fromkeys(STATISTICS, 1)},
-        "published of statistics is not a table",
-    ),
-    "sources without checksums": ({"sources": {"a.csv": None}}, "sources is not"),
-    "two items": ({"features": [FEATURE, FEATURE | {"name": "other"}]}, "items are missing"),
-    "a feature twice": ({"features": [FEATURE, FEATURE | {"role": "action"}]}, "one of which is there twice"),
-    "an unknown role": ({"features": [FEATURE | {"role": "label"}]}, "a feature is"),
-    "a role that is a list": ({"features": [FEATURE | {"role": []}]}, "a feature is"),
-    "another dtype": ({"features": [FEATURE | {"dtype": "<f8"}]}, "a feature is"),
-    "a list per event": (
-        {"features": [FEATURE, FEATURE | {"name": "device", "role": "event", "is_list": True}]},
-        "a feature is",
-    ),
-    "a list that is a number": (
-        {"features": [FEATURE, FEATURE | {"name": "tags", "role": "item_feature", "is_list": 1}]},
-        "a feature is",
-    ),
+LIES: dict[str, tuple[dict[str, object], str]] = {
+    "other counts": ({"num_users": 3}, r"does not describe offsets\.npy with 4 values"),
     "an absent list": (
         {"features": [FEATURE, FEATURE | {"name": "gone", "role": "item_feature", "is_list": True}]},
         r"does not describe item\.gone\.npy",
-    ),
-    "a list that is single values": (
-        {"features": [FEATURE, FEATURE | {"name": "year", "role": "item_feature", "is_list": True}]},
-        r"does not describe item\.year\.offsets\.npy with 10 values",
     ),
     "single values that are a list": (
         {"features": [FEATURE, FEATURE | {"name": "tags", "role": "item_feature"}]},
         r"does not describe item\.tags\.npy with 9 values",
     ),
-    "more fields": ({"features": [FEATURE | {"x": 1}]}, "a feature is"),
-    "a file elsewhere": ({"files": {"../../secret.npy": {"dtype": "<i8", "length": 1, "bytes": 136}}}, "of files is"),
-    "a file of another kind": (
-        {"files": {"offsets.npy": {"dtype": "\n", "length": 1, "bytes": 1}}},
-        "of files is",
-    ),
-    "a file of no length": ({"files": {"offsets.npy": {"dtype": "<i8", "length": "x", "bytes": 1}}}, "of files is"),
-    "a vocabulary that is absent": ({"features": [FEATURE | {"has_vocab": True, "name": "gone"}]}, "does not describe"),
+    "no items": ({"features": []}, "is incomplete"),
+    "no features": ({"features": None}, "is incomplete"),
+    "no files": ({"files": []}, "is incomplete"),
 }
 
 
-@pytest.mark.parametrize("lie", SEALED_LIES)
-def test_a_sealed_description_that_lies_is_refused_with_what_is_wrong(lie: str, good: SequenceStore) -> None:
-    """As a program with a defect could write it: the checksum is right."""
-    change, message = SEALED_LIES[lie]
+@pytest.mark.parametrize("lie", LIES)
+def test_a_description_that_lies_is_refused_though_its_checksum_is_right(lie: str, good: SequenceStore) -> None:
+    change, message = LIES[lie]
     meta = json.loads((good.path / "meta.json").read_text())
     del meta["sha256"]
-    (good.path / "meta.json").write_text(sealed(meta | change), encoding="utf-8", errors="surrogatepass")
+    (good.path / "meta.json").write_text(sealed(meta | change))
     with pytest.raises(DataError, match=message) as raised:
         SequenceStore.open(good.path)
     assert "meta.json" in str(raised.value) and "Make it with" in str(raised.value)
 
 
-@pytest.mark.parametrize("file", ["vocabulary.town.offsets.npy", "vocabulary.town.utf8.npy"])
-def test_raw_ids_that_are_no_text_are_told_when_they_are_read(file: str, tmp_path: Path) -> None:
+def test_raw_ids_that_are_no_text_are_told_when_they_are_read(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "s", name="toy", command=None) as writer:
         writer.write_offsets(np.array([0, 1]))
         writer.create_sequence("item", "item", cardinality=1, length=1)[:] = 0
         writer.write_context("town", np.array([0]), cardinality=2)
         writer.write_vocabulary("town", ["Köln", "Ulm"])
         writer.write_vocabulary("user_id", np.array([7]))
-    damaged = np.array([0, 9, 8]) if "offsets" in file else np.full(8, 0xFF, np.uint8)
-    np.save(tmp_path / "s" / file, damaged)
+    file = "vocabulary.town.utf8.npy"
+    np.save(tmp_path / "s" / file, np.full(8, 0xFF, np.uint8))
     meta = json.loads((tmp_path / "s" / "meta.json").read_text())
     del meta["sha256"]
     meta["files"][file]["sha256"] = sha256(tmp_path / "s" / file)
     (tmp_path / "s" / "meta.json").write_text(sealed(meta))
     with pytest.raises(DataError, match=file.replace(".", r"\.")):
         SequenceStore.open(tmp_path / "s").raw_ids("town")
-
-
-def test_a_store_whose_description_lies_is_refused(good: SequenceStore, tmp_path: Path) -> None:
-    meta = json.loads((good.path / "meta.json").read_text())
-    del meta["sha256"]  # an old store, so that it is the lie that is found
-    lies: list[dict[str, object]] = [
-        {"num_users": -1},
-        {"num_users": "four"},
-        {"num_events": 10**18},
-        {"features": []},
-        {"features": None},
-        {"features": [{"name": "x"}]},
-        {"files": {}},
-        {"files": {"offsets.npy": None}},
-        {"files": []},
-        {"statistics": None, "files": 3},
-    ]
-    for lie in lies:
-        liar = tmp_path / "liar"
-        shutil.copytree(good.path, liar)
-        (liar / "meta.json").write_text(json.dumps(meta | lie))
-        with pytest.raises(DataError):
-            SequenceStore.open(liar).verify_contents()
-        shutil.rmtree(liar)

@@ -1,6 +1,5 @@
 """Stores that keep raw ids: what models read, and which ids can be kept."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +27,6 @@ def test_models_read_the_raw_ids_of_a_store_that_keeps_them(tmp_path: Path) -> N
     assert items.tolist() == [7, 2**63 - 1, 7, -3] and items.dtype == np.int64
     assert store.model_ids("user_id", store.context("user_id")).tolist() == [-9, 5]
     assert store.encode("sku", np.array([2**63 - 1])).tolist() == [2]
-
-
-def test_a_store_without_raw_ids_is_described_as_ever(tmp_path: Path) -> None:
-    assert preprocess(tmp_path, EVENTS) == 0
-    features = json.loads((tmp_path / "mine" / "meta.json").read_text())["features"]
-    assert not any("raw" in feature for feature in features)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,19 @@
-"""From the statements of gin files to argument objects, and a report of those that none of them uses."""
+"""From the bindings of gin files to argument objects, and a report of the bindings that none of them uses.
+
+A misspelt name is reported and then read as the most similar name, so that the rest of the binding is checked too.
+"""
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field
+from dataclasses import Field, replace
 from typing import Any
 
-import gin
-
 from hstu.config.args import (
+    ACCEPTED,
     CLASSES,
     REGISTRY,
+    REMOVED,
     SEVERAL,
     TASK_ARGS,
     Args,
@@ -20,28 +22,15 @@ from hstu.config.args import (
     NumericFeatureArgs,
     Task,
 )
-from hstu.config.gin_bindings import (
-    Bindings,
-    Owner,
-    constant,
-    evaluate,
-    find_class,
-    is_registered,
-    run_imports,
-    written,
-)
 from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan
 from hstu.config.incomplete import incomplete
 from hstu.config.option import (
-    Mismatch,
-    annotation_of,
     converted,
     default_of,
     describe,
     field_problems,
     is_required,
     options_of,
-    probably_meant,
     referred_class,
 )
 from hstu.config.problems import Location, Origin, Problem, did_you_mean, nearest, show
@@ -50,47 +39,48 @@ from hstu.config.run_config import RunDraft
 REFERRERS = {kind: cls for cls in REGISTRY for field in options_of(cls) if (kind := referred_class(cls, field))}
 """Class that others refer to → the class that has a field for it."""
 
+Owner = tuple[str, type[Args]]
+"""(scope, class): what a group of bindings belongs to."""
+
 
 class ConfigBuilder:
-    """Makes argument objects from bindings and records which bindings are used."""
+    """Makes argument objects from bindings. ``problems`` receives what is wrong with them."""
 
-    def __init__(self, statements: Scan, files: Sequence[str], task: Task) -> None:
+    def __init__(self, statements: Scan, files: Sequence[str], task: Task, *, is_stored: bool = False) -> None:
+        """``is_stored``: the text was written by this or an earlier version, whose removed options are left out."""
         self.files, self.task, self.complete = tuple(files), task, statements.complete
-        self._is_stored = statements.is_stored
-        self.problems = [*statements.problems, *run_imports(statements.imports)]
-        self.bindings = Bindings(statements, self.problems)
+        self.problems = [*statements.problems]
+        self._statements = statements.bindings
+        self._is_stored = is_stored
         self._start = Location(1, 0, files[0] if files else "--gin-bindings")
-        self._used: set[int] = set()
-        self._referred: set[str] = set()
-        self._unclear: list[type[Args]] = []  # wrong values hide which objects of these classes are referred to
+        self._by_owner: dict[Owner, dict[str, Binding]] = {}
+        self._macros: dict[str, Binding] = {}
+        self._seen: dict[tuple[int, str, str], Binding] = {}
         self._objects: dict[Owner, Args] = {}
         self._origins: dict[int, Mapping[str, Origin]] = {}
         self._resolving: list[str] = []
         self._making: set[Owner] = set()
-        self._strays: set[int] = set()  # objects whose scope is probably a misspelling of another
+        self._unclear: set[type[Args]] = set()  # wrong values hide which objects of these classes are referred to
+        self._strays: set[Owner] = set()  # their scope is probably a misspelling of another
+        for binding in self._statements:
+            self._file(binding)
 
     def draft(self, world_size: int) -> RunDraft:
         """The run that the files describe, without the values that are wrong."""
-        self._bind_user_code()
-        for binding in self.bindings.not_in_force:
-            self._mark_used(binding)
         known: dict[str, Any] = {"task": self.task, "source_files": self.files, "world_size": world_size}
         dataset = self._dataset_class()
         for cls, place in REGISTRY.items():
             if place not in ("", *SEVERAL, "dataset", "task_args") or cls in (dataset, TASK_ARGS[self.task]):
-                known[place] = self.object(("", cls))
+                known[place] = self._object(("", cls))
         if dataset is BenchmarkDatasetArgs:
-            tables = getattr(known["dataset"], "embedding_args", None)
-        else:
-            tables = [self.object(owner) for owner in self.bindings.owners_of(EmbeddingArgs)]
-        if tables is not None and (self.complete or dataset is BenchmarkDatasetArgs):
-            known["embeddings"] = tuple(table for table in tables if id(table) not in self._strays)
+            if (tables := getattr(known["dataset"], "embedding_args", None)) is not None:
+                known["embeddings"] = tuple(tables)
+        elif self.complete:
+            known["embeddings"] = self._several(EmbeddingArgs)
         if self.complete:
-            numbers = [self.object(owner) for owner in self.bindings.owners_of(NumericFeatureArgs)]
-            known["numbers"] = tuple(each for each in numbers if id(each) not in self._strays)
-        for referred in self._unclear:  # the list grows while their objects are made
-            for owner in self.bindings.owners_of(referred):
-                self.object(owner)
+            known["numbers"] = self._several(NumericFeatureArgs)
+        for owner in [owner for owner in self._by_owner if owner[1] in self._unclear]:
+            self._object(owner)
         self._check_unused(dataset is not None)
         parts = incomplete(RunDraft, known).parts()
         origins = {name: self._origins.get(id(part), {}) for name, part in parts.items()}
@@ -99,13 +89,13 @@ class ConfigBuilder:
     def _dataset_class(self) -> type[Args] | None:
         """The one of the two kinds of dataset that the files describe."""
         kinds = [cls for cls, place in REGISTRY.items() if place == "dataset"]
-        found = {cls: bound for cls in kinds if (bound := self.bindings.by_owner.get(("", cls)))}
+        found = {cls: bound for cls in kinds if (bound := self._by_owner.get(("", cls)))}
         if len(found) > 1:
             at = max(next(iter(bound.values())).at for bound in found.values())
             names = " and ".join(cls.__name__ for cls in found)
             self.problems.append(Problem(f"{names} are both bound; remove one of them", at))
         if found:  # of two, the one that lacks fewer parameters is probably the one to keep
-            return min(found, key=lambda cls: sum(is_required(f) and f.name not in found[cls] for f in options_of(cls)))
+            return min(found, key=lambda cls: len(_missing(cls, found[cls])))
         if self.complete:
             text = (
                 "no dataset: bind DatasetArgs.dataset_name and DatasetArgs.max_sequence_length, "
@@ -114,9 +104,88 @@ class ConfigBuilder:
             self.problems.append(Problem(text, self._start))
         return None
 
+    def _several(self, cls: type[Args]) -> tuple[Any, ...]:
+        """The objects of a class and its subclasses that the files bind, in file order.
+
+        Bindings without a scope are defaults of those with a scope, as in gin; alone they are one object.
+        """
+        owners = [owner for owner in self._by_owner if issubclass(owner[1], cls)]
+        scoped = {kind for scope, kind in owners if scope}
+        self._strays |= {owner for owner in owners if owner[0] and self._is_stray(owner)}
+        return tuple(
+            self._object(owner)
+            for owner in owners
+            if (owner[0] or owner[1] not in scoped) and owner not in self._strays
+        )
+
+    def _is_stray(self, owner: Owner) -> bool:
+        """Whether parameters are missing because the scope is probably misspelt. Reports it."""
+        (scope, cls), bound = owner, self._bound(owner)
+        others = [other for other, kind in self._by_owner if other != scope and REGISTRY[kind] == REGISTRY[cls]]
+        missing, guess = _missing(cls, bound), nearest(scope, filter(None, others))
+        if not missing or guess is None:
+            return False
+        text = f"{written(owner)} lacks {', '.join(missing)}; is the scope {scope!r} a misspelling of {guess!r}?"
+        self.problems.append(Problem(text, self._location_of(bound)))
+        return True
+
+    # --- bindings by class and parameter ---
+
+    def _file(self, binding: Binding) -> None:
+        cls = find_class(binding.selector)
+        if not binding.parameter:
+            self._check_twice(binding, binding.name, "")
+            self._macros[binding.name] = binding
+            if cls:
+                self._fail(binding, f"is a class; bind one of its parameters: {cls.__name__}.parameter = value")
+                self._macros[binding.name] = replace(binding, value=Broken())
+        elif cls:
+            self._file_parameter(cls, binding)
+        else:
+            guess = nearest(binding.selector, CLASSES)
+            hint = f"did you mean {guess!r}?" if guess else f"there are {', '.join(CLASSES)}"
+            self._fail(binding, f"there is no class {binding.selector}; {hint}")
+            if guess:
+                self._file_parameter(CLASSES[guess], binding, is_guess=True)
+
+    def _file_parameter(self, cls: type[Args], binding: Binding, is_guess: bool = False) -> None:
+        if binding.parameter in ACCEPTED:
+            self._fail(binding, ACCEPTED[binding.parameter], is_warning=True)
+            return
+        if removed := REMOVED.get(f"{cls.__name__}.{binding.parameter}"):
+            if not self._is_stored:
+                self._fail(binding, f"was removed; {removed}")
+            return
+        names = {name: option.name for option in options_of(cls) for name in (option.name, *option.metadata["aliases"])}
+        bound = self._by_owner.setdefault((binding.scope, cls), {})
+        if binding.parameter in names:
+            parameter = names[binding.parameter]
+            self._check_twice(binding, written((binding.scope, cls)), parameter)
+            bound[parameter] = binding
+            return
+        guess = nearest(binding.parameter, names)
+        if guess or not is_guess:
+            self._fail(binding, _no_such_parameter(cls, binding.parameter, guess, names))
+        if guess:
+            as_meant = binding if guess == names[guess] else replace(binding, parameter=guess)
+            bound.setdefault(names[guess], as_meant)
+
+    def _check_twice(self, binding: Binding, owner: str, parameter: str) -> None:
+        first = self._seen.setdefault((binding.at.source, owner, parameter), binding)
+        if first is binding or isinstance(first.value, Broken) or isinstance(binding.value, Broken):
+            return
+        other = f" as {first.parameter}" if first.parameter != binding.parameter else ""
+        is_equal = not other and repr(first.value) == repr(binding.value)
+        text = f"bound twice: already {show(first.value)}{other} at {first.at}; keep one of them"
+        self._fail(binding, text, is_warning=is_equal)
+
+    def _fail(self, binding: Binding, text: str, is_warning: bool = False) -> Broken:
+        self.problems.append(Problem(f"{binding}: {text}", binding.at, is_warning))
+        return Broken()
+
     # --- objects ---
 
-    def object(self, owner: Owner) -> Args:
+    def _object(self, owner: Owner) -> Args:
         """The argument object of a class under a scope, made once; incomplete if some of its values are wrong."""
         if owner not in self._objects:
             self._making.add(owner)
@@ -125,100 +194,54 @@ class ConfigBuilder:
         return self._objects[owner]
 
     def _make(self, owner: Owner) -> Args:
-        scope, cls = owner
-        bound = self._bound(owner)
-        is_stray = self._is_stray(owner, bound)
-        leaves_out = not self.complete or is_stray
+        (scope, cls), bound = owner, self._bound(owner)
         values: dict[str, Any] = {}
         for field in options_of(cls):
             if field.name in bound:
                 values[field.name] = self._given(cls, field, bound[field.name], scope)
             else:
-                values[field.name] = Broken() if leaves_out else self._left_out(owner, field, bound)
+                values[field.name] = self._left_out(owner, field, bound) if self.complete else Broken()
+            if isinstance(values[field.name], Broken) and (referred := referred_class(cls, field)):
+                self._unclear.add(referred)
         for name, addend in _sums(cls, bound):
             is_known = not isinstance(values[name], Broken) and not isinstance(values[addend], Broken)
             values[name] = values[name] + values[addend] if is_known else Broken()
-        known = {name: value for name, value in values.items() if not _holds(value, Broken)}
+        known = {name: value for name, value in values.items() if not isinstance(value, Broken)}
         made = cls(**known) if len(known) == len(values) else incomplete(cls, known)
-        if is_stray:
-            self._strays.add(id(made))
         self._origins[id(made)] = {
             name: Origin(binding.at, binding.name, show(binding.value)) for name, binding in bound.items()
         }
         return made
 
     def _given(self, cls: type[Args], field: Field[Any], binding: Binding, scope: str) -> Any:
-        """The value that is bound to a field, or the one that was probably meant; Broken if that is unclear."""
+        """The value that is bound to a field; Broken if it is wrong."""
         value = self._resolve(binding.value, binding, scope)
-        problems = [] if _holds(value, Broken) else field_problems(cls, field, value)
-        shown = show(binding.value)
-        if show(value) != shown and not _holds(value, Args):
-            shown += f" (which is {show(value)})"
-        self.problems += [Problem(f"{binding.name} = {shown}: {problem}", binding.at) for problem in problems]
-        if not problems and not _holds(value, Broken):
-            return converted(cls, field, value)
-        return self._probably_meant(cls, field, value)
-
-    def _probably_meant(self, cls: type[Args], field: Field[Any], value: Any) -> Any:
-        """A value in place of a wrong one, so that it hides no other mistake; Broken if none is likely.
-
-        A list of references is taken to hold all objects of its class.
-        """
-        referred = referred_class(cls, field)
-        if referred is not None:
-            self._note_unclear(cls, field)
-            if typing.get_origin(annotation_of(cls, field)) is not list:
-                return Broken()
-            owners = [owner for owner in self.bindings.owners_of(referred) if owner not in self._making]
-            value = [each for each in map(self.object, owners) if id(each) not in self._strays]
-        elif isinstance(value, Broken) and value.guesses:
-            value = value.guesses[0]
-        try:
-            return Broken() if _holds(value, Broken) else probably_meant(cls, field, value)
-        except Mismatch:
+        if _holds(value, Broken):
             return Broken()
+        if problems := field_problems(cls, field, value):
+            shown = show(binding.value)
+            if show(value) != shown and not _holds(value, Args):
+                shown += f" (which is {show(value)})"
+            self.problems += [Problem(f"{binding.name} = {shown}: {problem}", binding.at) for problem in problems]
+            return Broken()
+        return converted(cls, field, value)
 
     def _left_out(self, owner: Owner, field: Field[Any], bound: Mapping[str, Binding]) -> Any:
         """The default of a field; Broken if there is none or if it is invalid."""
         cls = owner[1]
         if is_required(field):
-            value = self._probably_meant(cls, field, Broken())
             problems = [f"is required and not bound; expected {describe(cls, field)}"]
         else:
-            value = default_of(field)
-            problems = field_problems(cls, field, value)
+            problems = field_problems(cls, field, default_of(field))
         at = self._location_of(bound)
         self.problems += [Problem(f"{written(owner)}.{field.name} {problem}", at) for problem in problems]
-        return value if not problems or is_required(field) else Broken()
-
-    def _note_unclear(self, cls: type[Args], field: Field[Any]) -> None:
-        referred = referred_class(cls, field)
-        if referred is not None and referred not in self._unclear:
-            self._unclear.append(referred)
-
-    def _is_stray(self, owner: Owner, bound: Mapping[str, Binding]) -> bool:
-        """Whether this object lacks parameters because its scope is probably misspelt. Reports it."""
-        scope, cls = owner
-        others = [
-            other for other, kind in self.bindings.by_owner if REGISTRY[kind] == REGISTRY[cls] != "" or kind is cls
-        ]
-        missing = [field.name for field in options_of(cls) if is_required(field) and field.name not in bound]
-        guess = nearest(scope, [other for other in others if other and other != scope])
-        if not (scope and missing and guess) or written(owner) in self._referred:
-            return False
-        text = f"{written(owner)} lacks {', '.join(missing)}; is the scope {scope!r} a misspelling of {guess!r}?"
-        self.problems.append(Problem(text, self._location_of(bound)))
-        return True
+        return Broken() if problems else default_of(field)
 
     def _bound(self, owner: Owner) -> dict[str, Binding]:
         """The bindings in force under a scope. Inner scopes win over outer ones, as in gin."""
-        scope, cls = owner
-        names = scope.split("/") if scope else []
         bound: dict[str, Binding] = {}
-        for depth in range(len(names) + 1):
-            found = self.bindings.by_owner.get(("/".join(names[:depth]), cls), {})
-            self._used |= {id(binding) for binding in found.values()}
-            bound |= found
+        for outer in _with_outer_scopes(owner):
+            bound |= self._by_owner.get(outer, {})
         return bound
 
     def _location_of(self, bound: Mapping[str, Binding]) -> Location:
@@ -240,25 +263,13 @@ class ConfigBuilder:
                 return self._resolve_reference(value, binding, scope)
         return value
 
-    def _fail(self, binding: Binding, text: str) -> Broken:
-        self.problems.append(Problem(f"{binding}: {text}", binding.at))
-        return Broken()
-
     def _resolve_macro(self, macro: Macro, binding: Binding, scope: str) -> Any:
         if macro.name in self._resolving:
             return self._fail(binding, f"the macro {macro} is defined by itself; give it a value")
-        definition = self.bindings.macros.get(macro.name)
-        if definition is None:
-            found, value = constant(macro)
-            if found:
-                return value
-            guess = nearest(macro.name, self.bindings.macros)
-            hint = f"; did you mean {guess!r}?" if guess else f"; define it: {macro.name} = value"
-            self._fail(binding, f"there is no macro or constant {macro}{hint}")
-            if guess is None or guess in self._resolving:
-                return Broken()
-            definition = self.bindings.macros[guess]
-        self._used.add(id(definition))
+        if macro.name not in self._macros:
+            hint = did_you_mean(macro.name, self._macros) or f"; define it: {macro.name} = value"
+            return self._fail(binding, f"there is no macro {macro}{hint}")
+        definition = self._macros[macro.name]
         self._resolving.append(definition.name)
         value = self._resolve(definition.value, definition, scope)
         self._resolving.pop()
@@ -267,91 +278,45 @@ class ConfigBuilder:
     def _resolve_reference(self, reference: Reference, binding: Binding, scope: str) -> Any:
         cls = find_class(reference.selector)
         if cls is None:
-            return self._call_user_code(reference, binding)
+            return self._fail(binding, f"there is no class {reference.selector}{_guess(reference.selector)}")
         if not reference.call:
             self._fail(binding, f"a reference needs parentheses: {reference}()")
         owner = (reference.scope or scope, cls)
-        if reference.scope and owner not in self.bindings.by_owner:
-            bound = {written(other): other for other in self.bindings.by_owner if other[0]}
+        if reference.scope and owner not in self._by_owner:
+            bound = {written(other): other for other in self._by_owner if other[0]}
             guess = nearest(written(owner), bound)
             hint = f"; did you mean '@{guess}()'?" if guess else f"; bind its parameters: {written(owner)}.parameter"
             self._fail(binding, f"nothing is bound to {written(owner)}{hint}")
             if guess is None or not issubclass(bound[guess][1], cls):
                 return Broken()
             owner = bound[guess]
-        self._referred.add(written(owner))
         if owner in self._making:
             return self._fail(binding, f"{reference} is part of itself; remove it")
-        return self.object(owner)
-
-    # --- the user's own functions ---
-
-    def _call_user_code(self, reference: Reference, binding: Binding) -> Any:
-        if self._is_stored or not is_registered(reference.selector):
-            hint = did_you_mean(reference.selector, CLASSES) or "; import the module that registers it with gin"
-            return self._fail(binding, f"there is no class or function {reference.selector}{hint}")
-        self._referred.add(reference.selector)
-        try:
-            return evaluate(reference)
-        except Exception as error:  # user code may raise anything
-            return self._fail(binding, f"{reference} raised {type(error).__name__}: {error}")
-
-    def _bind_user_code(self) -> None:
-        if self._is_stored:
-            for binding in self.bindings.user:
-                self._fail(binding, "a stored configuration must not bind parameters of other code")
-            return
-        gin.clear_config()  # so that loading twice in a process does not mix two files
-        for binding in sorted(
-            self.bindings.user, key=lambda b: any(isinstance(x, Reference) for x in _leaves(b.value))
-        ):
-            value = self._resolve(binding.value, binding, binding.scope)
-            try:
-                gin.bind_parameter((binding.scope, binding.selector, binding.parameter), value)
-            except ValueError as error:
-                self._fail(binding, str(error).strip().splitlines()[0])
+        return self._object(owner)
 
     # --- what nothing refers to ---
 
-    def _mark_used(self, binding: Binding) -> None:
-        """Takes what a binding that is not in force refers to for used."""
-        for leaf in _leaves(binding.value):
-            referred: list[Binding] = []
-            if isinstance(leaf, Macro) and leaf.name in self.bindings.macros:
-                referred = [self.bindings.macros[leaf.name]]
-            elif isinstance(leaf, Reference) and (cls := find_class(leaf.selector)) is not None:
-                owner = (leaf.scope or binding.scope, cls)
-                referred = list(self.bindings.by_owner.get(owner, {}).values())
-            for each in referred:
-                if id(each) not in self._used:
-                    self._used.add(id(each))
-                    self._mark_used(each)
-
     def _check_unused(self, has_dataset: bool) -> None:
-        """Reports bindings that no object uses, and also checks their values."""
-        unused = [
-            (owner, parameter, binding)
-            for owner, bound in self.bindings.by_owner.items()
-            for parameter, binding in bound.items()
-            if id(binding) not in self._used and not isinstance(binding.value, Broken)
-        ]
-        for owner, _, binding in unused:
-            if (reason := self._reason_unused(owner, has_dataset)) is not None:
-                self._fail(binding, f"never used: {reason}")
-        for (scope, cls), parameter, binding in unused:
-            self._given(cls, next(field for field in options_of(cls) if field.name == parameter), binding, scope)
-        if not self.complete:
-            return
-        for binding in self.bindings.macros.values():
-            if id(binding) not in self._used and not isinstance(binding.value, Broken):
-                hint = did_you_mean(binding.name, CLASSES) or "; remove it"
-                self._fail(binding, f"never used: nothing refers to %{binding.name}{hint}")
-        called = {name.rpartition(".")[2] for name in self._referred}
-        for binding in self.bindings.user:
-            if binding.selector.rpartition(".")[2] not in called:
-                self._fail(binding, f"never used: nothing refers to @{binding.selector}()")
+        """Reports bindings that no object uses. What an overridden binding refers to counts as used."""
+        leaves = [(binding.scope, leaf) for binding in self._statements for leaf in _leaves(binding.value)]
+        macros = {leaf.name for _, leaf in leaves if isinstance(leaf, Macro)}
+        referred = {
+            (leaf.scope or scope, cls)
+            for scope, leaf in leaves
+            if isinstance(leaf, Reference) and (cls := find_class(leaf.selector))
+        }
+        used = {outer for owner in {*self._objects, *self._strays, *referred} for outer in _with_outer_scopes(owner)}
+        for owner in self._by_owner.keys() - used:
+            if (reason := self._reason_unused(owner, referred, has_dataset)) is not None:
+                for binding in self._by_owner[owner].values():
+                    if not isinstance(binding.value, Broken):
+                        self._fail(binding, f"never used: {reason}")
+        for name, binding in self._macros.items():
+            if self.complete and name not in macros and not isinstance(binding.value, Broken):
+                hint = _guess(name) or "; remove it"
+                self._fail(binding, f"never used: nothing refers to %{name}{hint}")
 
-    def _reason_unused(self, owner: Owner, has_dataset: bool) -> str | None:
+    def _reason_unused(self, owner: Owner, referred: set[Owner], has_dataset: bool) -> str | None:
         """Why no object uses the bindings of ``owner``; None if a problem that is reported already explains it."""
         scope, cls = owner
         place = REGISTRY[cls]
@@ -366,8 +331,44 @@ class ConfigBuilder:
             root = REFERRERS[root]
         if REGISTRY[root] not in SEVERAL and ("", root) not in self._objects:
             return f"{cls.__name__} belongs to {root.__name__}, which no file binds; remove it" if has_dataset else None
-        hint = did_you_mean(written(owner), self._referred) or "; refer to it, or remove it"
+        hint = did_you_mean(written(owner), map(written, referred)) or "; refer to it, or remove it"
         return f"nothing refers to @{written(owner)}(){hint}"
+
+
+def written(owner: Owner) -> str:
+    """The owner as in a gin file: ``scope/Class``."""
+    scope, cls = owner
+    return f"{scope}/{cls.__name__}" if scope else cls.__name__
+
+
+def find_class(selector: str) -> type[Args] | None:
+    """The class of this name. As in gin, modules may precede it: ``hstu.config.args.NetworkArgs``."""
+    return CLASSES.get(selector.rpartition(".")[2])
+
+
+def _guess(name: str) -> str:
+    return did_you_mean(name, CLASSES)
+
+
+def _no_such_parameter(cls: type[Args], parameter: str, guess: str | None, names: Mapping[str, str]) -> str:
+    text = f"{cls.__name__} has no parameter {parameter}"
+    if guess:
+        return f"{text}; did you mean {guess!r}? (--explain {cls.__name__} lists all)"
+    owners = [other for other in REGISTRY if any(option.name == parameter for option in options_of(other))]
+    for other in sorted(owners, key=lambda other: parameter not in _missing(other, {})):  # likelier if required
+        return f"{text}; did you mean {other.__name__}.{parameter}?"
+    return f"{text}; it has {', '.join(names)}"
+
+
+def _missing(cls: type[Args], bound: Mapping[str, Binding]) -> list[str]:
+    return [option.name for option in options_of(cls) if is_required(option) and option.name not in bound]
+
+
+def _with_outer_scopes(owner: Owner) -> list[Owner]:
+    """The owners that share their bindings with ``owner``, from the one without a scope to itself."""
+    scope, cls = owner
+    names = scope.split("/") if scope else []
+    return [("/".join(names[:depth]), cls) for depth in range(len(names) + 1)]
 
 
 def _sums(cls: type[Args], bound: Mapping[str, Binding]) -> Iterator[tuple[str, str]]:

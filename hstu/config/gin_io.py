@@ -1,7 +1,6 @@
 """Gin files and command-line bindings → RunConfig, or a list of all that is wrong with them.
 
-gin_scan.py reads statements; gin_bindings.py files them by class and parameter; gin_builder.py makes the argument
-objects and reports what none of them uses; hstu/config/rules checks the result.
+gin_scan.py reads bindings; gin_builder.py makes argument objects of them; hstu/config/rules checks the result.
 """
 
 from __future__ import annotations
@@ -37,7 +36,10 @@ def read_and_check(
             f"no configuration: give --gin-config-file FILE, for example --gin-config-file configs/ml_1m_{task}.gin "
             "(--help lists all options, --explain all parameters)"
         )
-    builder = ConfigBuilder(scan(files, bindings), files, task)
+    return _build(ConfigBuilder(scan(files, bindings), files, task), world_size, rules)
+
+
+def _build(builder: ConfigBuilder, world_size: int, rules: Sequence[Rule]) -> tuple[RunConfig, list[str]]:
     draft = builder.draft(world_size)
     warnings = check(draft, rules, builder.problems)
     return draft.finish(), warnings
@@ -51,10 +53,8 @@ def load_stored(path: Path) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
         task: Task = "ranking" if "\nRankingArgs." in f"\n{text}" else "retrieval"
-        builder = ConfigBuilder(scan_stored(text, str(path)), [str(path)], task)
-        draft = builder.draft(world_size=1)
-        check(draft, (), builder.problems)
-        return draft.finish()
+        builder = ConfigBuilder(scan_stored(text, str(path)), [str(path)], task, is_stored=True)
+        return _build(builder, world_size=1, rules=())[0]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as a configuration: {error}") from error
     except ConfigError as error:

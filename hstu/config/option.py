@@ -5,8 +5,6 @@ The same checks serve gin files and objects made in Python.
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import functools
 import math
 import re
@@ -18,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Optional
 
 from hstu.base.errors import ConfigError
-from hstu.config.problems import did_you_mean, literal, nearest, show
+from hstu.config.problems import did_you_mean, literal, show
 
 _SCIENTIFIC = 1_000_000
 """From here on a whole float is taken for an int."""
@@ -176,26 +174,6 @@ def converted(cls: type[Args], field: Field[Any], value: Any) -> Any:
     if isinstance(coerced, (list, tuple)):
         return type(coerced)(_spelt(field, element) for element in coerced)
     return _spelt(field, coerced)
-
-
-def probably_meant(cls: type[Args], field: Field[Any], value: Any) -> Any:
-    """The allowed value that ``value`` is or was probably meant to be. Raises Mismatch if that is unclear."""
-    limits = field.metadata
-    candidates = [value, [value]]
-    if isinstance(value, str):
-        words = [word for word in (*(limits["choices"] or ()), *limits["words"]) if isinstance(word, str)]
-        candidates += [nearest(value, words)]
-        if _quoted_hint(value):
-            with contextlib.suppress(ValueError, SyntaxError):
-                candidates += [ast.literal_eval(value.strip())]
-    if isinstance(value, float) and value.is_integer():
-        candidates += [int(value)]
-    if isinstance(value, (list, tuple)) and (limits["choices"] or limits["pattern"]):
-        candidates += [[element for element in value if not field_problems(cls, field, [element])]]
-    for candidate in candidates:
-        if not field_problems(cls, field, candidate) and candidate is not None:
-            return converted(cls, field, candidate)
-    raise Mismatch
 
 
 def _spelt(field: Field[Any], element: Any) -> Any:

@@ -47,8 +47,7 @@ def state_bytes(workload: Workload, run: DryRun) -> int:
 def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
     """Elements of gathered weights, and of all gradients, that a rank needs at the same time.
 
-    FSDP gathers all weights but those of the layers, a layer, and the buffers of the exchanges that overlap with it;
-    all weights without DataParallelArgs.reshard_after_forward.
+    FSDP gathers all weights but those of the layers, a layer, and the buffers of the exchanges that overlap with it.
     """
     config = workload.config
     dense = sum(weight.elements for weight in run.weights.values())
@@ -58,8 +57,7 @@ def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
     layer, rest = of_layers // config.network.num_layers, dense - of_layers
     # Micro-batches are summed before they are exchanged.
     gradients = dense + layer if config.trainer.gradient_accumulation_steps > 1 else rest + 2 * layer
-    gathered = rest + 3 * layer if config.data_parallel.reshard_after_forward else dense + layer
-    return gathered, gradients + sum(held_weights(workload, run).values())
+    return rest + 3 * layer, gradients + sum(held_weights(workload, run).values())
 
 
 def data_parallel_transfers(workload: Workload, run: DryRun, replicated_elements: int) -> Iterator[Transfer]:
@@ -80,16 +78,15 @@ def data_parallel_transfers(workload: Workload, run: DryRun, replicated_elements
 
 
 def _sharded_weights(workload: Workload, run: DryRun, gradient_size: int) -> Iterator[Transfer]:
-    """FSDP's units are the layers and all the rest; backward gathers the layers again if they were freed."""
+    """FSDP's units are the layers and all the rest; backward gathers the layers again."""
     layers, passes = workload.config.network.num_layers, workload.config.trainer.gradient_accumulation_steps
     held, ranks = held_weights(workload, run), workload.shard_group_size
     part, of_layers = sum(held.values()), sum(n for name, n in held.items() if run.weights[name].is_layer)
     shards = partial(Transfer, group="shards", ranks=ranks)
     payload = passes * part * FLOAT32
     yield shards("dense weights in forward", "all_gather", calls=passes * (layers + 1), payload=payload)
-    if workload.config.data_parallel.reshard_after_forward:
-        payload = passes * of_layers * FLOAT32
-        yield shards("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
+    payload = passes * of_layers * FLOAT32
+    yield shards("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
     gradients, payload = partial(Transfer, calls=layers + 1, behind="backward"), part * gradient_size
     yield gradients("gradients of the dense part", "reduce_scatter", "shards", ranks, payload=ranks * payload)
     replicas = workload.dp_cp_size // ranks

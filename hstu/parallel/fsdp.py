@@ -31,7 +31,7 @@ from hstu.parallel.shards import ShardedView, WeightShares, all_finite, local_pa
 class FullySharded:
     """How a dense part is sharded: its units, and what it learns about gradients before they are averaged."""
 
-    def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype, reshard_after_forward: bool) -> None:
+    def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype) -> None:
         """Shard the weights of ``dense`` in place; those of its replicated tables stay whole."""
         self.group = mesh.dp_cp_group
         """All ranks with equal dense weights."""
@@ -46,9 +46,7 @@ class FullySharded:
         layers = [module for module in dense.modules() if isinstance(module, FusedHSTULayer)]
         of_layers = {weight for layer in layers for weight in layer.parameters()}  # gone after its forward
         dense.filled = [name for name, weight in dense.task.named_parameters() if weight not in of_layers]
-        self.units: list[FSDPModule] = [
-            fully_shard(layer, mesh=ranks, reshard_after_forward=reshard_after_forward) for layer in layers
-        ]
+        self.units: list[FSDPModule] = [fully_shard(layer, mesh=ranks, reshard_after_forward=True) for layer in layers]
         self.root: FSDPModule = fully_shard(dense, mesh=ranks, ignored_params=set(self.tables))
         self.units.append(self.root)
         for name, weight in dense.named_parameters():
@@ -102,17 +100,15 @@ class _AveragingReduceScatter:
         output_tensor.copy_(received)
 
 
-def shard_dense(
-    model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32, reshard_after_forward: bool = True
-) -> GRModel:
+def shard_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
     """Shard the weights of ``model.dense`` over ``mesh.shard_group``, if there are several ranks with equal ones.
 
-    ``sent_as``: see FullySharded. ``reshard_after_forward``: see DataParallelArgs.
+    ``sent_as``: see FullySharded.
     """
     if mesh.dp_cp_size > 1:
         dense = model.dense
         assert isinstance(dense, DenseModel)
-        sharded = FullySharded(dense, mesh, sent_as, reshard_after_forward)
+        sharded = FullySharded(dense, mesh, sent_as)
         dense.fully_sharded = sharded  # type: ignore[assignment]  # nn.Module declares only tensors and modules
     return model
 

@@ -47,23 +47,11 @@ class Contents:
 def check_can_be_served(trained: LoadedModel) -> None:
     """Raise ConfigError or DataError for a model whose requests lack what it reads."""
     config, network, roles = trained.config, trained.config.network, trained.source.roles
-    if isinstance(config.task_args, RankingArgs):
-        if network.target_group_size > 1:
-            raise ConfigError(
-                f"cannot export a program: with NetworkArgs.target_group_size = {network.target_group_size} a "
-                "candidate sees the actions on others of its group, which a request does not know. Train with 1"
-            )
-        assert isinstance(config.dataset, DatasetArgs)
-        shows_labels = not config.dataset.has_candidates and (
-            not network.is_causal
-            or not network.interleave_actions
-            or (bool(roles.contextual) and not network.disable_contextual_mask and network.num_layers > 1)
+    if isinstance(config.task_args, RankingArgs) and network.target_group_size > 1:
+        raise ConfigError(
+            f"cannot export a program: with NetworkArgs.target_group_size = {network.target_group_size} a "
+            "candidate sees the actions on others of its group, which a request does not know. Train with 1"
         )
-        if shows_labels:
-            raise ConfigError(
-                "cannot export a program: the model has seen the actions that it predicts "
-                "(NetworkArgs.allow_label_leak), and a request does not know them"
-            )
     if isinstance(trained.source, StoredSource) and (roles.tower or "item_age" in roles.side):
         needed = "the features of all items" if roles.tower else "'item_age'"
         raise DataError(f"cannot export a program: the model reads {needed} from the data. {trained.source.missing}")

@@ -165,10 +165,9 @@ def open_run_directory(config: RunConfig, path: Path, checkpoints: CheckpointSto
 
 
 def check_masks(config: RunConfig, roles: FeatureRoles) -> None:
-    """Raise ConfigError if the masks show the model its labels, unless NetworkArgs.allow_label_leak is set."""
-    leaks = label_leak(config, has_context=bool(roles.contextual))
-    if mistakes := [leak for leak in leaks if not leak.is_warning]:
-        raise ConfigError(in_reading_order(mistakes))
+    """Raise ConfigError if the masks show the model its labels."""
+    if leaks := list(label_leak(config, has_context=bool(roles.contextual))):
+        raise ConfigError(in_reading_order(leaks))
 
 
 def task_names(dataset_name: str) -> tuple[str, ...]:
@@ -207,12 +206,12 @@ def build_model(
     update_rows = encoder.inputs.kernels.update_rows
     model, table_optimizer = shard(model, config, mesh, update_rows, lambda: beside_tables(config, mesh))
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
-    sharding, sent_as = config.data_parallel, DTYPES[precision]
-    if sharding.sharding == "weights":
-        model = shard_dense(model, mesh, sent_as, sharding.reshard_after_forward)
+    sent_as = DTYPES[precision]
+    if config.data_parallel.sharding == "weights":
+        model = shard_dense(model, mesh, sent_as)
     else:
         model = replicate_dense(model, mesh, sent_as)
-    shard_states = sharding.sharding == "optimizer"
+    shard_states = config.data_parallel.sharding == "optimizer"
     optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, config.located, shard_states)
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)
@@ -227,8 +226,6 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
     kernels = select_kernels(network.kernel_backend, network.strict_kernel_backend, mesh.device, shapes)
     for operator, served in kernels.served_by.items():
         log.log(logging.WARNING if served.is_refused else logging.INFO, "kernel %s: %s", operator, served)
-    for leak in label_leak(config, has_context=bool(roles.contextual)):
-        log.warning("%s", leak)
     task = task_module(
         config,
         SequenceFeatures.of(roles, source.max_items),

@@ -148,9 +148,9 @@ def test_a_parameter_that_an_older_program_did_not_write_has_its_default() -> No
     assert config_differences(older, GIN.replace("seed = 1", "seed = 1234")) == []
     (changed,) = config_differences(older, GIN)
     assert str(changed) == "TrainerArgs.seed = 1234 in the checkpoint, 1 in this run"
-    leaking = GIN + "NetworkArgs.allow_label_leak = True\n"
+    leaking = GIN + "NetworkArgs.strict_kernel_backend = True\n"
     assert [(entry.name, entry.changes == "model") for entry in config_differences(GIN, leaking)] == [
-        ("NetworkArgs.allow_label_leak", False)
+        ("NetworkArgs.strict_kernel_backend", False)
     ]
 
 

@@ -38,32 +38,17 @@ def test_a_good_file_is_read_without_torch(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout, result.stderr) == (0, "loaded 2 False\n", "")
 
 
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        ("NetworkArgs.num_layers = 1.5", "NetworkArgs.num_layers = 1.5: expected int, at least 1"),
-        ("NetworkArgs.num_layers = two", "a string needs quotes"),
-        ("TrainerArgs.sead = 1", "did you mean 'seed'?"),
-        ("NetworkArgs.num_attention_heads = 3", "must be a multiple of"),
-    ],
-)
-def test_a_bad_file_is_refused_fast_with_exit_code_2_and_no_traceback(line: str, told: str, tmp_path: Path) -> None:
-    file = write(tmp_path, changed(RANKING, line, "TensorModelParallelArgs.tensor_model_parallel_size = 2"))
+def test_a_bad_file_is_refused_fast_with_exit_code_2_and_no_traceback(tmp_path: Path) -> None:
     start = time.perf_counter()
-    result = run("--gin-config-file", file, WORLD_SIZE="2")
-    seconds = time.perf_counter() - start
-    assert result.returncode == 2
-    assert told in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
-    assert seconds < 3
+    result = run("--gin-config-file", write(tmp_path, changed(RANKING, "NetworkArgs.num_layers = two")))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "a string needs quotes" in result.stderr and "Traceback" not in result.stderr
+    assert time.perf_counter() - start < 3
 
 
-@pytest.mark.parametrize("bad_ranks", [("0", "1", "2"), ("2",)], ids=["on all ranks", "on one rank"])
-def test_a_mistake_is_told_once_wherever_it_is(bad_ranks: tuple[str, ...], tmp_path: Path) -> None:
-    for rank in ("0", "1", "2"):
-        text = changed(RANKING, "NetworkArgs.num_layers = 0") if rank in bad_ranks else RANKING
-        write(tmp_path, text, f"run{rank}.gin")
+def test_a_mistake_on_one_rank_is_told_once(tmp_path: Path) -> None:
+    for rank in range(3):
+        write(tmp_path, changed(RANKING, f"NetworkArgs.num_layers = {2 - rank}"), f"run{rank}.gin")
     script = write(
         tmp_path,
         "import os, time\n"
@@ -77,8 +62,7 @@ def test_a_mistake_is_told_once_wherever_it_is(bad_ranks: tuple[str, ...], tmp_p
     result = subprocess.run(torchrun, capture_output=True, text=True, timeout=60, env=environment)
     assert result.returncode == 1
     assert result.stderr.count("NetworkArgs.num_layers = 0: expected int, at least 1") == 1
-    assert ("[rank 2] bad configuration: " in result.stderr) == (bad_ranks == ("2",))
-    assert "exitcode  : 2" in result.stderr
+    assert "[rank 2] bad configuration: " in result.stderr and "exitcode  : 2" in result.stderr
 
 
 def test_the_config_room_imports_no_torch() -> None:
@@ -131,10 +115,6 @@ def test_preflight_is_for_validation_that_is_not_quick(tmp_path: Path, capsys: p
     assert told.count("too many for this machine") == 1 and "--quick belongs to --validate-only" in told
 
 
-def test_validate_only_of_a_bad_file(tmp_path: Path) -> None:
-    assert exit_of("retrieval", "--gin-config-file", write(tmp_path, RANKING), "--validate-only") == 2
-
-
 def test_print_config_is_a_file_that_prints_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_of("ranking", "--gin-config-file", write(tmp_path, OWN_DATA), "--print-config") == 0
     printed = capsys.readouterr().out
@@ -148,11 +128,6 @@ def test_explain_prints_the_named_classes(capsys: pytest.CaptureFixture[str]) ->
     assert "hidden_dropout: float = 0.2   [at least 0, below 1]" in printed
     assert "prediction_head_arch: list[int] (required)" in printed
     assert "train_batch_size" not in printed
-
-
-def test_explain_without_a_name_prints_all(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_of("ranking", "--explain") == 0
-    assert "RetrievalArgs: " in capsys.readouterr().out
 
 
 def test_explain_of_an_unknown_class(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +148,7 @@ def test_bindings_may_be_repeated_or_listed(tmp_path: Path) -> None:
 
 
 def test_warnings_go_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = "NetworkArgs.is_causal = False\nNetworkArgs.allow_label_leak = True\n"
+    lines = "NetworkArgs.sequence_parallel = True\n"
     parse_command_line("ranking", ["--gin-config-file", write(tmp_path, RANKING + lines)])
     captured = capsys.readouterr()
     assert captured.err.startswith("warning: ")

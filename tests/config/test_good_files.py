@@ -1,7 +1,6 @@
 """What gin files may look like: the ways in which users write them, and what comes out."""
 
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,16 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import (
     BenchmarkDatasetArgs,
     DatasetArgs,
-    DynamicEmbeddingArgs,
     EmbeddingArgs,
     PartOptimizerArgs,
     RandomDistribution,
-    RankingArgs,
     RetrievalArgs,
     TrainerArgs,
 )
 from hstu.config.gin_io import load, read_and_check
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig, Task
-from tests.config.gin_files import ALL_RULES, BENCHMARK, OWN_DATA, OWN_TABLES, RANKING, RETRIEVAL, changed, write
+from tests.config.gin_files import ALL_RULES, BENCHMARK, OWN_DATA, RANKING, RETRIEVAL, changed, write
 
 DYNAMIC = changed(OWN_DATA.replace("item/Emb", "item/DynamicEmb"), "-item/DynamicEmbeddingArgs.sharding_type")
 
@@ -37,18 +34,6 @@ def load_text(tmp_path: Path):
     return load_text
 
 
-def test_values_and_defaults(load_text) -> None:
-    config = load_text(RANKING)
-    assert config.task == "ranking"
-    assert config.trainer.train_batch_size == 4
-    assert config.trainer.seed == 1234
-    assert config.network.kernel_backend == "cutlass"
-    assert config.task_args == RankingArgs(prediction_head_arch=[16, 5])
-    assert config.embeddings == ()
-    assert config.schedule.schedule == "constant"
-    assert config.tensor_parallel.tensor_model_parallel_size == 1
-
-
 def test_retrieval_needs_no_class_of_its_own(load_text) -> None:
     assert load_text(changed(RETRIEVAL, "-RetrievalArgs"), "retrieval").task_args == RetrievalArgs()
 
@@ -56,14 +41,6 @@ def test_retrieval_needs_no_class_of_its_own(load_text) -> None:
 def test_one_metric_in_parentheses_is_a_tuple_of_one(load_text) -> None:
     assert load_text(changed(RANKING, 'RankingArgs.eval_metrics = ("AUC")')).task_args.eval_metrics == ("AUC",)
     assert load_text(changed(RANKING, 'RankingArgs.eval_metrics = ["AUC"]')).task_args.eval_metrics == ("AUC",)
-
-
-def test_lossless_conversions(load_text) -> None:
-    config = load_text(
-        changed(RANKING, "OptimizerArgs.learning_rate = 1", "RankingArgs.prediction_head_arch = (16, 5)")
-    )
-    assert isinstance(config.optimizer.learning_rate, float)
-    assert config.task_args.prediction_head_arch == [16, 5]
 
 
 HISTORY = changed(RANKING, "-DatasetArgs.max_sequence_length", "DatasetArgs.max_history_seqlen = 7")
@@ -75,10 +52,6 @@ def test_max_history_seqlen_counts_the_history_without_candidates(load_text, can
     assert load_text(text).dataset.max_sequence_length == total
     macro = changed(text, "DatasetArgs.max_history_seqlen = %n") + "n = 7\n"
     assert load_text(macro).dataset.max_sequence_length == total
-
-
-def test_candidates_of_the_command_line_add_to_the_history_of_the_file(load_text) -> None:
-    assert load_text(HISTORY, "ranking", "DatasetArgs.max_num_candidates = 5").dataset.max_sequence_length == 12
 
 
 def test_command_line_may_override_the_history_by_the_whole_length(load_text) -> None:
@@ -105,28 +78,10 @@ def test_unscoped_bindings_are_defaults_of_scoped_tables(load_text) -> None:
     assert [table.sharding_type for table in load_text(text).embeddings] == ["model_parallel", "data_parallel"]
 
 
-def test_an_unscoped_table_alone_is_one_table(load_text) -> None:
-    text = changed(RANKING, 'DatasetArgs.dataset_name = "criteo"') + OWN_TABLES.partition("action/")[0].replace(
-        "item/Emb", "Emb"
-    )
-    assert [table.table_name for table in load_text(text).embeddings] == ["item"]
-
-
 def test_nested_scopes_inherit(load_text) -> None:
     text = OWN_DATA + 'action/b/EmbeddingArgs.feature_names = ["x"]\naction/b/EmbeddingArgs.table_name = "x"\n'
     nested = load_text(text).embeddings[2]
     assert (nested.table_name, nested.item_vocab_size_or_capacity) == ("x", 6)
-
-
-def test_dynamic_table_needs_no_sharding_type(load_text) -> None:
-    text = changed(OWN_DATA, "-item/EmbeddingArgs.sharding_type").replace("item/Emb", "item/DynamicEmb")
-    table = load_text(text).embeddings[0]
-    assert isinstance(table, DynamicEmbeddingArgs)
-    assert table.sharding_type == "model_parallel"
-
-
-def test_built_in_dataset_takes_tables_by_hand(load_text) -> None:
-    assert len(load_text(RANKING + OWN_TABLES).embeddings) == 2
 
 
 def test_benchmark_takes_features_and_tables_by_reference(load_text) -> None:
@@ -205,11 +160,6 @@ def test_macros_and_blocks(load_text) -> None:
     assert (network.hidden_size, network.kv_channels) == (32, 16)
 
 
-def test_class_with_its_module(load_text) -> None:
-    text = changed(RANKING, "-NetworkArgs.num_layers", "hstu.config.args.NetworkArgs.num_layers = 3")
-    assert load_text(text).network.num_layers == 3
-
-
 def test_later_files_and_then_bindings_win(tmp_path: Path) -> None:
     first = write(tmp_path, RANKING)
     second = write(tmp_path, "NetworkArgs.num_layers = 5\nTrainerArgs.seed = 5\n", "second.gin")
@@ -231,38 +181,9 @@ def test_include_beside_the_file_and_override_below_it(tmp_path: Path) -> None:
     assert config.network.num_layers == 7
 
 
-def test_include_where_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    write(tmp_path, RANKING, "base.gin")
-    monkeypatch.chdir(tmp_path)
-    assert load([write(tmp_path / "elsewhere", 'include "base.gin"\n')], [], "ranking").network.num_layers == 2
-
-
-def test_own_functions_and_constants(tmp_path: Path, load_text, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_sizes.py").write_text(
-        "import gin\n@gin.configurable\ndef my_width(heads, times=4):\n    return heads * times\n"
-        "gin.constant('MY_LAYERS', 3)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    text = "import my_sizes\nmy_width.heads = 2\nwide/my_width.times = 8\n" + changed(
-        RANKING, "NetworkArgs.hidden_size = @wide/my_width()", "NetworkArgs.num_layers = %MY_LAYERS"
-    )
-    for _ in range(2):  # a second load does not see the first
-        network = load_text(text).network
-        assert (network.hidden_size, network.num_layers) == (16, 3)
-    with pytest.raises(ConfigError, match=r"my_width\(\) raised TypeError"):
-        load_text(text.replace("my_width.heads = 2", ""))
-    sys.modules.pop("my_sizes")
-
-
 def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     config = load([write(tmp_path, b"\xef\xbb\xbf" + RANKING.replace("\n", "\r\n").encode())], [], "ranking")
     assert config.network.num_layers == 2
-
-
-def test_two_loads_do_not_mix(load_text) -> None:
-    assert load_text(changed(RANKING, "TrainerArgs.seed = 5")).trainer.seed == 5
-    assert load_text(RANKING).trainer.seed == 1234
 
 
 def test_config_can_be_sent_to_another_process(load_text) -> None:
@@ -276,99 +197,19 @@ def test_config_made_in_python_is_checked_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "task", "warned"),
-    [
-        (RANKING, "ranking", ["its own action"]),
-        (RETRIEVAL, "retrieval", ["the next item"]),
-        (changed(RANKING, "DatasetArgs.max_num_candidates = 5"), "ranking", []),
-    ],
-)
-def test_allowed_attention_to_labels_is_warned_of(base: str, task: Task, warned: list[str], tmp_path: Path) -> None:
-    lines = "NetworkArgs.is_causal = False\nNetworkArgs.allow_label_leak = True\n"
-    config = load([write(tmp_path, base + lines)], [], task)
-    warnings = validate(config, world_size=1, rules=ALL_RULES)
-    assert len(warnings) == len(warned)
-    assert all(part in warning for part, warning in zip(warned, warnings, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("lines", "warned"),
-    [
-        (["TrainerArgs.tokens_per_rank = 61"], None),
-        (["TrainerArgs.tokens_per_rank = 244"], "never reached: a rank has at most 244 tokens"),
-        (["TrainerArgs.enable_balanced_shuffler = True"], None),
-        (
-            ["TrainerArgs.enable_balanced_shuffler = True", "seq/FeatureArgs.is_jagged = False"],
-            "are equally long with seq/",
-        ),
-    ],
-)
-def test_balancing_without_effect_is_warned_of(lines: list[str], warned: str | None, tmp_path: Path) -> None:
-    warnings = validate(
-        load([write(tmp_path, changed(BENCHMARK, *lines))], [], "ranking"), world_size=2, rules=ALL_RULES
-    )
-    assert len(warnings) == (0 if warned is None else 1)
-    assert warned is None or warned in warnings[0]
-
-
-@pytest.mark.parametrize(
     ("base", "lines", "warned"),
     [
         (RANKING, ["TrainerArgs.profile_step_start = 5"], "no effect with TrainerArgs.profile = False"),
-        (RANKING, ["NetworkArgs.target_group_size = 2"], "because only candidates are grouped"),
-        (RANKING, ["NetworkArgs.target_group_size = 2", "DatasetArgs.max_num_candidates = 4"], None),
-        (
-            RANKING,
-            ["NetworkArgs.num_position_buckets = 99", 'NetworkArgs.position_encoding = "relative_bias"'],
-            "no effect with NetworkArgs.position_encoding = ('relative_bias',)",
-        ),
-        (RANKING, ["NetworkArgs.num_position_buckets = 99"], None),
         (
             RANKING,
             ["NetworkArgs.recompute_layer = True", "NetworkArgs.recompute_input_silu = True"],
             "that recomputes the whole layer",
         ),
-        (RANKING, ['OptimizerArgs.optimizer_str = "sgd"', "OptimizerArgs.adam_beta1 = 0.5"], "no effect with Optim"),
-        (RANKING, ['OptimizerArgs.optimizer_str = "adagrad"', "OptimizerArgs.adam_eps = 0.5"], None),
-        (
-            RANKING,
-            ["RankingArgs.prediction_head_arch = [5]", 'RankingArgs.prediction_head_act_type = "gelu"'],
-            "no effect on the one layer",
-        ),
         (OWN_DATA, ['action/EmbeddingArgs.sharding = "row_wise"'], "no effect with action/EmbeddingArgs.sharding_type"),
         (OWN_DATA, ['EmbeddingArgs.sharding = "row_wise"'], None),
-        (DYNAMIC, ["item/DynamicEmbeddingArgs.caching = True"], "because all rows fit into GPU memory"),
-        (
-            DYNAMIC,
-            [
-                "item/DynamicEmbeddingArgs.caching = True",
-                "item/DynamicEmbeddingArgs.item_vocab_gpu_capacity_ratio = 0",
-            ],
-            "leaves no memory for a cache",
-        ),
         (RANKING, ["TrainerArgs:\n  eval_interval = 7", "TrainerArgs.eval_interval = 7"], "bound twice: already 7 at"),
         (RANKING, ["NetworkArgs.num_layers = %n", "n = 3", "# \nn = 3"], "n = 3: bound twice: already 3 at"),
         (RANKING, ["b = 'cpu'", "NetworkArgs.embedding_backend = %b"], "here the class of a table decides"),
-        (OWN_DATA, ["item/EmbeddingArgs.embedding_backend = 'torchrec'"], "EmbeddingArgs makes a table of TorchRec"),
-        (
-            RANKING,
-            ["TrainerArgs.eval_interval = 0", "TrainerArgs.eval_at_end = False", "TrainerArgs.max_eval_iters = 5"],
-            "nothing is evaluated",
-        ),
-        (RANKING, ["DataParallelArgs.sharding = 'optimizer'"], "no effect with one data-parallel rank"),
-        (
-            DYNAMIC,
-            [
-                "item/DynamicEmbeddingArgs.item_vocab_gpu_capacity = 5",
-                "item/DynamicEmbeddingArgs.item_vocab_gpu_capacity_ratio = 0.5",
-            ],
-            "item_vocab_gpu_capacity_ratio = 0.5: has no effect, because item/DynamicEmb",
-        ),
-        (
-            BENCHMARK,
-            ["seq/FeatureArgs.seqlen_dist = @RandomDistribution()", "RandomDistribution.alpha = 2"],
-            "no effect with RandomDistribution.dist_type = 'uniform'",
-        ),
     ],
 )
 def test_what_does_no_harm_is_warned_of(base: str, lines: list[str], warned: str | None, tmp_path: Path) -> None:
@@ -392,15 +233,6 @@ def test_options_without_effect_have_their_defaults(tmp_path: Path) -> None:
     assert not config.network.bfloat16_residual and config.schedule.decay_iters is None
     assert (config.trainer.data_workers, config.trainer.data_prefetch) == (0, 2)
     assert isinstance(config.dataset, BenchmarkDatasetArgs) and config.dataset.feature_args[0].seqlen_dist is None
-
-
-def test_warning_free_by_default(tmp_path: Path) -> None:
-    assert validate(load([write(tmp_path, RANKING)], [], "ranking"), world_size=1, rules=ALL_RULES) == []
-
-
-def test_tensor_parallelism_is_accepted_where_it_divides(tmp_path: Path) -> None:
-    text = RANKING + "TensorModelParallelArgs.tensor_model_parallel_size = 2\nNetworkArgs.sequence_parallel = True\n"
-    assert validate(load([write(tmp_path, text)], [], "ranking"), world_size=4, rules=ALL_RULES) == []
 
 
 @pytest.mark.parametrize(

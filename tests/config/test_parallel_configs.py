@@ -25,16 +25,6 @@ SHORT = {
     "TrainerArgs.eval_at_end": True,
     "TrainerArgs.tensorboard": False,
 }
-SMALL_BENCHMARK = {
-    "items/FeatureArgs.max_sequence_length": 32,
-    "lengths/RandomDistribution.mean": 10,
-    "item/EmbeddingArgs.item_vocab_size_or_capacity": 500,
-    "user/EmbeddingArgs.item_vocab_size_or_capacity": 500,
-    "BenchmarkDatasetArgs.num_generated_batches": 4,
-    "NetworkArgs.num_layers": 1,
-    "NetworkArgs.hidden_size": 32,
-    "NetworkArgs.kv_channels": 8,
-}
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +61,7 @@ def check(records: list[dict[str, Any]], metrics: Sequence[str]) -> None:
     assert all(math.isfinite(value) for each in evaluated for value in each.values())
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "ml_1m_ranking_tp2.gin",
-        "ml_1m_retrieval_prefetch.gin",
-        pytest.param("ml_1m_retrieval_tp2.gin", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["ml_1m_ranking_tp2.gin", "ml_1m_retrieval_prefetch.gin"])
 def test_a_movielens_file_for_several_ranks_trains_on_two(name: str, ml_1m: Path, tmp_path: Path) -> None:
     records = train_on_two_ranks(name, tmp_path / "run", {"DatasetArgs.dataset_path": str(ml_1m)})
     config = load([str(tmp_path / "run" / "operative.gin")], [], "retrieval" if "retrieval" in name else "ranking")
@@ -86,9 +69,3 @@ def test_a_movielens_file_for_several_ranks_trains_on_two(name: str, ml_1m: Path
     assert config.network.sequence_parallel == ("tp2" in name)
     assert config.trainer.pipeline_type == ("prefetch" if "prefetch" in name else "none")
     check(records, config.task_args.eval_metrics)
-
-
-@pytest.mark.slow
-def test_the_balanced_benchmark_trains_on_two_ranks(tmp_path: Path) -> None:
-    records = train_on_two_ranks("benchmark_ranking_balanced.gin", tmp_path / "run", SMALL_BENCHMARK)
-    check(records, ["AUC"])

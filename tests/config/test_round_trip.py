@@ -6,7 +6,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +13,7 @@ from hstu.config import args as a
 from hstu.config.gin_io import load, load_stored
 from hstu.config.option import annotation_of, field_problems, is_required
 from hstu.config.run_config import RunConfig
-from tests.config.gin_files import BASES, task_of, write
+from tests.config.gin_files import BASES, write
 
 TEXT = st.text(max_size=8)
 SIMPLE = {
@@ -122,20 +121,6 @@ def test_operative_gin_loads_to_an_equal_config(config: RunConfig) -> None:
         again = load([write(Path(folder), config.operative_gin())], [], config.task)
     assert again == config
     assert again.operative_gin() == config.operative_gin()
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_operative_gin_of_a_file(base: str, tmp_path: Path) -> None:
-    task = task_of(base)
-    config = load([write(tmp_path, BASES[base])], [], task)  # type: ignore[arg-type]
-    text = config.operative_gin()
-    assert "TrainerArgs.seed = 1234\n" in text  # defaults are written out
-    assert load([write(tmp_path, text, "operative.gin")], [], task) == config  # type: ignore[arg-type]
-
-
-def test_configs_that_differ_are_not_equal(tmp_path: Path) -> None:
-    file = write(tmp_path, BASES["ranking"])
-    assert load([file], [], "ranking") != load([file], ["TrainerArgs.seed = 5"], "ranking")
 
 
 def test_a_stored_configuration_may_have_what_was_replaced(tmp_path: Path) -> None:

@@ -29,10 +29,6 @@ def complete_files(page: Path) -> list[Any]:
 BLOCKS = [block for page in PAGES for block in complete_files(page)]
 
 
-def test_there_are_configs_to_check() -> None:
-    assert CONFIGS or not (ROOT / "configs").is_dir() or not any((ROOT / "configs").iterdir())
-
-
 def test_there_are_documented_files_to_check() -> None:
     assert BLOCKS, "docs/configuration.md shows complete files in blocks marked ```gin task=..."
 

@@ -14,7 +14,6 @@ WARNED = {
     "benchmark_ranking": ["profile_step_start = 50: has no effect", "profile_step_end = 60: has no effect"],
     "benchmark_ranking_host_memory": ["here the class of a table decides", "log_interval = 10: bound twice"],
     "criteo_ranking": ["here the class of a table decides"],
-    "kuairand_1k_ranking": ["adam_beta1 = 0.8: has no effect with OptimizerArgs.optimizer_str = 'sgd'"],
     "movielens_retrieval": ["seed = 1234: bound twice"],
 }
 """File → parts of its warnings, in order; the other files have none."""

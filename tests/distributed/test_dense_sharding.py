@@ -75,10 +75,8 @@ CASES: dict[str, RunOptions] = {
         "bindings": ["RetrievalArgs.item_tower = True", "NetworkArgs.recompute_layer = True", AVERAGED],
     },
     "tasks": {"optimizer": "sgd", "bindings": [*USER_TASKS, ELEVEN]},
-    "kept gathered": {"optimizer": "adamw", "bindings": [ELEVEN, AVERAGED]},
+    "averages": {"optimizer": "adamw", "bindings": [ELEVEN, AVERAGED]},
 }
-KEPT_GATHERED = CASES["momentum"], CASES["kept gathered"]
-"""Fully sharded, these do not free their layers after forward."""
 RESUMED = (
     "none, then optimizer", "optimizer, then none", "optimizer, then weights", "weights, then none",
     "weights, then weights",
@@ -107,8 +105,6 @@ def config_of(store: str, launch: Launch, case: RunOptions, kind: str) -> RunCon
     ]
     if kind != "none":
         own.append(f"DataParallelArgs.shard_group_size = {launch.shards}")
-    if kind == "weights" and case in KEPT_GATHERED:
-        own.append("DataParallelArgs.reshard_after_forward = False")
     return make_config(store, launch.ranks, **{**case, "bindings": [*own, *case.get("bindings", ())]})
 
 
@@ -285,7 +281,7 @@ def test_the_estimate_knows_the_states_of_a_rank_and_what_is_gathered(launched: 
         assert states == max(rank[case][kind]["held"] for rank in launched.told)
         names = {transfer.name for transfer in transfers(workload, run, ())}
         assert ("updated dense weights" in names) == (kind == "optimizer")
-        assert ("dense weights in backward" in names) == (kind == "weights" and CASES[case] not in KEPT_GATHERED)
+        assert ("dense weights in backward" in names) == (kind == "weights")
 
 
 def freed_and_refused(mesh: Mesh, store: str, case: str) -> dict[str, Any]:
@@ -318,10 +314,9 @@ def _spoil(output: ModelOutput) -> None:
 
 
 def test_weights_of_layers_are_freed_until_backward_and_a_rank_with_nan_is_named(store: str) -> None:
-    cases = {name: partial(freed_and_refused, store=store, case=name) for name in ("tasks", "kept gathered")}
+    cases = {name: partial(freed_and_refused, store=store, case=name) for name in ("tasks", "averages")}
     for rank, name in product(run_cases(Launch(2, 100), cases), cases):
         told = rank[name]
-        assert told["seen"] == ["Parameter"] * 2 and all(told["left"]) == (CASES[name] in KEPT_GATHERED)
-        assert any(told["left"]) == all(told["left"])
+        assert told["seen"] == ["Parameter"] * 2 and not any(told["left"])
         assert "the gradient is not finite" in told["error"] and "nan or inf on rank 1" in told["error"]
         assert "rank 0" not in told["error"] and told["unchanged"]

@@ -45,13 +45,12 @@ CASES: dict[str, Any] = {
         "sharded": [],
         "task_args": {"negatives": "uniform", "num_negatives": 5, "shared_negatives": True},
     },
-    "mixed by popularity, logQ, random windows, seen": {
+    "mixed, logQ, random windows, seen": {
         "task": "retrieval",
         "dataset": {"random_windows": True, "max_sequence_length": 5},
         "task_args": {
             "negatives": "mixed",
             "num_negatives": 5,
-            "popularity_exponent": 0.5,
             "logq_correction": True,
             "mask_seen": True,
         },

@@ -151,9 +151,6 @@ def test_models_whose_requests_would_lack_something_are_refused(
     grouped = {"network": {"target_group_size": 2}, "dataset": {"max_num_candidates": 2}}
     with pytest.raises(ConfigError, match="target_group_size = 2"):
         check_can_be_served(random_model("ranking", features, mesh, tmp_path, **grouped))
-    leaking = {"network": {"is_causal": False, "allow_label_leak": True}}
-    with pytest.raises(ConfigError, match="has seen the actions that it predicts"):
-        check_can_be_served(random_model("ranking", features, mesh, tmp_path, **leaking))
 
 
 def test_the_runtime_imports_torch_and_the_standard_library_alone() -> None:

@@ -44,7 +44,6 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "window and truncation": ("retrieval", {"network": {**BIAS, **WINDOW}}),
-    "both directions": ("retrieval", {"network": {**SEES_ALL, "allow_label_leak": True}}),
     "dynamic": ("retrieval", {"dynamic": True}),
     "raw ids": ("retrieval", {"dynamic": True, "raw": True, "dataset": {"side_feature_names": ["colour", "price"]}}),
     "raw ids, tower": (

@@ -13,6 +13,7 @@ from hstu.config.run_config import RunConfig
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from hstu.train import builder
 from tests.config.gin_files import ALL_RULES
 from tests.train.tiny import ACTIONS, build, tiny_config
 
@@ -48,8 +49,8 @@ def test_causal_attention_without_context_shows_nothing(task: str, store: Sequen
 @pytest.mark.parametrize(
     ("task", "what", "remedy"),
     [
-        ("ranking", "its own action", "set it to True, or DatasetArgs.max_num_candidates above 0, or"),
-        ("retrieval", "the next item", "set it to True, or NetworkArgs.allow_label_leak = True"),
+        ("ranking", "its own action", "set it to True, or DatasetArgs.max_num_candidates above 0"),
+        ("retrieval", "the next item", "set it to True"),
     ],
     indirect=["task"],
 )
@@ -77,14 +78,9 @@ def test_a_leaking_mask_is_refused_before_the_data_is_read_where_the_file_names_
     task: str, store: SequenceStore, tmp_path: Path
 ) -> None:
     dataset = {"contextual_feature_names": ["town"]}
-    for allowed in (False, True):
-        network = {"disable_contextual_mask": False, "allow_label_leak": allowed}
-        config = tiny_config(task, store, tmp_path, network=network, dataset=dataset)
-        if allowed:
-            assert len(validate(config, 1, ALL_RULES)) == 1
-        else:
-            with pytest.raises(ConfigError, match="allow_label_leak = True to train such a model on purpose"):
-                validate(config, 1, ALL_RULES)
+    config = tiny_config(task, store, tmp_path, network={"disable_contextual_mask": False}, dataset=dataset)
+    with pytest.raises(ConfigError, match="losses and metrics would look better than they are"):
+        validate(config, 1, ALL_RULES)
 
 
 def test_a_leaking_mask_is_refused_at_start_where_the_store_names_the_context(
@@ -110,12 +106,14 @@ def test_what_is_said_is_true_of_the_model(
     mesh: Mesh,
     store: SequenceStore,
     tmp_path: Path,
-    warnings_of_hstu: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     options: dict[str, Any],
     sees_labels: bool,
 ) -> None:
-    trainer = build(config_of("ranking", store, tmp_path, **options, allow_label_leak=True), mesh)
-    assert ("losses and metrics would look better than they are" in warnings_of_hstu.text) == sees_labels
+    monkeypatch.setattr(builder, "check_masks", lambda *_: None)
+    config = config_of("ranking", store, tmp_path, **options)
+    assert bool(leaks(config)) == sees_labels
+    trainer = build(config, mesh)
     model, batch = trainer.state.model.eval(), next(trainer.source.train_batches(SamplerPosition()))
     with torch.no_grad():
         for parameter in model.dense.parameters():

@@ -82,8 +82,8 @@ def test_a_resume_lists_what_has_changed_in_the_configuration(
         ),
         ({"num_layers": 3}, ["stack.layers.2", "NetworkArgs.num_layers = 2 in the checkpoint, 3 in this run"]),
         (
-            {"is_causal": False, "allow_label_leak": True},
-            ["NetworkArgs.is_causal = True in the checkpoint, False in this run"],
+            {"scaling_seqlen": 7},
+            ["NetworkArgs.scaling_seqlen = -1 in the checkpoint, 7 in this run"],
         ),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
     assert {field.name for _, field in left} == {
         *("ckpt_load_dir", "ckpt_save_dir", "ckpt_param_map", "output_dir", "eval_dataset_path", "wandb_project"),
         *("best_metric", "best_metric_mode", "eval_metrics", "ckpt_save_interval"),  # names, or useless alone
-        *("tensor_model_parallel_size", "sequence_parallel", "sharding", "shard_group_size", "reshard_after_forward"),
+        *("tensor_model_parallel_size", "sequence_parallel", "sharding", "shard_group_size"),
     }, "texts, and what needs several ranks: see tests/distributed"
 
 

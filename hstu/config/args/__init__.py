@@ -64,12 +64,13 @@ ACCEPTED: Mapping[str, str] = {
 }
 """Parameters that files of other trainers give to any class and that nothing reads → what the warning says."""
 
-REPLACED: Mapping[tuple[str, str], str] = {
-    ("RetrievalArgs", "request_time"): "was replaced by DatasetArgs.query_time, which holds in training, too; remove "
-    'it for "target", or bind DatasetArgs.query_time = "last_event"'
+REMOVED: Mapping[str, str] = {
+    "RetrievalArgs.request_time": 'remove it for "target", or bind DatasetArgs.query_time = "last_event"',
+    "RetrievalArgs.popularity_exponent": "popularity draws with the power 0.75, mixed draws uniformly: remove it",
+    "NetworkArgs.allow_label_leak": "a mask that shows the labels is always an error: remove it",
+    "DataParallelArgs.reshard_after_forward": "weights are freed after forward: remove it",
 }
-"""(class, parameter) of earlier versions → what the error says. Stored configurations that bind one are read as if they
-did not."""
+"""``Class.parameter`` of earlier versions → what to do. Stored configurations that bind one are read without it."""
 
 TASK_ARGS: Mapping[Task, type[RankingArgs | RetrievalArgs]] = {"ranking": RankingArgs, "retrieval": RetrievalArgs}
 """The entry script decides on the task, and the task on the class that is read."""

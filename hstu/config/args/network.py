@@ -113,9 +113,6 @@ class NetworkArgs(Args):
     """True: contextual tokens are causal like all others. False: they attend to the whole history. None: False where
     DatasetArgs.max_num_candidates > 0, else True, because contextual tokens would then pass later actions and items on
     to the items that are to predict them."""
-    allow_label_leak: bool = option(False, changes="reports")
-    """True: a mask that shows the model what it is to predict is a warning instead of an error. Losses and metrics of
-    such a run look better than they are."""
     compile: bool = option(False, changes="speed")
     """Use torch.compile for the parts outside our kernels: the prediction head, the projections between widths and the
     ranking loss. The first step takes about 6 s longer. Without a C++ compiler the run continues uncompiled. On a CPU
@@ -208,11 +205,6 @@ class DataParallelArgs(Args):
     equal dense weights, which is that of all ranks divided by tensor_model_parallel_size. Each such group holds the
     whole dense part, so only gradients are exchanged between groups (hybrid sharding, HSDP). Choose the GPUs of a host
     divided by tensor_model_parallel_size. None: all ranks with equal dense weights share it."""
-    reshard_after_forward: bool = option(
-        True, changes="speed", needs=having("sharding", "weights", why="only these are gathered")
-    )
-    """weights: free the gathered weights of a layer after its forward. False: they stay for backward, which saves the
-    second of the three exchanges of a step and takes the memory of all weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

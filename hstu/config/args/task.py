@@ -165,8 +165,8 @@ class RetrievalArgs(Args):
         "in_batch", changes="training", choices=("in_batch", "uniform", "popularity", "mixed", "full")
     )
     """in_batch: the distinct items of the batch over all data-parallel ranks. uniform: random draws from the corpus.
-    popularity: draws from the corpus by how often the training samples have an item; one that they lack is never drawn.
-    Use it with logq_correction; on MovieLens it did not gain over uniform, nor did mixed.
+    popularity: draws from the corpus by how often the training samples have an item, to the power 0.75; one that they
+    lack is never drawn. Use it with logq_correction; on MovieLens it did not gain over uniform, nor did mixed.
     mixed: the items of the batch and num_negatives draws from the corpus that all positions share (Yang et al., WWW
     2020). full: a softmax over the whole corpus."""
     shared_negatives: bool = option(
@@ -175,18 +175,20 @@ class RetrievalArgs(Args):
         needs=having("negatives", "uniform", "popularity", why="only these are drawn per position"),
     )
     """uniform, popularity: draw one set of negatives for the whole global batch instead of one set per position."""
-    hard_negatives: int = option(0, changes="training", minimum=0, maximum=10_000_000)
+    hard_negatives: int = option(
+        0,
+        changes="training",
+        minimum=0,
+        maximum=10_000_000,
+        needs=(
+            replace(STORED_DATA, strict=True),
+            having("negatives", "uniform", "popularity", why="only these are drawn per position", strict=True),
+            having("shared_negatives", False, why="each position has its own", strict=True),
+            having("logq_correction", False, why="it corrects for random draws alone", strict=True),
+        ),
+    )
     """uniform, popularity: how many of the num_negatives of a position are at most items that the user's last request
     before the target showed and that the user did not take; data preprocessed with --requests has them."""
-    popularity_exponent: float | None = option(
-        None,
-        changes="training",
-        above=0,
-        maximum=10,
-        needs=having("negatives", "popularity", "mixed", why="no other kind counts items"),
-    )
-    """popularity, mixed: draw items in proportion to their number in the training samples to this power. None: 0.75 for
-    popularity; mixed draws uniformly."""
     logq_correction: bool = option(
         False,
         changes="training",

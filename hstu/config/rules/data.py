@@ -18,9 +18,6 @@ from hstu.config.incomplete import apply
 from hstu.config.problems import Problem, did_you_mean, nearest
 from hstu.config.run_config import RunConfig
 
-_GPU_MEMORY = ("global_hbm_for_values", "item_vocab_gpu_capacity", "item_vocab_gpu_capacity_ratio")
-"""Options of a dynamic table for its GPU memory; the first one that is given decides."""
-
 # --- tables of the gin files ----------------------------------------------------------------------------------------
 
 
@@ -72,20 +69,6 @@ def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> 
         yield run.problem(table, "compute_kernel", text)
 
 
-def one_option_gives_the_gpu_memory(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    if isinstance(table, DynamicEmbeddingArgs):
-        given = [name for name in _GPU_MEMORY if getattr(table, name) is not None]
-        for name in given[1:]:
-            text = f"has no effect, because {run.cite(table, given[0])} takes precedence; remove one of them"
-            yield run.problem(table, name, text, is_warning=True)
-        if table.caching and not given:
-            text = f"has no effect, because all rows fit into GPU memory; set one of {', '.join(_GPU_MEMORY)}"
-            yield run.problem(table, "caching", text, is_warning=True)
-        elif table.caching and getattr(table, given[0]) == 0:
-            text = f"has no effect with {run.cite(table, given[0])}, which leaves no memory for a cache; remove it"
-            yield run.problem(table, "caching", text, is_warning=True)
-
-
 def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if table.compute_kernel == "dense" and _may_be_sharded(table):
         owner, parameter = _optimizer_of(run, table)
@@ -109,7 +92,7 @@ def _optimizer_of(run: RunConfig, table: EmbeddingArgs) -> tuple[Args, str]:
 
 RULES_OF_A_TABLE = (
     rowwise_adagrad_forbids_column_wise, rowwise_adagrad_is_for_sharded_tables,
-    dynamic_tables_choose_their_kernel, one_option_gives_the_gpu_memory, dense_kernel_has_adam,
+    dynamic_tables_choose_their_kernel, dense_kernel_has_adam,
 )  # fmt: skip
 
 
@@ -146,17 +129,6 @@ def roles_are_features(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterato
             if name is not None and name not in known:
                 text = f"no FeatureArgs has the feature {name!r}; choose one of {', '.join(known)}"
                 yield run.problem(dataset, parameter, text + did_you_mean(name, known))
-
-
-def features_have_roles(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
-    roles = {dataset.item_feature_name, dataset.action_feature_name, *dataset.contextual_feature_names}
-    groups = _groups(dataset)
-    if any(role is not None and role not in groups for role in roles):
-        return  # that role is reported, and may be a misspelling of this feature
-    for name, group in groups.items():
-        if name not in roles:
-            text = f"{name!r} is not used; make it the item, the action or a contextual feature, or remove it"
-            yield run.problem(group, "feature_names", text)
 
 
 def features_have_tables(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
@@ -215,6 +187,9 @@ def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[P
     for dist in _distributions(group):
         if (high := getattr(dist, "high", None)) is not None and getattr(dist, "low", -1) >= high:
             yield run.problem(dist, "low", f"must be below {run.cite(dist, 'high')}")
+        kind, mean = getattr(dist, "dist_type", None), getattr(dist, "mean", None)
+        if kind == "lognormal" and mean is not None and mean <= 0:
+            yield run.problem(dist, "mean", f"must be above 0 with {run.cite(dist, 'dist_type')}; raise it")
 
 
 def lengths_begin_below_the_longest(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
@@ -241,13 +216,6 @@ def actions_have_rows(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
             yield run.problem(dist, "high", f"must be at most {cited}, because actions are labels; lower it")
 
 
-def means_of_lognormals_are_positive(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
-    for dist in _distributions(group):
-        kind, mean = getattr(dist, "dist_type", None), getattr(dist, "mean", None)
-        if kind == "lognormal" and mean is not None and mean <= 0:
-            yield run.problem(dist, "mean", f"must be above 0 with {run.cite(dist, 'dist_type')}; raise it")
-
-
 def _distributions(group: FeatureArgs) -> list[RandomDistribution]:
     given = getattr(group, "value_dists", None) or []
     ids = list(given.values()) if isinstance(given, dict) else given
@@ -257,10 +225,9 @@ def _distributions(group: FeatureArgs) -> list[RandomDistribution]:
 RULES_OF_A_GROUP = (
     ids_have_one_distribution_each, distributions_have_a_range,
     lengths_begin_below_the_longest, ids_begin_below_the_rows, actions_have_rows,
-    means_of_lognormals_are_positive,
-)  # fmt: skip
+    )  # fmt: skip
 RULES_OF_THE_DATA = (
-    features_are_described_once, roles_are_features, features_have_roles, features_have_tables,
+    features_are_described_once, roles_are_features, features_have_tables,
     context_has_one_id, actions_are_as_long_as_items, groups_are_consistent,
 )  # fmt: skip
 RULES = (names_of_tables_and_features_are_unique, tables_are_consistent, benchmark_is_consistent)

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, RankingArgs
+from hstu.config.args import Args, BenchmarkDatasetArgs, DatasetArgs, RankingArgs
 from hstu.config.args.dataset import SPLITS
-from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean, literal
 from hstu.config.rules.data import each_once, length_of_items
 from hstu.config.run_config import RunConfig
@@ -16,48 +15,39 @@ from hstu.config.run_config import RunConfig
 
 
 def features_have_one_role(run: RunConfig) -> Iterator[Problem]:
-    lists = ("contextual_feature_names", "side_feature_names", "known_after")
-    for parameter in lists:
-        names = getattr(run.dataset, parameter, None) or []
-        if len(set(names)) < len(names):
-            yield run.problem(run.dataset, parameter, "names a feature twice; remove one of them")
-    for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
+    """Each feature is named once, except those of known_after, which are side features, too."""
+    owners: dict[str, str] = {}
+    roles = ("item_feature_name", "action_feature_name", "contextual_feature_names", "side_feature_names")
+    for parameter in roles:
         value = getattr(run.dataset, parameter, None) or []
-        names = value if isinstance(value, list) else [value]
-        for other in lists[:2]:
-            if other != parameter and set(names) & set(getattr(run.dataset, other, None) or []):
-                cited = run.cite(run.dataset, other)
-                text = f"is also one of {cited}; a feature has one role, so remove it from one of them"
-                yield run.problem(run.dataset, parameter, text)
+        for name in value if isinstance(value, list) else [value]:
+            if name in owners:
+                cited = run.cite(run.dataset, owners[name])
+                yield run.problem(run.dataset, parameter, f"{name!r} has a role in {cited}, too; remove one of them")
+            owners[name] = parameter
 
 
 def what_is_known_after_is_a_side_feature(run: RunConfig) -> Iterator[Problem]:
     if isinstance(run.dataset, DatasetArgs):
-        for name in run.dataset.known_after:
-            if name not in run.dataset.side_feature_names:
-                text = f"{name!r} is not one of {run.cite(run.dataset, 'side_feature_names')}; add it there, too"
-                yield run.problem(run.dataset, "known_after", text + did_you_mean(name, run.dataset.side_feature_names))
+        yield from _are_side_features(run, run.dataset, run.dataset, "known_after")
 
 
 def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
     named = ((numbers, getattr(numbers, "feature_names", [])) for numbers in run.numbers)
     yield from each_once(run, named, "feature_names")
     for numbers in run.numbers:
-        if isinstance(run.dataset, BenchmarkDatasetArgs):
+        if isinstance(run.dataset, DatasetArgs):
+            yield from _are_side_features(run, run.dataset, numbers, "feature_names")
+        else:
             text = "has no effect on random data, which has no numbers; remove it"
             yield run.problem(numbers, "feature_names", text)
-            continue
-        known = run.dataset.side_feature_names
-        for name in numbers.feature_names:
-            if name not in known:
-                text = f"{name!r} is not one of {run.cite(run.dataset, 'side_feature_names')}; add it there, too"
-                yield run.problem(numbers, "feature_names", text + did_you_mean(name, known))
 
 
-def actions_are_not_items(run: RunConfig) -> Iterator[Problem]:
-    if run.dataset.item_feature_name and run.dataset.item_feature_name == run.dataset.action_feature_name:
-        text = f"is also {run.cite(run.dataset, 'item_feature_name')}; name the feature that holds the actions"
-        yield run.problem(run.dataset, "action_feature_name", text)
+def _are_side_features(run: RunConfig, dataset: DatasetArgs, part: Args, parameter: str) -> Iterator[Problem]:
+    for name in getattr(part, parameter):
+        if name not in dataset.side_feature_names:
+            text = f"{name!r} is not one of {run.cite(dataset, 'side_feature_names')}; add it there, too"
+            yield run.problem(part, parameter, text + did_you_mean(name, dataset.side_feature_names))
 
 
 def candidates_leave_history(run: RunConfig) -> Iterator[Problem]:
@@ -72,15 +62,6 @@ def windows_leave_no_gap(run: RunConfig) -> Iterator[Problem]:
     if isinstance(dataset, DatasetArgs) and (dataset.window_stride or 0) > dataset.max_sequence_length:
         text = f"leaves out items between the windows: must be at most {run.cite(dataset, 'max_sequence_length')}"
         yield run.problem(dataset, "window_stride", text)
-
-
-def only_candidates_are_grouped(run: RunConfig) -> Iterator[Problem]:
-    if is_given(run.network, "target_group_size") and not run.dataset.has_candidates:
-        text = (
-            f"has no effect with {run.cite(run.dataset, 'max_num_candidates')}, because only candidates are grouped; "
-            "remove it, or set max_num_candidates to a value other than 0"
-        )
-        yield run.problem(run.network, "target_group_size", text, is_warning=True)
 
 
 def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
@@ -110,13 +91,6 @@ def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
                 f"of them, or set num_tasks = 1 for one task of {last} classes"
             )
             yield run.problem(ranking, "prediction_head_arch", text)
-
-
-def activation_is_between_layers(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(ranking := run.task_args, RankingArgs) and is_given(ranking, "prediction_head_act_type"):
-        text = f"has no effect on the one layer of {run.cite(ranking, 'prediction_head_arch')}; remove it"
-        if len(ranking.prediction_head_arch) == 1 and ranking.tasks is None:
-            yield run.problem(ranking, "prediction_head_act_type", text, is_warning=True)
 
 
 def metrics_fit_the_head(run: RunConfig) -> Iterator[Problem]:
@@ -151,15 +125,6 @@ def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
 # --- retrieval -----------------------------------------------------------------------------------------------------
 
 
-def added_actions_exist(run: RunConfig) -> Iterator[Problem]:
-    missing = None if isinstance(run.dataset, BenchmarkDatasetArgs) else ""
-    if run.task != "retrieval" or run.dataset.action_feature_name != missing:
-        return
-    if not run.network.interleave_actions:
-        text = f"has no effect with {run.cite(run.dataset, 'action_feature_name')}: there are no actions; remove it"
-        yield run.problem(run.network, "interleave_actions", text, is_warning=True)
-
-
 def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
     dataset = run.dataset
     if run.task == "retrieval" and isinstance(dataset, DatasetArgs) and dataset.max_sequence_length < 2:
@@ -178,21 +143,9 @@ def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
 
 def hard_negatives_are_draws(run: RunConfig) -> Iterator[Problem]:
     retrieval = run.retrieval
-    if retrieval is None or not retrieval.hard_negatives:
-        return
-    because = None
-    if retrieval.negatives not in ("uniform", "popularity"):
-        because = f"{run.cite(retrieval, 'negatives')} draws none for a position of its own; use uniform or popularity"
-    elif retrieval.shared_negatives:
-        because = f"{run.cite(retrieval, 'shared_negatives')}, and each position has its own; set it to False"
-    elif retrieval.logq_correction:
-        because = f"{run.cite(retrieval, 'logq_correction')} corrects for random draws alone; remove one of the two"
-    elif retrieval.hard_negatives > retrieval.num_negatives:
-        because = f"they replace draws, of which there are {run.cite(retrieval, 'num_negatives')}; use at most as many"
-    elif isinstance(run.dataset, BenchmarkDatasetArgs):
-        because = "random data has no requests; remove it"
-    if because is not None:
-        yield run.problem(retrieval, "hard_negatives", because)
+    if retrieval is not None and retrieval.hard_negatives > max(retrieval.num_negatives, 0):
+        text = f"they replace draws, of which there are {run.cite(retrieval, 'num_negatives')}; use at most as many"
+        yield run.problem(retrieval, "hard_negatives", text)
 
 
 def counted_items_are_stored(run: RunConfig) -> Iterator[Problem]:
@@ -201,8 +154,6 @@ def counted_items_are_stored(run: RunConfig) -> Iterator[Problem]:
         text = "counts the items of training samples, and random data has none before they are drawn"
         if retrieval.negatives == "popularity":
             yield run.problem(retrieval, "negatives", f'{text}; use "uniform"')
-        elif retrieval.popularity_exponent is not None:
-            yield run.problem(retrieval, "popularity_exponent", f"{text}; remove it")
         if retrieval.logq_correction and retrieval.negatives in ("in_batch", "mixed"):
             kind = run.cite(retrieval, "negatives")
             yield run.problem(retrieval, "logq_correction", f'with {kind} {text}; remove it, or use "uniform"')
@@ -217,17 +168,6 @@ def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
         elif set(run.dataset.side_feature_names) <= set(run.dataset.known_after):
             text = "makes the vectors of items from their features; name some in DatasetArgs.side_feature_names"
             yield run.problem(retrieval, "item_tower", text)
-
-
-def query_time_is_seen(run: RunConfig) -> Iterator[Problem]:
-    if is_given(run.dataset, "query_time"):
-        because = None
-        if not run.network.has_relative_bias:
-            because = f"only a relative bias sees times, and {run.cite(run.network, 'position_encoding')}"
-        elif run.retrieval is None:
-            because = "only what finds the next item has a choice, and a ranking run predicts actions"
-        if because is not None:
-            yield run.problem(run.dataset, "query_time", f"has no effect: {because}; remove it", is_warning=True)
 
 
 # --- positions -----------------------------------------------------------------------------------------------------
@@ -270,42 +210,35 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
     Candidates are safe: no history or contextual token sees them, unless the actions of a group that was shown at one
     time are tokens. Without candidates every item is labelled, so an item that sees later ones sees its own label.
     """
-    network = run.network
-    if run.dataset.has_candidates:
-        is_request = isinstance(run.dataset, DatasetArgs) and run.dataset.candidates == "requests"
+    network, dataset = run.network, run.dataset
+    if dataset.has_candidates:
+        is_request = isinstance(dataset, DatasetArgs) and dataset.candidates == "requests"
         if is_request and network.interleave_actions and network.target_group_size > 1:
             text = (
                 "a candidate sees the actions, which are labels, of those before it in its group, although they were "
-                "shown at the same time; set it to 1, or NetworkArgs.interleave_actions = False, or "
-                "NetworkArgs.allow_label_leak = True to train such a model on purpose"
+                "shown at the same time; set it to 1, or NetworkArgs.interleave_actions = False"
             )
-            yield run.problem(network, "target_group_size", text, is_warning=network.allow_label_leak)
+            yield run.problem(network, "target_group_size", text)
         return
     label = "the next item, its target" if run.task == "retrieval" else "its own action, its label"
     remedy = "" if run.task == "retrieval" else ", or DatasetArgs.max_num_candidates above 0"
-    remedy += ", or NetworkArgs.allow_label_leak = True to train such a model on purpose"
     if not network.is_causal:
         text = f"every item sees {label}: losses and metrics would look better than they are; set it to True{remedy}"
-        yield run.problem(network, "is_causal", text, is_warning=network.allow_label_leak)
+        yield run.problem(network, "is_causal", text)
     has_layers = getattr(network, "num_layers", 2) > 1  # 2: a number that is not known because it is wrong
     if network.disable_contextual_mask is False and has_context and has_layers:
         text = (
             "contextual tokens see the whole history and items see them: from the second layer on, an item sees "
             f"{label}, and losses and metrics would look better than they are; remove this or set it to True{remedy}"
         )
-        yield run.problem(network, "disable_contextual_mask", text, is_warning=network.allow_label_leak)
+        yield run.problem(network, "disable_contextual_mask", text)
 
 
 RULES = (
-    features_have_one_role, what_is_known_after_is_a_side_feature,
-    numbers_are_side_features, actions_are_not_items,
-    candidates_leave_history, only_candidates_are_grouped, windows_leave_no_gap, split_fits_the_task,
-    users_are_left_for_the_test,
-    head_fits_the_tasks, activation_is_between_layers, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
-    added_actions_exist, retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
-    counted_items_are_stored,
-    item_towers_have_features, query_time_is_seen,
-    position_encodings_combine,
-    spans_fit_the_layers, truncation_leaves_layers,
-    masks_hide_the_labels,
+    features_have_one_role, what_is_known_after_is_a_side_feature, numbers_are_side_features,
+    candidates_leave_history, windows_leave_no_gap, split_fits_the_task, users_are_left_for_the_test,
+    head_fits_the_tasks, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
+    retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
+    counted_items_are_stored, item_towers_have_features, position_encodings_combine,
+    spans_fit_the_layers, truncation_leaves_layers, masks_hide_the_labels,
 )  # fmt: skip

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from hstu.config.args import DatasetArgs, FeatureArgs, RankingArgs
+from hstu.config.args import DatasetArgs, RankingArgs
 from hstu.config.args.task import LOWER_IS_BETTER, METRICS_PER_TASK
-from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.rules.data import length_of_items
 from hstu.config.run_config import RunConfig, RunDraft
@@ -38,26 +37,6 @@ def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
     if trainer.best_metric not in measured:
         text = f"is not measured; choose one of {run.cite(task, 'eval_metrics')}, or add it there"
         yield run.problem(trainer, "best_metric", text + did_you_mean(trainer.best_metric, measured))
-
-
-def best_metric_has_an_effect(run: RunConfig) -> Iterator[Problem]:
-    trainer = run.trainer
-    if trainer.best_metric is not None and not trainer.saves_checkpoints and trainer.early_stop_patience is None:
-        text = (
-            f"has no effect: no checkpoint is kept with {run.cite(trainer, 'ckpt_save_interval')}, and "
-            "early_stop_patience is not set; set one of the two, or remove this"
-        )
-        yield run.problem(trainer, "best_metric", text, is_warning=True)
-
-
-def evaluations_take_place(run: RunConfig) -> Iterator[Problem]:
-    trainer = run.trainer
-    if trainer.eval_interval == 0 and not trainer.eval_at_start and not trainer.eval_at_end:
-        for name in ("best_metric", "max_eval_iters"):
-            if is_given(trainer, name):
-                interval = run.cite(trainer, "eval_interval")
-                text = f"has no effect: nothing is evaluated with {interval} and eval_at_end = False; remove it"
-                yield run.problem(trainer, name, text, is_warning=True)
 
 
 def best_metric_mode_fits_the_metric(run: RunConfig) -> Iterator[Problem]:
@@ -89,23 +68,6 @@ def token_limit_admits(run: RunConfig, tokens: int, length: str) -> Iterator[Pro
             f"lower {length}"
         )
         yield run.problem(run.trainer, "tokens_per_rank", text)
-
-
-def token_limit_can_be_reached(run: RunConfig) -> Iterator[Problem]:
-    trainer, items = run.trainer, length_of_items(run)
-    if trainer.tokens_per_rank is not None and isinstance(items, FeatureArgs):
-        most = trainer.train_batch_size * _longest_sequence(run, items.max_sequence_length)
-        if most <= trainer.tokens_per_rank:
-            sequences = run.cite(trainer, "train_batch_size")
-            text = f"is never reached: a rank has at most {most} tokens with {sequences}; raise train_batch_size"
-            yield run.problem(trainer, "tokens_per_rank", text, is_warning=True)
-
-
-def balanced_lengths_differ(run: RunConfig) -> Iterator[Problem]:
-    items = length_of_items(run)
-    if run.trainer.enable_balanced_shuffler and isinstance(items, FeatureArgs) and not items.is_jagged:
-        text = f"has no effect: all sequences are equally long with {run.cite(items, 'is_jagged')}; set it to True"
-        yield run.problem(run.trainer, "enable_balanced_shuffler", text, is_warning=True)
 
 
 def _longest_sequence(run: RunConfig, items: int) -> int:
@@ -143,13 +105,6 @@ def _cited_sizes(run: RunConfig) -> list[str]:
     return cited + [run.cite(context, "context_parallel_size")] * (context.context_parallel_size > 1)
 
 
-def sharding_has_ranks(run: RunDraft) -> Iterator[Problem]:
-    ranks = run.world_size // run.tensor_parallel.tensor_model_parallel_size
-    if run.data_parallel.sharding != "none" and ranks == 1:
-        text = "has no effect with one data-parallel rank and no context parallelism, for this rank holds everything"
-        yield run.problem(run.data_parallel, "sharding", text, is_warning=True)
-
-
 def shard_groups_divide(run: RunDraft) -> Iterator[Problem]:
     tensor, size = run.tensor_parallel.tensor_model_parallel_size, run.data_parallel.shard_group_size
     ranks = run.world_size // tensor
@@ -165,20 +120,6 @@ def shard_groups_divide(run: RunDraft) -> Iterator[Problem]:
 
 
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
-
-
-def optimizers_have_what_is_set(run: RunConfig) -> Iterator[Problem]:
-    optimizer, adam = run.optimizer, {"adam", "adamw"}
-    dense = {optimizer.optimizer_str, *(part.optimizer_str for part in optimizer.part_optimizers)}
-    if optimizer.momentum > 0 and "sgd" not in dense:
-        text = f"is for sgd and has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
-        yield run.problem(optimizer, "momentum", text, is_warning=True)
-    every = {*dense, optimizer.sparse_optimizer_str, *(table.optimizer_str for table in run.embeddings)}
-    readers = {"adam_beta1": adam, "adam_beta2": adam, "adam_eps": adam | {"adagrad", "rowwise_adagrad"}}
-    for name, those in readers.items():
-        if not every & those and is_given(optimizer, name):
-            text = f"has no effect with {run.cite(optimizer, 'optimizer_str')}; remove it"
-            yield run.problem(optimizer, name, text, is_warning=True)
 
 
 def part_regexes_compile(run: RunConfig) -> Iterator[Problem]:
@@ -205,22 +146,6 @@ def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
 
 
-def warmup_start_has_a_warmup(run: RunConfig) -> Iterator[Problem]:
-    if run.schedule.warmup_start > 0 and not _has_warmup(run):
-        text = "has no effect without a warm-up; set warmup_iters or warmup_ratio above 0, or remove this"
-        yield run.problem(run.schedule, "warmup_start", text, is_warning=True)
-
-
-def by_epoch_has_an_effect(run: RunConfig) -> Iterator[Problem]:
-    schedule, trainer = run.schedule, run.trainer
-    if schedule.by_epoch and schedule.schedule == "constant" and not _has_warmup(run):
-        text = f"has no effect with {run.cite(schedule, 'schedule')} and no warm-up; remove it"
-        yield run.problem(schedule, "by_epoch", text, is_warning=True)
-    elif schedule.by_epoch and trainer.max_train_iters is None and (trainer.num_train_epochs or 1) <= 1:
-        text = "never changes the learning rate in a run of one epoch; set num_train_epochs above 1, or remove this"
-        yield run.problem(schedule, "by_epoch", text)
-
-
 def by_epoch_trains_in_the_first_epoch(run: RunConfig) -> Iterator[Problem]:
     schedule = run.schedule
     if schedule.by_epoch and _has_warmup(run) and schedule.warmup_start == 0:
@@ -237,10 +162,8 @@ def _has_warmup(run: RunConfig) -> bool:
 
 RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero,
-    evaluations_take_place, best_metric_is_measured, best_metric_has_an_effect, best_metric_mode_fits_the_metric,
-    token_limit_admits_the_longest_sequence, token_limit_can_be_reached, balanced_lengths_differ,
-    heads_divide, ranks_divide, sharding_has_ranks, shard_groups_divide,
-    optimizers_have_what_is_set, part_regexes_compile,
-    milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run, warmup_start_has_a_warmup,
-    by_epoch_has_an_effect, by_epoch_trains_in_the_first_epoch,
+    best_metric_is_measured, best_metric_mode_fits_the_metric,
+    token_limit_admits_the_longest_sequence,     heads_divide, ranks_divide, shard_groups_divide,
+    part_regexes_compile,
+    milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,     by_epoch_trains_in_the_first_epoch,
 )  # fmt: skip

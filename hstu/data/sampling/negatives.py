@@ -47,9 +47,7 @@ class Negatives:
     @classmethod
     def of(cls, args: RetrievalArgs) -> Negatives:
         """From the options."""
-        exponent = args.popularity_exponent
-        if exponent is None:
-            exponent = _WORD2VEC_EXPONENT if args.negatives == "popularity" else 0.0
+        exponent = _WORD2VEC_EXPONENT if args.negatives == "popularity" else 0.0
         shared = args.shared_negatives or args.negatives == "mixed"
         return cls(
             args.negatives,  # type: ignore[arg-type]

@@ -114,9 +114,6 @@ def test_expected_counts_of_each_kind() -> None:
 
 
 def test_exponents_by_default() -> None:
-    def exponent(kind: str, **options: float) -> float:
-        return Negatives.of(RetrievalArgs(negatives=kind, num_negatives=4, **options)).exponent
-
-    assert exponent("popularity") == 0.75 and exponent("popularity", popularity_exponent=1.0) == 1.0
-    assert exponent("mixed") == 0 and exponent("mixed", popularity_exponent=0.5) == 0.5
-    assert Negatives.of(RetrievalArgs(negatives="mixed", num_negatives=4)).shared
+    assert Negatives.of(RetrievalArgs(negatives="popularity", num_negatives=4)).exponent == 0.75
+    mixed = Negatives.of(RetrievalArgs(negatives="mixed", num_negatives=4))
+    assert mixed.exponent == 0 and mixed.shared

@@ -1,10 +1,9 @@
-"""Inspect a checkpoint or an export, verify its files, or compare it with another one.
+"""Inspect a checkpoint or an export, or verify its files.
 
 python scripts/inspect_checkpoint.py runs/quickstart/checkpoints
 python scripts/inspect_checkpoint.py runs/a/checkpoints/iteration_00000100 --verify
-python scripts/inspect_checkpoint.py runs/a/checkpoints --diff runs/b/checkpoints
 
-Exit codes: 0 on success, 1 if --diff finds a difference, 3 for a damaged or missing checkpoint.
+Exit codes: 0 on success, 3 for a damaged or missing checkpoint.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-from hstu.base.errors import EXIT_DONE, EXIT_FAILURE
-from hstu.checkpoint.describe import describe, diff
+from hstu.base.errors import EXIT_DONE
+from hstu.checkpoint.describe import describe
 from hstu.checkpoint.directory import check_files
 from hstu.checkpoint.find import locate
 from hstu.config.tool import tool
@@ -35,31 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="a checkpoint, a directory of them (the newest is used), or an export")
     parser.add_argument("--verify", action="store_true", help="read every file and compare checksums")
     parser.add_argument("--optimizer", action="store_true", help="name each state of the optimizers")
-    parser.add_argument("--diff", metavar="OTHER", help="another one: differing facts, gin lines and tensors")
     options = parser.parse_args(arguments)
     quiet_libraries()
     root = locate(options.checkpoint)
     if options.verify:
-        _verify(root)
-    if options.diff:
-        return _diff(root, locate(options.diff))
-    if not options.verify:
+        files = check_files(root, f"{root} is damaged")
+        print(f"{root}: {len(files)} files, {sum(entry['bytes'] for entry in files.values()):,} bytes, all as written")
+    else:
         print("\n".join(describe(root, options.optimizer)))
     return EXIT_DONE
-
-
-def _verify(root: Path) -> None:
-    files = check_files(root, f"{root} is damaged")
-    print(f"{root}: {len(files)} files, {sum(entry['bytes'] for entry in files.values()):,} bytes, all as written")
-
-
-def _diff(left: Path, right: Path) -> int:
-    differs = False
-    for line in diff(left, right):
-        differs = True
-        print(line)
-    print(f"{left} and {right} {'differ' if differs else 'hold the same'}")
-    return EXIT_FAILURE if differs else EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What is inside a checkpoint or an export, and how two of them differ, as lines of text."""
+"""What is inside a checkpoint or an export, as lines of text."""
 
 from __future__ import annotations
 
@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hstu.checkpoint.directory import read_manifest, verified_file
+from hstu.checkpoint.directory import read_manifest
 from hstu.checkpoint.dynamic import read_tables
-from hstu.checkpoint.matching import config_differences
 from hstu.checkpoint.progress import sizes_of_ranks
-from hstu.checkpoint.tensors import DYNAMIC, STATES, StoredTensors, is_export, open_tensors, read_metadata
-from hstu.parallel.dynamic.content import TableContent, merged
-from hstu.parallel.dynamic.slots import counts_of, steps_of
+from hstu.checkpoint.tensors import STATES, is_export, open_tensors, read_metadata
 
 
 def describe(root: Path, with_optimizer: bool = False) -> Iterator[str]:
@@ -60,68 +56,6 @@ def _facts(root: Path) -> dict[str, Any]:
         else:
             facts[f"table {table}"] = f"{entry['rows']} × {entry['dim']} of {features}"
     return facts | {f"version of {name}": version for name, version in metadata.get("versions", {}).items()}
-
-
-def diff(left: Path, right: Path) -> Iterator[str]:
-    """Describe how ``right`` differs from ``left``: facts, configuration, tensors. No line if they are equal.
-
-    Reads both, one tensor at a time.
-    """
-    left_facts, right_facts = _facts(left), _facts(right)
-    for name in dict.fromkeys([*left_facts, *right_facts]):
-        if left_facts.get(name) != right_facts.get(name):
-            yield f"{name}: {left_facts.get(name, 'nothing')} | {right_facts.get(name, 'nothing')}"
-    for entry in config_differences(
-        *(verified_file(path, "operative.gin").read_text(encoding="utf-8") for path in (left, right))
-    ):
-        yield f"{entry.name}: {' | '.join(entry.values())}"
-    left_tensors, right_tensors = open_tensors(left), open_tensors(right)
-    for name in sorted({*left_tensors.sizes, *right_tensors.sizes}):
-        if not name.startswith(DYNAMIC) and (line := _stored_difference(name, left_tensors, right_tensors)):
-            yield line
-    left_tables, right_tables = read_tables(left), read_tables(right)
-    for name in sorted(left_tables.keys() & right_tables.keys()):
-        yield from _table_differences(name, merged(left_tables[name]), merged(right_tables[name]))
-
-
-def _stored_difference(name: str, left: StoredTensors, right: StoredTensors) -> str | None:
-    if name not in left.sizes or name not in right.sizes:
-        return f"{name}: only in the {'first' if name in left.sizes else 'second'}"
-    if left.sizes[name] != right.sizes[name]:
-        return f"{name}: {_shape(left.sizes[name])} | {_shape(right.sizes[name])}"
-    return _difference(name, left.read_whole(name), right.read_whole(name))
-
-
-def _difference(name: str, first: Tensor, second: Tensor) -> str | None:
-    if first.shape != second.shape:
-        return f"{name}: {_shape(first.shape)} | {_shape(second.shape)}"
-    if torch.equal(first, second):
-        return None
-    count = int((first != second).sum())
-    largest = float((first.double() - second.double()).abs().max())
-    return f"{name}: {count:,} of {first.numel():,} differ, by up to {largest:.6g}"
-
-
-def _table_differences(name: str, left: TableContent, right: TableContent) -> Iterator[str]:
-    """Describe the ids that only one dynamic table has, and the differences in what both store for the common ids."""
-    in_right, in_left = torch.isin(left.ids, right.ids), torch.isin(right.ids, left.ids)
-    if not (in_right.all() and in_left.all()):
-        first, second = int((~in_right).sum()), int((~in_left).sum())
-        yield f"{DYNAMIC}{name}: {first:,} ids only in the first, {second:,} only in the second"
-    left_values, right_values = _values(left.select(in_right)), _values(right.select(in_left))
-    for part in [part for part in left_values if part in right_values]:
-        if line := _difference(f"{DYNAMIC}{name}.{part}", left_values[part], right_values[part]):
-            yield line
-
-
-def _values(content: TableContent) -> dict[str, Tensor]:
-    """Return what a dynamic table stores for its ids, in ascending order of ids."""
-    content = content.select(content.ids.argsort())
-    values = {"weight": content.rows, **content.states}
-    if content.step:  # an export has no counts and steps
-        counts, steps = (function(content.policy, content.scores) for function in (counts_of, steps_of))
-        values |= {"count": counts, "step": steps, "changed": content.changed}
-    return values
 
 
 def _shape(size: torch.Size) -> str:

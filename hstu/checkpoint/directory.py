@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +34,6 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-_VERSION_WITHOUT_CHECKSUM = 1  # the same format, except that the manifest has no checksum of itself
 LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"iteration_(\d+)")
 _DELETING, _SET_ASIDE = ".deleting_", "set_aside_"
@@ -48,10 +46,6 @@ Files = dict[str, dict[str, Any]]
 
 class DamagedCheckpoint(DataError):
     """Files of a checkpoint are missing, truncated, changed or unreadable; the message names them."""
-
-
-class NewerCheckpoint(DataError):
-    """A newer version of this program has written a checkpoint."""
 
 
 class CheckpointFailure(UserError):
@@ -122,7 +116,7 @@ def describe_files(root: Path, files: Iterable[Path]) -> Files:
 def write_manifest(root: Path, files: Files) -> None:
     """Write the manifest, which must be the last file of a checkpoint."""
     path = root / MANIFEST
-    path.write_text(_manifest_text(FORMAT_VERSION, files), encoding="utf-8")
+    path.write_text(_manifest_text(files), encoding="utf-8")
     sync_to_disk(path)
     sync_to_disk(root)
 
@@ -130,23 +124,23 @@ def write_manifest(root: Path, files: Files) -> None:
 def read_manifest(root: Path) -> Files:
     """Return the files that a checkpoint lists.
 
-    Raises DamagedCheckpoint if the manifest is missing or has a byte that was not written so, and NewerCheckpoint if
-    this program does not read its version yet.
+    Raises DamagedCheckpoint if the manifest is missing or has a byte that was not written so, and DataError if this
+    program does not read its version yet.
     """
     path = root / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
         version = manifest["version"]
-        if type(version) is not int or version < _VERSION_WITHOUT_CHECKSUM:
+        if type(version) is not int or version < FORMAT_VERSION:
             raise ValueError(f"its version is {version!r}")
         if version > FORMAT_VERSION:
-            raise NewerCheckpoint(
+            raise DataError(
                 f"{root} was written by a newer version of this program: its format version is {version}, and this "
                 f"program reads versions up to {FORMAT_VERSION}. Update the program."
             )
         files = manifest["files"]
-        if text != _manifest_text(version, files):
+        if text != _manifest_text(files):
             raise ValueError("its content has changed since it was written")
         _check_entries(files)
     except FileNotFoundError:
@@ -181,12 +175,11 @@ def verified_file(root: Path, name: str) -> Path:
     return root / name
 
 
-def _manifest_text(version: int, files: Files) -> str:
+def _manifest_text(files: Files) -> str:
     """Return the same text for the same files, so that any changed byte of a manifest can be noticed."""
     files = dict(sorted(files.items()))
-    checksum = {"sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
-    own_checksum = {} if version == _VERSION_WITHOUT_CHECKSUM else checksum
-    return json.dumps({"version": version, **own_checksum, "files": files}, indent=1)
+    checksum = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json.dumps({"version": FORMAT_VERSION, "sha256": checksum, "files": files}, indent=1)
 
 
 def file_problems(root: Path, files: Files) -> list[str]:
@@ -272,16 +265,6 @@ def make(directory: Path) -> bool:
     directory.mkdir(parents=True)
     sync_to_disk(directory.parent)
     return True
-
-
-def obstacles(directory: Path) -> list[str]:
-    """Return the names of files and directories, not written by a run, where links and temporary files must be."""
-    links = [f"{prefix}{name}" for prefix in ("", WRITING) for name in (LATEST, BEST)]
-    wrong = [name for name in links if os.path.lexists(directory / name) and not (directory / name).is_symlink()]
-    for prefix in (WRITING, _DELETING):
-        found = (path for path in directory.glob(f"{prefix}*") if path.name not in links)
-        wrong += [path.name for path in found if not (path.is_symlink() or path.is_dir())]
-    return sorted(wrong)
 
 
 def begin(final: Path) -> Path:

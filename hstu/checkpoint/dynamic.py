@@ -3,8 +3,6 @@
 In a checkpoint each rank writes the ids that it holds, and reads the ids that it owns from the files of all ranks.
 ``dynamic_rank<r>.pt`` holds for each table its ids with their scores, rows and optimizer states (TableContent). Their
 order has no meaning, so a run with another number of ranks or another capacity can place them anew.
-``dynamic_times_rank<r>.json`` holds when each table had seen how many batches. It is a separate file because it is the
-only one that differs between equal runs.
 
 An export holds only ``dynamic.<table>.ids`` (int64 [n], ascending) and ``dynamic.<table>.weight`` ([n, dim]). A run
 that loads them treats each id as seen once, before the first batch.
@@ -13,7 +11,6 @@ that loads them treats each id as seen once, before the first batch.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +21,7 @@ import torch
 from torch import Size, Tensor
 
 from hstu.base.errors import DataError
-from hstu.checkpoint.directory import DamagedCheckpoint, listed_files, torch_load, torch_save
+from hstu.checkpoint.directory import listed_files, torch_load, torch_save
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import CONSOLIDATED, DYNAMIC, is_export, load_safetensors
 from hstu.parallel.dynamic.content import Sightings, TableContent
@@ -35,7 +32,6 @@ from hstu.parallel.mesh import Mesh
 log = logging.getLogger(__name__)
 
 DYNAMIC_FILES = "dynamic_rank*.pt"
-_TIMES = "times"
 _IDS, _WEIGHT = ".ids", ".weight"
 
 TableDicts = dict[str, dict[str, Any]]
@@ -65,9 +61,8 @@ def write_dynamic_tables(root: Path, tables: TableDicts, rank: int) -> list[Path
     if not tables:
         return []
     path = root / DYNAMIC_FILES.replace("*", str(rank))
-    torch_save({name: {key: fields[key] for key in fields if key != _TIMES} for name, fields in tables.items()}, path)
-    times_file(path).write_text(json.dumps({name: fields[_TIMES] for name, fields in tables.items()}))
-    return [path, times_file(path)]
+    torch_save(tables, path)
+    return [path]
 
 
 def rank_of(path: Path) -> int:
@@ -75,32 +70,13 @@ def rank_of(path: Path) -> int:
     return int(path.stem.removeprefix(DYNAMIC_FILES.partition("*")[0]))
 
 
-def times_file(path: Path) -> Path:
-    """Return where the times of the tables in ``path`` are. Old checkpoints have no such file."""
-    return path.with_name(path.name.replace("dynamic_", "dynamic_times_")).with_suffix(".json")
-
-
-def read_table_dicts(path: Path) -> TableDicts:
-    """Read the files of one rank. The tensors are memory mapped."""
-    tables: TableDicts = torch_load(path, mmap=True)
-    listed = times_file(path) in listed_files(path.parent, times_file(path).name)
-    try:
-        times = json.loads(times_file(path).read_text()) if listed else {}
-        logs = {name: tuple((float(moment), int(step)) for moment, step in times.get(name, ())) for name in tables}
-        return {name: fields | {_TIMES: logs[name]} for name, fields in tables.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DamagedCheckpoint(
-            f"{times_file(path)} does not fit {path.name} ({error}). Load another checkpoint."
-        ) from error
-
-
 def read_tables(root: Path) -> dict[str, list[TableContent]]:
-    """Return each dynamic table of a checkpoint or an export, in the parts in which it was written."""
+    """Return each dynamic table of a checkpoint or an export, in the parts in which it was written, memory mapped."""
     if is_export(root):
         return _from_export(load_safetensors(root / CONSOLIDATED))
     tables: dict[str, list[TableContent]] = {}
     for file in sorted(listed_files(root, DYNAMIC_FILES), key=rank_of):
-        for name, fields in read_table_dicts(file).items():
+        for name, fields in torch_load(file, mmap=True).items():
             sightings = fields.pop("sightings")
             content = TableContent(**fields, sightings=None if sightings is None else Sightings(**sightings))
             tables.setdefault(name, []).append(content)

@@ -1,7 +1,6 @@
 """Which checkpoint a path means, and which run a checkpoint belongs to.
 
-``run.json`` in the directory of a run and in its checkpoints names the run. Checkpoints of version 0.2.0 and earlier
-have no such file: they belong to the run whose configuration they hold.
+``run.json`` in the directory of a run and in its checkpoints names the run.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hstu.base.errors import DataError
-from hstu.checkpoint import directory as folder
-from hstu.checkpoint.directory import MANIFEST
-from hstu.config.gin_scan import scan_stored
+from hstu.checkpoint.directory import MANIFEST, restore_candidates
 
 AUTO = "auto"
 RUN_FILE = "run.json"
@@ -45,12 +42,9 @@ class Run:
         """Read run.json of a run, a checkpoint or an export. None: there is none. Raises DataError if it is damaged."""
         path = directory / RUN_FILE
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            run = cls(**fields)
-            if not (isinstance(run.id, str) and isinstance(run.directory, str)):
-                raise ValueError("id and directory must be strings")
-            if not isinstance(run.checkpoints, str | None):
-                raise ValueError("checkpoints must be a string or null")
+            run = cls(**json.loads(path.read_text(encoding="utf-8")))
+            if not all(isinstance(text, str) for text in (run.id, run.directory, run.checkpoints or "")):
+                raise ValueError("id, directory and checkpoints must be strings")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, RecursionError) as error:
@@ -69,8 +63,7 @@ class Run:
         if self.checkpoints is None:
             return []
         together = Path(os.path.normpath(directory / os.path.relpath(self.checkpoints, self.directory)))
-        alone = Path(self.checkpoints)
-        return [together] if together.resolve() == alone.resolve() else [together, alone]
+        return list(dict.fromkeys([together, Path(self.checkpoints)]))
 
 
 def locate(name: str | Path) -> Path:
@@ -86,24 +79,22 @@ def is_run(directory: Path) -> bool:
     return not (directory / MANIFEST).is_file() and (directory / GIN).is_file()
 
 
-def checkpoint_of_run(directory: Path) -> Path:
+def _checkpoint_of_run(directory: Path) -> Path:
     """Return the newest checkpoint of a run. Raises DataError if there is none of exactly this run."""
     run = Run.read(directory)
     if run is None:
-        places = [_saved_in(directory / GIN)]
-    elif run.checkpoints is None:
+        raise DataError(f"the run {directory} has no {RUN_FILE}. Name a checkpoint itself.")
+    if run.checkpoints is None:
         raise DataError(f"the run {directory} has saved no checkpoint: its TrainerArgs.ckpt_save_interval is -1")
-    else:
-        places = run.places_of_checkpoints(directory)
-    found = [path for place in places for path in folder.restore_candidates(place)]
+    places = run.places_of_checkpoints(directory)
+    found = [path for place in places for path in restore_candidates(place)]
     for path in found:
         if belongs(path, directory):
             return path
-    text = f"the run {directory} has no checkpoint in {places[-1]}"
-    if found:
-        others = ", ".join(path.name for path in found[:3]) + (", …" if len(found) > 3 else "")
-        text += f", which holds {others} of {_run_of(found[0])}"
-    raise DataError(f"{text}. Name a checkpoint itself to use that one.")
+    others = f", which holds {found[0].name} of {_run_of(found[0])}" if found else ""
+    raise DataError(
+        f"the run {directory} has no checkpoint in {places[-1]}{others}. Name a checkpoint itself to use that one."
+    )
 
 
 def check_belongs(checkpoint: Path, directory: Path) -> None:
@@ -118,30 +109,12 @@ def check_belongs(checkpoint: Path, directory: Path) -> None:
 def belongs(checkpoint: Path, directory: Path) -> bool:
     """Return whether a checkpoint or an export is of the run in ``directory``."""
     of_checkpoint, run = Run.read(checkpoint), Run.read(directory)
-    if of_checkpoint is not None:
-        return run is not None and run.id == of_checkpoint.id
-    # Written before there was run.json. A resumed run may have several configurations.
-    gin = checkpoint / GIN
-    return gin.is_file() and any(path.read_bytes() == gin.read_bytes() for path in directory.glob("operative*.gin"))
+    return of_checkpoint is not None and run is not None and run.id == of_checkpoint.id
 
 
 def _run_of(checkpoint: Path) -> str:
     run = Run.read(checkpoint)
-    return f"the run {run.directory}" if run else "a run of an earlier version of this program with other settings"
-
-
-def _saved_in(gin: Path) -> Path:
-    """Return the directory of checkpoints that a configuration of an earlier version names."""
-    bindings = scan_stored(gin.read_text(encoding="utf-8"), str(gin)).bindings
-    named = [binding.value for binding in bindings if binding.name == "TrainerArgs.ckpt_save_dir"]
-    if not named or not isinstance(named[-1], str):
-        raise DataError(f"{gin} does not say where its run saved checkpoints (TrainerArgs.ckpt_save_dir)")
-    return Path(named[-1])
-
-
-def find_checkpoint(load_dir: str, save_dir: str | Path) -> Path | None:
-    """Return the first of ``candidates``; None where there is none to load."""
-    return next(iter(candidates(load_dir, save_dir)), None)
+    return f"the run {run.directory}" if run else "an unknown run"
 
 
 def candidates(load_dir: str, save_dir: str | Path) -> list[Path]:
@@ -154,11 +127,11 @@ def candidates(load_dir: str, save_dir: str | Path) -> list[Path]:
     if not load_dir:
         return []
     if load_dir == AUTO:
-        return folder.restore_candidates(Path(save_dir))
+        return restore_candidates(Path(save_dir))
     path = Path(load_dir)
     if is_run(path):
-        return [checkpoint_of_run(path)]
-    found = [path] if (path / MANIFEST).is_file() else folder.restore_candidates(path)[:1]
+        return [_checkpoint_of_run(path)]
+    found = [path] if (path / MANIFEST).is_file() else restore_candidates(path)[:1]
     if not found:
         raise DataError(
             f'no complete checkpoint in {path} (TrainerArgs.ckpt_load_dir). Give a directory "iteration_<n>" that '

@@ -188,11 +188,6 @@ class CheckpointStore:
             self._is_new = folder.make(self.save_dir)
             self._lock = DirectoryLock(self.save_dir, "TrainerArgs.ckpt_save_dir")
             self._check_others()
-            if obstacles := folder.obstacles(self.save_dir):
-                raise ConfigError(
-                    f"TrainerArgs.ckpt_save_dir: '{self.save_dir}' holds {', '.join(obstacles)}, which no run has "
-                    "written and where a run must write. Move it away, or give another directory."
-                )
             folder.begin(folder.checkpoint_path(self.save_dir, 0)).rmdir()
         except OSError as error:
             raise ConfigError(

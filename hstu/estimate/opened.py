@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hstu.base.errors import UserError
-from hstu.checkpoint.find import find_checkpoint
+from hstu.checkpoint.find import candidates
 from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
 from hstu.config.args import DatasetArgs, EmbeddingArgs, OptimizerArgs
 from hstu.config.incomplete import Unknown
@@ -162,7 +162,7 @@ class Opened:
     def checkpoint(self) -> Attempt[Path | None]:
         """The checkpoint to start from, if there is any."""
         load_dir, save_dir = self.run.trainer.ckpt_load_dir, self.directories.value[1]
-        return Attempt(lambda: find_checkpoint(load_dir, save_dir))
+        return Attempt(lambda: next(iter(candidates(load_dir, save_dir)), None))
 
     @property
     def operative_gin(self) -> str:

@@ -13,7 +13,6 @@ from hstu.checkpoint.directory import (
     LATEST,
     MANIFEST,
     DamagedCheckpoint,
-    NewerCheckpoint,
     checkpoint_path,
     delete_older,
     describe_files,
@@ -26,7 +25,7 @@ from hstu.checkpoint.directory import (
     write_manifest,
     writing_errors,
 )
-from hstu.checkpoint.find import find_checkpoint
+from hstu.checkpoint.find import candidates
 
 
 def make_checkpoint(path: Path) -> Path:
@@ -46,27 +45,27 @@ def names(directory: Path) -> list[str]:
 
 def test_without_a_load_directory_nothing_is_loaded(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "iteration_00000001")
-    assert find_checkpoint("", str(tmp_path)) is None
+    assert candidates("", str(tmp_path)) == []
 
 
 def test_auto_is_the_newest_complete_checkpoint_of_the_save_directory(tmp_path: Path) -> None:
-    assert find_checkpoint("auto", str(tmp_path / "absent")) is None
+    assert candidates("auto", str(tmp_path / "absent")) == []
     make_checkpoint(tmp_path / "iteration_00000009")
     newest = make_checkpoint(tmp_path / "iteration_00000010")
     make_checkpoint(tmp_path / ".writing_iteration_00000011")
     (tmp_path / "iteration_00000012").mkdir()
-    assert find_checkpoint("auto", str(tmp_path)) == newest
+    assert candidates("auto", str(tmp_path))[0] == newest
 
 
 def test_a_path_is_a_checkpoint_or_a_directory_whose_newest_is_taken(tmp_path: Path) -> None:
     old, new = make_checkpoint(tmp_path / "iteration_1"), make_checkpoint(tmp_path / "iteration_2")
-    assert find_checkpoint(str(tmp_path), "elsewhere") == new
-    assert find_checkpoint(str(old), "elsewhere") == old
+    assert candidates(str(tmp_path), "elsewhere") == [new]
+    assert candidates(str(old), "elsewhere") == [old]
 
 
 def test_a_named_directory_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no complete checkpoint in .*ckpt_load_dir"):
-        find_checkpoint(str(tmp_path), str(tmp_path))
+        candidates(str(tmp_path), str(tmp_path))
 
 
 def test_candidates_are_the_latest_commit_then_earlier_then_later_ones(tmp_path: Path) -> None:
@@ -74,12 +73,6 @@ def test_candidates_are_the_latest_commit_then_earlier_then_later_ones(tmp_path:
     assert restore_candidates(tmp_path) == [eight, six, four, two]
     set_link(tmp_path, LATEST, six)
     assert restore_candidates(tmp_path) == [six, four, two, eight]
-
-
-def test_a_dangling_link_is_ignored(tmp_path: Path) -> None:
-    two, four = make_checkpoints(tmp_path, 2, 4)
-    set_link(tmp_path, LATEST, checkpoint_path(tmp_path, 6))
-    assert restore_candidates(tmp_path) == [four, two]
 
 
 def test_links_are_relative_so_that_a_directory_can_be_moved(tmp_path: Path) -> None:
@@ -144,19 +137,6 @@ def test_a_damaged_checkpoint_is_set_aside_for_a_new_one(tmp_path: Path, caplog:
     assert f"{old / 'data'} is damaged" in caplog.text
 
 
-def test_a_checkpoint_without_a_readable_manifest_is_set_aside_too(tmp_path: Path) -> None:
-    (old,) = make_checkpoints(tmp_path, 4)
-    (old / MANIFEST).write_text(json.dumps({"version": 2}))
-    make_checkpoint(tmp_path / ".writing_iteration_00000004")
-    folder.commit(old)
-    assert names(tmp_path) == ["iteration_00000004", "set_aside_iteration_00000004_1"]
-
-
-def test_an_intact_checkpoint_has_no_problems(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path / "c")
-    assert file_problems(path, read_manifest(path)) == []
-
-
 @pytest.mark.parametrize(
     ("content", "problem"), [(None, "is missing"), (b"012345678", "has 9 bytes"), (b"0123456780", "is damaged")]
 )
@@ -187,26 +167,12 @@ def test_any_changed_byte_of_the_manifest_itself_is_noticed(tmp_path: Path) -> N
                 read_manifest(path)
 
 
-def test_a_manifest_of_the_first_format_is_still_read(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path / "c")
-    files = read_manifest(path)
-    (path / MANIFEST).write_text(json.dumps({"version": 1, "files": files}, indent=1))
-    assert read_manifest(path) == files
-
-
-def test_an_unreadable_manifest_is_an_error(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path / "c")
-    (path / MANIFEST).write_text('{"version": 1, "fi')
-    with pytest.raises(DataError, match=r"manifest\.json is damaged"):
-        read_manifest(path)
-
-
 def test_a_manifest_of_a_newer_program_is_not_damaged(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path / "c")
     (path / MANIFEST).write_text(json.dumps({"version": 99, "shards": []}))
-    with pytest.raises(NewerCheckpoint, match=r"newer version .* version is 99, .* reads versions up to 2\. Update"):
+    with pytest.raises(DataError, match=r"newer version .* version is 99, .* reads versions up to 2\. Update"):
         read_manifest(path)
-    for version in (0, -1, 2.5, "3", True, None):
+    for version in (0, 1, 2.5, "3", True, None):
         (path / MANIFEST).write_text(json.dumps({"version": version, "files": {}}))
         with pytest.raises(DamagedCheckpoint, match="its version is"):
             read_manifest(path)
@@ -236,11 +202,6 @@ def test_torch_save_reports_a_full_disk(numbers: int) -> None:
     with pytest.raises(OSError) as raised:
         torch_save({"tensor": torch.zeros(numbers)}, Path("/dev/full"))
     assert raised.value.errno == errno.ENOSPC
-
-
-def test_torch_save_writes_what_torch_loads(tmp_path: Path) -> None:
-    torch_save({"tensor": torch.arange(3)}, tmp_path / "file")
-    assert torch.load(tmp_path / "file", weights_only=True)["tensor"].tolist() == [0, 1, 2]
 
 
 def test_other_errors_of_writing_are_unchanged() -> None:

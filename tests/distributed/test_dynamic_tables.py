@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.checkpoint.dynamic import read_table
 from hstu.checkpoint.export import export
 from hstu.checkpoint.load import load
 from hstu.checkpoint.save import save
@@ -20,7 +19,7 @@ from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.collectives import gather_objects
-from hstu.parallel.dynamic.content import last_of_all, owners
+from hstu.parallel.dynamic.content import owners
 from hstu.parallel.dynamic.hashing import initial_rows, mix, table_key
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables, sharded_weights
@@ -424,6 +423,3 @@ def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(t
         ids, rows = (exported[f"dynamic.item_table.{part}"].tolist() for part in ("ids", "weight"))
         assert ids == sorted(expected["held"]), "of both ranks"
         assert dict(zip(ids, rows, strict=True)) == expected["held"]
-        two, four = ([part.times for part in read_table(path, "item_table")] for path in checkpoints)
-        assert len(two) == 2 and all(step_of_last == 3 for *_, (_, step_of_last) in two)
-        assert four == [last_of_all(two)] * 4

@@ -84,33 +84,6 @@ def test_verifying_names_a_flipped_byte(trained: Path, tmp_path: Path, capsys: p
     assert inspect_checkpoint.main([str(tmp_path / "absent")]) == 3
 
 
-def test_a_diff_prints_tensors_lines_and_facts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, last = (trained / "checkpoints" / name for name in (FIRST, LAST))
-    assert inspect_checkpoint.main([str(first), "--diff", str(first)]) == 0
-    assert "hold the same" in capsys.readouterr().out
-    assert inspect_checkpoint.main([str(first), "--diff", str(last)]) == 1
-    output = capsys.readouterr().out.splitlines()
-    assert "iteration: 2 | 4" in output
-    before, after = (open_tensors(path).read_whole("model.tables.item_id_table") for path in (first, last))
-    largest = float((before.double() - after.double()).abs().max())
-    (line,) = [line for line in output if line.startswith("model.tables.item_id_table: ")]
-    assert line.endswith(f"of {before.numel():,} differ, by up to {largest:.6g}")
-    assert not [line for line in output if "Args." in line]
-
-
-def test_an_export_differs_from_its_checkpoint_only_by_what_it_omits(
-    trained: Path, exported: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert inspect_checkpoint.main([str(exported)]) == 0
-    assert f"export {exported}" in capsys.readouterr().out
-    assert inspect_checkpoint.main([str(exported), "--verify"]) == 0
-    capsys.readouterr()
-    assert inspect_checkpoint.main([str(trained / "checkpoints" / LAST), "--diff", str(exported)]) == 1
-    output = capsys.readouterr().out.splitlines()
-    assert all("only in the first" in line for line in output if line.startswith("optimizer."))
-    assert not [line for line in output if line.startswith(("model.", "ids."))]
-
-
 def test_an_export_has_all_that_another_tool_needs(exported: Path) -> None:
     tensors = load_file(exported / "model.safetensors")
     config = json.loads((exported / "config.json").read_text())

@@ -1,7 +1,6 @@
 """Where runs write and save, and what of earlier runs and of others they leave alone."""
 
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,26 +71,6 @@ def test_auto_without_a_directory_finds_what_the_same_file_has_saved(
         config = tiny_config("ranking", store, "", trainer=nowhere | {"max_train_iters": iterations})
         run(dataclasses.replace(config, source_files=("configs/mine.gin",)), mesh)
     assert saved_iterations(tmp_path / "checkpoints" / "mine") == [2, 4]
-
-
-@pytest.mark.parametrize("kind", ["file", "directory"])
-@pytest.mark.parametrize("name", ["latest", ".writing_iteration_00000004", ".writing_latest"])
-def test_what_is_in_the_way_of_checkpoints_is_found_at_start(
-    train: Callable[..., FinishedRun], tmp_path: Path, name: str, kind: str
-) -> None:
-    path = tmp_path / "mine" / "checkpoints" / name
-    path.parent.mkdir(parents=True)
-    if kind == "file":
-        path.write_text("precious")
-    else:
-        path.mkdir()
-    saving = {"ckpt_save_interval": 2}
-    if (name, kind) == (".writing_iteration_00000004", "directory"):  # what a killed run leaves behind
-        train("ranking", output="mine", trainer=saving)
-        return
-    with pytest.raises(ConfigError, match=rf"ckpt_save_dir: .* holds {re.escape(name)}, which no run has written"):
-        train("ranking", output="mine", trainer=saving)
-    assert path.exists() and not (tmp_path / "mine" / "run").exists()
 
 
 def test_a_length_below_the_resumed_iteration_is_refused(train: Callable[..., FinishedRun]) -> None:

@@ -1,30 +1,16 @@
-"""The content of a dynamic table without its layout: what is saved, moved between ranks and restored.
-
-StepTimes notes when a table had seen how many training batches, so that a time can stand for a batch.
-"""
+"""The content of a dynamic table without its layout: what is saved, moved between ranks and restored."""
 
 from __future__ import annotations
 
-import math
-import time
-from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hstu.config.args import DynamicEmbeddingArgs
 from hstu.parallel.dynamic.hashing import mix
 from hstu.parallel.dynamic.slots import Policy, counts_of, eviction_order, score, steps_of
-
-INTERVAL_S = 60.0
-"""Least distance of two entries, unless a save adds one."""
-MAX_ENTRIES = 1024
-
-Entries = tuple[tuple[float, int], ...]
-"""(seconds since 1970, training batches done by then): times never fall, batches rise."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +39,6 @@ class TableContent:
     states: Mapping[str, Tensor]
     """Optimizer states by name: float32 [n, dim], or [n] if rowwise."""
     sightings: Sightings | None = None
-    times: Entries = ()
-    """When how many batches were done; empty where that is unknown."""
 
     def select(self, index: Tensor) -> TableContent:
         """The ids at ``index``, a mask [n] or indices, with all sightings."""
@@ -91,7 +75,6 @@ def merged(parts: Sequence[TableContent]) -> TableContent:
         sightings=Sightings(torch.cat([s.ids for s in sightings]), torch.cat([s.scores for s in sightings]))
         if sightings
         else None,
-        times=last_of_all([part.times for part in parts]),
     )
 
 
@@ -110,58 +93,3 @@ def owners(ids: Tensor, args: DynamicEmbeddingArgs, local_capacity: int, world_s
         return turns
     in_range = (ids >= 0) & (ids < local_capacity * world_size)
     return torch.where(in_range, ids.div(local_capacity, rounding_mode="floor"), turns)
-
-
-class StepTimes:
-    """A short log of ``Entries``. It is no training state: two equal runs have different times.
-
-    When the log grows too long, the entry that is missed least is dropped, so the distance of old entries grows in
-    proportion to their age. A time without an entry stands for an earlier batch, never for a later one. A clock that is
-    set back counts as one that stands still.
-    """
-
-    def __init__(self, entries: Entries = (), clock: Callable[[], float] = time.time) -> None:
-        self._entries = list(entries)
-        self._clock = clock
-        self._latest = entries[-1][0] if entries else -math.inf
-
-    def note(self, step: int, *, saving: bool = False) -> None:
-        """Note that all batches up to ``step`` are done. ``saving``: keep the entry however recent the last one is."""
-        self._latest = max(self._latest, self._clock())
-        if self._entries:
-            moment, known = self._entries[-1]
-            if step <= known or (self._latest < moment + INTERVAL_S and not saving):
-                return
-        self._entries.append((math.ceil(self._latest * 1000) / 1000, step))  # rounded up, so never too early
-        if len(self._entries) > MAX_ENTRIES:
-            self._drop_one()
-
-    def _drop_one(self) -> None:
-        """Drop the entry whose neighbours are closest for its age; never the first or the last one."""
-        times = np.array([moment for moment, _ in self._entries])
-        gaps = (times[2:] - times[:-2]) / (times[-1] - times[1:-1] + INTERVAL_S)
-        del self._entries[1 + int(gaps.argmin())]
-
-    @property
-    def entries(self) -> Entries:
-        """The log, to be saved."""
-        return tuple(self._entries)
-
-
-def newest_before(entries: Entries, moment: float) -> tuple[float, int] | None:
-    """The newest entry at or before ``moment`` (seconds since 1970); None if the log begins later.
-
-    Rows that changed since ``moment`` changed after the batch of that entry.
-    """
-    index = bisect_right(entries, moment, key=lambda entry: entry[0])
-    return entries[index - 1] if index else None
-
-
-def last_of_all(logs: Sequence[Entries]) -> Entries:
-    """One log for several ranks, in which a batch is done when the last rank has done it."""
-    entries = []
-    for _, step in logs[0]:
-        indices = [bisect_left(log, step, key=lambda entry: entry[1]) for log in logs]
-        if all(index < len(log) for index, log in zip(indices, logs, strict=True)):
-            entries.append((max(log[index][0] for index, log in zip(indices, logs, strict=True)), step))
-    return tuple(entries)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hstu.model.embedding import TableSpec
-from hstu.parallel.dynamic.content import Sightings, StepTimes, TableContent, last_evicted, merged, owners
+from hstu.parallel.dynamic.content import Sightings, TableContent, last_evicted, merged, owners
 from hstu.parallel.dynamic.create import create_slots
 from hstu.parallel.dynamic.hashing import initial_rows, table_key
 from hstu.parallel.dynamic.rows import InitialRows, Rows
@@ -40,8 +40,6 @@ class DynamicTable:
         self._counts = torch.zeros(len(fields(Counters)), dtype=torch.int64, device=rows.device)
         self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         """The last training batch that changed each row."""
-        self.times = StepTimes()
-        """When how many training batches were done."""
         self._key = table_key(seed, spec.name)
         self._default = torch.tensor([self.default_slot], device=rows.device)
         self._one = torch.ones_like(self._default)
@@ -72,7 +70,6 @@ class DynamicTable:
             self.rows.initialize(assigned.new_slots, new_rows)
         rows = self._or_default(assigned.slots)
         self.changed[rows] = self.step
-        self.times.note(self.step - 1)  # the update of this batch is still to come
         return rows
 
     def look_up(self, ids: Tensor, *, training: bool) -> Tensor:
@@ -99,7 +96,6 @@ class DynamicTable:
 
     def content(self) -> TableContent:
         """What is worth saving: views of the live tensors, or copies if the table is split."""
-        self.times.note(self.step, saving=True)
         ids, scores = self.slots.content()
         rows, states = self.rows.read(len(ids))
         sightings = self.slots.sightings
@@ -112,7 +108,6 @@ class DynamicTable:
             rows=rows,
             states=states,
             sightings=None if sightings is None else Sightings(*sightings.content()),
-            times=self.times.entries,
         )
 
     @torch.no_grad()
@@ -128,7 +123,7 @@ class DynamicTable:
         content = merged([part.select(own(part.ids)) for part in parts]).scored_by(self.slots.policy)
         kept = content.select(last_evicted(content.ids, content.scores, self.slots.capacity))
         self.slots.restore(kept.ids, kept.scores)
-        self.step, self.times = kept.step, StepTimes(kept.times)
+        self.step = kept.step
         self.rows.write(kept.rows, kept.states)
         self.changed[: len(kept.ids)] = kept.changed.to(self.changed)
         if self.slots.sightings is not None and kept.sightings is not None:

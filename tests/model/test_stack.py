@@ -159,26 +159,6 @@ def test_a_rank_without_tokens_gives_every_parameter_a_gradient_of_zeros(encodin
         assert gradient is not None and not gradient.any()
 
 
-def test_layers_run_in_order() -> None:
-    torch.manual_seed(0)
-    features = make_features(contextuals=1)
-    encoder, tables = SequenceEncoder(make_network(num_layers=3), features), Tables(features, 8, 8)
-    batch = make_batch(random_samples([4, 7], contextuals=1), features)
-    expected, layout = encoder.inputs(tables(batch), batch)
-    for index in range(3):
-        expected = torch.add(*encoder.get_submodule(f"stack.layers.{index}")(expected, layout))
-    assert torch.equal(encoder(tables(batch), batch)[0], expected)
-
-
-def test_one_seed_gives_one_model() -> None:
-    def model() -> dict[str, Tensor]:
-        torch.manual_seed(11)
-        return SequenceEncoder(make_network(position_encoding="relative_bias"), make_features(1)).state_dict()
-
-    first, second = model(), model()
-    assert first and all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_bfloat16_computes_in_bfloat16_and_returns_float32() -> None:
     samples = random_samples([6, 3], contextuals=1)
     exact, rounded = encode(samples, 1), encode(samples, 1, dtype_str="bfloat16")

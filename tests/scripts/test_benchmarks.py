@@ -48,16 +48,6 @@ def grads(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss.square().sum(), leaves))
 
 
-def test_on_a_gpu_the_shapes_are_the_published_ones() -> None:
-    attention, layer = import_module("attention"), import_module("layer")
-    shapes = attention.shapes_of(attention.parse(["--device", "cuda"]))
-    assert [shape.lengths[0] for shape in shapes] == [512, 1024, 2048, 4096, 8192, 16384]
-    assert all((len(s.lengths), s.heads, s.head_dim) == (32, 4, 256) for s in shapes)
-    cases = list(layer.cases_of(layer.parse(["--device", "cuda"])))
-    assert [case.shape.lengths[0] for case in cases] == [1024, 2048, 4096, 8192]
-    assert all(case.hidden == 1024 for case in cases)
-
-
 def test_operations_are_counted_as_the_published_ones() -> None:
     attention, layer = import_module("attention"), import_module("layer")
     shape = attention.Shape(np.array([6, 2]), 3, 5)
@@ -66,14 +56,6 @@ def test_operations_are_counted_as_the_published_ones() -> None:
     linear = 2 * 8 * 7 * (4 * 15 + 15)
     assert forward == pytest.approx(shape.flops + linear)
     assert backward == pytest.approx(2.5 * shape.flops + 2 * linear)
-
-
-def test_distributions_differ_in_everything_but_the_sum_of_squares() -> None:
-    drawn = import_module("attention").distributions(256, np.random.default_rng(0)).values()
-    sums = [int((lengths**2).sum()) for lengths in drawn]
-    assert max(sums) - min(sums) < 0.001 * min(sums)
-    padded = [len(lengths) * int(lengths.max()) ** 2 for lengths in drawn]
-    assert padded[0] * 2 < padded[1] and padded[1] * 4 < padded[2]
 
 
 def test_padded_attention_is_ours() -> None:
@@ -194,13 +176,6 @@ def test_kernels_that_are_left_out_keep_their_rows_in_the_table(tmp_path: Path) 
     import_module("compile_kernels").main(["--operator", "none", "--output", str(tmp_path)])
     for name in ("triton.json", "cutlass.json", "kernels.md"):
         assert (tmp_path / name).read_text() == (documented / name).read_text()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["attention", "--device", "cuda"])
-    with pytest.raises(SystemExit, match="NVIDIA GPU"):
-        import_module("attention").main()
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 1000])

@@ -115,11 +115,3 @@ def test_the_command_makes_a_store_with_the_features_as_numbers(
     for name, values in features.items():
         np.testing.assert_array_equal(numbers.sequence(name), values.astype(np.float32))
     assert numbers.item_side_features == store.item_side_features
-
-
-def test_data_without_ratings_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "events.csv").write_text("user,film,at\n1,2,3\n1,3,4\n")
-    columns = InteractionColumns(interactions=tmp_path / "events.csv", user="user", item="film", time="at")
-    plain = import_interactions("plain", columns, output=tmp_path / "plain")
-    assert main(["--store", str(plain), "--output", str(tmp_path / "made"), "--seed", "1"]) == 3
-    assert "has no ratings or no times; preprocess the data with --action and --time" in capsys.readouterr().err

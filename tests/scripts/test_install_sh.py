@@ -136,10 +136,6 @@ def test_the_oldest_set_lies_beside_the_newest(machine: Machine, says: str, fbge
     assert not (machine.root / ".venv").exists()
 
 
-def test_an_unknown_set_is_refused(machine: Machine) -> None:
-    assert machine.install("older") == (2, "usage: scripts/install.sh [oldest]\n")
-
-
 def test_again_does_nothing_until_a_pin_changes(machine: Machine) -> None:
     machine.install()
     machine.calls()
@@ -199,17 +195,6 @@ def test_a_failing_pip_shows_the_end_of_its_log_and_what_to_do(machine: Machine,
 
     (machine.here / "pip_says").unlink()
     assert machine.install()[0] == 0  # goes on once the cause is gone
-
-
-def test_packages_that_do_not_import_are_installed_once_more_from_nothing(machine: Machine) -> None:
-    machine.install()
-    machine.calls()
-    (machine.root / ".venv" / ".installed").unlink()  # as an interrupted set-up leaves it
-    (machine.here / "broken_once").touch()
-    code, output = machine.install()
-    assert code == 0, output
-    assert "once more from nothing" in output
-    assert machine.calls().count("venv") == 1
 
 
 def test_interrupted_it_stops_and_the_next_call_completes(machine: Machine) -> None:

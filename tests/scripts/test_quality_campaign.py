@@ -1,6 +1,5 @@
 """The campaign of quality: rows can be trained, validation chooses, what is done is kept, and means have errors."""
 
-import json
 import os
 import signal
 import threading
@@ -8,16 +7,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from hstu.data.store.sequence_store import SequenceStore
 from scripts.quality import report
 from scripts.quality import run as command
 from scripts.quality.means import mean_and_error, number, paired_difference
-from scripts.quality.runs import Places, Run, read_results, seconds_of
+from scripts.quality.runs import Places, Run, read_results
 from scripts.quality.tables import TABLES, Row, Table, without_each
 from tests.conftest import write_small_store
 
@@ -85,20 +82,6 @@ def test_rows_without_a_part_undo_it_on_top_of_the_recipe() -> None:
     assert rows == {"all": (), "without a": ("A.x = 1",), "without b": ("B.y = 2", "B.z = 3")}
 
 
-def test_rows_prepare_what_they_say_or_what_their_gin_file_needs() -> None:
-    table = replace(
-        TABLES["ml_1m_retrieval"], prepare=(("table.py",),),
-        rows=(
-            Row(name="all"),
-            Row(name="longer", epochs_of="all"),
-            Row(name="own", epochs_of="all", prepare=(("own.py",),)),
-            Row(name="other file", config="other.gin"),
-        ),
-    )  # fmt: skip
-    prepared = {row.name: [script for (script,) in table.prepare_of(row)] for row in table.rows}
-    assert prepared == {"all": ["table.py"], "longer": ["table.py"], "own": ["own.py"], "other file": []}
-
-
 def test_what_is_done_is_kept_and_the_table_has_means_errors_and_pairs(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,46 +127,6 @@ def stop_when(ready: Callable[[], bool]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_stopped_training_goes_on_and_validation_says_which_weights_are_tested(
-    ml_100k_store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    short = ("TrainerArgs.num_train_epochs = 3.0", "TrainerArgs.eval_interval = 9", "NetworkArgs.num_layers = 1",
-             "DatasetArgs.max_sequence_length = 20", "TrainerArgs.log_interval = 1",
-             "TrainerArgs.train_batch_size = 32")  # fmt: skip
-    rows = (Row(name="short", bindings=short), Row(name="whole", epochs_of="short"))
-    tiny = replace(TABLES["ml_100k_retrieval"], rows=rows, reference="short", dataset=ml_100k_store.path.name)
-    monkeypatch.setitem(TABLES, "tiny", tiny)
-
-    def start(folder: str, *more: str) -> int:
-        places = ["--data", str(ml_100k_store.path.parent), "--work", str(tmp_path / folder / "work")]
-        arguments = ["--table", "tiny", "--seeds", "1", "--threads", "1", *places, *more]
-        return command.main([*arguments, "--output", str(tmp_path / folder)])
-
-    def result_of(folder: str, row: str) -> dict[str, Any]:
-        result: dict[str, Any] = read_results(tmp_path / folder / "tiny" / "results.jsonl")[row, 1]["result"]
-        return result
-
-    assert start("at once") == 0
-    result = result_of("at once", "short")
-    best = max(result["curve"], key=lambda each: each[1])
-    assert len(result["curve"]) > 3 and [result["epoch"], result["validation"]["NDCG@10"]] == best
-    assert {file.name for file in (tmp_path / "at once" / "tiny").glob("*.png")} == {"curves.png", "metrics.png"}
-    whole = result_of("at once", "whole")
-    assert not whole["curve"] and whole["epochs"] == max(1, round(result["epoch"]))
-
-    def has_begun() -> bool:
-        return any("eval" in file.read_text() for file in tmp_path.glob("stopped/work/*/*/*/metrics.jsonl"))
-
-    threading.Thread(target=stop_when, args=(has_begun,)).start()
-    assert start("stopped", "--rows", "short") == 128 + signal.SIGTERM
-    assert not (tmp_path / "stopped" / "tiny" / "results.jsonl").exists()
-    assert start("stopped", "--rows", "short") == 0
-    resumed = result_of("stopped", "short")
-    assert [resumed[name] for name in ("metrics", "iteration")] == [result[name] for name in ("metrics", "iteration")]
-
-
 def test_names_that_do_not_exist_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--table", "ml_1m_retrival"]) == 2
     assert "did you mean 'ml_1m_retrieval'" in capsys.readouterr().err
@@ -195,8 +138,3 @@ def test_names_that_do_not_exist_are_refused(place: Path, capsys: pytest.Capture
     assert command.main(["--table", "ml_1m_retrieval", *arguments]) == 2
     error = capsys.readouterr().err
     assert "row 'all'" in error and "did you mean 'num_layers'" in error
-
-
-def test_time_is_that_of_all_attempts() -> None:
-    train = [json.dumps({"kind": "train", "time_s": seconds}) for seconds in (1.0, 5.0, 2.0, 3.5)]
-    assert seconds_of([*train[:2], '{"kind": "tra', '{"kind": "resumed"}', *train[2:]]) == 8.5

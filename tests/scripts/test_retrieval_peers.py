@@ -28,12 +28,6 @@ def test_histories_end_before_what_is_held_out(tmp_path: Path) -> None:
     assert peers.Histories.of(store, "train", 0).items.tolist() == [0, 1, 2, 3, 2]
 
 
-def test_the_newest_occurrence_of_an_item_has_the_weight() -> None:
-    history = peers.Histories(np.array([0, 1, 0, 2]), np.array([3, 1]), 4)
-    np.testing.assert_allclose(history.matrix(half_life=1).toarray(), np.array([[1, 0.5, 0, 0], [0, 0, 1, 0]]))
-    np.testing.assert_allclose(history.matrix().toarray(), np.array([[1, 1, 0, 0], [0, 0, 1, 0]]))
-
-
 def test_seen_items_are_left_out_and_equal_scores_get_midranks() -> None:
     histories = peers.Histories(np.array([0, 1]), np.array([1, 1]), 4, np.array([2, 1]))
     # Item 0 is seen by the first user; its target 2 shares its score with 3. The second user has seen its own target.

@@ -46,25 +46,11 @@ def test_padding_costs_nothing() -> None:
     assert counter().count(batch([], [])) == (0, 0.0)
 
 
-def test_an_empty_sequence_has_no_context_tokens() -> None:
-    assert counter().per_sequence(np.array([5, 0, 1]), np.array([2, 0, 1])).tokens.tolist() == [2 + 10, 0, 2 + 2]
-
-
-def test_flops_grow_in_proportion_to_layers_and_add_up_over_sequences() -> None:
-    one, two = (counter(num_layers=layers).count(batch([1, 2, 3]))[1] for layers in (1, 2))
-    assert two == pytest.approx(2 * one)
-    assert counter().count(batch([1, 2, 3], [1, 2, 3]))[1] == pytest.approx(2 * counter().count(batch([1, 2, 3]))[1])
-
-
 def test_attention_makes_one_long_sequence_dearer_than_two_short_ones_with_as_many_tokens() -> None:
     without_context = counter(FeatureRoles("item", "action", ()))
     long, short = list(range(40)), list(range(20))
     assert without_context.count(batch(long))[0] == without_context.count(batch(short, short))[0]
     assert without_context.count(batch(long))[1] > without_context.count(batch(short, short))[1]
-
-
-def test_bidirectional_attention_costs_more() -> None:
-    assert counter(is_causal=False).count(batch([1, 2, 3]))[1] > counter().count(batch([1, 2, 3]))[1]
 
 
 def test_candidates_and_their_actions_count_apart_from_history() -> None:

@@ -98,12 +98,6 @@ def test_the_mode_says_what_is_better_and_nan_never_is() -> None:
     assert follow([math.nan, math.nan])[1].is_exhausted, "a model that diverged from the start"
 
 
-def test_without_a_metric_nothing_is_followed() -> None:
-    history, selection = MetricsHistory(), Selection(None, "max", "valid", None)
-    history.add(record(10, AUC=0.5))
-    assert not selection.follow(history) and not selection.is_exhausted
-
-
 def test_the_running_mean_goes_on_in_another_process() -> None:
     before, after = (RunningLoss(torch.device("cpu")) for _ in range(2))
     for loss in (1 / 3, 1e-9):

@@ -41,14 +41,3 @@ def test_next_items_that_follow_from_items_are_learnt(
     before, after, test = (record["metrics"] for record in finished.records if record["kind"] == "eval")
     assert before["MRR"] < 0.6
     assert after["MRR"] > 0.85 and test["HR@3"] > 0.9
-
-
-def test_kinds_of_negatives_are_different_losses(train: Callable[..., FinishedRun]) -> None:
-    one_user = {"train_batch_size": 1}  # whose items are not the whole corpus
-    losses = [train("retrieval", trainer=one_user, task_args=options).losses[-1] for options in NEGATIVES.values()]
-    assert len(set(losses)) == len(NEGATIVES)
-
-
-def test_a_hotter_temperature_is_a_flatter_loss(train: Callable[..., FinishedRun]) -> None:
-    cold, hot = (train("retrieval", task_args={"temperature": value}).losses[0] for value in (0.05, 1.0))
-    assert cold > hot

@@ -102,12 +102,3 @@ def test_a_run_that_overflows_whatever_the_scale_ends(
     assert advice in str(caught.value)
     assert digest(trainer.state, mesh) == before
     trainer.run_directory.close()
-
-
-def test_no_scale_helps_a_loss_that_is_not_finite(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
-    trainer = build(tiny_config("ranking", store, tmp_path, precision={"loss_scale": "dynamic"}), mesh)
-    on_loss(trainer, lambda output: setattr(output, "loss_sum", output.loss_sum * math.nan))
-    with pytest.raises(NonFiniteStep, match="the loss is not finite") as caught:
-        trainer.pipeline.progress(trainer.source.train_batches(trainer.state.position))
-    assert "loss scale" not in str(caught.value)
-    trainer.run_directory.close()

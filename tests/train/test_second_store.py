@@ -84,11 +84,3 @@ def test_actions_beyond_those_trained_on_are_refused(
     second = make_store(**{**data, "num_actions": 9})
     with pytest.raises(ConfigError, match=r"eval_dataset_path: 'action' is up to 8 in .* and up to 3 in"):
         source("ranking", dataset={"eval_dataset_path": str(second.path)})
-
-
-def test_a_second_store_without_a_feature_is_refused(
-    make_store: Callable[..., SequenceStore], source: Callable[..., StoreSource]
-) -> None:
-    second = make_store(**{**walks(), "context": {}})
-    with pytest.raises(DataError, match="has no feature 'town'"):
-        source("ranking", dataset={"eval_dataset_path": str(second.path)})

@@ -13,7 +13,7 @@ from hstu.config.gin_io import read_and_check
 from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.preprocess.starter import rows_with_headroom, write_starters
+from hstu.data.preprocess.starter import write_starters
 from hstu.data.rules import DATA_RULES
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
@@ -141,7 +141,3 @@ def test_an_edited_file_is_never_replaced(make_store: MakeStore, tmp_path: Path)
     new = file.with_name("toy_retrieval.gin.new")
     assert next(write_starters(store, tmp_path / "toy")).endswith(f"kept; for this one: {new})")
     assert (file.read_text(), new.read_text()) == ("# mine", as_written)
-
-
-def test_headroom_is_a_tenth_and_at_least_eight() -> None:
-    assert [rows_with_headroom(ids) for ids in (1, 80, 1000)] == [9, 88, 1100]

@@ -16,7 +16,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source
 from hstu.train.store_source import StoreSource
-from tests.train.tiny import ITEMS, FinishedRun, ids, real_users, tables_of, tables_with_dynamic, tiny_config, walks
+from tests.train.tiny import ITEMS, FinishedRun, ids, real_users, tables_of, tiny_config, walks
 
 FIRST = SamplerPosition()
 
@@ -51,11 +51,6 @@ def test_a_built_in_dataset_has_tables_of_which_some_can_be_given_by_hand(source
         "town": 3,
         "action": 4,
     }
-
-
-def test_a_built_in_dataset_trains_without_a_table_by_hand(train: Callable[..., FinishedRun]) -> None:
-    finished = train("ranking", tables=(), dataset={"dataset_name": "ml-100k"})
-    assert len(finished.losses) == 4
 
 
 def test_a_static_table_with_too_few_rows_is_refused(store: SequenceStore, source: Callable[..., StoreSource]) -> None:
@@ -119,13 +114,6 @@ def test_training_batches_have_what_users_had_before_where_it_is_masked(source: 
     assert len(batch.seen.values) > 0
 
 
-def test_times_are_read_for_relative_bias_only(source: Callable[..., StoreSource]) -> None:
-    assert next(source("ranking").train_batches(FIRST)).items.timestamps is None
-    relative = source("ranking", network={"position_encoding": "relative_bias"})
-    assert next(relative.train_batches(FIRST)).items.timestamps is not None
-    assert next(relative.eval_batches("valid")).items.timestamps is not None
-
-
 def test_a_request_is_made_at_the_time_of_the_held_out_event(source: Callable[..., StoreSource]) -> None:
     network = {"position_encoding": ("absolute", "relative_bias")}
     without = source("retrieval", network=network, dataset={"query_time": "last_event"})
@@ -163,22 +151,3 @@ def test_workers_change_nothing(train: Callable[..., FinishedRun], options: dict
     one, other = (train("retrieval", trainer={"eval_at_end": True, **more}) for more in ({}, options))
     assert one.losses == other.losses
     assert one.metrics == other.metrics
-
-
-@pytest.mark.parametrize("negatives", ["in_batch", "uniform", "full"])
-def test_a_dynamic_table_smaller_than_the_ids_trains_and_evaluates(
-    train: Callable[..., FinishedRun], store: SequenceStore, negatives: str
-) -> None:
-    options = {"negatives": negatives} | ({"num_negatives": 4} if negatives == "uniform" else {})
-    finished = train(
-        "retrieval",
-        tables=tables_with_dynamic(store, rows=7),
-        trainer={"max_train_iters": 30, "eval_at_end": True},
-        task_args={**options, "filter_seen": False, "eval_metrics": ("HR@7", "HR@11", "MRR")},
-    )
-    assert finished.metrics["HR@7"] < 1.0, "a target without a row is a miss"
-    assert finished.metrics["HR@11"] == finished.metrics["HR@7"] and finished.metrics["MRR"] > 0.1
-    assert finished.losses[-1] < finished.losses[0]
-    report = [record for record in finished.records if record["kind"] == "train"][-1]["tables"]["movies"]
-    assert report["rows"] == report["capacity"] == 7
-    assert report["evictions"] == report["insertions"] > 0 and 0 < report["hit_rate"] < 1

@@ -49,22 +49,6 @@ def test_a_shared_predefined_table_keeps_the_features_that_have_none_by_hand() -
     assert {entry.table_name: entry.feature_names for entry in chosen} == {"mine": ["item"], "item": ["last_item"]}
 
 
-def test_predefined_tables_of_features_that_are_not_used_are_left_out() -> None:
-    assert [entry.table_name for entry in choose_tables([], [table("item"), table("town")], ["item"])] == ["item"]
-
-
-def test_a_feature_without_a_table_is_named_with_the_remedy() -> None:
-    with pytest.raises(
-        ConfigError, match=r"'town' has no table: give an EmbeddingArgs with feature_names = \['town'\]"
-    ):
-        choose_tables([table("item")], [], ["item", "town"])
-
-
-def test_a_table_of_an_unknown_feature_is_told_which_there_are() -> None:
-    with pytest.raises(ConfigError, match="the data has no feature 'itme'; it has item, action; did you mean 'item'"):
-        choose_tables([table("itme")], [table("item"), table("action")], ["item", "action"])
-
-
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         choose_tables([table("itme"), table("twon")], [], ["item", "town"])

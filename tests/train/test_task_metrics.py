@@ -11,7 +11,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from hstu.config.args.task import METRICS_OF_KIND, fits_kind
-from hstu.train.task_metrics import RankingMetrics, TaskMetrics, ndcg_by_group, ordered_pairs
+from hstu.train.task_metrics import TaskMetrics, ndcg_by_group, ordered_pairs
 
 CLASSES = 4
 NAN = math.nan
@@ -177,35 +177,6 @@ def test_every_metric_equals_loops_over_pairs_and_requests(kind):
         assert collected(kind, rows).compute() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
 
     check()
-
-
-@pytest.mark.parametrize("kind", METRICS_OF_KIND)
-def test_metrics_do_not_depend_on_the_order_of_the_samples(kind):
-    rng = np.random.default_rng(1)
-    width = CLASSES if kind == "class" else None
-    logits = rng.integers(-6, 7, (120, width or 1)) / 4
-    labels = np.where(rng.random(120) < 0.2, NAN, rng.integers(0, 2 if kind == "binary" else CLASSES, 120))
-    rows = [
-        (logit if width else logit[0], label, *ids)
-        for logit, label, ids in zip(logits, labels, rng.integers(0, 9, (120, 2)), strict=True)
-    ]
-    whole = collected(kind, rows).compute()
-    assert not any(math.isnan(value) for value in whole.values())
-    assert collected(kind, rows[::-1]).compute() == pytest.approx(whole, rel=1e-12)
-
-
-def test_binary_and_class_tasks_have_the_metrics_of_actions():
-    rng = np.random.default_rng(2)
-    names, users = ("AUC", "GAUC", "NE", "LOGLOSS", "ACC"), rng.integers(0, 9, 300)
-    for kind, width, options in (("binary", 1, {"num_tasks": 1}), ("class", 5, {"num_tasks": None, "label_offset": 1})):
-        logits = rng.normal(size=(300, width)).astype(np.float32)
-        actions = rng.integers(0, 2, 300) if kind == "binary" else rng.integers(1, 6, 300)
-        extra = ("AUC>=4",) if kind == "class" else ()
-        theirs = RankingMetrics((*names, *extra), **options)
-        theirs.update(logits, actions, users)
-        ours = TaskMetrics((*names, *extra), kind, label_offset=options.get("label_offset", 0))
-        ours.update(logits, actions.astype(np.float32), users, users)
-        assert ours.compute() == pytest.approx(theirs.compute(), rel=1e-12)
 
 
 # --- order metrics on many rows ------------------------------------------------------------------------------------

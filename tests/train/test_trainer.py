@@ -1,6 +1,5 @@
 """The training loop: what is done when, what is recorded, and how a run ends."""
 
-import gc
 import gzip
 import itertools
 import json
@@ -59,11 +58,6 @@ def test_records_of_a_retrieval_run_end_with_the_test_split(train: Callable[...,
     assert kinds(finished) == [("eval", 2, "valid"), ("train", 4), ("eval", 4, "valid"), ("eval", 4, "test")]
 
 
-def test_the_last_interval_counts_where_there_is_no_evaluation_at_the_end(train: Callable[..., FinishedRun]) -> None:
-    finished = train("retrieval", trainer={"log_interval": 4, "eval_interval": 2, "eval_at_end": False})
-    assert kinds(finished) == [("eval", 2, "valid"), ("train", 4), ("eval", 4, "valid")]
-
-
 def test_an_interval_of_0_leaves_evaluation_to_the_end(train: Callable[..., FinishedRun]) -> None:
     finished = train("retrieval", trainer={"log_interval": 4, "eval_interval": 0, "eval_at_end": True})
     assert kinds(finished) == [("train", 4), ("eval", 4, "valid"), ("eval", 4, "test")]
@@ -111,15 +105,6 @@ def test_evaluating_in_between_does_not_change_training(train: Callable[..., Fin
         assert often.losses == never.losses
 
 
-def test_evaluation_of_an_unchanged_model_repeats_exactly(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
-    trainer = build(tiny_config("retrieval", store, tmp_path, network={"hidden_dropout": 0.5}), mesh)
-    for _ in range(2):
-        trainer.evaluate(("valid",))
-    first, second = FinishedRun(trainer, trainer.run_directory.path).records
-    assert first["metrics"] == second["metrics"]
-    assert trainer.state.model.training, "training mode is back"
-
-
 def test_evaluation_can_be_limited_to_some_batches(train: Callable[..., FinishedRun]) -> None:
     limited = {"eval_batch_size": 2, "max_eval_iters": 1, "eval_at_end": True}
     finished = train("retrieval", trainer=limited, task_args={"eval_metrics": ("HR@1",)})
@@ -139,16 +124,6 @@ def test_checkpoints_are_saved_at_the_interval_and_at_the_end(train: Callable[..
     at_end = {"max_train_iters": 5, "ckpt_save_interval": 2, "save_at_end": False}
     assert saved(train("ranking", trainer=at_end)) == ["iteration_00000002", "iteration_00000004"]
     assert saved(train("ranking", trainer={"ckpt_save_interval": -1})) == []
-
-
-def test_garbage_is_collected_at_the_interval_only(
-    train: Callable[..., FinishedRun], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    collected: list[bool] = []
-    monkeypatch.setattr(gc, "collect", lambda *_: collected.append(gc.isenabled()) or 0)
-    train("ranking", trainer={"max_train_iters": 5, "gc_interval": 2})
-    assert collected == [False, False]
-    assert gc.isenabled(), "as it was before"
 
 
 def test_a_profile_of_the_chosen_iterations_is_written(train: Callable[..., FinishedRun]) -> None:
@@ -257,16 +232,6 @@ def test_training_ends_when_the_metric_has_not_improved_for_long_enough(train: C
     assert (again.summary["status"], again.summary["iterations"]) == ("stopped early", 6), "it remembers its patience"
 
 
-def test_patience_counts_on_after_a_resume_elsewhere(train: Callable[..., FinishedRun], tmp_path: Path) -> None:
-    options = {"eval_interval": 2, "best_metric": "NDCG@3", "early_stop_patience": 2}
-    first = {"max_train_iters": 4, "ckpt_save_interval": 4}
-    train("retrieval", output="first", trainer=options | first, optimizer=WORSE_AND_WORSE)
-    second = {"max_train_iters": 20, "ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}
-    finished = train("retrieval", output="second", trainer=options | second, optimizer=WORSE_AND_WORSE)
-    assert (finished.summary["status"], finished.summary["iterations"]) == ("stopped early", 6)
-    assert finished.summary["best"]["iter"] == 2
-
-
 def test_a_run_that_improves_goes_on_and_keeps_its_best(train: Callable[..., FinishedRun]) -> None:
     options = {
         "max_train_iters": 12,
@@ -337,10 +302,6 @@ def test_the_operative_configuration_trains_the_same_model(
     first = run(config, mesh)
     again = load([str(first.path / "operative.gin")], [f"TrainerArgs.output_dir = '{tmp_path}/second'"], "retrieval")
     assert first.losses == run(again, mesh).losses
-
-
-def test_another_seed_is_another_run(train: Callable[..., FinishedRun]) -> None:
-    assert train("retrieval").losses != train("retrieval", trainer={"seed": 5}).losses
 
 
 def test_clipping_bounds_the_dense_step(train: Callable[..., FinishedRun], mesh: Mesh) -> None:

@@ -48,8 +48,8 @@ class DataError(UserError):
 def report_once(text: str) -> None:
     """Print the text of an error that all ranks may have, once per host.
 
-    The first rank of a host prints at once and exits, whereupon torchrun kills the others. Another rank therefore
-    waits, and prints only if it is still alive, because it alone has the error.
+    The first rank of a host prints at once and exits, whereupon torchrun kills the others. Another rank waits, and
+    prints if it is still alive: it alone has the error.
     """
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
     if local_rank.isdecimal() and int(local_rank) > 0:

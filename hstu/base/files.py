@@ -36,11 +36,8 @@ def aside_path(target: Path) -> Path:
 def written_aside(target: Path, shared: bool = False) -> Iterator[Path]:
     """Give the path at which the block writes a file or a directory, then put that in place of ``target``.
 
-    If the block or the disk fails, ``target`` is as before and what was written is removed.
-
-    Args:
-        target: its directory exists. A file is replaced; a directory is replaced only if it is empty.
-        shared: other processes may write the same target at the same time. The last one wins.
+    If the block or the disk fails, ``target`` is as before and what was written is removed. A directory is replaced
+    only if it is empty. ``shared``: other processes may write the same target at the same time; the last one wins.
     """
     aside = aside_path(target.with_name(f"{target.name}.{secrets.token_hex(8)}") if shared else target)
     remove(aside)
@@ -105,20 +102,11 @@ class DirectoryInUse(ConfigError):
 class DirectoryLock:
     """An exclusive lock on a directory, held until ``release`` or the end of this process, however it ends.
 
-    The file ``.lock`` in the directory says which host and process hold it. A file that a killed process has left is no
-    lock.
+    Its file says which host and process hold it. A file that a killed process has left is no lock. ``option`` names the
+    directory in the error. Raises DirectoryInUse, or OSError if the directory cannot be written.
     """
 
     def __init__(self, directory: Path, option: str) -> None:
-        """
-        Args:
-            directory: exists.
-            option: the option that names the directory, for the error.
-
-        Raises:
-            DirectoryInUse: another process, or another lock of this process, holds the lock. Nothing has been changed.
-            OSError: the directory cannot be written.
-        """
         self._path = directory / LOCK_FILE
         self._process = os.getpid()
         self._lock = FileLock(self._path, thread_local=False, fallback_to_soft=False, on_acquired=_write_holder)
@@ -164,12 +152,11 @@ class Journal:
         """Takes over the stages of an interrupted job with the same key. False where there is none."""
         try:
             stored = json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            if self.key is None or stored["key"] != self.key:
+                return False
+            self.stages = dict(stored["stages"])
+        except (OSError, ValueError, TypeError, KeyError):
             return False
-        is_ours = isinstance(stored, dict) and self.key is not None and stored.get("key") == self.key
-        if not is_ours or not isinstance(stored.get("stages"), dict):
-            return False
-        self.stages = stored["stages"]
         return True
 
     def __contains__(self, stage: str) -> bool:

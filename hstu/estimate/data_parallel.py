@@ -87,7 +87,5 @@ def _sharded_weights(workload: Workload, run: DryRun, gradient_size: int) -> Ite
     yield shards("dense weights in forward", "all_gather", calls=passes * (layers + 1), payload=payload)
     payload = passes * of_layers * FLOAT32
     yield shards("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
-    gradients, payload = partial(Transfer, calls=layers + 1, behind="backward"), part * gradient_size
-    yield gradients("gradients of the dense part", "reduce_scatter", "shards", ranks, payload=ranks * payload)
-    replicas = workload.dp_cp_size // ranks
-    yield gradients("their parts, between groups", "all_reduce", "replicas", replicas, payload=payload)
+    name, payload = "gradients of the dense part", ranks * part * gradient_size
+    yield shards(name, "reduce_scatter", calls=layers + 1, payload=payload, behind="backward")

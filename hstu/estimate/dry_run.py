@@ -36,9 +36,9 @@ from hstu.ops.select import select_kernels
 from hstu.optim.dense import DenseOptimizer
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.parallel.collectives import gather_rows
+from hstu.parallel.layer_comm import split_encoder
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_optimizer import TableOptimizer
-from hstu.parallel.tensor import split_encoder
 from hstu.pipeline.step import TrainStep
 from hstu.train.builder import build_loss_scale, task_module
 
@@ -311,7 +311,6 @@ def _mesh(workload: Workload) -> Iterator[tuple[Mesh, dict[str, str]]]:
             device=_CPU,
             rank=rank,
             world_size=world,
-            local_rank=0,
             local_world_size=workload.ranks_per_host,
             dp_rank=rank // size,
             dp_size=workload.dp_size,
@@ -325,8 +324,6 @@ def _mesh(workload: Workload) -> Iterator[tuple[Mesh, dict[str, str]]]:
             cp_group=groups["context"],
             tp_cp_group=groups["samples"],
             dp_cp_group=groups["gradients"],
-            shard_group=groups["gradients"],
-            replica_group=None,
             seed=0,
         )
         with torch.random.fork_rng(devices=[]):

@@ -104,7 +104,7 @@ class Times:
         """Of a rank of the group that trains on ``batch``; ``run``: its step."""
         shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
         parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
-        parts |= {"samples": shared} | dict.fromkeys(("data", "shards", "replicas"), "data parallelism")
+        parts |= {"samples": shared} | dict.fromkeys(("data", "shards"), "data parallelism")
         exposed = dict.fromkeys(parts.values(), 0.0)
         computing, waits = _follow(workload, machine, run)
         computing |= {name: machine.seconds(name, cost) for name, cost in table_costs(workload, run, plan).items()}

@@ -35,7 +35,6 @@ SEARCHED = (
     ("context_parallel", "context_parallel_size"),
     ("network", "sequence_parallel"),
     ("data_parallel", "sharding"),
-    ("data_parallel", "shard_group_size"),
     *(("network", name) for name in KEPT),
     ("trainer", "train_batch_size"),
     ("trainer", "gradient_accumulation_steps"),
@@ -80,9 +79,8 @@ def search(
     for tp, cp in _groups(config, world_size, ranks_per_host):
         progress(f"tensor parallel {tp}, context parallel {cp}")
         planned: Workload | None = None
-        sharding = list(_sharding(world_size // tp, ranks_per_host // tp))
-        for by_tokens, shared, saving in product((False, True), sharding, RECOMPUTED):
-            changed = _changed(config, tp, cp, by_tokens, shared, saving)
+        for by_tokens, sharding, saving in product((False, True), ("none", "optimizer", "weights"), RECOMPUTED):
+            changed = _changed(config, tp, cp, by_tokens, sharding, saving)
             if (by_tokens and tp == 1) or not _is_valid(changed, world_size):
                 continue
             # Lengths and tables depend on the size of the groups alone.
@@ -101,24 +99,15 @@ def _groups(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator
             yield tp, cp
 
 
-def _sharding(ranks: int, on_host: int) -> Iterator[dict[str, Any]]:
-    """What ``ranks`` with equal dense weights may share, all of them or those of a host."""
-    yield {"sharding": "none", "shard_group_size": None}
-    for kind in ("optimizer", "weights"):
-        yield {"sharding": kind, "shard_group_size": None}
-        if 1 < on_host < ranks:
-            yield {"sharding": kind, "shard_group_size": on_host}
-
-
 def _changed(
-    config: RunConfig, tp: int, cp: int, by_tokens: bool, shared: Mapping[str, Any], saving: Mapping[str, Any]
+    config: RunConfig, tp: int, cp: int, by_tokens: bool, sharding: str, saving: Mapping[str, Any]
 ) -> RunConfig:
     return replace(
         config,
         network=replace(config.network, sequence_parallel=by_tokens, **{**KEPT, **saving}),
         tensor_parallel=replace(config.tensor_parallel, tensor_model_parallel_size=tp),
         context_parallel=replace(config.context_parallel, context_parallel_size=cp),
-        data_parallel=replace(config.data_parallel, **shared),
+        data_parallel=replace(config.data_parallel, sharding=sharding),
     )
 
 

@@ -131,7 +131,7 @@ class Opened:
     def tensor_sizes(self) -> dict[str, torch.Size]:
         """Tensor of a checkpoint of this run → size, as TrainState.tensors names them; dynamic tables apart."""
         args, specs = self.run.optimizer, [spec for spec in self.specs.value if spec.dynamic is None]
-        of_parts = match_part_optimizers(dict.fromkeys(self.dense_weights, True), args)
+        of_parts = match_part_optimizers(self.dense_weights, args)
         sizes = {f"{WEIGHTS}task.{name}": tensor.size() for name, tensor in self.task.state_dict().items()}
         sizes |= {f"{TABLES}{spec.name}": torch.Size((spec.rows, spec.dim)) for spec in specs}
         for name, weight in self.dense_weights.items():

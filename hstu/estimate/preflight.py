@@ -40,10 +40,10 @@ from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.costs import FLOAT32
 from hstu.ops.select import select_kernels
-from hstu.optim.dense import decayed_parameters, match_part_optimizers
+from hstu.optim.dense import match_part_optimizers
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise
 from hstu.parallel.table_plan import room_of_rank
-from hstu.parallel.tables import check_kernels, check_memory, table_training
+from hstu.parallel.tables import check_kernels, check_memory
 from hstu.train.label_codes import label_offset
 from hstu.train.tables import check_rows
 
@@ -160,11 +160,8 @@ def part_optimizers_have_an_effect(run: RunDraft, opened: Opened) -> Iterator[Pr
     """Every regular expression of part_optimizers finds a weight that is not an earlier one's."""
     args = run.optimizer
     if args.part_optimizers:
-        decaying = {id(weight) for weight in decayed_parameters(opened.task)}
-        names = {name: id(weight) in decaying for name, weight in opened.dense_weights.items()}
-        yield from reported(
-            run, args, "part_optimizers", Attempt(lambda: match_part_optimizers(names, args, run.located)).error
-        )
+        attempt = Attempt(lambda: match_part_optimizers(opened.dense_weights, args, run.located))
+        yield from reported(run, args, "part_optimizers", attempt.error)
 
 
 def kernels_run_here(run: RunDraft, opened: Opened) -> Iterator[Problem]:
@@ -178,11 +175,10 @@ def kernels_run_here(run: RunDraft, opened: Opened) -> Iterator[Problem]:
 
 def kernels_of_tables_run_here(run: RunDraft, opened: Opened) -> Iterator[Problem]:
     """The device has the kernels that EmbeddingArgs.compute_kernel demands."""
-    training = table_training(opened.specs.value, run.optimizer)
     tables = {table.table_name: table for table in run.embeddings}
     for spec in opened.specs.value:
-        if spec.compute_kernel is not None and spec.name in training:
-            error = Attempt(partial(check_kernels, [spec], training, _device_type())).error
+        if spec.compute_kernel is not None:
+            error = Attempt(partial(check_kernels, [spec], run.optimizer, _device_type())).error
             yield from reported(run, tables[spec.name], "compute_kernel", error)
 
 

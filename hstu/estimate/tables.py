@@ -184,8 +184,8 @@ def table_steps(
 def _replicated_step(workload: Workload, spec: TableSpec, ids: int) -> Callable[[], object]:
     args = workload.config.optimizer
     table = nn.Parameter(torch.randn(spec.rows, spec.dim))
-    group = {"params": [table], "lr": 1e-9, "optimizer": TableTraining.of(spec, args).optimizer}
-    optimizer = RowOptimizer([group], (args.adam_beta1, args.adam_beta2), args.adam_eps)
+    optimizer = RowOptimizer({spec.name: table}, {spec.name: TableTraining.of(spec, args)}, args)
+    optimizer.lr_multiplier = 1e-9
     indices = torch.randint(spec.rows, (ids,))
 
     def step() -> None:

@@ -14,8 +14,8 @@ class Transfer:
     kind: str
     """all_reduce, all_gather, reduce_scatter or all_to_all."""
     group: str
-    """world, data, shards (Mesh.shard_group), replicas (Mesh.replica_group), tensor, context, or samples: the ranks of
-    a tp_cp group."""
+    """world, data, shards (the ranks that share the dense part), tensor, context, or samples: the ranks of a tp_cp
+    group."""
     ranks: int
     """Size of the group."""
     calls: int

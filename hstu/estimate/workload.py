@@ -102,7 +102,6 @@ class Workload:
     def ranks_on_host(self, group: str, ranks: int) -> int:
         """How many of the ``ranks`` of a group of a Transfer a host has."""
         strides = {"context": self.tp_size, "data": self.world_size // ranks, "shards": self.tp_size}
-        strides["replicas"] = self.tp_size * self.shard_group_size
         return min(ranks, max(1, self.ranks_per_host // strides.get(group, 1)))
 
     @property
@@ -118,9 +117,7 @@ class Workload:
     @property
     def shard_group_size(self) -> int:
         """Ranks that share what ``dense_sharding`` shards; 1 if it is "none"."""
-        if self.dense_sharding == "none":
-            return 1
-        return self.config.data_parallel.shard_group_size or self.dp_cp_size
+        return 1 if self.dense_sharding == "none" else self.dp_cp_size
 
     @property
     def replicated_elements(self) -> int:

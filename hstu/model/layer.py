@@ -1,7 +1,7 @@
 """One HSTU layer in plain PyTorch. Read this first: it is all that a layer computes, in the order of the paper.
 
-Models run :class:`hstu.model.stack.FusedHSTULayer`, a subclass that computes the same with kernels. The layer with its
-heads split over tensor-parallel ranks is in hstu/parallel/tensor.py. Source: HSTU, arXiv 2402.17152, sec. 3.
+Models run :class:`hstu.model.stack.FusedHSTULayer`, a subclass that computes the same with kernels.
+Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
 from __future__ import annotations

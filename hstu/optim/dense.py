@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
-from hstu.config.problems import Cite, cite, did_you_mean
+from hstu.config.problems import Cite, cite
 from hstu.model.embedding import ReplicatedTables
 from hstu.parallel.shards import ShardedView, WeightShares
 
 log = logging.getLogger(__name__)
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_SETTINGS = "optimizer_str", "learning_rate", "weight_decay"
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,16 @@ class OptimizerSettings:
     @classmethod
     def of(cls, args: OptimizerArgs, part: PartOptimizerArgs | None = None) -> OptimizerSettings:
         """Those of ``part``, or of ``args`` where ``part`` gives none."""
-        given = (part.optimizer_str, part.learning_rate, part.weight_decay) if part else (None, None, None)
-        name, rate, decay = given
-        return cls(
-            args.optimizer_str if name is None else name,
-            args.learning_rate if rate is None else rate,
-            args.weight_decay if decay is None else decay,
-        )
+        given = {name: getattr(part, name, None) for name in _SETTINGS}
+        return cls(*(getattr(args, name) if value is None else value for name, value in given.items()))
 
 
 class DenseOptimizer:
-    """torch.optim optimizers with decoupled weight decay, and state that exists from the start.
+    """torch.optim optimizers with decoupled weight decay, and state that exists from the start, named by parameter.
 
-    Weight decay is w ← w - lr · weight_decay · w before the update, whichever the optimizer (adam with it is adamw).
-    It applies to ``decayed_parameters``. State is named by parameter, so checkpoints do not depend on the order of
-    parameters. With ``ema_decay``, the state includes an exponential moving average of the parameters. Replicated
-    tables are among the parameters, but hstu.parallel trains them.
+    Weight decay is w ← w - lr · weight_decay · w before the update, whichever the optimizer, for
+    ``decayed_parameters``. With ``ema_decay``, the state includes a moving average of the parameters. Replicated tables
+    are among the parameters, but hstu.parallel trains them.
 
     ``settings``: by name, for parameters that are not trained as ``args`` says. ``shares``: what each rank updates of
     the parameters; None: this rank updates all of them.
@@ -74,8 +68,17 @@ class DenseOptimizer:
         self._owned = trained if shares is None else shares.own
         """What this rank updates of each trained parameter."""
         decaying = {id(weight) for weight in decayed_parameters(module)}
-        decayed = {name for name, weight in trained.items() if id(weight) in decaying}
-        self._groups = [*_parameter_groups(self._owned, decayed, args, settings or {})]
+        by_settings: dict[OptimizerSettings, dict[str, nn.Parameter]] = {}
+        for name, owned in self._owned.items():
+            by_settings.setdefault((settings or {}).get(name) or OptimizerSettings.of(args), {})[name] = owned
+        self._groups = [
+            _ParameterGroup(
+                own_settings,
+                _build([*weights.values()], own_settings, args),
+                [w for name, w in weights.items() if own_settings.weight_decay > 0 and id(trained[name]) in decaying],
+            )
+            for own_settings, weights in by_settings.items()
+        ]
         self.ema_decay = args.ema_decay
         self.steps = 0
         """Steps taken. Together with ``state_tensors`` the whole state; to be set on restore."""
@@ -96,11 +99,10 @@ class DenseOptimizer:
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
-        """Apply weight decay, then the updates, then the moving average, to all parameters.
+        """Apply weight decay, then the updates, then the moving average. Collective where ranks share parameters.
 
-        Collective where ranks share parameters. ``found_inf``: float32 scalar on the device, as in torch.amp. Where it
-        is not 0, no weight, moment, average or step count of a moment changes, whatever the gradients are. ``steps``
-        counts the step all the same.
+        ``found_inf``: float32 scalar on the device, as in torch.amp. Where it is not 0, no weight or state changes;
+        ``steps`` counts the step all the same.
         """
         if self._shares is not None:
             self._shares.take_gradients()
@@ -112,18 +114,17 @@ class DenseOptimizer:
         self.steps += 1
 
     def _update_averages(self, found_inf: Tensor | None) -> None:
-        # A constant decay of 0.995 would leave 22 % of the initial weights in the average after 300 steps. This
-        # warm-up is that of TensorFlow's ExponentialMovingAverage(num_updates).
-        change = 1.0 - min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
-        averages: list[Tensor] = list(self._averages.values())
-        weights: list[Tensor] = list(self._averaged.values())
-        if not averages:
+        if not self._averages:
             return
+        # The warm-up of TensorFlow's ExponentialMovingAverage(num_updates): a constant decay of 0.995 would leave 22 %
+        # of the initial weights in the average after 300 steps.
+        change = 1.0 - min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
+        averages: list[Tensor] = [*self._averages.values()]
+        weights: list[Tensor] = [*self._averaged.values()]
         if found_inf is None:
             torch._foreach_lerp_(averages, weights, change)
         else:
-            changes = [torch.where(found_inf > 0, 0.0, change)] * len(averages)
-            torch._foreach_lerp_(averages, weights, changes)
+            torch._foreach_lerp_(averages, weights, [torch.where(found_inf > 0, 0.0, change)] * len(averages))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -170,12 +171,11 @@ class _ParameterGroup:
     optimizer: torch.optim.Optimizer
     decayed: list[Tensor]
 
-    def create_state(self) -> None:
-        """Create the state that torch would create in the first step, with the values that this step would start from.
+    def __post_init__(self) -> None:
+        """Create the state that torch would create in the first step: DCP silently skips state that does not exist.
 
-        A checkpoint could otherwise not be restored in place into a new optimizer: DCP silently skips state that does
-        not exist. A step with zero gradients at learning rate 0 changes no parameter and leaves zero moments (with
-        momentum, a zero buffer gives the same next step as no buffer). Only the step counts need resetting.
+        A step with zero gradients at learning rate 0 changes no parameter and leaves zero moments. Only the step counts
+        need resetting.
         """
         for parameter in self.optimizer.param_groups[0]["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -199,31 +199,12 @@ class _ParameterGroup:
         self.optimizer.step()
 
 
-def _parameter_groups(
-    parameters: Mapping[str, nn.Parameter],
-    decaying: Collection[str],
-    args: OptimizerArgs,
-    settings: Mapping[str, OptimizerSettings],
-) -> Iterator[_ParameterGroup]:
-    common = OptimizerSettings.of(args)
-    groups: dict[OptimizerSettings, dict[str, nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        groups.setdefault(settings.get(name, common), {})[name] = parameter
-    for group_settings, weights in groups.items():
-        decayed: list[Tensor] = [
-            w for name, w in weights.items() if group_settings.weight_decay > 0 and name in decaying
-        ]
-        group = _ParameterGroup(group_settings, _build([*weights.values()], group_settings, args), decayed)
-        group.create_state()
-        yield group
-
-
 def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that weight decay applies to: two or more dimensions, and neither an embedding nor a norm."""
     exempt = {
         id(parameter)
         for child in module.modules()
-        if isinstance(child, (nn.Embedding, *_NORMS))
+        if isinstance(child, (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
         for parameter in child.parameters(recurse=False)
     }
     return [weight for weight in module.parameters() if weight.ndim >= 2 and id(weight) not in exempt]
@@ -246,38 +227,22 @@ def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: Op
 
 
 def match_part_optimizers(
-    names: Mapping[str, bool], args: OptimizerArgs, cite: Cite = cite
+    names: Collection[str], args: OptimizerArgs, cite: Cite = cite
 ) -> dict[str, OptimizerSettings]:
     """Settings of each weight: those of the first entry of part_optimizers whose regular expression finds its name.
 
-    ``names``: weight → whether it is of a kind that decays. Raises one ConfigError for all entries without effect:
-    those that match no weight, only weights of earlier entries, or, with a weight decay, no weight that decays.
+    Raises one ConfigError for all entries that find none.
     """
-    owners: dict[str, int] = {}
+    settings: dict[str, OptimizerSettings] = {}
     problems = []
-    for number, part in enumerate(args.part_optimizers):
-        matching = [name for name in names if re.search(part.regex, name)]
-        own = [name for name in matching if name not in owners]
-        owners |= dict.fromkeys(own, number)
-        if not matching:
-            problems.append(cite(part, "regex", f"matches no dense weight{_known(part.regex, names)}"))
-        elif not own:
-            first = args.part_optimizers[owners[matching[0]]].regex
-            text = f"all that it matches belongs to parts before it, the first to {first!r}: put this one earlier"
+    for part in args.part_optimizers:
+        own = [name for name in names if name not in settings and re.search(part.regex, name)]
+        settings |= dict.fromkeys(own, OptimizerSettings.of(args, part))
+        if not own:
+            known = dict.fromkeys(re.sub(r"\.layers\.\d+\.", ".layers.N.", name) for name in names)
+            text = f"matches no dense weight that the entries before it have left. There are {', '.join(known)}"
             problems.append(cite(part, "regex", text))
-        elif part.weight_decay and not any(names[name] for name in own):
-            text = f"none of what {part.regex!r} matches decays, {own[0]} for one: it is a norm or bias; remove it"
-            problems.append(cite(part, "weight_decay", text))
     if problems:
         raise ConfigError(problems)
     others = OptimizerSettings.of(args)
-    by_part = [OptimizerSettings.of(args, part) for part in args.part_optimizers]
-    return {name: by_part[owners[name]] if name in owners else others for name in names}
-
-
-def _known(regex: str, names: Iterable[str]) -> str:
-    """The name that may have been meant, and all names, those of equal layers once."""
-    words = dict.fromkeys(word for name in names for word in name.split("."))
-    short = dict.fromkeys(re.sub(r"\.layers\.\d+\.", ".layers.N.", name) for name in names)
-    guess = did_you_mean(regex.rpartition(".")[2], words)
-    return f"{guess}{' There' if guess else '; there'} are {', '.join(short)}"
+    return {name: settings.get(name, others) for name in names}

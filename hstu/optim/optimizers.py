@@ -12,7 +12,7 @@ from torch import Tensor
 from hstu.config.args import LRScheduleArgs, OptimizerArgs
 from hstu.config.problems import Cite, cite
 from hstu.model.gr_model import GRModel
-from hstu.optim.dense import DenseOptimizer, decayed_parameters, match_part_optimizers
+from hstu.optim.dense import DenseOptimizer, match_part_optimizers
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.flat_weights import FlatWeights
 from hstu.parallel.fsdp import FsdpWeights, fully_sharded
@@ -58,10 +58,8 @@ class Optimizers:
         self.tables.zero_grad()
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale the dense gradients so that their global L2 norm is at most ``max_norm``.
-
-        Returns the norm before clipping as a scalar on the device, equal on all ranks, without a host wait. Collective
-        where dense weights are sharded. Gradients of sharded tables are not part of it.
+        """Scale the dense gradients so that their global L2 norm is at most ``max_norm``; returns it before clipping, a
+        scalar on the device. Collective where dense weights are sharded. Sharded tables are not part of it.
         """
         return clip_grad_norm(self.dense.parameters.values(), max_norm, self.tp_group)
 
@@ -94,22 +92,19 @@ def build_optimizers(
     """Build the optimizers of a model with sharded tables; its dense part may be tensor-parallel, and wrapped by DDP or
     fully sharded.
 
-    ``shard_states``: shard those of the dense part over ``mesh.shard_group``. Those of sharded weights always are.
+    ``shard_states``: shard those of the dense part over ``mesh.dp_cp_group``. Those of sharded weights always are.
     Raises ConfigError if OptimizerArgs.part_optimizers do not fit its weights. ``cite`` formats the problems.
     """
     dense = unwrap_dense(model)
-    tables_of_dense = {id(weight) for weight in model.replicated_tables.parameters()}
-    decaying = {id(parameter) for parameter in decayed_parameters(dense)}
-    weights = {
-        name: id(weight) in decaying for name, weight in dense.named_parameters() if id(weight) not in tables_of_dense
-    }
-    trained, sharded = {name: dense.get_parameter(name) for name in weights}, fully_sharded(dense)
+    of_tables = {id(weight) for weight in model.replicated_tables.parameters()}
+    trained = {name: weight for name, weight in dense.named_parameters() if id(weight) not in of_tables}
+    sharded = fully_sharded(dense)
     shares: WeightShares | None = None
     if sharded is not None:
         shares = FsdpWeights(trained, sharded)
     elif shard_states and mesh.dp_cp_size > 1:
-        shares = FlatWeights(trained, mesh.shard_group)
-    optimizer = DenseOptimizer(dense, args, match_part_optimizers(weights, args, cite), shares)
+        shares = FlatWeights(trained, mesh.dp_cp_group)
+    optimizer = DenseOptimizer(dense, args, match_part_optimizers(trained, args, cite), shares)
     return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)
 
 

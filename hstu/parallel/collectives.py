@@ -10,8 +10,6 @@ torch.distributed._functional_collectives is private and has just renamed its fu
 
 from __future__ import annotations
 
-import hashlib
-import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -148,38 +146,25 @@ def gather_objects(local: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def require_equal(facts: Mapping[str, str], group: dist.ProcessGroup, error: type[UserError]) -> None:
-    """Raise ``error`` on every rank unless ``facts`` (name → value) are equal on all. The text has both sides.
-
-    Usually only a hash is exchanged.
-    """
-    digests = gather_objects(hashlib.sha256(json.dumps(dict(sorted(facts.items()))).encode()).digest(), group)
-    others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-    if not others:
-        return
-    rank = dist.get_rank(group)
-    told = gather_objects((socket.gethostname(), facts) if rank in (0, others[0]) else None, group)
-    (host, first), (other_host, other) = told[0], told[others[0]]
-    lines = [
-        f"{name} = {first.get(name, 'nothing')} on rank 0 ({host}), "
-        f"{other.get(name, 'nothing')} on rank {others[0]} ({other_host})"
-        for name in dict.fromkeys([*first, *other])
-        if first.get(name) != other.get(name)
-    ]
-    ranks = f"rank{'s'[: len(others) > 1]} {', '.join(map(str, others))}"
-    raise error(
-        "\n  ".join([f"rank 0 and {ranks} would not train the same run; they differ in:", *lines])
-        + "\nStart all ranks with the same gin files and bindings, the same code and the same data."
-    )
+    """Raise ``error`` on every rank unless ``facts`` (name → value) are equal on all. The text has both sides."""
+    by_rank = gather_objects((socket.gethostname(), dict(facts)), group)
+    host, first = by_rank[0]
+    for rank, (other_host, other) in enumerate(by_rank):
+        if other != first:
+            lines = [
+                f"{name} = {first.get(name, 'nothing')} on rank 0 ({host}), "
+                f"{other.get(name, 'nothing')} on rank {rank} ({other_host})"
+                for name in dict.fromkeys([*first, *other])
+                if first.get(name) != other.get(name)
+            ]
+            head = f"rank 0 and rank {rank} would not train the same run; they differ in:"
+            advice = "Start all ranks with the same gin files and bindings, the same code and the same data."
+            raise error("\n  ".join([head, *lines]) + f"\n{advice}")
 
 
 def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """Call ``function`` on every rank and return this rank's result. If it fails on one rank, every rank raises.
-
-    Without this, a full disk on one host would leave the other ranks waiting in their next collective.
-
-    Raises:
-        UserError: the first one in rank order, on every rank.
-        RuntimeError: on the ranks where ``function`` succeeded, after any other error. The failing rank raises its own.
+    """Call ``function`` on every rank and return this rank's result. If it fails on one rank, every rank raises: the
+    first UserError in rank order, or else RuntimeError where ``function`` succeeded. None waits for a rank that failed.
     """
     result, error = None, None
     try:

@@ -35,10 +35,10 @@ class ReplicatedDense(DistributedDataParallel):
         """Dtype in which gradients are exchanged. They are float32 before and after."""
         self.own_buckets_finite: list[Tensor] = []
         """One bool scalar on the device per bucket averaged in this step."""
-        self.register_comm_hook(self, _average_bucket)
-        # By default DDP orders its buckets anew after the first step, by the arrival of the gradients. The order of the
-        # terms of a sum over three or more ranks depends on the place in a bucket, so the first step of a resumed run
-        # would differ in its last bits from the same step of a run that never stopped.
+        self.register_comm_hook(self, ReplicatedDense.average_bucket)
+        # By default DDP orders its buckets anew after the first step, and the order of the terms of a sum over three or
+        # more ranks depends on the place in a bucket. A resumed run would differ in its last bits from one that never
+        # stopped.
         self.reducer._push_all_rebuilt_params()  # as if all gradients had arrived in the order of the reducer
 
     def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
@@ -58,16 +58,11 @@ class ReplicatedDense(DistributedDataParallel):
         return averaged.then(lambda done: gradients.copy_(done.value()[0]))
 
 
-def _average_bucket(dense: ReplicatedDense, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    return dense.average_bucket(bucket)
-
-
 def replicate_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
     """Wrap ``model.dense`` in DDP over the ranks with equal dense weights, if there are several.
 
-    Replicated tables are included where their gradients are dense; for others see :func:`average_sparse_gradients`.
-    ``sent_as``: see ReplicatedDense. Every parameter gets a gradient on every rank, even for batches without labels
-    (see DenseModel), so DDP need not search for unused parameters.
+    Every parameter gets a gradient on every rank (see DenseModel), so DDP need not search for unused parameters. For
+    replicated tables with sparse gradients see :func:`average_sparse_gradients`. ``sent_as``: see ReplicatedDense.
     """
     if mesh.dp_cp_size > 1:
         model.dense = ReplicatedDense(model.dense, mesh.dp_cp_group, sent_as)
@@ -116,11 +111,10 @@ def gradient_sync(dense: nn.Module, *, is_last: bool) -> Iterator[None]:
 
 
 def average_sparse_gradients(dense: nn.Module) -> None:
-    """After own_gradients_finite: average the sparse gradients over the ranks, each of which gets the others' rows.
+    """After own_gradients_finite: average the gradients that DDP or FSDP has not averaged. Collective.
 
-    DDP would add up whole tables. The rows of the ranks follow each other, so all ranks sum them in one order.
-    Collective where ``dense`` is wrapped by DDP, which has averaged the other gradients, or fully sharded; then dense
-    gradients of the tables are averaged, too.
+    Of sparse ones each rank gets the others' rows, where DDP would add up whole tables. The rows of the ranks follow
+    each other, so all ranks sum them in one order.
     """
     if isinstance(dense, ReplicatedDense):
         group, module = dense.process_group, dense.module

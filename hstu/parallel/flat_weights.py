@@ -1,12 +1,10 @@
-"""Weights in one buffer, of which each rank of a shard group updates an equal share (ZeRO stage 1).
+"""Weights in one buffer, of which each rank with equal dense weights updates an equal share (ZeRO stage 1).
 
 The buffer is cut into as many equal ranges as there are ranks, wherever a weight begins or ends. A rank has optimizer
 states for its range only, updates it, and gathers the ranges of the others: one all-gather in place per step.
 
-torch.distributed.optim.ZeroRedundancyOptimizer (torch 2.13) does not serve here. It gives whole weights to ranks, so
-the rank with the largest weight sets the memory, and it fails if there are fewer weights with equal settings than
-ranks. It broadcasts from one rank after another. The states of a weight exist on one rank only, under names that
-change with the ranks, and ``found_inf``, which torch's fused optimizers read, does not reach the optimizer inside.
+torch.distributed.optim.ZeroRedundancyOptimizer (torch 2.13) gives whole weights to ranks, so the largest weight sets
+the memory. It fails with fewer weights than ranks, and ``found_inf`` does not reach the optimizer inside.
 Source: Rajbhandari et al., ZeRO, SC 2020.
 """
 

@@ -1,11 +1,9 @@
-"""Dense weights of which each rank of a shard group holds a part: torch's FSDP2 (ZeRO stage 3).
+"""Dense weights of which each rank with equal ones holds a part: torch's FSDP2 (ZeRO stage 3).
 
 A layer's weights are gathered for its forward and freed, gathered again for its backward, and their gradients are
-reduce-scattered. They may stay gathered in between. All other dense weights are one more unit, which stays gathered
-from forward to backward. The rows of a weight are cut into as many equal parts as the group has ranks.
-HSTULayerFunction saves the gathered weights for backward; FSDP frees their memory and fills it again, so they take none
-in between. Where there are several shard groups, each holds all weights, and ranks with equal parts add up their
-gradients (hybrid sharding, HSDP).
+reduce-scattered. All other dense weights are one more unit, which stays gathered from forward to backward. The rows of
+a weight are cut into as many equal parts as there are ranks with equal dense weights. HSTULayerFunction saves the
+gathered weights for backward; FSDP frees their memory and fills it again, so they take none in between.
 
 Source: Zhao et al., PyTorch FSDP, VLDB 2023.
 """
@@ -35,33 +33,23 @@ class FullySharded:
         """Shard the weights of ``dense`` in place; those of its replicated tables stay whole."""
         self.group = mesh.dp_cp_group
         """All ranks with equal dense weights."""
-        self._replicas = mesh.replica_group
         self.sent_as = sent_as
         """Dtype in which gradients are exchanged. They are float32 before and after."""
         self.own_units_finite: list[Tensor] = []
         """One bool scalar on the device per unit whose gradients were averaged in this step."""
         self.tables = list(dense.replicated.parameters())
         attributes = {name: vars(weight) for name, weight in dense.named_parameters()}
-        ranks = DeviceMesh.from_group(mesh.shard_group, mesh.device.type)
+        ranks = DeviceMesh.from_group(self.group, mesh.device.type)
         layers = [module for module in dense.modules() if isinstance(module, FusedHSTULayer)]
         of_layers = {weight for layer in layers for weight in layer.parameters()}  # gone after its forward
         dense.filled = [name for name, weight in dense.task.named_parameters() if weight not in of_layers]
-        self.units: list[FSDPModule] = [fully_shard(layer, mesh=ranks, reshard_after_forward=True) for layer in layers]
+        self.units: list[FSDPModule] = [fully_shard(layer, mesh=ranks) for layer in layers]
         self.root: FSDPModule = fully_shard(dense, mesh=ranks, ignored_params=set(self.tables))
         self.units.append(self.root)
         for name, weight in dense.named_parameters():
             vars(weight).update(attributes[name])  # those that mark tensor-parallel weights
         for unit in self.units:
             unit.set_custom_reduce_scatter(_AveragingReduceScatter(self))  # type: ignore[arg-type]
-            if self._replicas is not None:
-                # FSDP's own exchange over a mesh of two dimensions averages, which gloo cannot, and sends float32.
-                unit.set_all_reduce_hook(self._add_replicas)
-
-    def _add_replicas(self, gradients: Tensor) -> None:
-        """Add up the gradients of a unit over the ranks that have the same part of it, in place."""
-        sent = gradients.to(self.sent_as)
-        dist.all_reduce(sent, group=self._replicas)
-        gradients.copy_(sent)
 
     def average_table_gradients(self) -> None:
         """After backward: average the dense gradients of replicated tables. On a CPU theirs are sparse."""
@@ -77,7 +65,7 @@ class FullySharded:
 
 
 class _AveragingReduceScatter:
-    """Averages as DDP does here (ReplicatedDense), and checks this rank's gradients before. Gloo has no average."""
+    """Averages as ReplicatedDense does, and checks this rank's gradients before. Gloo has no average."""
 
     def __init__(self, sharded: FullySharded) -> None:
         self._sharded = sharded
@@ -89,22 +77,17 @@ class _AveragingReduceScatter:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
     ) -> None:
-        """Sum ``input_tensor`` over the ranks of a shard group, each of which gets its part of the sum, divided by the
-        number of all ranks with equal weights.
-        """
+        """Average ``input_tensor`` over the ranks, each of which gets its part."""
         sent = input_tensor.to(self._sharded.sent_as)
         self._sharded.own_units_finite.append(all_finite([sent]))
-        sent.mul_(1.0 / dist.get_world_size(self._sharded.group))
+        sent.mul_(1.0 / dist.get_world_size(group))
         received = output_tensor.to(self._sharded.sent_as)
         dist.reduce_scatter_tensor(received, sent, group=group)
         output_tensor.copy_(received)
 
 
 def shard_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
-    """Shard the weights of ``model.dense`` over ``mesh.shard_group``, if there are several ranks with equal ones.
-
-    ``sent_as``: see FullySharded.
-    """
+    """Shard the weights of ``model.dense``, if several ranks have equal ones. ``sent_as``: see FullySharded."""
     if mesh.dp_cp_size > 1:
         dense = model.dense
         assert isinstance(dense, DenseModel)

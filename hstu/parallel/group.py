@@ -27,10 +27,7 @@ from hstu.parallel.mesh import Mesh
 
 
 def to_train_batch(batch: HSTUBatch, roles: FeatureRoles, mesh: Mesh, num_micro_batches: int = 1) -> TrainBatch:
-    """Add what the dense part computes on to a rank's batch on the host.
-
-    Collective over the tp_cp group, over gloo: all its ranks must have equally many batches.
-    """
+    """Add what the dense part computes on to a rank's batch on the host. Collective over the tp_cp group, over gloo."""
     computed, group = _merge_group(batch, roles.item, mesh) if mesh.tp_cp_size > 1 else (batch, None)
     train_batch = TrainBatch.of(batch, computed, group, num_micro_batches, roles)
     return train_batch.pin_memory() if batch.labels.is_pinned() else train_batch

@@ -1,6 +1,9 @@
-"""What the ranks that share the HSTU layers send to each other: tensor, sequence and context parallelism.
+"""How ranks share the HSTU layers: tensor, sequence and context parallelism.
 
-- **Tensor parallelism**: each rank has the weights of some heads. Partial products of W_o are summed.
+- **Tensor parallelism**: each rank has the weights of some heads. W_uvqk is split by its outputs, the output norm by
+  its channels, and W_o by its inputs, whose partial products are summed. A model is built whole and split afterwards,
+  in whole heads (layout [head, (u v q k), channel]). Megatron-core's attributes mark the split parameters. All others
+  are replicated, and get equal gradients on all ranks of the group.
 - **Sequence parallelism**: between the projections the tokens are split over the same ranks. They are gathered before
   W_uvqk, and the partial products of W_o are reduce-scattered.
 - **Context parallelism**: the tokens are split from the inputs to the head. Only attention needs more than one token.
@@ -14,17 +17,51 @@ result, whereas a layer is one autograd function that communicates while it comp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from hstu.model.stack import FusedHSTULayer, SequenceEncoder
 from hstu.ops.comm import LayerComm, Pending
 from hstu.ops.layout import JaggedLayout, pad_tokens
 from hstu.parallel.collectives import gather_copies, join_rows, scale_gradient, split_rows, sum_over_ranks
 from hstu.parallel.mesh import Mesh
+
+with warnings.catch_warnings():  # importing Megatron warns about optional CUDA packages that are not used here
+    warnings.simplefilter("ignore")
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+
+
+SPLIT_DIMS = {"uvqk.weight": 0, "uvqk.bias": 0, "output_norm.weight": 0, "output_norm.bias": 0, "out.weight": 1}
+"""Split parameter of an HSTU layer → the dimension along which it is split over the tensor-parallel group."""
+
+
+def split_encoder(encoder: SequenceEncoder, mesh: Mesh) -> None:
+    """Split an encoder in host memory, in place: its weights over the tp group, its tokens over the cp group.
+
+    With NetworkArgs.sequence_parallel the tokens between the projections are split over the tp group, too.
+    """
+    if mesh.tp_cp_size == 1:
+        return
+    encoder.comm = ProcessGroupComm(mesh, encoder.network.sequence_parallel)
+    for layer in encoder.layers:
+        assert isinstance(layer, FusedHSTULayer)
+        layer.comm = encoder.comm
+        if mesh.tp_size > 1:
+            _split_weights(layer, mesh)
+
+
+def _split_weights(layer: FusedHSTULayer, mesh: Mesh) -> None:
+    for name, dim in SPLIT_DIMS.items():
+        module, _, parameter = name.partition(".")
+        whole = getattr(getattr(layer, module), parameter)
+        shard = nn.Parameter(whole.detach().chunk(mesh.tp_size, dim)[mesh.tp_rank].clone())
+        set_tensor_model_parallel_attributes(shard, is_parallel=True, dim=dim, stride=1)
+        setattr(getattr(layer, module), parameter, shard)
 
 
 class ProcessGroupComm(LayerComm):

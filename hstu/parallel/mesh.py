@@ -5,6 +5,7 @@ Works under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK, …) and with pla
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import random
@@ -23,26 +24,20 @@ import torch.distributed as dist
 
 from hstu.base.errors import ConfigError
 from hstu.parallel.collectives import require_equal
-from hstu.parallel.machine_checks import (
-    make_cublas_deterministic,
-    require_networks,
-    require_table_kernels,
-    require_usable_gpus,
-)
 
 log = logging.getLogger(__name__)
 
-DEFAULT_TIMEOUT_S = 600.0
 _HEAD_START_S = 10.0  # for our watchdog, which names the missing rank, before NCCL's watchdog aborts the process
 _NO_TIMEOUT = timedelta(days=365)
 _FINISH_TIMEOUT_S = 30.0
+_NO_GPU = 100, 34
+"""Results of cuInit (cuda.h) without a GPU: no device, and a library that is a stub. Others: it cannot be used."""
 _DROPOUT_STREAM = 0x64726F70  # makes the dropout seed of rank 0 differ from the seed of the initial weights
 
 
 class Heartbeat:
-    """What the main thread is doing. A mark costs two assignments, and any thread may read at any time.
-
-    All ranks run the same program, so all make the same marks. The rank that has made the fewest marks is behind.
+    """What the main thread is doing; any thread may read it. All ranks make the same marks: the one with the fewest is
+    behind.
     """
 
     def __init__(self) -> None:
@@ -54,8 +49,8 @@ class Heartbeat:
 
     def mark(self, stage: str | None = None, iteration: int | None = None) -> None:
         """Count a step forward that all ranks take, into another ``stage`` or ``iteration`` if given."""
-        self.stage = self.stage if stage is None else stage
-        self.iteration = self.iteration if iteration is None else iteration
+        self.stage = stage or self.stage
+        self.iteration = iteration or self.iteration
         self.marks += 1
         self.beat()
 
@@ -91,7 +86,6 @@ class Mesh:
     device: torch.device
     rank: int
     world_size: int
-    local_rank: int
     local_world_size: int
     """Ranks on this host."""
     dp_rank: int
@@ -107,10 +101,6 @@ class Mesh:
     tp_cp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
     """Ranks with equal dense weights."""
-    shard_group: dist.ProcessGroup
-    """Those of them that share sharded dense weights or optimizer states: all, or neighbours in ``dp_cp_group``."""
-    replica_group: dist.ProcessGroup | None
-    """Those of them that hold the same shards as this rank; None if ``shard_group`` is all of ``dp_cp_group``."""
     seed: int
     store: dist.Store | None = None
     """The key-value store of the launch; None for a mesh that was never started."""
@@ -141,34 +131,27 @@ class Mesh:
 def start(
     tensor_parallel_size: int = 1,
     context_parallel_size: int = 1,
-    shard_group_size: int | None = None,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float = 600.0,
     seed: int = 1234,
     deterministic: bool = False,
     allow_tf32: bool = False,
     must_agree: Mapping[str, str] = MappingProxyType({}),
 ) -> Mesh:
-    """Choose the device, join the world, create data-, tensor- and context-parallel groups, and seed this process.
-
-    Afterwards torch's generator has the seed of the initial weights, which is equal on all ranks. Call ``seed_dropout``
-    once the model is built.
+    """Choose the device, join the world, create data-, tensor- and context-parallel groups, and seed this process for
+    the initial weights. Call ``seed_dropout`` once the model is built.
 
     Args:
-        shard_group_size: ranks of a ``Mesh.shard_group``, a divisor of the number of those with equal dense weights.
-            None: all of them.
         timeout_s: a collective that waits for longer fails, ten seconds later. See ``without_timeout``.
         deterministic: use only bitwise repeatable kernels; torch raises where an operation has none.
-        allow_tf32: allow TF32 in float32 matrix products on a GPU.
         must_agree: name → value of what must be equal on all ranks.
 
-    Raises ConfigError where this host has fewer GPUs than processes, GPUs that torch cannot use, or not the network
-    interfaces that the environment names; and on all ranks where ``must_agree`` differs.
+    Raises ConfigError where this host has fewer GPUs than processes, or GPUs that torch cannot use; and on all ranks
+    where ``must_agree`` differs.
     """
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if deterministic:
-        make_cublas_deterministic()
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     device = _pick_device(local_rank)
-    require_networks(device.type)
     threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
@@ -185,13 +168,10 @@ def start(
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=False,
     )
-    dp_cp_group = groups.get_data_parallel_group(with_context_parallel=True)
-    shard_group, replica_group = _split(dp_cp_group, tensor_parallel_size, shard_group_size, timeout)
     mesh = Mesh(
         device=device,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        local_rank=local_rank,
         local_world_size=local_world_size,
         dp_rank=groups.get_data_parallel_rank(),
         dp_size=groups.get_data_parallel_world_size(),
@@ -204,9 +184,7 @@ def start(
         tp_group=groups.get_tensor_model_parallel_group(),
         cp_group=groups.get_context_parallel_group(),
         tp_cp_group=groups.get_tensor_and_context_parallel_group(),
-        dp_cp_group=dp_cp_group,
-        shard_group=shard_group,
-        replica_group=replica_group,
+        dp_cp_group=groups.get_data_parallel_group(with_context_parallel=True),
         seed=seed,
         store=store,
     )
@@ -216,13 +194,10 @@ def start(
 
 
 def without_timeout(mesh: Mesh) -> None:
-    """Let collectives wait for as long as it takes: for a run whose watchdog ends ranks that are stuck.
-
-    Their own timeout counts the time in which all ranks are suspended.
+    """Let collectives wait for as long as it takes: a watchdog ends ranks that are stuck, and does not count the time
+    in which all ranks are suspended.
     """
     groups = [mesh.dp_group, mesh.tp_group, mesh.cp_group, mesh.tp_cp_group, mesh.dp_cp_group]
-    if mesh.replica_group is not None:
-        groups += [mesh.shard_group, mesh.replica_group]
     for group in (mesh.world_group, *groups):
         dist.distributed_c10d._set_pg_timeout(_NO_TIMEOUT, group)
 
@@ -230,23 +205,18 @@ def without_timeout(mesh: Mesh) -> None:
 def finish(wait: bool = True) -> None:
     """Leave the process group, if one was joined, after waiting for all ranks.
 
-    A rank that failed must not wait: the others are in some other collective, which fails when this rank leaves. It
-    passes ``wait=False``; while an exception propagates, this function does not wait anyway.
+    A rank that failed does not wait (``wait=False``, or while an exception propagates): the others are in some other
+    collective, which fails when this rank leaves.
     """
     if not dist.is_initialized():
         return
     if wait and sys.exception() is None:
-        _wait_for_all_ranks()
+        try:
+            dist.all_reduce(torch.zeros(1), async_op=True).wait(timedelta(seconds=_FINISH_TIMEOUT_S))
+        except RuntimeError as error:
+            log.warning("not all ranks have finished: %s", error)
     _parallel_state().destroy_model_parallel()
     dist.destroy_process_group()
-
-
-def _wait_for_all_ranks() -> None:
-    try:
-        last = dist.all_reduce(torch.zeros(1), async_op=True)
-        last.wait(timedelta(seconds=_FINISH_TIMEOUT_S))
-    except RuntimeError as error:
-        log.warning("not all ranks have finished: %s", error)
 
 
 def seed_initial_weights(seed: int) -> None:
@@ -263,8 +233,15 @@ def seed_dropout(mesh: Mesh) -> None:
 
 
 def _pick_device(local_rank: int) -> torch.device:
-    require_usable_gpus()
     if not torch.cuda.is_available():
+        if _has_gpus():  # a run would silently train on the CPU
+            build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for CPUs"
+            raise ConfigError(
+                f"this machine has NVIDIA GPUs, but torch cannot use them: torch {torch.__version__} {build}. "
+                "Check that nvidia-smi works and shows at least that CUDA version, or install the CUDA build "
+                "(rm -rf .venv && scripts/install.sh). To compute on the CPU all the same, put "
+                'CUDA_VISIBLE_DEVICES="" before the command.'
+            )
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -272,9 +249,20 @@ def _pick_device(local_rank: int) -> torch.device:
             "Start at most that many processes per host (torchrun --nproc-per-node)."
         )
     torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank)
-    require_table_kernels(device)
-    return device
+    return torch.device("cuda", local_rank)
+
+
+def _has_gpus() -> bool:
+    """Whether the NVIDIA driver, queried without torch, has GPUs that this process may use."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count, error = ctypes.c_int(), driver.cuInit(0)
+    driver.cuDeviceGetCount(ctypes.byref(count))
+    return count.value > 0 if error == 0 else error not in _NO_GPU
 
 
 def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
@@ -286,8 +274,7 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise ConfigError(
                 f"rank {os.environ['RANK']} cannot join the others at {place} (MASTER_ADDR, MASTER_PORT): {error}. "
-                "Check that the port is free on the host of rank 0 and that other hosts reach it, or choose another "
-                "port: torchrun --master_port, or --standalone on a single host."
+                "Check that other hosts reach the port, or choose another one (torchrun --master_port)."
             ) from error
         # torch 2.13: with --max-restarts torchrun serves one store to all attempts, and a rank that reads the address
         # of a rank of an earlier attempt hangs. tests/distributed/test_failures.py fails when this is fixed.
@@ -297,24 +284,6 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
     groups = dist.PrefixStore("groups", store)
     dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size)
     return store
-
-
-def _split(
-    dp_cp_group: dist.ProcessGroup, tp_size: int, shard_group_size: int | None, timeout: timedelta
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup | None]:
-    """``shard_group`` and ``replica_group`` of a Mesh. Collective over the world.
-
-    Megatron-core 0.16.1 makes such groups for the replicas of its distributed optimizer, but needs einops for them.
-    """
-    if shard_group_size is None or shard_group_size == dist.get_world_size(dp_cp_group):
-        return dp_cp_group, None
-    ranks = np.arange(dist.get_world_size()).reshape(-1, shard_group_size, tp_size)  # [replica, shard, tensor]
-    shards = ranks.transpose(0, 2, 1).reshape(-1, ranks.shape[1]).tolist()
-    replicas = ranks.transpose(1, 2, 0).reshape(-1, ranks.shape[0]).tolist()
-    shard_group, replica_group = (
-        dist.new_subgroups_by_enumeration(subgroups, timeout=timeout)[0] for subgroups in (shards, replicas)
-    )
-    return shard_group, replica_group
 
 
 def _parallel_state():  # type: ignore[no-untyped-def]  # a module

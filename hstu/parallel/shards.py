@@ -19,9 +19,9 @@ from hstu.ops.row_update import sum_by_row
 class ShardedView:
     """A global tensor, described by its size and the shards that this rank holds.
 
-    Shards are live tensors. They need not be contiguous (a table without its padding columns), a rank may hold several
-    (column-wise tables), and several ranks may hold the same one. ShardedTensor and DTensor each forbid one of these.
-    The dunder methods implement torch.distributed._checkpointable, the protocol of torch.distributed.checkpoint.
+    Shards are live tensors. They need not be contiguous, a rank may hold several, and several ranks may hold the same
+    one: ShardedTensor and DTensor each forbid one of these. The dunder methods implement
+    torch.distributed._checkpointable, the protocol of torch.distributed.checkpoint.
     """
 
     def __init__(self, size: Sequence[int], shards: Iterable[tuple[Sequence[int], Tensor]]) -> None:
@@ -136,11 +136,10 @@ def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group:
     """torch.nn.utils.clip_grad_norm_ by the L2 norm over the global parameters, each counted once.
 
     Gradients may be sparse, or DTensors, all on one mesh. ``group``: the tensor-parallel group, or None. Returns the
-    norm before clipping, a scalar on the device; the host does not wait for it. Megatron-core 0.16.1 has the same in
-    optimizer/clip_grads.py, for dense CUDA tensors only.
+    norm before clipping, a scalar on the device; the host does not wait for it.
     """
-    kinds: dict[tuple[bool, bool], list[Tensor]] = {(a, b): [] for a in (False, True) for b in (False, True)}
-    # (whether tensor-parallel ranks have parts, whether data-parallel ranks have parts) → numbers of gradients
+    kinds: dict[tuple[bool, bool], list[Tensor]] = {}
+    """(whether tensor-parallel ranks have parts, whether data-parallel ranks have parts) → numbers of gradients."""
     data_group = None
     for parameter in parameters:
         gradient = parameter.grad
@@ -153,24 +152,17 @@ def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group:
         if isinstance(gradient, DTensor):
             data_group = gradient.device_mesh.get_group()
         is_split = group is not None and shard_dim(parameter) is not None
-        kinds[is_split, isinstance(gradient, DTensor)].append(numbers_of(gradient))
-    norm = _norm(kinds[False, False], kinds[False, True], data_group)
-    if group is not None:
-        square = _norm(kinds[True, False], kinds[True, True], data_group).square()
-        dist.all_reduce(square, group=group)
-        norm = (square + norm.square()).sqrt()
+        kinds.setdefault((is_split, isinstance(gradient, DTensor)), []).append(numbers_of(gradient))
+    squares = []
+    for (is_split, is_sharded), gradients in sorted(kinds.items()):
+        square = torch.nn.utils.get_total_norm(gradients).square()
+        for parts, ranks in ((is_split, group), (is_sharded, data_group)):
+            if parts:
+                dist.all_reduce(square, group=ranks)
+        squares.append(square)
+    norm = torch.stack(squares).sum().sqrt()
     torch._foreach_mul_([one for kind in kinds.values() for one in kind], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
-
-
-def _norm(whole: list[Tensor], parts: list[Tensor], group: dist.ProcessGroup | None) -> Tensor:
-    """Of whole gradients, and of others of which each rank of ``group`` has a part."""
-    norm = torch.nn.utils.get_total_norm(whole)
-    if group is None or not parts:
-        return norm
-    square = torch.nn.utils.get_total_norm(parts).square()
-    dist.all_reduce(square, group=group)
-    return (norm.square() + square).sqrt()
 
 
 def numbers_of(gradient: Tensor) -> Tensor:
@@ -191,10 +183,6 @@ def view_of(whole: DTensor, shard: Tensor | None = None) -> ShardedView:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether all numbers are finite, as a bool scalar on the device, without a host wait.
-
-    The sum of all numbers is not finite if any of them is not. It takes one pass over each tensor and is many times
-    faster than isfinite.
-    """
+    """Whether all numbers are finite, as a bool scalar on the device, by their sum, which is faster than isfinite."""
     sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
     return torch.stack(sums).sum().isfinite() if sums else torch.tensor(True)

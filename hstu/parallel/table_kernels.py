@@ -1,9 +1,8 @@
 """Table kernels that FBGEMM lacks, inside TorchRec's sharding: Adam on the CPU, and clamped gradients of rows.
 
-Adam on the CPU needs kernels of its own because of two defects of FBGEMM and TorchRec 1.6 to 1.8. The fused CPU
-tables implement only SGD, Adagrad and row-wise Adagrad ("not supported in CPU mode"). The DENSE compute kernel's
-DenseTableBatchedEmbeddingBags ignores PoolingMode.NONE on the CPU and pools. tests/parallel/test_table_kernels.py fails
-when one of them is fixed. Input and output exchange, sharding and state dicts stay TorchRec's.
+On the CPU, FBGEMM 1.6 to 1.8 has no fused Adam ("not supported in CPU mode"), and DenseTableBatchedEmbeddingBags of the
+DENSE compute kernel pools in spite of PoolingMode.NONE. tests/parallel/test_table_kernels.py fails when one of them is
+fixed. Input and output exchange, sharding and state dicts stay TorchRec's.
 """
 
 from __future__ import annotations
@@ -100,9 +99,8 @@ class RowSparseEmbedding(BaseEmbedding):
 class ClampedFusedEmbedding(BatchedFusedEmbedding):
     """TorchRec's fused kernel of a group of tables, with each row's gradient clamped to [-max_gradient, max_gradient].
 
-    ``max_gradient`` comes from the group's fused_params, where FBGEMM ignores it unless gradient_clipping is set.
-    FBGEMM's gradient_clipping clamps the contribution of each lookup before it sums them, so the update would depend on
-    how often an id occurs and on which ranks. Here the gradient is first summed over all lookups of the global batch.
+    The gradient is first summed over all lookups of the global batch. FBGEMM's gradient_clipping clamps the
+    contribution of each lookup. ``max_gradient`` comes from the group's fused_params.
     """
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
@@ -136,10 +134,9 @@ class _ClampRowGradients(torch.autograd.Function):
 
 
 def clamp_row_sums(gradients: Tensor, rows: Tensor, limit: float) -> Tensor:
-    """Replace the gradient at each row's first occurrence by the clamped sum over all occurrences, the others by 0.
+    """Replace the gradient [n, D] at each row's first occurrence by the clamped sum over all, the others by 0.
 
-    ``gradients``: [n, D], as the result; ``rows``: int64 [n]. Sums go in the order of the occurrences, without atomics,
-    and the host does not wait for the device.
+    ``rows``: int64 [n]. Sums go in the order of the occurrences, and the host does not wait for the device.
     """
     ordered, order = rows.sort(stable=True)
     starts_run = torch.ones_like(ordered, dtype=torch.bool)
@@ -157,11 +154,7 @@ def clamp_row_sums(gradients: Tensor, rows: Tensor, limit: float) -> Tensor:
 
 
 class RowSparseLookup(GroupedEmbeddingsLookup):
-    """TorchRec's lookup with the kernels above.
-
-    Groups with the DENSE compute kernel get RowSparseEmbedding; fused groups with ``max_gradient`` get
-    ClampedFusedEmbedding.
-    """
+    """TorchRec's lookup with the kernels above: for groups with the DENSE compute kernel or with ``max_gradient``."""
 
     def _create_embedding_kernel(
         self,

@@ -6,7 +6,7 @@ with Adam on the CPU, and those of all replicated tables.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,20 +59,17 @@ class TableTraining:
 
     @classmethod
     def of(cls, spec: TableSpec, args: OptimizerArgs) -> TableTraining:
-        """The table's own options in EmbeddingArgs, else OptimizerArgs.sparse_*, else those of the dense model.
+        """The table's own options, else OptimizerArgs.sparse_* if it is sharded, else those of the dense model.
 
-        OptimizerArgs.sparse_* are for sharded tables. rowwise_adagrad means adagrad for replicated ones.
+        rowwise_adagrad means adagrad for replicated tables.
         """
+        optimizer, rate = args.sparse_optimizer_str, args.sparse_learning_rate
         if spec.replicated:
-            optimizer = spec.optimizer or args.optimizer_str
-            rate = spec.learning_rate or args.learning_rate
-            optimizer = "adagrad" if optimizer == "rowwise_adagrad" else optimizer
-            return cls(optimizer, rate, args.sparse_max_gradient)
-        return cls(
-            spec.optimizer or args.sparse_optimizer_str or args.optimizer_str,
-            spec.learning_rate or args.sparse_learning_rate or args.learning_rate,
-            args.sparse_max_gradient,
-        )
+            optimizer = rate = None
+        optimizer = spec.optimizer or optimizer or args.optimizer_str
+        if spec.replicated and optimizer == "rowwise_adagrad":
+            optimizer = "adagrad"
+        return cls(optimizer, spec.learning_rate or rate or args.learning_rate, args.sparse_max_gradient)
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -82,10 +79,6 @@ class TableTraining:
     def is_row_sparse(self, device_type: str) -> bool:
         """Whether RowOptimizer trains the sharded table, by sparse gradients of rows that leave the lookup."""
         return self.optimizer in ("adam", "adamw") and device_type == "cpu"
-
-    def needs_own_kernel(self, device_type: str) -> bool:
-        """Whether the table needs a kernel of hstu.parallel.table_kernels."""
-        return self.is_row_sparse(device_type) or self.max_gradient is not None
 
     def fused_params(self, args: OptimizerArgs) -> dict[str, Any]:
         """The same as keyword arguments of FBGEMM's tables."""
@@ -102,9 +95,8 @@ class TableTraining:
 class TableOptimizer:
     """Optimizer of all tables of a model, each with its own training.
 
-    TorchRec's fused optimizers, one for each group of tables with equal training, read the learning rate from their
-    param_groups only in zero_grad and step. Their Adam (CUDA) takes its step count from the number of *forward calls*,
-    evaluation included. Both are therefore set before each training step.
+    TorchRec's fused optimizers read the learning rate from their param_groups only in zero_grad and step. Their Adam
+    (CUDA) counts the *forward calls* as steps, evaluation included. Both are therefore set before each training step.
     """
 
     def __init__(
@@ -127,21 +119,9 @@ class TableOptimizer:
         modules = [module for lookup in lookups for module in lookup.modules()]
         self._fused_kernels = [m for m in modules if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)]
         self._sparse_kernels = [m for m in modules if isinstance(m, RowSparseEmbedding)]
-        self._replicated = dict(replicated)
+        self._replicated = list(replicated)
         own = [pair for kernel in self._sparse_kernels for pair in kernel.named_parameters_by_table()]
-        groups: list[dict[str, Any]] = [
-            {
-                "params": [weight],
-                "lr": training[table].learning_rate,
-                "optimizer": training[table].optimizer,
-                "max_gradient": training[table].max_gradient,
-                "table": table,
-            }
-            for table, weight in [*own, *replicated.items()]
-        ]
-        betas = (args.adam_beta1, args.adam_beta2)
-        # torch refuses an optimizer without parameters, but a rank may hold no shard of any table
-        self._by_row = RowOptimizer(groups, betas, args.adam_eps, update_rows) if groups else None
+        self._by_row = RowOptimizer(dict([*own, *replicated.items()]), training, args, update_rows)
 
     def set_lr_multiplier(self, multiplier: float) -> None:
         """From the next backward on, use each table's learning rate × multiplier."""
@@ -150,16 +130,15 @@ class TableOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = self.training[table].learning_rate * multiplier
             optimizer.zero_grad()
-        for group in self._by_row.param_groups if self._by_row else ():
-            group["lr"] = self.training[group["table"]].learning_rate * multiplier
+        self._by_row.lr_multiplier = multiplier
 
     def zero_grad(self) -> None:
         """Prepare a training step; call it before forward."""
         for kernel in self._fused_kernels:
             kernel.iter.fill_(self.steps)
             kernel.iter_cpu.fill_(self.steps)
-        if self._by_row is not None:
-            self._by_row.zero_grad(set_to_none=True)
+        for weight in self._by_row.weights.values():
+            weight.grad = None
 
     def step(self, found_inf: Tensor | None = None) -> None:
         """Finish a training step; call it after backward, which has updated the fused tables.
@@ -167,9 +146,8 @@ class TableOptimizer:
         ``found_inf``: scalar on the device; where it is not 0, no other table changes either. ``steps`` counts the step
         all the same, because the host learns of it later, and then ends the run.
         """
-        if self._by_row is not None:
-            self._by_row.steps = self.steps
-            self._by_row.step(found_inf)
+        self._by_row.steps = self.steps
+        self._by_row.step(found_inf)
         self.steps += 1
 
     def state_tensors(self) -> dict[str, ShardedTensor]:
@@ -180,23 +158,19 @@ class TableOptimizer:
             for states in optimizer.state_dict()["state"].values()
             for name, tensor in states.items()
         }
-        if self._by_row is None:
-            return tensors
         for kernel in self._sparse_kernels:
-            weights = dict(kernel.named_parameters_by_table())
+            names = [name for name, _ in kernel.named_parameters_by_table()]
             for state in STATES["adam"]:
-                moments = {name: self._by_row.states_of(weight)[state] for name, weight in weights.items()}
+                moments = {name: self._by_row.states[name][state] for name in names}
                 tensors.update(kernel.as_sharded_tensors(moments, state))
         return tensors
 
     def replicated_state_tensors(self) -> dict[str, Tensor]:
         """The live state of replicated tables: ``<table>.<state>`` → [rows, dim]."""
-        if self._by_row is None:
-            return {}
         return {
             f"{table}.{state}": tensor
-            for table, weight in self._replicated.items()
-            for state, tensor in self._by_row.states_of(weight).items()
+            for table in self._replicated
+            for state, tensor in self._by_row.states[table].items()
         }
 
     def _state_key(self, name: str) -> str:
@@ -205,47 +179,39 @@ class TableOptimizer:
         return f"{table}.{self.training[table].states[0]}" if state == "momentum1" else name
 
 
-class RowOptimizer(torch.optim.Optimizer):
-    """:class:`hstu.ops.row_update.RowUpdate` of parameters [rows, D]; t is counted over all steps of the optimizer."""
+class RowOptimizer:
+    """:class:`hstu.ops.row_update.RowUpdate` of tables [rows, D], by name; t is counted over all steps."""
 
     def __init__(
         self,
-        groups: Iterable[dict[str, Any]],
-        betas: tuple[float, float],
-        eps: float,
+        weights: Mapping[str, nn.Parameter],
+        training: Mapping[str, TableTraining],
+        args: OptimizerArgs,
         update_rows: UpdateRows = REFERENCE_KERNELS.update_rows,
     ) -> None:
-        """``groups``: as in torch.optim, with ``lr``, and if they differ from these defaults:
-
-        ``optimizer``: adam; ``max_gradient``: None, or the absolute value to which gradients of rows are clamped.
-        """
-        super().__init__(groups, {"optimizer": "adam", "max_gradient": None})
+        self.weights = dict(weights)
+        self.states = {
+            name: {state: torch.zeros_like(weight) for state in training[name].states}
+            for name, weight in weights.items()
+        }
+        """Table → its live states by name."""
         self.steps = 0
-        """Steps taken; part of the state to checkpoint."""
-        self._betas, self._eps, self._update_rows = betas, eps, update_rows
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                self.state[parameter] = {state: torch.zeros_like(parameter) for state in STATES[group["optimizer"]]}
+        self.lr_multiplier = 1.0
+        self._training, self._args, self._update_rows = training, args, update_rows
 
     @torch.no_grad()
-    def step(self, found_inf: Tensor | None = None) -> None:  # type: ignore[override]
+    def step(self, found_inf: Tensor | None = None) -> None:
         """Update the rows that have a gradient. ``found_inf``: see :class:`hstu.ops.row_update.UpdateRows`."""
         self.steps += 1
-        for group in self.param_groups:
-            update = RowUpdate(
-                optimizer="adam" if group["optimizer"] == "adamw" else group["optimizer"],
-                learning_rate=group["lr"],
-                eps=self._eps,
-                betas=self._betas,
-                step=self.steps,
-                max_gradient=group["max_gradient"],
-            )
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    states = tuple(self.state[parameter].values())
-                    self._update_rows(parameter.grad, parameter, states, update, found_inf)
-
-    def states_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The live states of a parameter by name."""
-        states: dict[str, Tensor] = self.state[parameter]
-        return states
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                own = self._training[name]
+                update = RowUpdate(
+                    optimizer=own.optimizer.removesuffix("w"),  # type: ignore[arg-type]  # adamw equals adam here
+                    learning_rate=own.learning_rate * self.lr_multiplier,
+                    eps=self._args.adam_eps,
+                    betas=(self._args.adam_beta1, self._args.adam_beta2),
+                    step=self.steps,
+                    max_gradient=own.max_gradient,
+                )
+                self._update_rows(weight.grad, weight, tuple(self.states[name].values()), update, found_inf)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -16,12 +16,10 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import CacheParams, ShardingPlan
-from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import OptimizerArgs
 from hstu.model.embedding import TableSpec
-from hstu.parallel.collectives import gather_objects, on_all_ranks
+from hstu.parallel.collectives import gather_objects
 from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_names
 from hstu.parallel.table_optimizer import TableTraining
 
@@ -38,7 +36,6 @@ _SHARDING_TYPES = {
 _COLUMN_MULTIPLE = 4  # of which FBGEMM wants the width of every shard to be a multiple
 _GPU_SHARE = 0.95
 """Share of the free GPU memory that is planned with. The rest is for NCCL's buffers and for fragmentation."""
-_HOST_KERNELS = {EmbeddingComputeKernel.FUSED_UVM, EmbeddingComputeKernel.FUSED_UVM_CACHING}
 _MOST_NAMED = 3
 """Tables that an error names, the largest first."""
 
@@ -78,7 +75,7 @@ def host_memory() -> int:
 
 
 def room_of_rank(device: torch.device, ranks_on_host: int, beside_tables: Callable[[], int]) -> TableRoom:
-    """The room for tables on this rank, which shares the memory of its host with ``ranks_on_host`` - 1 others.
+    """The room for tables on this rank, one of ``ranks_on_host``.
 
     beside_tables: returns the bytes that the run needs beside the tables. It is called for GPUs only.
     """
@@ -99,19 +96,6 @@ def least_room(own: TableRoom, group: dist.ProcessGroup) -> TableRoom:
     )
 
 
-def attach_training(embedding: nn.Module, training: Mapping[str, TableTraining], args: OptimizerArgs) -> None:
-    """Attach optimizers and FBGEMM's parameters to the weights.
-
-    By the optimizers, the planner counts the states. By the parameters, TorchRec groups the tables of a collection into
-    kernels. They go where torch's apply_optimizer_in_backward puts them, which would also run an optimizer of its own.
-    """
-    for name, weight in embedding.named_parameters():
-        table = name.removesuffix(".weight").rpartition(".")[2]  # <collection>.embeddings.<table>.weight
-        params = training[table].fused_params(args)
-        weight._optimizer_kwargs = [params]  # type: ignore[attr-defined]
-        weight._optimizer_classes = [emb_opt_type_to_optimizer_class(params["optimizer"])]  # type: ignore[attr-defined]
-
-
 def plan_shards(
     model: nn.Module,
     specs: Sequence[TableSpec],
@@ -121,12 +105,10 @@ def plan_shards(
     ranks: TableRanks,
     prefetches: bool = False,
 ) -> ShardingPlan:
-    """TorchRec's plan for ``model.embedding``, constrained to what ``specs`` ask for. It needs no process group.
+    """TorchRec's plan for ``model.embedding``, constrained to what ``specs`` ask for. Raises TablesDoNotFit.
 
-    ``memory``: the memory plan of each dynamic table, which matters on GPUs; the collections to plan have been split
-    by it (``split_tables``). ``prefetches``: whether the pipeline prefetches rows into caches.
-
-    Raises TablesDoNotFit.
+    ``memory``: the plan of each dynamic table, by which the collections have been split (``split_tables``).
+    ``prefetches``: whether the pipeline prefetches rows into caches.
     """
     on_gpu = ranks.device_type == "cuda"
     constraints: dict[str, ParameterConstraints] = {}
@@ -151,19 +133,7 @@ def plan_shards(
     try:
         return planner.plan(model, sharders)
     except PlannerError as error:
-        needs = [
-            _TableNeed.of(spec, training[spec.name].optimizer, memory.get(spec.name), on_gpu)
-            for spec in specs
-            if not spec.replicated
-        ]
-        raise TablesDoNotFit(_why_not(needs, ranks)) from error
-
-
-def plan_on_first_rank(plan: Callable[[], ShardingPlan], group: dist.ProcessGroup) -> ShardingPlan:
-    """The result of ``plan`` on rank 0, on all ranks; or its error, on all ranks."""
-    own = on_all_ranks(lambda: plan() if dist.get_rank(group) == 0 else None, group)
-    planned: ShardingPlan = gather_objects(own, group)[0]
-    return planned
+        raise TablesDoNotFit(_why_not(specs, training, ranks)) from error
 
 
 def _gpu_kernels(
@@ -206,68 +176,26 @@ def _column_shard_width(dim: int, world_size: int) -> int:
     return dim // shards
 
 
-@dataclass(frozen=True)
-class _TableNeed:
-    """What one table takes, over all ranks."""
-
-    spec: TableSpec
-    optimizer: str
-    rows: int
-    """Bytes of the rows."""
-    states: int
-    """Bytes of their optimizer states."""
-    in_gpu_memory: bool
-    """All of them, some, or a cache of them."""
-    in_host_memory: bool
-    """All of them, or some."""
-
-    @classmethod
-    def of(cls, spec: TableSpec, optimizer: str, memory: MemoryPlan | None, on_gpu: bool) -> _TableNeed:
-        kernels = {kernel for kernel, _ in _gpu_kernels(spec, memory, False).values()}
-        rows = spec.rows * bytes_per_row(spec.stored_dim, "sgd")  # which has no states
-        return cls(
-            spec,
-            optimizer,
-            rows,
-            spec.rows * bytes_per_row(spec.stored_dim, optimizer) - rows,
-            in_gpu_memory=on_gpu and kernels != {EmbeddingComputeKernel.FUSED_UVM},
-            in_host_memory=not on_gpu or bool(kernels & _HOST_KERNELS),
-        )
-
-    def __str__(self) -> str:
-        parts = f" ({_gb(self.rows)} of rows, {_gb(self.states)} of {self.optimizer} states)" if self.states else ""
-        return f"{self.spec.name} needs {_gb(self.rows + self.states)}{parts}"
+def gigabytes(number: float) -> str:
+    """Bytes as text."""
+    return f"{number / 1e9:,.2f} GB"
 
 
-def _why_not(needs: Sequence[_TableNeed], ranks: TableRanks) -> str:
-    """The error of tables that do not fit, with what each takes, the largest first, and what to do."""
-    room, where = ranks.room, []
-    if any(need.in_gpu_memory for need in needs):
-        beside = f" beside the {_gb(room.beside_tables)} of a training step" if room.beside_tables else ""
-        where.append(f"{_gb(room.gpu)} of GPU memory{beside}")
-    if any(need.in_host_memory for need in needs):
-        where.append(f"{_gb(room.host)} of host memory")
-    largest = sorted(needs, key=lambda need: -need.rows - need.states)[:_MOST_NAMED]
+def _why_not(specs: Sequence[TableSpec], training: Mapping[str, TableTraining], ranks: TableRanks) -> str:
+    needed = {
+        spec.name: spec.rows * bytes_per_row(spec.stored_dim, training[spec.name].optimizer)
+        for spec in specs
+        if not spec.replicated
+    }
+    largest = sorted(needed, key=lambda name: -needed[name])[:_MOST_NAMED]
+    has = f"{gigabytes(ranks.room.host)} of host memory"
+    if ranks.device_type == "cuda":
+        beside = f" beside the {gigabytes(ranks.room.beside_tables)} of a training step"
+        has = f"{gigabytes(ranks.room.gpu)} of GPU memory{beside} and {has}"
     return (
         f"the model_parallel tables do not fit on {ranks.count} rank{'s'[: ranks.count > 1]}: "
-        f"{'; '.join(map(str, largest))}. A rank has {' and '.join(where)} for them. What helps: "
-        f"{'; '.join(_what_helps(needs))}"
+        f"{', '.join(f'{name} needs {gigabytes(needed[name])}' for name in largest)}, optimizer states included. A "
+        f"rank has {has} for them. What helps: more ranks; OptimizerArgs.sparse_optimizer_str = "
+        '"rowwise_adagrad" (one number per row); on GPUs EmbeddingArgs.compute_kernel = "fused_uvm_caching", a smaller '
+        "DynamicEmbeddingArgs.item_vocab_gpu_capacity or a smaller TrainerArgs.train_batch_size; smaller tables"
     )
-
-
-def _what_helps(needs: Sequence[_TableNeed]) -> Iterator[str]:
-    yield 'more ranks (EmbeddingArgs.sharding = "row_wise" cuts a table over all of them)'
-    if any(need.states > need.rows / 2 for need in needs):
-        yield 'OptimizerArgs.sparse_optimizer_str = "rowwise_adagrad" (one number per row)'
-    on_gpu = [need for need in needs if need.in_gpu_memory]
-    if any(need.spec.dynamic is None and not need.in_host_memory for need in on_gpu):
-        yield 'EmbeddingArgs.compute_kernel = "fused_uvm_caching" (rows in host memory)'
-    if any(need.spec.dynamic is not None for need in on_gpu):
-        yield "a smaller DynamicEmbeddingArgs.item_vocab_gpu_capacity (the other rows in host memory)"
-    if on_gpu:
-        yield "a smaller TrainerArgs.train_batch_size"
-    yield "smaller tables"
-
-
-def _gb(number: int) -> str:
-    return f"{number / 1e9:.2f} GB"

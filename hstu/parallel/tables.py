@@ -14,6 +14,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEm
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
+from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs
@@ -23,6 +24,7 @@ from hstu.model.gr_model import GRModel
 from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import UpdateRows
+from hstu.parallel.collectives import gather_objects, on_all_ranks
 from hstu.parallel.dynamic.collection import DynamicSharder, RowSparseDynamicCollection, ShardedDynamicCollection
 from hstu.parallel.dynamic.memory import MemoryPlan, physical_names, plan_memory, split_tables
 from hstu.parallel.dynamic.table import DynamicTable
@@ -32,10 +34,9 @@ from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 from hstu.parallel.table_plan import (
     TableRanks,
     TablesDoNotFit,
-    attach_training,
+    gigabytes,
     host_memory,
     least_room,
-    plan_on_first_rank,
     plan_shards,
     room_of_rank,
 )
@@ -59,7 +60,7 @@ def shard(
     args, device = config.optimizer, mesh.device.type
     training = {spec.name: TableTraining.of(spec, args) for spec in model.specs}
     sharders = table_sharders(args, device, model.specs)
-    check_kernels(model.specs, training, device)
+    check_kernels(model.specs, args, device)
     if len(model.embedding):
         memory = memory_plans(model.specs, args, mesh.world_size)
         for name, table_memory in memory.items():
@@ -67,9 +68,11 @@ def shard(
         training |= prepare_tables(model, model.specs, args, memory)
         room = least_room(room_of_rank(mesh.device, mesh.local_world_size, beside_tables), mesh.world_group)
         ranks = TableRanks(mesh.world_size, mesh.local_world_size, device, room)
-        plan = plan_on_first_rank(
-            lambda: plan_sharding(model, model.specs, training, memory, config, ranks), mesh.world_group
+        own = on_all_ranks(
+            lambda: plan_sharding(model, model.specs, training, memory, config, ranks) if mesh.is_main else None,
+            mesh.world_group,
         )
+        plan = gather_objects(own, mesh.world_group)[0]
         planned = {name: table for tables in plan.plan.values() for name, table in tables.items()}
         log.info("tables: %s", {name: table.sharding_type for name, table in planned.items()})
         for name, table in planned.items():
@@ -103,10 +106,7 @@ def plan_sharding(
     config: RunConfig,
     ranks: TableRanks,
 ) -> ShardingPlan:
-    """The plan of a run for the tables of ``model`` (see ``prepare_tables``).
-
-    Raises TablesDoNotFit, at the place of the largest table.
-    """
+    """The plan of a run for the tables of ``model`` (see ``prepare_tables``). Raises TablesDoNotFit."""
     sharders = table_sharders(config.optimizer, ranks.device_type, specs)
     prefetches = config.trainer.pipeline_type == "prefetch"
     try:
@@ -117,31 +117,25 @@ def plan_sharding(
 
 def check_memory(specs: Sequence[TableSpec], config: RunConfig, ranks_here: int, world_size: int) -> None:
     """Raise TablesDoNotFit if the rows alone need more memory than this host and its GPUs have."""
-    needed = sum(_bytes(spec) * (ranks_here if spec.replicated else ranks_here / world_size) for spec in specs)
+    needed = sum(
+        FLOAT32 * spec.rows * spec.dim * (ranks_here if spec.replicated else ranks_here / world_size) for spec in specs
+    )
     has = host_memory()
     has += sum(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
     if needed > has:
         text = (
-            f"the rows of the tables need {_gigabytes(needed)} on this host, which has {_gigabytes(has)} of memory; "
+            f"the rows of the tables need {gigabytes(needed)} on this host, which has {gigabytes(has)} of memory; "
             "make the tables smaller, or shard them over more hosts (model_parallel)"
         )
         raise _at_the_largest(specs, config, text)
 
 
 def _at_the_largest(specs: Sequence[TableSpec], config: RunConfig, text: str) -> TablesDoNotFit:
-    largest = max(specs, key=_bytes).name
-    table = next((table for table in config.embeddings if table.table_name == largest), None)
-    if table is None:  # a predefined one
-        return TablesDoNotFit(config.located(config.dataset, "dataset_name", f"table {largest!r}: {text}"))
-    return TablesDoNotFit(config.located(table, "item_vocab_size_or_capacity", text))
-
-
-def _bytes(spec: TableSpec) -> int:
-    return FLOAT32 * spec.rows * spec.dim
-
-
-def _gigabytes(number: float) -> str:
-    return f"{number / 1e9:,.2f} GB"
+    largest = max(specs, key=lambda spec: spec.rows * spec.dim).name
+    for table in config.embeddings:
+        if table.table_name == largest:
+            return TablesDoNotFit(config.located(table, "item_vocab_size_or_capacity", text))
+    return TablesDoNotFit(text)  # a predefined table
 
 
 def memory_plans(specs: Sequence[TableSpec], args: OptimizerArgs, world_size: int) -> dict[str, MemoryPlan]:
@@ -164,33 +158,28 @@ def prepare_tables(
     for name, table_memory in memory.items():
         training |= {physical: training[name] for physical in physical_names(name, table_memory)}
     model.embedding = split_tables(cast(nn.ModuleList, model.embedding), memory)
-    attach_training(model.embedding, training, args)
+    # By the optimizers, the planner counts the states. By the parameters, TorchRec groups the tables of a collection
+    # into kernels. apply_optimizer_in_backward puts them there, too, but would also run an optimizer of its own.
+    for name, weight in model.embedding.named_parameters():
+        table = name.removesuffix(".weight").rpartition(".")[2]  # <collection>.embeddings.<table>.weight
+        params = training[table].fused_params(args)
+        weight._optimizer_kwargs = [params]  # type: ignore[attr-defined]
+        weight._optimizer_classes = [emb_opt_type_to_optimizer_class(params["optimizer"])]  # type: ignore[attr-defined]
     return training
 
 
-def check_kernels(specs: Sequence[TableSpec], training: Mapping[str, TableTraining], device_type: str) -> None:
-    """Log a warning for each EmbeddingArgs.compute_kernel that the device lacks; it names the kernel that runs instead.
+def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: str) -> None:
+    """Log which kernel runs in place of an EmbeddingArgs.compute_kernel that a CPU lacks.
 
-    Raises ConfigError for a dense kernel on a GPU: TorchRec's planner supports none, and RowSparseEmbedding exists for
-    the CPU only.
+    Raises ConfigError for a dense kernel on a GPU, which TorchRec's planner does not support.
     """
-    refused = []
-    for spec in (spec for spec in specs if spec.compute_kernel is not None):
+    for spec in specs:
         option = f"EmbeddingArgs.compute_kernel = {spec.compute_kernel!r} of table {spec.name!r}"
-        row_sparse = training[spec.name].is_row_sparse(device_type)
-        if device_type != "cpu" and spec.compute_kernel == "dense":
-            refused.append(f"{option}: it exists only on a CPU, where FBGEMM has no Adam; use 'fused' on a GPU")
-        elif device_type == "cpu" and spec.compute_kernel != ("dense" if row_sparse else "fused"):
-            why = "FBGEMM has no Adam on a CPU" if spec.compute_kernel == "fused" else "a CPU has host memory only"
-            instead = "dense, whose Adam is equal," if row_sparse else "fused"
-            log.warning("%s is ignored: %s; %s is used", option, why, instead)
-    if refused:
-        raise ConfigError(refused)
-
-
-def table_training(specs: Sequence[TableSpec], args: OptimizerArgs) -> dict[str, TableTraining]:
-    """The training of each sharded table, by name."""
-    return {spec.name: TableTraining.of(spec, args) for spec in specs if not spec.replicated}
+        used = "dense" if TableTraining.of(spec, args).is_row_sparse(device_type) else "fused"
+        if device_type == "cpu" and spec.compute_kernel not in (None, used):
+            log.warning("%s is ignored on a CPU: %s is used, which trains the same", option, used)
+        elif device_type != "cpu" and spec.compute_kernel == "dense":
+            raise ConfigError(f"{option}: it exists only on a CPU, where FBGEMM has no Adam; use 'fused' on a GPU")
 
 
 def table_sharders(
@@ -199,7 +188,8 @@ def table_sharders(
     """The sharders of static and dynamic collections whose tables are trained as ``args`` says."""
     static: type[ShardedEmbeddingCollection] = ShardedEmbeddingCollection
     dynamic: type[ShardedDynamicCollection] = ShardedDynamicCollection
-    if any(training.needs_own_kernel(device_type) for training in table_training(specs, args).values()):
+    training = [TableTraining.of(spec, args) for spec in specs if not spec.replicated]
+    if any(each.is_row_sparse(device_type) or each.max_gradient is not None for each in training):
         static, dynamic = RowSparseEmbeddingCollection, RowSparseDynamicCollection
     # by default FBGEMM looks up row 0 for an id outside the table
     fused_params = {"bounds_check_mode": BoundsCheckMode.FATAL}

@@ -9,7 +9,6 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -46,10 +45,9 @@ class NonFiniteStep(UserError):
 class LossScale:
     """The factor by which a float16 run multiplies its loss, so that small gradients do not vanish.
 
-    Has the arithmetic of torch.amp.GradScaler, with the scale and its counters on the host.
-
-    GradScaler detects an overflow when an optimizer steps, on each rank by itself. Sharded tables are updated earlier,
-    inside backward, and all ranks must decide alike. The host therefore decides, by the step's finite check.
+    Has the arithmetic of torch.amp.GradScaler. That detects an overflow when an optimizer steps, on each rank by
+    itself. Sharded tables are updated earlier, inside backward, and all ranks must decide alike: here the step's finite
+    check decides, on the host.
     """
 
     def __init__(self, args: PrecisionArgs) -> None:
@@ -66,13 +64,11 @@ class LossScale:
 
     def update(self, found_inf: bool) -> None:
         """Follow one step. ``found_inf``: its gradients overflowed and it was skipped, which needs ``can_shrink``."""
+        self._skipped_steps += found_inf
+        self._steps_without_overflow = 0 if found_inf else self._steps_without_overflow + 1
         if found_inf:
             self.value = max(self.value / SCALE_FACTOR, LOWEST_SCALE)
-            self._steps_without_overflow = 0
-            self._skipped_steps += 1
-            return
-        self._steps_without_overflow += 1
-        if self.is_dynamic and self._steps_without_overflow >= self._growth_interval:
+        elif self.is_dynamic and self._steps_without_overflow >= self._growth_interval:
             self.value = min(self.value * SCALE_FACTOR, HIGHEST_SCALE)
             self._steps_without_overflow = 0
 
@@ -100,14 +96,10 @@ class LossScale:
 class FiniteCheck:
     """Checks each step between the backward of the dense part and that of the tables; the run ends at a bad step.
 
-    On a CPU the check raises at once. On a GPU the host runs ahead of the device and does not wait: ``found_inf`` and
-    ``mask`` make the bad step leave every weight and state as it was, and the host raises when it checks the step
-    after it, or in ``resolve``. Zero gradients do move the moments of FBGEMM's fused Adam on a GPU, but the run ends
-    before these are used: nothing may be evaluated, logged or saved before ``resolve``.
-
-    The same collective carries stop signals, so that the ranks agree on them without one of their own.
-
-    A dynamic loss scale skips a step whose gradients overflow and goes on, so there the host waits for every check.
+    On a CPU, and with a dynamic loss scale, the host waits for each check. Else it runs ahead of the GPU: ``found_inf``
+    and ``mask`` make the bad step leave every weight as it was, and the host raises when it checks the step after it,
+    or in ``resolve``. Nothing may be evaluated, logged or saved before ``resolve``: zero gradients move the moments of
+    FBGEMM's fused Adam. The same collective carries stop signals.
     """
 
     def __init__(self, mesh: Mesh, loss_scale: LossScale | None = None) -> None:
@@ -143,19 +135,13 @@ class FiniteCheck:
             dist.all_reduce(bad, group=self.mesh.tp_cp_group)
         good = bad == 0
         self.found_inf = (~good[:2].all()).float() if self.deferred else None
-        self._pending = _Pending(
-            self.mesh.heartbeat.iteration, *self._copy_to_host(good), loss_sum, gradients_finite, batch
-        )
-        if not self.deferred:
-            self.resolve()
-        return totals[0]
-
-    def _copy_to_host(self, good: Tensor) -> tuple[Tensor, torch.cuda.Event]:
-        """A copy that has begun, and the event of its end."""
         on_host = good.to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
         copied = torch.get_device_module(good.device).Event()
         copied.record()
-        return on_host, copied
+        self._pending = _Pending(self.mesh.heartbeat.iteration, on_host, copied, loss_sum, gradients_finite, batch)
+        if not self.deferred:
+            self.resolve()
+        return totals[0]
 
     def mask(self, gradients: list[Tensor]) -> list[Tensor]:
         """Gradients for the tables: zeros if the step is not finite and the host does not know it yet."""
@@ -177,20 +163,24 @@ class FiniteCheck:
             raise NonFiniteStep(self._describe(step), step.iteration)
 
     def _describe(self, step: _Pending) -> str:
-        users = step.batch.user_ids.tolist()[: step.batch.real_batch_size]
-        own = (float(step.loss_sum), bool(step.gradients_finite), users)
-        by_rank = gather_objects(own, self.mesh.world_group)
-        places = [_rank_and_users(rank, users) for rank, (_, _, users) in enumerate(by_rank)]
-        ranks = list(zip(by_rank, places, strict=True))
-        losses = [f"{loss} {place}" for (loss, _, _), place in ranks if not math.isfinite(loss)]
-        gradients = [f"nan or inf {place}" for (_, finite, _), place in ranks if not finite]
-        what, where = ("gradient", gradients) if gradients and not losses else ("loss", losses)
-        advice = "" if self.loss_scale is None or losses else _advice(self.loss_scale)
+        users = step.batch.user_ids.tolist()[: min(step.batch.real_batch_size, _SHOWN_USERS)]
+        own = (float(step.loss_sum), bool(step.gradients_finite), ", ".join(map(str, users)))
+        by_rank = [*enumerate(gather_objects(own, self.mesh.world_group))]
+        what, found = "loss", {rank: (loss, rows) for rank, (loss, _, rows) in by_rank if not math.isfinite(loss)}
+        if not found:
+            what = "gradient"
+            found = {rank: ("nan or inf", rows) for rank, (_, is_finite, rows) in by_rank if not is_finite}
+        where = "; ".join(
+            f"{value} on rank {rank}, whose batch has the users in rows {rows}, … of the data"
+            for rank, (value, rows) in found.items()
+        )
+        scale = ""
+        if what == "gradient" and self.loss_scale is not None:
+            scale = f" The loss scale is {self.loss_scale.value:g}."
         return (
-            f"the {what} is not finite at iteration {step.iteration}: "
-            f"{'; '.join(where) or 'the sum over the ranks, on none of them'}. Nothing was updated by this step. Lower "
-            "OptimizerArgs.learning_rate, warm up (LRScheduleArgs.warmup_iters), clip (TrainerArgs.max_grad_norm) or "
-            f"use float32{advice}"
+            f"the {what} is not finite at iteration {step.iteration}: {where or 'the sum over the ranks'}. Nothing was "
+            f"updated by this step.{scale} Lower OptimizerArgs.learning_rate, warm up (LRScheduleArgs.warmup_iters), "
+            "clip (TrainerArgs.max_grad_norm), or use bfloat16 or float32"
         )
 
 
@@ -200,34 +190,19 @@ class _Pending:
 
     iteration: int
     good: Tensor
-    """bool [4], on the host once ``copied``: on all ranks the loss is finite, the gradients are finite, and neither of
-    STOP_SIGNALS has been received."""
+    """bool [4], on the host once ``copied``: loss and gradients are finite, neither signal has been received."""
     copied: torch.cuda.Event
     loss_sum: Tensor
     gradients_finite: Tensor
     batch: HSTUBatch
 
 
-def _advice(loss_scale: LossScale) -> str:
-    if loss_scale.is_dynamic:
-        return f". The loss scale is at its lowest, {loss_scale.value:g}: bfloat16 holds numbers that float16 does not"
-    return f'. PrecisionArgs.loss_scale = {loss_scale.value:g} is fixed: lower it, or leave it to "dynamic"'
-
-
-def _rank_and_users(rank: int, users: Sequence[int]) -> str:
-    shown = ", ".join(map(str, users[:_SHOWN_USERS]))
-    more = ", …" if len(users) > _SHOWN_USERS else ""
-    return f"on rank {rank}, whose batch has the users in rows {shown}{more} of the data"
-
-
 class Stopped(Exception):
-    """A stop signal has arrived; the text is its name. Raised on all ranks alike, between two steps or two batches of
-    an evaluation."""
+    """A stop signal has arrived; the text is its name. Raised on all ranks alike."""
 
 
 class StopSignal:
-    """Ends a run cleanly, with exit code 0, when any rank receives SIGTERM or SIGINT. A second SIGINT acts as it did
-    before ``install``."""
+    """Ends a run cleanly when any rank receives SIGTERM or SIGINT. A second SIGINT acts as before ``install``."""
 
     def __init__(self, mesh: Mesh, check: FiniteCheck) -> None:
         self._mesh = mesh

@@ -1,23 +1,12 @@
 """The pipelines of TrainerArgs.pipeline_type, which overlap a training step with the batches that follow.
 
-While "native" trains on batch i:
+While "native" trains on batch i, batch i + 1 sends its ids to the ranks that own their rows (data-dist stream), and
+batch i + 2 is loaded and copied to the device (memcpy stream). With "prefetch", rows of batch i + 1 that a table keeps
+off the device also enter its cache (prefetch stream).
 
-    batch i + 2   next(batches), copy to the device       memcpy stream
-    batch i + 1   ids to the ranks that own their rows    data-dist stream (sizes before the step, ids in ``overlap``)
-    batch i       train_step                              default stream
-
-While "prefetch" trains on batch i, rows that a table keeps off the device also enter its cache:
-
-    batch i + 2   next(batches), copy to the device       memcpy stream
-    batch i + 1   ids to the ranks that own their rows    data-dist stream (before the step; sizes behind step i - 1)
-    batch i + 1   rows into the tables' caches            prefetch stream, in ``overlap``
-    batch i       train_step                              default stream
-
-The losses are those of "none", bit for bit. "native" exchanges only ids ahead: rows are looked up in step i, after the
-update of step i - 1. What "prefetch" fetches is the position of a row, not its value. Of a dynamic table the ids of
-batch i + 1 are prefetched that have a row by batch i. A table that lies on the device as a whole has no cache: its ids
-are exchanged as in "native", one batch further ahead. On a CPU there are no copies and no streams; with several ranks
-the exchange still overlaps.
+The losses are those of "none", bit for bit: rows are looked up in step i, after the update of step i - 1, and what is
+prefetched is the position of a row, not its value. Of a dynamic table the ids of batch i + 1 are prefetched that have a
+row by batch i. On a CPU there are no copies and no streams; with several ranks the exchange still overlaps.
 """
 
 from __future__ import annotations
@@ -87,8 +76,7 @@ class SequentialPipeline(TrainPipeline):
 class NativeStages(TrainPipelineSparseDist[TrainBatch, StepResult]):
     """TorchRec's stages around our step, also for models without a sharded table.
 
-    TorchRec 1.6 to 1.8 traces through such models to the last operator (it stops only at modules *beside* a sharded
-    one), and fails in any dense model. tests/pipeline/test_defects.py fails once that is fixed.
+    TorchRec 1.6 to 1.8 fails to trace through such models. tests/pipeline/test_defects.py fails once that is fixed.
     """
 
     def __init__(self, step: TrainStep) -> None:
@@ -162,9 +150,8 @@ class NativePipeline(TrainPipeline):
 class PrefetchStages(NativeStages):
     """TorchRec's stages of "native", and between them the prefetch.
 
-    TorchRec's own class, PrefetchTrainPipelineSparseDist, cannot serve: torchrec 1.6.1 keeps the prefetched ids of one
-    batch only, and torchrec 1.8.0 passes none on without a CUDA stream, and records as the stream of forward one in
-    which nothing runs. What it is made of is the same in all releases.
+    TorchRec's own PrefetchTrainPipelineSparseDist does not serve: 1.6.1 keeps the prefetched ids of one batch only, and
+    1.8.0 passes none on without a CUDA stream. What it is made of is the same in all releases.
     """
 
     _pipelined_forward_type = PrefetchPipelinedForward

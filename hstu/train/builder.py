@@ -45,9 +45,9 @@ from hstu.optim.optimizers import Optimizers, Schedule, build_optimizers
 from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, require_equal
 from hstu.parallel.ddp import replicate_dense, unwrap_dense
 from hstu.parallel.fsdp import shard_dense
+from hstu.parallel.layer_comm import split_encoder
 from hstu.parallel.mesh import Mesh, seed_dropout
 from hstu.parallel.tables import check_memory, shard
-from hstu.parallel.tensor import split_encoder
 from hstu.pipeline.finite import LossScale
 from hstu.pipeline.pipelines import NativePipeline, PrefetchPipeline, SequentialPipeline, TrainPipeline
 from hstu.pipeline.step import TrainStep

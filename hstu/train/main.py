@@ -49,7 +49,6 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
         mesh = meshes.start(
             tensor_parallel_size=config.tensor_parallel.tensor_model_parallel_size,
             context_parallel_size=config.context_parallel.context_parallel_size,
-            shard_group_size=config.data_parallel.shard_group_size,
             timeout_s=config.trainer.collective_timeout_s,
             seed=config.trainer.seed,
             deterministic=config.trainer.deterministic,

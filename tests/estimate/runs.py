@@ -73,9 +73,6 @@ Sizes = tuple[int, int, int]
 """(ranks, tensor-parallel size, context-parallel size) of a launch."""
 ONE, TWO, TWO_BY_TENSOR, TWO_BY_CONTEXT, FOUR = (1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 2, 1)
 FOUR_BY_BOTH = 4, 2, 2
-IN_GROUPS_OF_TWO = 4, 1, 2
-"""The launch whose dense part is shared by groups of two ranks, where it is shared."""
-GROUPS_OF_TWO = "DataParallelArgs.shard_group_size = 2"
 UNIFORM = ["RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 32"]
 
 
@@ -137,11 +134,9 @@ CASES: dict[str, dict[str, Any]] = {
         [TWO, FOUR], "DataParallelArgs.sharding = 'optimizer'", "OptimizerArgs.ema_decay = 0.9", task="retrieval"
     ),
     "weights sharded": _case([TWO, FOUR], "DataParallelArgs.sharding = 'weights'"),
-    "states sharded in groups": _case([IN_GROUPS_OF_TWO], "DataParallelArgs.sharding = 'optimizer'", GROUPS_OF_TWO),
-    "weights sharded in groups": _case(
-        [IN_GROUPS_OF_TWO],
+    "weights sharded, sent as bfloat16": _case(
+        [TWO],
         "DataParallelArgs.sharding = 'weights'",
-        GROUPS_OF_TWO,
         "NetworkArgs.dtype_str = 'bfloat16'",
         "PrecisionArgs.fp32_master_grads = False",
     ),

@@ -33,7 +33,6 @@ from hstu.train.sources import open_source
 from tests.distributed.launch import Launch, run_cases
 from tests.estimate.runs import (
     CASES,
-    IN_GROUPS_OF_TWO,
     ONE,
     TWO_BY_CONTEXT,
     TWO_BY_TENSOR,
@@ -60,7 +59,7 @@ def counted(launch: Sizes) -> list[dict[str, Any]]:
         for name, case in CASES.items()
         if launch in case["launches"]
     }
-    return run_cases(Launch(ranks, 200, tp, cp, shards=2 if launch == IN_GROUPS_OF_TWO else None), cases)
+    return run_cases(Launch(ranks, 200, tp, cp), cases)
 
 
 def case(name: str, launch: Sizes) -> tuple[Workload, list[dict[str, Any]]]:

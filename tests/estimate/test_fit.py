@@ -33,12 +33,9 @@ def test_the_first_plan_is_the_fastest_that_fits_and_others_are_smaller() -> Non
     assert all(plan.fits for plan in plans)
     assert plans[0].found.step_s == min(plan.found.step_s for plan in plans)
     tried = {
-        (config.tensor_parallel.tensor_model_parallel_size, shared.sharding, shared.shard_group_size)
-        for config in (plan.config for plan in plans)
-        for shared in (config.data_parallel,)
+        (plan.config.tensor_parallel.tensor_model_parallel_size, plan.config.data_parallel.sharding) for plan in plans
     }
-    assert tried >= {(1, "none", None), (1, "weights", None), (1, "weights", 2), (2, "optimizer", None)}
-    assert all(size is None or tp == 1 for tp, _, size in tried), "with tp 2 a host has one rank with equal weights"
+    assert tried >= {(1, "none"), (1, "weights"), (2, "optimizer")}
     assert {plan.config.context_parallel.context_parallel_size for plan in plans} == {1, 2}, "a host has two ranks"
     table = as_text(plans, config).split("\n\n")[1].splitlines()[1:]
     rows = [line.split() for line in table]

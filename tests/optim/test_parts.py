@@ -11,13 +11,13 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.optim.dense import DenseOptimizer, OptimizerSettings, match_part_optimizers
 
-WEIGHTS = {
-    "task.layers.0.uvqk.weight": True,
-    "task.layers.0.uvqk.bias": False,
-    "task.layers.1.uvqk.weight": True,
-    "task.layers.1.input_norm.weight": False,
-    "task.head.0.weight": True,
-}
+WEIGHTS = (
+    "task.layers.0.uvqk.weight",
+    "task.layers.0.uvqk.bias",
+    "task.layers.1.uvqk.weight",
+    "task.layers.1.input_norm.weight",
+    "task.head.0.weight",
+)
 
 
 def args(*parts: dict[str, Any], **options: Any) -> OptimizerArgs:
@@ -32,7 +32,7 @@ def test_a_part_has_its_own_settings_and_the_common_ones_where_it_gives_none() -
     assert settings["task.head.0.weight"] == OptimizerSettings("sgd", 0.1, 0.01)
     assert settings["task.layers.1.uvqk.weight"] == OptimizerSettings("adam", 0.1, 0.0)
     assert settings["task.layers.0.uvqk.bias"] == OptimizerSettings("adam", 0.1, 0.01)
-    assert settings.keys() == WEIGHTS.keys()
+    assert (*settings,) == WEIGHTS
 
 
 def test_of_parts_that_overlap_the_first_has_a_weight() -> None:
@@ -44,11 +44,12 @@ def test_of_parts_that_overlap_the_first_has_a_weight() -> None:
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
-        ([{"regex": "haed"}], ["regex = 'haed': matches no dense weight; did you mean 'head'?", "? There are task.l"]),
-        ([{"regex": "^uvqk"}], ["matches no dense weight", "task.layers.N.uvqk.weight, task.layers.N.uvqk.bias"]),
+        (
+            [{"regex": "^uvqk"}],
+            ["regex = '^uvqk': matches no dense weight", "There are task.layers.N.uvqk.weight, task"],
+        ),
         ([{"regex": ""}], ["must not be empty"]),
-        ([{"regex": "."}, {"regex": "head"}], ["all that it matches belongs to parts before it, the first to '.'"]),
-        ([{"regex": "norm", "weight_decay": 0.1}], ["weight_decay = 0.1", "task.layers.1.input_norm.weight for one"]),
+        ([{"regex": "."}, {"regex": "head"}], ["regex = 'head': matches no dense weight that the entries before it"]),
         ([{"regex": "x1"}, {"regex": "x2"}], ["regex = 'x1'", "regex = 'x2'"]),
     ],
 )
@@ -69,7 +70,7 @@ class Net(nn.Module):
 
 
 def build(model: nn.Module, options: OptimizerArgs) -> DenseOptimizer:
-    names = {name: name in ("first.weight", "last.weight") for name, _ in model.named_parameters()}
+    names = [name for name, _ in model.named_parameters()]
     return DenseOptimizer(model, options, match_part_optimizers(names, options))
 
 

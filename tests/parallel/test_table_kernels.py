@@ -16,13 +16,16 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingEnv
 
+from hstu.config.args import OptimizerArgs
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_kernels import clamp_row_sums
-from hstu.parallel.table_optimizer import RowOptimizer
+from hstu.parallel.table_optimizer import RowOptimizer, TableTraining
 from tests.distributed.launch import run_cases
 from tests.helpers import Allocations
 
 LR, BETAS, EPS = 0.01, (0.9, 0.99), 1e-6
+ADAM_TRAINING = {"table": TableTraining("adam", LR)}
+ARGS = OptimizerArgs(optimizer_str="adam", learning_rate=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPS)
 
 
 def sparse(rows: list[int], values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -50,7 +53,7 @@ def test_it_follows_fbgemms_formula_also_for_repeated_and_skipped_rows() -> None
     expected = weight.tolist()
     rows_of_step = {1: [0, 2, 0], 2: [2], 3: [0, 3], 4: [2, 2]}
     gradients: dict[int, dict[int, list[list[float]]]] = {row: {} for row in range(4)}
-    optimizer = RowOptimizer([{"params": [weight], "lr": LR}], BETAS, EPS)
+    optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
     for step, rows in rows_of_step.items():
         values = torch.randn((len(rows), 3), generator=generator, dtype=torch.float64)
         for row, value in zip(rows, values.tolist(), strict=True):
@@ -63,20 +66,20 @@ def test_it_follows_fbgemms_formula_also_for_repeated_and_skipped_rows() -> None
 
 def test_rows_that_are_not_looked_up_keep_weights_and_moments() -> None:
     weight = nn.Parameter(torch.ones(5, 2))
-    optimizer = RowOptimizer([{"params": [weight], "lr": LR}], BETAS, EPS)
+    optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
     weight.grad = sparse([1, 4], torch.ones(2, 2), (5, 2))
     optimizer.step()
-    before = [tensor[1].clone() for tensor in (weight, *optimizer.state[weight].values())]
+    before = [tensor[1].clone() for tensor in (weight, *optimizer.states["table"].values())]
     weight.grad = sparse([0], torch.ones(1, 2), (5, 2))
     optimizer.step()
-    after = [tensor[1] for tensor in (weight, *optimizer.state[weight].values())]
+    after = [tensor[1] for tensor in (weight, *optimizer.states["table"].values())]
     assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
     assert torch.equal(weight[2], torch.ones(2))
 
 
 def test_a_step_without_looked_up_rows_only_counts() -> None:
     weight = nn.Parameter(torch.ones(3, 2))
-    optimizer = RowOptimizer([{"params": [weight], "lr": LR}], BETAS, EPS)
+    optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
     weight.grad = sparse([], torch.ones(0, 2), (3, 2))
     optimizer.step()
     weight.grad = None
@@ -88,9 +91,9 @@ def test_a_step_without_looked_up_rows_only_counts() -> None:
 @pytest.mark.parametrize("rows", [1_000, 1_000_000])
 def test_the_cost_of_lookup_and_step_depends_on_the_rows_touched_not_on_the_table(rows: int) -> None:
     weight = nn.Parameter(torch.zeros(rows, 8))
-    optimizer = RowOptimizer([{"params": [weight], "lr": LR}], BETAS, EPS)
+    optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
     ids = torch.arange(0, rows, rows // 100)
-    with Allocations([weight, *optimizer.state[weight].values()]) as allocations:
+    with Allocations([weight, *optimizer.states["table"].values()]) as allocations:
         nn.functional.embedding(ids, weight, sparse=True).sum().backward()
         optimizer.step()
     assert allocations.largest == 100 * 8

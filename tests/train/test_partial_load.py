@@ -160,7 +160,7 @@ def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
     assert {field.name for _, field in left} == {
         *("ckpt_load_dir", "ckpt_save_dir", "ckpt_param_map", "output_dir", "eval_dataset_path", "wandb_project"),
         *("best_metric", "best_metric_mode", "eval_metrics", "ckpt_save_interval"),  # names, or useless alone
-        *("tensor_model_parallel_size", "sequence_parallel", "shard_group_size"),
+        *("tensor_model_parallel_size", "sequence_parallel"),
     }, "texts, and what needs several ranks: see tests/distributed"
 
 

@@ -69,6 +69,7 @@ REMOVED: Mapping[str, str] = {
     "RetrievalArgs.popularity_exponent": "popularity draws with the power 0.75, mixed draws uniformly: remove it",
     "NetworkArgs.allow_label_leak": "a mask that shows the labels is always an error: remove it",
     "DataParallelArgs.reshard_after_forward": "weights are freed after forward: remove it",
+    "DataParallelArgs.shard_group_size": "all ranks with equal dense weights share it: remove it",
 }
 """``Class.parameter`` of earlier versions → what to do. Stored configurations that bind one are read without it."""
 

@@ -195,16 +195,6 @@ class DataParallelArgs(Args):
     updates an equal part of the weights, and the ranks gather the parts after every step (ZeRO stage 1). weights: also
     the weights and their gradients. Each layer is gathered when it computes, in forward and again in backward (FSDP).
     All train the same weights, and checkpoints do not depend on it: a run can go on with another one."""
-    shard_group_size: Optional[int] = option(
-        None,
-        changes="speed",
-        minimum=2,
-        needs=having("sharding", "optimizer", "weights", why="every rank holds the whole dense part"),
-    )
-    """optimizer, weights: how many neighbouring ranks share the dense part. It must divide the number of ranks with
-    equal dense weights, which is that of all ranks divided by tensor_model_parallel_size. Each such group holds the
-    whole dense part, so only gradients are exchanged between groups (hybrid sharding, HSDP). Choose the GPUs of a host
-    divided by tensor_model_parallel_size. None: all ranks with equal dense weights share it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,20 +105,6 @@ def _cited_sizes(run: RunConfig) -> list[str]:
     return cited + [run.cite(context, "context_parallel_size")] * (context.context_parallel_size > 1)
 
 
-def shard_groups_divide(run: RunDraft) -> Iterator[Problem]:
-    tensor, size = run.tensor_parallel.tensor_model_parallel_size, run.data_parallel.shard_group_size
-    ranks = run.world_size // tensor
-    if size is None or run.data_parallel.sharding == "none":
-        return  # it has no effect
-    if ranks % size == 0 or run.world_size % run.ranks_per_group:
-        return
-    fitting = [str(count) for count in range(2, ranks + 1) if ranks % count == 0]
-    remedy = f"set it to one of {', '.join(fitting)}, or remove it" if fitting else "remove it"
-    divided = f" ({run.world_size} / {run.cite(run.tensor_parallel, 'tensor_model_parallel_size')})" * (tensor > 1)
-    text = f"must divide the number of ranks with equal dense weights, which is {ranks}{divided}; {remedy}"
-    yield run.problem(run.data_parallel, "shard_group_size", text)
-
-
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
 
 
@@ -163,7 +149,7 @@ def _has_warmup(run: RunConfig) -> bool:
 RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero,
     best_metric_is_measured, best_metric_mode_fits_the_metric,
-    token_limit_admits_the_longest_sequence,     heads_divide, ranks_divide, shard_groups_divide,
+    token_limit_admits_the_longest_sequence,     heads_divide, ranks_divide,
     part_regexes_compile,
     milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,     by_epoch_trains_in_the_first_epoch,
 )  # fmt: skip

@@ -3,12 +3,12 @@
     results = run_ranks(2, add_ranks, first=7)                             # one function
     results = run_cases(2, {"sgd": partial(train, optimizer="sgd"), ...})  # many cases in one launch
 
-The function and its arguments are pickled, so it is a function of a module. It runs on each rank with RANK, WORLD_SIZE,
-LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment, and starts the process group itself
-(``hstu.parallel.mesh.start``); ``run_cases`` does that for its cases. Results come back pickled, in rank order.
+The function and its arguments are pickled, so it is a function of a module. It runs on each rank with torchrun's
+environment, and starts the process group itself (``hstu.parallel.mesh.start``); ``run_cases`` does that for its cases.
+Results come back pickled, in rank order.
 
 The ranks are forked from a server that has imported torch, TorchRec and Megatron once, which otherwise takes each
-process seconds. The server has neither threads nor groups. Each rank is a process and a session of its own.
+process seconds. Each rank is a process and a session of its own.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ class Launch:
     """Size of the tensor-parallel groups that ``run_cases`` starts."""
     cp: int = 1
     """Size of the context-parallel groups that it starts."""
-    shards: int | None = None
-    """Size of the shard groups that it starts (DataParallelArgs.shard_group_size)."""
     lasting: tuple[int, ...] = ()
     """Ranks that do not end by themselves. ``run_to_their_ends`` kills them after the others have ended."""
 
@@ -102,21 +100,19 @@ def run_cases(launch: int | Launch, cases: Mapping[str, Callable[[Mesh], Any]]) 
     Starting ranks takes seconds, so cases that are compared share a launch. A case is usually a ``partial``.
     """
     launch = Launch(launch) if isinstance(launch, int) else launch
-    return run_ranks(launch, call_each, cases, launch.tp, launch.cp, launch.shards)
+    return run_ranks(launch, call_each, cases, launch.tp, launch.cp)
 
 
-def call_each(
-    cases: Mapping[str, Callable[[Mesh], R]], tp: int = 1, cp: int = 1, shards: int | None = None
-) -> dict[str, R]:
+def call_each(cases: Mapping[str, Callable[[Mesh], R]], tp: int = 1, cp: int = 1) -> dict[str, R]:
     """What ``run_cases`` runs on a rank."""
-    with started_mesh(tp, cp, shards) as mesh:
+    with started_mesh(tp, cp) as mesh:
         return {name: case(mesh) for name, case in cases.items()}
 
 
 @contextlib.contextmanager
-def started_mesh(tp: int = 1, cp: int = 1, shards: int | None = None) -> Iterator[Mesh]:
+def started_mesh(tp: int = 1, cp: int = 1) -> Iterator[Mesh]:
     """A process group whose ranks use one thread each: the tensors are tiny, and more threads would only wait."""
-    mesh = start(tensor_parallel_size=tp, context_parallel_size=cp, shard_group_size=shards, timeout_s=60)
+    mesh = start(tensor_parallel_size=tp, context_parallel_size=cp, timeout_s=60)
     torch.set_num_threads(1)
     yield mesh
     finish()

@@ -13,8 +13,7 @@ from torch import Tensor
 from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import AttentionConfig, Backend
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
-from hstu.ops.self_check import small_layout
+from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.parallel.layer_comm import ProcessGroupComm
 from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import Launch, free_port, run_ranks, started_mesh
@@ -52,7 +51,7 @@ def drawn_cases() -> list[Case]:
     cases: list[Case] = []
     span, full, flag = st.none() | st.integers(1, 6), st.integers(0, 4), st.booleans()
 
-    @settings(max_examples=40, derandomize=True, database=None, deadline=None)
+    @settings(max_examples=25, derandomize=True, database=None, deadline=None)
     @given(st.builds(Case, batches(), flag, flag, flag, span, full, flag))
     def draw(case: Case) -> None:
         cases.append(case)
@@ -134,45 +133,3 @@ def test_random_batches_give_what_one_rank_gives(cases: list[Case], by_rank: Any
     for rank, found in enumerate(by_rank):
         wrong = [(case, error) for case, error in zip(cases, found[grid], strict=True) if not error < 1e-10]
         assert not wrong, f"rank {rank}: {wrong[0]}"
-
-
-def test_the_batches_are_of_all_kinds(cases: list[Case]) -> None:
-    users = [user for case in cases for user in case.batch.users]
-    assert any(user.candidates > case.batch.group_size > 1 for case in cases for user in case.batch.users)
-    assert any(user.history == 0 for user in users) and any(user.history > 5 for user in users)
-    for name in ("is_causal", "contextual_mask", "has_bias", "recompute_all"):
-        assert {getattr(case, name) for case in cases} == {False, True}
-    assert any(case.max_span and case.full_tokens for case in cases)
-    assert any(case.batch.contextuals and case.batch.tokens_per_item == 2 for case in cases)
-
-
-def kept_bytes(port: int) -> tuple[int, int]:
-    """On a rank: what a layer saves for backward, with all tokens and with this rank's share, for one long history."""
-    os.environ["MASTER_PORT"] = str(port)
-    layout = small_layout(torch.device("cpu"), (400, *[7] * 60), [0] * 61, num_contextuals=0)
-    with started_mesh(1, 4) as mesh:
-        return saved_by(LayerComm(), layout), saved_by(ProcessGroupComm(mesh, sequence_parallel=False), layout)
-
-
-def saved_by(comm: LayerComm, layout: JaggedLayout) -> int:
-    inner = HEADS * WIDTH
-    shapes: list[Any] = [(HIDDEN,), (HIDDEN,), (4 * inner, HIDDEN), (4 * inner,), None, None]
-    shapes += [(inner,), (inner,), (HIDDEN, inner)]
-    weights = [None if shape is None else torch.randn(shape, requires_grad=True) for shape in shapes]
-    config = HSTULayerConfig(WIDTH, AttentionConfig(0.6, 400), 0.1, kernels_of(Backend.PYTORCH, WIDTH), comm=comm)
-    x = torch.randn(layout.num_tokens, HIDDEN, requires_grad=True)
-    own, layout = comm.split_tokens(comm.take_rows(x, [len(tokens) for tokens in comm.token_ranges(len(x))]), layout)
-    sizes: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        HSTULayerFunction.apply(own, None, layout, config, *weights)
-    return sum(sizes.values()) - sum(sizes.get(w.untyped_storage().data_ptr(), 0) for w in weights if w is not None)
-
-
-def test_a_rank_keeps_its_share_of_what_one_rank_saves() -> None:
-    found = run_ranks(Launch(4, timeout_s=150), kept_bytes, free_port())
-    assert max(share for _, share in found) * 4 < 1.1 * found[0][0]

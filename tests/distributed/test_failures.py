@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 
 from hstu.checkpoint.directory import file_problems, read_manifest
-from hstu.observe.records import read_metrics
 from tests.conftest import write_small_store
 from tests.distributed.failure_cases import non_finite_step, run_with
 from tests.distributed.launch import REPOSITORY, EndedRank, Launch, run_cases, run_to_their_ends
@@ -42,7 +40,6 @@ def run(
     faults: dict[int, str],
     iteration: int,
     lasting: tuple[int, ...] = (),
-    hidden_dropout: float = 0.0,
     **trainer: Any,
 ) -> list[EndedRank]:
     """A run that saves every two iterations. ``faults``: rank → the fault that it has in ``iteration``."""
@@ -54,7 +51,6 @@ def run(
         store,
         str(output),
         trainer=TRAINER | trainer,
-        network={"hidden_dropout": hidden_dropout},
     )
 
 
@@ -78,13 +74,13 @@ def check_checkpoints(output: Path, *iterations: int) -> None:
 
 
 def test_a_killed_rank_ends_the_others_at_once_and_is_named(store: str, tmp_path: Path) -> None:
-    ranks = run(4, store, tmp_path, {2: "killed"}, iteration=5, collective_timeout_s=60)
+    ranks = run(3, store, tmp_path, {2: "killed"}, iteration=5, collective_timeout_s=60)
     check_all_ended(ranks, tmp_path, timeout_s=10)  # none waits for the timeout
-    assert [rank.exit_code for rank in ranks] == [1, 1, -signal.SIGKILL, 1]
-    for rank in (0, 1, 3):
+    assert [rank.exit_code for rank in ranks] == [1, 1, -signal.SIGKILL]
+    for rank in (0, 1):
         said = ranks[rank].output
         assert re.search(r"the run ends: rank 2 \(\S+, pid \d+\) is dead or frozen: last seen \d+ s ago at iter", said)
-        assert "alive: ranks 0, 1, 3 at iteration 5 (training step)" in said
+        assert "alive: ranks 0, 1 at iteration 5 (training step)" in said
         assert re.search(rf"rank {rank} \(\S+, pid \d+\) was at iteration 5 \(training step\):\nTrace", said)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "rank 2" in log and "Traceback" in log
@@ -92,30 +88,16 @@ def test_a_killed_rank_ends_the_others_at_once_and_is_named(store: str, tmp_path
 
 
 def test_a_rank_that_is_stuck_past_the_timeout_ends_all_and_is_named(store: str, tmp_path: Path) -> None:
-    ranks = run(4, store, tmp_path, {3: "asleep over a batch"}, iteration=3, collective_timeout_s=4)
-    check_all_ended(ranks, tmp_path, timeout_s=4)
-    assert [rank.exit_code for rank in ranks] == [1, 1, 1, 1]
+    ranks = run(3, store, tmp_path, {2: "asleep over a batch"}, iteration=3, collective_timeout_s=3)
+    check_all_ended(ranks, tmp_path, timeout_s=3)
+    assert [rank.exit_code for rank in ranks] == [1, 1, 1]
     for rank, ended in enumerate(ranks):
-        named = r"the run ends: rank 3 \(\S+, pid \d+\) is stuck at iteration 3 \(loading a batch\) for \d s in \S+"
+        named = r"the run ends: rank 2 \(\S+, pid \d+\) is stuck at iteration 3 \(loading a batch\) for \d s in \S+"
         assert re.search(named, ended.output)
-        assert "ranks 0, 1, 2 at iteration 3 (training step) wait for it" in ended.output
+        assert "ranks 0, 1 at iteration 3 (training step) wait for it" in ended.output
         assert f"rank {rank} (" in ended.output and "most recent call first" in ended.output
-    assert "failure_cases.py" in ranks[3].output and "in _train_step" in ranks[0].output
+    assert "failure_cases.py" in ranks[2].output and "in _train_step" in ranks[0].output
     check_checkpoints(tmp_path, 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("pipeline", ["none", "native"])
-def test_a_rank_that_is_stuck_in_the_model_is_told_from_those_that_wait(
-    store: str, tmp_path: Path, pipeline: str
-) -> None:
-    faults = {1: "asleep in the model"}
-    ranks = run(4, store, tmp_path, faults, iteration=3, pipeline_type=pipeline, collective_timeout_s=4)
-    check_all_ended(ranks, tmp_path, timeout_s=4)
-    for ended in ranks:
-        assert re.search(
-            r"the run ends: rank 1 \(\S+, pid \d+\) is stuck at iteration 3 \(training step\)", ended.output
-        )
 
 
 @pytest.mark.slow
@@ -156,18 +138,12 @@ def test_the_rank_that_serves_the_store_is_named_when_it_dies(store: str, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("failure", "exit_code", "told"),
-    [("a defect", 1, "ZeroDivisionError: one by nothing"), ("bad data", 3, "DataError: row 7 is torn")],
-)
-def test_an_error_of_one_rank_is_told_on_all(
-    store: str, tmp_path: Path, failure: str, exit_code: int, told: str
-) -> None:
-    ranks = run(3, store, tmp_path, {1: failure}, iteration=3, collective_timeout_s=60)
+def test_an_error_of_one_rank_is_told_on_all(store: str, tmp_path: Path) -> None:
+    ranks = run(3, store, tmp_path, {1: "bad data"}, iteration=3, collective_timeout_s=60)
     check_all_ended(ranks, tmp_path, timeout_s=10)
-    assert [rank.exit_code for rank in ranks] == [1, exit_code, 1]
+    assert [rank.exit_code for rank in ranks] == [1, 3, 1]
     for rank in (0, 2):
-        said = rf"the run ends: rank 1 \(\S+, pid \d+\) failed at iteration 3 \(.*\): {told}"
+        said = r"the run ends: rank 1 \(\S+, pid \d+\) failed at iteration 3 \(.*\): DataError: row 7 is torn"
         assert re.search(said, ranks[rank].output)
     check_checkpoints(tmp_path, 2)
 
@@ -182,20 +158,6 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all_and_is_not_saved(store: s
             rank.output,
         )
         assert "nan on rank 0" not in rank.output and "Traceback" not in rank.output
-    check_checkpoints(tmp_path, 2)
-
-
-def test_a_gradient_that_is_no_number_ends_all_before_the_checkpoint_of_its_step(store: str, tmp_path: Path) -> None:
-    ranks = run(2, store, tmp_path, {1: "no gradient"}, iteration=4, pipeline_type="prefetch")
-    check_all_ended(ranks, tmp_path, timeout_s=10)
-    for rank in ranks:
-        assert rank.exit_code == 1
-        assert re.search(
-            r"error: the gradient is not finite at iteration 4: nan or inf on rank 1, whose batch has the users in "
-            r"rows \d+, \d+",
-            rank.output,
-        )
-        assert "on rank 0" not in rank.output and "Traceback" not in rank.output
     check_checkpoints(tmp_path, 2)
 
 
@@ -242,11 +204,10 @@ def test_a_step_whose_loss_or_gradient_is_no_number_changes_no_weight_in_any_pip
         assert after == good[-1], name
 
 
-@pytest.mark.parametrize("moment", ["told to stop", "told to stop over an evaluation"])
-def test_sigterm_to_one_rank_commits_a_checkpoint_in_time_and_all_exit_with_0(
-    store: str, tmp_path: Path, moment: str
+def test_sigterm_over_an_evaluation_commits_a_checkpoint_in_time_and_all_exit_with_0(
+    store: str, tmp_path: Path
 ) -> None:
-    faults = {0: moment, 1: "told to stop over an evaluation"} if "evaluation" in moment else {1: moment}
+    faults = dict.fromkeys(range(2), "told to stop over an evaluation")
     ranks = run(2, store, tmp_path, faults, iteration=3, ckpt_save_interval=100, eval_interval=3, max_train_iters=300)
     assert [rank.exit_code for rank in ranks] == [0, 0], ranks[0].output
     assert max(rank.at for rank in ranks) - failed_at(tmp_path) < 30
@@ -254,29 +215,8 @@ def test_sigterm_to_one_rank_commits_a_checkpoint_in_time_and_all_exit_with_0(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
 
 
-def test_kill_9_loses_no_more_than_the_steps_since_the_last_checkpoint(store: str, tmp_path: Path) -> None:
-    places = {name: tmp_path / name for name in ("whole", "killed")}
-    for name, path in places.items():
-        path.mkdir()
-        faults = {0: "killed", 1: "killed"} if name == "killed" else {}
-        ranks = run(2, store, path, faults, iteration=6, hidden_dropout=0.3)
-        assert [rank.exit_code != 0 for rank in ranks] == [bool(faults)] * 2
-    check_checkpoints(places["killed"], 2, 4)
-    run(2, store, places["killed"], {}, iteration=0, hidden_dropout=0.3, ckpt_load_dir="auto")
-    records = read_records(places["killed"])
-    kinds = [record.get("iter", record["kind"]) for record in records if record["kind"] != "eval"]
-    assert kinds == [1, 2, 3, 4, 5, "resumed", 5, 6, 7, 8]
-    losses = {name: read_losses(path / "run" / "metrics.jsonl") for name, path in places.items()}
-    assert losses["killed"] == losses["whole"] and len(losses["whole"]) == 8
-
-
 def read_records(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
-def read_losses(path: Path) -> dict[int, float]:
-    """Iteration → loss."""
-    return {record["iter"]: record["loss"] for record in read_metrics(path) if record["kind"] == "train"}
 
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
@@ -297,16 +237,6 @@ def torchrun(
         text=True,
         timeout=LAUNCH_S * 2,
     )
-
-
-@pytest.mark.slow
-def test_under_torchrun_the_others_tell_of_a_killed_rank_and_save_nothing(store: str, tmp_path: Path) -> None:
-    ended = torchrun(4, store, tmp_path, {0: "killed"}, collective_timeout_s=60)
-    assert ended.returncode != 0
-    assert time.time() - failed_at(tmp_path) < 10 + MARGIN_S
-    for rank in (1, 2, 3):
-        assert re.search(rf"\[rank {rank}\] ERROR the run ends: rank 0 \(.*\) is dead or frozen", ended.stderr)
-    check_checkpoints(tmp_path, 2, 4)
 
 
 @pytest.mark.slow

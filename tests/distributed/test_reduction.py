@@ -1,4 +1,3 @@
-import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,17 +8,13 @@ import torch.distributed as dist
 
 from hstu.config.args import DataParallelArgs
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.model.outputs import ModelOutput
 from hstu.parallel.ddp import ReplicatedDense, own_gradients_finite
 from hstu.parallel.fsdp import fully_sharded
-from hstu.parallel.group import to_train_batch
 from hstu.parallel.mesh import Mesh
-from tests.distributed.collective_clock import CollectiveClock, Times, split
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import assemble, make_config, write_store
 
 LARGE = {"num_layers": 6, "hidden_size": 128, "num_attention_heads": 4, "kv_channels": 32}
-LATE_S = 1.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENTS = ((1 + 2**-9, 3.0, 60000.0), (1.0, 3 + 2**-20, 62000.0))
 """Of three weights, on each rank. One has 9 bits behind the point, of which bfloat16 holds 7; the last are large."""
@@ -37,7 +32,6 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             **{f"exact {exact}": partial(train_with, store=store, exact=exact) for exact in (True, False)},
             "sharded": partial(train_with, store=store, exact=False, sharding="weights"),
             "order": partial(order_of_backward, store=store),
-            "waits": partial(waits, store=store),  # last, because the clock changes torch's classes
         },
     )
 
@@ -89,39 +83,6 @@ def order_of_backward(mesh: Mesh, store: str) -> list[str]:
     return events
 
 
-def waits(mesh: Mesh, store: str) -> dict[str, list[float]]:
-    """Where rank 1 comes late → this rank's (communication, waiting) seconds by the benchmarks' clock."""
-    clock = CollectiveClock()
-    pipeline, source, _, _ = assemble(make_config(store, "none", network=LARGE), mesh)
-    dense = pipeline.step.model.dense
-    clock.watch(dense)
-    batches = source.train_batches(SamplerPosition())
-    late = LATE_S if mesh.rank == 1 else 0.0
-    pipeline.progress(batches)
-
-    def step(before: float, in_backward: float) -> list[float]:
-        dist.barrier()
-        clock.restart()
-        time.sleep(before)
-        batch = next(batches)
-        hook = dense.register_forward_hook(partial(_sleep_in_backward, in_backward))
-        pipeline.step(to_train_batch(batch, pipeline.step.model.roles, mesh))
-        hook.remove()
-        return _measured(clock.restart(), mesh)
-
-    return {"nowhere": step(0, 0), "before the step": step(late, 0), "in backward": step(0, late)}
-
-
-def _sleep_in_backward(seconds: float, module: Any, args: Any, output: ModelOutput) -> None:
-    output.loss_sum.register_hook(lambda _: time.sleep(seconds))
-
-
-def _measured(times: Times, mesh: Mesh) -> list[float]:
-    begun: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(begun, times.begun)
-    return list(split(times, begun))
-
-
 def test_gradients_are_reduced_while_backward_goes_on(told: Any) -> None:
     for rank in told:
         order = rank["order"]
@@ -148,11 +109,3 @@ def test_a_run_sends_its_gradients_as_it_is_told(told: Any) -> None:
         assert losses == pytest.approx(exact_losses, rel=1e-3) and losses != exact_losses
         sent, of_shards = rank["sharded"]
         assert sent == torch.bfloat16 and of_shards == pytest.approx(losses, rel=1e-6)
-
-
-@pytest.mark.parametrize("where", ["before the step", "in backward"])
-def test_the_benchmarks_clock_tells_waiting_for_a_late_rank(told: Any, where: str) -> None:
-    in_time, late = (rank["waits"][where] for rank in told)
-    assert LATE_S * 0.6 < in_time[1] < LATE_S * 2
-    assert in_time[0] < LATE_S / 2 and sum(late) < LATE_S / 2
-    assert sum(told[0]["waits"]["nowhere"]) < LATE_S / 2

@@ -16,34 +16,35 @@ from tests.distributed.launch import Launch, run_cases
 from tests.distributed.toy import ToyOptions, full_tables, new_state, train_state
 
 CASES: dict[str, Any] = {
-    f"{optimizer}-{sharding}": {"optimizer": optimizer, "sharding": sharding, "dropout": 0.3}
-    for optimizer in ("sgd", "adagrad", "adam")
-    for sharding in ("row_wise", "table_wise", "column_wise")
+    "sgd": {"optimizer": "sgd", "dropout": 0.3, "optimizer_args": {"momentum": 0.9}},
+    "mixed, dropout": {
+        "optimizer": "adam",
+        "sharding": "column_wise",
+        "dropout": 0.3,
+        "trained": {"user": {"optimizer_str": "adagrad", "learning_rate": 0.05}, "action": {"optimizer_str": "sgd"}},
+        "parts": [{"regex": "head", "optimizer_str": "sgd"}, {"regex": "norm", "learning_rate": 0.02}],
+        "optimizer_args": {"sparse_max_gradient": 0.01, "ema_decay": 0.9},
+    },
+    "adagrad": {"optimizer": "adagrad", "sharding": "table_wise"},
+    "adam": {"optimizer": "adam"},
+    "rowwise_adagrad": {"optimizer": "rowwise_adagrad"},
+    "width no multiple of 4": {"optimizer": "adagrad", "dim": 6},
 }
-CASES["rowwise_adagrad"] = {"optimizer": "rowwise_adagrad"}
-CASES["momentum"] = {"optimizer": "sgd", "optimizer_args": {"momentum": 0.9}}
-CASES["mixed"] = {
-    "optimizer": "adam",
-    "trained": {"user": {"optimizer_str": "adagrad", "learning_rate": 0.05}, "action": {"optimizer_str": "sgd"}},
-    "parts": [{"regex": "head", "optimizer_str": "sgd"}, {"regex": "norm", "learning_rate": 0.02}],
-    "optimizer_args": {"sparse_max_gradient": 0.01, "ema_decay": 0.9},
-}
-CASES["width no multiple of 4"] = {"optimizer": "adagrad", "dim": 6}
-MOVED = {name: case | {"dropout": 0.0} for name, case in CASES.items()}  # for other ranks draw other dropout
 ALL = ["user", "item", "action"]
-OTHER_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{saved_as}, {kind}": (f"moved-{saved_as}", MOVED[saved_as] | tables)
-    for saved_as, kind, tables in (
-        ("sgd-row_wise", "column_wise", {"sharding": "column_wise"}),
-        ("adagrad-table_wise", "row_wise", {"sharding": "row_wise"}),
-        ("adagrad-row_wise", "replicated", {"replicated": ALL}),
+MOVED: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{name}, {kind}": (name, CASES[name] | tables)
+    for name, kind, tables in (
+        ("adagrad", "table_wise", {}),
+        ("adagrad", "row_wise", {"sharding": "row_wise"}),
+        ("adagrad", "replicated", {"replicated": ALL}),
+        ("adam", "row_wise", {}),
+        ("adam", "column_wise", {"sharding": "column_wise"}),
+        ("rowwise_adagrad", "table_wise", {"sharding": "table_wise"}),
         ("width no multiple of 4", "replicated", {"replicated": ALL}),
         ("width no multiple of 4", "all sharded", {"replicated": [], "sharding": "column_wise"}),
-        ("adam-column_wise", "table_wise", {"sharding": "table_wise"}),
-        ("rowwise_adagrad", "table_wise", {"sharding": "table_wise"}),
-        ("mixed", "column_wise", {"sharding": "column_wise"}),
     )
 }
+"""Case and tables that other ranks load it into. Other ranks draw other dropout, so there is none."""
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,7 @@ def saved(tmp_path_factory: Any) -> dict[int, tuple[Path, dict[str, Any]]]:
     runs = {}
     for size in (1, 2):
         directory = tmp_path_factory.mktemp(f"ranks{size}")
-        cases = {
-            name: partial(interrupted_and_not, directory=directory / name, **case)
-            for name, case in (CASES | {f"moved-{name}": case for name, case in MOVED.items()}).items()
-        }
+        cases = {name: partial(interrupted_and_not, directory=directory / name, **case) for name, case in CASES.items()}
         runs[size] = (directory, run_cases(Launch(size, timeout_s=100), cases)[0])
     return runs
 
@@ -98,18 +96,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(saved: Any, size
     assert losses != result["before"][:2], "the steps after the checkpoint must have something to tell"
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [(1, 2), (2, 1), (2, 3)])
+@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 1), (2, 3)])
 def test_a_checkpoint_goes_on_over_other_ranks_and_in_tables_cut_otherwise(
     saved: Any, saved_by: int, loaded_by: int
 ) -> None:
     directory, results = saved[saved_by]
-    loads = {f"moved-{name}": (f"moved-{name}", case) for name, case in MOVED.items()} | OTHER_TABLES
     cases = {
         name: partial(continue_from, checkpoint=directory / saved_as / "iteration_00000003", **case)
-        for name, (saved_as, case) in loads.items()
+        for name, (saved_as, case) in MOVED.items()
     }
     moved = run_cases(Launch(loaded_by, timeout_s=100), cases)
-    for name, (saved_as, _) in loads.items():
+    for name, (saved_as, _) in MOVED.items():
         losses, _, tables = results[saved_as]["straight_on"]
         np.testing.assert_allclose(moved[0][name]["losses"], losses, rtol=1e-5, err_msg=name)
         for table, rows in tables.items():
@@ -117,15 +114,15 @@ def test_a_checkpoint_goes_on_over_other_ranks_and_in_tables_cut_otherwise(
 
 
 def test_names_do_not_depend_on_wrapping(saved: Any) -> None:
-    alone, wrapped = (saved[size][1]["adam-row_wise"]["names"] for size in (1, 2))
+    alone, wrapped = (saved[size][1]["adam"]["names"] for size in (1, 2))
     assert alone == wrapped
     assert {"model.tables.item_table", "model.tables.action_table", "model.task.head.weight"} < set(alone)
 
 
 def test_a_checkpoint_leaves_no_temporary_files(saved: Any) -> None:
     directory, _ = saved[2]
-    assert [path.name for path in (directory / "adam-row_wise").iterdir()] == ["iteration_00000003"]
-    files = {path.name for path in (directory / "adam-row_wise" / "iteration_00000003").iterdir()}
+    assert [path.name for path in (directory / "adam").iterdir()] == ["iteration_00000003"]
+    files = {path.name for path in (directory / "adam" / "iteration_00000003").iterdir()}
     assert files == {"tensors", "progress.json", "operative.gin", "rng_rank0.pt", "rng_rank1.pt", MANIFEST}
 
 
@@ -138,7 +135,7 @@ def error_of_loading(mesh: Mesh, directory: Path, **options: Unpack[ToyOptions])
 
 
 def test_what_is_wrong_with_a_checkpoint_is_said_on_every_rank(saved: Any, tmp_path: Path) -> None:
-    good = saved[2][0] / "adam-row_wise" / "iteration_00000003"
+    good = saved[2][0] / "adam" / "iteration_00000003"
     names = ["flipped", "missing", "no-manifest", "other-width", "other-optimizer"]
     for name in names:
         shutil.copytree(good, tmp_path / name)
@@ -174,12 +171,6 @@ def error_of_saving(mesh: Mesh, directory: Path) -> str:
     return "saved"
 
 
-def test_saving_where_nothing_can_be_written_fails_on_every_rank(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a directory")
-    for messages in run_cases(2, {"save": partial(error_of_saving, directory=tmp_path / "file")}):
-        assert "checkpointing failed on rank 0" in messages["save"]
-
-
 def save_thrice(mesh: Mesh, directory: Path) -> list[list[str]]:
     """Save an iteration, the same again, and with other weights; the names in the directory after each."""
     state, names = new_state(mesh), []
@@ -190,6 +181,12 @@ def save_thrice(mesh: Mesh, directory: Path) -> list[list[str]]:
         save(directory, state, mesh)
         names.append(sorted(f"{path.name} {(path / 'operative.gin').read_text()}" for path in directory.iterdir()))
     return names
+
+
+def test_saving_where_nothing_can_be_written_fails_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    for messages in run_cases(2, {"save": partial(error_of_saving, directory=tmp_path / "file")}):
+        assert "checkpointing failed on rank 0" in messages["save"]
 
 
 def test_saving_an_iteration_again_overwrites_nothing(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ DEVICES = [
 ]
 PLACES = {"fused": "DEVICE", "fused_uvm": "MANAGED", "fused_uvm_caching": "MANAGED_CACHING"}
 """EmbeddingArgs.compute_kernel → where FBGEMM then has the rows on a GPU."""
-SHARDINGS = ("row_wise", "column_wise", "table_wise")
+SHARDINGS = ("column_wise", "table_wise")
 OPTIMIZERS = ("adam", "rowwise_adagrad")
 
 
@@ -63,20 +63,18 @@ def trained(
     return told | {"device": mesh.device.type, "places": places}
 
 
-def cases() -> dict[str, dict[str, str]]:
-    """Name → options of a run, the plain one of each optimizer first."""
-    found = {}
-    for optimizer in OPTIMIZERS:
-        found[f"plain, {optimizer}"] = {"pipeline": "none", "optimizer": optimizer}
-        for pipeline in ("none", "prefetch"):
-            for kernel in ("fused_uvm", "fused_uvm_caching"):
-                options = {"pipeline": pipeline, "kernel": kernel, "optimizer": optimizer}
-                found[f"{kernel}, {pipeline}, {optimizer}"] = options
-    for sharding in SHARDINGS[1:]:
-        found[sharding] = {"pipeline": "none", "sharding": sharding}
-    for pipeline in PIPELINES[1:]:
-        found[pipeline] = {"pipeline": pipeline}
-    return found
+CASES: dict[str, dict[str, str]] = {
+    **{f"plain, {optimizer}": {"pipeline": "none", "optimizer": optimizer} for optimizer in OPTIMIZERS},
+    **{
+        f"{kernel}, {pipeline}, {optimizer}": {"pipeline": pipeline, "kernel": kernel, "optimizer": optimizer}
+        for optimizer in OPTIMIZERS
+        for pipeline in ("none", "prefetch")
+        for kernel in ("fused_uvm", "fused_uvm_caching")
+    },
+    **{sharding: {"pipeline": "none", "sharding": sharding} for sharding in SHARDINGS},
+    **{pipeline: {"pipeline": pipeline} for pipeline in PIPELINES[1:]},
+}
+"""Options of runs."""
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Case → what its run tells."""
     store = write_store(tmp_path_factory.mktemp("devices") / "store")
     return run_cases(
-        Launch(1, timeout_s=150), {name: partial(trained, store=store, **options) for name, options in cases().items()}
+        Launch(1, timeout_s=150), {name: partial(trained, store=store, **options) for name, options in CASES.items()}
     )[0]
 
 
@@ -110,12 +108,8 @@ def test_rows_train_the_same_wherever_they_lie(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sharding", SHARDINGS[1:])
-def test_a_table_trains_the_same_however_it_is_sharded(runs: dict[str, Any], sharding: str, device: str) -> None:
-    assert_same_training(runs[sharding], runs["plain, adam"], device)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("pipeline", PIPELINES[1:])
-def test_pipelines_train_what_none_trains(runs: dict[str, Any], pipeline: str, device: str) -> None:
-    assert_same_training(runs[pipeline], runs["plain, adam"], device)
+@pytest.mark.parametrize("case", [*SHARDINGS, *PIPELINES[1:]])
+def test_a_table_trains_the_same_however_it_is_sharded_and_in_every_pipeline(
+    runs: dict[str, Any], case: str, device: str
+) -> None:
+    assert_same_training(runs[case], runs["plain, adam"], device)

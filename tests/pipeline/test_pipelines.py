@@ -3,7 +3,6 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -14,32 +13,38 @@ from torch import nn
 
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.parallel.mesh import Mesh, seed_initial_weights
+from hstu.parallel.mesh import Mesh
 from hstu.pipeline import pipelines
 from hstu.pipeline.pipelines import TrainPipeline
-from hstu.train.builder import build_trainer
 from tests.distributed.launch import Launch, run_cases
-from tests.distributed.pipeline_cases import PIPELINES, STEPS, assemble, digest, make_config, train, write_store
-from tests.distributed.training_cases import signal_in_step
+from tests.distributed.pipeline_cases import PIPELINES, STEPS, assemble, make_config, train, write_store
+from tests.train.tiny import OF_THE_ACTION, TOWER
 
 AHEAD = ("native", "prefetch")
 ADAM, ADAGRAD = {"optimizer_str": "adam"}, {"optimizer_str": "adagrad"}
-UNIFORM = {"negatives": "uniform", "num_negatives": 6}
 CASES: dict[str, Any] = {
-    "ranking, sgd": {},
-    "ranking, adagrad": {"optimizer": ADAGRAD},
-    "ranking, adam": {"optimizer": ADAM},
-    "ranking, candidates": {"dataset": {"max_num_candidates": 2}},
-    "two widths": {"network": {"contextual_embedding_dim": 8}},
-    "all tables replicated": {"sharded": []},
-    "clipped": {"trainer": {"max_grad_norm": 0.05}},
+    "ranking, two widths": {"optimizer": ADAGRAD, "network": {"contextual_embedding_dim": 8}},
+    "ranking, clipped": {"optimizer": ADAM, "trainer": {"max_grad_norm": 0.05}},
+    "ranking, tasks": {"dataset": {"max_num_candidates": 3}, "task_args": OF_THE_ACTION},
+    "all tables replicated": {"sharded": [], "network": {"position_encoding": "relative_bias"}},
     "retrieval, in-batch negatives": {"task": "retrieval", "task_args": {"negatives": "in_batch"}},
-    "retrieval, uniform negatives": {"task": "retrieval", "task_args": UNIFORM, "optimizer": ADAM},
-    "retrieval, shared negatives": {"task": "retrieval", "task_args": {**UNIFORM, "shared_negatives": True}},
-    "retrieval, all items": {"task": "retrieval", "task_args": {"negatives": "full"}, "optimizer": ADAGRAD},
-    "relative bias": {"task": "retrieval", "network": {"position_encoding": "relative_bias"}, "sharded": ["item_id"]},
+    "retrieval, shared negatives": {
+        "task": "retrieval",
+        "task_args": {"negatives": "uniform", "num_negatives": 6, "shared_negatives": True},
+        "optimizer": ADAM,
+    },
+    "retrieval, all items, seen": {
+        **TOWER,
+        "task": "retrieval",
+        "sharded": ("item_id", "tags"),
+        "dataset": {**TOWER["dataset"], "max_sequence_length": 4},
+        "task_args": {"negatives": "full", "mask_seen": True, "item_tower": True},
+        "optimizer": ADAM,
+    },
 }
-NEVER_EVALUATED = {"ranking, adam, never evaluated": {**CASES["ranking, adam"], "evaluate_after": ()}}
+NAMES = {1: ["ranking, two widths", "ranking, clipped", "retrieval, all items, seen"], 2: list(CASES)}
+"""Ranks → cases."""
+NEVER_EVALUATED = {"never evaluated": {**CASES["ranking, clipped"], "evaluate_after": ()}}
 
 
 @pytest.fixture(scope="module")
@@ -48,37 +53,46 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def runs(store: str) -> dict[str, Any]:
-    """ "case, pipeline" → what ``train`` returns, in one process."""
-    cases = {
-        f"{name}, {kind}": partial(train, store=store, pipeline_type=kind, **options)
-        for name, options in (CASES | NEVER_EVALUATED).items()
-        for kind in PIPELINES
-    }
-    return run_cases(Launch(1, timeout_s=200), cases)[0]
+def runs(store: str) -> dict[int, list[dict[str, Any]]]:
+    """Ranks → rank → "case, pipeline" → what ``train`` returns."""
+
+    def cases(names: list[str]) -> dict[str, Any]:
+        return {
+            f"{name}, {kind}": partial(train, store=store, pipeline_type=kind, **options)
+            for name, options in ({name: CASES[name] for name in names} | NEVER_EVALUATED).items()
+            for kind in PIPELINES
+        }
+
+    return {ranks: run_cases(Launch(ranks, timeout_s=200), cases(names)) for ranks, names in NAMES.items()}
 
 
 @pytest.mark.parametrize("kind", AHEAD)
-@pytest.mark.parametrize("case", CASES)
-def test_losses_metrics_weights_and_positions_are_those_of_none_bit_for_bit(runs: Any, case: str, kind: str) -> None:
-    assert runs[f"{case}, {kind}"] == runs[f"{case}, none"]
+@pytest.mark.parametrize(("ranks", "case"), [(ranks, name) for ranks, names in NAMES.items() for name in names])
+def test_losses_metrics_weights_and_positions_are_those_of_none_bit_for_bit(
+    runs: Any, ranks: int, case: str, kind: str
+) -> None:
+    for told in runs[ranks]:
+        assert told[f"{case}, {kind}"] == told[f"{case}, none"]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_compared_trains_over_an_uneven_epoch_end(runs: Any, case: str) -> None:
-    told = runs[f"{case}, none"]
-    assert len(set(told["losses"])) == STEPS
-    assert len({json.dumps(metrics) for metrics in told["metrics"]}) > 1
-    last_of_epoch = told["positions"].index([1, 4]) - 1
-    assert last_of_epoch > 2 and told["real"][last_of_epoch] == 1, "1 user, 3 empty sequences"
+@pytest.mark.parametrize(("ranks", "case"), [(ranks, name) for ranks, names in NAMES.items() for name in names])
+def test_what_is_compared_trains_over_an_uneven_epoch_end(runs: Any, ranks: int, case: str) -> None:
+    of_ranks = [told[f"{case}, none"] for told in runs[ranks]]
+    for told in of_ranks:
+        assert told["losses"] == of_ranks[0]["losses"] and len(set(told["losses"])) == STEPS
+        assert len({json.dumps(metrics) for metrics in told["metrics"]}) > 1
+    last_of_epoch = of_ranks[0]["positions"].index([1, 4 * ranks]) - 1
+    real = sorted(told["real"][last_of_epoch] for told in of_ranks)
+    assert real == [0, 1][-ranks:], "1 user, and else empty sequences"
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_evaluations_in_between_leave_training_as_it_is(runs: Any, kind: str) -> None:
-    evaluated, never = runs[f"ranking, adam, {kind}"], runs[f"ranking, adam, never evaluated, {kind}"]
-    assert evaluated["metrics"] and not never["metrics"]
-    for what in ("losses", "positions", "weights"):
-        assert evaluated[what] == never[what]
+    for of_rank in (rank for ranks in runs.values() for rank in ranks):
+        evaluated, never = of_rank[f"ranking, clipped, {kind}"], of_rank[f"never evaluated, {kind}"]
+        assert evaluated["metrics"] and not never["metrics"]
+        for what in ("losses", "positions", "weights"):
+            assert evaluated[what] == never[what]
 
 
 def iterators(mesh: Mesh, store: str, kind: str) -> dict[str, Any]:
@@ -122,46 +136,6 @@ def test_iterators_end_and_follow_one_another_as_with_none(store: str) -> None:
     for kind in AHEAD:
         assert results[kind]["losses"] == results["none"]["losses"]
         assert results[kind]["left"].startswith("2 batches of another iterator are in the pipeline")
-
-
-def run_trainer(mesh: Mesh, store: str, directory: str, kind: str, sigterm_in: int | None = None) -> dict[str, Any]:
-    """A whole run with Adam, from a checkpoint if there is one; all that metrics.jsonl says, and where it ended."""
-    seed_initial_weights(mesh.seed)
-    options = {
-        "ckpt_save_interval": 100,
-        "ckpt_load_dir": "auto",
-        "eval_interval": 2,
-        "eval_at_end": True,
-        "max_train_iters": STEPS,
-    }
-    config = make_config(store, kind, output=directory, trainer=options, optimizer={"optimizer_str": "adam"})
-    trainer = build_trainer(config, mesh)
-    if sigterm_in is not None:
-        signal_in_step(trainer, sigterm_in)
-    trainer.train()
-    records = [json.loads(line) for line in Path(directory, "run", "metrics.jsonl").read_text().splitlines()]
-    return {
-        "losses": {record["iter"]: record["loss"] for record in records if record["kind"] == "train"},
-        "metrics": {record["iter"]: record["metrics"] for record in records if record["kind"] == "eval"},
-        "position": [trainer.state.position.epoch, trainer.state.position.consumed],
-        "weights": digest(trainer.state, mesh),
-    }
-
-
-def test_a_run_stopped_in_mid_epoch_goes_on_as_if_it_had_not_been(store: str, tmp_path: Path) -> None:
-    of_kind = {kind: partial(run_trainer, store=store, directory=str(tmp_path / kind), kind=kind) for kind in PIPELINES}
-    cases = {"straight on": of_kind["none"]}
-    for kind in AHEAD:
-        cases |= {f"{kind}, stopped": partial(of_kind[kind], sigterm_in=3), f"{kind}, resumed": of_kind[kind]}
-    (runs,) = run_cases(Launch(1, timeout_s=120), cases)
-    assert list(runs["straight on"]["losses"]) == [*range(1, STEPS + 1)]
-    for kind in AHEAD:
-        stopped = runs[f"{kind}, stopped"]
-        assert list(stopped["losses"]) == [1, 2, 3]
-        assert stopped["position"] == [0, 12], "two more batches had been fetched, and must not be skipped"
-        assert runs[f"{kind}, resumed"] == runs["straight on"]
-        log = (tmp_path / kind / "run" / "log.txt").read_text()
-        assert log.count(f"pipeline_type '{kind}' on a CPU: ") == 2, "once a run"
 
 
 def test_prefetched_ids_stay_in_memory_until_the_stream_of_the_steps_has_read_them(

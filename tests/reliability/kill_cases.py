@@ -1,4 +1,4 @@
-"""The functions that kills.py runs on each rank: a run that kills itself at a given point, and a run that resumes."""
+"""What test_kills.py runs on each rank: a run that kills itself at a given point, and a run that resumes."""
 
 import json
 import os
@@ -45,7 +45,7 @@ class Killer:
         sys.addaudithook(self._see)
         unwrap_dense(trainer.state.model).task.register_forward_hook(lambda *_: self._forward())
         if kill is not None and kill.after_s is not None:
-            timer = threading.Timer(kill.after_s, self._die, ("a moment",))
+            timer = threading.Timer(kill.after_s, self._die)
             timer.daemon = True
             timer.start()
 
@@ -60,24 +60,16 @@ class Killer:
             return
         self.files.append(" ".join([event, *(path.removeprefix(self._directory) for path in paths)]))
         if self._kill is not None and len(self.files) == self._kill.file:
-            self._die(self.files[-1])
+            self._die()
 
     def _forward(self) -> None:
         self.forwards += 1
         if self._kill is not None and self.forwards == self._kill.forward:
-            self._die("forward")
+            self._die()
 
-    def _die(self, what: str) -> None:
-        heartbeat, background = self._trainer.mesh.heartbeat, self._trainer.checkpoints._background
-        in_flight = background is not None and not all(work.done() for work in background._work)
-        report = {
-            "what": what,
-            "stage": heartbeat.stage,
-            "in_flight": in_flight,
-            "iteration": self._trainer.state.iteration,
-        }
+    def _die(self) -> None:
         self._kill = None
-        self._note.write_text(json.dumps(report))
+        self._note.write_text(json.dumps({"iteration": self._trainer.state.iteration}))
         os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -1,16 +1,22 @@
 """Signals to the processes of a run: what each stops, and what it leaves."""
 
 import json
+import os
+import pickle
 import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.reliability.stops import stop
+from tests.distributed.failure_cases import run_with
+from tests.distributed.launch import REPOSITORY
+from tests.distributed.test_failures import TORCHRUN
 from tests.reliability.test_background import committed, run
 
 
-@pytest.mark.parametrize("fault", ["SIGTERM to all processes", "Ctrl-C"])
+@pytest.mark.parametrize("fault", ["Ctrl-C", pytest.param("SIGTERM to all processes", marks=pytest.mark.slow)])
 def test_a_signal_to_ranks_and_workers_saves_the_current_iteration_and_exits_with_0(
     store: str, tmp_path: Path, fault: str
 ) -> None:
@@ -31,25 +37,46 @@ def test_the_second_interrupt_ends_the_run_at_once_without_a_traceback(store: st
     assert not committed(tmp_path)
 
 
-@pytest.mark.parametrize(("ranks", "fault"), [(1, "worker lost soon"), (2, "worker lost soon")])
-def test_a_killed_data_worker_ends_the_run_with_a_message(store: str, tmp_path: Path, ranks: int, fault: str) -> None:
-    ended = run(ranks, store, tmp_path, fault, 7, data_workers=2, max_train_iters=100_000, ckpt_save_interval=100_000)
-    assert [rank.exit_code for rank in ended] == [1, 3][-ranks:], ended[-1].output
-    assert "error: a data worker died (DataLoader worker" in ended[-1].output
-    assert "Traceback" not in ended[-1].output
+def test_a_killed_data_worker_ends_the_run_with_a_message(store: str, tmp_path: Path) -> None:
+    trainer = {"data_workers": 2, "max_train_iters": 100_000, "ckpt_save_interval": 100_000}
+    ranks = run(2, store, tmp_path, "worker lost soon", 7, **trainer)
+    assert [rank.exit_code for rank in ranks] == [1, 3], ranks[-1].output
+    assert "error: a data worker died (DataLoader worker" in ranks[-1].output
+    assert "Traceback" not in ranks[-1].output
 
 
-@pytest.mark.parametrize(
-    ("number", "exit_code"),
-    [
-        (signal.SIGKILL, -signal.SIGKILL),
-        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
-    ],
-)
-def test_ranks_and_workers_end_with_torchrun(
-    store: str, tmp_path: Path, number: signal.Signals, exit_code: int
-) -> None:
-    stopped = stop(number, Path(store), tmp_path / "run", ranks=1, workers=1)
-    assert not stopped.problems, stopped.output
-    assert stopped.exit_code == exit_code
+def processes_of(output: Path) -> list[int]:
+    """Ids of all processes that were started for the run in this directory."""
+    mark, found = f"STOPPED_RUN={output}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            found += [int(path.parent.name)] if mark in path.read_bytes().split(b"\0") else []
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ranks_and_workers_end_with_torchrun(store: str, tmp_path: Path, number: signal.Signals) -> None:
+    trainer = {"max_train_iters": 10**6, "ckpt_save_interval": 10**6, "eval_interval": 50, "data_workers": 1}
+    arguments = {"faults": {}, "iteration": 0, "store": store, "output": str(tmp_path), "trainer": trainer}
+    (tmp_path / "arguments").write_bytes(pickle.dumps(arguments))
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "STOPPED_RUN": str(tmp_path)}
+    command = [*TORCHRUN, "2", "-m", run_with.__module__, str(tmp_path / "arguments")]
+    with (tmp_path / "output").open("w") as text:
+        process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=text, stderr=subprocess.STDOUT)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count('"train"') >= 3):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == (-signal.SIGKILL if number == signal.SIGKILL else 1)
+    deadline = time.monotonic() + 60
+    while processes_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not processes_of(tmp_path), (tmp_path / "output").read_text()
+    if number != signal.SIGKILL:
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["status"] == "stopped" and list(committed(tmp_path)) == [summary["iterations"]]

@@ -19,7 +19,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu.base.errors import EXIT_DONE, ConfigError, PrintableFormatter, UserError, printable
 from hstu.data.datasets import DATASETS, resolve_name
-from hstu.data.datasets.own_columns import matching_files
-from hstu.data.datasets.own_types import TIME_UNITS, lists_of
+from hstu.data.datasets.own_columns import SEPARATORS
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
 from hstu.data.preprocess.engine import disk_errors
-from hstu.data.preprocess.report import REPORT, check_report_folder, format_report, write_report
+from hstu.data.preprocess.report import REPORT, format_report, write_report
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.store.layout import META_FILE
 from hstu.data.store.sequence_store import SequenceStore
@@ -43,10 +42,10 @@ _EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
 _FOR_ALL = (
     "output", "force", "memory_limit", "bad_row_policy", "max_bad_rows", "min_user_events", "min_item_events",
-    "all_items",
+    "all_items", "raw_ids",
 )  # fmt: skip
 _COLUMNS = tuple(field.name for field in fields(InteractionColumns))
-_OWN_TABLE = (*_COLUMNS, "glob", "append")
+_OWN_TABLE = (*_COLUMNS, "append")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,8 +92,6 @@ def _run(args: argparse.Namespace) -> None:
     if args.verify:
         _verify(args)
         return
-    if not args.no_report:
-        check_report_folder(_report_folder(_target(args)))
     path = _make(args)
     store = SequenceStore.open(path)
     print(printable(format_report(store)))
@@ -108,13 +105,9 @@ def _target(args: argparse.Namespace) -> Path:
     return args.output or DATA_DIRECTORY / (resolve_name(args.dataset_name) or args.dataset_name)
 
 
-def _report_folder(store: Path) -> Path:
-    return store.absolute().with_name(f"{store.name}.report")
-
-
 def _write_report(store: SequenceStore, force: bool) -> Path:
     """Writes <store>.report/report.md unless it is already newer than the store; returns its path."""
-    folder = _report_folder(store.path)
+    folder = store.path.absolute().with_name(f"{store.path.name}.report")
     report = folder / REPORT
     made = (store.path / META_FILE).stat().st_mtime
     if not force and report.is_file() and report.stat().st_mtime >= made:
@@ -131,7 +124,6 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _make(args: argparse.Namespace) -> Path:
     common = {name: getattr(args, name) for name in _FOR_ALL}
-    common["raw_ids"] = tuple(name.strip() for name in args.raw_ids.split(",") if name.strip())
     if args.interactions is None:
         misplaced = [f"--{name}" for name in _OWN_TABLE if getattr(args, name) != _parser().get_default(name)]
         if misplaced:
@@ -139,10 +131,8 @@ def _make(args: argparse.Namespace) -> Path:
         return preprocess(args.dataset_name, raw_path=args.raw_path, **common)
     if args.raw_path or not args.user or not args.item:
         raise ConfigError("--interactions needs --user and --item, and does not go with --raw_path")
-    given = {name: getattr(args, name) for name in _COLUMNS}
-    for name in ("interactions", "requests"):
-        given[name] = tuple(matching_files(given[name]) if args.glob else map(Path, given[name]))
-    return import_interactions(args.dataset_name, InteractionColumns(**given), append=args.append, **common)
+    columns = InteractionColumns(**{name: getattr(args, name) for name in _COLUMNS})
+    return import_interactions(args.dataset_name, columns, append=args.append, **common)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -167,7 +157,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--all_items", action="store_true", help="items of --items or --titles belong to the data even without events")
     add(
         "--raw_ids",
-        default="",
+        type=_names,
+        default=(),
         help="item, user or item,user: models get the raw ids, int64, which dynamic tables take as they are",
     )
     add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
@@ -177,80 +168,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_own_table(add: Callable[..., argparse.Action]) -> None:
-    names: dict[str, Any] = {"type": _names, "default": ()}
-    separator: dict[str, Any] = {"type": _separator, "metavar": "TEXT"}
-    add(
-        "--interactions",
-        nargs="+",
-        metavar="FILE",
-        help="text (also .gz or .zst) or Parquet files, or directories of such files, one row per event",
-    )
-    add("--glob", action="store_true", help="--interactions and --requests are patterns such as 'day_*.csv'")
+    """One option per field of InteractionColumns, which says what it means."""
+    kinds: dict[str, dict[str, Any]] = {
+        "Path | Sequence[Path]": {"type": Path, "nargs": "+", "metavar": "FILE"},
+        "tuple[Path, ...]": {"type": Path, "nargs": "+", "default": (), "metavar": "FILE"},
+        "tuple[str, ...]": {"type": _names, "default": ()},
+        "Mapping[str, int]": {"type": _ranges, "default": {}, "metavar": "COL=N,..."},
+        "Mapping[str, str]": {"type": _lists, "default": {}, "metavar": "COL=TEXT,..."},
+        "Path | None": {"type": Path},
+        "str | None": {"type": _separator},
+    }
+    for column in fields(InteractionColumns):
+        default = {} if column.default in (MISSING, None) else {"default": column.default}
+        add(f"--{column.name}", **{**kinds.get(str(column.type), {}), **default, **column.metadata})
     add(
         "--append",
         action="store_true",
         help="add the events of --interactions to the existing store; the raw files that it has must still be there",
     )
-    add("--user", help="column of the user, int64 or strings")
-    add("--item", help="column of the item, int64 or strings")
-    add("--action", help="column of the action, integers >= 0 or a few texts")
-    add("--time", help="column of the time, a number since 1970 or a date; without it: order of the rows")
-    add("--time_unit", choices=(*TIME_UNITS, "auto"), default="s", help="unit of times that are numbers")
-    add(
-        "--requests",
-        nargs="+",
-        default=(),
-        metavar="FILE",
-        help="files, as of --interactions, with one row per impression, in columns of the same names: what to rank",
-    )
-    add("--request", help="column of --requests with the id of the request; without it a user's rows of one time")
-    add("--split", help="column that says which events are train, valid and test, in this order within a user")
-    add("--context", type=Path, help="table with one row per user, with the same user column")
-    add(
-        "--context_columns", help="columns of --context or of the interactions, as a,b,c; also the user column", **names
-    )
-    add(
-        "--bins",
-        type=_numbers,
-        default={},
-        metavar="COL=N,...",
-        help="columns of numbers, of users, items or events → ranges to group them into",
-    )
-    add("--items", type=Path, help="table with one row per item, with the same item column")
-    add("--item_columns", help="columns of --items or of the interactions, as a,b,c", **names)
-    add("--event_columns", help="columns of the interactions that are features of the events, as a,b,c", **names)
-    add(
-        "--lists",
-        type=_lists,
-        default={},
-        metavar="COL=TEXT,...",
-        help="item columns with several values → what separates them, as 'genres=|,tags=comma'",
-    )
-    add("--numbers", help="item or event columns that are quantities, not categories, as price,watch_time", **names)
-    add("--vectors", help="item columns that are vectors: lists of Parquet files, or text with --lists", **names)
-    add("--titles", type=Path, help="table with one row per item, with the same item column")
-    add("--title", help="column of --titles")
-    add(
-        "--delimiter",
-        help="what separates columns, if not a comma in .csv or a tab in .tsv: ';', '::', tab",
-        **separator,
-    )
-    add("--header", help="names of the columns, as a,b,c, if the first line does not name them", **names)
-    add("--requests_delimiter", help="as --delimiter, for --requests", **separator)
-    add("--requests_header", help="as --header, for --requests", **names)
-    add("--context_delimiter", help="as --delimiter, for --context", **separator)
-    add("--context_header", help="as --header, for --context", **names)
-    add("--titles_delimiter", help="as --delimiter, for --titles", **separator)
-    add("--titles_header", help="as --header, for --titles", **names)
-    add("--items_delimiter", help="as --delimiter, for --items", **separator)
-    add("--items_header", help="as --header, for --items", **names)
 
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _numbers(text: str) -> dict[str, int]:
+def _ranges(text: str) -> dict[str, int]:
     pairs = [pair.rpartition("=") for pair in _names(text)]
     if not all(name and number.isdecimal() for name, _, number in pairs):
         raise argparse.ArgumentTypeError(f"expected columns and numbers of ranges, as age=10,income=5, not {text!r}")
@@ -258,10 +200,12 @@ def _numbers(text: str) -> dict[str, int]:
 
 
 def _lists(text: str) -> dict[str, str]:
-    try:
-        return lists_of(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    pairs = [pair.rpartition("=") for pair in text.split(",") if pair.strip()]
+    if not all(column.strip() and separator for column, _, separator in pairs) or text.endswith(","):
+        raise argparse.ArgumentTypeError(
+            f"expected columns and separators, as genres=|,tags=;, or the words {', '.join(SEPARATORS)}, not {text!r}"
+        )
+    return {column.strip(): SEPARATORS.get(separator, separator) for column, _, separator in pairs}
 
 
 def _separator(text: str) -> str:

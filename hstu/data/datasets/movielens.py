@@ -5,14 +5,11 @@ Formats: the README of each GroupLens archive. RecBole's atomic files are tab se
 
 from __future__ import annotations
 
-import csv
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hstu.base.errors import DataError
-from hstu.data.datasets.raw import RawFile, rating_and_time, table_with_header
+from hstu.data.datasets.raw import RawFile, literal, rating_and_time, table_with_header
 from hstu.data.datasets.spec import (
     UNKNOWN,
     USER_FEATURE,
@@ -28,19 +25,22 @@ from hstu.data.datasets.spec import (
 ALIASES = {"movielens": "ml"}
 """Other spellings of the family's name → the one in the datasets' names."""
 
-_ParseMovies = Callable[[Iterator[str]], Iterator[list[str]]]
-"""Lines of a file of movies → its rows: movie, title, and then its genres."""
 _GENRES_100K = (
     UNKNOWN, "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
 """What the flags at the end of a line of u.item mean; u.genre of the archive lists them."""
-_NO_GENRES = "(no genres listed)"
-_YEAR = re.compile(r"\((\d{4})(?:[-–]\d{0,4})?\)")
+_FLAGS_100K = {f"genre_{place}": genre for place, genre in enumerate(_GENRES_100K)}
+_YEAR = r"\((\d{4})(?:[-–]\d{0,4})?\)"
 """The year in a title, such as "Toy Story (1995)"; of a series, the first."""
 _RATINGS = {"user": "BIGINT", "item": "BIGINT", "rating": "DOUBLE", "time": "BIGINT"}
 _USERS_100K = {"user": "BIGINT", "age": "INTEGER", **dict.fromkeys(("sex", "occupation", "zip_code"), "VARCHAR")}
 _USERS_1M = {"user": "BIGINT", **dict.fromkeys(("sex", "age_group", "occupation", "zip_code"), "VARCHAR")}
+_MOVIES_1M = {"movie": "BIGINT", "title": "VARCHAR", "genres": "VARCHAR"}
+_MOVIES_100K = {
+    "movie": "BIGINT", **dict.fromkeys(("title", "release", "video_release", "url", *_FLAGS_100K), "VARCHAR")
+}  # fmt: skip
+_MOVIES_RECBOLE = {"movie": "BIGINT", **dict.fromkeys(("name", "year", "genres"), "VARCHAR")}
 _CONTEXT_1M = '"user", sex AS c0, age_group AS c1, occupation AS c2, zip_code AS c3'
 _AGE_GROUP = """CASE WHEN age < 18 THEN '1' WHEN age < 25 THEN '18' WHEN age < 35 THEN '25' WHEN age < 45 THEN '35'
     WHEN age < 50 THEN '45' WHEN age < 56 THEN '50' WHEN age >= 56 THEN '56' END"""
@@ -56,28 +56,35 @@ _DESCRIPTIONS = {
 
 def read_100k(files: Sequence[Path]) -> RawTables:
     """u.data (tab), u.user and u.item (pipe, Latin-1)."""
-    return _with_users(files, ("\t", "|"), _USERS_100K, _CONTEXT_100K, _movies_100k)
+    movies = RawFile(path=files[2], columns=_MOVIES_100K, delimiter="|", header=False, quote="", encoding="latin-1")
+    flags = ", ".join(f"CASE WHEN {flag} = '1' THEN {literal(genre)} END" for flag, genre in _FLAGS_100K.items())
+    return _with_users(files, ("\t", "|"), _USERS_100K, _CONTEXT_100K, movies, genres=f"[{flags}]")
 
 
 def read_recbole_100k(files: Sequence[Path]) -> RawTables:
     """The same data as the package recbole ships it; there the year of a title is in a separate column."""
-    return _with_users(files, ("\t", "\t"), _USERS_100K, _CONTEXT_100K, _recbole_movies, header=True, encoding="utf-8")
+    movies = RawFile(path=files[2], columns=_MOVIES_RECBOLE, delimiter="\t", quote="")
+    title = r"concat(trim(name), CASE WHEN regexp_full_match(year, '\d+') THEN concat(' (', year, ')') END)"
+    genres = "string_split(genres, ' ')"
+    return _with_users(files, ("\t", "\t"), _USERS_100K, _CONTEXT_100K, movies, genres, title, header=True)
 
 
 def read_1m(files: Sequence[Path]) -> RawTables:
     """ratings.dat, users.dat and movies.dat (``::``, Latin-1)."""
-    return _with_users(files, ("::", "::"), _USERS_1M, _CONTEXT_1M, lambda lines: map(_movie_1m, lines))
+    movies = RawFile(path=files[2], columns=_MOVIES_1M, delimiter="::", header=False, quote="", encoding="latin-1")
+    return _with_users(files, ("::", "::"), _USERS_1M, _CONTEXT_1M, movies)
 
 
 def read_20m(files: Sequence[Path]) -> RawTables:
     """ratings.csv and movies.csv (comma, UTF-8). Ratings run from 0.5 to 5 in halves and are stored doubled."""
     ratings, movies = files
     columns = {"userId": "BIGINT", "movieId": "BIGINT", "rating": "DOUBLE", "timestamp": "BIGINT"}
+    genres = "string_split(nullif(genres, '(no genres listed)'), '|')"
     return RawTables(
         logs=(table_with_header(ratings, columns),),
         events='"userId" AS "user", "movieId" AS item, ' + rating_and_time(scale=2, time='"timestamp"'),
         descriptions=_DESCRIPTIONS | {"action": ColumnDescription("rating", "0.5 to 5 in halves")},
-        **_movies(movies, _movies_20m, encoding="utf-8"),
+        **_movies(RawFile(path=movies, columns=_MOVIES_1M), genres=genres),
     )
 
 
@@ -86,65 +93,37 @@ def _with_users(
     delimiters: tuple[str, str],
     user_columns: Mapping[str, str],
     context: str,
-    parse_movies: _ParseMovies,
+    movies: RawFile,
+    genres: str = "string_split(genres, '|')",
+    title: str = "title",
     header: bool = False,
-    encoding: str = "latin-1",
 ) -> RawTables:
-    ratings, users, movies = files
-    log = RawFile(path=ratings, columns=_RATINGS, delimiter=delimiters[0], header=header, quote="")
-    table = RawFile(path=users, columns=user_columns, delimiter=delimiters[1], header=header, quote="")
+    log, table = (
+        RawFile(path=file, columns=columns, delimiter=delimiter, header=header, quote="")
+        for file, columns, delimiter in zip(files, (_RATINGS, user_columns), delimiters, strict=False)
+    )
     return RawTables(
         logs=(log,),
         events='"user", item, ' + rating_and_time(scale=1, time='"time"'),
         context=(table, context),
         descriptions=_DESCRIPTIONS,
-        **_movies(movies, parse_movies, encoding),
+        **_movies(movies, genres, title),
     )
 
 
-def _movies_100k(lines: Iterator[str]) -> Iterator[list[str]]:
-    for line in lines:
-        movie, title, *_ = fields = line.rstrip("\r\n").split("|")
-        flags = fields[-len(_GENRES_100K) :] if len(fields) > len(_GENRES_100K) else []
-        yield [movie, title, *(genre for genre, flag in zip(_GENRES_100K, flags, strict=False) if flag == "1")]
+def _movies(file: RawFile, genres: str, title: str = "title") -> dict[str, Any]:
+    """The tables of titles, and of years and genres. ``genres``, ``title``: SQL of a list and of a text.
 
-
-def _recbole_movies(lines: Iterator[str]) -> Iterator[list[str]]:
-    next(lines, None)
-    for line in lines:
-        movie, title, year, *genres = line.rstrip("\r\n").split("\t")
-        yield [movie, f"{title} ({year})" if year.isdigit() else title, *" ".join(genres).split()]
-
-
-def _movie_1m(line: str) -> list[str]:
-    movie, title, *genres = line.rstrip("\r\n").split("::")
-    return [movie, title, *"|".join(genres).split("|")]
-
-
-def _movies_20m(lines: Iterator[str]) -> Iterator[list[str]]:
-    for movie, title, *genres in list(csv.reader(lines))[1:]:
-        yield [movie, title, *(genre for genre in "|".join(genres).split("|") if genre != _NO_GENRES)]
-
-
-def _movies(file: Path, parse: _ParseMovies, encoding: str) -> dict[str, Any]:
-    """Titles, years and genres of the movies, and their file; nothing where the optional file is missing.
-
-    As in a dict, the last of several rows of a movie counts.
+    Nothing where the optional file is missing.
     """
-    if not file.is_file():
+    if not file.path.is_file():
         return {}
-    titles: dict[int, str] = {}
-    genres: dict[int, list[str]] = {}
-    try:
-        with file.open(encoding=encoding, newline="\n") as lines:
-            for movie, title, *of_movie in parse(lines):
-                titles[int(movie)] = title.strip()
-                genres[int(movie)] = [genre for genre in map(str.strip, of_movie) if genre]
-    except (ValueError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file} is not a list of movies and titles: {error}") from error
-    years = [(_YEAR.findall(title) or [""])[-1] for title in titles.values()]
-    rows = {"item": list(titles), "i0": years, "i1": list(genres.values())}
-    return {"titles": titles, "title_file": file, "item_rows": rows if titles else None}
+    year = f"regexp_extract_all({title}, {literal(_YEAR)}, 1)[-1]"
+    named = f"[trim(genre) FOR genre IN {genres} IF trim(genre) <> '']"
+    return {
+        "title_table": (file, f"movie AS item, trim({title}) AS title"),
+        "item_table": (file, f"movie AS item, {year} AS i0, {named} AS i1"),
+    }
 
 
 def _spec(

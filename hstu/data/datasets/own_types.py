@@ -7,7 +7,6 @@ string, distinct from ``7``; a time column counts as what most of its values are
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,18 +43,14 @@ _DECIMAL = r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?"
 def unit_hint(unit: str, value: str) -> str:
     """What to add to the message about a time that is too large for ``unit``."""
     try:
-        found = _unit_of(float(value))
+        number = abs(float(value))
     except ValueError:
         return ""
-    if found == "s" or unit == found:
+    fitting = (name for name, found in TIME_UNITS.items() if number < LATEST_SECOND * found.per_second)
+    found = next(fitting, unit)
+    if found in ("s", unit):
         return ""
     return f". In {TIME_UNITS[found].name} it would be before the year 5000: --time_unit {found}"
-
-
-def _unit_of(number: float) -> str:
-    """The largest unit in which a number since 1970 is before the year 5000."""
-    fitting = (name for name, unit in TIME_UNITS.items() if abs(number) < LATEST_SECOND * unit.per_second)
-    return next(fitting, "s")
 
 
 class ColumnTypes:
@@ -132,11 +127,9 @@ class ColumnTypes:
         kinds = (moment,) if self._types["time"].startswith(_DATES) else (integer, finite, moment)
         best = self._best_of(kinds)  # on a tie, integers, which are exact
         if best == moment:
-            if unit not in ("s", "auto"):
+            if unit != "s":
                 _log.warning("--time_unit %s has no effect: %r holds dates", unit, column)
             return moment, f"CAST(floor(epoch({moment})) AS BIGINT)"
-        if unit == "auto":
-            unit = self._unit(column, finite)
         per_second = TIME_UNITS[unit].per_second
         if best == finite:
             return finite, f"CAST(floor({finite} / {per_second}) AS BIGINT)"
@@ -146,14 +139,6 @@ class ColumnTypes:
             integer,
             f"CASE WHEN {integer} < 0 THEN -1 ELSE {integer} // {per_second} END",
         )  # -1: before 1970, refused
-
-    def _unit(self, column: str, number: str) -> str:
-        """The unit of half of the times or more."""
-        query = f"SELECT approx_quantile({number}, 0.5) FROM {self._relation}"
-        ((median,),) = self._engine.execute(query).fetchall()
-        unit = _unit_of(median or 0)
-        _log.info("times in %r are %s since 1970", column, TIME_UNITS[unit].name)
-        return unit
 
     def _best_of(self, kinds: tuple[str, ...]) -> str:
         """The kind of time that turns fewest values into NULL, the first of several."""
@@ -190,74 +175,11 @@ def split_number() -> str:
     return f'CASE lower(CAST("split" AS VARCHAR)) {cases} END'
 
 
-SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}
-"""Words for separators that a command line cannot show."""
 _FRACTIONS = ("FLOAT", "DOUBLE", "DECIMAL")
 _LARGEST = "3.4028234e38"
 """Largest float32."""
 A_NUMBER = "a finite number, or nothing where it is missing"
 A_VECTOR = "finite numbers, equally many in each row, or nothing where it is missing"
-
-
-def lists_of(text: str) -> dict[str, str]:
-    """``genres=|,tags=comma`` → column → what separates its values. Raises ValueError for anything else."""
-    pairs = [pair.rpartition("=") for pair in text.split(",") if pair.strip()]
-    if not all(column.strip() and separator for column, _, separator in pairs) or text.endswith(","):
-        words = ", ".join(SEPARATORS)
-        raise ValueError(f"expected columns and separators, as genres=|,tags=;, or the words {words}, not {text!r}")
-    return {column.strip(): SEPARATORS.get(separator, separator) for column, _, separator in pairs}
-
-
-def text_of_lists(lists: Mapping[str, str]) -> str:
-    """What lists_of reads."""
-    words = {separator: word for word, separator in SEPARATORS.items()}
-    return ",".join(f"{column}={words.get(separator, separator)}" for column, separator in lists.items())
-
-
-def problems_of_lists(lists: Mapping[str, str], item_columns: Sequence[str], bins: Iterable[str]) -> list[str]:
-    """What is wrong with the columns that are named as lists."""
-    problems = []
-    for column, separator in lists.items():
-        named = f"--lists {text_of_lists({column: separator})}"
-        if column not in item_columns:
-            problems.append(f"{named}: {column!r} is not among --item_columns; only items have lists of values")
-        if not separator:
-            problems.append(f"{named}: say what separates the values, as {column}=|")
-        if column in bins:
-            problems.append(
-                f"{named}: {column!r} is among --bins, too, and ranges are of single numbers; leave one out"
-            )
-    return problems
-
-
-def problems_of_numbers(
-    numbers: Sequence[str],
-    vectors: Sequence[str],
-    item_columns: Sequence[str],
-    event_columns: Sequence[str],
-    bins: Iterable[str],
-    lists: Iterable[str],
-) -> list[str]:
-    """What is wrong with the columns that are named as numbers or vectors."""
-    problems = []
-    for column in numbers:
-        if column not in (*item_columns, *event_columns):
-            problems.append(f"--numbers {column}: {column!r} is not among --item_columns or --event_columns")
-        if others := [
-            f"--{name}" for name, named in (("bins", bins), ("lists", lists), ("vectors", vectors)) if column in named
-        ]:
-            problems.append(f"--numbers {column}: {column!r} is among {' and '.join(others)}, too; leave one out")
-    for column in vectors:
-        if column not in item_columns:
-            problems.append(f"--vectors {column}: {column!r} is not among --item_columns; only items have vectors")
-        if column in bins:
-            problems.append(f"--vectors {column}: {column!r} is among --bins, too; leave one out")
-    return problems
-
-
-def numbered(prefix: str, columns: Iterable[str]) -> dict[str, str]:
-    """Prefix and place → column: c0, c1, … of users, i0, i1, … of items, e0, e1, … of events."""
-    return {f"{prefix}{place}": column for place, column in enumerate(columns)}
 
 
 def feature_value(name: str, column: str, kind: str, separator: str | None, file: Path) -> str:

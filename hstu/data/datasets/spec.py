@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hstu.data.datasets.raw import RawFile
 
@@ -16,6 +16,10 @@ UNKNOWN = "unknown"
 """Raw value of a feature where a user, an item or an event has none; an item without values has it as its list."""
 USER_FEATURE = "user_id"
 """Name of the users' vocabulary, even where the user is not a contextual feature."""
+SPLIT_NAMES = ("train", "valid", "test")
+"""What a column of splits may hold, in any letter case; in the order in which a user's events have them."""
+LATEST_SECOND = 10**11
+"""Larger times are beyond the year 5000, so they are probably not in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,27 @@ class Schema:
     numbers: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
     split: str | None = None
+
+    def of_users(self) -> dict[str, str]:
+        """c0, c1, … → contextual feature, in token order, without the user."""
+        return _numbered("c", (feature for feature in self.context if feature != USER_FEATURE))
+
+    def of_items(self) -> dict[str, str]:
+        """i0, i1, … → feature of the items."""
+        return _numbered("i", self.item_features)
+
+    def of_events(self) -> dict[str, str]:
+        """e0, e1, … → feature of the events."""
+        return _numbered("e", self.event_features)
+
+    def quantities(self) -> dict[str, str]:
+        """Those of i0, i1, …, e0, e1, … that are numbers or vectors → the feature."""
+        features = self.of_items() | self.of_events()
+        return {name: feature for name, feature in features.items() if feature in (*self.numbers, *self.vectors)}
+
+
+def _numbered(prefix: str, features: Iterable[str]) -> dict[str, str]:
+    return {f"{prefix}{place}": feature for place, feature in enumerate(features)}
 
 
 @dataclass(frozen=True)
@@ -71,42 +96,30 @@ class WheelFiles:
     sha256: Mapping[str, str]
 
 
-SPLIT_NAMES = ("train", "valid", "test")
-"""What a column of splits may hold, in any letter case; in the order in which a user's events have them."""
-
-LATEST_SECOND = 10**11
-"""Larger times are beyond the year 5000, so they are probably not in seconds since 1970."""
-
-
-def _no_hint(value: str) -> str:
-    return ""
-
-
 @dataclass(frozen=True)
 class ColumnDescription:
     """How errors name a column to its user: its ``label``, and in words which values are ``allowed``."""
 
     label: str
     allowed: str
-    hint: Callable[[str], str] = _no_hint
+    hint: Callable[[str], str] = lambda value: ""
     """Bad value → what its user probably meant, to be added to the message; empty if that is unknown."""
 
 
 @dataclass(frozen=True)
 class TypedColumns:
-    """Select lists over the ingested tables, as RawTables describes them, and the texts that the actions stand for."""
+    """Select lists over the ingested events and tables, as RawTables describes them."""
 
     events: str
-    context: str | None
-    titles: str | None = None
-    items: str | None = None
+    tables: dict[str, str]
+    """By the names of RawTables.tables."""
     labels: tuple[str, ...] = ()
     """Text of action 0, 1, …; empty where actions are numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawTables:
-    """The raw files of a dataset, and the SQL that turns them into events and contextual features."""
+    """The raw files of a dataset, and the SQL that turns them into events, features and titles."""
 
     logs: tuple[RawFile, ...]
     """Files of events, in chronological order of the files."""
@@ -131,8 +144,6 @@ class RawTables:
     """A file with one row per item, and its select list: ``item``, then those of ``i0``, ``i1``, … that are its
     columns: the item features of the schema in order, VARCHAR or VARCHAR[]. A number is a FLOAT as in ``events``, and a
     vector a FLOAT[], with NaN as its first number where it is unusable."""
-    item_rows: Mapping[str, Sequence[Any]] | None = None
-    """The same table in memory: column → values, strings or lists of strings."""
     event_items: tuple[str, ...] = ()
     """Those of ``i0``, ``i1``, … that are columns of ``events``: an item has the value of its first event."""
     resolve_types: Callable[[DuckDBPyConnection, str], TypedColumns] | None = None
@@ -142,9 +153,6 @@ class RawTables:
     """Identifies everything that ``resolve_types`` depends on beside the data."""
     descriptions: Mapping[str, ColumnDescription] = field(default_factory=dict)
     """Column of ``events`` → how errors describe it."""
-    titles: Mapping[int, str] | None = None
-    """Raw item id → human title."""
-    title_file: Path | None = None
 
     @property
     def parts(self) -> tuple[tuple[RawFile, str], ...]:
@@ -152,11 +160,15 @@ class RawTables:
         return (*((log, self.events) for log in self.logs), *self.requests)
 
     @property
+    def tables(self) -> dict[str, tuple[RawFile, str]]:
+        """The other files that the data has, and their select lists: "context", "titles", "item_table"."""
+        tables = {"context": self.context, "titles": self.title_table, "item_table": self.item_table}
+        return {name: table for name, table in tables.items() if table is not None}
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """All raw files."""
-        tables = [log.path for log, _ in self.parts]
-        tables += [table[0].path for table in (self.context, self.title_table, self.item_table) if table]
-        return (*tables, *([self.title_file] if self.title_file else []))
+        return tuple(dict.fromkeys(file.path for file, _ in (*self.parts, *self.tables.values())))
 
 
 @dataclass(frozen=True)

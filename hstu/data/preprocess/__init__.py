@@ -1,8 +1,8 @@
-"""Raw files → sequence store, out of core: build.py runs the stages, ingest.py and write.py are the stages.
+"""Raw files → sequence store, out of core: build.py runs the stages, ingest.py to requests.py are the stages.
 
 state.py holds what the stages share, engine.py DuckDB with its limits of memory and disk, download.py fetches the raw
-files, statistics.py and report.py describe the finished store, starter.py writes gin files for it. Import
-``preprocess``, ``import_interactions`` and ``InteractionColumns`` from here.
+files, report.py describes the finished store, starter.py writes gin files for it. Import ``preprocess``,
+``import_interactions`` and ``InteractionColumns`` from here.
 """
 
 from hstu.data.datasets.own_columns import InteractionColumns

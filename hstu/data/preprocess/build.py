@@ -14,11 +14,11 @@ import json
 import logging
 import re
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import duckdb
 import numpy as np
@@ -28,21 +28,24 @@ from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own import interactions
 from hstu.data.datasets.own_columns import InteractionColumns
-from hstu.data.datasets.raw import check_readable
+from hstu.data.datasets.raw import COMPRESSIONS, RawFile, check_readable
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
-from hstu.data.preprocess.engine import check_free_disk, disk_errors, memory_bytes, open_engine, used_below
-from hstu.data.preprocess.existing import Contents, files_that_differ, is_kept, log_what_was_added, with_earlier_files
-from hstu.data.preprocess.features import check_items, write_item_features
-from hstu.data.preprocess.ingest import check_filters, check_rows, keep_core, read_files
+from hstu.data.preprocess.engine import disk_errors, memory_bytes, one, open_engine
+from hstu.data.preprocess.existing import (
+    contents_of,
+    files_that_differ,
+    is_kept,
+    log_what_was_added,
+    with_earlier_files,
+)
+from hstu.data.preprocess.features import check_items, write_context, write_item_features
+from hstu.data.preprocess.ingest import check_rows, keep_core, read_files
 from hstu.data.preprocess.requests import find_requests, write_requests
-from hstu.data.preprocess.state import BuildLimits, BuildOptions, BuildState, Progress, source_names
-from hstu.data.preprocess.statistics import statistics_of
+from hstu.data.preprocess.state import Build, BuildLimits, BuildOptions, source_names
 from hstu.data.preprocess.write import (
-    items_with_events,
     keep_raw_ids,
     number_users_and_items,
-    write_context,
     write_events,
     write_split,
     write_vocabularies,
@@ -55,6 +58,9 @@ _log = logging.getLogger(__name__)
 _SCRIPT = ("python", "scripts/preprocess_dataset.py")
 DATA_DIRECTORY = Path("tmp_data")
 """Default place of stores and, under raw/, of downloads; relative to the current directory."""
+_DISK_PER_BYTE, _DISK_PER_COMPRESSED_BYTE = 2, 10
+"""Bytes of working files and store per byte of a raw file, about: text, and compressed text or Parquet."""
+_GIB = 1 << 30
 
 
 def preprocess(
@@ -98,8 +104,7 @@ def preprocess(
         return target
     raw_format, files = located or obtain_raw(spec, folder)
     raw = raw_format.reader(files)
-    has_items = raw.item_rows or raw.item_table
-    schema = spec.schema if has_items else replace(spec.schema, item_features=())
+    schema = spec.schema if raw.item_table else replace(spec.schema, item_features=())
     is_filtered = max(options.min_user_events, options.min_item_events) > 1  # then the figures of all data say nothing
     return build_store(raw, schema, options, {} if is_filtered else spec.published)
 
@@ -127,128 +132,146 @@ def import_interactions(
     if append and force:
         raise ConfigError("--append adds to a store, and --force replaces it; leave out one of them")
     options = _options(name, target, force, limits, **columns.arguments())
-    if append:
-        return _append(name, columns, options, limits)
-    raw = interactions(columns)
-    return target if is_kept(options, raw.files) else build_store(raw, columns.schema(), options, {})
-
-
-def _append(name: str, columns: InteractionColumns, options: BuildOptions, limits: BuildLimits) -> Path:
+    if not append:
+        raw = interactions(columns)
+        return target if is_kept(options, raw.files) else build_store(raw, columns.schema(), options, {})
     columns = with_earlier_files(columns, options)
-    raw, target = interactions(columns), options.output
+    raw = interactions(columns)
     store = SequenceStore.open(target)
     if not any(files_that_differ(store, raw.files)):
         _log.warning("%s has all of these files already, and is kept", target)
         return target
-    before = Contents.of(store, columns)
+    before = contents_of(store, columns)
     build_store(raw, columns.schema(), _options(name, target, True, limits, **columns.arguments()), {})
-    log_what_was_added(before, Contents.of(SequenceStore.open(target), columns), target)
+    log_what_was_added(before, contents_of(SequenceStore.open(target), columns), target)
     return target
 
 
 def _options(name: str, output: Path, force: bool, limits: BuildLimits, **arguments: object) -> BuildOptions:
     """The options, and the command that makes the store again.
 
-    Arguments that are None are left out of it. A default that a later version adds must be None, too: existing stores
-    are compared with the command.
+    Arguments that have their default are left out of it. A default that a later version adds must be None: existing
+    stores are compared with the command.
     """
+    arguments = {"dataset_name": name, **arguments, "output": output}
     policy = limits.get("bad_row_policy", "raise")
-    arguments = {"dataset_name": name, **arguments, "output": output, "bad_row_policy": policy}
-    if policy == "raise":
-        del arguments["bad_row_policy"]
+    arguments["bad_row_policy"] = None if policy == "raise" else policy
     arguments["raw_ids"] = ",".join(limits.get("raw_ids", ())) or None
     for option in ("min_user_events", "min_item_events"):
         least = limits.get(option, 1)
+        if isinstance(least, int) and least < 1:
+            raise ConfigError(f"--{option} {least}: at least 1, which leaves out nothing")
         arguments[option] = None if least == 1 else least
     arguments["all_items"] = () if limits.get("all_items") else None  # it has no value
     words = list(_SCRIPT)
     for option, value in arguments.items():
         if value is not None:
             words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
-    command = shlex.join(words)
-    return BuildOptions(name=name, output=output, command=command, force=force, **limits)
+    return BuildOptions(name=name, output=output, command=shlex.join(words), force=force, **limits)
 
 
 def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published: Mapping[str, float]) -> Path:
     """Writes the store and returns its path. Raises DataError where the raw data is not what it should be."""
     memory_bytes(options.memory_limit)
-    _check_raw_ids(options.raw_ids, schema)
-    check_filters(options)
-    _check_all_items(raw, options)
-    logs = [log for log, _ in raw.parts]
-    for file in (*logs, *(table[0] for table in (raw.context, raw.item_table) if table)):
+    _check_options(raw, schema, options)
+    files = [file for file, _ in (*raw.parts, *raw.tables.values())]
+    for file in files:
         check_readable(file)
-    with disk_errors(options.output):
-        writer = StoreWriter(
-            options.output,
-            name=options.name,
-            command=options.command,
-            overwrite=options.force,
-            resume_key=_resume_key(raw, schema, options),
-        )
-        with writer:
-            features, used = len(schema.event_features), used_below(writer.partial)
-            progress_files = (*logs, *([raw.item_table[0]] if raw.item_table else []))
-            check_free_disk(logs, options.output, features, already_used=used)
-            with (
-                closing(Progress(sum(file.path.stat().st_size for file in progress_files))) as progress,
-                open_engine(writer.scratch, options.memory_limit) as engine,
-            ):
-                _build(BuildState(raw, schema, options, writer, progress, engine), published)
+    key = _resume_key(raw, schema, options)
+    with (
+        disk_errors(options.output),
+        StoreWriter(
+            options.output, name=options.name, command=options.command, overwrite=options.force, resume_key=key
+        ) as writer,
+    ):
+        if writer.journal.stages:
+            _log.info("continuing an interrupted run: %d of its stages are done", len(writer.journal.stages))
+        else:
+            _check_free_disk(files, options.output)
+        with open_engine(writer.scratch, options.memory_limit) as engine:
+            _run_stages(Build(raw, schema, options, writer, engine), published)
     return options.output
 
 
-def _check_raw_ids(roles: Sequence[str], schema: Schema) -> None:
-    if unknown := [role for role in roles if role not in ("item", "user")]:
+def _check_options(raw: RawTables, schema: Schema, options: BuildOptions) -> None:
+    if unknown := [role for role in options.raw_ids if role not in ("item", "user")]:
         raise ConfigError(f"--raw_ids {','.join(unknown)}: expected item, user or item,user")
-    if "user" in roles and USER_FEATURE not in schema.context:
+    if "user" in options.raw_ids and USER_FEATURE not in schema.context:
         raise ConfigError(
             "--raw_ids user: the user is no feature of this data; name the user column in --context_columns, too"
         )
-
-
-def _check_all_items(raw: RawTables, options: BuildOptions) -> None:
-    if raw.requests and options.min_item_events > 1:
-        raise ConfigError("--requests has items without events, and --min_item_events leaves them out; remove one")
-    if not options.all_items:
-        return
-    if raw.titles is None and raw.title_table is None and raw.item_table is None:
+    for option, wanted in (("requests", raw.requests), ("all_items", options.all_items)):
+        if wanted and options.min_item_events > 1:
+            raise ConfigError(
+                f"--{option} keeps items without events, and --min_item_events leaves them out; remove one"
+            )
+    if options.all_items and raw.title_table is None and raw.item_table is None:
         raise ConfigError(
             "--all_items: there is no list of items; for your own data give --items or --titles, for MovieLens put "
             "the file of titles (u.item, movies.dat or movies.csv) beside the others"
         )
-    if options.min_item_events > 1:
-        raise ConfigError("--all_items keeps items without events, and --min_item_events leaves them out; remove one")
 
 
-def _build(state: BuildState, published: Mapping[str, float]) -> None:
-    writer, journal = state.writer, state.writer.journal
-    if journal.stages:
-        _log.info("continuing an interrupted run: %d of its stages are done", len(journal.stages))
-    read_files(state)
-    check_rows(state)
-    keep_core(state)
-    of_requests = find_requests(state)
-    lengths, num_items = number_users_and_items(state)
-    keep_raw_ids(state)
+def _check_free_disk(files: Sequence[RawFile], output: Path) -> None:
+    """Raises DataError where the disk is too small."""
+    needed = sum(
+        file.path.stat().st_size
+        * (_DISK_PER_BYTE if file.is_text and file.path.suffix not in COMPRESSIONS else _DISK_PER_COMPRESSED_BYTE)
+        for file in files
+    )
+    place = output.absolute().parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise DataError(
+            f"{place} has {free / _GIB:.1f} GiB free, and preprocessing needs about {needed / _GIB:.1f} GiB there; "
+            "free some space, or choose another --output"
+        )
+
+
+def _run_stages(build: Build, published: Mapping[str, float]) -> None:
+    writer = build.writer
+    read_files(build)
+    check_rows(build)
+    keep_core(build)
+    of_requests = find_requests(build)
+    lengths, num_items = number_users_and_items(build)
+    keep_raw_ids(build)
     offsets = run_offsets(lengths)
     writer.write_offsets(offsets)
-    write_vocabularies(state, len(lengths), num_items)
-    write_context(state, len(lengths))
-    found = check_items(state)
-    write_item_features(state)
-    event_values = write_events(state, offsets, num_items)
-    write_split(state, offsets)
-    write_requests(state, offsets, event_values)
-    statistics = statistics_of(lengths, items_with_events(state), published)
-    writer.statistics = statistics | found | of_requests | {"skipped_rows": state.skipped}
-    writer.sources = {name: journal[f"source {name}"] for name in source_names(state.raw.files)}
+    write_vocabularies(build, len(lengths), num_items)
+    write_context(build, len(lengths))
+    found = check_items(build, num_items)
+    write_item_features(build, num_items)
+    event_values = write_events(build, offsets, num_items)
+    write_split(build, offsets)
+    if of_requests:
+        write_requests(build, offsets, of_requests["requests"], of_requests["candidates"], event_values)
+    (with_events,) = one(build.engine, "SELECT count(*) FROM items WHERE events > 0")
+    statistics = _statistics(lengths, with_events, published)
+    writer.statistics = statistics | found | of_requests | {"skipped_rows": build.skipped}
+    writer.sources = {name: writer.journal[f"source {name}"] for name in source_names(build.raw.files)}
+
+
+def _statistics(lengths: np.ndarray, num_items: int, published: Mapping[str, float]) -> dict[str, Any]:
+    """Counts, lengths per user and sparsity in [0, 1]; ``published`` are the figures of the complete data."""
+    events = int(lengths.sum())
+    return {
+        "users": len(lengths),
+        "items": num_items,
+        "events": events,
+        "length_max": int(lengths.max()),
+        "length_min": int(lengths.min()),
+        "length_mean": events / len(lengths),
+        "length_median": float(np.median(lengths)),
+        "sparsity": 1 - events / (len(lengths) * num_items),
+        "published": dict(published),
+    }
 
 
 def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
     """Identifies everything that the stages depend on."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
-    tables = [repr(raw.parts), repr(raw.context), repr(raw.item_table), raw.settings, repr(schema)]
+    tables = [repr(raw.parts), repr(raw.tables), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]
     rules += [options.min_user_events, options.min_item_events, options.all_items]
     programs = [VERSION, np.__version__, duckdb.__version__]

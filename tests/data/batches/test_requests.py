@@ -146,7 +146,7 @@ def test_requests_are_given_again_when_events_are_added(tmp_path: Path) -> None:
         name: data for name, data in whole.items() if name != "meta.json"
     }
     report = write_report(found, tmp_path / "report").read_text()
-    assert "## Requests" in report and "events before a request" in report
+    assert "requests 2 of 2 users" in report and "events before a request" in report
     with pytest.raises(DataError, match=r"--requests was .* it is now not given"):
         make(tmp_path, first, None, append=True, interactions=tmp_path / "more.csv")
 
@@ -330,7 +330,7 @@ def test_bad_impressions_can_be_skipped(tmp_path: Path) -> None:
         ({"split": "device", "event_columns": ()}, "--requests and --split device"),
         ({"request": "t"}, "--request t: the column is also given"),
         ({"requests": ()}, "--request r: it is a column of --requests"),
-        ({"min_item_events": 2}, "--requests has items without events"),
+        ({"min_item_events": 2}, "--requests keeps items without events"),
     ],
 )
 def test_options_that_do_not_go_with_requests_are_errors(tmp_path: Path, given: dict[str, Any], said: str) -> None:

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from hstu.base.errors import DataError
+from hstu.data.preprocess.features import ranges_of
 from hstu.data.preprocess.report import write_report
-from hstu.data.preprocess.write import binned
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.datasets.test_own_files import make, write
@@ -34,22 +34,22 @@ def test_texts_as_actions_become_labels(tmp_path: Path, suffix: str) -> None:
     assert store.sequence("a").tolist() == [0, 2, 2, 1, 2]
     assert store.cardinality("a") == 3
     assert store.encode("a", ["view", "buy"]).tolist() == [2, 0]
-    assert "| 2 view | 3 | 60.00 % |" in write_report(store, tmp_path / "report").read_text()
+    assert "view: 3, buy: 1, cart: 1" in write_report(store, tmp_path / "report").read_text()
 
 
-def test_an_empty_label_is_a_bad_row(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"e\.csv:3: 'a' is empty"):
-        make(tmp_path, write(tmp_path / "e.csv", "u,i,a\n1,7,view\n1,8,\n"), action="a")
-
-
-def test_texts_among_numbers_are_mistakes_not_labels(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"e\.csv:4: 'a' is 'five'; allowed is an integer"):
-        make(tmp_path, write(tmp_path / "e.csv", "u,i,a\n1,7,4\n1,8,3\n1,9,five\n"), action="a")
-
-
-def test_a_column_of_free_text_is_no_action(tmp_path: Path) -> None:
-    rows = "".join(f"1,7,review {number}\n" for number in range(300))
-    with pytest.raises(DataError, match="'a' has more than 256 different texts, such as 'review 0'"):
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("1,7,view\n1,8,\n", r"e\.csv:3: 'a' is empty"),
+        ("1,7,4\n1,8,3\n1,9,five\n", r"e\.csv:4: 'a' is 'five'; allowed is an integer"),
+        (
+            "".join(f"1,7,review {number}\n" for number in range(300)),
+            "'a' has more than 256 different texts, such as 'review 0'",
+        ),
+    ],
+)
+def test_what_is_no_action_is_refused(tmp_path: Path, rows: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
         make(tmp_path, write(tmp_path / "e.csv", f"u,i,a\n{rows}"), action="a")
 
 
@@ -105,21 +105,19 @@ def test_many_numbers_as_categories_are_not_silent(tmp_path: Path, caplog: pytes
     assert counts == {"0.5..99.5": 100, "100.5..199.5": 100, "200.5..299.5": 100, "300.5..400.5": 101}
 
 
-def test_ranges_keep_equal_numbers_together_and_the_unknown_apart() -> None:
-    values = np.array(["1", "unknown", "1", "1", "2", "30", "1"], dtype=object)
-    assert binned("age", values, 3).tolist() == ["1", "unknown", "1", "1", "2..30", "2..30", "1"]
-    assert binned("age", np.array(["unknown"], dtype=object), 3).tolist() == ["unknown"]
-
-
-def test_ranges_of_large_numbers_have_names_of_their_own() -> None:
-    values = np.array([f"{10**9 + number}" for number in range(4)], dtype=object)
-    assert binned("id", values, 2).tolist() == ["1000000000..1000000001"] * 2 + ["1000000002..1000000003"] * 2
+def test_ranges_keep_equal_numbers_together_and_have_names_of_their_own() -> None:
+    assert ranges_of(np.array([1.0, 2, 30]), np.array([4, 1, 1]), 3) == {"1": 1, "2..30": 2}
+    large = 1e9 + np.arange(4)
+    expected = {"1000000000..1000000001": 1e9, "1000000002..1000000003": 1e9 + 2}
+    assert ranges_of(large, np.ones(4, dtype=int), 2) == expected
+    assert ranges_of(np.array([]), np.array([]), 3) == {}
 
 
 @pytest.mark.parametrize("value", ["old", "nan", "inf"])
-def test_ranges_need_numbers(value: str) -> None:
-    with pytest.raises(DataError, match="--bins age=3: not all values are"):
-        binned("age", np.array(["1", value], dtype=object), 3)
+def test_ranges_need_numbers(value: str, tmp_path: Path) -> None:
+    events = write(tmp_path / "e.csv", f"u,i,age\n1,7,1\n2,7,{value}\n")
+    with pytest.raises(DataError, match=f"--bins age=3: not all values are finite numbers, such as '{value}'"):
+        make(tmp_path, events, context_columns=("age",), bins={"age": 3})
 
 
 # --- titles --------------------------------------------------------------------------------------------------------
@@ -144,10 +142,10 @@ def test_the_command_takes_it_all(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write(Path("e.csv"), SHOP.replace("town", "price").replace("Rom", "3.5").replace("Ulm", "9").replace("Bonn", "1"))
-    write(Path("items.dat"), "7::A\n9::B\n")
+    write(Path("items.csv"), "i,name\n7,A\n9,B\n")
     command = ["--dataset_name", "all", "--interactions", "e.csv", "--user", "u", "--item", "i", "--action", "a"]
-    command += ["--time", "t", "--context_columns", "price", "--bins", "price=2", "--titles", "items.dat"]
-    assert main([*command, "--titles_delimiter", "::", "--titles_header", "i,name", "--title", "name"]) == 0
+    command += ["--time", "t", "--context_columns", "price", "--bins", "price=2", "--titles", "items.csv"]
+    assert main([*command, "--title", "name"]) == 0
     store = SequenceStore.open("tmp_data/all")
     assert context_of(store, "price") == ["9", "1", "unknown"]
     assert list(store.titles() if store.titles() is not None else []) == ["A", "", "B"]

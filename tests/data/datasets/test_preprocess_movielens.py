@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hstu.base.errors import ConfigError, DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.preprocess import preprocess
 from hstu.data.preprocess.report import format_report
@@ -120,7 +120,7 @@ def test_ml_1m_keeps_the_users_that_rated_and_reports_what_is_missing(raw_data_d
 
 def test_ml_20m_ratings_are_doubled(raw_data_dir: Path, tmp_path: Path) -> None:
     """Real ratings of ML-1M, some of them less a half, in ML-20M's files."""
-    raw = read_ml_1m(raw_data_dir / "ml-1m").head(20_000)
+    raw = read_ml_1m(raw_data_dir / "ml-1m").head(12_000)
     raw["rating"] = raw.rating - 0.5 * (raw.item % 2)
     raw.to_csv(tmp_path / "ratings.csv", index=False, header=["userId", "movieId", "rating", "timestamp"])
     with (tmp_path / "movies.csv").open("w", newline="") as file:
@@ -195,28 +195,10 @@ def test_sources_and_statistics_are_recorded(ml_100k_store: SequenceStore) -> No
     assert statistics["sparsity"] == pytest.approx(1 - 100_000 / (943 * 1682))
 
 
-def test_bad_raw_files_are_named(raw_data_dir: Path, tmp_path: Path) -> None:
+def test_missing_raw_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"does not hold the files of ml-100k: u\.data, u\.user or ml-100k\.inter"):
         preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
-    (tmp_path / "u.user").write_text("1|24|M|technician|85711\n")
-    (tmp_path / "u.data").write_text("1\t2\t3\t881250949\n1\t2\tthree\t881250949\n")
-    with pytest.raises(DataError, match="three"):
-        preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
-    (tmp_path / "u.data").write_text("1\t2\t3\t881250949\n1\t2\t9\t881250949\n")
-    with pytest.raises(DataError, match=r"u\.data:2: 'rating' is 9; allowed is 1 to 5"):
-        preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
-    (tmp_path / "u.data").write_text("1\t2\t3\t881250949\n1\t\t4\t881250949\n")
-    with pytest.raises(DataError, match=r"u\.data:2: 'movie' is empty"):
-        preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
-    (tmp_path / "u.data").write_text("")
-    with pytest.raises(DataError, match=r"u\.data is empty"):
-        preprocess("ml-100k", raw_path=tmp_path, output=tmp_path / "store")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["u.data", "u.user"]
-
-
-def test_an_unknown_name_lists_the_built_in_ones_and_the_way_to_ones_own() -> None:
-    with pytest.raises(ConfigError, match=r"ml-100k, ml-1m.*--interactions"):
-        preprocess("ml-2m")
+    assert not list(tmp_path.iterdir())
 
 
 def run_script(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-OWN = ("--dataset_name", "mine", "--interactions", "events.csv", "--user", "u", "--item", "i")
+OWN = ("--dataset_name", "mine", "--interactions", "events.csv", "--user", "u", "--item", "i", "--no_report")
 ALL = (*OWN, "--action", "a", "--time", "t")
 ML = ("--dataset_name", "ml-100k", "--raw_path", ".")
 KUAIRAND = ("--dataset_name", "kuairand-pure", "--raw_path", ".")
@@ -69,14 +69,9 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "header alone": (ALL, {"events.csv": b"u,i,a,t\n"}, "events.csv: no events"),
     "blank first line": (ALL, {"events.csv": b"\n" + GOOD}, "events.csv:1: the first line is empty; it must name"),
     "gzip without .gz": (ALL, {"events.csv": gzip.compress(GOOD)}, "events.csv is gzip-compressed; unpack it, or let"),
-    "truncated gzip": (named("e.csv.gz"), {"e.csv.gz": GZIP[:-3_000]}, "cannot read e.csv.gz: .*end"),
+    "truncated gzip": (named("e.csv.gz"), {"e.csv.gz": GZIP[:-3_000]}, "cannot read e.csv.gz: "),
     "zstd without .zst": (ALL, {"events.csv": zstd(GOOD)}, "events.csv is zstd-compressed; unpack it, or let"),
-    "truncated zstd": (named("e.csv.zst"), {"e.csv.zst": zstd(LONG)[:-3_000]}, "cannot read e.csv.zst: "),
-    "no zstd at all": (named("e.csv.zst"), {"e.csv.zst": GOOD}, "cannot read e.csv.zst: "),
-    "gzip cut in its header": (named("e.csv.gz"), {"e.csv.gz": GZIP[:6]}, "cannot read e.csv.gz: "),
-    "no gzip at all": (named("e.csv.gz"), {"e.csv.gz": GOOD}, "cannot read e.csv.gz: Not a gzipped file"),
-    "gzip with a flipped byte": (named("e.csv.gz"), {"e.csv.gz": GZIP[:50] + b"\xaa" + GZIP[51:]}, "cannot read e.csv"),
-    "zip": (ALL, {"events.csv": zipped}, "events.csv is a zip archive; unpack it"),
+    "zip": (ALL, {"events.csv": zipped}, "events.csv is a zip archive or an Excel workbook; unpack it"),
     "Parquet called csv": (ALL, {"events.csv": parquet(u=[1], i=[2])}, "is a Parquet file; let its name end in"),
     "csv called Parquet": (named("e.parquet"), {"e.parquet": GOOD}, "e.parquet is not a Parquet file"),
     "Parquet cut short": (
@@ -84,47 +79,33 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
         {"e.parquet": lambda file: (parquet(u=[1], i=[2])(file), os.truncate(file, 200))},
         "e.parquet is a damaged Parquet file",
     ),
-    "an Excel sheet": (ALL, {"events.csv": b"\xd0\xcf\x11\xe0" + bytes(99)}, "an Excel workbook; save the sheet"),
-    "a web page": (ALL, {"events.csv": b"<!DOCTYPE html><html>404</html>"}, "is a web page, perhaps an error"),
     "UTF-16": (ALL, {"events.csv": GOOD.decode().encode("utf-16")}, "is UTF-16 text; convert it to UTF-8"),
     "a zero byte": (ALL, {"events.csv": GOOD + b"3,\x00,1,1\n"}, "events.csv:5: a zero byte"),
-    "a Git LFS pointer": (ALL, {"events.csv": b"version https://git-lfs.github.com/spec/v1\n"}, "Git LFS pointer"),
     "another ending": (named("e.dat"), {"e.dat": GOOD}, "e.dat: say what separates its columns, .* --delimiter ','"),
     # columns
     "missing column": (named("events.csv", item="sku"), {"events.csv": GOOD}, "has no column 'sku'. It has: u, i, a"),
-    "renamed column": (ALL, {"events.csv": GOOD.replace(b"u,i", b"user,i")}, "has no column 'u'. It has: user, i"),
     "misspelt column": (
         named("events.csv", item="movie_ids"),
         {"events.csv": GOOD.replace(b"u,i", b"u,movie_id")},
         "no column 'movie_ids'. Did you mean 'movie_id'",
     ),
     "column twice": (ALL, {"events.csv": GOOD.replace(b"u,i", b"u,u")}, "events.csv:1: .* every column once"),
-    "column without name": (ALL, {"events.csv": GOOD.replace(b"u,i", b"u,")}, "events.csv:1: .* every column once"),
     "wrong delimiter": (ALL, {"events.csv": GOOD.replace(b",", b";")}, "separated by ',', these seem to be by ';'"),
-    "tabs in a csv": (ALL, {"events.csv": GOOD.replace(b",", b"\t")}, r"these seem to be by '\\t'"),
-    "commas in a tsv": (named("e.tsv"), {"e.tsv": GOOD}, r"separated by '\\t', these seem to be by ','"),
     "no header": (ALL, {"events.csv": GOOD.partition(b"\n")[2]}, "has no columns 'u', 'i', 'a', 't'. It has: 1, 7"),
     # lines
     "too few columns": (ALL, {"events.csv": GOOD + b"3,4\n"}, "events.csv:5: expected columns: 4 found: 2"),
     "too many columns": (ALL, {"events.csv": GOOD + b"3,4,1,1,9\n"}, "events.csv:5: expected columns: 4 found: 5"),
-    "the last line cut off": (ALL, {"events.csv": GOOD + b"3,9"}, "events.csv:5: expected columns: 4 found: 2"),
     "Latin-1": (ALL, {"events.csv": GOOD + "ä,1,1,1\n".encode("latin-1")}, "events.csv:5: bytes that are not UTF-8"),
     "an open quote": (ALL, {"events.csv": b'u,i,a,t\n1,"7,2,10\n1,8,0,11\n'}, "events.csv:2: a quote is opened"),
     "an endless line": (ALL, {"events.csv": GOOD + b"x" * 2_100_000 + b",1,1,1\n"}, "events.csv:5: a line of more"),
     "after a quoted line break": (ALL, {"events.csv": GOOD + b'"x\ny",1,1,1\n5,6\n'}, "events.csv:7: expected columns"),
-    "after blank lines": (ALL, {"events.csv": GOOD + b"\n\n5,6\n"}, "events.csv:7: expected columns"),
     # values
     "action of text": (ALL, {"events.csv": GOOD + b"3,7,yes,1\n"}, "events.csv:5: 'a' is 'yes'; allowed is an integer"),
     "half stars": (ALL, {"events.csv": GOOD + b"3,7,3.5,1\n"}, "events.csv:5: 'a' is '3.5'.*double them"),
-    "action NaN": (ALL, {"events.csv": GOOD + b"3,7,nan,1\n"}, "events.csv:5: 'a' is 'nan'; allowed is an integer"),
     "negative action": (ALL, {"events.csv": GOOD + b"3,7,-1,1\n"}, "events.csv:5: 'a' is '-1'; allowed is an integer"),
-    "huge action": (ALL, {"events.csv": GOOD + b"3,7,9999999999,1\n"}, "events.csv:5: 'a' is '9999999999'"),
     "no user": (ALL, {"events.csv": GOOD + b",7,1,1\n"}, "events.csv:5: 'u' is empty"),
-    "no item": (ALL, {"events.csv": GOOD + b"3,,1,1\n"}, "events.csv:5: 'i' is empty"),
-    "no time": (ALL, {"events.csv": GOOD + b"3,7,1,\n"}, "events.csv:5: 't' is empty"),
     "time of text": (ALL, {"events.csv": GOOD + b"3,7,1,noon\n"}, "events.csv:5: 't' is 'noon'; allowed is seconds"),
     "negative time": (ALL, {"events.csv": GOOD + b"3,7,1,-5\n"}, "events.csv:5: 't' is '-5'; allowed is seconds since"),
-    "time infinite": (ALL, {"events.csv": GOOD + b"3,7,1,inf\n"}, "events.csv:5: 't' is 'inf'"),
     "milliseconds": (
         ALL,
         {"events.csv": GOOD + b"3,7,1,1650000000000\n"},
@@ -153,7 +134,6 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
         {"u.data": b"1\t2\t3\t4\n1\t99999999999999999999\t3\t4\n", "u.user": b"1|2|M|x|1\n"},
         "u.data:2: column 'item' holds '99999999999999999999', which is not an integer of 64 bits",
     ),
-    "ml: a rating of 6": (ML, {"u.data": b"1\t2\t6\t4\n", "u.user": b"1|2|M|x|1\n"}, "u.data:1: 'rating' is 6; allow"),
     "ml: a user twice": (
         ML,
         {"u.data": b"1\t2\t3\t4\n", "u.user": b"1|24|M|x|1\n1|25|M|x|1\n"},
@@ -169,11 +149,6 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
         KUAIRAND,
         kuairand(first=KUAIRAND_HEADER + KUAIRAND_ROW + b"x" + KUAIRAND_ROW),
         f"{FIRST}:3: column 'user_id' holds 'x1', which is not an integer",
-    ),
-    "kuairand: negative time": (
-        KUAIRAND,
-        kuairand(second=KUAIRAND_HEADER + KUAIRAND_ROW.replace(b",16", b",-16")),
-        f"{SECOND}:2: 'time_ms' is -1650000000000; allowed is milliseconds since 1970",
     ),
     "kuairand: nothing in a signal": (
         KUAIRAND,

@@ -184,7 +184,7 @@ def test_the_command_appends(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     told = capsys.readouterr().err
     assert "it was made without june.csv" in told
     assert "To make it again, add --force; to add the events of further files to it, --append; to make another" in told
-    assert main([*command, "--glob", "--interactions", "*e.csv", "--append"]) == 0
+    assert main([*command, "--interactions", "june.csv", "--append"]) == 0
     assert "users 4, items 5, events 7" in capsys.readouterr().out
     assert main([*command, "--interactions", "may.csv", "june.csv"]) == 0, "it is kept"
     assert main(["--dataset_name", "ml-1m", "--append"]) == 2

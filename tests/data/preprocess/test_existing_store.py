@@ -112,7 +112,7 @@ def test_a_store_made_without_an_optional_file_is_kept_until_force(
     (tmp_path / "u.user").write_text("1|20|M|other|1\n")
     place = {"raw_path": tmp_path, "output": tmp_path / "store"}
     preprocess("ml-100k", **place)
-    (tmp_path / "u.item").write_text("2|Film (1990)|\n")
+    (tmp_path / "u.item").write_text(f"2|Film (1990)|||{'|0' * 19}\n")
     store = SequenceStore.open(preprocess("ml-100k", **place))
     assert store.titles() is None
     assert f"was made without {tmp_path / 'u.item'}, which is there now; --force makes it with it" in caplog.text

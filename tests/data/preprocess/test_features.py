@@ -1,6 +1,7 @@
 """Features of items and of events, from users' own tables to the store."""
 
 import logging
+import re
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -130,7 +131,7 @@ def ranges_of_thirds(values: list[str]) -> list[str]:
     return [found[float(value)] if value else UNKNOWN for value in values]
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.lists(event_rows, min_size=1, max_size=25),
     st.lists(st.tuples(st.integers(0, 5), texts, lists), max_size=8),
@@ -192,10 +193,10 @@ def test_a_built_in_dataset_declares_its_table_of_items(tmp_path: Path) -> None:
 
 def test_the_command_line_takes_the_same_and_records_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "e.csv").write_text(EVENTS)
-    (tmp_path / "i.txt").write_text(ITEMS.partition("\n")[2].replace(",", ";").replace("| ", ","))
+    (tmp_path / "i.csv").write_text('i,year,genres\nx1,1995,"Drama, Comedy"\nx3,,\nx9,2001,War\nx2,1994,Drama\n')
     command = ["--dataset_name", "mine", "--interactions", str(tmp_path / "e.csv"), "--user", "u", "--item", "i"]
-    command += ["--time", "t", "--items", str(tmp_path / "i.txt"), "--items_delimiter", ";"]
-    command += ["--items_header", "i,year,genres", "--item_columns", "year,genres", "--lists", "genres=comma"]
+    command += ["--time", "t", "--items", str(tmp_path / "i.csv")]
+    command += ["--item_columns", "year,genres", "--lists", "genres=comma"]
     command += ["--event_columns", "device,price", "--bins", "price=2", "--output", str(tmp_path / "store")]
     assert main(command) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
@@ -205,7 +206,7 @@ def test_the_command_line_takes_the_same_and_records_it(tmp_path: Path, capsys: 
     assert of_items(store, "genres")["x1"] == ["Drama", "Comedy"]
     assert store.command is not None and "--lists genres=comma" in store.command
     report = (tmp_path / "store.report" / "report.md").read_text()
-    assert "## Features of items" in report and "Drama 2" in report and "## Features of events" in report
+    assert "Drama: 2" in report and "device, events" in report
     assert main(command) == 0  # it is kept
     assert main([*command, "--lists", "genres=;"]) == 3
     assert "--lists was genres=comma, it is now genres=;" in capsys.readouterr().err
@@ -242,7 +243,7 @@ def test_a_run_stopped_after_any_stage_ends_with_the_same_bytes(
     expected = contents(make(tmp_path / "a", **options).path)
     monkeypatch.setattr(write, "_SORT_BYTES_PER_ROW", 4 * 10**9 // 2)  # a bucket of two events
     found, stages = stopped_after_each_stage(monkeypatch, lambda: make(tmp_path / "a", force=True, **options))
-    assert {"item_table", "vocabulary_e0", "ranges e1", "bucket 1"} <= set(stages)
+    assert {"item_table", "typed", "vocabulary_e0", "ranges e1", "bucket 1"} <= set(stages)
     assert contents(found.path) == expected
 
 
@@ -257,7 +258,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a list that is no feature": ({"lists": {"tags": "|"}}, "'tags' is not among --item_columns"),
     "a list of an event": (
         {"event_columns": ("device",), "lists": {"device": "|"}},
-        "--lists device=|: 'device' is not among --item_columns; only items have lists",
+        "--lists device: 'device' is not among --item_columns; only items have lists",
     ),
     "no separator": ({"lists": {"year": ""}}, "say what separates the values"),
     "ranges of a list": ({"lists": {"year": "|"}, "bins": {"year": 3}}, "'year' is among --bins, too"),
@@ -326,7 +327,7 @@ def test_items_without_a_row_and_rows_that_disagree_are_counted(
     assert "several rows with different values for 1 items, such as 'x1': the first counts" in caplog.text
     assert store.statistics["items_without_row"] == 1 and store.statistics["items_with_different_rows"] == 1
     report = write_report(store, tmp_path / "report").read_text()
-    assert "| Items without a row, whose features are 'unknown' | 1 |" in report
+    assert re.search(r"items without row +\| 1 ", report)
     assert "features of items: year (3)" in format_report(store)
 
 
@@ -335,14 +336,8 @@ def test_bad_rows_of_the_items_may_be_skipped(tmp_path: Path) -> None:
     assert store.statistics["skipped_rows"] == {"too few columns": 1}
 
 
-def test_a_column_that_probably_holds_lists_or_quantities_gets_a_hint(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    names = ["Drama", "War", "Crime", "Comedy"]
-    pairs = [f"{a}|{b}" for a in names for b in names]
+def test_a_column_of_many_numbers_gets_a_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     events = "u,i,t,watched\n" + "".join(f"a,x{n},{n},{n * 1.5}\n" for n in range(150))
-    items = "i,genres\n" + "".join(f"x{n},{pair}\n" for n, pair in enumerate(pairs))
     with caplog.at_level(logging.WARNING, logger="hstu"):
-        make(tmp_path, events, items, item_columns=("genres",), event_columns=("watched",))
-    assert "column 'genres' may hold lists" in caplog.text and "--lists 'genres=|' splits them" in caplog.text
-    assert "column 'watched' has 150 different numbers" in caplog.text
+        make(tmp_path, events, None, event_columns=("watched",))
+    assert "column 'watched' has 150 different numbers" in caplog.text and "--numbers watched takes" in caplog.text

@@ -27,8 +27,8 @@ _FIRST_TIME_S = 1_000_000_000
 _MEAN_GAP_S = 3600.0
 _ZIPF_HEAD = 1 << 20
 """Ranks of a Zipf distribution whose cumulative probabilities are stored."""
-_ABOVE_MINUS_ONE = math.nextafter(-1.0, 0.0)
-"""Least argument of log1p; rounding may give -1 at the very end of a distribution."""
+_NEAR_ONE = 1e-7
+"""A Zipf distribution whose alpha is nearer to 1 has one at this distance, where powers are still precise."""
 # What a random number is used for: the first counter after the key.
 _LENGTHS, _VALUES, _TIMES, _HELD_OUT = range(4)
 
@@ -55,8 +55,8 @@ class Distribution:
     def values(self, uniforms: np.ndarray) -> np.ndarray:
         """int64 in [low, high), by inversion, from numbers that are uniform on (0, 1)."""
         if self._zipf is not None:
-            return self.low + self._zipf.ranks(uniforms)
-        if self.kind == "uniform":
+            drawn = self.low + self._zipf.ranks(uniforms)
+        elif self.kind == "uniform":
             drawn = np.floor(self.low + uniforms * (self.high - self.low))
         else:
             normals = torch.special.ndtri(torch.from_numpy(uniforms)).numpy()
@@ -64,8 +64,7 @@ class Distribution:
                 drawn = np.rint(self.mean + self.std * normals)
             else:  # E[exp(m + s z)] = exp(m + s²/2), which must be the mean
                 drawn = np.rint(np.exp(math.log(self.mean) - self.std**2 / 2 + self.std * normals))
-        # Above 2^53 a float may round up to high itself, and 2^63 is no int64.
-        return np.minimum(np.clip(drawn, self.low, _below(self.high)).astype(np.int64), self.high - 1)
+        return np.clip(drawn, self.low, math.nextafter(self.high, 0)).astype(np.int64)
 
 
 class _Zipf:
@@ -76,38 +75,21 @@ class _Zipf:
     """
 
     def __init__(self, n: int, alpha: float) -> None:
-        self._n, self._alpha = n, alpha
-        self._cumulative = np.cumsum(np.arange(1, min(n, _ZIPF_HEAD) + 1, dtype=np.float64) ** -alpha)
-        self._start = min(n, _ZIPF_HEAD) + 0.5
-        self._total = self._cumulative[-1] + float(self._integral(n + 0.5))
+        self._power = 1 - alpha if abs(1 - alpha) > _NEAR_ONE else _NEAR_ONE
+        self._cumulative = np.cumsum(np.arange(1, min(n, _ZIPF_HEAD) + 1, dtype=np.float64) ** (self._power - 1))
+        self._start = (len(self._cumulative) + 0.5) ** self._power
+        self._end = (n + 0.5) ** self._power
+        self._total = self._cumulative[-1] + (self._end - self._start) / self._power
 
     def ranks(self, uniforms: np.ndarray) -> np.ndarray:
-        """int64 ranks of numbers that are uniform on (0, 1)."""
+        """Ranks, as float64, of numbers that are uniform on (0, 1)."""
         masses = uniforms * self._total
-        ranks = np.searchsorted(self._cumulative, masses, side="right")
-        tail = np.flatnonzero(ranks == len(self._cumulative))
-        ends = self._inverse_integral(masses[tail] - self._cumulative[-1])
-        # Rank k is x = k + 1, which has the integral from k + 1/2 to k + 3/2.
-        ranks[tail] = np.clip(np.floor(ends - 0.5), len(self._cumulative), _below(self._n)).astype(np.int64)
-        return np.minimum(ranks, self._n - 1)
-
-    def _integral(self, end: float) -> float:
-        """Of x^-alpha from the end of the stored ranks to ``end``. Exact also for an alpha close to 1."""
-        power, logs = 1 - self._alpha, math.log(end / self._start)
-        return logs if power == 0 else self._start**power * math.expm1(power * logs) / power
-
-    def _inverse_integral(self, masses: np.ndarray) -> np.ndarray:
-        """The ends to which the integral has these values."""
-        power = 1 - self._alpha
-        scaled = power * masses / self._start**power
-        logs = masses if power == 0 else np.log1p(np.maximum(scaled, _ABOVE_MINUS_ONE)) / power
-        return self._start * np.exp(logs)
-
-
-def _below(bound: int) -> float:
-    """The largest float whose integer part is below ``bound``, for bounds up to 2^63."""
-    largest = float(bound - 1)
-    return largest if largest < bound else math.nextafter(largest, -math.inf)
+        ranks = np.searchsorted(self._cumulative, masses, side="right").astype(np.float64)
+        in_tail = ranks == len(self._cumulative)
+        powers = self._start + self._power * (masses[in_tail] - self._cumulative[-1])
+        ends = np.clip(powers, *sorted((self._start, self._end))) ** (1 / self._power)
+        ranks[in_tail] = np.floor(ends - 0.5)  # rank k is x = k + 1, which has the integral from k + 1/2 to k + 3/2
+        return ranks
 
 
 @dataclass(frozen=True)

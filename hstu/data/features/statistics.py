@@ -1,4 +1,4 @@
-"""Statistics of columns of numbers: exact, in bounded memory for any number of values, and without randomness.
+"""Statistics of columns of numbers, in bounded memory for any number of values, and without randomness.
 
 Those of what a run trains on leave held-out events out, so that none has a part in what a model reads.
 """
@@ -16,7 +16,8 @@ from hstu.data.store.sequence_store import SequenceStore
 _CHUNK = 1 << 20
 NUM_QUANTILES = 65
 """Quantiles of a column, the least and the largest value among them."""
-_HALF = 1 << 16
+_MOST_RANKED = 1 << 24
+"""Values that are sorted for quantiles."""
 
 
 def statistics_of_numbers(values: np.ndarray) -> NumberStatistics:
@@ -55,45 +56,19 @@ def _known(values: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _quantiles(values: np.ndarray, count: int) -> list[float]:
-    """The values at equally distant ranks, in two passes: the upper halves of their bits are counted, then the lower.
+    """The values at equally distant ranks. Of a longer column, those between its ends are of every k-th value.
 
     values: float32 [n]. count: how many of them are no NaN.
     """
-    ranks = np.rint(np.linspace(0, max(count - 1, 0), NUM_QUANTILES)).astype(np.int64)
     if not count:
         return [0.0] * NUM_QUANTILES
-    upper = np.zeros(_HALF, dtype=np.int64)
-    for bits in _ordered_bits(values):
-        upper += np.bincount(bits >> 16, minlength=_HALF)
-    ends = np.cumsum(upper)
-    wanted = np.searchsorted(ends, ranks, side="right")
-    halves, place = np.unique(wanted, return_inverse=True)
-    lower = np.zeros((len(halves), _HALF), dtype=np.int64)
-    for bits in _ordered_bits(values):
-        row = np.minimum(np.searchsorted(halves, bits >> 16), len(halves) - 1)
-        among = halves[row] == bits >> 16
-        lower += np.bincount(row[among] * _HALF + (bits[among] & 0xFFFF), minlength=lower.size).reshape(lower.shape)
-    before = ranks - (ends[wanted] - upper[wanted])
-    low = np.array(
-        [np.searchsorted(np.cumsum(lower[row]), rank, side="right") for row, rank in zip(place, before, strict=True)]
-    )
-    keys = (halves[place] << 16 | low).astype(np.uint32)
-    return _from_ordered_bits(keys).astype(np.float64).tolist()
-
-
-def _ordered_bits(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Chunks of the values that are no NaN as int64 in [0, 2^32) that are in the order of the values."""
-    for start in range(0, len(values), _CHUNK):
-        chunk = np.ascontiguousarray(values[start : start + _CHUNK])
-        bits = chunk[~np.isnan(chunk)].view(np.uint32)
-        negative = bits >> 31 == 1
-        yield np.where(negative, ~bits, bits | np.uint32(1 << 31)).astype(np.int64)
-
-
-def _from_ordered_bits(keys: np.ndarray) -> np.ndarray:
-    """float32 values of ordered bits, uint32."""
-    positive = keys >> 31 == 1
-    return np.where(positive, keys ^ np.uint32(1 << 31), ~keys).astype(np.uint32).view(np.float32)
+    chosen = np.asarray(values[:: -(-len(values) // _MOST_RANKED)])
+    known = np.sort(chosen[~np.isnan(chosen)])
+    if not len(known):
+        known = np.fmin.reduce(values, keepdims=True)
+    quantiles = known[np.rint(np.linspace(0, len(known) - 1, NUM_QUANTILES)).astype(np.int64)].astype(np.float64)
+    quantiles[0], quantiles[-1] = np.fmin.reduce(values), np.fmax.reduce(values)
+    return quantiles.tolist()
 
 
 def training_statistics(
@@ -103,20 +78,11 @@ def training_statistics(
 
     Of numbers of items, which are no events: those of all items.
     """
-    found, events = {}, None
-    for name in names:
-        statistics = store.features[name].statistics
-        if name in store.event_number_features:
-            events = trained_events(samples, store.num_events) if events is None else events
-            statistics = statistics_of_numbers(store.sequence(name)[events][:, None])
-        assert statistics is not None
-        found[name] = statistics
-    return found
-
-
-def trained_events(samples: SampleTable, num_events: int) -> np.ndarray:
-    """bool [E]: which events lie in the history of a sample, between the user's first event and the sample's last."""
-    changes = np.zeros(num_events + 1, dtype=np.int64)
-    np.add.at(changes, samples.history_begin, 1)
-    np.add.at(changes, samples.stop, -1)
-    return changes.cumsum()[:-1] > 0
+    found = {name: store.features[name].statistics for name in names}
+    if of_events := [name for name in names if name in store.event_number_features]:
+        changes = np.zeros(store.num_events + 1, dtype=np.int64)
+        np.add.at(changes, samples.history_begin, 1)
+        np.add.at(changes, samples.stop, -1)
+        is_trained = changes.cumsum()[:-1] > 0
+        found |= {name: statistics_of_numbers(store.sequence(name)[is_trained][:, None]) for name in of_events}
+    return {name: statistics for name, statistics in found.items() if statistics is not None}

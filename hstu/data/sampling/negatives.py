@@ -21,8 +21,6 @@ from hstu.data.store.sequence_store import SequenceStore
 
 # Above this many corpus items per draw, sorting the draws is cheaper than a table of the corpus.
 _DENSE_ITEMS_PER_DRAW = 32
-# A block of this size stays in a core's cache through all its operations.
-_DRAWS_PER_BLOCK = 1 << 16
 _EVENTS_PER_BLOCK = 1 << 24
 _WORD2VEC_EXPONENT = 0.75
 """T. Mikolov et al., "Distributed representations of words and phrases and their compositionality", NeurIPS 2013."""
@@ -49,14 +47,8 @@ class Negatives:
         """From the options."""
         exponent = _WORD2VEC_EXPONENT if args.negatives == "popularity" else 0.0
         shared = args.shared_negatives or args.negatives == "mixed"
-        return cls(
-            args.negatives,  # type: ignore[arg-type]
-            max(args.num_negatives, 0),
-            shared,
-            exponent,
-            args.logq_correction,
-            args.hard_negatives,
-        )
+        num, kind = max(args.num_negatives, 0), args.negatives
+        return cls(kind, num, shared, exponent, args.logq_correction, args.hard_negatives)  # type: ignore[arg-type]
 
     @property
     def has_batch_pool(self) -> bool:
@@ -196,37 +188,24 @@ def draw_each(
     The candidates are exactly the distinct items drawn. An optimizer moves every row that is looked up, so any further
     row would make the tables depend on the number of ranks.
     """
-    if corpus.size > _DENSE_ITEMS_PER_DRAW * len(keys.ordinals) * num:
-        codes = _with_hard(corpus.items(_draw_32_bits(keys, num)), hard)
+    codes = corpus.items(_draw_32_bits(keys, num))
+    if hard is not None:
+        np.copyto(codes[:, : hard.shape[1]], hard, where=hard >= 0, casting="same_kind")
+    if corpus.size > _DENSE_ITEMS_PER_DRAW * codes.size:
         distinct, indices = np.unique(codes, return_inverse=True)
         return distinct, indices.reshape(codes.shape).astype(np.int32, copy=False)
-    rows = max(1, _DRAWS_PER_BLOCK // num)
-    blocks = [slice(start, start + rows) for start in range(0, len(keys.ordinals), rows)]
     drawn = np.zeros(corpus.size, dtype=bool)
-    indices = np.empty((len(keys.ordinals), num), dtype=np.int32)
-    for block in blocks:
-        codes = _with_hard(corpus.items(_draw_32_bits(keys, num, block)), None if hard is None else hard[block])
-        drawn[codes] = True
-        indices[block] = codes
+    drawn[codes] = True
     distinct = np.flatnonzero(drawn)
     index_of = np.empty(corpus.size, dtype=np.int32)
     index_of[distinct] = np.arange(len(distinct), dtype=np.int32)
-    for block in blocks:
-        indices[block] = index_of.take(indices[block], mode="clip")  # faster than a bounds check
-    return distinct, indices
+    return distinct, index_of.take(codes, mode="clip")  # faster than a bounds check
 
 
-def _with_hard(codes: np.ndarray, hard: np.ndarray | None) -> np.ndarray:
-    if hard is not None:
-        first = codes[:, : hard.shape[1]]
-        np.copyto(first, hard, where=hard >= 0, casting="same_kind")
-    return codes
-
-
-def _draw_32_bits(keys: LabelKeys, num: int, rows: slice = slice(None)) -> np.ndarray:
-    """Random uint32 [M, num], or ``rows`` of them; each 64-bit number gives two."""
+def _draw_32_bits(keys: LabelKeys, num: int) -> np.ndarray:
+    """Random uint32 [M, num]; each 64-bit number gives two."""
     pairs = np.arange((num + 1) // 2)
-    bits = random_bits(keys.seed, keys.epoch, keys.ordinals[rows, None], keys.places[rows, None], pairs)
+    bits = random_bits(keys.seed, keys.epoch, keys.ordinals[:, None], keys.places[:, None], pairs)
     return bits.astype("<u8", copy=False).view("<u4")[:, :num]
 
 

@@ -17,7 +17,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 
@@ -102,6 +102,7 @@ class TrainSampler:
     partition: BatchPartition | None = None
 
     def __post_init__(self) -> None:
+        self._token_budget = None if self.partition is None else self.partition.tokens_per_rank
         if self.num_samples < 1:
             raise DataError(
                 "the training split has no samples: every user has too few events. Retrieval needs two events per "
@@ -113,16 +114,13 @@ class TrainSampler:
                 "the checkpoint was written for other data"
             )
 
-    @property
-    def _token_budget(self) -> int | None:
-        return None if self.partition is None else self.partition.tokens_per_rank
-
     @cached_property
     def batches_per_epoch(self) -> int:
         """Global batches per epoch. With a token budget, those of the first epoch; other epochs differ by a few."""
         if self._token_budget is None:
             return -(-self.num_samples // (self.batch_size * self.world_size))
-        return sum(1 for _ in self._global_batches(self._order(0), begin=0))
+        order = epoch_order(self.num_samples, self.seed, 0, self.shuffle)
+        return sum(1 for _ in self._global_batches(order, begin=0))
 
     def __iter__(self) -> Iterator[BatchPlan]:
         """Yields this rank's plans without end."""
@@ -141,15 +139,12 @@ class TrainSampler:
 
     def _epochs(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """(epoch, its order, bounds of the ranks' slices) of the global batches without end."""
-        epoch, consumed = self.position.epoch, self.position.consumed
-        while True:
-            order = self._order(epoch)
-            for bounds in self._global_batches(order, consumed):
+        begin = self.position.consumed
+        for epoch in count(self.position.epoch):
+            order = epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
+            for bounds in self._global_batches(order, begin):
                 yield epoch, order, bounds
-            epoch, consumed = epoch + 1, 0
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
+            begin = 0
 
     def _global_batches(self, order: np.ndarray, begin: int) -> Iterator[np.ndarray]:
         """The global batches from ordinal ``begin`` on, each as the bounds of the ranks' slices, int64 [ranks + 1]."""
@@ -158,8 +153,8 @@ class TrainSampler:
             tokens_until = run_offsets(self.partition.loads.tokens[order])
         while begin < self.num_samples:
             if self._token_budget is None:
-                count = min(self.batch_size * self.world_size, self.num_samples - begin)
-                bounds = even_bounds(begin, count, self.world_size)
+                size = min(self.batch_size * self.world_size, self.num_samples - begin)
+                bounds = even_bounds(begin, size, self.world_size)
             else:
                 bounds = budget_bounds(tokens_until, begin, self.world_size, self._token_budget, self.batch_size)
             yield bounds
@@ -205,31 +200,16 @@ def budget_bounds(
     """Bounds of the ranks' slices of the global batch that begins at ordinal ``begin``; int64 [ranks + 1].
 
     ``tokens_until``: int64 [S + 1], tokens of the first 0, 1, … samples of the epoch. Each rank takes the next samples
-    up to ``tokens_per_rank`` tokens and ``max_samples`` samples, but at least one. If the remaining samples would leave
-    a rank without any, the last batches of the epoch are divided more finely.
+    up to ``tokens_per_rank`` tokens and ``max_samples`` samples, but at least one, and leaves one to each later rank.
     """
     num_samples = len(tokens_until) - 1
-    bounds = _greedy_bounds(tokens_until, begin, num_samples, num_ranks, tokens_per_rank, max_samples)
-    left = num_samples - bounds[-1]
-    if 0 < left < num_ranks:  # leave one sample per rank to the last batch, if this batch can spare them
-        stop = max(num_samples - num_ranks, begin + num_ranks)
-        bounds = _greedy_bounds(tokens_until, begin, stop, num_ranks, tokens_per_rank, max_samples)
-    while len(bounds) <= num_ranks and (counts := np.diff(bounds)).max() > 1:
-        largest = int(np.where(counts > 1, np.diff(tokens_until[bounds]), -1).argmax())
-        bounds.insert(largest + 1, bounds[largest] + int(counts[largest]) // 2)
-    return np.array(bounds + bounds[-1:] * (num_ranks + 1 - len(bounds)), dtype=np.int64)
-
-
-def _greedy_bounds(
-    tokens_until: np.ndarray, begin: int, stop: int, num_ranks: int, tokens_per_rank: int, max_samples: int
-) -> list[int]:
-    """Bounds of up to ``num_ranks`` slices of [begin, stop), each as large as the limits allow."""
     bounds = [begin]
-    while len(bounds) <= num_ranks and bounds[-1] < stop:
+    for ranks_after in reversed(range(num_ranks)):
         start = bounds[-1]
         fitting = int(np.searchsorted(tokens_until, tokens_until[start] + tokens_per_rank, side="right")) - 1
-        bounds.append(min(max(fitting, start + 1), start + max_samples, stop))
-    return bounds
+        stop = min(fitting, start + max_samples, num_samples - ranks_after)
+        bounds.append(min(max(stop, start + 1), num_samples))
+    return np.array(bounds, dtype=np.int64)
 
 
 def rebalance(counts: np.ndarray, loads: Loads, max_samples: int, tokens_per_rank: int | None) -> np.ndarray:
@@ -246,7 +226,8 @@ def rebalance(counts: np.ndarray, loads: Loads, max_samples: int, tokens_per_ran
         # A sample that alone exceeds the budget fills a rank.
         tokens = np.minimum(loads.tokens, tokens_per_rank)
         found = balanced_ranks(loads.costs, np.full_like(counts, max_samples), tokens, tokens_per_rank)
-    return contiguous if found is None or _max_cost(found, loads) >= _max_cost(contiguous, loads) else found
+    before, after = (np.bincount(contiguous if ranks is None else ranks, loads.costs).max() for ranks in (None, found))
+    return contiguous if found is None or after >= before else found
 
 
 def balanced_ranks(
@@ -281,10 +262,6 @@ def balanced_ranks(
     result = np.empty(len(costs), dtype=np.int64)
     result[order] = chosen
     return result
-
-
-def _max_cost(ranks: np.ndarray, loads: Loads) -> float:
-    return float(np.bincount(ranks, weights=loads.costs).max())
 
 
 _STREAM = 0x5749_4E44

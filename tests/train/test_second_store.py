@@ -82,5 +82,5 @@ def test_actions_beyond_those_trained_on_are_refused(
 ) -> None:
     data = walks()
     second = make_store(**{**data, "num_actions": 9})
-    with pytest.raises(ConfigError, match=r"eval_dataset_path: 'action' is up to 8 in .* and up to 3 in"):
+    with pytest.raises(ConfigError, match=r"eval_dataset_path: .* has 'action' up to 8, the training data below 4"):
         source("ranking", dataset={"eval_dataset_path": str(second.path)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf
@@ -11,7 +11,7 @@ import numpy as np
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import RankingTaskArgs
-from hstu.config.problems import Cite, cite, did_you_mean
+from hstu.config.problems import Cite, cite
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.store.sequence_store import SequenceStore
 
@@ -90,7 +90,11 @@ class LabelColumn:
         columns = [self.values] if self.store.feature(self.name).has_vocab else self.store.columns(self.name)
         for stored in columns:
             for start in range(0, len(stored), _CHUNK):
-                facts = facts.joined(_facts_of(stored[start : start + _CHUNK]))
+                chunk = stored[start : start + _CHUNK]
+                present = chunk[~np.isnan(chunk)]
+                if len(present):
+                    are_whole = bool((present == np.round(present)).all())
+                    facts = facts.joined(LabelFacts(float(present.min()), float(present.max()), are_whole))
         return facts
 
 
@@ -115,28 +119,17 @@ class LabelFacts:
 
     def joined(self, other: LabelFacts) -> LabelFacts:
         """What is known of the values of both."""
-        return LabelFacts(
-            min(self.least, other.least),
-            max(self.greatest, other.greatest),
-            self.are_whole and other.are_whole,
-            self.texts or other.texts,
-        )
+        least, greatest = min(self.least, other.least), max(self.greatest, other.greatest)
+        return LabelFacts(least, greatest, self.are_whole and other.are_whole, self.texts or other.texts)
 
     def __str__(self) -> str:
         return " or ".join(map(repr, self.texts)) if self.texts else f"from {self.least:g} to {self.greatest:g}"
 
 
-def _facts_of(stored: np.ndarray) -> LabelFacts:
-    present = stored[~np.isnan(stored)]
-    if not len(present):
-        return LabelFacts()
-    are_whole = present.dtype.kind == "i" or bool((present == np.round(present)).all())
-    return LabelFacts(float(present.min()), float(present.max()), are_whole)
-
-
 def check_labels(tasks: Sequence[RankingTaskArgs], facts: Mapping[str, LabelFacts], cite: Cite = cite) -> None:
     """Raise ConfigError, worded by ``cite``, for labels that do not fit the tasks."""
-    problems = [cite(task, parameter, text) for task in tasks for parameter, text in _problems_of(task, facts)]
+    found = [(task, _problem_of(task, facts[task.label])) for task in tasks]
+    problems = [cite(task, *problem) for task, problem in found if problem]
     if problems:
         raise ConfigError(problems)
 
@@ -162,53 +155,43 @@ PLAIN = LabelCodes()
 """Of labels that are 0, 1, … or mean themselves."""
 
 
-def _problems_of(task: RankingTaskArgs, facts: Mapping[str, LabelFacts]) -> Iterator[tuple[str, str]]:
+def _problem_of(task: RankingTaskArgs, label: LabelFacts) -> tuple[str, str] | None:
     """(parameter, what is wrong) of one task."""
-    label = facts[task.label]
-    if label.least > label.greatest:
-        yield "label", "all values of this feature are missing in the data"
-    elif task.positive_values is not None:
-        yield from _problems_of_texts(task.positive_values, label)
-    elif label.texts and task.kind != "class":
-        text = "set positive_values" if task.kind == "binary" else f"{task.kind} needs numbers"
-        yield "label", f"its values are texts such as {label.texts[0]!r}; {text}"
-    elif task.num_classes is not None:
-        first = LabelCodes.of(task, label).first
-        if not label.are_whole or label.least < 0 or label.greatest > task.num_classes - 1 + first:
-            kind = "integers" if label.are_whole else "numbers"
-            yield (
-                "num_classes",
-                f"the labels {task.label!r} are {kind} {label}: they must be 0 to {task.num_classes - 1}, or 1 to "
-                f"{task.num_classes}, all integers",
-            )
-    elif task.kind == "binary":
-        yield from _problems_of_positives(task, label)
-
-
-def _problems_of_texts(positive: Sequence[str], label: LabelFacts) -> Iterator[tuple[str, str]]:
-    if not label.texts:
-        yield "positive_values", f"the labels are numbers {label}, not texts; use positive_from"
-        return
-    for text in positive:
-        if text not in label.texts:
-            yield (
-                "positive_values",
-                f"{text!r} does not occur; the labels are {label}" + did_you_mean(text, label.texts),
-            )
-    if set(positive) >= set(label.texts):
-        yield "positive_values", f"the labels are {label}, so all are positive"
-
-
-def _problems_of_positives(task: RankingTaskArgs, label: LabelFacts) -> Iterator[tuple[str, str]]:
-    if task.bit_mask is not None:
-        if not label.are_whole or label.least < 0 or label.greatest >= _EXACT:
-            yield "bit_mask", f"the labels {task.label!r} are not all integers from 0 to {_EXACT - 1}: they are {label}"
-    elif task.positive_from is not None:
-        if not label.least < task.positive_from <= label.greatest:
-            yield "positive_from", f"the labels {task.label!r} are {label}, so either all or none are positive"
-    elif not label.are_whole or label.least < 0 or label.greatest > 1:
-        yield (
+    are_codes = label.are_whole and label.least >= 0
+    largest_class = (task.num_classes or 0) - 1 + LabelCodes.of(task, label).first
+    threshold, positive = task.positive_from, task.positive_values
+    is_plain = task.kind == "binary" and threshold is positive is task.bit_mask is None
+    rules: tuple[tuple[str, bool, str], ...] = (
+        ("label", label.least > label.greatest, "all values of this feature are missing in the data"),
+        (
+            "positive_values",
+            positive is not None and not set(positive) < set(label.texts),
+            f"must be some but not all of the labels, which are {label}",
+        ),
+        (
             "label",
-            f"has values {label}, and a binary label is 0 or 1; set positive_from, the least positive label, or "
+            bool(label.texts) and positive is None and task.kind != "class",
+            f"has texts, {label}, where numbers are needed; a binary task may set positive_values",
+        ),
+        (
+            "num_classes",
+            task.num_classes is not None and not (are_codes and label.greatest <= largest_class),
+            f"must fit the labels, which are {label}: integers from 0 to num_classes - 1, or from 1 to num_classes",
+        ),
+        (
             "bit_mask",
-        )
+            task.bit_mask is not None and not (are_codes and label.greatest < _EXACT),
+            f"the labels {task.label!r} are not all integers from 0 to {_EXACT - 1}: they are {label}",
+        ),
+        (
+            "positive_from",
+            threshold is not None and not label.least < threshold <= label.greatest,
+            f"the labels {task.label!r} are {label}, so either all or none are positive",
+        ),
+        (
+            "label",
+            is_plain and not (are_codes and label.greatest <= 1),
+            f"has values {label}, and a binary label is 0 or 1; set positive_from, the least positive one, or bit_mask",
+        ),
+    )
+    return next(((parameter, text) for parameter, is_wrong, text in rules if is_wrong), None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from hstu.config.args import (
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.features.labels import label_columns
+from hstu.data.store.layout import NUMBER_ROLES
 from hstu.data.store.sequence_store import SequenceStore
 
 
@@ -88,46 +89,40 @@ def resolve_roles(
     ``item_tower``: the features of items also make the vectors of items.
     Raises ConfigError, worded by ``cite``, which lists those that the store lacks.
     """
-    known_numbers = (*store.item_number_features, *store.event_number_features)
-    numbers = tuple(name for name in args.side_feature_names if name in known_numbers)
+    side = tuple(args.side_feature_names)
+    of_items, of_events = (*store.item_side_features, *store.item_number_features), _features_of_events(store)
+    known = {name: store.features[name] for name in side if name in store.features}
+    numbers = tuple(name for name, feature in known.items() if feature.role in NUMBER_ROLES)
+    contextual, action = args.contextual_feature_names, args.action_feature_name
     chosen = FeatureRoles(
         item=args.item_feature_name or store.item_feature,
-        action=store.action_feature if args.action_feature_name is None else args.action_feature_name or None,
-        contextual=store.contextual_features
-        if args.contextual_feature_names is None
-        else tuple(args.contextual_feature_names),
-        side=tuple(args.side_feature_names),
-        lists=tuple(
-            name for name in args.side_feature_names if name in store.features and store.features[name].is_list
-        ),
+        action=store.action_feature if action is None else action or None,
+        contextual=store.contextual_features if contextual is None else tuple(contextual),
+        side=side,
+        lists=tuple(name for name, feature in known.items() if feature.is_list),
         known_after=tuple(args.known_after),
-        tower=tuple(name for name in args.side_feature_names if item_tower and name in store.item_side_features),
+        tower=tuple(name for name in side if item_tower and name in store.item_side_features),
         labels=label_columns(tasks),
         numbers=numbers,
-        number_widths=tuple(store.features[name].width for name in numbers),
+        number_widths=tuple(known[name].width for name in numbers),
     )
-    of_events = (*store.event_features, *store.event_number_features, *store.time_features)
-    side = (*store.item_side_features, *store.item_number_features, *of_events)
-    allowed_names = {
-        "item": (store.item_feature,),
-        "action": (store.action_feature,) if store.action_feature else (),
-        "context": store.contextual_features,
-        "side": side,
-        "event": of_events,
-    }
-    wanted = [("item", "item_feature_name", chosen.item), ("action", "action_feature_name", chosen.action)]
-    wanted += [("context", "contextual_feature_names", name) for name in chosen.contextual]
-    wanted += [("side", "side_feature_names", name) for name in chosen.side]
-    wanted += [("event", "known_after", name) for name in chosen.known_after if name in side]
+    actions = (store.action_feature,) if store.action_feature else ()
+    named = (
+        ("item", args, "item_feature_name", (chosen.item,), (store.item_feature,)),
+        ("action", args, "action_feature_name", (chosen.action,) if chosen.action else (), actions),
+        ("context", args, "contextual_feature_names", chosen.contextual, store.contextual_features),
+        ("side", args, "side_feature_names", side, (*of_items, *of_events)),
+        ("event", args, "known_after", [name for name in args.known_after if name in of_items], of_events),
+        *(("label", task, "label", (task.label,), _labels(store, chosen.action)) for task in tasks or ()),
+    )
     problems = []
-    for role, parameter, name in wanted:
-        allowed = allowed_names[role]
-        if name is not None and name not in allowed:
-            text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
-            if role == "side" and not (store.item_side_features or store.item_number_features):
-                text += f". Data preprocessed without them, or by an earlier version, has none. {store.remedy()}"
-            problems.append(cite(args, parameter, text + did_you_mean(name, allowed)))
-    problems += [problem for task in tasks or () for problem in _absent(store, chosen.action, task, cite)]
+    for role, owner, parameter, names, allowed in named:
+        for name in names:
+            if name not in allowed:
+                text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
+                if role == "side" and not of_items:
+                    text += f". Data preprocessed without them has none. {store.remedy()}"
+                problems.append(cite(owner, parameter, text + did_you_mean(name, allowed)))
     if item_tower and not chosen.tower and not problems:
         allowed = store.item_side_features
         text = "has no feature of items, from which RetrievalArgs.item_tower = True makes their vectors; "
@@ -138,15 +133,12 @@ def resolve_roles(
     return chosen
 
 
-def _absent(store: SequenceStore, action: str | None, task: RankingTaskArgs, cite: Cite) -> Iterator[str]:
-    """What is wrong with the label of a ranking task that the store lacks."""
-    allowed = (*([action] if action else []), *store.event_features, *store.event_number_features)
-    if task.label not in allowed:
-        text = (
-            f"{task.label!r} is neither the action nor a feature of the events of {store.path}; allowed: "
-            f"{', '.join(allowed)}"
-        )
-        yield cite(task, "label", text + did_you_mean(task.label, allowed))
+def _features_of_events(store: SequenceStore) -> tuple[str, ...]:
+    return (*store.event_features, *store.event_number_features, *store.time_features)
+
+
+def _labels(store: SequenceStore, action: str | None) -> tuple[str, ...]:
+    return (*([action] if action else []), *store.event_features, *store.event_number_features)
 
 
 def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite: Cite = cite) -> None:
@@ -169,16 +161,11 @@ def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite:
 def recoding_of(theirs: SequenceStore, ours: SequenceStore, roles: FeatureRoles) -> dict[str, np.ndarray]:
     """Codes of the second store → codes of the first. Each store numbers the raw ids that occur in it."""
     recoding, problems = {}, []
-    for name in roles.names:
-        if name in theirs.features and ours.feature(name).raw != theirs.feature(name).raw:
-            having, lacking = (ours, theirs) if ours.feature(name).raw else (theirs, ours)
-            problems.append(
-                f"DatasetArgs.eval_dataset_path: {having.path} keeps raw ids of {name!r}, {lacking.path} does not; "
-                "preprocess both with the same --raw_ids"
-            )
-        elif ours.feature(name).raw:
-            continue
-        elif ours.feature(name).has_vocab:
+    for name in (*roles.names, *roles.numbers):
+        mine, other = ours.feature(name), (theirs.features | theirs.time_features).get(name)
+        if other is None or (mine.role, mine.raw, mine.width) != (other.role, other.raw, other.width):
+            problems.append(f"has no {name!r} like that of the training data; preprocess both with the same options")
+        elif mine.has_vocab and not mine.raw:
             try:
                 recoding[name] = ours.encode(name, theirs.raw_ids(name))
             except DataError as error:
@@ -186,20 +173,12 @@ def recoding_of(theirs: SequenceStore, ours: SequenceStore, roles: FeatureRoles)
                     f"DatasetArgs.eval_dataset_path: {theirs.path} has ids that the training data lacks. "
                     f"{error}. Preprocess the training data so that it has them, or leave the feature out"
                 ) from error
-        elif theirs.cardinality(name) > ours.cardinality(name):
+        elif (other.cardinality or 0) > (mine.cardinality or 0) and not mine.raw:
             problems.append(
-                f"DatasetArgs.eval_dataset_path: {name!r} is up to {theirs.cardinality(name) - 1} in {theirs.path} "
-                f"and up to {ours.cardinality(name) - 1} in the training data, {ours.path}"
-            )
-    for name in roles.numbers:
-        width, found = ours.features[name].width, theirs.features.get(name)
-        if found is None or (found.role, found.width) != (ours.features[name].role, width):
-            problems.append(
-                f"DatasetArgs.eval_dataset_path: {theirs.path} has no number or vector {name!r} like that of the "
-                "training data; preprocess both with the same --numbers and --vectors"
+                f"has {name!r} up to {theirs.cardinality(name) - 1}, the training data below {mine.cardinality}"
             )
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"DatasetArgs.eval_dataset_path: {theirs.path} {problem}" for problem in problems])
     return recoding
 
 

@@ -54,38 +54,36 @@ class StoreReader:
     def read(self, plan: BatchPlan) -> Rows:
         """The rows of ``plan.indices``. A value out of range is a DataError that names its user."""
         samples, chosen = self.samples, plan.indices
-        start, users = samples.start[chosen], samples.user[chosen]
+        start, stop, users = samples.start[chosen], samples.stop[chosen], samples.user[chosen]
+        history_begin = samples.history_begin[chosen]
         lengths, num_labels = samples.lengths[chosen], samples.num_labels[chosen]
         if self.random_windows is not None:
-            begin, stop = samples.history_begin[chosen], samples.stop[chosen]
-            start = self.random_windows.starts(begin, start, stop, plan.epoch, plan.ordinals)
+            start = self.random_windows.starts(history_begin, start, stop, plan.epoch, plan.ordinals)
+        ends = start + lengths
         items = SampleItems.of(self.store, samples, chosen, start, lengths)
-        times = self.store.timestamp_feature if self.wants_timestamps else None
+        labelled = SampleItems.of(self.store, samples, chosen, ends - num_labels, num_labels) if self.labels else items
         held_out = request_times = seen = seen_lengths = None
         if samples.target is not None:
-            target, begin = samples.target[chosen], samples.history_begin[chosen]
-            held_out = self._of_items(self.roles.item, SampleItems(self.store, target))
-            if times is not None and self.wants_request_times:
-                request_times = self.store.sequence(times)[target].astype(np.int64)
+            target = SampleItems(self.store, samples.target[chosen])
+            held_out = self._of_items(self.roles.item, target)
+            request_times = target.times() if self.wants_timestamps and self.wants_request_times else None
             if self.wants_seen:
-                seen, seen_lengths = self._items_between(begin, target)
+                seen, seen_lengths = self._items_between(history_begin, samples.target[chosen])
         elif self.wants_earlier:
-            seen, seen_lengths = self._items_between(samples.history_begin[chosen], start)
-        codes = self._of_items(self.roles.item, items)
-        side, list_lengths = self._side(items)
-        ends = start + lengths
-        labelled = SampleItems.of(self.store, samples, chosen, ends - num_labels, num_labels) if self.labels else items
+            seen, seen_lengths = self._items_between(history_begin, start)
+        item_ids = self._of_items(self.roles.item, items)  # checks the codes, by which features of items are read
+        side = self._side(items)
         return Rows(
             user_ids=users,
             lengths=lengths,
             num_candidates=samples.num_candidates[chosen],
             num_labels=num_labels,
-            items=codes,
+            items=item_ids,
             actions=None if self.roles.action is None else self._of_items(self.roles.action, items),
             timestamps=items.times() if self.wants_timestamps else None,
             context={name: self._of_users(name, users) for name in self.roles.contextual},
-            side=side,
-            list_lengths=list_lengths,
+            side=side.values,
+            list_lengths=side.list_lengths,
             label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
             numbers=self._numbers(items),
             hard_negatives=self._hard_negatives(ends, labels_with_history(num_labels, lengths)),
@@ -118,21 +116,16 @@ class StoreReader:
 
         return self._for_model(feature, self.store.context(feature)[users], place)
 
-    def _side(self, items: SampleItems) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Rows.side and Rows.list_lengths. The codes of the items must be known to be right."""
-        side: dict[str, np.ndarray] = {}
-        of_items = []
-        for name in self.roles.categories:
-            if name in self.store.time_features:
-                side[name] = items.time_codes(name)
-            elif name in self.store.event_features:
-                side[name] = self._of_items(name, items)
-            else:
-                of_items.append(name)
-        if not of_items:
-            return side, {}
-        found = self._features_of_items(of_items, items.values(self.roles.item))
-        return {**side, **found.values}, {**found.list_lengths}
+    def _side(self, items: SampleItems) -> ItemFeatures:
+        """The side features with ids, of items whose codes are known to be right."""
+        of_items = [name for name in self.roles.categories if name in self.store.item_side_features]
+        found = self._features_of_items(of_items, items.values(self.roles.item) if of_items else np.empty(0))
+        of_events = {
+            name: items.time_codes(name) if name in self.store.time_features else self._of_items(name, items)
+            for name in self.roles.categories
+            if name not in of_items
+        }
+        return ItemFeatures({**found.values, **of_events}, found.list_lengths)
 
     def _features_of_items(self, names: Sequence[str], codes: np.ndarray) -> ItemFeatures:
         """Features of the items with these codes, which must be known to be right."""
@@ -152,16 +145,11 @@ class StoreReader:
         """Rows.numbers. The codes of the items must be known to be right."""
         if not self.roles.numbers:
             return None
-        codes = items.values(self.roles.item)
-        columns = []
-        for name in self.roles.numbers:
-            of_items = self.store.features[name].role == "item_number"
-            values = self.store.item_numbers(name)[codes] if of_items else items.values(name)[:, None]
-            if np.isinf(values).any():
-                raise DataError(
-                    f"{self.store.path}: {name} has infinite numbers: the data is damaged, preprocess it again"
-                )
-            columns.append(values)
+        codes, of_items = items.values(self.roles.item), self.store.item_number_features
+        columns = [
+            self.store.item_numbers(name)[codes] if name in of_items else items.values(name)[:, None]
+            for name in self.roles.numbers
+        ]
         return np.concatenate(columns, axis=1)
 
     def _for_model(self, feature: str, stored: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
@@ -243,14 +231,11 @@ class SampleItems:
 
     def place(self, index: int) -> str:
         """Where the item at ``index`` is, for an error."""
-        if self.candidates is not None and self.is_candidate is not None and self.is_candidate[index]:
-            row = int(self.candidates[int(self.is_candidate[:index].sum())])
-            requests = self.store.requests()
-            user, kind = int(requests.users[requests.rows_of(np.array([row]))[0]]), "candidate"
-        else:
-            row = int(self.events[index if self.is_candidate is None else int((~self.is_candidate[:index]).sum())])
-            user, kind = int(np.searchsorted(self.store.offsets(), row, side="right")) - 1, "event"
-        return f"user {self.store.raw_ids(USER_FEATURE)[user]} ({kind} {row})"
+        if self.is_candidate is not None:
+            return "an item of a request"
+        row = int(self.events[index])
+        user = int(np.searchsorted(self.store.offsets(), row, side="right")) - 1
+        return f"user {self.store.raw_ids(USER_FEATURE)[user]} (event {row})"
 
     def _joined(self, of_events: np.ndarray, of_candidates: np.ndarray) -> np.ndarray:
         assert self.is_candidate is not None

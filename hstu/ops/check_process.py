@@ -1,11 +1,10 @@
-"""Checks the kernels of a GPU backend in a process of their own, so that no fault in them can end or stop a run.
+"""Runs the self check of kernels where no fault in them can end or stop a run, and remembers its results.
 
 An illegal access makes CUDA unusable for its process, a fault in a compiler or driver may kill the process, and a wrong
-kernel may never end. Each of these refuses the operator at fault with a reason. A new process checks the operators
-that are left.
+kernel may never end. The kernels of a GPU are therefore checked in a process of their own. A fault refuses the operator
+that was being checked. A new process checks the operators that are left.
 
-The result of each operator is remembered on disk for these kernels, versions, GPU, driver and shapes. The processes of
-a host check one after the other, so that the first one checks for all.
+The processes of a host check one after the other, so that the first one checks for all.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -35,11 +34,15 @@ import torch
 from filelock import FileLock
 
 from hstu.base.files import replace_text
-from hstu.ops.kernels import KernelShapes
-from hstu.ops.self_check import cache_directory, describe, is_usable
+from hstu.ops.compile_ahead import compile_all, num_cores
+from hstu.ops.kernels import Backend, KernelShapes
+from hstu.ops.self_check import CPU_HEAD_DIMS, Check, cache_directory, checks, describe, is_usable
 
 log = logging.getLogger(__name__)
 
+CHECKS = "hstu.ops.self_check"
+"""The module with ``checks`` and ``jobs``."""
+PACKAGES = {Backend.TRITON: "triton", Backend.CUTLASS: "nvidia-cutlass-dsl"}
 TIME_LIMIT_S = 240.0
 """Longest time for one kernel to compile, for one case, and for the imports before the first one."""
 POLL_S = 0.5
@@ -49,132 +52,107 @@ FAILURE_S = 3600.0
 """Time after which a failed check is repeated: another process may have filled the memory of the GPU."""
 ROOT = Path(__file__).parents[2]
 DRIVER = Path("/proc/driver/nvidia/version")
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Kernels to check."""
-
-    name: str
-    """Of the backend, for messages."""
-    package: str
-    """Distribution that compiles the kernels."""
-    module: str
-    """Module with ``checks(device, shapes)``: see :data:`hstu.ops.self_check.Checks`. Only the process imports it."""
-    sources: Path
-    """Folder of the kernels."""
-    compiler: str | None = None
-    """Module with ``jobs``: see :mod:`hstu.ops.compile_ahead`. None: cases compile their kernels."""
+Decided = dict[str, str | None]
+"""Operator → why it is refused; None: it is right."""
 
 
 def refusals(
-    kernels: Checked, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
+    backend: Backend, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
 ) -> dict[str, str]:
     """Operator → why its kernel cannot be used on a GPU. The kernels of the other operators agree with PyTorch.
 
-    Args:
-        kernels: The backend.
-        device: The GPU.
-        shapes: The shapes of the run; None: of what does not depend on them.
-        operators: Those to check.
+    ``shapes``: those of the run; None: of what does not depend on them.
     """
+    package = PACKAGES[backend]
     try:
-        version = importlib.metadata.version(kernels.package)
+        version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return dict.fromkeys(operators, f"{kernels.package} is not installed")
-    try:
-        folder = cache_directory()
-        folder.mkdir(parents=True, exist_ok=True)
-        record = folder / f"{kernels.name.lower()}_kernels_{_key(kernels, version, device, shapes)}.json"
-        with FileLock(record.with_suffix(".lock")):
-            known = _remembered(record)
-            if unknown := [operator for operator in operators if operator not in known]:
-                known |= _check(kernels, device, shapes, unknown)
-                _remember(record, known)
-    except OSError as error:
-        log.info("the check of the %s kernels cannot be remembered (%s)", kernels.name, error)
-        known = _check(kernels, device, shapes, operators)
-    return {operator: reason for operator in operators if (reason := known[operator]) is not None}
-
-
-def _key(kernels: Checked, version: str, device: torch.device, shapes: KernelShapes | None) -> str:
-    """A hash of everything that decides the machine code and what runs it."""
-    digest = hashlib.sha256()
-    for source in sorted(kernels.sources.glob("*.py")):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+        return dict.fromkeys(operators, f"{package} is not installed")
+    sources = hashlib.sha256()
+    for source in sorted((ROOT / "hstu" / "ops" / backend).glob("*.py")):
+        sources.update(source.name.encode() + b"\0" + source.read_bytes())
     gpu = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     driver = DRIVER.read_text() if DRIVER.exists() else ""
-    digest.update(repr((kernels.module, version, torch.__version__, torch.version.cuda, gpu, driver, shapes)).encode())
-    return digest.hexdigest()[:16]
+    made_by = (sources.hexdigest(), version, torch.__version__, torch.version.cuda, gpu, driver, shapes)
+    key = f"{backend}_{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}"
+    return remembered(key, operators, partial(_check, backend, device, shapes))
 
 
-def _remembered(record: Path) -> dict[str, str | None]:
-    """The results of earlier checks by operator, without failures that are too old; none if they are unreadable."""
+def refusals_on_cpu(library: Path, operators: Sequence[str]) -> dict[str, str]:
+    """The same for the C++ kernels of a compiled ``library``, in this process; takes two seconds."""
+
+    def check(waiting: Sequence[str]) -> Decided:
+        all_shapes = [KernelShapes(dim, 3, 51, dim, torch.float32, True, dim < 32) for dim in CPU_HEAD_DIMS]
+        cpu = torch.device("cpu")
+        cases = [check for shapes in all_shapes for check in checks(Backend.CPU, cpu, shapes)]
+        chosen = sorted((case for case in cases if case.operator in waiting), key=attrgetter("operator"))
+        return _decided(waiting, 0, list(_measured(chosen, cpu)), "")
+
+    return remembered(library.stem, operators, check)
+
+
+def remembered(key: str, operators: Sequence[str], check: Callable[[Sequence[str]], Decided]) -> dict[str, str]:
+    """The operators that ``check`` refuses, and why. What it says of an operator is remembered on disk under ``key``.
+
+    The key has everything that decides the machine code and what runs it.
+    """
     try:
-        known = dict(json.loads(record.read_text(encoding="utf-8")))
-        is_recent = time.time() - record.stat().st_mtime < FAILURE_S
-    except (FileNotFoundError, ValueError, TypeError):
+        file = cache_directory() / "checks.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
+            everything, now = _read(file), time.time()
+            known = everything.setdefault(key, {})
+            for operator, (reason, checked_at) in list(known.items()):
+                if reason is not None and now - checked_at > FAILURE_S:
+                    del known[operator]
+            if unknown := [operator for operator in operators if operator not in known]:
+                known |= {operator: (reason, now) for operator, reason in check(unknown).items()}
+                replace_text(file, json.dumps(everything))
+    except OSError as error:
+        log.info("the check of kernels cannot be remembered (%s)", error)
+        known = {operator: (reason, 0.0) for operator, reason in check(operators).items()}
+    return {operator: known[operator][0] for operator in operators if known[operator][0] is not None}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError):
         return {}
-    return {operator: reason for operator, reason in known.items() if reason is None or is_recent}
 
 
-def _remember(record: Path, known: Mapping[str, str | None]) -> None:
-    replace_text(record, json.dumps(known))
-
-
-def _check(
-    kernels: Checked, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
-) -> dict[str, str | None]:
-    """Operator → why it is refused, None: it is right; by processes that check it now."""
-    if kernels.compiler is not None:
-        _compile(kernels.name, kernels.compiler, device, shapes, operators)
-    decided: dict[str, str | None] = {}
+def _check(backend: Backend, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]) -> Decided:
+    decided: Decided = {}
     while waiting := [operator for operator in operators if operator not in decided]:
-        decided |= _check_some(kernels, device, shapes, waiting)
+        decided |= _check_some(backend, device, shapes, waiting)
     return decided
 
 
-def _compile(
-    name: str, compiler: str, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
-) -> None:
-    """Compile on all cores what the check launches. A kernel that does not compile fails in the check, too."""
+def _check_some(
+    backend: Backend, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
+) -> Decided:
+    """Check by one process, which may end early, but decides one operator at least."""
+    log.info("kernel check of %s, once per machine and shapes: %s", backend, ", ".join(operators))
     begun = time.monotonic()
     capability = "".join(map(str, torch.cuda.get_device_capability(device)))
     with tempfile.TemporaryDirectory() as folder:
         report, output = Path(folder) / "report", Path(folder) / "output"
         report.touch()
-        command = [sys.executable, "-m", "hstu.ops.compile_ahead", compiler, capability, to_json(shapes)]
-        with suppress(OSError):
-            _exit_code([*command, ",".join(operators), str(report)], report, output)
-        errors = [record["error"] for record in _records(report.read_text(encoding="utf-8"))]
-    failed = len(errors) - errors.count(None)
-    log.info(
-        "kernel compilation for %s: compiled=%d failed=%d time=%.0fs",
-        name, errors.count(None), failed, time.monotonic() - begun,
-    )  # fmt: skip
-
-
-def _check_some(
-    kernels: Checked, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
-) -> dict[str, str | None]:
-    """As :func:`_check` by one process, which may end early, but decides one operator at least."""
-    log.info("kernel check of %s, once per machine and shapes: %s", kernels.name, ", ".join(operators))
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report, output = Path(folder) / "report", Path(folder) / "output"
-        report.touch()
-        command = [sys.executable, "-m", "hstu.ops.check_process", kernels.module, str(device), to_json(shapes)]
+        arguments = CHECKS, backend, str(device), capability, to_json(shapes), ",".join(operators), str(report)
         try:
-            code = _exit_code([*command, ",".join(operators), str(report)], report, output)
+            code = _exit_code([sys.executable, "-m", "hstu.ops.check_process", *arguments], report, output)
         except OSError as error:
             return dict.fromkeys(operators, f"its self check cannot be started: {error}")
-        records = list(_records(report.read_text(encoding="utf-8", errors="replace")))
+        records = []
+        for line in report.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError):  # the process was killed while it wrote
+                records.append(json.loads(line))
         decided = _decided(operators, code, records, output.read_text(encoding="utf-8", errors="replace"))
     passed = [operator for operator, reason in decided.items() if reason is None]
     errors = [each for record in records if record["operator"] in passed for each in record.get("errors", {}).values()]
     log.info(
         "kernel check of %s: passed=%d refused=%d worst_error=%.0f%% of tolerance time=%.0fs",
-        kernels.name,
+        backend,
         len(passed),
         len(decided) - len(passed),
         100 * max((error / tolerance for error, tolerance in errors if tolerance), default=0.0),
@@ -184,19 +162,18 @@ def _check_some(
 
 
 def _exit_code(command: list[str], report: Path, output: Path) -> int | None:
-    """Run a command; returns its exit code, None where it had to be killed because ``report`` did not grow.
+    """Run a command; returns its exit code, None where it had to be killed because ``report`` was not touched.
 
     What the command prints goes to ``output``.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path}
     with output.open("wb") as sink:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=os.environ | {"PYTHONPATH": path},
             start_new_session=True,
         )
     try:
@@ -212,14 +189,9 @@ def _exit_code(command: list[str], report: Path, output: Path) -> int | None:
                 process.wait(KILL_S)
 
 
-def _decided(
-    operators: Sequence[str], code: int | None, records: Sequence[Mapping[str, Any]], output: str
-) -> dict[str, str | None]:
-    """What a process has found: operator → why it is refused, None: it is right.
-
-    An operator that ended the process is refused; all are, if none was begun.
-    """
-    decided: dict[str, str | None] = {}
+def _decided(operators: Sequence[str], code: int | None, records: Sequence[Mapping[str, Any]], output: str) -> Decided:
+    """What a process has found. An operator that ended the process is refused; all are, if none was begun."""
+    decided: Decided = {}
     current, case = None, "its start"
     for record in records:
         current, case = record["operator"], record.get("case", case)
@@ -247,10 +219,19 @@ def _decided(
     return decided
 
 
-def _records(text: str) -> Iterator[Mapping[str, Any]]:
-    for line in text.splitlines():
-        with suppress(ValueError):  # the process was killed while it wrote
-            yield json.loads(line)
+def _measured(all_checks: Iterable[Check], device: torch.device) -> Iterator[dict[str, Any]]:
+    """Run checks; yields what has begun and what came of it. Ends where the device cannot be used any more."""
+    for operator, of_operator in groupby(all_checks, attrgetter("operator")):
+        try:
+            for check in of_operator:
+                yield {"operator": operator, "case": check.case}
+                yield {"operator": operator, "errors": check.measure()}
+        except Exception as error:
+            yield {"operator": operator, "error": describe(error)}
+            if not is_usable(device):
+                return
+        else:
+            yield {"operator": operator, "complete": True}
 
 
 def to_json(shapes: KernelShapes | None) -> str:
@@ -266,31 +247,19 @@ def from_json(text: str) -> KernelShapes | None:
     return fields and KernelShapes(**fields | {"dtype": getattr(torch, fields["dtype"])})
 
 
-def main(module: str, device: str, shapes: str, operators: str, report: str) -> None:
-    """The process: check some operators of a module and write each result to ``report`` as a line of JSON."""
+def main(module: str, backend: str, device: str, capability: str, shapes: str, operators: str, report: str) -> None:
+    """The process: compile on all cores, then check. Each result is a line of JSON in ``report``."""
     faulthandler.enable()
     # With deterministic algorithms, torch fills new tensors with nan: what a kernel fails to write is found.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    on, wanted = torch.device(device), operators.split(",")
-    checks = [
-        check for check in importlib.import_module(module).checks(on, from_json(shapes)) if check.operator in wanted
-    ]
+    source, wanted, of_shapes = importlib.import_module(module), operators.split(","), from_json(shapes)
+    # A kernel that does not compile fails in the check, too.
+    for _ in compile_all(source.jobs(backend, of_shapes, int(capability), wanted), num_cores()):
+        os.utime(report)
+    chosen = (check for check in source.checks(backend, torch.device(device), of_shapes) if check.operator in wanted)
     with open(report, "a", encoding="utf-8", buffering=1) as file:
-
-        def write(operator: str, **record: object) -> None:
-            file.write(json.dumps({"operator": operator} | record) + "\n")
-
-        for operator, cases in groupby(checks, attrgetter("operator")):
-            try:
-                for check in cases:
-                    write(operator, case=check.case)
-                    write(operator, errors=check.measure())
-            except Exception as error:
-                write(operator, error=describe(error))
-                if not is_usable(on):  # a new process goes on
-                    return
-            else:
-                write(operator, complete=True)
+        for record in _measured(chosen, torch.device(device)):
+            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,15 @@
-"""Compile the kernels of a run before they are launched: on all cores, and for a GPU that need not be here.
+"""Compile kernels before they are launched: on all cores, and for a GPU that need not be here.
 
 The results lie where a launch looks for them: Triton's kernels in Triton's cache (TRITON_CACHE_DIR), the CUTLASS
 kernels in this package's (``hstu.ops.self_check.cache_directory``). Both may be copied to another machine with the same
-versions of these packages.
-
-    python -m hstu.ops.compile_ahead hstu.ops.triton.compile_ahead 90 SHAPES OPERATORS REPORT
-
-compiles what the self check of these operators launches. The arguments are those of :mod:`hstu.ops.check_process`. The
-module has ``jobs(shapes, capability, operators) -> list[Job]``.
+versions of these packages. The ``compile_ahead.py`` of a backend lists its kernels.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hstu.base.files import replace_text
-from hstu.ops.check_process import from_json
 
 READ_BY_LAUNCHES = (".cubin", ".json")
 """What Triton reads of a compiled kernel. The other files hold its intermediate representations."""
@@ -60,30 +52,17 @@ def compile_all(jobs: Sequence[Job], processes: int) -> Iterator[Result]:
     """Compile all jobs and yield each result when it is there.
 
     The processes are forks, because launches hold functions and tensors that cannot be sent to another process. A
-    process that has initialized CUDA must not call this. A compiler that kills its process has failed; the jobs that
-    its pool had not done are run again, one after the other, each in a process of its own.
+    process that has initialized CUDA must not call this. If one of them is killed, the jobs that are left fail.
     """
     global _jobs
     _jobs = jobs
-    left = set(range(len(jobs)))
     with ProcessPoolExecutor(min(processes, len(jobs)) or 1, mp_context=get_context("fork")) as pool:
-        try:
-            numbers = {pool.submit(_compile, number): number for number in range(len(jobs))}
-            for done in as_completed(numbers):
-                result = done.result()
-                left.remove(numbers[done])
-                yield result
-        except BrokenProcessPool:
-            pass
-    yield from map(_compile_alone, sorted(left))
-
-
-def _compile_alone(number: int) -> Result:
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
-        try:
-            return pool.submit(_compile, number).result()
-        except BrokenProcessPool:
-            return Result(_jobs[number].name, 0.0, "the compiler killed its process")
+        numbers = {pool.submit(_compile, number): number for number in range(len(jobs))}
+        for done in as_completed(numbers):
+            try:
+                yield done.result()
+            except BrokenProcessPool:
+                yield Result(jobs[numbers[done]].name, 0.0, "a compiler killed its process: try again with fewer")
 
 
 def _compile(number: int) -> Result:
@@ -115,18 +94,3 @@ def strip_triton_cache(folder: Path) -> None:
         if file.suffix not in READ_BY_LAUNCHES:
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     adopt_triton_cache(folder)
-
-
-def main(module: str, capability: str, shapes: str, operators: str, report: str) -> None:
-    """Compile the kernels of a self check; each result is a line of ``report``."""
-    from triton import knobs
-
-    adopt_triton_cache(Path(knobs.cache.dir))
-    jobs = importlib.import_module(module).jobs(from_json(shapes), int(capability), operators.split(","))
-    with open(report, "a", encoding="utf-8", buffering=1) as file:
-        for result in compile_all(jobs, num_cores()):
-            file.write(f"{json.dumps(result._asdict())}\n")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

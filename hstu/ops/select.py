@@ -10,13 +10,12 @@ import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from hstu.base.errors import ConfigError
-from hstu.ops.check_process import Checked, refusals
+from hstu.ops.check_process import refusals, refusals_on_cpu
 from hstu.ops.kernels import OPERATORS, SLOTS, Backend, Kernels, KernelShapes, ServedBy
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
@@ -29,7 +28,6 @@ FALLBACKS = {
     Backend.CUTLASS: (Backend.CUTLASS, Backend.TRITON),
 }
 """Backends that serve an operator, in order of preference; PyTorch is the last resort of all."""
-PACKAGES = {Backend.TRITON: "triton", Backend.CUTLASS: "nvidia-cutlass-dsl"}
 
 
 def select_kernels(requested: str, strict: bool, device: torch.device, shapes: KernelShapes) -> Kernels:
@@ -109,31 +107,20 @@ def _refusals(
     if not operators:
         return {}
     if backend is Backend.CPU:
-        return dict.fromkeys(operators, reason) if (reason := _cpu_refusal()) else {}
+        return _refusals_on_cpu(operators)
     reason = _module(backend, "support").device_unsupported_reason(torch.cuda.get_device_capability(device))
-    if reason is not None:
-        return dict.fromkeys(operators, reason)
-    package = f"hstu.ops.{backend.value}"
-    checked = Checked(
-        backend.value,
-        PACKAGES[backend],
-        f"{package}.self_check",
-        Path(__file__).parent / backend.value,
-        f"{package}.compile_ahead",
-    )
-    return refusals(checked, device, shapes, operators)
+    return refusals(backend, device, shapes, operators) if reason is None else dict.fromkeys(operators, reason)
 
 
-def _cpu_refusal() -> str | None:
-    from hstu.ops.cpu.build import KernelsUnavailable, keep_freed_memory
-    from hstu.ops.cpu.self_check import check_kernels
+def _refusals_on_cpu(operators: Sequence[str]) -> Mapping[str, str]:
+    from hstu.ops.cpu.build import KernelsUnavailable, keep_freed_memory, library_file
 
     try:
-        check_kernels()
-        keep_freed_memory()
+        refused = refusals_on_cpu(library_file(), operators)
     except KernelsUnavailable as problem:
-        return f"there are no C++ kernels for this CPU: {problem}"
-    return None
+        return dict.fromkeys(operators, f"there are no C++ kernels for this CPU: {problem}")
+    keep_freed_memory()
+    return refused
 
 
 def _module(backend: Backend, name: str) -> ModuleType:

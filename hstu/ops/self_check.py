@@ -1,31 +1,74 @@
-"""The self check of kernels: each machine compares them with PyTorch once before it first uses them.
+"""The self check of kernels: each machine compares them with PyTorch in float64 once before it first uses them.
 
-Compilers, drivers and GPUs differ, and a defect in one of them would silently train a wrong model. The kernels of a
-GPU are checked in a process of their own: :mod:`hstu.ops.check_process`.
+Compilers, drivers and GPUs differ, and a defect in one of them would silently train a wrong model. One table of cases
+serves all backends. ``check_process.py`` runs it and remembers the results.
+
+    python -m hstu.ops.self_check triton [--device cuda:0] [--head-dim 64 128] [--dtype bfloat16]
+
+runs it now for many shapes of models, and prints one line per error.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
+import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.kernels import KernelShapes
-from hstu.ops.layout import JaggedLayout, build_layout
-
-log = logging.getLogger(__name__)
+from hstu.ops.compile_ahead import Job
+from hstu.ops.functional import (
+    add_layer_norm,
+    hstu_attention,
+    norm_mul_dropout,
+    project_uvqk,
+    projected_attention,
+    projected_gate,
+)
+from hstu.ops.kernels import (
+    SLOTS,
+    AddLayerNormInputs,
+    AttentionConfig,
+    AttentionInputs,
+    Backend,
+    GateConfig,
+    GateInputs,
+    KernelShapes,
+    Negatives,
+    RelativeBias,
+    SeenItems,
+)
+from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, TokenOrder, build_layout
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.row_update import RowUpdate
 
 Errors = dict[str, tuple[float, float]]
 """Name of a comparison → relative error, and the largest error that rounding explains."""
+Function = Callable[..., Tensor]
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest difference relative to the largest number: above the rounding of the type, far below a defect."""
+NORM_TOLERANCE = 1e-2
+"""Largest norm of the error of 16-bit types, relative to the norm of the reference."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (256, 128, 64, 50, 32, 16)
+"""Between them, they use every width of tiles. Those of the benchmark come first."""
+CPU_HEAD_DIMS = (24, 80, 200)
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "bidirectional": {"is_causal": False},
+    "no contextual mask": {"contextual_mask": False},
+}
+WINDOWS: dict[str, dict[str, Any]] = {"whole": {}, "window": {"max_span": 20, "full_tokens": 9}}
+ITEMS, CANDIDATES = (130, 0, 2, 297, 64), (9, 0, 1, 40, 0)
+"""Of the sequences of attention, which make several blocks and tiles."""
 
 
 class Check(NamedTuple):
@@ -37,104 +80,222 @@ class Check(NamedTuple):
     measure: Callable[[], Errors]
 
 
-Checks = Iterator[Check]
+class Case(NamedTuple):
+    """An operator and what it is differentiated by."""
+
+    operator: str
+    name: str
+    function: Callable[[Any], Function]
+    """Takes the kernels of a backend; returns a function of ``leaves`` on any device."""
+    leaves: Sequence[Tensor]
+    """On the CPU."""
+    dtype: torch.dtype
+    """That decides the tolerance."""
 
 
-def cache_directory() -> Path:
-    """The user's cache directory (XDG_CACHE_HOME where that is set) for this package; it need not exist yet.
-
-    Raises OSError if the user has no home directory.
-    """
-    try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:
-        raise OSError("the user has no home directory; set HOME or XDG_CACHE_HOME") from error
-    return Path(root) / "hstu"
-
-
-def record_passed(passed: Path) -> None:
-    """Create the file that marks the check as passed; where that fails, log that the check will be repeated."""
-    try:
-        passed.parent.mkdir(parents=True, exist_ok=True)
-        passed.touch()
-    except OSError as error:
-        log.info("%s cannot be written (%s): the kernels will be checked again", passed, error.strerror)
+def checks(backend: str, device: torch.device, shapes: KernelShapes | None) -> Iterator[Check]:
+    """All kernels of a backend that serve these shapes; None: those of dynamic tables."""
+    if shapes is None:
+        if backend == Backend.TRITON:
+            yield Check(SLOTS, "slots of dynamic tables", partial(slots_errors, device))
+        return
+    kernels = importlib.import_module(f"hstu.ops.{backend}.operators").OPERATORS
+    support = importlib.import_module(f"hstu.ops.{backend}.{'operators' if backend == Backend.CPU else 'support'}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        all_cases = list(cases(shapes))
+    for case in all_cases:
+        if case.operator in kernels and support.unsupported_reason(case.operator, shapes) is None:
+            yield Check(case.operator, case.name, partial(errors, case, kernels[case.operator], device))
 
 
-def describe(error: Exception) -> str:
-    """The type and the first line of an exception."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:500]
+def jobs(backend: str, shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
+    """What the checks of these operators launch on a GPU, to be compiled before them."""
+    compiler = importlib.import_module(f"hstu.ops.{backend}.compile_ahead")
+    return list(compiler.jobs(shapes, capability, operators))
 
 
-def is_usable(device: torch.device) -> bool:
-    """Whether this process can go on with the device after an exception: CUDA ends with an illegal access."""
-    try:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception:
-        return False
-    return True
+def errors(case: Case, kernels: Any, device: torch.device) -> Errors:
+    """The largest error of the output and of each gradient, and whether a repeat has other bits."""
+    exact = _results(case.function(getattr(REFERENCE_KERNELS, case.operator)), case.leaves, torch.float64)
+    ours, again = (_results(case.function(kernels), case.leaves, None, device) for _ in range(2))
+    differences = [(mine.double() - right, right) for mine, right in zip(ours, exact, strict=True)]
+    largest = [float(difference.abs().max() / right.abs().max()) for difference, right in differences]
+    # np.max returns nan where an error is nan, max() may not
+    found = {case.name: (float(np.max(largest)), TOLERANCE[case.dtype])}
+    if case.dtype != torch.float32:
+        norms = [float(difference.norm() / right.norm()) for difference, right in differences]
+        found[f"{case.name}, norm"] = float(np.max(norms)), NORM_TOLERANCE
+    return {**found, f"{case.name}, repeated": (float(not all(map(torch.equal, ours, again))), 0.0)}
 
 
-def main(
-    checks: Callable[[torch.device, KernelShapes | None], Checks], all_shapes: Iterable[KernelShapes | None]
-) -> None:
-    """The command of a backend: run its checks now, whatever has been recorded, and print one line per error.
-
-    It goes on after an exception. Prints the failures last, and exits with 1 if there are any.
-    """
-    parser = argparse.ArgumentParser(description="Compare the kernels of a backend with PyTorch.")
-    parser.add_argument("--device", type=torch.device, default="cuda:0")
-    parser.add_argument("--head-dim", type=int, nargs="+", help="of the shapes of models, only these")
-    parser.add_argument("--dtype", help="of the shapes of models, only this one, such as bfloat16")
-    parser.add_argument("--part", type=int, nargs=2, default=(1, 1), help="2 3: of every 3 cases the second")
-    parser.add_argument("--list", action="store_true", help="print the names of the cases and run none")
-    options = parser.parse_args()
-    # With deterministic algorithms, torch fills new tensors with nan: what a kernel fails to write is found.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-    def is_chosen(shapes: KernelShapes | None) -> bool:
-        if shapes is None:
-            return True
-        right_dtype = options.dtype is None or shapes.dtype == getattr(torch, options.dtype)
-        return right_dtype and (options.head_dim is None or shapes.head_dim in options.head_dim)
-
-    cases = (check for shapes in filter(is_chosen, all_shapes) for check in checks(options.device, shapes))
-    first, step = options.part
-    failures = []
-    for check in islice(cases, first - 1, None, step):
-        if options.list:
-            print(check.case)
-            continue
-        try:
-            errors = check.measure()
-        except Exception as error:
-            failures.append(f"{check.case}: {describe(error)}")
-            print(f"FAILED {failures[-1]}", flush=True)
-            if not is_usable(options.device):
-                failures.append("the device cannot be used after this error: later cases were not run")
-                break
-            continue
-        for name, (difference, tolerance) in errors.items():
-            is_right = difference <= tolerance
-            line = f"{difference:.1e} of {tolerance:.0e}  {name}"
-            failures += [] if is_right else [line]
-            print(f"{'ok   ' if is_right else 'WRONG'} {line}", flush=True)
-    print(f"{len(failures)} failures", *failures, sep="\n")
-    sys.exit(1 if failures else 0)
+def _results(
+    function: Function, leaves: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | str = "cpu"
+) -> list[Tensor]:
+    """The output and the gradients, on the CPU."""
+    with torch.enable_grad():
+        inputs = [leaf.detach().to(device, dtype).requires_grad_() for leaf in leaves]
+        out = function(*inputs)
+        slope = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(leaves[0].dtype)
+        grads = torch.autograd.grad(out, inputs, slope.to(device, out.dtype))
+    return [x.detach().cpu() for x in (out, *grads)]
 
 
-def same_bits(results: Sequence[Tensor], repeated: Sequence[Tensor]) -> bool:
-    """Whether two runs of a kernel gave the same bits."""
-    return all(map(torch.equal, results, repeated))
+def cases(shapes: KernelShapes) -> Iterator[Case]:
+    """All operators at these shapes."""
+    for window in WINDOWS if shapes.has_window else ("whole",):
+        for mask in MASKS:
+            yield _attention_case(shapes, mask, window)
+    yield from _row_cases(shapes)
+    yield from _loss_cases(shapes)
+    yield Case("update_rows", "update_rows", _train_rows, [torch.randn(40, 21)], torch.float32)
 
 
-def largest_error(computed: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference between two lists of tensors, each relative to the largest expected number of its tensor."""
-    errors = [
-        float((ours - exact).abs().max() / exact.abs().max()) for ours, exact in zip(computed, expected, strict=True)
-    ]
-    return float(np.max(errors))  # np.max returns nan where an error is nan, max() may not
+def _attention_case(shapes: KernelShapes, mask: str, window: str) -> Case:
+    """The bias is for fewer positions than the longest sequence has."""
+    width, dtype = shapes.head_dim, shapes.dtype
+    config = AttentionConfig(alpha=width**-0.5, scaling_seqlen=50, **MASKS[mask], **WINDOWS[window])
+    tables = [torch.randn(size) for size in (99, NUM_TIME_BUCKETS)] if shapes.has_bias else []
+    layout_on = partial(small_layout, num_items=ITEMS, num_candidates=CANDIDATES, num_contextuals=3, group_size=4)
+    num_tokens = layout_on(torch.device("cpu")).num_tokens
+    parts = [torch.randn(num_tokens, 2, width).to(dtype) for _ in range(3)]
+
+    def function(kernels: Any) -> Function:
+        def run(v: Tensor, q: Tensor, k: Tensor, shift: Tensor, *tables: Tensor) -> Tensor:
+            bias = RelativeBias(*tables) if tables else None
+            layout, projected = layout_on(v.device), torch.stack([v, q, k], dim=2)
+            if kernels.differentiates_silu:
+                return projected_attention(projected, shift, layout, config, bias, kernels)
+            v, q, k = F.silu(projected + shift).unbind(2)
+            return hstu_attention(AttentionInputs(q, k, v, layout, config, bias), kernels)
+
+        return run
+
+    words = [f"{width} channels", str(dtype).removeprefix("torch."), mask, window, *(["bias"] if tables else [])]
+    leaves = [*parts, torch.zeros(2, 3, width), *tables]
+    return Case("attention", f"attention ({', '.join(words)})", function, leaves, dtype)
+
+
+def _row_cases(shapes: KernelShapes) -> Iterator[Case]:
+    width, inner, dtype = shapes.hidden_size, shapes.num_heads * shapes.head_dim, shapes.dtype
+    heads = [torch.randn(70, shapes.num_heads, shapes.head_dim).to(dtype) for _ in range(2)]
+    x, affine, update = torch.randn(70, width), [torch.randn(width) for _ in range(2)], torch.randn(70, width).to(dtype)
+
+    def add_norm(kernels: Any) -> Function:
+        def run(x: Tensor, weight: Tensor, bias: Tensor, update: Tensor | None = None) -> Tensor:
+            norm_dtype = torch.promote_types(x.dtype, torch.float32)
+            return torch.cat(add_layer_norm(AddLayerNormInputs(x, update, weight, bias, 1e-5, norm_dtype), kernels))
+
+        return run
+
+    for residual in dict.fromkeys((torch.float32, dtype)):
+        name, leaves = f"add_layer_norm ({str(residual).removeprefix('torch.')} residual", [x.to(residual), *affine]
+        yield Case("add_layer_norm", f"{name}, first layer)", add_norm, leaves, residual)
+        yield Case("add_layer_norm", f"{name})", add_norm, [*leaves, update], dtype)
+
+    def gate(kernels: Any) -> Function:
+        def run(x: Tensor, u: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            config = GateConfig(1e-5, 0.0)
+            if kernels.differentiates_silu:
+                return projected_gate(x, u, shift, weight, bias, config, kernels)
+            return norm_mul_dropout(GateInputs(x, F.silu(u + shift), weight, bias, config), kernels)
+
+        return run
+
+    weights = [torch.zeros(shapes.num_heads, shapes.head_dim), *(torch.randn(inner) for _ in range(2))]
+    yield Case("norm_mul_dropout", "norm_mul_dropout", gate, [*heads, *weights], dtype)
+    projection = [torch.randn(4 * inner, width) / width**0.5, torch.randn(4 * inner)]
+    yield Case(
+        "project_uvqk",
+        f"project_uvqk ({width} → {4 * inner})",
+        lambda kernels: lambda x, weight, bias: project_uvqk(x, weight, bias, kernels),
+        [tensor.to(dtype) for tensor in (x, *projection)],
+        dtype,
+    )
+    positions, source = torch.randint(40, (70,)), torch.randperm(70)
+    yield Case(
+        "add_positions",
+        "add_positions",
+        lambda kernel: lambda x, table: kernel(x, table, positions.to(x.device)),
+        [x, torch.randn(30, width)],
+        torch.float32,
+    )
+    yield Case(
+        "jagged_concat",
+        "jagged_concat",
+        lambda kernel: (
+            lambda *parts: kernel(parts, TokenOrder(source.to(parts[0].device), source.argsort().to(parts[0].device)))
+        ),
+        [torch.randn(rows, width) for rows in (3, 67)],
+        torch.float32,
+    )
+
+
+def _loss_cases(shapes: KernelShapes) -> Iterator[Case]:
+    rows = torch.randn(30, shapes.item_dim)
+    yield Case("l2_normalize", "l2_normalize", lambda kernel: lambda rows: kernel(rows, 1e-6), [rows], torch.float32)
+    vectors = [F.normalize(torch.randn(rows, shapes.item_dim), dim=1) for rows in (90, 90, 70)]
+    few = [vectors[0][:20], vectors[1][:20], vectors[2]]  # one program per query: more queries show no more
+    targets, ids, draws = torch.randint(70, (90,)), torch.arange(70), torch.randint(70, (90, 37))
+    log_weights = torch.randn(70).masked_fill(torch.rand(70) < 0.2, -torch.inf)
+    places = torch.arange(90, dtype=torch.int32)
+    first = torch.randint(-1, 180, (2, 70), dtype=torch.int32)
+
+    def loss(is_drawn: bool, is_masked: bool) -> Callable[[Any], Function]:
+        def function(kernel: Any) -> Function:
+            def run(*tensors: Tensor) -> Tensor:
+                count, to = len(tensors[0]), partial(torch.Tensor.to, device=tensors[0].device)
+                seen = SeenItems(*map(to, (first, places[:count] % 2, places[:count]))) if is_masked else None
+                drawn = to(draws[:count]) if is_drawn else None
+                loss: Tensor = kernel(
+                    *tensors, Negatives(to(targets[:count]), to(ids), 0.1, to(log_weights), seen, drawn)
+                )
+                return loss
+
+            return run
+
+        return function
+
+    for name, leaves in (("pool_softmax_loss", vectors), ("sampled_softmax_loss", few)):
+        for is_masked in (False, True):
+            text = f"{name}, seen items masked" if is_masked else name
+            yield Case(name, text, loss(leaves is few, is_masked), leaves, torch.float32)
+
+
+def _train_rows(kernel: Any) -> Function:
+    """A table and its states after a step of Adam on some rows, plus a term that has the derivative of a case."""
+
+    def run(gradients: Tensor) -> Tensor:
+        rows = (torch.arange(len(gradients)) * 7 % 30)[None]
+        gradient = torch.sparse_coo_tensor(rows, gradients.detach(), (50, gradients.shape[1]), check_invariants=True)
+        tables = torch.ones(3, 50, gradients.shape[1], dtype=gradients.dtype)
+        kernel(gradient, tables[0], tables[1:].unbind(), RowUpdate("adam", 0.1, 1e-8, (0.9, 0.99), step=3))
+        return tables + 0.01 * gradients.sum()
+
+    return run
+
+
+def slots_errors(device: torch.device) -> Errors:
+    """The share of keys that are not found where they were put, while slots change keys; and of rows that are wrong."""
+    from hstu.ops.triton.slots import SlotIndex, start_rows
+
+    capacity, wrong = 500, 0.0
+    keys = torch.zeros(capacity, dtype=torch.int64, device=device)
+    index, size = SlotIndex(keys), torch.full_like(keys[:1], capacity)
+    slots = torch.arange(capacity, device=device)
+    for step in range(3, 12):
+        changed = slots[:: 1 + step % 3]
+        former = keys[changed]
+        keys[changed] = (changed * 16 + step) * 0x61C8864680B583EB
+        index.insert(changed, size)
+        differ = torch.cat([index.find(keys) != slots, index.find(former) != -1])
+        wrong = max(wrong, float(differ.double().mean()))
+    rows = torch.ones(capacity, 5, device=device)
+    start_rows(rows, slots, size - 1)
+    return {
+        "slots of dynamic tables": (wrong, 0.0),
+        "rows of dynamic tables": (float((rows.sum(1) != 5 * (slots == capacity - 1)).sum()), 0.0),
+    }
 
 
 def small_layout(
@@ -156,3 +317,71 @@ def small_layout(
         device=device,
         item_times=torch.from_numpy(np.cumsum(gaps)).to(device),
     )
+
+
+def cache_directory() -> Path:
+    """The user's cache directory (XDG_CACHE_HOME where that is set) for this package; it need not exist yet.
+
+    Raises OSError if the user has no home directory.
+    """
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError("the user has no home directory; set HOME or XDG_CACHE_HOME") from error
+    return Path(root) / "hstu"
+
+
+def describe(error: Exception) -> str:
+    """The type and the first line of an exception."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:500]
+
+
+def is_usable(device: torch.device) -> bool:
+    """Whether this process can go on with the device after an exception: CUDA ends with an illegal access."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception:
+        return False
+    return True
+
+
+def main() -> int:
+    """The command: goes on after an exception, prints the failures last, and returns 1 if there are any."""
+    parser = argparse.ArgumentParser(description="Compare the kernels of a backend with PyTorch.")
+    parser.add_argument("backend", choices=("triton", "cutlass"))
+    parser.add_argument("--device", type=torch.device, default="cuda:0")
+    parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--dtype", help="only this one, such as bfloat16")
+    options = parser.parse_args()
+    # With deterministic algorithms, torch fills new tensors with nan: what a kernel fails to write is found.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    all_shapes: list[KernelShapes | None] = [
+        KernelShapes(width, 2, 2 * width, width, dtype, has_bias, has_window=options.backend == Backend.TRITON)
+        for dtype in DTYPES
+        for width in options.head_dim
+        for has_bias in (False, True)
+        if options.dtype is None or dtype == getattr(torch, options.dtype)
+    ]
+    failures = []
+    for check in (check for shapes in (*all_shapes, None) for check in checks(options.backend, options.device, shapes)):
+        try:
+            measured = check.measure()
+        except Exception as error:
+            failures.append(f"{check.case}: {describe(error)}")
+            print(f"FAILED {failures[-1]}", flush=True)
+            if not is_usable(options.device):
+                failures.append("the device cannot be used after this error: later cases were not run")
+                break
+            continue
+        for name, (difference, tolerance) in measured.items():
+            is_right = difference <= tolerance
+            line = f"{difference:.1e} of {tolerance:.0e}  {name}"
+            failures += [] if is_right else [line]
+            print(f"{'ok   ' if is_right else 'WRONG'} {line}", flush=True)
+    print(f"{len(failures)} failures", *failures, sep="\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -90,16 +90,16 @@ def checked(backend: str, limit_s: float) -> Item:
     return Item(
         f"{backend} against float64",
         limit_s,
-        ["-m", f"hstu.ops.{backend}.self_check", "--head-dim", "256", "--dtype", "bfloat16"],
+        ["-m", "hstu.ops.self_check", backend, "--head-dim", "256", "--dtype", "bfloat16"],
         ["-m", "hstu.train.compile_ahead", *compiled, "--cache", SCRATCH, "--gin-bindings", *BACKENDS[backend]],
     )
 
 
 def sanitized(tool: str, backend: str) -> Item:
     """The smallest kernels under compute-sanitizer."""
-    module = ["-m", f"hstu.ops.{backend}.self_check", "--head-dim", "64", "--dtype", "bfloat16"]
+    module = ["-m", "hstu.ops.self_check", backend, "--head-dim", "64", "--dtype", "bfloat16"]
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, *module]
-    return Item(f"{tool}, {backend}", 90, command, [*module, "--list", "--device", "cpu"], is_program=True)
+    return Item(f"{tool}, {backend}", 90, command, [*module, "--help"], is_program=True)
 
 
 ON_ML_1M = (

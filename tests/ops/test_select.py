@@ -1,18 +1,19 @@
 """Each operator falls back by itself, and says why, or is an error; on a CPU the C++ kernels stand in for a GPU's."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from hstu.base.errors import ConfigError
-from hstu.ops.check_process import Checked
-from hstu.ops.cpu import build, self_check
+from hstu.ops import check_process
+from hstu.ops.cpu import build
 from hstu.ops.kernels import OPERATORS, Backend, Kernels, KernelShapes
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.select import resolve_kernels, select_kernels, select_slot_kernels
+from hstu.ops.self_check import Check
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -55,25 +56,24 @@ def test_without_a_compiler_pytorch_is_used_and_the_reason_says_what_to_install(
     assert line.startswith("pytorch (cpu: ") and "apt-get install g++" in line
 
 
-def test_a_kernel_that_is_wrong_is_not_used_and_the_reason_has_the_numbers(
+def test_a_cpu_kernel_that_is_wrong_is_not_used_and_the_check_is_run_once_per_machine(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: None
 ) -> None:
-    twice = ("attention", lambda x: 2 * x, lambda x: x, [torch.randn(3, requires_grad=True)])
-    monkeypatch.setattr(self_check, "library_file", lambda: tmp_path / "kernels.so")
-    monkeypatch.setattr(self_check, "_cases", lambda: iter([twice]))
-    line = on_cpu("cutlass")["attention"]
-    assert line.startswith("pytorch (cpu: ") and "attention differs from PyTorch by" in line
+    ran: list[str] = []
+    backend_operators = [operator for operator, served in on_cpu("cutlass").items() if served == "cpu"]
 
+    def checks(backend: str, device: torch.device, shapes: KernelShapes) -> Iterator[Check]:
+        for operator in backend_operators:
+            ran.append(operator)
+            errors = {"dK": (0.5 if operator == "attention" else 0.0, 1e-4)}
+            yield Check(operator, operator, lambda errors=errors: errors)  # type: ignore[misc]
 
-def test_kernels_are_checked_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    same = ("gate", lambda x: x * 1, lambda x: x, [torch.randn(3, requires_grad=True)])
-    cases = iter([same])  # a second walk would find none
-    monkeypatch.setattr(self_check, "library_file", lambda: tmp_path / "kernels.so")
-    monkeypatch.setattr(self_check, "_cases", lambda: [next(cases)])
-    self_check.check_kernels()
-    self_check.check_kernels()
-    with pytest.raises(StopIteration):
-        next(cases)
+    monkeypatch.setattr(check_process, "checks", checks)
+    monkeypatch.setattr(check_process, "cache_directory", lambda: tmp_path)
+    for _ in range(2):
+        served = on_cpu("cutlass")
+        assert served["norm_mul_dropout"] == "cpu" and "dK differs from PyTorch by 0.5" in served["attention"]
+    assert len(ran) == 3 * len(backend_operators)
 
 
 class Machine:
@@ -85,10 +85,10 @@ class Machine:
         self.checked: list[tuple[str, str]] = []
 
     def refusals(
-        self, kernels: Checked, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
+        self, backend: Backend, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
     ) -> Mapping[str, str]:
-        self.checked += [(kernels.name, operator) for operator in operators]
-        return {operator: fault for operator in operators if (fault := self.faults.get((kernels.name, operator)))}
+        self.checked += [(backend.value, operator) for operator in operators]
+        return {operator: fault for operator in operators if (fault := self.faults.get((backend.value, operator)))}
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from triton.compiler import make_backend
 from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
-from hstu.ops.compile_ahead import Job
-from hstu.ops.kernels import KernelShapes
+from hstu.ops.compile_ahead import Job, adopt_triton_cache
+from hstu.ops.kernels import Backend, KernelShapes
+from hstu.ops.self_check import checks
 from hstu.ops.triton.launch import Launch, recorded_launches
-from hstu.ops.triton.self_check import checks
 from hstu.ops.triton.slots import SlotIndex, start_rows
 
 WARP_SIZE = 32
@@ -68,11 +69,12 @@ def compile_kernel(launch: Launch, config: triton.Config, capability: int) -> An
 
 def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
     """The kernels of the self check of these operators; shapes None: those of dynamic tables."""
+    adopt_triton_cache(Path(knobs.cache.dir))
     with recorded_launches(divmod(capability, 10)) as launches:
-        if shapes is None:
+        if shapes is None:  # not the self check, which launches fewer
             run_slots()
         else:
-            for check in checks(torch.device("cpu"), shapes):
+            for check in checks(Backend.TRITON, torch.device("cpu"), shapes):
                 if check.operator in operators:
                     check.measure()
     return jobs_of(launches, capability)

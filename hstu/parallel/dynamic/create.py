@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hstu.config.args import DynamicEmbeddingArgs
+from hstu.ops.check_process import remembered
 from hstu.ops.cpu.build import KernelsUnavailable, address, int32, int64, library, library_file, pointer
+from hstu.ops.kernels import SLOTS
 from hstu.ops.select import select_slot_kernels
-from hstu.ops.self_check import record_passed
 from hstu.parallel.dynamic.slots import Assignment, Policy, SlotTable, TorchSlots
 
 log = logging.getLogger(__name__)
@@ -25,11 +28,13 @@ def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: 
     kernels = None
     if device.type == "cpu":
         try:
-            check_cpu_slots()
+            refusal = remembered(library_file().stem, [SLOTS], _refusal).get(SLOTS)
+        except KernelsUnavailable as reason:
+            refusal = str(reason)
+        if refusal is None:
             log.info("kernel slots of table %s: cpu", table)
             return CpuSlots(capacity, policy, threshold)
-        except KernelsUnavailable as reason:
-            log.warning("kernel slots of table %s: pytorch (cpu: %s)", table, reason)
+        log.warning("kernel slots of table %s: pytorch (cpu: %s)", table, refusal)
     elif device.type == "cuda":
         kernels, unsupported_reason = select_slot_kernels(device)
         if kernels is not None:
@@ -95,27 +100,18 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return pointer(address(tensor))
 
 
-def check_cpu_slots() -> None:
-    """Compare CpuSlots with TorchSlots once per machine, as compilers have defects; takes some tenths of a second.
-
-    Raises KernelsUnavailable where there is no compiler, or where the two differ.
-    """
-    passed = library_file().with_suffix(".slots_checked")
-    if passed.exists():
-        return
+def _refusal(operators: Sequence[str] = (SLOTS,)) -> dict[str, str | None]:
+    """Compare CpuSlots with TorchSlots, as compilers have defects; takes some tenths of a second."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(200, generator=generator).mul(300).long() for _ in range(30)]
     policies: tuple[Policy, ...] = ("lru", "lfu")
-    for policy in policies:
-        for threshold in (0, 2):
-            tables = CpuSlots(300, policy, threshold), TorchSlots(300, policy, threshold)
-            for step, ids in enumerate(batches, 1):
-                compiled, expected = (table.assign(ids, step) for table in tables)
-                contents = [torch.stack(table.content())[:, table.content()[0].argsort()] for table in tables]
-                found = torch.equal(tables[0].lookup(ids), compiled.slots)
-                if not found or not torch.equal(*contents) or compiled.counters != expected.counters:
-                    raise KernelsUnavailable(
-                        f"the C++ slots of dynamic tables ({policy}) differ from PyTorch's; please report this with "
-                        "the output of `c++ --version`"
-                    )
-    record_passed(passed)
+    for policy, threshold in itertools.product(policies, (0, 2)):
+        tables = CpuSlots(300, policy, threshold), TorchSlots(300, policy, threshold)
+        for step, ids in enumerate(batches, 1):
+            compiled, expected = (table.assign(ids, step) for table in tables)
+            contents = [torch.stack(table.content())[:, table.content()[0].argsort()] for table in tables]
+            found = torch.equal(tables[0].lookup(ids), compiled.slots)
+            if not found or not torch.equal(*contents) or compiled.counters != expected.counters:
+                reason = f"they differ from PyTorch's ({policy}); please report this with the output of `c++ --version`"
+                return dict.fromkeys(operators, reason)
+    return dict.fromkeys(operators)

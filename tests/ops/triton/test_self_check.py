@@ -1,15 +1,15 @@
 """Triton kernels are compared with PyTorch before their first use: each operator, in each configuration."""
 
+import importlib
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
+from hstu.ops import self_check
 from hstu.ops.kernels import OPERATORS, Backend, KernelShapes
 from hstu.ops.select import resolve_kernels
-from hstu.ops.self_check import small_layout
-from hstu.ops.triton.support import unsupported_reason
+from hstu.ops.self_check import checks
 from tests.ops.backends import INTERPRETED
 
 SHAPES = KernelShapes(17, 3, 51, 40, torch.float32)
@@ -28,59 +28,47 @@ IN_FLOAT32 = pytest.param(SHAPES, id="float32", marks=pytest.mark.slow if INTERP
 
 @pytest.mark.parametrize("shapes", [IN_FLOAT32, pytest.param(WITH_BIAS, id="bfloat16")])
 def test_all_kernels_pass(device: torch.device, shapes: KernelShapes, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hstu.ops.triton import self_check
-
     if INTERPRETED:
-        short = partial(small_layout, num_items=(1, 40, 17), num_candidates=(0, 5, 3))
-        monkeypatch.setattr(self_check, "small_layout", short)
-    chosen = [check.measure for check in self_check.checks(device, shapes) if is_run(check.case, shapes)]
+        monkeypatch.setattr(self_check, "ITEMS", (1, 40, 0, 17))
+        monkeypatch.setattr(self_check, "CANDIDATES", (0, 5, 0, 3))
+    chosen = [check for check in checks(Backend.TRITON, device, shapes) if is_run(check.case, shapes)]
     if shapes.dtype == torch.float32:
-        chosen += [check.measure for check in self_check.checks(device, None)]
-    errors = {name: error for measure in chosen for name, error in measure().items()}
-    assert len(errors) == (2 + 2 * 12 if shapes.dtype == torch.float32 else 2 * 6)
+        chosen += checks(Backend.TRITON, device, None)
+    errors = {name: error for check in chosen for name, error in check.measure().items()}
+    assert {check.operator for check in chosen} >= {"attention", "norm_mul_dropout", "project_uvqk", "add_layer_norm"}
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 
-def test_a_wrong_gradient_and_a_kernel_that_does_not_repeat_are_found(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hstu.ops.triton import self_check
-
+def test_a_wrong_gradient_and_a_kernel_that_does_not_repeat_are_found() -> None:
     calls = iter(range(100))
-    monkeypatch.setitem(self_check.OPERATORS, "add_positions", lambda x, table, _: x + table.sum() * next(calls))
-    (errors,) = (check.measure() for check in self_check.checks(device, SHAPES) if check.case == "add_positions")
+    case = next(case for case in self_check.cases(SHAPES) if case.name == "add_positions")
+    errors = self_check.errors(case, lambda x, table, _: x + table.sum() * next(calls), torch.device("cpu"))
     assert errors["add_positions"][0] > 0.1
     assert errors["add_positions, repeated"] == (1.0, 0.0)
 
 
 def test_only_what_the_run_uses_is_checked() -> None:
-    checks = pytest.importorskip("hstu.ops.triton.self_check", reason="NEEDS TRITON: pip install -e '.[cpu]'").checks
-    cpu = torch.device("cpu")
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
-    def attention(shapes: KernelShapes) -> list[str]:
-        return [check.case for check in checks(cpu, shapes) if check.operator == "attention"]
+    def of(shapes: KernelShapes | None, operator: str) -> list[str]:
+        found = checks(Backend.TRITON, torch.device("cpu"), shapes)
+        return [check.case for check in found if check.operator == operator]
 
-    assert [check.operator for check in checks(cpu, None)] == ["slots"]
-    assert "slots" not in {check.operator for check in checks(cpu, WITH_BIAS)}
-    names = attention(WITH_BIAS)
-    assert len(names) == 2 and all("16 channels, bfloat16" in name and ", bias" in name for name in names)
-    names = attention(replace(WITH_BIAS, has_window=True))
-    assert len(names) == 4 and sum(", window" in name for name in names) == 2
-    assert not attention(KernelShapes(512, 1, 64, 64, torch.float32))
-
-
-def test_every_operator_with_a_kernel_has_a_check() -> None:
-    self_check = pytest.importorskip("hstu.ops.triton.self_check", reason="NEEDS TRITON: pip install -e '.[cpu]'")
-    cases = list(self_check.checks(torch.device("cpu"), SHAPES))
-    assert {check.operator for check in cases} == set(self_check.OPERATORS)
-    assert set(self_check.OPERATORS) == {name for name in OPERATORS if unsupported_reason(name, SHAPES) is None}
+    assert len(of(None, "slots")) == 1 and not of(WITH_BIAS, "slots")
+    names = of(WITH_BIAS, "attention")
+    assert len(names) == 3 and all("16 channels, bfloat16" in name and ", bias" in name for name in names)
+    names = of(replace(WITH_BIAS, has_window=True), "attention")
+    assert len(names) == 6 and sum(", window" in name for name in names) == 3
+    assert not of(KernelShapes(512, 1, 64, 64, torch.float32), "attention")
 
 
-def test_the_command_begins_with_the_shapes_of_the_benchmark() -> None:
-    self_check = pytest.importorskip("hstu.ops.triton.self_check", reason="NEEDS TRITON: pip install -e '.[cpu]'")
-    shapes = list(self_check.all_shapes())
-    assert (shapes[0].dtype, shapes[0].head_dim, shapes[0].has_bias) == (torch.bfloat16, 256, False)
-    assert shapes[-1] is None, "dynamic tables come last"
+@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.CPU])
+def test_every_operator_with_a_kernel_has_a_check(backend: Backend) -> None:
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    of_backend = importlib.import_module(f"hstu.ops.{backend}.operators").OPERATORS
+    served = resolve_kernels(backend, SHAPES).served_by
+    assert {check.operator for check in checks(backend, torch.device("cpu"), SHAPES)} == set(of_backend)
+    assert set(of_backend) == {name for name in OPERATORS if served[name].backend is backend}
 
 
 def test_the_log_names_what_triton_serves() -> None:

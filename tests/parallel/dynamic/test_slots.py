@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config.args import DynamicEmbeddingArgs
-from hstu.ops import select
-from hstu.ops.cpu.build import KernelsUnavailable
+from hstu.ops import check_process, select
 from hstu.parallel.dynamic import create
 from hstu.parallel.dynamic.create import CpuSlots, create_slots
 from hstu.parallel.dynamic.hashing import unmix
@@ -170,16 +169,15 @@ def test_the_order_of_ids_in_a_batch_does_not_decide_which_stay(kind: type[SlotT
         assert set(straight.content()[0].tolist()) == set(shuffled.content()[0].tolist())
 
 
-def test_compiled_slots_are_not_used_where_they_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_slots_are_not_used_where_they_differ(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = DynamicEmbeddingArgs(feature_names=["item"], table_name="item", item_vocab_size_or_capacity=9)
     monkeypatch.setattr(create, "library_file", lambda: tmp_path / "kernels.so")
-    create.check_cpu_slots()
-    passed = tmp_path / "kernels.slots_checked"
-    assert passed.exists()
-    passed.unlink()
+    monkeypatch.setattr(check_process, "cache_directory", lambda: tmp_path)
     monkeypatch.setattr(create, "CpuSlots", lambda capacity, *rest: CpuSlots(capacity - 1, *rest))
-    with pytest.raises(KernelsUnavailable, match="slots of dynamic tables"):
-        create.check_cpu_slots()
-    assert not passed.exists()
+    assert isinstance(create_slots("item", args, 9, torch.device("cpu")), TorchSlots)
+    assert "pytorch (cpu: they differ from PyTorch's (lru)" in caplog.text
 
 
 def test_a_gpu_uses_the_kernels_of_triton_and_where_that_cannot_run_pytorch_with_a_warning(

@@ -55,8 +55,8 @@ Errors = dict[str, tuple[float, float]]
 Function = Callable[..., Tensor]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference relative to the largest number: above the rounding of the type, far below a defect."""
-NORM_TOLERANCE = 1e-2
-"""Largest norm of the error of 16-bit types, relative to the norm of the reference."""
+NORM_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""Largest norm of the error relative to the norm of the reference; rounding alone makes half of it."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (256, 128, 64, 50, 32, 16)
 """Between them, they use every width of tiles. Those of the benchmark come first."""
@@ -123,9 +123,9 @@ def errors(case: Case, kernels: Any, device: torch.device) -> Errors:
     largest = [float(difference.abs().max() / right.abs().max()) for difference, right in differences]
     # np.max returns nan where an error is nan, max() may not
     found = {case.name: (float(np.max(largest)), TOLERANCE[case.dtype])}
-    if case.dtype != torch.float32:
+    if case.dtype in NORM_TOLERANCE:
         norms = [float(difference.norm() / right.norm()) for difference, right in differences]
-        found[f"{case.name}, norm"] = float(np.max(norms)), NORM_TOLERANCE
+        found[f"{case.name}, norm"] = float(np.max(norms)), NORM_TOLERANCE[case.dtype]
     return {**found, f"{case.name}, repeated": (float(not all(map(torch.equal, ours, again))), 0.0)}
 
 
@@ -136,7 +136,9 @@ def _results(
     with torch.enable_grad():
         inputs = [leaf.detach().to(device, dtype).requires_grad_() for leaf in leaves]
         out = function(*inputs)
-        slope = torch.cos(torch.arange(out.numel(), dtype=torch.float64)).view(out.shape).to(leaves[0].dtype)
+        slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
+            leaves[0].dtype
+        )
         grads = torch.autograd.grad(out, inputs, slope.to(device, out.dtype))
     return [x.detach().cpu() for x in (out, *grads)]
 
@@ -277,11 +279,10 @@ def _train_rows(kernel: Any) -> Function:
 
 def slots_errors(device: torch.device) -> Errors:
     """The share of keys that are not found where they were put, while slots change keys; and of rows that are wrong."""
-    from hstu.ops.triton.slots import SlotIndex, start_rows
-
+    kernels = importlib.import_module("hstu.ops.triton.slots")
     capacity, wrong = 500, 0.0
     keys = torch.zeros(capacity, dtype=torch.int64, device=device)
-    index, size = SlotIndex(keys), torch.full_like(keys[:1], capacity)
+    index, size = kernels.SlotIndex(keys), torch.full_like(keys[:1], capacity)
     slots = torch.arange(capacity, device=device)
     for step in range(3, 12):
         changed = slots[:: 1 + step % 3]
@@ -291,7 +292,7 @@ def slots_errors(device: torch.device) -> Errors:
         differ = torch.cat([index.find(keys) != slots, index.find(former) != -1])
         wrong = max(wrong, float(differ.double().mean()))
     rows = torch.ones(capacity, 5, device=device)
-    start_rows(rows, slots, size - 1)
+    kernels.start_rows(rows, slots, size - 1)
     return {
         "slots of dynamic tables": (wrong, 0.0),
         "rows of dynamic tables": (float((rows.sum(1) != 5 * (slots == capacity - 1)).sum()), 0.0),

@@ -9,14 +9,14 @@ import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Size
 
 from hstu.base.errors import DataError
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join_name, split_name
-from hstu.config.args import CLASSES, TrainerArgs
+from hstu.config.args import CLASSES, Args, TrainerArgs
 from hstu.config.gin_scan import Binding, scan_stored
 from hstu.config.option import Changes, Mismatch, annotation_of, coerce, default_of, is_required, options_of
 
@@ -91,8 +91,7 @@ class LoadOptions:
         return cls(args.ckpt_load_strict, args.ckpt_load_optimizer, param_map)
 
 
-@dataclass(frozen=True)
-class Resized:
+class Resized(NamedTuple):
     """A tensor whose size differs between the checkpoint and the run."""
 
     name: str
@@ -110,10 +109,8 @@ class Resized:
         return f"{self.name} is {tuple(self.stored)} in the checkpoint, {tuple(self.own)} in this run"
 
     def outcome(self) -> str:
-        """Return what a load that is not strict does with the tensor."""
-        if not self.common_rows:
-            return "as initialised"
-        return f"the first {self.common_rows} rows read" + ("" if self.common_rows == self.own[0] else ", others fresh")
+        """What a load that is not strict does with the tensor."""
+        return f"the first {self.common_rows} rows read, others fresh" if self.common_rows else "as initialised"
 
 
 @dataclass(frozen=True)
@@ -168,43 +165,40 @@ def match_tensors(
     ``own``, ``stored``: name → size in the run and in the checkpoint. ``remaps``: see TensorMatch. ``dynamic``:
     names of the dynamic tables in the run and in the checkpoint, which may be renamed, but are read elsewhere.
     """
-    remaps = remaps or {}
+    remaps, param_map = remaps or {}, options.param_map
     own, stored = _to_load(own, options), _to_load(stored, options)
-    names = {name: _stored_name(name, stored, options.param_map) for name in own}
-    found = {name: stored_name for name, stored_name in names.items() if stored_name in stored}
-    pairs = [Resized(name, stored[stored_name], own[name]) for name, stored_name in found.items()]
-    unread = {pair.name for pair in pairs if not _can_be_read(pair, remaps)}
+    stored_names: dict[str, str] = {}
+    missing, resized, found = [], [], set()
+    for name, size in own.items():
+        stored_name = param_map.stored_name(name)
+        weight, state = split_name(stored_name)
+        if state == AVERAGE and stored_name not in stored:
+            stored_name = weight  # a moving average that was not stored starts from its weight
+        if stored_name not in stored:
+            missing.append(name if name == stored_name else f"{name} (there: {stored_name})")
+            continue
+        found.add(stored_name)
+        pair, remap = Resized(name, stored[stored_name], size), remaps.get(split_name(name)[0])
+        is_as_wide = pair.stored[1:] == size[1:]
+        if pair.stored != size and not (remap and is_as_wide):
+            resized.append(pair)
+        can_be_read = remap.source_rows is not None and is_as_wide if remap else pair.stored == size or pair.common_rows
+        if can_be_read:
+            stored_names[name] = stored_name
     return TensorMatch(
-        stored_names={name: stored_name for name, stored_name in found.items() if name not in unread},
-        missing=tuple(
-            name if name == stored_name else f"{name} (there: {stored_name})"
-            for name, stored_name in names.items()
-            if name not in found
-        ),
+        stored_names=stored_names,
+        missing=tuple(missing),
         unexpected=tuple(  # a run without moving averages does not need those that come with the weights
-            name
-            for name in stored
-            if name not in found.values() and (options.optimizer or split_name(name)[1] != AVERAGE)
+            name for name in stored if name not in found and (options.optimizer or split_name(name)[1] != AVERAGE)
         ),
-        resized=tuple(
-            pair
-            for pair in pairs
-            if pair.stored != pair.own and (pair.stored[1:] != pair.own[1:] or split_name(pair.name)[0] not in remaps)
-        ),
-        remaps={name: remap for name, remap in remaps.items() if name in found},
-        mistakes=tuple(options.param_map.problems([*own, *dynamic[0]], [*stored, *dynamic[1]])),
+        resized=tuple(resized),
+        remaps={name: remap for name, remap in remaps.items() if param_map.stored_name(name) in stored},
+        mistakes=tuple(param_map.problems([*own, *dynamic[0]], [*stored, *dynamic[1]])),
     )
 
 
-def _can_be_read(pair: Resized, remaps: Mapping[str, RowRemap]) -> bool:
-    remap = remaps.get(split_name(pair.name)[0])
-    if remap is None:
-        return pair.stored == pair.own or pair.common_rows > 0
-    return remap.source_rows is not None and pair.stored[1:] == pair.own[1:]
-
-
 def _to_load(tensors: Mapping[str, Size], options: LoadOptions) -> dict[str, Size]:
-    """Return the weights, and with ``options.optimizer`` the states; moving averages belong to the weights."""
+    """The weights, and with ``options.optimizer`` the states; moving averages belong to the weights."""
     states = None if options.optimizer else ("", AVERAGE)
     return {
         name: size
@@ -213,70 +207,44 @@ def _to_load(tensors: Mapping[str, Size], options: LoadOptions) -> dict[str, Siz
     }
 
 
-def _stored_name(name: str, stored: Collection[str], param_map: ParamMap) -> str:
-    """Return the stored name of a tensor. A moving average that was not stored starts from its weight."""
-    stored_name = param_map.stored_name(name)
-    weight, state = split_name(stored_name)
-    return weight if state == AVERAGE and stored_name not in stored else stored_name
-
-
-@dataclass(frozen=True)
-class ConfigDifference:
-    """A gin parameter whose value differs between two configurations. None: the parameter is absent."""
+class ConfigDifference(NamedTuple):
+    """A gin parameter whose value differs between two configurations."""
 
     name: str
     """As in gin, with its scope."""
-    stored: str | None
-    own: str | None
+    stored: str
+    own: str
+    changes: Changes
+    """What another value changes."""
 
     def __str__(self) -> str:
-        stored, own = self.values()
-        return f"{self.name} = {stored} in the checkpoint, {own} in this run"
-
-    def values(self) -> tuple[str, str]:
-        """Return both values as text."""
-        return self.stored or "nothing", self.own or "nothing"
-
-    @property
-    def changes(self) -> Changes | None:
-        """What another value changes; None for parameters that this program does not have."""
-        field = _field(self.name)
-        return None if field is None else field.metadata["changes"]
+        return f"{self.name} = {self.stored} in the checkpoint, {self.own} in this run"
 
 
 def config_differences(stored: str, own: str) -> list[ConfigDifference]:
     """Return the parameters that differ between two texts of operative.gin, in the order of the first text.
 
     A parameter that one text lacks has its default: the program that wrote the text did not have the parameter yet.
+    Those that this program does not have are left out.
     """
     left, right = (
-        {binding.name: _shown(binding) for binding in scan_stored(text, "operative.gin").bindings}
-        for text in (stored, own)
+        {binding.name: binding for binding in scan_stored(text, "operative.gin").bindings} for text in (stored, own)
     )
-    pairs = [
-        ConfigDifference(name, left.get(name, _default(name)), right.get(name, _default(name)))
-        for name in dict.fromkeys([*left, *right])
-    ]
-    return [pair for pair in pairs if pair.stored != pair.own]
+    differences = []
+    for name in dict.fromkeys([*left, *right]):
+        owner, _, parameter = name.rpartition("/")[2].partition(".")
+        options = options_of(CLASSES[owner]) if owner in CLASSES else ()
+        if field := next((each for each in options if each.name == parameter), None):
+            values = [_value(CLASSES[owner], field, bindings.get(name)) for bindings in (left, right)]
+            if values[0] != values[1]:
+                differences.append(ConfigDifference(name, *values, field.metadata["changes"]))
+    return differences
 
 
-def _shown(binding: Binding) -> str:
-    """Return the value of a parameter as text, the same for two ways to write one value, such as "a" and ("a",)."""
-    field = _field(binding.name)
-    if field is not None:
-        with contextlib.suppress(Mismatch):  # references to other objects stay as they are
-            return repr(coerce(annotation_of(CLASSES[binding.selector], field), binding.value))
+def _value(cls: type[Args], field: Field[Any], binding: Binding | None) -> str:
+    """A value as text, the same for two ways to write one value, such as "a" and ("a",)."""
+    if binding is None:
+        return "nothing" if is_required(field) else repr(default_of(field))
+    with contextlib.suppress(Mismatch):  # references to other objects stay as they are
+        return repr(coerce(annotation_of(cls, field), binding.value))
     return repr(binding.value)
-
-
-def _default(name: str) -> str | None:
-    """Return the default of a gin parameter as text; None if it has none."""
-    field = _field(name)
-    return None if field is None or is_required(field) else repr(default_of(field))
-
-
-def _field(name: str) -> Field[Any] | None:
-    """Return the field of a gin parameter with its scope; None if this program does not have it."""
-    owner, _, parameter = name.rpartition("/")[2].partition(".")
-    options = options_of(CLASSES[owner]) if owner in CLASSES else ()
-    return next((each for each in options if each.name == parameter), None)

@@ -11,7 +11,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -189,39 +189,32 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def read_index(file: BinaryIO, path: Path, listed: Collection[str]) -> Metadata:
-    """Read an index.
-
-    ``path``: for errors. ``listed``: names of the files, beside the index, that belong to the checkpoint. Raises
-    DamagedCheckpoint if the index holds anything else than tensors in these files.
-    """
-    try:
-        index = _Unpickler(file).load()
-        if not isinstance(index, Metadata):
-            raise TypeError(f"it holds {type(index).__name__}")
-        others = {info.relative_path for info in index.storage_data.values()} - set(listed)
-        dict(index.state_dict_metadata)
-    except Exception as error:  # unpickling may raise anything
-        raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
-    if others:
-        raise DamagedCheckpoint(
-            f"{path} refers to {sorted(map(str, others))[0]!r}, which is no file of the checkpoint. Load another one."
-        )
-    return index
-
-
 class IndexReader(dcp.FileSystemReader):
-    """The reader of torch.distributed.checkpoint, with ``read_index``. ``listed``: as there."""
+    """The reader of torch.distributed.checkpoint, which does not run what an index may hold.
+
+    ``listed``: names of the files, beside the index, that belong to the checkpoint.
+    """
 
     def __init__(self, directory: Path, listed: Collection[str]) -> None:
         super().__init__(directory)
         self._listed = listed
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Read the index."""
+        """Read the index. Raises DamagedCheckpoint if it holds anything else than tensors in the listed files."""
         path = Path(self.path) / INDEX
-        with path.open("rb") as file:
-            index = read_index(file, path, self._listed)
+        try:
+            with path.open("rb") as file:
+                index = _Unpickler(file).load()
+            if not isinstance(index, Metadata):
+                raise TypeError(f"it holds {type(index).__name__}")
+            others = {info.relative_path for info in index.storage_data.values()} - set(self._listed)
+            if others:
+                raise ValueError(f"it refers to {sorted(map(str, others))[0]!r}, which is no file of the checkpoint")
+            dict(index.state_dict_metadata)
+        except OSError:
+            raise
+        except Exception as error:  # unpickling may raise anything
+            raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
         index.storage_meta = index.storage_meta or StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index

@@ -15,7 +15,7 @@ from hstu.config.args import (
     RandomDistribution,
 )
 from hstu.config.incomplete import apply
-from hstu.config.problems import Problem, did_you_mean, nearest
+from hstu.config.problems import Problem, did_you_mean
 from hstu.config.run_config import RunConfig
 
 # --- tables of the gin files ----------------------------------------------------------------------------------------
@@ -99,21 +99,20 @@ RULES_OF_A_TABLE = (
 # --- random benchmark data -------------------------------------------------------------------------------------------
 
 
-def benchmark_is_consistent(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(run.dataset, BenchmarkDatasetArgs):
-        yield from apply(RULES_OF_THE_DATA, run, run.dataset)
-
-
 def length_of_items(run: RunConfig) -> DatasetArgs | FeatureArgs | None:
     """The part whose max_sequence_length limits the items; None if a benchmark does not describe its item feature."""
     if isinstance(run.dataset, DatasetArgs):
         return run.dataset
-    groups, name = _groups(run.dataset), run.dataset.item_feature_name
-    return groups.get(name) or groups.get(nearest(name, groups) or "")  # a misspelt name is reported elsewhere
+    return _groups(run.dataset).get(run.dataset.item_feature_name)
 
 
 def _groups(dataset: BenchmarkDatasetArgs) -> dict[str, FeatureArgs]:
     return {name: group for group in reversed(dataset.feature_args) for name in group.feature_names}
+
+
+def benchmark_is_consistent(run: RunConfig) -> Iterator[Problem]:
+    if isinstance(run.dataset, BenchmarkDatasetArgs):
+        yield from apply(RULES_OF_THE_DATA, run, run.dataset)
 
 
 def features_are_described_once(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
@@ -144,32 +143,26 @@ def features_have_tables(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Itera
                 yield run.problem(table, "feature_names", text + did_you_mean(name, features))
 
 
-def context_has_one_id(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
+def lengths_fit_the_roles(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
     groups = _groups(dataset)
-    contextual = {id(groups[name]): groups[name] for name in dataset.contextual_feature_names if name in groups}
-    for group in contextual.values():
+    for group in dataset.feature_args:
+        if not set(group.feature_names) & set(dataset.contextual_feature_names):
+            continue
         if group.is_jagged or group.max_sequence_length != 1:
             parameter = "is_jagged" if group.is_jagged else "max_sequence_length"
             text = "a feature of contextual_feature_names has one id; set max_sequence_length = 1 and is_jagged = False"
             yield run.problem(group, parameter, text)
-
-
-def actions_are_as_long_as_items(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
-    groups = _groups(dataset)
     item, action = groups.get(dataset.item_feature_name), groups.get(dataset.action_feature_name or "")
     if item is None or action is None or item is action:
         return
     if item.is_jagged or action.is_jagged or item.max_sequence_length != action.max_sequence_length:
-        text = (
-            f"must have the lengths of {dataset.item_feature_name!r}; put both into one FeatureArgs, or give both one "
-            "max_sequence_length and is_jagged = False"
-        )
+        text = f"must have the lengths of {dataset.item_feature_name!r}; put both into one FeatureArgs"
         yield run.problem(dataset, "action_feature_name", text)
 
 
 def groups_are_consistent(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
     for group in dataset.feature_args:
-        yield from apply(RULES_OF_A_GROUP, run, group)
+        yield from apply((ids_have_one_distribution_each, distributions_have_a_range), run, group)
 
 
 def ids_have_one_distribution_each(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
@@ -184,50 +177,23 @@ def ids_have_one_distribution_each(run: RunConfig, group: FeatureArgs) -> Iterat
 
 
 def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
-    for dist in _distributions(group):
-        if (high := getattr(dist, "high", None)) is not None and getattr(dist, "low", -1) >= high:
-            yield run.problem(dist, "low", f"must be below {run.cite(dist, 'high')}")
-        kind, mean = getattr(dist, "dist_type", None), getattr(dist, "mean", None)
-        if kind == "lognormal" and mean is not None and mean <= 0:
+    tables = {name: table for table in run.embeddings for name in table.feature_names}
+    limited: list[tuple[RandomDistribution, Args, str]] = [
+        (dist, tables[name], "item_vocab_size_or_capacity")
+        for name, dist in group.distributions().items()
+        if name in tables
+    ]
+    if group.seqlen_dist is not None:
+        limited.append((group.seqlen_dist, group, "max_sequence_length"))
+    for dist, owner, parameter in limited:
+        owner, parameter = (owner, parameter) if dist.high is None else (dist, "high")
+        if dist.low >= getattr(owner, parameter) + (owner is group):  # the longest length is allowed
+            yield run.problem(dist, "low", f"must be below {run.cite(owner, parameter)}; lower it")
+        if dist.dist_type == "lognormal" and dist.mean is not None and dist.mean <= 0:
             yield run.problem(dist, "mean", f"must be above 0 with {run.cite(dist, 'dist_type')}; raise it")
 
 
-def lengths_begin_below_the_longest(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
-    dist = group.seqlen_dist
-    if dist is not None and dist.high is None and dist.low > group.max_sequence_length:
-        yield run.problem(dist, "low", f"must be at most {run.cite(group, 'max_sequence_length')}; lower it")
-
-
-def ids_begin_below_the_rows(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
-    for name, dist in group.distributions().items():
-        for table in run.embeddings:
-            rows = table.item_vocab_size_or_capacity
-            if name in table.feature_names and dist.high is None and dist.low >= rows:
-                cited = run.cite(table, "item_vocab_size_or_capacity")
-                yield run.problem(dist, "low", f"must be below {cited}; lower it, or set high")
-
-
-def actions_have_rows(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
-    dist = group.distributions().get(getattr(run.dataset, "action_feature_name", None) or "")
-    for table in run.embeddings:
-        rows = table.item_vocab_size_or_capacity
-        if dist is not None and run.dataset.action_feature_name in table.feature_names and (dist.high or 0) > rows:
-            cited = run.cite(table, "item_vocab_size_or_capacity")
-            yield run.problem(dist, "high", f"must be at most {cited}, because actions are labels; lower it")
-
-
-def _distributions(group: FeatureArgs) -> list[RandomDistribution]:
-    given = getattr(group, "value_dists", None) or []
-    ids = list(given.values()) if isinstance(given, dict) else given
-    return [*filter(None, [getattr(group, "seqlen_dist", None)]), *ids]
-
-
-RULES_OF_A_GROUP = (
-    ids_have_one_distribution_each, distributions_have_a_range,
-    lengths_begin_below_the_longest, ids_begin_below_the_rows, actions_have_rows,
-    )  # fmt: skip
 RULES_OF_THE_DATA = (
-    features_are_described_once, roles_are_features, features_have_tables,
-    context_has_one_id, actions_are_as_long_as_items, groups_are_consistent,
+    features_are_described_once, roles_are_features, features_have_tables, lengths_fit_the_roles, groups_are_consistent,
 )  # fmt: skip
 RULES = (names_of_tables_and_features_are_unique, tables_are_consistent, benchmark_is_consistent)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from hstu.config.args import DatasetArgs, RankingArgs, RankingTaskArgs
 from hstu.config.args.task import LOSSES, METRICS_OF_KIND, fits_kind
 from hstu.config.incomplete import apply
-from hstu.config.problems import Problem, did_you_mean, literal
+from hstu.config.problems import Problem, literal
 from hstu.config.run_config import RunConfig
 
 
@@ -40,20 +40,13 @@ def metrics_fit_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Prob
             yield run.problem(task, "metrics", text)
 
 
-def pairs_are_of_candidates(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
-    if task.loss == "pairwise" and not run.dataset.has_candidates:
-        yield run.problem(task, "loss", _without_candidates(run, "pairwise"))
-
-
-def ranked_are_candidates(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
-    if any(metric.startswith("NDCG") for metric in task.metrics or ()) and not run.dataset.has_candidates:
-        yield run.problem(task, "metrics", _without_candidates(run, "NDCG"))
-
-
-def _without_candidates(run: RunConfig, what: str) -> str:
-    cited = run.cite(run.dataset, "max_num_candidates")
-    remedy = "set it above 1, or DatasetArgs.candidates to requests"
-    return f"{what} compares the candidates of a request, and {cited}; {remedy}"
+def candidates_are_compared(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
+    if run.dataset.has_candidates:
+        return
+    ranked = any(metric.startswith("NDCG") for metric in task.metrics or ())
+    for parameter, what in [("loss", "pairwise")] * (task.loss == "pairwise") + [("metrics", "NDCG")] * ranked:
+        text = f"{what} compares the candidates of a request, and {run.cite(run.dataset, 'max_num_candidates')}"
+        yield run.problem(task, parameter, f"{text}; set it above 1, or DatasetArgs.candidates to requests")
 
 
 def labels_are_hidden(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
@@ -78,27 +71,11 @@ def tasks_have_different_names(run: RunConfig) -> Iterator[Problem]:
         seen.add(task.task_name)
 
 
-def measured_by(run: RunConfig) -> list[str]:
-    """The metrics of all tasks, as "AUC/click"."""
-    return [f"{metric}/{task.task_name}" for task in tasks_of(run) for metric in task.metrics_in_force]
-
-
-def best_metric_is_that_of_a_task(run: RunConfig) -> Iterator[Problem]:
-    trainer, tasks = run.trainer, tasks_of(run)
-    if tasks and trainer.best_metric is not None and trainer.best_metric not in measured_by(run):
-        text = f"is not measured; choose one of {', '.join(measured_by(run))}, or add it to RankingTaskArgs.metrics"
-        yield run.problem(trainer, "best_metric", text + did_you_mean(trainer.best_metric, measured_by(run)))
-
-
 def _any_of(values: tuple[str, ...]) -> str:
     return " or ".join(map(literal, values))
 
 
 RULES_OF_A_TASK = (
-    kinds_have_their_option, loss_fits_the_kind, metrics_fit_the_kind,
-    pairs_are_of_candidates, ranked_are_candidates, labels_are_hidden,
+    kinds_have_their_option, loss_fits_the_kind, metrics_fit_the_kind, candidates_are_compared, labels_are_hidden,
 )  # fmt: skip
-RULES = (
-    each_task_is_consistent, tasks_have_different_names,
-    best_metric_is_that_of_a_task,
-)  # fmt: skip
+RULES = (each_task_is_consistent, tasks_have_different_names)

@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from hstu.config.args import DatasetArgs, RankingArgs
+from hstu.config.args import Args, DatasetArgs, RankingArgs
 from hstu.config.args.task import LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.rules.data import length_of_items
+from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig, RunDraft
 
 # --- run length, checkpoints and metrics ---------------------------------------------------------------------------
@@ -28,15 +29,20 @@ def save_interval_is_not_zero(run: RunConfig) -> Iterator[Problem]:
 
 
 def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
-    trainer, task = run.trainer, run.task_args
-    if trainer.best_metric is None or (isinstance(task, RankingArgs) and task.tasks is not None):
-        return  # see ranking_tasks.best_metric_is_that_of_a_task
-    tasks = task.num_tasks if isinstance(task, RankingArgs) else 1
-    per_task = [name for name in task.eval_metrics if name in METRICS_PER_TASK and tasks > 1]
-    measured = [*task.eval_metrics, *(f"{name}/task{index}" for name in per_task for index in range(tasks))]
-    if trainer.best_metric not in measured:
-        text = f"is not measured; choose one of {run.cite(task, 'eval_metrics')}, or add it there"
+    trainer, measured = run.trainer, measured_by(run)
+    if trainer.best_metric is not None and trainer.best_metric not in measured:
+        text = f"is not measured; choose one of {', '.join(measured)}, or add it to the metrics of the task"
         yield run.problem(trainer, "best_metric", text + did_you_mean(trainer.best_metric, measured))
+
+
+def measured_by(run: RunConfig) -> list[str]:
+    """The names of all metrics that a run reports, such as "NDCG@10", "AUC/task1" and "AUC/click"."""
+    task = run.task_args
+    if tasks := tasks_of(run):
+        return [f"{metric}/{task.task_name}" for task in tasks for metric in task.metrics_in_force]
+    count = task.num_tasks if isinstance(task, RankingArgs) else 1
+    per_task = [name for name in task.eval_metrics if name in METRICS_PER_TASK and count > 1]
+    return [*task.eval_metrics, *(f"{name}/task{index}" for name in per_task for index in range(count))]
 
 
 def best_metric_mode_fits_the_metric(run: RunConfig) -> Iterator[Problem]:
@@ -83,26 +89,22 @@ def _longest_sequence(run: RunConfig, items: int) -> int:
 
 def heads_divide(run: RunConfig) -> Iterator[Problem]:
     if run.network.num_attention_heads % run.ranks_per_group:
-        text = f"must be a multiple of {' times '.join(_cited_sizes(run))}; change one of them"
+        text = f"must be a multiple of {' times '.join(run.cite(*size) for size in _sizes(run))}; change one of them"
         yield run.problem(run.network, "num_attention_heads", text)
 
 
 def ranks_divide(run: RunDraft) -> Iterator[Problem]:
     if run.world_size % run.ranks_per_group:
-        text = f"must divide the number of ranks, which is {run.world_size}; change it, or torchrun --nproc-per-node"
-        tensor, context = run.tensor_parallel, run.context_parallel
-        if context.context_parallel_size == 1:
-            yield run.problem(tensor, "tensor_model_parallel_size", text)
-        else:
-            times = [f"times {cited}" for cited in _cited_sizes(run)[:-1]]
-            yield run.problem(context, "context_parallel_size", " ".join([*times, text]))
+        *others, last = _sizes(run)
+        times = "".join(f"times {run.cite(*other)} " for other in others)
+        text = f"{times}must divide the number of ranks, which is {run.world_size}; change it, or --nproc-per-node"
+        yield run.problem(*last, text)
 
 
-def _cited_sizes(run: RunConfig) -> list[str]:
-    """The sizes of the groups, with their places, that are not 1."""
-    tensor, context = run.tensor_parallel, run.context_parallel
-    cited = [run.cite(tensor, "tensor_model_parallel_size")] * (tensor.tensor_model_parallel_size > 1)
-    return cited + [run.cite(context, "context_parallel_size")] * (context.context_parallel_size > 1)
+def _sizes(run: RunConfig) -> list[tuple[Args, str]]:
+    """The sizes of the groups that are not 1."""
+    sizes = ((run.tensor_parallel, "tensor_model_parallel_size"), (run.context_parallel, "context_parallel_size"))
+    return [(part, name) for part, name in sizes if getattr(part, name) > 1]
 
 
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
@@ -132,24 +134,8 @@ def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
 
 
-def by_epoch_trains_in_the_first_epoch(run: RunConfig) -> Iterator[Problem]:
-    schedule = run.schedule
-    if schedule.by_epoch and _has_warmup(run) and schedule.warmup_start == 0:
-        text = (
-            f"with {run.cite(schedule, 'warmup_start')} the learning rate is 0 for the whole first epoch; set "
-            "warmup_start above 0, or remove this"
-        )
-        yield run.problem(schedule, "by_epoch", text)
-
-
-def _has_warmup(run: RunConfig) -> bool:
-    return (run.schedule.warmup_iters or run.schedule.warmup_ratio or 0) > 0
-
-
 RULES = (
-    profiled_iterations_are_a_range, save_interval_is_not_zero,
-    best_metric_is_measured, best_metric_mode_fits_the_metric,
-    token_limit_admits_the_longest_sequence,     heads_divide, ranks_divide,
-    part_regexes_compile,
-    milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,     by_epoch_trains_in_the_first_epoch,
+    profiled_iterations_are_a_range, save_interval_is_not_zero, best_metric_is_measured,
+    best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence, heads_divide, ranks_divide,
+    part_regexes_compile, milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

@@ -283,29 +283,24 @@ def commit(final: Path) -> None:
     """
     temporary = aside_path(final)
     if final.exists():
-        difference = _difference(final, temporary)
-        if difference is None:  # a resumed run saves an iteration for the second time
+        if _holds_state_of(temporary, final):  # a resumed run saves an iteration for the second time
             shutil.rmtree(temporary)
             return
         names = (f"{_SET_ASIDE}{final.name}_{number}" for number in itertools.count(1))
         aside = next(path for path in map(final.with_name, names) if not path.exists())
-        log.warning("%s exists already, but %s; it is kept as %s", final, difference, final.rename(aside).name)
+        log.warning("%s is damaged or holds another state; it is kept as %s", final, final.rename(aside).name)
     put_in_place(temporary, final)
 
 
-def _difference(old: Path, new: Path) -> str | None:
-    """Return why ``old`` cannot replace ``new``, or None if it is intact and holds the same state."""
+def _holds_state_of(new: Path, old: Path) -> bool:
+    """Whether ``old`` is intact and has the same files as ``new``, apart from those that name a run."""
     try:
-        old_files, new_files = read_manifest(old), read_manifest(new)
-        problems = file_problems(old, old_files)
-    except DataError as error:
-        return str(error)
-    if problems:
-        return problems[0]
-    for name in _NOT_PART_OF_STATE:
-        old_files.pop(name, None)
-        new_files.pop(name, None)
-    return None if old_files == new_files else "it holds another state"
+        old_files = check_files(old, "it is damaged")
+    except DataError:
+        return False
+    new_files = read_manifest(new)
+    names = {*old_files, *new_files}.difference(_NOT_PART_OF_STATE)
+    return all(old_files.get(name) == new_files.get(name) for name in names)
 
 
 def delete_older(directory: Path, iteration: int, keep: int) -> None:

@@ -68,21 +68,28 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     something does not fit. The message then has the configuration lines that differ. If a run goes on from a checkpoint
     with another configuration, the log lists what has changed.
     """
-    root = Path(path)
+    root, shape = Path(path), ModelShape.of(state)
     own_problems = collective_io(lambda: _check_share_of_files(root, mesh), mesh)
     problems = [problem for part in gather_objects(own_problems, mesh.world_group) for problem in part]
     if problems:
         raise DamagedCheckpoint(_message(root, problems, [], "Load another checkpoint."))
-    match, differences = collective_io(lambda: match_checkpoint(root, ModelShape.of(state), options), mesh)
+    match, differences, remaps = collective_io(lambda: match_checkpoint(root, shape, options), mesh)
     if options.zero_new_rows:
         _zero_tables(match, state)
     collective_io(lambda: _read_tensors(open_tensors(root), match, state, mesh), mesh)
-    dynamic = collective_io(lambda: _read_dynamic(root, state, mesh, options), mesh)
+    dynamic = collective_io(lambda: _read_dynamic(root, state, mesh, options, remaps), mesh)
     if options.optimizer:
         _restore_metadata(root, state, mesh)
-        _report_changes(root, differences)
+        changes = [f"  {entry}" for entry in differences if entry.changes not in ("reports", "model")]
+        if changes:
+            log.warning("the configuration has changed since %s was saved:\n%s", root, "\n".join(changes))
     of_model = [entry for entry in differences if entry.changes == "model"]
-    report = _new_rows(root, state, options)
+    report = [
+        f"table {name.removeprefix(TABLES)}: {remap.new_ids:,} of {remap.num_ids:,} ids are not in the checkpoint; "
+        "their rows are zeros"
+        for name, remap in remaps.items()
+        if options.zero_new_rows and remap.new_ids
+    ]
     if match.problems(options.zero_new_rows) or of_model or dynamic:
         report += [*match.report(of_model), *dynamic]
         log.warning("%s was loaded in part:\n%s", root, "\n".join(f"  {line}" for line in report))
@@ -94,59 +101,51 @@ def _check_share_of_files(root: Path, mesh: Mesh) -> list[str]:
     return file_problems(root, {name: files[name] for name in sorted(files)[mesh.rank :: mesh.world_size]})
 
 
-def match_checkpoint(root: Path, shape: ModelShape, options: LoadOptions) -> tuple[TensorMatch, list[ConfigDifference]]:
-    """Return what to read, and how the configurations differ. Raises DataError if the checkpoint is refused."""
+def match_checkpoint(
+    root: Path, shape: ModelShape, options: LoadOptions
+) -> tuple[TensorMatch, list[ConfigDifference], dict[str, RowRemap]]:
+    """Return what to read, how the configurations differ, and the tables (names of weights) with other raw ids.
+
+    Raises DataError if the checkpoint is refused.
+    """
     if options.optimizer and is_export(root):
         raise DataError(
             f"{root} is an export, which holds only weights. Set TrainerArgs.ckpt_load_optimizer = False to start "
             "from them at iteration 0."
         )
-    tensors = open_tensors(root)
     own_dynamic = [f"{TABLES}{spec.name}" for spec in shape.specs if spec.dynamic is not None]
     stored_tables = [f"{TABLES}{name}" for name in read_metadata(root).get("tables", {})]
-    remaps = _remaps(root, tensors, shape, options, dynamic=False)
-    match = match_tensors(shape.sizes, tensors.sizes, options, remaps, (own_dynamic, stored_tables))
+    remaps = _remaps(root, shape, options)
+    match = match_tensors(shape.sizes, open_tensors(root).sizes, options, remaps, (own_dynamic, stored_tables))
     stored_gin = verified_file(root, "operative.gin").read_text(encoding="utf-8")
     differences = config_differences(stored_gin, shape.operative_gin) if shape.operative_gin else []
-    of_model = [entry for entry in differences if entry.changes == "model"]
     if match.mistakes:
         raise DataError(_message(root, list(match.mistakes), [], "Correct the file."))
     problems = match.problems(options.zero_new_rows)
-    if options.strict and (problems or of_model):
+    if options.strict and (problems or any(entry.changes == "model" for entry in differences)):
         shown = [entry for entry in differences if entry.changes in ("model", "tensors")]
-        raise DataError(_message(root, problems, shown, _remedy(problems)))
-    return match, differences
+        remedy = "Load another one, or change the model back. TrainerArgs.ckpt_load_strict = False loads what fits"
+        if problems and all(problem.startswith(STATES) for problem in problems):
+            remedy += "; ckpt_load_optimizer = False loads only the weights and starts at iteration 0."
+        else:
+            remedy += " and reports the rest."
+        raise DataError(_message(root, problems, shown, remedy))
+    return match, differences, remaps
 
 
-def _report_changes(root: Path, differences: list[ConfigDifference]) -> None:
-    """Log how the configuration of a resumed run differs from that of the checkpoint, the network apart."""
-    if changes := [f"  {entry}" for entry in differences if entry.changes not in ("reports", "model")]:
-        log.warning("the configuration has changed since %s was saved:\n%s", root, "\n".join(changes))
-
-
-def _remedy(problems: list[str]) -> str:
-    remedy = "Load another one, or change the model back. TrainerArgs.ckpt_load_strict = False loads what fits"
-    if problems and all(problem.startswith(STATES) for problem in problems):
-        return f"{remedy}; ckpt_load_optimizer = False loads only the weights and starts at iteration 0."
-    return f"{remedy} and reports the rest."
-
-
-def _remaps(
-    root: Path, tensors: StoredTensors, shape: ModelShape, options: LoadOptions, *, dynamic: bool
-) -> dict[str, RowRemap]:
-    """Return the static or the dynamic tables (names of weights) whose rows have other raw ids in the checkpoint."""
-    stored_tables, remaps = read_metadata(root).get("tables", {}), {}
+def _remaps(root: Path, shape: ModelShape, options: LoadOptions) -> dict[str, RowRemap]:
+    """Return the tables (names of weights) whose rows have other raw ids in the checkpoint."""
+    tensors, stored_tables, remaps = open_tensors(root), read_metadata(root).get("tables", {}), {}
     for table in shape.specs:
-        if (table.dynamic is not None) != dynamic:
-            continue
+        is_dynamic = table.dynamic is not None
         features = [feature for feature in table.features if not is_of_negatives(feature)]
         stored_features = stored_tables.get(_stored_table(options, table.name), {}).get("features", [])
         if len(stored_features) == len(features):
-            rows = sum(map(shape.raw_ids.count, features)) if dynamic else table.rows
+            rows = sum(map(shape.raw_ids.count, features)) if is_dynamic else table.rows
             stored = RawIds.from_stored(tensors, stored_features)
             own_ids, stored_ids = shape.raw_ids.of(features), stored.of(stored_features)
             remap = remap_rows(rows, own_ids, stored_ids)
-            if dynamic and any((own is None) != (old is None) for own, old in zip(own_ids, stored_ids, strict=True)):
+            if is_dynamic and any((own is None) != (old is None) for own, old in zip(own_ids, stored_ids, strict=True)):
                 remap = RowRemap(None)  # ids are codes on one side, and raw ids on the other
             if remap:
                 remaps[f"{TABLES}{table.name}"] = remap
@@ -154,22 +153,7 @@ def _remaps(
 
 
 def _stored_table(options: LoadOptions, name: str) -> str:
-    """Return the checkpoint's name of a table."""
     return options.param_map.stored_name(f"{TABLES}{name}").removeprefix(TABLES)
-
-
-def _new_rows(root: Path, state: TrainState, options: LoadOptions) -> list[str]:
-    """Return one line for each table with rows of ids that the checkpoint does not have, if these are zeros."""
-    if not options.zero_new_rows:
-        return []
-    tensors, shape = open_tensors(root), ModelShape.of(state)
-    remaps = [_remaps(root, tensors, shape, options, dynamic=dynamic) for dynamic in (False, True)]
-    return [
-        f"table {name.removeprefix(TABLES)}: {remap.new_ids:,} of {remap.num_ids:,} ids are not in the checkpoint; "
-        "their rows are zeros"
-        for name, remap in (remaps[0] | remaps[1]).items()
-        if remap.new_ids
-    ]
 
 
 def _zero_tables(match: TensorMatch, state: TrainState) -> None:
@@ -226,16 +210,17 @@ class _Destination:
             piece[rows] = buffer[torch.from_numpy(source[source >= 0]).to(piece.device)]
 
 
-def _read_dynamic(root: Path, state: TrainState, mesh: Mesh, options: LoadOptions) -> list[str]:
+def _read_dynamic(
+    root: Path, state: TrainState, mesh: Mesh, options: LoadOptions, remaps: Mapping[str, RowRemap]
+) -> list[str]:
     """Read the dynamic tables and return what does not fit, which is an error with ``options.strict``."""
     tables = dynamic_tables(state.model)
-    if not tables:
-        return []
-    remaps, stored = _remaps(root, open_tensors(root), ModelShape.of(state), options, dynamic=True), read_tables(root)
-    sources = []
-    for name, table in tables.items():
-        stored_name = _stored_table(options, name)
-        sources.append((table, stored_name, stored.get(stored_name, []), remaps.get(f"{TABLES}{name}")))
+    stored = read_tables(root) if tables else {}
+    names = {name: _stored_table(options, name) for name in tables}
+    sources = [
+        (table, names[name], stored.get(names[name], []), remaps.get(f"{TABLES}{name}"))
+        for name, table in tables.items()
+    ]
     problems = [line for source in sources for line in table_problems(*source, with_states=options.optimizer)]
     if problems and options.strict:
         raise DataError(_message(root, problems, [], "TrainerArgs.ckpt_load_strict = False loads what fits."))

@@ -110,7 +110,7 @@ class Resized(NamedTuple):
 
     def outcome(self) -> str:
         """What a load that is not strict does with the tensor."""
-        return f"the first {self.common_rows} rows read, others fresh" if self.common_rows else "as initialised"
+        return f"the first {self.common_rows} rows read" if self.common_rows else "as initialised"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Dynamic tables of a checkpoint as Parquet files for other tools.
 
 A file has one row per id. Columns: ``id`` (int64, as the table uses it), ``raw_id`` (int64 or string, as the data has
-it; only if the checkpoint holds raw ids), ``count`` (how many times the id was trained on), ``step`` (the last training
-batch that had it), ``changed`` (the same, counting sampled negatives), ``row`` (list of float32) and ``state.<name>``
-(an optimizer state: a number or a list of float32).
+it; only if one feature uses the table and the checkpoint holds its raw ids), ``count`` (how many times the id was
+trained on), ``step`` (the last training batch that had it), ``changed`` (the same, counting sampled negatives), ``row``
+(list of float32) and ``state.<name>`` (an optimizer state: a number or a list of float32).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hstu.base.errors import DataError
 from hstu.base.files import written_aside
 from hstu.checkpoint.directory import listed_files, verified_file
 from hstu.checkpoint.dynamic import DYNAMIC_FILES, read_table
-from hstu.checkpoint.raw_ids import raw_ids_by_code
+from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.tensors import open_tensors, read_metadata
 from hstu.parallel.dynamic.content import TableContent
 from hstu.parallel.dynamic.slots import counts_of, steps_of
@@ -43,7 +43,8 @@ def export_table(checkpoint: Path, table: str, path: Path, since_step: int | Non
     if since_step is not None:
         parts = [part.changed_since(since_step) for part in parts]
     features = read_metadata(checkpoint).get("tables", {}).get(table, {}).get("features", [])
-    raw_ids = raw_ids_by_code(open_tensors(checkpoint), features)
+    known = RawIds.from_stored(open_tensors(checkpoint), features)
+    raw_ids = known.decoded(features[0]) if len(features) == 1 else None
     arrow = pa.concat_tables([_to_arrow(part, raw_ids) for part in parts])
     metadata = {METADATA: json.dumps({"table": table, "step": step, "since_step": since_step})}
     try:

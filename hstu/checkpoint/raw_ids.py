@@ -73,18 +73,6 @@ def _possible_names(feature: str) -> tuple[list[str], list[str]]:
     return [f"{IDS}{feature}"], [f"{IDS}{feature}.offsets", f"{IDS}{feature}.utf8"]
 
 
-def raw_ids_by_code(tensors: StoredTensors, features: Sequence[str]) -> np.ndarray | None:
-    """Return code → raw id (ascending, int64 or str objects) of the features that share a table.
-
-    Returns None if the checkpoint does not hold them, or if a code stands for different ids in two of the features.
-    """
-    by_feature = RawIds.from_stored(tensors, features).of(features)
-    first = by_feature[0] if by_feature else None
-    if first is None or not all(other is not None and _same(first, other) for other in by_feature):
-        return None
-    return _decode(first)
-
-
 @dataclass(frozen=True)
 class RowRemap:
     """Where a run finds the rows of a table in a checkpoint that has another vocabulary."""

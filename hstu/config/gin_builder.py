@@ -32,6 +32,7 @@ from hstu.config.option import (
     is_required,
     options_of,
     referred_class,
+    with_origins,
 )
 from hstu.config.problems import Location, Origin, Problem, did_you_mean, nearest, show
 from hstu.config.run_config import RunDraft
@@ -57,7 +58,6 @@ class ConfigBuilder:
         self._macros: dict[str, Binding] = {}
         self._seen: dict[tuple[int, str, str], Binding] = {}
         self._objects: dict[Owner, Args] = {}
-        self._origins: dict[int, Mapping[str, Origin]] = {}
         self._resolving: list[str] = []
         self._making: set[Owner] = set()
         self._unclear: set[type[Args]] = set()  # wrong values hide which objects of these classes are referred to
@@ -82,9 +82,7 @@ class ConfigBuilder:
         for owner in [owner for owner in self._by_owner if owner[1] in self._unclear]:
             self._object(owner)
         self._check_unused(dataset is not None)
-        parts = incomplete(RunDraft, known).parts()
-        origins = {name: self._origins.get(id(part), {}) for name, part in parts.items()}
-        return incomplete(RunDraft, known | {"origins": origins})
+        return incomplete(RunDraft, known)
 
     def _dataset_class(self) -> type[Args] | None:
         """The one of the two kinds of dataset that the files describe."""
@@ -208,10 +206,8 @@ class ConfigBuilder:
             values[name] = values[name] + values[addend] if is_known else Broken()
         known = {name: value for name, value in values.items() if not isinstance(value, Broken)}
         made = cls(**known) if len(known) == len(values) else incomplete(cls, known)
-        self._origins[id(made)] = {
-            name: Origin(binding.at, binding.name, show(binding.value)) for name, binding in bound.items()
-        }
-        return made
+        origins = {name: Origin(binding.at, binding.name, show(binding.value)) for name, binding in bound.items()}
+        return with_origins(made, origins)
 
     def _given(self, cls: type[Args], field: Field[Any], binding: Binding, scope: str) -> Any:
         """The value that is bound to a field; Broken if it is wrong."""

@@ -13,11 +13,12 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, TypeVar
 
 from hstu.base.errors import ConfigError
-from hstu.config.problems import did_you_mean, literal, show
+from hstu.config.problems import Origin, did_you_mean, literal, show
 
+T = TypeVar("T")
 _SCIENTIFIC = 1_000_000
 """From here on a whole float is taken for an int."""
 
@@ -122,9 +123,15 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+_NO_ORIGINS: Mapping[str, Origin] = MappingProxyType({})
+
+
 @dataclass(frozen=True)
 class Args:
     """Base of all argument classes. Construction checks and converts every field."""
+
+    origins = _NO_ORIGINS
+    """Field → where a gin file binds it."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError with all fields whose values are not allowed."""
@@ -137,6 +144,12 @@ class Args:
                 object.__setattr__(self, each.name, converted(cls, each, value))
         if problems:
             raise ConfigError(problems)
+
+
+def with_origins(part: T, origins: Mapping[str, Origin]) -> T:
+    """``part`` itself, with ``Args.origins``."""
+    object.__setattr__(part, "origins", origins)
+    return part
 
 
 # --- one value -----------------------------------------------------------------------------------------------------
@@ -212,8 +225,6 @@ def coerce(annotation: Any, value: Any) -> Any:
         value = int(value)
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         raise Mismatch(_quoted_hint(value))
-    if isinstance(value, str) and not _is_unicode(value):
-        raise Mismatch("; it has half of a surrogate pair, which is no character")
     if annotation is int and not -(2**63) <= value < 2**63:
         raise Mismatch("; this number needs more than 64 bits")
     return value
@@ -223,14 +234,6 @@ def _written_as(kind: Any) -> type | tuple[type, ...]:
     """The types of the values that are meant as this one: a list may be written as a tuple, and the reverse."""
     origin = typing.get_origin(kind) or kind
     return (list, tuple) if origin in (list, tuple) else origin
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _coerce_element(annotation: Any, element: Any) -> Any:
@@ -246,11 +249,9 @@ def _coerce_float(value: Any) -> float:
     try:
         number = float(value)
     except OverflowError:
-        raise Mismatch("; this number is too large for a float") from None
-    if not math.isfinite(number):
-        raise Mismatch("; this number is not finite")
-    if number != value:
-        raise Mismatch("; a float cannot represent this int exactly")
+        number = math.inf
+    if not math.isfinite(number) or number != value:
+        raise Mismatch("; a float cannot represent this number")
     return number
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,7 +11,6 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import (
     CLASSES,
     REGISTRY,
-    SEVERAL,
     TASK_ARGS,
     Args,
     BenchmarkDatasetArgs,
@@ -30,8 +29,8 @@ from hstu.config.args import (
     TensorModelParallelArgs,
     TrainerArgs,
 )
-from hstu.config.option import default_of, options_of, referred_class
-from hstu.config.problems import Origin, Problem, literal, show
+from hstu.config.option import default_of, options_of, with_origins
+from hstu.config.problems import Problem, literal, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +56,6 @@ class RunConfig:
     task_args: RankingArgs | RetrievalArgs
     source_files: tuple[str, ...] = field(default=(), compare=False)
     """The gin files as given on the command line."""
-    origins: Mapping[str, Mapping[str, Origin]] = field(default_factory=dict, compare=False, repr=False)
-    """Where each parameter is bound: name of the part (see ``parts``) → parameter → file and line."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError if the task or the tables contradict the other parts."""
@@ -74,7 +71,7 @@ class RunConfig:
             object.__setattr__(self, "embeddings", tables)
         if self.network.disable_contextual_mask is None:
             without_leak = replace(self.network, disable_contextual_mask=not self.dataset.has_candidates)
-            object.__setattr__(self, "network", without_leak)
+            object.__setattr__(self, "network", with_origins(without_leak, self.network.origins))
 
     def _in_force(self, value: Any) -> Any:
         """``value``, in whose argument objects the options without effect have their defaults."""
@@ -90,7 +87,8 @@ class RunConfig:
             has_effect = all(need.is_met(self.value_of(value, need.option)) for need in needs)
             in_force = self._in_force(own) if has_effect else default_of(each)
             if in_force != own:
-                return self._in_force(replace(value, **{each.name: in_force}))  # other options may need this one
+                replaced = with_origins(replace(value, **{each.name: in_force}), value.origins)
+                return self._in_force(replaced)  # other options may need this one
         return value
 
     @property
@@ -131,44 +129,34 @@ class RunConfig:
         """Ranks that compute on the same sequences."""
         return self.tensor_parallel.tensor_model_parallel_size * self.context_parallel.context_parallel_size
 
-    def parts(self) -> dict[str, Any]:
-        """Every argument object by a name: "NetworkArgs", "embeddings[0]", "feature_args[1].seqlen_dist"."""
-        values = [getattr(self, f.name, None) for f in fields(self)]
-        single = [value for value in values if isinstance(value, Args)]
-        parts: dict[str, Any] = {type(part).__name__: part for part in single}
-        for place in SEVERAL:
-            parts |= {f"{place}[{index}]": part for index, part in enumerate(getattr(self, place, ()))}
-        for part in single:
-            parts.update(_referred_parts(part))
-        return parts
+    def all_args(self) -> list[Args]:
+        """Every argument object, also those that others refer to, once each."""
+        found = (part for each in fields(self) for part in _args_in(getattr(self, each.name, None)))
+        return list({id(part): part for part in found}.values())
 
     def cite(self, part: Args, parameter: str) -> str:
         """``Class.parameter = value (file:line)``, to mention a parameter in a problem of another one."""
-        origin = self._origin(part, parameter)
+        origin = part.origins.get(parameter)
         return f"{self._written(part, parameter)}{f' ({origin.at})' if origin else ''}"
 
     def problem(self, part: Args, parameter: str, text: str, is_warning: bool = False) -> Problem:
         """A problem with this parameter; ``text`` continues "Class.parameter = value:"."""
-        origin = self._origin(part, parameter)
-        default = "" if origin or not self.origins else " (default)"
+        origin = part.origins.get(parameter)
+        default = "" if origin or not self.source_files else " (default)"
         return Problem(f"{self._written(part, parameter)}{default}: {text}", origin.at if origin else None, is_warning)
 
     def located(self, part: Args, parameter: str, text: str) -> str:
         """The same as one line: file, line, parameter, value and ``text``."""
         return str(self.problem(part, parameter, text))
 
-    def _origin(self, part: Args, parameter: str) -> Origin | None:
-        name = next((name for name, other in self.parts().items() if other is part), "")
-        return self.origins.get(name, {}).get(parameter)
-
     def _written(self, part: Args, parameter: str) -> str:
-        origin, value = self._origin(part, parameter), getattr(part, parameter)
+        origin, value = part.origins.get(parameter), getattr(part, parameter)
         name = origin.name if origin else f"{type(part).__name__}.{parameter}"
-        elements = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        is_reference = isinstance(next(iter(elements), None), Args)
-        if origin and not is_reference and not name.endswith(f".{parameter}") and origin.value != show(value):
+        if origin and next(_args_in(value), None):
+            return f"{name} = {origin.value}"
+        if origin and not name.endswith(f".{parameter}") and origin.value != show(value):
             return f"{name} = {origin.value} (so {parameter} = {show(value)})"  # bound by an alias
-        return f"{name} = {origin.value if origin and is_reference else show(value)}"
+        return f"{name} = {show(value)}"
 
     def operative_gin(self) -> str:
         """The configuration in force as gin text, defaults included; loading it gives an equal RunConfig."""
@@ -187,21 +175,17 @@ class RunConfig:
         return "\n\n".join([header, *writer.blocks]) + "\n"
 
 
-def _referred_parts(part: Args, prefix: str = "") -> Iterator[tuple[str, Args]]:
-    """The objects that ``part`` refers to and that are not fields of RunConfig, with those that they refer to."""
-    for each in options_of(type(part)):
-        cls = referred_class(type(part), each)
-        if cls is None or REGISTRY[cls]:
-            continue
-        value = getattr(part, each.name, None)
-        named = {f"{prefix}{each.name}": value}
-        if isinstance(value, (list, dict)):
-            elements = value.items() if isinstance(value, dict) else enumerate(value)
-            named = {f"{prefix}{each.name}[{key}]": element for key, element in elements}
-        for name, referred in named.items():
-            if referred is not None:
-                yield name, referred
-                yield from _referred_parts(referred, f"{name}.")
+def _args_in(value: Any) -> Iterator[Args]:
+    elements: Iterable[Any] = ()
+    if isinstance(value, Args):
+        yield value
+        elements = [getattr(value, each.name, None) for each in options_of(type(value))]
+    elif isinstance(value, (list, tuple)):
+        elements = value
+    elif isinstance(value, dict):
+        elements = value.values()
+    for element in elements:
+        yield from _args_in(element)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,8 +205,6 @@ class RunDraft(RunConfig):
 
 class _GinWriter:
     """Writes argument objects as gin blocks; the objects that they refer to come first, each in its own scope."""
-
-    LINE_LENGTH = 110
 
     def __init__(self) -> None:
         self.blocks: list[str] = []
@@ -254,10 +236,7 @@ class _GinWriter:
             elements = [self._element(element, scope or name) for element in value]
         left, right = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
         comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
-        line = f"{left}{', '.join(elements)}{comma}{right}"
-        if len(line) <= self.LINE_LENGTH:
-            return line
-        return "\n".join([left, *(f"    {element}," for element in elements), right])
+        return f"{left}{', '.join(elements)}{comma}{right}"
 
     def _element(self, value: Any, base: str) -> str:
         if not isinstance(value, Args):

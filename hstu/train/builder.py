@@ -143,7 +143,7 @@ def open_run_directory(config: RunConfig, path: Path, checkpoints: CheckpointSto
     trackers: dict[str, Any] = {
         "tensorboard": config.trainer.tensorboard,
         "wandb_project": config.trainer.wandb_project,
-        "config": {name: dataclasses.asdict(part) for name, part in config.parts().items()},
+        "config": dataclasses.asdict(config),
     }
 
     def open_on_main_rank() -> RunDirectory:

@@ -134,7 +134,8 @@ def test_letter_case_of_enumerated_values_does_not_matter(load_text, line: str, 
     more = ['NetworkArgs.dtype_str = "float16"'] if "loss_scale" in line else []
     config = load_text(changed(RANKING, line, "TrainerArgs.ckpt_save_interval = 5", *more))
     owner, _, parameter = line.partition(" ")[0].partition(".")
-    assert getattr(config.parts()[owner], parameter) == value
+    (part,) = (part for part in config.all_args() if type(part).__name__ == owner)
+    assert getattr(part, parameter) == value
 
 
 def test_letter_case_of_retrieval_metrics_and_eviction_does_not_matter(load_text) -> None:

@@ -17,7 +17,7 @@ from hstu.config.run_config import RunConfig
 
 def needs_are_met(run: RunConfig) -> Iterator[Problem]:
     """Each option that is given has an effect."""
-    for part in run.parts().values():
+    for part in run.all_args():
         for each in options_of(type(part)):
             for need in each.metadata["needs"]:
                 yield from apply([_need_is_met], run, part, each.name, need)
@@ -25,7 +25,7 @@ def needs_are_met(run: RunConfig) -> Iterator[Problem]:
 
 def given_options_combine(run: RunConfig) -> Iterator[Problem]:
     """No option is given beside one that it excludes."""
-    for part in run.parts().values():
+    for part in run.all_args():
         for each in options_of(type(part)):
             for other, reason in each.metadata["excludes"].items():
                 yield from apply([_not_combined], run, part, each.name, other, reason)
@@ -51,7 +51,7 @@ def _need_is_met(run: RunConfig, part: Args, parameter: str, need: Need) -> Iter
 
 def _with_the_same(run: RunConfig, part: Args, parameter: str) -> list[Args]:
     """The other objects of the class that have the same value."""
-    others = (other for other in run.parts().values() if type(other) is type(part) and other is not part)
+    others = (other for other in run.all_args() if type(other) is type(part) and other is not part)
     return [other for other in others if getattr(other, parameter) == getattr(part, parameter)]
 
 

@@ -11,8 +11,7 @@ import torch
 
 from hstu.checkpoint.directory import read_manifest
 from hstu.checkpoint.dynamic import read_tables
-from hstu.checkpoint.progress import sizes_of_ranks
-from hstu.checkpoint.tensors import STATES, is_export, open_tensors, read_metadata
+from hstu.checkpoint.tensors import STATES, is_export, open_tensors, read_metadata, sizes_of_ranks
 
 
 def describe(root: Path, with_optimizer: bool = False) -> Iterator[str]:

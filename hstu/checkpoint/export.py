@@ -17,8 +17,15 @@ from hstu.base.errors import DataError
 from hstu.base.files import written_aside
 from hstu.checkpoint.directory import check_files, describe_files, write_manifest
 from hstu.checkpoint.dynamic import export_sizes, fill_export, read_tables
-from hstu.checkpoint.progress import EXPORT_VERSION
-from hstu.checkpoint.tensors import AVERAGE, CONSOLIDATED, join_name, open_tensors, read_metadata, split_name
+from hstu.checkpoint.tensors import (
+    AVERAGE,
+    CONSOLIDATED,
+    EXPORT_VERSION,
+    join_name,
+    open_tensors,
+    read_metadata,
+    split_name,
+)
 from hstu.parallel.dynamic.content import TableContent
 from hstu.parallel.shards import ShardedView
 

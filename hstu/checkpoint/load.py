@@ -22,10 +22,18 @@ from hstu.checkpoint.directory import (
 )
 from hstu.checkpoint.dynamic import load_table, read_tables, table_problems
 from hstu.checkpoint.matching import ConfigDifference, LoadOptions, TensorMatch, config_differences, match_tensors
-from hstu.checkpoint.progress import sizes_of_ranks
 from hstu.checkpoint.raw_ids import RawIds, RowRemap, remap_rows
 from hstu.checkpoint.state import TrainState, set_random_state
-from hstu.checkpoint.tensors import STATES, TABLES, StoredTensors, is_export, open_tensors, read_metadata, split_name
+from hstu.checkpoint.tensors import (
+    STATES,
+    TABLES,
+    StoredTensors,
+    is_export,
+    open_tensors,
+    read_metadata,
+    sizes_of_ranks,
+    split_name,
+)
 from hstu.data.batches.batch import is_of_negatives
 from hstu.model.embedding import TableSpec
 from hstu.parallel.collectives import gather_objects
@@ -230,14 +238,14 @@ def _read_dynamic(
 
 
 def _restore_metadata(root: Path, state: TrainState, mesh: Mesh) -> None:
-    stored = read_metadata(root)
     try:
+        stored = read_metadata(root)
         state.load_metadata(stored)
+        ranks, tp, cp = sizes_of_ranks(stored)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DamagedCheckpoint(
             f"{root / 'progress.json'} is damaged: it lacks a part of the state, {error}. Load another checkpoint."
         ) from error
-    ranks, tp, cp = sizes_of_ranks(stored)
     if (ranks, tp, cp) == (mesh.world_size, mesh.tp_size, mesh.cp_size):  # the generators of a group must agree
         set_random_state(torch_load(verified_file(root, f"rng_rank{mesh.rank}.pt")), mesh.device)
     else:

@@ -235,9 +235,12 @@ def config_differences(stored: str, own: str) -> list[ConfigDifference]:
         owner, _, parameter = name.rpartition("/")[2].partition(".")
         options = options_of(CLASSES[owner]) if owner in CLASSES else ()
         if field := next((each for each in options if each.name == parameter), None):
-            values = [_value(CLASSES[owner], field, bindings.get(name)) for bindings in (left, right)]
-            if values[0] != values[1]:
-                differences.append(ConfigDifference(name, *values, field.metadata["changes"]))
+            cls, changes = CLASSES[owner], field.metadata["changes"]
+            difference = ConfigDifference(
+                name, _value(cls, field, left.get(name)), _value(cls, field, right.get(name)), changes
+            )
+            if difference.stored != difference.own:
+                differences.append(difference)
     return differences
 
 

@@ -6,6 +6,7 @@ other weight and has states ``optimizer.dense.<parameter>.<state>``.
 
 from __future__ import annotations
 
+import json
 import pickle
 import warnings
 from abc import ABC, abstractmethod
@@ -25,13 +26,13 @@ from torch.distributed.checkpoint.planner import LoadPlan
 
 from hstu.base.errors import DataError
 from hstu.checkpoint.directory import DamagedCheckpoint, listed_files, verified_file
-from hstu.checkpoint.progress import EXPORT, PROGRESS, read_checked
 from hstu.parallel.shards import ShardedView
 
 TENSORS = "tensors"
 """Directory of a checkpoint's tensors."""
 CONSOLIDATED = "model.safetensors"
 """File of an export's tensors."""
+EXPORT_VERSION = 1
 
 WEIGHTS = "model."
 TABLES = "model.tables."
@@ -98,9 +99,27 @@ def is_export(root: Path) -> bool:
 
 
 def read_metadata(root: Path) -> dict[str, Any]:
-    """Return what a checkpoint (progress.json) or an export (config.json) says about its run."""
-    name, check = ("config.json", EXPORT) if is_export(root) else ("progress.json", PROGRESS)
-    return read_checked(verified_file(root, name), check)
+    """Return what a checkpoint (progress.json) or an export (config.json) says about its run.
+
+    Raises DamagedCheckpoint, or DataError for an export of a newer version of this program.
+    """
+    path = verified_file(root, "config.json" if is_export(root) else "progress.json")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = int(content.get("version", EXPORT_VERSION))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
+    if version > EXPORT_VERSION:
+        raise DataError(
+            f"{root} was exported by a newer version of this program: its version is {version}, and this program reads "
+            f"versions up to {EXPORT_VERSION}. Update the program."
+        )
+    return dict(content)
+
+
+def sizes_of_ranks(progress: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Ranks that have saved a checkpoint: of the world, of a tensor-parallel and of a context-parallel group."""
+    return progress["world_size"], progress.get("tensor_parallel_size", 1), progress.get("context_parallel_size", 1)
 
 
 class ShardedTensors(StoredTensors):

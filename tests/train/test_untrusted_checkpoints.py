@@ -2,11 +2,9 @@
 
 import json
 import pickle
-import random
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,49 +190,15 @@ def test_auto_does_not_fall_back_from_a_checkpoint_of_a_newer_program(
         run(config, mesh)
 
 
-def mutants(document: Any) -> Iterator[Any]:
-    """Copies of a JSON document in which one value is replaced, or one field is missing."""
-    strange = ("", "text", -1, 1.5, 10**400, None, [], {}, True, {"value": None}, [[[]]])
-    places: list[list[Any]] = [[]]
-    for place in places:
-        value = document
-        for step in place:
-            value = value[step]
-        steps = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
-        places += [[*place, step] for step in steps]
-    for place in places[1:]:
-        for replacement in (*strange, float("nan"), "DELETE"):
-            copied = json.loads(json.dumps(document))
-            holder = copied
-            for step in place[:-1]:
-                holder = holder[step]
-            if replacement == "DELETE":
-                del holder[place[-1]]
-            else:
-                holder[place[-1]] = replacement
-            yield copied
-
-
-def test_a_progress_file_of_strange_values_is_refused_or_harmless(
+def test_a_progress_file_without_a_part_of_the_state_is_refused(
     checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh
 ) -> None:
     config = tiny_config("retrieval", store, output / "new", tables=tables_with_dynamic(store, 11))
-    trainer, outcomes = build(config, mesh), Counter[str]()
-    progress = json.loads((checkpoint / "progress.json").read_text())
-    progress["carried"]["running_loss"] = {"sum": 1.0, "steps": 1}
-    every = list(mutants(progress))
-    for mutant in random.Random(5).sample(every, 80):
-        replace(checkpoint, "progress.json", json.dumps(mutant).encode())
-        try:
-            load(checkpoint, trainer.state, mesh)
-            list(describe(checkpoint))
-            json.dumps(trainer.state.metadata())
-            outcomes["harmless"] += 1
-        except DataError as error:
-            assert str(checkpoint) in str(error)
-            outcomes["refused"] += 1
-    assert outcomes["refused"] > 40 and outcomes["harmless"] > 0, outcomes
-    for text in ("", "[]", "null", "[" * 10**5, '{"iteration": 1e999}'):
+    trainer, progress = build(config, mesh), json.loads((checkpoint / "progress.json").read_text())
+    lacking = [
+        json.dumps({key: progress[key] for key in progress if key != name}) for name in ("iteration", "position")
+    ]
+    for text in (*lacking, "", "[]", "null", "[" * 10**5):
         replace(checkpoint, "progress.json", text.encode())
         with pytest.raises(DamagedCheckpoint, match=r"progress\.json is damaged"):
             load(checkpoint, trainer.state, mesh)

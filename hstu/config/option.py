@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, Optional, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hstu.base.errors import ConfigError
 from hstu.config.problems import Origin, did_you_mean, literal, show
@@ -21,32 +22,12 @@ from hstu.config.problems import Origin, did_you_mean, literal, show
 T = TypeVar("T")
 _SCIENTIFIC = 1_000_000
 """From here on a whole float is taken for an int."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The values that a field allows. For a list, the limits hold for each element."""
-
-    choices: Optional[tuple[Any, ...]] = None
-    """The only allowed values. Strings are found in any letter case."""
-    minimum: Optional[float] = None
-    maximum: Optional[float] = None
-    above: Optional[float] = None
-    """Exclusive lower limit."""
-    below: Optional[float] = None
-    """Exclusive upper limit."""
-    words: tuple[str, ...] = ()
-    """Strings that are allowed in place of a number, in any letter case."""
-    capitals: bool = False
-    """Whether strings are names of metrics, which are capitals up to a "/": "hr@10" is read as "HR@10"."""
-    pattern: Optional[str] = None
-    """Regular expression that a string must match in full."""
-    examples: tuple[str, ...] = ()
-    """The strings that ``pattern`` matches, as messages and documentation show them."""
-    not_empty: bool = False
-    """Whether an empty string or list is an error. An empty string in the list is one as well."""
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of the field in gin files → the field of the class that is added to a value given by that name."""
+_BOUNDS = {
+    "above": ("above", operator.gt),
+    "minimum": ("at least", operator.ge),
+    "below": ("below", operator.lt),
+    "maximum": ("at most", operator.le),
+}
 
 
 Changes = Literal["reports", "speed", "training", "model", "tensors"]
@@ -109,15 +90,29 @@ def option(
     changes: Changes,
     needs: Need | Sequence[Need] = (),
     excludes: Mapping[str, str] = MappingProxyType({}),
-    **limits: Any,
+    choices: tuple[Any, ...] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    words: tuple[str, ...] = (),
+    capitals: bool = False,
+    pattern: str | None = None,
+    examples: tuple[str, ...] = (),
+    not_empty: bool = False,
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
-    """A dataclass field. Without a default it is required.
+    """A dataclass field. Without a default it is required. For a list, the limits hold for each element.
 
     changes: what another value changes. needs: without which it has no effect. excludes: options that may not be given
-    beside it → why, if it is not obvious. limits: the fields of ``Limits``.
+    beside it → why, if it is not obvious. choices: the only allowed values, strings in any letter case. above, below:
+    exclusive limits. words: strings that are allowed in place of a number. capitals: strings are names of metrics,
+    which are capitals up to a "/": "hr@10" is read as "HR@10". pattern: what a string must match in full; examples: of
+    it, for messages. not_empty: of a list, also of its strings. aliases: other names of the field in gin files → the
+    field of the class that is added to a value given by that name.
     """
-    needs = (needs,) if isinstance(needs, Need) else tuple(needs)
-    metadata = {**vars(Limits(**limits)), "changes": changes, "needs": needs, "excludes": excludes}
+    metadata = {name: value for name, value in locals().items() if name != "default"}
+    metadata["needs"] = (needs,) if isinstance(needs, Need) else tuple(needs)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -271,10 +266,7 @@ def _within_limits(field: Field[Any], element: Any) -> bool:
     return (
         (limits["choices"] is None or element in limits["choices"])
         and (limits["pattern"] is None or re.fullmatch(limits["pattern"], element) is not None)
-        and (limits["minimum"] is None or element >= limits["minimum"])
-        and (limits["maximum"] is None or element <= limits["maximum"])
-        and (limits["above"] is None or element > limits["above"])
-        and (limits["below"] is None or element < limits["below"])
+        and all(limits[name] is None or holds(element, limits[name]) for name, (_, holds) in _BOUNDS.items())
     )
 
 
@@ -362,8 +354,7 @@ def describe_limits(field: Field[Any]) -> str:
         return "one of " + ", ".join(literal(choice) for choice in limits["choices"])
     if limits["examples"]:
         return "one or more of " + ", ".join(limits["examples"])
-    bounds = {"above": "above", "minimum": "at least", "below": "below", "maximum": "at most"}
-    words = [f"{text} {limits[name]}" for name, text in bounds.items() if limits[name] is not None]
+    words = [f"{text} {limits[name]}" for name, (text, _) in _BOUNDS.items() if limits[name] is not None]
     if words and str(field.type).startswith("list"):
         words[0] = f"each {words[0]}"
     words += [f"or {literal(word)}" for word in limits["words"]]

@@ -40,18 +40,16 @@ class DatasetArgs(Args):
     """Ranking: number of candidates of a sample. tail: 0 means no candidates; every item is scored. requests: a request
     with more candidates is divided evenly into several samples with the same history; 0 means no limit."""
     window_stride: Optional[int] = option(None, changes="training", minimum=1, excludes=ONE_HISTORY)
-    """Training: cut a history longer than max_sequence_length into windows of that length, down to its first item.
-    Each window ends this many items before the next newer one. A window is labelled on its newest window_stride items
-    (or max_num_candidates), so that no label occurs twice; the oldest window is labelled on all its items. None: use
-    only the newest items."""
+    """Training: cut a history longer than max_sequence_length into windows of that length, each this many items before
+    the next newer one. A window is labelled on its newest window_stride items (or max_num_candidates), the oldest one
+    on all its items. None: use only the newest items."""
     random_windows: bool = option(
         False,
         changes="training",
         excludes={"window_stride": "windows lie either at every stride or at random", **ONE_HISTORY},
     )
     """Training: of a history longer than max_sequence_length, take one window of that length in each epoch, at random,
-    instead of the newest items. It begins at any item with equal probability, or is the newest window if too few items
-    follow. All its items are labelled, as those of a short history are, or the newest max_num_candidates."""
+    instead of the newest items. All its items are labelled, or the newest max_num_candidates."""
     query_time: str = option("request", changes="training", choices=("request", "last_event"))
     """What finds the next item, with a relative bias: from which time it looks back on the events, in training and
     evaluation. request: from the time of the event to find, as the published model does. A service knows that time: it

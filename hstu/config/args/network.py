@@ -111,13 +111,10 @@ class NetworkArgs(Args):
     """Number by which attention weights are divided. -1: the longest possible sequence in tokens."""
     disable_contextual_mask: Optional[bool] = option(None, changes="model")
     """True: contextual tokens are causal like all others. False: they attend to the whole history. None: False where
-    DatasetArgs.max_num_candidates > 0, else True, because contextual tokens would then pass later actions and items on
-    to the items that are to predict them."""
+    there are candidates, else True, because they would pass later items on to those that are to predict them."""
     compile: bool = option(False, changes="speed")
     """Use torch.compile for the parts outside our kernels: the prediction head, the projections between widths and the
-    ranking loss. The first step takes about 6 s longer. Without a C++ compiler the run continues uncompiled. On a CPU
-    the gain is small: head and loss of configs/ml_1m_ranking.gin on 4,100 labels take 4.4 ms instead of 9.0 ms in
-    bfloat16 and 4.3 ms instead of 4.7 ms in float32, in steps of 250 ms and 390 ms."""
+    ranking loss. The first step takes about 6 s longer. Without a C++ compiler the run continues uncompiled."""
     sequence_parallel: bool = option(
         False,
         changes="speed",

@@ -59,10 +59,9 @@ class OptimizerArgs(Args):
     part whose regex is found in its name. LRScheduleArgs, max_grad_norm and ema_decay apply to all parts."""
     ema_decay: float = option(0.0, changes="tensors", minimum=0, below=1)
     """If above 0, keep an exponential moving average of the dense weights and the data_parallel tables:
-    average ← decay · average + (1 - decay) · weight after each iteration. So that the average does not stay near the
-    initial weights, the decay of iteration t is min(ema_decay, t / (t + 9)), which is 0.9 at t = 81, 0.98 at 441, 0.995
-    at 1791 and 0.999 at 8991. Evaluation and recommendation use the average; training does not. The
-    model_parallel tables have no average and are used as they are. 0: off."""
+    average ← decay · average + (1 - decay) · weight after each iteration, where the decay of iteration t is
+    min(ema_decay, t / (t + 9)). Evaluation and recommendation use the average; training does not. The model_parallel
+    tables have no average and are used as they are. 0: off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +103,7 @@ class LRScheduleArgs(Args):
     """step: iterations, or epochs if by_epoch, at which decay_factor applies."""
     by_epoch: bool = option(False, changes="training")
     """True: the multiplier changes only between epochs, also during the warm-up, and milestones are epochs. All steps
-    of an epoch have the multiplier of its first one. With TrainerArgs.tokens_per_rank, where epochs differ by a few
-    steps, the multiplier is computed as if all were as long as the first."""
+    of an epoch have the multiplier of its first one."""
 
 
 @dataclass(frozen=True, kw_only=True)

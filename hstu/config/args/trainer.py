@@ -19,9 +19,8 @@ class TrainerArgs(Args):
     """The training loop: batch sizes, run length, evaluation, checkpoints, data loading and the run directory."""
 
     train_batch_size: int = option(changes="training", minimum=1, maximum=10_000_000)
-    """Sequences per rank in a training step. The ranks that share a dense model or its tokens train on this number
-    times the size of their group. With
-    tokens_per_rank, this is the upper limit of sequences per rank."""
+    """Sequences per rank in a training step, or with tokens_per_rank at most. The ranks that share a dense model or its
+    tokens train on this number times the size of their group."""
     eval_batch_size: int = option(changes="speed", minimum=1, maximum=10_000_000)
     """Sequences per rank in an evaluation step."""
     eval_interval: int = option(100, changes="reports", minimum=0)
@@ -80,10 +79,9 @@ class TrainerArgs(Args):
     in FLOPs. The global batch, the sequences per rank and the loss do not change."""
     tokens_per_rank: Optional[int] = option(None, changes="training", minimum=1)
     """Dynamic batching: each rank takes sequences until the next one would exceed this number of tokens (context,
-    items and actions), or until it has train_batch_size sequences. Set train_batch_size to the most sequences that a
-    rank may take. The number of steps per epoch then depends on the lengths; the loss remains the mean over the labels
-    of the global batch. enable_balanced_shuffler then balances the cost within this limit. None: train_batch_size
-    sequences per rank."""
+    items and actions), or until it has train_batch_size sequences. The loss remains the mean over the labels of the
+    global batch. enable_balanced_shuffler then balances the cost within this limit. None: train_batch_size sequences
+    per rank."""
     eval_at_start: bool = option(False, changes="reports")
     """Evaluate before the first iteration."""
     eval_at_end: bool = option(True, changes="reports")

@@ -222,7 +222,7 @@ def _parse(text: str, source: Location, first_line: int) -> Iterator[Binding | _
         for statement in config_parser.ConfigParser(text, _Delegate()):
             at = locate(statement.location.line_num)
             if isinstance(statement, config_parser.BindingStatement):
-                yield _binding(statement, at)
+                yield Binding(statement.scope, statement.selector, statement.arg_name, statement.value, at)
             elif isinstance(statement, config_parser.IncludeStatement):
                 yield _Include(statement.filename, at)
             elif isinstance(statement, config_parser.ImportStatement):
@@ -236,14 +236,6 @@ def _parse(text: str, source: Location, first_line: int) -> Iterator[Binding | _
         content = lines[line - 1].strip() if 0 < line <= len(lines) else ""
         shown = f"cannot be read as gin: {literal(content[:100])}; {_reason(error, content)}"
         raise _GinSyntaxError(Problem(shown, locate(line))) from None
-
-
-def _binding(statement: config_parser.BindingStatement, at: Location) -> Binding:
-    scope, selector, parameter = statement.scope, statement.selector, statement.arg_name
-    if selector in ("macro", "gin.macro") and parameter == "value":  # name/macro.value = 1, the long form of name = 1
-        scope, _, selector = scope.rpartition("/")
-        parameter = ""
-    return Binding(scope, selector, parameter, statement.value, at)
 
 
 def _line_of(error: Exception, text: str) -> int:

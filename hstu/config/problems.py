@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-_LONGEST = 2000
-"""Characters of a problem; longer ones are shown with their middle left out."""
-
 
 @dataclass(frozen=True, order=True)
 class Location:
@@ -48,10 +45,7 @@ class Problem:
     """Allowed, but probably not intended."""
 
     def __str__(self) -> str:
-        text = self.text
-        if len(text) > _LONGEST:  # a name or a list of names without end
-            text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
-        return f"{self.at}: {text}" if self.at else text
+        return f"{self.at}: {self.text}" if self.at else self.text
 
 
 Cite = Callable[[Any, str, str], str]

@@ -149,7 +149,7 @@ TOGETHER = [
         "TensorModelParallelArgs.tensor_model_parallel_size = 2",
         told=("num_attention_heads = 3: must be a multiple of", "tensor_model_parallel_size = 2"), world_size=2),
     bad("a truncation without a length", "ranking", "NetworkArgs.truncate_after_layer = 1" + HERE,
-        told=("no effect without NetworkArgs.truncate_to_items",)),
+        told=("no effect with NetworkArgs.truncate_to_items = None",)),
     bad("a truncation after the last layer", "ranking", "NetworkArgs.truncate_after_layer = 2" + HERE,
         "NetworkArgs.truncate_to_items = 10", "NetworkArgs.num_layers = 2",
         told=("must be below NetworkArgs.num_layers = 2",)),

@@ -154,7 +154,7 @@ def test_no_row_in_gpu_memory_and_no_evaluation_in_training_are_allowed(load_tex
 
 def test_macros_and_blocks(load_text) -> None:
     text = changed(RANKING, "-NetworkArgs") + (
-        "width = 32\nhalf/macro.value = 16\n"
+        "width = 32\nhalf = 16\n"
         "NetworkArgs:\n  num_layers = 1\n  hidden_size = %width\n  num_attention_heads = 2\n  kv_channels = %half\n"
     )
     network = load_text(text).network

@@ -57,11 +57,19 @@ class NetworkArgs(Args):
     )
     """With max_attention_span: the newest tokens of context and history, before the candidates, that see the whole
     history all the same. Above 0, candidates see it, too."""
-    truncate_after_layer: Optional[int] = option(None, changes="model", minimum=1, maximum=100_000)
+    truncate_after_layer: Optional[int] = option(
+        None, changes="model", minimum=1, maximum=100_000, needs=not_having("truncate_to_items", None, strict=True)
+    )
     """This many layers compute on whole sequences. Those after them compute on the context, the newest
     truncate_to_items items of the history, and the candidates. Older items stay what the first layers made of them,
     from which their labels, if they have any, are predicted. None: all layers compute on whole sequences."""
-    truncate_to_items: Optional[int] = option(None, changes="model", minimum=1, maximum=10_000_000)
+    truncate_to_items: Optional[int] = option(
+        None,
+        changes="model",
+        minimum=1,
+        maximum=10_000_000,
+        needs=not_having("truncate_after_layer", None, strict=True),
+    )
     """With truncate_after_layer: items of the history, with their actions, on which the later layers compute."""
     kernel_backend: str = option("cutlass", changes="speed", choices=KERNEL_BACKENDS)
     """Kernels of the model. On a CPU, "cutlass" and "triton" both mean the C++ kernels. The log has one line per

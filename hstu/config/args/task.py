@@ -201,7 +201,7 @@ class RetrievalArgs(Args):
     """Training: no negatives of a position are items that the user has seen up to it, those before the sequence begins
     included, of whatever kind the negatives are; filter_seen excludes the same items from evaluation. A step needs 8
     bytes of memory for each sequence and each item of the pool of negatives."""
-    item_tower: bool = option(False, changes="tensors")
+    item_tower: bool = option(False, changes="tensors", needs=replace(STORED_DATA, strict=True))
     """Make the vector of an item from its id and its features, those of DatasetArgs.side_feature_names that belong to
     items: the row of the id plus an MLP of the rows of the features. An item that is new, or was never trained on, gets
     its vector from its features alone. False: the vector is the row of the id."""

@@ -160,14 +160,12 @@ def counted_items_are_stored(run: RunConfig) -> Iterator[Problem]:
 
 
 def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
-    if (retrieval := run.retrieval) is not None and retrieval.item_tower:
-        if isinstance(run.dataset, BenchmarkDatasetArgs):
-            yield run.problem(
-                retrieval, "item_tower", "is not for random data, where items have no features; remove it"
-            )
-        elif set(run.dataset.side_feature_names) <= set(run.dataset.known_after):
-            text = "makes the vectors of items from their features; name some in DatasetArgs.side_feature_names"
-            yield run.problem(retrieval, "item_tower", text)
+    retrieval, dataset = run.retrieval, run.dataset
+    if retrieval is None or not retrieval.item_tower or isinstance(dataset, BenchmarkDatasetArgs):
+        return
+    if set(dataset.side_feature_names) <= set(dataset.known_after):
+        text = "makes the vectors of items from their features; name some in DatasetArgs.side_feature_names"
+        yield run.problem(retrieval, "item_tower", text)
 
 
 # --- positions -----------------------------------------------------------------------------------------------------
@@ -192,9 +190,6 @@ def spans_fit_the_layers(run: RunConfig) -> Iterator[Problem]:
 
 def truncation_leaves_layers(run: RunConfig) -> Iterator[Problem]:
     network = run.network
-    for name, other in (("truncate_after_layer", "truncate_to_items"), ("truncate_to_items", "truncate_after_layer")):
-        if getattr(network, name) is not None and getattr(network, other) is None:
-            yield run.problem(network, name, f"has no effect without NetworkArgs.{other}; set both or remove it")
     if network.truncate_after_layer is not None and network.truncate_after_layer >= network.num_layers:
         text = f"must be below {run.cite(network, 'num_layers')}, or no layer follows; change it or remove it"
         yield run.problem(network, "truncate_after_layer", text)

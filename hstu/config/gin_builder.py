@@ -37,9 +37,6 @@ from hstu.config.option import (
 from hstu.config.problems import Location, Origin, Problem, did_you_mean, nearest, show
 from hstu.config.run_config import RunDraft
 
-REFERRERS = {kind: cls for cls in REGISTRY for field in options_of(cls) if (kind := referred_class(cls, field))}
-"""Class that others refer to → the class that has a field for it."""
-
 Owner = tuple[str, type[Args]]
 """(scope, class): what a group of bindings belongs to."""
 
@@ -81,7 +78,7 @@ class ConfigBuilder:
             known["numbers"] = self._several(NumericFeatureArgs)
         for owner in [owner for owner in self._by_owner if owner[1] in self._unclear]:
             self._object(owner)
-        self._check_unused(dataset is not None)
+        self._check_unused()
         return incomplete(RunDraft, known)
 
     def _dataset_class(self) -> type[Args] | None:
@@ -292,7 +289,7 @@ class ConfigBuilder:
 
     # --- what nothing refers to ---
 
-    def _check_unused(self, has_dataset: bool) -> None:
+    def _check_unused(self) -> None:
         """Reports bindings that no object uses. What an overridden binding refers to counts as used."""
         leaves = [(binding.scope, leaf) for binding in self._statements for leaf in _leaves(binding.value)]
         macros = {leaf.name for _, leaf in leaves if isinstance(leaf, Macro)}
@@ -303,7 +300,7 @@ class ConfigBuilder:
         }
         used = {outer for owner in {*self._objects, *self._strays, *referred} for outer in _with_outer_scopes(owner)}
         for owner in self._by_owner.keys() - used:
-            if (reason := self._reason_unused(owner, referred, has_dataset)) is not None:
+            if (reason := self._reason_unused(owner, referred)) is not None:
                 for binding in self._by_owner[owner].values():
                     if not isinstance(binding.value, Broken):
                         self._fail(binding, f"never used: {reason}")
@@ -312,7 +309,7 @@ class ConfigBuilder:
                 hint = _guess(name) or "; remove it"
                 self._fail(binding, f"never used: nothing refers to %{name}{hint}")
 
-    def _reason_unused(self, owner: Owner, referred: set[Owner], has_dataset: bool) -> str | None:
+    def _reason_unused(self, owner: Owner, referred: set[Owner]) -> str | None:
         """Why no object uses the bindings of ``owner``; None if a problem that is reported already explains it."""
         scope, cls = owner
         place = REGISTRY[cls]
@@ -322,11 +319,6 @@ class ConfigBuilder:
             return f"{cls.__name__} is read without a scope; drop {scope}/" if scope else None
         if not self.complete:  # a file that cannot be read may refer to it
             return None
-        root = cls
-        while not REGISTRY[root]:
-            root = REFERRERS[root]
-        if REGISTRY[root] not in SEVERAL and ("", root) not in self._objects:
-            return f"{cls.__name__} belongs to {root.__name__}, which no file binds; remove it" if has_dataset else None
         hint = did_you_mean(written(owner), map(written, referred)) or "; refer to it, or remove it"
         return f"nothing refers to @{written(owner)}(){hint}"
 

@@ -71,7 +71,7 @@ NAMES = [
     bad("scope on a class without", "ranking", "fast/TrainerArgs.seed = 1" + HERE,
         told=("fast/TrainerArgs.seed = 1: never used", "drop fast/")),
     bad("feature args without benchmark", "ranking", "FeatureArgs.max_sequence_length = 1" + HERE,
-        told=("never used", "belongs to BenchmarkDatasetArgs")),
+        told=("never used", "nothing refers to @FeatureArgs()")),
     bad("misspelt scope of a table", "own", "itme/EmbeddingArgs.init_std = 0.1" + HERE,
         told=("itme/EmbeddingArgs lacks feature_names, table_name", "misspelling of 'item'")),
 ]  # fmt: skip

@@ -30,7 +30,7 @@ class EmbeddingArgs(Args):
         needs=having("sharding_type", "model_parallel"),
     )
     """How a model_parallel table is sharded. auto: TorchRec's planner decides. column_wise excludes the optimizer
-    rowwise_adagrad."""
+    rowwise_adagrad. Dynamic tables are always row_wise."""
     compute_kernel: Optional[str] = option(
         None,
         changes="speed",
@@ -60,8 +60,6 @@ class DynamicEmbeddingArgs(EmbeddingArgs):
     its row to a new one."""
     sharding_type: str = option("model_parallel", changes="tensors", choices=("model_parallel",))
     """Always model_parallel."""
-    sharding: str = option("auto", changes="speed", choices=("auto", "row_wise"))
-    """Always row_wise."""
     global_hbm_for_values: Optional[int] = option(None, changes="speed", minimum=0)
     """GPU memory for the rows, in bytes over all ranks. It takes precedence over the two capacities below."""
     item_vocab_gpu_capacity: Optional[float] = option(None, changes="speed", minimum=0)

@@ -64,9 +64,13 @@ def rowwise_adagrad_is_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) 
 
 
 def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    if isinstance(table, DynamicEmbeddingArgs) and table.compute_kernel is not None:
+    if not isinstance(table, DynamicEmbeddingArgs):
+        return
+    if table.compute_kernel is not None:
         text = "is not for dynamic tables, whose kernel follows from caching and their GPU memory; remove it"
         yield run.problem(table, "compute_kernel", text)
+    if table.sharding not in ("auto", "row_wise"):
+        yield run.problem(table, "sharding", "is not for dynamic tables, which are always row_wise; remove it")
 
 
 def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:

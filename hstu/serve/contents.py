@@ -52,8 +52,8 @@ def check_can_be_served(trained: LoadedModel) -> None:
             f"cannot export a program: with NetworkArgs.target_group_size = {network.target_group_size} a "
             "candidate sees the actions on others of its group, which a request does not know. Train with 1"
         )
-    if isinstance(trained.source, StoredSource) and (roles.tower or "item_age" in roles.side):
-        needed = "the features of all items" if roles.tower else "'item_age'"
+    if isinstance(trained.source, StoredSource) and roles.tower:
+        needed = "the features of all items"
         raise DataError(f"cannot export a program: the model reads {needed} from the data. {trained.source.missing}")
 
 
@@ -207,7 +207,7 @@ class _Items:
     """What the data knows of items: features, times of the first events, titles; and the vectors of an item tower.
 
     tensors: item.<feature>, rows of the feature's table, int64 [items], or of a list [values], with
-    item.<feature>.offsets, int64 [items + 1]; for numbers float32 [items, width]. item_first_times, int64 [items].
+    item.<feature>.offsets, int64 [items + 1]; for numbers float32 [items, width].
     titles.offsets and titles.utf8.
     """
 
@@ -231,8 +231,6 @@ class _Items:
                 offsets = known.tensor(f"{key}.offsets").numpy() if name in source.roles.lists else None
                 rows = features.table_rows(name, known.tensor(key).numpy())
                 self._add_side(key, rows, offsets, features.missing(name))
-        if "item_age" in source.roles.side:
-            self._add("item_first_times", known.tensor("item_first_times").numpy(), np.iinfo(np.int64).max)
         titles = source.store.titles()
         if titles is not None:
             named = np.full(len(self._ids), "", dtype=object)

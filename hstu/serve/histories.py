@@ -100,7 +100,7 @@ class ItemsOfData:
         if self._store is None:
             return False
         features = (*self._store.item_side_features, *self._store.item_number_features)
-        return name in ("item_first_times", *(f"item.{feature}" for feature in features))
+        return name.startswith("item.") and name.removeprefix("item.") in features
 
     def tensor(self, name: str) -> Tensor:
         """See runtime.encode.Known."""
@@ -112,8 +112,6 @@ class ItemsOfData:
 
     def _read(self, name: str) -> np.ndarray:
         assert self._store is not None, "it contains nothing"
-        if name == "item_first_times":
-            return self._store.first_times()
         feature = name.removeprefix("item.").removesuffix(".offsets")
         if feature in self._store.item_number_features:
             return self._store.item_numbers(feature)

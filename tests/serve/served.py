@@ -27,7 +27,7 @@ from tests.train.tiny import ITEM_FEATURES, ITEMS, tables_of, tables_with_dynami
 
 EVENT_CATEGORIES = ("device", "watched")
 FEATURES = ["colour", "tags", "device", "watched", "price", "shape", "spent"]
-FEATURES += ["hour_of_day", "day_of_week", "time_gap", "item_age"]
+FEATURES += ["hour_of_day", "day_of_week", "time_gap"]
 EVERY_FEATURE: dict[str, Any] = {"side_feature_names": FEATURES, "known_after": ["watched", "spent"]}
 """Options of DatasetArgs."""
 BIAS: dict[str, Any] = {"position_encoding": ("absolute", "relative_bias")}

@@ -159,23 +159,6 @@ def test_transforms_and_tables_that_do_not_fit_the_numbers_are_errors(mesh: Mesh
         build(config, mesh)
 
 
-def test_the_ages_of_items_given_by_hand_come_from_the_data(mesh: Mesh, tmp_path: Path) -> None:
-    store = random_store(tmp_path / "store")
-    dataset = {"contextual_feature_names": [], "side_feature_names": ["item_age"], "max_sequence_length": 5}
-    options = {"dataset": dataset, "tables": tables_for(store, dataset), "trainer": {"ckpt_save_interval": 4}}
-    finished = run(tiny_config("retrieval", store, tmp_path, **options), mesh)
-    model = api.load(finished.path, mesh=mesh)
-    (expected,) = model.recommend([100], top=3)
-    (history,) = given_histories(store, 1)
-    history = replace(history, features={})
-    (found,), unknown = model.recommend_for([history], top=3)
-    assert unknown == {} and found.items == expected.items
-    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4)
-    shutil.move(store.path, tmp_path / "elsewhere")
-    with pytest.raises(DataError, match=r"the model reads 'item_age', .* no data to take it from; put the data of the"):
-        api.load(finished.path, mesh=mesh).recommend_for([history])
-
-
 def given_histories(store: SequenceStore, count: int) -> list[api.History]:
     """The first users' own histories, with the features of events and without those of items."""
     return list(api.histories(store, range(count), (*store.event_features, *store.event_number_features)))

@@ -34,7 +34,7 @@ relative bias)."""
 KNOWN_AFTER = ("action", "watched", "seconds")
 NEVER_SHOWN = ("liked",)
 """A feature of the event that is only a label of a task."""
-SIDE = ["year", "genres", "vector", "device", "load", "watched", "seconds", "hour_of_day", "time_gap", "item_age"]
+SIDE = ["year", "genres", "vector", "device", "load", "watched", "seconds", "hour_of_day", "time_gap"]
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,7 @@ class DatasetArgs(Args):
     """The features of items (genres, author) and of events (device, hour) that are part of the item's token, beside its
     id. Of a feature with several values per item, the mean is taken. Numbers and vectors have no table: see
     NumericFeatureArgs. Data with times also has hour_of_day (24 values) and day_of_week (7), both UTC, and by powers of
-    two time_gap (41: the time since the event before) and item_age (40: the time since the item's first event of any
-    user)."""
+    two time_gap (41: the time since the event before)."""
     known_after: list[str] = option([], changes="tensors")
     """Those of side_feature_names that are known only after the event, such as the time watched. They are part of the
     action's token and, like the action, are never shown to what predicts it."""

@@ -88,12 +88,11 @@ class FeatureMeta:
 
 TIME_FEATURES = {
     name: FeatureMeta(name, "event", "<i4", cardinality, has_vocab=False)
-    for name, cardinality in (("hour_of_day", 24), ("day_of_week", 7), ("time_gap", 41), ("item_age", 40))
+    for name, cardinality in (("hour_of_day", 24), ("day_of_week", 7), ("time_gap", 41))
 }
 """What any data with times has beside its columns. Times are UTC, and a week begins on Monday. time_gap is 0 for a
 user's first event, else 1 plus the base-2 logarithm, rounded down, of 1 plus the seconds since the event before; at
-most 40 (17,000 years). item_age is the same logarithm of 1 plus the seconds since the item's first event of any user; 0
-for that event, at most 39."""
+most 40 (17,000 years)."""
 
 
 def feature_file(role: Role, feature: str) -> str:

@@ -13,7 +13,7 @@ from hstu.data.batches.collate import Rows
 from hstu.data.batches.jagged import ranges
 from hstu.data.features.labels import LabelColumn
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.features.time_features import age_codes, calendar_codes, gap_codes
+from hstu.data.features.time_features import time_codes
 from hstu.data.sampling.negatives import shown_not_taken
 from hstu.data.sampling.sampler import BatchPlan, RandomWindows
 from hstu.data.sampling.samples import SampleTable
@@ -221,13 +221,7 @@ class SampleItems:
         of_events = self.store.time_codes(feature, self.events)
         if self.candidates is None:
             return of_events
-        now, before = self.store.candidate_times(self.candidates)
-        if feature == "item_age":
-            codes = self.store.candidates(self.store.item_feature)[self.candidates]
-            shown = age_codes(now - self.store.first_times()[codes])
-        else:
-            shown = gap_codes(now - before) if feature == "time_gap" else calendar_codes(feature, now)
-        return self._joined(of_events, shown)
+        return self._joined(of_events, time_codes(feature, *self.store.candidate_times(self.candidates)))
 
     def place(self, index: int) -> str:
         """Where the item at ``index`` is, for an error."""

@@ -29,7 +29,7 @@ import numpy as np
 from hstu.base.errors import DataError
 from hstu.base.ids import codes_of
 from hstu.data.datasets.spec import USER_FEATURE
-from hstu.data.features.time_features import time_codes
+from hstu.data.features.time_features import NO_EVENT, time_codes
 from hstu.data.store.layout import (
     META_FILE,
     NUMBER_ROLES,
@@ -85,7 +85,6 @@ class SequenceStore:
         """The column of the raw data that says to which split an event belongs. None: options of a run say it."""
         self.command: str | None = meta["command"]
         self._files = StoreFiles(path, meta)
-        self._first_times: np.ndarray | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> SequenceStore:
@@ -142,25 +141,10 @@ class SequenceStore:
 
     def time_codes(self, feature: str, events: np.ndarray) -> np.ndarray:
         """int64 [n] codes of a time feature of these events."""
-        assert self.timestamp_feature is not None
-        first = self.first_times()[self.sequence(self.item_feature)[events]] if feature == "item_age" else None
-        return time_codes(feature, events, self.sequence(self.timestamp_feature), self.offsets(), first)
-
-    def first_times(self) -> np.ndarray:
-        """int64 [I]: the time of each item's first event of any user, in seconds; the largest int64 without events.
-
-        The first call reads the items and times of all events, 322 million in some seconds.
-        """
-        assert self.timestamp_feature is not None
-        if self._first_times is None:
-            found = np.full(self.cardinality(self.item_feature), np.iinfo(np.int64).max)
-            items, times = self.sequence(self.item_feature), self.sequence(self.timestamp_feature)
-            for start in range(0, self.num_events, _CHUNK):
-                part = items[start : start + _CHUNK]
-                is_right = part.view(np.uint32) < len(found)  # damaged codes are reported where they are read
-                np.minimum.at(found, part[is_right], times[start : start + _CHUNK][is_right])
-            self._first_times = found
-        return self._first_times
+        times, offsets = self.sequence(str(self.timestamp_feature)), self.offsets()
+        is_first = offsets[np.searchsorted(offsets, events, side="right") - 1] == events
+        before = np.where(is_first, NO_EVENT, times[np.maximum(events - 1, 0)])
+        return time_codes(feature, times[events], before)
 
     def context(self, feature: str) -> np.ndarray:
         """int32 [U] codes of a contextual feature."""

@@ -38,7 +38,7 @@ class Events:
 
 
 class Known(Protocol):
-    """What is known of items, by name: ``item.<feature>``, with ``.offsets`` of lists, and ``item_first_times``."""
+    """What is known of items, by name: ``item.<feature>``, with ``.offsets`` of lists."""
 
     def __contains__(self, name: str, /) -> bool:
         """Whether there is a tensor of this name."""
@@ -216,7 +216,7 @@ class Encoder:
             if not are_events and name in facts["known_after"] and name not in shown.features:
                 ids[name] = vocabulary.rows_of(nothing)
             elif facts["features"][name]["kind"] == "time":
-                ids[name] = vocabulary.rows_of(self._time_codes(name, times, before, places))
+                ids[name] = vocabulary.rows_of(_time_codes(name, times, before))
             else:
                 ids[name], of_each = self._side(name, shown.features, places, who)
             if facts["features"][name]["is_list"]:
@@ -271,29 +271,21 @@ class Encoder:
             )
         return self._known.tensor(f"item.{name}")
 
-    def _time_codes(self, name: str, times: Tensor, before: Tensor, places: Tensor) -> Tensor:
-        """int64 [n], as preprocessing makes hour_of_day, day_of_week (both UTC), time_gap and item_age."""
-        if name == "hour_of_day":
-            return times // 3600 % 24
-        if name == "day_of_week":
-            return (times // 86400 + 3) % 7  # 1970 began on a Thursday
-        if name == "time_gap":
-            is_first = before == _NO_EVENT
-            gaps = _bit_lengths(1 + (times - before).masked_fill(is_first, 0)).clamp(max=40)
-            return gaps.masked_fill(is_first, 0)
-        if "item_first_times" not in self._known:
-            raise ServingError(
-                "the model reads 'item_age', the time since an item's first event, and there is no data to take it "
-                "from; put the data of the run back"
-            )
-        first = rows_at(self._known.tensor("item_first_times"), places)
-        ages = (times - torch.where(places < 0, times, first)).clamp(min=0)
-        return (_bit_lengths(1 + ages) - 1).clamp(max=39)
-
     def _of_user(self, feature: str, value: Any) -> Tensor:
         """int64 [1]; unknown for a value that is not given."""
         vocabulary = self.vocabularies[feature]
         return vocabulary.rows_of(torch.tensor([-1])) if value is None else vocabulary.rows([value])
+
+
+def _time_codes(name: str, times: Tensor, before: Tensor) -> Tensor:
+    """int64 [n], as preprocessing makes hour_of_day, day_of_week (both UTC) and time_gap."""
+    if name == "hour_of_day":
+        return times // 3600 % 24
+    if name == "day_of_week":
+        return (times // 86400 + 3) % 7  # 1970 began on a Thursday
+    is_first = before == _NO_EVENT
+    gaps = _bit_lengths(1 + (times - before).masked_fill(is_first, 0)).clamp(max=40)
+    return gaps.masked_fill(is_first, 0)
 
 
 def _lengths(features: Mapping[str, Sequence[Any]], **others: Sequence[Any] | None) -> Iterator[tuple[str, int]]:

@@ -22,7 +22,7 @@ from tests.data.collators import build_collator
 
 SEED, BATCH_SIZE = 7, 3
 CONTEXT, ITEM, LISTS, EVENT = ["town", "age"], ["maker", "size"], ["tags"], ["device", "place"]
-TIMES = ["hour_of_day", "day_of_week", "time_gap", "item_age"]
+TIMES = ["hour_of_day", "day_of_week", "time_gap"]
 NUMBERS = {"price": "item", "watched": "event"}
 VALUES = ["", "a", "b", "C", "é", "10"]
 SPLITS: dict[Task, tuple[Split, ...]] = {"retrieval": ("train", "valid", "test"), "ranking": ("train", "valid")}
@@ -106,8 +106,6 @@ def reference(
     )
     gap = rows.groupby("user")["at"].diff()
     rows["time_gap"] = [0 if np.isnan(seconds) else 1 + int(seconds + 1).bit_length() - 1 for seconds in gap]
-    age = rows["at"] - rows.groupby("item")["at"].transform("min")
-    rows["item_age"] = [int(seconds + 1).bit_length() - 1 for seconds in age]
     cut = np.sort(rows["at"])[int(0.7 * len(rows))]
     for user, whole in rows.groupby("user", sort=True):
         later = {"given": whole.split != "train", "time": whole["at"] >= cut}.get(schema["split"])

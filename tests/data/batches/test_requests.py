@@ -210,7 +210,7 @@ def reference(events: pd.DataFrame, shown: pd.DataFrame, length: int, most: int)
 
 
 def read_all(store: SequenceStore, args: DatasetArgs, split: Any) -> list[tuple[Any, ...]]:
-    """Of each sample: user, items, actions, devices, seconds, gaps, ages, labels; in raw values."""
+    """Of each sample: user, items, actions, devices, seconds, gaps, labels; in raw values."""
     samples = build_samples(store, args, "ranking", split, seed=3)
     collator = build_collator(store, samples, args, "ranking", batch_size=3, seed=0, wants_timestamps=True)
     return [row for plan in EvalSampler(len(samples), 3, 0, 1) for row in rows_of(store, collator(plan))]
@@ -222,10 +222,7 @@ def rows_of(store: SequenceStore, batch: HSTUBatch) -> list[tuple[Any, ...]]:
     values = {name: jagged.values().numpy() for name, jagged in batch.features.to_dict().items()}
     raw = [store.raw_ids("i")[values["i"]], values["a"], store.raw_ids("device")[values["device"]]]
     ends = np.cumsum(batch.item_lengths)[: batch.real_batch_size - 1]
-    columns = [
-        np.split(column, ends)
-        for column in [*raw, batch.items.timestamps.numpy(), values["time_gap"], values["item_age"]]
-    ]
+    columns = [np.split(column, ends) for column in [*raw, batch.items.timestamps.numpy(), values["time_gap"]]]
     label_ends = np.cumsum(batch.num_labels.numpy())[: batch.real_batch_size - 1]
     of_each = [*columns, np.split(batch.labels.numpy(), label_ends)]
     return [(user, *(values.tolist() for values in rest)) for user, *rest in zip(users, *of_each, strict=True)]
@@ -241,7 +238,7 @@ def check_against_the_reference(event_log: list[Any], shown_log: list[Any], leng
     with tempfile.TemporaryDirectory() as folder:
         store = make(Path(folder), events.to_csv(index=False), shown.to_csv(index=False), time_unit="ms")
         store.verify_contents()
-        side = ["device", "time_gap", "item_age"]
+        side = ["device", "time_gap"]
         options = {"candidates": "requests", "max_num_candidates": most, "side_feature_names": side}
         args = DatasetArgs(dataset_name="mine", max_sequence_length=length, **options)
         every = read_all(store, args, "all")
@@ -249,8 +246,7 @@ def check_against_the_reference(event_log: list[Any], shown_log: list[Any], leng
         split_by_time = [read_all(store, by_time, split) for split in ("train", "valid")]
         split_by_user = [read_all(store, args, split) for split in ("train", "valid")]
     assert len(every) == len(samples)
-    first = (events.groupby("i")["t"].min() // 1000).to_dict()
-    for (user, items, actions, devices, seconds, gaps, ages, labels), (_, expected) in zip(
+    for (user, items, actions, devices, seconds, gaps, labels), (_, expected) in zip(
         every, samples.iterrows(), strict=True
     ):
         rows, number = expected["items"], expected["shown"]
@@ -258,8 +254,6 @@ def check_against_the_reference(event_log: list[Any], shown_log: list[Any], leng
         assert (user, items, actions) == (expected["u"], rows["i"].tolist(), rows["a"].tolist())
         assert devices == [device or "unknown" for device in rows["device"]]
         assert seconds == times and labels == actions[-number:]
-        since = [max(time - first.get(item, time), 0) for item, time in zip(items, times, strict=True)]
-        assert ages == [int(np.log2(1 + age)) for age in since]
         last = times[-number - 1]
         assert gaps[-number:] == [int(np.log2(1 + expected["second"] - last)) + 1] * number
     cut = np.sort([sample.second for sample in samples.drop_duplicates(["u", "r"]).itertuples()])

@@ -60,7 +60,6 @@ def test_every_looked_up_feature_has_one_table_of_its_size(ml_100k_store: Sequen
         "hour_of_day": (24, "data_parallel"),
         "day_of_week": (7, "data_parallel"),
         "time_gap": (41, "data_parallel"),
-        "item_age": (40, "data_parallel"),
     }
     assert all(table.feature_names == [name] for name, table in tables.items())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,36 +86,6 @@ class MultiTaskHead(nn.Module):
             return outputs
         inputs = self.trunk(x).unbind(dim=1)
         return torch.cat([output(own).float() for output, own in zip(self.outputs, inputs, strict=True)], dim=1)
-
-
-class Products(NamedTuple):
-    """Equal matrix products that a head computes for each token: [1, inputs] × [inputs, outputs]."""
-
-    times: int
-    inputs: int
-    outputs: int
-
-    @property
-    def flops(self) -> int:
-        """Floating-point operations of one forward, per token."""
-        return 2 * self.times * self.inputs * self.outputs
-
-
-def head_products(
-    hidden_size: int, hidden_widths: Sequence[int], task_widths: Sequence[int], sharing: str, num_experts: int
-) -> list[Products]:
-    """All matrix products of a :class:`MultiTaskHead` in forward, in the order in which it computes them."""
-    if sharing == "shared":
-        return [Products(1, *layer) for layer in pairwise([hidden_size, *hidden_widths, sum(task_widths)])]
-    tasks, last = len(task_widths), hidden_widths[-1]
-    own_experts = _own_experts(sharing, num_experts)
-    experts = num_experts + tasks * own_experts
-    return [
-        *(Products(experts, *layer) for layer in pairwise([hidden_size, *hidden_widths])),
-        Products(1, hidden_size, tasks * (num_experts + own_experts)),
-        Products(tasks, experts, last),
-        *(Products(1, last, width) for width in task_widths),
-    ]
 
 
 def _own_experts(sharing: str, num_experts: int) -> int:

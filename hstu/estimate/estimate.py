@@ -14,7 +14,7 @@ from hstu.estimate.record import Exchange, Operator
 from hstu.estimate.tables import TableShards, plan_tables, replicated_specs, table_costs, table_transfers
 from hstu.estimate.transfer import Transfer
 from hstu.estimate.workload import Batch, Workload
-from hstu.parallel.table_plan import UNLIMITED, TableRoom, TablesDoNotFit
+from hstu.parallel.tables import UNLIMITED, TableRoom, TablesDoNotFit
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ from hstu.ops.costs import FLOAT32
 from hstu.ops.select import select_kernels
 from hstu.optim.dense import match_part_optimizers
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise
-from hstu.parallel.table_plan import room_of_rank
-from hstu.parallel.tables import check_kernels, check_memory
+from hstu.parallel.tables import check_kernels, check_memory, room_of_rank
 from hstu.train.label_codes import label_offset
 from hstu.train.tables import check_rows
 

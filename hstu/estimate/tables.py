@@ -26,8 +26,7 @@ from hstu.ops.costs import FLOAT32, Cost
 from hstu.parallel.dynamic.memory import logical_name
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_optimizer import STATES, RowOptimizer, TableTraining, is_rowwise
-from hstu.parallel.table_plan import UNLIMITED, TableRanks, TableRoom
-from hstu.parallel.tables import memory_plans, plan_sharding, prepare_tables, shard
+from hstu.parallel.tables import UNLIMITED, TableRanks, TableRoom, memory_plans, plan_sharding, prepare_tables, shard
 
 INT64 = 8
 """Bytes of an id and of a length."""

@@ -26,11 +26,9 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.ddp import unwrap_dense
-from hstu.parallel.mesh import Mesh, seed_initial_weights
-from hstu.pipeline.finite import NonFiniteStep
+from hstu.parallel.mesh import Mesh
 from hstu.train import builder, main
 from hstu.train.trainer import Trainer
-from tests.distributed.pipeline_cases import digest
 from tests.train.tiny import TinyOptions, skip_measuring_the_peak, tables_with_dynamic, tiny_config
 
 
@@ -142,19 +140,6 @@ def in_forward(deed: Callable[[ModelOutput], None]) -> Callable[[Trainer, int, P
 def lose(output: ModelOutput) -> None:
     """A loss that is no number."""
     output.loss_sum = output.loss_sum * float("nan")
-
-
-def lose_gradient(output: ModelOutput) -> None:
-    """A finite loss, whose gradients are no numbers."""
-    output.loss_sum.register_hook(lambda gradient: gradient * float("nan"))
-
-
-def lose_weight_gradient(output: ModelOutput) -> None:
-    """A finite loss and finite gradients of the rows; that of one weight is not."""
-    node: Any = output.loss_sum.grad_fn
-    while not hasattr(node, "variable"):
-        node = next(other for other, _ in node.next_functions if other is not None)
-    handle = node.variable.register_hook(lambda gradient: handle.remove() or gradient * float("inf"))
 
 
 def sleep_through_sigterm() -> None:
@@ -295,37 +280,6 @@ FAULTS: dict[str, Callable[[Trainer, int, Path], None]] = {
     "worker lost soon": in_step(lose_a_worker_soon),
     "disk of the run full": in_step(fill_disk_of_run),
 }
-DEEDS = {"loss": lose, "gradient": lose_gradient, "weight": lose_weight_gradient}
-
-
-def non_finite_step(mesh: Mesh, store: str, deed: str, task: str, **options: Unpack[TinyOptions]) -> dict[str, Any]:
-    """What is raised where one of DEEDS is done on the last rank in the third step, and the weights after each step."""
-    config = tiny_config(task, store, "", **options)
-    seed_initial_weights(config.trainer.seed)
-    source = builder.open_source(config, mesh)
-    model, optimizers = builder.build_model(config, source, mesh)
-    pipeline = builder.build_pipeline(config.trainer, model, optimizers, mesh)
-    state = builder.TrainState(model, optimizers)
-    forwards = 0
-
-    def hook(_module: Any, _inputs: Any, output: ModelOutput) -> None:
-        nonlocal forwards
-        forwards += 1
-        if forwards == 3 and mesh.rank == mesh.world_size - 1:
-            DEEDS[deed](output)
-
-    unwrap_dense(model).task.register_forward_hook(hook)
-    batches = source.train_batches(state.position)
-    weights, raised = [digest(state, mesh)], ""
-    try:
-        for _ in range(3):
-            pipeline.progress(batches)
-            weights.append(digest(state, mesh))
-    except NonFiniteStep as error:
-        raised = str(error)
-    return {"raised": raised, "weights": [*weights, digest(state, mesh)]}
-
-
 if __name__ == "__main__":
     logging.captureWarnings(True)
     run_with(**pickle.loads(Path(sys.argv[1]).read_bytes()))

@@ -18,7 +18,7 @@ from hstu.estimate.record import ATTENTION, Operator
 from hstu.estimate.tables import plan_tables
 from hstu.estimate.transfer import Transfer
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.parallel.table_plan import TableRoom, TablesDoNotFit
+from hstu.parallel.tables import TableRoom, TablesDoNotFit
 from tests.estimate.runs import run_config
 
 H100 = machine.gpu("h100", torch.bfloat16)

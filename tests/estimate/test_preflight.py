@@ -31,7 +31,7 @@ from hstu.estimate.plan import plan_workload
 from hstu.estimate.preflight import PREFLIGHT_RULES
 from hstu.parallel import tables
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.table_plan import TableRoom
+from hstu.parallel.tables import TableRoom
 from hstu.train.builder import build_trainer
 from tests.config.gin_files import ALL_RULES, changed, write
 from tests.conftest import write_small_store

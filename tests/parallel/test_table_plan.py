@@ -1,6 +1,7 @@
 """Whether tables and their optimizer states fit the memory that ranks have, and what is said where they do not."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -11,9 +12,17 @@ from torchrec.distributed.types import ShardingPlan
 from hstu.config.args import OptimizerArgs
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.parallel import tables
+from hstu.parallel.dynamic.memory import MemoryPlan
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.table_plan import TableRanks, TableRoom, TablesDoNotFit, least_room, plan_shards, room_of_rank
-from hstu.parallel.tables import prepare_tables, table_sharders
+from hstu.parallel.tables import (
+    TableRanks,
+    TableRoom,
+    TablesDoNotFit,
+    least_room,
+    plan_sharding,
+    prepare_tables,
+    room_of_rank,
+)
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.toy import build, make_config
 
@@ -22,14 +31,24 @@ A40, A80 = TableRoom(40 * GB, 100 * GB), TableRoom(80 * GB, 100 * GB)
 """What is left for tables on GPUs of 40 and 80 GB."""
 
 
-def plan(rows: int, optimizer: str, room: TableRoom, kernel: str | None = None, ranks: int = 1) -> ShardingPlan:
-    specs = (TableSpec("item", rows, 256, ("item",), False, "auto", 0.02, optimizer=optimizer, compute_kernel=kernel),)
+def plan_of(
+    specs: tuple[TableSpec, ...], memory: dict[str, MemoryPlan], ranks: TableRanks, pipeline: str = "native"
+) -> ShardingPlan:
+    """The plan of tables whose own options say how they are trained."""
     model = nn.Module()
     model.embedding = build_collections(specs)
-    args = OptimizerArgs(optimizer_str="sgd", learning_rate=0.1)
-    training = prepare_tables(model, specs, args, {})
-    sharders = table_sharders(args, "cuda", specs)
-    return plan_shards(model, specs, training, {}, sharders, TableRanks(ranks, ranks, "cuda", room))
+    config: Any = SimpleNamespace(
+        optimizer=OptimizerArgs(optimizer_str="adagrad", learning_rate=0.1),
+        trainer=SimpleNamespace(pipeline_type=pipeline),
+        embeddings=(),
+    )
+    training = prepare_tables(model, specs, config.optimizer, memory)
+    return plan_sharding(model, specs, training, memory, config, ranks)
+
+
+def plan(rows: int, optimizer: str, room: TableRoom, kernel: str | None = None, ranks: int = 1) -> ShardingPlan:
+    spec = TableSpec("item", rows, 256, ("item",), False, "auto", 0.02, optimizer=optimizer, compute_kernel=kernel)
+    return plan_of((spec,), {}, TableRanks(ranks, ranks, "cuda", room))
 
 
 def fits(rows: int, optimizer: str, room: TableRoom, kernel: str | None = None, ranks: int = 1) -> bool:

@@ -4,13 +4,12 @@ import logging
 from typing import Any
 
 import pytest
-from torch import nn
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs
-from hstu.model.embedding import TableSpec, build_collections
-from hstu.parallel.table_plan import TableRanks, plan_shards
-from hstu.parallel.tables import check_kernels, prepare_tables, table_sharders
+from hstu.model.embedding import TableSpec
+from hstu.parallel.tables import TableRanks, check_kernels
+from tests.parallel.test_table_plan import plan_of
 
 KERNELS = ("dense", "fused", "fused_uvm", "fused_uvm_caching")
 
@@ -19,12 +18,8 @@ def spec(kernel: str | None, optimizer: str = "adagrad") -> TableSpec:
     return TableSpec("item", 1000, 8, ("item",), False, "row_wise", 0.02, optimizer=optimizer, compute_kernel=kernel)
 
 
-def planned(kernel: str | None, device_type: str, prefetches: bool = False) -> Any:
-    model, specs = nn.Module(), (spec(kernel),)
-    model.embedding = build_collections(specs)
-    args = OptimizerArgs(optimizer_str="adagrad", learning_rate=0.1)
-    training, sharders = prepare_tables(model, specs, args, {}), table_sharders(args, device_type, specs)
-    plan = plan_shards(model, specs, training, {}, sharders, TableRanks(2, 2, device_type), prefetches)
+def planned(kernel: str | None, device_type: str, pipeline: str = "native") -> Any:
+    plan = plan_of((spec(kernel),), {}, TableRanks(2, 2, device_type), pipeline)
     (table,) = [table for tables in plan.plan.values() for table in tables.values()]
     return table
 
@@ -36,9 +31,9 @@ def test_the_planner_uses_the_kernel_on_a_gpu_and_fused_on_a_cpu(kernel: str | N
 
 
 def test_a_cache_that_a_pipeline_fills_keeps_the_rows_of_the_step_that_runs_meanwhile() -> None:
-    assert planned("fused_uvm_caching", "cuda", prefetches=True).cache_params.prefetch_pipeline is True
+    assert planned("fused_uvm_caching", "cuda", pipeline="prefetch").cache_params.prefetch_pipeline is True
     assert planned("fused_uvm_caching", "cuda").cache_params is None
-    assert planned("fused_uvm", "cuda", prefetches=True).cache_params is None
+    assert planned("fused_uvm", "cuda", pipeline="prefetch").cache_params is None
 
 
 def messages(kernel: str, optimizer: str, device_type: str, caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -51,13 +51,7 @@ from tests.train.tiny import OF_THE_ACTION, build, tiny_config, walks
 
 UNIFORM = {"negatives": "uniform", "num_negatives": 5}
 CASES: dict[str, dict[str, Any]] = {
-    "ranking": {"task": "ranking"},
     "ranking, candidates": {"task": "ranking", "dataset": {"max_num_candidates": 2}},
-    "ranking, actions added": {
-        "task": "ranking",
-        "dataset": {"max_num_candidates": 2},
-        "network": {"interleave_actions": False},
-    },
     "ranking, tasks": {"task": "ranking", "dataset": {"max_num_candidates": 2}, "task_args": OF_THE_ACTION},
     "ranking, tasks of values": {
         "task": "ranking",
@@ -72,12 +66,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "ranking, relative bias": {"task": "ranking", "network": {"position_encoding": "relative_bias"}},
     "ranking, recomputed": {"task": "ranking", "network": {"recompute_layer": True, "hidden_dropout": 0.3}},
-    "retrieval, in-batch negatives": {"task": "retrieval", "task_args": {"negatives": "in_batch"}},
     "retrieval, drawn in-batch negatives": {
         "task": "retrieval",
         "task_args": {"negatives": "in_batch", "num_negatives": 5},
     },
-    "retrieval, uniform negatives": {"task": "retrieval", "task_args": UNIFORM},
     "retrieval, shared negatives": {"task": "retrieval", "task_args": UNIFORM | {"shared_negatives": True}},
     "retrieval, mixed negatives, corrected": {
         "task": "retrieval",

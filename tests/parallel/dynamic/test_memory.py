@@ -5,17 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs, OptimizerArgs
+from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import TableSpec, build_collections, table_specs
 from hstu.parallel.dynamic.memory import MemoryPlan, SplitLookup, bytes_per_row, plan_memory, split_tables
-from hstu.parallel.table_plan import TableRanks, plan_shards
-from hstu.parallel.tables import prepare_tables, table_sharders
+from hstu.parallel.tables import TableRanks
+from tests.parallel.test_table_plan import plan_of
 
 CAPACITY, DIM = 1000, 30
 ROW = 32 * 4 * 3
@@ -88,11 +87,7 @@ def test_the_log_says_what_is_and_on_a_cpu_what_would_be() -> None:
 )
 def test_the_planner_of_gpus_follows_and_cuts_by_rows(options: dict[str, Any], expected: dict[str, Any]) -> None:
     specs, memory = (spec_of(**options),), {"item": plan(**options)}
-    model = nn.Module()
-    model.embedding = build_collections(specs)
-    optimizer = OptimizerArgs(optimizer_str="adam", learning_rate=0.1)
-    training, sharders = prepare_tables(model, specs, optimizer, memory), table_sharders(optimizer, "cuda", specs)
-    tables = plan_shards(model, specs, training, memory, sharders, TableRanks(4, 4, "cuda")).plan["embedding.0"]
+    tables = plan_of(specs, memory, TableRanks(4, 4, "cuda")).plan["embedding.0"]
     assert tables.keys() == expected.keys()
     for name, (kernel, rows) in expected.items():
         assert (tables[name].compute_kernel, tables[name].sharding_type) == (kernel, "row_wise")

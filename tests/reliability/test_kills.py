@@ -18,7 +18,7 @@ from tests.reliability.kill_cases import Kill, run
 from tests.train.tiny import TinyOptions
 
 ITERATIONS, INTERVAL, KEPT = 13, 3, 2
-KILLS = 5
+KILLS = 3
 PARTS = (".deleting_", "latest", "os.rename", "manifest.json", "/tensors", "")
 """What is in the name of an operation on files that belongs to a part of a save; the first that fits counts."""
 

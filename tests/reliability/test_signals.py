@@ -57,7 +57,7 @@ def processes_of(output: Path) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_ranks_and_workers_end_with_torchrun(store: str, tmp_path: Path, number: signal.Signals) -> None:
     trainer = {"max_train_iters": 10**6, "ckpt_save_interval": 10**6, "eval_interval": 50, "data_workers": 1}
     arguments = {"faults": {}, "iteration": 0, "store": store, "output": str(tmp_path), "trainer": trainer}

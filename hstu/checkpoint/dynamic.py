@@ -39,17 +39,16 @@ TableDicts = dict[str, dict[str, Any]]
 
 
 def copy_tables(tables: Mapping[str, DynamicTable]) -> TableDicts:
-    """Copy this rank's part of the tables to host memory."""
-    return {name: content_as_dict(table.content()) for name, table in tables.items()}
-
-
-def content_as_dict(content: TableContent) -> dict[str, Any]:
-    """Convert a content to a dict of copies. A view would be saved with the whole tensor that it is a view of."""
-    fields = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
-    fields["states"] = {name: _copy(state) for name, state in content.states.items()}
-    if content.sightings is not None:
-        fields["sightings"] = {"ids": _copy(content.sightings.ids), "scores": _copy(content.sightings.scores)}
-    return {name: _copy(value) if isinstance(value, Tensor) else value for name, value in fields.items()}
+    """Copy this rank's part of the tables to host memory. A view would be saved with all that it is a view of."""
+    copies: TableDicts = {}
+    for name, table in tables.items():
+        content = table.content()
+        fields = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
+        copies[name] = {key: _copy(value) if isinstance(value, Tensor) else value for key, value in fields.items()}
+        copies[name]["states"] = {key: _copy(state) for key, state in content.states.items()}
+        if content.sightings is not None:
+            copies[name]["sightings"] = {key: _copy(value) for key, value in vars(content.sightings).items()}
+    return copies
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -65,17 +64,12 @@ def write_dynamic_tables(root: Path, tables: TableDicts, rank: int) -> list[Path
     return [path]
 
 
-def rank_of(path: Path) -> int:
-    """Return the rank that wrote a file of DYNAMIC_FILES."""
-    return int(path.stem.removeprefix(DYNAMIC_FILES.partition("*")[0]))
-
-
 def read_tables(root: Path) -> dict[str, list[TableContent]]:
     """Return each dynamic table of a checkpoint or an export, in the parts in which it was written, memory mapped."""
     if is_export(root):
         return _from_export(load_safetensors(root / CONSOLIDATED))
     tables: dict[str, list[TableContent]] = {}
-    for file in sorted(listed_files(root, DYNAMIC_FILES), key=rank_of):
+    for file in sorted(listed_files(root, DYNAMIC_FILES), key=lambda path: int(path.stem.removeprefix("dynamic_rank"))):
         for name, fields in torch_load(file, mmap=True).items():
             sightings = fields.pop("sightings")
             content = TableContent(**fields, sightings=None if sightings is None else Sightings(**sightings))

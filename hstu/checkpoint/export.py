@@ -29,7 +29,6 @@ from hstu.checkpoint.tensors import (
 from hstu.parallel.dynamic.content import TableContent
 from hstu.parallel.shards import ShardedView
 
-FORMAT = "hstu-export"
 _GIN = "operative.gin"
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -72,20 +71,19 @@ def _write(checkpoint: Path, temporary: Path) -> None:
     tensors = _write_tensors(checkpoint, dynamic, temporary / CONSOLIDATED)
     shutil.copyfile(checkpoint / _GIN, temporary / _GIN)
     metadata = read_metadata(checkpoint)
+    tables = dict(metadata.get("tables", {}))
+    for name, parts in dynamic.items():  # whose rows are the ones in use
+        tables[name] |= {"rows": sum(len(part.ids) for part in parts), "dynamic": True}
     config = {
-        "format": FORMAT,
+        "format": "hstu-export",
         "version": EXPORT_VERSION,
         "iteration": metadata["iteration"],
         "versions": metadata.get("versions", {}),
-        "tables": {name: _table(entry, dynamic.get(name)) for name, entry in metadata.get("tables", {}).items()},
+        "tables": tables,
         "tensors": tensors,
-    } | ({"features": metadata["features"]} if "features" in metadata else {})
+        "features": metadata.get("features", {}),
+    }
     (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def _table(entry: dict[str, Any], parts: list[TableContent] | None) -> dict[str, Any]:
-    """Describe a table. ``parts``: those of a dynamic table, whose rows are the ones in use."""
-    return entry if parts is None else entry | {"rows": sum(len(part.ids) for part in parts), "dynamic": True}
 
 
 def _write_tensors(checkpoint: Path, dynamic: dict[str, list[TableContent]], path: Path) -> dict[str, Any]:

@@ -55,16 +55,6 @@ class Run:
         """Return the content of run.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
-    def places_of_checkpoints(self, directory: Path) -> list[Path]:
-        """Return where the checkpoints may be. ``directory``: where the directory of the run is now.
-
-        It may have been moved together with the checkpoints, or alone.
-        """
-        if self.checkpoints is None:
-            return []
-        together = Path(os.path.normpath(directory / os.path.relpath(self.checkpoints, self.directory)))
-        return list(dict.fromkeys([together, Path(self.checkpoints)]))
-
 
 def locate(name: str | Path) -> Path:
     """Return the checkpoint or export at this path, or the newest checkpoint in it, or the newest of this run.
@@ -86,7 +76,9 @@ def _checkpoint_of_run(directory: Path) -> Path:
         raise DataError(f"the run {directory} has no {RUN_FILE}. Name a checkpoint itself.")
     if run.checkpoints is None:
         raise DataError(f"the run {directory} has saved no checkpoint: its TrainerArgs.ckpt_save_interval is -1")
-    places = run.places_of_checkpoints(directory)
+    # The directory may have been moved together with the checkpoints, or alone.
+    together = Path(os.path.normpath(directory / os.path.relpath(run.checkpoints, run.directory)))
+    places = list(dict.fromkeys([together, Path(run.checkpoints)]))
     found = [path for place in places for path in restore_candidates(place)]
     for path in found:
         if belongs(path, directory):

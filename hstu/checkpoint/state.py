@@ -107,7 +107,14 @@ class TrainState:
             "iteration": self.iteration,
             "position": dataclasses.asdict(self.position),
             "optimizer": self.optimizers.counters(),
-            "tables": {table.name: _describe_table(table) for table in self.model.specs},
+            "tables": {
+                table.name: {
+                    "rows": table.rows,
+                    "dim": table.dim,
+                    "features": [name for name in table.features if not is_of_negatives(name)],
+                }
+                for table in self.model.specs
+            },
             "features": self.features,
             "carried": {name: part.state_dict() for name, part in self.carried.items()},
             "versions": versions(),
@@ -141,12 +148,6 @@ def _canonical(name: str) -> str:
     if not name.startswith(_REPLICATED_PREFIX):
         return name
     return f"tables.{name.removeprefix(_REPLICATED_PREFIX).removesuffix('.weight').replace('/', '.')}"
-
-
-def _describe_table(table: TableSpec) -> dict[str, Any]:
-    """Return what a tool needs to use the table: its size and the features that look it up."""
-    features = [name for name in table.features if not is_of_negatives(name)]
-    return {"rows": table.rows, "dim": table.dim, "features": features}
 
 
 def _pieces(sharded: ShardedTensor | None, size: tuple[int, ...]) -> ShardedView:

@@ -23,7 +23,6 @@ from hstu.checkpoint.directory import (
     set_link,
     torch_save,
     write_manifest,
-    writing_errors,
 )
 from hstu.checkpoint.find import candidates
 
@@ -41,11 +40,6 @@ def make_checkpoints(directory: Path, *iterations: int) -> list[Path]:
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-def test_without_a_load_directory_nothing_is_loaded(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / "iteration_00000001")
-    assert candidates("", str(tmp_path)) == []
 
 
 def test_auto_is_the_newest_complete_checkpoint_of_the_save_directory(tmp_path: Path) -> None:
@@ -111,13 +105,6 @@ def test_a_checkpoint_that_cannot_be_deleted_stays_with_a_warning(
     delete_older(tmp_path, 2, keep=1)
     assert names(tmp_path) == [f"iteration_{i:08d}" for i in (1, 2)]
     assert "cannot delete the older checkpoint" in caplog.text and "iteration_00000001: [Errno 13]" in caplog.text
-
-
-def test_an_interrupted_deletion_is_finished(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path / ".deleting_iteration_00000001")
-    make_checkpoints(tmp_path, 2, 3)
-    delete_older(tmp_path, 3, keep=3)
-    assert names(tmp_path) == [f"iteration_{i:08d}" for i in (2, 3)]
 
 
 def test_a_new_save_removes_what_an_interrupted_one_has_left(tmp_path: Path) -> None:
@@ -202,8 +189,3 @@ def test_torch_save_reports_a_full_disk(numbers: int) -> None:
     with pytest.raises(OSError) as raised:
         torch_save({"tensor": torch.zeros(numbers)}, Path("/dev/full"))
     assert raised.value.errno == errno.ENOSPC
-
-
-def test_other_errors_of_writing_are_unchanged() -> None:
-    with pytest.raises(RuntimeError, match="a defect"), writing_errors():
-        raise RuntimeError("a defect")

@@ -32,9 +32,9 @@ from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split
 from hstu.serve.histories import histories, stored_vocabulary
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.predict import item_vectors
 from hstu.serve.runtime.requests import History
 from hstu.serve.session import Session
-from hstu.serve.vectors import item_vectors
 from hstu.train.corpus import Corpus, Queries, recommend
 from hstu.train.inference import StoredSource
 
@@ -133,7 +133,7 @@ class TrainedModel(LoadedModel):
         Items that the model does not have, or that have no row in a dynamic table, have zero vectors. Raises DataError
         for a ranking model.
         """
-        return torch.cat(list(item_vectors(self)))
+        return torch.from_numpy(np.concatenate(list(item_vectors(self))))
 
     def recommend(self, users: Sequence[Any], top: int = 10, at: int | None = None) -> list[Recommendation]:
         """Recommend the ``top`` items that each user has not seen, after the user's whole history.

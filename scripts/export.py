@@ -27,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from hstu.base.errors import EXIT_DONE
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
+from hstu.checkpoint.tensors import read_metadata
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import note
-from hstu.serve.export import TABLE_DTYPES, ServingOptions, for_export, write_serving
+from hstu.serve.export import TABLE_DTYPES, TOLERANCE, for_export, write_serving
 from hstu.serve.loaded import LoadedModel, mesh_of_this_process, stored_config
-from hstu.serve.model_card import CardFacts
+from hstu.train.history import MetricsHistory
 
 
 @tool
@@ -57,13 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = for_export(stored_config(checkpoint)[0], options.data)
         loaded = LoadedModel.restore(config, checkpoint, mesh_of_this_process())
         note(loaded, *loaded.report)
-        serving = ServingOptions(options.table_dtype, options.aot)
-        measured.extend(write_serving(loaded, directory / "serving", serving, CardFacts.of(checkpoint)))
+        history = MetricsHistory()
+        history.load_state_dict(read_metadata(checkpoint).get("carried", {}).get("history", []))
+        difference = write_serving(
+            loaded,
+            directory / "serving",
+            evaluations=history.last,
+            table_dtype=options.table_dtype,
+            compiles=options.aot,
+        )
+        found = "was not compared with the model"
+        if difference is not None:
+            found = f"differs from the model by at most {difference:.1e} (tolerance {TOLERANCE:g})"
+        measured.append(f"program: {found}")
 
     path = export(checkpoint, options.output, write_program if options.program else None)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     print("\n".join(f"{file.stat().st_size:>14,}  {file}" for file in files))
-    print("\n".join(measured), end="\n" if measured else "")
+    for line in measured:
+        print(line)
     return EXIT_DONE
 
 

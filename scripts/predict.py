@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,36 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.base.errors import EXIT_DONE, ConfigError, DataError
+from hstu.base.files import written_aside
 from hstu.checkpoint.directory import MANIFEST
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
-from hstu.parallel.collectives import gather_objects, on_all_ranks, require_equal
-from hstu.serve.command import add_model_arguments, load_model, note, note_unknown, parse_time, require_model
-from hstu.serve.id_files import Candidates, item_codes, read_candidates, read_codes, users_of_file
+from hstu.parallel.collectives import gather_objects, on_all_ranks
+from hstu.serve.command import (
+    Candidates,
+    add_model_arguments,
+    add_request_arguments,
+    check_new,
+    load_model,
+    note,
+    parse_time,
+    read_candidates,
+    read_codes,
+    require_model,
+    users_of_file,
+    write_text,
+)
+from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.predict import ItemChoice, Parts, Predictor, RankingPredictor, RetrievalPredictor
+from hstu.serve.predict import Predictor, RankingPredictor, RetrievalPredictor
 
 _TOP = 10
+_SETTINGS = "_settings.json"
+"""Readers of Parquet directories leave out names that begin with an underscore."""
 
 
 @tool
@@ -50,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("top", "part_users"):
         if (getattr(options, name) or 1) < 1:
             parser.error(f"--{name} must be at least 1")
+    options.at = None if options.at is None else parse_time(options.at)
     quiet_libraries()
     loaded = load_model(LoadedModel, options)
     candidates, users = _wanted(loaded, options)
-    predictor = _predictor(loaded, candidates, options)
-    _write(predictor, users, _parts(predictor, candidates, users, options), options.part_users)
+    _write(_predictor(loaded, candidates, options), users, options)
     return EXIT_DONE
 
 
@@ -62,11 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_model_arguments(parser)
+    add_request_arguments(parser)
     add("--output", type=Path, required=True, help="directory to create, or to go on in")
-    add(
-        "--users_file",
-        help=".csv or .parquet file with a column user, or a file with one raw user id per line; default: all users",
-    )
     add(
         "--candidates",
         help=".csv or .parquet file with columns user and item, and one for each feature of events that a ranking "
@@ -76,11 +90,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--keep_seen", action="store_true", help="retrieval: also recommend items that the user has events of")
     add("--allow", help="retrieval: file of the only items to recommend; column item, or one raw id per line")
     add("--deny", help="retrieval: file of items not to recommend")
-    add(
-        "--at",
-        help="when the users ask, if the model reads it: now, seconds since 1970, or a date; default: at the "
-        "newest event of each",
-    )
     add("--part_users", type=int, default=10_000, help="users per file (default 10000); memory grows with it")
     return parser
 
@@ -95,8 +104,7 @@ def _wanted(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Candidate
     numbers = [name for name in roles.numbers if name in store.event_number_features]
     read = [name for name in (*roles.categories, *numbers) if name in (*store.event_features, *numbers)]
     before = [name for name in read if name not in roles.known_after] if loaded.config.task == "ranking" else []
-    candidates, unknown = read_candidates(options.candidates, store, loaded.users, before)
-    note_unknown(loaded, options.candidates, unknown)
+    candidates = read_candidates(loaded, options.candidates, before)
     if not options.users_file:
         return candidates, candidates.users
     wanted = candidates.of_users(users).users
@@ -108,7 +116,7 @@ def _wanted(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Candidate
 
 
 def _predictor(loaded: LoadedModel, candidates: Candidates | None, options: argparse.Namespace) -> Predictor:
-    at = None if options.at is None else parse_time(options.at)
+    at = options.at
     if loaded.config.task == "ranking":
         for name in ("top", "keep_seen", "allow", "deny"):
             if getattr(options, name):
@@ -116,77 +124,69 @@ def _predictor(loaded: LoadedModel, candidates: Candidates | None, options: argp
         if candidates is None:
             raise ConfigError("a ranking model predicts given candidates: name a file of them with --candidates")
         return RankingPredictor(loaded, candidates, at)
-    lists: dict[str, np.ndarray | None] = {}
-    for name in ("allow", "deny"):
-        file = getattr(options, name)
-        found = read_codes(file, "item", item_codes(loaded.store)) if file else None
-        lists[name] = None if found is None else found.codes
-        if found is not None:
-            note_unknown(loaded, file, {"item": found.unknown})
+    items = stored_vocabulary(loaded.store, loaded.store.item_feature)
+    allowed, denied = (
+        read_codes(loaded, file, "item", items) if file else None for file in (options.allow, options.deny)
+    )
     if loaded.reads_request_time and at is None:
         note(loaded, "each user asks at the time of the newest event; --at now asks now")
-    choice = ItemChoice(lists["allow"], lists["deny"], options.keep_seen)
     top = options.top or (_TOP if candidates is None else None)
-    return RetrievalPredictor(loaded, top, choice, candidates, at)
+    return RetrievalPredictor(
+        loaded, top, candidates, allowed=allowed, denied=denied, keep_seen=options.keep_seen, at=at
+    )
 
 
-def _parts(
-    predictor: Predictor, candidates: Candidates | None, users: np.ndarray, options: argparse.Namespace
-) -> Parts:
-    """The files to write, and what they depend on. Raises DataError where ranks have read other files."""
-    loaded = predictor.loaded
-    settings: dict[str, Any] = {
-        "checkpoint": str(loaded.checkpoint),
-        "checkpoint_digest": hashlib.sha256((loaded.checkpoint / MANIFEST).read_bytes()).hexdigest()[:16],
-        "data": str(predictor.store.path),
-        "data_digest": _digest(str(sorted(predictor.store.checksums.items())).encode()),
-        "users": len(users),
-        "users_digest": _digest(users.tobytes()),
-        "part_users": options.part_users,
-        "at": getattr(predictor, "at", None),
-    }
-    if candidates is not None:
-        arrays = (candidates.users, candidates.counts, candidates.items, *candidates.values.values())
-        settings["candidates_digest"] = _digest(b"".join(array.tobytes() for array in arrays))
-    if isinstance(predictor, RetrievalPredictor):
-        settings |= {"top": predictor.top, "keep_seen": predictor.choice.keep_seen}
-        for name in ("allowed", "denied"):
-            codes = getattr(predictor.choice, name)
-            settings[f"{name}_digest"] = None if codes is None else _digest(np.unique(codes).tobytes())
-    require_equal({name: str(value) for name, value in settings.items()}, loaded.mesh.world_group, DataError)
-    return Parts(options.output, -(-len(users) // options.part_users), settings)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _write(predictor: Predictor, users: np.ndarray, parts: Parts, part_users: int) -> None:
+def _write(predictor: Predictor, users: np.ndarray, options: argparse.Namespace) -> None:
     """Predict and write the parts that are missing. Collective."""
-    mesh = predictor.loaded.mesh
-    opened = on_all_ranks(lambda: parts.open() if mesh.is_main else [], mesh.world_group)
+    mesh, count = predictor.loaded.mesh, -(-len(users) // options.part_users)
+    files = [options.output / f"part-{number:05d}.parquet" for number in range(count)]
+    given = [file for file in (options.candidates, options.allow, options.deny) if file and file != "-"]
+    settings: dict[str, Any] = {
+        **{name: str(value) for name, value in vars(options).items() if value and name != "output"},
+        "files": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in given],
+        "checkpoint_digest": hashlib.sha256((predictor.loaded.checkpoint / MANIFEST).read_bytes()).hexdigest(),
+        "data": dict(sorted(predictor.store.checksums.items())),
+        "users_digest": hashlib.sha256(users.tobytes()).hexdigest(),
+    }
+    opened = on_all_ranks(lambda: _open(options.output, settings, files) if mesh.is_main else [], mesh.world_group)
     missing = gather_objects(opened, mesh.world_group)[0]
-    if len(missing) < parts.count:
-        note(predictor.loaded, f"{parts.count - len(missing)} of {parts.count} parts are there; going on with the rest")
+    if len(missing) < count:
+        note(predictor.loaded, f"{count - len(missing)} of {count} parts are there; going on with the rest")
     began, done, answered = time.monotonic(), 0, 0
     for number in missing:
-        own = users[number * part_users : (number + 1) * part_users]
+        own = users[number * options.part_users : (number + 1) * options.part_users]
         table = predictor.predict(own)
-        on_all_ranks(partial(parts.write, number, table) if mesh.is_main else _nothing, mesh.world_group)
+        on_all_ranks(lambda: _put(files[number], table) if mesh.is_main else None, mesh.world_group)  # noqa: B023
         done, answered = done + len(own), answered + len(table.column("user").unique())
         if mesh.is_main:
             speed = f"users_per_s={done / (time.monotonic() - began):,.0f}"
-            counts = f"users={done:,} rows={table.num_rows:,}"
-            print(f"predict part={number + 1}/{parts.count} {counts} {speed}", file=sys.stderr)
+            print(f"predict part={number + 1}/{count} users={done:,} rows={table.num_rows:,} {speed}", file=sys.stderr)
     if answered < done:
         note(predictor.loaded, f"{done - answered} user(s) have no predictions: no item was left for them")
     if mesh.is_main:
-        rows = sum(pq.read_metadata(parts.path(number)).num_rows for number in range(parts.count))
-        print(f"{parts.directory}: {rows:,} predictions for {len(users):,} users in {parts.count} file(s)")
+        rows = sum(pq.read_metadata(file).num_rows for file in files)
+        print(f"{options.output}: {rows:,} predictions for {len(users):,} users in {count} file(s)")
 
 
-def _nothing() -> None:
-    """What the other ranks do while the main one writes."""
+def _open(output: Path, settings: Mapping[str, Any], files: Sequence[Path]) -> list[int]:
+    """Create the directory, or go on in it. Returns the numbers of the parts that are missing."""
+    file = output / _SETTINGS
+    if not file.is_file():
+        check_new(output)
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(settings, indent=1) + "\n")
+    elif json.loads(file.read_text(encoding="utf-8")) != settings:
+        raise DataError(f"{output} has parts of another call ({file}); give the same arguments, or another name")
+    missing = [number for number, file in enumerate(files) if not file.is_file()]
+    if not missing:
+        raise DataError(f"{output} exists and is complete; give another name, or remove it")
+    return missing
+
+
+def _put(path: Path, table: pa.Table) -> None:
+    """Write a part: aside, synced, and then renamed, so that a kill or a crash leaves no half of one."""
+    with written_aside(path) as aside:
+        pq.write_table(table, aside)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -30,19 +30,18 @@ from hstu.observe.environment import let_idle_threads_sleep, missing_packages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, count = parser.add_argument, _between(int, 1, 1 << 30)
     add("--export", type=Path, required=True, help="an export with a program, or a folder with several")
     add("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
-    add("--port", type=int, default=8000, help="port to listen at; 0 takes a free one (%(default)s)")
-    add("--max_batch", type=int, default=32, help="requests that are computed together at most (%(default)s)")
-    add("--threads", type=int, default=1, help="cores that compute a batch; answering takes one more (%(default)s)")
-    add("--max_wait_ms", type=float, default=2.0, help="how long a request waits for others (%(default)s)")
-    add("--max_waiting", type=int, default=256, help="requests that wait at most; more get 429 (%(default)s)")
-    add("--cache_mb", type=int, default=64, help="memory for the vectors of users; 0: none (%(default)s)")
-    add("--max_body_kb", type=int, default=1024, help="largest request (%(default)s)")
-    add("--poll_s", type=float, default=5.0, help="seconds between two looks for a newer export (%(default)s)")
+    add("--port", type=_between(int, 0, 65_535), default=8000, help="0 takes a free one (%(default)s)")
+    add("--max_batch", type=count, default=32, help="requests that are computed together at most (%(default)s)")
+    add("--threads", type=count, default=1, help="cores that compute a batch; answering takes one more (%(default)s)")
+    add("--max_wait_ms", type=_between(float, 0, 1000), default=2, help="a request's wait for others (%(default)s)")
+    add("--max_waiting", type=count, default=256, help="requests that wait at most; more get 429 (%(default)s)")
+    add("--cache_mb", type=_between(int, 0, 1 << 30), default=64, help="for vectors of users; 0: none (%(default)s)")
+    add("--max_body_kb", type=count, default=1024, help="largest request (%(default)s)")
+    add("--poll_s", type=_between(float, 0.1, 86_400), default=5.0, help="between looks for an export (%(default)s)")
     options = parser.parse_args(arguments)
-    _check(parser, options)
     if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client", "cachetools")):
         raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu[serve]'")
     let_idle_threads_sleep()
@@ -66,16 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    for name in ("max_batch", "threads", "max_waiting", "max_body_kb"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if options.cache_mb < 0 or not 0 <= options.max_wait_ms <= 1000:
-        parser.error("--cache_mb must not be negative, and --max_wait_ms must be from 0 to 1000")
-    if not 0.1 <= options.poll_s <= 86_400:
-        parser.error("--poll_s must be from 0.1 to 86400")
-    if not 0 <= options.port <= 65_535:
-        parser.error("--port must be from 0 to 65535")
+def _between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+
+    return number
 
 
 if __name__ == "__main__":

@@ -10,6 +10,6 @@ A ``Session`` (session.py) keeps what is computed once per user, so that a reque
 ``IncrementalEncoder`` (prefix.py) fills, extends and reads a ``PrefixCache`` (pages.py) of keys and values.
 
 export.py writes a directory that a service loads with the package of runtime/, which imports nothing but torch and the
-standard library: program.py is the traced dense part, contents.py collects what lies beside it, check.py compares.
+standard library: program.py is the traced dense part, contents.py collects what lies beside it.
 server/ answers over HTTP with such a directory, and imports nothing of the trainer.
 """

@@ -1,4 +1,4 @@
-"""What the commands that apply a model share: the arguments that name it, and the files and times that people give."""
+"""What the commands that apply a model share: arguments that name it, and files and times that people give."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from hstu.base.errors import DataError
 from hstu.base.files import replace_text
+from hstu.base.ids import codes_of
+from hstu.config.problems import did_you_mean
+from hstu.data.batches.jagged import ranges, run_starts
+from hstu.data.datasets.spec import UNKNOWN
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.runtime.files import Vocabulary
 
 M = TypeVar("M", bound=LoadedModel)
 _SHOWN = 10
@@ -31,6 +44,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, has_data: bool = Tru
     add("--partial", action="store_true", help="load what fits of the checkpoint, and report the rest")
     if has_data:
         add("--data", type=Path, help="preprocessed data to apply the model to; default: that of the run")
+
+
+def add_request_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --users_file and --at."""
+    parser.add_argument(
+        "--users_file",
+        help=".csv or .parquet file with a column user, or a file with one raw user id per line; default: all users",
+    )
+    parser.add_argument(
+        "--at",
+        help="when the users ask, if the model reads it: now, seconds since 1970, or a date; default: at the newest "
+        "event of each",
+    )
 
 
 def require_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -98,10 +124,8 @@ def parse_time(text: str) -> int:
     """Seconds since 1970 of --at. Raises DataError."""
     if text == "now":
         return int(time.time())
-    try:
+    if text.removeprefix("-").isdecimal():
         return int(text)
-    except ValueError:
-        pass
     try:
         date = datetime.fromisoformat(text)
     except ValueError:
@@ -112,8 +136,8 @@ def parse_time(text: str) -> int:
 
 
 def check_new(path: Path) -> None:
-    """Raise DataError if an output exists."""
-    if path.exists():
+    """Raise DataError if an output exists, unless it is an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{path} exists; give another name, or remove it")
 
 
@@ -123,3 +147,111 @@ def write_text(path: Path, text: str) -> None:
         replace_text(path, text)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """C candidates of U users, user after user."""
+
+    users: np.ndarray
+    """int64 [U], rows of the users in the store, in the order of their first candidates."""
+    counts: np.ndarray
+    """int64 [U], at least 1."""
+    items: np.ndarray
+    """int64 [C], codes of the items."""
+    values: Mapping[str, np.ndarray]
+    """Feature of events → stored values, [C]."""
+
+    def of_users(self, users: np.ndarray) -> Candidates:
+        """The candidates of some users, in the order of these; users without any are left out."""
+        order = np.argsort(self.users)
+        places = codes_of(users, self.users[order])
+        chosen = order[places[places >= 0]]
+        rows = ranges(run_starts(self.counts)[chosen], self.counts[chosen])
+        values = {name: values[rows] for name, values in self.values.items()}
+        return Candidates(self.users[chosen], self.counts[chosen], self.items[rows], values)
+
+
+def read_codes(loaded: LoadedModel, file: str, column: str, vocabulary: Vocabulary) -> np.ndarray:
+    """Codes of the ids in a .csv or .parquet file with a column of that name, or in a file that ``read_ids`` reads.
+
+    Notes ids that are not known. Raises DataError if the file cannot be read or lacks the column, or if none is known.
+    """
+    is_table = file.endswith((".csv", ".parquet"))
+    ids = _read_table(file, (column,))[column] if is_table else pd.Series(read_ids(file), dtype=object)
+    codes, unknown = _encode(ids, vocabulary)
+    if not (codes >= 0).any():
+        raise DataError(f"{file}: the data knows no {column} of this file: {shown(unknown)}")
+    note_unknown(loaded, file, {column: unknown})
+    return codes[codes >= 0]
+
+
+def users_of_file(loaded: LoadedModel, file: str | None) -> np.ndarray:
+    """Rows of the users of a file, each once, int64; None: of all users. Notes those that the data does not know."""
+    if file is None:
+        return np.arange(loaded.store.num_users)
+    return np.asarray(pd.unique(read_codes(loaded, file, "user", loaded.users)))
+
+
+def read_candidates(loaded: LoadedModel, file: str, features: Sequence[str]) -> Candidates:
+    """Candidates of a .csv or .parquet file with columns user and item, and one for each of ``features``.
+
+    Notes unknown users and items, whose rows are left out. Raises DataError if the file cannot be read, lacks a column
+    or an id, or has a value of a feature that the data does not know.
+    """
+    store = loaded.store
+    table = _read_table(file, ("user", "item", *features))
+    users, unknown_users = _encode(table["user"], loaded.users)
+    items, unknown_items = _encode(table["item"], stored_vocabulary(store, store.item_feature))
+    known = np.flatnonzero((users >= 0) & (items >= 0))
+    if not len(known):
+        raise DataError(f"{file}: the data knows no pair of user and item of this file")
+    note_unknown(loaded, file, {"user": unknown_users, "item": unknown_items})
+    places, distinct = pd.factorize(users[known])
+    rows = known[np.argsort(places, kind="stable")]
+    values = {name: _event_values(file, store, name, table[name])[rows] for name in features}
+    return Candidates(distinct, np.bincount(places), items[rows], values)
+
+
+def _read_table(file: str, columns: Iterable[str]) -> pd.DataFrame:
+    """Columns of a file, those of CSV as strings. Raises DataError."""
+    wanted, is_csv = list(columns), file.endswith(".csv")
+    try:
+        names = [*pd.read_csv(file, nrows=0)] if is_csv else pq.read_schema(file).names
+        for name in wanted:
+            if name not in names:
+                raise DataError(f"{file} has no column {name!r}; it has {', '.join(names)}{did_you_mean(name, names)}")
+        if is_csv:
+            table = pd.read_csv(file, usecols=wanted, dtype=str, keep_default_na=False, na_values=[""])
+        else:
+            table = pq.read_table(file, columns=wanted).to_pandas(integer_object_nulls=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
+        raise DataError(f"{file} cannot be read: {reason}") from error
+    for name in ("user", "item"):
+        if name in wanted and table[name].hasnans:
+            raise DataError(f"{file}: {table[name].isna().sum()} row(s) have no {name}")
+    return table
+
+
+def _encode(ids: pd.Series[Any], vocabulary: Vocabulary) -> tuple[np.ndarray, list[Any]]:
+    """Codes of raw ids, int64 [n], -1 for those that are not known; and the unknown ones, each once."""
+    places, distinct = pd.factorize(ids)
+    values = list(distinct.tolist())
+    codes = vocabulary.places(values).numpy()
+    return codes[places], [value for value, code in zip(values, codes, strict=True) if code < 0]
+
+
+def _event_values(file: str, store: SequenceStore, name: str, column: pd.Series[Any]) -> np.ndarray:
+    """Stored values of a feature of events: codes, or float32 with NaN where a number is missing."""
+    if store.feature(name).role == "event_number":
+        try:
+            return np.asarray(pd.to_numeric(column), dtype=np.float32)
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{file}: column {name!r} must have numbers: {error}") from error
+    vocabulary = stored_vocabulary(store, name)
+    codes, unknown = _encode(column.fillna(UNKNOWN).astype(str), vocabulary)
+    missing = int(vocabulary.places([UNKNOWN])[0])
+    if unknown and missing < 0:
+        raise DataError(f"{file}: column {name!r} has values that the data does not know: {shown(unknown)}")
+    return np.where(codes < 0, missing, codes).astype(np.int32)

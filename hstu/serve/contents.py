@@ -20,12 +20,12 @@ from hstu.model.retrieval import RetrievalDense
 from hstu.model.tasks import MultiTaskDense
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.tables import dynamic_tables
-from hstu.serve.histories import ItemsOfData, request_facts
+from hstu.serve.histories import known_of_items, request_facts
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.program import ServingProgram
 from hstu.serve.runtime.files import FORMAT, VERSION
 from hstu.serve.runtime.model import ITEM_VECTORS
-from hstu.train.inference import StoredSource
+from hstu.train.inference import InferenceSource, StoredSource
 
 MOST_CANDIDATES = 256
 """Candidates that are scored in one sequence, where training does not limit them."""
@@ -41,7 +41,7 @@ class Contents:
     tables: dict[str, Tensor]
     """Name → float32 [rows, dim]."""
     vocabulary: dict[str, Tensor]
-    """int64 and uint8 tensors of ids, and what is known of items, also float32; see ``_Items``."""
+    """Ids of features, and what is known of items: see ``_Features`` and ``_items``."""
 
 
 def check_can_be_served(trained: LoadedModel) -> None:
@@ -69,10 +69,17 @@ def collect(trained: LoadedModel, program: ServingProgram) -> Contents:
     features = _Features(trained)
     facts = {**_facts(trained, program), "features": features.facts}
     tables = {name: features.rows_of(spec) for name, spec in features.specs.items()}
-    items = _Items(trained, features)
-    if items.vectors is not None:
-        tables[ITEM_VECTORS] = items.vectors
-    return Contents(facts, tables, {**features.tensors, **items.tensors})
+    vocabulary, source = features.tensors, trained.source
+    if not isinstance(source, StoredSource):
+        ids, own = features.item_ids(), source.item_ids()
+        codes = np.arange(source.cardinalities[source.roles.item], dtype=np.int64) if own is None else own
+        places = codes_of(codes, ids)  # of each item of the data
+        vocabulary |= _items(source, features, places, len(ids))
+        if trained.config.has_item_tower and isinstance(trained.config.task_args, RetrievalArgs):
+            vectors = trained.retrieval_evaluator().corpus(own).vectors()
+            tables[ITEM_VECTORS] = torch.zeros(len(ids), vectors.shape[1])
+            tables[ITEM_VECTORS][torch.from_numpy(places)] = vectors
+    return Contents(facts, tables, vocabulary)
 
 
 def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
@@ -100,32 +107,26 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
             "most": dataset.max_num_candidates if has_candidates else 1 if alone else MOST_CANDIDATES,
         },
         "l2_norm_eps": args.l2_norm_eps if isinstance(args, RetrievalArgs) else None,
-        "tasks": _tasks(trained),
+        "tasks": [dict(zip(("name", "kind", "width", "first"), task, strict=True)) for task in _tasks(trained)],
     }
 
 
-def _tasks(trained: LoadedModel) -> list[dict[str, Any]]:
-    """Name, kind and number of outputs of each prediction."""
+def _tasks(trained: LoadedModel) -> list[tuple[str, str, int, int]]:
+    """Name, kind, number of outputs and least label of each prediction."""
     task = task_of(trained)
     if isinstance(task, MultiTaskDense):
-        kinds = {"binary": "binary", "class": "class"}
+        kinds = {"regression": "number"}
         return [
-            {
-                "name": each.args.task_name,
-                "kind": kinds.get(each.args.kind, "number"),
-                "width": each.args.output_width,
-                "first": each.first_class,
-            }
+            (each.args.task_name, kinds.get(each.args.kind, each.args.kind), each.args.output_width, each.first_class)
             for each in task.each_task
         ]
     if not isinstance(task, RankingModel):
-        return [{"name": "cosine", "kind": "number", "width": 1, "first": 0}]
+        return [("cosine", "number", 1, 0)]
     assert isinstance(task, RankingDense) and isinstance(trained.config.task_args, RankingArgs)
-    action = str(trained.source.roles.action)
-    if not task.is_multi_task:
-        width = trained.config.task_args.prediction_head_arch[-1]
-        return [{"name": action, "kind": "class", "width": width, "first": task.label_offset}]
-    return [{"name": f"task{bit}", "kind": "binary", "width": 1, "first": 0} for bit in range(task.num_tasks)]
+    if task.is_multi_task:
+        return [(f"task{bit}", "binary", 1, 0) for bit in range(task.num_tasks)]
+    width = trained.config.task_args.prediction_head_arch[-1]
+    return [(str(trained.source.roles.action), "class", width, task.label_offset)]
 
 
 class _Features:
@@ -142,6 +143,7 @@ class _Features:
             for name, table in dynamic_tables(trained.model).items()
         }
         self.tensors: dict[str, Tensor] = {}
+        """ids.<feature>: its values. rows.<feature>: the row of each, where that is not its place."""
         self.facts = {name: self._describe(name) for name in trained.source.roles.names}
 
     def rows_of(self, spec: TableSpec) -> Tensor:
@@ -150,11 +152,13 @@ class _Features:
         ids = self._dynamic_ids.get(spec.name)
         if ids is None:
             ids = np.arange(max(self._source.cardinalities[name] for name in names), dtype=np.int64)
-        chunks = [ids[first : first + _ROWS_AT_ONCE] for first in range(0, len(ids), _ROWS_AT_ONCE)]
+        if not len(ids):
+            return torch.zeros(1, spec.dim)
         found = [
-            self._model.rows_of({names[0]: torch.from_numpy(chunk).to(self._device)})[names[0]] for chunk in chunks
+            self._model.rows_of({names[0]: torch.from_numpy(chunk).to(self._device)})[names[0]]
+            for chunk in np.split(ids, range(_ROWS_AT_ONCE, len(ids), _ROWS_AT_ONCE))
         ]
-        return torch.cat([rows.detach().float().cpu() for rows in found] or [torch.zeros(1, spec.dim)])
+        return torch.cat([rows.detach().float().cpu() for rows in found])
 
     def table_rows(self, feature: str, ids: np.ndarray) -> np.ndarray:
         """The row of each of ``ids`` (what the model gets), int64 [n]; -1 where there is none."""
@@ -191,7 +195,7 @@ class _Features:
         }
 
     def item_ids(self) -> np.ndarray:
-        """What the model gets for the items that it or the data has, ascending: the order of all of _Items."""
+        """What the model gets for the items that it or the data has, ascending."""
         item = self._source.roles.item
         if self._vocabularies[item].kind != "raw":
             return np.arange(self._vocabularies[item].size, dtype=np.int64)
@@ -203,69 +207,36 @@ class _Features:
         return self._dynamic_ids[self._spec_of[feature].name]
 
 
-class _Items:
-    """What the data knows of items: features, times of the first events, titles; and the vectors of an item tower.
+def _items(source: InferenceSource, features: _Features, places: np.ndarray, count: int) -> dict[str, Tensor]:
+    """What the data knows of ``count`` items, of which its own are at ``places``.
 
-    tensors: item.<feature>, rows of the feature's table, int64 [items], or of a list [values], with
-    item.<feature>.offsets, int64 [items + 1]; for numbers float32 [items, width].
-    titles.offsets and titles.utf8.
+    item.<feature>: rows of the feature's table, int64 [items], or of a list [values], with item.<feature>.offsets,
+    int64 [items + 1]; of numbers float32 [items, width]. titles.offsets, titles.utf8.
     """
 
-    def __init__(self, trained: LoadedModel, features: _Features) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.vectors: Tensor | None = None
-        source = trained.source
-        if isinstance(source, StoredSource):
-            return
-        self._source, self._ids = source, features.item_ids()
-        own = source.item_ids()
-        codes = np.arange(source.cardinalities[source.roles.item], dtype=np.int64)
-        self._places = codes_of(codes if own is None else own, self._ids)
-        """Place of each item of the data."""
-        known = ItemsOfData(source.store)
-        for name in source.roles.side:
-            key = f"item.{name}"
-            if key in known and name in source.roles.numbers:
-                self._add(key, known.tensor(key).numpy(), np.nan)
-            elif key in known:
-                offsets = known.tensor(f"{key}.offsets").numpy() if name in source.roles.lists else None
-                rows = features.table_rows(name, known.tensor(key).numpy())
-                self._add_side(key, rows, offsets, features.missing(name))
-        titles = source.store.titles()
-        if titles is not None:
-            named = np.full(len(self._ids), "", dtype=object)
-            named[self._places] = titles
-            self.tensors |= as_texts("titles", named)
-        if trained.config.has_item_tower and isinstance(trained.config.task_args, RetrievalArgs):
-            self.vectors = self._tower_vectors(trained)
-
-    def _add(self, name: str, of_data: np.ndarray, filler: Any) -> None:
+    def spread(values: np.ndarray, filler: Any) -> np.ndarray:
         """Values of the items of the data, and ``filler`` for others."""
-        values = np.full((len(self._ids), *of_data.shape[1:]), filler, dtype=of_data.dtype)
-        values[self._places] = of_data
-        self.tensors[name] = torch.from_numpy(values)
-
-    def _add_side(self, name: str, rows: np.ndarray, offsets: np.ndarray | None, missing: int) -> None:
-        """Rows of the values of the items of the data, and ``missing`` for others. ``offsets``: of a list."""
-        if offsets is None:
-            return self._add(name, rows, missing)
-        lengths = np.ones(len(self._ids), dtype=np.int64)
-        lengths[self._places] = np.diff(offsets)
-        bounds = np.concatenate([[0], lengths.cumsum()])
-        values = np.full(bounds[-1], missing, dtype=np.int64)
-        of_value = np.repeat(self._places, np.diff(offsets))
-        values[bounds[of_value] + np.arange(len(rows)) - np.repeat(offsets[:-1], np.diff(offsets))] = rows
-        self.tensors[name] = torch.from_numpy(values)
-        self.tensors[f"{name}.offsets"] = torch.from_numpy(bounds)
-
-    def _tower_vectors(self, trained: LoadedModel) -> Tensor:
-        """Vectors of length 1, float32 [items, E]; zeros for items that are not in the data."""
-        of_data = self._ids[self._places] if self._source.item_ids() is not None else None
-        corpus = trained.retrieval_evaluator().corpus(of_data)
-        vectors = corpus.vectors()
-        found = torch.zeros(len(self._ids), vectors.shape[1])
-        found[torch.from_numpy(self._places)] = vectors
+        found = np.full((count, *values.shape[1:]), filler, dtype=values.dtype)
+        found[places] = values
         return found
+
+    known = {name: tensor.numpy() for name, tensor in known_of_items(source.store, source.roles).items()}
+    found = {}
+    for name, values in known.items():
+        feature = name.removeprefix("item.")
+        if feature in source.roles.numbers:
+            found[name] = spread(values, np.nan)
+        elif f"{name}.offsets" in known:
+            rows, lengths = features.table_rows(feature, values), np.diff(known[f"{name}.offsets"])
+            bounds = np.concatenate([[0], spread(lengths, 1).cumsum()])
+            found[name], found[f"{name}.offsets"] = np.full(bounds[-1], features.missing(feature)), bounds
+            shift = bounds[places] - known[f"{name}.offsets"][:-1]
+            found[name][np.arange(len(rows)) + np.repeat(shift, lengths)] = rows
+        elif not name.endswith(".offsets"):
+            found[name] = spread(features.table_rows(feature, values), features.missing(feature))
+    titles = source.store.titles()
+    texts = {} if titles is None else as_texts("titles", spread(titles, ""))
+    return {name: torch.from_numpy(values) for name, values in found.items()} | texts
 
 
 def as_texts(name: str, texts: Iterable[Any]) -> dict[str, Tensor]:

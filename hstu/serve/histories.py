@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -18,12 +17,13 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import PADDING_ID, HSTUBatch
 from hstu.data.batches.collate import Assembler, Rows
 from hstu.data.datasets.spec import UNKNOWN
+from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.sampler import START, BatchPlan
 from hstu.data.store.layout import TIME_FEATURES
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.serve.runtime.encode import Encoder, Events, name_of
 from hstu.serve.runtime.files import Vocabulary
-from hstu.serve.runtime.requests import Candidates, History, ServingError
+from hstu.serve.runtime.requests import History
 from hstu.train.batch_source import BatchSource
 from hstu.train.store_source import StoreSource
 
@@ -32,9 +32,7 @@ def vocabulary_of(raw: np.ndarray, **options: Any) -> Vocabulary:
     """A vocabulary of raw ids in ascending order, int64 or str objects. ``options``: further arguments of it."""
     if raw.dtype == object:
         return Vocabulary("texts", len(raw), raw.tolist(), **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that memory maps are read-only
-        return Vocabulary("numbers", len(raw), torch.from_numpy(raw), **options)
+    return Vocabulary("numbers", len(raw), _as_tensor(raw), **options)
 
 
 def stored_vocabulary(store: SequenceStore, feature: str) -> Vocabulary:
@@ -85,83 +83,38 @@ def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[
     }
 
 
-class ItemsOfData:
-    """What the data knows of its items, by code, under the names of vocabulary.safetensors; ids as in a batch.
-
-    ``store``: None: there is no data, and nothing is known.
-    """
-
-    def __init__(self, store: SequenceStore | None) -> None:
-        self._store = store
-        self._tensors: dict[str, Tensor] = {}
-
-    def __contains__(self, name: str) -> bool:
-        """See runtime.encode.Known."""
-        if self._store is None:
-            return False
-        features = (*self._store.item_side_features, *self._store.item_number_features)
-        return name.startswith("item.") and name.removeprefix("item.") in features
-
-    def tensor(self, name: str) -> Tensor:
-        """See runtime.encode.Known."""
-        if name not in self._tensors:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns that memory maps are read-only
-                self._tensors[name] = torch.from_numpy(np.asarray(self._read(name)))
-        return self._tensors[name]
-
-    def _read(self, name: str) -> np.ndarray:
-        assert self._store is not None, "it contains nothing"
-        feature = name.removeprefix("item.").removesuffix(".offsets")
-        if feature in self._store.item_number_features:
-            return self._store.item_numbers(feature)
-        codes, offsets = self._store.item_values(feature)
-        if offsets is not None and name.endswith(".offsets"):
-            return offsets
-        return self._store.model_ids(feature, np.asarray(codes))
+def known_of_items(store: SequenceStore, roles: FeatureRoles) -> dict[str, Tensor]:
+    """What the data knows of its items, by code, under the names of vocabulary.safetensors; ids as in a batch."""
+    found: dict[str, np.ndarray] = {}
+    for name in roles.side:
+        if name in store.item_number_features:
+            found[f"item.{name}"] = store.item_numbers(name)
+        elif name in store.item_side_features:
+            codes, offsets = store.item_values(name)
+            found[f"item.{name}"] = store.model_ids(name, np.asarray(codes))
+            if offsets is not None:
+                found[f"item.{name}.offsets"] = offsets
+    return {name: _as_tensor(values) for name, values in found.items()}
 
 
-@contextmanager
-def _as_data_errors() -> Iterator[None]:
-    """Raise DataError in place of ServingError."""
-    try:
-        yield
-    except ServingError as error:
-        raise DataError(str(error)) from error
+def _as_tensor(array: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that memory maps are read-only
+        return torch.from_numpy(np.asarray(array))
 
 
 class BatchEncoder(Encoder):
-    """Turns requests into batches of a trained model. Raises DataError for what the model cannot read.
+    """Turns requests into batches of a trained model. Raises DataError for what the model cannot read."""
 
-    ``facts``: those of an export, which say how candidates are scored. None: what is known without one.
-    """
+    error = DataError
 
-    def __init__(
-        self,
-        config: RunConfig,
-        source: BatchSource,
-        vocabularies: Mapping[str, Vocabulary],
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, source: BatchSource, vocabularies: Mapping[str, Vocabulary]) -> None:
         self._config, self._source = config, source
-        store = source.store if isinstance(source, StoreSource) else None
-        item = source.roles.item
-        super().__init__(
-            facts or request_facts(config, source, vocabularies),
-            vocabularies,
-            vocabularies[item] if store is None else stored_vocabulary(store, item),
-            ItemsOfData(store),
-        )
-
-    def history(self, history: History, at: int | None, room: int) -> Events:
-        """See Encoder."""
-        with _as_data_errors():
-            return super().history(history, at, room)
-
-    def candidates(self, candidates: Candidates, history: History, at: int | None, parts: int = 1) -> list[Events]:
-        """See Encoder."""
-        with _as_data_errors():
-            return super().candidates(candidates, history, at, parts)
+        items, known = vocabularies[source.roles.item], dict[str, Tensor]()
+        if isinstance(source, StoreSource):
+            items = stored_vocabulary(source.store, source.roles.item)
+            known = known_of_items(source.store, source.roles)
+        super().__init__(request_facts(config, source, vocabularies), vocabularies, items, known)
 
     def batches(self, histories: Sequence[History], rooms: Sequence[int] | None = None) -> Iterator[HSTUBatch]:
         """The histories in order, each cut to its newest items. Raises DataError for one that lacks something.
@@ -172,8 +125,9 @@ class BatchEncoder(Encoder):
             if not len(history.items):
                 raise DataError(f"{name_of(history)} has no items; give at least one")
         kept = [self._source.max_items] * len(histories) if rooms is None else rooms
-        sequences = ((self.history(*each), None) for each in zip(histories, [None] * len(kept), kept, strict=True))
-        return self.batches_of(sequences)
+        return self.batches_of(
+            (self.history(each, None, room), None) for each, room in zip(histories, kept, strict=True)
+        )
 
     def batches_of(self, sequences: Iterable[tuple[Events, Events | None]]) -> Iterator[HSTUBatch]:
         """Batches of histories, each with its candidates, if there are any, which have no labels."""

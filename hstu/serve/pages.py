@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,8 +24,11 @@ class Prefix:
     """Tokens whose keys and values are in the pages."""
     times: Tensor | None = None
     """int64 [num_tokens], seconds; None without a relative bias."""
-    views: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list, repr=False)
-    """Per layer and page: keys and values, [H, page_tokens, d] each."""
+
+    def cut(self, num_tokens: int) -> None:
+        """Forget all but the first ``num_tokens`` tokens."""
+        self.num_tokens = num_tokens
+        self.times = None if self.times is None else self.times[:num_tokens]
 
 
 @dataclass
@@ -126,11 +129,6 @@ class PrefixCache:
             self._resize(self._prefixes[key], self._pages_for(tokens), lengths)
         return [self._prefixes[key] for key in lengths]
 
-    def cut(self, prefix: Prefix, num_tokens: int) -> None:
-        """Forget all but the first ``num_tokens`` tokens."""
-        prefix.num_tokens = num_tokens
-        prefix.times = None if prefix.times is None else prefix.times[:num_tokens]
-
     def drop(self, key: Hashable) -> None:
         """Forget a sequence, if it is here."""
         prefix = self._prefixes.pop(key, None)
@@ -143,16 +141,18 @@ class PrefixCache:
         while done < count:
             page, place = divmod(first + done, self.page_tokens)
             stop = min(done + self.page_tokens - place, count)
-            for target, source in zip(prefix.views[layer][page], (keys, values), strict=True):
+            for target, source in zip(self._pool[prefix.pages[page], layer], (keys, values), strict=True):
                 target[:, place : place + stop - done] = source[done:stop].transpose(0, 1)
             done = stop
 
     def pages(self, prefix: Prefix, layer: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the tokens of ``prefix`` in one layer, [H, b, d] each, page by page."""
         whole, rest = divmod(prefix.num_tokens, self.page_tokens)
-        views = prefix.views[layer]
-        last = [(keys[:, :rest], values[:, :rest]) for keys, values in views[whole : whole + bool(rest)]]
-        return [*views[:whole], *last]
+        found = [self._pool[page, layer].unbind() for page in prefix.pages[: whole + bool(rest)]]
+        return [
+            (keys, values) if number < whole else (keys[:, :rest], values[:, :rest])
+            for number, (keys, values) in enumerate(found)
+        ]
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
@@ -166,5 +166,3 @@ class PrefixCache:
             self._counts.evictions += 1
         for _ in range(count - len(prefix.pages)):
             prefix.pages.append(self._free.pop())
-        by_page = [self._pool[page].unbind() for page in prefix.pages]
-        prefix.views = [[(of_page[0], of_page[1]) for of_page in of_layer] for of_layer in zip(*by_page, strict=True)]

@@ -1,4 +1,4 @@
-"""Predictions for many users: the best items of each (retrieval), or scores of given candidates (both tasks).
+"""Predictions for many users: the best items of each (retrieval), scores of given candidates (both tasks), and vectors.
 
 A caller divides the users into parts, and each part is divided over the ranks, so memory is bounded by one part. The
 rows of a part depend on its users alone.
@@ -6,40 +6,86 @@ rows of a part depend on its users alone.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.base.files import written_aside
+from hstu.base.ids import codes_of
 from hstu.config.args import DatasetArgs
 from hstu.config.run_config import RunConfig
+from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.given_requests import GivenRequests
-from hstu.data.batches.jagged import ranges, run_starts
+from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.model.tasks import RankingTask
 from hstu.parallel.collectives import gather_objects
-from hstu.serve.id_files import Candidates
+from hstu.serve.command import Candidates
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.vectors import own_user_vectors, places_of
 from hstu.train.builder import build_evaluator, task_names
 from hstu.train.corpus import Queries, pair_scores, recommend
 from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, RankingEvaluator
 from hstu.train.store_source import StoreSource
 from hstu.train.task_metrics import sigmoid
 
-SETTINGS_FILE = "_settings.json"
-"""Readers of Parquet directories leave out names that begin with an underscore."""
+PART_USERS = 10_000
+"""Users whose vectors are in memory at once."""
 Columns = dict[str, np.ndarray]
+
+
+def item_vectors(loaded: LoadedModel) -> Iterator[np.ndarray]:
+    """Vectors of all items of the data, in the order of their codes, chunk by chunk: float32 [n, E], of length 1.
+
+    Items that the model does not have, or that have no row in a dynamic table, have zero vectors. Collective; the same
+    on every rank. Raises DataError for a ranking model.
+    """
+    codes = np.arange(loaded.store.cardinality(loaded.source.roles.item), dtype=np.int64)
+    corpus = loaded.retrieval_evaluator().corpus(loaded.model_ids(codes))
+    with loaded.inference():
+        for first, vectors in corpus.chunks():
+            yield vectors[: corpus.size - first].float().cpu().numpy()
+
+
+def user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = None) -> Iterator[np.ndarray]:
+    """Vectors of users in the given order, part by part: float32 [n, E], of length 1; the same on every rank."""
+    for first in range(0, len(users), PART_USERS):
+        part = users[first : first + PART_USERS]
+        own, vectors = _own_user_vectors(loaded, part, at)
+        computed, joined = _joined(loaded, own, vectors.float().cpu().numpy())
+        yield joined[_places_of(computed, part)]
+
+
+def _own_user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = None) -> tuple[np.ndarray, Tensor]:
+    """Of users (rows of the store), those that this rank computes, and their vectors: int64 [n], float32 [n, E]."""
+    own = [np.zeros(0, dtype=np.int64)]
+
+    def noted() -> Iterator[HSTUBatch]:
+        for batch in loaded.with_data().history_batches(users, divided=True):
+            loaded.mesh.heartbeat.mark()
+            own.append(batch.user_ids.numpy()[: batch.real_batch_size])
+            yield batch
+
+    vectors = loaded.user_vectors(noted(), at)
+    return np.concatenate(own), vectors
+
+
+def _places_of(users: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Indices in ``users``, which are distinct, of ``wanted`` ones."""
+    order = np.argsort(users)
+    return order[codes_of(wanted, users[order])]
+
+
+def _joined(loaded: LoadedModel, *own: np.ndarray) -> list[np.ndarray]:
+    """The arrays of all ranks, one rank after another."""
+    of_ranks = gather_objects(own, loaded.mesh.world_group)
+    return [np.concatenate(arrays) for arrays in zip(*of_ranks, strict=True)]
 
 
 class Predictor(ABC):
@@ -56,31 +102,23 @@ class Predictor(ABC):
 
     def _table(self, users: np.ndarray, items: Sequence[Any], columns: dict[str, np.ndarray]) -> pa.Table:
         """``users``: rows of the store, int64 [n]; ``items``: raw ids."""
-        raw = self._raw_ids["user"][users]
-        types = {name: pa.string() if ids.dtype == object else pa.int64() for name, ids in self._raw_ids.items()}
-        ids = {"user": pa.array(raw, types["user"]), "item": pa.array(items, types["item"])}
+        ids = {
+            "user": pa.array(self._raw_users[users], _arrow_type(self._raw_users)),
+            "item": pa.array(items, _arrow_type(self._raw_items)),
+        }
         return pa.table({**ids, **{name: pa.array(values) for name, values in columns.items()}})
 
     @cached_property
-    def _raw_ids(self) -> dict[str, np.ndarray]:
-        return {"user": self.store.raw_ids(USER_FEATURE), "item": self.store.raw_ids(self.store.item_feature)}
+    def _raw_users(self) -> np.ndarray:
+        return self.store.raw_ids(USER_FEATURE)
 
-    def _joined(self, *own: np.ndarray) -> list[np.ndarray]:
-        """The arrays of all ranks, one rank after another."""
-        of_ranks = gather_objects(own, self.loaded.mesh.world_group)
-        return [np.concatenate(arrays) for arrays in zip(*of_ranks, strict=True)]
+    @cached_property
+    def _raw_items(self) -> np.ndarray:
+        return self.store.raw_ids(self.store.item_feature)
 
 
-@dataclass(frozen=True)
-class ItemChoice:
-    """Which items a retrieval model may recommend."""
-
-    allowed: np.ndarray | None = None
-    """Codes, int64. None: all."""
-    denied: np.ndarray | None = None
-    """Codes, int64. None: none."""
-    keep_seen: bool = False
-    """Whether to recommend items that the user has events of."""
+def _arrow_type(ids: np.ndarray) -> pa.DataType:
+    return pa.string() if ids.dtype == object else pa.int64()
 
 
 class RetrievalPredictor(Predictor):
@@ -88,8 +126,10 @@ class RetrievalPredictor(Predictor):
 
     Args:
         top: items per user. None: all candidates.
-        choice: the items that may be recommended.
         candidates: those of each user, in place of all items. An item that has no vector is no candidate.
+        allowed: codes of the only items to recommend, int64. None: all.
+        denied: codes of items not to recommend, int64.
+        keep_seen: whether to recommend items that the user has events of.
         at: when the users ask, see ``LoadedModel.user_vectors``.
 
     Raises DataError for a ranking model, or if no item is left, and ConfigError if the model does not read ``at``.
@@ -99,47 +139,46 @@ class RetrievalPredictor(Predictor):
         self,
         loaded: LoadedModel,
         top: int | None,
-        choice: ItemChoice,
         candidates: Candidates | None = None,
+        *,
+        allowed: np.ndarray | None = None,
+        denied: np.ndarray | None = None,
+        keep_seen: bool = False,
         at: int | None = None,
     ) -> None:
         super().__init__(loaded)
         loaded.check_request_time(at)
-        self.top, self.choice, self.candidates, self.at = top, choice, candidates, at
+        self.top, self.candidates, self.keep_seen, self.at = top, candidates, keep_seen, at
         self._evaluator = loaded.retrieval_evaluator()
         self._vocabulary = loaded.vocabularies[self.source.roles.item]
         ids = self._evaluator.corpus().ids.cpu().numpy()
-        if choice.allowed is not None:
-            ids = np.intersect1d(ids, loaded.model_ids(choice.allowed))
-        if choice.denied is not None:
-            ids = np.setdiff1d(ids, loaded.model_ids(choice.denied))
+        if allowed is not None:
+            ids = np.intersect1d(ids, loaded.model_ids(allowed))
+        if denied is not None:
+            ids = np.setdiff1d(ids, loaded.model_ids(denied))
         self._ids, self._corpus = ids, self._evaluator.corpus(ids)
         if not self._corpus.size:
             raise DataError("no item is left to recommend: the model has none of the allowed items, or all are denied")
 
     def predict(self, users: np.ndarray) -> pa.Table:
         """See Predictor."""
-        own, vectors = own_user_vectors(self.loaded, users, self.at)
+        own, vectors = _own_user_vectors(self.loaded, users, self.at)
         with self.loaded.inference():
             if self.candidates is None:
                 found = self._best(own, vectors)
             else:
                 found = self._best_candidates(own, vectors, self.candidates.of_users(users))
-        of_user, items, scores = self._joined(*found)
-        order = np.argsort(places_of(users, of_user), kind="stable")
-        of_user, items, scores = of_user[order], items[order], scores[order]
-        ranks = np.arange(len(of_user)) - _first_of_run(places_of(users, of_user)) + 1
+        of_user, items, scores = _joined(self.loaded, *found)
+        order = np.argsort(_places_of(users, of_user), kind="stable")
         return self._table(
-            of_user,
-            self._vocabulary.values_at(torch.from_numpy(items)),
-            {"rank": ranks.astype(np.int32), "score": scores},
+            of_user[order],
+            self._vocabulary.values_at(torch.from_numpy(items[order])),
+            {"rank": _ranks(of_user[order]).astype(np.int32), "score": scores[order]},
         )
 
-    def _best(self, users: np.ndarray, vectors: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _best(self, users: np.ndarray, vectors: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(user, item as the model gets it, score) of the best items of the corpus, best first within each user."""
-        seen, lengths = np.zeros(0, dtype=np.int64), np.zeros_like(users)
-        if not self.choice.keep_seen:
-            seen, lengths = self._seen(users)
+        seen, lengths = self._seen(users)
         queries = Queries(vectors, users, np.full_like(users, -1), seen, lengths)
         assert self.top is not None, "top may be None for candidates only"
         positions, scores = recommend(queries, self._corpus, self.top)
@@ -147,35 +186,37 @@ class RetrievalPredictor(Predictor):
         return np.repeat(users, found.sum(axis=1)), self._ids[positions[found]], scores[found]
 
     def _seen(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the model gets for the items of the users' events, and how many of them each has; int64."""
+        """What the model gets for the items that users must not get again, and how many they are for each; int64."""
+        if self.keep_seen:
+            return np.zeros(0, dtype=np.int64), np.zeros_like(users)
         offsets = np.asarray(self.store.offsets())
         lengths = offsets[users + 1] - offsets[users]
         codes = self.store.sequence(self.store.item_feature)[ranges(offsets[users], lengths)]
         return self.loaded.model_ids(codes), lengths
 
     def _best_candidates(
-        self, users: np.ndarray, vectors: torch.Tensor, candidates: Candidates
+        self, users: np.ndarray, vectors: Tensor, candidates: Candidates
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same among the candidates of each user. ``candidates``: of the users of all ranks."""
         corpus = self._evaluator.corpus(np.intersect1d(self.loaded.model_ids(candidates.items), self._ids))
         own = candidates.of_users(users)
-        row, items = np.repeat(places_of(users, own.users), own.counts), self.loaded.model_ids(own.items)
+        row, items = np.repeat(_places_of(users, own.users), own.counts), self.loaded.model_ids(own.items)
         scores = pair_scores(vectors, row, corpus.positions(items), corpus).cpu().numpy()
-        left = scores > -np.inf
-        if not self.choice.keep_seen:
-            left &= ~self._is_seen(users, row, items)
-        order = np.lexsort((items, -scores, row))
-        order = order[left[order]]
-        rank = np.arange(len(order)) - _first_of_run(row[order])
-        order = order[rank < (len(order) if self.top is None else self.top)]
-        return users[row[order]], items[order], scores[order]
-
-    def _is_seen(self, users: np.ndarray, row: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """Whether the user has events of an item, bool [n]. ``row``: indices in ``users``."""
         seen, lengths = self._seen(users)
         known = np.unique(np.concatenate([seen, items]))  # raw ids may be too large to be multiplied
         seen_keys = np.repeat(np.arange(len(users)), lengths) * len(known) + np.searchsorted(known, seen)
-        return np.isin(row * len(known) + np.searchsorted(known, items), seen_keys)
+        left = (scores > -np.inf) & ~np.isin(row * len(known) + np.searchsorted(known, items), seen_keys)
+        order = np.lexsort((items, -scores, row))
+        order = order[left[order]]
+        if self.top is not None:
+            order = order[_ranks(row[order]) <= self.top]
+        return users[row[order]], items[order], scores[order]
+
+
+def _ranks(keys: np.ndarray) -> np.ndarray:
+    """Places of elements in their runs of equal keys, from 1."""
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    return 1 + run_indices(np.diff(starts, append=len(keys)))[1]
 
 
 class RankingPredictor(Predictor):
@@ -220,16 +261,10 @@ class RankingPredictor(Predictor):
                 assert logits is not None, "a ranking model has logits"
                 places.append(of_batch)
                 outputs.append(logits.float().cpu().numpy())
-        place, output = self._joined(np.concatenate(places), np.concatenate(outputs))
+        place, output = _joined(self.loaded, np.concatenate(places), np.concatenate(outputs))
         output = output[np.argsort(place)]
-        items = self._raw_ids["item"][given.items]
+        items = self._raw_items[given.items]
         return self._table(np.repeat(given.users, given.counts), items, self._columns.of(output))
-
-
-def _first_of_run(keys: np.ndarray) -> np.ndarray:
-    """For each element of sorted keys, the index of the first equal one."""
-    counts = np.unique(keys, return_counts=True)[1]
-    return np.repeat(run_starts(counts), counts)
 
 
 @dataclass(frozen=True)
@@ -304,61 +339,3 @@ def _classes(
     names = [texts[label] if label < len(texts) else label for label in labels]
     columns = {f"{prefix}{name}": column for name, column in zip(names, probabilities.T, strict=True)}
     return columns if expected is None else {expected: probabilities @ np.array(labels), **columns}
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The files part-00000.parquet, … of a directory. A file is complete once it has its name.
-
-    settings: what the content depends on, by name; JSON. Parts of other settings are not continued.
-    """
-
-    directory: Path
-    count: int
-    settings: Mapping[str, Any]
-
-    def open(self) -> list[int]:
-        """Create the directory, or go on in it. Returns the numbers of the parts that are missing.
-
-        Raises DataError if it is complete, was written with other settings, or holds something else.
-        """
-        file = self.directory / SETTINGS_FILE
-        wanted = {"parts": self.count, **self.settings}
-        if file.is_file():
-            self._check(json.loads(file.read_text(encoding="utf-8")), wanted)
-        elif self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
-            raise DataError(f"{self.directory} exists and holds no predictions; give another name, or remove it")
-        else:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._put(file, lambda aside: aside.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8"))
-        missing = [number for number in range(self.count) if not self.path(number).is_file()]
-        if not missing:
-            raise DataError(f"{self.directory} exists and is complete; give another name, or remove it")
-        return missing
-
-    def _check(self, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-        differing = [
-            f"{name} was {stored.get(name)!r} and is {wanted.get(name)!r}"
-            for name in {**stored, **wanted}
-            if stored.get(name) != wanted.get(name)
-        ]
-        if differing:
-            raise DataError(
-                f"{self.directory} has parts of another call, which cannot be continued: {'; '.join(differing)}. Give "
-                "the same arguments, or another name"
-            )
-
-    def path(self, number: int) -> Path:
-        """The file of a part."""
-        return self.directory / f"part-{number:05d}.parquet"
-
-    def write(self, number: int, table: pa.Table) -> None:
-        """Write a part: aside, synced, and then renamed, so that a kill or a crash leaves no half of one."""
-        self._put(self.path(number), lambda aside: pq.write_table(table, aside))
-
-    def _put(self, path: Path, write: Any) -> None:
-        try:
-            with written_aside(path) as aside:
-                write(aside)
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror or error}") from error

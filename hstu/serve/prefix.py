@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ class IncrementalEncoder:
         """
         tokens = None
         with self._forgotten_after_an_error([key]):
-            self.cache.cut(prefix, self._tokens_of(kept))
+            prefix.cut(self._tokens_of(kept))
             self.cache.reserve({key: prefix.num_tokens + count * self._per_item})
             x, layout = self._newest(batch, count)
             end = prefix.num_tokens + len(x)
@@ -148,7 +149,9 @@ class IncrementalEncoder:
         x, layout = self._newest(batch, count)
         part = _part(layout, slice(0, len(x)), before, prefix.num_tokens)
         self.cache.statistics.scored_tokens += len(x)
-        return self._extend(_first_tokens(prefix, before), x, part, prefix.num_tokens, keep=False)[-1]
+        earlier = replace(prefix)
+        earlier.cut(before)
+        return self._extend(earlier, x, part, prefix.num_tokens, keep=False)[-1]
 
     def score(self, prefix: Prefix, batch: HSTUBatch) -> Tensor:
         """Tokens of the candidates of the only sequence of ``batch`` after the history ``prefix``: float32 [m, D].
@@ -160,7 +163,8 @@ class IncrementalEncoder:
         count = int(batch.num_candidates_host[0])
         x, layout = self._newest(batch, count)
         if group == 1 and per_item == 2:  # nothing sees the actions
-            x, layout, per_item = x[::2], _every_second(layout), 1
+            layout = _sliced(layout, slice(None, None, 2), candidate_group_tokens=1, tokens_per_item=1)
+            x, per_item = x[::2], 1
         end, found = prefix.num_tokens, []
         for rows in _runs_of(len(x), self._items_at_once * per_item):
             part = _part(layout, rows, end, end)
@@ -184,13 +188,7 @@ class IncrementalEncoder:
         layout = self.encoder.inputs.layout(batch)
         content = self._content(batch, layout)
         rows = slice(len(content) - count * self._per_item, len(content))
-        newest = replace(
-            layout,
-            positions=layout.positions[rows],
-            token_times=None if layout.token_times is None else layout.token_times[rows],
-            query_times=None if layout.query_times is None else layout.query_times[rows],
-        )
-        return content[rows], newest
+        return content[rows], _sliced(layout, rows)
 
     def _extend(self, prefix: Prefix, x: Tensor, layout: JaggedLayout, history_end: int, keep: bool) -> Tensor:
         """Encoded tokens, float32 [n, D], of the contents ``x`` [n, D]. ``keep``: they become part of the prefix."""
@@ -270,37 +268,25 @@ def _runs_of(count: int, length: int) -> Iterator[slice]:
         yield slice(start, min(start + length, count))
 
 
-def _first_tokens(prefix: Prefix, count: int) -> Prefix:
-    """A view of the prefix that ends earlier."""
-    return replace(prefix, num_tokens=count, times=None if prefix.times is None else prefix.times[:count])
+def _sliced(layout: JaggedLayout, rows: slice, **changes: Any) -> JaggedLayout:
+    """The layout of some tokens, with other ``changes``."""
+    of_tokens = {name: getattr(layout, name) for name in ("positions", "token_times", "query_times")}
+    found = {name: None if values is None else values[rows] for name, values in of_tokens.items()}
+    return replace(layout, **{**found, **changes})
 
 
 def _part(layout: JaggedLayout, rows: slice, start: int, history_end: int) -> JaggedLayout:
     """The layout of some tokens, the first of which is token ``start`` of context and history; one sequence."""
     count, device = rows.stop - rows.start, layout.positions.device
     are_candidates = layout.num_candidate_tokens is not None
-    positions = torch.arange(start, start + count, device=device).clamp_(max=history_end)
-    return replace(
+    return _sliced(
         layout,
+        rows,
         seqlen_offsets=torch.tensor([0, count], device=device),
         seqlens=np.array([count]),
         num_contextuals=0,
         num_candidate_tokens=torch.tensor([count], device=device) if are_candidates else None,
         num_candidate_tokens_host=np.array([count if are_candidates else 0]),
-        positions=positions,
-        token_times=None if layout.token_times is None else layout.token_times[rows],
-        query_times=None if layout.query_times is None else layout.query_times[rows],
+        positions=torch.arange(start, start + count, device=device).clamp_(max=history_end),
         cache={},
-    )
-
-
-def _every_second(layout: JaggedLayout) -> JaggedLayout:
-    """The layout of the items alone, where each is followed by its action."""
-    return replace(
-        layout,
-        candidate_group_tokens=1,
-        tokens_per_item=1,
-        positions=layout.positions[::2],
-        token_times=None if layout.token_times is None else layout.token_times[::2],
-        query_times=None if layout.query_times is None else layout.query_times[::2],
     )

@@ -192,7 +192,7 @@ class Session:
             return self._cosines(user, items, at)
         if at is not None and not self._requests.facts["reads_times"]:
             raise ConfigError("the model does not read the time of a request; leave the time out")
-        newest = _slice(known.history, 1)
+        newest = known.history.cut(slice(-1, None))
         shown = Candidates(items, features or {}, actions)
         self._note_unknown(History(items=items, actions=actions, features=shown.features))
         (events,) = self._requests.candidates(shown, newest, at)
@@ -230,7 +230,7 @@ class Session:
         if not count:
             return
         self._note_unknown(new)
-        both = _joined(known.history, _as_lists(new), "the events to append to")
+        both = _joined(known.history, _as_lists(new))
         if known.num_items + count > self.max_items:
             updated = _newest(both, self.max_items - self._trim_events + 1)
             self._tail(updated, min(count, updated.num_items))  # raises for events without what the model reads
@@ -287,7 +287,7 @@ class Session:
 
     def _tail(self, known: _Known, count: int) -> HSTUBatch:
         """A batch that ends with the newest ``count`` items; one before them says how long ago it was."""
-        (batch,) = self._requests.batches([_slice(known.history, count + 1)], [count + 1])
+        (batch,) = self._requests.batches([known.history.cut(slice(-count - 1, None))], [count + 1])
         return batch
 
     def _embeddings_of(self, batch: HSTUBatch) -> dict[str, JaggedTensor]:
@@ -314,63 +314,41 @@ def _task_of(dense: nn.Module) -> RankingModel | RetrievalDense:
     raise AssertionError("a model has a task")
 
 
-# -- histories ---------------------------------------------------------------------------------------------------
-
-
 def _as_lists(history: History) -> History:
     def as_list(values: Any) -> Any:
-        return values.tolist() if isinstance(values, np.ndarray) else None if values is None else [*values]
+        return None if values is None else np.asarray(values, dtype=object).tolist()
 
     features = {name: as_list(values) for name, values in history.features.items()}
-    return replace(
-        history,
-        items=as_list(history.items),
-        actions=as_list(history.actions),
-        timestamps=as_list(history.timestamps),
-        features=features,
-    )
-
-
-def _slice(history: History, count: int) -> History:
-    """The newest ``count`` events, or all that there are."""
-
-    def newest(values: Any) -> Any:
-        return None if values is None else values[-count:]
-
-    return replace(
-        history,
-        items=newest(history.items),
-        actions=newest(history.actions),
-        timestamps=newest(history.timestamps),
-        features={name: newest(values) for name, values in history.features.items()},
-    )
+    of_events = {name: as_list(getattr(history, name)) for name in ("items", "actions", "timestamps")}
+    return replace(history, **of_events, features=features)
 
 
 def _newest(history: History, count: int) -> _Known:
     """The newest ``count`` items, and the one before them if there is one."""
-    return _Known(_slice(history, count + 1), before=int(len(history.items) > count))
+    return _Known(history.cut(slice(-count - 1, None)), before=int(len(history.items) > count))
 
 
-def _joined(history: History, new: History, what: str) -> History:
+def _joined(history: History, new: History) -> History:
     """The events of ``new`` after those of ``history``. Raises DataError where one has what the other lacks."""
-    of_user = f"{what} the history of {new.user!r}"
+    of_user = f"the events to append to the history of {new.user!r}"
 
     def join(what: str, before: Any, after: Any) -> Any:
         if (before is None) != (after is None):
-            has, lacks = ("do not have", "has") if after is None else ("have", "does not have")
-            raise DataError(f"{of_user} {has} {what}, and the history {lacks} them; give both the same")
+            have, lack = ("have", "has not") if before is None else ("do not have", "has")
+            raise DataError(f"{of_user} {have} {what}, and the history {lack}; give both the same")
         return None if before is None else [*before, *after]
 
-    times = history.timestamps, new.timestamps
-    if all(each is not None and len(each) for each in times) and times[1][0] < times[0][-1]:  # type: ignore[index]
-        raise DataError(f"{of_user} begin at {times[1][0]}, before its newest at {times[0][-1]}; give them in order")  # type: ignore[index]
-    names = [*history.features, *(name for name in new.features if name not in history.features)]
+    times = join("timestamps", history.timestamps, new.timestamps)
+    if history.timestamps and new.timestamps and new.timestamps[0] < history.timestamps[-1]:
+        oldest, newest = new.timestamps[0], history.timestamps[-1]
+        raise DataError(f"{of_user} begin at {oldest}, before its newest at {newest}; give them in order")
     return replace(
         history,
         items=[*history.items, *new.items],
         actions=join("actions", history.actions, new.actions),
-        timestamps=join("timestamps", *times),
+        timestamps=times,
         features={
-            name: join(f"features {name!r}", history.features.get(name), new.features.get(name)) for name in names
+            name: join(f"features {name!r}", history.features.get(name), new.features.get(name))
+            for name in {**history.features, **new.features}
         },
     )

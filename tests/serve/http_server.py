@@ -121,18 +121,15 @@ class StubModel:
 
 @dataclass
 class StubLoader:
-    """Loads folders of ``write_folder``; one that is "bad" is refused, "busy" until it is ready."""
+    """Loads folders of ``write_folder``; one that is "bad" is refused."""
 
     models: list[StubModel] = field(default_factory=list)
     is_open: bool = True
-    is_ready: bool = False
 
     def __call__(self, folder: Path, version: str, current: Any) -> Any:
         content = (folder / "serving.json").read_text()
         if content.startswith("bad"):
             raise ServingError(content)
-        if content.startswith("busy") and not self.is_ready:
-            raise OSError("no memory for a map")
         if content.startswith("broken"):
             raise KeyError(content)
         model = StubModel(version, "ranking" if content.startswith("ranking") else "retrieval")

@@ -17,8 +17,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve import runtime
-from hstu.serve.export import ServingOptions, for_export, write_serving
-from hstu.serve.model_card import CardFacts
+from hstu.serve.export import for_export, write_serving
 from hstu.serve.runtime import History
 from hstu.train.builder import build_model, build_state
 from hstu.train.inference import InferenceSource, zero_spare_rows
@@ -61,7 +60,8 @@ class Served:
     trained: TrainedModel
     folder: Path
     model: runtime.Model
-    lines: list[str]
+    difference: float | None
+    """What the export has found on users of the data."""
 
 
 def random_model(
@@ -90,17 +90,11 @@ def random_model(
     return TrainedModel(config, output, mesh, source, model, optimizers, [])
 
 
-def serve(trained: TrainedModel, folder: Path, options: ServingOptions = ServingOptions()) -> Served:  # noqa: B008
+def serve(trained: TrainedModel, folder: Path, **options: Any) -> Served:
     """Export a model and load the result."""
     logging.getLogger("torch.export").setLevel(logging.ERROR)
-    lines = write_serving(trained, folder, options, CardFacts(7, (("valid", 7, {"HR@10": 0.5}),), {"torch": "2"}))
-    return Served(trained, folder, runtime.load(folder), lines)
-
-
-def difference(served: Served) -> float:
-    """What serving.json says was measured."""
-    measured: float = served.model.facts["measured"]["difference"]
-    return measured
+    difference = write_serving(trained, folder, evaluations={"valid": {"HR@10": 0.5}}, **options)
+    return Served(trained, folder, runtime.load(folder), difference)
 
 
 def request(items: Sequence[Any], actions: Sequence[Any], times: Sequence[int], **fields: Any) -> History:

@@ -32,31 +32,23 @@ def call(here: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Callabl
     return run
 
 
-@pytest.mark.parametrize("form", ["parquet", "npy"])
 def test_vectors_are_those_of_the_interface_for_notebooks(
-    form: str,
     here: Path,
     call: Callable[..., int],
     finished: Callable[[str], FinishedRun],
     mesh: Mesh,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("hstu.serve.vectors.PART_USERS", 2)
+    monkeypatch.setattr("hstu.serve.predict.PART_USERS", 2)
     (here / "users.csv").write_text("user\n107\n103\n119\n107\n")
-    assert call("retrieval", "--format", form, "--users_file", here / "users.csv") == 0
-    if form == "parquet":
-        users, items = (pd.read_parquet(here / "out" / f"{name}.parquet") for name in ("users", "items"))
-        ids, vectors = users["user"].to_numpy(), np.stack(users["vector"])
-        item_ids, of_items = items["item"].to_numpy(), np.stack(items["vector"])
-    else:
-        ids, vectors, item_ids, of_items = (
-            np.load(here / "out" / name) for name in ("users.ids.npy", "users.npy", "items.ids.npy", "items.npy")
-        )
+    assert call("retrieval", "--users_file", here / "users.csv") == 0
+    users, items = (pd.read_parquet(here / "out" / f"{name}.parquet") for name in ("users", "items"))
+    ids, vectors = users["user"].to_numpy(), np.stack(users["vector"])
+    item_ids, of_items = items["item"].to_numpy(), np.stack(items["vector"])
     trained = api.load(finished("retrieval").path, mesh=mesh)
     assert ids.tolist() == [107, 103, 119] and item_ids.tolist() == list(range(1000, 1000 + ITEMS))
     np.testing.assert_allclose(vectors, trained.user_embeddings(ids).numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(of_items, trained.item_embeddings().numpy())
-    assert len(list((here / "out").iterdir())) == (2 if form == "parquet" else 4)
 
 
 def test_mistakes_are_told(call: Callable[..., int], here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,13 +13,13 @@ import torch
 
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.serve.check import TOLERANCE
-from hstu.serve.export import ServingOptions
+from hstu.serve.export import TOLERANCE
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.runtime import History, Recommendation, load
 from hstu.serve.runtime.files import read_tables
 from scripts.export import main as export_command
-from tests.serve.served import BIAS, EVERY_FEATURE, difference, feature_store, random_model, serve
+from tests.serve.random_requests import largest_difference
+from tests.serve.served import BIAS, EVERY_FEATURE, feature_store, random_model, serve
 from tests.train.tiny import ITEMS, OF_THE_ACTION, FinishedRun
 
 pytestmark = pytest.mark.slow
@@ -83,30 +83,25 @@ def test_an_export_computes_what_the_model_computes(
     task, options = SETTINGS[name]
     options = dict(options)
     trained = random_model(task, stores[options.pop("raw", False)], mesh, tmp_path, **options)
-    assert difference(serve(trained, tmp_path / "serving")) <= TOLERANCE
+    served = serve(trained, tmp_path / "serving")
+    assert largest_difference(trained, served.model) <= TOLERANCE
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("bfloat16", 2**-8), ("int8", 1 / 127)])
-def test_tables_of_fewer_bits_have_the_error_that_is_reported(
+def test_tables_of_fewer_bits_are_close(
     mesh: Mesh, stores: dict[bool, SequenceStore], tmp_path: Path, dtype: str, largest: float
 ) -> None:
     trained = random_model("retrieval", stores[False], mesh, tmp_path)
-    served = serve(trained, tmp_path / "serving", ServingOptions(dtype))
-    error = served.model.facts["measured"]["tables"]["item_id_table"]
+    served = serve(trained, tmp_path / "serving", table_dtype=dtype)
     rows = trained.model.rows_of({"item_id": torch.arange(ITEMS)})["item_id"].detach()
     places = served.model.encoder.items.rows(range(1000, 1000 + ITEMS))
     found = read_tables(served.folder / "tables.safetensors")["item_id_table"].rows(places)
-    assert float((found - rows).abs().max()) == pytest.approx(error["largest"])
-    assert 0 < error["relative"] < error["largest"] / float(rows.square().mean().sqrt()) <= 4 * largest
-    assert 0 < served.model.facts["measured"]["change"]["largest"] < 0.05
-    assert any("relative error" in line for line in served.lines)
+    assert 0 < ((found - rows).abs() / rows.abs().amax(dim=1, keepdim=True)).max() <= largest
 
 
 @pytest.mark.timeout(1200)
 def test_a_compiled_program_computes_the_same(mesh: Mesh, stores: dict[bool, SequenceStore], tmp_path: Path) -> None:
-    served = serve(
-        random_model("retrieval", stores[False], mesh, tmp_path), tmp_path / "serving", ServingOptions(compiles=True)
-    )
+    served = serve(random_model("retrieval", stores[False], mesh, tmp_path), tmp_path / "serving", compiles=True)
     compiled = load(served.folder, compiled=True)
     for items in ([1000], [1000, 1001, 1005]):
         history = History(items=items, actions=[1] * len(items))

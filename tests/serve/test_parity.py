@@ -62,9 +62,9 @@ def of_cache(exported: Path, mesh: Mesh) -> Iterator[Predict]:
 
     def predict(history: api.History, candidates: list[Any], at: int) -> Any:
         half = (len(history.items) + 1) // 2
-        session.encode([part(history, half)])
+        session.encode([history.cut(slice(half))])
         if half < len(history.items):
-            session.append([part(history, len(history.items), first=half)])
+            session.append([history.cut(slice(half, None))])
         return session.score(history.user, candidates, at=at if model.reads_request_time else None).numpy()
 
     yield predict
@@ -93,13 +93,6 @@ def as_request(history: api.History) -> runtime.History:
     return runtime.History(**{**values, "context": context, "user": np.asarray(history.user).item()})
 
 
-def part(history: api.History, stop: int, first: int = 0) -> api.History:
-    """Some events of a history."""
-    assert history.actions is not None and history.timestamps is not None
-    cut = slice(first, stop)
-    return replace(history, items=history.items[cut], actions=history.actions[cut], timestamps=history.timestamps[cut])
-
-
 def predicted_again(evaluation: Evaluation, predict: Predict, store: SequenceStore) -> np.ndarray:
     """The results of an evaluation, computed in another way; nan where the model had no event before the item."""
     found, seen = evaluation.observations, dict[int, int]()
@@ -116,7 +109,7 @@ def predicted_again(evaluation: Evaluation, predict: Predict, store: SequenceSto
             seen[user] = seen.get(user, 0) + 1
         if before == 0:
             continue
-        history, at = part(whole, place, first=place - before), int(whole.timestamps[place])
+        history, at = whole.cut(slice(place - before, place)), int(whole.timestamps[place])
         target = whole.items.tolist()[place]  # type: ignore[union-attr]
         if found.results.ndim == 1:
             unseen = [item for item in everything if item not in whole.items[:place] or item == target]

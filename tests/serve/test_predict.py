@@ -18,7 +18,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.predict import Parts, score_columns
+from hstu.serve.predict import score_columns
 from tests.conftest import write_small_store
 from tests.train.tiny import ACTIONS, ITEM_FEATURES, ITEMS, FinishedRun, walks
 
@@ -156,20 +156,21 @@ def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
             np.testing.assert_allclose(own[column], values[last], rtol=1e-4, atol=1e-5)
 
 
-def test_columns_of_scores_are_probabilities_and_expected_labels(loaded: Loaded) -> None:
-    for name, width in (("ranking", ACTIONS), ("tasks", 5)):
-        evaluator = evaluate_split(loaded(name), "valid").evaluator
-        logits = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-        columns = score_columns(evaluator, loaded(name).config, loaded(name).with_data()).of(logits)
-        if name == "ranking":
-            probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
-            np.testing.assert_allclose(np.stack([columns[f"p_{c}"] for c in range(ACTIONS)], 1), probabilities, 1e-5)
-            np.testing.assert_allclose(columns["score"], probabilities @ np.arange(ACTIONS), rtol=1e-5)
-        else:
-            chances = torch.from_numpy(logits).sigmoid().numpy()
-            assert list(columns) == ["score_level", "score_odd", "score_high"]
-            np.testing.assert_allclose(columns["score_level"], chances[:, :3].sum(axis=1), rtol=1e-5)
-            np.testing.assert_allclose(columns["score_high"], chances[:, 4], rtol=1e-5)
+@pytest.mark.parametrize(("name", "width", "prefix"), [("ranking", ACTIONS, "p_"), ("tasks", ACTIONS + 2, "p_level_")])
+def test_columns_of_scores_are_probabilities_and_the_expected_action(
+    loaded: Loaded, name: str, width: int, prefix: str
+) -> None:
+    evaluator = evaluate_split(loaded(name), "valid").evaluator
+    logits = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
+    columns = score_columns(evaluator, loaded(name).config, loaded(name).with_data()).of(logits)
+    probabilities = torch.from_numpy(logits[:, :ACTIONS]).softmax(dim=1).numpy()
+    found = np.stack([columns[f"{prefix}{action}"] for action in range(ACTIONS)], 1)
+    np.testing.assert_allclose(found, probabilities, 1e-5)
+    if name == "ranking":
+        np.testing.assert_allclose(columns["score"], probabilities @ np.arange(ACTIONS), rtol=1e-5)
+    else:
+        high = torch.from_numpy(logits[:, -1]).sigmoid().numpy()
+        np.testing.assert_allclose(columns["score_high"], high, rtol=1e-5)
 
 
 def test_classes_are_named_by_the_texts_of_the_actions(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,24 +190,24 @@ def test_a_run_that_was_killed_goes_on_and_writes_the_same_files(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     predicted("retrieval", "--part_users", 6, where="whole")
-    write, options = Parts.write, ["--part_users", "6", "--output", str(here / "killed")]
+    write, options = predict._put, ["--part_users", "6", "--output", str(here / "killed")]
 
-    def killed(self: Parts, number: int, table: Any) -> None:
-        if number == 2:
-            self.path(number).with_name(f".writing_{self.path(number).name}").write_text("half")
+    def killed(path: Path, table: Any) -> None:
+        if "00002" in path.name:
+            path.with_name(f".writing_{path.name}").write_text("half")
             raise KeyboardInterrupt
-        write(self, number, table)
+        write(path, table)
 
     arguments = ["--run_dir", str(finished("retrieval").path), *options]
     with monkeypatch.context() as patched:
-        patched.setattr(Parts, "write", killed)
+        patched.setattr(predict, "_put", killed)
         assert predict.main(arguments) == 130
     capsys.readouterr()
     assert predict.main([*arguments, "--top", "3"]) == 3
-    assert "parts of another call, which cannot be continued: top was 10 and is 3" in capsys.readouterr().err
+    assert "has parts of another call" in capsys.readouterr().err
     assert predict.main(arguments) == 0
     assert "2 of 4 parts are there; going on with the rest" in capsys.readouterr().err
-    for file in sorted((here / "whole").iterdir()):
+    for file in sorted((here / "whole").glob("*.parquet")):
         assert (here / "killed" / file.name).read_bytes() == file.read_bytes()
     assert len(list((here / "killed").iterdir())) == 5
     assert predict.main(arguments) == 3 and "exists and is complete" in capsys.readouterr().err
@@ -225,7 +226,7 @@ def test_mistakes_are_told(refused: Callable[..., str], here: Path) -> None:
     assert "absent.parquet cannot be read: there is no such file" in refused(
         "retrieval", "--candidates", here / "absent.parquet"
     )
-    assert "knows no pair of user and item" in refused("retrieval", "--candidates", here / "gap.csv")
+    assert "1 row(s) have no item" in refused("retrieval", "--candidates", here / "gap.csv")
     assert "name a file of them with --candidates" in refused("ranking")
     assert "--top is for retrieval" in refused("ranking", "--top", 3)
     (here / "pairs.csv").write_text("user,item\n100,1000\n")
@@ -237,7 +238,7 @@ def test_mistakes_are_told(refused: Callable[..., str], here: Path) -> None:
     assert not (here / "out").exists()
     (here / "out").mkdir(exist_ok=True)
     (here / "out" / "mine.txt").write_text("mine")
-    assert "exists and holds no predictions" in refused("retrieval")
+    assert "out exists; give another name" in refused("retrieval")
 
 
 def test_candidates_after_the_time_of_the_request_are_refused(store: SequenceStore) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,16 +37,6 @@ class Events:
     """Number of events."""
 
 
-class Known(Protocol):
-    """What is known of items, by name: ``item.<feature>``, with ``.offsets`` of lists."""
-
-    def __contains__(self, name: str, /) -> bool:
-        """Whether there is a tensor of this name."""
-
-    def tensor(self, name: str, /) -> Tensor:
-        """A tensor with a value per item, or of lists a value per entry."""
-
-
 class Encoder:
     """Looks up the ids of what a model reads of histories and candidates.
 
@@ -54,11 +44,18 @@ class Encoder:
         facts: those of serving.json that describe requests.
         vocabularies: by feature.
         items: the items of which something is known.
-        known: what is known of them.
+        known: what is known of them: ``item.<feature>``, with ``.offsets`` of lists.
     """
 
+    error: type[Exception] = ServingError
+    """What is raised for a request that the model cannot read."""
+
     def __init__(
-        self, facts: Mapping[str, Any], vocabularies: Mapping[str, Vocabulary], items: Vocabulary, known: Known
+        self,
+        facts: Mapping[str, Any],
+        vocabularies: Mapping[str, Vocabulary],
+        items: Vocabulary,
+        known: Mapping[str, Tensor],
     ) -> None:
         self.facts, self.vocabularies = facts, vocabularies
         self._known_items, self._known = items, known
@@ -79,27 +76,19 @@ class Encoder:
         return self._given(self._features(known_after=False))
 
     def history(self, history: History, at: int | None, room: int) -> Events:
-        """The newest ``room`` events and the user. Raises ServingError for a history that the model cannot read."""
+        """The newest ``room`` events and the user. Raises ``error`` for a history that the model cannot read."""
         self._check(history, at)
         facts, count = self.facts, len(history.items)
         newest = slice(max(0, count - room), None)
-        features = dict(history.features)
+        shown = history.cut(newest)
         if not count:  # the features of no event need not be given
-            features = dict.fromkeys(self.given_features, ())
+            shown = replace(shown, features=dict.fromkeys(self.given_features, ()))
         times = before = torch.empty(0, dtype=torch.int64)
-        if facts["reads_times"]:
-            times = _times(history.timestamps if count and history.timestamps is not None else ())
-            before = torch.cat([times.new_full((1,), _NO_EVENT), times[:-1]])[: len(times)]
-        actions = history.actions if count and history.actions is not None else ()
-        events = self._events(
-            Candidates(
-                history.items[newest], {name: values[newest] for name, values in features.items()}, actions[newest]
-            ),
-            times[newest],
-            before[newest],
-            f"{name_of(history)} has",
-            are_events=True,
-        )
+        if count and facts["reads_times"]:
+            assert history.timestamps is not None, "it is checked"
+            times = torch.tensor([int(time) for time in history.timestamps], dtype=torch.int64)
+            before = torch.cat([times.new_full((1,), _NO_EVENT), times[:-1]])
+        events = self._events(shown, times[newest], before[newest], f"{name_of(history)} has", are_events=True)
         given = {"user_id": history.user, **history.context}
         context = {name: self._of_user(name, given.get(name)) for name in facts["contextual"]}
         asked = None
@@ -109,24 +98,17 @@ class Encoder:
 
     def candidates(self, candidates: Candidates, history: History, at: int | None, parts: int = 1) -> list[Events]:
         """Candidates that are shown to the user of ``history`` at ``at``, divided evenly into ``parts``."""
-        count, is_timed = len(candidates.items), self.facts["reads_times"]
-        newest = _NO_EVENT
-        if is_timed and history.timestamps is not None and len(history.timestamps):
+        count, newest = len(candidates.items), _NO_EVENT
+        if self.facts["reads_times"] and history.timestamps is not None and len(history.timestamps):
             newest = int(history.timestamps[-1])
-        after = candidates.actions is not None
-        known = self._given(self._features()) if after else self.known_before
+        known = self.known_before if candidates.actions is None else self._given(self._features())
         self._check_names("feature that is known before an event,", candidates.features, known)
         for what, values in _lengths(candidates.features, actions=candidates.actions):
             if values != count:
-                raise ServingError(f"{values} {what} for {count} candidates; give one per candidate")
+                raise self.error(f"{values} {what} for {count} candidates; give one per candidate")
         found = []
         for part in range(parts):
-            own = slice(count * part // parts, count * (part + 1) // parts)
-            shown = Candidates(
-                candidates.items[own],
-                {name: values[own] for name, values in candidates.features.items()},
-                None if candidates.actions is None else candidates.actions[own],
-            )
+            shown = candidates.cut(slice(count * part // parts, count * (part + 1) // parts))
             asked = torch.full((len(shown.items),), max(newest, 0) if at is None else at)
             found.append(self._events(shown, asked, torch.full_like(asked, newest), "the candidates have", False))
         return found
@@ -147,9 +129,8 @@ class Encoder:
     def unknown(self, histories: Iterable[History]) -> dict[str, list[Any]]:
         """Feature → values that are given and that the model does not have, each once, in the order of their texts."""
         found: dict[str, set[Any]] = {}
-        facts = self.facts
         for history in histories:
-            given = {facts["item"]: history.items, facts["action"]: history.actions}
+            given = {self.facts["item"]: history.items, self.facts["action"]: history.actions}
             given |= {name: [value] for name, value in {"user_id": history.user, **history.context}.items()}
             given |= history.features
             for name, values in given.items():
@@ -166,28 +147,28 @@ class Encoder:
         count, facts, who = len(history.items), self.facts, name_of(history)
         if not count and (facts["task"] == "retrieval" or (at is None and facts["reads_times"])):
             needed = "give at least one" if facts["task"] == "retrieval" else "give the time of the request"
-            raise ServingError(f"{who} has no items; {needed}")
+            raise self.error(f"{who} has no items; {needed}")
         if count and facts["action"] and history.actions is None:
-            raise ServingError(f"{who} has no actions, but the model reads {facts['action']!r}: give one per item")
+            raise self.error(f"{who} has no actions, but the model reads {facts['action']!r}: give one per item")
         if count and facts["reads_times"] and history.timestamps is None:
-            raise ServingError(f"{who} has no timestamps, but the model reads times: give one per item")
+            raise self.error(f"{who} has no timestamps, but the model reads times: give one per item")
         for what, values in _lengths(history.features, actions=history.actions, timestamps=history.timestamps):
             if values != count:
-                raise ServingError(f"{who} has {values} {what} for {count} items; give one per item")
+                raise self.error(f"{who} has {values} {what} for {count} items; give one per item")
         self._check_names("contextual feature", history.context, facts["contextual"])
         self._check_names("feature of items or events", history.features, self._given(self._features()))
         if at is None:
             return
         if not facts["reads_request_time"]:
-            raise ServingError("the model does not read the time of a request; leave it out")
-        newest = max(map(int, history.timestamps if count and history.timestamps is not None else ()), default=at)
+            raise self.error("the model does not read the time of a request; leave it out")
+        newest = at if history.timestamps is None else max(map(int, history.timestamps), default=at)
         if newest > at:
-            raise ServingError(f"{who} has an event at {newest}, which is later than the request at {at}")
+            raise self.error(f"{who} has an event at {newest}, which is later than the request at {at}")
 
     def _check_names(self, what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
         for name in given:
             if name not in known:
-                raise ServingError(f"the model has no {what} {name!r}; it has {', '.join(known) or 'none'}")
+                raise self.error(f"the model has no {what} {name!r}; it has {', '.join(known) or 'none'}")
 
     def _features(self, known_after: bool = True) -> list[str]:
         """All features of items and events, or those that are known before an event."""
@@ -199,7 +180,7 @@ class Encoder:
         """Those features that do not follow from times."""
         return [name for name in names if self.facts["features"].get(name, {}).get("kind") != "time"]
 
-    def _events(self, shown: Candidates, times: Tensor, before: Tensor, who: str, are_events: bool) -> Events:
+    def _events(self, shown: History | Candidates, times: Tensor, before: Tensor, who: str, are_events: bool) -> Events:
         """``before``: the time of the user's newest event before each, int64 [n].
 
         ``are_events``: False for candidates, of which nothing needs to be known that only the event makes known.
@@ -245,7 +226,7 @@ class Encoder:
         rows = self._of_items(name, who)
         if not is_list:
             return rows_at(rows, places).masked_fill(places < 0, vocabulary.missing), counts
-        offsets, known = self._known.tensor(f"item.{name}.offsets"), places.clamp(min=0)
+        offsets, known = self._known[f"item.{name}.offsets"], places.clamp(min=0)
         counts = (rows_at(offsets[1:], known) - rows_at(offsets, known)).masked_fill(places < 0, 1)
         event = torch.repeat_interleave(counts)
         inside = torch.arange(len(event)) - (counts.cumsum(0) - counts)[event]
@@ -253,23 +234,39 @@ class Encoder:
         return chosen.masked_fill(places[event] < 0, vocabulary.missing), counts
 
     def _numbers(
-        self, entry: Mapping[str, Any], shown: Candidates, places: Tensor, who: str, are_events: bool
+        self, entry: Mapping[str, Any], shown: History | Candidates, places: Tensor, who: str, are_events: bool
     ) -> Tensor:
         """float32 [n, width] of a number or a vector."""
         name, width = entry["name"], entry["width"]
         if name in shown.features:
-            return _as_numbers(name, shown.features[name], width)
+            return self._as_numbers(name, shown.features[name], width)
         if entry["known_after"] and not are_events:
             return torch.full((len(places), width), math.nan)
         return rows_at(self._of_items(name, who), places).masked_fill((places < 0)[:, None], math.nan)
 
+    def _as_numbers(self, name: str, values: Sequence[Any], width: int) -> Tensor:
+        """float32 [n, width], NaN in place of None."""
+        rows = [torch.empty(0, width)]
+        for value in values:
+            try:
+                row = torch.tensor([math.nan] * width if value is None else value, dtype=torch.float32).reshape(
+                    1, width
+                )
+            except (TypeError, ValueError, RuntimeError):
+                row = torch.full((1, width), math.inf)
+            if row.isinf().any():
+                what = "a finite number" if width == 1 else f"a list of {width} finite numbers"
+                raise self.error(f"a value of {name!r} is {value!r}; give {what}, or None")
+            rows.append(row)
+        return torch.cat(rows)
+
     def _of_items(self, name: str, who: str) -> Tensor:
         if f"item.{name}" not in self._known:
-            raise ServingError(
+            raise self.error(
                 f"{who} no feature {name!r}, which the model reads and which is not known of the items: give one value "
                 "per item"
             )
-        return self._known.tensor(f"item.{name}")
+        return self._known[f"item.{name}"]
 
     def _of_user(self, feature: str, value: Any) -> Tensor:
         """int64 [1]; unknown for a value that is not given."""
@@ -300,28 +297,6 @@ def name_of(history: History) -> str:
     return "a history" if history.user is None else f"the history of {history.user!r}"
 
 
-def _times(timestamps: Sequence[int]) -> Tensor:
-    return torch.tensor([int(time) for time in timestamps], dtype=torch.int64)
-
-
 def _bit_lengths(numbers: Tensor) -> Tensor:
     """1 plus the base-2 logarithm, rounded down, of int64 [n] numbers of at least 1."""
     return torch.tensor([number.bit_length() for number in numbers.tolist()], dtype=torch.int64)
-
-
-def _as_numbers(name: str, values: Sequence[Any], width: int) -> Tensor:
-    """float32 [n, width], NaN in place of None."""
-    rows = []
-    for value in values:
-        if value is None:
-            rows.append(torch.full((width,), math.nan))
-            continue
-        try:
-            row = torch.tensor(value, dtype=torch.float32).reshape(width)
-        except (TypeError, ValueError, RuntimeError):
-            row = torch.full((width,), math.inf)
-        if row.isinf().any():
-            what = "a finite number" if width == 1 else f"a list of {width} finite numbers"
-            raise ServingError(f"a value of {name!r} is {value!r}; give {what}, or None")
-        rows.append(row)
-    return torch.stack(rows) if rows else torch.empty(0, width)

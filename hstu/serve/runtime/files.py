@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -24,30 +23,28 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "I64"
 _INT64 = range(-(2**63), 2**63)
 
 
-def read_directory(directory: Path, verify: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a directory whose files are there and, verified, intact.
+def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a directory whose files are all there and intact.
 
     Returns (what serving.json holds, name of each file → its sha256). Raises ServingError.
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files, checksum = manifest["files"], manifest["sha256"]
-        described = [(directory / name, int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()]
+        files = manifest["files"]
+        if checksum_of(files) != manifest["sha256"]:
+            raise ValueError("its content has changed")
     except FileNotFoundError:
         raise ServingError(
             f"{directory} is no complete export for serving: it has no {MANIFEST}, which is written last. Copy the "
             "whole folder again"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ServingError(f"{directory / MANIFEST} is damaged ({error}). Copy the folder again") from None
-    if checksum_of(files) != checksum:
-        raise ServingError(f"{directory / MANIFEST} is damaged: its content has changed. Copy the folder again")
-    for path, size, sha256 in described:
+    for name, entry in files.items():
+        path = directory / name
         if not path.is_file():
             raise ServingError(f"{path} is missing: the folder was copied in part. Copy all of it again")
-        if path.stat().st_size != size:
-            raise ServingError(f"{path} has {path.stat().st_size} bytes instead of {size}. Copy the folder again")
-        if verify and _sha256(path) != sha256:
+        if _sha256(path) != entry["sha256"]:
             raise ServingError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}. Copy the folder again")
     facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
     if facts.get("format") != FORMAT or facts.get("version") != VERSION:
@@ -55,7 +52,7 @@ def read_directory(directory: Path, verify: bool) -> tuple[dict[str, Any], dict[
             f"{directory} has the format {facts.get('format')} {facts.get('version')}, and this program reads {FORMAT} "
             f"{VERSION}. Use the package hstu_serving of the folder itself, or export the checkpoint again"
         )
-    return facts, {path.name: sha256 for path, _, sha256 in described}
+    return facts, {name: entry["sha256"] for name, entry in files.items()}
 
 
 def checksum_of(files: Mapping[str, Any]) -> str:
@@ -68,48 +65,27 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Safetensors:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file: 8 bytes of length, a JSON header, then the tensors' bytes.
 
-    in_memory: read the file instead of mapping it. A mapped file that is cut off ends the process.
+    The file is read at once, not mapped: a mapped file that is cut off later ends the process.
     """
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    found = {}
+    for name, entry in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            shape, dtype, offset = entry["shape"], _DTYPES[entry["dtype"]], start + entry["data_offsets"][0]
+            count = math.prod(shape)
+            tensor = torch.frombuffer(content, dtype=dtype, count=count, offset=offset) if count else torch.empty(0)
+            found[name] = tensor.to(dtype).view(shape)
+    return found
 
-    def __init__(self, path: Path, in_memory: bool = False) -> None:
-        self._bytes: mmap.mmap | bytearray
-        with path.open("rb") as file:
-            if in_memory:
-                self._bytes = bytearray(path.stat().st_size)
-                file.readinto(self._bytes)
-            else:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of read-only memory
-        length = int.from_bytes(self._bytes[:8], "little")
-        self._entries: dict[str, Any] = json.loads(self._bytes[8 : 8 + length])
-        self._entries.pop("__metadata__", None)
-        self._start = 8 + length
 
-    def __contains__(self, name: str) -> bool:
-        """Whether there is a tensor of this name."""
-        return name in self._entries
-
-    def names(self) -> Iterable[str]:
-        """Names of the tensors."""
-        return self._entries
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, which shares the memory of the file."""
-        entry = self._entries[name]
-        shape, dtype = entry["shape"], _DTYPES[entry["dtype"]]
-        count = math.prod(shape)
-        if not count:
-            return torch.empty(shape, dtype=dtype)
-        start = self._start + entry["data_offsets"][0]
-        return torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=start).view(shape)
-
-    def texts(self, name: str) -> list[str]:
-        """The texts whose bytes are ``<name>.utf8`` and whose bounds are ``<name>.offsets``."""
-        start, stop = (self._start + offset for offset in self._entries[f"{name}.utf8"]["data_offsets"])
-        content = self._bytes[start:stop]
-        return [content[a:b].decode() for a, b in pairwise(self.tensor(f"{name}.offsets").tolist())]
+def texts_of(stored: Mapping[str, Tensor], name: str) -> list[str]:
+    """The texts whose UTF-8 bytes are ``<name>.utf8`` and whose bounds are ``<name>.offsets``."""
+    content = bytes(stored[f"{name}.utf8"].tolist())
+    return [content[a:b].decode() for a, b in pairwise(stored[f"{name}.offsets"].tolist())]
 
 
 class Table:
@@ -117,11 +93,6 @@ class Table:
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None) -> None:
         self.weight, self.scale = weight, scale
-
-    @property
-    def dim(self) -> int:
-        """Width of a row."""
-        return self.weight.shape[1]
 
     def rows(self, index: Tensor) -> Tensor:
         """float32 [n, dim]; zeros where ``index`` (int64 [n]) is negative."""
@@ -131,14 +102,10 @@ class Table:
         return found.masked_fill((index < 0)[:, None], 0)
 
 
-def read_tables(path: Path, in_memory: bool = False) -> dict[str, Table]:
+def read_tables(path: Path) -> dict[str, Table]:
     """The tables of a file. That of int8 has its factors under ``<name>.scale``."""
-    stored = Safetensors(path, in_memory)
-    return {
-        name: Table(stored.tensor(name), stored.tensor(f"{name}.scale") if f"{name}.scale" in stored else None)
-        for name in stored.names()
-        if stored.tensor(name).ndim == 2
-    }
+    stored = read_tensors(path)
+    return {name: Table(rows, stored.get(f"{name}.scale")) for name, rows in stored.items() if rows.ndim == 2}
 
 
 def rows_at(values: Tensor, index: Tensor) -> Tensor:
@@ -176,13 +143,11 @@ class Vocabulary:
         self.numbers = values if isinstance(values, Tensor) else torch.empty(0, dtype=torch.int64)
 
     @classmethod
-    def read(cls, stored: Safetensors, name: str, facts: Mapping[str, Any]) -> Vocabulary:
+    def read(cls, stored: Mapping[str, Tensor], name: str, facts: Mapping[str, Any]) -> Vocabulary:
         """That of a feature in an exported directory. ``facts``: of this feature, in serving.json."""
-        kind, values = facts["kind"], None
-        if kind in ("texts", "numbers"):
-            values = stored.texts(f"ids.{name}") if kind == "texts" else stored.tensor(f"ids.{name}")
-        rows = stored.tensor(f"rows.{name}") if f"rows.{name}" in stored else None
-        return cls(kind, int(facts["size"]), values, rows, int(facts["missing"]))
+        key, kind = f"ids.{name}", facts["kind"]
+        values = texts_of(stored, key) if kind == "texts" else stored.get(key)
+        return cls(kind, facts["size"], values, stored.get(f"rows.{name}"), facts["missing"])
 
     @cached_property
     def _places(self) -> dict[str, int]:

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from .encode import Encoder
-from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, WEIGHTS, Safetensors, Vocabulary, read_directory, read_tables
+from .files import (
+    COMPILED,
+    PROGRAM,
+    TABLES,
+    VOCABULARY,
+    WEIGHTS,
+    Vocabulary,
+    read_directory,
+    read_tables,
+    read_tensors,
+    texts_of,
+)
 from .layout import Sequence_, run
 from .requests import Candidates, History, ServingError
 
@@ -32,28 +43,19 @@ class Recommendation:
     """Titles of the items; empty where the data has none."""
 
 
-def load(
-    directory: str | Path,
-    *,
-    verify: bool = True,
-    compiled: bool = False,
-    in_memory: bool = False,
-    like: Model | None = None,
-) -> Model:
-    """Load the folder ``serving`` of an export.
+def load(directory: str | Path, *, compiled: bool = False, like: Model | None = None) -> Model:
+    """Load the folder ``serving`` of an export, and compare every file with its checksum.
 
     Args:
-        directory: the folder, which may have been moved.
-        verify: compare the checksum of every file with the manifest. Sizes are always compared.
+        directory: the folder. It may have been moved, and may change or be removed afterwards.
         compiled: run the program that ``--aot`` has compiled for this kind of machine instead of the graph.
-        in_memory: read tables, vocabulary and weights at once instead of mapping their files, which then may change.
         like: a model that this one may share the program with. Reading a program takes seconds, and exports of one
             configuration have equal ones.
 
     Raises:
         ServingError: a file is missing, incomplete or damaged, or the folder is of another version.
     """
-    return Model(Path(directory), verify, compiled, in_memory, like)
+    return Model(Path(directory), compiled, like)
 
 
 class Model:
@@ -63,13 +65,13 @@ class Model:
     ``titles`` are those of the items in the order of ``encoder.items``; empty where the data has none.
     """
 
-    def __init__(self, directory: Path, verify: bool, compiled: bool, in_memory: bool, like: Model | None) -> None:
-        self.facts, checksums = read_directory(directory, verify)
-        self._tables = tables = read_tables(directory / TABLES, in_memory)
-        stored = Safetensors(directory / VOCABULARY, in_memory)
+    def __init__(self, directory: Path, compiled: bool, like: Model | None) -> None:
+        self.facts, checksums = read_directory(directory)
+        self._tables = tables = read_tables(directory / TABLES)
+        stored = read_tensors(directory / VOCABULARY)
         vocabularies = {name: Vocabulary.read(stored, name, each) for name, each in self.facts["features"].items()}
         self.encoder = Encoder(self.facts, vocabularies, vocabularies[self.facts["item"]], stored)
-        self.titles = stored.texts("titles") if "titles.utf8" in stored else []
+        self.titles = texts_of(stored, "titles") if "titles.utf8" in stored else []
         self._items: Tensor | None = None
         if self.facts["task"] == "retrieval":
             items, places = self.encoder.items, torch.arange(self.encoder.items.size)
@@ -81,8 +83,7 @@ class Model:
             self._is_missing = ~self._items.any(dim=1)
         if compiled and COMPILED not in checksums:
             raise ServingError(f"{directory} has no compiled program; export with --aot, or load it without")
-        weights = Safetensors(directory / WEIGHTS, in_memory)
-        self._weights = {name: weights.tensor(name) for name in sorted(weights.names())}
+        self._weights = dict(sorted(read_tensors(directory / WEIGHTS).items()))
         self._checksum = checksums[COMPILED if compiled else PROGRAM]
         self._program: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
         if like is not None and like._checksum == self._checksum:
@@ -120,12 +121,12 @@ class Model:
         """
         seen = [history.items if filter_seen else () for history in histories]
         self._item_vectors("recommend")
-        return self.nearest(self.embed_batch(histories, at), k, seen)
+        return self.nearest(self.embed_batch(histories, at), [k] * len(histories), seen)
 
-    def nearest(self, queries: Tensor, k: int, seen: Sequence[Sequence[Any]]) -> list[Recommendation]:
-        """The ``k`` items whose vectors have the largest cosines with each of ``queries``, float32 [n, E].
+    def nearest(self, queries: Tensor, k: Sequence[int], seen: Sequence[Sequence[Any]]) -> list[Recommendation]:
+        """The items whose vectors have the largest cosines with each of ``queries``, float32 [n, E].
 
-        seen: for each query, items to leave out.
+        ``k``: the number of items of each. ``seen``: items to leave out of each.
         """
         items, found = self._item_vectors("recommend"), []
         step = max(1, _SCORES_AT_ONCE // max(1, len(items)))
@@ -135,12 +136,13 @@ class Model:
             for own, left_out in zip(scores, seen[first : first + step], strict=True):
                 places = self.encoder.items.places(left_out)
                 own[places[places >= 0]] = -torch.inf
-            best, places = scores.topk(min(k, len(items)), dim=1)
-            found += [self._named(*pair) for pair in zip(best, places, strict=True)]
+            own_k = k[first : first + step]
+            best, places = scores.topk(min(max(own_k), len(items)), dim=1)
+            found += [self._named(*row) for row in zip(best, places, own_k, strict=True)]
         return found
 
-    def _named(self, scores: Tensor, places: Tensor) -> Recommendation:
-        chosen = places[scores > -torch.inf]
+    def _named(self, scores: Tensor, places: Tensor, k: int) -> Recommendation:
+        chosen = places[scores > -torch.inf][:k]
         titles = [self.titles[place] for place in chosen.tolist()] if self.titles else []
         return Recommendation(self.encoder.items.values_at(chosen), scores[: len(chosen)].tolist(), titles)
 

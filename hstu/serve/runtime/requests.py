@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 
@@ -30,6 +30,16 @@ class History:
     """Feature of items or events → its value at each event, None where it is missing; a list of values where an item
     has several, and for a vector. Features of items that are left out are those of the data."""
 
+    def cut(self, events: slice) -> History:
+        """Some of the events."""
+        return replace(
+            self,
+            items=self.items[events],
+            actions=None if self.actions is None else self.actions[events],
+            timestamps=None if self.timestamps is None else self.timestamps[events],
+            features={name: values[events] for name, values in self.features.items()},
+        )
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -41,3 +51,8 @@ class Candidates:
     actions: Sequence[Any] | None = None
     """What the user did with each, where that is known: a model trained with NetworkArgs.target_group_size reads it for
     later candidates of a group. ``features`` may then also have what is known after the event."""
+
+    def cut(self, items: slice) -> Candidates:
+        """Some of the items."""
+        actions = None if self.actions is None else self.actions[items]
+        return Candidates(self.items[items], {name: each[items] for name, each in self.features.items()}, actions)

@@ -6,25 +6,34 @@ import asyncio
 import gc
 import json
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import time
+from collections.abc import AsyncIterator, Collection, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import hstu
-from hstu.serve.runtime import Recommendation
+from hstu.serve.runtime import Recommendation, ServingError
 
 from . import schemas
-from .batching import Batcher
-from .guard import ClientGone, Guard, add_handlers
+from .batching import Batcher, Overloaded
 from .model import Answer, ServedModel
 from .settings import Metrics, Settings
 from .swap import LiveModel
 
 _SHOWN_ACTIONS = 20
+_SHOWN_PROBLEMS = 10
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"),
+]
 _FAILURES: dict[int | str, dict[str, Any]] = {
     413: {"model": schemas.Failure, "description": "The request is too large"},
     422: {"model": schemas.Failure, "description": "The request has mistakes, or does not fit the model"},
@@ -41,18 +50,14 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         settings: limits.
         metrics: what ``live`` counts in, too.
     """
-    batcher: Batcher
+    batcher = Batcher(lambda queries: live.current.answer(queries), settings, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        nonlocal batcher
-        batcher = Batcher(lambda queries: live.current.answer(queries), settings, metrics)
         batcher.start()
         watching = asyncio.create_task(_watch(live, settings.poll_s))
         yield
         watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
         await batcher.close()
 
     app = FastAPI(
@@ -63,49 +68,35 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         docs_url=None,  # FastAPI's pages load their scripts from elsewhere, which the server's headers forbid
         redoc_url=None,
     )
-    add_handlers(app)
-
-    async def ask(user: schemas.User, request: Request) -> Answer:
-        answer = asyncio.ensure_future(batcher.ask(user.query()))
-        gone = asyncio.ensure_future(_hung_up(request))
-        try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise ClientGone
-            return answer.result()
-        finally:
-            answer.cancel()
-            gone.cancel()
+    _add_error_handlers(app)
 
     @app.post("/recommend", response_model=schemas.Recommendations, responses=_FAILURES)
-    async def recommend(user: schemas.RecommendRequest, request: Request) -> Response:
+    async def recommend(user: schemas.RecommendRequest) -> Response:
         """The items whose vectors are closest to that of the user. Retrieval only."""
-        answer = await ask(user, request)
-        found = answer.content
-        assert isinstance(found, Recommendation)
+        answer = await batcher.ask(user.query())
+        found: Recommendation = answer.content
         titles = found.titles or [""] * len(found.items)
         rows = zip(found.items, found.scores, titles, strict=True)
-        return _said(answer, items=[{"item": item, "score": score, "title": title} for item, score, title in rows])
+        return _as_json(answer, items=[{"item": item, "score": score, "title": title} for item, score, title in rows])
 
     @app.post("/score", response_model=schemas.Scores, responses=_FAILURES)
-    async def score(user: schemas.ScoreRequest, request: Request) -> Response:
+    async def score(user: schemas.ScoreRequest) -> Response:
         """What the model predicts for candidates: each task of a ranking model, the cosine of retrieval."""
-        answer = await ask(user, request)
-        return _said(answer, scores=answer.content)
+        answer = await batcher.ask(user.query())
+        return _as_json(answer, scores=answer.content)
 
     @app.post("/embed", response_model=schemas.Vector, responses=_FAILURES)
-    async def embed(user: schemas.User, request: Request) -> Response:
+    async def embed(user: schemas.User) -> Response:
         """The vector of the user. Retrieval only."""
-        answer = await ask(user, request)
-        return _said(answer, vector=answer.content)
+        answer = await batcher.ask(user.query())
+        return _as_json(answer, vector=answer.content)
 
     @app.get("/health")
-    async def health() -> schemas.Health:
-        """Whether the server answers, with which model, and which exports it could not load."""
+    async def health() -> dict[str, Any]:
+        """Whether the server answers, with which model, since when, and which exports it could not load, and why."""
         current = live.current
-        return schemas.Health(
-            status="ok", model=current.version, task=current.task, since=live.since, refused=live.refused
-        )
+        facts = {"model": current.version, "task": current.task, "since": live.since, "refused": live.refused}
+        return {"status": "ok", **facts}
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -113,18 +104,18 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/model")
-    async def model() -> schemas.ModelFacts:
+    async def model() -> dict[str, Any]:
         """What the model in use reads and predicts."""
         return _facts(live.current)
 
     @app.get("/items", responses={422: _FAILURES[422]})
     def items(
         q: Annotated[str, Query(min_length=1, max_length=200)], count: Annotated[int, Query(ge=1, le=100)] = 10
-    ) -> schemas.FoundItems:
+    ) -> dict[str, Any]:
         """Search items by a part of their title, or by id."""
         current = live.current
-        found = [schemas.FoundItem(item=item, title=title) for item, title in current.search(q, count)]
-        return schemas.FoundItems(model=current.version, items=found)
+        found = [{"item": item, "title": title} for item, title in current.search(q, count)]
+        return {"model": current.version, "items": found}
 
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -137,16 +128,93 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     return app
 
 
-def _said(answer: Answer, **content: Any) -> Response:
+class Guard:
+    """ASGI middleware that counts requests, refuses large ones, adds headers and answers defects with a plain 500.
+
+    Args:
+        app: what it is around.
+        metrics: where to count.
+        max_body_bytes: a larger request is answered with 413, and one that does not say its length with 411.
+        paths: paths that are counted by name; "other" for the rest.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, paths: Collection[str]) -> None:
+        self._app, self._metrics, self._max_body_bytes, self._paths = app, metrics, max_body_bytes, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        begun, status = time.monotonic(), 0
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], *_HEADERS]}
+            await send(message)
+
+        headers, answer = dict(scope["headers"]), self._app
+        if b"transfer-encoding" in headers:
+            answer = _failure(411, "give the header Content-Length")
+        elif int(headers.get(b"content-length", 0)) > self._max_body_bytes:
+            answer = _failure(413, f"the request is larger than {self._max_body_bytes} bytes")
+        try:
+            await answer(scope, receive, send_and_note)
+        except Exception:
+            _log.exception("defect path=%s", scope["path"])
+            if status:
+                raise
+            answer = _failure(500, "the server has failed to answer this request; its log says why")
+            await answer(scope, receive, send_and_note)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(time.monotonic() - begun)
+
+
+def _as_json(answer: Answer, **content: Any) -> Response:
     # Written here, and not by the schema, which would check again each number of what this program has computed.
     text = json.dumps({"model": answer.model, **content, "unknown_items": answer.unknown_items}, allow_nan=False)
     return Response(text, media_type="application/json")
 
 
-async def _hung_up(request: Request) -> None:
-    """Ends when the client of a request, whose body has been read, has hung up."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+def _failure(status: int, text: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:
+    """An answer that says what is wrong."""
+    # In ASCII: a text may have half of a character that takes two, which UTF-8 cannot write.
+    return Response(json.dumps({"error": text, **more}), status, headers, media_type="application/json")
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every kind of error with JSON and without what the request held."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        found = error.errors()
+        problems = [{"where": _where(each), "problem": str(each["msg"])} for each in found[:_SHOWN_PROBLEMS]]
+        more = f"; the first {_SHOWN_PROBLEMS} are shown" if len(found) > _SHOWN_PROBLEMS else ""
+        return _failure(422, f"the request has {len(found)} problem(s){more}", problems=problems)
+
+    @app.exception_handler(ServingError)
+    async def unfit(_: Request, error: ServingError) -> Response:
+        return _failure(422, str(error))
+
+    @app.exception_handler(Overloaded)
+    async def overloaded(_: Request, error: Overloaded) -> Response:
+        return _failure(429, str(error), {"Retry-After": str(error.retry_after_s)})
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return _failure(error.status_code, str(error.detail), error.headers)
+
+
+def _where(error: Mapping[str, Any]) -> str:
+    """Such as "items[3]"; a name that a client has made up is cut off."""
+    _, *location = error["loc"]  # in the body, or in the query
+    if error["type"] == "json_invalid":
+        return f"character {location[0]}"
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in location]
+    return "".join(parts).removeprefix(".") or "the request"
 
 
 async def _watch(live: LiveModel, every_s: float) -> None:
@@ -159,22 +227,23 @@ async def _watch(live: LiveModel, every_s: float) -> None:
             _log.exception("cannot look for newer exports")
 
 
-def _facts(served: ServedModel) -> schemas.ModelFacts:
+def _facts(served: ServedModel) -> dict[str, Any]:
+    """The answer of /model."""
     facts, encoder = served.model.facts, served.model.encoder
     actions = encoder.vocabularies[facts["action"]] if facts["action"] else None
     shown = range(actions.size if actions is not None and actions.size <= _SHOWN_ACTIONS else 0)
-    return schemas.ModelFacts(
-        model=served.version,
-        task=served.task,
-        items=encoder.items.size,
-        max_events=facts["max_items"],
-        reads=schemas.Reads(
-            actions=facts["action"],
-            action_values=[actions.value_at(place) for place in shown] if actions is not None else [],
-            timestamps=facts["reads_times"],
-            request_time=facts["reads_request_time"],
-            context=facts["contextual"],
-            features=encoder.given_features,
-        ),
-        predictions=[{name: task[name] for name in ("name", "kind", "width", "first")} for task in facts["tasks"]],
-    )
+    return {
+        "model": served.version,
+        "task": served.task,
+        "items": encoder.items.size,
+        "max_events": facts["max_items"],
+        "reads": {
+            "actions": facts["action"],
+            "action_values": [actions.value_at(place) for place in shown] if actions is not None else [],
+            "timestamps": facts["reads_times"],
+            "request_time": facts["reads_request_time"],
+            "context": facts["contextual"],
+            "features": encoder.given_features,
+        },
+        "predictions": facts["tasks"],
+    }

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,23 +65,14 @@ class Batcher:
         self._thread.shutdown()
 
     async def ask(self, query: Any) -> Any:
-        """The answer to a query. Cancelled while it waits, it is not computed.
-
-        Raises Overloaded, or what ``compute`` gave or raised.
-        """
+        """The answer to a query. Raises Overloaded, or what ``compute`` gave or raised."""
         if len(self._queue) >= self._settings.max_waiting:
             raise Overloaded(max(1, math.ceil(len(self._queue) * self._seconds_per_query)))
         waiting = _Waiting(query, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._changed.set()
         self._metrics.waiting.set(len(self._queue))
-        try:
-            return await waiting.answer
-        except asyncio.CancelledError:
-            if waiting in self._queue:  # its place is free for others
-                self._queue.remove(waiting)
-                self._metrics.waiting.set(len(self._queue))
-            raise
+        return await waiting.answer
 
     async def _run(self) -> None:
         while not (self._is_closing and not self._queue):
@@ -88,7 +80,8 @@ class Batcher:
             if not self._queue:
                 await self._changed.wait()
             elif (patience := self._patience_s()) > 0:
-                await self._changed_within(patience)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), patience)
             else:
                 await self._answer(self._take())
 
@@ -97,13 +90,6 @@ class Batcher:
         if self._is_closing or len(self._queue) >= self._settings.max_batch:
             return 0.0
         return self._queue[0].since + self._settings.max_wait_s - time.monotonic()
-
-    async def _changed_within(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._changed.wait()
-        except TimeoutError:
-            pass
 
     def _take(self) -> list[_Waiting]:
         count = min(len(self._queue), self._settings.max_batch)
@@ -124,7 +110,7 @@ class Batcher:
         self._metrics.batch_seconds.observe(seconds)
         self._seconds_per_query += 0.1 * (seconds / len(batch) - self._seconds_per_query)
         for waiting, answer in zip(batch, answers, strict=True):
-            if waiting.answer.done():  # its client hung up meanwhile
+            if waiting.answer.done():  # its request was cancelled
                 continue
             if isinstance(answer, Exception):
                 waiting.answer.set_exception(answer)

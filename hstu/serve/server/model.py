@@ -14,7 +14,7 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor
 
-from hstu.serve.runtime import Candidates, History, Model, Recommendation, ServingError
+from hstu.serve.runtime import Candidates, History, Model, ServingError
 
 from .settings import Metrics
 
@@ -47,8 +47,8 @@ class Answer:
 
     model: str
     """Version of the model."""
-    content: Recommendation | dict[str, list[Any]] | list[float]
-    """For recommend, for score, and for neither."""
+    content: Any
+    """A Recommendation, for candidates a dict of predictions, else the vector as a list."""
     unknown_items: list[Any]
     """Items of the query that the model does not have."""
 
@@ -112,26 +112,23 @@ class ServedModel:
 
     def _of_vectors(self, queries: Sequence[Query]) -> list[Any]:
         """Contents of answers of a retrieval model."""
-        vectors = self._vectors(queries)
-        ranked = [place for place, query in enumerate(queries) if query.k is not None]
-        ranked = [place for place in ranked if isinstance(vectors[place], Tensor)]
-        contents: list[Any] = list(vectors)
+        contents = self._vectors(queries)
+        known = [place for place, vector in enumerate(contents) if isinstance(vector, Tensor)]
+        ranked = [place for place in known if queries[place].k is not None]
         if ranked:
             best = self.model.nearest(
-                torch.stack([vectors[place] for place in ranked]),
-                max(queries[place].k or 0 for place in ranked),
+                torch.stack([contents[place] for place in ranked]),
+                [queries[place].k or 0 for place in ranked],
                 [queries[place].history.items if queries[place].filter_seen else () for place in ranked],
             )
-            for place, found in zip(ranked, best, strict=True):
-                k = queries[place].k
-                contents[place] = Recommendation(found.items[:k], found.scores[:k], found.titles[:k])
-        for place, query in enumerate(queries):
-            if isinstance(contents[place], Tensor):
-                if query.candidates is not None:
-                    cosines = self.model.item_vectors(query.candidates.items) @ contents[place]
-                    contents[place] = {"cosine": cosines.tolist()}
-                else:
-                    contents[place] = contents[place].tolist()
+        for place in known:
+            vector, shown = contents[place], queries[place].candidates
+            if shown is not None:
+                contents[place] = {"cosine": (self.model.item_vectors(shown.items) @ vector).tolist()}
+            elif place in ranked:
+                contents[place] = best[ranked.index(place)]
+            else:
+                contents[place] = vector.tolist()
         return contents
 
     def _vectors(self, queries: Sequence[Query]) -> list[Any]:

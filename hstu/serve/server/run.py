@@ -46,7 +46,6 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
         metrics = Metrics()
         gc.freeze()  # what is imported stays; without it, collecting an earlier model stops all threads for longer
         live = LiveModel(root, loader(settings.cache_bytes, metrics), metrics)
-        listener.listen(_BACKLOG)
         shown = f"[{host}]" if ":" in host else host
         # uvicorn handles both and raises them again when it has ended in order.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -77,19 +76,13 @@ def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvic
 def _bound(host: str, port: int) -> socket.socket:
     """A socket with the address. It is taken before the model is loaded, which may take long."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
+        )
     except OSError as error:
-        raise ConfigError(f"--host {host} is no address of this machine: {error.strerror}") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
         raise ConfigError(
             f"cannot listen at {host}, port {port}: {error.strerror}. Choose another with --port; 0 takes a free one"
         ) from None
-    return listener
 
 
 def _set_up_logging() -> None:

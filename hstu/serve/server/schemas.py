@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
@@ -12,6 +13,7 @@ from .model import Query
 
 MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED = 10_000, 1_000, 1_000
 _MAX_TEXT = 1_000
+_FIELDS_OF_HISTORY = [field.name for field in fields(History)]
 
 Text = Annotated[StrictStr, Field(max_length=_MAX_TEXT)]
 Id = StrictInt | Text
@@ -39,20 +41,10 @@ class User(_Strict):
         None, description="When the user asks, in seconds since 1970, if the model reads it. Default: the newest event"
     )
 
-    def history(self) -> History:
-        """The events as the model takes them."""
-        return History(
-            self.user,
-            items=self.items,
-            actions=self.actions,
-            timestamps=self.timestamps,
-            context=self.context,
-            features=self.features,
-        )
-
     def query(self) -> Query:
         """What to compute."""
-        return Query(self.history(), self.at)
+        history = History(**{name: getattr(self, name) for name in _FIELDS_OF_HISTORY})
+        return Query(history, self.at)
 
 
 class RecommendRequest(User):
@@ -63,7 +55,7 @@ class RecommendRequest(User):
 
     def query(self) -> Query:
         """What to compute."""
-        return Query(self.history(), self.at, self.k, self.filter_seen)
+        return replace(super().query(), k=self.k, filter_seen=self.filter_seen)
 
 
 class ScoreRequest(User):
@@ -74,7 +66,7 @@ class ScoreRequest(User):
 
     def query(self) -> Query:
         """What to compute."""
-        return Query(self.history(), self.at, candidates=Candidates(self.candidates, self.candidate_features))
+        return replace(super().query(), candidates=Candidates(self.candidates, self.candidate_features))
 
 
 class Answered(BaseModel):
@@ -122,49 +114,3 @@ class Failure(BaseModel):
 
     error: str
     problems: list[Problem] = []
-
-
-class Health(BaseModel):
-    """State of the server."""
-
-    status: str
-    model: str
-    task: str
-    since: float = Field(description="When the model came into use, in seconds since 1970")
-    refused: dict[str, str] = Field(description="Exports that cannot be loaded → why")
-
-
-class Reads(BaseModel):
-    """What the model reads of a user."""
-
-    actions: str | None = Field(description="Name of the actions; null: they are not read")
-    action_values: list[int | str] = Field(description="All actions, if they are few")
-    timestamps: bool
-    request_time: bool = Field(description="Whether answers depend on 'at'")
-    context: list[str]
-    features: dict[str, bool] = Field(description="Feature → whether each event must have it in the request")
-
-
-class ModelFacts(BaseModel):
-    """The model in use."""
-
-    model: str
-    task: str
-    items: int = Field(description="Number of items")
-    max_events: int = Field(description="Of more events, the newest are read")
-    reads: Reads
-    predictions: list[dict[str, Any]] = Field(description="What /score gives, with the kind and number of values")
-
-
-class FoundItem(BaseModel):
-    """An item that was searched for."""
-
-    item: int | str
-    title: str
-
-
-class FoundItems(BaseModel):
-    """Items whose title has the text, or whose id it is."""
-
-    model: str
-    items: list[FoundItem]

@@ -39,9 +39,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self.requests = Counter(
-            "hstu_requests", "Answered requests; 499: the client hung up", ["path", "status"], registry=registry
-        )
+        self.requests = Counter("hstu_requests", "Answered requests", ["path", "status"], registry=registry)
         self.seconds = Histogram(
             "hstu_request_seconds", "Time from a request to its answer", ["path"], buckets=_SECONDS, registry=registry
         )

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from hstu.base.errors import DataError, printable
@@ -39,28 +39,22 @@ def find_exports(root: Path) -> list[Found]:
     manifest is not there yet. Paths are resolved, so a link that leads elsewhere gives another folder.
     """
     link = root / LATEST
-    folder = serving_folder(link if os.path.lexists(link) else root)
-    if folder is not None or os.path.lexists(link):
-        folders = [folder] if folder is not None else []
-    else:
-        children = sorted(root.iterdir()) if root.is_dir() else []
-        folders = [folder for child in children if (folder := serving_folder(child)) is not None]
+    named = link if os.path.lexists(link) else root
+    folders = [each for each in (named, named / SERVING) if (each / FACTS).is_file()][:1]
+    if not folders and named is root and root.is_dir():
+        folders = [path.parent for path in (*root.glob(f"*/{FACTS}"), *root.glob(f"*/{SERVING}/{FACTS}"))]
     found = [each for folder in folders if (each := _look(folder.resolve())) is not None]
     return sorted(found, key=lambda each: (each.written_ns, each.folder), reverse=True)
 
 
-def serving_folder(path: Path) -> Path | None:
-    """The folder with the program: ``path``, or "serving" in it; None if there is none."""
-    return next((each for each in (path, path / SERVING) if (each / FACTS).is_file()), None)
-
-
 def _look(folder: Path) -> Found | None:
     try:
-        entries = [(path, path.stat()) for path in sorted(folder.iterdir())]
+        state = tuple(
+            (path.name, stat.st_size, stat.st_mtime_ns) for path in sorted(folder.iterdir()) for stat in [path.stat()]
+        )
     except OSError:  # removed meanwhile
         return None
-    written = [stat.st_mtime_ns for path, stat in entries if path.name == MANIFEST]
-    state = tuple((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in entries)
+    written = [changed_ns for name, _, changed_ns in state if name == MANIFEST]
     return Found(folder, state, written[0]) if written else None
 
 
@@ -81,7 +75,7 @@ def loader(cache_bytes: int, metrics: Metrics) -> Load:
     """
 
     def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
-        model = runtime.load(folder, in_memory=True, like=None if current is None else current.model)
+        model = runtime.load(folder, like=None if current is None else current.model)
         served = ServedModel(model, version, cache_bytes, metrics)
         served.check()
         return served
@@ -105,11 +99,14 @@ class LiveModel:
         self._root, self._load, self._metrics = root, load, metrics
         self._loaded: Found | None = None
         self._current: ServedModel | None = None
-        self._bad: dict[Path, tuple[Found, str]] = {}  # replaced, and not changed: other threads read it
+        self._bad: dict[Found, str] = {}  # replaced, and not changed: other threads read it
         self.since = 0.0
         """When the model came into use, in seconds since 1970."""
         if not self.refresh():
-            raise DataError("\n".join([f"{root} has no export that can be served", *self._reasons()]))
+            reasons = [f"{folder}: {reason}" for folder, reason in self.refused.items()] or [
+                "give the folder that hstu-export --program has written, or one with several of them"
+            ]
+            raise DataError("\n".join([f"{root} has no export that can be served", *reasons]))
 
     @property
     def current(self) -> ServedModel:
@@ -120,7 +117,7 @@ class LiveModel:
     @property
     def refused(self) -> dict[str, str]:
         """Exports that are there and cannot be loaded: folder → reason."""
-        return {str(folder): reason for folder, (_, reason) in sorted(self._bad.items())}
+        return {str(found.folder): reason for found, reason in self._bad.items()}
 
     def refresh(self) -> bool:
         """Load the newest export that can be, unless it is in use. Returns whether another model is in use now.
@@ -128,7 +125,7 @@ class LiveModel:
         Takes seconds; the model in use goes on answering. One thread may call it at a time.
         """
         found = find_exports(self._root)
-        self._bad = {each.folder: self._bad[each.folder] for each in found if each.folder in self._bad}
+        self._bad = {each: reason for each, reason in self._bad.items() if each in found}
         is_swapped = any(self._try(each) for each in self._newer(found))
         self._metrics.refused.set(len(self._bad))
         return is_swapped
@@ -141,7 +138,7 @@ class LiveModel:
         for each in found:
             if each == self._loaded:
                 return
-            if each.folder not in self._bad or self._bad[each.folder][0] != each:
+            if each not in self._bad:
                 yield each
             if self._loaded is not None and each.folder == self._loaded.folder:
                 return
@@ -154,30 +151,14 @@ class LiveModel:
             if self._current is not None and model.task != self._current.task:
                 raise runtime.ServingError(f"it is a {model.task} model, and a {self._current.task} model is in use")
         except Exception as error:  # whatever is wrong with it, the model in use goes on
-            is_expected = isinstance(error, (runtime.ServingError, OSError))
-            reason = printable(str(error) if is_expected else f"{type(error).__name__}: {error}".split("\n")[0])
-            may_pass = isinstance(error, (OSError, MemoryError))  # it is tried again, though it has not changed
-            self._bad = {**self._bad, found.folder: (replace(found, state=()) if may_pass else found, reason)}
-            _log.warning("refused export=%s reason=%s", found.folder, reason, exc_info=not is_expected)
+            reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
+            self._bad = {**self._bad, found: reason}
+            _log.warning("refused export=%s reason=%s", found.folder, reason)
             return False
         if self._current is not None:
             self._metrics.swaps.inc()
-        self._current, self._loaded = model, found
-        self._bad = {folder: why for folder, why in self._bad.items() if folder != found.folder}
-        self.since = time.time()
+        self._current, self._loaded, self.since = model, found, time.time()
         _log.info("serving model=%s task=%s load=%.1fs", version, model.task, time.monotonic() - begun)
         self._metrics.model.clear()
         self._metrics.model.labels(version, model.task).set(1)
         return True
-
-    def _reasons(self) -> list[str]:
-        if self._bad:
-            return [f"{folder}: {reason}" for folder, reason in self.refused.items()]
-        if not self._root.exists():
-            return ["it does not exist"]
-        if os.path.lexists(self._root / LATEST) and serving_folder(self._root / LATEST) is None:
-            return [f"its link {LATEST} leads to none"]
-        incomplete = [path for path in self._root.glob("**/" + FACTS) if not (path.parent / MANIFEST).is_file()]
-        if incomplete:
-            return [f"{path.parent} has no {MANIFEST}: it was copied in part; copy it again" for path in incomplete]
-        return ["give the folder that hstu-export --program has written, or one with several of them"]

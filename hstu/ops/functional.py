@@ -48,7 +48,8 @@ def hstu_attention(inputs: AttentionInputs, kernels: AttentionKernels) -> Tensor
         of_q, of_k, of_v = map(Gradient, grads)
         return *grads, *_tables(kernels.backward(grad, of(q, *tensors), (of_q, of_k, of_v)))
 
-    return _differentiable(forward, backward, inputs.q, inputs.k, inputs.v, *_tables(inputs.bias))
+    (out,) = _differentiable(forward, backward, inputs.q, inputs.k, inputs.v, *_tables(inputs.bias))
+    return out
 
 
 def projected_attention(
@@ -81,7 +82,8 @@ def projected_attention(
         grad_bias = kernels.backward(grad, of(activated, *tables), (of_q, of_k, of_v))
         return gradient, grad_shift, *_tables(grad_bias)
 
-    return _differentiable(forward, backward, projected, shift, *_tables(bias))
+    (out,) = _differentiable(forward, backward, projected, shift, *_tables(bias))
+    return out
 
 
 def _tables(bias: RelativeBias | None) -> tuple[Tensor, ...]:
@@ -94,37 +96,19 @@ def _empty_shift(shift: Tensor) -> Tensor:
 
 def add_layer_norm(inputs: AddLayerNormInputs, kernels: AddLayerNormKernels) -> tuple[Tensor, Tensor]:
     """x + update in the dtype of x (x where there is no update), and its LayerNorm: [T, D] each."""
-    with torch.autocast(inputs.x.device.type, enabled=False):
-        tensors = inputs.x, inputs.update, inputs.weight, inputs.bias
-        total, normalized = _AddLayerNorm.apply(*tensors, inputs, kernels)
-    return total, normalized
 
-
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        update: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        inputs: AddLayerNormInputs,
-        kernels: AddLayerNormKernels,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         total, normalized, statistics = kernels.forward(replace(inputs, x=x, update=update, weight=weight, bias=bias))
-        ctx.save_for_backward(total, weight, bias, statistics)
-        ctx.others = inputs.eps, inputs.dtype
-        ctx.kernels, ctx.update_dtype = kernels, None if update is None else update.dtype
-        return total, normalized
+        return total, normalized, total, statistics
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        total, weight, bias, statistics = ctx.saved_tensors
-        inputs = AddLayerNormInputs(total, None, weight, bias, *ctx.others)
-        with torch.autocast(grad.device.type, enabled=False):
-            grads = ctx.kernels.backward(grad, grad_total, inputs, statistics, ctx.update_dtype)
-        return *grads, None, None
+    def backward(grad_total: Tensor, grad: Tensor, _: Tensor, update: Tensor | None, *saved: Tensor) -> Any:
+        weight, bias, total, statistics = saved
+        given = AddLayerNormInputs(total, None, weight, bias, inputs.eps, inputs.dtype)
+        return kernels.backward(grad, grad_total, given, statistics, None if update is None else update.dtype)
+
+    tensors = inputs.x, inputs.update, inputs.weight, inputs.bias
+    total, normalized = _differentiable(forward, backward, *tensors, outputs=2)
+    return total, normalized
 
 
 def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor, kernels: ProjectionKernels) -> Tensor:
@@ -140,7 +124,8 @@ def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor, kernels: ProjectionKer
         grad = torch.ops.aten.silu_backward(grad, projected)
         return grad @ weight, grad.t() @ x, grad.sum(0)
 
-    return _differentiable(forward, backward, x, weight, bias)
+    (out,) = _differentiable(forward, backward, x, weight, bias)
+    return out
 
 
 def norm_mul_dropout(inputs: GateInputs, kernels: GateKernels) -> Tensor:
@@ -156,7 +141,8 @@ def norm_mul_dropout(inputs: GateInputs, kernels: GateKernels) -> Tensor:
         _, grad_x, *affine = kernels.backward(grad, given, statistics, mask, Gradient(grad_u))
         return grad_x, grad_u, *affine
 
-    return _differentiable(forward, backward, inputs.x, inputs.u, inputs.weight, inputs.bias)
+    (out,) = _differentiable(forward, backward, inputs.x, inputs.u, inputs.weight, inputs.bias)
+    return out
 
 
 def projected_gate(
@@ -182,33 +168,38 @@ def projected_gate(
         _, grad_x, *affine = kernels.backward(grad, given, statistics, mask, of_u)
         return grad_x, grad_u, grad_shift, *affine
 
-    return _differentiable(forward, backward, x, projected, shift, weight, bias)
+    (out,) = _differentiable(forward, backward, x, projected, shift, weight, bias)
+    return out
 
 
 def _differentiable(
     forward: Callable[..., tuple[Tensor | None, ...]],
     backward: Callable[..., tuple[Tensor | None, ...]],
-    *inputs: Tensor,
-) -> Tensor:
-    """The first result of ``forward(*inputs)``, with the gradients ``backward(grad, *inputs, *other_results)``."""
+    *inputs: Tensor | None,
+    outputs: int = 1,
+) -> tuple[Tensor, ...]:
+    """The first results of ``forward(*inputs)``, with the gradients ``backward(*grads, *inputs, *other_results)``."""
+    assert inputs[0] is not None
     with torch.autocast(inputs[0].device.type, enabled=False):
-        out: Tensor = _Differentiable.apply(forward, backward, *inputs)
-    return out
+        results: tuple[Tensor, ...] = _Differentiable.apply(forward, backward, outputs, *inputs)
+    return results
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], *inputs: Tensor) -> Tensor:
-        out, *others = forward(*inputs)
-        ctx.save_for_backward(*inputs, *others)
+    def forward(
+        ctx: Any, forward: Callable[..., Any], backward: Callable[..., Any], outputs: int, *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        results = forward(*inputs)
+        ctx.save_for_backward(*inputs, *results[outputs:])
         ctx.apply_backward = backward
-        return out
+        return tuple(results[:outputs])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad.device.type, enabled=False):
-            return None, None, *ctx.apply_backward(grad, *ctx.saved_tensors)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return None, None, None, *ctx.apply_backward(*grads, *ctx.saved_tensors)
 
 
 def softmax_loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives, kernel: SoftmaxLoss) -> Tensor:
@@ -227,11 +218,7 @@ def softmax_loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Ne
 
     Returns:
         Scalar, float32 (float64 if all vectors are); 0 where M = 0 or no query has a negative.
-
-    Raises:
-        ValueError: shapes that do not match.
     """
-    _check_shapes(queries, positives, pool, negatives)
     vectors = queries, positives, pool
     # float64 stays if all vectors are; else all becomes float32, in which scores and sums are kept.
     dtype = torch.float64 if all(v.dtype == torch.float64 for v in vectors) else torch.float32
@@ -239,26 +226,3 @@ def softmax_loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Ne
         negatives = replace(negatives, log_weights=negatives.log_weights.to(dtype))
     with torch.autocast(queries.device.type, enabled=False):
         return kernel(queries.to(dtype), positives.to(dtype), pool.to(dtype), negatives)
-
-
-def _check_shapes(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> None:
-    log_weights, seen, draws = negatives.log_weights, negatives.seen, negatives.draws
-    problems = []
-    if queries.dim() != 2 or positives.shape != queries.shape:
-        problems.append(f"queries {tuple(queries.shape)} and positives {tuple(positives.shape)} must both be [M, D]")
-    if pool.dim() != 2 or pool.shape[1:] != queries.shape[1:]:
-        problems.append(f"pool {tuple(pool.shape)} must be [S, D], as wide as the queries {tuple(queries.shape)}")
-    if negatives.target_ids.shape != queries.shape[:1]:
-        problems.append(f"target_ids {tuple(negatives.target_ids.shape)} must be [M], M = {len(queries)}")
-    if negatives.pool_ids.shape != pool.shape[:1]:
-        problems.append(f"pool_ids {tuple(negatives.pool_ids.shape)} must be [S], S = {len(pool)}")
-    if log_weights is not None and log_weights.shape != pool.shape[:1]:
-        problems.append(f"log_weights {tuple(log_weights.shape)} must be [S], S = {len(pool)}")
-    if seen is not None and seen.first.shape[1:] != pool.shape[:1]:
-        problems.append(f"first {tuple(seen.first.shape)} of the seen items must be [B, S], S = {len(pool)}")
-    if seen is not None and not seen.sequences.shape == seen.places.shape == queries.shape[:1]:
-        problems.append(f"sequences and places of the seen items must be [M], M = {len(queries)}")
-    if draws is not None and (draws.dim() != 2 or len(draws) != len(queries)):
-        problems.append(f"draws must be [{len(queries)}, R], a row for each query, not {tuple(draws.shape)}")
-    if problems:
-        raise ValueError("; ".join(problems))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from hstu.ops.comm import LayerComm
 from hstu.ops.layout import JaggedLayout, TokenOrder
 from hstu.ops.row_update import UpdateRows
+
+Forward = TypeVar("Forward")
+Backward = TypeVar("Backward")
 
 
 @dataclass
@@ -232,21 +235,18 @@ SoftmaxLoss = Callable[[Tensor, Tensor, Tensor, Negatives], Tensor]
 
 
 @dataclass(frozen=True)
-class AttentionKernels:
-    """Attention of one backend."""
+class KernelPair(Generic[Forward, Backward]):
+    """Forward and backward of an operator of one backend."""
 
-    forward: AttentionForward
-    backward: AttentionBackward
+    forward: Forward
+    backward: Backward
     differentiates_silu: bool = True
     """Whether backward serves a ``Gradient.before_silu``. Otherwise the layer differentiates SiLU in a further pass."""
 
 
-@dataclass(frozen=True)
-class AddLayerNormKernels:
-    """The residual stream and its LayerNorm of one backend."""
-
-    forward: AddLayerNormForward
-    backward: AddLayerNormBackward
+AttentionKernels = KernelPair[AttentionForward, AttentionBackward]
+AddLayerNormKernels = KernelPair[AddLayerNormForward, AddLayerNormBackward]
+GateKernels = KernelPair[GateForward, GateBackward]
 
 
 @dataclass(frozen=True)
@@ -260,16 +260,6 @@ class ProjectionKernels:
     """x [T, D], weight [W, D], bias [W] of one dtype → x Wᵀ + b and SiLU of it, each [T, W], W = H · 4 · d."""
     activate: Callable[[Tensor], Tensor]
     """SiLU with the bits of ``forward``, to recompute it."""
-
-
-@dataclass(frozen=True)
-class GateKernels:
-    """The gated norm of one backend."""
-
-    forward: GateForward
-    backward: GateBackward
-    differentiates_silu: bool = True
-    """As in :class:`AttentionKernels`."""
 
 
 class Backend(StrEnum):

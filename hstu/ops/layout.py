@@ -135,24 +135,17 @@ def build_layout(
     seqlens = sequence_tokens(item_lengths, num_contextuals, tokens_per_item, has_context=is_real)
     candidates = np.zeros_like(seqlens) if num_candidates is None else (num_candidates * tokens_per_item)
     candidates = candidates.astype(np.int64)
-    # What has a number per token is computed on the device, from numbers per sequence.
-    lengths, starts, history_ends = _on_device(device, seqlens, run_starts(seqlens), seqlens - candidates)
-    num_tokens = int(seqlens.sum())
-
-    def of_token(of_sequence: Tensor) -> Tensor:
-        return torch.repeat_interleave(of_sequence, lengths, output_size=num_tokens)
-
-    token = torch.arange(num_tokens, device=device)
-    position, history_end = token - of_token(starts), of_token(history_ends)
+    sequence, place, history_end = _places(seqlens, candidates, device)
     token_times = query_times = None
     if item_times is not None:
         num_items = len(item_times)
         first_items, no_items = _on_device(device, run_starts(item_lengths), item_lengths == 0)
-        item = (position - num_contextuals).clamp_(min=0).div_(tokens_per_item, rounding_mode="floor")
-        item += of_token(first_items)
-        item.masked_fill_(of_token(no_items).bool(), num_items)  # context of a user with no event
+        item = (place - num_contextuals).clamp_(min=0).div_(tokens_per_item, rounding_mode="floor")
+        item += first_items[sequence]
+        item.masked_fill_(no_items[sequence].bool(), num_items)  # context of a user with no event
         token_times = torch.cat([item_times, item_times.new_zeros(1)])[item]
-        query_times = token_times[token + (position + 1 < history_end)] if asks_for_next else token_times
+        token = torch.arange(len(place), device=device)
+        query_times = token_times[token + (place + 1 < history_end)] if asks_for_next else token_times
         if request_times is not None:
             filled = np.flatnonzero(seqlens > 0)
             last_tokens, filled_on_device = _on_device(device, np.cumsum(seqlens)[filled] - 1, filled)
@@ -165,10 +158,21 @@ def build_layout(
         num_candidate_tokens_host=candidates,
         candidate_group_tokens=target_group_size * tokens_per_item,
         tokens_per_item=tokens_per_item,
-        positions=torch.minimum(position, history_end),
+        positions=torch.minimum(place, history_end),
         token_times=token_times,
         query_times=query_times,
     )
+
+
+def _places(seqlens: np.ndarray, candidates: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token: its sequence, its place in that, and the place of the first candidate. int64 [T] each.
+
+    Computed on the device, from numbers per sequence.
+    """
+    total = int(seqlens.sum())
+    lengths, starts, history_ends = _on_device(device, seqlens, run_starts(seqlens), seqlens - candidates)
+    sequence = torch.repeat_interleave(lengths, output_size=total)
+    return sequence, torch.arange(total, device=device) - starts[sequence], history_ends[sequence]
 
 
 def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
@@ -205,30 +209,21 @@ def truncate_history(layout: JaggedLayout, items: int) -> tuple[JaggedLayout, Te
     history = layout.seqlens - context - layout.num_candidate_tokens_host
     removed = np.maximum(history - items * layout.tokens_per_item, 0)
     seqlens = layout.seqlens - removed
-    device, num_tokens = layout.positions.device, int(seqlens.sum())
-    lengths, starts, removed_on_device, old_starts, history_ends = _on_device(
-        device,
-        seqlens,
-        run_starts(seqlens),
-        removed,
-        run_starts(layout.seqlens),
-        seqlens - layout.num_candidate_tokens_host,
-    )
-    sequence = torch.repeat_interleave(lengths, output_size=num_tokens)
-    position = torch.arange(num_tokens, device=device) - starts[sequence]
-    behind_context = position >= layout.num_contextuals
-    tokens = old_starts[sequence] + position + behind_context * removed_on_device[sequence]
+    device, old_starts = layout.positions.device, run_starts(layout.seqlens)
+    sequence, place, history_end = _places(seqlens, layout.num_candidate_tokens_host, device)
+    starts_on_device, removed_on_device = _on_device(device, old_starts, removed)
+    behind_context = place >= layout.num_contextuals
+    tokens = starts_on_device[sequence] + place + behind_context * removed_on_device[sequence]
     shorter = replace(
         layout,
         seqlen_offsets=to_device(run_offsets(seqlens), device),
         seqlens=seqlens,
-        positions=torch.minimum(position, history_ends[sequence]),
+        positions=torch.minimum(place, history_end),
         token_times=None if layout.token_times is None else layout.token_times[tokens],
         query_times=None if layout.query_times is None else layout.query_times[tokens],
         cache={},
     )
-    starts_on_host = run_starts(layout.seqlens)
-    runs = TokenRuns(starts_on_host, context), TokenRuns(starts_on_host + context + removed, seqlens - context)
+    runs = TokenRuns(old_starts, context), TokenRuns(old_starts + context + removed, seqlens - context)
 
     def left(of_whole: range) -> range:
         contexts, others = (run.within(of_whole) for run in runs)

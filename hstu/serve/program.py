@@ -1,7 +1,7 @@
 """The dense part of a trained model as one function of tensors, which torch.export can trace for any batch.
 
 It holds the trained modules themselves. Only what computes with host integers is replaced: the caller gives the layout
-as tensors, and attention pads sequences to one length (hstu/ops/pytorch/padded_attention.py). It computes in float32.
+as tensors, and attention pads sequences to one length (hstu/ops/pytorch/attention.py). It computes in float32.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hstu.model.stack import FusedHSTULayer, SequenceEncoder
 from hstu.model.tasks import MultiTaskDense, RankingTask
 from hstu.ops.kernels import AttentionKernels
 from hstu.ops.layout import JaggedLayout
-from hstu.ops.pytorch import attention, padded_attention
+from hstu.ops.pytorch import attention
+from hstu.ops.pytorch.attention import PaddedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.pytorch.padded_attention import PaddedLayout
 
 M = TypeVar("M", bound=nn.Module)
-_KERNELS = replace(REFERENCE_KERNELS, attention=AttentionKernels(padded_attention.forward, attention.backward))
+_KERNELS = replace(REFERENCE_KERNELS, attention=AttentionKernels(attention.padded_forward, attention.backward))
 
 _SIZES = {
     "items": (("items", 3), ("item_width", None)),

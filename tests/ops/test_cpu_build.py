@@ -1,6 +1,5 @@
 """Compiling the C++ kernels: once a machine, whoever else is at it, and a clear line where it cannot be."""
 
-import ctypes
 import logging
 import multiprocessing
 import os
@@ -39,20 +38,6 @@ def test_what_is_compiled_is_found_again_until_a_source_changes(small_sources: P
     assert build.library_file(cache) != first
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
-def test_a_damaged_library_is_compiled_again(
-    small_sources: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    library = build.library_file(tmp_path / "cache")
-    whole = library.read_bytes()
-    middle = len(whole) // 2
-    changed = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    library.write_bytes({"cut": whole[:middle], "changed": changed, "empty": b""}[damage])
-    assert build.library_file(tmp_path / "cache") == library
-    assert ctypes.CDLL(str(library)).one() == 1
-    assert f"{library} is damaged and is compiled again" in caplog.text
-
-
 def test_without_a_home_directory_there_are_no_kernels_and_the_reason_is_given(
     small_sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,10 +50,7 @@ def test_without_a_home_directory_there_are_no_kernels_and_the_reason_is_given(
         build.library_file()
 
 
-@pytest.mark.parametrize("is_damaged", [False, True], ids=["no library", "a damaged one"])
-def test_processes_that_start_together_compile_once(small_sources: Path, tmp_path: Path, is_damaged: bool) -> None:
-    if is_damaged:
-        build.library_file(tmp_path).write_bytes(b"damaged")
+def test_processes_that_start_together_compile_once(small_sources: Path, tmp_path: Path) -> None:
     fork = multiprocessing.get_context("fork")  # a process that has to import torch takes seconds
     together, log = fork.Barrier(4), tmp_path / "log"
 
@@ -85,27 +67,6 @@ def test_processes_that_start_together_compile_once(small_sources: Path, tmp_pat
     lines = log.read_text()
     assert [process.exitcode for process in processes] == [0] * 4, lines
     assert lines.count("compiled the CPU kernels in") == 1
-    assert lines.count("is damaged and is compiled again") == is_damaged
-
-
-def test_a_library_of_another_format_is_not_taken_for_damaged(
-    small_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Versions that appended no hash compiled into the same directory."""
-    with monkeypatch.context() as earlier:
-        earlier.setattr(build, "_FORMAT", "code alone")
-        earlier.setattr(build, "_seal", lambda library: None)
-        without_hash = build.library_file(tmp_path)
-    before = without_hash.read_bytes()
-    assert ctypes.CDLL(str(build.library_file(tmp_path))).one() == 1
-    assert without_hash.read_bytes() == before
-    assert "damaged" not in caplog.text
-
-
-def test_the_files_of_an_interrupted_compilation_are_removed(small_sources: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache" / "compiling-interrupted").mkdir(parents=True)
-    library = build.library_file(tmp_path / "cache")
-    assert {path.name for path in library.parent.iterdir()} == {"lock", library.name}
 
 
 def test_a_source_that_does_not_compile_is_told_with_the_error_and_leaves_nothing(

@@ -139,7 +139,7 @@ def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad
 
 
 @pytest.mark.parametrize("backend", WITHOUT_A_GPU)
-@settings(deadline=None, max_examples=examples(40))
+@settings(deadline=None, max_examples=examples(60))
 @given(
     batch=long_batches(),
     heads=st.integers(1, MOST_HEADS),
@@ -149,6 +149,8 @@ def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad
     with_bias=st.booleans(),
     is_causal=st.booleans(),
     contextual_mask=st.booleans(),
+    max_span=st.none() | st.sampled_from([1, 2, 15, 16, 33, 64, 100]),
+    full_tokens=st.sampled_from([0, 0, 1, 17, 65, 300]),
 )
 def test_attention_equals_float64(
     backend: Backend,
@@ -158,14 +160,12 @@ def test_attention_equals_float64(
     dtype: torch.dtype,
     strided: bool,
     with_bias: bool,
-    is_causal: bool,
-    contextual_mask: bool,
+    **mask: Any,
 ) -> None:
     tokens = batch.layout().num_tokens
     leaves = attention_inputs(tokens, heads, width, dtype, strided, backend)[: 5 if with_bias else 3]
     grad_out = torch.randn(tokens, width, heads).to(dtype).transpose(1, 2)
-    config = dict(alpha=width**-0.5, scaling_seqlen=100, is_causal=is_causal, contextual_mask=contextual_mask)
-    compare_attention(batch, backend, leaves, grad_out, **config)
+    compare_attention(batch, backend, leaves, grad_out, alpha=width**-0.5, scaling_seqlen=100, **mask)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU test_one_compiled_kernel_serves_any_batch has few shapes")
@@ -222,6 +222,32 @@ def test_attention_equals_float64_on_a_long_sequence(backend: Backend, width: in
     if ON_A_GPU and backend is not Backend.CPU and head_unsupported_reason(width, dtype, has_bias=True):
         pytest.skip("CUTLASS has no such kernels, and Triton's for other widths are compiled already")
     compare_attention(batch, backend, leaves, torch.randn(1028, 1, width), alpha=width**-0.5, scaling_seqlen=1023)
+
+
+@pytest.mark.parametrize("backend", FULL_SIZE[:2])
+def test_long_sequences_with_a_window_are_right(backend: Backend) -> None:
+    users = User(700, 40, tuple(range(0, 7400, 10))), User(150, 0, tuple(range(150)))
+    batch = Batch(users, contextuals=2, tokens_per_item=1, group_size=4)
+    tokens = batch.layout().num_tokens
+    leaves = attention_inputs(tokens, 2, 64, torch.bfloat16, True, backend)
+    config = dict(alpha=0.125, scaling_seqlen=100, max_span=130, full_tokens=90)
+    compare_attention(batch, backend, leaves, torch.randn(tokens, 2, 64), **config)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="for the kernels of a CPU")
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("backend", [Backend.CPU])
+def test_the_pairs_of_a_window_grow_with_the_length(backend: Backend, is_causal: bool) -> None:
+    def buckets(length: int) -> int:
+        """The pairs of which the C++ kernels keep the time bucket."""
+        layout = Batch((User(length, 9), User(500, 0)), contextuals=3, tokens_per_item=1, group_size=1).layout()
+        q, bias = torch.zeros(layout.num_tokens, 1, 1), RelativeBias(torch.zeros(3), torch.zeros(128))
+        config = dict(alpha=1.0, scaling_seqlen=1, is_causal=is_causal, max_span=100, full_tokens=70)
+        hstu_attention(q, q, q, layout, bias=bias, backend=backend, **config)
+        (plan,) = layout.cache.values()
+        return int(plan.bucket_offsets[-1])
+
+    assert buckets(8_000) < 5 * buckets(2_000)  # 16 without a window
 
 
 ON_CPU = [(Backend.CPU, 64, torch.float32, True, True)]
@@ -315,6 +341,18 @@ def test_time_buckets_are_those_of_the_definition_at_every_edge(backend: Backend
         )
 
 
+def results_by_threads(run: Callable[[], list[Tensor]], counts: Sequence[int] = (1, 2, 5, 2)) -> list[list[Tensor]]:
+    """What ``run`` returns on so many threads."""
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
 @pytest.mark.skipif(INTERPRETED, reason="one thread interprets")
 @pytest.mark.parametrize("backend", [Backend.CPU])
 def test_results_have_the_same_bits_on_any_number_of_threads(backend: Backend) -> None:
@@ -322,22 +360,19 @@ def test_results_have_the_same_bits_on_any_number_of_threads(backend: Backend) -
     tokens = batch.layout().num_tokens
     leaves = attention_inputs(tokens, 2, 20, torch.float32, strided=True, backend=backend)
     grad_out = torch.randn(tokens, 2, 20)
-    results, before = [], torch.get_num_threads()
-    for threads in (1, 2, 5, 2):
-        torch.set_num_threads(threads)
+
+    def run() -> list[Tensor]:
         layout = batch.layout()
-        results.append(
-            differentiate(
-                lambda q, k, v, p, t, layout=layout: hstu_attention(
-                    q, k, v, layout, alpha=0.2, scaling_seqlen=90, bias=RelativeBias(p, t), backend=backend
-                ),
-                leaves,
-                grad_out,
-            )
+        return differentiate(
+            lambda q, k, v, p, t: hstu_attention(
+                q, k, v, layout, alpha=0.2, scaling_seqlen=90, bias=RelativeBias(p, t), backend=backend
+            ),
+            leaves,
+            grad_out,
         )
-    torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+    first, *others = results_by_threads(run)
+    assert all(all(map(torch.equal, first, other)) for other in others)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -399,17 +434,14 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
     x, u = torch.randn(600, heads, width).to(dtype), torch.randn(600, heads, 2, width).to(dtype)[:, :, 1]
     affine, grad_out = torch.randn(2, heads * width).unbind(), torch.randn(600, heads * width).to(dtype)
 
-    def run(x: Tensor, threads: int) -> list[Tensor]:
+    def run() -> list[Tensor]:
         torch.manual_seed(7)
-        torch.set_num_threads(threads)
         return differentiate(lambda *x: norm_mul_dropout(*x, GateConfig(0.05, 0.3), backend), [x, u, *affine], grad_out)
 
-    before = torch.get_num_threads()
-    expected = run(x, 1)
-    assert all(map(torch.equal, run(x, 3), expected))
+    expected, repeated = results_by_threads(run, (1, 3))
+    assert all(map(torch.equal, repeated, expected))
     x[300] = torch.nan
-    got = run(x, 2)
-    torch.set_num_threads(before)
+    (got,) = results_by_threads(run, (2,))
     others = torch.arange(600) != 300
     for ours, whole in zip(got[:3], expected[:3], strict=True):  # out, grad_x, grad_u
         assert ours[300].isnan().all() and torch.equal(ours[others], whole[others])
@@ -492,20 +524,12 @@ def test_the_sampled_loss_has_the_same_bits_on_any_number_of_threads(
     torch.manual_seed(0)
     leaves = [F.normalize(torch.randn(rows, width), dim=1) for rows in (300, 300, 40)]
     draws, target_ids = torch.randint(40, (300, 33)), torch.randint(40, (300,))
-    results, before = [], torch.get_num_threads()
-    for threads in (1, 2, 5, 2):
-        torch.set_num_threads(threads)
-        results.append(
-            differentiate(
-                lambda q, p, s: sampled_softmax_loss(q, p, s, draws, target_ids, torch.arange(40), 0.05, backend),
-                leaves,
-                torch.tensor(1.0),
-            )
-        )
-    torch.set_num_threads(before)
-    for result in results[1:]:
-        # The loss itself is a sum of torch's.
-        assert all(torch.equal(x, y) for x, y in zip(result[1:], results[0][1:], strict=True))
+
+    def loss(q: Tensor, p: Tensor, s: Tensor) -> Tensor:
+        return sampled_softmax_loss(q, p, s, draws, target_ids, torch.arange(40), 0.05, backend)
+
+    first, *others = results_by_threads(lambda: differentiate(loss, leaves, torch.tensor(1.0)))
+    assert all(all(map(torch.equal, first[1:], other[1:])) for other in others)  # the loss itself is a sum of torch's
 
 
 @pytest.mark.parametrize("backend", [pytest.param(Backend.CPU, id="cpu")])

@@ -42,11 +42,6 @@ def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width:
         torch.testing.assert_close(a.double(), b, rtol=2 * tolerance, atol=4 * tolerance)
 
 
-def test_gradcheck() -> None:
-    leaves = [x.requires_grad_() for x in inputs(3, 2, 3, torch.float64)]
-    assert torch.autograd.gradcheck(lambda *x: norm_mul_dropout(*x, GateConfig(1e-5, 0.0)), leaves)
-
-
 def test_the_gate_of_a_projection_has_the_gradients_of_silu_and_gate() -> None:
     x, projected, weight, bias = inputs(5, 2, 3, torch.float64)
     leaves = [t.requires_grad_() for t in (x, projected, torch.randn(2, 3, dtype=torch.float64), weight, bias)]

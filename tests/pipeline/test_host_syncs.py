@@ -245,8 +245,9 @@ def test_attention_copies_what_it_plans_from_pinned_memory(kernels: str, monkeyp
         elif kernels == "triton":
             planned = pytest.importorskip("hstu.ops.triton.attention")._longest_first(layout)
         else:
-            offsets = np.concatenate([[0], np.cumsum(layout.seqlens)])
-            planned = attention._make_group(layout, config, np.arange(3), offsets, 72).tokens
+            for limits in (attention.SCORES_PER_BLOCK, attention.ROWS_PER_BLOCK):
+                monkeypatch.setitem(limits, "meta", 2**20)
+            planned, _ = next(attention._groups(layout, config, heads=1))
     assert planned.is_meta and not copies.found
 
 

@@ -14,19 +14,7 @@ import torch
 from torch import Tensor
 
 from hstu.data.batches.jagged import run_offsets
-from hstu.ops.cpu.build import (
-    Arguments,
-    fields,
-    float32,
-    int32,
-    int64,
-    is_bfloat,
-    library,
-    num_threads,
-    pointer,
-    strides,
-    with_contiguous_rows,
-)
+from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, is_bfloat, library, pointer, strides
 from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 
@@ -70,7 +58,7 @@ def forward(inputs: AttentionInputs) -> Tensor:
     arguments = _prepare(inputs)
     out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype)
     arguments.set(out=out)
-    library().hstu_attention(ctypes.byref(arguments), 0)
+    arguments.run("hstu_attention", 0)
     return out
 
 
@@ -78,14 +66,14 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
     """See :data:`hstu.ops.kernels.AttentionBackward`; without ``before_silu``."""
     arguments, bias = _prepare(inputs), inputs.bias
     grad_q, grad_k, grad_v = (each.target for each in grads)
-    arguments.set(grad_out=with_contiguous_rows(grad), grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
+    arguments.set(grad_out=grad, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
     if bias is None:
-        library().hstu_attention(ctypes.byref(arguments), 1)
+        arguments.run("hstu_attention", 1)
         return None
     position = torch.zeros(arguments.bins, len(bias.position_weight), dtype=torch.float64)
     time = torch.zeros(arguments.bins, NUM_TIME_BUCKETS, dtype=torch.float64)
     arguments.set(grad_position_weight=position, grad_time_weight=time)
-    library().hstu_attention(ctypes.byref(arguments), 1)
+    arguments.run("hstu_attention", 1)
     return RelativeBias(position.sum(0).to(bias.position_weight.dtype), time.sum(0).to(bias.time_weight.dtype))
 
 
@@ -110,9 +98,8 @@ def _prepare(inputs: AttentionInputs) -> _Arguments:
         is_causal=config.is_causal,
         contextual_mask=config.contextual_mask,
         is_bfloat=is_bfloat((q, k, v)),
-        threads=num_threads(),
     )
-    arguments.set(q=with_contiguous_rows(q), k=with_contiguous_rows(k), v=with_contiguous_rows(v))
+    arguments.set(q=q, k=k, v=v)
     if bias is not None:
         arguments.positions = len(bias.position_weight)
         arguments.set(
@@ -129,11 +116,8 @@ def _plan(layout: JaggedLayout, config: AttentionConfig) -> _Plan:
     key = ("cpu attention", config)
     if key not in layout.cache:
         seqlens = layout.seqlens.astype(np.int64)
-        layout.cache[key] = _Plan(
-            offsets=run_offsets(seqlens),
-            candidates=np.ascontiguousarray(layout.num_candidate_tokens_host, dtype=np.int64),
-            order=np.argsort(-seqlens, kind="stable"),
-        )
+        candidates = np.ascontiguousarray(layout.num_candidate_tokens_host, dtype=np.int64)
+        layout.cache[key] = _Plan(run_offsets(seqlens), candidates, np.argsort(-seqlens, kind="stable"))
     plan: _Plan = layout.cache[key]
     return plan
 
@@ -141,12 +125,11 @@ def _plan(layout: JaggedLayout, config: AttentionConfig) -> _Plan:
 def _set_buckets(arguments: _Arguments, plan: _Plan) -> None:
     is_first = plan.bucket_offsets is None
     if plan.bucket_offsets is None:
-        offsets = np.empty(arguments.sequences + 1, dtype=np.int64)
-        library().hstu_bucket_offsets(ctypes.byref(arguments), pointer(offsets.ctypes.data))
-        plan.bucket_offsets = offsets
-        if offsets[-1] <= MOST_BUCKET_BYTES:
-            plan.buckets = torch.empty(int(offsets[-1]), dtype=torch.uint8)
+        plan.bucket_offsets = np.empty(arguments.sequences + 1, dtype=np.int64)
+        library().hstu_bucket_offsets(ctypes.byref(arguments), pointer(plan.bucket_offsets.ctypes.data))
+        if plan.bucket_offsets[-1] <= MOST_BUCKET_BYTES:
+            plan.buckets = torch.empty(int(plan.bucket_offsets[-1]), dtype=torch.uint8)
     arguments.set(buckets=plan.buckets)
     arguments.bucket_offsets = plan.bucket_offsets.ctypes.data
     if is_first and plan.buckets is not None:
-        library().hstu_fill_buckets(ctypes.byref(arguments))
+        arguments.run("hstu_fill_buckets")

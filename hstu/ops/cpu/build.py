@@ -2,8 +2,7 @@
 
 They are plain C++ behind a C interface and include no header of PyTorch or Python, so that they need only a compiler
 and no rebuild for a new release of PyTorch. The library lies in the user's cache directory; its name is a hash of the
-sources, the compiler, its flags, the processor and the format of the file. Its last bytes are a hash of all bytes
-before them, which is checked before each use: a damaged library is compiled again.
+sources, the compiler, its flags and the processor.
 
     python -m hstu.ops.cpu.build    compile now, as an installer does; the exit code is 0 even where that fails
 """
@@ -17,7 +16,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -28,16 +26,12 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from hstu.base.files import put_in_place
+from hstu.base.files import written_aside
 from hstu.ops.self_check import cache_directory
 
 log = logging.getLogger(__name__)
 
 KEPT_BYTES = 1 << 30
-_HASH_BYTES = hashlib.sha256().digest_size
-_FORMAT = "code, then its SHA-256"
-"""Part of a library's name. Libraries of versions that added no hash have other names and are not taken for damaged."""
-_COMPILING = "compiling-"
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = (
@@ -60,22 +54,20 @@ class KernelsUnavailable(Exception):
 def library_file(directory: Path | None = None) -> Path:
     """Path of the compiled kernels, which are compiled now if they have not been. Raises KernelsUnavailable.
 
-    ``directory``: where compiled kernels lie, by default the user's cache. Any number of processes may call this at
-    once: one compiles, the others wait for it. An interrupted compilation leaves no library behind, and the next one
-    removes its files.
+    ``directory``: where compiled kernels lie, by default the user's cache. Of processes that start together, one
+    compiles and the others wait for it.
     """
-    compiler = _compiler()
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise KernelsUnavailable("no C++ compiler is found; install one (on Debian and Ubuntu: apt-get install g++)")
     try:
         directory = cache_directory() if directory is None else directory
         path = directory / f"cpu_kernels_{_key(compiler)}.so"
-        if _is_intact(path):
-            return path
-        directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(directory / "lock"):
-            if not _is_intact(path):
-                if path.exists():
-                    log.warning("%s is damaged and is compiled again", path)
-                _compile(compiler, path)
+        if not path.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            with FileLock(directory / "lock"):
+                if not path.exists():
+                    _compile(compiler, path)
     except OSError as error:
         place = "" if directory is None else f" to {directory}"
         raise KernelsUnavailable(f"cannot write compiled kernels{place}: {error.strerror or error}") from error
@@ -105,26 +97,31 @@ def address(tensor: Tensor | None) -> int | None:
 class Arguments(ctypes.Structure):
     """The arguments of a C++ function. A subclass has the fields of the C++ struct, in the same order."""
 
+    def __init__(self, **numbers: float) -> None:
+        super().__init__(threads=torch.get_num_threads(), **numbers)
+        self._tensors: list[Tensor | None] = []
+
     def set(self, **tensors: Tensor | None) -> None:
         """Set the addresses of tensors, and the strides of their first two dimensions where there is a field for them.
 
-        None is a null pointer. The tensors live as long as the arguments.
+        None is a null pointer. The tensors live as long as the arguments. One whose last dimension must be contiguous,
+        and is not, is copied.
         """
         for name, tensor in tensors.items():
-            setattr(self, name, address(tensor))
             if tensor is not None and hasattr(self, f"{name}_strides"):
+                tensor = tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
                 setattr(self, f"{name}_strides", strides(*tensor.stride()[:2]))
-        self._tensors = (*getattr(self, "_tensors", ()), *tensors.values())
+            setattr(self, name, address(tensor))
+            self._tensors.append(tensor)
+
+    def run(self, function: str, *others: int) -> None:
+        """Call a function of the library."""
+        getattr(library(), function)(ctypes.byref(self), *others)
 
 
 def fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
     """The fields of :class:`Arguments`: groups of one type each, with the names separated by spaces."""
     return [(name, kind) for kind, names in groups for name in names.split()]
-
-
-def with_contiguous_rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied only where its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
 
 
 def is_bfloat(tensors: Sequence[Tensor]) -> bool:
@@ -133,11 +130,6 @@ def is_bfloat(tensors: Sequence[Tensor]) -> bool:
     if dtypes not in ({torch.float32}, {torch.bfloat16}):
         raise TypeError(f"the C++ kernels take float32 or bfloat16, all tensors alike, not {sorted(map(str, dtypes))}")
     return tensors[0].dtype == torch.bfloat16
-
-
-def num_threads() -> int:
-    """Threads that a kernel runs on: as many as PyTorch uses."""
-    return torch.get_num_threads()
 
 
 def keep_freed_memory() -> None:
@@ -149,21 +141,13 @@ def keep_freed_memory() -> None:
     library().hstu_keep_freed_memory(int64(KEPT_BYTES))
 
 
-def _compiler() -> str:
-    for name in COMPILERS:
-        path = shutil.which(name)
-        if path:
-            return path
-    raise KernelsUnavailable("no C++ compiler is found; install one (on Debian and Ubuntu: apt-get install g++)")
-
-
 def _key(compiler: str) -> str:
     """A hash of everything that determines the compiled code."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest.update("\0".join([version, *FLAGS, _processor(), _FORMAT]).encode())
+    digest.update("\0".join([version, *FLAGS, _processor()]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -176,36 +160,15 @@ def _processor() -> str:
     return f"{platform.machine()} {sorted((name.strip(), value.strip()) for name, value in found.items())}"
 
 
-def _is_intact(library: Path) -> bool:
-    """Whether the file exists and ends in the hash of what precedes it, as ``_seal`` left it."""
-    try:
-        content = library.read_bytes()
-    except FileNotFoundError:
-        return False
-    return hashlib.sha256(content[:-_HASH_BYTES]).digest() == content[-_HASH_BYTES:]
-
-
-def _seal(library: Path) -> None:
-    """Append the hash, which the loader ignores."""
-    digest = hashlib.sha256(library.read_bytes()).digest()
-    with library.open("ab") as file:
-        file.write(digest)
-
-
 def _compile(compiler: str, library: Path) -> None:
-    for interrupted in library.parent.glob(f"{_COMPILING}*"):  # no other process compiles, see library_file
-        shutil.rmtree(interrupted, ignore_errors=True)
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
     log.info("compiling the CPU kernels with %s (some seconds, once per machine)", compiler)
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix=_COMPILING) as directory:
-        made = Path(directory) / library.name
+    with written_aside(library) as made:
         result = subprocess.run([compiler, *FLAGS, *sources, "-o", str(made)], capture_output=True, text=True)
         if result.returncode:
             first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[-300:])
             raise KernelsUnavailable(f"{compiler} cannot compile the CPU kernels: {first.strip()}")
-        _seal(made)
-        put_in_place(made, library)
     log.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - begun, library)
 
 

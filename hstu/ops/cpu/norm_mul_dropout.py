@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from hstu.ops.cpu.build import (
-    Arguments,
-    fields,
-    float32,
-    int32,
-    int64,
-    is_bfloat,
-    library,
-    num_threads,
-    pointer,
-    strides,
-    with_contiguous_rows,
-)
+from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, is_bfloat, pointer, strides
 from hstu.ops.dropout import draw, scale_of
 from hstu.ops.kernels import GateInputs, Gradient
 
@@ -62,13 +49,12 @@ def forward(inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
     statistics, out = torch.empty(2, len(x)), torch.empty(len(x), len(inputs.weight), dtype=x.dtype)
     arguments = _prepare(inputs, _joined(inputs.u), statistics, kept)
     arguments.set(out=out)
-    run = library().hstu_gate
     if config.comm.tp_size == 1:
-        run(ctypes.byref(arguments), _Pass.FORWARD)
+        arguments.run("hstu_gate", _Pass.FORWARD)
     else:
-        run(ctypes.byref(arguments), _Pass.MEASURE)
+        arguments.run("hstu_gate", _Pass.MEASURE)
         statistics.copy_(config.combine_statistics(statistics))
-        run(ctypes.byref(arguments), _Pass.APPLY)
+        arguments.run("hstu_gate", _Pass.APPLY)
     return out, statistics, kept
 
 
@@ -84,13 +70,12 @@ def backward(
     sums, along = torch.zeros(2, arguments.bins, len(weight)), torch.empty(2, len(x))
     arguments.set(grad_out=grad.contiguous(), out=out, grad_x=grad_x, grad_u=joined_grad_u)
     arguments.set(grad_weight=sums[0], grad_bias=sums[1], along_one=along[0], along_row=along[1])
-    run = library().hstu_gate
     if config.comm.tp_size == 1:
-        run(ctypes.byref(arguments), _Pass.BACKWARD)
+        arguments.run("hstu_gate", _Pass.BACKWARD)
     else:
-        run(ctypes.byref(arguments), _Pass.SUMS)
+        arguments.run("hstu_gate", _Pass.SUMS)
         along.copy_(config.comm.all_gather(along).mean(0))
-        run(ctypes.byref(arguments), _Pass.ROWS)
+        arguments.run("hstu_gate", _Pass.ROWS)
     if joined_grad_u is not target:
         target.copy_(joined_grad_u.view(target.shape))
     grad_weight, grad_bias = sums.sum(1, dtype=torch.float64)
@@ -113,8 +98,7 @@ def _prepare(inputs: GateInputs, u: Tensor, statistics: Tensor, kept: Tensor | N
         eps=config.eps,
         scale=scale_of(config.dropout, _CPU),
         is_bfloat=is_bfloat((x, u)),
-        threads=num_threads(),
     )
-    arguments.set(x=x.contiguous(), u=with_contiguous_rows(u), kept=kept, mean=statistics[0], rstd=statistics[1])
+    arguments.set(x=x.contiguous(), u=u, kept=kept, mean=statistics[0], rstd=statistics[1])
     arguments.set(weight=weight.detach().float().contiguous(), bias=bias.detach().float().contiguous())
     return arguments

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Sequence
 from enum import IntEnum
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hstu.ops import row_update
-from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, num_threads, pointer
+from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, pointer
 from hstu.ops.row_update import RowUpdate
 
 
@@ -56,7 +55,6 @@ def update_rows(
         correction2=1 - update.betas[1] ** update.step,
         max_gradient=math.inf if update.max_gradient is None else update.max_gradient,
         optimizer=_Optimizer[update.optimizer.upper()],
-        threads=num_threads(),
     )
     arguments.set(rows=rows, gradients=gradients, weight=weight.detach(), first=first, second=second)
-    library().hstu_update_rows(ctypes.byref(arguments))
+    arguments.run("hstu_update_rows")

@@ -5,7 +5,6 @@ As in PyTorch's, the forward of the loss computes the gradients, and backward sc
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, num_threads, pointer
+from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, pointer
 from hstu.ops.kernels import Negatives
 from hstu.ops.pytorch import softmax_loss
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, first_places, in_blocks
@@ -58,7 +57,6 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             width=queries.shape[1],
             padded=padded,
             temperature=negatives.temperature,
-            threads=num_threads(),
         )
         arguments.set(
             queries=queries,
@@ -81,7 +79,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             arguments.set(grad_queries=gradients[0], grad_positives=gradients[1], grad_pool=gradients[2])
             arguments.set(weights=torch.empty(num_queries, num_draws))
             ctx.save_for_backward(*(gradient[:, :width] for gradient in gradients))
-        library().hstu_sampled_softmax(ctypes.byref(arguments))
+        arguments.run("hstu_sampled_softmax")
         return losses.sum()
 
 
@@ -121,14 +119,13 @@ class PoolSoftmaxLoss(SoftmaxLoss):
                 columns=scores.shape[1],
                 key_pitch=len(pool),
                 ordered=seen is not None,
-                threads=num_threads(),
             )
             arguments.set(scores=scores, keys=keys[..., columns], marks=marks[rows], peaks=peaks, totals=totals)
             if key_rows is not None:
                 arguments.set(key_rows=key_rows[rows])
             if log_weights is not None:
                 arguments.set(log_weights=log_weights[columns])
-            library().hstu_pool_softmax(ctypes.byref(arguments))
+            arguments.run("hstu_pool_softmax")
 
         blocks = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS)
         return in_blocks(ctx, queries, positives, pool, negatives.temperature, exponentials, blocks)
@@ -165,7 +162,7 @@ class _Unit(torch.autograd.Function):
         out, norms = torch.empty(x.shape), torch.empty(len(x))
         arguments = _unit_arguments(x, eps)
         arguments.set(x=x.contiguous(), out=out, norms=norms)
-        library().hstu_unit(ctypes.byref(arguments), 0)
+        arguments.run("hstu_unit", 0)
         ctx.save_for_backward(out, norms)
         ctx.eps = eps
         return out
@@ -176,9 +173,9 @@ class _Unit(torch.autograd.Function):
         unit, norms = ctx.saved_tensors
         arguments, grad_x = _unit_arguments(unit, ctx.eps), torch.empty(unit.shape)
         arguments.set(unit=unit, grad_out=grad_out.contiguous(), norms=norms, grad_x=grad_x)
-        library().hstu_unit(ctypes.byref(arguments), 1)
+        arguments.run("hstu_unit", 1)
         return grad_x, None
 
 
 def _unit_arguments(rows: Tensor, eps: float) -> _UnitArguments:
-    return _UnitArguments(rows=len(rows), width=rows.shape[1], eps=eps, threads=num_threads())
+    return _UnitArguments(rows=len(rows), width=rows.shape[1], eps=eps)

@@ -21,14 +21,14 @@ from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
 from hstu.ops.cutlass import objects
-from hstu.ops.cutlass.bias_arguments import BiasArguments, BiasSums, cells
+from hstu.ops.cutlass.bias import BiasArguments, BiasSums, cells
 from hstu.ops.cutlass.common import ROWS_OF_WARP, Shape
-from hstu.ops.cutlass.launch import LaunchArguments
+from hstu.ops.cutlass.objects import LaunchArguments
 from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks, num_ctas, work_of
 from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
 from hstu.ops.cutlass.sm90_split import SplitBackwardSm90
-from hstu.ops.cutlass.support import CAPABILITIES, HEAD_DIMS, head_unsupported_reason
+from hstu.ops.cutlass.support import CAPABILITIES, HEAD_DIMS
 from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import JaggedLayout, to_device
 
@@ -41,11 +41,6 @@ ALIGNMENT = 16
 def forward(inputs: AttentionInputs) -> Tensor:
     """See :data:`hstu.ops.kernels.AttentionForward`."""
     q, k, v, bias, layout = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.layout
-    reason = head_unsupported_reason(q.shape[2], q.dtype, bias is not None)
-    if reason is not None:
-        raise ValueError(f"no CUTLASS kernel: {reason}")
-    if k.shape != q.shape or v.shape != q.shape or not q.dtype == k.dtype == v.dtype:
-        raise ValueError("q, k and v must agree in shape and dtype")
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     arguments = None if bias is None else BiasArguments.of(bias, layout)
     tensors = [_loadable(q), _loadable(k), _loadable(v)]
@@ -263,20 +258,7 @@ def variants(
 @functools.cache
 def compiled(variant: Variant) -> tuple[Callable[..., None], LaunchArguments]:
     """The host function of a variant, and its arguments. Compiles for seconds, unless it was compiled ahead."""
-    return objects.load(variant) or _compile(variant), launch_arguments(variant)
-
-
-def launch_arguments(variant: Variant) -> LaunchArguments:
-    """Arguments as in :func:`_examples`: addresses, strides, the blocks with sizes, factors and bias, CTAs, stream."""
-    ins, outs = variant.num_inputs, len(variant.elements) - variant.num_inputs
-    return LaunchArguments(
-        *(f"{ins}Q", f"{outs}Q", f"{2 * (ins + outs)}q"),
-        "Q"
-        + NUM_SIZES * "i4x"
-        + NUM_FACTORS * "f4x"
-        + (f"{len(_bias_types(variant))}Qi4xf4x" if variant.has_bias else ""),
-        *("i4x", "Q"),
-    )
+    return objects.load(variant) or _compile(variant), LaunchArguments(*_examples(variant))
 
 
 def save_compiled(variant: Variant) -> None:

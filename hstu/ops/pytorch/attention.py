@@ -1,21 +1,16 @@
-"""HSTU attention in plain PyTorch, on any device, in bounded memory and at a cost proportional to Σ n².
+"""HSTU attention in plain PyTorch, on any device and in any dtype: what all kernels are compared with.
 
-Sequences are sorted by length and cut into groups of similar ones, padded to the longest of the group; a group is
-worked on in blocks of query rows, each against the keys it may see: with a window, those of context and the window.
-Only q, k and v are kept for backward, which computes the scores again block by block.
+Sequences of similar lengths are padded to one length and computed in blocks of query rows: memory is bounded, and the
+cost follows Σ n². Only q, k and v are kept for backward, which computes each block again.
 
-Two things make it fast:
-
-- Padding needs no mask. Padded rows of q, k, v and of the output's gradient are zero, so whatever a padded pair
-  scores is multiplied by zero on its way into any result. In groups without candidates all sequences therefore share
-  one mask and one position bias.
-- The mask is added to the scores rather than multiplied: ``SiLU(MASKED)`` and its derivative are exactly 0.
+Padding needs no mask. Padded rows of q, k, v and of the output's gradient are zero, so whatever a padded pair scores is
+multiplied by zero. In groups without candidates all sequences therefore share one mask and one position bias.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,300 +22,121 @@ from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, Relativ
 from hstu.ops.layout import JaggedLayout, distance_index, time_buckets, to_device
 
 MASKED = -1e30
+"""Added to the scores of hidden pairs: SiLU of the sum and its derivative are exactly 0."""
 SCORES_PER_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # CPU: the score matrices of a block stay in its cache
 ROWS_PER_BLOCK = {"cpu": 64, "cuda": 1024}  # fewer rows skip more of the keys that a causal row cannot see
-MOST_PAIRS_REMEMBERED = 2**25  # of masks and buckets that are kept from layer to layer; beyond, they are made again
+MOST_PAIRS_REMEMBERED = 2**25  # whose masks and buckets are kept from layer to layer; beyond, they are made again
 
 
-@dataclass
-class Terms:
-    """What is added to a block's scores, apart from the weights. S is 1 where all sequences share it, else b."""
+@dataclass(frozen=True)
+class Pairs:
+    """What is added to the scores of r queries and k keys, apart from the weights.
+
+    S is 1 where all sequences share it, else b.
+    """
 
     mask: Tensor
-    """float [S, r, k]: 0 where the query may see the key, else MASKED."""
-    distance: Tensor | None
-    """int64 [S · r · k]: rows of the position weights."""
+    """float [S, r, k]: 0 where the query sees the key, else MASKED."""
+    distances: Tensor | None
+    """int64 [S, r, k]: rows of the position weights; None: there is no bias."""
     buckets: Tensor | None
-    """uint8 [b · r · k]: rows of the time weights."""
+    """uint8 [b, r, k]: rows of the time weights."""
+
+    def added(self, tables: Sequence[Tensor]) -> Tensor:
+        """Mask and bias, [b or S, r, k]. tables: position and time weights, or none."""
+        if self.distances is None or self.buckets is None:
+            return self.mask
+        position, time = tables  # index_select is several times as fast as position[distances]
+        by_position = position.index_select(0, self.distances.flatten()).view_as(self.distances) + self.mask
+        return time.index_select(0, self.buckets.flatten().long()).view_as(self.buckets) + by_position
 
 
-@dataclass
-class Block:
-    """Query rows [start, stop) of a group and its keys [first_key, stop_key). Rows may have several blocks."""
-
-    start: int
-    stop: int
-    first_key: int
-    stop_key: int
-    terms: Terms | None = None
-
-    @property
-    def rows(self) -> slice:
-        """The queries."""
-        return slice(self.start, self.stop)
-
-    @property
-    def keys(self) -> slice:
-        """The keys."""
-        return slice(self.first_key, self.stop_key)
-
-    @property
-    def num_scores(self) -> int:
-        """Scores of one head of one sequence."""
-        return (self.stop - self.start) * (self.stop_key - self.first_key)
+Block = tuple[slice, slice, Pairs]
+"""Some rows of queries in a group of padded sequences, and the keys that they may see."""
 
 
-@dataclass
-class Group:
-    """b sequences of similar lengths, padded to n tokens."""
+@dataclass(kw_only=True)
+class PaddedLayout(JaggedLayout):
+    """A layout that also says where tokens go when sequences are padded to N. ``seqlens`` may be empty."""
 
-    tokens: Tensor
-    """int64 [b · n]: token of each padded place; T (one past the last) where there is none."""
-    size: int
-    length: int
-    history_end: Tensor
-    """int64 [S, 1, 1]: first candidate token; S is 1 (and this n) where the mask does not depend on it."""
-    blocks: list[Block] = field(default_factory=list)
-
-
-@dataclass
-class Plan:
-    """How the sequences of a layout are grouped."""
-
-    groups: list[Group]
-    remembers: bool
+    padded_tokens: Tensor
+    """int64 [B, N]: the token at each padded place; T where there is none."""
+    places: Tensor
+    """int64 [T]: the place of each token among the B · N padded ones."""
+    history_ends: Tensor
+    """int64 [B]: place in its sequence of the first candidate token; the sequence's length if there is none."""
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
     """See :data:`hstu.ops.kernels.AttentionForward`."""
-    config, weights = inputs.config, _in_compute_type(inputs.bias)
+    tables, alpha = _tables(inputs.bias), inputs.config.alpha
     q_rows, k_rows, v_rows = map(_with_zero_row, (inputs.q, inputs.k, inputs.v))
     out = torch.zeros_like(v_rows)
-    for group, blocks in _walk(inputs.layout, config, weights, heads=q_rows.shape[1], dtype=out.dtype):
-        q_pad, k_pad, v_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows))
-        out_pad = torch.zeros_like(v_pad)
-        for block, terms in blocks:
-            scores = _scores(q_pad[:, block.rows], k_pad[:, block.keys], terms, weights, config.alpha)
-            out_pad[:, block.rows] += F.silu(scores, inplace=True) @ v_pad[:, block.keys]
-        _unpad(out_pad, group, out)
-    return out[:-1].div(config.scaling_seqlen).to(inputs.v.dtype)
+    for tokens, blocks in _walk(inputs, v_rows.dtype):
+        q, k, v = (_pad(rows, tokens) for rows in (q_rows, k_rows, v_rows))
+        parts = [_attend(q[:, :, r], k[:, :, c], v[:, :, c], pairs.added(tables), alpha) for r, c, pairs in blocks]
+        _unpad(torch.cat(parts, 2), tokens, out)
+    return out[:-1].div(inputs.config.scaling_seqlen).to(inputs.v.dtype)
 
 
 def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]) -> RelativeBias | None:
     """See :data:`hstu.ops.kernels.AttentionBackward`."""
-    config, bias, heads = inputs.config, inputs.bias, inputs.q.shape[1]
-    weights = _in_compute_type(bias)
-    grad_weights = None if weights is None else tuple(torch.zeros_like(weight) for weight in weights)
+    config, bias = inputs.config, inputs.bias
+    tables = [table.detach().requires_grad_() for table in _tables(bias)]
+    grad_tables = [torch.zeros_like(table) for table in tables]
     q_rows, k_rows, v_rows = map(_with_zero_row, (inputs.q, inputs.k, inputs.v))
     grad_rows = _with_zero_row(grad).div_(config.scaling_seqlen)
     grad_q, grad_k, grad_v = (torch.zeros_like(rows) for rows in (q_rows, k_rows, v_rows))
-    for group, blocks in _walk(inputs.layout, config, weights, heads, dtype=grad_rows.dtype):
-        q_pad, k_pad, v_pad, grad_pad = (_pad(rows, group) for rows in (q_rows, k_rows, v_rows, grad_rows))
-        grad_q_pad, grad_k_pad, grad_v_pad = map(torch.zeros_like, (q_pad, k_pad, v_pad))
-        for block, terms in blocks:
-            rows, keys = block.rows, block.keys
-            scores = _scores(q_pad[:, rows], k_pad[:, keys], terms, weights, config.alpha)
-            grad_scores = grad_pad[:, rows] @ v_pad[:, keys].transpose(1, 2)
-            grad_scores = torch.ops.aten.silu_backward(grad_scores, scores)
-            weighted = F.silu(scores, inplace=True)
-            # Not baddbmm_: into a slice it multiplies one sequence at a time.
-            grad_v_pad[:, keys] += weighted.transpose(1, 2) @ grad_pad[:, rows]
-            grad_k_pad[:, keys] += grad_scores.transpose(1, 2) @ q_pad[:, rows]
-            grad_q_pad[:, rows] += grad_scores @ k_pad[:, keys]
-            if grad_weights is not None:
-                _add_weight_gradients(grad_scores, terms, grad_weights, heads)
-        _unpad(grad_q_pad, group, grad_q)
-        _unpad(grad_k_pad, group, grad_k)
-        _unpad(grad_v_pad, group, grad_v)
-    scaled = grad_q[:-1].mul_(config.alpha), grad_k[:-1].mul_(config.alpha), grad_v[:-1]
-    for gradient, written in zip(scaled, grads, strict=True):
-        written.write(gradient)
-    if bias is None or grad_weights is None:
+    for tokens, blocks in _walk(inputs, grad_rows.dtype):
+        q, k, v, grad_out = (_pad(rows, tokens) for rows in (q_rows, k_rows, v_rows, grad_rows))
+        of_q, of_k, of_v = map(torch.zeros_like, (q, k, v))
+        for r, c, pairs in blocks:
+            with torch.enable_grad():
+                added = pairs.added(tables)
+            scores = _scores(q[:, :, r], k[:, :, c], added.detach(), config.alpha)
+            grad_weights = grad_out[:, :, r] @ v[:, :, c].transpose(2, 3)
+            grad_scores = torch.ops.aten.silu_backward(grad_weights, scores)
+            of_v[:, :, c] += F.silu(scores, inplace=True).transpose(2, 3) @ grad_out[:, :, r]
+            of_k[:, :, c] += grad_scores.transpose(2, 3) @ q[:, :, r]
+            of_q[:, :, r] += grad_scores @ k[:, :, c]
+            if tables:
+                of_tables = torch.autograd.grad(added, tables, grad_scores.sum(1).sum_to_size(added.shape))
+                for total, part in zip(grad_tables, of_tables, strict=True):
+                    total += part
+        for padded, rows in ((of_q, grad_q), (of_k, grad_k), (of_v, grad_v)):
+            _unpad(padded, tokens, rows)
+    of_rows = grad_q[:-1].mul_(config.alpha), grad_k[:-1].mul_(config.alpha), grad_v[:-1]
+    for gradient, rows in zip(grads, of_rows, strict=True):
+        gradient.write(rows)
+    if bias is None:
         return None
-    position, time = grad_weights
+    position, time = grad_tables
     return RelativeBias(position.to(bias.position_weight.dtype), time.to(bias.time_weight.dtype))
 
 
-# -- scores ------------------------------------------------------------------------------------------------------
+def padded_forward(inputs: AttentionInputs) -> Tensor:
+    """:func:`forward` for a PaddedLayout, without host integers: torch.export traces one graph for any batch.
 
-
-def _scores(q: Tensor, k: Tensor, terms: Terms, weights: tuple[Tensor, Tensor] | None, alpha: float) -> Tensor:
-    """α q kᵀ + bias, MASKED where a query may not look: [b · H, r, k] for q [b · H, r, d] and k [b · H, k, d]."""
-    added = terms.mask
-    if weights is not None:
-        position_weight, time_weight = weights
-        assert terms.distance is not None and terms.buckets is not None
-        by_position = position_weight.index_select(0, terms.distance).view_as(added).add_(added)
-        added = time_weight.index_select(0, terms.buckets.long()).view(-1, *added.shape[1:]).add_(by_position)
-    heads = len(q) // len(added)
-    if len(added) == 1 or heads == 1:
-        return torch.baddbmm(added, q, k.transpose(1, 2), alpha=alpha)
-    return added.repeat_interleave(heads, dim=0).baddbmm_(q, k.transpose(1, 2), alpha=alpha)
-
-
-def _add_weight_gradients(grad_scores: Tensor, terms: Terms, grad_weights: tuple[Tensor, ...], heads: int) -> None:
-    """Add a block's share to the gradients of the position and time weights. grad_scores: [b · H, r, k]."""
-    grad_position, grad_time = grad_weights
-    assert terms.distance is not None and terms.buckets is not None
-    if heads > 1:
-        grad_scores = grad_scores.view(-1, heads, *grad_scores.shape[1:]).sum(1)
-    grad_time.scatter_add_(0, terms.buckets.long(), grad_scores.reshape(-1))
-    if len(terms.mask) == 1:
-        grad_scores = grad_scores.sum(0)
-    grad_position.scatter_add_(0, terms.distance, grad_scores.reshape(-1))
-
-
-# -- jagged rows to padded groups and back -----------------------------------------------------------------------
-
-
-def _with_zero_row(x: Tensor) -> Tensor:
-    """[T, H, d] in the compute type, with a row of zeros behind: what padded places read."""
-    out = x.new_empty((len(x) + 1, *x.shape[1:]), dtype=_compute_type(x.dtype))
-    out[:-1] = x
-    out[-1] = 0
-    return out
-
-
-def _pad(rows: Tensor, group: Group) -> Tensor:
-    """[T + 1, H, d] → [b · H, n, d]."""
-    padded = rows.index_select(0, group.tokens).view(group.size, group.length, *rows.shape[1:])
-    return padded.transpose(1, 2).reshape(-1, group.length, rows.shape[2])
-
-
-def _unpad(padded: Tensor, group: Group, rows: Tensor) -> None:
-    """[b · H, n, d] → its rows of [T + 1, H, d]; the last row takes what padded places hold."""
-    _, heads, width = rows.shape
-    padded = padded.view(group.size, heads, group.length, width).transpose(1, 2)
-    rows.index_copy_(0, group.tokens, padded.reshape(-1, heads, width))
-
-
-def _compute_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _in_compute_type(bias: RelativeBias | None) -> tuple[Tensor, Tensor] | None:
-    if bias is None:
-        return None
-    position, time = bias.position_weight, bias.time_weight
-    return position.to(_compute_type(position.dtype)), time.to(_compute_type(time.dtype))
-
-
-# -- the plan ----------------------------------------------------------------------------------------------------
-
-
-def _walk(
-    layout: JaggedLayout, config: AttentionConfig, weights: tuple[Tensor, Tensor] | None, heads: int, dtype: torch.dtype
-) -> Iterator[tuple[Group, Iterator[tuple[Block, Terms]]]]:
-    """Iterate over the groups of sequences, and in each over its blocks of scores with their masks and bias terms.
-
-    The first call for a layout makes the plan; the layout's cache keeps plan and terms for other layers and backward.
+    It computes all scores of all heads at once, and has no backward.
     """
-    num_weights = 0 if weights is None else len(weights[0])
-    key = ("attention", config, num_weights, heads, dtype)
+    layout, config, tables = inputs.layout, inputs.config, _tables(inputs.bias)
+    assert isinstance(layout, PaddedLayout)
+    q, k, v = (_pad(_with_zero_row(rows), layout.padded_tokens) for rows in (inputs.q, inputs.k, inputs.v))
+    key, every = ("padded attention", config, len(tables)), slice(None)
     if key not in layout.cache:
-        layout.cache[key] = _make_plan(layout, config, heads)
-    plan: Plan = layout.cache[key]
-
-    def blocks_of(group: Group) -> Iterator[tuple[Block, Terms]]:
-        for block in group.blocks:
-            terms = block.terms or _make_terms(group, block, layout, config, num_weights, dtype)
-            if plan.remembers:
-                block.terms = terms
-            yield block, terms
-
-    for group in plan.groups:
-        yield group, blocks_of(group)
+        ends = layout.history_ends[:, None, None]
+        layout.cache[key] = _pairs_of(inputs, layout.padded_tokens, ends, every, every, q.dtype)
+    out = _attend(q, k, v, layout.cache[key].added(tables), config.alpha).transpose(1, 2).flatten(0, 1)
+    return out.index_select(0, layout.places).div(config.scaling_seqlen).to(inputs.v.dtype)
 
 
-def _make_plan(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Plan:
-    device = layout.positions.device
-    budget = max(SCORES_PER_BLOCK[device.type] // heads, 1)
-    order = np.argsort(-layout.seqlens, kind="stable")
-    order = order[layout.seqlens[order] > 0]
-    offsets = run_starts(layout.seqlens)
-    groups, first = [], 0
-    while first < len(order):
-        length = int(layout.seqlens[order[first]])
-        rows = min(length, ROWS_PER_BLOCK[device.type])
-        if config.max_span is not None:
-            rows = min(rows, max(config.max_span, ROWS_PER_BLOCK["cpu"]))
-        members = order[first : first + max(budget // (rows * length), 1)]
-        groups.append(_make_group(layout, config, members, offsets, length))
-        groups[-1].blocks = _make_blocks(layout, config, members, length, rows)
-        first += len(members)
-    pairs = sum(g.size * block.num_scores for g in groups for block in g.blocks)
-    return Plan(groups, remembers=pairs <= MOST_PAIRS_REMEMBERED)
+def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor, alpha: float) -> Tensor:
+    """SiLU(α q kᵀ + added) v, [b, H, r, d], for q [b, H, r, d], k and v [b, H, k, d], added [b or 1, r, k]."""
+    return F.silu(_scores(q, k, added, alpha), inplace=True) @ v
 
 
-def _make_group(
-    layout: JaggedLayout, config: AttentionConfig, members: np.ndarray, offsets: np.ndarray, length: int
-) -> Group:
-    place = np.arange(length)
-    tokens = np.where(place < layout.seqlens[members, None], offsets[members, None] + place, layout.num_tokens)
-    candidates = layout.num_candidate_tokens_host[members]
-    depends = candidates.any() or (config.max_span is not None and config.full_tokens > 0)
-    history_end = layout.seqlens[members] - candidates if depends else np.array([length])
-    device = layout.positions.device
-    return Group(
-        tokens=to_device(tokens.reshape(-1), device),
-        size=len(members),
-        length=length,
-        history_end=to_device(history_end, device)[:, None, None],
-    )
-
-
-def _make_blocks(
-    layout: JaggedLayout, config: AttentionConfig, members: np.ndarray, length: int, rows: int
-) -> list[Block]:
-    lengths = layout.seqlens[members]
-    ends = lengths - layout.num_candidate_tokens_host[members]
-    blocks = []
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        first, last = _key_range(start, stop, lengths, ends, config)
-        if config.contextual_mask and start < layout.num_contextuals:
-            first, last = 0, length
-        elif first <= layout.num_contextuals:
-            first, last = 0, last if config.is_causal else max(last, layout.num_contextuals)
-        if first > 0 and layout.num_contextuals:
-            blocks.append(Block(start, stop, 0, layout.num_contextuals))
-        blocks.append(Block(start, stop, first, min(last, length)))
-    return blocks
-
-
-def _key_range(
-    start: int, stop: int, lengths: np.ndarray, ends: np.ndarray, config: AttentionConfig
-) -> tuple[int, int]:
-    """Range of keys with all that rows [start, stop) see, but for context and what contextual rows see.
-
-    lengths, ends: tokens of each sequence of the group, and those before its candidates.
-    """
-    longest = int(lengths.max())
-    no_limit = config.max_span is None or config.has_no_limit(np.minimum(stop - 1, ends), ends)[start < lengths].any()
-    if config.max_span is None or no_limit:
-        return 0, stop if config.is_causal else longest
-    first = int(np.minimum(start, ends[start < lengths]).min()) - config.max_span
-    return max(first, 0), stop if config.is_causal else stop + config.max_span
-
-
-def _make_terms(
-    group: Group, block: Block, layout: JaggedLayout, config: AttentionConfig, num_weights: int, dtype: torch.dtype
-) -> Terms:
-    device = layout.positions.device
-    i = torch.arange(block.start, block.stop, device=device)[None, :, None]
-    j = torch.arange(block.first_key, block.stop_key, device=device)[None, None, :]
-    end = group.history_end
-    hidden = ~is_visible(i, j, end, layout, config)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, MASKED)
-    if not num_weights:
-        return Terms(mask, None, None)
-    distance = distance_index(torch.minimum(i, end), torch.minimum(j, end), num_weights)
-    assert layout.query_times is not None and layout.token_times is not None
-    tokens = group.tokens.clamp(max=layout.num_tokens - 1).view(group.size, group.length)
-    query_times = layout.query_times[tokens[:, block.rows]]
-    token_times = layout.token_times[tokens[:, block.keys]]
-    buckets = time_buckets(query_times[:, :, None] - token_times[:, None, :])
-    return Terms(mask, distance.reshape(-1), buckets.reshape(-1))
+def _scores(q: Tensor, k: Tensor, added: Tensor, alpha: float) -> Tensor:
+    return ((q * alpha) @ k.transpose(2, 3)).add_(added[:, None])
 
 
 def is_visible(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: AttentionConfig) -> Tensor:
@@ -330,18 +146,97 @@ def is_visible(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: 
     if config.contextual_mask:
         in_history = in_history | (i < layout.num_contextuals)
     if config.max_span is not None:
-        in_history = in_history & _within_span(i, j, end, layout, config, config.max_span)
-    group_tokens = layout.candidate_group_tokens
-    group_i = (i - end).div(group_tokens, rounding_mode="floor")
-    group_j = (j - end).div(group_tokens, rounding_mode="floor")
+        position = torch.minimum(i, end)
+        near = (position - j).abs() <= config.max_span
+        no_limit = config.has_no_limit(position, end) | (j < layout.num_contextuals)
+        if config.contextual_mask:
+            no_limit = no_limit | (i < layout.num_contextuals)
+        in_history = in_history & (near | no_limit)
+    group_i, group_j = ((x - end).div(layout.candidate_group_tokens, rounding_mode="floor") for x in (i, j))
     return torch.where(j < end, in_history, before & (group_i == group_j))
 
 
-def _within_span(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: AttentionConfig, span: int) -> Tensor:
-    """bool [S, r, k]: whether token j of context and history is not too far from token i."""
-    position = torch.minimum(i, end)
-    near = (position - j).abs() <= span
-    no_limit = config.has_no_limit(position, end)
-    if config.contextual_mask:
-        no_limit = no_limit | (i < layout.num_contextuals)
-    return near | no_limit | (j < layout.num_contextuals)
+# -- jagged rows to padded groups and back -----------------------------------------------------------------------
+
+
+def _with_zero_row(x: Tensor) -> Tensor:
+    """[T, H, d] in float32 at least, with a row of zeros behind: what padded places read."""
+    return F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, 0, 0, 1))
+
+
+def _pad(rows: Tensor, tokens: Tensor) -> Tensor:
+    """[T + 1, H, d] → [b, H, n, d]."""
+    return rows.index_select(0, tokens.flatten()).unflatten(0, tokens.shape).transpose(1, 2).contiguous()
+
+
+def _unpad(padded: Tensor, tokens: Tensor, rows: Tensor) -> None:
+    """[b, H, n, d] → its rows of [T + 1, H, d]; the last row takes what padded places hold."""
+    rows.index_copy_(0, tokens.flatten(), padded.transpose(1, 2).flatten(0, 1))
+
+
+def _tables(bias: RelativeBias | None) -> list[Tensor]:
+    """Position and time weights in float32 at least."""
+    weights = [] if bias is None else [bias.position_weight, bias.time_weight]
+    return [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+
+
+# -- groups and blocks -------------------------------------------------------------------------------------------
+
+
+def _walk(inputs: AttentionInputs, dtype: torch.dtype) -> Iterable[tuple[Tensor, Iterable[Block]]]:
+    """The groups of sequences: the tokens of each, int64 [b, n], T where there is none, and its blocks."""
+    layout, heads = inputs.layout, inputs.q.shape[1]
+    num_weights = 0 if inputs.bias is None else len(inputs.bias.position_weight)
+    key = ("attention", inputs.config, num_weights, heads, dtype)
+    if key in layout.cache:
+        return layout.cache[key]
+    groups = _groups(layout, inputs.config, heads)
+    walk = ((tokens, _blocks(inputs, tokens, end, dtype)) for tokens, end in groups)
+    if (layout.seqlens**2).sum() > MOST_PAIRS_REMEMBERED:
+        return walk
+    layout.cache[key] = [(tokens, [*blocks]) for tokens, blocks in walk]
+    return layout.cache[key]
+
+
+def _groups(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens of each group, and its history ends [S, 1, 1], of which there is one if the mask depends on none."""
+    device = layout.positions.device
+    budget = max(SCORES_PER_BLOCK[device.type] // heads, 1)
+    starts, order = run_starts(layout.seqlens), np.argsort(-layout.seqlens, kind="stable")
+    order = order[layout.seqlens[order] > 0]
+    while len(order):
+        length = int(layout.seqlens[order[0]])
+        size = max(budget // (min(length, ROWS_PER_BLOCK[device.type]) * length), 1)
+        members, order = order[:size], order[size:]
+        lengths, candidates = layout.seqlens[members], layout.num_candidate_tokens_host[members]
+        place = np.arange(length)
+        tokens = np.where(place < lengths[:, None], starts[members, None] + place, layout.num_tokens)
+        depends = candidates.any() or (config.max_span is not None and config.full_tokens > 0)
+        history_end = lengths - candidates if depends else np.array([length])
+        yield to_device(tokens, device), to_device(history_end, device)[:, None, None]
+
+
+def _blocks(inputs: AttentionInputs, tokens: Tensor, end: Tensor, dtype: torch.dtype) -> Iterator[Block]:
+    config, layout, length = inputs.config, inputs.layout, tokens.shape[1]
+    step = ROWS_PER_BLOCK[tokens.device.type]
+    for start in range(0, length, step):
+        rows = slice(start, min(start + step, length))
+        sees_later = not config.is_causal or (config.contextual_mask and start < layout.num_contextuals)
+        keys = slice(0, length if sees_later else rows.stop)
+        yield rows, keys, _pairs_of(inputs, tokens, end, rows, keys, dtype)
+
+
+def _pairs_of(
+    inputs: AttentionInputs, tokens: Tensor, end: Tensor, rows: slice, keys: slice, dtype: torch.dtype
+) -> Pairs:
+    layout = inputs.layout
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    i, j = place[None, rows, None], place[None, None, keys]
+    hidden = ~is_visible(i, j, end, layout, inputs.config)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=tokens.device).masked_fill_(hidden, MASKED)
+    if inputs.bias is None:
+        return Pairs(mask, None, None)
+    assert layout.query_times is not None and layout.token_times is not None
+    distances = distance_index(torch.minimum(i, end), torch.minimum(j, end), len(inputs.bias.position_weight))
+    asked, known = (F.pad(times, (0, 1))[tokens] for times in (layout.query_times, layout.token_times))
+    return Pairs(mask, distances, time_buckets(asked[:, rows, None] - known[:, None, keys]))

@@ -46,16 +46,14 @@ def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
     Raises:
         ValueError: history without a causal mask, whose earlier tokens would see the new ones.
     """
-    q, layout, config, bias = inputs.q, inputs.layout, inputs.config, inputs.bias
-    are_candidates = layout.num_candidate_tokens is not None
-    if not (are_candidates or config.is_causal):
+    layout, config, bias = inputs.layout, inputs.config, inputs.bias
+    if not (layout.num_candidate_tokens is not None or config.is_causal):
         raise ValueError("is_causal = False: earlier tokens see appended ones, so their keys and values change")
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    queries, keys, values = (x.transpose(0, 1).to(dtype) for x in (q, inputs.k, inputs.v))
-    weights = None if bias is None else (bias.position_weight.to(dtype), bias.time_weight.to(dtype))
-    out = _own_groups if are_candidates else _own_history
-    attended = out(queries, keys, values, layout, config, weights, prefix)
-    added = _prefix_terms(layout, config, weights, prefix, dtype)
+    dtype = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
+    queries, keys, values = (x.transpose(0, 1).to(dtype) for x in (inputs.q, inputs.k, inputs.v))
+    tables = None if bias is None else (bias.position_weight.to(dtype), bias.time_weight.to(dtype))
+    attended = _own(queries, keys, values, layout, config, tables, prefix)
+    added = _prefix_terms(layout, config, tables, prefix, dtype)
     start = 0
     for page_keys, page_values in prefix.pages:
         stop = start + page_keys.shape[1]
@@ -70,7 +68,7 @@ def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
 def _prefix_terms(
     layout: JaggedLayout,
     config: AttentionConfig,
-    weights: tuple[Tensor, Tensor] | None,
+    tables: tuple[Tensor, Tensor] | None,
     prefix: CachedPrefix,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -79,10 +77,9 @@ def _prefix_terms(
     rows = layout.positions[:1] if layout.num_candidate_tokens is not None else layout.positions
     keys = torch.arange(prefix.num_tokens, device=device)
     added = torch.zeros(1, 1, dtype=dtype, device=device)
-    if weights is not None:
-        position_weight, time_weight = weights
-        added = position_weight[distance_index(rows[:, None], keys, len(position_weight))]
-        added = added + time_weight[_buckets(layout, prefix)]
+    if tables is not None:
+        position, time = tables
+        added = position[distance_index(rows[:, None], keys, len(position))] + time[_buckets(layout, prefix)]
     if config.max_span is not None:
         hidden = ~_visible(rows[:, None], keys, config, config.max_span, prefix)
         added = added.masked_fill(hidden, MASKED)
@@ -117,57 +114,40 @@ def _is_hidden(start: int, stop: int, layout: JaggedLayout, config: AttentionCon
     return has_limit and first - (stop - 1) > config.max_span
 
 
-def _own_history(
+def _own(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     layout: JaggedLayout,
     config: AttentionConfig,
-    weights: tuple[Tensor, Tensor] | None,
+    tables: tuple[Tensor, Tensor] | None,
     prefix: CachedPrefix,
 ) -> Tensor:
-    """Each new token of the history with itself and the new ones before it, [H, n, d]."""
-    rows, columns = layout.positions[:, None], layout.positions
-    hidden = columns > rows
-    if config.max_span is not None:
-        hidden = hidden | ~_visible(rows, columns, config, config.max_span, prefix)
-    added = torch.zeros(hidden.shape, dtype=queries.dtype, device=queries.device)
-    if weights is not None:
-        assert layout.query_times is not None and layout.token_times is not None
-        position_weight, time_weight = weights
-        by_time = time_weight[time_buckets(layout.query_times[:, None] - layout.token_times).long()]
-        added = position_weight[distance_index(rows, columns, len(position_weight))] + by_time
-    added = added.masked_fill(hidden, MASKED)
-    scores = torch.baddbmm(added, queries, keys.transpose(1, 2), alpha=config.alpha)
-    return F.silu(scores, inplace=True) @ values
-
-
-def _own_groups(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    layout: JaggedLayout,
-    config: AttentionConfig,
-    weights: tuple[Tensor, Tensor] | None,
-    prefix: CachedPrefix,
-) -> Tensor:
-    """Each candidate token with itself and those of its group before it, [H, n, d]."""
-    size, count = layout.candidate_group_tokens, queries.shape[1]
+    """Each new token with itself and the new ones before it, of its target group if it is a candidate: [H, n, d]."""
+    count = queries.shape[1]
+    size = count if layout.num_candidate_tokens is None else layout.candidate_group_tokens
     padding = -count % size  # of the last group; real tokens do not see it, because it comes after them
 
     def grouped(x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, padding)).unflatten(1, (-1, size))
 
+    def pairs(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """What each query and each key of a group has: [groups, size, 1] and [groups, 1, size]."""
+        return F.pad(rows, (0, padding)).view(-1, size, 1), F.pad(columns, (0, padding)).view(-1, 1, size)
+
     q, k, v = grouped(queries), grouped(keys), grouped(values)
     # Products of single rows and columns are faster as sums of products.
     scores = config.alpha * ((q * k).sum(-1, keepdim=True) if size == 1 else q @ k.transpose(2, 3))
-    if weights is not None:
+    rows, columns = pairs(layout.positions, layout.positions)
+    hidden = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
+    if config.max_span is not None:
+        hidden = hidden | ~_visible(rows, columns, config, config.max_span, prefix)
+    if tables is not None:
         assert layout.query_times is not None and layout.token_times is not None
-        position_weight, time_weight = weights
-        asked, known = (F.pad(t, (0, padding)).view(-1, size) for t in (layout.query_times, layout.token_times))
-        by_time = time_weight[time_buckets(asked[:, :, None] - known[:, None, :]).long()]
-        scores = scores + (by_time + position_weight[len(position_weight) // 2])
-    later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    weighted = F.silu(scores.masked_fill_(later, MASKED), inplace=True)
+        position, time = tables
+        asked, known = pairs(layout.query_times, layout.token_times)
+        by_position = position[distance_index(rows, columns, len(position))]
+        scores = scores + (by_position + time[time_buckets(asked - known).long()])
+    weighted = F.silu(scores.masked_fill_(hidden, MASKED), inplace=True)
     attended = weighted * v if size == 1 else weighted @ v
     return attended.flatten(1, 2)[:, :count].contiguous()

@@ -164,37 +164,24 @@ def add_positive_part(
 
 def _draw_scores(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
     """[M, R]: the inner product of each query with its drawn rows of the pool."""
-    if len(pool) <= draws.shape[1]:
-        return (queries @ pool.t()).gather(1, draws.long())
-    if queries.device.type == "cpu" and draws.numel():
+    if queries.device.type == "cpu" and draws.numel() and len(pool) > draws.shape[1]:
         return _sampled_product(queries, pool, draws)
-    return _gathered_scores(queries, pool, draws)
+    scores = queries.new_empty(draws.shape)
+    elements = BLOCK_ELEMENTS.get(queries.device.type, BLOCK_ELEMENTS["cuda"])
+    for rows in _slices(len(queries), max(1, elements // max(1, len(pool)))):
+        scores[rows] = (queries[rows] @ pool.t()).gather(1, draws[rows].long())
+    return scores
 
 
 def _sampled_product(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
     """Scores as a sampled matrix product, which gathers nothing: on a CPU 13 × faster than gathered rows and bmm."""
     row_starts = torch.arange(0, draws.numel() + 1, draws.shape[1], dtype=draws.dtype, device=draws.device)
+    zeros, size = queries.new_zeros(draws.numel()), (len(queries), len(pool))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = (
-            torch.sparse_csr_tensor(  # unchecked: columns are neither sorted nor distinct, which does no harm here
-                row_starts,
-                draws.flatten(),
-                queries.new_zeros(draws.numel()),
-                (len(queries), len(pool)),
-                check_invariants=False,
-            )
-        )
+        # Unchecked: columns are neither sorted nor distinct, which does no harm here.
+        pattern = torch.sparse_csr_tensor(row_starts, draws.flatten(), zeros, size, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, queries, pool.t(), beta=0.0).values().view(draws.shape)
-
-
-def _gathered_scores(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
-    """Scores of gathered rows, for as many queries at a time as a block holds."""
-    scores = queries.new_empty(draws.shape)
-    rows_at_once = max(1, BLOCK_ELEMENTS["cuda"] // max(1, draws.shape[1] * pool.shape[1]))
-    for rows in _slices(len(queries), rows_at_once):
-        scores[rows] = torch.bmm(pool[draws[rows]], queries[rows, :, None]).squeeze(2)
-    return scores
 
 
 def _weighted_row_sums(pool: Tensor, draws: Tensor, weights: Tensor) -> Tensor:

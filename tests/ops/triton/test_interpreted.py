@@ -13,7 +13,6 @@ from tests.ops.backends import INTERPRETED
 ROOT = Path(__file__).parents[3]
 SHARED = (
     "tests/ops/test_kernels.py",
-    "tests/ops/test_attention_window.py",
     "tests/ops/test_add_layer_norm.py",
     "tests/ops/triton",
     "tests/parallel/dynamic/test_triton_slots.py",

@@ -3,8 +3,12 @@
 It follows the PTX ISA for registers, branches, mbarriers, TMA loads with their swizzles, and WGMMA with its shared
 memory descriptors. Its timing is adversarial: a TMA load completes at once, and an asynchronous product is computed
 only when an instruction waits for it. A buffer released too early or a result used too early therefore gives a wrong
-number, and a missing arrival gives a deadlock. Proxies, caches and the order of ordinary memory accesses are not
-modelled.
+number, and a missing arrival gives a deadlock. Threads of a warp that diverge before an instruction that all must
+execute are an error. Proxies, caches, the order of ordinary memory accesses, and the host's TMA descriptors are not
+modelled: on a GPU, ``python -m hstu.ops.cutlass.self_check`` checks the results.
+
+Temporary: once the self check has passed on GPUs of compute capability 8.0 and 9.0, delete this folder, and the rows
+about it in docs/benchmarks/kernels/README.md.
 """
 
 from collections.abc import Callable, Iterator

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hstu.ops.cutlass.attention import Variant, bias_tensors
-from hstu.ops.cutlass.bias_arguments import BiasArguments, BiasSums
+from hstu.ops.cutlass.bias import BiasArguments, BiasSums
 from hstu.ops.cutlass.schedule import leading_rows, list_blocks
 from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import JaggedLayout

@@ -37,16 +37,14 @@ from hstu.ops.layout import JaggedLayout
 def hstu_attention(inputs: AttentionInputs, kernels: AttentionKernels) -> Tensor:
     """``SiLU(α Q Kᵀ + bias) / N ⊙ mask @ V`` within each sequence of the layout: [T, H, d] of the dtype of v."""
 
-    def of(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> AttentionInputs:
-        return AttentionInputs(q, k, v, inputs.layout, inputs.config, RelativeBias(*tables) if tables else None)
-
     def forward(*tensors: Tensor) -> tuple[Tensor]:
-        return (kernels.forward(of(*tensors)),)
+        return (kernels.forward(_with(inputs.layout, inputs.config, *tensors)),)
 
     def backward(grad: Tensor, q: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         grads = q.new_empty(*q.shape[:2], 3, q.shape[2]).unbind(2)  # views of one tensor, as in a layer
         of_q, of_k, of_v = map(Gradient, grads)
-        return *grads, *_tables(kernels.backward(grad, of(q, *tensors), (of_q, of_k, of_v)))
+        given = _with(inputs.layout, inputs.config, q, *tensors)
+        return *grads, *_tables(kernels.backward(grad, given, (of_q, of_k, of_v)))
 
     (out,) = _differentiable(forward, backward, inputs.q, inputs.k, inputs.v, *_tables(inputs.bias))
     return out
@@ -65,25 +63,29 @@ def projected_attention(
     projected: [T, H, 3, d]; shift: [H, 3, d], whose gradient is of float32 at least. ``kernels`` differentiate SiLU.
     """
 
-    def of(activated: Tensor, *tables: Tensor) -> AttentionInputs:
-        v, q, k = activated.unbind(2)
-        return AttentionInputs(q, k, v, layout, config, RelativeBias(*tables) if tables else None)
-
     def forward(projected: Tensor, shift: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shifted = projected + shift.to(projected.dtype)
         activated = F.silu(shifted)
-        return kernels.forward(of(activated, *tables)), shifted, activated
+        v, q, k = activated.unbind(2)
+        return kernels.forward(_with(layout, config, q, k, v, *tables)), shifted, activated
 
     def backward(grad: Tensor, projected: Tensor, shift: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         *tables, shifted, activated = others
         gradient, grad_shift = torch.empty_like(shifted), _empty_shift(shift)
         before = map(Preactivation, shifted.unbind(2), grad_shift.unbind(1))
         of_v, of_q, of_k = map(Gradient, gradient.unbind(2), before)
-        grad_bias = kernels.backward(grad, of(activated, *tables), (of_q, of_k, of_v))
+        v, q, k = activated.unbind(2)
+        grad_bias = kernels.backward(grad, _with(layout, config, q, k, v, *tables), (of_q, of_k, of_v))
         return gradient, grad_shift, *_tables(grad_bias)
 
     (out,) = _differentiable(forward, backward, projected, shift, *_tables(bias))
     return out
+
+
+def _with(layout: JaggedLayout, config: AttentionConfig, *tensors: Tensor) -> AttentionInputs:
+    """Inputs of q, k, v and the tables of a bias, if there is one."""
+    q, k, v, *tables = tensors
+    return AttentionInputs(q, k, v, layout, config, RelativeBias(*tables) if tables else None)
 
 
 def _tables(bias: RelativeBias | None) -> tuple[Tensor, ...]:

@@ -23,7 +23,7 @@ Backward = TypeVar("Backward")
 
 @dataclass
 class RelativeBias:
-    """The two bias tables of a layer, shared by its heads.
+    """The bias tables of a layer, shared by its heads: [2 P - 1], P the longest possible sequence, and [128].
 
     For query i and key j the bias is ``position_weight[P - 1 + clamp(position_i - position_j, ±(P - 1))] +
     time_weight[bucket(query_time_i - token_time_j)]``.
@@ -31,27 +31,28 @@ class RelativeBias:
     """
 
     position_weight: Tensor
-    """[2 P - 1], P the longest possible sequence of tokens."""
     time_weight: Tensor
-    """[NUM_TIME_BUCKETS]."""
 
 
 class Preactivation(NamedTuple):
-    """One of the parts of x Wᵀ + b whose SiLU is u, v, q or k, for a backward that differentiates SiLU, too."""
+    """One of the parts of x Wᵀ + b whose SiLU is u, v, q or k, for a backward that differentiates SiLU, too.
+
+    value: [T, H, d], any strides, dense channels. grad_shift: [H, d] of float32 at least, where backward writes the
+    gradient of b: the sum of that of ``value`` over tokens.
+    """
 
     value: Tensor
-    """[T, H, d], any strides, dense channels."""
     grad_shift: Tensor
-    """[H, d] of float32 at least. Backward writes the gradient of b to it: the sum of that of ``value`` over tokens."""
 
 
 class Gradient(NamedTuple):
-    """Where a backward writes the gradient of u, v, q or k."""
+    """Where a backward writes the gradient of u, v, q or k: [T, H, d], any strides, dense channels.
+
+    With ``before_silu`` the gradient of its value is written instead, of which the differentiated input is the SiLU.
+    """
 
     target: Tensor
-    """[T, H, d], any strides, dense channels."""
     before_silu: Preactivation | None = None
-    """If given, the gradient of its value is written instead: the differentiated input is the SiLU of that."""
 
     def write(self, grad: Tensor) -> None:
         """Write the gradient [T, H, d] of the input, of float32 at least, by PyTorch."""
@@ -87,14 +88,14 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What the gated norm needs besides the batch."""
+    """What the gated norm needs besides the batch. eps: added to the variance. dropout: probability; 0 in evaluation.
+
+    The norm spans the heads of all ranks of ``comm``, which exchange two numbers per row in forward and in backward.
+    """
 
     eps: float
-    """Added to the variance."""
     dropout: float
-    """Probability; 0 in evaluation."""
     comm: LayerComm = field(default_factory=LayerComm)
-    """The norm spans the heads of all ranks, which exchange two numbers per row in forward and in backward."""
 
     def combine_statistics(self, own: Tensor) -> Tensor:
         """Mean and rstd [2, T] of whole rows from ``own``: mean and variance [2, T] of this rank's channels.
@@ -108,18 +109,15 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What attention reads, forward and backward: each token attends to its sequence of ``layout``.
+    """What attention reads: q, k and v [T, H, d] of one dtype, any strides. A token attends to its sequence.
 
     Raises:
         ValueError: a bias, but a layout without times.
     """
 
     q: Tensor
-    """[T, H, d], any strides."""
     k: Tensor
-    """[T, H, d] of the dtype of q, any strides."""
     v: Tensor
-    """[T, H, d] of the dtype of q, any strides."""
     layout: JaggedLayout
     config: AttentionConfig
     bias: RelativeBias | None = None
@@ -137,19 +135,17 @@ AttentionBackward = Callable[[Tensor, AttentionInputs, tuple[Gradient, Gradient,
 
 @dataclass(frozen=True)
 class AddLayerNormInputs:
-    """One step of the residual stream: x + update, and the LayerNorm of the sum, over the last dimension."""
+    """One step of the residual stream: x + update (None: x alone), [T, D], and the LayerNorm of the sum over D.
+
+    weight, bias: [D]. dtype: of the norm.
+    """
 
     x: Tensor
-    """[T, D]."""
     update: Tensor | None
-    """[T, D]; None: the sum is x."""
     weight: Tensor
-    """[D]."""
     bias: Tensor
-    """[D]."""
     eps: float
     dtype: torch.dtype
-    """Of the norm."""
 
 
 AddLayerNormForward = Callable[[AddLayerNormInputs], tuple[Tensor, Tensor, Tensor]]
@@ -167,16 +163,15 @@ The first two results are the same numbers, and one tensor where the dtypes are 
 
 @dataclass(frozen=True)
 class GateInputs:
-    """What the gated norm reads: ``Dropout(LayerNorm(x over all heads) ⊙ u)``. Source: arXiv 2402.17152, eq. 3."""
+    """What the gated norm reads: ``Dropout(LayerNorm(x over all heads) ⊙ u)``. Source: arXiv 2402.17152, eq. 3.
+
+    x, u: [T, H, d] of one dtype. weight, bias: [H · d].
+    """
 
     x: Tensor
-    """[T, H, d]."""
     u: Tensor
-    """[T, H, d] of the dtype of x."""
     weight: Tensor
-    """[H · d]."""
     bias: Tensor
-    """[H · d]."""
     config: GateConfig
 
 
@@ -277,14 +272,11 @@ class Backend(StrEnum):
 
 @dataclass(frozen=True)
 class KernelShapes:
-    """The properties of a model that decide which backend can serve an operator."""
+    """The properties of a model that decide which backend can serve an operator. Those of heads are of one rank."""
 
     head_dim: int
-    """d."""
     num_heads: int
-    """H of one rank."""
     hidden_size: int
-    """D."""
     item_dim: int
     """Width of the vectors that retrieval compares."""
     dtype: torch.dtype

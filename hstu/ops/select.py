@@ -70,13 +70,13 @@ def resolve_kernels(
     ``check``: returns which of the operators are refused, and why.
     """
     kernels = {operator: getattr(REFERENCE_KERNELS, operator) for operator in OPERATORS}
-    backends = dict.fromkeys(OPERATORS, Backend.PYTORCH)
+    served_by: dict[str, ServedBy] = {}
     reasons: dict[str, list[str]] = {operator: [] for operator in OPERATORS}
     refused: set[str] = set()
-    waiting = list(OPERATORS)
     for candidate in FALLBACKS[backend]:
         # Without the kernels themselves, which cannot be imported everywhere.
         support = _module(candidate, "operators" if candidate is Backend.CPU else "support")
+        waiting = [operator for operator in OPERATORS if operator not in served_by]
         missing = {operator: support.unsupported_reason(operator, shapes) for operator in waiting}
         failed = check(candidate, shapes, [operator for operator in waiting if missing[operator] is None])
         refused.update(failed)
@@ -85,13 +85,11 @@ def resolve_kernels(
                 reasons[operator].append(f"{candidate.value}: {reason}")
             else:
                 kernels[operator] = _module(candidate, "operators").OPERATORS[operator]
-                backends[operator] = candidate
-        waiting = [operator for operator in waiting if backends[operator] is Backend.PYTORCH]
-    served_by = {
-        operator: ServedBy(backends[operator], "; ".join(reasons[operator]) or None, operator in refused)
-        for operator in OPERATORS
-    }
-    return Kernels(**kernels, served_by=served_by)
+                served_by[operator] = ServedBy(candidate, "; ".join(reasons[operator]) or None, operator in refused)
+    for operator in OPERATORS:
+        reason = "; ".join(reasons[operator]) or None
+        served_by.setdefault(operator, ServedBy(Backend.PYTORCH, reason, operator in refused))
+    return Kernels(**kernels, served_by={operator: served_by[operator] for operator in OPERATORS})
 
 
 def select_slot_kernels(device: torch.device) -> tuple[ModuleType | None, str | None]:

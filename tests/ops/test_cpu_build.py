@@ -1,6 +1,5 @@
 """Compiling the C++ kernels: once a machine, whoever else is at it, and a clear line where it cannot be."""
 
-import logging
 import multiprocessing
 import os
 import platform
@@ -50,23 +49,29 @@ def test_without_a_home_directory_there_are_no_kernels_and_the_reason_is_given(
         build.library_file()
 
 
-def test_processes_that_start_together_compile_once(small_sources: Path, tmp_path: Path) -> None:
+def test_processes_that_start_together_compile_once(
+    small_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fork = multiprocessing.get_context("fork")  # a process that has to import torch takes seconds
-    together, log = fork.Barrier(4), tmp_path / "log"
+    together, compilations, compile_now = fork.Barrier(4), tmp_path / "compilations", build._compile
 
-    def compile_and_log() -> None:
-        logging.basicConfig(level=logging.INFO, filename=log, force=True)
+    def counted(compiler: str, library: Path) -> None:
+        with compilations.open("a") as file:
+            file.write(f"{library}\n")
+        compile_now(compiler, library)
+
+    def compile_together() -> None:
         together.wait(timeout=60)
         build.library_file(tmp_path)
 
-    processes = [fork.Process(target=compile_and_log) for _ in range(4)]
+    monkeypatch.setattr(build, "_compile", counted)
+    processes = [fork.Process(target=compile_together) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=60)
-    lines = log.read_text()
-    assert [process.exitcode for process in processes] == [0] * 4, lines
-    assert lines.count("compiled the CPU kernels in") == 1
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len(compilations.read_text().splitlines()) == 1
 
 
 def test_a_source_that_does_not_compile_is_told_with_the_error_and_leaves_nothing(

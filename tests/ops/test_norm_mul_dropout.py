@@ -119,37 +119,29 @@ def test_split_heads_keep_their_precision_where_the_mean_is_large() -> None:
     torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
 
 
-class OfTwo(LayerComm):
-    """One of two ranks, as far as dropout is concerned."""
+class OfFour(LayerComm):
+    """One of four ranks, as far as dropout is concerned."""
 
-    tp_size = 2
+    tp_size = cp_size = 2
 
     def __init__(self, rank: int) -> None:
-        self.rank = rank
+        self.rank, self.cp_rank = rank, rank // 2
 
 
 def test_ranks_drop_other_elements_and_leave_the_generators_in_step() -> None:
-    kept, after = [], []
-    for rank in (0, 1, 0):
-        torch.manual_seed(3)
-        kept.append(draw(torch.Size([1000]), 0.25, torch.device("cpu"), OfTwo(rank).dropout_stream))
-        after.append(torch.rand(3))
-    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
-    assert all(abs(float(part.float().mean()) - 0.75) < 0.05 for part in kept)
-    assert torch.equal(after[0], after[1])
-    torch.manual_seed(3)
-    first, second = (draw(torch.Size([1000]), 0.25, torch.device("cpu"), OfTwo(0).dropout_stream) for _ in range(2))
-    assert not torch.equal(first, second), "each call draws another mask"
-
-
-def test_ranks_drop_other_inputs_only_where_they_have_other_tokens() -> None:
-    class OfFour(LayerComm):
-        tp_size = cp_size = 2
-
-    masks = []
+    kept, of_inputs, after = [], [], []
     for rank in range(4):
-        comm = OfFour()
-        comm.rank, comm.cp_rank = rank, rank // 2
         torch.manual_seed(3)
-        masks.append(draw(torch.Size([1000 - rank]), 0.25, torch.device("cpu"), comm.input_stream)[:990].tolist())
-    assert masks[0] == masks[1] != masks[2] == masks[3]
+        kept.append(draw(torch.Size([1000 - rank]), 0.25, torch.device("cpu"), OfFour(rank).dropout_stream)[:990])
+        after.append(torch.rand(3))
+        torch.manual_seed(3)
+        of_inputs.append(draw(torch.Size([1000 - rank]), 0.25, torch.device("cpu"), OfFour(rank).input_stream)[:990])
+    assert not any(torch.equal(kept[0], other) for other in kept[1:])
+    assert all(abs(float(part.float().mean()) - 0.75) < 0.05 for part in kept)
+    assert all(torch.equal(after[0], other) for other in after)
+    # Ranks have other inputs only where they have other tokens.
+    same = [torch.equal(of_inputs[0], other) for other in of_inputs]
+    assert same == [True, True, False, False] and torch.equal(of_inputs[2], of_inputs[3])
+    torch.manual_seed(3)
+    first, second = (draw(torch.Size([1000]), 0.25, torch.device("cpu"), OfFour(0).dropout_stream) for _ in range(2))
+    assert not torch.equal(first, second), "each call draws another mask"

@@ -44,15 +44,14 @@ def test_on_a_cpu_the_cpp_kernels_are_used(requested: str, caplog: pytest.LogCap
     with caplog.at_level(logging.INFO, logger="hstu.ops.select"):
         served = on_cpu(requested)
     assert served["attention"] == "cpu" and served["jagged_concat"] == "pytorch (cpu: no kernel)"
-    assert caplog.messages[-1] == f"kernel_backend '{requested}' runs on GPUs; this CPU uses C++ kernels"
+    assert f"kernel_backend '{requested}' runs on GPUs; this CPU uses C++ kernels" in caplog.messages
 
 
-@FAST
 def test_without_a_compiler_pytorch_is_used_and_the_reason_says_what_to_install(
-    requested: str, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    line = on_cpu(requested)["attention"]
+    line = on_cpu("cutlass")["attention"]
     assert line.startswith("pytorch (cpu: ") and "apt-get install g++" in line
 
 
@@ -115,27 +114,19 @@ def test_right_kernels_are_used_and_only_those_that_are_used_are_checked(machine
     assert not {("triton", "attention"), ("triton", "slots")} & set(machine.checked)
 
 
-@pytest.mark.parametrize("operator", ["add_layer_norm", "pool_softmax_loss"])
-def test_a_refused_operator_falls_back_alone(machine: Machine, operator: str) -> None:
+def test_a_refused_operator_falls_back_alone(machine: Machine) -> None:
     right = on_gpu("cutlass")
-    machine.faults["triton", operator] = "it raised CompilationError"
-    assert right["attention"] == "cutlass"
-    assert on_gpu("cutlass") == right | {operator: "pytorch (cutlass: no kernel; triton: it raised CompilationError)"}
-
-
-def test_attention_falls_back_from_cutlass_to_triton_to_pytorch(machine: Machine) -> None:
-    right = on_gpu("cutlass")
+    machine.faults["triton", "pool_softmax_loss"] = "it hangs"
+    right |= {"pool_softmax_loss": "pytorch (cutlass: no kernel; triton: it hangs)"}
+    assert on_gpu("cutlass") == right
     machine.faults["cutlass", "attention"] = "dK differs"
     assert on_gpu("cutlass") == right | {"attention": "triton (cutlass: dK differs)"}
     machine.faults["triton", "attention"] = "it hangs"
-    assert on_gpu("cutlass") == right | {"attention": "pytorch (cutlass: dK differs; triton: it hangs)"}
+    kernels = select_kernels("cutlass", strict=False, device=GPU, shapes=BFLOAT16)
+    assert said(kernels) == right | {"attention": "pytorch (cutlass: dK differs; triton: it hangs)"}
+    refused = [operator for operator in OPERATORS if kernels.served_by[operator].is_refused]
+    assert refused == ["attention", "pool_softmax_loss"]
     assert on_gpu("triton")["attention"] == "pytorch (triton: it hangs)"
-
-
-def test_refused_operators_are_told_from_those_that_have_no_kernel(machine: Machine) -> None:
-    machine.faults["cutlass", "attention"] = "dK differs"
-    served = select_kernels("cutlass", strict=False, device=GPU, shapes=BFLOAT16).served_by
-    assert [operator for operator in OPERATORS if served[operator].is_refused] == ["attention"]
 
 
 def test_where_strict_one_error_names_all_refused_operators(machine: Machine) -> None:

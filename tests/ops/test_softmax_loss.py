@@ -128,10 +128,11 @@ def test_pool_loss_and_gradients_equal_the_oracle(num_queries, pool_size, num_id
     index_dtype=st.sampled_from([torch.int32, torch.int64]),
     weights=WEIGHTS,
     masks_seen=st.booleans(),
+    block=st.sampled_from([1 << 20, 12, 1]),
     seed=st.integers(0, 2**31 - 1),
 )
 def test_sampled_loss_and_gradients_equal_the_oracle(
-    num_queries, pool_size, num_draws, num_ids, index_dtype, weights, masks_seen, seed
+    num_queries, pool_size, num_draws, num_ids, index_dtype, weights, masks_seen, block, seed
 ):
     queries, positives, pool, target_ids, pool_ids = make_case(num_queries, pool_size, num_ids=num_ids, seed=seed)
     draws = make_draws(num_queries, num_draws, pool_size, index_dtype)
@@ -139,21 +140,14 @@ def test_sampled_loss_and_gradients_equal_the_oracle(
     log_weights = make_log_weights(weights, pool_size)
     seen = make_seen(num_queries, pool_size, seed) if masks_seen else None
     ids = target_ids, pool_ids
-    actual = sampled_softmax_loss(*leaves, draws, *ids, TEMPERATURE, log_weights=log_weights, seen=seen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(implementation.BLOCK_ELEMENTS, "cpu", block)
+        actual = sampled_softmax_loss(*leaves, draws, *ids, TEMPERATURE, log_weights=log_weights, seen=seen)
     actual_gradients = gradients(actual, *leaves)
     expected = sampled_oracle(*leaves, draws, *ids, log_weights, seen) + sum(0 * leaf.sum() for leaf in leaves)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     for got, want in zip(actual_gradients, gradients(expected, *leaves), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("elements", [8, 1 << 20])
-def test_scores_of_whole_rows_in_blocks_equal_the_sampled_product(elements, monkeypatch):
-    queries, _, pool, _, _ = make_case(7, 5)
-    monkeypatch.setitem(implementation.BLOCK_ELEMENTS, "cpu", elements)
-    draws = make_draws(7, 6, 5, torch.int64)  # more draws than rows: the path of other devices
-    whole = implementation._draw_scores(queries, pool, draws)
-    torch.testing.assert_close(whole, implementation._sampled_product(queries, pool, draws))
 
 
 @pytest.mark.parametrize("pool_size", [0, 1, 4])

@@ -27,14 +27,13 @@ def watch_cpp(patch: pytest.MonkeyPatch, record: Record) -> None:
     except build.KernelsUnavailable as reason:
         pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
 
-    library = build.library()
-
     class Library:
         def __getattr__(self, function: str) -> Any:
             record(function)
-            return getattr(library, function)
+            return getattr(build.library(), function)
 
-    patch.setattr(build, "library", Library)
+    for module in ("attention", "norm_mul_dropout", "softmax_loss"):
+        patch.setattr(f"hstu.ops.cpu.{module}.library", Library)
 
 
 def watch_triton(patch: pytest.MonkeyPatch, record: Record) -> None:

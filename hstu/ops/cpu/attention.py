@@ -58,7 +58,7 @@ def forward(inputs: AttentionInputs) -> Tensor:
     arguments = _prepare(inputs)
     out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype)
     arguments.set(out=out)
-    arguments.run("hstu_attention", 0)
+    library().hstu_attention(ctypes.byref(arguments), 0)
     return out
 
 
@@ -68,12 +68,12 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
     grad_q, grad_k, grad_v = (each.target for each in grads)
     arguments.set(grad_out=grad, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
     if bias is None:
-        arguments.run("hstu_attention", 1)
+        library().hstu_attention(ctypes.byref(arguments), 1)
         return None
     position = torch.zeros(arguments.bins, len(bias.position_weight), dtype=torch.float64)
     time = torch.zeros(arguments.bins, NUM_TIME_BUCKETS, dtype=torch.float64)
     arguments.set(grad_position_weight=position, grad_time_weight=time)
-    arguments.run("hstu_attention", 1)
+    library().hstu_attention(ctypes.byref(arguments), 1)
     return RelativeBias(position.sum(0).to(bias.position_weight.dtype), time.sum(0).to(bias.time_weight.dtype))
 
 
@@ -132,4 +132,4 @@ def _set_buckets(arguments: _Arguments, plan: _Plan) -> None:
     arguments.set(buckets=plan.buckets)
     arguments.bucket_offsets = plan.bucket_offsets.ctypes.data
     if is_first and plan.buckets is not None:
-        arguments.run("hstu_fill_buckets")
+        library().hstu_fill_buckets(ctypes.byref(arguments))

@@ -114,10 +114,6 @@ class Arguments(ctypes.Structure):
             setattr(self, name, address(tensor))
             self._tensors.append(tensor)
 
-    def run(self, function: str, *others: int) -> None:
-        """Call a function of the library."""
-        getattr(library(), function)(ctypes.byref(self), *others)
-
 
 def fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
     """The fields of :class:`Arguments`: groups of one type each, with the names separated by spaces."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, is_bfloat, pointer, strides
+from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, is_bfloat, library, pointer, strides
 from hstu.ops.dropout import draw, scale_of
 from hstu.ops.kernels import GateInputs, Gradient
 
@@ -50,11 +51,11 @@ def forward(inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
     arguments = _prepare(inputs, _joined(inputs.u), statistics, kept)
     arguments.set(out=out)
     if config.comm.tp_size == 1:
-        arguments.run("hstu_gate", _Pass.FORWARD)
+        library().hstu_gate(ctypes.byref(arguments), _Pass.FORWARD)
     else:
-        arguments.run("hstu_gate", _Pass.MEASURE)
+        library().hstu_gate(ctypes.byref(arguments), _Pass.MEASURE)
         statistics.copy_(config.combine_statistics(statistics))
-        arguments.run("hstu_gate", _Pass.APPLY)
+        library().hstu_gate(ctypes.byref(arguments), _Pass.APPLY)
     return out, statistics, kept
 
 
@@ -71,11 +72,11 @@ def backward(
     arguments.set(grad_out=grad.contiguous(), out=out, grad_x=grad_x, grad_u=joined_grad_u)
     arguments.set(grad_weight=sums[0], grad_bias=sums[1], along_one=along[0], along_row=along[1])
     if config.comm.tp_size == 1:
-        arguments.run("hstu_gate", _Pass.BACKWARD)
+        library().hstu_gate(ctypes.byref(arguments), _Pass.BACKWARD)
     else:
-        arguments.run("hstu_gate", _Pass.SUMS)
+        library().hstu_gate(ctypes.byref(arguments), _Pass.SUMS)
         along.copy_(config.comm.all_gather(along).mean(0))
-        arguments.run("hstu_gate", _Pass.ROWS)
+        library().hstu_gate(ctypes.byref(arguments), _Pass.ROWS)
     if joined_grad_u is not target:
         target.copy_(joined_grad_u.view(target.shape))
     grad_weight, grad_bias = sums.sum(1, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from enum import IntEnum
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hstu.ops import row_update
-from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, pointer
+from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, pointer
 from hstu.ops.row_update import RowUpdate
 
 
@@ -57,4 +58,4 @@ def update_rows(
         optimizer=_Optimizer[update.optimizer.upper()],
     )
     arguments.set(rows=rows, gradients=gradients, weight=weight.detach(), first=first, second=second)
-    arguments.run("hstu_update_rows")
+    library().hstu_update_rows(ctypes.byref(arguments))

@@ -5,6 +5,7 @@ As in PyTorch's, the forward of the loss computes the gradients, and backward sc
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             arguments.set(grad_queries=gradients[0], grad_positives=gradients[1], grad_pool=gradients[2])
             arguments.set(weights=torch.empty(num_queries, num_draws))
             ctx.save_for_backward(*(gradient[:, :width] for gradient in gradients))
-        arguments.run("hstu_sampled_softmax")
+        library().hstu_sampled_softmax(ctypes.byref(arguments))
         return losses.sum()
 
 
@@ -125,7 +126,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
                 arguments.set(key_rows=key_rows[rows])
             if log_weights is not None:
                 arguments.set(log_weights=log_weights[columns])
-            arguments.run("hstu_pool_softmax")
+            library().hstu_pool_softmax(ctypes.byref(arguments))
 
         blocks = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS)
         return in_blocks(ctx, queries, positives, pool, negatives.temperature, exponentials, blocks)
@@ -162,7 +163,7 @@ class _Unit(torch.autograd.Function):
         out, norms = torch.empty(x.shape), torch.empty(len(x))
         arguments = _unit_arguments(x, eps)
         arguments.set(x=x.contiguous(), out=out, norms=norms)
-        arguments.run("hstu_unit", 0)
+        library().hstu_unit(ctypes.byref(arguments), 0)
         ctx.save_for_backward(out, norms)
         ctx.eps = eps
         return out
@@ -173,7 +174,7 @@ class _Unit(torch.autograd.Function):
         unit, norms = ctx.saved_tensors
         arguments, grad_x = _unit_arguments(unit, ctx.eps), torch.empty(unit.shape)
         arguments.set(unit=unit, grad_out=grad_out.contiguous(), norms=norms, grad_x=grad_x)
-        arguments.run("hstu_unit", 1)
+        library().hstu_unit(ctypes.byref(arguments), 1)
         return grad_x, None
 
 

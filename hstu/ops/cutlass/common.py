@@ -100,22 +100,18 @@ class PairwiseKernel:
         return (factors[1],) if self.num_resident == 1 else (factors[0] * factors[1], factors[1])
 
     @cute.jit
-    def store(
-        self, sums: tuple, outs: tuple, item: cute.Tensor, index: Int32, head: Int32, row: Int32, column: Int32,
-        factors: tuple,
-    ) -> None:  # fmt: skip
-        """Write the sums of the ``index``-th block, ``item``. factors: α and 1 / N; the others: see store_rows.
+    def store(self, sums: tuple, outs: tuple, index: Int32, place: tuple, factors: tuple) -> None:
+        """Write the sums of the ``index``-th block. factors: α and 1 / N; the others: see store_rows.
 
         outs: one tensor per output. With ``through_silu`` there follow one per output of which its rows are the SiLU,
         and one float32 [8 · blocks, d, H] per output for its sums over the 16 rows of each warp.
         """
-        scales = self.scales(factors)
+        scales, (item, head, row, column) = self.scales(factors), place
         for i in cutlass.range_constexpr(len(self.outputs)):
             output = self.outputs[i]
             if const_expr(self.through_silu):
-                before = outs[self.num_outputs + output]
-                multiply_slopes(sums[i], before, item, head, row, column, self.shape.dtype, self.is_wide)
-            store_rows(sums[i], outs[output], item, head, row, column, scales[output], self.shape.dtype, self.is_wide)
+                multiply_slopes(sums[i], outs[self.num_outputs + output], place, self.shape.dtype, self.is_wide)
+            store_rows(sums[i], outs[output], place, scales[output], self.shape.dtype, self.is_wide)
             if const_expr(self.through_silu):
                 warp = index * (self.shape.block // ROWS_OF_WARP) + (row - item[1]) // ROWS_OF_WARP
                 store_totals(sums[i], outs[2 * self.num_outputs + output], warp, head, column, scales[output])
@@ -284,22 +280,15 @@ def item_of(items: cute.Pointer, index: Int32) -> cute.Tensor:
 
 @cute.jit
 def store_rows(
-    sums: cute.Tensor,
-    out: cute.Tensor,
-    item: cute.Tensor,
-    head: Int32,
-    row: Int32,
-    column: Int32,
-    scale: Float32,
-    dtype: cutlass.Constexpr,
-    wide: cutlass.Constexpr,
+    sums: cute.Tensor, out: cute.Tensor, place: tuple, scale: Float32, dtype: cutlass.Constexpr, wide: cutlass.Constexpr
 ) -> None:
     """Write ``scale · sums`` as ``dtype`` to the rows of the block that exist in the sequence.
 
     sums: float32 accumulators of m64nXk16 or m16n8k16: element ``c + 2 r + 4 n`` belongs to row ``row + 8 r`` of the
     sequence and to column ``column + 8 n + c``. out: [T, d, H]. ``wide``: the four lanes of a row exchange their
-    columns, so that each writes eight neighbours; else each writes two.
+    columns, so that each writes eight neighbours; else each writes two. place: ``item``, ``head``, ``row``, ``column``.
     """
+    item, head, row, column = place
     for r in cutlass.range_constexpr(2):
         places = _pairs_at(out, item[0] + row + 8 * r, head, column, sums, wide)
         for group in cutlass.range_constexpr(cute.size(places, mode=[1])):
@@ -343,16 +332,10 @@ def _transpose_quad(pairs: cute.Tensor) -> None:
 
 @cute.jit
 def multiply_slopes(
-    sums: cute.Tensor,
-    before: cute.Tensor,
-    item: cute.Tensor,
-    head: Int32,
-    row: Int32,
-    column: Int32,
-    dtype: cutlass.Constexpr,
-    wide: cutlass.Constexpr,
+    sums: cute.Tensor, before: cute.Tensor, place: tuple, dtype: cutlass.Constexpr, wide: cutlass.Constexpr
 ) -> None:
     """Multiply the sums by SiLU' of ``before`` [T, d, H]; 0 for rows beyond the end. Arguments as in store_rows."""
+    item, head, row, column = place
     for r in cutlass.range_constexpr(2):
         exists = row + 8 * r < item[2]
         token = item[0] + cutlass.min(row + 8 * r, item[2] - 1)

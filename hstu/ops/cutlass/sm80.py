@@ -60,8 +60,8 @@ class Sm80Kernel(PairwiseKernel):
         resident = smem.resident.get_tensor(tile_layout(shape, shape.block, self.num_resident))
         streamed = smem.streamed.get_tensor(tile_layout(shape, shape.tile, 2 * STAGES))
         buffers = (resident, streamed, transposed(streamed))
-        registers, state = self.registers(product(shape), product(shape)), self.bias_sums(batch)
-        sums = registers[0]
+        registers, of_bias = self.registers(product(shape), product(shape)), self.bias_sums(batch)
+        sums, state = registers[0], (tensors, buffers, registers)
         thread = cute.arch.thread_idx()[0]
         row_in_block, column_in_tile = thread // 32 * 16 + thread % 32 // 4, thread % 4 * 2
         heads, total = sizes[1], sizes[1] * sizes[2]
@@ -73,7 +73,7 @@ class Sm80Kernel(PairwiseKernel):
             bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
             ranges = common.ranges_of(item, sizes, shape)
             num_masked, num_tiles = common.counts_of(ranges)
-            pairs = self.begin_pairs(batch, tables, item, row, state)
+            pairs = self.begin_pairs(batch, tables, item, row, of_bias)
             block, masking = (item, head, ranges), (factors[0], column_in_tile, bounds, pairs)
             for i in cutlass.range_constexpr(self.num_outputs):
                 sums[i].fill(0.0)
@@ -82,13 +82,13 @@ class Sm80Kernel(PairwiseKernel):
                 load(tensors[i], item, item[1], head, resident[None, None, i])
             self.load(tensors, block, Int32(0), buffers)
             for u in cutlass.range(num_masked, unroll=1):
-                self.step(tensors, block, u, buffers, registers, masking, True)
+                self.step(block, u, state, masking, True)
             for u in cutlass.range(num_masked, num_tiles, unroll=1):
-                self.step(tensors, block, u, buffers, registers, masking, False)
+                self.step(block, u, state, masking, False)
             if const_expr(self.sums_bias):
                 bias.end_sums(pairs)
             outs = tensors[self.num_resident + 2 :]
-            self.store(sums, outs, item, work // heads, head, row, column_in_tile, factors)
+            self.store(sums, outs, work // heads, (item, head, row, column_in_tile), factors)
             turn += 1
             work = common.work_index(turn)
         if const_expr(self.sums_bias):
@@ -106,17 +106,9 @@ class Sm80Kernel(PairwiseKernel):
         cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def step(
-        self,
-        tensors: tuple,
-        block: tuple,
-        u: Int32,
-        buffers: tuple,
-        registers: tuple,
-        masking: tuple,
-        masked: cutlass.Constexpr,
-    ) -> None:
+    def step(self, block: tuple, u: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr) -> None:
         """Add tile ``u`` to the sums while the next one is loaded. The column of ``masking`` is that in the tile."""
+        tensors, buffers, registers = state
         self.load(tensors, block, u + 1, buffers)
         cute.arch.cp_async_wait_group(1)
         cute.arch.sync_threads()

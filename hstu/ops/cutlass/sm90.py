@@ -23,9 +23,9 @@ class Sm90Kernel(PairwiseKernel):
     num_slopes = 0
     """int32 numbers of a tile that :mod:`hstu.ops.cutlass.sm90_split` passes from one warpgroup to the other."""
     step: Callable[..., None]
-    """Computes the scores of a tile: ``step(count, operands, registers, rings, masking, masked, first)``."""
+    """Computes the scores of a tile: ``step(count, state, masking, masked, first)``; see ``compute`` for the state."""
     finish: Callable[..., None]
-    """Ends the computation of a block after its last tile: ``finish(count, operands, registers, rings)``."""
+    """Ends the computation of a block after its last tile: ``finish(count, state)``."""
 
     @cute.jit
     def __call__(
@@ -146,8 +146,9 @@ class Sm90Kernel(PairwiseKernel):
             of_sums.make_fragment_B(of_sums.partition_B(buffers[2])),
             *buffers[3:],
         )
-        registers, state = self.registers(of_scores, of_sums), self.bias_sums(batch)
-        sums, of_columns = registers[0], rings[num_resident:]
+        registers, of_bias = self.registers(of_scores, of_sums), self.bias_sums(batch)
+        sums = registers[0]
+        state = operands, registers, rings[num_resident:]
         turn, count = Int32(0), Int32(0)
         work = common.work_index(turn)
         while work < total:
@@ -156,28 +157,28 @@ class Sm90Kernel(PairwiseKernel):
             bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
             ranges = common.ranges_of(item, sizes, shape)
             num_masked, num_tiles = common.counts_of(ranges)
-            pairs = self.begin_pairs(batch, tables, item, row, state)
+            pairs = self.begin_pairs(batch, tables, item, row, of_bias)
             for i in cutlass.range_constexpr(len(self.outputs)):
                 sums[i].fill(0.0)
             for i in cutlass.range_constexpr(num_resident):
                 wait(rings[i], turn)
             column = common.first_column(Int32(0), ranges, shape) + column_in_tile
-            self.step(count, operands, registers, of_columns, (factors[0], column, bounds, pairs), True, True)
+            self.step(count, state, (factors[0], column, bounds, pairs), True, True)
             count += 1
             for u in cutlass.range(1, num_masked, unroll=1):
                 column = common.first_masked_column(u, ranges, shape) + column_in_tile
-                self.step(count, operands, registers, of_columns, (factors[0], column, bounds, pairs), True, False)
+                self.step(count, state, (factors[0], column, bounds, pairs), True, False)
                 count += 1
             for u in cutlass.range(cutlass.max(num_masked, 1), num_tiles, unroll=1):
                 left = self.column_without_mask(u, ranges, column_in_tile)
-                self.step(count, operands, registers, of_columns, (factors[0], left, bounds, pairs), False, False)
+                self.step(count, state, (factors[0], left, bounds, pairs), False, False)
                 count += 1
             for i in cutlass.range_constexpr(num_resident):
                 release(rings[i], turn)
-            self.finish(count - 1, operands, registers, of_columns)
+            self.finish(count - 1, state)
             if const_expr(self.sums_bias):
                 bias.end_sums(pairs)
-            self.store(sums, outs, item, work // heads, head, row, column_in_tile, factors)
+            self.store(sums, outs, work // heads, (item, head, row, column_in_tile), factors)
             turn += 1
             work = common.work_index(turn)
         if const_expr(self.sums_bias):
@@ -193,22 +194,14 @@ class ForwardSm90(Sm90Kernel):
 
     @cute.jit
     def step(
-        self,
-        count: Int32,
-        operands: tuple,
-        registers: tuple,
-        rings: tuple,
-        masking: tuple,
-        masked: cutlass.Constexpr,
-        first: cutlass.Constexpr,
+        self, count: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr, first: cutlass.Constexpr
     ) -> None:
         """Scores of tile ``count`` while tile ``count - 1`` is added to the sums; then the weights of the new tile.
 
         ``first``: there is no previous tile.
         """
         shape, of_y, of_z = self.shape, self.index, 1 - self.index
-        (sums,), scores, weights = registers
-        resident, streamed, rows, *slopes = operands
+        (resident, streamed, rows, *slopes), ((sums,), scores, weights), rings = state
         y_ring, z_ring = rings[of_y], rings[of_z]
         stage = wait(y_ring, count)
         if const_expr(not first):
@@ -237,14 +230,14 @@ class ForwardSm90(Sm90Kernel):
         common.silu(scores, masking, masked)
 
     @cute.jit
-    def finish(self, count: Int32, operands: tuple, registers: tuple, rings: tuple) -> None:
+    def finish(self, count: Int32, state: tuple) -> None:
         """Add the last tile, ``count``, to the sums."""
         shape, of_z = self.shape, 1 - self.index
-        (sums,), _, weights = registers
+        (_, _, rows, *_), ((sums,), _, weights), rings = state
         z_stage = of_z * shape.stages + wait(rings[of_z], count)
         warpgroup.fence()
         left = common.left_operand(weights, shape.dtype)
-        multiply(hopper.sums_mma(shape), sums, left, operands[2][None, None, None, z_stage], adds=True)
+        multiply(hopper.sums_mma(shape), sums, left, rows[None, None, None, z_stage], adds=True)
         warpgroup.wait_group(0)
         release(rings[of_z], count)
 
@@ -260,23 +253,15 @@ class BackwardSm90(Sm90Kernel):
 
     @cute.jit
     def step(
-        self,
-        count: Int32,
-        operands: tuple,
-        registers: tuple,
-        rings: tuple,
-        masking: tuple,
-        masked: cutlass.Constexpr,
-        first: cutlass.Constexpr,
+        self, count: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr, first: cutlass.Constexpr
     ) -> None:
         """Scores of tile ``count`` and their gradients, while tile ``count - 1`` is added to the sums; then this tile.
 
         ``first``: there is no previous tile.
         """
         shape = self.shape
+        (resident, streamed, rows), registers, (y_ring, z_ring) = state
         (sums, weight_sums), scores, products, weights, gradients = registers
-        resident, streamed, rows = operands
-        y_ring, z_ring = rings
         with_weights = self.num_outputs == 2
         stage = wait(y_ring, count)
         z_stage = shape.stages + stage
@@ -307,8 +292,9 @@ class BackwardSm90(Sm90Kernel):
             multiply(hopper.sums_mma(shape), weight_sums, left, rows[None, None, None, z_stage], adds=True)
 
     @cute.jit
-    def finish(self, count: Int32, operands: tuple, registers: tuple, rings: tuple) -> None:
+    def finish(self, count: Int32, state: tuple) -> None:
         """Wait for the product of the last tile, ``count``, and release its buffers."""
+        _, _, rings = state
         warpgroup.wait_group(0)
         release(rings[0], count)
         release(rings[1], count)

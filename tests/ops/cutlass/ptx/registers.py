@@ -2,33 +2,33 @@
 
 import operator
 import re
+from collections.abc import Callable
 
 import numpy as np
 
 from tests.ops.cutlass.ptx.parse import Instruction
 
 LANES = 32
-WIDTH = {
-    "b8": 1,
-    "b16": 2,
-    "u16": 2,
-    "s16": 2,
-    "b32": 4,
-    "u32": 4,
-    "s32": 4,
-    "f32": 4,
-    "b64": 8,
-    "u64": 8,
-    "s64": 8,
-    "f64": 8,
-}
-COMPARE = {
-    "eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge,
-}  # fmt: skip
-SIMPLE = {
+WIDTH = {"pred": 1, "b8": 1} | {f"{kind}{8 * size}": size for kind in "busf" for size in (2, 4, 8)}
+COMPARE = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
+def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Rounded towards zero."""
+    a, b = a.astype(np.int64), np.where(b == 0, 1, b).astype(np.int64)
+    return np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)
+
+
+ARITHMETIC = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "and": operator.and_, "or": operator.or_,
-    "xor": operator.xor, "min": np.minimum, "max": np.maximum,
+    "xor": operator.xor, "not": operator.invert, "neg": operator.neg, "min": np.minimum, "max": np.maximum,
+    "abs": np.abs, "rcp": np.reciprocal, "ex2": np.exp2, "div": _divided,
+    "rem": lambda a, b: np.fmod(a, np.where(b == 0, 1, b)),
+    "mad": lambda a, b, c: a * b + c,
+    "fma": lambda a, b, c: a.astype(np.float64) * b + c,
+    "tanh": lambda a: np.tanh(a) * np.float32(1 - 2**-11),  # towards zero, by up to what the ISA allows
 }  # fmt: skip
+"""Results are those of the operands' type, to which wider ones are rounded."""
 
 
 def numpy_type(kind: str) -> str:
@@ -72,6 +72,8 @@ class Values:
 
     def read(self, operand: str, kind: str) -> np.ndarray:
         """A register or a number as 32 values of this kind."""
+        if kind == "pred":
+            return self.registers[operand]
         dtype = numpy_type(kind)
         if re.match(r"-?\d", operand):
             if operand[:2] in ("0f", "0F"):
@@ -108,17 +110,16 @@ class Values:
             method = getattr(self, f"_{name}", None)
             if method is not None:
                 method(instruction, mask)
-            elif kind == "pred":
-                self.write(operands[0], SIMPLE[name](*(self.predicate(o) for o in operands[1:])), mask)
-            elif name in SIMPLE and not {"wide", "hi"} & set(instruction.parts):
-                self.write(operands[0], SIMPLE[name](*(self.read(o, kind) for o in operands[1:])), mask)
-            elif name == "mul":
+            elif {"wide", "hi"} & set(instruction.parts):
+                assert name == "mul", instruction
                 wide = numpy_type(kind)[0] + str(WIDTH[kind] * 2)
                 a, b = (self.read(o, kind).astype(wide) for o in operands[1:])
-                product = a * b >> np.array(8 * WIDTH[kind] if "hi" in instruction.parts else 0, wide)
-                self.write(operands[0], product, mask)
+                self.write(
+                    operands[0], a * b >> np.array(8 * WIDTH[kind] if "hi" in instruction.parts else 0, wide), mask
+                )
             else:
-                raise NotImplementedError(instruction)
+                result = ARITHMETIC[name](*(self.read(operand, kind) for operand in operands[1:]))
+                self.write(operands[0], result.astype(bool if kind == "pred" else numpy_type(kind)), mask)
 
     def _mov(self, instruction: Instruction, mask: np.ndarray) -> None:
         target, source = instruction.operands
@@ -146,54 +147,13 @@ class Values:
         kind = instruction.parts[-1]
         self.write(target, np.where(self.predicate(choice), self.read(a, kind), self.read(b, kind)), mask)
 
-    def _not(self, instruction: Instruction, mask: np.ndarray) -> None:
-        target, a = instruction.operands
-        kind = instruction.parts[-1]
-        self.write(target, ~(self.predicate(a) if kind == "pred" else self.read(a, kind)), mask)
-
-    def _neg(self, instruction: Instruction, mask: np.ndarray) -> None:
-        self.write(instruction.operands[0], -self.read(instruction.operands[1], instruction.parts[-1]), mask)
-
-    def _shl(self, instruction: Instruction, mask: np.ndarray) -> None:
+    def _shl(self, instruction: Instruction, mask: np.ndarray, shift: Callable = operator.lshift) -> None:
         target, a, by = instruction.operands
         value = self.read(a, instruction.parts[-1])
-        self.write(target, value << self.read(by, "u32").astype(value.dtype), mask)
+        self.write(target, shift(value, self.read(by, "u32").astype(value.dtype)), mask)
 
     def _shr(self, instruction: Instruction, mask: np.ndarray) -> None:
-        target, a, by = instruction.operands
-        value = self.read(a, instruction.parts[-1])
-        self.write(target, value >> self.read(by, "u32").astype(value.dtype), mask)
-
-    def _mad(self, instruction: Instruction, mask: np.ndarray) -> None:
-        kind = instruction.parts[-1]
-        a, b, c = (self.read(o, kind) for o in instruction.operands[1:])
-        self.write(instruction.operands[0], a * b + c, mask)
-
-    def _fma(self, instruction: Instruction, mask: np.ndarray) -> None:
-        a, b, c = (self.read(o, "f32").astype(np.float64) for o in instruction.operands[1:])
-        self.write(instruction.operands[0], (a * b + c).astype(np.float32), mask)
-
-    def _div(self, instruction: Instruction, mask: np.ndarray) -> None:
-        kind = instruction.parts[-1]
-        a, b = (self.read(o, kind).astype(np.int64) for o in instruction.operands[1:])
-        quotient = np.abs(a) // np.where(b == 0, 1, np.abs(b)) * np.sign(a) * np.sign(b)
-        self.write(instruction.operands[0], quotient.astype(numpy_type(kind)), mask)
-
-    def _rem(self, instruction: Instruction, mask: np.ndarray) -> None:
-        kind = instruction.parts[-1]
-        a, b = (self.read(o, kind).astype(np.int64) for o in instruction.operands[1:])
-        self.write(instruction.operands[0], np.fmod(a, np.where(b == 0, 1, b)).astype(numpy_type(kind)), mask)
-
-    def _rcp(self, instruction: Instruction, mask: np.ndarray) -> None:
-        self.write(instruction.operands[0], np.float32(1) / self.read(instruction.operands[1], "f32"), mask)
-
-    def _ex2(self, instruction: Instruction, mask: np.ndarray) -> None:
-        self.write(instruction.operands[0], np.exp2(self.read(instruction.operands[1], "f32")), mask)
-
-    def _tanh(self, instruction: Instruction, mask: np.ndarray) -> None:
-        """tanh.approx: towards zero by up to the 2^-11 of its value that the ISA allows."""
-        exact = np.tanh(self.read(instruction.operands[1], "f32"))
-        self.write(instruction.operands[0], exact * np.float32(1 - 2**-11), mask)
+        self._shl(instruction, mask, operator.rshift)
 
     def _shfl(self, instruction: Instruction, mask: np.ndarray) -> None:
         target, source, lane = instruction.operands[:3]
@@ -201,9 +161,6 @@ class Values:
         assert mask.all(), "the warp has diverged"
         of = {"idx": other % LANES, "down": own + other, "bfly": own ^ other}[instruction.parts[2]]
         self.write(target, value[np.where(of < LANES, of, own)], mask)
-
-    def _abs(self, instruction: Instruction, mask: np.ndarray) -> None:
-        self.write(instruction.operands[0], np.abs(self.read(instruction.operands[1], instruction.parts[-1])), mask)
 
     def _cvt(self, instruction: Instruction, mask: np.ndarray) -> None:
         to, of = instruction.parts[-2:]

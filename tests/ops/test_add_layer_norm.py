@@ -11,7 +11,7 @@ from tests.ops.backends import INTERPRETED, TRITON, device_of, kernels_of
 
 BACKENDS = [TRITON] if INTERPRETED else [Backend.PYTORCH, TRITON]
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-ROWS, EPS = 5, 1e-2
+EPS = 1e-2
 
 
 def inputs(backend: Backend, rows: int, width: int, residual: torch.dtype, update: torch.dtype | None) -> list[Tensor]:
@@ -31,7 +31,7 @@ def outputs(backend: Backend, dtype: torch.dtype, x: Tensor, weight: Tensor, bia
     return list(add_layer_norm(given, kernels_of(backend, len(weight)).add_layer_norm))
 
 
-@pytest.mark.parametrize("width", [1, 50, 1000])
+@pytest.mark.parametrize(("rows", "width"), [(5, 1), (5, 50), (5, 1000), (0, 8)])
 @pytest.mark.parametrize(
     ("residual", "update"),
     [(FLOAT32, None), (FLOAT32, FLOAT32), (FLOAT32, BFLOAT16), (BFLOAT16, None), (BFLOAT16, BFLOAT16)],
@@ -39,17 +39,17 @@ def outputs(backend: Backend, dtype: torch.dtype, x: Tensor, weight: Tensor, bia
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sum_norm_and_gradients_equal_float64(
-    backend: Backend, residual: torch.dtype, update: torch.dtype | None, width: int
+    backend: Backend, residual: torch.dtype, update: torch.dtype | None, rows: int, width: int
 ) -> None:
     dtype = update or residual
-    tensors = inputs(backend, ROWS, width, residual, update)
+    tensors = inputs(backend, rows, width, residual, update)
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
     total = exact[0] + exact[3] if update else exact[0]
     out = outputs(backend, dtype, *tensors)
     # The norm is that of the rounded sum, through which the gradient passes unchanged.
     rounded = total + (out[0].cpu().double() - total).detach()
     expected = [total, F.layer_norm(rounded, (width,), *exact[1:3], EPS)]
-    slopes = [torch.randn(ROWS, width).to(kind) for kind in (residual, dtype)]
+    slopes = [torch.randn(rows, width).to(kind) for kind in (residual, dtype)]
     right = torch.autograd.grad(expected, exact, [slope.double() for slope in slopes])
 
     assert [tensor.dtype for tensor in out] == [residual, dtype]
@@ -57,7 +57,7 @@ def test_sum_norm_and_gradients_equal_float64(
     assert [gradient.dtype for gradient in ours] == [tensor.dtype for tensor in tensors]
     for computed, correct in zip([*out, *ours], [*expected, *right], strict=True):
         tolerance = 1e-5 if computed.dtype == FLOAT32 else 1e-2
-        size = float(correct.detach().abs().max())
+        size = float(correct.detach().abs().max()) if correct.numel() else 0.0
         torch.testing.assert_close(computed.cpu().double(), correct, rtol=tolerance, atol=tolerance * max(size, 1.0))
 
 
@@ -79,11 +79,3 @@ def test_recomputing_the_norm_from_the_sum_gives_the_same_bits(backend: Backend)
         total, normalized = outputs(backend, BFLOAT16, x, weight, bias, update)
         again, repeated = outputs(backend, BFLOAT16, total, weight, bias)
         assert torch.equal(total, again) and torch.equal(normalized, repeated)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_without_rows_the_gradients_of_the_weights_are_zero(backend: Backend) -> None:
-    tensors = inputs(backend, 0, 8, FLOAT32, BFLOAT16)
-    out = outputs(backend, BFLOAT16, *tensors)
-    grads = torch.autograd.grad([out[0].sum(), out[1].float().sum()], tensors)
-    assert [len(gradient) for gradient in grads] == [0, 8, 8, 0] and not any(gradient.any() for gradient in grads)

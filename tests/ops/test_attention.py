@@ -98,31 +98,6 @@ def test_attention_of_a_projection_has_the_gradients_of_silu_and_attention(with_
         torch.testing.assert_close(a, b)
 
 
-@given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=10)
-def test_a_sequence_does_not_depend_on_who_else_is_in_the_batch(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    users = tuple(User(int(n), 0, tuple(range(int(n)))) for n in rng.integers(1, 90, 6))
-    alone = Batch(users[:1], contextuals=1, tokens_per_item=1, group_size=1)
-    together = Batch(users, contextuals=1, tokens_per_item=1, group_size=1)
-    q, k, v, *_ = random_inputs(together, heads=1, width=8, dtype=torch.float32, seed=seed)
-    own = users[0].history + 1
-    config = dict(alpha=0.3, scaling_seqlen=90)
-    apart = hstu_attention(q[:own], k[:own], v[:own], alone.layout(), **config)
-    torch.testing.assert_close(hstu_attention(q, k, v, together.layout(), **config)[:own], apart, rtol=0, atol=1e-6)
-
-
-def test_without_any_token_every_input_still_gets_a_gradient_of_zeros() -> None:
-    batch = Batch((User(0, 0, is_padding=True),) * 2, contextuals=3, tokens_per_item=2, group_size=1)
-    *inputs, _ = [x.requires_grad_() for x in random_inputs(batch, 2, 4, torch.float32, seed=0)]
-    q, k, v, position, time = inputs
-    out = hstu_attention(q, k, v, batch.layout(), alpha=1.0, scaling_seqlen=9, bias=RelativeBias(position, time))
-    out.sum().backward()
-    assert out.shape == (0, 2, 4)
-    for x in inputs:
-        assert x.grad is not None and not x.grad.any()
-
-
 def test_nothing_but_its_inputs_is_kept_for_backward() -> None:
     batch = Batch((User(60, 0), User(50, 0)), contextuals=0, tokens_per_item=1, group_size=1)
     q, k, v, *_ = random_inputs(batch, heads=2, width=4, dtype=torch.float32, seed=0)

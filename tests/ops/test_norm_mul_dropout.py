@@ -98,19 +98,6 @@ def over_ranks(whole: list[Tensor], weight: Tensor, count: int) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("tokens", [0, 5])
-def test_heads_on_several_ranks_give_what_they_give_together(tokens: int, ranks: int) -> None:
-    whole = inputs(tokens, 4, 3, torch.float64)
-    weight = torch.randn(tokens, 12, dtype=torch.float64)
-    together = [x.clone().requires_grad_() for x in whole]
-    out = norm_mul_dropout(*together, GateConfig(0.1, 0.0))
-    (out * weight).sum().backward()
-    expected = [out.detach(), *(x.grad for x in together)]
-    for a, b in zip(over_ranks(whole, weight, ranks), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-
-
 def test_split_heads_keep_their_precision_where_the_mean_is_large() -> None:
     x, u, scale, bias = inputs(5, 4, 3, torch.float32)
     whole = [x + 3000.0, u, scale, bias]

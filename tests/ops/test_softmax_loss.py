@@ -150,32 +150,6 @@ def test_sampled_loss_and_gradients_equal_the_oracle(
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("pool_size", [0, 1, 4])
-def test_queries_without_negatives_cost_nothing(pool_size):
-    queries, positives, pool, _, _ = make_case(3, pool_size)
-    same = torch.full((3,), 7), torch.full((pool_size,), 7)
-    draws = make_draws(3, 2 if pool_size else 0, pool_size)
-    leaves = (queries, positives, pool)
-    for loss in (
-        pool_softmax_loss(*leaves, *same, None, TEMPERATURE),
-        sampled_softmax_loss(*leaves, draws, *same, TEMPERATURE),
-    ):
-        assert loss == 0
-        assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients(loss, *leaves))
-
-
-def test_a_repeated_negative_counts_each_time():
-    queries, positives, pool, target_ids, _ = make_case(4, 1)
-    once, thrice = torch.full((1,), 9), torch.full((3,), 9)
-    repeated = pool_softmax_loss(queries, positives, pool.repeat(3, 1), target_ids, thrice, None, TEMPERATURE)
-    drawn = sampled_softmax_loss(
-        queries, positives, pool, torch.zeros(4, 3, dtype=torch.int32), target_ids, once, TEMPERATURE
-    )
-    single = pool_softmax_loss(queries, positives, pool, target_ids, once, None, TEMPERATURE)
-    torch.testing.assert_close(repeated, drawn)
-    assert repeated > single
-
-
 @pytest.mark.parametrize("low_precision", [torch.bfloat16, torch.float32])
 def test_scores_are_kept_in_float32_even_under_autocast(low_precision):
     queries, positives, pool, target_ids, pool_ids = make_case(64, 50, dim=16, num_ids=40)

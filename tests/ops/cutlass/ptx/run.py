@@ -1,12 +1,13 @@
 """Interprets the PTX of a kernel with the arguments that its host function passes."""
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.ops.cutlass.attention import Variant, bias_tensors
+from hstu.ops.cutlass.attention import Variant, bias_tensors, compile_ahead
 from hstu.ops.cutlass.bias import BiasArguments, BiasSums
 from hstu.ops.cutlass.schedule import leading_rows, list_blocks
 from hstu.ops.kernels import AttentionConfig
@@ -16,6 +17,12 @@ from tests.ops.cutlass.ptx.parse import parse
 
 FIRST_ADDRESS = 2**32
 NUM_CTAS = 2  # so few that each computes several blocks
+
+
+@functools.cache
+def ptx_of(variant: Variant) -> str:
+    """The PTX of a kernel."""
+    return compile_ahead(variant)[0]
 
 
 def run_kernel(

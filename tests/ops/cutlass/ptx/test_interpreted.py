@@ -21,8 +21,7 @@ from hstu.ops.cutlass.attention import Kernel, Variant
 from hstu.ops.cutlass.bias import BiasArguments
 from hstu.ops.cutlass.operators import OPERATORS
 from hstu.ops.cutlass.support import BIAS_HEAD_DIMS, HEAD_DIMS
-from tests.ops.cutlass.compiled import ptx_of
-from tests.ops.cutlass.ptx.run import run_kernel
+from tests.ops.cutlass.ptx.run import ptx_of, run_kernel
 
 TOLERANCE = 4e-3
 """Relative to the norm: the rounding of weights and outputs to eight bits."""

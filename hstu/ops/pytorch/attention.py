@@ -50,6 +50,15 @@ class Pairs:
         by_position = position.index_select(0, self.distances.flatten()).view_as(self.distances) + self.mask
         return time.index_select(0, self.buckets.flatten().long()).view_as(self.buckets) + by_position
 
+    def add_gradients(self, grad_added: Tensor, grad_tables: Sequence[Tensor]) -> None:
+        """Add to the gradients of the tables. grad_added: [b, r, k]."""
+        if self.distances is None or self.buckets is None:
+            return
+        grad_position, grad_time = grad_tables
+        grad_time.scatter_add_(0, self.buckets.flatten().long(), grad_added.flatten())
+        by_distance = grad_added.sum_to_size(self.distances.shape)
+        grad_position.scatter_add_(0, self.distances.flatten(), by_distance.flatten())
+
 
 Block = tuple[slice, slice, Pairs]
 """Some rows of queries in a group of padded sequences, and the keys that they may see."""
@@ -82,7 +91,7 @@ def forward(inputs: AttentionInputs) -> Tensor:
 def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]) -> RelativeBias | None:
     """See :data:`hstu.ops.kernels.AttentionBackward`."""
     config, bias = inputs.config, inputs.bias
-    tables = [table.detach().requires_grad_() for table in _tables(bias)]
+    tables = _tables(bias)
     grad_tables = [torch.zeros_like(table) for table in tables]
     q_rows, k_rows, v_rows = map(_with_zero_row, (inputs.q, inputs.k, inputs.v))
     grad_rows = _with_zero_row(grad).div_(config.scaling_seqlen)
@@ -91,18 +100,13 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
         q, k, v, grad_out = (_pad(rows, tokens) for rows in (q_rows, k_rows, v_rows, grad_rows))
         of_q, of_k, of_v = map(torch.zeros_like, (q, k, v))
         for r, c, pairs in blocks:
-            with torch.enable_grad():
-                added = pairs.added(tables)
-            scores = _scores(q[:, :, r], k[:, :, c], added.detach(), config.alpha)
+            scores = _scores(q[:, :, r], k[:, :, c], pairs.added(tables), config.alpha)
             grad_weights = grad_out[:, :, r] @ v[:, :, c].transpose(2, 3)
             grad_scores = torch.ops.aten.silu_backward(grad_weights, scores)
             of_v[:, :, c] += F.silu(scores, inplace=True).transpose(2, 3) @ grad_out[:, :, r]
             of_k[:, :, c] += grad_scores.transpose(2, 3) @ q[:, :, r]
             of_q[:, :, r] += grad_scores @ k[:, :, c]
-            if tables:
-                of_tables = torch.autograd.grad(added, tables, grad_scores.sum(1).sum_to_size(added.shape))
-                for total, part in zip(grad_tables, of_tables, strict=True):
-                    total += part
+            pairs.add_gradients(grad_scores.sum(1) if grad_scores.shape[1] > 1 else grad_scores[:, 0], grad_tables)
         for padded, rows in ((of_q, grad_q), (of_k, grad_k), (of_v, grad_v)):
             _unpad(padded, tokens, rows)
     of_rows = grad_q[:-1].mul_(config.alpha), grad_k[:-1].mul_(config.alpha), grad_v[:-1]

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu.ops.kernels import AddLayerNormInputs
-from hstu.ops.triton.launch import launcher
+from hstu.ops.triton.launch import row_launcher
 from hstu.ops.triton.primitives import Matrix, elements, matrix
 
 FORWARD_PROGRAMS = 8 * 132
@@ -84,12 +84,8 @@ def _matrix_or_none(tensor: Tensor | None) -> Matrix:
 
 
 def _over_rows(kernel: Any, x: Tensor, programs: int) -> Callable[..., object]:
-    """Launcher of a kernel over the rows of x [T, D]: at least 16 columns per thread, at most 16 warps."""
-    width = x.shape[1]
-    block = max(16, triton.next_power_of_2(width))
-    config = triton.Config({}, num_warps=min(16, max(1, block // 512)), num_stages=1)
-    launch = launcher(kernel, lambda meta: (min(programs, len(x)),), [config])
-    return partial(launch, num_rows=len(x), WIDTH=width, BLOCK=block)
+    """Launcher of a kernel over the rows of x [T, D]."""
+    return partial(row_launcher(kernel, min(programs, len(x)), x.shape[1]), num_rows=len(x))
 
 
 @triton.jit

@@ -99,6 +99,13 @@ def launcher(kernel: Any, grid: Grid, configs: Sequence[triton.Config]) -> Calla
     return partial(_launch_first, kernel, grid, configs)
 
 
+def row_launcher(kernel: Any, programs: int, width: int) -> Callable[..., object]:
+    """Launcher of a kernel whose programs take one row at a time: at least 16 columns per thread, at most 16 warps."""
+    block = max(16, triton.next_power_of_2(width))
+    config = triton.Config({}, num_warps=min(16, max(1, block // 512)), num_stages=1)
+    return partial(launcher(kernel, lambda _: (programs,), [config]), WIDTH=width, BLOCK=block)
+
+
 @functools.cache
 def _hash_functions(module: str) -> None:
     """Compute the hashes of a module's functions in the order of their definition, after those of what it imports.

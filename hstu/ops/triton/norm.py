@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu.ops.kernels import GateConfig, GateInputs, Gradient
-from hstu.ops.triton.launch import launcher
+from hstu.ops.triton.launch import row_launcher
 from hstu.ops.triton.primitives import elements, heads, matrix, sigmoid, silu_derivative
 
 PROGRAMS = 1024
@@ -103,21 +103,16 @@ def _shared(inputs: GateInputs, u: Tensor, statistics: Tensor, seed: int) -> dic
 
 def _statistics(x: Tensor, config: GateConfig) -> Tensor:
     """Memory for the mean and rstd of each row, float32 [2, T]; already computed where several ranks share the rows."""
-    own = torch.empty(2, len(x), dtype=torch.float32, device=x.device)
     if config.comm.tp_size == 1:
-        return own
-    if len(x):
-        _over_rows(row_statistics, x)(mean=own[0], variance=own[1], num_rows=len(x))
-    return config.combine_statistics(own)
+        return torch.empty(2, len(x), dtype=torch.float32, device=x.device)
+    variance, mean = torch.var_mean(x.float(), dim=(1, 2), correction=0)
+    return config.combine_statistics(torch.stack([mean, variance]))
 
 
 def _over_rows(kernel: Any, x: Tensor) -> Callable[..., object]:
-    """Launcher of a kernel over the rows of x [T, H, d]: at least 16 columns per thread, at most 16 warps."""
-    width = x.shape[1] * x.shape[2]
-    block = max(16, triton.next_power_of_2(width))
-    config = triton.Config({}, num_warps=min(16, max(1, block // 512)), num_stages=1)
-    shape = dict(WIDTH=width, HEAD=x.shape[2], BLOCK=block)
-    return partial(launcher(kernel, lambda meta: (_num_programs(x),), [config]), x=heads(x), **shape)
+    """Launcher of a kernel over the rows of x [T, H, d]."""
+    launch = row_launcher(kernel, _num_programs(x), x.shape[1] * x.shape[2])
+    return partial(launch, x=heads(x), HEAD=x.shape[2])
 
 
 def _num_programs(x: Tensor) -> int:
@@ -153,20 +148,6 @@ def _load_row(tensor, row, columns, WIDTH: tl.constexpr, HEAD: tl.constexpr):
 def _store_row(tensor, row, columns, values, WIDTH: tl.constexpr, HEAD: tl.constexpr):
     pointers = _pointers(tensor, row, columns, HEAD)
     tl.store(pointers, values.to(tensor.data.dtype.element_ty), mask=columns < WIDTH)
-
-
-@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["mean", "variance"])
-def row_statistics(
-    x, mean, variance, num_rows, WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Mean and variance of each row. Grid: (programs,)."""
-    columns = tl.arange(0, BLOCK)
-    for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        values = _load_row(x, row, columns, WIDTH, HEAD)
-        center = tl.sum(values, axis=0) / WIDTH
-        centered = tl.where(columns < WIDTH, values - center, 0.0)
-        tl.store(mean + row, center)
-        tl.store(variance + row, tl.sum(centered * centered, axis=0) / WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_rows", "seed"], do_not_specialize_on_alignment=["mean", "rstd"])

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from hstu.ops.kernels import Negatives, SeenItems
+from hstu.ops.kernels import Negatives
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, add_positive_part, target_losses
 from hstu.ops.triton import softmax_loss_kernels as kernels
 from hstu.ops.triton.launch import launcher, precision_for
@@ -73,16 +73,27 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         """See :func:`hstu.ops.functional.softmax_loss`."""
         draws, temperature = negatives.draws, negatives.temperature
         assert draws is not None
+        _require_supported(queries)
         num_queries, num_draws = draws.shape
-        shared = _shared(queries, pool, negatives)
-        shared |= dict(draws=matrix(draws), num_draws=num_draws)
-        configs = _draw_configs(shared["BLOCK_D"])
+        block_d = _padded(queries.shape[1])
+        shared = dict(
+            pool=matrix(pool),
+            draws=matrix(draws),
+            num_draws=num_draws,
+            inverse_temperature=1.0 / temperature,
+            WIDTH=queries.shape[1],
+            BLOCK_D=block_d,
+        )
+        configs = [triton.Config({"BLOCK": 32 if block_d <= 128 else 16}, num_warps=4, num_stages=2)]
         positive_logits = (queries * positives).sum(dim=1) / temperature
         logits = torch.empty(num_queries, num_draws, dtype=torch.float32, device=queries.device)
         log_totals = torch.empty_like(positive_logits)
         if num_queries:
             each_query = lambda meta: (num_queries,)  # noqa: E731
             launcher(kernels.draw_logits, each_query, configs)(
+                queries=matrix(queries),
+                target_ids=negatives.target_ids.contiguous(),
+                pool_ids=negatives.pool_ids.contiguous(),
                 logits=logits,
                 log_totals=log_totals,
                 pool_size=len(pool),
@@ -93,8 +104,6 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         if any(ctx.needs_input_grad):
             grad_queries = torch.empty_like(queries)
             if num_queries:
-                for name in ("queries", "target_ids", "pool_ids"):
-                    del shared[name]
                 launcher(kernels.draw_gradients, each_query, configs)(
                     logits=logits,
                     log_norms=positive_logits + losses,
@@ -116,29 +125,11 @@ class Seen(NamedTuple):
     places: Any
 
 
-def _seen(items: SeenItems | None) -> Seen:
-    return Seen(None, None, None) if items is None else Seen(items.first, items.sequences, items.places)
-
-
 def _weights(negatives: Negatives) -> dict[str, Any]:
     """The arguments of the kernels that compute logits: which entries count, and how much."""
     log_weights, seen = negatives.log_weights, negatives.seen
-    return dict(log_weights=log_weights, seen=_seen(seen), WEIGHTED=log_weights is not None, MASKED=seen is not None)
-
-
-def _shared(queries: Tensor, pool: Tensor, negatives: Negatives) -> dict[str, Any]:
-    """The arguments that the kernels of sampled negatives share."""
-    _require_supported(queries)
-    width = queries.shape[1]
-    return dict(
-        queries=matrix(queries),
-        pool=matrix(pool),
-        target_ids=negatives.target_ids.contiguous(),
-        pool_ids=negatives.pool_ids.contiguous(),
-        inverse_temperature=1.0 / negatives.temperature,
-        WIDTH=width,
-        BLOCK_D=_padded(width),
-    )
+    argument = Seen(None, None, None) if seen is None else Seen(seen.first, seen.sequences, seen.places)
+    return dict(log_weights=log_weights, seen=argument, WEIGHTED=log_weights is not None, MASKED=seen is not None)
 
 
 def _require_supported(vectors: Tensor) -> None:
@@ -175,7 +166,3 @@ def _launch_pairs(
 
 def _padded(width: int) -> int:
     return int(max(16, triton.next_power_of_2(width)))
-
-
-def _draw_configs(block_d: int) -> list[triton.Config]:
-    return [triton.Config({"BLOCK": 32 if block_d <= 128 else 16}, num_warps=4, num_stages=2)]

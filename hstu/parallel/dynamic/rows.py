@@ -10,7 +10,6 @@ passes, so loads at one stamp never evict each other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -21,20 +20,6 @@ from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from hstu.parallel.dynamic.hashing import normal_quantiles
-
-
-@dataclass(frozen=True)
-class InitialRows:
-    """The initial rows of ``ids``, int64 [n], as ``initial_rows`` of hashing.py defines them."""
-
-    ids: Tensor
-    table_key: int
-    init_std: float
-
-    def options(self, dim: int) -> dict[str, Any]:
-        """Arguments of the kernel that writes them, for rows of ``dim`` columns."""
-        quantiles = normal_quantiles(self.ids.device)
-        return {"quantiles": quantiles, "columns": dim, "table_key": self.table_key, "init_std": self.init_std}
 
 
 class RowBlock:
@@ -92,22 +77,26 @@ class Rows:
             block.initialize(slots[here] - used.start, weight[here])
 
     @torch.no_grad()
-    def start(self, slots: Tensor, number: Tensor, kernels: ModuleType, initial: InitialRows | None) -> None:
+    def start(
+        self, slots: Tensor, number: Tensor, kernels: ModuleType, ids: Tensor | None = None, **initial: float
+    ) -> None:
         """Write initial rows, or zeros, to the first ``number``, int64 [1], of ``slots``, and zeros to their states.
 
         Does what ``initialize`` does, by the ``kernels`` of hstu/ops/triton/slots.py, and the host does not wait.
+        ``initial``: ``table_key`` and ``init_std`` of ``initial_rows`` of hashing.py, which defines the rows.
         """
-        ids, options = (None, {}) if initial is None else (initial.ids, initial.options(self.dim))
+        options: dict[str, Any] = {} if ids is None else {"quantiles": normal_quantiles(ids.device), **initial}
+        columns = None if ids is None else self.dim
         start = 0
         for block in self.blocks:
-            kernels.start_rows(block.weight, slots, number, ids, first_row=start, **options)
+            kernels.start_rows(block.weight, slots, number, ids, first_row=start, columns=columns, **options)
             for state in block.states.values():
                 kernels.start_rows(state, slots, number, first_row=start)
             if block.cache is not None:
                 places = torch.arange(len(slots), device=slots.device)
                 here = (places < number) & (slots >= start) & (slots < start + len(block.weight))
                 lines = block.cache.lines_of(torch.where(here, slots - start, -1))
-                kernels.start_rows(block.cache.lines, lines, number, ids, **options)
+                kernels.start_rows(block.cache.lines, lines, number, ids, columns=columns, **options)
             start += len(block.weight)
 
     @torch.no_grad()

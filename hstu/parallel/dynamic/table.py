@@ -12,7 +12,7 @@ from hstu.model.embedding import TableSpec
 from hstu.parallel.dynamic.content import Sightings, TableContent, last_evicted, merged, owners
 from hstu.parallel.dynamic.create import create_slots
 from hstu.parallel.dynamic.hashing import initial_rows, table_key
-from hstu.parallel.dynamic.rows import InitialRows, Rows
+from hstu.parallel.dynamic.rows import Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters
 
 TableReport = dict[str, float]
@@ -63,8 +63,14 @@ class DynamicTable:
         assigned = self.slots.assign(ids, self.step)
         self._counts += assigned.counts
         if self._kernels is not None:
-            initial = InitialRows(assigned.new_ids, self._key, self.spec.init_std)
-            self.rows.start(assigned.new_slots, assigned.insertions, self._kernels, initial)
+            self.rows.start(
+                assigned.new_slots,
+                assigned.insertions,
+                self._kernels,
+                assigned.new_ids,
+                table_key=self._key,
+                init_std=self.spec.init_std,
+            )
         elif len((assigned := assigned.trimmed()).new_slots):
             new_rows = initial_rows(assigned.new_ids, self.spec.dim, self.spec.init_std, self._key)
             self.rows.initialize(assigned.new_slots, new_rows)
@@ -89,7 +95,7 @@ class DynamicTable:
     def clear_default_row(self) -> None:
         """Reset the default row; call it before every lookup."""
         if self._kernels is not None:
-            self.rows.start(self._default, self._one, self._kernels, None)
+            self.rows.start(self._default, self._one, self._kernels)
         elif self._default_was_trained:
             self._default_was_trained = False
             self.rows.initialize(self._default, self._default.new_zeros(1, self.spec.dim, dtype=torch.float32))

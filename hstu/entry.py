@@ -38,13 +38,13 @@ def train_retrieval() -> int:
 def preflight() -> Sequence[Rule]:
     """The checks of --validate-only, which need all packages."""
     check_packages()
-    from hstu.estimate.preflight import PREFLIGHT_RULES
+    from hstu.estimate.validate import what_the_file_names_fits
 
-    return PREFLIGHT_RULES
+    return (what_the_file_names_fits,)
 
 
 def beside_tables(config: RunConfig, mesh: Mesh) -> int:
     """The estimated bytes of a step beside the tables, which are planned for the rest of a GPU's memory."""
-    from hstu.estimate.memory import beside_tables_of_run
+    from hstu.estimate.estimate import beside_tables_of_run
 
     return beside_tables_of_run(config, mesh)

@@ -10,7 +10,7 @@ of the run are timed on this machine for some seconds. docs/distributed.md expla
 plans train the same global batches. It needs a --device other than the CPU.
 
 --simulate 64 256 1024 trains on clusters of so many GPUs, step by step: the ranks wait for the one with the longest
-sequences, save checkpoints, fail and restart. A GPU has the same number of sequences in all of them.
+sequences. A GPU has the same number of sequences in all of them.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> str:
 
     from hstu.estimate import cluster, fit, machine
     from hstu.estimate.estimate import as_json, as_text, estimate
-    from hstu.estimate.plan import plan_cluster, plan_workload
+    from hstu.estimate.workload import plan_workload
     from hstu.observe.logging import quiet_libraries
 
     quiet_libraries()
@@ -124,17 +124,16 @@ def run(options: argparse.Namespace) -> str:
         clusters = []
         for gpus in options.simulate:
             tell(f"{gpus} GPUs")
-            planned = plan_cluster(read(options, gpus), gpus, options.ranks_per_host, "cuda")
-            clusters.append(cluster.simulate(*planned, gpu))
+            clusters.append(cluster.simulate(read(options, gpus), gpus, options.ranks_per_host, gpu))
         if options.json:
             return json.dumps(cluster.as_objects(clusters), indent=1)
-        return cluster.as_text(clusters, gpu, planned[0].notes)
+        return cluster.as_text(clusters, gpu)
     if options.fit:
         return fit.as_text(fit.search(config, options.world_size, options.ranks_per_host, gpu, tell), config)
     workload = plan_workload(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
     with machine.this_cpu(workload) if on_cpu else nullcontext(machine.gpu(options.device, dtype)) as device:
         device = machine.with_settings(device, _settings(options))
-        found = estimate(workload, device, machine.batch_seconds(workload) if on_cpu else 0.0)
+        found = estimate(workload, device)
     if options.json:
         return json.dumps(as_json(found, workload), indent=1)
     return as_text(found, workload, device)

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from hstu.estimate.data_parallel import data_parallel_transfers
-from hstu.estimate.dry_run import UPDATE, DryRun, DryRuns
+from hstu.config.run_config import RunConfig
+from hstu.estimate.dry_run import BACKWARD, FORWARD, ROWS, UPDATE, DryRun, DryRuns, dry_run
 from hstu.estimate.machine import Machine, ThisCpu
-from hstu.estimate.memory import memory
-from hstu.estimate.record import Exchange, Operator
-from hstu.estimate.tables import TableShards, plan_tables, replicated_specs, table_costs, table_transfers
-from hstu.estimate.transfer import Transfer
-from hstu.estimate.workload import Batch, Workload
+from hstu.estimate.record import GRADIENTS, Exchange, Operator
+from hstu.estimate.sharding import (
+    TableShards,
+    Transfer,
+    data_parallel_transfers,
+    gathered_and_gradients,
+    held_weights,
+    plan_tables,
+    replicated_bytes,
+    state_bytes,
+    table_bytes,
+    table_costs,
+    table_transfers,
+)
+from hstu.estimate.workload import Workload, plan_workload
+from hstu.ops.costs import FLOAT32
+from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import UNLIMITED, TableRoom, TablesDoNotFit
+
+_BATCHES_IN_FLIGHT = {"none": 1, "native": 3, "prefetch": 4}
+PURPOSES = {
+    "tensor": "tensor parallelism of the layers",
+    "context": "context parallelism",
+    "samples": "rows of the group's samples",
+    "data": "loss, counts and negatives",
+}
+"""Group of ranks → what a step exchanges among them."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +59,6 @@ class Estimate:
     peak_tflops: float
     memory_limit: float
     """Bytes of memory that a rank has."""
-    notes: tuple[str, ...]
 
     @property
     def memory_total(self) -> int:
@@ -61,12 +81,11 @@ class Estimate:
         return self.tflops / self.peak_tflops
 
 
-def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0, runs: DryRuns | None = None) -> Estimate:
-    """The estimate for ``machine``. batch_s: seconds in which the host makes a batch. runs: to be used again."""
+def estimate(workload: Workload, machine: Machine, runs: DryRuns | None = None) -> Estimate:
+    """The estimate for ``machine``. runs: to be used again."""
     runs = runs or DryRuns()
     plan, batches = plan_for(machine, workload, runs), workload.batches
-    run = runs.of(workload, workload.typical)
-    found = Times.of(workload, machine, workload.typical, run, plan)
+    found = Times.of(workload, machine, runs.of(workload, workload.typical), plan)
     compute = sum(found.computing.values())
     return Estimate(
         memory=memory(workload, plan, runs.of(workload, workload.largest)),
@@ -76,15 +95,66 @@ def estimate(workload: Workload, machine: Machine, batch_s: float = 0.0, runs: D
             "computing": compute,
             "waiting for the slowest rank": compute * (workload.straggling - 1),
             **{f"exchange for {part}": seconds for part, seconds in found.exposed.items()},
-            "making batches": batch_wait_s(workload, machine, batch_s, compute),
         },
         tokens=sum(map(workload.tokens, batches)) / len(batches) * workload.dp_size,
-        samples=sum(one.sequences for one in batches) / len(batches) * workload.dp_size,
+        samples=sum(len(one.samples) for one in batches) / len(batches) * workload.dp_size,
         flops=sum(map(workload.flops, batches)) / len(batches) / workload.group_size,
         peak_tflops=machine.peak_tflops,
         memory_limit=machine.memory_gb * 1e9,
-        notes=workload.notes,
     )
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def memory(workload: Workload, plan: tuple[TableShards, ...], run: DryRun) -> dict[str, int]:
+    """Kind of memory → bytes on the rank that needs the most. ``run``: of the largest batch."""
+    rows, states = table_bytes(workload, plan)
+    replicated, gradients_of_rows, states_of_rows = replicated_bytes(workload, run)
+    gathered, gradients = gathered_and_gradients(workload, run)
+    recording, has_buckets = run.recording, workload.dp_cp_size > 1
+    # With one rank there are no buckets, and a gradient exists from its backward to the end of the step.
+    peak = recording.peak_without_gradients if has_buckets else recording.peak
+    of_dense = FLOAT32 * gradients if has_buckets else peak.get(GRADIENTS, 0)
+    return {
+        "dense weights": FLOAT32 * sum(held_weights(workload, run).values()) + run.buffers,
+        "gathered weights": FLOAT32 * gathered,
+        "replicated tables": replicated,
+        "gradients of both": of_dense + gradients_of_rows,
+        "optimizer states of both": state_bytes(workload, run) + states_of_rows,
+        "sharded tables": rows,
+        "optimizer states of sharded tables": states,
+        "activations": peak.get(FORWARD, 0),
+        "looked-up rows": peak.get(ROWS, 0),
+        "working memory": peak.get(BACKWARD, 0) + peak.get(UPDATE, 0),
+        "batches": run.batch_bytes * _BATCHES_IN_FLIGHT[workload.config.trainer.pipeline_type],
+    }
+
+
+def beside_tables(workload: Workload) -> int:
+    """Bytes that a step needs on a rank beside the sharded tables and their optimizer states."""
+    return sum(memory(workload, (), dry_run(workload, workload.largest)).values())
+
+
+def beside_tables_of_run(config: RunConfig, mesh: Mesh) -> int:
+    """``beside_tables`` for the ranks of a run that is starting."""
+    return beside_tables(plan_workload(config, mesh.world_size, mesh.local_world_size, mesh.device.type))
+
+
+def plan_for(machine: Machine, workload: Workload, runs: DryRuns) -> tuple[TableShards, ...]:
+    """The plan of a run on ``machine``; where the tables do not fit, one that shows by how much."""
+    has = int(machine.memory_gb * 1e9)
+    room = TableRoom(0, has)
+    if workload.device_type == "cuda":  # how much memory its host has is not known
+        beside = sum(memory(workload, (), runs.of(workload, workload.largest)).values())
+        room = TableRoom(max(0, has - beside), UNLIMITED.host, beside)
+    try:
+        return plan_tables(workload, room)
+    except TablesDoNotFit:
+        return plan_tables(workload)
+
+
+# --- time ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -98,10 +168,8 @@ class Times:
     """What ranks exchange for → seconds that no operator hides."""
 
     @classmethod
-    def of(
-        cls, workload: Workload, machine: Machine, batch: Batch, run: DryRun, plan: tuple[TableShards, ...]
-    ) -> Times:
-        """Of a rank of the group that trains on ``batch``; ``run``: its step."""
+    def of(cls, workload: Workload, machine: Machine, run: DryRun, plan: tuple[TableShards, ...]) -> Times:
+        """Of a rank of the group of ``run``."""
         shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
         parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
         parts |= {"samples": shared} | dict.fromkeys(("data", "shards"), "data parallelism")
@@ -109,7 +177,7 @@ class Times:
         computing, waits = _follow(workload, machine, run)
         computing |= {name: machine.seconds(name, cost) for name, cost in table_costs(workload, run, plan).items()}
         if isinstance(machine, ThisCpu):
-            computing = machine.step_seconds(workload, batch, run, plan)
+            computing = {"a rank alone": machine.step_seconds(workload)}
         for group, seconds in waits.items():
             exposed[parts[group]] += seconds
         found = transfers(workload, run, plan)
@@ -127,7 +195,6 @@ def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) ->
     for event in run.recording.events:
         if isinstance(event, Exchange):
             calls.setdefault((event.group, event.kind), []).append(event.payload)
-    replicated = sum(spec.rows * spec.dim for spec in replicated_specs(workload) if workload.device_type != "cpu")
     found = [
         *table_transfers(workload, run, plan),
         Transfer("samples of the group, on hosts", "all_gather", "samples", sizes["samples"], 2, run.sent_bytes),
@@ -135,18 +202,9 @@ def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) ->
             Transfer(PURPOSES[group], kind, group, sizes[group], len(each), sum(each), "operators")
             for (group, kind), each in calls.items()
         ),
-        *data_parallel_transfers(workload, run, replicated),
+        *data_parallel_transfers(workload, run),
     ]
     return tuple(transfer for transfer in found if transfer.ranks > 1)
-
-
-PURPOSES = {
-    "tensor": "tensor parallelism of the layers",
-    "context": "context parallelism",
-    "samples": "rows of the group's samples",
-    "data": "loss, counts and negatives",
-}
-"""Group of ranks → what a step exchanges among them."""
 
 
 def _group_sizes(workload: Workload) -> dict[str, int]:
@@ -161,17 +219,19 @@ def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str
     """
     computing: dict[str, float] = {}
     waits: dict[str, float] = {}
-    sizes, ready = _group_sizes(workload), dict[int, float]()
+    sizes, ready, events = _group_sizes(workload), dict[int, float](), run.recording.events
     now = link_is_free = 0.0
-    for index, event in enumerate(run.recording.events):
-        if isinstance(event, Exchange):
+    for index, event in enumerate(events):
+        if isinstance(event, Operator):
+            needed = event.needs
+        else:
             one = Transfer("", event.kind, event.group, sizes[event.group], 1, event.payload)
             on_host = workload.ranks_on_host(one.group, one.ranks)
             seconds = machine.transfer_seconds(one, on_host) if one.ranks > 1 else 0.0
             link_is_free = ready[index] = max(now, link_is_free) + seconds
-        needed = [index] if isinstance(event, Exchange) and not machine.overlaps else []
-        for other in needed if isinstance(event, Exchange) else event.needs:
-            group = run.recording.events[other].group  # type: ignore[union-attr]
+            needed = () if machine.overlaps else (index,)
+        for other in needed:
+            group = events[other].group  # type: ignore[union-attr]
             waits[group] = waits.get(group, 0.0) + max(0.0, ready[other] - now)
             now = max(now, ready[other])
         if isinstance(event, Operator):
@@ -183,64 +243,34 @@ def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str
     return computing, waits
 
 
-def plan_for(machine: Machine, workload: Workload, runs: DryRuns) -> tuple[TableShards, ...]:
-    """The plan of a run on ``machine``; where the tables do not fit, one that shows by how much."""
-    has = int(machine.memory_gb * 1e9)
-    if workload.device_type == "cuda":  # how much memory its host has is not known
-        beside = sum(memory(workload, (), runs.of(workload, workload.largest)).values())
-        room = TableRoom(max(0, has - beside), UNLIMITED.host, beside)
-    else:
-        room = TableRoom(0, has)
-    try:
-        return plan_tables(workload, room)
-    except TablesDoNotFit:
-        return plan_tables(workload)
-
-
 def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, computing: dict[str, float]) -> float:
     """Seconds of computation that can hide ``transfer``."""
     compute = sum(computing.values())
-    match transfer.behind:
-        case "backward":  # all but the last bucket, which nothing follows
-            return min(compute * 2 / 3, seconds * (1 - 1 / transfer.calls))
-        case "pipeline":
-            return 0.0 if workload.config.trainer.pipeline_type == "none" else compute
-    return 0.0
+    if transfer.behind == "backward":  # all but the last bucket, which nothing follows
+        return min(compute * 2 / 3, seconds * (1 - 1 / transfer.calls))
+    has_pipeline = workload.config.trainer.pipeline_type != "none"
+    return compute if transfer.behind == "pipeline" and has_pipeline else 0.0
 
 
-def batch_wait_s(workload: Workload, machine: Machine, batch_s: float, compute_s: float) -> float:
-    """Seconds of a step that its computation does not hide of the ``batch_s`` in which the host makes a batch."""
-    asynchronous = workload.config.trainer.data_workers > 0 or machine.overlaps
-    return max(0.0, batch_s - compute_s) if asynchronous else batch_s
+# --- the report ----------------------------------------------------------------------------------------------------
 
 
 def as_json(found: Estimate, workload: Workload) -> dict[str, Any]:
     """The estimate for programs; bytes and seconds."""
+    keys = {"name": "name", "kind": "collective"} | {name: name for name in ("ranks", "calls", "payload", "wire")}
     return {
         "world_size": workload.world_size,
         "tensor_parallel": workload.tp_size,
         "context_parallel": workload.cp_size,
-        "memory": found.memory,
+        **asdict(found),
+        "transfers": [{key: getattr(each, name) for name, key in keys.items()} for each in found.transfers],
         "memory_total": found.memory_total,
-        "transfers": [
-            {
-                "name": t.name,
-                "collective": t.kind,
-                "ranks": t.ranks,
-                "calls": t.calls,
-                "payload": t.payload,
-                "wire": t.wire,
-            }
-            for t in found.transfers
-        ],
-        "computing": found.computing,
-        "step": found.step,
         "step_s": found.step_s,
         "samples_per_s": found.samples / found.step_s,
         "tokens_per_s": found.tokens / found.step_s,
         "tflops": found.tflops,
         "mfu": found.mfu,
-        "notes": list(found.notes),
+        "notes": [workload.note],
     }
 
 
@@ -253,8 +283,8 @@ def _lines(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
     config, ranks = workload.config, workload.world_size
     hosts = -(-ranks // workload.ranks_per_host)
     yield (
-        f"{config.task}, {', '.join(config.source_files) or 'bindings'}: {_count(ranks, 'rank')} on "
-        f"{_count(hosts, 'host')} ({machine.name}), tensor parallel {workload.tp_size}, "
+        f"{config.task}, {', '.join(config.source_files) or 'bindings'}: {ranks} rank{'s'[: ranks > 1]} on "
+        f"{hosts} host{'s'[: hosts > 1]} ({machine.name}), tensor parallel {workload.tp_size}, "
         f"context parallel {workload.cp_size}, data parallel {workload.dp_size}"
     )
     yield "\nmemory per rank" + ("" if ranks == 1 else " (of the rank that needs the most)")
@@ -271,7 +301,7 @@ def _lines(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
         f"  {found.samples / found.step_s:,.0f} samples/s, {found.tokens / found.step_s:,.0f} tokens/s, "
         f"{found.tflops:.3g} TFLOPS per rank, MFU {found.mfu:.1%} of {found.peak_tflops:.3g} TFLOPS\n"
     )
-    yield from (f"note: {note}" for note in found.notes)
+    yield f"note: {workload.note}"
     if found.memory_total > found.memory_limit:
         yield "warning: this is more memory than a rank has"
 
@@ -290,7 +320,3 @@ def size(number: float) -> str:
 
 def _time(seconds: float) -> str:
     return f"{1e3 * seconds:.2f} ms"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"

@@ -1,13 +1,12 @@
 """The fastest way to train a run within the memory of its ranks: what is split, sharded and recomputed.
 
-All plans train the same global batches, so they give the losses of the file (but for rounding and dropout). A plan says
-how many ranks share the heads (tensor parallelism) and the tokens (context parallelism), which dense states are
-sharded, what backward recomputes, and into how many micro-batches a rank divides its sequences.
+All plans train the same global batches, so they give the losses of the file (but for rounding and dropout). They differ
+in the options that declare to change speed alone, and in the micro-batches into which a rank divides its sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -15,31 +14,19 @@ from typing import Any
 from tabulate import tabulate
 
 from hstu.base.errors import ConfigError
+from hstu.config.args import DataParallelArgs, NetworkArgs
+from hstu.config.option import Args, options_of
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
 from hstu.estimate.dry_run import DryRuns
 from hstu.estimate.estimate import Estimate, estimate
 from hstu.estimate.machine import Machine
-from hstu.estimate.plan import plan_workload
-from hstu.estimate.workload import Workload
+from hstu.estimate.workload import Workload, plan_workload
 
 USED = 0.9
 """Share of the memory that a plan may use: the rest is for CUDA's context, NCCL's buffers and fragmentation."""
-NORM, SILU, LAYER = "recompute_input_layernorm", "recompute_input_silu", "recompute_layer"
-KEPT: Mapping[str, Any] = {NORM: False, SILU: False, LAYER: False}
-"""Nothing is recomputed."""
-RECOMPUTED: tuple[Mapping[str, Any], ...] = ({}, {NORM: True}, {SILU: True}, {NORM: True, SILU: True}, {LAYER: True})
-"""What backward may recompute: nothing, parts of the layers, or whole layers."""
-SEARCHED = (
-    ("tensor_parallel", "tensor_model_parallel_size"),
-    ("context_parallel", "context_parallel_size"),
-    ("network", "sequence_parallel"),
-    ("data_parallel", "sharding"),
-    *(("network", name) for name in KEPT),
-    ("trainer", "train_batch_size"),
-    ("trainer", "gradient_accumulation_steps"),
-)
-"""What plans differ in: field of RunConfig, parameter."""
+NOT_ESTIMATED = ("kernel_backend", "strict_kernel_backend", "compile")
+"""Options whose effect on speed the estimate does not show."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +43,12 @@ class Plan:
 
     def bindings(self, file: RunConfig) -> list[str]:
         """The gin bindings that make this plan of another configuration; none if it is the same."""
-        pairs = [(getattr(self.config, part), getattr(file, part), name) for part, name in SEARCHED]
+        own, other = self.config.parts(), file.parts()
         return [
-            f"{type(own).__name__}.{name} = {getattr(own, name)!r}"
-            for own, other, name in pairs
-            if getattr(own, name) != getattr(other, name)
+            f"{name}.{option.name} = {getattr(part, option.name)!r}"
+            for name, part in own.items()
+            for option in options_of(type(part))
+            if getattr(part, option.name) != getattr(other[name], option.name)
         ]
 
 
@@ -75,14 +63,22 @@ def search(
 
     ``progress`` is called with a line for each pair of group sizes.
     """
-    plans, runs = [], DryRuns()
+    plans, runs, tried = [], DryRuns(), list[RunConfig]()
+    allowed = set(validate(config, world_size))
     for tp, cp in _groups(config, world_size, ranks_per_host):
         progress(f"tensor parallel {tp}, context parallel {cp}")
         planned: Workload | None = None
-        for by_tokens, sharding, saving in product((False, True), ("none", "optimizer", "weights"), RECOMPUTED):
-            changed = _changed(config, tp, cp, by_tokens, sharding, saving)
-            if (by_tokens and tp == 1) or not _is_valid(changed, world_size):
-                continue
+        for network, sharding in product(_ways(NetworkArgs), _ways(DataParallelArgs)):
+            changed = replace(
+                config,
+                network=replace(config.network, **network),
+                tensor_parallel=replace(config.tensor_parallel, tensor_model_parallel_size=tp),
+                context_parallel=replace(config.context_parallel, context_parallel_size=cp),
+                data_parallel=replace(config.data_parallel, **sharding),
+            )
+            if changed in tried or not _is_valid(changed, world_size, allowed):
+                continue  # an option without effect has its default in a RunConfig
+            tried.append(changed)
             # Lengths and tables depend on the size of the groups alone.
             planned = planned or plan_workload(changed, world_size, ranks_per_host, "cuda")
             plans.append(_with_fewest_micro_batches(replace(planned, config=changed), machine, runs))
@@ -99,22 +95,21 @@ def _groups(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator
             yield tp, cp
 
 
-def _changed(
-    config: RunConfig, tp: int, cp: int, by_tokens: bool, sharding: str, saving: Mapping[str, Any]
-) -> RunConfig:
-    return replace(
-        config,
-        network=replace(config.network, sequence_parallel=by_tokens, **{**KEPT, **saving}),
-        tensor_parallel=replace(config.tensor_parallel, tensor_model_parallel_size=tp),
-        context_parallel=replace(config.context_parallel, context_parallel_size=cp),
-        data_parallel=replace(config.data_parallel, sharding=sharding),
-    )
+def _ways(cls: type[Args]) -> list[dict[str, Any]]:
+    """All values together of the switches and choices of ``cls`` that change speed alone."""
+    options = [option for option in options_of(cls) if option.metadata["changes"] == "speed"]
+    values = {
+        option.name: option.metadata["choices"] or (False, True)
+        for option in options
+        if option.name not in NOT_ESTIMATED and (option.metadata["choices"] or option.type == "bool")
+    }
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
-def _is_valid(config: RunConfig, world_size: int) -> bool:
-    """Whether no option contradicts another one, or has no effect beside it."""
+def _is_valid(config: RunConfig, world_size: int, allowed: set[str]) -> bool:
+    """Whether the rules find no mistake, and no warnings but those that are ``allowed``."""
     try:
-        return not validate(config, world_size)
+        return allowed.issuperset(validate(config, world_size))
     except ConfigError:
         return False
 

@@ -1,37 +1,32 @@
-"""What a rank, its links and its storage can do: a GPU by its data sheet and assumptions, this CPU by measurement."""
+"""What a rank and its links can do: a GPU by its data sheet and assumptions, this CPU by measurement."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import BenchmarkDatasetArgs
+from hstu.config.args import ContextParallelArgs, DataParallelArgs, TensorModelParallelArgs
 from hstu.config.problems import did_you_mean
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.estimate.dry_run import UPDATE, DryRun, real_step
 from hstu.estimate.record import ATTENTION
-from hstu.estimate.tables import TableShards, table_steps
-from hstu.estimate.transfer import Transfer
-from hstu.estimate.workload import Batch, Workload
+from hstu.estimate.sharding import Transfer
+from hstu.estimate.workload import Workload
 from hstu.observe.throughput import data_sheet_tflops, peak_tflops
 from hstu.ops.costs import Cost
 from hstu.parallel import mesh as meshes
+from hstu.train.builder import build_loss_scale, build_model, build_pipeline
 from hstu.train.sources import open_source
 
 Clock = Callable[[], float]
@@ -40,11 +35,9 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The device of one rank, its links, and the cluster around it.
+    """The device of one rank and its links.
 
-    Efficiencies, latencies, storage and failures are assumptions, the same for every GPU. None of them has been
-    measured with this trainer. mtbf_hours is that of the training of Llama 3 (arXiv 2407.21783): 419 unexpected
-    interruptions of 16,384 GPUs in 54 days.
+    Efficiencies and latencies are assumptions, the same for every GPU. None has been measured with this trainer.
     """
 
     name: str
@@ -74,18 +67,6 @@ class Machine:
     """Share of the peak that the attention reaches, by the operations that hstu/ops/costs.py counts."""
     memory_efficiency: float = 0.75
     link_efficiency: float = 0.7
-    mtbf_hours: float = 50_000.0
-    """Mean time between failures that end the run, of one rank with its part of host and network."""
-    restart_s: float = 300.0
-    """From a failure to the start of loading: it is noticed, the host is replaced, and the processes start."""
-    storage_gb_s: float = 100.0
-    """Bandwidth of the shared storage, for all hosts together."""
-    host_storage_gb_s: float = 5.0
-    """Bandwidth of one host to the shared storage."""
-    save_s: float = 5.0
-    """Time of a save beside its bytes: ranks agree on who writes what, sync and commit."""
-    host_copy_gb_s: float = 10.0
-    """Bandwidth from the memory of a rank to that of its host, for a checkpoint in the background."""
     overlaps: bool = True
     """Whether communication and copies run beside computation."""
 
@@ -157,7 +138,7 @@ def gpu(name: str, dtype: torch.dtype) -> Machine:
 def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
     """``machine`` with some numbers replaced by name. Raises ConfigError for unknown names and impossible numbers."""
     names = [field.name for field in fields(Machine) if field.type == "float"]
-    changed: dict[str, float] = {}
+    changed: dict[str, Any] = {}
     for name, text in settings.items():
         if name not in names:
             raise ConfigError(
@@ -167,9 +148,16 @@ def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
             changed[name] = float(text)
         except ValueError:
             changed[name] = 0.0
-        if not 0 < changed[name] < float("inf"):
+        if not 0 < changed[name] < math.inf:
             raise ConfigError(f"--set {name}={text}: expected a number above 0")
-    return replace(machine, **changed)  # type: ignore[arg-type]
+    return replace(machine, **changed)
+
+
+# --- this CPU ------------------------------------------------------------------------------------------------------
+
+_MOST_FLOPS = 4e10
+"""Operations of a step that is measured."""
+_BUDGET_S, _LEAST_STEPS = 2.0, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,36 +166,36 @@ class ThisCpu(Machine):
 
     clock: Clock = time.perf_counter
 
-    def step_seconds(
-        self, workload: Workload, batch: Batch, run: DryRun, plan: tuple[TableShards, ...]
-    ) -> dict[str, float]:
-        """Part of a step → seconds, measured: the step of a rank without its tables and exchanges, and its tables.
+    def step_seconds(self, workload: Workload) -> float:
+        """Median seconds in which a rank makes a batch and trains on it if it is alone, measured.
 
         A long step is measured with fewer sequences.
         """
-        share = max(1, round(batch.sequences * min(1.0, _MOST_FLOPS / workload.flops(batch))))
-        size = workload.group_size
-        part = batch.part(0, -(-batch.sequences // max(size, share)))
-        more = workload.flops(batch) / workload.flops(part)
-        with real_step(workload, part) as (step, optimizers):
-            updates: list[float] = []
-            update = optimizers.step
-
-            def timed(*args: Any) -> None:
-                begun = self.clock()
-                update(*args)
-                updates.append(self.clock() - begun)
-
-            optimizers.step = timed  # type: ignore[method-assign, assignment]
-            whole = seconds_of(step, self.clock)
-        updating = statistics.median(updates)
-        found = {"forward and backward": more * (whole - updating), UPDATE: updating / workload.shard_group_size}
+        config, trainer = workload.config, workload.config.trainer
+        operations = workload.flops(workload.typical) / workload.group_size
+        sequences = max(1, round(trainer.train_batch_size * min(1.0, _MOST_FLOPS / operations)))
+        alone = replace(
+            config,
+            trainer=replace(trainer, train_batch_size=sequences),
+            tensor_parallel=TensorModelParallelArgs(),
+            context_parallel=ContextParallelArgs(),
+            data_parallel=DataParallelArgs(),
+        )
         mesh = meshes.start()
         try:
-            steps = table_steps(workload, run, plan, mesh)
-            return found | {name: seconds_of(table, self.clock) for name, table in steps.items()}
+            source = open_source(alone, mesh)
+            model, optimizers = build_model(alone, source, mesh)
+            pipeline = build_pipeline(alone.trainer, model, optimizers, mesh, build_loss_scale(alone))
+            batches = source.train_batches(SamplerPosition())
+            pipeline.progress(batches)
+            times: list[float] = []
+            while len(times) < _LEAST_STEPS or sum(times) < _BUDGET_S:
+                begun = self.clock()
+                pipeline.progress(batches)
+                times.append(self.clock() - begun)
         finally:
             meshes.finish()
+        return statistics.median(times) * trainer.train_batch_size / sequences
 
     def transfer_seconds(self, transfer: Transfer, on_host: int) -> float:
         """As Machine, but gloo reduces whole tensors for a reduce-scatter."""
@@ -220,23 +208,23 @@ class ThisCpu(Machine):
 def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[ThisCpu]:
     """The share of this host that one of ``ranks_per_host`` ranks has, with the other cores busy meanwhile.
 
+    The numbers of its links are assumptions.
     clock: wall time, or process time for one thread on a machine with other work.
     """
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    dtype = torch.float32 if workload.element_size == 4 else torch.bfloat16
-    latency_s, rate = _gloo() if workload.world_size > 1 else (1e-4, 1e9)
     torch.set_num_threads(max(1, cores // workload.ranks_per_host))
+    dtype = torch.float32 if workload.config.network.dtype_str == "float32" else torch.bfloat16
     try:
         with _busy_cores(min(workload.ranks_per_host, cores) - 1):
             yield ThisCpu(
                 name="this CPU",
                 memory_gb=psutil.virtual_memory().total / 1e9 / workload.ranks_per_host,
                 peak_tflops=peak_tflops(torch.device("cpu"), dtype).value,
-                memory_gb_s=_copy_rate() / 1e9,
-                link_gb_s=rate / 1e9,
-                network_gb_s=rate / 1e9,
-                link_latency_us=latency_s * 1e6,
-                network_latency_us=latency_s * 1e6,
+                memory_gb_s=10.0,  # steps are measured, so nothing depends on it
+                link_gb_s=1.0,
+                network_gb_s=1.0,
+                link_latency_us=100.0,
+                network_latency_us=100.0,
                 link_efficiency=1.0,
                 overlaps=False,
                 clock=clock,
@@ -272,71 +260,3 @@ def _busy_cores(count: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.communicate()
-
-
-def batch_seconds(workload: Workload, clock: Clock = time.perf_counter) -> float:
-    """Median time in which a host makes the batch of a rank; 0 for random data, which is made once, and for no data."""
-    config = workload.config
-    if not workload.has_data or isinstance(config.dataset, BenchmarkDatasetArgs):
-        return 0.0
-    trainer = dataclasses.replace(config.trainer, data_workers=0)
-    source = open_source(dataclasses.replace(config, trainer=trainer), world_size=workload.world_size)
-    batches = source.train_batches(SamplerPosition())
-    next(batches)
-    times = []
-    for _ in range(5):
-        begun = clock()
-        next(batches)
-        times.append(clock() - begun)
-    return statistics.median(times)
-
-
-_MOST_FLOPS = 4e10
-"""Operations of a step that is measured."""
-_BUDGET_S = 0.5
-_CACHE_BYTES = 1 << 25
-"""As large as a common cache: what the other operators of a step touch between two runs of one."""
-
-
-def seconds_of(run: Callable[[], object], clock: Clock = time.perf_counter) -> float:
-    """Median duration of ``run`` with its inputs no longer in a cache, after a first run that is not counted."""
-    run()
-    evicting = torch.zeros(_CACHE_BYTES // 4)
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < _BUDGET_S and len(times) < 9):
-        evicting.add_(1)
-        begun = clock()
-        run()
-        times.append(clock() - begun)
-    return statistics.median(times)
-
-
-def _copy_rate() -> float:
-    """Bytes per second, read and written."""
-    source = torch.zeros(1 << 24)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
-
-
-def _gloo() -> tuple[float, float]:
-    """(seconds of a small collective, bytes per second that a rank sends) between two ranks of this host."""
-    store, results = dist.HashStore(), [(0.0, 0.0)] * 2
-
-    def rank(number: int) -> None:
-        group: Any = dist.ProcessGroupGloo(store, number, 2, timedelta(seconds=60))
-        small, large = torch.zeros(1), torch.zeros(1 << 20)
-        group.allreduce([small]).wait()
-        durations = []
-        for tensor, repeats in ((small, 20), (large, 5)):
-            begun = time.perf_counter()
-            for _ in range(repeats):
-                group.allreduce([tensor]).wait()
-            durations.append((time.perf_counter() - begun) / repeats)
-        results[number] = durations[0], large.nbytes / max(durations[1] - durations[0], 1e-6)
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results[0]

@@ -1,53 +1,40 @@
-"""What the ranks of a run compute on: the lengths of their batches, and the sizes of their groups."""
+"""What the ranks of a run compute on: the lengths of their batches, planned before it starts, and their groups."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
+from hstu.config.args import BenchmarkDatasetArgs
 from hstu.config.run_config import RunConfig
-from hstu.data.batches.batch import labels_with_history
-from hstu.data.features.roles import FeatureRoles
-from hstu.data.sampling.negatives import Negatives
-from hstu.data.sampling.sampler import Loads
-from hstu.model.embedding import TableSpec
+from hstu.data.batches.jagged import run_offsets
+from hstu.data.sampling.sampler import Loads, SamplerPosition
+from hstu.model.embedding import TableSpec, table_specs
+from hstu.train.batch_source import BatchSource, SampleLengths
 from hstu.train.flops import FlopCounter
+from hstu.train.sources import open_source
+
+MOST_STEPS = 32
+MOST_GROUPS = 16
+"""Steps and tp_cp groups whose batches are planned. A mean over more of them hardly differs."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """The samples that a tp_cp group computes on in one step. A rank looks up 1 / group_size of them."""
 
-    item_lengths: np.ndarray
-    """int64 [sequences]: items of each sequence, candidates included."""
-    num_candidates: np.ndarray
-    """int64 [sequences]."""
-    num_labels: np.ndarray
-    """int64 [sequences]: labelled items of each."""
+    samples: np.ndarray
+    """int64 [sequences]: rows of the sample table."""
+    lengths: SampleLengths
+    """Of these samples."""
 
-    @property
-    def sequences(self) -> int:
-        """Sequences that are not empty."""
-        return len(self.item_lengths)
-
-    @property
-    def items(self) -> int:
-        """Items of all sequences."""
-        return int(self.item_lengths.sum())
-
-    @property
-    def labels_with_history(self) -> int:
-        """Labelled items that follow another item."""
-        return int(labels_with_history(self.num_labels, self.item_lengths).sum())
-
-    def part(self, index: int, parts: int) -> Batch:
-        """One of ``parts`` runs of equally many sequences; the last one may have fewer."""
-        size = -(-self.sequences // parts)
-        chosen = slice(index * size, (index + 1) * size)
-        return Batch(self.item_lengths[chosen], self.num_candidates[chosen], self.num_labels[chosen])
+    def part(self, index: int, parts: int) -> np.ndarray:
+        """One of ``parts`` runs of equally many samples; the last one may have fewer."""
+        size = -(-len(self.samples) // parts)
+        return self.samples[index * size : (index + 1) * size]
 
 
 @dataclass(frozen=True)
@@ -59,20 +46,23 @@ class Workload:
     ranks_per_host: int
     device_type: str
     """"cpu" or "cuda"."""
-    roles: FeatureRoles
-    specs: tuple[TableSpec, ...]
-    max_items: int
-    """Items of the longest sequence."""
-    corpus_size: int
-    """Item codes are below this."""
-    values_per_item: Mapping[str, float]
-    """Side feature that is a list → its values per item, on average over the items."""
+    source: BatchSource
     steps: tuple[tuple[Batch, ...], ...]
     """For each of the first steps one batch per data-parallel rank (of some of them, if there are many)."""
-    has_data: bool
-    """Whether the lengths are those of the data. If not, each sequence is taken to be as long as allowed."""
-    notes: tuple[str, ...]
-    """Assumptions, one sentence each."""
+    note: str
+    """Where the lengths are from."""
+
+    @cached_property
+    def specs(self) -> tuple[TableSpec, ...]:
+        """The tables."""
+        config, source = self.config, self.source
+        draws = config.retrieval is not None and config.retrieval.negatives != "in_batch"
+        return table_specs(source.tables, config.network, source.roles, draws, self.world_size, config.located)
+
+    @property
+    def replicated_specs(self) -> list[TableSpec]:
+        """The data_parallel tables."""
+        return [spec for spec in self.specs if spec.replicated]
 
     @property
     def tp_size(self) -> int:
@@ -99,16 +89,6 @@ class Workload:
         """Ranks with equal dense weights, over which DDP averages gradients."""
         return self.world_size // self.tp_size
 
-    def ranks_on_host(self, group: str, ranks: int) -> int:
-        """How many of the ``ranks`` of a group of a Transfer a host has."""
-        strides = {"context": self.tp_size, "data": self.world_size // ranks, "shards": self.tp_size}
-        return min(ranks, max(1, self.ranks_per_host // strides.get(group, 1)))
-
-    @property
-    def element_size(self) -> int:
-        """Bytes of a number in the compute type."""
-        return 4 if self.config.network.dtype_str == "float32" else 2
-
     @property
     def dense_sharding(self) -> str:
         """DataParallelArgs.sharding as in force: "none" with one data-parallel rank."""
@@ -119,32 +99,22 @@ class Workload:
         """Ranks that share what ``dense_sharding`` shards; 1 if it is "none"."""
         return 1 if self.dense_sharding == "none" else self.dp_cp_size
 
-    @property
-    def replicated_elements(self) -> int:
-        """Elements of the data_parallel tables, which every rank holds in full."""
-        return sum(spec.rows * spec.dim for spec in self.specs if spec.replicated)
+    def ranks_on_host(self, group: str, ranks: int) -> int:
+        """How many of the ``ranks`` of a group of a Transfer a host has."""
+        strides = {"context": self.tp_size, "data": self.world_size // ranks, "shards": self.tp_size}
+        return min(ranks, max(1, self.ranks_per_host // strides.get(group, 1)))
 
-    def loads(self, item_lengths: np.ndarray, num_candidates: np.ndarray) -> Loads:
-        """Tokens and reported operations of each sequence; both arrays int64 [sequences]."""
-        return FlopCounter(self.config.network, self.roles).per_sequence(item_lengths, num_candidates)
+    def loads(self, lengths: SampleLengths) -> Loads:
+        """Tokens and reported operations of each sample."""
+        return FlopCounter(self.config.network, self.source.roles).per_sequence(lengths.items, lengths.candidates)
 
     def tokens(self, batch: Batch) -> int:
         """Tokens of a batch."""
-        return int(self.loads(batch.item_lengths, batch.num_candidates).tokens.sum())
+        return int(self.loads(batch.lengths).tokens.sum())
 
     def flops(self, batch: Batch) -> float:
         """Reported operations of training on a batch, all ranks of the group together."""
-        return float(self.loads(batch.item_lengths, batch.num_candidates).costs.sum())
-
-    @cached_property
-    def negatives(self) -> Negatives | None:
-        """Those of the retrieval loss."""
-        return Negatives.of(self.config.retrieval) if self.config.retrieval is not None else None
-
-    def list_lengths(self, feature: str, items: int) -> np.ndarray:
-        """Values that each of so many items has of a list, on average those of the data; int64 [items]."""
-        ends = np.ceil(np.arange(items + 1) * self.values_per_item.get(feature, 1.0)).astype(np.int64)
-        return np.diff(ends)
+        return float(self.loads(batch.lengths).costs.sum())
 
     @property
     def batches(self) -> list[Batch]:
@@ -167,3 +137,30 @@ class Workload:
         """Cost of the slowest data-parallel rank, for which all wait, over the mean rank; mean over the steps."""
         costs = [[self.flops(batch) for batch in step] for step in self.steps]
         return float(np.mean([max(step) for step in costs]) / np.mean([np.mean(step) for step in costs]))
+
+
+def plan_workload(
+    config: RunConfig, world_size: int, ranks_per_host: int, device_type: str, source: BatchSource | None = None
+) -> Workload:
+    """The workload of the first steps of ``config`` on so many ranks. Reads lengths but no samples, starts nothing.
+
+    source: that of the run, if it is open. Raises ConfigError and DataError as a run would.
+    """
+    source, size = source or open_source(config, world_size=world_size), config.ranks_per_group
+    num_steps, num_groups = min(source.batches_per_epoch, MOST_STEPS), world_size // size
+    chosen = np.unique(np.linspace(0, num_groups - 1, MOST_GROUPS).astype(int)).tolist()
+    steps = []
+    for samples, ranks in islice(source.train_sampler(SamplerPosition()).global_batches(), num_steps):
+        batches = batches_of_groups(source.train_lengths, samples, ranks // size, num_groups)
+        steps.append(tuple(batches[group] for group in chosen))
+    kind = "random data" if isinstance(config.dataset, BenchmarkDatasetArgs) else "the preprocessed data"
+    note = f"lengths: the first {num_steps} steps of this run, planned on {kind}"
+    return Workload(config, world_size, ranks_per_host, device_type, source, tuple(steps), note)
+
+
+def batches_of_groups(lengths: SampleLengths, samples: np.ndarray, groups: np.ndarray, num_groups: int) -> list[Batch]:
+    """The batch of each tp_cp group. ``samples``: rows of the sample table; ``groups``: the group of each."""
+    in_order = samples[np.argsort(groups, kind="stable")]
+    bounds = run_offsets(np.bincount(groups, minlength=num_groups))
+    of_groups = [in_order[bounds[g] : bounds[g + 1]] for g in range(num_groups)]
+    return [Batch(each, SampleLengths(*(values[each] for values in lengths))) for each in of_groups]

@@ -25,7 +25,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,8 +42,8 @@ SILENCE_S = 2.0
 _SILENCE_ON_SIGTERM_S = 10.0  # nothing else is wrong then, and launchers wait 30 s before they kill
 _MAIN_THREAD_S = 1.0
 _LAST_RESORT_S = 9.0
-_SUSPENDED_S = 5.0  # our thread sleeps for BEAT_S; after a longer pause, the whole process was suspended
 _STORE_TIMEOUT = timedelta(seconds=10)
+_STORE_IS_GONE = "the launcher, or rank 0 where it serves the ranks' store, is dead or out of reach: {}"
 _TORCH, _TORCHREC = Path(torch.__file__).parent, Path(torchrec.__file__).parent
 # A main thread inside this code waits for other ranks (in a collective or in DDP's backward) or for the device.
 _WAITING = tuple(
@@ -97,11 +96,9 @@ class Watchdog:
     def __init__(self, mesh: Mesh, timeout_s: float) -> None:
         self._mesh, self._timeout_s = mesh, timeout_s
         self._board: StatusBoard | None = None
-        self._first_rank: RankStatus | None = None
         self._sigterm_at: float | None = None
         self._main_thread_ends = threading.Event()
         self._left = False
-        self._awake_at = time.monotonic()
         self._ending = threading.Lock()
         self._wake_up, self._waker = socket.socketpair()
 
@@ -111,14 +108,10 @@ class Watchdog:
         if mesh.world_size == 1:
             return
         faulthandler.enable()
-        without_timeout(mesh)  # from here on we watch, and do not count the time in which ranks are suspended
+        without_timeout(mesh)  # from here on we watch
         mesh.heartbeat.mark()
         assert mesh.store is not None
         self._board = StatusBoard(mesh.store, mesh.rank, mesh.world_size, mesh.heartbeat)
-        with suppress(RuntimeError):  # the thread will report it
-            self._board.report_status()
-            # If rank 0 serves the store and dies at once, this is the only status that we have of it.
-            self._first_rank = self._board.wait_for_status(0)
         # Wakes our thread on a signal even while the main thread, which handles it, is inside a collective.
         self._waker.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
@@ -132,7 +125,7 @@ class Watchdog:
         self._main_thread_ends.set()
         with suppress(RuntimeError):  # the store is gone, so no rank is left to inform
             if error is not None:
-                self._board.decide(self._own_failure(error))
+                self._board.decide(_failure(self._board.own_status(), error))
                 self._linger()
         self._left = True
         signal.set_wakeup_fd(-1)
@@ -150,36 +143,22 @@ class Watchdog:
             return
         self._main_thread_ends.set()
         try:
-            verdict = self._decide(self._board, lambda _: self._own_failure(error))
+            own = _failure(self._board.own_status(), error)
+            verdict = self._decide(self._board, lambda _: own)
         except RuntimeError as gone:
-            verdict = self._store_is_gone(gone)
+            verdict = _STORE_IS_GONE.format(gone)
         self._end(verdict, "".join(traceback.format_exception(error)))
 
     def _watch(self, board: StatusBoard) -> None:
         while not self._left:
             try:
-                self._beat(board)
+                board.report_status()
                 verdict = None if self._main_thread_ends.is_set() else board.verdict() or self._suspicion(board)
             except RuntimeError as gone:
-                verdict = None if self._was_suspended() else self._store_is_gone(gone)
+                verdict = _STORE_IS_GONE.format(gone)
             if verdict and not self._main_thread_ends.wait(_MAIN_THREAD_S):
                 self._end(verdict, _stacks())
             self._sleep()
-
-    def _beat(self, board: StatusBoard) -> None:
-        self._was_suspended()
-        board.report_status()
-        self._first_rank = board.status_of(0) or self._first_rank
-
-    def _was_suspended(self) -> bool:
-        """Whether this process was suspended (SIGSTOP) since the last call. That time does not count as idle."""
-        now = time.monotonic()
-        pause_s, self._awake_at = now - self._awake_at, now
-        if pause_s < _SUSPENDED_S:
-            return False
-        self._mesh.heartbeat.excuse(pause_s)
-        log.warning("this process was suspended for %.0f s, which do not count for the timeout", pause_s)
-        return True
 
     def _sleep(self) -> None:
         if select.select([self._wake_up], [], [], BEAT_S)[0] and signal.SIGTERM in self._wake_up.recv(64):
@@ -205,18 +184,8 @@ class Watchdog:
         before, deadline = board.statuses(), time.monotonic() + silence_s
         while time.monotonic() < deadline and not board.verdict():
             time.sleep(BEAT_S)
-            self._beat(board)
+            board.report_status()
         return name_the_lost(before, board.statuses())
-
-    def _own_failure(self, error: Exception) -> str:
-        assert self._board is not None
-        status = self._board.own_status()
-        return f"{status} failed {status.at}: {type(error).__name__}: {error}"
-
-    def _store_is_gone(self, error: RuntimeError) -> str:
-        served = "the launcher, or rank 0 where it serves the ranks' store, is dead or out of reach"
-        last = f"{self._first_rank} was last seen {self._first_rank.at}" if self._first_rank else str(error)
-        return f"{served}; {last}"
 
     def _end(self, verdict: str, stacks: str) -> None:
         """Log the verdict with ``stacks`` and end this process."""
@@ -271,18 +240,11 @@ class StatusBoard:
         """Publish the current status of this rank."""
         self._store.set(f"status {self._rank}", json.dumps(dataclasses.asdict(self.own_status(ended))))
 
-    def status_of(self, rank: int) -> RankStatus | None:
-        """The last status that ``rank`` has reported; None before its first report."""
-        return self.wait_for_status(rank) if self._store.check([f"status {rank}"]) else None
-
-    def wait_for_status(self, rank: int) -> RankStatus:
-        """The last status that ``rank`` has reported; waits up to 10 s for the first one."""
-        status: dict[str, Any] = json.loads(self._store.get(f"status {rank}"))
-        return RankStatus(**status)
-
     def statuses(self) -> dict[int, RankStatus | None]:
-        """``status_of`` every rank."""
-        return {rank: self.status_of(rank) for rank in range(self._world_size)}
+        """The last status that each rank has reported; None before its first report."""
+        keys = [f"status {rank}" for rank in range(self._world_size)]
+        found = [self._store.get(key) if self._store.check([key]) else None for key in keys]
+        return {rank: text and RankStatus(**json.loads(text)) for rank, text in enumerate(found)}
 
     def decide(self, verdict: str) -> str:
         """Propose the reason why the run ends. The first proposal of any rank wins and is returned."""
@@ -292,6 +254,10 @@ class StatusBoard:
     def verdict(self) -> str | None:
         """The reason why the run ends; None while it continues."""
         return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
+
+
+def _failure(status: RankStatus, error: Exception) -> str:
+    return f"{status} failed {status.at}: {type(error).__name__}: {error}"
 
 
 def _line_of_main_thread() -> tuple[str, bool]:

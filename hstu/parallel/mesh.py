@@ -58,10 +58,6 @@ class Heartbeat:
         """Note that this rank makes progress, in work of which some ranks have more than others."""
         self._at = time.monotonic()
 
-    def excuse(self, seconds: float) -> None:
-        """Do not count these seconds as idle."""
-        self._at = min(self._at + seconds, time.monotonic())
-
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
         """Mark ``stage``, and the previous stage afterwards; after an error the stage stays where the error arose."""
@@ -194,9 +190,7 @@ def start(
 
 
 def without_timeout(mesh: Mesh) -> None:
-    """Let collectives wait for as long as it takes: a watchdog ends ranks that are stuck, and does not count the time
-    in which all ranks are suspended.
-    """
+    """Let collectives wait for as long as it takes: for a run whose watchdog ends ranks that are stuck."""
     groups = [mesh.dp_group, mesh.tp_group, mesh.cp_group, mesh.tp_cp_group, mesh.dp_cp_group]
     for group in (mesh.world_group, *groups):
         dist.distributed_c10d._set_pg_timeout(_NO_TIMEOUT, group)

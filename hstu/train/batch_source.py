@@ -52,8 +52,6 @@ class BatchSource(ABC):
     tables: tuple[EmbeddingArgs, ...]
     cardinalities: dict[str, int]
     """Feature → n: its ids are in [0, n), or n different int64 if the store keeps raw ids."""
-    values_per_item: Mapping[str, float]
-    """Side feature that is a list → its values per item, on average over the items."""
     raw_features: tuple[str, ...] = ()
     """Features of which the model gets raw ids, any int64."""
     label_facts: Mapping[str, LabelFacts]
@@ -72,7 +70,6 @@ class BatchSource(ABC):
 
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
-        self.values_per_item = {}
         self.label_facts = {}
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
@@ -133,6 +130,10 @@ class BatchSource(ABC):
     @abstractmethod
     def train_sampler(self, position: SamplerPosition) -> TrainSampler:
         """The plan of training from ``position`` on: which samples make up which batch of this rank."""
+
+    @abstractmethod
+    def batch_of(self, samples: np.ndarray) -> HSTUBatch:
+        """The training batch of these rows of the sample table, int64 [S], as some rank of some step may have it."""
 
     @abstractmethod
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:

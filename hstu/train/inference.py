@@ -104,6 +104,10 @@ class StoredSource(BatchSource):
         """See BatchSource."""
         self._no_data()
 
+    def batch_of(self, samples: np.ndarray) -> HSTUBatch:
+        """See BatchSource."""
+        self._no_data()
+
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         self._no_data()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from hstu.base.errors import ConfigError
 from hstu.config.args import BenchmarkDatasetArgs
 from hstu.config.run_config import RunConfig
@@ -63,6 +65,10 @@ class RandomSource(BatchSource):
     def least_action(self) -> int:
         """See BatchSource. Any id of the table may be drawn."""
         return 0
+
+    def batch_of(self, samples: np.ndarray) -> HSTUBatch:
+        """See BatchSource."""
+        return self._train.batch_of(samples)
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""

@@ -23,7 +23,7 @@ from hstu.data.features.labels import LabelColumn, check_labels
 from hstu.data.features.roles import check_numbers, recoding_of, resolve_roles
 from hstu.data.features.statistics import training_statistics
 from hstu.data.sampling.negatives import count_items
-from hstu.data.sampling.sampler import EvalSampler, RandomWindows, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import BatchPlan, EvalSampler, RandomWindows, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
 from hstu.data.store.layout import NumberStatistics
 from hstu.data.store.reader import StoreReader
@@ -65,8 +65,6 @@ class StoreSource(BatchSource):
         )
         self._recoding = {} if self.eval_store is self.store else recoding_of(self.eval_store, self.store, self.roles)
         self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
-        items = self.cardinalities[self.roles.item]
-        self.values_per_item = {name: len(self.store.item_values(name)[0]) / items for name in self.roles.lists}
         check_rows(self.tables, self.cardinalities, config.located, self.raw_features)
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
@@ -132,6 +130,12 @@ class StoreSource(BatchSource):
     @cached_property
     def _raw_item_ids(self) -> np.ndarray:
         return self.store.raw_ids(self.roles.item)
+
+    def batch_of(self, samples: np.ndarray) -> HSTUBatch:
+        """See BatchSource."""
+        batch_size = self._config.trainer.sequences_per_iteration
+        collator = self._collator(self.store, self._train_samples, batch_size, training=True)
+        return collator(BatchPlan.of(samples))
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""

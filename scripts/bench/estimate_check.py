@@ -30,8 +30,8 @@ from training import prepare
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig
 from hstu.estimate.estimate import estimate
-from hstu.estimate.machine import Clock, batch_seconds, this_cpu
-from hstu.estimate.plan import plan_workload
+from hstu.estimate.machine import Clock, this_cpu
+from hstu.estimate.workload import plan_workload
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 
@@ -166,7 +166,7 @@ def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
         ranks.send("3")
         for _ in range(rounds):
             with this_cpu(workload, clock) as machine:
-                expected = estimate(workload, machine, batch_seconds(workload, clock))
+                expected = estimate(workload, machine)
             estimates.append(expected.step_s)
             measured.append(statistics.median(ranks.send(str(steps))))
         peak = ranks.send("memory")

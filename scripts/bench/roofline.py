@@ -23,7 +23,7 @@ from harness import ROOT, command_line, to_json
 from hstu.config.gin_io import load
 from hstu.estimate.estimate import Estimate, estimate
 from hstu.estimate.machine import gpu
-from hstu.estimate.plan import plan_workload
+from hstu.estimate.workload import plan_workload
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.cutlass.schedule import Rows, list_blocks, most_work, num_ctas, work_of
 from hstu.ops.kernels import AttentionConfig

@@ -16,12 +16,10 @@ from torch import Tensor
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.train_batch import TrainBatch
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.estimate.data_parallel import held_weights, state_bytes
 from hstu.estimate.dry_run import DryRun, dry_run
 from hstu.estimate.estimate import transfers
-from hstu.estimate.plan import plan_workload
-from hstu.estimate.tables import plan_tables, replicated_bytes, table_bytes
-from hstu.estimate.workload import Workload
+from hstu.estimate.sharding import held_weights, plan_tables, replicated_bytes, state_bytes, table_bytes
+from hstu.estimate.workload import Workload, plan_workload
 from hstu.model.gr_model import GRModel, as_jagged
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.group import gather_embeddings, to_train_batch

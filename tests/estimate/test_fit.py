@@ -18,7 +18,7 @@ from hstu.estimate.fit import Plan, as_text, search
 from hstu.estimate.machine import gpu, with_settings
 from tests.estimate.runs import run_config
 
-RUN = ["--gin-config-file", "configs/ml_1m_retrieval.gin", "--world-size", "2", "--device", "h100"]
+RUN = ["--gin-config-file", "configs/benchmark_ranking.gin", "--world-size", "2", "--device", "h100"]
 
 
 @cache

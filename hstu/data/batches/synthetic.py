@@ -246,6 +246,10 @@ class SyntheticDataset:
         """The generated batches once."""
         return EvalSampler(self.num_samples, self.batch_size, self.rank, self.world_size)
 
+    def batch_of(self, samples: np.ndarray) -> HSTUBatch:
+        """The batch of these samples, of any rank."""
+        return self._collator(BatchPlan.of(samples))
+
     def __call__(self, plan: BatchPlan) -> HSTUBatch:
         """The batch of a plan; drawn once, then from memory."""
         if plan.global_start not in self._batches:

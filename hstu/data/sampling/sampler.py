@@ -53,6 +53,11 @@ class BatchPlan:
     position: SamplerPosition
     """Where the run stands once the batch has been trained on."""
 
+    @classmethod
+    def of(cls, samples: np.ndarray) -> BatchPlan:
+        """A batch of these rows of the sample table that belongs to no epoch."""
+        return cls(samples, samples, epoch=0, global_start=0, position=START)
+
 
 @dataclass(frozen=True)
 class Loads:

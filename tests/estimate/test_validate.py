@@ -22,13 +22,12 @@ from hstu.checkpoint.raw_ids import RawIds
 from hstu.config.args import REGISTRY, Task
 from hstu.config.gin_io import read_and_check
 from hstu.config.option import options_of
-from hstu.config.run_config import RunDraft
+from hstu.config.run_config import RunConfig, RunDraft
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.estimate import preflight
-from hstu.estimate.memory import beside_tables, beside_tables_of_run
-from hstu.estimate.opened import Opened
-from hstu.estimate.plan import plan_workload
-from hstu.estimate.preflight import PREFLIGHT_RULES
+from hstu.estimate import validate
+from hstu.estimate.estimate import beside_tables, beside_tables_of_run
+from hstu.estimate.validate import Built, what_the_file_names_fits
+from hstu.estimate.workload import plan_workload
 from hstu.parallel import tables
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import TableRoom
@@ -99,7 +98,7 @@ def problems(tmp_path: Path, text: str, *lines: str, task: Any = "ranking") -> l
     """What is wrong with a file after ``lines`` have been changed in it."""
     file = write(tmp_path, changed(text, *lines))
     try:
-        read_and_check([file], [], task, 1, (*ALL_RULES, *PREFLIGHT_RULES))
+        read_and_check([file], [], task, 1, (*ALL_RULES, what_the_file_names_fits))
     except ConfigError as error:
         assert all(re.match(rf"{re.escape(file)}:\d+: ", line) for line in error.problems), error.problems
         return [line.removeprefix(f"{file}:") for line in error.problems]
@@ -169,7 +168,7 @@ def test_kernels_that_cannot_run_are_told_where_no_others_may(text: str, tmp_pat
 
 def test_a_full_disk_is_told(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(validate.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
     (found,) = problems(tmp_path, text, "TrainerArgs.ckpt_save_interval = 2")
     assert re.search(r"TrainerArgs.ckpt_save_dir = .*: a checkpoint has about [\d.]+ kB, and 1.00 kB are free", found)
     assert problems(tmp_path, text, "TrainerArgs.ckpt_save_interval = -1") == [], "nothing is saved"
@@ -192,6 +191,14 @@ def test_no_mistake_hides_another(text: str, tmp_path: Path) -> None:
         assert [line for line in found if said in line], (said, found)
 
 
+def built_dry(config: RunConfig) -> tuple[RunConfig, Built]:
+    """The configuration, and what the first steps of the dry run make of it."""
+    draft, built = RunDraft(**vars(config), world_size=1), Built()
+    for step in (validate.open_data, validate.fit_tables, validate.build_dense):
+        assert list(step(draft, built)) == []
+    return config, built
+
+
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
@@ -199,9 +206,8 @@ def test_no_mistake_hides_another(text: str, tmp_path: Path) -> None:
 def test_the_tensors_of_a_run_are_known_before_it_starts(
     name: str, store: SequenceStore, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    config = tiny_config("ranking", store, tmp_path, **OPTIONS[name])
-    sizes = Opened(RunDraft(**vars(config), world_size=1)).tensor_sizes
-    assert {tensor: tuple(shape) for tensor, shape in sizes.items()} == trained[1][name]
+    _, built = built_dry(tiny_config("ranking", store, tmp_path, **OPTIONS[name]))
+    assert {tensor: tuple(shape) for tensor, shape in built.tensors.items()} == trained[1][name]
 
 
 def test_a_checkpoint_of_the_same_model_is_accepted(
@@ -235,13 +241,9 @@ def test_a_run_resumes_with_another_value_of_any_option_that_does_not_change_the
     store: SequenceStore, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     root = locate(str(trained[0] / "checkpoints"))
-    opened, tried = Opened(RunDraft(**vars(tiny_config("ranking", store, tmp_path)), world_size=1)), 0
-    own = ModelShape(
-        opened.tensor_sizes,
-        opened.specs.value,
-        RawIds.from_store(store, opened.roles.value.names),
-        opened.operative_gin,
-    )
+    config, built = built_dry(tiny_config("ranking", store, tmp_path))
+    raw_ids = RawIds.from_store(store, built.roles.names)
+    own, tried = ModelShape(built.tensors, built.specs, raw_ids, config.operative_gin()), 0
     for cls in REGISTRY:
         for option in options_of(cls):
             bound = rf"^({cls.__name__}\.{option.name}) = .*$"

@@ -1,0 +1,261 @@
+"""What does not run without data: tables, DDP, FSDP2 and sharded states. Where they hold what, and what they exchange.
+
+Tables are cut by the plan that a run would have. What data parallelism needs follows from the weights of a dry run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from torch import nn
+
+from hstu.estimate.dry_run import DryRun
+from hstu.estimate.workload import Workload
+from hstu.model.embedding import TableSpec, build_collections
+from hstu.ops.costs import FLOAT32, Cost
+from hstu.parallel.dynamic.memory import logical_name
+from hstu.parallel.flat_weights import FlatLayout
+from hstu.parallel.table_optimizer import STATES, TableTraining, is_rowwise
+from hstu.parallel.tables import UNLIMITED, TableRanks, TableRoom, memory_plans, plan_sharding, prepare_tables
+
+INT64 = 8
+"""Bytes of an id and of a length."""
+DDP_BUCKET_BYTES = 25 << 20
+"""torch's default for bucket_cap_mb."""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """The collectives of a step that serve one purpose."""
+
+    name: str
+    kind: str
+    """all_reduce, all_gather, reduce_scatter or all_to_all."""
+    group: str
+    """world, data, shards (the ranks that share the dense part), tensor, context, or samples: those of a tp_cp
+    group."""
+    ranks: int
+    """Size of the group."""
+    calls: int
+    payload: int
+    """Bytes of this rank's inputs to all calls together; of the busiest rank if ranks differ."""
+    behind: Literal["backward", "pipeline", "operators", "nothing"] = "nothing"
+    """What can hide it: all of backward, the steps before, or the operators up to the first that reads its result."""
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a rank must send at least: those of a ring for all_reduce, all but its own part for the others."""
+        return sum(self.sent(self.ranks))
+
+    def sent(self, on_host: int) -> tuple[float, float]:
+        """Bytes that a rank must send (within its host, to other hosts), of whose ranks a host has ``on_host``.
+
+        The ranks of a host first share what leaves it, so that each sends an equal part, and then share what arrives.
+        """
+        hosts = -(-self.ranks // on_host)
+        near, far = on_host - 1, hosts - 1
+        match self.kind:
+            case "all_reduce":
+                factors = 2 * near / on_host, 2 * far / hosts / on_host
+            case "all_gather":
+                factors = hosts * near, far
+            case "reduce_scatter":
+                factors = near / on_host, far / hosts / on_host
+            case _:  # all_to_all
+                factors = near / self.ranks, (self.ranks - on_host) / self.ranks
+        return self.payload * factors[0], self.payload * factors[1]
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TableShards:
+    """How the planner cuts one table."""
+
+    spec: TableSpec
+    sharding: str
+    """row_wise, table_wise or column_wise."""
+    shards: tuple[tuple[int, int, int], ...]
+    """(rank, rows, columns) of each shard."""
+
+
+def plan_tables(workload: Workload, room: TableRoom = UNLIMITED) -> tuple[TableShards, ...]:
+    """The shards of the model_parallel tables, by TorchRec's planner with the constraints of a run.
+
+    Raises TablesDoNotFit where ``room`` is too small.
+    """
+    specs = {spec.name: spec for spec in workload.specs if not spec.replicated}
+    if not specs:
+        return ()
+    model, args = nn.Module(), workload.config.optimizer
+    memory = memory_plans(workload.specs, args, workload.world_size)
+    model.embedding = build_collections(workload.specs)
+    training = prepare_tables(model, workload.specs, args, memory)
+    ranks = TableRanks(workload.world_size, workload.ranks_per_host, workload.device_type, room)
+    plan = plan_sharding(model, workload.specs, training, memory, workload.config, ranks)
+    found: dict[str, TableShards] = {}
+    for part, table in (pair for tables in plan.plan.values() for pair in tables.items()):
+        name = part if part in specs else logical_name(part)
+        shards = [(s.placement.rank(), *s.shard_sizes) for s in table.sharding_spec.shards]
+        if name in found:  # the second part of a table in two memories is cut like the first
+            first = found[name].shards
+            shards = [(rank, m + n, cols) for (rank, m, cols), (_, n, _) in zip(first, shards, strict=True)]
+        found[name] = TableShards(specs[name], table.sharding_type, tuple(shards))
+    return tuple(found.values())
+
+
+def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int, int]:
+    """(rows, optimizer states) of the sharded tables on the rank that holds the most of both."""
+    held = np.zeros((workload.world_size, 2), dtype=np.int64)
+    for table in plan:
+        states = STATES[TableTraining.of(table.spec, workload.config.optimizer).optimizer]
+        for rank, rows, columns in table.shards:
+            of_states = sum(rows * (1 if is_rowwise(state) else columns) for state in states)
+            held[rank] += (FLOAT32 * rows * columns, FLOAT32 * of_states)
+    rows_of_busiest, states_of_busiest = held[held.sum(axis=1).argmax()]
+    return int(rows_of_busiest), int(states_of_busiest)
+
+
+def replicated_bytes(workload: Workload, run: DryRun) -> tuple[int, int, int]:
+    """(rows, gradients, states with the moving average) of the replicated tables.
+
+    On a CPU gradients are those of the rows looked up, else of whole tables.
+    """
+    args, specs = workload.config.optimizer, workload.replicated_specs
+    rows = sum(spec.rows * spec.dim for spec in specs)
+    looked_up = sum(_count(spec, run.group_ids) * spec.dim for spec in specs)
+    averages = rows if args.ema_decay > 0 else 0
+    states = averages + sum(spec.rows * spec.dim * len(TableTraining.of(spec, args).states) for spec in specs)
+    gradients = looked_up if workload.device_type == "cpu" else rows
+    return FLOAT32 * rows, FLOAT32 * gradients, FLOAT32 * states
+
+
+def _count(spec: TableSpec, ids: Mapping[str, int]) -> int:
+    return sum(ids.get(feature, 0) for feature in spec.features)
+
+
+def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> Iterator[Transfer]:
+    """TorchRec sends ids to the ranks with their rows, the rows back, and the gradients the same way as the ids.
+
+    There is one exchange per collection (tables of one width) and kind of sharding.
+    """
+    ranks, sequences = workload.world_size, workload.config.trainer.sequences_per_iteration
+    sent_ids = lengths = gradients = 0
+    rows = np.zeros(ranks)
+    for table in plan:
+        count, by_rows = _count(table.spec, run.ids), table.sharding == "row_wise"
+        copies = 1 if by_rows else len(table.shards)
+        sent_ids += count * copies * INT64
+        lengths += len(table.spec.features) * sequences * (ranks if by_rows else copies) * INT64
+        gradients += count * table.spec.stored_dim * FLOAT32
+        for rank, _, columns in table.shards:  # each row goes to the rank that has looked it up
+            rows[rank] += count * columns * FLOAT32 * (1 if by_rows else ranks)
+    calls = len({(table.spec.stored_dim, table.sharding) for table in plan})
+    world = partial(Transfer, kind="all_to_all", group="world", ranks=ranks)
+    yield world("ids to their tables", calls=3 * calls, payload=sent_ids + lengths, behind="pipeline")
+    yield world("rows of the tables", calls=calls, payload=int(rows.max()))
+    yield world("gradients of the rows", calls=calls, payload=gradients)
+    if workload.device_type == "cpu" and (specs := workload.replicated_specs):
+        found = [(min(spec.rows, _count(spec, run.group_ids)), spec.dim) for spec in specs]
+        payload = sum(count * (dim * FLOAT32 + INT64) for count, dim in found)
+        yield Transfer("rows of replicated tables", "all_gather", "data", workload.dp_cp_size, 2 * len(specs), payload)
+
+
+def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> dict[str, Cost]:
+    """The look-ups and updates of a rank.
+
+    Rows are read and written, gradients written and read, and the update reads and writes rows and states. A replicated
+    table on a GPU has the gradient and the update of the whole table.
+    """
+    args, sharded, replicated = workload.config.optimizer, 0.0, 0.0
+    for table in plan:
+        states = TableTraining.of(table.spec, args).states
+        elements = _count(table.spec, run.ids) * table.spec.stored_dim
+        sharded += FLOAT32 * float(elements) * (2 + 4 + 2 * (1 + sum(not is_rowwise(state) for state in states)))
+    for spec in workload.replicated_specs:
+        ids = _count(spec, run.group_ids)
+        updated = ids if workload.device_type == "cpu" else spec.rows
+        states = TableTraining.of(spec, args).states
+        replicated += FLOAT32 * spec.dim * (5.0 * ids + updated * (1 + 2 * (1 + len(states)) + 1))
+    launches = 40 * len({table.spec.stored_dim for table in plan})  # a few for the ids and rows of each collection
+    found = {
+        "sharded tables": Cost(0.0, sharded, launches),
+        "replicated tables": Cost(0.0, replicated, 4 * len(workload.replicated_specs)),
+    }
+    return {name: cost for name, cost in found.items() if cost.bytes}
+
+
+# --- the dense part ------------------------------------------------------------------------------------------------
+
+
+def held_weights(workload: Workload, run: DryRun) -> dict[str, int]:
+    """Elements of each parameter of the dense part that a rank holds from step to step, padding included."""
+    counts, ranks = {name: weight.elements for name, weight in run.weights.items()}, workload.shard_group_size
+    match workload.dense_sharding:
+        case "weights":
+            return {name: -(-w.rows // ranks) * (w.elements // w.rows) for name, w in run.weights.items()}
+        case "optimizer":
+            return counts | {"padding": ranks * FlatLayout.of(counts, ranks).range_size - sum(counts.values())}
+    return counts
+
+
+def state_bytes(workload: Workload, run: DryRun) -> int:
+    """States of the dense optimizers and the moving average, on the rank with the most."""
+    counts, ranks = {name: weight.elements for name, weight in run.weights.items()}, workload.shard_group_size
+    shares = [held_weights(workload, run)]  # with sharded weights, the first rank's, without padding
+    if workload.dense_sharding == "optimizer":
+        by_rank = map(FlatLayout.of(counts, ranks).owned, range(ranks))
+        shares = [{name: len(elements) for name, elements in owned.items()} for owned in by_rank]
+
+    def of_share(share: dict[str, int]) -> int:
+        owned = [(run.weights[name], count) for name, count in share.items()]
+        return sum(weight.state_bytes * count // weight.elements + weight.step_bytes for weight, count in owned)
+
+    return max(map(of_share, shares))
+
+
+def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
+    """Elements of gathered weights, and of all gradients, that a rank needs at the same time.
+
+    FSDP gathers all weights but those of the layers, a layer, and the buffers of the exchanges that overlap with it.
+    """
+    config = workload.config
+    dense = sum(weight.elements for weight in run.weights.values())
+    if workload.dense_sharding != "weights":
+        return 0, dense
+    of_layers = sum(weight.elements for weight in run.weights.values() if weight.is_layer)
+    layer, rest = of_layers // config.network.num_layers, dense - of_layers
+    # Micro-batches are summed before they are exchanged.
+    gradients = dense + layer if config.trainer.gradient_accumulation_steps > 1 else rest + 2 * layer
+    return rest + 3 * layer, gradients + sum(held_weights(workload, run).values())
+
+
+def data_parallel_transfers(workload: Workload, run: DryRun) -> Iterator[Transfer]:
+    """Weights and their gradients, those of replicated tables on GPUs included.
+
+    FSDP's units are the layers and all the rest; backward gathers the layers again.
+    """
+    config, ranks, held = workload.config, workload.shard_group_size, held_weights(workload, run)
+    layers, passes = config.network.num_layers, config.trainer.gradient_accumulation_steps
+    size = FLOAT32 if config.precision.fp32_master_grads or config.network.dtype_str == "float32" else 2
+    replicated = sum(spec.rows * spec.dim for spec in workload.replicated_specs if workload.device_type != "cpu")
+    elements, part = sum(weight.elements for weight in run.weights.values()) + replicated, sum(held.values())
+    name, shards = "gradients of the dense part", partial(Transfer, group="shards", ranks=ranks)
+    if workload.dense_sharding == "weights":
+        payload = passes * part * FLOAT32
+        yield shards("dense weights in forward", "all_gather", calls=passes * (layers + 1), payload=payload)
+        payload = passes * sum(n for weight, n in held.items() if run.weights[weight].is_layer) * FLOAT32
+        yield shards("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
+        payload = ranks * part * size
+        yield shards(name, "reduce_scatter", calls=layers + 1, payload=payload, behind="backward")
+        elements = replicated
+    if workload.dense_sharding == "optimizer":
+        yield shards("updated dense weights", "all_gather", calls=1, payload=part // ranks * FLOAT32)
+    if elements > 0:
+        buckets, group = 1 + elements * FLOAT32 // DDP_BUCKET_BYTES, workload.dp_cp_size
+        yield Transfer(name, "all_reduce", "data", group, buckets, elements * size, behind="backward")

@@ -1,0 +1,346 @@
+"""``--validate-only``: a dry run of the builder that goes on after a mistake, so that one hides no other.
+
+A step opens or builds a part of the run as the builder does, and keeps it in ``Built`` for later steps. It gets the
+run, which lacks the values that are wrong, and ends where it reads them, or a part that could not be built.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
+
+import psutil
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hstu.base.errors import ConfigError, UserError
+from hstu.checkpoint.directory import file_problems, read_manifest
+from hstu.checkpoint.find import AUTO, candidates
+from hstu.checkpoint.load import ModelShape, match_checkpoint
+from hstu.checkpoint.matching import LoadOptions
+from hstu.checkpoint.raw_ids import RawIds
+from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
+from hstu.config.args import Args, DatasetArgs, RankingArgs
+from hstu.config.incomplete import Unknown, apply
+from hstu.config.problems import Problem, did_you_mean
+from hstu.config.rules.ranking_tasks import tasks_of
+from hstu.config.rules.task import label_leak
+from hstu.config.run_config import RunDraft
+from hstu.data.features.roles import FeatureRoles, benchmark_roles, resolve_roles
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.estimate.dry_run import dry_run
+from hstu.estimate.estimate import beside_tables, memory, size
+from hstu.estimate.sharding import TableShards, plan_tables
+from hstu.estimate.workload import Workload, plan_workload
+from hstu.model.embedding import TableSpec, table_specs
+from hstu.model.inputs import SequenceFeatures
+from hstu.model.stack import kernel_shapes
+from hstu.observe.logging import quiet_libraries
+from hstu.observe.run_directory import default_path
+from hstu.ops.costs import FLOAT32
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.select import select_kernels
+from hstu.optim.dense import DenseOptimizer, match_part_optimizers
+from hstu.parallel.table_optimizer import TableTraining, is_rowwise
+from hstu.parallel.tables import check_kernels, check_memory, room_of_rank
+from hstu.train.builder import task_module
+from hstu.train.directories import directory_of_checkpoints
+from hstu.train.label_codes import LabelledData, label_offset
+from hstu.train.sources import open_source
+from hstu.train.store_source import open_store
+from hstu.train.tables import check_rows, choose_tables, predefined_tables
+
+T = TypeVar("T")
+Problems = Iterator[Problem]
+
+
+class Built(SimpleNamespace):
+    """The parts of the run that could be built."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise Unknown(name)
+
+
+def what_the_file_names_fits(run: RunDraft) -> Problems:
+    """Build what the files name, step by step."""
+    quiet_libraries()
+    built = Built()
+    for step in STEPS:
+        try:
+            yield from apply((step,), run, built)
+        except UserError as error:
+            yield from reported(run, run.dataset, _place_of_data(run.dataset), error)
+
+
+def attempt(
+    run: RunDraft, part: Args, parameter: str, function: Callable[..., T], *arguments: Any
+) -> Generator[Problem, None, T]:
+    """The result of ``function``. An error of the user is a problem, see ``reported``, and then there is no result."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        yield from reported(run, part, parameter, error)
+    raise Unknown
+
+
+def check(run: RunDraft, part: Args, parameter: str, function: Callable[..., object], *arguments: Any) -> Problems:
+    """As ``attempt``, where nothing depends on the result."""
+    with suppress(Unknown):
+        yield from attempt(run, part, parameter, function, *arguments)
+
+
+def reported(run: RunDraft, part: Args, parameter: str, error: UserError) -> Problems:
+    """The problems of an error, at the place that they name, or else at ``part.parameter``."""
+    places = tuple(f"{name}:" for name in (*run.source_files, "--gin-bindings"))
+    for text in error.problems if isinstance(error, ConfigError) else [str(error)]:
+        yield Problem(text) if text.startswith(places) else run.problem(part, parameter, text)
+
+
+def _place_of_data(dataset: Args) -> str:
+    """The parameter that says where the data is."""
+    is_named = isinstance(dataset, DatasetArgs)
+    return "dataset_path" if getattr(dataset, "dataset_path", None) else "dataset_name" if is_named else "feature_args"
+
+
+# --- data ----------------------------------------------------------------------------------------------------------
+
+
+def open_data(run: RunDraft, built: Built) -> Problems:
+    """The preprocessed data, intact, and the features that the model sees."""
+    dataset = run.dataset
+    if not isinstance(dataset, DatasetArgs):
+        built.roles, built.tables = benchmark_roles(dataset), tuple(run.embeddings)
+        built.max_items = next(
+            group.max_sequence_length for group in dataset.feature_args if built.roles.item in group.feature_names
+        )
+        return
+    if path := dataset.eval_dataset_path:
+        yield from check(run, dataset, "eval_dataset_path", SequenceStore.open, path)
+    built.store = yield from attempt(run, dataset, _place_of_data(dataset), open_store, dataset)
+    arguments = built.store, dataset, run.located, tasks_of(run), run.has_item_tower
+    built.roles = yield from attempt(run, dataset, "dataset_name", resolve_roles, *arguments)
+    built.max_items = dataset.max_sequence_length
+
+
+def rows_suffice(run: RunDraft, built: Built) -> Problems:
+    """Static tables have rows for all ids, and the features of tables exist."""
+    store = built.store
+    features = {name: store.feature(name) for name in (*store.features, *store.time_features)}
+    ids = {name: store.cardinality(name) for name, each in features.items() if each.cardinality is not None}
+    known = [table for table in run.embeddings if set(table.feature_names) <= ids.keys()]
+    raw = tuple(name for name in ids if features[name].raw)
+    yield from check(run, run.dataset, "dataset_name", check_rows, known, ids, run.located, raw)
+    for table in [] if hasattr(built, "roles") else run.embeddings:  # with roles, choose_tables reports it
+        if unknown := [name for name in table.feature_names if name not in store.features]:
+            text = f"the data has no feature {', '.join(map(repr, unknown))}; it has {', '.join(store.features)}"
+            yield run.problem(table, "feature_names", text + did_you_mean(unknown[0], store.features))
+
+
+def fit_tables(run: RunDraft, built: Built) -> Problems:
+    """One table for each feature, of possible names, widths and sizes."""
+    dataset, roles, args = run.dataset, built.roles, run.retrieval
+    if isinstance(dataset, DatasetArgs):
+        predefined = predefined_tables(dataset, built.store, run.network)
+        chosen = run.embeddings, predefined, roles.names, run.located, roles.numbers
+        built.tables = yield from attempt(run, dataset, "dataset_name", choose_tables, *chosen)
+    draws = args is not None and args.negatives != "in_batch"
+    arguments = built.tables, run.network, roles, draws, run.world_size, run.located
+    built.specs = yield from attempt(run, dataset, "dataset_name", table_specs, *arguments)
+
+
+def open_samples(run: RunDraft, built: Built) -> Problems:
+    """The splits have samples, the ids of a second store are known, and the batches of a rank have room."""
+    dataset, config, _ = run.dataset, run.finish(), built.tables
+    arguments = config, None, run.world_size
+    built.source = yield from attempt(run, dataset, _place_of_data(dataset), open_source, *arguments)
+
+
+# --- model ---------------------------------------------------------------------------------------------------------
+
+
+def masks_hide_the_labels(run: RunDraft, built: Built) -> Problems:
+    """With the contextual features of the data: see ``label_leak``."""
+    yield from label_leak(run, has_context=bool(built.roles.contextual))
+
+
+def head_fits_the_labels(run: RunDraft, built: Built) -> Problems:
+    """The head of a ranking model has a class for every action of the data."""
+    args, dataset = run.task_args, run.dataset
+    if not isinstance(args, RankingArgs) or args.tasks is not None:
+        return
+    if isinstance(dataset, DatasetArgs):
+        store = built.store
+        action = dataset.action_feature_name or store.action_feature
+        if action is not None and action not in store.features:
+            return  # reported as a feature
+        roles = FeatureRoles(store.item_feature, action, ())
+        ids, least = ({action: store.cardinality(action)}, store.least_value(action)) if action else ({}, 0)
+    else:
+        ids = {name: table.item_vocab_size_or_capacity for table in run.embeddings for name in table.feature_names}
+        roles, least = built.roles, 0
+    labels = cast(LabelledData, SimpleNamespace(roles=roles, cardinalities=ids, least_action=least))
+    yield from check(run, args, "prediction_head_arch", label_offset, args, labels, run.located)
+
+
+def kernels_run_here(run: RunDraft, built: Built) -> Problems:
+    """This machine has the kernels that strict_kernel_backend and EmbeddingArgs.compute_kernel demand."""
+    network, device = run.network, _device_type()
+    shapes = kernel_shapes(network, run.tensor_parallel.tensor_model_parallel_size)
+    wanted = network.kernel_backend, network.strict_kernel_backend, torch.device(device), shapes
+    yield from check(run, network, "kernel_backend", select_kernels, *wanted)
+    tables = {table.table_name: table for table in run.embeddings}
+    for spec in built.specs:
+        if spec.compute_kernel is not None:
+            yield from check(run, tables[spec.name], "compute_kernel", check_kernels, [spec], run.optimizer, device)
+
+
+def build_dense(run: RunDraft, built: Built) -> Problems:
+    """The dense part and its optimizers, without data, and the sizes of all tensors of a checkpoint."""
+    features = SequenceFeatures.of(built.roles, built.max_items)
+    dense = yield from attempt(run, run.optimizer, "part_optimizers", dense_tensors, run, features)
+    built.tensors = dense | table_tensors(run, built.specs)
+
+
+def dense_tensors(run: RunDraft, features: SequenceFeatures) -> dict[str, torch.Size]:
+    """Tensor of a checkpoint → size, as TrainState.tensors names it. Raises ConfigError for part_optimizers."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = nn.ModuleDict({"task": task_module(run, features, REFERENCE_KERNELS)})
+        settings = match_part_optimizers(dict(model.named_parameters()), run.optimizer, run.located)
+        states = DenseOptimizer(model, run.optimizer, settings).state_tensors()
+    sizes = {f"{WEIGHTS}{name}": tensor.size() for name, tensor in model.state_dict().items()}
+    return sizes | {f"optimizer.dense.{name}": cast(torch.Tensor, state).size() for name, state in states.items()}
+
+
+def table_tensors(run: RunDraft, specs: tuple[TableSpec, ...]) -> dict[str, torch.Size]:
+    """The same for the static tables."""
+    args, static = run.optimizer, [spec for spec in specs if spec.dynamic is None]
+    sizes = {f"{TABLES}{spec.name}": torch.Size((spec.rows, spec.dim)) for spec in static}
+    for spec in static:
+        averages = (AVERAGE,) if spec.replicated and args.ema_decay > 0 else ()
+        for state in (*TableTraining.of(spec, args).states, *averages):
+            shape = (spec.rows,) if is_rowwise(state) else (spec.rows, spec.dim)
+            sizes[f"optimizer.tables.{spec.name}.{state}"] = torch.Size(shape)
+    return sizes
+
+
+# --- checkpoint ----------------------------------------------------------------------------------------------------
+
+
+def choose_directories(run: RunDraft, built: Built) -> Problems:
+    """output_dir and, if checkpoints are saved, ckpt_save_dir can be created and written; neither is created."""
+    trainer, path = run.trainer, Path(run.trainer.output_dir or default_path(run.source_files))
+    built.save_dir = yield from attempt(run, trainer, "ckpt_load_dir", directory_of_checkpoints, run, path)
+    written = {"output_dir": path} | ({"ckpt_save_dir": built.save_dir} if trainer.saves_checkpoints else {})
+    for parameter, directory in written.items():
+        existing = _existing_ancestor(directory)
+        try:
+            with TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            text = f"{existing} cannot be written: {error.strerror or error}; give another directory"
+            yield run.problem(trainer, parameter, text)
+
+
+def open_checkpoint(run: RunDraft, built: Built) -> Problems:
+    """ckpt_load_dir holds a complete checkpoint whose files are intact, and ckpt_param_map can be read."""
+    trainer = run.trainer
+    yield from check(run, trainer, "ckpt_param_map", LoadOptions.from_args, trainer)
+    places = trainer.ckpt_load_dir, built.save_dir
+    found = yield from attempt(run, trainer, "ckpt_load_dir", candidates, *places)
+    for root in found[:1]:
+        damage = yield from attempt(run, trainer, "ckpt_load_dir", lambda: file_problems(root, read_manifest(root)))
+        for problem in damage:
+            yield run.problem(trainer, "ckpt_load_dir", problem, is_warning=trainer.ckpt_load_dir == AUTO)
+        if not damage:
+            built.checkpoint = root
+
+
+def match_the_checkpoint(run: RunDraft, built: Built) -> Problems:
+    """The checkpoint holds the weights of this model and, where they are loaded, the states of its optimizers."""
+    raw_ids, gin = RawIds(), ""
+    if isinstance(run.dataset, DatasetArgs):
+        raw_ids = RawIds.from_store(built.store, built.roles.names)
+    with suppress(Unknown):
+        gin = run.finish().operative_gin()
+    shape = ModelShape(built.tensors, built.specs, raw_ids, gin)
+    arguments = built.checkpoint, shape, LoadOptions.from_args(run.trainer)
+    yield from check(run, run.trainer, "ckpt_load_dir", match_checkpoint, *arguments)
+
+
+# --- machine -------------------------------------------------------------------------------------------------------
+
+
+def memory_is_enough(run: RunDraft, built: Built) -> Problems:
+    """The estimated memory of a rank is not more than it has on this machine."""
+    device, ranks_here = _device_type(), int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
+    workload = plan_workload(run.finish(), run.world_size, ranks_here, device, built.source)
+    plan = yield from attempt(run, run.dataset, _place_of_data(run.dataset), _plan_with_room, workload)
+    needed = sum(memory(workload, plan, dry_run(workload, workload.largest)).values())
+    if device == "cuda":
+        has, owner = torch.cuda.get_device_properties(0).total_memory, "the GPU"
+    else:
+        has, owner = psutil.virtual_memory().total // ranks_here, "this host" if ranks_here == 1 else "a rank's share"
+    if needed > has:
+        text = (
+            f"a rank needs about {size(needed)}, and {owner} has {size(has)}; scripts/estimate.py shows what "
+            "needs the memory, also on another --device, and with --fit what fits. Lower the batch, shard the tables "
+            "over more ranks (model_parallel), or recompute layers (NetworkArgs.recompute_layer)"
+        )
+        yield run.problem(run.trainer, "train_batch_size", text)
+
+
+def _plan_with_room(workload: Workload) -> tuple[TableShards, ...]:
+    """The shards of the tables. Raises ConfigError for tables that the host or the ranks have no room for."""
+    check_memory(workload.specs, workload.config, workload.ranks_per_host, workload.world_size)
+    device = torch.device(workload.device_type)
+    return plan_tables(workload, room_of_rank(device, workload.ranks_per_host, lambda: beside_tables(workload)))
+
+
+def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> Problems:
+    """The disk of ckpt_save_dir has room for one checkpoint; a warning if it has none for all that are kept."""
+    trainer, args = run.trainer, run.optimizer
+    if not trainer.saves_checkpoints:
+        return
+    numbers = sum(shape.numel() for shape in built.tensors.values())
+    for spec in (spec for spec in built.specs if spec.dynamic is not None):
+        states = TableTraining.of(spec, args).states
+        numbers += spec.rows * (spec.dim + sum(1 if is_rowwise(state) else spec.dim for state in states))
+    one, free = FLOAT32 * numbers, shutil.disk_usage(_existing_ancestor(built.save_dir)).free
+    saved, kept = 1, trainer.ckpt_keep_last
+    if trainer.ckpt_save_interval is not None and trainer.max_train_iters is not None:
+        saved = -(-trainer.max_train_iters // trainer.ckpt_save_interval)
+    kept = saved if kept is None else min(saved, kept + 1)  # the best one, or one that is being written
+    if one > free:
+        text = f"a checkpoint has about {size(one)}, and {size(free)} are free there; give another directory"
+        yield run.problem(trainer, "ckpt_save_dir", text)
+    elif kept * one > free:
+        text = (
+            f"{kept} checkpoints of about {size(one)} each are kept, and {size(free)} are free there; set "
+            "TrainerArgs.ckpt_keep_last, or give another directory"
+        )
+        yield run.problem(trainer, "ckpt_save_dir", text, is_warning=True)
+
+
+def _device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _existing_ancestor(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that exists."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+STEPS = (
+    open_data, rows_suffice, fit_tables, open_samples,
+    masks_hide_the_labels, head_fits_the_labels, kernels_run_here, build_dense,
+    choose_directories, open_checkpoint, match_the_checkpoint,
+    memory_is_enough, disk_has_room_for_checkpoints,
+)  # fmt: skip

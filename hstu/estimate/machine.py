@@ -181,7 +181,8 @@ class ThisCpu(Machine):
             context_parallel=ContextParallelArgs(),
             data_parallel=DataParallelArgs(),
         )
-        mesh = meshes.start()
+        threads, mesh = torch.get_num_threads(), meshes.start()
+        torch.set_num_threads(threads)  # start gives this rank all cores
         try:
             source = open_source(alone, mesh)
             model, optimizers = build_model(alone, source, mesh)

@@ -255,7 +255,8 @@ def open_checkpoint(run: RunDraft, built: Built) -> Problems:
     places = trainer.ckpt_load_dir, built.save_dir
     found = yield from attempt(run, trainer, "ckpt_load_dir", candidates, *places)
     for root in found[:1]:
-        damage = yield from attempt(run, trainer, "ckpt_load_dir", lambda: file_problems(root, read_manifest(root)))
+        files = yield from attempt(run, trainer, "ckpt_load_dir", read_manifest, root)
+        damage = file_problems(root, files)
         for problem in damage:
             yield run.problem(trainer, "ckpt_load_dir", problem, is_warning=trainer.ckpt_load_dir == AUTO)
         if not damage:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata, util
 
 from hstu.base.errors import UserError
@@ -27,11 +28,9 @@ def missing_packages(modules: Sequence[str]) -> list[str]:
 def check_packages() -> None:
     """Raise UserError if torch, TorchRec or FBGEMM is missing; warn once per run if their releases are untested.
 
-    ``pip install -e .`` cannot choose between the CPU and CUDA builds of TorchRec and FBGEMM, so they are missing most
-    often. Imports none of them. FBGEMM's own check is silenced, because FBGEMM 1.6.0 warns 50 times that it is not in
-    its own table.
+    Imports none of them. FBGEMM's own check is silenced: FBGEMM 1.6.0 warns 50 times that it is not in its own table.
     """
-    logging.getLogger().addFilter(_not_of_fbgemms_table)
+    logging.getLogger().addFilter(lambda record: "_fbgemm_torch_compat_table" not in str(record.msg))
     versions = installed_releases()
     tested = ", or ".join(_listed(stack) for stack in STACKS)
     remedy = f"scripts/install.sh installs releases that belong together: {tested}"
@@ -47,25 +46,19 @@ def installed_releases() -> dict[str, str]:
     versions: dict[str, str] = {}
     for package in STACKS[0]:
         for distribution in (package, f"{package}-cpu"):
-            try:
+            with suppress(metadata.PackageNotFoundError):
                 versions.setdefault(package, metadata.version(distribution))
-            except metadata.PackageNotFoundError:
-                continue
     return versions
 
 
 def let_idle_threads_sleep() -> None:
-    """Let threads that wait for another one sleep instead of spinning, unless the user has set how OpenMP waits.
+    """Let threads that wait sleep instead of spinning, unless the user has set how OpenMP waits.
 
-    Call it before anything imports torch: OpenMP reads its environment once. A thread that spins takes the core from
-    the thread that it waits for, if other work runs on the machine (docs/benchmarks/items_cpu/README.md).
+    Call it before anything imports torch: OpenMP reads its environment once. A spinning thread takes the core from the
+    thread that it waits for, if other work runs on the machine (docs/benchmarks/items_cpu/README.md).
     """
     if "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def _not_of_fbgemms_table(record: logging.LogRecord) -> bool:
-    return "_fbgemm_torch_compat_table" not in str(record.msg)
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -33,11 +33,10 @@ class _BesideProgressBar(logging.Handler):
 
 
 def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Logger:
-    """Configure the logger "hstu", the parent of the loggers of all modules.
+    """Configure the logger "hstu", the parent of the loggers of all modules, anew.
 
     Rank 0 logs INFO and above to standard output and, if given, to ``log_file`` (appended, with dates and levels). The
-    other ranks log only warnings, to standard error, with a ``[rank N]`` prefix. Another call replaces the former
-    configuration, for example when the run directory becomes known.
+    other ranks log only warnings, to standard error, with a ``[rank N]`` prefix.
     """
     logger = logging.getLogger(ROOT_LOGGER)
     tear_down_logging()
@@ -51,7 +50,7 @@ def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Lo
         return logger
     logger.setLevel(logging.INFO)
     console = _BesideProgressBar()
-    console.setFormatter(_ConsoleFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    console.setFormatter(_ConsoleFormatter("%(asctime)s %(shown_level)s%(message)s", "%H:%M:%S"))
     logger.addHandler(console)
     if log_file is not None:
         to_file = logging.FileHandler(log_file, encoding="utf-8")
@@ -61,13 +60,7 @@ def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Lo
 
 
 def quiet_libraries() -> None:
-    """Silence warnings of TorchRec 1.6 to 1.8 and torch 2.11 to 2.13 that a user cannot act on.
-
-    These are the planner's advice on topologies and reservations, a warning of torch.fx about one of its functions,
-    deprecations of ShardedTensor, which TorchRec itself returns, and FSDP's advice not to change its units' outputs in
-    place where they are views, as the first layer's are. TorchRec 1.6 calls a deprecated function of torch, and torch
-    2.11 warns where checks of sparse tensors are turned off.
-    """
+    """Silence warnings of TorchRec 1.6 to 1.8 and torch 2.11 to 2.13 that a user cannot act on."""
     for name in ("torchrec", "torch.fx._symbolic_trace"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -91,19 +84,14 @@ class _ConsoleFormatter(PrintableFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line for one record."""
-        line = super().format(record)
-        if record.levelno < logging.WARNING:
-            return line
-        time_of_day = self.formatTime(record, self.datefmt)
-        return line.replace(time_of_day, f"{time_of_day} {record.levelname}:", 1)
+        record.shown_level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        return super().format(record)
 
 
 def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan) -> str:
-    """One aligned line of training: the rate of all ranks, MFU per rank, memory.
+    """One aligned line of training: the rate of all ranks, MFU per rank, memory. ``eta_s``: seconds until the end.
 
-    The share of time waited for data and skipped steps are shown only where they matter. metrics.jsonl has all numbers.
-
-    eta_s: seconds until the last iteration.
+    The share of time waited for data and skipped steps are shown only where they matter.
     """
     width = len(str(total_iters))
     parts = [
@@ -152,21 +140,10 @@ def format_seconds(seconds: float) -> str:
 def progress_bar(total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> tqdm[Any]:
     """A bar over ``total`` iterations on standard error; log lines appear above it.
 
-    Args:
-        mode: "on", "off", or "auto" for on if standard error is a terminal.
-        visible: False on all ranks but one.
-        initial: iterations that a resumed run has already done.
+    ``mode``: "on", "off", or "auto" for on if standard error is a terminal. ``visible``: False on all ranks but one.
     """
     shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc="train",
-        dynamic_ncols=True,
-        leave=False,
-        smoothing=0.1,
-        disable=not shown,
-    )
+    return tqdm(total=total, initial=initial, desc="train", dynamic_ncols=True, leave=False, disable=not shown)
 
 
 def _short(number: float) -> str:

@@ -84,8 +84,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     """Exponential moving average over about a thirtieth of the values, corrected for the bias towards the first."""
     import pandas as pd
 
-    averages: list[float] = pd.Series(values).ewm(alpha=1 / max(len(values) / 30, 1)).mean().tolist()
-    return averages
+    return list(pd.Series(values).ewm(alpha=1 / max(len(values) / 30, 1)).mean())
 
 
 def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
@@ -104,7 +103,7 @@ def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
     low, high = min(values), float(np.quantile(values, 0.98))
     if many and max(values) > high + 2 * (high - low) > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.2 * (high - low))
-    _annotate_last(axes, iterations[-1], smoothed(values)[-1] if many else values[-1])
+    axes.set_title(f"Training loss   {smoothed(values)[-1] if many else values[-1]:.3f}")
 
 
 def _draw_metric(axes: Axes, name: str, curves: Mapping[tuple[str, str], list[Point]]) -> None:
@@ -159,19 +158,6 @@ def _add_epochs(axes: Axes, epochs_per_iteration: float) -> None:
     above = axes.secondary_xaxis("top", functions=functions)
     above.set_xlabel("epoch", color=GREY, fontsize=9)
     above.tick_params(labelsize=9)
-
-
-def _annotate_last(axes: Axes, iteration: int, value: float) -> None:
-    axes.annotate(
-        f"{value:.3f}",
-        (iteration, value),
-        xytext=(6, 0),
-        textcoords="offset points",
-        va="center",
-        color=COLOURS[0],
-        fontweight="bold",
-        annotation_clip=False,
-    )
 
 
 def _write_text(axes: Axes, text: str) -> None:

@@ -13,23 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Traces the iterations [start, end). Open the file in https://ui.perfetto.dev or chrome://tracing.
+    """Traces the iterations [start, end) into ``directory``/trace-rank<rank>.json.gz.
 
-    On a GPU the window also lies between cudaProfilerStart and cudaProfilerStop, with one NVTX range per iteration, so
-    that ``nsys profile --capture-range=cudaProfilerApi`` records only this window. Outside the window it costs nothing
-    and never waits for the device. A run that ends inside the window writes the trace so far. A run that resumes inside
-    it starts the trace at once.
-
-    Args:
-        directory: receives ``trace-rank<rank>.json.gz``.
-        enabled: False does nothing.
-
-    Usage::
-
-        with Profiler(run.path, start=100, end=200, enabled=args.profile) as profiler:
-            for iteration in range(...):
-                profiler.step(iteration)
-                ...
+    Call ``step`` at the begin of each iteration inside ``with``. On a GPU the window also lies between
+    cudaProfilerStart and cudaProfilerStop, with one NVTX range per iteration, so that
+    ``nsys profile --capture-range=cudaProfilerApi`` records only this window. A run that ends inside the window writes
+    the trace so far, and one that resumes inside it starts the trace at once.
     """
 
     def __init__(self, directory: Path, start: int, end: int, *, rank: int = 0, enabled: bool = True) -> None:

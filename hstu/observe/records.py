@@ -98,39 +98,21 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def is_record(record: Any) -> bool:
-    """Whether an object of JSON is a record of training or of an evaluation."""
-    if not isinstance(record, dict) or type(record.get("iter")) is not int:
-        return False
-    numbers = [record.get("epoch")]
-    if record.get("kind") == "train":
-        numbers.append(record.get("loss"))
-    elif record.get("kind") == "eval" and isinstance(record.get("metrics"), dict):
-        numbers += record["metrics"].values()
-        if not isinstance(record.get("split"), str):
-            return False
-    else:
-        return False
-    return 0 <= record["iter"] < 2**62 and all(
-        value is None or (type(value) in (int, float) and abs(value) <= 1e300) for value in numbers
-    )
-
-
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The valid records of a metrics.jsonl, in order.
+    """The records of training and evaluation in a metrics.jsonl, in order.
 
-    A line that is no record is skipped, such as one that a kill has cut off. After a "resumed" line the run repeats
-    iterations from an earlier one on: older records of the repeated iterations are dropped.
+    A line that a kill has cut off is skipped. After a "resumed" line the run repeats iterations from an earlier one on:
+    older records of the repeated iterations are dropped.
     """
     attempts: list[list[dict[str, Any]]] = [[]]
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError):
+        except ValueError:
             continue
-        if isinstance(record, dict) and record.get("kind") == "resumed":
+        if record["kind"] == "resumed":
             attempts.append([])
-        elif is_record(record):
+        else:
             attempts[-1].append(record)
     kept: list[dict[str, Any]] = []
     for attempt in attempts:

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Optional, Protocol, Self, TextIO
@@ -55,20 +55,17 @@ class RunDirectoryFailure(UserError):
 class RunDirectory:
     """Writes operative.gin at once, metrics.jsonl during the run, summary.json and curves.png at its end.
 
+    ``path`` is created if absent, and locked until ``close``.
+
     Args:
-        path: created if absent, and locked until ``close``.
         identity: content of run.json, which names the run. Empty: there is no such file.
         continues: the run in ``path`` goes on: metrics.jsonl gets a "resumed" line, and an operative.gin that differs
             from ``config_text`` is kept as operative-1.gin, operative-2.gin, …. False: the files of an earlier run are
             moved into the directory previous-1, previous-2, … in ``path``, which ``earlier`` then names.
-        is_main: False writes nothing.
-        task_names: of ranking's tasks, for curves.png.
-        tensorboard: also write event files to ``path/tensorboard``.
-        wandb_project: also send the numbers to this project of Weights & Biases, with ``config``.
+        config: for Weights & Biases.
 
-    Raises:
-        ConfigError: the directory cannot be written or another run writes there, or Weights & Biases cannot start.
-        RunDirectoryFailure: the directory cannot be written later.
+    Raises ConfigError if the directory cannot be written or another run writes there, or if Weights & Biases cannot
+    start; RunDirectoryFailure if the directory cannot be written later.
     """
 
     def __init__(
@@ -256,9 +253,7 @@ class WeightsAndBiases:
     """A run of ``project`` with the name of the run's ``directory`` and its configuration.
 
     A resumed run continues the run of the project, whose id is kept in ``directory``/wandb_id.txt. Numbers are plotted
-    over "iter", so that repeated iterations may be sent again.
-
-    Raises ConfigError if the package is missing or cannot start (no account, no network).
+    over "iter", so that repeated iterations may be sent again. Raises ConfigError if it cannot start.
     """
 
     def __init__(self, project: str, directory: Path, config: Mapping[str, Any]) -> None:
@@ -289,23 +284,19 @@ class WeightsAndBiases:
                 "`wandb login`, set WANDB_MODE=offline to keep the numbers in the run's directory, or remove the option"
             ) from error
         self._run.define_metric("*", step_metric="iter")
-        self._broken = False
+        self._write: Callable[[dict[str, float]], None] = self._run.log
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
         """See Tracker. A service that fails does not end training: after a warning nothing more is sent."""
-        if self._broken:
-            return
-        try:
-            self._run.log({"iter": iteration, **values})
-        except Exception as error:
-            self._broken = True
-            log.warning("Weights & Biases failed and gets no more numbers; metrics.jsonl has all of them: %s", error)
+        self._try(lambda: self._write({"iter": iteration, **values}))
 
     def close(self, failed: bool) -> None:
         """See Tracker. Waits until everything has been sent."""
-        if self._broken:
-            return
+        self._try(lambda: self._run.finish(exit_code=int(failed)))
+
+    def _try(self, send: Callable[[], object]) -> None:
         try:
-            self._run.finish(exit_code=int(failed))
+            send()
         except Exception as error:
-            log.warning("Weights & Biases may lack the last numbers; metrics.jsonl has all of them: %s", error)
+            self._write = lambda _: None
+            log.warning("Weights & Biases failed and gets no more numbers; metrics.jsonl has all of them: %s", error)

@@ -67,28 +67,17 @@ class ThroughputMeter:
         finally:
             self._paused_s += self._clock() - begun
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data. It remains part of the step."""
-        begun = self._clock()
-        try:
-            yield
-        finally:
-            self._wait_s += self._clock() - begun
-
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time to get each counts as waiting for data. Restarts the clock."""
         self._reset()
         return self._timed(batches)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            with self.waiting():
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
+        begun = self._clock()
+        for batch in batches:
+            self._wait_s += self._clock() - begun
             yield batch
+            begun = self._clock()
 
     def take(self, sum_over_ranks: SumOverRanks = list, num_ranks: int = 1) -> Throughput:
         """Rates since the last call (or construction). Starts over.
@@ -113,11 +102,7 @@ class ThroughputMeter:
     def _reset(self) -> None:
         self._begun = self._clock()
         self._steps = 0
-        self._samples = 0.0
-        self._tokens = 0.0
-        self._flops = 0.0
-        self._wait_s = 0.0
-        self._paused_s = 0.0
+        self._samples = self._tokens = self._flops = self._wait_s = self._paused_s = 0.0
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -155,14 +140,10 @@ def data_sheet_tflops(name: str, dtype: torch.dtype, tf32: bool = False) -> floa
 
     tf32: whether float32 matrix products run on the tensor cores in TF32.
     """
-    for pattern, (half, tensor_float, single) in _DATA_SHEETS:
-        if re.search(pattern, name, re.IGNORECASE):
-            if dtype in (torch.bfloat16, torch.float16):
-                return half
-            if dtype == torch.float32:
-                return tensor_float if tf32 else single
-            return None
-    return None
+    found = (rates for pattern, rates in _DATA_SHEETS if re.search(pattern, name, re.IGNORECASE))
+    half, tensor_float, single = next(found, (None, None, None))
+    rates = {torch.bfloat16: half, torch.float16: half, torch.float32: tensor_float if tf32 else single}
+    return rates.get(dtype)
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> PeakTflops:
@@ -185,15 +166,11 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     left = torch.ones(size, size, device=device, dtype=dtype)
     torch.matmul(left, left)  # the first product also loads the library and starts its threads
-    deadline = time.perf_counter() + 0.3
-    shortest_s = math.inf
-    for _ in range(10):
+    times: list[float] = []
+    while len(times) < 10 and sum(times) < 0.3:
         begun = time.perf_counter()
         torch.matmul(left, left)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        ended = time.perf_counter()
-        shortest_s = min(shortest_s, ended - begun)
-        if ended > deadline:
-            break
-    return 2.0 * size**3 / shortest_s / 1e12
+        times.append(time.perf_counter() - begun)
+    return 2.0 * size**3 / min(times) / 1e12

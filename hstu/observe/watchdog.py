@@ -31,7 +31,7 @@ import torch.distributed as dist
 import torchrec
 
 from hstu.base.errors import EXIT_FAILURE
-from hstu.parallel.mesh import Heartbeat, Mesh, without_timeout
+from hstu.parallel.mesh import Mesh, without_timeout
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +88,17 @@ Statuses = Mapping[int, RankStatus | None]
 
 
 class Watchdog:
-    """Watches this rank and, through the store, the others. With a single rank it does nothing.
+    """Watches this rank and the others. With a single rank it does nothing.
+
+    Statuses and verdict are in the store of the launch, over a connection of its own. The agent of torchrun serves the
+    store and outlives every rank; without torchrun rank 0 serves it. Once it is gone, its methods raise RuntimeError.
 
     ``timeout_s``: seconds that the main thread may go without a heartbeat (``mesh.heartbeat``).
     """
 
     def __init__(self, mesh: Mesh, timeout_s: float) -> None:
         self._mesh, self._timeout_s = mesh, timeout_s
-        self._board: StatusBoard | None = None
+        self._thread: threading.Thread | None = None
         self._sigterm_at: float | None = None
         self._main_thread_ends = threading.Event()
         self._left = False
@@ -111,89 +114,91 @@ class Watchdog:
         without_timeout(mesh)  # from here on we watch
         mesh.heartbeat.mark()
         assert mesh.store is not None
-        self._board = StatusBoard(mesh.store, mesh.rank, mesh.world_size, mesh.heartbeat)
+        connection: dist.Store = mesh.store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
+        connection.set_timeout(_STORE_TIMEOUT)
+        self._store = dist.PrefixStore("board", connection)
         # Wakes our thread on a signal even while the main thread, which handles it, is inside a collective.
         self._waker.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._watch, args=(self._board,), name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def leave(self, error: Exception | None = None) -> None:
         """Stop watching. ``error``: ends the run on this rank alone, so the others must be informed."""
-        if self._board is None:
+        if self._thread is None:
             return
         self._main_thread_ends.set()
         with suppress(RuntimeError):  # the store is gone, so no rank is left to inform
             if error is not None:
-                self._board.decide(_failure(self._board.own_status(), error))
+                self._propose(self._failure(error))
                 self._linger()
         self._left = True
         signal.set_wakeup_fd(-1)
         self._waker.send(b"\0")
         self._thread.join()
         with suppress(RuntimeError):
-            self._board.report_status(ended=True)
+            self._report(ended=True)
 
     def fail(self, error: Exception) -> None:
         """Report an error that the main thread raised and end this process. Returns only when there is a single rank.
 
         A collective also fails when another rank has died. The verdict then names that rank instead of ``error``.
         """
-        if self._board is None:
+        if self._thread is None:
             return
         self._main_thread_ends.set()
         try:
-            own = _failure(self._board.own_status(), error)
-            verdict = self._decide(self._board, lambda _: own)
+            own = self._failure(error)
+            verdict = self._decide(lambda _: own)
         except RuntimeError as gone:
             verdict = _STORE_IS_GONE.format(gone)
         self._end(verdict, "".join(traceback.format_exception(error)))
 
-    def _watch(self, board: StatusBoard) -> None:
+    def _watch(self) -> None:
         while not self._left:
             try:
-                board.report_status()
-                verdict = None if self._main_thread_ends.is_set() else board.verdict() or self._suspicion(board)
+                self._report()
+                verdict = None if self._main_thread_ends.is_set() else self._verdict() or self._suspicion()
             except RuntimeError as gone:
                 verdict = _STORE_IS_GONE.format(gone)
             if verdict and not self._main_thread_ends.wait(_MAIN_THREAD_S):
-                self._end(verdict, _stacks())
-            self._sleep()
+                with tempfile.TemporaryFile("w+") as file:
+                    faulthandler.dump_traceback(file)
+                    file.seek(0)
+                    self._end(verdict, file.read())
+            if select.select([self._wake_up], [], [], BEAT_S)[0] and signal.SIGTERM in self._wake_up.recv(64):
+                self._sigterm_at = time.monotonic()
 
-    def _sleep(self) -> None:
-        if select.select([self._wake_up], [], [], BEAT_S)[0] and signal.SIGTERM in self._wake_up.recv(64):
-            self._sigterm_at = time.monotonic()
-
-    def _suspicion(self, board: StatusBoard) -> str | None:
+    def _suspicion(self) -> str | None:
         """The verdict if something is wrong on this rank, else None."""
         idle_s = self._mesh.heartbeat.idle_s
         if idle_s > self._timeout_s:
-            return self._decide(board, name_the_stuck)
+            return self._decide(name_the_stuck)
         if self._sigterm_at is not None and min(idle_s, time.monotonic() - self._sigterm_at) > SILENCE_S:
             # A launcher sends SIGTERM to the other ranks when one has died. On a GPU they wait without an error.
-            lost = self._lost(board, _SILENCE_ON_SIGTERM_S)
-            return board.decide(lost) if lost else None
+            lost = self._lost(_SILENCE_ON_SIGTERM_S)
+            return self._propose(lost) if lost else None
         return None
 
-    def _decide(self, board: StatusBoard, otherwise: Callable[[Iterable[RankStatus]], str]) -> str:
+    def _decide(self, otherwise: Callable[[Iterable[RankStatus]], str]) -> str:
         """The verdict of another rank if there is one, else the lost ranks, else ``otherwise(statuses)``."""
-        lost = self._lost(board, SILENCE_S)
-        return board.verdict() or board.decide(lost or otherwise(filter(None, board.statuses().values())))
+        lost = self._lost(SILENCE_S)
+        return self._verdict() or self._propose(lost or otherwise(filter(None, self._statuses().values())))
 
-    def _lost(self, board: StatusBoard, silence_s: float) -> str | None:
-        before, deadline = board.statuses(), time.monotonic() + silence_s
-        while time.monotonic() < deadline and not board.verdict():
+    def _lost(self, silence_s: float) -> str | None:
+        before, deadline = self._statuses(), time.monotonic() + silence_s
+        while time.monotonic() < deadline and not self._verdict():
             time.sleep(BEAT_S)
-            board.report_status()
-        return name_the_lost(before, board.statuses())
+            self._report()
+        return name_the_lost(before, self._statuses())
 
     def _end(self, verdict: str, stacks: str) -> None:
         """Log the verdict with ``stacks`` and end this process."""
         if not self._ending.acquire(blocking=False):  # the other thread is already ending the process
             time.sleep(_LAST_RESORT_S)
         faulthandler.dump_traceback_later(_LAST_RESORT_S, exit=True)  # in case logging blocks
-        status = self._board.own_status() if self._board else None
-        log.error("%s was %s:\n%s", status, status and status.at, stacks)
+        status = self._status()
+        log.error("%s was %s:\n%s", status, status.at, stacks)
         log.error("the run ends: %s", verdict)
         self._linger()
         logging.shutdown()
@@ -205,59 +210,43 @@ class Watchdog:
         """Give every rank time to read the verdict: rank 0 may serve the store, so it waits longest."""
         time.sleep(4 * BEAT_S if self._mesh.rank == 0 else BEAT_S)
 
-
-class StatusBoard:
-    """Statuses of the ranks and the reason why the run ends, over a separate connection to the store of the launch.
-
-    The agent of torchrun serves the store and outlives every rank; without torchrun rank 0 serves it. Every method
-    raises RuntimeError once the store is gone.
-    """
-
-    def __init__(self, store: dist.Store, rank: int, world_size: int, heartbeat: Heartbeat) -> None:
-        connection: dist.Store = store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
-        connection.set_timeout(_STORE_TIMEOUT)
-        self._store = dist.PrefixStore("board", connection)
-        self._rank, self._world_size, self._heartbeat = rank, world_size, heartbeat
-
-    def own_status(self, ended: bool = False) -> RankStatus:
-        """The current status of this rank."""
-        code, waiting = _line_of_main_thread()
+    def _status(self, ended: bool = False) -> RankStatus:
+        heartbeat, (code, waiting) = self._mesh.heartbeat, _line_of_main_thread()
         return RankStatus(
-            rank=self._rank,
+            rank=self._mesh.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
-            iteration=self._heartbeat.iteration,
-            stage=self._heartbeat.stage,
-            marks=self._heartbeat.marks,
-            idle_s=self._heartbeat.idle_s,
+            iteration=heartbeat.iteration,
+            stage=heartbeat.stage,
+            marks=heartbeat.marks,
+            idle_s=heartbeat.idle_s,
             code=code,
             waiting=waiting,
             reported_at=time.time(),
             ended=ended,
         )
 
-    def report_status(self, ended: bool = False) -> None:
+    def _failure(self, error: Exception) -> str:
+        status = self._status()
+        return f"{status} failed {status.at}: {type(error).__name__}: {error}"
+
+    def _report(self, ended: bool = False) -> None:
         """Publish the current status of this rank."""
-        self._store.set(f"status {self._rank}", json.dumps(dataclasses.asdict(self.own_status(ended))))
+        self._store.set(f"status {self._mesh.rank}", json.dumps(dataclasses.asdict(self._status(ended))))
 
-    def statuses(self) -> dict[int, RankStatus | None]:
-        """The last status that each rank has reported; None before its first report."""
-        keys = [f"status {rank}" for rank in range(self._world_size)]
-        found = [self._store.get(key) if self._store.check([key]) else None for key in keys]
-        return {rank: text and RankStatus(**json.loads(text)) for rank, text in enumerate(found)}
+    def _statuses(self) -> Statuses:
+        keys = {rank: f"status {rank}" for rank in range(self._mesh.world_size)}
+        texts = {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
+        return {rank: RankStatus(**json.loads(texts[rank])) if rank in texts else None for rank in keys}
 
-    def decide(self, verdict: str) -> str:
+    def _propose(self, verdict: str) -> str:
         """Propose the reason why the run ends. The first proposal of any rank wins and is returned."""
         first: bytes = self._store.compare_set("verdict", "", verdict)
         return first.decode()
 
-    def verdict(self) -> str | None:
+    def _verdict(self) -> str | None:
         """The reason why the run ends; None while it continues."""
         return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
-
-
-def _failure(status: RankStatus, error: Exception) -> str:
-    return f"{status} failed {status.at}: {type(error).__name__}: {error}"
 
 
 def _line_of_main_thread() -> tuple[str, bool]:
@@ -268,14 +257,6 @@ def _line_of_main_thread() -> tuple[str, bool]:
     code = frame.f_code
     waiting = code.co_filename.startswith(_WAITING) and not code.co_filename.startswith(_WRITING)
     return f"{code.co_filename}:{frame.f_lineno}, in {code.co_name}", waiting
-
-
-def _stacks() -> str:
-    """The stacks of all threads as text."""
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        return file.read()
 
 
 def name_the_lost(before: Statuses, after: Statuses) -> str | None:

@@ -24,7 +24,6 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.outputs import ModelOutput
-from hstu.parallel.collectives import gather_objects
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder, main
@@ -222,20 +221,6 @@ def interrupt_twice(trainer: Trainer, failed_at: Path) -> None:
     interrupt_all(trainer, failed_at)
 
 
-SUSPENDED_S = 16
-
-
-def suspend_all(trainer: Trainer, failed_at: Path) -> None:
-    """Suspend all ranks while rank 0 waits in a collective, and let it continue before the others."""
-    failed_at.write_text(str(time.time()))
-    ranks = gather_objects(os.getpid(), trainer.mesh.world_group)
-    if not trainer.mesh.is_main:
-        time.sleep(2)
-        return
-    rest = f"sleep {SUSPENDED_S}; kill -CONT {ranks[0]}; sleep 1; kill -CONT {' '.join(map(str, ranks[1:]))}"
-    subprocess.Popen(["sh", "-c", f"sleep 1; kill -STOP {' '.join(map(str, ranks))}; {rest}"])
-
-
 def lose_a_worker_soon(_trainer: Trainer, _failed_at: Path) -> None:
     """Kill the data workers, as the kernel does if memory runs out, in whatever line the main thread then executes."""
 
@@ -276,7 +261,6 @@ FAULTS: dict[str, Callable[[Trainer, int, Path], None]] = {
     "SIGTERM to all processes": in_step(terminate_all),
     "Ctrl-C": in_step(interrupt_all),
     "Ctrl-C twice": in_step(interrupt_twice),
-    "suspended": in_step(suspend_all),
     "worker lost soon": in_step(lose_a_worker_soon),
     "disk of the run full": in_step(fill_disk_of_run),
 }

@@ -108,15 +108,6 @@ def test_a_frozen_rank_is_named_by_the_others(store: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_time_in_which_all_ranks_are_suspended_does_not_count(store: str, tmp_path: Path) -> None:
-    faults = dict.fromkeys(range(3), "suspended")
-    ranks = run(3, store, tmp_path, faults, iteration=3, collective_timeout_s=4)
-    assert [rank.exit_code for rank in ranks] == [0, 0, 0], ranks[0].output
-    assert re.search(r"this process was suspended for \d+ s", ranks[0].output)
-    check_checkpoints(tmp_path, 2, 4, 6, 8)
-
-
-@pytest.mark.slow
 def test_ranks_that_feel_nothing_tell_of_a_killed_one_when_their_launcher_stops_them(
     store: str, tmp_path: Path
 ) -> None:
@@ -132,7 +123,7 @@ def test_the_rank_that_serves_the_store_is_named_when_it_dies(store: str, tmp_pa
     ranks = run(3, store, tmp_path, {0: "killed"}, iteration=5, collective_timeout_s=60)
     check_all_ended(ranks, tmp_path, timeout_s=10)
     for rank in (1, 2):
-        assert re.search(r"rank 0 \(\S+, pid \d+\) was last seen at iteration \d", ranks[rank].output)
+        assert re.search(r"the launcher, or rank 0 .*, is dead or out of reach", ranks[rank].output)
     check_checkpoints(tmp_path, 2, 4)
 
 

@@ -51,13 +51,6 @@ def test_other_ranks_tell_warnings_only_with_their_rank(capsys: pytest.CaptureFi
     assert shown.err == "[rank 3] WARNING shown\n"
 
 
-def test_setting_up_again_replaces_instead_of_doubling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    set_up_logging(0)
-    set_up_logging(0, tmp_path / "log.txt")
-    logging.getLogger("hstu").info("once")
-    assert capsys.readouterr().out.count("once") == 1
-
-
 def test_log_lines_of_training_are_aligned() -> None:
     early = format_train(record(9, loss=12.5, tokens_per_s=87.0, epoch=0.01, lr=5e-5), 12000, eta_s=7500)
     late = format_train(record(12000, tokens_per_s=1.31e6, mfu=math.nan), 12000, eta_s=0)
@@ -69,23 +62,10 @@ def test_log_lines_of_training_are_aligned() -> None:
     assert early.index("ETA") == late.index("ETA")
 
 
-def test_a_line_of_training_fits_the_terminal() -> None:
-    values = {"loss": 12.5, "epoch": 99.99, "tokens_per_s": 1.31e6, "memory_bytes": 140 * 2**30, "data_wait": 0.99}
-    assert len("12:34:56 " + format_train(record(10**6, **values), 10**6, eta_s=46 * 3600)) <= 120
-
-
 def test_waiting_for_data_and_skipped_steps_are_shown_where_they_matter() -> None:
     assert "wait" not in format_train(record(data_wait=0.04), 1000)
     assert format_train(record(data_wait=0.34), 1000).endswith("  wait 34%")
     assert format_train(record(skipped_steps=2), 1000).endswith("  2 skipped")
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0.5, "0.50"), (9.996, "10.0"), (87, "87.0"), (950, "950"), (999.6, "1.00k"), (13650, "13.7k"), (2.5e9, "2.50G")],
-)
-def test_rates_have_three_digits(number: float, text: str) -> None:
-    assert f"{text:>5} tok/s" in format_train(record(tokens_per_s=number), 1000)
 
 
 def test_many_metrics_go_on_in_further_lines() -> None:

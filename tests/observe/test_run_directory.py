@@ -65,14 +65,6 @@ def test_the_lines_have_the_documented_keys(tmp_path: Path) -> None:
     assert second == {"kind": "eval", "iter": 10, "epoch": 1.0, "split": "valid", "metrics": {"AUC": 0.7}}
 
 
-def test_a_line_is_in_the_file_at_once_with_every_digit_of_the_loss(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path, "")
-    loss = 4.123456789012345
-    run.write(train(1, loss=loss))
-    assert lines(run.metrics_file)[0]["loss"] == loss  # not closed yet
-    run.close()
-
-
 def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
     with RunDirectory(tmp_path, "") as run:
         run.write(train(1, loss=math.nan, mfu=math.inf, lr=np.float32(0.5), memory_bytes=np.int64(7)))
@@ -135,26 +127,6 @@ def test_reading_drops_what_a_killed_attempt_did_in_vain(tmp_path: Path) -> None
     with RunDirectory(tmp_path, "", continues=True) as run:  # its checkpoint was of iteration 10
         run.write(train(20, loss=-20.0))
     assert [(record["iter"], record["loss"]) for record in read_metrics(run.metrics_file)] == [(10, 10.0), (20, -20.0)]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[]", "7", "{", "[" * 10**5, '{"kind": "train"}', '{"kind": "train", "iter": "3", "loss": 1}',
-        '{"kind": "train", "iter": 3, "loss": "x"}', '{"kind": "train", "iter": 1e999, "loss": 1}',
-        '{"kind": "eval", "iter": 3, "split": "valid"}', '{"kind": "eval", "iter": 3, "split": 3, "metrics": {}}',
-        '{"kind": "eval", "iter": 3, "split": "valid", "metrics": {"AUC": []}}', '{"kind": "other", "iter": 3}',
-        '{"kind": "train", "iter": true, "loss": 1}', '{"kind": "train", "iter": -3, "loss": NaN}', "\ufffd\x00",
-    ],
-)  # fmt: skip
-def test_lines_that_are_no_records_are_skipped_and_the_curves_are_drawn(tmp_path: Path, line: str) -> None:
-    with RunDirectory(tmp_path, "") as run:
-        run.write(train(1))
-        run.write(evaluation(1, AUC=0.5))
-    with run.metrics_file.open("ab") as file:
-        file.write(line.encode() + b"\xff\n" if line.startswith("\ufffd") else line.encode() + b"\n")
-    assert [record["kind"] for record in read_metrics(run.metrics_file)] == ["train", "eval"]
-    assert run.draw_curves() is not None
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

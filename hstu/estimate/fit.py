@@ -43,12 +43,11 @@ class Plan:
 
     def bindings(self, file: RunConfig) -> list[str]:
         """The gin bindings that make this plan of another configuration; none if it is the same."""
-        own, other = self.config.parts(), file.parts()
         return [
-            f"{name}.{option.name} = {getattr(part, option.name)!r}"
-            for name, part in own.items()
-            for option in options_of(type(part))
-            if getattr(part, option.name) != getattr(other[name], option.name)
+            f"{type(own).__name__}.{option.name} = {getattr(own, option.name)!r}"
+            for own, other in zip(self.config.all_args(), file.all_args(), strict=True)
+            for option in options_of(type(own))
+            if getattr(own, option.name) != getattr(other, option.name)
         ]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -38,32 +38,29 @@ from hstu.data.sampling.sampler import BatchPlan
 
 @dataclass(frozen=True)
 class Rows:
-    """The b real sequences of a batch as flat arrays, before padding; int64 unless stated otherwise."""
+    """The b real sequences of a batch, with n = Σ lengths items, as flat arrays before padding; int64 unless stated."""
 
     user_ids: np.ndarray
-    """[b]"""
     lengths: np.ndarray
-    """Items of each sequence, [b]."""
+    """Items of each sequence; [b] as the others of these four."""
     num_candidates: np.ndarray
-    """[b]"""
     num_labels: np.ndarray
-    """[b]"""
     items: np.ndarray
-    """[Σ lengths]"""
+    """[n]"""
     actions: np.ndarray | None
-    """[Σ lengths]"""
+    """[n]"""
     timestamps: np.ndarray | None
-    """[Σ lengths], seconds."""
+    """[n], seconds."""
     context: Mapping[str, np.ndarray]
     """Feature → [b]."""
     side: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Feature → [Σ lengths], or [Σ list_lengths[feature]] for a list: the values of one item after another."""
+    """Feature → [n], or [Σ list_lengths[feature]] for a list: the values of one item after another."""
     list_lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """List → values of each item, [Σ lengths]."""
+    """List → values of each item, [n]."""
     label_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     """The features of FeatureRoles.labels in their order → float32 [Σ num_labels], NaN where missing."""
     numbers: np.ndarray | None = None
-    """float32 [Σ lengths, W], see ItemColumns.numbers."""
+    """float32 [n, W], see ItemColumns.numbers."""
     hard_negatives: np.ndarray | None = None
     """Codes of items, [labels that follow another item, Negatives.hard], see draw_each."""
     held_out: np.ndarray | None = None
@@ -116,10 +113,15 @@ class Assembler:
     def assemble(self, rows: Rows, plan: BatchPlan) -> HSTUBatch:
         """The batch of ``rows``, padded with empty sequences."""
         labelled = ranges(np.cumsum(rows.lengths) - rows.num_labels, rows.num_labels)
-        negatives, draws, pool_positions = self._negatives(rows, plan)
-        looked_up, list_lengths = self._look_ups(negatives)
+        codes, draws, pool_positions = self._negatives(rows, plan)
+        looked_up, list_lengths = self._look_ups(codes)
         num_candidates, num_labels = self._padded(rows.num_candidates), self._padded(rows.num_labels)
         lists, label_values = self.roles.lists, list(rows.label_values.values())
+        seen = None
+        if rows.seen is not None and rows.seen_lengths is not None:
+            seen = SeenIds(
+                values=torch.from_numpy(rows.seen), lengths=torch.from_numpy(self._padded(rows.seen_lengths))
+            )
         return HSTUBatch(
             features=self._features(rows, looked_up),
             num_candidates=torch.from_numpy(num_candidates),
@@ -136,7 +138,7 @@ class Assembler:
             negatives=BatchNegatives(
                 draws=_tensor(draws), pool_positions=_tensor(pool_positions), list_lengths=_tensor(list_lengths)
             ),
-            seen=self._seen(rows),
+            seen=seen,
             real_batch_size=len(rows.lengths),
             item_lengths=self._padded(rows.lengths),
             num_candidates_host=num_candidates,
@@ -144,28 +146,19 @@ class Assembler:
             position=plan.position,
         )
 
-    def _seen(self, rows: Rows) -> SeenIds | None:
-        if rows.seen is None or rows.seen_lengths is None:
-            return None
-        lengths = torch.from_numpy(self._padded(rows.seen_lengths))
-        return SeenIds(values=torch.from_numpy(rows.seen), lengths=lengths)
-
     def _features(self, rows: Rows, negatives: Mapping[str, np.ndarray]) -> KeyedJaggedTensor:
         lengths = self._padded(rows.lengths)
         values = {name: rows.context[name] for name in self.roles.contextual}
         jagged_lengths = {name: (lengths > 0).astype(np.int64) for name in self.roles.contextual}
-        values[self.roles.item], jagged_lengths[self.roles.item] = rows.items, lengths
+        values[self.roles.item] = rows.items
         if self.roles.action is not None and rows.actions is not None:
             values[self.roles.action] = rows.actions
-            jagged_lengths[self.roles.action] = lengths
-        for name in self.roles.categories:
-            values[name], jagged_lengths[name] = rows.side[name], lengths
-            if name in rows.list_lengths:
-                ends = run_offsets(rows.list_lengths[name])[run_offsets(rows.lengths)]
-                jagged_lengths[name] = self._padded(np.diff(ends))
-        for key, looked_up in negatives.items():
-            values[key], jagged_lengths[key] = looked_up, self._padded(np.array([len(looked_up)]))
-        return keyed_jagged(values, jagged_lengths)
+        values |= {name: rows.side[name] for name in self.roles.categories}
+        for name, of_items in rows.list_lengths.items():
+            jagged_lengths[name] = self._padded(np.diff(run_offsets(of_items)[run_offsets(rows.lengths)]))
+        jagged_lengths |= {key: self._padded(np.array([len(found)])) for key, found in negatives.items()}
+        values |= negatives
+        return keyed_jagged(values, {key: jagged_lengths.get(key, lengths) for key in values})
 
     def _look_ups(self, negatives: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
         """For the codes of negatives: what is looked up, by key of the batch, and ``BatchNegatives.list_lengths``."""
@@ -226,32 +219,15 @@ def _tensor(array: np.ndarray | None) -> Tensor | None:
     return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
 
 
-@dataclass(frozen=True)
-class Collator:
-    """Builds the batch of a plan. Picklable: each worker process gets a copy, which reopens the memory maps."""
-
-    reader: RowReader
-    assembler: Assembler
-    skipped: SkippedSamples | None = None
-    """Leaves out and counts samples with damaged data. None: such a sample is an error."""
-
-    def __call__(self, plan: BatchPlan) -> HSTUBatch:
-        """Reads and assembles the batch."""
-        if self.skipped is None:
-            return self.assembler.assemble(self.reader.read(plan), plan)
-        plan, rows = self.skipped.read(self.reader, plan)
-        return self.assembler.assemble(rows, plan)
-
-
 MAX_SKIPPED = 100
 """Damaged samples that a rank may leave out."""
 
 
 class SkippedSamples:
-    """TrainerArgs.bad_row_policy = "skip": leaves damaged samples out of batches, and counts them.
+    """TrainerArgs.bad_row_policy = "skip": counts the damaged samples that are left out.
 
     The count covers all data workers of a rank and must be passed to them when they start. More than ``limit``
-    skipped samples are a DataError.
+    skipped samples are a DataError. A sample that recurs in another epoch counts again.
     """
 
     def __init__(self, limit: int = MAX_SKIPPED) -> None:
@@ -260,33 +236,50 @@ class SkippedSamples:
 
     @property
     def count(self) -> int:
-        """Samples left out so far; a sample that recurs in another epoch counts again."""
+        """Samples left out so far."""
         return int(self._count.value)
 
-    def read(self, reader: RowReader, plan: BatchPlan) -> tuple[BatchPlan, Rows]:
-        """The plan without its damaged samples, and its rows. The other samples keep their ordinals."""
-        try:
-            return plan, reader.read(plan)
-        except DataError:
-            good = np.array([self._is_good(reader, plan, index) for index in range(len(plan.indices))])
-        plan = _select(plan, good)
-        return plan, reader.read(plan)
+    def add(self, error: DataError) -> None:
+        """Counts a sample that cannot be read."""
+        with self._count.get_lock():
+            self._count.value += 1
+            count = self.count
+        if count > self.limit:
+            text = f"It is damaged sample {count}, and a rank may skip {self.limit}; preprocess the data again"
+            raise DataError(f"{error}. {text}") from error
+        _log.warning("skipped damaged sample %d of at most %d: %s", count, self.limit, error)
 
-    def _is_good(self, reader: RowReader, plan: BatchPlan, index: int) -> bool:
+
+@dataclass(frozen=True)
+class Collator:
+    """Builds the batch of a plan. Picklable: each worker process gets a copy, which reopens the memory maps."""
+
+    reader: RowReader
+    assembler: Assembler
+    skipped: SkippedSamples | None = None
+    """Where samples with damaged data, which are left out, are counted. None: such a sample is an error."""
+
+    def __call__(self, plan: BatchPlan) -> HSTUBatch:
+        """Reads and assembles the batch. The samples beside damaged ones keep their ordinals."""
         try:
-            reader.read(_select(plan, np.array([index])))
+            rows = self.reader.read(plan)
+        except DataError:
+            if self.skipped is None:
+                raise
+            is_good = np.array([self._can_read(_select(plan, [index])) for index in range(len(plan.indices))])
+            plan = _select(plan, np.flatnonzero(is_good))
+            rows = self.reader.read(plan)
+        return self.assembler.assemble(rows, plan)
+
+    def _can_read(self, plan: BatchPlan) -> bool:
+        assert self.skipped is not None
+        try:
+            self.reader.read(plan)
         except DataError as error:
-            with self._count.get_lock():
-                self._count.value += 1
-                count = int(self._count.value)
-            if count > self.limit:
-                text = f"It is damaged sample {count}, and a rank may skip {self.limit}; preprocess the data again"
-                raise DataError(f"{error}. {text}") from error
-            _log.warning("skipped damaged sample %d of at most %d: %s", count, self.limit, error)
+            self.skipped.add(error)
             return False
         return True
 
 
-def _select(plan: BatchPlan, chosen: np.ndarray) -> BatchPlan:
-    """The samples of a plan that ``chosen``, a mask or indices, picks."""
+def _select(plan: BatchPlan, chosen: Sequence[int] | np.ndarray) -> BatchPlan:
     return replace(plan, indices=plan.indices[chosen], ordinals=plan.ordinals[chosen])

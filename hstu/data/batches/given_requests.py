@@ -9,9 +9,9 @@ import numpy as np
 
 from hstu.base.errors import DataError
 from hstu.config.args import DatasetArgs
-from hstu.data.batches.jagged import run_indices, run_offsets
+from hstu.data.batches.jagged import run_offsets
 from hstu.data.features.labels import LabelColumn
-from hstu.data.sampling.samples import SampleTable
+from hstu.data.sampling.samples import SampleTable, samples_of_requests
 from hstu.data.store.meta import read_meta
 from hstu.data.store.requests import Requests
 from hstu.data.store.sequence_store import SequenceStore
@@ -69,30 +69,17 @@ class GivenRequests(SequenceStore):
         The history is as long as beside the candidates in training, or one event shorter than the longest sequence if
         training has no candidates. Candidates that do not see each other have the same scores in any sample.
         """
-        requests, length = self._requests, args.max_sequence_length
-        sizes, most = requests.sizes, args.max_num_candidates
+        sizes, length, most = self._requests.sizes, args.max_sequence_length, args.max_num_candidates
+        half = max(1, length // 2)
         if most:
             beside = -(-sizes // -(-sizes // most))
         elif args.candidates == "requests":
-            beside = np.where(sizes < length, sizes, max(1, length // 2))
+            beside = np.where(sizes < length, sizes, half)
         else:
             beside = np.ones_like(sizes)
-        in_sample = np.maximum(beside, max(1, length // 2))
-        row, part = run_indices(-(-sizes // in_sample))
-        first = part * in_sample[row]
-        count = np.minimum(sizes[row] - first, in_sample[row])
-        begin, stop = np.asarray(self.offsets())[requests.users[row]], requests.history_ends[row]
-        return SampleTable(
-            user=requests.users[row],
-            start=np.maximum(begin, stop - (length - beside[row])),
-            stop=stop,
-            num_candidates=count,
-            num_labels=count,
-            target=None,
-            history_begin=begin,
-            request=row,
-            first_candidate=requests.offsets[row] + first,
-        )
+        parts = -(-sizes // np.maximum(beside, half))
+        offsets = np.asarray(self.offsets())
+        return samples_of_requests(self._requests, offsets, np.arange(len(sizes)), parts, length - beside)
 
 
 @dataclass(frozen=True)

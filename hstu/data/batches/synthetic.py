@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from hstu.base.errors import ConfigError
 from hstu.base.hashing import hash_ids, random_bits
-from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, RandomDistribution, Task
+from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, RandomDistribution, Task
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.collate import Assembler, Collator, Rows
 from hstu.data.batches.jagged import run_indices, run_starts
@@ -92,21 +91,6 @@ class _Zipf:
         return ranks
 
 
-@dataclass(frozen=True)
-class _Feature:
-    """A feature's index in the random stream, its table and the distribution of its ids."""
-
-    index: int
-    table: EmbeddingArgs
-    ids: Distribution
-
-    @property
-    def num_ids(self) -> int:
-        """Ids lie in [0, num_ids)."""
-        rows = self.table.item_vocab_size_or_capacity
-        return max(self.ids.high, rows) if isinstance(self.table, DynamicEmbeddingArgs) else rows
-
-
 class SyntheticReader:
     """Draws the rows of a plan from its ordinals.
 
@@ -121,11 +105,20 @@ class SyntheticReader:
         self.roles = benchmark_roles(args)
         groups = {name: group for group in args.feature_args for name in group.feature_names}
         tables = {name: table for table in args.embedding_args for name in table.feature_names}
-        self.features: dict[str, _Feature] = {}
-        for index, name in enumerate(self.roles.names):
-            dist = groups[name].distributions().get(name, RandomDistribution())
-            ids = Distribution(dist, tables[name].item_vocab_size_or_capacity)
-            self.features[name] = _Feature(index, tables[name], ids)
+        rows = {name: tables[name].item_vocab_size_or_capacity for name in self.roles.names}
+        self.ids = {
+            name: Distribution(groups[name].distributions().get(name, RandomDistribution()), rows[name])
+            for name in self.roles.names
+        }
+        """Feature → the distribution of its ids; in the order of its index in the random stream."""
+        self.num_ids = {
+            name: max(ids.high, rows[name]) if isinstance(tables[name], DynamicEmbeddingArgs) else rows[name]
+            for name, ids in self.ids.items()
+        }
+        """Feature → n; its ids lie in [0, n)."""
+        action = self.roles.action
+        if action is not None and self.ids[action].high > rows[action]:
+            raise ConfigError(f"value_dists of {action!r}: actions must be below their table's rows, {rows[action]}")
         group = groups[self.roles.item]
         self.min_length = 1 + args.max_num_candidates
         self.max_length = group.max_sequence_length
@@ -182,9 +175,9 @@ class SyntheticReader:
         return _FIRST_TIME_S + elapsed - np.repeat(elapsed[run_starts(lengths)], lengths)
 
     def _ids(self, name: str, purpose: int, ordinals: np.ndarray, places: np.ndarray | int) -> np.ndarray:
-        feature = self.features[name]
-        ids = feature.ids.values(self._uniforms(purpose, feature.index, ordinals, places))
-        return ids if feature.ids.high <= feature.num_ids else hash_ids(ids, feature.num_ids)
+        index, drawn, num_ids = [*self.ids].index(name), self.ids[name], self.num_ids[name]
+        ids = drawn.values(self._uniforms(purpose, index, ordinals, places))
+        return ids if drawn.high <= num_ids else hash_ids(ids, num_ids)
 
     def _uniforms(self, *counters: int | np.ndarray) -> np.ndarray:
         """float64 in (0, 1)."""
@@ -214,14 +207,7 @@ class SyntheticDataset:
         wants_seen: bool = False,
     ) -> None:
         reader = SyntheticReader(args, task, split, seed, wants_timestamps=wants_timestamps, wants_seen=wants_seen)
-        action = reader.features.get(args.action_feature_name or "")
-        rows = action.table.item_vocab_size_or_capacity if action else 0
-        if action is not None and action.ids.high > rows:
-            raise ConfigError(
-                f"value_dists of {args.action_feature_name!r}: actions must be below their table's rows, {rows}"
-            )
-        self.num_ids = {name: feature.num_ids for name, feature in reader.features.items()}
-        """Feature → n; its ids lie in [0, n)."""
+        self.num_ids = reader.num_ids
         corpus_size = self.num_ids[args.item_feature_name]
         assembler = Assembler(
             batch_size, task, reader.roles, corpus_size, seed, negatives, draws_negatives=reader.is_training

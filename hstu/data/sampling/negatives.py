@@ -15,7 +15,6 @@ import numpy as np
 from hstu.base.hashing import random_below, random_bits
 from hstu.config.args import RetrievalArgs
 from hstu.data.batches.jagged import ranges, run_indices, run_offsets
-from hstu.data.sampling.sampler import coverage
 from hstu.data.sampling.samples import SampleTable
 from hstu.data.store.sequence_store import SequenceStore
 
@@ -107,30 +106,22 @@ def _alias_table(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_items(
-    store: SequenceStore,
-    feature: str,
-    samples: SampleTable,
-    *,
-    random_windows: bool = False,
+    store: SequenceStore, feature: str, samples: SampleTable, *, random_windows: bool = False
 ) -> np.ndarray:
-    """How often each item occurs in ``samples``, int64 [cardinality].
+    """How often each item occurs in ``samples``, [cardinality], float64.
 
-    ``random_windows``: how often it is expected in an epoch, float64.
+    ``random_windows``: how often it is expected in an epoch, if each event of a history is in as many of its windows.
     """
     lengths = samples.stop - samples.start
     counted = samples.stop - samples.history_begin if random_windows else lengths
     codes, size = store.sequence(feature), store.cardinality(feature)
-    counts = np.zeros(size, dtype=np.float64 if random_windows else np.int64)
+    counts = np.zeros(size)
     blocks = np.searchsorted(run_offsets(counted), np.arange(_EVENTS_PER_BLOCK, counted.sum(), _EVENTS_PER_BLOCK))
     for rows in np.split(np.arange(len(samples)), blocks):
         found = codes[ranges(samples.stop[rows] - counted[rows], counted[rows])].astype(np.int64)
         known = (found >= 0) & (found < size)  # reading a batch reports others
-        weights = None
-        if random_windows:
-            run, place = run_indices(counted[rows])
-            of_event = rows[run]
-            weights = coverage(place, counted[of_event], lengths[of_event])[known]
-        counts += np.bincount(found[known], weights, minlength=size)
+        weights = np.repeat(lengths[rows] / counted[rows], counted[rows])
+        counts += np.bincount(found[known], weights[known], minlength=size)
     return counts
 
 

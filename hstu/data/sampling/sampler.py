@@ -301,14 +301,3 @@ class RandomWindows:
         """
         uniform = random_uniform(self.seed, _STREAM, epoch, ordinals)
         return np.minimum(begin + (uniform * (stop - begin)).astype(np.int64), newest)
-
-
-def coverage(place: np.ndarray, history: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Probability that an event is in a random window; float64 [n].
-
-    place: of the event in its history, from 0. history, window: numbers of events. All int64 [n].
-    """
-    first = np.maximum(place + 1 - window, 0)
-    older = np.minimum(place + 1, history - window) - first  # windows before the newest that have the event
-    probability: np.ndarray = (np.maximum(older, 0) + window * (place >= history - window)) / history
-    return probability

@@ -219,11 +219,7 @@ def _users_before(store: SequenceStore, args: DatasetArgs) -> tuple[int, int]:
 
 
 def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> SampleTable:
-    """One sample per request, or several if it has more candidates than max_num_candidates: equal parts of them.
-
-    The parts have the same history: the newest events before the request that fit beside the largest part. With split
-    "time", train_fraction of all requests precede the cut.
-    """
+    """The requests of a split, in parts of max_num_candidates at most. With "time", train_fraction precede the cut."""
     requests, offsets = store.requests(), np.asarray(store.offsets())
     ends = requests.history_ends
     is_within = (offsets[requests.users] < ends) & (ends <= offsets[requests.users + 1])
@@ -231,22 +227,31 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: in
     chosen = np.flatnonzero(_requests_of_split(store, requests, args, split, seed))
     sizes = requests.sizes[chosen]
     parts = -(-sizes // (args.max_num_candidates or sizes))
-    room = args.max_sequence_length - -(-sizes // parts)
-    rows, part = run_indices(parts)
-    request = chosen[rows]
-    first, after = (sizes[rows] * (part + step) // parts[rows] for step in (0, 1))
-    begin, stop = offsets[requests.users[request]], requests.history_ends[request]
-    start = np.maximum(begin, stop - room[rows])
+    samples = samples_of_requests(requests, offsets, chosen, parts, args.max_sequence_length - -(-sizes // parts))
     report = {
-        "users": len(np.unique(requests.users[chosen])),
+        "users": len(np.unique(samples.user)),
         "requests": len(chosen),
-        "samples": len(request),
-        "truncated": int((start > begin).sum()),
+        "samples": len(samples),
+        "truncated": int((samples.start > samples.history_begin).sum()),
         "candidates": int(sizes.sum()),
     }
+    return replace(samples, report=report)
+
+
+def samples_of_requests(
+    requests: Requests, offsets: np.ndarray, chosen: np.ndarray, parts: np.ndarray, room: np.ndarray
+) -> SampleTable:
+    """Samples of n requests, each of which has as many ``parts`` with equally many of its candidates, int64 [n].
+
+    The parts have the same history: the newest ``room`` events before the request, int64 [n]. offsets: of the users.
+    """
+    rows, part = run_indices(parts)
+    request, sizes = chosen[rows], requests.sizes[chosen][rows]
+    first, after = (sizes * (part + step) // parts[rows] for step in (0, 1))
+    begin, stop = offsets[requests.users[request]], requests.history_ends[request]
     return SampleTable(
         user=requests.users[request],
-        start=start,
+        start=np.maximum(begin, stop - room[rows]),
         stop=stop,
         num_candidates=after - first,
         num_labels=after - first,
@@ -254,7 +259,6 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: in
         history_begin=begin,
         request=request,
         first_candidate=requests.offsets[request] + first,
-        report=report,
     )
 
 

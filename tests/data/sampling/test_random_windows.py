@@ -11,7 +11,7 @@ from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.batches.loader import build_loader
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.negatives import count_items
-from hstu.data.sampling.sampler import RandomWindows, TrainSampler, coverage
+from hstu.data.sampling.sampler import RandomWindows, TrainSampler
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.store.reader import StoreReader
 from tests.data.toy_store import ToyStore
@@ -47,25 +47,12 @@ def test_a_window_begins_anywhere_and_is_the_newest_where_too_few_events_follow(
         assert shares[newest] == pytest.approx(LENGTH / size, abs=0.02) and not shares[newest + 1 :].any()
 
 
-def test_the_coverage_of_an_event_is_the_share_of_windows_that_have_it() -> None:
-    for size in (1, 7, 8, 9, 15, 16, 17, 40):
-        window, places = min(size, LENGTH), np.arange(size)
-        expected = np.zeros(size)
-        for begin in range(size):  # each is as probable
-            stop = min(begin, size - window) + window
-            expected[stop - window : stop] += 1 / size
-        found = coverage(places, np.full(size, size), np.full(size, window))
-        assert found == pytest.approx(expected)
-
-
-def test_items_are_counted_as_often_as_windows_have_them() -> None:
-    samples = samples_of()
-    expected = np.zeros(50)
-    for starts in draw(samples, 3000):
-        for start, length in zip(starts.tolist(), samples.lengths.tolist(), strict=True):
-            expected[start : start + length] += 1 / 3000
+def test_items_are_counted_over_whole_histories_by_the_share_that_is_in_a_window() -> None:
+    samples, expected = samples_of(), np.zeros(50)
+    for size in SIZES:
+        expected[: size - 1] += min(LENGTH / (size - 1), 1)  # the last event is held out
     found = count_items(STORE, "item", samples, random_windows=True)
-    assert found == pytest.approx(expected, abs=0.05) and found.sum() == pytest.approx(samples.lengths.sum())
+    assert found == pytest.approx(expected) and found.sum() == pytest.approx(samples.lengths.sum())
 
 
 def batches(world_size: int = 1, workers: int = 0, **options: object) -> list[list[list[int]]]:

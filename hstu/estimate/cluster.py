@@ -15,7 +15,7 @@ from tabulate import tabulate
 from hstu.config.run_config import RunConfig
 from hstu.data.sampling.sampler import TrainSampler
 from hstu.estimate.dry_run import DryRuns
-from hstu.estimate.estimate import Times, memory, plan_for, size
+from hstu.estimate.estimate import memory, plan_for, size, step_times
 from hstu.estimate.machine import Machine
 from hstu.estimate.sharding import TableShards
 from hstu.estimate.workload import MOST_GROUPS, Batch, Workload, batches_of_groups
@@ -94,9 +94,9 @@ def fit_times(
     """Part of a step → seconds, seconds per token and per operation, float64 [3]."""
     loads, found = [], []
     for batch in workload.batches:
-        times = Times.of(workload, machine, runs.of(workload, batch), plan)
-        exchanged = {f"exchange for {part}": seconds for part, seconds in times.exposed.items()}
-        found.append({COMPUTING: sum(times.computing.values())} | exchanged)
+        computing, exposed = step_times(workload, machine, runs.of(workload, batch), plan)
+        exchanged = {f"exchange for {part}": seconds for part, seconds in exposed.items()}
+        found.append({COMPUTING: sum(computing.values())} | exchanged)
         loads.append([1.0, workload.tokens(batch), workload.flops(batch)])
     scale, seconds = np.max(loads, axis=0), np.array([list(parts.values()) for parts in found])
     lines = np.linalg.lstsq(loads / scale, seconds, rcond=1e-9)[0]

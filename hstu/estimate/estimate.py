@@ -85,16 +85,17 @@ def estimate(workload: Workload, machine: Machine, runs: DryRuns | None = None) 
     """The estimate for ``machine``. runs: to be used again."""
     runs = runs or DryRuns()
     plan, batches = plan_for(machine, workload, runs), workload.batches
-    found = Times.of(workload, machine, runs.of(workload, workload.typical), plan)
-    compute = sum(found.computing.values())
+    run = runs.of(workload, workload.typical)
+    computing, exposed = step_times(workload, machine, run, plan)
+    compute = sum(computing.values())
     return Estimate(
         memory=memory(workload, plan, runs.of(workload, workload.largest)),
-        transfers=found.transfers,
-        computing=found.computing,
+        transfers=transfers(workload, run, plan),
+        computing=computing,
         step={
             "computing": compute,
             "waiting for the slowest rank": compute * (workload.straggling - 1),
-            **{f"exchange for {part}": seconds for part, seconds in found.exposed.items()},
+            **{f"exchange for {part}": seconds for part, seconds in exposed.items()},
         },
         tokens=sum(map(workload.tokens, batches)) / len(batches) * workload.dp_size,
         samples=sum(len(one.samples) for one in batches) / len(batches) * workload.dp_size,
@@ -157,35 +158,25 @@ def plan_for(machine: Machine, workload: Workload, runs: DryRuns) -> tuple[Table
 # --- time ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Times:
-    """What the time of a step on one rank consists of; seconds."""
-
-    transfers: tuple[Transfer, ...]
-    computing: dict[str, float]
-    """Operator → seconds."""
-    exposed: dict[str, float]
-    """What ranks exchange for → seconds that no operator hides."""
-
-    @classmethod
-    def of(cls, workload: Workload, machine: Machine, run: DryRun, plan: tuple[TableShards, ...]) -> Times:
-        """Of a rank of the group of ``run``."""
-        shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
-        parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
-        parts |= {"samples": shared} | dict.fromkeys(("data", "shards"), "data parallelism")
-        exposed = dict.fromkeys(parts.values(), 0.0)
-        computing, waits = _follow(workload, machine, run)
-        computing |= {name: machine.seconds(name, cost) for name, cost in table_costs(workload, run, plan).items()}
-        if isinstance(machine, ThisCpu):
-            computing = {"a rank alone": machine.step_seconds(workload)}
-        for group, seconds in waits.items():
-            exposed[parts[group]] += seconds
-        found = transfers(workload, run, plan)
-        for transfer in (each for each in found if each.behind != "operators"):
-            seconds = machine.transfer_seconds(transfer, workload.ranks_on_host(transfer.group, transfer.ranks))
-            hidden = _hidden_seconds(transfer, seconds, workload, computing) if machine.overlaps else 0.0
-            exposed[parts[transfer.group]] += max(0.0, seconds - hidden)
-        return cls(found, computing, exposed)
+def step_times(
+    workload: Workload, machine: Machine, run: DryRun, plan: tuple[TableShards, ...]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(operator → seconds, what ranks exchange for → seconds that no operator hides) of a rank."""
+    shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
+    parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
+    parts |= {"samples": shared} | dict.fromkeys(("data", "shards"), "data parallelism")
+    exposed = dict.fromkeys(parts.values(), 0.0)
+    computing, waits = _follow(workload, machine, run)
+    computing |= {name: machine.seconds(name, cost) for name, cost in table_costs(workload, run, plan).items()}
+    if isinstance(machine, ThisCpu):
+        computing = {"a rank alone": machine.step_seconds(workload)}
+    for group, seconds in waits.items():
+        exposed[parts[group]] += seconds
+    for transfer in (each for each in transfers(workload, run, plan) if each.behind != "operators"):
+        seconds = machine.transfer_seconds(transfer, workload.ranks_on_host(transfer.group, transfer.ranks))
+        hidden = _hidden_seconds(transfer, seconds, workload, sum(computing.values())) if machine.overlaps else 0.0
+        exposed[parts[transfer.group]] += max(0.0, seconds - hidden)
+    return computing, exposed
 
 
 def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> tuple[Transfer, ...]:
@@ -243,9 +234,8 @@ def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str
     return computing, waits
 
 
-def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, computing: dict[str, float]) -> float:
+def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, compute: float) -> float:
     """Seconds of computation that can hide ``transfer``."""
-    compute = sum(computing.values())
     if transfer.behind == "backward":  # all but the last bucket, which nothing follows
         return min(compute * 2 / 3, seconds * (1 - 1 / transfer.calls))
     has_pipeline = workload.config.trainer.pipeline_type != "none"

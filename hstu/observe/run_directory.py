@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Optional, Protocol, Self, TextIO
+from typing import Any, Optional, Self, TextIO
 
 from hstu.base.errors import ConfigError, UserError
 from hstu.base.files import DirectoryLock, replace_text
@@ -88,7 +88,7 @@ class RunDirectory:
         self.earlier: Optional[Path] = None
         self._lock: Optional[DirectoryLock] = None
         self._metrics: Optional[TextIO] = None
-        self._trackers: list[Tracker] = []
+        self._trackers: list[TensorBoard | WeightsAndBiases] = []
         self._failed = True
         self._continues = continues
         if not is_main:
@@ -139,9 +139,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Close the files. May be called twice."""
-        if self._metrics is not None:
+        if self._metrics is not None and not self._metrics.closed:
             self._metrics.close()
-            self._metrics = None
         while self._trackers:
             self._trackers.pop().close(self._failed)
         if self._lock is not None:
@@ -183,11 +182,10 @@ class RunDirectory:
         # Readers would take the summary of an earlier attempt for that of this one.
         (self.path / "summary.json").unlink(missing_ok=True)
         resumed = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
-        torn = resumed and not self.metrics_file.read_bytes().endswith(b"\n")
         self._metrics = self.metrics_file.open("a", encoding="utf-8")
-        if torn:  # a kill has cut off the last line; begin a new one
-            self._metrics.write("\n")
         if resumed:
+            if not self.metrics_file.read_bytes().endswith(b"\n"):  # a kill has cut off the last line
+                self._metrics.write("\n")
             at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             self._append({"kind": "resumed", "at": at, "configuration_changed": changed})
 
@@ -220,18 +218,8 @@ def unused(directory: Path, pattern: str, first: int = 1) -> Path:
     return next(path for path in paths if not path.exists())
 
 
-class Tracker(Protocol):
-    """A destination of scalars. Its packages are imported on construction, so that other runs do not wait for them."""
-
-    def write(self, values: Mapping[str, float], iteration: int) -> None:
-        """Numbers by name ("train/loss", "valid/AUC")."""
-
-    def close(self, failed: bool) -> None:
-        """Finish writing. ``failed``: whether the run ended with an error."""
-
-
 class TensorBoard:
-    """Event files in ``directory``."""
+    """Event files in ``directory``. The package is imported on construction, so that other runs do not wait for it."""
 
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -239,13 +227,13 @@ class TensorBoard:
         self._events = SummaryWriter(str(directory))
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
-        """See Tracker."""
+        """Numbers by name ("train/loss", "valid/AUC")."""
         for name, value in values.items():
             self._events.add_scalar(name, value, iteration)
         self._events.flush()
 
     def close(self, failed: bool) -> None:
-        """See Tracker."""
+        """Finish writing. ``failed``: whether the run ended with an error."""
         self._events.close()
 
 
@@ -287,11 +275,11 @@ class WeightsAndBiases:
         self._write: Callable[[dict[str, float]], None] = self._run.log
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
-        """See Tracker. A service that fails does not end training: after a warning nothing more is sent."""
+        """As TensorBoard. A service that fails does not end training: after a warning nothing more is sent."""
         self._try(lambda: self._write({"iter": iteration, **values}))
 
     def close(self, failed: bool) -> None:
-        """See Tracker. Waits until everything has been sent."""
+        """As TensorBoard. Waits until everything has been sent."""
         self._try(lambda: self._run.finish(exit_code=int(failed)))
 
     def _try(self, send: Callable[[], object]) -> None:

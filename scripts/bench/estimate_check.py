@@ -36,6 +36,7 @@ from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 
 CORES = sorted(os.sched_getaffinity(0))
+WARM_UP = 3
 SMALL = [
     "NetworkArgs.num_layers = 2",
     "NetworkArgs.hidden_size = 128",
@@ -79,26 +80,21 @@ def clock_of(name: str) -> Clock:
     return time.process_time if CASES[name][3] == 1 else time.perf_counter
 
 
-def serve_rank(name: str) -> None:
-    """Serve commands on standard input: "N" runs N steps and prints their seconds, "memory" the peak of 8 steps."""
+def run_rank(name: str, steps: int) -> None:
+    """Print the seconds of each of ``steps`` steps, and the largest peak of memory of 8 more, as JSON."""
     quiet_libraries()
-    mesh = meshes.start(read(name).tensor_parallel.tensor_model_parallel_size)
-    torch.set_num_threads(1)
-    clock = clock_of(name)
     file, task, bindings, _ = CASES[name]
+    mesh, clock = meshes.start(read(name).tensor_parallel.tensor_model_parallel_size), clock_of(name)
+    torch.set_num_threads(1)
     run = prepare(str(ROOT / file), bindings, task, mesh)
     pipeline, batches = run.pipeline, run.batches()
-    for line in sys.stdin:
-        if line.strip() == "memory":
-            answer: Any = max(peak_bytes(lambda: pipeline.progress(batches)) for _ in range(8))
-            print(json.dumps(answer), flush=True)
-            break
-        times = []
-        for _ in range(int(line)):
-            begun = clock()
-            pipeline.progress(batches).loss.item()
-            times.append(clock() - begun)
-        print(json.dumps(times), flush=True)
+    times = []
+    for _ in range(WARM_UP + steps):
+        begun = clock()
+        pipeline.progress(batches).loss.item()
+        times.append(clock() - begun)
+    peak = max(peak_bytes(lambda: pipeline.progress(batches)) for _ in range(8))
+    print(json.dumps({"times": times[WARM_UP:], "peak": peak}), flush=True)
     meshes.finish()
 
 
@@ -117,42 +113,27 @@ def peak_bytes(step: Any) -> int:
     return most
 
 
-class Ranks:
-    """The processes of a case, which read commands from standard input."""
-
-    def __init__(self, name: str) -> None:
-        world_size = CASES[name][3]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--be-a-rank-of", name],
-                env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r), "MASTER_ADDR": "127.0.0.1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                cwd=ROOT,
-            )
-            for r in range(world_size)
-        ]
-
-    def send(self, line: str) -> Any:
-        """Send a command to all ranks; the answer of rank 0 once all have answered."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-        answers = [process.stdout.readline() for process in self.processes if process.stdout is not None]
-        return json.loads(answers[0])
-
-    def end(self) -> None:
-        """Kill the processes."""
-        for process in self.processes:
-            process.kill()
-            process.wait()
+def run_ranks(name: str, steps: int) -> dict[str, Any]:
+    """What rank 0 of the case prints."""
+    world_size = CASES[name][3]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--be-a-rank-of", name, "--steps", str(steps)],
+            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r), "MASTER_ADDR": "127.0.0.1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+        )
+        for r in range(world_size)
+    ]
+    printed = [process.communicate()[0] for process in processes]
+    found: dict[str, Any] = json.loads(printed[0])
+    return found
 
 
 def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
@@ -160,18 +141,14 @@ def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
     config, world_size, clock = read(name), CASES[name][3], clock_of(name)
     workload = plan_workload(config, world_size, world_size, "cpu")
     os.sched_setaffinity(0, CORES[:world_size])  # one core per rank; the ranks inherit this
-    ranks = Ranks(name)
     estimates, measured = [], []
-    try:
-        ranks.send("3")
-        for _ in range(rounds):
-            with this_cpu(workload, clock) as machine:
-                expected = estimate(workload, machine)
-            estimates.append(expected.step_s)
-            measured.append(statistics.median(ranks.send(str(steps))))
-        peak = ranks.send("memory")
-    finally:
-        ranks.end()
+    for _ in range(rounds):
+        with this_cpu(workload, clock) as machine:
+            expected = estimate(workload, machine)
+        estimates.append(expected.step_s)
+        found = run_ranks(name, steps)
+        measured.append(statistics.median(found["times"]))
+    peak = found["peak"]
     transient = ["activations", "looked-up rows", "working memory"]
     if workload.dp_size == 1:  # with DDP, gradients are in its permanent buckets
         transient.append("gradients of both")
@@ -196,7 +173,7 @@ def main() -> None:
     parser.add_argument("--be-a-rank-of", choices=CASES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.be_a_rank_of:
-        serve_rank(options.be_a_rank_of)
+        run_rank(options.be_a_rank_of, options.steps)
         return
     quiet_libraries()
     rows = []

@@ -55,11 +55,6 @@ def test_with_real_lengths_one_rank_is_the_estimate_and_more_ranks_wait_longer()
     ), "who trains on a sample changes, and nothing else"
 
 
-def test_a_simulation_is_repeated_by_its_seed() -> None:
-    runs = [simulate(run_config(), 4, 4, H100, steps=5, seed=seed) for seed in (3, 3, 4)]
-    assert runs[0] == runs[1] and runs[0].step_s != runs[2].step_s
-
-
 def test_the_slowest_group_decides_and_the_parts_add_up() -> None:
     workload = plan_workload(run_config(tp=2), 8, 8, "cuda")
     lines = {COMPUTING: np.array([1.0, 0.5, 0.0]), "exchange for tables": np.array([2.0, 0.0, 0.0])}

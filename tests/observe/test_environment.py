@@ -79,20 +79,3 @@ def test_idle_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch: pyte
         monkeypatch.setattr("os.environ", dict(given))
         let_idle_threads_sleep()
         assert os.environ == given
-
-
-@pytest.mark.parametrize("task", ["ranking"])
-def test_a_training_command_says_so_before_openmp_is_loaded(task: str) -> None:
-    code = f"""
-import sys
-from hstu import entry
-def seen():
-    assert "torch" not in sys.modules
-    print("before torch")
-entry.parse_command_line, entry.let_idle_threads_sleep = lambda *_, **__: None, seen
-sys.modules["hstu.train.main"] = type(sys)("main")
-sys.modules["hstu.train.main"].run = lambda *_: 0
-entry.train({task!r})
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY)
-    assert result.stdout == "before torch\n", result.stderr

@@ -76,12 +76,6 @@ def test_many_metrics_go_on_in_further_lines() -> None:
     assert " ".join(lines).split()[5:-2] == [word for name in metrics for word in (name, "0.5000")]
 
 
-def test_an_undefined_metric_shows_as_such() -> None:
-    metrics = {"AUC": 0.71234, "GAUC": math.nan}
-    line = format_eval(EvalRecord(iteration=100, epoch=1.0, split="valid", metrics=metrics), seconds=3.2)
-    assert line == "eval valid at iter 100  AUC 0.7123  GAUC n/a  (3 s)"
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (7500, "2 h 05 min"), (math.inf, "?"), (math.nan, "?")],

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.observe.plots import _add_epochs, _draw_metric, draw_curves, group_by_metric
+from hstu.observe.plots import draw_curves, group_by_metric
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -39,22 +39,6 @@ def test_each_metric_has_a_panel_with_its_tasks_by_name() -> None:
         "NE": {("valid", ""): points},
     }
     assert ("valid", "task1") in group_by_metric(curves)["AUC"]
-
-
-def test_every_panel_counts_iterations_below_and_epochs_above_and_tasks_differ_in_colour() -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    axes = FigureCanvasAgg(Figure()).figure.subplots()
-    _draw_metric(axes, "AUC", {("valid", name): [(10, 0.5), (20, 0.6)] for name in [f"t{i}" for i in range(12)] + [""]})
-    _add_epochs(axes, 0.05)
-    drawn = {line.get_color() for line in axes.lines}
-    assert len(drawn) == 13
-    assert axes.get_xlabel() == "iteration"
-    (above,) = axes.child_axes
-    assert above.get_xlabel() == "epoch"
-    axes.figure.canvas.draw()
-    assert above.get_xlim() == pytest.approx([0.05 * end for end in axes.get_xlim()])
 
 
 def test_both_panels_show_something(tmp_path: Path) -> None:

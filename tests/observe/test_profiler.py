@@ -49,12 +49,6 @@ def test_a_window_that_was_never_reached_is_told(tmp_path: Path, caplog: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_not_enabled_does_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run(Profiler(tmp_path, 1, 3, enabled=False), 1, 5)
-    assert list(tmp_path.iterdir()) == []
-    assert caplog.text == ""
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu_kernels_are_traced_too(tmp_path: Path) -> None:

@@ -236,13 +236,11 @@ def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[T
 
 _WORK_OF_A_RANK = """
 import numpy as np
-matrix, array = np.ones((384, 384), np.float32), np.ones(1 << 21, np.float32)
+matrix, array = np.ones((384, 384), np.float32), np.ones(1 << 19, np.float32)
 print(flush=True)
 while True:
-    for _ in range(20):
-        matrix @ matrix
-    for _ in range(4):
-        array += 1
+    matrix @ matrix
+    array += 1
 """
 
 

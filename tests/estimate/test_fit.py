@@ -24,7 +24,7 @@ RUN = ["--gin-config-file", "configs/benchmark_ranking.gin", "--world-size", "2"
 @cache
 def plans_of(memory_gb: str) -> tuple[RunConfig, list[Plan]]:
     bindings = ["NetworkArgs.dtype_str = 'bfloat16'", "TrainerArgs.train_batch_size = 2"]
-    config = run_config(bindings=[*bindings, "NetworkArgs.num_attention_heads = 2"])
+    config = run_config(bindings=[*bindings, "NetworkArgs.num_attention_heads = 2", "NetworkArgs.num_layers = 1"])
     machine = with_settings(gpu("h100", torch.bfloat16), {"memory_gb": memory_gb})
     return config, search(config, world_size=4, ranks_per_host=2, machine=machine)
 

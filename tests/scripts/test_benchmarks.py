@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hstu.config.args import NetworkArgs
 from hstu.model.stack import FusedHSTULayer
-from hstu.ops.cutlass.schedule import Rows
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from tests.conftest import REPOSITORY
 from tests.ops.backends import hstu_attention
@@ -176,53 +175,6 @@ def test_kernels_that_are_left_out_keep_their_rows_in_the_table(tmp_path: Path) 
     import_module("compile_kernels").main(["--operator", "none", "--output", str(tmp_path)])
     for name in ("triton.json", "cutlass.json", "kernels.md"):
         assert (tmp_path / name).read_text() == (documented / name).read_text()
-
-
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 1000])
-@pytest.mark.parametrize("kernel", ["forward_sm90", "keys_sm90"])
-def test_the_roofline_counts_the_tiles_that_see_a_pair(length: int, kernel: str) -> None:
-    roofline = import_module("roofline")
-    rows, (block, tile) = roofline.KERNELS[kernel][1], roofline.tiles()[kernel]
-    sees = np.tri(length) if rows is Rows.QUERIES else np.tri(length).T
-    starts = [range(0, length, step) for step in (block, tile)]
-    needed = [sum(sees[r : r + block, c : c + tile].any() for c in starts[1]) for r in starts[0]]
-    computed = roofline.block_tiles(length, rows, block, tile)
-    assert sorted(computed) == sorted(needed * roofline.SEQUENCES * roofline.HEADS)
-
-
-def test_the_roofline_has_the_tiles_of_the_kernels_that_run() -> None:
-    attention = pytest.importorskip("hstu.ops.cutlass.attention", reason="NEEDS THE CUTLASS DSL")
-    roofline = import_module("roofline")
-    shapes = {
-        f"{variant.kernel.value}_sm90": ((variant.shape.block, variant.shape.tile), variant.rows)
-        for variant in attention.variants(head_dims=(roofline.WIDTH,), dtypes=(torch.bfloat16,))
-        if variant.capability == 90 and not variant.has_bias
-    }
-    assert roofline.tiles() == {kernel: tile for kernel, (tile, _) in shapes.items()}
-    assert {kernel: row[1] for kernel, row in roofline.KERNELS.items()} == {k: rows for k, (_, rows) in shapes.items()}
-
-
-def test_the_roofline_adds_prologue_and_epilogue_per_block_and_waits_for_the_last_turn() -> None:
-    roofline = import_module("roofline")
-    block = np.full(roofline.PROCESSORS + 1, 1.0)
-    assert roofline.slowest_cta(block[:1]) == roofline.slowest_cta(block[:-1]) == 1.0
-    assert roofline.slowest_cta(block) == 2.0
-    assert roofline.slowest_cta(np.arange(2.0 * roofline.PROCESSORS)) == 2 * roofline.PROCESSORS - 1
-    (best, worst), (tile, slow_tile) = (
-        roofline.attention_seconds(1)["forward"],
-        roofline.tile_seconds("forward_sm90", *roofline.tiles()["forward_sm90"]),
-    )
-    assert roofline.SEQUENCES * roofline.HEADS <= roofline.PROCESSORS, "one turn"
-    assert best == pytest.approx(1.0e-6 + tile + 1.5e-6) and worst == pytest.approx(1.0e-6 + slow_tile + 1.5e-6)
-    assert roofline.launched_seconds(1)["backward"] == pytest.approx((2 * 40e-6, 2 * 80e-6))
-
-
-def test_the_roofline_expects_less_of_short_sequences_and_states_the_deviation() -> None:
-    roofline = import_module("roofline")
-    rows = {row["length"]: row for row in roofline.expected() if row["what"] == "forward"}
-    assert rows[512]["low"] < rows[512]["published"] < rows[512]["high"] < 0.6 * rows[16384]["high"]
-    assert all(row["low"] < row["high"] for row in rows.values())
-    assert roofline.deviation({"low": 50.0, "high": 150.0, "published": 100}) == "-50 to +50 %"
 
 
 def test_the_fastest_configuration_of_each_kernel_is_named(tmp_path: Path) -> None:

@@ -47,8 +47,9 @@ def watch_triton(patch: pytest.MonkeyPatch, record: Record) -> None:
         return resolve_kernels(Backend.TRITON, shapes)
 
     for module in ("add_layer_norm", "attention", "linear", "norm", "rows", "softmax_loss"):
-        importlib.import_module(f"hstu.ops.triton.{module}")
-        patch.setattr(f"hstu.ops.triton.{module}.launcher", launcher)
+        used = vars(importlib.import_module(f"hstu.ops.triton.{module}"))
+        for name in {"launcher", "row_launcher"} & used.keys():
+            patch.setattr(f"hstu.ops.triton.{module}.{name}", launcher)
     patch.setattr("hstu.train.builder.select_kernels", select_kernels)
 
 

@@ -199,5 +199,5 @@ def test_codes_and_raw_ids_are_not_mixed_up(
     config = tiny_config("ranking", raw_store, tmp_path / "mixed", tables=tables)
     assert isinstance(config.dataset, DatasetArgs)
     mixed = replace(config, dataset=replace(config.dataset, eval_dataset_path=str(store.path)))
-    with pytest.raises(ConfigError, match="preprocess both with the same --raw_ids"):
+    with pytest.raises(ConfigError, match="preprocess both with the same options"):
         open_source(mixed, mesh)

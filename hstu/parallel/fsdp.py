@@ -49,7 +49,22 @@ class FullySharded:
         for name, weight in dense.named_parameters():
             vars(weight).update(attributes[name])  # those that mark tensor-parallel weights
         for unit in self.units:
-            unit.set_custom_reduce_scatter(_AveragingReduceScatter(self))  # type: ignore[arg-type]
+            unit.set_custom_reduce_scatter(self)  # type: ignore[arg-type]
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for FSDP's reduce-scatter."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
+    ) -> None:
+        """FSDP's reduce-scatter: check this rank's gradients, then average as ReplicatedDense does, also over gloo."""
+        sent = input_tensor.to(self.sent_as)
+        self.own_units_finite.append(all_finite([sent]))
+        sent.mul_(1.0 / dist.get_world_size(group))
+        received = output_tensor.to(self.sent_as)
+        dist.reduce_scatter_tensor(received, sent, group=group)
+        output_tensor.copy_(received)
 
     def average_table_gradients(self) -> None:
         """After backward: average the dense gradients of replicated tables. On a CPU theirs are sparse."""
@@ -62,28 +77,6 @@ class FullySharded:
         """Free the gathered weights, so that the next forward gathers them again."""
         for unit in self.units:
             unit.reshard()
-
-
-class _AveragingReduceScatter:
-    """Averages as ReplicatedDense does, and checks this rank's gradients before. Gloo has no average."""
-
-    def __init__(self, sharded: FullySharded) -> None:
-        self._sharded = sharded
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for a collective."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
-    ) -> None:
-        """Average ``input_tensor`` over the ranks, each of which gets its part."""
-        sent = input_tensor.to(self._sharded.sent_as)
-        self._sharded.own_units_finite.append(all_finite([sent]))
-        sent.mul_(1.0 / dist.get_world_size(group))
-        received = output_tensor.to(self._sharded.sent_as)
-        dist.reduce_scatter_tensor(received, sent, group=group)
-        output_tensor.copy_(received)
 
 
 def shard_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:

@@ -95,17 +95,16 @@ class StoreWriter:
         self._lock = os.open(self.partial, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stale = os.fstat(self._lock).st_ino != self.partial.stat().st_ino
-        except (BlockingIOError, FileNotFoundError):
-            stale = True
-        if stale:
-            os.close(self._lock)
-            raise DataError(f"another process is writing {self.target} just now; wait for it, or end it")
-        self.journal = Journal(self.scratch / "journal.json", self._resume_key)
-        try:
+            if os.fstat(self._lock).st_ino != self.partial.stat().st_ino:
+                raise BlockingIOError  # another writer has just put the directory in place
+            self.journal = Journal(self.scratch / "journal.json", self._resume_key)
             if not self.journal.resume():
-                self._clear_partial()
+                for path in self.partial.iterdir():
+                    remove(path)
                 self.scratch.mkdir()
+        except (BlockingIOError, FileNotFoundError) as error:
+            os.close(self._lock)
+            raise DataError(f"another process is writing {self.target} just now; wait for it, or end it") from error
         except BaseException:
             os.close(self._lock)
             raise
@@ -164,11 +163,10 @@ class StoreWriter:
     def write_vocabulary(self, feature: str, raw_ids: np.ndarray | Iterable[str]) -> None:
         """Stores code → raw id, ascending: an int64 array, or strings. That of the users is called "user_id"."""
         self._details[feature]["has_vocab"] = True
-        stem = vocabulary_stem(feature)
         if isinstance(raw_ids, np.ndarray) and raw_ids.dtype != object:
-            self._create(f"{stem}.npy", np.dtype(np.int64), len(raw_ids))[:] = raw_ids
+            self._create(f"{vocabulary_stem(feature)}.npy", np.dtype(np.int64), len(raw_ids))[:] = raw_ids
         else:
-            self._write_strings(stem, raw_ids)
+            self._write_strings(vocabulary_stem(feature), raw_ids)
 
     def write_text_vocabulary(self, feature: str, offsets: np.ndarray, utf8: np.ndarray) -> None:
         """The same for encoded strings: value i is the bytes [offsets[i], offsets[i + 1])."""
@@ -181,8 +179,8 @@ class StoreWriter:
         A user without events of a split has the first event after it.
         """
         self._split = column
-        self._create(split_file("valid"), np.dtype(np.int64), len(valid))[:] = valid
-        self._create(split_file("test"), np.dtype(np.int64), len(test))[:] = test
+        for file, begins in ((split_file("valid"), valid), (split_file("test"), test)):
+            self._create(file, np.dtype(np.int64), len(begins))[:] = begins
 
     def create_requests(self, requests: int, candidates: int) -> dict[str, np.memmap]:
         """Arrays to be filled: those of Requests by their names."""
@@ -228,10 +226,6 @@ class StoreWriter:
         for file, array in ((offsets_file, offsets), (utf8_file, utf8)):
             self._arrays[file] = (array.dtype.str, len(array))
             np.save(self.partial / file, array)
-
-    def _clear_partial(self) -> None:
-        for path in self.partial.iterdir():
-            remove(path)
 
     def _remove_partial(self) -> None:
         with suppress(OSError):  # a full or read-only disk has its own message

@@ -1,12 +1,10 @@
 import dataclasses
-import pickle
 
-import numpy as np
 import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch, TensorGroup, keyed_jagged
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, TensorGroup
 from hstu.data.sampling.sampler import SamplerPosition
 from tests.helpers import make_batch
 
@@ -49,13 +47,6 @@ def test_features_keep_their_order_and_padding_is_empty_everywhere() -> None:
     assert [row.tolist() for row in features[NEGATIVES].to_dense()] == [[8, 9], [], []]
 
 
-def test_sizes_are_known_on_the_host() -> None:
-    batch = full_batch()
-    assert (batch.batch_size, batch.real_batch_size, batch.item_lengths.tolist()) == (3, 2, [3, 0, 2])
-    assert batch.num_labels_total == len(batch.labels) == 3
-    assert make_batch([[1, 2, 3], [4, 5]], num_candidates=[2, 1]).num_candidates_host.tolist() == [2, 1]
-
-
 def test_splitting_features_by_key_asks_no_tensor_for_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = full_batch()
 
@@ -74,21 +65,6 @@ def test_moving_moves_every_tensor_and_keeps_the_rest() -> None:
     assert batch.labels.device.type == "cpu"
     assert moved.item_lengths is batch.item_lengths and moved.position == SamplerPosition(1, 2)
     assert isinstance(moved.features, KeyedJaggedTensor) and moved.features.length_per_key() == [2, 5, 5, 2]
-
-
-def test_a_batch_survives_pickling() -> None:
-    batch = full_batch()
-    copy = pickle.loads(pickle.dumps(batch))
-    assert len(tensors_of(batch)) == 11
-    for name, tensor in tensors_of(batch).items():
-        assert torch.equal(tensor, tensors_of(copy)[name]), name
-    assert copy.features.length_per_key() == batch.features.length_per_key()
-    assert np.array_equal(copy.item_lengths, batch.item_lengths) and copy.position == batch.position
-
-
-def test_a_feature_without_any_value_is_allowed() -> None:
-    features = keyed_jagged({"item": np.empty(0, np.int64)}, {"item": np.zeros(2, np.int64)})
-    assert features["item"].values().dtype == torch.int64 and features.stride() == 2
 
 
 @pytest.mark.gpu

@@ -1,8 +1,3 @@
-import logging
-import pickle
-from collections.abc import Callable
-from itertools import islice
-
 import numpy as np
 import pytest
 import torch
@@ -19,7 +14,6 @@ from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import EvalSampler, TrainSampler
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.reader import StoreReader
-from hstu.data.store.sequence_store import SequenceStore
 from tests.base.test_hashing import chi_square_z
 from tests.data.collators import assert_same, batches_of, collator_of
 from tests.data.toy_store import ToyStore, store_of
@@ -108,16 +102,6 @@ def test_a_training_batch_has_the_items_before_its_sequences_where_seen_items_ar
     assert batches_of(collator_of(store, **options))[0].seen is None
 
 
-def test_time_split_evaluation_labels_later_events_only() -> None:
-    store = ToyStore([[1, 2, 3, 4], [5, 6]], actions=[[1, 2, 3, 4], [5, 6]], times=[[0, 1, 8, 9], [2, 3]])
-    args = {"split": "time", "train_fraction": 0.7}
-    (test,) = batches_of(collator_of(store, "ranking", "test", args=args))
-    assert test.item_lengths.tolist() == [4, 0, 0, 0] and test.num_labels.tolist() == [2, 0, 0, 0]
-    assert test.labels.tolist() == [3, 4]
-    (train,) = batches_of(collator_of(store, "ranking", "train", args=args))
-    assert train.labels.tolist() == [1, 2, 5, 6]
-
-
 def test_an_empty_plan_gives_an_empty_batch_of_full_size() -> None:
     collator = collator_of(
         ToyStore([[1, 2, 3, 4]], context={"age": [3]}), negatives=Negatives("uniform", 3), batch_size=2
@@ -126,13 +110,6 @@ def test_an_empty_plan_gives_an_empty_batch_of_full_size() -> None:
     (empty,) = [collator(plan) for plan in plans if not len(plan.indices)]
     assert empty.batch_size == 2 and empty.real_batch_size == empty.item_lengths.sum() == empty.num_labels_total == 0
     assert empty.features.values().tolist() == [] and empty.negatives.draws.shape == (0, 3)
-
-
-def test_every_batch_says_where_the_run_stands() -> None:
-    collator = collator_of(ToyStore([[1, 2, 3, 4]] * 5), batch_size=2)
-    sampler = TrainSampler(5, 2, 0, 1, seed=0, shuffle=True)
-    consumed = [collator(plan).position for plan in islice(sampler, 4)]
-    assert [(position.epoch, position.consumed) for position in consumed] == [(0, 2), (0, 4), (0, 5), (1, 2)]
 
 
 def test_what_the_data_lacks_is_a_configuration_error() -> None:
@@ -224,16 +201,6 @@ def test_shared_negatives_are_the_same_on_all_ranks_and_new_for_each_batch() -> 
     assert abs(chi_square_z(np.bincount(torch.cat(shared[0]).numpy(), minlength=60))) < 4
 
 
-def test_draws_by_popularity_are_those_of_the_counts() -> None:
-    store = ToyStore([[0] * 24 + [1] * 5 + [2] for _ in range(40)], num_items=4)
-    (batch,) = batches_of(collator_of(store, batch_size=40, negatives=Negatives("popularity", 64, exponent=0.5)))
-    items = drawn_items(batch)
-    counts = np.sqrt(np.array([24 * 40, 4 * 40]))  # the last two events of a user are held out
-    found = np.bincount(items.ravel(), minlength=4)
-    assert not found[2:].any()
-    np.testing.assert_allclose(found[:2] / items.size, counts / counts.sum(), atol=0.01)
-
-
 def test_mixed_negatives_are_the_items_of_the_batch_and_draws_that_all_ranks_share() -> None:
     collator = collator_of(long_store(), negatives=Negatives("mixed", 50, shared=True), batch_size=5)
     ranks = [batches_of(collator, world_size=2, rank=rank)[0] for rank in range(2)]
@@ -259,14 +226,6 @@ def test_an_evaluation_has_the_keys_of_training_but_no_negatives(kind: str) -> N
     assert test.features.keys() == train.features.keys()
     assert test.features.length_per_key()[1:] == [0] * (kind != "in_batch")
     assert test.negatives.draws is None and test.negatives.pool_positions is None
-
-
-def test_a_collator_reopens_its_store_where_it_is_unpickled(make_store: Callable[..., SequenceStore]) -> None:
-    collator = collator_of(make_store([[1, 2, 3, 4], [5, 6, 7]]), negatives=Negatives("popularity", 2, exponent=0.75))
-    copy = pickle.loads(pickle.dumps(collator))
-    assert copy.reader.store is not collator.reader.store
-    for one, other in zip(batches_of(collator), batches_of(copy), strict=True):
-        assert_same(one, other)
 
 
 # Damaged samples
@@ -297,9 +256,3 @@ def test_damaged_samples_are_left_out_and_counted_over_workers(workers: int, cap
 def test_more_damaged_samples_than_allowed_end_the_run(workers: int) -> None:
     with pytest.raises(DataError, match=r"item = 77 of user 103 .* damaged sample 2, and a rank may skip 1"):
         damaged_loader(limit=1, workers=workers)
-
-
-def test_nothing_is_logged_where_nothing_is_wrong(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        skipped, users = damaged_loader(limit=0, damaged=())
-    assert not caplog.records and skipped.count == 0 and len(users) == 3

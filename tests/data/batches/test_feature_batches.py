@@ -254,10 +254,3 @@ def check(schema: Mapping[str, Any], seed: int) -> None:
 @given(schemas(), st.integers(0, 2**32))
 def test_batches_are_those_of_the_reference(schema: dict[str, Any], seed: int) -> None:
     check(schema, seed)
-
-
-@pytest.mark.slow
-@settings(max_examples=120)
-@given(schemas(), st.integers(0, 2**32))
-def test_batches_are_those_of_the_reference_for_many_more_schemas(schema: dict[str, Any], seed: int) -> None:
-    check(schema, seed)

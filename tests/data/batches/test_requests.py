@@ -279,15 +279,6 @@ def test_a_log_gives_the_samples_of_a_plain_reference(
     check_against_the_reference(event_log, shown_log, length, most)
 
 
-@pytest.mark.slow
-@settings(max_examples=40, phases=[Phase.generate])
-@given(*LOGS)
-def test_any_log_gives_the_samples_of_a_plain_reference(
-    event_log: list[Any], shown_log: list[Any], length: int, most: int
-) -> None:
-    check_against_the_reference(event_log, shown_log, length, most)
-
-
 # --- bad inputs ------------------------------------------------------------------------------------------------------
 
 

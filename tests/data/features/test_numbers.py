@@ -1,7 +1,6 @@
 """Numbers and vectors of items and numbers of events, from users' own tables to the store."""
 
 import json
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.conftest import write_small_store
 from tests.data.preprocess.test_features import make
-from tests.data.preprocess.test_restart import contents
 
 EVENTS = "u,i,t,watched\nb,x1,20,9.5\nb,x2,10,3\na,x1,5,nan\na,x3,7,\na,x1,9,-8e2\n"
 ITEMS = "i,price,vector\nx1,1.5,1;2;-3\nx3,,\nx9,7,1;1;1\nx2, 4 ,.5;0;1e3\n"
@@ -153,21 +151,6 @@ def test_the_command_line_knows_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     assert "--numbers was price,watched, it is now watched" in capsys.readouterr().err
 
 
-def test_the_memory_limit_and_the_size_of_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a").mkdir()
-    expected = contents(make(tmp_path / "a", EVENTS, ITEMS, **BOTH).path)
-    monkeypatch.setattr("hstu.data.preprocess.features.ROWS_PER_CHUNK", 3)
-    monkeypatch.setattr("hstu.data.preprocess.write._SORT_BYTES_PER_ROW", 4 * 10**9 // 2)
-    assert contents(make(tmp_path / "a", EVENTS, ITEMS, force=True, **BOTH).path) == expected
-
-
-def test_a_column_of_many_numbers_gets_a_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    events = "u,i,t,watched\n" + "".join(f"a,x{n},{n},{n * 1.5}\n" for n in range(150))
-    with caplog.at_level(logging.WARNING, logger="hstu"):
-        make(tmp_path, events, None, event_columns=("watched",))
-    assert "--bins watched=10 groups them into 10 ranges, and --numbers watched takes them as quantities" in caplog.text
-
-
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no feature": ({"numbers": ("prize",)}, "--numbers prize: 'prize' is not among --item_columns or --event_columns"),
     "also ranges": ({"bins": {"price": 3}}, "--numbers price: 'price' is among --bins, too"),
@@ -224,26 +207,6 @@ def test_what_is_no_number_becomes_unusable_and_nothing_becomes_missing() -> Non
     as_vector = vector_value("i0", "v", "VARCHAR", ";", Path("i.csv"))
     found = [row[0] for row in duckdb.sql(f"SELECT {as_vector} FROM {rows}").fetchall()]
     np.testing.assert_equal(found, [[100], [-3], None, None, *[[NAN]] * 5, [1, 2], [NAN], [NAN], None])
-
-
-def test_parquet_types_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
-    frame = pd.DataFrame({"u": ["a"], "i": ["x"], "t": [1], "vector": [[0.5, 0.25]], "flag": [True], "price": [3]})
-    frame.assign(day=pd.Timestamp("2024-01-01")).to_parquet(tmp_path / "p.parquet")
-    base: dict[str, Any] = {"interactions": tmp_path / "p.parquet", "items": None}
-    with pytest.raises(DataError, match=r"'vector' holds vectors \(DOUBLE\[\]\); add --vectors vector"):
-        make(tmp_path, **base, item_columns=("vector",))
-    with pytest.raises(DataError, match=r"'vector' is DOUBLE\[\], which is a vector; name it in --vectors"):
-        make(tmp_path, **base, item_columns=("vector",), numbers=("vector",))
-    with pytest.raises(DataError, match=r"'day' is TIMESTAMP.*, which is no number"):
-        make(tmp_path, **base, event_columns=("day",), numbers=("day",))
-    with pytest.raises(DataError, match=r"'price' is BIGINT, which is no vector; name it in --numbers"):
-        make(tmp_path, **base, item_columns=("price",), vectors=("price",))
-    store = make(
-        tmp_path, **base, item_columns=("vector", "flag"), event_columns=("price",), numbers=("flag", "price"),
-        vectors=("vector",),
-    )  # fmt: skip
-    assert store.item_numbers("vector").tolist() == [[0.5, 0.25]] and store.item_numbers("flag").tolist() == [[1]]
-    assert store.sequence("price").tolist() == [3]
 
 
 def test_reports_show_numbers(tmp_path: Path) -> None:

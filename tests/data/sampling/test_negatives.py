@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.base.hashing import random_bits
-from hstu.config.args import DatasetArgs, RetrievalArgs
+from hstu.config.args import DatasetArgs
 from hstu.data.sampling import negatives as module
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, count_items, expected_log_counts
 from hstu.data.sampling.samples import build_samples
@@ -48,12 +48,6 @@ def test_draws_by_popularity_follow_the_counts_and_leave_out_what_never_occurs()
     assert not found[~drawn].any()
     chi_square = ((found[drawn] - expected) ** 2 / expected).sum()
     assert chi_square < 24.3  # exceeded with probability 0.001 at 7 degrees of freedom
-
-
-def test_equal_weights_and_uniform_draws_have_equal_frequencies() -> None:
-    for corpus in (ItemDistribution(50), ItemDistribution(50, np.full(50, 3.0))):
-        found = np.bincount(draw(corpus), minlength=50)
-        assert ((found - DRAWS / 50) ** 2 / (DRAWS / 50)).sum() < 85.4  # 0.001 at 49 degrees of freedom
 
 
 @settings(max_examples=12, deadline=None)
@@ -111,9 +105,3 @@ def test_expected_counts_of_each_kind() -> None:
     assert expected(Negatives("in_batch"), uniform)[2] < 1
     one_batch = np.exp(expected_log_counts(Negatives("in_batch"), uniform, counts, 1))
     assert one_batch.tolist() == [1, 1, 1]
-
-
-def test_exponents_by_default() -> None:
-    assert Negatives.of(RetrievalArgs(negatives="popularity", num_negatives=4)).exponent == 0.75
-    mixed = Negatives.of(RetrievalArgs(negatives="mixed", num_negatives=4))
-    assert mixed.exponent == 0 and mixed.shared

@@ -30,20 +30,6 @@ def test_a_long_history_gives_windows_back_to_its_first_event() -> None:
     assert samples.report == {"users": 1, "samples": 3, "dropped_short": 0, "truncated": 0, "events": 12}
 
 
-def test_without_the_option_there_is_one_sample_of_the_newest() -> None:
-    samples = table("retrieval", (12,), max_sequence_length=4)
-    assert spans(samples) == [(6, 10, 3)]
-    assert samples.report["truncated"] == 1
-
-
-def test_each_window_has_its_own_candidates() -> None:
-    samples = table(
-        "ranking", (9, 40), max_sequence_length=5, window_stride=4, max_num_candidates=2, train_fraction=0.9
-    )
-    assert (samples.num_candidates == samples.num_labels).all() and (samples.num_labels == 2).all()
-    assert len(samples) > 2
-
-
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(2, 20), st.data())
 def test_every_event_is_a_label_exactly_once(lengths: list[int], length: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, length - 1))
@@ -203,14 +189,6 @@ def test_user_holdout_goes_by_raw_ids_not_by_the_order_of_users() -> None:
     assert len(first) == 140
     assert chosen([raw_users[n] for n in shuffled], seed=1) == first
     assert chosen(raw_users, seed=2) != first
-
-
-@pytest.mark.parametrize("raw_users", [list(range(3000)), [f"u{n}" for n in range(3000)]], ids=["integers", "strings"])
-def test_user_holdout_does_not_prefer_small_ids(raw_users: list[object]) -> None:
-    store = ToyStore([[1, 2]] * 3000, raw_users=raw_users)
-    train = build_samples(store, dataset_args(train_fraction=0.5), "ranking", "train", seed=3).user
-    assert len(train) == 1500
-    assert 650 < (train < 1500).sum() < 850
 
 
 def test_the_report_counts_dropped_and_truncated_users() -> None:

@@ -1,6 +1,5 @@
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -89,41 +88,6 @@ def test_strings_keep_every_character(tmp_path: Path) -> None:
     assert store.encode("user_id", [-(2**63)]).tolist() == [0]
     titles = store.titles()
     assert titles is not None and titles.tolist() == [name.upper() for name in names]
-
-
-def test_a_pickled_store_reopens_by_its_path(make_store: MakeStore) -> None:
-    store = make_store([list(range(50_000))])
-    pickled = pickle.dumps(store)
-    assert len(pickled) < 1000
-    assert (pickle.loads(pickled).sequence("item_id") == store.sequence("item_id")).all()
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "sequence.item_id.npy": lambda file: os.truncate(file, file.stat().st_size - 4),
-    "sequence.action.npy": lambda file: file.unlink(),
-    "context.age.npy": lambda file: np.save(file, np.zeros(6, dtype=np.int16)),
-    "offsets.npy": lambda file: np.save(file, np.array([0, 5, 2, 6])),
-    "meta.json": lambda file: file.write_text('{"format": '),
-    "vocabulary.item_id.npy": lambda file: file.write_bytes(b"\0" * file.stat().st_size),
-    "item.genres.npy": lambda file: np.save(file, np.zeros(6, dtype=np.int32)),
-    "item.genres.offsets.npy": lambda file: np.save(file, np.array([0, 2, 2, 6, 7])),
-    "item.year.npy": lambda file: file.unlink(),
-    "sequence.device.npy": lambda file: os.truncate(file, file.stat().st_size - 4),
-}
-
-
-@pytest.mark.parametrize("file", DAMAGES)
-def test_damage_is_found_on_opening_and_the_file_and_remedy_are_named(make_store: MakeStore, file: str) -> None:
-    features = {"genres": GENRES, "year": [5, 0, 3, 3]}
-    store = make_store(
-        ITEMS, actions=ACTIONS, context={"age": [1, 0, 1]}, item_features=features, event_features={"device": DEVICES}
-    )
-    DAMAGES[file](store.path / file)
-    with pytest.raises(DataError) as raised:
-        SequenceStore.open(store.path)
-    assert file in str(raised.value)
-    assert "Make it with: python scripts/preprocess_dataset.py" in str(raised.value)
-    assert ("first move" if file == "meta.json" else "--force") in str(raised.value)
 
 
 def describe(store: SequenceStore, **changes: object) -> None:

@@ -32,7 +32,7 @@ def draw_curves(metrics_file: Path, image: Path, task_names: Sequence[str] = ())
         return None
     records = read_metrics(metrics_file)
     losses = [(r["iter"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
-    metrics = group_by_metric(eval_curves(records), task_names)
+    metrics = metric_curves(records, task_names)
     if not losses and not metrics:
         return None
 
@@ -44,39 +44,32 @@ def draw_curves(metrics_file: Path, image: Path, task_names: Sequence[str] = ())
         first, *others = figure.subplots(rows, columns, squeeze=False).flat
         _draw_losses(first, losses)
         if not metrics:
-            others[0].set(title="Evaluation")
-            _write_text(others[0], "not evaluated yet")
+            others[0].set(title="not evaluated yet", xticks=[], yticks=[])
         for axes, (name, curves) in zip(others, metrics.items(), strict=False):
             _draw_metric(axes, name, curves)
         for axes in others[panels - 1 :]:
             axes.set_axis_off()
-        if epochs_per_iteration := _epochs_per_iteration(records):
+        if epochs := [record["epoch"] / record["iter"] for record in records if record.get("epoch") and record["iter"]]:
             for axes in (first, *others[: len(metrics)]):
-                _add_epochs(axes, epochs_per_iteration)
+                _add_epochs(axes, epochs[-1])
     return image
 
 
-def group_by_metric(
-    curves: Mapping[tuple[str, str], list[Point]], task_names: Sequence[str] = ()
+def metric_curves(
+    records: Sequence[Mapping[str, Any]], task_names: Sequence[str] = ()
 ) -> dict[str, dict[tuple[str, str], list[Point]]]:
-    """Metric → (split, task) → points. The task is "" for a metric without tasks or the mean over them."""
-    grouped: dict[str, dict[tuple[str, str], list[Point]]] = {}
+    """Metric → (split, task) → its points (iteration, value), without undefined values.
+
+    The task is "" for a metric without tasks or the mean over them.
+    """
+    curves: dict[str, dict[tuple[str, str], list[Point]]] = {}
     names = {f"task{index}": name for index, name in enumerate(task_names)}
-    for (split, name), points in curves.items():
-        metric, _, task = name.partition("/")
-        grouped.setdefault(metric, {})[split, names.get(task, task)] = points
-    return grouped
-
-
-def eval_curves(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[Point]]:
-    """(split, metric) → its points (iteration, value) in order, without undefined values."""
-    curves: dict[tuple[str, str], list[Point]] = {}
-    for record in records:
-        if record["kind"] != "eval":
-            continue
+    for record in (record for record in records if record["kind"] == "eval"):
         for name, value in record["metrics"].items():
+            metric, _, task = name.partition("/")
             if value is not None:
-                curves.setdefault((record["split"], name), []).append((record["iter"], value))
+                place = record["split"], names.get(task, task)
+                curves.setdefault(metric, {}).setdefault(place, []).append((record["iter"], value))
     return curves
 
 
@@ -88,9 +81,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
-    axes.set(title="Training loss", xlabel="iteration")
     if not losses:
-        _write_text(axes, "no training loss logged")
+        axes.set(title="no training loss logged", xticks=[], yticks=[])
         return
     iterations, values = zip(*losses, strict=True)
     many = len(values) >= 20
@@ -103,7 +95,8 @@ def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
     low, high = min(values), float(np.quantile(values, 0.98))
     if many and max(values) > high + 2 * (high - low) > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.2 * (high - low))
-    axes.set_title(f"Training loss   {smoothed(values)[-1] if many else values[-1]:.3f}")
+    last = smoothed(values)[-1] if many else values[-1]
+    axes.set(xlabel="iteration", title=f"Training loss   {last:.3f}")
 
 
 def _draw_metric(axes: Axes, name: str, curves: Mapping[tuple[str, str], list[Point]]) -> None:
@@ -146,20 +139,9 @@ def _star(split: str, points: Sequence[Point]) -> str:
     return "★ " if split == "test" and len(points) == 1 else ""
 
 
-def _epochs_per_iteration(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """None if the records do not tell."""
-    known = [record["epoch"] / record["iter"] for record in records if record.get("epoch") and record["iter"] > 0]
-    return known[-1] if known else None
-
-
 def _add_epochs(axes: Axes, epochs_per_iteration: float) -> None:
     """A second axis above the panel."""
     functions = (partial(np.multiply, epochs_per_iteration), partial(np.multiply, 1 / epochs_per_iteration))
     above = axes.secondary_xaxis("top", functions=functions)
     above.set_xlabel("epoch", color=GREY, fontsize=9)
     above.tick_params(labelsize=9)
-
-
-def _write_text(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY)
-    axes.set(xticks=[], yticks=[])

@@ -31,19 +31,14 @@ class Profiler:
 
     def step(self, iteration: int) -> None:
         """Announce that ``iteration`` begins."""
-        if not self._enabled:
-            return
-        self._last = iteration
-        if self._profile is None:
-            if iteration not in self._window:
-                return
+        self._last, is_inside = iteration, self._enabled and iteration in self._window
+        if self._profile is None and is_inside:
             self._start()
-        elif iteration in self._window:
+        elif self._profile is not None and is_inside:
             self._profile.step()
-        else:
+        elif self._profile is not None:
             self._stop()
-            return
-        if self._cuda:
+        if self._cuda and is_inside:
             torch.cuda.nvtx.range_push(f"iteration {iteration}")
 
     def __enter__(self) -> Self:

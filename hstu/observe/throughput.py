@@ -37,13 +37,10 @@ class Throughput:
 class ThroughputMeter:
     """Accumulates the counts of this rank; ``take`` turns them into rates and starts over.
 
-    It never waits for the device: the counts are host integers, and time is the wall clock since construction (or the
-    last ``take``) without the ``paused`` time. On a GPU the host runs ahead of the device. Read the loss, which waits
-    for the device, before ``take``: the rates of the interval are then exact.
+    It never waits for the device: the counts are host integers, and time is the wall clock without the ``paused`` time.
+    On a GPU, read the loss, which waits for the device, before ``take``: the rates of the interval are then exact.
 
-    Args:
-        peak_tflops: of this rank's device, from the function of that name.
-        clock: seconds; tests replace it.
+    ``peak_tflops``: of this rank's device, from the function of that name.
     """
 
     def __init__(self, peak_tflops: float = math.nan, clock: Callable[[], float] = time.perf_counter) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.observe.plots import draw_curves, group_by_metric
+from hstu.observe.plots import draw_curves, metric_curves
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -31,14 +31,16 @@ def evaluations() -> list[dict[str, Any]]:
     ]
 
 
-def test_each_metric_has_a_panel_with_its_tasks_by_name() -> None:
+def test_each_metric_has_a_panel_with_its_tasks_by_name_and_without_undefined_values() -> None:
+    names = ("AUC", "AUC/task0", "AUC/task1", "NE")
+    metrics = {**dict.fromkeys(names, 0.5), "MRR": None}
+    records = [{"kind": "eval", "iter": 1, "split": "valid", "metrics": metrics}]
     points = [(1, 0.5)]
-    curves = {("valid", name): points for name in ("AUC", "AUC/task0", "AUC/task1", "NE")} | {("test", "AUC"): points}
-    assert group_by_metric(curves, ["click", "like"]) == {
-        "AUC": {("valid", ""): points, ("valid", "click"): points, ("valid", "like"): points, ("test", ""): points},
+    assert metric_curves(records, ["click", "like"]) == {
+        "AUC": {("valid", ""): points, ("valid", "click"): points, ("valid", "like"): points},
         "NE": {("valid", ""): points},
     }
-    assert ("valid", "task1") in group_by_metric(curves)["AUC"]
+    assert ("valid", "task1") in metric_curves(records)["AUC"]
 
 
 def test_both_panels_show_something(tmp_path: Path) -> None:

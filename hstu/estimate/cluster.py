@@ -24,8 +24,7 @@ from hstu.train.sources import open_source
 
 MOST_STEPS, MOST_SEQUENCES = 100, 1 << 22
 """Limits of what is simulated. With many ranks fewer steps show how long the slowest one takes."""
-DRAWN_RANKS = 64
-"""Random data has samples for so many ranks, from which batches of any number of ranks are drawn."""
+DRAWN_RANKS = 64  # random data has samples for so many ranks, from which batches of any number of ranks are drawn
 COMPUTING, WAITING = "computing", "waiting for the slowest rank"
 _OF_ALL = ("exchange for tables", "exchange for data parallelism")
 """Exchanges in which all ranks take part. The other ones stay within a tp_cp group."""
@@ -137,7 +136,7 @@ def as_objects(clusters: Sequence[Cluster]) -> list[dict[str, object]]:
 
 
 def as_text(clusters: Sequence[Cluster], machine: Machine) -> str:
-    """The table, then the assumptions."""
+    """The table, and what it is worth."""
     head = "GPUs", "step", "waiting", "exchange", "tokens/s", "efficiency", "memory", "lost", "most to"
     rows = []
     for each, found in zip(clusters, as_objects(clusters), strict=True):
@@ -147,8 +146,8 @@ def as_text(clusters: Sequence[Cluster], machine: Machine) -> str:
         rates = f"{each.tokens_per_s:,.0f}", f"{found['efficiency']:.1%}", size(each.memory)
         rows.append((f"{each.gpus:,}", f"{1e3 * each.step_s:,.1f} ms", waiting, exchange, *rates, lost, each.limit))
     aligned = ["right"] * (len(head) - 1) + ["left"]
-    lines = [tabulate(rows, head, tablefmt="plain", disable_numparse=True, colalign=aligned)]
-    lines += [f"\nnote: an estimate by {machine.name}; none of it has been measured on GPUs"]
+    table = tabulate(rows, head, tablefmt="plain", disable_numparse=True, colalign=aligned)
+    lines = [table, f"\nnote: an estimate by {machine.name}; none of it has been measured on GPUs"]
     for each in (each for each in clusters if each.memory > machine.memory_gb * 1e9):
         lines.append(f"warning: on {each.gpus} GPUs a rank needs {size(each.memory)} and has {machine.memory_gb:g} GB")
     return "\n".join(lines)

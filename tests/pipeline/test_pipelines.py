@@ -18,16 +18,14 @@ from hstu.pipeline import pipelines
 from hstu.pipeline.pipelines import TrainPipeline
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import PIPELINES, STEPS, assemble, make_config, train, write_store
-from tests.train.tiny import OF_THE_ACTION, TOWER
+from tests.train.tiny import TOWER
 
 AHEAD = ("native", "prefetch")
 ADAM, ADAGRAD = {"optimizer_str": "adam"}, {"optimizer_str": "adagrad"}
 CASES: dict[str, Any] = {
     "ranking, two widths": {"optimizer": ADAGRAD, "network": {"contextual_embedding_dim": 8}},
     "ranking, clipped": {"optimizer": ADAM, "trainer": {"max_grad_norm": 0.05}},
-    "ranking, tasks": {"dataset": {"max_num_candidates": 3}, "task_args": OF_THE_ACTION},
     "all tables replicated": {"sharded": [], "network": {"position_encoding": "relative_bias"}},
-    "retrieval, in-batch negatives": {"task": "retrieval", "task_args": {"negatives": "in_batch"}},
     "retrieval, shared negatives": {
         "task": "retrieval",
         "task_args": {"negatives": "uniform", "num_negatives": 6, "shared_negatives": True},

@@ -17,7 +17,7 @@ from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import digest
 from tests.distributed.toy import new_state, train_state
 
-FLIPS = 40
+FLIPS = 30
 
 
 @pytest.fixture(scope="module")

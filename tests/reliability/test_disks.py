@@ -60,6 +60,7 @@ def test_a_disk_that_becomes_read_only_ends_the_run(store: str, tmp_path: Path, 
     assert list(committed(tmp_path)) == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_run_directory_ends_the_run(store: str, tmp_path: Path, disk: Disk) -> None:
     disk(tmp_path / "run", "size=200k")
     rank = run_alone(store, tmp_path, "disk of the run full", 6, max_train_iters=9)

@@ -48,26 +48,26 @@ def read_anything(text: str | bytes, base: str, extra: tuple[str, ...] = ()) -> 
         assert config.operative_gin()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(st.sampled_from(sorted(BASES)), st.lists(LINES, max_size=6))
 def test_random_lines_in_a_good_file(base: str, lines: list[str]) -> None:
     good = changed(BASES[base], *(line for line in lines if not line.startswith("-")))
     read_anything(good.encode("utf-8", "surrogatepass"), base)
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(LINES, max_size=4))
 def test_random_command_line(lines: list[str]) -> None:
     read_anything(BASES["own"], "own", tuple(lines))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
 def test_random_bytes(content: bytes) -> None:
     read_anything(content, "ranking")
 
 
-@settings(max_examples=75, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.sampled_from(sorted(BASES)), st.data())
 def test_a_good_file_cut_anywhere(base: str, data: st.DataObject) -> None:
     text = BASES[base]

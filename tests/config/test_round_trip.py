@@ -114,7 +114,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(run_configs())
 def test_operative_gin_loads_to_an_equal_config(config: RunConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:

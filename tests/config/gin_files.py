@@ -69,21 +69,18 @@ USER_TASKS = OWN_DATA + text(
     ]
 )
 
-RANDOM_RETRIEVAL = text(line for line in BENCHMARK.splitlines() if not line.startswith("RankingArgs"))
-
 BASES = {
     "ranking": RANKING,
     "retrieval": RETRIEVAL,
     "benchmark": BENCHMARK,
     "own": OWN_DATA,
     "tasks": USER_TASKS,
-    "random retrieval": RANDOM_RETRIEVAL,
 }
 
 
 def task_of(base: str) -> str:
     """The task that one of the ``BASES`` is for."""
-    return "retrieval" if base.endswith("retrieval") else "ranking"
+    return "retrieval" if base == "retrieval" else "ranking"
 
 
 def changed(text: str, *lines: str) -> str:

@@ -148,17 +148,6 @@ def hard_negatives_are_draws(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(retrieval, "hard_negatives", text)
 
 
-def counted_items_are_stored(run: RunConfig) -> Iterator[Problem]:
-    retrieval = run.retrieval
-    if retrieval is not None and isinstance(run.dataset, BenchmarkDatasetArgs):
-        text = "counts the items of training samples, and random data has none before they are drawn"
-        if retrieval.negatives == "popularity":
-            yield run.problem(retrieval, "negatives", f'{text}; use "uniform"')
-        if retrieval.logq_correction and retrieval.negatives in ("in_batch", "mixed"):
-            kind = run.cite(retrieval, "negatives")
-            yield run.problem(retrieval, "logq_correction", f'with {kind} {text}; remove it, or use "uniform"')
-
-
 def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
     retrieval, dataset = run.retrieval, run.dataset
     if retrieval is None or not retrieval.item_tower or isinstance(dataset, BenchmarkDatasetArgs):
@@ -234,6 +223,6 @@ RULES = (
     candidates_leave_history, windows_leave_no_gap, split_fits_the_task, users_are_left_for_the_test,
     head_fits_the_tasks, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
-    counted_items_are_stored, item_towers_have_features, position_encodings_combine,
+    item_towers_have_features, position_encodings_combine,
     spans_fit_the_layers, truncation_leaves_layers, masks_hide_the_labels,
 )  # fmt: skip

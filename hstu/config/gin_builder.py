@@ -76,7 +76,7 @@ class ConfigBuilder:
             known["embeddings"] = self._several(EmbeddingArgs)
         if self.complete:
             known["numbers"] = self._several(NumericFeatureArgs)
-        for owner in [owner for owner in self._by_owner if owner[1] in self._unclear]:
+        for owner in [owner for cls in self._unclear for owner in self._owners_of(cls)]:
             self._object(owner)
         self._check_unused()
         return incomplete(RunDraft, known)
@@ -100,18 +100,16 @@ class ConfigBuilder:
         return None
 
     def _several(self, cls: type[Args]) -> tuple[Any, ...]:
-        """The objects of a class and its subclasses that the files bind, in file order.
+        """The objects of a class and its subclasses that the files bind, in file order."""
+        owners = self._owners_of(cls)
+        self._strays |= {owner for owner in owners if owner[0] and self._is_stray(owner)}
+        return tuple(self._object(owner) for owner in owners if owner not in self._strays)
 
-        Bindings without a scope are defaults of those with a scope, as in gin; alone they are one object.
-        """
+    def _owners_of(self, cls: type[Args]) -> list[Owner]:
+        """Bindings without a scope are defaults of those with a scope, as in gin; alone they are one object."""
         owners = [owner for owner in self._by_owner if issubclass(owner[1], cls)]
         scoped = {kind for scope, kind in owners if scope}
-        self._strays |= {owner for owner in owners if owner[0] and self._is_stray(owner)}
-        return tuple(
-            self._object(owner)
-            for owner in owners
-            if (owner[0] or owner[1] not in scoped) and owner not in self._strays
-        )
+        return [owner for owner in owners if owner[0] or owner[1] not in scoped]
 
     def _is_stray(self, owner: Owner) -> bool:
         """Whether parameters are missing because the scope is probably misspelt. Reports it."""

@@ -90,6 +90,8 @@ REFERENCES = [
         told=("seq/FeatureArgs.seqlen_dist", "a reference @scope/RandomDistribution()")),
     bad("one reference for a list", "benchmark", "BenchmarkDatasetArgs.feature_args = @seq/FeatureArgs()" + HERE,
         told=("expected list of references @scope/FeatureArgs()",)),
+    bad("text for references", "benchmark", 'BenchmarkDatasetArgs.embedding_args = ["item"]' + HERE,
+        told=("expected list of references @scope/EmbeddingArgs()", "'item' is not")),
     bad("bad value behind a reference", "benchmark", "item/EmbeddingArgs.init_std = -1" + HERE,
         told=("item/EmbeddingArgs.init_std = -1: expected float, above 0",)),
     bad("unknown macro", "ranking", "NetworkArgs.hidden_size = %widht" + HERE, "width = 32",

@@ -160,7 +160,7 @@ class TableOptimizer:
         }
         for kernel in self._sparse_kernels:
             names = [name for name, _ in kernel.named_parameters_by_table()]
-            for state in STATES["adam"]:
+            for state in self.training[names[0]].states:  # the tables of a kernel have one optimizer
                 moments = {name: self._by_row.states[name][state] for name in names}
                 tensors.update(kernel.as_sharded_tensors(moments, state))
         return tensors

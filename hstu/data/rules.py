@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hstu.config.args import DatasetArgs
-from hstu.config.option import is_given
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.run_config import RunConfig
 from hstu.data.datasets import DATASETS, resolve_name
@@ -55,18 +54,4 @@ def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
                 yield run.problem(dataset, parameter, text + guess)
 
 
-def sparse_options_have_sharded_tables(run: RunConfig) -> Iterator[Problem]:
-    dataset = run.dataset
-    if isinstance(dataset, DatasetArgs) and resolve_name(dataset.dataset_name) is not None:
-        return  # its predefined tables are sharded
-    if run.embeddings and all(table.sharding_type == "data_parallel" for table in run.embeddings):
-        for name in ("sparse_optimizer_str", "sparse_learning_rate"):
-            if is_given(run.optimizer, name):
-                text = "has no effect: it is for model_parallel tables, and this run has none; remove it"
-                yield run.problem(run.optimizer, name, text, is_warning=True)
-
-
-DATA_RULES = (
-    dataset_is_built_in_or_described, own_data_has_tables_by_hand, features_of_own_data_have_tables,
-    sparse_options_have_sharded_tables,
-)  # fmt: skip
+DATA_RULES = (dataset_is_built_in_or_described, own_data_has_tables_by_hand, features_of_own_data_have_tables)

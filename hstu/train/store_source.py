@@ -23,7 +23,7 @@ from hstu.data.features.labels import LabelColumn, check_labels
 from hstu.data.features.roles import check_numbers, recoding_of, resolve_roles
 from hstu.data.features.statistics import training_statistics
 from hstu.data.sampling.negatives import count_items
-from hstu.data.sampling.sampler import BatchPlan, EvalSampler, RandomWindows, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
 from hstu.data.store.layout import NumberStatistics
 from hstu.data.store.reader import StoreReader
@@ -70,7 +70,6 @@ class StoreSource(BatchSource):
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
         self._eval_samples: dict[Split, SampleTable] = {}
-        self._random_windows = RandomWindows.of(args, config.trainer.seed)
         self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
         self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
@@ -241,11 +240,10 @@ class StoreSource(BatchSource):
             self.roles,
             wants_timestamps=self._wants_timestamps,
             wants_request_times=self._wants_request_times,
-            wants_seen=self._wants_seen and not training,
-            wants_earlier=self._wants_earlier and training,
+            wants_seen=self._wants_earlier if training else self._wants_seen,
             recoding=self._recoding if store is self.eval_store else None,
             labels=labels,
-            random_windows=self._random_windows if training else None,
+            window_seed=self._config.trainer.seed if training and self._args.random_windows else None,
             hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed

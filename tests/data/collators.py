@@ -28,7 +28,6 @@ def build_collator(
     negatives: Negatives | None = None,
     wants_timestamps: bool = False,
     wants_seen: bool = False,
-    wants_earlier: bool = False,
     recoding: Mapping[str, np.ndarray] | None = None,
 ) -> Collator:
     """The collator of one split of a store. ``recoding``: see StoreReader."""
@@ -44,7 +43,6 @@ def build_collator(
             roles,
             wants_timestamps=wants_timestamps,
             wants_seen=wants_seen,
-            wants_earlier=wants_earlier,
             recoding=recoding,
         ),
         Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, corpus=corpus),

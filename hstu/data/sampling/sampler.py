@@ -7,8 +7,6 @@ the whole state, and a run can resume at any world size.
 
 Partitions are planned on the host, from lengths that are known without reading a sample. Every rank computes the whole
 plan, so nothing is communicated. A partition decides *which rank* trains on a sample, never which samples share a step.
-
-RandomWindows says which part of a long history a sample has in an epoch (DatasetArgs.random_windows).
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ import numpy as np
 
 from hstu.base.errors import DataError
 from hstu.base.hashing import random_uniform
-from hstu.config.args import DatasetArgs
 from hstu.data.batches.jagged import run_offsets
 
 
@@ -273,31 +270,19 @@ _STREAM = 0x5749_4E44
 """Separates these draws from those of negatives, which have the same seed."""
 
 
-@dataclass(frozen=True)
-class RandomWindows:
-    """Which window of a long history a training sample has in an epoch.
+def window_starts(
+    begin: np.ndarray, newest: np.ndarray, stop: np.ndarray, seed: int, epoch: int, ordinals: np.ndarray
+) -> np.ndarray:
+    """First events of the windows of b long histories in an epoch, int64 [b], for DatasetArgs.random_windows.
 
     The window begins at event floor(uniform * T) of the T events of a history, or is the newest window if fewer than
     its L events follow. With uniform ends instead, the newest event, nearest to what is to be recommended, would be in
     it once in T - L + 1 epochs. Here it is in it in L / T of the epochs, as are the events in the middle. The draw
-    depends on (seed, epoch, place in the epoch) alone: equal at any world size, with any number of workers and after a
+    depends on seed, epoch and place in the epoch alone: equal at any world size, with any number of workers and after a
     resume.
+
+    begin, stop: bounds of the histories. newest: first events of their newest windows. ordinals: places in the epoch.
+    All int64 [b].
     """
-
-    seed: int
-
-    @classmethod
-    def of(cls, args: DatasetArgs, seed: int) -> RandomWindows | None:
-        """From the options; None where they are off."""
-        return cls(seed) if args.random_windows else None
-
-    def starts(
-        self, begin: np.ndarray, newest: np.ndarray, stop: np.ndarray, epoch: int, ordinals: np.ndarray
-    ) -> np.ndarray:
-        """First events of the windows of b samples in an epoch, int64 [b].
-
-        begin, stop: bounds of the histories. newest: first events of their newest windows. ordinals: places in the
-        epoch. All int64 [b].
-        """
-        uniform = random_uniform(self.seed, _STREAM, epoch, ordinals)
-        return np.minimum(begin + (uniform * (stop - begin)).astype(np.int64), newest)
+    uniform = random_uniform(seed, _STREAM, epoch, ordinals)
+    return np.minimum(begin + (uniform * (stop - begin)).astype(np.int64), newest)

@@ -172,7 +172,7 @@ def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> N
 def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> SampleTable:
     """Training samples of the events before ``stop``. All are labels, but for the first ones of retrieval.
 
-    With random_windows, the newest windows, which RandomWindows moves in each epoch. With window_stride, each user's
+    With random_windows, the newest windows, which window_starts moves in each epoch. With window_stride, each user's
     newest window and the older ones, so that every event is a label once, after as much history as fits.
     """
     num_users, unlabelled = len(runs.user), 1 if task == "retrieval" else 0

@@ -15,7 +15,7 @@ from hstu.data.features.labels import LabelColumn
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.time_features import time_codes
 from hstu.data.sampling.negatives import shown_not_taken
-from hstu.data.sampling.sampler import BatchPlan, RandomWindows
+from hstu.data.sampling.sampler import BatchPlan, window_starts
 from hstu.data.sampling.samples import SampleTable
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
@@ -32,15 +32,13 @@ class StoreReader:
     wants_request_times: bool = field(default=False, kw_only=True)
     """Read the times of the held-out events of evaluation samples."""
     wants_seen: bool = field(default=False, kw_only=True)
-    """Read whole histories of evaluation samples, which filter_seen needs."""
-    wants_earlier: bool = field(default=False, kw_only=True)
-    """Read what users had before their training samples begin, which mask_seen needs."""
+    """Read what users had before evaluation targets (filter_seen), or before training samples (mask_seen)."""
     recoding: Mapping[str, np.ndarray] | None = field(default=None, kw_only=True)
     """Feature → int64 [cardinality]: from this store's codes to those of the training store. None: the same store."""
     labels: Mapping[str, LabelColumn] = field(default_factory=dict, kw_only=True)
     """The columns of FeatureRoles.labels."""
-    random_windows: RandomWindows | None = field(default=None, kw_only=True)
-    """Moves the windows of training samples at random."""
+    window_seed: int | None = field(default=None, kw_only=True)
+    """Moves the windows of training samples at random, see window_starts. None: they are the newest."""
     hard_negatives: int = field(default=0, kw_only=True)
     """Items to read for each label of what its user was shown and did not take."""
 
@@ -57,8 +55,8 @@ class StoreReader:
         start, stop, users = samples.start[chosen], samples.stop[chosen], samples.user[chosen]
         history_begin = samples.history_begin[chosen]
         lengths, num_labels = samples.lengths[chosen], samples.num_labels[chosen]
-        if self.random_windows is not None:
-            start = self.random_windows.starts(history_begin, start, stop, plan.epoch, plan.ordinals)
+        if self.window_seed is not None:
+            start = window_starts(history_begin, start, stop, self.window_seed, plan.epoch, plan.ordinals)
         ends = start + lengths
         items = SampleItems.of(self.store, samples, chosen, start, lengths)
         labelled = SampleItems.of(self.store, samples, chosen, ends - num_labels, num_labels) if self.labels else items
@@ -67,10 +65,9 @@ class StoreReader:
             target = SampleItems(self.store, samples.target[chosen])
             held_out = self._of_items(self.roles.item, target)
             request_times = target.times() if self.wants_timestamps and self.wants_request_times else None
-            if self.wants_seen:
-                seen, seen_lengths = self._items_between(history_begin, samples.target[chosen])
-        elif self.wants_earlier:
-            seen, seen_lengths = self._items_between(history_begin, start)
+        if self.wants_seen:
+            before = start if samples.target is None else samples.target[chosen]
+            seen, seen_lengths = self._items_between(history_begin, before)
         item_ids = self._of_items(self.roles.item, items)  # checks the codes, by which features of items are read
         side = self._side(items)
         return Rows(

@@ -93,7 +93,7 @@ def test_a_training_batch_has_the_items_before_its_sequences_where_seen_items_ar
 ) -> None:
     store = ToyStore([[7, 6, 8, 9, 1, 2], [5, 3, 4]])
     options = {"length": 3, "args": {"valid_items": 0, **args}}
-    (batch,) = batches_of(collator_of(store, wants_earlier=True, **options))
+    (batch,) = batches_of(collator_of(store, wants_seen=True, **options))
     padding: list[tuple[list[int], list[int]]] = [([], [])] * (4 - len(expected))
     sequences, earlier = zip(*expected, *padding, strict=True)
     assert [row.tolist() for row in batch.features["item"].to_dense()] == [*sequences]

@@ -43,7 +43,7 @@ def plainly(items: list[list[int]], shown: Shown, user: int, place: int, stop: i
     return found + [-1] * (num - len(found))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), items=events_of_users, num=st.integers(1, 3))
 def test_they_are_those_of_a_plain_reference(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, items: list[list[int]], num: int

@@ -11,7 +11,7 @@ from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.batches.loader import build_loader
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.negatives import count_items
-from hstu.data.sampling.sampler import RandomWindows, TrainSampler
+from hstu.data.sampling.sampler import TrainSampler, window_starts
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.store.reader import StoreReader
 from tests.data.toy_store import ToyStore
@@ -30,8 +30,7 @@ def samples_of(args: DatasetArgs = ARGS, **options: object) -> SampleTable:
 def draw(samples: SampleTable, epochs: int) -> np.ndarray:
     """First events of the windows, counted from those of the histories: [epochs, samples]."""
     rows, numbers = np.arange(len(samples)), np.arange(epochs)[:, None]
-    windows = RandomWindows(seed=3)
-    starts = windows.starts(samples.history_begin, samples.start, samples.stop, numbers, rows)  # type: ignore[arg-type]
+    starts = window_starts(samples.history_begin, samples.start, samples.stop, 3, numbers, rows)  # type: ignore[arg-type]
     return starts - samples.history_begin
 
 
@@ -60,7 +59,7 @@ def batches(world_size: int = 1, workers: int = 0, **options: object) -> list[li
     args, samples = replace(ARGS, **options), samples_of(**options)  # type: ignore[arg-type]
     task = "ranking" if args.max_num_candidates else "retrieval"
     roles = FeatureRoles("item", "action", ())
-    reader = StoreReader(STORE, samples, roles, random_windows=RandomWindows.of(args, 1))
+    reader = StoreReader(STORE, samples, roles, window_seed=1 if args.random_windows else None)
     merged: list[list[list[int]]] = [[] for _ in range(4 * (len(samples) // 2))]
     for rank in range(world_size):
         collator = Collator(reader, Assembler(2 // world_size, task, roles, 50, 1))  # type: ignore[arg-type]
@@ -88,7 +87,7 @@ def test_windows_are_the_same_at_any_world_size_and_with_workers() -> None:
 def test_the_newest_items_of_a_window_are_its_candidates() -> None:
     samples = samples_of(max_num_candidates=3, train_fraction=0.99)
     roles = FeatureRoles("item", "action", ())
-    reader = StoreReader(STORE, samples, roles, random_windows=RandomWindows(1))
+    reader = StoreReader(STORE, samples, roles, window_seed=1)
     collator = Collator(reader, Assembler(4, "ranking", roles, 50, 1))
     sampler = TrainSampler(len(samples), 4, 0, 1, seed=1, shuffle=False)
     for _, batch in zip(range(3), build_loader(collator, sampler), strict=False):

@@ -320,15 +320,11 @@ def bias_tensors(variant: Variant, bias: BiasArguments, sums: BiasSums | None) -
     return tensors + ([] if sums is None else [sums.position, sums.time, sums.scale])
 
 
-def _bias_types(variant: Variant) -> tuple[Any, ...]:
-    """The element types of :func:`bias_tensors`."""
-    of_sums = (Int64, Int64, Float32) if variant.kernel is Kernel.QUERIES else ()
-    return (Float64, Float64, Float32, Float32, Int64, Int32, *of_sums)
-
-
 def _bias_examples(variant: Variant) -> tuple[Any, ...]:
-    """``bias`` of :mod:`hstu.ops.cutlass.bias`."""
-    pointers = [_pointer(dtype, alignment=8) for dtype in _bias_types(variant)]
+    """``bias`` of :mod:`hstu.ops.cutlass.bias`: pointers to :func:`bias_tensors`, and two numbers."""
+    of_sums = (Int64, Int64, Float32) if variant.kernel is Kernel.QUERIES else ()
+    types = (Float64, Float64, Float32, Float32, Int64, Int32, *of_sums)
+    pointers = [_pointer(dtype, alignment=8) for dtype in types]
     return (*pointers[:6], tuple(pointers[6:]), Int32(1), Float32(1.0))
 
 

@@ -124,25 +124,17 @@ def cells(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def storage(tile: int, sums: bool) -> type:
     """Layout of the tables in shared memory; ``sums``: with room for the gradients of the weights."""
-    if not sums:
-
-        @cute.struct
-        class Tables:
-            thresholds: cute.struct.MemRange[Int64, NUM_CELLS]
-            buckets: cute.struct.MemRange[Int32, NUM_CELLS]
-            time_weight: cute.struct.MemRange[Float32, NUM_TIME_BUCKETS]
-
-        return Tables
+    num_words, num_distances = (2 * WARPS * NUM_TIME_BUCKETS, WARPS * (tile + WINDOW_MARGIN)) if sums else (0, 0)
 
     @cute.struct
-    class TablesAndSums:
+    class Tables:
         thresholds: cute.struct.MemRange[Int64, NUM_CELLS]
-        time_totals: cute.struct.MemRange[Uint32, 2 * WARPS * NUM_TIME_BUCKETS]
+        time_totals: cute.struct.MemRange[Uint32, num_words]
         buckets: cute.struct.MemRange[Int32, NUM_CELLS]
         time_weight: cute.struct.MemRange[Float32, NUM_TIME_BUCKETS]
-        windows: cute.struct.MemRange[Float32, WARPS * (tile + WINDOW_MARGIN)]
+        windows: cute.struct.MemRange[Float32, num_distances]
 
-    return TablesAndSums
+    return Tables
 
 
 def table_bytes(tile: int, sums: bool) -> int:
@@ -332,12 +324,12 @@ def _sum_by_distance(gradients: cute.Tensor, column: Int32, pairs: tuple) -> Non
         for c in cutlass.range_constexpr(2):
             total = Float32(0.0)
             if const_expr(k > 0):
-                total = total + _if(before[0], gradients[c + 4 * (k - 1)])
+                total = total + or_zero(before[0], gradients[c + 4 * (k - 1)])
             if const_expr(8 * k < width):
-                total = total + _if(before[1], gradients[c + 2 + 4 * k])
+                total = total + or_zero(before[1], gradients[c + 2 + 4 * k])
             # Lanes 9 apart have the same distance: two rows and two columns further.
-            total = total + _if((a < 6) & (b < 3), cute.arch.shuffle_sync_down(total, 9))
-            total = total + _if((a < 4) & (b < 2), cute.arch.shuffle_sync_down(total, 18))
+            total = total + or_zero((a < 6) & (b < 3), cute.arch.shuffle_sync_down(total, 9))
+            total = total + or_zero((a < 4) & (b < 2), cute.arch.shuffle_sync_down(total, 18))
             cute.arch.sync_warp()
             if (a < 2) | (b == 0):
                 place = window + (a - 2 * b - 8 * (k - 1) - c + width - 1)
@@ -361,7 +353,7 @@ def _sum_candidates(gradients: cute.Tensor, column: Int32, pairs: tuple) -> None
     beyond = tuple((row + 8 * r > end) & (row + 8 * r <= last) for r in (0, 1))
     for pair in cutlass.range_constexpr(cute.size(gradients) // 2):
         n, c = pair // 2, pair % 2
-        total = _if(beyond[0], gradients[c + 4 * n]) + _if(beyond[1], gradients[c + 2 + 4 * n])
+        total = or_zero(beyond[0], gradients[c + 4 * n]) + or_zero(beyond[1], gradients[c + 2 + 4 * n])
         for step in cutlass.range_constexpr(3):
             total = total + cute.arch.shuffle_sync_bfly(total, 4 << step)
         if lane < 4:
@@ -380,5 +372,6 @@ def _add_exactly(where: cute.Pointer, number: Int64) -> None:
     cute.arch.red(where, number, op="add", dtype="u64", sem="relaxed", scope="gpu")
 
 
-def _if(condition: Any, value: Float32) -> Float32:
+def or_zero(condition: Any, value: Float32) -> Float32:
+    """``value`` where the condition holds, else 0."""
     return Float32(select_(condition, value, Float32(0.0)))

@@ -13,7 +13,6 @@ from hstu.ops.cutlass.schedule import (
     ITEM_FIELDS,
     Rows,
     masked_tile_at,
-    num_tiles,
     tile_at,
     tile_ranges,
     visible_columns,
@@ -162,12 +161,6 @@ def ranges_of(item: cute.Tensor, sizes: tuple, shape: cutlass.Constexpr) -> tupl
 
 
 @cute.jit
-def counts_of(ranges: tuple) -> tuple:
-    """Masked tiles and all tiles of a block: :func:`hstu.ops.cutlass.schedule.num_tiles`."""
-    return num_tiles(ranges)
-
-
-@cute.jit
 def first_column(index: Int32, ranges: tuple, shape: cutlass.Constexpr) -> Int32:
     """First column of a tile of a block: :func:`hstu.ops.cutlass.schedule.tile_at`."""
     return tile_at(index, ranges, _where) * shape.tile
@@ -212,7 +205,7 @@ def silu(scores: cute.Tensor, masking: tuple, masked: cutlass.Constexpr) -> None
         half, tanh = half_and_tanh(scores[e], alpha)
         weight = half * tanh + half
         if const_expr(masked):
-            weight = _or_zero(is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2]), weight)
+            weight = bias.or_zero(is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2]), weight)
         scores[e] = weight
 
 
@@ -225,7 +218,7 @@ def silu_and_slope(score: Float32, e: cutlass.Constexpr, masking: tuple, masked:
     slope = rising + weight * (1.0 - rising)
     if const_expr(masked):
         counts = is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2])
-        weight, slope = _or_zero(counts, weight), _or_zero(counts, slope)
+        weight, slope = bias.or_zero(counts, weight), bias.or_zero(counts, slope)
     return weight, slope
 
 
@@ -240,10 +233,6 @@ def silu_derivative(
         values[e], scores[e] = silu_and_slope(scores[e], e, masking, masked)
     if const_expr(with_weights):
         pack(values, weights, dtype)
-
-
-def _or_zero(condition: Boolean, value: Float32) -> Float32:
-    return Float32(select_(condition, value, Float32(0.0)))
 
 
 @cute.jit
@@ -350,7 +339,7 @@ def multiply_slopes(
                 e = (cute.size(pairs) * group + i // 2) * 4 + 2 * r + i % 2
                 half, tanh = half_and_tanh(values[i].to(Float32), Float32(1.0))
                 rising = tanh * 0.5 + 0.5
-                sums[e] = _or_zero(exists, sums[e] * (rising + (half * tanh + half) * (1.0 - rising)))
+                sums[e] = bias.or_zero(exists, sums[e] * (rising + (half * tanh + half) * (1.0 - rising)))
 
 
 @cute.jit

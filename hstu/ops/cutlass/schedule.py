@@ -131,7 +131,7 @@ def tile_ranges(
     return all_reach // tile, second, third, fourth, fifth, sixth
 
 
-def num_tiles(ranges: tuple) -> tuple[Any, Any]:
+def count_tiles(ranges: tuple) -> tuple[Any, Any]:
     """Number of tiles of a block that need a mask, and number of all its tiles. ranges: :func:`tile_ranges`."""
     first, second, third, fourth, fifth, sixth = ranges
     return second - first + fourth - third + sixth - fifth, second + sixth - third
@@ -140,7 +140,7 @@ def num_tiles(ranges: tuple) -> tuple[Any, Any]:
 def tile_at(index: Any, ranges: tuple, where: Where = np.where) -> Any:
     """The ``index``-th tile that a block needs: first those that need a mask. ranges: :func:`tile_ranges`."""
     first, _, _, fourth, _, _ = ranges
-    num_masked, _ = num_tiles(ranges)
+    num_masked, _ = count_tiles(ranges)
     full = index - num_masked
     return where(
         index < num_masked, masked_tile_at(index, ranges, where), full + where(full < first, 0, fourth - first)
@@ -161,7 +161,7 @@ def work_of(
     """The work of each of these :func:`list_blocks`, in tiles. Beginning and ending a block takes as long as one."""
     _, first, lengths, ends = blocks.T
     lead, group = leading_rows(layout, config), max(layout.candidate_group_tokens, 1)
-    return 1 + num_tiles(tile_ranges(first, lengths, ends, lead, group, rows, block, tile))[1]
+    return 1 + count_tiles(tile_ranges(first, lengths, ends, lead, group, rows, block, tile))[1]
 
 
 def most_work(work: np.ndarray, ctas: int) -> Any:

@@ -13,6 +13,7 @@ from cutlass.cute.nvgpu import cpasync, warp
 
 from hstu.ops.cutlass import bias, common
 from hstu.ops.cutlass.common import PairwiseKernel, Shape
+from hstu.ops.cutlass.schedule import count_tiles
 
 THREADS = 256
 STAGES = 2
@@ -72,7 +73,7 @@ class Sm80Kernel(PairwiseKernel):
             row = item[1] + row_in_block
             bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
             ranges = common.ranges_of(item, sizes, shape)
-            num_masked, num_tiles = common.counts_of(ranges)
+            num_masked, num_tiles = count_tiles(ranges)
             pairs = self.begin_pairs(batch, tables, item, row, of_bias)
             block, masking = (item, head, ranges), (factors[0], column_in_tile, bounds, pairs)
             for i in cutlass.range_constexpr(self.num_outputs):
@@ -98,7 +99,7 @@ class Sm80Kernel(PairwiseKernel):
     def load(self, tensors: tuple, block: tuple, u: Int32, buffers: tuple) -> None:
         """Start to load tile ``u`` of the block, if the block has that many. block: item, head, ranges of tiles."""
         item, head, ranges = block
-        _, num_tiles = common.counts_of(ranges)
+        _, num_tiles = count_tiles(ranges)
         if u < num_tiles:
             first, stage = common.first_column(u, ranges, self.shape), u % STAGES
             for i in cutlass.range_constexpr(2):

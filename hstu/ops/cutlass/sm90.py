@@ -14,6 +14,7 @@ from cutlass.cute.nvgpu import warpgroup
 from hstu.ops.cutlass import bias, common, hopper
 from hstu.ops.cutlass.common import PairwiseKernel
 from hstu.ops.cutlass.hopper import Ring, acquire, multiply, release, wait
+from hstu.ops.cutlass.schedule import count_tiles
 
 
 class Sm90Kernel(PairwiseKernel):
@@ -114,7 +115,7 @@ class Sm90Kernel(PairwiseKernel):
                 _, barrier = acquire(rings[i], turn)
                 hopper.load(*loads[i], item[0] + item[1], head, resident[None, None, i], barrier)
             ranges = common.ranges_of(item, sizes, self.shape)
-            _, num_tiles = common.counts_of(ranges)
+            _, num_tiles = count_tiles(ranges)
             for u in cutlass.range(num_tiles, unroll=1):
                 first = item[0] + common.first_column(u, ranges, self.shape)
                 for i in cutlass.range_constexpr(2):
@@ -156,7 +157,7 @@ class Sm90Kernel(PairwiseKernel):
             row = item[1] + row_in_block
             bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
             ranges = common.ranges_of(item, sizes, shape)
-            num_masked, num_tiles = common.counts_of(ranges)
+            num_masked, num_tiles = count_tiles(ranges)
             pairs = self.begin_pairs(batch, tables, item, row, of_bias)
             for i in cutlass.range_constexpr(len(self.outputs)):
                 sums[i].fill(0.0)

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hstu.data.batches.jagged import run_starts
 from hstu.ops.cutlass.schedule import (
     Rows,
+    count_tiles,
     leading_rows,
     list_blocks,
     masked_tile_at,
     most_work,
     num_ctas,
-    num_tiles,
     tile_at,
     tile_ranges,
     visible_columns,
@@ -81,7 +81,7 @@ def test_tiles_cover_every_visible_pair_once_and_mask_the_others(
         blocks.add((start, first))
         block = mask[first : first + BLOCK]
         ranges = tile_ranges(first, length, end, lead, group, rows, BLOCK, TILE)
-        num_masked, total = num_tiles(ranges)
+        num_masked, total = count_tiles(ranges)
         lefts = [int(tile_at(index, ranges)) * TILE for index in range(total)]
         needed = {left for left in range(0, length, TILE) if block[:, left : left + TILE].any()}
         assert set(lefts) == needed and len(lefts) == len(needed)  # no tile twice, no empty tile
@@ -103,7 +103,7 @@ def tiles_of(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: i
     """The number of masked tiles and of all tiles of each block: int [blocks, 2]."""
     items = list_blocks(layout, config, rows, block)
     lead, group = leading_rows(layout, config), layout.candidate_group_tokens
-    return np.stack(num_tiles(tile_ranges(*items.T[1:], lead, group, rows, block, tile)), axis=1)
+    return np.stack(count_tiles(tile_ranges(*items.T[1:], lead, group, rows, block, tile)), axis=1)
 
 
 @pytest.mark.parametrize(("rows", "is_causal"), itertools.product(Rows, (True, False)))

@@ -132,17 +132,16 @@ def pool_softmax_loss(
     backend: Backend = Backend.PYTORCH,
     seen: SeenItems | None = None,
 ) -> Tensor:
-    """The loss by a backend."""
-    kernel = kernels_of(backend, queries.shape[-1]).pool_softmax_loss
-    negatives = Negatives(target_ids, pool_ids, temperature, log_weights, seen)
-    return functional.softmax_loss(queries, positives, pool, negatives, kernel)
+    """The loss against a whole pool by a backend."""
+    others = target_ids, pool_ids, temperature, backend, log_weights, seen
+    return sampled_softmax_loss(queries, positives, pool, None, *others)
 
 
 def sampled_softmax_loss(
     queries: Tensor,
     positives: Tensor,
     pool: Tensor,
-    draws: Tensor,
+    draws: Tensor | None,
     target_ids: Tensor,
     pool_ids: Tensor,
     temperature: float,
@@ -150,7 +149,8 @@ def sampled_softmax_loss(
     log_weights: Tensor | None = None,
     seen: SeenItems | None = None,
 ) -> Tensor:
-    """The loss by a backend."""
-    kernel = kernels_of(backend, queries.shape[-1]).sampled_softmax_loss
+    """The loss by a backend; without draws, against the whole pool."""
+    kernels = kernels_of(backend, queries.shape[-1])
+    kernel = kernels.pool_softmax_loss if draws is None else kernels.sampled_softmax_loss
     negatives = Negatives(target_ids, pool_ids, temperature, log_weights, seen, draws)
     return functional.softmax_loss(queries, positives, pool, negatives, kernel)

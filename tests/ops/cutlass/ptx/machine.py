@@ -184,23 +184,19 @@ class Warp:
 
     def _red(self, instruction: Instruction, mask: np.ndarray) -> None:
         """An atomic addition of integers, one thread after the other."""
-        self._add_atomically(instruction, *instruction.operands, mask)
+        self._atom(Instruction(instruction.opcode, ["_", *instruction.operands]), mask)
 
     def _atom(self, instruction: Instruction, mask: np.ndarray) -> None:
         """As ``red``; the register gets what was there before."""
-        target, *operands = instruction.operands
-        self.values.write(target, self._add_atomically(instruction, *operands, mask), mask)
-
-    def _add_atomically(self, instruction: Instruction, memory: tuple, source: str, mask: np.ndarray) -> np.ndarray:
+        target, memory, source = instruction.operands
         assert instruction.parts[-2:] in (["add", "u32"], ["add", "u64"]), instruction
-        size = WIDTH[instruction.parts[-1]]
         value = self.values.read(source, instruction.parts[-1])
         before = np.zeros_like(value)
-        for lane, data in self._places(instruction, memory, 0, size, mask):
+        for lane, data in self._places(instruction, memory, 0, WIDTH[instruction.parts[-1]], mask):
             number = data.view(value.dtype)
             before[lane] = number[0]
             number += value[lane]
-        return before
+        self.values.write(target, before, mask)
 
     def _cvta(self, instruction: Instruction, mask: np.ndarray) -> None:
         self.values.alias(*instruction.operands)
@@ -323,12 +319,7 @@ class Warp:
         assert mask.all() and "m16n8k16" in instruction.parts
         sums, left, right, start = instruction.operands
         dtype = instruction.parts[-2]
-        lane = np.arange(LANES)
-        a, b = np.zeros((16, 16), np.uint16), np.zeros((8, 16), np.uint16)
-        for r, register in enumerate(left):
-            pair = self.values.read(register, "u32")
-            for c in (0, 1):
-                a[lane // 4 + r % 2 * 8, lane % 4 * 2 + c + r // 2 * 8] = pair >> 16 * c & 0xFFFF
+        lane, a, b = np.arange(LANES), self._fragment(left), np.zeros((8, 16), np.uint16)
         for r, register in enumerate(right):
             pair = self.values.read(register, "u32")
             for c in (0, 1):
@@ -337,6 +328,15 @@ class Warp:
         old = [self.values.read(register, "f32") for register in start]
         for e, register in enumerate(sums):
             self.values.write(register, old[e] + product[lane // 4 + e // 2 * 8, lane % 4 * 2 + e % 2], mask)
+
+    def _fragment(self, registers: list) -> np.ndarray:
+        """The left operand [16, 16] that a warp holds in registers, two 16-bit numbers in each."""
+        bits, lane = np.zeros((16, 16), np.uint16), np.arange(LANES)
+        for r, register in enumerate(registers):
+            pair = self.values.read(register, "u32")
+            for c in (0, 1):
+                bits[lane // 4 + r % 2 * 8, lane % 4 * 2 + c + r // 2 * 8] = pair >> 16 * c & 0xFFFF
+        return bits
 
     def _product(self, instruction: Instruction) -> Callable[[], None]:
         """The product as a function. Descriptors and predicate are read now, registers and memory when it is called."""
@@ -353,12 +353,7 @@ class Warp:
             k = np.arange(16)
             right_bits = self._operand(b, np.arange(columns)[:, None], k)
             if isinstance(a, list):
-                left_bits = np.zeros((16, 16), np.uint16)
-                for r, register in enumerate(a):
-                    pair = self.values.read(register, "u32")
-                    for c in range(2):
-                        of_lane = np.arange(LANES)
-                        left_bits[of_lane // 4 + r % 2 * 8, of_lane % 4 * 2 + c + r // 2 * 8] = pair >> 16 * c & 0xFFFF
+                left_bits = self._fragment(a)
             else:
                 left_bits = self._operand(a, (np.arange(16) + self.index % 4 * 16)[:, None], k)
             product = from_bits16(left_bits, dtype) @ from_bits16(right_bits, dtype).T

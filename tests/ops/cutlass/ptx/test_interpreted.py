@@ -71,18 +71,22 @@ def errors(heads: int, head_dim: int, has_bias: bool, dtype: torch.dtype, **mask
     before = projected.detach().double().requires_grad_()
     (of_projected,) = torch.autograd.grad(F.silu(before), before, torch.stack(of_activated[:3], 2))
     exact = [right, *of_projected.unbind(2), of_projected.sum(0), *of_activated[3:]]
-    return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
+    return [
+        float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(ours, exact, strict=True)
+    ]
 
 
 CAUSAL = {"is_causal": True, "contextual_mask": True}
 EVERY_KERNEL = [
-    pytest.param(capability, 2, head_dim, has_bias, torch.bfloat16, CAUSAL, marks=pytest.mark.slow)
+    pytest.param(
+        capability, 2 if head_dim == 64 else 1, head_dim, has_bias, torch.bfloat16, CAUSAL, marks=pytest.mark.slow
+    )
     for capability in (90, 80)
     for has_bias, head_dims in ((False, HEAD_DIMS), (True, BIAS_HEAD_DIMS))
     for head_dim in head_dims
 ]
 OTHER_MASKS = [
-    pytest.param(capability, 2, 32, has_bias, torch.float16, mask, marks=pytest.mark.slow)
+    pytest.param(capability, 1, 32, has_bias, torch.float16, mask, marks=pytest.mark.slow)
     for capability in (90, 80)
     for has_bias, mask in ((False, {"contextual_mask": False}), (True, {"is_causal": False}))
 ]

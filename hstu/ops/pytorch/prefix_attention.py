@@ -52,8 +52,8 @@ def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
     dtype = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
     queries, keys, values = (x.transpose(0, 1).to(dtype) for x in (inputs.q, inputs.k, inputs.v))
     tables = None if bias is None else (bias.position_weight.to(dtype), bias.time_weight.to(dtype))
-    attended = _own(queries, keys, values, layout, config, tables, prefix)
-    added = _prefix_terms(layout, config, tables, prefix, dtype)
+    attended = _own(inputs, (queries, keys, values), tables, prefix)
+    added = _prefix_terms(inputs, tables, prefix, dtype)
     start = 0
     for page_keys, page_values in prefix.pages:
         stop = start + page_keys.shape[1]
@@ -66,14 +66,10 @@ def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
 
 
 def _prefix_terms(
-    layout: JaggedLayout,
-    config: AttentionConfig,
-    tables: tuple[Tensor, Tensor] | None,
-    prefix: CachedPrefix,
-    dtype: torch.dtype,
+    inputs: AttentionInputs, tables: tuple[Tensor, Tensor] | None, prefix: CachedPrefix, dtype: torch.dtype
 ) -> Tensor:
     """What is added to the scores of the prefix: [r, P], where r = 1 serves all rows; [1, 1] of zeros: nothing."""
-    device = layout.positions.device
+    layout, config, device = inputs.layout, inputs.config, inputs.layout.positions.device
     rows = layout.positions[:1] if layout.num_candidate_tokens is not None else layout.positions
     keys = torch.arange(prefix.num_tokens, device=device)
     added = torch.zeros(1, 1, dtype=dtype, device=device)
@@ -115,16 +111,13 @@ def _is_hidden(start: int, stop: int, layout: JaggedLayout, config: AttentionCon
 
 
 def _own(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    layout: JaggedLayout,
-    config: AttentionConfig,
-    tables: tuple[Tensor, Tensor] | None,
-    prefix: CachedPrefix,
+    inputs: AttentionInputs, qkv: tuple[Tensor, ...], tables: tuple[Tensor, Tensor] | None, prefix: CachedPrefix
 ) -> Tensor:
-    """Each new token with itself and the new ones before it, of its target group if it is a candidate: [H, n, d]."""
-    count = queries.shape[1]
+    """Each new token with itself and the new ones before it, of its target group if it is a candidate: [H, n, d].
+
+    qkv: [H, n, d] each.
+    """
+    layout, config, count = inputs.layout, inputs.config, len(inputs.q)
     size = count if layout.num_candidate_tokens is None else layout.candidate_group_tokens
     padding = -count % size  # of the last group; real tokens do not see it, because it comes after them
 
@@ -135,7 +128,7 @@ def _own(
         """What each query and each key of a group has: [groups, size, 1] and [groups, 1, size]."""
         return F.pad(rows, (0, padding)).view(-1, size, 1), F.pad(columns, (0, padding)).view(-1, 1, size)
 
-    q, k, v = grouped(queries), grouped(keys), grouped(values)
+    q, k, v = map(grouped, qkv)
     # Products of single rows and columns are faster as sums of products.
     scores = config.alpha * ((q * k).sum(-1, keepdim=True) if size == 1 else q @ k.transpose(2, 3))
     rows, columns = pairs(layout.positions, layout.positions)

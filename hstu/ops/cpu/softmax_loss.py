@@ -70,7 +70,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         if log_weights is not None:
             arguments.set(log_weights=log_weights.contiguous())
         if seen is not None:
-            arguments.set(first=seen.first, sequences=seen.sequences, places=seen.places)
+            arguments.set(**vars(seen))
         losses = torch.empty(num_queries)
         arguments.set(losses=losses, tags=torch.empty(len(pool), dtype=torch.uint8))
         if draws.numel() >= DRAWS_PER_PACKED_ROW * len(pool):
@@ -129,7 +129,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
             library().hstu_pool_softmax(ctypes.byref(arguments))
 
         blocks = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS)
-        return in_blocks(ctx, queries, positives, pool, negatives.temperature, exponentials, blocks)
+        return in_blocks(ctx, (queries, positives, pool), negatives.temperature, exponentials, blocks)
 
 
 def _as_int32(pool_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:

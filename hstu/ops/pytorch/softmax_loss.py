@@ -72,19 +72,17 @@ class PoolSoftmaxLoss(SoftmaxLoss):
 
         elements = BLOCK_ELEMENTS.get(queries.device.type, BLOCK_ELEMENTS["cuda"])
         blocks = block_shape(len(queries), len(pool), elements)
-        return in_blocks(ctx, queries, positives, pool, negatives.temperature, exponentials, blocks)
+        return in_blocks(ctx, (queries, positives, pool), negatives.temperature, exponentials, blocks)
 
 
 def in_blocks(
-    ctx: Any,
-    queries: Tensor,
-    positives: Tensor,
-    pool: Tensor,
-    temperature: float,
-    exponentials: Exponentials,
-    blocks: tuple[int, int],
+    ctx: Any, vectors: tuple[Tensor, ...], temperature: float, exponentials: Exponentials, blocks: tuple[int, int]
 ) -> Tensor:
-    """The loss against a whole pool, and its gradients if they are needed. blocks: rows and columns of a block."""
+    """The loss against a whole pool, and its gradients if they are needed.
+
+    vectors: queries, positives and pool; blocks: rows and columns of a block.
+    """
+    queries, positives, pool = vectors
     positive_logits = (queries * positives).sum(dim=1) / temperature
     losses = torch.empty_like(positive_logits)
     wants_gradients = any(ctx.needs_input_grad)

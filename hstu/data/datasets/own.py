@@ -11,21 +11,10 @@ from pathlib import Path
 
 from duckdb import DuckDBPyConnection
 
+from hstu.base.errors import DataError
 from hstu.data.datasets.own_columns import InteractionColumns, columns_of, open_table
-from hstu.data.datasets.own_types import (
-    A_NUMBER,
-    A_VECTOR,
-    TIME_UNITS,
-    ColumnTypes,
-    as_integer,
-    event_value,
-    feature_value,
-    number_value,
-    split_number,
-    unit_hint,
-    vector_value,
-)
-from hstu.data.datasets.raw import RawFile, identifier, require_columns, select_list
+from hstu.data.datasets.own_types import UNIT_NAMES, ColumnTypes, as_integer, number_value, unit_hint, vector_value
+from hstu.data.datasets.raw import RawFile, identifier, literal, require_columns, select_list
 from hstu.data.datasets.spec import SPLIT_NAMES, ColumnDescription, RawTables, TypedColumns
 
 _ID = "an id, int64 or text"
@@ -36,6 +25,8 @@ _ALLOWED = {
     "split": f"{', '.join(SPLIT_NAMES[:-1])} or {SPLIT_NAMES[-1]}",
     "request": _ID,
 }
+_A_NUMBER = "a finite number, or nothing where it is missing"
+_A_VECTOR = "finite numbers, equally many in each row, or nothing where it is missing"
 
 
 def interactions(columns: InteractionColumns) -> RawTables:
@@ -52,18 +43,10 @@ def interactions(columns: InteractionColumns) -> RawTables:
     of_events = event_context | event_items | schema.of_events()
     for log in logs:
         require_columns(log.path, list(columns_of(log)), [*given.values(), *of_events.values()])
-    kinds = columns_of(logs[0]) if event_items or schema.event_features else {}
-    expressions = [
-        *map(_as_text, event_context),
-        *(_item_value(columns, name, column, kinds[column], logs[0].path) for name, column in event_items.items()),
-        *(_event_value(columns, name, column, kinds[column], logs[0].path)
-          for name, column in schema.of_events().items()),
-    ]  # fmt: skip
-    item_values = [
-        _item_value(columns, name, column, columns_of(items[0])[column], items[0].path)
-        for name, column in of_items.items()
-        if items
-    ]
+    expressions = [*map(_as_text, event_context)]
+    for name, column in (event_items | schema.of_events()).items():
+        expressions.append(_feature(columns, name, column, logs[0]))
+    item_values = [_feature(columns, name, column, items[0]) for name, column in of_items.items() if items]
     of_requests = given | ({"request": columns.request} if columns.request else {})
     return RawTables(
         logs=logs,
@@ -82,7 +65,7 @@ def interactions(columns: InteractionColumns) -> RawTables:
         settings=repr(columns.arguments()),
         descriptions={name: _description(columns, name, column) for name, column in of_requests.items()}
         | {
-            name: ColumnDescription(column, A_NUMBER if column in columns.numbers else A_VECTOR)
+            name: ColumnDescription(column, _A_NUMBER if column in columns.numbers else _A_VECTOR)
             for name, column in schema.quantities().items()
         },
     )
@@ -114,22 +97,43 @@ def _request_table(
     return table, select_list({**needed, **{name: column for name, column in of_items.items() if column in present}})
 
 
-def _item_value(columns: InteractionColumns, name: str, column: str, kind: str, file: Path) -> str:
-    """SQL of a feature of the items."""
-    if column in columns.numbers:
-        return number_value(name, column, kind, file)
-    as_sql = vector_value if column in columns.vectors else feature_value
-    return as_sql(name, column, kind, columns.lists.get(column), file)
+def _feature(columns: InteractionColumns, name: str, column: str, table: RawFile) -> str:
+    """SQL of a feature of items or events: a text, a list of texts without empty ones, a number or a vector.
 
-
-def _event_value(columns: InteractionColumns, name: str, column: str, kind: str, file: Path) -> str:
-    return (number_value if column in columns.numbers else event_value)(name, column, kind, file)
+    Raises DataError where the type of the column in a Parquet file does not fit what the options say of it.
+    """
+    kind, separator, value = columns_of(table)[column], columns.lists.get(column), identifier(name)
+    is_number, is_vector, is_list = column in columns.numbers, column in columns.vectors, kind.endswith("]")
+    fractions, others = ("FLOAT", "DOUBLE", "DECIMAL"), ("DATE", "TIME", "STRUCT", "MAP")
+    mistakes = (
+        (is_list and is_number, "which is a vector; name it in --vectors, or leave it out of --numbers"),
+        (is_list and column in columns.event_columns, "and an event has one value; leave it out"),
+        (is_list and separator is not None, "a list by itself; leave it out of --lists"),
+        (is_list and kind.startswith(fractions) and not is_vector, f"vectors; add --vectors {column}, or leave it out"),
+        (is_number and kind.startswith(others), "which is no number; leave it out of --numbers"),
+        (is_vector and not is_list and kind != "VARCHAR", "which is no vector; name it in --numbers"),
+        (is_vector and kind == "VARCHAR" and separator is None,
+         f"text; say in --lists what separates its numbers, as --lists '{column}=;'"),
+    )  # fmt: skip
+    for is_wrong, what in mistakes:
+        if is_wrong:
+            raise DataError(f"{table.path}: {column!r} is {kind}, {what}")
+    elements = value if separator is None else f"string_split(CAST({value} AS VARCHAR), {literal(separator)})"
+    if is_vector:
+        found = vector_value(value, elements)
+    elif is_number:
+        found = number_value(f"CAST({value} AS INTEGER)" if kind == "BOOLEAN" else value)
+    elif is_list or separator is not None:
+        found = f"[trim(x) FOR x IN CAST({elements} AS VARCHAR[]) IF trim(x) <> '']"
+    else:
+        found = f"nullif(CAST({value} AS VARCHAR), 'nan')" if kind in fractions else f"CAST({value} AS VARCHAR)"
+    return f"{found} AS {value}"
 
 
 def _description(columns: InteractionColumns, name: str, column: str) -> ColumnDescription:
     if name != "time":
         return ColumnDescription(column, _ALLOWED[name])
-    allowed = f"{TIME_UNITS[columns.time_unit].name} since 1970, or a date and time like 2024-05-31 12:00:00"
+    allowed = f"{UNIT_NAMES[columns.time_unit]} since 1970, or a date and time like 2024-05-31 12:00:00"
     return ColumnDescription(column, allowed, partial(unit_hint, columns.time_unit))
 
 
@@ -153,7 +157,8 @@ def _resolve_types(
         time, timestamp = table.time(columns.time, columns.time_unit)
         selected += [f'{time} AS "time"', f'{timestamp} AS "timestamp"']
     if columns.split:
-        selected.append(f'{split_number()} AS "split"')
+        numbers = " ".join(f"WHEN {literal(name)} THEN {number}" for number, name in enumerate(SPLIT_NAMES))
+        selected.append(f'CASE lower(CAST("split" AS VARCHAR)) {numbers} END AS "split"')
     if columns.request:
         selected.append("CAST(request AS VARCHAR) AS request")
     of_user, of_item = _like_events("user", user_is_integer), _like_events("item", item_is_integer)

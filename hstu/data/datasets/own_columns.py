@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
@@ -15,23 +16,31 @@ from hstu.data.datasets.raw import (
     COMPRESSIONS,
     RawFile,
     check_readable,
-    open_text,
     probable_delimiter,
     quote_beside,
     table_with_header,
 )
 from hstu.data.datasets.spec import USER_FEATURE, Schema
 
-_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_TABLES = (".csv", ".tsv", *(f"{text}{end}" for text in (".csv", ".tsv") for end in COMPRESSIONS), ".parquet")
+"""Endings of the files that are read of a directory."""
 SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}
 """Words for separators of lists that a command line cannot show."""
+
+
+def _option(meaning: str, default: Any = None, **argument: Any) -> Any:
+    """A field that may be left out. ``argument``: further arguments of argparse."""
+    metadata = {"help": meaning, **argument}
+    return (
+        field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class InteractionColumns:
     """The interactions table and its columns; the tables of users, of items and of titles, and their columns.
 
-    Each field is an option of scripts/preprocess_dataset.py, which shows its ``help``.
+    Each field is an option of scripts/preprocess_dataset.py, which shows its meaning.
     """
 
     interactions: Path | Sequence[Path] = field(
@@ -42,78 +51,44 @@ class InteractionColumns:
     )
     user: str = field(metadata={"help": "column of the user, int64 or strings"})
     item: str = field(metadata={"help": "column of the item, int64 or strings"})
-    action: str | None = field(
-        default=None, metadata={"help": "column of the action, integers >= 0 or texts, numbered in alphabetical order"}
+    action: str | None = _option("column of the action, integers >= 0 or texts, numbered in alphabetical order")
+    time: str | None = _option("column of the time, a number since 1970 or a date; without it: order of the rows")
+    time_unit: str = _option("unit of times that are numbers", "s", choices=TIME_UNITS)
+    split: str | None = _option("column that says which events are train, valid and test, in this order within a user")
+    requests: tuple[Path, ...] = _option(
+        "files, as of --interactions, with one row per impression, in columns of the same names: what to rank. The "
+        "time is that of the request",
+        (),
     )
-    time: str | None = field(
-        default=None, metadata={"help": "column of the time, a number since 1970 or a date; without it: order of rows"}
+    request: str | None = _option("column of --requests with the id of the request; without it a user's rows of a time")
+    context: Path | None = _option("table with one row per user, with the same user column")
+    context_columns: tuple[str, ...] = _option(
+        "columns of --context or of the interactions, as a,b,c, in token order; also the user column. In the "
+        "interactions the first event of a user that has a value counts",
+        (),
     )
-    time_unit: str = field(default="s", metadata={"help": "unit of times that are numbers", "choices": TIME_UNITS})
-    split: str | None = field(
-        default=None,
-        metadata={"help": "column that says which events are train, valid and test, in this order within a user"},
+    items: Path | None = _option("table with one row per item, with the same item column; its first row counts")
+    item_columns: tuple[str, ...] = _option("columns of --items or of the interactions, as a,b,c", ())
+    event_columns: tuple[str, ...] = _option("columns of the interactions that are features of events, as a,b,c", ())
+    lists: Mapping[str, str] = _option(
+        "item columns with several values → what separates them, as 'genres=|,tags=comma'; lists of Parquet files need "
+        "none",
+        {},
     )
-    requests: tuple[Path, ...] = field(
-        default=(),
-        metadata={
-            "help": "files, as of --interactions, with one row per impression, in columns of the same names: what to "
-            "rank. The time is that of the request"
-        },
+    numbers: tuple[str, ...] = _option("item or event columns that are quantities, as price,watch_time", ())
+    vectors: tuple[str, ...] = _option(
+        "item columns that are vectors of one width: lists of Parquet files, or text with --lists", ()
     )
-    request: str | None = field(
-        default=None,
-        metadata={"help": "column of --requests with the id of the request; without it a user's rows of one time"},
+    bins: Mapping[str, int] = _option(
+        "columns of numbers, of users, items or events → ranges to group them into, as age=10", {}
     )
-    context: Path | None = field(
-        default=None, metadata={"help": "table with one row per user, with the same user column"}
+    titles: Path | None = _option("table with one row per item, with the same item column")
+    title: str | None = _option("column of --titles")
+    delimiter: str | None = _option(
+        "what separates columns in all text files, as ';', '::' or tab; without it, the first line of each decides"
     )
-    context_columns: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "columns of --context or of the interactions, as a,b,c, in token order; also the user column. In "
-            "the interactions the first event of a user that has a value counts"
-        },
-    )
-    items: Path | None = field(
-        default=None, metadata={"help": "table with one row per item, with the same item column; its first row counts"}
-    )
-    item_columns: tuple[str, ...] = field(
-        default=(), metadata={"help": "columns of --items or of the interactions, as a,b,c"}
-    )
-    event_columns: tuple[str, ...] = field(
-        default=(), metadata={"help": "columns of the interactions that are features of the events, as a,b,c"}
-    )
-    lists: Mapping[str, str] = field(
-        default_factory=dict,
-        metadata={
-            "help": "item columns with several values → what separates them, as 'genres=|,tags=comma'; lists of "
-            "Parquet files need none"
-        },
-    )
-    numbers: tuple[str, ...] = field(
-        default=(), metadata={"help": "item or event columns that are quantities, not categories, as price,watch_time"}
-    )
-    vectors: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "item columns that are vectors of one width: lists of Parquet files, or text with --lists"},
-    )
-    bins: Mapping[str, int] = field(
-        default_factory=dict,
-        metadata={"help": "columns of numbers, of users, items or events → ranges to group them into, as age=10"},
-    )
-    titles: Path | None = field(
-        default=None, metadata={"help": "table with one row per item, with the same item column"}
-    )
-    title: str | None = field(default=None, metadata={"help": "column of --titles"})
-    delimiter: str | None = field(
-        default=None,
-        metadata={
-            "help": "what separates columns in all text files, if not a comma in .csv or a tab in .tsv: ';', '::', tab"
-        },
-    )
-    header: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "names of the columns of --interactions, as a,b,c, if the first line does not name them"},
+    header: tuple[str, ...] = _option(
+        "names of the columns of --interactions, as a,b,c, if the first line does not name them", ()
     )
 
     def __post_init__(self) -> None:
@@ -224,10 +199,9 @@ def _all_files(paths: Sequence[Path]) -> tuple[Path, ...]:
 
 def _files_in(directory: Path) -> list[Path]:
     """The files of a directory whose names say what they hold; numbers in names in the order of numbers."""
-    endings = (*_DELIMITERS, *(f"{text}{end}" for text in _DELIMITERS for end in COMPRESSIONS), ".parquet")
-    files = [file for file in directory.iterdir() if file.name.endswith(endings) and not file.name.startswith(".")]
+    files = [file for file in directory.iterdir() if file.name.endswith(_TABLES) and not file.name.startswith(".")]
     if not files:
-        raise DataError(f"{directory} is a directory without files that end in {', '.join(endings)}; name the files")
+        raise DataError(f"{directory} is a directory without files that end in {', '.join(_TABLES)}; name the files")
     return sorted(files, key=lambda file: _with_numbers(file.name))
 
 
@@ -237,35 +211,18 @@ def _with_numbers(name: str) -> list[tuple[int, str]]:
 
 def open_table(file: Path, delimiter: str | None, header: Sequence[str] = ()) -> RawFile:
     """The table of a file, whose header is read. ``header``: its columns, where the file does not name them."""
-    name = file.stem if file.suffix in COMPRESSIONS else file.name
-    suffix = Path(name).suffix
-    if suffix == ".parquet" and name == file.name:
+    if file.suffix == ".parquet":
         if header:
             raise ConfigError(f"{file}: a Parquet file has names of its columns; leave out --header")
         table = RawFile(path=file)
         check_readable(table)
         return table
     check_readable(RawFile(path=file, columns={}))
-    delimiter = delimiter or _DELIMITERS.get(suffix)
-    if delimiter is None:
-        raise ConfigError(_unknown_delimiter(file))
+    delimiter = delimiter or probable_delimiter(file)
     if not header:
         return table_with_header(file, {}, delimiter=delimiter)
     columns = dict.fromkeys(header, "VARCHAR")
-    table = RawFile(path=file, columns=columns, delimiter=delimiter, header=False, quote=quote_beside(delimiter))
-    check_readable(table)
-    return table
-
-
-def _unknown_delimiter(file: Path) -> str:
-    with open_text(file) as lines:
-        found = probable_delimiter(next(lines, ""))
-    guess = {None: "for example --delimiter ';'", "\t": "it seems to be --delimiter tab"}
-    probably = guess.get(found, f"it seems to be --delimiter {found!r}")
-    return (
-        f"{file}: say what separates its columns, {probably}. It is known only of files whose name ends in .csv, .tsv "
-        f"(perhaps with {' or '.join(COMPRESSIONS)}) or .parquet"
-    )
+    return RawFile(path=file, columns=columns, delimiter=delimiter, header=False, quote=quote_beside(delimiter))
 
 
 def columns_of(table: RawFile) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Which type a column of users' own tables has, and the SQL of features of items and of events.
+"""Which type a column of users' own tables has, as SQL expressions.
 
 Types are never guessed from a sample. A text column counts as integers only if all its values are, so ``007`` stays a
 string, distinct from ``7``; a time column counts as what most of its values are.
@@ -8,34 +8,25 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
 
 from duckdb import DuckDBPyConnection
 
-from hstu.base.errors import ConfigError, DataError
+from hstu.base.errors import DataError
 from hstu.data.datasets.raw import identifier, literal
-from hstu.data.datasets.spec import LATEST_SECOND, SPLIT_NAMES
+from hstu.data.datasets.spec import LATEST_SECOND
 
 _log = logging.getLogger(__name__)
 
 
-class TimeUnit(NamedTuple):
-    """A unit of times that are numbers."""
-
-    name: str
-    per_second: int
-
-
-TIME_UNITS = {
-    "s": TimeUnit("seconds", 1),
-    "ms": TimeUnit("milliseconds", 10**3),
-    "us": TimeUnit("microseconds", 10**6),
-    "ns": TimeUnit("nanoseconds", 10**9),
-}
+TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Unit of times that are numbers → how many are a second."""
+UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 _INTEGERS = frozenset(
     ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT", "UHUGEINT")
 )
 _DATES = ("DATE", "TIMESTAMP")
+_LARGEST = "3.4028234e38"
+"""Largest float32."""
 _MOST_LABELS = 256
 _DECIMAL = r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?"
 
@@ -46,11 +37,11 @@ def unit_hint(unit: str, value: str) -> str:
         number = abs(float(value))
     except ValueError:
         return ""
-    fitting = (name for name, found in TIME_UNITS.items() if number < LATEST_SECOND * found.per_second)
+    fitting = (name for name, per_second in TIME_UNITS.items() if number < LATEST_SECOND * per_second)
     found = next(fitting, unit)
     if found in ("s", unit):
         return ""
-    return f". In {TIME_UNITS[found].name} it would be before the year 5000: --time_unit {found}"
+    return f". In {UNIT_NAMES[found]} it would be before the year 5000: --time_unit {found}"
 
 
 class ColumnTypes:
@@ -130,7 +121,7 @@ class ColumnTypes:
             if unit != "s":
                 _log.warning("--time_unit %s has no effect: %r holds dates", unit, column)
             return moment, f"CAST(floor(epoch({moment})) AS BIGINT)"
-        per_second = TIME_UNITS[unit].per_second
+        per_second = TIME_UNITS[unit]
         if best == finite:
             return finite, f"CAST(floor({finite} / {per_second}) AS BIGINT)"
         if per_second == 1:
@@ -169,78 +160,17 @@ def as_integer(name: str) -> str:
     return f"CASE WHEN CAST({integer} AS VARCHAR) = CAST({name} AS VARCHAR) THEN {integer} END"
 
 
-def split_number() -> str:
-    """The place of the column ``split`` in SPLIT_NAMES, NULL for any other value."""
-    cases = " ".join(f"WHEN {literal(name)} THEN {number}" for number, name in enumerate(SPLIT_NAMES))
-    return f'CASE lower(CAST("split" AS VARCHAR)) {cases} END'
-
-
-_FRACTIONS = ("FLOAT", "DOUBLE", "DECIMAL")
-_LARGEST = "3.4028234e38"
-"""Largest float32."""
-A_NUMBER = "a finite number, or nothing where it is missing"
-A_VECTOR = "finite numbers, equally many in each row, or nothing where it is missing"
-
-
-def feature_value(name: str, column: str, kind: str, separator: str | None, file: Path) -> str:
-    """SQL of a feature's value: text, or a list of texts without empty ones. ``kind``: SQL type of the column."""
-    value = identifier(name)
-    if "[" in kind and kind.startswith(_FRACTIONS):
-        raise DataError(f"{file}: {column!r} holds vectors ({kind}); add --vectors {column}, or leave it out")
-    if kind.endswith("[]"):
-        if separator is not None:
-            raise ConfigError(f"--lists {column}: the column is a list in {file}; leave it out of --lists")
-        return f"[x FOR x IN CAST({value} AS VARCHAR[]) IF x <> ''] AS {value}"
-    if separator is not None:
-        split = f"string_split(CAST({value} AS VARCHAR), {literal(separator)})"
-        return f"[trim(x) FOR x IN {split} IF trim(x) <> ''] AS {value}"
-    if kind in ("FLOAT", "DOUBLE"):
-        return f"nullif(CAST({value} AS VARCHAR), 'nan') AS {value}"
-    return f"CAST({value} AS VARCHAR) AS {value}"
-
-
-def event_value(name: str, column: str, kind: str, file: Path) -> str:
-    """SQL of an event feature's value, text."""
-    if kind.endswith("]"):
-        raise DataError(f"{file}: {column!r} holds lists ({kind}), and an event has one value; leave it out")
-    return feature_value(name, column, kind, None, file)
-
-
-def number_value(name: str, column: str, kind: str, file: Path) -> str:
-    """SQL of a number: FLOAT, NULL where it is missing, NaN where it is unusable. ``kind``: SQL type of the column."""
-    if kind.endswith("]") or kind.startswith(("DATE", "TIME", "STRUCT", "MAP")):
-        what = "a vector; name it in --vectors" if kind.endswith("]") else "no number"
-        raise DataError(f"{file}: {column!r} is {kind}, which is {what}, or leave it out of --numbers")
-    value = f"CAST({identifier(name)} AS INTEGER)" if kind == "BOOLEAN" else identifier(name)
-    return f"{_float(value)} AS {identifier(name)}"
-
-
-def vector_value(name: str, column: str, kind: str, separator: str | None, file: Path) -> str:
-    """SQL of a vector: FLOAT[], NULL where it is missing, and [NaN] where it is unusable. ``kind`` as above."""
-    value = identifier(name)
-    is_missing = f"{value} IS NULL OR len({value}) = 0"
-    if kind.endswith("]"):
-        if separator is not None:
-            raise ConfigError(f"--lists {column}: the column is a list in {file}; leave it out of --lists")
-        numbers = f"[{_float('x')} FOR x IN {value}]"
-    elif kind == "VARCHAR":
-        if separator is None:
-            raise ConfigError(
-                f"--vectors {column}: the column is text in {file}; say in --lists what separates its numbers, as "
-                f"--lists '{column}=;'"
-            )
-        numbers = f"[{_float('x')} FOR x IN string_split({value}, {literal(separator)})]"
-        is_missing = f"{value} IS NULL OR trim({value}) = ''"
-    else:
-        raise DataError(f"{file}: {column!r} is {kind}, which is no vector; name it in --numbers")
-    unusable = "['nan'::FLOAT]"
-    has_gaps = f"len([y FOR y IN {numbers} IF y IS NULL OR isnan(y)]) > 0"
-    return f"CASE WHEN {is_missing} THEN NULL WHEN {has_gaps} THEN {unusable} ELSE {numbers} END AS {value}"
-
-
-def _float(value: str) -> str:
+def number_value(value: str) -> str:
     """SQL: FLOAT, NULL for nothing, for NaN and for the text "nan", and NaN for any other text and beyond float32."""
     number = f"TRY_CAST({value} AS DOUBLE)"
     missing = f"{value} IS NULL OR trim(CAST({value} AS VARCHAR)) = '' OR coalesce(isnan({number}), false)"
     fits = f"coalesce(abs({number}) <= {_LARGEST}, false)"
     return f"CASE WHEN {missing} THEN NULL WHEN {fits} THEN CAST({number} AS FLOAT) ELSE 'nan'::FLOAT END"
+
+
+def vector_value(value: str, elements: str) -> str:
+    """SQL: FLOAT[] of a list of numbers or texts, NULL where ``value`` is empty, and [NaN] where it is unusable."""
+    numbers = f"[{number_value('x')} FOR x IN {elements}]"
+    is_missing = f"{value} IS NULL OR trim(CAST({value} AS VARCHAR)) IN ('', '[]')"
+    has_gaps = f"len([y FOR y IN {numbers} IF y IS NULL OR isnan(y)]) > 0"
+    return f"CASE WHEN {is_missing} THEN NULL WHEN {has_gaps} THEN ['nan'::FLOAT] ELSE {numbers} END"

@@ -1,4 +1,4 @@
-"""Raw files → sequence store, out of core: build.py runs the stages, ingest.py to requests.py are the stages.
+"""Raw files → sequence store, out of core: build.py runs the stages, ingest.py, features.py and write.py are stages.
 
 state.py holds what the stages share, engine.py DuckDB with its limits of memory and disk, download.py fetches the raw
 files, report.py describes the finished store, starter.py writes gin files for it. Import ``preprocess``,

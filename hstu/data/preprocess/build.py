@@ -14,8 +14,7 @@ import json
 import logging
 import re
 import shlex
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -28,25 +27,20 @@ from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own import interactions
 from hstu.data.datasets.own_columns import InteractionColumns
-from hstu.data.datasets.raw import COMPRESSIONS, RawFile, check_readable
+from hstu.data.datasets.raw import check_readable
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.engine import disk_errors, memory_bytes, one, open_engine
-from hstu.data.preprocess.existing import (
-    contents_of,
-    files_that_differ,
-    is_kept,
-    log_what_was_added,
-    with_earlier_files,
-)
+from hstu.data.preprocess.existing import files_that_differ, is_kept, values_of, warn_of_values, with_earlier_files
 from hstu.data.preprocess.features import check_items, write_context, write_item_features
 from hstu.data.preprocess.ingest import check_rows, keep_core, read_files
-from hstu.data.preprocess.requests import find_requests, write_requests
 from hstu.data.preprocess.state import Build, BuildLimits, BuildOptions, source_names
 from hstu.data.preprocess.write import (
+    find_requests,
     keep_raw_ids,
     number_users_and_items,
     write_events,
+    write_requests,
     write_split,
     write_vocabularies,
 )
@@ -58,9 +52,6 @@ _log = logging.getLogger(__name__)
 _SCRIPT = ("python", "scripts/preprocess_dataset.py")
 DATA_DIRECTORY = Path("tmp_data")
 """Default place of stores and, under raw/, of downloads; relative to the current directory."""
-_DISK_PER_BYTE, _DISK_PER_COMPRESSED_BYTE = 2, 10
-"""Bytes of working files and store per byte of a raw file, about: text, and compressed text or Parquet."""
-_GIB = 1 << 30
 
 
 def preprocess(
@@ -95,12 +86,7 @@ def preprocess(
     if located is None and raw_path is not None:
         needed = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
         raise DataError(f"{raw_path} does not hold the files of {canonical}: {needed}. {by_hand(spec, folder)}")
-    if located is None:
-        kept = is_kept(options, None)
-    else:
-        present = [file for file in located[1] if file.is_file()]
-        kept = is_kept(options, present, optional=located[1][len(located[0].files) :])
-    if kept:
+    if is_kept(options, located and [file for file in located[1] if file.is_file()]):
         return target
     raw_format, files = located or obtain_raw(spec, folder)
     raw = raw_format.reader(files)
@@ -141,9 +127,11 @@ def import_interactions(
     if not any(files_that_differ(store, raw.files)):
         _log.warning("%s has all of these files already, and is kept", target)
         return target
-    before = contents_of(store, columns)
+    before, events = values_of(store, columns), store.num_events
     build_store(raw, columns.schema(), _options(name, target, True, limits, **columns.arguments()), {})
-    log_what_was_added(before, contents_of(SequenceStore.open(target), columns), target)
+    after = SequenceStore.open(target)
+    _log.info("added to %s: %d events", target, after.num_events - events)
+    warn_of_values(before, values_of(after, columns))
     return target
 
 
@@ -174,8 +162,7 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
     """Writes the store and returns its path. Raises DataError where the raw data is not what it should be."""
     memory_bytes(options.memory_limit)
     _check_options(raw, schema, options)
-    files = [file for file, _ in (*raw.parts, *raw.tables.values())]
-    for file in files:
+    for file, _ in (*raw.parts, *raw.tables.values()):
         check_readable(file)
     key = _resume_key(raw, schema, options)
     with (
@@ -186,8 +173,6 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
     ):
         if writer.journal.stages:
             _log.info("continuing an interrupted run: %d of its stages are done", len(writer.journal.stages))
-        else:
-            _check_free_disk(files, options.output)
         with open_engine(writer.scratch, options.memory_limit) as engine:
             _run_stages(Build(raw, schema, options, writer, engine), published)
     return options.output
@@ -212,22 +197,6 @@ def _check_options(raw: RawTables, schema: Schema, options: BuildOptions) -> Non
         )
 
 
-def _check_free_disk(files: Sequence[RawFile], output: Path) -> None:
-    """Raises DataError where the disk is too small."""
-    needed = sum(
-        file.path.stat().st_size
-        * (_DISK_PER_BYTE if file.is_text and file.path.suffix not in COMPRESSIONS else _DISK_PER_COMPRESSED_BYTE)
-        for file in files
-    )
-    place = output.absolute().parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise DataError(
-            f"{place} has {free / _GIB:.1f} GiB free, and preprocessing needs about {needed / _GIB:.1f} GiB there; "
-            "free some space, or choose another --output"
-        )
-
-
 def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     writer = build.writer
     read_files(build)
@@ -238,7 +207,7 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     keep_raw_ids(build)
     offsets = run_offsets(lengths)
     writer.write_offsets(offsets)
-    write_vocabularies(build, len(lengths), num_items)
+    write_vocabularies(build)
     write_context(build, len(lengths))
     found = check_items(build, num_items)
     write_item_features(build, num_items)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.preprocess.state import BuildOptions, source_names
 from hstu.data.store.meta import sha256
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
-from hstu.data.store.writer import check_replaceable, discarded_beside, is_taken
+from hstu.data.store.writer import check_replaceable, is_taken
 
 _log = logging.getLogger(__name__)
 _TABLES = {"--context", "--titles", "--items", "--requests"}
@@ -28,11 +28,10 @@ _PLACES = {"--raw_path", "--interactions", "--output", *_TABLES}
 _REMEDY = "or make the store again from all files, with --force and without --append"
 
 
-def is_kept(options: BuildOptions, files: Sequence[Path] | None, optional: Sequence[Path] = ()) -> bool:
+def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
     """Whether the store at options.output exists and stays. It must fit the options and the raw ``files``.
 
-    ``files`` is None where there are no raw files, so that only the options are compared. A store that was made without
-    some of the ``optional`` ones fits, and the log says so: earlier versions did not read them.
+    ``files`` is None where there are no raw files, so that only the options are compared.
     Raises DataError where the store is damaged or does not fit, or something else than a store is there.
     """
     check_replaceable(options.output)
@@ -40,10 +39,7 @@ def is_kept(options: BuildOptions, files: Sequence[Path] | None, optional: Seque
         return False
     store = SequenceStore.open(options.output)
     other_options = [*_options_that_differ(store, options)]
-    names = source_names(files or ())
-    unread = [file for name, file in names.items() if file in optional and name not in store.sources]
-    read = [file for file in files or () if file not in unread]
-    other_files = [*files_that_differ(store, read)] if files is not None else []
+    other_files = [*files_that_differ(store, files)] if files is not None else []
     if other_options or other_files:
         is_own = "--interactions" in _options_of(options.command)
         append = "to add the events of further files to it, --append; " if is_own and not other_options else ""
@@ -53,9 +49,6 @@ def is_kept(options: BuildOptions, files: Sequence[Path] | None, optional: Seque
         )
     fits = "fits its raw files" if files is not None else "could not be compared with raw files, as there are none,"
     _log.warning("%s exists, %s and is kept; --force replaces it", options.output, fits)
-    if unread:
-        without = ", ".join(map(str, unread))
-        _log.warning("%s was made without %s, which is there now; --force makes it with it", options.output, without)
     return True
 
 
@@ -115,11 +108,6 @@ def with_earlier_files(columns: InteractionColumns, options: BuildOptions) -> In
     """
     target = options.output
     if not is_taken(target):
-        if (left := discarded_beside(target)).is_dir():
-            raise DataError(
-                f"cannot append: a run was killed while it replaced {target}, and the earlier store is {left}; move it "
-                "back"
-            )
         raise DataError(f"cannot append: there is no store at {target}; make it first, without --append")
     store = SequenceStore.open(target)
     if unlike := [*_options_that_differ(store, options, tables=True)]:
@@ -158,26 +146,18 @@ def _earlier_files(store: SequenceStore, target: Path) -> dict[Path, str]:
     return digests
 
 
-def contents_of(store: SequenceStore, columns: InteractionColumns) -> tuple[dict[str, int], dict[str, str]]:
-    """What is compared of a store before and after an append: counts, and what the values of features mean to a model.
-
-    A feature has integers or text as ids, or the listed texts as actions and ranges.
-    """
-    counts = {"events": store.num_events, "users": store.num_users, "items": store.cardinality(store.item_feature)}
+def values_of(store: SequenceStore, columns: InteractionColumns) -> dict[str, str]:
+    """Feature → what its values mean to a model: integers or text as ids, or the texts of actions and ranges."""
     ids = (USER_FEATURE, store.item_feature)
     values = {name: "text" if len(store.raw_id_arrays(name)) > 1 else "integers" for name in ids}
     named = [name for name in (columns.action, *columns.bins) if name and store.features[name].has_vocab]
-    return counts, values | {name: ", ".join(store.raw_ids(name)) for name in named}
+    return values | {name: ", ".join(store.raw_ids(name)) for name in named}
 
 
-def log_what_was_added(
-    before: tuple[dict[str, int], dict[str, str]], after: tuple[dict[str, int], dict[str, str]], target: Path
-) -> None:
-    """Logs counts, and warns where a value means something else than it did to models trained before."""
-    added = ", ".join(f"{after[0][name] - number:,} {name}" for name, number in before[0].items())
-    _log.info("added to %s: %s", target, added)
-    for name, now in after[1].items():
-        if not now.startswith(was := before[1][name]):
+def warn_of_values(before: Mapping[str, str], after: Mapping[str, str]) -> None:
+    """Logs a warning where a value means something else than it did to models trained before."""
+    for name, now in after.items():
+        if not now.startswith(was := before[name]):
             _log.warning(
                 "%r was %s, and is %s now: models of the earlier data take its values for others or do not know them, "
                 "so train new ones",

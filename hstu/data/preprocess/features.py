@@ -6,7 +6,7 @@ Values are written at the codes of their users and items, in any order, so that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -55,16 +55,20 @@ def write_event_vocabularies(build: Build) -> dict[str, tuple[int, str]]:
 
 
 def check_items(build: Build, num_items: int) -> dict[str, int]:
-    """Reads the table of items. Warns of items without a row and of rows that disagree; returns their numbers.
+    """Reads the table of items. Warns of items without a row; returns their number. Of several rows the first counts.
 
     Raises DataError where no item has a row.
     """
     if build.raw.item_table is None:
         return {}
-    file, engine = build.raw.item_table[0].path, build.engine
     names = [name for name in build.schema.of_items() if name not in build.raw.event_items]
-    repeated, other = _find_values_of_table(build, names)
-    (known,) = one(engine, "SELECT count(*) FROM values_of_table")
+    columns = ", ".join(["item", *names])
+    build.table("repeated_items", "SELECT item FROM usable_items GROUP BY item HAVING count(*) > 1")
+    first = f"""SELECT {columns} FROM usable_items ANTI JOIN repeated_items USING (item)
+        UNION ALL SELECT {columns} FROM usable_items SEMI JOIN repeated_items USING (item)
+        QUALIFY row_number() OVER (PARTITION BY item ORDER BY source_row) = 1"""
+    known = _find_values(build, first, names, "table")
+    file, engine = build.raw.item_table[0].path, build.engine
     if known == 0:
         (theirs,) = one(engine, "SELECT min(item) FROM usable_items")
         (example,) = one(engine, "SELECT min(id) FROM items")
@@ -76,10 +80,7 @@ def check_items(build: Build, num_items: int) -> dict[str, int]:
         missing = ", and their numbers missing" if build.schema.quantities() else ""
         _log.warning('%s has no row for %d of %d items: their features are "%s"%s',
                      file, without, num_items, UNKNOWN, missing)  # fmt: skip
-    if repeated:
-        _log.warning("%s has several rows with different values for %d items, such as %r: the first counts",
-                     file, repeated, other)  # fmt: skip
-    return {"items_without_row": without, "items_with_different_rows": repeated}
+    return {"items_without_row": without}
 
 
 def write_item_features(build: Build, num_items: int) -> None:
@@ -100,29 +101,10 @@ def write_item_features(build: Build, num_items: int) -> None:
             _write_categories(build, name, feature, rows, num_items)
 
 
-def _find_values_of_table(build: Build, names: list[str]) -> tuple[int, object]:
-    """Finds the first row of each item. Returns how many items have rows that differ, and one of them."""
-    columns = ", ".join(["item", *names])
-    several = "SELECT item FROM usable_items WHERE item IS NOT NULL GROUP BY item HAVING count(*) > 1"
-    first, differ = f"SELECT {columns} FROM usable_items", (0, None)
-    if build.table("repeated_items", several):
-        values = ", ".join(f"{name} := {name}" for name in names)
-        differ = one(
-            build.engine,
-            f"""SELECT count(*), min(item) FROM (SELECT item FROM usable_items SEMI JOIN repeated_items USING (item)
-            GROUP BY item HAVING count(DISTINCT struct_pack({values})) > 1)""",
-        )
-        first = f"""SELECT {columns} FROM usable_items ANTI JOIN repeated_items USING (item)
-            UNION ALL SELECT {columns} FROM usable_items SEMI JOIN repeated_items USING (item)
-            QUALIFY row_number() OVER (PARTITION BY item ORDER BY source_row) = 1"""
-    _find_values(build, first, names, "table")
-    return differ[0], differ[1]
-
-
-def _find_values(build: Build, rows: str, names: list[str] | tuple[str, ...], source: str) -> None:
-    """Makes the table values_of_table or values_of_events: code and values of each item that has any."""
+def _find_values(build: Build, rows: str, names: Sequence[str], source: str) -> int:
+    """Makes values_of_table or values_of_events: code and values of each item that has any. Returns how many."""
     columns = ", ".join(["i.code", *(f"f.{name}" for name in names)])
-    build.table(f"values_of_{source}", f"SELECT {columns} FROM ({rows}) f JOIN items i ON f.item = i.id")
+    return build.table(f"values_of_{source}", f"SELECT {columns} FROM ({rows}) f JOIN items i ON f.item = i.id")
 
 
 def _write_categories(build: Build, name: str, feature: str, rows: str, owners: int) -> None:

@@ -159,9 +159,6 @@ def _check(build: Build) -> dict[str, int]:
     bad = build.bad_rows()
     for part, (log, _) in enumerate(build.raw.parts):
         _check_log(build, part, log, bad)
-    _check_context(build, bad)
-    if build.options.all_items:
-        _check_all_items(build, bad)
     _check_numbers(build, bad)
     usable = f"part < {len(build.raw.logs)} AND {_usable(build, 0)}"
     if one(build.engine, f"SELECT count(*) FROM typed WHERE {usable}") == (0,):
@@ -240,18 +237,6 @@ def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) 
     return f"unusable {column.label if name in quantities else name}", file.place(row), detail
 
 
-def _check_context(build: Build, bad: BadRows) -> None:
-    """Of several rows for one user, those after the first are bad."""
-    if build.raw.context is None:
-        return
-    repeated = """SELECT "user", source_row FROM context WHERE "user" IS NOT NULL
-        QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY source_row) > 1"""
-    query = f'SELECT count(*), arg_min("user", source_row), min(source_row) FROM ({repeated})'
-    count, user, row = one(build.engine, query)
-    if count:
-        bad.add(count, "repeated user", build.raw.context[0].place(row), f"another row for user {user!r}")
-
-
 def _check_numbers(build: Build, bad: BadRows) -> None:
     """Rows of the table of items whose numbers are none, and vectors of another width than the first, are bad rows.
 
@@ -267,20 +252,6 @@ def _check_numbers(build: Build, bad: BadRows) -> None:
         rows = "item_table" if name in of_items else f"typed WHERE part < {len(build.raw.logs)}"
         if one(build.engine, f"SELECT count({name}) FROM {rows}") == (0,):
             raise DataError(f"{feature!r} is empty in every row; leave it out")
-
-
-def _check_all_items(build: Build, bad: BadRows) -> None:
-    """Rows of titles and of items that cannot be items of events are bad rows, if all items are wanted."""
-    for name, reason in (("titles", "unusable item of the titles"), ("item_table", "unusable item of the items")):
-        if name not in build.raw.tables:
-            continue
-        count, row = one(build.engine, f"SELECT count(*), min(source_row) FROM {name} WHERE item IS NULL")
-        if count:
-            query = f"SELECT CAST(item AS VARCHAR) FROM {name}_as_read WHERE source_row = {row}"
-            (text,) = one(build.engine, query)
-            shown = f"{text!r}, and the ids of the events are integers" if text else "empty"
-            label = build.raw.descriptions["item"].label
-            bad.add(count, reason, build.raw.tables[name][0].place(row), f"{label!r} is {shown}")
 
 
 def keep_core(build: Build) -> None:

@@ -95,7 +95,6 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
         _quantiles(quantiles),
         "## Most frequent\n",
         _table(("", "values", "most frequent"), _most_frequent(store, counts)),
-        *_numbers(store),
         "## Raw files\n",
         _table(("file", "SHA-256"), store.sources.items()),
         f"Made by `{printable(store.command or 'a program', keep='').replace('`', chr(39))}`\n",
@@ -120,9 +119,8 @@ def _rows(store: SequenceStore, lengths: np.ndarray) -> Iterator[tuple[str, obje
         share = f"{(cut > 0).mean():.1%} of the users, {cut.sum() / lengths.sum():.1%} of the events"
         yield f"beyond a max_sequence_length of {limit}", share
     yield "users too short to train retrieval (fewer than 4 events)", int((lengths < 4).sum())
-    for name in ("items_without_row", "items_with_different_rows"):
-        if number := store.statistics.get(name):
-            yield name.replace("_", " "), number
+    if number := store.statistics.get("items_without_row"):
+        yield "items without row", number
 
 
 def _times(store: SequenceStore) -> tuple[int, int, int, int]:
@@ -201,20 +199,6 @@ def _values_of(store: SequenceStore, feature: str) -> str:
         return different
     mean = len(store.item_values(feature)[0]) / store.cardinality(store.item_feature)
     return f"{different}, {mean:.1f} per item"
-
-
-def _numbers(store: SequenceStore) -> list[str]:
-    """Vectors have the mean of their components' means, and of their deviations."""
-    rows: list[tuple[object, ...]] = []
-    for name in (*store.item_number_features, *store.event_number_features):
-        found = store.features[name].statistics
-        assert found is not None
-        median = found.quantiles[len(found.quantiles) // 2] if found.quantiles else ""
-        least, largest = (found.quantiles[0], found.quantiles[-1]) if found.quantiles else ("", "")
-        moments = (float(np.mean(found.mean)), float(np.mean(found.std)))
-        rows.append((name, _values_of(store, name), least, median, largest, *moments))
-    header = ("", "", "min", "median", "max", "mean", "deviation")
-    return ["## Numbers\n", _table(header, rows)] if rows else []
 
 
 def _draw(lengths: np.ndarray, counts: np.ndarray, image: Path) -> None:

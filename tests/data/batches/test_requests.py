@@ -19,7 +19,7 @@ from hstu.data.features.roles import FeatureRoles
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess import write as write_module
 from hstu.data.preprocess.report import write_report
-from hstu.data.preprocess.requests import first_from
+from hstu.data.preprocess.write import first_from
 from hstu.data.sampling.sampler import EvalSampler
 from hstu.data.sampling.samples import build_samples, check_requests
 from hstu.data.store.layout import REQUEST_FILES
@@ -120,7 +120,7 @@ def test_candidates_have_numbers(tmp_path: Path) -> None:
 def test_buckets_of_any_size_give_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = contents(make(tmp_path).path)
     monkeypatch.setattr(write_module, "_SORT_BYTES_PER_ROW", 2 * 10**9)
-    monkeypatch.setattr("hstu.data.preprocess.requests.ROWS_PER_CHUNK", 1)
+    monkeypatch.setattr("hstu.data.preprocess.write.ROWS_PER_CHUNK", 1)
     assert contents(make(tmp_path, force=True).path) == whole
 
 

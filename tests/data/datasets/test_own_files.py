@@ -108,10 +108,10 @@ def test_the_command_takes_the_delimiter_of_all_tables(tmp_path: Path, monkeypat
     assert store.raw_ids("sex")[store.context("sex")].tolist() == ["M", "F"]
 
 
-@pytest.mark.parametrize(("text", "hint"), [(RATINGS, "--delimiter '::'"), ("a\tb\n", "--delimiter tab")])
-def test_an_unknown_delimiter_is_asked_for_with_a_guess(tmp_path: Path, text: str, hint: str) -> None:
-    with pytest.raises(ConfigError, match=f"ratings.dat: say what separates its columns, it seems to be {hint}"):
-        make(tmp_path, write(tmp_path / "ratings.dat", text))
+@pytest.mark.parametrize("delimiter", ["::", ";", "\t", "|", ","])
+def test_the_first_line_says_what_separates_columns(tmp_path: Path, delimiter: str) -> None:
+    text = "u,i,a\n7,A:b,3\n7,B,4\n".replace(",", delimiter)
+    assert histories(make(tmp_path, write(tmp_path / "r.dat", text), action="a")) == {7: ["A:b", "B"]}
 
 
 def test_a_row_of_a_file_without_header_is_reported_with_its_line(tmp_path: Path) -> None:

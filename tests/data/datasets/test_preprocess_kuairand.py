@@ -7,10 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hstu.base.errors import ConfigError, DataError
-from hstu.config.args import DatasetArgs
+from hstu.base.errors import DataError
 from hstu.data.datasets.kuairand import ACTION_BITS
-from hstu.data.features.roles import resolve_roles
 from hstu.data.preprocess import preprocess
 from hstu.data.store.sequence_store import SequenceStore
 
@@ -139,27 +137,6 @@ def test_videos_have_their_own_row_and_unknown_without_one(
     before = json.loads((store.path / "meta.json").read_text())["files"]
     after = json.loads((with_videos.path / "meta.json").read_text())["files"]
     assert before.items() <= after.items(), "the files of events and users are the same with and without"
-
-
-def test_a_store_made_without_the_videos_is_kept_and_says_how_to_get_them(
-    raw: tuple[Path, pd.DataFrame, pd.DataFrame],
-    store: SequenceStore,
-    raw_data_dir: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    data, name = tmp_path / "data", "video_features_basic_pure.csv"
-    shutil.copytree(raw[0] / "KuaiRand-Pure" / "data", data)
-    place = {"raw_path": tmp_path, "output": tmp_path / "store"}
-    shutil.copytree(store.path, place["output"])
-    assert store.item_side_features == ()
-    shutil.copy(raw_data_dir / "kuairand-pure" / "data" / name, data)
-    kept = SequenceStore.open(preprocess("kuairand-pure", **place))
-    assert kept.checksums == store.checksums
-    assert f"{name}, which is there now; --force makes it with it" in caplog.text
-    args = DatasetArgs(dataset_name="kuairand-pure", max_sequence_length=8, side_feature_names=["tag"])
-    with pytest.raises(ConfigError, match=r"'tag' is no side feature .* Make it with: .*--force"):
-        resolve_roles(kept, args)
 
 
 def test_a_damaged_row_of_the_videos_is_named(

@@ -98,7 +98,6 @@ def test_without_the_file_of_movies_there_are_no_features_of_items(raw_data_dir:
         (tmp_path / name).write_bytes(b"".join(lines))
     store = SequenceStore.open(preprocess("ml-1m", raw_path=tmp_path, output=tmp_path / "store"))
     assert store.item_side_features == ()
-    assert json.loads((store.path / "meta.json").read_text())["version"] == 1
 
 
 def test_ml_1m_keeps_the_users_that_rated_and_reports_what_is_missing(raw_data_dir: Path, tmp_path: Path) -> None:

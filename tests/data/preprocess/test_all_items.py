@@ -53,15 +53,6 @@ def test_another_choice_does_not_fit_the_store(tmp_path: Path) -> None:
         make(tmp_path, all_items=False)
 
 
-def test_what_cannot_be_an_item_is_a_bad_row(tmp_path: Path) -> None:
-    for value, shown in (("x7", "'x7', and the ids of the events are integers"), ("", "empty")):
-        with pytest.raises(DataError, match=rf"t\.csv:6: 'i' is {shown}"):
-            make(tmp_path, titles=f"{TITLES}{value},odd\n")
-    store = make(tmp_path, titles=f"{TITLES}x7,odd\n", bad_row_policy="skip")
-    assert store.cardinality("i") == 4
-    assert store.statistics["skipped_rows"] == {"unusable item of the titles": 1}
-
-
 def test_a_list_of_items_is_needed_and_no_filter(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--all_items keeps items without events, and --min_item_events"):
         make(tmp_path, min_item_events=2)

@@ -39,7 +39,7 @@ def test_the_store_is_that_of_all_files_together(folder: Path, caplog: pytest.Lo
     make(folder, "may.csv")
     with caplog.at_level(logging.INFO, logger="hstu"):
         appended = make(folder, "june.csv", append=True)
-    assert f"added to {appended}: 4 events, 2 users, 3 items" in caplog.text
+    assert f"added to {appended}: 4 events" in caplog.text
     assert contents(appended) == contents(make(folder, "may.csv", "june.csv", store="at_once"))
     store = SequenceStore.open(appended)
     assert histories(store) == {"a": ["x0"], "b": ["x3", "x2", "x1", "x9"], "d": ["x3"], "e": ["x3"]}
@@ -151,12 +151,6 @@ def test_a_bad_row_of_a_new_file_leaves_the_store(folder: Path) -> None:
     with pytest.raises(DataError, match=r"june\.csv:6: 'i' is empty"):
         make(folder, "june.csv", append=True)
     assert contents(folder / "store") == before
-
-
-def test_a_kill_between_the_two_renames_is_told_with_the_way_back(folder: Path) -> None:
-    make(folder, "may.csv").rename(folder / ".store.discarded")
-    with pytest.raises(DataError, match=r"a run was killed while it replaced .* is .*\.store\.discarded; move it back"):
-        make(folder, "june.csv", append=True)
 
 
 def test_what_earlier_models_misread_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

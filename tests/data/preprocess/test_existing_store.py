@@ -105,17 +105,14 @@ def test_changed_files_of_a_built_in_dataset_are_noticed(tmp_path: Path) -> None
         preprocess("ml-100k", **place)
 
 
-def test_a_store_made_without_an_optional_file_is_kept_until_force(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_optional_file_that_comes_or_goes_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "u.data").write_text("1\t2\t3\t4\n")
     (tmp_path / "u.user").write_text("1|20|M|other|1\n")
     place = {"raw_path": tmp_path, "output": tmp_path / "store"}
-    preprocess("ml-100k", **place)
+    assert SequenceStore.open(preprocess("ml-100k", **place)).titles() is None
     (tmp_path / "u.item").write_text(f"2|Film (1990)|||{'|0' * 19}\n")
-    store = SequenceStore.open(preprocess("ml-100k", **place))
-    assert store.titles() is None
-    assert f"was made without {tmp_path / 'u.item'}, which is there now; --force makes it with it" in caplog.text
+    with pytest.raises(DataError, match=r"it was made without .*u\.item\. To make it again, add --force"):
+        preprocess("ml-100k", **place)
     store = SequenceStore.open(preprocess("ml-100k", force=True, **place))
     assert store.titles() is not None and store.item_side_features == ("year", "genres")
     (tmp_path / "u.item").unlink()

@@ -239,10 +239,10 @@ def test_float_ids_are_refused(tmp_path: Path) -> None:
         make(tmp_path, TABLE.assign(sku=np.arange(5) / 2), ".parquet")
 
 
-def test_a_user_with_two_rows_of_context_is_refused(tmp_path: Path) -> None:
+def test_of_two_rows_of_context_the_first_counts(tmp_path: Path) -> None:
     context = write(pd.DataFrame({"member": ["zoë", "zoë"], "age": [1, 2]}), tmp_path / "members.csv")
-    with pytest.raises(DataError, match=r"members\.csv:3: another row for user 'zoë'"):
-        make(tmp_path, TABLE, context=context, context_columns=("age",))
+    store = make(tmp_path, TABLE, context=context, context_columns=("age",))
+    assert store.raw_ids("age")[store.context("age")].tolist() == ["unknown", "1"]
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ def test_micro_batches_take_the_activations_of_one_of_them() -> None:
         )
     )
     assert parts.memory["activations"] < whole.memory["activations"] / 3
+    # The rows are equal to the byte; offsets of the batch, or of its first part, are counted with them.
     assert parts.memory["looked-up rows"] == pytest.approx(whole.memory["looked-up rows"], rel=0.1)
     assert parts.tokens == whole.tokens and parts.flops == whole.flops
 

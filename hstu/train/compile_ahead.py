@@ -15,7 +15,6 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,12 +141,9 @@ def main() -> int:
     )
     if options.cache is not None:
         strip_triton_cache(triton_cache)
-        print(f"{options.cache}: {sum(file.stat().st_size for file in _files(options.cache)) / 2**20:.1f} MiB")
+        size = sum(file.stat().st_size for file in options.cache.rglob("*") if file.is_file())
+        print(f"{options.cache}: {size / 2**20:.1f} MiB")
     return 1 if failed else 0
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.rglob("*") if file.is_file())
 
 
 if __name__ == "__main__":

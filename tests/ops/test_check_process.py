@@ -77,6 +77,9 @@ def run_here(command: list[str], report: Path, output: Path) -> int | None:
             return int(str(end.code))
         except KeyboardInterrupt:
             return None
+        except ModuleNotFoundError as problem:
+            print(f"ModuleNotFoundError: {problem}")
+            return 1
         finally:
             torch.use_deterministic_algorithms(False)
     return 0
@@ -115,7 +118,7 @@ def test_a_process_that_crashes_compiles_first_and_refuses_its_operator(
 
 
 def test_a_process_that_cannot_begin_refuses_all(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = refused(machine, monkeypatch, "pass\n\nimport no_such_package\n\ndef more():\n    errors = {}", here=False)
+    found = refused(machine, monkeypatch, "pass\n\nimport no_such_package\n\ndef more():\n    errors = {}")
     (reason,) = set(found.values())
     assert list(found) == list(OPERATORS)
     assert "exit code 1 (ModuleNotFoundError: No module named 'no_such_package'), in its start" in reason

@@ -23,11 +23,7 @@ from hstu.ops.compile_ahead import Job, compile_all, strip_triton_cache
 from hstu.ops.kernels import KernelShapes
 from hstu.ops.triton.compile_ahead import jobs, jobs_of
 
-VARIANTS = (
-    "hstu_attention 16 causal, bfloat16",
-    "add_positions 0 [T, 1024], float32",
-    "activate 256 2 × 4 × 256, bfloat16",
-)
+VARIANTS = ("add_positions 0 [T, 1024], float32", "activate 256 2 × 4 × 256, bfloat16")
 LAUNCHES = """
 import sys
 from types import SimpleNamespace
@@ -94,10 +90,7 @@ def test_a_launch_finds_a_copied_cache(tmp_path: Path, monkeypatch: pytest.Monke
     strip_triton_cache(there / "triton")
     done = launch_elsewhere(there)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
-        "add_table_rows", "attention_backward_keys", "attention_backward_queries", "attention_forward", "silu_kernel",
-        "sum_runs",
-    ]  # fmt: skip
+    assert done.stdout.split() == ["add_table_rows", "silu_kernel", "sum_runs"]
 
 
 def test_the_gradient_of_a_bias_compiles_for_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

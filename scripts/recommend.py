@@ -1,7 +1,7 @@
 """Recommend items with the retrieval model of a run, a checkpoint or an export.
 
 python scripts/recommend.py --run_dir runs/quickstart --users 1,2,3 --top 10
-python scripts/recommend.py --run_dir runs/quickstart --users_file users.txt --format csv --output best.csv
+python scripts/recommend.py --run_dir runs/quickstart --users_file users.txt --format json --output best.json
 python scripts/recommend.py --ckpt exports/quickstart --items 50,181 --actions 5,4
 
 Users have their histories in the data of the run. A history given by hand (--items, --histories) needs no data.
@@ -10,8 +10,6 @@ Users have their histories in the data of the run. A history given by hand (--it
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import signal
 import sys
@@ -42,9 +40,8 @@ from hstu.serve.command import (
     write_text,
 )
 
-_LISTS: dict[str, tuple[type, ...]] = {"items": (str, int), "actions": (str, int), "timestamps": (int,)}
-_KINDS: dict[type, str] = {str: "strings", int: "whole numbers"}
-_HISTORY_FIELDS = ("user", "items", "actions", "timestamps", "context", "features")
+_KINDS = {"user": object, "items": list, "actions": list, "timestamps": list, "context": dict, "features": dict}
+"""Fields of a history in JSON."""
 
 
 @tool
@@ -68,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(parser, has_data=False)
     whom = parser.add_mutually_exclusive_group(required=True)
     whom.add_argument("--users", help="raw user ids, separated by commas")
-    whom.add_argument("--users_file", help="file with one raw user id per line, or .json with a list; - for stdin")
+    whom.add_argument("--users_file", help="file with one raw user id per line; - for stdin")
     whom.add_argument("--items", help="a history given by hand: raw item ids, oldest first, separated by commas")
     whom.add_argument(
         "--histories",
@@ -83,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "such as 2026-01-31T18:00 (UTC); default: at the newest event of each",
     )
     add("--top", type=int, default=10, help="items per user (default 10)")
-    add("--format", choices=("text", "json", "csv"), default="text", help="form of the output (default text)")
+    add("--format", choices=("text", "json"), default="text", help="form of the output (default text)")
     add("--output", type=Path, help="file to write; default: the terminal")
     return parser
 
@@ -117,8 +114,11 @@ def _recommend(options: argparse.Namespace) -> None:
         facts = {"unknown_users": unknown_users, "unknown_values": unknown_values, "notes": trained.report}
         text = _as_json(trained, answered, facts)
     else:
-        text = _as_csv(answered) if options.format == "csv" else api.format_recommendations(answered) + "\n"
-    _write(text, options.output)
+        text = api.format_recommendations(answered) + "\n"
+    if options.output:
+        write_text(options.output, text)
+    else:
+        sys.stdout.write(text)
 
 
 def _users(options: argparse.Namespace) -> list[str]:
@@ -155,19 +155,13 @@ def _seconds(text: str) -> int:
 
 def _history(entry: Any, number: int, file: str) -> api.History:
     where = f"{file}: history {number}"
-    if not isinstance(entry, dict) or not isinstance(entry.get("items"), list):
+    if not isinstance(entry, dict) or "items" not in entry:
         raise DataError(f'{where}: expected an object such as {{"user": "zoe", "items": [50, 181]}}')
-    if unknown := [name for name in entry if name not in _HISTORY_FIELDS]:
-        raise DataError(f"{where}: {', '.join(unknown)} is not known; allowed: {', '.join(_HISTORY_FIELDS)}")
-    for name, kinds in _LISTS.items():
-        values = entry.get(name, [])
-        if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values):
-            raise DataError(f"{where}: {name} must be a list of {' or '.join(_KINDS[kind] for kind in kinds)}")
-    if not isinstance(entry.get("context", {}), dict):
-        raise DataError(f'{where}: context must be an object such as {{"town": "Ulm"}}')
-    features = entry.get("features", {})
-    if not isinstance(features, dict) or not all(isinstance(values, list) for values in features.values()):
-        raise DataError(f'{where}: features must be an object such as {{"device": ["phone", "desktop"]}}')
+    for name, value in entry.items():
+        if name not in _KINDS:
+            raise DataError(f"{where}: {name} is not known; allowed: {', '.join(_KINDS)}")
+        if not isinstance(value, _KINDS[name]):
+            raise DataError(f"{where}: {name} must be {'a list' if _KINDS[name] is list else 'an object'}")
     fields: dict[str, Any] = {"user": number} | entry
     return api.History(**fields)
 
@@ -185,23 +179,6 @@ def _as_json(trained: api.TrainedModel, answered: Sequence[api.Recommendation], 
     ]
     document = {"checkpoint": str(trained.checkpoint), "recommendations": recommendations, **facts}
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-
-def _as_csv(answered: Sequence[api.Recommendation]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["user", "rank", "item", "title", "score"])
-    for entry in answered:
-        for rank, row in enumerate(zip(entry.items, entry.titles, entry.scores, strict=True), 1):
-            writer.writerow([entry.user, rank, *row])
-    return text.getvalue()
-
-
-def _write(text: str, output: Path | None) -> None:
-    if output is None:
-        sys.stdout.write(text)
-    else:
-        write_text(output, text)
 
 
 if __name__ == "__main__":

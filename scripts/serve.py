@@ -38,11 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--threads", type=count, default=1, help="cores that compute a batch; answering takes one more (%(default)s)")
     add("--max_wait_ms", type=_between(float, 0, 1000), default=2, help="a request's wait for others (%(default)s)")
     add("--max_waiting", type=count, default=256, help="requests that wait at most; more get 429 (%(default)s)")
-    add("--cache_mb", type=_between(int, 0, 1 << 30), default=64, help="for vectors of users; 0: none (%(default)s)")
     add("--max_body_kb", type=count, default=1024, help="largest request (%(default)s)")
     add("--poll_s", type=_between(float, 0.1, 86_400), default=5.0, help="between looks for an export (%(default)s)")
     options = parser.parse_args(arguments)
-    if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client", "cachetools")):
+    if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client")):
         raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu[serve]'")
     let_idle_threads_sleep()
     from hstu.serve.server.run import serve  # after what torch reads once, and after mistakes in the options
@@ -57,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             threads=options.threads,
             max_wait_s=options.max_wait_ms / 1000,
             max_waiting=options.max_waiting,
-            cache_bytes=options.cache_mb << 20,
             max_body_bytes=options.max_body_kb << 10,
             poll_s=options.poll_s,
         ),

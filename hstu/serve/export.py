@@ -195,7 +195,7 @@ def _card(
         f"- {split}: {name} {value:.4f}" for split, values in evaluations.items() for name, value in values.items()
     ]
     tables = [f"- {name}: {len(rows):,} × {rows.shape[1]}, {table_dtype}" for name, rows in contents.tables.items()]
-    fields = [f"- {field}: {values}" for field, values in _request_fields(facts)]
+    fields = [f"- {field}" for field in _request_fields(facts)]
     return f"""# HSTU model on {dataset.dataset_name}
 
 This model {purpose}. It reads up to {trained.source.max_items:,} of the newest events of a user.
@@ -229,19 +229,13 @@ print(model.{call})
 """
 
 
-def _request_fields(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(field of History, what its values are) of all that the model reads."""
-
-    def of(name: str) -> str:
-        entry = facts["features"][name]
-        return f"{name} ({'list of ' if entry['is_list'] else ''}{entry['kind']})"
-
-    side = [name for name in (*facts["side"], *facts["known_after"]) if facts["features"][name]["kind"] != "time"]
+def _request_fields(facts: Mapping[str, Any]) -> list[str]:
+    """What the model reads of a History."""
+    features = [*facts["side"], *facts["known_after"], *(entry["name"] for entry in facts["numbers"])]
     return [
-        ("items", of(facts["item"])),
-        *([("actions", of(facts["action"]))] if facts["action"] else []),
-        *([("timestamps", "whole seconds since 1970")] if facts["reads_times"] else []),
-        *(("context", of(name)) for name in facts["contextual"]),
-        *(("features", of(name)) for name in side),
-        *(("features", f"{entry['name']} ({entry['width']} number(s))") for entry in facts["numbers"]),
+        f"items: {facts['item']}",
+        *([f"actions: {facts['action']}"] if facts["action"] else []),
+        *(["timestamps: whole seconds since 1970"] if facts["reads_times"] else []),
+        *(f"context: {name}" for name in facts["contextual"]),
+        *(f"features: {name}" for name in features if facts["features"].get(name, {}).get("kind") != "time"),
     ]

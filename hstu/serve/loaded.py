@@ -64,8 +64,6 @@ class LoadedModel:
     optimizers: Optimizers
     report: list[str]
     """What of the checkpoint did not fit, and how many ids of the data it does not have; one line each."""
-    trained_on: DatasetArgs | None = None
-    """The data of the run, where the model is applied to other data. None: it is applied to that of the run."""
 
     @classmethod
     def load(
@@ -93,12 +91,10 @@ class LoadedModel:
             ConfigError: the configuration does not fit the checkpoint, or the run used random data.
         """
         config, stored = stored_config(path, checkpoint)
-        own = config.dataset
-        if data is not None and isinstance(own, DatasetArgs):
-            config = replace(config, dataset=replace(own, dataset_path=str(data), eval_dataset_path=None))
+        if data is not None and isinstance(config.dataset, DatasetArgs):
+            config = replace(config, dataset=replace(config.dataset, dataset_path=str(data), eval_dataset_path=None))
         loaded = cls.restore(config, stored, mesh or mesh_of_this_process(), strict)
-        if config.dataset is not own and isinstance(own, DatasetArgs):
-            loaded.trained_on = own
+        if data is not None:
             loaded.with_data()  # without it, nothing can be applied to it
         return loaded
 

@@ -105,7 +105,6 @@ class Session:
             )
         self._requests = loaded.encoder
         self._users: dict[Any, _Known] = {}
-        self._unknown: dict[str, set[Any]] = {}
 
     @property
     def statistics(self) -> CacheStatistics:
@@ -117,11 +116,6 @@ class Session:
         """Why an appended event costs as much as the whole history; None: it costs what is new."""
         return self._incremental.reencodes_because
 
-    @property
-    def unknown(self) -> dict[str, list[Any]]:
-        """Feature → raw values that the model does not have, of all that the session was given."""
-        return {name: sorted(values, key=str) for name, values in self._unknown.items()}
-
     # -- what users did ------------------------------------------------------------------------------------------
 
     def encode(self, histories: Iterable[History]) -> None:
@@ -132,7 +126,6 @@ class Session:
         waiting: dict[Any, _Known] = {}
         for history in histories:
             known = _newest(_as_lists(history), self.max_items)
-            self._note_unknown(known.history)
             lengths = [self._tokens_of(each.num_items) for each in (*waiting.values(), known)]
             if len(waiting) == self._loaded.config.trainer.eval_batch_size or not self._cache.fits(lengths):
                 self._encode(waiting)
@@ -149,7 +142,9 @@ class Session:
         events earlier than the newest one of the history.
         """
         for new in events:
-            self._append(new)
+            known, count = self._known(new.user), len(new.items)
+            if count:
+                self._users[new.user] = self._appended(known, _joined(known.history, _as_lists(new)), count)
 
     def forget(self, users: Sequence[Any]) -> None:
         """Remove users and what is cached of them. Users that are not there are ignored."""
@@ -194,7 +189,6 @@ class Session:
             raise ConfigError("the model does not read the time of a request; leave the time out")
         newest = known.history.cut(slice(-1, None))
         shown = Candidates(items, features or {}, actions)
-        self._note_unknown(History(items=items, actions=actions, features=shown.features))
         (events,) = self._requests.candidates(shown, newest, at)
         (batch,) = self._requests.batches_of([(self._requests.history(newest, at, 1), events)])
         prefix = self._prefix(user, known)
@@ -225,32 +219,24 @@ class Session:
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _append(self, new: History) -> None:
-        known, count = self._known(new.user), len(new.items)
-        if not count:
-            return
-        self._note_unknown(new)
-        both = _joined(known.history, _as_lists(new))
+    def _appended(self, known: _Known, history: History, count: int) -> _Known:
+        """Continue what the cache has of a user, of whose ``history`` the newest ``count`` items are new."""
+        user, room = history.user, self.max_items - self._trim_events + 1
         if known.num_items + count > self.max_items:
-            updated = _newest(both, self.max_items - self._trim_events + 1)
-            self._tail(updated, min(count, updated.num_items))  # raises for events without what the model reads
-            self._cache.drop(new.user)
-        else:
-            updated = _Known(both, known.before)
-            self._extend(new.user, updated, count)
-        self._users[new.user] = updated
-
-    def _extend(self, user: Any, known: _Known, count: int) -> None:
-        """Continue what the cache has of a user, of whose items the newest ``count`` are new."""
-        prefix = self._cache.find(user)
+            updated = _newest(history, room)
+            self._tail(updated, min(count, room))  # raises for events without what the model reads
+            self._cache.drop(user)
+            return updated
+        updated, prefix = _Known(history, known.before), self._cache.find(user)
         kept = None if prefix is None else self._incremental.kept_items(prefix, count)
-        computed = count if kept is None else known.num_items - kept
-        batch = self._tail(known, computed)
+        computed = count if kept is None else updated.num_items - kept
+        batch = self._tail(updated, computed)
         if prefix is None or kept is None:
             self._cache.drop(user)
-            return
-        with self._loaded.inference():
-            self._incremental.append(prefix, user, batch.to(self._loaded.mesh.device), computed, kept)
+        else:
+            with self._loaded.inference():
+                self._incremental.append(prefix, user, batch.to(self._loaded.mesh.device), computed, kept)
+        return updated
 
     def _encode(self, known: Mapping[Any, _Known]) -> None:
         """Encode users together, who are at most as many as an evaluation batch has."""
@@ -278,10 +264,6 @@ class Session:
             raise DataError(f"the session has no history of {user!r}; give it to encode() first, under the same id")
         return self._users[user]
 
-    def _note_unknown(self, history: History) -> None:
-        for name, values in self._requests.unknown([history]).items():
-            self._unknown.setdefault(name, set()).update(values)
-
     def _tokens_of(self, items: int) -> int:
         return self._context + items * self._per_item
 
@@ -297,7 +279,6 @@ class Session:
     def _cosines(self, user: Any, items: Sequence[Any], at: int | None) -> Tensor:
         """Scores of a retrieval model, float32 [m]."""
         vector = self.user_embeddings([user], at)[0]
-        self._note_unknown(History(items=items))
         vocabulary = self._loaded.vocabularies[self._loaded.source.roles.item]
         ids = vocabulary.rows(items).numpy()
         known = ids != vocabulary.unknown

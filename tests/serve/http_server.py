@@ -19,7 +19,7 @@ from hstu.serve.runtime import Recommendation, ServingError
 from hstu.serve.server.model import Answer, Query
 from hstu.serve.server.run import server_config
 from hstu.serve.server.settings import Metrics, Settings
-from hstu.serve.server.swap import LiveModel, Load
+from hstu.serve.server.swap import LiveModel, Load, load
 
 UNWATCHED = Settings(poll_s=3600)
 
@@ -61,10 +61,10 @@ class Client:
 
 
 @contextmanager
-def running(root: Path, load: Load, settings: Settings = UNWATCHED, metrics: Metrics | None = None) -> Iterator[Client]:
+def running(root: Path, load: Load = load, settings: Settings = UNWATCHED) -> Iterator[Client]:
     """A server of the exports in ``root`` on a free port of this machine, until the end of the block."""
-    metrics = metrics or Metrics()
-    server = uvicorn.Server(server_config(LiveModel(root, load, metrics), settings, metrics))
+    metrics = Metrics()
+    server = uvicorn.Server(server_config(LiveModel(root, metrics, load), settings, metrics))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

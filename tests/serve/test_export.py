@@ -18,7 +18,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
 from hstu.serve.contents import check_can_be_served
 from hstu.serve.export import TOLERANCE, difference
-from hstu.serve.runtime import Candidates, History, ServingError, layout
+from hstu.serve.runtime import Candidates, History, ServingError
 from tests.serve.random_requests import largest_difference
 from tests.serve.served import Served, histories, random_model, request
 
@@ -44,7 +44,9 @@ def test_requests_of_a_batch_do_not_change_each_other(
     given = histories(features)
     alone = torch.stack([retrieval.model.embed(history) for history in given])
     together = retrieval.model.embed_batch(given)
-    monkeypatch.setattr(layout, "SCORES_AT_ONCE", 500)  # several runs, of sequences of equal lengths
+    monkeypatch.setattr(
+        "hstu.serve.runtime.model._ATTENTION_SCORES_AT_ONCE", 500
+    )  # several runs, of sequences of equal lengths
     for found in (alone, retrieval.model.embed_batch(given)):
         torch.testing.assert_close(found, together, rtol=0, atol=1e-6)
     events = {name: ["value 001"] * 5 for name in ("device", "watched")} | {"spent": [None] * 5}

@@ -15,10 +15,8 @@ from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
 from hstu.serve.evaluation import Evaluation, evaluate_split
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.server.settings import Metrics
-from hstu.serve.server.swap import loader
 from scripts import export
-from tests.serve.http_server import UNWATCHED, running
+from tests.serve.http_server import running
 from tests.train.tiny import FinishedRun
 
 TOLERANCE = 1e-4
@@ -71,8 +69,7 @@ def of_cache(exported: Path, mesh: Mesh) -> Iterator[Predict]:
 
 
 def of_server(exported: Path) -> Iterator[Predict]:
-    metrics = Metrics()
-    with running(exported / "serving", loader(MEGABYTE, metrics), UNWATCHED, metrics) as client:
+    with running(exported / "serving") as client:
         facts = client.get("/model").json
 
         def predict(history: api.History, candidates: list[Any], at: int) -> Any:

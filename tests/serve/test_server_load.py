@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from hstu.serve.export import TOLERANCE
-from hstu.serve.server.settings import Metrics, Settings
-from hstu.serve.server.swap import loader
+from hstu.serve.server.settings import Settings
 from tests.serve.http_server import Client, running, until
 from tests.serve.served import BIAS, Served, random_model, request, serve
 
@@ -44,7 +43,7 @@ def test_models_are_swapped_under_load_without_a_lost_or_wrong_answer(two: list[
     shutil.copytree(two[0].folder, tmp_path / "copy-0")
     sources["copy-0"] = 0
     answers: list[tuple[int, int, str]] = []
-    ended, metrics = threading.Event(), Metrics()
+    ended = threading.Event()
     memory = psutil.Process().memory_info
 
     def ask(port: int, seed: int) -> None:
@@ -57,7 +56,7 @@ def test_models_are_swapped_under_load_without_a_lost_or_wrong_answer(two: list[
             answers.append((place, reply.status, reply.text))
         client.close()
 
-    with running(tmp_path, loader(1 << 14, metrics), Settings(max_batch=4, poll_s=0.05), metrics) as client:
+    with running(tmp_path, settings=Settings(max_batch=4, poll_s=0.05)) as client:
         threads = [threading.Thread(target=ask, args=(client.port, seed)) for seed in range(CLIENTS)]
         for thread in threads:
             thread.start()

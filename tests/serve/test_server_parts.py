@@ -118,7 +118,7 @@ def test_a_mistake_costs_its_query_and_a_defect_its_batch() -> None:
 
 def live_model(root: Path) -> tuple[LiveModel, StubLoader]:
     load = StubLoader()
-    return LiveModel(root, load, Metrics()), load
+    return LiveModel(root, Metrics(), load), load
 
 
 def written(folder: Path, content: str, at: int) -> Path:

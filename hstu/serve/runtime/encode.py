@@ -68,12 +68,12 @@ class Encoder:
     @property
     def given_features(self) -> dict[str, bool]:
         """Features that do not follow from times → whether each event must have them in a request."""
-        return {name: f"item.{name}" not in self._known for name in self._given(self._features())}
+        return {name: f"item.{name}" not in self._known for name in self._given()}
 
     @property
     def known_before(self) -> list[str]:
         """Features that candidates may have in a request."""
-        return self._given(self._features(known_after=False))
+        return self._given(known_after=False)
 
     def history(self, history: History, at: int | None, room: int) -> Events:
         """The newest ``room`` events and the user. Raises ``error`` for a history that the model cannot read."""
@@ -101,7 +101,7 @@ class Encoder:
         count, newest = len(candidates.items), _NO_EVENT
         if self.facts["reads_times"] and history.timestamps is not None and len(history.timestamps):
             newest = int(history.timestamps[-1])
-        known = self.known_before if candidates.actions is None else self._given(self._features())
+        known = self.known_before if candidates.actions is None else self._given()
         self._check_names("feature that is known before an event,", candidates.features, known)
         for what, values in _lengths(candidates.features, actions=candidates.actions):
             if values != count:
@@ -156,7 +156,7 @@ class Encoder:
             if values != count:
                 raise self.error(f"{who} has {values} {what} for {count} items; give one per item")
         self._check_names("contextual feature", history.context, facts["contextual"])
-        self._check_names("feature of items or events", history.features, self._given(self._features()))
+        self._check_names("feature of items or events", history.features, self._given())
         if at is None:
             return
         if not facts["reads_request_time"]:
@@ -170,15 +170,12 @@ class Encoder:
             if name not in known:
                 raise self.error(f"the model has no {what} {name!r}; it has {', '.join(known) or 'none'}")
 
-    def _features(self, known_after: bool = True) -> list[str]:
-        """All features of items and events, or those that are known before an event."""
+    def _given(self, known_after: bool = True) -> list[str]:
+        """Features that do not follow from times: all, or those that are known before an event."""
         facts = self.facts
+        names = [*facts["side"], *(facts["known_after"] if known_after else ())]
         numbers = [entry["name"] for entry in facts["numbers"] if known_after or not entry["known_after"]]
-        return [*facts["side"], *(facts["known_after"] if known_after else ()), *numbers]
-
-    def _given(self, names: Sequence[str]) -> list[str]:
-        """Those features that do not follow from times."""
-        return [name for name in names if self.facts["features"].get(name, {}).get("kind") != "time"]
+        return [name for name in names if facts["features"][name]["kind"] != "time"] + numbers
 
     def _events(self, shown: History | Candidates, times: Tensor, before: Tensor, who: str, are_events: bool) -> Events:
         """``before``: the time of the user's newest event before each, int64 [n].

@@ -35,9 +35,9 @@ _HEADERS = [
     (b"content-security-policy", b"default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"),
 ]
 _FAILURES: dict[int | str, dict[str, Any]] = {
-    413: {"model": schemas.Failure, "description": "The request is too large"},
-    422: {"model": schemas.Failure, "description": "The request has mistakes, or does not fit the model"},
-    429: {"model": schemas.Failure, "description": "Too many requests wait; see the header Retry-After"},
+    413: {"description": "The request is too large"},
+    422: {"description": "The request has mistakes, or does not fit the model"},
+    429: {"description": "Too many requests wait; see the header Retry-After"},
 }
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     )
     _add_error_handlers(app)
 
-    @app.post("/recommend", response_model=schemas.Recommendations, responses=_FAILURES)
+    @app.post("/recommend", responses=_FAILURES)
     async def recommend(user: schemas.RecommendRequest) -> Response:
         """The items whose vectors are closest to that of the user. Retrieval only."""
         answer = await batcher.ask(user.query())
@@ -79,13 +79,13 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         rows = zip(found.items, found.scores, titles, strict=True)
         return _as_json(answer, items=[{"item": item, "score": score, "title": title} for item, score, title in rows])
 
-    @app.post("/score", response_model=schemas.Scores, responses=_FAILURES)
+    @app.post("/score", responses=_FAILURES)
     async def score(user: schemas.ScoreRequest) -> Response:
         """What the model predicts for candidates: each task of a ranking model, the cosine of retrieval."""
         answer = await batcher.ask(user.query())
         return _as_json(answer, scores=answer.content)
 
-    @app.post("/embed", response_model=schemas.Vector, responses=_FAILURES)
+    @app.post("/embed", responses=_FAILURES)
     async def embed(user: schemas.User) -> Response:
         """The vector of the user. Retrieval only."""
         answer = await batcher.ask(user.query())
@@ -174,7 +174,7 @@ class Guard:
 
 
 def _as_json(answer: Answer, **content: Any) -> Response:
-    # Written here, and not by the schema, which would check again each number of what this program has computed.
+    # FastAPI would check again each number of what this program has computed.
     text = json.dumps({"model": answer.model, **content, "unknown_items": answer.unknown_items}, allow_nan=False)
     return Response(text, media_type="application/json")
 

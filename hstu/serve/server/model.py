@@ -1,25 +1,15 @@
-"""An exported model as the server uses it: batches of queries of any kind, and a cache of users' vectors."""
+"""An exported model as the server uses it: batches of queries of any kind."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 from torch import Tensor
 
 from hstu.serve.runtime import Candidates, History, Model, ServingError
-
-from .settings import Metrics
-
-ENTRY_BYTES = 1024
-"""What a cached vector takes beside its numbers: the key, the tensor object and the entry of the dictionary."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +23,6 @@ class Query:
     filter_seen: bool = True
     candidates: Candidates | None = None
     """Not None: score."""
-
-    @cached_property
-    def user_key(self) -> bytes:
-        """Digest of everything that the user's vector depends on."""
-        text = json.dumps([vars(self.history), self.at], sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 
 @dataclass(frozen=True)
@@ -54,30 +38,27 @@ class Answer:
 
 
 class ServedModel:
-    """A model with its version and its cache. ``answer`` belongs to one thread.
+    """A model with its version. ``answer`` belongs to one thread."""
 
-    Args:
-        model: what to serve.
-        version: names the model in answers.
-        cache_bytes: all cached vectors of users together take at most so many bytes. A ranking model has none.
-        metrics: counts hits and misses.
-    """
-
-    def __init__(self, model: Model, version: str, cache_bytes: int, metrics: Metrics) -> None:
+    def __init__(self, model: Model, version: str) -> None:
         self.model, self.version = model, version
         self.task: str = model.facts["task"]
-        self._cache: LRUCache[bytes, Tensor] = LRUCache(cache_bytes, lambda vector: vector.nbytes + ENTRY_BYTES)
-        self._metrics = metrics
         self._titles = [title.casefold() for title in model.titles]
 
     def answer(self, queries: Sequence[Query]) -> list[Answer | Exception]:
         """An answer per query, computed together; a ServingError in place of one whose query does not fit the model."""
         with torch.inference_mode():
-            contents = self._of_vectors(queries) if self.task == "retrieval" else self._of_pairs(queries)
-        return [
-            content if isinstance(content, Exception) else Answer(self.version, content, self._unknown(query))
-            for query, content in zip(queries, contents, strict=True)
-        ]
+            contents = self._outputs(queries)
+            known = [place for place, output in enumerate(contents) if isinstance(output, Tensor)]
+            found = [contents[place] for place in known]
+            of_queries = [queries[place] for place in known]
+            if self.task == "retrieval":
+                found = self._of_vectors(of_queries, found)
+            else:
+                found = [self.model.predictions(logits) for logits in found]
+        for place, query, content in zip(known, of_queries, found, strict=True):
+            contents[place] = Answer(self.version, content, self._unknown(query))
+        return contents
 
     def search(self, text: str, count: int) -> list[tuple[Any, str]]:
         """Ids and titles of ``count`` items whose title has ``text``, or whose id it is. Any thread may call it."""
@@ -94,83 +75,51 @@ class ServedModel:
 
     def check(self) -> None:
         """Answer one query. Raises ServingError if that fails or gives what is no number."""
-        facts, encoder = self.model.facts, self.model.encoder
-        if not encoder.items.size:
-            raise ServingError("the model has no items")
-        item, given = encoder.items.value_at(0), [name for name, must in encoder.given_features.items() if must]
-        actions = encoder.vocabularies[facts["action"]] if facts["action"] else None
-        history = History(
-            items=[item],
-            actions=None if actions is None else [actions.value_at(0) if actions.size else 0],
-            timestamps=[0] if facts["reads_times"] else None,
-            features={name: [None] for name in given},
-        )
-        shown = Candidates([item], {name: [None] for name in given if name in encoder.known_before})
+        encoder = self.model.encoder
+        item, missing = encoder.items.value_at(0), {name: [None] for name in encoder.given_features}
+        history = History(items=[item], actions=[None], timestamps=[0], features=missing)
+        shown = Candidates([item], {name: [None] for name in encoder.known_before})
         for answer in self.answer([Query(history, candidates=shown)]):
             if isinstance(answer, Exception):
                 raise ServingError(f"the model cannot answer: {answer}") from answer
 
-    def _of_vectors(self, queries: Sequence[Query]) -> list[Any]:
-        """Contents of answers of a retrieval model."""
-        contents = self._vectors(queries)
-        known = [place for place, vector in enumerate(contents) if isinstance(vector, Tensor)]
-        ranked = [place for place in known if queries[place].k is not None]
-        if ranked:
-            best = self.model.nearest(
-                torch.stack([contents[place] for place in ranked]),
-                [queries[place].k or 0 for place in ranked],
-                [queries[place].history.items if queries[place].filter_seen else () for place in ranked],
-            )
-        for place in known:
-            vector, shown = contents[place], queries[place].candidates
-            if shown is not None:
-                contents[place] = {"cosine": (self.model.item_vectors(shown.items) @ vector).tolist()}
-            elif place in ranked:
-                contents[place] = best[ranked.index(place)]
-            else:
-                contents[place] = vector.tolist()
-        return contents
-
-    def _vectors(self, queries: Sequence[Query]) -> list[Any]:
-        """The vector of each query's user, float32 [E], or a ServingError; equal users are computed once."""
-        users = {query.user_key: query for query in queries}
-        known: dict[bytes, Any] = {key: self._cache.get(key) for key in users}
-        missing = [key for key, vector in known.items() if vector is None]
-        self._metrics.cache_hits.inc(len(users) - len(missing))
-        self._metrics.cache_misses.inc(len(missing))
-        encoded = {}
-        for key in missing:
-            try:
-                encoded[key] = self.model.encode(users[key].history, users[key].at)
-            except ServingError as error:
-                known[key] = error
-        if encoded:
-            for key, vector in zip(encoded, self.model.run([*encoded.values()]), strict=True):
-                known[key] = _finite(vector[0])
-                if isinstance(known[key], Tensor):
-                    with suppress(ValueError):  # it is larger than the whole cache
-                        self._cache[key] = known[key].clone()  # a row would keep the whole batch in memory
-        self._metrics.cache_bytes.set(self._cache.currsize)
-        return [known[query.user_key] for query in queries]
-
-    def _of_pairs(self, queries: Sequence[Query]) -> list[Any]:
-        """Contents of answers of a ranking model."""
-        contents: list[Any] = []
+    def _outputs(self, queries: Sequence[Query]) -> list[Any]:
+        """Of each query the vector [1, E] of its user or the logits [candidates, outputs], or a ServingError."""
+        found: list[Any] = []
         sequences: list[Any] = []
         for query in queries:
             try:
-                if query.candidates is None:
+                if self.task == "retrieval":
+                    own = [self.model.encode(query.history, query.at)]
+                elif query.candidates is not None:
+                    own = self.model.encoder.sequences(query.history, query.candidates, query.at)
+                else:
                     raise ServingError("a ranking model has no vectors of users and items; use /score")
-                own = self.model.encoder.sequences(query.history, query.candidates, query.at)
-                contents.append(range(len(sequences), len(sequences) + len(own)))
+                found.append(slice(len(sequences), len(sequences) + len(own)))
                 sequences += own
             except ServingError as error:
-                contents.append(error)
-        outputs = self.model.run(sequences) if sequences else []
-        for place, content in enumerate(contents):
-            if isinstance(content, range):
-                logits = _finite(torch.cat([outputs[part] for part in content]))
-                contents[place] = logits if isinstance(logits, Exception) else self.model.predictions(logits)
+                found.append(error)
+        outputs = self.model.run(sequences)
+        return [_finite(torch.cat(outputs[each])) if isinstance(each, slice) else each for each in found]
+
+    def _of_vectors(self, queries: Sequence[Query], vectors: Sequence[Tensor]) -> list[Any]:
+        """Contents of answers of a retrieval model."""
+        contents: list[Any] = []
+        for query, vector in zip(queries, vectors, strict=True):
+            if query.candidates is not None:
+                cosines = self.model.item_vectors(query.candidates.items) @ vector[0]
+                contents.append({"cosine": cosines.tolist()})
+            else:
+                contents.append(vector[0].tolist())
+        ranked = [place for place, query in enumerate(queries) if query.k is not None]
+        if ranked:
+            best = self.model.nearest(
+                torch.cat([vectors[place] for place in ranked]),
+                [queries[place].k or 0 for place in ranked],
+                [queries[place].history.items if queries[place].filter_seen else () for place in ranked],
+            )
+            for place, recommendation in zip(ranked, best, strict=True):
+                contents[place] = recommendation
         return contents
 
     def _unknown(self, query: Query) -> list[Any]:

@@ -16,7 +16,7 @@ from hstu.base.errors import ConfigError, PrintableFormatter
 
 from .app import create_app
 from .settings import Metrics, Settings
-from .swap import LiveModel, loader
+from .swap import LiveModel
 
 _BACKLOG = 256
 _SWITCH_INTERVAL_S = 1e-4
@@ -45,7 +45,7 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
     with _bound(host, port) as listener:
         metrics = Metrics()
         gc.freeze()  # what is imported stays; without it, collecting an earlier model stops all threads for longer
-        live = LiveModel(root, loader(settings.cache_bytes, metrics), metrics)
+        live = LiveModel(root, metrics)
         shown = f"[{host}]" if ":" in host else host
         # uvicorn handles both and raises them again when it has ended in order.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

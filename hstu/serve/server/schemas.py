@@ -1,9 +1,9 @@
-"""What requests and answers look like in JSON. Requests with unknown fields, wrong types or too much are refused."""
+"""What requests look like in JSON. Those with unknown fields, wrong types or too much are refused."""
 
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 
@@ -22,13 +22,10 @@ Value = StrictInt | StrictFloat | Text | None | list[StrictInt | StrictFloat | T
 Name = Annotated[str, Field(max_length=_MAX_TEXT)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class User(_Strict):
+class User(BaseModel):
     """A user: events in the ids of the raw data, oldest first. GET /model says what the model reads of them."""
 
+    model_config = ConfigDict(extra="forbid")
     items: list[Id] = Field(max_length=MAX_EVENTS, description="Ids of the items, one per event; ranking needs none")
     actions: list[Id] | None = Field(None, max_length=MAX_EVENTS, description="One per event, if the model reads them")
     timestamps: list[Seconds] | None = Field(
@@ -67,50 +64,3 @@ class ScoreRequest(User):
     def query(self) -> Query:
         """What to compute."""
         return replace(super().query(), candidates=Candidates(self.candidates, self.candidate_features))
-
-
-class Answered(BaseModel):
-    """Part of every answer."""
-
-    model: str = Field(description="Version of the model that has answered")
-    unknown_items: list[int | str] = Field(description="Items of the request that the model does not have")
-
-
-class Item(BaseModel):
-    """A recommended item."""
-
-    item: int | str
-    score: float = Field(description="Cosine of the vectors of user and item")
-    title: str = Field(description="Empty where the data has none")
-
-
-class Recommendations(Answered):
-    """The best items, best first."""
-
-    items: list[Item]
-
-
-class Scores(Answered):
-    """Prediction → its value for each candidate, in the order of the request."""
-
-    scores: dict[str, list[Any]]
-
-
-class Vector(Answered):
-    """The vector of the user, of length 1."""
-
-    vector: list[float]
-
-
-class Problem(BaseModel):
-    """What is wrong with a part of a request."""
-
-    where: str
-    problem: str
-
-
-class Failure(BaseModel):
-    """Why there is no answer."""
-
-    error: str
-    problems: list[Problem] = []

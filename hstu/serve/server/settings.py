@@ -19,8 +19,6 @@ class Settings:
     """A request waits this long for others at most, unless a batch is being computed."""
     max_waiting: int = 256
     """Requests that wait at most; more are answered with 429."""
-    cache_bytes: int = 64 << 20
-    """Vectors of users take so many bytes at most; 0 keeps none."""
     max_body_bytes: int = 1 << 20
     """Largest request."""
     poll_s: float = 5.0
@@ -50,9 +48,6 @@ class Metrics:
             "hstu_batch_seconds", "Time to compute a batch", buckets=_SECONDS, registry=registry
         )
         self.waiting = Gauge("hstu_waiting_requests", "Requests that wait to be computed", registry=registry)
-        self.cache_hits = Counter("hstu_cache_hits", "Users whose vector was in the cache", registry=registry)
-        self.cache_misses = Counter("hstu_cache_misses", "Users whose vector was computed", registry=registry)
-        self.cache_bytes = Gauge("hstu_cache_bytes", "Bytes of the cached vectors", registry=registry)
         self.swaps = Counter("hstu_model_swaps", "Newer exports that have replaced older ones", registry=registry)
         self.refused = Gauge("hstu_refused_exports", "Exports that could not be loaded", registry=registry)
         self.model = Gauge("hstu_model", "1 for the model in use", ["version", "task"], registry=registry)

@@ -68,19 +68,11 @@ Load = Callable[[Path, str, ServedModel | None], ServedModel]
 """From a folder, its version and the model in use to the model. Raises for one that cannot be served."""
 
 
-def loader(cache_bytes: int, metrics: Metrics) -> Load:
-    """Loads and verifies a folder, and lets the model answer once.
-
-    If its program equals that of the model in use, they share it.
-    """
-
-    def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
-        model = runtime.load(folder, like=None if current is None else current.model)
-        served = ServedModel(model, version, cache_bytes, metrics)
-        served.check()
-        return served
-
-    return load
+def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
+    """Load and verify a folder, and let the model answer once. It shares an equal program with the model in use."""
+    served = ServedModel(runtime.load(folder, like=None if current is None else current.model), version)
+    served.check()
+    return served
 
 
 class LiveModel:
@@ -88,14 +80,14 @@ class LiveModel:
 
     Args:
         root: see ``find_exports``.
-        load: loads an export.
         metrics: counts swaps and refused exports.
+        load: loads an export.
 
     Raises:
         DataError: no export can be served.
     """
 
-    def __init__(self, root: Path, load: Load, metrics: Metrics) -> None:
+    def __init__(self, root: Path, metrics: Metrics, load: Load = load) -> None:
         self._root, self._load, self._metrics = root, load, metrics
         self._loaded: Found | None = None
         self._current: ServedModel | None = None

@@ -7,7 +7,7 @@ rows of a part depend on its users alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,6 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.given_requests import GivenRequests
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.store.sequence_store import USER_FEATURE
-from hstu.model.tasks import RankingTask
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.command import Candidates
 from hstu.serve.loaded import LoadedModel
@@ -37,7 +36,6 @@ from hstu.train.task_metrics import sigmoid
 
 PART_USERS = 10_000
 """Users whose vectors are in memory at once."""
-Columns = dict[str, np.ndarray]
 
 
 def item_vectors(loaded: LoadedModel) -> Iterator[np.ndarray]:
@@ -269,16 +267,33 @@ class RankingPredictor(Predictor):
 
 @dataclass(frozen=True)
 class ScoreColumns:
-    """Turns outputs float32 [n, width] into columns float32 [n]."""
+    """Turns outputs of a ranking model into columns, see ``score_columns``."""
 
-    width: int
-    first_action: int
+    groups: list[tuple[str, list[str]]]
+    """Kind and columns of outputs side by side: the probabilities of one "class", of "binary" tasks, or "numbers"."""
+    first_action: int = 0
     """An action that the model has a class for."""
-    convert: Callable[[np.ndarray], Columns]
+    has_expected: bool = False
+    """Whether ``score`` is the expected action."""
 
-    def of(self, outputs: np.ndarray) -> Columns:
-        """The columns of these outputs."""
-        return {name: values.astype(np.float32) for name, values in self.convert(outputs.astype(np.float64)).items()}
+    @property
+    def width(self) -> int:
+        """Number of outputs."""
+        return sum(len(names) for _, names in self.groups)
+
+    def of(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """float32 [n] each, of outputs float32 [n, width]."""
+        columns: dict[str, np.ndarray] = {}
+        ends = np.cumsum([len(names) for _, names in self.groups])[:-1]
+        for (kind, names), own in zip(self.groups, np.split(outputs.astype(np.float64), ends, axis=1), strict=True):
+            if kind == "class":
+                own = np.exp(own - np.logaddexp.reduce(own, axis=1, keepdims=True))
+            elif kind == "binary":
+                own = sigmoid(own)
+            if self.has_expected:
+                columns["score"] = own @ np.arange(self.first_action, self.first_action + len(names))
+            columns |= dict(zip(names, own.T, strict=True))
+        return {name: values.astype(np.float32) for name, values in columns.items()}
 
 
 def score_columns(evaluator: Evaluator, config: RunConfig, source: StoreSource) -> ScoreColumns:
@@ -290,52 +305,28 @@ def score_columns(evaluator: Evaluator, config: RunConfig, source: StoreSource) 
       ``score_<task>``, the value.
     """
     if isinstance(evaluator, MultiTaskEvaluator):
-        tasks = evaluator.tasks
-        widths = [task.args.output_width for task in tasks]
-
-        def of_tasks(outputs: np.ndarray) -> Columns:
-            parts = np.split(outputs, np.cumsum(widths)[:-1], axis=1)
-            columns: Columns = {}
-            for task, own in zip(tasks, parts, strict=True):
-                columns |= _task(task, own, source.label_facts[task.args.label].texts)
-            return columns
-
-        return ScoreColumns(sum(widths), 0, of_tasks)
-    assert isinstance(evaluator, RankingEvaluator)
+        groups = []
+        for task in evaluator.tasks:
+            name, kind, texts = task.args.task_name, task.args.kind, source.label_facts[task.args.label].texts
+            classes = _labels(task.first_class, task.args.output_width, texts)
+            groups.append((kind, [f"p_{name}_{each}" for each in classes] if kind == "class" else [f"score_{name}"]))
+        return ScoreColumns(groups)
+    assert isinstance(evaluator, RankingEvaluator) and isinstance(config.dataset, DatasetArgs)
+    if evaluator.num_tasks == 1:
+        return ScoreColumns([("binary", ["score"])])
     if evaluator.num_tasks is not None:
-        names = _names_of_bits(evaluator.num_tasks, config)
-        return ScoreColumns(len(names), 0, lambda outputs: dict(zip(names, sigmoid(outputs).T, strict=True)))
-    first, last = evaluator.label_offset, config.task_args.prediction_head_arch[-1]  # type: ignore[union-attr]
+        named: Sequence[str] = task_names(config.dataset.dataset_name)
+        if len(named) != evaluator.num_tasks:
+            named = [f"task{bit}" for bit in range(evaluator.num_tasks)]
+        return ScoreColumns([("binary", [f"score_{name}" for name in named])])
+    first, count = evaluator.label_offset, config.task_args.prediction_head_arch[-1]  # type: ignore[union-attr]
     action = source.roles.action
     assert action is not None, "a ranking model has actions"
     texts = source.store.raw_ids(action).tolist() if source.store.feature(action).has_vocab else []
-    return ScoreColumns(last, first, lambda outputs: _classes(outputs, "p_", first, texts, None if texts else "score"))
+    columns = [f"p_{label}" for label in _labels(first, count, texts)]
+    return ScoreColumns([("class", columns)], first, has_expected=not texts)
 
 
-def _names_of_bits(count: int, config: RunConfig) -> list[str]:
-    if count == 1:
-        return ["score"]
-    assert isinstance(config.dataset, DatasetArgs)
-    named = task_names(config.dataset.dataset_name)
-    return [f"score_{name}" for name in (named if len(named) == count else [f"task{bit}" for bit in range(count)])]
-
-
-def _task(task: RankingTask, outputs: np.ndarray, texts: Sequence[str]) -> Columns:
-    """``texts``: what the labels 0, 1, … stand for; empty if they are numbers."""
-    name, kind = task.args.task_name, task.args.kind
-    if kind == "class":
-        return _classes(outputs, f"p_{name}_", task.first_class, texts)
-    if kind == "binary":
-        return {f"score_{name}": sigmoid(outputs[:, 0])}
-    return {f"score_{name}": outputs[:, 0]}
-
-
-def _classes(
-    outputs: np.ndarray, prefix: str, first: int, texts: Sequence[str] = (), expected: str | None = None
-) -> Columns:
-    """The probability of each class, from the label ``first`` on; the expected label if ``expected`` is its column."""
-    probabilities = np.exp(outputs - np.logaddexp.reduce(outputs, axis=1, keepdims=True))
-    labels = range(first, first + outputs.shape[1])
-    names = [texts[label] if label < len(texts) else label for label in labels]
-    columns = {f"{prefix}{name}": column for name, column in zip(names, probabilities.T, strict=True)}
-    return columns if expected is None else {expected: probabilities @ np.array(labels), **columns}
+def _labels(first: int, count: int, texts: Sequence[str]) -> list[Any]:
+    """What the classes from the label ``first`` on stand for. ``texts``: of the labels 0, 1, …; empty for numbers."""
+    return [texts[label] if label < len(texts) else label for label in range(first, first + count)]

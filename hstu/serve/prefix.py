@@ -138,15 +138,14 @@ class IncrementalEncoder:
         assert tokens is not None, "count is at least 1"
         return tokens[-1]
 
-    def newest(self, prefix: Prefix, batch: HSTUBatch, count: int = 1) -> Tensor:
+    def newest(self, prefix: Prefix, batch: HSTUBatch) -> Tensor:
         """The newest token of a history, float32 [D], as it is when asked at ``batch.request_times``.
 
-        batch: ends with the newest ``count`` items, which are in the cache and are computed again, but not kept.
+        batch: ends with the newest item, which is in the cache and is computed again, but not kept. Only where
+        ``reencodes_because`` is None.
         """
-        if self.reencodes_because is not None:
-            raise ValueError(f"earlier tokens read when the newest one is asked: {self.reencodes_because}")
-        before = prefix.num_tokens - count * self._per_item
-        x, layout = self._newest(batch, count)
+        before = prefix.num_tokens - self._per_item
+        x, layout = self._newest(batch, 1)
         part = _part(layout, slice(0, len(x)), before, prefix.num_tokens)
         self.cache.statistics.scored_tokens += len(x)
         earlier = replace(prefix)

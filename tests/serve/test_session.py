@@ -163,6 +163,8 @@ def test_trimmed_histories_are_shorter_and_encoded_less_often(retrieval: Trained
         session.append([part(long, count - 1, count)])
         assert_equal(session.user_embeddings([long.user]), vectors_of(retrieval, part(long, count - kept, count)))
     assert (session.statistics.hits, session.statistics.misses) == (1, 1)
+    with pytest.raises(ConfigError, match="trim_events = 9; give a number from 1 to 8"):
+        retrieval.session(MEGABYTE, trim_events=9)
 
 
 def test_cosines_are_those_of_the_vectors_and_unknown_items_score_nothing(
@@ -254,8 +256,3 @@ def test_mistakes_are_refused_and_change_nothing(
 ) -> None:
     with pytest.raises(DataError, match=message):
         mistake(session, long)
-
-
-def test_options_out_of_range_are_refused(retrieval: TrainedModel) -> None:
-    with pytest.raises(ConfigError, match="trim_events = 9; give a number from 1 to 8"):
-        retrieval.session(MEGABYTE, trim_events=9)

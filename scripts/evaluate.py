@@ -24,9 +24,10 @@ import numpy as np
 from tabulate import tabulate
 
 from hstu.base.errors import EXIT_DONE
+from hstu.base.files import replace_text
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
-from hstu.serve.command import add_model_arguments, check_new, load_model, require_model, write_text
+from hstu.serve.command import add_model_arguments, check_new, load_model, require_model
 from hstu.serve.evaluation import choose_split, evaluate_split
 from hstu.serve.loaded import LoadedModel
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "predictions": predictions,
             "metrics": {name: value if math.isfinite(value) else None for name, value in found.items()},
         }
-        write_text(options.output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        replace_text(options.output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return EXIT_DONE
 
 

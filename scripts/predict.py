@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.base.errors import EXIT_DONE, ConfigError, DataError
-from hstu.base.files import written_aside
+from hstu.base.files import replace_text, written_aside
 from hstu.checkpoint.directory import MANIFEST
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
@@ -47,7 +47,6 @@ from hstu.serve.command import (
     read_codes,
     require_model,
     users_of_file,
-    write_text,
 )
 from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
@@ -174,7 +173,7 @@ def _open(output: Path, settings: Mapping[str, Any], files: Sequence[Path]) -> l
     if not file.is_file():
         check_new(output)
         output.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(settings, indent=1) + "\n")
+        replace_text(file, json.dumps(settings, indent=1) + "\n")
     elif json.loads(file.read_text(encoding="utf-8")) != settings:
         raise DataError(f"{output} has parts of another call ({file}); give the same arguments, or another name")
     missing = [number for number, file in enumerate(files) if not file.is_file()]

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from hstu import api
 from hstu.base.errors import EXIT_DONE, DataError
+from hstu.base.files import replace_text
 from hstu.config.tool import tool
 from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.observe.logging import quiet_libraries
@@ -37,7 +38,6 @@ from hstu.serve.command import (
     read_text,
     require_model,
     shown,
-    write_text,
 )
 
 _KINDS = {"user": object, "items": list, "actions": list, "timestamps": list, "context": dict, "features": dict}
@@ -116,7 +116,7 @@ def _recommend(options: argparse.Namespace) -> None:
     else:
         text = api.format_recommendations(answered) + "\n"
     if options.output:
-        write_text(options.output, text)
+        replace_text(options.output, text)
     else:
         sys.stdout.write(text)
 

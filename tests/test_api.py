@@ -131,7 +131,7 @@ def test_asked_at_the_time_of_the_held_out_event_a_model_gives_what_is_evaluated
     assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[0], vectors[2])
     with pytest.raises(DataError, match="1970-01-12 13:46:39 UTC, and a history has an event at"):
         model.recommend([user], at=999_999)
-    with pytest.raises(ConfigError, match="does not read the time of a request: its position_encoding"):
+    with pytest.raises(ConfigError, match="does not read the time of a request"):
         trained.recommend([user], at=10**9)
 
 

@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.base.errors import DataError
-from hstu.base.files import replace_text
 from hstu.base.ids import codes_of
 from hstu.config.problems import did_you_mean
 from hstu.data.batches.jagged import ranges, run_starts
@@ -94,10 +93,10 @@ def shown(values: Sequence[Any]) -> str:
 
 def read_text(file: str) -> str:
     """The text of a file, or of standard input for "-", with any kind of line ends. Raises DataError."""
+    content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
-        content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return content.decode("utf-8-sig").replace("\r\n", "\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 
 
@@ -133,14 +132,6 @@ def check_new(path: Path) -> None:
     """Raise DataError if an output exists, unless it is an empty directory."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{path} exists; give another name, or remove it")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file. Raises DataError."""
-    try:
-        replace_text(path, text)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -220,8 +211,7 @@ def _read_table(file: str, columns: Iterable[str]) -> pd.DataFrame:
         else:
             table = pq.read_table(file, columns=wanted).to_pandas(integer_object_nulls=True)
     except (OSError, ValueError, pa.ArrowException) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
-        raise DataError(f"{file} cannot be read: {reason}") from error
+        raise DataError(f"{file} cannot be read: {error}") from error
     for name in ("user", "item"):
         if name in wanted and table[name].hasnans:
             raise DataError(f"{file}: {table[name].isna().sum()} row(s) have no {name}")

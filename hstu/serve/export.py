@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,11 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.directory import describe_files
 from hstu.config.args import ContextParallelArgs, DataParallelArgs, DatasetArgs, TensorModelParallelArgs
 from hstu.config.run_config import RunConfig
-from hstu.data.batches.given_requests import GivenRequests
 from hstu.serve import runtime
+from hstu.serve.command import Candidates
 from hstu.serve.contents import Contents, check_can_be_served, collect, task_of
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.predict import RankingPredictor
 from hstu.serve.program import ServingProgram, trace
 from hstu.serve.runtime.files import COMPILED, FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
 from hstu.train.inference import StoredSource
@@ -118,14 +118,9 @@ def difference(trained: LoadedModel, model: runtime.Model) -> float | None:
         return _largest(model.embed_batch(histories), expected)
     newest = np.asarray(store.offsets())[users + 1] - 1  # the newest event of each user is shown again
     known = [name for name in model.encoder.known_before if name in store.features and name in histories[0].features]
-    values = {name: store.sequence(name)[newest] for name in (store.item_feature, *known)}
-    if facts["action"]:  # is not read
-        values[facts["action"]] = np.full_like(values[store.item_feature], facts["tasks"][0]["first"])
-    expected = torch.zeros(len(users), sum(task["width"] for task in facts["tasks"]))
-    for places, batch in source.candidate_batches(GivenRequests(store, users, np.ones_like(users), values)):
-        logits = trained.forward(batch).logits
-        assert logits is not None, "a ranking model has logits"
-        expected[places] = logits.float().cpu()
+    values = {name: store.sequence(name)[newest] for name in known}
+    given = Candidates(users, np.ones_like(users), store.sequence(store.item_feature)[newest], values)
+    expected = torch.from_numpy(RankingPredictor(trained, given).logits(given))
     shown = [
         runtime.Candidates(each.items[-1:], {name: each.features[name][-1:] for name in known}) for each in histories
     ]
@@ -186,16 +181,14 @@ def _card(
     trained: LoadedModel, contents: Contents, table_dtype: str, evaluations: Mapping[str, Mapping[str, float]]
 ) -> str:
     """The model card, in Markdown."""
-    facts, dataset = contents.facts, trained.config.dataset
+    dataset = trained.config.dataset
     assert isinstance(dataset, DatasetArgs)
-    purpose, call = "predicts what a user does with given items (ranking)", "score(history, [1, 2, 3])"
-    if facts["task"] == "retrieval":
-        purpose, call = "recommends the next item of a user (retrieval)", "recommend(history, k=10)"
+    is_retrieval = contents.facts["task"] == "retrieval"
+    purpose = "recommends the next item of a user" if is_retrieval else "predicts what a user does with given items"
     metrics = [
         f"- {split}: {name} {value:.4f}" for split, values in evaluations.items() for name, value in values.items()
     ]
     tables = [f"- {name}: {len(rows):,} × {rows.shape[1]}, {table_dtype}" for name, rows in contents.tables.items()]
-    fields = [f"- {field}" for field in _request_fields(facts)]
     return f"""# HSTU model on {dataset.dataset_name}
 
 This model {purpose}. It reads up to {trained.source.max_items:,} of the newest events of a user.
@@ -206,36 +199,8 @@ This model {purpose}. It reads up to {trained.source.max_items:,} of the newest 
 ## Tables
 {chr(10).join(tables)}
 
-## What a History has
-{chr(10).join(fields)}
-
-An id that the model does not have counts as unknown. New items are not recommended: export again.
-
-## Use
-Put this folder on the path of Python, in an environment with torch:
-
-```python
-import hstu_serving
-
-model = hstu_serving.load("serving")
-history = hstu_serving.History(items=[...])  # and what is named above
-print(model.{call})
-```
-
 ## Configuration
 ```
 {trained.config.operative_gin().strip()}
 ```
 """
-
-
-def _request_fields(facts: Mapping[str, Any]) -> list[str]:
-    """What the model reads of a History."""
-    features = [*facts["side"], *facts["known_after"], *(entry["name"] for entry in facts["numbers"])]
-    return [
-        f"items: {facts['item']}",
-        *([f"actions: {facts['action']}"] if facts["action"] else []),
-        *(["timestamps: whole seconds since 1970"] if facts["reads_times"] else []),
-        *(f"context: {name}" for name in facts["contextual"]),
-        *(f"features: {name}" for name in features if facts["features"].get(name, {}).get("kind") != "time"),
-    ]

@@ -152,8 +152,8 @@ class LoadedModel:
 
     @property
     def reads_request_time(self) -> bool:
-        """Whether recommendations depend on when they are asked for (DatasetArgs.query_time = "request")."""
-        return self.config.network.has_relative_bias and self.config.asks_for_next
+        """Whether recommendations or scores depend on when they are asked for."""
+        return bool(self.encoder.facts["reads_request_time"])
 
     def user_vectors(self, batches: Iterable[HSTUBatch], at: int | None = None) -> Tensor:
         """Vectors of the users of batches of histories: float32 [users, E], of length 1.
@@ -173,12 +173,11 @@ class LoadedModel:
 
     def check_request_time(self, at: int | None) -> None:
         """Raise ConfigError if a time is given that the model does not read."""
-        if at is None or self.reads_request_time:
-            return
-        because = f"its position_encoding is {self.config.network.position_encoding}"
-        if self.config.network.has_relative_bias:
-            because = 'it was trained with DatasetArgs.query_time = "last_event"'
-        raise ConfigError(f"the model does not read the time of a request: {because}; leave the time out")
+        if at is not None and not self.reads_request_time:
+            raise ConfigError(
+                "the model does not read the time of a request, because of NetworkArgs.position_encoding or "
+                "DatasetArgs.query_time; leave the time out"
+            )
 
     def asked_at(self, batches: Iterable[HSTUBatch], at: int | None) -> Iterator[HSTUBatch]:
         """Batches of histories whose users ask at ``at``. Arguments and errors: ``user_vectors``."""

@@ -233,20 +233,23 @@ class RankingPredictor(Predictor):
         self.candidates, self.at = candidates, at
         self._evaluator = build_evaluator(loaded.config, self.source, loaded.model, loaded.mesh)
         self._columns = score_columns(self._evaluator, loaded.config, self.source)
-        network, roles = loaded.config.network, self.source.roles
+        network = loaded.config.network
         if network.target_group_size > 1 and network.interleave_actions:
             raise ConfigError(
                 f"the model scores candidates in groups of {network.target_group_size} "
                 "(NetworkArgs.target_group_size), in which each reads the actions on those before it, and these are "
                 "not known; train with target_group_size = 1"
             )
-        reads_time = network.has_relative_bias or any(name in self.store.time_features for name in roles.side)
-        if at is not None and not reads_time:
-            raise ConfigError("the model reads no times, so it does not read that of a request; leave the time out")
+        loaded.check_request_time(at)
 
     def predict(self, users: np.ndarray) -> pa.Table:
         """See Predictor."""
         given = self.candidates.of_users(users)
+        items = self._raw_items[given.items]
+        return self._table(np.repeat(given.users, given.counts), items, self._columns.of(self.logits(given)))
+
+    def logits(self, given: Candidates) -> np.ndarray:
+        """What the model computes of candidates, float32 [C, outputs]; the same on every rank."""
         values: dict[str, Any] = {self.store.item_feature: given.items, **given.values}
         if self.source.roles.action is not None:  # of some class; the action on a candidate is not read
             values[self.source.roles.action] = np.full_like(given.items, self._columns.first_action)
@@ -260,9 +263,7 @@ class RankingPredictor(Predictor):
                 places.append(of_batch)
                 outputs.append(logits.float().cpu().numpy())
         place, output = _joined(self.loaded, np.concatenate(places), np.concatenate(outputs))
-        output = output[np.argsort(place)]
-        items = self._raw_items[given.items]
-        return self._table(np.repeat(given.users, given.counts), items, self._columns.of(output))
+        return output[np.argsort(place)]
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class IncrementalEncoder:
         """
         tokens = None
         with self._forgotten_after_an_error([key]):
-            prefix.cut(self._tokens_of(kept))
+            prefix.cut(tokens_of(self.encoder, kept))
             self.cache.reserve({key: prefix.num_tokens + count * self._per_item})
             x, layout = self._newest(batch, count)
             end = prefix.num_tokens + len(x)
@@ -176,9 +176,6 @@ class IncrementalEncoder:
     @property
     def _per_item(self) -> int:
         return self.encoder.features.tokens_per_item(self.encoder.network)
-
-    def _tokens_of(self, items: int) -> int:
-        return len(self.encoder.features.contextual) + items * self._per_item
 
     def _newest(self, batch: HSTUBatch, count: int) -> tuple[Tensor, JaggedLayout]:
         """The tokens of the newest items of the only sequence, without positions, and their layout."""
@@ -240,6 +237,12 @@ class IncrementalEncoder:
             for key in keys:
                 self.cache.drop(key)
             raise
+
+
+def tokens_of(encoder: SequenceEncoder, items: int) -> int:
+    """Tokens of the context and of so many items."""
+    features = encoder.features
+    return len(features.contextual) + items * features.tokens_per_item(encoder.network)
 
 
 def _writing(attention: AttentionForward, write: Callable[[Tensor, Tensor], None]) -> AttentionForward:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +22,7 @@ from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import SequenceEncoder
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.pages import CacheStatistics, Prefix, PrefixCache
-from hstu.serve.prefix import IncrementalEncoder
+from hstu.serve.prefix import IncrementalEncoder, tokens_of
 from hstu.serve.runtime.requests import Candidates, History
 from hstu.train.corpus import pair_scores
 
@@ -88,11 +89,10 @@ class Session:
                 f"trim_events = {trim_events}; give a number from 1 to {self.max_items}, the longest history"
             )
         self._trim_events = trim_events
-        encoder, network = cast(SequenceEncoder, self._task.encoder), loaded.config.network
-        features = encoder.features
-        self._context, self._per_item = len(features.contextual), features.tokens_per_item(network)
+        encoder = cast(SequenceEncoder, self._task.encoder)
+        self._tokens_of = partial(tokens_of, encoder)
         self._cache = PrefixCache(
-            network,
+            loaded.config.network,
             capacity_bytes=cache_bytes,
             max_tokens=self._tokens_of(self.max_items),
             device=loaded.mesh.device,
@@ -185,8 +185,7 @@ class Session:
         known = self._known(user)
         if isinstance(self._task, RetrievalDense):
             return self._cosines(user, items, at)
-        if at is not None and not self._requests.facts["reads_times"]:
-            raise ConfigError("the model does not read the time of a request; leave the time out")
+        self._loaded.check_request_time(at)
         newest = known.history.cut(slice(-1, None))
         shown = Candidates(items, features or {}, actions)
         (events,) = self._requests.candidates(shown, newest, at)
@@ -263,9 +262,6 @@ class Session:
         if user not in self._users:
             raise DataError(f"the session has no history of {user!r}; give it to encode() first, under the same id")
         return self._users[user]
-
-    def _tokens_of(self, items: int) -> int:
-        return self._context + items * self._per_item
 
     def _tail(self, known: _Known, count: int) -> HSTUBatch:
         """A batch that ends with the newest ``count`` items; one before them says how long ago it was."""

@@ -145,7 +145,7 @@ def test_an_export_answers_histories_without_the_data(results: dict[str, Any]) -
         ("at no time", "--at: 'noon' is no time; give now, seconds since 1970"),
         ("wrong", "wrong.json: history 1: items must be a list"),
         ("misspelt", "misspelt.json: history 1: action is not known; allowed: user, items, actions"),
-        ("no file", "absent cannot be read"),
+        ("no file", "absent: No such file"),
     ],
 )
 def test_mistakes_are_told(results: dict[str, Any], case: str, told: str) -> None:

@@ -44,9 +44,7 @@ def test_requests_of_a_batch_do_not_change_each_other(
     given = histories(features)
     alone = torch.stack([retrieval.model.embed(history) for history in given])
     together = retrieval.model.embed_batch(given)
-    monkeypatch.setattr(
-        "hstu.serve.runtime.model._ATTENTION_SCORES_AT_ONCE", 500
-    )  # several runs, of sequences of equal lengths
+    monkeypatch.setattr("hstu.serve.runtime.model._SCORES_AT_ONCE", 500)  # several runs, of equal lengths
     for found in (alone, retrieval.model.embed_batch(given)):
         torch.testing.assert_close(found, together, rtol=0, atol=1e-6)
     events = {name: ["value 001"] * 5 for name in ("device", "watched")} | {"spent": [None] * 5}

@@ -1,6 +1,5 @@
 """The Python interface: what a notebook does with a trained run."""
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from hstu.api import Recommendation, TrainedModel
 from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
-from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
@@ -53,16 +51,6 @@ def test_histories_have_the_ids_and_values_of_the_raw_data(store: SequenceStore)
     assert found[4].context == {"town": 1}
     (again,) = api.histories(api.open_store(store.path), rows=[4])
     assert again.user == 104
-
-
-def test_a_loaded_model_has_the_metrics_of_the_run(
-    finished: FinishedRun,
-    trained: TrainedModel,
-    ranking: FinishedRun,
-    mesh: Mesh,  # noqa: F811
-) -> None:
-    assert trained.evaluate("test") == finished.metrics
-    assert api.load(ranking.path, mesh=mesh).evaluate("valid") == ranking.metrics
 
 
 def test_forward_gives_logits_for_ranking_and_queries_for_retrieval(
@@ -165,19 +153,19 @@ def test_the_recommendations_of_a_user_do_not_depend_on_the_other_users(trained:
         np.testing.assert_allclose(entry.scores, alone.scores, rtol=1e-5)
 
 
-def test_printed_ids_and_titles_steer_no_terminal() -> None:
-    recommendation = Recommendation("zo\x1b[2Je", ["A\n7"], ["Skis\r"], [0.5])
-    lines = api.format_recommendations([recommendation]).splitlines()
-    assert lines == ["", r"user zo\x1b[2Je", r"    1.   0.500  Skis\r  [A\n7]"]
-
-
-def test_recommendations_are_printed_with_users_places_scores_and_titles() -> None:
-    recommendation = Recommendation("zoe", ["A-7", "B-1"], ["Alpine skis", "B-1"], [0.98765, -0.5])
-    assert api.format_recommendations([recommendation]).splitlines() == [
+def test_recommendations_are_printed_with_places_scores_and_titles_and_steer_no_terminal() -> None:
+    recommendations = [
+        Recommendation("zoe", ["A-7", "B-1"], ["Alpine skis", "B-1"], [0.98765, -0.5]),
+        Recommendation("zo\x1b[2Je", ["A\n7"], ["Skis\r"], [0.5]),
+    ]
+    assert api.format_recommendations(recommendations).splitlines() == [
         "",
         "user zoe",
         "    1.   0.988  Alpine skis  [A-7]",
         "    2.  -0.500  B-1",
+        "",
+        r"user zo\x1b[2Je",
+        r"    1.   0.500  Skis\r  [A\n7]",
     ]
 
 
@@ -195,29 +183,6 @@ def test_errors_name_unknown_users_missing_checkpoints_and_the_wrong_task(
         api.load(tmp_path, mesh=mesh)
     with pytest.raises(DataError, match="need a retrieval run"):
         api.load(ranking.path, mesh=mesh).recommend(["100"])
-
-
-@pytest.fixture
-def named(tmp_path: Path) -> SequenceStore:
-    """The walks of users named u0, u1, … over items named item-a, item-b, …"""
-    with (tmp_path / "events.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["who", "what", "did"])
-        for user, row in enumerate(walks()["items"]):
-            writer.writerows([f"u{user}", f"item-{chr(97 + item)}", item % 4] for item in row)
-    columns = InteractionColumns(interactions=tmp_path / "events.csv", user="who", item="what", action="did")
-    return SequenceStore.open(import_interactions("walks", columns, output=tmp_path / "named"))
-
-
-def test_string_ids_come_back(mesh: Mesh, named: SequenceStore, tmp_path: Path) -> None:  # noqa: F811
-    assert api.encode_users(named, ["u1", "u0"]).tolist() == [1, 0]
-    finished = run(tiny_config("retrieval", named, tmp_path, sharded=["what"], trainer=SAVES), mesh)
-    (entry,) = api.load(finished.path, mesh=mesh).recommend(["u0"], top=2)
-    known = {f"item-{chr(97 + item)}" for item in walks()["items"][0]}
-    assert entry.user == "u0" and len(entry.items) == 2
-    assert all(item.startswith("item-") and item not in known for item in entry.items)
-    with pytest.raises(DataError, match="'u99'"):
-        api.encode_users(named, ["u99"])
 
 
 def test_only_items_with_a_row_in_a_dynamic_table_are_recommended(

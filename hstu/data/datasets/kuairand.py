@@ -93,7 +93,6 @@ def _spec(
             action="action",
             context=(USER_FEATURE, *_CONTEXT),
             item_features=(*_OF_VIDEOS, _DURATION),
-            lists={"tag": ","},
             numbers=(_DURATION,),
             action_cardinality=256,
         ),

@@ -172,7 +172,6 @@ class InteractionColumns:
             item_features=self.item_columns,
             event_features=self.event_columns,
             bins=self.bins,
-            lists=self.lists,
             numbers=self.numbers,
             vectors=self.vectors,
             split=self.split,

@@ -29,7 +29,7 @@ class Schema:
     ``split``: the column that says to which split an event belongs.
     ``action_cardinality``: actions lie in [0, action_cardinality); None means the largest action + 1.
     ``bins``: feature of users, items or events → number of ranges with equally many of them, into which its numbers are
-    grouped. ``lists``: item feature → what separates its values, where text holds several.
+    grouped.
     ``numbers``: features of items or events that are quantities. ``vectors``: item features that are vectors.
     """
 
@@ -41,7 +41,6 @@ class Schema:
     event_features: tuple[str, ...] = ()
     action_cardinality: int | None = None
     bins: Mapping[str, int] = field(default_factory=dict)
-    lists: Mapping[str, str] = field(default_factory=dict)
     numbers: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
     split: str | None = None

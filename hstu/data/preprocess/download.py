@@ -56,12 +56,12 @@ def obtain_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Pat
         packed.unlink()
     except OSError as unreachable:
         _log.warning("cannot download %s: %s", archive.url, unreachable)
-        if spec.wheel is None:
-            raise DataError(f"cannot download {spec.name}: {unreachable}. {by_hand(spec, directory)}") from unreachable
         try:
+            if spec.wheel is None:
+                raise
             fetch_wheel_files(spec.wheel, directory)
         except OSError as error:
-            raise DataError(f"cannot get {spec.name}: {unreachable}; {error}. {by_hand(spec, directory)}") from error
+            raise DataError(f"cannot get {spec.name}: {error}. {by_hand(spec, directory)}") from error
     if located := locate_raw(spec, directory):
         return located
     raise DataError(f"{archive.file} does not hold {', '.join(spec.raw_formats[0].files)}")

@@ -2,7 +2,6 @@
 
 import gzip
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,11 +26,6 @@ def named(path: str, **columns: str) -> tuple[str, ...]:
 
 def parquet(**columns: list[object]) -> Callable[[Path], None]:
     return lambda file: pd.DataFrame(columns).to_parquet(file)
-
-
-def zipped(file: Path) -> None:
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("events.csv", GOOD)
 
 
 def zstd(text: bytes) -> bytes:

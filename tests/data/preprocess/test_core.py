@@ -32,7 +32,7 @@ def core(table: pd.DataFrame, users: int, items: int) -> pd.DataFrame:
         table = kept
 
 
-@pytest.mark.parametrize(("users", "items"), [(3, 3), (5, 1), (1, 4), (6, 2)])
+@pytest.mark.parametrize(("users", "items"), [(3, 3), (5, 1), (1, 4)])
 def test_what_is_left_is_the_core(tmp_path: Path, users: int, items: int) -> None:
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"u": rng.integers(0, 60, 250), "i": rng.zipf(1.4, 250) % 90, "t": rng.permutation(250)})

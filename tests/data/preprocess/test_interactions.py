@@ -3,7 +3,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -189,25 +188,6 @@ def test_fractions_of_a_second_order_events_though_seconds_are_stored(tmp_path: 
     assert histories(make(tmp_path, table, ".parquet", time="at")) == {1: ["first", "second"]}
 
 
-@pytest.mark.parametrize(
-    ("change", "columns", "message"),
-    [
-        ({}, {"item": "skuu"}, "no column 'skuu'. Did you mean 'sku'"),
-        ({"stars": ["1", "2.5", "3", "4", "5"]}, {"action": "stars"}, "csv:3: 'stars' is '2.5'; allowed is an integer"),
-        ({"stars": [1, -2, 3, 4, 5]}, {"action": "stars"}, "csv:3: 'stars' is '-2'; allowed is an integer"),
-        ({"when": ["1", "noon", "3", "4", "5"]}, {"time": "when"}, "csv:3: 'when' is 'noon'; allowed is seconds"),
-        ({"sku": ["a", None, "b", "c", "d"]}, {}, r"csv:3: 'sku' is empty"),
-        ({"when": [1, None, 3, 4, 5]}, {"time": "when"}, r"csv:3: 'when' is empty"),
-    ],
-)
-def test_unusable_tables_are_answered_with_what_is_wrong(
-    tmp_path: Path, change: dict[str, list[Any]], columns: dict[str, str], message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        make(tmp_path, TABLE.assign(**change), **columns)
-    assert not (tmp_path / "mine").exists()
-
-
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
 @pytest.mark.parametrize("column", ["member", "sku"])
 def test_empty_text_is_no_id_in_any_format(suffix: str, column: str, tmp_path: Path) -> None:
@@ -232,11 +212,6 @@ def test_context_without_a_user_is_nobodys(suffix: str, tmp_path: Path) -> None:
     context = write(users, tmp_path / f"members{suffix}")
     store = make(tmp_path, TABLE, context=context, context_columns=("age",))
     assert store.raw_ids("age")[store.context("age")].tolist() == ["3", "unknown"]
-
-
-def test_float_ids_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="must be integers or strings, the column is DOUBLE"):
-        make(tmp_path, TABLE.assign(sku=np.arange(5) / 2), ".parquet")
 
 
 def test_of_two_rows_of_context_the_first_counts(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ class SequenceInputs(nn.Module):
         self.features = features
         self.tokens_per_item = features.tokens_per_item(network)
         self.target_group_size = network.target_group_size
-        self.needs_times = network.has_relative_bias
+        self.needs_times = network.needs_times
         self.dropout = network.hidden_dropout if network.input_dropout is None else network.input_dropout
         self.scale = math.sqrt(hidden)
         self.kernels = kernels

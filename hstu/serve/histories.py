@@ -73,10 +73,10 @@ def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[
         "known_after": [name for name in roles.categories if name in roles.known_after],
         "numbers": [{"name": name, "width": width, "known_after": name in roles.known_after} for name, width in widths],
         "max_items": source.max_items,
-        "reads_times": network.has_relative_bias or bool(times),
-        "reads_request_time": (network.has_relative_bias and config.asks_for_next)
+        "reads_times": network.needs_times or bool(times),
+        "reads_request_time": (network.needs_times and config.asks_for_next)
         if is_retrieval
-        else network.has_relative_bias or any(name not in roles.known_after for name in times),
+        else network.needs_times or any(name not in roles.known_after for name in times),
         "features": {
             name: {"kind": vocabulary.kind, "is_list": name in roles.lists} for name, vocabulary in vocabularies.items()
         },
@@ -155,7 +155,7 @@ class BatchEncoder(Encoder):
             num_labels=nothing,
             items=ids[roles.item],
             actions=ids[roles.action] if roles.action else None,
-            timestamps=joined(part.times for part in parts) if self._config.network.has_relative_bias else None,
+            timestamps=joined(part.times for part in parts) if self._config.network.needs_times else None,
             context={name: joined(events.context[name] for events, _ in sequences) for name in roles.contextual},
             side={name: ids[name] for name in roles.categories},
             list_lengths={name: joined(part.counts[name] for part in parts) for name in roles.lists},

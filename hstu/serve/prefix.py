@@ -110,7 +110,7 @@ class IncrementalEncoder:
         features, network = self.encoder.features, self.encoder.network
         context, per_item = len(features.contextual), features.tokens_per_item(network)
         stable = prefix.num_tokens
-        if network.has_relative_bias and features.asks_for_next:
+        if network.needs_times and features.asks_for_next:
             stable -= 1
         spans = [span for span in network.attention_spans if span is not None]
         if spans and network.min_full_attention_tokens:

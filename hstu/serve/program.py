@@ -105,8 +105,8 @@ class ServingProgram(nn.Module):
             "numbers": bool(features.numbers),
             "is_history": hides,
             "context": bool(features.contextual),
-            "token_times": network.has_relative_bias,
-            "query_times": network.has_relative_bias,
+            "token_times": network.needs_times,
+            "query_times": network.needs_times,
             **dict.fromkeys((name for name in _SIZES if name.startswith("kept")), self._truncates),
         }
         return tuple(name for name in _SIZES if needed.get(name, True))

@@ -75,7 +75,7 @@ class BatchSource(ABC):
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         self.negatives = Negatives.of(config.retrieval) if config.retrieval else None
         retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
-        self._wants_timestamps = config.network.has_relative_bias
+        self._wants_timestamps = config.network.needs_times
         self._wants_request_times = retrieval is not None and config.asks_for_next
         self._wants_seen = retrieval is not None and retrieval.filter_seen
         self._wants_earlier = config.retrieval is not None and config.retrieval.mask_seen

@@ -142,8 +142,13 @@ class NetworkArgs(Args):
 
     @property
     def has_relative_bias(self) -> bool:
-        """Whether attention has learned biases by distance and time, which need the times of all events."""
+        """Whether attention has learned biases by distance and time."""
         return "relative_bias" in self.position_encoding
+
+    @property
+    def needs_times(self) -> bool:
+        """Whether the model reads the time of each event, features of the time apart."""
+        return self.has_relative_bias
 
     @property
     def score_factor(self) -> float:

@@ -1,7 +1,5 @@
-"""The HSTU model, without parallelism: hstu.parallel applies that from outside.
+"""The HSTU model without parallelism, which hstu.parallel adds from outside. All files may be imported from elsewhere.
 
-layer.py is one HSTU layer in plain PyTorch: read it first. stack.py has the layer on kernels and the encoder of such
-layers, inputs.py what they read, ranking.py and retrieval.py the heads and losses of the tasks. gr_model.py is the
-whole model: tables (embedding.py), then the dense part. heads.py, precision.py and compiled.py serve these. Later rooms
-may import any of these files; outputs.py is what all of them return.
+Start with layer.py: one HSTU layer in plain PyTorch. stack.py runs such layers on kernels, on the tokens of inputs.py.
+ranking.py, tasks.py and retrieval.py are heads and losses. gr_model.py is the whole model with its embedding tables.
 """

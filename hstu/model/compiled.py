@@ -1,7 +1,6 @@
-"""torch.compile for the parts of the model that are plain PyTorch: MLPs, and the loss of ranking.
+"""torch.compile for the parts of the model in plain PyTorch: MLPs and the ranking loss.
 
-Layers, concatenation, positions and the losses of retrieval are autograd functions around kernels, in which a compiler
-finds nothing to fuse.
+The rest consists of autograd functions around kernels, in which a compiler finds nothing to fuse.
 """
 
 from __future__ import annotations
@@ -14,19 +13,16 @@ from hstu.model.ranking import RankingDense
 
 
 def why_not(device: torch.device) -> str | None:
-    """Compile a small function on this device; returns None if that works, else the reason why it does not."""
+    """Compile a small function on this device. Returns None if that works, otherwise the error."""
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
-    except Exception as error:  # no compiler, one that is too old, no place for its files, …
+    except Exception as error:  # no compiler, an old compiler, no directory for its files, …
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 
 
 def compile_parts(task: nn.Module) -> list[str]:
-    """Have the parts compiled at their first call, once for all numbers of rows; parameters keep their names.
-
-    Returns the names of the parts.
-    """
+    """Compile the MLPs and the ranking loss at their first call, for any number of rows. Returns their names."""
     found = {name: module for name, module in task.named_modules() if isinstance(module, MLP)}
     for module in found.values():
         module.compile(dynamic=True)

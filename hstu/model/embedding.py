@@ -1,7 +1,7 @@
-"""The embedding tables before any parallelism: their specifications, their initial rows, and the replicated kind.
+"""Embedding tables without parallelism: their specifications, initial rows, and the replicated tables.
 
-model_parallel tables become TorchRec EmbeddingCollections (on the meta device: no rank ever holds a whole table)
-that hstu.parallel.tables shards; data_parallel tables are plain nn.Embeddings in the dense part of the model.
+model_parallel tables become TorchRec EmbeddingCollections, which hstu.parallel.tables shards. They are on the meta
+device, because no rank ever holds a whole table. data_parallel tables are nn.Embeddings in the dense model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hstu.data.batches.batch import NEGATIVES, of_negatives
 from hstu.data.features.roles import FeatureRoles
 
 _INIT_BLOCK_ROWS = 4096
-_MOST_SLOTS = 2**31 - 1  # an id's row is an int32 in the index of a dynamic table
-_DIM_MULTIPLE = 4  # FBGEMM's tables must be a multiple of 4 floats wide, on the CPU, too
+_MOST_SLOTS = 2**31 - 1  # the index of a dynamic table stores row numbers as int32
+_DIM_MULTIPLE = 4  # FBGEMM requires rows of a multiple of 4 floats, also on the CPU
 
 
 @dataclass(frozen=True)
 class TableSpec:
-    """One table: ``rows`` × ``dim`` float32, looked up by ``features`` (keys of the batch)."""
+    """One table of ``rows`` × ``dim`` float32, and the features (keys of the batch) that look up its rows."""
 
     name: str
     rows: int
@@ -40,22 +40,22 @@ class TableSpec:
     sharding: str
     init_std: float
     dynamic: DynamicEmbeddingArgs | None = None
-    """For a table that accepts any id. Each rank has its share of the capacity, and a last row of zeros."""
+    """Set for a table that accepts any id. Each rank holds an equal number of rows; its last row is zero."""
     optimizer: str | None = None
-    """Its own optimizer; None: that of all tables."""
+    """Optimizer of this table; None: the optimizer of all tables."""
     learning_rate: float | None = None
-    """Its own peak learning rate; None: that of all tables."""
+    """Peak learning rate of this table; None: the rate of all tables."""
     compute_kernel: str | None = None
     """TorchRec's compute kernel; None: the planner chooses."""
 
     @property
     def stored_dim(self) -> int:
-        """Columns of a sharded table; those beyond ``dim`` are zero, get no gradient and are cut off after a lookup."""
+        """Columns of a sharded table. Those beyond ``dim`` are zero, get no gradient, and lookups cut them off."""
         return -(-self.dim // _DIM_MULTIPLE) * _DIM_MULTIPLE
 
     @property
     def collection(self) -> tuple[int, bool]:
-        """Key of the collection of a sharded table: one width (TorchRec requires it) and one kind per collection."""
+        """Key of the collection of a sharded table. TorchRec requires one width per collection."""
         return self.stored_dim, self.dynamic is not None
 
 
@@ -67,13 +67,12 @@ def table_specs(
     world_size: int = 1,
     cite: Cite = cite,
 ) -> tuple[TableSpec, ...]:
-    """Specs of all tables, in the order given.
+    """Specs of all tables, in the given order.
 
-    The width of a table is that of its features' role: contextual_embedding_dim, side_embedding_dim, or
-    item_embedding_dim, in place of which -1 means hidden_size. ``lookup_negatives``: batches also carry NEGATIVES ids,
-    which the item table serves, and their values of ``roles.tower``, which the tables of these features serve.
-    ``world_size``: ranks that share the rows of dynamic tables. Raises ConfigError for a table shared by features of
-    different widths, for names that nn.ModuleDict forbids, and for a dynamic table of more rows than a rank can number.
+    The role of a table's features sets its width: contextual_embedding_dim, side_embedding_dim or item_embedding_dim,
+    where -1 means hidden_size. ``lookup_negatives``: batches also carry NEGATIVES, looked up in the item table, and
+    their tower features. ``world_size``: ranks that share the rows of dynamic tables. Raises ConfigError if features of
+    different widths share a table, nn.ModuleDict forbids a name, or a rank gets more than 2^31 - 1 dynamic rows.
     """
     specs, problems = [], []
     for table in embeddings:
@@ -124,11 +123,10 @@ def table_specs(
 
 
 def initial_row_blocks(spec: TableSpec, seed: int, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-    """Initial rows [start, stop) of a table as (first row, float32 [n, dim]) blocks of bounded size.
+    """Yield the initial rows [start, stop) of a table as blocks (first row, float32 [n, dim]) of bounded size.
 
-    A block's numbers, N(0, init_std²), depend on the seed, the table's name and the block's place alone, so they are
-    the same however, and over however many ranks, the table is cut. One thread draws a block: as many blocks are drawn
-    at a time as PyTorch has threads.
+    The values, N(0, init_std²), depend only on the seed, the table's name and the block's index. They are therefore the
+    same for any sharding and number of ranks. Each block is drawn by one thread; PyTorch's setting limits the threads.
     """
 
     def draw(block: int) -> Tensor:
@@ -150,11 +148,11 @@ def initial_row_blocks(spec: TableSpec, seed: int, start: int, stop: int) -> Ite
 
 
 class DynamicEmbeddingCollection(EmbeddingCollection):
-    """Tables that accept any id. The type is how TorchRec finds the sharder for them."""
+    """Tables that accept any id. TorchRec selects their sharder by this type."""
 
 
 def build_collections(specs: Iterable[TableSpec]) -> nn.ModuleList:
-    """The sharded tables as EmbeddingCollections on the meta device, one for each ``TableSpec.collection``."""
+    """Sharded tables as EmbeddingCollections on the meta device, one per ``TableSpec.collection``."""
     collections: dict[tuple[int, bool], list[EmbeddingConfig]] = {}
     for spec in specs:
         if not spec.replicated:
@@ -179,8 +177,8 @@ def _leave_uninitialised(weight: Tensor) -> None:
 class ReplicatedTables(nn.Module):
     """The data_parallel tables: each rank has all rows.
 
-    On a CPU their gradients are sparse, so that a step costs in proportion to the rows looked up. On a GPU they are
-    dense: the host does not know how many distinct rows are looked up, and DDP averages the gradients.
+    Gradients are sparse on a CPU, so the cost of a step is proportional to the rows looked up. They are dense on a GPU:
+    the host cannot count the distinct rows, and DDP averages the gradients.
     """
 
     def __init__(self, specs: Iterable[TableSpec], seed: int) -> None:
@@ -200,15 +198,15 @@ class ReplicatedTables(nn.Module):
         return weight
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Table → its rows."""
+        """Table → rows."""
         return {name: self.weight(name) for name in self.specs}
 
     def rows(self, feature: str, ids: Tensor) -> Tensor:
-        """Rows float32 [n, dim] for ids int64 [n] of a feature that one of the tables serves."""
+        """Rows float32 [n, dim] for ids int64 [n] of a feature of a replicated table."""
         return self._look_up(next(spec for spec in self.specs.values() if feature in spec.features), ids)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        """Look up the replicated tables' features: feature → float32 values [tokens, dim] with its lengths."""
+        """Look up the features of replicated tables: feature → float32 values [tokens, dim] with lengths."""
         looked_up: dict[str, JaggedTensor] = {}
         by_key = features.to_dict() if self.specs else {}
         for spec in self.specs.values():
@@ -224,14 +222,14 @@ class ReplicatedTables(nn.Module):
 
 
 def _module_name(table: str) -> str:
-    """A table name as a key of nn.ModuleDict, which allows no dots."""
+    """Replace the dots of a table name, which nn.ModuleDict forbids."""
     return table.replace(".", "/")
 
 
 def narrow_to_dim(
     looked_up: Mapping[str, JaggedTensor], dim_of_feature: Mapping[str, int]
 ) -> Iterator[tuple[str, JaggedTensor]]:
-    """Cut off the columns that only pad a sharded table's rows to FBGEMM's multiple."""
+    """Cut off the columns that pad rows of sharded tables to FBGEMM's multiple."""
     for feature, jagged in looked_up.items():
         values, dim = jagged.values(), dim_of_feature[feature]
         if values.shape[1] != dim:

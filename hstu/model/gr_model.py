@@ -1,7 +1,7 @@
-"""The whole model: table lookups, then everything else.
+"""The whole model: table lookups, then the dense model.
 
-TorchRec's pipelines trace ``GRModel.forward`` symbolically to find the sharded tables and take their communication
-ahead, so it must stay a plain chain of calls; all control flow is inside ``dense``.
+TorchRec's pipelines trace ``GRModel.forward`` symbolically to find the sharded tables and start their communication
+early. It must therefore stay a plain chain of calls; all control flow is inside ``dense``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hstu.model.outputs import ModelOutput
 
 
 class DenseModel(nn.Module):
-    """What is not in sharded tables: replicated tables and the task's model."""
+    """Everything except the sharded tables: replicated tables and the task's model."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class DenseModel(nn.Module):
         dims_of_pool = {POOL: dims[roles.item]} | {of_pool(name): dims[name] for name in roles.tower}
         self._dim_of_feature = dims | dims_of_pool
         self.filled = [name for name, _ in task.named_parameters()]
-        """Names of the task's weights that a batch without labels gives a gradient of zeros."""
+        """Names of the weights that get a gradient of zeros from a batch without labels."""
 
     def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
         """Compute loss and predictions. ``looked_up``: rows of the sharded tables, one mapping per collection."""
@@ -54,8 +54,8 @@ class DenseModel(nn.Module):
         embeddings |= as_jagged(self._replicated_pool(batch, known=embeddings.keys()), batch)
         output: ModelOutput = self.task(embeddings, batch)
         if torch.is_grad_enabled() and batch.num_labels_total == 0:
-            # All ranks take part in the collectives of backward, so every parameter and every looked-up row needs a
-            # gradient even where this rank has nothing to learn from. Replicated tables get theirs through the rows.
+            # Backward has collectives, so every parameter and every looked-up row needs a gradient on every rank, even
+            # without labels. Replicated tables get theirs through the rows.
             rows = [jagged.values() for jagged in embeddings.values()]
             rows += map(self.task.get_parameter, self.filled)
             zero = torch.stack([tensor.float().sum() for tensor in rows if tensor.requires_grad]).sum() * 0.0
@@ -63,7 +63,7 @@ class DenseModel(nn.Module):
         return output
 
     def _replicated_pool(self, batch: HSTUBatch, known: Collection[str]) -> dict[str, Tensor]:
-        """Rows of the replicated tables for the pool of a batch, but for the ``known`` keys."""
+        """Replicated rows for the batch's pool of negatives, except the ``known`` keys."""
         ids: dict[str, tuple[str, Tensor]] = {}
         if batch.negatives.pool_ids is not None:
             ids[POOL] = self._item_feature, batch.negatives.pool_ids
@@ -74,7 +74,7 @@ class DenseModel(nn.Module):
 
 
 def as_jagged(rows: Mapping[str, Tensor], batch: HSTUBatch) -> dict[str, JaggedTensor]:
-    """Rows [n, dim] per feature as JaggedTensors with the lengths that the features have in ``batch``."""
+    """Rows [n, dim] per feature as JaggedTensors with the feature's lengths in ``batch``."""
     features = batch.features.to_dict() if rows else {}
     return {
         name: JaggedTensor(values, lengths=torch.full((1,), len(values), device=values.device))
@@ -87,8 +87,8 @@ def as_jagged(rows: Mapping[str, Tensor], batch: HSTUBatch) -> dict[str, JaggedT
 class GRModel(nn.Module):
     """Embedding tables and the dense model of one task.
 
-    ``feature_keys`` are the keys of every batch's ``features``, in order and the same in training and evaluation:
-    TorchRec remembers their places from the first batch.
+    ``feature_keys`` are the keys of ``features`` in every training and evaluation batch, in this order: TorchRec caches
+    their positions from the first batch.
     """
 
     def __init__(
@@ -104,16 +104,15 @@ class GRModel(nn.Module):
         self.dense: nn.Module = DenseModel(replicated, task, self.specs, self.feature_keys, roles)
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
-        """Loss, and what the task's evaluation needs, of one batch."""
+        """Compute the loss and the predictions of one batch."""
         looked_up = [collection(batch.features) for collection in self.embedding]
         output: ModelOutput = self.dense(looked_up, batch)
         return output
 
     def look_up(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """Rows of the sharded tables: feature → [number of values, dim]. ``as_jagged`` gives them to ``dense``.
+        """Look up sharded tables: feature → [number of values, dim]. Pass them through ``as_jagged`` to ``dense``.
 
-        A training step calls the two halves of ``forward`` by themselves, so that all gradients of the rows are known
-        before any reaches a table.
+        A training step calls this and ``dense`` separately, so that it has all gradients before it updates any table.
         """
         rows: dict[str, Tensor] = {}
         for collection in self.embedding:
@@ -123,13 +122,11 @@ class GRModel(nn.Module):
 
     @torch.no_grad()
     def embed_items(self, ids: Tensor, features: ItemFeatures | None = None) -> Tensor:
-        """Vectors of items, float32 [n, dim], not normalised, for int64 ids [n] on this rank's device.
+        """Item vectors, float32 [n, dim], not normalised, for int64 ids [n] on this device; zeros for unknown items.
 
-        They are rows of the item table or, with an item tower, what it makes of these and of ``features``; zeros for
-        an item of which the tables have nothing.
-
-        Collective where a table is sharded: all ranks call it equally often, each for ids of its own, of any
-        number. In training, only inside ``TrainPipeline.evaluation``: pipelines replace the sharded tables' forward.
+        A vector is a row of the item table, or the output of the item tower for this row and ``features``. Collective
+        if a table is sharded: all ranks call it equally often, each with any number of ids. In training, call it inside
+        ``TrainPipeline.evaluation``, because pipelines replace the forward of sharded tables.
         """
         tower, item = self.item_tower, self.roles.item
         if tower is None:
@@ -145,7 +142,7 @@ class GRModel(nn.Module):
         return vectors
 
     def rows_of(self, ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rows [n, dim] for ids [n] of some features. Collective as ``embed_items``."""
+        """Rows [n, dim] for ids [n] per feature. Collective if a table is sharded."""
         lengths = [len(ids.get(key, ())) for key in self.feature_keys]
         device = next(iter(ids.values())).device
         features = KeyedJaggedTensor(
@@ -170,12 +167,12 @@ class GRModel(nn.Module):
 
     @property
     def item_tower(self) -> ItemTower | None:
-        """The item tower, if there is one, also where ``dense`` is wrapped."""
+        """The item tower or None. Works also if ``dense`` is wrapped."""
         return next((module for module in self.dense.modules() if isinstance(module, ItemTower)), None)
 
     @property
     def replicated_tables(self) -> ReplicatedTables:
-        """The data_parallel tables, also where ``dense`` is wrapped."""
+        """The data_parallel tables. Works also if ``dense`` is wrapped."""
         return next(module for module in self.dense.modules() if isinstance(module, ReplicatedTables))
 
     def _collection_of(self, spec: TableSpec) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Small MLPs: the prediction head of one task, the heads of several tasks, and projections between widths."""
+"""Small MLPs: prediction heads of one or several tasks, and projections between widths."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "s
 
 
 class MLP(nn.Sequential):
-    """Linear layers with an activation between them, none after the last.
-
-    ``activation``: relu, gelu or silu. Initial values: Xavier uniform weights, zero biases.
-    """
+    """Linear layers with an activation (relu, gelu or silu) between them; Xavier uniform weights, zero biases."""
 
     def __init__(self, in_width: int, widths: Sequence[int], activation: str, bias: bool = True) -> None:
         layers: list[nn.Module] = []
@@ -31,30 +28,24 @@ class PredictionHead(MLP):
         super().__init__(hidden_size, arch, activation, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns float32 logits, whatever the compute dtype."""
+        """Returns float32 logits for any compute dtype."""
         logits: Tensor = super().forward(x)
         return logits.float()
 
 
 class MultiTaskHead(nn.Module):
-    """The heads of several tasks: tokens [M, hidden_size] → the outputs of all tasks side by side, float32 [M, .].
+    """Heads of several tasks: tokens [M, hidden_size] → the outputs of all tasks side by side, float32 [M, .].
 
-    A trunk is an MLP of ``hidden_widths`` with the activation after every layer. Each task has a linear layer on what
-    it reads from the trunks:
+    A trunk is an MLP of ``hidden_widths`` with the activation after every layer. Each task applies a linear layer to
+    the output of the trunks. ``sharing`` is one of:
 
-    shared: all tasks read one trunk. This is an MLP whose last layer has the outputs of all tasks.
-
-    mmoe: each task reads the weighted mean of ``num_experts`` trunks (experts). The softmax of a linear layer without
-    bias on the token, one layer per task, gives the weights (Ma et al., KDD 2018).
-
-    ple: there are ``num_experts`` shared experts, and each task has as many of its own. A task reads the weighted mean
-    of its own and the shared ones (Tang et al., RecSys 2020, with one extraction layer: customized gate control).
+    - shared: all tasks use one trunk. Trunk and linear layers form one MLP. ``num_experts`` has no effect.
+    - mmoe: each task uses the weighted mean of ``num_experts`` trunks (experts). The weights are the softmax of one
+      linear layer per task, without bias, applied to the token (Ma et al., KDD 2018). Needs ``hidden_widths``.
+    - ple: as mmoe, but each task also has ``num_experts`` experts of its own (Tang et al., RecSys 2020, with one
+      extraction layer: customized gate control).
 
     Initial values: as in :class:`MLP`.
-
-    Args:
-        hidden_widths: mmoe and ple need at least one.
-        num_experts: without effect on shared.
     """
 
     def __init__(
@@ -80,7 +71,7 @@ class MultiTaskHead(nn.Module):
         self.outputs = nn.ModuleList(_linear(hidden_widths[-1], width, bias) for width in task_widths)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns float32 outputs, whatever the compute dtype."""
+        """Returns float32 outputs for any compute dtype."""
         if isinstance(self.trunk, MLP):
             outputs: Tensor = self.trunk(x).float()
             return outputs
@@ -89,15 +80,12 @@ class MultiTaskHead(nn.Module):
 
 
 def _own_experts(sharing: str, num_experts: int) -> int:
-    """Experts that each task has for itself."""
+    """Number of experts that each task has for itself."""
     return {"mmoe": 0, "ple": num_experts}[sharing]
 
 
 class _Mixture(nn.Module):
-    """Tokens [M, in_width] → what each task reads from the experts, [M, tasks, last width].
-
-    The shared experts come first, then those of task 0, those of task 1 and so on.
-    """
+    """Tokens [M, in_width] → weighted mean of experts per task, [M, tasks, last width]. Shared experts come first."""
 
     def __init__(
         self,
@@ -122,17 +110,14 @@ class _Mixture(nn.Module):
             hidden = self.activation(layer(hidden))
         weights = self.gates(x).unflatten(1, (self.num_tasks, -1)).softmax(dim=2)
         of_shared, of_own = weights.split([self.num_shared, self.num_own], dim=2)
-        # Zeros for the experts of other tasks: one product with all experts is faster than one for each task.
+        # Other tasks' experts get weight zero: one product with all experts is faster than one product per task.
         is_own = torch.eye(self.num_tasks, dtype=weights.dtype, device=weights.device).unsqueeze(-1)
         of_all = torch.cat([of_shared, (of_own.unsqueeze(2) * is_own).flatten(2)], dim=2)
         return torch.einsum("mte,emd->mtd", of_all, hidden)
 
 
 class _ExpertLayer(nn.Module):
-    """One linear layer of every expert as one batched product: [experts, M, in] → [experts, M, out].
-
-    The first layer gets [M, in], the same for all experts.
-    """
+    """One linear layer of all experts as one batched product: [experts, M, in] or [M, in] → [experts, M, out]."""
 
     def __init__(self, num_experts: int, in_width: int, out_width: int, bias: bool) -> None:
         super().__init__()
@@ -140,7 +125,7 @@ class _ExpertLayer(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, in_width, out_width))
         for weight in self.weight:
             nn.init.xavier_uniform_(weight)
-        # One dimension, as every bias: weight decay applies to parameters with two or more.
+        # One dimension, like every bias: weight decay applies to parameters with at least two.
         self.bias = nn.Parameter(torch.zeros(num_experts * out_width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +133,7 @@ class _ExpertLayer(nn.Module):
             if self.bias is None:
                 return torch.bmm(x, self.weight)
             return torch.baddbmm(self.bias.view(self.num_experts, 1, -1), x, self.weight)
-        weight = self.weight.transpose(0, 1).flatten(1)  # [in, experts × out]: one product, and no copies of x
+        weight = self.weight.transpose(0, 1).flatten(1)  # [in, experts × out]: one product without copies of x
         outputs = x @ weight if self.bias is None else torch.addmm(self.bias, x, weight)
         return outputs.unflatten(1, (self.num_experts, -1)).transpose(0, 1)
 

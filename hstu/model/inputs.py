@@ -1,4 +1,4 @@
-"""From table rows to the token sequence that the HSTU stack reads."""
+"""From table rows to the token sequence that the HSTU stack processes."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 @dataclass(frozen=True)
 class SequenceFeatures(FeatureRoles):
-    """Which features form a sequence, and its greatest length."""
+    """The features that form a sequence, and the maximum length of a sequence."""
 
     max_items: int = field(kw_only=True)
     """Items of the longest sequence, candidates included."""
     transforms: Mapping[str, str] = field(default_factory=dict, kw_only=True)
-    """Number or vector → NumericFeatureArgs.transform, where one is given."""
+    """Number or vector → NumericFeatureArgs.transform, if set."""
 
     asks_for_next: bool = field(default=True, kw_only=True)
-    """See build_layout, and DatasetArgs.query_time."""
+    """Argument of build_layout; see DatasetArgs.query_time."""
 
     def with_transforms(self, numbers: Iterable[NumericFeatureArgs]) -> SequenceFeatures:
-        """The same features, whose numbers are transformed as ``numbers`` gives."""
+        """Returns the same features with the transforms of ``numbers``."""
         return replace(self, transforms={name: args.transform for args in numbers for name in args.feature_names})
 
     def columns(self, known_after: bool) -> dict[str, range]:
-        """Number or vector that is known after the event, or before it → its columns in a batch."""
+        """Number or vector → its columns in a batch. known_after: those known after the event, or those before it."""
         ends = np.cumsum(self.number_widths, dtype=int).tolist()
         places = zip(self.numbers, self.number_widths, ends, strict=True)
         return {
@@ -54,7 +54,7 @@ class SequenceFeatures(FeatureRoles):
 
     @classmethod
     def of(cls, roles: FeatureRoles, max_items: int) -> SequenceFeatures:
-        """The features of ``roles``."""
+        """Build from ``roles``."""
         return cls(**vars(roles), max_items=max_items)
 
     def tokens_per_item(self, network: NetworkArgs) -> int:
@@ -68,13 +68,12 @@ class SequenceFeatures(FeatureRoles):
 
 
 class SequenceInputs(nn.Module):
-    """Table rows → tokens: scale by √D, project where widths differ, interleave, add positions, drop out.
+    """Table rows → tokens: scale by √D, project to width D if needed, interleave, add positions, apply dropout.
 
-    Contextual features come first, one token each; then the items, each followed by its action, or with its action
-    added (``interleave_actions = False``; not for candidates, whose action is what is to be predicted). The side
-    features of an item, rows and numbers, are joined, projected and added to the item's token; those that only the
-    event makes known, to its action's. Of a list the mean is taken.
-    Initial values: position rows N(0, 1/D), projections as :class:`hstu.model.heads.MLP`.
+    Contextual features come first, one token each. Items follow, each with its action as the next token, or with its
+    action added (``interleave_actions = False``; not for candidates, whose action is the label). Side features, rows
+    and numbers, are joined, projected and added to the item token, or to the action token if known only after the
+    event. Lists are averaged. Initial values: position rows N(0, 1/D), projections as in :class:`hstu.model.heads.MLP`.
     """
 
     def __init__(self, network: NetworkArgs, features: SequenceFeatures, kernels: Kernels = REFERENCE_KERNELS) -> None:
@@ -115,14 +114,14 @@ class SequenceInputs(nn.Module):
             self.position_table = nn.Parameter(torch.randn(network.num_position_buckets, hidden) / self.scale)
 
     def load_statistics(self, statistics: Mapping[str, NumberStatistics]) -> None:
-        """Take the statistics by which numbers are transformed: number or vector → those of the training data."""
+        """Set the statistics of the training data by which numbers are transformed."""
         for numbers in self.numbers.values():
             cast(NumberInputs, numbers).load_statistics(statistics)
 
     def forward(
         self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, comm: LayerComm | None = None
     ) -> tuple[Tensor, JaggedLayout]:
-        """Returns the tokens of this rank, [., D], and the layout of all. ``embeddings``: rows of every feature."""
+        """Returns this rank's tokens [., D] and the layout of all tokens. ``embeddings``: rows of every feature."""
         layout, comm = self.layout(batch), comm or LayerComm()
         own = comm.token_ranges(layout.num_tokens)[comm.cp_rank]
         x = self.kernels.jagged_concat(self.parts(embeddings, batch, layout, own), token_order(layout, own))
@@ -131,7 +130,7 @@ class SequenceInputs(nn.Module):
         return dropout(x, self.dropout, self.training, comm.input_stream), layout
 
     def layout(self, batch: HSTUBatch) -> JaggedLayout:
-        """Where the tokens of a batch lie. Raises ConfigError where the model needs times and the batch has none."""
+        """Layout of a batch's tokens. Raises ConfigError if the model needs times and the batch has none."""
         if self.needs_times and batch.items.timestamps is None:
             raise ConfigError(
                 'NetworkArgs.position_encoding = "relative_bias" needs the time of every event, and this data '
@@ -153,9 +152,9 @@ class SequenceInputs(nn.Module):
     def parts(
         self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout, tokens: range | None = None
     ) -> list[Tensor]:
-        """Rows of width D in the order that :func:`hstu.ops.layout.token_order` names, without positions.
+        """Rows of width D without positions, in the order of :func:`hstu.ops.layout.token_order`.
 
-        tokens: those that they make; None: all.
+        tokens: the range of tokens to build; None: all.
         """
         tokens = range(layout.num_tokens) if tokens is None else tokens
         *of_contexts, of_items = (rows := part_rows(layout, tokens))[: len(self.features.contextual) + 1]
@@ -164,7 +163,7 @@ class SequenceInputs(nn.Module):
             for feature, own in zip(self.features.contextual, of_contexts, strict=True)
         ]
         of_actions = rows[-1]
-        own = range(of_actions.start, of_items.stop)  # a range may begin with an action, and end with an item
+        own = range(of_actions.start, of_items.stop)  # a range may begin with an action and end with an item
         num_items = int(batch.item_lengths.sum())
         items = self._embed("item", self.features.item, embeddings, num_items, own)
         if "side" in self.projections:
@@ -185,7 +184,7 @@ class SequenceInputs(nn.Module):
         return [*parts, items + actions * is_history[:, None]]
 
     def _embed(self, role: str, feature: str, embeddings: dict[str, JaggedTensor], num_rows: int, own: range) -> Tensor:
-        """The rows ``own`` of a feature that must have ``num_rows``, with width D."""
+        """Rows ``own`` of a feature, projected to width D. Raises DataError unless it has ``num_rows`` rows."""
         values = embeddings[feature].values()
         if len(values) != num_rows:
             raise DataError(
@@ -196,7 +195,7 @@ class SequenceInputs(nn.Module):
         return self.projections[role](values) if role in self.projections else values
 
     def _embed_side(self, role: str, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, own: range) -> Tensor:
-        """The side features of one role, of the items ``own``, with width D."""
+        """Side features of one role for the items ``own``, projected to width D."""
         names, rows = self.side[role], []
         if names:
             lists, lengths = self.features.lists, {}
@@ -213,7 +212,7 @@ class SequenceInputs(nn.Module):
 
 
 def _rows(values: Tensor, own: range) -> Tensor:
-    """The rows ``own``. All rows are the tensor itself, whose gradient is then no sum."""
+    """Slice the rows ``own``. All rows stay unsliced, because the backward of a slice copies the gradient."""
     return values if len(own) == len(values) else values[own.start : own.stop]
 
 

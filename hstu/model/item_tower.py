@@ -1,4 +1,4 @@
-"""Features beside ids: their rows joined, and the vectors that an item tower makes of ids and features."""
+"""Item features beside the id: joining their rows, and the item tower that computes vectors from ids and features."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from hstu.ops.dropout import draw
 
 
 def join_rows(names: Sequence[str], rows: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
-    """The rows of n items side by side, [n, number of names x width]. Of a list the mean is taken.
+    """Join the feature rows of n items side by side: [n, number of names × width]. Lists are averaged.
 
-    rows: feature → [n, width]; of a list [sum of its list_lengths, width]. list_lengths: list → int64 [n].
+    rows: feature → [n, width], or for a list [sum of list_lengths, width]. list_lengths: list → int64 [n].
     """
     joined = []
     for name in names:
         values = rows[name]
         if name in list_lengths:
             lengths = list_lengths[name]
-            values = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)  # checks read the device
+            values = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)  # checks would wait for the GPU
         joined.append(values)
     return torch.cat(joined, dim=1)
 
 
 class ItemTower(nn.Module):
-    """Vector of an item: the row of its id, plus an MLP of the joined rows of its features. Both are scaled by √E.
+    """Vector of an item: the row of its id plus an MLP of its joined feature rows. Both are scaled by √E.
 
-    An item whose id has a row of zeros gets its vector from its features alone. So do, in training, items chosen at
-    random with probability ``id_dropout`` (DropoutNet, Volkovs et al., NeurIPS 2017).
+    In training, the id's row is dropped with probability ``id_dropout``, so that features alone represent items with a
+    row of zeros (DropoutNet, Volkovs et al., NeurIPS 2017).
     """
 
     def __init__(self, network: NetworkArgs, roles: FeatureRoles, id_dropout: float = 0.0) -> None:
@@ -46,7 +46,7 @@ class ItemTower(nn.Module):
         self.projection = MLP(len(self.features) * network.side_embedding_dim, (width, width), "silu")
 
     def forward(self, rows: Tensor, of_features: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
-        """Vectors [n, E], not normalised, from the rows [n, E] of the ids and what :func:`join_rows` reads."""
+        """Vectors [n, E], not normalised. rows: of the ids, [n, E]; the rest as in :func:`join_rows`."""
         joined = join_rows(self.features, of_features, list_lengths)
         if self.training and self.id_dropout > 0:
             rows = rows * draw(torch.Size((len(rows), 1)), self.id_dropout, rows.device)
@@ -54,17 +54,17 @@ class ItemTower(nn.Module):
         return vectors
 
     def lengths_in_batch(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """List → its values for each item of a batch."""
+        """List → number of values for each item of a batch."""
         if batch.items.list_lengths is None:
             return {}
         return {name: batch.items.list_lengths[self._all_lists.index(name)] for name in self.lists}
 
     def lengths_of_negatives(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """List → its values for each of the NEGATIVES of a batch."""
+        """List → number of values for each of the batch's NEGATIVES."""
         lengths = batch.negatives.list_lengths
         return {} if lengths is None else dict(zip(self.lists, lengths, strict=True))
 
     def lengths_of_pool(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """List → its values for each of the ``pool_ids`` of a batch."""
+        """List → number of values for each of the batch's ``pool_ids``."""
         assert batch.negatives.pool_features is not None
         return {name: batch.negatives.pool_features[name].lengths() for name in self.lists}

@@ -1,4 +1,4 @@
-"""The tokens of the labelled items that a rank has. With context parallelism each rank has a range of all tokens."""
+"""Selects this rank's tokens of labelled items. With context parallelism each rank has a range of all tokens."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hstu.ops.layout import JaggedLayout, TokenRuns
 
 
 class OwnRows(NamedTuple):
-    """Which of some tokens of a batch, numbered in order, are this rank's."""
+    """This rank's slice of a selection of the batch's tokens."""
 
     own: slice
     counts: list[int]
-    """How many each context-parallel rank has."""
+    """Number of selected tokens on each context-parallel rank."""
     first_token: int
-    """This rank's first token of the batch."""
+    """Index in the batch of this rank's first token."""
 
 
 def own_rows(runs: TokenRuns, layout: JaggedLayout, comm: LayerComm) -> OwnRows:
-    """Which tokens of ``runs`` are this rank's."""
+    """Select the tokens of ``runs`` that belong to this rank."""
     ranges = comm.token_ranges(layout.num_tokens)
     of_ranks = [runs.within(of_rank) for of_rank in ranges]
     own = of_ranks[comm.cp_rank]
@@ -32,10 +32,7 @@ def own_rows(runs: TokenRuns, layout: JaggedLayout, comm: LayerComm) -> OwnRows:
 def labelled_rows(
     tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch, comm: LayerComm, shift: int = 0
 ) -> tuple[Tensor, OwnRows]:
-    """The rows [m, D] of this rank's tokens, [., D], that are ``shift`` after those of the labelled items.
-
-    Returns them, and which of the labels they belong to.
-    """
+    """Rows [m, D] of this rank's ``tokens`` [., D] that lie ``shift`` after labelled items, and their labels' slice."""
     places = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total) + shift
     if comm.cp_size == 1:
         return tokens.index_select(0, places), OwnRows(slice(None), [batch.num_labels_total], 0)

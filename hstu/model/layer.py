@@ -1,7 +1,6 @@
-"""One HSTU layer in plain PyTorch. Read this first: it is all that a layer computes, in the order of the paper.
+"""One HSTU layer in plain PyTorch, in the order of the paper (arXiv 2402.17152, sec. 3). Read this first.
 
 Models run :class:`hstu.model.stack.FusedHSTULayer`, a subclass that computes the same with kernels.
-Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 
 class RelativeAttentionBias(nn.Module):
-    """Learned bias of a layer by distance and by time, shared by its heads. Initial values: N(0, 0.02²)."""
+    """Learned bias by distance and by time, shared by the heads of a layer. Initial values: N(0, 0.02²)."""
 
     def __init__(self, max_tokens: int) -> None:
         super().__init__()
@@ -30,12 +29,11 @@ class RelativeAttentionBias(nn.Module):
 class HSTULayer(nn.Module):
     """The update W_o · Dropout(LayerNorm(attention) ⊙ U) of x, with U, V, Q, K = SiLU(W_uvqk · LayerNorm(x) + b).
 
-    The rows of W_uvqk lie as [head, (u v q k), channel], so that a tensor-parallel shard holds whole heads. Initial
-    values: W_uvqk N(0, 0.02²), its bias 0, W_o Xavier uniform, norms 1 and 0.
+    The rows of W_uvqk are ordered [head, (u v q k), channel], so that a tensor-parallel shard holds whole heads.
+    Initial values: W_uvqk N(0, 0.02²), its bias 0, W_o Xavier uniform, norms 1 and 0.
 
     Args:
-        network: widths, dropout and mask.
-        max_tokens: tokens of the longest possible sequence, the divisor N unless ``scaling_seqlen`` is given.
+        max_tokens: tokens of the longest possible sequence; the divisor N unless ``scaling_seqlen`` is set.
         index: of the layer, from 0.
     """
 
@@ -61,9 +59,9 @@ class HSTULayer(nn.Module):
         nn.init.xavier_uniform_(self.out.weight)
 
     def forward(self, x: Tensor, layout: JaggedLayout, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x and the update of the layer before (None: this is the first) → x + update, and the layer's own update.
+        """Add the previous layer's ``update`` to x, and return the sum and this layer's update, all [T, D].
 
-        All are [T, D]. What follows the last layer adds its update to x.
+        update: None for the first layer. The caller adds the update of the last layer.
         """
         x = x if update is None else x + update
         projected = F.silu(self.uvqk(self.input_norm(x)))

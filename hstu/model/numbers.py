@@ -1,4 +1,4 @@
-"""From numbers and vectors of items and events to inputs of the model: transforms, and what stands for missing ones."""
+"""Inputs of the model from numbers and vectors of items and events: transforms and flags for missing values."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ _LEAST_STD = 1e-30
 
 
 class NumberInputs(nn.Module):
-    """Numbers as in ItemColumns.numbers → float32 [n, W + N]: transformed, then 1 for each one that is missing, else 0.
+    """ItemColumns.numbers → float32 [n, W + N]: W transformed values, then N flags that are 1 where one is missing.
 
-    Each of the N numbers and vectors has the transform that NumericFeatureArgs gives. A missing one is 0. The
-    statistics are buffers, so a checkpoint has those of the training data. Until ``load_statistics`` or a checkpoint
-    sets them, the mean is 0 and the deviation 1.
+    Each of the N numbers and vectors has its NumericFeatureArgs.transform, "standardize" by default. A missing one
+    becomes 0. The statistics are buffers, so checkpoints contain the training data's statistics. Until
+    ``load_statistics`` or a checkpoint sets them, the mean is 0 and the standard deviation 1.
 
-    Args:
-        columns: number or vector → its columns in a batch.
-        transforms: number or vector → its transform; "standardize" for those that are left out.
+    columns: number or vector → its columns in a batch.
     """
 
     columns: Tensor
@@ -61,7 +59,7 @@ class NumberInputs(nn.Module):
 
     @torch.no_grad()
     def load_statistics(self, statistics: Mapping[str, NumberStatistics]) -> None:
-        """Take the statistics of the training data, for each number and vector."""
+        """Set the statistics of the training data: number or vector → statistics."""
         row = 0
         for name, places in self._places.items():
             found, transform = statistics[name], self.transforms[name]
@@ -81,7 +79,7 @@ class NumberInputs(nn.Module):
         self.scale[places] = torch.tensor([1 / each if each > _LEAST_STD else 1.0 for each in std])
 
     def forward(self, numbers: Tensor) -> Tensor:
-        """``numbers``: float32 [n, columns of a batch], NaN where one is missing."""
+        """``numbers``: float32 [n, columns of a batch], NaN where missing."""
         values = numbers.index_select(1, self.columns).to(self.shift.dtype)
         missing = values.isnan()
         known = values.masked_fill(missing, 0)
@@ -96,16 +94,16 @@ class NumberInputs(nn.Module):
 
 
 def rank_among(values: Tensor, quantiles: Tensor) -> Tensor:
-    """Shares of values below each value, scaled to [-1, 1]; linear between quantiles, the middle of equal ones.
+    """Fraction of values below each value, scaled to [-1, 1]; linear between quantiles, the middle of equal ones.
 
-    values: [k, n]. quantiles: [k, Q], ascending, at equal distances.
+    values: [k, n]. quantiles: [k, Q], ascending, at equal steps of probability.
     """
     last = quantiles.shape[1] - 1
     left = torch.searchsorted(quantiles, values)
     right = torch.searchsorted(quantiles, values, right=True)
     below = quantiles.gather(1, (left - 1).clamp(0, last))
     above = quantiles.gather(1, left.clamp(0, last))
-    # Where the value lies strictly between two quantiles, else 0. Halves do not overflow.
+    # Nonzero for values strictly between two quantiles. Halving before subtracting avoids overflow.
     part = (values / 2 - below / 2) / (above / 2 - below / 2)
     between = torch.where(above > below, part, torch.zeros_like(part))
     place = torch.where(right > left, (left + right - 1) / 2, left - 1 + between)

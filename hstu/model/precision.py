@@ -9,10 +9,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def mixed_precision(dtype_str: str, device_type: str) -> torch.autocast:
-    """A context in which matrix products run in this dtype; parameters stay float32.
-
-    "float32" disables an enclosing autocast.
-    """
+    """Run matrix products in this dtype; "float32" disables an enclosing autocast. Parameters stay float32."""
     dtype = DTYPES[dtype_str]
     if dtype == torch.float32:
         return torch.autocast(device_type, enabled=False)

@@ -1,4 +1,4 @@
-"""RankingGR: predict the action on each labelled item."""
+"""RankingGR: predict the action of each labelled item."""
 
 from __future__ import annotations
 
@@ -19,43 +19,37 @@ from hstu.model.stack import SequenceEncoder
 
 
 class RankingModel(nn.Module, ABC):
-    """A sequence encoder, and a head on the tokens of the labelled items."""
+    """A sequence encoder and a head on the tokens of labelled items."""
 
     encoder: SequenceEncoder
     head: nn.Module
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
-        """Loss and predictions of the batch's labelled items. ``embeddings``: rows of each feature of the encoder.
-
-        Each rank computes the head for its own tokens.
-        """
+        """Loss and predictions for labelled items. Each rank applies the head to its own tokens."""
         tokens, layout = self.encoder(embeddings, batch)
         rows, labels = labelled_rows(tokens, layout, batch, self.encoder.comm)
         return self.output(self.encoder.comm.gather_rows(self.of_head(rows), labels.counts), batch)
 
     @abstractmethod
     def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
-        """Loss and predictions, from what the head gives for the labelled items, float32 [M, .]."""
+        """Loss and predictions from the head's outputs for labelled items, float32 [M, .]."""
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
-        """What ``ModelOutput.logits`` has for items, from their tokens [M, D] alone."""
+        """Predictions as in ``ModelOutput.logits`` for tokens [M, D] of items."""
 
     def of_head(self, tokens: Tensor) -> Tensor:
-        """What the head gives for tokens [M, D], computed in the network's compute dtype: float32 [M, .]."""
+        """Apply the head to tokens [M, D] in the network's compute dtype: float32 [M, .]."""
         with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
             outputs: Tensor = self.head(tokens)
             return outputs
 
 
 class RankingDense(RankingModel):
-    """The dense part of ranking: a sequence encoder, and a head on the tokens of the labelled items.
+    """Ranking of the action feature: a sequence encoder and one head on the tokens of labelled items.
 
-    Args:
-        encoder: table rows → tokens.
-        args: the head; its last width is num_tasks (one sigmoid per task, for bit t of the action) or the number of
-            classes of one task.
-        label_offset: action of class 0 (1 for ratings that start at 1).
+    The head's last width is num_tasks (one sigmoid per task, for bit t of the action) or the number of classes of one
+    task. label_offset: action of class 0 (1 for ratings that start at 1).
     """
 
     def __init__(self, encoder: SequenceEncoder, args: RankingArgs, *, label_offset: int = 0) -> None:

@@ -1,6 +1,6 @@
 """RetrievalGR: predict the next item by nearest neighbours; sampled or full softmax over items, and its negatives.
 
-Shapes depend on shapes only, and invalid entries are masked: the host never waits for a size from the device.
+Output shapes depend only on input shapes, and invalid entries are masked, so the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -28,21 +28,18 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.pytorch.softmax_loss import first_places
 
 GatherPool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(rows [S, E], ids [S]) of this rank → the same of all data-parallel ranks, one after another. Differentiable in
-the rows; padding has the id PADDING_ID. Collective."""
+"""(rows [S, E], ids [S], padded with PADDING_ID) → the same of all data-parallel ranks. Differentiable. Collective."""
 
 _BEFORE_THE_SEQUENCE = -1
-"""First place of items that a user had before the sequence begins."""
+"""First position of items that a user had before the sequence begins."""
 DRAW_BITS = 31
 """Raw draws are random integers in [0, 2^31)."""
 
 
 class LogCounts(nn.Module):
-    """log of how often each item is expected among the negatives of a position: what logQ corrects for.
+    """log of the expected count of each item among the negatives of a position, for the logQ correction.
 
-    Args:
-        log_counts: float32 [number of items].
-        ids: int64 [number of items], the items' ids; None: 0, 1, ….
+    log_counts: float32 [number of items]. ids: int64 [number of items], the items' ids; None: 0, 1, ….
     """
 
     log_counts: Tensor
@@ -55,34 +52,29 @@ class LogCounts(nn.Module):
         self.register_buffer("log_counts", log_counts if order is None else log_counts[order], persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Those of ``ids``, int64 [S]; undefined for padding."""
+        """log counts of ``ids``, int64 [S]; undefined for padding."""
         places = ids if self.ids is None else torch.searchsorted(self.ids, ids)
         return self.log_counts[places.clamp(0, len(self.log_counts) - 1)]
 
 
 def own_pool(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The pool of a single process: its own."""
+    """The pool of a single process: its own rows and ids."""
     return rows, ids
 
 
 class RetrievalDense(nn.Module):
-    """The dense part of retrieval: a sequence encoder, and a softmax over items.
+    """The dense part of retrieval: a sequence encoder and a softmax over items.
 
-    The output at the newest token of each step is the query for the next item. The score of an item is its cosine
-    similarity to the query, divided by the temperature. The vector of an item is its row of the item table, or what an
-    item tower makes of that row and of the item's features.
+    The output at each event's newest token is the query for the next item. The score of an item is its cosine
+    similarity to the query, divided by the temperature. The vector of an item is its row of the item table, or the
+    output of ``tower`` for this row and the item's features.
 
     Args:
-        encoder: (embeddings, batch) → (this rank's tokens [., hidden_size], the JaggedLayout of all); with ``comm`` as
-            :class:`SequenceEncoder`.
-        item_feature: key of the item ids in a batch.
-        hidden_size: width of the tokens.
-        item_dim: width of the item table; where it is not hidden_size, queries are projected to it.
-        args: temperature, l2_norm_eps and mask_seen; the negatives themselves come with the batch.
-        tower: makes the vectors of items; None: they are the rows of the item table.
+        encoder: (embeddings, batch) → (this rank's tokens [., hidden_size], JaggedLayout of all tokens), with ``comm``
+            as in :class:`SequenceEncoder`.
+        item_dim: width of the item table. Queries are projected to it if it differs from hidden_size.
+        args: temperature, l2_norm_eps and mask_seen. The negatives come with the batch.
         gather_pool: collects the in-batch pool over data-parallel ranks.
-        log_counts: for a logQ correction.
-        kernels: from :func:`hstu.ops.select.select_kernels`.
     """
 
     def __init__(
@@ -111,10 +103,9 @@ class RetrievalDense(nn.Module):
         self.kernels = kernels
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
-        """In training mode the loss of the batch's labels, in evaluation mode the queries at the newest tokens.
+        """Returns the loss of the batch's labels in training mode, the queries at newest tokens in evaluation mode.
 
-        ``embeddings``: table rows of the item feature and, where the batch has them, of NEGATIVES; with a tower, also
-        those of its features. Collective in training with in-batch negatives.
+        ``embeddings``: rows of items, NEGATIVES and tower features. Collective in training with in-batch negatives.
         """
         tokens, layout = self.encoder(embeddings, batch)
         num_labels = batch.num_labels.sum()
@@ -125,7 +116,7 @@ class RetrievalDense(nn.Module):
 
     @property
     def comm(self) -> LayerComm:
-        """The encoder's."""
+        """The encoder's communication."""
         return cast(SequenceEncoder, self.encoder).comm
 
     def queries(self, tokens: Tensor) -> Tensor:
@@ -133,7 +124,7 @@ class RetrievalDense(nn.Module):
         return self.kernels.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
 
     def _newest_queries(self, tokens: Tensor, layout: JaggedLayout) -> Tensor:
-        """[B, item_dim], zero for empty sequences."""
+        """Queries at the newest token of each sequence, [B, item_dim]; zeros for empty sequences."""
         filled, device = np.flatnonzero(layout.seqlens), tokens.device
         newest = TokenRuns(np.cumsum(layout.seqlens)[filled] - 1, np.ones_like(filled))
         found = own_rows(newest, layout, self.comm)
@@ -144,7 +135,7 @@ class RetrievalDense(nn.Module):
     def loss_sum(
         self, tokens: Tensor, layout: JaggedLayout, embeddings: dict[str, JaggedTensor], batch: HSTUBatch
     ) -> Tensor:
-        """Sum over the labelled items of −log softmax, each predicted from the newest token before it."""
+        """Sum of −log softmax over labelled items, each predicted from the token before it."""
         _check_labels_have_history(batch)
         rows, labels = labelled_rows(tokens, layout, batch, self.comm, shift=-1)
         queries = self.queries(rows)
@@ -169,10 +160,10 @@ class RetrievalDense(nn.Module):
     def _pool(
         self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, draws: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Items drawn from the corpus, those of the batch, or both. ``items``: vectors of all items of the batch.
+        """The negatives: items drawn from the corpus, in-batch items, or both. ``items``: vectors of the batch's items.
 
-        ``draws``: those of this rank's labels, [m, R]. Returns (normalised vectors [S, E], ids int64 [S], bool [S]
-        where an entry repeats another and does not count, the rows [m, R] that each label draws).
+        ``draws``: raw draws [m, R] of this rank's labels. Returns (normalised vectors [S, E], ids int64 [S], bool [S]:
+        True for repeated entries, which do not count; pool rows [m, R] that each label draws).
         """
         parts, repeats = [], None
         if NEGATIVES in embeddings:
@@ -193,7 +184,7 @@ class RetrievalDense(nn.Module):
         return vectors, all_ids, F.pad(repeats, (len(all_ids) - len(repeats), 0)), draws
 
     def _log_weights(self, ids: Tensor, repeats: Tensor | None, batch: HSTUBatch) -> Tensor | None:
-        """How much each entry of the pool counts in the loss, as a log: float32 [S]; None where all count alike."""
+        """log weight of each pool entry in the loss, float32 [S]; None if all weights are equal."""
         log_weights = None
         if self.log_counts is not None:
             log_weights = -self.log_counts(ids)
@@ -205,7 +196,7 @@ class RetrievalDense(nn.Module):
         return counted.masked_fill(repeats, -torch.inf)
 
     def _own_pool(self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
-        """Normalised vectors and ids of the distinct items of this rank's batch, of which ``batch`` may be a part."""
+        """Normalised vectors and ids of the distinct items of this rank's batch, even if ``batch`` is a part of it."""
         if batch.negatives.pool_ids is not None:
             lengths = {} if self.tower is None else self.tower.lengths_of_pool(batch)
             pool = self._vectors(embeddings, POOL, of_pool, lengths)
@@ -215,7 +206,7 @@ class RetrievalDense(nn.Module):
         return self.kernels.l2_normalize(items.index_select(0, batch.negatives.pool_positions), self.l2_norm_eps), ids
 
     def _items(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
-        """Vectors of all items of the batch, not normalised."""
+        """Vectors of the batch's items, not normalised."""
         lengths = {} if self.tower is None else self.tower.lengths_in_batch(batch)
         return self._vectors(embeddings, self.item_feature, str, lengths)
 
@@ -226,7 +217,7 @@ class RetrievalDense(nn.Module):
         key_of: Callable[[str], str],
         list_lengths: Mapping[str, Tensor],
     ) -> Tensor:
-        """Vectors of the items under ``key``, not normalised. ``key_of``: feature → the key of its rows."""
+        """Vectors of the items under ``key``, not normalised. ``key_of``: feature → key of its rows."""
         rows = embeddings[key].values()
         if self.tower is None:
             return rows
@@ -240,17 +231,14 @@ def _has_batch_pool(batch: HSTUBatch) -> bool:
 
 
 def newest_elements(ends: Tensor, count: Tensor, total: int) -> Tensor:
-    """Positions of the newest ``count[s]`` elements of runs that end at ``ends[s]``, in order: int64 [total].
-
-    ends, count: int64 [B]. ``total`` is the sum of ``count``, known on the host.
-    """
+    """Positions of the newest ``count[s]`` elements of runs that end at ``ends[s]``: int64 [sum of count = total]."""
     run = torch.repeat_interleave(count, output_size=total)
     shift = ends - count.cumsum(0)
     return torch.arange(total, device=count.device) + shift[run]
 
 
 def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature: str) -> SeenItems:
-    """The entries of a pool that each user of a batch has up to each target.
+    """For each user, the pool entries that occur in the history up to each target.
 
     pool_ids: int64 [S]. targets: int64 [M], indices into the item values of ``batch``.
     """
@@ -258,7 +246,7 @@ def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature:
     items = batch.features[item_feature]
     sequences = _rows(items.lengths(), len(items.values()))
     places = torch.arange(len(sequences), device=ordered.device) - items.offsets()[:-1][sequences]
-    size = len(pool_ids) + 1  # the last column is for items that the pool lacks
+    size = len(pool_ids) + 1  # the last column is for items outside the pool
     first = torch.full((batch.batch_size, size), NEVER_SEEN, dtype=torch.int32, device=ordered.device)
     flat, columns = first.view(-1), first_places(items.values(), ordered)
     flat.scatter_reduce_(0, sequences * size + columns, places.int(), "amin")
@@ -270,7 +258,7 @@ def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature:
 
 
 def _rows(lengths: Tensor, total: int) -> Tensor:
-    """The row of each element: int64 [total]. lengths: int64 [B], elements of each row."""
+    """Row of each element, int64 [total], for rows of the given lengths, int64 [B]."""
     return torch.repeat_interleave(lengths, output_size=total)
 
 
@@ -281,36 +269,36 @@ def _check_labels_have_history(batch: HSTUBatch) -> None:
 
 
 def sorted_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each distinct id that is no padding first occurs, by ascending id.
+    """Position of the first occurrence of each distinct id except padding, by ascending id.
 
-    ids: int64 [S]. Returns (positions int64 [S], count int64 scalar); only the first ``count`` positions are
-    defined. A gathered pool of any number of ranks gives the ids that the union of their batches would give.
+    ids: int64 [S]. Returns (positions int64 [S], count int64 scalar); only the first ``count`` positions are defined.
+    The ids of a gathered pool do not depend on how batches are spread over ranks.
     """
     ordered, order = torch.sort(ids, stable=True)
     is_new = _starts_run(ordered)
-    places = torch.where(is_new, is_new.cumsum(0) - 1, len(ids))  # repetitions go to a place beyond the end
+    places = torch.where(is_new, is_new.cumsum(0) - 1, len(ids))  # repetitions go to an extra last element
     positions = torch.zeros(len(ids) + 1, dtype=torch.int64, device=ids.device).scatter_(0, places, order)
     return positions[:-1], is_new.sum()
 
 
 def first_occurrences(ids: Tensor) -> Tensor:
-    """bool [S]: True where an id (int64 [S]) that is no padding stands for the first time."""
+    """bool [S]: True at the first occurrence of each id (int64 [S]) except padding."""
     ordered, order = torch.sort(ids, stable=True)
     return torch.empty_like(ids, dtype=torch.bool).scatter_(0, order, _starts_run(ordered))
 
 
 def _starts_run(ordered: Tensor) -> Tensor:
-    """bool [S]: the first of each run of equal ids; none of padding."""
+    """bool [S]: True at the first element of each run of equal ids, except padding."""
     starts = ordered != PADDING_ID
     starts[1:] &= ordered[1:] != ordered[:-1]
     return starts
 
 
 def choose_from_pool(draws: Tensor, ids: Tensor) -> Tensor:
-    """Rows of the pool that raw draws select: int64 [M, R] in [0, S).
+    """Pool rows that raw draws select: int64 [M, R] in [0, S).
 
-    draws: integer [M, R] in [0, 2^31). ids: [S], the pool's. A draw picks the ⌊draw · n / 2^31⌋-th of the n distinct
-    ids in ascending order, hence the same item however the pool is spread over ranks.
+    draws: integer [M, R] in [0, 2^31). ids: [S], of the pool. A draw selects the ⌊draw · n / 2^31⌋-th of the n distinct
+    ids in ascending order. The selected item therefore does not depend on how the pool is spread over ranks.
     """
     positions, count = sorted_distinct(ids)
     return positions[(draws.long() * count) >> DRAW_BITS]

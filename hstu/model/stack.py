@@ -1,4 +1,4 @@
-"""The encoder that ranking and retrieval share: the inputs, and HSTU layers on kernels."""
+"""The encoder of ranking and retrieval: inputs, and HSTU layers on kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 
 def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:
-    """The properties of a model on one of ``tp_size`` tensor-parallel ranks that decide which kernels serve it."""
+    """Model properties on one of ``tp_size`` tensor-parallel ranks that determine which kernels support it."""
     return KernelShapes(
         head_dim=network.kv_channels,
         num_heads=network.num_attention_heads // tp_size,
@@ -35,11 +35,9 @@ def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:
 
 
 class FusedHSTULayer(HSTULayer):
-    """An HSTU layer as one autograd function over kernels, on one rank or with its heads or tokens split over several.
+    """An HSTU layer as one autograd function over kernels, on one rank or with heads or tokens split over several.
 
-    Args:
-        network, max_tokens, index: as in :class:`HSTULayer`; ``network`` also says what backward recomputes.
-        kernels: from :func:`hstu.ops.select.select_kernels`.
+    ``network`` also sets what backward recomputes. Other arguments: as in :class:`HSTULayer`.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class FusedHSTULayer(HSTULayer):
         super().__init__(network, max_tokens, index)
         self.kernels = kernels
         self.comm = LayerComm()
-        """Communication with the ranks that hold the other heads of uvqk, output_norm and out."""
+        """Communication with the ranks that hold the other heads."""
 
     def forward(
         self,
@@ -59,8 +57,7 @@ class FusedHSTULayer(HSTULayer):
     ) -> tuple[Tensor, Tensor]:
         """See :class:`HSTULayer`.
 
-        ``attend``: the attention of a forward without backward, instead of the kernel's, for tokens that also attend to
-        what ``layout`` does not have.
+        ``attend``: replaces the attention kernel in inference, for tokens that attend to tokens outside ``layout``.
         """
         network, bias, kernels = self.network, self.bias, self.kernels
         if attend is not None:
@@ -92,13 +89,7 @@ class FusedHSTULayer(HSTULayer):
 
 
 class SequenceEncoder(nn.Module):
-    """Table rows of a batch → encoded tokens: the inputs and the HSTU layers, in the network's compute dtype.
-
-    Args:
-        network: widths, number of layers, dtype and options.
-        features: which features form a sequence.
-        kernels: from :func:`hstu.ops.select.select_kernels`.
-    """
+    """Table rows of a batch → encoded tokens: inputs and HSTU layers, in the network's compute dtype."""
 
     def __init__(self, network: NetworkArgs, features: SequenceFeatures, kernels: Kernels = REFERENCE_KERNELS) -> None:
         super().__init__()
@@ -109,19 +100,19 @@ class SequenceEncoder(nn.Module):
         layers = nn.ModuleList(
             FusedHSTULayer(network, max_tokens, kernels, index) for index in range(network.num_layers)
         )
-        self.stack = nn.ModuleDict({"layers": layers})  # the name of the layers in checkpoints
+        self.stack = nn.ModuleDict({"layers": layers})  # this prefix is part of checkpoint keys
         self.comm = LayerComm()
-        """Communication with the ranks that share the tokens between the layers."""
+        """Communication with the ranks that share the tokens."""
 
     def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
-        """Returns tokens float32 [., D], those of this rank's range, and the layout of all tokens of the batch."""
+        """Returns the tokens of this rank's range, float32 [., D], and the layout of all tokens of the batch."""
         with mixed_precision(self.network.dtype_str, batch.num_candidates.device.type):
             x, layout = self.inputs(embeddings, batch, self.comm)
             if self.network.bfloat16_residual:
                 x = x.bfloat16()
             for layers, part, cut in self._stages(layout):
                 uncut, own = (None, x) if cut is None else (x, cut.shorten(x))
-                del x  # where the layers pad or split the tokens, the whole ones are not needed beside them
+                del x  # frees the whole tokens where the layers pad or split them
                 own, split = self.comm.split_tokens(own, part)
                 update: Tensor | None = None
                 for layer in layers:
@@ -133,7 +124,7 @@ class SequenceEncoder(nn.Module):
             return x.float(), layout
 
     def _stages(self, layout: JaggedLayout) -> Iterator[tuple[Sequence[nn.Module], JaggedLayout, Truncation | None]]:
-        """Some layers, the layout of the tokens on which they compute, and how these are cut; all layers in order."""
+        """Yield groups of layers in order, each with the layout and the truncation of its tokens."""
         layers, whole = list(self.layers), self.network.whole_layers
         yield layers[:whole], layout, None
         if layers[whole:]:

@@ -1,7 +1,6 @@
-"""Losses of ranking tasks: outputs of the head and labels → a loss per labelled item.
+"""Losses of ranking tasks: outputs float32 [M, width] and labels float32 [M] → loss per labelled item, float32 [M].
 
-All take outputs float32 [M, width] and labels float32 [M] in units of the loss, without missing values. Those of single
-items return float32 [M]. The host reads nothing.
+Labels are scaled (RankingTaskArgs.scale) and never missing. No function waits for the device.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ FOCAL_GAMMA = 2.0
 
 
 def bce(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of the probability that a label is 1. outputs: a logit."""
+    """Binary cross entropy. outputs: a logit."""
     return F.binary_cross_entropy_with_logits(outputs[:, 0], labels, reduction="none")
 
 
@@ -41,17 +40,17 @@ def huber(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def pairwise_sum(outputs: Tensor, labels: Tensor, weights: Tensor, num_labels: Tensor, longest: int) -> Tensor:
-    """Sum over requests of the number of items times the mean over the pairs of a positive and a negative item.
+    """RankNet's loss, log(1 + exp(negative - positive)) per pair (Burges et al., ICML 2005): float32 scalar.
 
-    The loss of a pair is log(1 + exp(negative - positive)), that of RankNet (Burges et al., ICML 2005). A request
-    without both kinds has a loss of 0. Returns a scalar.
+    Sums over requests the number of items times the mean over pairs of a positive and a negative item. A request
+    without both kinds has a loss of 0.
 
     Args:
         outputs: [M, 1], a score.
         labels: 0 or 1, [M].
-        weights: [M]. Those of the two items of a pair are multiplied; a weight of 0 leaves an item out.
-        num_labels: labelled items of each request, int64 [B], of which the sum is M.
-        longest: at least the largest of them.
+        weights: [M]. A pair's weight is the product of its items' weights; a weight of 0 leaves an item out.
+        num_labels: labelled items of each request, int64 [B], with the sum M.
+        longest: at least the maximum of ``num_labels``.
     """
     scores, size = outputs[:, 0], len(labels)
     request = torch.repeat_interleave(num_labels, output_size=size)

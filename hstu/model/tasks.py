@@ -1,4 +1,4 @@
-"""Ranking with tasks that the user defines (RankingArgs.tasks): a head with outputs for each, and the sum of losses."""
+"""Ranking with user-defined tasks (RankingArgs.tasks): a head with outputs for each, and the sum of their losses."""
 
 from __future__ import annotations
 
@@ -27,12 +27,9 @@ _LOSSES = {
 
 
 class RankingTask(nn.Module):
-    """One task: what the outputs of the head predict, which labels it learns from, and its loss.
+    """One task: its predictions, labels and loss.
 
-    Args:
-        args: the task.
-        columns: the rows of HSTUBatch.label_values.
-        codes: what the numbers of the label mean.
+    columns: the row names of HSTUBatch.label_values. codes: what the values of the label mean.
     """
 
     positive: Tensor
@@ -45,11 +42,11 @@ class RankingTask(nn.Module):
         self._row = columns.index(args.label)
 
     def predictions(self, outputs: Tensor) -> Tensor:
-        """What evaluation reads, float32 [M, output_width]: a logit, a logit per class, or the number."""
+        """Predictions for evaluation, float32 [M, output_width]: a logit, a logit per class, or the value."""
         return outputs * self.args.scale
 
     def labels(self, label_values: Tensor) -> Tensor:
-        """float32 [M]: 1 for positive and 0 for negative, or the label as it is; NaN where missing."""
+        """Labels float32 [M]: 1 for positive and 0 for negative, or the value itself; NaN where missing."""
         labels = label_values[self._row]
         if self.args.kind != "binary":
             return labels
@@ -62,11 +59,11 @@ class RankingTask(nn.Module):
         return torch.where(labels.isnan(), labels, is_positive.float())
 
     def weights(self, label_values: Tensor) -> Tensor:
-        """1 for each item with a label, 0 where it is missing; float32 [M]."""
+        """float32 [M]: 1 for items with a label, 0 where it is missing."""
         return (~label_values[self._row].isnan()).float()
 
     def loss_sum(self, outputs: Tensor, batch: HSTUBatch) -> Tensor:
-        """RankingTaskArgs.weight times the sum over the items, a float32 scalar. outputs: [M, output_width]."""
+        """Loss summed over items times RankingTaskArgs.weight, a float32 scalar. outputs: [M, output_width]."""
         assert batch.label_values is not None
         args, weights = self.args, self.weights(batch.label_values)
         targets = (self.labels(batch.label_values) - self.first_class) / args.scale
@@ -79,13 +76,9 @@ class RankingTask(nn.Module):
 
 
 class MultiTaskDense(RankingModel):
-    """The dense part of ranking with RankingArgs.tasks: a sequence encoder, and a head on the labelled items.
+    """Ranking with RankingArgs.tasks: a sequence encoder and a multi-task head on labelled items.
 
-    Args:
-        encoder: table rows → tokens.
-        args: tasks and head.
-        columns: the rows of HSTUBatch.label_values.
-        codes: what the numbers of the label of each task mean.
+    columns: the row names of HSTUBatch.label_values. codes: what the label values of each task mean.
     """
 
     def __init__(
@@ -113,7 +106,7 @@ class MultiTaskDense(RankingModel):
         return [cast(RankingTask, task) for task in self.tasks]
 
     def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
-        """See RankingModel. The predictions of one task stand beside those of the task before."""
+        """See RankingModel. Predictions of all tasks are concatenated."""
         losses = [
             task.loss_sum(output, batch) for task, output in zip(self.each_task, self._split(outputs), strict=True)
         ]

@@ -1,4 +1,4 @@
-"""The layers after a truncation: the tokens that they compute on, and where their results belong."""
+"""Truncation: the layers after it process only the newest items of each sequence."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from hstu.ops.layout import JaggedLayout, truncate_history
 
 @dataclass(frozen=True)
 class Truncation:
-    """The tokens that a truncation leaves of a batch. The context-parallel ranks share them evenly once more."""
+    """The tokens of a batch that remain after a truncation. Context-parallel ranks share them evenly again."""
 
     layout: JaggedLayout
-    """Of all tokens that are left."""
+    """Layout of all remaining tokens."""
     places: Tensor
-    """int64 [.]: those that are left of this rank's tokens."""
+    """int64 [.]: indices of this rank's tokens that remain."""
     counts: list[int]
-    """How many are left of the tokens of each context-parallel rank."""
+    """Remaining tokens of each context-parallel rank, as split before the truncation."""
     shares: list[int]
-    """On how many of those that are left each of these ranks computes."""
+    """Remaining tokens that each rank processes, as split after the truncation."""
     comm: LayerComm
 
     @classmethod
     def of(cls, layout: JaggedLayout, items: int, comm: LayerComm) -> Truncation:
-        """The truncation of the sequences of ``layout`` to their newest ``items`` items."""
+        """Truncate the sequences of ``layout`` to their newest ``items`` items."""
         shorter, tokens, left_of = truncate_history(layout, items)
         ranges = comm.token_ranges(layout.num_tokens)
         left = [left_of(of_rank) for of_rank in ranges]
@@ -36,10 +36,10 @@ class Truncation:
         return cls(shorter, places, [len(each) for each in left], [len(each) for each in shares], comm)
 
     def shorten(self, x: Tensor) -> Tensor:
-        """The rows on which this rank computes, of the rows of its tokens before the truncation."""
+        """This rank's rows before the truncation → the rows that it processes after it."""
         return self.comm.take_rows(self.comm.gather_rows(x.index_select(0, self.places), self.counts), self.shares)
 
     def restore(self, x: Tensor, rows: Tensor) -> Tensor:
-        """x with the rows of the tokens that are left replaced by what :meth:`shorten` gave and layers changed."""
+        """Returns x with its remaining rows replaced by ``rows``, the outputs of the later layers."""
         left = self.comm.take_rows(self.comm.gather_rows(rows, self.shares), self.counts)
         return x.index_copy(0, self.places, left)

@@ -1,4 +1,4 @@
-"""The Python interface for notebooks: load what a run trained, look inside it, and compute with it.
+"""The Python interface for notebooks: load a trained model, inspect it, and compute with it.
 
     from hstu import api
 
@@ -59,23 +59,23 @@ class Recommendation:
     items: list[Any]
     """Raw ids."""
     titles: list[str]
-    """Titles; raw ids where the data has none."""
+    """Titles, or raw ids if the data has no titles."""
     scores: list[float]
-    """Cosines of the user's vector and the items' vectors."""
+    """Cosine similarities of the user vector and the item vectors."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """One embedding table, whole, in host memory."""
+    """A whole embedding table in host memory."""
 
     ids: Tensor | None
-    """int64 [n]: the id of each row of a dynamic table, ascending. None: row i belongs to code i."""
+    """int64 [n], ascending: the id of each row of a dynamic table. None for a static table: row i belongs to code i."""
     rows: Tensor
     """float32 [n, dim]."""
 
 
 def open_store(path: str | Path) -> SequenceStore:
-    """Open preprocessed data, for example ``tmp_data/ml-100k``. Raises DataError."""
+    """Open preprocessed data such as ``tmp_data/ml-100k``. Raises DataError."""
     return SequenceStore.open(path)
 
 
@@ -88,14 +88,13 @@ def load(
 
 @dataclass
 class TrainedModel(LoadedModel):
-    """A model with trained weights, its data and its configuration. Create it with :func:`load`.
+    """A model with trained weights, its data and its configuration, created by :func:`load`.
 
-    Methods that compute use no dropout, and moving averages of the weights if the run kept them. On several ranks
-    they are collective.
+    Methods compute without dropout, and with averaged weights if the run kept them. They are collective.
     """
 
     def tables(self) -> dict[str, Table]:
-        """Read all embedding tables from the checkpoint, by table name."""
+        """Read all embedding tables from the checkpoint. Returns table name → table."""
         tensors, dynamic = open_tensors(self.checkpoint), read_tables(self.checkpoint)
         tables = {name: merged(parts) for name, parts in dynamic.items()}
         static = (name.removeprefix(TABLES) for name in tensors.sizes if name.startswith(TABLES))
@@ -106,40 +105,36 @@ class TrainedModel(LoadedModel):
         }
 
     def batches(self, split: Split = "valid") -> Iterator[HSTUBatch]:
-        """The evaluation batches of a split ("valid"; "test" for retrieval), on the device."""
+        """Iterate over the evaluation batches of a split ("valid"; "test" for retrieval), on the device."""
         return (batch.to(self.mesh.device) for batch in self.source.eval_batches(split))
 
     def evaluate(self, split: Split = "valid", metrics: Sequence[str] | None = None) -> dict[str, float]:
-        """Compute metrics on a split: those of the configuration, or others of the task, such as ("HR@50",)."""
+        """Compute metrics on a split: the configured metrics, or others of the task, such as ("HR@50",)."""
         return evaluate_split(self, split, metrics).metrics()
 
     def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
-        """Vectors of users after their whole histories: float32 [len(users), E], of length 1.
+        """Encode users with their whole histories into unit vectors, float32 [len(users), E].
 
         Args:
             users: raw ids; numbers may be given as strings.
-            at: when they ask, in whole seconds since 1970: int(time.time()) in a service. None: at their newest event.
+            at: time of the request in whole seconds since 1970. None: the time of each user's newest event.
 
         Raises:
             DataError: unknown users, users with events after ``at``, or a ranking model, which has no user vectors.
-            ConfigError: ``at`` is given to a model that does not read it, see ``reads_request_time``.
+            ConfigError: ``at`` is given to a model that does not read it (``reads_request_time``).
         """
         self.require_retrieval()
         return self._user_vectors(encode_users(self.store, users), at)
 
     def item_embeddings(self) -> Tensor:
-        """Vectors of all items, row by row as ``store.raw_ids(store.item_feature)``: float32 [items, E], of length 1.
+        """Unit vectors of all items in the order of ``store.raw_ids(store.item_feature)``, float32 [items, E].
 
-        Items that the model does not have, or that have no row in a dynamic table, have zero vectors. Raises DataError
-        for a ranking model.
+        Items without a row in the model's table have zero vectors. Raises DataError for a ranking model.
         """
         return torch.from_numpy(np.concatenate(list(item_vectors(self))))
 
     def recommend(self, users: Sequence[Any], top: int = 10, at: int | None = None) -> list[Recommendation]:
-        """Recommend the ``top`` items that each user has not seen, after the user's whole history.
-
-        ``at`` and errors: as of :meth:`user_embeddings`.
-        """
+        """Recommend the ``top`` best unseen items to each user. ``at`` and errors: see :meth:`user_embeddings`."""
         self.require_retrieval()
         rows, offsets = encode_users(self.store, users), self.store.offsets()
         lengths = offsets[rows + 1] - offsets[rows]
@@ -148,7 +143,7 @@ class TrainedModel(LoadedModel):
         return self._best(users, self._user_vectors(rows, at), corpus, self.model_ids(seen), lengths, top)
 
     def known_users(self, users: Iterable[Any]) -> tuple[list[Any], list[Any]]:
-        """Divide raw user ids into those that the data has and those that it does not have, each in order."""
+        """Divide raw user ids into (known, unknown) users of the data, each in the given order."""
         named = list(users)
         places = self.users.places(named).tolist()
         known, unknown = (
@@ -159,16 +154,15 @@ class TrainedModel(LoadedModel):
     def recommend_for(
         self, given: Sequence[History], top: int = 10, at: int | None = None
     ) -> tuple[list[Recommendation], dict[str, list[Any]]]:
-        """Recommend the ``top`` items that are not in a history, for histories given by hand. Needs no data.
+        """Recommend the ``top`` best unseen items for histories given by hand. Works without the data of the run.
 
-        Returns the recommendations, and the unknown values of each feature: items stay in the history with a row of
-        zeros, as do contextual features. A contextual feature that is not given is treated as unknown, too. Features
-        of items that are not given come from the data, if it is there.
+        Returns the recommendations, and feature → unknown values. Unknown items and unknown or missing contextual
+        features get a row of zeros. Item features that are not given come from the data, if it exists.
 
         Raises:
-            DataError: a history without items, or without what the model reads: actions, times, features of events;
-                or one with events after ``at``.
-            ConfigError: as :meth:`user_embeddings`, which says what ``at`` is.
+            DataError: a history is empty, lacks actions, times or features that the model reads, or has events after
+                ``at``.
+            ConfigError: see :meth:`user_embeddings`, which also describes ``at``.
         """
         corpus, item_feature = self.retrieval_evaluator().corpus(), self.source.roles.item
         vectors = self.user_vectors(self.encoder.batches(given), at)
@@ -182,16 +176,13 @@ class TrainedModel(LoadedModel):
         return best, unknown
 
     def histories(self, users: Sequence[Any]) -> Iterator[History]:
-        """The histories of users of the data, with the context and the features of events that the model reads.
-
-        Raises DataError that names unknown users.
-        """
+        """The histories of users with the features that the model reads. Raises DataError for unknown users."""
         return self.histories_of(encode_users(self.store, users))
 
     def session(self, cache_bytes: int, **options: Any) -> Session:
-        """Keep the histories of users encoded, so that appending events and scoring candidates cost what is new.
+        """Cache encoded histories, so that a request computes only new events and candidates.
 
-        Arguments and errors: :class:`hstu.serve.session.Session`.
+        Arguments and errors: see :class:`hstu.serve.session.Session`.
         """
         return Session(self, cache_bytes, **options)
 
@@ -216,22 +207,21 @@ class TrainedModel(LoadedModel):
         ]
 
     def _describe_items(self, ids: np.ndarray) -> tuple[list[Any], list[str]]:
-        """Raw ids and titles of items, given by what the model gets for them."""
+        """Raw ids and titles of items, given by the ids that the model reads."""
         items = self.vocabularies[self.source.roles.item].values_at(torch.from_numpy(ids))
         titles = None if isinstance(self.source, StoredSource) else self.store.titles()
         if titles is None:
             return items, [str(item) for item in items]
         codes = stored_vocabulary(self.store, self.source.roles.item).places(items).tolist()
-        named = [str(titles[code]) if code >= 0 else "" for code in codes]  # -1: of data that is not in this store
+        named = [str(titles[code]) if code >= 0 else "" for code in codes]  # -1: the item is not in this store
         return items, [title or str(item) for title, item in zip(named, items, strict=True)]
 
     def _user_vectors(self, rows: np.ndarray, at: int | None = None) -> Tensor:
-        """As ``user_embeddings``, for rows of the store."""
         return self.user_vectors(self.with_data().history_batches(rows), at)
 
 
 def format_recommendations(recommendations: Iterable[Recommendation]) -> str:
-    """Format recommendations for printing, one block per user; control characters of ids and titles as codes."""
+    """Format recommendations for printing, one block per user. Control characters are escaped."""
     lines = []
     for entry in recommendations:
         lines.append(f"\nuser {printable(str(entry.user), keep='')}")
@@ -242,7 +232,7 @@ def format_recommendations(recommendations: Iterable[Recommendation]) -> str:
 
 
 def encode_users(store: SequenceStore, users: Sequence[Any]) -> np.ndarray:
-    """Rows of users in the store, int64 [len(users)], from raw ids. Raises DataError that names unknown users."""
+    """Look up the store rows of raw user ids, int64 [len(users)]. Raises DataError that names unknown users."""
     if store.raw_ids(USER_FEATURE).dtype == object:
         return store.encode(USER_FEATURE, users)
     try:

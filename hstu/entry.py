@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 def train(task: Task) -> int:
-    """Train as the command line says; returns the exit code."""
+    """Train with the configuration of the command line. Returns the exit code."""
     config = parse_command_line(task, rules=(*RULES, *DATA_RULES), preflight=preflight)
     let_idle_threads_sleep()
-    from hstu.train.main import run  # after the configuration is checked, because it imports torch
+    from hstu.train.main import run  # imports torch: only after the configuration is checked
 
     return run(config, beside_tables)
 
 
 def train_ranking() -> int:
-    """hstu-train-ranking."""
+    """Run the console command hstu-train-ranking."""
     return train("ranking")
 
 
 def train_retrieval() -> int:
-    """hstu-train-retrieval."""
+    """Run the console command hstu-train-retrieval."""
     return train("retrieval")
 
 
 def preflight() -> Sequence[Rule]:
-    """The checks of --validate-only, which need all packages."""
+    """The additional checks of --validate-only, which import all packages."""
     check_packages()
     from hstu.estimate.validate import what_the_file_names_fits
 
@@ -44,7 +44,7 @@ def preflight() -> Sequence[Rule]:
 
 
 def beside_tables(config: RunConfig, mesh: Mesh) -> int:
-    """The estimated bytes of a step beside the tables, which are planned for the rest of a GPU's memory."""
+    """Estimate the GPU bytes of a train step without the tables. The planner gives the rest to the tables."""
     from hstu.estimate.estimate import beside_tables_of_run
 
     return beside_tables_of_run(config, mesh)

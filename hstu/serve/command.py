@@ -1,4 +1,4 @@
-"""What the commands that apply a model share: arguments that name it, and files and times that people give."""
+"""Command-line arguments and input files that the commands for trained models share."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def require_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End the program with a usage error if no model is named."""
+    """Exit with a usage error if neither --run_dir nor --checkpoint is given."""
     if options.run_dir is None and options.checkpoint is None:
         parser.error("give --run_dir, --checkpoint or both")
 
 
 def load_model(cls: type[M], options: argparse.Namespace) -> M:
-    """Load the model that the arguments name, and report on standard error what did not fit. Collective."""
+    """Load the model that the arguments name, and print on standard error what did not fit. Collective."""
     path, strict = options.run_dir or options.checkpoint, False if options.partial else None
     loaded = cls.load(path, options.checkpoint, strict=strict, data=getattr(options, "data", None))
     note(loaded, *loaded.report)
@@ -73,26 +73,26 @@ def load_model(cls: type[M], options: argparse.Namespace) -> M:
 
 
 def note(loaded: LoadedModel, *lines: str) -> None:
-    """Print notes on standard error, on one rank."""
+    """Print notes on standard error, on the main rank only."""
     if loaded.mesh.is_main:
         for line in lines:
             print(f"note: {line}", file=sys.stderr)
 
 
 def note_unknown(loaded: LoadedModel, file: str, unknown: Mapping[str, Sequence[Any]]) -> None:
-    """Say which ids of a file the data does not know, by column."""
+    """Print the ids of a file that the data lacks. ``unknown``: column → ids."""
     for column, ids in unknown.items():
         if ids:
             note(loaded, f"{file}: {len(ids)} unknown {column}(s) left out: {shown(ids)}")
 
 
 def shown(values: Sequence[Any]) -> str:
-    """The first of some values."""
+    """Format the first few values for a message."""
     return ", ".join(map(repr, values[:_SHOWN])) + (", …" if len(values) > _SHOWN else "")
 
 
 def read_text(file: str) -> str:
-    """The text of a file, or of standard input for "-", with any kind of line ends. Raises DataError."""
+    """Read the text of a file, or of standard input for "-"; line ends become "\\n". Raises DataError."""
     content = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
@@ -101,7 +101,7 @@ def read_text(file: str) -> str:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value that JSON text describes. Raises DataError, which names ``where``."""
+    """Parse JSON. Raises DataError that names ``where``, the source of the text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -109,12 +109,12 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_ids(file: str) -> list[str]:
-    """Raw ids of a file, one per line; "-" is standard input. Raises DataError."""
+    """Read raw ids from a file, one per line; "-" is standard input. Raises DataError."""
     return [line for line in read_text(file).split("\n") if line]
 
 
 def parse_time(text: str) -> int:
-    """Seconds since 1970 of --at. Raises DataError."""
+    """Parse the value of --at into seconds since 1970. Raises DataError."""
     if text == "now":
         return int(time.time())
     if text.removeprefix("-").isdecimal():
@@ -129,26 +129,26 @@ def parse_time(text: str) -> int:
 
 
 def check_new(path: Path) -> None:
-    """Raise DataError if an output exists, unless it is an empty directory."""
+    """Raise DataError if an output path exists and is not an empty directory."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{path} exists; give another name, or remove it")
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """C candidates of U users, user after user."""
+    """C candidates of U users, grouped by user."""
 
     users: np.ndarray
-    """int64 [U], rows of the users in the store, in the order of their first candidates."""
+    """int64 [U]: store rows of the users, in the order of their first candidates."""
     counts: np.ndarray
-    """int64 [U], at least 1."""
+    """int64 [U]: candidates of each user, at least 1."""
     items: np.ndarray
-    """int64 [C], codes of the items."""
+    """int64 [C]: item codes."""
     values: Mapping[str, np.ndarray]
-    """Feature of events → stored values, [C]."""
+    """Event feature → stored values, [C]."""
 
     def of_users(self, users: np.ndarray) -> Candidates:
-        """The candidates of some users, in the order of these; users without any are left out."""
+        """The candidates of ``users`` in their order. Users without candidates are left out."""
         order = np.argsort(self.users)
         places = codes_of(users, self.users[order])
         chosen = order[places[places >= 0]]
@@ -158,9 +158,9 @@ class Candidates:
 
 
 def read_codes(loaded: LoadedModel, file: str, column: str, vocabulary: Vocabulary) -> np.ndarray:
-    """Codes of the ids in a .csv or .parquet file with a column of that name, or in a file that ``read_ids`` reads.
+    """Read ids from a column of a .csv or .parquet file, or with ``read_ids``, and return the codes of known ids.
 
-    Notes ids that are not known. Raises DataError if the file cannot be read or lacks the column, or if none is known.
+    Prints unknown ids. Raises DataError if the file is unreadable, lacks the column, or has no known id.
     """
     is_table = file.endswith((".csv", ".parquet"))
     ids = _read_table(file, (column,))[column] if is_table else pd.Series(read_ids(file), dtype=object)
@@ -172,17 +172,17 @@ def read_codes(loaded: LoadedModel, file: str, column: str, vocabulary: Vocabula
 
 
 def users_of_file(loaded: LoadedModel, file: str | None) -> np.ndarray:
-    """Rows of the users of a file, each once, int64; None: of all users. Notes those that the data does not know."""
+    """Distinct store rows, int64, of the users in a file; None: of all users. Prints unknown users."""
     if file is None:
         return np.arange(loaded.store.num_users)
     return np.asarray(pd.unique(read_codes(loaded, file, "user", loaded.users)))
 
 
 def read_candidates(loaded: LoadedModel, file: str, features: Sequence[str]) -> Candidates:
-    """Candidates of a .csv or .parquet file with columns user and item, and one for each of ``features``.
+    """Read candidates from a .csv or .parquet file with the columns user, item and ``features``.
 
-    Notes unknown users and items, whose rows are left out. Raises DataError if the file cannot be read, lacks a column
-    or an id, or has a value of a feature that the data does not know.
+    Prints unknown users and items, and skips their rows. Raises DataError if the file is unreadable, lacks a column or
+    an id, or has an unknown feature value.
     """
     store = loaded.store
     table = _read_table(file, ("user", "item", *features))
@@ -199,7 +199,7 @@ def read_candidates(loaded: LoadedModel, file: str, features: Sequence[str]) -> 
 
 
 def _read_table(file: str, columns: Iterable[str]) -> pd.DataFrame:
-    """Columns of a file, those of CSV as strings. Raises DataError."""
+    """Read columns of a .csv file as strings, or of a .parquet file. Raises DataError."""
     wanted, is_csv = list(columns), file.endswith(".csv")
     try:
         names = [*pd.read_csv(file, nrows=0)] if is_csv else pq.read_schema(file).names
@@ -219,7 +219,7 @@ def _read_table(file: str, columns: Iterable[str]) -> pd.DataFrame:
 
 
 def _encode(ids: pd.Series[Any], vocabulary: Vocabulary) -> tuple[np.ndarray, list[Any]]:
-    """Codes of raw ids, int64 [n], -1 for those that are not known; and the unknown ones, each once."""
+    """Look up raw ids. Returns (codes, int64 [n], -1 if unknown; the distinct unknown ids)."""
     places, distinct = pd.factorize(ids)
     values = list(distinct.tolist())
     codes = vocabulary.places(values).numpy()
@@ -227,7 +227,7 @@ def _encode(ids: pd.Series[Any], vocabulary: Vocabulary) -> tuple[np.ndarray, li
 
 
 def _event_values(file: str, store: SequenceStore, name: str, column: pd.Series[Any]) -> np.ndarray:
-    """Stored values of a feature of events: codes, or float32 with NaN where a number is missing."""
+    """Convert a column to stored values of an event feature: int32 codes, or float32 with NaN for missing."""
     if store.feature(name).role == "event_number":
         try:
             return np.asarray(pd.to_numeric(column), dtype=np.float32)

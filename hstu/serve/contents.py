@@ -1,4 +1,4 @@
-"""What lies beside the program in an exported directory: facts, tables, ids, and what is known of items."""
+"""The contents of an exported directory besides the program: facts, tables, ids and item features."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from hstu.serve.runtime.model import ITEM_VECTORS
 from hstu.train.inference import InferenceSource, StoredSource
 
 MOST_CANDIDATES = 256
-"""Candidates that are scored in one sequence, where training does not limit them."""
+"""Candidates per sequence if training does not set a limit."""
 _ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What to write."""
+    """The data to write into an exported directory."""
 
     facts: dict[str, Any]
-    """serving.json."""
+    """The object in serving.json."""
     tables: dict[str, Tensor]
-    """Name → float32 [rows, dim]."""
+    """Table name → float32 [rows, dim]."""
     vocabulary: dict[str, Tensor]
-    """Ids of features, and what is known of items: see ``_Features`` and ``_items``."""
+    """Ids of features (see ``_Features``), and features and titles of items (see ``_items``)."""
 
 
 def check_can_be_served(trained: LoadedModel) -> None:
-    """Raise ConfigError or DataError for a model whose requests lack what it reads."""
+    """Raise ConfigError or DataError if the model reads inputs that requests cannot contain."""
     config, network, roles = trained.config, trained.config.network, trained.source.roles
     if isinstance(config.task_args, RankingArgs) and network.target_group_size > 1:
         raise ConfigError(
@@ -58,14 +58,14 @@ def check_can_be_served(trained: LoadedModel) -> None:
 
 
 def task_of(trained: LoadedModel) -> RetrievalDense | RankingModel:
-    """The dense part of what is served."""
+    """The dense part of the model, without its DDP wrapper."""
     task = unwrap_dense(trained.model).task
     assert isinstance(task, (RetrievalDense, RankingModel))
     return task
 
 
 def collect(trained: LoadedModel, program: ServingProgram) -> Contents:
-    """Read everything from a model in evaluation mode, with averaged weights if it has them."""
+    """Collect the contents from a model inside ``LoadedModel.inference``."""
     features = _Features(trained)
     facts = {**_facts(trained, program), "features": features.facts}
     tables = {name: features.rows_of(spec) for name, spec in features.specs.items()}
@@ -73,7 +73,7 @@ def collect(trained: LoadedModel, program: ServingProgram) -> Contents:
     if not isinstance(source, StoredSource):
         ids, own = features.item_ids(), source.item_ids()
         codes = np.arange(source.cardinalities[source.roles.item], dtype=np.int64) if own is None else own
-        places = codes_of(codes, ids)  # of each item of the data
+        places = codes_of(codes, ids)  # index in ``ids`` of each item of the data
         vocabulary |= _items(source, features, places, len(ids))
         if trained.config.has_item_tower and isinstance(trained.config.task_args, RetrievalArgs):
             vectors = trained.retrieval_evaluator().corpus(own).vectors()
@@ -87,7 +87,8 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
     dataset, network, args = config.dataset, config.network, config.task_args
     assert isinstance(dataset, DatasetArgs)
     has_candidates = dataset.has_candidates
-    # As the newest event, a candidate counts among the newest tokens of a window and of a truncated history.
+    # Without candidates in training, a candidate is the newest event. Windows and truncation count it, so each sequence
+    # scores one.
     alone = not has_candidates and (
         network.truncate_to_items is not None or (network.has_window and network.min_full_attention_tokens > 0)
     )
@@ -112,7 +113,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
 
 
 def _tasks(trained: LoadedModel) -> list[tuple[str, str, int, int]]:
-    """Name, kind, number of outputs and least label of each prediction."""
+    """(name, kind, number of outputs, lowest label) of each prediction."""
     task = task_of(trained)
     if isinstance(task, MultiTaskDense):
         kinds = {"regression": "number"}
@@ -130,7 +131,7 @@ def _tasks(trained: LoadedModel) -> list[tuple[str, str, int, int]]:
 
 
 class _Features:
-    """Ids and table rows of every feature."""
+    """Collects the ids and table rows of every feature."""
 
     def __init__(self, trained: LoadedModel) -> None:
         self._model, self._source = trained.model, trained.source
@@ -143,11 +144,11 @@ class _Features:
             for name, table in dynamic_tables(trained.model).items()
         }
         self.tensors: dict[str, Tensor] = {}
-        """ids.<feature>: its values. rows.<feature>: the row of each, where that is not its place."""
+        """ids.<feature>: its values. rows.<feature>: the table row of each value, if it differs from the index."""
         self.facts = {name: self._describe(name) for name in trained.source.roles.names}
 
     def rows_of(self, spec: TableSpec) -> Tensor:
-        """The rows of a table that ids have, float32 [rows, dim]; one of zeros if there is none."""
+        """The table rows that belong to ids, float32 [rows, dim]; one row of zeros if there are no ids."""
         names = [name for name in spec.features if not is_of_negatives(name)]
         ids = self._dynamic_ids.get(spec.name)
         if ids is None:
@@ -161,18 +162,18 @@ class _Features:
         return torch.cat([rows.detach().float().cpu() for rows in found])
 
     def table_rows(self, feature: str, ids: np.ndarray) -> np.ndarray:
-        """The row of each of ``ids`` (what the model gets), int64 [n]; -1 where there is none."""
+        """The table row of each model id, int64 [n]; -1 for ids without a row."""
         known = self._dynamic_ids.get(self._spec_of[feature].name)
         if known is None:
             return np.where((ids >= 0) & (ids < self._source.cardinalities[feature]), ids, -1)
         return codes_of(ids, known)
 
     def missing(self, feature: str) -> int:
-        """The row that stands for missing values."""
+        """The table row of missing values."""
         return int(self.table_rows(feature, np.array([self._vocabularies[feature].missing]))[0])
 
     def _describe(self, feature: str) -> dict[str, Any]:
-        """Store the values of a feature, and their rows. Returns its facts."""
+        """Add the values of a feature and their rows to ``tensors``. Returns the facts of the feature."""
         vocabulary, roles = self._vocabularies[feature], self._source.roles
         kind = vocabulary.kind
         ids = np.arange(vocabulary.size, dtype=np.int64)
@@ -195,7 +196,7 @@ class _Features:
         }
 
     def item_ids(self) -> np.ndarray:
-        """What the model gets for the items that it or the data has, ascending."""
+        """Model ids of the items in the model or the data, ascending."""
         item = self._source.roles.item
         if self._vocabularies[item].kind != "raw":
             return np.arange(self._vocabularies[item].size, dtype=np.int64)
@@ -203,19 +204,18 @@ class _Features:
         return self._in_table(item) if of_data is None else np.union1d(self._in_table(item), of_data)
 
     def _in_table(self, feature: str) -> np.ndarray:
-        """Of a feature with raw ids, those that have a row, ascending."""
+        """The ids of a feature with raw ids that have a table row, ascending."""
         return self._dynamic_ids[self._spec_of[feature].name]
 
 
 def _items(source: InferenceSource, features: _Features, places: np.ndarray, count: int) -> dict[str, Tensor]:
-    """What the data knows of ``count`` items, of which its own are at ``places``.
+    """Features and titles of ``count`` exported items. ``places``: export index of each item of the data.
 
-    item.<feature>: rows of the feature's table, int64 [items], or of a list [values], with item.<feature>.offsets,
-    int64 [items + 1]; of numbers float32 [items, width]. titles.offsets, titles.utf8.
+    item.<feature>: table rows, int64 [items]; for a list [values], with item.<feature>.offsets, int64 [items + 1];
+    for numbers float32 [items, width]. titles.offsets, titles.utf8: see ``as_texts``.
     """
 
     def spread(values: np.ndarray, filler: Any) -> np.ndarray:
-        """Values of the items of the data, and ``filler`` for others."""
         found = np.full((count, *values.shape[1:]), filler, dtype=values.dtype)
         found[places] = values
         return found
@@ -240,7 +240,7 @@ def _items(source: InferenceSource, features: _Features, places: np.ndarray, cou
 
 
 def as_texts(name: str, texts: Iterable[Any]) -> dict[str, Tensor]:
-    """Texts as ``<name>.offsets``, int64 [n + 1], into the UTF-8 bytes ``<name>.utf8``."""
+    """Encode texts as UTF-8 bytes, uint8 ``<name>.utf8``, with ``<name>.offsets``, int64 [n + 1]."""
     encoded = [str(text).encode() for text in texts]
     offsets = torch.tensor([0, *(len(text) for text in encoded)]).cumsum(0)
     return {

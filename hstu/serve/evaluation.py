@@ -1,4 +1,4 @@
-"""Metrics of a trained model on a split."""
+"""Compute metrics of a trained model on a split."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from hstu.train.inference import InferenceSource
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model predicts for a split."""
+    """Predictions of a model for a split."""
 
     evaluator: Evaluator
     observations: Observations
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of all predictions; nan where the data does not define one."""
+        """Compute the metrics of all predictions; nan for metrics that the data leaves undefined."""
         return self.evaluator.metrics(self.observations)
 
 
 def evaluate_split(loaded: LoadedModel, split: Split, metrics: Sequence[str] | None = None) -> Evaluation:
-    """Predict a split. ``metrics``: those to compute instead of the configuration's. Collective."""
+    """Predict a split. ``metrics``: replace the configured metrics. Collective."""
     config = loaded.config if metrics is None else with_metrics(loaded.config, metrics)
     source = loaded.with_data()
     evaluator = build_evaluator(config, source, loaded.model, loaded.mesh)
@@ -40,7 +40,7 @@ def evaluate_split(loaded: LoadedModel, split: Split, metrics: Sequence[str] | N
 
 
 def choose_split(source: InferenceSource, split: str | None) -> Split:
-    """The split of this name, by default the last one that training evaluates. Raises ConfigError for another name."""
+    """Check the name of a split; None: the last split that training evaluates. Raises ConfigError if unknown."""
     allowed = source.final_splits
     if split is None:
         return allowed[-1]
@@ -51,7 +51,7 @@ def choose_split(source: InferenceSource, split: str | None) -> Split:
 
 
 def with_metrics(config: RunConfig, names: Sequence[str]) -> RunConfig:
-    """The configuration with other metrics. Raises ConfigError for those that the task does not have."""
+    """Replace the metrics of a configuration. Raises ConfigError for metrics that the task does not have."""
     args = config.task_args
     if not isinstance(args, RankingArgs) or args.tasks is None:
         changed = replace(config, task_args=replace(args, eval_metrics=tuple(names)))

@@ -1,4 +1,4 @@
-"""Write the folder that a service needs to use a trained model with plain PyTorch."""
+"""Export a trained model to a folder that a service loads with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from hstu.train.inference import StoredSource
 
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
 TOLERANCE = 1e-4
-"""Largest difference of a logit or a number of a vector, relative to 1 + its absolute value."""
+"""Largest allowed difference of a logit or a vector component, relative to 1 + its absolute value."""
 CARD, PACKAGE = "MODEL_CARD.md", "hstu_serving"
 _CHECKED_USERS = 10
 
 
 def for_export(config: RunConfig, data: Path | None = None) -> RunConfig:
-    """The configuration with which to load a model for export: one process, float32, PyTorch's own operators.
+    """The configuration to load a model for export: one process, float32, PyTorch's own operators.
 
-    ``data``: preprocessed data that has what is known of items; None: that of the run.
+    ``data``: preprocessed data with the item features. None: the data of the run.
     """
     dataset = config.dataset
     if data is not None and isinstance(dataset, DatasetArgs):
@@ -68,18 +68,18 @@ def write_serving(
     table_dtype: str = "float32",
     compiles: bool = False,
 ) -> float | None:
-    """Write the new folder ``folder``. Returns its difference from the model, see ``difference``.
+    """Write an export into a new folder. Returns its ``difference`` from the model.
 
     Args:
         trained: loaded with the configuration of ``for_export``, on one rank.
-        folder: it and its parents are created. It is complete once it has a manifest.
+        folder: the folder to create, with its parents. It is complete once it has a manifest.
         evaluations: split → metric → value, for the model card.
         table_dtype: one of TABLE_DTYPES.
         compiles: also compile the program for this kind of machine (AOTInductor), which needs a C++ compiler.
 
     Raises:
-        ConfigError: requests cannot have what the model reads, or the program cannot be compiled.
-        DataError: the model reads features of items and the data is not there, or the result differs from the model.
+        ConfigError: the model reads inputs that requests cannot contain, or the program cannot be compiled.
+        DataError: the data with the item features is missing, or the export differs from the model.
     """
     check_can_be_served(trained)
     folder.mkdir(parents=True)
@@ -103,10 +103,10 @@ def write_serving(
 
 
 def difference(trained: LoadedModel, model: runtime.Model) -> float | None:
-    """Largest difference between what model and export compute of users of the data, relative to 1 + absolute value.
+    """Largest difference between outputs of model and export for users of the data, relative to 1 + absolute value.
 
-    The model reads batches of the store, the export requests. None: there is no data, or a candidate counts as the
-    newest event, and is no candidate in a batch of the store.
+    The model reads batches of the store, the export reads requests. None: the data is missing, or the export scores a
+    candidate as the newest event, which batches of the store cannot express.
     """
     source, facts = trained.source, model.facts
     if isinstance(source, StoredSource) or (facts["task"] == "ranking" and not facts["candidates"]["apart"]):
@@ -116,7 +116,7 @@ def difference(trained: LoadedModel, model: runtime.Model) -> float | None:
     if facts["task"] == "retrieval":
         expected = trained.user_vectors(source.history_batches(users)).cpu()
         return _largest(model.embed_batch(histories), expected)
-    newest = np.asarray(store.offsets())[users + 1] - 1  # the newest event of each user is shown again
+    newest = np.asarray(store.offsets())[users + 1] - 1  # the newest event of each user is the candidate
     known = [name for name in model.encoder.known_before if name in store.features and name in histories[0].features]
     values = {name: store.sequence(name)[newest] for name in known}
     given = Candidates(users, np.ones_like(users), store.sequence(store.item_feature)[newest], values)
@@ -132,7 +132,6 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 def _write(folder: Path, contents: Contents, exported: ExportedProgram, weights: Mapping[str, Tensor]) -> None:
-    """A complete folder with tables in float32."""
     torch.export.save(exported, folder / PROGRAM)
     _write_tensors(folder / WEIGHTS, weights)
     _write_tensors(folder / TABLES, contents.tables)
@@ -145,7 +144,7 @@ def _write(folder: Path, contents: Contents, exported: ExportedProgram, weights:
 
 
 def _reduced(tables: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
-    """Tables in another data type; in int8 with the factor of each row, of which the largest number becomes 127."""
+    """Convert tables to another dtype. int8 tables have one scale per row, which maps its largest value to 127."""
     if dtype != "int8":
         return {name: rows.to(getattr(torch, dtype)) for name, rows in tables.items()}
     found = {}
@@ -161,7 +160,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    """Write the manifest, which makes the folder complete."""
     (folder / MANIFEST).unlink(missing_ok=True)
     files = describe_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
     manifest = {"sha256": checksum_of(files), "files": files}
@@ -169,10 +167,10 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _compile(exported: ExportedProgram, path: Path) -> None:
-    """Compile the program for this kind of machine. Raises ConfigError where that is impossible."""
+    """Compile the program for this kind of machine. Raises ConfigError if the compiler fails."""
     try:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
-    except Exception as error:  # no compiler, one that is too old, an operator that it does not have, …
+    except Exception as error:  # such as a missing or old compiler, or an unsupported operator
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(f"the program cannot be compiled here ({reason}); export without --aot") from error
 
@@ -180,7 +178,6 @@ def _compile(exported: ExportedProgram, path: Path) -> None:
 def _card(
     trained: LoadedModel, contents: Contents, table_dtype: str, evaluations: Mapping[str, Mapping[str, float]]
 ) -> str:
-    """The model card, in Markdown."""
     dataset = trained.config.dataset
     assert isinstance(dataset, DatasetArgs)
     is_retrieval = contents.facts["task"] == "retrieval"

@@ -1,4 +1,4 @@
-"""Histories of users, given by hand or read from the data, in the ids of the raw data; and as batches of a model."""
+"""Read user histories with raw ids from the data, and build model batches from histories."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from hstu.train.store_source import StoreSource
 
 
 def vocabulary_of(raw: np.ndarray, **options: Any) -> Vocabulary:
-    """A vocabulary of raw ids in ascending order, int64 or str objects. ``options``: further arguments of it."""
+    """Create a Vocabulary of ascending raw ids: int64, or objects of type str. ``options``: its other arguments."""
     if raw.dtype == object:
         return Vocabulary("texts", len(raw), raw.tolist(), **options)
     return Vocabulary("numbers", len(raw), _as_tensor(raw), **options)
 
 
 def stored_vocabulary(store: SequenceStore, feature: str) -> Vocabulary:
-    """The values of a feature of the data, by their codes."""
+    """The vocabulary of a feature of the data: raw value → code."""
     if feature != USER_FEATURE and not store.feature(feature).has_vocab:
         return Vocabulary("range", store.cardinality(feature))
     return vocabulary_of(store.raw_ids(feature))
 
 
 def vocabularies_of(source: BatchSource, raw_ids: RawIds) -> dict[str, Vocabulary]:
-    """The ids of each feature, and what a batch has for them. Unknown ids have a row of zeros."""
+    """Feature → vocabulary from raw values to model ids. Unknown values have a row of zeros."""
     found = {}
     for name in source.roles.names:
         size, raw = source.cardinalities[name], raw_ids.decoded(name)
@@ -60,7 +60,7 @@ def vocabularies_of(source: BatchSource, raw_ids: RawIds) -> dict[str, Vocabular
 
 
 def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Any]:
-    """What ``Encoder`` reads of serving.json."""
+    """The entries of serving.json that ``Encoder`` reads."""
     roles, network, is_retrieval = source.roles, config.network, config.task == "retrieval"
     times = [name for name, vocabulary in vocabularies.items() if vocabulary.kind == "time"]
     widths = zip(roles.numbers, roles.number_widths, strict=True)
@@ -84,7 +84,7 @@ def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[
 
 
 def known_of_items(store: SequenceStore, roles: FeatureRoles) -> dict[str, Tensor]:
-    """What the data knows of its items, by code, under the names of vocabulary.safetensors; ids as in a batch."""
+    """Item features of the data by item code, in model ids, with the tensor names of vocabulary.safetensors."""
     found: dict[str, np.ndarray] = {}
     for name in roles.side:
         if name in store.item_number_features:
@@ -104,7 +104,7 @@ def _as_tensor(array: np.ndarray) -> Tensor:
 
 
 class BatchEncoder(Encoder):
-    """Turns requests into batches of a trained model. Raises DataError for what the model cannot read."""
+    """Builds batches of a trained model from requests. Raises DataError for requests that the model cannot read."""
 
     error = DataError
 
@@ -117,9 +117,9 @@ class BatchEncoder(Encoder):
         super().__init__(request_facts(config, source, vocabularies), vocabularies, items, known)
 
     def batches(self, histories: Sequence[History], rooms: Sequence[int] | None = None) -> Iterator[HSTUBatch]:
-        """The histories in order, each cut to its newest items. Raises DataError for one that lacks something.
+        """Batches of histories in order, each cut to its newest items. Raises DataError for an incomplete history.
 
-        ``rooms``: items that are kept of each history. None: as many as the model was trained on.
+        ``rooms``: number of newest items to keep of each history. None: the model's ``max_items``.
         """
         for history in histories:
             if not len(history.items):
@@ -130,8 +130,8 @@ class BatchEncoder(Encoder):
         )
 
     def batches_of(self, sequences: Iterable[tuple[Events, Events | None]]) -> Iterator[HSTUBatch]:
-        """Batches of histories, each with its candidates, if there are any, which have no labels."""
-        # Evaluation batches, so that no negatives are drawn; their held-out items mean nothing.
+        """Batches of histories, each with its candidates, if any. Candidates have no labels."""
+        # Evaluation batches, because training batches draw negatives. Nothing reads their held-out items.
         size, roles = self._config.trainer.eval_batch_size, self._source.roles
         assembler = Assembler(size, "retrieval", roles, 1, seed=0, negatives=self._source.negatives)
         remaining = iter(sequences)
@@ -167,9 +167,9 @@ class BatchEncoder(Encoder):
 def histories(
     store: SequenceStore, rows: Iterable[int] | None = None, features: Sequence[str] = ()
 ) -> Iterator[History]:
-    """Iterate over the users of a store, or over those in ``rows``. Only what is yielded is read from disk.
+    """Iterate over the histories of all users of a store, or of the users in ``rows``, reading from disk lazily.
 
-    ``features``: the features of events that histories have.
+    ``features``: event features to include.
     """
     raw = {name: store.raw_ids(name) for name, feature in store.features.items() if feature.has_vocab}
     offsets, users = store.offsets(), store.raw_ids(USER_FEATURE)

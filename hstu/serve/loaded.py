@@ -1,4 +1,4 @@
-"""A trained model with its data, as everything that applies it needs it."""
+"""Load a trained model with its configuration and data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from hstu.train.store_source import store_path
 
 
 def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tuple[RunConfig, Path]:
-    """The configuration and the checkpoint or export that two paths mean. Arguments and errors: ``LoadedModel.load``"""
+    """Find the configuration, and the path of the checkpoint or export. Arguments and errors: ``LoadedModel.load``."""
     directory = Path(path)
     stored = locate(checkpoint or directory)
     if checkpoint and is_run(directory):
@@ -51,8 +51,7 @@ def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tup
 class LoadedModel:
     """A model with trained weights, its data and its configuration.
 
-    Methods that compute use no dropout, and moving averages of the weights if the run kept them. On several ranks
-    they are collective.
+    Methods compute without dropout, and with averaged weights if the run kept them. They are collective.
     """
 
     config: RunConfig
@@ -63,7 +62,7 @@ class LoadedModel:
     """Tables and dense part: ``model.embedding`` and ``model.dense``."""
     optimizers: Optimizers
     report: list[str]
-    """What of the checkpoint did not fit, and how many ids of the data it does not have; one line each."""
+    """Lines about checkpoint entries that did not fit, and counts of ids of the data that the model lacks."""
 
     @classmethod
     def load(
@@ -76,11 +75,11 @@ class LoadedModel:
     ) -> Self:
         """Load the model of a run, a checkpoint, a directory of checkpoints, or an export.
 
-        The data may be newer than the model: new users, items and values of contextual features have rows of zeros,
-        which ``report`` counts. Without the data, the model can recommend for histories given by hand.
+        The data may be newer than the model: new users, items and contextual values get rows of zeros, which
+        ``report`` counts. Without the data, the model can recommend for histories given by hand.
 
         Args:
-            path: what to load. Of a run and of a directory of checkpoints, the newest checkpoint is loaded.
+            path: what to load. A run or a directory of checkpoints means its newest checkpoint.
             checkpoint: load this checkpoint or export of the run ``path`` instead, with the run's configuration.
             mesh: ranks to load on. None: this process, or all ranks if torchrun started it. Collective.
             strict: False: load what fits and report the rest. None: TrainerArgs.ckpt_load_strict of the configuration.
@@ -95,12 +94,12 @@ class LoadedModel:
             config = replace(config, dataset=replace(config.dataset, dataset_path=str(data), eval_dataset_path=None))
         loaded = cls.restore(config, stored, mesh or mesh_of_this_process(), strict)
         if data is not None:
-            loaded.with_data()  # without it, nothing can be applied to it
+            loaded.with_data()  # raises if this data is missing
         return loaded
 
     @classmethod
     def restore(cls, config: RunConfig, checkpoint: str | Path, mesh: Mesh, strict: bool | None = None) -> Self:
-        """Build the model of ``config`` and load its weights. Raises as ``load``."""
+        """Build the model of ``config`` and load its weights. Errors: see ``load``."""
         if not isinstance(config.dataset, DatasetArgs):
             raise ConfigError("the run trained on random data (BenchmarkDatasetArgs), so there is nothing to look up")
         root = locate(checkpoint)
@@ -114,55 +113,52 @@ class LoadedModel:
 
     @property
     def store(self) -> SequenceStore:
-        """The data of the run. Raises DataError if it is not there."""
+        """The data. Raises DataError if it is missing."""
         return self.with_data().store
 
     def with_data(self) -> InferenceSource:
-        """The source of batches. Raises DataError if the data is not there."""
+        """The source of batches. Raises DataError if the data is missing."""
         if isinstance(self.source, StoredSource):
             raise self.source.missing
         return self.source
 
     @cached_property
     def vocabularies(self) -> dict[str, Vocabulary]:
-        """The ids of each feature."""
+        """Feature → vocabulary from raw values to model ids."""
         return vocabularies_of(self.source, raw_ids(self.source))
 
     @cached_property
     def users(self) -> Vocabulary:
-        """The users of the data."""
+        """Vocabulary from raw user ids to store rows."""
         return stored_vocabulary(self.store, USER_FEATURE)
 
     @cached_property
     def encoder(self) -> BatchEncoder:
-        """Turns histories given by hand into batches."""
+        """Builds batches from histories given by hand."""
         return BatchEncoder(self.config, self.source, self.vocabularies)
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Inside, the model computes without dropout and gradients, with averaged weights if the run kept them."""
+        """Disable dropout and gradients, and use averaged weights if the run kept them."""
         with evaluation_mode(self.model), self.optimizers.averaged_weights():
             yield
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
-        """Loss and predictions of a batch: ``logits`` (ranking) or ``queries`` (retrieval)."""
+        """Compute the loss and the predictions of a batch: ``logits`` (ranking) or ``queries`` (retrieval)."""
         with self.inference():
             output: ModelOutput = self.model(batch.to(self.mesh.device))
         return output
 
     @property
     def reads_request_time(self) -> bool:
-        """Whether recommendations or scores depend on when they are asked for."""
+        """Whether recommendations or scores depend on the time of the request."""
         return bool(self.encoder.facts["reads_request_time"])
 
     def user_vectors(self, batches: Iterable[HSTUBatch], at: int | None = None) -> Tensor:
-        """Vectors of the users of batches of histories: float32 [users, E], of length 1.
+        """Encode batches of histories into unit user vectors, float32 [users, E].
 
-        Args:
-            at: when they ask, in whole seconds since 1970. None: at the newest event of each.
-
-        Raises ConfigError if ``at`` is given to a model that does not read it, DataError for a history with later
-        events.
+        ``at``: time of the request in whole seconds since 1970. None: the time of each newest event.
+        Raises ConfigError if the model does not read ``at``, and DataError for a history with later events.
         """
         vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
         for batch in self.asked_at(batches, at):
@@ -172,7 +168,7 @@ class LoadedModel:
         return torch.cat(vectors)
 
     def check_request_time(self, at: int | None) -> None:
-        """Raise ConfigError if a time is given that the model does not read."""
+        """Raise ConfigError if ``at`` is given and the model does not read it."""
         if at is not None and not self.reads_request_time:
             raise ConfigError(
                 "the model does not read the time of a request, because of NetworkArgs.position_encoding or "
@@ -180,7 +176,7 @@ class LoadedModel:
             )
 
     def asked_at(self, batches: Iterable[HSTUBatch], at: int | None) -> Iterator[HSTUBatch]:
-        """Batches of histories whose users ask at ``at``. Arguments and errors: ``user_vectors``."""
+        """Set the request time of batches of histories to ``at``. Arguments and errors: ``user_vectors``."""
         self.check_request_time(at)
         return iter(batches) if at is None else asked_at(batches, at)
 
@@ -193,30 +189,30 @@ class LoadedModel:
         return self.config.task_args
 
     def retrieval_evaluator(self) -> RetrievalEvaluator:
-        """Embeds items and scores them. Raises DataError for a ranking run."""
+        """Create the object that embeds and scores items. Raises DataError for a ranking run."""
         return RetrievalEvaluator(self.model, self.require_retrieval(), self.source, self.mesh)
 
     def histories_of(self, users: np.ndarray) -> Iterator[History]:
-        """Whole histories of users (rows of the store), with the context and event features that the model reads."""
+        """Whole histories of users (store rows), with the contextual and event features that the model reads."""
         store, roles = self.store, self.source.roles
         of_events = [name for name in roles.side if name in (*store.event_features, *store.event_number_features)]
         for history in histories(store, users, of_events):
             yield replace(history, context={name: history.context[name] for name in roles.contextual})
 
     def model_ids(self, codes: np.ndarray) -> np.ndarray:
-        """What the model gets for item codes of the data, int64 [n]."""
+        """Convert item codes of the data to model ids, int64 [n]."""
         return self.store.model_ids(self.source.roles.item, codes)
 
 
 @cache
 def mesh_of_this_process() -> Mesh:
-    """Join the process group at the first call; a notebook may load many models."""
+    """Join the process group at the first call. Cached, because a notebook may load many models."""
     atexit.register(meshes.finish, wait=False)
     return meshes.start()
 
 
 def _open_source(config: RunConfig, checkpoint: Path, mesh: Mesh) -> InferenceSource | StoredSource:
-    """The data of the run or, where it is not there, what the checkpoint says about it."""
+    """Open the data of the run, or its description in the checkpoint if the data is missing."""
     assert isinstance(config.dataset, DatasetArgs)
     try:
         return InferenceSource(config, config.dataset, mesh)

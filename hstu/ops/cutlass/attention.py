@@ -35,7 +35,7 @@ from hstu.ops.layout import JaggedLayout, to_device
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
 ALIGNMENT = 16
-"""Bytes by which every address and stride that the kernels load from is divisible."""
+"""Bytes. Every address and stride that the kernels load from is a multiple."""
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
@@ -71,7 +71,7 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
 def _launch(
     kernel: Kernel,
     inputs: list[Tensor],
-    outs: list[Gradient],  # of the output of forward, too
+    outs: list[Gradient],  # also holds the output of forward
     layout: JaggedLayout,
     config: AttentionConfig,
     bias: BiasArguments | None = None,
@@ -115,7 +115,7 @@ def _capability(device: torch.device) -> int:
 def _work_on(
     device: torch.device, shape: Shape, layout: JaggedLayout, config: AttentionConfig, heads: int, processors: int
 ) -> tuple[Tensor, int]:
-    """:func:`hstu.ops.cutlass.schedule.list_blocks` on the device and the number of CTAs, found once per layout."""
+    """Blocks on the device (:func:`list_blocks`) and number of CTAs, cached per layout."""
     key = ("cutlass", config, shape.rows, shape.block, shape.tile, heads, processors)
     if key not in layout.cache:
         blocks = list_blocks(layout, config, shape.rows, shape.block)
@@ -125,32 +125,32 @@ def _work_on(
 
 
 def _loadable(tensor: Tensor) -> Tensor:
-    """The tensor, or a contiguous copy where TMA and cp.async do not support its address or strides."""
+    """``tensor``, or a contiguous copy where TMA or cp.async cannot read its address or strides."""
     size = tensor.element_size()
     is_aligned = tensor.data_ptr() % ALIGNMENT == 0 and all(s * size % ALIGNMENT == 0 for s in tensor.stride()[:2])
-    # A stride of 0 is an expanded tensor, which a TMA descriptor cannot describe.
+    # TMA descriptors cannot describe an expanded tensor, which has a stride of 0.
     if tensor.stride(2) == 1 and is_aligned and 0 not in tensor.stride():
         return tensor
     return tensor.contiguous() if not tensor.is_contiguous() else tensor.clone()
 
 
 class Kernel(StrEnum):
-    """What a kernel computes."""
+    """The gradient or output that a kernel computes."""
 
     FORWARD = "forward"
     """O."""
     QUERIES = "queries"
     """dQ."""
     KEYS = "keys"
-    """dK, and also dV where there is no kernel for it."""
+    """dK, and dV where no VALUES kernel exists."""
     VALUES = "values"
-    """dV, where the registers do not hold dK and dV of a block at the same time."""
+    """dV alone, where registers cannot hold both dK and dV of a block."""
 
 
 WIDEST_KEYS_AND_VALUES = 128
-"""Head dim up to which the registers of one thread hold rows of dK and of dV."""
+"""Largest head dim at which the registers of one thread hold rows of both dK and dV."""
 
-# Columns streamed at a time, by head dim: as many as fit into registers and shared memory with two stages.
+# Columns per tile, by head dim: as many as fit into registers and shared memory with two stages.
 _TILES: dict[int, dict[Kernel, dict[int, int]]] = {
     90: {
         Kernel.FORWARD: {32: 128, 64: 128, 128: 128, 256: 80},
@@ -166,7 +166,7 @@ _TILES: dict[int, dict[Kernel, dict[int, int]]] = {
 }
 
 
-# With a relative bias: the indices, times and buckets of the pairs of a tile are in registers too.
+# Smaller with a relative bias: registers also hold the indices, times and buckets of a tile's pairs.
 _BIAS_TILES: dict[int, dict[Kernel, dict[int, int]]] = {
     90: {
         Kernel.FORWARD: {32: 64, 64: 64, 128: 64},
@@ -191,9 +191,9 @@ class Variant:
     capability: int
     """90 for compute capability 9.0."""
     has_bias: bool = False
-    """Whether it adds a relative bias to the scores; the kernel of dQ then also sums the gradients of the bias."""
+    """Whether it adds a relative bias to the scores. The QUERIES kernel then also sums the bias gradients."""
     through_silu: bool = False
-    """Whether its outputs are the gradients of pre-activations, and their sums over the tokens."""
+    """Whether it outputs gradients of pre-activations, and their sums over the tokens."""
 
     @property
     def rows(self) -> Rows:
@@ -202,14 +202,14 @@ class Variant:
 
     @property
     def shape(self) -> Shape:
-        """Its tile sizes."""
+        """Tile sizes and dtype."""
         tile = (_BIAS_TILES if self.has_bias else _TILES)[self.capability][self.kernel][self.head_dim]
         block = 64 if self.is_split else 128
         return Shape(ELEMENTS[self.dtype], self.head_dim, self.rows, tile, 2, block, self.has_bias)
 
     @property
     def is_split(self) -> bool:
-        """Whether one warpgroup computes dV and the other one dK: :mod:`hstu.ops.cutlass.sm90_split`."""
+        """Whether one warpgroup computes dV and the other dK: :mod:`hstu.ops.cutlass.sm90_split`."""
         return self.kernel is Kernel.KEYS and self.num_outputs == 2 and self.head_dim > WIDEST_KEYS_AND_VALUES
 
     @property
@@ -225,12 +225,12 @@ class Variant:
 
     @property
     def elements(self) -> list[Any]:
-        """The element type of each tensor: inputs, then those that :meth:`PairwiseKernel.store` lists."""
+        """Element type of each tensor: inputs, then ``outs`` of :meth:`PairwiseKernel.store`."""
         further = [ELEMENTS[self.dtype]] * self.num_outputs + [Float32] * self.num_outputs if self.through_silu else []
         return [ELEMENTS[self.dtype]] * (self.num_inputs + self.num_outputs) + further
 
     def num_totals(self, num_blocks: int) -> int:
-        """Partial sums over the tokens that it writes per output, each over the rows of a warp."""
+        """Partial sums over tokens that it writes per output: one for the rows of each warp."""
         return num_blocks * self.shape.block // ROWS_OF_WARP
 
     def build(self) -> Any:
@@ -247,7 +247,7 @@ class Variant:
 def variants(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,), head_dims: Sequence[int] = HEAD_DIMS
 ) -> Iterator[Variant]:
-    """The variants of these dtypes and head dims that training uses, those without a bias first."""
+    """The variants that training uses; variants without a bias come first."""
     for has_bias, capability, dtype in itertools.product((False, True), CAPABILITIES.values(), dtypes):
         for kernel, tiles in (_BIAS_TILES if has_bias else _TILES)[capability].items():
             for head_dim in head_dims:
@@ -257,18 +257,18 @@ def variants(
 
 @functools.cache
 def compiled(variant: Variant) -> tuple[Callable[..., None], LaunchArguments]:
-    """The host function of a variant, and its arguments. Compiles for seconds, unless it was compiled ahead."""
+    """Host function and arguments of a variant. Compiles for seconds unless an object file exists."""
     return objects.load(variant) or _compile(variant), LaunchArguments(*_examples(variant))
 
 
 def save_compiled(variant: Variant) -> None:
-    """Compile a variant for later processes, unless that was done before; no GPU is needed."""
+    """Compile a variant for later processes unless its object file exists. Needs no GPU."""
     if objects.load(variant) is None:
         objects.save(_compile(variant, *objects.PORTABLE), variant)
 
 
 def compile_ahead(variant: Variant) -> tuple[str, bytes]:
-    """PTX and machine code of a variant; no GPU is needed."""
+    """PTX and machine code of a variant. Needs no GPU."""
     with tempfile.TemporaryDirectory() as folder:
         function = _compile(variant, KeepPTX(True), KeepCUBIN(True), DumpDir(folder))
         return function.__ptx__, function.__cubin__
@@ -284,16 +284,16 @@ def _compile(variant: Variant, *options: Any) -> Any:
 
 
 NUM_SIZES = 5
-"""Tokens, heads, blocks, leading rows, tokens of a target group."""
+"""Tokens, heads, blocks, leading rows, tokens per target group."""
 NUM_FACTORS = 2
 """α and 1 / N."""
 
 
 def _examples(variant: Variant) -> tuple[Any, ...]:
-    """Arguments of the host function of a variant, of the types that it is compiled for.
+    """Arguments of the types for which the host function of a variant is compiled.
 
-    Addresses of the inputs, then of the outputs; row stride and head stride of each in elements; the address of the
-    blocks of rows, with sizes, factors and bias; number of CTAs; handle of the CUDA stream.
+    Addresses of inputs; addresses of outputs; row and head stride of each in elements; ``batch`` of
+    :class:`PairwiseKernel`; number of CTAs; handle of the CUDA stream.
     """
 
     ins, elements = variant.num_inputs, variant.elements
@@ -313,7 +313,7 @@ def _examples(variant: Variant) -> tuple[Any, ...]:
 
 
 def bias_tensors(variant: Variant, bias: BiasArguments, sums: BiasSums | None) -> list[Tensor]:
-    """The tensors of a bias that a kernel reads, and adds to, in the order of its arguments."""
+    """The bias tensors that a kernel reads, then those it adds to, in the order of its arguments."""
     times = bias.query_times, bias.token_times
     tables = bias.position_weight, bias.time_weight, *cells(bias.position_weight.device)
     tensors = [*(times if variant.rows is Rows.QUERIES else times[::-1]), *tables]

@@ -1,4 +1,4 @@
-"""The relative bias: its tables, what it adds to the scores of a tile, and the gradients of its weights.
+"""The relative bias in kernels: its tables, its addition to the scores of a tile, and its gradients.
 
 The thread layout is that of :func:`hstu.ops.cutlass.common.store_rows`: element ``c + 2 r + 4 n`` of a tile belongs to
 row ``row + 8 r`` and to column ``column + 8 n + c``. Several arguments pass through the kernels as tuples::
@@ -6,10 +6,9 @@ row ``row + 8 r`` and to column ``column + 8 n + c``. Several arguments pass thr
     bias  = (row_times, column_times, position_weight, time_weight, thresholds, buckets, totals, center, 1 / alpha)
     pairs = (bias, tables, (start, last, end), row, times, positions, sums)
 
-``bias`` holds the arguments of a launch: tensors of :class:`BiasArguments` and :class:`BiasSums`. ``totals`` are
-the position totals, the time totals and the scale, or () in kernels that do not sum gradients. ``pairs`` describes the
-pairs of a block: first token, last row and first candidate of the sequence, time and position of each of the two rows
-of a thread, and ``sums`` from :func:`sums_of`.
+``bias`` holds tensors of :class:`BiasArguments` and :class:`BiasSums`. ``totals``: position totals, time totals and
+scale, or () in kernels that do not sum gradients. ``pairs`` describes the pairs of a block: first token, last row and
+first candidate of the sequence; time and position of a thread's two rows; :func:`sums_of`.
 """
 
 import functools
@@ -27,13 +26,13 @@ from hstu.ops.kernels import AttentionConfig, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, bucket_thresholds, fixed_point_scale, time_buckets
 
 WARPS = 8
-"""Warps that compute, in the kernels of both compute capabilities."""
+"""Warps that compute, on both compute capabilities."""
 ONE = 0x3FF00000
 """The upper 32 bits of 1.0 in float64."""
 WINDOW_MARGIN = 16
-"""Distances in the tile of a warp beyond one per column: it has 16 rows."""
+"""Distances in a warp's tile beyond one per column: the tile has 16 rows."""
 CELL_BITS = 2
-"""Bits of the fraction of a time difference that choose its cell. A cell then has at most one bucket threshold."""
+"""Fraction bits of a time difference that choose its cell. With 2, a cell has at most one bucket threshold."""
 NUM_CELLS = 64 << CELL_BITS
 
 
@@ -42,18 +41,18 @@ NUM_CELLS = 64 << CELL_BITS
 
 @dataclass(frozen=True)
 class BiasArguments:
-    """What the kernels read."""
+    """Bias tensors that the kernels read."""
 
     query_times: Tensor
     """float64 [T], exact up to 2^53 seconds."""
     token_times: Tensor
     """float64 [T]."""
     position_weight: Tensor
-    """float32 [2 center + 1], by distance from -center on."""
+    """float32 [2 center + 1], by distance from -center."""
     time_weight: Tensor
     """float32 [NUM_TIME_BUCKETS]."""
     center: int
-    """No distance of the batch is larger."""
+    """At least the largest distance in the batch."""
 
     @classmethod
     def of(cls, bias: RelativeBias, layout: JaggedLayout) -> "BiasArguments":
@@ -64,7 +63,7 @@ class BiasArguments:
             layout.cache[key] = layout.query_times.double(), layout.token_times.double()
         position, farthest = bias.position_weight.float(), len(bias.position_weight) // 2
         center = max(farthest, int(layout.seqlens.max(initial=0)))
-        if center > farthest:  # distances beyond the table have its outermost weights
+        if center > farthest:  # distances beyond the table use its outermost weights
             distances = torch.arange(-center, center + 1, device=position.device)
             position = position[distances.clamp_(-farthest, farthest).add_(farthest)]
         query_times, token_times = layout.cache[key]
@@ -74,7 +73,7 @@ class BiasArguments:
 
 @dataclass(frozen=True)
 class BiasSums:
-    """The sums that the kernel of dQ adds to: Σ dL/dscore · N · scale, by distance and by time bucket."""
+    """Sums that the kernel of dQ adds to: Σ dL/dscore · N · scale, by distance and by time bucket."""
 
     position: Tensor
     """int64 [2 center + 1]."""
@@ -85,7 +84,7 @@ class BiasSums:
 
     @classmethod
     def zeros(cls, arguments: BiasArguments, grad: Tensor, v: Tensor, layout: JaggedLayout) -> "BiasSums":
-        """Sums of zero, with the scale for these gradients of the output and these values."""
+        """Zeroed sums, with the fixed-point scale for these output gradients and values."""
         size = len(arguments.position_weight)
         totals = torch.zeros(size + NUM_TIME_BUCKETS, dtype=torch.int64, device=grad.device)
         pairs = grad.shape[1] * int((layout.seqlens**2).sum())
@@ -107,9 +106,9 @@ class BiasSums:
 
 @functools.cache
 def cells(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bits of a float64 threshold, int64 [NUM_CELLS], and the bucket below it, int32 [NUM_CELLS].
+    """For each cell, the bits of its float64 threshold, int64 [NUM_CELLS], and the bucket below, int32 [NUM_CELLS].
 
-    The cell of a difference is the exponent of its float64 and the upper bits of its fraction.
+    The exponent and the upper fraction bits of a float64 difference form its cell.
     """
     index = torch.arange(NUM_CELLS)
     fraction = (index % (1 << CELL_BITS) + (1 << CELL_BITS)) / (1 << CELL_BITS)
@@ -123,7 +122,7 @@ def cells(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def storage(tile: int, sums: bool) -> type:
-    """Layout of the tables in shared memory; ``sums``: with room for the gradients of the weights."""
+    """Layout of the tables in shared memory. ``sums`` adds room for the gradients of the weights."""
     num_words, num_distances = (2 * WARPS * NUM_TIME_BUCKETS, WARPS * (tile + WINDOW_MARGIN)) if sums else (0, 0)
 
     @cute.struct
@@ -147,10 +146,10 @@ def table_bytes(tile: int, sums: bool) -> int:
 def load_tables(
     smem: Any, bias: tuple, tile: cutlass.Constexpr, sums: cutlass.Constexpr, threads: cutlass.Constexpr
 ) -> tuple:
-    """Copy the tables to shared memory and set the sums to zero, in all threads; the caller synchronizes them.
+    """Copy the tables to shared memory and zero the sums, in all threads. The caller synchronizes them.
 
-    Returns the pointers to the tables: thresholds, buckets and time weights; with ``sums`` also to what is this warp's
-    own: its totals of the time buckets (two words each), and its window of distances.
+    Returns pointers to thresholds, buckets and time weights; with ``sums`` also to this warp's time-bucket totals
+    (two words each) and its window of distances.
     """
     thread = cute.arch.thread_idx()[0]
     tables: tuple = (smem.thresholds.data_ptr(), smem.buckets.data_ptr(), smem.time_weight.data_ptr())
@@ -181,9 +180,9 @@ def load_tables(
 
 
 def sums_of(shape: Any, bias: tuple) -> tuple:
-    """What the sums of the gradients need between tiles.
+    """Registers and scale for the gradient sums.
 
-    The buckets of a tile, four in each int32; for each row the bucket of a run, and its sum; the scale of all sums.
+    The buckets of a tile, four per int32; for each row the bucket of the current run, and its sum; the scale.
     """
     num_pairs = shape.block * shape.tile // (32 * WARPS)
     return (
@@ -196,7 +195,7 @@ def sums_of(shape: Any, bias: tuple) -> tuple:
 
 @cute.jit
 def pairs_of(bias: tuple, tables: tuple, item: cute.Tensor, row: Int32, state: tuple) -> tuple:
-    """``pairs`` of a block; see the module. state: :func:`sums_of`, or ()."""
+    """``pairs`` of a block: see the module docstring. state: :func:`sums_of`, or ()."""
     start, last, end = item[0], item[2] - 1, item[3]
     rows = tuple(cutlass.min(row + 8 * r, last) for r in (0, 1))
     times = tuple((bias[0] + (start + each)).load() for each in rows)
@@ -208,7 +207,7 @@ def pairs_of(bias: tuple, tables: tuple, item: cute.Tensor, row: Int32, state: t
 def add(
     scores: cute.Tensor, column: Int32, pairs: tuple, rows: cutlass.Constexpr, keeps_buckets: cutlass.Constexpr
 ) -> None:
-    """Add bias / α to the products of a tile. ``keeps_buckets``: also store the time buckets in the state."""
+    """Add bias / α to the products of a tile. ``keeps_buckets`` also stores the time buckets in ``pairs``."""
     bias, tables, (start, last, end), _, times, positions, registers = pairs
     _, column_times, position_weight, _, _, _, _, center, factor = bias
     if const_expr(keeps_buckets):
@@ -231,10 +230,7 @@ def add(
 
 @cute.jit
 def bucket_of(time: cutlass.Float64, other: cutlass.Float64, tables: tuple) -> Int32:
-    """Bucket of the difference of two times, as :func:`hstu.ops.layout.time_buckets`.
-
-    The exponent and the upper bits of the fraction are the cell; a cell has at most one threshold.
-    """
+    """Bucket of the difference of two times, as in :func:`hstu.ops.layout.time_buckets`; see :func:`cells`."""
     bits = (time - other).bitcast(Int64) & Int64(0x7FFFFFFFFFFFFFFF)
     cell = cutlass.max(Int32(bits >> 32) - ONE, Int32(0)) >> (20 - CELL_BITS)
     reached = Int32(select_(bits >= (tables[0] + cell).load(), Int32(1), Int32(0)))
@@ -246,7 +242,7 @@ def bucket_of(time: cutlass.Float64, other: cutlass.Float64, tables: tuple) -> I
 
 @cute.jit
 def begin_sums(pairs: tuple) -> None:
-    """Begin the runs of equal buckets of a block."""
+    """Reset the runs of equal buckets for a new block."""
     _, run_buckets, run_sums, _ = pairs[6]
     run_buckets.fill(0)
     run_sums.fill(0.0)
@@ -254,21 +250,21 @@ def begin_sums(pairs: tuple) -> None:
 
 @cute.jit
 def sum_tile(gradients: cute.Tensor, column: Int32, pairs: tuple) -> None:
-    """Add the gradients of the scores of a tile, without 1 / N, to the totals of their buckets and distances."""
+    """Add a tile's score gradients, without the factor 1 / N, to the totals of their buckets and distances."""
     _sum_by_bucket(gradients, pairs)
     _sum_by_distance(gradients, column, pairs)
 
 
 @cute.jit
 def end_sums(pairs: tuple) -> None:
-    """Add what the runs of a block hold to the totals."""
+    """Add the last runs of a block to the totals."""
     for r in cutlass.range_constexpr(2):
         _end_run(r, pairs)
 
 
 @cute.jit
 def store_sums(bias: tuple, tables: tuple) -> None:
-    """Add the totals of the time buckets of this warp to those of the device."""
+    """Add this warp's time-bucket totals to the device totals."""
     _, time_totals, _ = bias[6]
     lane = cute.arch.lane_idx()
     cute.arch.sync_warp()
@@ -283,7 +279,7 @@ def store_sums(bias: tuple, tables: tuple) -> None:
 
 @cute.jit
 def _sum_by_bucket(gradients: cute.Tensor, pairs: tuple) -> None:
-    """Along a row, equal buckets lie next to each other: each run of them is summed in a register."""
+    """Sum each run of equal buckets in a register: along a row, equal buckets are neighbors."""
     buckets, run_buckets, run_sums, _ = pairs[6]
     for e in cutlass.range_constexpr(cute.size(gradients)):
         r = e // 2 % 2
@@ -301,7 +297,7 @@ def _end_run(r: cutlass.Constexpr, pairs: tuple) -> None:
     if row + 8 * r <= last:
         fixed = (run_sums[r] * scale).to(Int64)
         low, high = fixed.to(Uint32), (fixed >> 32).to(Uint32)
-        # Two additions of 32 bits: shared memory has no addition of 64 bits, which would be a loop.
+        # Two 32-bit atomics: a 64-bit atomic addition in shared memory compiles to a loop.
         words = tables[3] + 2 * run_buckets[r]
         before = cute.arch.atomic_add(words, low, sem="relaxed", scope="cta")
         carry = Uint32(select_(before + low < low, Uint32(1), Uint32(0)))
@@ -310,9 +306,9 @@ def _end_run(r: cutlass.Constexpr, pairs: tuple) -> None:
 
 @cute.jit
 def _sum_by_distance(gradients: cute.Tensor, column: Int32, pairs: tuple) -> None:
-    """Sum along the diagonals of the tile of a warp, in a fixed order, and add the sums to the totals.
+    """Sum along the diagonals of a warp's tile in a fixed order, and add the sums to the totals.
 
-    The diagonals of rows beyond the first candidate do not have one distance each: there all rows share a position.
+    All candidate rows share one position, so :func:`_sum_candidates` adds them instead.
     """
     _, tables, (_, last, end), row, _, _, _ = pairs
     lane = cute.arch.lane_idx()
@@ -327,7 +323,7 @@ def _sum_by_distance(gradients: cute.Tensor, column: Int32, pairs: tuple) -> Non
                 total = total + or_zero(before[0], gradients[c + 4 * (k - 1)])
             if const_expr(8 * k < width):
                 total = total + or_zero(before[1], gradients[c + 2 + 4 * k])
-            # Lanes 9 apart have the same distance: two rows and two columns further.
+            # Lanes 9 apart (two rows and two columns) have the same distance.
             total = total + or_zero((a < 6) & (b < 3), cute.arch.shuffle_sync_down(total, 9))
             total = total + or_zero((a < 4) & (b < 2), cute.arch.shuffle_sync_down(total, 18))
             cute.arch.sync_warp()
@@ -347,7 +343,7 @@ def _sum_by_distance(gradients: cute.Tensor, column: Int32, pairs: tuple) -> Non
 
 @cute.jit
 def _sum_candidates(gradients: cute.Tensor, column: Int32, pairs: tuple) -> None:
-    """Add the gradients of rows beyond the first candidate, all of which have the position of the first."""
+    """Add the gradients of candidate rows, all of which have the first candidate's position."""
     _, _, (_, last, end), row, _, _, _ = pairs
     lane = cute.arch.lane_idx()
     beyond = tuple((row + 8 * r > end) & (row + 8 * r <= last) for r in (0, 1))
@@ -368,7 +364,7 @@ def _add_to_distance(total: Float32, distance: Int32, pairs: tuple) -> None:
 
 
 def _add_exactly(where: cute.Pointer, number: Int64) -> None:
-    """Add an integer atomically. The order of integer sums does not matter, so every run gives the same bits."""
+    """Add an integer atomically. Integer sums are independent of order, so every run gives the same bits."""
     cute.arch.red(where, number, op="add", dtype="u64", sem="relaxed", scope="gpu")
 
 

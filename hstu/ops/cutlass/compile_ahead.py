@@ -1,4 +1,4 @@
-"""The CUTLASS kernels of a run, to be compiled ahead of it."""
+"""List the CUTLASS kernels to compile before a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hstu.ops.kernels import KernelShapes
 
 
 def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
-    """The kernels that serve these shapes; none if Triton serves them."""
+    """Compile jobs for the kernels that serve these shapes; empty if Triton serves them."""
     if "attention" not in operators or shapes is None or unsupported_reason("attention", shapes) is not None:
         return []
     needed = (shapes.has_bias, capability)
@@ -24,5 +24,5 @@ def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str])
 
 
 def kernel_name(variant: Variant) -> str:
-    """The name of a kernel in tables."""
+    """Kernel name for tables."""
     return f"{variant.kernel.value}{'_with_bias' if variant.has_bias else ''}_sm{variant.capability}"

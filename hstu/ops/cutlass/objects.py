@@ -1,7 +1,7 @@
-"""Compiled CUTLASS kernels: object files with the machine code and the host function that launches it; its arguments.
+"""Compiled CUTLASS kernels on disk, and memory for their launch arguments.
 
-The DSL turns a nested tuple of 25 numbers into addresses in 180 µs of Python for each launch, after the 50 µs that it
-takes to make the numbers. It takes objects with ``__c_pointers__`` as they are.
+An object file contains machine code and the host function that launches it. The DSL takes 180 µs of Python per launch
+to convert a nested tuple of 25 numbers, created in 50 µs. It uses objects with ``__c_pointers__`` as they are.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from hstu.base.files import written_aside
 from hstu.ops.self_check import cache_directory
 
 SYMBOL = "hstu_kernel"
-"""Prefix of the symbols of every object file."""
+"""Prefix of the symbols in every object file."""
 
 
 PORTABLE = (
     (HostTarget("llvm -mtriple=x86_64-unknown-linux-gnu -mcpu=x86-64"),) if platform.machine() == "x86_64" else ()
 )
-"""Options of ``cute.compile``: host code for every CPU of this architecture, not with the instructions of this one."""
+"""Options of ``cute.compile`` for host code that runs on every CPU of this architecture."""
 
 
 def object_file(variant: object) -> Path:
-    """Where the object of a kernel lies: the name is a hash of all that decides its contents."""
+    """Path of a kernel's object file, named by a hash of everything that determines its contents."""
     return cache_directory() / "cutlass" / f"{hashlib.sha256(f'{_compiler()} {variant}'.encode()).hexdigest()[:32]}.o"
 
 
 @functools.cache
 def _compiler() -> str:
-    """The sources of the kernels and the versions that compile them."""
+    """Hash of the kernel sources, and versions of the compiler."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     for source in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):
@@ -51,8 +51,8 @@ def _compiler() -> str:
 
 
 def save(function: Any, variant: object) -> None:
-    """Write the object of a function that ``cute.compile`` has returned."""
-    for library in find_runtime_libraries(enable_tvm_ffi=False):  # the DSL resolves the symbols of what it writes
+    """Write the object file of a function returned by ``cute.compile``."""
+    for library in find_runtime_libraries(enable_tvm_ffi=False):  # the DSL resolves symbols as it writes
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     file = object_file(variant)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def save(function: Any, variant: object) -> None:
 
 
 def load(variant: object) -> Any | None:
-    """The function of an object that was written before; None: there is none, or the DSL cannot read it."""
+    """The function in a variant's object file; None if the file does not exist or the DSL cannot read it."""
     try:
         file = object_file(variant)
         return load_module(str(file))[SYMBOL] if file.exists() else None
@@ -70,9 +70,9 @@ def load(variant: object) -> Any | None:
 
 
 class LaunchArguments:
-    """Memory for the arguments of one host function; a launch has read them by the time it returns.
+    """Memory for the arguments of one host function. A launch reads it before it returns.
 
-    ``examples``: arguments of the types that the function is compiled for, as nested tuples.
+    ``examples``: nested tuples of the types for which the function is compiled.
     """
 
     def __init__(self, *examples: Any) -> None:
@@ -82,7 +82,7 @@ class LaunchArguments:
         self._memory = (ctypes.c_uint64 * len(formats))()
         addresses = itertools.count(ctypes.addressof(self._memory), 8)
         self.values = tuple(_Addresses(itertools.islice(addresses, len(each))) for each in leaves)
-        """What the host function is called with."""
+        """Arguments to call the host function with."""
 
     def write(self, *values: float) -> None:
         """Set all values."""
@@ -98,7 +98,7 @@ def _leaves(argument: Any) -> Iterator[Any]:
 
 
 class _Addresses:
-    """One argument: the addresses of its values."""
+    """The addresses of the values of one argument."""
 
     def __init__(self, addresses: Iterable[int]) -> None:
         self._addresses = list(addresses)

@@ -1,4 +1,4 @@
-"""The operators that have CUTLASS kernels."""
+"""Operators that have CUTLASS kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which shapes and GPUs the CUTLASS kernels serve, known without CUTLASS; Triton serves the others."""
+"""Shapes and GPUs that the CUTLASS kernels support; imports without CUTLASS. Triton serves the others."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from hstu.ops.kernels import KernelShapes
 
 HEAD_DIMS = (32, 64, 128, 256)
 BIAS_HEAD_DIMS = (32, 64, 128)
-"""Head dims with a relative bias. For wider heads, registers and shared memory have no room for the sums of its
-gradients."""
+"""With a relative bias: wider heads leave no registers and shared memory for the sums of its gradients."""
 DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITIES = {(8, 0): 80, (9, 0): 90}
-"""Compute capabilities with kernels → name of the architecture."""
+"""Compute capability → number of its architecture."""
 
 
 def device_unsupported_reason(capability: tuple[int, int]) -> str | None:
-    """Why GPUs of this compute capability cannot run the kernels; None: they can."""
+    """Why GPUs of this compute capability cannot run the kernels; None if they can."""
     if capability in CAPABILITIES:
         return None
     served = " and ".join(".".join(map(str, known)) for known in CAPABILITIES)
@@ -24,7 +23,7 @@ def device_unsupported_reason(capability: tuple[int, int]) -> str | None:
 
 
 def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
-    """Why no CUTLASS kernel can serve ``operator`` at these shapes; None: one can."""
+    """Why no CUTLASS kernel can serve ``operator`` at these shapes; None if one can."""
     if operator != "attention":
         return "no kernel"
     if shapes.has_window:
@@ -33,7 +32,7 @@ def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
 
 
 def head_unsupported_reason(head_dim: int, dtype: torch.dtype, has_bias: bool) -> str | None:
-    """Why there is no kernel for heads of ``head_dim`` channels of a dtype; None: there is one."""
+    """Why no kernel serves heads of ``head_dim`` channels of a dtype; None if one does."""
     if dtype not in DTYPES:
         return f"{dtype}".removeprefix("torch.")
     served = BIAS_HEAD_DIMS if has_bias else HEAD_DIMS

@@ -1,4 +1,4 @@
-"""Parts of all kernels: tensors from arguments, the order of work of a CTA, masks, SiLU and the output."""
+"""What all kernels share: tensors from arguments, the work order of a CTA, masks, SiLU and the output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from hstu.ops.cutlass.schedule import (
 )
 
 ROWS_OF_WARP = 16
-"""Rows of a block whose sums are in the registers of a warp."""
+"""Rows of a block whose sums one warp holds in registers."""
 
 
 @dataclass(frozen=True)
@@ -31,39 +31,38 @@ class Shape:
     head_dim: int
     """32, 64, 128 or 256."""
     rows: Rows
-    """Whether rows are queries or keys. A block of rows stays in shared memory while tiles of columns are streamed."""
+    """A block of these rows stays in shared memory while tiles of columns are streamed."""
     tile: int
-    """Columns that are streamed at a time."""
+    """Columns per tile."""
     stages: int
-    """Tiles of columns in shared memory."""
+    """Number of column tiles in shared memory."""
     block: int = 128
-    """Rows that a CTA works on at a time."""
+    """Rows per block, the unit of work of a CTA."""
     has_bias: bool = False
-    """Whether a relative bias is added to the scores."""
 
 
 class PairwiseKernel:
-    """A sum over pairs of a row and a column. Subclasses say how a compute capability loads and multiplies tiles.
+    """A sum over pairs of a row and a column. Subclasses load and multiply tiles for one compute capability.
 
-    Inputs are first the ``num_resident`` tensors of which a block stays in shared memory, then the two streamed ones.
-    Instances are called in a function that the DSL compiles. Several arguments pass through them as one tuple::
+    Inputs are the ``num_resident`` tensors of which a block stays in shared memory, then the two streamed tensors.
+    The DSL compiles functions that call an instance. They pass these tuples::
 
-        batch = (items, sizes, factors, bias)       see hstu.ops.cutlass.attention.arguments; bias: () if there is none
+        batch = (items, sizes, factors, bias)       see hstu.ops.cutlass.attention._examples; bias: () if there is none
         masking = (alpha, column, bounds, pairs)    see silu; pairs: see hstu.ops.cutlass.bias, () without a bias
     """
 
     num_resident: int
     is_wide = False
-    """Whether outputs are written, and what they are gradients through is read, 16 bytes at a time: see store_rows."""
+    """Whether outputs and pre-activations are accessed 16 bytes at a time: see store_rows."""
 
     def __init__(self, shape: Shape, num_outputs: int = 1, through_silu: bool = False) -> None:
-        """``through_silu``: the outputs are the gradients of pre-activations: see :meth:`store`."""
+        """``through_silu``: the outputs are gradients of pre-activations: see :meth:`store`."""
         self.shape, self.num_outputs, self.through_silu = shape, num_outputs, through_silu
-        self.outputs: Sequence[int] = range(num_outputs)  # those whose sums its threads hold
+        self.outputs: Sequence[int] = range(num_outputs)  # outputs whose sums the threads hold
         self.sums_bias = shape.has_bias and self.num_resident == 2 and shape.rows is Rows.QUERIES
 
     def registers(self, scores_mma: Any, sums_mma: Any) -> tuple:
-        """The sums of the outputs, and further registers of a tile. ``scores_mma``, ``sums_mma``: the two products."""
+        """Registers for the output sums and for a tile. ``scores_mma``, ``sums_mma``: the two products."""
         scores, packed, sums = self._accumulators(scores_mma, sums_mma)
         if self.num_resident == 1:
             return (sums,), scores, packed
@@ -71,14 +70,14 @@ class PairwiseKernel:
         return (sums, weight_sums), scores, products, packed, gradients
 
     def _accumulators(self, scores_mma: Any, sums_mma: Any) -> tuple[cute.Tensor, cute.Tensor, cute.Tensor]:
-        """Registers for the products of a tile, for the same packed to 16 bits, and for the sums of a block."""
+        """Registers for the products of a tile, for these packed to 16 bits, and for the sums of a block."""
         shape = self.shape
         products = cute.make_rmem_tensor(scores_mma.partition_shape_C((shape.block, shape.tile)), Float32)
         sums = cute.make_rmem_tensor(sums_mma.partition_shape_C((shape.block, shape.head_dim)), Float32)
         return products, cute.make_rmem_tensor(cute.size(products) // 2, Int32), sums
 
     def bias_sums(self, batch: tuple) -> tuple:
-        """What the gradients of the bias need between tiles, if this kernel computes them."""
+        """:func:`hstu.ops.cutlass.bias.sums_of`, or () if the kernel does not compute bias gradients."""
         return bias.sums_of(self.shape, batch[3]) if self.sums_bias else ()
 
     def begin_pairs(self, batch: tuple, tables: tuple, item: cute.Tensor, row: Int32, state: tuple) -> tuple:
@@ -91,19 +90,19 @@ class PairwiseKernel:
         return pairs
 
     def column_without_mask(self, index: Int32, ranges: tuple, column_in_tile: Int32) -> Int32:
-        """The column of the first accumulator in a tile that needs no mask: only a bias depends on it."""
+        """First column of a thread in a tile without a mask, where only a bias depends on it."""
         return first_column(index, ranges, self.shape) + column_in_tile if self.shape.has_bias else column_in_tile
 
     def scales(self, factors: tuple) -> tuple:
-        """Factors by which the sums are multiplied when they are stored. factors: α and 1 / N."""
+        """Factor of each output when it is stored. factors: α and 1 / N."""
         return (factors[1],) if self.num_resident == 1 else (factors[0] * factors[1], factors[1])
 
     @cute.jit
     def store(self, sums: tuple, outs: tuple, index: Int32, place: tuple, factors: tuple) -> None:
-        """Write the sums of the ``index``-th block. factors: α and 1 / N; the others: see store_rows.
+        """Write the sums of the ``index``-th block. factors: α and 1 / N; place: see store_rows.
 
-        outs: one tensor per output. With ``through_silu`` there follow one per output of which its rows are the SiLU,
-        and one float32 [8 · blocks, d, H] per output for its sums over the 16 rows of each warp.
+        outs: one tensor per output. With ``through_silu``, also one tensor of pre-activations per output, and one float32
+        [8 · blocks, d, H] per output for its sums over the 16 rows of each warp.
         """
         scales, (item, head, row, column) = self.scales(factors), place
         for i in cutlass.range_constexpr(len(self.outputs)):
@@ -118,7 +117,7 @@ class PairwiseKernel:
 
 @cute.jit
 def heads_of(pointer: cute.Pointer, sizes: tuple, strides: tuple, head_dim: cutlass.Constexpr) -> cute.Tensor:
-    """The tensor [T, H, d] at ``pointer`` as [T, d, H].
+    """The tensor [T, H, d] at ``pointer``, viewed as [T, d, H].
 
     sizes: T, H, and more; strides: of a token and of a head, multiples of 8 elements.
     """
@@ -137,8 +136,8 @@ def heads_of_all(pointers: tuple, strides: tuple, sizes: tuple, head_dim: int) -
 def work_index(turn: Int32) -> Int32:
     """Index of the pair of block and head that this CTA computes in its ``turn``-th turn.
 
-    Turns alternate between rising and falling CTA numbers, so that every CTA gets long and short blocks: the work is
-    sorted by falling length.
+    Turns alternate between ascending and descending CTA numbers. Work is sorted by descending length, so every CTA gets
+    long and short blocks.
     """
     block, blocks = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
     return turn * blocks + Int32(select_(turn % 2 == 0, block, blocks - 1 - block))
@@ -146,9 +145,9 @@ def work_index(turn: Int32) -> Int32:
 
 @cute.jit
 def row_bounds(row: Int32, item: cute.Tensor, lead: Int32, group: Int32, rows: cutlass.Constexpr) -> tuple:
-    """Bounds of the columns that a row sees: :func:`hstu.ops.cutlass.schedule.visible_columns`.
+    """Column bounds of a row: :func:`hstu.ops.cutlass.schedule.visible_columns`.
 
-    item: see :func:`item_of`; lead: leading rows; group: tokens of a target group.
+    item: see :func:`item_of`; lead: leading rows; group: tokens per target group.
     """
 
     return visible_columns(row, item[2], item[3], lead, group, rows, _where)
@@ -156,7 +155,7 @@ def row_bounds(row: Int32, item: cute.Tensor, lead: Int32, group: Int32, rows: c
 
 @cute.jit
 def ranges_of(item: cute.Tensor, sizes: tuple, shape: cutlass.Constexpr) -> tuple:
-    """The tiles that a block needs: :func:`hstu.ops.cutlass.schedule.tile_ranges`. sizes: those of the batch."""
+    """The tiles that a block needs: :func:`hstu.ops.cutlass.schedule.tile_ranges`. sizes: from ``batch``."""
     return tile_ranges(item[1], item[2], item[3], sizes[3], sizes[4], shape.rows, shape.block, shape.tile, _where)
 
 
@@ -187,7 +186,7 @@ def is_visible(column: Int32, bounds: tuple) -> Boolean:
 def half_and_tanh(score: Float32, alpha: Float32) -> tuple:
     """h = α score / 2 and tanh h. SiLU(2 h) = h + h tanh h needs one special-function instruction per score.
 
-    The relative error of the hardware's tanh is at most 2^-11, less than the rounding of a weight to bfloat16.
+    The hardware's tanh has a relative error of at most 2^-11, less than the rounding of a weight to bfloat16.
     """
     half = score * (alpha * 0.5)
     return half, cute.math.tanh(half, fastmath=True)
@@ -197,8 +196,8 @@ def half_and_tanh(score: Float32, alpha: Float32) -> tuple:
 def silu(scores: cute.Tensor, masking: tuple, masked: cutlass.Constexpr) -> None:
     """Replace each product by SiLU(α product); if ``masked``, by 0 where the row does not see the column.
 
-    scores: accumulators as in :func:`store_rows`. masking: α, the column of the first accumulator, and the bounds (see
-    :func:`row_bounds`) of the rows ``row`` and ``row + 8``.
+    scores: accumulators as in :func:`store_rows`. masking: α, column of the first accumulator, bounds
+    (:func:`row_bounds`) of the rows ``row`` and ``row + 8``, and ``pairs``.
     """
     alpha, column, bounds, _ = masking
     for e in cutlass.range_constexpr(cute.size(scores)):
@@ -211,7 +210,7 @@ def silu(scores: cute.Tensor, masking: tuple, masked: cutlass.Constexpr) -> None
 
 @cute.jit
 def silu_and_slope(score: Float32, e: cutlass.Constexpr, masking: tuple, masked: cutlass.Constexpr) -> tuple:
-    """SiLU and SiLU' of α times the ``e``-th product, as :func:`silu` does."""
+    """SiLU and SiLU' of α times the ``e``-th product, masked as in :func:`silu`."""
     alpha, column, bounds, _ = masking
     half, tanh = half_and_tanh(score, alpha)
     weight, rising = half * tanh + half, tanh * 0.5 + 0.5
@@ -237,10 +236,7 @@ def silu_derivative(
 
 @cute.jit
 def pack(values: cute.Tensor, packed: cute.Tensor, dtype: cutlass.Constexpr) -> None:
-    """Round float32 values to ``dtype`` and store two of them in each int32 of ``packed``.
-
-    Packing halves the registers that hold them from one tile to the next.
-    """
+    """Round float32 values to ``dtype``, two per int32 of ``packed``: half the registers from one tile to the next."""
     rounded = cute.make_rmem_tensor(cute.size(values), dtype)
     rounded.store(cute.make_tensor(values.iterator, rounded.layout).load().to(dtype))
     pairs = cute.recast_tensor(rounded, Int32)
@@ -249,7 +245,7 @@ def pack(values: cute.Tensor, packed: cute.Tensor, dtype: cutlass.Constexpr) -> 
 
 
 def left_operand(packed: cute.Tensor, dtype: Any) -> cute.Tensor:
-    """The values that :func:`pack` has packed, as the left operand of a product."""
+    """Values packed by :func:`pack`, as the left operand of a product."""
     pairs = cute.recast_tensor(packed, dtype)
     return cute.make_tensor(pairs.iterator, cute.make_layout(((2, 2, 2), 1, cute.size(pairs) // 8)))
 
@@ -271,11 +267,11 @@ def item_of(items: cute.Pointer, index: Int32) -> cute.Tensor:
 def store_rows(
     sums: cute.Tensor, out: cute.Tensor, place: tuple, scale: Float32, dtype: cutlass.Constexpr, wide: cutlass.Constexpr
 ) -> None:
-    """Write ``scale · sums`` as ``dtype`` to the rows of the block that exist in the sequence.
+    """Write ``scale · sums`` as ``dtype`` to those rows of the block that exist in the sequence.
 
-    sums: float32 accumulators of m64nXk16 or m16n8k16: element ``c + 2 r + 4 n`` belongs to row ``row + 8 r`` of the
-    sequence and to column ``column + 8 n + c``. out: [T, d, H]. ``wide``: the four lanes of a row exchange their
-    columns, so that each writes eight neighbours; else each writes two. place: ``item``, ``head``, ``row``, ``column``.
+    sums: float32 accumulators of m64nXk16 or m16n8k16. Element ``c + 2 r + 4 n`` belongs to row ``row + 8 r`` of the
+    sequence and to column ``column + 8 n + c``. out: [T, d, H]. place: ``item``, ``head``, ``row``, ``column``.
+    ``wide``: the four lanes of a row exchange columns, so that each writes eight neighbors at once instead of two.
     """
     item, head, row, column = place
     for r in cutlass.range_constexpr(2):
@@ -295,7 +291,7 @@ def store_rows(
 def _pairs_at(
     tensor: cute.Tensor, token: Int32, head: Int32, column: Int32, sums: cute.Tensor, wide: cutlass.Constexpr
 ) -> cute.Tensor:
-    """A thread's pairs of numbers in a row of ``tensor``: [pairs of a group, groups]. Arguments as in store_rows."""
+    """A thread's pairs of numbers in a row of ``tensor``: [pairs per group, groups]. Arguments as in store_rows."""
     first = cute.assume(column * 4, divby=8) if const_expr(wide) else cute.assume(column, divby=2)
     pairs = cute.recast_ptr(cute.domain_offset((token, first, head), tensor).iterator, dtype=Int32)
     count = cute.size(sums) // 4
@@ -305,7 +301,7 @@ def _pairs_at(
 
 @cute.jit
 def _transpose_quad(pairs: cute.Tensor) -> None:
-    """Exchange element j of lane i for element i of lane j, of four elements and four lanes."""
+    """Transpose four elements of four lanes: element j of lane i becomes element i of lane j."""
     lane = cute.arch.lane_idx()
     for stage in cutlass.range_constexpr(2):
         other = 1 << stage
@@ -346,8 +342,8 @@ def multiply_slopes(
 def store_totals(sums: cute.Tensor, out: cute.Tensor, warp: Int32, head: Int32, column: Int32, scale: Float32) -> None:
     """Write ``scale`` times the sums over the rows of a warp. out: float32 [warps, d, H]; sums as in store_rows.
 
-    Eight lanes hold the rows of a column. In three exchanges, each with another of them, a lane gives up half of its
-    columns and adds the other lane's rows to those that it keeps.
+    Eight lanes hold the rows of a column. In each of three exchanges, a lane gives half of its columns to another lane
+    and adds that lane's rows to the columns that it keeps.
     """
     count = cute.size(sums) // 2
     totals = cute.make_rmem_tensor(count, Float32)

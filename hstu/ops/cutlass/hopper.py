@@ -1,7 +1,7 @@
 """Building blocks for compute capability 9.0: tiles in shared memory, TMA, mbarriers and WGMMA.
 
-A CTA has three warpgroups. The first gives up its registers, and one of its warps loads tiles by TMA. Each of the
-others owns 64 rows of the block. A tile is [rows, d], contiguous along d with a 128-byte swizzle. Products contract
+A CTA has three warpgroups. The first gives up registers, and one of its warps loads tiles by TMA. Each of the
+others computes 64 rows of the block. A tile is [rows, d], contiguous along d with a 128-byte swizzle. Products contract
 over d or, through a transposed view of the same bytes, over the rows.
 """
 
@@ -20,15 +20,14 @@ ROWS_OF_WARPGROUP = 64
 CONSUMERS = 2
 THREADS = (1 + CONSUMERS) * WARPGROUP
 WIDEST_LIGHT_HEAD = 64
-"""Head dim up to which the warps that compute do without the registers that the warp that loads lacks otherwise."""
+"""Largest head dim at which the computing warps can leave the loading warp more registers."""
 BUFFER_ALIGNMENT = 1024
 
 
 def registers(shape: Shape) -> tuple[int, int]:
-    """Registers of each thread that loads, and of each that computes.
+    """Registers per loading thread and per computing thread.
 
-    A kernel starts with 168 per thread. What the first warpgroup gives up is what the other two get, so the CTA waits
-    for ever if they ask for more.
+    A kernel starts with 168 per thread. The CTA hangs if two warpgroups request more than the first gives up.
     """
     return (40, 232) if shape.head_dim <= WIDEST_LIGHT_HEAD else (24, 240)
 
@@ -39,12 +38,12 @@ def tile_layout(shape: Shape, rows: int, stages: int) -> cute.ComposedLayout:
 
 
 def transposed_layout(shape: Shape, rows: int, stages: int) -> cute.ComposedLayout:
-    """The same bytes as :func:`tile_layout`, as [d, rows]."""
+    """The bytes of :func:`tile_layout` as [d, rows]."""
     return hopper_helpers.make_smem_layout_b(LayoutEnum.COL_MAJOR, (0, shape.head_dim, rows), shape.dtype, stages)
 
 
 def view(buffer: Any, layout: cute.ComposedLayout) -> cute.Tensor:
-    """A buffer of the shared storage as a tensor of this layout, with the swizzle in the pointer."""
+    """A buffer of the shared storage as a tensor, with the layout's swizzle in the pointer."""
     return buffer.get_tensor(layout.outer, swizzle=layout.inner)
 
 
@@ -71,7 +70,7 @@ def sums_mma(shape: Shape) -> cute.TiledMma:
 
 
 def tma_load(tensor: cute.Tensor, layout: cute.ComposedLayout, rows: int, head_dim: int) -> tuple[Any, Any]:
-    """The copy atom that loads [rows, d] of one head, and the tensor of its coordinates."""
+    """Copy atom that loads [rows, d] of one head, and the tensor of its coordinates."""
     atom, coordinates = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tensor, layout, (rows, head_dim))
     return atom, coordinates
 
@@ -80,7 +79,7 @@ def tma_load(tensor: cute.Tensor, layout: cute.ComposedLayout, rows: int, head_d
 def load(
     atom: cute.CopyAtom, source: cute.Tensor, first: Int32, head: Int32, target: cute.Tensor, barrier: cute.Pointer
 ) -> None:
-    """Start to load rows of a head from token ``first`` on. source: [T, d, H]; target: [rows, d], one stage."""
+    """Start to load the rows of a head from token ``first``. source: [T, d, H]; target: [rows, d], one stage."""
     rows_and_dim = (cute.size(target, mode=[0]), cute.size(target, mode=[1]))
     rows = cute.local_tile(cute.domain_offset((first, 0), source[None, None, head]), rows_and_dim, (0, 0))
     to, of = cpasync.tma_partition(
@@ -91,27 +90,27 @@ def load(
 
 @dataclass(frozen=True)
 class Ring:
-    """Buffers that one warp fills by TMA and eight warps read. Each has one mbarrier for full and one for empty."""
+    """Buffers that one warp fills by TMA and eight warps read. Each has a "full" and an "empty" mbarrier."""
 
     barriers: cute.Pointer
-    """mbarriers in shared memory: first ``stages`` that count loaded bytes, then ``stages`` that count readers."""
+    """mbarriers in shared memory: ``stages`` that count loaded bytes, then ``stages`` that count readers."""
     stages: int
     num_bytes: int
     """Bytes of one buffer."""
 
 
-# These are functions because a loop in a kernel would have to carry the object of a method from turn to turn.
+# Functions, not methods: loops in a kernel would carry a method's object from turn to turn.
 
 
 def init(ring: Ring) -> None:
-    """Initialize the mbarriers, in a single thread, before any other use."""
+    """Initialize the mbarriers in one thread before any other use."""
     for stage in range(ring.stages):
         cute.arch.mbarrier_init(ring.barriers + stage, 1)
         cute.arch.mbarrier_init(ring.barriers + ring.stages + stage, CONSUMERS * WARPS_OF_WARPGROUP)
 
 
 def acquire(ring: Ring, count: Int32) -> tuple[Int32, cute.Pointer]:
-    """In the producer: wait until the buffer of the count-th use is empty; returns its stage and its full barrier."""
+    """Producer: wait until the buffer of the count-th use is empty. Returns its stage and its "full" barrier."""
     stage = count % ring.stages
     cute.arch.mbarrier_wait(ring.barriers + ring.stages + stage, (count // ring.stages) % 2 ^ 1)
     with cute.arch.elect_one():
@@ -120,14 +119,14 @@ def acquire(ring: Ring, count: Int32) -> tuple[Int32, cute.Pointer]:
 
 
 def wait(ring: Ring, count: Int32) -> Int32:
-    """In a consumer: wait until the buffer of the count-th use is full; returns its stage."""
+    """Consumer: wait until the buffer of the count-th use is full. Returns its stage."""
     stage = count % ring.stages
     cute.arch.mbarrier_wait(ring.barriers + stage, (count // ring.stages) % 2)
     return stage
 
 
 def release(ring: Ring, count: Int32) -> None:
-    """In a consumer: signal the producer that this warp has read the buffer of the count-th use."""
+    """Consumer: signal that this warp has read the buffer of the count-th use."""
     with cute.arch.elect_one():
         cute.arch.mbarrier_arrive(ring.barriers + ring.stages + count % ring.stages)
 
@@ -135,7 +134,7 @@ def release(ring: Ring, count: Int32) -> None:
 def multiply(mma: cute.TiledMma, sums: cute.Tensor, left: cute.Tensor, right: cute.Tensor, adds: bool) -> None:
     """Start sums (+)= left · right over all k blocks as one WGMMA group. The caller calls ``warpgroup.fence()`` first.
 
-    ``mma`` is modified, so create a new one for each call.
+    Modifies ``mma``: create a new one per call.
     """
     for k in range(cute.size(right, mode=[2])):
         mma.set(warpgroup.Field.ACCUMULATE, adds or k != 0)

@@ -1,9 +1,8 @@
-"""The work of a kernel: blocks of rows, the tiles of columns that each block needs, and which tiles need a mask.
+"""The work of a kernel: blocks of rows, the column tiles that each block needs, and which tiles need a mask.
 
 Attention and its gradients are sums over pairs of a query and a key. A kernel keeps a block of *rows* in shared memory
-and streams tiles of *columns* through it. For O and dQ, rows are queries and columns are keys. For dK and dV, rows are
-keys and columns are queries. The host lists the blocks. The kernels compute the tiles of a block: the functions that
-take ``where`` are compiled into them.
+and streams tiles of *columns*. For O and dQ, rows are queries and columns are keys; for dK and dV the reverse.
+The host lists the blocks. Functions that take ``where`` are also compiled into the kernels.
 """
 
 from __future__ import annotations
@@ -19,39 +18,34 @@ from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import JaggedLayout
 
 SEES_ALL = 2**30
-"""A number of rows that exceeds the length of every sequence."""
+"""Exceeds the length of every sequence."""
 ITEM_FIELDS = 4
-"""int32 numbers that describe a block of rows: see :func:`list_blocks`."""
+"""int32 numbers per block of rows: see :func:`list_blocks`."""
 SPARE_CTAS = 5
-"""Numbers of CTAs that :func:`num_ctas` compares."""
+"""How many numbers of CTAs :func:`num_ctas` compares."""
 Where = Callable[[Any, Any, Any], Any]
 """``np.where`` for the type of the other arguments."""
 
 
 class Rows(StrEnum):
-    """Which side of attention the rows of a block are; the columns are the other side."""
+    """Side of attention that the rows of a block are. The columns are the other side."""
 
     QUERIES = "queries"
     KEYS = "keys"
 
 
 def leading_rows(layout: JaggedLayout, config: AttentionConfig) -> int:
-    """Number of queries at the start of every sequence that see its whole context and history."""
+    """Number of queries at the start of each sequence that see its whole context and history."""
     if not config.is_causal:
         return SEES_ALL
     return layout.num_contextuals if config.contextual_mask else 0
 
 
 def list_blocks(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: int) -> np.ndarray:
-    """Cut every sequence into blocks of ``block`` rows: int32 [blocks, 4].
+    """Cut every sequence into blocks of ``block`` rows: int32 [blocks, 4], long sequences first.
 
-    Long sequences come first, and within a sequence the blocks that need the most tiles: leading queries, then late
-    queries; early keys. The fields of a block are:
-
-    0. token of the batch at which the sequence starts
-    1. first row of the block, counted in the sequence
-    2. length of the sequence
-    3. first candidate, counted in the sequence
+    Within a sequence, blocks that need the most tiles come first: leading queries, then late queries; early keys.
+    Fields: first token of the sequence in the batch; first row of the block, length and first candidate in the sequence.
     """
     lengths = layout.seqlens
     ends = lengths - layout.num_candidate_tokens_host
@@ -73,14 +67,8 @@ def visible_columns(
 ) -> tuple[Any, Any, Any]:
     """(a, b, c): the mask keeps the pair of ``row`` and ``column`` if ``column < a`` or ``b <= column < c``.
 
-    Args:
-        row: Row of the sequence. The result is meaningless from ``length`` on.
-        length: Tokens of the sequence.
-        end: First candidate.
-        lead: See :func:`leading_rows`.
-        group: Tokens of a target group.
-        rows: Whether rows are queries or keys.
-        where: See :data:`Where`.
+    The result is meaningless for rows from ``length`` on, the tokens of the sequence. end: first candidate;
+    lead: :func:`leading_rows`; group: tokens per target group.
     """
     is_history = row < end
     group_start = _group_start(row, end, group)  # used only for candidates, for which row ≥ end
@@ -102,16 +90,16 @@ def tile_ranges(
     tile: int,
     where: Where = np.where,
 ) -> tuple[Any, Any, Any, Any, Any, Any]:
-    """The tiles of columns that the block of rows from ``first`` on needs: six rising indices of tiles.
+    """Column tiles that the block of rows from ``first`` needs: six ascending tile indices.
 
-    The mask keeps all pairs of the tiles in [0, 1st) and [4th, 5th). It keeps some pairs of those in [1st, 2nd),
-    [3rd, 4th) and [5th, 6th), and none of the others. The arguments are those of :func:`visible_columns`.
+    The mask keeps all pairs of tiles in [0, 1st) and [4th, 5th), some pairs in [1st, 2nd), [3rd, 4th) and [5th, 6th), no
+    other pairs. For the other arguments see :func:`visible_columns`.
     """
     stop = _least(first + block, length, where)
     start_of_oldest_group = _group_start(_greatest(first, end, where), end, group)
     start_of_newest_group = _group_start(stop - 1, end, group)
-    # The row that sees least and the one that sees most see columns [0, all_reach) and [0, reach). Behind these, the
-    # rows see columns [own, own_stop), of which they all see [own_full, own_full_stop).
+    # All rows see columns [0, all_reach), and some rows see [0, reach). After these,
+    # some rows see columns [own, own_stop), and all rows see [own_full, own_full_stop).
     if rows is Rows.QUERIES:
         all_reach = where(stop <= lead, end, _least(_greatest(first, lead, where) + 1, end, where))
         reach = where(first < lead, end, _least(stop, end, where))
@@ -132,13 +120,13 @@ def tile_ranges(
 
 
 def count_tiles(ranges: tuple) -> tuple[Any, Any]:
-    """Number of tiles of a block that need a mask, and number of all its tiles. ranges: :func:`tile_ranges`."""
+    """Number of a block's tiles that need a mask, and of all its tiles. ranges: :func:`tile_ranges`."""
     first, second, third, fourth, fifth, sixth = ranges
     return second - first + fourth - third + sixth - fifth, second + sixth - third
 
 
 def tile_at(index: Any, ranges: tuple, where: Where = np.where) -> Any:
-    """The ``index``-th tile that a block needs: first those that need a mask. ranges: :func:`tile_ranges`."""
+    """The ``index``-th tile of a block; tiles that need a mask come first. ranges: :func:`tile_ranges`."""
     first, _, _, fourth, _, _ = ranges
     num_masked, _ = count_tiles(ranges)
     full = index - num_masked
@@ -158,26 +146,26 @@ def masked_tile_at(index: Any, ranges: tuple, where: Where = np.where) -> Any:
 def work_of(
     blocks: np.ndarray, layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: int, tile: int
 ) -> np.ndarray:
-    """The work of each of these :func:`list_blocks`, in tiles. Beginning and ending a block takes as long as one."""
+    """Work per block of :func:`list_blocks`, in tiles. Starting and ending a block takes as long as one tile."""
     _, first, lengths, ends = blocks.T
     lead, group = leading_rows(layout, config), max(layout.candidate_group_tokens, 1)
     return 1 + count_tiles(tile_ranges(first, lengths, ends, lead, group, rows, block, tile))[1]
 
 
 def most_work(work: np.ndarray, ctas: int) -> Any:
-    """The work of the slowest of ``ctas`` CTAs, which take turns as in :func:`hstu.ops.cutlass.common.work_index`.
+    """Work of the slowest of ``ctas`` CTAs, which take turns as in :func:`hstu.ops.cutlass.common.work_index`.
 
-    work: of each pair of a block and a head, in the order of the kernels.
+    work: per pair of a block and a head, in the order of the kernels.
     """
     turns = np.pad(work, (0, -len(work) % ctas)).reshape(-1, ctas)
     return (turns[::2].sum(0) + turns[1::2].sum(0)[::-1]).max()
 
 
 def num_ctas(work: np.ndarray, processors: int) -> int:
-    """The number of CTAs, one per processor, whose slowest has the least work.
+    """The number of CTAs, at most one per processor, whose slowest CTA has the least work.
 
-    Where the pairs of a sequence are nearly two turns, the same CTAs would get the long blocks of every sequence: with
-    65 blocks, four heads and 132 CTAs, the slowest has 1.5 times the mean. 130 CTAs all get the same.
+    If the pairs of a sequence take nearly two turns, the same CTAs get the long blocks of every sequence. With 65 blocks
+    of four heads and 132 CTAs, the slowest has 1.5 times the mean work; with 130 CTAs all have the same work.
     """
     most = min(processors, len(work))
     return min(range(most, max(most - SPARE_CTAS, 0), -1), key=lambda ctas: most_work(work, ctas))

@@ -1,7 +1,7 @@
 """Attention on compute capability 8.0: tiles by cp.async, products by ldmatrix and mma.sync.
 
-A CTA has eight warps that each own 16 rows of the block. Two buffers alternate: while one tile is computed, the next is
-loaded. Rows beyond the end of a sequence are loaded as its last row again; they are masked, or not stored.
+A CTA has eight warps with 16 rows of the block each. While one tile is computed, the next is loaded into the other of
+two buffers. Rows beyond the end of a sequence load its last row again, and are masked or not stored.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ from hstu.ops.cutlass.schedule import count_tiles
 THREADS = 256
 STAGES = 2
 CHUNK = 8
-"""16-bit numbers that one cp.async loads."""
+"""16-bit numbers per cp.async."""
 BUFFER_ALIGNMENT = 1024
 
 
 class Sm80Kernel(PairwiseKernel):
-    """The loop over blocks and tiles; subclasses add one tile to the sums."""
+    """The loop over blocks and tiles. Subclasses add one tile to the sums."""
 
     compute: Callable[..., None]
     """Adds the tile in a stage to the sums: ``compute(stage, buffers, registers, masking, masked)``."""
@@ -32,7 +32,7 @@ class Sm80Kernel(PairwiseKernel):
     def __call__(
         self, inputs: tuple, outs: tuple, strides: tuple, batch: tuple, grid: Int32, stream: cuda.CUstream
     ) -> None:
-        """Launch on ``grid`` CTAs; the arguments are those of :func:`hstu.ops.cutlass.attention.arguments`."""
+        """Launch on ``grid`` CTAs. Arguments: see :func:`hstu.ops.cutlass.attention._examples`."""
         shape = self.shape
         tensors = common.heads_of_all((*inputs, *outs), strides, batch[1], shape.head_dim)
         element, alignment = shape.dtype, BUFFER_ALIGNMENT
@@ -51,7 +51,7 @@ class Sm80Kernel(PairwiseKernel):
 
     @cute.kernel
     def kernel(self, tensors: tuple, batch: tuple) -> None:
-        """One CTA, which computes one block of rows after the other."""
+        """One CTA: compute its blocks of rows in turn."""
         shape, (items, sizes, factors, _) = self.shape, batch
         allocator = cutlass.utils.SmemAllocator()
         smem = allocator.allocate(self.storage)
@@ -78,7 +78,7 @@ class Sm80Kernel(PairwiseKernel):
             block, masking = (item, head, ranges), (factors[0], column_in_tile, bounds, pairs)
             for i in cutlass.range_constexpr(self.num_outputs):
                 sums[i].fill(0.0)
-            cute.arch.sync_threads()  # the buffers may still be read for the previous block
+            cute.arch.sync_threads()  # warps may still read the buffers for the previous block
             for i in cutlass.range_constexpr(self.num_resident):
                 load(tensors[i], item, item[1], head, resident[None, None, i])
             self.load(tensors, block, Int32(0), buffers)
@@ -97,7 +97,7 @@ class Sm80Kernel(PairwiseKernel):
 
     @cute.jit
     def load(self, tensors: tuple, block: tuple, u: Int32, buffers: tuple) -> None:
-        """Start to load tile ``u`` of the block, if the block has that many. block: item, head, ranges of tiles."""
+        """Start to load tile ``u`` of the block, if it exists. block: item, head, ranges of tiles."""
         item, head, ranges = block
         _, num_tiles = count_tiles(ranges)
         if u < num_tiles:
@@ -108,7 +108,7 @@ class Sm80Kernel(PairwiseKernel):
 
     @cute.jit
     def step(self, block: tuple, u: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr) -> None:
-        """Add tile ``u`` to the sums while the next one is loaded. The column of ``masking`` is that in the tile."""
+        """Add tile ``u`` to the sums while the next tile loads. The column of ``masking`` counts within the tile."""
         tensors, buffers, registers = state
         self.load(tensors, block, u + 1, buffers)
         cute.arch.cp_async_wait_group(1)
@@ -194,7 +194,7 @@ def product(shape: Shape) -> cute.TiledMma:
 
 @cute.jit
 def load(source: cute.Tensor, item: cute.Tensor, first: Int32, head: Int32, target: cute.Tensor) -> None:
-    """Start to load rows of a sequence from row ``first`` on. source: [T, d, H]; target: [rows, d]."""
+    """Start to load the rows of a sequence from row ``first``. source: [T, d, H]; target: [rows, d]."""
     rows, chunks = cute.size(target, mode=[0]), cute.size(target, mode=[1]) // CHUNK
     atom = cute.make_copy_atom(cpasync.CopyG2SOp(), target.element_type, num_bits_per_copy=128)
     thread = cute.arch.thread_idx()[0]
@@ -211,7 +211,7 @@ def load(source: cute.Tensor, item: cute.Tensor, first: Int32, head: Int32, targ
 
 @cute.jit
 def multiply_shared(shape: cutlass.Constexpr, sums: cute.Tensor, left: cute.Tensor, right: cute.Tensor) -> None:
-    """sums = left · rightᵀ, both in shared memory: [128, d] and [n, d]."""
+    """sums = left · rightᵀ, both operands in shared memory: [128, d] and [n, d]."""
     sums.fill(0.0)
     mma = product(shape)
     thread = cute.arch.thread_idx()[0]
@@ -226,7 +226,7 @@ def multiply_shared(shape: cutlass.Constexpr, sums: cute.Tensor, left: cute.Tens
 
 @cute.jit
 def add_product(shape: cutlass.Constexpr, sums: cute.Tensor, packed: cute.Tensor, right: cute.Tensor) -> None:
-    """sums += packed · rightᵀ: weights in registers (see :func:`hstu.ops.cutlass.common.pack`), right [d, n]."""
+    """sums += packed · rightᵀ. packed: weights in registers (:func:`hstu.ops.cutlass.common.pack`); right: [d, n]."""
     mma = product(shape)
     atom = cute.make_copy_atom(warp.LdMatrix8x8x16bOp(True, 4), shape.dtype)
     a = common.left_operand(packed, shape.dtype)
@@ -237,7 +237,7 @@ def add_product(shape: cutlass.Constexpr, sums: cute.Tensor, packed: cute.Tensor
 
 
 def _operand(copy: cute.TiledCopy, mma: cute.TiledMma, tile: cute.Tensor, thread: Int32, is_left: bool) -> tuple:
-    """Registers for an operand, the thread's share of it in shared memory, and the registers as the copy sees them."""
+    """Registers for an operand, the thread's share in shared memory, and the registers as the copy addresses them."""
     of_mma, copying = mma.get_slice(thread), copy.get_slice(thread)
     if is_left:
         registers = of_mma.make_fragment_A(of_mma.partition_A(tile))

@@ -1,7 +1,7 @@
-"""Attention on compute capability 9.0: tiles by TMA, products by warp groups (WGMMA), ordered by mbarriers.
+"""Attention on compute capability 9.0: tiles by TMA, products by warpgroups (WGMMA), ordered by mbarriers.
 
-One warp of the first warpgroup loads the blocks and tiles; the two other warpgroups compute. The scores of a tile are
-computed while the product of the previous tile is added to the sums.
+One warp of the first warpgroup loads blocks and tiles; two other warpgroups compute. They compute the scores of a tile
+while the product of the previous tile is added to the sums.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,21 @@ from hstu.ops.cutlass.schedule import count_tiles
 
 
 class Sm90Kernel(PairwiseKernel):
-    """The loops of the warp that loads and of the warps that compute; subclasses compute one tile."""
+    """The loops of the loading warp and of the computing warps. Subclasses compute one tile."""
 
     is_wide = True
     num_slopes = 0
-    """int32 numbers of a tile that :mod:`hstu.ops.cutlass.sm90_split` passes from one warpgroup to the other."""
+    """int32 numbers per tile that :mod:`hstu.ops.cutlass.sm90_split` passes between warpgroups."""
     step: Callable[..., None]
-    """Computes the scores of a tile: ``step(count, state, masking, masked, first)``; see ``compute`` for the state."""
+    """Computes the scores of a tile: ``step(count, state, masking, masked, first)``; state: see ``consume``."""
     finish: Callable[..., None]
-    """Ends the computation of a block after its last tile: ``finish(count, state)``."""
+    """Completes a block after its last tile: ``finish(count, state)``."""
 
     @cute.jit
     def __call__(
         self, inputs: tuple, outs: tuple, strides: tuple, batch: tuple, grid: Int32, stream: cuda.CUstream
     ) -> None:
-        """Launch on ``grid`` CTAs; the arguments are those of :func:`hstu.ops.cutlass.attention.arguments`."""
+        """Launch on ``grid`` CTAs. Arguments: see :func:`hstu.ops.cutlass.attention._examples`."""
         shape = self.shape
         tensors = common.heads_of_all((*inputs, *outs), strides, batch[1], shape.head_dim)
         block_layout = hopper.tile_layout(shape, shape.block, 1)
@@ -62,7 +62,7 @@ class Sm90Kernel(PairwiseKernel):
 
     @cute.kernel
     def kernel(self, loads: tuple, outs: tuple, batch: tuple) -> None:
-        """One CTA: see the module and :mod:`hstu.ops.cutlass.hopper`."""
+        """One CTA: see the module docstring and :mod:`hstu.ops.cutlass.hopper`."""
         shape, num_resident = self.shape, self.num_resident
         allocator = cutlass.utils.SmemAllocator()
         smem = allocator.allocate(self.storage)
@@ -103,7 +103,7 @@ class Sm90Kernel(PairwiseKernel):
 
     @cute.jit
     def produce(self, loads: tuple, resident: cute.Tensor, streamed: cute.Tensor, rings: tuple, batch: tuple) -> None:
-        """In one warp: load the blocks and their tiles in the order in which the consumers use them."""
+        """One warp: load blocks and tiles in the order in which the consumers use them."""
         num_resident, stages = self.num_resident, self.shape.stages
         items, sizes, _, _ = batch
         heads, total = sizes[1], sizes[1] * sizes[2]
@@ -128,12 +128,12 @@ class Sm90Kernel(PairwiseKernel):
 
     @cute.jit
     def compute(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
-        """In a thread of the two warpgroups that compute; ``thread`` counts from the first of them."""
+        """Compute, in the threads of two warpgroups; ``thread`` counts from the first of them."""
         self.consume(buffers, rings, outs, batch, tables, thread)
 
     @cute.jit
     def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
-        """In the threads that compute the rows of a block; ``thread`` counts from the first of them."""
+        """Compute the rows of a block; ``thread`` counts from the first thread that shares the block."""
         shape, num_resident = self.shape, self.num_resident
         items, sizes, factors, _ = batch
         heads, total = sizes[1], sizes[1] * sizes[2]
@@ -187,17 +187,17 @@ class Sm90Kernel(PairwiseKernel):
 
 
 class ForwardSm90(Sm90Kernel):
-    """Σ SiLU(α x yᵀ) ⊙ mask · z / N. This is O with x, y, z = Q, K, V. Two products per tile."""
+    """Σ SiLU(α x yᵀ) ⊙ mask · z / N: O with x, y, z = Q, K, V. Two products per tile."""
 
     num_resident = 1
     index = 0
-    """Of x among the resident blocks and of y among the streamed tiles; z is the other tile."""
+    """Index of x among the resident blocks and of y among the streamed tiles; z is the other tile."""
 
     @cute.jit
     def step(
         self, count: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr, first: cutlass.Constexpr
     ) -> None:
-        """Scores of tile ``count`` while tile ``count - 1`` is added to the sums; then the weights of the new tile.
+        """Compute scores of tile ``count`` while tile ``count - 1`` is added to the sums, then its weights.
 
         ``first``: there is no previous tile.
         """
@@ -232,7 +232,7 @@ class ForwardSm90(Sm90Kernel):
 
     @cute.jit
     def finish(self, count: Int32, state: tuple) -> None:
-        """Add the last tile, ``count``, to the sums."""
+        """Add tile ``count``, the last one, to the sums."""
         shape, of_z = self.shape, 1 - self.index
         (_, _, rows, *_), ((sums,), _, weights), rings = state
         z_stage = of_z * shape.stages + wait(rings[of_z], count)
@@ -246,8 +246,8 @@ class ForwardSm90(Sm90Kernel):
 class BackwardSm90(Sm90Kernel):
     """Σ SiLU'(α x yᵀ) ⊙ (w zᵀ) ⊙ mask · y α / N. dQ with x, w, y, z = Q, dO, K, V; dK with x, w, y, z = K, V, Q, dO.
 
-    Three products per tile. With two outputs the second is Σ SiLU(α x yᵀ) ⊙ mask · z / N, which is dV for the kernel of
-    dK. Head dims whose sums leave no registers for it use :mod:`hstu.ops.cutlass.sm90_split`.
+    Three products per tile. A second output is Σ SiLU(α x yᵀ) ⊙ mask · z / N, which is dV in the kernel of dK.
+    Head dims whose sums leave no registers for it use :mod:`hstu.ops.cutlass.sm90_split`.
     """
 
     num_resident = 2
@@ -256,7 +256,7 @@ class BackwardSm90(Sm90Kernel):
     def step(
         self, count: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr, first: cutlass.Constexpr
     ) -> None:
-        """Scores of tile ``count`` and their gradients, while tile ``count - 1`` is added to the sums; then this tile.
+        """Compute scores of tile ``count`` and their gradients while tile ``count - 1`` is added; then add this tile.
 
         ``first``: there is no previous tile.
         """
@@ -294,7 +294,7 @@ class BackwardSm90(Sm90Kernel):
 
     @cute.jit
     def finish(self, count: Int32, state: tuple) -> None:
-        """Wait for the product of the last tile, ``count``, and release its buffers."""
+        """Wait for the product of tile ``count``, the last one, and release its buffers."""
         _, _, rings = state
         warpgroup.wait_group(0)
         release(rings[0], count)

@@ -1,8 +1,8 @@
-"""dK and dV of wide heads on compute capability 9.0: one warpgroup sums dV and the other one dK, of the same 64 keys.
+"""dK and dV of wide heads on compute capability 9.0: one warpgroup sums dV and the other dK, for the same 64 keys.
 
-The registers of a warpgroup hold 64 rows of one sum. Each computes one of the two products of a tile, S = K Qᵀ and
-dP = V dOᵀ: four products per tile, where a kernel per gradient needs five. The first passes SiLU'(α S) through shared
-memory, in float16. A thread of the other one needs the pairs of its counterpart, so no data moves between threads.
+The registers of a warpgroup hold 64 rows of one sum. Each warpgroup computes one product of a tile, S = K Qᵀ or
+dP = V dOᵀ: four products per tile in total, where one kernel per gradient needs five. The first passes SiLU'(α S)
+through shared memory in float16. A thread reads what its counterpart wrote; no data moves between other threads.
 """
 
 from typing import Any
@@ -16,11 +16,11 @@ from hstu.ops.cutlass.hopper import WARPGROUP
 from hstu.ops.cutlass.sm90 import ForwardSm90, Sm90Kernel
 
 VECTOR = 4
-"""int32 numbers that a thread writes to or reads from shared memory at a time."""
+"""int32 numbers per access of a thread to shared memory."""
 
 
 class SplitBackwardSm90(Sm90Kernel):
-    """dK and dV: the outputs of :class:`hstu.ops.cutlass.sm90.BackwardSm90` with x, w, y, z = K, V, Q, dO."""
+    """dK and dV: outputs of :class:`hstu.ops.cutlass.sm90.BackwardSm90` with x, w, y, z = K, V, Q, dO."""
 
     num_resident = 2
 
@@ -32,7 +32,7 @@ class SplitBackwardSm90(Sm90Kernel):
 
     @cute.jit
     def compute(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
-        """In a thread of the two warpgroups that compute; ``thread`` counts from the first of them."""
+        """Compute, in the threads of two warpgroups; ``thread`` counts from the first of them."""
         if cute.arch.make_warp_uniform(thread // WARPGROUP) == 0:
             self.of_values.consume(buffers, rings, outs, batch, tables, thread)
         else:
@@ -40,7 +40,7 @@ class SplitBackwardSm90(Sm90Kernel):
 
 
 class _Half(ForwardSm90):
-    """The loop of one warpgroup. Its ``slopes`` are their address, and the address of an mbarrier per stage."""
+    """The loop of one warpgroup. ``slopes``: their address, and the address of one mbarrier per stage."""
 
     num_resident = 2
     output: int
@@ -50,13 +50,13 @@ class _Half(ForwardSm90):
         self.outputs = (self.output,)
 
     def registers(self, scores_mma: Any, sums_mma: Any) -> tuple:
-        """The sums, the scores of a tile, and these packed to 16 bits."""
+        """Registers for the sums, for the scores of a tile, and for these packed to 16 bits."""
         scores, packed, sums = self._accumulators(scores_mma, sums_mma)
         return (sums,), scores, packed
 
     @cute.jit
     def place(self, count: Int32, slopes: list) -> cute.Tensor:
-        """Where the slopes of this thread's pairs in tile ``count`` are: int32 [VECTOR, vectors]."""
+        """Shared memory for the slopes of this thread's pairs in tile ``count``: int32 [VECTOR, vectors]."""
         vectors = self.shape.tile // 4 // VECTOR
         first = count % self.shape.stages * vectors * WARPGROUP + cute.arch.thread_idx()[0] % WARPGROUP
         return cute.make_tensor(
@@ -73,7 +73,7 @@ class _Values(_Half):
     def weigh(self, count: Int32, scores: cute.Tensor, slopes: list, masking: tuple, masked: cutlass.Constexpr) -> None:
         """Replace the scores by SiLU(α S), and pass SiLU'(α S) on.
 
-        The place is free: tile ``count`` was loaded when both warpgroups were done with the last one of its stage.
+        The memory is free: loading tile ``count`` waited for both warpgroups to release the previous tile of its stage.
         """
         values = cute.make_rmem_tensor(cute.size(scores), Float32)
         for e in cutlass.range_constexpr(cute.size(scores)):
@@ -94,7 +94,7 @@ class _Keys(_Half):
 
     @cute.jit
     def weigh(self, count: Int32, scores: cute.Tensor, slopes: list, masking: tuple, masked: cutlass.Constexpr) -> None:
-        """Multiply dP by SiLU'(α S), which is 0 where the mask is."""
+        """Multiply dP by SiLU'(α S), which is 0 where the pair is masked."""
         stages = self.shape.stages
         cute.arch.mbarrier_wait(slopes[1] + count % stages, count // stages % 2)
         place = self.place(count, slopes)

@@ -1,1 +1,1 @@
-"""C++ kernels for CPUs, compiled on first use (build.py); operators.py lists them. Sources are in csrc/."""
+"""C++ kernels for CPUs: operators.py lists them, build.py compiles them on first use, csrc/ contains the sources."""

@@ -1,7 +1,7 @@
-"""Attention by C++ kernels; the arithmetic is in csrc/attention.cpp.
+"""Attention by C++ kernels: see csrc/attention.cpp.
 
-Time buckets, one byte per pair that some query sees, are computed once per batch and kept for all layers, unless they
-exceed MOST_BUCKET_BYTES.
+Time buckets take one byte per visible pair. All layers share one computation per batch, unless the buckets exceed
+MOST_BUCKET_BYTES.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, Relativ
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 
 MOST_BUCKET_BYTES = 2**26
-MOST_BINS = 64  # parts of the work, each with its own sums of bias gradients
+MOST_BINS = 64  # work items with separate sums of bias gradients
 
 
 class _Arguments(Arguments):
@@ -42,13 +42,13 @@ class _Arguments(Arguments):
 
 @dataclass
 class _Plan:
-    """What depends on the layout and the mask alone."""
+    """Values that depend on the layout and the mask alone."""
 
     offsets: np.ndarray
     """int64 [B + 1]."""
     candidates: np.ndarray
     order: np.ndarray
-    """int64 [B]: the longest sequences first."""
+    """int64 [B]: longest sequences first."""
     buckets: Tensor | None = None
     bucket_offsets: np.ndarray | None = None
 
@@ -78,7 +78,7 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
 
 
 def _prepare(inputs: AttentionInputs) -> _Arguments:
-    """The arguments that forward and backward share. Computes the time buckets at the first call for a layout."""
+    """Arguments that forward and backward share. Computes the time buckets on the first call for a layout."""
     q, k, v, bias, layout, config = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.layout, inputs.config
     plan = _plan(layout, config)
     arguments = _Arguments(

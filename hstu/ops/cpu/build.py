@@ -1,10 +1,9 @@
-"""The C++ kernels: compiled once per machine, loaded once per process, called with the addresses of tensors.
+"""Compile the C++ kernels once per machine, load them once per process, and pass them addresses of tensors.
 
-They are plain C++ behind a C interface and include no header of PyTorch or Python, so that they need only a compiler
-and no rebuild for a new release of PyTorch. The library lies in the user's cache directory; its name is a hash of the
-sources, the compiler, its flags and the processor.
+Plain C++ behind a C interface, without headers of PyTorch or Python: a compiler suffices, and a new PyTorch release
+needs no rebuild. The library is in the user's cache, named by a hash of sources, compiler, flags and processor.
 
-    python -m hstu.ops.cpu.build    compile now, as an installer does; the exit code is 0 even where that fails
+    python -m hstu.ops.cpu.build    compile now, as an installer does; the exit code is 0 even if that fails
 """
 
 from __future__ import annotations
@@ -44,18 +43,17 @@ FLAGS = (
 
 pointer, int64, int32, float32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 strides = int64 * 2
-"""Of the first two dimensions, in elements."""
+"""Strides of the first two dimensions, in elements."""
 
 
 class KernelsUnavailable(Exception):
-    """There are no C++ kernels on this machine; the message is one line for the user: the reason and the remedy."""
+    """No C++ kernels on this machine; the message is one line for the user: the reason and the remedy."""
 
 
 def library_file(directory: Path | None = None) -> Path:
-    """Path of the compiled kernels, which are compiled now if they have not been. Raises KernelsUnavailable.
+    """Path of the compiled kernels; compiles them if they do not exist. Raises KernelsUnavailable.
 
-    ``directory``: where compiled kernels lie, by default the user's cache. Of processes that start together, one
-    compiles and the others wait for it.
+    ``directory``: the user's cache by default. Of processes that start together, one compiles and the others wait.
     """
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
@@ -78,7 +76,7 @@ def library_file(directory: Path | None = None) -> Path:
 def library() -> ctypes.CDLL:
     """The compiled kernels, loaded once per process. Raises KernelsUnavailable.
 
-    PyTorch has been imported before and has loaded OpenMP: kernels and PyTorch share one set of threads.
+    They share OpenMP's threads with PyTorch, which was imported before and loaded OpenMP.
     """
     path = library_file()
     try:
@@ -95,17 +93,17 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 class Arguments(ctypes.Structure):
-    """The arguments of a C++ function. A subclass has the fields of the C++ struct, in the same order."""
+    """Arguments of a C++ function. Subclasses list the fields of the C++ struct in the same order."""
 
     def __init__(self, **numbers: float) -> None:
         super().__init__(threads=torch.get_num_threads(), **numbers)
         self._tensors: list[Tensor | None] = []
 
     def set(self, **tensors: Tensor | None) -> None:
-        """Set the addresses of tensors, and the strides of their first two dimensions where there is a field for them.
+        """Set the addresses of tensors, and the strides of their first two dimensions if a field exists for them.
 
-        None is a null pointer. The tensors live as long as the arguments. One whose last dimension must be contiguous,
-        and is not, is copied.
+        None is a null pointer. The arguments keep the tensors alive. A tensor with strides is copied if its last
+        dimension is not contiguous.
         """
         for name, tensor in tensors.items():
             if tensor is not None and hasattr(self, f"{name}_strides"):
@@ -116,12 +114,12 @@ class Arguments(ctypes.Structure):
 
 
 def fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
-    """The fields of :class:`Arguments`: groups of one type each, with the names separated by spaces."""
+    """Fields of :class:`Arguments`, from groups of one type and names separated by spaces."""
     return [(name, kind) for kind, names in groups for name in names.split()]
 
 
 def is_bfloat(tensors: Sequence[Tensor]) -> bool:
-    """True for bfloat16, False for float32. Raises TypeError for another dtype and for tensors of several."""
+    """True for bfloat16, False for float32. Raises TypeError for other or mixed dtypes."""
     dtypes = {tensor.dtype for tensor in tensors}
     if dtypes not in ({torch.float32}, {torch.bfloat16}):
         raise TypeError(f"the C++ kernels take float32 or bfloat16, all tensors alike, not {sorted(map(str, dtypes))}")
@@ -129,16 +127,14 @@ def is_bfloat(tensors: Sequence[Tensor]) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Keep up to 1 GiB of freed memory in the process from now on instead of returning it to the system.
+    """From now on, keep up to 1 GiB of freed memory in the process instead of returning it to the system.
 
-    A training step frees and allocates the same tensors again, and new pages would cost a tenth of a step at the size
-    of ML-1M.
+    A training step allocates the same tensors again; new pages would cost a tenth of a step at the size of ML-1M.
     """
     library().hstu_keep_freed_memory(int64(KEPT_BYTES))
 
 
 def _key(compiler: str) -> str:
-    """A hash of everything that determines the compiled code."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -148,7 +144,7 @@ def _key(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on: model and features, but not the core or its clock."""
+    """What -march=native depends on: model and features, without the core or its clock."""
     wanted = ("model name", "flags", "Features", "CPU part")
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

@@ -1,4 +1,4 @@
-"""The gated norm by C++ kernels; the arithmetic is in csrc/layer.cpp. It drops the same elements as PyTorch's."""
+"""The gated norm by C++ kernels: see csrc/layer.cpp. Drops the same elements as the PyTorch kernel."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hstu.ops.kernels import GateInputs, Gradient
 TOKENS_PER_BIN = 256
 MOST_BINS = 64
 WIDEST_VECTOR = 16
-"""Numbers in a register of AVX-512. The kernel computes narrower heads one by one, so they are first joined to one."""
+"""Numbers per AVX-512 register. Narrower heads do not fill one, so they are first joined into one head."""
 _CPU = torch.device("cpu")
 
 
@@ -84,12 +84,12 @@ def backward(
 
 
 def _joined(u: Tensor) -> Tensor:
-    """u as one head of H · d channels where its heads are narrow."""
+    """``u`` as one head of H · d channels if its heads are narrow."""
     return u.reshape(len(u), 1, u.shape[1] * u.shape[2]) if u.shape[2] < WIDEST_VECTOR else u
 
 
 def _prepare(inputs: GateInputs, u: Tensor, statistics: Tensor, kept: Tensor | None) -> _Arguments:
-    """The arguments that forward and backward share. u: that of ``inputs``, joined."""
+    """Arguments that forward and backward share. u: ``inputs.u`` joined."""
     x, weight, bias, config = inputs.x, inputs.weight, inputs.bias, inputs.config
     arguments = _Arguments(
         tokens=len(x),

@@ -1,4 +1,4 @@
-"""Which operators have C++ kernels, and for which shapes; PyTorch serves the others."""
+"""Operators that have C++ kernels, and the shapes that these support. PyTorch serves the others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPERATORS: dict[str, Any] = {
 
 
 def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
-    """Why no C++ kernel can serve ``operator`` at these shapes; None: one can."""
+    """Why no C++ kernel can serve ``operator`` at these shapes; None if one can."""
     if operator not in OPERATORS:
         return "no kernel"
     if operator == "attention" and shapes.head_dim > WIDEST_ROW:

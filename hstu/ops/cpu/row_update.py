@@ -1,4 +1,4 @@
-"""Optimizers of tables by C++ kernels; the arithmetic is in csrc/rows.cpp."""
+"""Table optimizers by C++ kernels: see csrc/rows.cpp."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Softmax losses and L2 normalization by C++ kernels; see csrc/softmax_loss.cpp, pool_softmax.cpp and layer.cpp.
+"""Softmax losses and L2 normalization by C++ kernels: see csrc/softmax_loss.cpp, pool_softmax.cpp and layer.cpp.
 
-As in PyTorch's, the forward of the loss computes the gradients, and backward scales them.
+As in the PyTorch kernels, the forward of a loss computes its gradients, and backward scales them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from hstu.ops.pytorch import softmax_loss
 from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, first_places, in_blocks
 
 DRAWS_PER_PACKED_ROW = 8
-"""From this many draws per row of the pool on, its rows are copied to aligned memory; for fewer that does not pay."""
+"""From this many draws per row of the pool, copying its rows to aligned memory pays."""
 POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS = 1 << 18, 64
-"""Scores of a block, and its least number of rows: 1 MiB stays in the cache of a core."""
+"""Scores per block (1 MiB stays in the cache of a core), and its minimum number of rows."""
 LEAST_WIDTH = 16
-"""Of vectors, in numbers: one register of AVX-512. Shorter ones are padded."""
+"""Numbers per vector: one AVX-512 register. Shorter vectors are padded."""
 
 
 class _LossArguments(Arguments):
@@ -40,7 +40,7 @@ class _LossArguments(Arguments):
 
 
 class SampledSoftmaxLoss(SoftmaxLoss):
-    """Softmax against R negatives per query; vectors float32 of at most 256 numbers."""
+    """Softmax against R negatives per query, for float32 vectors of at most 256 numbers."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
@@ -85,7 +85,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
 
 
 def _at_least(width: int, vectors: Tensor) -> Tensor:
-    """The vectors, padded with zeros to ``width`` where they are shorter, with contiguous rows."""
+    """Zero-pad vectors shorter than ``width``, and make their rows contiguous."""
     return F.pad(vectors, (0, max(0, width - vectors.shape[1]))).contiguous()
 
 
@@ -100,7 +100,7 @@ class _PoolArguments(Arguments):
 
 
 class PoolSoftmaxLoss(SoftmaxLoss):
-    """Softmax against the whole pool: products by PyTorch, the rest by C++. In float64 PyTorch computes all of it."""
+    """Softmax against the whole pool: products by PyTorch, the rest by C++. In float64 PyTorch computes everything."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
@@ -133,7 +133,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
 
 
 def _as_int32(pool_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers that are equal where ids are, of the pool and of the targets."""
+    """int32 numbers of pool and targets that are equal exactly if their int64 ids are equal."""
     ordered = pool_ids.sort().values
     return torch.searchsorted(ordered, pool_ids).int(), first_places(target_ids, ordered).int()
 

@@ -101,8 +101,8 @@ class PairwiseKernel:
     def store(self, sums: tuple, outs: tuple, index: Int32, place: tuple, factors: tuple) -> None:
         """Write the sums of the ``index``-th block. factors: α and 1 / N; place: see store_rows.
 
-        outs: one tensor per output. With ``through_silu``, also one tensor of pre-activations per output, and one float32
-        [8 · blocks, d, H] per output for its sums over the 16 rows of each warp.
+        outs: one tensor per output. With ``through_silu``, also one tensor of pre-activations per output, and one
+        float32 [8 · blocks, d, H] per output for its sums over the 16 rows of each warp.
         """
         scales, (item, head, row, column) = self.scales(factors), place
         for i in cutlass.range_constexpr(len(self.outputs)):

@@ -45,7 +45,8 @@ def list_blocks(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block
     """Cut every sequence into blocks of ``block`` rows: int32 [blocks, 4], long sequences first.
 
     Within a sequence, blocks that need the most tiles come first: leading queries, then late queries; early keys.
-    Fields: first token of the sequence in the batch; first row of the block, length and first candidate in the sequence.
+    Fields: token of the batch at which the sequence starts; first row of the block, length of the sequence and first
+    candidate, counted in the sequence.
     """
     lengths = layout.seqlens
     ends = lengths - layout.num_candidate_tokens_host
@@ -92,8 +93,8 @@ def tile_ranges(
 ) -> tuple[Any, Any, Any, Any, Any, Any]:
     """Column tiles that the block of rows from ``first`` needs: six ascending tile indices.
 
-    The mask keeps all pairs of tiles in [0, 1st) and [4th, 5th), some pairs in [1st, 2nd), [3rd, 4th) and [5th, 6th), no
-    other pairs. For the other arguments see :func:`visible_columns`.
+    The mask keeps all pairs of tiles in [0, 1st) and [4th, 5th), some pairs in [1st, 2nd), [3rd, 4th) and [5th, 6th),
+    and no other pairs. For the other arguments see :func:`visible_columns`.
     """
     stop = _least(first + block, length, where)
     start_of_oldest_group = _group_start(_greatest(first, end, where), end, group)
@@ -164,8 +165,8 @@ def most_work(work: np.ndarray, ctas: int) -> Any:
 def num_ctas(work: np.ndarray, processors: int) -> int:
     """The number of CTAs, at most one per processor, whose slowest CTA has the least work.
 
-    If the pairs of a sequence take nearly two turns, the same CTAs get the long blocks of every sequence. With 65 blocks
-    of four heads and 132 CTAs, the slowest has 1.5 times the mean work; with 130 CTAs all have the same work.
+    If the pairs of a sequence take nearly two turns, the same CTAs get the long blocks of every sequence. With 65
+    blocks of four heads and 132 CTAs, the slowest has 1.5 times the mean work; with 130 CTAs all have the same work.
     """
     most = min(processors, len(work))
     return min(range(most, max(most - SPARE_CTAS, 0), -1), key=lambda ctas: most_work(work, ctas))

@@ -1,1 +1,1 @@
-"""Reference kernels in plain PyTorch, for every device and dtype; ``operators.REFERENCE_KERNELS`` holds them all."""
+"""Reference kernels in plain PyTorch, for every device and dtype: ``operators.REFERENCE_KERNELS``."""

@@ -1,10 +1,10 @@
-"""HSTU attention in plain PyTorch, on any device and in any dtype: what all kernels are compared with.
+"""HSTU attention in plain PyTorch, on any device and in any dtype: the reference for all kernels.
 
-Sequences of similar lengths are padded to one length and computed in blocks of query rows: memory is bounded, and the
-cost follows Σ n². Only q, k and v are kept for backward, which computes each block again.
+Sequences of similar length are padded to one length and computed in blocks of query rows. Memory is bounded, and the
+cost follows Σ n². Backward recomputes each block from q, k and v.
 
-Padding needs no mask. Padded rows of q, k, v and of the output's gradient are zero, so whatever a padded pair scores is
-multiplied by zero. In groups without candidates all sequences therefore share one mask and one position bias.
+Padding needs no mask: padded rows of q, k, v and the output's gradient are zero, so scores of padded pairs have no
+effect. In groups without candidates, all sequences therefore share one mask and one position bias.
 """
 
 from __future__ import annotations
@@ -22,28 +22,25 @@ from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, Relativ
 from hstu.ops.layout import JaggedLayout, distance_index, time_buckets, to_device
 
 MASKED = -1e30
-"""Added to the scores of hidden pairs: SiLU of the sum and its derivative are exactly 0."""
-SCORES_PER_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # CPU: the score matrices of a block stay in its cache
-ROWS_PER_BLOCK = {"cpu": 64, "cuda": 1024}  # fewer rows skip more of the keys that a causal row cannot see
-MOST_PAIRS_REMEMBERED = 2**25  # whose masks and buckets are kept from layer to layer; beyond, they are made again
+"""Added to scores of hidden pairs: SiLU of the sum and its derivative are exactly 0."""
+SCORES_PER_BLOCK = {"cpu": 2**17, "cuda": 2**26}  # CPU: a block's scores stay in cache
+ROWS_PER_BLOCK = {"cpu": 64, "cuda": 1024}  # fewer rows skip more keys that are later than all of them
+MOST_PAIRS_REMEMBERED = 2**25  # up to this, layers share masks and buckets; beyond, each recomputes them
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is added to the scores of r queries and k keys, apart from the weights.
-
-    S is 1 where all sequences share it, else b.
-    """
+    """What is added to the scores of r queries and k keys. S is 1 if all sequences share it, else b."""
 
     mask: Tensor
-    """float [S, r, k]: 0 where the query sees the key, else MASKED."""
+    """float [S, r, k]: 0 if the query sees the key, else MASKED."""
     distances: Tensor | None
-    """int64 [S, r, k]: rows of the position weights; None: there is no bias."""
+    """int64 [S, r, k]: rows of the position weights; None without a bias."""
     buckets: Tensor | None
     """uint8 [b, r, k]: rows of the time weights."""
 
     def added(self, tables: Sequence[Tensor]) -> Tensor:
-        """Mask and bias, [b or S, r, k]. tables: position and time weights, or none."""
+        """Mask plus bias, [b or S, r, k]. tables: position and time weights, or none."""
         if self.distances is None or self.buckets is None:
             return self.mask
         position, time = tables  # index_select is several times as fast as position[distances]
@@ -61,19 +58,19 @@ class Pairs:
 
 
 Block = tuple[slice, slice, Pairs]
-"""Some rows of queries in a group of padded sequences, and the keys that they may see."""
+"""Query rows of a group of padded sequences, the keys that they may see, and their pairs."""
 
 
 @dataclass(kw_only=True)
 class PaddedLayout(JaggedLayout):
-    """A layout that also says where tokens go when sequences are padded to N. ``seqlens`` may be empty."""
+    """A layout that also maps tokens to sequences padded to N. ``seqlens`` may be empty."""
 
     padded_tokens: Tensor
-    """int64 [B, N]: the token at each padded place; T where there is none."""
+    """int64 [B, N]: the token at each padded position; T if there is none."""
     places: Tensor
-    """int64 [T]: the place of each token among the B · N padded ones."""
+    """int64 [T]: index of each token among the B · N padded positions."""
     history_ends: Tensor
-    """int64 [B]: place in its sequence of the first candidate token; the sequence's length if there is none."""
+    """int64 [B]: index of the first candidate token in its sequence; the sequence's length if there is none."""
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
@@ -121,7 +118,7 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
 def padded_forward(inputs: AttentionInputs) -> Tensor:
     """:func:`forward` for a PaddedLayout, without host integers: torch.export traces one graph for any batch.
 
-    It computes all scores of all heads at once, and has no backward.
+    Computes all scores of all heads at once. Has no backward.
     """
     layout, config, tables = inputs.layout, inputs.config, _tables(inputs.bias)
     assert isinstance(layout, PaddedLayout)
@@ -144,7 +141,7 @@ def _scores(q: Tensor, k: Tensor, added: Tensor, alpha: float) -> Tensor:
 
 
 def is_visible(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: AttentionConfig) -> Tensor:
-    """bool [S, r, k]: whether token i of a sequence may look at token j; ``end`` is its first candidate token."""
+    """bool [S, r, k]: whether token i of a sequence sees token j; ``end`` is its first candidate token."""
     before = j <= i
     in_history = before if config.is_causal else torch.ones_like(before)
     if config.contextual_mask:
@@ -164,7 +161,7 @@ def is_visible(i: Tensor, j: Tensor, end: Tensor, layout: JaggedLayout, config: 
 
 
 def _with_zero_row(x: Tensor) -> Tensor:
-    """[T, H, d] in float32 at least, with a row of zeros behind: what padded places read."""
+    """[T + 1, H, d] in float32 at least; padded positions read the last row, which is zero."""
     return F.pad(x.to(torch.promote_types(x.dtype, torch.float32)), (0, 0, 0, 0, 0, 1))
 
 
@@ -174,7 +171,7 @@ def _pad(rows: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _unpad(padded: Tensor, tokens: Tensor, rows: Tensor) -> None:
-    """[b, H, n, d] → its rows of [T + 1, H, d]; the last row takes what padded places hold."""
+    """[b, H, n, d] → its rows of [T + 1, H, d]. Padded positions go to the last row."""
     rows.index_copy_(0, tokens.flatten(), padded.transpose(1, 2).flatten(0, 1))
 
 
@@ -188,7 +185,7 @@ def _tables(bias: RelativeBias | None) -> list[Tensor]:
 
 
 def _walk(inputs: AttentionInputs, dtype: torch.dtype) -> Iterable[tuple[Tensor, Iterable[Block]]]:
-    """The groups of sequences: the tokens of each, int64 [b, n], T where there is none, and its blocks."""
+    """For each group of sequences, its tokens, int64 [b, n] with T for padding, and its blocks."""
     layout, heads = inputs.layout, inputs.q.shape[1]
     num_weights = 0 if inputs.bias is None else len(inputs.bias.position_weight)
     key = ("attention", inputs.config, num_weights, heads, dtype)
@@ -203,7 +200,7 @@ def _walk(inputs: AttentionInputs, dtype: torch.dtype) -> Iterable[tuple[Tensor,
 
 
 def _groups(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens of each group, and its history ends [S, 1, 1], of which there is one if the mask depends on none."""
+    """The tokens of each group, and its history ends [S, 1, 1]; S = 1 if the mask does not depend on them."""
     device = layout.positions.device
     budget = max(SCORES_PER_BLOCK[device.type] // heads, 1)
     starts, order = run_starts(layout.seqlens), np.argsort(-layout.seqlens, kind="stable")

@@ -1,7 +1,4 @@
-"""The residual stream with its LayerNorm, and the gated norm, in plain PyTorch, on any device.
-
-Computed in float32 at least.
-"""
+"""The residual stream with its LayerNorm, and the gated norm, in plain PyTorch. Computed in float32 at least."""
 
 from __future__ import annotations
 
@@ -68,13 +65,13 @@ def gate_backward(
 
 
 def _wide(x: Tensor, *affine: Tensor) -> tuple[Tensor, ...]:
-    """Rows [T, H · d] and affine weights in the dtype that the norm is computed in."""
+    """Rows [T, H · d] and affine weights in the dtype of the norm."""
     rows = x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
     return rows, *(tensor.to(rows.dtype) for tensor in affine)
 
 
 def _normalise(rows: Tensor, weight: Tensor, bias: Tensor, config: GateConfig) -> tuple[Tensor, Tensor]:
-    """LayerNorm of rows whose channels are split over the ranks, and its mean and rstd [2, T]."""
+    """LayerNorm of rows whose channels are split over ranks, and its mean and rstd [2, T]."""
     if config.comm.tp_size == 1:
         normalised, mean, rstd = torch.native_layer_norm(rows, weight.shape, weight, bias, config.eps)
         return normalised, torch.stack([mean, rstd]).squeeze(2)
@@ -87,7 +84,7 @@ def _normalise(rows: Tensor, weight: Tensor, bias: Tensor, config: GateConfig) -
 def _through_norm(
     grad: Tensor, rows: Tensor, weight: Tensor, statistics: Tensor, comm: LayerComm
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of rows whose channels are split over the ranks, and of this rank's weights and biases."""
+    """Gradients of rows whose channels are split over ranks, and of this rank's weights and biases."""
     centred = _centred(rows, statistics)
     scaled = grad * weight
     own = torch.stack([scaled.mean(1), (scaled * centred).mean(1)])
@@ -102,7 +99,7 @@ def _centred(rows: Tensor, statistics: Tensor) -> Tensor:
 
 
 def _gated(normalised: Tensor, u: Tensor, dtype: torch.dtype, kept: Tensor | None, config: GateConfig) -> Tensor:
-    # Multiplied head by head: flattening u, a view of the uvqk projection, would copy it.
+    # Multiplied per head: flattening u, a view of the uvqk projection, would copy it.
     return _dropped((normalised.view(u.shape) * u).flatten(1).to(dtype), kept, config)
 
 

@@ -1,7 +1,7 @@
-"""HSTU attention of new tokens to the cached keys and values of earlier ones, and to each other.
+"""HSTU attention of new tokens to the cached keys and values of earlier tokens, and to each other.
 
-A row of HSTU attention has no softmax: it is Σ SiLU(score) V / N with a constant N. The sum may therefore be computed
-in parts, page by page of a cache, and earlier tokens are never computed again. Plain matrix products, forward alone.
+HSTU attention has no softmax: each row is Σ SiLU(score) V / N with constant N. The sum is computed page by page of the
+cache, without recomputing earlier tokens, by plain matrix products. Forward only.
 Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
 """
 
@@ -21,30 +21,28 @@ from hstu.ops.pytorch.attention import MASKED
 
 @dataclass(frozen=True)
 class CachedPrefix:
-    """The first tokens of one sequence: its context, and its history up to the new tokens."""
+    """The first tokens of one sequence: its context, and its history before the new tokens."""
 
     pages: Sequence[tuple[Tensor, Tensor]]
-    """Keys and values of some tokens, [H, b, d] each, in order."""
+    """Consecutive keys and values, [H, b, d] each."""
     num_tokens: int
     num_contextuals: int
-    """The first tokens, which a window does not hide."""
+    """The first tokens; a window never hides them."""
     times: Tensor | None
     """int64 [num_tokens], seconds; None without a relative bias."""
     history_end: int
-    """Tokens of context and history together with all that are being appended: where candidates stand."""
+    """Number of context and history tokens, including appended ones: the position of the first candidate."""
 
 
 def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
     """:data:`hstu.ops.kernels.AttentionForward` for new tokens of the sequence that begins with ``prefix``.
 
-    The layout is that of the n new tokens alone, with the positions that they have in the whole sequence; they are all
-    candidates, or all history that follows the prefix at once.
-
-    Computed in float32, or float64 where q has it. Memory: n scores per head and token of a page, and, with a bias, n
-    numbers per token of the prefix (1 instead of n where all new tokens have one position and one time).
+    The layout has only the n new tokens, with their positions in the whole sequence. They are all candidates, or all
+    history that directly follows the prefix. Computed in float32, or in float64 if q is float64. Memory: n scores per
+    head and token of a page and, with a bias, n numbers per prefix token (1 if new tokens share one position and time).
 
     Raises:
-        ValueError: history without a causal mask, whose earlier tokens would see the new ones.
+        ValueError: History without a causal mask, because earlier tokens would see the new tokens.
     """
     layout, config, bias = inputs.layout, inputs.config, inputs.bias
     if not (layout.num_candidate_tokens is not None or config.is_causal):
@@ -68,7 +66,7 @@ def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
 def _prefix_terms(
     inputs: AttentionInputs, tables: tuple[Tensor, Tensor] | None, prefix: CachedPrefix, dtype: torch.dtype
 ) -> Tensor:
-    """What is added to the scores of the prefix: [r, P], where r = 1 serves all rows; [1, 1] of zeros: nothing."""
+    """What is added to the scores of the prefix: [r, P], with r = 1 if it serves all rows, or [1, 1] of zeros."""
     layout, config, device = inputs.layout, inputs.config, inputs.layout.positions.device
     rows = layout.positions[:1] if layout.num_candidate_tokens is not None else layout.positions
     keys = torch.arange(prefix.num_tokens, device=device)
@@ -83,19 +81,19 @@ def _prefix_terms(
 
 
 def _buckets(layout: JaggedLayout, prefix: CachedPrefix) -> Tensor:
-    """int64 [r, P]: time buckets of the new tokens and the prefix, the same in all layers."""
+    """int64 [r, P]: time buckets of new tokens and prefix, shared by all layers."""
     if "prefix_buckets" not in layout.cache:
         assert layout.query_times is not None and prefix.times is not None, "a relative bias has times"
         times = layout.query_times
         if layout.num_candidate_tokens is not None and bool((times == times[0]).all()):
-            times = times[:1]  # one request: the logarithms are computed once per token of the prefix
+            times = times[:1]  # one request: one logarithm per prefix token
         layout.cache["prefix_buckets"] = time_buckets(times[:, None] - prefix.times).long()
     buckets: Tensor = layout.cache["prefix_buckets"]
     return buckets
 
 
 def _visible(rows: Tensor, keys: Tensor, config: AttentionConfig, span: int, prefix: CachedPrefix) -> Tensor:
-    """bool: whether a window of ``span`` lets the rows at these positions see these tokens of context and history."""
+    """bool: whether rows at these positions see these context and history tokens through a window of ``span``."""
     return (rows - keys <= span) | (keys < prefix.num_contextuals) | config.has_no_limit(rows, prefix.history_end)
 
 
@@ -113,23 +111,23 @@ def _is_hidden(start: int, stop: int, layout: JaggedLayout, config: AttentionCon
 def _own(
     inputs: AttentionInputs, qkv: tuple[Tensor, ...], tables: tuple[Tensor, Tensor] | None, prefix: CachedPrefix
 ) -> Tensor:
-    """Each new token with itself and the new ones before it, of its target group if it is a candidate: [H, n, d].
+    """Attention of each new token to itself and earlier new tokens, for candidates within their target group.
 
-    qkv: [H, n, d] each.
+    qkv and the result: [H, n, d] each.
     """
     layout, config, count = inputs.layout, inputs.config, len(inputs.q)
     size = count if layout.num_candidate_tokens is None else layout.candidate_group_tokens
-    padding = -count % size  # of the last group; real tokens do not see it, because it comes after them
+    padding = -count % size  # of the last group; comes after real tokens, so they do not see it
 
     def grouped(x: Tensor) -> Tensor:
         return F.pad(x, (0, 0, 0, padding)).unflatten(1, (-1, size))
 
     def pairs(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """What each query and each key of a group has: [groups, size, 1] and [groups, 1, size]."""
+        """Values of queries and keys per group: [groups, size, 1] and [groups, 1, size]."""
         return F.pad(rows, (0, padding)).view(-1, size, 1), F.pad(columns, (0, padding)).view(-1, 1, size)
 
     q, k, v = map(grouped, qkv)
-    # Products of single rows and columns are faster as sums of products.
+    # For single rows and columns, sums of elementwise products are faster than matrix products.
     scores = config.alpha * ((q * k).sum(-1, keepdim=True) if size == 1 else q @ k.transpose(2, 3))
     rows, columns = pairs(layout.positions, layout.positions)
     hidden = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)

@@ -1,7 +1,6 @@
-"""The softmax losses of retrieval and the normalization of their vectors in plain PyTorch, on any device.
+"""Softmax losses of retrieval and L2 normalization of their vectors in plain PyTorch, on any device.
 
-The loss is a scalar, so its gradients are those computed in forward, scaled: forward computes them while the scores
-are at hand, backward multiplies.
+The loss is a scalar, so forward computes its gradients while the scores are available, and backward scales them.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from hstu.ops.kernels import Negatives
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Elements of the largest temporary block: what stays in a CPU's cache; what keeps a GPU busy (256 MiB)."""
+"""Elements of the largest temporary block: fits a CPU's cache; keeps a GPU busy (256 MiB)."""
 MIN_BLOCK_ROWS = 256
-"""Rows of a block, however large the pool is: fewer make slow matrix products."""
+"""Minimum rows of a block, however large the pool is: fewer make matrix products slow."""
 
 
 def l2_normalize(vectors: Tensor, eps: float) -> Tensor:
@@ -45,8 +44,8 @@ class SoftmaxLoss(Function):
 Exponentials = Callable[[Tensor, slice, slice, Tensor, Tensor], None]
 """(scores of a block [m, n], its rows, its columns, peaks [m], totals [m]); updates all tensors in place.
 
-The peaks are raised to the largest score that is not hidden. The scores become exponentials relative to the peaks, 0
-where hidden. Their sums are added to the totals, which stay relative to the peaks.
+Raises the peaks to the largest visible score. Replaces scores by exponentials relative to the peaks, 0 if hidden.
+Adds their sums to the totals, and rescales these to the new peaks.
 """
 
 
@@ -78,9 +77,9 @@ class PoolSoftmaxLoss(SoftmaxLoss):
 def in_blocks(
     ctx: Any, vectors: tuple[Tensor, ...], temperature: float, exponentials: Exponentials, blocks: tuple[int, int]
 ) -> Tensor:
-    """The loss against a whole pool, and its gradients if they are needed.
+    """The loss against a whole pool; saves its gradients if they are needed.
 
-    vectors: queries, positives and pool; blocks: rows and columns of a block.
+    vectors: queries, positives and pool; blocks: rows and columns per block.
     """
     queries, positives, pool = vectors
     positive_logits = (queries * positives).sum(dim=1) / temperature
@@ -99,7 +98,7 @@ def in_blocks(
             continue
         row_scales = torch.exp(peaks - positive_logits[rows] - losses[rows])[:, None] / temperature
         for columns in _slices(len(pool), block_columns):
-            if block_columns < len(pool):  # else the only block is still at hand
+            if block_columns < len(pool):  # else ``block`` still has the only block
                 block = scaled_queries[rows] @ pool[columns].t()
                 exponentials(block, rows, columns, peaks, totals)
             grad_queries[rows].addmm_(block, pool[columns])
@@ -112,7 +111,7 @@ def in_blocks(
 
 
 class SampledSoftmaxLoss(SoftmaxLoss):
-    """Softmax against R negatives a query. The largest temporaries are [M, R]."""
+    """Softmax against R negatives per query. The largest temporaries are [M, R]."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
@@ -139,12 +138,12 @@ class SampledSoftmaxLoss(SoftmaxLoss):
 
 
 def target_losses(positive_logits: Tensor, negative_log_totals: Tensor) -> Tensor:
-    """−log of the target's probability. Exact for small losses, too, and 0 without negatives (a log total of −inf)."""
+    """−log of the target's probability: exact for small losses, and 0 without negatives (a log total of −inf)."""
     return torch.logaddexp(torch.zeros_like(positive_logits), negative_log_totals - positive_logits)
 
 
 def first_places(ids: Tensor, ordered: Tensor) -> Tensor:
-    """The first place of each id in ``ordered``, ascending int64 [S]; S where it is not there."""
+    """For each id, the index of its first occurrence in ``ordered``, ascending int64 [S]; S if it is absent."""
     found = torch.searchsorted(ordered, ids)
     padded = F.pad(ordered, (0, 1), value=torch.iinfo(torch.int64).min)  # an id beyond the end is greater
     return torch.where(padded[found] == ids, found, len(ordered))
@@ -153,15 +152,15 @@ def first_places(ids: Tensor, ordered: Tensor) -> Tensor:
 def add_positive_part(
     grad_queries: Tensor, queries: Tensor, positives: Tensor, losses: Tensor, temperature: float
 ) -> Tensor:
-    """Add the targets' share to the queries' gradient, in place; returns the gradient of ``positives``."""
-    # A target's probability is exp(−loss). expm1, as that of a well-learnt one is so near 1 that p − 1 loses digits.
+    """Add the targets' contribution to the queries' gradient in place; returns the gradient of ``positives``."""
+    # A target's probability p is exp(−loss). Near 1, p − 1 would lose digits, so use expm1.
     weights = torch.expm1(-losses).div_(temperature)[:, None]
     grad_queries.addcmul_(weights, positives)
     return weights * queries
 
 
 def _draw_scores(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
-    """[M, R]: the inner product of each query with its drawn rows of the pool."""
+    """[M, R]: inner products of each query with its drawn pool rows."""
     if queries.device.type == "cpu" and draws.numel() and len(pool) > draws.shape[1]:
         return _sampled_product(queries, pool, draws)
     scores = queries.new_empty(draws.shape)
@@ -172,27 +171,27 @@ def _draw_scores(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
 
 
 def _sampled_product(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:
-    """Scores as a sampled matrix product, which gathers nothing: on a CPU 13 × faster than gathered rows and bmm."""
+    """Scores by a sampled matrix product without gathers: on a CPU 13 × faster than gathered rows and bmm."""
     row_starts = torch.arange(0, draws.numel() + 1, draws.shape[1], dtype=draws.dtype, device=draws.device)
     zeros, size = queries.new_zeros(draws.numel()), (len(queries), len(pool))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        # Unchecked: columns are neither sorted nor distinct, which does no harm here.
+        # Unchecked: columns are neither sorted nor distinct, which sampled_addmm does not need.
         pattern = torch.sparse_csr_tensor(row_starts, draws.flatten(), zeros, size, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, queries, pool.t(), beta=0.0).values().view(draws.shape)
 
 
 def _weighted_row_sums(pool: Tensor, draws: Tensor, weights: Tensor) -> Tensor:
-    """[M, D]: for each query the sum of its drawn rows of the pool, weighted."""
+    """[M, D]: for each query, the weighted sum of its drawn pool rows."""
     if not draws.numel():
         return pool.new_zeros(len(draws), pool.shape[1])
     return F.embedding_bag(draws, pool, per_sample_weights=weights, mode="sum")
 
 
 def _weighted_row_sums_transposed(queries: Tensor, draws: Tensor, weights: Tensor, pool_size: int) -> Tensor:
-    """[S, D]: for each row of the pool the weighted sum of the queries that drew it.
+    """[S, D]: for each pool row, the weighted sum of the queries that drew it.
 
-    Sorting the draws by row turns this scatter into sums of contiguous runs: no atomics, the same bits each time.
+    Sorting the draws by row replaces a scatter by sums of contiguous runs: no atomics, the same bits in each run.
     """
     if not draws.numel():
         return queries.new_zeros(pool_size, queries.shape[1])
@@ -203,7 +202,7 @@ def _weighted_row_sums_transposed(queries: Tensor, draws: Tensor, weights: Tenso
 
 
 def block_shape(rows: int, columns: int, elements: int, least_rows: int = MIN_BLOCK_ROWS) -> tuple[int, int]:
-    """Block of at most about ``elements`` scores: whole rows of the matrix, unless too few would fit."""
+    """Rows and columns of a block of about ``elements`` scores: whole matrix rows unless too few would fit."""
     block_rows = max(1, min(rows, max(least_rows, elements // max(1, columns))))
     return block_rows, max(1, min(columns, elements // block_rows))
 

@@ -1,6 +1,6 @@
-"""From raw files to batches; later rooms may import any of these files.
+"""From raw files to batches. Packages above this one may import any of these files.
 
-datasets/ declares the datasets, preprocess/ turns raw files into a sequence store (store/). features/ says what a model
-sees of the data, sampling/ which events form which batch and which negatives are drawn, batches/ reads and builds it.
-rules.py has the rules of a configuration that need the registry of datasets.
+datasets/ declares the datasets and preprocess/ turns raw files into a sequence store (store/). features/ defines what
+models read, sampling/ forms samples and batches and draws negatives, and batches/ builds the batches.
+rules.py holds the configuration rules that need the registry of datasets.
 """

@@ -1,6 +1,6 @@
-"""Rules about the dataset of a configuration, for entry points: built-in names, and the tables of own data.
+"""Rules about the dataset of a configuration: built-in names, and the tables of a user's own data.
 
-They need the registry of built-in datasets, which config must not import. They import neither NumPy nor torch.
+They need the registry of built-in datasets, which hstu.config must not import. They import neither NumPy nor torch.
 """
 # ruff: noqa: D103
 
@@ -43,13 +43,13 @@ def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
     for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names", "side_feature_names"):
         value = getattr(dataset, parameter, None)
         for name in value if isinstance(value, list) else [value]:
-            if not name or name in (*known, *numbers, *TIME_FEATURES):  # "": no feature; None: that of the store
+            if not name or name in (*known, *numbers, *TIME_FEATURES):  # "": no feature; None: the store's feature
                 continue
             guess = did_you_mean(name, known)
             if parameter != "side_feature_names":
                 text = f"no EmbeddingArgs has the feature {name!r}; choose one of {', '.join(known)}, or add a table"
                 yield run.problem(dataset, parameter, text + guess)
-            elif guess:  # else it may be a number, which needs neither: the data decides
+            elif guess:  # otherwise it may be a number, which needs neither; only the data shows it
                 text = f"no EmbeddingArgs has the feature {name!r}; add a table, or NumericFeatureArgs for a number"
                 yield run.problem(dataset, parameter, text + guess)
 

@@ -1,4 +1,4 @@
-"""What a sequence store consists of: its features with their roles, its files, and how many values each file has."""
+"""The layout of a sequence store: its features with their roles, its files, and the number of values per file."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ DTYPES = {
 }  # fmt: skip
 """Role of a feature → dtype of its array."""
 NUMBER_ROLES = ("item_number", "event_number")
-"""Roles of quantities: numbers of events, numbers and vectors of items. NaN stands for a missing one."""
+"""Roles of quantities: numbers of events, numbers and vectors of items. NaN means missing."""
 OF_CANDIDATES: tuple[Role, ...] = ("item", "action", "event", "event_number")
-"""Roles of the features that the candidates of requests have, as events do."""
+"""Roles of the features that candidates of requests have, as events do."""
 REQUEST_FILES = {
     "users": "request.user.npy", "times": "request.time.npy", "history_ends": "request.history.npy",
     "offsets": "request.offsets.npy",
 }  # fmt: skip
 """Field of Requests → its file."""
 _FOLDERS = {"context": "context", "item_feature": "item", "item_number": "item"}
-"""Role → first part of the name of its files, where that is not "sequence"."""
+"""Role → first part of its file names, where that is not "sequence"."""
 
 
 @dataclass(frozen=True)
 class NumberStatistics:
-    """What the transforms of a number need: statistics of the values of its whole column that are not missing."""
+    """Statistics of a numeric column that its transforms need, over the values that are not missing."""
 
     count: int
-    """Items or events that have a value."""
+    """Items or events with a value."""
     missing: int
-    """Items or events that have none."""
+    """Items or events without a value."""
     mean: list[float]
-    """One number, or one per component of a vector, as for ``std``."""
+    """One value, or one per component of a vector; ``std`` likewise."""
     std: list[float]
-    """Of the population, so 0 where all values are equal."""
+    """Population standard deviation: 0 where all values are equal."""
     log_mean: float | None = None
-    """Mean of sign(x) log(1 + |x|). Vectors have none of what follows."""
+    """Mean of sign(x) log(1 + |x|). None for vectors, as are the fields below."""
     log_std: float | None = None
     quantiles: list[float] | None = None
-    """Ascending, at equal distances: the first is the least value, the last the largest."""
+    """Values at equally spaced ranks, from the smallest to the largest."""
 
 
 @dataclass(frozen=True)
 class FeatureMeta:
-    """One feature. Values lie in [0, cardinality); a timestamp, in seconds, and a number have no cardinality."""
+    """One feature. Its values lie in [0, cardinality); timestamps (seconds) and numbers have no cardinality."""
 
     name: str
     role: Role
@@ -61,28 +61,28 @@ class FeatureMeta:
     cardinality: int | None
     has_vocab: bool
     raw: bool = False
-    """Whether models get the raw ids, int64, in place of the codes."""
+    """Models get the raw int64 ids instead of the codes."""
     is_list: bool = False
-    """Whether an item has a list of one or more values, of role "item_feature"."""
+    """Each item has a list of one or more values (role "item_feature")."""
     width: int = 1
-    """Numbers that an item has, of role "item_number": more than one are a vector."""
+    """Numbers per item (role "item_number"); more than 1 means a vector."""
     statistics: NumberStatistics | None = None
-    """Of a number."""
+    """Only for numbers."""
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> FeatureMeta:
-        """From the description of a store."""
+        """Parses an entry of the store's description."""
         found = described.get("statistics")
         return cls(**{**described, "statistics": NumberStatistics(**found) if found else None})
 
     @property
     def file(self) -> str:
-        """File of the values; any character may occur in the name."""
+        """File of the values. Special characters of the name are quoted."""
         return feature_file(self.role, self.name)
 
     @property
     def candidate_file(self) -> str:
-        """File of the values that candidates have of an item, action or event feature."""
+        """File of the candidates' values of an item, action or event feature."""
         return f"candidate.{quote(self.name, safe='')}.npy"
 
 
@@ -90,9 +90,8 @@ TIME_FEATURES = {
     name: FeatureMeta(name, "event", "<i4", cardinality, has_vocab=False)
     for name, cardinality in (("hour_of_day", 24), ("day_of_week", 7), ("time_gap", 41))
 }
-"""What any data with times has beside its columns. Times are UTC, and a week begins on Monday. time_gap is 0 for a
-user's first event, else 1 plus the base-2 logarithm, rounded down, of 1 plus the seconds since the event before; at
-most 40 (17,000 years)."""
+"""Event features that are computed from times, in UTC; weeks begin on Monday. time_gap is 0 for a user's first event,
+else 1 + floor(log2(1 + seconds since the previous event)), at most 40 (17,000 years)."""
 
 
 def feature_file(role: Role, feature: str) -> str:
@@ -101,33 +100,33 @@ def feature_file(role: Role, feature: str) -> str:
 
 
 def list_offsets_file(feature: str) -> str:
-    """File of the offsets of an item feature whose values are lists."""
+    """File of the offsets of an item feature that holds lists."""
     return f"item.{_quoted(feature, 'item_feature')}.offsets.npy"
 
 
 def _quoted(feature: str, role: Role) -> str:
     name = quote(feature, safe="")
-    # Else the values of "a.offsets" would be in the file of the offsets of "a".
+    # Without this, the values of "a.offsets" would go into the offsets file of "a".
     return name.replace(".", "%2E") if role in ("item_feature", "item_number") else name
 
 
 def split_file(split: HeldOut) -> str:
-    """File of the first event of each user that belongs to a split or to a later one."""
+    """File of each user's first event in a split or a later split."""
     return f"split.{split}.npy"
 
 
 def strings_files(stem: str) -> tuple[str, str]:
-    """Files of a list of strings: offsets int64 [n + 1] into bytes uint8."""
+    """Files of a list of strings: int64 [n + 1] offsets, and uint8 bytes."""
     return f"{stem}.offsets.npy", f"{stem}.utf8.npy"
 
 
 def vocabulary_stem(feature: str) -> str:
-    """Common start of the names of a vocabulary's files."""
+    """Common prefix of a vocabulary's file names."""
     return f"vocabulary.{quote(feature, safe='')}"
 
 
 def lengths_of_files(meta: Mapping[str, Any]) -> dict[str, int | None]:
-    """File → how many values it must have, by a store's description; None where only its offsets say it."""
+    """File → the number of values that it must have; None where only its offsets determine it."""
     users, files = meta["num_users"], meta["files"]
     features = [FeatureMeta.of(feature) for feature in meta["features"]]
     items = next(feature.cardinality or 0 for feature in features if feature.role == "item")

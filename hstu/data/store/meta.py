@@ -1,4 +1,4 @@
-"""The description of a store, meta.json, with a checksum of itself; and the maps of the files that it describes."""
+"""Reads and checks the description of a store, meta.json, and maps the files that it describes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FORMAT = "hstu-sequence-store"
 VERSION = 4
 _SEAL = "sha256"
 MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError, StopIteration)
-"""Errors from reading a description that is valid JSON but not that of a store."""
+"""Errors that reading a valid JSON file raises where it does not describe a store."""
 _OFFSET_SAMPLES = 1024
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """The description of a store, of a version that this program reads, with a right checksum. Else DataError."""
+    """Reads the description of a store. Raises DataError for a newer version or a wrong checksum."""
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise DataError(f"no preprocessed data at {path}")
     try:
@@ -50,7 +50,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 def remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
     """The command that makes the store: the one recorded in ``meta``, else a guess from the directory's name.
 
-    Without a good description, nothing is replaced, not even with --force.
+    Without a valid description, even --force replaces nothing: the user must move the directory away.
     """
     end = " --force" if meta is not None else " (first move what is there away)" if os.path.exists(path) else ""
     if meta and (command := meta.get("command")):
@@ -65,7 +65,7 @@ def remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
 
 
 def sealed(meta: Mapping[str, Any]) -> str:
-    """JSON of a store's description, with the checksum of its own content."""
+    """The JSON of a store's description, with a checksum of its content."""
     return json.dumps({**meta, _SEAL: _digest(meta)}, indent=1, ensure_ascii=False)
 
 
@@ -74,7 +74,7 @@ def _digest(meta: Mapping[str, Any]) -> str:
 
 
 class StoreFiles:
-    """File → its array, a read-only view of the memory map. Checks raise DataError, which names the damaged file."""
+    """Maps a file name to its array, a read-only memory map. Checks raise a DataError that names the damaged file."""
 
     def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
         self.path = path
@@ -91,11 +91,11 @@ class StoreFiles:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """File → the SHA-256 that its description states."""
+        """File → its SHA-256 in the description."""
         return {file: entry["sha256"] for file, entry in self._meta["files"].items()}
 
     def check_presence(self) -> None:
-        """Checks that every file is there, with the size, dtype and length that its description states."""
+        """Checks that every file exists and has the described size, dtype and length."""
         for file, expected in self._meta["files"].items():
             path = self.path / file
             if not path.is_file():
@@ -114,7 +114,7 @@ class StoreFiles:
                 raise self.damaged(META_FILE, f"it does not describe {file} with {length} values")
 
     def check_sums(self, up_to: int | None) -> None:
-        """Checks the smallest files, ``up_to`` bytes in total; None means all."""
+        """Verifies the checksums of the smallest files, ``up_to`` bytes in total; None means all files."""
         left = up_to
         for file, expected in sorted(self._meta["files"].items(), key=lambda item: item[1]["bytes"]):
             if left is not None and (left := left - expected["bytes"]) < 0:
@@ -123,7 +123,7 @@ class StoreFiles:
                 raise self.damaged(file, f"its SHA-256 is {found} instead of {expected['sha256']}")
 
     def check_ends(self, file: str, total: int) -> None:
-        """Checks the ends and a sample of offsets."""
+        """Checks that offsets run from 0 to ``total``, and that an evenly spaced sample of them ascends."""
         offsets = self[file]
         if offsets[0] != 0 or offsets[-1] != total:
             raise self.damaged(file, f"it does not run from 0 to {total}")
@@ -132,7 +132,7 @@ class StoreFiles:
             raise self.damaged(file, "its values are not ascending")
 
     def damaged(self, file: str, what: str) -> DataError:
-        """The error that says what is wrong with a file, and how to make the store again."""
+        """An error with the damaged file, the damage and the command that makes the store again."""
         return DataError(f"{self.path / file} is damaged: {what}. {remedy(self.path, self._meta)}")
 
 

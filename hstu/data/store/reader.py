@@ -1,4 +1,4 @@
-"""Reads the samples of a plan from a store, and checks every value that it reads. Nothing loops over tokens."""
+"""Reads the samples of a batch plan from a store and checks every value, vectorised over tokens."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 @dataclass(eq=False)
 class StoreReader:
-    """A reader of the samples of a table from a store."""
+    """Reads samples of a table from a store."""
 
     store: SequenceStore
     samples: SampleTable
     roles: FeatureRoles
     wants_timestamps: bool = field(default=False, kw_only=True)
-    """Read event times, which relative attention biases need. ConfigError where the store has none."""
+    """Read event times, which relative attention biases need. Raises ConfigError where the store has none."""
     wants_request_times: bool = field(default=False, kw_only=True)
-    """Read the times of the held-out events of evaluation samples."""
+    """Read the times of the target events of evaluation samples."""
     wants_seen: bool = field(default=False, kw_only=True)
-    """Read what users had before evaluation targets (filter_seen), or before training samples (mask_seen)."""
+    """Read the items that users had before evaluation targets (filter_seen) or before training samples (mask_seen)."""
     recoding: Mapping[str, np.ndarray] | None = field(default=None, kw_only=True)
-    """Feature → int64 [cardinality]: from this store's codes to those of the training store. None: the same store."""
+    """Feature → int64 [cardinality]: this store's codes → the training store's codes. None: the same store."""
     labels: Mapping[str, LabelColumn] = field(default_factory=dict, kw_only=True)
-    """The columns of FeatureRoles.labels."""
+    """The columns that FeatureRoles.labels names."""
     window_seed: int | None = field(default=None, kw_only=True)
-    """Moves the windows of training samples at random, see window_starts. None: they are the newest."""
+    """Seed that moves the windows of training samples, see window_starts. None: each sample is the newest window."""
     hard_negatives: int = field(default=0, kw_only=True)
-    """Items to read for each label of what its user was shown and did not take."""
+    """Hard negatives per label: items that its user was shown and did not take."""
 
     def __post_init__(self) -> None:
         if self.wants_timestamps and self.store.timestamp_feature is None:
@@ -50,7 +50,7 @@ class StoreReader:
             )
 
     def read(self, plan: BatchPlan) -> Rows:
-        """The rows of ``plan.indices``. A value out of range is a DataError that names its user."""
+        """Reads the rows of ``plan.indices``. A value out of range raises a DataError that names its user."""
         samples, chosen = self.samples, plan.indices
         start, stop, users = samples.start[chosen], samples.stop[chosen], samples.user[chosen]
         history_begin = samples.history_begin[chosen]
@@ -68,7 +68,7 @@ class StoreReader:
         if self.wants_seen:
             before = start if samples.target is None else samples.target[chosen]
             seen, seen_lengths = self._items_between(history_begin, before)
-        item_ids = self._of_items(self.roles.item, items)  # checks the codes, by which features of items are read
+        item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
         side = self._side(items)
         return Rows(
             user_ids=users,
@@ -91,7 +91,7 @@ class StoreReader:
         )
 
     def _items_between(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the model gets of the items of the events [begins[i], ends[i]) for each i; the counts of these."""
+        """Model ids of the items of events [begins[i], ends[i]) for each i, and the number of these events."""
         lengths = ends - begins
         return self._of_items(self.roles.item, SampleItems(self.store, ranges(begins, lengths))), lengths
 
@@ -102,11 +102,11 @@ class StoreReader:
         return shown_not_taken(self.store, events, np.repeat(ends, num_labels), self.hard_negatives)
 
     def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
-        """What the model gets of the items, the actions or an event feature; int64."""
+        """int64 model ids of the item, the action or an event feature."""
         return self._for_model(feature, items.values(feature), items.place)
 
     def _of_users(self, feature: str, users: np.ndarray) -> np.ndarray:
-        """What the model gets of a contextual feature; int64."""
+        """int64 model ids of a contextual feature."""
 
         def place(index: int) -> str:
             return f"user {self.store.raw_ids(USER_FEATURE)[users[index]]} (row {users[index]})"
@@ -114,7 +114,7 @@ class StoreReader:
         return self._for_model(feature, self.store.context(feature)[users], place)
 
     def _side(self, items: SampleItems) -> ItemFeatures:
-        """The side features with ids, of items whose codes are known to be right."""
+        """The side features with ids. The item codes must already be checked."""
         of_items = [name for name in self.roles.categories if name in self.store.item_side_features]
         found = self._features_of_items(of_items, items.values(self.roles.item) if of_items else np.empty(0))
         of_events = {
@@ -125,7 +125,7 @@ class StoreReader:
         return ItemFeatures({**found.values, **of_events}, found.list_lengths)
 
     def _features_of_items(self, names: Sequence[str], codes: np.ndarray) -> ItemFeatures:
-        """Features of the items with these codes, which must be known to be right."""
+        """Features of the items with these codes, which must already be checked."""
         side: dict[str, np.ndarray] = {}
         list_lengths: dict[str, np.ndarray] = {}
         for name in names:
@@ -135,11 +135,12 @@ class StoreReader:
                 starts = offsets.take(codes)
                 list_lengths[name] = offsets.take(codes + 1) - starts
                 places = ranges(starts, list_lengths[name])
-            side[name] = self._for_model(name, values.take(places), lambda _: "an item")  # a third faster than []
+            # take() is a third faster than [].
+            side[name] = self._for_model(name, values.take(places), lambda _: "an item")
         return ItemFeatures(side, list_lengths)
 
     def _numbers(self, items: SampleItems) -> np.ndarray | None:
-        """Rows.numbers. The codes of the items must be known to be right."""
+        """See Rows.numbers. The item codes must already be checked."""
         if not self.roles.numbers:
             return None
         codes, of_items = items.values(self.roles.item), self.store.item_number_features
@@ -150,10 +151,10 @@ class StoreReader:
         return np.concatenate(columns, axis=1)
 
     def _for_model(self, feature: str, stored: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
-        """What the model gets for stored codes, int64. ``place``: where the one at an index is, for an error."""
+        """Checks stored codes and returns their int64 model ids. ``place(i)`` locates value i for an error."""
         values = stored.astype(np.int64)
         cardinality = self.store.cardinality(feature)
-        # Viewed as unsigned, a negative code is too large as well: one comparison instead of two.
+        # Viewed as unsigned, negative codes are too large as well: one comparison instead of two.
         wrong = values.view(np.uint64) >= np.uint64(cardinality)
         if wrong.any():
             first = int(wrong.argmax())
@@ -166,23 +167,23 @@ class StoreReader:
         return self.store.model_ids(feature, values)
 
     def item_ids(self, codes: np.ndarray) -> np.ndarray:
-        """What the model gets for item codes, int64 [n]."""
+        """Item codes → model ids, int64 [n]."""
         return self.store.model_ids(self.roles.item, codes)
 
     def tower_features(self, codes: np.ndarray) -> ItemFeatures:
-        """What an item tower reads of items, given by their codes, int64 [n]."""
+        """Features that an item tower reads, of items given by their codes, int64 [n]."""
         return self._features_of_items(self.roles.tower, codes)
 
 
 @dataclass(frozen=True)
 class SampleItems:
-    """n items, sample after sample: the events of a sample, and then the candidates of its request, if it has one."""
+    """n items, sample after sample: the events of a sample, then the candidates of its request, if any."""
 
     store: SequenceStore
     events: np.ndarray
-    """int64: places of the events among all of the store."""
+    """int64: indices into the store's events."""
     candidates: np.ndarray | None = None
-    """int64: places of the candidates among those of all requests. None: all items are events."""
+    """int64: indices into the store's candidates. None: all items are events."""
     is_candidate: np.ndarray | None = None
     """bool [n]. None: all items are events."""
 
@@ -190,7 +191,7 @@ class SampleItems:
     def of(
         cls, store: SequenceStore, samples: SampleTable, chosen: np.ndarray, start: np.ndarray, lengths: np.ndarray
     ) -> SampleItems:
-        """The items of the samples ``chosen``, [b], from the events ``start`` on. ``lengths``: items of each, [b]."""
+        """The items of samples ``chosen`` [b], from events ``start`` on. ``lengths``: items per sample, [b]."""
         if samples.first_candidate is None:
             return cls(store, ranges(start, lengths))
         shown = samples.num_candidates[chosen]
@@ -200,28 +201,28 @@ class SampleItems:
         return cls(store, ranges(start, lengths - shown), candidates, is_candidate)
 
     def values(self, feature: str) -> np.ndarray:
-        """Stored values of the item, the action or an event feature, [n]."""
+        """[n] stored values of the item, the action or an event feature."""
         of_events = self.store.sequence(feature)[self.events]
         if self.candidates is None:
             return of_events
         return self._joined(of_events, self.store.candidates(feature)[self.candidates])
 
     def times(self) -> np.ndarray:
-        """int64 [n] seconds: times of the events, and of the requests of the candidates."""
+        """int64 [n] seconds: the times of the events, and for candidates the times of their requests."""
         of_events = self.store.sequence(str(self.store.timestamp_feature))[self.events]
         if self.candidates is None:
             return of_events
         return self._joined(of_events, self.store.candidate_times(self.candidates)[0])
 
     def time_codes(self, feature: str) -> np.ndarray:
-        """int64 [n] codes of a time feature. The time before a candidate's is that of the last event of the history."""
+        """int64 [n] codes of a time feature. A candidate's previous event is the last event of its history."""
         of_events = self.store.time_codes(feature, self.events)
         if self.candidates is None:
             return of_events
         return self._joined(of_events, time_codes(feature, *self.store.candidate_times(self.candidates)))
 
     def place(self, index: int) -> str:
-        """Where the item at ``index`` is, for an error."""
+        """Describes the item at ``index`` for an error."""
         if self.is_candidate is not None:
             return "an item of a request"
         row = int(self.events[index])

@@ -1,4 +1,4 @@
-"""Requests of a store: which candidates were shown to a user, and when; and whether what is stored of them is right."""
+"""Requests of a store: which candidates a user was shown, and when; with checks of the stored values."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ from hstu.data.store.layout import REQUEST_FILES
 
 @dataclass(frozen=True)
 class Requests:
-    """R requests, by user and then by time, with C candidates in all; int64."""
+    """R requests with C candidates in total, sorted by user and then by time; int64."""
 
     users: np.ndarray
-    """[R] rows of the users, ascending."""
+    """[R] rows of the users in the store, ascending."""
     times: np.ndarray
     """[R] seconds since 1970."""
     history_ends: np.ndarray
-    """[R] one past the last event of the user before the request. Events of the same second are not before it."""
+    """[R] one past the user's last event before the request. Events in the second of the request come after it."""
     offsets: np.ndarray
     """[R + 1]: request r has the candidates [offsets[r], offsets[r + 1])."""
 
     def __len__(self) -> int:
-        """R."""
         return len(self.users)
 
     @property
     def sizes(self) -> np.ndarray:
-        """[R] candidates of each request."""
+        """[R] number of candidates per request."""
         return np.diff(self.offsets)
 
     def rows_of(self, candidates: np.ndarray) -> np.ndarray:
-        """The requests that candidates belong to, int64 [n]."""
+        """int64 [n]: the request of each candidate."""
         return np.searchsorted(self.offsets, candidates, side="right") - 1
 
 
 def request_problems(requests: Requests, offsets: np.ndarray, times: np.ndarray) -> Iterator[tuple[str, str]]:
-    """(file, what is wrong with it). ``offsets``: int64 [U + 1], the events of each user. ``times``: int64 [E]."""
+    """Yields (file, problem). ``offsets``: int64 [U + 1], the events of each user. ``times``: int64 [E]."""
     users, ends, num_users = requests.users, requests.history_ends, len(offsets) - 1
     if (requests.sizes < 1).any():
         yield REQUEST_FILES["offsets"], "a request has no candidates, or offsets are not ascending"

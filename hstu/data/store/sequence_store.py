@@ -1,4 +1,4 @@
-"""The sequence store: a dataset as a directory of memory-mapped arrays that opens in milliseconds at any size.
+"""The sequence store: a dataset as a directory of memory-mapped arrays. It opens in milliseconds at any size.
 
     meta.json                     version, features, counts, statistics, sources; each array's dtype, length and SHA-256
     offsets.npy                   int64 [U + 1]: the events of user u are [offsets[u], offsets[u + 1])
@@ -6,14 +6,14 @@
     context.<feature>.npy         [U] codes of a contextual feature
     item.<feature>.npy            codes of an item feature: [I], or the lists of all items one after another
     item.<feature>.offsets.npy    int64 [I + 1]: the list of item i is [offsets[i], offsets[i + 1]), for lists
-    split.<split>.npy             int64 [U]: first event of "valid" and of "test", where the data says which those are
+    split.<split>.npy             int64 [U]: each user's first "valid" or "test" event, where the data defines splits
     request.<field>.npy           [R] requests: see Requests in requests.py
     candidate.<feature>.npy       [C] item codes, actions, or codes of an event feature, request after request
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
 
-U users and I items are ordered by raw id. E events are in time order within a user, with ties in the order of the raw
-file. Numbers have float32 in place of codes, NaN where one is missing: item.<feature>.npy has [I * width] of them.
+U users and I items are ordered by raw id. E events are in time order within a user; ties keep the raw file's order.
+Numbers are float32 instead of codes, NaN where missing: item.<feature>.npy holds [I * width] of them.
 layout.py declares these files, writer.py writes them, meta.py maps and checks them.
 """
 
@@ -50,14 +50,11 @@ from hstu.data.store.requests import Requests, request_problems
 
 _CHUNK = 1 << 22
 _HASHED_ON_OPENING = 8 << 20
-"""Bytes whose checksums are verified at every opening, smallest files first; takes a few milliseconds."""
+"""Bytes whose checksums are verified at every opening, smallest files first. This takes a few milliseconds."""
 
 
 class SequenceStore:
-    """A preprocessed dataset, read-only and memory mapped. It pickles as its path and reopens where it is unpickled.
-
-    Arrays are read-only NumPy views of the maps, so nothing is read before it is indexed.
-    """
+    """A read-only, memory-mapped dataset: only what is indexed is read from disk. It pickles as its path."""
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path = path
@@ -77,12 +74,12 @@ class SequenceStore:
         self.event_number_features: tuple[str, ...] = self._named("event_number")
         known = TIME_FEATURES if self.timestamp_feature else {}
         self.time_features = {name: meta for name, meta in known.items() if name not in self.features}
-        """What events have beside the stored features: what follows from their times."""
+        """Event features that are computed from times."""
         self.num_requests: int = meta.get("num_requests", 0)
         self.num_candidates: int = meta.get("num_candidates", 0)
         """Candidates of all requests."""
         self.split: str | None = meta.get("split")
-        """The column of the raw data that says to which split an event belongs. None: options of a run say it."""
+        """Column of the raw data that assigns events to splits. None: the options of a run define the splits."""
         self.command: str | None = meta["command"]
         self._files = StoreFiles(path, meta)
 
@@ -90,9 +87,9 @@ class SequenceStore:
     def open(cls, path: str | Path) -> SequenceStore:
         """Opens and checks a store in time independent of its size.
 
-        Checks version and checksum of the description; presence, size, dtype and length of every array; the ends and a
-        sample of the offsets; and the checksums of the smallest files up to 8 MiB, which is all of a small store.
-        verify_contents checks the rest. Raises DataError, which names the damage and the command that makes the store.
+        Checks the version and checksum of the description, the presence, size, dtype and length of every array, a
+        sample of the offsets, and the checksums of the smallest files up to 8 MiB. verify_contents checks the rest.
+        Raises DataError with the damage and the command that makes the store.
         """
         path = Path(path).absolute()
         try:
@@ -116,11 +113,11 @@ class SequenceStore:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """File → the SHA-256 that its description states."""
+        """File → its SHA-256 in the description."""
         return self._files.checksums
 
     def feature(self, name: str) -> FeatureMeta:
-        """A feature, stored or of its time. Raises DataError where there is none of this name."""
+        """A stored feature or a time feature. Raises DataError for an unknown name."""
         known = self.features | self.time_features
         if name not in known:
             raise DataError(f"{self.path} has no feature {name!r}; it has: {', '.join(known)}")
@@ -131,9 +128,9 @@ class SequenceStore:
         return self._files[OFFSETS_FILE]
 
     def sequence(self, feature: str) -> np.ndarray:
-        """[E] values of the item, the action or an event feature, or of the timestamp.
+        """[E] values of the item, the action, the timestamp or an event feature.
 
-        Codes are int32, time features int64, times int64 in seconds, and numbers float32, NaN where one is missing.
+        Codes are int32, time features int64, times int64 seconds, and numbers float32, NaN where missing.
         """
         if feature in self.time_features:
             return self.time_codes(feature, np.arange(self.num_events))
@@ -151,15 +148,15 @@ class SequenceStore:
         return self._files[self.feature(feature).file]
 
     def item_values(self, feature: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """(codes, offsets) of an item feature: int32 [I] and None, or int32 [n] and int64 [I + 1] where it is a list.
+        """(codes, offsets) of an item feature: int32 [I] and None, or for lists int32 [n] and int64 [I + 1].
 
-        The list of item i, which has one or more codes, is codes[offsets[i] : offsets[i + 1]].
+        Item i has the list codes[offsets[i] : offsets[i + 1]], of at least one code.
         """
         meta = self.feature(feature)
         return self._files[meta.file], self._files[list_offsets_file(feature)] if meta.is_list else None
 
     def item_numbers(self, feature: str) -> np.ndarray:
-        """float32 [I, width]: the number or the vector of each item, NaN where it is missing."""
+        """float32 [I, width]: the number or vector of each item, NaN where missing."""
         meta = self.feature(feature)
         return self._files[meta.file].reshape(-1, meta.width)
 
@@ -170,30 +167,30 @@ class SequenceStore:
         return Requests(**{field: self._files[file] for field, file in REQUEST_FILES.items()})
 
     def candidates(self, feature: str) -> np.ndarray:
-        """[C] values of the item, the action or an event feature, request after request; in the dtypes of events."""
+        """[C] values of the item, the action or an event feature, request after request, in the dtypes of events."""
         return self._files[self.feature(feature).candidate_file]
 
     def candidate_times(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of candidates, the times of their requests and of the last events before these; int64 [n] each."""
+        """Times of the candidates' requests, and of the last events before these requests; int64 [n] each."""
         requests, times = self.requests(), self.sequence(str(self.timestamp_feature))
         rows = requests.rows_of(candidates)
         return requests.times[rows], times[requests.history_ends[rows] - 1]
 
     def columns(self, feature: str) -> list[np.ndarray]:
-        """The values of an item, action or event feature: those of all events and, with requests, of all candidates."""
+        """Values of an item, action or event feature: of all events and, with requests, of all candidates."""
         return [self.sequence(feature), *([self.candidates(feature)] if self.num_requests else [])]
 
     def least_value(self, feature: str) -> int:
-        """The smallest value that events and candidates have of an item, action or event feature; reads all."""
+        """The smallest value of an item, action or event feature over all events and candidates; reads all of them."""
         return min(int(values.min()) for values in self.columns(feature))
 
     def held_out(self, split: HeldOut) -> tuple[np.ndarray, np.ndarray]:
-        """(begin, end), int64 [U] each: the events of a split that the data itself gives."""
+        """(begin, end), int64 [U] each: the events of a split that the data defines."""
         begin = self._files[split_file(split)]
         return begin, self._files[split_file("test")] if split == "valid" else self.offsets()[1:]
 
     def events_by_split(self) -> dict[str, int]:
-        """Split → its events, where the data has a split of its own; else empty."""
+        """Split → number of its events, where the data defines splits; else empty."""
         if self.split is None:
             return {}
         (valid, valid_end), (test, test_end) = self.held_out("valid"), self.held_out("test")
@@ -201,7 +198,7 @@ class SequenceStore:
         return {split: int((end - begin).sum()) for split, (begin, end) in bounds.items()}
 
     def cardinality(self, feature: str) -> int:
-        """Number of codes: values of the feature lie in [0, cardinality). For user_id the number of users."""
+        """Number of codes, which lie in [0, cardinality). For user_id, the number of users."""
         if feature == USER_FEATURE:
             return self.num_users
         meta = self.feature(feature)
@@ -210,7 +207,7 @@ class SequenceStore:
         return meta.cardinality
 
     def raw_ids(self, feature: str) -> np.ndarray:
-        """Code → raw id, [cardinality], int64 or str objects; for user_id and every feature with a vocabulary."""
+        """Code → raw id, [cardinality], int64 or str objects; for user_id and features with a vocabulary."""
         arrays = self.raw_id_arrays(feature)
         return arrays[0] if len(arrays) == 1 else self._decoded(vocabulary_stem(feature))
 
@@ -223,12 +220,12 @@ class SequenceStore:
         return tuple(self._files[file] for file in files)
 
     def model_ids(self, feature: str, codes: np.ndarray) -> np.ndarray:
-        """What models get for codes, int64 [n]: the codes, or the raw ids if the store keeps those of the feature."""
+        """Model ids of codes, int64 [n]: the codes, or the raw ids if the feature keeps them."""
         is_raw = feature in self.features and self.features[feature].raw
         return self.raw_ids(feature)[codes] if is_raw else codes.astype(np.int64, copy=False)
 
     def encode(self, feature: str, raw: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """Raw ids → codes, int64 of the same length. Unknown raw ids are a DataError."""
+        """Raw ids → codes, int64 of the same length. Raises DataError for unknown raw ids."""
         known = self.raw_ids(feature)
         wanted = np.array([str(value) for value in raw], dtype=object) if known.dtype == object else np.asarray(raw)
         if known.dtype != object and not (wanted.dtype == np.int64 or len(wanted) == 0):
@@ -252,17 +249,17 @@ class SequenceStore:
             raise self._files.damaged(utf8, str(error)) from error
 
     def verify_contents(self) -> None:
-        """Checks the checksum and the values of every array. Raises DataError, which names the damaged file."""
+        """Checks the checksum and the values of every array. Raises a DataError that names the damaged file."""
         self._files.check_sums(up_to=None)
         self.verify_values()
 
     def verify_values(self) -> None:
-        """Checks offsets and ranges of codes, and that times and splits ascend within users. Raises DataError."""
+        """Checks offsets, ranges of codes, and the order of times and splits within users. Raises DataError."""
         for file, problem in self._value_problems():
             raise self._files.damaged(file, problem)
 
     def _value_problems(self) -> Iterator[tuple[str, str]]:
-        """(file, what is wrong with it)"""
+        """Yields (file, problem)."""
         offsets = self.offsets()
         if (np.diff(offsets) < 1).any():
             yield OFFSETS_FILE, "a user has no events, or offsets are not ascending"
@@ -300,7 +297,7 @@ class SequenceStore:
                 self._files.check_ends(list_offsets_file(name), len(self._files[self.features[name].file]))
 
     def remedy(self) -> str:
-        """How to make the store again, in words: the command that made it, with --force."""
+        """The command that made the store, with --force."""
         return remedy(self.path, {"command": self.command})
 
 
@@ -313,5 +310,5 @@ def decode_strings(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:
 
 
 def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """(start, chunk). Chunks overlap by one value, so that every pair of neighbours can be compared."""
+    """Yields (start, chunk). Chunks overlap by one value, so that every pair of neighbours can be compared."""
     return ((start, values[start : start + _CHUNK + 1]) for start in range(0, len(values), _CHUNK))

@@ -1,4 +1,4 @@
-"""Writes a sequence store (see sequence_store.py) so that it exists whole or not at all, and resumes after a kill."""
+"""Writes a sequence store (see sequence_store.py) atomically, and resumes after a kill."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from hstu.data.store.sequence_store import SequenceStore
 
 
 class StoreWriter:
-    """Context manager that fills ``.<name>.partial`` beside the target, verifies it and renames it into place.
+    """Context manager that fills ``.<name>.partial`` beside the target, verifies it and renames it to the target.
 
-    Leaving the block normally commits; an error removes everything. A killed writer leaves only the partial directory.
-    The next writer of the same target continues from it if it has the same ``resume_key``, and clears it otherwise.
-    Ctrl-C counts as a kill. Two writers of one target exclude each other. Nothing but a store is ever replaced.
+    Leaving the block commits; an error removes everything. A kill or Ctrl-C leaves the partial directory. The next
+    writer of the target continues from it if it has the same ``resume_key``, and clears it otherwise.
+    Two writers of one target exclude each other. A writer only ever replaces a store.
 
         with StoreWriter(path, name="toy", command=None) as writer:
             writer.write_offsets(np.array([0, 2, 5]))
@@ -64,12 +64,12 @@ class StoreWriter:
     ) -> None:
         """
         Args:
-            command: makes this store; errors show it wherever the store is damaged.
-            overwrite: replace an existing store, damaged or not, whose description is good.
-            resume_key: identifies everything that the content depends on. ``journal`` then lists the finished stages,
-                and ``scratch`` holds their files. None: never continue from a killed writer.
+            command: the command that makes this store; errors about a damaged store show it.
+            overwrite: replace an existing store, even a damaged one, if its description is valid.
+            resume_key: identifies everything that determines the content. ``journal`` lists the finished stages, and
+                ``scratch`` holds their files. None: never continue from a killed writer.
         """
-        self.target = Path(target).resolve()  # a link stays, and what it leads to is replaced
+        self.target = Path(target).resolve()  # a symbolic link stays; the directory behind it is replaced
         self.statistics: Mapping[str, Any] = {}
         self.sources: Mapping[str, str] = {}
         self._name = name
@@ -78,7 +78,7 @@ class StoreWriter:
         self.partial = self.target.parent / f".{self.target.name}.partial"
         self._features: dict[str, FeatureMeta] = {}
         self._details: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-        """Feature → fields of its FeatureMeta that other calls than create_sequence give."""
+        """Feature → fields of its FeatureMeta that calls other than create_sequence set."""
         self._arrays: dict[str, tuple[str, int]] = {}
         self._num_users = self._num_requests = self._num_candidates = 0
         self._split: str | None = None
@@ -87,7 +87,7 @@ class StoreWriter:
 
     @property
     def scratch(self) -> Path:
-        """Directory for working files on the target's disk; removed at the end of the block."""
+        """Directory for working files on the target's disk; removed when the block ends."""
         return self.partial / "scratch"
 
     def __enter__(self) -> StoreWriter:
@@ -96,7 +96,7 @@ class StoreWriter:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(self._lock).st_ino != self.partial.stat().st_ino:
-                raise BlockingIOError  # another writer has just put the directory in place
+                raise BlockingIOError  # another writer has just renamed the directory
             self.journal = Journal(self.scratch / "journal.json", self._resume_key)
             if not self.journal.resume():
                 for path in self.partial.iterdir():
@@ -126,42 +126,38 @@ class StoreWriter:
             os.close(self._lock)
 
     def write_offsets(self, offsets: np.ndarray) -> None:
-        """Stores int64 [U + 1], from 0 to the number of events, strictly ascending."""
+        """Stores int64 [U + 1] offsets, strictly ascending from 0 to the number of events."""
         self._num_users = len(offsets) - 1
         self._create(OFFSETS_FILE, np.dtype(np.int64), len(offsets))[:] = offsets
 
     def create_sequence(self, feature: str, role: Role, *, cardinality: int | None, length: int) -> np.memmap:
-        """A flat [length] array to be filled: item, action and event int32; timestamp int64 and event_number float32,
-        both of cardinality None.
+        """A flat [length] array to fill. An array that a killed writer left keeps its content.
 
-        An array that a killed writer has left keeps its content.
+        Items, actions and events are int32. Timestamps (int64) and event numbers (float32) have cardinality None.
         """
         self._features[feature] = FeatureMeta(feature, role, DTYPES[role], cardinality, has_vocab=False)
         return self._create(self._features[feature].file, np.dtype(DTYPES[role]), length)
 
     def written(self, feature: str, role: Role) -> np.ndarray:
-        """What an array that create_sequence has made is filled with, read-only."""
+        """The content of an array that create_sequence made, read-only."""
         return np.asarray(open_memmap(self.partial / feature_file(role, feature), mode="r"))
 
     def write_context(self, feature: str, codes: np.ndarray, *, cardinality: int) -> None:
-        """Stores the [U] codes of a contextual feature as int32. Features keep the order of these calls."""
+        """Stores the int32 [U] codes of a contextual feature. Features keep the order of these calls."""
         self.create_sequence(feature, "context", cardinality=cardinality, length=len(codes))[:] = codes
 
     def create_list_offsets(self, feature: str, *, items: int) -> np.memmap:
-        """int64 [items + 1] to be filled: item i has the values [offsets[i], offsets[i + 1]), one at least."""
+        """int64 [items + 1] to fill: item i has the values [offsets[i], offsets[i + 1]), at least one."""
         self._details[feature]["is_list"] = True
         return self._create(list_offsets_file(feature), np.dtype(np.int64), items + 1)
 
     def create_item_numbers(self, feature: str, *, width: int, items: int) -> np.memmap:
-        """A flat [items * width] float32 array to be filled with the numbers of one item after another; NaN: missing.
-
-        The numbers of an item are all missing or all there.
-        """
+        """A flat float32 [items * width] array to fill, item after item. A missing item has only NaN."""
         self._details[feature]["width"] = width
         return self.create_sequence(feature, "item_number", cardinality=None, length=items * width)
 
     def write_vocabulary(self, feature: str, raw_ids: np.ndarray | Iterable[str]) -> None:
-        """Stores code → raw id, ascending: an int64 array, or strings. That of the users is called "user_id"."""
+        """Stores code → raw id, ascending: an int64 array or strings. The users' vocabulary is called "user_id"."""
         self._details[feature]["has_vocab"] = True
         if isinstance(raw_ids, np.ndarray) and raw_ids.dtype != object:
             self._create(f"{vocabulary_stem(feature)}.npy", np.dtype(np.int64), len(raw_ids))[:] = raw_ids
@@ -169,21 +165,18 @@ class StoreWriter:
             self._write_strings(vocabulary_stem(feature), raw_ids)
 
     def write_text_vocabulary(self, feature: str, offsets: np.ndarray, utf8: np.ndarray) -> None:
-        """The same for encoded strings: value i is the bytes [offsets[i], offsets[i + 1])."""
+        """Stores a vocabulary of encoded strings: value i is the bytes [offsets[i], offsets[i + 1])."""
         self._details[feature]["has_vocab"] = True
         self._write_utf8(vocabulary_stem(feature), offsets, utf8)
 
     def write_split(self, column: str, valid: np.ndarray, test: np.ndarray) -> None:
-        """Stores the split that a column of the raw data gives. ``valid``, ``test``: first event of each, int64 [U].
-
-        A user without events of a split has the first event after it.
-        """
+        """Stores the splits of a raw column. ``valid``, ``test``: int64 [U], each user's first event in or after it."""
         self._split = column
         for file, begins in ((split_file("valid"), valid), (split_file("test"), test)):
             self._create(file, np.dtype(np.int64), len(begins))[:] = begins
 
     def create_requests(self, requests: int, candidates: int) -> dict[str, np.memmap]:
-        """Arrays to be filled: those of Requests by their names."""
+        """Arrays to fill, by field of Requests."""
         self._num_requests, self._num_candidates = requests, candidates
         return {
             field: self._create(file, np.dtype(np.int64), requests + (field == "offsets"))
@@ -191,12 +184,12 @@ class StoreWriter:
         }
 
     def create_candidates(self, feature: str) -> np.memmap:
-        """A flat [C] array to be filled with what candidates have of an item, action or event feature."""
+        """A flat [C] array to fill with the candidates' values of an item, action or event feature."""
         meta = self._features[feature]
         return self._create(meta.candidate_file, np.dtype(meta.dtype), self._num_candidates)
 
     def keep_raw_ids(self, feature: str) -> None:
-        """Lets models get the raw ids of a feature, which must be int64, in place of its codes."""
+        """Gives models the raw ids of a feature, which must be int64, instead of its codes."""
         self._details[feature]["raw"] = True
 
     def write_titles(self, titles: Iterable[str]) -> None:
@@ -211,7 +204,7 @@ class StoreWriter:
         size = len(array_header(dtype.str, length)) + length * dtype.itemsize
         if not (path.is_file() and path.stat().st_size == size):
             open_memmap(path, mode="w+", dtype=dtype, shape=(length,))
-        # Without allocated blocks, writing to a mapped page ends the process with SIGBUS where the disk is full.
+        # Allocate all blocks first: on a full disk, writing to a mapped page would end the process with SIGBUS.
         with path.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, size)
         return open_memmap(path, mode="r+")
@@ -228,7 +221,7 @@ class StoreWriter:
             np.save(self.partial / file, array)
 
     def _remove_partial(self) -> None:
-        with suppress(OSError):  # a full or read-only disk has its own message
+        with suppress(OSError):  # the error that led here is worth more than that of a full or read-only disk
             remove(self.partial)
 
     def _commit(self) -> None:
@@ -284,17 +277,17 @@ class StoreWriter:
 
 
 def discarded_beside(target: Path) -> Path:
-    """Where the earlier store is while a new one replaces it."""
+    """Path of the old store while a new one replaces it."""
     return target.parent / f".{target.name}.discarded"
 
 
 def is_taken(target: Path) -> bool:
-    """Whether something is there other than an empty directory."""
+    """Whether ``target`` exists and is not an empty directory."""
     return target.exists() and not (target.is_dir() and not any(target.iterdir()))
 
 
 def check_replaceable(target: Path) -> None:
-    """Raises DataError where replacing ``target`` would lose something other than a store, which may be damaged."""
+    """Raises DataError if replacing ``target`` would delete anything but a store, which may be damaged."""
     if not is_taken(target):
         return
     if not target.is_dir():

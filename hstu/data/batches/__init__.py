@@ -1,4 +1,4 @@
-"""From a plan to a batch: collate.py and loader.py build HSTUBatch (batch.py) of what a reader gives.
+"""From a plan to a batch: collate.py and loader.py build an HSTUBatch (batch.py) from the rows of a reader.
 
-train_batch.py is what a training step computes on; synthetic.py makes random batches for benchmarks.
+train_batch.py holds the batches of a training step; synthetic.py generates random batches for benchmarks.
 """

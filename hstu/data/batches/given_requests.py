@@ -1,4 +1,4 @@
-"""Requests that are given instead of read: which candidates a model scores for which users."""
+"""Requests of a caller instead of the data: which candidates a model scores for which users."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from hstu.data.store.sequence_store import SequenceStore
 
 
 class GivenRequests(SequenceStore):
-    """A store with one request per user, after the user's whole history, in place of its own requests.
+    """A store with one request per user, after the user's whole history, instead of the requests of ``store``.
 
     Args:
-        store: the data.
         users: rows of the users, int64 [U].
-        counts: candidates of each, int64 [U], at least 1.
-        values: feature → stored values of all candidates, user after user, [C]. Others have 0.
-        at: when the users ask, in seconds since 1970. None: at the newest event of each.
+        counts: candidates per user, int64 [U], at least 1.
+        values: feature → stored values of all candidates, user after user, [C]. Other features are 0.
+        at: time of the requests, in seconds since 1970. None: the time of each user's newest event.
 
-    Raises DataError for an event of one of the users after ``at``.
+    Raises DataError if one of the users has an event after ``at``.
     """
 
     def __init__(
@@ -66,8 +65,8 @@ class GivenRequests(SequenceStore):
     def samples(self, args: DatasetArgs) -> SampleTable:
         """The requests, each cut into samples of at most half of ``max_sequence_length`` candidates.
 
-        The history is as long as beside the candidates in training, or one event shorter than the longest sequence if
-        training has no candidates. Candidates that do not see each other have the same scores in any sample.
+        The history is as long as in training with candidates or, if training has no candidates, one event shorter than
+        the longest sequence. Where candidates do not see each other, the cut leaves their scores unchanged.
         """
         sizes, length, most = self._requests.sizes, args.max_sequence_length, args.max_num_candidates
         half = max(1, length // 2)
@@ -84,7 +83,7 @@ class GivenRequests(SequenceStore):
 
 @dataclass(frozen=True)
 class NoLabels(LabelColumn):
-    """A label that is not known of any candidate."""
+    """A label that no candidate has."""
 
     def read(self, codes: np.ndarray) -> np.ndarray:
         """NaN, float32 [n]."""

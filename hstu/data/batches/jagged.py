@@ -20,7 +20,7 @@ def run_offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def run_indices(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each element the number of its run, and its index within the run; both int64 [Σ lengths]."""
+    """(index of its run, index within the run) of each element; both int64 [Σ lengths]."""
     run = np.repeat(np.arange(len(lengths)), lengths)
     return run, np.arange(len(run)) - np.repeat(run_starts(lengths), lengths)
 
@@ -33,10 +33,10 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def sequence_tokens(
     item_lengths: np.ndarray, num_contextuals: int, tokens_per_item: int, has_context: np.ndarray | None = None
 ) -> np.ndarray:
-    """Tokens of each sequence, int64 [B]: one per contextual feature, and ``tokens_per_item`` per item.
+    """Tokens per sequence, int64 [B]: one per contextual feature, and ``tokens_per_item`` (see NetworkArgs) per item.
 
     item_lengths: integers [B], candidates included. has_context: bool [B], the sequences with context tokens; None
-    means those with items. tokens_per_item: see NetworkArgs.tokens_per_item.
+    means the sequences with items.
     """
     items = np.asarray(item_lengths, dtype=np.int64)
     return items * tokens_per_item + num_contextuals * (items > 0 if has_context is None else has_context)

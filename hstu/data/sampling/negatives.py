@@ -1,8 +1,7 @@
-"""Negatives of the retrieval loss: draws from the corpus, and hard ones, which a user was shown and did not take.
+"""Negatives of the retrieval loss: draws from the corpus, and hard negatives, which a user was shown and did not take.
 
-Draws are made on the host from counters, so a sample's draws depend on neither rank, world size nor worker. Items are
-drawn uniformly or by how often the training samples have them; ``expected_log_counts`` says how often an item is then
-among the negatives, by which the logQ correction divides.
+The host draws from counters, so a sample's draws are independent of rank, world size and worker. Draws are uniform or
+follow the items' counts in the training samples. ``expected_log_counts`` serves the logQ correction of the loss.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ class Negatives:
 
     kind: Literal["in_batch", "uniform", "popularity", "mixed", "full"]
     num: int = 0
-    """Draws per position, 0 for the whole pool."""
+    """Draws per position; 0 means the whole pool."""
     shared: bool = False
     """One set of draws for all positions of a global batch."""
     exponent: float = 0.0
-    """Draws from the corpus are proportional to an item's count to this power; 0: uniform."""
+    """Corpus draws are proportional to an item's count to this power; 0 means uniform."""
     logq: bool = False
-    """Correct the logits for how often an item is expected among the negatives."""
+    """Correct the logits for the expected count of an item among the negatives."""
     hard: int = 0
-    """How many of the draws of a position hard negatives replace at most."""
+    """Largest number of a position's draws that hard negatives replace."""
 
     @classmethod
     def of(cls, args: RetrievalArgs) -> Negatives:
-        """From the options."""
+        """Reads the options."""
         exponent = _WORD2VEC_EXPONENT if args.negatives == "popularity" else 0.0
         shared = args.shared_negatives or args.negatives == "mixed"
         num, kind = max(args.num_negatives, 0), args.negatives
@@ -51,12 +50,12 @@ class Negatives:
 
     @property
     def has_batch_pool(self) -> bool:
-        """Whether the items of the batch are negatives."""
+        """Whether items of the batch are negatives."""
         return self.kind in ("in_batch", "mixed")
 
 
 class ItemDistribution:
-    """Draws item codes in [0, size): uniformly or, with ``weights`` [size], in proportion to those.
+    """Draws item codes in [0, size), uniformly or in proportion to ``weights`` [size].
 
     Weighted draws use an alias table: each code has a column, which it shares with one other code.
     Sources: A. Walker, ACM Transactions on Mathematical Software 3(3), 1977; built by prefix sums as in L. Hübschle-
@@ -69,11 +68,11 @@ class ItemDistribution:
         self._columns = None if weights is None else _alias_table(self.probabilities() * size)
 
     def probabilities(self) -> np.ndarray:
-        """float64 [size]"""
+        """float64 [size]."""
         return np.full(self.size, 1 / self.size) if self._weights is None else self._weights / self._weights.sum()
 
     def items(self, bits: np.ndarray) -> np.ndarray:
-        """The codes, int64, that random uint32 ``bits`` draw. Each probability is exact to 2^-31."""
+        """int64 codes for random uint32 ``bits``. Each probability is exact to 2^-31."""
         if self._columns is None:
             return random_below(self.size, bits)
         kept, other = self._columns
@@ -86,10 +85,10 @@ class ItemDistribution:
 
 
 def _alias_table(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(share of each column that is its own code's, uint32 in units of 2^-32; the code of the rest, int32).
+    """(each code's share of its own column, uint32 in units of 2^-32; the code that fills the rest, int32).
 
-    ``scaled``: float64 [size], probabilities times size. Heavy codes (1 or more) fill the columns of light ones in
-    order. One that has given away more than its excess over 1 has the rest of its own column filled by the next.
+    ``scaled``: float64 [size], probabilities times size. Heavy codes (>= 1) fill the columns of light codes in order.
+    Where a heavy code gives away more than its excess over 1, the next heavy code fills the rest of its column.
     """
     own, other = np.ones(len(scaled)), np.arange(len(scaled), dtype=np.int32)
     light, heavy = np.flatnonzero(scaled < 1), np.flatnonzero(scaled >= 1)
@@ -98,7 +97,7 @@ def _alias_table(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         given = np.concatenate([[0.0], missing[:-1]])  # before each light code
         own[light] = scaled[light]
         other[light] = heavy[np.searchsorted(excess, given).clip(max=len(heavy) - 1)]
-        ends = np.searchsorted(missing, excess[:-1], side="right")  # the light code that takes more than the excess
+        ends = np.searchsorted(missing, excess[:-1], side="right")  # the light code that exhausts the excess
         emptied = np.flatnonzero(ends < len(light))
         own[heavy[emptied]] = 1 + excess[emptied] - missing[ends[emptied]]
         other[heavy[emptied]] = heavy[emptied + 1]
@@ -108,9 +107,9 @@ def _alias_table(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def count_items(
     store: SequenceStore, feature: str, samples: SampleTable, *, random_windows: bool = False
 ) -> np.ndarray:
-    """How often each item occurs in ``samples``, [cardinality], float64.
+    """How often each item occurs in ``samples``, float64 [cardinality].
 
-    ``random_windows``: how often it is expected in an epoch, if each event of a history is in as many of its windows.
+    With ``random_windows``, the expected count per epoch, as if all events of a history were in equally many windows.
     """
     lengths = samples.stop - samples.start
     counted = samples.stop - samples.history_begin if random_windows else lengths
@@ -119,7 +118,7 @@ def count_items(
     blocks = np.searchsorted(run_offsets(counted), np.arange(_EVENTS_PER_BLOCK, counted.sum(), _EVENTS_PER_BLOCK))
     for rows in np.split(np.arange(len(samples)), blocks):
         found = codes[ranges(samples.stop[rows] - counted[rows], counted[rows])].astype(np.int64)
-        known = (found >= 0) & (found < size)  # reading a batch reports others
+        known = (found >= 0) & (found < size)  # reading a batch raises for other codes
         weights = np.repeat(lengths[rows] / counted[rows], counted[rows])
         counts += np.bincount(found[known], weights[known], minlength=size)
     return counts
@@ -128,15 +127,16 @@ def count_items(
 def expected_log_counts(
     negatives: Negatives, draws: ItemDistribution, counts: np.ndarray, batches_per_epoch: int
 ) -> np.ndarray:
-    """log of how often an item is expected among the negatives of a position, float32 [size]; 0 if never.
+    """log of an item's expected count among the negatives of a position, float32 [size]; 0 if it never occurs.
 
-    ``num`` draws from the corpus have an item ``num`` times its probability. Of the global batches of an epoch, one has
-    an item that the training samples have c times, with probability 1 − (1 − 1 / batches)^c: as if each occurrence fell
-    into any batch. Draws from the items of a batch must still be divided by their number. ``counts``: of count_items.
+    ``num`` corpus draws have an item ``num`` times its probability. A global batch has an item with c training
+    occurrences with probability 1 − (1 − 1 / batches)^c, as if each occurrence fell into a random batch. Draws from the
+    items of a batch must still be divided by their number. ``counts``: the result of count_items.
     """
     expected = np.zeros(draws.size)
     if negatives.has_batch_pool:
-        expected += 1 - (1 - 1 / batches_per_epoch) ** np.where(counts > 0, counts, 1)  # an item of a batch occurs
+        # An item of a batch occurs at least once.
+        expected += 1 - (1 - 1 / batches_per_epoch) ** np.where(counts > 0, counts, 1)
     if negatives.kind == "in_batch":
         expected *= max(negatives.num, 1)
     else:
@@ -146,14 +146,14 @@ def expected_log_counts(
 
 @dataclass(frozen=True)
 class LabelKeys:
-    """Addresses of M labelled items in the random stream, independent of their batch."""
+    """Keys of M labelled items in the random stream, independent of their batch."""
 
     seed: int
     epoch: int
     ordinals: np.ndarray
-    """int64 [M]: indices of their samples in the order of the epoch."""
+    """int64 [M]: indices of the items' samples in the order of the epoch."""
     places: np.ndarray
-    """int64 [M]: 0, 1, … within the sample."""
+    """int64 [M]: indices 0, 1, … within the sample."""
     global_start: int
     """First ordinal of the global batch."""
 
@@ -164,7 +164,7 @@ def draw_31_bits(keys: LabelKeys, num: int) -> np.ndarray:
 
 
 def draw_shared(keys: LabelKeys, num: int, corpus: ItemDistribution) -> np.ndarray:
-    """Item codes for a whole global batch, int64 [num], equal on all its ranks; repeats are kept."""
+    """Item codes for a global batch, int64 [num], equal on all its ranks and possibly repeated."""
     bits = random_bits(keys.seed, keys.epoch, keys.global_start, np.arange(num))
     return corpus.items((bits >> np.uint64(32)).astype(np.uint32))
 
@@ -172,12 +172,12 @@ def draw_shared(keys: LabelKeys, num: int, corpus: ItemDistribution) -> np.ndarr
 def draw_each(
     keys: LabelKeys, num: int, corpus: ItemDistribution, hard: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(candidate item codes int64 [S], indices into them int32 [M, num]): independent draws for each label.
+    """(distinct item codes int64 [S], indices into them int32 [M, num]): independent draws for each label.
 
-    hard: codes, int64 [M, up to num], that replace the first draws of a label; -1: the draw stays.
+    hard: int64 [M, up to num] codes that replace the first draws of a label; -1 keeps the draw.
 
-    The candidates are exactly the distinct items drawn. An optimizer moves every row that is looked up, so any further
-    row would make the tables depend on the number of ranks.
+    Only drawn items are returned. An optimizer moves every row that is looked up, so further rows would make the tables
+    depend on the number of ranks.
     """
     codes = corpus.items(_draw_32_bits(keys, num))
     if hard is not None:
@@ -203,13 +203,12 @@ def _draw_32_bits(keys: LabelKeys, num: int) -> np.ndarray:
 def shown_not_taken(store: SequenceStore, events: np.ndarray, stops: np.ndarray, num: int) -> np.ndarray:
     """Items of the user's last request before each event that the user did not take: codes, int64 [n, num].
 
-    They are the first ones in the order in which they were shown; -1 fills the rest. An item is taken if the user has
-    an event of it before the next request. A user's newest request has no next one yet, and gives none: whether an item
-    of it is taken may be what is held out.
+    The first ``num`` in the order shown; -1 fills the rest. The user takes an item by an event of it before the next
+    request. A user's newest request gives no negatives, because the events that follow it may be held out.
 
     Args:
-        events: int64 [n], places in the store's events.
-        stops: int64 [n], the end of the events of each event's sample. Later ones are not read.
+        events: int64 [n], indices into the store's events.
+        stops: int64 [n], the end of the events of each event's sample. Later events are not read.
     """
     found = np.full((len(events), num), -1, dtype=np.int64)
     requests, offsets = store.requests(), store.offsets()

@@ -1,12 +1,12 @@
-"""Which samples form which batch: one order per epoch, a cursor into it, and the partition of a batch over the ranks.
+"""Which samples form which batch: the order of an epoch, the position in it, and the division of a batch over ranks.
 
 The order of an epoch is one permutation of all samples, a function of (seed, epoch) only. A *global batch* is the next
 run of it: ``batch_size * world_size`` samples or, under a token budget, as many as fit on the ranks. Each rank takes a
 contiguous slice of the run, or the samples that balancing assigns to it. The number of consumed samples is therefore
 the whole state, and a run can resume at any world size.
 
-Partitions are planned on the host, from lengths that are known without reading a sample. Every rank computes the whole
-plan, so nothing is communicated. A partition decides *which rank* trains on a sample, never which samples share a step.
+Every rank plans the whole batch on the host from known lengths, so nothing is communicated. The division decides which
+rank trains on a sample, never which samples share a step.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ from hstu.data.batches.jagged import run_offsets
 
 @dataclass(frozen=True)
 class SamplerPosition:
-    """Progress of a run: ``consumed`` samples of epoch ``epoch``, counted over all ranks."""
+    """Progress of a run: ``consumed`` samples of ``epoch``, counted over all ranks."""
 
     epoch: int = 0
     consumed: int = 0
 
 
 START = SamplerPosition()
-"""Where a fresh run begins."""
+"""Position of a fresh run."""
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The samples that one rank takes from a global batch."""
+    """The samples of one rank in a global batch."""
 
     indices: np.ndarray
     """int64 [<= batch_size]: rows of the sample table."""
     ordinals: np.ndarray
-    """int64, same length: the samples' indices in the order of the epoch, ascending."""
+    """int64, same length: indices of the samples in the order of the epoch, ascending."""
     epoch: int
     global_start: int
     """First ordinal of the global batch, equal on all ranks."""
     position: SamplerPosition
-    """Where the run stands once the batch has been trained on."""
+    """Position of the run after training on the batch."""
 
     @classmethod
     def of(cls, samples: np.ndarray) -> BatchPlan:
-        """A batch of these rows of the sample table that belongs to no epoch."""
+        """A batch of these rows of the sample table, outside of any epoch."""
         return cls(samples, samples, epoch=0, global_start=0, position=START)
 
 
 @dataclass(frozen=True)
 class Loads:
-    """What training on each of S samples costs; in the order of the sample table."""
+    """Cost of training on each of S samples, in the order of the sample table."""
 
     tokens: np.ndarray
     """int64 [S], at least 1."""
     costs: np.ndarray
-    """float64 [S], above 0, in any unit. The cost of a rank is the sum over its samples."""
+    """float64 [S], above 0, in any unit. A rank's cost is the sum over its samples."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class BatchPartition:
     balance: bool = False
     """Equalise the costs of the ranks."""
     tokens_per_rank: int | None = None
-    """A batch ends before a rank exceeds this many tokens; a longer sample is the only one of its rank. None: batches
-    end by the number of samples."""
+    """Largest number of tokens per rank; a longer sample is the only one of its rank. None: samples are counted."""
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -87,11 +86,10 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> np.nd
 
 @dataclass(eq=False)
 class TrainSampler:
-    """Endless batch plans of one rank, epoch after epoch, starting at ``position``.
+    """Endless batch plans of one rank from ``position`` on. ``partition`` None means contiguous slices of equal counts.
 
-    ``partition`` None means contiguous slices of equal counts. The last global batch of an epoch may be smaller. It is
-    divided so that every rank gets a sample where there are enough; otherwise some ranks get empty plans.
-    Raises DataError without samples, or for a position beyond the epoch.
+    The last global batch of an epoch may be smaller. Every rank then gets a sample where there are enough; otherwise
+    some ranks get empty plans. Raises DataError without samples, or for a position beyond the epoch.
     """
 
     num_samples: int
@@ -118,7 +116,7 @@ class TrainSampler:
 
     @cached_property
     def batches_per_epoch(self) -> int:
-        """Global batches per epoch. With a token budget, those of the first epoch; other epochs differ by a few."""
+        """Global batches per epoch: under a token budget, of the first epoch, from which others differ by a few."""
         if self._token_budget is None:
             return -(-self.num_samples // (self.batch_size * self.world_size))
         order = epoch_order(self.num_samples, self.seed, 0, self.shuffle)
@@ -132,15 +130,12 @@ class TrainSampler:
             yield BatchPlan(order[ordinals], ordinals, epoch, start, SamplerPosition(epoch, stop))
 
     def global_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (rows of the sample table, the rank of each) of the global batches without end; int64 [n] both.
-
-        These are the samples of the plans of all ranks, in the order of the epoch.
-        """
+        """Yields (rows of the sample table, rank of each row) of all global batches without end; int64 [n] both."""
         for _, order, bounds in self._epochs():
             yield order[bounds[0] : bounds[-1]], self._ranks(order, bounds)
 
     def _epochs(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(epoch, its order, bounds of the ranks' slices) of the global batches without end."""
+        """Yields (epoch, its order, bounds of the ranks' slices) of the global batches without end."""
         begin = self.position.consumed
         for epoch in count(self.position.epoch):
             order = epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
@@ -149,7 +144,7 @@ class TrainSampler:
             begin = 0
 
     def _global_batches(self, order: np.ndarray, begin: int) -> Iterator[np.ndarray]:
-        """The global batches from ordinal ``begin`` on, each as the bounds of the ranks' slices, int64 [ranks + 1]."""
+        """Yields the bounds of the ranks' slices, int64 [ranks + 1], of each global batch from ordinal ``begin`` on."""
         tokens_until = np.empty(0)
         if self.partition is not None and self._token_budget is not None:
             tokens_until = run_offsets(self.partition.loads.tokens[order])
@@ -163,7 +158,7 @@ class TrainSampler:
             begin = int(bounds[-1])
 
     def _ranks(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-        """The rank of each sample of a global batch, in the order of the epoch; int64 [n]."""
+        """int64 [n]: the rank of each sample of a global batch, in the order of the epoch."""
         if self.partition is None or not self.partition.balance or self.world_size == 1:
             return np.repeat(np.arange(self.world_size), np.diff(bounds))
         chosen, loads = order[bounds[0] : bounds[-1]], self.partition.loads
@@ -173,7 +168,7 @@ class TrainSampler:
 
 @dataclass(eq=False)
 class EvalSampler:
-    """One pass over all samples in their own order. Every rank yields equally many plans; the last may be empty."""
+    """One pass over all samples in table order. All ranks yield equally many plans, of which the last may be empty."""
 
     num_samples: int
     batch_size: int
@@ -192,7 +187,7 @@ class EvalSampler:
 
 
 def even_bounds(begin: int, count: int, num_ranks: int) -> np.ndarray:
-    """Bounds of the ranks' slices of [begin, begin + count), whose sizes differ by at most one; int64 [ranks + 1]."""
+    """Bounds of the ranks' slices of [begin, begin + count), int64 [ranks + 1]. Sizes differ by at most one."""
     return begin + count * np.arange(num_ranks + 1, dtype=np.int64) // num_ranks
 
 
@@ -202,7 +197,7 @@ def budget_bounds(
     """Bounds of the ranks' slices of the global batch that begins at ordinal ``begin``; int64 [ranks + 1].
 
     ``tokens_until``: int64 [S + 1], tokens of the first 0, 1, … samples of the epoch. Each rank takes the next samples
-    up to ``tokens_per_rank`` tokens and ``max_samples`` samples, but at least one, and leaves one to each later rank.
+    up to ``tokens_per_rank`` tokens and ``max_samples`` samples, but at least one, and leaves one for each later rank.
     """
     num_samples = len(tokens_until) - 1
     bounds = [begin]
@@ -215,11 +210,10 @@ def budget_bounds(
 
 
 def rebalance(counts: np.ndarray, loads: Loads, max_samples: int, tokens_per_rank: int | None) -> np.ndarray:
-    """The rank of each of the n samples of a global batch, int64 [n], such that the ranks' costs are similar.
+    """int64 [n]: the rank of each sample of a global batch, chosen so that the ranks' costs are similar.
 
-    ``counts``: int64 [ranks], the sizes of the contiguous slices that the ranks would take. Without ``tokens_per_rank``
-    every rank keeps its count. With it, a rank takes up to ``max_samples`` samples within its tokens. The contiguous
-    slices are returned where nothing better is found.
+    ``counts``: int64 [ranks], sizes of the contiguous slices. Without ``tokens_per_rank`` every rank keeps its count.
+    With it, a rank takes up to ``max_samples`` samples within its tokens. Falls back to the contiguous slices.
     """
     contiguous = np.repeat(np.arange(len(counts)), counts)
     if tokens_per_rank is None:
@@ -235,12 +229,12 @@ def rebalance(counts: np.ndarray, loads: Loads, max_samples: int, tokens_per_ran
 def balanced_ranks(
     costs: np.ndarray, counts: np.ndarray, tokens: np.ndarray | None = None, tokens_per_rank: int = 0
 ) -> np.ndarray | None:
-    """The rank of each of n samples, int64 [n], such that the largest cost of a rank is small.
+    """int64 [n]: the rank of each sample, chosen so that the largest cost of a rank is small. None: no room is left.
 
     Longest processing time first: samples in descending cost, each to the rank with the lowest cost so far that has
     room (R. L. Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17, 1969; here with limits).
-    ``costs``: float64 [n]. ``counts``: int64 [ranks], the maximal samples of each rank. With ``tokens``, int64 [n], a
-    rank also holds at most ``tokens_per_rank`` tokens. None where the rule finds no room for a sample.
+    ``costs``: float64 [n]. ``counts``: int64 [ranks], largest number of samples per rank. With ``tokens``, int64 [n], a
+    rank also holds at most ``tokens_per_rank`` tokens.
     """
     order = np.argsort(-costs, kind="stable")
     sizes = [0] * len(costs) if tokens is None else tokens[order].tolist()
@@ -267,22 +261,21 @@ def balanced_ranks(
 
 
 _STREAM = 0x5749_4E44
-"""Separates these draws from those of negatives, which have the same seed."""
+"""Separates these draws from the draws of negatives, which use the same seed."""
 
 
 def window_starts(
     begin: np.ndarray, newest: np.ndarray, stop: np.ndarray, seed: int, epoch: int, ordinals: np.ndarray
 ) -> np.ndarray:
-    """First events of the windows of b long histories in an epoch, int64 [b], for DatasetArgs.random_windows.
+    """int64 [b]: first events of the windows of long histories in an epoch, for DatasetArgs.random_windows.
 
-    The window begins at event floor(uniform * T) of the T events of a history, or is the newest window if fewer than
-    its L events follow. With uniform ends instead, the newest event, nearest to what is to be recommended, would be in
-    it once in T - L + 1 epochs. Here it is in it in L / T of the epochs, as are the events in the middle. The draw
-    depends on seed, epoch and place in the epoch alone: equal at any world size, with any number of workers and after a
-    resume.
+    A window of L events begins at event floor(uniform * T) of T events, or is the newest window if fewer than L events
+    follow. So L / T of the epochs see the newest event, as often as events in the middle. A uniform end would show this
+    event, the nearest to what is recommended, once in T - L + 1 epochs. The draw depends only on seed, epoch and
+    ordinal: it is the same at any world size, with any number of workers and after a resume.
 
-    begin, stop: bounds of the histories. newest: first events of their newest windows. ordinals: places in the epoch.
-    All int64 [b].
+    begin, stop: bounds of the histories. newest: first events of their newest windows. ordinals: indices in the order
+    of the epoch. All int64 [b].
     """
     uniform = random_uniform(seed, _STREAM, epoch, ordinals)
     return np.minimum(begin + (uniform * (stop - begin)).astype(np.int64), newest)

@@ -1,7 +1,6 @@
 """From users' histories to samples: splits, truncation, candidates and windows.
 
-A sample is a run of one user's events. Nothing is copied here: a SampleTable only states which events are meant.
-Everything is vectorised over users or samples.
+A sample is a run of one user's events. A SampleTable holds only indices of events. All functions are vectorised.
 """
 
 from __future__ import annotations
@@ -26,43 +25,42 @@ Split = Literal["train", "valid", "test", "all"]
 
 @dataclass(frozen=True)
 class SampleTable:
-    """S samples in the store's order of users. Events are indices into the store's flat arrays; all int64 [S]."""
+    """S samples in the store's order of users, as indices into the store's flat arrays; all int64 [S]."""
 
     user: np.ndarray
     """Row of the user in the store."""
     start: np.ndarray
-    """First event of the sample, after truncation to the newest ones."""
+    """First event of the sample, after truncation to the newest events."""
     stop: np.ndarray
     """One past the last event of the sample."""
     num_candidates: np.ndarray
-    """How many of the sample's newest events are candidates; with ``request``, which follow the events."""
+    """Number of candidates: the newest events of the sample or, with ``request``, items that follow the events."""
     num_labels: np.ndarray
-    """How many of the sample's newest items are labelled."""
+    """Number of labelled items, which are the newest of the sample."""
     target: np.ndarray | None
-    """Retrieval evaluation: the held-out event."""
+    """The held-out event, in retrieval evaluation."""
     history_begin: np.ndarray
-    """First event of the user; the seen items are those of [history_begin, target)."""
+    """First event of the user; the events [history_begin, target) are seen."""
     request: np.ndarray | None = None
-    """The request in the store whose candidates follow the events. None: candidates are events."""
+    """Row of the request whose candidates follow the events. None: candidates are events."""
     first_candidate: np.ndarray | None = None
-    """With ``request``: the first of the sample's candidates among those of the store."""
+    """With ``request``: index of the sample's first candidate among the store's candidates."""
     report: dict[str, int] = field(default_factory=dict)
-    """users of the split; samples built from them; dropped_short users, or targets without history; truncated users,
-    whose oldest events are in no sample; users in random windows; events of all samples."""
+    """Counts: users of the split, samples, users (or targets) without enough history, users whose oldest events are in
+    no sample, users in random windows, and events of all samples."""
 
     def __len__(self) -> int:
-        """S."""
         return len(self.user)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Items of each sample, candidates included."""
+        """Items per sample, candidates included."""
         return self.stop - self.start + (0 if self.request is None else self.num_candidates)
 
 
 @dataclass(frozen=True)
 class _Runs:
-    """One run of events per user, before truncation; int64 [U of the split]."""
+    """One run of events per user of the split, before truncation; int64."""
 
     user: np.ndarray
     begin: np.ndarray
@@ -77,20 +75,19 @@ class _Runs:
 
 
 def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Split, seed: int) -> SampleTable:
-    """The samples of one split. Users who are too short for one are dropped, and counted in the report.
+    """The samples of one split. Users with too few events for a sample are dropped and counted in the report.
 
-    leave_one_out: training leaves out the last 1 + valid_items events of each user. "valid" predicts the last but one
-    event (with valid_items = 0 the last), "test" the last. Training needs two events of a user (history and target),
-    evaluation one event before the target.
+    leave_one_out: training leaves out the last 1 + valid_items events of each user. "test" predicts the last event,
+    "valid" the one before it (with valid_items = 0 also the last). Training needs two events of a user, evaluation
+    one event before the target.
 
-    user_holdout: the first train_fraction of the users, by a hash of raw id and ``seed``, are trained on; the next
-    valid_fraction are "valid", the others "test". With valid_fraction = 0 the others are both. time: the events before
-    a cut, which train_fraction of all events precede, are trained on; "valid" and "test" are the users with later
-    events, of which only the later ones are labelled. Both need one event more than candidates.
+    user_holdout: a hash of raw id and ``seed`` orders the users. The first train_fraction of them are trained on, the
+    next valid_fraction are "valid", the others "test"; with valid_fraction = 0 the others are both. time: training
+    uses the events before a cut in time, train_fraction of all events. "valid" and "test" are the users with later
+    events, and only later events are labelled. Both splits need one event more than candidates.
 
-    Data with a split of its own (SequenceStore.split) replaces these. Training sees the events before the first valid
-    or test one. For retrieval, each event of "valid" and "test" is a target. For ranking, each of them is a label of
-    one sample, whose history ends before it.
+    A split that the data defines (SequenceStore.split) replaces these. Training uses the events before the first valid
+    or test event. Each event of "valid" and "test" is a retrieval target, or a label of one ranking sample.
 
     "all": every user, unsplit (ranking on a second store). With window_stride, a long training history gives several
     samples. With candidates = "requests", a sample is a request. Raises ConfigError for a split in time of data without
@@ -133,7 +130,7 @@ def require_requests(store: SequenceStore, args: Args, option: str, cite: Cite =
 
 
 def check_requests(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> None:
-    """Raises ConfigError, worded by ``cite``, where the data lacks the requests of the options, or they do not fit."""
+    """Raises ConfigError, worded by ``cite``, where the data lacks requests that options need, or these do not fit."""
     if args.candidates != "requests":
         return
     require_requests(store, args, "candidates", cite)
@@ -150,7 +147,7 @@ def check_requests(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -
 
 
 def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> None:
-    """Raises ConfigError, worded by ``cite``, for options that the split of the data contradicts or leaves no users."""
+    """Raises ConfigError, worded by ``cite``, for options that contradict the data's split or leave a split empty."""
     if store.split is None:
         trained, validated = _users_before(store, args)
         if args.valid_fraction and not trained < validated < store.num_users:
@@ -170,10 +167,10 @@ def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> N
 
 
 def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> SampleTable:
-    """Training samples of the events before ``stop``. All are labels, but for the first ones of retrieval.
+    """Training samples of the events before ``stop``. All events are labels; in retrieval, all but a history's first.
 
-    With random_windows, the newest windows, which window_starts moves in each epoch. With window_stride, each user's
-    newest window and the older ones, so that every event is a label once, after as much history as fits.
+    random_windows gives the newest windows, which window_starts moves in each epoch. window_stride gives each user's
+    newest window and older ones, so that every event is a label once, after as much history as fits.
     """
     num_users, unlabelled = len(runs.user), 1 if task == "retrieval" else 0
     runs = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin > unlabelled)
@@ -200,7 +197,7 @@ def _with_target(runs: _Runs, target: np.ndarray, args: DatasetArgs) -> SampleTa
 
 
 def _users_of_split(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> np.ndarray:
-    """bool [U]. Raw ids alone decide, so the order of users and files has no influence."""
+    """bool [U]. Only raw ids decide, so the order of users and files has no influence."""
     raw_ids = store.raw_ids(USER_FEATURE)
     keys = raw_ids if raw_ids.dtype == np.int64 else hash_strings(raw_ids)
     trained, validated = _users_before(store, args)
@@ -213,13 +210,13 @@ def _users_of_split(store: SequenceStore, args: DatasetArgs, split: Split, seed:
 
 
 def _users_before(store: SequenceStore, args: DatasetArgs) -> tuple[int, int]:
-    """Users to train on, and these with those of "valid"."""
+    """Number of users in "train", and in "train" and "valid" together."""
     validated = round((args.train_fraction + args.valid_fraction) * store.num_users)
     return round(args.train_fraction * store.num_users), validated
 
 
 def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> SampleTable:
-    """The requests of a split, in parts of max_num_candidates at most. With "time", train_fraction precede the cut."""
+    """The requests of a split, in parts of at most max_num_candidates. With "time", train_fraction precede the cut."""
     requests, offsets = store.requests(), np.asarray(store.offsets())
     ends = requests.history_ends
     is_within = (offsets[requests.users] < ends) & (ends <= offsets[requests.users + 1])
@@ -241,9 +238,10 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: in
 def samples_of_requests(
     requests: Requests, offsets: np.ndarray, chosen: np.ndarray, parts: np.ndarray, room: np.ndarray
 ) -> SampleTable:
-    """Samples of n requests, each of which has as many ``parts`` with equally many of its candidates, int64 [n].
+    """Samples of n requests ``chosen``, each divided into ``parts``, int64 [n], of about equally many candidates.
 
-    The parts have the same history: the newest ``room`` events before the request, int64 [n]. offsets: of the users.
+    All parts of a request have the same history: the newest ``room`` events before it, int64 [n]. ``offsets``: int64
+    [U + 1], the events of each user.
     """
     rows, part = run_indices(parts)
     request, sizes = chosen[rows], requests.sizes[chosen][rows]
@@ -265,7 +263,7 @@ def samples_of_requests(
 def _requests_of_split(
     store: SequenceStore, requests: Requests, args: DatasetArgs, split: Split, seed: int
 ) -> np.ndarray:
-    """bool [R]"""
+    """bool [R]."""
     if split == "all":
         return np.ones(len(requests), dtype=bool)
     if args.split != "time":
@@ -276,13 +274,13 @@ def _requests_of_split(
 
 
 def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
-    """Each user's first event at or after the cut in time, int64 [U]; the end of the user's events if there is none."""
+    """int64 [U]: each user's first event at or after the cut in time, or the end of the user's events."""
     if store.timestamp_feature is None:
         raise ConfigError('DatasetArgs.split = "time" needs timestamps, and the data has none; use another split')
     times = store.sequence(store.timestamp_feature)
     middle = min(int(fraction * len(times)), len(times) - 1)
     cut = np.partition(times, middle)[middle]
-    # Events are in time order within a user, so the later ones are the last ones.
+    # Events are in time order within a user, so the later events are the last ones.
     num_later = np.diff(np.searchsorted(np.flatnonzero(times >= cut), store.offsets()))
     return np.asarray(store.offsets()[1:] - num_later, dtype=np.int64)
 
@@ -295,7 +293,7 @@ def _of_given_split(
     _require(store, bool(is_within.all()), "bounds of its splits")
     if split == "train":
         return _training(runs, begin, args, task)
-    if task == "ranking":  # samples that are cut label half of their length at most, so that each label has a history
+    if task == "ranking":  # a truncated sample labels at most half of its length, so that each label has a history
         labelled = args.max_num_candidates or max(args.max_sequence_length // 2, 1)
         samples = _windows(_Runs(runs.user, runs.begin, stop), begin, args, labelled, is_training=False)
     else:
@@ -305,21 +303,21 @@ def _of_given_split(
 
 
 def _windows(runs: _Runs, begin: np.ndarray, args: DatasetArgs, step: int, is_training: bool) -> SampleTable:
-    """Several samples per run, the newest first: number k ends k * ``step`` events before the run does.
+    """Several samples per run, the newest first: sample k ends k * ``step`` events before the run does.
 
-    Each labels its newest ``step`` events, and the oldest one all from ``begin`` on, so that each event is a label
-    once. With max_num_candidates, training labels as many candidates in each window.
+    Each sample labels its newest ``step`` events, and the oldest sample all events from ``begin`` on, so each event is
+    a label once. With max_num_candidates, training labels that many candidates in each window.
     """
     length, most = args.max_sequence_length, args.max_num_candidates
     of_labels = np.maximum(-(-(runs.stop - begin) // step) - 1, 0)
     older = -(-np.maximum(runs.lengths - length, 0) // step)
-    if not is_training:  # without candidates, a sample from the first event on has the whole history of all its labels
+    if not is_training:  # without candidates, a sample that starts at the first event has all the history of its labels
         older = of_labels if most else np.minimum(of_labels, older)
     rows, back = run_indices(np.where(runs.stop > begin, 1 + older, 0))
     history_begin, ends = runs.begin[rows], runs.stop[rows] - back * step
     unlabelled = (begin - runs.begin)[rows] if is_training else 0
     num_labels = np.where(back == older[rows], ends - begin[rows], np.minimum(step, length - unlabelled))
-    if most:  # which need an event before them
+    if most:  # a candidate needs an event before it
         num_labels = np.minimum(most if is_training else num_labels, ends - history_begin - 1)
     kept = num_labels > 0
     candidates = num_labels if most else np.zeros_like(num_labels)
@@ -328,10 +326,10 @@ def _windows(runs: _Runs, begin: np.ndarray, args: DatasetArgs, step: int, is_tr
 
 
 def _ranking_samples(runs: _Runs, num_later: np.ndarray, args: DatasetArgs) -> SampleTable:
-    """Labels are the candidates or, without candidates, all events; in both cases at most the newest ``num_later``."""
+    """Labels the candidates or, without candidates, all events; in both cases only the newest ``num_later`` events."""
     candidates = np.minimum(num_later, args.max_num_candidates)
     labels = candidates if args.max_num_candidates else np.minimum(num_later, args.max_sequence_length)
-    # A user with no more events than candidates has candidates = length, hence no history, and is dropped.
+    # Users with no more events than candidates have no history and are dropped.
     usable = runs.lengths >= 1 + candidates
     return _table(runs.select(usable), args, len(runs.user), labels[usable], candidates[usable])
 

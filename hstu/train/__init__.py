@@ -1,5 +1,5 @@
-"""Builds a run from its configuration, trains it, evaluates it, and recommends items with it.
+"""Builds a run from its configuration, trains and evaluates it, and recommends items.
 
 Entry points call main.py. hstu.api and hstu/estimate also import builder.py, corpus.py, evaluate.py, flops.py and the
-sources of batches: sources.py opens the one that a configuration names.
+batch sources, which sources.py opens.
 """

@@ -1,4 +1,4 @@
-"""What must be the same on all ranks of a run: the configuration, the code and the data, as name → value."""
+"""Facts that must be equal on all ranks, as name → value: the configuration and the code."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PLACES_OF_THE_DATA = re.compile(r"DatasetArgs\.(eval_)?dataset_path")
 
 
 def run_facts(config: RunConfig) -> dict[str, str]:
-    """The configuration and the code of this rank.
+    """The configuration and code version of this rank, without dataset paths, which may differ between hosts.
 
-    Each host may have its own copy of the data, so its place is left out; BatchSource describes its content.
+    BatchSource.description has the content of the data.
     """
     bindings = scan([], [config.operative_gin()]).bindings
     facts = {each.name: literal(each.value) for each in bindings if not _PLACES_OF_THE_DATA.fullmatch(each.name)}

@@ -1,4 +1,4 @@
-"""A baseline without a model: ranking by popularity. It puts the metrics of a run into proportion."""
+"""Ranking by popularity: a baseline without a model, to compare a run's metrics with."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from hstu.train.metrics import retrieval_metrics
 def popularity_baseline(
     store: SequenceStore, train: SampleTable, test: SampleTable, metric_names: Sequence[str]
 ) -> dict[str, float]:
-    """Retrieval metrics of ranking the whole corpus by the number of training events, seen items removed.
+    """Retrieval metrics of ranking the corpus by the number of training events, seen items removed. Ties get midranks.
 
-    ``train`` and ``test`` are the samples of a leave-one-out split. Events that truncation keeps from the model count,
-    too. Ties get midranks.
+    ``train`` and ``test`` are samples of a leave-one-out split. Events that truncation hides from the model also count.
     """
     items = np.asarray(store.sequence(store.item_feature))
     counts = np.bincount(
@@ -29,14 +28,14 @@ def popularity_baseline(
 
 
 def _popularity_ranks(counts: np.ndarray, items: np.ndarray, test: SampleTable) -> np.ndarray:
-    """float64 [S]: rank of each held-out item by ``counts`` [corpus] among the items that the user has not seen."""
+    """float64 [S]: rank of each held-out item by ``counts`` [corpus] among the items unseen by the user."""
     if test.target is None:
         raise ValueError("the samples have no held-out items; they must be an evaluation split of leave_one_out")
     own_items = items[test.target]
     own = counts[own_items]
     ascending = np.sort(counts)
     higher = len(counts) - np.searchsorted(ascending, own, side="right")
-    equal = len(counts) - np.searchsorted(ascending, own, side="left") - higher - 1  # without the target itself
+    equal = len(counts) - np.searchsorted(ascending, own, side="left") - higher - 1  # excludes the target
 
     seen_lengths = test.target - test.history_begin
     seen_rows = np.repeat(np.arange(len(test)), seen_lengths)

@@ -1,4 +1,4 @@
-"""What every source of batches has: the data of a run as training and evaluation see it, and how ranks share it."""
+"""BatchSource: the data of a run for training and evaluation, and its partition over ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class SampleLengths(NamedTuple):
-    """The training samples by their lengths alone, in the order of the sample table; int64 [S] each."""
+    """Lengths of the training samples, in the order of the sample table; int64 [S] each."""
 
     items: np.ndarray
     """Items of the sequence, candidates included."""
@@ -40,29 +40,26 @@ class SampleLengths(NamedTuple):
 
 
 class BatchSource(ABC):
-    """Training and evaluation batches of this rank, and what the model must know about the data.
+    """Training and evaluation batches of this rank, and the facts about the data that the model needs.
 
-    Args:
-        config: the run.
-        mesh: this rank. None: rank 0 of ``world_size`` ranks that are not started.
-        world_size: ranks of the run, if ``mesh`` is None.
+    ``mesh``: None for a run of ``world_size`` ranks that is not started; this is then rank 0.
     """
 
     roles: FeatureRoles
     tables: tuple[EmbeddingArgs, ...]
     cardinalities: dict[str, int]
-    """Feature → n: its ids are in [0, n), or n different int64 if the store keeps raw ids."""
+    """Feature → n: ids are in [0, n), or n different int64 if the store keeps raw ids."""
     raw_features: tuple[str, ...] = ()
-    """Features of which the model gets raw ids, any int64."""
+    """Features whose raw ids, any int64, go to the model."""
     label_facts: Mapping[str, LabelFacts]
-    """Of each of ``roles.labels``, what occurs; empty without data."""
+    """Label of ``roles.labels`` → the values that occur; empty without data."""
     max_items: int
     """Items of the longest sequence."""
     negatives: Negatives | None
-    """Those of the retrieval loss."""
+    """Negatives of the retrieval loss."""
     train_lengths: SampleLengths
     batches_per_epoch: int
-    """Steps of one pass over the training data. With tokens_per_rank: of the first pass; others differ a little."""
+    """Steps per pass over the training data. With tokens_per_rank: of the first pass; others differ a little."""
     eval_splits: tuple[Split, ...]
     """Splits evaluated during training. The first one selects the best model."""
     final_splits: tuple[Split, ...]
@@ -86,70 +83,70 @@ class BatchSource(ABC):
 
     @property
     def description(self) -> dict[str, str]:
-        """What must be equal on all ranks beside the configuration: name → value."""
+        """Facts that must be equal on all ranks, besides the configuration: name → value."""
         return {}
 
     @property
     @abstractmethod
     def least_action(self) -> int:
-        """The smallest action in the data. The data must have an action feature."""
+        """The smallest action in the data, which must have an action feature."""
 
     @property
     def number_statistics(self) -> Mapping[str, NumberStatistics]:
-        """Number or vector → its statistics in the training data. Empty where a checkpoint has them."""
+        """Number or vector → its statistics in the training data. Empty if they come from a checkpoint."""
         return {}
 
     @property
     def item_counts(self) -> np.ndarray:
-        """How often each item occurs in the training samples; with random windows, float64, is expected in an epoch."""
+        """Occurrences of each item in the training samples; with random windows the expectation per epoch, float64."""
         raise ConfigError("the items of training samples are counted in preprocessed data only")
 
     @cached_property
     def corpus(self) -> ItemDistribution:
-        """How negatives are drawn from all items."""
+        """The distribution of negatives over all items."""
         assert self.negatives is not None
         exponent = self.negatives.exponent
         weights = self.item_counts.astype(np.float64) ** exponent if exponent else None
         return ItemDistribution(self.cardinalities[self.roles.item], weights)
 
     def expected_log_counts(self) -> np.ndarray | None:
-        """How often each item is expected among the negatives, see there; None without a logQ correction."""
+        """log of each item's expected count among the negatives; None without a logQ correction."""
         if self.negatives is None or not self.negatives.logq:
             return None
         counts = self.item_counts if self.negatives.has_batch_pool else np.zeros(self.corpus.size, dtype=np.int64)
         return expected_log_counts(self.negatives, self.corpus, counts, self.batches_per_epoch)
 
     def item_ids(self) -> np.ndarray | None:
-        """What the model gets for each item code, int64; None: the codes."""
+        """The model's id of each item code, int64; None if the codes are the ids."""
         return None
 
     def tower_features(self, ids: np.ndarray) -> ItemFeatures | None:
-        """What an item tower reads of items, given by what the model gets for them. None: there is no tower."""
+        """Inputs of the item tower for items, given by the model's ids; None without a tower."""
         return None
 
     @abstractmethod
     def train_sampler(self, position: SamplerPosition) -> TrainSampler:
-        """The plan of training from ``position`` on: which samples make up which batch of this rank."""
+        """The plan of training from ``position`` on: the samples of each batch of this rank."""
 
     @abstractmethod
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:
-        """The training batch of these rows of the sample table, int64 [S], as some rank of some step may have it."""
+        """The training batch of these rows of the sample table, int64 [S], as any rank may get it at any step."""
 
     @abstractmethod
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
-        """Endless training batches on the host, from ``position`` on."""
+        """Endless training batches on the host, starting at ``position``."""
 
     @abstractmethod
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
-        """One pass over a split; equally many batches on every rank."""
+        """One pass over a split, with the same number of batches on every rank."""
 
 
 def choose_partition(
     config: RunConfig, roles: FeatureRoles, max_items: int, lengths: SampleLengths
 ) -> BatchPartition | None:
-    """How global batches are divided among data-parallel ranks; None for contiguous slices of equal counts.
+    """Partition of global batches over data-parallel ranks; None for contiguous slices of equal counts.
 
-    Raises ConfigError if the longest sequence that ``max_items`` allows has more tokens than a rank may have.
+    Raises ConfigError if a sequence of ``max_items`` items has more tokens than a rank may have.
     """
     trainer, network = config.trainer, config.network
     if trainer.tokens_per_rank is None and not trainer.enable_balanced_shuffler:

@@ -1,4 +1,4 @@
-"""From a checked configuration to a Trainer. The functions stand in the order of construction."""
+"""Builds a Trainer from a checked configuration. Functions are in the order of construction."""
 
 from __future__ import annotations
 
@@ -70,21 +70,20 @@ PIPELINES: dict[str, type[TrainPipeline]] = {
 }
 
 TaskModel = RankingDense | MultiTaskDense | RetrievalDense
-"""The dense part of a model, replicated tables apart."""
+"""The dense part of a model, without replicated tables."""
 BesideTables = Callable[[RunConfig, Mesh], int]
-"""Bytes of memory that a step needs on a rank beside the sharded tables."""
+"""(config, mesh) → bytes of memory that a step needs on a rank in addition to the sharded tables."""
 
 
 def nothing_beside_tables(config: RunConfig, mesh: Mesh) -> int:
-    """For models that are built to be looked into, not trained."""
+    """Zero, for models that are inspected and never trained."""
     return 0
 
 
 def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables = nothing_beside_tables) -> Trainer:
-    """A trainer that is ready to ``train()``. Collective.
+    """Build a trainer that is ready to ``train()``. Collective.
 
-    beside_tables: called on GPUs only; the tables are planned for the memory that it leaves.
-
+    ``beside_tables``: called only on GPUs. The planner gives the remaining memory to the tables.
     Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine.
     """
     path, saved_in = choose_directories(config, mesh)
@@ -139,7 +138,7 @@ def _build(
 
 
 def open_run_directory(config: RunConfig, path: Path, checkpoints: CheckpointStore, mesh: Mesh) -> RunDirectory:
-    """The directory of the run. Starts the log that is written there."""
+    """Open the run's directory and start the log in it."""
     trackers: dict[str, Any] = {
         "tensorboard": config.trainer.tensorboard,
         "wandb_project": config.trainer.wandb_project,
@@ -165,13 +164,13 @@ def open_run_directory(config: RunConfig, path: Path, checkpoints: CheckpointSto
 
 
 def check_masks(config: RunConfig, roles: FeatureRoles) -> None:
-    """Raise ConfigError if the masks show the model its labels."""
+    """Raise ConfigError if the attention masks reveal labels to the model."""
     if leaks := list(label_leak(config, has_context=bool(roles.contextual))):
         raise ConfigError(in_reading_order(leaks))
 
 
 def task_names(dataset_name: str) -> tuple[str, ...]:
-    """Names of the signals that ranking's tasks predict, where the dataset declares them."""
+    """Names of the signals that ranking tasks predict; empty unless the dataset declares them."""
     bits = DATASETS[dataset_name].action_bits if dataset_name in DATASETS else {}
     return tuple(sorted(bits, key=lambda name: bits[name]))
 
@@ -182,7 +181,7 @@ def build_model(
     mesh: Mesh,
     beside_tables: BesideTables = nothing_beside_tables,
 ) -> tuple[GRModel, Optimizers]:
-    """The model and its optimizers, with tables sharded and the dense part replicated over ``mesh``. Collective."""
+    """Build the model and its optimizers, with sharded tables and the dense part replicated or sharded. Collective."""
     if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
         log.warning("float16 on a CPU: its products take hundreds of times as long as those of other types")
     if config.network.dtype_str == "bfloat16" and mesh.device.type == "cpu" and not cpu_multiplies_bfloat16():
@@ -202,7 +201,7 @@ def build_model(
     encoder = cast(SequenceEncoder, task.encoder)
     split_encoder(encoder, mesh)
     model = GRModel(specs, task, (*roles.names, *negatives), roles, config.trainer.seed)
-    model.dense.to(mesh.device)  # the sharded tables are created on their devices
+    model.dense.to(mesh.device)  # sharding creates the sharded tables on their devices
     update_rows = encoder.inputs.kernels.update_rows
     model, table_optimizer = shard(model, config, mesh, update_rows, lambda: beside_tables(config, mesh))
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
@@ -220,7 +219,7 @@ def build_model(
 
 
 def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
-    """The sequence encoder and the head or loss of the task, with the kernels for this device."""
+    """Build the sequence encoder and the head or loss of the task, with kernels for this device."""
     network, roles = config.network, source.roles
     shapes = kernel_shapes(network, mesh.tp_size)
     kernels = select_kernels(network.kernel_backend, network.strict_kernel_backend, mesh.device, shapes)
@@ -240,7 +239,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
 
 
 def log_counts_of(source: BatchSource) -> LogCounts | None:
-    """How often the model expects each item among the negatives; None without a logQ correction."""
+    """Expected counts of items among the negatives; None without a logQ correction."""
     log_counts = source.expected_log_counts()
     if log_counts is None:
         return None
@@ -256,10 +255,7 @@ def task_module(
     gather_pool: GatherPool = own_pool,
     log_counts: LogCounts | None = None,
 ) -> TaskModel:
-    """The same module without anything that depends on the data, the ranks or the device.
-
-    ``codes``: of label_codes; empty: classes begin at 0.
-    """
+    """Build the task's module, independent of data, ranks and device. ``codes``: empty if classes begin at 0."""
     network = config.network
     inputs = dataclasses.replace(features.with_transforms(config.numbers), asks_for_next=config.asks_for_next)
     encoder = SequenceEncoder(network, inputs, kernels)
@@ -283,7 +279,7 @@ def task_module(
 
 
 def compile_on_all_ranks(task: TaskModel, mesh: Mesh) -> None:
-    """Compile parts of ``task`` if every rank can, so that ranks with the same weights compute the same bits."""
+    """Compile parts of ``task`` if every rank can, because ranks with the same weights must compute the same bits."""
     reasons = [reason for reason in gather_objects(why_not(mesh.device), mesh.world_group) if reason is not None]
     if reasons:
         log.warning("NetworkArgs.compile: nothing is compiled, %s", reasons[0])
@@ -294,20 +290,20 @@ def compile_on_all_ranks(task: TaskModel, mesh: Mesh) -> None:
 def build_state(
     config: RunConfig, source: BatchSource, model: GRModel, optimizers: Optimizers, run: str = ""
 ) -> TrainState:
-    """What checkpoints hold, or are loaded into."""
+    """The state that checkpoints contain."""
     ids, features = raw_ids(source), describe_features(source)
     return TrainState(model, optimizers, config.operative_gin(), run, raw_ids=ids, features=features)
 
 
 def raw_ids(source: BatchSource) -> RawIds:
-    """The raw ids of the table rows. Random data has none."""
+    """Raw ids of table rows; none for random data."""
     if isinstance(source, StoredSource):
         return source.raw_ids
     return RawIds.from_store(source.store, source.roles.names) if isinstance(source, StoreSource) else RawIds()
 
 
 def build_loss_scale(config: RunConfig) -> LossScale | None:
-    """The loss scale of a float16 run; None for other types."""
+    """Loss scale for float16 or a configured loss_scale; otherwise None."""
     needed = config.network.dtype_str == "float16" or config.precision.loss_scale is not None
     return LossScale(config.precision) if needed else None
 
@@ -315,7 +311,7 @@ def build_loss_scale(config: RunConfig) -> LossScale | None:
 def build_pipeline(
     args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh, loss_scale: LossScale | None = None
 ) -> TrainPipeline:
-    """Build the pipeline that TrainerArgs.pipeline_type names."""
+    """Build the pipeline of TrainerArgs.pipeline_type."""
     step = TrainStep(model, optimizers, mesh, args.max_grad_norm, loss_scale)
     return PIPELINES[args.pipeline_type](step, args.gradient_accumulation_steps)
 
@@ -334,7 +330,7 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
 
 
 def build_checkpoints(args: TrainerArgs, saved_in: Path, mesh: Mesh) -> CheckpointStore:
-    """Where the run saves its checkpoints, locked if it saves any, and which one it starts from. Collective."""
+    """Open the run's checkpoint directory, locked if it saves, and select the start checkpoint. Collective."""
     options = on_all_ranks(lambda: LoadOptions.from_args(args), mesh.world_group)
     background = BackgroundWriter(mesh, args.collective_timeout_s) if args.ckpt_async else None
     checkpoints = CheckpointStore(saved_in, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background, options)
@@ -347,5 +343,5 @@ def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:
     """Iterations of the whole run: max_train_iters, or num_train_epochs passes over the data, or one pass."""
     if args.max_train_iters is not None:
         return args.max_train_iters
-    # 0.7 epochs of 10 batches are 7 iterations, though 0.7 * 10 is 7.000000000000001.
+    # Rounding first: 0.7 epochs of 10 batches are 7 iterations, though 0.7 * 10 is 7.000000000000001.
     return max(1, math.ceil(round((args.num_train_epochs or 1.0) * batches_per_epoch, 6)))

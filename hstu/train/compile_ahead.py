@@ -40,11 +40,11 @@ from hstu.train.builder import task_module
 from hstu.train.sources import open_source
 
 SEQUENCES, ITEMS = 2, 32
-"""Sequences of the step that is recorded, and the items of their histories: no kernel depends on them."""
+"""Size of the recorded step: number of sequences, and items of their histories. No kernel depends on them."""
 
 
 def jobs_of_run(config: RunConfig, capability: int) -> list[Job]:
-    """The kernels of a step, and of the self checks of the backends that serve the run."""
+    """Compile jobs for the kernels of a step and for the self checks of the run's backends."""
     backends = FALLBACKS[Backend(config.network.kernel_backend)]
     if not backends:
         return []
@@ -61,7 +61,7 @@ def jobs_of_run(config: RunConfig, capability: int) -> list[Job]:
 
 
 def _run_step(config: RunConfig) -> None:
-    """Forward and backward in training, and forward in evaluation, of the dense part by the Triton kernels."""
+    """Run the dense part on Triton kernels: forward and backward in training, forward in evaluation."""
     source = open_source(_shortened(config))
     batch = next(iter(source.train_batches(SamplerPosition())))
     has_negatives = config.retrieval is not None and config.retrieval.negatives != "in_batch"
@@ -80,7 +80,7 @@ def _run_step(config: RunConfig) -> None:
 
 
 def _rows(batch: HSTUBatch, widths: dict[str, int]) -> dict[str, JaggedTensor]:
-    """Zeros in place of the table rows of a batch."""
+    """Zeros instead of the table rows of a batch."""
     return {
         name: JaggedTensor(
             torch.zeros(len(ids.values()), widths[name], requires_grad=True),
@@ -92,7 +92,7 @@ def _rows(batch: HSTUBatch, widths: dict[str, int]) -> dict[str, JaggedTensor]:
 
 
 def _shortened(config: RunConfig) -> RunConfig:
-    """The same run with few and short sequences."""
+    """The same run with few, short sequences."""
     dataset, longest = config.dataset, ITEMS + config.dataset.max_num_candidates
     if isinstance(dataset, BenchmarkDatasetArgs):
         groups = [
@@ -112,7 +112,7 @@ def _max_items(config: RunConfig, item: str) -> int:
 
 
 def main() -> int:
-    """Compile, and print the failures, the time and the size; returns 1 if a kernel does not compile."""
+    """Compile, and print failures, time and size. Returns 1 if a kernel does not compile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("ranking", "retrieval"))
     parser.add_argument("--gin-config-file", action="extend", nargs="+", required=True)

@@ -1,6 +1,6 @@
-"""All items as candidates of retrieval: the ranks of held-out items among them, and the best of them for each user.
+"""Retrieval over all items: ranks of held-out items, and the best items for each user.
 
-Every rank calls these functions together, because vectors of items may be looked up in sharded tables.
+All ranks call these functions together, because item vectors may come from sharded tables.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from hstu.base.ids import codes_of
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 CHUNK_ITEMS = 16384
-"""Items of the corpus that are embedded at once. On a GPU they are scored at once, too: 32 MiB for BLOCK_QUERIES."""
+"""Items embedded per chunk. On a GPU also the items scored at once: 32 MiB of scores for BLOCK_QUERIES."""
 CPU_PRODUCT_ITEMS = 2048
-"""Items that are scored at once on a CPU. Scores of 4 MiB stay in its caches, and their memory is used again."""
+"""Items scored at once on a CPU. Their 4 MiB of scores stay in its caches, and the memory is reused."""
 BLOCK_QUERIES = 512
-"""Queries that are scored at once."""
+"""Queries scored at once."""
 _GROUP = 16
-"""Scores of a user whose maximum is compared before they are."""
+"""Scores per group. The maximum of a group is compared before its scores."""
 
 EmbedItems = Callable[[Tensor], Tensor]
-"""Item ids, int64 [n] → vectors of the items, [n, E], not normalised. May be a collective."""
+"""Item ids, int64 [n] → item vectors, [n, E], not normalised. May be a collective."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,28 @@ class Queries:
     vectors: Tensor
     """float32 [U, E], normalised, on the device."""
     user_ids: np.ndarray
-    """int64 [U]: rows of the users in the store."""
+    """int64 [U]: the users' rows in the store."""
     targets: np.ndarray
     """int64 [U]: ids of the held-out items."""
     seen_items: np.ndarray
-    """int64 [n]: items to leave out, user after user; an item may occur more than once."""
+    """int64 [n]: items to leave out, user after user, possibly repeated."""
     seen_lengths: np.ndarray
-    """int64 [U]: how many of them belong to each user."""
+    """int64 [U]: number of ``seen_items`` of each user."""
 
     def __len__(self) -> int:
-        """U."""
         return len(self.user_ids)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The candidate items as normalised vectors, chunk by chunk. An item whose vector is all zeros is no candidate.
+    """The candidate items as normalised vectors, chunk by chunk.
 
-    Such vectors are those of items that a model does not have.
+    A vector of zeros marks an item that the model does not contain; it is no candidate.
     """
 
     embed_items: EmbedItems
     ids: Tensor
-    """int64 [size], ascending, on the device. The *position* of an item is its index here."""
+    """int64 [size], ascending, on the device. An item's index here is its *position*."""
     l2_norm_eps: float
     chunk_items: int = CHUNK_ITEMS
 
@@ -67,9 +66,9 @@ class Corpus:
         return len(self.ids)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(position of the first item, float32 [n, E]) in ascending order. Collective if embed_items is.
+        """Yield (position of the first item, float32 [n, E]) in ascending order. Collective if embed_items is.
 
-        A chunk is what is scored at once. All have the same n: where the corpus ends, the last item is repeated.
+        All chunks have the same n: at the end of the corpus the last item is repeated.
         """
         embedded = max(1, min(self.chunk_items, self.size))
         parts = -(-embedded // CPU_PRODUCT_ITEMS) if self.ids.device.type == "cpu" else 1
@@ -81,23 +80,23 @@ class Corpus:
                 yield first, items[first - start : first - start + length]
 
     def vectors(self) -> Tensor:
-        """All vectors, float32 [size, E], on the host. Collective as ``chunks``."""
+        """All vectors, float32 [size, E], on the host. Collective if embed_items is."""
         return torch.cat([items.cpu() for _, items in self.chunks()])[: self.size]
 
     def positions(self, ids: np.ndarray) -> np.ndarray:
-        """Positions of ids, int64 [n]; -1 for ids that are not among the items."""
+        """Positions of ids, int64 [n]; -1 for unknown ids."""
         return codes_of(ids, self.ids.cpu().numpy())
 
 
 def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
-    """Rank of the target of each query among all items that its user has not seen: float64 [U], 1 is best.
+    """Rank of each query's target among all items that the user has not seen: float64 [U], 1 is best.
 
-    The rank is 1 + the number of items that score higher + half the number that score the same. A target that is no
-    candidate has the rank infinity: a miss for every metric. A score of nan beats every target, so that a diverged
-    model ranks last. Collective if the corpus is.
+    The rank is 1 + the number of higher scores + half the number of equal scores. A target that is no candidate has
+    rank infinity, a miss for every metric. A nan score beats every target, so a diverged model ranks last. Collective
+    if the corpus is.
     """
     device, positions = corpus.ids.device, corpus.positions(queries.targets)
-    order = np.argsort(positions, kind="stable")  # then the targets of a chunk belong to few blocks
+    order = np.argsort(positions, kind="stable")  # so that the targets of a chunk belong to few blocks
     scorer = _Scorer(queries, order, corpus)
     targets = positions[order]
     columns = scorer.on_device(targets)
@@ -127,10 +126,10 @@ def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
 
 
 def pair_scores(vectors: Tensor, rows: np.ndarray, positions: np.ndarray, corpus: Corpus) -> Tensor:
-    """Scores of pairs of a user and an item, float32 [n]; −inf where the item is no candidate.
+    """Scores of (user, item) pairs, float32 [n]; −inf for items that are no candidates. Collective if the corpus is.
 
-    ``vectors``: of the users, normalised, [U, E]. ``rows``: of each pair in it, int64 [n]. ``positions``: of its item
-    in the corpus, int64 [n]; −1 for none. Collective if the corpus is.
+    ``vectors``: of users, normalised, [U, E]. ``rows``: index of each pair's user in ``vectors``, int64 [n].
+    ``positions``: of each pair's item in the corpus, int64 [n]; −1 for none.
     """
     device = corpus.ids.device
     scores = torch.full((len(rows),), -torch.inf, device=device)
@@ -143,10 +142,10 @@ def pair_scores(vectors: Tensor, rows: np.ndarray, positions: np.ndarray, corpus
 
 
 def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best items that each user has not seen, best first, and equal ones in the order of the corpus.
+    """The k best items that each user has not seen, best first; ties in corpus order. Collective if the corpus is.
 
-    Returns (positions in the corpus int64, scores float32), both [U, min(k, corpus size)]. −1 and −inf fill the rows of
-    users with fewer than k unseen items. A score of nan is never chosen. Collective if the corpus is.
+    Returns (positions in the corpus int64, scores float32), both [U, min(k, corpus size)], padded with −1 and −inf for
+    users with fewer than k unseen items. A nan score is never chosen.
     """
     k = min(k, corpus.size)
     scorer = _Scorer(queries, np.arange(len(queries)), corpus)
@@ -163,22 +162,22 @@ def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.
 
 
 class _Best:
-    """The best items of b users: ``scores`` float32 [b, k] and ``items`` int64 [b, k], which are updated in place.
+    """The best items of b users: ``scores`` float32 [b, k] and ``items`` int64 [b, k], updated in place.
 
-    A score above a user's k-th best waits until there are enough for a sort. After the first items of a corpus few are,
-    so most of the work is to find them.
+    Scores above a user's k-th best are buffered until a sort is worthwhile. After the first chunk few scores are, so
+    finding them takes most of the time.
     """
 
     def __init__(self, scores: Tensor, items: Tensor) -> None:
         self.scores, self.items = scores, items
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # users and items, int64 [n], and their scores
-        self._counts = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)  # how many wait, per user
-        self._enough = max(64, scores.shape[1])  # of one user
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # (users, items, scores): int64 [n], int64 [n], [n]
+        self._counts = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)  # buffered scores per user
+        self._enough = max(64, scores.shape[1])  # buffered scores of one user that trigger a sort
 
     def add(self, scores: Tensor, first: int) -> None:
-        """Scores [b, n] of the items from position ``first`` on. All items before them have been added."""
+        """Add scores [b, n] of items from position ``first`` on. Call in ascending order of ``first``."""
         threshold = self.scores[:, -1:]
-        if first == 0:  # without a choice so far, all scores would wait
+        if first == 0:  # otherwise all scores would be buffered, as there is no k-th best yet
             kth = scores.topk(min(self.scores.shape[1], scores.shape[1]), dim=1).values[:, -1:]
             threshold = kth.nextafter(threshold).fmax(threshold)  # fmax, because kth may be nan
         users, columns, above = _above(scores, threshold)
@@ -188,7 +187,7 @@ class _Best:
             self.choose()
 
     def choose(self) -> None:
-        """Choose the best of the former choice and of what waits."""
+        """Choose the best among the current and the buffered items."""
         if not self._waiting:
             return
         users, items, scores = (torch.cat(each) for each in zip(*self._waiting, strict=True))
@@ -209,25 +208,25 @@ class _Best:
 
 
 def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, column, score) of all scores [b, n] that are above the threshold [b, 1] of their row.
+    """(row, column, score) of all scores [b, n] above the threshold [b, 1] of their row.
 
-    First the maxima of groups of columns are compared, of which few are above. A group is every (n / _GROUP)-th column,
-    because maxima of neighbours would take longer.
+    The maxima of groups of columns are compared first, because few are above. A group is every (n / _GROUP)-th column:
+    maxima of neighbouring columns would take longer.
     """
     if scores.shape[1] % _GROUP:
         scores = nn.functional.pad(scores, (0, -scores.shape[1] % _GROUP), value=-torch.inf)
     grouped = scores.view(len(scores), _GROUP, -1)
-    rows, groups = (~(grouped.amax(dim=1) <= threshold)).nonzero(as_tuple=True)  # nan hides the rest of its group
+    rows, groups = (~(grouped.amax(dim=1) <= threshold)).nonzero(as_tuple=True)  # the maximum is nan if any score is
     members = grouped[rows, :, groups]
     found, member = (members > threshold[rows]).nonzero(as_tuple=True)
     return rows[found], member * grouped.shape[2] + groups[found], members[found, member]
 
 
 class _Scorer:
-    """Scores blocks of queries, taken in the given order, against chunks of a corpus.
+    """Scores blocks of queries, in the given order, against chunks of a corpus.
 
-    All products have the same shape, in which a query always has the same row. So a score has the same bits whenever
-    it is computed, and equal items tie.
+    All products have the same shape, and a query always has the same row in them. Recomputed scores are therefore
+    bitwise equal, and equal items tie.
     """
 
     def __init__(self, queries: Queries, order: np.ndarray, corpus: Corpus) -> None:
@@ -242,21 +241,21 @@ class _Scorer:
         self._seen_bounds = np.searchsorted(self._seen_rows // BLOCK_QUERIES, block_starts // BLOCK_QUERIES)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-        """The blocks that contain queries [start, stop); by default all blocks."""
+        """Blocks that contain queries [start, stop); by default all blocks."""
         stop = self._num_queries if stop is None else stop
         if start < stop:
             for first in range(start - start % BLOCK_QUERIES, stop, BLOCK_QUERIES):
                 yield slice(first, min(first + BLOCK_QUERIES, self._num_queries))
 
     def scores(self, block: slice, items: Tensor) -> Tensor:
-        """Scores float32 [queries of the block, n]; −inf at items that are no candidates."""
+        """Scores float32 [queries of the block, n]; −inf for items that are no candidates."""
         scores = self._vectors[block.start : block.start + BLOCK_QUERIES] @ items.t()
         first_zero = (items[:, 0] == 0).nonzero()[:, 0]
-        scores[:, first_zero[~items[first_zero].any(dim=1)]] = -torch.inf  # a mask would write all scores again
+        scores[:, first_zero[~items[first_zero].any(dim=1)]] = -torch.inf  # a mask would rewrite all scores
         return scores[: block.stop - block.start]
 
     def unseen_scores(self, block: slice, first: int, items: Tensor) -> Tensor:
-        """``scores`` with −inf also at items that the user has seen and beyond the end of the corpus."""
+        """``scores`` with −inf also for items that the user has seen and for padding at the end of the corpus."""
         scores = self.scores(block, items)
         scores[:, self._corpus_size - first :] = -torch.inf
         start, stop = self._seen_bounds[block.start // BLOCK_QUERIES :][:2]
@@ -266,5 +265,4 @@ class _Scorer:
         return scores
 
     def on_device(self, array: np.ndarray) -> Tensor:
-        """A host array as a tensor on the device of the corpus."""
         return torch.from_numpy(array).to(self._device)

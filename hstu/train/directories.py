@@ -1,4 +1,4 @@
-"""Where a run writes: its own directory, and that of its checkpoints."""
+"""Chooses the directories of a run and of its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hstu.parallel.collectives import gather_objects, on_all_ranks
 from hstu.parallel.mesh import Mesh
 
 CHECKPOINTS = Path("checkpoints")
-"""The checkpoints of a run are in a directory below this one, unless TrainerArgs.ckpt_save_dir is set."""
+"""Parent directory of the runs' checkpoint directories, unless TrainerArgs.ckpt_save_dir is set."""
 
 
 def choose_directories(config: RunConfig, mesh: Mesh) -> tuple[Path, Path]:
-    """The directories of the run and of its checkpoints, the same on all ranks. Creates nothing. Collective."""
+    """Directories of the run and of its checkpoints, equal on all ranks. Creates nothing. Collective."""
 
     def choose() -> tuple[Path, Path] | None:
         if not mesh.is_main:
@@ -30,10 +30,10 @@ def choose_directories(config: RunConfig, mesh: Mesh) -> tuple[Path, Path]:
 
 
 def directory_of_checkpoints(config: RunConfig, path: Path) -> Path:
-    """Where the run that writes to ``path`` saves its checkpoints: TrainerArgs.ckpt_save_dir or a directory of its own.
+    """Checkpoint directory of the run in ``path``: TrainerArgs.ckpt_save_dir, or its own directory.
 
-    A run that goes on keeps the directory that it has. With ckpt_load_dir = "auto" and no output_dir, the directory is
-    named after the gin file, so that the next start finds it.
+    A continued run keeps its directory. With ckpt_load_dir = "auto" and no output_dir, the directory is named after the
+    gin file, so that the next start finds it.
     """
     args = config.trainer
     if args.ckpt_save_dir is not None:
@@ -49,7 +49,7 @@ def directory_of_checkpoints(config: RunConfig, path: Path) -> Path:
 
 
 def _saved_in_earlier(args: TrainerArgs, path: Path) -> Path | None:
-    """Where the run in ``path`` has saved so far, if this start goes on with it."""
+    """The checkpoint directory of the earlier run in ``path``, if this start continues that run."""
     earlier = Run.read(path)
     if earlier is None or earlier.checkpoints is None or not args.ckpt_load_optimizer:
         return None
@@ -58,7 +58,7 @@ def _saved_in_earlier(args: TrainerArgs, path: Path) -> Path | None:
 
 
 def describe_saving(args: TrainerArgs, directory: Path) -> str:
-    """What the run saves, and where."""
+    """Describe what the run saves, and where."""
     if not args.saves_checkpoints:
         return "none, because TrainerArgs.ckpt_save_interval = -1"
     saved = [f"every {args.ckpt_save_interval} iterations"] if args.ckpt_save_interval is not None else []

@@ -1,8 +1,7 @@
 """Evaluation: ranking metrics of predictions, and retrieval against the whole corpus.
 
-An evaluation observes, one row per prediction, and then measures: metrics are computed from all rows, or some of them.
-
-Every rank calls these functions together, with equally many batches (some may hold only padding).
+Evaluators first collect Observations, one row per prediction, then compute metrics from all or some rows. All ranks
+call them together, with equally many batches, some of which may hold only padding.
 """
 
 from __future__ import annotations
@@ -39,42 +38,41 @@ Forward = Callable[[HSTUBatch], ModelOutput]
 
 @dataclass(frozen=True)
 class Observations:
-    """What an evaluation finds, N predictions: one per labelled item (ranking), or per held-out item (retrieval)."""
+    """N predictions: one per labelled item (ranking) or per held-out item (retrieval)."""
 
     users: np.ndarray
-    """int64 [N]: rows of the users in the evaluated store."""
+    """int64 [N]: the users' rows in the evaluated store."""
     items: np.ndarray
-    """int64 [N]: what the model gets for the labelled or held-out item."""
+    """int64 [N]: the model's id of the labelled or held-out item."""
     history: np.ndarray
-    """int64 [N]: events before the item that the model has read."""
+    """int64 [N]: number of events before the item that the model reads."""
     requests: np.ndarray
-    """int64 [N]: any number per sequence, different from those of other sequences."""
+    """int64 [N]: a number that is unique per sequence."""
     results: np.ndarray
-    """Ranking: float32 [N, width], the predictions. Retrieval: float64 [N], the rank of the held-out item."""
+    """Ranking: float32 [N, width], predictions. Retrieval: float64 [N], ranks of held-out items."""
     labels: np.ndarray
-    """Ranking: int64 [N] actions or, of tasks, float32 [N, L] as HSTUBatch.label_values. Retrieval: ``items``."""
+    """Ranking: int64 [N] actions, or float32 [N, L] as HSTUBatch.label_values with tasks. Retrieval: ``items``."""
 
     def __len__(self) -> int:
-        """N."""
         return len(self.users)
 
     def select(self, rows: np.ndarray) -> Self:
-        """Some rows: bool [N], or indices, which may repeat."""
+        """Select rows by bool [N], or by indices, which may repeat."""
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def gathered(self, gather: Gather) -> Self:
-        """The rows of all ranks. Collective."""
+        """Concatenate the rows of all ranks. Collective."""
         return type(self)(*(gather(getattr(self, field.name)) for field in fields(self)))
 
     @classmethod
     def none(cls, results: np.ndarray, labels: np.ndarray) -> Self:
-        """No rows. ``results`` and ``labels``: empty arrays of the dtypes and widths that rows would have."""
+        """No rows. ``results`` and ``labels``: empty arrays with the dtypes and widths of rows."""
         nothing = np.zeros(0, dtype=np.int64)
         return cls(nothing, nothing, nothing, nothing, results, labels)
 
     @classmethod
     def joined(cls, parts: Sequence[Observations]) -> Self:
-        """The rows of one or more parts, one part after another."""
+        """Concatenate the rows of at least one part."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
@@ -86,7 +84,7 @@ def of_ranking(
     sequence, place = run_indices(num_labels)
     first = batch.item_lengths - num_labels
     starts = np.cumsum(batch.item_lengths) - num_labels
-    # Candidates do not see each other: each has the history before the first of them.
+    # Candidates do not attend to each other: each has the history before the first candidate.
     history = np.minimum(first[sequence] + place, (batch.item_lengths - batch.num_candidates_host)[sequence])
     return Observations(
         users=batch.user_ids.numpy()[sequence],
@@ -99,9 +97,9 @@ def of_ranking(
 
 
 class Evaluator(ABC):
-    """Computes the metrics of the current model, the same on every rank. Collective.
+    """Computes the metrics of the current model, equal on all ranks. Collective.
 
-    ``max_iters``: batches of each rank that are evaluated at most; None: all.
+    ``max_iters``: maximum number of evaluated batches per rank; None: all.
     """
 
     def __init__(self, model: GRModel, mesh: Mesh, max_iters: int | None) -> None:
@@ -109,7 +107,7 @@ class Evaluator(ABC):
         self.mesh = mesh
         self.max_iters = max_iters
         self.between_batches: Callable[[], None] = lambda: None
-        """Called on all ranks before every batch and before every chunk of the corpus; may raise on all of them."""
+        """Called on all ranks before every batch and every chunk of the corpus; may raise on all ranks."""
 
     def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
         """Metrics over the batches of all ranks."""
@@ -117,14 +115,14 @@ class Evaluator(ABC):
 
     @abstractmethod
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
-        """Each prediction for the batches of all ranks."""
+        """Predictions for the batches of all ranks."""
 
     @abstractmethod
     def metrics(self, observations: Observations) -> dict[str, float]:
-        """Metrics of these predictions. No collective."""
+        """Compute metrics without communication."""
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
-        """Output of the model for a batch on the host, computed by this rank or by its tp_cp group."""
+        """Output for a batch on the host, computed by this rank or by its tensor- and context-parallel group."""
         return evaluate_batch(self.model, batch, self.mesh)
 
     def _limited(self, batches: Iterable[HSTUBatch]) -> Iterator[HSTUBatch]:
@@ -138,7 +136,7 @@ class Evaluator(ABC):
 
 
 class LabelledItemEvaluator(Evaluator):
-    """Evaluators of what is predicted for labelled items."""
+    """Evaluates predictions for labelled items."""
 
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
         """See Evaluator."""
@@ -165,10 +163,7 @@ class RankingEvaluator(LabelledItemEvaluator):
 
 
 class MultiTaskEvaluator(LabelledItemEvaluator):
-    """Metrics of each task of RankingArgs.tasks over its labelled items, as "AUC/click".
-
-    Items without a label count for the other tasks alone. ``args``: what is measured. Other tasks are not.
-    """
+    """Metrics of each task in ``args`` over the items with a label of this task, named as "AUC/click"."""
 
     def __init__(
         self,
@@ -223,9 +218,9 @@ class RetrievalEvaluator(Evaluator):
         return retrieval_metrics(self.args.eval_metrics, observations.results)
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
-        """The items ``ids``, ascending. By default all items of the data.
+        """The items ``ids``, ascending. Default: the items in the dynamic table, or all items of the data.
 
-        With a dynamic table, and without an item tower, those in the table.
+        All items of the data also with an item tower, which needs no rows.
         """
         if ids is None:
             in_table = None if self.args.item_tower else self._ids_in_dynamic_table()
@@ -235,14 +230,14 @@ class RetrievalEvaluator(Evaluator):
         return Corpus(self.embed_items, torch.from_numpy(ids).to(self.mesh.device), self.args.l2_norm_eps)
 
     def _ids_in_dynamic_table(self) -> np.ndarray | None:
-        """The ids that have a row on any rank, ascending; None for a static item table."""
+        """Ascending ids that have a row on any rank; None for a static item table."""
         for table in dynamic_tables(self.model).values():
             if self.source.roles.item in table.spec.features:
                 return np.sort(self._gather(_host(table.slots.content()[0])))
         return None
 
     def embed_items(self, ids: Tensor) -> Tensor:
-        """Vectors of items, not normalised, for item ids. Collective if a table is sharded."""
+        """Item vectors, not normalised, for item ids. Collective if a table is sharded."""
         self.mesh.heartbeat.mark()
         self.between_batches()
         features = self.source.tower_features(_host(ids)) if self.args.item_tower else None
@@ -251,7 +246,7 @@ class RetrievalEvaluator(Evaluator):
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes without dropout and gradients. Its former mode is restored afterwards."""
+    """Context without dropout and gradients. The former mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -269,9 +264,9 @@ def observe_ranking(
     gather: Gather = only_rank,
     rank: tuple[int, int] = (0, 1),
 ) -> Observations:
-    """Predictions for all labelled items in the ``batches`` of all ranks; the same on every rank.
+    """Predictions for all labelled items in the ``batches`` of all ranks, equal on every rank.
 
-    rank: of this process, and the number of ranks: no two of them have a request of the same number.
+    rank: (own rank, number of ranks), which makes the request numbers unique.
     """
     found = [Observations.none(np.zeros((0, 1), dtype=np.float32), np.zeros(0, dtype=np.int64))]
     requests_before, (own, ranks) = 0, rank
@@ -293,10 +288,10 @@ def observe_retrieval(
     forward: Forward,
     gather: Gather = only_rank,
 ) -> Observations:
-    """The ranks of the held-out items among all items of ``corpus``; the same on every rank.
+    """Ranks of the held-out items among all items of ``corpus``, equal on every rank.
 
-    Items in ``seen`` of a batch are removed from the corpus of that user, but never the held-out item itself.
-    Memory is bounded by the queries of this rank and one block of scores.
+    A user's ``seen`` items are removed from the corpus, except the held-out item. Memory is bounded by the queries of
+    this rank and one block of scores.
     """
     with evaluation_mode(model):
         queries, history = collect_queries(forward, batches, corpus.ids.device)
@@ -306,7 +301,7 @@ def observe_retrieval(
 
 
 def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torch.device) -> tuple[Queries, np.ndarray]:
-    """Run the model over evaluation batches, in evaluation mode. Returns also the events it has read, int64 [U]."""
+    """Run the model, in evaluation mode, over batches. Returns queries and lengths of histories, int64 [U]."""
     vectors: list[Tensor] = [torch.zeros((0, 1), device=device)]
     users, targets, seen, seen_lengths, history = ([np.zeros(0, dtype=np.int64)] for _ in range(5))
     for batch in batches:

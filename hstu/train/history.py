@@ -1,4 +1,4 @@
-"""Metrics and losses of a run so far. Checkpoints contain them, so that a resumed run goes on from them."""
+"""Metrics and losses of a run so far. Checkpoints contain them, so that a resumed run continues them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _beats(value: float, than: float, lower: bool) -> bool:
 
 
 class MetricsHistory:
-    """The last evaluation of each split, and the best ones of each metric. Its size does not grow with the run."""
+    """The last evaluation of each split and the best of each metric. Its size does not grow with the run."""
 
     def __init__(self) -> None:
         self._last: dict[str, EvalRecord] = {}
         self._count: dict[str, int] = {}
-        """split → number of its evaluations."""
+        """split → number of evaluations."""
         self._extremes: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
-        """split → metric → "max" or "min" → {"value", "iter", "number"} of the first evaluation that reached it."""
+        """split → metric → "max" or "min" → {"value", "iter", "number"} of the first evaluation with this extreme."""
 
     @property
     def last(self) -> dict[str, dict[str, float]]:
@@ -50,7 +50,7 @@ class MetricsHistory:
         }
 
     def add(self, record: EvalRecord) -> None:
-        """Add one evaluation. A repeated evaluation of an iteration changes only ``last``."""
+        """Add one evaluation. Repeating an iteration changes only ``last``."""
         split, repeated = record.split, self.has(record.split, record.iteration)
         self._last[split] = record
         if repeated:
@@ -64,14 +64,11 @@ class MetricsHistory:
                     found[mode] = {"value": value, "iter": record.iteration, "number": self._count[split]}
 
     def has(self, split: str, iteration: int) -> bool:
-        """Whether the last evaluation of a split was at this iteration."""
+        """Whether the last evaluation of the split was at this iteration."""
         return split in self._last and self._last[split].iteration == iteration
 
     def find_best(self, split: str, metric: str, mode: str) -> tuple[float, int | None, int]:
-        """(best value, its iteration, evaluations of the split since); (nan, None, all evaluations) if there is none.
-
-        ``mode``: "max" or "min".
-        """
+        """(best value, its iteration, evaluations since), or (nan, None, all evaluations). mode: "max" or "min"."""
         count = self._count.get(split, 0)
         found = self._extremes.get(split, {}).get(metric, {}).get(mode)
         if found is None or math.isnan(found["value"]):
@@ -79,7 +76,7 @@ class MetricsHistory:
         return found["value"], found["iter"], count - found["number"]
 
     def state_dict(self) -> Any:
-        """As JSON."""
+        """The state as JSON."""
         last = [record.as_json() for record in self._last.values()]
         return json.loads(to_line({"last": last, "count": self._count, "extremes": self._extremes}))
 
@@ -94,7 +91,7 @@ class MetricsHistory:
 
 
 class Selection:
-    """The best value of one metric on one split, and the number of evaluations since that have not improved it.
+    """The best value of one metric on one split, and the number of evaluations since then.
 
     ``metric``: None for no selection. ``mode``: "max" or "min". ``patience``: None for no early stopping.
     """
@@ -106,11 +103,11 @@ class Selection:
         self._patience = patience
         self.value = math.nan
         self.iteration: int | None = None
-        """Iteration of the best value; None as long as there is none."""
+        """Iteration of the best value; None before the first."""
         self.without_improvement = 0
 
     def follow(self, history: MetricsHistory) -> bool:
-        """Update from ``history``. Returns whether the last evaluation of the split is the best."""
+        """Update from ``history``. Returns whether the split's last evaluation is the best."""
         if self.metric is None:
             return False
         mode = "min" if self._lower else "max"
@@ -119,11 +116,11 @@ class Selection:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether patience is used up, so that training ends."""
+        """Whether patience is used up, which ends training."""
         return self._patience is not None and self.without_improvement >= self._patience
 
     def as_json(self) -> dict[str, Any]:
-        """For summary.json."""
+        """The entry of summary.json."""
         return {"metric": self.metric, "split": self.split, "value": self.value, "iter": self.iteration}
 
 
@@ -140,14 +137,14 @@ class RunningLoss:
         self.steps += 1
 
     def pop(self) -> float:
-        """Return the mean and start a new one."""
+        """Return the mean and reset it."""
         mean = float(self._sum) / self.steps
         self._sum.zero_()
         self.steps = 0
         return mean
 
     def state_dict(self) -> dict[str, Any]:
-        """The sum of the losses and the number of steps, as JSON."""
+        """Sum of losses and number of steps, as JSON."""
         return {"sum": float(self._sum), "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The data side of a model that is applied: newer data than it was trained on, or no data."""
+"""Data sources for applying a trained model: to newer data than its training data, or without data."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from hstu.train.tables import choose_tables
 log = logging.getLogger(__name__)
 
 _SIDE_FACTS = ("side", "lists", "known_after", "numbers", "number_widths", "tower")
-"""Fields of FeatureRoles that are facts of a checkpoint, under their names."""
+"""Fields of FeatureRoles that checkpoints store under the same names."""
 
 
 class InferenceSource(StoreSource):
-    """Data that may be newer than the model. Tables have a row for each of its ids, and one for unknown ids."""
+    """Data that may be newer than the model. Tables have a row for each id, and one for unknown ids."""
 
     def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
         """See StoreSource."""
@@ -46,15 +46,14 @@ class InferenceSource(StoreSource):
 
     @property
     def number_statistics(self) -> Mapping[str, NumberStatistics]:
-        """See BatchSource. The checkpoint has those that the model was trained with."""
+        """See BatchSource. The checkpoint has the statistics of the training data."""
         return {}
 
 
 class StoredSource(BatchSource):
-    """What a checkpoint or an export says about its data, for use without that data. It has no batches.
+    """Facts from a checkpoint or export about its data, for use without that data. It has no batches.
 
-    Args:
-        missing: why there is no data; raised if something needs it.
+    ``missing``: why there is no data; raised if something needs it.
     """
 
     def __init__(self, config: RunConfig, checkpoint: Path, mesh: Mesh, missing: DataError) -> None:
@@ -118,9 +117,9 @@ class StoredSource(BatchSource):
 
 
 def asked_at(batches: Iterable[HSTUBatch], at: int) -> Iterator[HSTUBatch]:
-    """Batches of histories, on the host, whose users all ask at ``at``, in seconds since 1970.
+    """Set the request time of all users, on the host, to ``at``, in seconds since 1970, for models with relative bias.
 
-    Raises DataError where a history has a later event. The model must have a relative bias.
+    Raises DataError if a history has a later event.
     """
     for batch in batches:
         assert batch.items.timestamps is not None
@@ -141,7 +140,7 @@ def _as_date(seconds: int) -> str:
 
 
 def describe_features(source: BatchSource) -> dict[str, Any]:
-    """The facts in a checkpoint from which a StoredSource is made; JSON."""
+    """The facts in a checkpoint from which a StoredSource is built; JSON."""
     return {
         "item": source.roles.item,
         "action": source.roles.action,
@@ -153,7 +152,7 @@ def describe_features(source: BatchSource) -> dict[str, Any]:
 
 
 def with_room(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]) -> tuple[EmbeddingArgs, ...]:
-    """The tables, the static ones with a row for each id of their features and at least one more."""
+    """Enlarge static tables to a row for each id of their features and at least one more."""
 
     def rows(table: EmbeddingArgs) -> int:
         ids = max(cardinalities[name] for name in table.feature_names)
@@ -166,7 +165,7 @@ def with_room(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int])
 
 
 def zero_spare_rows(state: TrainState, source: BatchSource) -> None:
-    """Zero the rows of static tables that belong to no id; they serve unknown ids."""
+    """Zero the rows of static tables that belong to no id. Unknown ids use them."""
     for spec in state.model.specs:
         if spec.dynamic is None:
             first = max(source.cardinalities[name] for name in spec.features if not is_of_negatives(name))
@@ -174,9 +173,9 @@ def zero_spare_rows(state: TrainState, source: BatchSource) -> None:
 
 
 def zero_untrained_items(state: TrainState, source: BatchSource) -> None:
-    """Zero the rows of items that occur in no training sample, so that an item tower reads their features alone.
+    """Zero the rows of items in no training sample, so that an item tower represents them by their features alone.
 
-    Rows of items that training does see are left as initialised. A dynamic table has no rows for other items.
+    Rows of trained items stay as initialised. A dynamic table has no rows for other items.
     """
     spec = next(spec for spec in state.model.specs if source.roles.item in spec.features)
     if spec.dynamic is None and isinstance(source, StoreSource):
@@ -186,7 +185,7 @@ def zero_untrained_items(state: TrainState, source: BatchSource) -> None:
 
 
 def _zero_rows(state: TrainState, spec: TableSpec, chosen: np.ndarray) -> None:
-    """Zero chosen rows, bool [rows], of a static table, and of its moving average."""
+    """Zero the chosen rows, bool [rows], of a static table and of its moving average."""
     tensors = state.tensors()
     for name in (f"{TABLES}{spec.name}", join_name(f"{TABLES}{spec.name}", AVERAGE)):
         if name in tensors:

@@ -1,4 +1,4 @@
-"""Which class of a ranking head each action of the data is."""
+"""Maps the actions of the data to classes of a ranking head."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from hstu.train.batch_source import BatchSource
 
 
 def label_codes(config: RunConfig, source: BatchSource) -> tuple[LabelCodes, ...]:
-    """What the labels of each ranking task mean."""
+    """The meaning of each ranking task's label values."""
     if not isinstance(config.task_args, RankingArgs):
         return ()
     if config.task_args.tasks is None:
         return (LabelCodes(label_offset(config.task_args, source, config.located)),)
-    unknown = LabelFacts()  # without data nothing is trained
+    unknown = LabelFacts()  # without data there is no training
     return tuple(LabelCodes.of(task, source.label_facts.get(task.label, unknown)) for task in config.task_args.tasks)
 
 
 class LabelledData(Protocol):
-    """What label_offset reads of a BatchSource."""
+    """The part of BatchSource that label_offset reads."""
 
     @property
     def roles(self) -> FeatureRoles:
@@ -42,7 +42,7 @@ class LabelledData(Protocol):
 def label_offset(args: RankingArgs, data: LabelledData, cite: Cite = cite) -> int:
     """The action of class 0: 0 if the head has a class for every action from 0 on, 1 if it lacks one (ratings).
 
-    Raises ConfigError, worded by ``cite``, if some action of the data has no class in the head.
+    Raises ConfigError, located by ``cite``, if an action of the data has no class in the head.
     """
     last, action = args.prediction_head_arch[-1], data.roles.action
     if action is None:

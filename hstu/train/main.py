@@ -1,4 +1,4 @@
-"""Runs a checked configuration and returns the exit code. Both entry scripts call this."""
+"""Runs a checked configuration and returns the exit code. Both entry scripts call it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _MEMORY = (
 
 
 def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | None = None) -> int:
-    """Build the trainer, train, and return the exit code. A mistake of the user is printed without a traceback.
+    """Build the trainer, train, and return the exit code. User errors are printed without a traceback.
 
-    beside_tables: see ``build_trainer``.
+    ``beside_tables``: see ``build_trainer``.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C ends the program at once
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, without which nobody would end or restart this rank
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun: without it, nothing would end or restart this rank
         end_with_parent()
     try:
         check_packages()
@@ -59,10 +59,10 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
         watchdog.start()
         trainer = build_trainer(config, mesh, beside_tables or nothing_beside_tables)
         trainer.train()
-        for number in (signal.SIGINT, signal.SIGTERM):  # the run has ended well; nothing is left to stop
+        for number in (signal.SIGINT, signal.SIGTERM):  # the run is complete; there is nothing left to stop
             signal.signal(number, signal.SIG_IGN)
     except UserError as error:
-        # Before training all ranks raise the same error. During training it may be the error of one rank alone.
+        # Before training all ranks raise the same error. During training a single rank may raise it.
         in_training = trainer is not None
         if trainer is not None:
             trainer.checkpoints.close()
@@ -83,13 +83,13 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
 
 
 def memory_ran_out(error: Exception) -> bool:
-    """Whether an error of Python, NumPy or PyTorch means that."""
+    """Whether an error of Python, NumPy or PyTorch means that memory ran out."""
     is_torch = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
     return isinstance(error, MemoryError) or bool(is_torch)
 
 
 def _report(error: UserError, of_this_rank: bool = False) -> int:
-    """Print the error, once per host unless it may be ``of_this_rank`` alone. Returns its exit code."""
+    """Print the error, once per host unless only this rank may have it. Returns its exit code."""
     print_it = report if of_this_rank else report_once
     print_it(f"error: {error}")
     return error.exit_code

@@ -1,8 +1,7 @@
-"""The arithmetic of the metrics, exact and in float64: areas under curves, binary questions and classes, and ranks.
+"""Exact metrics in float64: areas under ROC curves, classification metrics and retrieval metrics.
 
-Ties get midranks: in an AUC two equal scores count one half, and in retrieval a target ranks in the middle of the items
-with the same score. A metric that the data does not define (one class only, nothing evaluated) is nan, and a warning
-gives the reason. task_metrics.py collects predictions and computes the metrics of a ranking task by these functions.
+Ties get midranks: equal scores count one half in an AUC, and a retrieval target ranks in the middle of equal scores.
+A metric that the data does not define (one class only, nothing evaluated) is nan, and a warning gives the reason.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def only_rank(array: np.ndarray) -> np.ndarray:
 
 @contextmanager
 def undefined_without_warning() -> Iterator[None]:
-    """Inside, metrics that the data does not define are nan without a warning: for small selections of the data."""
+    """Context in which undefined metrics are nan without a warning, for small selections of the data."""
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -38,9 +37,9 @@ def undefined_without_warning() -> Iterator[None]:
 
 
 def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    """Area under the ROC curve within each group, float64 [number of distinct groups], in ascending order of groups.
+    """Area under the ROC curve per group, float64 [number of distinct groups], in ascending order of groups.
 
-    scores [N], positive bool [N], groups integer [N] (None: one group). nan for a group with one class only.
+    scores [N], positive bool [N], groups integer [N] (None: one group). nan for a group with only one class.
     """
     if not len(scores):
         return np.zeros(0)
@@ -54,7 +53,7 @@ def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | 
     midranks = np.repeat(tie_starts + (tie_lengths + 1) / 2, tie_lengths)
     num_positive = np.add.reduceat(positive, group_starts, dtype=np.float64)
     num_negative = np.diff(group_starts, append=len(scores)) - num_positive
-    # Mann–Whitney U: the ranks within the group minus the ranks of the positives among themselves.
+    # Mann–Whitney U: ranks within the group minus ranks of the positives among themselves.
     rank_sums = np.add.reduceat(midranks * positive, group_starts) - num_positive * group_starts
     with np.errstate(invalid="ignore"):
         return (rank_sums - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
@@ -90,7 +89,7 @@ class Classified:
     log_losses: np.ndarray
     """float64 [tasks], nats: mean cross entropy of each task."""
     base_entropies: np.ndarray
-    """float64 [tasks], nats: the same for a model that always predicts the base rates."""
+    """float64 [tasks], nats: mean cross entropy of always predicting the base rates."""
     accuracy: float
 
     def columns(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -98,7 +97,7 @@ class Classified:
         return zip(self.scores.T, self.positive.T, strict=True)
 
     def normalized_entropies(self) -> np.ndarray:
-        """float64 [tasks]; nan for a task whose labels are all equal."""
+        """Ratio of log loss and base entropy, float64 [tasks]; nan for a task whose labels are all equal."""
         defined = self.base_entropies > 0
         return np.divide(self.log_losses, self.base_entropies, where=defined, out=np.full(len(defined), nan))
 
@@ -110,7 +109,7 @@ CLASSIFICATION_METRICS: dict[str, Callable[[Classified, np.ndarray], np.ndarray]
     "LOGLOSS": lambda classified, users: classified.log_losses,
     "NE": lambda classified, users: classified.normalized_entropies(),
 }
-"""(predictions, users int [M]) → values, the mean of which is the metric; nan where it is undefined."""
+"""(predictions, users int [M]) → values whose mean is the metric; nan where undefined."""
 
 
 def binary(logits: np.ndarray, positive: np.ndarray) -> Classified:
@@ -152,15 +151,14 @@ def _entropy(rates: np.ndarray) -> np.ndarray:
 
 
 def retrieval_metrics(names: Sequence[str], ranks: np.ndarray) -> dict[str, float]:
-    """Means over queries of HR@K, NDCG@K, MRR@K and MRR, from the ranks of the targets (1 is best, ties: midranks).
+    """Means over queries of HR@K, NDCG@K, MRR@K and MRR, from the targets' ranks (1 is best); nan without queries.
 
     HR@K: rank <= K. NDCG@K: 1 / log2(rank + 1) and MRR@K: 1 / rank, both 0 beyond K. MRR: no K.
-    Without any query: nan and a warning.
     """
     if not len(ranks):
         logger.warning("metrics are undefined (nan): the evaluation set has no queries")
         return dict.fromkeys(names, nan)
-    ordered = np.sort(ranks.astype(np.float64))  # so that sums do not depend on the assignment of queries to ranks
+    ordered = np.sort(ranks.astype(np.float64))  # makes sums independent of the assignment of queries to ranks
     return {name: float(_gains(name, ordered).mean()) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""The source of batches that a configuration names: a preprocessed store (store_source.py), or random data."""
+"""Opens the batch source that a configuration names: a preprocessed store or random data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hstu.train.store_source import StoreSource
 
 
 def open_source(config: RunConfig, mesh: Mesh | None = None, world_size: int = 1) -> BatchSource:
-    """The source that ``config`` names; see :class:`BatchSource` for a run that is not started.
+    """Open the source that ``config`` names. ``mesh`` and ``world_size``: see :class:`BatchSource`.
 
     Raises DataError for missing data and ConfigError for options that do not fit the data.
     """
@@ -31,7 +31,7 @@ def open_source(config: RunConfig, mesh: Mesh | None = None, world_size: int = 1
 
 
 class RandomSource(BatchSource):
-    """Random data in memory, to measure speed."""
+    """Random data in memory, for speed measurements."""
 
     def __init__(self, config: RunConfig, args: BenchmarkDatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
         super().__init__(config, mesh, world_size)
@@ -51,7 +51,7 @@ class RandomSource(BatchSource):
         self.eval_splits = self.final_splits = ("valid",)
 
     def _check_negatives(self) -> None:
-        """Negatives that are drawn from all items need a table with a row for each: others would be rows of zeros."""
+        """Raise ConfigError if negatives drawn from all items would mostly have no row in the item table."""
         rows = {name: table.item_vocab_size_or_capacity for table in self.tables for name in table.feature_names}
         items, capacity = self.cardinalities[self.roles.item], rows[self.roles.item]
         if self.negatives is not None and self.negatives.kind != "in_batch" and items > capacity:
@@ -63,7 +63,7 @@ class RandomSource(BatchSource):
 
     @property
     def least_action(self) -> int:
-        """See BatchSource. Any id of the table may be drawn."""
+        """See BatchSource. Any id of the table may occur."""
         return 0
 
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:

@@ -36,14 +36,14 @@ log = logging.getLogger(__name__)
 
 
 class StoreSource(BatchSource):
-    """Real data: samples of a sequence store."""
+    """Samples of a preprocessed sequence store."""
 
     def __init__(self, config: RunConfig, args: DatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
         super().__init__(config, mesh, world_size)
         self._args = args
         self.store = open_store(args)
         self.eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
-        """The data that is evaluated on."""
+        """The data for evaluation."""
         tasks, tower = tasks_of(config), config.has_item_tower
         self.roles = resolve_roles(self.store, args, config.located, tasks, tower)
         check_numbers(self.roles, config.numbers, config.located)
@@ -77,12 +77,12 @@ class StoreSource(BatchSource):
         self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
 
     def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
-        """The tables of the model, given the configured ones. For sources that change their sizes."""
+        """Hook for subclasses that change the sizes of the model's tables."""
         return tables
 
     @property
     def description(self) -> dict[str, str]:
-        """See BatchSource. The checksum of each file."""
+        """See BatchSource: file → checksum."""
         facts = {f"{file} of the data": checksum for file, checksum in self.store.checksums.items()}
         if self.eval_store is not self.store:
             evaluated = self.eval_store.checksums.items()
@@ -119,11 +119,11 @@ class StoreSource(BatchSource):
         return StoreReader(self.store, self._train_samples, self.roles).tower_features(self.item_codes(ids))
 
     def item_codes(self, ids: np.ndarray) -> np.ndarray:
-        """The codes of items of the data, given by what the model gets for them; int64."""
+        """Item codes, int64, of the model's item ids."""
         return codes_of(ids, self._raw_item_ids) if self.roles.item in self.raw_features else ids
 
     def trained_items(self) -> np.ndarray:
-        """bool [items]: whether an item, given by its code, is in any training sample. Reads the items of all."""
+        """bool [items]: whether a training sample contains the item with this code. Reads the items of all samples."""
         return self.item_counts > 0
 
     @cached_property
@@ -151,7 +151,7 @@ class StoreSource(BatchSource):
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer = self._config.trainer
-        if split not in self._eval_samples:  # they are the same at every evaluation
+        if split not in self._eval_samples:  # every evaluation uses the same samples
             self._eval_samples[split] = self._samples(split)
         samples = self._eval_samples[split]
         collator = self._collator(self.eval_store, samples, trainer.eval_batch_size, training=False)
@@ -159,15 +159,15 @@ class StoreSource(BatchSource):
         return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
 
     def history_batches(self, users: np.ndarray, *, divided: bool = False) -> Iterator[HSTUBatch]:
-        """The whole histories of ``users`` (rows of the store) in the given order, without labels, on every rank.
+        """Whole histories of ``users`` (rows of the store) in the given order, without labels.
 
-        divided: instead, each rank gets some of the users, in equally many batches.
+        divided: whether each rank gets some of the users, in equally many batches, instead of all users.
         """
         offsets = np.asarray(self.store.offsets())
         begin, stop = offsets[users], offsets[users + 1]
         nothing = np.zeros_like(stop)
         start = np.maximum(begin, stop - self.max_items)
-        # Nothing is held out. A target makes these evaluation batches, for which no negatives are drawn.
+        # Nothing is held out. Setting a target makes these evaluation batches, for which no negatives are drawn.
         samples = SampleTable(users, start, stop, nothing, nothing, target=stop - 1, history_begin=begin)
         batch_size = self._config.trainer.eval_batch_size
         collator = self._collator(self.store, samples, batch_size, training=False)
@@ -175,9 +175,9 @@ class StoreSource(BatchSource):
         return build_loader(collator, EvalSampler(len(users), batch_size, rank, world_size))
 
     def candidate_batches(self, requests: GivenRequests) -> Iterator[tuple[np.ndarray, HSTUBatch]]:
-        """This rank's share of given requests: places of the candidates of each batch, int64 [M], and the batch.
+        """Yield this rank's part of the requests: (int64 [M], batch) with the M candidates of the batch.
 
-        The places are among all candidates of ``requests``, in the order of the labelled items.
+        The first are indices among all candidates of ``requests``, in the order of the labelled items.
         """
         samples = requests.samples(self._args)
         batch_size = self._config.trainer.eval_batch_size
@@ -232,8 +232,8 @@ class StoreSource(BatchSource):
     ) -> Collator:
         if labels is None:
             labels = self._labels if store is self.store else self._eval_labels
-        # Roles and corpus are those of the training data, whichever store is read: a second store may have further
-        # features and fewer ids, which fit the tables all the same.
+        # Both stores use the roles and corpus of the training data: the evaluation store may have more features and
+        # fewer ids, which still fit the tables.
         reader = StoreReader(
             store,
             samples,
@@ -263,11 +263,11 @@ class StoreSource(BatchSource):
 
 
 def open_store(args: DatasetArgs) -> SequenceStore:
-    """The preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
+    """Open the preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
     return SequenceStore.open(store_path(args))
 
 
 def store_path(args: DatasetArgs) -> Path:
-    """Where the preprocessed data of ``args`` is."""
+    """Path of the preprocessed data of ``args``."""
     name = resolve_name(args.dataset_name) or args.dataset_name
     return Path(args.dataset_path or Path("tmp_data") / name)

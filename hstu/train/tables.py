@@ -1,4 +1,4 @@
-"""Which table serves which feature, and whether it has a row for each id."""
+"""Assigns embedding tables to features, and checks that they have a row for each id."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hstu.data.store.sequence_store import SequenceStore
 
 
 def predefined_tables(args: DatasetArgs, store: SequenceStore, network: NetworkArgs) -> tuple[EmbeddingArgs, ...]:
-    """The tables that gin files need not name: all of a built-in dataset; those of the time features of any data."""
+    """Tables that gin files may omit: all of a built-in dataset, or those of time features for other data."""
     tables = predefined_embeddings(store, network, dynamic=args.dynamic_tables)
     if resolve_name(args.dataset_name) is None:
         return tuple(table for table in tables if table.table_name in store.time_features)
@@ -28,10 +28,9 @@ def choose_tables(
     cite: Cite = cite,
     numbers: Collection[str] = (),
 ) -> tuple[EmbeddingArgs, ...]:
-    """One table for each of ``features``: the one given by hand, or else the predefined one.
+    """One table for each of ``features``: the configured table, or else the predefined one.
 
-    Raises ConfigError, worded by ``cite``, for a feature without a table, for a table of a feature that the data does
-    not have, and for two tables with one name.
+    Raises ConfigError, located by ``cite``, for features without a table, unknown features and repeated table names.
     """
     problems = []
     for table in by_hand:
@@ -71,9 +70,9 @@ def check_rows(
     cite: Cite = cite,
     raw: Collection[str] = (),
 ) -> None:
-    """Raise ConfigError for a static table that cannot hold every id of its features. A dynamic one takes any id.
+    """Raise ConfigError for a static table without a row for every id of its features. Dynamic tables accept any id.
 
-    ``cardinalities``: ids of a feature are in [0, cardinality), except those of ``raw``, which are any int64.
+    ``cardinalities``: ids of a feature are in [0, cardinality), except the ``raw`` features, whose ids are any int64.
     """
     problems = []
     for table in tables:

@@ -1,6 +1,6 @@
-"""Exact metrics of ranking tasks over all predictions of the evaluation set: of classes and of values.
+"""Exact metrics of ranking tasks over all predictions of the evaluation set.
 
-TaskMetrics is one task. RankingMetrics are the tasks of the action, for runs without RankingArgs.tasks.
+TaskMetrics serves one task. RankingMetrics serves the action feature, for runs without RankingArgs.tasks.
 """
 
 from __future__ import annotations
@@ -29,35 +29,28 @@ ONE_CLASS = "the labels of the evaluation set are all of one class"
 
 
 class TaskMetrics:
-    """Collects predictions of one task and computes its metrics over all of them. ``METRICS_OF_KIND`` has the names.
+    """Collects predictions of one task and computes its metrics. ``METRICS_OF_KIND`` has their names.
 
-    What is predicted, and the score that the metrics of values use:
+    =========== ================ ==================== ======
+    kind        predictions      labels               score
+    =========== ================ ==================== ======
+    binary      logit [M]        0 or 1               logit
+    class       logits [M, C]    label_offset + class –
+    regression  value [M]        value                value
+    =========== ================ ==================== ======
 
-    =========== ======================================== ========================= ====================
-    kind        predictions                              labels                    score
-    =========== ======================================== ========================= ====================
-    binary      logit [M]                                0 or 1                    logit
-    class       logits [M, C]                            label_offset + class      –
-    regression  value [M]                                value                     value
-    =========== ======================================== ========================= ====================
+    - AUC, GAUC (Zhou et al., KDD 2018): of classes the mean of one-vs-rest over classes with positives and negatives.
+    - LOGLOSS: the mean cross entropy in nats. ACC: the fraction of correct predictions.
+    - NE: LOGLOSS divided by the LOGLOSS of always predicting the base rate (He et al., ADKDD 2014).
+    - AUC>=K: the AUC of the predicted P(label >= K), or of the score.
+    - RMSE, MAE: of the score.
+    - XAUC: the fraction of pairs of different labels that the scores order correctly; equal scores count one half (Zhan
+      et al., KDD 2022).
+    - NDCG, NDCG@K: candidates of a request ordered by score, averaged over requests with different labels. The gain is
+      the label, not 2^label − 1, because watch times would overflow. Equal scores get the expectation over their
+      orders (McSherry & Najork, ECIR 2008).
 
-    AUC and GAUC (Zhou et al., KDD 2018) of classes are one-vs-rest, the mean over the classes that have both positives
-    and negatives. LOGLOSS is the mean cross entropy in nats. NE is LOGLOSS divided by the LOGLOSS of a model that
-    always predicts the base rate (He et al., ADKDD 2014). ACC is the share of correct predictions.
-
-    AUC>=K is the AUC of the predicted P(label >= K), or of the score.
-
-    RMSE, MAE: of the score.
-
-    XAUC is the share of pairs of different labels that the scores order correctly; equal scores count one half (Zhan
-    et al., KDD 2022).
-
-    NDCG and NDCG@K order the candidates of a request by score and average over the requests with different labels. The
-    gain is the label, not 2^label − 1, because watch times would overflow. Equal scores share their gains (the
-    expectation over their orders; McSherry & Najork, ECIR 2008).
-
-    Args:
-        task: name of the task, for warnings.
+    ``task``: name of the task, for warnings.
     """
 
     def __init__(self, names: Sequence[str], kind: str, *, task: str = "", label_offset: int = 0) -> None:
@@ -128,7 +121,7 @@ class TaskMetrics:
         if name == "XAUC":
             share = np.array([ordered_pairs(scores, answers.labels)])
             return self._mean(name, share, "all labels of the evaluation set are equal")
-        # Sorted, so that the sum does not depend on the assignment of samples to ranks.
+        # Sorting makes the sum independent of the assignment of samples to ranks.
         errors = np.sort(np.abs(answers.labels - scores))
         return float(np.sqrt(np.square(errors).mean()) if name == "RMSE" else errors.mean())
 
@@ -136,7 +129,7 @@ class TaskMetrics:
         return mean_of_defined(name + self.subject, values, reason)
 
     def _at_least(self, threshold: int, answers: _Answers) -> np.ndarray:
-        """Scores of "the label is at least ``threshold``", float64 [M]."""
+        """Scores of the event that the label is at least ``threshold``, float64 [M]."""
         if answers.at_least is None:
             return cast(np.ndarray, answers.scores)
         return answers.at_least[:, np.clip(threshold - self.label_offset, 0, answers.at_least.shape[1] - 1)]
@@ -152,14 +145,11 @@ class TaskMetrics:
 
 
 class RankingMetrics:
-    """The same for predictions of the action.
+    """TaskMetrics for predictions of the action, whose logits have width ``last``. The labels are one of:
 
-    There are two kinds of labels, as in the ranking loss (last = width of the logits):
-
-    tasks (``num_tasks`` = last): bit t of an action is the label of task t. AUC and GAUC are also given per task,
-    as ``AUC/task0`` …; every metric is the mean over the tasks.
-
-    classes (``num_tasks`` = None): class = action − ``label_offset``.
+    - tasks (``num_tasks`` = last): bit t of an action is the label of task t. Every metric is the mean over tasks. AUC
+      and GAUC are also given per task, as ``AUC/task0`` ….
+    - classes (``num_tasks`` = None): class = action − ``label_offset``.
     """
 
     def __init__(self, names: Sequence[str], *, num_tasks: int | None, label_offset: int = 0) -> None:
@@ -200,26 +190,26 @@ def mean_of_defined(name: str, values: np.ndarray, reason: str = ONE_CLASS) -> f
 
 @dataclass(frozen=True)
 class _Answers:
-    """Predictions and labels of a task as its metrics read them."""
+    """Inputs of a task's metrics."""
 
     labels: np.ndarray
     """float64 [M]"""
     scores: np.ndarray | None
-    """float64 [M], in the order of the predicted labels; None for classes, which have no order."""
+    """float64 [M], increasing with the predicted label; None for classes."""
     classified: Classified | None = None
-    """The binary question or the classes."""
+    """Predictions of binary tasks and classes."""
     at_least: np.ndarray | None = None
     """float64 [M, number of classes]: scores of "the label is at least label_offset + column"."""
 
 
 def ordered_pairs(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Share of the pairs with different labels that ``scores`` order as ``labels`` do; equal scores count one half.
+    """Fraction of the pairs with different labels that ``scores`` order as ``labels`` do; equal scores count one half.
 
     Both arguments are [N]; O(N log N). nan without such pairs.
     """
     if not len(labels):
         return float("nan")
-    # Rows in the order of the labels: the later row of a pair has the larger label. Ties are broken by score.
+    # Sorted by label, the later row of a pair has the larger label. Ties are broken by score.
     order = np.lexsort((scores, labels))
     scores, labels = scores[order], labels[order]
     pairs = int((len(labels) - _run_ends(labels)).sum())
@@ -231,7 +221,7 @@ def ordered_pairs(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _run_ends(*keys: np.ndarray) -> np.ndarray:
-    """For each element of sorted arrays, the index after the last one with the same combination of keys."""
+    """For each element of sorted arrays, the index after the last element with the same combination of keys."""
     starts = run_starts(*keys)
     ends = np.append(starts[1:], len(keys[0]))
     return np.repeat(ends, ends - starts)
@@ -240,8 +230,8 @@ def _run_ends(*keys: np.ndarray) -> np.ndarray:
 def _inversions(places: np.ndarray) -> int:
     """Number of pairs i < j with places[i] > places[j]. ``places``: a permutation of 0 … N − 1.
 
-    The elements are distributed by one bit of their place after another, from the highest on, as in a radix sort that
-    keeps the order within each group. Two elements are an inversion at the one bit where their groups part.
+    A radix sort from the highest bit on keeps the order within each group of equal higher bits. An inverted pair is
+    counted at the bit that separates its group.
     """
     total = 0
     for bit in reversed(range(len(places).bit_length())):
@@ -258,10 +248,10 @@ def _inversions(places: np.ndarray) -> int:
 
 
 def ndcg_by_group(scores: np.ndarray, gains: np.ndarray, groups: np.ndarray, cutoff: int | None = None) -> np.ndarray:
-    """NDCG within each group, float64 [number of distinct groups], in ascending order of groups.
+    """NDCG per group, float64 [number of distinct groups], in ascending order of groups.
 
-    scores, gains (not negative) and groups are [N]; the gain at rank r counts 1 / log2(r + 1), and nothing beyond the
-    cutoff. Equal scores: the expectation over their orders. nan for a group with one value of gain.
+    scores, gains (not negative) and groups are [N]. The gain at rank r counts 1 / log2(r + 1), and 0 beyond the cutoff.
+    Equal scores: the expectation over their orders. nan for a group whose gains are all equal.
     """
     if not len(scores):
         return np.zeros(0)

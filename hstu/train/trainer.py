@@ -1,4 +1,4 @@
-"""The run: restore, train, log, evaluate, save, until the last iteration."""
+"""The training run: restore, train, log, evaluate and save until the last iteration."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Trainer:
-    """All parts of a run, built by hstu.train.builder; ``train`` is the run."""
+    """All parts of a run, built by hstu.train.builder. ``train`` runs it."""
 
     args: TrainerArgs
     mesh: Mesh
@@ -71,7 +71,7 @@ class Trainer:
         self.evaluator.between_batches = self._stop.raise_if_received
 
     def train(self) -> None:
-        """Run to the last iteration, the end of best_metric's patience, or a stop signal. The summary says which."""
+        """Train to the last iteration, early stopping or a stop signal; the summary gives the reason."""
         self._stop.install()
         if self.args.gc_interval:
             gc.disable()
@@ -94,7 +94,7 @@ class Trainer:
                 self.checkpoints.wait()
             status = ended
         except NonFiniteStep as error:
-            self.state.iteration = error.iteration - 1  # a GPU may have counted the bad step already
+            self.state.iteration = error.iteration - 1  # on a GPU the bad step may already be counted
             raise
         finally:
             gc.enable()
@@ -124,7 +124,7 @@ class Trainer:
             log.info("the checkpoint has done all %d iterations: nothing is left to train", total)
 
     def _train_loop(self) -> None:
-        """Train until the last iteration or until best_metric has not improved for long enough."""
+        """Train until the last iteration or early stopping."""
         batches = self.meter.timed(self._load(self.source.train_batches(self.state.position)))
         args, path = self.args, self.run_directory.path
         profiler = Profiler(
@@ -156,13 +156,13 @@ class Trainer:
         self.state.optimizers.set_lr_multiplier(multiplier)
         result = self.pipeline.progress(batches)
         self.state.iteration += 1
-        self.state.position = result.batch.position or SamplerPosition()  # a batch made by hand has none
+        self.state.position = result.batch.position or SamplerPosition()  # hand-made batches have no position
         self._running_loss.add(result.loss)
         tokens, flops = self.flop_counter.count(result.batch)
         self.meter.add(samples=result.batch.real_batch_size, tokens=tokens, flops=flops)
 
     def _after_step(self, bar: tqdm[Any]) -> None:
-        """Log, evaluate, save and collect garbage where an interval ends."""
+        """Log, evaluate, save and collect garbage at their intervals."""
         iteration, args = self.state.iteration, self.args
         last = iteration == self.total_iters
         if iteration % args.log_interval == 0 or last:
@@ -212,10 +212,9 @@ class Trainer:
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
 
     def evaluate(self, splits: tuple[Split, ...]) -> None:
-        """Evaluate on each of ``splits`` and record the metrics. The training state stays as it is.
+        """Evaluate ``splits`` and record the metrics. The training state stays unchanged.
 
-        Raises Stopped if a stop signal arrives before all of a split has been seen. The run that goes on from the
-        checkpoint evaluates such a split again.
+        Raises Stopped if a stop signal interrupts a split. The run resumed from the checkpoint evaluates it again.
         """
         self.pipeline.resolve()
         for split in splits:
@@ -239,7 +238,6 @@ class Trainer:
         return is_due and not self._history.has(self.source.eval_splits[0], iteration)
 
     def _is_due(self, iteration: int) -> bool:
-        """Whether an evaluation follows this iteration."""
         return self.args.eval_interval > 0 and iteration % self.args.eval_interval == 0
 
     def _evaluate_at_end(self) -> None:
@@ -284,6 +282,6 @@ class Trainer:
 
 
 def leave_nothing(run_directory: RunDirectory, checkpoints: CheckpointStore) -> None:
-    """Remove the directories of a run that could not begin, as far as they hold nothing else."""
+    """Remove the directories of a run that could not begin, unless they hold something else."""
     checkpoints.close()
     run_directory.discard()

@@ -1,11 +1,11 @@
-"""The collectives that the model, the metrics and the checkpoints need; the same on gloo and NCCL.
+"""Collectives for the model, metrics and checkpoints, on gloo and NCCL.
 
-Gradients: a rank's loss is ``local sum / global count × data-parallel size`` and the optimizers average over ranks,
-so the gradient of a gathered tensor is the plain sum over the ranks that used it.
+A rank's loss is ``local sum / global count × data-parallel size``, and the optimizers average over ranks. The gradient
+of a gathered tensor is therefore the plain sum over the ranks that used it.
 
-Libraries have the differentiable ones for NCCL only. megatron-core 0.16.1 allocates gathered tensors on the current
-CUDA device. In torch 2.13, torch.distributed.nn.functional's all-gather into one tensor refuses gloo in backward, and
-torch.distributed._functional_collectives is private and has just renamed its functions.
+The differentiable collectives of libraries work on NCCL only. megatron-core 0.16.1 allocates gathered tensors on the
+current CUDA device. In torch 2.13, torch.distributed.nn.functional's all-gather into one tensor refuses gloo in
+backward, and torch.distributed._functional_collectives is private and has just renamed its functions.
 """
 
 from __future__ import annotations
@@ -29,31 +29,26 @@ Collective = Callable[[Tensor, Any], Tensor]
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Concatenate the ranks' tensors [n, …], of one shape, to [ranks · n, …].
-
-    Backward: a reduce-scatter. Each rank gets the sum over all ranks of the gradients of its own part.
-    """
+    """Concatenate the ranks' tensors [n, …], all of one shape, to [ranks · n, …]. Backward: a reduce-scatter (sum)."""
     return local if dist.get_world_size(group) == 1 else _apply(local, _gather, _reduce_scatter, group)
 
 
 def split_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """This rank's part of rows that are equal on all ranks, ``counts[r]`` on rank r. Backward gathers gradients."""
+    """Return this rank's ``counts[rank]`` rows of a tensor that is equal on all ranks. Backward: an all-gather."""
     return _apply(rows, partial(_own_part, counts=counts), partial(_gather_parts, counts=counts), group)
 
 
 def join_rows(own: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """The inverse of ``split_rows``. Backward: each rank keeps its part, as the gradient is equal on all ranks."""
+    """Invert ``split_rows``. Backward: each rank keeps its rows of the gradient, which is equal on all ranks."""
     return _apply(own, partial(_gather_parts, counts=counts), partial(_own_part, counts=counts), group)
 
 
 def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
-    """The tensor itself. Backward: multiplies the gradient by ``factor``."""
+    """Return the tensor. Backward: multiplies the gradient by ``factor``."""
     return tensor if factor == 1 else _apply(tensor, _same, lambda gradient, _: gradient * factor, None)
 
 
 class _WithBackward(torch.autograd.Function):
-    """Applies one collective to a tensor, and another one to its gradient."""
-
     @staticmethod
     def forward(
         ctx: FunctionCtx, tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup | None
@@ -102,7 +97,7 @@ def _reduce_scatter(partial_sums: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_copies(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Stack the ranks' tensors [n, …], of one shape, to [ranks, n, …] in rank order, without gradient."""
+    """Stack the ranks' tensors [n, …], all of one shape, to [ranks, n, …] in rank order, without gradient."""
     ranks, local = dist.get_world_size(group), local.detach().contiguous()
     gathered = local.new_empty((ranks * local.shape[0], *local.shape[1:]))
     dist.all_gather_into_tensor(gathered, local, group=group)
@@ -110,10 +105,9 @@ def gather_copies(local: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_rows(rows: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Gather rows [S, D] and their ids, int64 [S], over ranks of different S, without waiting for the device.
+    """Gather rows [S, D] and ids int64 [S] over ranks of different S, without waiting for the device. Differentiable.
 
-    Each rank is padded to the largest S by zero rows with id PADDING_ID. Returns ([ranks · max S, D], [ranks · max S]).
-    Gradients flow back to ``rows``.
+    Pads each rank to the largest S with zero rows and PADDING_ID: returns ([ranks · max S, D], [ranks · max S]).
     """
     if dist.get_world_size(group) == 1:
         return rows, ids
@@ -124,14 +118,14 @@ def gather_rows(rows: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Te
 
 
 def max_over_ranks(value: int, group: dist.ProcessGroup) -> int:
-    """The largest of the ranks' host integers. Goes over gloo, so the host does not wait for the device."""
+    """Return the maximum of the ranks' host integers. Uses gloo, so the host does not wait for the device."""
     largest = torch.tensor(value)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     return int(largest)
 
 
 def sum_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of the ranks' tensors, as a new tensor without gradient."""
+    """Return the sum of the ranks' tensors as a new tensor without gradient."""
     total = value.detach().clone()
     if dist.get_world_size(group) > 1:
         dist.all_reduce(total, group=group)
@@ -139,14 +133,14 @@ def sum_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def gather_objects(local: Any, group: dist.ProcessGroup) -> list[Any]:
-    """The ranks' picklable objects in rank order, on every rank."""
+    """Return the ranks' picklable objects in rank order, on every rank."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, local, group=group)
     return gathered
 
 
 def require_equal(facts: Mapping[str, str], group: dist.ProcessGroup, error: type[UserError]) -> None:
-    """Raise ``error`` on every rank unless ``facts`` (name → value) are equal on all. The text has both sides."""
+    """Raise ``error`` on every rank if ``facts`` (name → value) differ between ranks. The message shows both values."""
     by_rank = gather_objects((socket.gethostname(), dict(facts)), group)
     host, first = by_rank[0]
     for rank, (other_host, other) in enumerate(by_rank):
@@ -163,15 +157,16 @@ def require_equal(facts: Mapping[str, str], group: dist.ProcessGroup, error: typ
 
 
 def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """Call ``function`` on every rank and return this rank's result. If it fails on one rank, every rank raises: the
-    first UserError in rank order, or else RuntimeError where ``function`` succeeded. None waits for a rank that failed.
+    """Call ``function`` on every rank and return this rank's result, or raise on all ranks if it fails on any.
+
+    Raises the first UserError in rank order; else this rank's own error, or RuntimeError where ``function`` succeeded.
     """
     result, error = None, None
     try:
         result = function()
     except Exception as caught:
         error = caught
-    shared = error if error is None or isinstance(error, UserError) else repr(error)  # not every error can be pickled
+    shared = error if error is None or isinstance(error, UserError) else repr(error)  # some errors cannot be pickled
     for rank, failure in enumerate(gather_objects(shared, group)):
         if isinstance(failure, UserError):
             raise failure

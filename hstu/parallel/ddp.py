@@ -1,10 +1,10 @@
 """Data parallelism of the dense part.
 
-The gradient of the loss ``local sum / global number of labels × data-parallel size`` is averaged over ranks here by
-DDP and in TorchRec's exchange for the tables, so an update is that of the mean over the global batch.
+A rank's loss is ``local sum / global number of labels × data-parallel size``. DDP averages its gradient over ranks, and
+TorchRec does so for the tables, so updates use the gradient of the mean over the global batch.
 """
 
-# No postponed annotations: DDP inspects those of the communication hook.
+# No `from __future__ import annotations`: DDP inspects the annotations of the communication hook.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,31 +26,30 @@ from hstu.parallel.shards import all_finite, numbers_of
 
 
 class ReplicatedDense(DistributedDataParallel):
-    """DDP that also checks this rank's gradients before they are averaged: a nan then still shows its rank."""
+    """DDP that checks this rank's gradients before averaging, when a nan still shows the rank it comes from."""
 
     def __init__(self, dense: nn.Module, group: dist.ProcessGroup, sent_as: torch.dtype = torch.float32) -> None:
         self._set_params_and_buffers_to_ignore_for_model(dense, sparse_tables(dense))
         super().__init__(dense, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.sent_as = sent_as
-        """Dtype in which gradients are exchanged. They are float32 before and after."""
+        """Dtype for exchanging gradients, which are float32 before and after."""
         self.own_buckets_finite: list[Tensor] = []
         """One bool scalar on the device per bucket averaged in this step."""
         self.register_comm_hook(self, ReplicatedDense.average_bucket)
-        # By default DDP orders its buckets anew after the first step, and the order of the terms of a sum over three or
-        # more ranks depends on the place in a bucket. A resumed run would differ in its last bits from one that never
-        # stopped.
+        # By default DDP reorders its buckets after the first step, and the order of additions over three or more ranks
+        # depends on the position in a bucket. A resumed run would differ in its last bits from an uninterrupted one.
         self.reducer._push_all_rebuilt_params()  # as if all gradients had arrived in the order of the reducer
 
     def _build_params_for_reducer(self) -> tuple[list[nn.Parameter], list[bool]]:
-        """Last parameters first, as their gradients arrive."""
+        """Return the last parameters first, the order in which gradients arrive."""
         parameters, expect_sparse_gradient = super()._build_params_for_reducer()
         return parameters[::-1], expect_sparse_gradient[::-1]
 
     def average_bucket(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Start to average a bucket that DDP has filled; returns a future of the averages."""
+        """Start averaging a bucket that DDP has filled; return a future of the averages."""
         gradients, group = bucket.buffer(), self.process_group
         sent = gradients.to(self.sent_as)  # no copy if the dtype is the same
-        self.own_buckets_finite.append(all_finite([sent]))  # finite in this dtype; then the average is finite, too
+        self.own_buckets_finite.append(all_finite([sent]))  # if finite in this dtype, the average is finite as well
         sent.mul_(1.0 / dist.get_world_size(group))  # the same bits as DDP's own averaging
         averaged = dist.all_reduce(sent, group=group, async_op=True).get_future()
         if sent is gradients:
@@ -59,10 +58,10 @@ class ReplicatedDense(DistributedDataParallel):
 
 
 def replicate_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
-    """Wrap ``model.dense`` in DDP over the ranks with equal dense weights, if there are several.
+    """Wrap ``model.dense`` in DDP if several ranks have equal dense weights. ``sent_as``: see ReplicatedDense.
 
-    Every parameter gets a gradient on every rank (see DenseModel), so DDP need not search for unused parameters. For
-    replicated tables with sparse gradients see :func:`average_sparse_gradients`. ``sent_as``: see ReplicatedDense.
+    Every parameter gets a gradient on every rank (see DenseModel), so DDP need not search for unused parameters.
+    :func:`average_sparse_gradients` averages the sparse gradients of replicated tables.
     """
     if mesh.dp_cp_size > 1:
         model.dense = ReplicatedDense(model.dense, mesh.dp_cp_group, sent_as)
@@ -70,13 +69,13 @@ def replicate_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.flo
 
 
 def unwrap_dense(model: GRModel) -> nn.Module:
-    """The dense part without its DDP wrapper, so that parameter names do not depend on the number of ranks."""
+    """Return the dense part without DDP wrapper: its parameter names are the same for any number of ranks."""
     dense = model.dense
     return dense.module if isinstance(dense, DistributedDataParallel) else dense
 
 
 def own_gradients_finite(dense: nn.Module) -> Tensor:
-    """After backward: whether this rank's gradients of the dense part are finite before averaging; bool scalar."""
+    """Return whether this rank's dense gradients were finite before averaging: bool scalar. Call after backward."""
     gradients = [parameter.grad for parameter in dense.parameters() if parameter.grad is not None]
     sharded = fully_sharded(dense)
     if sharded is not None:
@@ -91,7 +90,7 @@ def own_gradients_finite(dense: nn.Module) -> Tensor:
 
 
 def sparse_tables(dense: nn.Module) -> list[str]:
-    """Names of the weights whose gradients are sparse."""
+    """Return the names of the weights with sparse gradients."""
     return [
         f"{name}.{weight_name}"
         for name, part in dense.named_modules()
@@ -103,7 +102,7 @@ def sparse_tables(dense: nn.Module) -> list[str]:
 
 @contextmanager
 def gradient_sync(dense: nn.Module, *, is_last: bool) -> Iterator[None]:
-    """Around a micro-batch: gradients are averaged once per step, after they are summed over all micro-batches."""
+    """Context of a micro-batch: average gradients once per step, after their sum over all micro-batches."""
     if isinstance(dense, FSDPModule):
         dense.set_requires_gradient_sync(is_last)
     with dense.no_sync() if isinstance(dense, ReplicatedDense) and not is_last else nullcontext():
@@ -111,10 +110,9 @@ def gradient_sync(dense: nn.Module, *, is_last: bool) -> Iterator[None]:
 
 
 def average_sparse_gradients(dense: nn.Module) -> None:
-    """After own_gradients_finite: average the gradients that DDP or FSDP has not averaged. Collective.
+    """Average the gradients that DDP or FSDP leave out. Call after own_gradients_finite. Collective.
 
-    Of sparse ones each rank gets the others' rows, where DDP would add up whole tables. The rows of the ranks follow
-    each other, so all ranks sum them in one order.
+    Ranks exchange the rows of sparse gradients, where DDP would add up whole tables. All ranks add rows in rank order.
     """
     if isinstance(dense, ReplicatedDense):
         group, module = dense.process_group, dense.module

@@ -1,9 +1,9 @@
-"""Dense weights of which each rank with equal ones holds a part: torch's FSDP2 (ZeRO stage 3).
+"""Dense weights sharded over the ranks with equal dense weights, by torch's FSDP2 (ZeRO stage 3).
 
-A layer's weights are gathered for its forward and freed, gathered again for its backward, and their gradients are
-reduce-scattered. All other dense weights are one more unit, which stays gathered from forward to backward. The rows of
-a weight are cut into as many equal parts as there are ranks with equal dense weights. HSTULayerFunction saves the
-gathered weights for backward; FSDP frees their memory and fills it again, so they take none in between.
+FSDP gathers a layer's weights for its forward, frees them, gathers them again for its backward, and reduce-scatters
+their gradients. All other dense weights form one unit, which stays gathered from forward to backward. Each weight is
+split by rows into equal parts, one per rank. HSTULayerFunction saves gathered weights for backward; they take no memory
+in between, because FSDP frees and refills their storage.
 
 Source: Zhao et al., PyTorch FSDP, VLDB 2023.
 """
@@ -27,38 +27,38 @@ from hstu.parallel.shards import ShardedView, WeightShares, all_finite, local_pa
 
 
 class FullySharded:
-    """How a dense part is sharded: its units, and what it learns about gradients before they are averaged."""
+    """The FSDP units of a dense part, and a check of gradients before they are averaged."""
 
     def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype) -> None:
-        """Shard the weights of ``dense`` in place; those of its replicated tables stay whole."""
+        """Shard the weights of ``dense`` in place, except for replicated tables."""
         self.group = mesh.dp_cp_group
         """All ranks with equal dense weights."""
         self.sent_as = sent_as
-        """Dtype in which gradients are exchanged. They are float32 before and after."""
+        """Dtype for exchanging gradients, which are float32 before and after."""
         self.own_units_finite: list[Tensor] = []
-        """One bool scalar on the device per unit whose gradients were averaged in this step."""
+        """One bool scalar on the device per unit averaged in this step."""
         self.tables = list(dense.replicated.parameters())
         attributes = {name: vars(weight) for name, weight in dense.named_parameters()}
         ranks = DeviceMesh.from_group(self.group, mesh.device.type)
         layers = [module for module in dense.modules() if isinstance(module, FusedHSTULayer)]
-        of_layers = {weight for layer in layers for weight in layer.parameters()}  # gone after its forward
+        of_layers = {weight for layer in layers for weight in layer.parameters()}  # freed after their forward
         dense.filled = [name for name, weight in dense.task.named_parameters() if weight not in of_layers]
         self.units: list[FSDPModule] = [fully_shard(layer, mesh=ranks) for layer in layers]
         self.root: FSDPModule = fully_shard(dense, mesh=ranks, ignored_params=set(self.tables))
         self.units.append(self.root)
         for name, weight in dense.named_parameters():
-            vars(weight).update(attributes[name])  # those that mark tensor-parallel weights
+            vars(weight).update(attributes[name])  # restore the marks of tensor-parallel weights
         for unit in self.units:
             unit.set_custom_reduce_scatter(self)  # type: ignore[arg-type]
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for FSDP's reduce-scatter."""
+        """Allocate memory for FSDP's reduce-scatter."""
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
     ) -> None:
-        """FSDP's reduce-scatter: check this rank's gradients, then average as ReplicatedDense does, also over gloo."""
+        """FSDP's reduce-scatter: check this rank's gradients, then average as ReplicatedDense does, also on gloo."""
         sent = input_tensor.to(self.sent_as)
         self.own_units_finite.append(all_finite([sent]))
         sent.mul_(1.0 / dist.get_world_size(group))
@@ -67,20 +67,20 @@ class FullySharded:
         output_tensor.copy_(received)
 
     def average_table_gradients(self) -> None:
-        """After backward: average the dense gradients of replicated tables. On a CPU theirs are sparse."""
+        """Average the dense gradients of replicated tables after backward. Skips sparse gradients (CPU)."""
         for weight in self.tables:
             if weight.device.type != "cpu":
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 dist.all_reduce(weight.grad.mul_(1.0 / dist.get_world_size(self.group)), group=self.group)
 
     def reshard(self) -> None:
-        """Free the gathered weights, so that the next forward gathers them again."""
+        """Free the gathered weights; the next forward gathers them again."""
         for unit in self.units:
             unit.reshard()
 
 
 def shard_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
-    """Shard the weights of ``model.dense``, if several ranks have equal ones. ``sent_as``: see FullySharded."""
+    """Shard the weights of ``model.dense`` if several ranks have equal ones. ``sent_as``: see FullySharded."""
     if mesh.dp_cp_size > 1:
         dense = model.dense
         assert isinstance(dense, DenseModel)
@@ -90,16 +90,15 @@ def shard_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32
 
 
 def fully_sharded(dense: nn.Module) -> FullySharded | None:
-    """How ``shard_dense`` has sharded ``dense``; None if it has not."""
+    """Return the FullySharded that ``shard_dense`` has attached to ``dense``, or None."""
     found: FullySharded | None = getattr(dense, "fully_sharded", None)
     return found
 
 
 class FsdpWeights(WeightShares):
-    """Fully sharded weights: each rank updates the rows that it has."""
+    """Fully sharded weights: each rank updates its own rows."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], sharded: FullySharded) -> None:
-        """``weights``: those of ``sharded``, all DTensors."""
         super().__init__(weights, {name: local_part(weight.detach()) for name, weight in weights.items()})
         self._sharded = sharded
 
@@ -108,9 +107,9 @@ class FsdpWeights(WeightShares):
 
     @contextmanager
     def lend(self, owned: Mapping[str, Tensor]) -> Iterator[None]:
-        """See WeightShares. Units gather their weights in forward; the root's stay gathered."""
+        """See WeightShares. Units gather their weights in forward; the root's weights stay gathered."""
         self._swap(owned)
-        self._sharded.root.unshard()  # evaluations call parts of it, such as the item tower, by themselves
+        self._sharded.root.unshard()  # evaluations call submodules of the root, such as the item tower, directly
         try:
             yield
         finally:

@@ -1,18 +1,16 @@
-"""How ranks share the HSTU layers: tensor, sequence and context parallelism.
+"""Tensor, sequence and context parallelism of the HSTU layers.
 
 - **Tensor parallelism**: each rank has the weights of some heads. W_uvqk is split by its outputs, the output norm by
-  its channels, and W_o by its inputs, whose partial products are summed. A model is built whole and split afterwards,
-  in whole heads (layout [head, (u v q k), channel]). Megatron-core's attributes mark the split parameters. All others
-  are replicated, and get equal gradients on all ranks of the group.
+  its channels, and W_o by its inputs; its partial products are summed. A model is built whole, then split by heads
+  (layout [head, (u v q k), channel]). Other parameters are replicated, with equal gradients on all ranks of the group.
 - **Sequence parallelism**: between the projections the tokens are split over the same ranks. They are gathered before
   W_uvqk, and the partial products of W_o are reduce-scattered.
-- **Context parallelism**: the tokens are split from the inputs to the head. Only attention needs more than one token.
-  For it the ranks exchange all heads of their own tokens for some heads of all tokens, and the result back (Ulysses,
-  arXiv 2309.14509). Every kernel, mask and bias is that of a single rank, and all ranks have equal work, whatever the
-  lengths of the sequences.
+- **Context parallelism**: the tokens are split from the inputs to the head. For attention, ranks exchange all heads of
+  their own tokens for some heads of all tokens, and back (Ulysses, arXiv 2309.14509). Kernels, masks and biases are the
+  same as on a single rank, and all ranks have equal work for any sequence lengths.
 
-Megatron-core 0.16.1 has mappings for the first two. They need CUDA, and each is an autograd function that waits for its
-result, whereas a layer is one autograd function that communicates while it computes.
+Megatron-core 0.16.1 has mappings for the first two, but they need CUDA and wait for each result. Here a layer is one
+autograd function that communicates while it computes.
 """
 
 from __future__ import annotations
@@ -31,19 +29,19 @@ from hstu.ops.layout import JaggedLayout, pad_tokens
 from hstu.parallel.collectives import gather_copies, join_rows, scale_gradient, split_rows, sum_over_ranks
 from hstu.parallel.mesh import Mesh
 
-with warnings.catch_warnings():  # importing Megatron warns about optional CUDA packages that are not used here
+with warnings.catch_warnings():  # Megatron warns about optional CUDA packages that are not used here
     warnings.simplefilter("ignore")
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 
 SPLIT_DIMS = {"uvqk.weight": 0, "uvqk.bias": 0, "output_norm.weight": 0, "output_norm.bias": 0, "out.weight": 1}
-"""Split parameter of an HSTU layer → the dimension along which it is split over the tensor-parallel group."""
+"""Split parameter of an HSTU layer → the dimension that is split over the tensor-parallel group."""
 
 
 def split_encoder(encoder: SequenceEncoder, mesh: Mesh) -> None:
-    """Split an encoder in host memory, in place: its weights over the tp group, its tokens over the cp group.
+    """Split an encoder in host memory, in place: weights over the tp group, tokens over the cp group.
 
-    With NetworkArgs.sequence_parallel the tokens between the projections are split over the tp group, too.
+    With NetworkArgs.sequence_parallel the tokens between the projections are also split over the tp group.
     """
     if mesh.tp_cp_size == 1:
         return
@@ -65,10 +63,7 @@ def _split_weights(layer: FusedHSTULayer, mesh: Mesh) -> None:
 
 
 class ProcessGroupComm(LayerComm):
-    """The ranks of a tp_cp group.
-
-    ``sequence_parallel``: between the projections the tokens are split over the tensor-parallel ranks.
-    """
+    """Communication in a tp_cp group. ``sequence_parallel``: split tokens between the projections over the tp ranks."""
 
     def __init__(self, mesh: Mesh, sequence_parallel: bool) -> None:
         self.rank, self.tp_size, self.cp_size = mesh.tp_cp_rank, mesh.tp_size, mesh.cp_size
@@ -119,7 +114,7 @@ class ProcessGroupComm(LayerComm):
         return result
 
     def _exchange(self, by_rank: Tensor) -> Pending:
-        """Begin to send ``by_rank[r]`` to rank r of the context-parallel group; returns what each rank has sent."""
+        """Start sending ``by_rank[r]`` to rank r of the context-parallel group; the result stacks what ranks sent."""
         received = by_rank.new_empty(by_rank.shape)
         work = dist.all_to_all_single(received, by_rank.contiguous(), group=self.cp_group, async_op=True)
         return _pending(received, work)
@@ -130,7 +125,7 @@ class ProcessGroupComm(LayerComm):
         return [range(*pair) for pair in pairwise(bounds)]
 
     def split_tokens(self, own: Tensor, layout: JaggedLayout) -> tuple[Tensor, JaggedLayout]:
-        """See :class:`LayerComm`. With sequence parallelism the tensor-parallel ranks share the range."""
+        """See :class:`LayerComm`. With sequence parallelism the tensor-parallel ranks split the range."""
         size = self._tokens_per_rank(layout.num_tokens)
         if size > len(own):
             own = F.pad(own, (0, 0, 0, size - len(own)))
@@ -146,7 +141,6 @@ class ProcessGroupComm(LayerComm):
         return own if len(own) == count else own[:count]
 
     def _tokens_per_rank(self, num_tokens: int) -> int:
-        """Tokens of a context-parallel rank, padding included."""
         share = -(-max(num_tokens, 1) // self.cp_size)
         return share + -share % self.tp_size if self.sequence_parallel else share
 

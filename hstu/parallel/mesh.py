@@ -1,4 +1,4 @@
-"""The device, ranks and process groups of this process, which no other file decides, and its heartbeat.
+"""The device, ranks and process groups of this process, and its heartbeat.
 
 Works under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK, …) and with plain ``python`` as a world of one.
 """
@@ -27,40 +27,38 @@ from hstu.parallel.collectives import require_equal
 
 log = logging.getLogger(__name__)
 
-_HEAD_START_S = 10.0  # for our watchdog, which names the missing rank, before NCCL's watchdog aborts the process
+_HEAD_START_S = 10.0  # lets our watchdog name the missing rank before NCCL's watchdog aborts the process
 _NO_TIMEOUT = timedelta(days=365)
 _FINISH_TIMEOUT_S = 30.0
 _NO_GPU = 100, 34
-"""Results of cuInit (cuda.h) without a GPU: no device, and a library that is a stub. Others: it cannot be used."""
+"""Results of cuInit (cuda.h) on a machine without a GPU: no device, stub library. Other errors: an unusable GPU."""
 _DROPOUT_STREAM = 0x64726F70  # makes the dropout seed of rank 0 differ from the seed of the initial weights
 
 
 class Heartbeat:
-    """What the main thread is doing; any thread may read it. All ranks make the same marks: the one with the fewest is
-    behind.
-    """
+    """Progress of the main thread, readable from any thread. All ranks set the same marks: fewer marks mean behind."""
 
     def __init__(self) -> None:
         self.iteration = 0
-        """The training step in progress, counted from 1; 0 before the first."""
+        """The current training step, counted from 1; 0 before the first."""
         self.stage = "starting"
         self.marks = 0
         self._at = time.monotonic()
 
     def mark(self, stage: str | None = None, iteration: int | None = None) -> None:
-        """Count a step forward that all ranks take, into another ``stage`` or ``iteration`` if given."""
+        """Count progress that all ranks make, and set ``stage`` and ``iteration`` if given."""
         self.stage = stage or self.stage
         self.iteration = iteration or self.iteration
         self.marks += 1
         self.beat()
 
     def beat(self) -> None:
-        """Note that this rank makes progress, in work of which some ranks have more than others."""
+        """Record progress of this rank only, in work that is uneven between ranks."""
         self._at = time.monotonic()
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:
-        """Mark ``stage``, and the previous stage afterwards; after an error the stage stays where the error arose."""
+        """Mark ``stage``, then the previous stage again. After an error the stage stays, so that reports name it."""
         before = self.stage
         self.mark(stage)
         yield
@@ -74,9 +72,9 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks, groups and device of this process, in Megatron's terms and order: tp varies fastest, then cp, then dp.
+    """Device, ranks and groups of this process, in Megatron's terms. tp varies fastest, then cp, then dp.
 
-    A tp_cp group computes on the sequences of all its ranks; there are dp_size such groups.
+    The ranks of a tp_cp group compute on the same sequences; there are dp_size such groups.
     """
 
     device: torch.device
@@ -99,13 +97,13 @@ class Mesh:
     """Ranks with equal dense weights."""
     seed: int
     store: dist.Store | None = None
-    """The key-value store of the launch; None for a mesh that was never started."""
+    """Key-value store of the launch; None for a mesh made without ``start``."""
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
-    """What this rank is doing, for the watchdog."""
+    """Progress of this rank, read by the watchdog."""
 
     @property
     def tp_cp_size(self) -> int:
-        """Ranks that compute on the same sequences."""
+        """Number of ranks that compute on the same sequences."""
         return self.tp_size * self.cp_size
 
     @property
@@ -115,12 +113,12 @@ class Mesh:
 
     @property
     def dp_cp_size(self) -> int:
-        """Ranks with equal dense weights."""
+        """Number of ranks with equal dense weights."""
         return self.dp_size * self.cp_size
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes logs and files."""
+        """Whether this rank writes logs and files."""
         return self.rank == 0
 
 
@@ -133,16 +131,14 @@ def start(
     allow_tf32: bool = False,
     must_agree: Mapping[str, str] = MappingProxyType({}),
 ) -> Mesh:
-    """Choose the device, join the world, create data-, tensor- and context-parallel groups, and seed this process for
-    the initial weights. Call ``seed_dropout`` once the model is built.
+    """Choose the device, join the world, create process groups and seed for the initial weights (see ``seed_dropout``).
 
     Args:
-        timeout_s: a collective that waits for longer fails, ten seconds later. See ``without_timeout``.
+        timeout_s: collectives that wait longer fail ten seconds later. See ``without_timeout``.
         deterministic: use only bitwise repeatable kernels; torch raises where an operation has none.
-        must_agree: name → value of what must be equal on all ranks.
+        must_agree: name → value that must be equal on all ranks.
 
-    Raises ConfigError where this host has fewer GPUs than processes, or GPUs that torch cannot use; and on all ranks
-    where ``must_agree`` differs.
+    Raises ConfigError if this host lacks GPUs, torch cannot use them, or ``must_agree`` differs (on all ranks).
     """
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if deterministic:
@@ -156,7 +152,7 @@ def start(
     store = _join_world(device, timeout)
     world_group = dist.group.WORLD
     assert world_group is not None
-    require_equal(must_agree, world_group, ConfigError)  # ranks of other groups would wait for each other below
+    require_equal(must_agree, world_group, ConfigError)  # first: ranks with different group sizes would hang below
     groups = _parallel_state()
     groups.initialize_model_parallel(
         tensor_model_parallel_size=tensor_parallel_size,
@@ -190,17 +186,16 @@ def start(
 
 
 def without_timeout(mesh: Mesh) -> None:
-    """Let collectives wait for as long as it takes: for a run whose watchdog ends ranks that are stuck."""
+    """Let collectives wait without limit, for runs in which a watchdog ends stuck ranks."""
     groups = [mesh.dp_group, mesh.tp_group, mesh.cp_group, mesh.tp_cp_group, mesh.dp_cp_group]
     for group in (mesh.world_group, *groups):
         dist.distributed_c10d._set_pg_timeout(_NO_TIMEOUT, group)
 
 
 def finish(wait: bool = True) -> None:
-    """Leave the process group, if one was joined, after waiting for all ranks.
+    """Wait for all ranks and leave the process group, if this process has joined one.
 
-    A rank that failed does not wait (``wait=False``, or while an exception propagates): the others are in some other
-    collective, which fails when this rank leaves.
+    A failed rank (``wait=False``, or during an exception) leaves at once: the collectives of the other ranks then fail.
     """
     if not dist.is_initialized():
         return
@@ -228,7 +223,7 @@ def seed_dropout(mesh: Mesh) -> None:
 
 def _pick_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
-        if _has_gpus():  # a run would silently train on the CPU
+        if _has_gpus():  # without this error the run would silently train on the CPU
             build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build for CPUs"
             raise ConfigError(
                 f"this machine has NVIDIA GPUs, but torch cannot use them: torch {torch.__version__} {build}. "
@@ -247,7 +242,7 @@ def _pick_device(local_rank: int) -> torch.device:
 
 
 def _has_gpus() -> bool:
-    """Whether the NVIDIA driver, queried without torch, has GPUs that this process may use."""
+    """Whether the NVIDIA driver, queried without torch, has GPUs that are visible to this process."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return False
     try:
@@ -270,10 +265,10 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
                 f"rank {os.environ['RANK']} cannot join the others at {place} (MASTER_ADDR, MASTER_PORT): {error}. "
                 "Check that other hosts reach the port, or choose another one (torchrun --master_port)."
             ) from error
-        # torch 2.13: with --max-restarts torchrun serves one store to all attempts, and a rank that reads the address
-        # of a rank of an earlier attempt hangs. tests/distributed/test_failures.py fails when this is fixed.
+        # torch 2.13: with --max-restarts torchrun shares one store between all attempts, and a rank that reads an
+        # address from an earlier attempt hangs. tests/distributed/test_failures.py fails when this is fixed.
         store: dist.Store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", served)
-    else:  # plain python: a store in memory needs no port
+    else:  # plain python: an in-memory store needs no port
         store, rank, world_size = dist.HashStore(), 0, 1
     groups = dist.PrefixStore("groups", store)
     dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size)
@@ -281,7 +276,7 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
 
 
 def _parallel_state():  # type: ignore[no-untyped-def]  # a module
-    """Megatron's group registry; importing it warns about optional CUDA packages that are not used here."""
+    """Import Megatron's group registry without its warnings about optional CUDA packages, which are not used here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core import parallel_state

@@ -1,4 +1,4 @@
-"""Tables with sharding strategy model_parallel: planned with the memory that ranks have, sharded and initialised."""
+"""Tables with sharding strategy model_parallel: planning by available memory, sharding and initialisation."""
 
 from __future__ import annotations
 
@@ -40,42 +40,41 @@ from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 
 log = logging.getLogger(__name__)
 
-# auto leaves out column_wise: rowwise_adagrad would have one moment per row *and shard*, which hstu/config refuses for
-# tables that ask for column_wise.
+# auto excludes column_wise, which hstu/config rejects for rowwise_adagrad: it would keep one moment per row and shard.
 _SHARDING_TYPES = {
     "auto": [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
     "row_wise": [ShardingType.ROW_WISE.value],
     "table_wise": [ShardingType.TABLE_WISE.value],
     "column_wise": [ShardingType.COLUMN_WISE.value],
 }
-_COLUMN_MULTIPLE = 4  # of which FBGEMM wants the width of every shard to be a multiple
+_COLUMN_MULTIPLE = 4  # FBGEMM needs shard widths that are multiples of this
 _GPU_SHARE = 0.95
-"""Share of the free GPU memory that is planned with. The rest is for NCCL's buffers and for fragmentation."""
+"""Share of the free GPU memory to plan with. The rest is for NCCL's buffers and fragmentation."""
 _MOST_NAMED = 3
-"""Tables that an error names, the largest first."""
+"""How many tables an error lists, the largest first."""
 
 
 class TablesDoNotFit(ConfigError):
-    """There is no way to place the tables and their optimizer states in the memory of the ranks."""
+    """The tables and their optimizer states do not fit in the memory of the ranks."""
 
 
 @dataclass(frozen=True)
 class TableRoom:
-    """Bytes of memory that tables and their optimizer states may take on each rank."""
+    """Bytes of memory for tables and their optimizer states on each rank."""
 
     gpu: int
     host: int
     beside_tables: int = 0
-    """Bytes of GPU memory that are kept for the dense part and its activations. ``gpu`` is without them."""
+    """Bytes of GPU memory for the dense part and its activations, not included in ``gpu``."""
 
 
 UNLIMITED = TableRoom(1 << 60, 1 << 60)
-"""More than any machine has, for plans that are only looked at."""
+"""More memory than any machine has, for plans that are only displayed."""
 
 
 @dataclass(frozen=True)
 class TableRanks:
-    """The ranks that tables are planned for."""
+    """The ranks to plan tables for."""
 
     count: int
     per_host: int
@@ -93,8 +92,7 @@ def shard(
 ) -> tuple[GRModel, TableOptimizer]:
     """Shard the model's EmbeddingCollections in place and write their initial rows. Collective.
 
-    beside_tables: returns the bytes of GPU memory that a rank needs beside the sharded tables.
-
+    ``beside_tables`` returns the bytes of GPU memory that a rank needs beside the sharded tables.
     Returns the model and the optimizer of its tables. Raises TablesDoNotFit on all ranks.
     """
     args, device = config.optimizer, mesh.device.type
@@ -116,7 +114,7 @@ def shard(
         planned = {name: table for tables in plan.plan.values() for name, table in tables.items()}
         log.info("tables: %s", {name: table.sharding_type for name, table in planned.items()})
         for name, table in planned.items():
-            if training[name].is_row_sparse(device):  # the planner refuses the dense kernel
+            if training[name].is_row_sparse(device):  # set here, as the planner rejects the dense kernel
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
         DistributedModelParallel(
             model,
@@ -139,26 +137,23 @@ def shard(
 
 
 def host_memory() -> int:
-    """Bytes of memory of this host, swap included."""
+    """Bytes of memory of this host, including swap."""
     return int(psutil.virtual_memory().total + psutil.swap_memory().total)
 
 
 def room_of_rank(device: torch.device, ranks_on_host: int, beside_tables: Callable[[], int]) -> TableRoom:
-    """The room for tables on this rank, one of ``ranks_on_host``.
-
-    beside_tables: returns the bytes that the run needs beside the tables. It is called for GPUs only.
-    """
+    """Return the memory for tables on this rank. ``beside_tables``: see ``shard``; called for GPUs only."""
     host = host_memory() // ranks_on_host
     if device.type != "cuda":
         return TableRoom(0, host)
     free, _ = torch.cuda.mem_get_info(device)
-    has = int(_GPU_SHARE * (free + torch.cuda.memory_reserved(device)))  # what torch has reserved serves this run
+    has = int(_GPU_SHARE * (free + torch.cuda.memory_reserved(device)))  # memory that torch has reserved is usable
     needed = max(beside_tables(), torch.cuda.memory_allocated(device))
     return TableRoom(max(0, has - needed), host, needed)
 
 
 def least_room(own: TableRoom, group: dist.ProcessGroup) -> TableRoom:
-    """The room that every rank has. TorchRec's planner takes all ranks to be alike."""
+    """Return the least memory of all ranks, because TorchRec's planner assumes equal ranks."""
     rooms = gather_objects(own, group)
     return TableRoom(
         min(room.gpu for room in rooms), min(room.host for room in rooms), max(room.beside_tables for room in rooms)
@@ -173,10 +168,7 @@ def plan_sharding(
     config: RunConfig,
     ranks: TableRanks,
 ) -> ShardingPlan:
-    """TorchRec's plan for ``model.embedding``, constrained to what ``specs`` ask for. Raises TablesDoNotFit.
-
-    ``training``: see ``prepare_tables``. ``memory``: the plan of each dynamic table.
-    """
+    """Return TorchRec's plan for ``model.embedding``. Raises TablesDoNotFit. ``training``: see ``prepare_tables``."""
     on_gpu, prefetches = ranks.device_type == "cuda", config.trainer.pipeline_type == "prefetch"
     constraints: dict[str, ParameterConstraints] = {}
     for spec in specs:
@@ -191,10 +183,10 @@ def plan_sharding(
         world_size=ranks.count,
         local_world_size=ranks.per_host,
         compute_device=ranks.device_type,
-        hbm_cap=ranks.room.gpu,  # 32 GiB by default, whatever the device has
+        hbm_cap=ranks.room.gpu,  # the default is 32 GiB for any device
         ddr_cap=ranks.room.host,
     )
-    # By default TorchRec keeps 15 % and six times the dense weights free. The room is already without them.
+    # By default TorchRec reserves 15 % and six times the dense weights. ``room`` already excludes such memory.
     nothing_more = FixedPercentageStorageReservation(percentage=0.0)
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, storage_reservation=nothing_more)
     try:
@@ -207,7 +199,7 @@ def plan_sharding(
 def _gpu_kernels(
     spec: TableSpec, memory: MemoryPlan | None, prefetches: bool
 ) -> dict[str, tuple[EmbeddingComputeKernel, CacheParams | None]]:
-    """Compute kernel and cache on a GPU of a table; of both physical tables where a dynamic table is split."""
+    """Return the compute kernel and cache of each physical table on a GPU; a split dynamic table has two."""
     if spec.replicated:
         return {}
     if memory is not None:
@@ -221,14 +213,10 @@ def _gpu_kernels(
 
 
 def _sharding_types(spec: TableSpec, world_size: int) -> list[str]:
-    """Sharding types that the planner may choose from.
-
-    Row-wise sharding is left out where a rank would get no rows: on a CPU fbgemm-gpu 1.8.0 cannot look up in an empty
-    shard ("weights[0] must be a GPU or MTIA tensor").
-    """
+    # On a CPU, fbgemm-gpu 1.8.0 cannot look up in an empty row-wise shard ("weights[0] must be a GPU or MTIA tensor").
     if spec.dynamic is not None:
         return [ShardingType.ROW_WISE.value]
-    if world_size == 1:  # row-wise sharding would bring ids and rows into the order of the ranks and back
+    if world_size == 1:  # row-wise sharding would needlessly reorder ids and rows by rank
         return [ShardingType.TABLE_WISE.value]
     rows_per_rank = -(-spec.rows // world_size)
     if rows_per_rank * (world_size - 1) < spec.rows or spec.sharding not in ("auto", "row_wise"):
@@ -239,7 +227,6 @@ def _sharding_types(spec: TableSpec, world_size: int) -> list[str]:
 
 
 def _column_shard_width(dim: int, world_size: int) -> int:
-    """Width of equal column shards, one per rank, or fewer and wider ones where ``dim`` does not divide evenly."""
     shards = next(n for n in range(world_size, 0, -1) if dim % (n * _COLUMN_MULTIPLE) == 0)
     return dim // shards
 
@@ -288,7 +275,7 @@ def _at_the_largest(specs: Sequence[TableSpec], config: RunConfig, text: str) ->
 
 
 def memory_plans(specs: Sequence[TableSpec], args: OptimizerArgs, world_size: int) -> dict[str, MemoryPlan]:
-    """The memory plan of each dynamic table, by name."""
+    """Return table name → memory plan of each dynamic table."""
     return {
         spec.name: plan_memory(spec, TableTraining.of(spec, args).optimizer, world_size)
         for spec in specs
@@ -299,16 +286,16 @@ def memory_plans(specs: Sequence[TableSpec], args: OptimizerArgs, world_size: in
 def prepare_tables(
     model: nn.Module, specs: Sequence[TableSpec], args: OptimizerArgs, memory: Mapping[str, MemoryPlan]
 ) -> dict[str, TableTraining]:
-    """Split the dynamic tables of ``model.embedding`` in place, and attach its training to each physical table.
+    """Split the dynamic tables of ``model.embedding`` in place and attach the training to each physical table.
 
-    Returns the training of the physical tables, and of ``specs``, by name.
+    Returns name → training of the physical tables and of ``specs``.
     """
     training = {spec.name: TableTraining.of(spec, args) for spec in specs}
     for name, table_memory in memory.items():
         training |= {physical: training[name] for physical in physical_names(name, table_memory)}
     model.embedding = split_tables(cast(nn.ModuleList, model.embedding), memory)
-    # By the optimizers, the planner counts the states. By the parameters, TorchRec groups the tables of a collection
-    # into kernels. apply_optimizer_in_backward puts them there, too, but would also run an optimizer of its own.
+    # The planner counts states by the optimizer classes, and TorchRec groups tables into kernels by the kwargs.
+    # apply_optimizer_in_backward sets both, but would also run an optimizer of its own.
     for name, weight in model.embedding.named_parameters():
         table = name.removesuffix(".weight").rpartition(".")[2]  # <collection>.embeddings.<table>.weight
         params = training[table].fused_params(args)
@@ -318,10 +305,7 @@ def prepare_tables(
 
 
 def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: str) -> None:
-    """Log which kernel runs in place of an EmbeddingArgs.compute_kernel that a CPU lacks.
-
-    Raises ConfigError for a dense kernel on a GPU, which TorchRec's planner does not support.
-    """
+    """Warn where a CPU replaces EmbeddingArgs.compute_kernel. Raises ConfigError for a dense kernel on a GPU."""
     for spec in specs:
         option = f"EmbeddingArgs.compute_kernel = {spec.compute_kernel!r} of table {spec.name!r}"
         used = "dense" if TableTraining.of(spec, args).is_row_sparse(device_type) else "fused"
@@ -334,24 +318,24 @@ def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: 
 def table_sharders(
     args: OptimizerArgs, device_type: str, specs: Sequence[TableSpec]
 ) -> list[EmbeddingCollectionSharder]:
-    """The sharders of static and dynamic collections whose tables are trained as ``args`` says."""
+    """Return the sharders of static and dynamic collections for the training in ``args``."""
     static: type[ShardedEmbeddingCollection] = ShardedEmbeddingCollection
     dynamic: type[ShardedDynamicCollection] = ShardedDynamicCollection
     training = [TableTraining.of(spec, args) for spec in specs if not spec.replicated]
     if any(each.is_row_sparse(device_type) or each.max_gradient is not None for each in training):
         static, dynamic = RowSparseEmbeddingCollection, RowSparseDynamicCollection
-    # by default FBGEMM looks up row 0 for an id outside the table
+    # By default FBGEMM looks up row 0 for an id outside the table.
     fused_params = {"bounds_check_mode": BoundsCheckMode.FATAL}
     return [CollectionSharder(static, fused_params), DynamicSharder(dynamic, fused_params)]
 
 
 def sharded_collections(model: GRModel) -> list[ShardedEmbeddingCollection]:
-    """The model's sharded collections in order."""
+    """Return the model's sharded collections in order."""
     return [collection for collection in model.embedding if isinstance(collection, ShardedEmbeddingCollection)]
 
 
 def sharded_weights(model: GRModel) -> dict[str, ShardedTensor]:
-    """Live weights of the sharded tables: name → ShardedTensor [rows, stored_dim] over all ranks."""
+    """Return name → live weight of each sharded table: ShardedTensor [rows, stored_dim] over all ranks."""
     weights: dict[str, ShardedTensor] = {}
     for collection in sharded_collections(model):
         for key, weight in collection.state_dict().items():
@@ -360,7 +344,7 @@ def sharded_weights(model: GRModel) -> dict[str, ShardedTensor]:
 
 
 def dynamic_tables(model: GRModel) -> dict[str, DynamicTable]:
-    """The model's dynamic tables by name."""
+    """Return the model's dynamic tables by name."""
     tables: dict[str, DynamicTable] = {}
     for collection in sharded_collections(model):
         if isinstance(collection, ShardedDynamicCollection):
@@ -370,9 +354,9 @@ def dynamic_tables(model: GRModel) -> dict[str, DynamicTable]:
 
 @torch.no_grad()
 def write_initial_rows(model: GRModel, seed: int, heartbeat: Heartbeat) -> None:
-    """Fill this rank's shards block by block. The rows do not depend on the number of ranks or the sharding.
+    """Fill this rank's shards block by block. The rows are the same for any number of ranks and any sharding.
 
-    Dynamic tables stay zero: the row of an id is written when the id gets one.
+    Dynamic tables stay zero: their rows are written when they are assigned to ids.
     """
     specs = {spec.name: spec for spec in model.specs}
     for table, weight in sharded_weights(model).items():

@@ -1,7 +1,6 @@
-"""The tensor-parallel HSTU layer in Megatron-core's parallel linears. Read it to see what such a layer computes.
+"""The tensor-parallel HSTU layer in Megatron-core's parallel linears: a readable reference.
 
-Models run the fused layer, whose weights :func:`hstu.parallel.layer_comm.split_encoder` splits alike. Tests hold the
-fused layer to this one on two and three ranks.
+Models use the fused layer, split by :func:`hstu.parallel.layer_comm.split_encoder`. Tests compare both layers.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from hstu.ops.layout import JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.mesh import Mesh
 
-with warnings.catch_warnings():  # importing Megatron warns about optional CUDA packages that are not used here
+with warnings.catch_warnings():  # Megatron warns about optional CUDA packages that are not used here
     warnings.simplefilter("ignore")
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import (
@@ -34,11 +33,11 @@ with warnings.catch_warnings():  # importing Megatron warns about optional CUDA 
 
 
 class MegatronHSTULayer(HSTULayer):
-    """An HSTU layer of which each rank of ``mesh.tp_group`` has H of the heads, made of Megatron-core's parts.
+    """An HSTU layer built from Megatron-core, with H of the heads on each rank of ``mesh.tp_group``.
 
-    U, V, Q and K of a head are outputs of one rank (ColumnParallelLinear), attention needs no other heads, and W_o sums
-    over the heads of all ranks (RowParallelLinear). ``state_dict`` is that of the split fused layer, whose
-    weights it loads. Megatron-core's sequence parallelism needs CUDA and is left out.
+    ColumnParallelLinear computes U, V, Q and K of this rank's heads, attention works per head, and RowParallelLinear
+    (W_o) sums over all heads. It loads the state dict of a split fused layer. Sequence parallelism, which needs CUDA in
+    Megatron-core, is left out.
     """
 
     def __init__(self, network: NetworkArgs, max_tokens: int, mesh: Mesh, index: int = 0) -> None:
@@ -64,7 +63,7 @@ class MegatronHSTULayer(HSTULayer):
         projected, _ = self.uvqk(self.input_norm(x))
         u, v, q, k = F.silu(projected).unflatten(1, (-1, 4, self.network.kv_channels)).unbind(2)  # [T, H, d] each
         bias = None
-        if self.bias is not None:  # each rank uses it on its heads alone, so the gradients are summed
+        if self.bias is not None:  # each rank applies it to its own heads only, so its gradients are summed
             bias = RelativeBias(self._copied(self.bias.position_weight), self._copied(self.bias.time_weight))
         attended = hstu_attention(
             AttentionInputs(q, k, v, layout, self.attention_config, bias), REFERENCE_KERNELS.attention
@@ -85,6 +84,6 @@ class MegatronHSTULayer(HSTULayer):
         return self._copied(means / self.mesh.tp_size)
 
     def _copied(self, whole: Tensor) -> Tensor:
-        """``whole`` itself, of which each rank uses its copy: backward sums over the ranks."""
+        """Return ``whole``, which is equal on all ranks. Backward: sums the ranks' gradients."""
         copy: Tensor = copy_to_tensor_model_parallel_region(whole, group=self.mesh.tp_group)
         return copy

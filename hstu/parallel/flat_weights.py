@@ -1,10 +1,10 @@
-"""Weights in one buffer, of which each rank with equal dense weights updates an equal share (ZeRO stage 1).
+"""Weights in one buffer, split evenly over the ranks with equal dense weights for the update (ZeRO stage 1).
 
-The buffer is cut into as many equal ranges as there are ranks, wherever a weight begins or ends. A rank has optimizer
-states for its range only, updates it, and gathers the ranges of the others: one all-gather in place per step.
+The buffer is split into equal ranges, one per rank, regardless of weight boundaries. Each rank keeps optimizer states
+for its range, updates it, and all-gathers the buffer in place, once per step.
 
-torch.distributed.optim.ZeroRedundancyOptimizer (torch 2.13) gives whole weights to ranks, so the largest weight sets
-the memory. It fails with fewer weights than ranks, and ``found_inf`` does not reach the optimizer inside.
+torch.distributed.optim.ZeroRedundancyOptimizer (torch 2.13) assigns whole weights to ranks, so the largest weight
+determines the memory. It fails with fewer weights than ranks, and ``found_inf`` does not reach its inner optimizer.
 Source: Rajbhandari et al., ZeRO, SC 2020.
 """
 
@@ -22,28 +22,26 @@ from torch import Tensor, nn
 from hstu.parallel.shards import ShardedView, WeightShares
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""(offset, shape) of a part of a tensor."""
+"""(offset, shape) of a box in a tensor."""
 ALIGNMENT = 128
-"""Weights and ranges begin at multiples of so many float32 numbers: 512 bytes, as torch allocates on a GPU.
+"""Weights and ranges start at multiples of this many float32 numbers: 512 bytes, as in torch's GPU allocations.
 
-Kernels then read weights as fast as separate ones, and vector instructions round each number as in a separate weight.
+This keeps the speed of separate weights, and vector instructions round each number as in a separate weight.
 """
 
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Where weights lie in a buffer that is cut into equal ranges, one per rank."""
+    """Layout of weights in a buffer that is split into equal ranges, one per rank."""
 
     starts: Mapping[str, int]
-    """Weight → its first element in the buffer."""
+    """Weight → offset of its first element."""
     numels: Mapping[str, int]
-    """Weight → its number of elements."""
     range_size: int
-    """Elements of a range."""
 
     @classmethod
     def of(cls, numels: Mapping[str, int], ranks: int) -> FlatLayout:
-        """Lay weights of these sizes one after another."""
+        """Lay out weights one after another. ``numels``: weight → number of elements."""
         starts, end = {}, 0
         for name, numel in numels.items():
             starts[name] = end
@@ -51,7 +49,7 @@ class FlatLayout:
         return cls(starts, dict(numels), _aligned(-(-end // ranks)))
 
     def owned(self, rank: int) -> dict[str, range]:
-        """For each weight, the elements of it in the range of ``rank``; an empty range where there are none."""
+        """Return for each weight the range, possibly empty, of its elements that belong to ``rank``."""
         begin, end = rank * self.range_size, (rank + 1) * self.range_size
         return {
             name: range(*(min(max(bound - start, 0), self.numels[name]) for bound in (begin, end)))
@@ -64,10 +62,10 @@ def _aligned(count: int) -> int:
 
 
 class FlatWeights(WeightShares):
-    """float32 weights that are moved to one buffer, of which this rank updates the elements in its range."""
+    """float32 weights in one buffer, of which this rank updates its own range."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], group: dist.ProcessGroup) -> None:
-        """Move ``weights``, which are equal on all ranks of ``group``, to a new buffer. They stay the same objects."""
+        """Move ``weights``, equal on all ranks of ``group``, to a new buffer. The Parameter objects stay the same."""
         ranks, self._rank, self._group = dist.get_world_size(group), dist.get_rank(group), group
         self._sizes = {name: weight.size() for name, weight in weights.items()}
         self._layout = FlatLayout.of({name: size.numel() for name, size in self._sizes.items()}, ranks)
@@ -84,7 +82,7 @@ class FlatWeights(WeightShares):
 
     @contextmanager
     def lend(self, owned: Mapping[str, Tensor]) -> Iterator[None]:
-        """See WeightShares. It takes the memory of all weights, or nothing without ``owned``."""
+        """See WeightShares. Needs memory for all weights, or none if ``owned`` is empty."""
         values = self._gathered(owned) if owned else {}
         self._swap(values)
         try:
@@ -129,9 +127,9 @@ class FlatWeights(WeightShares):
 
 
 def boxes(size: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """The boxes that the elements from ``start`` to ``stop`` of a tensor of ``size`` fill, in order.
+    """Split the elements from ``start`` to ``stop`` of a tensor into boxes, in order.
 
-    Of a matrix these are a part of a row, whole rows, and a part of a row.
+    A matrix gives up to three: part of a row, whole rows, part of a row.
     """
     if start >= stop:
         return

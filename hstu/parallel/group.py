@@ -1,9 +1,8 @@
-"""The ranks of a tp_cp group compute on the sequences of all of them; each rank loads and looks up its own.
+"""Merges the batches of a tp_cp group: each rank loads and looks up its own samples, all compute on all of them.
 
-Gradients: every rank of a group has the gradient of the group's rows, times the data-parallel size; with context
-parallelism the gradient by its own tokens, times the context-parallel size, too. What flows back to a rank's own rows
-is the sum over the group, and TorchRec divides by the number of ranks in the world. The result is the gradient of a
-single process.
+Gradients: each rank has the gradient of the group's rows, times the data-parallel size. With context parallelism it
+covers the rank's own tokens, times the context-parallel size. Backward sums over the group, and TorchRec divides by the
+world size, which gives the gradient of a single process.
 """
 
 from __future__ import annotations
@@ -27,21 +26,18 @@ from hstu.parallel.mesh import Mesh
 
 
 def to_train_batch(batch: HSTUBatch, roles: FeatureRoles, mesh: Mesh, num_micro_batches: int = 1) -> TrainBatch:
-    """Add what the dense part computes on to a rank's batch on the host. Collective over the tp_cp group, over gloo."""
+    """Add the group's merged batch, for the dense part, to a rank's host batch. Collective over tp_cp, on gloo."""
     computed, group = _merge_group(batch, roles.item, mesh) if mesh.tp_cp_size > 1 else (batch, None)
     train_batch = TrainBatch.of(batch, computed, group, num_micro_batches, roles)
     return train_batch.pin_memory() if batch.labels.is_pinned() else train_batch
 
 
 def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
-    """Forward of a rank's batch on the host. Collective over the tp_cp group.
-
-    The loss and its count are those of the group; logits and queries are those of this rank's own sequences.
-    """
+    """Run forward on a rank's host batch; only the loss covers the whole group. Collective over the tp_cp group."""
     if mesh.tp_cp_size == 1:
         output: ModelOutput = model(batch.to(mesh.device))
         return output
-    needed = dataclasses.replace(batch, seen=None)  # evaluators read those of their own
+    needed = dataclasses.replace(batch, seen=None)  # evaluators need ``seen`` of their own batch only
     merged, group = _merge_group(needed, model.roles.item, mesh)
     rows = gather_embeddings(model.look_up(batch.to(mesh.device)), group, mesh.tp_cp_group)
     merged = merged.to(mesh.device)
@@ -63,9 +59,9 @@ def _merge_group(batch: HSTUBatch, item_feature: str, mesh: Mesh) -> tuple[HSTUB
 def gather_embeddings(
     rows: Mapping[str, Tensor], layout: GroupLayout, process_group: dist.ProcessGroup
 ) -> dict[str, Tensor]:
-    """Merge the rows [n, D] per feature that the ranks of a group have looked up, in the order of the merged batch.
+    """Merge the ranks' looked-up rows [n, D] per feature, in the order of the merged batch.
 
-    One collective per table width. Gradients flow back to ``rows``. Shared negatives are not exchanged.
+    Uses one collective per table width. Gradients flow back to ``rows``. Shared negatives are not exchanged.
     """
     by_width: dict[int, list[str]] = {}
     for feature in rows:

@@ -1,4 +1,4 @@
-"""Tensors of which each rank holds a part: global views for checkpoints, weights that ranks update in parts, norms."""
+"""Sharded tensors: global views for checkpoints, weights that ranks update in shares, and gradient norms."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from hstu.ops.row_update import sum_by_row
 
 
 class ShardedView:
-    """A global tensor, described by its size and the shards that this rank holds.
+    """A global tensor, described by its size and this rank's live shards.
 
-    Shards are live tensors. They need not be contiguous, a rank may hold several, and several ranks may hold the same
-    one: ShardedTensor and DTensor each forbid one of these. The dunder methods implement
-    torch.distributed._checkpointable, the protocol of torch.distributed.checkpoint.
+    Unlike with ShardedTensor or DTensor, shards need not be contiguous, a rank may hold several, and ranks may hold the
+    same one. The dunder methods implement torch.distributed._checkpointable for torch.distributed.checkpoint.
     """
 
     def __init__(self, size: Sequence[int], shards: Iterable[tuple[Sequence[int], Tensor]]) -> None:
@@ -32,20 +31,20 @@ class ShardedView:
 
     @classmethod
     def whole(cls, tensor: Tensor) -> ShardedView:
-        """A view of a tensor that this rank holds completely."""
+        """Return the view of a tensor that this rank holds completely."""
         return cls(tensor.size(), [([0] * tensor.ndim, tensor)])
 
     def size(self) -> torch.Size:
-        """Size of the global tensor."""
+        """Return the size of the global tensor."""
         return self._size
 
     def with_rows(self, rows: int) -> ShardedView:
-        """The same memory as shards of a tensor with ``rows`` rows; rows beyond those are left out."""
+        """Return the same memory as shards of a tensor with ``rows`` rows, without later rows."""
         kept = [(offset, shard[: max(0, rows - offset[0])]) for offset, shard in self.shards.items()]
         return ShardedView((rows, *self._size[1:]), kept)
 
     def copy_from(self, whole: Tensor) -> None:
-        """Overwrite the shards by the corresponding parts of a global tensor."""
+        """Overwrite the shards with the corresponding parts of a global tensor."""
         for offset, shard in self.shards.items():
             shard.copy_(whole[tuple(slice(start, start + n) for start, n in zip(offset, shard.shape, strict=True))])
 
@@ -68,19 +67,16 @@ class ShardedView:
 
 
 class WeightShares(ABC):
-    """Weights of which each rank updates some elements.
-
-    A step: backward, ``take_gradients``, an update of ``own``, ``gather``.
-    """
+    """Weights of which each rank updates a share. Per step: backward, ``take_gradients``, update ``own``, ``gather``."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], own: Mapping[str, Tensor]) -> None:
-        """``own``: the elements of each weight that this rank updates, perhaps none, in the memory of the weight."""
+        """``own``: this rank's elements of each weight, possibly none, in the memory of the weight."""
         self.weights = dict(weights)
         self.own = {name: nn.Parameter(elements.detach()) for name, elements in own.items()}
-        """Weight → the elements that this rank updates, with a gradient of their own."""
+        """Weight → the elements that this rank updates, with their own gradient."""
 
     def take_gradients(self) -> None:
-        """After backward: give each of ``own`` its part of the gradient of the weight, in the same memory."""
+        """After backward, set the gradient of each tensor in ``own``, sharing memory with the weight's gradient."""
         for name, own in self.own.items():
             gradient = self.weights[name].grad
             own.grad = None if gradient is None else self._own_part(name, local_part(gradient))
@@ -92,27 +88,27 @@ class WeightShares(ABC):
 
     @abstractmethod
     def gather(self) -> None:
-        """After each rank has changed ``own``: update the weights. Collective."""
+        """Update the weights from every rank's changed ``own``. Collective."""
 
     @abstractmethod
     @contextmanager
     def lend(self, owned: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, parts of the model can be called, with other weights where ``owned`` has some: tensors like ``own``.
+        """Swap in the weights in ``owned`` (tensors shaped like ``own``), and let parts of the model be called.
 
-        Entering is collective. Leaving is not, so a rank that fails inside does not wait for others.
+        Entering is collective. Leaving is not, so that a failed rank need not wait for others.
         """
 
     @abstractmethod
     def view(self, name: str, owned: Tensor) -> ShardedView:
-        """A tensor of the size of a weight, of which this rank has ``owned``, a number for each of its ``own``."""
+        """Return a view of a weight-sized tensor, of which ``owned`` holds this rank's elements."""
 
     @abstractmethod
     def _own_part(self, name: str, gradient: Tensor) -> Tensor:
-        """Of what this rank has of the gradient of a weight, the part of its ``own``."""
+        """Return the ``own`` elements of a local gradient."""
 
 
 def shard_dim(parameter: Tensor) -> int | None:
-    """The dimension along which Megatron's attributes say that a parameter is sharded; None if it is replicated."""
+    """Return the dimension along which Megatron's attributes shard a parameter, or None if it is replicated."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     dim: int = parameter.partition_dim  # type: ignore[attr-defined]
@@ -120,10 +116,7 @@ def shard_dim(parameter: Tensor) -> int | None:
 
 
 def global_view(shard: Tensor | ShardedView, dim: int, group: dist.ProcessGroup) -> ShardedView:
-    """The tensor of which each rank of ``group`` has an equal shard along ``dim``; it shares the shard's memory.
-
-    A shard may itself be sharded over ranks of another group.
-    """
+    """Return the tensor that ``group`` holds in equal shards along ``dim``. Shards may be sharded over another group."""
     own = shard if isinstance(shard, ShardedView) else ShardedView.whole(shard)
     size = list(own.size())
     begin = size[dim] * dist.get_rank(group)
@@ -133,19 +126,19 @@ def global_view(shard: Tensor | ShardedView, dim: int, group: dist.ProcessGroup)
 
 
 def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ by the L2 norm over the global parameters, each counted once.
+    """Clip like torch.nn.utils.clip_grad_norm_, by the L2 norm over global parameters, each counted once.
 
-    Gradients may be sparse, or DTensors, all on one mesh. ``group``: the tensor-parallel group, or None. Returns the
-    norm before clipping, a scalar on the device; the host does not wait for it.
+    Gradients may be sparse, or DTensors on one mesh. ``group``: the tensor-parallel group or None. Returns the norm
+    before clipping as a scalar on the device, without waiting for it.
     """
     kinds: dict[tuple[bool, bool], list[Tensor]] = {}
-    """(whether tensor-parallel ranks have parts, whether data-parallel ranks have parts) → numbers of gradients."""
+    """(is split over tensor-parallel ranks, is split over data-parallel ranks) → local gradient values."""
     data_group = None
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
             continue
-        if gradient.is_sparse:  # the norm is that of the sums of repeated rows
+        if gradient.is_sparse:  # the norm needs the sums of repeated rows
             rows, values = sum_by_row(gradient)
             gradient = torch.sparse_coo_tensor(rows[None], values, parameter.shape, check_invariants=False)
             parameter.grad = gradient
@@ -166,23 +159,23 @@ def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group:
 
 
 def numbers_of(gradient: Tensor) -> Tensor:
-    """The numbers of a gradient that this rank has; of a sparse one, those of the rows that it has."""
+    """Return this rank's values of a gradient; for a sparse gradient, the values of its rows."""
     return gradient._values() if gradient.is_sparse else local_part(gradient)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, in the same memory: of a DTensor its shard, of any other tensor all."""
+    """Return the local shard of a DTensor, or any other tensor itself, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def view_of(whole: DTensor, shard: Tensor | None = None) -> ShardedView:
-    """A tensor that is cut along its first dimension as ``whole``, of which this rank has ``shard``, or its own."""
+    """Return a view of a tensor that is split by rows like ``whole``; this rank's shard is ``shard`` or its own."""
     ranks = whole.device_mesh.size()
     begin = -(-whole.shape[0] // ranks) * whole.device_mesh.get_local_rank()
     return ShardedView(whole.size(), [((begin, *[0] * (whole.ndim - 1)), whole.to_local() if shard is None else shard)])
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Whether all numbers are finite, as a bool scalar on the device, by their sum, which is faster than isfinite."""
+    """Return whether all values are finite, as a bool scalar on the device. Uses sums, faster than isfinite."""
     sums = [tensor.sum(dtype=torch.float32) for tensor in tensors]
     return torch.stack(sums).sum().isfinite() if sums else torch.tensor(True)

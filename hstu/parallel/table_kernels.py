@@ -1,8 +1,7 @@
-"""Table kernels that FBGEMM lacks, inside TorchRec's sharding: Adam on the CPU, and clamped gradients of rows.
+"""Table kernels that FBGEMM lacks, for TorchRec's sharding: Adam on the CPU, and clamped row gradients.
 
 On the CPU, FBGEMM 1.6 to 1.8 has no fused Adam ("not supported in CPU mode"), and DenseTableBatchedEmbeddingBags of the
-DENSE compute kernel pools in spite of PoolingMode.NONE. tests/parallel/test_table_kernels.py fails when one of them is
-fixed. Input and output exchange, sharding and state dicts stay TorchRec's.
+DENSE compute kernel pools despite PoolingMode.NONE. tests/parallel/test_table_kernels.py fails when either is fixed.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv
 class RowSparseEmbedding(BaseEmbedding):
     """This rank's shards of a group of tables, looked up with F.embedding(sparse=True).
 
-    Several shards of one table (column-wise) are stacked by rows in one parameter, as in TorchRec's own kernels.
+    Column-wise shards of one table share a parameter, stacked by rows, as in TorchRec's kernels.
     """
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
@@ -52,7 +51,7 @@ class RowSparseEmbedding(BaseEmbedding):
         return self._config
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Rows of all features, table after table, flattened to [tokens · columns]."""
+        """Look up all features, table after table: rows flattened to [tokens · columns]."""
         ids, ends = features.values(), features.offset_per_key()[1:]
         looked_up, key, start = [], 0, 0
         for table, first_row in zip(self._config.embedding_tables, self._first_rows, strict=True):
@@ -64,11 +63,11 @@ class RowSparseEmbedding(BaseEmbedding):
         return looked_up[0] if len(looked_up) == 1 else torch.cat(looked_up)
 
     def named_parameters_by_table(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(table name, parameter) pairs, which the sharded collection registers as its own."""
+        """Yield (table name, parameter) pairs, which the sharded collection registers."""
         yield from self._weights.items()
 
     def as_sharded_tensors(self, tensors: Mapping[str, Tensor], suffix: str = "weight") -> dict[str, ShardedTensor]:
-        """Wrap tensors shaped like the parameters (table → tensor) as live ShardedTensors ``<table>.<suffix>``."""
+        """Wrap ``tensors`` (table → tensor shaped like its parameter) as live ShardedTensors ``<table>.<suffix>``."""
         shards = [
             tensors[table.name].detach()[first_row : first_row + table.local_rows]
             for table, first_row in zip(self._config.embedding_tables, self._first_rows, strict=True)
@@ -77,7 +76,7 @@ class RowSparseEmbedding(BaseEmbedding):
         return {f"{key.removesuffix('.weight')}.{suffix}": tensor for key, tensor in sharded.items()}
 
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """The shards as ShardedTensors, as in TorchRec's kernels."""
+        """Return the shards as ShardedTensors, as TorchRec's kernels do."""
         state = {} if destination is None else destination
         state.update({f"{prefix}{key}": tensor for key, tensor in self.as_sharded_tensors(self._weights).items()})
         return state
@@ -85,33 +84,32 @@ class RowSparseEmbedding(BaseEmbedding):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """(``<prefix>.<table>.weight``, parameter) pairs."""
+        """Yield (``<prefix>.<table>.weight``, parameter) pairs."""
         for name, weight in self._weights.items():
             yield f"{prefix}.{name}.weight" if prefix else f"{name}.weight", weight
 
     def flush(self) -> None:
-        """Do nothing: there is no cache to write back."""
+        """Do nothing: there is no cache."""
 
     def purge(self) -> None:
-        """Do nothing: there is no cache to empty."""
+        """Do nothing: there is no cache."""
 
 
 class ClampedFusedEmbedding(BatchedFusedEmbedding):
-    """TorchRec's fused kernel of a group of tables, with each row's gradient clamped to [-max_gradient, max_gradient].
+    """TorchRec's fused kernel with the gradient of each row clamped to ±``max_gradient`` (in the group's fused_params).
 
-    The gradient is first summed over all lookups of the global batch. FBGEMM's gradient_clipping clamps the
-    contribution of each lookup. ``max_gradient`` comes from the group's fused_params.
+    It clamps the sum over all lookups of the global batch; FBGEMM's gradient_clipping clamps each lookup separately.
     """
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Rows float32 [tokens, columns]."""
+        """Look up rows: float32 [tokens, columns]."""
         rows: Tensor = super().forward(features)
         if rows.requires_grad:
             rows = _ClampRowGradients.apply(rows, self._row_indices(features), self.config.fused_params["max_gradient"])
         return rows
 
     def _row_indices(self, features: KeyedJaggedTensor) -> Tensor:
-        """The row that each token looks up, int64 [tokens], counted through all tables of the group."""
+        """Return the row of each token, int64 [tokens], numbered through all tables of the group."""
         ids, ends, rows, key, first_row = features.values(), [0, *features.offset_per_key()[1:]], [], 0, 0
         for table in self.config.embedding_tables:
             start, stop = ends[key], ends[key + table.num_features()]
@@ -121,7 +119,6 @@ class ClampedFusedEmbedding(BatchedFusedEmbedding):
 
 
 class _ClampRowGradients(torch.autograd.Function):
-    """Identity in forward; clamp_row_sums in backward."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, looked_up: Tensor, rows: Tensor, limit: float) -> Tensor:
@@ -134,9 +131,9 @@ class _ClampRowGradients(torch.autograd.Function):
 
 
 def clamp_row_sums(gradients: Tensor, rows: Tensor, limit: float) -> Tensor:
-    """Replace the gradient [n, D] at each row's first occurrence by the clamped sum over all, the others by 0.
+    """Move the clamped sum of each row's gradients [n, D] to the row's first occurrence; zero all others.
 
-    ``rows``: int64 [n]. Sums go in the order of the occurrences, and the host does not wait for the device.
+    ``rows``: int64 [n]. Adds in the order of occurrence. The host does not wait for the device.
     """
     ordered, order = rows.sort(stable=True)
     starts_run = torch.ones_like(ordered, dtype=torch.bool)
@@ -148,13 +145,13 @@ def clamp_row_sums(gradients: Tensor, rows: Tensor, limit: float) -> Tensor:
     sums = torch.zeros_like(gradients)
     if sums.device.type == "cpu":
         sums.index_add_(0, first, gradients)
-    else:  # index_add_ uses atomics there; index_put_ sorts
+    else:  # index_add_ uses atomics on GPUs; index_put_ sorts, which is deterministic
         sums.index_put_((first,), gradients, accumulate=True)
     return sums.clamp_(-limit, limit)
 
 
 class RowSparseLookup(GroupedEmbeddingsLookup):
-    """TorchRec's lookup with the kernels above: for groups with the DENSE compute kernel or with ``max_gradient``."""
+    """TorchRec's lookup with the kernels above, for groups with the DENSE compute kernel or ``max_gradient``."""
 
     def _create_embedding_kernel(
         self,

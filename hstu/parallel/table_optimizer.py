@@ -1,7 +1,7 @@
-"""How tables are trained: the optimizer and learning rate of each table, behind one optimizer for all.
+"""Optimizer and learning rate of each table, behind one optimizer for all tables.
 
-Rows are updated inside backward by TorchRec's fused optimizers, or in ``step`` by RowOptimizer: those of sharded tables
-with Adam on the CPU, and those of all replicated tables.
+TorchRec's fused optimizers update rows inside backward. RowOptimizer updates, in ``step``, the rows of replicated
+tables, and of sharded tables with Adam on the CPU.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ STATES = {
     "adam": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
 }
-"""Optimizer → names of its states, as in torch.optim: float32 [rows, columns]; ``rowwise_…``: float32 [rows]."""
-# adamw equals adam on tables: no weight decay is passed on.
+"""Optimizer → names of its states in torch.optim: float32 [rows, columns], or float32 [rows] for ``rowwise_…``."""
+# adamw equals adam on tables, because they get no weight decay.
 _FUSED_OPTIMIZERS = {
     "sgd": EmbOptimType.EXACT_SGD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
@@ -42,27 +42,23 @@ _FUSED_OPTIMIZERS = {
 
 
 def is_rowwise(state: str) -> bool:
-    """Whether an optimizer state has one number per row."""
+    """Return whether an optimizer state has one number per row."""
     return state.startswith("rowwise_")
 
 
 @dataclass(frozen=True)
 class TableTraining:
-    """The training of one table."""
+    """How one table is trained."""
 
     optimizer: str
     """A key of STATES."""
     learning_rate: float
-    """Peak learning rate."""
     max_gradient: float | None = None
-    """Absolute value to which gradients of rows are clamped."""
+    """Row gradients are clamped to ± this value."""
 
     @classmethod
     def of(cls, spec: TableSpec, args: OptimizerArgs) -> TableTraining:
-        """The table's own options, else OptimizerArgs.sparse_* if it is sharded, else those of the dense model.
-
-        rowwise_adagrad means adagrad for replicated tables.
-        """
+        """Read the table's own options; else OptimizerArgs.sparse_* if sharded; else the options of the dense model."""
         optimizer, rate = args.sparse_optimizer_str, args.sparse_learning_rate
         if spec.replicated:
             optimizer = rate = None
@@ -73,30 +69,30 @@ class TableTraining:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """Names of the optimizer's states."""
+        """Names of the optimizer states."""
         return STATES[self.optimizer]
 
     def is_row_sparse(self, device_type: str) -> bool:
-        """Whether RowOptimizer trains the sharded table, by sparse gradients of rows that leave the lookup."""
+        """Return whether RowOptimizer trains the sharded table, from sparse gradients."""
         return self.optimizer in ("adam", "adamw") and device_type == "cpu"
 
     def fused_params(self, args: OptimizerArgs) -> dict[str, Any]:
-        """The same as keyword arguments of FBGEMM's tables."""
+        """Return the training as keyword arguments of FBGEMM's tables."""
         params: dict[str, Any] = {"optimizer": _FUSED_OPTIMIZERS[self.optimizer], "learning_rate": self.learning_rate}
         if self.optimizer != "sgd":
             params["eps"] = args.adam_eps
         if self.optimizer in ("adam", "adamw"):
             params |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2}
         if self.max_gradient is not None:
-            params["max_gradient"] = self.max_gradient  # read by ClampedFusedEmbedding
+            params["max_gradient"] = self.max_gradient  # for ClampedFusedEmbedding
         return params
 
 
 class TableOptimizer:
-    """Optimizer of all tables of a model, each with its own training.
+    """Optimizer of all tables of a model.
 
-    TorchRec's fused optimizers read the learning rate from their param_groups only in zero_grad and step. Their Adam
-    (CUDA) counts the *forward calls* as steps, evaluation included. Both are therefore set before each training step.
+    TorchRec's fused optimizers read the learning rate only in zero_grad and step, and their Adam (CUDA) counts forward
+    calls, including evaluation, as steps. Learning rate and step count are therefore set before each training step.
     """
 
     def __init__(
@@ -107,13 +103,10 @@ class TableOptimizer:
         replicated: Mapping[str, nn.Parameter],
         update_rows: UpdateRows = REFERENCE_KERNELS.update_rows,
     ) -> None:
-        """``training``: by table name, including tables without a shard on this rank.
-
-        ``replicated``: the weights of the replicated tables by name.
-        """
+        """``training`` by table name, including tables without a shard here; ``replicated``: table name → weight."""
         self.training = training
         self.steps = 0
-        """Optimizer steps taken. Together with ``state_tensors`` the whole state; to be set on restore."""
+        """Optimizer steps so far; set it on restore."""
         self._fused = [opt for collection in collections for _, opt in collection.fused_optimizer.optimizers]
         lookups = [lookup for collection in collections for lookup in collection._lookups]
         modules = [module for lookup in lookups for module in lookup.modules()]
@@ -124,7 +117,7 @@ class TableOptimizer:
         self._by_row = RowOptimizer(dict([*own, *replicated.items()]), training, args, update_rows)
 
     def set_lr_multiplier(self, multiplier: float) -> None:
-        """From the next backward on, use each table's learning rate × multiplier."""
+        """Multiply each table's learning rate by ``multiplier`` from the next backward on."""
         for optimizer in self._fused:
             table = next(iter(optimizer.params)).removeprefix("embeddings.").removesuffix(".weight")
             for group in optimizer.param_groups:
@@ -133,7 +126,7 @@ class TableOptimizer:
         self._by_row.lr_multiplier = multiplier
 
     def zero_grad(self) -> None:
-        """Prepare a training step; call it before forward."""
+        """Prepare a training step. Call it before forward."""
         for kernel in self._fused_kernels:
             kernel.iter.fill_(self.steps)
             kernel.iter_cpu.fill_(self.steps)
@@ -141,17 +134,16 @@ class TableOptimizer:
             weight.grad = None
 
     def step(self, found_inf: Tensor | None = None) -> None:
-        """Finish a training step; call it after backward, which has updated the fused tables.
+        """Finish a training step after backward, which has already updated the fused tables.
 
-        ``found_inf``: scalar on the device; where it is not 0, no other table changes either. ``steps`` counts the step
-        all the same, because the host learns of it later, and then ends the run.
+        If ``found_inf`` (scalar on the device) is not 0, other tables stay unchanged. ``steps`` increases all the same.
         """
         self._by_row.steps = self.steps
         self._by_row.step(found_inf)
         self.steps += 1
 
     def state_tensors(self) -> dict[str, ShardedTensor]:
-        """The live state of sharded tables, ``<table>.<state>``; only of those with a shard on this rank."""
+        """Return the live states of tables with a shard on this rank: ``<table>.<state>`` → tensor."""
         tensors = {
             self._state_key(name): tensor
             for optimizer in self._fused
@@ -160,13 +152,13 @@ class TableOptimizer:
         }
         for kernel in self._sparse_kernels:
             names = [name for name, _ in kernel.named_parameters_by_table()]
-            for state in self.training[names[0]].states:  # the tables of a kernel have one optimizer
+            for state in self.training[names[0]].states:  # all tables of a kernel have the same optimizer
                 moments = {name: self._by_row.states[name][state] for name in names}
                 tensors.update(kernel.as_sharded_tensors(moments, state))
         return tensors
 
     def replicated_state_tensors(self) -> dict[str, Tensor]:
-        """The live state of replicated tables: ``<table>.<state>`` → [rows, dim]."""
+        """Return the live states of replicated tables: ``<table>.<state>`` → [rows, dim]."""
         return {
             f"{table}.{state}": tensor
             for table in self._replicated
@@ -174,13 +166,13 @@ class TableOptimizer:
         }
 
     def _state_key(self, name: str) -> str:
-        """``<table>.<state>``; TorchRec names the first state of every optimizer momentum1."""
+        """Return ``<table>.<state>``. TorchRec names the first state of every optimizer momentum1."""
         table, _, state = name.rpartition(".")
         return f"{table}.{self.training[table].states[0]}" if state == "momentum1" else name
 
 
 class RowOptimizer:
-    """:class:`hstu.ops.row_update.RowUpdate` of tables [rows, D], by name; t is counted over all steps."""
+    """Applies :class:`hstu.ops.row_update.RowUpdate` to named tables [rows, D]."""
 
     def __init__(
         self,
@@ -194,14 +186,14 @@ class RowOptimizer:
             name: {state: torch.zeros_like(weight) for state in training[name].states}
             for name, weight in weights.items()
         }
-        """Table → its live states by name."""
+        """Table → state name → live tensor."""
         self.steps = 0
         self.lr_multiplier = 1.0
         self._training, self._args, self._update_rows = training, args, update_rows
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
-        """Update the rows that have a gradient. ``found_inf``: see :class:`hstu.ops.row_update.UpdateRows`."""
+        """Update rows that have a gradient. ``found_inf``: see :class:`hstu.ops.row_update.UpdateRows`."""
         self.steps += 1
         for name, weight in self.weights.items():
             if weight.grad is not None:

@@ -1,10 +1,9 @@
-"""Dynamic tables inside TorchRec's sharded collections: ids become rows between the exchange of ids and the lookup.
+"""Dynamic tables in TorchRec's sharded collections: ids become rows between the exchange of ids and the lookup.
 
-This does not build on TorchRec's managed collision, which demands ``buckets``, a contiguous range of ids per rank and a
-module per table driven through dicts of JaggedTensors, and whose eviction resets only the state of rowwise_adagrad. Two
-steps of ShardedEmbeddingCollection suffice: the exchange, which sends any int64 unchanged to a rank that depends on the
-block size, and ``compute``, which looks rows up. Pipelines call both separately and compute in the order of the steps,
-so ids get rows in that order, however far a pipeline runs ahead.
+TorchRec's managed collision is not used: it needs ``buckets``, a contiguous range of ids per rank and a module per
+table, and its eviction resets only the state of rowwise_adagrad. Overriding two steps suffices: the exchange of ids,
+and ``compute``, which looks rows up. Pipelines call them separately, but ``compute`` in the order of training steps, so
+ids get rows in that order even if a pipeline runs ahead.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ from hstu.parallel.table_optimizer import TableOptimizer
 
 
 class DynamicFeaturesDist(RwSparseFeaturesDist):
-    """Sends ids unchanged to the ranks that own them (DynamicEmbeddingArgs.dist_type).
+    """Sends ids to the ranks that own them (DynamicEmbeddingArgs.dist_type).
 
     FBGEMM sends an id, read as unsigned, to rank ``id // block`` if that rank exists, else to ``id % ranks``. With
-    hash_roundrobin, the hash of an id travels in its place and is inverted at its owner.
+    hash_roundrobin it sends the hash of the id, which the owner inverts.
     """
 
     def __init__(self, specs: Sequence[TableSpec], pg: dist.ProcessGroup, device: torch.device | None) -> None:
         """``specs``: the table of each feature."""
         kinds = [spec.dynamic.dist_type for spec in specs if spec.dynamic is not None]
-        capacities = [spec.rows - pg.size() for spec in specs]  # without the default rows
+        capacities = [spec.rows - pg.size() for spec in specs]  # without one default row per rank
         super().__init__(
             pg=pg,
             num_features=len(specs),
@@ -71,10 +70,10 @@ class DynamicFeaturesDist(RwSparseFeaturesDist):
 
 
 class DynamicSharding(RwSequenceEmbeddingSharding):
-    """Row-wise sharding whose exchanges use the real features; its lookup uses those of the physical tables."""
+    """Row-wise sharding that exchanges the real features, and looks up the features of the physical tables."""
 
     def looked_up(self) -> list[str]:
-        """The features of the lookup, in its order."""
+        """Return the features of the lookup, in order."""
         return super().feature_names()
 
     def feature_names(self) -> list[str]:
@@ -82,7 +81,7 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
         return [name for name in super().feature_names() if logical_name(name) == name]
 
     def embedding_names(self) -> list[str]:
-        """See EmbeddingSharding. Two tables have no feature in common, so results are named as their features."""
+        """See EmbeddingSharding. Tables share no feature, so results are named after their features."""
         return self.feature_names()
 
     def _get_num_features(self) -> int:
@@ -90,15 +89,15 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
 
 
 class ShardedDynamicCollection(ShardedEmbeddingCollection):
-    """A sharded collection of dynamic tables. Call ``create_tables`` before its first use."""
+    """A sharded collection of dynamic tables. Call ``create_tables`` before the first use."""
 
     tables: Mapping[str, DynamicTable]
-    """By name."""
+    """Table name → table."""
 
     def create_tables(
         self, specs: Sequence[TableSpec], weights: Mapping[str, ShardedTensor], optimizer: TableOptimizer, seed: int
     ) -> None:
-        """Set ``tables`` to empty ones, which write into this rank's live ``weights`` (by table) and their states."""
+        """Create empty ``tables`` that write into this rank's live ``weights`` (by table name) and states."""
         spec_of = {spec.name: spec for spec in specs}
         states, caches = optimizer.state_tensors(), find_caches(self._lookups)
         blocks: dict[str, list[RowBlock]] = {}
@@ -143,7 +142,7 @@ class ShardedDynamicCollection(ShardedEmbeddingCollection):
 
     @cached_property
     def _split_lookups(self) -> list[SplitLookup]:
-        """One per sharding, if any table is split; else none."""
+        """Return one SplitLookup per sharding, or an empty list if no table is split."""
         split_at = {
             feature: len(table.rows.blocks[0].weight)
             for table in self.tables.values()
@@ -162,10 +161,10 @@ class ShardedDynamicCollection(ShardedEmbeddingCollection):
 
     @torch.no_grad()
     def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
-        """Load rows into FBGEMM's caches, if there are any, for a lookup in the next step.
+        """Load rows of ids that already have one into FBGEMM's caches, if any, for the lookup of the next step.
 
-        Loads only ids that have a row by now. New ids get theirs in the step itself. ``forward_stream``: has been given
-        the lookup of the current step, for which this waits, but not yet its backward, beside which this may run.
+        ``forward_stream`` already holds the lookup of the current step, which this waits for, but not yet its backward,
+        which may run at the same time.
         """
         cached = [table for table in self.tables.values() if table.rows.is_cached]
         batches = [(table, _ids_of(table, features)) for features in dist_input for table in cached]
@@ -176,10 +175,10 @@ class ShardedDynamicCollection(ShardedEmbeddingCollection):
 
     @torch.no_grad()
     def _remap(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """This rank's features with slots in place of ids.
+        """Replace ids by slots in this rank's features.
 
-        The features of a table train as one batch. NEGATIVES follow them and give no row to an id: they were sampled
-        from the corpus, and would evict ids that occur in the data.
+        All features of a table train as one batch. NEGATIVES get no new rows: they are sampled from the corpus, and
+        would evict ids that occur in the data.
         """
         slots, slice_of = features.values().clone(), _slices(features)
         for table in self.tables.values():
@@ -197,7 +196,6 @@ class ShardedDynamicCollection(ShardedEmbeddingCollection):
 
 
 def _local(tensor: ShardedTensor) -> Tensor:
-    """This rank's shard of a row-wise sharded tensor."""
     local: Tensor = tensor.local_shards()[0].tensor
     return local
 
@@ -214,23 +212,23 @@ def _with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTens
 
 
 def _slices(features: KeyedJaggedTensor) -> dict[str, slice]:
-    """The slice of each feature in the values."""
+    """Return feature → slice of the values."""
     return {key: slice(*ends) for key, ends in zip(features.keys(), pairwise(features.offset_per_key()), strict=True)}
 
 
 def _ids_of(table: DynamicTable, features: KeyedJaggedTensor) -> dict[str, Tensor]:
-    """The original ids of each of a table's features."""
+    """Return feature → original ids, for the features of a table."""
     ids, slice_of = features.values(), _slices(features)
     hashed = table.args.dist_type == "hash_roundrobin"
     return {key: unmix(ids[slice_of[key]]) if hashed else ids[slice_of[key]] for key in table.spec.features}
 
 
 class RowSparseDynamicCollection(ShardedDynamicCollection, RowSparseEmbeddingCollection):
-    """The same with the lookups of RowSparseEmbeddingCollection."""
+    """ShardedDynamicCollection with the lookups of RowSparseEmbeddingCollection."""
 
 
 class DynamicSharder(CollectionSharder):
-    """Shards DynamicEmbeddingCollections; the planner must have been constrained to row-wise sharding."""
+    """Shards DynamicEmbeddingCollections. The planner must be constrained to row-wise sharding."""
 
     @property
     def module_type(self) -> type[EmbeddingCollection]:

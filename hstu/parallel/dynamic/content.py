@@ -1,4 +1,4 @@
-"""The content of a dynamic table without its layout: what is saved, moved between ranks and restored."""
+"""The content of a dynamic table without its layout: saved, moved between ranks and restored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hstu.parallel.dynamic.slots import Policy, counts_of, eviction_order, score
 
 @dataclass(frozen=True)
 class Sightings:
-    """Ids that have been sighted but have no row: int64 [m], with lru scores."""
+    """Ids that were seen but have no row: int64 [m], with lru scores."""
 
     ids: Tensor
     scores: Tensor
@@ -23,17 +23,17 @@ class Sightings:
 
 @dataclass(frozen=True)
 class TableContent:
-    """n ids of a table and all that belongs to them. Checkpoints store the fields under these names."""
+    """n ids of a table with their data. Checkpoints store the fields under these names."""
 
     policy: Policy
     step: int
-    """Training batches that the table has seen."""
+    """Number of training batches so far."""
     ids: Tensor
     """int64 [n]."""
     scores: Tensor
     """int64 [n]."""
     changed: Tensor
-    """int64 [n]: the last training batch that changed the row, as an id of the batch or as a negative."""
+    """int64 [n]: last training batch that changed the row, through an id of the batch or a negative."""
     rows: Tensor
     """float32 [n, dim]."""
     states: Mapping[str, Tensor]
@@ -41,7 +41,7 @@ class TableContent:
     sightings: Sightings | None = None
 
     def select(self, index: Tensor) -> TableContent:
-        """The ids at ``index``, a mask [n] or indices, with all sightings."""
+        """Return the ids at ``index`` (mask [n] or indices), with all sightings."""
         return replace(
             self,
             ids=self.ids[index],
@@ -52,17 +52,17 @@ class TableContent:
         )
 
     def changed_since(self, step: int) -> TableContent:
-        """The ids whose rows changed after batch ``step``."""
+        """Return the ids whose rows changed after batch ``step``."""
         return self.select(self.changed > step)
 
     def scored_by(self, policy: Policy) -> TableContent:
-        """The same counts and steps as scores of ``policy``."""
+        """Convert the scores to ``policy``, with the same counts and steps."""
         scores = score(policy, counts_of(self.policy, self.scores), steps_of(self.policy, self.scores))
         return replace(self, policy=policy, scores=scores)
 
 
 def merged(parts: Sequence[TableContent]) -> TableContent:
-    """Parts of one table, with no id in common, as one."""
+    """Concatenate parts of one table that have no id in common."""
     sightings = [part.sightings for part in parts if part.sightings is not None]
     return TableContent(
         policy=parts[0].policy,
@@ -79,14 +79,14 @@ def merged(parts: Sequence[TableContent]) -> TableContent:
 
 
 def last_evicted(ids: Tensor, scores: Tensor, number: int) -> Tensor:
-    """Indices, ascending, of the ``number`` ids that would be evicted last."""
+    """Return the ascending indices of the ``number`` ids that are evicted last."""
     return eviction_order(scores, ids)[max(0, len(ids) - number) :].sort().values
 
 
 def owners(ids: Tensor, args: DynamicEmbeddingArgs, local_capacity: int, world_size: int) -> Tensor:
-    """The rank that owns each id, int64 [n]: the one to which DynamicFeaturesDist sends it."""
+    """Return the rank that owns each id, int64 [n]: the rank to which DynamicFeaturesDist sends it."""
     words = mix(ids) if args.dist_type == "hash_roundrobin" else ids
-    # The remainder of an unsigned division: that of all bits but the last, doubled, plus the last bit.
+    # The unsigned remainder: twice the remainder of all bits but the last, plus the last bit.
     half = (words >> 1) & torch.iinfo(torch.int64).max
     turns = (half % world_size * 2 + (words & 1)) % world_size
     if args.dist_type != "continuous":

@@ -1,4 +1,4 @@
-"""Creates the slots of a dynamic table: those in C++ on a CPU, by Triton kernels on a GPU, else in PyTorch."""
+"""Creates the slots of a dynamic table: in C++ on a CPU, with Triton kernels on a GPU, else in PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: torch.device) -> SlotTable:
-    """The fastest implementation that this machine has, for the ``table`` of that name."""
+    """Return the fastest implementation on this machine, and log it for the table named ``table``."""
     policy: Policy = "lfu" if args.evict_strategy == "lfu" else "lru"
     threshold = args.admission_threshold
     kernels = None
@@ -45,10 +45,7 @@ def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: 
 
 
 class CpuSlots(SlotTable):
-    """See SlotTable. In C++ (hstu/ops/cpu/csrc/slots.h), on one thread.
-
-    Raises hstu.ops.cpu.build.KernelsUnavailable where there is no compiler.
-    """
+    """See SlotTable. C++ (hstu/ops/cpu/csrc/slots.h) on one thread. Raises KernelsUnavailable without a compiler."""
 
     sightings: CpuSlots | None
 
@@ -101,7 +98,7 @@ def _pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def _refusal(operators: Sequence[str] = (SLOTS,)) -> dict[str, str | None]:
-    """Compare CpuSlots with TorchSlots, as compilers have defects; takes some tenths of a second."""
+    """Compare CpuSlots with TorchSlots, because compilers have defects. Takes some tenths of a second."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(200, generator=generator).mul(300).long() for _ in range(30)]
     policies: tuple[Policy, ...] = ("lru", "lfu")

@@ -1,4 +1,4 @@
-"""Hashes of ids as tensors on any device, and the initial rows that are derived from them."""
+"""Hashes of id tensors on any device, and initial rows derived from them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _QUANTILES = 1 << 16
 
 
 def mix(ids: Tensor) -> Tensor:
-    """A bijective hash of int64 ids: the bits of hstu.base.hashing.splitmix64 (torch has no uint64 arithmetic)."""
+    """Hash int64 ids bijectively, with the bits of hstu.base.hashing.splitmix64 (torch has no uint64 arithmetic)."""
     bits = ids + _signed(_GAMMA)
     bits = (bits ^ _shift_right(bits, _SHIFTS[0])) * _signed(_FACTORS[0])
     bits = (bits ^ _shift_right(bits, _SHIFTS[1])) * _signed(_FACTORS[1])
@@ -31,38 +31,38 @@ def mix(ids: Tensor) -> Tensor:
 
 
 def unmix(bits: Tensor) -> Tensor:
-    """The inverse of ``mix``."""
+    """Invert ``mix``."""
     ids = _undo_xor_shift(bits, _SHIFTS[2]) * _signed(_INVERSES[1])
     ids = _undo_xor_shift(ids, _SHIFTS[1]) * _signed(_INVERSES[0])
     return _undo_xor_shift(ids, _SHIFTS[0]) - _signed(_GAMMA)
 
 
 def in_unsigned_order(bits: Tensor) -> Tensor:
-    """int64 that compare as the same bits do in uint64."""
+    """Map bits to int64 values that compare like the same bits in uint64."""
     return bits ^ torch.iinfo(torch.int64).min
 
 
 def _shift_right(bits: Tensor, places: int) -> Tensor:
-    """Logical shift."""
+    """Shift logically, without sign."""
     return (bits >> places) & ((1 << (64 - places)) - 1)
 
 
 def _undo_xor_shift(bits: Tensor, places: int) -> Tensor:
-    """``x`` of ``x ^ (x >> places)``, for places > 21."""
+    """Return ``x`` of ``x ^ (x >> places)``, for places > 21."""
     return bits ^ _shift_right(bits, places) ^ _shift_right(bits, 2 * places)
 
 
 def table_key(seed: int, table: str) -> int:
-    """An int64 that gives each table of each run initial rows of its own."""
+    """Return an int64 that gives each table of each run its own initial rows."""
     digest = hashlib.blake2b(f"{seed}/{table}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int) -> Tensor:
-    """Rows of int64 ids [n]: float32 [n, dim], a function of the key and the id on every rank and device.
+    """Return rows for int64 ids [n]: float32 [n, dim], equal for equal key and id on every rank and device.
 
-    N(0, init_std²), approximated by 65,536 quantiles (±4.3 init_std at most). The numbers come from a lookup table
-    instead of arithmetic, so that every device gives the same bits.
+    N(0, init_std²), approximated by 65,536 quantiles (at most ±4.3 init_std). A lookup table replaces arithmetic, so
+    that every device gives the same bits.
     """
     words = -(-dim // 4)
     keys = mix(ids ^ table_key)[:, None] + torch.arange(words, device=ids.device)
@@ -72,6 +72,6 @@ def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int) -> Tens
 
 @cache
 def normal_quantiles(device: torch.device) -> Tensor:
-    """float32 [65536]: the midpoints of 65,536 equally likely parts of the standard normal distribution."""
+    """Return float32 [65536]: midpoints of 65,536 equally likely parts of the standard normal distribution."""
     quantiles = torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES)
     return quantiles.float().to(device)  # computed on the CPU, for the same bits on every device

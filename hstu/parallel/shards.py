@@ -67,7 +67,7 @@ class ShardedView:
 
 
 class WeightShares(ABC):
-    """Weights of which each rank updates a share. Per step: backward, ``take_gradients``, update ``own``, ``gather``."""
+    """Weights that ranks update in shares. Per step: backward, ``take_gradients``, update of ``own``, ``gather``."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], own: Mapping[str, Tensor]) -> None:
         """``own``: this rank's elements of each weight, possibly none, in the memory of the weight."""
@@ -116,7 +116,7 @@ def shard_dim(parameter: Tensor) -> int | None:
 
 
 def global_view(shard: Tensor | ShardedView, dim: int, group: dist.ProcessGroup) -> ShardedView:
-    """Return the tensor that ``group`` holds in equal shards along ``dim``. Shards may be sharded over another group."""
+    """Return the tensor that ``group`` holds in equal shards along ``dim``. A shard may be sharded over other ranks."""
     own = shard if isinstance(shard, ShardedView) else ShardedView.whole(shard)
     size = list(own.size())
     begin = size[dim] * dist.get_rank(group)

@@ -1,10 +1,9 @@
 """The memory of a dynamic table's rows: GPU memory up to the table's budget, host memory for the rest.
 
-Rows in host memory are behind a cache, or the table is split. FBGEMM keeps each table in one memory, but a lookup may
-use any number of tables. A split table is two physical tables: ``<name>`` with the slots [0, n) of each rank, and
-``<name>/host`` with the others. Each has features of its own, ``<feature>/host`` for the second. Ids are exchanged
-under the real features only. Once they are slots, SplitLookup sorts them into the features of both physical tables, and
-the looked-up rows are put back into the order of the ids. On a CPU both are in host memory, looked up by the same code.
+Rows in host memory are behind a cache, or the table is split into two physical tables, because FBGEMM keeps each table
+in one memory: ``<name>`` with slots [0, n) of each rank, and ``<name>/host`` with the others, looked up under the
+features ``<feature>/host``. Ids are exchanged under the real features. SplitLookup sorts their slots into the features
+of both tables, and the rows return to the order of the ids. On a CPU both tables are in host memory.
 """
 
 from __future__ import annotations
@@ -27,33 +26,32 @@ _HOST = "/host"
 
 
 def bytes_per_row(stored_dim: int, optimizer: str) -> int:
-    """Bytes of a row and its optimizer states."""
+    """Return the bytes of a row with its optimizer states."""
     numbers = [1 if is_rowwise(state) else stored_dim for state in STATES[optimizer]]
     return (stored_dim + sum(numbers)) * _FLOAT_BYTES
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory of one dynamic table, over all ranks."""
+    """Memory of one dynamic table over all ranks."""
 
     rows: int
     ranks: int
     row_bytes: int
     """Including optimizer states."""
     budget_bytes: int
-    """GPU memory that the table may take."""
     given_by: str
-    """The option that gave the budget."""
+    """Option that sets the budget."""
     caching: bool
 
     @property
     def gpu_rows(self) -> int:
-        """Rows for which the budget has room."""
+        """Rows that fit in the budget."""
         return min(self.rows, self.budget_bytes // self.row_bytes)
 
     @property
     def kernels(self) -> tuple[EmbeddingComputeKernel, ...]:
-        """TorchRec's compute kernel of each physical table on a GPU: one, or two if the table is split."""
+        """TorchRec's compute kernel of each physical table on a GPU: two if the table is split, else one."""
         if self.gpu_rows == self.rows:
             return (EmbeddingComputeKernel.FUSED,)
         if self.caching and self.gpu_rows:
@@ -64,16 +62,16 @@ class MemoryPlan:
 
     @property
     def split_at(self) -> int | None:
-        """Rows of each rank in GPU memory, if the table is split."""
+        """Rows in GPU memory on each rank if the table is split, else None."""
         return self.gpu_rows // self.ranks if len(self.kernels) == 2 else None
 
     @property
     def cached_share(self) -> float:
-        """Share of the rows for which the cache has room."""
+        """Share of the rows that fit in the cache."""
         return self.gpu_rows / self.rows
 
     def describe(self, device_type: str) -> str:
-        """The plan as a line of the log."""
+        """Return the plan as a log line."""
         whole, budget = (f"{amount / 2**20:,.1f} MiB" for amount in (self.rows * self.row_bytes, self.budget_bytes))
         if self.split_at is not None:
             where = f"{self.split_at * self.ranks:,} rows in GPU memory, the others in host memory"
@@ -91,10 +89,10 @@ class MemoryPlan:
 
 
 def plan_memory(spec: TableSpec, optimizer: str, ranks: int) -> MemoryPlan:
-    """The plan of a dynamic table over ``ranks``, trained by ``optimizer`` (a key of STATES).
+    """Plan the memory of a dynamic table over ``ranks``, trained by ``optimizer`` (a key of STATES).
 
-    The budget is global_hbm_for_values, or that of item_vocab_gpu_capacity rows, or of item_vocab_gpu_capacity_ratio of
-    the capacity, or of all rows: the first of these options that is given.
+    The first given option sets the budget: global_hbm_for_values, item_vocab_gpu_capacity (rows),
+    item_vocab_gpu_capacity_ratio (share of the capacity). By default the budget holds all rows.
     """
     args = spec.dynamic
     assert args is not None
@@ -113,20 +111,17 @@ def plan_memory(spec: TableSpec, optimizer: str, ranks: int) -> MemoryPlan:
 
 
 def physical_names(table: str, memory: MemoryPlan) -> list[str]:
-    """The physical tables of a dynamic table, in the order of their slots."""
+    """Return the physical tables of a dynamic table, in slot order."""
     return [table] if memory.split_at is None else [table, table + _HOST]
 
 
 def logical_name(name: str) -> str:
-    """The table of a physical table, or the real feature of one of its features."""
+    """Return the table of a physical table, or the real feature of a feature."""
     return name.removesuffix(_HOST)
 
 
 def split_tables(collections: nn.ModuleList, memory: Mapping[str, MemoryPlan]) -> nn.ModuleList:
-    """Replace the dynamic collections (on the meta device) by those of the physical tables of each ``memory`` plan.
-
-    Raises ConfigError where the name of a table or feature could be that of a second physical table.
-    """
+    """Replace dynamic collections by (meta) collections of physical tables. Raises ConfigError for reserved names."""
     dynamic = [collection for collection in collections if isinstance(collection, DynamicEmbeddingCollection)]
     tables = [table for collection in dynamic for table in collection.embedding_configs()]
     names = [name for table in tables for name in (table.name, *table.feature_names)]
@@ -163,14 +158,12 @@ def _physical_tables(table: EmbeddingConfig, memory: MemoryPlan) -> list[Embeddi
 
 
 class SplitLookup:
-    """Turns slots of tables into rows of physical tables. Tensors that are equal for all batches are made once."""
+    """Turns slots of tables into rows of physical tables. Creates constant tensors once."""
 
     def __init__(
         self, keys: Sequence[str], looked_up: Sequence[str], split_at: Mapping[str, int], device: torch.device
     ) -> None:
-        """``keys``: the features of a batch; ``looked_up``: those of the physical tables; ``split_at``: real feature →
-        slots in the first physical table, of split tables only.
-        """
+        """``looked_up``: features of the physical tables; ``split_at``: feature → slots in the first physical table."""
         names = [key + suffix for suffix in ("", _HOST) for key in keys]
         positions = [looked_up.index(name) if name in looked_up else -1 for name in names]
         first_rows = [split_at.get(key, torch.iinfo(torch.int64).max) for key in keys]
@@ -181,9 +174,9 @@ class SplitLookup:
         self._name_at_position = torch.tensor([names.index(name) for name in looked_up], device=device)
 
     def __call__(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Tensor]:
-        """(features of the physical tables, position of each of the n slots' rows among their values, int64 [n]).
+        """Return the features of the physical tables, and the position of each slot's row among their values.
 
-        ``features``: slots under ``keys``. The values of a bag keep their order.
+        ``features``: n slots under ``keys``. Positions: int64 [n]. Values of a bag keep their order.
         """
         slots, lengths = features.values(), features.lengths()
         key_of = self._keys.repeat_interleave(features.stride()).repeat_interleave(lengths, output_size=len(slots))

@@ -1,10 +1,10 @@
-"""The rows of one rank's shard of a dynamic table and their optimizer states, by slot, in whichever memory they are.
+"""Rows and optimizer states of one rank's shard of a dynamic table, by slot, in any memory.
 
-This file relies on how FBGEMM 1.6 to 1.8 caches host memory in GPU memory (FUSED_UVM_CACHING). It caches weights, never
-optimizer states. A cached row is valid in its cache line; its copy in host memory is stale until the
-line is evicted or flushed. A lookup gives its batch a time stamp, stamps the lines that it hits, loads missing rows
-into lines with older stamps only, and remembers for its backward where each row was. FBGEMM itself looks up in several
-passes, so loads at one stamp never evict each other.
+This relies on how FBGEMM 1.6 to 1.8 caches host memory in GPU memory (FUSED_UVM_CACHING): it caches weights, never
+states. A cached row is valid in its cache line; its host copy is stale until the line is evicted or flushed. Each
+lookup increments a time stamp, stamps the lines that it hits, loads missing rows only into lines with older stamps, and
+saves the location of each row for backward. FBGEMM also looks up in several passes: loads at one stamp never evict each
+other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hstu.parallel.dynamic.hashing import normal_quantiles
 
 
 class RowBlock:
-    """Live rows of consecutive slots in one memory, which may be behind a cache. Row 0 is that of the first slot."""
+    """Live rows of consecutive slots in one memory, optionally behind a cache."""
 
     def __init__(self, weight: Tensor, states: Mapping[str, Tensor], cache: FbgemmCache | None = None) -> None:
         """``weight`` [rows, stored_dim]; ``states`` by name: [rows, stored_dim], or [rows] if rowwise."""
@@ -32,10 +32,7 @@ class RowBlock:
         self.cache = cache
 
     def initialize(self, rows: Tensor, weight: Tensor) -> None:
-        """Write ``weight``, float32 [n, dim], to distinct ``rows``, int64 [n], and zeros to their states.
-
-        Rows that are cached stay cached.
-        """
+        """Write ``weight``, float32 [n, dim], to distinct ``rows``, int64 [n], and to cached copies. Zero the states."""
         self.weight[rows, : weight.shape[1]] = weight
         for state in self.states.values():
             state.index_fill_(0, rows, 0)
@@ -46,10 +43,10 @@ class RowBlock:
 
 
 class Rows:
-    """All blocks of a shard, one after the other: slot s is row s of them all."""
+    """All blocks of a shard, concatenated: slot s is row s."""
 
     def __init__(self, blocks: Sequence[RowBlock], dim: int) -> None:
-        """``dim``: columns of a row that are in use."""
+        """``dim``: used columns of a row."""
         self.blocks = list(blocks)
         self.dim = dim
 
@@ -58,17 +55,17 @@ class Rows:
 
     @property
     def device(self) -> torch.device:
-        """The device on which slots are looked up."""
+        """Device for looking up slots."""
         return self.blocks[0].weight.device
 
     @property
     def is_cached(self) -> bool:
-        """Whether there is a cache to prefetch rows into."""
+        """Whether rows can be prefetched into a cache."""
         return any(block.cache is not None for block in self.blocks)
 
     @torch.no_grad()
     def initialize(self, slots: Tensor, weight: Tensor) -> None:
-        """Write ``weight``, float32 [n, dim], to distinct ``slots``, int64 [n], and zeros to their states."""
+        """Write ``weight``, float32 [n, dim], to distinct ``slots``, int64 [n], and zero their states."""
         if len(self.blocks) == 1:
             self.blocks[0].initialize(slots, weight)
             return
@@ -80,10 +77,10 @@ class Rows:
     def start(
         self, slots: Tensor, number: Tensor, kernels: ModuleType, ids: Tensor | None = None, **initial: float
     ) -> None:
-        """Write initial rows, or zeros, to the first ``number``, int64 [1], of ``slots``, and zeros to their states.
+        """Write initial rows, or zeros without ``ids``, to the first ``number``, int64 [1], of ``slots``; zero states.
 
-        Does what ``initialize`` does, by the ``kernels`` of hstu/ops/triton/slots.py, and the host does not wait.
-        ``initial``: ``table_key`` and ``init_std`` of ``initial_rows`` of hashing.py, which defines the rows.
+        Like ``initialize``, but with the ``kernels`` of hstu/ops/triton/slots.py and without waiting for the device.
+        ``initial``: ``table_key`` and ``init_std`` of hashing.py's ``initial_rows``.
         """
         options: dict[str, Any] = {} if ids is None else {"quantiles": normal_quantiles(ids.device), **initial}
         columns = None if ids is None else self.dim
@@ -103,10 +100,9 @@ class Rows:
     def prefetch(self, slots: Tensor) -> None:
         """Load ``slots``, int64 [n], into the caches, ignoring negative ones. The host does not wait.
 
-        May run beside the backward of the last lookup. It loads at the time stamp of that lookup, so it evicts none of
-        its lines, and the locations that backward remembers stay valid. Nor does it load a row that the lookup left in
-        host memory, where backward updates it: a row is left there only if every line that could hold it has that
-        stamp.
+        May run during the backward of the last lookup. It loads at the time stamp of that lookup, so it never evicts
+        its lines. It never loads a row that this backward updates in host memory: such a row was left there because all
+        lines that could hold it have that stamp.
         """
         start = 0
         for block in self.blocks:
@@ -115,9 +111,9 @@ class Rows:
             start += len(block.weight)
 
     def read(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """(rows, states) of the slots [0, ``number``): [number, dim], or [number] if rowwise.
+        """Return (rows, states) of the slots [0, ``number``): [number, dim], or [number] if rowwise.
 
-        Views if there is one block. Several blocks are copied together in host memory: GPU memory has no room for all.
+        These are views of a single block, or host copies of several blocks, which GPU memory cannot hold.
         """
         rows, states = zip(*(self._used(block, len(used)) for block, used in self._ranges(number)), strict=True)
         return _joined(rows), {name: _joined([of_block[name] for of_block in states]) for name in states[0]}
@@ -135,13 +131,12 @@ class Rows:
                 state.copy_(states[name][here])
 
     def zero_states(self, number: int) -> dict[str, Tensor]:
-        """The states of ``number`` untrained rows, in host memory: zeros [number, dim], or [number] if rowwise."""
+        """Return states of ``number`` untrained rows: host zeros [number, dim], or [number] if rowwise."""
         states = self.blocks[0].states.items()
         sizes = {name: (number, self.dim) if state.dim() > 1 else (number,) for name, state in states}
         return {name: torch.zeros(sizes[name], dtype=state.dtype) for name, state in states}
 
     def _ranges(self, number: int) -> Iterator[tuple[RowBlock, range]]:
-        """Each block with those of the slots [0, ``number``) that are in it."""
         start = 0
         for block in self.blocks:
             stop = start + len(block.weight)
@@ -149,7 +144,7 @@ class Rows:
             start = stop
 
     def _used(self, block: RowBlock, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The first ``number`` rows of a block, up to date, and their states; views."""
+        """Return views of the first ``number`` rows of a block, flushed from the cache, and of their states."""
         if block.cache is not None:
             block.cache.flush()
         states = block.states.items()
@@ -168,7 +163,7 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class FbgemmCache:
-    """The cache of one table in an FBGEMM kernel. On GPUs only: on the CPU its operators do nothing."""
+    """The cache of one table in an FBGEMM kernel. On a CPU, FBGEMM's cache operators do nothing."""
 
     def __init__(self, kernel: SplitTableBatchedEmbeddingBagsCodegen, table: int) -> None:
         """``table``: index of the table in the kernel."""
@@ -182,7 +177,7 @@ class FbgemmCache:
         return lines
 
     def lines_of(self, rows: Tensor) -> Tensor:
-        """The line of each of ``rows``, int [n]; negative if it is not cached."""
+        """Return the cache line of each of ``rows``, int [n]; negative if it is not cached."""
         kernel = self._kernel
         lines: Tensor = torch.ops.fbgemm.lxu_cache_lookup(
             self._indices(rows), kernel.lxu_cache_state, kernel.total_cache_hash_size
@@ -190,9 +185,9 @@ class FbgemmCache:
         return lines
 
     def load(self, rows: Tensor) -> None:
-        """Cache ``rows``, int64 [n], without evicting a line of the last lookup; negative rows are ignored.
+        """Cache ``rows``, int64 [n], without evicting a line of the last lookup; ignores negative rows.
 
-        Does what a lookup of the kernel does, but does not count a batch or remember its lines.
+        Like a lookup of the kernel, but neither counts a batch nor saves its lines.
         """
         kernel = self._kernel
         torch.ops.fbgemm.lru_cache_populate(
@@ -215,17 +210,17 @@ class FbgemmCache:
         self._kernel.flush()
 
     def invalidate(self) -> None:
-        """Empty the cache; the other tables of the kernel share it, so their rows are written back first."""
+        """Empty the cache, after writing back its rows, because other tables of the kernel share it."""
         self._kernel.flush()
         self._kernel.reset_cache_states()
 
     def _indices(self, rows: Tensor) -> Tensor:
-        """Row numbers through all cached tables of the kernel; for a negative row their total, which it skips."""
+        """Number rows through all cached tables of the kernel. Negative rows become their total, which it skips."""
         return torch.where(rows >= 0, rows + self._first_index, self._kernel.total_cache_hash_size)
 
 
 def find_caches(lookups: Iterable[nn.Module]) -> dict[str, FbgemmCache]:
-    """Table → cache, of the cached tables in TorchRec's lookups."""
+    """Return table → cache for the cached tables in TorchRec's lookups."""
     return {
         table.name: FbgemmCache(module.emb_module, index)
         for lookup in lookups

@@ -1,22 +1,19 @@
-"""Which row ("slot") of a table's shard holds which id: the specification, and its implementation in PyTorch.
+"""Assignment of ids to the rows ("slots") of a table's shard: specification, and implementation in PyTorch.
 
-A shard has ``capacity`` slots, and any id may get any slot. A batch is a multiset of ids: their order and position in
-it do not matter. ``assign`` at step t does the following:
+A shard has ``capacity`` slots, and any id may get any slot. A batch is a multiset of ids. ``assign`` at step t does:
 
-1. An id that has a slot gets its occurrences added to its count, and t as its last step.
-2. An id without a slot gets none while it has been sighted fewer than ``admission_threshold`` times, this batch
-   included.
-3. The other ids get unused slots. When these run out, they compete with the ids that have a slot and do not occur in
-   this batch: the highest scores win.
+1. For an id with a slot, add its occurrences to its count, and set its last step to t.
+2. Give no slot to a new id that was seen fewer than ``admission_threshold`` times, including this batch.
+3. Give unused slots to the other new ids. When none is left, new ids compete with the ids that have a slot and are not
+   in this batch: the highest scores win, and the winners take the slots of the lowest scores.
 
-The new ids that win take over the slots of the lowest scores. Under lru every new id scores higher than any id outside
-the batch. Under lfu an id that occurs once does not evict an id that was seen twice. Which of these slots gets which of
-the new ids is left to the implementation, and depends only on the batches.
+Under lru every new id scores higher than any id outside the batch. Under lfu an id that occurs once does not evict an
+id that was seen twice. The implementation chooses which of these slots each winner gets, depending only on the batches.
 
 Scores are int64. Equal scores are ordered by the hash of their ids (hstu.base.hashing.splitmix64); the lower one goes.
 
-    lru    last step · 2^31 + count       evicts the least recently seen id, of several the least often seen
-    lfu    count · 2^32 + last step       evicts the least often seen id, of several the least recently seen
+    lru    last step · 2^31 + count       evicts the least recently seen id, among equals the least often seen
+    lfu    count · 2^32 + last step       evicts the least often seen id, among equals the least recently seen
 """
 
 from __future__ import annotations
@@ -37,20 +34,20 @@ MAX_COUNT = 2**31 - 1
 MAX_STEP = 2**32 - 1
 NO_SLOT = -1
 HIGHEST = 2**63 - 1
-"""The score of an unused slot, above all others."""
+"""Score of an unused slot, above all others."""
 
 
 @dataclass
 class Counters:
-    """What happened to the ids of training batches. The first four count every occurrence of a repeated id."""
+    """Event counts of training batches. The first four count every occurrence of a repeated id."""
 
     lookups: int = 0
     hits: int = 0
     """Lookups of ids that had a row before the batch."""
     waiting: int = 0
-    """Lookups of ids that admission_threshold still keeps out."""
+    """Lookups of ids below admission_threshold."""
     rejections: int = 0
-    """Lookups of ids without room: all rows belonged to the same batch or (lfu) to ids seen more often."""
+    """Lookups of ids without room: all rows belong to ids of the same batch or (lfu) to ids seen more often."""
     insertions: int = 0
     evictions: int = 0
 
@@ -60,35 +57,35 @@ _INSERTIONS = [field.name for field in fields(Counters)].index("insertions")
 
 @dataclass(frozen=True)
 class Assignment:
-    """The result of ``assign`` for a batch of n ids. All tensors are int64.
+    """Result of ``assign`` for a batch of n ids. All tensors are int64.
 
-    The host need not know how many ids are new: ``new_slots`` and ``new_ids`` are as long as there may be, and their
-    first ``insertions`` entries are set; of ``evicted_ids`` the first ``evictions``.
+    Fixed lengths spare the host from waiting: only the first ``insertions`` entries of ``new_slots`` and ``new_ids``
+    are set, and the first ``evictions`` entries of ``evicted_ids``.
     """
 
     slots: Tensor
-    """[n]: the slot of each id, or NO_SLOT."""
+    """[n]: slot of each id, or NO_SLOT."""
     new_slots: Tensor
-    """Slots that this batch gave to an id; their rows must be initialised."""
+    """Newly assigned slots, whose rows must be initialised."""
     new_ids: Tensor
-    """The ids that got them."""
+    """Ids of ``new_slots``."""
     evicted_ids: Tensor
     """Ids that lost their slot."""
     counts: Tensor
-    """[6]: what happened, in the order of the fields of Counters."""
+    """[6]: event counts in the order of Counters."""
 
     @property
     def insertions(self) -> Tensor:
-        """[1]: how many ids got a slot."""
+        """[1]: number of newly assigned slots."""
         return self.counts[_INSERTIONS : _INSERTIONS + 1]
 
     @property
     def counters(self) -> Counters:
-        """What happened; waits for the device."""
+        """Event counts on the host; waits for the device."""
         return Counters(*self.counts.tolist())
 
     def trimmed(self) -> Assignment:
-        """The same without entries that are not set; waits for the device."""
+        """Return the assignment without unset entries; waits for the device."""
         counters = self.counters
         new, evicted = counters.insertions, counters.evictions
         return replace(
@@ -99,13 +96,13 @@ class Assignment:
 class SlotTable(ABC):
     """Ids, scores and slots of one shard.
 
-    With ``admission_threshold`` > 1 a second SlotTable of the same capacity, under lru, counts the sightings of ids
-    without a slot. An id that it evicts starts again from zero.
+    With ``admission_threshold`` > 1, ``sightings`` counts how often ids without a slot were seen: an lru SlotTable of
+    the same capacity. An id that it evicts restarts at zero.
     """
 
     sightings: SlotTable | None = None
     kernels: ModuleType | None = None
-    """hstu.ops.triton.slots where these serve the table: the host then waits for nothing that depends on ids."""
+    """hstu.ops.triton.slots if it supports the table: the host then never waits for results that depend on ids."""
 
     def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0) -> None:
         self.capacity = capacity
@@ -114,19 +111,19 @@ class SlotTable(ABC):
 
     @abstractmethod
     def size(self) -> Tensor:
-        """Slots in use: int64 [1], on the device of the table."""
+        """Return the number of slots in use: int64 [1], on the table's device."""
 
     @abstractmethod
     def lookup(self, ids: Tensor) -> Tensor:
-        """Slots of ``ids``, int64 [n]; NO_SLOT for an id without one. Changes nothing."""
+        """Return the slots of ``ids``, int64 [n], or NO_SLOT. Changes nothing."""
 
     @abstractmethod
     def assign(self, ids: Tensor, step: int) -> Assignment:
-        """Give slots to a training batch. ``step`` starts at 1 or above and grows with every call."""
+        """Assign slots to a training batch. ``step`` is at least 1 and grows with every call."""
 
     @abstractmethod
     def content(self) -> tuple[Tensor, Tensor]:
-        """(ids, scores) of the slots in use, by slot: the state, from which all else follows."""
+        """Return (ids, scores) of the slots in use, by slot: the whole state."""
 
     @abstractmethod
     def restore(self, ids: Tensor, scores: Tensor) -> None:
@@ -134,29 +131,29 @@ class SlotTable(ABC):
 
 
 def score(policy: Policy, counts: Tensor, step: int | Tensor) -> Tensor:
-    """Scores of ids that were seen ``counts`` times, and last at ``step``."""
+    """Return the scores of ids seen ``counts`` times, and last at ``step``."""
     counts = counts.clamp(max=MAX_COUNT)
     return (step << 31) + counts if policy == "lru" else (counts << 32) + step
 
 
 def counts_of(policy: Policy, scores: Tensor) -> Tensor:
-    """How often the ids of these scores were seen."""
+    """Return how often the ids of these scores were seen."""
     return scores & MAX_COUNT if policy == "lru" else scores >> 32
 
 
 def steps_of(policy: Policy, scores: Tensor) -> Tensor:
-    """The step at which the ids of these scores were last seen."""
+    """Return the step at which the ids of these scores were last seen."""
     return scores >> 31 if policy == "lru" else scores & MAX_STEP
 
 
 def eviction_order(scores: Tensor, ids: Tensor) -> Tensor:
-    """Indices of ids in the order in which they are evicted: by ascending score, equal scores by hash."""
+    """Return the indices of ids in eviction order: by ascending score, then by hash."""
     by_hash = in_unsigned_order(mix(ids)).argsort()
     return by_hash[scores[by_hash].argsort(stable=True)]
 
 
 class SortedIndex:
-    """Finds the slot of a key on any device: all keys are sorted after every change."""
+    """Finds the slot of a key on any device. Sorts all keys after every change."""
 
     def __init__(self, keys: Tensor) -> None:
         """``keys``: int64 [capacity], live: the key of each slot."""
@@ -165,22 +162,22 @@ class SortedIndex:
         self.insert(self._places, torch.zeros_like(self._places[:1]))
 
     def find(self, wanted: Tensor) -> Tensor:
-        """Slots of keys, int64 [n]; NO_SLOT: none."""
+        """Return the slots of keys, int64 [n], or NO_SLOT."""
         place = torch.searchsorted(self._sorted, wanted).clamp_(max=len(self._keys) - 1)
         slots = self._slots[place]
         return torch.where((self._sorted[place] == wanted) & (slots < self._size), slots, NO_SLOT)
 
     def insert(self, slots: Tensor, size: Tensor) -> None:
-        """Follow ``keys``, of which the first ``size``, int64 [1], are in use."""
+        """Update the index to the first ``size``, int64 [1], of the live keys."""
         self._size = size
-        used = torch.where(self._places < size, self._keys, HIGHEST)  # used keys precede unused ones that are equal
+        used = torch.where(self._places < size, self._keys, HIGHEST)  # used keys precede equal unused ones
         self._sorted, self._slots = used.sort(stable=True)
 
 
 class TorchSlots(SlotTable):
-    """See SlotTable. On any device: all tensors have fixed sizes, so the host waits for the device in ``content`` only.
+    """See SlotTable. On any device. Tensor sizes are fixed, so the host waits for the device only in ``content``.
 
-    Ids are kept as their hashes, int64 that are ordered as the unsigned ones.
+    Stores ids as their hashes, int64 in unsigned order.
     """
 
     sightings: TorchSlots | None
@@ -195,7 +192,7 @@ class TorchSlots(SlotTable):
     ) -> None:
         super().__init__(capacity, policy, admission_threshold)
         self.kernels = kernels
-        # The last element receives what belongs to no slot.
+        # The last element absorbs writes that belong to no slot.
         self._hashes = torch.zeros(capacity + 1, dtype=torch.int64, device=device)
         self._scores = torch.full_like(self._hashes, HIGHEST)
         self.restore(self._hashes[:0], self._scores[:0])
@@ -256,12 +253,12 @@ class TorchSlots(SlotTable):
         )
 
     def _add(self, hashes: Tensor, counts: Tensor, step: int) -> _Added:
-        """Count distinct ids, and give slots to new ones. Those with a count of 0 do not exist."""
+        """Count distinct ids and assign slots to new ones. Entries with a count of 0 are padding."""
         number, none = len(hashes), self.capacity
         slots = self._index.find(hashes)
         held = torch.where((counts > 0) & (slots != NO_SLOT), slots, none)
         held_scores = score(self.policy, counts_of(self.policy, self._scores[held]) + counts, step)
-        self._scores[held] = HIGHEST  # ids of the batch do not give way
+        self._scores[held] = HIGHEST  # protects ids of the batch from eviction
         is_admitted = is_new = (counts > 0) & (slots == NO_SLOT)
         if self.sightings is not None:
             sighted = self.sightings._sight(hashes, counts * is_new, step)
@@ -289,9 +286,9 @@ class TorchSlots(SlotTable):
         return _Added(slots, is_new, is_admitted, is_placed, victims, evicted)
 
     def _lowest(self, scores: Tensor, hashes: Tensor, excess: Tensor) -> Tensor:
-        """Which ``excess``, int64 [1], of the slots and the n new ids give way: [n].
+        """Select the ``excess``, int64 [1], lowest scores among all slots and n new ids: [n].
 
-        A slot is listed by its number, the i-th new id as ``capacity`` + i, and no one as ``capacity`` + n.
+        Entries are slot numbers, or ``capacity`` + i for the i-th new id, then ``capacity`` + n as padding.
         """
         of_slots, of_hashes = self._scores[: self.capacity], self._hashes[: self.capacity]
         lowest, indices = _smallest(of_slots, scores)
@@ -305,26 +302,26 @@ class TorchSlots(SlotTable):
         return torch.where(place < excess, listed, self.capacity + len(scores))
 
     def _sight(self, hashes: Tensor, counts: Tensor, step: int) -> Tensor:
-        """Add ``counts`` sightings of distinct ids; returns how often each was sighted, int64 [n]."""
+        """Add ``counts`` sightings of distinct ids; return how often each was seen so far, int64 [n]."""
         slots = self._add(hashes, counts, step).slots
         return torch.where(slots != NO_SLOT, counts_of(self.policy, self._scores[slots]), counts)
 
 
 class _Added(NamedTuple):
-    """What became of n distinct ids."""
+    """What ``_add`` did with n distinct ids."""
 
     slots: Tensor
-    """[n]: their slots now, or NO_SLOT."""
+    """[n]: current slots, or NO_SLOT."""
     is_new: Tensor
     """bool [n]: had no slot."""
     is_admitted: Tensor
-    """bool [n]: is let in by admission_threshold, of the new ones."""
+    """bool [n]: new and let in by admission_threshold."""
     is_placed: Tensor
-    """bool [n]: got a slot, of the admitted ones."""
+    """bool [n]: admitted and got a slot."""
     victims: Tensor
-    """[n]: slots that were taken from other ids; then ``capacity``."""
+    """[n]: slots taken from other ids, padded with ``capacity``."""
     evicted: Tensor
-    """[n]: the hashes of these ids."""
+    """[n]: hashes of the evicted ids."""
 
 
 def _hashed(ids: Tensor) -> Tensor:
@@ -336,7 +333,7 @@ def _ids(hashes: Tensor) -> Tensor:
 
 
 def _smallest(many: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:
-    """The len(few) smallest numbers of both, ascending, and their indices in both one after the other."""
+    """Return the len(few) smallest numbers of both, ascending, and their indices in the concatenation of both."""
     number = min(len(many), len(few))
     values, indices = many.topk(number, largest=False)
     indices = torch.cat([indices, torch.arange(len(many), len(many) + len(few), device=few.device)])
@@ -345,7 +342,7 @@ def _smallest(many: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compacted(values: Tensor, mask: Tensor, fill: int = 0) -> Tensor:
-    """The ``values`` [n] where the mask is set, in their order; then ``fill``."""
+    """Return the ``values`` [n] where the mask is set, in order, padded with ``fill``."""
     last = len(values)
     places = torch.where(mask, mask.cumsum(0) - 1, last)
     return values.new_full((last + 1,), fill).scatter(0, places, values)[:last]

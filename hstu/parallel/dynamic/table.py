@@ -1,4 +1,4 @@
-"""One rank's shard of a dynamic table: gives rows to ids and initialises them, and reports what happened."""
+"""One rank's shard of a dynamic table: assigns rows to ids, initialises them and counts events."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hstu.parallel.dynamic.rows import Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters
 
 TableReport = dict[str, float]
-"""``rows`` and ``capacity`` over all ranks; ``hit_rate``, the share of lookups whose id had a row before its batch; the
-other counters of hstu.parallel.dynamic.slots.Counters."""
+"""``rows`` and ``capacity`` over all ranks; ``hit_rate``: share of lookups of ids that had a row before their batch;
+and the other counters of hstu.parallel.dynamic.slots.Counters."""
 
 
 class DynamicTable:
     """This rank's shard of a table.
 
-    Its last row is the default row, which stands for all ids without a row. It is reset to zeros before each lookup, so
-    an optimizer's updates to it have no effect.
+    Its last row is the default row, for all ids without a row. Each lookup first resets it to zeros, which cancels
+    updates by the optimizer.
     """
 
     def __init__(self, spec: TableSpec, seed: int, rows: Rows) -> None:
@@ -39,7 +39,7 @@ class DynamicTable:
         """Training batches so far."""
         self._counts = torch.zeros(len(fields(Counters)), dtype=torch.int64, device=rows.device)
         self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-        """The last training batch that changed each row."""
+        """Last training batch that changed each row."""
         self._key = table_key(seed, spec.name)
         self._default = torch.tensor([self.default_slot], device=rows.device)
         self._one = torch.ones_like(self._default)
@@ -48,17 +48,17 @@ class DynamicTable:
 
     @property
     def counters(self) -> Counters:
-        """What happened since the last ``pop_figures``; waits for the device."""
+        """Event counts since the last ``pop_figures``; waits for the device."""
         return Counters(*self._counts.tolist())
 
     def pop_figures(self) -> Tensor:
-        """int64 [7] on the device of the table: rows in use, and the counters, which are reset."""
+        """Return rows in use and counters, int64 [7] on the table's device, and reset the counters."""
         figures = torch.cat([self.slots.size(), self._counts])
         self._counts = torch.zeros_like(self._counts)
         return figures
 
     def assign_rows(self, ids: Tensor) -> Tensor:
-        """Rows, int64 [n], of the ids of the next training batch; new ids get rows if they may."""
+        """Assign and return rows, int64 [n], for the ids of the next training batch."""
         self.step += 1
         assigned = self.slots.assign(ids, self.step)
         self._counts += assigned.counts
@@ -79,21 +79,18 @@ class DynamicTable:
         return rows
 
     def look_up(self, ids: Tensor, *, training: bool) -> Tensor:
-        """Rows, int64 [n], of ids; gives none to new ids. ``training``: whether the rows will be updated."""
+        """Return the rows, int64 [n], of ids without assigning new ones. ``training``: rows will be updated."""
         rows = self._or_default(self.slots.lookup(ids))
         if training:
             self.changed[rows] = self.step
         return rows
 
     def prefetch(self, ids: Tensor) -> None:
-        """Prepare for a lookup of ``ids``, int64 [n], in the next step. Changes nothing but its speed.
-
-        Ids of a batch keep their slots throughout that batch, so they will be looked up in the slots they have now.
-        """
+        """Load rows of ``ids``, int64 [n], into caches for the next step's lookup. Affects only speed."""
         self.rows.prefetch(self.slots.lookup(ids))
 
     def clear_default_row(self) -> None:
-        """Reset the default row; call it before every lookup."""
+        """Reset the default row. Call it before every lookup."""
         if self._kernels is not None:
             self.rows.start(self._default, self._one, self._kernels)
         elif self._default_was_trained:
@@ -101,7 +98,7 @@ class DynamicTable:
             self.rows.initialize(self._default, self._default.new_zeros(1, self.spec.dim, dtype=torch.float32))
 
     def content(self) -> TableContent:
-        """What is worth saving: views of the live tensors, or copies if the table is split."""
+        """Return the content to save: views of live tensors, or copies if the table is split."""
         ids, scores = self.slots.content()
         rows, states = self.rows.read(len(ids))
         sightings = self.slots.sightings
@@ -118,10 +115,8 @@ class DynamicTable:
 
     @torch.no_grad()
     def restore(self, parts: Sequence[TableContent], rank: int, world_size: int) -> int:
-        """Replace the content by those ids of a table, given in ``parts``, that this rank owns.
+        """Load this rank's ids from ``parts`` of a table; return how many (the first in eviction order) found no room."""
 
-        Returns how many ids found no room; these are the ones that would be evicted first.
-        """
 
         def own(ids: Tensor) -> Tensor:
             return owners(ids, self.args, self.slots.capacity, world_size) == rank
@@ -149,10 +144,10 @@ class DynamicTable:
 def pop_reports(
     tables: Mapping[str, DynamicTable], sum_over_ranks: Callable[[list[float]], list[float]]
 ) -> dict[str, TableReport]:
-    """Report what was counted since the last call, over all ranks, and reset it. Collective if there are tables."""
+    """Return event counts over all ranks since the last call, and reset them. Collective if there are tables."""
     if not tables:
         return {}
-    figures = torch.stack([table.pop_figures() for table in tables.values()]).tolist()  # the only wait for the device
+    figures = torch.stack([table.pop_figures() for table in tables.values()]).tolist()  # waits for the device once
     numbers: list[float] = []
     for table, (rows, *counts) in zip(tables.values(), figures, strict=True):
         numbers += [rows, table.slots.capacity, *counts]
@@ -167,7 +162,7 @@ def _report(counts: dict[str, int]) -> TableReport:
 
 
 def describe_report(table: str, report: Mapping[str, float]) -> str:
-    """A report as a line of the log."""
+    """Return a report as a log line."""
     rows, capacity = int(report["rows"]), int(report["capacity"])
     text = f"table {table}: {rows:,} of {capacity:,} rows ({rows / capacity:.1%}), hit rate {report['hit_rate']:.1%}"
     counts = {

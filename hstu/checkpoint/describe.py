@@ -1,4 +1,4 @@
-"""What is inside a checkpoint or an export, as lines of text."""
+"""Describes a checkpoint or an export in lines of text."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ from hstu.checkpoint.tensors import STATES, is_export, open_tensors, read_metada
 
 
 def describe(root: Path, with_optimizer: bool = False) -> Iterator[str]:
-    """Describe the state of the run, the tensors with their sizes, and the files.
-
-    ``with_optimizer``: name each state of the optimizers; otherwise they are one line.
-    """
+    """Describe the run, the tensors with their sizes, and the files. ``with_optimizer``: list each optimizer state."""
     files, tensors = read_manifest(root), open_tensors(root)
     bytes_of = {name: math.prod(size) * tensors.dtypes[name].itemsize for name, size in tensors.sizes.items()}
     yield f"{'export' if is_export(root) else 'checkpoint'} {root}"

@@ -1,9 +1,8 @@
 """The directory of a run's checkpoints: names, manifests, links, commits and deletion.
 
-``iteration_<n>`` appears by renaming a complete directory and disappears by another rename, so a directory of that name
-is always complete. ``latest`` and ``best`` are symbolic links that are replaced atomically. Each checkpoint has a
-manifest with the size and the checksum of every file, because torch.distributed.checkpoint loads flipped bytes without
-an error.
+Renaming creates and removes ``iteration_<n>``, so a directory of that name is always complete. ``latest`` and ``best``
+are symbolic links that are replaced atomically. Each checkpoint has a manifest with the size and checksum of every
+file, because torch.distributed.checkpoint loads flipped bytes without an error.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ FORMAT_VERSION = 2
 LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"iteration_(\d+)")
 _DELETING, _SET_ASIDE = ".deleting_", "set_aside_"
-# These files differ between two saves of one state: .metadata names the save, the others the run and its start.
+# Files that differ between two saves of one state: .metadata identifies the save, the others the run and its start.
 _NOT_PART_OF_STATE = ("tensors/.metadata", "operative.gin", "run.json")
 
 Files = dict[str, dict[str, Any]]
@@ -45,19 +44,17 @@ Files = dict[str, dict[str, Any]]
 
 
 class DamagedCheckpoint(DataError):
-    """Files of a checkpoint are missing, truncated, changed or unreadable; the message names them."""
+    """Files of a checkpoint are missing, truncated, changed or unreadable. The message lists them."""
 
 
 class CheckpointFailure(UserError):
-    """The file system refused an operation on some rank: a full disk, missing permissions. Raised on every rank."""
+    """The file system refused an operation on some rank (disk full, no permission). Raised on every rank."""
 
 
 def collective_io(function: Callable[[], T], mesh: Mesh) -> T:
-    """Call ``function``, which reads or writes files of a checkpoint, on every rank. See ``on_all_ranks``.
+    """Call ``function``, which reads or writes files, on every rank; raise on all ranks if it fails on one.
 
-    Raises:
-        CheckpointFailure: on every rank, if the file system refuses on one of them.
-        UserError, RuntimeError: as ``on_all_ranks``.
+    Raises CheckpointFailure for errors of the file system; else like ``on_all_ranks``.
     """
     mesh.heartbeat.mark()
 
@@ -66,7 +63,7 @@ def collective_io(function: Callable[[], T], mesh: Mesh) -> T:
             return function()
         except OSError as error:
             raise CheckpointFailure(f"checkpointing failed on rank {mesh.rank}: {error}") from error
-        except CheckpointException as error:  # a BaseException; torch raises it on all ranks with the failures of all
+        except CheckpointException as error:  # a BaseException that torch raises on all ranks with all failures
             for rank, (cause, _) in error.failures.items():
                 if isinstance(cause, OSError):
                     raise CheckpointFailure(f"checkpointing failed on rank {rank}: {cause}") from cause
@@ -82,7 +79,7 @@ def torch_save(value: Any, path: Path) -> None:
 
 
 def torch_load(path: Path, *, mmap: bool = False) -> Any:
-    """Call torch.load for tensors, numbers and their containers only. Raises DamagedCheckpoint for anything else."""
+    """Load only tensors, numbers and their containers with torch.load. Raises DamagedCheckpoint for anything else."""
     try:
         return torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
     except OSError:
@@ -94,7 +91,7 @@ def torch_load(path: Path, *, mmap: bool = False) -> Any:
 
 @contextmanager
 def writing_errors() -> Iterator[None]:
-    """Raise the OSError behind a RuntimeError of torch.save, which itself only says "unexpected pos 704 vs 598"."""
+    """Raise the OSError behind a RuntimeError of torch.save, whose own text is only "unexpected pos 704 vs 598"."""
     try:
         yield
     except RuntimeError as error:
@@ -124,8 +121,7 @@ def write_manifest(root: Path, files: Files) -> None:
 def read_manifest(root: Path) -> Files:
     """Return the files that a checkpoint lists.
 
-    Raises DamagedCheckpoint if the manifest is missing or has a byte that was not written so, and DataError if this
-    program does not read its version yet.
+    Raises DamagedCheckpoint if the manifest is missing or changed, and DataError if its version is too new.
     """
     path = root / MANIFEST
     try:
@@ -153,7 +149,6 @@ def read_manifest(root: Path) -> Files:
 
 
 def _check_entries(files: Files) -> None:
-    """Raise ValueError if an entry is not a file below the checkpoint with its size and checksum."""
     for name, entry in files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"it lists {name!r}, which is not in the checkpoint")
@@ -162,12 +157,12 @@ def _check_entries(files: Files) -> None:
 
 
 def listed_files(root: Path, pattern: str) -> list[Path]:
-    """Return the files of a checkpoint that match a pattern. A file that its manifest does not list is none of it."""
+    """Return the files in a checkpoint's manifest that match a pattern."""
     return [root / name for name in read_manifest(root) if fnmatch.fnmatchcase(name, pattern)]
 
 
 def verified_file(root: Path, name: str) -> Path:
-    """Return the path of a file after comparing it with the manifest. Raises DamagedCheckpoint."""
+    """Compare a file with the manifest and return its path. Raises DamagedCheckpoint."""
     entry = read_manifest(root).get(name)
     problem = f"{root} has no {name} in its {MANIFEST}" if entry is None else _file_problem(root / name, entry)
     if problem:
@@ -176,21 +171,21 @@ def verified_file(root: Path, name: str) -> Path:
 
 
 def _manifest_text(files: Files) -> str:
-    """Return the same text for the same files, so that any changed byte of a manifest can be noticed."""
+    """Return a deterministic text with a checksum, which reveals any changed byte of a manifest."""
     files = dict(sorted(files.items()))
     checksum = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return json.dumps({"version": FORMAT_VERSION, "sha256": checksum, "files": files}, indent=1)
 
 
 def file_problems(root: Path, files: Files) -> list[str]:
-    """Return one line for each file that is missing or differs from what was written."""
+    """Return one line for each file that is missing or differs from the manifest."""
     return [problem for name, expected in files.items() if (problem := _file_problem(root / name, expected))]
 
 
 def check_files(root: Path, action: str) -> Files:
-    """Return the files of a checkpoint after comparing all of them with its manifest.
+    """Compare all files of a checkpoint with its manifest and return them.
 
-    Raises DamagedCheckpoint, which says that ``action`` ("cannot export …") is impossible and lists the problems.
+    Raises DamagedCheckpoint, whose message starts with ``action`` ("cannot export …") and lists the problems.
     """
     files = read_manifest(root)
     if problems := file_problems(root, files):
@@ -221,7 +216,7 @@ def checkpoint_path(directory: Path, iteration: int) -> Path:
 
 
 def iteration_of(path: Path) -> int:
-    """Return the iteration of a checkpoint from its name."""
+    """Return the iteration in the name of a checkpoint."""
     return int(path.name.removeprefix("iteration_"))
 
 
@@ -234,7 +229,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 def restore_candidates(directory: Path) -> list[Path]:
     """Return all checkpoints: the one committed last, then earlier iterations, then later ones.
 
-    Later ones exist if a run went back to an earlier checkpoint, or was killed just before a commit.
+    Later ones exist if a run returned to an earlier checkpoint, or was killed just before a commit.
     """
     paths, latest = complete_checkpoints(directory), link_target(directory, LATEST)
     if latest not in paths:
@@ -244,13 +239,13 @@ def restore_candidates(directory: Path) -> list[Path]:
 
 
 def link_target(directory: Path, name: str) -> Path | None:
-    """Return the checkpoint that the link ``latest`` or ``best`` points to, or None if there is no such link."""
+    """Return the checkpoint that the link ``latest`` or ``best`` points to, or None."""
     link = directory / name
     return directory / link.readlink() if link.is_symlink() else None
 
 
 def set_link(directory: Path, name: str, target: Path) -> None:
-    """Point ``latest`` or ``best`` to a checkpoint. The link is on disk when this returns."""
+    """Point ``latest`` or ``best`` to a checkpoint, and flush the link to disk."""
     replacement = directory / f"{WRITING}{name}"
     replacement.unlink(missing_ok=True)
     replacement.symlink_to(target.name)
@@ -259,7 +254,7 @@ def set_link(directory: Path, name: str, target: Path) -> None:
 
 
 def make(directory: Path) -> bool:
-    """Create the directory of a run's checkpoints, on disk when this returns. Returns False if it exists."""
+    """Create the directory of a run's checkpoints and flush it to disk. Returns False if it exists."""
     if directory.is_dir():
         return False
     directory.mkdir(parents=True)
@@ -268,7 +263,7 @@ def make(directory: Path) -> bool:
 
 
 def begin(final: Path) -> Path:
-    """Create the empty temporary directory in which the checkpoint ``final`` is written, and return it."""
+    """Create and return the empty temporary directory for writing the checkpoint ``final``."""
     make(final.parent)
     remove_leftovers(final.parent)
     temporary = aside_path(final)
@@ -279,11 +274,11 @@ def begin(final: Path) -> Path:
 def commit(final: Path) -> None:
     """Rename the complete temporary directory of ``final`` to ``final``.
 
-    If ``final`` exists and holds the same state, it stays as it is. If it differs, it is kept under another name.
+    An existing ``final`` stays if it holds the same state; otherwise it is renamed and kept.
     """
     temporary = aside_path(final)
     if final.exists():
-        if _holds_state_of(temporary, final):  # a resumed run saves an iteration for the second time
+        if _holds_state_of(temporary, final):  # a resumed run saves an iteration again
             shutil.rmtree(temporary)
             return
         names = (f"{_SET_ASIDE}{final.name}_{number}" for number in itertools.count(1))
@@ -293,7 +288,7 @@ def commit(final: Path) -> None:
 
 
 def _holds_state_of(new: Path, old: Path) -> bool:
-    """Whether ``old`` is intact and has the same files as ``new``, apart from those that name a run."""
+    """Return whether ``old`` is intact and has the same files as ``new``, except for files that identify a run."""
     try:
         old_files = check_files(old, "it is damaged")
     except DataError:
@@ -304,23 +299,23 @@ def _holds_state_of(new: Path, old: Path) -> bool:
 
 
 def delete_older(directory: Path, iteration: int, keep: int) -> None:
-    """Delete the checkpoints up to the committed ``iteration``, except for the last ``keep``, the latest and the best.
+    """Delete checkpoints up to the committed ``iteration``, except for the last ``keep``, the latest and the best.
 
-    A checkpoint that the file system refuses to delete stays, and a warning is logged: the run can go on.
+    If the file system refuses, the checkpoint stays and a warning is logged, because the run can continue.
     """
     old = [path for path in complete_checkpoints(directory) if iteration_of(path) <= iteration][keep:]
     linked = (link_target(directory, LATEST), link_target(directory, BEST))
     for path in old:
         if path not in linked:
             try:
-                path.rename(directory / f"{_DELETING}{path.name}")  # its name never stands for a part of it
+                path.rename(directory / f"{_DELETING}{path.name}")  # a partly deleted directory never has its name
             except OSError as error:
                 log.warning("cannot delete the older checkpoint %s: %s", path, error)
     remove_leftovers(directory)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what an interrupted save or deletion has left behind."""
+    """Remove leftovers of interrupted saves and deletions."""
     for prefix in (WRITING, _DELETING):
         for path in directory.glob(f"{prefix}*"):
             if path.is_symlink():

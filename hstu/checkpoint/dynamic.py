@@ -1,11 +1,10 @@
 """Dynamic tables in checkpoints and exports.
 
-In a checkpoint each rank writes the ids that it holds, and reads the ids that it owns from the files of all ranks.
-``dynamic_rank<r>.pt`` holds for each table its ids with their scores, rows and optimizer states (TableContent). Their
-order has no meaning, so a run with another number of ranks or another capacity can place them anew.
+In a checkpoint each rank writes its ids to ``dynamic_rank<r>.pt`` (table → TableContent), and reads the ids that it
+owns from the files of all ranks. Their order has no meaning, so ranks and capacity may differ between save and load.
 
-An export holds only ``dynamic.<table>.ids`` (int64 [n], ascending) and ``dynamic.<table>.weight`` ([n, dim]). A run
-that loads them treats each id as seen once, before the first batch.
+An export holds only ``dynamic.<table>.ids`` (int64 [n], ascending) and ``dynamic.<table>.weight`` ([n, dim]). Loading
+treats each id as seen once, before the first batch.
 """
 
 from __future__ import annotations
@@ -35,11 +34,11 @@ DYNAMIC_FILES = "dynamic_rank*.pt"
 _IDS, _WEIGHT = ".ids", ".weight"
 
 TableDicts = dict[str, dict[str, Any]]
-"""Table → its TableContent as a dict of dicts, numbers and tensors."""
+"""Table → its TableContent as nested dicts of numbers and tensors."""
 
 
 def copy_tables(tables: Mapping[str, DynamicTable]) -> TableDicts:
-    """Copy this rank's part of the tables to host memory. A view would be saved with all that it is a view of."""
+    """Copy this rank's tables to host memory. torch.save would write a view with its whole storage."""
     copies: TableDicts = {}
     for name, table in tables.items():
         content = table.content()
@@ -56,7 +55,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def write_dynamic_tables(root: Path, tables: TableDicts, rank: int) -> list[Path]:
-    """Write this rank's part of the tables and return the files, if any. Raises OSError if that fails."""
+    """Write this rank's tables and return the files, if any. Raises OSError."""
     if not tables:
         return []
     path = root / DYNAMIC_FILES.replace("*", str(rank))
@@ -65,7 +64,7 @@ def write_dynamic_tables(root: Path, tables: TableDicts, rank: int) -> list[Path
 
 
 def read_tables(root: Path) -> dict[str, list[TableContent]]:
-    """Return each dynamic table of a checkpoint or an export, in the parts in which it was written, memory mapped."""
+    """Return the dynamic tables of a checkpoint or an export, memory mapped, in parts as written."""
     if is_export(root):
         return _from_export(load_safetensors(root / CONSOLIDATED))
     tables: dict[str, list[TableContent]] = {}
@@ -78,7 +77,7 @@ def read_tables(root: Path) -> dict[str, list[TableContent]]:
 
 
 def read_table(root: Path, name: str) -> list[TableContent]:
-    """Return the parts of one table. Raises DataError if there is no table of that name."""
+    """Return the parts of one table. Raises DataError if it does not exist."""
     tables = read_tables(root)
     if name not in tables:
         raise DataError(f"{root} has no dynamic table {name!r}; it has {', '.join(sorted(tables)) or 'none'}")
@@ -86,7 +85,7 @@ def read_table(root: Path, name: str) -> list[TableContent]:
 
 
 def export_sizes(tables: Mapping[str, Sequence[TableContent]]) -> dict[str, tuple[Size, torch.dtype]]:
-    """Return name → (size, dtype) of the tensors of an export that hold the tables, given by their parts."""
+    """Return name → (size, dtype) of the tensors that hold the tables in an export. ``tables``: name → parts."""
     sizes: dict[str, tuple[Size, torch.dtype]] = {}
     for name, parts in tables.items():
         count, rows = sum(len(part.ids) for part in parts), parts[0].rows
@@ -96,7 +95,7 @@ def export_sizes(tables: Mapping[str, Sequence[TableContent]]) -> dict[str, tupl
 
 
 def fill_export(tensors: Mapping[str, Tensor], tables: Mapping[str, Sequence[TableContent]]) -> None:
-    """Write the tables, part by part, into tensors of ``export_sizes``."""
+    """Write the tables, part by part, into the tensors of ``export_sizes``."""
     for name, parts in tables.items():
         ids, order = torch.cat([part.ids for part in parts]).sort()
         tensors[f"{DYNAMIC}{name}{_IDS}"].copy_(ids)
@@ -120,14 +119,14 @@ def _from_export(tensors: Mapping[str, Tensor]) -> dict[str, list[TableContent]]
 def table_problems(
     table: DynamicTable, name: str, parts: Sequence[TableContent], remap: RowRemap | None, *, with_states: bool
 ) -> list[str]:
-    """Return one line for each thing that a table needs and the checkpoint does not have.
+    """Return one line for each thing that a table needs and the checkpoint lacks.
 
-    ``name``: the table's name in the checkpoint; ``parts``: its content there, in any number of parts; ``remap``: given
-    if its ids have other codes there; ``with_states``: whether optimizer states are needed.
+    ``name``, ``parts``: the table's name and content in the checkpoint. ``remap``: set if its ids have other codes
+    there. ``with_states``: whether optimizer states are needed.
     """
     if not parts:
         return [f"dynamic table {name} is not in the checkpoint"]
-    problems, states, width = [], parts[0].states, parts[0].rows.shape[1]  # all parts have the same states and width
+    problems, states, width = [], parts[0].states, parts[0].rows.shape[1]  # states and width are equal in all parts
     if remap is not None and remap.source_rows is None:
         problems.append(f"dynamic table {name}: its ids stand for other raw ids than in this run's data")
     if width != table.spec.dim:
@@ -145,7 +144,7 @@ def load_table(
     *,
     with_states: bool,
 ) -> None:
-    """Overwrite this rank's part of a table, if its rows fit. States that are absent or not wanted start at zero."""
+    """Overwrite this rank's part of a table if the rows fit. Missing or unwanted states become zero."""
     if not parts or parts[0].rows.shape[1] != table.spec.dim:
         return
     parts = [_with_states_of(part, table, with_states) for part in parts]
@@ -163,14 +162,14 @@ def load_table(
 
 
 def _with_states_of(part: TableContent, table: DynamicTable, keep: bool) -> TableContent:
-    """Give a part exactly the states that the table has: its own or, where it has none, zeros."""
+    """Give a part the states of the table: stored ones, or zeros."""
     stored = part.states if keep else {}
     states = {name: stored.get(name, zeros) for name, zeros in table.rows.zero_states(len(part.ids)).items()}
     return dataclasses.replace(part, states=states)
 
 
 def _recoded(part: TableContent, source_rows: np.ndarray) -> TableContent:
-    """Keep the ids that are still in the vocabulary, under their new codes. ``source_rows``: see RowRemap."""
+    """Keep ids that are still in the vocabulary, with their new codes. ``source_rows``: see RowRemap."""
     codes = np.flatnonzero(source_rows >= 0)
     new_code = np.full(int(source_rows.max(initial=-1)) + 1, -1, dtype=np.int64)
     new_code[source_rows[codes]] = codes

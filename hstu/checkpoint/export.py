@@ -1,4 +1,4 @@
-"""Exporting a trained model for other tools: one safetensors file, and what is needed to look up ids in it."""
+"""Exports a trained model for other tools: one safetensors file, and the data for looking up ids in it."""
 
 from __future__ import annotations
 
@@ -45,13 +45,12 @@ _SAFETENSORS_DTYPES = {
 
 
 def export(checkpoint: Path, output: Path, write_more: Callable[[Path], None] | None = None) -> Path:
-    """Write the weights of a checkpoint, and all that names them, into the new directory ``output``.
+    """Write the weights of a checkpoint, with names, ids and configuration, to the new directory ``output``.
 
-    ``model.safetensors`` holds the weights under their names in the checkpoint (moving averages where the run keeps
-    them), the raw ids of table rows as ``ids.<feature>`` (see RawIds), and dynamic tables (see dynamic.py).
-    ``operative.gin`` is the configuration. ``config.json`` has the size and the features of each table. The host needs
-    memory for what one rank has written of one tensor. ``write_more`` writes further files into the directory that it
-    gets, which is not complete yet. Raises DataError if the checkpoint is damaged or ``output`` exists.
+    ``model.safetensors`` holds the weights (moving averages where the run keeps them), the raw ids of table rows as
+    ``ids.<feature>`` (see RawIds), and dynamic tables (see dynamic.py). ``operative.gin`` is the configuration, and
+    ``config.json`` lists the tables. Host memory must hold one rank's part of one tensor. ``write_more`` writes further
+    files to the unfinished directory. Raises DataError if the checkpoint is damaged or ``output`` exists.
     """
     if output.exists():
         raise DataError(f"{output} exists; give the name of a directory that does not exist")
@@ -72,7 +71,7 @@ def _write(checkpoint: Path, temporary: Path) -> None:
     shutil.copyfile(checkpoint / _GIN, temporary / _GIN)
     metadata = read_metadata(checkpoint)
     tables = dict(metadata.get("tables", {}))
-    for name, parts in dynamic.items():  # whose rows are the ones in use
+    for name, parts in dynamic.items():  # only the rows in use
         tables[name] |= {"rows": sum(len(part.ids) for part in parts), "dynamic": True}
     config = {
         "format": "hstu-export",
@@ -87,7 +86,7 @@ def _write(checkpoint: Path, temporary: Path) -> None:
 
 
 def _write_tensors(checkpoint: Path, dynamic: dict[str, list[TableContent]], path: Path) -> dict[str, Any]:
-    """Write the safetensors file and describe its tensors."""
+    """Write the safetensors file and return a description of its tensors."""
     stored = open_tensors(checkpoint)
     weights = [name for name in stored.sizes if not split_name(name)[1]]
     sources = {name: join_name(name, AVERAGE) for name in weights}
@@ -107,10 +106,10 @@ def _write_tensors(checkpoint: Path, dynamic: dict[str, list[TableContent]], pat
 
 
 def create_safetensors(path: Path, tensors: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-    """Create a safetensors file and return its tensors as a shared memory map: writing to them writes the file.
+    """Create a safetensors file and return its tensors as a writable memory map of the file.
 
-    The library (0.8) can only save tensors that are all in memory; tables need not fit there. The format is an 8-byte
-    little-endian length, a JSON header and the tensors' bytes (https://huggingface.co/docs/safetensors, "Format").
+    The library (0.8) saves only tensors in memory, and tables may be larger. Format: an 8-byte little-endian length, a
+    JSON header and the tensors' bytes (https://huggingface.co/docs/safetensors, "Format").
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

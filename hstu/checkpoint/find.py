@@ -1,6 +1,6 @@
-"""Which checkpoint a path means, and which run a checkpoint belongs to.
+"""Finds the checkpoint for a path, and the run of a checkpoint.
 
-``run.json`` in the directory of a run and in its checkpoints names the run.
+``run.json`` in the directory of a run and in its checkpoints identifies the run.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ GIN = "operative.gin"
 
 @dataclass(frozen=True)
 class Run:
-    """Names a run and says where its files are."""
+    """Identity and directories of a run."""
 
     id: str
-    """Drawn at random when the directory of the run was created."""
+    """Random hex string, drawn when the run's directory was created."""
     directory: str
     """Absolute path of the run's directory."""
     checkpoints: str | None
@@ -32,14 +32,14 @@ class Run:
 
     @classmethod
     def of(cls, directory: Path, checkpoints: Path | None, *, continues: bool) -> Run:
-        """Describe the run that writes to ``directory``: that of its run.json if it ``continues``, else a new one."""
+        """Describe the run that writes to ``directory``: the run in its run.json with ``continues``, else a new run."""
         earlier = cls.read(directory) if continues else None
         saved_in = None if checkpoints is None else str(checkpoints.absolute())
         return cls(earlier.id if earlier else uuid.uuid4().hex, str(directory.absolute()), saved_in)
 
     @classmethod
     def read(cls, directory: Path) -> Run | None:
-        """Read run.json of a run, a checkpoint or an export. None: there is none. Raises DataError if it is damaged."""
+        """Read run.json of a run, a checkpoint or an export; None if absent. Raises DataError if it is damaged."""
         path = directory / RUN_FILE
         try:
             run = cls(**json.loads(path.read_text(encoding="utf-8")))
@@ -57,26 +57,23 @@ class Run:
 
 
 def locate(name: str | Path) -> Path:
-    """Return the checkpoint or export at this path, or the newest checkpoint in it, or the newest of this run.
-
-    Raises DataError.
-    """
-    return candidates(f"{Path(name)}/", "")[0]  # with the slash, "auto" is a directory as well
+    """Return the checkpoint or export at this path, or the newest of a run or directory. Raises DataError."""
+    return candidates(f"{Path(name)}/", "")[0]  # the slash makes "auto" a directory
 
 
 def is_run(directory: Path) -> bool:
-    """Return whether this is the directory of a run, rather than a checkpoint, a directory of them or an export."""
+    """Return whether this is a run's directory, rather than a checkpoint, a directory of checkpoints or an export."""
     return not (directory / MANIFEST).is_file() and (directory / GIN).is_file()
 
 
 def _checkpoint_of_run(directory: Path) -> Path:
-    """Return the newest checkpoint of a run. Raises DataError if there is none of exactly this run."""
+    """Return the newest checkpoint of a run. Raises DataError if there is none of this run."""
     run = Run.read(directory)
     if run is None:
         raise DataError(f"the run {directory} has no {RUN_FILE}. Name a checkpoint itself.")
     if run.checkpoints is None:
         raise DataError(f"the run {directory} has saved no checkpoint: its TrainerArgs.ckpt_save_interval is -1")
-    # The directory may have been moved together with the checkpoints, or alone.
+    # The directory may have been moved with or without the checkpoints.
     together = Path(os.path.normpath(directory / os.path.relpath(run.checkpoints, run.directory)))
     places = list(dict.fromkeys([together, Path(run.checkpoints)]))
     found = [path for place in places for path in restore_candidates(place)]
@@ -90,7 +87,7 @@ def _checkpoint_of_run(directory: Path) -> Path:
 
 
 def check_belongs(checkpoint: Path, directory: Path) -> None:
-    """Raise DataError if a checkpoint or an export is not of the run in ``directory``."""
+    """Raise DataError if a checkpoint or an export does not belong to the run in ``directory``."""
     if not belongs(checkpoint, directory):
         raise DataError(
             f"{checkpoint} is not of the run {directory}, but of {_run_of(checkpoint)}. Give the checkpoint alone, and "
@@ -99,7 +96,7 @@ def check_belongs(checkpoint: Path, directory: Path) -> None:
 
 
 def belongs(checkpoint: Path, directory: Path) -> bool:
-    """Return whether a checkpoint or an export is of the run in ``directory``."""
+    """Return whether a checkpoint or an export belongs to the run in ``directory``."""
     of_checkpoint, run = Run.read(checkpoint), Run.read(directory)
     return of_checkpoint is not None and run is not None and run.id == of_checkpoint.id
 
@@ -110,11 +107,10 @@ def _run_of(checkpoint: Path) -> str:
 
 
 def candidates(load_dir: str, save_dir: str | Path) -> list[Path]:
-    """Return the checkpoint that TrainerArgs.ckpt_load_dir means, and those to try if it is damaged.
+    """Return the checkpoint that TrainerArgs.ckpt_load_dir selects, followed by fallbacks if it is damaged.
 
-    It is ``load_dir`` itself, the latest in it, the latest of the run in it, or with "auto" the latest in ``save_dir``
-    followed by the others there.
-    Raises DataError if a named directory has no complete checkpoint.
+    It is ``load_dir`` itself, or the latest checkpoint in it or of the run in it. "auto" gives the latest in
+    ``save_dir``, then the others there. Raises DataError if a named directory has no complete checkpoint.
     """
     if not load_dir:
         return []

@@ -1,4 +1,4 @@
-"""Reading a checkpoint or an export into a run on any number of ranks, whole or in part."""
+"""Loads a checkpoint or an export into a run on any number of ranks, whole or in part."""
 
 from __future__ import annotations
 
@@ -49,32 +49,30 @@ _EVERYTHING = LoadOptions()
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What decides whether a checkpoint fits a run."""
+    """Properties that decide whether a checkpoint fits a run."""
 
     sizes: Mapping[str, torch.Size]
-    """Tensor of the run, as TrainState.tensors names it → size."""
+    """Tensor of the run, named as in TrainState.tensors → size."""
     specs: Sequence[TableSpec]
     raw_ids: RawIds
     operative_gin: str = ""
-    """Configuration of the run; empty: it is not compared."""
+    """Configuration of the run. Empty: not compared."""
 
     @classmethod
     def of(cls, state: TrainState) -> ModelShape:
-        """Return the shape of a model that exists."""
+        """Return the shape of an existing model."""
         sizes = {name: tensor.size() for name, tensor in state.tensors().items()}
         return cls(sizes, state.model.specs, state.raw_ids, state.operative_gin)
 
 
 def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING) -> list[str]:
-    """Read a checkpoint into ``state`` in place. Collective. Ranks, groups and sharding may differ from the saved ones.
+    """Load a checkpoint into ``state`` in place. Collective. Ranks, groups and sharding may differ from the saved ones.
 
-    With another number of ranks, or other groups of them, the dropout generators keep their fresh seeds.
-    Returns one line for each thing that did not fit; with ``options.strict`` there are none but those of new ids
-    (``options.zero_new_rows``).
+    With other ranks or groups the dropout generators keep their fresh seeds. A changed configuration is logged. Returns
+    one line for each thing that did not fit; with ``options.strict`` only for new ids (``options.zero_new_rows``).
 
-    Raises, on every rank, DamagedCheckpoint if files are damaged or missing, and with ``options.strict`` DataError if
-    something does not fit. The message then has the configuration lines that differ. If a run goes on from a checkpoint
-    with another configuration, the log lists what has changed.
+    Raises, on every rank, DamagedCheckpoint if files are damaged or missing, and DataError, with the differences of the
+    configuration, if something does not fit with ``options.strict``.
     """
     root, shape = Path(path), ModelShape.of(state)
     own_problems = collective_io(lambda: _check_share_of_files(root, mesh), mesh)
@@ -112,7 +110,7 @@ def _check_share_of_files(root: Path, mesh: Mesh) -> list[str]:
 def match_checkpoint(
     root: Path, shape: ModelShape, options: LoadOptions
 ) -> tuple[TensorMatch, list[ConfigDifference], dict[str, RowRemap]]:
-    """Return what to read, how the configurations differ, and the tables (names of weights) with other raw ids.
+    """Return the matched tensors, the configuration differences, and table weight → remap for other raw ids.
 
     Raises DataError if the checkpoint is refused.
     """
@@ -142,7 +140,7 @@ def match_checkpoint(
 
 
 def _remaps(root: Path, shape: ModelShape, options: LoadOptions) -> dict[str, RowRemap]:
-    """Return the tables (names of weights) whose rows have other raw ids in the checkpoint."""
+    """Return table weight → remap, for tables whose rows have other raw ids in the checkpoint."""
     tensors, stored_tables, remaps = open_tensors(root), read_metadata(root).get("tables", {}), {}
     for table in shape.specs:
         is_dynamic = table.dynamic is not None
@@ -154,7 +152,7 @@ def _remaps(root: Path, shape: ModelShape, options: LoadOptions) -> dict[str, Ro
             own_ids, stored_ids = shape.raw_ids.of(features), stored.of(stored_features)
             remap = remap_rows(rows, own_ids, stored_ids)
             if is_dynamic and any((own is None) != (old is None) for own, old in zip(own_ids, stored_ids, strict=True)):
-                remap = RowRemap(None)  # ids are codes on one side, and raw ids on the other
+                remap = RowRemap(None)  # codes on one side, raw ids on the other
             if remap:
                 remaps[f"{TABLES}{table.name}"] = remap
     return remaps
@@ -165,7 +163,7 @@ def _stored_table(options: LoadOptions, name: str) -> str:
 
 
 def _zero_tables(match: TensorMatch, state: TrainState) -> None:
-    """Zero the tables that are going to be read, and their moving averages, so that rows without a source are zeros."""
+    """Zero the tables to be read, with their moving averages, so that rows without a source are zero."""
     tensors = state.tensors()
     for name in match.stored_names:
         if split_name(name)[0].startswith(TABLES):
@@ -177,7 +175,7 @@ def _zero_tables(match: TensorMatch, state: TrainState) -> None:
 def _read_tensors(stored: StoredTensors, match: TensorMatch, state: TrainState, mesh: Mesh) -> None:
     tensors = state.tensors()
     pending = dict(match.stored_names)
-    while pending:  # two tensors of the run may need the same stored one, but one read takes each name once
+    while pending:  # two tensors of the run may share a stored tensor, but each read takes a name once
         batch = {stored_name: name for name, stored_name in pending.items()}
         destinations = {
             stored_name: _Destination(tensors[name], stored.sizes[stored_name], match.remaps.get(split_name(name)[0]))
@@ -190,7 +188,7 @@ def _read_tensors(stored: StoredTensors, match: TensorMatch, state: TrainState, 
 
 
 class _Destination:
-    """Where a stored tensor is read to: the live pieces, or a buffer from which remapped rows are then copied."""
+    """Destination of a stored tensor: the live pieces, or a buffer whose remapped rows are copied afterwards."""
 
     def __init__(self, tensor: Tensor | ShardedView, stored: torch.Size, remap: RowRemap | None) -> None:
         live = tensor if isinstance(tensor, ShardedView) else ShardedView.whole(tensor)
@@ -221,7 +219,7 @@ class _Destination:
 def _read_dynamic(
     root: Path, state: TrainState, mesh: Mesh, options: LoadOptions, remaps: Mapping[str, RowRemap]
 ) -> list[str]:
-    """Read the dynamic tables and return what does not fit, which is an error with ``options.strict``."""
+    """Read the dynamic tables and return what does not fit. Raises DataError for it with ``options.strict``."""
     tables = dynamic_tables(state.model)
     stored = read_tables(root) if tables else {}
     names = {name: _stored_table(options, name) for name in tables}
@@ -246,7 +244,7 @@ def _restore_metadata(root: Path, state: TrainState, mesh: Mesh) -> None:
         raise DamagedCheckpoint(
             f"{root / 'progress.json'} is damaged: it lacks a part of the state, {error}. Load another checkpoint."
         ) from error
-    if (ranks, tp, cp) == (mesh.world_size, mesh.tp_size, mesh.cp_size):  # the generators of a group must agree
+    if (ranks, tp, cp) == (mesh.world_size, mesh.tp_size, mesh.cp_size):  # a group's generators must agree
         set_random_state(torch_load(verified_file(root, f"rng_rank{mesh.rank}.pt")), mesh.device)
     else:
         log.info("%s was saved by %d ranks in groups of %d: dropout starts from fresh seeds", root, ranks, tp * cp)

@@ -1,6 +1,6 @@
-"""Which tensor of a checkpoint is read into which tensor of a run, what does not fit, and why.
+"""Matches the tensors of a checkpoint with a run's tensors, and reports what does not fit.
 
-Names may differ (TrainerArgs.ckpt_param_map), and so may sizes, vocabularies and the configuration of the model.
+Names (TrainerArgs.ckpt_param_map), sizes, vocabularies and the configuration of the model may differ.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from hstu.config.option import Changes, Mismatch, annotation_of, coerce, default
 class ParamMap:
     """Renamed weights (TrainerArgs.ckpt_param_map): name in this run → name in the checkpoint.
 
-    An entry names one weight, or the prefix of several up to a dot. Optimizer states follow their weights. If several
-    entries apply to a name, the longest one counts.
+    An entry is a weight, or a prefix up to a dot; the longest match counts. Optimizer states follow their weights.
     """
 
     entries: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> ParamMap:
-        """Read lines of the form ``new old``; # starts a comment. Raises DataError with the number of a bad line."""
+        """Read lines ``new old``; # starts a comment. Raises DataError with the line number of a bad line."""
         entries: dict[str, str] = {}
         try:
             lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -52,7 +51,7 @@ class ParamMap:
         return cls(entries)
 
     def stored_name(self, name: str) -> str:
-        """Return the name in the checkpoint of the tensor that this run calls ``name``."""
+        """Return the checkpoint's name of the tensor that this run calls ``name``."""
         weight, state = split_name(name)
         new = max((new for new in self.entries if _is_within(weight, new)), key=len, default=None)
         return name if new is None else join_name(self.entries[new] + weight.removeprefix(new), state)
@@ -77,22 +76,22 @@ class LoadOptions:
     """How much of a checkpoint a run loads."""
 
     strict: bool = True
-    """Whether anything that does not fit is an error."""
+    """Whether every mismatch is an error."""
     optimizer: bool = True
-    """False: load only the weights; the run starts at iteration 0 with fresh optimizers, schedule and data."""
+    """False: load only weights, and start at iteration 0 with fresh optimizers, schedule and data."""
     param_map: ParamMap = field(default_factory=ParamMap)
     zero_new_rows: bool = False
-    """For a model that is applied to newer data: rows of ids that the checkpoint does not have fit, and are zeros."""
+    """Accept ids that the checkpoint lacks and zero their rows, to apply a model to newer data."""
 
     @classmethod
     def from_args(cls, args: TrainerArgs) -> LoadOptions:
-        """Return the options of the configuration. Raises DataError for a bad ckpt_param_map."""
+        """Read the options from the configuration. Raises DataError for a bad ckpt_param_map."""
         param_map = ParamMap.read(args.ckpt_param_map) if args.ckpt_param_map else ParamMap()
         return cls(args.ckpt_load_strict, args.ckpt_load_optimizer, param_map)
 
 
 class Resized(NamedTuple):
-    """A tensor whose size differs between the checkpoint and the run."""
+    """A tensor whose size differs between checkpoint and run."""
 
     name: str
     stored: Size
@@ -100,7 +99,7 @@ class Resized(NamedTuple):
 
     @property
     def common_rows(self) -> int:
-        """The number of leading rows to read: those that two tables of one width share, 0 for any other tensor."""
+        """Number of leading rows to read: the rows that two tables of equal width share, 0 for other tensors."""
         if not split_name(self.name)[0].startswith(TABLES) or not self.stored or self.stored[1:] != self.own[1:]:
             return 0
         return min(self.stored[0], self.own[0])
@@ -109,29 +108,29 @@ class Resized(NamedTuple):
         return f"{self.name} is {tuple(self.stored)} in the checkpoint, {tuple(self.own)} in this run"
 
     def outcome(self) -> str:
-        """What a load that is not strict does with the tensor."""
+        """Return what a load that is not strict does with the tensor."""
         return f"the first {self.common_rows} rows read" if self.common_rows else "as initialised"
 
 
 @dataclass(frozen=True)
 class TensorMatch:
-    """What is read, and what does not fit."""
+    """The tensors to read, and everything that does not fit."""
 
     stored_names: Mapping[str, str]
-    """Tensor of the run → tensor of the checkpoint that is read into it, whole or in part."""
+    """Tensor of the run → tensor of the checkpoint, to be read whole or in part."""
     missing: tuple[str, ...] = ()
-    """Tensors of the run that are not in the checkpoint."""
+    """Tensors that only the run has."""
     unexpected: tuple[str, ...] = ()
-    """Tensors of the checkpoint that are not in the run."""
+    """Tensors that only the checkpoint has."""
     resized: tuple[Resized, ...] = ()
-    """Tensors of both, of different sizes."""
+    """Tensors of different sizes."""
     remaps: Mapping[str, RowRemap] = field(default_factory=dict)
-    """Tables (names of weights) whose rows have other raw ids in the checkpoint."""
+    """Table weight → remap, for tables whose rows have other raw ids in the checkpoint."""
     mistakes: tuple[str, ...] = ()
-    """Mistakes in the ParamMap, which are always errors."""
+    """Mistakes in the ParamMap: always errors."""
 
     def problems(self, zero_new_rows: bool = False) -> list[str]:
-        """Return one line for each thing that does not fit. ``zero_new_rows``: see LoadOptions."""
+        """Return one line per mismatch. ``zero_new_rows``: see LoadOptions."""
         remaps = [name for name, remap in self.remaps.items() if not zero_new_rows or remap.source_rows is None]
         return [
             *self.mistakes,
@@ -142,7 +141,7 @@ class TensorMatch:
         ]
 
     def report(self, differences: list[ConfigDifference]) -> list[str]:
-        """Return what a load that is not strict has done, one line for each thing that did not fit."""
+        """Return what a load that is not strict has done: one line per mismatch."""
         return [
             f"{len(self.stored_names)} tensors read",
             *(f"{name} is not in the checkpoint: as initialised" for name in self.missing),
@@ -162,8 +161,8 @@ def match_tensors(
 ) -> TensorMatch:
     """Find the stored tensor for each tensor of a run.
 
-    ``own``, ``stored``: name → size in the run and in the checkpoint. ``remaps``: see TensorMatch. ``dynamic``:
-    names of the dynamic tables in the run and in the checkpoint, which may be renamed, but are read elsewhere.
+    ``own``, ``stored``: name → size in the run and in the checkpoint. ``remaps``: see TensorMatch. ``dynamic``: names
+    of dynamic tables in the run and in the checkpoint, which are read elsewhere, for checking the ParamMap.
     """
     remaps, param_map = remaps or {}, options.param_map
     own, stored = _to_load(own, options), _to_load(stored, options)
@@ -173,7 +172,7 @@ def match_tensors(
         stored_name = param_map.stored_name(name)
         weight, state = split_name(stored_name)
         if state == AVERAGE and stored_name not in stored:
-            stored_name = weight  # a moving average that was not stored starts from its weight
+            stored_name = weight  # a missing moving average starts from its weight
         if stored_name not in stored:
             missing.append(name if name == stored_name else f"{name} (there: {stored_name})")
             continue
@@ -188,7 +187,7 @@ def match_tensors(
     return TensorMatch(
         stored_names=stored_names,
         missing=tuple(missing),
-        unexpected=tuple(  # a run without moving averages does not need those that come with the weights
+        unexpected=tuple(  # a run without moving averages ignores stored ones
             name for name in stored if name not in found and (options.optimizer or split_name(name)[1] != AVERAGE)
         ),
         resized=tuple(resized),
@@ -198,7 +197,7 @@ def match_tensors(
 
 
 def _to_load(tensors: Mapping[str, Size], options: LoadOptions) -> dict[str, Size]:
-    """The weights, and with ``options.optimizer`` the states; moving averages belong to the weights."""
+    """Return the weights with moving averages, and all states with ``options.optimizer``."""
     states = None if options.optimizer else ("", AVERAGE)
     return {
         name: size
@@ -208,14 +207,14 @@ def _to_load(tensors: Mapping[str, Size], options: LoadOptions) -> dict[str, Siz
 
 
 class ConfigDifference(NamedTuple):
-    """A gin parameter whose value differs between two configurations."""
+    """A gin parameter with different values in two configurations."""
 
     name: str
-    """As in gin, with its scope."""
+    """Gin name with scope."""
     stored: str
     own: str
     changes: Changes
-    """What another value changes."""
+    """What the parameter affects."""
 
     def __str__(self) -> str:
         return f"{self.name} = {self.stored} in the checkpoint, {self.own} in this run"
@@ -224,8 +223,8 @@ class ConfigDifference(NamedTuple):
 def config_differences(stored: str, own: str) -> list[ConfigDifference]:
     """Return the parameters that differ between two texts of operative.gin, in the order of the first text.
 
-    A parameter that one text lacks has its default: the program that wrote the text did not have the parameter yet.
-    Those that this program does not have are left out.
+    A parameter missing in one text counts as its default, because an older program wrote it. Parameters that this
+    program lacks are ignored.
     """
     left, right = (
         {binding.name: binding for binding in scan_stored(text, "operative.gin").bindings} for text in (stored, own)
@@ -245,9 +244,9 @@ def config_differences(stored: str, own: str) -> list[ConfigDifference]:
 
 
 def _value(cls: type[Args], field: Field[Any], binding: Binding | None) -> str:
-    """A value as text, the same for two ways to write one value, such as "a" and ("a",)."""
+    """Return a value as text, equal for two ways to write it, such as "a" and ("a",)."""
     if binding is None:
         return "nothing" if is_required(field) else repr(default_of(field))
-    with contextlib.suppress(Mismatch):  # references to other objects stay as they are
+    with contextlib.suppress(Mismatch):  # references to other objects stay unchanged
         return repr(coerce(annotation_of(cls, field), binding.value))
     return repr(binding.value)

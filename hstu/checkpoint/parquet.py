@@ -1,9 +1,9 @@
-"""Dynamic tables of a checkpoint as Parquet files for other tools.
+"""Exports dynamic tables of a checkpoint as Parquet files with one row per id.
 
-A file has one row per id. Columns: ``id`` (int64, as the table uses it), ``raw_id`` (int64 or string, as the data has
-it; only if one feature uses the table and the checkpoint holds its raw ids), ``count`` (how many times the id was
-trained on), ``step`` (the last training batch that had it), ``changed`` (the same, counting sampled negatives), ``row``
-(list of float32) and ``state.<name>`` (an optimizer state: a number or a list of float32).
+Columns: ``id`` (int64, as in the table), ``raw_id`` (int64 or string, as in the data; only if a single feature uses the
+table and the checkpoint has its raw ids), ``count`` (how often the id was trained on), ``step`` (last training batch
+with the id), ``changed`` (the same, including sampled negatives), ``row`` (list of float32) and ``state.<name>``
+(optimizer state: a number or a list of float32).
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ METADATA = b"dynamic_table"
 
 
 def export_table(checkpoint: Path, table: str, path: Path, since_step: int | None = None) -> tuple[int, int]:
-    """Write the ids of a dynamic table; with ``since_step``, only those whose rows changed after that batch.
+    """Write the ids of a dynamic table; with ``since_step``, only ids whose rows changed after that batch.
 
-    Returns the number of ids, and the number of training batches that the table had seen: the step since which the next
-    file of changes is to be exported.
-
-    Raises DataError if the checkpoint is damaged or has no such table, or if the file cannot be written.
+    Returns the number of ids and the table's number of training batches: ``since_step`` of the next export.
+    Raises DataError if the checkpoint is damaged, it lacks the table, or the file cannot be written.
     """
     for file in listed_files(checkpoint, DYNAMIC_FILES):
         verified_file(checkpoint, file.name)
@@ -69,7 +67,7 @@ def _to_arrow(content: TableContent, raw_ids: np.ndarray | None) -> pa.Table:
     if raw_ids is None:
         return arrow
     ids, kind = content.ids.numpy(), pa.large_string() if raw_ids.dtype == object else pa.int64()
-    known = (ids >= 0) & (ids < len(raw_ids))  # the others are null
+    known = (ids >= 0) & (ids < len(raw_ids))  # all others become null
     return arrow.add_column(1, "raw_id", pa.array(raw_ids[np.where(known, ids, 0)], kind, mask=~known))
 
 

@@ -1,6 +1,6 @@
-"""The raw id of each row of a table, and how rows are found again after the vocabulary has changed.
+"""The raw ids of table rows, and remapping of rows after the vocabulary has changed.
 
-Preprocessing numbers the raw ids of a feature in ascending order: one new id shifts the rows of all ids after it.
+Preprocessing numbers the raw ids of a feature in ascending order: one new id shifts the rows of all larger ids.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hstu.checkpoint.tensors import IDS, StoredTensors
 from hstu.data.store.sequence_store import SequenceStore, decode_strings
 
 IdTensors = tuple[Tensor, ...]
-"""Raw ids of a feature in the order of their codes: (int64 [ids],), or (offsets [ids + 1], UTF-8 bytes) of strings."""
+"""Raw ids of a feature by code: (int64 [ids],), or for strings (offsets [ids + 1], UTF-8 bytes)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class RawIds:
 
     @classmethod
     def from_store(cls, store: SequenceStore, features: Collection[str]) -> RawIds:
-        """Return the raw ids of those features that are looked up by code, memory mapped."""
+        """Read the raw ids of the features that are looked up by code, memory mapped."""
         named = [name for name in features if store.feature(name).has_vocab and not store.feature(name).raw]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the memory maps are read-only
@@ -37,7 +37,7 @@ class RawIds:
 
     @classmethod
     def from_stored(cls, tensors: StoredTensors, features: Collection[str]) -> RawIds:
-        """Return the raw ids of those features for which a checkpoint holds them."""
+        """Read the raw ids that a checkpoint holds for the features."""
         found = {}
         for feature in features:
             for names in _possible_names(feature):
@@ -46,21 +46,21 @@ class RawIds:
         return cls(found)
 
     def of(self, features: Sequence[str]) -> list[IdTensors | None]:
-        """Return the raw ids of each feature; None where they are not known."""
+        """Return the raw ids of each feature, or None if unknown."""
         return [self.features.get(name) for name in features]
 
     def decoded(self, feature: str) -> np.ndarray | None:
-        """Return the raw ids of a feature, ascending, int64 or str objects; None if they are not known."""
+        """Return the raw ids of a feature, ascending, as int64 or str objects; None if unknown."""
         arrays = self.features.get(feature)
         return None if arrays is None else _decode(arrays)
 
     def count(self, feature: str) -> int:
-        """Return the number of ids of a feature; 0 if they are not known."""
+        """Return the number of ids of a feature; 0 if unknown."""
         arrays = self.features.get(feature, ())
         return len(arrays[0]) - (len(arrays) - 1) if arrays else 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint: ``ids.<feature>``, or ``ids.<feature>.offsets`` and ``….utf8``."""
+        """Return the tensors to store: ``ids.<feature>``, or ``ids.<feature>.offsets`` and ``….utf8``."""
         return {
             name: tensor
             for feature, arrays in self.features.items()
@@ -69,22 +69,22 @@ class RawIds:
 
 
 def _possible_names(feature: str) -> tuple[list[str], list[str]]:
-    """Return the names of a feature's tensors if its raw ids are numbers, and if they are strings."""
+    """Return the names of a feature's tensors for integer ids, and for string ids."""
     return [f"{IDS}{feature}"], [f"{IDS}{feature}.offsets", f"{IDS}{feature}.utf8"]
 
 
 @dataclass(frozen=True)
 class RowRemap:
-    """Where a run finds the rows of a table in a checkpoint that has another vocabulary."""
+    """Maps a table's rows to rows of a checkpoint with another vocabulary."""
 
     source_rows: np.ndarray | None
-    """int64 [rows]: the row of the checkpoint with the same raw id, -1 if there is none. None: it is unknown."""
+    """int64 [rows]: row of the checkpoint with the same raw id, or -1. None: unknown."""
     num_ids: int = 0
     """Ids of this run; later rows are spare."""
 
     @property
     def new_ids(self) -> int:
-        """How many ids of this run the checkpoint does not have."""
+        """Number of ids that the checkpoint lacks."""
         return 0 if self.source_rows is None else int((self.source_rows[: self.num_ids] < 0).sum())
 
     def __str__(self) -> str:
@@ -95,11 +95,10 @@ class RowRemap:
 
 
 def remap_rows(rows: int, own: Sequence[IdTensors | None], stored: Sequence[IdTensors | None]) -> RowRemap | None:
-    """Find the rows of a table in a checkpoint by raw id.
+    """Find the rows of a table in a checkpoint by raw id. Returns None if all rows have the same index there.
 
-    ``rows``: of the table in this run; ``own`` and ``stored``: raw ids of its features in this run and in the
-    checkpoint. Returns None if every row is where it was. That is also assumed if raw ids are unknown on one side: the
-    codes of features without a vocabulary are their raw values.
+    ``rows``: row count in this run; ``own``, ``stored``: raw ids of its features in the run and in the checkpoint.
+    Unknown raw ids count as equal, because codes of features without a vocabulary are their raw values.
     """
     known = [(left, right) for left, right in zip(own, stored, strict=True) if left is not None and right is not None]
     if all(_same(left, right) for left, right in known):

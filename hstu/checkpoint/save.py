@@ -1,4 +1,4 @@
-"""Writing a checkpoint: into a temporary directory, which is renamed when every byte is on disk."""
+"""Writes a checkpoint to a temporary directory, and renames it when every byte is on disk."""
 
 from __future__ import annotations
 
@@ -35,18 +35,17 @@ from hstu.parallel.shards import ShardedView
 from hstu.parallel.tables import dynamic_tables
 
 HostCopies = dict[MetadataIndex, Tensor]
-"""Pieces of tensors that this rank may have to write → copies in host memory."""
+"""Pieces of tensors that this rank may write → copies in host memory."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank writes into a checkpoint. Everything except the live tensors is a copy."""
+    """What one rank writes to a checkpoint. Everything but the live tensors is a copy."""
 
     iteration: int
     tensors: dict[str, Tensor | ShardedView]
-    """Live tensors."""
     copies: HostCopies | None
-    """Copies of the live tensors. None: the values at the time of writing are saved."""
+    """Copies of the live tensors. None: save their values at the time of writing."""
     metadata: str
     operative_gin: str
     run: str
@@ -56,10 +55,9 @@ class Snapshot:
 
     @classmethod
     def of(cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None) -> Snapshot:
-        """Collect what is to be saved of ``state``.
+        """Collect what to save of ``state``, and copy its tensors to ``copies`` if given.
 
-        ``copies``: copy the tensors there, reusing the memory of the previous copies where they fit, so that training
-        may change ``state`` before it is written. The copies are complete when this returns.
+        Training may change ``state`` once this returns. Copies reuse the memory of previous ones of the same size.
         """
         tensors = state.tensors()
         if copies is not None:
@@ -102,7 +100,7 @@ def _piece(tensors: dict[str, Tensor | ShardedView], index: MetadataIndex) -> Te
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
-    """Plans with the live tensors, and writes their copies if there are any.
+    """Plans with the live tensors but writes their copies if there are any.
 
     torch's own async_save (2.13) does not copy ShardedTensors, so it would write them while they change.
     """
@@ -116,7 +114,7 @@ class _SavePlanner(dcp.DefaultSavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Raises the OSError of the file system where torch would hide it."""
+    """Raises the file system's OSError, which torch would hide."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         with writing_errors():
@@ -131,7 +129,7 @@ def save(directory: str | Path, state: TrainState, mesh: Mesh) -> Path:
 def write(directory: Path, snapshot: Snapshot, mesh: Mesh) -> Path:
     """Write and commit a checkpoint and return its path. Collective.
 
-    If any rank fails, all ranks raise and nothing is committed. Raises CheckpointFailure if the file system refuses.
+    If a rank fails, all ranks raise and nothing is committed. Raises CheckpointFailure if the file system refuses.
     """
     final = folder.checkpoint_path(directory, snapshot.iteration)
     temporary = aside_path(final)

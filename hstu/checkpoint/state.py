@@ -1,4 +1,4 @@
-"""What a checkpoint holds, under names that do not depend on the number of ranks, wrappers or sharding."""
+"""Content of a checkpoint, under names that are independent of the number of ranks, wrappers and sharding."""
 
 from __future__ import annotations
 
@@ -42,25 +42,23 @@ class TrainState:
     optimizers: Optimizers
     operative_gin: str = ""
     run: str = ""
-    """Content of run.json, which names the run. Empty: checkpoints get no such file."""
+    """Content of run.json, which identifies the run. Empty: checkpoints get no such file."""
     iteration: int = 0
     """Number of finished optimizer steps."""
     position: SamplerPosition = field(default_factory=SamplerPosition)
-    """The sampler position of the next batch."""
+    """Sampler position of the next batch."""
     raw_ids: RawIds = field(default_factory=RawIds)
-    """Raw ids of the rows of the tables."""
     features: dict[str, Any] = field(default_factory=dict)
-    """Which features the model reads, and how many ids they have; JSON. For use without the data."""
+    """JSON: features that the model reads, with numbers of ids, for use without the data."""
     carried: dict[str, Stateful] = field(default_factory=dict)
-    """Name → something else that a run carries along, such as its metrics. The states are JSON, equal on all ranks."""
+    """Name → further state of a run, such as its metrics: JSON, equal on all ranks."""
 
     def tensors(self) -> dict[str, Tensor | ShardedView]:
-        """Return all live tensors, to be saved or overwritten in place; names and sizes are the same on every rank.
+        """Return all live tensors, to be saved or overwritten in place. Names and sizes are equal on all ranks.
 
-        ``model.tables.<table>`` [rows, dim] and ``optimizer.tables.<table>.<state>`` are the static tables, however
-        they are sharded or replicated, without the columns that only pad a sharded table; dynamic tables are not among
-        them (see dynamic.py). ``model.task.<parameter>`` and ``optimizer.dense.task.<parameter>.<state>`` are the rest.
-        ``ids.…`` (see RawIds) are saved, but not overwritten.
+        ``model.tables.<table>`` [rows, dim] and ``optimizer.tables.<table>.<state>`` are static tables, sharded or
+        replicated, without padding columns. For dynamic tables see dynamic.py. ``model.task.<parameter>`` and
+        ``optimizer.dense.task.<parameter>.<state>`` are the rest. ``ids.…`` (see RawIds) are saved, but not loaded.
         """
         weights = {f"model.{name}": tensor for name, tensor in self._weights().items()}
         states = {f"optimizer.{name}": tensor for name, tensor in self._optimizer_states().items()}
@@ -94,7 +92,7 @@ class TrainState:
         return [spec for spec in self.model.specs if not spec.replicated and spec.dynamic is None]
 
     def _whole(self, name: str, tensor: Tensor | ShardedView) -> Tensor | ShardedView:
-        """Return a dense parameter, or a state of it, with the size that it has without tensor parallelism."""
+        """Return a dense parameter or its state with the size that it has without tensor parallelism."""
         parameter, group = self.optimizers.dense.parameters.get(name), self.optimizers.tp_group
         if parameter is None or group is None or tensor.size() != parameter.size():
             return tensor
@@ -102,7 +100,7 @@ class TrainState:
         return tensor if dim is None else global_view(tensor, dim, group)
 
     def metadata(self) -> dict[str, Any]:
-        """Return as JSON everything that is not a tensor and is equal on all ranks: progress.json."""
+        """Return progress.json: everything except tensors that is equal on all ranks."""
         return {
             "iteration": self.iteration,
             "position": dataclasses.asdict(self.position),
@@ -121,7 +119,7 @@ class TrainState:
         }
 
     def load_metadata(self, stored: dict[str, Any]) -> None:
-        """Restore ``metadata()``, and warn if other versions of packages wrote it."""
+        """Restore ``metadata()``, and warn if it was written with other package versions."""
         self.iteration = stored["iteration"]
         self.position = SamplerPosition(**stored["position"])
         self.optimizers.load_counters(stored["optimizer"])
@@ -144,14 +142,14 @@ def versions() -> dict[str, str]:
 
 
 def _canonical(name: str) -> str:
-    """Name a replicated table, ``replicated.tables.<table>.weight``, as a sharded one: ``tables.<table>``."""
+    """Rename a replicated table, ``replicated.tables.<table>.weight``, like a sharded one: ``tables.<table>``."""
     if not name.startswith(_REPLICATED_PREFIX):
         return name
     return f"tables.{name.removeprefix(_REPLICATED_PREFIX).removesuffix('.weight').replace('/', '.')}"
 
 
 def _pieces(sharded: ShardedTensor | None, size: tuple[int, ...]) -> ShardedView:
-    """Return this rank's shards as pieces of a tensor of ``size``, without padding columns. None: it has no shard."""
+    """Return this rank's shards, if any, as pieces of a tensor of ``size``, without padding columns."""
     pieces = []
     for shard in sharded.local_shards() if sharded is not None else []:
         offsets = shard.metadata.shard_offsets

@@ -1,9 +1,8 @@
-"""The checkpoints of a run: saving, also in the background, restoring, retention, and the latest and the best one.
+"""The checkpoints of a run: saving, also in the background, restoring, retention, the latest and the best.
 
 A checkpoint is a directory ``iteration_<n>`` with ``tensors/`` (torch.distributed.checkpoint; each rank writes its
 shards), ``progress.json``, ``operative.gin``, ``rng_rank<r>.pt``, files of dynamic tables and ``manifest.json``. It is
-written under another name and renamed when every byte is on disk, and it is never written again. Then ``latest`` is
-pointed to it, which is the commit.
+written under a temporary name and renamed when every byte is on disk. Pointing ``latest`` to it commits it.
 """
 
 from __future__ import annotations
@@ -39,9 +38,8 @@ _POLL_S = 0.5
 class CheckpointStore:
     """The checkpoints of one run. All methods are collective.
 
-    ``save_dir``: where this run saves; ``load_dir``: TrainerArgs.ckpt_load_dir. ``keep_last``: how many checkpoints to
-    keep besides the best one; None: all. ``background``: writes checkpoints while training goes on; None: ``save``
-    returns when everything is written.
+    ``load_dir``: TrainerArgs.ckpt_load_dir. ``keep_last``: checkpoints to keep besides the best; None: all.
+    ``background``: writes checkpoints during training; None: ``save`` returns when everything is written.
     """
 
     def __init__(
@@ -57,7 +55,7 @@ class CheckpointStore:
         self.load_dir = load_dir
         self.mesh = mesh
         self.newest_iteration: int | None = None
-        """Iteration of the last checkpoint in ``save_dir`` that this run has saved or was restored from."""
+        """Iteration of the last checkpoint in ``save_dir`` that this run has saved or loaded."""
         self._lock: DirectoryLock | None = None
         self._is_new = False
         self._keep_last = keep_last
@@ -66,22 +64,22 @@ class CheckpointStore:
         self._copies: HostCopies = {}
 
     def claim(self) -> None:
-        """Lock ``save_dir`` until ``close``, check that this run can save there, and remove what killed runs have left.
+        """Lock ``save_dir`` until ``close``, check that this run can save there, and remove leftovers of killed runs.
 
-        Call it before the run changes anything. Raises ConfigError, and has then changed nothing, if a run that has not
-        ended saves there, if other runs' checkpoints are there, or if something stands where this run must write.
+        Call it before the run changes anything. Raises ConfigError, without changing anything, if another run is saving
+        there, other runs' checkpoints are there, or ``save_dir`` cannot be written.
         """
         collective_io(lambda: self._claim() if self.mesh.is_main else None, self.mesh)
 
     def continues(self, run_directory: Path) -> bool:
-        """Return whether ``restore`` goes on with the run that wrote to ``run_directory``."""
+        """Return whether ``restore`` continues the run that wrote to ``run_directory``."""
         return self._load_options.optimizer and any(belongs(path, run_directory) for path in self._candidates())
 
     def save(self, state: TrainState) -> None:
-        """Save a checkpoint of ``state``, which may change when this returns.
+        """Save a checkpoint of ``state``, which may change afterwards. Raises CheckpointFailure.
 
-        With a background writer, only the previous checkpoint is complete when this returns; ``poll`` and ``wait``
-        raise the errors of this one. Raises CheckpointFailure if the file system refuses.
+        With a background writer only the previous checkpoint is complete when this returns; ``poll`` and ``wait`` raise
+        the errors of this one.
         """
         self.wait()
         snapshot = Snapshot.of(state, self.mesh, None if self._background is None else self._copies)
@@ -89,7 +87,7 @@ class CheckpointStore:
         self.newest_iteration = state.iteration
 
     def mark_best(self, iteration: int) -> None:
-        """Point ``best`` to a saved checkpoint, which is then kept until another one is the best."""
+        """Point ``best`` to a saved checkpoint and keep it until another one is the best."""
         path = folder.checkpoint_path(self.save_dir, iteration)
 
         def link(mesh: Mesh) -> None:
@@ -98,7 +96,7 @@ class CheckpointStore:
         self._run(link)
 
     def _run(self, function: Callable[[Mesh], None]) -> None:
-        """Call ``function`` now, or let the background writer call it."""
+        """Call ``function`` now, or in the background writer."""
         if self._background is None:
             function(self.mesh)
         else:
@@ -106,21 +104,21 @@ class CheckpointStore:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save in the background has not been reported by ``poll`` or ``wait``; the same on all ranks."""
+        """Whether ``poll`` or ``wait`` have yet to report a background save; the same on all ranks."""
         return self._background is not None and self._background.is_working
 
     def poll(self) -> None:
-        """Raise the error of a failed save in the background. Call it in every step."""
+        """Raise the error of a failed background save. Call it in every step."""
         if self._background is not None:
             self._background.poll()
 
     def wait(self) -> None:
-        """Return when everything is written, or raise the error of a failed save."""
+        """Wait until everything is written, and raise the error of a failed save."""
         if self._background is not None:
             self._background.wait()
 
     def close(self) -> None:
-        """Wait for a save in the background, whose error is only logged, and unlock ``save_dir``."""
+        """Wait for a background save, log its error, and unlock ``save_dir``."""
         try:
             self.wait()
         except Exception as error:
@@ -129,13 +127,13 @@ class CheckpointStore:
             self._lock.release()
             self._lock = None
             if self._is_new:
-                with contextlib.suppress(OSError):  # it is not empty
+                with contextlib.suppress(OSError):  # the directory is not empty
                     self.save_dir.rmdir()
 
     def restore(self, state: TrainState) -> bool:
-        """Load the checkpoint that the configuration names and return True, or return False if it names none.
+        """Load the checkpoint that the configuration names, and return whether it names one.
 
-        "auto" falls back to an older checkpoint if the newest is damaged. Raises DataError if none is intact.
+        "auto" falls back to older checkpoints if the newest is damaged. Raises DataError if none is intact.
         """
         paths = gather_objects(collective_io(self._candidates, self.mesh), self.mesh.world_group)[0]
         for path in paths:
@@ -166,7 +164,7 @@ class CheckpointStore:
         return candidates(self.load_dir, self.save_dir)
 
     def _is_own(self, path: Path) -> bool:
-        """Return whether a checkpoint lies where this run saves."""
+        """Return whether a checkpoint is in ``save_dir``."""
         return path.resolve().parent == self.save_dir.resolve()
 
     def _write(self, snapshot: Snapshot, mesh: Mesh) -> None:
@@ -196,7 +194,7 @@ class CheckpointStore:
             ) from error
 
     def _check_others(self) -> None:
-        """Raise ConfigError if there are checkpoints, and this run does not go on from one of them."""
+        """Raise ConfigError if there are checkpoints that this run does not continue from."""
         others = folder.complete_checkpoints(self.save_dir)
         own = self._load_options.optimizer and any(map(self._is_own, self._candidates()))
         if others and not own:
@@ -208,20 +206,17 @@ class CheckpointStore:
 
 
 class BackgroundWriter:
-    """Runs one function after another in a thread, in the same order on all ranks. Create it collectively.
+    """Runs functions one after another in a thread, in the same order on all ranks. Create it collectively.
 
-    The functions get a mesh of their own. Its collectives use a gloo group that only these threads use, so that they
-    cannot be mixed up with those of training. Its heartbeat is separate, because the watchdog
-    compares that of the main thread.
-
-    ``timeout_s``: how long these collectives wait for a rank.
+    Functions get a separate mesh. Its gloo group, with timeout ``timeout_s``, keeps their collectives apart from those
+    of training. Its heartbeat is separate because the watchdog compares the main threads' heartbeats.
     """
 
     def __init__(self, mesh: Mesh, timeout_s: float) -> None:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._mesh = mesh
         self._own_mesh = dataclasses.replace(mesh, world_group=group, heartbeat=Heartbeat())
-        # Without this the thread would create a context on the host's first GPU, whichever GPU the copies come from.
+        # Without this the thread would create a context on the host's first GPU, regardless of this rank's GPU.
         device = (torch.cuda.set_device, (mesh.device,)) if mesh.device.type == "cuda" else (None, ())
         self._thread = ThreadPoolExecutor(1, "checkpoint", *device)
         self._work: list[Future[None]] = []
@@ -232,13 +227,13 @@ class BackgroundWriter:
 
     @property
     def is_working(self) -> bool:
-        """Whether ``poll`` or ``wait`` have not reported all functions; the same on all ranks."""
+        """Whether ``poll`` or ``wait`` have yet to report a function; the same on all ranks."""
         return bool(self._work)
 
     def poll(self) -> None:
-        """Raise the error of a function that has ended on all ranks: on all ranks in the same step.
+        """Raise the error of a function that has ended on all ranks, on all ranks in the same step.
 
-        Collective, but only where a function is running.
+        Collective, but only while a function is running.
         """
         if not self._work:
             return
@@ -253,7 +248,7 @@ class BackgroundWriter:
         before = -1
         while wait(self._work, _POLL_S).not_done:
             marks = self._own_mesh.heartbeat.marks
-            if marks != before:  # the thread makes progress, so this rank is not stuck
+            if marks != before:  # the thread makes progress, so this rank is alive
                 self._mesh.heartbeat.beat()
             before = marks
         self._raise_errors()

@@ -1,7 +1,7 @@
-"""Tensors in a checkpoint or an export: their names, and how they are read.
+"""Names and reading of tensors in a checkpoint or an export.
 
-``model.tables.<table>`` is a table and has states ``optimizer.tables.<table>.<state>``. ``model.<parameter>`` is any
-other weight and has states ``optimizer.dense.<parameter>.<state>``.
+A table is ``model.tables.<table>``, with states ``optimizer.tables.<table>.<state>``. Any other weight is
+``model.<parameter>``, with states ``optimizer.dense.<parameter>.<state>``.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ EXPORT_VERSION = 1
 WEIGHTS = "model."
 TABLES = "model.tables."
 IDS = "ids."
-"""Raw ids of the rows of tables. They describe weights, but are none."""
+"""Raw ids of table rows, which are stored with weights but are none."""
 DYNAMIC = "dynamic."
-"""Ids and rows of dynamic tables in an export. A checkpoint has separate files for them."""
+"""Ids and rows of dynamic tables in an export. Checkpoints store them in separate files."""
 AVERAGE = "average"
-"""The optimizer state that is also a weight: its moving average (OptimizerArgs.ema_decay)."""
+"""Optimizer state that is also a weight: the moving average (OptimizerArgs.ema_decay)."""
 STATES = "optimizer."
-"""What the names of all optimizer states begin with."""
+"""Prefix of all optimizer states."""
 _DENSE_STATES = "optimizer.dense."
 INDEX = ".metadata"
-"""The file of the index of the tensors, which torch.distributed.checkpoint writes and reads as a pickle."""
+"""Index of the tensors: a pickle of torch.distributed.checkpoint."""
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Return the weight that a tensor is or belongs to, and the name of its optimizer state ("" for the weight)."""
+    """Return the weight of a tensor, and the name of its optimizer state ("" for the weight itself)."""
     if not name.startswith(STATES):
         return name, ""
     prefix = _DENSE_STATES if name.startswith(_DENSE_STATES) else STATES
@@ -67,16 +67,16 @@ def join_name(weight: str, state: str) -> str:
 
 
 class StoredTensors(ABC):
-    """The tensors of a checkpoint or an export, for reading."""
+    """Readable tensors of a checkpoint or an export."""
 
     sizes: dict[str, torch.Size]
-    """Name → size, for all tensors."""
+    """Name → size."""
     dtypes: dict[str, torch.dtype]
     """Name → dtype."""
 
     @abstractmethod
     def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
-        """Overwrite each target, which has the stored size. Collective over ``group``; None: this process alone."""
+        """Overwrite the targets, which have the stored sizes. Collective over ``group``; None: only this process."""
 
     def read_whole(self, name: str) -> Tensor:
         """Return one whole tensor in host memory."""
@@ -94,14 +94,14 @@ def open_tensors(root: Path) -> StoredTensors:
 
 
 def is_export(root: Path) -> bool:
-    """Return whether a directory is an export; otherwise it is a checkpoint."""
+    """Return whether a directory is an export rather than a checkpoint."""
     return bool(listed_files(root, CONSOLIDATED))
 
 
 def read_metadata(root: Path) -> dict[str, Any]:
-    """Return what a checkpoint (progress.json) or an export (config.json) says about its run.
+    """Return a run's metadata from a checkpoint (progress.json) or an export (config.json).
 
-    Raises DamagedCheckpoint, or DataError for an export of a newer version of this program.
+    Raises DamagedCheckpoint, or DataError for an export of a newer program.
     """
     path = verified_file(root, "config.json" if is_export(root) else "progress.json")
     try:
@@ -118,12 +118,12 @@ def read_metadata(root: Path) -> dict[str, Any]:
 
 
 def sizes_of_ranks(progress: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Ranks that have saved a checkpoint: of the world, of a tensor-parallel and of a context-parallel group."""
+    """Return the saving run's ranks: in the world, in a tensor-parallel and in a context-parallel group."""
     return progress["world_size"], progress.get("tensor_parallel_size", 1), progress.get("context_parallel_size", 1)
 
 
 class ShardedTensors(StoredTensors):
-    """The files of torch.distributed.checkpoint, in which each rank has written its shards."""
+    """Files of torch.distributed.checkpoint with the shards of each rank."""
 
     def __init__(self, directory: Path, listed: Collection[str]) -> None:
         self.directory, self._listed = directory, listed
@@ -136,14 +136,14 @@ class ShardedTensors(StoredTensors):
         """See StoredTensors."""
         reader = IndexReader(self.directory, self._listed)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended where there is no group
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended without a group
             dcp.load(
                 dict(targets), storage_reader=reader, planner=_LoadPlanner(), process_group=group, no_dist=group is None
             )
 
 
 class ConsolidatedTensors(StoredTensors):
-    """The safetensors file of an export, in which every tensor is whole."""
+    """The safetensors file of an export with whole tensors."""
 
     def __init__(self, path: Path) -> None:
         self._tensors = load_safetensors(path)
@@ -151,15 +151,15 @@ class ConsolidatedTensors(StoredTensors):
         self.dtypes = {name: tensor.dtype for name, tensor in self._tensors.items()}
 
     def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
-        """See StoredTensors. Each rank reads what it needs, without a collective."""
+        """See StoredTensors. Each rank reads its own part, without a collective."""
         for name, target in targets.items():
             target.copy_from(self._tensors[name])
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file as private memory maps: writing to them does not change the file.
+    """Return the tensors of a safetensors file as private memory maps: writing to them leaves the file unchanged.
 
-    Raises DataError if the file is damaged or is not a safetensors file.
+    Raises DataError if the file is damaged or of another type.
     """
     try:
         return load_file(path)
@@ -170,7 +170,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Loads a flat dict of ShardedViews, a type that DefaultLoadPlanner does not handle."""
+    """Loads a flat dict of ShardedViews, which DefaultLoadPlanner does not support."""
 
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
@@ -183,7 +183,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return cast(ShardedView, self.state_dict[index.fqn]).__get_tensor_shard__(index)
 
 
-# --- the index of the tensors, ``tensors/.metadata``: a pickle, read without running what it may hold ----------------
+# --- the index of the tensors, ``tensors/.metadata``: a pickle, read without running code in it ----------------------
 
 _TYPES = {
     "pathlib": {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"},
@@ -196,12 +196,12 @@ _TYPES = {
         "TensorStorageMetadata",
     },
 }  # fmt: skip
-"""Module → names in it that an index may hold. None of them does anything when it is called."""
+"""Module → names in it that an index may contain. Calling them has no side effects."""
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == "pathlib._local":  # Python 3.13 writes it; other versions have no such module
+        if module == "pathlib._local":  # written by Python 3.13; other versions have no such module
             module = "pathlib"
         if name not in _TYPES.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of an index of tensors")
@@ -209,9 +209,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 class IndexReader(dcp.FileSystemReader):
-    """The reader of torch.distributed.checkpoint, which does not run what an index may hold.
+    """Reader of torch.distributed.checkpoint that does not run code in the index.
 
-    ``listed``: names of the files, beside the index, that belong to the checkpoint.
+    ``listed``: names of the checkpoint's files next to the index.
     """
 
     def __init__(self, directory: Path, listed: Collection[str]) -> None:
@@ -219,7 +219,7 @@ class IndexReader(dcp.FileSystemReader):
         self._listed = listed
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Read the index. Raises DamagedCheckpoint if it holds anything else than tensors in the listed files."""
+        """Read the index. Raises DamagedCheckpoint if it contains anything but tensors in the listed files."""
         path = Path(self.path) / INDEX
         try:
             with path.open("rb") as file:

@@ -119,7 +119,6 @@ class ClampedFusedEmbedding(BatchedFusedEmbedding):
 
 
 class _ClampRowGradients(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: FunctionCtx, looked_up: Tensor, rows: Tensor, limit: float) -> Tensor:
         ctx.rows, ctx.limit = rows, limit  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ class RowBlock:
         self.cache = cache
 
     def initialize(self, rows: Tensor, weight: Tensor) -> None:
-        """Write ``weight``, float32 [n, dim], to distinct ``rows``, int64 [n], and to cached copies. Zero the states."""
+        """Write ``weight``, float32 [n, dim], to distinct ``rows``, int64 [n], also in the cache. Zero the states."""
         self.weight[rows, : weight.shape[1]] = weight
         for state in self.states.values():
             state.index_fill_(0, rows, 0)
@@ -46,7 +46,6 @@ class Rows:
     """All blocks of a shard, concatenated: slot s is row s."""
 
     def __init__(self, blocks: Sequence[RowBlock], dim: int) -> None:
-        """``dim``: used columns of a row."""
         self.blocks = list(blocks)
         self.dim = dim
 

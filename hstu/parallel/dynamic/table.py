@@ -115,8 +115,7 @@ class DynamicTable:
 
     @torch.no_grad()
     def restore(self, parts: Sequence[TableContent], rank: int, world_size: int) -> int:
-        """Load this rank's ids from ``parts`` of a table; return how many (the first in eviction order) found no room."""
-
+        """Load this rank's ids from ``parts`` of a table. Returns how many, in eviction order, found no room."""
 
         def own(ids: Tensor) -> Tensor:
             return owners(ids, self.args, self.slots.capacity, world_size) == rank

@@ -1,7 +1,4 @@
-"""torch.compile for the parts of the model in plain PyTorch: MLPs and the ranking loss.
-
-The rest consists of autograd functions around kernels, in which a compiler finds nothing to fuse.
-"""
+"""torch.compile for MLPs and the ranking loss. The rest is kernels, in which a compiler finds nothing to fuse."""
 
 from __future__ import annotations
 

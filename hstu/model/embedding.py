@@ -1,6 +1,6 @@
 """Embedding tables without parallelism: their specifications, initial rows, and the replicated tables.
 
-model_parallel tables become TorchRec EmbeddingCollections, which hstu.parallel.tables shards. They are on the meta
+model_parallel tables become TorchRec EmbeddingCollections, sharded by hstu.parallel.tables. They are on the meta
 device, because no rank ever holds a whole table. data_parallel tables are nn.Embeddings in the dense model.
 """
 
@@ -222,7 +222,6 @@ class ReplicatedTables(nn.Module):
 
 
 def _module_name(table: str) -> str:
-    """Replace the dots of a table name, which nn.ModuleDict forbids."""
     return table.replace(".", "/")
 
 

@@ -87,8 +87,7 @@ def as_jagged(rows: Mapping[str, Tensor], batch: HSTUBatch) -> dict[str, JaggedT
 class GRModel(nn.Module):
     """Embedding tables and the dense model of one task.
 
-    ``feature_keys`` are the keys of ``features`` in every training and evaluation batch, in this order: TorchRec caches
-    their positions from the first batch.
+    All batches have ``feature_keys`` as keys, in this order: TorchRec caches their positions from the first batch.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class GRModel(nn.Module):
         return output
 
     def look_up(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """Look up sharded tables: feature → [number of values, dim]. Pass them through ``as_jagged`` to ``dense``.
+        """Rows of sharded tables: feature → [number of values, dim]. Pass them through ``as_jagged`` to ``dense``.
 
         A training step calls this and ``dense`` separately, so that it has all gradients before it updates any table.
         """

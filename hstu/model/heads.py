@@ -80,7 +80,6 @@ class MultiTaskHead(nn.Module):
 
 
 def _own_experts(sharing: str, num_experts: int) -> int:
-    """Number of experts that each task has for itself."""
     return {"mmoe": 0, "ple": num_experts}[sharing]
 
 

@@ -152,10 +152,7 @@ class SequenceInputs(nn.Module):
     def parts(
         self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout, tokens: range | None = None
     ) -> list[Tensor]:
-        """Rows of width D without positions, in the order of :func:`hstu.ops.layout.token_order`.
-
-        tokens: the range of tokens to build; None: all.
-        """
+        """Rows of width D of a token range, without positions, in :func:`hstu.ops.layout.token_order`'s order."""
         tokens = range(layout.num_tokens) if tokens is None else tokens
         *of_contexts, of_items = (rows := part_rows(layout, tokens))[: len(self.features.contextual) + 1]
         parts = [

@@ -32,9 +32,7 @@ class HSTULayer(nn.Module):
     The rows of W_uvqk are ordered [head, (u v q k), channel], so that a tensor-parallel shard holds whole heads.
     Initial values: W_uvqk N(0, 0.02²), its bias 0, W_o Xavier uniform, norms 1 and 0.
 
-    Args:
-        max_tokens: tokens of the longest possible sequence; the divisor N unless ``scaling_seqlen`` is set.
-        index: of the layer, from 0.
+    max_tokens: tokens of the longest possible sequence; the divisor N unless ``scaling_seqlen`` is set.
     """
 
     def __init__(self, network: NetworkArgs, max_tokens: int, index: int = 0) -> None:

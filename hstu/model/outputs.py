@@ -9,10 +9,7 @@ from torch import Tensor
 
 @dataclass
 class ModelOutput:
-    """Loss and predictions of one rank's batch.
-
-    Ranks hold different numbers of labels, so the trainer divides the global loss sum by the global count.
-    """
+    """Loss and predictions of one rank's batch. The trainer divides the global loss sum by the global label count."""
 
     loss_sum: Tensor
     """float32 scalar: loss summed over the labelled tokens of this batch, and over tasks."""

@@ -67,13 +67,11 @@ class RetrievalDense(nn.Module):
 
     The output at each event's newest token is the query for the next item. The score of an item is its cosine
     similarity to the query, divided by the temperature. The vector of an item is its row of the item table, or the
-    output of ``tower`` for this row and the item's features.
+    output of ``tower`` for this row and the item's features. The negatives come with the batch.
 
     Args:
-        encoder: (embeddings, batch) → (this rank's tokens [., hidden_size], JaggedLayout of all tokens), with ``comm``
-            as in :class:`SequenceEncoder`.
+        encoder: a :class:`SequenceEncoder`, or a module with its ``forward`` and ``comm``.
         item_dim: width of the item table. Queries are projected to it if it differs from hidden_size.
-        args: temperature, l2_norm_eps and mask_seen. The negatives come with the batch.
         gather_pool: collects the in-batch pool over data-parallel ranks.
     """
 
@@ -116,7 +114,7 @@ class RetrievalDense(nn.Module):
 
     @property
     def comm(self) -> LayerComm:
-        """The encoder's communication."""
+        """The encoder's communication between ranks."""
         return cast(SequenceEncoder, self.encoder).comm
 
     def queries(self, tokens: Tensor) -> Tensor:
@@ -196,7 +194,7 @@ class RetrievalDense(nn.Module):
         return counted.masked_fill(repeats, -torch.inf)
 
     def _own_pool(self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
-        """Normalised vectors and ids of the distinct items of this rank's batch, even if ``batch`` is a part of it."""
+        """Normalised vectors and ids of the distinct items of this rank's batch; ``batch`` may be a part of it."""
         if batch.negatives.pool_ids is not None:
             lengths = {} if self.tower is None else self.tower.lengths_of_pool(batch)
             pool = self._vectors(embeddings, POOL, of_pool, lengths)
@@ -206,7 +204,6 @@ class RetrievalDense(nn.Module):
         return self.kernels.l2_normalize(items.index_select(0, batch.negatives.pool_positions), self.l2_norm_eps), ids
 
     def _items(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
-        """Vectors of the batch's items, not normalised."""
         lengths = {} if self.tower is None else self.tower.lengths_in_batch(batch)
         return self._vectors(embeddings, self.item_feature, str, lengths)
 
@@ -238,10 +235,7 @@ def newest_elements(ends: Tensor, count: Tensor, total: int) -> Tensor:
 
 
 def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature: str) -> SeenItems:
-    """For each user, the pool entries that occur in the history up to each target.
-
-    pool_ids: int64 [S]. targets: int64 [M], indices into the item values of ``batch``.
-    """
+    """The pool entries in each user's history up to each target (int64 [M], indices of the batch's item values)."""
     ordered = pool_ids.sort().values
     items = batch.features[item_feature]
     sequences = _rows(items.lengths(), len(items.values()))
@@ -269,10 +263,9 @@ def _check_labels_have_history(batch: HSTUBatch) -> None:
 
 
 def sorted_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Position of the first occurrence of each distinct id except padding, by ascending id.
+    """Position of the first occurrence of each distinct id (int64 [S]) except padding, by ascending id.
 
-    ids: int64 [S]. Returns (positions int64 [S], count int64 scalar); only the first ``count`` positions are defined.
-    The ids of a gathered pool do not depend on how batches are spread over ranks.
+    Returns (positions int64 [S], count int64 scalar). Only the first ``count`` positions are defined.
     """
     ordered, order = torch.sort(ids, stable=True)
     is_new = _starts_run(ordered)
@@ -295,10 +288,10 @@ def _starts_run(ordered: Tensor) -> Tensor:
 
 
 def choose_from_pool(draws: Tensor, ids: Tensor) -> Tensor:
-    """Pool rows that raw draws select: int64 [M, R] in [0, S).
+    """Pool rows that raw draws, integer [M, R] in [0, 2^31), select among ids [S]: int64 [M, R] in [0, S).
 
-    draws: integer [M, R] in [0, 2^31). ids: [S], of the pool. A draw selects the ⌊draw · n / 2^31⌋-th of the n distinct
-    ids in ascending order. The selected item therefore does not depend on how the pool is spread over ranks.
+    A draw selects the ⌊draw · n / 2^31⌋-th of the n distinct ids in ascending order. The selected item therefore does
+    not depend on how the pool is spread over ranks.
     """
     positions, count = sorted_distinct(ids)
     return positions[(draws.long() * count) >> DRAW_BITS]

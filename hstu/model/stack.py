@@ -35,10 +35,7 @@ def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:
 
 
 class FusedHSTULayer(HSTULayer):
-    """An HSTU layer as one autograd function over kernels, on one rank or with heads or tokens split over several.
-
-    ``network`` also sets what backward recomputes. Other arguments: as in :class:`HSTULayer`.
-    """
+    """An HSTU layer as one autograd function over kernels, on one rank or with heads or tokens split over several."""
 
     def __init__(
         self, network: NetworkArgs, max_tokens: int, kernels: Kernels = REFERENCE_KERNELS, index: int = 0

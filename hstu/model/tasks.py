@@ -27,10 +27,7 @@ _LOSSES = {
 
 
 class RankingTask(nn.Module):
-    """One task: its predictions, labels and loss.
-
-    columns: the row names of HSTUBatch.label_values. codes: what the values of the label mean.
-    """
+    """One ranking task. columns: row names of HSTUBatch.label_values. codes: what the values of its label mean."""
 
     positive: Tensor
 
@@ -76,10 +73,7 @@ class RankingTask(nn.Module):
 
 
 class MultiTaskDense(RankingModel):
-    """Ranking with RankingArgs.tasks: a sequence encoder and a multi-task head on labelled items.
-
-    columns: the row names of HSTUBatch.label_values. codes: what the label values of each task mean.
-    """
+    """Ranking with RankingArgs.tasks: a sequence encoder and a head with outputs for each task on labelled items."""
 
     def __init__(
         self, encoder: SequenceEncoder, args: RankingArgs, columns: Sequence[str], codes: Sequence[LabelCodes]

@@ -16,10 +16,7 @@ _PLACES_OF_THE_DATA = re.compile(r"DatasetArgs\.(eval_)?dataset_path")
 
 
 def run_facts(config: RunConfig) -> dict[str, str]:
-    """The configuration and code version of this rank, without dataset paths, which may differ between hosts.
-
-    BatchSource.description has the content of the data.
-    """
+    """Configuration and code version of this rank, without dataset paths, which may differ between hosts."""
     bindings = scan([], [config.operative_gin()]).bindings
     facts = {each.name: literal(each.value) for each in bindings if not _PLACES_OF_THE_DATA.fullmatch(each.name)}
     packages = {f"version of {name}": version for name, version in versions().items() if name != "python"}

@@ -33,16 +33,15 @@ class SampleLengths(NamedTuple):
     """Lengths of the training samples, in the order of the sample table; int64 [S] each."""
 
     items: np.ndarray
-    """Items of the sequence, candidates included."""
+    """Items of the sequence, including candidates."""
     candidates: np.ndarray
     labels: np.ndarray
-    """Labelled items."""
 
 
 class BatchSource(ABC):
-    """Training and evaluation batches of this rank, and the facts about the data that the model needs.
+    """This rank's batches, and the facts about the data that the model needs.
 
-    ``mesh``: None for a run of ``world_size`` ranks that is not started; this is then rank 0.
+    ``mesh``: None for rank 0 of a run of ``world_size`` ranks that is not started.
     """
 
     roles: FeatureRoles
@@ -56,7 +55,6 @@ class BatchSource(ABC):
     max_items: int
     """Items of the longest sequence."""
     negatives: Negatives | None
-    """Negatives of the retrieval loss."""
     train_lengths: SampleLengths
     batches_per_epoch: int
     """Steps per pass over the training data. With tokens_per_rank: of the first pass; others differ a little."""

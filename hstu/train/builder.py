@@ -76,14 +76,13 @@ BesideTables = Callable[[RunConfig, Mesh], int]
 
 
 def nothing_beside_tables(config: RunConfig, mesh: Mesh) -> int:
-    """Zero, for models that are inspected and never trained."""
+    """Zero, for models that are only inspected."""
     return 0
 
 
 def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables = nothing_beside_tables) -> Trainer:
-    """Build a trainer that is ready to ``train()``. Collective.
+    """Build a trainer that is ready to ``train()``. Collective. ``beside_tables`` is called only on GPUs.
 
-    ``beside_tables``: called only on GPUs. The planner gives the remaining memory to the tables.
     Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine.
     """
     path, saved_in = choose_directories(config, mesh)

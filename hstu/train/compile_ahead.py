@@ -92,7 +92,6 @@ def _rows(batch: HSTUBatch, widths: dict[str, int]) -> dict[str, JaggedTensor]:
 
 
 def _shortened(config: RunConfig) -> RunConfig:
-    """The same run with few, short sequences."""
     dataset, longest = config.dataset, ITEMS + config.dataset.max_num_candidates
     if isinstance(dataset, BenchmarkDatasetArgs):
         groups = [

@@ -1,7 +1,4 @@
-"""Retrieval over all items: ranks of held-out items, and the best items for each user.
-
-All ranks call these functions together, because item vectors may come from sharded tables.
-"""
+"""Retrieval over all items. All ranks call these functions together: item vectors may come from sharded tables."""
 
 from __future__ import annotations
 
@@ -49,10 +46,7 @@ class Queries:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The candidate items as normalised vectors, chunk by chunk.
-
-    A vector of zeros marks an item that the model does not contain; it is no candidate.
-    """
+    """The candidate items as normalised vectors. A vector of zeros marks an item that the model does not contain."""
 
     embed_items: EmbedItems
     ids: Tensor
@@ -62,14 +56,11 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        """Number of items."""
+        """Number of candidate items."""
         return len(self.ids)
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (position of the first item, float32 [n, E]) in ascending order. Collective if embed_items is.
-
-        All chunks have the same n: at the end of the corpus the last item is repeated.
-        """
+        """Yield (position of the first item, float32 [n, E]), padded with the last item. May be collective."""
         embedded = max(1, min(self.chunk_items, self.size))
         parts = -(-embedded // CPU_PRODUCT_ITEMS) if self.ids.device.type == "cpu" else 1
         length = -(-embedded // parts)
@@ -91,9 +82,8 @@ class Corpus:
 def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
     """Rank of each query's target among all items that the user has not seen: float64 [U], 1 is best.
 
-    The rank is 1 + the number of higher scores + half the number of equal scores. A target that is no candidate has
-    rank infinity, a miss for every metric. A nan score beats every target, so a diverged model ranks last. Collective
-    if the corpus is.
+    The rank is 1 + the number of higher scores + half the number of equal scores. It is infinity, a miss for every
+    metric, if the target is no candidate. A nan score beats every target, so a diverged model ranks last.
     """
     device, positions = corpus.ids.device, corpus.positions(queries.targets)
     order = np.argsort(positions, kind="stable")  # so that the targets of a chunk belong to few blocks
@@ -126,10 +116,9 @@ def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
 
 
 def pair_scores(vectors: Tensor, rows: np.ndarray, positions: np.ndarray, corpus: Corpus) -> Tensor:
-    """Scores of (user, item) pairs, float32 [n]; −inf for items that are no candidates. Collective if the corpus is.
+    """Scores of (user, item) pairs, float32 [n]; −inf for items that are no candidates.
 
-    ``vectors``: of users, normalised, [U, E]. ``rows``: index of each pair's user in ``vectors``, int64 [n].
-    ``positions``: of each pair's item in the corpus, int64 [n]; −1 for none.
+    Pair i is ``vectors[rows[i]]``, one of the normalised [U, E], and the item at ``positions[i]``, −1 for none.
     """
     device = corpus.ids.device
     scores = torch.full((len(rows),), -torch.inf, device=device)
@@ -142,10 +131,9 @@ def pair_scores(vectors: Tensor, rows: np.ndarray, positions: np.ndarray, corpus
 
 
 def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k best items that each user has not seen, best first; ties in corpus order. Collective if the corpus is.
+    """The k best items that each user has not seen, best first; ties in corpus order. A nan score is never chosen.
 
-    Returns (positions in the corpus int64, scores float32), both [U, min(k, corpus size)], padded with −1 and −inf for
-    users with fewer than k unseen items. A nan score is never chosen.
+    Returns (positions int64, scores float32), both [U, min(k, corpus size)], padded with −1 and −inf.
     """
     k = min(k, corpus.size)
     scorer = _Scorer(queries, np.arange(len(queries)), corpus)
@@ -187,7 +175,6 @@ class _Best:
             self.choose()
 
     def choose(self) -> None:
-        """Choose the best among the current and the buffered items."""
         if not self._waiting:
             return
         users, items, scores = (torch.cat(each) for each in zip(*self._waiting, strict=True))
@@ -210,8 +197,8 @@ class _Best:
 def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(row, column, score) of all scores [b, n] above the threshold [b, 1] of their row.
 
-    The maxima of groups of columns are compared first, because few are above. A group is every (n / _GROUP)-th column:
-    maxima of neighbouring columns would take longer.
+    The maxima of groups are compared first, because few are above. A group is every (n / _GROUP)-th column, which is
+    faster than neighbouring columns.
     """
     if scores.shape[1] % _GROUP:
         scores = nn.functional.pad(scores, (0, -scores.shape[1] % _GROUP), value=-torch.inf)
@@ -241,7 +228,7 @@ class _Scorer:
         self._seen_bounds = np.searchsorted(self._seen_rows // BLOCK_QUERIES, block_starts // BLOCK_QUERIES)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-        """Blocks that contain queries [start, stop); by default all blocks."""
+        """Blocks that contain queries [start, stop)."""
         stop = self._num_queries if stop is None else stop
         if start < stop:
             for first in range(start - start % BLOCK_QUERIES, stop, BLOCK_QUERIES):

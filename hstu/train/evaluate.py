@@ -1,7 +1,7 @@
-"""Evaluation: ranking metrics of predictions, and retrieval against the whole corpus.
+"""Evaluation of ranking and, against the whole corpus, of retrieval. All ranks call these functions together.
 
-Evaluators first collect Observations, one row per prediction, then compute metrics from all or some rows. All ranks
-call them together, with equally many batches, some of which may hold only padding.
+Evaluators first collect Observations, one row per prediction, then compute metrics from all or some rows. Ranks
+have equally many batches, some of which may hold only padding.
 """
 
 from __future__ import annotations
@@ -97,10 +97,7 @@ def of_ranking(
 
 
 class Evaluator(ABC):
-    """Computes the metrics of the current model, equal on all ranks. Collective.
-
-    ``max_iters``: maximum number of evaluated batches per rank; None: all.
-    """
+    """Computes metrics, equal on all ranks, over at most ``max_iters`` batches per rank (None: all). Collective."""
 
     def __init__(self, model: GRModel, mesh: Mesh, max_iters: int | None) -> None:
         self.model = model
@@ -218,10 +215,7 @@ class RetrievalEvaluator(Evaluator):
         return retrieval_metrics(self.args.eval_metrics, observations.results)
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
-        """The items ``ids``, ascending. Default: the items in the dynamic table, or all items of the data.
-
-        All items of the data also with an item tower, which needs no rows.
-        """
+        """The items ``ids``, ascending. Default: items in the dynamic table if there is one and no tower, else all."""
         if ids is None:
             in_table = None if self.args.item_tower else self._ids_in_dynamic_table()
             ids = self.source.item_ids() if in_table is None else in_table
@@ -264,10 +258,7 @@ def observe_ranking(
     gather: Gather = only_rank,
     rank: tuple[int, int] = (0, 1),
 ) -> Observations:
-    """Predictions for all labelled items in the ``batches`` of all ranks, equal on every rank.
-
-    rank: (own rank, number of ranks), which makes the request numbers unique.
-    """
+    """Predictions for the labelled items of all ranks, equal on every rank. rank: (own rank, number of ranks)."""
     found = [Observations.none(np.zeros((0, 1), dtype=np.float32), np.zeros(0, dtype=np.int64))]
     requests_before, (own, ranks) = 0, rank
     with evaluation_mode(model):
@@ -290,8 +281,7 @@ def observe_retrieval(
 ) -> Observations:
     """Ranks of the held-out items among all items of ``corpus``, equal on every rank.
 
-    A user's ``seen`` items are removed from the corpus, except the held-out item. Memory is bounded by the queries of
-    this rank and one block of scores.
+    A user's ``seen`` items are removed, except the held-out item. Needs memory for this rank's queries and one block.
     """
     with evaluation_mode(model):
         queries, history = collect_queries(forward, batches, corpus.ids.device)

@@ -91,10 +91,7 @@ class MetricsHistory:
 
 
 class Selection:
-    """The best value of one metric on one split, and the number of evaluations since then.
-
-    ``metric``: None for no selection. ``mode``: "max" or "min". ``patience``: None for no early stopping.
-    """
+    """The best value of one metric (None: no selection) on one split. ``patience``: None for no early stopping."""
 
     def __init__(self, metric: str | None, mode: str, split: str, patience: int | None) -> None:
         self.metric = metric
@@ -144,7 +141,7 @@ class RunningLoss:
         return mean
 
     def state_dict(self) -> dict[str, Any]:
-        """Sum of losses and number of steps, as JSON."""
+        """The state as JSON."""
         return {"sum": float(self._sum), "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

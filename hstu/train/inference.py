@@ -51,10 +51,7 @@ class InferenceSource(StoreSource):
 
 
 class StoredSource(BatchSource):
-    """Facts from a checkpoint or export about its data, for use without that data. It has no batches.
-
-    ``missing``: why there is no data; raised if something needs it.
-    """
+    """Facts from a checkpoint or export about its data, without batches. Raises ``missing`` if something needs data."""
 
     def __init__(self, config: RunConfig, checkpoint: Path, mesh: Mesh, missing: DataError) -> None:
         super().__init__(config, mesh, 1)
@@ -117,10 +114,7 @@ class StoredSource(BatchSource):
 
 
 def asked_at(batches: Iterable[HSTUBatch], at: int) -> Iterator[HSTUBatch]:
-    """Set the request time of all users, on the host, to ``at``, in seconds since 1970, for models with relative bias.
-
-    Raises DataError if a history has a later event.
-    """
+    """Set all request times to ``at``, seconds since 1970. Raises DataError if a history has a later event."""
     for batch in batches:
         assert batch.items.timestamps is not None
         newest = int(batch.items.timestamps.max()) if len(batch.items.timestamps) else at
@@ -175,7 +169,7 @@ def zero_spare_rows(state: TrainState, source: BatchSource) -> None:
 def zero_untrained_items(state: TrainState, source: BatchSource) -> None:
     """Zero the rows of items in no training sample, so that an item tower represents them by their features alone.
 
-    Rows of trained items stay as initialised. A dynamic table has no rows for other items.
+    Dynamic tables are left unchanged: they have no rows for such items.
     """
     spec = next(spec for spec in state.model.specs if source.roles.item in spec.features)
     if spec.dynamic is None and isinstance(source, StoreSource):

@@ -23,10 +23,7 @@ _MEMORY = (
 
 
 def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | None = None) -> int:
-    """Build the trainer, train, and return the exit code. User errors are printed without a traceback.
-
-    ``beside_tables``: see ``build_trainer``.
-    """
+    """Build the trainer, train, and return the exit code. User errors are printed without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C ends the program at once
     if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun: without it, nothing would end or restart this rank
         end_with_parent()

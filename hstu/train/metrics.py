@@ -37,9 +37,9 @@ def undefined_without_warning() -> Iterator[None]:
 
 
 def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    """Area under the ROC curve per group, float64 [number of distinct groups], in ascending order of groups.
+    """Area under the ROC curve of each group, float64, in ascending order of groups; nan unless both classes occur.
 
-    scores [N], positive bool [N], groups integer [N] (None: one group). nan for a group with only one class.
+    scores [N], positive bool [N], groups integer [N] (None: one group).
     """
     if not len(scores):
         return np.zeros(0)

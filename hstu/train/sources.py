@@ -21,10 +21,7 @@ from hstu.train.store_source import StoreSource
 
 
 def open_source(config: RunConfig, mesh: Mesh | None = None, world_size: int = 1) -> BatchSource:
-    """Open the source that ``config`` names. ``mesh`` and ``world_size``: see :class:`BatchSource`.
-
-    Raises DataError for missing data and ConfigError for options that do not fit the data.
-    """
+    """Open the source that ``config`` names. Raises DataError for missing data, ConfigError for unsuitable options."""
     if isinstance(config.dataset, BenchmarkDatasetArgs):
         return RandomSource(config, config.dataset, mesh, world_size)
     return StoreSource(config, config.dataset, mesh, world_size)

@@ -159,10 +159,7 @@ class StoreSource(BatchSource):
         return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
 
     def history_batches(self, users: np.ndarray, *, divided: bool = False) -> Iterator[HSTUBatch]:
-        """Whole histories of ``users`` (rows of the store) in the given order, without labels.
-
-        divided: whether each rank gets some of the users, in equally many batches, instead of all users.
-        """
+        """Whole histories of ``users``, rows of the store, without labels. divided: each rank gets some of them."""
         offsets = np.asarray(self.store.offsets())
         begin, stop = offsets[users], offsets[users + 1]
         nothing = np.zeros_like(stop)
@@ -175,10 +172,7 @@ class StoreSource(BatchSource):
         return build_loader(collator, EvalSampler(len(users), batch_size, rank, world_size))
 
     def candidate_batches(self, requests: GivenRequests) -> Iterator[tuple[np.ndarray, HSTUBatch]]:
-        """Yield this rank's part of the requests: (int64 [M], batch) with the M candidates of the batch.
-
-        The first are indices among all candidates of ``requests``, in the order of the labelled items.
-        """
+        """Yield (indices of candidates among all candidates, int64 [M], batch) for this rank's requests."""
         samples = requests.samples(self._args)
         batch_size = self._config.trainer.eval_batch_size
         labels = {name: NoLabels(requests, name) for name in self.roles.labels}

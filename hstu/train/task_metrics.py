@@ -1,7 +1,4 @@
-"""Exact metrics of ranking tasks over all predictions of the evaluation set.
-
-TaskMetrics serves one task. RankingMetrics serves the action feature, for runs without RankingArgs.tasks.
-"""
+"""Exact metrics of ranking tasks over all predictions of the evaluation set."""
 
 from __future__ import annotations
 
@@ -65,13 +62,10 @@ class TaskMetrics:
         self._chunks: list[tuple[np.ndarray, ...]] = []
 
     def update(self, predictions: np.ndarray, labels: np.ndarray, users: np.ndarray, requests: np.ndarray) -> None:
-        """Add M predictions.
+        """Add M predictions, float [M] or [M, width]; see the class.
 
-        Args:
-            predictions: float [M] or [M, width], see the class.
-            labels: float [M]; nan: this label is missing, and the prediction is not evaluated.
-            users: int [M], any id per user, equal on all ranks.
-            requests: int [M], any id per request, different from those of other ranks.
+        ``labels``: float [M]; a nan excludes its prediction. ``users``: int [M], ids that are equal on all ranks.
+        ``requests``: int [M], different from the requests of other ranks.
         """
         known = ~np.isnan(labels)
         others = labels.astype(np.float64), users.astype(np.int64), requests.astype(np.int64)
@@ -190,8 +184,6 @@ def mean_of_defined(name: str, values: np.ndarray, reason: str = ONE_CLASS) -> f
 
 @dataclass(frozen=True)
 class _Answers:
-    """Inputs of a task's metrics."""
-
     labels: np.ndarray
     """float64 [M]"""
     scores: np.ndarray | None
@@ -203,10 +195,7 @@ class _Answers:
 
 
 def ordered_pairs(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Fraction of the pairs with different labels that ``scores`` order as ``labels`` do; equal scores count one half.
-
-    Both arguments are [N]; O(N log N). nan without such pairs.
-    """
+    """Fraction of pairs with different labels that ``scores`` order as the labels; ties count one half; O(N log N)."""
     if not len(labels):
         return float("nan")
     # Sorted by label, the later row of a pair has the larger label. Ties are broken by score.

@@ -212,10 +212,7 @@ class Trainer:
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
 
     def evaluate(self, splits: tuple[Split, ...]) -> None:
-        """Evaluate ``splits`` and record the metrics. The training state stays unchanged.
-
-        Raises Stopped if a stop signal interrupts a split. The run resumed from the checkpoint evaluates it again.
-        """
+        """Evaluate and record ``splits``. Raises Stopped at a stop signal; a resumed run repeats that split."""
         self.pipeline.resolve()
         for split in splits:
             begun = time.monotonic()

@@ -1,7 +1,7 @@
-"""From a plan to a batch: the Collator reads the planned samples and assembles them with padding and negatives.
+"""From a plan to a batch: the Collator reads the planned samples and adds padding and negatives.
 
-A reader (StoreReader in store/reader.py, SyntheticReader for random data) gives the samples as Rows. Nothing here loops
-over samples or tokens.
+A reader (StoreReader in store/reader.py, SyntheticReader for random data) returns the samples as Rows. All functions
+are vectorised over samples and tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Rows:
 
     user_ids: np.ndarray
     lengths: np.ndarray
-    """Items of each sequence; [b] as the others of these four."""
+    """Items per sequence, [b]; user_ids, num_candidates and num_labels are [b] as well."""
     num_candidates: np.ndarray
     num_labels: np.ndarray
     items: np.ndarray
@@ -54,15 +54,15 @@ class Rows:
     context: Mapping[str, np.ndarray]
     """Feature → [b]."""
     side: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Feature → [n], or [Σ list_lengths[feature]] for a list: the values of one item after another."""
+    """Feature → [n], or for a list [Σ list_lengths[feature]]: the values of one item after another."""
     list_lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """List → values of each item, [n]."""
+    """List feature → [n], number of values per item."""
     label_values: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """The features of FeatureRoles.labels in their order → float32 [Σ num_labels], NaN where missing."""
+    """Features of FeatureRoles.labels, in their order → float32 [Σ num_labels], NaN where missing."""
     numbers: np.ndarray | None = None
     """float32 [n, W], see ItemColumns.numbers."""
     hard_negatives: np.ndarray | None = None
-    """Codes of items, [labels that follow another item, Negatives.hard], see draw_each."""
+    """Item codes, [labels that follow another item, Negatives.hard], see draw_each."""
     held_out: np.ndarray | None = None
     """Retrieval evaluation: the target items, [b]."""
     request_times: np.ndarray | None = None
@@ -95,16 +95,15 @@ class Assembler:
     """Item codes lie in [0, corpus_size)."""
     seed: int
     negatives: Negatives | None = None
-    """For retrieval. Evaluation batches hold none, but keep the key: the tables that serve NEGATIVES expect it in every
-    batch."""
+    """For retrieval. Evaluation batches have none, but keep the key, because tables that serve NEGATIVES expect it."""
     item_ids: Callable[[np.ndarray], np.ndarray] | None = None
-    """Item codes → what the model gets for them. None: the codes."""
+    """Item codes → model ids. None: the codes."""
     corpus: ItemDistribution | None = None
-    """How negatives are drawn from the corpus. None: uniformly."""
+    """Distribution of the draws from the corpus. None: uniform."""
     draws_negatives: bool = True
-    """False for evaluation, where nothing is learnt."""
+    """False for evaluation."""
     tower_features: Callable[[np.ndarray], ItemFeatures] | None = None
-    """Item codes → the values of ``roles.tower``. Needed with an item tower and NEGATIVES."""
+    """Item codes → the values of ``roles.tower``. Required for an item tower with NEGATIVES."""
 
     def __post_init__(self) -> None:
         if self.task == "ranking" and self.roles.action is None:
@@ -161,7 +160,7 @@ class Assembler:
         return keyed_jagged(values, {key: jagged_lengths.get(key, lengths) for key in values})
 
     def _look_ups(self, negatives: np.ndarray | None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-        """For the codes of negatives: what is looked up, by key of the batch, and ``BatchNegatives.list_lengths``."""
+        """From codes of negatives: (key of the batch → values to look up, ``BatchNegatives.list_lengths``)."""
         if negatives is None:
             return {}, None
         values = {NEGATIVES: negatives if self.item_ids is None else self.item_ids(negatives)}
@@ -184,7 +183,7 @@ class Assembler:
         return values[labelled]
 
     def _negatives(self, rows: Rows, plan: BatchPlan) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """(item codes to look up, draws, pool positions); each None where the kind of negatives has none."""
+        """(item codes to look up, draws, pool positions); each None if this kind of negatives has none."""
         negatives = self.negatives
         if negatives is None:
             return None, None, None
@@ -220,14 +219,14 @@ def _tensor(array: np.ndarray | None) -> Tensor | None:
 
 
 MAX_SKIPPED = 100
-"""Damaged samples that a rank may leave out."""
+"""Damaged samples that a rank may skip."""
 
 
 class SkippedSamples:
-    """TrainerArgs.bad_row_policy = "skip": counts the damaged samples that are left out.
+    """Counts the damaged samples that are left out (TrainerArgs.bad_row_policy = "skip").
 
-    The count covers all data workers of a rank and must be passed to them when they start. More than ``limit``
-    skipped samples are a DataError. A sample that recurs in another epoch counts again.
+    The data workers of a rank share the count, which they must get when they start. More than ``limit`` samples raise
+    DataError. A sample that recurs in another epoch counts again.
     """
 
     def __init__(self, limit: int = MAX_SKIPPED) -> None:
@@ -240,7 +239,7 @@ class SkippedSamples:
         return int(self._count.value)
 
     def add(self, error: DataError) -> None:
-        """Counts a sample that cannot be read."""
+        """Counts a damaged sample, which ``error`` describes."""
         with self._count.get_lock():
             self._count.value += 1
             count = self.count
@@ -257,10 +256,10 @@ class Collator:
     reader: RowReader
     assembler: Assembler
     skipped: SkippedSamples | None = None
-    """Where samples with damaged data, which are left out, are counted. None: such a sample is an error."""
+    """Counts damaged samples, which are then left out. None: a damaged sample raises DataError."""
 
     def __call__(self, plan: BatchPlan) -> HSTUBatch:
-        """Reads and assembles the batch. The samples beside damaged ones keep their ordinals."""
+        """Reads and assembles the batch. Leaving out damaged samples does not change the ordinals of the others."""
         try:
             rows = self.reader.read(plan)
         except DataError:

@@ -1,7 +1,6 @@
 """Batches in exact order, built in this process or ahead of time in the worker processes of a DataLoader.
 
-Workers receive plans and return batches in the order of the plans, so the order and content of a run are the same for
-any number of workers.
+Workers receive plans and return batches in the order of the plans, so a run is the same for any number of workers.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import BatchPlan
 
 _DEAD_WORKER = re.compile("DataLoader worker.*(exited unexpectedly|is killed)", re.DOTALL)
-"""What DataLoader's RuntimeError says where a worker has died."""
+"""Message of DataLoader's RuntimeError when a worker has died."""
 
 
 def build_loader(
@@ -35,10 +34,10 @@ def build_loader(
     prefetch: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[HSTUBatch]:
-    """One pass over ``sampler``, as batches. Close or drop the iterator to stop the workers.
+    """Yields one pass over ``sampler`` as batches. Close or drop the iterator to stop the workers.
 
     Args:
-        workers: processes that build batches; 0 means this one.
+        workers: processes that build batches; 0 means this process.
         prefetch: batches that each worker keeps ready.
         pin_memory: return batches in pinned memory.
 
@@ -54,20 +53,20 @@ def build_loader(
         pin_memory=pin_memory,
         worker_init_fn=_follow_the_parent,
         # By default DataLoader seeds the workers from torch's global generator, so every evaluation and every resume
-        # would change the dropout of the following steps. No worker draws from torch.
+        # would change the dropout of later steps. The workers themselves draw nothing from torch.
         generator=torch.Generator(),
     )
     return _batches(_start(loader), workers)
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start the workers, in this thread; they end with it.
+    """Starts the workers in this thread; they end with it.
 
-    torch would raise the death of a worker from a signal handler, in whatever line the main thread executes. Without
-    the handler it is raised where the next batch is awaited, at most 5 s later.
+    torch would raise the death of a worker from a signal handler, at any line of the main thread. Without the handler,
+    waiting for the next batch raises it, at most 5 s later.
 
-    A forked worker has what this process has, but not its threads. Were it to collect, say, the process group of an
-    earlier run, it would wait for that group's threads for ever. So it never collects what it was born with.
+    A forked worker has the objects of this process but not its threads. If it collected, for example, the process group
+    of an earlier run, it would wait forever for the group's threads. gc.freeze excludes such objects from collection.
     """
     before = signal.getsignal(signal.SIGCHLD)
     gc.freeze()
@@ -80,7 +79,7 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     workers = getattr(batches, "_workers", ())
     for worker in workers:
         worker.terminate = worker.kill  # workers ignore SIGTERM
-    # At exit, Python sends SIGTERM to the workers that are left and waits for them.
+    # Without this, Python at exit would send SIGTERM, which the workers ignore, and wait for them.
     Finalize(batches, _kill, args=(workers,), exitpriority=0)
     return batches
 
@@ -109,7 +108,7 @@ def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:
             batch = next(batches)
         except StopIteration:
             return
-        except (ConnectionError, EOFError, RuntimeError) as error:  # the first two: it died as it handed a batch over
+        except (ConnectionError, EOFError, RuntimeError) as error:  # the first two: a worker died as it sent a batch
             if isinstance(error, RuntimeError) and not _DEAD_WORKER.match(str(error)):
                 raise
             raise DataError(
@@ -118,7 +117,7 @@ def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:
             ) from error
         if isinstance(batch, UserError):
             # Stops the workers now. Otherwise the garbage collector reaches them through the error's traceback, after
-            # it has removed the queues that stop them: torch 2.13 then waits 5 s per worker.
+            # it has removed the queues that stop them, and torch 2.13 waits 5 s per worker.
             del batches
             raise batch
         yield batch
@@ -129,10 +128,10 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _follow_the_parent(worker: int) -> None:
-    """Let only the training process end this one.
+    """Makes the training process alone end this worker.
 
-    A terminal, torchrun or a scheduler signals all processes of a run. The training process then still needs batches
-    until it has reached the end of its step.
+    A terminal, torchrun or a scheduler signals all processes of a run, but the training process still needs batches
+    until the end of its step.
     """
     end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,7 +1,7 @@
-"""Random data in memory, for measurements of speed: BenchmarkDatasetArgs → the HSTUBatch that real data gives.
+"""Random data in memory for measurements of speed: BenchmarkDatasetArgs → the HSTUBatch that real data gives.
 
-A sample is a function of its ordinal, the split and the seed alone. Ranks therefore see different samples, and equally
-many samples are the same data at any world size.
+A sample depends only on its ordinal, the split and the seed. So ranks see different samples, and the same number of
+samples is the same data at any world size.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _MEAN_GAP_S = 3600.0
 _ZIPF_HEAD = 1 << 20
 """Ranks of a Zipf distribution whose cumulative probabilities are stored."""
 _NEAR_ONE = 1e-7
-"""A Zipf distribution whose alpha is nearer to 1 has one at this distance, where powers are still precise."""
-# What a random number is used for: the first counter after the key.
+"""An alpha of a Zipf distribution that is nearer to 1 is moved to this distance, where powers are still precise."""
+# Purpose of a random number: the first counter after the key.
 _LENGTHS, _VALUES, _TIMES, _HELD_OUT = range(4)
 
 
 class Distribution:
-    """A RandomDistribution on [low, high) with its defaults filled in; maps uniform numbers to integers.
+    """Maps uniform numbers to integers in [low, high) by a RandomDistribution. ``bound``: default of high.
 
-    Values of normal and lognormal are rounded; all are clipped to the range. ``bound``: default of high.
+    Values of normal and lognormal are rounded. All values are clipped to the range.
     """
 
     def __init__(self, args: RandomDistribution, bound: int) -> None:
@@ -52,7 +52,7 @@ class Distribution:
         self._zipf = _Zipf(self.high - self.low, args.alpha) if self.kind == "zipf" else None
 
     def values(self, uniforms: np.ndarray) -> np.ndarray:
-        """int64 in [low, high), by inversion, from numbers that are uniform on (0, 1)."""
+        """int64 in [low, high), by inversion of numbers that are uniform on (0, 1)."""
         if self._zipf is not None:
             drawn = self.low + self._zipf.ranks(uniforms)
         elif self.kind == "uniform":
@@ -69,8 +69,8 @@ class Distribution:
 class _Zipf:
     """Ranks k in [0, n) with probabilities proportional to 1 / (k + 1)^alpha, for any n.
 
-    The cumulative sum of the first ranks is stored. Beyond them the sum of x^-alpha from x = a to b is taken as the
-    integral from a - 1/2 to b + 1/2, of which the relative error is below alpha (alpha + 1) / (24 a^2): 1e-13.
+    The cumulative sum of the first ranks is stored. Beyond them, the sum of x^-alpha from x = a to b is approximated by
+    the integral from a - 1/2 to b + 1/2, with a relative error below alpha (alpha + 1) / (24 a^2): 1e-13.
     """
 
     def __init__(self, n: int, alpha: float) -> None:
@@ -81,7 +81,7 @@ class _Zipf:
         self._total = self._cumulative[-1] + (self._end - self._start) / self._power
 
     def ranks(self, uniforms: np.ndarray) -> np.ndarray:
-        """Ranks, as float64, of numbers that are uniform on (0, 1)."""
+        """float64 ranks of numbers that are uniform on (0, 1)."""
         masses = uniforms * self._total
         ranks = np.searchsorted(self._cumulative, masses, side="right").astype(np.float64)
         in_tail = ranks == len(self._cumulative)
@@ -94,9 +94,9 @@ class _Zipf:
 class SyntheticReader:
     """Draws the rows of a plan from its ordinals.
 
-    Sequences have at least one item more than candidates. A dynamic table gets the ids as they are drawn; ids beyond a
-    static table are hashed into it. ``split`` selects the stream of training or of evaluation; retrieval evaluation
-    draws a further item as the target.
+    Sequences have at least one item more than candidates. Dynamic tables get the ids as drawn; for static tables, ids
+    beyond the table are hashed into it. ``split`` selects the random stream of training or evaluation. Retrieval
+    evaluation draws one more item as the target.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class SyntheticReader:
             name: Distribution(groups[name].distributions().get(name, RandomDistribution()), rows[name])
             for name in self.roles.names
         }
-        """Feature → the distribution of its ids; in the order of its index in the random stream."""
+        """Feature → distribution of its ids, in the order of its index in the random stream."""
         self.num_ids = {
             name: max(ids.high, rows[name]) if isinstance(tables[name], DynamicEmbeddingArgs) else rows[name]
             for name, ids in self.ids.items()
         }
-        """Feature → n; its ids lie in [0, n)."""
+        """Feature → n, where its ids lie in [0, n)."""
         action = self.roles.action
         if action is not None and self.ids[action].high > rows[action]:
             raise ConfigError(f"value_dists of {action!r}: actions must be below their table's rows, {rows[action]}")
@@ -155,7 +155,7 @@ class SyntheticReader:
         )
 
     def lengths_of(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Items of samples, and how many of them are candidates; int64 [len(ordinals)]. Draws nothing else."""
+        """(items, candidates) per sample, int64 [len(ordinals)] each. Draws nothing else."""
         candidates = np.full(len(ordinals), self.max_num_candidates if self.task == "ranking" else 0, dtype=np.int64)
         if self.lengths is None:
             return np.full(len(ordinals), self.max_length, dtype=np.int64), candidates
@@ -163,13 +163,13 @@ class SyntheticReader:
         return np.clip(drawn, self.min_length, self.max_length), candidates
 
     def num_labels(self, lengths: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        """Labelled items of samples of these lengths; int64."""
+        """int64: labelled items of samples with these lengths."""
         if self.task == "ranking":
             return candidates if self.max_num_candidates else lengths
         return lengths - 1 if self.is_training else np.zeros_like(lengths)
 
     def _times(self, lengths: np.ndarray, ordinals: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Event times in seconds, strictly ascending within a sequence, with exponential gaps."""
+        """int64 event times in seconds, strictly ascending within a sequence, with exponential gaps."""
         gaps = 1 + np.floor(-np.log(self._uniforms(_TIMES, ordinals, places)) * _MEAN_GAP_S).astype(np.int64)
         elapsed = np.cumsum(gaps)
         return _FIRST_TIME_S + elapsed - np.repeat(elapsed[run_starts(lengths)], lengths)
@@ -219,25 +219,25 @@ class SyntheticDataset:
         self._batches: dict[int, HSTUBatch] = {}
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Items, candidates and labelled items of each sample; all int64 [num_samples]."""
+        """Items, candidates and labelled items per sample; all int64 [num_samples]."""
         lengths, candidates = self._reader.lengths_of(np.arange(self.num_samples, dtype=np.int64))
         return lengths, candidates, self._reader.num_labels(lengths, candidates)
 
     def train_sampler(self, position: SamplerPosition = START, partition: BatchPartition | None = None) -> TrainSampler:
-        """Endless plans; an epoch is the generated samples once. Batches are kept, so ``partition`` must not vary."""
+        """Endless plans; an epoch is all generated samples once. Batches are kept, so ``partition`` must not vary."""
         size = (self.num_samples, self.batch_size, self.rank, self.world_size)
         return TrainSampler(*size, seed=0, shuffle=False, position=position, partition=partition)
 
     def eval_sampler(self) -> EvalSampler:
-        """The generated batches once."""
+        """Plans of the generated batches, once."""
         return EvalSampler(self.num_samples, self.batch_size, self.rank, self.world_size)
 
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:
-        """The batch of these samples, of any rank."""
+        """The batch of these samples, which may belong to any rank."""
         return self._collator(BatchPlan.of(samples))
 
     def __call__(self, plan: BatchPlan) -> HSTUBatch:
-        """The batch of a plan; drawn once, then from memory."""
+        """The batch of a plan: drawn once, then returned from memory."""
         if plan.global_start not in self._batches:
             self._batches[plan.global_start] = self._collator(plan)
         batch = self._batches[plan.global_start]

@@ -1,12 +1,11 @@
-"""TrainBatch: the sequences that a rank looks up, and the batches that its dense part computes from them.
+"""TrainBatch: the sequences that a rank looks up in the tables, and the batches that its dense part computes on.
 
 The two differ in two cases, which combine:
 
-- Under tensor and context parallelism the ranks of a group compute on the sequences of all of them: ``merge_ranks``.
-- With gradient accumulation the dense part computes one micro-batch after another: ``split_micro_batches``. The tables
-  see the batch as a whole, with one look-up and one update. What a loss needs of all samples (its count of labels, its
-  pool of negatives) also belongs to the whole batch, so the update is that of the undivided batch, with the
-  activations of one micro-batch in memory.
+- Tensor and context parallelism: each rank of a group computes on the sequences of all its ranks (``merge_ranks``).
+- Gradient accumulation: the dense part computes one micro-batch after another (``split_micro_batches``). The batch as a
+  whole has one look-up and one update of the tables, and all that a loss needs of all samples (its count of labels, its
+  pool of negatives). So the update equals an undivided batch, with the activations of one micro-batch in memory.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ Group = TypeVar("Group", bound=TensorGroup)
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Which part of the merged batch of a tp_cp group belongs to which rank."""
+    """Which elements of the merged batch of a tp_cp group belong to which rank."""
 
     num_values: dict[str, list[int]]
-    """Per key, the number of values that each rank contributes. Shared negatives, which are equal on all ranks and
-    which each rank looks up itself, are left out."""
+    """Per key, the number of values of each rank. Shared negatives are left out: they are equal on all ranks, and each
+    rank looks them up itself."""
     sequences: slice
     """This rank's real sequences in the merged batch."""
     labels: slice
-    """This rank's labelled items among those of the merged batch."""
+    """This rank's labelled items in the merged batch."""
 
 
 @dataclass(kw_only=True)
@@ -56,19 +55,19 @@ class TrainBatch(TensorGroup):
     own: HSTUBatch
     """The sequences of this rank. Their features are looked up in the sharded tables."""
     parts: tuple[HSTUBatch, ...]
-    """What the dense part computes on, in order: ``own``, the merged batch of the group, or micro-batches of either."""
+    """Batches of the dense part, in order: ``own``, the merged batch of the group, or micro-batches of either."""
     group: GroupLayout | None = None
-    """How the looked-up rows of the group's ranks are merged. None for a rank by itself."""
+    """How the looked-up rows of the group's ranks are merged. None without a group."""
     pool_positions: Tensor | None = None
-    """int64 [S]. In-batch negatives in micro-batches: see BatchNegatives.pool_positions, for the undivided batch."""
+    """int64 [S]: BatchNegatives.pool_positions of the undivided batch, for in-batch negatives in micro-batches."""
     pool_feature_positions: KeyedJaggedTensor | None = None
-    """With an item tower: feature → positions of the values of the pool's S items among the values of the batch."""
+    """With an item tower: feature → positions of the values of the pool's S items in the values of the batch."""
 
     @classmethod
     def of(
         cls, own: HSTUBatch, computed: HSTUBatch, group: GroupLayout | None, count: int, roles: FeatureRoles
     ) -> TrainBatch:
-        """``computed``, which is ``own`` or the merged batch of its group, in ``count`` micro-batches."""
+        """Splits ``computed``, which is ``own`` or the merged batch of its group, into ``count`` micro-batches."""
         if count == 1:
             return cls(own=own, parts=(computed,), group=group)
         return cls(
@@ -97,9 +96,9 @@ class TrainBatch(TensorGroup):
 
 
 def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> tuple[HSTUBatch, GroupLayout]:
-    """Merge the batches of a tp_cp group, given in rank order and on the host.
+    """Merges the batches of a tp_cp group, given in rank order and on the host.
 
-    Returns (the real sequences rank after rank and then the padding, the layout seen from ``rank``).
+    Returns the merged batch, with real sequences in rank order before all padding, and its layout for ``rank``.
     """
     real = [batch.real_batch_size for batch in batches]
     features = [batch.features.to_dict() for batch in batches]
@@ -140,14 +139,14 @@ def _padding(batch: HSTUBatch) -> HSTUBatch:
 
 
 def _bounds(batch: HSTUBatch, sequences: slice, others: slice) -> dict[str, slice]:
-    """Axis of fields → what to cut of it. In the evaluation of retrieval, each sequence has one label."""
+    """Axis of fields → slice to cut. In retrieval evaluation, each sequence has one label."""
     is_per_label = len(batch.labels) == batch.num_labels_total
     axes = {"item": others, "draw": others, "seen": others}
     return axes | {"sequence": sequences, "label": others if is_per_label else sequences}
 
 
 def _cut(group: Group, bounds: Mapping[str, slice]) -> Group:
-    """The elements of each field that lie within the bounds of its axis."""
+    """The elements of each field within the bounds of its axis."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
@@ -160,7 +159,7 @@ def _cut(group: Group, bounds: Mapping[str, slice]) -> Group:
 
 
 def _joined(groups: Sequence[Group]) -> Group:
-    """The elements of each field that has an axis, group after group. Other fields are those of the first group."""
+    """Concatenates each field that has an axis. Other fields come from the first group."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(groups[0]):
         values = [getattr(group, field.name) for group in groups]
@@ -179,7 +178,7 @@ def _concatenated(tensors: Sequence[Tensor | None], dim: int = 0) -> Tensor | No
 
 
 def _merged_draws(batches: Sequence[HSTUBatch], negatives: Sequence[np.ndarray] | None) -> Tensor | None:
-    """Shift indices into the NEGATIVES by the number of those of the ranks before. Raw random numbers stay."""
+    """Shifts indices into the NEGATIVES by the number of NEGATIVES of earlier ranks. Raw random numbers stay."""
     counts = [0] * len(batches) if negatives is None else [len(of_rank) for of_rank in negatives]
     draws = [batch.negatives.draws for batch in batches]
     shifts = run_offsets(np.array(counts)).tolist()
@@ -192,7 +191,7 @@ def _range_of_rank(counts: Sequence[int], rank: int) -> slice:
 
 
 def _pool_feature_positions(batch: HSTUBatch, roles: FeatureRoles) -> KeyedJaggedTensor | None:
-    """See TrainBatch.pool_feature_positions. None without an item tower, or without a pool."""
+    """See TrainBatch.pool_feature_positions. None without an item tower or without a pool."""
     if batch.negatives.pool_positions is None or not roles.tower:
         return None
     items, positions, lengths = batch.negatives.pool_positions.numpy(), {}, {}
@@ -207,7 +206,7 @@ def _pool_feature_positions(batch: HSTUBatch, roles: FeatureRoles) -> KeyedJagge
 
 
 def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tuple[HSTUBatch, ...]:
-    """Split a training batch on the host into ``count`` runs of equally many sequences. Some may be all padding.
+    """Splits a training batch on the host into ``count`` runs of equally many sequences. Some may be all padding.
 
     NEGATIVES and the pool of in-batch negatives belong to the whole batch, so every part has all of them.
     """

@@ -1,1 +1,1 @@
-"""What a model sees of the data: roles of features (roles.py), labels, numbers and their statistics, time features."""
+"""What a model reads of the data: roles of features (roles.py), labels, statistics of numbers, and time features."""

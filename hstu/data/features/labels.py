@@ -1,4 +1,4 @@
-"""Labels of ranking tasks: which features of the data hold them, and what their values are as numbers."""
+"""Labels of ranking tasks: the features that hold them, and their values as numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.store.sequence_store import SequenceStore
 
 _EXACT = 2**24
-"""Whole numbers up to here are exact in float32."""
+"""Integers up to here are exact in float32."""
 _CHUNK = 1 << 22
 
 
@@ -29,13 +29,13 @@ def label_columns(tasks: Sequence[RankingTaskArgs] | None) -> tuple[str, ...]:
 class LabelColumn:
     """A feature of the events, or the action, as float32 numbers; NaN where a value is missing.
 
-    Texts that are numbers count as these. Other texts are numbered from 0 on in alphabetical order.
+    Texts that are numbers are parsed. Other texts are numbered from 0 in alphabetical order.
     """
 
     store: SequenceStore
     name: str
     texts: tuple[str, ...] | None = None
-    """The texts that the numbers 0, 1, … stand for. None: those of the store, if they are not numbers."""
+    """The texts that stand for 0, 1, …. None: the store's texts, if they are not numbers."""
 
     def of(self, store: SequenceStore) -> LabelColumn:
         """The same feature of another store, with the same numbers for the same texts."""
@@ -43,7 +43,7 @@ class LabelColumn:
 
     @cached_property
     def known_texts(self) -> tuple[str, ...]:
-        """``texts``, or those of the store; empty if the values are numbers."""
+        """``texts``, or the store's texts; empty if the values are numbers."""
         return self._own_texts() if self.texts is None else self.texts
 
     def _own_texts(self) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ class LabelColumn:
         return np.array([np.nan if number is None else number for number in numbers], dtype=np.float32)
 
     def read(self, codes: np.ndarray) -> np.ndarray:
-        """Numbers of stored values, float32 [n]. A code out of range is a DataError."""
+        """Stored values → numbers, float32 [n]. Raises DataError for a code out of range."""
         if self.store.feature(self.name).role == "event_number":
             return codes
         if len(codes) and (codes.min() < 0 or codes.max() >= len(self.values)):
@@ -85,7 +85,7 @@ class LabelColumn:
         return self.values[codes]
 
     def facts(self) -> LabelFacts:
-        """What occurs. Reads the whole column, unless its values are in a vocabulary."""
+        """Summary of the values. Reads the whole column, unless its values are in a vocabulary."""
         facts = LabelFacts(texts=self.known_texts)
         columns = [self.values] if self.store.feature(self.name).has_vocab else self.store.columns(self.name)
         for stored in columns:
@@ -108,17 +108,17 @@ def _as_number(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class LabelFacts:
-    """What is known of the values of a label that are not missing. If there are none, ``least`` > ``greatest``."""
+    """Summary of the values of a label that are not missing. Without any, ``least`` > ``greatest``."""
 
     least: float = inf
     greatest: float = -inf
     are_whole: bool = True
-    """Whether all of them are integers."""
+    """Whether all values are integers."""
     texts: tuple[str, ...] = ()
-    """The texts that the numbers 0, 1, … stand for; empty where values are numbers."""
+    """The texts that stand for 0, 1, …; empty where values are numbers."""
 
     def joined(self, other: LabelFacts) -> LabelFacts:
-        """What is known of the values of both."""
+        """The summary of both together."""
         least, greatest = min(self.least, other.least), max(self.greatest, other.greatest)
         return LabelFacts(least, greatest, self.are_whole and other.are_whole, self.texts or other.texts)
 
@@ -127,7 +127,7 @@ class LabelFacts:
 
 
 def check_labels(tasks: Sequence[RankingTaskArgs], facts: Mapping[str, LabelFacts], cite: Cite = cite) -> None:
-    """Raise ConfigError, worded by ``cite``, for labels that do not fit the tasks."""
+    """Raises ConfigError, worded by ``cite``, for labels that do not fit the tasks."""
     found = [(task, _problem_of(task, facts[task.label])) for task in tasks]
     problems = [cite(task, *problem) for task, problem in found if problem]
     if problems:
@@ -136,7 +136,7 @@ def check_labels(tasks: Sequence[RankingTaskArgs], facts: Mapping[str, LabelFact
 
 @dataclass(frozen=True)
 class LabelCodes:
-    """What the numbers of a label mean to a task."""
+    """How a task reads the numbers of a label."""
 
     first: int = 0
     """The label of class 0: 0 or 1, see RankingTaskArgs.num_classes."""
@@ -145,18 +145,18 @@ class LabelCodes:
 
     @classmethod
     def of(cls, task: RankingTaskArgs, facts: LabelFacts) -> LabelCodes:
-        """From what is known of the labels."""
+        """Derives them from a summary of the labels."""
         first = task.num_classes is not None and facts.greatest == task.num_classes and facts.least >= 1
         known = [text for text in task.positive_values or () if text in facts.texts]
         return cls(int(first), tuple(facts.texts.index(text) for text in known))
 
 
 PLAIN = LabelCodes()
-"""Of labels that are 0, 1, … or mean themselves."""
+"""For labels that are 0, 1, … or mean themselves."""
 
 
 def _problem_of(task: RankingTaskArgs, label: LabelFacts) -> tuple[str, str] | None:
-    """(parameter, what is wrong) of one task."""
+    """(parameter, problem) of one task."""
     are_codes = label.are_whole and label.least >= 0
     largest_class = (task.num_classes or 0) - 1 + LabelCodes.of(task, label).first
     threshold, positive = task.positive_from, task.positive_values

@@ -1,4 +1,4 @@
-"""Which features of the data a model sees, as what, and with which codes and tables."""
+"""Which features of the data a model reads, in which roles, and with which codes and tables."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hstu.data.store.sequence_store import SequenceStore
 
 @dataclass(frozen=True)
 class FeatureRoles:
-    """The features that a model sees, by role; contextual features in the order of their tokens."""
+    """The features that a model reads, by role; contextual features in the order of their tokens."""
 
     item: str
     action: str | None
@@ -34,17 +34,17 @@ class FeatureRoles:
     side: tuple[str, ...] = ()
     """Features of items and of events that are part of an item's tokens."""
     lists: tuple[str, ...] = ()
-    """Those of ``side`` of which an item has several values."""
+    """Features of ``side`` of which an item has several values."""
     known_after: tuple[str, ...] = ()
-    """Those of ``side`` that only the event itself makes known, as it does the action."""
+    """Features of ``side`` that are known only after the event, as is the action."""
     labels: tuple[str, ...] = field(default=(), kw_only=True)
     """Features of events, or the action, that RankingArgs.tasks read of labelled items as labels, bounds or weights."""
     numbers: tuple[str, ...] = ()
-    """Those of ``side`` that are numbers or vectors, in the order of their columns in a batch."""
+    """Features of ``side`` that are numbers or vectors, in the order of their columns in a batch."""
     number_widths: tuple[int, ...] = ()
-    """Columns of each of ``numbers``: 1, or the width of a vector."""
+    """Columns per feature of ``numbers``: 1, or the width of a vector."""
     tower: tuple[str, ...] = ()
-    """Those of ``side`` that make the vectors of items (RetrievalArgs.item_tower)."""
+    """Features of ``side`` that form the vectors of items (RetrievalArgs.item_tower)."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,12 +53,12 @@ class FeatureRoles:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """Those of ``side`` that have ids, and hence tables."""
+        """Features of ``side`` that have ids, and therefore tables."""
         return tuple(name for name in self.side if name not in self.numbers)
 
     @property
     def tower_lists(self) -> tuple[str, ...]:
-        """Those of ``tower`` of which an item has several values, in the order of ``lists``."""
+        """Features of ``tower`` of which an item has several values, in the order of ``lists``."""
         return tuple(name for name in self.lists if name in self.tower)
 
     def width(self, feature: str, network: NetworkArgs) -> int:
@@ -84,10 +84,10 @@ def resolve_roles(
     tasks: Sequence[RankingTaskArgs] | None = None,
     item_tower: bool = False,
 ) -> FeatureRoles:
-    """The store's features, or those that ``args`` and ``tasks`` name.
+    """The store's features, or the features that ``args`` and ``tasks`` name.
 
-    ``item_tower``: the features of items also make the vectors of items.
-    Raises ConfigError, worded by ``cite``, which lists those that the store lacks.
+    ``item_tower``: the features of items also form the vectors of items.
+    Raises ConfigError, worded by ``cite``, which lists the features that the store lacks.
     """
     side = tuple(args.side_feature_names)
     of_items, of_events = (*store.item_side_features, *store.item_number_features), _features_of_events(store)
@@ -142,7 +142,7 @@ def _labels(store: SequenceStore, action: str | None) -> tuple[str, ...]:
 
 
 def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite: Cite = cite) -> None:
-    """Raises ConfigError, worded by ``cite``, for transforms of what is no number, or that vectors do not have."""
+    """Raises ConfigError, worded by ``cite``, for transforms of features that are no numbers or that vectors lack."""
     widths = dict(zip(roles.numbers, roles.number_widths, strict=True))
     problems = []
     for each in args:
@@ -159,7 +159,7 @@ def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite:
 
 
 def recoding_of(theirs: SequenceStore, ours: SequenceStore, roles: FeatureRoles) -> dict[str, np.ndarray]:
-    """Codes of the second store → codes of the first. Each store numbers the raw ids that occur in it."""
+    """Feature → codes in ``ours``, indexed by the codes in ``theirs``: each store numbers its own raw ids."""
     recoding, problems = {}, []
     for name in (*roles.names, *roles.numbers):
         mine, other = ours.feature(name), (theirs.features | theirs.time_features).get(name)
@@ -183,7 +183,7 @@ def recoding_of(theirs: SequenceStore, ours: SequenceStore, roles: FeatureRoles)
 
 
 _REPLICATED_TABLE_BYTES = 4 << 20
-"""A larger predefined table (float32) is sharded: replicas cost an all-reduce of the whole table per step."""
+"""Larger predefined tables (float32) are sharded: replicas cost an all-reduce of the whole table per step."""
 
 
 def predefined_embeddings(
@@ -191,8 +191,8 @@ def predefined_embeddings(
 ) -> tuple[EmbeddingArgs, ...]:
     """One table per feature of the store that is looked up, named after the feature, with a row per code.
 
-    The tables of the items and the users, and any table above 4 MiB, are model_parallel; the others, which are small,
-    are data_parallel. ``dynamic`` makes the tables of the items and the users dynamic; those of raw ids always are.
+    The tables of items and users, and tables above 4 MiB, are model_parallel; smaller tables are data_parallel.
+    ``dynamic`` makes the tables of items and users dynamic; tables of raw ids always are.
     """
     tables: list[EmbeddingArgs] = []
     widths = {"context": network.contextual_width, "item": network.item_width, "action": network.item_width}

@@ -1,6 +1,6 @@
-"""Statistics of columns of numbers, in bounded memory for any number of values, and without randomness.
+"""Statistics of numeric columns, deterministic and in bounded memory for any number of values.
 
-Those of what a run trains on leave held-out events out, so that none has a part in what a model reads.
+Statistics of training data leave held-out events out, so that they have no influence on what a model reads.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from hstu.data.store.sequence_store import SequenceStore
 
 _CHUNK = 1 << 20
 NUM_QUANTILES = 65
-"""Quantiles of a column, the least and the largest value among them."""
+"""Quantiles of a column, from the smallest to the largest value."""
 _MOST_RANKED = 1 << 24
-"""Values that are sorted for quantiles."""
+"""Largest number of values that are sorted for quantiles."""
 
 
 def statistics_of_numbers(values: np.ndarray) -> NumberStatistics:
-    """``values``: float32 [n, width], NaN where one is missing and finite elsewhere."""
+    """Statistics of ``values``: float32 [n, width], NaN where missing and finite elsewhere."""
     count, mean, std = _moments(values, lambda known: known)
     missing = len(values) - count
     if values.shape[1] > 1:
@@ -36,7 +36,7 @@ def signed_log(values: np.ndarray) -> np.ndarray:
 
 
 def _moments(values: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> tuple[int, list[float], list[float]]:
-    """(rows that have values, mean, standard deviation) of a function of each component; 0 without any rows."""
+    """(rows with values, mean, standard deviation) of a function of each component; 0 without such rows."""
     count, total, squares = 0, np.zeros(values.shape[1]), np.zeros(values.shape[1])
     for known in _known(values):
         count += len(known)
@@ -48,7 +48,7 @@ def _moments(values: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -
 
 
 def _known(values: np.ndarray) -> Iterator[np.ndarray]:
-    """float64 chunks of the rows that have values."""
+    """Yields float64 chunks of the rows that have values."""
     rows = max(_CHUNK // values.shape[1], 1)
     for start in range(0, len(values), rows):
         chunk = values[start : start + rows]
@@ -56,9 +56,9 @@ def _known(values: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _quantiles(values: np.ndarray, count: int) -> list[float]:
-    """The values at equally distant ranks. Of a longer column, those between its ends are of every k-th value.
+    """Values at equally spaced ranks of float32 [n] ``values``, of which ``count`` are not NaN.
 
-    values: float32 [n]. count: how many of them are no NaN.
+    In a column longer than _MOST_RANKED, only the smallest and largest are exact; the others use every k-th value.
     """
     if not count:
         return [0.0] * NUM_QUANTILES
@@ -74,9 +74,9 @@ def _quantiles(values: np.ndarray, count: int) -> list[float]:
 def training_statistics(
     store: SequenceStore, names: Sequence[str], samples: SampleTable
 ) -> dict[str, NumberStatistics]:
-    """Of numbers of events: those of the histories of the training ``samples``, also where no sample has their oldest.
+    """Statistics of numbers: of items over all items, of events over the histories of the training ``samples``.
 
-    Of numbers of items, which are no events: those of all items.
+    Histories include events that truncation removes from the samples.
     """
     found = {name: store.features[name].statistics for name in names}
     if of_events := [name for name in names if name in store.event_number_features]:

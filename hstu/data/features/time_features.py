@@ -1,4 +1,4 @@
-"""Features of events that follow from their times, so that no column of the data has to hold them."""
+"""Event features that are computed from times, without a column in the data."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import numpy as np
 from hstu.data.store.layout import TIME_FEATURES
 
 NO_EVENT = -1
-"""In place of the time of the event before a user's first one."""
+"""Stands for the time of the event before a user's first event."""
 
 
 def time_codes(feature: str, now: np.ndarray, before: np.ndarray) -> np.ndarray:
     """int64 [n] codes of a time feature.
 
-    now: int64 [n], seconds since 1970. before: int64 [n], those of the user's event before, or NO_EVENT.
+    now: int64 [n], seconds since 1970. before: int64 [n], the time of the user's previous event, or NO_EVENT.
     """
     if feature == "hour_of_day":
         return now // 3_600 % 24

@@ -1,4 +1,4 @@
-"""A cache of the keys and values of histories: pages of bounded memory, of which the least recently used are reused."""
+"""A least-recently-used cache of the keys and values of histories, in pages of a fixed amount of memory."""
 
 from __future__ import annotations
 
@@ -16,59 +16,55 @@ from hstu.model.precision import DTYPES
 
 @dataclass
 class Prefix:
-    """The cached tokens of one sequence: its context and its history."""
+    """The cached context and history tokens of one sequence."""
 
     pages: list[int]
-    """Pages of the cache, in order."""
+    """Page numbers in token order."""
     num_tokens: int = 0
     """Tokens whose keys and values are in the pages."""
     times: Tensor | None = None
-    """int64 [num_tokens], seconds; None without a relative bias."""
+    """int64 [num_tokens], in seconds. None: the network has no relative bias."""
 
     def cut(self, num_tokens: int) -> None:
-        """Forget all but the first ``num_tokens`` tokens."""
+        """Keep only the first ``num_tokens`` tokens."""
         self.num_tokens = num_tokens
         self.times = None if self.times is None else self.times[:num_tokens]
 
 
 @dataclass
 class CacheStatistics:
-    """What a cache holds and what it has done."""
+    """Memory use and counters of a cache."""
 
     capacity_bytes: int
-    """Bytes of all pages; nothing else of the size of a history is kept on the device."""
+    """Bytes of all pages. Apart from the pages, only token times grow with the histories."""
     used_bytes: int = 0
-    """Bytes of the pages in use."""
     users: int = 0
     """Sequences in the cache."""
     evictions: int = 0
-    """Sequences that gave their pages to others."""
+    """Sequences removed to free their pages."""
     hits: int = 0
-    """Questions to a session that found the history in the cache."""
+    """Session requests whose history was in the cache."""
     misses: int = 0
-    """Questions to a session for which it was encoded first."""
+    """Session requests whose history had to be encoded first."""
     encoded_tokens: int = 0
-    """Tokens computed with whole histories."""
+    """Tokens computed by encoding whole histories."""
     appended_tokens: int = 0
-    """Tokens computed against a cached prefix and kept."""
+    """Tokens computed against a cached prefix and added to it."""
     scored_tokens: int = 0
-    """Tokens computed against a cached prefix and not kept: candidates, and the newest token at another time."""
+    """Tokens computed against a cached prefix and discarded: candidates, and newest tokens at a request time."""
 
 
 class PrefixCache:
-    """Pages of keys and values of all layers, [L, 2, H, page_tokens, d] each, for sequences under keys of your choice.
+    """Maps hashable keys to sequences in pages [L, 2, H, page_tokens, d] of keys and values of all layers.
 
-    The memory is allocated at once. When no page is free, the least recently used sequence loses all of its pages.
-    Not thread-safe.
+    All memory is allocated at once. When no page is free, the least recently used sequence loses all of its pages.
+    Not thread-safe. Raises ConfigError if a sequence of ``max_tokens`` does not fit.
 
     Args:
         network: layers, heads and compute dtype.
-        capacity_bytes: the pages take as many bytes at most.
-        max_tokens: context and history of the longest sequence.
-        page_tokens: tokens of a page. Half a page per sequence is unused on average; small pages cost more calls.
-
-    Raises:
-        ConfigError: a sequence of ``max_tokens`` does not fit.
+        capacity_bytes: maximum bytes of all pages.
+        max_tokens: context and history tokens of the longest sequence.
+        page_tokens: tokens per page. Large pages waste half a page per sequence; small pages need more calls.
     """
 
     def __init__(
@@ -97,26 +93,26 @@ class PrefixCache:
 
     @property
     def statistics(self) -> CacheStatistics:
-        """What the cache holds and has done; counts go on for as long as it lives."""
+        """Current memory use, and counts since the cache was created."""
         self._counts.users = len(self._prefixes)
         self._counts.used_bytes = (len(self._pool) - len(self._free)) * self.page_bytes
         return self._counts
 
     def find(self, key: Hashable) -> Prefix | None:
-        """The prefix under ``key``, which becomes the most recently used; None: it is not here (any more)."""
+        """Fetch a prefix and mark it as most recently used. None: the key is not in the cache."""
         prefix = self._prefixes.get(key)
         if prefix is not None:
             self._prefixes.move_to_end(key)
         return prefix
 
     def fits(self, lengths: Sequence[int]) -> bool:
-        """Whether sequences of so many tokens fit together."""
+        """Whether sequences of these numbers of tokens fit the cache together."""
         return sum(map(self._pages_for, lengths)) <= len(self._pool)
 
     def reserve(self, lengths: dict[Hashable, int]) -> list[Prefix]:
-        """Pages for so many tokens of each key; what a prefix has stays in its place.
+        """Reserve pages for key → number of tokens, and keep cached tokens. Evicts other sequences if needed.
 
-        Other sequences are evicted where none are free, these not. Raises ValueError if they do not fit together.
+        Raises ValueError if the given keys do not fit together.
         """
         if not self.fits([*lengths.values()]):
             raise ValueError(
@@ -130,13 +126,13 @@ class PrefixCache:
         return [self._prefixes[key] for key in lengths]
 
     def drop(self, key: Hashable) -> None:
-        """Forget a sequence, if it is here."""
+        """Remove a sequence if it is in the cache."""
         prefix = self._prefixes.pop(key, None)
         if prefix is not None:
             self._free += prefix.pages
 
     def write(self, prefix: Prefix, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [n, H, d] of the tokens from ``first`` on in reserved pages; any strides and dtype."""
+        """Write keys and values [n, H, d], of any strides and dtype, to reserved pages from token ``first`` on."""
         done, count = 0, len(keys)
         while done < count:
             page, place = divmod(first + done, self.page_tokens)
@@ -146,7 +142,7 @@ class PrefixCache:
             done = stop
 
     def pages(self, prefix: Prefix, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the tokens of ``prefix`` in one layer, [H, b, d] each, page by page."""
+        """The (keys, values) of a prefix in one layer, [H, b, d] each, per page."""
         whole, rest = divmod(prefix.num_tokens, self.page_tokens)
         found = [self._pool[page, layer].unbind() for page in prefix.pages[: whole + bool(rest)]]
         return [

@@ -1,7 +1,6 @@
-"""Predictions for many users: the best items of each (retrieval), scores of given candidates (both tasks), and vectors.
+"""Predict for many users: best items (retrieval), scores of given candidates (both tasks), and vectors.
 
-A caller divides the users into parts, and each part is divided over the ranks, so memory is bounded by one part. The
-rows of a part depend on its users alone.
+Callers pass users in chunks to bound the memory. Ranks divide each chunk. Its result depends only on its users.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ PART_USERS = 10_000
 
 
 def item_vectors(loaded: LoadedModel) -> Iterator[np.ndarray]:
-    """Vectors of all items of the data, in the order of their codes, chunk by chunk: float32 [n, E], of length 1.
+    """Yield unit vectors of all items of the data in the order of their codes, in chunks float32 [n, E].
 
-    Items that the model does not have, or that have no row in a dynamic table, have zero vectors. Collective; the same
-    on every rank. Raises DataError for a ranking model.
+    Items without a row in the model's table have zero vectors. Raises DataError for a ranking model. Collective.
     """
     codes = np.arange(loaded.store.cardinality(loaded.source.roles.item), dtype=np.int64)
     corpus = loaded.retrieval_evaluator().corpus(loaded.model_ids(codes))
@@ -52,7 +50,7 @@ def item_vectors(loaded: LoadedModel) -> Iterator[np.ndarray]:
 
 
 def user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = None) -> Iterator[np.ndarray]:
-    """Vectors of users in the given order, part by part: float32 [n, E], of length 1; the same on every rank."""
+    """Yield unit vectors of users (store rows) in the given order, in chunks float32 [n, E]. Collective."""
     for first in range(0, len(users), PART_USERS):
         part = users[first : first + PART_USERS]
         own, vectors = _own_user_vectors(loaded, part, at)
@@ -61,7 +59,7 @@ def user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = None) 
 
 
 def _own_user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = None) -> tuple[np.ndarray, Tensor]:
-    """Of users (rows of the store), those that this rank computes, and their vectors: int64 [n], float32 [n, E]."""
+    """Compute this rank's share of ``users``. Returns (store rows, int64 [n]; vectors, float32 [n, E])."""
     own = [np.zeros(0, dtype=np.int64)]
 
     def noted() -> Iterator[HSTUBatch]:
@@ -75,19 +73,19 @@ def _own_user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = N
 
 
 def _places_of(users: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Indices in ``users``, which are distinct, of ``wanted`` ones."""
+    """Indices of ``wanted`` users in ``users``, which are distinct."""
     order = np.argsort(users)
     return order[codes_of(wanted, users[order])]
 
 
 def _joined(loaded: LoadedModel, *own: np.ndarray) -> list[np.ndarray]:
-    """The arrays of all ranks, one rank after another."""
+    """All-gather each array and concatenate it in the order of the ranks."""
     of_ranks = gather_objects(own, loaded.mesh.world_group)
     return [np.concatenate(arrays) for arrays in zip(*of_ranks, strict=True)]
 
 
 class Predictor(ABC):
-    """Predicts for users that are given by their rows in the store. Collective."""
+    """Predicts for users given as store rows. Collective."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -96,10 +94,10 @@ class Predictor(ABC):
 
     @abstractmethod
     def predict(self, users: np.ndarray) -> pa.Table:
-        """The rows of these users, user after user in the given order, with raw ids; the same on every rank."""
+        """Predict a table with raw ids, grouped by user in the given order. Every rank returns all rows."""
 
     def _table(self, users: np.ndarray, items: Sequence[Any], columns: dict[str, np.ndarray]) -> pa.Table:
-        """``users``: rows of the store, int64 [n]; ``items``: raw ids."""
+        """``users``: store rows, int64 [n]; ``items``: raw ids."""
         ids = {
             "user": pa.array(self._raw_users[users], _arrow_type(self._raw_users)),
             "item": pa.array(items, _arrow_type(self._raw_items)),
@@ -120,15 +118,15 @@ def _arrow_type(ids: np.ndarray) -> pa.DataType:
 
 
 class RetrievalPredictor(Predictor):
-    """The best items of each user, with columns user, rank (from 1), item and score (a cosine).
+    """Predicts the best items of each user, with columns user, item, rank (from 1) and score (cosine similarity).
 
     Args:
         top: items per user. None: all candidates.
-        candidates: those of each user, in place of all items. An item that has no vector is no candidate.
-        allowed: codes of the only items to recommend, int64. None: all.
-        denied: codes of items not to recommend, int64.
-        keep_seen: whether to recommend items that the user has events of.
-        at: when the users ask, see ``LoadedModel.user_vectors``.
+        candidates: rank these items of each user instead of all items. Items without a vector are left out.
+        allowed: int64 codes of the only items to recommend. None: all.
+        denied: int64 codes of items to exclude.
+        keep_seen: also recommend items of the user's history.
+        at: time of the request, see ``LoadedModel.user_vectors``.
 
     Raises DataError for a ranking model, or if no item is left, and ConfigError if the model does not read ``at``.
     """
@@ -175,7 +173,7 @@ class RetrievalPredictor(Predictor):
         )
 
     def _best(self, users: np.ndarray, vectors: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(user, item as the model gets it, score) of the best items of the corpus, best first within each user."""
+        """(user, model id of the item, score) of the best items of the corpus, best first within each user."""
         seen, lengths = self._seen(users)
         queries = Queries(vectors, users, np.full_like(users, -1), seen, lengths)
         assert self.top is not None, "top may be None for candidates only"
@@ -184,7 +182,7 @@ class RetrievalPredictor(Predictor):
         return np.repeat(users, found.sum(axis=1)), self._ids[positions[found]], scores[found]
 
     def _seen(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the model gets for the items that users must not get again, and how many they are for each; int64."""
+        """(model ids of the items to exclude, user after user; their number per user), both int64."""
         if self.keep_seen:
             return np.zeros(0, dtype=np.int64), np.zeros_like(users)
         offsets = np.asarray(self.store.offsets())
@@ -195,13 +193,13 @@ class RetrievalPredictor(Predictor):
     def _best_candidates(
         self, users: np.ndarray, vectors: Tensor, candidates: Candidates
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same among the candidates of each user. ``candidates``: of the users of all ranks."""
+        """As ``_best``, among the candidates of each user. ``candidates``: for the users of all ranks."""
         corpus = self._evaluator.corpus(np.intersect1d(self.loaded.model_ids(candidates.items), self._ids))
         own = candidates.of_users(users)
         row, items = np.repeat(_places_of(users, own.users), own.counts), self.loaded.model_ids(own.items)
         scores = pair_scores(vectors, row, corpus.positions(items), corpus).cpu().numpy()
         seen, lengths = self._seen(users)
-        known = np.unique(np.concatenate([seen, items]))  # raw ids may be too large to be multiplied
+        known = np.unique(np.concatenate([seen, items]))  # products of raw ids may overflow int64
         seen_keys = np.repeat(np.arange(len(users)), lengths) * len(known) + np.searchsorted(known, seen)
         left = (scores > -np.inf) & ~np.isin(row * len(known) + np.searchsorted(known, items), seen_keys)
         order = np.lexsort((items, -scores, row))
@@ -212,20 +210,16 @@ class RetrievalPredictor(Predictor):
 
 
 def _ranks(keys: np.ndarray) -> np.ndarray:
-    """Places of elements in their runs of equal keys, from 1."""
+    """Positions of elements in their runs of equal keys, from 1."""
     starts = np.flatnonzero(np.diff(keys, prepend=-1))
     return 1 + run_indices(np.diff(starts, append=len(keys)))[1]
 
 
 class RankingPredictor(Predictor):
-    """What a ranking model predicts of given candidates, with columns user, item and those of ``score_columns``.
+    """Scores given candidates with a ranking model. Columns: user, item, and the result of ``score_columns``.
 
-    Args:
-        candidates: those of each user, with the features of events that the model reads before it predicts.
-        at: when the users ask. None: at the newest event of each.
-
-    Raises ConfigError if the model does not read ``at``, or if it reads the actions of other candidates, which are not
-    known.
+    ``candidates`` have the event features that the model reads. ``at``: see ``LoadedModel.user_vectors``.
+    Raises ConfigError if the model does not read ``at``, or if it reads the unknown actions on other candidates.
     """
 
     def __init__(self, loaded: LoadedModel, candidates: Candidates, at: int | None = None) -> None:
@@ -249,9 +243,9 @@ class RankingPredictor(Predictor):
         return self._table(np.repeat(given.users, given.counts), items, self._columns.of(self.logits(given)))
 
     def logits(self, given: Candidates) -> np.ndarray:
-        """What the model computes of candidates, float32 [C, outputs]; the same on every rank."""
+        """Compute the logits of candidates, float32 [C, outputs]. Every rank returns all rows."""
         values: dict[str, Any] = {self.store.item_feature: given.items, **given.values}
-        if self.source.roles.action is not None:  # of some class; the action on a candidate is not read
+        if self.source.roles.action is not None:  # any valid action: the model ignores actions on candidates
             values[self.source.roles.action] = np.full_like(given.items, self._columns.first_action)
         requests = GivenRequests(self.store, given.users, given.counts, values, self.at)
         places, outputs = [np.zeros(0, dtype=np.int64)], [np.zeros((0, self._columns.width), dtype=np.float32)]
@@ -268,12 +262,12 @@ class RankingPredictor(Predictor):
 
 @dataclass(frozen=True)
 class ScoreColumns:
-    """Turns outputs of a ranking model into columns, see ``score_columns``."""
+    """Converts outputs of a ranking model to columns."""
 
     groups: list[tuple[str, list[str]]]
-    """Kind and columns of outputs side by side: the probabilities of one "class", of "binary" tasks, or "numbers"."""
+    """(kind, column names) of consecutive outputs. Kind: "class" for a softmax, "binary" for sigmoids, or other."""
     first_action: int = 0
-    """An action that the model has a class for."""
+    """The lowest action that the model has a class for."""
     has_expected: bool = False
     """Whether ``score`` is the expected action."""
 
@@ -283,7 +277,7 @@ class ScoreColumns:
         return sum(len(names) for _, names in self.groups)
 
     def of(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
-        """float32 [n] each, of outputs float32 [n, width]."""
+        """Convert outputs, float32 [n, width], to column name → float32 [n]."""
         columns: dict[str, np.ndarray] = {}
         ends = np.cumsum([len(names) for _, names in self.groups])[:-1]
         for (kind, names), own in zip(self.groups, np.split(outputs.astype(np.float64), ends, axis=1), strict=True):
@@ -300,10 +294,9 @@ class ScoreColumns:
 def score_columns(evaluator: Evaluator, config: RunConfig, source: StoreSource) -> ScoreColumns:
     """The columns of a ranking model.
 
-    - One binary task: ``score``, the probability of a positive action; of several, ``score_<name>`` each.
-    - Classes: ``p_<action>``, the probability of each, and ``score``, the expected action, unless actions are texts.
-    - RankingArgs.tasks: binary ``score_<task>``, a probability; class ``p_<task>_<label>``; regression
-      ``score_<task>``, the value.
+    - One binary task: ``score``, the probability of a positive action. Several: ``score_<name>`` each.
+    - Classes: ``p_<action>``, a probability each, and ``score``, the expected action, unless actions are texts.
+    - RankingArgs.tasks: ``score_<task>`` (binary: probability, regression: value), ``p_<task>_<label>`` (class).
     """
     if isinstance(evaluator, MultiTaskEvaluator):
         groups = []
@@ -329,5 +322,5 @@ def score_columns(evaluator: Evaluator, config: RunConfig, source: StoreSource) 
 
 
 def _labels(first: int, count: int, texts: Sequence[str]) -> list[Any]:
-    """What the classes from the label ``first`` on stand for. ``texts``: of the labels 0, 1, …; empty for numbers."""
+    """Names of ``count`` classes from label ``first`` on. ``texts``: names of the labels 0, 1, …; may be shorter."""
     return [texts[label] if label < len(texts) else label for label in range(first, first + count)]

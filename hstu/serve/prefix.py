@@ -1,7 +1,7 @@
-"""Encode a history once, append events to it, and score candidates against it, exactly as the whole forward would.
+"""Encode a history once, append events to it, and score candidates against it, with the results of a full forward.
 
-An HSTU layer reads earlier tokens through their keys and values alone. These are kept, and new tokens compute
-projections, gate and attention for themselves. Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
+An HSTU layer reads earlier tokens only through their keys and values. The cache keeps these, so that only new tokens
+are computed. Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
 """
 
 from __future__ import annotations
@@ -29,23 +29,20 @@ from hstu.ops.pytorch.prefix_attention import CachedPrefix, prefix_attention
 from hstu.serve.pages import Prefix, PrefixCache
 
 APPENDED_AT_ONCE = 256
-"""History tokens of one pass: the scores of a pass are as many per token of the prefix."""
+"""History tokens per pass. Each needs one attention score per prefix token, so this bounds the memory."""
 
 
 class IncrementalEncoder:
-    """A sequence encoder whose histories stay in a cache. Call it in evaluation mode and without gradients.
+    """A sequence encoder that caches histories under hashable keys. Call it in evaluation mode without gradients.
 
-    Histories are under keys of your choice. Results equal those of ``encoder`` on the whole sequence, but for the order
-    of sums.
+    Results equal ``encoder`` on the whole sequence, except for the order of floating-point sums.
+    Raises ConfigError if the network truncates histories.
 
     Args:
-        encoder: on one rank; not tensor- or context-parallel.
-        cache: for its network.
+        encoder: an encoder without tensor or context parallelism.
+        cache: a cache for the network of ``encoder``.
         embeddings_of: batch → table rows of its features, as the encoder reads them.
         candidates_at_once: items per micro-batch, rounded up to whole groups.
-
-    Raises:
-        ConfigError: the network truncates histories.
     """
 
     def __init__(
@@ -65,14 +62,14 @@ class IncrementalEncoder:
         group = encoder.network.target_group_size
         self._items_at_once = -(-candidates_at_once // group) * group
         self.reencodes_because = why_append_reencodes(encoder)
-        """Why appending an event changes what the cache has of earlier ones; None: it does not."""
+        """Why a new event changes the cached values of earlier events. None: it does not."""
 
     # -- whole histories -----------------------------------------------------------------------------------------
 
     def encode(self, keys: Sequence[Hashable], batch: HSTUBatch) -> None:
-        """Keep the histories of a batch, whose real sequences have these keys and no candidates.
+        """Encode a batch of histories without candidates, and cache (or replace) them under ``keys``.
 
-        What was under the keys is replaced. Raises ValueError if they do not fit the cache together.
+        Raises ValueError if they do not fit the cache together, or for candidates or a wrong number of keys.
         """
         layout = self.encoder.inputs.layout(batch)
         if len({*keys}) != batch.real_batch_size or layout.num_candidate_tokens is not None:
@@ -100,10 +97,10 @@ class IncrementalEncoder:
     # -- new tokens of one history -------------------------------------------------------------------------------
 
     def kept_items(self, prefix: Prefix, new_items: int) -> int | None:
-        """How many of the cached items stay as they are when ``new_items`` follow; None: encode the whole history.
+        """The number of cached items that stay valid when ``new_items`` follow. None: encode the whole history.
 
-        The items after them are to be computed again together with the new ones: with a relative bias that reads
-        when the next event is, the newest item; with min_full_attention_tokens, those that get a window.
+        Later cached items must be recomputed with the new ones: the newest item if the relative bias reads the time of
+        the next event, and with min_full_attention_tokens the items whose attention becomes limited to a window.
         """
         if self.reencodes_because is not None:
             return None
@@ -120,10 +117,9 @@ class IncrementalEncoder:
         return (stable - context) // per_item
 
     def append(self, prefix: Prefix, key: Hashable, batch: HSTUBatch, count: int, kept: int) -> Tensor:
-        """Keep the newest ``count`` items of the sequence of ``batch`` after the first ``kept`` items of ``prefix``.
+        """Cut ``prefix`` to ``kept`` items (see ``kept_items``), and append the newest ``count`` items of ``batch``.
 
-        The batch may begin with context and earlier items. Returns the newest token, float32 [D]. ``kept`` is at most
-        what ``kept_items`` gives.
+        The batch may begin with context and earlier items. Returns the newest token, float32 [D].
         """
         tokens = None
         with self._forgotten_after_an_error([key]):
@@ -139,10 +135,9 @@ class IncrementalEncoder:
         return tokens[-1]
 
     def newest(self, prefix: Prefix, batch: HSTUBatch) -> Tensor:
-        """The newest token of a history, float32 [D], as it is when asked at ``batch.request_times``.
+        """Compute the newest token of a history, float32 [D], for a request at ``batch.request_times``.
 
-        batch: ends with the newest item, which is in the cache and is computed again, but not kept. Only where
-        ``reencodes_because`` is None.
+        ``batch`` ends with the newest item of the cached history. Requires that ``reencodes_because`` is None.
         """
         before = prefix.num_tokens - self._per_item
         x, layout = self._newest(batch, 1)
@@ -153,15 +148,15 @@ class IncrementalEncoder:
         return self._extend(earlier, x, part, prefix.num_tokens, keep=False)[-1]
 
     def score(self, prefix: Prefix, batch: HSTUBatch) -> Tensor:
-        """Tokens of the candidates of the only sequence of ``batch`` after the history ``prefix``: float32 [m, D].
+        """Encode the candidates of a one-sequence batch after the history ``prefix``: float32 [m, D].
 
-        Micro-batches of candidates bound the memory. The batch may begin with context and earlier items. Actions of
-        candidates are only read by later candidates of their group.
+        Micro-batches of candidates bound the memory. The batch may begin with context and earlier items. Only later
+        candidates of the same group read the action on a candidate.
         """
         group, per_item = self.encoder.network.target_group_size, self._per_item
         count = int(batch.num_candidates_host[0])
         x, layout = self._newest(batch, count)
-        if group == 1 and per_item == 2:  # nothing sees the actions
+        if group == 1 and per_item == 2:  # no candidate reads the actions of others
             layout = _sliced(layout, slice(None, None, 2), candidate_group_tokens=1, tokens_per_item=1)
             x, per_item = x[::2], 1
         end, found = prefix.num_tokens, []
@@ -178,7 +173,7 @@ class IncrementalEncoder:
         return self.encoder.features.tokens_per_item(self.encoder.network)
 
     def _newest(self, batch: HSTUBatch, count: int) -> tuple[Tensor, JaggedLayout]:
-        """The tokens of the newest items of the only sequence, without positions, and their layout."""
+        """The tokens of the newest ``count`` items of a one-sequence batch, without positions, and their layout."""
         if batch.real_batch_size != 1 or batch.item_lengths[0] < count:
             raise ValueError(f"a batch of one sequence with at least {count} items, not of {batch.item_lengths}")
         layout = self.encoder.inputs.layout(batch)
@@ -187,7 +182,7 @@ class IncrementalEncoder:
         return content[rows], _sliced(layout, rows)
 
     def _extend(self, prefix: Prefix, x: Tensor, layout: JaggedLayout, history_end: int, keep: bool) -> Tensor:
-        """Encoded tokens, float32 [n, D], of the contents ``x`` [n, D]. ``keep``: they become part of the prefix."""
+        """Encode ``x`` [n, D] after a prefix: float32 [n, D]. ``keep``: append the tokens to the prefix."""
 
         def attend_to_prefix(layer: int) -> AttentionForward:
             cached = CachedPrefix(
@@ -209,13 +204,13 @@ class IncrementalEncoder:
         return tokens
 
     def _content(self, batch: HSTUBatch, layout: JaggedLayout) -> Tensor:
-        """Tokens of a batch [T, D] without positions."""
+        """Tokens of a batch, [T, D], without positions."""
         with mixed_precision(self.encoder.network.dtype_str, layout.positions.device.type):
             parts = self.encoder.inputs.parts(self._embeddings_of(batch), batch, layout)
             return self.encoder.inputs.kernels.jagged_concat(parts, token_order(layout))
 
     def _run_layers(self, content: Tensor, layout: JaggedLayout, attend: Callable[[int], AttentionForward]) -> Tensor:
-        """Encoded tokens, float32 [n, D]. ``attend``: the attention of each layer, given by its index."""
+        """Run all layers: float32 [n, D]. ``attend``: layer index → attention."""
         network, inputs, x = self.encoder.network, self.encoder.inputs, content
         with mixed_precision(network.dtype_str, content.device.type):
             if inputs.position_table is not None:
@@ -230,7 +225,7 @@ class IncrementalEncoder:
 
     @contextmanager
     def _forgotten_after_an_error(self, keys: Sequence[Hashable]) -> Iterator[None]:
-        """Drop the sequences if the block raises: some layers may have new keys and values, and others old ones."""
+        """Drop the sequences if the block raises, because only some layers may have been updated."""
         try:
             yield
         except BaseException:
@@ -240,13 +235,13 @@ class IncrementalEncoder:
 
 
 def tokens_of(encoder: SequenceEncoder, items: int) -> int:
-    """Tokens of the context and of so many items."""
+    """The number of tokens of the context and ``items`` items."""
     features = encoder.features
     return len(features.contextual) + items * features.tokens_per_item(encoder.network)
 
 
 def _writing(attention: AttentionForward, write: Callable[[Tensor, Tensor], None]) -> AttentionForward:
-    """The same attention, which first writes its keys and values."""
+    """Wrap an attention so that it first calls ``write`` with its keys and values."""
 
     def attend(inputs: AttentionInputs) -> Tensor:
         write(inputs.k, inputs.v)
@@ -256,7 +251,7 @@ def _writing(attention: AttentionForward, write: Callable[[Tensor, Tensor], None
 
 
 def why_append_reencodes(encoder: SequenceEncoder) -> str | None:
-    """Why earlier tokens read later ones, so that the history is encoded again for each event; None: they do not."""
+    """Why earlier tokens read later tokens, so that each event needs a full encode. None: they do not."""
     network = encoder.network
     if not network.is_causal:
         return "NetworkArgs.is_causal = False: events see later ones"
@@ -271,14 +266,13 @@ def _runs_of(count: int, length: int) -> Iterator[slice]:
 
 
 def _sliced(layout: JaggedLayout, rows: slice, **changes: Any) -> JaggedLayout:
-    """The layout of some tokens, with other ``changes``."""
     of_tokens = {name: getattr(layout, name) for name in ("positions", "token_times", "query_times")}
     found = {name: None if values is None else values[rows] for name, values in of_tokens.items()}
     return replace(layout, **{**found, **changes})
 
 
 def _part(layout: JaggedLayout, rows: slice, start: int, history_end: int) -> JaggedLayout:
-    """The layout of some tokens, the first of which is token ``start`` of context and history; one sequence."""
+    """The layout of ``rows`` as one sequence whose first token is at position ``start`` of context and history."""
     count, device = rows.stop - rows.start, layout.positions.device
     are_candidates = layout.num_candidate_tokens is not None
     return _sliced(

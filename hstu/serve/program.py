@@ -1,7 +1,7 @@
 """The dense part of a trained model as one function of tensors, which torch.export can trace for any batch.
 
-It holds the trained modules themselves. Only what computes with host integers is replaced: the caller gives the layout
-as tensors, and attention pads sequences to one length (hstu/ops/pytorch/attention.py). It computes in float32.
+It runs copies of the trained modules in float32. torch.export cannot trace host integers, so the caller passes the
+layout as tensors, and attention pads sequences to one length (hstu/ops/pytorch/attention.py).
 """
 
 from __future__ import annotations
@@ -52,28 +52,28 @@ _SIZES = {
     "kept_padded": (("sequences", 2), ("longest_kept", 4)),
     "kept_history_ends": (("sequences", 2),),
 }
-"""Input → its dimensions: the name of each, and its size in the example that is traced; None: a size of the model."""
+"""Input → its dimensions as (name, size in the traced example). Size None: fixed by the model."""
 
 
 class ServingProgram(nn.Module):
-    """Rows of tables and a layout → what the task predicts at chosen tokens.
+    """Maps table rows and a layout to the predictions of the task at chosen tokens.
 
-    The inputs are a dict of tensors, those that ``input_names`` lists:
+    The input is a dict of the tensors in ``input_names``:
 
     items, actions: float32 [I, E], rows of the item and the action table, sequence after sequence.
-    side, known_after: float32 [I, .], rows of the side features side by side; the mean of a list.
+    side, known_after: float32 [I, .], concatenated rows of the side features; the mean row of a list.
     numbers: float32 [I, W], as ItemColumns.numbers.
-    is_history: float32 [I], 0 for candidates, whose action is hidden.
-    context: float32 [C · S, .], the rows of the first contextual feature of all sequences, then those of the second, ….
-    order: int64 [T], row of each token among those of context, items and actions, one after another.
-    positions: int64 [T], place of each token in its sequence; all candidates have that of the first.
+    is_history: float32 [I], 1 for history, 0 for candidates, whose action is hidden.
+    context: float32 [C · S, .], rows of all S sequences for the first contextual feature, then for the second, ….
+    order: int64 [T], row of each token in the concatenation of context, items and actions.
+    positions: int64 [T], position of each token in its sequence; all candidates have the position of the first.
     padded, places, history_ends: int64 [S, N], [T], [S], see PaddedLayout.
     token_times, query_times: int64 [T], in seconds, see JaggedLayout.
-    kept, kept_padded, kept_places, kept_history_ends: with NetworkArgs.truncate_to_items, the tokens on which the later
+    kept, kept_padded, kept_places, kept_history_ends: with NetworkArgs.truncate_to_items, the tokens that the later
         layers compute, and their layout.
     outputs: int64 [M], the tokens from which to predict.
 
-    Returns float32: [M, E], of length 1, for retrieval; [M, P] for ranking, what ModelOutput.logits holds.
+    Returns unit vectors, float32 [M, E], for retrieval, and ModelOutput.logits, float32 [M, P], for ranking.
     """
 
     def __init__(self, task: RetrievalDense | RankingModel) -> None:
@@ -95,7 +95,7 @@ class ServingProgram(nn.Module):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """The inputs that this model reads."""
+        """Names of the inputs that this model reads."""
         features, network = self.inputs.features, self.network
         hides = features.action is not None and self.inputs.tokens_per_item == 1 and self.head is not None
         needed = {
@@ -116,7 +116,7 @@ class ServingProgram(nn.Module):
         return self.network.whole_layers < self.network.num_layers
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """See the class."""
+        """Predict; see the class for inputs and outputs."""
         x = self._tokens(inputs)
         for layers, tokens, layout in self._stages(inputs):
             own, update = x if tokens is None else x.index_select(0, tokens), None
@@ -138,7 +138,7 @@ class ServingProgram(nn.Module):
         return torch.cat([task.predictions(own) for task, own in zip(tasks, each, strict=True)], dim=1)
 
     def _tokens(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The tokens [T, D] that the first layer reads, as SequenceInputs makes them."""
+        """Input tokens [T, D] of the first layer, computed as in SequenceInputs."""
         module = self.inputs
         parts = [self._projected("contextual", inputs["context"])] if "context" in inputs else []
         items = self._projected("item", inputs["items"])
@@ -171,7 +171,7 @@ class ServingProgram(nn.Module):
         return projected
 
     def _stages(self, inputs: dict[str, Tensor]) -> Iterator[tuple[Sequence[nn.Module], Tensor | None, JaggedLayout]]:
-        """As SequenceEncoder: some layers, the tokens on which they compute (None: all), and the layout of these."""
+        """Groups of layers, as in SequenceEncoder: (layers, tokens that they compute (None: all), layout)."""
         layers, whole = list(self.layers), self.network.whole_layers
         times = inputs.get("token_times"), inputs.get("query_times")
         yield layers[:whole], None, self._layout(inputs, "", *times)
@@ -184,11 +184,11 @@ class ServingProgram(nn.Module):
     ) -> JaggedLayout:
         module, nothing = self.inputs, np.zeros(0, dtype=np.int64)
         return PaddedLayout(
-            seqlen_offsets=inputs[f"{kind}history_ends"],  # the kernels of the program read neither these
+            seqlen_offsets=inputs[f"{kind}history_ends"],  # placeholder: the program's kernels do not read it
             seqlens=nothing,
             num_candidate_tokens=None,
             num_candidate_tokens_host=nothing,
-            positions=inputs[f"{kind}places"],  # nor these
+            positions=inputs[f"{kind}places"],  # placeholder, too
             num_contextuals=len(module.features.contextual),
             candidate_group_tokens=module.target_group_size * module.tokens_per_item,
             tokens_per_item=module.tokens_per_item,
@@ -201,11 +201,11 @@ class ServingProgram(nn.Module):
 
 
 class _OfInputsAndWeights(nn.Module):
-    """The program as a function of its weights, too: models of one configuration then have equal graphs."""
+    """Makes the weights an input of the program, so that models of one configuration have equal graphs."""
 
     def __init__(self, program: ServingProgram) -> None:
         super().__init__()
-        self._program = (program,)  # in a tuple, its parameters are none of this module
+        self._program = (program,)  # a tuple, so that its parameters are not registered here
 
     def forward(self, inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
         outputs: Tensor = functional_call(self._program[0], weights, (inputs,))
@@ -213,10 +213,10 @@ class _OfInputsAndWeights(nn.Module):
 
 
 def trace(program: ServingProgram) -> ExportedProgram:
-    """The program as a graph of PyTorch's own operators, for any number of sequences, items and tokens.
+    """Trace the program to a graph of PyTorch's own operators, for any number of sequences, items and tokens.
 
-    Its arguments are the inputs, in the order of ``input_names``, and the weights, in the order of their names. The
-    order matters to a compiled program: AOTInductor (torch 2.13) reads the values of a dictionary, whatever its keys.
+    Its arguments are the inputs in the order of ``input_names``, and the weights in the order of their names. Compiled
+    programs need this order: AOTInductor (torch 2.13) reads the values of a dict and ignores its keys.
     """
     sizes = {
         "item_width": program.network.item_width,
@@ -232,7 +232,7 @@ def trace(program: ServingProgram) -> ExportedProgram:
         size = [sizes[axis] if given is None else given for axis, given in _SIZES[name]]
         example[name] = torch.zeros(size, dtype=torch.float32 if is_float else torch.int64)
         shapes[name] = {place: dims[axis] for place, (axis, given) in enumerate(_SIZES[name]) if given is not None}
-    # The file of a program holds its example, too. Without the weights in it, equal graphs are equal files.
+    # The file of a program contains the traced example. Zero weights keep files of equal graphs equal.
     weights = {name: torch.zeros_like(weight) for name, weight in sorted(program.state_dict().items())}
     arguments = (example, weights)
     with torch.no_grad():
@@ -242,5 +242,4 @@ def trace(program: ServingProgram) -> ExportedProgram:
 
 
 def _frozen(module: M) -> M:
-    """A copy on the CPU, in evaluation mode."""
     return copy.deepcopy(module).cpu().eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""A session of a trained model: histories of users that are encoded once, continued, and asked again and again."""
+"""Encode user histories once, append events to them, and answer repeated requests from a cache."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Known:
-    """What a session has of a user, in host memory, to encode it again after its pages went to others."""
+    """The history of a user in host memory, to encode it again after eviction from the cache."""
 
     history: History
-    """The items that the model reads, after one that only says how long before them it was."""
+    """The items that the model reads, preceded by ``before`` items of which only the time is read."""
     before: int
-    """1 where there is such an item, else 0."""
+    """0 or 1."""
 
     @property
     def num_items(self) -> int:
@@ -44,22 +44,21 @@ class _Known:
 
 
 class Session:
-    """Histories of users whose keys and values are kept, so that a request costs what is new in it.
+    """Keeps the keys and values of user histories in a cache, so that a request computes only new tokens.
 
-    Answers are those of the whole forward for the same events. What does not fit the cache is encoded again when it
-    is asked for. Not thread-safe; on one rank.
+    Results equal a full forward. Evicted histories are encoded again at their next request. Not thread-safe.
 
     Args:
         loaded: a ranking or a retrieval model.
         cache_bytes: memory for keys and values on the model's device.
         page_tokens: tokens per page of the cache.
         candidates_at_once: candidates of a micro-batch.
-        trim_events: by how many events a history that outgrows the model is shortened at once. With 1 it always has
-            the newest events that the model reads; each new event then moves all positions, and the history is encoded
-            again. With n, it is encoded again at every n-th event, and is up to n − 1 events shorter than it could be.
+        trim_events: number of events removed when a history exceeds ``max_items``. With 1, a history has maximum
+            length, but each new event shifts all positions and encodes it again. With n, only every n-th event encodes
+            it again, and it is up to n − 1 events shorter.
 
     Raises:
-        ConfigError: a model on several ranks, one that truncates histories, or a cache too small for one history.
+        ConfigError: a model on several ranks or with truncated histories, or a cache too small for one history.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Session:
         dataset = loaded.config.dataset
         assert isinstance(dataset, DatasetArgs), "LoadedModel.restore requires data"
         self.max_items = loaded.source.max_items
-        """Items of the longest history: what the model was trained on, without room for candidates."""
+        """Maximum items of a history: the model's ``max_items``, for ranking minus room for candidates."""
         if isinstance(self._task, RankingModel):
             self.max_items -= max(dataset.max_num_candidates, 1)
         if not 1 <= trim_events <= self.max_items:
@@ -108,20 +107,20 @@ class Session:
 
     @property
     def statistics(self) -> CacheStatistics:
-        """What the cache holds and has done."""
+        """Memory use and counters of the cache."""
         return self._cache.statistics
 
     @property
     def reencodes_because(self) -> str | None:
-        """Why an appended event costs as much as the whole history; None: it costs what is new."""
+        """Why each appended event encodes the whole history again. None: only new tokens are computed."""
         return self._incremental.reencodes_because
 
-    # -- what users did ------------------------------------------------------------------------------------------
+    # -- histories -----------------------------------------------------------------------------------------------
 
     def encode(self, histories: Iterable[History]) -> None:
-        """Encode histories, together where they fit the cache. What the session had of their users is replaced.
+        """Encode histories in batches that fit the cache, replacing earlier histories of their users.
 
-        Raises DataError for a history without items, or without what the model reads of them.
+        Raises DataError for a history that is empty or lacks values that the model reads.
         """
         waiting: dict[Any, _Known] = {}
         for history in histories:
@@ -134,12 +133,10 @@ class Session:
         self._encode(waiting)
 
     def append(self, events: Iterable[History]) -> None:
-        """Append events, oldest first, to the histories of their users. ``context`` of the events is not read.
+        """Append events, oldest first, to the histories of their users. Ignores ``context`` of the events.
 
-        A history that has to be encoded again (``reencodes_because``, ``trim_events``) is so when it is next asked for.
-
-        Raises DataError for users whose history the session does not have, events without what the model reads, or
-        events earlier than the newest one of the history.
+        A history that must be encoded again (``reencodes_because``, ``trim_events``) is encoded at its next request.
+        Raises DataError for unknown users, incomplete events, and events before the newest event of the history.
         """
         for new in events:
             known, count = self._known(new.user), len(new.items)
@@ -147,12 +144,12 @@ class Session:
                 self._users[new.user] = self._appended(known, _joined(known.history, _as_lists(new)), count)
 
     def forget(self, users: Sequence[Any]) -> None:
-        """Remove users and what is cached of them. Users that are not there are ignored."""
+        """Remove the histories of users. Unknown users are ignored."""
         for user in users:
             self._users.pop(user, None)
             self._cache.drop(user)
 
-    # -- what is asked -------------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------
 
     def score(
         self,
@@ -163,23 +160,23 @@ class Session:
         actions: Sequence[Any] | None = None,
         features: Mapping[str, Sequence[Any]] | None = None,
     ) -> Tensor:
-        """Score candidates that are shown to a user after the history.
+        """Score candidates after the history of a user.
 
         Args:
-            user: one whose history the session has.
+            user: a user whose history the session has.
             items: raw ids, [m].
-            at: when they are shown, in whole seconds since 1970. None: at the newest event of the history.
-            actions: actions on the candidates, which only later candidates of their group see
-                (NetworkArgs.target_group_size above 1); None: unknown ones.
-            features: feature of items or events → its raw value for each candidate, as in History. What is known only
-                after an event may be left out.
+            at: time of the request in whole seconds since 1970. None: the time of the newest event.
+            actions: actions on the candidates, which only later candidates of the same group read
+                (NetworkArgs.target_group_size above 1). None: unknown.
+            features: item or event feature → raw value per candidate, as in History. Features that are known only
+                after an event are optional.
 
         Returns:
-            Ranking: logits as ``ModelOutput.logits``, float32 [m, last width of the head]. Retrieval: cosines of the
-            user's and the items' vectors, float32 [m]; −inf for items that the model does not have.
+            Ranking: ``ModelOutput.logits``, float32 [m, last width of the head]. Retrieval: cosine similarities of
+            user and items, float32 [m]; −inf for items that the model does not have.
 
         Raises:
-            DataError: an unknown user, ``at`` before the newest event, or candidates without what the model reads.
+            DataError: an unknown user, ``at`` before the newest event, or candidates that lack a feature.
             ConfigError: ``at`` is given to a model that does not read it.
         """
         known = self._known(user)
@@ -195,11 +192,7 @@ class Session:
             return self._task.logits(self._incremental.score(prefix, batch.to(self._loaded.mesh.device)))
 
     def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
-        """Vectors of users after their histories: float32 [len(users), E], of length 1. Retrieval only.
-
-        Where ``reencodes_because`` is not None, all events depend on the newest one, and the whole history is computed.
-        ``at`` and errors: as ``TrainedModel.user_embeddings``.
-        """
+        """As ``TrainedModel.user_embeddings``. Computes whole histories if ``reencodes_because`` is not None."""
         self._loaded.require_retrieval()
         assert isinstance(self._task, RetrievalDense)
         vectors = [torch.empty(0, self._loaded.config.network.item_width, device=self._loaded.mesh.device)]
@@ -216,14 +209,14 @@ class Session:
                 vectors.append(self._task.queries(newest[None]))
         return torch.cat(vectors)
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    # -- helpers -------------------------------------------------------------------------------------------------
 
     def _appended(self, known: _Known, history: History, count: int) -> _Known:
-        """Continue what the cache has of a user, of whose ``history`` the newest ``count`` items are new."""
+        """Update the cache for a user's new ``history``, whose newest ``count`` items are new."""
         user, room = history.user, self.max_items - self._trim_events + 1
         if known.num_items + count > self.max_items:
             updated = _newest(history, room)
-            self._tail(updated, min(count, room))  # raises for events without what the model reads
+            self._tail(updated, min(count, room))  # raises DataError for incomplete events
             self._cache.drop(user)
             return updated
         updated, prefix = _Known(history, known.before), self._cache.find(user)
@@ -238,7 +231,7 @@ class Session:
         return updated
 
     def _encode(self, known: Mapping[Any, _Known]) -> None:
-        """Encode users together, who are at most as many as an evaluation batch has."""
+        """Encode at most one evaluation batch of users."""
         histories = [each.history for each in known.values()]
         lengths = [each.num_items for each in known.values()]
         for batch in self._requests.batches(histories, lengths):
@@ -247,7 +240,7 @@ class Session:
         self._users.update(known)
 
     def _prefix(self, user: Any, known: _Known) -> Prefix:
-        """What the cache has of a user; encoded if it has nothing."""
+        """The cached prefix of a user, encoded first if it is missing."""
         prefix = self._cache.find(user)
         if prefix is not None:
             self.statistics.hits += 1
@@ -264,7 +257,7 @@ class Session:
         return self._users[user]
 
     def _tail(self, known: _Known, count: int) -> HSTUBatch:
-        """A batch that ends with the newest ``count`` items; one before them says how long ago it was."""
+        """A batch of the newest ``count`` items after one earlier item, whose time the model reads."""
         (batch,) = self._requests.batches([known.history.cut(slice(-count - 1, None))], [count + 1])
         return batch
 
@@ -273,7 +266,6 @@ class Session:
         return model.replicated_tables(batch.features) | as_jagged(model.look_up(batch), batch)
 
     def _cosines(self, user: Any, items: Sequence[Any], at: int | None) -> Tensor:
-        """Scores of a retrieval model, float32 [m]."""
         vector = self.user_embeddings([user], at)[0]
         vocabulary = self._loaded.vocabularies[self._loaded.source.roles.item]
         ids = vocabulary.rows(items).numpy()
@@ -284,7 +276,7 @@ class Session:
 
 
 def _task_of(dense: nn.Module) -> RankingModel | RetrievalDense:
-    """The dense part of the task, also where it is wrapped."""
+    """The dense part of the task, without wrappers."""
     for module in dense.modules():
         if isinstance(module, (RankingModel, RetrievalDense)):
             return module
@@ -301,12 +293,11 @@ def _as_lists(history: History) -> History:
 
 
 def _newest(history: History, count: int) -> _Known:
-    """The newest ``count`` items, and the one before them if there is one."""
     return _Known(history.cut(slice(-count - 1, None)), before=int(len(history.items) > count))
 
 
 def _joined(history: History, new: History) -> History:
-    """The events of ``new`` after those of ``history``. Raises DataError where one has what the other lacks."""
+    """Append the events of ``new`` to ``history``. Raises DataError if only one of them has a feature."""
     of_user = f"the events to append to the history of {new.user!r}"
 
     def join(what: str, before: Any, after: Any) -> Any:

@@ -6,8 +6,8 @@
     history = hstu_serving.History(items=[50, 181], actions=[5, 4], timestamps=[880000000, 880000060])
     print(model.recommend(history, k=10))
 
-An export has a copy of this package under the name hstu_serving. It needs Python 3.11 or newer, torch, and nothing
-else. All ids are those of the raw data. An id that the model does not have counts as unknown: its row is zeros.
+Each export contains a copy of this package, named hstu_serving. It needs only Python 3.11 or newer and torch. All ids
+are ids of the raw data. An id that the model does not have is unknown: its row is zeros.
 """
 
 from .files import Table

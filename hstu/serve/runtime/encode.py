@@ -1,4 +1,4 @@
-"""From requests in raw ids to the ids that a model reads: for an exported model, rows of its tables."""
+"""Convert raw ids of requests to the ids that a model reads: for an exported model, rows of its tables."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from .files import Vocabulary, rows_at
 from .requests import Candidates, History, ServingError
 
 _NO_EVENT = -(2**63)
-"""Time of the newest event of a user who has done nothing yet."""
+"""Stands for the time of the newest event of a user without events."""
 
 
 @dataclass(frozen=True)
 class Events:
-    """Events of one user, oldest first, or candidates that are shown to the user."""
+    """Events of one user, oldest first, or candidates for the user."""
 
     ids: dict[str, Tensor]
-    """Feature → row of its table for each event, int64 [n]; of a list, for its values, one event after another."""
+    """Feature → table row of each event, int64 [n]; for a list, the rows of all its values, event after event."""
     counts: dict[str, Tensor]
-    """List → number of its values at each event, int64 [n]."""
+    """List feature → number of its values at each event, int64 [n]."""
     numbers: Tensor | None
-    """float32 [n, W]: numbers and vectors side by side, NaN where one is missing. None: the model reads none."""
+    """float32 [n, W]: concatenated numbers and vectors, NaN for missing. None: the model reads none."""
     times: Tensor | None
-    """int64 [n], in seconds. None: the model reads no times."""
+    """int64 [n], seconds. None: the model reads no times."""
     context: dict[str, Tensor] = field(default_factory=dict)
-    """Contextual feature → row of its table, int64 [1]. Empty for candidates."""
+    """Contextual feature → table row, int64 [1]. Empty for candidates."""
     at: Tensor | None = None
-    """When the user asks: int64, a scalar. None: for candidates, and if the model reads no times."""
+    """Time of the request, scalar int64. None: for candidates, and if the model reads no times."""
     length: int = 0
-    """Number of events."""
+    """Number of events or candidates."""
 
 
 class Encoder:
-    """Looks up the ids of what a model reads of histories and candidates.
+    """Converts histories and candidates to ids, numbers and times that a model reads.
 
     Args:
-        facts: those of serving.json that describe requests.
-        vocabularies: by feature.
-        items: the items of which something is known.
-        known: what is known of them: ``item.<feature>``, with ``.offsets`` of lists.
+        facts: the entries of serving.json that describe requests.
+        vocabularies: feature → vocabulary.
+        items: vocabulary of the items with stored features.
+        known: the stored features of ``items``: ``item.<feature>``, with ``.offsets`` for lists.
     """
 
     error: type[Exception] = ServingError
-    """What is raised for a request that the model cannot read."""
+    """Exception class for a request that the model cannot read."""
 
     def __init__(
         self,
@@ -62,26 +62,26 @@ class Encoder:
 
     @property
     def items(self) -> Vocabulary:
-        """The items."""
+        """The vocabulary of items that the model reads."""
         return self.vocabularies[self.facts["item"]]
 
     @property
     def given_features(self) -> dict[str, bool]:
-        """Features that do not follow from times → whether each event must have them in a request."""
+        """Feature of items or events, except time features → whether a request must contain it."""
         return {name: f"item.{name}" not in self._known for name in self._given()}
 
     @property
     def known_before(self) -> list[str]:
-        """Features that candidates may have in a request."""
+        """Features that a request may contain for candidates."""
         return self._given(known_after=False)
 
     def history(self, history: History, at: int | None, room: int) -> Events:
-        """The newest ``room`` events and the user. Raises ``error`` for a history that the model cannot read."""
+        """Encode the context and the newest ``room`` events. Raises ``error`` for an invalid history."""
         self._check(history, at)
         facts, count = self.facts, len(history.items)
         newest = slice(max(0, count - room), None)
         shown = history.cut(newest)
-        if not count:  # the features of no event need not be given
+        if not count:  # an empty history needs no features
             shown = replace(shown, features=dict.fromkeys(self.given_features, ()))
         times = before = torch.empty(0, dtype=torch.int64)
         if count and facts["reads_times"]:
@@ -97,7 +97,7 @@ class Encoder:
         return replace(events, context=context, at=asked)
 
     def candidates(self, candidates: Candidates, history: History, at: int | None, parts: int = 1) -> list[Events]:
-        """Candidates that are shown to the user of ``history`` at ``at``, divided evenly into ``parts``."""
+        """Encode candidates for the user of ``history`` at time ``at``, divided evenly into ``parts``."""
         count, newest = len(candidates.items), _NO_EVENT
         if self.facts["reads_times"] and history.timestamps is not None and len(history.timestamps):
             newest = int(history.timestamps[-1])
@@ -116,9 +116,9 @@ class Encoder:
     def sequences(
         self, history: History, candidates: Candidates, at: int | None = None
     ) -> list[tuple[Events, Events | None]]:
-        """The sequences in which candidates are scored: equal parts of them, each after the history that fits.
+        """Encode the sequences to score: even parts of the candidates, each after as much history as fits.
 
-        A model that was trained with candidates has no more events than it had there beside the largest part.
+        If the model was trained with candidates, the history leaves room for the largest part in ``max_items``.
         """
         count, longest, rule = len(candidates.items), self.facts["max_items"], self.facts["candidates"]
         number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
@@ -127,7 +127,7 @@ class Encoder:
         return [(events, part) for part in self.candidates(candidates, history, at, number)]
 
     def unknown(self, histories: Iterable[History]) -> dict[str, list[Any]]:
-        """Feature → values that are given and that the model does not have, each once, in the order of their texts."""
+        """Feature → distinct values of the histories that the model does not have, sorted as texts."""
         found: dict[str, set[Any]] = {}
         for history in histories:
             given = {self.facts["item"]: history.items, self.facts["action"]: history.actions}
@@ -171,17 +171,14 @@ class Encoder:
                 raise self.error(f"the model has no {what} {name!r}; it has {', '.join(known) or 'none'}")
 
     def _given(self, known_after: bool = True) -> list[str]:
-        """Features that do not follow from times: all, or those that are known before an event."""
+        """Features of items or events except time features. ``known_after``: include features known after an event."""
         facts = self.facts
         names = [*facts["side"], *(facts["known_after"] if known_after else ())]
         numbers = [entry["name"] for entry in facts["numbers"] if known_after or not entry["known_after"]]
         return [name for name in names if facts["features"][name]["kind"] != "time"] + numbers
 
     def _events(self, shown: History | Candidates, times: Tensor, before: Tensor, who: str, are_events: bool) -> Events:
-        """``before``: the time of the user's newest event before each, int64 [n].
-
-        ``are_events``: False for candidates, of which nothing needs to be known that only the event makes known.
-        """
+        """``before``: time of the user's previous event for each, int64 [n]. ``are_events``: False for candidates."""
         facts, places = self.facts, self._known_items.places(shown.items)
         ids, counts = {facts["item"]: self.items.rows(shown.items)}, {}
         nothing = torch.full_like(places, -1)
@@ -211,7 +208,7 @@ class Encoder:
     def _side(
         self, name: str, features: Mapping[str, Sequence[Any]], places: Tensor, who: str
     ) -> tuple[Tensor, Tensor]:
-        """(rows of the values of one feature, one event after another; how many each event has)."""
+        """(rows of all values of one feature, event after event; number of values per event)."""
         vocabulary, is_list = self.vocabularies[name], self.facts["features"][name]["is_list"]
         counts = torch.ones_like(places)
         if name in features:
@@ -233,7 +230,7 @@ class Encoder:
     def _numbers(
         self, entry: Mapping[str, Any], shown: History | Candidates, places: Tensor, who: str, are_events: bool
     ) -> Tensor:
-        """float32 [n, width] of a number or a vector."""
+        """float32 [n, width]: one number or vector per event."""
         name, width = entry["name"], entry["width"]
         if name in shown.features:
             return self._as_numbers(name, shown.features[name], width)
@@ -242,7 +239,7 @@ class Encoder:
         return rows_at(self._of_items(name, who), places).masked_fill((places < 0)[:, None], math.nan)
 
     def _as_numbers(self, name: str, values: Sequence[Any], width: int) -> Tensor:
-        """float32 [n, width], NaN in place of None."""
+        """float32 [n, width], NaN for None."""
         rows = [torch.empty(0, width)]
         for value in values:
             try:
@@ -266,13 +263,13 @@ class Encoder:
         return self._known[f"item.{name}"]
 
     def _of_user(self, feature: str, value: Any) -> Tensor:
-        """int64 [1]; unknown for a value that is not given."""
+        """int64 [1]: the model id of a contextual value; unknown for None."""
         vocabulary = self.vocabularies[feature]
         return vocabulary.rows_of(torch.tensor([-1])) if value is None else vocabulary.rows([value])
 
 
 def _time_codes(name: str, times: Tensor, before: Tensor) -> Tensor:
-    """int64 [n], as preprocessing makes hour_of_day, day_of_week (both UTC) and time_gap."""
+    """int64 [n]: hour_of_day, day_of_week (both UTC) or time_gap, computed as in preprocessing."""
     if name == "hour_of_day":
         return times // 3600 % 24
     if name == "day_of_week":
@@ -283,17 +280,17 @@ def _time_codes(name: str, times: Tensor, before: Tensor) -> Tensor:
 
 
 def _lengths(features: Mapping[str, Sequence[Any]], **others: Sequence[Any] | None) -> Iterator[tuple[str, int]]:
-    """What is given, as an error names it, and how much of it."""
+    """Yield (name for an error message, number of values) of what is not None."""
     for name, values in {**others, **{f"features {name!r}": own for name, own in features.items()}}.items():
         if values is not None:
             yield name, len(values)
 
 
 def name_of(history: History) -> str:
-    """How an error names a history."""
+    """The name of a history in error messages."""
     return "a history" if history.user is None else f"the history of {history.user!r}"
 
 
 def _bit_lengths(numbers: Tensor) -> Tensor:
-    """1 plus the base-2 logarithm, rounded down, of int64 [n] numbers of at least 1."""
+    """1 + ⌊log2(number)⌋ of numbers ≥ 1, int64 [n]."""
     return torch.tensor([number.bit_length() for number in numbers.tolist()], dtype=torch.int64)

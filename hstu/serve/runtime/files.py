@@ -24,10 +24,7 @@ _INT64 = range(-(2**63), 2**63)
 
 
 def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a directory whose files are all there and intact.
-
-    Returns (what serving.json holds, name of each file → its sha256). Raises ServingError.
-    """
+    """Verify all files of an export. Returns (serving.json, file name → sha256). Raises ServingError."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -56,7 +53,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def checksum_of(files: Mapping[str, Any]) -> str:
-    """The checksum of a manifest itself."""
+    """The sha256 of the file list of a manifest."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -66,9 +63,9 @@ def _sha256(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: 8 bytes of length, a JSON header, then the tensors' bytes.
+    """Read a safetensors file: 8 bytes with the length of a JSON header, the header, the bytes of the tensors.
 
-    The file is read at once, not mapped: a mapped file that is cut off later ends the process.
+    Memory-mapping the file is unsafe: if it is truncated later, the process crashes.
     """
     content = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(content[:8], "little")
@@ -83,19 +80,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def texts_of(stored: Mapping[str, Tensor], name: str) -> list[str]:
-    """The texts whose UTF-8 bytes are ``<name>.utf8`` and whose bounds are ``<name>.offsets``."""
+    """Decode the UTF-8 texts in ``<name>.utf8`` with the bounds ``<name>.offsets``."""
     content = bytes(stored[f"{name}.utf8"].tolist())
     return [content[a:b].decode() for a, b in pairwise(stored[f"{name}.offsets"].tolist())]
 
 
 class Table:
-    """Rows of an embedding table in float32, bfloat16, or int8 with one factor per row."""
+    """An embedding table in float32, bfloat16, or int8 with one scale per row."""
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None) -> None:
         self.weight, self.scale = weight, scale
 
     def rows(self, index: Tensor) -> Tensor:
-        """float32 [n, dim]; zeros where ``index`` (int64 [n]) is negative."""
+        """Look up rows, float32 [n, dim]. A negative index, int64 [n], gives zeros."""
         found = rows_at(self.weight, index).float()
         if self.scale is not None:
             found = found * rows_at(self.scale, index)[:, None]
@@ -103,29 +100,29 @@ class Table:
 
 
 def read_tables(path: Path) -> dict[str, Table]:
-    """The tables of a file. That of int8 has its factors under ``<name>.scale``."""
+    """Read the tables of a file. An int8 table has its scales in ``<name>.scale``."""
     stored = read_tensors(path)
     return {name: Table(rows, stored.get(f"{name}.scale")) for name, rows in stored.items() if rows.ndim == 2}
 
 
 def rows_at(values: Tensor, index: Tensor) -> Tensor:
-    """values[index], where a negative index gives any row."""
+    """``values[index]``. A negative index gives an arbitrary row."""
     if not len(values):
         return values.new_zeros((len(index), *values.shape[1:]))
     return values[index.clamp(min=0)]
 
 
 class Vocabulary:
-    """The values of one feature, and the row of a table that a model reads for each.
+    """Maps the values of one feature to their indices, and to table rows.
 
     Args:
-        kind: "texts" and "numbers" are listed in ascending order; the numbers 0 … size - 1 of a "range" are not; the
-            codes of a "time" feature follow from times; "raw" values are any int64, which the model gets as they are.
+        kind: "texts" and "numbers" have ascending ``values``; a "range" has the numbers 0 … size - 1; codes of a "time"
+            feature are computed from times; "raw" values are any int64, which the model reads unchanged.
         size: number of values.
         values: the texts, or the numbers, int64 [size].
-        rows: row of each value, int64 [size]. None: its place.
-        missing: row that stands for a missing value.
-        unknown: row that stands for a value that is not there; -1 gives zeros.
+        rows: row of each value, int64 [size]. None: the index of the value.
+        missing: row for a missing value (None).
+        unknown: row for an unknown value; -1 gives zeros.
     """
 
     def __init__(
@@ -144,7 +141,7 @@ class Vocabulary:
 
     @classmethod
     def read(cls, stored: Mapping[str, Tensor], name: str, facts: Mapping[str, Any]) -> Vocabulary:
-        """That of a feature in an exported directory. ``facts``: of this feature, in serving.json."""
+        """Create the vocabulary of an exported feature. ``facts``: entry of the feature in serving.json."""
         key, kind = f"ids.{name}", facts["kind"]
         values = texts_of(stored, key) if kind == "texts" else stored.get(key)
         return cls(kind, facts["size"], values, stored.get(f"rows.{name}"), facts["missing"])
@@ -154,7 +151,7 @@ class Vocabulary:
         return {text: place for place, text in enumerate(self.texts)}
 
     def places(self, values: Sequence[Any]) -> Tensor:
-        """Place of each value among all, int64 [n]; -1 for an unknown one. Numbers may be given as texts."""
+        """Index of each value in the vocabulary, int64 [n]; -1 if unknown. Numbers may be given as texts."""
         if self.kind == "texts":
             return torch.tensor([self._places.get(str(value), -1) for value in values], dtype=torch.int64)
         numbers = [_as_int64(value) for value in values]
@@ -169,7 +166,7 @@ class Vocabulary:
         return torch.where(is_number & (self.numbers[found] == wanted), found, -1)
 
     def rows(self, values: Sequence[Any]) -> Tensor:
-        """Row for each value, int64 [n]; ``missing`` for None."""
+        """Row of each value, int64 [n]; ``missing`` for None."""
         if self.kind == "raw":
             numbers = [_as_int64(value) for value in values]
             found = torch.tensor([self.unknown if n is None else n for n in numbers], dtype=torch.int64)
@@ -178,25 +175,25 @@ class Vocabulary:
         return found.masked_fill(torch.tensor([value is None for value in values], dtype=torch.bool), self.missing)
 
     def rows_of(self, places: Tensor) -> Tensor:
-        """Row for each place, int64 [n]; ``unknown`` where there is none."""
+        """Row of each index, int64 [n]; ``unknown`` for a negative index."""
         found = places if self._rows is None else rows_at(self._rows, places)
         return found.masked_fill(places < 0, self.unknown)
 
     def values_at(self, places: Tensor) -> list[Any]:
-        """The values at places, int64 [n]; of a "raw" feature the numbers themselves."""
+        """Values at the given indices, int64 [n]; for a "raw" feature the indices themselves."""
         if self.kind == "texts":
             return [self.texts[place] for place in places.tolist()]
         found: list[Any] = (self.numbers[places] if self.kind == "numbers" else places).tolist()
         return found
 
     def value_at(self, place: int) -> Any:
-        """The value at one place."""
+        """The value at one index."""
         return self.values_at(torch.tensor([place]))[0]
 
 
 def _as_int64(value: Any) -> int | None:
     try:
-        number = value if type(value) is int else int(str(value))  # most are, and a history has many
+        number = value if type(value) is int else int(str(value))  # fast path: histories have many int values
     except ValueError:
         return None
     return number if number in _INT64 else None

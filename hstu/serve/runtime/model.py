@@ -1,4 +1,4 @@
-"""The model of an exported directory: what a service calls, and how sequences of ids become inputs of the program."""
+"""Load an exported model, answer requests with it, and convert sequences of ids to inputs of its program."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from .requests import Candidates, History, ServingError
 
 ITEM_VECTORS = "item_vectors"
 _COSINES_AT_ONCE = 1 << 25
-"""Cosines of users and items that are computed at once."""
+"""Maximum cosine similarities per matrix product."""
 _SCORES_AT_ONCE = 1 << 19
-"""Attention scores that are computed at once, unless one sequence has more: 6 sequences of 200 tokens and 2 heads.
+"""Maximum attention scores per chunk, unless one sequence has more: 6 sequences of 200 tokens with 2 heads.
 
-Few sequences of similar lengths are padded by less than many, and what is computed of them stays in the caches.
+Small chunks need less padding, and their activations fit the CPU caches.
 """
 Program = Callable[[dict[str, Tensor]], Tensor]
-"""Inputs, which hstu/serve/program.py names → outputs."""
+"""Inputs (see hstu/serve/program.py) → outputs."""
 Sequence_ = tuple[Events, Events | None]
-"""Events of a user, and candidates to score; None: the newest event is read."""
+"""(history, candidates to score). None: predict from the newest event."""
 
 
 @dataclass(frozen=True)
@@ -45,33 +45,33 @@ class Recommendation:
     """The best items of one user, best first."""
 
     items: list[Any]
-    """Ids of the raw data."""
+    """Raw ids."""
     scores: list[float]
-    """Cosines of the vectors of user and item."""
+    """Cosine similarities of user and item."""
     titles: list[str]
-    """Titles of the items; empty where the data has none."""
+    """Titles of the items; empty if the data has no titles."""
 
 
 def load(directory: str | Path, *, compiled: bool = False, like: Model | None = None) -> Model:
-    """Load the folder ``serving`` of an export, and compare every file with its checksum.
+    """Load the folder ``serving`` of an export, and verify the checksums of all files.
 
     Args:
-        directory: the folder. It may have been moved, and may change or be removed afterwards.
-        compiled: run the program that ``--aot`` has compiled for this kind of machine instead of the graph.
-        like: a model that this one may share the program with. Reading a program takes seconds, and exports of one
-            configuration have equal ones.
+        directory: the folder. It may have been moved, and may change or be removed after loading.
+        compiled: run the program that ``--aot`` compiled for this kind of machine instead of the graph.
+        like: share the program of this model if both are equal, as in exports of one configuration. Loading a program
+            takes seconds.
 
     Raises:
-        ServingError: a file is missing, incomplete or damaged, or the folder is of another version.
+        ServingError: a file is missing, incomplete or damaged, or the folder has another version.
     """
     return Model(Path(directory), compiled, like)
 
 
 class Model:
-    """An exported model in host memory; :func:`load` creates it. Several threads may call it at once.
+    """An exported model in host memory, created by :func:`load`. Thread-safe.
 
-    ``facts`` is what serving.json holds: features, tasks and limits of the model. ``encoder`` looks up what it reads.
-    ``titles`` are those of the items in the order of ``encoder.items``; empty where the data has none.
+    ``facts`` is the content of serving.json: features, tasks and limits of the model. ``encoder`` converts raw ids.
+    ``titles`` has the item titles in the order of ``encoder.items``; it is empty if the data has no titles.
     """
 
     def __init__(self, directory: Path, compiled: bool, like: Model | None) -> None:
@@ -104,28 +104,28 @@ class Model:
 
     @property
     def reads_request_time(self) -> bool:
-        """Whether results depend on ``at``, when they are asked for."""
+        """Whether results depend on ``at``, the time of the request."""
         return bool(self.facts["reads_request_time"])
 
     def recommend(
         self, history: History, k: int = 10, at: int | None = None, filter_seen: bool = True
     ) -> Recommendation:
-        """:meth:`recommend_batch` for one history."""
+        """Recommend items for one history, see :meth:`recommend_batch`."""
         return self.recommend_batch([history], k, at, filter_seen)[0]
 
     def recommend_batch(
         self, histories: Sequence[History], k: int = 10, at: int | None = None, filter_seen: bool = True
     ) -> list[Recommendation]:
-        """The ``k`` best items of each user; fewer where there are not as many.
+        """Recommend the ``k`` best items to each user, or fewer if not enough items are left.
 
         Args:
-            histories: what each user has done.
+            histories: one per user.
             k: number of items.
-            at: when they ask, in whole seconds since 1970. None: at the newest event of each.
+            at: time of the request in whole seconds since 1970. None: the time of each user's newest event.
             filter_seen: leave out the items of a user's history.
 
         Raises:
-            ServingError: a history lacks something that the model reads, is empty or has an event after ``at``; the
+            ServingError: a history lacks a value that the model reads, is empty or has an event after ``at``; the
                 model does not read ``at``; or it is a ranking model.
         """
         seen = [history.items if filter_seen else () for history in histories]
@@ -133,10 +133,7 @@ class Model:
         return self.nearest(self.embed_batch(histories, at), [k] * len(histories), seen)
 
     def nearest(self, queries: Tensor, k: Sequence[int], seen: Sequence[Sequence[Any]]) -> list[Recommendation]:
-        """The items whose vectors have the largest cosines with each of ``queries``, float32 [n, E].
-
-        ``k``: the number of items of each. ``seen``: items to leave out of each.
-        """
+        """Find the ``k`` items nearest to each unit vector of ``queries``, float32 [n, E], except ``seen`` items."""
         items, found = self._item_vectors("recommend"), []
         step = max(1, _COSINES_AT_ONCE // max(1, len(items)))
         for first in range(0, len(queries), step):
@@ -156,51 +153,47 @@ class Model:
         return Recommendation(self.encoder.items.values_at(chosen), scores[: len(chosen)].tolist(), titles)
 
     def embed(self, history: History, at: int | None = None) -> Tensor:
-        """:meth:`embed_batch` for one history: float32 [E]."""
+        """Encode one history into a unit vector, float32 [E], see :meth:`embed_batch`."""
         return self.embed_batch([history], at)[0]
 
     def embed_batch(self, histories: Sequence[History], at: int | None = None) -> Tensor:
-        """Vectors of users, float32 [len(histories), E], of length 1. Arguments and errors: :meth:`recommend_batch`."""
+        """Encode histories into unit vectors, float32 [n, E]. Arguments and errors: :meth:`recommend_batch`."""
         width = self._item_vectors("embed").shape[1]
         encoded = [self.encode(history, at) for history in histories]
         return torch.cat([torch.empty(0, width), *self.run(encoded)])
 
     def encode(self, history: History, at: int | None = None) -> Sequence_:
-        """What :meth:`run` reads of a user to embed. A server encodes requests of several times and runs them together.
-
-        Arguments and errors: :meth:`recommend_batch`.
-        """
+        """Prepare a request for :meth:`run`, which runs requests with different ``at`` together."""
         self._item_vectors("embed")
         return self.encoder.history(history, at, self.facts["max_items"]), None
 
     def run(self, encoded: Sequence[Sequence_]) -> list[Tensor]:
-        """What the program predicts for each: the vector [1, E] of a user, or logits [candidates, outputs]."""
+        """Run the program. Returns the vector [1, E] of each user, or the logits [candidates, outputs]."""
         return _run(lambda inputs: self._program(inputs, self._weights), self.facts, self._tables, encoded)
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
-        """Vectors of items, float32 [len(items), E], of length 1; zeros for items that the model does not have."""
+        """Unit vectors of items, float32 [len(items), E]; zeros for unknown items."""
         places = self.encoder.items.places(items)
         return self._item_vectors("embed")[places.clamp(min=0)].masked_fill((places < 0)[:, None], 0)
 
     def score(
         self, history: History, candidates: Candidates | Sequence[Any], at: int | None = None
     ) -> dict[str, list[Any]]:
-        """:meth:`score_batch` for one history."""
+        """Score candidates for one history, see :meth:`score_batch`."""
         return self.score_batch([history], [candidates], at)[0]
 
     def score_batch(
         self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]], at: int | None = None
     ) -> list[dict[str, list[Any]]]:
-        """For each history: name of a prediction → its value for each candidate, in the order given.
+        """Score candidates. Returns for each history: name of a prediction → its value per candidate.
 
-        Ranking has a prediction per task (``facts["tasks"]``). A binary task gives a probability, a class task a list
-        of probabilities, others a number. Retrieval has "cosine".
-        Arguments and errors: :meth:`recommend_batch`.
+        Ranking has one prediction per task (``facts["tasks"]``): a probability for a binary task, a list of
+        probabilities for a class task, else a number. Retrieval has "cosine". Errors: :meth:`recommend_batch`.
         """
         return [self.predictions(outputs) for outputs in self.predict_batch(histories, candidates, at)]
 
     def predictions(self, outputs: Tensor) -> dict[str, list[Any]]:
-        """Name of a prediction → its values, of what the model computes for candidates, float32 [n, outputs]."""
+        """Convert outputs for candidates, float32 [n, outputs], to name of a prediction → values."""
         values, first = {}, 0
         for task in self.facts["tasks"]:
             own = outputs[:, first : first + task["width"]]
@@ -213,7 +206,7 @@ class Model:
     def predict_batch(
         self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]], at: int | None = None
     ) -> list[Tensor]:
-        """As :meth:`score_batch`, but what the model computes, float32 [candidates, outputs]: logits of ranking."""
+        """As :meth:`score_batch`, but returns logits or cosine similarities, float32 [candidates, outputs]."""
         shown = [each if isinstance(each, Candidates) else Candidates(each) for each in candidates]
         if len(shown) != len(histories):
             raise ServingError(f"{len(shown)} lists of candidates for {len(histories)} histories; give one per history")
@@ -237,9 +230,9 @@ class Model:
 def _run(
     program: Program, facts: Mapping[str, Any], tables: Mapping[str, Table], sequences: Sequence[Sequence_]
 ) -> list[Tensor]:
-    """What the program predicts for each sequence, [number of outputs of the sequence, width]."""
+    """Run the program on chunks of sequences of similar length. Returns [outputs, width] per sequence."""
     lengths = [_num_items(sequence) * facts["tokens_per_item"] + len(facts["contextual"]) for sequence in sequences]
-    order = sorted(range(len(sequences)), key=lengths.__getitem__)  # sequences of one chunk are padded to the longest
+    order = sorted(range(len(sequences)), key=lengths.__getitem__)  # a chunk is padded to its longest sequence
     found: list[Tensor] = [torch.empty(0)] * len(sequences)
     start = 0
     while start < len(order):
@@ -264,13 +257,13 @@ def _num_items(sequence: Sequence_) -> int:
 def _inputs(
     facts: Mapping[str, Any], tables: Mapping[str, Table], sequences: Sequence[Sequence_]
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """The inputs that the program reads (hstu/serve/program.py names them), and the number of outputs of each."""
+    """(inputs of the program, see hstu/serve/program.py; number of outputs of each sequence)."""
     parts = [part for sequence in sequences for part in sequence if part is not None]
     inputs = _table_rows(facts, tables, parts)
     per_item, num_context = facts["tokens_per_item"], len(facts["contextual"])
     items = torch.tensor([_num_items(sequence) for sequence in sequences])
     shown = torch.tensor([0 if candidates is None else candidates.length for _, candidates in sequences])
-    # Where one candidate is the newest event to the mask, it is a part of the history.
+    # Unless "apart", the attention mask treats the candidate as the newest event of the history.
     apart = shown if facts["candidates"]["apart"] else torch.zeros_like(shown)
     lengths, ends = num_context + items * per_item, num_context + (items - apart) * per_item
     sequence, place = _runs(lengths)
@@ -302,7 +295,7 @@ def _inputs(
 
 
 def _table_rows(facts: Mapping[str, Any], tables: Mapping[str, Table], parts: Sequence[Events]) -> dict[str, Tensor]:
-    """The inputs that have a row per event, and those of the users; of a list the mean of its rows."""
+    """The inputs with one row per event or per user. A list has the mean of its rows."""
 
     def rows_of(name: str, ids: Sequence[Tensor]) -> Tensor:
         return tables[facts["features"][name]["table"]].rows(torch.cat([*ids]))
@@ -331,7 +324,7 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor:
 
 
 def _means(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Means of runs of rows [sum of lengths, width], one run for each of the lengths int64 [n]: [n, width]."""
+    """Means of consecutive runs of rows [sum of lengths, width], with lengths int64 [n]: [n, width]."""
     run, _ = _runs(lengths)
     return rows.new_zeros(len(lengths), rows.shape[1]).index_add_(0, run, rows) / lengths[:, None]
 
@@ -339,9 +332,9 @@ def _means(rows: Tensor, lengths: Tensor) -> Tensor:
 def _query_times(
     facts: Mapping[str, Any], times: Tensor, place: Tensor, lengths: Tensor, ends: Tensor, at: Tensor
 ) -> Tensor:
-    """From when each token looks back, int64 [T]: the time of the token after it, or its own.
+    """The query time of each token, int64 [T]: the time of the next token, or its own.
 
-    The newest token of a history is followed by the request, unless candidates are apart in training, too.
+    The next time of a history's newest token is the request, if ``request_follows``.
     """
     if not facts["asks_for_next"]:
         return times
@@ -351,7 +344,6 @@ def _query_times(
 
 
 def _padded(kind: str, lengths: Tensor, ends: Tensor) -> dict[str, Tensor]:
-    """The inputs padded, places and history_ends of sequences."""
     sequence, place = _runs(lengths)
     longest = int(lengths.max())
     places = sequence * longest + place
@@ -361,6 +353,6 @@ def _padded(kind: str, lengths: Tensor, ends: Tensor) -> dict[str, Tensor]:
 
 
 def _runs(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """(run, place in its run) of each element of consecutive runs; int64 [sum of lengths] both."""
+    """(run, index in its run) of each element of consecutive runs; int64 [sum of lengths] both."""
     run = torch.repeat_interleave(lengths)
     return run, torch.arange(len(run)) - (lengths.cumsum(0) - lengths)[run]

@@ -1,4 +1,4 @@
-"""What a request consists of."""
+"""The parts of a request: a history, and candidates."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 
 
 class ServingError(ValueError):
-    """The directory is damaged, or a request lacks something or does not fit the model."""
+    """An exported directory is damaged, or a request does not fit the model."""
 
 
 @dataclass(frozen=True)
 class History:
-    """The events of one user, oldest first. All values are those of the raw data, in lists or arrays."""
+    """The events of one user, oldest first. All values are raw values of the data, in lists or arrays."""
 
     user: Any = None
-    """Id of the user, which models with the contextual feature user_id read, and errors name."""
+    """User id, for models with the contextual feature user_id and for error messages."""
     _: KW_ONLY
     items: Sequence[Any]
-    """Ids of the items, one per event."""
+    """Item ids, one per event."""
     actions: Sequence[Any] | None = None
     """One per event, if the model reads actions."""
     timestamps: Sequence[int] | None = None
     """Whole seconds since 1970, one per event, if the model reads times."""
     context: Mapping[str, Any] = field(default_factory=dict)
-    """Contextual feature → value of this user. One that is left out is unknown."""
+    """Contextual feature → value of this user. Features that are left out are unknown."""
     features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """Feature of items or events → its value at each event, None where it is missing; a list of values where an item
-    has several, and for a vector. Features of items that are left out are those of the data."""
+    """Item or event feature → value per event: None if missing, a list for several values or a vector. Item features
+    that are left out come from the data."""
 
     def cut(self, events: slice) -> History:
-        """Some of the events."""
+        """A history of a slice of the events."""
         return replace(
             self,
             items=self.items[events],
@@ -47,12 +47,12 @@ class Candidates:
 
     items: Sequence[Any]
     features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    """As History.features, for features that are known before the event."""
+    """As History.features, for features that are known before an event."""
     actions: Sequence[Any] | None = None
-    """What the user did with each, where that is known: a model trained with NetworkArgs.target_group_size reads it for
-    later candidates of a group. ``features`` may then also have what is known after the event."""
+    """Known actions on the candidates: with NetworkArgs.target_group_size > 1, later candidates of a group read them.
+    ``features`` may then contain features that are known after an event."""
 
     def cut(self, items: slice) -> Candidates:
-        """Some of the items."""
+        """A slice of the candidates."""
         actions = None if self.actions is None else self.actions[items]
         return Candidates(self.items[items], {name: each[items] for name, each in self.features.items()}, actions)

@@ -53,11 +53,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The best items of one user, best first."""
+    """The best items of one user, best first, with raw ids."""
 
     user: Any
     items: list[Any]
-    """Raw ids."""
     titles: list[str]
     """Titles, or raw ids if the data has no titles."""
     scores: list[float]
@@ -158,11 +157,8 @@ class TrainedModel(LoadedModel):
 
         Returns the recommendations, and feature → unknown values. Unknown items and unknown or missing contextual
         features get a row of zeros. Item features that are not given come from the data, if it exists.
-
-        Raises:
-            DataError: a history is empty, lacks actions, times or features that the model reads, or has events after
-                ``at``.
-            ConfigError: see :meth:`user_embeddings`, which also describes ``at``.
+        ``at`` and errors: see :meth:`user_embeddings`. Also raises DataError for a history that is empty or lacks
+        actions, times or features that the model reads.
         """
         corpus, item_feature = self.retrieval_evaluator().corpus(), self.source.roles.item
         vectors = self.user_vectors(self.encoder.batches(given), at)
@@ -180,10 +176,7 @@ class TrainedModel(LoadedModel):
         return self.histories_of(encode_users(self.store, users))
 
     def session(self, cache_bytes: int, **options: Any) -> Session:
-        """Cache encoded histories, so that a request computes only new events and candidates.
-
-        Arguments and errors: see :class:`hstu.serve.session.Session`.
-        """
+        """Create a cache of encoded histories. Arguments and errors: see :class:`hstu.serve.session.Session`."""
         return Session(self, cache_bytes, **options)
 
     def _best(
@@ -207,7 +200,6 @@ class TrainedModel(LoadedModel):
         ]
 
     def _describe_items(self, ids: np.ndarray) -> tuple[list[Any], list[str]]:
-        """Raw ids and titles of items, given by the ids that the model reads."""
         items = self.vocabularies[self.source.roles.item].values_at(torch.from_numpy(ids))
         titles = None if isinstance(self.source, StoredSource) else self.store.titles()
         if titles is None:

@@ -172,7 +172,7 @@ def read_codes(loaded: LoadedModel, file: str, column: str, vocabulary: Vocabula
 
 
 def users_of_file(loaded: LoadedModel, file: str | None) -> np.ndarray:
-    """Distinct store rows, int64, of the users in a file; None: of all users. Prints unknown users."""
+    """Distinct store rows, int64, of the users in a file (None: of all users). Prints unknown users."""
     if file is None:
         return np.arange(loaded.store.num_users)
     return np.asarray(pd.unique(read_codes(loaded, file, "user", loaded.users)))
@@ -181,8 +181,8 @@ def users_of_file(loaded: LoadedModel, file: str | None) -> np.ndarray:
 def read_candidates(loaded: LoadedModel, file: str, features: Sequence[str]) -> Candidates:
     """Read candidates from a .csv or .parquet file with the columns user, item and ``features``.
 
-    Prints unknown users and items, and skips their rows. Raises DataError if the file is unreadable, lacks a column or
-    an id, or has an unknown feature value.
+    Skips and prints unknown users and items. Raises DataError if the file is unreadable or lacks a column, an id, or a
+    known feature value.
     """
     store = loaded.store
     table = _read_table(file, ("user", "item", *features))

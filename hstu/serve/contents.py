@@ -87,8 +87,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
     dataset, network, args = config.dataset, config.network, config.task_args
     assert isinstance(dataset, DatasetArgs)
     has_candidates = dataset.has_candidates
-    # Without candidates in training, a candidate is the newest event. Windows and truncation count it, so each sequence
-    # scores one.
+    # Without candidates in training, a candidate is the newest event, which windows and truncation count.
     alone = not has_candidates and (
         network.truncate_to_items is not None or (network.has_window and network.min_full_attention_tokens > 0)
     )
@@ -131,8 +130,6 @@ def _tasks(trained: LoadedModel) -> list[tuple[str, str, int, int]]:
 
 
 class _Features:
-    """Collects the ids and table rows of every feature."""
-
     def __init__(self, trained: LoadedModel) -> None:
         self._model, self._source = trained.model, trained.source
         self._device = trained.mesh.device
@@ -204,7 +201,7 @@ class _Features:
         return self._in_table(item) if of_data is None else np.union1d(self._in_table(item), of_data)
 
     def _in_table(self, feature: str) -> np.ndarray:
-        """The ids of a feature with raw ids that have a table row, ascending."""
+        """Ids with a table row, ascending, for a feature with raw ids."""
         return self._dynamic_ids[self._spec_of[feature].name]
 
 

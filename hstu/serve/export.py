@@ -35,10 +35,7 @@ _CHECKED_USERS = 10
 
 
 def for_export(config: RunConfig, data: Path | None = None) -> RunConfig:
-    """The configuration to load a model for export: one process, float32, PyTorch's own operators.
-
-    ``data``: preprocessed data with the item features. None: the data of the run.
-    """
+    """The configuration to load a model for export: one process, float32, PyTorch operators; on other ``data``."""
     dataset = config.dataset
     if data is not None and isinstance(dataset, DatasetArgs):
         dataset = replace(dataset, dataset_path=str(data), eval_dataset_path=None)
@@ -167,7 +164,6 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _compile(exported: ExportedProgram, path: Path) -> None:
-    """Compile the program for this kind of machine. Raises ConfigError if the compiler fails."""
     try:
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
     except Exception as error:  # such as a missing or old compiler, or an unsupported operator

@@ -167,10 +167,7 @@ class BatchEncoder(Encoder):
 def histories(
     store: SequenceStore, rows: Iterable[int] | None = None, features: Sequence[str] = ()
 ) -> Iterator[History]:
-    """Iterate over the histories of all users of a store, or of the users in ``rows``, reading from disk lazily.
-
-    ``features``: event features to include.
-    """
+    """Read the histories of all users, or of the users in ``rows``, lazily. ``features``: event features to include."""
     raw = {name: store.raw_ids(name) for name, feature in store.features.items() if feature.has_vocab}
     offsets, users = store.offsets(), store.raw_ids(USER_FEATURE)
     action, timestamp = store.action_feature, store.timestamp_feature

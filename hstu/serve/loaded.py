@@ -134,7 +134,7 @@ class LoadedModel:
 
     @cached_property
     def encoder(self) -> BatchEncoder:
-        """Builds batches from histories given by hand."""
+        """Builds batches from requests."""
         return BatchEncoder(self.config, self.source, self.vocabularies)
 
     @contextmanager
@@ -212,7 +212,7 @@ def mesh_of_this_process() -> Mesh:
 
 
 def _open_source(config: RunConfig, checkpoint: Path, mesh: Mesh) -> InferenceSource | StoredSource:
-    """Open the data of the run, or its description in the checkpoint if the data is missing."""
+    """Open the data, or its description in the checkpoint if the data is missing."""
     assert isinstance(config.dataset, DatasetArgs)
     try:
         return InferenceSource(config, config.dataset, mesh)

@@ -1,6 +1,6 @@
 """The HTTP server of exported models: FastAPI in front of hstu.serve.runtime. scripts/serve.py starts it.
 
-app.py has the routes, schemas.py what they read and write, limits included. A request becomes a ``Query`` (model.py),
-waits in a ``Batcher`` (batching.py), and is answered by the ``ServedModel`` that ``LiveModel`` (swap.py) has then.
-Needs the extra ``serve``; nothing here imports TorchRec or Megatron.
+app.py has the routes, schemas.py the JSON of requests with its limits. A request becomes a ``Query`` (model.py) and
+waits in a ``Batcher`` (batching.py). The current ``ServedModel`` of the ``LiveModel`` (swap.py) answers it.
+Needs the extra ``serve``, but neither TorchRec nor Megatron.
 """

@@ -43,12 +43,9 @@ _log = logging.getLogger(__name__)
 
 
 def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI:
-    """The application, in ASGI. While it runs, it replaces the model by newer exports.
+    """Create the ASGI application. While it runs, it replaces the model of ``live`` by newer exports.
 
-    Args:
-        live: the model in use.
-        settings: limits.
-        metrics: what ``live`` counts in, too.
+    ``metrics``: the same object that ``live`` uses.
     """
     batcher = Batcher(lambda queries: live.current.answer(queries), settings, metrics)
 
@@ -65,7 +62,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         description="Recommendations of an exported model.",
         version=hstu.__version__,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's pages load their scripts from elsewhere, which the server's headers forbid
+        docs_url=None,  # FastAPI's pages load scripts from other hosts, which the header forbids
         redoc_url=None,
     )
     _add_error_handlers(app)
@@ -129,13 +126,13 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
 
 
 class Guard:
-    """ASGI middleware that counts requests, refuses large ones, adds headers and answers defects with a plain 500.
+    """ASGI middleware that counts requests, limits their size, adds headers and answers exceptions with status 500.
 
     Args:
-        app: what it is around.
-        metrics: where to count.
-        max_body_bytes: a larger request is answered with 413, and one that does not say its length with 411.
-        paths: paths that are counted by name; "other" for the rest.
+        app: the wrapped application.
+        metrics: metrics to update.
+        max_body_bytes: larger requests get status 413, chunked requests without a length get 411.
+        paths: paths that are counted by name; other paths are counted as "other".
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, paths: Collection[str]) -> None:
@@ -174,19 +171,18 @@ class Guard:
 
 
 def _as_json(answer: Answer, **content: Any) -> Response:
-    # FastAPI would check again each number of what this program has computed.
+    # A Response skips FastAPI's slow validation of each number.
     text = json.dumps({"model": answer.model, **content, "unknown_items": answer.unknown_items}, allow_nan=False)
     return Response(text, media_type="application/json")
 
 
 def _failure(status: int, text: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:
-    """An answer that says what is wrong."""
-    # In ASCII: a text may have half of a character that takes two, which UTF-8 cannot write.
+    # json.dumps escapes to ASCII, because texts may contain lone surrogates, which UTF-8 cannot encode.
     return Response(json.dumps({"error": text, **more}), status, headers, media_type="application/json")
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Answer every kind of error with JSON and without what the request held."""
+    """Answer all errors with JSON that leaves out the content of the request."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -209,8 +205,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _where(error: Mapping[str, Any]) -> str:
-    """Such as "items[3]"; a name that a client has made up is cut off."""
-    _, *location = error["loc"]  # in the body, or in the query
+    """The location of an error, such as "items[3]". Long names are cut, because clients choose them."""
+    _, *location = error["loc"]  # the first entry is "body" or "query"
     if error["type"] == "json_invalid":
         return f"character {location[0]}"
     parts = [f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in location]
@@ -222,13 +218,12 @@ async def _watch(live: LiveModel, every_s: float) -> None:
         await asyncio.sleep(every_s)
         try:
             if await asyncio.to_thread(live.refresh):
-                gc.collect()  # the earlier model has circles of references
-        except Exception:  # such as a file system that is gone for a while; the model in use goes on
+                gc.collect()  # the replaced model has reference cycles
+        except Exception:  # such as an unavailable file system; the current model keeps serving
             _log.exception("cannot look for newer exports")
 
 
 def _facts(served: ServedModel) -> dict[str, Any]:
-    """The answer of /model."""
     facts, encoder = served.model.facts, served.model.encoder
     actions = encoder.vocabularies[facts["action"]] if facts["action"] else None
     shown = range(actions.size if actions is not None and actions.size <= _SHOWN_ACTIONS else 0)

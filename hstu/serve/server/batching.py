@@ -1,4 +1,4 @@
-"""Requests that wait together are computed together."""
+"""Compute waiting requests in batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 from .settings import Metrics, Settings
 
 Compute = Callable[[Sequence[Any]], Sequence[Any]]
-"""From queries to their answers, in order; an exception in place of an answer is raised to the one who asked."""
+"""Queries → answers, in order. An exception instead of an answer is raised in the ``ask`` of its query."""
 
 
 class Overloaded(Exception):
-    """Too many requests wait."""
+    """The queue of waiting requests is full."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__(f"too many requests wait; try again in {retry_after_s} s")
@@ -34,13 +34,10 @@ class _Waiting:
 
 
 class Batcher:
-    """Computes batches of waiting queries, one after another, in a thread of its own.
+    """Computes batches of waiting queries, one at a time, with ``compute`` in a single separate thread.
 
-    A batch starts when it is full or its oldest query has waited for ``max_wait_s``. While one is computed, queries
-    gather for the next.
-
-    Args:
-        compute: is called in that thread alone, with 1 to ``max_batch`` queries.
+    A batch of 1 to ``max_batch`` queries starts when it is full or its oldest query has waited ``max_wait_s``. During
+    a batch, queries gather for the next.
     """
 
     def __init__(self, compute: Compute, settings: Settings, metrics: Metrics) -> None:
@@ -53,11 +50,11 @@ class Batcher:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to compute. Called once, in the event loop."""
+        """Start computing. Call it once, in the event loop."""
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Compute what waits, then end."""
+        """Compute the waiting queries, then stop."""
         self._is_closing = True
         self._changed.set()
         if self._task is not None:
@@ -65,7 +62,7 @@ class Batcher:
         self._thread.shutdown()
 
     async def ask(self, query: Any) -> Any:
-        """The answer to a query. Raises Overloaded, or what ``compute`` gave or raised."""
+        """Answer a query. Raises Overloaded, or the exception that ``compute`` returns or raises."""
         if len(self._queue) >= self._settings.max_waiting:
             raise Overloaded(max(1, math.ceil(len(self._queue) * self._seconds_per_query)))
         waiting = _Waiting(query, asyncio.get_running_loop().create_future())
@@ -86,7 +83,7 @@ class Batcher:
                 await self._answer(self._take())
 
     def _patience_s(self) -> float:
-        """How much longer the waiting queries wait for others."""
+        """Seconds until the next batch must start."""
         if self._is_closing or len(self._queue) >= self._settings.max_batch:
             return 0.0
         return self._queue[0].since + self._settings.max_wait_s - time.monotonic()
@@ -103,7 +100,7 @@ class Batcher:
         try:
             queries = [waiting.query for waiting in batch]
             answers = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, queries)
-        except Exception as error:  # a defect must cost this batch and not the server
+        except Exception as error:  # a defect fails this batch, but not the server
             answers = [error] * len(batch)
         seconds = time.monotonic() - begun
         self._metrics.batch_sizes.observe(len(batch))

@@ -1,4 +1,4 @@
-"""An exported model as the server uses it: batches of queries of any kind."""
+"""Answer batches of mixed queries with an exported model."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Query:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says to a query."""
+    """The answer of a model to a query."""
 
     model: str
     """Version of the model."""
     content: Any
-    """A Recommendation, for candidates a dict of predictions, else the vector as a list."""
+    """A Recommendation; a dict of predictions for candidates; or a vector as a list."""
     unknown_items: list[Any]
     """Items of the query that the model does not have."""
 
 
 class ServedModel:
-    """A model with its version. ``answer`` belongs to one thread."""
+    """A model with its version. Only one thread may call ``answer``."""
 
     def __init__(self, model: Model, version: str) -> None:
         self.model, self.version = model, version
@@ -46,7 +46,7 @@ class ServedModel:
         self._titles = [title.casefold() for title in model.titles]
 
     def answer(self, queries: Sequence[Query]) -> list[Answer | Exception]:
-        """An answer per query, computed together; a ServingError in place of one whose query does not fit the model."""
+        """Answer queries together. A query that does not fit the model gets a ServingError instead of an answer."""
         with torch.inference_mode():
             contents = self._outputs(queries)
             known = [place for place, output in enumerate(contents) if isinstance(output, Tensor)]
@@ -61,7 +61,7 @@ class ServedModel:
         return contents
 
     def search(self, text: str, count: int) -> list[tuple[Any, str]]:
-        """Ids and titles of ``count`` items whose title has ``text``, or whose id it is. Any thread may call it."""
+        """Find up to ``count`` (id, title) pairs whose title contains ``text`` or whose id equals it. Thread-safe."""
         items, wanted, found = self.model.encoder.items, text.casefold(), []
         place = int(items.places([text])[0])
         if place >= 0:
@@ -74,7 +74,7 @@ class ServedModel:
         return found
 
     def check(self) -> None:
-        """Answer one query. Raises ServingError if that fails or gives what is no number."""
+        """Answer a test query. Raises ServingError if that fails or the result is not finite."""
         encoder = self.model.encoder
         item, missing = encoder.items.value_at(0), {name: [None] for name in encoder.given_features}
         history = History(items=[item], actions=[None], timestamps=[0], features=missing)
@@ -84,7 +84,7 @@ class ServedModel:
                 raise ServingError(f"the model cannot answer: {answer}") from answer
 
     def _outputs(self, queries: Sequence[Query]) -> list[Any]:
-        """Of each query the vector [1, E] of its user or the logits [candidates, outputs], or a ServingError."""
+        """For each query, the user vector [1, E], the logits [candidates, outputs], or a ServingError."""
         found: list[Any] = []
         sequences: list[Any] = []
         for query in queries:
@@ -103,7 +103,6 @@ class ServedModel:
         return [_finite(torch.cat(outputs[each])) if isinstance(each, slice) else each for each in found]
 
     def _of_vectors(self, queries: Sequence[Query], vectors: Sequence[Tensor]) -> list[Any]:
-        """Contents of answers of a retrieval model."""
         contents: list[Any] = []
         for query, vector in zip(queries, vectors, strict=True):
             if query.candidates is not None:

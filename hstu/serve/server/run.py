@@ -1,4 +1,4 @@
-"""Start the server and end it in order."""
+"""Start the server and shut it down gracefully."""
 
 from __future__ import annotations
 
@@ -20,34 +20,27 @@ from .swap import LiveModel
 
 _BACKLOG = 256
 _SWITCH_INTERVAL_S = 1e-4
-"""How long a thread keeps the interpreter while others wait for it. Each operator of a program releases it.
-With Python's 5 ms, a request takes 40 times as long while an export is loaded in another thread; so, 3 times.
+"""How long a thread may hold the GIL while others wait. PyTorch operators release it.
+While another thread loads an export, requests take 3 times as long; with Python's default of 5 ms, 40 times.
 """
 _log = logging.getLogger(__name__)
 
 
 def serve(root: Path, host: str, port: int, settings: Settings) -> None:
-    """Serve the newest export of ``root`` until SIGTERM or Ctrl-C; requests that have begun are answered then.
+    """Serve the newest export of ``root`` (see ``find_exports``) until SIGTERM or Ctrl-C; finish running requests then.
 
-    Args:
-        root: an export, or a folder with several (swap.find_exports).
-        host: address to listen at.
-        port: 0 takes a free one.
-        settings: limits.
-
-    Raises:
-        ConfigError: the address cannot be used.
-        DataError: no export can be served.
+    ``port`` 0 chooses a free port. Raises ConfigError if the address cannot be used, and DataError if no export can be
+    served.
     """
     _set_up_logging()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     torch.set_num_threads(settings.threads)
     with _bound(host, port) as listener:
         metrics = Metrics()
-        gc.freeze()  # what is imported stays; without it, collecting an earlier model stops all threads for longer
+        gc.freeze()  # exempts imported modules, so that collecting a replaced model pauses threads for less time
         live = LiveModel(root, metrics)
         shown = f"[{host}]" if ":" in host else host
-        # uvicorn handles both and raises them again when it has ended in order.
+        # uvicorn handles both signals, and raises them again after a graceful shutdown.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _log.info("listening url=http://%s:%d", shown, listener.getsockname()[1])
@@ -56,7 +49,7 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
 
 
 def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvicorn.Config:
-    """How uvicorn runs the application."""
+    """Create the uvicorn configuration of the application."""
     return uvicorn.Config(
         create_app(live, settings, metrics),
         http="h11",
@@ -74,7 +67,7 @@ def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvic
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket with the address. It is taken before the model is loaded, which may take long."""
+    """Bind a socket. The caller does so before loading the model, which may take long."""
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG

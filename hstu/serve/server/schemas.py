@@ -1,4 +1,4 @@
-"""What requests look like in JSON. Those with unknown fields, wrong types or too much are refused."""
+"""The JSON schemas of requests. They reject unknown fields, wrong types and values over the limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator chooses, and what the server counts for Prometheus."""
+"""Settings of the server, and its Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits of a server; scripts/serve.py has an option for each."""
+    """Limits of a server. scripts/serve.py has an option for each."""
 
     max_batch: int = 32
-    """Requests that are computed together at most."""
+    """Maximum requests per batch."""
     threads: int = 1
-    """Threads that compute a batch. More slow a small model down: they wait for each other in every operator."""
+    """Threads per batch. More threads slow small models down, because every operator synchronizes them."""
     max_wait_s: float = 0.002
-    """A request waits this long for others at most, unless a batch is being computed."""
+    """Maximum wait of a request for others, unless another batch is being computed."""
     max_waiting: int = 256
-    """Requests that wait at most; more are answered with 429."""
+    """Maximum waiting requests. Further requests get status 429."""
     max_body_bytes: int = 1 << 20
-    """Largest request."""
     poll_s: float = 5.0
-    """Seconds between two looks for a newer export."""
+    """Seconds between searches for a newer export."""
     shutdown_s: int = 20
-    """Requests that have begun get so long to end after SIGTERM."""
+    """Seconds for running requests to finish after SIGTERM."""
 
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
@@ -32,7 +31,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """Counters of one server."""
+    """Prometheus metrics of one server."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -53,5 +52,5 @@ class Metrics:
         self.model = Gauge("hstu_model", "1 for the model in use", ["version", "task"], registry=registry)
 
     def text(self) -> bytes:
-        """All of it in the text format of Prometheus."""
+        """Format all metrics in the Prometheus text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""Which export is served, and how a newer one takes its place."""
+"""Find exports, serve the newest, and replace it when a newer export appears."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Found:
-    """A folder with an export, as it is now."""
+    """An export folder in its current state."""
 
     folder: Path
     state: tuple[tuple[str, int, int], ...]
-    """Name, size and time of change of each file. A folder that is being copied changes with every look."""
+    """(name, size, modification time in ns) of each file. It changes while the folder is being copied."""
     written_ns: int
-    """Time of change of the manifest."""
+    """Modification time of the manifest."""
 
 
 def find_exports(root: Path) -> list[Found]:
-    """The exports that ``root`` means, newest first.
+    """Find the exports of ``root``, newest first.
 
-    ``root`` is an export or its folder "serving"; or it has a link "latest" to one; or it has several. One without a
-    manifest is not there yet. Paths are resolved, so a link that leads elsewhere gives another folder.
+    ``root`` is an export, its folder "serving", a folder with a link "latest" to an export, or a folder with several
+    exports. Folders without a manifest are skipped as incomplete. Links are resolved, so a changed link is a new one.
     """
     link = root / LATEST
     named = link if os.path.lexists(link) else root
@@ -59,41 +59,35 @@ def _look(folder: Path) -> Found | None:
 
 
 def version_of(folder: Path) -> str:
-    """Name of an export in answers: that of its folder, and the beginning of its manifest's checksum."""
+    """The version in answers: folder name, "@", and the first 12 digits of the manifest's sha256."""
     name = folder.parent.name if folder.name == SERVING else folder.name
     return f"{printable(name, '')}@{hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]}"
 
 
 Load = Callable[[Path, str, ServedModel | None], ServedModel]
-"""From a folder, its version and the model in use to the model. Raises for one that cannot be served."""
+"""(folder, version, current model) → model. Raises if the export cannot be served."""
 
 
 def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
-    """Load and verify a folder, and let the model answer once. It shares an equal program with the model in use."""
+    """Load and verify an export, and check one answer. Shares an equal program with the current model."""
     served = ServedModel(runtime.load(folder, like=None if current is None else current.model), version)
     served.check()
     return served
 
 
 class LiveModel:
-    """The model in use.
+    """Holds the current model and replaces it. Raises DataError if no export of ``root`` can be served.
 
-    Args:
-        root: see ``find_exports``.
-        metrics: counts swaps and refused exports.
-        load: loads an export.
-
-    Raises:
-        DataError: no export can be served.
+    ``root``: see ``find_exports``. ``metrics`` counts swaps and refused exports.
     """
 
     def __init__(self, root: Path, metrics: Metrics, load: Load = load) -> None:
         self._root, self._load, self._metrics = root, load, metrics
         self._loaded: Found | None = None
         self._current: ServedModel | None = None
-        self._bad: dict[Found, str] = {}  # replaced, and not changed: other threads read it
+        self._bad: dict[Found, str] = {}  # never mutated, only replaced: other threads read it
         self.since = 0.0
-        """When the model came into use, in seconds since 1970."""
+        """Start time of the current model, in seconds since 1970."""
         if not self.refresh():
             reasons = [f"{folder}: {reason}" for folder, reason in self.refused.items()] or [
                 "give the folder that hstu-export --program has written, or one with several of them"
@@ -102,19 +96,19 @@ class LiveModel:
 
     @property
     def current(self) -> ServedModel:
-        """The model that answers now."""
+        """The model that answers requests."""
         assert self._current is not None
         return self._current
 
     @property
     def refused(self) -> dict[str, str]:
-        """Exports that are there and cannot be loaded: folder → reason."""
+        """Folder → reason, for existing exports that cannot be loaded."""
         return {str(found.folder): reason for found, reason in self._bad.items()}
 
     def refresh(self) -> bool:
-        """Load the newest export that can be, unless it is in use. Returns whether another model is in use now.
+        """Load the newest loadable export if it is not the current one. Returns whether the model was replaced.
 
-        Takes seconds; the model in use goes on answering. One thread may call it at a time.
+        Takes seconds; the current model keeps answering. Only one thread may call it at a time.
         """
         found = find_exports(self._root)
         self._bad = {each: reason for each, reason in self._bad.items() if each in found}
@@ -123,9 +117,9 @@ class LiveModel:
         return is_swapped
 
     def _newer(self, found: list[Found]) -> Iterator[Found]:
-        """Exports that are newer than the one in use and not known to be bad, newest first; all once that is removed.
+        """Exports to try, newest first: newer than the current one and not refused; all if that one was removed.
 
-        Where its folder has changed, the model in use is still better than older ones.
+        If the folder of the current model has changed, older exports are not tried.
         """
         for each in found:
             if each == self._loaded:
@@ -142,7 +136,7 @@ class LiveModel:
             model = self._load(found.folder, version, self._current)
             if self._current is not None and model.task != self._current.task:
                 raise runtime.ServingError(f"it is a {model.task} model, and a {self._current.task} model is in use")
-        except Exception as error:  # whatever is wrong with it, the model in use goes on
+        except Exception as error:  # whatever fails, the current model keeps serving
             reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
             self._bad = {**self._bad, found: reason}
             _log.warning("refused export=%s reason=%s", found.folder, reason)

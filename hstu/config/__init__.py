@@ -1,7 +1,6 @@
-"""What a user edits: gin files become frozen dataclasses here, and gin stops here.
+"""Reads gin files into frozen dataclasses. No other package uses gin.
 
-args/ declares the options, rules/ what holds between them. gin_io.py reads files (gin_scan.py, gin_builder.py) into
-a RunConfig (run_config.py); cli.py is the command line, reference.py the documentation.
-option.py, problems.py and incomplete.py serve args and rules. Later rooms import args, RunConfig, the errors of
-errors.py, and Problem for rules.
+args/ declares the options, rules/ checks them together. gin_io.py reads files (gin_scan.py, gin_builder.py) into a
+RunConfig (run_config.py). cli.py is the command line, reference.py generates the documentation. Other packages import
+args and RunConfig, and for rules of their own Problem (problems.py).
 """

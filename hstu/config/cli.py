@@ -1,4 +1,4 @@
-"""The command line of the entry scripts: from gin files to a checked RunConfig, or to a list of their mistakes."""
+"""The command line of the training scripts: reads gin files into a checked RunConfig, or prints all mistakes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,10 @@ def parse_command_line(
 ) -> RunConfig:
     """Reads the command line (``sys.argv`` by default) and its gin files, and applies ``rules``.
 
-    ``preflight`` imports the rules that open what the files name. They are applied with ``--validate-only``, unless
-    ``--quick`` is given, and on rank 0 alone.
-
-    Mistakes are all printed (``report_once``), and the exit code is 2. ``--validate-only``, ``--print-config`` and
-    ``--explain`` print their output and exit with code 0. Warnings go to standard error.
+    Prints all mistakes (``report_once``) and exits with 2. ``--validate-only``, ``--print-config`` and ``--explain``
+    print their output and exit with 0. Warnings go to standard error.
+    ``preflight`` imports and returns the rules that open data, checkpoints and directories. They run with
+    ``--validate-only`` without ``--quick``, only on rank 0.
     """
     is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun sets RANK and WORLD_SIZE
     try:
@@ -69,7 +68,7 @@ def _headline(error: UserError) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports mistakes as ConfigError, as the rest of the command line does."""
+    """Raises ConfigError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message} (--help lists the options)")

@@ -1,6 +1,6 @@
-"""Gin files and command-line bindings → RunConfig, or a list of all that is wrong with them.
+"""Reads gin files and command-line bindings into a RunConfig, or raises an error that lists all mistakes.
 
-gin_scan.py reads bindings; gin_builder.py makes argument objects of them; hstu/config/rules checks the result.
+gin_scan.py reads bindings, gin_builder.py builds argument objects from them, and hstu/config/rules checks the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hstu.config.run_config import RunConfig
 def load(files: Sequence[str], bindings: Sequence[str], task: Task) -> RunConfig:
     """Reads gin files (later ones win) and bindings (which win over files). Raises ConfigError with every problem.
 
-    It checks each parameter by itself; ``read_and_check`` also applies the rules across parameters.
+    Checks each parameter alone. ``read_and_check`` also applies rules across parameters.
     """
     return read_and_check(files, bindings, task, world_size=1, rules=())[0]
 
@@ -27,11 +27,11 @@ def load(files: Sequence[str], bindings: Sequence[str], task: Task) -> RunConfig
 def read_and_check(
     files: Sequence[str], bindings: Sequence[str], task: Task, world_size: int, rules: Sequence[Rule] = RULES
 ) -> tuple[RunConfig, list[str]]:
-    """As ``load``, with ``rules``. Returns the configuration and warnings, one line each.
+    """``load`` with ``rules``. Returns the configuration and warnings, one line each.
 
-    Raises ConfigError with the problems of the files and those of the rules together.
+    Raises ConfigError with the problems that reading and rules find.
     """
-    if not files and rules:  # ``load`` also takes bindings alone
+    if not files and rules:  # ``load`` also accepts bindings alone
         raise ConfigError(
             f"no configuration: give --gin-config-file FILE, for example --gin-config-file configs/ml_1m_{task}.gin "
             "(--help lists all options, --explain all parameters)"
@@ -46,9 +46,9 @@ def _build(builder: ConfigBuilder, world_size: int, rules: Sequence[Rule]) -> tu
 
 
 def load_stored(path: Path) -> RunConfig:
-    """Reads operative.gin of a checkpoint, an export or a run. It is data: nothing is imported, included or called.
+    """Reads operative.gin of a checkpoint, an export or a run. Imports, includes and calls nothing.
 
-    Raises DataError if it is not such a configuration.
+    Raises DataError if the file is not such a configuration.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,8 +1,7 @@
-"""Objects with unknown values, and rules that run on them.
+"""Dataclass objects with missing fields, and rules that run on them, so that one mistake hides no other.
 
-A gin file with mistakes still describes most of a run. Its argument objects lack the values that are wrong; a rule that
-reads such a value stops without a report, because the mistake itself is reported already. All other rules run, so that
-one mistake does not hide another.
+Argument objects from gin files with mistakes lack the wrong values. A rule that reads such a value stops silently,
+because the mistake is already reported. All other rules run.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ T = TypeVar("T")
 
 
 class Unknown(AttributeError):
-    """Raised when a value is read that is not known, because it is wrong in the gin files."""
+    """Raised on reading a value that is wrong in the gin files."""
 
 
 class _Incomplete:
-    """Base of dataclass objects that lack some fields."""
+    """Mixin for dataclass objects with missing fields."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in type(self).__dataclass_fields__ and name not in object.__getattribute__(self, "__dict__"):  # type: ignore[attr-defined]
@@ -37,14 +36,14 @@ def _incomplete_class(cls: type) -> type:
 
 
 def incomplete(cls: type[T], known: Mapping[str, Any]) -> T:
-    """An instance of a dataclass that has only the ``known`` fields; reading another field raises Unknown."""
+    """An instance of a dataclass with only the ``known`` fields. Reading another field raises Unknown."""
     made: T = object.__new__(_incomplete_class(cls))  # type: ignore[arg-type]
     made.__dict__.update(known)
     return made
 
 
 def apply(rules: Iterable[Callable[..., Iterator[Problem]]], *arguments: Any) -> Iterator[Problem]:
-    """The problems that each rule finds in ``arguments``, up to the first unknown value that it reads."""
+    """Applies each rule to ``arguments`` and yields its problems. A rule ends at the first missing value that it reads."""
     for rule in rules:
         try:
             yield from rule(*arguments)

@@ -1,7 +1,4 @@
-"""Fields of argument classes: how a class declares the values that a field allows, and how one value is checked.
-
-The same checks serve gin files and objects made in Python.
-"""
+"""Declares the fields of argument classes and checks their values, from gin files and from Python alike."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from hstu.config.problems import Origin, did_you_mean, literal, show
 
 T = TypeVar("T")
 _SCIENTIFIC = 1_000_000
-"""From here on a whole float is taken for an int."""
+"""From this value on, a whole float such as 1e12 is converted to int."""
 _BOUNDS = {
     "above": ("above", operator.gt),
     "minimum": ("at least", operator.ge),
@@ -31,38 +28,38 @@ _BOUNDS = {
 
 
 Changes = Literal["reports", "speed", "training", "model", "tensors"]
-"""What another value of an option changes, for a run that goes on from a checkpoint of the first value:
+"""What changes if a run continues from a checkpoint with another value of the option:
 
 - reports: where a run reads and writes, and what it measures and reports
-- speed: how fast and in which memory it computes the same result
-- training: what the weights learn from now on
-- model: what the same weights compute, so that a checkpoint with another value is refused
-- tensors: which tensors there are, and of which sizes
+- speed: speed and memory; the result stays the same
+- training: what the weights learn from then on
+- model: what the same weights compute; loading such a checkpoint is an error
+- tensors: which tensors exist, and their sizes
 """
 
 
 @dataclass(frozen=True)
 class Need:
-    """A condition without which an option has no effect. RunConfig then has the default of the option."""
+    """A condition for an option to have an effect. If it is not met, RunConfig has the default of the option."""
 
     option: str
-    """Another option of the class, ``Class.option``, or what RunConfig says of the run: "task" or "data"."""
+    """Another option of the class, ``Class.option``, or the property "task" or "data" of RunConfig."""
     values: tuple[Any, ...]
-    """The values of it with which the option has an effect. Of a list, one element is enough."""
+    """Values of ``option`` that meet the condition. If its value is a list, one element is enough."""
     excepted: bool = False
-    """Whether all other values than ``values`` are meant."""
+    """Invert the condition: any value except ``values`` meets it."""
     why: str = ""
-    """Why, if it is not obvious."""
+    """The reason, if it is not obvious."""
     strict: bool = False
-    """Whether it is an error where the condition is not met, because the user expects another run; else a warning."""
+    """Whether an unmet condition is an error, because the run would not be what the user expects, or a warning."""
 
     def is_met(self, value: Any) -> bool:
-        """Whether the option has an effect with this value of the other one."""
+        """Whether ``value`` of the other option meets the condition."""
         elements = value if isinstance(value, (list, tuple)) else [value]
         return any((element in self.values) != self.excepted for element in elements)
 
     def wanted(self) -> str:
-        """The values with which the option has an effect, in words."""
+        """The values that meet the condition, in words."""
         return ("a value other than " if self.excepted else "") + " or ".join(map(literal, self.values))
 
     def __str__(self) -> str:
@@ -72,12 +69,12 @@ class Need:
 
 
 def having(option: str, *values: Any, why: str = "", strict: bool = False) -> Need:
-    """The need of one of these values of another option."""
+    """A Need that one of ``values`` of another option meets."""
     return Need(option, values, False, why, strict)
 
 
 def not_having(option: str, *values: Any, why: str = "", strict: bool = False) -> Need:
-    """The need of any other value than these of another option."""
+    """A Need that any value of another option except ``values`` meets."""
     return Need(option, values, True, why, strict)
 
 
@@ -104,12 +101,12 @@ def option(
 ) -> Any:
     """A dataclass field. Without a default it is required. For a list, the limits hold for each element.
 
-    changes: what another value changes. needs: without which it has no effect. excludes: options that may not be given
-    beside it → why, if it is not obvious. choices: the only allowed values, strings in any letter case. above, below:
-    exclusive limits. words: strings that are allowed in place of a number. capitals: strings are names of metrics,
-    which are capitals up to a "/": "hr@10" is read as "HR@10". pattern: what a string must match in full; examples: of
-    it, for messages. not_empty: of a list, also of its strings. aliases: other names of the field in gin files → the
-    field of the class that is added to a value given by that name.
+    changes: see ``Changes``. needs: conditions for an effect. excludes: options that must not be given together with
+    this one → the reason, or "". choices: allowed values, in any letter case. above, below: exclusive limits.
+    words: strings allowed instead of a number. capitals: metric names, upper-cased up to a "/" ("hr@10" → "HR@10").
+    pattern: regular expression that a string must match in full. examples: matches of it, for messages.
+    not_empty: forbid an empty string or list, and empty strings in a list. aliases: other name of the field in gin
+    files → field of the class whose value is added to a value given by that name.
     """
     metadata = {name: value for name, value in locals().items() if name != "default"}
     metadata["needs"] = (needs,) if isinstance(needs, Need) else tuple(needs)
@@ -126,10 +123,10 @@ class Args:
     """Base of all argument classes. Construction checks and converts every field."""
 
     origins = _NO_ORIGINS
-    """Field → where a gin file binds it."""
+    """Field → where and how a gin file binds it."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError with all fields whose values are not allowed."""
+        """Raises ConfigError that lists all invalid values."""
         cls, problems = type(self), []
         for each in options_of(cls):
             value = getattr(self, each.name)
@@ -142,7 +139,7 @@ class Args:
 
 
 def with_origins(part: T, origins: Mapping[str, Origin]) -> T:
-    """``part`` itself, with ``Args.origins``."""
+    """Sets ``Args.origins`` of ``part`` and returns it."""
     object.__setattr__(part, "origins", origins)
     return part
 
@@ -151,11 +148,11 @@ def with_origins(part: T, origins: Mapping[str, Origin]) -> T:
 
 
 class Mismatch(ValueError):
-    """A value cannot be converted to the declared type without loss. The text is a hint, or empty."""
+    """A value cannot be converted to the declared type without loss. The message is a hint, or empty."""
 
 
 def field_problems(cls: type[Args], field: Field[Any], value: Any) -> list[str]:
-    """What is wrong with ``value`` for this field, and what is allowed instead; empty if the value is allowed."""
+    """What is wrong with ``value`` and what is allowed instead; empty if the value is allowed."""
     expected = f"expected {describe(cls, field)}"
     try:
         coerced = converted(cls, field, value)
@@ -177,7 +174,7 @@ def field_problems(cls: type[Args], field: Field[Any], value: Any) -> list[str]:
 
 
 def converted(cls: type[Args], field: Field[Any], value: Any) -> Any:
-    """``value`` as the field holds it: of its type, with enumerated strings spelt as declared. Raises Mismatch."""
+    """``value`` converted to the type of the field, choices spelt as declared. Raises Mismatch."""
     coerced = coerce(annotation_of(cls, field), value)
     if isinstance(coerced, (list, tuple)):
         return type(coerced)(_spelt(field, element) for element in coerced)
@@ -195,14 +192,13 @@ def _spelt(field: Field[Any], element: Any) -> Any:
 
 
 def coerce(annotation: Any, value: Any) -> Any:
-    """``value`` as the annotated type. Raises Mismatch if the conversion would lose anything.
+    """Converts ``value`` to the annotated type. Raises Mismatch for any other conversion than these.
 
-    Conversions: int to float, list to tuple and back, and a string to a tuple of one string, because ``("AUC")`` is
-    how people write one metric; and a whole float from a million on to int, because that is how people write 1e12.
-    There are no others: True is not an int, 1.0 is not an int, "1" is not a number.
+    int to float, list to tuple and back, a string to a tuple of one string (users write one metric as ``("AUC")``), and
+    a whole float of at least a million to int (users write 1e12). True, 1.0 and "1" are not ints.
     """
     origin, parameters = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):  # Optional, or a number or a word
+    if origin in (typing.Union, types.UnionType):  # Optional[...], or number | str
         kinds = [parameter for parameter in parameters if parameter is not types.NoneType]
         fitting = (kind for kind in kinds if isinstance(value, _written_as(kind)))
         return None if value is None else coerce(next(fitting, kinds[0]), value)
@@ -226,7 +222,7 @@ def coerce(annotation: Any, value: Any) -> Any:
 
 
 def _written_as(kind: Any) -> type | tuple[type, ...]:
-    """The types of the values that are meant as this one: a list may be written as a tuple, and the reverse."""
+    """The accepted Python types: a list may be written as a tuple, and the reverse."""
     origin = typing.get_origin(kind) or kind
     return (list, tuple) if origin in (list, tuple) else origin
 
@@ -251,7 +247,7 @@ def _coerce_float(value: Any) -> float:
 
 
 def _quoted_hint(value: Any) -> str:
-    """A hint for a number, True, False or None that was put in quotes."""
+    """A hint if ``value`` is a quoted number, True, False or None."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?|True|False|None", value.strip()):
         return f"; write {value.strip()} without quotes"
     return ""
@@ -276,7 +272,7 @@ def _guess(field: Field[Any], element: Any) -> str:
     if field.metadata["words"]:
         return _quoted_hint(element) or did_you_mean(element, field.metadata["words"])
     if field.metadata["choices"] is None:
-        element = re.sub(r"\d+", "K", element)  # examples are written with K, so that HR10 is closest to HR@K
+        element = re.sub(r"\d+", "K", element)  # so that HR10 is closest to the example HR@K
     return did_you_mean(element, field.metadata["choices"] or field.metadata["examples"])
 
 
@@ -284,7 +280,7 @@ def _guess(field: Field[Any], element: Any) -> str:
 
 
 def options_of(cls: type[Args]) -> tuple[Field[Any], ...]:
-    """The fields of an argument class in order, those of its base first."""
+    """The fields of an argument class in order, inherited ones first."""
     return fields(cls)
 
 
@@ -294,7 +290,7 @@ def _annotations(cls: type) -> dict[str, Any]:
 
 
 def annotation_of(cls: type[Args], field: Field[Any]) -> Any:
-    """The type of a field, evaluated."""
+    """The evaluated type of a field."""
     return _annotations(cls)[field.name]  # type: ignore[arg-type]
 
 
@@ -309,13 +305,13 @@ def default_of(field: Field[Any]) -> Any:
 
 
 def is_given(part: Args, parameter: str) -> bool:
-    """Whether ``part`` has this parameter, with another value than its default."""
+    """Whether ``part`` has this parameter and its value differs from the default."""
     field = next((field for field in options_of(type(part)) if field.name == parameter), None)
     return field is not None and (is_required(field) or getattr(part, parameter) != default_of(field))
 
 
 def referred_class(cls: type[Args], field: Field[Any]) -> type[Args] | None:
-    """The argument class that a field holds or lists, written ``@scope/Class()`` in gin; None for plain values."""
+    """The argument class that a field refers to (``@scope/Class()`` in gin); None for plain values."""
     kinds = [annotation_of(cls, field)]
     while kinds:
         kind = kinds.pop()
@@ -326,7 +322,7 @@ def referred_class(cls: type[Args], field: Field[Any]) -> type[Args] | None:
 
 
 def describe(cls: type[Args], field: Field[Any]) -> str:
-    """What a field allows: ``int, at least 1``; ``one of 'relu', 'gelu'``; ``None or float, above 0``."""
+    """The values that a field allows: ``int, at least 1``; ``one of 'relu', 'gelu'``; ``None or float, above 0``."""
     kind = str(field.type)
     kind = kind.replace(" | str", "") if field.metadata["words"] else kind
     inner = kind.removeprefix("Optional[").removesuffix("]") if kind.startswith("Optional[") else kind

@@ -1,4 +1,4 @@
-"""A mistake in a configuration: where it is, what the file says, and the probable correction."""
+"""Mistakes in a configuration: their location, the text in the file, and the probable correction."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True, order=True)
 class Location:
-    """A line of a gin file or of a ``--gin-bindings`` text; sorts in the order of reading."""
+    """A line of a gin file or of a ``--gin-bindings`` text. Sorts in reading order."""
 
     source: int
-    """Number of the file or command-line binding in the order of reading."""
+    """Number of the file or command-line binding in reading order."""
     line: int
-    """From 1; 0: the file as a whole."""
+    """From 1. 0 is the file as a whole."""
     name: str
     """Path of the file as given, or "--gin-bindings"."""
 
@@ -26,55 +26,54 @@ class Location:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a parameter was bound, and the name it was bound by."""
+    """Where and how a gin file binds a parameter."""
 
     at: Location
     name: str
-    """As in the file, with its scope: "item/EmbeddingArgs.table_name"."""
+    """Left side as in the file, with its scope: "item/EmbeddingArgs.table_name"."""
     value: str
-    """As in the file, with macros and references."""
+    """Right side as in the file, with macros and references."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake, printed as ``file:line: text``."""
+    """A mistake or warning, printed as ``file:line: text``."""
 
     text: str
     at: Location | None = None
     is_warning: bool = False
-    """Allowed, but probably not intended."""
+    """Whether it is allowed, but probably unintended."""
 
     def __str__(self) -> str:
         return f"{self.at}: {self.text}" if self.at else self.text
 
 
 Cite = Callable[[Any, str, str], str]
-"""(argument object, its parameter, what is wrong with the value) → the line of an error. RunConfig.located adds where
-the parameter is bound."""
+"""(argument object, parameter, what is wrong) → line of an error, as ``cite`` or RunConfig.located formats it."""
 
 
 def cite(part: Any, parameter: str, text: str) -> str:
-    """``Class.parameter = value: text``, without a place."""
+    """Formats ``Class.parameter = value: text``, without file and line."""
     return f"{type(part).__name__}.{parameter} = {show(getattr(part, parameter))}: {text}"
 
 
 def in_reading_order(problems: Iterable[Problem]) -> list[str]:
-    """The problems as text, from top to bottom, without repetitions. Problems without a location come last."""
+    """The distinct problems as text, in reading order. Problems without a location come last."""
     ordered = sorted(problems, key=lambda p: (p.at is None, p.at or Location(0, 0, "")))
     return list(dict.fromkeys(str(problem) for problem in ordered))
 
 
 def show(value: Any) -> str:
-    """A value as a gin file writes it, cut to 100 characters. Never fails."""
+    """A value in gin syntax, cut to 100 characters. Never raises."""
     try:
         text = literal(value)
-    except (ValueError, RecursionError):  # an int of thousands of digits, a very deep list
+    except (ValueError, RecursionError):  # an int of thousands of digits, or a deeply nested list
         text = f"<{type(value).__name__}>"
     return text if len(text) <= 100 else text[:99] + "…"
 
 
 def literal(value: Any) -> str:
-    """``repr``, with escapes only if a string cannot be encoded as UTF-8."""
+    """``repr``, or ``ascii`` if the text cannot be encoded as UTF-8."""
     text = repr(value)
     try:
         text.encode()
@@ -84,13 +83,13 @@ def literal(value: Any) -> str:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate of which ``name`` is most likely a misspelling; None if no candidate is similar."""
+    """The candidate most similar to ``name``; None if none is similar."""
     spellings = {candidate.lower(): candidate for candidate in candidates}
     found = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=0.6)
     return spellings[found[0]] if found else None
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or an empty string if no candidate is similar."""
+    """The text "; did you mean 'x'?", or an empty string if no candidate is similar."""
     guess = nearest(name, candidates)
     return f"; did you mean {guess!r}?" if guess else ""

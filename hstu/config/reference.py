@@ -1,7 +1,7 @@
-"""The reference of all parameters, made from hstu/config/args: for ``--explain`` and docs/configuration.md.
+"""Generates the reference of all parameters from hstu/config/args, for ``--explain`` and docs/configuration.md.
 
-``python -m hstu.config.reference --write docs/configuration.md`` writes the tables of the page below its hand-written
-part; with ``--check`` it exits with 1 if they are out of date.
+``python -m hstu.config.reference --write docs/configuration.md`` writes the tables below the hand-written part of the
+page. ``--check`` exits with 1 if they are out of date.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MARKER = "<!-- Made from hstu/config/args by: python -m hstu.config.reference --
 
 
 class Parameter(NamedTuple):
-    """One row of the reference. ``default`` is as in gin or "required"; ``allowed`` has the limits beyond the type.
+    """One row of the reference. ``default`` is in gin syntax or "required"; ``allowed`` has the limits beyond the type.
 
-    ``changes`` and ``needs``: see ``hstu.config.option.option``.
+    ``hstu.config.option.option`` documents ``changes`` and ``needs``.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Parameter(NamedTuple):
 
 
 def parameters_of(cls: type[Args]) -> list[Parameter]:
-    """The parameters of a class in order, those of its base included."""
+    """The parameters of a class in order, inherited ones included."""
     docs = ChainMap(*map(_field_docs, cls.__mro__))
     return [
         Parameter(
@@ -59,7 +59,7 @@ def parameters_of(cls: type[Args]) -> list[Parameter]:
 
 
 def _needs(field: Field[Any]) -> str:
-    """What an option needs to have an effect, and what excludes it, as a sentence; empty if that is nothing."""
+    """Sentences about the needs and exclusions of an option; empty if it has none."""
     needed, excluded = " and ".join(map(str, field.metadata["needs"])), " and ".join(field.metadata["excludes"])
     return " ".join([f"Needs {needed}."] * bool(needed) + [f"Excludes {excluded}."] * bool(excluded))
 
@@ -80,7 +80,7 @@ def _field_docs(cls: type) -> dict[str, str]:
 
 
 def explain(names: Sequence[str] = ()) -> str:
-    """The reference of the named classes (of all, if none is named) as text. Raises ConfigError for unknown names."""
+    """The reference of the named classes (default: all) as text. Raises ConfigError for unknown names."""
     if unknown := [name for name in names if name not in CLASSES]:
         every = ", ".join(CLASSES)
         text = "--explain {}: there is no such class{}; choose one of {}"
@@ -99,7 +99,7 @@ def _as_text(cls: type[Args]) -> str:
 
 
 def markdown(page: str) -> str:
-    """docs/configuration.md: the part of ``page`` above the marker, then one table per class."""
+    """docs/configuration.md: ``page`` up to the marker, then one table per class."""
     introduction, _, _ = page.partition(MARKER)
     return "\n".join([f"{introduction}{MARKER}", "", *(_as_markdown(cls) for cls in REGISTRY)])
 

@@ -1,4 +1,4 @@
-"""The result of reading gin files: everything about a run, in frozen dataclasses. gin stops here."""
+"""RunConfig, the result of reading gin files: all options of a run in frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -35,18 +35,17 @@ from hstu.config.problems import Problem, literal, show
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a user can set about a run. Two are equal if their values are, wherever they are bound."""
+    """All options of a run. Equality compares values, not where files bind them."""
 
     task: Task
     trainer: TrainerArgs
     dataset: DatasetArgs | BenchmarkDatasetArgs
     embeddings: tuple[EmbeddingArgs, ...] = ()
-    """Tables that the gin files bind, in file order; empty if a built-in dataset has only its predefined tables. With
-    BenchmarkDatasetArgs always its ``embedding_args``."""
+    """Tables that the gin files bind, in file order; with BenchmarkDatasetArgs its ``embedding_args``."""
     numbers: tuple[NumericFeatureArgs, ...] = ()
-    """How the numbers of the data are read, in file order; those that are not named are standardized."""
+    """How numeric features are read, in file order. Features that are not listed are standardized."""
     network: NetworkArgs
-    """With ``disable_contextual_mask`` as in force, never None."""
+    """``disable_contextual_mask`` has its effective value, never None."""
     optimizer: OptimizerArgs
     schedule: LRScheduleArgs = field(default_factory=LRScheduleArgs)
     precision: PrecisionArgs = field(default_factory=PrecisionArgs)
@@ -58,7 +57,7 @@ class RunConfig:
     """The gin files as given on the command line."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError if the task or the tables contradict the other parts."""
+        """Replaces options without effect by their defaults. Raises ConfigError if task or tables are inconsistent."""
         expected = TASK_ARGS[self.task]
         if not isinstance(self.task_args, expected):
             raise ConfigError(f"task_args of a {self.task} run must be {expected.__name__}")
@@ -74,7 +73,7 @@ class RunConfig:
             object.__setattr__(self, "network", with_origins(without_leak, self.network.origins))
 
     def _in_force(self, value: Any) -> Any:
-        """``value``, in whose argument objects the options without effect have their defaults."""
+        """``value`` with options without effect replaced by their defaults, recursively."""
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._in_force, value))
         if isinstance(value, dict):
@@ -93,16 +92,16 @@ class RunConfig:
 
     @property
     def data(self) -> str:
-        """Whether the data is "stored" or "random"."""
+        """ "stored" or "random"."""
         return "random" if isinstance(self.dataset, BenchmarkDatasetArgs) else "stored"
 
     def find(self, part: Args, option: str) -> tuple[Args, str]:
-        """The object and the parameter of an option that an option of ``part`` names (``hstu.config.option.Need``)."""
+        """(object, parameter) of an option as a Need of ``part`` names it: ``Class.option``, or ``option`` of ``part``."""
         cls, _, parameter = option.rpartition(".")
         return getattr(self, REGISTRY[CLASSES[cls]]) if cls else part, parameter
 
     def value_of(self, part: Args, option: str) -> Any:
-        """The value of that option, or of "task" or "data"; None of an option that this kind of dataset lacks."""
+        """The value of an option (see ``find``), "task" or "data"; None if this kind of dataset lacks the option."""
         if option in ("task", "data"):
             return getattr(self, option)
         other, parameter = self.find(part, option)
@@ -116,12 +115,12 @@ class RunConfig:
 
     @property
     def has_item_tower(self) -> bool:
-        """Whether the vectors of items are made of their features, too."""
+        """Whether item vectors are computed from the features of the item in addition to its id."""
         return self.retrieval is not None and self.retrieval.item_tower
 
     @property
     def asks_for_next(self) -> bool:
-        """Whether what finds the next item has the time of that item's event: DatasetArgs.query_time = "request"."""
+        """Whether a retrieval query has the time of the target event: DatasetArgs.query_time = "request"."""
         return getattr(self.dataset, "query_time", "request") == "request"
 
     @property
@@ -130,23 +129,23 @@ class RunConfig:
         return self.tensor_parallel.tensor_model_parallel_size * self.context_parallel.context_parallel_size
 
     def all_args(self) -> list[Args]:
-        """Every argument object, also those that others refer to, once each."""
+        """All argument objects, nested ones included, once each."""
         found = (part for each in fields(self) for part in _args_in(getattr(self, each.name, None)))
         return list({id(part): part for part in found}.values())
 
     def cite(self, part: Args, parameter: str) -> str:
-        """``Class.parameter = value (file:line)``, to mention a parameter in a problem of another one."""
+        """``Class.parameter = value (file:line)``, to cite a parameter in the problem of another one."""
         origin = part.origins.get(parameter)
         return f"{self._written(part, parameter)}{f' ({origin.at})' if origin else ''}"
 
     def problem(self, part: Args, parameter: str, text: str, is_warning: bool = False) -> Problem:
-        """A problem with this parameter; ``text`` continues "Class.parameter = value:"."""
+        """A problem with this parameter. ``text`` follows "Class.parameter = value: "."""
         origin = part.origins.get(parameter)
         default = "" if origin or not self.source_files else " (default)"
         return Problem(f"{self._written(part, parameter)}{default}: {text}", origin.at if origin else None, is_warning)
 
     def located(self, part: Args, parameter: str, text: str) -> str:
-        """The same as one line: file, line, parameter, value and ``text``."""
+        """``problem`` as one line: file, line, parameter, value and ``text``."""
         return str(self.problem(part, parameter, text))
 
     def _written(self, part: Args, parameter: str) -> str:
@@ -155,18 +154,18 @@ class RunConfig:
         if origin and next(_args_in(value), None):
             return f"{name} = {origin.value}"
         if origin and not name.endswith(f".{parameter}") and origin.value != show(value):
-            return f"{name} = {origin.value} (so {parameter} = {show(value)})"  # bound by an alias
+            return f"{name} = {origin.value} (so {parameter} = {show(value)})"  # bound through an alias
         return f"{name} = {show(value)}"
 
     def operative_gin(self) -> str:
-        """The configuration in force as gin text, defaults included; loading it gives an equal RunConfig."""
+        """The effective configuration as gin text, defaults included. Loading it gives an equal RunConfig."""
         writer = _GinWriter()
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, Args):
                 writer.write(value)
             elif each.name == "embeddings" and not isinstance(self.dataset, BenchmarkDatasetArgs):
-                for table in value:  # those of a BenchmarkDatasetArgs are written with it
+                for table in value:  # BenchmarkDatasetArgs refers to its tables itself
                     writer.write(table, scope=writer.new_scope(table.table_name))
             elif each.name == "numbers":
                 for numbers in value:
@@ -190,13 +189,12 @@ def _args_in(value: Any) -> Iterator[Args]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunDraft(RunConfig):
-    """A configuration that is being checked. It may be incomplete: reading a wrong value raises Unknown."""
+    """A configuration that is being checked. Reading a value that is wrong in the files raises Unknown."""
 
     world_size: int
-    """Number of ranks."""
 
     def __post_init__(self) -> None:
-        """Nothing is checked here: rules check drafts."""
+        """Disables the checks of RunConfig: rules check drafts."""
 
     def finish(self) -> RunConfig:
         """The RunConfig of a draft without problems."""
@@ -204,14 +202,14 @@ class RunDraft(RunConfig):
 
 
 class _GinWriter:
-    """Writes argument objects as gin blocks; the objects that they refer to come first, each in its own scope."""
+    """Writes argument objects as gin blocks. Nested objects come first, each in its own scope."""
 
     def __init__(self) -> None:
         self.blocks: list[str] = []
         self._scopes: set[str] = set()
 
     def new_scope(self, name: str) -> str:
-        """``name`` as an identifier that no other scope of the file has."""
+        """Makes ``name`` a unique identifier among the scopes of the file."""
         base = re.sub(r"\W", "_", name, flags=re.ASCII)
         base = base if re.match(r"[A-Za-z_]", base) else f"_{base}"
         scope, number = base, 2

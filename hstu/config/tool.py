@@ -1,4 +1,4 @@
-"""How the command line tools end: without a traceback for what is no defect."""
+"""Ends command line tools with an exit code, without a traceback, for errors that are no defects."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from hstu.base.errors import EXIT_BAD_DATA, UserError, printable, report_once
 
 _EXIT_SIGNAL = 128
-"""Shells add the number of the signal to this."""
+"""The exit code of a process killed by a signal is this plus the signal number."""
 
 
 def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
     """Decorates the main function of a tool, which takes the arguments and returns the exit code.
 
-    A UserError is printed, once if several ranks have it, and gives its exit code. A file that cannot be read or
-    written gives 3, Ctrl-C 130, and a reader that has left (``| head``) 141.
+    A UserError is printed once for all ranks and sets its exit code. A file that cannot be read or written exits
+    with 3, Ctrl-C with 130, and a closed standard output (``| head``) with 141.
     """
 
     @functools.wraps(main)
@@ -30,7 +30,7 @@ def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
         except UserError as error:
             report_once(f"error: {error}")
             return error.exit_code
-        except OSError as error:  # a place that cannot be read or written
+        except OSError as error:  # a file that cannot be read or written
             if error.filename is None:
                 raise
             print(f"error: {printable(str(error.filename))}: {error.strerror}", file=sys.stderr)
@@ -43,10 +43,10 @@ def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
 @contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """Exits with 141, silently, if standard output was closed by its reader meanwhile."""
+    """Exits silently with 141 if the reader of standard output has closed it."""
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its own exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes standard output again at exit
         sys.exit(_EXIT_SIGNAL + signal.SIGPIPE)

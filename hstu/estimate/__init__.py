@@ -1,7 +1,7 @@
-"""Memory, communication and step time of a run, from its configuration, before anything is started.
+"""Estimates the memory, communication and step time of a run from its configuration, before the run starts.
 
-The model is not described here a second time: dry_run.py builds the real one and runs one real training step without
-data and processes, and record.py counts what that step computes, keeps and exchanges. Only what does not run without
-data is a model of its own: tables, DDP and FSDP (sharding.py). No other room imports this one. scripts/estimate.py
-prints the estimate of a run, the fastest plan (fit.py) or a cluster (cluster.py). validate.py is ``--validate-only``.
+dry_run.py runs one step of the real model without data and processes; record.py counts its work, memory and traffic.
+sharding.py computes what cannot run without data: tables, DDP and FSDP. scripts/estimate.py prints the estimate of a
+run, the fastest plan (fit.py) or a simulated cluster (cluster.py). validate.py implements ``--validate-only``.
+No other package imports this one.
 """

@@ -1,7 +1,7 @@
-"""Training on a cluster, simulated: each step draws its sequences, and its slowest rank decides.
+"""Simulates training on a cluster: each step draws its sequences and lasts as long as its slowest rank.
 
-The time of a batch is a line through its tokens and its operations, fitted to the estimate of some batches. So a rank
-of thousands costs an addition, and a cluster of one rank gives the estimate itself.
+The time of a batch is linear in its tokens and FLOPs, fitted to the estimates of some batches. Simulating a rank is
+then cheap, and a cluster of one rank reproduces the estimate.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from hstu.train.batch_source import SampleLengths, choose_partition
 from hstu.train.sources import open_source
 
 MOST_STEPS, MOST_SEQUENCES = 100, 1 << 22
-"""Limits of what is simulated. With many ranks fewer steps show how long the slowest one takes."""
-DRAWN_RANKS = 64  # random data has samples for so many ranks, from which batches of any number of ranks are drawn
+"""Limits of a simulation. With many ranks fewer steps suffice to find the time of the slowest rank."""
+DRAWN_RANKS = 64  # ranks for which random data has samples; clusters of any size draw from them
 COMPUTING, WAITING = "computing", "waiting for the slowest rank"
 _OF_ALL = ("exchange for tables", "exchange for data parallelism")
-"""Exchanges in which all ranks take part. The other ones stay within a tp_cp group."""
+"""Exchanges among all ranks. The others stay within a tp_cp group."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A simulated run; seconds and bytes. All of it is an estimate."""
+    """The estimate of a simulated run, in seconds and bytes."""
 
     gpus: int
     memory: int
-    """On the rank that needs the most."""
+    """Bytes on the rank that needs the most."""
     step_s: float
     parts_s: dict[str, float]
-    """Part of a step → mean seconds; they add up to the mean step, and computing is that of the mean rank."""
+    """Part of a step → mean seconds. They add up to ``step_s``. Computing is averaged over the ranks."""
     tokens_per_s: float
     tflops: float
 
     @property
     def limit(self) -> str:
-        """What most time is lost to."""
+        """The part of a step, other than computing, that takes the most time."""
         return max((name for name in self.parts_s if name != COMPUTING), key=self.parts_s.__getitem__)
 
 
 def simulate(
     config: RunConfig, gpus: int, ranks_per_host: int, machine: Machine, steps: int | None = None, seed: int = 0
 ) -> Cluster:
-    """Simulate ``steps`` (None: as many as the limits allow) with lengths that are drawn from those of the data."""
+    """Simulates ``steps`` (None: as many as the limits allow) with lengths drawn from the data."""
     source = open_source(config, world_size=DRAWN_RANKS)
     workload, runs = Workload(config, gpus, ranks_per_host, "cuda", source, (), ""), DryRuns()
     batches: list[Batch] = []
@@ -75,7 +75,7 @@ def simulate(
 
 
 def draw_step(workload: Workload, *seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows of the sample table, drawn with replacement; the tp_cp group of each) of a global batch; int64 both."""
+    """A global batch, int64: (rows of the sample table, drawn with replacement; the tp_cp group of each row)."""
     config, source, world_size = workload.config, workload.source, workload.world_size
     batch_size = config.trainer.sequences_per_iteration
     count = batch_size * world_size
@@ -90,7 +90,7 @@ def draw_step(workload: Workload, *seed: int) -> tuple[np.ndarray, np.ndarray]:
 def fit_times(
     workload: Workload, machine: Machine, plan: tuple[TableShards, ...], runs: DryRuns
 ) -> dict[str, np.ndarray]:
-    """Part of a step → seconds, seconds per token and per operation, float64 [3]."""
+    """Fits each part of a step → float64 [3]: (constant seconds, seconds per token, seconds per FLOP)."""
     loads, found = [], []
     for batch in workload.batches:
         computing, exposed = step_times(workload, machine, runs.of(workload, batch), plan)
@@ -105,9 +105,9 @@ def fit_times(
 def simulate_steps(
     workload: Workload, lines: dict[str, np.ndarray], steps: int | None, seed: int
 ) -> tuple[dict[str, float], float, float]:
-    """(Cluster.parts_s, tokens of a step over all ranks, operations of a step and rank).
+    """Returns (Cluster.parts_s, tokens per step over all ranks, FLOPs per step and rank).
 
-    A step takes the time of the tp_cp group with the most to do, then the exchanges of all ranks.
+    A step takes the time of its slowest tp_cp group, plus the exchanges among all ranks.
     """
     sequences = workload.config.trainer.sequences_per_iteration * workload.world_size
     count = steps or min(MOST_STEPS, max(1, MOST_SEQUENCES // sequences))
@@ -130,13 +130,13 @@ def simulate_steps(
 
 
 def as_objects(clusters: Sequence[Cluster]) -> list[dict[str, object]]:
-    """One object per cluster for JSON. Efficiency: tokens per second and GPU relative to the first one."""
+    """One JSON object per cluster. Efficiency is tokens per second and GPU relative to the first cluster."""
     first = clusters[0].tokens_per_s / clusters[0].gpus
     return [asdict(c) | {"efficiency": c.tokens_per_s / c.gpus / first, "limit": c.limit} for c in clusters]
 
 
 def as_text(clusters: Sequence[Cluster], machine: Machine) -> str:
-    """The table, and what it is worth."""
+    """One table row per cluster, then a note and warnings."""
     head = "GPUs", "step", "waiting", "exchange", "tokens/s", "efficiency", "memory", "lost", "most to"
     rows = []
     for each, found in zip(clusters, as_objects(clusters), strict=True):

@@ -1,8 +1,7 @@
-"""One training step of the real model, without processes, data or memory: what it runs, keeps and exchanges.
+"""Runs one training step of the real model without processes, data or memory, and records what it needs.
 
-The model is built and split as a run does it, for rank 0 of its tensor- and context-parallel group, and the real
-TrainStep trains it on tensors without data (torch's FakeTensorMode), over process groups of torch's "fake" backend.
-The tables are left out: rows come from nowhere. So is what data parallelism adds to a step, see sharding.py.
+The real TrainStep trains the model of rank 0 of a tp_cp group on tensors without data (torch's FakeTensorMode), over
+process groups of torch's "fake" backend. It omits tables and data parallelism, whose costs sharding.py computes.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from hstu.train.builder import build_loss_scale, task_module
 
 _CPU = torch.device("cpu")
 ROWS, FORWARD, BACKWARD, UPDATE = "looked-up rows", "activations", "working memory", "dense optimizer"
-"""What is allocated in the parts of a step, and their names."""
+"""Phases of a step, named by what they allocate."""
 
 
 @dataclass(frozen=True)
@@ -53,33 +52,33 @@ class Weight:
     rows: int
     elements: int
     state_bytes: int
-    """Of states that have its shape, the moving average included."""
+    """Bytes of the states that have the shape of the parameter, the moving average included."""
     step_bytes: int
-    """Of its count of steps."""
+    """Bytes of the optimizer's step count."""
     is_layer: bool
-    """Whether it belongs to an HSTU layer."""
+    """Whether the parameter belongs to an HSTU layer."""
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a step needs on a rank that has all dense weights of its tensor-parallel shard."""
+    """Requirements of a step on a rank that has all dense weights of its tensor-parallel shard."""
 
     weights: Mapping[str, Weight]
     buffers: int
-    """Bytes."""
+    """Bytes of the buffers of the dense part."""
     recording: Recording
     ids: Mapping[str, int]
-    """Feature → ids that a rank looks up."""
+    """Feature → number of ids that a rank looks up."""
     group_ids: Mapping[str, int]
-    """The same of all ranks of its tp_cp group."""
+    """Feature → number of ids that all ranks of its tp_cp group look up."""
     batch_bytes: int
-    """Of the batch of a rank, that of its group and its micro-batches."""
+    """Bytes of the batches of the rank and of its group, and of their micro-batches."""
     sent_bytes: int
-    """What a rank sends of its batch to the others of its group, on the host."""
+    """Bytes of its batch that a rank sends to the others of its group, from host memory."""
 
 
 def dry_run(workload: Workload, batch: Batch) -> DryRun:
-    """The step of a rank of the group that trains on ``batch``."""
+    """Runs the step of rank 0 of the group that trains on ``batch``."""
     on_device, sent = train_batch(workload, batch)
     requested = Backend(workload.config.network.kernel_backend)
     is_cpu = workload.device_type == "cpu" and requested is not Backend.PYTORCH
@@ -104,13 +103,13 @@ def dry_run(workload: Workload, batch: Batch) -> DryRun:
 
 
 class DryRuns:
-    """Dry runs that are made once, however the ranks with equal dense weights share these."""
+    """Caches dry runs, which do not depend on DataParallelArgs."""
 
     def __init__(self) -> None:
         self._found: dict[tuple[str, int], tuple[Batch, DryRun]] = {}
 
     def of(self, workload: Workload, batch: Batch) -> DryRun:
-        """See ``dry_run``."""
+        """The cached result of ``dry_run``."""
         config = workload.config
         parts = config.network, config.trainer, config.tensor_parallel, config.context_parallel
         key = repr(parts), id(batch)
@@ -123,10 +122,7 @@ class DryRuns:
 
 
 def train_batch(workload: Workload, batch: Batch) -> tuple[TrainBatch, int]:
-    """What rank 0 of the group that trains on ``batch`` gets for a step, and the bytes that it sends to the others.
-
-    The ranks of the group have equally many of the sequences.
-    """
+    """The TrainBatch of rank 0 of the group that trains on ``batch``, and the bytes that it sends to the others."""
     roles, size, trainer = workload.source.roles, workload.group_size, workload.config.trainer
     own = [workload.source.batch_of(batch.part(rank, size)) for rank in range(size)]
     computed, group, sent = own[0], None, 0
@@ -140,12 +136,11 @@ def train_batch(workload: Workload, batch: Batch) -> tuple[TrainBatch, int]:
 
 
 def _ids_of(batch: HSTUBatch) -> dict[str, int]:
-    """Values of each feature."""
     return dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
 
 
 def _group_ids(batch: TrainBatch) -> dict[str, int]:
-    """Values of each feature in all parts; negatives belong to all of them."""
+    """Feature → ids over all parts. All parts share the negatives."""
     of_parts = [_ids_of(part) for part in batch.parts]
     return {key: of_parts[0][key] if is_of_negatives(key) else sum(p[key] for p in of_parts) for key in of_parts[0]}
 
@@ -180,7 +175,7 @@ def _build_step(workload: Workload, mesh: Mesh, kernels: Kernels, batch: TrainBa
 
 
 def _follow(step: TrainStep, recorder: Recorder) -> None:
-    """Let ``recorder`` follow the parts of a step."""
+    """Make the step set the phase of ``recorder`` and register gradients with it."""
     dense, update = step.model.dense, step.optimizers.step
 
     def begin(phase: str) -> None:
@@ -198,7 +193,7 @@ def _follow(step: TrainStep, recorder: Recorder) -> None:
 
 
 class _WithoutTables(GRModel):
-    """A model whose looked-up rows come from nowhere."""
+    """A model without tables; looked-up rows are random."""
 
     def __init__(self, workload: Workload, task: nn.Module, batch: TrainBatch, recorder: Recorder) -> None:
         nn.Module.__init__(self)
@@ -208,21 +203,20 @@ class _WithoutTables(GRModel):
         keys = (*roles.names, *negatives)
         self.dense = DenseModel(ReplicatedTables((), 0), task, workload.specs, keys, roles)
         self._dims = {feature: spec.dim for spec in workload.specs for feature in spec.features}
-        # Rows of replicated tables are looked up for all ranks of a group, others for this rank.
+        # A rank looks up rows of replicated tables for its whole group, other rows for itself.
         of_group = {feature for spec in workload.replicated_specs for feature in spec.features}
         own, group = _ids_of(batch.own), _group_ids(batch)
         self._counts = {name: group[name] if name in of_group else count for name, count in own.items()}
         self._recorder = recorder
 
     def look_up(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """See GRModel."""
         self._recorder.phase = ROWS
         source = torch.zeros((), requires_grad=True)
         return {name: _Rows.apply(source, count, self._dims[name]) for name, count in self._counts.items()}
 
 
 class _Rows(torch.autograd.Function):
-    """Rows [n, dim] of a table that is not there."""
+    """Random rows [count, dim] in place of table rows. Backward has no effect."""
 
     @staticmethod
     def forward(ctx: Any, source: Tensor, count: int, dim: int) -> Tensor:
@@ -234,7 +228,7 @@ class _Rows(torch.autograd.Function):
 
 
 class _NoCheck:
-    """Finds every step finite without reading it."""
+    """Treats every step as finite, because reading tensors without data fails."""
 
     found_inf, overflowed = None, False
 
@@ -242,7 +236,6 @@ class _NoCheck:
         return loss_sum
 
     def mask(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The gradients themselves."""
         return gradients
 
 
@@ -260,9 +253,9 @@ def _weights(dense: DenseModel, optimizer: DenseOptimizer) -> dict[str, Weight]:
 
 @contextmanager
 def _mesh(workload: Workload) -> Iterator[tuple[Mesh, dict[str, str]]]:
-    """Rank 0 of the run, in groups of torch's "fake" backend, and name of a group → what Transfer calls it.
+    """Yields the Mesh of rank 0 in groups of torch's "fake" backend, and group name → ``Transfer.group``.
 
-    Inside a run that has started, the groups are new ones of its processes. Nothing is logged inside.
+    In a run that has started, the groups are new groups of its processes. Logging is silenced.
     """
     world, tp, size = workload.world_size, workload.tp_size, workload.group_size
     is_started = dist.is_initialized()

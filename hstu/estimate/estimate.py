@@ -1,4 +1,4 @@
-"""The estimate of a run: memory, communication and step time, and its report as text and as JSON."""
+"""Estimates memory, communication and step time of a run, and reports them as text and as JSON."""
 
 from __future__ import annotations
 
@@ -35,54 +35,54 @@ PURPOSES = {
     "samples": "rows of the group's samples",
     "data": "loss, counts and negatives",
 }
-"""Group of ranks → what a step exchanges among them."""
+"""Group of ranks → what its ranks exchange in a step."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected memory (bytes), traffic (bytes) and time (seconds). Where ranks differ, those of the busiest rank."""
+    """Expected memory (bytes), traffic (bytes) and time (seconds). Where ranks differ, the busiest rank counts."""
 
     memory: dict[str, int]
-    """Kind → bytes on a rank, for the largest batch."""
+    """Kind of memory → bytes per rank, for the largest batch."""
     transfers: tuple[Transfer, ...]
-    """The collectives of a step on a typical batch."""
+    """The collectives of a step with the typical batch."""
     computing: dict[str, float]
-    """Operator → seconds of a step."""
+    """Operator → seconds per step."""
     step: dict[str, float]
-    """Part of a step → seconds. The parts add up to the step."""
+    """Part of a step → seconds. The sum is the step time."""
     tokens: float
     """Per step, over all ranks."""
     samples: float
     """Per step, over all ranks."""
     flops: float
-    """Per step on the mean rank, as the training log counts them."""
+    """Per step and rank, averaged over the ranks and counted as in the training log."""
     peak_tflops: float
     memory_limit: float
-    """Bytes of memory that a rank has."""
+    """Bytes of memory available to a rank."""
 
     @property
     def memory_total(self) -> int:
-        """Bytes on a rank."""
+        """Bytes per rank."""
         return sum(self.memory.values())
 
     @property
     def step_s(self) -> float:
-        """Seconds of a step."""
+        """Seconds per step."""
         return sum(self.step.values())
 
     @property
     def tflops(self) -> float:
-        """TFLOPS of the mean rank."""
+        """TFLOPS per rank, averaged over the ranks."""
         return self.flops / self.step_s / 1e12
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: the share of the peak, in [0, 1]."""
+        """Model FLOPs utilisation: ``tflops`` divided by ``peak_tflops``."""
         return self.tflops / self.peak_tflops
 
 
 def estimate(workload: Workload, machine: Machine, runs: DryRuns | None = None) -> Estimate:
-    """The estimate for ``machine``. runs: to be used again."""
+    """Estimates ``workload`` on ``machine``. ``runs`` caches dry runs across calls."""
     runs = runs or DryRuns()
     plan, batches = plan_for(machine, workload, runs), workload.batches
     run = runs.of(workload, workload.typical)
@@ -109,12 +109,12 @@ def estimate(workload: Workload, machine: Machine, runs: DryRuns | None = None) 
 
 
 def memory(workload: Workload, plan: tuple[TableShards, ...], run: DryRun) -> dict[str, int]:
-    """Kind of memory → bytes on the rank that needs the most. ``run``: of the largest batch."""
+    """Kind of memory → bytes on the rank that needs the most. ``run`` is the dry run of the largest batch."""
     rows, states = table_bytes(workload, plan)
     replicated, gradients_of_rows, states_of_rows = replicated_bytes(workload, run)
     gathered, gradients = gathered_and_gradients(workload, run)
     recording, has_buckets = run.recording, workload.dp_cp_size > 1
-    # With one rank there are no buckets, and a gradient exists from its backward to the end of the step.
+    # Without DDP buckets a gradient exists only from its backward to the end of the step.
     peak = recording.peak_without_gradients if has_buckets else recording.peak
     of_dense = FLOAT32 * gradients if has_buckets else peak.get(GRADIENTS, 0)
     return {
@@ -133,20 +133,20 @@ def memory(workload: Workload, plan: tuple[TableShards, ...], run: DryRun) -> di
 
 
 def beside_tables(workload: Workload) -> int:
-    """Bytes that a step needs on a rank beside the sharded tables and their optimizer states."""
+    """Bytes that a step needs on a rank in addition to the sharded tables and their optimizer states."""
     return sum(memory(workload, (), dry_run(workload, workload.largest)).values())
 
 
 def beside_tables_of_run(config: RunConfig, mesh: Mesh) -> int:
-    """``beside_tables`` for the ranks of a run that is starting."""
+    """``beside_tables`` for a run that is starting on ``mesh``."""
     return beside_tables(plan_workload(config, mesh.world_size, mesh.local_world_size, mesh.device.type))
 
 
 def plan_for(machine: Machine, workload: Workload, runs: DryRuns) -> tuple[TableShards, ...]:
-    """The plan of a run on ``machine``; where the tables do not fit, one that shows by how much."""
+    """The table shards of a run on ``machine``. If the tables do not fit, the plan ignores the memory limit."""
     has = int(machine.memory_gb * 1e9)
     room = TableRoom(0, has)
-    if workload.device_type == "cuda":  # how much memory its host has is not known
+    if workload.device_type == "cuda":  # the host memory is unknown
         beside = sum(memory(workload, (), runs.of(workload, workload.largest)).values())
         room = TableRoom(max(0, has - beside), UNLIMITED.host, beside)
     try:
@@ -161,7 +161,7 @@ def plan_for(machine: Machine, workload: Workload, runs: DryRuns) -> tuple[Table
 def step_times(
     workload: Workload, machine: Machine, run: DryRun, plan: tuple[TableShards, ...]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(operator → seconds, what ranks exchange for → seconds that no operator hides) of a rank."""
+    """Two dicts for one rank: operator → seconds, and purpose of exchanges → seconds that no computation hides."""
     shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
     parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
     parts |= {"samples": shared} | dict.fromkeys(("data", "shards"), "data parallelism")
@@ -180,7 +180,7 @@ def step_times(
 
 
 def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> tuple[Transfer, ...]:
-    """All collectives of a step between at least two ranks."""
+    """All collectives of a step that involve at least two ranks."""
     sizes = _group_sizes(workload)
     calls: dict[tuple[str, str], list[int]] = {}
     for event in run.recording.events:
@@ -204,9 +204,9 @@ def _group_sizes(workload: Workload) -> dict[str, int]:
 
 
 def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str, float], dict[str, float]]:
-    """(operator → seconds, group → seconds that a rank waits for its exchanges).
+    """Replays the recorded events: operator → seconds, and group → seconds that a rank waits for its exchanges.
 
-    Operators follow each other. Exchanges follow each other beside them, and an operator waits for those that it reads.
+    Operators run one after another, exchanges too, both in parallel. An operator waits for the exchanges it reads.
     """
     computing: dict[str, float] = {}
     waits: dict[str, float] = {}
@@ -235,8 +235,8 @@ def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str
 
 
 def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, compute: float) -> float:
-    """Seconds of computation that can hide ``transfer``."""
-    if transfer.behind == "backward":  # all but the last bucket, which nothing follows
+    """Seconds of ``transfer`` that computation can hide."""
+    if transfer.behind == "backward":  # no computation follows the last bucket
         return min(compute * 2 / 3, seconds * (1 - 1 / transfer.calls))
     has_pipeline = workload.config.trainer.pipeline_type != "none"
     return compute if transfer.behind == "pipeline" and has_pipeline else 0.0
@@ -246,7 +246,7 @@ def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, comp
 
 
 def as_json(found: Estimate, workload: Workload) -> dict[str, Any]:
-    """The estimate for programs; bytes and seconds."""
+    """The estimate as a JSON object, in bytes and seconds."""
     keys = {"name": "name", "kind": "collective"} | {name: name for name in ("ranks", "calls", "payload", "wire")}
     return {
         "world_size": workload.world_size,
@@ -265,7 +265,7 @@ def as_json(found: Estimate, workload: Workload) -> dict[str, Any]:
 
 
 def as_text(found: Estimate, workload: Workload, machine: Machine) -> str:
-    """The estimate for people: tables of memory, communication and time, then the assumptions."""
+    """The estimate as tables of memory, communication and time, followed by the assumptions."""
     return "\n".join(_lines(found, workload, machine))
 
 
@@ -301,7 +301,7 @@ def _row(name: str, value: str) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes in decimal units: "1.50 GB"."""
+    """Formats bytes in decimal units, such as "1.50 GB"."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= factor:
             return f"{number / factor:.2f} {unit}"

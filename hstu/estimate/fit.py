@@ -1,7 +1,7 @@
-"""The fastest way to train a run within the memory of its ranks: what is split, sharded and recomputed.
+"""Searches the fastest way to train a run within the memory of its ranks (``scripts/estimate.py --fit``).
 
-All plans train the same global batches, so they give the losses of the file (but for rounding and dropout). They differ
-in the options that declare to change speed alone, and in the micro-batches into which a rank divides its sequences.
+Plans differ in the options with ``changes="speed"``, the group sizes and the number of micro-batches. All train the
+same global batches, so their losses differ only by rounding and dropout.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from hstu.estimate.machine import Machine
 from hstu.estimate.workload import Workload, plan_workload
 
 USED = 0.9
-"""Share of the memory that a plan may use: the rest is for CUDA's context, NCCL's buffers and fragmentation."""
+"""Share of the memory that a plan may use. CUDA's context, NCCL's buffers and fragmentation need the rest."""
 NOT_ESTIMATED = ("kernel_backend", "strict_kernel_backend", "compile")
-"""Options whose effect on speed the estimate does not show."""
+"""Options whose effect on speed is not estimated."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether its memory is at most ``USED`` of that of a rank."""
+        """Whether it needs at most the share ``USED`` of a rank's memory."""
         return self.found.memory_total <= USED * self.found.memory_limit
 
     def bindings(self, file: RunConfig) -> list[str]:
-        """The gin bindings that make this plan of another configuration; none if it is the same."""
+        """The gin bindings that turn ``file`` into this plan; empty if both are equal."""
         return [
             f"{type(own).__name__}.{option.name} = {getattr(own, option.name)!r}"
             for own, other in zip(self.config.all_args(), file.all_args(), strict=True)
@@ -58,9 +58,9 @@ def search(
     machine: Machine,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Plan]:
-    """All plans, each with as few micro-batches as fit: the fastest first, then the smallest of those that do not fit.
+    """All plans, each with as few micro-batches as fit: fitting plans by step time, then the others by memory.
 
-    ``progress`` is called with a line for each pair of group sizes.
+    ``progress`` receives one line per pair of group sizes.
     """
     plans, runs, tried = [], DryRuns(), list[RunConfig]()
     allowed = set(validate(config, world_size))
@@ -78,7 +78,7 @@ def search(
             if changed in tried or not _is_valid(changed, world_size, allowed):
                 continue  # an option without effect has its default in a RunConfig
             tried.append(changed)
-            # Lengths and tables depend on the size of the groups alone.
+            # Lengths and tables depend only on the group sizes.
             planned = planned or plan_workload(changed, world_size, ranks_per_host, "cuda")
             plans.append(_with_fewest_micro_batches(replace(planned, config=changed), machine, runs))
     fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.found.step_s)
@@ -86,7 +86,7 @@ def search(
 
 
 def _groups(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator[tuple[int, int]]:
-    """Sizes of tensor- and context-parallel groups within a host that divide the heads and the ranks."""
+    """(tensor-parallel size, context-parallel size) whose product divides the heads, the ranks and a host's ranks."""
     heads = config.network.num_attention_heads
     for tp, cp in product(range(1, min(heads, ranks_per_host) + 1), repeat=2):
         size = tp * cp
@@ -95,7 +95,7 @@ def _groups(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator
 
 
 def _ways(cls: type[Args]) -> list[dict[str, Any]]:
-    """All values together of the switches and choices of ``cls`` that change speed alone."""
+    """All combinations of values of the switches and choices of ``cls`` that change only the speed."""
     options = [option for option in options_of(cls) if option.metadata["changes"] == "speed"]
     values = {
         option.name: option.metadata["choices"] or (False, True)
@@ -106,7 +106,7 @@ def _ways(cls: type[Args]) -> list[dict[str, Any]]:
 
 
 def _is_valid(config: RunConfig, world_size: int, allowed: set[str]) -> bool:
-    """Whether the rules find no mistake, and no warnings but those that are ``allowed``."""
+    """Whether the rules find no mistakes and only ``allowed`` warnings."""
     try:
         return allowed.issuperset(validate(config, world_size))
     except ConfigError:
@@ -114,7 +114,7 @@ def _is_valid(config: RunConfig, world_size: int, allowed: set[str]) -> bool:
 
 
 def _with_fewest_micro_batches(workload: Workload, machine: Machine, runs: DryRuns) -> Plan:
-    """The plan with the fewest micro-batches that fits, or the one with the most."""
+    """The fitting plan with the fewest micro-batches; if none fits, the plan with the most."""
     config, trainer = workload.config, workload.config.trainer
     sequences = trainer.sequences_per_iteration
     if trainer.tokens_per_rank is not None:  # cannot be divided
@@ -129,7 +129,7 @@ def _with_fewest_micro_batches(workload: Workload, machine: Machine, runs: DryRu
 
 
 def as_text(plans: Sequence[Plan], file: RunConfig) -> str:
-    """The plans than which no other is both faster and smaller, as a table, then the gin lines of the fastest."""
+    """A table of the Pareto-optimal plans in speed and memory, then the gin lines of the fastest plan."""
     best = plans[0]
     limit = USED * best.found.memory_limit / 1e9
     lines = [

@@ -1,4 +1,4 @@
-"""What a rank and its links can do: a GPU by its data sheet and assumptions, this CPU by measurement."""
+"""Speed and memory of a rank and its links: GPUs from data sheets and assumptions, this CPU from measurements."""
 
 from __future__ import annotations
 
@@ -35,59 +35,51 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The device of one rank and its links.
-
-    Efficiencies and latencies are assumptions, the same for every GPU. None has been measured with this trainer.
-    """
+    """The device of one rank and its links. Efficiencies and latencies are unmeasured assumptions for all GPUs."""
 
     name: str
     memory_gb: float
     """Memory of a rank in 10^9 bytes."""
     peak_tflops: float
-    """Matrix products in the compute type."""
+    """Peak of matrix products in the compute type."""
     memory_gb_s: float
-    """Memory bandwidth."""
     link_gb_s: float
-    """Bandwidth from one rank to the others of its host, one way."""
+    """One-way bandwidth from one rank to the others of its host."""
     network_gb_s: float
-    """Bandwidth from one rank to other hosts, one way."""
+    """One-way bandwidth from one rank to other hosts."""
     link_latency_us: float = 20.0
     """Latency of one collective within a host."""
     network_latency_us: float = 50.0
-    """Latency of one collective across hosts, beside that of its messages."""
+    """Latency of one collective across hosts, without its messages."""
     hop_us: float = 5.0
-    """Latency of each message that waits for another one: a tree of hosts for all_reduce, else a ring of hosts."""
+    """Latency per sequential message between hosts, which form a tree for all_reduce and otherwise a ring."""
     message_us: float = 1.0
-    """Time of a rank to send one of the messages of an all_to_all, beside its bytes."""
+    """Fixed time per message that a rank sends in an all_to_all, in addition to the time for its bytes."""
     launch_us: float = 4.0
-    """Time to launch one kernel, if the host does nothing else."""
+    """Time to launch one kernel on an otherwise idle host."""
     matmul_efficiency: float = 0.6
     """Share of the peak that matrix products reach."""
     attention_efficiency: float = 0.3
-    """Share of the peak that the attention reaches, by the operations that hstu/ops/costs.py counts."""
+    """Share of the peak that attention reaches, by the FLOPs that hstu/ops/costs.py counts."""
     memory_efficiency: float = 0.75
     link_efficiency: float = 0.7
     overlaps: bool = True
     """Whether communication and copies run beside computation."""
 
     def seconds(self, name: str, cost: Cost) -> float:
-        """Seconds of an operator by roofline: the longer of arithmetic and traffic, plus launches."""
+        """Roofline time of an operator: the maximum of arithmetic and memory traffic, plus kernel launches."""
         efficiency = self.attention_efficiency if name == ATTENTION else self.matmul_efficiency
         arithmetic = cost.flops / (self.peak_tflops * 1e12 * efficiency)
         memory = cost.bytes / (self.memory_gb_s * 1e9 * self.memory_efficiency)
         return max(arithmetic, memory) + cost.launches * self.launch_us * 1e-6
 
     def transfer_seconds(self, transfer: Transfer, on_host: int) -> float:
-        """Seconds of all calls of ``transfer``, of whose ranks a host has ``on_host``.
-
-        Links within hosts and between them work at the same time.
-        """
+        """Seconds of all calls of ``transfer`` with ``on_host`` ranks per host. Intra- and inter-host links overlap."""
         within, between = transfer.sent(on_host)
         moving = max(within / self.link_gb_s, between / self.network_gb_s) / (1e9 * self.link_efficiency)
         return moving + transfer.calls * self._latency_us(transfer, on_host) * 1e-6
 
     def _latency_us(self, transfer: Transfer, on_host: int) -> float:
-        """Of one call."""
         hosts = -(-transfer.ranks // on_host)
         if hosts == 1:
             return self.link_latency_us
@@ -101,9 +93,9 @@ class Machine:
         return self.network_latency_us + messages
 
 
-# Name → (name in torch, memory GB, memory GB/s, NVLink or PCIe GB/s one way, network GB/s per GPU), by the makers' data
-# sheets. The network is that of the makers' own systems: NDR 400 Gb/s per GPU, HDR 200 Gb/s with A100, else 100 Gb/s.
-# PCIe x16 is half of the data sheets' sum of both ways: 64 GB/s for Gen4.
+# Name → (name in torch, memory GB, memory GB/s, one-way NVLink or PCIe GB/s, network GB/s per GPU), by the data sheets.
+# The network is that of NVIDIA's own systems: NDR 400 Gb/s per GPU, HDR 200 Gb/s with A100, otherwise 100 Gb/s.
+# Data sheets add both directions of PCIe x16 (64 GB/s for Gen4); the table has half of it.
 _GPUS = {
     "b200": ("B200", 180, 8000, 900, 50),
     "h200": ("H200", 141, 4800, 450, 50),
@@ -115,7 +107,7 @@ _GPUS = {
 
 
 def gpu(name: str, dtype: torch.dtype) -> Machine:
-    """The GPU called ``name`` in this table, computing in ``dtype``. Raises ConfigError if its peak is not known."""
+    """The GPU ``name`` of the table ``_GPUS``, computing in ``dtype``. Raises ConfigError if its peak is unknown."""
     torch_name, memory, bandwidth, link, network = _GPUS[name]
     peak = data_sheet_tflops(torch_name, dtype)
     if peak is None:
@@ -136,7 +128,7 @@ def gpu(name: str, dtype: torch.dtype) -> Machine:
 
 
 def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
-    """``machine`` with some numbers replaced by name. Raises ConfigError for unknown names and impossible numbers."""
+    """A copy of ``machine`` with some numbers replaced. Raises ConfigError for unknown names and impossible numbers."""
     names = [field.name for field in fields(Machine) if field.type == "float"]
     changed: dict[str, Any] = {}
     for name, text in settings.items():
@@ -156,7 +148,7 @@ def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
 # --- this CPU ------------------------------------------------------------------------------------------------------
 
 _MOST_FLOPS = 4e10
-"""Operations of a step that is measured."""
+"""FLOPs of the largest step that is measured."""
 _BUDGET_S, _LEAST_STEPS = 2.0, 5
 
 
@@ -167,9 +159,9 @@ class ThisCpu(Machine):
     clock: Clock = time.perf_counter
 
     def step_seconds(self, workload: Workload) -> float:
-        """Median seconds in which a rank makes a batch and trains on it if it is alone, measured.
+        """Measured median seconds per step of one rank without communication, data loading included.
 
-        A long step is measured with fewer sequences.
+        A step of more than ``_MOST_FLOPS`` is measured with fewer sequences and scaled up.
         """
         config, trainer = workload.config, workload.config.trainer
         operations = workload.flops(workload.typical) / workload.group_size
@@ -182,7 +174,7 @@ class ThisCpu(Machine):
             data_parallel=DataParallelArgs(),
         )
         threads, mesh = torch.get_num_threads(), meshes.start()
-        torch.set_num_threads(threads)  # start gives this rank all cores
+        torch.set_num_threads(threads)  # meshes.start gives this rank all cores
         try:
             source = open_source(alone, mesh)
             model, optimizers = build_model(alone, source, mesh)
@@ -199,7 +191,7 @@ class ThisCpu(Machine):
         return statistics.median(times) * trainer.train_batch_size / sequences
 
     def transfer_seconds(self, transfer: Transfer, on_host: int) -> float:
-        """As Machine, but gloo reduces whole tensors for a reduce-scatter."""
+        """See Machine. gloo implements reduce_scatter as all_reduce."""
         if transfer.kind == "reduce_scatter":
             transfer = replace(transfer, kind="all_reduce")
         return super().transfer_seconds(transfer, on_host)
@@ -207,10 +199,9 @@ class ThisCpu(Machine):
 
 @contextmanager
 def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[ThisCpu]:
-    """The share of this host that one of ``ranks_per_host`` ranks has, with the other cores busy meanwhile.
+    """A rank's share of this host, measured while other processes keep the cores of the other ranks busy.
 
-    The numbers of its links are assumptions.
-    clock: wall time, or process time for one thread on a machine with other work.
+    Link speeds are assumptions. Pass ``time.process_time`` as ``clock`` to time one thread on a busy machine.
     """
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     torch.set_num_threads(max(1, cores // workload.ranks_per_host))
@@ -221,7 +212,7 @@ def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[T
                 name="this CPU",
                 memory_gb=psutil.virtual_memory().total / 1e9 / workload.ranks_per_host,
                 peak_tflops=peak_tflops(torch.device("cpu"), dtype).value,
-                memory_gb_s=10.0,  # steps are measured, so nothing depends on it
+                memory_gb_s=10.0,  # unused: steps are measured
                 link_gb_s=1.0,
                 network_gb_s=1.0,
                 link_latency_us=100.0,
@@ -246,14 +237,14 @@ while True:
 
 @contextmanager
 def _busy_cores(count: int) -> Iterator[None]:
-    """Inside, ``count`` processes work as ranks do: cores share caches, memory and power, so each is then slower."""
+    """Runs ``count`` busy processes: cores share caches, memory and power, so the other ranks slow this one down."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _WORK_OF_A_RANK]
     processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(count)]
     try:
         for process in processes:
             assert process.stdout is not None
-            process.stdout.readline()  # its first line shows that it works
+            process.stdout.readline()  # the first line shows that the process has started
         yield
     finally:
         for process in processes:

@@ -1,6 +1,6 @@
-"""What a training step runs, allocates and exchanges, recorded operator by operator while it runs.
+"""Records the operators, memory and collectives of a training step while it runs.
 
-It also runs on tensors without data (torch's FakeTensorMode) and over groups of torch's "fake" backend.
+Works with real tensors and with tensors without data (torch's FakeTensorMode).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _ONLY_ALLOCATE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empt
 
 @dataclass(frozen=True)
 class Operator:
-    """One pass of an operator."""
+    """One call of an operator."""
 
     name: str
     cost: Cost
     phase: str
     needs: tuple[int, ...] = ()
-    """The exchanges, by their index among the events, whose results it reads."""
+    """Indices of the events whose results it reads; all are exchanges."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One call of a collective."""
+    """One call of a collective. The recorder does not execute it."""
 
     group: str
     kind: str
@@ -53,21 +53,21 @@ class Exchange:
 
 @dataclass
 class Recording:
-    """What a step did, in order, and the memory that it needed."""
+    """The events of a step in order, and its memory."""
 
     events: list[Operator | Exchange] = field(default_factory=list)
     saved: int = 0
-    """Bytes that autograd keeps for backward at most, weights and batches apart."""
+    """Maximum bytes that autograd saves for backward, without weights and batches."""
     peak: dict[str, int] = field(default_factory=dict)
-    """Kind of memory → bytes when the step needed the most, beyond what was there before it."""
+    """Kind of memory → bytes allocated by the step at its peak."""
     peak_without_gradients: dict[str, int] = field(default_factory=dict)
-    """The same, if the gradients of the weights lie elsewhere."""
+    """The same without the gradients of weights, which DDP and FSDP keep in their own buffers."""
 
 
 class Recorder(TorchDispatchMode):
-    """Records all that runs inside. ``groups``: name of a process group → what it is called here.
+    """Records all operators inside the context. ``groups`` maps process group names to ``Exchange.group``.
 
-    ``phase`` names the memory that is allocated from now on.
+    ``phase`` is the kind of the memory that operators allocate.
     """
 
     def __init__(self, groups: Mapping[str, str]) -> None:
@@ -86,7 +86,7 @@ class Recorder(TorchDispatchMode):
         self.recording.events.append(Operator(name, cost, self.phase, tuple(sorted(needs))))
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Note that autograd saves ``tensor``: a hook of torch.autograd.graph.saved_tensors_hooks."""
+        """Pack hook for torch.autograd.graph.saved_tensors_hooks: record that autograd saves ``tensor``."""
         key = id(tensor.untyped_storage())
         if key in self._owners:
             self._kept[key] = self._owners[key][2]
@@ -94,7 +94,7 @@ class Recorder(TorchDispatchMode):
         return tensor
 
     def own(self, tensor: Tensor, kind: str) -> None:
-        """Count the memory of ``tensor`` as of another kind from now on."""
+        """Change the kind of the memory of ``tensor``."""
         key = id(tensor.untyped_storage())
         if key in self._owners:
             reference, before, size = self._owners[key]
@@ -103,7 +103,6 @@ class Recorder(TorchDispatchMode):
             self._add(kind, size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and record it."""
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return self._exchange(func, args)
@@ -124,7 +123,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _exchange(self, func: Any, args: Any) -> Any:
-        """Record a collective, and return at once what it returns."""
+        """Record a collective without running it."""
         name = func._schema.name.partition("::")[2]
         group = next(each for each in args if isinstance(each, torch.ScriptObject) and "ProcessGroup" in str(each))
         work = FakeWork().boxed()

@@ -1,6 +1,6 @@
-"""What does not run without data: tables, DDP, FSDP2 and sharded states. Where they hold what, and what they exchange.
+"""Memory, traffic and cost of what a dry run leaves out: tables, DDP, FSDP2 and sharded optimizer states.
 
-Tables are cut by the plan that a run would have. What data parallelism needs follows from the weights of a dry run.
+Tables are sharded by the planner of a run. The costs of data parallelism follow from the weights of the dry run.
 """
 
 from __future__ import annotations
@@ -30,31 +30,30 @@ DDP_BUCKET_BYTES = 25 << 20
 
 @dataclass(frozen=True)
 class Transfer:
-    """The collectives of a step that serve one purpose."""
+    """All collectives of a step that serve one purpose."""
 
     name: str
     kind: str
     """all_reduce, all_gather, reduce_scatter or all_to_all."""
     group: str
-    """world, data, shards (the ranks that share the dense part), tensor, context, or samples: those of a tp_cp
-    group."""
+    """world, data, shards (ranks that share the dense part), tensor, context, or samples (ranks of a tp_cp group)."""
     ranks: int
     """Size of the group."""
     calls: int
     payload: int
-    """Bytes of this rank's inputs to all calls together; of the busiest rank if ranks differ."""
+    """Bytes of a rank's inputs, summed over the calls; of the busiest rank if ranks differ."""
     behind: Literal["backward", "pipeline", "operators", "nothing"] = "nothing"
-    """What can hide it: all of backward, the steps before, or the operators up to the first that reads its result."""
+    """What can hide it: the backward pass, preceding steps, or the operators before the first reader of its result."""
 
     @property
     def wire(self) -> float:
-        """Bytes that a rank must send at least: those of a ring for all_reduce, all but its own part for the others."""
+        """Minimum bytes that a rank sends. all_reduce is counted as a ring."""
         return sum(self.sent(self.ranks))
 
     def sent(self, on_host: int) -> tuple[float, float]:
-        """Bytes that a rank must send (within its host, to other hosts), of whose ranks a host has ``on_host``.
+        """Minimum bytes that a rank sends (within its host, to other hosts), with ``on_host`` ranks per host.
 
-        The ranks of a host first share what leaves it, so that each sends an equal part, and then share what arrives.
+        The collective is hierarchical: the ranks of a host split outgoing data evenly and share what arrives.
         """
         hosts = -(-self.ranks // on_host)
         near, far = on_host - 1, hosts - 1
@@ -75,7 +74,7 @@ class Transfer:
 
 @dataclass(frozen=True)
 class TableShards:
-    """How the planner cuts one table."""
+    """How the planner shards one table."""
 
     spec: TableSpec
     sharding: str
@@ -85,10 +84,7 @@ class TableShards:
 
 
 def plan_tables(workload: Workload, room: TableRoom = UNLIMITED) -> tuple[TableShards, ...]:
-    """The shards of the model_parallel tables, by TorchRec's planner with the constraints of a run.
-
-    Raises TablesDoNotFit where ``room`` is too small.
-    """
+    """Shards the model_parallel tables as a run does. Raises TablesDoNotFit if ``room`` is too small."""
     specs = {spec.name: spec for spec in workload.specs if not spec.replicated}
     if not specs:
         return ()
@@ -102,7 +98,7 @@ def plan_tables(workload: Workload, room: TableRoom = UNLIMITED) -> tuple[TableS
     for part, table in (pair for tables in plan.plan.values() for pair in tables.items()):
         name = part if part in specs else logical_name(part)
         shards = [(s.placement.rank(), *s.shard_sizes) for s in table.sharding_spec.shards]
-        if name in found:  # the second part of a table in two memories is cut like the first
+        if name in found:  # a table in two memories has two parts, sharded alike
             first = found[name].shards
             shards = [(rank, m + n, cols) for (rank, m, cols), (_, n, _) in zip(first, shards, strict=True)]
         found[name] = TableShards(specs[name], table.sharding_type, tuple(shards))
@@ -110,7 +106,7 @@ def plan_tables(workload: Workload, room: TableRoom = UNLIMITED) -> tuple[TableS
 
 
 def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int, int]:
-    """(rows, optimizer states) of the sharded tables on the rank that holds the most of both."""
+    """Bytes of (rows, optimizer states) of the sharded tables on the rank with the largest sum."""
     held = np.zeros((workload.world_size, 2), dtype=np.int64)
     for table in plan:
         states = STATES[TableTraining.of(table.spec, workload.config.optimizer).optimizer]
@@ -122,9 +118,9 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
 
 
 def replicated_bytes(workload: Workload, run: DryRun) -> tuple[int, int, int]:
-    """(rows, gradients, states with the moving average) of the replicated tables.
+    """Bytes of (rows, gradients, optimizer states and moving average) of the replicated tables.
 
-    On a CPU gradients are those of the rows looked up, else of whole tables.
+    Gradients are sparse (only looked-up rows) on a CPU and dense on a GPU.
     """
     args, specs = workload.config.optimizer, workload.replicated_specs
     rows = sum(spec.rows * spec.dim for spec in specs)
@@ -140,7 +136,7 @@ def _count(spec: TableSpec, ids: Mapping[str, int]) -> int:
 
 
 def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> Iterator[Transfer]:
-    """TorchRec sends ids to the ranks with their rows, the rows back, and the gradients the same way as the ids.
+    """TorchRec sends ids to the ranks that hold their rows, rows back, and gradients along the path of the ids.
 
     There is one exchange per collection (tables of one width) and kind of sharding.
     """
@@ -153,7 +149,7 @@ def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ..
         sent_ids += count * copies * INT64
         lengths += len(table.spec.features) * sequences * (ranks if by_rows else copies) * INT64
         gradients += count * table.spec.stored_dim * FLOAT32
-        for rank, _, columns in table.shards:  # each row goes to the rank that has looked it up
+        for rank, _, columns in table.shards:  # each row goes to the rank that looked it up
             rows[rank] += count * columns * FLOAT32 * (1 if by_rows else ranks)
     calls = len({(table.spec.stored_dim, table.sharding) for table in plan})
     world = partial(Transfer, kind="all_to_all", group="world", ranks=ranks)
@@ -167,10 +163,9 @@ def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ..
 
 
 def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> dict[str, Cost]:
-    """The look-ups and updates of a rank.
+    """Costs of a rank's look-ups and updates: memory traffic of rows, gradients and optimizer states.
 
-    Rows are read and written, gradients written and read, and the update reads and writes rows and states. A replicated
-    table on a GPU has the gradient and the update of the whole table.
+    A replicated table on a GPU has a dense gradient and updates all its rows.
     """
     args, sharded, replicated = workload.config.optimizer, 0.0, 0.0
     for table in plan:
@@ -182,7 +177,7 @@ def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) 
         updated = ids if workload.device_type == "cpu" else spec.rows
         states = TableTraining.of(spec, args).states
         replicated += FLOAT32 * spec.dim * (5.0 * ids + updated * (1 + 2 * (1 + len(states)) + 1))
-    launches = 40 * len({table.spec.stored_dim for table in plan})  # a few for the ids and rows of each collection
+    launches = 40 * len({table.spec.stored_dim for table in plan})  # a few for the ids and rows per collection
     found = {
         "sharded tables": Cost(0.0, sharded, launches),
         "replicated tables": Cost(0.0, replicated, 4 * len(workload.replicated_specs)),
@@ -194,7 +189,7 @@ def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) 
 
 
 def held_weights(workload: Workload, run: DryRun) -> dict[str, int]:
-    """Elements of each parameter of the dense part that a rank holds from step to step, padding included."""
+    """Parameter of the dense part → elements that a rank holds between steps, padding included."""
     counts, ranks = {name: weight.elements for name, weight in run.weights.items()}, workload.shard_group_size
     match workload.dense_sharding:
         case "weights":
@@ -205,9 +200,9 @@ def held_weights(workload: Workload, run: DryRun) -> dict[str, int]:
 
 
 def state_bytes(workload: Workload, run: DryRun) -> int:
-    """States of the dense optimizers and the moving average, on the rank with the most."""
+    """Bytes of dense optimizer states and the moving average on the rank that has the most."""
     counts, ranks = {name: weight.elements for name, weight in run.weights.items()}, workload.shard_group_size
-    shares = [held_weights(workload, run)]  # with sharded weights, the first rank's, without padding
+    shares = [held_weights(workload, run)]  # with sharded weights: of the first rank, which has no padding
     if workload.dense_sharding == "optimizer":
         by_rank = map(FlatLayout.of(counts, ranks).owned, range(ranks))
         shares = [{name: len(elements) for name, elements in owned.items()} for owned in by_rank]
@@ -220,9 +215,9 @@ def state_bytes(workload: Workload, run: DryRun) -> int:
 
 
 def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
-    """Elements of gathered weights, and of all gradients, that a rank needs at the same time.
+    """Maximum elements of (gathered weights, gradients) that exist on a rank at the same time.
 
-    FSDP gathers all weights but those of the layers, a layer, and the buffers of the exchanges that overlap with it.
+    FSDP gathers the weights outside the layers, one layer, and the buffers of the exchanges that overlap with it.
     """
     config = workload.config
     dense = sum(weight.elements for weight in run.weights.values())
@@ -230,15 +225,15 @@ def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
         return 0, dense
     of_layers = sum(weight.elements for weight in run.weights.values() if weight.is_layer)
     layer, rest = of_layers // config.network.num_layers, dense - of_layers
-    # Micro-batches are summed before they are exchanged.
+    # Gradients of micro-batches are summed before they are exchanged.
     gradients = dense + layer if config.trainer.gradient_accumulation_steps > 1 else rest + 2 * layer
     return rest + 3 * layer, gradients + sum(held_weights(workload, run).values())
 
 
 def data_parallel_transfers(workload: Workload, run: DryRun) -> Iterator[Transfer]:
-    """Weights and their gradients, those of replicated tables on GPUs included.
+    """Collectives of dense weights and gradients, dense gradients of replicated tables included.
 
-    FSDP's units are the layers and all the rest; backward gathers the layers again.
+    FSDP's units are each layer and the rest. Backward gathers the layers again.
     """
     config, ranks, held = workload.config, workload.shard_group_size, held_weights(workload, run)
     layers, passes = config.network.num_layers, config.trainer.gradient_accumulation_steps

@@ -1,7 +1,7 @@
-"""``--validate-only``: a dry run of the builder that goes on after a mistake, so that one hides no other.
+"""``--validate-only``: builds a run step by step and reports all mistakes instead of stopping at the first.
 
-A step opens or builds a part of the run as the builder does, and keeps it in ``Built`` for later steps. It gets the
-run, which lacks the values that are wrong, and ends where it reads them, or a part that could not be built.
+Each step opens or builds one part of the run and stores it in ``Built`` for later steps. The draft lacks wrong values.
+A step ends where it reads a missing value or part.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ Problems = Iterator[Problem]
 
 
 class Built(SimpleNamespace):
-    """The parts of the run that could be built."""
+    """The parts of the run that could be built. Reading a missing part raises Unknown."""
 
     def __getattr__(self, name: str) -> Any:
         raise Unknown(name)
 
 
 def what_the_file_names_fits(run: RunDraft) -> Problems:
-    """Build what the files name, step by step."""
+    """Builds everything that the gin files name and yields the problems."""
     quiet_libraries()
     built = Built()
     for step in STEPS:
@@ -82,7 +82,7 @@ def what_the_file_names_fits(run: RunDraft) -> Problems:
 def attempt(
     run: RunDraft, part: Args, parameter: str, function: Callable[..., T], *arguments: Any
 ) -> Generator[Problem, None, T]:
-    """The result of ``function``. An error of the user is a problem, see ``reported``, and then there is no result."""
+    """Returns the result of ``function``. A UserError yields problems (see ``reported``) and raises Unknown."""
     try:
         return function(*arguments)
     except UserError as error:
@@ -91,20 +91,20 @@ def attempt(
 
 
 def check(run: RunDraft, part: Args, parameter: str, function: Callable[..., object], *arguments: Any) -> Problems:
-    """As ``attempt``, where nothing depends on the result."""
+    """Calls ``function`` as ``attempt`` does, and continues after an error."""
     with suppress(Unknown):
         yield from attempt(run, part, parameter, function, *arguments)
 
 
 def reported(run: RunDraft, part: Args, parameter: str, error: UserError) -> Problems:
-    """The problems of an error, at the place that they name, or else at ``part.parameter``."""
+    """The problems of an error. Those that name no file and line are located at ``part.parameter``."""
     places = tuple(f"{name}:" for name in (*run.source_files, "--gin-bindings"))
     for text in error.problems if isinstance(error, ConfigError) else [str(error)]:
         yield Problem(text) if text.startswith(places) else run.problem(part, parameter, text)
 
 
 def _place_of_data(dataset: Args) -> str:
-    """The parameter that says where the data is."""
+    """The parameter that names the data."""
     is_named = isinstance(dataset, DatasetArgs)
     return "dataset_path" if getattr(dataset, "dataset_path", None) else "dataset_name" if is_named else "feature_args"
 
@@ -113,7 +113,7 @@ def _place_of_data(dataset: Args) -> str:
 
 
 def open_data(run: RunDraft, built: Built) -> Problems:
-    """The preprocessed data, intact, and the features that the model sees."""
+    """The preprocessed data is intact, and has the features that the model reads."""
     dataset = run.dataset
     if not isinstance(dataset, DatasetArgs):
         built.roles, built.tables = benchmark_roles(dataset), tuple(run.embeddings)
@@ -130,21 +130,21 @@ def open_data(run: RunDraft, built: Built) -> Problems:
 
 
 def rows_suffice(run: RunDraft, built: Built) -> Problems:
-    """Static tables have rows for all ids, and the features of tables exist."""
+    """Static tables have rows for all ids, and the data has the features of all tables."""
     store = built.store
     features = {name: store.feature(name) for name in (*store.features, *store.time_features)}
     ids = {name: store.cardinality(name) for name, each in features.items() if each.cardinality is not None}
     known = [table for table in run.embeddings if set(table.feature_names) <= ids.keys()]
     raw = tuple(name for name in ids if features[name].raw)
     yield from check(run, run.dataset, "dataset_name", check_rows, known, ids, run.located, raw)
-    for table in [] if hasattr(built, "roles") else run.embeddings:  # with roles, choose_tables reports it
+    for table in [] if hasattr(built, "roles") else run.embeddings:  # if roles exist, choose_tables reports it
         if unknown := [name for name in table.feature_names if name not in store.features]:
             text = f"the data has no feature {', '.join(map(repr, unknown))}; it has {', '.join(store.features)}"
             yield run.problem(table, "feature_names", text + did_you_mean(unknown[0], store.features))
 
 
 def fit_tables(run: RunDraft, built: Built) -> Problems:
-    """One table for each feature, of possible names, widths and sizes."""
+    """Each feature has one table, with a valid name, width and size."""
     dataset, roles, args = run.dataset, built.roles, run.retrieval
     if isinstance(dataset, DatasetArgs):
         predefined = predefined_tables(dataset, built.store, run.network)
@@ -156,7 +156,7 @@ def fit_tables(run: RunDraft, built: Built) -> Problems:
 
 
 def open_samples(run: RunDraft, built: Built) -> Problems:
-    """The splits have samples, the ids of a second store are known, and the batches of a rank have room."""
+    """The splits have samples, the ids of a second store are known, and each rank's batches fit."""
     dataset, config, _ = run.dataset, run.finish(), built.tables
     arguments = config, None, run.world_size
     built.source = yield from attempt(run, dataset, _place_of_data(dataset), open_source, *arguments)
@@ -166,7 +166,7 @@ def open_samples(run: RunDraft, built: Built) -> Problems:
 
 
 def masks_hide_the_labels(run: RunDraft, built: Built) -> Problems:
-    """With the contextual features of the data: see ``label_leak``."""
+    """Applies ``label_leak`` with the contextual features of the data."""
     yield from label_leak(run, has_context=bool(built.roles.contextual))
 
 
@@ -179,7 +179,7 @@ def head_fits_the_labels(run: RunDraft, built: Built) -> Problems:
         store = built.store
         action = dataset.action_feature_name or store.action_feature
         if action is not None and action not in store.features:
-            return  # reported as a feature
+            return  # another step reports the missing feature
         roles = FeatureRoles(store.item_feature, action, ())
         ids, least = ({action: store.cardinality(action)}, store.least_value(action)) if action else ({}, 0)
     else:
@@ -190,7 +190,7 @@ def head_fits_the_labels(run: RunDraft, built: Built) -> Problems:
 
 
 def kernels_run_here(run: RunDraft, built: Built) -> Problems:
-    """This machine has the kernels that strict_kernel_backend and EmbeddingArgs.compute_kernel demand."""
+    """This machine has the kernels that strict_kernel_backend and EmbeddingArgs.compute_kernel require."""
     network, device = run.network, _device_type()
     shapes = kernel_shapes(network, run.tensor_parallel.tensor_model_parallel_size)
     wanted = network.kernel_backend, network.strict_kernel_backend, torch.device(device), shapes
@@ -202,14 +202,14 @@ def kernels_run_here(run: RunDraft, built: Built) -> Problems:
 
 
 def build_dense(run: RunDraft, built: Built) -> Problems:
-    """The dense part and its optimizers, without data, and the sizes of all tensors of a checkpoint."""
+    """The dense part and its optimizers can be built. Stores the sizes of all checkpoint tensors."""
     features = SequenceFeatures.of(built.roles, built.max_items)
     dense = yield from attempt(run, run.optimizer, "part_optimizers", dense_tensors, run, features)
     built.tensors = dense | table_tensors(run, built.specs)
 
 
 def dense_tensors(run: RunDraft, features: SequenceFeatures) -> dict[str, torch.Size]:
-    """Tensor of a checkpoint → size, as TrainState.tensors names it. Raises ConfigError for part_optimizers."""
+    """Dense checkpoint tensor (named as in TrainState.tensors) → size. Raises ConfigError for bad part_optimizers."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = nn.ModuleDict({"task": task_module(run, features, REFERENCE_KERNELS)})
         settings = match_part_optimizers(dict(model.named_parameters()), run.optimizer, run.located)
@@ -219,7 +219,7 @@ def dense_tensors(run: RunDraft, features: SequenceFeatures) -> dict[str, torch.
 
 
 def table_tensors(run: RunDraft, specs: tuple[TableSpec, ...]) -> dict[str, torch.Size]:
-    """The same for the static tables."""
+    """Checkpoint tensor of a static table or its optimizer states → size."""
     args, static = run.optimizer, [spec for spec in specs if spec.dynamic is None]
     sizes = {f"{TABLES}{spec.name}": torch.Size((spec.rows, spec.dim)) for spec in static}
     for spec in static:
@@ -234,7 +234,7 @@ def table_tensors(run: RunDraft, specs: tuple[TableSpec, ...]) -> dict[str, torc
 
 
 def choose_directories(run: RunDraft, built: Built) -> Problems:
-    """output_dir and, if checkpoints are saved, ckpt_save_dir can be created and written; neither is created."""
+    """output_dir and, if checkpoints are saved, ckpt_save_dir are writable. Creates neither."""
     trainer, path = run.trainer, Path(run.trainer.output_dir or default_path(run.source_files))
     built.save_dir = yield from attempt(run, trainer, "ckpt_load_dir", directory_of_checkpoints, run, path)
     written = {"output_dir": path} | ({"ckpt_save_dir": built.save_dir} if trainer.saves_checkpoints else {})
@@ -249,7 +249,7 @@ def choose_directories(run: RunDraft, built: Built) -> Problems:
 
 
 def open_checkpoint(run: RunDraft, built: Built) -> Problems:
-    """ckpt_load_dir holds a complete checkpoint whose files are intact, and ckpt_param_map can be read."""
+    """ckpt_load_dir holds a complete, undamaged checkpoint, and ckpt_param_map is readable."""
     trainer = run.trainer
     yield from check(run, trainer, "ckpt_param_map", LoadOptions.from_args, trainer)
     places = trainer.ckpt_load_dir, built.save_dir
@@ -264,7 +264,7 @@ def open_checkpoint(run: RunDraft, built: Built) -> Problems:
 
 
 def match_the_checkpoint(run: RunDraft, built: Built) -> Problems:
-    """The checkpoint holds the weights of this model and, where they are loaded, the states of its optimizers."""
+    """The checkpoint holds the weights of this model and, if they are to be loaded, its optimizer states."""
     raw_ids, gin = RawIds(), ""
     if isinstance(run.dataset, DatasetArgs):
         raw_ids = RawIds.from_store(built.store, built.roles.names)
@@ -279,7 +279,7 @@ def match_the_checkpoint(run: RunDraft, built: Built) -> Problems:
 
 
 def memory_is_enough(run: RunDraft, built: Built) -> Problems:
-    """The estimated memory of a rank is not more than it has on this machine."""
+    """The estimated memory of a rank fits into this machine."""
     device, ranks_here = _device_type(), int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
     workload = plan_workload(run.finish(), run.world_size, ranks_here, device, built.source)
     plan = yield from attempt(run, run.dataset, _place_of_data(run.dataset), _plan_with_room, workload)
@@ -298,14 +298,14 @@ def memory_is_enough(run: RunDraft, built: Built) -> Problems:
 
 
 def _plan_with_room(workload: Workload) -> tuple[TableShards, ...]:
-    """The shards of the tables. Raises ConfigError for tables that the host or the ranks have no room for."""
+    """The table shards. Raises ConfigError if tables do not fit into the memory of the host or the ranks."""
     check_memory(workload.specs, workload.config, workload.ranks_per_host, workload.world_size)
     device = torch.device(workload.device_type)
     return plan_tables(workload, room_of_rank(device, workload.ranks_per_host, lambda: beside_tables(workload)))
 
 
 def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> Problems:
-    """The disk of ckpt_save_dir has room for one checkpoint; a warning if it has none for all that are kept."""
+    """The disk of ckpt_save_dir has room for one checkpoint. Too little room for all kept ones is a warning."""
     trainer, args = run.trainer, run.optimizer
     if not trainer.saves_checkpoints:
         return
@@ -317,7 +317,7 @@ def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> Problems:
     saved, kept = 1, trainer.ckpt_keep_last
     if trainer.ckpt_save_interval is not None and trainer.max_train_iters is not None:
         saved = -(-trainer.max_train_iters // trainer.ckpt_save_interval)
-    kept = saved if kept is None else min(saved, kept + 1)  # the best one, or one that is being written
+    kept = saved if kept is None else min(saved, kept + 1)  # plus the best one, or the one being written
     if one > free:
         text = f"a checkpoint has about {size(one)}, and {size(free)} are free there; give another directory"
         yield run.problem(trainer, "ckpt_save_dir", text)
@@ -334,7 +334,7 @@ def _device_type() -> str:
 
 
 def _existing_ancestor(path: Path) -> Path:
-    """The path itself, or the nearest directory above it that exists."""
+    """The path itself or its nearest existing ancestor."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if each.exists())
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run compute on: the lengths of their batches, planned before it starts, and their groups."""
+"""Plans, before a run starts, which batches its ranks compute on and how the ranks are grouped."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from hstu.train.sources import open_source
 
 MOST_STEPS = 32
 MOST_GROUPS = 16
-"""Steps and tp_cp groups whose batches are planned. A mean over more of them hardly differs."""
+"""Number of steps and of tp_cp groups whose batches are planned. More of them hardly change the means."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The samples that a tp_cp group computes on in one step. A rank looks up 1 / group_size of them."""
+    """The samples of one step of a tp_cp group (ranks that share samples). A rank looks up 1 / group_size of them."""
 
     samples: np.ndarray
     """int64 [sequences]: rows of the sample table."""
     lengths: SampleLengths
-    """Of these samples."""
 
     def part(self, index: int, parts: int) -> np.ndarray:
-        """One of ``parts`` runs of equally many samples; the last one may have fewer."""
+        """Contiguous part ``index`` of ``parts`` equal parts of the samples; the last one may be smaller."""
         size = -(-len(self.samples) // parts)
         return self.samples[index * size : (index + 1) * size]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A run of ``world_size`` ranks. Ranks of a host are neighbours, as torchrun numbers them."""
+    """A run of ``world_size`` ranks. Ranks of a host have consecutive numbers, as torchrun assigns them."""
 
     config: RunConfig
     world_size: int
@@ -48,13 +47,13 @@ class Workload:
     """"cpu" or "cuda"."""
     source: BatchSource
     steps: tuple[tuple[Batch, ...], ...]
-    """For each of the first steps one batch per data-parallel rank (of some of them, if there are many)."""
+    """For each of the first steps, one batch per tp_cp group, for at most MOST_GROUPS groups."""
     note: str
-    """Where the lengths are from."""
+    """Source of the lengths, for the report."""
 
     @cached_property
     def specs(self) -> tuple[TableSpec, ...]:
-        """The tables."""
+        """All embedding tables."""
         config, source = self.config, self.source
         draws = config.retrieval is not None and config.retrieval.negatives != "in_batch"
         return table_specs(source.tables, config.network, source.roles, draws, self.world_size, config.located)
@@ -66,12 +65,12 @@ class Workload:
 
     @property
     def tp_size(self) -> int:
-        """Ranks of a tensor-parallel group."""
+        """Ranks per tensor-parallel group."""
         return self.config.tensor_parallel.tensor_model_parallel_size
 
     @property
     def cp_size(self) -> int:
-        """Ranks of a context-parallel group."""
+        """Ranks per context-parallel group."""
         return self.config.context_parallel.context_parallel_size
 
     @property
@@ -81,31 +80,31 @@ class Workload:
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel ranks."""
+        """Number of data-parallel ranks."""
         return self.world_size // self.group_size
 
     @property
     def dp_cp_size(self) -> int:
-        """Ranks with equal dense weights, over which DDP averages gradients."""
+        """Ranks with equal dense weights; DDP averages gradients over them."""
         return self.world_size // self.tp_size
 
     @property
     def dense_sharding(self) -> str:
-        """DataParallelArgs.sharding as in force: "none" with one data-parallel rank."""
+        """The effective DataParallelArgs.sharding: "none" if only one rank has these dense weights."""
         return self.config.data_parallel.sharding if self.dp_cp_size > 1 else "none"
 
     @property
     def shard_group_size(self) -> int:
-        """Ranks that share what ``dense_sharding`` shards; 1 if it is "none"."""
+        """Number of ranks over which ``dense_sharding`` shards; 1 for "none"."""
         return 1 if self.dense_sharding == "none" else self.dp_cp_size
 
     def ranks_on_host(self, group: str, ranks: int) -> int:
-        """How many of the ``ranks`` of a group of a Transfer a host has."""
+        """Number of ranks per host in a ``Transfer.group`` of ``ranks`` ranks."""
         strides = {"context": self.tp_size, "data": self.world_size // ranks, "shards": self.tp_size}
         return min(ranks, max(1, self.ranks_per_host // strides.get(group, 1)))
 
     def loads(self, lengths: SampleLengths) -> Loads:
-        """Tokens and reported operations of each sample."""
+        """Tokens and reported FLOPs of each sample."""
         return FlopCounter(self.config.network, self.source.roles).per_sequence(lengths.items, lengths.candidates)
 
     def tokens(self, batch: Batch) -> int:
@@ -113,7 +112,7 @@ class Workload:
         return int(self.loads(batch.lengths).tokens.sum())
 
     def flops(self, batch: Batch) -> float:
-        """Reported operations of training on a batch, all ranks of the group together."""
+        """Reported FLOPs of training on a batch, summed over the ranks of the group."""
         return float(self.loads(batch.lengths).costs.sum())
 
     @property
@@ -134,7 +133,7 @@ class Workload:
 
     @cached_property
     def straggling(self) -> float:
-        """Cost of the slowest data-parallel rank, for which all wait, over the mean rank; mean over the steps."""
+        """FLOPs of the busiest data-parallel rank divided by the mean rank, both averaged over the steps."""
         costs = [[self.flops(batch) for batch in step] for step in self.steps]
         return float(np.mean([max(step) for step in costs]) / np.mean([np.mean(step) for step in costs]))
 
@@ -142,9 +141,9 @@ class Workload:
 def plan_workload(
     config: RunConfig, world_size: int, ranks_per_host: int, device_type: str, source: BatchSource | None = None
 ) -> Workload:
-    """The workload of the first steps of ``config`` on so many ranks. Reads lengths but no samples, starts nothing.
+    """Plans the first steps of ``config``. Reads lengths but no samples, and starts no processes.
 
-    source: that of the run, if it is open. Raises ConfigError and DataError as a run would.
+    ``source`` is the open source of the run, if there is one. Raises ConfigError and DataError as a run would.
     """
     source, size = source or open_source(config, world_size=world_size), config.ranks_per_group
     num_steps, num_groups = min(source.batches_per_epoch, MOST_STEPS), world_size // size
@@ -159,7 +158,7 @@ def plan_workload(
 
 
 def batches_of_groups(lengths: SampleLengths, samples: np.ndarray, groups: np.ndarray, num_groups: int) -> list[Batch]:
-    """The batch of each tp_cp group. ``samples``: rows of the sample table; ``groups``: the group of each."""
+    """The batch of each tp_cp group. ``samples`` are rows of the sample table, ``groups`` the group of each sample."""
     in_order = samples[np.argsort(groups, kind="stable")]
     bounds = run_offsets(np.bincount(groups, minlength=num_groups))
     of_groups = [in_order[bounds[g] : bounds[g + 1]] for g in range(num_groups)]

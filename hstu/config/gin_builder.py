@@ -1,6 +1,6 @@
-"""From the bindings of gin files to argument objects, and a report of the bindings that none of them uses.
+"""Builds argument objects from the bindings of gin files, and reports bindings that no object uses.
 
-A misspelt name is reported and then read as the most similar name, so that the rest of the binding is checked too.
+A misspelt name is reported and read as the most similar name, so that the rest of the binding is checked too.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from hstu.config.problems import Location, Origin, Problem, did_you_mean, neares
 from hstu.config.run_config import RunDraft
 
 Owner = tuple[str, type[Args]]
-"""(scope, class): what a group of bindings belongs to."""
+"""(scope, class) of a group of bindings."""
 
 
 class ConfigBuilder:
-    """Makes argument objects from bindings. ``problems`` receives what is wrong with them."""
+    """Builds argument objects from bindings and collects ``problems``."""
 
     def __init__(self, statements: Scan, files: Sequence[str], task: Task, *, is_stored: bool = False) -> None:
-        """``is_stored``: the text was written by this or an earlier version, whose removed options are left out."""
+        """``is_stored``: this program wrote the text, perhaps in an earlier version; removed options are ignored."""
         self.files, self.task, self.complete = tuple(files), task, statements.complete
         self.problems = [*statements.problems]
         self._statements = statements.bindings
@@ -57,13 +57,13 @@ class ConfigBuilder:
         self._objects: dict[Owner, Args] = {}
         self._resolving: list[str] = []
         self._making: set[Owner] = set()
-        self._unclear: set[type[Args]] = set()  # wrong values hide which objects of these classes are referred to
-        self._strays: set[Owner] = set()  # their scope is probably a misspelling of another
+        self._unclear: set[type[Args]] = set()  # wrong values hide references to these classes
+        self._strays: set[Owner] = set()  # the scope is probably misspelt
         for binding in self._statements:
             self._file(binding)
 
     def draft(self, world_size: int) -> RunDraft:
-        """The run that the files describe, without the values that are wrong."""
+        """The run that the files describe, without wrong values."""
         known: dict[str, Any] = {"task": self.task, "source_files": self.files, "world_size": world_size}
         dataset = self._dataset_class()
         for cls, place in REGISTRY.items():
@@ -82,14 +82,14 @@ class ConfigBuilder:
         return incomplete(RunDraft, known)
 
     def _dataset_class(self) -> type[Args] | None:
-        """The one of the two kinds of dataset that the files describe."""
+        """The dataset class that the files bind. Reports a problem if they bind none or both."""
         kinds = [cls for cls, place in REGISTRY.items() if place == "dataset"]
         found = {cls: bound for cls in kinds if (bound := self._by_owner.get(("", cls)))}
         if len(found) > 1:
             at = max(next(iter(bound.values())).at for bound in found.values())
             names = " and ".join(cls.__name__ for cls in found)
             self.problems.append(Problem(f"{names} are both bound; remove one of them", at))
-        if found:  # of two, the one that lacks fewer parameters is probably the one to keep
+        if found:  # of two, the user probably keeps the one with fewer missing parameters
             return min(found, key=lambda cls: len(_missing(cls, found[cls])))
         if self.complete:
             text = (
@@ -100,19 +100,19 @@ class ConfigBuilder:
         return None
 
     def _several(self, cls: type[Args]) -> tuple[Any, ...]:
-        """The objects of a class and its subclasses that the files bind, in file order."""
+        """The bound objects of a class and its subclasses, in file order."""
         owners = self._owners_of(cls)
         self._strays |= {owner for owner in owners if owner[0] and self._is_stray(owner)}
         return tuple(self._object(owner) for owner in owners if owner not in self._strays)
 
     def _owners_of(self, cls: type[Args]) -> list[Owner]:
-        """Bindings without a scope are defaults of those with a scope, as in gin; alone they are one object."""
+        """Owners of objects. As in gin, bindings without a scope are defaults for scoped ones, or else one object."""
         owners = [owner for owner in self._by_owner if issubclass(owner[1], cls)]
         scoped = {kind for scope, kind in owners if scope}
         return [owner for owner in owners if owner[0] or owner[1] not in scoped]
 
     def _is_stray(self, owner: Owner) -> bool:
-        """Whether parameters are missing because the scope is probably misspelt. Reports it."""
+        """Whether parameters are missing and the scope is probably misspelt. Reports this."""
         (scope, cls), bound = owner, self._bound(owner)
         others = [other for other, kind in self._by_owner if other != scope and REGISTRY[kind] == REGISTRY[cls]]
         missing, guess = _missing(cls, bound), nearest(scope, filter(None, others))
@@ -179,7 +179,7 @@ class ConfigBuilder:
     # --- objects ---
 
     def _object(self, owner: Owner) -> Args:
-        """The argument object of a class under a scope, made once; incomplete if some of its values are wrong."""
+        """The argument object of a class and scope, built once; incomplete if some of its values are wrong."""
         if owner not in self._objects:
             self._making.add(owner)
             self._objects[owner] = self._make(owner)
@@ -205,7 +205,7 @@ class ConfigBuilder:
         return with_origins(made, origins)
 
     def _given(self, cls: type[Args], field: Field[Any], binding: Binding, scope: str) -> Any:
-        """The value that is bound to a field; Broken if it is wrong."""
+        """The value bound to a field; Broken if it is wrong."""
         value = self._resolve(binding.value, binding, scope)
         if _holds(value, Broken):
             return Broken()
@@ -218,7 +218,7 @@ class ConfigBuilder:
         return converted(cls, field, value)
 
     def _left_out(self, owner: Owner, field: Field[Any], bound: Mapping[str, Binding]) -> Any:
-        """The default of a field; Broken if there is none or if it is invalid."""
+        """The default of a field; Broken if it is missing or invalid."""
         cls = owner[1]
         if is_required(field):
             problems = [f"is required and not bound; expected {describe(cls, field)}"]
@@ -229,20 +229,20 @@ class ConfigBuilder:
         return Broken() if problems else default_of(field)
 
     def _bound(self, owner: Owner) -> dict[str, Binding]:
-        """The bindings in force under a scope. Inner scopes win over outer ones, as in gin."""
+        """Parameter → effective binding under a scope. Inner scopes win over outer ones, as in gin."""
         bound: dict[str, Binding] = {}
         for outer in _with_outer_scopes(owner):
             bound |= self._by_owner.get(outer, {})
         return bound
 
     def _location_of(self, bound: Mapping[str, Binding]) -> Location:
-        """Where to report what an object lacks: the first line about it, or else the file."""
+        """Location of problems with missing parameters: the first line about the object, or else the file."""
         return min((binding.at for binding in bound.values()), default=self._start)
 
     # --- values ---
 
     def _resolve(self, value: Any, binding: Binding, scope: str) -> Any:
-        """The value with objects in place of references and macros; Broken in place of those that are wrong."""
+        """``value`` with references and macros replaced by objects and values, or by Broken if they are wrong."""
         match value:
             case list() | tuple():
                 return type(value)(self._resolve(element, binding, scope) for element in value)
@@ -288,7 +288,7 @@ class ConfigBuilder:
     # --- what nothing refers to ---
 
     def _check_unused(self) -> None:
-        """Reports bindings that no object uses. What an overridden binding refers to counts as used."""
+        """Reports bindings that no object uses. References in overridden bindings count as uses."""
         leaves = [(binding.scope, leaf) for binding in self._statements for leaf in _leaves(binding.value)]
         macros = {leaf.name for _, leaf in leaves if isinstance(leaf, Macro)}
         referred = {
@@ -308,27 +308,27 @@ class ConfigBuilder:
                 self._fail(binding, f"never used: nothing refers to %{name}{hint}")
 
     def _reason_unused(self, owner: Owner, referred: set[Owner]) -> str | None:
-        """Why no object uses the bindings of ``owner``; None if a problem that is reported already explains it."""
+        """Why no object uses the bindings of ``owner``; None if a reported problem already explains it."""
         scope, cls = owner
         place = REGISTRY[cls]
         if place == "task_args" and cls is not TASK_ARGS[self.task]:
             return f"this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}; remove it"
         if place not in ("", *SEVERAL):
             return f"{cls.__name__} is read without a scope; drop {scope}/" if scope else None
-        if not self.complete:  # a file that cannot be read may refer to it
+        if not self.complete:  # an unreadable file may refer to it
             return None
         hint = did_you_mean(written(owner), map(written, referred)) or "; refer to it, or remove it"
         return f"nothing refers to @{written(owner)}(){hint}"
 
 
 def written(owner: Owner) -> str:
-    """The owner as in a gin file: ``scope/Class``."""
+    """The owner in gin syntax: ``scope/Class``."""
     scope, cls = owner
     return f"{scope}/{cls.__name__}" if scope else cls.__name__
 
 
 def find_class(selector: str) -> type[Args] | None:
-    """The class of this name. As in gin, modules may precede it: ``hstu.config.args.NetworkArgs``."""
+    """The class with this name. As in gin, modules may precede it: ``hstu.config.args.NetworkArgs``."""
     return CLASSES.get(selector.rpartition(".")[2])
 
 
@@ -341,7 +341,7 @@ def _no_such_parameter(cls: type[Args], parameter: str, guess: str | None, names
     if guess:
         return f"{text}; did you mean {guess!r}? (--explain {cls.__name__} lists all)"
     owners = [other for other in REGISTRY if any(option.name == parameter for option in options_of(other))]
-    for other in sorted(owners, key=lambda other: parameter not in _missing(other, {})):  # likelier if required
+    for other in sorted(owners, key=lambda other: parameter not in _missing(other, {})):  # required parameters first
         return f"{text}; did you mean {other.__name__}.{parameter}?"
     return f"{text}; it has {', '.join(names)}"
 
@@ -351,14 +351,14 @@ def _missing(cls: type[Args], bound: Mapping[str, Binding]) -> list[str]:
 
 
 def _with_outer_scopes(owner: Owner) -> list[Owner]:
-    """The owners that share their bindings with ``owner``, from the one without a scope to itself."""
+    """The owners whose bindings apply to ``owner``, from the empty scope to its own scope."""
     scope, cls = owner
     names = scope.split("/") if scope else []
     return [("/".join(names[:depth]), cls) for depth in range(len(names) + 1)]
 
 
 def _sums(cls: type[Args], bound: Mapping[str, Binding]) -> Iterator[tuple[str, str]]:
-    """(field, other field) where ``bound`` gives the difference of the two by an alias of the first."""
+    """(field, addend) of each field that is bound through an alias: its value is the bound value plus the addend."""
     for field in options_of(cls):
         addend = field.metadata["aliases"].get(bound[field.name].parameter) if field.name in bound else None
         if addend is not None:

@@ -1,7 +1,7 @@
-"""Gin text → bindings with their line. The grammar is that of gin's own parser.
+"""Reads gin text into bindings with line numbers, using gin's own parser.
 
-gin's own loader keeps neither lines nor duplicates and stops at the first mistake, so that only its parser is used.
-A gin file is data: statements that would import modules or call functions are mistakes.
+gin's loader is not used, because it drops lines and duplicates and stops at the first mistake. A gin file is data:
+statements that import modules or call functions are mistakes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMMAND_LINE = "--gin-bindings"
 
 @dataclass(frozen=True)
 class Reference:
-    """``@scope/Class()`` in a value. ``call`` is False if the parentheses are missing."""
+    """``@scope/Class()`` in a value. Without parentheses, ``call`` is False."""
 
     scope: str
     selector: str
@@ -45,7 +45,7 @@ class Macro:
 
 
 class Broken:
-    """In place of a value that is wrong and reported."""
+    """Replaces a wrong value that is already reported."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,22 @@ class Binding:
 
 @dataclass
 class Scan:
-    """All bindings of all files and of the command line, in the order in which gin would apply them."""
+    """All bindings of files and command line, in the order in which gin applies them."""
 
     bindings: list[Binding] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     sources: int = 0
     complete: bool = True
-    """False: a file cannot be read, so that what seems to be missing may be in it."""
+    """False if a file is unreadable: it may contain bindings that seem to be missing."""
 
     def new_source(self, name: str) -> Location:
-        """The location of the next file or command-line binding as a whole."""
+        """The location of the next file or command-line binding, without a line."""
         self.sources += 1
         return Location(self.sources, 0, name)
 
 
 def scan(files: Sequence[str], bindings: Sequence[str]) -> Scan:
-    """Reads files, the files that they include, and then command-line bindings. ``problems`` holds the mistakes."""
+    """Reads files with their includes, then command-line bindings. ``Scan.problems`` holds the mistakes."""
     result = Scan()
     for file in files:
         _scan_file(result, file, included_by=())
@@ -95,7 +95,7 @@ def scan(files: Sequence[str], bindings: Sequence[str]) -> Scan:
 
 
 def scan_stored(text: str, name: str) -> Scan:
-    """Reads the text of an operative.gin, which may not include other files."""
+    """Reads the text of an operative.gin, which must not include other files."""
     result = Scan()
     _scan_text(result, text, result.new_source(name), included_by=None)
     return result
@@ -113,7 +113,7 @@ def _scan_file(result: Scan, name: str, included_by: tuple[str, ...]) -> None:
 
 
 def _read(path: Path) -> str:
-    """The text of a gin file. Raises ValueError with what is wrong with the file."""
+    """The text of a gin file. Raises ValueError if the file is unusable."""
     try:
         text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
     except FileNotFoundError:
@@ -129,7 +129,7 @@ def _read(path: Path) -> str:
 
 
 def _scan_text(result: Scan, text: str, source: Location, included_by: tuple[str, ...] | None) -> None:
-    """``included_by``: the files whose inclusion led here; None: an include statement is a mistake."""
+    """``included_by``: the chain of including files, or None if include statements are mistakes."""
     for statement in _statements(text, source, result.problems):
         if isinstance(statement, Binding):
             result.bindings.append(statement)
@@ -146,7 +146,7 @@ class _Include:
 
 
 def _include(result: Scan, include: _Include, included_by: tuple[str, ...]) -> None:
-    """Reads an included file; its path is relative to the working directory, as in gin, or to the including file."""
+    """Reads an included file. Its path is relative to the working directory, as in gin, or to the including file."""
     beside = Path(include.at.name).parent / include.name
     found = next((path for path in (Path(include.name), beside) if path.is_file()), None)
     statement = f"include {literal(include.name)}"
@@ -164,7 +164,7 @@ def _include(result: Scan, include: _Include, included_by: tuple[str, ...]) -> N
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Makes gin's parser return references and macros as they are written, without evaluating them."""
+    """Makes gin's parser return references and macros unevaluated."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
         scope, _, selector = scoped_configurable_name.rpartition("/")
@@ -175,7 +175,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def _statements(text: str, source: Location, problems: list[Problem]) -> list[Binding | _Include]:
-    """The statements of a text. After a syntax error, each statement is parsed alone to find all errors."""
+    """The statements of a text. After a syntax error, parses each statement alone to find all errors."""
     try:
         return list(_parse(text, source, first_line=1))
     except _GinSyntaxError as error:
@@ -184,10 +184,10 @@ def _statements(text: str, source: Location, problems: list[Problem]) -> list[Bi
     errors: list[Problem] = []
     for first_line, chunk in _chunks(text):
         try:
-            statements.extend(_parse(chunk, source, first_line))  # keeps what is read before an error
+            statements.extend(_parse(chunk, source, first_line))  # keeps statements before an error
         except _GinSyntaxError as error:
             errors.append(error.problem)
-            if start := re.match(r"(?:([\w/]+)/)?([\w.]+)\.(\w+)\s*=", chunk):  # so that it is not missing, too
+            if start := re.match(r"(?:([\w/]+)/)?([\w.]+)\.(\w+)\s*=", chunk):  # or it is reported as missing
                 at = Location(source.source, first_line, source.name)
                 statements.append(Binding(start[1] or "", start[2], start[3], Broken(), at))
     problems += errors or [whole]
@@ -198,7 +198,7 @@ _STATEMENT_START = re.compile(r"[A-Za-z_][\w./]*\s*[=:]|[A-Za-z_]\w*[./][\w./]*\
 
 
 def _chunks(text: str) -> Iterator[tuple[int, str]]:
-    """Cuts a text into (number of its first line, statement) where a line can only be the start of a statement."""
+    """Splits a text into (first line number, text), before each line that must be the start of a statement."""
     first, chunk = 1, ""
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         if _STATEMENT_START.match(line):
@@ -230,7 +230,7 @@ def _parse(text: str, source: Location, first_line: int) -> Iterator[Binding | _
                 raise _GinSyntaxError(Problem(f"import {statement.module}: {reason}", at))
     except _GinSyntaxError:
         raise
-    except Exception as error:  # gin's parser raises exceptions of many types, all of which mean a syntax error
+    except Exception as error:  # gin's parser reports syntax errors by many exception types
         line = _line_of(error, text)
         lines = text.splitlines()
         content = lines[line - 1].strip() if 0 < line <= len(lines) else ""
@@ -239,13 +239,13 @@ def _parse(text: str, source: Location, first_line: int) -> Iterator[Binding | _
 
 
 def _line_of(error: Exception, text: str) -> int:
-    if isinstance(error, tokenize.TokenError):  # an open bracket or quote, which is in the first statement
+    if isinstance(error, tokenize.TokenError):  # an unclosed bracket or quote of the first statement
         return next((n for n, line in enumerate(text.splitlines(), 1) if line.strip() and line[0] != "#"), 1)
     return getattr(error, "lineno", None) or 1
 
 
 def _reason(error: Exception, content: str) -> str:
-    """Why a line is wrong and how to correct it, for people who do not know gin's parser."""
+    """Why a line is wrong and how to correct it, without terms of gin's parser."""
     value = content.partition("=")[2].partition("#")[0].strip()
     if isinstance(error, tokenize.TokenError):
         return "a bracket or a quote is not closed; close it"

@@ -43,7 +43,7 @@ def incomplete(cls: type[T], known: Mapping[str, Any]) -> T:
 
 
 def apply(rules: Iterable[Callable[..., Iterator[Problem]]], *arguments: Any) -> Iterator[Problem]:
-    """Applies each rule to ``arguments`` and yields its problems. A rule ends at the first missing value that it reads."""
+    """The problems that the rules find in ``arguments``. A rule ends at the first missing value that it reads."""
     for rule in rules:
         try:
             yield from rule(*arguments)

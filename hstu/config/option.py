@@ -51,7 +51,7 @@ class Need:
     why: str = ""
     """The reason, if it is not obvious."""
     strict: bool = False
-    """Whether an unmet condition is an error, because the run would not be what the user expects, or a warning."""
+    """Whether an unmet condition is an error, because the user expects another run, instead of a warning."""
 
     def is_met(self, value: Any) -> bool:
         """Whether ``value`` of the other option meets the condition."""

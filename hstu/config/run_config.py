@@ -92,11 +92,11 @@ class RunConfig:
 
     @property
     def data(self) -> str:
-        """ "stored" or "random"."""
+        """The kind of data: "stored" or "random"."""
         return "random" if isinstance(self.dataset, BenchmarkDatasetArgs) else "stored"
 
     def find(self, part: Args, option: str) -> tuple[Args, str]:
-        """(object, parameter) of an option as a Need of ``part`` names it: ``Class.option``, or ``option`` of ``part``."""
+        """(object, parameter) of an option that a Need of ``part`` names; without a class it is an option of ``part``."""
         cls, _, parameter = option.rpartition(".")
         return getattr(self, REGISTRY[CLASSES[cls]]) if cls else part, parameter
 

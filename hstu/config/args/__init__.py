@@ -1,11 +1,10 @@
-"""Every option that a user can set: one frozen dataclass per gin class, one file per topic.
+"""All options that a user can set: one frozen dataclass per gin class, one file per topic.
 
-``REGISTRY`` is the only list of these classes: reading of gin files, rules, ``--explain``, docs/configuration.md and
-the documentation checks are derived from it. A new class is one entry here and, unless other classes refer to it, one
-field of ``hstu.config.run_config.RunConfig``.
+A field declares its default and allowed values (``option``), for gin files and Python alike. The string under a field
+is its documentation. Rules across fields are in hstu/config/rules.
 
-A field declares its default and the values that it allows (``option``); both gin files and objects made in Python are
-held to them. The string under a field is its documentation. Rules across fields are in hstu/config/rules.
+``REGISTRY`` is the only list of the classes: gin reading, rules, ``--explain`` and docs/configuration.md use it. To add
+a class, add an entry there and, unless only other classes refer to it, a field of RunConfig.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ REGISTRY: Mapping[type[Args], str] = {
     RankingTaskArgs: "",
     RetrievalArgs: "task_args",
 }
-"""Gin class → the field of RunConfig that holds its object or objects; "" where only other classes refer to it."""
+"""Gin class → field of RunConfig that holds its object or objects; "" if only other classes refer to it."""
 
 SEVERAL = ("embeddings", "numbers")
-"""Fields of RunConfig that hold an object for each scope of a gin file."""
+"""Fields of RunConfig that hold one object per gin scope."""
 
 CLASSES: Mapping[str, type[Args]] = {cls.__name__: cls for cls in REGISTRY}
 """Name in a gin file → class."""
@@ -62,7 +61,7 @@ ACCEPTED: Mapping[str, str] = {
     "embedding_backend": "is not read: here the class of a table decides. EmbeddingArgs makes a table of TorchRec, "
     "DynamicEmbeddingArgs a dynamic one"
 }
-"""Parameters that files of other trainers give to any class and that nothing reads → what the warning says."""
+"""Ignored parameter in the gin files of other trainers, for any class → text of the warning."""
 
 REMOVED: Mapping[str, str] = {
     "RetrievalArgs.request_time": 'remove it for "target", or bind DatasetArgs.query_time = "last_event"',
@@ -71,7 +70,7 @@ REMOVED: Mapping[str, str] = {
     "DataParallelArgs.reshard_after_forward": "weights are freed after forward: remove it",
     "DataParallelArgs.shard_group_size": "all ranks with equal dense weights share it: remove it",
 }
-"""``Class.parameter`` of earlier versions → what to do. Stored configurations that bind one are read without it."""
+"""``Class.parameter`` of earlier versions → what to do. In stored configurations it is ignored."""
 
 TASK_ARGS: Mapping[Task, type[RankingArgs | RetrievalArgs]] = {"ranking": RankingArgs, "retrieval": RetrievalArgs}
-"""The entry script decides on the task, and the task on the class that is read."""
+"""Task of the entry script → class that is read."""

@@ -1,4 +1,4 @@
-"""Options of the data: a dataset, its split and its samples; or random data to measure speed."""
+"""Options of the dataset, its split and its samples, and of random data for measuring speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hstu.config.args.embedding import EmbeddingArgs
 from hstu.config.option import Args, having, option
 
 SPLITS = {"retrieval": ("leave_one_out",), "ranking": ("user_holdout", "time")}
-"""Task → the splits that it allows, the first of which is its default."""
+"""Task → allowed splits, the default first."""
 HOLDS_OUT_USERS = having("task", "ranking", why="retrieval holds out each user's last items")
 SCORES_CANDIDATES = having("task", "ranking", why="retrieval scores the whole corpus", strict=True)
 ONE_HISTORY = {"candidates": "a request has one history, which ends where the request is"}
@@ -169,7 +169,7 @@ class FeatureArgs(Args):
     feature_names. A feature without one, and None: uniform over the rows of the table."""
 
     def distributions(self) -> dict[str, RandomDistribution]:
-        """Feature → the distribution of its ids, where value_dists gives one."""
+        """Feature → distribution of its ids, for features in value_dists."""
         given = self.value_dists or {}
         return given if isinstance(given, dict) else dict(zip(self.feature_names, given, strict=False))
 

@@ -137,7 +137,7 @@ class NetworkArgs(Args):
 
     @property
     def has_absolute_positions(self) -> bool:
-        """Whether each token gets a learned vector of its position."""
+        """Whether the model adds learned position vectors to tokens."""
         return "absolute" in self.position_encoding
 
     @property
@@ -152,7 +152,7 @@ class NetworkArgs(Args):
 
     @property
     def score_factor(self) -> float:
-        """Factor of the products of queries and keys."""
+        """Factor of the query-key products."""
         return self.kv_channels**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
@@ -169,7 +169,7 @@ class NetworkArgs(Args):
 
     @property
     def whole_layers(self) -> int:
-        """Layers that compute on whole sequences, the first ones."""
+        """Number of first layers that compute on whole sequences."""
         return self.num_layers if self.truncate_after_layer is None else self.truncate_after_layer
 
     @property
@@ -183,7 +183,7 @@ class NetworkArgs(Args):
         return self.contextual_embedding_dim if self.contextual_embedding_dim > 0 else self.hidden_size
 
     def tokens_per_item(self, has_actions: bool) -> int:
-        """Tokens per item of a sequence: 2 where each action is a separate token, else 1."""
+        """Tokens per item: 2 if each action is a separate token, else 1."""
         return 2 if has_actions and self.interleave_actions else 1
 
 

@@ -1,4 +1,4 @@
-"""Options of the two tasks: ranking and retrieval."""
+"""Options of the tasks ranking and retrieval."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ METRICS_OF_KIND = {
     "class": (*_CLASSIFICATION, "AUC>=K"),
     "regression": _VALUES,
 }
-"""Kind of a ranking task → the metrics that it has. K stands for any number."""
+"""Kind of a ranking task → allowed metrics. K stands for any number."""
 
 
 def fits_kind(metric: str, kind: str) -> bool:
-    """Whether a metric such as "NDCG@10" is one of a kind of ranking task."""
+    """Whether a kind of ranking task allows a metric such as "NDCG@10"."""
     return re.sub(r"(?<=@)[1-9]\d*$|(?<=>=)\d+$", "K", metric) in METRICS_OF_KIND[kind]
 
 
@@ -33,9 +33,9 @@ LOSSES = {
     "class": ("cross_entropy",),
     "regression": ("mse", "huber"),
 }
-"""Kind of a ranking task → the losses that it allows, the first of which is its default."""
+"""Kind of a ranking task → allowed losses, the default first."""
 DEFAULT_METRIC = {"binary": "AUC", "class": "ACC", "regression": "RMSE"}
-"""Kind of a ranking task → what is measured unless metrics are given."""
+"""Kind of a ranking task → default metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,22 +93,22 @@ class RankingTaskArgs(Args):
 
     @property
     def task_name(self) -> str:
-        """The name in metrics."""
+        """The name of the task in metrics."""
         return self.name or re.sub(r"\W", "_", self.label.lower(), flags=re.ASCII)
 
     @property
     def loss_in_force(self) -> str:
-        """The loss, also where it is the default."""
+        """The effective loss, never None."""
         return self.loss or LOSSES[self.kind][0]
 
     @property
     def metrics_in_force(self) -> tuple[str, ...]:
-        """The metrics, also where they are the default."""
+        """The effective metrics, never None."""
         return self.metrics or (DEFAULT_METRIC[self.kind],)
 
     @property
     def output_width(self) -> int:
-        """Numbers that the head gives: a logit per class, or one."""
+        """Number of outputs of the head: one per class, or one."""
         return self.num_classes or 1 if self.kind == "class" else 1
 
 

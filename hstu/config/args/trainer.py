@@ -149,10 +149,10 @@ class TrainerArgs(Args):
 
     @property
     def saves_checkpoints(self) -> bool:
-        """Whether the run saves anything."""
+        """Whether the run saves checkpoints."""
         return self.ckpt_save_interval != -1
 
     @property
     def sequences_per_iteration(self) -> int:
-        """Maximum number of sequences per rank in one iteration, over all its micro-batches."""
+        """Maximum number of sequences per rank and iteration, over all micro-batches."""
         return self.train_batch_size * self.gradient_accumulation_steps

@@ -1,9 +1,8 @@
-"""Rules across parameters, classes and ranks: plain functions, in one file per topic.
+"""Rules across parameters, classes and ranks: functions named after what they require, in one file per topic.
 
-A rule gets a RunConfig, which may be incomplete (hstu/config/incomplete.py), and yields a Problem for each mistake or
-warning. The name of a rule states what it requires. Rules are listed at the end of their file; ``RULES`` lists all of
-config. Entry points add those of later rooms, such as ``hstu.data.rules``. Limits of a single value are declared with
-its field (hstu/config/option.py).
+A rule receives a RunConfig, which may be incomplete (hstu/config/incomplete.py), and yields a Problem per mistake or
+warning. ``RULES`` at the end of each file lists its rules. Entry points add the rules of other packages, such as
+``hstu.data.rules``. Limits of a single value are declared with its field (hstu/config/option.py).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ def validate(config: RunConfig, world_size: int, rules: Iterable[Rule] = RULES) 
 def check(draft: RunDraft, rules: Iterable[Rule], found: Iterable[Problem] = ()) -> list[str]:
     """Applies ``rules`` to a draft. Returns warnings, one line each.
 
-    Raises ConfigError with all mistakes, those ``found`` already and those of the rules, and with the warnings.
+    Raises ConfigError with all mistakes, including those ``found`` earlier, and the warnings.
     """
     problems = [*found, *apply(rules, draft)]
     warnings = in_reading_order(problem for problem in problems if problem.is_warning)

@@ -1,4 +1,4 @@
-"""Rules about the embedding tables that gin files bind, and about random benchmark data."""
+"""Rules about embedding tables in gin files, and about random benchmark data."""
 # ruff: noqa: D103
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def names_of_tables_and_features_are_unique(run: RunConfig) -> Iterator[Problem]
 
 
 def each_once(run: RunConfig, named: Iterable[tuple[Args, Sequence[str | None]]], parameter: str) -> Iterator[Problem]:
-    """Problems of names that occur twice. ``named``: parts and the names that each gives in ``parameter``."""
+    """Reports names that occur twice. ``named``: each part with the names in its ``parameter``."""
     owners: dict[str, Args] = {}
     for part, names in named:
         for name in names:
@@ -82,12 +82,12 @@ def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Prob
 
 
 def _may_be_sharded(table: EmbeddingArgs) -> bool:
-    """Whether the table is model_parallel, or its wrong sharding_type may be meant so."""
+    """Whether the table is model_parallel. An unknown (wrong) sharding_type counts as such."""
     return getattr(table, "sharding_type", "model_parallel") == "model_parallel"
 
 
 def _optimizer_of(run: RunConfig, table: EmbeddingArgs) -> tuple[Args, str]:
-    """The part and its parameter that choose the optimizer of a model_parallel table."""
+    """(part, parameter) that set the optimizer of a model_parallel table."""
     if table.optimizer_str is not None:
         return table, "optimizer_str"
     by_default = run.optimizer.sparse_optimizer_str is None
@@ -104,7 +104,7 @@ RULES_OF_A_TABLE = (
 
 
 def length_of_items(run: RunConfig) -> DatasetArgs | FeatureArgs | None:
-    """The part whose max_sequence_length limits the items; None if a benchmark does not describe its item feature."""
+    """The part whose max_sequence_length limits the items; None if a benchmark lacks its item feature."""
     if isinstance(run.dataset, DatasetArgs):
         return run.dataset
     return _groups(run.dataset).get(run.dataset.item_feature_name)

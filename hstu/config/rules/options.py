@@ -1,7 +1,7 @@
-"""Options that have no effect without another one, or that exclude another one: what their declarations say.
+"""Checks the declared needs and exclusions of options.
 
-An option without effect is a warning, because the run is what the file says. It is an error where two given options
-contradict each other, or where the user expects another run (``Need.strict``).
+An option without effect is a warning, or an error if the user expects another run (``Need.strict``). Two options that
+exclude each other are an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hstu.config.run_config import RunConfig
 
 
 def given_options_combine(run: RunConfig) -> Iterator[Problem]:
-    """Each option that is given has an effect, and none is given beside one that it excludes."""
+    """Each given option has an effect, and no two given options exclude each other."""
     for part in run.all_args():
         for each in options_of(type(part)):
             yield from apply((_needs_are_met, _is_not_excluded), run, part, each)
@@ -30,7 +30,7 @@ def _needs_are_met(run: RunConfig, part: Args, field: Field[Any]) -> Iterator[Pr
         if not is_given(part, field.name) or need.is_met(run.value_of(part, need.option)):
             continue
         if origin and "/" not in origin.name and sum(type(other) is type(part) for other in run.all_args()) > 1:
-            continue  # bound without a scope, for the others of its class
+            continue  # bound without a scope, as a default for other objects of the class
         if need.option == "task":
             text = f"is for {need.values[0]} and has no effect here: {need.why}; remove it"
         elif need.option == "data":

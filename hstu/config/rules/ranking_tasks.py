@@ -1,4 +1,4 @@
-"""Rules about RankingArgs.tasks: what each kind of task needs and allows, and labels that are also inputs."""
+"""Rules about RankingArgs.tasks: options of each kind of task, names, and labels that are also inputs."""
 # ruff: noqa: D103
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hstu.config.run_config import RunConfig
 
 
 def tasks_of(run: RunConfig) -> list[RankingTaskArgs]:
-    """The tasks that a ranking run defines; empty if there are none."""
+    """RankingArgs.tasks; empty if there are none."""
     return (run.task_args.tasks or []) if isinstance(run.task_args, RankingArgs) else []
 
 

@@ -1,4 +1,4 @@
-"""Rules about the two tasks and the dataset, its split and its candidates."""
+"""Rules about ranking, retrieval, the dataset, its split and its candidates."""
 # ruff: noqa: D103
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hstu.config.run_config import RunConfig
 
 
 def features_have_one_role(run: RunConfig) -> Iterator[Problem]:
-    """Each feature is named once, except those of known_after, which are side features, too."""
+    """Each feature is named once. Only features of known_after are also side features."""
     owners: dict[str, str] = {}
     roles = ("item_feature_name", "action_feature_name", "contextual_feature_names", "side_feature_names")
     for parameter in roles:
@@ -116,7 +116,7 @@ def labels_are_not_inputs(run: RunConfig) -> Iterator[Problem]:
 
 def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
     if run.task == "ranking":
-        missing = None if isinstance(run.dataset, BenchmarkDatasetArgs) else ""  # None: that of the store
+        missing = None if isinstance(run.dataset, BenchmarkDatasetArgs) else ""  # None: the action of the store
         if run.dataset.action_feature_name == missing:
             text = "ranking learns from actions; set it to the name of the action feature"
             yield run.problem(run.dataset, "action_feature_name", text)
@@ -185,14 +185,14 @@ def truncation_leaves_layers(run: RunConfig) -> Iterator[Problem]:
 
 
 def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
-    yield from label_leak(run, has_context=bool(run.dataset.contextual_feature_names))  # None: known with the data
+    yield from label_leak(run, has_context=bool(run.dataset.contextual_feature_names))  # None: only the data shows it
 
 
 def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
-    """How the model sees what it is to predict. ``has_context``: whether its sequences have contextual tokens.
+    """Reports attention masks that show the model its own labels. ``has_context``: sequences have contextual tokens.
 
-    Candidates are safe: no history or contextual token sees them, unless the actions of a group that was shown at one
-    time are tokens. Without candidates every item is labelled, so an item that sees later ones sees its own label.
+    Candidates hide their labels from other tokens, unless the actions of candidates shown together are tokens.
+    Without candidates every item is labelled, so an item that sees later items sees its own label.
     """
     network, dataset = run.network, run.dataset
     if dataset.has_candidates:
@@ -209,7 +209,7 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
     if not network.is_causal:
         text = f"every item sees {label}: losses and metrics would look better than they are; set it to True{remedy}"
         yield run.problem(network, "is_causal", text)
-    has_layers = getattr(network, "num_layers", 2) > 1  # 2: a number that is not known because it is wrong
+    has_layers = getattr(network, "num_layers", 2) > 1  # a wrong num_layers is missing: assume 2
     if network.disable_contextual_mask is False and has_context and has_layers:
         text = (
             "contextual tokens see the whole history and items see them: from the second layer on, an item sees "

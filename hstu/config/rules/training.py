@@ -36,7 +36,7 @@ def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
 
 
 def measured_by(run: RunConfig) -> list[str]:
-    """The names of all metrics that a run reports, such as "NDCG@10", "AUC/task1" and "AUC/click"."""
+    """Names of all metrics that a run reports, such as "NDCG@10", "AUC/task1" and "AUC/click"."""
     task = run.task_args
     if tasks := tasks_of(run):
         return [f"{metric}/{task.task_name}" for task in tasks for metric in task.metrics_in_force]
@@ -67,7 +67,7 @@ def token_limit_admits_the_longest_sequence(run: RunConfig) -> Iterator[Problem]
 
 
 def token_limit_admits(run: RunConfig, tokens: int, length: str) -> Iterator[Problem]:
-    """``tokens``: those of the longest possible sequence, which results from ``length``."""
+    """``tokens``: length of the longest possible sequence. ``length``: citation of the option that limits it."""
     if run.trainer.tokens_per_rank is not None and run.trainer.tokens_per_rank < tokens:
         text = (
             f"is less than the longest possible sequence, which has {tokens} tokens; set it to at least {tokens}, or "
@@ -77,7 +77,7 @@ def token_limit_admits(run: RunConfig, tokens: int, length: str) -> Iterator[Pro
 
 
 def _longest_sequence(run: RunConfig, items: int) -> int:
-    """Tokens of the longest sequence that the gin file alone implies; the store may add context and actions."""
+    """Tokens of the longest sequence according to the gin file. The store may add context and actions."""
     dataset = run.dataset
     of_store = isinstance(dataset, DatasetArgs) and dataset.action_feature_name is None and run.task == "ranking"
     has_actions = bool(dataset.action_feature_name) or of_store
@@ -102,7 +102,7 @@ def ranks_divide(run: RunDraft) -> Iterator[Problem]:
 
 
 def _sizes(run: RunConfig) -> list[tuple[Args, str]]:
-    """The sizes of the groups that are not 1."""
+    """(part, parameter) of the group sizes above 1."""
     sizes = ((run.tensor_parallel, "tensor_model_parallel_size"), (run.context_parallel, "context_parallel_size"))
     return [(part, name) for part, name in sizes if getattr(part, name) > 1]
 

@@ -26,9 +26,8 @@ def parse_command_line(
     """Reads the command line (``sys.argv`` by default) and its gin files, and applies ``rules``.
 
     Prints all mistakes (``report_once``) and exits with 2. ``--validate-only``, ``--print-config`` and ``--explain``
-    print their output and exit with 0. Warnings go to standard error.
-    ``preflight`` imports and returns the rules that open data, checkpoints and directories. They run with
-    ``--validate-only`` without ``--quick``, only on rank 0.
+    print their output and exit with 0. Warnings go to standard error. ``preflight`` returns the rules that open data,
+    checkpoints and directories. They run on rank 0 with ``--validate-only``, unless ``--quick`` is given.
     """
     is_first_rank = os.environ.get("RANK", "0") == "0"  # torchrun sets RANK and WORLD_SIZE
     try:

@@ -205,7 +205,6 @@ class ConfigBuilder:
         return with_origins(made, origins)
 
     def _given(self, cls: type[Args], field: Field[Any], binding: Binding, scope: str) -> Any:
-        """The value bound to a field; Broken if it is wrong."""
         value = self._resolve(binding.value, binding, scope)
         if _holds(value, Broken):
             return Broken()

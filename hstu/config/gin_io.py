@@ -1,6 +1,6 @@
 """Reads gin files and command-line bindings into a RunConfig, or raises an error that lists all mistakes.
 
-gin_scan.py reads bindings, gin_builder.py builds argument objects from them, and hstu/config/rules checks the result.
+gin_scan.py reads bindings, gin_builder.py builds argument objects, and hstu/config/rules checks them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,14 @@ from hstu.config.run_config import RunConfig
 
 def load(files: Sequence[str], bindings: Sequence[str], task: Task) -> RunConfig:
     """Reads gin files (later ones win) and bindings (which win over files). Raises ConfigError with every problem.
-
-    Checks each parameter alone. ``read_and_check`` also applies rules across parameters.
-    """
+    Checks each parameter alone; ``read_and_check`` also applies rules across parameters."""
     return read_and_check(files, bindings, task, world_size=1, rules=())[0]
 
 
 def read_and_check(
     files: Sequence[str], bindings: Sequence[str], task: Task, world_size: int, rules: Sequence[Rule] = RULES
 ) -> tuple[RunConfig, list[str]]:
-    """``load`` with ``rules``. Returns the configuration and warnings, one line each.
-
-    Raises ConfigError with the problems that reading and rules find.
-    """
+    """``load`` with ``rules``. Returns the configuration and its warnings. Raises ConfigError with all problems."""
     if not files and rules:  # ``load`` also accepts bindings alone
         raise ConfigError(
             f"no configuration: give --gin-config-file FILE, for example --gin-config-file configs/ml_1m_{task}.gin "
@@ -46,10 +41,7 @@ def _build(builder: ConfigBuilder, world_size: int, rules: Sequence[Rule]) -> tu
 
 
 def load_stored(path: Path) -> RunConfig:
-    """Reads operative.gin of a checkpoint, an export or a run. Imports, includes and calls nothing.
-
-    Raises DataError if the file is not such a configuration.
-    """
+    """Reads operative.gin of a checkpoint, export or run. Runs and includes nothing. Raises DataError if invalid."""
     try:
         text = path.read_text(encoding="utf-8")
         task: Task = "ranking" if "\nRankingArgs." in f"\n{text}" else "retrieval"

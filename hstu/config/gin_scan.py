@@ -1,7 +1,6 @@
-"""Reads gin text into bindings with line numbers, using gin's own parser.
+"""Reads gin text into bindings with line numbers. A gin file is data: importing and calling are mistakes.
 
-gin's loader is not used, because it drops lines and duplicates and stops at the first mistake. A gin file is data:
-statements that import modules or call functions are mistakes.
+Uses gin's parser but not its loader, which drops line numbers and duplicates and stops at the first mistake.
 """
 
 from __future__ import annotations

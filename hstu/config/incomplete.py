@@ -1,7 +1,6 @@
-"""Dataclass objects with missing fields, and rules that run on them, so that one mistake hides no other.
+"""Dataclass objects that lack the wrong values of a gin file, and rules that run on them.
 
-Argument objects from gin files with mistakes lack the wrong values. A rule that reads such a value stops silently,
-because the mistake is already reported. All other rules run.
+A rule that reads a missing value stops silently, because that mistake is already reported. All other rules run.
 """
 
 from __future__ import annotations

@@ -192,11 +192,8 @@ def _spelt(field: Field[Any], element: Any) -> Any:
 
 
 def coerce(annotation: Any, value: Any) -> Any:
-    """Converts ``value`` to the annotated type. Raises Mismatch for any other conversion than these.
-
-    int to float, list to tuple and back, a string to a tuple of one string (users write one metric as ``("AUC")``), and
-    a whole float of at least a million to int (users write 1e12). True, 1.0 and "1" are not ints.
-    """
+    """Converts ``value`` to the annotated type. Raises Mismatch for all conversions except int to float, list to tuple
+    and back, a string to a tuple of it (users write ``("AUC")``), and a whole float from a million on to int (1e12)."""
     origin, parameters = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):  # Optional[...], or number | str
         kinds = [parameter for parameter in parameters if parameter is not types.NoneType]

@@ -27,10 +27,7 @@ MARKER = "<!-- Made from hstu/config/args by: python -m hstu.config.reference --
 
 
 class Parameter(NamedTuple):
-    """One row of the reference. ``default`` is in gin syntax or "required"; ``allowed`` has the limits beyond the type.
-
-    ``hstu.config.option.option`` documents ``changes`` and ``needs``.
-    """
+    """A row of the reference. ``default`` is in gin syntax or "required"; ``allowed`` has limits beyond the type."""
 
     name: str
     type: str

@@ -96,7 +96,7 @@ class RunConfig:
         return "random" if isinstance(self.dataset, BenchmarkDatasetArgs) else "stored"
 
     def find(self, part: Args, option: str) -> tuple[Args, str]:
-        """(object, parameter) of an option that a Need of ``part`` names; without a class it is an option of ``part``."""
+        """(object, parameter) of an option that a Need of ``part`` names. Without a class the object is ``part``."""
         cls, _, parameter = option.rpartition(".")
         return getattr(self, REGISTRY[CLASSES[cls]]) if cls else part, parameter
 

@@ -16,11 +16,8 @@ _EXIT_SIGNAL = 128
 
 
 def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
-    """Decorates the main function of a tool, which takes the arguments and returns the exit code.
-
-    A UserError is printed once for all ranks and sets its exit code. A file that cannot be read or written exits
-    with 3, Ctrl-C with 130, and a closed standard output (``| head``) with 141.
-    """
+    """Decorates the main function of a tool: prints a UserError once for all ranks and exits with its code.
+    An unreadable or unwritable file exits with 3, Ctrl-C with 130, a closed standard output (``| head``) with 141."""
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,6 @@
 """Simulates training on a cluster: each step draws its sequences and lasts as long as its slowest rank.
 
-The time of a batch is linear in its tokens and FLOPs, fitted to the estimates of some batches. Simulating a rank is
-then cheap, and a cluster of one rank reproduces the estimate.
+The time of a batch is a linear function of its tokens and FLOPs, fitted to the estimates of some batches.
 """
 
 from __future__ import annotations
@@ -106,9 +105,7 @@ def simulate_steps(
     workload: Workload, lines: dict[str, np.ndarray], steps: int | None, seed: int
 ) -> tuple[dict[str, float], float, float]:
     """Returns (Cluster.parts_s, tokens per step over all ranks, FLOPs per step and rank).
-
-    A step takes the time of its slowest tp_cp group, plus the exchanges among all ranks.
-    """
+    A step takes the time of its slowest tp_cp group, plus the exchanges among all ranks."""
     sequences = workload.config.trainer.sequences_per_iteration * workload.world_size
     count = steps or min(MOST_STEPS, max(1, MOST_SEQUENCES // sequences))
     parts, totals, loads = (

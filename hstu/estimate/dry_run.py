@@ -254,9 +254,7 @@ def _weights(dense: DenseModel, optimizer: DenseOptimizer) -> dict[str, Weight]:
 @contextmanager
 def _mesh(workload: Workload) -> Iterator[tuple[Mesh, dict[str, str]]]:
     """Yields the Mesh of rank 0 in groups of torch's "fake" backend, and group name → ``Transfer.group``.
-
-    In a run that has started, the groups are new groups of its processes. Logging is silenced.
-    """
+    In a run that has started, the groups are new groups of its processes. Logging is silenced."""
     world, tp, size = workload.world_size, workload.tp_size, workload.group_size
     is_started = dist.is_initialized()
     if not is_started:

@@ -205,9 +205,7 @@ def _group_sizes(workload: Workload) -> dict[str, int]:
 
 def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str, float], dict[str, float]]:
     """Replays the recorded events: operator → seconds, and group → seconds that a rank waits for its exchanges.
-
-    Operators run one after another, exchanges too, both in parallel. An operator waits for the exchanges it reads.
-    """
+    Compute and communication streams run in parallel. An operator waits for the exchanges whose results it reads."""
     computing: dict[str, float] = {}
     waits: dict[str, float] = {}
     sizes, ready, events = _group_sizes(workload), dict[int, float](), run.recording.events

@@ -59,9 +59,7 @@ def search(
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Plan]:
     """All plans, each with as few micro-batches as fit: fitting plans by step time, then the others by memory.
-
-    ``progress`` receives one line per pair of group sizes.
-    """
+    ``progress`` receives one line per pair of group sizes."""
     plans, runs, tried = [], DryRuns(), list[RunConfig]()
     allowed = set(validate(config, world_size))
     for tp, cp in _groups(config, world_size, ranks_per_host):

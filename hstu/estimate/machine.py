@@ -160,9 +160,7 @@ class ThisCpu(Machine):
 
     def step_seconds(self, workload: Workload) -> float:
         """Measured median seconds per step of one rank without communication, data loading included.
-
-        A step of more than ``_MOST_FLOPS`` is measured with fewer sequences and scaled up.
-        """
+        A step of more than ``_MOST_FLOPS`` is measured with fewer sequences and scaled up."""
         config, trainer = workload.config, workload.config.trainer
         operations = workload.flops(workload.typical) / workload.group_size
         sequences = max(1, round(trainer.train_batch_size * min(1.0, _MOST_FLOPS / operations)))
@@ -200,9 +198,7 @@ class ThisCpu(Machine):
 @contextmanager
 def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[ThisCpu]:
     """A rank's share of this host, measured while other processes keep the cores of the other ranks busy.
-
-    Link speeds are assumptions. Pass ``time.process_time`` as ``clock`` to time one thread on a busy machine.
-    """
+    Link speeds are assumptions. Pass ``time.process_time`` as ``clock`` to time one thread on a busy machine."""
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     torch.set_num_threads(max(1, cores // workload.ranks_per_host))
     dtype = torch.float32 if workload.config.network.dtype_str == "float32" else torch.bfloat16

@@ -1,7 +1,4 @@
-"""Records the operators, memory and collectives of a training step while it runs.
-
-Works with real tensors and with tensors without data (torch's FakeTensorMode).
-"""
+"""Records operators, memory and collectives of a training step, with real tensors or torch's FakeTensorMode."""
 
 from __future__ import annotations
 
@@ -66,9 +63,7 @@ class Recording:
 
 class Recorder(TorchDispatchMode):
     """Records all operators inside the context. ``groups`` maps process group names to ``Exchange.group``.
-
-    ``phase`` is the kind of the memory that operators allocate.
-    """
+    ``phase`` is the kind of the memory that operators allocate."""
 
     def __init__(self, groups: Mapping[str, str]) -> None:
         super().__init__()

@@ -52,9 +52,7 @@ class Transfer:
 
     def sent(self, on_host: int) -> tuple[float, float]:
         """Minimum bytes that a rank sends (within its host, to other hosts), with ``on_host`` ranks per host.
-
-        The collective is hierarchical: the ranks of a host split outgoing data evenly and share what arrives.
-        """
+        The collective is hierarchical: the ranks of a host split outgoing data evenly and share what arrives."""
         hosts = -(-self.ranks // on_host)
         near, far = on_host - 1, hosts - 1
         match self.kind:
@@ -119,9 +117,7 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
 
 def replicated_bytes(workload: Workload, run: DryRun) -> tuple[int, int, int]:
     """Bytes of (rows, gradients, optimizer states and moving average) of the replicated tables.
-
-    Gradients are sparse (only looked-up rows) on a CPU and dense on a GPU.
-    """
+    Gradients are sparse (only looked-up rows) on a CPU and dense on a GPU."""
     args, specs = workload.config.optimizer, workload.replicated_specs
     rows = sum(spec.rows * spec.dim for spec in specs)
     looked_up = sum(_count(spec, run.group_ids) * spec.dim for spec in specs)
@@ -137,9 +133,7 @@ def _count(spec: TableSpec, ids: Mapping[str, int]) -> int:
 
 def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> Iterator[Transfer]:
     """TorchRec sends ids to the ranks that hold their rows, rows back, and gradients along the path of the ids.
-
-    There is one exchange per collection (tables of one width) and kind of sharding.
-    """
+    There is one exchange per collection (tables of one width) and kind of sharding."""
     ranks, sequences = workload.world_size, workload.config.trainer.sequences_per_iteration
     sent_ids = lengths = gradients = 0
     rows = np.zeros(ranks)
@@ -164,9 +158,7 @@ def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ..
 
 def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> dict[str, Cost]:
     """Costs of a rank's look-ups and updates: memory traffic of rows, gradients and optimizer states.
-
-    A replicated table on a GPU has a dense gradient and updates all its rows.
-    """
+    A replicated table on a GPU has a dense gradient and updates all its rows."""
     args, sharded, replicated = workload.config.optimizer, 0.0, 0.0
     for table in plan:
         states = TableTraining.of(table.spec, args).states
@@ -216,9 +208,7 @@ def state_bytes(workload: Workload, run: DryRun) -> int:
 
 def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
     """Maximum elements of (gathered weights, gradients) that exist on a rank at the same time.
-
-    FSDP gathers the weights outside the layers, one layer, and the buffers of the exchanges that overlap with it.
-    """
+    FSDP gathers the weights outside the layers, one layer, and the buffers of the exchanges that overlap with it."""
     config = workload.config
     dense = sum(weight.elements for weight in run.weights.values())
     if workload.dense_sharding != "weights":
@@ -232,9 +222,7 @@ def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
 
 def data_parallel_transfers(workload: Workload, run: DryRun) -> Iterator[Transfer]:
     """Collectives of dense weights and gradients, dense gradients of replicated tables included.
-
-    FSDP's units are each layer and the rest. Backward gathers the layers again.
-    """
+    FSDP's units are each layer and the rest. Backward gathers the layers again."""
     config, ranks, held = workload.config, workload.shard_group_size, held_weights(workload, run)
     layers, passes = config.network.num_layers, config.trainer.gradient_accumulation_steps
     size = FLOAT32 if config.precision.fp32_master_grads or config.network.dtype_str == "float32" else 2

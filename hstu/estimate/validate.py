@@ -1,7 +1,6 @@
 """``--validate-only``: builds a run step by step and reports all mistakes instead of stopping at the first.
 
-Each step opens or builds one part of the run and stores it in ``Built`` for later steps. The draft lacks wrong values.
-A step ends where it reads a missing value or part.
+Each step builds one part of the run and stores it in ``Built``. It ends where it reads a missing value or part.
 """
 
 from __future__ import annotations

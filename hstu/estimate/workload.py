@@ -142,9 +142,7 @@ def plan_workload(
     config: RunConfig, world_size: int, ranks_per_host: int, device_type: str, source: BatchSource | None = None
 ) -> Workload:
     """Plans the first steps of ``config``. Reads lengths but no samples, and starts no processes.
-
-    ``source`` is the open source of the run, if there is one. Raises ConfigError and DataError as a run would.
-    """
+    ``source`` is the open source of the run, if there is one. Raises ConfigError and DataError as a run would."""
     source, size = source or open_source(config, world_size=world_size), config.ranks_per_group
     num_steps, num_groups = min(source.batches_per_epoch, MOST_STEPS), world_size // size
     chosen = np.unique(np.linspace(0, num_groups - 1, MOST_GROUPS).astype(int)).tolist()

@@ -1,8 +1,7 @@
 """Rules across parameters, classes and ranks: functions named after what they require, in one file per topic.
 
 A rule receives a RunConfig, which may be incomplete (hstu/config/incomplete.py), and yields a Problem per mistake or
-warning. ``RULES`` at the end of each file lists its rules. Entry points add the rules of other packages, such as
-``hstu.data.rules``. Limits of a single value are declared with its field (hstu/config/option.py).
+warning. Entry points add the rules of other packages (``hstu.data.rules``). Fields declare the limits of single values.
 """
 
 from __future__ import annotations
@@ -26,10 +25,8 @@ def validate(config: RunConfig, world_size: int, rules: Iterable[Rule] = RULES) 
 
 
 def check(draft: RunDraft, rules: Iterable[Rule], found: Iterable[Problem] = ()) -> list[str]:
-    """Applies ``rules`` to a draft. Returns warnings, one line each.
-
-    Raises ConfigError with all mistakes, including those ``found`` earlier, and the warnings.
-    """
+    """Applies ``rules`` to a draft and returns warnings, one line each.
+    Raises ConfigError with all mistakes, including problems ``found`` earlier, and the warnings."""
     problems = [*found, *apply(rules, draft)]
     warnings = in_reading_order(problem for problem in problems if problem.is_warning)
     if mistakes := [problem for problem in problems if not problem.is_warning]:

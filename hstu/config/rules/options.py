@@ -1,7 +1,6 @@
 """Checks the declared needs and exclusions of options.
 
-An option without effect is a warning, or an error if the user expects another run (``Need.strict``). Two options that
-exclude each other are an error.
+Options that exclude each other are an error. An option without effect is a warning, or an error with ``Need.strict``.
 """
 
 from __future__ import annotations

@@ -191,8 +191,8 @@ def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
 def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
     """Reports attention masks that show the model its own labels. ``has_context``: sequences have contextual tokens.
 
-    Candidates hide their labels from other tokens, unless the actions of candidates shown together are tokens.
-    Without candidates every item is labelled, so an item that sees later items sees its own label.
+    Candidates hide their labels, unless the actions of candidates shown at one time are tokens. Without candidates
+    every item is labelled, so an item that sees later items sees its own label.
     """
     network, dataset = run.network, run.dataset
     if dataset.has_candidates:

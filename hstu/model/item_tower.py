@@ -1,4 +1,4 @@
-"""Item features beside the id: joining their rows, and the item tower that computes vectors from ids and features."""
+"""Item features other than the id: joined rows, and the tower that computes item vectors from id and features."""
 
 from __future__ import annotations
 

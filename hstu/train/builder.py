@@ -238,7 +238,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
 
 
 def log_counts_of(source: BatchSource) -> LogCounts | None:
-    """Expected counts of items among the negatives; None without a logQ correction."""
+    """log of the expected counts of items among the negatives; None without a logQ correction."""
     log_counts = source.expected_log_counts()
     if log_counts is None:
         return None

@@ -52,10 +52,7 @@ class CheckpointFailure(UserError):
 
 
 def collective_io(function: Callable[[], T], mesh: Mesh) -> T:
-    """Call ``function``, which reads or writes files, on every rank; raise on all ranks if it fails on one.
-
-    Raises CheckpointFailure for errors of the file system; else like ``on_all_ranks``.
-    """
+    """Call ``function`` on every rank like ``on_all_ranks``. Raises CheckpointFailure if the file system refuses."""
     mesh.heartbeat.mark()
 
     def checked() -> T:
@@ -119,10 +116,7 @@ def write_manifest(root: Path, files: Files) -> None:
 
 
 def read_manifest(root: Path) -> Files:
-    """Return the files that a checkpoint lists.
-
-    Raises DamagedCheckpoint if the manifest is missing or changed, and DataError if its version is too new.
-    """
+    """Return the files that a checkpoint lists. Raises DamagedCheckpoint, or DataError if the version is too new."""
     path = root / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
@@ -183,10 +177,7 @@ def file_problems(root: Path, files: Files) -> list[str]:
 
 
 def check_files(root: Path, action: str) -> Files:
-    """Compare all files of a checkpoint with its manifest and return them.
-
-    Raises DamagedCheckpoint, whose message starts with ``action`` ("cannot export …") and lists the problems.
-    """
+    """Compare all files with the manifest and return them. Raises DamagedCheckpoint; ``action`` begins its message."""
     files = read_manifest(root)
     if problems := file_problems(root, files):
         raise DamagedCheckpoint("\n  ".join([f"{action}:", *problems]))
@@ -227,10 +218,7 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 
 
 def restore_candidates(directory: Path) -> list[Path]:
-    """Return all checkpoints: the one committed last, then earlier iterations, then later ones.
-
-    Later ones exist if a run returned to an earlier checkpoint, or was killed just before a commit.
-    """
+    """Return all checkpoints: the last committed one, earlier ones, then later ones, left by a run that went back."""
     paths, latest = complete_checkpoints(directory), link_target(directory, LATEST)
     if latest not in paths:
         return paths
@@ -272,10 +260,7 @@ def begin(final: Path) -> Path:
 
 
 def commit(final: Path) -> None:
-    """Rename the complete temporary directory of ``final`` to ``final``.
-
-    An existing ``final`` stays if it holds the same state; otherwise it is renamed and kept.
-    """
+    """Rename the temporary directory to ``final``. An existing ``final`` with another state is renamed and kept."""
     temporary = aside_path(final)
     if final.exists():
         if _holds_state_of(temporary, final):  # a resumed run saves an iteration again
@@ -299,10 +284,7 @@ def _holds_state_of(new: Path, old: Path) -> bool:
 
 
 def delete_older(directory: Path, iteration: int, keep: int) -> None:
-    """Delete checkpoints up to the committed ``iteration``, except for the last ``keep``, the latest and the best.
-
-    If the file system refuses, the checkpoint stays and a warning is logged, because the run can continue.
-    """
+    """Delete checkpoints up to ``iteration`` except the last ``keep``, the latest and the best. Failures only warn."""
     old = [path for path in complete_checkpoints(directory) if iteration_of(path) <= iteration][keep:]
     linked = (link_target(directory, LATEST), link_target(directory, BEST))
     for path in old:

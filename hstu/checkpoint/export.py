@@ -86,7 +86,6 @@ def _write(checkpoint: Path, temporary: Path) -> None:
 
 
 def _write_tensors(checkpoint: Path, dynamic: dict[str, list[TableContent]], path: Path) -> dict[str, Any]:
-    """Write the safetensors file and return a description of its tensors."""
     stored = open_tensors(checkpoint)
     weights = [name for name in stored.sizes if not split_name(name)[1]]
     sources = {name: join_name(name, AVERAGE) for name in weights}

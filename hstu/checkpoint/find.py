@@ -1,7 +1,4 @@
-"""Finds the checkpoint for a path, and the run of a checkpoint.
-
-``run.json`` in the directory of a run and in its checkpoints identifies the run.
-"""
+"""Finds the checkpoint for a path, and the run of a checkpoint; run.json in both directories identifies the run."""
 
 from __future__ import annotations
 
@@ -67,7 +64,6 @@ def is_run(directory: Path) -> bool:
 
 
 def _checkpoint_of_run(directory: Path) -> Path:
-    """Return the newest checkpoint of a run. Raises DataError if there is none of this run."""
     run = Run.read(directory)
     if run is None:
         raise DataError(f"the run {directory} has no {RUN_FILE}. Name a checkpoint itself.")

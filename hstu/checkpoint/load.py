@@ -110,10 +110,7 @@ def _check_share_of_files(root: Path, mesh: Mesh) -> list[str]:
 def match_checkpoint(
     root: Path, shape: ModelShape, options: LoadOptions
 ) -> tuple[TensorMatch, list[ConfigDifference], dict[str, RowRemap]]:
-    """Return the matched tensors, the configuration differences, and table weight → remap for other raw ids.
-
-    Raises DataError if the checkpoint is refused.
-    """
+    """Return (matches, configuration differences, table weight → remap). Raises DataError if it refuses to load."""
     if options.optimizer and is_export(root):
         raise DataError(
             f"{root} is an export, which holds only weights. Set TrainerArgs.ckpt_load_optimizer = False to start "
@@ -210,7 +207,6 @@ class _Destination:
         self.pieces = ShardedView(stored, buffers)
 
     def finish(self) -> None:
-        """Copy the remapped rows from the buffers."""
         for piece, source, buffer in self._copies:
             rows = torch.from_numpy(np.flatnonzero(source >= 0)).to(piece.device)
             piece[rows] = buffer[torch.from_numpy(source[source >= 0]).to(piece.device)]
@@ -219,7 +215,6 @@ class _Destination:
 def _read_dynamic(
     root: Path, state: TrainState, mesh: Mesh, options: LoadOptions, remaps: Mapping[str, RowRemap]
 ) -> list[str]:
-    """Read the dynamic tables and return what does not fit. Raises DataError for it with ``options.strict``."""
     tables = dynamic_tables(state.model)
     stored = read_tables(root) if tables else {}
     names = {name: _stored_table(options, name) for name in tables}

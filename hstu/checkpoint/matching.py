@@ -1,7 +1,4 @@
-"""Matches the tensors of a checkpoint with a run's tensors, and reports what does not fit.
-
-Names (TrainerArgs.ckpt_param_map), sizes, vocabularies and the configuration of the model may differ.
-"""
+"""Matches tensors of a checkpoint and of a run, which may differ in names, sizes, vocabularies and configuration."""
 
 from __future__ import annotations
 
@@ -123,7 +120,6 @@ class TensorMatch:
     unexpected: tuple[str, ...] = ()
     """Tensors that only the checkpoint has."""
     resized: tuple[Resized, ...] = ()
-    """Tensors of different sizes."""
     remaps: Mapping[str, RowRemap] = field(default_factory=dict)
     """Table weight → remap, for tables whose rows have other raw ids in the checkpoint."""
     mistakes: tuple[str, ...] = ()

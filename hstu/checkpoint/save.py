@@ -55,10 +55,7 @@ class Snapshot:
 
     @classmethod
     def of(cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None) -> Snapshot:
-        """Collect what to save of ``state``, and copy its tensors to ``copies`` if given.
-
-        Training may change ``state`` once this returns. Copies reuse the memory of previous ones of the same size.
-        """
+        """Collect what to save of ``state``, which may change afterwards if ``copies`` (memory to reuse) are given."""
         tensors = state.tensors()
         if copies is not None:
             _copy_to_host(tensors, copies, mesh.device)
@@ -100,10 +97,7 @@ def _piece(tensors: dict[str, Tensor | ShardedView], index: MetadataIndex) -> Te
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
-    """Plans with the live tensors but writes their copies if there are any.
-
-    torch's own async_save (2.13) does not copy ShardedTensors, so it would write them while they change.
-    """
+    """Writes copies of the live tensors if there are any. torch's async_save (2.13) does not copy ShardedTensors."""
 
     def __init__(self, copies: HostCopies | None) -> None:
         super().__init__()
@@ -157,7 +151,6 @@ def _write_tensors(root: Path, snapshot: Snapshot, mesh: Mesh) -> None:
 
 
 def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> Files:
-    """Write this rank's other files, and describe them and its tensor files."""
     rng = root / f"rng_rank{mesh.rank}.pt"
     torch_save(snapshot.random_state, rng)
     dynamic = write_dynamic_tables(root, snapshot.dynamic, mesh.rank)

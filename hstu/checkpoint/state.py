@@ -46,7 +46,6 @@ class TrainState:
     iteration: int = 0
     """Number of finished optimizer steps."""
     position: SamplerPosition = field(default_factory=SamplerPosition)
-    """Sampler position of the next batch."""
     raw_ids: RawIds = field(default_factory=RawIds)
     features: dict[str, Any] = field(default_factory=dict)
     """JSON: features that the model reads, with numbers of ids, for use without the data."""

@@ -96,7 +96,6 @@ class CheckpointStore:
         self._run(link)
 
     def _run(self, function: Callable[[Mesh], None]) -> None:
-        """Call ``function`` now, or in the background writer."""
         if self._background is None:
             function(self.mesh)
         else:
@@ -131,10 +130,7 @@ class CheckpointStore:
                     self.save_dir.rmdir()
 
     def restore(self, state: TrainState) -> bool:
-        """Load the checkpoint that the configuration names, and return whether it names one.
-
-        "auto" falls back to older checkpoints if the newest is damaged. Raises DataError if none is intact.
-        """
+        """Load the configured checkpoint; return whether there is one. "auto" skips damaged ones. Raises DataError."""
         paths = gather_objects(collective_io(self._candidates, self.mesh), self.mesh.world_group)[0]
         for path in paths:
             try:
@@ -164,7 +160,6 @@ class CheckpointStore:
         return candidates(self.load_dir, self.save_dir)
 
     def _is_own(self, path: Path) -> bool:
-        """Return whether a checkpoint is in ``save_dir``."""
         return path.resolve().parent == self.save_dir.resolve()
 
     def _write(self, snapshot: Snapshot, mesh: Mesh) -> None:
@@ -194,7 +189,6 @@ class CheckpointStore:
             ) from error
 
     def _check_others(self) -> None:
-        """Raise ConfigError if there are checkpoints that this run does not continue from."""
         others = folder.complete_checkpoints(self.save_dir)
         own = self._load_options.optimizer and any(map(self._is_own, self._candidates()))
         if others and not own:
@@ -231,10 +225,7 @@ class BackgroundWriter:
         return bool(self._work)
 
     def poll(self) -> None:
-        """Raise the error of a function that has ended on all ranks, on all ranks in the same step.
-
-        Collective, but only while a function is running.
-        """
+        """Raise, on all ranks in the same step, the error of an ended function. Collective while functions run."""
         if not self._work:
             return
         ended = torch.tensor([int(all(work.done() for work in self._work))])

@@ -29,7 +29,6 @@ from hstu.checkpoint.directory import DamagedCheckpoint, listed_files, verified_
 from hstu.parallel.shards import ShardedView
 
 TENSORS = "tensors"
-"""Directory of a checkpoint's tensors."""
 CONSOLIDATED = "model.safetensors"
 """File of an export's tensors."""
 EXPORT_VERSION = 1
@@ -72,7 +71,6 @@ class StoredTensors(ABC):
     sizes: dict[str, torch.Size]
     """Name → size."""
     dtypes: dict[str, torch.dtype]
-    """Name → dtype."""
 
     @abstractmethod
     def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
@@ -99,7 +97,7 @@ def is_export(root: Path) -> bool:
 
 
 def read_metadata(root: Path) -> dict[str, Any]:
-    """Return a run's metadata from a checkpoint (progress.json) or an export (config.json).
+    """Return progress.json of a checkpoint or config.json of an export.
 
     Raises DamagedCheckpoint, or DataError for an export of a newer program.
     """
@@ -157,10 +155,7 @@ class ConsolidatedTensors(StoredTensors):
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file as private memory maps: writing to them leaves the file unchanged.
-
-    Raises DataError if the file is damaged or of another type.
-    """
+    """Map the tensors of a safetensors file into memory, copy-on-write. Raises DataError if the file is damaged."""
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -209,10 +204,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class IndexReader(dcp.FileSystemReader):
-    """Reader of torch.distributed.checkpoint that does not run code in the index.
-
-    ``listed``: names of the checkpoint's files next to the index.
-    """
+    """Reader of torch.distributed.checkpoint that runs no code in the index. ``listed``: names of the other files."""
 
     def __init__(self, directory: Path, listed: Collection[str]) -> None:
         super().__init__(directory)

@@ -127,10 +127,7 @@ class FlatWeights(WeightShares):
 
 
 def boxes(size: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Split the elements from ``start`` to ``stop`` of a tensor into boxes, in order.
-
-    A matrix gives up to three: part of a row, whole rows, part of a row.
-    """
+    """Split elements [start, stop) of a tensor into boxes; for a matrix: part of a row, whole rows, part of a row."""
     if start >= stop:
         return
     if len(size) <= 1:

@@ -32,7 +32,6 @@ class FullySharded:
     def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype) -> None:
         """Shard the weights of ``dense`` in place, except for replicated tables."""
         self.group = mesh.dp_cp_group
-        """All ranks with equal dense weights."""
         self.sent_as = sent_as
         """Dtype for exchanging gradients, which are float32 before and after."""
         self.own_units_finite: list[Tensor] = []

@@ -59,10 +59,7 @@ def _merge_group(batch: HSTUBatch, item_feature: str, mesh: Mesh) -> tuple[HSTUB
 def gather_embeddings(
     rows: Mapping[str, Tensor], layout: GroupLayout, process_group: dist.ProcessGroup
 ) -> dict[str, Tensor]:
-    """Merge the ranks' looked-up rows [n, D] per feature, in the order of the merged batch.
-
-    Uses one collective per table width. Gradients flow back to ``rows``. Shared negatives are not exchanged.
-    """
+    """Merge the ranks' looked-up rows [n, D] per feature, except shared negatives. One collective per table width."""
     by_width: dict[int, list[str]] = {}
     for feature in rows:
         if feature in layout.num_values:

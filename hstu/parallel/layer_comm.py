@@ -43,6 +43,7 @@ def split_encoder(encoder: SequenceEncoder, mesh: Mesh) -> None:
 
     With NetworkArgs.sequence_parallel the tokens between the projections are also split over the tp group.
     """
+
     if mesh.tp_cp_size == 1:
         return
     encoder.comm = ProcessGroupComm(mesh, encoder.network.sequence_parallel)

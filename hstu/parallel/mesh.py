@@ -1,7 +1,4 @@
-"""The device, ranks and process groups of this process, and its heartbeat.
-
-Works under torchrun (which sets RANK, WORLD_SIZE, LOCAL_RANK, …) and with plain ``python`` as a world of one.
-"""
+"""Device, ranks, process groups and heartbeat of this process, under torchrun or as a world of one in plain Python."""
 
 from __future__ import annotations
 

@@ -25,10 +25,7 @@ from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
 
 class RowSparseEmbedding(BaseEmbedding):
-    """This rank's shards of a group of tables, looked up with F.embedding(sparse=True).
-
-    Column-wise shards of one table share a parameter, stacked by rows, as in TorchRec's kernels.
-    """
+    """Shards of a group of tables, looked up with F.embedding(sparse=True). Column-wise shards are stacked by rows."""
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
         super().__init__()

@@ -286,10 +286,7 @@ def memory_plans(specs: Sequence[TableSpec], args: OptimizerArgs, world_size: in
 def prepare_tables(
     model: nn.Module, specs: Sequence[TableSpec], args: OptimizerArgs, memory: Mapping[str, MemoryPlan]
 ) -> dict[str, TableTraining]:
-    """Split the dynamic tables of ``model.embedding`` in place and attach the training to each physical table.
-
-    Returns name → training of the physical tables and of ``specs``.
-    """
+    """Split dynamic tables in place and attach the training of each physical table. Returns name → training of all."""
     training = {spec.name: TableTraining.of(spec, args) for spec in specs}
     for name, table_memory in memory.items():
         training |= {physical: training[name] for physical in physical_names(name, table_memory)}
@@ -354,10 +351,7 @@ def dynamic_tables(model: GRModel) -> dict[str, DynamicTable]:
 
 @torch.no_grad()
 def write_initial_rows(model: GRModel, seed: int, heartbeat: Heartbeat) -> None:
-    """Fill this rank's shards block by block. The rows are the same for any number of ranks and any sharding.
-
-    Dynamic tables stay zero: their rows are written when they are assigned to ids.
-    """
+    """Fill this rank's shards with rows that are independent of the sharding. Dynamic tables stay zero."""
     specs = {spec.name: spec for spec in model.specs}
     for table, weight in sharded_weights(model).items():
         for local in weight.local_shards():

@@ -1,7 +1,4 @@
-"""The tensor-parallel HSTU layer in Megatron-core's parallel linears: a readable reference.
-
-Models use the fused layer, split by :func:`hstu.parallel.layer_comm.split_encoder`. Tests compare both layers.
-"""
+"""A readable tensor-parallel HSTU layer in Megatron-core's linears. Tests compare it with the split fused layer."""
 
 from __future__ import annotations
 

@@ -92,7 +92,6 @@ class ShardedDynamicCollection(ShardedEmbeddingCollection):
     """A sharded collection of dynamic tables. Call ``create_tables`` before the first use."""
 
     tables: Mapping[str, DynamicTable]
-    """Table name → table."""
 
     def create_tables(
         self, specs: Sequence[TableSpec], weights: Mapping[str, ShardedTensor], optimizer: TableOptimizer, seed: int
@@ -212,7 +211,6 @@ def _with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTens
 
 
 def _slices(features: KeyedJaggedTensor) -> dict[str, slice]:
-    """Return feature → slice of the values."""
     return {key: slice(*ends) for key, ends in zip(features.keys(), pairwise(features.offset_per_key()), strict=True)}
 
 

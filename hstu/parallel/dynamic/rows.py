@@ -165,7 +165,6 @@ class FbgemmCache:
     """The cache of one table in an FBGEMM kernel. On a CPU, FBGEMM's cache operators do nothing."""
 
     def __init__(self, kernel: SplitTableBatchedEmbeddingBagsCodegen, table: int) -> None:
-        """``table``: index of the table in the kernel."""
         self._kernel = kernel
         self._first_index = int(kernel.cache_hash_size_cumsum[kernel.feature_table_map.index(table)])
 
@@ -184,10 +183,7 @@ class FbgemmCache:
         return lines
 
     def load(self, rows: Tensor) -> None:
-        """Cache ``rows``, int64 [n], without evicting a line of the last lookup; ignores negative rows.
-
-        Like a lookup of the kernel, but neither counts a batch nor saves its lines.
-        """
+        """Cache ``rows``, int64 [n], except negative ones, without evicting lines of the last lookup or counting it."""
         kernel = self._kernel
         torch.ops.fbgemm.lru_cache_populate(
             kernel.weights_uvm,

@@ -30,7 +30,6 @@ from hstu.parallel.dynamic.hashing import in_unsigned_order, mix, unmix
 
 Policy = Literal["lru", "lfu"]
 MAX_COUNT = 2**31 - 1
-"""Counts saturate here."""
 MAX_STEP = 2**32 - 1
 NO_SLOT = -1
 HIGHEST = 2**63 - 1
@@ -70,7 +69,6 @@ class Assignment:
     new_ids: Tensor
     """Ids of ``new_slots``."""
     evicted_ids: Tensor
-    """Ids that lost their slot."""
     counts: Tensor
     """[6]: event counts in the order of Counters."""
 
@@ -175,10 +173,7 @@ class SortedIndex:
 
 
 class TorchSlots(SlotTable):
-    """See SlotTable. On any device. Tensor sizes are fixed, so the host waits for the device only in ``content``.
-
-    Stores ids as their hashes, int64 in unsigned order.
-    """
+    """See SlotTable. Stores hashes of ids. All tensor sizes are fixed, so the host waits only in ``content``."""
 
     sightings: TorchSlots | None
 

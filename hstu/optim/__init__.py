@@ -1,5 +1,5 @@
-"""What updates the weights, once gradients are known.
+"""Optimizers and learning-rate schedule.
 
-dense.py trains the dense part, with part_optimizers and a moving average. optimizers.py combines it with the table
-optimizer of hstu.parallel, and has the schedule of the learning rates.
+dense.py updates the dense part, with part_optimizers and a moving average. optimizers.py combines it with the table
+optimizer of hstu.parallel, and has the learning-rate schedule.
 """

@@ -1,4 +1,4 @@
-"""The optimizer of the dense part: everything but the tables. Its moving average includes the replicated tables."""
+"""Optimizer of the dense part: all weights except tables. Its moving average includes the replicated tables."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _SETTINGS = "optimizer_str", "learning_rate", "weight_decay"
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How one weight is trained."""
+    """Optimizer settings of one weight."""
 
     optimizer: str
-    """One of OptimizerArgs.optimizer_str; rowwise_adagrad means adagrad here."""
+    """A value of OptimizerArgs.optimizer_str; rowwise_adagrad means adagrad here."""
     learning_rate: float
     """Peak learning rate."""
     weight_decay: float
-    """As configured. Some kinds of weights never decay: see ``decayed_parameters``."""
+    """As configured; applies only to ``decayed_parameters``."""
 
     @classmethod
     def of(cls, args: OptimizerArgs, part: PartOptimizerArgs | None = None) -> OptimizerSettings:
-        """Those of ``part``, or of ``args`` where ``part`` gives none."""
+        """Settings of ``part``; ``args`` supplies values that ``part`` omits."""
         given = {name: getattr(part, name, None) for name in _SETTINGS}
         return cls(*(getattr(args, name) if value is None else value for name, value in given.items()))
 
@@ -43,12 +43,12 @@ class OptimizerSettings:
 class DenseOptimizer:
     """torch.optim optimizers with decoupled weight decay, and state that exists from the start, named by parameter.
 
-    Weight decay is w ← w - lr · weight_decay · w before the update, whichever the optimizer, for
-    ``decayed_parameters``. With ``ema_decay``, the state includes a moving average of the parameters. Replicated tables
-    are among the parameters, but hstu.parallel trains them.
+    Every optimizer first decays ``decayed_parameters``: w ← w - lr · weight_decay · w. With ``ema_decay``, the state
+    includes a moving average of the parameters. ``parameters`` includes the replicated tables, but hstu.parallel trains
+    them.
 
-    ``settings``: by name, for parameters that are not trained as ``args`` says. ``shares``: what each rank updates of
-    the parameters; None: this rank updates all of them.
+    ``settings``: by name, for parameters whose settings differ from ``args``.
+    ``shares``: the slices of parameters that each rank updates; None: this rank updates all.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class DenseOptimizer:
     ) -> None:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
-        """Of the parameters that ``settings`` does not name."""
+        """Peak learning rate of parameters that ``settings`` does not name."""
         parts = [part for part in module.modules() if isinstance(part, ReplicatedTables)]
         tables = {id(weight) for part in parts for weight in part.parameters()}
         trained = {name: weight for name, weight in self.parameters.items() if id(weight) not in tables}
         self._shares = shares
         self._owned = trained if shares is None else shares.own
-        """What this rank updates of each trained parameter."""
+        """This rank's slice of each trained parameter."""
         decaying = {id(weight) for weight in decayed_parameters(module)}
         by_settings: dict[OptimizerSettings, dict[str, nn.Parameter]] = {}
         for name, owned in self._owned.items():
@@ -81,17 +81,17 @@ class DenseOptimizer:
         ]
         self.ema_decay = args.ema_decay
         self.steps = 0
-        """Steps taken. Together with ``state_tensors`` the whole state; to be set on restore."""
+        """Steps taken. Forms the whole state with ``state_tensors``; a restore sets it."""
         self._averaged = self.parameters | self._owned if args.ema_decay > 0 else {}
         self._averages = {name: weight.detach().clone() for name, weight in self._averaged.items()}
 
     def set_lr_multiplier(self, multiplier: float) -> None:
-        """Use each learning rate × multiplier from the next step on."""
+        """Multiply each learning rate from the next step on."""
         for group in self._groups:
             group.set_lr_multiplier(multiplier)
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Drop all gradients."""
         for group in self._groups:
             group.optimizer.zero_grad(set_to_none=True)
         if self._shares is not None:
@@ -99,10 +99,10 @@ class DenseOptimizer:
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
-        """Apply weight decay, then the updates, then the moving average. Collective where ranks share parameters.
+        """Apply weight decay, then the updates, then the moving average. Collective if ranks share parameters.
 
-        ``found_inf``: float32 scalar on the device, as in torch.amp. Where it is not 0, no weight or state changes;
-        ``steps`` counts the step all the same.
+        ``found_inf``: float32 scalar on the device, as in torch.amp. If not 0, weights and state keep their values, but
+        ``steps`` still increases.
         """
         if self._shares is not None:
             self._shares.take_gradients()
@@ -116,7 +116,7 @@ class DenseOptimizer:
     def _update_averages(self, found_inf: Tensor | None) -> None:
         if not self._averages:
             return
-        # The warm-up of TensorFlow's ExponentialMovingAverage(num_updates): a constant decay of 0.995 would leave 22 %
+        # Warm-up of TensorFlow's ExponentialMovingAverage(num_updates): a constant decay of 0.995 would leave 22 %
         # of the initial weights in the average after 300 steps.
         change = 1.0 - min(self.ema_decay, (1 + self.steps) / (10 + self.steps))
         averages: list[Tensor] = [*self._averages.values()]
@@ -128,9 +128,9 @@ class DenseOptimizer:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the parameters have their averages as values, if there are averages.
+        """Context in which parameters have their averages as values, if averages exist.
 
-        Where ranks share parameters, entering is collective, and parts of a sharded model can be called inside.
+        If ranks share parameters, entering is collective, and submodules of a sharded model can be called inside.
         """
         shared = {} if self._shares is None else self._shares.own
         whole = {name: average for name, average in self._averages.items() if name not in shared}
@@ -148,7 +148,7 @@ class DenseOptimizer:
             weight.data, average.data = average.data, weight.data
 
     def state_tensors(self) -> dict[str, Tensor | ShardedView]:
-        """The live state: ``<parameter>.<state>`` → tensor of the size of the parameter, or a scalar."""
+        """The live state: ``<parameter>.<state>`` → tensor of the parameter's size, or a scalar."""
         state = {parameter: kept for group in self._groups for parameter, kept in group.optimizer.state.items()}
         states = {
             f"{name}.{key}": self._whole(name, value)
@@ -172,10 +172,9 @@ class _ParameterGroup:
     decayed: list[Tensor]
 
     def __post_init__(self) -> None:
-        """Create the state that torch would create in the first step: DCP silently skips state that does not exist.
+        """Create the state that torch creates in the first step, because DCP silently skips missing state.
 
-        A step with zero gradients at learning rate 0 changes no parameter and leaves zero moments. Only the step counts
-        need resetting.
+        A step with zero gradients at learning rate 0 keeps parameters and moments; only step counts need resetting.
         """
         for parameter in self.optimizer.param_groups[0]["params"]:
             parameter.grad = torch.zeros_like(parameter)
@@ -200,7 +199,7 @@ class _ParameterGroup:
 
 
 def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that weight decay applies to: two or more dimensions, and neither an embedding nor a norm."""
+    """Parameters that weight decay applies to: at least two dimensions, neither an embedding nor a norm."""
     exempt = {
         id(parameter)
         for child in module.modules()
@@ -211,7 +210,7 @@ def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: OptimizerArgs) -> torch.optim.Optimizer:
-    """Fused, because only torch's fused optimizers honour ``found_inf``."""
+    """Fused, because only torch's fused optimizers support ``found_inf``."""
     rate = settings.learning_rate
     match settings.optimizer:
         case "sgd":
@@ -229,9 +228,9 @@ def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: Op
 def match_part_optimizers(
     names: Collection[str], args: OptimizerArgs, cite: Cite = cite
 ) -> dict[str, OptimizerSettings]:
-    """Settings of each weight: those of the first entry of part_optimizers whose regular expression finds its name.
+    """Settings of each weight: the first entry of part_optimizers whose regular expression matches its name.
 
-    Raises one ConfigError for all entries that find none.
+    Raises one ConfigError for all entries without a match.
     """
     settings: dict[str, OptimizerSettings] = {}
     problems = []

@@ -1,4 +1,4 @@
-"""The dense and the table optimizers of a run behind one interface, and the schedule of their learning rates."""
+"""Combines the dense and table optimizers of a run, and defines the schedule of their learning rates."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from hstu.parallel.table_optimizer import TableOptimizer
 
 
 class Optimizers:
-    """The dense optimizer and that of the tables, driven by one learning-rate multiplier.
+    """The dense optimizer and the table optimizer, driven by one learning-rate multiplier.
 
-    A step: zero_grad, forward, backward (fused tables update here), clip_grad_norm, step. A checkpoint has the
+    A step: zero_grad, forward, backward (which updates fused tables), clip_grad_norm, step. A checkpoint has the
     ``state_tensors`` of both, which it restores in place, and the ``counters``.
     """
 
@@ -34,11 +34,11 @@ class Optimizers:
         self.dense = dense
         self.tables = tables
         self.tp_group = tp_group
-        """The group over which dense parameters are sharded; None if they are not."""
+        """The group over which dense parameters are sharded, if any."""
         self.lr_multiplier = 1.0
 
     def set_lr_multiplier(self, multiplier: float) -> None:
-        """Multiply every learning rate, from the next backward on."""
+        """Multiply every learning rate from the next backward on."""
         self.lr_multiplier = multiplier
         self.dense.set_lr_multiplier(multiplier)
         self.tables.set_lr_multiplier(multiplier)
@@ -49,30 +49,32 @@ class Optimizers:
         return self.dense.learning_rate * self.lr_multiplier
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """Inside, the dense part has the moving average of its weights (OptimizerArgs.ema_decay), if there is one."""
+        """Context in which the dense part has the moving average of its weights (OptimizerArgs.ema_decay), if any."""
         return self.dense.averaged_weights()
 
     def zero_grad(self) -> None:
-        """Drop the gradients. Call it before the look-up of a training step."""
+        """Drop the gradients. Call it before a training step looks up rows."""
         self.dense.zero_grad()
         self.tables.zero_grad()
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale the dense gradients so that their global L2 norm is at most ``max_norm``; returns it before clipping, a
-        scalar on the device. Collective where dense weights are sharded. Sharded tables are not part of it.
+        """Scale dense gradients to a global L2 norm of at most ``max_norm``; returns the norm before, a scalar on the
+        device.
+
+        Sharded tables do not count. Collective if dense weights are sharded.
         """
         return clip_grad_norm(self.dense.parameters.values(), max_norm, self.tp_group)
 
     def step(self, found_inf: Tensor | None = None) -> None:
-        """Update what backward has not updated, and the moving average of the dense weights.
+        """Update the weights that backward did not update, and the moving average of the dense weights.
 
-        ``found_inf``: float32 scalar on the device; where it is not 0, nothing changes. None: it is known to be 0.
+        ``found_inf``: float32 scalar on the device; if not 0, nothing changes. None: known to be 0.
         """
         self.dense.step(found_inf)
         self.tables.step(found_inf)
 
     def counters(self) -> dict[str, Any]:
-        """The part of the state that is not a tensor."""
+        """State other than tensors."""
         return {"table_steps": self.tables.steps, "lr_multiplier": self.lr_multiplier}
 
     def load_counters(self, counters: dict[str, Any]) -> None:
@@ -89,11 +91,10 @@ def build_optimizers(
     cite: Cite = cite,
     shard_states: bool = False,
 ) -> Optimizers:
-    """Build the optimizers of a model with sharded tables; its dense part may be tensor-parallel, and wrapped by DDP or
-    fully sharded.
+    """Build the optimizers of a model with sharded tables, whose dense part may use TP and DDP or FSDP.
 
-    ``shard_states``: shard those of the dense part over ``mesh.dp_cp_group``. Those of sharded weights always are.
-    Raises ConfigError if OptimizerArgs.part_optimizers do not fit its weights. ``cite`` formats the problems.
+    ``shard_states``: shard dense optimizer states over ``mesh.dp_cp_group``; states of sharded weights always are.
+    Raises ConfigError, formatted by ``cite``, if OptimizerArgs.part_optimizers do not fit the weights.
     """
     dense = unwrap_dense(model)
     of_tables = {id(weight) for weight in model.replicated_tables.parameters()}
@@ -109,7 +110,7 @@ def build_optimizers(
 
 
 class Schedule:
-    """The multiplier of all learning rates, of the dense part and the tables, as a function of iteration and epoch."""
+    """Multiplier of all dense and table learning rates, as a function of iteration and epoch."""
 
     def __init__(self, args: LRScheduleArgs) -> None:
         self.args = args
@@ -117,8 +118,8 @@ class Schedule:
     def multiplier(self, iteration: int, total_iters: int, epoch: int, iters_per_epoch: int) -> float:
         """Multiplier for the step that starts at ``iteration`` (0-based) of ``total_iters``, in ``epoch`` (0-based).
 
-        Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it. The decay follows. With
-        by_epoch, all steps of an epoch have the multiplier of iteration ``epoch * iters_per_epoch``, its first one.
+        Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it; then the decay starts.
+        With by_epoch, all steps of an epoch use the multiplier of its first iteration, ``epoch * iters_per_epoch``.
         """
         warmup = self._warmup_iters(total_iters)
         position = epoch * iters_per_epoch if self.args.by_epoch else iteration

@@ -1,7 +1,6 @@
-"""The training step and the pipelines that overlap it with the batches that follow.
+"""The training step, and pipelines that overlap it with the loading of later batches.
 
-- step: one optimizer step from top to bottom, in ``TrainStep``.
-- finite: the check that keeps a loss or gradient that is not finite out of every weight, with the loss scale of float16
-  that follows it; and the stop signals.
-- pipelines: their interface, and one for each TrainerArgs.pipeline_type.
+- step: one optimizer step from top to bottom, ``TrainStep``.
+- finite: keeps non-finite losses and gradients out of every weight; loss scale of float16; stop signals.
+- pipelines: their interface, and one class per TrainerArgs.pipeline_type.
 """

@@ -1,7 +1,4 @@
-"""The check that no loss or gradient of a step is nan or infinite, which also carries the signals that stop a run.
-
-The loss scale of float16 follows what the check finds.
-"""
+"""Checks each step's loss and gradients for nan and inf, adapts the float16 loss scale, and carries stop signals."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-"""A scheduler sends SIGTERM, and Ctrl-C SIGINT."""
+"""Schedulers send SIGTERM, Ctrl-C sends SIGINT."""
 _SHOWN_USERS = 5
 INITIAL_SCALE = 65536.0
 SCALE_FACTOR = 2.0
@@ -34,20 +31,19 @@ HIGHEST_SCALE = 2.0**127
 
 
 class NonFiniteStep(UserError):
-    """A loss or gradient is not finite. Raised on all ranks alike."""
+    """A loss or gradient is not finite. Raised on all ranks."""
 
     def __init__(self, message: str, iteration: int) -> None:
         super().__init__(message)
         self.iteration = iteration
-        """The iteration of the step, counted from 1."""
+        """1-based iteration of the step."""
 
 
 class LossScale:
-    """The factor by which a float16 run multiplies its loss, so that small gradients do not vanish.
+    """Factor that multiplies the loss of a float16 run, so that small gradients do not vanish.
 
-    Has the arithmetic of torch.amp.GradScaler. That detects an overflow when an optimizer steps, on each rank by
-    itself. Sharded tables are updated earlier, inside backward, and all ranks must decide alike: here the step's finite
-    check decides, on the host.
+    Uses the arithmetic of torch.amp.GradScaler, which detects overflow per rank when an optimizer steps. Sharded tables
+    update earlier, inside backward, and all ranks must decide alike. Here the finite check decides, on the host.
     """
 
     def __init__(self, args: PrecisionArgs) -> None:
@@ -59,11 +55,11 @@ class LossScale:
 
     @property
     def can_shrink(self) -> bool:
-        """Whether a step whose gradients overflow may be skipped, because training can go on with a lower scale."""
+        """Whether a step with overflowing gradients may be skipped, because a lower scale exists."""
         return self.is_dynamic and self.value > LOWEST_SCALE
 
     def update(self, found_inf: bool) -> None:
-        """Follow one step. ``found_inf``: its gradients overflowed and it was skipped, which needs ``can_shrink``."""
+        """Update after a step. ``found_inf``: its gradients overflowed and it was skipped, which needs ``can_shrink``."""
         self._skipped_steps += found_inf
         self._steps_without_overflow = 0 if found_inf else self._steps_without_overflow + 1
         if found_inf:
@@ -73,12 +69,12 @@ class LossScale:
             self._steps_without_overflow = 0
 
     def pop_skipped_steps(self) -> int:
-        """Number of steps skipped since the last call."""
+        """Return the number of steps skipped since the last call."""
         skipped, self._skipped_steps = self._skipped_steps, 0
         return skipped
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state, as JSON."""
+        """The whole state, serializable as JSON."""
         return {
             "value": self.value,
             "steps_without_overflow": self._steps_without_overflow,
@@ -86,7 +82,7 @@ class LossScale:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict``. A scale that the configuration fixes keeps its value."""
+        """Restore ``state_dict``. A fixed scale keeps its configured value."""
         if self.is_dynamic:
             self.value = state["value"]
         self._steps_without_overflow = state["steps_without_overflow"]
@@ -96,23 +92,23 @@ class LossScale:
 class FiniteCheck:
     """Checks each step between the backward of the dense part and that of the tables; the run ends at a bad step.
 
-    On a CPU, and with a dynamic loss scale, the host waits for each check. Else it runs ahead of the GPU: ``found_inf``
-    and ``mask`` make the bad step leave every weight as it was, and the host raises when it checks the step after it,
-    or in ``resolve``. Nothing may be evaluated, logged or saved before ``resolve``: zero gradients move the moments of
-    FBGEMM's fused Adam. The same collective carries stop signals.
+    On a CPU, and with a dynamic loss scale, the host waits for each check. Otherwise it runs ahead of the GPU:
+    ``found_inf`` and ``mask`` make a bad step keep every weight, and the host raises at the next check or in
+    ``resolve``. Call ``resolve`` before evaluating, logging or saving: zero gradients move the moments of FBGEMM's
+    fused Adam. The same collective carries stop signals.
     """
 
     def __init__(self, mesh: Mesh, loss_scale: LossScale | None = None) -> None:
         self.mesh = mesh
         self.loss_scale = loss_scale
         self.deferred = mesh.device.type == "cuda" and not (loss_scale is not None and loss_scale.is_dynamic)
-        """Whether the host learns the result of a check one step later."""
+        """Whether the host reads the result of a check one step later."""
         self.found_inf: Tensor | None = None
-        """Deferred: float32 scalar on the device, 1 if the last checked step is not finite, else 0."""
+        """If ``deferred``: float32 scalar on the device, 1 if the last checked step is not finite, else 0."""
         self.overflowed = False
-        """Whether the last resolved step is to be skipped, because its gradients overflow a dynamic loss scale."""
+        """Whether to skip the last resolved step, because its gradients overflow a dynamic loss scale."""
         self.received_signal: signal.Signals | None = None
-        """One of STOP_SIGNALS that this rank has received. Its handler sets it."""
+        """The stop signal that this rank received, set by its handler."""
         self.stop_signal: signal.Signals | None = None
         """A signal that some rank had received by the last resolved step. Equal on all ranks."""
         self._pending: _Pending | None = None
@@ -120,8 +116,8 @@ class FiniteCheck:
     def __call__(self, loss_sum: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
         """Check one step and return ``loss_sum`` summed over the data-parallel ranks. Collective.
 
-        loss_sum: float32 scalar of this rank. gradients_finite: bool scalar of this rank, before any average.
-        Raises NonFiniteStep for this step, or if ``deferred`` for the one before.
+        loss_sum: float32 scalar of this rank. gradients_finite: bool scalar of this rank, before any averaging.
+        Raises NonFiniteStep for this step, or for the previous step if ``deferred``.
         """
         self.resolve()
         received = loss_sum.new_zeros(len(STOP_SIGNALS))
@@ -135,7 +131,7 @@ class FiniteCheck:
             dist.all_reduce(bad, group=self.mesh.tp_cp_group)
         good = bad == 0
         self.found_inf = (~good[:2].all()).float() if self.deferred else None
-        on_host = good.to("cpu", non_blocking=True)  # pinned, if it comes from a GPU
+        on_host = good.to("cpu", non_blocking=True)  # pinned, if copied from a GPU
         copied = torch.get_device_module(good.device).Event()
         copied.record()
         self._pending = _Pending(self.mesh.heartbeat.iteration, on_host, copied, loss_sum, gradients_finite, batch)
@@ -144,13 +140,13 @@ class FiniteCheck:
         return totals[0]
 
     def mask(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Gradients for the tables: zeros if the step is not finite and the host does not know it yet."""
+        """Table gradients: zeros on the device if the step is not finite and ``deferred``."""
         if self.found_inf is None:
             return gradients
         return [torch.where(self.found_inf > 0, 0.0, gradient) for gradient in gradients]
 
     def resolve(self) -> None:
-        """Wait for the result of the last check. Raises NonFiniteStep on all ranks alike."""
+        """Wait for the result of the last check. Raises NonFiniteStep on all ranks."""
         if self._pending is None:
             return
         step, self._pending = self._pending, None
@@ -186,11 +182,11 @@ class FiniteCheck:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checked step whose result the host has not read."""
+    """A checked step whose result the host has not read yet."""
 
     iteration: int
     good: Tensor
-    """bool [4], on the host once ``copied``: loss and gradients are finite, neither signal has been received."""
+    """bool [4], on the host after ``copied``: loss is finite, gradients are finite, no SIGTERM, no SIGINT."""
     copied: torch.cuda.Event
     loss_sum: Tensor
     gradients_finite: Tensor
@@ -198,7 +194,7 @@ class _Pending:
 
 
 class Stopped(Exception):
-    """A stop signal has arrived; the text is its name. Raised on all ranks alike."""
+    """A stop signal has arrived; the message is its name. Raised on all ranks."""
 
 
 class StopSignal:
@@ -214,24 +210,24 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
 
     def uninstall(self) -> None:
-        """Handle SIGINT as before. SIGTERM stays handled: a rank that failed still has to report it to the others."""
+        """Restore SIGINT. SIGTERM stays handled: a failed rank still has to report its error to the others."""
         signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self._check.received_signal = signal.Signals(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-            if self._mesh.is_main:  # print and logging may be in use by the code that the signal interrupts
+            if self._mesh.is_main:  # the interrupted code may hold the locks of print and logging
                 message = b"\nstopping after this iteration or the next; Ctrl-C again ends the run at once\n"
                 os.write(sys.stderr.fileno(), message)
 
     def raise_if_agreed(self) -> None:
-        """Raise Stopped on all ranks once a checked step has carried the signal of any rank to all of them."""
+        """Raise Stopped on all ranks once a checked step has carried any rank's signal to all of them."""
         if self._check.stop_signal is not None:
             raise Stopped(self._check.stop_signal.name)
 
     def raise_if_received(self) -> None:
-        """Raise Stopped on all ranks once any rank has received a signal: outside of steps. Collective over gloo."""
+        """Raise Stopped on all ranks once any rank has received a signal, outside of steps. Collective over gloo."""
         received = int(self._check.received_signal or 0)
         if self._mesh.world_size > 1:
             flag = torch.tensor([received])

@@ -1,12 +1,12 @@
-"""The pipelines of TrainerArgs.pipeline_type, which overlap a training step with the batches that follow.
+"""Pipelines of TrainerArgs.pipeline_type, which overlap a training step with the loading of later batches.
 
 While "native" trains on batch i, batch i + 1 sends its ids to the ranks that own their rows (data-dist stream), and
-batch i + 2 is loaded and copied to the device (memcpy stream). With "prefetch", rows of batch i + 1 that a table keeps
-off the device also enter its cache (prefetch stream).
+batch i + 2 is loaded and copied to the device (memcpy stream). "prefetch" also loads rows of batch i + 1 from host
+memory into the caches of tables (prefetch stream).
 
-The losses are those of "none", bit for bit: rows are looked up in step i, after the update of step i - 1, and what is
-prefetched is the position of a row, not its value. Of a dynamic table the ids of batch i + 1 are prefetched that have a
-row by batch i. On a CPU there are no copies and no streams; with several ranks the exchange still overlaps.
+Losses equal "none" bit for bit. Rows are looked up in step i, after the update of step i - 1: prefetching determines
+the position of a row, not its value. For dynamic tables it covers ids of batch i + 1 that have a row by batch i.
+A CPU has no copies and no streams; with several ranks the id exchange still overlaps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainPipeline(ABC):
-    """Turns batches into optimizer steps. The trainer does not depend on the kind of overlap."""
+    """Trains on batches. The trainer is independent of the kind of overlap."""
 
     def __init__(self, step: TrainStep, num_micro_batches: int = 1) -> None:
         self.step = step
@@ -43,20 +43,17 @@ class TrainPipeline(ABC):
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
         """Train on the next batch, which is on the host.
 
-        Raises StopIteration once all of ``batches`` have been trained on. Raises NonFiniteStep, see FiniteCheck.
+        Raises StopIteration after the last of ``batches``, and NonFiniteStep: see FiniteCheck.
         """
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Inside, between two steps, the model's forward serves any batch.
-
-        Batches that have been fetched ahead are kept, and trained on afterwards.
-        """
+        """Context between two steps in which the model's forward accepts any batch. Fetched batches wait."""
         return nullcontext()
 
     def resolve(self) -> None:
-        """Wait until the last step is known to be finite. Call it before the step is logged, evaluated or saved.
+        """Wait until the last step is checked. Call it before logging, evaluating or saving that step.
 
-        Raises NonFiniteStep on all ranks alike.
+        Raises NonFiniteStep on all ranks.
         """
         self.step.check.resolve()
 
@@ -65,7 +62,7 @@ class TrainPipeline(ABC):
 
 
 class SequentialPipeline(TrainPipeline):
-    """pipeline_type = "none", the reference: copy batch i → train on batch i, all on the default stream."""
+    """pipeline_type = "none", the reference: copy batch i, then train on it, all on the default stream."""
 
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
         """See TrainPipeline.progress."""
@@ -74,9 +71,9 @@ class SequentialPipeline(TrainPipeline):
 
 
 class NativeStages(TrainPipelineSparseDist[TrainBatch, StepResult]):
-    """TorchRec's stages around our step, also for models without a sharded table.
+    """TorchRec's stages around ``TrainStep``, also for models without a sharded table.
 
-    TorchRec 1.6 to 1.8 fails to trace through such models. tests/pipeline/test_defects.py fails once that is fixed.
+    TorchRec 1.6 to 1.8 fails to trace such models; tests/pipeline/test_defects.py fails once that is fixed.
     """
 
     def __init__(self, step: TrainStep) -> None:
@@ -85,7 +82,7 @@ class NativeStages(TrainPipelineSparseDist[TrainBatch, StepResult]):
         self._step = step
 
     def progress(self, batches: Iterator[TrainBatch]) -> StepResult:
-        """TorchRec's order of stages, with the whole step in the place of forward, backward and optimizer."""
+        """TorchRec's order of stages, with ``TrainStep`` instead of forward, backward and optimizer."""
         self.fill_pipeline(batches)
         if not self.batches:
             raise StopIteration
@@ -105,7 +102,7 @@ class NativeStages(TrainPipelineSparseDist[TrainBatch, StepResult]):
     def _pipeline_model(self, batch: Any, context: Any, *args: Any, **options: Any) -> None:
         if any(isinstance(module, ShardedModule) for module in self._model.modules()):
             super()._pipeline_model(batch, context, *args, **options)
-        else:  # no ids to send, but the stream waits for the copy, and the step for the stream
+        else:  # no ids to send, but the step waits for the stream, and the stream for the copy
             self.start_sparse_data_dist(batch, context)
 
 
@@ -124,10 +121,10 @@ class NativePipeline(TrainPipeline):
             log.info("pipeline_type %r on a CPU: no copy and no cache, only the exchange of ids overlaps", self.name)
 
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
-        """See TrainPipeline.progress. Raises ValueError for other ``batches`` while some of the former wait."""
+        """See TrainPipeline.progress. Raises ValueError for a new iterator while batches of the previous one wait."""
         if batches is not self._batches:
             if self._stages.batches:
-                # TorchRec would train on those, then fail for want of the new one's ids.
+                # TorchRec would train on the waiting batches, then fail because the new batch's ids are missing.
                 raise ValueError(
                     f"{len(self._stages.batches)} batches of another iterator are in the pipeline: go on with that one "
                     "until it raises StopIteration"
@@ -142,16 +139,16 @@ class NativePipeline(TrainPipeline):
         try:
             yield
         finally:
-            # Without sparse_dist=False, TorchRec sends the ids of the waiting batch a second time and loses the sizes
-            # of the first exchange, which the look-up then lacks (tests/pipeline/test_defects.py).
+            # Without sparse_dist=False, TorchRec resends the ids of the waiting batch and loses the sizes of the first
+            # exchange, which the look-up needs (tests/pipeline/test_defects.py).
             self._stages.attach(sparse_dist=False)
 
 
 class PrefetchStages(NativeStages):
-    """TorchRec's stages of "native", and between them the prefetch.
+    """TorchRec's stages of "native", with a prefetch between them.
 
-    TorchRec's own PrefetchTrainPipelineSparseDist does not serve: 1.6.1 keeps the prefetched ids of one batch only, and
-    1.8.0 passes none on without a CUDA stream. What it is made of is the same in all releases.
+    TorchRec's PrefetchTrainPipelineSparseDist is unsuitable: 1.6.1 keeps the prefetched ids of one batch only, and
+    1.8.0 passes none on without a CUDA stream. The components used here are the same in these releases.
     """
 
     _pipelined_forward_type = PrefetchPipelinedForward
@@ -163,7 +160,7 @@ class PrefetchStages(NativeStages):
         self._prefetch_stream = torch.get_device_module(self._device).Stream() if on_gpu else None
 
     def fill_pipeline(self, batches: Iterator[TrainBatch]) -> None:
-        """Take the first two batches: rows of the first enter the caches, and sizes of the second are exchanged."""
+        """Fetch the first two batches: rows of the first enter the caches, the second exchanges sizes."""
         is_first = not self.batches
         super().fill_pipeline(batches)
         if is_first and self.batches:
@@ -185,7 +182,7 @@ class PrefetchStages(NativeStages):
         if len(self.batches) >= 3:
             self.start_sparse_data_dist(self.batches[2], self.contexts[2])  # sizes
         self.dequeue_batch()
-        if self._prefetch_stream is not None:  # the caches are at rest for an evaluation or a checkpoint
+        if self._prefetch_stream is not None:  # an evaluation or a checkpoint needs caches at rest
             torch.cuda.current_stream().wait_stream(self._prefetch_stream)
         return result
 
@@ -217,12 +214,12 @@ class PrefetchStages(NativeStages):
         for name, ids in ids_of_tables.items():
             context.module_input_post_prefetch[name] = ids
             context.module_contexts_post_prefetch[name] = context.module_contexts.pop(name)
-        if self._prefetch_stream is not None:  # with it the step waits for the copy of the batch, also without tables
+        if self._prefetch_stream is not None:  # so the step waits for the batch's copy, even without tables
             self._prefetch_stream.wait_stream(self._data_dist_stream)
 
 
 class PrefetchPipeline(NativePipeline):
-    """pipeline_type = "prefetch": overlaps as native does, and by TorchRec's prefetch."""
+    """pipeline_type = "prefetch": adds TorchRec's prefetch to native."""
 
     name = "prefetch"
     stages = PrefetchStages

@@ -28,17 +28,17 @@ class StepResult:
     """One finished optimizer step."""
 
     loss: Tensor
-    """Mean over the labelled tokens of the *global* batch, float32 scalar on the device, equal on all ranks."""
+    """Mean over the labelled tokens of the *global* batch: float32 scalar on the device, equal on all ranks."""
     batch: HSTUBatch
     """This rank's batch, on the device. A resumed run continues at its ``position``."""
 
 
 def no_overlap() -> None:
-    """Nothing runs beside the step."""
+    """Overlap no work with the step."""
 
 
 class TrainStep:
-    """One optimizer step per call. All pipelines use it; they add only what overlaps with it."""
+    """One optimizer step per call. All pipelines use it, and add only work that overlaps with it."""
 
     def __init__(
         self,
@@ -58,19 +58,19 @@ class TrainStep:
     def __call__(self, batch: TrainBatch, overlap: Callable[[], None] = no_overlap) -> StepResult:
         """Train on a batch that is on the device.
 
-        ``overlap``: called once, between the backward of the dense part and that of the tables. Pipelines start their
-        overlapping work there. Raises NonFiniteStep on all ranks alike, see FiniteCheck.
+        ``overlap``: called once between the dense backward and the table backward; pipelines start overlapping work
+        there. Raises NonFiniteStep on all ranks: see FiniteCheck.
         """
         self.optimizers.zero_grad()
 
-        # Rows of the sharded tables: those of this rank, or of its tp_cp group.
+        # Look up rows of the sharded tables, for this rank or for its tp_cp group.
         rows = self.model.look_up(batch.own)
         if batch.group is not None:
             rows = gather_embeddings(rows, batch.group, self.mesh.tp_cp_group)
         rows |= pool_rows(rows, batch, self.model.roles.item)
 
-        # Forward and backward of the dense part, one micro-batch after another. Tables are updated inside their
-        # backward, so gradients stop at detached rows until those of the whole step are known.
+        # Forward and backward of the dense part per micro-batch. Backward into the tables updates them,
+        # so gradients stop at detached rows until the whole step's gradients exist.
         leaves = detach_rows(rows, batch.parts)
         num_labels = self._count_labels(batch)
         loss_weight = self.mesh.dp_size * (self.loss_scale.value if self.loss_scale else 1) / num_labels
@@ -90,7 +90,7 @@ class TrainStep:
         if self.loss_scale is not None and not self._unscale(row_gradients, self.loss_scale):
             return StepResult(loss, batch.own)
 
-        # Backward into the sharded tables, which updates the fused ones; exchange of the replicated tables' rows.
+        # Backward into the sharded tables, which updates fused tables; exchange of replicated tables' gradients.
         if rows:
             torch.autograd.backward(list(rows.values()), self.check.mask(row_gradients))
         average_sparse_gradients(self.model.dense)
@@ -102,11 +102,10 @@ class TrainStep:
         return StepResult(loss, batch.own)
 
     def _count_labels(self, batch: TrainBatch) -> Tensor:
-        """Labelled tokens of the global batch, at least 1, float32 scalar. It stays on the device.
+        """Labelled tokens of the global batch, at least 1: float32 scalar that stays on the device.
 
-        DDP and TorchRec average gradients over ranks. The local sum of losses is therefore divided by this number and
-        multiplied by the data-parallel size: the gradient is that of a single process, however the global batch is
-        split over ranks and micro-batches.
+        DDP and TorchRec average gradients over ranks. Dividing the local loss sum by this number and multiplying it by
+        the data-parallel size gives the gradient of a single process, for any split over ranks and micro-batches.
         """
         count = torch.stack([part.num_labels.sum() for part in batch.parts]).sum().float()
         if self.mesh.dp_size > 1:
@@ -114,7 +113,7 @@ class TrainStep:
         return count.clamp(min=1.0)
 
     def _unscale(self, row_gradients: list[Tensor], loss_scale: LossScale) -> bool:
-        """Divide all gradients by the loss scale, which then follows the step. False: they overflow, skip the step."""
+        """Unscale all gradients and update the loss scale. False: they overflow, skip the step."""
         scale = loss_scale.value
         loss_scale.update(self.check.overflowed)
         if self.check.overflowed:
@@ -128,7 +127,7 @@ class TrainStep:
 
 
 def pool_rows(rows: Mapping[str, Tensor], batch: TrainBatch, item_feature: str) -> dict[str, Tensor]:
-    """The rows of the pool that all micro-batches share, from those of the whole batch."""
+    """Pool rows, which all micro-batches share, selected from the rows of the whole batch."""
     positions = {} if batch.pool_positions is None else {POOL: (item_feature, batch.pool_positions)}
     if batch.pool_feature_positions is not None:
         of_features = batch.pool_feature_positions.to_dict()
@@ -139,7 +138,7 @@ def pool_rows(rows: Mapping[str, Tensor], batch: TrainBatch, item_feature: str) 
 def detach_rows(rows: Mapping[str, Tensor], parts: Sequence[HSTUBatch]) -> list[dict[str, Tensor]]:
     """Split looked-up rows [n, dim] per feature among micro-batches, as leaves of autograd.
 
-    Rows that belong to the whole batch (negatives and pool) are one leaf in all parts, which sums their gradients.
+    Rows of the whole batch (negatives and pool) are one leaf in all micro-batches, which sums their gradients.
     """
     leaves: list[dict[str, Tensor]] = [{} for _ in parts]
     lengths = [dict(zip(part.features.keys(), part.features.length_per_key(), strict=True)) for part in parts]
@@ -155,7 +154,7 @@ def detach_rows(rows: Mapping[str, Tensor], parts: Sequence[HSTUBatch]) -> list[
 
 
 def collect_row_gradients(rows: Mapping[str, Tensor], leaves: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
-    """After backward: the gradient of each of ``rows``, from its leaves in all micro-batches."""
+    """Gradient of each of ``rows`` after backward, from its leaves in all micro-batches."""
     gradients = []
     for feature in rows:
         pieces = dict.fromkeys(leaf[feature] for leaf in leaves)  # each leaf once

@@ -44,8 +44,7 @@ class DenseOptimizer:
     """torch.optim optimizers with decoupled weight decay, and state that exists from the start, named by parameter.
 
     Every optimizer first decays ``decayed_parameters``: w ← w - lr · weight_decay · w. With ``ema_decay``, the state
-    includes a moving average of the parameters. ``parameters`` includes the replicated tables, but hstu.parallel trains
-    them.
+    includes a moving average of the parameters, which include the replicated tables that hstu.parallel trains.
 
     ``settings``: by name, for parameters whose settings differ from ``args``.
     ``shares``: the slices of parameters that each rank updates; None: this rank updates all.
@@ -101,8 +100,7 @@ class DenseOptimizer:
     def step(self, found_inf: Tensor | None = None) -> None:
         """Apply weight decay, then the updates, then the moving average. Collective if ranks share parameters.
 
-        ``found_inf``: float32 scalar on the device, as in torch.amp. If not 0, weights and state keep their values, but
-        ``steps`` still increases.
+        ``found_inf``: float32 scalar on the device, as in torch.amp. If it is not 0, only ``steps`` changes.
         """
         if self._shares is not None:
             self._shares.take_gradients()
@@ -165,8 +163,6 @@ class DenseOptimizer:
 
 @dataclass(frozen=True)
 class _ParameterGroup:
-    """Parameters with equal settings."""
-
     settings: OptimizerSettings
     optimizer: torch.optim.Optimizer
     decayed: list[Tensor]
@@ -228,10 +224,7 @@ def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: Op
 def match_part_optimizers(
     names: Collection[str], args: OptimizerArgs, cite: Cite = cite
 ) -> dict[str, OptimizerSettings]:
-    """Settings of each weight: the first entry of part_optimizers whose regular expression matches its name.
-
-    Raises one ConfigError for all entries without a match.
-    """
+    """Settings of each weight, from its first match in part_optimizers. Raises ConfigError for entries without any."""
     settings: dict[str, OptimizerSettings] = {}
     problems = []
     for part in args.part_optimizers:

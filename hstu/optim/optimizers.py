@@ -58,18 +58,11 @@ class Optimizers:
         self.tables.zero_grad()
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
-        """Scale dense gradients to a global L2 norm of at most ``max_norm``; returns the norm before, a scalar on the
-        device.
-
-        Sharded tables do not count. Collective if dense weights are sharded.
-        """
+        """Clip the global L2 norm of dense gradients; returns the norm before. Collective if weights are sharded."""
         return clip_grad_norm(self.dense.parameters.values(), max_norm, self.tp_group)
 
     def step(self, found_inf: Tensor | None = None) -> None:
-        """Update the weights that backward did not update, and the moving average of the dense weights.
-
-        ``found_inf``: float32 scalar on the device; if not 0, nothing changes. None: known to be 0.
-        """
+        """Update weights that backward did not update, and the average. ``found_inf``: see DenseOptimizer.step."""
         self.dense.step(found_inf)
         self.tables.step(found_inf)
 

@@ -59,7 +59,7 @@ class LossScale:
         return self.is_dynamic and self.value > LOWEST_SCALE
 
     def update(self, found_inf: bool) -> None:
-        """Update after a step. ``found_inf``: its gradients overflowed and it was skipped, which needs ``can_shrink``."""
+        """Update after a step. ``found_inf``: gradients overflowed and it was skipped, which needs ``can_shrink``."""
         self._skipped_steps += found_inf
         self._steps_without_overflow = 0 if found_inf else self._steps_without_overflow + 1
         if found_inf:

@@ -41,20 +41,14 @@ class TrainPipeline(ABC):
 
     @abstractmethod
     def progress(self, batches: Iterator[HSTUBatch]) -> StepResult:
-        """Train on the next batch, which is on the host.
-
-        Raises StopIteration after the last of ``batches``, and NonFiniteStep: see FiniteCheck.
-        """
+        """Train on the next host batch. Raises StopIteration after the last batch; NonFiniteStep: see FiniteCheck."""
 
     def evaluation(self) -> AbstractContextManager[None]:
         """Context between two steps in which the model's forward accepts any batch. Fetched batches wait."""
         return nullcontext()
 
     def resolve(self) -> None:
-        """Wait until the last step is checked. Call it before logging, evaluating or saving that step.
-
-        Raises NonFiniteStep on all ranks.
-        """
+        """Wait for the last step's check, before logging, evaluating or saving. Raises NonFiniteStep on all ranks."""
         self.step.check.resolve()
 
     def _train_batch(self, batch: HSTUBatch) -> TrainBatch:

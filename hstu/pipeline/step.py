@@ -136,10 +136,7 @@ def pool_rows(rows: Mapping[str, Tensor], batch: TrainBatch, item_feature: str) 
 
 
 def detach_rows(rows: Mapping[str, Tensor], parts: Sequence[HSTUBatch]) -> list[dict[str, Tensor]]:
-    """Split looked-up rows [n, dim] per feature among micro-batches, as leaves of autograd.
-
-    Rows of the whole batch (negatives and pool) are one leaf in all micro-batches, which sums their gradients.
-    """
+    """Rows [n, dim] per feature as autograd leaves per micro-batch. Negatives and pool share one leaf in all."""
     leaves: list[dict[str, Tensor]] = [{} for _ in parts]
     lengths = [dict(zip(part.features.keys(), part.features.length_per_key(), strict=True)) for part in parts]
     for feature, values in rows.items():

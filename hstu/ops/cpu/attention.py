@@ -1,8 +1,4 @@
-"""Attention by C++ kernels: see csrc/attention.cpp.
-
-Time buckets take one byte per visible pair. All layers share one computation per batch, unless the buckets exceed
-MOST_BUCKET_BYTES.
-"""
+"""Attention by C++ kernels: csrc/attention.cpp. Layers share a batch's time buckets, up to MOST_BUCKET_BYTES."""
 
 from __future__ import annotations
 

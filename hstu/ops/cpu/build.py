@@ -51,10 +51,7 @@ class KernelsUnavailable(Exception):
 
 
 def library_file(directory: Path | None = None) -> Path:
-    """Path of the compiled kernels; compiles them if they do not exist. Raises KernelsUnavailable.
-
-    ``directory``: the user's cache by default. Of processes that start together, one compiles and the others wait.
-    """
+    """Path of the kernels in ``directory`` (default: user's cache). One process compiles them. Raises KernelsUnavailable."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise KernelsUnavailable("no C++ compiler is found; install one (on Debian and Ubuntu: apt-get install g++)")
@@ -74,10 +71,7 @@ def library_file(directory: Path | None = None) -> Path:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels, loaded once per process. Raises KernelsUnavailable.
-
-    They share OpenMP's threads with PyTorch, which was imported before and loaded OpenMP.
-    """
+    """The loaded kernels. They share OpenMP's threads with PyTorch, imported before. Raises KernelsUnavailable."""
     path = library_file()
     try:
         loaded = ctypes.CDLL(str(path))
@@ -127,10 +121,7 @@ def is_bfloat(tensors: Sequence[Tensor]) -> bool:
 
 
 def keep_freed_memory() -> None:
-    """From now on, keep up to 1 GiB of freed memory in the process instead of returning it to the system.
-
-    A training step allocates the same tensors again; new pages would cost a tenth of a step at the size of ML-1M.
-    """
+    """Keep up to 1 GiB of freed memory in the process: new pages would cost a tenth of a training step on ML-1M."""
     library().hstu_keep_freed_memory(int64(KEPT_BYTES))
 
 

@@ -1,7 +1,4 @@
-"""Softmax losses and L2 normalization by C++ kernels: see csrc/softmax_loss.cpp, pool_softmax.cpp and layer.cpp.
-
-As in the PyTorch kernels, the forward of a loss computes its gradients, and backward scales them.
-"""
+"""Softmax losses and L2 normalization by C++ kernels: csrc/softmax_loss.cpp, pool_softmax.cpp and layer.cpp."""
 
 from __future__ import annotations
 

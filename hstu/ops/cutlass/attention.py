@@ -197,7 +197,7 @@ class Variant:
 
     @property
     def rows(self) -> Rows:
-        """Whether the rows of its blocks are queries or keys."""
+        """Side of attention that the rows of its blocks are."""
         return Rows.KEYS if self.kernel in (Kernel.KEYS, Kernel.VALUES) else Rows.QUERIES
 
     @property
@@ -295,7 +295,6 @@ def _examples(variant: Variant) -> tuple[Any, ...]:
     Addresses of inputs; addresses of outputs; row and head stride of each in elements; ``batch`` of
     :class:`PairwiseKernel`; number of CTAs; handle of the CUDA stream.
     """
-
     ins, elements = variant.num_inputs, variant.elements
     return (
         tuple(map(_pointer, elements[:ins])),

@@ -32,7 +32,7 @@ ONE = 0x3FF00000
 WINDOW_MARGIN = 16
 """Distances in a warp's tile beyond one per column: the tile has 16 rows."""
 CELL_BITS = 2
-"""Fraction bits of a time difference that choose its cell. With 2, a cell has at most one bucket threshold."""
+"""Fraction bits of a time difference that, after its exponent, form its cell. A cell has at most one threshold."""
 NUM_CELLS = 64 << CELL_BITS
 
 
@@ -106,10 +106,7 @@ class BiasSums:
 
 @functools.cache
 def cells(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each cell, the bits of its float64 threshold, int64 [NUM_CELLS], and the bucket below, int32 [NUM_CELLS].
-
-    The exponent and the upper fraction bits of a float64 difference form its cell.
-    """
+    """Bits of the float64 threshold of each cell, int64 [NUM_CELLS], and the bucket below it, int32 [NUM_CELLS]."""
     index = torch.arange(NUM_CELLS)
     fraction = (index % (1 << CELL_BITS) + (1 << CELL_BITS)) / (1 << CELL_BITS)
     low = torch.ldexp(fraction.double(), (index >> CELL_BITS).double()).ceil().clamp(max=2.0**62).long()
@@ -180,10 +177,7 @@ def load_tables(
 
 
 def sums_of(shape: Any, bias: tuple) -> tuple:
-    """Registers and scale for the gradient sums.
-
-    The buckets of a tile, four per int32; for each row the bucket of the current run, and its sum; the scale.
-    """
+    """Registers: buckets of a tile, four per int32; per row the bucket and sum of the current run. Last, the scale."""
     num_pairs = shape.block * shape.tile // (32 * WARPS)
     return (
         cute.make_rmem_tensor(num_pairs // 4, Int32),
@@ -306,10 +300,7 @@ def _end_run(r: cutlass.Constexpr, pairs: tuple) -> None:
 
 @cute.jit
 def _sum_by_distance(gradients: cute.Tensor, column: Int32, pairs: tuple) -> None:
-    """Sum along the diagonals of a warp's tile in a fixed order, and add the sums to the totals.
-
-    All candidate rows share one position, so :func:`_sum_candidates` adds them instead.
-    """
+    """Sum along a warp tile's diagonals in a fixed order. :func:`_sum_candidates` adds rows that share a position."""
     _, tables, (_, last, end), row, _, _, _ = pairs
     lane = cute.arch.lane_idx()
     width = cute.size(gradients) * 2

@@ -117,10 +117,7 @@ class PairwiseKernel:
 
 @cute.jit
 def heads_of(pointer: cute.Pointer, sizes: tuple, strides: tuple, head_dim: cutlass.Constexpr) -> cute.Tensor:
-    """The tensor [T, H, d] at ``pointer``, viewed as [T, d, H].
-
-    sizes: T, H, and more; strides: of a token and of a head, multiples of 8 elements.
-    """
+    """[T, H, d] at ``pointer`` as [T, d, H]. sizes: T, H, …; strides: of tokens and heads, multiples of 8 elements."""
     row_stride, head_stride = cute.assume(strides[0], divby=8), cute.assume(strides[1], divby=8)
     return cute.make_tensor(
         pointer, cute.make_layout((sizes[0], head_dim, sizes[1]), stride=(row_stride, 1, head_stride))
@@ -136,8 +133,8 @@ def heads_of_all(pointers: tuple, strides: tuple, sizes: tuple, head_dim: int) -
 def work_index(turn: Int32) -> Int32:
     """Index of the pair of block and head that this CTA computes in its ``turn``-th turn.
 
-    Turns alternate between ascending and descending CTA numbers. Work is sorted by descending length, so every CTA gets
-    long and short blocks.
+    Turns alternate between ascending and descending CTA numbers, so that every CTA gets long and short blocks of the
+    work, which is sorted by descending length.
     """
     block, blocks = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
     return turn * blocks + Int32(select_(turn % 2 == 0, block, blocks - 1 - block))
@@ -145,11 +142,7 @@ def work_index(turn: Int32) -> Int32:
 
 @cute.jit
 def row_bounds(row: Int32, item: cute.Tensor, lead: Int32, group: Int32, rows: cutlass.Constexpr) -> tuple:
-    """Column bounds of a row: :func:`hstu.ops.cutlass.schedule.visible_columns`.
-
-    item: see :func:`item_of`; lead: leading rows; group: tokens per target group.
-    """
-
+    """:func:`hstu.ops.cutlass.schedule.visible_columns` of a row. item: see :func:`item_of`."""
     return visible_columns(row, item[2], item[3], lead, group, rows, _where)
 
 

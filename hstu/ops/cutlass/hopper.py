@@ -25,10 +25,7 @@ BUFFER_ALIGNMENT = 1024
 
 
 def registers(shape: Shape) -> tuple[int, int]:
-    """Registers per loading thread and per computing thread.
-
-    A kernel starts with 168 per thread. The CTA hangs if two warpgroups request more than the first gives up.
-    """
+    """Registers per loading and per computing thread. The CTA hangs if their mean exceeds 168, its initial number."""
     return (40, 232) if shape.head_dim <= WIDEST_LIGHT_HEAD else (24, 240)
 
 
@@ -132,10 +129,7 @@ def release(ring: Ring, count: Int32) -> None:
 
 
 def multiply(mma: cute.TiledMma, sums: cute.Tensor, left: cute.Tensor, right: cute.Tensor, adds: bool) -> None:
-    """Start sums (+)= left · right over all k blocks as one WGMMA group. The caller calls ``warpgroup.fence()`` first.
-
-    Modifies ``mma``: create a new one per call.
-    """
+    """Start sums (+)= left · right as one WGMMA group, after the caller's ``warpgroup.fence()``. Modifies ``mma``."""
     for k in range(cute.size(right, mode=[2])):
         mma.set(warpgroup.Field.ACCUMULATE, adds or k != 0)
         cute.gemm(mma, sums, left[None, None, k], right[None, None, k], sums)

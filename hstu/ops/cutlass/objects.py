@@ -1,7 +1,7 @@
 """Compiled CUTLASS kernels on disk, and memory for their launch arguments.
 
 An object file contains machine code and the host function that launches it. The DSL takes 180 µs of Python per launch
-to convert a nested tuple of 25 numbers, created in 50 µs. It uses objects with ``__c_pointers__`` as they are.
+to convert a nested tuple of 25 numbers, plus 50 µs to create it. It uses objects with ``__c_pointers__`` as they are.
 """
 
 from __future__ import annotations
@@ -70,10 +70,7 @@ def load(variant: object) -> Any | None:
 
 
 class LaunchArguments:
-    """Memory for the arguments of one host function. A launch reads it before it returns.
-
-    ``examples``: nested tuples of the types for which the function is compiled.
-    """
+    """Memory for the arguments of one host function. ``examples``: nested tuples of the types it is compiled for."""
 
     def __init__(self, *examples: Any) -> None:
         leaves = [[*_leaves(each)] for each in examples]
@@ -85,7 +82,7 @@ class LaunchArguments:
         """Arguments to call the host function with."""
 
     def write(self, *values: float) -> None:
-        """Set all values."""
+        """Set all values. A launch has read them when it returns."""
         self._layout.pack_into(self._memory, 0, *values)
 
 
@@ -98,8 +95,6 @@ def _leaves(argument: Any) -> Iterator[Any]:
 
 
 class _Addresses:
-    """The addresses of the values of one argument."""
-
     def __init__(self, addresses: Iterable[int]) -> None:
         self._addresses = list(addresses)
 

@@ -154,10 +154,7 @@ def work_of(
 
 
 def most_work(work: np.ndarray, ctas: int) -> Any:
-    """Work of the slowest of ``ctas`` CTAs, which take turns as in :func:`hstu.ops.cutlass.common.work_index`.
-
-    work: per pair of a block and a head, in the order of the kernels.
-    """
+    """Work of the slowest CTA, with turns as in ``work_index``. work: of pairs of block and head, in kernel order."""
     turns = np.pad(work, (0, -len(work) % ctas)).reshape(-1, ctas)
     return (turns[::2].sum(0) + turns[1::2].sum(0)[::-1]).max()
 

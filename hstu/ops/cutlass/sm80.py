@@ -140,10 +140,7 @@ class ForwardSm80(Sm80Kernel):
 
 
 class BackwardSm80(Sm80Kernel):
-    """Σ SiLU'(α x yᵀ) ⊙ (w zᵀ) ⊙ mask · y α / N and, as a second output, Σ SiLU(α x yᵀ) ⊙ mask · z / N.
-
-    See :class:`hstu.ops.cutlass.sm90.BackwardSm90`.
-    """
+    """The sums of :class:`hstu.ops.cutlass.sm90.BackwardSm90`, with one or two outputs."""
 
     num_resident = 2
 

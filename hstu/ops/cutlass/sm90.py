@@ -197,10 +197,7 @@ class ForwardSm90(Sm90Kernel):
     def step(
         self, count: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr, first: cutlass.Constexpr
     ) -> None:
-        """Compute scores of tile ``count`` while tile ``count - 1`` is added to the sums, then its weights.
-
-        ``first``: there is no previous tile.
-        """
+        """Compute the weights of tile ``count`` while the previous tile, if any, is added to the sums."""
         shape, of_y, of_z = self.shape, self.index, 1 - self.index
         (resident, streamed, rows, *slopes), ((sums,), scores, weights), rings = state
         y_ring, z_ring = rings[of_y], rings[of_z]
@@ -256,10 +253,7 @@ class BackwardSm90(Sm90Kernel):
     def step(
         self, count: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr, first: cutlass.Constexpr
     ) -> None:
-        """Compute scores of tile ``count`` and their gradients while tile ``count - 1`` is added; then add this tile.
-
-        ``first``: there is no previous tile.
-        """
+        """Compute gradients of tile ``count`` while the previous tile, if any, is added to the sums; then add it."""
         shape = self.shape
         (resident, streamed, rows), registers, (y_ring, z_ring) = state
         (sums, weight_sums), scores, products, weights, gradients = registers

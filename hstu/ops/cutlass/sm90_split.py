@@ -71,13 +71,11 @@ class _Values(_Half):
 
     @cute.jit
     def weigh(self, count: Int32, scores: cute.Tensor, slopes: list, masking: tuple, masked: cutlass.Constexpr) -> None:
-        """Replace the scores by SiLU(α S), and pass SiLU'(α S) on.
-
-        The memory is free: loading tile ``count`` waited for both warpgroups to release the previous tile of its stage.
-        """
+        """Replace the scores by SiLU(α S), and pass SiLU'(α S) on."""
         values = cute.make_rmem_tensor(cute.size(scores), Float32)
         for e in cutlass.range_constexpr(cute.size(scores)):
             scores[e], values[e] = common.silu_and_slope(scores[e], e, masking, masked)
+        # Free: loading tile ``count`` waited until both warpgroups had released the previous tile of its stage.
         place = self.place(count, slopes)
         packed = cute.make_rmem_tensor(place.layout.shape, Int32)
         common.pack(values, packed, Float16)

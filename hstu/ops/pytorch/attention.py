@@ -116,10 +116,7 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
 
 
 def padded_forward(inputs: AttentionInputs) -> Tensor:
-    """:func:`forward` for a PaddedLayout, without host integers: torch.export traces one graph for any batch.
-
-    Computes all scores of all heads at once. Has no backward.
-    """
+    """:func:`forward` for a PaddedLayout, without host integers: torch.export traces one graph for any batch."""
     layout, config, tables = inputs.layout, inputs.config, _tables(inputs.bias)
     assert isinstance(layout, PaddedLayout)
     q, k, v = (_pad(_with_zero_row(rows), layout.padded_tokens) for rows in (inputs.q, inputs.k, inputs.v))
@@ -176,7 +173,6 @@ def _unpad(padded: Tensor, tokens: Tensor, rows: Tensor) -> None:
 
 
 def _tables(bias: RelativeBias | None) -> list[Tensor]:
-    """Position and time weights in float32 at least."""
     weights = [] if bias is None else [bias.position_weight, bias.time_weight]
     return [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
 

@@ -111,10 +111,7 @@ def _is_hidden(start: int, stop: int, layout: JaggedLayout, config: AttentionCon
 def _own(
     inputs: AttentionInputs, qkv: tuple[Tensor, ...], tables: tuple[Tensor, Tensor] | None, prefix: CachedPrefix
 ) -> Tensor:
-    """Attention of each new token to itself and earlier new tokens, for candidates within their target group.
-
-    qkv and the result: [H, n, d] each.
-    """
+    """[H, n, d]: attention of new tokens to themselves and earlier new tokens, for candidates within their group."""
     layout, config, count = inputs.layout, inputs.config, len(inputs.q)
     size = count if layout.num_candidate_tokens is None else layout.candidate_group_tokens
     padding = -count % size  # of the last group; comes after real tokens, so they do not see it

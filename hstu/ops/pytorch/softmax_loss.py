@@ -1,7 +1,4 @@
-"""Softmax losses of retrieval and L2 normalization of their vectors in plain PyTorch, on any device.
-
-The loss is a scalar, so forward computes its gradients while the scores are available, and backward scales them.
-"""
+"""Softmax losses of retrieval and L2 normalization of their vectors in plain PyTorch, on any device."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ def l2_normalize(vectors: Tensor, eps: float) -> Tensor:
 
 
 class SoftmaxLoss(Function):
-    """A loss whose forward saves the gradients of queries, positives and pool; the other arguments have none."""
+    """A scalar loss whose forward saves the gradients of queries, positives and pool while scores are available."""
 
     @staticmethod
     @once_differentiable
@@ -77,10 +74,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
 def in_blocks(
     ctx: Any, vectors: tuple[Tensor, ...], temperature: float, exponentials: Exponentials, blocks: tuple[int, int]
 ) -> Tensor:
-    """The loss against a whole pool; saves its gradients if they are needed.
-
-    vectors: queries, positives and pool; blocks: rows and columns per block.
-    """
+    """Loss against a whole pool; saves gradients if needed. vectors: queries, positives, pool; blocks: block shape."""
     queries, positives, pool = vectors
     positive_logits = (queries * positives).sum(dim=1) / temperature
     losses = torch.empty_like(positive_logits)
@@ -189,10 +183,7 @@ def _weighted_row_sums(pool: Tensor, draws: Tensor, weights: Tensor) -> Tensor:
 
 
 def _weighted_row_sums_transposed(queries: Tensor, draws: Tensor, weights: Tensor, pool_size: int) -> Tensor:
-    """[S, D]: for each pool row, the weighted sum of the queries that drew it.
-
-    Sorting the draws by row replaces a scatter by sums of contiguous runs: no atomics, the same bits in each run.
-    """
+    """[S, D]: per pool row, the weighted sum of queries that drew it. Sorting avoids atomics: equal bits each time."""
     if not draws.numel():
         return queries.new_zeros(pool_size, queries.shape[1])
     drawn, order = draws.flatten().sort(stable=True)

@@ -224,7 +224,7 @@ def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: Op
 def match_part_optimizers(
     names: Collection[str], args: OptimizerArgs, cite: Cite = cite
 ) -> dict[str, OptimizerSettings]:
-    """Settings of each weight, from its first match in part_optimizers. Raises ConfigError for entries without any."""
+    """Settings of each weight, from its first match in part_optimizers. Raises ConfigError for unmatched entries."""
     settings: dict[str, OptimizerSettings] = {}
     problems = []
     for part in args.part_optimizers:

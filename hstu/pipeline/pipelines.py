@@ -1,8 +1,8 @@
 """Pipelines of TrainerArgs.pipeline_type, which overlap a training step with the loading of later batches.
 
 While "native" trains on batch i, batch i + 1 sends its ids to the ranks that own their rows (data-dist stream), and
-batch i + 2 is loaded and copied to the device (memcpy stream). "prefetch" also loads rows of batch i + 1 from host
-memory into the caches of tables (prefetch stream).
+batch i + 2 is loaded and copied to the device (memcpy stream). "prefetch" also loads rows of batch i + 1 that are
+stored off the device into the caches of their tables (prefetch stream).
 
 Losses equal "none" bit for bit. Rows are looked up in step i, after the update of step i - 1: prefetching determines
 the position of a row, not its value. For dynamic tables it covers ids of batch i + 1 that have a row by batch i.
@@ -44,7 +44,7 @@ class TrainPipeline(ABC):
         """Train on the next host batch. Raises StopIteration after the last batch; NonFiniteStep: see FiniteCheck."""
 
     def evaluation(self) -> AbstractContextManager[None]:
-        """Context between two steps in which the model's forward accepts any batch. Fetched batches wait."""
+        """Context between two steps in which the model's forward accepts any batch. Keeps batches fetched ahead."""
         return nullcontext()
 
     def resolve(self) -> None:

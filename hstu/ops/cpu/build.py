@@ -51,7 +51,7 @@ class KernelsUnavailable(Exception):
 
 
 def library_file(directory: Path | None = None) -> Path:
-    """Path of the kernels in ``directory`` (default: user's cache). One process compiles them. Raises KernelsUnavailable."""
+    """Path of the kernels, compiled once per ``directory`` (default: the user's cache). Raises KernelsUnavailable."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise KernelsUnavailable("no C++ compiler is found; install one (on Debian and Ubuntu: apt-get install g++)")

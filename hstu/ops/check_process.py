@@ -1,10 +1,8 @@
-"""Runs the self check of kernels where no fault in them can end or stop a run, and remembers its results.
+"""Self-check kernels in a process of their own, where a fault cannot stop the run; cache the results on disk.
 
-An illegal access makes CUDA unusable for its process, a fault in a compiler or driver may kill the process, and a wrong
-kernel may never end. The kernels of a GPU are therefore checked in a process of their own. A fault refuses the operator
-that was being checked. A new process checks the operators that are left.
-
-The processes of a host check one after the other, so that the first one checks for all.
+An illegal access breaks CUDA for its process, a compiler or driver fault may kill it, and a wrong kernel may never end.
+A fault refuses the operator being checked, and a new process checks the remaining operators.
+The processes of a host take turns, so that the first one checks for all.
 """
 
 from __future__ import annotations
@@ -41,28 +39,25 @@ from hstu.ops.self_check import CPU_HEAD_DIMS, Check, cache_directory, checks, d
 log = logging.getLogger(__name__)
 
 CHECKS = "hstu.ops.self_check"
-"""The module with ``checks`` and ``jobs``."""
+"""Module that defines ``checks`` and ``jobs``."""
 PACKAGES = {Backend.TRITON: "triton", Backend.CUTLASS: "nvidia-cutlass-dsl"}
 TIME_LIMIT_S = 240.0
-"""Longest time for one kernel to compile, for one case, and for the imports before the first one."""
+"""Longest time to compile one kernel, to run one case, or to import modules before the first case."""
 POLL_S = 0.5
 KILL_S = 10.0
-"""Wait for a killed process, which may be stuck in the driver."""
+"""Longest wait for a killed process, which may be stuck in the driver."""
 FAILURE_S = 3600.0
-"""Time after which a failed check is repeated: another process may have filled the memory of the GPU."""
+"""A failed check is repeated after this time: another process may have filled the memory of the GPU."""
 ROOT = Path(__file__).parents[2]
 DRIVER = Path("/proc/driver/nvidia/version")
 Decided = dict[str, str | None]
-"""Operator → why it is refused; None: it is right."""
+"""Operator → why it is refused; None: its kernel is correct."""
 
 
 def refusals(
     backend: Backend, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
 ) -> dict[str, str]:
-    """Operator → why its kernel cannot be used on a GPU. The kernels of the other operators agree with PyTorch.
-
-    ``shapes``: those of the run; None: of what does not depend on them.
-    """
+    """Return operator → why its GPU kernel cannot be used. ``shapes=None`` checks only shape-independent kernels."""
     package = PACKAGES[backend]
     try:
         version = importlib.metadata.version(package)
@@ -79,7 +74,7 @@ def refusals(
 
 
 def refusals_on_cpu(library: Path, operators: Sequence[str]) -> dict[str, str]:
-    """The same for the C++ kernels of a compiled ``library``, in this process; takes two seconds."""
+    """Like :func:`refusals`, for the C++ kernels of a compiled ``library``, in this process; takes two seconds."""
 
     def check(waiting: Sequence[str]) -> Decided:
         all_shapes = [KernelShapes(dim, 3, 51, dim, torch.float32, True, dim < 32) for dim in CPU_HEAD_DIMS]
@@ -92,9 +87,9 @@ def refusals_on_cpu(library: Path, operators: Sequence[str]) -> dict[str, str]:
 
 
 def remembered(key: str, operators: Sequence[str], check: Callable[[Sequence[str]], Decided]) -> dict[str, str]:
-    """The operators that ``check`` refuses, and why. What it says of an operator is remembered on disk under ``key``.
+    """Return the operators that ``check`` refuses, and why. Results are cached on disk under ``key``.
 
-    The key has everything that decides the machine code and what runs it.
+    The key covers everything that determines the machine code and the hardware and driver that run it.
     """
     try:
         file = cache_directory() / "checks.json"
@@ -131,7 +126,7 @@ def _check(backend: Backend, device: torch.device, shapes: KernelShapes | None, 
 def _check_some(
     backend: Backend, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]
 ) -> Decided:
-    """Check by one process, which may end early, but decides one operator at least."""
+    """Check in one process. It may end early, but decides at least one operator."""
     log.info("kernel check of %s, once per machine and shapes: %s", backend, ", ".join(operators))
     begun = time.monotonic()
     capability = "".join(map(str, torch.cuda.get_device_capability(device)))
@@ -162,10 +157,7 @@ def _check_some(
 
 
 def _exit_code(command: list[str], report: Path, output: Path) -> int | None:
-    """Run a command; returns its exit code, None where it had to be killed because ``report`` was not touched.
-
-    What the command prints goes to ``output``.
-    """
+    """Exit code of a command that prints to ``output``; None: killed because ``report`` was not touched in time."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with output.open("wb") as sink:
         process = subprocess.Popen(
@@ -190,7 +182,7 @@ def _exit_code(command: list[str], report: Path, output: Path) -> int | None:
 
 
 def _decided(operators: Sequence[str], code: int | None, records: Sequence[Mapping[str, Any]], output: str) -> Decided:
-    """What a process has found. An operator that ended the process is refused; all are, if none was begun."""
+    """Results of one process. An operator that ended the process is refused; all are if none had begun."""
     decided: Decided = {}
     current, case = None, "its start"
     for record in records:
@@ -220,7 +212,7 @@ def _decided(operators: Sequence[str], code: int | None, records: Sequence[Mappi
 
 
 def _measured(all_checks: Iterable[Check], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Run checks; yields what has begun and what came of it. Ends where the device cannot be used any more."""
+    """Run checks and yield a record per start and per result. Stop when the device has become unusable."""
     for operator, of_operator in groupby(all_checks, attrgetter("operator")):
         try:
             for check in of_operator:
@@ -235,25 +227,25 @@ def _measured(all_checks: Iterable[Check], device: torch.device) -> Iterator[dic
 
 
 def to_json(shapes: KernelShapes | None) -> str:
-    """Shapes as an argument of a process."""
+    """Serialize shapes as a command-line argument."""
     if shapes is None:
         return "null"
     return json.dumps(dataclasses.asdict(shapes) | {"dtype": str(shapes.dtype).removeprefix("torch.")})
 
 
 def from_json(text: str) -> KernelShapes | None:
-    """Shapes from an argument of a process."""
+    """Parse the output of :func:`to_json`."""
     fields = json.loads(text)
     return fields and KernelShapes(**fields | {"dtype": getattr(torch, fields["dtype"])})
 
 
 def main(module: str, backend: str, device: str, capability: str, shapes: str, operators: str, report: str) -> None:
-    """The process: compile on all cores, then check. Each result is a line of JSON in ``report``."""
+    """Entry point of the process: compile on all cores, then check. Each result is a line of JSON in ``report``."""
     faulthandler.enable()
-    # With deterministic algorithms, torch fills new tensors with nan: what a kernel fails to write is found.
+    # Deterministic algorithms fill new tensors with nan, which exposes elements that a kernel fails to write.
     torch.use_deterministic_algorithms(True, warn_only=True)
     source, wanted, of_shapes = importlib.import_module(module), operators.split(","), from_json(shapes)
-    # A kernel that does not compile fails in the check, too.
+    # A kernel that does not compile fails in its check as well.
     for _ in compile_all(source.jobs(backend, of_shapes, int(capability), wanted), num_cores()):
         os.utime(report)
     chosen = (check for check in source.checks(backend, torch.device(device), of_shapes) if check.operator in wanted)

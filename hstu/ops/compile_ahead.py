@@ -1,8 +1,7 @@
-"""Compile kernels before they are launched: on all cores, and for a GPU that need not be here.
+"""Compile kernels before they are launched: on all cores, and also for GPUs that this machine lacks.
 
-The results lie where a launch looks for them: Triton's kernels in Triton's cache (TRITON_CACHE_DIR), the CUTLASS
-kernels in this package's (``hstu.ops.self_check.cache_directory``). Both may be copied to another machine with the same
-versions of these packages. The ``compile_ahead.py`` of a backend lists its kernels.
+Triton kernels go to Triton's cache (TRITON_CACHE_DIR), CUTLASS kernels to ``hstu.ops.self_check.cache_directory``. Both
+caches can be copied to a machine with the same package versions. Each backend's ``compile_ahead.py`` lists its kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import NamedTuple
 from hstu.base.files import replace_text
 
 READ_BY_LAUNCHES = (".cubin", ".json")
-"""What Triton reads of a compiled kernel. The other files hold its intermediate representations."""
+"""Files that Triton reads for a compiled kernel. The other files hold intermediate representations."""
 
 
 class Job(NamedTuple):
@@ -31,28 +30,28 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of a job."""
+    """Outcome of a job."""
 
     name: str
     cpu_s: float
-    """Of the compiler and the programs that it runs."""
+    """CPU time of the compiler and of the programs that it runs."""
     error: str | None
-    """None: it is compiled."""
+    """None: the kernel compiled."""
 
 
 _jobs: Sequence[Job] = ()
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def compile_all(jobs: Sequence[Job], processes: int) -> Iterator[Result]:
-    """Compile all jobs and yield each result when it is there.
+    """Compile all jobs and yield each result when it is ready.
 
-    The processes are forks, because launches hold functions and tensors that cannot be sent to another process. A
-    process that has initialized CUDA must not call this. If one of them is killed, the jobs that are left fail.
+    The workers are forks, because launches hold functions and tensors that cannot be sent to another process. A process
+    that has initialized CUDA must not call this. If a worker is killed, the remaining jobs fail.
     """
     global _jobs
     _jobs = jobs
@@ -72,15 +71,12 @@ def _compile(number: int) -> Result:
         compile()
     except Exception as problem:
         error = f"{type(problem).__name__}: {next(iter(str(problem).strip().splitlines()), '')}"
-    # User and system time of this process and of its children; the last field is the time of day.
+    # User and system time of this process and of its children; the last field is elapsed time.
     return Result(name, sum(os.times()[:4]) - sum(begun[:4]), error)
 
 
 def adopt_triton_cache(folder: Path) -> None:
-    """Make the kernels of a Triton cache that was copied from elsewhere known to Triton.
-
-    Triton notes the absolute paths of a kernel's files, and compiles again where they do not exist.
-    """
+    """Fix a Triton cache from another machine: Triton stores absolute paths and recompiles where they do not exist."""
     for group in folder.glob("*/__grp__*.json"):
         paths = json.loads(group.read_text(encoding="utf-8"))["child_paths"]
         here = {name: str(group.with_name(name)) for name in paths if group.with_name(name).exists()}
@@ -89,7 +85,7 @@ def adopt_triton_cache(folder: Path) -> None:
 
 
 def strip_triton_cache(folder: Path) -> None:
-    """Delete what launches do not read, nine tenths of a cache."""
+    """Delete the files that launches do not read, nine tenths of a cache."""
     for file in folder.glob("*/*"):
         if file.suffix not in READ_BY_LAUNCHES:
             shutil.rmtree(file) if file.is_dir() else file.unlink()

@@ -1,4 +1,4 @@
-"""Dropout that draws 16 random bits per element on a CPU, where torch's draws a double and is five times slower."""
+"""Dropout that draws 16 random bits per element on CPUs. torch draws a double, which is five times slower."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ _SEEDS = 1 << 62
 
 
 def dropout(x: Tensor, p: float, training: bool, stream: int | None = None) -> Tensor:
-    """Zero each element with probability p (on a CPU a multiple of 2⁻¹⁶) and scale the others to keep the mean.
-
-    ``stream``: as of :func:`draw`.
-    """
+    """Zero elements with probability p (on CPUs a multiple of 2⁻¹⁶) and scale the others. ``stream``: see draw."""
     if not training or p == 0:
         return x
     if x.device.type != "cpu" and stream is None:
@@ -25,11 +22,11 @@ def dropout(x: Tensor, p: float, training: bool, stream: int | None = None) -> T
 
 
 def draw(shape: torch.Size, p: float, device: torch.device, stream: int | None = None) -> Tensor:
-    """A dropout mask: bool of this shape, False with probability p.
+    """Draw a dropout mask: bool of this shape, False with probability p.
 
-    It follows torch's CPU generator on all devices: restoring its state repeats the mask, without device access.
-    ``stream``: ranks with equal generator states and different streams draw different masks, of any shapes, and their
-    states stay equal.
+    On all devices torch's CPU generator determines the mask: restoring its state repeats it, without device access.
+    Ranks with equal generator states and different ``stream`` draw different masks. Their states stay equal, even if
+    the masks have different shapes.
     """
     mask = torch.empty(shape, dtype=torch.bool, device=device)
     if is_fake(mask):
@@ -47,17 +44,17 @@ def draw(shape: torch.Size, p: float, device: torch.device, stream: int | None =
 
 
 def scale_of(p: float, device: torch.device) -> float:
-    """The factor of the elements that are kept."""
+    """Factor of the elements that are kept."""
     return _RESOLUTION / (_RESOLUTION - _dropped(p)) if device.type == "cpu" else 1 / (1 - p)
 
 
 def _dropped(p: float) -> int:
-    """How many of the 2¹⁶ values of 16 bits mean dropped."""
+    """Number of 16-bit values that mean dropped."""
     return round(p * _RESOLUTION)
 
 
 def _generator_of(stream: int, device: torch.device) -> torch.Generator:
-    """A generator for one draw, seeded from ``stream`` and torch's CPU generator."""
+    """Generator for one draw, seeded from ``stream`` and torch's CPU generator."""
     drawn = int(torch.randint(_SEEDS, (), device="cpu"))
     words = np.random.SeedSequence([drawn, stream]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(words[0]))

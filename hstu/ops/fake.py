@@ -1,7 +1,7 @@
-"""Kernels that compute nothing: they allocate what real ones allocate, and report what these cost.
+"""Fake kernels: they allocate what real kernels allocate, report the costs, and compute nothing.
 
-A step with them, on tensors without data (torch's FakeTensorMode), shows what a run needs. What is not here runs as
-PyTorch's own operators, whose cost their shapes tell.
+On tensors without data (torch's FakeTensorMode) they show what a training step needs. All other operators run as
+PyTorch's own, whose costs follow from the shapes.
 """
 
 from __future__ import annotations
@@ -38,10 +38,7 @@ Report = Callable[..., None]
 
 
 def fake_kernels(backend: Backend, report: Report) -> Kernels:
-    """Fakes of what ``backend`` has kernels of its own for. CPU stands for the C++ kernels, PYTORCH for plain PyTorch.
-
-    ``report`` is called once for each pass of an operator.
-    """
+    """Fakes of the kernels that ``backend`` implements. ``report`` is called once per pass of an operator."""
     fused = backend in (Backend.TRITON, Backend.CUTLASS)
     copies, loss = backend is Backend.PYTORCH, partial(_softmax_loss, report)
     found = replace(
@@ -65,7 +62,7 @@ def fake_kernels(backend: Backend, report: Report) -> Kernels:
 
 
 def _attention(report: Report, copies: bool, inputs: AttentionInputs) -> Tensor:
-    """``copies``: in plain PyTorch, which copies q, k, v and the output, to float32 at least."""
+    """``copies``: whether q, k, v and the output are copied to float32 or wider, as plain PyTorch does."""
     report("attention", _attention_cost(inputs).forward, inputs.q, inputs.k, inputs.v)
     copied = [_wide(inputs.q) for _ in range(4 if copies else 0)]
     del copied[:3]
@@ -95,7 +92,7 @@ def _attention_cost(inputs: AttentionInputs) -> TwoPasses:
 
 
 def _gate(report: Report, saves_seed: bool, inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Triton's saves a seed for the dropout mask, C++'s the mask."""
+    """``saves_seed``: Triton saves a seed for the dropout mask; C++ saves the mask."""
     x, config, shape = inputs.x, inputs.config, inputs.x.flatten(1).shape
     report("norm, gate, dropout", _gate_cost(x).forward, x, inputs.u)
     statistics, mask = x.new_empty((2, len(x)), dtype=torch.float32), None
@@ -164,25 +161,20 @@ def _softmax_loss(report: Report, queries: Tensor, positives: Tensor, pool: Tens
 
 
 class _FakeSoftmax(softmax_loss.SoftmaxLoss):
-    """The softmax losses, whose forward saves the gradients.
-
-    With negatives of each query's own there are scores, their weights, and the draws sorted by row; with a whole pool
-    there is a block of scores at a time.
-    """
+    """Softmax losses whose forward saves the gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives, report: Report
     ) -> Tensor:
-        """See hstu.ops.functional.softmax_loss."""
         draws, width = negatives.draws, pool.shape[1]
         if draws is None:
             report("loss", costs.pool_softmax(len(queries), len(pool), width), queries, positives, pool)
-            blocks = [pool.new_empty(min(len(queries) * len(pool), 1 << 20))]
+            blocks = [pool.new_empty(min(len(queries) * len(pool), 1 << 20))]  # of scores
         else:
             report("loss", costs.sampled_softmax(len(draws), draws.shape[1], width), queries, positives, pool)
-            blocks = [queries.new_empty(draws.shape) for _ in range(2)]
-            blocks += [draws.new_empty(draws.shape, dtype=torch.int64) for _ in range(4)]
+            blocks = [queries.new_empty(draws.shape) for _ in range(2)]  # scores and their weights
+            blocks += [draws.new_empty(draws.shape, dtype=torch.int64) for _ in range(4)]  # draws sorted by row
         del blocks
         ctx.save_for_backward(*map(torch.empty_like, (queries, positives, pool)))
         return queries.new_empty(())

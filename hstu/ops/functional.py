@@ -1,7 +1,7 @@
-"""Operators as differentiable functions of their tensors, given the kernels to use.
+"""Operators as differentiable functions that receive their kernels as arguments.
 
-The losses call the softmax loss. The others serve the plain layer, tests, self checks and benchmarks: the fused layer
-calls its kernels itself (hstu/ops/layer.py). Source of all: HSTU, arXiv 2402.17152, sec. 3.
+The losses call :func:`softmax_loss`. The other functions serve the plain layer, tests, self checks and benchmarks; the
+fused layer (hstu/ops/layer.py) calls its kernels itself. Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hstu.ops.layout import JaggedLayout
 
 
 def hstu_attention(inputs: AttentionInputs, kernels: AttentionKernels) -> Tensor:
-    """``SiLU(α Q Kᵀ + bias) / N ⊙ mask @ V`` within each sequence of the layout: [T, H, d] of the dtype of v."""
+    """``SiLU(α Q Kᵀ + bias) / N ⊙ mask @ V`` within each sequence: [T, H, d] in the dtype of v."""
 
     def forward(*tensors: Tensor) -> tuple[Tensor]:
         return (kernels.forward(_with(inputs.layout, inputs.config, *tensors)),)
@@ -58,9 +58,9 @@ def projected_attention(
     bias: RelativeBias | None,
     kernels: AttentionKernels,
 ) -> Tensor:
-    """:func:`hstu_attention` with v, q and k = SiLU(``projected`` + ``shift``), differentiated as in a layer.
+    """:func:`hstu_attention` with v, q, k = SiLU(``projected`` + ``shift``), differentiated as in the fused layer.
 
-    projected: [T, H, 3, d]; shift: [H, 3, d], whose gradient is of float32 at least. ``kernels`` differentiate SiLU.
+    projected: [T, H, 3, d]. shift: [H, 3, d], with a gradient in float32 or wider. ``kernels`` must differentiate SiLU.
     """
 
     def forward(projected: Tensor, shift: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,7 +83,7 @@ def projected_attention(
 
 
 def _with(layout: JaggedLayout, config: AttentionConfig, *tensors: Tensor) -> AttentionInputs:
-    """Inputs of q, k, v and the tables of a bias, if there is one."""
+    """Build inputs from q, k, v and the bias tables, if any."""
     q, k, v, *tables = tensors
     return AttentionInputs(q, k, v, layout, config, RelativeBias(*tables) if tables else None)
 
@@ -97,7 +97,7 @@ def _empty_shift(shift: Tensor) -> Tensor:
 
 
 def add_layer_norm(inputs: AddLayerNormInputs, kernels: AddLayerNormKernels) -> tuple[Tensor, Tensor]:
-    """x + update in the dtype of x (x where there is no update), and its LayerNorm: [T, D] each."""
+    """x + update in the dtype of x (x alone if update is None), and its LayerNorm: [T, D] each."""
 
     def forward(x: Tensor, update: Tensor | None, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         total, normalized, statistics = kernels.forward(replace(inputs, x=x, update=update, weight=weight, bias=bias))
@@ -150,9 +150,9 @@ def norm_mul_dropout(inputs: GateInputs, kernels: GateKernels) -> Tensor:
 def projected_gate(
     x: Tensor, projected: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, config: GateConfig, kernels: GateKernels
 ) -> Tensor:
-    """:func:`norm_mul_dropout` with u = SiLU(``projected`` + ``shift``), differentiated as in a layer.
+    """:func:`norm_mul_dropout` with u = SiLU(``projected`` + ``shift``), differentiated as in the fused layer.
 
-    projected: [T, H, d]; shift: [H, d], whose gradient is of float32 at least. ``kernels`` differentiate SiLU.
+    projected: [T, H, d]. shift: [H, d], with a gradient in float32 or wider. ``kernels`` must differentiate SiLU.
     """
 
     def forward(
@@ -180,7 +180,7 @@ def _differentiable(
     *inputs: Tensor | None,
     outputs: int = 1,
 ) -> tuple[Tensor, ...]:
-    """The first results of ``forward(*inputs)``, with the gradients ``backward(*grads, *inputs, *other_results)``."""
+    """First ``outputs`` results of ``forward(*inputs)``. Gradients: ``backward(*grads, *inputs, *other_results)``."""
     assert inputs[0] is not None
     with torch.autocast(inputs[0].device.type, enabled=False):
         results: tuple[Tensor, ...] = _Differentiable.apply(forward, backward, outputs, *inputs)
@@ -207,22 +207,22 @@ class _Differentiable(torch.autograd.Function):
 def softmax_loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives, kernel: SoftmaxLoss) -> Tensor:
     """Sum over M queries of −log(e^{s⁺/τ} / (e^{s⁺/τ} + Σ w e^{s⁻/τ})), over the negatives of each query.
 
-    These are the whole pool, or the rows of it that the query draws, with repetition. The gradients are computed
-    together with the loss, so that no score is computed twice and memory holds at most a block of scores. Not twice
+    The negatives are the whole pool, or pool rows that each query draws with repetition. Forward also computes the
+    gradients, so that each score is computed once and memory holds at most one block of scores. Not twice
     differentiable. Source: HSTU, arXiv 2402.17152, sec. 4.1.1; sampled softmax: arXiv 2306.04039.
 
     Args:
         queries: [M, D], L2-normalized.
         positives: [M, D], L2-normalized vectors of the targets.
         pool: [S, D], L2-normalized vectors of the negatives, shared by all queries.
-        negatives: what else they need.
+        negatives: ids, weights, masks and draws of the negatives, and the temperature.
         kernel: :attr:`hstu.ops.kernels.Kernels.sampled_softmax_loss` with draws, else ``pool_softmax_loss``.
 
     Returns:
         Scalar, float32 (float64 if all vectors are); 0 where M = 0 or no query has a negative.
     """
     vectors = queries, positives, pool
-    # float64 stays if all vectors are; else all becomes float32, in which scores and sums are kept.
+    # If all vectors are float64, so are scores and sums; otherwise all are float32.
     dtype = torch.float64 if all(v.dtype == torch.float64 for v in vectors) else torch.float32
     if negatives.log_weights is not None:
         negatives = replace(negatives, log_weights=negatives.log_weights.to(dtype))

@@ -1,6 +1,6 @@
-"""The interfaces of the kernels, what they are configured with, and :class:`Kernels`, those of a model.
+"""Interfaces of the kernels, their configuration, and :class:`Kernels`, the kernels of a model.
 
-The notation of shapes: B sequences of T tokens in all, H heads of d channels, D the width of the model.
+Shapes: B sequences with T tokens in all, H heads of d channels, D the width of the model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Backward = TypeVar("Backward")
 
 @dataclass
 class RelativeBias:
-    """The bias tables of a layer, shared by its heads: [2 P - 1], P the longest possible sequence, and [128].
+    """Bias tables of a layer, shared by its heads: [2 P - 1], with P the longest possible sequence, and [128].
 
-    For query i and key j the bias is ``position_weight[P - 1 + clamp(position_i - position_j, ±(P - 1))] +
+    The bias of query i and key j is ``position_weight[P - 1 + clamp(position_i - position_j, ±(P - 1))] +
     time_weight[bucket(query_time_i - token_time_j)]``.
     Source: HSTU, arXiv 2402.17152, sec. 3.3 (relative attention bias).
     """
@@ -35,10 +35,10 @@ class RelativeBias:
 
 
 class Preactivation(NamedTuple):
-    """One of the parts of x Wᵀ + b whose SiLU is u, v, q or k, for a backward that differentiates SiLU, too.
+    """A part of x Wᵀ + b whose SiLU is u, v, q or k, for a backward that also differentiates SiLU.
 
-    value: [T, H, d], any strides, dense channels. grad_shift: [H, d] of float32 at least, where backward writes the
-    gradient of b: the sum of that of ``value`` over tokens.
+    value: [T, H, d], any strides, dense channels. grad_shift: [H, d] in float32 or wider; backward writes the gradient
+    of b here: the gradient of ``value``, summed over tokens.
     """
 
     value: Tensor
@@ -48,14 +48,14 @@ class Preactivation(NamedTuple):
 class Gradient(NamedTuple):
     """Where a backward writes the gradient of u, v, q or k: [T, H, d], any strides, dense channels.
 
-    With ``before_silu`` the gradient of its value is written instead, of which the differentiated input is the SiLU.
+    With ``before_silu``, backward writes the gradient of ``before_silu.value`` instead; its SiLU is the input.
     """
 
     target: Tensor
     before_silu: Preactivation | None = None
 
     def write(self, grad: Tensor) -> None:
-        """Write the gradient [T, H, d] of the input, of float32 at least, by PyTorch."""
+        """Write the gradient [T, H, d] of the input, in float32 or wider, with PyTorch."""
         if self.before_silu is not None:
             grad = torch.ops.aten.silu_backward(grad, self.before_silu.value.to(grad.dtype))
             self.before_silu.grad_shift.copy_(grad.sum(0))
@@ -64,31 +64,30 @@ class Gradient(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """What attention needs besides the batch: the scale of the scores, the divisor and the kind of mask."""
+    """Attention settings that do not depend on the batch: the scale of the scores, the divisor and the mask."""
 
     alpha: float
     """Factor of Q Kᵀ."""
     scaling_seqlen: int
-    """Divisor N: a constant, so that a result never depends on the other sequences of the batch."""
+    """Divisor N: a constant, so that a result does not depend on the other sequences of the batch."""
     is_causal: bool = True
-    """False: bidirectional over context and history. Candidates never see another group, nor later tokens."""
+    """False: bidirectional over context and history. Candidates never see other groups or later tokens."""
     contextual_mask: bool = True
     """True: contextual tokens see all context and history."""
     max_span: int | None = None
-    """The farthest history token that a token sees, in positions before it (if bidirectional, after it, too). Context
-    is seen from everywhere. All candidates have the position of the first. None: no limit."""
+    """Farthest visible history token, in positions before a token (and after it, if bidirectional). None: unlimited.
+    Context is visible from everywhere. All candidates have the position of the first."""
     full_tokens: int = 0
-    """With ``max_span``: the newest tokens of context and history that have no such limit; above 0, candidates have
-    none either."""
+    """Number of newest context and history tokens to which ``max_span`` does not apply; if > 0, nor to candidates."""
 
     def has_no_limit(self, position: Any, history_end: Any) -> Any:
-        """Whether the tokens at ``position`` see all that the mask without ``max_span`` shows. Numbers or arrays."""
+        """Whether tokens at ``position`` see everything that the mask without ``max_span`` shows. Numbers or arrays."""
         return (self.full_tokens > 0) & (position >= history_end - self.full_tokens)
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What the gated norm needs besides the batch. eps: added to the variance. dropout: probability; 0 in evaluation.
+    """Settings of the gated norm. eps: added to the variance. dropout: probability; 0 in evaluation.
 
     The norm spans the heads of all ranks of ``comm``, which exchange two numbers per row in forward and in backward.
     """
@@ -98,9 +97,9 @@ class GateConfig:
     comm: LayerComm = field(default_factory=LayerComm)
 
     def combine_statistics(self, own: Tensor) -> Tensor:
-        """Mean and rstd [2, T] of whole rows from ``own``: mean and variance [2, T] of this rank's channels.
+        """Mean and rstd [2, T] of whole rows. ``own``: mean and variance [2, T] of this rank's channels.
 
-        Variances about each rank's own mean are combined: a plain mean square would cancel where the mean is large.
+        Combines variances about each rank's own mean, because a plain mean square cancels where the mean is large.
         """
         means, variances = self.comm.all_gather(own).unbind(1)
         mean = means.mean(0)
@@ -109,10 +108,10 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What attention reads: q, k and v [T, H, d] of one dtype, any strides. A token attends to its sequence.
+    """Inputs of attention: q, k and v [T, H, d] of one dtype, any strides. A token attends to its own sequence.
 
     Raises:
-        ValueError: a bias, but a layout without times.
+        ValueError: there is a bias, but the layout has no times.
     """
 
     q: Tensor
@@ -128,17 +127,14 @@ class AttentionInputs:
 
 
 AttentionForward = Callable[[AttentionInputs], Tensor]
-"""Returns [T, H, d] of the dtype of v, contiguous. Scores are computed in float32 at least."""
+"""Returns [T, H, d] in the dtype of v, contiguous. Scores are computed in float32 or wider."""
 AttentionBackward = Callable[[Tensor, AttentionInputs, tuple[Gradient, Gradient, Gradient]], RelativeBias | None]
-"""(gradient of the output [T, H, d], inputs, where to write the gradients of q, k and v) → the gradient of the bias."""
+"""(gradient of the output [T, H, d], inputs, gradients of q, k and v to write) → the gradient of the bias."""
 
 
 @dataclass(frozen=True)
 class AddLayerNormInputs:
-    """One step of the residual stream: x + update (None: x alone), [T, D], and the LayerNorm of the sum over D.
-
-    weight, bias: [D]. dtype: of the norm.
-    """
+    """Inputs of x + update (None: x alone), [T, D], and of the LayerNorm of the sum, with weight and bias [D]."""
 
     x: Tensor
     update: Tensor | None
@@ -146,24 +142,24 @@ class AddLayerNormInputs:
     bias: Tensor
     eps: float
     dtype: torch.dtype
+    """Of the norm."""
 
 
 AddLayerNormForward = Callable[[AddLayerNormInputs], tuple[Tensor, Tensor, Tensor]]
-"""Returns the sum, rounded to the dtype of x; the norm of the rounded sum in ``dtype``; its mean and rstd [2, T].
-
-Computed in float32 at least."""
+"""Returns the sum, in the dtype of x; the norm of this rounded sum, in ``dtype``; its mean and rstd [2, T].
+Computed in float32 or wider."""
 AddLayerNormBackward = Callable[
     [Tensor, Tensor, AddLayerNormInputs, Tensor, torch.dtype | None], tuple[Tensor, Tensor | None, Tensor, Tensor]
 ]
-"""(gradient of the norm [T, D], gradient of the sum [T, D], inputs with the sum as x and without an update, mean and
-rstd, dtype of the update: None where there was none) → the gradients of x, of the update, of weight and of bias.
+"""(gradient of the norm [T, D], gradient of the sum [T, D], inputs with the sum as x and no update, mean and rstd,
+dtype of the update or None) → the gradients of x, of the update, of weight and of bias.
 
-The first two results are the same numbers, and one tensor where the dtypes are equal. Arguments are not changed."""
+The first two results hold the same numbers, and are one tensor if the dtypes are equal. Arguments are not changed."""
 
 
 @dataclass(frozen=True)
 class GateInputs:
-    """What the gated norm reads: ``Dropout(LayerNorm(x over all heads) ⊙ u)``. Source: arXiv 2402.17152, eq. 3.
+    """Inputs of ``Dropout(LayerNorm(x over all heads) ⊙ u)``. Source: arXiv 2402.17152, eq. 3.
 
     x, u: [T, H, d] of one dtype. weight, bias: [H · d].
     """
@@ -176,40 +172,36 @@ class GateInputs:
 
 
 GateForward = Callable[[GateInputs], tuple[Tensor, Tensor, Tensor | None]]
-"""Returns gated [T, H · d] of x's dtype, mean and rstd [2, T], and the dropout mask or the seed that repeats it (None
-where nothing is dropped). The norm is computed in float32 at least."""
+"""Returns gated [T, H · d] in the dtype of x, mean and rstd [2, T], and the dropout mask or a seed that repeats it
+(None without dropout). The norm is computed in float32 or wider."""
 GateBackward = Callable[[Tensor, GateInputs, Tensor, Tensor | None, Gradient], tuple[Tensor, Tensor, Tensor, Tensor]]
-"""(gradient of gated [T, H · d], inputs, mean and rstd, dropout mask, where to write the gradient of u) → gated,
-recomputed, and the gradients of x, weight and bias."""
+"""(gradient of gated [T, H · d], inputs, mean and rstd, dropout mask, gradient of u to write) → recomputed gated, and
+the gradients of x, weight and bias."""
 
 
 @dataclass(frozen=True)
 class SeenItems:
-    """Which entries of a pool are no negatives of a query: the items that its user has up to the target.
+    """Pool entries that are not negatives of a query: the items that its user has up to and including the target.
 
-    Entry s is hidden from query m if ``first[sequences[m], s] <= places[m]``. This hides the target itself, too,
-    because it is an item of the sequence.
+    Entry s is hidden from query m if ``first[sequences[m], s] <= places[m]``.
     """
 
     first: Tensor
-    """int32 [B, S], contiguous: the first place in a sequence at which it has the item of an entry; below 0 for items
-    before the sequence, NEVER_SEEN for others."""
+    """int32 [B, S], contiguous: first position of an entry's item in a sequence; negative for items before it,
+    NEVER_SEEN for items that it does not have."""
     sequences: Tensor
-    """int32 [M]: the sequence of each query."""
+    """int32 [M]: sequence of each query."""
     places: Tensor
-    """int32 [M]: the place of each query's target in its sequence."""
+    """int32 [M]: position of each query's target in its sequence."""
 
 
 NEVER_SEEN = 2**31 - 1
-"""In SeenItems.first: the sequence does not have the item."""
+"""Value in SeenItems.first for an item that the sequence does not have."""
 
 
 @dataclass(frozen=True)
 class Negatives:
-    """What the queries of a softmax over items are compared with besides their targets, apart from the pool's vectors.
-
-    M queries with a target each, and a pool of S entries that all queries share.
-    """
+    """Negatives of M queries with one target each, apart from their vectors; all queries share a pool of S entries."""
 
     target_ids: Tensor
     """integer [M]. Pool entries with the id of a query's target are not its negatives."""
@@ -218,15 +210,15 @@ class Negatives:
     temperature: float
     """τ > 0."""
     log_weights: Tensor | None = None
-    """float [S], log w of each entry, −∞ for entries that no query uses; None: all w are 1."""
+    """float [S]: log w of each entry, −∞ for entries that no query uses. None: all w are 1."""
     seen: SeenItems | None = None
-    """Hides the items that the users have, the targets among them; ids are not compared. None: only the targets."""
+    """Hides the items of each user, targets included; ids are not compared. None: only targets are hidden."""
     draws: Tensor | None = None
-    """integer [M, R], rows of the pool in [0, S): each query's negatives. None: the whole pool."""
+    """integer [M, R]: pool rows in [0, S), the negatives of each query. None: the whole pool."""
 
 
 SoftmaxLoss = Callable[[Tensor, Tensor, Tensor, Negatives], Tensor]
-"""See :func:`hstu.ops.functional.softmax_loss`; checked arguments, vectors float32 or float64."""
+"""See :func:`hstu.ops.functional.softmax_loss`; arguments are checked, vectors are float32 or float64."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +228,7 @@ class KernelPair(Generic[Forward, Backward]):
     forward: Forward
     backward: Backward
     differentiates_silu: bool = True
-    """Whether backward serves a ``Gradient.before_silu``. Otherwise the layer differentiates SiLU in a further pass."""
+    """Whether backward serves ``Gradient.before_silu``. If not, the layer differentiates SiLU in another pass."""
 
 
 AttentionKernels = KernelPair[AttentionForward, AttentionBackward]
@@ -246,15 +238,12 @@ GateKernels = KernelPair[GateForward, GateBackward]
 
 @dataclass(frozen=True)
 class ProjectionKernels:
-    """The projection to u, v, q and k of one backend. Its backward is matrix products, the same for all.
-
-    The kernels that make the gradients of u, v, q and k differentiate SiLU.
-    """
+    """Projection to u, v, q and k of one backend. Its backward is matrix products, which all backends share."""
 
     forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     """x [T, D], weight [W, D], bias [W] of one dtype → x Wᵀ + b and SiLU of it, each [T, W], W = H · 4 · d."""
     activate: Callable[[Tensor], Tensor]
-    """SiLU with the bits of ``forward``, to recompute it."""
+    """SiLU with the same bits as ``forward``, for recomputation."""
 
 
 class Backend(StrEnum):
@@ -267,12 +256,12 @@ class Backend(StrEnum):
     TRITON = "triton"
     """NVIDIA GPUs."""
     CPU = "cpu"
-    """C++ for the vector instructions of the processor: what ``cutlass`` and ``triton`` mean where there is no GPU."""
+    """C++ with the vector instructions of the processor; replaces ``cutlass`` and ``triton`` on CPUs."""
 
 
 @dataclass(frozen=True)
 class KernelShapes:
-    """The properties of a model that decide which backend can serve an operator. Those of heads are of one rank."""
+    """Properties of a model that decide which backends can serve an operator. Heads are counted per rank."""
 
     head_dim: int
     num_heads: int
@@ -280,7 +269,7 @@ class KernelShapes:
     item_dim: int
     """Width of the vectors that retrieval compares."""
     dtype: torch.dtype
-    """Of matrix products and attention."""
+    """Dtype of matrix products and attention."""
     has_bias: bool = False
     """Whether attention has a relative bias."""
     has_window: bool = False
@@ -289,13 +278,13 @@ class KernelShapes:
 
 @dataclass(frozen=True)
 class ServedBy:
-    """Which backend serves an operator."""
+    """Backend that serves an operator."""
 
     backend: Backend
     reason: str | None = None
-    """Why it is another backend than the requested one; None: it is the requested one."""
+    """Why it is not the requested backend; None: it is."""
     is_refused: bool = False
-    """Whether a better kernel exists for these shapes but cannot run on this machine or is wrong on it."""
+    """Whether a better kernel exists for these shapes but cannot run, or is wrong, on this machine."""
 
     def __str__(self) -> str:
         return self.backend.value if self.reason is None else f"{self.backend.value} ({self.reason})"
@@ -303,9 +292,9 @@ class ServedBy:
 
 @dataclass(frozen=True)
 class Kernels:
-    """The kernels of a model, one per operator; build it with :func:`hstu.ops.select.select_kernels`.
+    """Kernels of a model, one per operator; built by :func:`hstu.ops.select.select_kernels`.
 
-    The operators below the first four are differentiable functions, ``update_rows`` apart.
+    All operators after the first four are differentiable functions, except ``update_rows``.
     """
 
     attention: AttentionKernels
@@ -319,11 +308,11 @@ class Kernels:
     pool_softmax_loss: SoftmaxLoss
     """Against the whole pool."""
     jagged_concat: Callable[[Sequence[Tensor], TokenOrder], Tensor]
-    """Rows of the parts (each [·, D], T rows together) as tokens [T, D] in the given order."""
+    """Concatenates parts [·, D] with T rows in all and reorders the rows: tokens [T, D]."""
     add_positions: Callable[[Tensor, Tensor, Tensor], Tensor]
     """x [T, D] + table[min(positions, P - 1)]; table: [P, D], positions: int64 [T]."""
     update_rows: UpdateRows
-    """The optimizers of tables."""
+    """Optimizer step of tables."""
     served_by: Mapping[str, ServedBy]
     """Operator → its backend."""
 
@@ -331,4 +320,4 @@ class Kernels:
 OPERATORS = tuple(name for name in Kernels.__dataclass_fields__ if name != "served_by")
 """Names of the operators, in the order in which they are logged."""
 SLOTS = "slots"
-"""Name of the kernels that look up the ids of dynamic tables, in self checks and log lines."""
+"""Name of the kernels that look up ids in dynamic tables, in self checks and log lines."""

@@ -1,14 +1,13 @@
-"""One HSTU layer as one autograd function, on one rank or with its heads or tokens split over several.
+"""One HSTU layer as one autograd function, on one rank or with its heads or tokens split over several ranks.
 
     x = x + update;  U, V, Q, K = split(SiLU(W_uvqk LayerNorm(x) + b))
     update = W_o · Dropout(LayerNorm(attention) ⊙ U)
 
-One function instead of one per operator decides what is kept for backward (:class:`SavedActivations`), frees it as
-soon as backward has used it, and overlaps collectives with matrix products.
-A layer adds the update of the layer before it, so that the sum and its norm are one pass over memory. So are, in
-backward, the norm, the sum of the gradients of x, and their copy in the dtype of the update.
-Shapes are written as in kernels.py; T tokens and H heads are those that this rank projects. With context parallelism
-the ranks exchange them for attention (:meth:`LayerComm.tokens_to_heads`). Source: HSTU, arXiv 2402.17152, sec. 3.
+One function controls what is saved for backward (:class:`SavedActivations`), frees it after its last use, and overlaps
+collectives with matrix products. Each layer adds the update of the previous layer, so that the sum and its norm are one
+pass over memory. Backward fuses the norm, the sum of the gradients of x, and its copy in the dtype of the update.
+Shapes follow kernels.py; T and H count the tokens and heads that this rank projects. Context-parallel ranks exchange
+them for attention (:meth:`LayerComm.tokens_to_heads`). Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from hstu.ops.products import matmul
 
 @dataclass(frozen=True)
 class HSTULayerConfig:
-    """What a layer needs besides the batch and its weights."""
+    """Settings of a layer that depend on neither the batch nor the weights."""
 
     head_dim: int
     attention: AttentionConfig
     eps: float
-    """Of both norms."""
+    """Epsilon of both norms."""
     kernels: Kernels
     dropout: float = 0.0
     """Probability; 0 in evaluation."""
@@ -53,13 +52,13 @@ class HSTULayerConfig:
     recompute_activated: bool = False
     """Backward recomputes ``SavedActivations.activated``."""
     recompute_all: bool = False
-    """Backward recomputes everything; only the input is kept."""
+    """Backward recomputes everything; only the input is saved."""
     comm: LayerComm = field(default_factory=LayerComm)
     """Communication with the ranks that hold the other heads or tokens."""
 
 
 class LayerWeights(NamedTuple):
-    """Parameters of a layer, in any dtype; those with heads are this rank's. Rows lie as [head, (u v q k), channel]."""
+    """Parameters of a layer, in any dtype, with this rank's heads. uvqk rows are ordered [head, (u v q k), channel]."""
 
     input_norm_weight: Tensor
     """[D]."""
@@ -70,9 +69,9 @@ class LayerWeights(NamedTuple):
     uvqk_bias: Tensor
     """[H · 4 · d]."""
     position_weight: Tensor | None
-    """The field of :class:`RelativeBias`; None: the layer has no bias."""
+    """Field of :class:`RelativeBias`; None: the layer has no bias."""
     time_weight: Tensor | None
-    """The field of :class:`RelativeBias`; None: the layer has no bias."""
+    """Field of :class:`RelativeBias`; None: the layer has no bias."""
     output_norm_weight: Tensor
     """[H · d]."""
     output_norm_bias: Tensor
@@ -83,9 +82,9 @@ class LayerWeights(NamedTuple):
 
 @dataclass
 class SavedActivations:
-    """What backward needs besides the input x + update, in this order; None: it is recomputed, or there is none.
+    """What backward needs besides the input x + update, in the order of saving. None: recomputed or absent.
 
-    Backward deletes each field after its last use, so that the memory can be used again.
+    Backward deletes each field after its last use, to free its memory.
     """
 
     input_statistics: Tensor
@@ -97,7 +96,7 @@ class SavedActivations:
     u: Tensor | None
     """[T, H, d]. u and vqk are views of SiLU(projected), unless context parallelism exchanges v, q and k."""
     vqk: Tensor | None
-    """What attention reads, [T, H, 3, d]: with context parallelism some heads of all tokens, as many numbers."""
+    """Input of attention, [T, H, 3, d]. With context parallelism: some heads of all tokens, equally many numbers."""
     attended: Tensor
     """[T, H, d]."""
     output_statistics: Tensor
@@ -107,13 +106,13 @@ class SavedActivations:
 
 
 def split_gate(uvqk: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """u [T, H, d], and v, q, k as [T, H, 3, d]: views of [T, H · 4 · d], of columns [head, (u v q k), channel]."""
+    """Views u [T, H, d] and vqk [T, H, 3, d] of [T, H · 4 · d], whose columns are [head, (u v q k), channel]."""
     by_head = uvqk.unflatten(1, (-1, 4, head_dim))
     return by_head[:, :, 0], by_head[:, :, 1:]
 
 
 def _preactivations(projected: Tensor, grad_shift: Tensor, head_dim: int) -> list[Preactivation]:
-    """The pre-activations of u, v, q and k. projected: [T, H · 4 · d]; grad_shift: [H · 4 · d]."""
+    """Pre-activations of u, v, q and k. projected: [T, H · 4 · d]; grad_shift: [H · 4 · d]."""
     by_head, shifts = projected.unflatten(1, (-1, 4, head_dim)), grad_shift.unflatten(0, (-1, 4, head_dim))
     return [Preactivation(*of_part) for of_part in zip(by_head.unbind(2), shifts.unbind(1), strict=True)]
 
@@ -121,9 +120,8 @@ def _preactivations(projected: Tensor, grad_shift: Tensor, head_dim: int) -> lis
 class HSTULayerFunction(torch.autograd.Function):
     """``apply(x, update, layout, config, *weights)`` → (x + update, the update of this layer), all [T, D].
 
-    The update has the dtype in which matrix products and attention compute: autocast's where it is on, else that of x.
-    update: None for the first layer. weights: the fields of :class:`LayerWeights`, of any dtype; their gradients have
-    the same.
+    The result update has the dtype of matrix products and attention: autocast's if enabled, else the dtype of x.
+    update: None for the first layer. weights: the fields of :class:`LayerWeights`; gradients have their dtypes.
     """
 
     @staticmethod
@@ -170,7 +168,7 @@ class HSTULayerFunction(torch.autograd.Function):
 
 
 def _recompute(layer: _Computation, x: Tensor, rng_state: Tensor | None) -> SavedActivations:
-    """All activations again, with the dropout of forward."""
+    """Recompute all activations, with the dropout of forward."""
     with torch.random.fork_rng(devices=[], enabled=rng_state is not None):
         if rng_state is not None:
             torch.set_rng_state(rng_state)
@@ -178,7 +176,7 @@ def _recompute(layer: _Computation, x: Tensor, rng_state: Tensor | None) -> Save
 
 
 class _Computation:
-    """The arithmetic of a layer on one batch; ``dtype`` is that of matrix products and attention."""
+    """Arithmetic of a layer on one batch. ``dtype``: of matrix products and attention."""
 
     def __init__(
         self, weights: Sequence[Any], layout: JaggedLayout, config: HSTULayerConfig, dtype: torch.dtype
@@ -200,7 +198,7 @@ class _Computation:
         return GateInputs(attended, u, self.weights.output_norm_weight, self.weights.output_norm_bias, gate)
 
     def forward_to_gate(self, x: Tensor, update: Tensor | None) -> tuple[Tensor, SavedActivations, Tensor]:
-        """x + update, all activations, and the input [T, H · d] of W_o."""
+        """Return x + update, all activations, and the input [T, H · d] of W_o."""
         weights, config, kernels = self.weights, self.config, self.config.kernels
         x, normalized, input_statistics = kernels.add_layer_norm.forward(self._norm_of(x, update))
         all_tokens = config.comm.all_gather_tokens(normalized)()
@@ -208,7 +206,7 @@ class _Computation:
         projected, activated = kernels.project_uvqk.forward(all_tokens, uvqk, shift)
         u, exchanged_vqk = self._exchange(activated)
         vqk = exchanged_vqk()
-        del activated, exchanged_vqk  # with context parallelism nothing else keeps their memory
+        del activated, exchanged_vqk  # the last references to their memory under context parallelism
         attended = config.comm.heads_to_tokens(kernels.attention.forward(self._attention_of(vqk)))()
         gated, output_statistics, dropout_mask = kernels.norm_mul_dropout.forward(self._gate_of(attended, u))
         saved = SavedActivations(
@@ -217,7 +215,7 @@ class _Computation:
         return x, saved, gated
 
     def _exchange(self, activated: Tensor) -> tuple[Tensor, Pending]:
-        """u of this rank's tokens; and v, q and k for its attention, of which the exchange begins."""
+        """u of this rank's tokens, and the pending exchange of v, q and k for attention."""
         u, vqk = split_gate(activated, self.config.head_dim)
         exchanged = self.config.comm.tokens_to_heads(vqk)
         return (u.contiguous() if self.config.comm.cp_size > 1 else u), exchanged
@@ -225,9 +223,9 @@ class _Computation:
     def backward(
         self, grad: Tensor, grad_update: Tensor, x: Tensor, saved: SavedActivations, update_dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor | None, LayerWeights]:
-        """Gradients of x, of an update of ``update_dtype`` and of the weights.
+        """Return the gradients of x, of the update (in ``update_dtype``) and of the weights.
 
-        grad, grad_update: [T, D], gradients of x + update and of the update of this layer. x: x + update.
+        x: x + update. grad, grad_update: [T, D], gradients of x + update and of the update of this layer.
         """
         weights, comm, norm = self.weights, self.config.comm, self.config.kernels.add_layer_norm
         grads: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
@@ -244,10 +242,10 @@ class _Computation:
         return grad_x, grad_of_update, LayerWeights(**grads)
 
     def _backward_to_projection(self, grad: Tensor, saved: SavedActivations, grads: dict[str, Any]) -> Tensor:
-        """Gradient of ``saved.projected``; writes those of its bias and of the later weights to ``grads``.
+        """Return the gradient of ``saved.projected``; write gradients of its bias and of later weights to ``grads``.
 
-        The kernels of gate and attention write their parts of one tensor. Where they differentiate SiLU and sum over
-        the tokens, no other pass over that tensor is needed.
+        The gate and attention kernels write parts of one tensor. If they differentiate SiLU and sum over tokens, that
+        tensor needs no other pass.
         """
         config, kernels, comm, shift = self.config, self.config.kernels, self.config.comm, self.weights.uvqk_bias
         u, vqk, exchanged_vqk = saved.u, saved.vqk, None
@@ -260,7 +258,7 @@ class _Computation:
         differentiates_silu = (
             kernels.attention.differentiates_silu
             and kernels.norm_mul_dropout.differentiates_silu
-            and comm.cp_size == 1  # else attention has other rows than the pre-activations
+            and comm.cp_size == 1  # else the rows of attention differ from the rows of the pre-activations
         )
         before: list[Preactivation | None] = [None] * 4
         if differentiates_silu:
@@ -270,7 +268,7 @@ class _Computation:
         if exchanged_vqk is not None:
             vqk = exchanged_vqk()
         assert vqk is not None
-        del u, exchanged_vqk  # with context parallelism nothing else keeps their memory, nor that of vqk below
+        del u, exchanged_vqk  # the last references to their memory under context parallelism, as is vqk below
         grad_vqk = torch.empty_like(vqk) if comm.cp_size > 1 else grad_own_vqk
         of_v, of_q, of_k = map(Gradient, grad_vqk.unbind(2), before[1:])
         grad_bias = kernels.attention.backward(grad_attended, self._attention_of(vqk), (of_q, of_k, of_v))
@@ -289,7 +287,7 @@ class _Computation:
     def _backward_through_gate(
         self, grad: Tensor, saved: SavedActivations, u: Tensor, grad_u: Gradient, grads: dict[str, Any]
     ) -> Tensor:
-        """Gradient of the output of attention; writes that of u, or of its pre-activation, to ``grad_u``."""
+        """Return the gradient of the attention output; write the gradient of u or its pre-activation to ``grad_u``."""
         out_weight = self.weights.out_weight
         grad = self.config.comm.all_gather_tokens(grad)()
         gated, grad_attended, *grad_norm = self.config.kernels.norm_mul_dropout.backward(

@@ -1,4 +1,4 @@
-"""The layout of a jagged batch: offsets, positions, times and order of its tokens; distances and buckets of pairs."""
+"""Layout of a jagged batch: offsets, positions, times and order of tokens; distances and time buckets of pairs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hstu.data.batches.jagged import run_offsets, run_starts, sequence_tokens
 TIME_BUCKET_WIDTH = 0.301
 """Width of a time bucket in natural log seconds: ⌊ln(max(1, |Δt|)) / 0.301⌋."""
 NUM_TIME_BUCKETS = 128
-"""Rows of the time weight of a relative bias."""
+"""Rows of ``RelativeBias.time_weight``."""
 
 
 @dataclass(frozen=True)
 class TokenRuns:
-    """Some tokens of a batch, on the host: first[s], first[s] + stride, …, ``count[s]`` of sequence s, in order."""
+    """Tokens of a batch: ``count[s]`` tokens of sequence s, from ``first[s]`` on, ``stride`` apart. On the host."""
 
     first: np.ndarray
     """int64 [B]."""
@@ -30,7 +30,7 @@ class TokenRuns:
     stride: int = 1
 
     def within(self, tokens: range) -> range:
-        """Which of the runs' tokens, numbered in order, are among ``tokens``."""
+        """Indices of the runs' tokens, numbered in order, that lie within ``tokens``."""
         return range(*(self._before(bound) for bound in (tokens.start, tokens.stop)))
 
     def _before(self, bound: int) -> int:
@@ -39,13 +39,13 @@ class TokenRuns:
 
 @dataclass
 class JaggedLayout:
-    """Where each token of one jagged batch sits; build it with :func:`build_layout`.
+    """Layout of the tokens of one jagged batch; built by :func:`build_layout`.
 
     Tokens of B sequences lie one after another, without padding, in tensors of T rows. Sequence s is
 
         [context_1 … context_C] [item_1 (action_1) … item_n (action_n)] [candidate_1 (action) … candidate_m (action)]
 
-    The host (numpy) copies of the integers exist so that no operator waits for the device to learn a size.
+    Integers have host (numpy) copies, so that operators read sizes without waiting for the device.
     """
 
     seqlen_offsets: Tensor
@@ -53,11 +53,11 @@ class JaggedLayout:
     seqlens: np.ndarray
     """int64 [B], host: tokens of each sequence, context and candidates included."""
     num_contextuals: int
-    """C: the first C tokens of every sequence that is not empty."""
+    """C: number of context tokens at the start of each sequence that is not empty."""
     num_candidate_tokens: Tensor | None
-    """int64 [B]: how many tokens at the end of each sequence are candidates. None: no sequence has any."""
+    """int64 [B]: number of candidate tokens at the end of each sequence. None: no sequence has any."""
     num_candidate_tokens_host: np.ndarray
-    """int64 [B], host: the same, zeros where there are none."""
+    """int64 [B], host: the same numbers; zeros where there are none."""
     candidate_group_tokens: int
     """Tokens of one target group: target_group_size × tokens_per_item."""
     tokens_per_item: int
@@ -65,20 +65,20 @@ class JaggedLayout:
     positions: Tensor
     """int64 [T]: position in the sequence from 0; all candidate tokens share the position of the first."""
     token_times: Tensor | None = None
-    """int64 [T], seconds: when a token happened (context: the first event; 0 where there is none)."""
+    """int64 [T], seconds: time of each token (context: of the first event; 0 without events)."""
     query_times: Tensor | None = None
-    """int64 [T], seconds: time of the next token of context + history; its own for the last and for candidates."""
+    """int64 [T], seconds: time of the next context or history token; its own for the last and for candidates."""
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What operators derive from the layout once and use again in each layer and in backward."""
+    """Data that operators derive from the layout once and reuse in each layer and in backward."""
 
     @property
     def batch_size(self) -> int:
-        """Sequences B, empty ones included."""
+        """Number of sequences B, including empty ones."""
         return len(self.seqlens)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens T of the whole batch."""
+        """Number of tokens T."""
         return int(self.seqlens.sum())
 
     @property
@@ -87,24 +87,24 @@ class JaggedLayout:
         return np.maximum(self.seqlens - self.num_contextuals, 0) // self.tokens_per_item
 
     def newest_item_tokens(self, count: Tensor, total: int) -> Tensor:
-        """Token index of the newest ``count[s]`` items of each sequence s, oldest first: int64 [total].
+        """Token indices of the newest ``count[s]`` items of each sequence s, oldest first: int64 [total].
 
-        count: int64 [B] on the device; ``total`` is its sum, known on the host. The token before an item's is the
-        newest one of the previous step: the previous item's action, or that item.
+        count: int64 [B] on the device; ``total`` is its sum, on the host. The token before an item's token is the
+        previous item's action, or the previous item where actions are not tokens.
         """
         sequence = torch.repeat_interleave(count, output_size=total)
         index = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[sequence]
         return self.seqlen_offsets[1:][sequence] - (count[sequence] - index) * self.tokens_per_item
 
     def newest_item_runs(self, count: np.ndarray, shift: int = 0) -> TokenRuns:
-        """The tokens of :meth:`newest_item_tokens`, or those ``shift`` after them; int64 [B] on the host."""
+        """Tokens of :meth:`newest_item_tokens`, shifted by ``shift``. count: int64 [B] on the host."""
         ends = np.cumsum(self.seqlens)
         return TokenRuns(ends - count * self.tokens_per_item + shift, count, self.tokens_per_item)
 
 
 @dataclass(frozen=True)
 class TokenOrder:
-    """A permutation: token t is row ``source[t]`` of the concatenated parts. Both int64 [tokens]."""
+    """Permutation: token t is row ``source[t]`` of the concatenated parts. Both int64 [tokens]."""
 
     source: Tensor
     inverse: Tensor
@@ -125,11 +125,11 @@ def build_layout(
 ) -> JaggedLayout:
     """Lay out a batch on ``device``.
 
-    item_lengths: int64 [B] host, items of each sequence, candidates included. The first ``num_sequences`` sequences
-    are real and carry context; the others are padding and empty. num_candidates: int64 [B] host, or None.
-    item_times: int64 [Σ item_lengths] seconds on ``device``, or None. asks_for_next: the query of a token of the
-    history has the time of the next token; False: of its own. request_times: int64 [B] seconds on ``device``, for the
-    last token of each sequence; None: its own time.
+    item_lengths: int64 [B] host, items per sequence, candidates included. The first ``num_sequences`` sequences are
+    real and have context; the others are empty padding. num_candidates: int64 [B] host, or None.
+    item_times: int64 [Σ item_lengths] seconds on ``device``, or None. asks_for_next: the query time of a history token
+    is the time of the next token; False: its own time. request_times: int64 [B] seconds on ``device``, query time of
+    the last token of each sequence; None: its own time.
     """
     is_real = np.arange(len(item_lengths)) < num_sequences
     seqlens = sequence_tokens(item_lengths, num_contextuals, tokens_per_item, has_context=is_real)
@@ -165,10 +165,7 @@ def build_layout(
 
 
 def _places(seqlens: np.ndarray, candidates: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token: its sequence, its place in that, and the place of the first candidate. int64 [T] each.
-
-    Computed on the device, from numbers per sequence.
-    """
+    """Per token: its sequence, its position, and the position of the first candidate; int64 [T], on the device."""
     total = int(seqlens.sum())
     lengths, starts, history_ends = _on_device(device, seqlens, run_starts(seqlens), seqlens - candidates)
     sequence = torch.repeat_interleave(lengths, output_size=total)
@@ -176,7 +173,7 @@ def _places(seqlens: np.ndarray, candidates: np.ndarray, device: torch.device) -
 
 
 def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
-    """The layout with ``padding`` further tokens, which form a sequence of their own at the end."""
+    """Append ``padding`` tokens, which form one more sequence."""
     if padding == 0:
         return layout
 
@@ -199,11 +196,11 @@ def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
 
 
 def truncate_history(layout: JaggedLayout, items: int) -> tuple[JaggedLayout, Tensor, Callable[[range], range]]:
-    """The layout of the context, the newest ``items`` items of each history and the candidates, and their tokens.
+    """Layout of the context, the newest ``items`` items of each history, and the candidates.
 
-    Returns (the layout of shorter sequences, token of the whole ones for each of theirs: int64 [T'], ascending, a
-    function: range of tokens of the whole ones → which of the T' are among them).
-    Positions are those in the shorter sequences; times are those that the tokens had.
+    Returns (the shorter layout; the index in the whole layout of each of its T' tokens: int64 [T'], ascending;
+    a function that maps a range of tokens of the whole layout to the range of the T' tokens within it).
+    Positions are relative to the shorter sequences; times are unchanged.
     """
     context = np.where(layout.seqlens > 0, layout.num_contextuals, 0)
     history = layout.seqlens - context - layout.num_candidate_tokens_host
@@ -233,7 +230,7 @@ def truncate_history(layout: JaggedLayout, items: int) -> tuple[JaggedLayout, Te
 
 
 def part_rows(layout: JaggedLayout, tokens: range) -> list[range]:
-    """The rows of each part that :func:`token_order` puts in order of which ``tokens`` are made."""
+    """Rows of each part of :func:`token_order` that ``tokens`` consist of."""
     starts, stride = run_starts(layout.seqlens), layout.tokens_per_item
     starts_of_real = starts[layout.seqlens > 0]
     contexts = [TokenRuns(starts_of_real + c, np.ones_like(starts_of_real)) for c in range(layout.num_contextuals)]
@@ -245,10 +242,10 @@ def part_rows(layout: JaggedLayout, tokens: range) -> list[range]:
 
 
 def token_order(layout: JaggedLayout, tokens: range | None = None) -> TokenOrder:
-    """The order of ``layout`` for the concatenated parts [context_1 … context_C, items, actions (if they are tokens)].
+    """Order of the tokens for the concatenated parts [context_1 … context_C, items, actions (if they are tokens)].
 
-    Each contextual part has one row per real sequence, each other part one row per item, all in batch order; or those
-    rows of them of which ``tokens`` are made.
+    Each contextual part has one row per real sequence, each other part one row per item, all in batch order.
+    With ``tokens``, the parts have only the rows of these tokens.
     """
     num_contextuals, stride, num_items = layout.num_contextuals, layout.tokens_per_item, layout.num_items
     device, starts = layout.positions.device, run_starts(layout.seqlens)
@@ -270,14 +267,14 @@ def token_order(layout: JaggedLayout, tokens: range | None = None) -> TokenOrder
 
 def time_buckets(delta_s: Tensor) -> Tensor:
     """Bucket of each time difference (int64 seconds, any sign): uint8 of the same shape."""
-    # float64 is exact for any real time stamp, so that all devices agree on the bucket.
+    # float64 is exact for any real timestamp, so that all devices agree on the bucket.
     log = delta_s.abs().clamp_(min=1).double().log_()
     return log.div_(TIME_BUCKET_WIDTH).clamp_(max=NUM_TIME_BUCKETS - 1).to(torch.uint8)
 
 
 @functools.cache
 def bucket_thresholds() -> Tensor:
-    """int64 [128] on the CPU: the smallest time difference of each bucket, found by bisection of the formula itself."""
+    """int64 [128] on the CPU: smallest time difference of each bucket, by bisection of the formula itself."""
     low = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.int64)  # always below the bucket
     high = torch.full_like(low, 1 << 62)
     wanted = torch.arange(NUM_TIME_BUCKETS)
@@ -289,10 +286,10 @@ def bucket_thresholds() -> Tensor:
 
 
 def fixed_point_scale(grad: Tensor, v: Tensor, pairs: int) -> Tensor:
-    """float32 [1]: the factor with which no sum of ``pairs`` score gradients exceeds 62 bits.
+    """float32 [1]: factor with which any sum of ``pairs`` score gradients fits in 62 bits.
 
-    |dL/dscore| ≤ ‖grad‖ ‖v‖ · max |SiLU'| < 1.1 ‖grad‖ ‖v‖, before the division by N. The factor is not finite where
-    the gradient is not, and then nor is the result.
+    |dL/dscore| ≤ ‖grad‖ ‖v‖ · max |SiLU'| < 1.1 ‖grad‖ ‖v‖, before the division by N. If the gradient is not finite,
+    neither are the factor and the result.
     """
     largest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (grad, v)]
     bound = (largest[0] * largest[1] * 1.1).clamp_min(1e-12) * float(pairs)
@@ -300,20 +297,17 @@ def fixed_point_scale(grad: Tensor, v: Tensor, pairs: int) -> Tensor:
 
 
 def distance_index(position_i: Tensor, position_j: Tensor, num_weights: int) -> Tensor:
-    """Row of ``position_weight`` (of ``num_weights`` = 2 P - 1 rows) for each pair: int64, broadcast shape."""
+    """Row of ``position_weight`` for each pair: int64, broadcast shape. num_weights: 2 P - 1."""
     farthest = num_weights // 2
     return (position_i - position_j).clamp_(-farthest, farthest).add_(farthest)
 
 
 def _on_device(device: torch.device, *arrays: np.ndarray) -> tuple[Tensor, ...]:
-    """int64 arrays of one shape on ``device``, by one copy."""
+    """Move int64 arrays of one shape to ``device`` in one copy."""
     return to_device(np.stack(arrays, dtype=np.int64, casting="unsafe"), device).unbind()
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy a host array to ``device`` without waiting for the work that the device has queued.
-
-    A copy from memory that is not pinned waits for the work that the stream has queued.
-    """
+    """Copy a host array to ``device``, via pinned memory: an unpinned copy waits for the queued work of the stream."""
     tensor = torch.from_numpy(array)
     return (tensor if device.type == "cpu" else tensor.pin_memory()).to(device, non_blocking=True)

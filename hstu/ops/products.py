@@ -1,4 +1,4 @@
-"""Matrix products of the layers. bfloat16 ones are computed in float32 where a CPU has no instructions for them."""
+"""Matrix products of the layers; bfloat16 products use float32 on CPUs without bfloat16 instructions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 @cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 numbers. If not, PyTorch takes 2 to 9 times as long as in float32."""
+    """Whether this CPU has bfloat16 products. If not, PyTorch takes 2 to 9 times as long as in float32."""
     if platform.machine() in ("x86_64", "AMD64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b: factors and result in their dtype, sums in float32 or wider."""
+    """a @ b in their dtype, summed in float32 or wider."""
     if a.dtype == torch.bfloat16 and a.device.type == "cpu" and not cpu_multiplies_bfloat16():
         return (a.float() @ b.float()).bfloat16()
     return a @ b

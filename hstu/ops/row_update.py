@@ -1,4 +1,4 @@
-"""One optimizer step of a table, on the rows that have a gradient: formulas, interface and reference in PyTorch."""
+"""One optimizer step on the table rows that have a gradient: formulas, interface and PyTorch reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowUpdate:
-    """One step of the optimizer of a table, for the rows that have a gradient. Other rows keep weights and states.
+    """One optimizer step of a table. Rows without a gradient keep their weights and states.
 
     With g the gradient of a row, summed over its look-ups:
 
@@ -21,8 +21,7 @@ class RowUpdate:
     - adagrad: s ← s + g², w ← w - lr · g / (√s + ε)
     - sgd: w ← w - lr · g
 
-    adam is FBGEMM's (OptimType.ADAM without weight decay). torch.optim.SparseAdam differs: it adds ε to the uncorrected
-    √v.
+    adam is FBGEMM's OptimType.ADAM without weight decay. torch.optim.SparseAdam adds ε to the uncorrected √v instead.
     """
 
     optimizer: Literal["adam", "adagrad", "sgd"]
@@ -32,7 +31,7 @@ class RowUpdate:
     step: int = 1
     """t, counted from 1."""
     max_gradient: float | None = None
-    """Absolute value to which g is clamped."""
+    """Absolute value to which g is clamped; None: no limit."""
 
 
 class UpdateRows(Protocol):
@@ -46,11 +45,11 @@ class UpdateRows(Protocol):
         update: RowUpdate,
         found_inf: Tensor | None = None,
     ) -> None:
-        """weight: [rows, D]; states: m and v of adam, s of adagrad, none of sgd, each as weight.
+        """weight: [rows, D]. states: m and v of adam, s of adagrad, none of sgd, each shaped as weight.
 
-        gradient: sparse COO [rows, D] in which rows may repeat, or dense, where rows of zeros have no gradient.
-        Repeated rows are summed in the order in which they occur, so the bits do not depend on the place of a row.
-        ``found_inf``: scalar on the device; where it is not 0, nothing changes.
+        gradient: sparse COO [rows, D] in which rows may repeat, or dense, where all-zero rows have no gradient.
+        Repeated rows are summed in order of occurrence, so that the bits do not depend on the position of a row.
+        found_inf: scalar on the device; if it is not 0, nothing changes.
         """
 
 
@@ -73,10 +72,7 @@ def update_rows(
 
 
 def sum_by_row(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """(distinct rows in ascending order, sums of their gradients) of a sparse COO gradient.
-
-    Sums are taken in the order in which rows occur. ``coalesce`` sorts without keeping that order.
-    """
+    """Distinct rows of a COO gradient, ascending, and their sums in order of occurrence, which ``coalesce`` loses."""
     rows, index = gradient._indices()[0].unique(return_inverse=True)
     values = gradient._values()
     return rows, values.new_zeros((len(rows), *values.shape[1:])).index_add_(0, index, values)

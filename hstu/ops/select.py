@@ -1,7 +1,6 @@
-"""Which kernels a model runs on: resolved once, when it is built, into a :class:`hstu.ops.kernels.Kernels`.
+"""Select the kernels of a model once, when it is built.
 
-Imports backends inside functions: a machine needs neither Triton, nor CUTLASS, nor a C++ compiler
-for the backends that it does not use.
+Backends are imported inside functions: a machine needs Triton, CUTLASS or a C++ compiler only if it uses them.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ FALLBACKS = {
     Backend.TRITON: (Backend.TRITON,),
     Backend.CUTLASS: (Backend.CUTLASS, Backend.TRITON),
 }
-"""Backends that serve an operator, in order of preference; PyTorch is the last resort of all."""
+"""Backends to try for an operator, in order of preference; PyTorch is always the last."""
 
 
 def select_kernels(requested: str, strict: bool, device: torch.device, shapes: KernelShapes) -> Kernels:
-    """The kernels for a model on ``device`` where NetworkArgs.kernel_backend = ``requested``.
+    """Select the kernels of a model on ``device``. ``requested``: NetworkArgs.kernel_backend.
 
     Compares kernels with PyTorch at their first use on a machine.
 
     Raises:
-        ConfigError: ``strict`` and the requested backend cannot run, or its kernel of some operator is refused.
+        ConfigError: ``strict`` is set, and the requested backend cannot run or one of its kernels is refused.
     """
     backend = Backend(requested)
     if device.type == "cpu" and backend is not Backend.PYTORCH:
@@ -65,16 +64,13 @@ def resolve_kernels(
     shapes: KernelShapes,
     check: Callable[[Backend, KernelShapes, Sequence[str]], Mapping[str, str]] = lambda *_: {},
 ) -> Kernels:
-    """The kernels of ``backend``, and for each operator that it lacks or that is refused the next best.
-
-    ``check``: returns which of the operators are refused, and why.
-    """
+    """Kernels of ``backend``, or of the next best backend for each operator that it lacks or that ``check`` refuses."""
     kernels = {operator: getattr(REFERENCE_KERNELS, operator) for operator in OPERATORS}
     served_by: dict[str, ServedBy] = {}
     reasons: dict[str, list[str]] = {operator: [] for operator in OPERATORS}
     refused: set[str] = set()
     for candidate in FALLBACKS[backend]:
-        # Without the kernels themselves, which cannot be imported everywhere.
+        # ``support`` does not import the kernels, which cannot be imported everywhere.
         support = _module(candidate, "operators" if candidate is Backend.CPU else "support")
         waiting = [operator for operator in OPERATORS if operator not in served_by]
         missing = {operator: support.unsupported_reason(operator, shapes) for operator in waiting}
@@ -93,7 +89,7 @@ def resolve_kernels(
 
 
 def select_slot_kernels(device: torch.device) -> tuple[ModuleType | None, str | None]:
-    """The kernels of dynamic tables, hstu.ops.triton.slots; else (None, why they cannot be used on this GPU)."""
+    """The module of the kernels of dynamic tables, or None and why they cannot be used on this GPU."""
     reason = _refusals(device, Backend.TRITON, None, [SLOTS]).get(SLOTS)
     return (None, reason) if reason else (importlib.import_module("hstu.ops.triton.slots"), None)
 
@@ -101,7 +97,7 @@ def select_slot_kernels(device: torch.device) -> tuple[ModuleType | None, str | 
 def _refusals(
     device: torch.device, backend: Backend, shapes: KernelShapes | None, operators: Sequence[str]
 ) -> Mapping[str, str]:
-    """Operator → why its kernel cannot be used on the device. Checks kernels at their first use on a machine."""
+    """Operator → why its kernel cannot be used on the device. Compares with PyTorch at the first use on a machine."""
     if not operators:
         return {}
     if backend is Backend.CPU:

@@ -1,11 +1,9 @@
-"""The self check of kernels: each machine compares them with PyTorch in float64 once before it first uses them.
+"""Self check of kernels: compare them with PyTorch in float64 once per machine, before their first use.
 
-Compilers, drivers and GPUs differ, and a defect in one of them would silently train a wrong model. One table of cases
-serves all backends. ``check_process.py`` runs it and remembers the results.
+Compilers, drivers and GPUs differ, and a defect in one of them would silently train a wrong model. All backends share
+one table of cases. ``check_process.py`` runs it and caches the results. This command runs it now for many shapes:
 
     python -m hstu.ops.self_check triton [--device cuda:0] [--head-dim 64 128] [--dtype bfloat16]
-
-runs it now for many shapes of models, and prints one line per error.
 """
 
 from __future__ import annotations
@@ -51,15 +49,15 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import RowUpdate
 
 Errors = dict[str, tuple[float, float]]
-"""Name of a comparison → relative error, and the largest error that rounding explains."""
+"""Comparison → relative error, and the largest error that rounding explains."""
 Function = Callable[..., Tensor]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""Largest difference relative to the largest number: above the rounding of the type, far below a defect."""
+"""Largest difference relative to the largest number: above the rounding of the dtype, far below a defect."""
 NORM_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
-"""Largest norm of the error relative to the norm of the reference; rounding alone makes half of it."""
+"""Largest norm of the error relative to the norm of the reference; rounding alone causes half of it."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (256, 128, 64, 50, 32, 16)
-"""Between them, they use every width of tiles. Those of the benchmark come first."""
+"""Together they use every tile width. The head dims of the benchmark come first."""
 CPU_HEAD_DIMS = (24, 80, 200)
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {},
@@ -68,11 +66,11 @@ MASKS: dict[str, dict[str, Any]] = {
 }
 WINDOWS: dict[str, dict[str, Any]] = {"whole": {}, "window": {"max_span": 20, "full_tokens": 9}}
 ITEMS, CANDIDATES = (130, 0, 2, 297, 64), (9, 0, 1, 40, 0)
-"""Of the sequences of attention, which make several blocks and tiles."""
+"""Lengths of the attention sequences, which span several blocks and tiles."""
 
 
 class Check(NamedTuple):
-    """A case of the self check. The cases of one operator follow one another."""
+    """A case of the self check. The cases of one operator are consecutive."""
 
     operator: str
     """A name of hstu.ops.kernels.OPERATORS, or SLOTS."""
@@ -81,20 +79,20 @@ class Check(NamedTuple):
 
 
 class Case(NamedTuple):
-    """An operator and what it is differentiated by."""
+    """An operator and the tensors by which it is differentiated."""
 
     operator: str
     name: str
     function: Callable[[Any], Function]
-    """Takes the kernels of a backend; returns a function of ``leaves`` on any device."""
+    """Maps the kernels of a backend to a function of ``leaves`` on any device."""
     leaves: Sequence[Tensor]
     """On the CPU."""
     dtype: torch.dtype
-    """That decides the tolerance."""
+    """Decides the tolerance."""
 
 
 def checks(backend: str, device: torch.device, shapes: KernelShapes | None) -> Iterator[Check]:
-    """All kernels of a backend that serve these shapes; None: those of dynamic tables."""
+    """Checks of all kernels of a backend that serve these shapes; None: of dynamic tables."""
     if shapes is None:
         if backend == Backend.TRITON:
             yield Check(SLOTS, "slots of dynamic tables", partial(slots_errors, device))
@@ -110,18 +108,18 @@ def checks(backend: str, device: torch.device, shapes: KernelShapes | None) -> I
 
 
 def jobs(backend: str, shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
-    """What the checks of these operators launch on a GPU, to be compiled before them."""
+    """Compile jobs of the kernels that the checks of these operators launch on a GPU."""
     compiler = importlib.import_module(f"hstu.ops.{backend}.compile_ahead")
     return list(compiler.jobs(shapes, capability, operators))
 
 
 def errors(case: Case, kernels: Any, device: torch.device) -> Errors:
-    """The largest error of the output and of each gradient, and whether a repeat has other bits."""
+    """Largest error of the output and of the gradients, and whether a second run has different bits."""
     exact = _results(case.function(getattr(REFERENCE_KERNELS, case.operator)), case.leaves, torch.float64)
     ours, again = (_results(case.function(kernels), case.leaves, None, device) for _ in range(2))
     differences = [(mine.double() - right, right) for mine, right in zip(ours, exact, strict=True)]
     largest = [float(difference.abs().max() / right.abs().max()) for difference, right in differences]
-    # np.max returns nan where an error is nan, max() may not
+    # np.max returns nan if an error is nan; max() may not
     found = {case.name: (float(np.max(largest)), TOLERANCE[case.dtype])}
     if case.dtype in NORM_TOLERANCE:
         norms = [float(difference.norm() / right.norm()) for difference, right in differences]
@@ -132,7 +130,7 @@ def errors(case: Case, kernels: Any, device: torch.device) -> Errors:
 def _results(
     function: Function, leaves: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | str = "cpu"
 ) -> list[Tensor]:
-    """The output and the gradients, on the CPU."""
+    """Output and gradients, on the CPU."""
     with torch.enable_grad():
         inputs = [leaf.detach().to(device, dtype).requires_grad_() for leaf in leaves]
         out = function(*inputs)
@@ -144,7 +142,7 @@ def _results(
 
 
 def cases(shapes: KernelShapes) -> Iterator[Case]:
-    """All operators at these shapes."""
+    """Cases of all operators at these shapes."""
     for window in WINDOWS if shapes.has_window else ("whole",):
         for mask in MASKS:
             yield _attention_case(shapes, mask, window)
@@ -237,7 +235,7 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[Case]:
     rows = torch.randn(30, shapes.item_dim)
     yield Case("l2_normalize", "l2_normalize", lambda kernel: lambda rows: kernel(rows, 1e-6), [rows], torch.float32)
     vectors = [F.normalize(torch.randn(rows, shapes.item_dim), dim=1) for rows in (90, 90, 70)]
-    few = [vectors[0][:20], vectors[1][:20], vectors[2]]  # one program per query: more queries show no more
+    few = [vectors[0][:20], vectors[1][:20], vectors[2]]  # one program per query: more queries test nothing new
     targets, ids, draws = torch.randint(70, (90,)), torch.arange(70), torch.randint(70, (90, 37))
     log_weights = torch.randn(70).masked_fill(torch.rand(70) < 0.2, -torch.inf)
     places = torch.arange(90, dtype=torch.int32)
@@ -265,7 +263,7 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[Case]:
 
 
 def _train_rows(kernel: Any) -> Function:
-    """A table and its states after a step of Adam on some rows, plus a term that has the derivative of a case."""
+    """A table and its states after an Adam step on some rows, plus a term that makes the case differentiable."""
 
     def run(gradients: Tensor) -> Tensor:
         rows = (torch.arange(len(gradients)) * 7 % 30)[None]
@@ -278,7 +276,7 @@ def _train_rows(kernel: Any) -> Function:
 
 
 def slots_errors(device: torch.device) -> Errors:
-    """The share of keys that are not found where they were put, while slots change keys; and of rows that are wrong."""
+    """Share of keys that are not found in their slots while slots change keys, and number of wrong rows."""
     kernels = importlib.import_module("hstu.ops.triton.slots")
     capacity, wrong = 500, 0.0
     keys = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -306,7 +304,7 @@ def small_layout(
     num_contextuals: int = 1,
     group_size: int = 2,
 ) -> JaggedLayout:
-    """Sequences of unequal lengths with context and candidates, whose items lie a second to months apart."""
+    """Sequences of unequal lengths with context and candidates, whose items are a second to months apart."""
     gaps = np.exp(np.random.default_rng(0).uniform(0, 16, sum(num_items))).astype(np.int64)
     return build_layout(
         item_lengths=np.array(num_items),
@@ -321,7 +319,7 @@ def small_layout(
 
 
 def cache_directory() -> Path:
-    """The user's cache directory (XDG_CACHE_HOME where that is set) for this package; it need not exist yet.
+    """The user's cache directory of this package, in XDG_CACHE_HOME if set; it may not exist yet.
 
     Raises OSError if the user has no home directory.
     """
@@ -338,7 +336,7 @@ def describe(error: Exception) -> str:
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether this process can go on with the device after an exception: CUDA ends with an illegal access."""
+    """Whether this process can still use the device after an exception: an illegal access breaks CUDA."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -348,14 +346,14 @@ def is_usable(device: torch.device) -> bool:
 
 
 def main() -> int:
-    """The command: goes on after an exception, prints the failures last, and returns 1 if there are any."""
+    """Run the command: continue after exceptions, print the failures last, and return 1 if there are any."""
     parser = argparse.ArgumentParser(description="Compare the kernels of a backend with PyTorch.")
     parser.add_argument("backend", choices=("triton", "cutlass"))
     parser.add_argument("--device", type=torch.device, default="cuda:0")
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
     parser.add_argument("--dtype", help="only this one, such as bfloat16")
     options = parser.parse_args()
-    # With deterministic algorithms, torch fills new tensors with nan: what a kernel fails to write is found.
+    # Deterministic algorithms fill new tensors with nan, which exposes elements that a kernel fails to write.
     torch.use_deterministic_algorithms(True, warn_only=True)
     all_shapes: list[KernelShapes | None] = [
         KernelShapes(width, 2, 2 * width, width, dtype, has_bias, has_window=options.backend == Backend.TRITON)

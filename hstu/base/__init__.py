@@ -1,1 +1,1 @@
-"""What belongs to no other room: errors, files, locks, hashes, figures, child processes. Imports nothing of ours."""
+"""Errors, files, locks, hashes, figures and child processes for all other packages. Imports none of them."""

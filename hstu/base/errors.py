@@ -1,4 +1,4 @@
-"""The errors that a user can cause, the exit codes of the programs, and text that a terminal can show safely.
+"""User errors, exit codes of the programs, and text that a terminal can show safely.
 
 Any other exception is a defect of the program: it shows a traceback and exits with code 1.
 """
@@ -20,7 +20,7 @@ _TIME_TO_KILL_S = 0.5
 
 
 class UserError(Exception):
-    """Base of errors that are shown without a traceback. ``exit_code`` is that of the program."""
+    """Base of errors that are shown without a traceback. The program exits with ``exit_code``."""
 
     exit_code = EXIT_FAILURE
 
@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """One or more mistakes in the configuration, one line each; ``warnings`` are what is allowed but looks wrong."""
+    """Mistakes in the configuration, one line each. ``warnings`` lists allowed settings that look wrong."""
 
     exit_code = EXIT_BAD_CONFIG
 
@@ -40,16 +40,16 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Data that is missing, damaged or of another kind than expected. The text names the file and what to do."""
+    """Missing, damaged or unexpected data. The text names the file and the remedy."""
 
     exit_code = EXIT_BAD_DATA
 
 
 def report_once(text: str) -> None:
-    """Print the text of an error that all ranks may have, once per host.
+    """Print an error that all ranks may have, once per host.
 
-    The first rank of a host prints at once and exits, whereupon torchrun kills the others. Another rank waits, and
-    prints if it is still alive: it alone has the error.
+    The first rank of a host prints at once and exits; torchrun then kills the others. Other ranks wait before they
+    print, so they print only errors that the first rank lacks.
     """
     local_rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
     if local_rank.isdecimal() and int(local_rank) > 0:
@@ -58,16 +58,16 @@ def report_once(text: str) -> None:
 
 
 def report(text: str) -> None:
-    """Print the text of an error of this rank, with its number unless that is 0."""
+    """Print an error to standard error, prefixed with the rank unless it is 0."""
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
     print(f"{prefix}{text}", file=sys.stderr, flush=True)
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Control, escape and other invisible characters as codes such as ``\\x1b``, except those in ``keep``.
+    """Replace invisible characters, except those in ``keep``, by codes such as ``\\x1b``.
 
-    An id cannot then steer a terminal, turn the direction of writing or, without ``keep``, begin a line of its own.
+    Ids then cannot send escape sequences to a terminal, reverse the text direction or, without ``keep``, start a line.
     """
     if text.isprintable():
         return text
@@ -77,9 +77,9 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """A formatter whose messages are printable. Tracebacks stay as they are."""
+    """Escapes invisible characters in messages. Tracebacks stay unchanged."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The line of a record without its traceback."""
+        """Format a record without its traceback."""
         record.message = printable(record.message)
         return super().formatMessage(record)

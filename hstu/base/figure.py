@@ -1,4 +1,4 @@
-"""One look for all figures: those of the data report and the curves of a run."""
+"""The style of all figures: plots of the data report and curves of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hstu.base.files import written_aside
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The palette of Okabe and Ito, which colour-blind readers can distinguish.
+# Okabe and Ito's palette, which colour-blind readers can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#6b6b6b"
 STYLE: dict[Any, Any] = {
@@ -34,8 +34,8 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def open_figure(image: Path, size: tuple[float, float], dpi: int) -> Iterator[Figure]:
-    """A Figure to draw on, ``size`` in inches. The PNG is written whole when the block ends without an error."""
-    # Imported here, because most processes never draw. Without pyplot, which keeps global state and may need a display.
+    """Yield a Figure of ``size`` inches. If the block succeeds, write it to ``image`` atomically, as PNG."""
+    # Imported here, because most processes never draw. pyplot is avoided: it keeps global state and may need a display.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,6 +1,6 @@
-"""Files and directories: written aside and put in place, locked, and the journal of a long job.
+"""Atomic writes of files and directories, directory locks, and the journal of a long job.
 
-What has its name is whole and on the disk, also after a power failure.
+A file under its final name is complete and on the disk, even after a power failure.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from hstu.base.errors import ConfigError
 
 WRITING = ".writing_"
-"""Prefix of the names of what is not complete yet."""
+"""Prefix of the names of incomplete files and directories."""
 
 
 def aside_path(target: Path) -> Path:
@@ -34,10 +34,10 @@ def aside_path(target: Path) -> Path:
 
 @contextmanager
 def written_aside(target: Path, shared: bool = False) -> Iterator[Path]:
-    """Give the path at which the block writes a file or a directory, then put that in place of ``target``.
+    """Yield a temporary path for the block to write a file or a directory to, then rename it to ``target``.
 
-    If the block or the disk fails, ``target`` is as before and what was written is removed. A directory is replaced
-    only if it is empty. ``shared``: other processes may write the same target at the same time; the last one wins.
+    On an error, ``target`` stays unchanged and the temporary path is removed. A directory is replaced only if it is
+    empty. ``shared``: several processes may write ``target`` at the same time; the last one wins.
     """
     aside = aside_path(target.with_name(f"{target.name}.{secrets.token_hex(8)}") if shared else target)
     remove(aside)
@@ -53,20 +53,20 @@ def written_aside(target: Path, shared: bool = False) -> Iterator[Path]:
 
 
 def replace_text(target: Path, text: str, shared: bool = False) -> None:
-    """Write a file of text in UTF-8, see ``written_aside``."""
+    """Write a UTF-8 text file atomically, see ``written_aside``."""
     with written_aside(target, shared) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def put_in_place(written: Path, target: Path) -> None:
-    """Rename what was written under another path. The file, and the names in both directories, are then on the disk."""
+    """Rename ``written`` to ``target``, after a sync of the file and before a sync of the directory."""
     sync_to_disk(written)
     os.replace(written, target)
     sync_to_disk(target.parent)
 
 
 def sync_to_disk(path: Path) -> None:
-    """Call fsync on a file, or on the list of names in a directory."""
+    """Call fsync on a file or a directory. For a directory, this stores its file names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -75,13 +75,13 @@ def sync_to_disk(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Call fsync on a directory and on all that is below it."""
+    """Call fsync on a directory and everything below it."""
     for path in (*directory.rglob("*"), directory):
         sync_to_disk(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a directory with all that is in it. Nothing needs to be there."""
+    """Remove a file, a link or a whole directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -91,7 +91,7 @@ def remove(path: Path) -> None:
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-# What file systems that have no locks raise, such as some network file systems.
+# Raised by file systems without locks, such as some network file systems.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -100,10 +100,10 @@ class DirectoryInUse(ConfigError):
 
 
 class DirectoryLock:
-    """An exclusive lock on a directory, held until ``release`` or the end of this process, however it ends.
+    """An exclusive lock on a directory, held until ``release`` or the end of this process, even by a kill.
 
-    Its file says which host and process hold it. A file that a killed process has left is no lock. ``option`` names the
-    directory in the error. Raises DirectoryInUse, or OSError if the directory cannot be written.
+    The lock file names the host and process that hold it; a file left by a killed process locks nothing. ``option``
+    names the directory in errors. Raises DirectoryInUse, or OSError if the directory cannot be written.
     """
 
     def __init__(self, directory: Path, option: str) -> None:
@@ -124,7 +124,7 @@ class DirectoryLock:
             log.warning("the file system of %s has no locks: make sure that only this run writes there", directory)
 
     def release(self) -> None:
-        """Remove the lock. May be called twice. A forked child does not hold the lock of its parent."""
+        """Release the lock. Repeated calls and calls in a forked child do nothing."""
         if self._process == os.getpid() and self._lock.is_locked:
             with contextlib.suppress(OSError):  # the disk may have become read-only: releasing is what counts
                 self._path.unlink()
@@ -138,9 +138,9 @@ def _write_holder(handle: int) -> None:
 
 
 class Journal:
-    """The finished stages of a long job and the result of each, in a file that is replaced atomically at every commit.
+    """The finished stages of a long job and their results, in a JSON file that each commit replaces atomically.
 
-    ``key`` identifies everything that the stages depend on. A journal with another key is ignored.
+    ``key`` identifies all inputs of the stages. A journal with another key is ignored.
     """
 
     def __init__(self, file: Path, key: str | None) -> None:
@@ -149,7 +149,7 @@ class Journal:
         self.stages: dict[str, Any] = {}
 
     def resume(self) -> bool:
-        """Takes over the stages of an interrupted job with the same key. False where there is none."""
+        """Load the stages of an interrupted job with the same key. Returns False if there is none."""
         try:
             stored = json.loads(self.file.read_text(encoding="utf-8"))
             if self.key is None or stored["key"] != self.key:
@@ -166,6 +166,6 @@ class Journal:
         return self.stages[stage]
 
     def commit(self, stage: str, result: Any = None) -> None:
-        """Records a stage as done. ``result`` must be JSON; files of the stage must already be on the disk."""
+        """Record a stage as done. ``result`` must be JSON; the stage's files must already be on the disk."""
         self.stages[stage] = result
         replace_text(self.file, json.dumps({"key": self.key, "stages": self.stages}))

@@ -1,7 +1,7 @@
-"""SplitMix64, vectorised: hashes that are equal on every machine, and random numbers addressed by counters.
+"""Vectorised SplitMix64: hashes that are equal on every machine, and counter-based random numbers.
 
-A counter-based generator computes the k-th number of a stream without the ones before it. Keyed by a sample's place in
-the epoch, it gives the sample the same draws on any rank and worker.
+The k-th number of a stream is computed without its predecessors. Keyed by a sample's index in the epoch, the sample
+gets the same draws on any rank and worker.
 Source: G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014 (its mix64,
 variant 13 of D. Stafford).
 """
@@ -17,7 +17,7 @@ _SHIFTS = (np.uint64(30), np.uint64(27), np.uint64(31))
 
 
 def splitmix64(values: ArrayLike) -> np.ndarray:
-    """A bijective hash of 64-bit integers; uint64 of the shape of ``values``, but at least one-dimensional."""
+    """Hash 64-bit integers bijectively. Returns uint64 of the shape of ``values``, at least 1-D."""
     # At least 1-D, because NumPy warns of the intended overflow for scalars but not for arrays.
     bits = np.atleast_1d(_as_uint64(values)) + _GOLDEN_GAMMA
     bits ^= bits >> _SHIFTS[0]
@@ -29,9 +29,9 @@ def splitmix64(values: ArrayLike) -> np.ndarray:
 
 
 def random_bits(*counters: ArrayLike) -> np.ndarray:
-    """Random uint64 addressed by integers or arrays of integers, which broadcast.
+    """Random uint64 for each combination of integer counters, which broadcast.
 
-    ``random_bits(seed, epoch, ordinals[:, None], np.arange(n))`` is a table of len(ordinals) × n numbers.
+    ``random_bits(seed, epoch, ordinals[:, None], np.arange(n))`` has the shape [len(ordinals), n].
     """
     state = np.zeros(1, dtype=np.uint64)
     for counter in counters:
@@ -40,12 +40,12 @@ def random_bits(*counters: ArrayLike) -> np.ndarray:
 
 
 def random_uniform(*counters: ArrayLike) -> np.ndarray:
-    """Random float64 in [0, 1), addressed as those of random_bits."""
+    """Random float64 in [0, 1), with the counters of random_bits."""
     return (random_bits(*counters) >> np.uint64(11)) / 2.0**53
 
 
 def random_below(bound: int, bits: np.ndarray) -> np.ndarray:
-    """Maps uint32 ``bits`` to int64 in [0, bound), bound <= 2^32. Each probability is within 2^-32 of 1 / bound."""
+    """Map uint32 ``bits`` to int64 in [0, bound), bound <= 2^32. Each probability is within 2^-32 of 1 / bound."""
     scaled = bits.astype(np.uint64)
     scaled *= np.uint64(bound)
     scaled >>= np.uint64(32)
@@ -53,12 +53,12 @@ def random_below(bound: int, bits: np.ndarray) -> np.ndarray:
 
 
 def hash_ids(ids: np.ndarray, rows: int) -> np.ndarray:
-    """A row in [0, rows), int64, for each of more ids than rows. All ids are hashed, small ones too."""
+    """Hash each id, even if it is below ``rows``, to a row in [0, rows), int64."""
     return (splitmix64(ids) % np.uint64(rows)).astype(np.int64)
 
 
 def hash_strings(strings: np.ndarray) -> np.ndarray:
-    """A uint64 hash of each string of a one-dimensional array, independent of the array's item size."""
+    """Hash each string of a 1-D array to uint64, independent of the array's item size."""
     fixed = np.ascontiguousarray(strings, dtype=np.str_)
     width = fixed.dtype.itemsize // 4
     characters = fixed.view(np.uint32).reshape(len(fixed), width)

@@ -1,4 +1,4 @@
-"""Ids and their codes. The code of an id is its place in an ascending array; an unknown id has the code -1."""
+"""Ids and their codes. A code is the id's index in an ascending array; unknown ids have the code -1."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import numpy as np
 
 
 def codes_of(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The code of each of ``ids``, int64 [n]: its index in ``known``, or -1.
+    """Index of each id in ``known``, which is ascending and distinct; -1 for unknown ids. int64 [n].
 
-    Args:
-        ids: integers or str objects, in any order.
-        known: of the same kind, ascending and distinct.
+    Both arrays hold integers, or both hold str objects.
     """
     if not len(known):
         return np.full(len(ids), -1, dtype=np.int64)

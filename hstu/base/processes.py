@@ -1,4 +1,4 @@
-"""How a process that another one started ends with it."""
+"""Ends a child process together with its parent."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """From now on, the kernel kills this process when the thread that started it ends. Linux only."""
+    """Let the kernel kill this process when the thread that started it ends. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What comes before the import of torch: whether its packages belong together, and how idle threads wait."""
+"""Setup before the import of torch: compatible package versions, and how idle threads wait."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ STACKS: Sequence[Mapping[str, str]] = (
     {"torch": "2.12", "torchrec": "1.7", "fbgemm-gpu": "1.7"},
     {"torch": "2.11", "torchrec": "1.6", "fbgemm-gpu": "1.6"},
 )
-"""The releases that belong together, and that the tests run with, newest first."""
+"""Compatible releases that the tests run with, newest first."""
 
 
 def missing_packages(modules: Sequence[str]) -> list[str]:
-    """The ``modules`` that cannot be found. Imports none of them."""
+    """Return the ``modules`` that are not installed. Imports none of them."""
     return [module for module in modules if util.find_spec(module) is None]
 
 
 def check_packages() -> None:
     """Raise UserError if torch, TorchRec or FBGEMM is missing; warn once per run if their releases are untested.
 
-    Imports none of them. FBGEMM's own check is silenced: FBGEMM 1.6.0 warns 50 times that it is not in its own table.
+    Imports none of them. Silences FBGEMM's own check: FBGEMM 1.6.0 warns 50 times that its own table lacks it.
     """
     logging.getLogger().addFilter(lambda record: "_fbgemm_torch_compat_table" not in str(record.msg))
     versions = installed_releases()
@@ -42,7 +42,7 @@ def check_packages() -> None:
 
 
 def installed_releases() -> dict[str, str]:
-    """The version of each package of STACKS that is installed. FBGEMM's CPU build counts as FBGEMM."""
+    """Installed version of each package of STACKS. FBGEMM's CPU build counts as FBGEMM."""
     versions: dict[str, str] = {}
     for package in STACKS[0]:
         for distribution in (package, f"{package}-cpu"):
@@ -52,10 +52,10 @@ def installed_releases() -> dict[str, str]:
 
 
 def let_idle_threads_sleep() -> None:
-    """Let threads that wait sleep instead of spinning, unless the user has set how OpenMP waits.
+    """Let waiting OpenMP threads sleep instead of spin, unless the user has configured this.
 
-    Call it before anything imports torch: OpenMP reads its environment once. A spinning thread takes the core from the
-    thread that it waits for, if other work runs on the machine (docs/benchmarks/items_cpu/README.md).
+    Call it before anything imports torch, because OpenMP reads its environment once. On a busy machine, a spinning
+    thread takes the core from the thread that it waits for (docs/benchmarks/items_cpu/README.md).
     """
     if "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

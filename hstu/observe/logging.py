@@ -1,4 +1,4 @@
-"""The log of a run on the terminal and in log.txt: Python's logging, two line formats and a progress bar."""
+"""The log of a run on the terminal and in log.txt: handlers, line formats and a progress bar."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class _BesideProgressBar(logging.Handler):
     """Writes lines above a progress bar on the same terminal."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record."""
         try:
             # Looked up at each call, because a test or a notebook may replace the stream.
             tqdm.write(self.format(record), file=sys.stdout)
@@ -33,10 +32,10 @@ class _BesideProgressBar(logging.Handler):
 
 
 def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Logger:
-    """Configure the logger "hstu", the parent of the loggers of all modules, anew.
+    """Reconfigure the logger "hstu", the parent of all module loggers.
 
-    Rank 0 logs INFO and above to standard output and, if given, to ``log_file`` (appended, with dates and levels). The
-    other ranks log only warnings, to standard error, with a ``[rank N]`` prefix.
+    Rank 0 logs INFO and above to standard output and appends to ``log_file``, if given, with dates and levels. Other
+    ranks log only warnings, to standard error, with a ``[rank N]`` prefix.
     """
     logger = logging.getLogger(ROOT_LOGGER)
     tear_down_logging()
@@ -83,15 +82,14 @@ class _ConsoleFormatter(PrintableFormatter):
     """Shows the level only of warnings and errors."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line for one record."""
         record.shown_level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
         return super().format(record)
 
 
 def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan) -> str:
-    """One aligned line of training: the rate of all ranks, MFU per rank, memory. ``eta_s``: seconds until the end.
+    """Format a training record as one aligned line. ``eta_s``: seconds until the end.
 
-    The share of time waited for data and skipped steps are shown only where they matter.
+    Tokens per second cover all ranks; MFU is per rank. Data wait below 5 % and zero skipped steps are left out.
     """
     width = len(str(total_iters))
     parts = [
@@ -113,7 +111,7 @@ def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan)
 
 
 def format_eval(record: EvalRecord, seconds: float = math.nan) -> str:
-    """The metrics of an evaluation that took ``seconds``, in lines that fit the terminal; the first says of what."""
+    """Format the metrics of an evaluation that took ``seconds``, in lines that fit 120 columns."""
     parts = [f"{name} {_metric(value)}" for name, value in record.metrics.items()]
     if math.isfinite(seconds):
         parts.append(f"({format_seconds(seconds)})")
@@ -138,9 +136,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def progress_bar(total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> tqdm[Any]:
-    """A bar over ``total`` iterations on standard error; log lines appear above it.
+    """Create a progress bar on standard error; log lines appear above it.
 
-    ``mode``: "on", "off", or "auto" for on if standard error is a terminal. ``visible``: False on all ranks but one.
+    ``mode``: "on", "off", or "auto" (on if standard error is a terminal). ``visible``: True on one rank only.
     """
     shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
     return tqdm(total=total, initial=initial, desc="train", dynamic_ncols=True, leave=False, disable=not shown)

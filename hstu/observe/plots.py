@@ -1,4 +1,4 @@
-"""The curves of a run: the training loss, and each evaluated metric, over iterations and epochs."""
+"""Plots the training loss and each evaluated metric over iterations and epochs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _BLACK = "#000000"
 
 
 def draw_curves(metrics_file: Path, image: Path, task_names: Sequence[str] = ()) -> Optional[Path]:
-    """Draw a PNG from a metrics.jsonl: a panel for the loss and one for each metric, which shows all its tasks.
+    """Draw a PNG from metrics.jsonl: one panel for the loss, and one per metric with all its tasks.
 
-    Metrics of the validation split are lines; a single evaluation of the test split is a star. ``task_names`` stand for
-    task0, task1, …. Returns ``image``, or None if the file has nothing to draw yet.
+    Validation metrics are lines; a single test evaluation is a star. ``task_names`` replace task0, task1, ….
+    Returns ``image``, or None if there is nothing to draw yet.
     """
     if not metrics_file.exists():
         return None
@@ -58,9 +58,9 @@ def draw_curves(metrics_file: Path, image: Path, task_names: Sequence[str] = ())
 def metric_curves(
     records: Sequence[Mapping[str, Any]], task_names: Sequence[str] = ()
 ) -> dict[str, dict[tuple[str, str], list[Point]]]:
-    """Metric → (split, task) → its points (iteration, value), without undefined values.
+    """Metric → (split, task) → points (iteration, value), without undefined values.
 
-    The task is "" for a metric without tasks or the mean over them.
+    The task is "" for a metric without tasks and for the mean over tasks.
     """
     curves: dict[str, dict[tuple[str, str], list[Point]]] = {}
     names = {f"task{index}": name for index, name in enumerate(task_names)}
@@ -74,7 +74,7 @@ def metric_curves(
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average over about a thirtieth of the values, corrected for the bias towards the first."""
+    """Bias-corrected exponential moving average over about 1/30 of the values."""
     import pandas as pd
 
     return list(pd.Series(values).ewm(alpha=1 / max(len(values) / 30, 1)).mean())
@@ -100,7 +100,7 @@ def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
 
 
 def _draw_metric(axes: Axes, name: str, curves: Mapping[tuple[str, str], list[Point]]) -> None:
-    """One metric, in black where colours tell its tasks apart."""
+    """Draw one metric. Tasks have colours; their mean is black."""
     last = [
         f"{split} {_star(split, points)}{points[-1][1]:.4f}" for (split, task), points in curves.items() if not task
     ]
@@ -135,12 +135,11 @@ def _draw_curve(axes: Axes, points: Sequence[Point], split: str, colour: str, is
 
 
 def _star(split: str, points: Sequence[Point]) -> str:
-    """How the single evaluation at the end of a run is marked."""
+    """Mark of the single test evaluation at the end of a run."""
     return "★ " if split == "test" and len(points) == 1 else ""
 
 
 def _add_epochs(axes: Axes, epochs_per_iteration: float) -> None:
-    """A second axis above the panel."""
     functions = (partial(np.multiply, epochs_per_iteration), partial(np.multiply, 1 / epochs_per_iteration))
     above = axes.secondary_xaxis("top", functions=functions)
     above.set_xlabel("epoch", color=GREY, fontsize=9)

@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 class Profiler:
     """Traces the iterations [start, end) into ``directory``/trace-rank<rank>.json.gz.
 
-    Call ``step`` at the begin of each iteration inside ``with``. On a GPU the window also lies between
-    cudaProfilerStart and cudaProfilerStop, with one NVTX range per iteration, so that
-    ``nsys profile --capture-range=cudaProfilerApi`` records only this window. A run that ends inside the window writes
-    the trace so far, and one that resumes inside it starts the trace at once.
+    Use it as a context manager and call ``step`` when each iteration begins. A run that ends inside the window writes
+    the trace so far; a run that resumes inside it starts tracing at once. On a GPU, cudaProfilerStart and
+    cudaProfilerStop enclose the window, with one NVTX range per iteration: ``nsys profile
+    --capture-range=cudaProfilerApi`` records it.
     """
 
     def __init__(self, directory: Path, start: int, end: int, *, rank: int = 0, enabled: bool = True) -> None:
@@ -30,7 +30,7 @@ class Profiler:
         self._last: Optional[int] = None
 
     def step(self, iteration: int) -> None:
-        """Announce that ``iteration`` begins."""
+        """Start, continue or stop the trace. Call it when ``iteration`` begins."""
         self._last, is_inside = iteration, self._enabled and iteration in self._window
         if self._profile is None and is_inside:
             self._start()

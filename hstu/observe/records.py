@@ -1,4 +1,4 @@
-"""The records of metrics.jsonl, and how they are written and read."""
+"""The records of metrics.jsonl: their fields, writing and reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord:
-    """Training since the previous record."""
+    """Averages and rates of training since the previous record."""
 
     iteration: int
     epoch: float
@@ -20,24 +20,24 @@ class TrainRecord:
     """Mean over the labelled tokens."""
     lr: float
     samples_per_s: float
-    """Of all ranks together; tokens_per_s likewise."""
+    """Over all ranks, like tokens_per_s."""
     tokens_per_s: float
     tflops: float
     """Per rank."""
     mfu: float
     """Share in [0, 1]; nan if the peak is unknown."""
     data_wait: float
-    """Share of the time that the mean rank waits for data, in [0, 1]."""
+    """Share of the time spent waiting for data, in [0, 1], averaged over ranks."""
     memory_bytes: int
-    """Memory of this rank."""
+    """On this rank."""
     time_s: float
     """Seconds since the run began."""
     loss_scale: Optional[float] = None
-    """Of the next step. None, and not written, if the loss is not scaled; likewise skipped_steps."""
+    """For the next step. None, and omitted from the file, if the loss is not scaled, like skipped_steps."""
     skipped_steps: Optional[int] = None
     """Steps whose gradients overflowed."""
     tables: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Counts of the ids of each dynamic table."""
+    """Dynamic table → its id counts by name."""
 
     def as_json(self) -> dict[str, Any]:
         """The object written to metrics.jsonl."""
@@ -77,13 +77,13 @@ class EvalRecord:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> EvalRecord:
-        """The inverse of ``as_json``, also after a round trip through a line."""
+        """Inverse of ``as_json``; also accepts a record read from a file."""
         metrics = {name: math.nan if value is None else value for name, value in record["metrics"].items()}
         return cls(iteration=record["iter"], epoch=record["epoch"], split=record["split"], metrics=metrics)
 
 
 def to_line(record: Any) -> str:
-    """Strict JSON on one line, floats in full precision. nan and infinities, which JSON lacks, become null."""
+    """Strict JSON on one line, with floats in full precision. nan and infinities, which JSON lacks, become null."""
     return json.dumps(_plain(record), allow_nan=False)
 
 
@@ -99,10 +99,9 @@ def _plain(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of training and evaluation in a metrics.jsonl, in order.
+    """Read the training and evaluation records of a metrics.jsonl, in order.
 
-    A line that a kill has cut off is skipped. After a "resumed" line the run repeats iterations from an earlier one on:
-    older records of the repeated iterations are dropped.
+    Truncated lines are skipped. A "resumed" line means that iterations repeat: their older records are dropped.
     """
     attempts: list[list[dict[str, Any]]] = [[]]
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,6 +1,6 @@
-"""The directory of a run: its configuration, metrics, curves and log; and where else its numbers go.
+"""The directory of a run with its configuration, metrics, curves and log; TensorBoard and Weights & Biases.
 
-Only the main rank writes to it. On the other ranks every method does nothing, so that callers need no distinction.
+Only the main rank writes. On other ranks every method does nothing, so callers need not check the rank.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _FILES = (
     "run.json", "operative*.gin", "metrics.jsonl", "summary.json", "curves.png", "log.txt", "tensorboard",
     "trace-rank*.json.gz",
 )  # fmt: skip
-"""What a run writes into its directory."""
+"""Files that a run writes into its directory."""
 
 
 def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Optional[float] = None) -> Path:
-    """``runs/<name of the last gin file>-<time>``, a directory that does not exist yet.
+    """Return ``runs/<name of the last gin file>-<time>``, with a number appended if it exists.
 
-    Call it on one rank and send the result to the others. ``now``: seconds since the epoch; None: the current time.
+    Call it on one rank and broadcast the result. ``now``: seconds since the epoch; None: the current time.
     """
     name = run_name(source_files)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
@@ -44,12 +44,12 @@ def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Op
 
 
 def run_name(source_files: Sequence[str]) -> str:
-    """The name of the last gin file."""
+    """Name of the last gin file without its suffix; "run" if there is none."""
     return Path(source_files[-1]).stem if source_files else "run"
 
 
 class RunDirectoryFailure(UserError):
-    """The directory cannot be written any more: the disk is full, or permissions have been lost."""
+    """The directory cannot be written any more, because the disk is full or permissions are lost."""
 
 
 class RunDirectory:
@@ -58,14 +58,14 @@ class RunDirectory:
     ``path`` is created if absent, and locked until ``close``.
 
     Args:
-        identity: content of run.json, which names the run. Empty: there is no such file.
-        continues: the run in ``path`` goes on: metrics.jsonl gets a "resumed" line, and an operative.gin that differs
-            from ``config_text`` is kept as operative-1.gin, operative-2.gin, …. False: the files of an earlier run are
-            moved into the directory previous-1, previous-2, … in ``path``, which ``earlier`` then names.
-        config: for Weights & Biases.
+        identity: content of run.json, which names the run. Empty: no such file.
+        continues: resume the run in ``path``: add a "resumed" line to metrics.jsonl, and keep an operative.gin that
+            differs from ``config_text`` as operative-1.gin, operative-2.gin, …. Otherwise move the files of an earlier
+            run to ``path``/previous-1, previous-2, …, and store that directory in ``earlier``.
+        config: shown by Weights & Biases.
 
-    Raises ConfigError if the directory cannot be written or another run writes there, or if Weights & Biases cannot
-    start; RunDirectoryFailure if the directory cannot be written later.
+    Raises ConfigError if the directory cannot be written or is in use, or if Weights & Biases cannot start;
+    RunDirectoryFailure if the directory cannot be written later.
     """
 
     def __init__(
@@ -107,16 +107,16 @@ class RunDirectory:
 
     @property
     def log_file(self) -> Optional[Path]:
-        """The file of the log; None on all ranks but the main one."""
+        """Path of the log; None except on the main rank."""
         return self.path / "log.txt" if self.is_main else None
 
     @property
     def metrics_file(self) -> Path:
-        """metrics.jsonl; records.py reads it."""
+        """Path of metrics.jsonl, which records.py reads."""
         return self.path / "metrics.jsonl"
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
-        """Append a record of training or of an evaluation. The line is in the file when this returns."""
+        """Append a record to metrics.jsonl, flush the file, and send the numbers to the trackers."""
         self._append(record.as_json())
         for tracker in self._trackers:
             tracker.write(record.scalars(), record.iteration)
@@ -148,7 +148,7 @@ class RunDirectory:
             self._lock = None
 
     def discard(self) -> None:
-        """Close and undo what this start has done here, because the run cannot begin. Only a run that goes on stays."""
+        """Close and undo the changes of this start, because the run cannot begin. A resumed run stays as it is."""
         self.close()
         if not self.is_main or self._continues:
             return
@@ -158,7 +158,7 @@ class RunDirectory:
             for path in self.earlier.iterdir():
                 path.rename(self.path / path.name)
             self.earlier.rmdir()
-        with contextlib.suppress(OSError):  # it is not empty
+        with contextlib.suppress(OSError):  # the directory is not empty
             self.path.rmdir()
 
     def __enter__(self) -> Self:
@@ -179,7 +179,7 @@ class RunDirectory:
         if changed:
             os.replace(operative, unused(self.path, "operative-{}.gin"))
         replace_text(operative, config_text)
-        # Readers would take the summary of an earlier attempt for that of this one.
+        # Readers would mistake the summary of an earlier attempt for this attempt's summary.
         (self.path / "summary.json").unlink(missing_ok=True)
         resumed = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
         self._metrics = self.metrics_file.open("a", encoding="utf-8")
@@ -190,7 +190,7 @@ class RunDirectory:
             self._append({"kind": "resumed", "at": at, "configuration_changed": changed})
 
     def _set_aside(self) -> None:
-        """Move the files of an earlier run into a directory of their own."""
+        """Move the files of an earlier run to previous-1, previous-2, …."""
         files = [path for pattern in _FILES for path in self.path.glob(pattern)]
         if files:
             self.earlier = unused(self.path, "previous-{}")
@@ -213,13 +213,13 @@ def _failure(path: Path, error: OSError) -> RunDirectoryFailure:
 
 
 def unused(directory: Path, pattern: str, first: int = 1) -> Path:
-    """The first path that does not exist of those with a number in place of ``{}``."""
+    """Insert ``first``, ``first`` + 1, … for ``{}``; return the first path that does not exist."""
     paths = (directory / pattern.format(number) for number in itertools.count(first))
     return next(path for path in paths if not path.exists())
 
 
 class TensorBoard:
-    """Event files in ``directory``. The package is imported on construction, so that other runs do not wait for it."""
+    """Writes event files to ``directory``. Imports the package late, so that other runs do not wait for it."""
 
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -227,7 +227,7 @@ class TensorBoard:
         self._events = SummaryWriter(str(directory))
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
-        """Numbers by name ("train/loss", "valid/AUC")."""
+        """Write ``values``, named like "train/loss" and "valid/AUC"."""
         for name, value in values.items():
             self._events.add_scalar(name, value, iteration)
         self._events.flush()
@@ -238,10 +238,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of ``project`` with the name of the run's ``directory`` and its configuration.
+    """Logs to a run of ``project`` named after ``directory``. Raises ConfigError if it cannot start.
 
-    A resumed run continues the run of the project, whose id is kept in ``directory``/wandb_id.txt. Numbers are plotted
-    over "iter", so that repeated iterations may be sent again. Raises ConfigError if it cannot start.
+    A resumed run continues the wandb run whose id is in ``directory``/wandb_id.txt. Numbers are plotted over "iter",
+    because a resumed run logs some iterations again.
     """
 
     def __init__(self, project: str, directory: Path, config: Mapping[str, Any]) -> None:
@@ -275,11 +275,11 @@ class WeightsAndBiases:
         self._write: Callable[[dict[str, float]], None] = self._run.log
 
     def write(self, values: Mapping[str, float], iteration: int) -> None:
-        """As TensorBoard. A service that fails does not end training: after a warning nothing more is sent."""
+        """Send ``values``. If the service fails, log a warning and send nothing more; training continues."""
         self._try(lambda: self._write({"iter": iteration, **values}))
 
     def close(self, failed: bool) -> None:
-        """As TensorBoard. Waits until everything has been sent."""
+        """Finish the run after everything has been sent. ``failed``: whether the run ended with an error."""
         self._try(lambda: self._run.finish(exit_code=int(failed)))
 
     def _try(self, send: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""How fast training is: rates between two log lines, and the peak of the device against which MFU is stated."""
+"""Training speed: rates between two log lines, and the peak of the device that MFU is relative to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SumOverRanks = Callable[[list[float]], list[float]]
 
 @dataclass(frozen=True)
 class Throughput:
-    """Rates of all ranks together, unless a field says otherwise."""
+    """Rates over all ranks, unless a field says otherwise."""
 
     steps: int
     step_s: float
@@ -27,20 +27,19 @@ class Throughput:
     samples_per_s: float
     tokens_per_s: float
     tflops: float
-    """TFLOPS of the mean rank."""
+    """Mean TFLOPS per rank."""
     mfu: float
     """Share of the peak in [0, 1]; nan if the peak is unknown or was measured too low, on a busy machine."""
     data_wait: float
-    """Share of the time that the mean rank waits for data, in [0, 1]."""
+    """Share of the time spent waiting for data, in [0, 1], averaged over ranks."""
 
 
 class ThroughputMeter:
-    """Accumulates the counts of this rank; ``take`` turns them into rates and starts over.
+    """Accumulates counts of this rank; ``take`` converts them to rates and resets them.
 
-    It never waits for the device: the counts are host integers, and time is the wall clock without the ``paused`` time.
-    On a GPU, read the loss, which waits for the device, before ``take``: the rates of the interval are then exact.
-
-    ``peak_tflops``: of this rank's device, from the function of that name.
+    It never waits for the device: counts are host integers, and time is wall-clock time without ``paused`` time. For
+    exact rates on a GPU, read the loss, which waits for the device, before ``take``. ``peak_tflops``: peak of this
+    rank's device.
     """
 
     def __init__(self, peak_tflops: float = math.nan, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -57,7 +56,7 @@ class ThroughputMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time inside, for example of evaluations and checkpoints."""
+        """Exclude the block's time, for example of an evaluation or a checkpoint."""
         begun = self._clock()
         try:
             yield
@@ -65,7 +64,7 @@ class ThroughputMeter:
             self._paused_s += self._clock() - begun
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time to get each counts as waiting for data. Restarts the clock."""
+        """Yield the same batches and count the time to get each as data wait. Resets the meter."""
         self._reset()
         return self._timed(batches)
 
@@ -77,10 +76,7 @@ class ThroughputMeter:
             begun = self._clock()
 
     def take(self, sum_over_ranks: SumOverRanks = list, num_ranks: int = 1) -> Throughput:
-        """Rates since the last call (or construction). Starts over.
-
-        sum_over_ranks: sums a list of numbers over the ranks, element by element; a collective if there are several.
-        """
+        """Return the rates since the last reset, and reset. ``sum_over_ranks`` all-reduces a list of numbers."""
         elapsed = max(self._clock() - self._begun - self._paused_s, 1e-9)
         samples, tokens, flops, wait_s = sum_over_ranks([self._samples, self._tokens, self._flops, self._wait_s])
         tflops = flops / num_ranks / elapsed / 1e12
@@ -117,7 +113,7 @@ class PeakTflops(NamedTuple):
 
 
 # Published rates without sparsity: pattern of the device name → (bfloat16 and float16 with float32 accumulation, TF32,
-# float32). The first pattern that matches counts. None and names without a pattern are measured.
+# float32). The first matching pattern counts. Devices without a rate (None) or a pattern are measured.
 _DATA_SHEETS: tuple[tuple[str, tuple[float, float | None, float | None]], ...] = (
     (r"\bB200", (2250, None, None)),
     (r"H100 NVL", (835, None, None)),
@@ -144,10 +140,10 @@ def data_sheet_tflops(name: str, dtype: torch.dtype, tf32: bool = False) -> floa
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> PeakTflops:
-    """Peak of one device for matrix products of ``dtype``.
+    """Peak of one device for matrix products of ``dtype``, from the data sheet of a known GPU.
 
-    A known GPU has that of its data sheet. Other devices are measured, in less than a second: the rate that a matrix
-    product reaches at present with the threads of torch. Call it when a run starts, because it waits for the device.
+    Other devices are measured in less than a second: the rate that a matrix product reaches at present with torch's
+    threads. Call it when a run starts, because it waits for the device.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

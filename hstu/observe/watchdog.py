@@ -1,8 +1,8 @@
-"""The watchdog: ends the whole run when one rank is dead or stuck, and names that rank.
+"""Ends the whole run when a rank is dead or stuck, and names that rank.
 
-A thread on every rank publishes the rank's status. When the main thread makes no progress for the timeout, or raises
-an error, the thread compares the statuses of all ranks and proposes a verdict. The first verdict holds for all ranks:
-each logs it with its own stacks and exits with code 1, whatever its main thread is waiting for.
+A thread on every rank publishes the rank's status. When the main thread stalls for the timeout or raises an error, the
+thread compares the statuses of all ranks and proposes a verdict. The first verdict holds for all ranks: each logs it
+with its own stacks and exits with code 1, even if its main thread hangs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _WRITING = str(_TORCH / "distributed" / "checkpoint")
 
 @dataclass(frozen=True)
 class RankStatus:
-    """Where one rank is, as it reports to the others."""
+    """Progress of one rank, as published to the other ranks."""
 
     rank: int
     host: str
@@ -70,7 +70,7 @@ class RankStatus:
     waiting: bool
     """Whether that line waits for other ranks."""
     reported_at: float
-    """Wall clock of the rank's host, in seconds since the epoch; two reports never have the same."""
+    """Seconds since the epoch on the clock of the rank's host; different in every report."""
     ended: bool
     """Whether the rank has left the run without an error."""
 
@@ -90,10 +90,9 @@ Statuses = Mapping[int, RankStatus | None]
 class Watchdog:
     """Watches this rank and the others. With a single rank it does nothing.
 
-    Statuses and verdict are in the store of the launch, over a connection of its own. The agent of torchrun serves the
-    store and outlives every rank; without torchrun rank 0 serves it. Once it is gone, its methods raise RuntimeError.
-
-    ``timeout_s``: seconds that the main thread may go without a heartbeat (``mesh.heartbeat``).
+    Statuses and verdict are in the launcher's store, over a separate connection. torchrun's agent serves the store and
+    outlives every rank; without torchrun, rank 0 serves it. Store calls raise RuntimeError once it is gone.
+    ``timeout_s``: seconds that the main thread may spend without a heartbeat (``mesh.heartbeat``).
     """
 
     def __init__(self, mesh: Mesh, timeout_s: float) -> None:
@@ -106,25 +105,25 @@ class Watchdog:
         self._wake_up, self._waker = socket.socketpair()
 
     def start(self) -> None:
-        """Begin to watch; call it in the main thread."""
+        """Start watching. Call it in the main thread."""
         mesh = self._mesh
         if mesh.world_size == 1:
             return
         faulthandler.enable()
-        without_timeout(mesh)  # from here on we watch
+        without_timeout(mesh)  # the watchdog replaces the timeout
         mesh.heartbeat.mark()
         assert mesh.store is not None
         connection: dist.Store = mesh.store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
         connection.set_timeout(_STORE_TIMEOUT)
         self._store = dist.PrefixStore("board", connection)
-        # Wakes our thread on a signal even while the main thread, which handles it, is inside a collective.
+        # Wakes the watchdog thread on a signal even while the main thread, which handles it, is inside a collective.
         self._waker.setblocking(False)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def leave(self, error: Exception | None = None) -> None:
-        """Stop watching. ``error``: ends the run on this rank alone, so the others must be informed."""
+        """Stop watching. ``error``: an error of this rank alone, which is reported to the other ranks."""
         if self._thread is None:
             return
         self._main_thread_ends.set()
@@ -140,9 +139,9 @@ class Watchdog:
             self._report(ended=True)
 
     def fail(self, error: Exception) -> None:
-        """Report an error that the main thread raised and end this process. Returns only when there is a single rank.
+        """Report an error of the main thread and end this process. Returns only in a run with a single rank.
 
-        A collective also fails when another rank has died. The verdict then names that rank instead of ``error``.
+        A collective also fails when another rank dies. The verdict then names that rank instead of ``error``.
         """
         if self._thread is None:
             return
@@ -193,7 +192,6 @@ class Watchdog:
         return name_the_lost(before, self._statuses())
 
     def _end(self, verdict: str, stacks: str) -> None:
-        """Log the verdict with ``stacks`` and end this process."""
         if not self._ending.acquire(blocking=False):  # the other thread is already ending the process
             time.sleep(_LAST_RESORT_S)
         faulthandler.dump_traceback_later(_LAST_RESORT_S, exit=True)  # in case logging blocks
@@ -207,7 +205,7 @@ class Watchdog:
         os._exit(EXIT_FAILURE)
 
     def _linger(self) -> None:
-        """Give every rank time to read the verdict: rank 0 may serve the store, so it waits longest."""
+        """Wait until every rank can have read the verdict. Rank 0 may serve the store, so it waits longest."""
         time.sleep(4 * BEAT_S if self._mesh.rank == 0 else BEAT_S)
 
     def _status(self, ended: bool = False) -> RankStatus:
@@ -240,12 +238,12 @@ class Watchdog:
         return {rank: RankStatus(**json.loads(texts[rank])) if rank in texts else None for rank in keys}
 
     def _propose(self, verdict: str) -> str:
-        """Propose the reason why the run ends. The first proposal of any rank wins and is returned."""
+        """Propose a verdict. Returns the first proposal of any rank, which holds."""
         first: bytes = self._store.compare_set("verdict", "", verdict)
         return first.decode()
 
     def _verdict(self) -> str | None:
-        """The reason why the run ends; None while it continues."""
+        """The verdict; None while the run continues."""
         return self._store.get("verdict").decode() if self._store.check(["verdict"]) else None
 
 
@@ -260,9 +258,9 @@ def _line_of_main_thread() -> tuple[str, bool]:
 
 
 def name_the_lost(before: Statuses, after: Statuses) -> str | None:
-    """A sentence about the ranks that are dead, frozen or gone; None if all ranks are alive.
+    """Name the ranks that are dead, frozen or gone in a sentence; None if all ranks are alive.
 
-    A living rank reports more than once between ``before`` and ``after``, and no two of its reports are equal.
+    The reports of a living rank in ``before`` and ``after`` differ.
     """
     lost, alive = [], []
     for rank, status in after.items():
@@ -279,9 +277,9 @@ def name_the_lost(before: Statuses, after: Statuses) -> str | None:
 
 
 def name_the_stuck(statuses: Iterable[RankStatus]) -> str:
-    """A sentence about the ranks that the others wait for.
+    """Name the ranks that the others wait for in a sentence.
 
-    These are the ranks with the fewest marks or, if all have equally many, those that wait for no other rank.
+    These ranks have the fewest marks or, if all have equally many, wait for no other rank.
     """
     statuses = list(statuses)
     fewest = min(status.marks for status in statuses)
@@ -296,7 +294,7 @@ def name_the_stuck(statuses: Iterable[RankStatus]) -> str:
 
 
 def _group(statuses: Iterable[RankStatus]) -> str:
-    """Ranks grouped by place: ``ranks 0, 1, 2 at iteration 5 (training step), rank 3 at …``."""
+    """Group ranks by iteration and stage: ``ranks 0, 1, 2 at iteration 5 (training step), rank 3 at …``."""
     by_status: dict[str, list[str]] = {}
     for status in statuses:
         by_status.setdefault(status.at, []).append(str(status.rank))

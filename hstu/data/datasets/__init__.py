@@ -1,9 +1,8 @@
-"""The built-in datasets: one file per dataset family, collected here under the names that users write.
+"""The built-in datasets by name, and the readers of users' own tables.
 
-movielens.py, kuairand.py and amazon.py each hold everything about a family: where the data is published, the features,
-the reader of the raw files. A new dataset of a known family is one more entry there; a new family is one more file,
-listed in ``_FAMILIES``. own.py and own_*.py read users' own tables, spec.py and raw.py hold what all of them declare.
-Anyone may import this registry: it needs neither NumPy nor torch nor DuckDB.
+movielens.py, kuairand.py and amazon.py each hold a dataset family: source, features and reader of the raw files. Add a
+dataset as an entry there, and a family as a file listed in ``_FAMILIES``. own.py and own_*.py read users' own tables;
+spec.py and raw.py define what all datasets declare. The registry imports neither NumPy nor torch nor DuckDB.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ DATASETS: Mapping[str, DatasetSpec] = {spec.name: spec for family in _FAMILIES f
 
 
 def resolve_name(name: str) -> str | None:
-    """The canonical name of a built-in dataset; None for any other name, which means the user's own data.
+    """Canonical name of a built-in dataset; None for other names, which denote users' own data.
 
-    Case and separators do not matter, and families have other spellings: ``ml-1m``, ``movielens-1m``, ``ML_1M``.
+    Case and separators are ignored, and families have aliases: ``ml-1m``, ``movielens-1m``, ``ML_1M``.
     """
     return _CANONICAL.get(_normalized(name))
 

@@ -1,4 +1,4 @@
-"""Amazon Books: the ratings of 1996 to 2014 without reviews. Format: http://jmcauley.ucsd.edu/data/amazon/."""
+"""Amazon Books: ratings from 1996 to 2014 without reviews. Format: http://jmcauley.ucsd.edu/data/amazon/."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hstu.data.datasets.raw import RawFile, rating_and_time
 from hstu.data.datasets.spec import USER_FEATURE, ColumnDescription, DatasetSpec, RawFormat, RawTables, Schema
 
 ALIASES: Mapping[str, str] = {"amzn": "amazon"}
-"""Other spellings of the family's name → the one in the datasets' names."""
+"""Alias of the family's name → the name used in dataset names."""
 
 
 def read(files: Sequence[Path]) -> RawTables:
-    """A line ``user,item,rating,time`` per rating, without a first line of names. Ids are texts: 0001712777 is a book.
+    """Read lines ``user,item,rating,time`` without a header. Ids are text, such as 0001712777.
 
-    Times are whole days, so many ratings of a user have the same; they keep the order of the file.
+    Times are whole days; a user's ratings of one day keep the order of the file.
     """
     (ratings,) = files
     columns = {"user": "VARCHAR", "item": "VARCHAR", "rating": "DOUBLE", "time": "BIGINT"}

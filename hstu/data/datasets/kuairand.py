@@ -9,7 +9,7 @@ from hstu.data.datasets.raw import RawFile, identifier, table_with_header
 from hstu.data.datasets.spec import USER_FEATURE, Archive, ColumnDescription, DatasetSpec, RawFormat, RawTables, Schema
 
 ALIASES: Mapping[str, str] = {}
-"""Other spellings of the family's name → the one in the datasets' names."""
+"""Alias of the family's name → the name used in dataset names."""
 
 ACTION_BITS = {
     "is_click": 1,
@@ -31,15 +31,15 @@ _CONTEXT = (
     "register_days_range",
 )
 _OF_VIDEOS = ("tag", "video_type", "upload_type", "music_type", "author_id", "music_id")
-"""Categories of the videos: columns of video_features_basic. ``tag`` holds several."""
+"""Categorical columns of video_features_basic. ``tag`` holds several values."""
 _DURATION = "video_duration"
 
 
 def read(files: Sequence[Path]) -> RawTables:
-    """The standard logs, earlier period first, user_features, and video_features_basic, which may be missing.
+    """Read the standard logs, earlier period first, user_features, and the optional video_features_basic.
 
-    Sorted by time_ms, stored in seconds. Users who occur in only one of the logs are kept. Users and videos without a
-    row of features have the value "unknown".
+    Events are sorted by time_ms; times are stored in seconds. Users in only one log are kept. Users and videos without
+    a row of features have the value "unknown".
     """
     *logs, users, videos = files
     types = {"user_id": "BIGINT", "video_id": "BIGINT", "time_ms": "BIGINT", **dict.fromkeys(ACTION_BITS, "INTEGER")}
@@ -77,7 +77,7 @@ def _videos(file: Path) -> tuple[RawFile, str]:
 def _spec(
     variant: str, md5: str, parts: tuple[str, ...], published: Mapping[str, float], sha256: str | None = None
 ) -> DatasetSpec:
-    """``parts``: suffixes of the files into which the log of each of the two periods is divided."""
+    """``parts``: file name suffixes of the parts of each period's log."""
     folder = "KuaiRand-" + {"pure": "Pure", "1k": "1K", "27k": "27K"}[variant]
     periods = ("4_08_to_4_21", "4_22_to_5_08")
     logs = [f"log_standard_{period}_{variant}{part}.csv" for period in periods for part in parts]

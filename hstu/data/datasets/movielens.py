@@ -23,16 +23,16 @@ from hstu.data.datasets.spec import (
 )
 
 ALIASES = {"movielens": "ml"}
-"""Other spellings of the family's name → the one in the datasets' names."""
+"""Alias of the family's name → the name used in dataset names."""
 
 _GENRES_100K = (
     UNKNOWN, "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
 )  # fmt: skip
-"""What the flags at the end of a line of u.item mean; u.genre of the archive lists them."""
+"""Meaning of the flags at the end of a line of u.item, as listed in the archive's u.genre."""
 _FLAGS_100K = {f"genre_{place}": genre for place, genre in enumerate(_GENRES_100K)}
 _YEAR = r"\((\d{4})(?:[-–]\d{0,4})?\)"
-"""The year in a title, such as "Toy Story (1995)"; of a series, the first."""
+"""The year in a title, such as "Toy Story (1995)"; the first year of a series."""
 _RATINGS = {"user": "BIGINT", "item": "BIGINT", "rating": "DOUBLE", "time": "BIGINT"}
 _USERS_100K = {"user": "BIGINT", "age": "INTEGER", **dict.fromkeys(("sex", "occupation", "zip_code"), "VARCHAR")}
 _USERS_1M = {"user": "BIGINT", **dict.fromkeys(("sex", "age_group", "occupation", "zip_code"), "VARCHAR")}
@@ -44,7 +44,7 @@ _MOVIES_RECBOLE = {"movie": "BIGINT", **dict.fromkeys(("name", "year", "genres")
 _CONTEXT_1M = '"user", sex AS c0, age_group AS c1, occupation AS c2, zip_code AS c3'
 _AGE_GROUP = """CASE WHEN age < 18 THEN '1' WHEN age < 25 THEN '18' WHEN age < 35 THEN '25' WHEN age < 45 THEN '35'
     WHEN age < 50 THEN '45' WHEN age < 56 THEN '50' WHEN age >= 56 THEN '56' END"""
-"""The age groups of MovieLens 1M, each named by its lowest age, from an age in years."""
+"""SQL: age in years → age group of MovieLens 1M, named by its lowest age."""
 _CONTEXT_100K = f'"user", {_AGE_GROUP} AS c0, sex AS c1, occupation AS c2, zip_code AS c3'
 _DESCRIPTIONS = {
     "user": ColumnDescription("user", "an integer"),
@@ -55,14 +55,14 @@ _DESCRIPTIONS = {
 
 
 def read_100k(files: Sequence[Path]) -> RawTables:
-    """u.data (tab), u.user and u.item (pipe, Latin-1)."""
+    """Read u.data (tab), u.user and u.item (pipe, Latin-1)."""
     movies = RawFile(path=files[2], columns=_MOVIES_100K, delimiter="|", header=False, quote="", encoding="latin-1")
     flags = ", ".join(f"CASE WHEN {flag} = '1' THEN {literal(genre)} END" for flag, genre in _FLAGS_100K.items())
     return _with_users(files, ("\t", "|"), _USERS_100K, _CONTEXT_100K, movies, genres=f"[{flags}]")
 
 
 def read_recbole_100k(files: Sequence[Path]) -> RawTables:
-    """The same data as the package recbole ships it; there the year of a title is in a separate column."""
+    """Read the files of the package recbole, which stores the year of a title in a separate column."""
     movies = RawFile(path=files[2], columns=_MOVIES_RECBOLE, delimiter="\t", quote="")
     title = r"concat(trim(name), CASE WHEN regexp_full_match(year, '\d+') THEN concat(' (', year, ')') END)"
     genres = "string_split(genres, ' ')"
@@ -70,13 +70,13 @@ def read_recbole_100k(files: Sequence[Path]) -> RawTables:
 
 
 def read_1m(files: Sequence[Path]) -> RawTables:
-    """ratings.dat, users.dat and movies.dat (``::``, Latin-1)."""
+    """Read ratings.dat, users.dat and movies.dat (``::``, Latin-1)."""
     movies = RawFile(path=files[2], columns=_MOVIES_1M, delimiter="::", header=False, quote="", encoding="latin-1")
     return _with_users(files, ("::", "::"), _USERS_1M, _CONTEXT_1M, movies)
 
 
 def read_20m(files: Sequence[Path]) -> RawTables:
-    """ratings.csv and movies.csv (comma, UTF-8). Ratings run from 0.5 to 5 in halves and are stored doubled."""
+    """Read ratings.csv and movies.csv (comma, UTF-8). Ratings from 0.5 to 5 in steps of 0.5 are stored doubled."""
     ratings, movies = files
     columns = {"userId": "BIGINT", "movieId": "BIGINT", "rating": "DOUBLE", "timestamp": "BIGINT"}
     genres = "string_split(nullif(genres, '(no genres listed)'), '|')"
@@ -112,10 +112,7 @@ def _with_users(
 
 
 def _movies(file: RawFile, genres: str, title: str = "title") -> dict[str, Any]:
-    """The tables of titles, and of years and genres. ``genres``, ``title``: SQL of a list and of a text.
-
-    Nothing where the optional file is missing.
-    """
+    """Build title_table and item_table, if the file exists. ``genres``, ``title``: SQL of a list and of a text."""
     if not file.path.is_file():
         return {}
     year = f"regexp_extract_all({title}, {literal(_YEAR)}, 1)[-1]"

@@ -1,6 +1,6 @@
-"""Users' own interactions, tables with one row per event, as raw tables.
+"""Converts users' own tables, with one row per event, to RawTables.
 
-own_columns.py holds what users say of the columns and opens the files, own_types.py decides which type a column has.
+own_columns.py defines the options and opens the files; own_types.py determines the type of each column.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _A_VECTOR = "finite numbers, equally many in each row, or nothing where it is mi
 
 
 def interactions(columns: InteractionColumns) -> RawTables:
-    """The tables as SQL; their types are resolved once they are read. Raises DataError for unusable files."""
+    """Build RawTables whose types are resolved after reading. Raises DataError for unusable files."""
     schema = columns.schema()
     logs = tuple(open_table(file, columns.delimiter, columns.header) for file in columns.files)
     wanted = {name: getattr(columns, name) for name in ("user", "item", "action", "time", "split")}
@@ -74,9 +74,9 @@ def interactions(columns: InteractionColumns) -> RawTables:
 def _table(
     columns: InteractionColumns, file: Path | None, needed: Mapping[str, str], features: Mapping[str, str]
 ) -> tuple[tuple[RawFile, str] | None, dict[str, str]]:
-    """A table beside the interactions as RawTables describes it, and those of the features that are columns of it.
+    """Open a table beside the interactions, which must have one of ``features``, if there are any.
 
-    It must have one of the features, if there are any; it may lack the others.
+    Returns its entry in RawTables, and the features among its columns.
     """
     if file is None:
         return None, {}
@@ -90,7 +90,7 @@ def _table(
 def _request_table(
     file: Path, columns: InteractionColumns, needed: Mapping[str, str], of_items: Mapping[str, str]
 ) -> tuple[RawFile, str]:
-    """A table of impressions as RawTables.requests describes it; of the columns of items those that it has."""
+    """Open a table of impressions for RawTables.requests. Columns of items are optional."""
     table = open_table(file, columns.delimiter)
     present = columns_of(table)
     require_columns(table.path, list(present), needed.values())
@@ -98,9 +98,9 @@ def _request_table(
 
 
 def _feature(columns: InteractionColumns, name: str, column: str, table: RawFile) -> str:
-    """SQL of a feature of items or events: a text, a list of texts without empty ones, a number or a vector.
+    """SQL of an item or event feature: a text, a list of non-empty texts, a number or a vector.
 
-    Raises DataError where the type of the column in a Parquet file does not fit what the options say of it.
+    Raises DataError if the column's type in a Parquet file contradicts the options.
     """
     kind, separator, value = columns_of(table)[column], columns.lists.get(column), identifier(name)
     is_number, is_vector, is_list = column in columns.numbers, column in columns.vectors, kind.endswith("]")
@@ -173,7 +173,7 @@ def _resolve_types(
 
 
 def _like_events(name: str, is_integer: bool) -> str:
-    """The ids of another table as events have them. A text beside integers becomes NULL: nothing matches it."""
+    """SQL of another table's ids in the type of the event ids. Text becomes NULL where event ids are integers."""
     value = as_integer(identifier(name)) if is_integer else f"nullif(CAST({identifier(name)} AS VARCHAR), '')"
     return f"{value} AS {identifier(name)}"
 

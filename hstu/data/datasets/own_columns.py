@@ -1,4 +1,4 @@
-"""Which columns of which files of users' own tables mean what, as users say it, and how the files are opened."""
+"""Options that describe users' own tables, and the functions that open the files."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hstu.data.datasets.raw import (
 from hstu.data.datasets.spec import USER_FEATURE, Schema
 
 _TABLES = (".csv", ".tsv", *(f"{text}{end}" for text in (".csv", ".tsv") for end in COMPRESSIONS), ".parquet")
-"""Endings of the files that are read of a directory."""
+"""Endings of the files that are read from a directory."""
 SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}
-"""Words for separators of lists that a command line cannot show."""
+"""Words for list separators that are hard to type on a command line."""
 
 
 def _option(meaning: str, default: Any = None, **argument: Any) -> Any:
-    """A field that may be left out. ``argument``: further arguments of argparse."""
+    """An optional field. ``argument``: further arguments of argparse."""
     metadata = {"help": meaning, **argument}
     return (
         field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
@@ -38,9 +38,9 @@ def _option(meaning: str, default: Any = None, **argument: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class InteractionColumns:
-    """The interactions table and its columns; the tables of users, of items and of titles, and their columns.
+    """The tables of interactions, requests, users, items and titles, and their columns.
 
-    Each field is an option of scripts/preprocess_dataset.py, which shows its meaning.
+    Each field is an option of scripts/preprocess_dataset.py; its help text documents it.
     """
 
     interactions: Path | Sequence[Path] = field(
@@ -96,7 +96,7 @@ class InteractionColumns:
             raise ConfigError(problems)
 
     def _contradictions(self) -> Iterator[str]:
-        """Options that need others, or do not go with others."""
+        """Messages about options that need or exclude each other."""
         others = (self.user, self.item, self.action, self.time, *self.event_columns)
         rules = (
             (self.context and not self.context_columns,
@@ -120,7 +120,7 @@ class InteractionColumns:
         return (message for is_wrong, message in rules if is_wrong)
 
     def _problems_of_features(self) -> Iterator[str]:
-        """What is wrong with the columns that are named as features, and as features of a kind."""
+        """Messages about columns that cannot be features, or features of the given kind."""
         named = [self.item, self.action, self.time, self.split, *self.schema().context]
         named += [*self.item_columns, *self.event_columns]
         if repeated := sorted({name for name in named if name and named.count(name) > 1}):
@@ -163,7 +163,7 @@ class InteractionColumns:
         return _all_files(self.requests)
 
     def schema(self) -> Schema:
-        """Features are named after their columns; the user's is user_id."""
+        """The schema. Features are named after their columns; the user feature is user_id."""
         return Schema(
             item=self.item,
             action=self.action,
@@ -178,7 +178,7 @@ class InteractionColumns:
         )
 
     def arguments(self) -> dict[str, object]:
-        """Option of scripts/preprocess_dataset.py → value, as it would be given there; None where it is the default."""
+        """Option of scripts/preprocess_dataset.py → value on its command line; None for defaults."""
         given: dict[str, object] = {"interactions": self.files, "requests": self.request_files or None}
         words = {separator: word for word, separator in SEPARATORS.items()}
         for option in fields(self):
@@ -192,12 +192,12 @@ class InteractionColumns:
 
 
 def _all_files(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """The files, in place of a directory those in it."""
+    """The files; a directory stands for the files in it."""
     return tuple(file for path in paths for file in (_files_in(path) if path.is_dir() else [path]))
 
 
 def _files_in(directory: Path) -> list[Path]:
-    """The files of a directory whose names say what they hold; numbers in names in the order of numbers."""
+    """Files of a directory with an ending of _TABLES, sorted by name with numbers in numeric order."""
     files = [file for file in directory.iterdir() if file.name.endswith(_TABLES) and not file.name.startswith(".")]
     if not files:
         raise DataError(f"{directory} is a directory without files that end in {', '.join(_TABLES)}; name the files")
@@ -209,7 +209,7 @@ def _with_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def open_table(file: Path, delimiter: str | None, header: Sequence[str] = ()) -> RawFile:
-    """The table of a file, whose header is read. ``header``: its columns, where the file does not name them."""
+    """Open a table and read its header. ``header``: column names for a file without them."""
     if file.suffix == ".parquet":
         if header:
             raise ConfigError(f"{file}: a Parquet file has names of its columns; leave out --header")

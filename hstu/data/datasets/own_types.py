@@ -1,7 +1,7 @@
-"""Which type a column of users' own tables has, as SQL expressions.
+"""Types of the columns of users' own tables, as SQL expressions.
 
-Types are never guessed from a sample. A text column counts as integers only if all its values are, so ``007`` stays a
-string, distinct from ``7``; a time column counts as what most of its values are.
+All values decide, not a sample. A text column holds integers only if all its values are canonical integers: ``007``
+stays text, distinct from ``7``. A time column has the type of most of its values.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-"""Unit of times that are numbers → how many are a second."""
+"""Unit of numeric times → units per second."""
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 _INTEGERS = frozenset(
     ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER", "UBIGINT", "HUGEINT", "UHUGEINT")
@@ -32,7 +32,7 @@ _DECIMAL = r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?"
 
 
 def unit_hint(unit: str, value: str) -> str:
-    """What to add to the message about a time that is too large for ``unit``."""
+    """Hint for the error about a time that is too large for ``unit``; empty if no other unit fits."""
     try:
         number = abs(float(value))
     except ValueError:
@@ -45,7 +45,7 @@ def unit_hint(unit: str, value: str) -> str:
 
 
 class ColumnTypes:
-    """Ingested columns, as SQL expressions of the types that RawTables.events requires."""
+    """SQL expressions that convert ingested columns to the types of RawTables.events."""
 
     def __init__(self, engine: DuckDBPyConnection, files: tuple[Path, ...], relation: str) -> None:
         self._engine, self._relation = engine, relation
@@ -54,9 +54,9 @@ class ColumnTypes:
         self._types: dict[str, str] = {row[0]: row[1] for row in described}
 
     def id(self, name: str, column: str) -> tuple[str, bool]:
-        """(BIGINT or VARCHAR expression, whether it is BIGINT). BIGINT only if all values are canonical int64.
+        """Return (SQL, whether it is BIGINT instead of VARCHAR). BIGINT only if all values are canonical int64.
 
-        Empty text is no id, whether it comes from CSV or Parquet.
+        Empty text becomes NULL, in CSV and Parquet alike.
         """
         kind = self._types[name]
         if kind not in _INTEGERS and kind != "VARCHAR":
@@ -72,7 +72,7 @@ class ColumnTypes:
         return f"CAST({value} AS VARCHAR)", False
 
     def _refuse_decimals(self, value: str, column: str) -> None:
-        """DataError where all values are numbers and some have a fraction, as pandas writes integers with gaps."""
+        """Raise DataError if all values are numbers and some have a fraction; pandas writes integers with gaps so."""
         number = f"regexp_full_match({value}, '{_DECIMAL}')"
         query = f"SELECT bool_and({number}), min({value}) FILTER (WHERE contains({value}, '.')) FROM {self._relation}"
         ((only_numbers, fraction),) = self._engine.execute(query).fetchall()
@@ -83,7 +83,7 @@ class ColumnTypes:
             )
 
     def action(self, column: str) -> tuple[str, tuple[str, ...]]:
-        """(INTEGER expression, the text of each integer). Texts are numbered in their order if none is a number."""
+        """Return (INTEGER SQL, text of each integer). Texts are numbered alphabetically if none is a number."""
         if self._types["action"] != "VARCHAR":
             return _ACTION, ()
         text = "nullif(action, '')"
@@ -104,9 +104,9 @@ class ColumnTypes:
         return f"CASE action {cases} END", labels
 
     def time(self, column: str, unit: str) -> tuple[str, str]:
-        """(expression to sort by, BIGINT seconds). Numbers are in ``unit``; dates without a zone are UTC.
+        """Return (SQL to sort by, SQL of BIGINT seconds). Numbers are in ``unit``; dates without a zone are UTC.
 
-        The kind that fits most values is chosen; the other values become NULL, hence bad rows.
+        The type that fits most values is chosen; the other values become NULL, hence bad rows.
         """
         integer, number = as_integer('"time"'), 'TRY_CAST("time" AS DOUBLE)'
         finite = f"CASE WHEN isfinite({number}) AND abs({number}) < 9e18 THEN {number} END"
@@ -116,7 +116,7 @@ class ColumnTypes:
         date = f"TRY_CAST({value} AS TIMESTAMPTZ)"
         moment = f"CASE WHEN isfinite({date}) THEN {date} END"
         kinds = (moment,) if self._types["time"].startswith(_DATES) else (integer, finite, moment)
-        best = self._best_of(kinds)  # on a tie, integers, which are exact
+        best = self._best_of(kinds)  # a tie selects integers, which are exact
         if best == moment:
             if unit != "s":
                 _log.warning("--time_unit %s has no effect: %r holds dates", unit, column)
@@ -132,18 +132,18 @@ class ColumnTypes:
         )  # -1: before 1970, refused
 
     def _best_of(self, kinds: tuple[str, ...]) -> str:
-        """The kind of time that turns fewest values into NULL, the first of several."""
+        """The SQL that turns the fewest values into NULL; the first of several."""
         best, fewest = kinds[0], None
         for kind in kinds if len(kinds) > 1 else ():
             unlike = self._unlike('"time"', kind)
             if fewest is None or unlike < fewest:
                 best, fewest = kind, unlike
             if not fewest:
-                break  # whether texts are dates takes long to find out
+                break  # parsing texts as dates is slow
         return best
 
     def _unlike(self, value: str, converted: str) -> int:
-        """How many values the conversion turns into NULL."""
+        """Number of values that the conversion turns into NULL."""
         condition = f"{value} IS NOT NULL AND ({converted}) IS NULL"
         ((count,),) = self._engine.execute(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
         return int(count)
@@ -155,13 +155,13 @@ _ACTION = f"CASE WHEN {_NUMBER} = floor({_NUMBER}) AND abs({_NUMBER}) < 21474836
 
 
 def as_integer(name: str) -> str:
-    """BIGINT of a value whose text is that of an int64 in plain decimal notation, else NULL."""
+    """SQL: BIGINT of an int64 in canonical decimal notation, else NULL."""
     integer = f"TRY_CAST({name} AS BIGINT)"
     return f"CASE WHEN CAST({integer} AS VARCHAR) = CAST({name} AS VARCHAR) THEN {integer} END"
 
 
 def number_value(value: str) -> str:
-    """SQL: FLOAT, NULL for nothing, for NaN and for the text "nan", and NaN for any other text and beyond float32."""
+    """SQL: FLOAT; NULL for an empty value and NaN (also as text), NaN for other text and beyond float32."""
     number = f"TRY_CAST({value} AS DOUBLE)"
     missing = f"{value} IS NULL OR trim(CAST({value} AS VARCHAR)) = '' OR coalesce(isnan({number}), false)"
     fits = f"coalesce(abs({number}) <= {_LARGEST}, false)"
@@ -169,7 +169,7 @@ def number_value(value: str) -> str:
 
 
 def vector_value(value: str, elements: str) -> str:
-    """SQL: FLOAT[] of a list of numbers or texts, NULL where ``value`` is empty, and [NaN] where it is unusable."""
+    """SQL: FLOAT[] of a list of numbers or texts; NULL if ``value`` is empty, [NaN] if it is unusable."""
     numbers = f"[{number_value('x')} FOR x IN {elements}]"
     is_missing = f"{value} IS NULL OR trim(CAST({value} AS VARCHAR)) IN ('', '[]')"
     has_gaps = f"len([y FOR y IN {numbers} IF y IS NULL OR isnan(y)]) > 0"

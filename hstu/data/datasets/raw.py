@@ -1,4 +1,4 @@
-"""Raw text and Parquet files: as SQL relations for DuckDB, and checks that explain what is wrong with a file."""
+"""Raw text and Parquet files as SQL relations for DuckDB, and checks of the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hstu.base.errors import DataError
 MAX_REJECTED_LINES = 10_000
 """DuckDB stores at most this many unreadable lines per file."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-"""End of a name → how the text in the file is compressed."""
+"""File name suffix → compression of the text."""
 _SNIFFED_BYTES = 1 << 16
 
 
@@ -33,14 +33,14 @@ def literal(text: str) -> str:
 
 
 def select_list(columns: Mapping[str, str]) -> str:
-    """SQL that picks columns: new name → column."""
+    """SQL select list from new name → column."""
     return ", ".join(f"{identifier(column)} AS {identifier(name)}" for name, column in columns.items())
 
 
 def rating_and_time(scale: int, time: str) -> str:
-    """SQL of an action and times from columns ``rating`` and ``time``.
+    """Select list of action, time and timestamp from ``rating`` and a time column.
 
-    A rating that is 0, or not whole after scaling, becomes NULL, which the check of the rows refuses.
+    A rating that is 0, or fractional after scaling, becomes NULL, hence a bad row.
     """
     whole = f"rating * {scale} = floor(rating * {scale}) AND rating > 0 AND rating <= 1000"
     action = f"CASE WHEN {whole} THEN CAST(rating * {scale} AS INTEGER) END"
@@ -48,15 +48,15 @@ def rating_and_time(scale: int, time: str) -> str:
 
 
 def one_file(file: Path) -> str:
-    """SQL literal by which DuckDB reads this file alone. It takes unescaped ``*``, ``?`` and ``[`` as a pattern."""
+    """SQL literal of a path. ``*``, ``?`` and ``[`` are escaped, because DuckDB expands them as a pattern."""
     return literal(re.sub(r"[*?\[]", r"[\g<0>]", str(file.absolute())))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawFile:
-    """A table in a file: Parquet, or delimited text, compressed if its name ends in .gz or .zst.
+    """A table in a Parquet file or a delimited text file, which is compressed if its name ends in .gz or .zst.
 
-    Nothing is guessed from the data: a value of another type makes its line unreadable, an empty value is NULL.
+    Types are declared: a value of another type makes its line unreadable. An empty value is NULL.
     """
 
     path: Path
@@ -69,7 +69,7 @@ class RawFile:
 
     @property
     def is_text(self) -> bool:
-        """Whether rows are lines."""
+        """Whether the file is text instead of Parquet."""
         return self.columns is not None
 
     def relation(self) -> str:
@@ -94,7 +94,7 @@ class RawFile:
         return f"{self.path}:{line}"
 
     def line_at(self, byte: int) -> int:
-        """Line of a byte of the uncompressed text; line breaks at that byte are skipped."""
+        """Line number at a byte offset of the uncompressed text. Line breaks at the offset are skipped."""
         with open_bytes(self.path) as stream:
             line, left = 1, byte
             while left and (block := stream.read(min(left, 1 << 20))):
@@ -105,7 +105,7 @@ class RawFile:
 
 
 def _first_lines(lines: IO[str], delimiter: str, quote: str) -> Iterator[int]:
-    """The first line of each row, from 1. Blank lines are skipped; only quoted values span lines."""
+    """Number of each row's first line, from 1. Blank lines are skipped; only quoted values span lines."""
     if not quote:
         yield from (number for number, line in enumerate(lines, 1) if line.strip("\r\n"))
         return
@@ -118,8 +118,8 @@ def _first_lines(lines: IO[str], delimiter: str, quote: str) -> Iterator[int]:
 
 @contextmanager
 def open_bytes(file: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, decompressed if its name ends in .gz or .zst. Raises DataError where it cannot be read."""
-    import pyarrow  # not above, because the registry of datasets is read without NumPy
+    """Open a file's bytes, decompressed if its name ends in .gz or .zst. Raises DataError if it is unreadable."""
+    import pyarrow  # imported here, so that the registry of datasets needs no NumPy
 
     if not file.is_file():
         raise DataError(f"{file} is a directory; name the file in it" if file.is_dir() else f"there is no file {file}")
@@ -132,13 +132,13 @@ def open_bytes(file: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def open_text(file: Path) -> Iterator[IO[str]]:
-    """A file's text with its line breaks; bytes that are not UTF-8 are replaced. Raises DataError as open_bytes."""
+    """Open a file's text and keep line breaks. Replaces bytes that are not UTF-8. Raises DataError as open_bytes."""
     with open_bytes(file) as stream:
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
 
 
 def table_with_header(file: Path, types: Mapping[str, str], *, delimiter: str = ",") -> RawFile:
-    """A delimited file whose header has all columns of ``types``; its other columns are text. Else DataError."""
+    """Read a header. Columns outside ``types`` are text. Raises DataError if a column of ``types`` is missing."""
     header = _header_columns(file, delimiter)
     require_columns(file, header, types)
     columns = {name: types.get(name, "VARCHAR") for name in header}
@@ -146,19 +146,19 @@ def table_with_header(file: Path, types: Mapping[str, str], *, delimiter: str = 
 
 
 def quote_beside(delimiter: str) -> str:
-    """Quote character of a file; none where several characters separate the columns, as in MovieLens."""
+    """Quote character for a delimiter; none for delimiters of several characters, as in MovieLens."""
     return '"' if len(delimiter) == 1 else ""
 
 
 def probable_delimiter(file: Path) -> str:
-    """What separates the columns of the first line: "::", or else the most frequent of the usual delimiters."""
+    """Guess the delimiter from the first line: "::", else the most frequent of the usual delimiters."""
     with open_text(file) as lines:
         line = next(lines, "")
     return "::" if "::" in line else max(",\t;|:", key=line.count)
 
 
 def _header_columns(file: Path, delimiter: str) -> list[str]:
-    """Column names in the first line of a delimited file. Raises DataError where they are unusable."""
+    """Column names in the first line of a delimited file. Raises DataError if they are unusable."""
     try:
         with open_text(file) as lines:
             if quote_beside(delimiter):
@@ -175,7 +175,7 @@ def _header_columns(file: Path, delimiter: str) -> list[str]:
 
 
 def require_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -> None:
-    """Raises DataError with the columns that a file lacks and has, and a suggestion for the first missing one."""
+    """Raise DataError if a file lacks wanted columns, with a suggestion for the first of them."""
     missing = [column for column in wanted if column not in present]
     if not missing:
         return
@@ -186,7 +186,7 @@ def require_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -
 
 
 def check_readable(raw: RawFile) -> None:
-    """Raises DataError if the file is missing, empty, or not what its name and RawFile state."""
+    """Raise DataError if the file is missing, empty, or differs from its name and RawFile."""
     file = raw.path
     with open_bytes(file) as stream:
         head = stream.read(_SNIFFED_BYTES)

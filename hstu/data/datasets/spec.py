@@ -1,4 +1,4 @@
-"""What a dataset declares: its features, where its raw files come from, and how SQL reads them."""
+"""Declarations of a dataset: its features, the source of its raw files, and the SQL that reads them."""
 
 from __future__ import annotations
 
@@ -9,27 +9,26 @@ from typing import TYPE_CHECKING
 
 from hstu.data.datasets.raw import RawFile
 
-if TYPE_CHECKING:  # the registry is read before any data is, so it stays free of heavy imports
+if TYPE_CHECKING:  # the registry must import fast
     from duckdb import DuckDBPyConnection
 
 UNKNOWN = "unknown"
-"""Raw value of a feature where a user, an item or an event has none; an item without values has it as its list."""
+"""Raw value of a feature where a user, an item or an event has none; also the only value of an empty list."""
 USER_FEATURE = "user_id"
-"""Name of the users' vocabulary, even where the user is not a contextual feature."""
+"""Name of the vocabulary of users, even if the user is no contextual feature."""
 SPLIT_NAMES = ("train", "valid", "test")
-"""What a column of splits may hold, in any letter case; in the order in which a user's events have them."""
+"""Allowed values of a split column, in any case, in the chronological order of a user's events."""
 LATEST_SECOND = 10**11
-"""Larger times are beyond the year 5000, so they are probably not in seconds since 1970."""
+"""Larger times are after the year 5000, so they are probably not in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    """The features of a store; ``context`` is in token order, ``item_features`` and ``event_features`` in any.
+    """The features of a store; ``context`` is in token order.
 
-    ``split``: the column that says to which split an event belongs.
+    ``split``: the column that holds the split of each event.
     ``action_cardinality``: actions lie in [0, action_cardinality); None means the largest action + 1.
-    ``bins``: feature of users, items or events → number of ranges with equally many of them, into which its numbers are
-    grouped.
+    ``bins``: feature → number of equally populated ranges that group its numbers.
     ``numbers``: features of items or events that are quantities. ``vectors``: item features that are vectors.
     """
 
@@ -58,7 +57,7 @@ class Schema:
         return _numbered("e", self.event_features)
 
     def quantities(self) -> dict[str, str]:
-        """Those of i0, i1, …, e0, e1, … that are numbers or vectors → the feature."""
+        """i0, i1, …, e0, e1, … → feature, for numbers and vectors only."""
         features = self.of_items() | self.of_events()
         return {name: feature for name, feature in features.items() if feature in (*self.numbers, *self.vectors)}
 
@@ -69,7 +68,7 @@ def _numbered(prefix: str, features: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Archive:
-    """A published archive, the MD5 that its publisher states, and its SHA-256; None where it is not known."""
+    """A published archive, its published MD5, and its SHA-256, if known."""
 
     url: str
     md5: str
@@ -97,12 +96,12 @@ class WheelFiles:
 
 @dataclass(frozen=True)
 class ColumnDescription:
-    """How errors name a column to its user: its ``label``, and in words which values are ``allowed``."""
+    """How errors describe a column: its ``label``, and in words which values are ``allowed``."""
 
     label: str
     allowed: str
     hint: Callable[[str], str] = lambda value: ""
-    """Bad value → what its user probably meant, to be added to the message; empty if that is unknown."""
+    """Bad value → hint at what the user probably meant, appended to the message; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -123,44 +122,41 @@ class RawTables:
     logs: tuple[RawFile, ...]
     """Files of events, in chronological order of the files."""
     events: str
-    """Select list over a log: ``user`` and ``item`` (BIGINT or VARCHAR), ``action`` (integer, if the schema has one),
-    ``time`` (any type; events are sorted by it) and ``timestamp`` (BIGINT seconds), if the schema has one, ``split``
-    (the place of the split in SPLIT_NAMES), if the schema has one; ``e0``, ``e1``, … (VARCHAR), the event features of
-    the schema in order. An unusable value is NULL. A number is a FLOAT, which is NULL where it is missing and NaN where
-    it is unusable."""
+    """Select list over a log: ``user`` and ``item`` (BIGINT or VARCHAR); if the schema has them, ``action`` (integer),
+    ``time`` (any type, sorts the events), ``timestamp`` (BIGINT seconds) and ``split`` (index in SPLIT_NAMES); the
+    event features ``e0``, ``e1``, … (VARCHAR). Unusable values are NULL. Numbers are FLOAT: NULL if missing, NaN if
+    unusable."""
     requests: tuple[tuple[RawFile, str], ...] = ()
-    """Files of impressions, and select lists over them: as ``events``, with ``request`` (the id of the request) where
-    the data has one. Columns of users and items may be missing."""
+    """Files of impressions and their select lists: as ``events``, plus ``request`` (the request's id) if the data has
+    one. Columns of users and items may be missing."""
     has_request_ids: bool = False
     context: tuple[RawFile, str] | None = None
-    """A file with one row per user, and its select list: ``user``, then ``c0``, ``c1``, … (VARCHAR), the contextual
-    features of the schema in order, without user_id."""
+    """A file with one row per user, and its select list: ``user``, then the contextual features ``c0``, … (VARCHAR)."""
     event_context: tuple[str, ...] = ()
-    """Those of ``c0``, ``c1``, … that are columns of ``events`` (VARCHAR): a user has the value of the first event."""
+    """Names ``c0``, … of contextual features in ``events`` (VARCHAR). A user's first value counts."""
     title_table: tuple[RawFile, str] | None = None
     """A file with one row per item, and its select list: ``item``, ``title``."""
     item_table: tuple[RawFile, str] | None = None
-    """A file with one row per item, and its select list: ``item``, then those of ``i0``, ``i1``, … that are its
-    columns: the item features of the schema in order, VARCHAR or VARCHAR[]. A number is a FLOAT as in ``events``, and a
-    vector a FLOAT[], with NaN as its first number where it is unusable."""
+    """A file with one row per item, and its select list: ``item``, then item features ``i0``, … (VARCHAR, VARCHAR[]).
+    Numbers are FLOAT as in ``events``. Vectors are FLOAT[]; NaN as their first element marks them as unusable."""
     event_items: tuple[str, ...] = ()
-    """Those of ``i0``, ``i1``, … that are columns of ``events``: an item has the value of its first event."""
+    """Names ``i0``, … of item features in ``events``. An item's first value counts."""
     resolve_types: Callable[[DuckDBPyConnection, str], TypedColumns] | None = None
     """For types that depend on the data: the select lists above then only pick columns (without timestamp), and
-    ``resolve_types(engine, ingested events)`` returns the final ones."""
+    ``resolve_types(engine, ingested events)`` returns the final select lists."""
     settings: str = ""
-    """Identifies everything that ``resolve_types`` depends on beside the data."""
+    """Identifies all inputs of ``resolve_types`` except the data."""
     descriptions: Mapping[str, ColumnDescription] = field(default_factory=dict)
     """Column of ``events`` → how errors describe it."""
 
     @property
     def parts(self) -> tuple[tuple[RawFile, str], ...]:
-        """The files of events and those of impressions, and their select lists."""
+        """Files of events and impressions, with their select lists."""
         return (*((log, self.events) for log in self.logs), *self.requests)
 
     @property
     def tables(self) -> dict[str, tuple[RawFile, str]]:
-        """The other files that the data has, and their select lists: "context", "titles", "item_table"."""
+        """The other files, with their select lists, under "context", "titles" and "item_table"."""
         tables = {"context": self.context, "titles": self.title_table, "item_table": self.item_table}
         return {name: table for name, table in tables.items() if table is not None}
 
@@ -172,10 +168,7 @@ class RawTables:
 
 @dataclass(frozen=True)
 class RawFormat:
-    """One form in which the raw data is published.
-
-    ``reader`` receives the paths of ``files`` and then ``optional_files``; optional ones may be missing.
-    """
+    """A published format. ``reader`` gets the paths of ``files``, then of ``optional_files``, which may be missing."""
 
     reader: Callable[[Sequence[Path]], RawTables]
     files: tuple[str, ...]
@@ -189,7 +182,7 @@ class DatasetSpec:
     name: str
     homepage: str
     archive: Archive | None
-    """None: the publisher gives the files to people alone, who put them where errors say."""
+    """None: users must get the files by hand."""
     raw_formats: tuple[RawFormat, ...]
     schema: Schema
     published: Mapping[str, float]

@@ -110,10 +110,7 @@ class PrefixCache:
         return sum(map(self._pages_for, lengths)) <= len(self._pool)
 
     def reserve(self, lengths: dict[Hashable, int]) -> list[Prefix]:
-        """Reserve pages for key → number of tokens, and keep cached tokens. Evicts other sequences if needed.
-
-        Raises ValueError if the given keys do not fit together.
-        """
+        """Reserve pages for key → number of tokens, evicting other keys. Raises ValueError if the keys do not fit."""
         if not self.fits([*lengths.values()]):
             raise ValueError(
                 f"{len(lengths)} sequences of {sum(lengths.values())} tokens do not fit the cache together"

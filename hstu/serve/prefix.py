@@ -39,8 +39,7 @@ class IncrementalEncoder:
     Raises ConfigError if the network truncates histories.
 
     Args:
-        encoder: an encoder without tensor or context parallelism.
-        cache: a cache for the network of ``encoder``.
+        encoder: an encoder without tensor or context parallelism. ``cache`` is for its network.
         embeddings_of: batch → table rows of its features, as the encoder reads them.
         candidates_at_once: items per micro-batch, rounded up to whole groups.
     """
@@ -67,10 +66,7 @@ class IncrementalEncoder:
     # -- whole histories -----------------------------------------------------------------------------------------
 
     def encode(self, keys: Sequence[Hashable], batch: HSTUBatch) -> None:
-        """Encode a batch of histories without candidates, and cache (or replace) them under ``keys``.
-
-        Raises ValueError if they do not fit the cache together, or for candidates or a wrong number of keys.
-        """
+        """Encode and cache histories without candidates under ``keys``. Raises ValueError if they do not fit."""
         layout = self.encoder.inputs.layout(batch)
         if len({*keys}) != batch.real_batch_size or layout.num_candidate_tokens is not None:
             raise ValueError(f"{len({*keys})} keys for {batch.real_batch_size} sequences, or there are candidates")

@@ -49,10 +49,9 @@ class Session:
     Results equal a full forward. Evicted histories are encoded again at their next request. Not thread-safe.
 
     Args:
-        loaded: a ranking or a retrieval model.
         cache_bytes: memory for keys and values on the model's device.
         page_tokens: tokens per page of the cache.
-        candidates_at_once: candidates of a micro-batch.
+        candidates_at_once: candidates per micro-batch.
         trim_events: number of events removed when a history exceeds ``max_items``. With 1, a history has maximum
             length, but each new event shifts all positions and encodes it again. With n, only every n-th event encodes
             it again, and it is up to n − 1 events shorter.
@@ -118,10 +117,7 @@ class Session:
     # -- histories -----------------------------------------------------------------------------------------------
 
     def encode(self, histories: Iterable[History]) -> None:
-        """Encode histories in batches that fit the cache, replacing earlier histories of their users.
-
-        Raises DataError for a history that is empty or lacks values that the model reads.
-        """
+        """Encode histories, replacing earlier histories of their users. Raises DataError for incomplete histories."""
         waiting: dict[Any, _Known] = {}
         for history in histories:
             known = _newest(_as_lists(history), self.max_items)
@@ -163,13 +159,12 @@ class Session:
         """Score candidates after the history of a user.
 
         Args:
-            user: a user whose history the session has.
+            user: raw id of a user whose history was given to ``encode``.
             items: raw ids, [m].
             at: time of the request in whole seconds since 1970. None: the time of the newest event.
             actions: actions on the candidates, which only later candidates of the same group read
                 (NetworkArgs.target_group_size above 1). None: unknown.
-            features: item or event feature → raw value per candidate, as in History. Features that are known only
-                after an event are optional.
+            features: item or event feature → raw value per candidate; optional if known only after an event.
 
         Returns:
             Ranking: ``ModelOutput.logits``, float32 [m, last width of the head]. Retrieval: cosine similarities of

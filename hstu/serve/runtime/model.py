@@ -31,7 +31,6 @@ _COSINES_AT_ONCE = 1 << 25
 """Maximum cosine similarities per matrix product."""
 _SCORES_AT_ONCE = 1 << 19
 """Maximum attention scores per chunk, unless one sequence has more: 6 sequences of 200 tokens with 2 heads.
-
 Small chunks need less padding, and their activations fit the CPU caches.
 """
 Program = Callable[[dict[str, Tensor]], Tensor]
@@ -58,11 +57,9 @@ def load(directory: str | Path, *, compiled: bool = False, like: Model | None = 
     Args:
         directory: the folder. It may have been moved, and may change or be removed after loading.
         compiled: run the program that ``--aot`` compiled for this kind of machine instead of the graph.
-        like: share the program of this model if both are equal, as in exports of one configuration. Loading a program
-            takes seconds.
+        like: share the program of this model if it is equal, as in exports of one configuration, to save seconds.
 
-    Raises:
-        ServingError: a file is missing, incomplete or damaged, or the folder has another version.
+    Raises ServingError if a file is missing, incomplete or damaged, or the folder has another version.
     """
     return Model(Path(directory), compiled, like)
 
@@ -120,13 +117,12 @@ class Model:
 
         Args:
             histories: one per user.
-            k: number of items.
             at: time of the request in whole seconds since 1970. None: the time of each user's newest event.
             filter_seen: leave out the items of a user's history.
 
         Raises:
-            ServingError: a history lacks a value that the model reads, is empty or has an event after ``at``; the
-                model does not read ``at``; or it is a ranking model.
+            ServingError: a history is empty, incomplete or has an event after ``at``; the model does not read ``at``;
+                or it is a ranking model.
         """
         seen = [history.items if filter_seen else () for history in histories]
         self._item_vectors("recommend")

@@ -43,10 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI:
-    """Create the ASGI application. While it runs, it replaces the model of ``live`` by newer exports.
-
-    ``metrics``: the same object that ``live`` uses.
-    """
+    """Create the ASGI application, which also refreshes ``live``. ``metrics``: the object that ``live`` uses."""
     batcher = Batcher(lambda queries: live.current.answer(queries), settings, metrics)
 
     @asynccontextmanager
@@ -128,11 +125,8 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
 class Guard:
     """ASGI middleware that counts requests, limits their size, adds headers and answers exceptions with status 500.
 
-    Args:
-        app: the wrapped application.
-        metrics: metrics to update.
-        max_body_bytes: larger requests get status 413, chunked requests without a length get 411.
-        paths: paths that are counted by name; other paths are counted as "other".
+    ``max_body_bytes``: larger requests get status 413, chunked requests without a length get 411.
+    ``paths``: paths that are counted by name; other paths are counted as "other".
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, paths: Collection[str]) -> None:

@@ -29,8 +29,7 @@ _log = logging.getLogger(__name__)
 def serve(root: Path, host: str, port: int, settings: Settings) -> None:
     """Serve the newest export of ``root`` (see ``find_exports``) until SIGTERM or Ctrl-C; finish running requests then.
 
-    ``port`` 0 chooses a free port. Raises ConfigError if the address cannot be used, and DataError if no export can be
-    served.
+    ``port`` 0 chooses a free port. Raises ConfigError for an unusable address, DataError if no export can be served.
     """
     _set_up_logging()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
@@ -40,7 +39,7 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
         gc.freeze()  # exempts imported modules, so that collecting a replaced model pauses threads for less time
         live = LiveModel(root, metrics)
         shown = f"[{host}]" if ":" in host else host
-        # uvicorn handles both signals, and raises them again after a graceful shutdown.
+        # uvicorn handles both signals, and raises them again after its graceful shutdown.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         _log.info("listening url=http://%s:%d", shown, listener.getsockname()[1])

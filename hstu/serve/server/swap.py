@@ -36,7 +36,7 @@ def find_exports(root: Path) -> list[Found]:
     """Find the exports of ``root``, newest first.
 
     ``root`` is an export, its folder "serving", a folder with a link "latest" to an export, or a folder with several
-    exports. Folders without a manifest are skipped as incomplete. Links are resolved, so a changed link is a new one.
+    exports. Folders without a manifest are incomplete and skipped. Links are resolved to the folders they lead to.
     """
     link = root / LATEST
     named = link if os.path.lexists(link) else root
@@ -76,10 +76,7 @@ def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel
 
 
 class LiveModel:
-    """Holds the current model and replaces it. Raises DataError if no export of ``root`` can be served.
-
-    ``root``: see ``find_exports``. ``metrics`` counts swaps and refused exports.
-    """
+    """The current model of ``root`` (see ``find_exports``). Raises DataError if no export can be served."""
 
     def __init__(self, root: Path, metrics: Metrics, load: Load = load) -> None:
         self._root, self._load, self._metrics = root, load, metrics
@@ -106,9 +103,9 @@ class LiveModel:
         return {str(found.folder): reason for found, reason in self._bad.items()}
 
     def refresh(self) -> bool:
-        """Load the newest loadable export if it is not the current one. Returns whether the model was replaced.
+        """Load the newest export that works, if it is new. Returns whether the model was replaced.
 
-        Takes seconds; the current model keeps answering. Only one thread may call it at a time.
+        Takes seconds, while the current model keeps answering. Only one thread may call it at a time.
         """
         found = find_exports(self._root)
         self._bad = {each: reason for each, reason in self._bad.items() if each in found}
@@ -117,10 +114,7 @@ class LiveModel:
         return is_swapped
 
     def _newer(self, found: list[Found]) -> Iterator[Found]:
-        """Exports to try, newest first: newer than the current one and not refused; all if that one was removed.
-
-        If the folder of the current model has changed, older exports are not tried.
-        """
+        """Exports to try, newest first: not refused, and newer than the current model unless its folder is gone."""
         for each in found:
             if each == self._loaded:
                 return

@@ -62,7 +62,7 @@ def _per(axis: str, dim: int = 0, **options: Any) -> Any:
 
 
 class TensorGroup(Pipelineable):
-    """Base of dataclasses that move all tensors, jagged tensors and groups in their fields between devices."""
+    """Base of dataclasses whose tensors, jagged tensors and groups move between devices together."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Self:
         """Moves all tensors to ``device``. Host arrays are shared, not copied."""
@@ -155,19 +155,15 @@ class HSTUBatch(TensorGroup):
     """int64 [B] seconds: request times (DatasetArgs.query_time = "request"), 0 for padding. Only in retrieval
     evaluation of a model with a relative bias."""
     items: ItemColumns = field(default_factory=ItemColumns)
-    """Times, numbers and lists of the items."""
     negatives: BatchNegatives = field(default_factory=BatchNegatives)
-    """Draws and pool of the retrieval loss."""
     seen: SeenIds | None = None
     """None if seen items stay in the corpus and among the negatives."""
     real_batch_size: int
     """Number of sequences that are not padding, which come first."""
     item_lengths: np.ndarray = _per("sequence")
-    """int64 [B], on the host: items per sequence, candidates included."""
+    """int64 [B]: items per sequence, candidates included. This field and the next two stay on the host."""
     num_candidates_host: np.ndarray = _per("sequence")
-    """int64 [B]: num_candidates on the host."""
     num_labels_host: np.ndarray = _per("sequence")
-    """int64 [B]: num_labels on the host."""
     position: SamplerPosition | None = None
     """Sampler position after training on this batch. None for a batch made by hand."""
 

@@ -46,11 +46,9 @@ class Rows:
     num_candidates: np.ndarray
     num_labels: np.ndarray
     items: np.ndarray
-    """[n]"""
     actions: np.ndarray | None
-    """[n]"""
     timestamps: np.ndarray | None
-    """[n], seconds."""
+    """[n] seconds; items and actions are [n] as well."""
     context: Mapping[str, np.ndarray]
     """Feature → [b]."""
     side: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -68,9 +66,8 @@ class Rows:
     request_times: np.ndarray | None = None
     """Retrieval evaluation: the times of the target events, [b], in seconds."""
     seen: np.ndarray | None = None
-    """See SeenIds.values, [Σ seen_lengths]."""
+    """See SeenIds.values, [Σ seen_lengths]; seen_lengths is [b]."""
     seen_lengths: np.ndarray | None = None
-    """[b]"""
 
 
 class RowReader(Protocol):
@@ -101,7 +98,6 @@ class Assembler:
     corpus: ItemDistribution | None = None
     """Distribution of the draws from the corpus. None: uniform."""
     draws_negatives: bool = True
-    """False for evaluation."""
     tower_features: Callable[[np.ndarray], ItemFeatures] | None = None
     """Item codes → the values of ``roles.tower``. Required for an item tower with NEGATIVES."""
 

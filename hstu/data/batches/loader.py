@@ -128,11 +128,8 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _follow_the_parent(worker: int) -> None:
-    """Makes the training process alone end this worker.
-
-    A terminal, torchrun or a scheduler signals all processes of a run, but the training process still needs batches
-    until the end of its step.
-    """
+    """Ignores signals, which a terminal, torchrun or a scheduler sends to all processes of a run. The training process
+    still needs batches until the end of its step, and ends the workers itself."""
     end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

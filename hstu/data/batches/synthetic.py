@@ -33,10 +33,8 @@ _LENGTHS, _VALUES, _TIMES, _HELD_OUT = range(4)
 
 
 class Distribution:
-    """Maps uniform numbers to integers in [low, high) by a RandomDistribution. ``bound``: default of high.
-
-    Values of normal and lognormal are rounded. All values are clipped to the range.
-    """
+    """Maps uniform numbers to integers in [low, high) by a RandomDistribution. ``bound``: default of high. Values of
+    normal and lognormal are rounded. All values are clipped to the range."""
 
     def __init__(self, args: RandomDistribution, bound: int) -> None:
         self.kind = args.dist_type

@@ -96,10 +96,8 @@ class TrainBatch(TensorGroup):
 
 
 def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> tuple[HSTUBatch, GroupLayout]:
-    """Merges the batches of a tp_cp group, given in rank order and on the host.
-
-    Returns the merged batch, with real sequences in rank order before all padding, and its layout for ``rank``.
-    """
+    """Merges the batches of a tp_cp group, given in rank order and on the host. Returns the merged batch, with real
+    sequences in rank order before all padding, and its layout for ``rank``."""
     real = [batch.real_batch_size for batch in batches]
     features = [batch.features.to_dict() for batch in batches]
     by_rank = {key: [keyed[key].values().numpy() for keyed in features] for key in features[0]}
@@ -146,7 +144,6 @@ def _bounds(batch: HSTUBatch, sequences: slice, others: slice) -> dict[str, slic
 
 
 def _cut(group: Group, bounds: Mapping[str, slice]) -> Group:
-    """The elements of each field within the bounds of its axis."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(group):
         value = getattr(group, field.name)
@@ -207,9 +204,7 @@ def _pool_feature_positions(batch: HSTUBatch, roles: FeatureRoles) -> KeyedJagge
 
 def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tuple[HSTUBatch, ...]:
     """Splits a training batch on the host into ``count`` runs of equally many sequences. Some may be all padding.
-
-    NEGATIVES and the pool of in-batch negatives belong to the whole batch, so every part has all of them.
-    """
+    NEGATIVES and the pool of in-batch negatives belong to the whole batch, so every part has all of them."""
     features = batch.features.to_dict()
     values = {key: jagged.values().numpy() for key, jagged in features.items()}
     lengths = {key: jagged.lengths().numpy() for key, jagged in features.items()}

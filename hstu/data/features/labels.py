@@ -27,10 +27,8 @@ def label_columns(tasks: Sequence[RankingTaskArgs] | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """A feature of the events, or the action, as float32 numbers; NaN where a value is missing.
-
-    Texts that are numbers are parsed. Other texts are numbered from 0 in alphabetical order.
-    """
+    """A feature of the events, or the action, as float32 numbers; NaN where a value is missing. Texts that are numbers
+    are parsed. Other texts are numbered from 0 in alphabetical order."""
 
     store: SequenceStore
     name: str

@@ -56,10 +56,8 @@ def _known(values: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _quantiles(values: np.ndarray, count: int) -> list[float]:
-    """Values at equally spaced ranks of float32 [n] ``values``, of which ``count`` are not NaN.
-
-    In a column longer than _MOST_RANKED, only the smallest and largest are exact; the others use every k-th value.
-    """
+    """Values at equally spaced ranks of float32 [n] ``values``, of which ``count`` are not NaN. In a column longer than
+    _MOST_RANKED, only the smallest and largest are exact; the others use every k-th value."""
     if not count:
         return [0.0] * NUM_QUANTILES
     chosen = np.asarray(values[:: -(-len(values) // _MOST_RANKED)])
@@ -75,9 +73,7 @@ def training_statistics(
     store: SequenceStore, names: Sequence[str], samples: SampleTable
 ) -> dict[str, NumberStatistics]:
     """Statistics of numbers: of items over all items, of events over the histories of the training ``samples``.
-
-    Histories include events that truncation removes from the samples.
-    """
+    Histories include events that truncation removes from the samples."""
     found = {name: store.features[name].statistics for name in names}
     if of_events := [name for name in names if name in store.event_number_features]:
         changes = np.zeros(store.num_events + 1, dtype=np.int64)

@@ -11,10 +11,8 @@ NO_EVENT = -1
 
 
 def time_codes(feature: str, now: np.ndarray, before: np.ndarray) -> np.ndarray:
-    """int64 [n] codes of a time feature.
-
-    now: int64 [n], seconds since 1970. before: int64 [n], the time of the user's previous event, or NO_EVENT.
-    """
+    """int64 [n] codes of a time feature. now: int64 [n], seconds since 1970. before: int64 [n], the time of the user's
+    previous event, or NO_EVENT."""
     if feature == "hour_of_day":
         return now // 3_600 % 24
     if feature == "day_of_week":

@@ -107,10 +107,8 @@ def _alias_table(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def count_items(
     store: SequenceStore, feature: str, samples: SampleTable, *, random_windows: bool = False
 ) -> np.ndarray:
-    """How often each item occurs in ``samples``, float64 [cardinality].
-
-    With ``random_windows``, the expected count per epoch, as if all events of a history were in equally many windows.
-    """
+    """How often each item occurs in ``samples``, float64 [cardinality]. With ``random_windows``, the expected count per
+    epoch, as if all events of a history were in equally many windows."""
     lengths = samples.stop - samples.start
     counted = samples.stop - samples.history_begin if random_windows else lengths
     codes, size = store.sequence(feature), store.cardinality(feature)

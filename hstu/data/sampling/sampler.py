@@ -33,7 +33,6 @@ class SamplerPosition:
 
 
 START = SamplerPosition()
-"""Position of a fresh run."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,6 @@ class TrainSampler:
         return sum(1 for _ in self._global_batches(order, begin=0))
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        """Yields this rank's plans without end."""
         for epoch, order, bounds in self._epochs():
             start, stop = int(bounds[0]), int(bounds[-1])
             ordinals = start + np.flatnonzero(self._ranks(order, bounds) == self.rank)
@@ -180,7 +178,6 @@ class EvalSampler:
         return -(-self.num_samples // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[BatchPlan]:
-        """Yields this rank's plans."""
         if self.num_samples:
             endless = TrainSampler(self.num_samples, self.batch_size, self.rank, self.world_size, seed=0, shuffle=False)
             yield from islice(endless, len(self))

@@ -39,7 +39,6 @@ class NumberStatistics:
     count: int
     """Items or events with a value."""
     missing: int
-    """Items or events without a value."""
     mean: list[float]
     """One value, or one per component of a vector; ``std`` likewise."""
     std: list[float]
@@ -67,7 +66,6 @@ class FeatureMeta:
     width: int = 1
     """Numbers per item (role "item_number"); more than 1 means a vector."""
     statistics: NumberStatistics | None = None
-    """Only for numbers."""
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> FeatureMeta:

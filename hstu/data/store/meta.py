@@ -48,10 +48,8 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
-    """The command that makes the store: the one recorded in ``meta``, else a guess from the directory's name.
-
-    Without a valid description, even --force replaces nothing: the user must move the directory away.
-    """
+    """The command that makes the store: the one recorded in ``meta``, else a guess from the directory's name. Without a
+    valid description, even --force replaces nothing: the user must move the directory away."""
     end = " --force" if meta is not None else " (first move what is there away)" if os.path.exists(path) else ""
     if meta and (command := meta.get("command")):
         return f"Make it with: {printable(str(command), keep='')}{end}"

@@ -102,12 +102,9 @@ class StoreReader:
         return shown_not_taken(self.store, events, np.repeat(ends, num_labels), self.hard_negatives)
 
     def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
-        """int64 model ids of the item, the action or an event feature."""
         return self._for_model(feature, items.values(feature), items.place)
 
     def _of_users(self, feature: str, users: np.ndarray) -> np.ndarray:
-        """int64 model ids of a contextual feature."""
-
         def place(index: int) -> str:
             return f"user {self.store.raw_ids(USER_FEATURE)[users[index]]} (row {users[index]})"
 

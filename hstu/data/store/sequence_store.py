@@ -74,10 +74,8 @@ class SequenceStore:
         self.event_number_features: tuple[str, ...] = self._named("event_number")
         known = TIME_FEATURES if self.timestamp_feature else {}
         self.time_features = {name: meta for name, meta in known.items() if name not in self.features}
-        """Event features that are computed from times."""
         self.num_requests: int = meta.get("num_requests", 0)
         self.num_candidates: int = meta.get("num_candidates", 0)
-        """Candidates of all requests."""
         self.split: str | None = meta.get("split")
         """Column of the raw data that assigns events to splits. None: the options of a run define the splits."""
         self.command: str | None = meta["command"]
@@ -128,10 +126,8 @@ class SequenceStore:
         return self._files[OFFSETS_FILE]
 
     def sequence(self, feature: str) -> np.ndarray:
-        """[E] values of the item, the action, the timestamp or an event feature.
-
-        Codes are int32, time features int64, times int64 seconds, and numbers float32, NaN where missing.
-        """
+        """[E] values of the item, the action, the timestamp or an event feature. Codes are int32, time features int64,
+        times int64 seconds, and numbers float32, NaN where missing."""
         if feature in self.time_features:
             return self.time_codes(feature, np.arange(self.num_events))
         return self._files[self.feature(feature).file]
@@ -148,10 +144,8 @@ class SequenceStore:
         return self._files[self.feature(feature).file]
 
     def item_values(self, feature: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """(codes, offsets) of an item feature: int32 [I] and None, or for lists int32 [n] and int64 [I + 1].
-
-        Item i has the list codes[offsets[i] : offsets[i + 1]], of at least one code.
-        """
+        """(codes, offsets) of an item feature: int32 [I] and None, or for lists int32 [n] and int64 [I + 1]. Item i has
+        the list codes[offsets[i] : offsets[i + 1]], of at least one code."""
         meta = self.feature(feature)
         return self._files[meta.file], self._files[list_offsets_file(feature)] if meta.is_list else None
 
@@ -259,7 +253,6 @@ class SequenceStore:
             raise self._files.damaged(file, problem)
 
     def _value_problems(self) -> Iterator[tuple[str, str]]:
-        """Yields (file, problem)."""
         offsets = self.offsets()
         if (np.diff(offsets) < 1).any():
             yield OFFSETS_FILE, "a user has no events, or offsets are not ascending"

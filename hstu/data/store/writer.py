@@ -131,10 +131,8 @@ class StoreWriter:
         self._create(OFFSETS_FILE, np.dtype(np.int64), len(offsets))[:] = offsets
 
     def create_sequence(self, feature: str, role: Role, *, cardinality: int | None, length: int) -> np.memmap:
-        """A flat [length] array to fill. An array that a killed writer left keeps its content.
-
-        Items, actions and events are int32. Timestamps (int64) and event numbers (float32) have cardinality None.
-        """
+        """A flat [length] array to fill. An array that a killed writer left keeps its content. Items, actions and
+        events are int32. Timestamps (int64) and event numbers (float32) have cardinality None."""
         self._features[feature] = FeatureMeta(feature, role, DTYPES[role], cardinality, has_vocab=False)
         return self._create(self._features[feature].file, np.dtype(DTYPES[role]), length)
 

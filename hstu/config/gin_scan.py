@@ -1,4 +1,4 @@
-"""Reads gin text into bindings with line numbers. A gin file is data: importing and calling are mistakes.
+"""Reads gin text into bindings with line numbers. A gin file must not import modules or call functions.
 
 Uses gin's parser but not its loader, which drops line numbers and duplicates and stops at the first mistake.
 """

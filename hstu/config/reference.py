@@ -63,7 +63,7 @@ def _needs(field: Field[Any]) -> str:
 
 @functools.cache
 def _field_docs(cls: type) -> dict[str, str]:
-    """Field → the string literal under it in the source."""
+    """Field → its docstring: the string literal under it in the source."""
     if not issubclass(cls, Args) or cls is Args:
         return {}
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]

@@ -56,7 +56,6 @@ class Weight:
     step_bytes: int
     """Bytes of the optimizer's step count."""
     is_layer: bool
-    """Whether the parameter belongs to an HSTU layer."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def _build_step(workload: Workload, mesh: Mesh, kernels: Kernels, batch: TrainBa
 
 
 def _follow(step: TrainStep, recorder: Recorder) -> None:
-    """Make the step set the phase of ``recorder`` and register gradients with it."""
+    """Makes ``step`` set the phase of ``recorder`` and report gradients to it."""
     dense, update = step.model.dense, step.optimizers.step
 
     def begin(phase: str) -> None:

@@ -51,18 +51,18 @@ class Estimate:
     step: dict[str, float]
     """Part of a step → seconds. The sum is the step time."""
     tokens: float
-    """Per step, over all ranks."""
+    """Tokens per step, summed over all ranks."""
     samples: float
-    """Per step, over all ranks."""
+    """Samples per step, summed over all ranks."""
     flops: float
-    """Per step and rank, averaged over the ranks and counted as in the training log."""
+    """FLOPs per step and rank, averaged over the ranks and counted as in the training log."""
     peak_tflops: float
     memory_limit: float
     """Bytes of memory available to a rank."""
 
     @property
     def memory_total(self) -> int:
-        """Bytes per rank."""
+        """The sum of ``memory``."""
         return sum(self.memory.values())
 
     @property
@@ -114,7 +114,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...], run: DryRun) -> di
     replicated, gradients_of_rows, states_of_rows = replicated_bytes(workload, run)
     gathered, gradients = gathered_and_gradients(workload, run)
     recording, has_buckets = run.recording, workload.dp_cp_size > 1
-    # Without DDP buckets a gradient exists only from its backward to the end of the step.
+    # A single rank has no DDP buckets: a gradient exists only from its backward to the end of the step.
     peak = recording.peak_without_gradients if has_buckets else recording.peak
     of_dense = FLOAT32 * gradients if has_buckets else peak.get(GRADIENTS, 0)
     return {
@@ -233,7 +233,7 @@ def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str
 
 
 def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, compute: float) -> float:
-    """Seconds of ``transfer`` that computation can hide."""
+    """Upper bound on the seconds of ``transfer`` that computation hides."""
     if transfer.behind == "backward":  # no computation follows the last bucket
         return min(compute * 2 / 3, seconds * (1 - 1 / transfer.calls))
     has_pipeline = workload.config.trainer.pipeline_type != "none"

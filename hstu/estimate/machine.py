@@ -30,7 +30,7 @@ from hstu.train.builder import build_loss_scale, build_model, build_pipeline
 from hstu.train.sources import open_source
 
 Clock = Callable[[], float]
-"""Seconds."""
+"""Returns seconds, such as time.perf_counter."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -103,7 +103,6 @@ def reported(run: RunDraft, part: Args, parameter: str, error: UserError) -> Pro
 
 
 def _place_of_data(dataset: Args) -> str:
-    """The parameter that names the data."""
     is_named = isinstance(dataset, DatasetArgs)
     return "dataset_path" if getattr(dataset, "dataset_path", None) else "dataset_name" if is_named else "feature_args"
 

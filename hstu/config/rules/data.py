@@ -82,7 +82,7 @@ def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Prob
 
 
 def _may_be_sharded(table: EmbeddingArgs) -> bool:
-    """Whether the table is model_parallel. An unknown (wrong) sharding_type counts as such."""
+    """Whether the table is model_parallel, or its sharding_type is missing because it is wrong."""
     return getattr(table, "sharding_type", "model_parallel") == "model_parallel"
 
 

@@ -202,8 +202,8 @@ class CheckpointStore:
 class BackgroundWriter:
     """Runs functions one after another in a thread, in the same order on all ranks. Create it collectively.
 
-    Functions get a separate mesh. Its gloo group, with timeout ``timeout_s``, keeps their collectives apart from those
-    of training. Its heartbeat is separate because the watchdog compares the main threads' heartbeats.
+    Functions get a separate mesh. Its gloo group, with timeout ``timeout_s``, separates their collectives from
+    training. Its heartbeat is separate because the watchdog compares the main threads' heartbeats.
     """
 
     def __init__(self, mesh: Mesh, timeout_s: float) -> None:
@@ -225,7 +225,7 @@ class BackgroundWriter:
         return bool(self._work)
 
     def poll(self) -> None:
-        """Raise, on all ranks in the same step, the error of an ended function. Collective while functions run."""
+        """Once all functions have ended on all ranks, raise the first error. Collective while functions run."""
         if not self._work:
             return
         ended = torch.tensor([int(all(work.done() for work in self._work))])

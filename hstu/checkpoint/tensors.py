@@ -97,10 +97,7 @@ def is_export(root: Path) -> bool:
 
 
 def read_metadata(root: Path) -> dict[str, Any]:
-    """Return progress.json of a checkpoint or config.json of an export.
-
-    Raises DamagedCheckpoint, or DataError for an export of a newer program.
-    """
+    """Return progress.json of a checkpoint or config.json of an export. Raises DamagedCheckpoint or DataError."""
     path = verified_file(root, "config.json" if is_export(root) else "progress.json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -24,10 +24,7 @@ from hstu.parallel.shards import ShardedView, WeightShares
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, shape) of a box in a tensor."""
 ALIGNMENT = 128
-"""Weights and ranges start at multiples of this many float32 numbers: 512 bytes, as in torch's GPU allocations.
-
-This keeps the speed of separate weights, and vector instructions round each number as in a separate weight.
-"""
+"""Weights and ranges start at multiples of this (512 bytes), for the speed and rounding of separate weights."""
 
 
 @dataclass(frozen=True)

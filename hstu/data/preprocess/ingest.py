@@ -1,4 +1,4 @@
-"""First stages: raw files become working tables, their values are checked, and rare users and items are left out."""
+"""First stages: read raw files into working tables, check their values, and drop rare users and items."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 _UNQUOTED, _TOO_LONG = "UNQUOTED VALUE", "LINE SIZE OVER MAXIMUM"
 _MIXED_LINE_ENDS = "CSV Parser state machine reached an invalid state"
-"""What DuckDB says about a file of which some lines end in CR LF and some in LF."""
+"""DuckDB's error for a file that mixes CR LF and LF line ends."""
 _SHOWN = 80
-"""Characters of a value that a message shows."""
+"""Most characters of a value in a message."""
 _REASONS = {
     "CAST": "value of the wrong type",
     "MISSING COLUMNS": "too few columns",
@@ -33,7 +33,7 @@ _REASONS = {
 
 
 def read_files(build: Build) -> None:
-    """Makes the tables log_0, …, typed, and context, titles and item_table where the data has them."""
+    """Create the tables log_0, … and typed, and context, titles and item_table if the data has them."""
     raw = build.raw
     for number, (log, columns) in enumerate(raw.parts):
         _read(build, f"log_{number}", log, columns)
@@ -65,9 +65,9 @@ def _read(build: Build, name: str, file: RawFile, select: str) -> None:
 
 
 def _ingest(build: Build, raw: RawFile, select: str, name: str, bad: BadRows) -> None:
-    """Writes ``select`` of the file's readable rows, in their order.
+    """Write ``select`` of the file's readable rows, in order.
 
-    Raises DataError with file and line for an unreadable line that ``bad`` does not allow to skip.
+    Raises DataError with file and line for an unreadable line that ``bad`` may not skip.
     """
     read, uniform = raw, replace(raw, path=build.file(name).with_suffix(".lines"))
     try:
@@ -91,20 +91,20 @@ def _ingest(build: Build, raw: RawFile, select: str, name: str, bad: BadRows) ->
 
 
 def _copy_with_uniform_lines(file: Path, target: Path) -> None:
-    """Copies a text file uncompressed, with LF at the end of every line. Latin-1 keeps all other bytes."""
+    """Copy a text file uncompressed, with LF line ends. Latin-1 keeps all other bytes."""
     with open_bytes(file) as source, target.open("w", encoding="latin-1", newline="\n") as copy:
         shutil.copyfileobj(io.TextIOWrapper(source, encoding="latin-1"), copy)
 
 
 def _count_rejects(engine: Connection, raw: RawFile, read: RawFile, bad: BadRows) -> None:
-    """``read``: the file that DuckDB has read, which has the lines of ``raw``."""
+    """Add the lines that DuckDB rejected to ``bad``. ``read``: ``raw``, or its copy with LF line ends."""
     first = ", ".join(f"arg_min({name}, line_byte_position)" for name in ("error_type", "error_message", "column_name"))
     hidden = f"max(error_type::VARCHAR IN ('{_UNQUOTED}', '{_TOO_LONG}'))"
     try:
         rejects = one(
             engine, f"SELECT count(DISTINCT line), min(line_byte_position), {first}, {hidden} FROM reject_errors"
         )
-    except duckdb.CatalogException:  # without a rejected line there is no such table
+    except duckdb.CatalogException:  # the table exists only after a rejected line
         return
     engine.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
     number, byte, kind, message, name, hides_lines = rejects
@@ -120,7 +120,7 @@ def _count_rejects(engine: Connection, raw: RawFile, read: RawFile, bad: BadRows
 
 
 def _explain(kind: str, message: str, name: str | None) -> str:
-    """DuckDB's message in one line and in a user's words."""
+    """Rephrase DuckDB's message for users, in one line."""
     if kind == "CAST":
         value = message.partition('Could not convert string "')[2].rpartition('" to ')[0]
         wanted = "an integer" if "INT" in message.rpartition(" to ")[2] else "a number"
@@ -135,9 +135,9 @@ def _explain(kind: str, message: str, name: str | None) -> str:
 
 
 def check_rows(build: Build) -> None:
-    """Makes the views of the usable events, impressions and rows of items: all, or with skipping those left.
+    """Create the views usable_events, impressions and usable_items, without bad rows.
 
-    Raises DataError for the first unusable row, unless such rows may be skipped, and where there are no events.
+    Raises DataError for the first bad row, unless bad rows may be skipped, and if there are no events.
     """
     build.skipped.update(build.once("checked", lambda: _check(build)))
     usable = _usable(build, 0) if build.writer.journal["checked"] else "true"
@@ -167,7 +167,7 @@ def _check(build: Build) -> dict[str, int]:
 
 
 def _unusable_values(build: Build, part: int) -> dict[str, str]:
-    """Column → SQL condition under which its value in a part cannot be used."""
+    """Column → SQL condition for an unusable value in a part."""
     schema, raw = build.schema, build.raw
     conditions = {name: f'"{name}" IS NULL' for name in ("user", "item")}
     if schema.action:
@@ -186,14 +186,14 @@ def _unusable_values(build: Build, part: int) -> dict[str, str]:
 
 
 def unusable_number(build: Build, name: str) -> str:
-    """SQL condition under which a number or a vector cannot be used."""
+    """SQL condition for an unusable number or vector."""
     if build.schema.quantities()[name] not in build.schema.vectors:
         return f"coalesce(isnan({name}), false)"
     return f"({name} IS NOT NULL AND (isnan({name}[1]) OR len({name}) <> {vector_width(build, name)}))"
 
 
 def vector_width(build: Build, name: str) -> int:
-    """Numbers of a vector, those of the first row that has one; 1 for what is no vector."""
+    """Width of a vector feature, which its first vector decides; 1 for other features."""
     if build.schema.quantities()[name] not in build.schema.vectors:
         return 1
     of_events = name in build.raw.event_items
@@ -203,13 +203,13 @@ def vector_width(build: Build, name: str) -> int:
 
 
 def _quantities_of_items(build: Build) -> dict[str, str]:
-    """Those of i0, i1, … that are numbers or vectors of the table of items → the feature."""
+    """i0, i1, … → feature, for numbers and vectors in the table of items."""
     names = build.schema.of_items().keys() - set(build.raw.event_items)
     return {name: feature for name, feature in build.schema.quantities().items() if name in names}
 
 
 def _check_log(build: Build, part: int, log: RawFile, bad: BadRows) -> None:
-    """One pass over the file. A row with several unusable values counts once, for the first of them."""
+    """Check a file in one pass. A row with several unusable values counts once, for the first of them."""
     conditions = _unusable_values(build, part)
     selected, earlier = [], "false"
     for name, condition in conditions.items():
@@ -224,7 +224,7 @@ def _check_log(build: Build, part: int, log: RawFile, bad: BadRows) -> None:
 
 
 def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) -> tuple[str, str, str]:
-    """(reason, location, detail) of the unusable value of a column in one of the rows as read."""
+    """Return (reason, location, detail) of the unusable value of column ``name`` in one of the rows as read."""
     value, kind = f"CAST({identifier(name)} AS VARCHAR)", f"typeof({identifier(name)})"
     text, kind = one(build.engine, f"SELECT {value}, {kind} FROM {rows} WHERE source_row = {row}")
     column = build.raw.descriptions.get(name) or ColumnDescription(name, "a value")
@@ -238,9 +238,9 @@ def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) 
 
 
 def _check_numbers(build: Build, bad: BadRows) -> None:
-    """Rows of the table of items whose numbers are none, and vectors of another width than the first, are bad rows.
+    """Count rows of the table of items with an unusable number or vector as bad rows.
 
-    Raises DataError where a number has no value at all.
+    Raises DataError if a number has no value at all.
     """
     of_items = _quantities_of_items(build)
     for name, feature in build.schema.quantities().items():
@@ -255,10 +255,9 @@ def _check_numbers(build: Build, bad: BadRows) -> None:
 
 
 def keep_core(build: Build) -> None:
-    """Makes the view of the events: the usable ones of users and items that have enough events.
+    """Create the view events: the usable events of users and items that have enough events.
 
-    Users and items are left out again and again, until all that is left has enough (a k-core). Raises DataError where
-    nothing is left.
+    Repeats until all remaining users and items have enough (a k-core). Raises DataError if nothing remains.
     """
     options = build.options
     if max(options.min_user_events, options.min_item_events) == 1:
@@ -278,7 +277,7 @@ def keep_core(build: Build) -> None:
 
 
 def _find_core(build: Build, least: dict[str, int]) -> int:
-    """Makes the tables core_users and core_items, of ids. Returns the number of rounds."""
+    """Create the tables core_users and core_items of ids. Returns the number of rounds."""
     rounds, known = 0, ""
     kept: dict[str, int] = {}
     while True:

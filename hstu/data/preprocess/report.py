@@ -1,4 +1,4 @@
-"""What preprocessing found: lines for the terminal, and report.md with the plots of lengths and popularity."""
+"""Reports on a store: lines for the terminal, and report.md with plots of lengths and popularity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPORT = "report.md"
 _PLOT = "lengths_and_popularity.png"
 _CHUNK = 1 << 22
 _TRUNCATED_AT = (50, 200, 1000)
-"""Values of max_sequence_length for which the report shows how much they cut off."""
+"""Values of max_sequence_length whose truncation the report shows."""
 _MOST_ACTIONS = 50
 
 
@@ -67,15 +67,15 @@ def format_report(store: SequenceStore) -> str:
 
 
 def _differences(statistics: Mapping[str, Any]) -> dict[str, float]:
-    """The published statistics that differ from those found by more than the rounding to an integer."""
+    """Published statistics that differ from the found values by more than rounding to an integer."""
     published: Mapping[str, float] = statistics["published"]
     return {name: value for name, value in published.items() if abs(statistics[name] - value) >= 1}
 
 
 def write_report(store: SequenceStore, folder: Path) -> Path:
-    """Writes report.md and its plots into ``folder``, and returns report.md.
+    """Write report.md and its plots into ``folder``. Returns the path of report.md.
 
-    Reads every event once. Memory is bounded, except for one counter per item.
+    Reads every event once, in bounded memory except for one counter per item.
     """
     folder.mkdir(exist_ok=True)
     lengths, counts = np.diff(store.offsets()), _event_counts(store, store.item_feature)
@@ -104,7 +104,7 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
 
 
 def _rows(store: SequenceStore, lengths: np.ndarray) -> Iterator[tuple[str, object]]:
-    """Time span, rows that were left out, and what training leaves out."""
+    """Skipped rows, the time span, and what training leaves out."""
     skipped = store.statistics.get("skipped_rows", {})
     yield from ((f"skipped: {why}", number) for why, number in sorted(skipped.items()))
     yield "skipped in all", sum(skipped.values())
@@ -124,14 +124,14 @@ def _rows(store: SequenceStore, lengths: np.ndarray) -> Iterator[tuple[str, obje
 
 
 def _times(store: SequenceStore) -> tuple[int, int, int, int]:
-    """(first time, last time, events at the second of their user's event before, users whose last event is one)."""
+    """(first time, last time, events in the second of their user's previous event, users whose last event is one)."""
     times, offsets = store.sequence(str(store.timestamp_feature)), store.offsets()
     spans, events, users = [], 0, 0
     for begin in range(0, store.num_events, _CHUNK):
         chunk = times[begin : begin + _CHUNK + 1]
         spans += [int(chunk.min()), int(chunk.max())]
         tied = begin + 1 + np.flatnonzero(chunk[1:] == chunk[:-1])
-        tied = tied[offsets[np.searchsorted(offsets, tied)] != tied]  # those of the same user
+        tied = tied[offsets[np.searchsorted(offsets, tied)] != tied]  # within one user
         events += len(tied)
         users += int((offsets[np.searchsorted(offsets, tied + 1)] == tied + 1).sum())
     return min(spans), max(spans), events, users
@@ -156,7 +156,7 @@ def _quantiles(rows: Sequence[tuple[str, np.ndarray]]) -> str:
 
 
 def _most_frequent(store: SequenceStore, of_items: np.ndarray) -> Iterator[tuple[str, str, str]]:
-    """Feature, its values, and its most frequent values with the users, items or events that have them."""
+    """Feature, number of values, and most frequent values with their number of users, items or events."""
     raw, titles = store.raw_ids(store.item_feature), store.titles()
     names = raw if titles is None else [f"{raw_id} {title}" for raw_id, title in zip(raw, titles, strict=True)]
     yield f"{store.item_feature}, events", f"{len(of_items):,}", _shown(names, of_items, 10)
@@ -173,7 +173,7 @@ def _most_frequent(store: SequenceStore, of_items: np.ndarray) -> Iterator[tuple
 
 
 def _actions(store: SequenceStore, action: str) -> str:
-    """Each action with its events, or each signal of actions that are bit masks."""
+    """Events of each action, or of each signal if actions are bit masks."""
     counts = _event_counts(store, action)
     values = np.arange(len(counts))
     name = resolve_name(store.name)
@@ -189,7 +189,7 @@ def _shown(values: Sequence[Any] | np.ndarray, counts: np.ndarray, most: int) ->
 
 
 def _values_of(store: SequenceStore, feature: str) -> str:
-    """How many values a feature of users, items or events has, and a list on average."""
+    """Number of values of a feature, and values per item of a list."""
     if (found := store.features[feature].statistics) is not None:
         width = store.features[feature].width
         kind = "number" if width == 1 else f"vector of {width}"
@@ -202,7 +202,7 @@ def _values_of(store: SequenceStore, feature: str) -> str:
 
 
 def _draw(lengths: np.ndarray, counts: np.ndarray, image: Path) -> None:
-    """A histogram of the lengths of histories, and events per item by rank with the items that have half of all."""
+    """Plot a histogram of history lengths, and events per item by rank, with the items that have half of all events."""
     with open_figure(image, (10.0, 3.2), 100) as figure:
         left, right = figure.subplots(1, 2)
         edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 40).astype(int))
@@ -228,7 +228,7 @@ def _date(seconds: int) -> str:
 
 
 def _table(header: Sequence[str], rows: Any) -> str:
-    """A table in Markdown. Numbers get thousands separators; floats are rounded to two places."""
+    """A Markdown table. Numbers get thousands separators; floats are rounded to two decimals."""
     cells = [[_as_text(_cell(value)) for value in row] for row in rows]
     return tabulate(cells, [_as_text(name) for name in header], tablefmt="pipe", disable_numparse=True) + "\n"
 
@@ -240,7 +240,7 @@ def _cell(value: object) -> str:
 
 
 def _as_text(text: str) -> str:
-    """Raw data in one line and as it is, not as markup."""
+    """Escape raw data, so that it is one line of plain text in Markdown."""
     return "".join(
         f"\\{character}" if character in "\\`*[]|<>" else character for character in printable(text, keep="")
     )

@@ -1,6 +1,6 @@
-"""Starter gin files of a store, one per task: every table declared, sizes taken from the data, ready to train.
+"""Writes starter gin files for a store, one per task, with all tables and with sizes from the data.
 
-The sizes suit two CPU cores. A file that exists is never replaced, because its user may have edited it.
+The sizes suit two CPU cores. Existing files are never replaced, because users may have edited them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Settings = Mapping[str, object]
 """Option → value: a paragraph of a gin file."""
 
 _HEADROOM, _LEAST_HEADROOM = 0.1, 8
-"""Spare rows of a table, as a fraction of its ids, and at least."""
+"""Spare rows of a table: fraction of its ids, and the minimum."""
 _LONGEST = 200
 """Largest max_sequence_length of a starter file."""
 _MOST_CANDIDATES = 100
-"""Candidates per sample; larger requests are divided."""
+"""Most candidates per sample; larger requests are divided."""
 _COVERED = 0.95
-"""Share of the users whose whole histories fit, as far as _LONGEST allows."""
+"""Share of users whose whole histories fit, unless _LONGEST cuts them."""
 _FULL_SOFTMAX_ITEMS = 20_000
 """With more items, retrieval draws negatives."""
 _MOST_CLASSES = 1000
@@ -38,12 +38,10 @@ _NETWORK = NetworkArgs(num_layers=2, hidden_size=64, num_attention_heads=2, kv_c
 
 
 def write_starters(store: SequenceStore, path: Path) -> Iterator[str]:
-    """Writes ``<path>_retrieval.gin`` and ``<path>_ranking.gin``. Yields one line per task: how to train, or why not.
+    """Write ``<path>_retrieval.gin`` and ``<path>_ranking.gin``. Yields how to train, or why not, per task.
 
-    Beside a file that differs and is older than the store, ``<file>.new`` is written.
-
-    Args:
-        path: the store as the files name it, absolute or relative to where training will start.
+    If a file differs and is older than the store, ``<file>.new`` is written beside it.
+    ``path``: the store's path in the files, absolute or relative to the directory where training will start.
     """
     special: Mapping[Task, Sequence[Settings] | str] = {"retrieval": _retrieval(store), "ranking": _ranking(store)}
     for task, settings in special.items():
@@ -56,12 +54,12 @@ def write_starters(store: SequenceStore, path: Path) -> Iterator[str]:
 
 
 def rows_with_headroom(ids: int) -> int:
-    """Rows for a table of ``ids`` ids, so that ids of later data still fit."""
+    """Rows of a table for ``ids`` ids, with spare rows for ids of later data."""
     return ids + max(int(_HEADROOM * ids), _LEAST_HEADROOM)
 
 
 def _write(file: Path, text: str, store: SequenceStore) -> str:
-    """Writes the file unless there is one. Returns what to add to the message."""
+    """Write the file unless it exists. Returns a suffix for the message."""
     if not file.exists():
         replace_text(file, text, shared=True)
     elif file.read_text(encoding="utf-8", errors="replace") != text:
@@ -101,7 +99,7 @@ def _data(store: SequenceStore, path: Path, context: Sequence[str]) -> Settings:
 
 
 def _side(store: SequenceStore) -> Iterator[str]:
-    """The paragraph of the features of items and events, if there are any."""
+    """Settings of item and event features, if there are any."""
     events = [*store.event_features, *store.event_number_features]
     if names := [*store.item_side_features, *store.item_number_features, *events]:
         comment = "# Remove from known_after what is known before the event, such as a device or an hour.\n"
@@ -132,7 +130,7 @@ def _tables(store: SequenceStore, context: Sequence[str]) -> Iterator[Settings]:
         if table.table_name not in used:
             continue
         scope = _scope(table, scopes)
-        is_action = table.table_name == store.action_feature  # whose new values would also need new classes
+        is_action = table.table_name == store.action_feature  # new actions would also need new classes
         rows = table.item_vocab_size_or_capacity
         settings = {
             "feature_names": table.feature_names,
@@ -145,7 +143,7 @@ def _tables(store: SequenceStore, context: Sequence[str]) -> Iterator[Settings]:
 
 
 def _scope(table: EmbeddingArgs, taken: set[str]) -> str:
-    """A new identifier for the table, like the name of its feature."""
+    """A unique identifier for the table, derived from the name of its feature."""
     name = re.sub(r"\W", "_", table.table_name, flags=re.ASCII)
     name = f"_{name}" if name[0].isdigit() else name
     while name in taken:
@@ -173,7 +171,7 @@ def _trainer(samples: int, best_metric: str, best_metric_mode: str) -> Settings:
 
 
 def _retrieval(store: SequenceStore) -> Sequence[Settings] | str:
-    """The settings of retrieval alone, or why the data does not allow it."""
+    """Settings specific to retrieval, or the reason why the data does not allow it."""
     lengths = np.diff(store.offsets())
     if store.split is not None:
         held_out: Settings = {}
@@ -193,7 +191,7 @@ def _retrieval(store: SequenceStore) -> Sequence[Settings] | str:
 
 
 def _ranking(store: SequenceStore) -> Sequence[Settings] | str:
-    """The settings of ranking alone, or why the data does not allow it."""
+    """Settings specific to ranking, or the reason why the data does not allow it."""
     if store.action_feature is None:
         return "the data has no action; for your own table, name its column with --action"
     if store.num_users < 2 and store.split is None:
@@ -209,7 +207,7 @@ def _ranking(store: SequenceStore) -> Sequence[Settings] | str:
 
 
 def _training_lengths(store: SequenceStore) -> np.ndarray:
-    """Events that each user is trained on, int64 [U], where the data has a split."""
+    """Training events of each user, int64 [U]. The data must have a split."""
     return store.held_out("valid")[0] - store.offsets()[:-1]
 
 

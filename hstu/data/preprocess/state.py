@@ -1,4 +1,4 @@
-"""What the stages of a build share: options, working tables and the journal of what is done, the count of bad rows."""
+"""What the stages of a build share: options, working tables, the journal of finished stages, counts of bad rows."""
 
 from __future__ import annotations
 
@@ -21,34 +21,31 @@ _log = logging.getLogger(__name__)
 Policy = Literal["raise", "skip"]
 T = TypeVar("T")
 _QUIET_S = 10.0
-"""A build that takes longer logs the stages that follow."""
+"""A build that takes longer logs each further stage."""
 
 
 class BuildLimits(TypedDict, total=False):
-    """Limits of a build that a user may set."""
+    """Options of a build that a user may set."""
 
     memory_limit: str
-    """Of the whole process, such as "4GB". Larger data is kept in working files beside the store."""
+    """Of the whole process, such as "4GB". Larger data goes to working files beside the store."""
     bad_row_policy: Policy
-    """"raise": the first row that cannot be used ends the run; "skip": such rows are skipped and counted."""
+    """"raise": the first bad row ends the run; "skip": bad rows are skipped and counted."""
     max_bad_rows: int
-    """With "skip": more such rows than this end the run."""
+    """With "skip": more bad rows than this end the run."""
     raw_ids: tuple[str, ...]
-    """"item", "user": models get their raw ids, int64, in place of codes; their tables are dynamic."""
+    """"item", "user": models get raw ids, int64, instead of codes; the tables are dynamic."""
     min_user_events: int
-    """Users with fewer events are left out; with ``min_item_events`` until all that is left has enough."""
+    """Users with fewer events are left out; repeated with ``min_item_events`` until all others have enough."""
     min_item_events: int
     """Items with fewer events are left out."""
     all_items: bool
-    """The items of the tables of items and titles that have no events are items, too."""
+    """Keep items without events that the tables of items and titles list."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Where the store goes and how it is made; ``command`` is stored as the way to make it again.
-
-    ``force`` replaces an existing store.
-    """
+    """Options of a build. ``command`` rebuilds the store; ``force`` replaces an existing store."""
 
     name: str
     output: Path
@@ -65,17 +62,17 @@ class BuildOptions:
 
 @dataclass
 class BadRows:
-    """Counts rows that cannot be used. The first one ends the run, or they are skipped up to ``limit``."""
+    """Counts bad rows. The first one ends the run, or they are skipped up to ``limit``."""
 
     policy: Policy
     limit: int
     before: int = 0
-    """Rows that earlier stages have skipped."""
+    """Rows that earlier stages skipped."""
     counts: Counter[str] = field(default_factory=Counter)
     """Reason → rows."""
 
     def add(self, number: int, reason: str, location: str, detail: str) -> None:
-        """Counts ``number`` rows, the first of them at ``location``. DataError unless they may be skipped."""
+        """Count ``number`` rows, the first of them at ``location``. Raises DataError unless they may be skipped."""
         if not number:
             return
         more = f" ({number:,} such rows)" if number > 1 else ""
@@ -94,15 +91,15 @@ class BadRows:
 
 @dataclass(frozen=True)
 class Build:
-    """One run over the stages. Each leaves its result in the journal, a working table, or a part of the store.
+    """One run of the stages. Each stage leaves its result in the journal, a working table, or a part of the store.
 
-    A working table is a Parquet file in the writer's scratch folder and a view of it that queries name:
+    A working table is a Parquet file in the writer's scratch directory, with a view of the same name for queries:
 
-        log_0, …       rows of the raw files as read, with ``source_row``, their number from 0
-        context, titles, item_table      the other files as RawTables describes them, with ``source_row``
-        typed          all events and impressions as RawTables describes them; (part, source_row) is their order
-        events         those events that are stored; impressions, candidates: the same of requests
-        users, items, vocabulary_<feature>   id, and its ``code``
+        log_0, …                            rows of the raw files as read; ``source_row`` numbers them from 0
+        context, titles, item_table         the other files as in RawTables, with ``source_row``
+        typed                               all events and impressions as in RawTables, ordered by (part, source_row)
+        events, candidates                  the stored events and impressions
+        users, items, vocabulary_<feature>  id and its ``code``
     """
 
     raw: RawTables
@@ -115,7 +112,7 @@ class Build:
     begun: float = field(default_factory=time.monotonic)
 
     def once(self, stage: str, make: Callable[[], T]) -> T:
-        """The result of a stage, JSON: of this run, or of one that was interrupted after it."""
+        """Run a stage, or return its JSON result from an earlier, interrupted run."""
         journal = self.writer.journal
         if stage not in journal:
             if (seconds := time.monotonic() - self.begun) > _QUIET_S:
@@ -125,7 +122,7 @@ class Build:
         return result
 
     def table(self, name: str, query: str, number: str | None = None) -> int:
-        """Makes the working table of a query's rows, once. ``number``: column for their number. Returns how many."""
+        """Create a working table from a query, once. ``number``: column of row numbers. Returns the number of rows."""
         rows = self.once(name, lambda: write_parquet(self.engine, query, self.file(name)))
         self.show_file(name, number)
         return rows
@@ -135,21 +132,21 @@ class Build:
         return self.writer.scratch / f"{name}.parquet"
 
     def show_file(self, name: str, number: str | None = None) -> None:
-        """Makes the view of a working table's file. ``number``: column for the number of each row from 0."""
+        """Create the view of a working table. ``number``: column of row numbers, from 0."""
         numbered = f"* EXCLUDE file_row_number, file_row_number AS {number}" if number else "*"
         rows = f"read_parquet({one_file(self.file(name))}, hive_partitioning = false, file_row_number = {bool(number)})"
         self.view(name, f"SELECT {numbered} FROM {rows}")
 
     def view(self, name: str, query: str) -> None:
-        """Names a query, which is run anew wherever it is used."""
+        """Name a query, which runs again wherever it is used."""
         self.engine.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
 
     def bad_rows(self) -> BadRows:
-        """The counter of a stage, which may skip as many rows as earlier stages have left."""
+        """Create the counter of a stage. Rows that earlier stages skipped count towards its limit."""
         return BadRows(self.options.bad_row_policy, self.options.max_bad_rows, self.skipped.total())
 
     def order(self) -> str:
-        """SQL columns by which the events of a user are sorted. A split separates events of one time."""
+        """SQL columns that sort a user's events. A split separates events of one time."""
         time_column = '"time", ' if self.schema.timestamp else ""
         split = '"split", ' if self.schema.timestamp and self.schema.split else ""
         return f"{time_column}{split}part, source_row"
@@ -159,13 +156,13 @@ class Build:
         return self.writer.journal["types"]["labels"] if self.raw.resolve_types else []
 
     def shown(self) -> str:
-        """SQL of the events and of the candidates, which lack columns of users."""
+        """SQL relation of the events and the candidates, which lack columns of users."""
         if not self.raw.requests:
             return "events"
         return "(SELECT * FROM events UNION ALL BY NAME SELECT * EXCLUDE number FROM candidates)"
 
 
 def source_names(files: Sequence[Path]) -> dict[str, Path]:
-    """Raw files by how meta.json lists them: by name, or by path where two files have the name."""
+    """Name in meta.json → raw file. The name is the file name, or the path if two files share the name."""
     namesakes = Counter(file.name for file in dict.fromkeys(files))
     return {file.name if namesakes[file.name] == 1 else str(file): file for file in files}

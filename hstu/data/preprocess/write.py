@@ -1,6 +1,6 @@
-"""Last stages: users, items and requests are numbered, and arrays are filled one bucket of users or requests at a time.
+"""Last stages: number users, items and requests, and fill the arrays one bucket of users or requests at a time.
 
-Requests are groups of impressions. Those without a history are left out.
+A request is a group of impressions. Requests without a history are left out.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from hstu.data.preprocess.state import Build
 _log = logging.getLogger(__name__)
 
 _SORT_BYTES_PER_ROW = 400
-"""Upper bound of the memory per row of a bucket while it is joined and sorted."""
+"""Upper bound of the memory per row while a bucket is joined and sorted."""
 _FEATURE_BYTES_PER_ROW = 60
-"""The same for each feature of the events."""
+"""Additional memory per row for each event feature."""
 
 
 def number_users_and_items(build: Build) -> tuple[np.ndarray, int]:
-    """Makes the tables users and items (id, events, code), ascending in id.
+    """Create the tables users and items (id, events, code), ascending in id.
 
     Returns the number of events of each user, int64 [U], and the number of items.
     """
@@ -45,7 +45,7 @@ def number_users_and_items(build: Build) -> tuple[np.ndarray, int]:
 
 
 def write_vocabularies(build: Build) -> None:
-    """Writes the raw ids of users and items, the texts of actions, and the items' titles: those of their first rows."""
+    """Write the raw ids of users and items, the texts of actions, and the title in the first row of each item."""
     build.writer.write_vocabulary(USER_FEATURE, column(build.engine, "SELECT id FROM users ORDER BY code"))
     build.writer.write_vocabulary(build.schema.item, column(build.engine, "SELECT id FROM items ORDER BY code"))
     if build.schema.action and (labels := build.labels()):
@@ -58,7 +58,7 @@ def write_vocabularies(build: Build) -> None:
 
 
 def keep_raw_ids(build: Build) -> None:
-    """Marks the features whose raw ids models get. Raises DataError for ids that are strings."""
+    """Mark the features that models get as raw ids. Raises DataError for string ids."""
     features = {"item": ("items", build.schema.item), "user": ("users", USER_FEATURE)}
     for role in build.options.raw_ids:
         table, feature = features[role]
@@ -68,7 +68,7 @@ def keep_raw_ids(build: Build) -> None:
 
 
 def write_events(build: Build, offsets: np.ndarray, num_items: int) -> dict[str, str]:
-    """Writes items, actions, times and the features of events. Returns e0, e1, … → SQL of its value.
+    """Write items, actions, times and event features. Returns e0, e1, … → SQL of its value.
 
     Each bucket of users is joined with the codes, sorted, written and committed.
     """
@@ -98,13 +98,13 @@ def write_events(build: Build, offsets: np.ndarray, num_items: int) -> dict[str,
 
 
 def rows_per_bucket(build: Build, num_features: int) -> int:
-    """How many events may be sorted at once."""
+    """Largest number of events to sort at once."""
     bytes_per_row = _SORT_BYTES_PER_ROW + _FEATURE_BYTES_PER_ROW * num_features
     return memory_bytes(build.options.memory_limit) // bytes_per_row
 
 
 def bucket_bounds(offsets: np.ndarray, rows: int) -> list[int]:
-    """Users [bounds[i], bounds[i + 1]) form a bucket of about ``rows`` events at most; a user is never divided."""
+    """Users [bounds[i], bounds[i + 1]) form a bucket of at most about ``rows`` events. Users stay whole."""
     events = int(offsets[-1])
     wanted = np.linspace(0, events, -(-events // rows) + 1)
     return [int(bound) for bound in np.unique(np.searchsorted(offsets, wanted))]
@@ -119,7 +119,7 @@ def write_rows(
     place: slice,
     parameters: Sequence[Any] = (),
 ) -> None:
-    """Fills a place of ``arrays`` with the rows of a query in ``order``; items and features become codes.
+    """Fill the slice ``place`` of ``arrays`` with a query's rows in ``order``; items and features become codes.
 
     ``features``: e0, e1, … → SQL of its value.
     """
@@ -146,10 +146,9 @@ def write_rows(
 
 
 def write_split(build: Build, offsets: np.ndarray) -> None:
-    """Writes the bounds, if the data has a split. ``offsets``: int64 [U + 1], the events of each user.
+    """Write the bounds of the splits, if the data has any. ``offsets``: int64 [U + 1], event offsets of users.
 
-    Raises DataError where a split begins before an earlier one of the same user has ended, and where nothing would be
-    trained on or nothing evaluated.
+    Raises DataError if splits of a user overlap, and if no event is for training or none for evaluation.
     """
     schema = build.schema
     if schema.split is None:
@@ -179,10 +178,10 @@ def write_split(build: Build, offsets: np.ndarray) -> None:
 
 
 def find_requests(build: Build) -> dict[str, int]:
-    """Makes the tables requests (by user and time) and candidates (with ``number``, the row of their request).
+    """Create the tables requests, sorted by user and time, and candidates (``number``: row of their request).
 
-    Requests of users without an event before them are left out with a warning. Returns how many there are of all.
-    Raises DataError where none is left.
+    Warns about requests without an earlier event of their user and leaves them out. Returns the counts for statistics.
+    Raises DataError if no request is left.
     """
     if not build.raw.requests:
         return {}
@@ -221,9 +220,9 @@ def find_requests(build: Build) -> dict[str, int]:
 def write_requests(
     build: Build, offsets: np.ndarray, requests: int, candidates: int, features: Mapping[str, str]
 ) -> None:
-    """Writes the requests and their candidates.
+    """Write the requests and their candidates. The events must be written already.
 
-    offsets: int64 [U + 1], the events of each user, which are written already. features: e0, e1, … → SQL of its value.
+    ``offsets``: int64 [U + 1], event offsets of users. ``features``: e0, e1, … → SQL of its value.
     """
     of_requests = build.writer.create_requests(requests, candidates)
     _write_requests(build, of_requests, offsets)
@@ -256,10 +255,7 @@ def _write_requests(build: Build, arrays: Mapping[str, np.memmap], offsets: np.n
 
 
 def first_from(times: np.ndarray, begin: np.ndarray, end: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """The first place in [begin[i], end[i]) whose time is at[i] or later, else end[i]; int64 [n].
-
-    ``times`` ascend within each of these ranges.
-    """
+    """First index in [begin[i], end[i]) with times >= at[i], else end[i]; int64 [n]. ``times`` ascend in each range."""
     low, high = begin.astype(np.int64), end.astype(np.int64)
     while (open_ := low < high).any():
         middle = (low + high) // 2

@@ -134,10 +134,7 @@ def attention(
     is_causal: bool = True,
     window: Window = NO_WINDOW,
 ) -> TwoPasses:
-    """Attention of one layer over sequences of ``tokens`` tokens each.
-
-    Forward moves q, k, v and the output; backward moves these and the gradients of all four.
-    """
+    """Attention of one layer. Forward moves q, k, v and the output; backward moves these and their gradients."""
     forward = float(attention_flops(tokens, candidate_tokens, num_heads, head_dim, is_causal, window).sum())
     tensor = float(element_size * int(np.sum(tokens)) * num_heads * head_dim)
     return TwoPasses(Cost(forward, 4 * tensor), Cost((ATTENTION_PASSES - 1) * forward, 8 * tensor, 2))

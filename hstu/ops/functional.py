@@ -215,8 +215,8 @@ def softmax_loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Ne
         queries: [M, D], L2-normalized.
         positives: [M, D], L2-normalized vectors of the targets.
         pool: [S, D], L2-normalized vectors of the negatives, shared by all queries.
-        negatives: ids, weights, masks and draws of the negatives, and the temperature.
-        kernel: :attr:`hstu.ops.kernels.Kernels.sampled_softmax_loss` with draws, else ``pool_softmax_loss``.
+        negatives: their ids, weights, masks and draws, and the temperature.
+        kernel: ``sampled_softmax_loss`` of :class:`hstu.ops.kernels.Kernels` with draws, else ``pool_softmax_loss``.
 
     Returns:
         Scalar, float32 (float64 if all vectors are); 0 where M = 0 or no query has a negative.

@@ -108,11 +108,7 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Inputs of attention: q, k and v [T, H, d] of one dtype, any strides. A token attends to its own sequence.
-
-    Raises:
-        ValueError: there is a bias, but the layout has no times.
-    """
+    """Inputs of attention: q, k, v [T, H, d], one dtype, any strides. Raises ValueError: a bias without token times."""
 
     q: Tensor
     k: Tensor
@@ -292,10 +288,7 @@ class ServedBy:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Kernels of a model, one per operator; built by :func:`hstu.ops.select.select_kernels`.
-
-    All operators after the first four are differentiable functions, except ``update_rows``.
-    """
+    """One kernel per operator. After the first four, all but ``update_rows`` are differentiable functions."""
 
     attention: AttentionKernels
     add_layer_norm: AddLayerNormKernels

@@ -168,7 +168,6 @@ class HSTULayerFunction(torch.autograd.Function):
 
 
 def _recompute(layer: _Computation, x: Tensor, rng_state: Tensor | None) -> SavedActivations:
-    """Recompute all activations, with the dropout of forward."""
     with torch.random.fork_rng(devices=[], enabled=rng_state is not None):
         if rng_state is not None:
             torch.set_rng_state(rng_state)

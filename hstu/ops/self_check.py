@@ -130,7 +130,6 @@ def errors(case: Case, kernels: Any, device: torch.device) -> Errors:
 def _results(
     function: Function, leaves: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | str = "cpu"
 ) -> list[Tensor]:
-    """Output and gradients, on the CPU."""
     with torch.enable_grad():
         inputs = [leaf.detach().to(device, dtype).requires_grad_() for leaf in leaves]
         out = function(*inputs)
@@ -319,10 +318,7 @@ def small_layout(
 
 
 def cache_directory() -> Path:
-    """The user's cache directory of this package, in XDG_CACHE_HOME if set; it may not exist yet.
-
-    Raises OSError if the user has no home directory.
-    """
+    """The user's cache directory for hstu; it may not exist. Raises OSError if the user has no home directory."""
     try:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:

@@ -1,5 +1,5 @@
 """Triton kernels for NVIDIA GPUs, with the functions that launch them.
 
-``operators.py`` lists the operators for :mod:`hstu.ops.select`; ``support.py`` says which shapes they serve and imports
-without Triton. Besides these, ``slots.py`` is imported by dynamic tables and ``compile_ahead.py`` by tools and tests.
+``operators.py`` lists the operators for :mod:`hstu.ops.select`; ``support.py`` states the supported shapes and imports
+without Triton. Dynamic tables import ``slots.py``; tools and tests import ``compile_ahead.py``.
 """

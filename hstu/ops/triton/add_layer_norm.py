@@ -1,7 +1,7 @@
-"""The residual stream and its LayerNorm by Triton kernels: one pass over memory forward, one backward.
+"""Triton kernels of the residual stream and its LayerNorm: one pass over memory forward, one backward.
 
-A program works on one row at a time and reads it once. It sums the gradients of the affine weights in registers, and
-PyTorch adds the sums of all programs: there are no atomics.
+Each program processes one row at a time and reads it once. It sums the gradients of the affine weights in registers;
+PyTorch adds the sums of all programs, so there are no atomics.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ from hstu.ops.triton.primitives import Matrix, elements, matrix
 
 FORWARD_PROGRAMS = 8 * 132
 BACKWARD_PROGRAMS = 4 * 132
-"""Largest numbers of programs: all run at once on the 132 multiprocessors of an H100, each with room for 12 or 6.
-
-Each program of backward writes one row of partial sums of the affine gradients.
-"""
+"""Largest numbers of programs. All run at once on the 132 multiprocessors of an H100, each with room for 12 or 6.
+Each backward program writes one row of partial sums of the affine gradients."""
 
 
 def forward(inputs: AddLayerNormInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +82,6 @@ def _matrix_or_none(tensor: Tensor | None) -> Matrix:
 
 
 def _over_rows(kernel: Any, x: Tensor, programs: int) -> Callable[..., object]:
-    """Launcher of a kernel over the rows of x [T, D]."""
     return partial(row_launcher(kernel, min(programs, len(x)), x.shape[1]), num_rows=len(x))
 
 
@@ -103,10 +100,7 @@ def add_layer_norm_forward(
     x, update, weight, bias, total, normalized, mean, rstd, num_rows, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr,
 ):  # fmt: skip
-    """normalized = norm(total) · weight + bias, where total = x + update is written if HAS_UPDATE. Grid: (programs,).
-
-    BLOCK ≥ WIDTH, the columns of a row.
-    """
+    """normalized = norm(total) · weight + bias; writes total = x + update if HAS_UPDATE. Grid: (programs,)."""
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
@@ -133,7 +127,7 @@ def add_layer_norm_backward(
 ):  # fmt: skip
     """grad_x = grad_total + gradient through the norm; grad_update = grad_x if ROUNDED. Grid: (programs,).
 
-    weight_sums, bias_sums: [programs, WIDTH], one row written by each program.
+    Each program writes one row of weight_sums and of bias_sums, [programs, WIDTH].
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH

@@ -1,4 +1,4 @@
-"""HSTU attention by Triton kernels: host functions and the tile sizes from which they choose."""
+"""HSTU attention by Triton kernels: host functions and tile sizes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from hstu.ops.triton.primitives import Heads, heads, matrix
 TIME_SLOTS = 64
 """Copies of the totals of the time buckets, so that atomics on one bucket rarely collide."""
 BIAS_GROUPS = 64
-"""Groups that the sequences are split into for the gradient of the bias."""
+"""Number of groups of sequences for the gradient of the bias."""
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
     """See :data:`hstu.ops.kernels.AttentionForward`."""
-    # Not empty_like: v is a view with gaps between its heads, and the consumer of the output wants it contiguous.
+    # Not empty_like: v has gaps between its heads, and the consumer of the output needs it contiguous.
     out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
     if inputs.layout.num_tokens:
         _Call(inputs).launcher(_FORWARD)(out=heads(out))
@@ -65,10 +65,10 @@ class _Kernel(NamedTuple):
     """A kernel with one program per head and per tile of each sequence."""
 
     name: str
-    """That of its tile sizes."""
+    """Key of its tile sizes."""
     function: Any
     tile: str
-    """Rows of a tile."""
+    """Name of the constant that holds the rows of a tile."""
 
 
 _FORWARD = _Kernel("forward", kernels.attention_forward, "BLOCK_M")
@@ -78,14 +78,13 @@ _QUERIES = _Kernel("queries", kernels.attention_backward_queries, "BLOCK_M")
 
 @dataclass
 class _Call:
-    """The arguments that all kernels of one call share."""
+    """Arguments that all kernels of one call share."""
 
     inputs: AttentionInputs
     silu: bool = False
-    """Whether the gradients are those of the pre-activations of q, k and v."""
+    """Whether backward writes the gradients of the pre-activations, not of q, k and v."""
 
     def launcher(self, kernel: _Kernel) -> Callable[..., object]:
-        """Launcher of a kernel."""
         longest = int(self.inputs.layout.seqlens.max())
         launch = launcher(
             kernel.function,
@@ -100,7 +99,7 @@ class _Call:
         return functools.partial(launch, **shared, inverse_n=1.0 / self.inputs.config.scaling_seqlen)
 
     def partial_sums(self, kernel: _Kernel, count: int) -> Iterable[Any]:
-        """Memory for ``count`` gradients of a kernel, each summed over tiles: [tiles, H, d]. None without SiLU."""
+        """Zeros [count, tiles, H, d] for the sums of ``count`` gradients over the rows of tiles; None without SiLU."""
         if not self.silu:
             return (None,) * count
         smallest = min(config.kwargs[kernel.tile] for config in self._configs(kernel))
@@ -114,7 +113,7 @@ class _Call:
         )
 
     def bias_gradients(self, grad: Tensor, bias: RelativeBias) -> RelativeBias:
-        """Gradients of the position and the time weights, in the dtypes of the weights."""
+        """Gradients of the position and time weights, in the dtypes of the weights."""
         device, layout, num_heads = grad.device, self.inputs.layout, self.inputs.q.shape[1]
         position, time = bias.position_weight, bias.time_weight
         position_totals = torch.zeros(len(position), dtype=torch.int64, device=device)
@@ -190,7 +189,7 @@ def _bias_argument(bias: RelativeBias, layout: JaggedLayout) -> Bias:
 
 
 def _longest_first(layout: JaggedLayout) -> Tensor:
-    """int32 [B] on the device: the sequences by falling length."""
+    """Indices of the sequences by falling length: int32 [B] on the device."""
     key = ("triton", "longest first")
     if key not in layout.cache:
         order = np.argsort(-layout.seqlens, kind="stable").astype(np.int32)
@@ -204,13 +203,12 @@ def _bucket_thresholds(device: torch.device) -> Tensor:
 
 
 Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
-"""By the widest tile (block_d) that they serve: (BLOCK_M, BLOCK_N, num_warps, num_stages).
+"""Widest tile (block_d) served → (BLOCK_M, BLOCK_N, num_warps, num_stages). The first that fits the device runs.
 
-The first that fits the device runs. None spills registers up to head dim 128
-(tests/ops/triton/test_compile_ahead.py), but "keys" at 128 with a bias and a window, by 11 instructions. With a bias,
-a tile also holds times, buckets and gathered weights.
+None spills registers up to head dim 128 (tests/ops/triton/test_compile_ahead.py), except "keys" at 128 with a bias and
+a window, by 11 instructions. With a bias, a tile also holds times, buckets and gathered weights.
 """
-# 16-bit inputs, by (kernel, has bias): tiles for compute capability 8.x, and for 9.0 and later.
+# 16-bit inputs: (kernel, has bias) → tiles for compute capability 8.x, tiles for 9.0 and later.
 TILES_16_BIT: dict[tuple[str, bool], tuple[Tiles, Tiles]] = {
     ("forward", False): (
         {64: ((64, 64, 4, 3), (128, 32, 4, 4)), 128: ((64, 64, 4, 2),), 256: ((64, 64, 8, 1), (64, 32, 8, 2))},
@@ -280,7 +278,7 @@ TILES_FLOAT32: dict[tuple[str, bool], Tiles] = {
 def attention_configs(
     kernel: str, block_d: int, itemsize: int, has_bias: bool, capability: tuple[int, int]
 ) -> list[triton.Config]:
-    """Configurations of the kernel ("forward", "keys", "queries"); the first that fits runs."""
+    """Configurations of a kernel ("forward", "keys" or "queries"); the first that fits the device runs."""
     key = (kernel, has_bias)
     by_width = TILES_FLOAT32[key] if itemsize > 2 else TILES_16_BIT[key][capability >= (9, 0)]
     tiles = next(by_width[width] for width in sorted(by_width) if block_d <= width)
@@ -290,7 +288,7 @@ def attention_configs(
 
 
 def bias_config(block_d: int, itemsize: int, capability: tuple[int, int]) -> triton.Config:
-    """Configuration of the kernel for the gradients of the bias, whose grid depends on the tile size."""
+    """Configuration of the kernel for the gradients of the bias; its grid depends on the tile size."""
     if itemsize > 2:
         return triton.Config({"BLOCK": 16}, num_warps=4 if block_d <= 64 else 8, num_stages=1)
     if block_d > 128:

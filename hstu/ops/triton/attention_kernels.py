@@ -1,7 +1,7 @@
-"""Kernels of HSTU attention: forward, gradients of k and v, of q, and of the relative bias.
+"""Kernels of HSTU attention: forward, and the gradients of k and v, of q, and of the relative bias.
 
-Backward recomputes the scores in each kernel. That costs seven products instead of five; in return no two programs
-write the same element, so there are no floating-point atomics and every run gives the same bits.
+Each backward kernel recomputes the scores. This costs seven products instead of five, but no two programs write the
+same element: there are no floating-point atomics, and every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from hstu.ops.triton.primitives import load_rows, rows_of_head, sigmoid, silu_de
 def _store_gradient(
     target, values, before, sums, start, head, first_row, length, slot, mode: tl.constexpr
 ):  # fmt: skip
-    """Write the gradient of the tile of q, k or v that begins with ``first_row``.
+    """Write the gradient of the tile of q, k or v that begins at ``first_row``.
 
-    If ``mode.silu``, multiply it by SiLU' of ``before``, of which the input is the SiLU, and write its sum over the
-    rows to ``sums`` [slots, H, d]. Each tile has a slot of its own, so that no sum needs an atomic.
+    If ``mode.silu``, multiply it by SiLU' of ``before`` and write its sum over rows to ``sums`` [slots, H, d].
+    Each tile has its own slot, so that no sum needs an atomic.
     """
-    # Rows count from the tile on: offsets that the loads before the loop share would stay in registers in the loop.
+    # Row indices start at the tile: offsets shared with the loads before the loop would occupy registers in the loop.
     rows, left = tl.arange(0, values.shape[0]), length - first_row
     start = start + first_row
-    rounded = values.to(target.data.dtype.element_ty)  # half the registers, or the tiles of SiLU would spill
+    rounded = values.to(target.data.dtype.element_ty)  # half the registers; otherwise the tiles of SiLU would spill
     if mode.silu:
         value = load_rows(rows_of_head(before, start, head), rows, left, mode.width, mode.block_d, True)
         value = value.to(tl.float32)
@@ -80,8 +80,8 @@ def attention_forward(
 ):  # fmt: skip
     """out = SiLU(α q kᵀ + bias) ⊙ mask @ v / N. Grid: (tiles of the longest sequence, heads, sequences).
 
-    The longest sequences come first, and in each of them the last tile, which has the most keys under a causal mask.
-    Programs that run at the same time therefore read the same keys, and the programs that run last are short.
+    The longest sequences run first, and in each of them the last tile, which has the most keys under a causal mask.
+    Concurrent programs therefore read the same keys, and the programs that run last are short.
     """
     head = tl.program_id(1)
     start, span = sequence_at(batch, tl.load(batch.order + tl.program_id(2)), mode)
@@ -109,10 +109,10 @@ def _add_rows(
     grad_k, grad_v, k, v, q, grad, keys, first_row, stop, alpha, span, bias,
     mode: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what rows [first_row, stop), at most BLOCK_M, contribute to the gradients of a tile of keys.
+    """Add the contribution of rows [first_row, stop), at most BLOCK_M, to the gradients of a tile of keys.
 
-    All tiles are transposed, so that the weights, which are in registers, are the left operand of the products. Rows
-    from ``stop`` on are read as zeros and contribute nothing.
+    All tiles are transposed, so that the weights, which are in registers, are the left operand of the products.
+    Rows from ``stop`` on are read as zeros.
     """
     rows = first_row + tl.arange(0, BLOCK_M)
     i, j = rows[None, :], keys[:, None]
@@ -138,9 +138,9 @@ def attention_backward_keys(
     q, k, v, grad, grad_k, grad_v, before_k, before_v, sums_k, sums_v, batch, bias, alpha, inverse_n,
     mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k and v. Grid: (tiles of the longest sequence, heads, sequences), longest sequences first.
+    """Gradients of k and v (see _store_gradient). Grid: (tiles of the longest sequence, heads, sequences).
 
-    Under a causal mask the first tile of keys is seen by the most rows. before_k, sums_k: see _store_gradient.
+    The longest sequences run first, and in each the first tile of keys, which most rows see under a causal mask.
     """
     head = tl.program_id(1)
     sequence = tl.load(batch.order + tl.program_id(2))
@@ -180,7 +180,7 @@ def _add_keys(
     grad_q, q, grad, k, v, rows, first_key, alpha, span, bias,
     mode: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of keys contributes to the gradient of a tile of queries."""
+    """Add the contribution of one tile of keys to the gradient of a tile of queries."""
     keys = first_key + tl.arange(0, BLOCK_N)
     i, j = rows[:, None], keys[None, :]
     k_tile = load_rows(k, keys, span.length, mode.width, mode.block_d, MASKED)
@@ -199,7 +199,7 @@ def attention_backward_queries(
     q, k, v, grad, grad_q, before_q, sums_q, batch, bias, alpha, inverse_n,
     mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of q. Grid and order are those of attention_forward. before_q, sums_q: see _store_gradient."""
+    """Gradient of q. Grid and order are as in attention_forward. before_q, sums_q: see _store_gradient."""
     head = tl.program_id(1)
     sequence = tl.load(batch.order + tl.program_id(2))
     start, span = sequence_at(batch, sequence, mode)
@@ -234,8 +234,8 @@ def attention_backward_queries(
 def _add_to_buckets(totals, per_pair, rows, keys, span, bias, scale, BLOCK: tl.constexpr):
     """Add the score gradients of a tile to the totals of their time buckets.
 
-    Along a row, equal buckets lie next to each other. Each run of them is added at once: as the prefix sum at its end
-    minus the prefix sum at the end of the run before it.
+    Equal buckets are adjacent within a row. Each run of them is added at once: the prefix sum at its end minus the
+    prefix sum at the end of the previous run.
     """
     query_time = tl.load(bias.query_times + rows, mask=rows < span.length, other=0)[:, None]
     token_time = tl.load(bias.token_times + keys, mask=keys < span.length, other=0)[None, :]
@@ -255,15 +255,14 @@ def attention_backward_bias(
     num_slots, num_sequences, num_heads, first_diagonal,
     mode: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the relative bias: the sums of dL/dscore over heads and pairs, by distance and by time bucket.
+    """Gradients of the relative bias: sums of dL/dscore over heads and pairs, by distance and by time bucket.
 
-    Grid: (diagonals of tiles, groups of sequences). A program walks down one diagonal, tile of rows − tile of keys =
-    constant, on which the distance of a pair depends only on its position in the tile: it sums over tiles, sequences
-    and heads in registers and adds to memory once. Sums are in fixed point (int64), in which the order of atomics does
-    not matter: every run gives the same bits.
+    Grid: (diagonals of tiles, groups of sequences). On a diagonal (tile of rows − tile of keys = constant), a pair's
+    distance depends only on its position in the tile. A program sums over the tiles of one diagonal, the sequences and
+    the heads in registers, and adds to memory once. Sums are int64 (fixed-point): the order of atomics changes no bits.
 
-    position_totals: int64 [2 P - 1] and time_totals: int64 [num_slots, 128], zero before, receive the sums times
-    ``scale``, a float32 [1]. The slots are copies that let atomics proceed side by side.
+    The sums times ``scale``, float32 [1], are added to position_totals, int64 [2 P - 1], and time_totals,
+    int64 [num_slots, 128], which must be zero before. The slots are copies that reduce collisions of atomics.
     """
     diagonal = first_diagonal + tl.program_id(0)
     index_in_tile = tl.arange(0, BLOCK)
@@ -297,7 +296,7 @@ def attention_backward_bias(
             per_pair = tl.where(sees, per_pair, 0.0)
             _add_to_buckets(slot_totals, per_pair, rows, keys, span, own_bias, factor, BLOCK)
             if mode.candidates:
-                # All candidates share a position, so the distance is not i − j: these pairs are added at once.
+                # All candidates share a position, so their distance is not i − j: add these pairs at once.
                 shared = (i > span.end) | (j > span.end)
                 if (tile + 1) * BLOCK > span.end:
                     weight = distance_index(i, j, span.end, own_bias.farthest)

@@ -1,4 +1,4 @@
-"""One tile of HSTU attention: which keys its queries see, the mask, the bias and the scores.
+"""One tile of HSTU attention: the keys that its queries see, the mask, the bias and the scores.
 
 Rows i are queries and columns j are keys, both counted from the start of their sequence. All functions broadcast, so
 that they also serve transposed tiles.
@@ -18,35 +18,35 @@ BUCKETS_PER_LOG2 = tl.constexpr(0.6931471805599453 / 0.301)
 """ln 2 / TIME_BUCKET_WIDTH, for an estimate that the thresholds correct."""
 LAST_BUCKET = tl.constexpr(127)
 NOWHERE = tl.constexpr(2**30)
-"""Behind the end of every sequence."""
+"""A position beyond the end of every sequence."""
 
 
 class Batch(NamedTuple):
-    """The sequences of a batch as an argument of kernels."""
+    """Sequences of a batch, as a kernel argument."""
 
     offsets: Any
     """int64 [B + 1]: first token of each sequence."""
     candidates: Any
-    """int64 [B]: candidate tokens of each sequence, or None."""
+    """int64 [B]: number of candidate tokens of each sequence, or None."""
     order: Any
-    """int32 [B]: the sequences, longest first."""
+    """int32 [B]: indices of the sequences, longest first."""
     num_contextuals: Any
     group_tokens: Any
-    """Tokens of a target group."""
+    """Number of tokens of a target group."""
     max_span: Any
     """As in AttentionConfig; 0 without a window."""
     full_tokens: Any
 
 
 class Bias(NamedTuple):
-    """The relative bias as an argument of kernels; all None without a bias."""
+    """Relative bias, as a kernel argument; all None without a bias."""
 
     query_times: Any
     """int64 [T]."""
     token_times: Any
     """int64 [T]."""
     thresholds: Any
-    """int64 [128]: the smallest time difference of each bucket."""
+    """int64 [128]: smallest time difference of each bucket."""
     position_weight: Any
     """float32 [2 P - 1]."""
     time_weight: Any
@@ -60,16 +60,16 @@ class Span(NamedTuple):
 
     length: Any
     end: Any
-    """First candidate token; the length where there is none."""
+    """First candidate token; the length if there are no candidates."""
     num_contextuals: Any
     group_tokens: Any
     max_span: Any
     full_from: Any
-    """First position that has no ``max_span``; NOWHERE: all have one."""
+    """First position without ``max_span``; NOWHERE: all positions have it."""
 
 
 class KeyTiles(NamedTuple):
-    """Tiles of keys that a tile of rows sees. Tiles in [first_full, full) need no mask, the others do."""
+    """Key tiles that a tile of rows sees. Tiles in [first_full, full) need no mask; the others do."""
 
     first_full: Any
     full: Any
@@ -86,7 +86,7 @@ class KeyTiles(NamedTuple):
 
 
 class RowTiles(NamedTuple):
-    """Tiles of rows that see a tile of keys. Rows in [full, stop_full) see all of the keys, the others need a mask."""
+    """Row tiles that see a tile of keys. Rows in [full, stop_full) see all of these keys; the others need a mask."""
 
     full: Any
     stop_full: Any
@@ -94,7 +94,7 @@ class RowTiles(NamedTuple):
     masked_tiles: Any
     """From row ``first`` to ``full``."""
     stop: Any
-    """All but the newest rows end here."""
+    """End of all rows except the newest."""
     context_tiles: Any
     """From row 0 to ``first``: contextual rows."""
     late: Any
@@ -102,27 +102,27 @@ class RowTiles(NamedTuple):
     """From row ``late`` to ``stop``: rows for which the keys lie at the far end of the window."""
     newest: Any
     newest_tiles: Any
-    """From row ``newest`` to the end of the sequence: rows that have no ``max_span``."""
+    """From row ``newest`` to the end of the sequence: rows without ``max_span``."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """Constants that a kernel of attention is compiled for."""
+    """Compile-time constants of an attention kernel."""
 
     width: int
     """Channels of a head."""
     block_d: int
-    """Columns of its tiles: a power of two."""
+    """Columns of a tile: a power of two."""
     causal: bool
     contextual: bool
-    """The first ``num_contextuals`` tokens see more than others: all context and history."""
+    """Whether the first ``num_contextuals`` tokens see all context and history."""
     candidates: bool
     window: bool
-    """There is a ``max_span``."""
+    """Whether there is a ``max_span``."""
     bias: bool
     precision: Precision
     silu: bool = False
-    """Backward writes the gradients of the pre-activations of q, k and v, not those of q, k and v."""
+    """Whether backward writes the gradients of the pre-activations, not of q, k and v."""
 
 
 @triton.jit
@@ -139,23 +139,20 @@ def sequence_at(batch, index, mode: tl.constexpr):
 
 @triton.jit
 def slot_of(sequence, start, first_row, BLOCK: tl.constexpr):
-    """A number of its own for each tile of rows of the batch, below T // BLOCK + B for T tokens in B sequences.
-
-    A sequence of n tokens has at most n // BLOCK + 1 tiles, and the number of its first tile grows by as many or more.
-    """
+    """Unique index of a row tile in the batch, below T // BLOCK + B: n tokens have at most n // BLOCK + 1 tiles."""
     return start // BLOCK + sequence + first_row // BLOCK
 
 
 @triton.jit
 def bias_at(bias, start):
-    """The bias with its times from token ``start`` on."""
+    """The bias, with times that start at token ``start``."""
     query_times, token_times, thresholds, position_weight, time_weight, farthest = bias
     return Bias(query_times + start, token_times + start, thresholds, position_weight, time_weight, farthest)
 
 
 @triton.jit
 def visible(i, j, span, mode: tl.constexpr):
-    """Whether token i may see token j."""
+    """Whether token i sees token j."""
     if mode.causal:
         sees = j <= i
         if mode.contextual:
@@ -174,7 +171,7 @@ def visible(i, j, span, mode: tl.constexpr):
         near = near | (j < span.num_contextuals)
         sees = sees & near
     if mode.candidates:
-        # Wherever the result counts, i and j are candidates, so the truncating division is the floor.
+        # Where the result counts, i and j are candidates, so the truncating division is the floor.
         same_group = (i - span.end) // span.group_tokens == (j - span.end) // span.group_tokens
         sees = sees | ((j >= span.end) & (j <= i) & same_group)
     return sees
@@ -182,7 +179,7 @@ def visible(i, j, span, mode: tl.constexpr):
 
 @triton.jit
 def keys_of_rows(first_row, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The KeyTiles of rows [first_row, first_row + BLOCK_M)."""
+    """KeyTiles of rows [first_row, first_row + BLOCK_M)."""
     stop_row = tl.minimum(first_row + BLOCK_M, span.length)
     full = span.end
     seen = span.end
@@ -213,7 +210,7 @@ def keys_of_rows(first_row, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLO
     history_tiles = tl.cdiv(tl.maximum(seen - full, 0), BLOCK_N)
     own = full + history_tiles * BLOCK_N
     own_tiles = 0
-    if mode.candidates:  # noqa: SIM102  # the compiler decides this condition, the program the other
+    if mode.candidates:  # noqa: SIM102  # decided at compile time, the other condition at run time
         if stop_row > span.end:
             oldest_candidate = tl.maximum(first_row, span.end)
             group_start = oldest_candidate - (oldest_candidate - span.end) % span.group_tokens
@@ -224,13 +221,13 @@ def keys_of_rows(first_row, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 @triton.jit
 def num_masked_keys(tiles):
-    """Number of the tiles of keys that need a mask."""
+    """Number of key tiles that need a mask."""
     return tiles.history_tiles + tiles.own_tiles + tiles.low_tiles + tiles.context_tiles
 
 
 @triton.jit
 def masked_keys_at(index, tiles, mode: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First key of the ``index``-th tile that needs a mask."""
+    """First key of the ``index``-th key tile that needs a mask."""
     first_key = tiles.full + index * BLOCK_N
     if mode.candidates:
         own = index - tiles.history_tiles
@@ -244,7 +241,7 @@ def masked_keys_at(index, tiles, mode: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def rows_of_keys(first_key, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The RowTiles of keys [first_key, first_key + BLOCK_N)."""
+    """RowTiles of keys [first_key, first_key + BLOCK_N)."""
     stop_key = tl.minimum(first_key + BLOCK_N, span.length)
     first = first_key
     stop = span.length
@@ -289,13 +286,13 @@ def rows_of_keys(first_key, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 @triton.jit
 def num_masked_rows(tiles):
-    """Number of the tiles of rows that need a mask."""
+    """Number of row tiles that need a mask."""
     return tiles.context_tiles + tiles.masked_tiles + tiles.late_tiles + tiles.newest_tiles
 
 
 @triton.jit
 def masked_rows_at(index, tiles, span, mode: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(first row, stop) of the ``index``-th tile of rows that needs a mask; it has at most BLOCK_M rows."""
+    """(first row, stop) of the ``index``-th row tile that needs a mask; it has at most BLOCK_M rows."""
     masked = index - tiles.context_tiles
     first_row = tiles.first + masked * BLOCK_M
     stop_row = tiles.stop
@@ -313,21 +310,21 @@ def masked_rows_at(index, tiles, span, mode: tl.constexpr, BLOCK_M: tl.constexpr
 
 @triton.jit
 def tiles_on_diagonal(diagonal, span, mode: tl.constexpr, BLOCK: tl.constexpr):
-    """Tiles of rows on a diagonal of tiles (tile of rows − tile of keys) in which some row sees some key.
+    """Row tiles on a diagonal (tile of rows − tile of keys) in which some row sees some key.
 
     Returns (first, count, late, late_count): ``count`` tiles from ``first`` on, and ``late_count`` from ``late`` on.
     """
     tiles = tl.cdiv(span.length, BLOCK)
     stop = tl.minimum(tiles, tiles + diagonal)
     context_tiles = tl.cdiv(span.num_contextuals, BLOCK)
-    if mode.causal:  # noqa: SIM102  # the compiler decides this condition, the program the other
+    if mode.causal:  # noqa: SIM102  # decided at compile time, the other condition at run time
         if diagonal < 0:  # only contextual rows see later keys
             stop = tl.minimum(stop, context_tiles)
     first = tl.maximum(diagonal, 0)
     count = tl.maximum(stop - first, 0)
     late, late_count = 0, 0
     if mode.window:  # noqa: SIM102
-        if (tl.abs(diagonal) - 1) * BLOCK >= span.max_span:  # only context, and what has no span
+        if (tl.abs(diagonal) - 1) * BLOCK >= span.max_span:  # only context, and rows without a span
             count = tl.minimum(count, context_tiles)
             late = tl.maximum(tl.minimum(span.full_from, span.end), 0) // BLOCK
             late = tl.maximum(late, first + count)
@@ -337,11 +334,7 @@ def tiles_on_diagonal(diagonal, span, mode: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def time_buckets(query_time, token_time, thresholds):
-    """Bucket of each time difference, exactly as hstu.ops.layout.time_buckets.
-
-    float32 gives the bucket boundary nearest to the difference; an integer comparison with the threshold of that
-    boundary decides on which side the difference lies.
-    """
+    """Exact bucket of each time difference: float32 estimates the boundary, a comparison with its threshold decides."""
     delta = tl.maximum(tl.abs(query_time - token_time), 1)
     estimate = tl.log2(delta.to(tl.float32)) * BUCKETS_PER_LOG2
     boundary = tl.minimum((estimate + 0.5).to(tl.int32), LAST_BUCKET)
@@ -350,18 +343,18 @@ def time_buckets(query_time, token_time, thresholds):
 
 @triton.jit
 def distance_index(i, j, end, farthest):
-    """Row of the position weights for each pair; all candidates share the position of the first."""
+    """Row of the position weights for each pair; all candidates have the position of the first."""
     distance = tl.minimum(i, end) - tl.minimum(j, end)
     return tl.minimum(tl.maximum(distance, -farthest), farthest) + farthest
 
 
-# The next two functions turn attributes of a Mode into constants of the compiler. To Triton 3.6 an attribute of a
-# constant is an ordinary Python object, which it accepts neither in a shape nor, unless it is a number, as an argument.
+# The next two functions turn attributes of a Mode into compile-time constants. Triton 3.6 treats an attribute of a
+# constant as a Python object, and rejects it in a shape and, unless it is a number, as an argument.
 
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A tile of float32 sums before the first addition."""
+    """A tile of float32 zeros."""
     return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 

@@ -1,7 +1,4 @@
-"""Compile recorded launches without a GPU, exactly as they would be launched, into Triton's cache.
-
-:func:`jobs` lists the kernels that the self check of a run launches.
-"""
+"""Compile recorded launches without a GPU into Triton's cache, exactly as a launch compiles them."""
 
 from __future__ import annotations
 
@@ -29,21 +26,19 @@ WARP_SIZE = 32
 
 
 class _Driver:
-    """Stands in for the driver of a GPU, so that Triton compiles for it as at a launch there."""
+    """Replaces the driver of a GPU, so that Triton compiles as for a launch on that GPU."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        """What to compile for."""
         return GPUTarget("cuda", self._capability, WARP_SIZE)
 
     def get_current_device(self) -> str:
-        """Not the number of a device: by it Triton remembers in a process which kernels the cache has."""
+        """Unique per GPU and cache directory, because Triton remembers per device which kernels the cache has."""
         return f"sm_{self._capability} in {knobs.cache.dir}"
 
     def get_current_stream(self, device: str) -> int:
-        """Nothing is launched."""
         return 0
 
 
@@ -53,25 +48,20 @@ def _driver_of(capability: int) -> Iterator[None]:
     try:
         yield
     finally:
-        driver.set_active(None)  # Triton finds that of this machine when it needs one
+        driver.set_active(None)  # Triton finds the driver of this machine when it needs one
 
 
 def compile_kernel(launch: Launch, config: triton.Config, capability: int) -> Any:
-    """Compile one configuration of a recorded launch for sm_{capability}, unless Triton's cache has it.
-
-    The key in the cache is that of a launch: Triton itself makes it of the arguments, as at a launch.
-
-    Returns Triton's compiled kernel. Raises triton.CompilationError if the kernel does not compile.
-    """
+    """Compile a launch for sm_{capability} unless it is cached. Returns Triton's kernel, or raises CompilationError."""
     with _driver_of(capability):
         return launch.kernel.warmup(grid=(1,), **launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
 
 
 def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
-    """The kernels of the self check of these operators; shapes None: those of dynamic tables."""
+    """Compile jobs of all kernels in the self check of these operators; shapes None: of dynamic tables."""
     adopt_triton_cache(Path(knobs.cache.dir))
     with recorded_launches(divmod(capability, 10)) as launches:
-        if shapes is None:  # not the self check, which launches fewer
+        if shapes is None:  # the self check launches fewer kernels
             run_slots()
         else:
             for check in checks(Backend.TRITON, torch.device("cpu"), shapes):
@@ -92,7 +82,7 @@ def run_slots() -> None:
 
 
 def jobs_of(launches: Iterable[Launch], capability: int) -> list[Job]:
-    """Each kernel of the launches once, in the configuration that runs unless it does not fit the device."""
+    """One job per distinct kernel of the launches, in its first configuration, which runs if it fits the device."""
     different = {
         specialized_kernel(launch, launch.configs[0], capability): (launch, launch.configs[0]) for launch in launches
     }
@@ -106,19 +96,19 @@ def jobs_of(launches: Iterable[Launch], capability: int) -> list[Job]:
 
 
 def specialized_kernel(launch: Launch, config: triton.Config, capability: int) -> str:
-    """What tells the machine code of a launch from others: equal launches are compiled once in a process."""
+    """Key of the machine code of a launch: launches with equal keys are compiled once per process."""
     _, _, specialization, options = bound_arguments(launch, config, capability)
     return f"{launch.kernel.fn.__name__} {specialization} {options}"
 
 
 def bound_arguments(launch: Launch, config: triton.Config, capability: int) -> tuple[Any, Any, Any, Any]:
-    """As JITFunction.run: (the backend, the arguments, what their values are specialized to, options)."""
+    """As JITFunction.run: (backend, arguments, specialization of their values, options)."""
     backend, kernel = make_backend(GPUTarget("cuda", capability, WARP_SIZE)), launch.kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     return backend, *bind(**launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
 
 
 def describe_config(config: triton.Config) -> str:
-    """Sizes of tiles, warps and stages."""
+    """Tile sizes, warps and stages."""
     tile = " × ".join(str(value) for value in config.kwargs.values())
     return f"{tile or 'one'}, {config.num_warps} warps, {config.num_stages} stages"

@@ -1,11 +1,11 @@
-"""Launches kernels: in the first configuration that fits the device, in the interpreter, or only recorded.
+"""Launch kernels: in the first configuration that fits the device, in the interpreter, or only recorded.
 
 All host functions of this package launch their kernels through :func:`launcher`. Compiling ahead of time
 (``compile_ahead.py``) therefore records exactly what a host function would run, and compiles it for another GPU.
 
-Nothing is measured here. The configuration depends on the kernel, the widths, the dtype and the GPU, never on lengths
-or times: all ranks run the same one, runs repeat bit for bit, and no step waits for a measurement.
-``scripts/bench/configurations.py`` measures all configurations; the fastest then belongs first in its table.
+There is no autotuning. The configuration depends on the kernel, the widths, the dtype and the GPU, not on lengths or
+times: all ranks run the same one, runs repeat bit for bit, and no step waits for a measurement.
+``scripts/bench/configurations.py`` measures all configurations; put the fastest first in its table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch: the kernel, its arguments by name, and its configurations, the one to run first."""
+    """A recorded launch: the kernel, its arguments by name, and its configurations in order of preference."""
 
     kernel: Any
     arguments: Mapping[str, Any]
@@ -51,7 +51,7 @@ _recorder: _Recorder | None = None
 
 @contextmanager
 def recorded_launches(capability: tuple[int, int]) -> Iterator[list[Launch]]:
-    """Record launches as if on such a GPU instead of running them; the contents of outputs are undefined."""
+    """Record launches as if on such a GPU instead of running them; outputs are undefined."""
     global _recorder
     previous, _recorder = _recorder, _Recorder(capability)
     try:
@@ -66,16 +66,16 @@ def is_interpreted(kernel: Any) -> bool:
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """Compute capability that configurations are chosen for; on a CPU that of an H100."""
+    """Compute capability for which configurations are chosen; on a CPU, the capability of an H100."""
     if _recorder is not None:
         return _recorder.capability
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def precision_for(kernel: Any, dtype: torch.dtype, exact: bool = False) -> Precision:
-    """How ``kernel`` multiplies tiles of ``dtype``.
+    """Precision with which ``kernel`` multiplies tiles of ``dtype``.
 
-    Tensor cores multiply float32 as three products of TF32, which is about as exact as float32. ``exact``: ordinary
+    Tensor cores multiply float32 as three products of TF32, which is about as exact. ``exact``: ordinary float32
     arithmetic instead, which needs fewer registers.
     """
     interpreted = is_interpreted(kernel)
@@ -87,10 +87,7 @@ def precision_for(kernel: Any, dtype: torch.dtype, exact: bool = False) -> Preci
 
 
 def launcher(kernel: Any, grid: Grid, configs: Sequence[triton.Config]) -> Callable[..., object]:
-    """A callable that runs ``kernel`` on the arguments that it is called with.
-
-    It runs the first of ``configs`` that fits the device; in the interpreter, the first one.
-    """
+    """A callable that runs ``kernel`` in the first of ``configs`` that fits the device, or in the interpreter."""
     if is_interpreted(kernel) and _recorder is None:
         return partial(kernel[grid], **configs[0].kwargs)
     _hash_functions(kernel.__module__)
@@ -100,7 +97,7 @@ def launcher(kernel: Any, grid: Grid, configs: Sequence[triton.Config]) -> Calla
 
 
 def row_launcher(kernel: Any, programs: int, width: int) -> Callable[..., object]:
-    """Launcher of a kernel whose programs take one row at a time: at least 16 columns per thread, at most 16 warps."""
+    """Launcher of a kernel that processes row by row: at least 16 columns per thread, at most 16 warps."""
     block = max(16, triton.next_power_of_2(width))
     config = triton.Config({}, num_warps=min(16, max(1, block // 512)), num_stages=1)
     return partial(launcher(kernel, lambda _: (programs,), [config]), WIDTH=width, BLOCK=block)
@@ -108,10 +105,10 @@ def row_launcher(kernel: Any, programs: int, width: int) -> Callable[..., object
 
 @functools.cache
 def _hash_functions(module: str) -> None:
-    """Compute the hashes of a module's functions in the order of their definition, after those of what it imports.
+    """Compute the hashes of a module's functions in the order of their definition, after the hashes of its imports.
 
-    A hash is a part of the key in Triton's cache. Triton 3.6 leaves the constants of a called function out of it if
-    that function has no hash yet. In another order, other kernels than those in the cache would be looked for.
+    The hash is part of Triton's cache key. Triton 3.6 omits the constants of a called function that has no hash yet, so
+    another order would give keys that the cache does not have.
     """
     for function in list(vars(sys.modules[module]).values()):
         if isinstance(function, triton.JITFunction):

@@ -15,7 +15,7 @@ TILES_90 = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3), (6
 TILES_80 = ((128, 128, 32, 8, 4), (128, 64, 32, 4, 4), (64, 64, 32, 4, 4))
 TILES_FLOAT32 = ((64, 64, 32, 8, 2), (32, 64, 32, 4, 2))
 GROUP = 8
-"""Tiles of rows computed in turn for the same columns, so that a tile of the weight stays in the L2 cache."""
+"""Number of row tiles computed in turn for the same columns, so that a weight tile stays in the L2 cache."""
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,7 +107,7 @@ def linear_silu(
 
 @triton.jit(do_not_specialize=["num_elements"])
 def silu_kernel(x, out, num_elements, BLOCK: tl.constexpr):
-    """out = SiLU(x) of contiguous elements, computed as in linear_silu, so that the bits are equal. Grid: (blocks,)."""
+    """out = SiLU(x) of contiguous elements, with the arithmetic and the bits of linear_silu. Grid: (blocks,)."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_elements
     value = tl.load(x + index, mask=inside, other=0.0).to(tl.float32)

@@ -1,8 +1,8 @@
 """The gated norm with dropout, by Triton kernels.
 
-The dropout mask is a function of a seed, a row and a column: only the seed is saved for backward. A program works on
-one row at a time and reads it once. It sums the gradients of the affine weights in registers, and PyTorch adds the sums
-of all programs: there are no atomics.
+The dropout mask is a function of seed, row and column, so that only the seed is saved for backward. Each program
+processes one row at a time and reads it once. It sums the gradients of the affine weights in registers; PyTorch adds
+the sums of all programs, so there are no atomics.
 """
 
 from __future__ import annotations
@@ -26,13 +26,10 @@ _SEEDS = 1 << 31
 
 
 def gate_forward(inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :data:`hstu.ops.kernels.GateForward`; the dropout mask is a seed, int64 [] on the host.
-
-    The seed is drawn from the CPU generator of torch: restoring its state repeats the mask, without device access.
-    """
+    """See :data:`hstu.ops.kernels.GateForward`. The mask is a seed of torch's CPU generator, int64 [] on the host."""
     x, config = inputs.x, inputs.config
     seed = torch.randint(_SEEDS, (), device="cpu") if config.dropout > 0 else None
-    if seed is not None:  # the ranks have equal generators but need different masks
+    if seed is not None:  # ranks with equal generators need different masks
         seed = (seed + config.comm.rank * 0x9E3779B1) % _SEEDS
     gated = torch.empty(len(x), len(inputs.weight), dtype=x.dtype, device=x.device)
     statistics = _statistics(x, config)
@@ -46,7 +43,7 @@ def gate_forward(inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
 def gate_backward(
     grad: Tensor, inputs: GateInputs, statistics: Tensor, dropout_mask: Tensor | None, grad_u: Gradient
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :data:`hstu.ops.kernels.GateBackward`. With ``before_silu``, u is computed again instead of read."""
+    """See :data:`hstu.ops.kernels.GateBackward`. With ``before_silu``, u is recomputed instead of read."""
     x, weight, bias, config, before_silu = inputs.x, inputs.weight, inputs.bias, inputs.config, grad_u.before_silu
     seed = 0 if dropout_mask is None else int(dropout_mask)
     gated = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
@@ -86,7 +83,7 @@ def gate_backward(
 
 
 def _shared(inputs: GateInputs, u: Tensor, statistics: Tensor, seed: int) -> dict[str, Any]:
-    """The arguments that forward and backward share. u: that of ``inputs``, or its pre-activation."""
+    """Arguments that forward and backward share. u: ``inputs.u``, or its pre-activation."""
     dropout = inputs.config.dropout
     return dict(
         u=heads(u),
@@ -102,7 +99,7 @@ def _shared(inputs: GateInputs, u: Tensor, statistics: Tensor, seed: int) -> dic
 
 
 def _statistics(x: Tensor, config: GateConfig) -> Tensor:
-    """Memory for the mean and rstd of each row, float32 [2, T]; already computed where several ranks share the rows."""
+    """Memory for mean and rstd of each row, float32 [2, T]; already computed if several ranks share the rows."""
     if config.comm.tp_size == 1:
         return torch.empty(2, len(x), dtype=torch.float32, device=x.device)
     variance, mean = torch.var_mean(x.float(), dim=(1, 2), correction=0)
@@ -110,7 +107,6 @@ def _statistics(x: Tensor, config: GateConfig) -> Tensor:
 
 
 def _over_rows(kernel: Any, x: Tensor) -> Callable[..., object]:
-    """Launcher of a kernel over the rows of x [T, H, d]."""
     launch = row_launcher(kernel, _num_programs(x), x.shape[1] * x.shape[2])
     return partial(launch, x=heads(x), HEAD=x.shape[2])
 
@@ -121,10 +117,7 @@ def _num_programs(x: Tensor) -> int:
 
 @triton.jit
 def _keeps(seed, row, dropout, BLOCK: tl.constexpr):
-    """bool [BLOCK]: the elements that are kept, as a function of seed, row and column, so that backward repeats it.
-
-    One run of Philox makes four numbers. A run for each number would take longer than the memory accesses.
-    """
+    """bool [BLOCK]: kept elements. One Philox run yields four numbers: a run per number is slower than the memory."""
     quads = tl.arange(0, BLOCK // 4)
     zero = tl.zeros((BLOCK // 4,), tl.int32)
     a, b, c, d = tl.philox(seed, quads, (zero + row).to(tl.int32), zero, zero)
@@ -158,7 +151,7 @@ def norm_mul_dropout_forward(
 ):  # fmt: skip
     """out = dropout((norm(x) · weight + bias) ⊙ u). Grid: (programs,).
 
-    ``mean`` and ``rstd`` are read if GIVEN, else written. x, u: [T, H, d] of any strides; BLOCK ≥ H · d.
+    Reads ``mean`` and ``rstd`` if GIVEN, else writes them. x, u: [T, H, d], any strides. BLOCK ≥ H · d.
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -191,11 +184,10 @@ def norm_mul_dropout_backward(
 ):  # fmt: skip
     """Gradients, and the output of forward. Grid: (programs,).
 
-    weight_sums, bias_sums: [programs, WIDTH], one row written by each program. PASS "all" computes everything. Where
-    the heads of a row lie on several ranks there are two passes: "sums" writes everything but grad_x, and to row_sums
-    [2, T] the means over this rank's columns that grad_x needs; "rows" reads the means over all ranks from row_sums and
-    writes grad_x. If SILU, the gate is SiLU(u): grad_u becomes the gradient of that, and gate_sums, like weight_sums,
-    receives its sums over the rows.
+    Each program writes one row of weight_sums and of bias_sums, [programs, WIDTH]. PASS "all" computes everything.
+    If several ranks share the heads of a row, there are two passes: "sums" writes everything but grad_x, and the means
+    over this rank's columns to row_sums [2, T]; "rows" reads the means over all ranks from row_sums and writes grad_x.
+    If SILU, the gate is SiLU(u), grad_u is the gradient of u, and gate_sums receives its sums over rows.
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
@@ -216,7 +208,7 @@ def norm_mul_dropout_backward(
         if SILU:
             share = sigmoid(gate, False)
             slope = silu_derivative(gate, share)
-            gate = (gate * share).to(u.data.dtype.element_ty).to(tl.float32)  # the bits of forward
+            gate = (gate * share).to(u.data.dtype.element_ty).to(tl.float32)  # same bits as in forward
         if PASS != "rows":
             affine = normalized * scale + shift
             of_gate = upstream * affine

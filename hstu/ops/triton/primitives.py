@@ -1,8 +1,8 @@
-"""Building blocks of the kernels: tensors with their strides, matrix products and the sigmoid.
+"""Building blocks of the kernels: tensors with strides, matrix products and the sigmoid.
 
-A kernel takes a tensor and its strides as one named tuple, and constants that belong together as one frozen dataclass.
-Counts that change from batch to batch are marked ``do_not_specialize``, and vectors that begin anywhere in another one
-``do_not_specialize_on_alignment``, or Triton would compile again for them.
+A kernel takes a tensor and its strides as one named tuple, and related constants as one frozen dataclass. Counts that
+change between batches are marked ``do_not_specialize``, and vectors that start anywhere in another vector
+``do_not_specialize_on_alignment``; otherwise Triton would recompile for them.
 """
 
 from __future__ import annotations
@@ -39,29 +39,26 @@ class Precision:
     """How a kernel multiplies tiles and computes the sigmoid."""
 
     products: str = "ieee"
-    """The ``input_precision`` of ``tl.dot``: "ieee", "tf32" or, three products of TF32 for one of float32, "tf32x3"."""
+    """``input_precision`` of ``tl.dot``: "ieee", "tf32", or "tf32x3", three TF32 products per float32 product."""
     upcast: bool = False
     """Multiply in float32, because the interpreter cannot multiply bfloat16."""
     fast_sigmoid: bool = False
-    """Take the hardware's tanh, with a relative error of 2⁻¹¹: as exact as 16-bit inputs are."""
+    """Use the hardware's tanh, whose relative error of 2⁻¹¹ matches 16-bit inputs."""
 
 
 def matrix(tensor: Tensor) -> Matrix:
-    """A tensor of two dimensions as an argument of a kernel."""
+    """A two-dimensional tensor as a kernel argument."""
     return Matrix(tensor, *tensor.stride())
 
 
 def heads(tensor: Tensor | None) -> Heads:
-    """A tensor [T, H, d] as an argument of a kernel; None: the kernel does not touch it."""
+    """A tensor [T, H, d] as a kernel argument; None: the kernel does not access it."""
     return Heads(None, 0, 0, 0) if tensor is None else Heads(tensor, *tensor.stride())
 
 
 @triton.jit
 def elements(matrix, rows, columns):
-    """Pointers to elements of a matrix, in the shape to which ``rows`` and ``columns`` broadcast.
-
-    Offsets are int64, because a product of a row and a stride may exceed 2³¹. Triton makes small arguments int32.
-    """
+    """Pointers in broadcast shape. Casts to int64, because Triton's int32 overflows where row · stride ≥ 2³¹."""
     of_row = tl.cast(rows, tl.int64) * matrix.stride_row
     return matrix.data + of_row + tl.cast(columns, tl.int64) * matrix.stride_column
 
@@ -75,7 +72,7 @@ def rows_of_head(tensor, start, head):
 
 @triton.jit
 def load_rows(source, rows, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BOUNDED: tl.constexpr):
-    """[rows, BLOCK] of a matrix WIDTH wide; zeros beyond the width and, if BOUNDED, from row ``limit`` on."""
+    """[rows, BLOCK] of a matrix of WIDTH columns; zeros beyond them and, if BOUNDED, from row ``limit`` on."""
     columns = tl.arange(0, BLOCK)
     pointers = elements(source, rows[:, None], columns[None, :])
     if BOUNDED:
@@ -90,7 +87,7 @@ def load_rows(source, rows, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BOU
 
 @triton.jit
 def store_rows(target, rows, limit, values, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Write ``values`` [rows, BLOCK] to those elements of a matrix that exist."""
+    """Write ``values`` [rows, BLOCK] to a matrix of WIDTH columns, up to row ``limit``."""
     columns = tl.arange(0, BLOCK)
     pointers = elements(target, rows[:, None], columns[None, :])
     inside = rows[:, None] < limit

@@ -1,4 +1,4 @@
-"""Operators that move or sum whole rows, by Triton kernels: jagged concatenation, positions, sums by key."""
+"""Operators on whole rows by Triton kernels: jagged concatenation, positions, sums by key."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def sums_by_key(
 ) -> Tensor:
     """float32 [num_keys, D]: for each key the sum of weights[e] · values[e // entries_per_row] over its entries e.
 
-    values: [M, D]; keys: int64 [M · entries_per_row] in [0, num_keys); weights: float32, one per key. Sorting makes the
-    entries of each key a run, so no atomics are needed.
+    values: [M, D]. keys: int64 [M · entries_per_row] in [0, num_keys). weights: float32, one per entry of ``keys``.
+    Sorting makes the entries of each key contiguous, so no atomics are needed.
     """
     totals = torch.empty(num_keys, values.shape[1], dtype=torch.float32, device=values.device)
     if not totals.numel():
@@ -108,20 +108,18 @@ def sums_by_key(
 
 
 def _move_rows(source: Tensor, target: Tensor, index: Tensor, scatter: bool) -> None:
-    """target[index] = source if ``scatter``, else target = source[index]; no row occurs twice in ``index``."""
+    """target[index] = source if ``scatter``, else target = source[index]; the rows in ``index`` are distinct."""
     if len(index) and source.shape[1]:
         launch = _over_tiles(permute_rows, len(index), source.shape[1])
         launch(source=matrix(source), target=matrix(target), index=index, SCATTER=scatter)
 
 
 def _over_tiles(kernel: Any, num_rows: int, width: int) -> Callable[..., object]:
-    """Launcher of a kernel with one program per tile of rows and columns."""
     grid = lambda meta: (triton.cdiv(num_rows, meta["ROWS"]), triton.cdiv(width, meta["BLOCK"]))  # noqa: E731
     return partial(launcher(kernel, grid, _config(width)), num_rows=num_rows, WIDTH=width)
 
 
 def _config(width: int) -> list[triton.Config]:
-    """The configuration of kernels over tiles of rows with ``width`` columns."""
     block = min(COLUMNS, max(16, triton.next_power_of_2(width)))
     return [triton.Config({"BLOCK": block, "ROWS": ROWS}, num_warps=4, num_stages=2)]
 
@@ -163,10 +161,9 @@ def sum_runs(
     values, sources, weights, starts, totals, entries_per_source,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """totals[r] = Σ over entries e of run r of weights[e] · values[e // entries_per_source].
+    """totals[r] = Σ weights[e] · values[e // entries_per_source] over entries e of run r. Grid: (runs, column blocks).
 
-    The entries of run r are ``sources[starts[r]:starts[r + 1]]``, in the order of a stable sort. The order is fixed, so
-    the result has the same bits every time. Grid: (runs, column blocks).
+    The entries of run r are ``sources[starts[r]:starts[r + 1]]``. A stable sort fixes their order, so the bits repeat.
     """
     run = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
-"""What a dynamic table does by Triton kernels: find slots in GPU memory, and write the first values of new rows.
+"""Triton kernels of dynamic tables: find slots in GPU memory, and write the first values of new rows.
 
-The host never waits for the device. It launches each kernel for the most that a batch can need, and a kernel that has
-less to do ends early.
+The host never waits for the device: it launches each kernel for the most that a batch can need, and a kernel with less
+to do ends early.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hstu.ops.triton.launch import launcher
 
 EMPTY = tl.constexpr(-1)
 NO_ENTRY = tl.constexpr(-3)
-"""A value that no entry has, so that a compare-and-swap that expects it always fails."""
+"""A value that no entry has: a compare-and-swap that expects it always fails."""
 # One warp per program, so that no warp waits for the longest search of another.
 _SEARCH = [triton.Config({"BLOCK": 64}, num_warps=1, num_stages=1)]
 _CLEAR = [triton.Config({"BLOCK": 512}, num_warps=4, num_stages=1)]
@@ -27,33 +27,30 @@ _LEAST_BITS = 4
 
 
 class SlotIndex:
-    """Finds the slot of a key: a hash table with linear probing, of four to eight int32 entries per slot.
+    """Hash table from keys to slots, with linear probing and four to eight int32 entries per slot.
 
     An entry is a slot or EMPTY. Keys are stored by slot, so every int64 is a valid key. When a slot changes its key,
-    its old entry stays and no longer matches. Once half of the entries are taken, all are emptied and filled again.
+    its old entry stays and no longer matches. Once half of the entries are taken, all are emptied and refilled.
     """
 
     def __init__(self, keys: Tensor) -> None:
-        """``keys``: int64 [capacity], live: the key of each slot, a hash whose upper bits are evenly distributed."""
+        """``keys``: int64 [capacity], live: the key of each slot, a hash with evenly distributed upper bits."""
         bits = max(_LEAST_BITS, (4 * len(keys) - 1).bit_length())
         self.keys = keys
         self.entries = torch.full((1 << bits,), EMPTY.value, dtype=torch.int32, device=keys.device)
         self.taken = torch.zeros(1, dtype=torch.int64, device=keys.device)
-        """Entries that are not EMPTY."""
+        """Number of entries that are not EMPTY."""
         self._shared = {"entries": self.entries, "keys": keys, "last": len(self.entries) - 1, "shift": 64 - bits}
 
     def find(self, wanted: Tensor) -> Tensor:
-        """Slots of keys, int64 [n]; -1: none."""
+        """Slots of the keys ``wanted``, int64 [n]; -1 for keys without a slot."""
         wanted = wanted.contiguous()
         slots = torch.empty_like(wanted)
         _launch(find_slots, len(wanted), _SEARCH, wanted=wanted, slots=slots, number=len(wanted), **self._shared)
         return slots
 
     def insert(self, slots: Tensor, size: Tensor) -> None:
-        """Insert ``slots``, int64 [n], whose keys have changed; negative ones are skipped.
-
-        ``size``: int64 [1]: slots in use, the first ones.
-        """
+        """Insert ``slots``, int64 [n], whose keys changed; skip negative slots. ``size``: int64 [1], slots in use."""
         slots = slots.contiguous()
         self.taken += (slots >= 0).sum()
         is_full = 2 * self.taken > len(self.entries)
@@ -77,8 +74,8 @@ def start_rows(
 ) -> None:
     """Set target[rows[i] - first_row] for i below ``number`` to its initial row, or to zeros without ``ids``.
 
-    ``target``: float32 [R, columns or more], or [R]; ``rows``: int64 or int32 [n], those outside of ``target`` are
-    skipped; ``number``: int64 [1]. ``quantiles``, ``table_key`` and ``init_std`` are those of ``initial_rows`` in
+    ``target``: float32 [R, columns or more], or [R]. ``rows``: int64 or int32 [n]; rows outside ``target`` are skipped.
+    ``number``: int64 [1]. ``quantiles``, ``table_key`` and ``init_std``: see ``initial_rows`` in
     hstu/parallel/dynamic/hashing.py, which defines the values.
     """
     matrix = target.unsqueeze(1) if target.dim() == 1 else target
@@ -100,7 +97,6 @@ def start_rows(
 
 
 def _launch(kernel: Any, number: int, configs: list[triton.Config], /, **arguments: Any) -> None:
-    """Launch programs that share the blocks of ``number`` elements."""
     if number:
         grid = lambda meta: (min(_MOST_PROGRAMS, triton.cdiv(number, meta["BLOCK"])),)  # noqa: E731
         launcher(kernel, grid, configs)(**arguments)
@@ -108,13 +104,13 @@ def _launch(kernel: Any, number: int, configs: list[triton.Config], /, **argumen
 
 @triton.jit
 def any_of(lanes):
-    """Whether at least one lane is set."""
+    """Whether any lane is set."""
     return tl.max(lanes.to(tl.int32), axis=0) > 0
 
 
 @triton.jit
 def home_of(key, shift):
-    """Entry where probing for a key begins: its upper 64 - ``shift`` bits."""
+    """Entry at which probing for a key begins: its upper 64 - ``shift`` bits."""
     return (key.to(tl.uint64, bitcast=True) >> shift).to(tl.int64)
 
 
@@ -150,9 +146,9 @@ def clear(entries, is_full, last, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["number", "last", "shift"])
 def insert_slots(slots, entries, keys, is_full, size, number, last, shift, BLOCK: tl.constexpr):
-    """Insert ``number`` slots, or if ``is_full`` the first ``size`` slots. Grid: any.
+    """Insert ``number`` slots, or the first ``size`` slots if ``is_full``. Grid: any.
 
-    Where a slot is put depends on the order of programs; what a search finds does not.
+    The order of programs decides the entry of a slot, but not what a search finds.
     """
     refills = tl.load(is_full)
     bound = tl.cast(number, tl.int64)
@@ -177,7 +173,7 @@ def insert_slots(slots, entries, keys, is_full, size, number, last, shift, BLOCK
 
 @triton.jit
 def mixed(ids):
-    """The SplitMix64 hash of int64 ids, uint64."""
+    """SplitMix64 hash of int64 ids: uint64."""
     bits = ids.to(tl.uint64, bitcast=True) + 0x9E3779B97F4A7C15
     bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
     bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB

@@ -1,7 +1,7 @@
-"""The softmax losses of retrieval by Triton kernels, in float32 (tensor cores: three products of TF32 for one).
+"""Softmax losses of retrieval by Triton kernels, in float32 (tensor cores: three TF32 products per product).
 
-As in :mod:`hstu.ops.pytorch.softmax_loss`, forward also computes the gradients. The logits of a whole pool are never
-stored. Sampled negatives store one float32 per draw.
+As in :mod:`hstu.ops.pytorch.softmax_loss`, forward also computes the gradients. The logits of a whole pool are not
+stored; sampled negatives store one float32 per draw.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Tiles = tuple[tuple[int, int, int, int], ...]
 """Configurations: BLOCK_M, BLOCK_N, CHUNK, num_warps. The first that fits the device runs."""
 LOG_TOTAL_TILES: Tiles = ((64, 64, 32, 4), (128, 64, 32, 8))
 GRADIENT_TILES: tuple[Tiles, Tiles] = (((64, 32, 32, 4), (64, 16, 64, 8)), ((64, 16, 32, 8), (32, 16, 64, 8)))
-"""Of vectors of at most 128 numbers, and of wider ones: the largest tiles that spill no registers."""
+"""For vectors of at most 128 numbers, and for wider vectors: the largest tiles that spill no registers."""
 MASKED_LOG_TOTAL_TILES: Tiles = ((64, 32, 32, 4),)
 MASKED_GRADIENT_TILES: tuple[Tiles, Tiles] = (GRADIENT_TILES[0], GRADIENT_TILES[1][1:])
-"""The same where seen items are masked: their addresses need registers, too."""
+"""Tiles if seen items are masked: their addresses also need registers."""
 
 
 class PoolSoftmaxLoss(SoftmaxLoss):
@@ -118,7 +118,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
 
 
 class Seen(NamedTuple):
-    """SeenItems as an argument of a kernel."""
+    """SeenItems as a kernel argument."""
 
     first: Any
     sequences: Any
@@ -126,7 +126,7 @@ class Seen(NamedTuple):
 
 
 def _weights(negatives: Negatives) -> dict[str, Any]:
-    """The arguments of the kernels that compute logits: which entries count, and how much."""
+    """Arguments of the kernels that compute logits: which entries count, and their weights."""
     log_weights, seen = negatives.log_weights, negatives.seen
     argument = Seen(None, None, None) if seen is None else Seen(seen.first, seen.sequences, seen.places)
     return dict(log_weights=log_weights, seen=argument, WEIGHTED=log_weights is not None, MASKED=seen is not None)

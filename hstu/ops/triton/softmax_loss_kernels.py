@@ -1,4 +1,4 @@
-"""The Triton kernels of the softmax losses; softmax_loss.py launches them."""
+"""Triton kernels of the softmax losses; softmax_loss.py launches them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ NO_LOGIT = tl.constexpr(float("-inf"))
 
 @triton.jit
 def _chunk_of(matrix, first):
-    """The columns of a matrix from ``first`` on."""
     return Matrix(matrix.data + first * matrix.stride_column, matrix.stride_row, matrix.stride_column)
 
 
 @triton.jit
 def _load_chunk(source, rows, limit, first, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
-    """[rows, CHUNK] of a matrix WIDTH wide, from column ``first`` on; zeros beyond the width and from row ``limit``."""
+    """[rows, CHUNK] of a matrix from column ``first`` on; zeros beyond WIDTH columns and from row ``limit`` on."""
     part = _chunk_of(source, first)
     columns = tl.arange(0, CHUNK)
     inside = rows[:, None] < limit
@@ -35,10 +34,9 @@ def _pool_logits(
 ):  # fmt: skip
     """Logits [rows of own, rows of other]; −∞ where an entry is hidden from a query, and from ``num_columns`` on.
 
-    Hidden are targets: entries with the id of the query's; if MASKED, all that ``seen`` hides. OF_POOL: ``own`` is the
-    pool and ``other`` the queries, else the reverse.
-
-    Both are read CHUNK numbers of the width at a time, because whole rows of 256 do not fit into the registers.
+    Hidden are entries with the id of the query's target or, if MASKED, entries that ``seen`` hides. OF_POOL: ``own`` is
+    the pool and ``other`` the queries, else the reverse. Both are read CHUNK columns at a time, because rows of 256
+    numbers do not fit into the registers.
     """
     products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for first in tl.range(0, WIDTH, CHUNK):
@@ -61,7 +59,7 @@ def _pool_logits(
 
 @triton.jit
 def _is_unseen(seen, queries, num_queries, entries, pool_size):
-    """Whether entries of the pool are negatives of queries, in the shape to which their indices broadcast."""
+    """Whether pool entries are negatives of queries, in the broadcast shape of their indices."""
     exists = queries < num_queries
     sequence = tl.load(seen.sequences + queries, mask=exists, other=0).to(tl.int64)
     place = tl.load(seen.places + queries, mask=exists, other=0)
@@ -75,10 +73,7 @@ def pool_log_totals(
     WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, precision: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """log Σ exp(logit) over the negatives of each query; −∞ for a query without negatives.
-
-    ``own``: the queries; ``other``: the pool. Grid: (blocks of queries,).
-    """
+    """log Σ exp(logit) over each query's negatives, or −∞. own: queries; other: pool. Grid: (blocks of queries,)."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     peak = tl.full((BLOCK_M,), -1e30, tl.float32)  # finite, because −∞ − (−∞) is nan
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -103,9 +98,9 @@ def pool_gradients(
     WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, OF_POOL: tl.constexpr, precision: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of ``own``, weights @ other, with weights = exp(logit − log_norm of the query) / τ.
+    """Gradient of ``own``: weights @ other, with weights = exp(logit − log_norm of the query) / τ.
 
-    ``own``: the queries, or the pool if OF_POOL; ``other``: the other one. Grid: (blocks of rows of ``own``,).
+    OF_POOL: ``own`` is the pool and ``other`` the queries, else the reverse. Grid: (blocks of rows of ``own``,).
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     sums = ()  # [BLOCK_M, CHUNK] each
@@ -136,7 +131,7 @@ def pool_gradients(
 def _add_products(
     sums, weights, other, columns, num_columns, WIDTH: tl.constexpr, CHUNK: tl.constexpr, precision: tl.constexpr
 ):
-    """sums + weights @ rows of other; a tuple with one element per CHUNK of the width."""
+    """sums + weights @ rows of other, as a tuple with one element per CHUNK of the width."""
     added = ()
     for index in tl.static_range(0, len(sums)):
         values = _load_chunk(other, columns, num_columns, index * CHUNK, WIDTH, CHUNK)
@@ -157,10 +152,7 @@ def draw_logits(
     inverse_temperature,
     WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, MASKED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Logits [M, R] of the draws of each query, −∞ for hidden ones as in ``_pool_logits``, and log Σ exp(logit).
-
-    Grid: (M,).
-    """
+    """Logits [M, R] of each query's draws, −∞ if hidden as in ``_pool_logits``, and log Σ exp(logit). Grid: (M,)."""
     row = tl.program_id(0).to(tl.int64)
     width = tl.arange(0, BLOCK_D)
     query = tl.load(elements(queries, row, width), mask=width < WIDTH, other=0.0)

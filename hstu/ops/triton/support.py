@@ -1,4 +1,4 @@
-"""The shapes and GPUs that the Triton kernels support, without importing Triton. PyTorch serves the rest."""
+"""Shapes and GPUs that the Triton kernels support, importable without Triton. PyTorch serves the rest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ WIDEST_HEAD = 256
 WIDEST_ROW = 16384
 WIDEST_VECTOR = 256
 MIN_CAPABILITY = (8, 0)
-"""First compute capability of GPUs that multiply bfloat16."""
+"""First compute capability with bfloat16 products."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

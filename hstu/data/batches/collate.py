@@ -1,7 +1,6 @@
 """From a plan to a batch: the Collator reads the planned samples and adds padding and negatives.
 
-A reader (StoreReader in store/reader.py, SyntheticReader for random data) returns the samples as Rows. All functions
-are vectorised over samples and tokens.
+A reader (StoreReader, or SyntheticReader for random data) returns the samples as Rows. Nothing loops over tokens.
 """
 
 from __future__ import annotations
@@ -219,11 +218,8 @@ MAX_SKIPPED = 100
 
 
 class SkippedSamples:
-    """Counts the damaged samples that are left out (TrainerArgs.bad_row_policy = "skip").
-
-    The data workers of a rank share the count, which they must get when they start. More than ``limit`` samples raise
-    DataError. A sample that recurs in another epoch counts again.
-    """
+    """Counts damaged samples that are left out (TrainerArgs.bad_row_policy = "skip"), in each epoch again. The data
+    workers of a rank share the count, which is passed to them at their start. Above ``limit``, raises DataError."""
 
     def __init__(self, limit: int = MAX_SKIPPED) -> None:
         self.limit = limit

@@ -63,11 +63,9 @@ class GivenRequests(SequenceStore):
         return np.zeros(self.num_candidates, dtype=self.sequence(feature).dtype)
 
     def samples(self, args: DatasetArgs) -> SampleTable:
-        """The requests, each cut into samples of at most half of ``max_sequence_length`` candidates.
-
-        The history is as long as in training with candidates or, if training has no candidates, one event shorter than
-        the longest sequence. Where candidates do not see each other, the cut leaves their scores unchanged.
-        """
+        """The requests, each cut into samples of at most half of ``max_sequence_length`` candidates. The history is as
+        long as in training with candidates or, if training has no candidates, one event shorter than the longest
+        sequence. Where candidates do not see each other, the cut leaves their scores unchanged."""
         sizes, length, most = self._requests.sizes, args.max_sequence_length, args.max_num_candidates
         half = max(1, length // 2)
         if most:

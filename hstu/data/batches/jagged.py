@@ -34,9 +34,7 @@ def sequence_tokens(
     item_lengths: np.ndarray, num_contextuals: int, tokens_per_item: int, has_context: np.ndarray | None = None
 ) -> np.ndarray:
     """Tokens per sequence, int64 [B]: one per contextual feature, and ``tokens_per_item`` (see NetworkArgs) per item.
-
     item_lengths: integers [B], candidates included. has_context: bool [B], the sequences with context tokens; None
-    means the sequences with items.
-    """
+    means the sequences with items."""
     items = np.asarray(item_lengths, dtype=np.int64)
     return items * tokens_per_item + num_contextuals * (items > 0 if has_context is None else has_context)

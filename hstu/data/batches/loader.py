@@ -23,7 +23,6 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import BatchPlan
 
 _DEAD_WORKER = re.compile("DataLoader worker.*(exited unexpectedly|is killed)", re.DOTALL)
-"""Message of DataLoader's RuntimeError when a worker has died."""
 
 
 def build_loader(
@@ -62,11 +61,9 @@ def build_loader(
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Starts the workers in this thread; they end with it.
 
-    torch would raise the death of a worker from a signal handler, at any line of the main thread. Without the handler,
-    waiting for the next batch raises it, at most 5 s later.
-
-    A forked worker has the objects of this process but not its threads. If it collected, for example, the process group
-    of an earlier run, it would wait forever for the group's threads. gc.freeze excludes such objects from collection.
+    torch's signal handler would raise a worker's death at any line of the main thread. Without the handler, waiting
+    for the next batch raises it, at most 5 s later. gc.freeze excludes inherited objects from garbage collection in the
+    workers: collecting an earlier run's process group would wait forever for threads that a forked worker lacks.
     """
     before = signal.getsignal(signal.SIGCHLD)
     gc.freeze()

@@ -1,7 +1,6 @@
 """Random data in memory for measurements of speed: BenchmarkDatasetArgs → the HSTUBatch that real data gives.
 
-A sample depends only on its ordinal, the split and the seed. So ranks see different samples, and the same number of
-samples is the same data at any world size.
+A sample depends only on its ordinal, the split and the seed, so the data is the same at any world size.
 """
 
 from __future__ import annotations
@@ -65,11 +64,9 @@ class Distribution:
 
 
 class _Zipf:
-    """Ranks k in [0, n) with probabilities proportional to 1 / (k + 1)^alpha, for any n.
-
-    The cumulative sum of the first ranks is stored. Beyond them, the sum of x^-alpha from x = a to b is approximated by
-    the integral from a - 1/2 to b + 1/2, with a relative error below alpha (alpha + 1) / (24 a^2): 1e-13.
-    """
+    """Ranks k in [0, n) with probabilities proportional to 1 / (k + 1)^alpha, for any n. The cumulative sum of the
+    first ranks is stored. Beyond them, the sum of x^-alpha from x = a to b is approximated by the integral from a - 1/2
+    to b + 1/2, with a relative error below alpha (alpha + 1) / (24 a^2): 1e-13."""
 
     def __init__(self, n: int, alpha: float) -> None:
         self._power = 1 - alpha if abs(1 - alpha) > _NEAR_ONE else _NEAR_ONE

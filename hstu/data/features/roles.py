@@ -84,11 +84,8 @@ def resolve_roles(
     tasks: Sequence[RankingTaskArgs] | None = None,
     item_tower: bool = False,
 ) -> FeatureRoles:
-    """The store's features, or the features that ``args`` and ``tasks`` name.
-
-    ``item_tower``: the features of items also form the vectors of items.
-    Raises ConfigError, worded by ``cite``, which lists the features that the store lacks.
-    """
+    """The features that ``args`` and ``tasks`` name, or the store's. With ``item_tower``, features of items also form
+    item vectors. Raises ConfigError, worded by ``cite``, which lists the features that the store lacks."""
     side = tuple(args.side_feature_names)
     of_items, of_events = (*store.item_side_features, *store.item_number_features), _features_of_events(store)
     known = {name: store.features[name] for name in side if name in store.features}
@@ -189,11 +186,9 @@ _REPLICATED_TABLE_BYTES = 4 << 20
 def predefined_embeddings(
     store: SequenceStore, network: NetworkArgs, *, dynamic: bool = False
 ) -> tuple[EmbeddingArgs, ...]:
-    """One table per feature of the store that is looked up, named after the feature, with a row per code.
-
-    The tables of items and users, and tables above 4 MiB, are model_parallel; smaller tables are data_parallel.
-    ``dynamic`` makes the tables of items and users dynamic; tables of raw ids always are.
-    """
+    """One table per feature of the store that is looked up, named after the feature, with a row per code. The tables of
+    items and users, and tables above 4 MiB, are model_parallel; smaller tables are data_parallel. ``dynamic`` makes the
+    tables of items and users dynamic; tables of raw ids always are."""
     tables: list[EmbeddingArgs] = []
     widths = {"context": network.contextual_width, "item": network.item_width, "action": network.item_width}
     for name, feature in (store.features | store.time_features).items():

@@ -85,11 +85,9 @@ class ItemDistribution:
 
 
 def _alias_table(scaled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(each code's share of its own column, uint32 in units of 2^-32; the code that fills the rest, int32).
-
-    ``scaled``: float64 [size], probabilities times size. Heavy codes (>= 1) fill the columns of light codes in order.
-    Where a heavy code gives away more than its excess over 1, the next heavy code fills the rest of its column.
-    """
+    """(each code's share of its own column, uint32 in units of 2^-32; the code that fills the rest, int32). ``scaled``:
+    float64 [size], probabilities times size. Heavy codes (>= 1) fill the columns of light codes in order. Where a heavy
+    code gives away more than its excess over 1, the next heavy code fills the rest of its column."""
     own, other = np.ones(len(scaled)), np.arange(len(scaled), dtype=np.int32)
     light, heavy = np.flatnonzero(scaled < 1), np.flatnonzero(scaled >= 1)
     if len(light) and len(heavy):
@@ -170,13 +168,9 @@ def draw_shared(keys: LabelKeys, num: int, corpus: ItemDistribution) -> np.ndarr
 def draw_each(
     keys: LabelKeys, num: int, corpus: ItemDistribution, hard: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct item codes int64 [S], indices into them int32 [M, num]): independent draws for each label.
-
-    hard: int64 [M, up to num] codes that replace the first draws of a label; -1 keeps the draw.
-
-    Only drawn items are returned. An optimizer moves every row that is looked up, so further rows would make the tables
-    depend on the number of ranks.
-    """
+    """(distinct item codes int64 [S], indices into them int32 [M, num]): independent draws for each label. ``hard``: int64
+    [M, up to num] codes that replace the first draws of a label; -1 keeps the draw. Only drawn items are returned. An
+    optimizer moves every row that is looked up, so further rows would make the tables depend on the number of ranks."""
     codes = corpus.items(_draw_32_bits(keys, num))
     if hard is not None:
         np.copyto(codes[:, : hard.shape[1]], hard, where=hard >= 0, casting="same_kind")

@@ -207,11 +207,9 @@ def budget_bounds(
 
 
 def rebalance(counts: np.ndarray, loads: Loads, max_samples: int, tokens_per_rank: int | None) -> np.ndarray:
-    """int64 [n]: the rank of each sample of a global batch, chosen so that the ranks' costs are similar.
-
-    ``counts``: int64 [ranks], sizes of the contiguous slices. Without ``tokens_per_rank`` every rank keeps its count.
-    With it, a rank takes up to ``max_samples`` samples within its tokens. Falls back to the contiguous slices.
-    """
+    """int64 [n]: the rank of each sample of a global batch, chosen so that the ranks' costs are similar. ``counts``:
+    int64 [ranks], sizes of the contiguous slices. Without ``tokens_per_rank`` every rank keeps its count. With it, a
+    rank takes up to ``max_samples`` samples within its tokens. Falls back to the contiguous slices."""
     contiguous = np.repeat(np.arange(len(counts)), counts)
     if tokens_per_rank is None:
         found = balanced_ranks(loads.costs, counts)

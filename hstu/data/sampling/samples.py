@@ -168,10 +168,8 @@ def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> N
 
 def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> SampleTable:
     """Training samples of the events before ``stop``. All events are labels; in retrieval, all but a history's first.
-
     random_windows gives the newest windows, which window_starts moves in each epoch. window_stride gives each user's
-    newest window and older ones, so that every event is a label once, after as much history as fits.
-    """
+    newest window and older ones, so that every event is a label once, after as much history as fits."""
     num_users, unlabelled = len(runs.user), 1 if task == "retrieval" else 0
     runs = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin > unlabelled)
     if task == "retrieval":
@@ -238,11 +236,9 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: in
 def samples_of_requests(
     requests: Requests, offsets: np.ndarray, chosen: np.ndarray, parts: np.ndarray, room: np.ndarray
 ) -> SampleTable:
-    """Samples of n requests ``chosen``, each divided into ``parts``, int64 [n], of about equally many candidates.
-
-    All parts of a request have the same history: the newest ``room`` events before it, int64 [n]. ``offsets``: int64
-    [U + 1], the events of each user.
-    """
+    """Samples of n requests ``chosen``, each divided into ``parts``, int64 [n], of about equally many candidates. All
+    parts of a request have the same history: the newest ``room`` events before it, int64 [n]. ``offsets``: the
+    events of each user, int64 [U + 1]."""
     rows, part = run_indices(parts)
     request, sizes = chosen[rows], requests.sizes[chosen][rows]
     first, after = (sizes * (part + step) // parts[rows] for step in (0, 1))
@@ -303,11 +299,9 @@ def _of_given_split(
 
 
 def _windows(runs: _Runs, begin: np.ndarray, args: DatasetArgs, step: int, is_training: bool) -> SampleTable:
-    """Several samples per run, the newest first: sample k ends k * ``step`` events before the run does.
-
-    Each sample labels its newest ``step`` events, and the oldest sample all events from ``begin`` on, so each event is
-    a label once. With max_num_candidates, training labels that many candidates in each window.
-    """
+    """Several samples per run, the newest first: sample k ends k * ``step`` events before the run does. Each sample
+    labels its newest ``step`` events, and the oldest sample all events from ``begin`` on, so each event is a label
+    once. With max_num_candidates, training labels that many candidates in each window."""
     length, most = args.max_sequence_length, args.max_num_candidates
     of_labels = np.maximum(-(-(runs.stop - begin) // step) - 1, 0)
     older = -(-np.maximum(runs.lengths - length, 0) // step)

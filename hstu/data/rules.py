@@ -1,7 +1,4 @@
-"""Rules about the dataset of a configuration: built-in names, and the tables of a user's own data.
-
-They need the registry of built-in datasets, which hstu.config must not import. They import neither NumPy nor torch.
-"""
+"""Rules that need the registry of built-in datasets, which hstu.config must not import. NumPy and torch stay out."""
 # ruff: noqa: D103
 
 from __future__ import annotations

@@ -129,11 +129,9 @@ class SeenIds(TensorGroup):
 
 @dataclass(kw_only=True)
 class HSTUBatch(TensorGroup):
-    """B sequences with M labelled items in total.
-
-    A batch always has the configured number of sequences. Missing sequences are *empty*: every feature, also a
-    contextual one, has length 0. NumPy arrays and integers stay on the host, so a step reads no size from the device.
-    """
+    """B sequences with M labelled items in total. A batch always has the configured number of sequences. Missing
+    sequences are *empty*: every feature, also a contextual one, has length 0. NumPy arrays and integers stay on the
+    host, so a step reads no size from the device."""
 
     features: KeyedJaggedTensor
     """Keys in order: contextual features, item, action if any, side features, NEGATIVES if any and their item tower

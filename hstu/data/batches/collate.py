@@ -1,7 +1,4 @@
-"""From a plan to a batch: the Collator reads the planned samples and adds padding and negatives.
-
-A reader (StoreReader, or SyntheticReader for random data) returns the samples as Rows. Nothing loops over tokens.
-"""
+"""From a plan to a batch: a RowReader reads the samples as Rows, and the Assembler adds padding and negatives."""
 
 from __future__ import annotations
 

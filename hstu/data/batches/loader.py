@@ -1,7 +1,4 @@
-"""Batches in exact order, built in this process or ahead of time in the worker processes of a DataLoader.
-
-Workers receive plans and return batches in the order of the plans, so a run is the same for any number of workers.
-"""
+"""Batches in the exact order of the plans, built here or ahead of time by any number of DataLoader workers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Random data in memory for measurements of speed: BenchmarkDatasetArgs → the HSTUBatch that real data gives.
-
-A sample depends only on its ordinal, the split and the seed, so the data is the same at any world size.
-"""
+"""Random batches in memory, to measure speed. A sample depends only on its ordinal, the split and the seed."""
 
 from __future__ import annotations
 
@@ -181,11 +178,9 @@ class SyntheticReader:
 
 
 class SyntheticDataset:
-    """``num_generated_batches`` random batches per rank, which are drawn once, kept and repeated.
-
-    It is the collator of its own samplers: ``build_loader(dataset, dataset.train_sampler(...))``. ``args`` obeys
-    hstu/config/rules/data.py. Raises ConfigError for distributions that do not fit their tables.
-    """
+    """``num_generated_batches`` random batches per rank, which are drawn once, kept and repeated. It is the collator of
+    its own samplers: ``build_loader(dataset, dataset.train_sampler(...))``. ``args`` obeys hstu/config/rules/data.py.
+    Raises ConfigError for distributions that do not fit their tables."""
 
     def __init__(
         self,

@@ -1,7 +1,4 @@
-"""Statistics of numeric columns, deterministic and in bounded memory for any number of values.
-
-Statistics of training data leave held-out events out, so that they have no influence on what a model reads.
-"""
+"""Statistics of numeric columns, deterministic and in bounded memory for any number of values."""
 
 from __future__ import annotations
 
@@ -73,7 +70,7 @@ def training_statistics(
     store: SequenceStore, names: Sequence[str], samples: SampleTable
 ) -> dict[str, NumberStatistics]:
     """Statistics of numbers: of items over all items, of events over the histories of the training ``samples``.
-    Histories include events that truncation removes from the samples."""
+    Histories include events that truncation removes from the samples. Held-out events have no influence."""
     found = {name: store.features[name].statistics for name in names}
     if of_events := [name for name in names if name in store.event_number_features]:
         changes = np.zeros(store.num_events + 1, dtype=np.int64)

@@ -86,10 +86,8 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> np.nd
 @dataclass(eq=False)
 class TrainSampler:
     """Endless batch plans of one rank from ``position`` on. ``partition`` None means contiguous slices of equal counts.
-
     The last global batch of an epoch may be smaller. Every rank then gets a sample where there are enough; otherwise
-    some ranks get empty plans. Raises DataError without samples, or for a position beyond the epoch.
-    """
+    some ranks get empty plans. Raises DataError without samples, or for a position beyond the epoch."""
 
     num_samples: int
     batch_size: int
@@ -192,10 +190,8 @@ def budget_bounds(
     tokens_until: np.ndarray, begin: int, num_ranks: int, tokens_per_rank: int, max_samples: int
 ) -> np.ndarray:
     """Bounds of the ranks' slices of the global batch that begins at ordinal ``begin``; int64 [ranks + 1].
-
     ``tokens_until``: int64 [S + 1], tokens of the first 0, 1, … samples of the epoch. Each rank takes the next samples
-    up to ``tokens_per_rank`` tokens and ``max_samples`` samples, but at least one, and leaves one for each later rank.
-    """
+    up to ``tokens_per_rank`` tokens and ``max_samples`` samples, at least one, and leaves one for each later rank."""
     num_samples = len(tokens_until) - 1
     bounds = [begin]
     for ranks_after in reversed(range(num_ranks)):

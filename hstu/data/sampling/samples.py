@@ -1,7 +1,4 @@
-"""From users' histories to samples: splits, truncation, candidates and windows.
-
-A sample is a run of one user's events. A SampleTable holds only indices of events. All functions are vectorised.
-"""
+"""From users' histories to samples, which are runs of a user's events: splits, truncation, candidates and windows."""
 
 from __future__ import annotations
 

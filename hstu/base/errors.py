@@ -1,7 +1,4 @@
-"""User errors, exit codes of the programs, and text that a terminal can show safely.
-
-Any other exception is a defect of the program: it shows a traceback and exits with code 1.
-"""
+"""User errors, exit codes, and text that is safe for terminals. Other exceptions are defects and exit with code 1."""
 
 from __future__ import annotations
 
@@ -65,10 +62,7 @@ def report(text: str) -> None:
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
-    """Replace invisible characters, except those in ``keep``, by codes such as ``\\x1b``.
-
-    Ids then cannot send escape sequences to a terminal, reverse the text direction or, without ``keep``, start a line.
-    """
+    """Replace invisible characters, except ``keep``, by codes like ``\\x1b``, so that ids cannot control a terminal."""
     if text.isprintable():
         return text
     return "".join(

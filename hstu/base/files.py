@@ -1,7 +1,4 @@
-"""Atomic writes of files and directories, directory locks, and the journal of a long job.
-
-A file under its final name is complete and on the disk, even after a power failure.
-"""
+"""Atomic writes that survive power failures, directory locks, and the journal of a long job."""
 
 from __future__ import annotations
 

@@ -6,10 +6,7 @@ import numpy as np
 
 
 def codes_of(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Index of each id in ``known``, which is ascending and distinct; -1 for unknown ids. int64 [n].
-
-    Both arrays hold integers, or both hold str objects.
-    """
+    """Index of each id in ``known`` (ascending, distinct), else -1; int64 [n]. Both hold integers or str objects."""
     if not len(known):
         return np.full(len(ids), -1, dtype=np.int64)
     places = np.minimum(np.searchsorted(known, ids), len(known) - 1)

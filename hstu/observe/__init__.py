@@ -1,5 +1,4 @@
-"""Observes a run: its directory, log, throughput, profile and plots, and the watchdog that ends a stuck run.
+"""Observes a run: directory, log, throughput, profile and plots, and the watchdog that ends a stuck run.
 
-The builder, the trainer and the entry points import from here. environment.py works without torch, so it can report
-missing packages first.
+environment.py works without torch, so it can report missing packages first.
 """

@@ -87,10 +87,7 @@ class _ConsoleFormatter(PrintableFormatter):
 
 
 def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan) -> str:
-    """Format a training record as one aligned line. ``eta_s``: seconds until the end.
-
-    Tokens per second cover all ranks; MFU is per rank. Data wait below 5 % and zero skipped steps are left out.
-    """
+    """One aligned line: tok/s of all ranks, MFU per rank, ``eta_s`` seconds to the end, data wait only from 5 %."""
     width = len(str(total_iters))
     parts = [
         f"iter {record.iteration:>{width}}/{total_iters}",
@@ -136,10 +133,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def progress_bar(total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> tqdm[Any]:
-    """Create a progress bar on standard error; log lines appear above it.
-
-    ``mode``: "on", "off", or "auto" (on if standard error is a terminal). ``visible``: True on one rank only.
-    """
+    """A bar on standard error. ``mode``: "on", "off", or "auto" (on for terminals). ``visible``: True on one rank."""
     shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
     return tqdm(total=total, initial=initial, desc="train", dynamic_ncols=True, leave=False, disable=not shown)
 

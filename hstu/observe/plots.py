@@ -23,10 +23,9 @@ _BLACK = "#000000"
 
 
 def draw_curves(metrics_file: Path, image: Path, task_names: Sequence[str] = ()) -> Optional[Path]:
-    """Draw a PNG from metrics.jsonl: one panel for the loss, and one per metric with all its tasks.
+    """Draw a PNG from metrics.jsonl: a panel for the loss and one per metric. Returns None if there is nothing to draw.
 
     Validation metrics are lines; a single test evaluation is a star. ``task_names`` replace task0, task1, ….
-    Returns ``image``, or None if there is nothing to draw yet.
     """
     if not metrics_file.exists():
         return None
@@ -58,10 +57,7 @@ def draw_curves(metrics_file: Path, image: Path, task_names: Sequence[str] = ())
 def metric_curves(
     records: Sequence[Mapping[str, Any]], task_names: Sequence[str] = ()
 ) -> dict[str, dict[tuple[str, str], list[Point]]]:
-    """Metric → (split, task) → points (iteration, value), without undefined values.
-
-    The task is "" for a metric without tasks and for the mean over tasks.
-    """
+    """Metric → (split, task, or "" for the mean) → points (iteration, value), without undefined values."""
     curves: dict[str, dict[tuple[str, str], list[Point]]] = {}
     names = {f"task{index}": name for index, name in enumerate(task_names)}
     for record in (record for record in records if record["kind"] == "eval"):

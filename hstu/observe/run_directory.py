@@ -1,7 +1,4 @@
-"""The directory of a run with its configuration, metrics, curves and log; TensorBoard and Weights & Biases.
-
-Only the main rank writes. On other ranks every method does nothing, so callers need not check the rank.
-"""
+"""The directory of a run, TensorBoard and Weights & Biases. Only the main rank writes; other ranks do nothing."""
 
 from __future__ import annotations
 
@@ -33,10 +30,7 @@ _FILES = (
 
 
 def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Optional[float] = None) -> Path:
-    """Return ``runs/<name of the last gin file>-<time>``, with a number appended if it exists.
-
-    Call it on one rank and broadcast the result. ``now``: seconds since the epoch; None: the current time.
-    """
+    """``runs/<last gin file>-<time>``, made unique by a number. Call it on one rank. ``now``: seconds since 1970."""
     name = run_name(source_files)
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
     path = Path(root) / f"{name}-{stamp}"
@@ -238,10 +232,9 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Logs to a run of ``project`` named after ``directory``. Raises ConfigError if it cannot start.
+    """Logs to a run of ``project``, which a resumed run continues. Raises ConfigError if it cannot start.
 
-    A resumed run continues the wandb run whose id is in ``directory``/wandb_id.txt. Numbers are plotted over "iter",
-    because a resumed run logs some iterations again.
+    Its id is in ``directory``/wandb_id.txt. Numbers are plotted over "iter", because resumed runs repeat iterations.
     """
 
     def __init__(self, project: str, directory: Path, config: Mapping[str, Any]) -> None:

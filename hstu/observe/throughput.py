@@ -129,10 +129,7 @@ _DATA_SHEETS: tuple[tuple[str, tuple[float, float | None, float | None]], ...] =
 
 
 def data_sheet_tflops(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
-    """The peak of the GPU that torch calls ``name``; None if it is not in the table.
-
-    tf32: whether float32 matrix products run on the tensor cores in TF32.
-    """
+    """Published peak of the GPU ``name``, else None. ``tf32``: float32 products run on tensor cores in TF32."""
     found = (rates for pattern, rates in _DATA_SHEETS if re.search(pattern, name, re.IGNORECASE))
     half, tensor_float, single = next(found, (None, None, None))
     rates = {torch.bfloat16: half, torch.float16: half, torch.float32: tensor_float if tf32 else single}

@@ -139,10 +139,7 @@ class Watchdog:
             self._report(ended=True)
 
     def fail(self, error: Exception) -> None:
-        """Report an error of the main thread and end this process. Returns only in a run with a single rank.
-
-        A collective also fails when another rank dies. The verdict then names that rank instead of ``error``.
-        """
+        """End this process with ``error``, or the death of another rank that caused it. A single rank returns."""
         if self._thread is None:
             return
         self._main_thread_ends.set()
@@ -229,7 +226,6 @@ class Watchdog:
         return f"{status} failed {status.at}: {type(error).__name__}: {error}"
 
     def _report(self, ended: bool = False) -> None:
-        """Publish the current status of this rank."""
         self._store.set(f"status {self._mesh.rank}", json.dumps(dataclasses.asdict(self._status(ended))))
 
     def _statuses(self) -> Statuses:
@@ -258,10 +254,7 @@ def _line_of_main_thread() -> tuple[str, bool]:
 
 
 def name_the_lost(before: Statuses, after: Statuses) -> str | None:
-    """Name the ranks that are dead, frozen or gone in a sentence; None if all ranks are alive.
-
-    The reports of a living rank in ``before`` and ``after`` differ.
-    """
+    """Name ranks that are dead, frozen or gone, else None. A living rank's reports in both arguments differ."""
     lost, alive = [], []
     for rank, status in after.items():
         if status is None:
@@ -277,10 +270,7 @@ def name_the_lost(before: Statuses, after: Statuses) -> str | None:
 
 
 def name_the_stuck(statuses: Iterable[RankStatus]) -> str:
-    """Name the ranks that the others wait for in a sentence.
-
-    These ranks have the fewest marks or, if all have equally many, wait for no other rank.
-    """
+    """Name the ranks that others wait for: they have the fewest marks or, if all are equal, wait for no other rank."""
     statuses = list(statuses)
     fewest = min(status.marks for status in statuses)
     stuck = [status for status in statuses if status.marks == fewest]

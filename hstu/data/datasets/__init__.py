@@ -22,10 +22,7 @@ DATASETS: Mapping[str, DatasetSpec] = {spec.name: spec for family in _FAMILIES f
 
 
 def resolve_name(name: str) -> str | None:
-    """Canonical name of a built-in dataset; None for other names, which denote users' own data.
-
-    Case and separators are ignored, and families have aliases: ``ml-1m``, ``movielens-1m``, ``ML_1M``.
-    """
+    """Canonical name of a built-in dataset, else None. Accepts aliases in any case: ``movielens-1m``, ``ML_1M``."""
     return _CANONICAL.get(_normalized(name))
 
 

@@ -13,10 +13,7 @@ ALIASES: Mapping[str, str] = {"amzn": "amazon"}
 
 
 def read(files: Sequence[Path]) -> RawTables:
-    """Read lines ``user,item,rating,time`` without a header. Ids are text, such as 0001712777.
-
-    Times are whole days; a user's ratings of one day keep the order of the file.
-    """
+    """Read ``user,item,rating,time`` without a header. Ids are text; ratings of one day keep the order of the file."""
     (ratings,) = files
     columns = {"user": "VARCHAR", "item": "VARCHAR", "rating": "DOUBLE", "time": "BIGINT"}
     return RawTables(

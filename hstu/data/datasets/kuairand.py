@@ -38,8 +38,7 @@ _DURATION = "video_duration"
 def read(files: Sequence[Path]) -> RawTables:
     """Read the standard logs, earlier period first, user_features, and the optional video_features_basic.
 
-    Events are sorted by time_ms; times are stored in seconds. Users in only one log are kept. Users and videos without
-    a row of features have the value "unknown".
+    Sorts events by time_ms and stores seconds. Users and videos without a row of features have the value "unknown".
     """
     *logs, users, videos = files
     types = {"user_id": "BIGINT", "video_id": "BIGINT", "time_ms": "BIGINT", **dict.fromkeys(ACTION_BITS, "INTEGER")}

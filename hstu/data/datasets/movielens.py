@@ -1,7 +1,4 @@
-"""MovieLens 100K, 1M and 20M, and 100K as RecBole's atomic files.
-
-Formats: the README of each GroupLens archive. RecBole's atomic files are tab separated with ``name:type`` headers.
-"""
+"""MovieLens 100K, 1M and 20M (formats: GroupLens READMEs), and 100K as RecBole's tab-separated atomic files."""
 
 from __future__ import annotations
 

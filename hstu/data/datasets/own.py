@@ -1,7 +1,4 @@
-"""Converts users' own tables, with one row per event, to RawTables.
-
-own_columns.py defines the options and opens the files; own_types.py determines the type of each column.
-"""
+"""Converts users' own tables to RawTables. own_columns.py defines the options, own_types.py the column types."""
 
 from __future__ import annotations
 
@@ -74,10 +71,7 @@ def interactions(columns: InteractionColumns) -> RawTables:
 def _table(
     columns: InteractionColumns, file: Path | None, needed: Mapping[str, str], features: Mapping[str, str]
 ) -> tuple[tuple[RawFile, str] | None, dict[str, str]]:
-    """Open a table beside the interactions, which must have one of ``features``, if there are any.
-
-    Returns its entry in RawTables, and the features among its columns.
-    """
+    """Open a table that must have one of ``features``, if any. Returns its entry in RawTables and its features."""
     if file is None:
         return None, {}
     table = open_table(file, columns.delimiter)
@@ -98,10 +92,7 @@ def _request_table(
 
 
 def _feature(columns: InteractionColumns, name: str, column: str, table: RawFile) -> str:
-    """SQL of an item or event feature: a text, a list of non-empty texts, a number or a vector.
-
-    Raises DataError if the column's type in a Parquet file contradicts the options.
-    """
+    """SQL of an item or event feature. Raises DataError if the type of a Parquet column contradicts the options."""
     kind, separator, value = columns_of(table)[column], columns.lists.get(column), identifier(name)
     is_number, is_vector, is_list = column in columns.numbers, column in columns.vectors, kind.endswith("]")
     fractions, others = ("FLOAT", "DOUBLE", "DECIMAL"), ("DATE", "TIME", "STRUCT", "MAP")

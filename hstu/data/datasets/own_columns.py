@@ -38,10 +38,7 @@ def _option(meaning: str, default: Any = None, **argument: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class InteractionColumns:
-    """The tables of interactions, requests, users, items and titles, and their columns.
-
-    Each field is an option of scripts/preprocess_dataset.py; its help text documents it.
-    """
+    """The tables of interactions, requests, users, items and titles: the options of scripts/preprocess_dataset.py."""
 
     interactions: Path | Sequence[Path] = field(
         metadata={

@@ -54,10 +54,7 @@ class ColumnTypes:
         self._types: dict[str, str] = {row[0]: row[1] for row in described}
 
     def id(self, name: str, column: str) -> tuple[str, bool]:
-        """Return (SQL, whether it is BIGINT instead of VARCHAR). BIGINT only if all values are canonical int64.
-
-        Empty text becomes NULL, in CSV and Parquet alike.
-        """
+        """Return (SQL, whether it is BIGINT, not VARCHAR): if all values are canonical int64. Empty text is NULL."""
         kind = self._types[name]
         if kind not in _INTEGERS and kind != "VARCHAR":
             raise DataError(f"{self._name}: ids in {column!r} must be integers or strings, the column is {kind}")

@@ -38,10 +38,7 @@ def select_list(columns: Mapping[str, str]) -> str:
 
 
 def rating_and_time(scale: int, time: str) -> str:
-    """Select list of action, time and timestamp from ``rating`` and a time column.
-
-    A rating that is 0, or fractional after scaling, becomes NULL, hence a bad row.
-    """
+    """Select list of action and times. Ratings that are 0 or fractional after scaling become NULL, hence bad rows."""
     whole = f"rating * {scale} = floor(rating * {scale}) AND rating > 0 AND rating <= 1000"
     action = f"CASE WHEN {whole} THEN CAST(rating * {scale} AS INTEGER) END"
     return f'{action} AS action, {time} AS "time", {time} AS "timestamp"'
@@ -54,10 +51,7 @@ def one_file(file: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RawFile:
-    """A table in a Parquet file or a delimited text file, which is compressed if its name ends in .gz or .zst.
-
-    Types are declared: a value of another type makes its line unreadable. An empty value is NULL.
-    """
+    """A Parquet or text table. A value of another type than declared makes its line unreadable; empty means NULL."""
 
     path: Path
     columns: Mapping[str, str] | None = None

@@ -103,10 +103,7 @@ def import_interactions(
     append: bool = False,
     **limits: Unpack[BuildLimits],
 ) -> Path:
-    """Build the store of users' own tables and return its path; other arguments as for preprocess.
-
-    ``append``: add new files of interactions to the existing store.
-    """
+    """Build the store of users' own tables, as preprocess. ``append``: add new files to the existing store."""
     if resolve_name(name) is not None:
         raise ConfigError(f"dataset_name {name!r} is a built-in dataset; give your own data another name")
     if not re.fullmatch(r"\w[\w.-]*", name):
@@ -135,10 +132,7 @@ def import_interactions(
 
 
 def _options(name: str, output: Path, force: bool, limits: BuildLimits, **arguments: object) -> BuildOptions:
-    """Build the options and the command that rebuilds the store, without arguments that have their default.
-
-    Arguments added later must default to None, because existing stores are compared by their command.
-    """
+    """Build the options. New arguments must default to None, because existing stores are compared by their command."""
     arguments = {"dataset_name": name, **arguments, "output": output}
     policy = limits.get("bad_row_policy", "raise")
     arguments["bad_row_policy"] = None if policy == "raise" else policy

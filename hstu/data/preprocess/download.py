@@ -25,10 +25,7 @@ _TIMEOUT_S = 30
 
 
 def locate_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Path, ...]] | None:
-    """Return the format and the paths of the raw files in ``directory``, required files first; None if incomplete.
-
-    Also searches the archive's own folders (``<directory>/ml-1m/``, ``…/KuaiRand-1K/data/``).
-    """
+    """Find a format and its files, required ones first, in ``directory`` or the archive's folders in it; else None."""
     top = directory / (spec.archive.folder if spec.archive else "")
     for raw_format in spec.raw_formats:
         for folder in (directory, directory / "data", top, top / "data"):
@@ -38,10 +35,7 @@ def locate_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Pat
 
 
 def obtain_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Path, ...]]:
-    """As locate_raw, but first downloads missing files into ``directory``, or unpacks an archive there.
-
-    Raises DataError, with instructions, if neither the publisher nor a package index (for wheels) can be reached.
-    """
+    """As locate_raw, but downloads or unpacks missing files first. Raises DataError with instructions if that fails."""
     if located := locate_raw(spec, directory):
         return located
     if (archive := spec.archive) is None:
@@ -78,10 +72,7 @@ def by_hand(spec: DatasetSpec, directory: Path) -> str:
 
 
 def download(archive: Archive, directory: Path) -> Path:
-    """Return the archive in ``directory``, downloaded if missing. An interrupted download resumes where it stopped.
-
-    The file is renamed once its checksums match. Raises OSError for network errors, DataError for wrong checksums.
-    """
+    """Download the archive or resume its download. Raises OSError for network errors, DataError for wrong checksums."""
     target, part = directory / archive.file, directory / f"{archive.file}.part"
     is_new = not target.is_file()
     if is_new:

@@ -28,9 +28,8 @@ _REMEDY = "or make the store again from all files, with --force and without --ap
 
 
 def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
-    """Whether a store exists at options.output and is kept. It must fit the options and the raw ``files``.
+    """Whether a store exists at options.output and is kept. It must fit the options and ``files``, if they exist.
 
-    ``files`` None: there are no raw files, so only the options are compared.
     Raises DataError if the store is damaged or does not fit, or if the path holds something else.
     """
     check_replaceable(options.output)
@@ -52,10 +51,7 @@ def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
 
 
 def _options_that_differ(store: SequenceStore, options: BuildOptions, tables: bool = False) -> Iterator[str]:
-    """Messages about options that differ from the command that built the store.
-
-    ``tables``: also report tables beside the interactions that only one of the two commands names.
-    """
+    """Messages about options that differ; with ``tables``, also about tables that only one of the commands names."""
     if store.name != options.name:
         yield f"--dataset_name was {store.name}, it is now {options.name}"
         return
@@ -101,10 +97,7 @@ def files_that_differ(store: SequenceStore, files: Sequence[Path]) -> Iterator[s
 
 
 def with_earlier_files(columns: InteractionColumns, options: BuildOptions) -> InteractionColumns:
-    """Return ``columns`` with the interactions of the store at options.output, followed by the new files.
-
-    Raises DataError if there is no store, if its options differ, or if its raw files have changed.
-    """
+    """Put the store's interactions before the new files of ``columns``. Raises DataError if the store does not fit."""
     target = options.output
     if not is_taken(target):
         raise DataError(f"cannot append: there is no store at {target}; make it first, without --append")

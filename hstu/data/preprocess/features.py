@@ -1,7 +1,4 @@
-"""Writes features of users, items and events: vocabularies, ranges of numbers, and arrays of users and items.
-
-Values are written in any order, at the codes of their users and items, so they need no sort.
-"""
+"""Writes vocabularies and features. Values go to the codes of their users and items, so they need no sort."""
 
 from __future__ import annotations
 
@@ -55,10 +52,7 @@ def write_event_vocabularies(build: Build) -> dict[str, tuple[int, str]]:
 
 
 def check_items(build: Build, num_items: int) -> dict[str, int]:
-    """Read the table of items, in which an item's first row counts. Warns about items without a row and counts them.
-
-    Raises DataError if no item has a row.
-    """
+    """Read the items' first rows and count the items without a row. Raises DataError if no item has a row."""
     if build.raw.item_table is None:
         return {}
     names = [name for name in build.schema.of_items() if name not in build.raw.event_items]
@@ -195,12 +189,9 @@ def _find_ranges(build: Build, feature: str, values: str) -> dict[str, float]:
 
 
 def ranges_of(numbers: np.ndarray, counts: np.ndarray, ranges: int) -> dict[str, float]:
-    """Group numbers into ranges with about equally many values. Returns name ("18..24") → first number, ascending.
+    """Group ascending, distinct ``numbers``, which occur ``counts`` times, into ranges of about equally many values.
 
-    Args:
-        numbers: float64, distinct and ascending.
-        counts: occurrences of each number.
-        ranges: most ranges; there are fewer if many values are equal.
+    Returns name ("18..24") → first number, ascending. There are fewer ranges than ``ranges`` if many values are equal.
     """
     ends = np.cumsum(counts)
     if not len(ends):

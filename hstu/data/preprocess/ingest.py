@@ -65,10 +65,7 @@ def _read(build: Build, name: str, file: RawFile, select: str) -> None:
 
 
 def _ingest(build: Build, raw: RawFile, select: str, name: str, bad: BadRows) -> None:
-    """Write ``select`` of the file's readable rows, in order.
-
-    Raises DataError with file and line for an unreadable line that ``bad`` may not skip.
-    """
+    """Write ``select`` of the readable rows. Raises DataError for unreadable lines that ``bad`` may not skip."""
     read, uniform = raw, replace(raw, path=build.file(name).with_suffix(".lines"))
     try:
         try:
@@ -135,10 +132,7 @@ def _explain(kind: str, message: str, name: str | None) -> str:
 
 
 def check_rows(build: Build) -> None:
-    """Create the views usable_events, impressions and usable_items, without bad rows.
-
-    Raises DataError for the first bad row, unless bad rows may be skipped, and if there are no events.
-    """
+    """Create views without bad rows. Raises DataError for bad rows that may not be skipped, and if no event remains."""
     build.skipped.update(build.once("checked", lambda: _check(build)))
     usable = _usable(build, 0) if build.writer.journal["checked"] else "true"
     build.view("usable_events", f"SELECT * FROM typed WHERE part < {len(build.raw.logs)} AND {usable}")
@@ -238,10 +232,7 @@ def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) 
 
 
 def _check_numbers(build: Build, bad: BadRows) -> None:
-    """Count rows of the table of items with an unusable number or vector as bad rows.
-
-    Raises DataError if a number has no value at all.
-    """
+    """Count unusable numbers and vectors of items as bad rows. Raises DataError if a feature has no value at all."""
     of_items = _quantities_of_items(build)
     for name, feature in build.schema.quantities().items():
         if name in of_items and build.raw.item_table is not None:
@@ -255,10 +246,7 @@ def _check_numbers(build: Build, bad: BadRows) -> None:
 
 
 def keep_core(build: Build) -> None:
-    """Create the view events: the usable events of users and items that have enough events.
-
-    Repeats until all remaining users and items have enough (a k-core). Raises DataError if nothing remains.
-    """
+    """Create the view events, a k-core of users and items with enough events. Raises DataError if it is empty."""
     options = build.options
     if max(options.min_user_events, options.min_item_events) == 1:
         build.view("events", "SELECT * FROM usable_events")

@@ -73,10 +73,7 @@ def _differences(statistics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_report(store: SequenceStore, folder: Path) -> Path:
-    """Write report.md and its plots into ``folder``. Returns the path of report.md.
-
-    Reads every event once, in bounded memory except for one counter per item.
-    """
+    """Write report.md and its plots into ``folder``, in bounded memory except for one counter per item."""
     folder.mkdir(exist_ok=True)
     lengths, counts = np.diff(store.offsets()), _event_counts(store, store.item_feature)
     _draw(lengths, counts[counts > 0], folder / _PLOT)
@@ -173,7 +170,6 @@ def _most_frequent(store: SequenceStore, of_items: np.ndarray) -> Iterator[tuple
 
 
 def _actions(store: SequenceStore, action: str) -> str:
-    """Events of each action, or of each signal if actions are bit masks."""
     counts = _event_counts(store, action)
     values = np.arange(len(counts))
     name = resolve_name(store.name)

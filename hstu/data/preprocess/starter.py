@@ -1,7 +1,4 @@
-"""Writes starter gin files for a store, one per task, with all tables and with sizes from the data.
-
-The sizes suit two CPU cores. Existing files are never replaced, because users may have edited them.
-"""
+"""Writes starter gin files with sizes for two CPU cores. Never replaces a file, because users may have edited it."""
 
 from __future__ import annotations
 
@@ -38,10 +35,9 @@ _NETWORK = NetworkArgs(num_layers=2, hidden_size=64, num_attention_heads=2, kv_c
 
 
 def write_starters(store: SequenceStore, path: Path) -> Iterator[str]:
-    """Write ``<path>_retrieval.gin`` and ``<path>_ranking.gin``. Yields how to train, or why not, per task.
+    """Write ``<path>_retrieval.gin`` and ``<path>_ranking.gin``, or ``<file>.new`` beside an older file that differs.
 
-    If a file differs and is older than the store, ``<file>.new`` is written beside it.
-    ``path``: the store's path in the files, absolute or relative to the directory where training will start.
+    Yields per task how to train, or why not. ``path``: the store, absolute or relative to where training will start.
     """
     special: Mapping[Task, Sequence[Settings] | str] = {"retrieval": _retrieval(store), "ranking": _ranking(store)}
     for task, settings in special.items():
@@ -191,7 +187,6 @@ def _retrieval(store: SequenceStore) -> Sequence[Settings] | str:
 
 
 def _ranking(store: SequenceStore) -> Sequence[Settings] | str:
-    """Settings specific to ranking, or the reason why the data does not allow it."""
     if store.action_feature is None:
         return "the data has no action; for your own table, name its column with --action"
     if store.num_users < 2 and store.split is None:

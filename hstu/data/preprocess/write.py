@@ -1,7 +1,4 @@
-"""Last stages: number users, items and requests, and fill the arrays one bucket of users or requests at a time.
-
-A request is a group of impressions. Requests without a history are left out.
-"""
+"""Last stages: number users, items and requests (groups of impressions), and fill arrays one bucket at a time."""
 
 from __future__ import annotations
 
@@ -28,10 +25,7 @@ _FEATURE_BYTES_PER_ROW = 60
 
 
 def number_users_and_items(build: Build) -> tuple[np.ndarray, int]:
-    """Create the tables users and items (id, events, code), ascending in id.
-
-    Returns the number of events of each user, int64 [U], and the number of items.
-    """
+    """Create the tables users and items, ascending in id. Returns events per user, int64 [U], and number of items."""
     build.table("users", 'SELECT "user" AS id, count(*) AS events FROM events GROUP BY 1 ORDER BY 1', "code")
     query = "SELECT item AS id, count(*) AS events FROM events GROUP BY 1"
     listed = (("titles", build.raw.title_table), ("usable_items", build.raw.item_table))
@@ -68,10 +62,7 @@ def keep_raw_ids(build: Build) -> None:
 
 
 def write_events(build: Build, offsets: np.ndarray, num_items: int) -> dict[str, str]:
-    """Write items, actions, times and event features. Returns e0, e1, … → SQL of its value.
-
-    Each bucket of users is joined with the codes, sorted, written and committed.
-    """
+    """Write items, actions, times and event features by bucket of users. Returns e0, e1, … → SQL of its value."""
     schema, create, length = build.schema, build.writer.create_sequence, int(offsets[-1])
     arrays = {"item": create(schema.item, "item", cardinality=num_items, length=length)}
     if schema.action:
@@ -119,10 +110,7 @@ def write_rows(
     place: slice,
     parameters: Sequence[Any] = (),
 ) -> None:
-    """Fill the slice ``place`` of ``arrays`` with a query's rows in ``order``; items and features become codes.
-
-    ``features``: e0, e1, … → SQL of its value.
-    """
+    """Fill the slice ``place`` with a query's rows in ``order``, as codes. ``features``: e0, e1, … → SQL of value."""
     coded = {"item": "CAST(i.code AS INTEGER) AS item"}
     coded |= {name: f"CAST({name}_codes.code AS INTEGER) AS {name}" for name in features}
     coded |= {name: f"coalesce(e.{name}, 'nan'::FLOAT) AS {name}" for name in build.schema.quantities()}
@@ -180,8 +168,7 @@ def write_split(build: Build, offsets: np.ndarray) -> None:
 def find_requests(build: Build) -> dict[str, int]:
     """Create the tables requests, sorted by user and time, and candidates (``number``: row of their request).
 
-    Warns about requests without an earlier event of their user and leaves them out. Returns the counts for statistics.
-    Raises DataError if no request is left.
+    Leaves out requests without an earlier event of their user. Returns counts. Raises DataError if no request remains.
     """
     if not build.raw.requests:
         return {}
@@ -220,10 +207,7 @@ def find_requests(build: Build) -> dict[str, int]:
 def write_requests(
     build: Build, offsets: np.ndarray, requests: int, candidates: int, features: Mapping[str, str]
 ) -> None:
-    """Write the requests and their candidates. The events must be written already.
-
-    ``offsets``: int64 [U + 1], event offsets of users. ``features``: e0, e1, … → SQL of its value.
-    """
+    """Write requests and candidates, after events with ``offsets`` [U + 1]. ``features``: e0, e1, … → SQL of value."""
     of_requests = build.writer.create_requests(requests, candidates)
     _write_requests(build, of_requests, offsets)
     named = {"item": build.schema.item, "action": build.schema.action} | build.schema.of_events()

@@ -87,10 +87,7 @@ def refusals_on_cpu(library: Path, operators: Sequence[str]) -> dict[str, str]:
 
 
 def remembered(key: str, operators: Sequence[str], check: Callable[[Sequence[str]], Decided]) -> dict[str, str]:
-    """Return the operators that ``check`` refuses, and why. Results are cached on disk under ``key``.
-
-    The key covers everything that determines the machine code and the hardware and driver that run it.
-    """
+    """Operators that ``check`` refuses, and why. Cached by ``key``, which covers machine code, GPU and driver."""
     try:
         file = cache_directory() / "checks.json"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,6 @@
 """Fake kernels: they allocate what real kernels allocate, report the costs, and compute nothing.
 
-On tensors without data (torch's FakeTensorMode) they show what a training step needs. All other operators run as
-PyTorch's own, whose costs follow from the shapes.
+On tensors without data (torch's FakeTensorMode) they show what a step needs. Other operators run as PyTorch's own.
 """
 
 from __future__ import annotations

@@ -155,10 +155,7 @@ The first two results hold the same numbers, and are one tensor if the dtypes ar
 
 @dataclass(frozen=True)
 class GateInputs:
-    """Inputs of ``Dropout(LayerNorm(x over all heads) ⊙ u)``. Source: arXiv 2402.17152, eq. 3.
-
-    x, u: [T, H, d] of one dtype. weight, bias: [H · d].
-    """
+    """Inputs of ``Dropout(LayerNorm(x) ⊙ u)``, arXiv 2402.17152, eq. 3. x, u: [T, H, d]; weight, bias: [H · d]."""
 
     x: Tensor
     u: Tensor
@@ -177,10 +174,7 @@ the gradients of x, weight and bias."""
 
 @dataclass(frozen=True)
 class SeenItems:
-    """Pool entries that are not negatives of a query: the items that its user has up to and including the target.
-
-    Entry s is hidden from query m if ``first[sequences[m], s] <= places[m]``.
-    """
+    """Hides pool entry s from query m if its user has it by the target: ``first[sequences[m], s] <= places[m]``."""
 
     first: Tensor
     """int32 [B, S], contiguous: first position of an entry's item in a sequence; negative for items before it,

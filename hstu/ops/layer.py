@@ -82,10 +82,7 @@ class LayerWeights(NamedTuple):
 
 @dataclass
 class SavedActivations:
-    """What backward needs besides the input x + update, in the order of saving. None: recomputed or absent.
-
-    Backward deletes each field after its last use, to free its memory.
-    """
+    """Saved for backward besides x + update. None: recomputed or absent. Backward deletes fields after use."""
 
     input_statistics: Tensor
     """Mean and rstd of this rank's tokens, [2, T]."""

@@ -89,8 +89,7 @@ class JaggedLayout:
     def newest_item_tokens(self, count: Tensor, total: int) -> Tensor:
         """Token indices of the newest ``count[s]`` items of each sequence s, oldest first: int64 [total].
 
-        count: int64 [B] on the device; ``total`` is its sum, on the host. The token before an item's token is the
-        previous item's action, or the previous item where actions are not tokens.
+        count: int64 [B] on the device. total: its sum. The token before an item is the previous item or its action.
         """
         sequence = torch.repeat_interleave(count, output_size=total)
         index = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[sequence]

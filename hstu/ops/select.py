@@ -1,7 +1,4 @@
-"""Select the kernels of a model once, when it is built.
-
-Backends are imported inside functions: a machine needs Triton, CUTLASS or a C++ compiler only if it uses them.
-"""
+"""Select the kernels of a model. Backends are imported on demand: Triton, CUTLASS or a C++ compiler may be missing."""
 
 from __future__ import annotations
 

@@ -310,10 +310,7 @@ def masked_rows_at(index, tiles, span, mode: tl.constexpr, BLOCK_M: tl.constexpr
 
 @triton.jit
 def tiles_on_diagonal(diagonal, span, mode: tl.constexpr, BLOCK: tl.constexpr):
-    """Row tiles on a diagonal (tile of rows − tile of keys) in which some row sees some key.
-
-    Returns (first, count, late, late_count): ``count`` tiles from ``first`` on, and ``late_count`` from ``late`` on.
-    """
+    """Row tiles on a diagonal (row tile − key tile) with visible pairs, two runs: (first, count, late, late_count)."""
     tiles = tl.cdiv(span.length, BLOCK)
     stop = tl.minimum(tiles, tiles + diagonal)
     context_tiles = tl.cdiv(span.num_contextuals, BLOCK)

@@ -75,8 +75,7 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 def precision_for(kernel: Any, dtype: torch.dtype, exact: bool = False) -> Precision:
     """Precision with which ``kernel`` multiplies tiles of ``dtype``.
 
-    Tensor cores multiply float32 as three products of TF32, which is about as exact. ``exact``: ordinary float32
-    arithmetic instead, which needs fewer registers.
+    float32 takes three TF32 products on tensor cores, about as exact. ``exact``: plain arithmetic, fewer registers.
     """
     interpreted = is_interpreted(kernel)
     return Precision(

@@ -69,7 +69,7 @@ class ColumnTypes:
         return f"CAST({value} AS VARCHAR)", False
 
     def _refuse_decimals(self, value: str, column: str) -> None:
-        """Raise DataError if all values are numbers and some have a fraction; pandas writes integers with gaps so."""
+        """Raise DataError if all values are numbers and some have a fraction, as in pandas columns with gaps."""
         number = f"regexp_full_match({value}, '{_DECIMAL}')"
         query = f"SELECT bool_and({number}), min({value}) FILTER (WHERE contains({value}, '.')) FROM {self._relation}"
         ((only_numbers, fraction),) = self._engine.execute(query).fetchall()

@@ -168,9 +168,11 @@ def draw_shared(keys: LabelKeys, num: int, corpus: ItemDistribution) -> np.ndarr
 def draw_each(
     keys: LabelKeys, num: int, corpus: ItemDistribution, hard: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct item codes int64 [S], indices into them int32 [M, num]): independent draws for each label. ``hard``:
-    int64 [M, up to num] codes that replace the first draws of a label; -1 keeps the draw. Only drawn items return:
-    an optimizer moves every looked-up row, so further rows would make the tables depend on the number of ranks."""
+    """(distinct item codes int64 [S], indices into them int32 [M, num]): independent draws for each label.
+
+    ``hard``: int64 [M, up to num] codes that replace the first draws of a label; -1 keeps the draw. Only drawn items
+    are returned: an optimizer moves every looked-up row, so others would make tables depend on the number of ranks.
+    """
     codes = corpus.items(_draw_32_bits(keys, num))
     if hard is not None:
         np.copyto(codes[:, : hard.shape[1]], hard, where=hard >= 0, casting="same_kind")

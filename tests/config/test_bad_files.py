@@ -207,8 +207,6 @@ TOGETHER = [
         "LRScheduleArgs.milestones = [5, 5]" + HERE, told=("must increase",)),
     idle("floor of no decay", "ranking", "LRScheduleArgs.min_ratio = 0.1" + HERE,
         told=("has no effect with LRScheduleArgs.schedule = 'constant'", "other than 'constant'")),
-    idle("rates of no sharded table", "own", 'item/EmbeddingArgs.sharding_type = "data_parallel"',
-        "OptimizerArgs.sparse_learning_rate = 0.1" + HERE, told=("is for model_parallel tables", "has none")),
     bad("table twice", "own", 'action/EmbeddingArgs.table_name = "item"' + HERE,
         told=("'item' is given twice", "item/EmbeddingArgs.table_name")),
     bad("moments of cut rows", "own", 'item/EmbeddingArgs.sharding = "column_wise"' + HERE,

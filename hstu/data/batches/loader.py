@@ -61,19 +61,24 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     torch's signal handler would raise a worker's death at any line of the main thread. Without the handler, waiting
     for the next batch raises it, at most 5 s later. gc.freeze excludes inherited objects from garbage collection in the
     workers: collecting an earlier run's process group would wait forever for threads that a forked worker lacks.
+
+    A terminal, torchrun or a scheduler signals all processes of a run, but the training process still needs batches
+    until the end of its step. Workers therefore inherit a mask that blocks these signals.
     """
     before = signal.getsignal(signal.SIGCHLD)
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     gc.freeze()
     try:
         batches = iter(loader)
     finally:
         gc.unfreeze()
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     workers = getattr(batches, "_workers", ())
     for worker in workers:
-        worker.terminate = worker.kill  # workers ignore SIGTERM
-    # Without this, Python at exit would send SIGTERM, which the workers ignore, and wait for them.
+        worker.terminate = worker.kill  # workers block SIGTERM
+    # Without this, Python at exit would send SIGTERM, which the workers block, and wait for them.
     Finalize(batches, _kill, args=(workers,), exitpriority=0)
     return batches
 
@@ -122,8 +127,4 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _follow_the_parent(worker: int) -> None:
-    """Ignores signals, which a terminal, torchrun or a scheduler sends to all processes of a run. The training process
-    still needs batches until the end of its step, and ends the workers itself."""
     end_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

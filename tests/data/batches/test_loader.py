@@ -142,6 +142,22 @@ def test_a_defect_of_ours_keeps_its_traceback(workers: int) -> None:
     traceback.clear_frames(error.tb)  # which hold the loader: left to the garbage collector it takes 5 s to stop
 
 
+def test_no_signal_reaches_a_worker_at_any_time(collator: Collator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before a worker runs a line of ours."""
+    masks = []
+    fork = os.fork
+
+    def fork_and_note() -> int:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", fork_and_note)
+    batches = build_loader(collator, plans(), workers=2)
+    next(batches)
+    assert len(masks) == 2 and all({signal.SIGINT, signal.SIGTERM} <= mask for mask in masks)
+    assert not {signal.SIGINT, signal.SIGTERM} & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
 def test_dropping_the_loader_stops_its_workers(collator: Collator) -> None:
     batches = build_loader(collator, plans(), workers=2)
     next(batches)

@@ -159,6 +159,7 @@ class GateInputs:
 
     x: Tensor
     u: Tensor
+    """In the dtype of x."""
     weight: Tensor
     bias: Tensor
     config: GateConfig

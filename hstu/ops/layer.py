@@ -82,7 +82,7 @@ class LayerWeights(NamedTuple):
 
 @dataclass
 class SavedActivations:
-    """Saved for backward besides x + update. None: recomputed or absent. Backward deletes fields after use."""
+    """Saved for backward, besides x + update. None: recomputed or absent. Backward frees each field after use."""
 
     input_statistics: Tensor
     """Mean and rstd of this rank's tokens, [2, T]."""

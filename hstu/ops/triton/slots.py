@@ -146,7 +146,7 @@ def clear(entries, is_full, last, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["number", "last", "shift"])
 def insert_slots(slots, entries, keys, is_full, size, number, last, shift, BLOCK: tl.constexpr):
-    """Insert ``number`` slots, or the first ``size`` if ``is_full``. Order of programs affects no search. Grid: any."""
+    """Insert ``number`` slots; if ``is_full``, the first ``size``. The insertion order affects no search. Grid: any."""
     refills = tl.load(is_full)
     bound = tl.cast(number, tl.int64)
     if refills:

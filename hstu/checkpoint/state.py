@@ -25,7 +25,7 @@ from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.shards import ShardedView, global_view, shard_dim, view_of
-from hstu.parallel.table_optimizer import is_rowwise
+from hstu.parallel.table_optimizer import state_shape
 from hstu.parallel.tables import sharded_weights
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,8 @@ class TrainState:
             states[f"tables.{name}"] = tensor
         for table in self._sharded():
             for state in self.optimizers.tables.training[table.name].states:
-                size = (table.rows,) if is_rowwise(state) else (table.rows, table.dim)
-                states[f"tables.{table.name}.{state}"] = _pieces(tables.get(f"{table.name}.{state}"), size)
+                shards = tables.get(f"{table.name}.{state}")
+                states[f"tables.{table.name}.{state}"] = _pieces(shards, state_shape(table, state))
         return states
 
     def _sharded(self) -> list[TableSpec]:

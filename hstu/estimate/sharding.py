@@ -17,9 +17,9 @@ from hstu.estimate.dry_run import DryRun
 from hstu.estimate.workload import Workload
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.ops.costs import FLOAT32, Cost
-from hstu.parallel.dynamic.memory import logical_name
+from hstu.parallel.dynamic.memory import bytes_per_row, logical_name
 from hstu.parallel.flat_weights import FlatLayout
-from hstu.parallel.table_optimizer import STATES, TableTraining, is_rowwise
+from hstu.parallel.table_optimizer import TableTraining, is_rowwise
 from hstu.parallel.tables import UNLIMITED, TableRanks, TableRoom, memory_plans, plan_sharding, prepare_tables
 
 INT64 = 8
@@ -107,10 +107,10 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
     """Bytes of (rows, optimizer states) of the sharded tables on the rank with the largest sum."""
     held = np.zeros((workload.world_size, 2), dtype=np.int64)
     for table in plan:
-        states = STATES[TableTraining.of(table.spec, workload.config.optimizer).optimizer]
+        optimizer = TableTraining.of(table.spec, workload.config.optimizer).optimizer
         for rank, rows, columns in table.shards:
-            of_states = sum(rows * (1 if is_rowwise(state) else columns) for state in states)
-            held[rank] += (FLOAT32 * rows * columns, FLOAT32 * of_states)
+            of_rows = FLOAT32 * rows * columns
+            held[rank] += (of_rows, rows * bytes_per_row(columns, optimizer) - of_rows)
     rows_of_busiest, states_of_busiest = held[held.sum(axis=1).argmax()]
     return int(rows_of_busiest), int(states_of_busiest)
 

@@ -47,7 +47,8 @@ from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.select import select_kernels
 from hstu.optim.dense import DenseOptimizer, match_part_optimizers
-from hstu.parallel.table_optimizer import TableTraining, is_rowwise
+from hstu.parallel.dynamic.memory import bytes_per_row
+from hstu.parallel.table_optimizer import TableTraining, state_shape
 from hstu.parallel.tables import check_kernels, check_memory, room_of_rank
 from hstu.train.builder import task_module
 from hstu.train.directories import directory_of_checkpoints
@@ -223,8 +224,7 @@ def table_tensors(run: RunDraft, specs: tuple[TableSpec, ...]) -> dict[str, torc
     for spec in static:
         averages = (AVERAGE,) if spec.replicated and args.ema_decay > 0 else ()
         for state in (*TableTraining.of(spec, args).states, *averages):
-            shape = (spec.rows,) if is_rowwise(state) else (spec.rows, spec.dim)
-            sizes[f"optimizer.tables.{spec.name}.{state}"] = torch.Size(shape)
+            sizes[f"optimizer.tables.{spec.name}.{state}"] = torch.Size(state_shape(spec, state))
     return sizes
 
 
@@ -307,11 +307,10 @@ def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> Problems:
     trainer, args = run.trainer, run.optimizer
     if not trainer.saves_checkpoints:
         return
-    numbers = sum(shape.numel() for shape in built.tensors.values())
+    one = FLOAT32 * sum(shape.numel() for shape in built.tensors.values())
     for spec in (spec for spec in built.specs if spec.dynamic is not None):
-        states = TableTraining.of(spec, args).states
-        numbers += spec.rows * (spec.dim + sum(1 if is_rowwise(state) else spec.dim for state in states))
-    one, free = FLOAT32 * numbers, shutil.disk_usage(_existing_ancestor(built.save_dir)).free
+        one += spec.rows * bytes_per_row(spec.dim, TableTraining.of(spec, args).optimizer)
+    free = shutil.disk_usage(_existing_ancestor(built.save_dir)).free
     saved, kept = 1, trainer.ckpt_keep_last
     if trainer.ckpt_save_interval is not None and trainer.max_train_iters is not None:
         saved = -(-trainer.max_train_iters // trainer.ckpt_save_interval)

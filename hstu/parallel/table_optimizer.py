@@ -46,6 +46,11 @@ def is_rowwise(state: str) -> bool:
     return state.startswith("rowwise_")
 
 
+def state_shape(spec: TableSpec, state: str) -> tuple[int, ...]:
+    """Return the shape of an optimizer state of a whole static table."""
+    return (spec.rows,) if is_rowwise(state) else (spec.rows, spec.dim)
+
+
 @dataclass(frozen=True)
 class TableTraining:
     """How one table is trained."""
@@ -105,8 +110,6 @@ class TableOptimizer:
     ) -> None:
         """``training`` by table name, including tables without a shard here; ``replicated``: table name → weight."""
         self.training = training
-        self.steps = 0
-        """Optimizer steps so far; set it on restore."""
         self._fused = [opt for collection in collections for _, opt in collection.fused_optimizer.optimizers]
         lookups = [lookup for collection in collections for lookup in collection._lookups]
         modules = [module for lookup in lookups for module in lookup.modules()]
@@ -115,6 +118,15 @@ class TableOptimizer:
         self._replicated = list(replicated)
         own = [pair for kernel in self._sparse_kernels for pair in kernel.named_parameters_by_table()]
         self._by_row = RowOptimizer(dict([*own, *replicated.items()]), training, args, update_rows)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far; set it on restore."""
+        return self._by_row.steps
+
+    @steps.setter
+    def steps(self, steps: int) -> None:
+        self._by_row.steps = steps
 
     def set_lr_multiplier(self, multiplier: float) -> None:
         """Multiply each table's learning rate by ``multiplier`` from the next backward on."""
@@ -138,9 +150,7 @@ class TableOptimizer:
 
         If ``found_inf`` (scalar on the device) is not 0, other tables stay unchanged. ``steps`` increases all the same.
         """
-        self._by_row.steps = self.steps
         self._by_row.step(found_inf)
-        self.steps += 1
 
     def state_tensors(self) -> dict[str, ShardedTensor]:
         """Return the live states of tables with a shard on this rank: ``<table>.<state>`` → tensor."""

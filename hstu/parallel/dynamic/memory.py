@@ -25,10 +25,10 @@ _FLOAT_BYTES = 4  # rows and states are float32
 _HOST = "/host"
 
 
-def bytes_per_row(stored_dim: int, optimizer: str) -> int:
+def bytes_per_row(columns: int, optimizer: str) -> int:
     """Return the bytes of a row with its optimizer states."""
-    numbers = [1 if is_rowwise(state) else stored_dim for state in STATES[optimizer]]
-    return (stored_dim + sum(numbers)) * _FLOAT_BYTES
+    numbers = [1 if is_rowwise(state) else columns for state in STATES[optimizer]]
+    return (columns + sum(numbers)) * _FLOAT_BYTES
 
 
 @dataclass(frozen=True)

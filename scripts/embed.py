@@ -35,7 +35,6 @@ from hstu.serve.command import (
     check_new,
     load_model,
     note,
-    parse_time,
     require_model,
     users_of_file,
 )
@@ -56,16 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries()
     loaded = load_model(LoadedModel, options)
     loaded.require_retrieval()
-    at = None if options.at is None else parse_time(options.at)
-    loaded.check_request_time(at)
+    loaded.check_request_time(options.at)
     users = users_of_file(loaded, options.users_file)
     on_all_ranks(lambda: check_new(options.output), loaded.mesh.world_group)
     if options.only != "users":
         _write("item", loaded.store.raw_ids(loaded.source.roles.item), item_vectors(loaded), loaded, options.output)
     if options.only != "items":
-        _write(
-            "user", loaded.store.raw_ids(USER_FEATURE)[users], user_vectors(loaded, users, at), loaded, options.output
-        )
+        ids = loaded.store.raw_ids(USER_FEATURE)[users]
+        _write("user", ids, user_vectors(loaded, users, options.at), loaded, options.output)
     return EXIT_DONE
 
 

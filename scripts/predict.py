@@ -42,7 +42,6 @@ from hstu.serve.command import (
     check_new,
     load_model,
     note,
-    parse_time,
     read_candidates,
     read_codes,
     require_model,
@@ -66,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("top", "part_users"):
         if (getattr(options, name) or 1) < 1:
             parser.error(f"--{name} must be at least 1")
-    options.at = None if options.at is None else parse_time(options.at)
     quiet_libraries()
     loaded = load_model(LoadedModel, options)
     candidates, users = _wanted(loaded, options)

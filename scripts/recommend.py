@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--times", help="the times of --items, seconds since 1970, separated by commas")
     add(
         "--at",
+        type=parse_time,
         help="when the users ask, if the model reads it (DatasetArgs.query_time): now, seconds since 1970, or a date "
         "such as 2026-01-31T18:00 (UTC); default: at the newest event of each",
     )
@@ -89,22 +90,21 @@ def _recommend(options: argparse.Namespace) -> None:
     """Load the model, answer, and report on stderr what is unknown."""
     wanted = _users(options) if options.users or options.users_file else None
     given = _histories(options) if wanted is None else []
-    at = None if options.at is None else parse_time(options.at)
     trained = load_model(api.TrainedModel, options)
     unknown_users: list[Any] = []
     unknown_values: dict[str, list[Any]] = {}
     if wanted is None:
-        answered, unknown_values = trained.recommend_for(given, options.top, at)
+        answered, unknown_values = trained.recommend_for(given, options.top, options.at)
         if options.items:
             unknown_values.pop(USER_FEATURE, None)  # the history has no user, only a label
     else:
         known, unknown_users = trained.known_users(wanted)
         if not known:
             raise DataError(f"{trained.store.path} has none of these users: {shown(unknown_users)}")
-        answered = trained.recommend(known, options.top, at)
+        answered = trained.recommend(known, options.top, options.at)
     if not trained.mesh.is_main:
         return
-    if trained.reads_request_time and at is None:
+    if trained.reads_request_time and options.at is None:
         note(trained, "each user asks at the time of the newest event; --at now asks now")
     if unknown_users:
         note(trained, f"{len(unknown_users)} unknown user(s) left out: {shown(unknown_users)}")

@@ -53,6 +53,7 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--at",
+        type=parse_time,
         help="when the users ask, if the model reads it: now, seconds since 1970, or a date; default: at the newest "
         "event of each",
     )

@@ -212,10 +212,11 @@ def run(item: Item, options: argparse.Namespace, limit_s: float) -> str:
         more, left = len(rows_of(report)) > before, begun + limit_s - time.monotonic()
         if not code or not more or left < START_S:
             break
-    failed = sum("error" in row for row in rows_of(report))
+    rows = rows_of(report)
+    failed = sum("error" in row for row in rows)
     ended = "killed" if code is None else "ok" if code == 0 else f"failed ({code})"
     if failed:
-        ended = f"{failed} of {len(rows_of(report))} results failed, {ended}"
+        ended = f"{failed} of {len(rows)} results failed, {ended}"
     return f"{ended}, {time.monotonic() - begun:.0f} s"
 
 

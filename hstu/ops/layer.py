@@ -33,7 +33,7 @@ from hstu.ops.kernels import (
     RelativeBias,
 )
 from hstu.ops.layout import JaggedLayout
-from hstu.ops.products import matmul
+from hstu.ops.pytorch.operators import matmul
 
 
 @dataclass(frozen=True)

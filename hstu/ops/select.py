@@ -14,6 +14,7 @@ from hstu.base.errors import ConfigError
 from hstu.ops.check_process import refusals, refusals_on_cpu
 from hstu.ops.kernels import OPERATORS, SLOTS, Backend, Kernels, KernelShapes, ServedBy
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.support import device_unsupported_reason, unsupported_reason
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +66,15 @@ def resolve_kernels(
     reasons: dict[str, list[str]] = {operator: [] for operator in OPERATORS}
     refused: set[str] = set()
     for candidate in FALLBACKS[backend]:
-        # ``support`` does not import the kernels, which cannot be imported everywhere.
-        support = _module(candidate, "operators" if candidate is Backend.CPU else "support")
         waiting = [operator for operator in OPERATORS if operator not in served_by]
-        missing = {operator: support.unsupported_reason(operator, shapes) for operator in waiting}
+        missing = {operator: unsupported_reason(candidate, operator, shapes) for operator in waiting}
         failed = check(candidate, shapes, [operator for operator in waiting if missing[operator] is None])
         refused.update(failed)
         for operator in waiting:
             if reason := missing[operator] or failed.get(operator):
                 reasons[operator].append(f"{candidate.value}: {reason}")
             else:
-                kernels[operator] = _module(candidate, "operators").OPERATORS[operator]
+                kernels[operator] = importlib.import_module(f"hstu.ops.{candidate}.operators").OPERATORS[operator]
                 served_by[operator] = ServedBy(candidate, "; ".join(reasons[operator]) or None, operator in refused)
     for operator in OPERATORS:
         reason = "; ".join(reasons[operator]) or None
@@ -97,7 +96,7 @@ def _refusals(
         return {}
     if backend is Backend.CPU:
         return _refusals_on_cpu(operators)
-    reason = _module(backend, "support").device_unsupported_reason(torch.cuda.get_device_capability(device))
+    reason = device_unsupported_reason(backend, torch.cuda.get_device_capability(device))
     return refusals(backend, device, shapes, operators) if reason is None else dict.fromkeys(operators, reason)
 
 
@@ -110,7 +109,3 @@ def _refusals_on_cpu(operators: Sequence[str]) -> Mapping[str, str]:
         return dict.fromkeys(operators, f"there are no C++ kernels for this CPU: {problem}")
     keep_freed_memory()
     return refused
-
-
-def _module(backend: Backend, name: str) -> ModuleType:
-    return importlib.import_module(f"hstu.ops.{backend.value}.{name}")

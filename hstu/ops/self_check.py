@@ -47,6 +47,7 @@ from hstu.ops.kernels import (
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, TokenOrder, build_layout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import RowUpdate
+from hstu.ops.support import unsupported_reason
 
 Errors = dict[str, tuple[float, float]]
 """Comparison → relative error, and the largest error that rounding explains."""
@@ -98,12 +99,11 @@ def checks(backend: str, device: torch.device, shapes: KernelShapes | None) -> I
             yield Check(SLOTS, "slots of dynamic tables", partial(slots_errors, device))
         return
     kernels = importlib.import_module(f"hstu.ops.{backend}.operators").OPERATORS
-    support = importlib.import_module(f"hstu.ops.{backend}.{'operators' if backend == Backend.CPU else 'support'}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         all_cases = list(cases(shapes))
     for case in all_cases:
-        if case.operator in kernels and support.unsupported_reason(case.operator, shapes) is None:
+        if unsupported_reason(Backend(backend), case.operator, shapes) is None:
             yield Check(case.operator, case.name, partial(errors, case, kernels[case.operator], device))
 
 

@@ -39,7 +39,7 @@ from hstu.observe.logging import set_up_logging
 from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import ThroughputMeter, peak_tflops
 from hstu.ops.kernels import Kernels
-from hstu.ops.products import cpu_multiplies_bfloat16
+from hstu.ops.pytorch.operators import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
 from hstu.optim.optimizers import Optimizers, Schedule, build_optimizers
 from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, require_equal

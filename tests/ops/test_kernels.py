@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
-from hstu.ops.cutlass.support import head_unsupported_reason
-from hstu.ops.kernels import Backend, GateConfig, RelativeBias, SeenItems
+from hstu.ops.kernels import Backend, GateConfig, KernelShapes, RelativeBias, SeenItems
 from hstu.ops.layout import NUM_TIME_BUCKETS, time_buckets
+from hstu.ops.support import unsupported_reason
 from tests.ops.backends import (
     BACKENDS,
     CUTLASS,
@@ -218,7 +218,8 @@ def compare_projected(
 def test_attention_equals_float64_on_a_long_sequence(backend: Backend, width: int, dtype: torch.dtype) -> None:
     batch = Batch((User(1023, 0, tuple(3600 * i for i in range(1023))), User(5, 0, (1,) * 5)), 0, 1, 1)
     leaves = attention_inputs(1028, 1, width, dtype, strided=True, backend=backend)
-    if ON_A_GPU and backend is not Backend.CPU and head_unsupported_reason(width, dtype, has_bias=True):
+    shapes = KernelShapes(width, 1, width, width, dtype, has_bias=True)
+    if ON_A_GPU and backend is not Backend.CPU and unsupported_reason(Backend.CUTLASS, "attention", shapes):
         pytest.skip("CUTLASS has no such kernels, and Triton's for other widths are compiled already")
     compare_attention(batch, backend, leaves, torch.randn(1028, 1, width), alpha=width**-0.5, scaling_seqlen=1023)
 

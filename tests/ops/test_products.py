@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hstu.ops import products
+from hstu.ops.pytorch import operators as products
 
 
 @pytest.mark.parametrize("has_instructions", [True, False])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.ops import row_update as plain
-from hstu.ops.cpu import row_update as cpp
+from hstu.ops.cpu import operators as cpp
 from hstu.ops.row_update import RowUpdate, UpdateRows
 
 STATES = {"sgd": 0, "adagrad": 1, "adam": 2}

@@ -46,7 +46,7 @@ def watch_triton(patch: pytest.MonkeyPatch, record: Record) -> None:
     def select_kernels(requested: str, strict: bool, device: object, shapes: KernelShapes) -> Kernels:
         return resolve_kernels(Backend.TRITON, shapes)
 
-    for module in ("add_layer_norm", "attention", "linear", "norm", "rows", "softmax_loss"):
+    for module in ("attention", "linear", "norm", "rows", "softmax_loss"):
         used = vars(importlib.import_module(f"hstu.ops.triton.{module}"))
         for name in {"launcher", "row_launcher"} & used.keys():
             patch.setattr(f"hstu.ops.triton.{module}.{name}", launcher)

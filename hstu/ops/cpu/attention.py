@@ -50,7 +50,7 @@ class _Plan:
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
-    """See :data:`hstu.ops.kernels.AttentionForward`. float32 or bfloat16, heads of at most WIDEST_ROW channels."""
+    """See :data:`hstu.ops.kernels.AttentionForward`. float32 or bfloat16, heads of at most WIDEST_HEAD channels."""
     arguments = _prepare(inputs)
     out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype)
     arguments.set(out=out)

@@ -1,16 +1,68 @@
-"""Operators that have C++ kernels, and the shapes that these support. PyTorch serves the others."""
+"""The C++ kernels by operator, and the table optimizers among them (csrc/rows.cpp). PyTorch serves other operators."""
 
 from __future__ import annotations
 
+import ctypes
+import math
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hstu.ops.cpu import attention, norm_mul_dropout, row_update, softmax_loss
-from hstu.ops.kernels import AttentionKernels, GateKernels, KernelShapes
+from hstu.ops import row_update
+from hstu.ops.cpu import attention, norm_mul_dropout, softmax_loss
+from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, pointer
+from hstu.ops.kernels import AttentionKernels, GateKernels
+from hstu.ops.row_update import RowUpdate
 
-WIDEST_ROW = 256
-DTYPES = (torch.float32, torch.bfloat16)
+
+class _Optimizer(IntEnum):
+    """Mirrors HstuRowOptimizer of csrc/rows.cpp."""
+
+    SGD = 0
+    ADAGRAD = 1
+    ADAM = 2
+
+
+class _Arguments(Arguments):
+    """HstuRowUpdate of csrc/rows.cpp."""
+
+    _fields_ = fields(
+        (pointer, "rows gradients weight first second"),
+        (int64, "count width"),
+        (float32, "rate eps beta1 beta2 correction1 correction2 max_gradient"),
+        (int32, "optimizer threads"),
+    )
+
+
+def update_rows(
+    gradient: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate, found_inf: Tensor | None = None
+) -> None:
+    """See :class:`hstu.ops.row_update.UpdateRows`. PyTorch serves dense gradients, ``found_inf`` and other dtypes."""
+    tensors = (weight, *states)
+    served = gradient.is_sparse and all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
+    if not served or found_inf is not None:
+        row_update.update_rows(gradient, weight, states, update, found_inf)
+        return
+    rows, gradients = gradient._indices()[0].contiguous(), gradient._values().contiguous()
+    first, second = (*states, None, None)[:2]
+    arguments = _Arguments(
+        count=len(rows),
+        width=weight.shape[1],
+        rate=update.learning_rate,
+        eps=update.eps,
+        beta1=update.betas[0],
+        beta2=update.betas[1],
+        correction1=1 - update.betas[0] ** update.step,
+        correction2=1 - update.betas[1] ** update.step,
+        max_gradient=math.inf if update.max_gradient is None else update.max_gradient,
+        optimizer=_Optimizer[update.optimizer.upper()],
+    )
+    arguments.set(rows=rows, gradients=gradients, weight=weight.detach(), first=first, second=second)
+    library().hstu_update_rows(ctypes.byref(arguments))
+
 
 OPERATORS: dict[str, Any] = {
     "attention": AttentionKernels(attention.forward, attention.backward, differentiates_silu=False),
@@ -18,18 +70,5 @@ OPERATORS: dict[str, Any] = {
     "sampled_softmax_loss": softmax_loss.SampledSoftmaxLoss.apply,
     "pool_softmax_loss": softmax_loss.PoolSoftmaxLoss.apply,
     "l2_normalize": softmax_loss.l2_normalize,
-    "update_rows": row_update.update_rows,
+    "update_rows": update_rows,
 }
-
-
-def unsupported_reason(operator: str, shapes: KernelShapes) -> str | None:
-    """Why no C++ kernel can serve ``operator`` at these shapes; None if one can."""
-    if operator not in OPERATORS:
-        return "no kernel"
-    if operator == "attention" and shapes.head_dim > WIDEST_ROW:
-        return f"heads of {shapes.head_dim} > {WIDEST_ROW} channels"
-    if operator == "sampled_softmax_loss" and shapes.item_dim > WIDEST_ROW:
-        return f"vectors of {shapes.item_dim} > {WIDEST_ROW} numbers"
-    if operator in ("attention", "norm_mul_dropout") and shapes.dtype not in DTYPES:
-        return f"{shapes.dtype}".removeprefix("torch.")
-    return None

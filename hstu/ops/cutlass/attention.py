@@ -28,9 +28,9 @@ from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks, num_ctas,
 from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
 from hstu.ops.cutlass.sm90_split import SplitBackwardSm90
-from hstu.ops.cutlass.support import CAPABILITIES, HEAD_DIMS
 from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import JaggedLayout, to_device
+from hstu.ops.support import CAPABILITIES, CUTLASS_HEAD_DIMS
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
@@ -245,7 +245,7 @@ class Variant:
 
 
 def variants(
-    dtypes: Sequence[torch.dtype] = (torch.bfloat16,), head_dims: Sequence[int] = HEAD_DIMS
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16,), head_dims: Sequence[int] = CUTLASS_HEAD_DIMS
 ) -> Iterator[Variant]:
     """The variants that training uses; variants without a bias come first."""
     for has_bias, capability, dtype in itertools.product((False, True), CAPABILITIES.values(), dtypes):

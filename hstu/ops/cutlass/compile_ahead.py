@@ -7,13 +7,13 @@ from functools import partial
 
 from hstu.ops.compile_ahead import Job
 from hstu.ops.cutlass.attention import Variant, save_compiled, variants
-from hstu.ops.cutlass.support import unsupported_reason
-from hstu.ops.kernels import KernelShapes
+from hstu.ops.kernels import Backend, KernelShapes
+from hstu.ops.support import unsupported_reason
 
 
 def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
     """Compile jobs for the kernels that serve these shapes; empty if Triton serves them."""
-    if "attention" not in operators or shapes is None or unsupported_reason("attention", shapes) is not None:
+    if "attention" not in operators or shapes is None or unsupported_reason(Backend.CUTLASS, "attention", shapes):
         return []
     needed = (shapes.has_bias, capability)
     return [

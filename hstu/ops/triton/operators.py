@@ -1,17 +1,17 @@
-"""The operators that have Triton kernels."""
+"""The Triton kernels by operator."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hstu.ops.kernels import AddLayerNormKernels, AttentionKernels, GateKernels, ProjectionKernels
-from hstu.ops.triton import add_layer_norm, attention, linear, norm
+from hstu.ops.triton import attention, linear, norm
 from hstu.ops.triton.rows import add_positions, jagged_concat
 from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
 
 OPERATORS: dict[str, Any] = {
     "attention": AttentionKernels(attention.forward, attention.backward),
-    "add_layer_norm": AddLayerNormKernels(add_layer_norm.forward, add_layer_norm.backward),
+    "add_layer_norm": AddLayerNormKernels(norm.residual_forward, norm.residual_backward),
     "project_uvqk": ProjectionKernels(linear.project, linear.silu),
     "norm_mul_dropout": GateKernels(norm.gate_forward, norm.gate_backward),
     "sampled_softmax_loss": SampledSoftmaxLoss.apply,

@@ -7,7 +7,7 @@
 
 enum HstuRowOptimizer : int32_t { SGD, ADAGRAD, ADAM };
 
-// Mirrors hstu/ops/cpu/row_update.py. All float32; weight, first and second: [rows, width], contiguous.
+// Mirrors hstu/ops/cpu/operators.py. All float32; weight, first and second: [rows, width], contiguous.
 extern "C" struct HstuRowUpdate {
     const int64_t* rows;     // [count]: the row of each gradient; rows may repeat
     const float* gradients;  // [count, width], contiguous

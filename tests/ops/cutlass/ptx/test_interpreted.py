@@ -20,7 +20,7 @@ pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the 
 from hstu.ops.cutlass.attention import Kernel, Variant
 from hstu.ops.cutlass.bias import BiasArguments
 from hstu.ops.cutlass.operators import OPERATORS
-from hstu.ops.cutlass.support import BIAS_HEAD_DIMS, HEAD_DIMS
+from hstu.ops.support import CUTLASS_BIAS_HEAD_DIMS, CUTLASS_HEAD_DIMS
 from tests.ops.cutlass.ptx.run import ptx_of, run_kernel
 
 TOLERANCE = 4e-3
@@ -93,7 +93,7 @@ EVERY_KERNEL = [
         marks=pytest.mark.slow,
     )
     for capability in (90, 80)
-    for has_bias, head_dims in ((False, HEAD_DIMS), (True, BIAS_HEAD_DIMS))
+    for has_bias, head_dims in ((False, CUTLASS_HEAD_DIMS), (True, CUTLASS_BIAS_HEAD_DIMS))
     for head_dim in head_dims
 ]
 OTHER_MASKS = [

@@ -1,0 +1,73 @@
+"""Shapes and GPUs that the kernels of each backend support. Needs neither Triton nor CUTLASS. PyTorch supports all."""
+
+from __future__ import annotations
+
+import torch
+
+from hstu.ops.kernels import OPERATORS, Backend, KernelShapes
+
+WIDEST_HEAD = 256
+WIDEST_ROW = 16384
+WIDEST_VECTOR = 256
+CUTLASS_HEAD_DIMS = (32, 64, 128, 256)
+CUTLASS_BIAS_HEAD_DIMS = (32, 64, 128)
+"""With a relative bias: wider heads leave no registers and shared memory for the sums of its gradients."""
+CAPABILITIES = {(8, 0): 80, (9, 0): 90}
+"""Compute capability of a GPU with CUTLASS kernels → number of its architecture."""
+MIN_TRITON_CAPABILITY = (8, 0)
+"""First compute capability with bfloat16 products."""
+WITH_A_KERNEL = {
+    Backend.CPU: (
+        *("attention", "norm_mul_dropout", "sampled_softmax_loss", "pool_softmax_loss"),
+        *("l2_normalize", "update_rows"),
+    ),
+    Backend.TRITON: tuple(operator for operator in OPERATORS if operator not in ("l2_normalize", "update_rows")),
+    Backend.CUTLASS: ("attention",),
+}
+_DTYPES = {
+    Backend.CPU: (torch.float32, torch.bfloat16),
+    Backend.TRITON: (torch.bfloat16, torch.float16, torch.float32),
+    Backend.CUTLASS: (torch.bfloat16, torch.float16),
+}
+
+
+def device_unsupported_reason(backend: Backend, capability: tuple[int, int]) -> str | None:
+    """Why GPUs of this compute capability cannot run the kernels of ``backend``; None if they can."""
+    if backend is Backend.TRITON:
+        is_old = capability < MIN_TRITON_CAPABILITY
+        return f"compute capability {_dotted(capability)} < {_dotted(MIN_TRITON_CAPABILITY)}" if is_old else None
+    if capability in CAPABILITIES:
+        return None
+    served = " and ".join(map(_dotted, CAPABILITIES))
+    return f"compute capability {_dotted(capability)}: CUTLASS kernels are for {served}"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
+
+
+def unsupported_reason(backend: Backend, operator: str, shapes: KernelShapes) -> str | None:
+    """Why ``backend`` has no kernel for ``operator`` at these shapes; None if it has one."""
+    if operator not in WITH_A_KERNEL[backend]:
+        return "no kernel"
+    if operator in ("l2_normalize", "update_rows"):
+        return None
+    if operator in ("sampled_softmax_loss", "pool_softmax_loss"):
+        has_limit = backend is Backend.TRITON or operator == "sampled_softmax_loss"
+        too_wide = has_limit and shapes.item_dim > WIDEST_VECTOR
+        return f"vectors of {shapes.item_dim} > {WIDEST_VECTOR} numbers" if too_wide else None
+    if operator == "attention" and shapes.head_dim > WIDEST_HEAD and backend is not Backend.CUTLASS:
+        return f"heads of {shapes.head_dim} > {WIDEST_HEAD} channels"
+    inner = shapes.num_heads * shapes.head_dim
+    row = {"add_layer_norm": shapes.hidden_size, "norm_mul_dropout": inner}.get(operator, 0)
+    if row > WIDEST_ROW and backend is Backend.TRITON:
+        return f"rows of {row} > {WIDEST_ROW} numbers"
+    if backend is Backend.CUTLASS and shapes.has_window:
+        return "NetworkArgs.max_attention_span"
+    if shapes.dtype not in _DTYPES[backend]:
+        return f"{shapes.dtype}".removeprefix("torch.")
+    served = CUTLASS_BIAS_HEAD_DIMS if shapes.has_bias else CUTLASS_HEAD_DIMS
+    if backend is not Backend.CUTLASS or shapes.head_dim in served:
+        return None
+    with_bias = " with a relative bias" if shapes.has_bias else ""
+    return f"heads of {shapes.head_dim} channels{with_bias}, not {', '.join(map(str, served))}"

@@ -32,9 +32,9 @@ from hstu.base.errors import EXIT_DONE, ConfigError, PrintableFormatter, UserErr
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own_columns import SEPARATORS
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
-from hstu.data.preprocess.engine import disk_errors
 from hstu.data.preprocess.report import REPORT, format_report, write_report
 from hstu.data.preprocess.starter import write_starters
+from hstu.data.preprocess.state import disk_errors
 from hstu.data.store.layout import META_FILE
 from hstu.data.store.sequence_store import SequenceStore
 

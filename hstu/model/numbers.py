@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hstu.data.features.statistics import NUM_QUANTILES
+from hstu.data.features.values import NUM_QUANTILES
 from hstu.data.store.layout import NumberStatistics
 
 _LEAST_STD = 1e-30

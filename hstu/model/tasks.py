@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hstu.config.args import RankingArgs, RankingTaskArgs
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.features.labels import PLAIN, LabelCodes
+from hstu.data.features.values import PLAIN, LabelCodes
 from hstu.model import task_losses
 from hstu.model.heads import MultiTaskHead
 from hstu.model.outputs import ModelOutput

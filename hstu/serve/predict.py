@@ -21,8 +21,8 @@ from hstu.base.ids import codes_of
 from hstu.config.args import DatasetArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.batches.given_requests import GivenRequests
 from hstu.data.batches.jagged import ranges, run_indices
+from hstu.data.store.reader import GivenRequests
 from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.command import Candidates

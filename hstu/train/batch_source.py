@@ -16,8 +16,8 @@ from hstu.config.problems import in_reading_order
 from hstu.config.rules.training import token_limit_admits
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
-from hstu.data.features.labels import LabelFacts
 from hstu.data.features.roles import FeatureRoles
+from hstu.data.features.values import LabelFacts
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, expected_log_counts
 from hstu.data.sampling.sampler import BatchPartition, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import Split

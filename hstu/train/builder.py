@@ -23,8 +23,8 @@ from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import NEGATIVES, of_negatives
 from hstu.data.datasets import DATASETS
-from hstu.data.features.labels import PLAIN, LabelCodes, label_columns
 from hstu.data.features.roles import FeatureRoles
+from hstu.data.features.values import PLAIN, LabelCodes, label_columns
 from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel

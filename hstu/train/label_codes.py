@@ -8,8 +8,8 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import RankingArgs
 from hstu.config.problems import Cite, cite
 from hstu.config.run_config import RunConfig
-from hstu.data.features.labels import LabelCodes, LabelFacts
 from hstu.data.features.roles import FeatureRoles
+from hstu.data.features.values import LabelCodes, LabelFacts
 from hstu.train.batch_source import BatchSource
 
 

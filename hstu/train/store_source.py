@@ -15,18 +15,16 @@ from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.batches.collate import Assembler, Collator, SkippedSamples
-from hstu.data.batches.given_requests import GivenRequests, NoLabels
 from hstu.data.batches.jagged import ranges
 from hstu.data.batches.loader import build_loader
 from hstu.data.datasets import resolve_name
-from hstu.data.features.labels import LabelColumn, check_labels
 from hstu.data.features.roles import check_numbers, recoding_of, resolve_roles
-from hstu.data.features.statistics import training_statistics
+from hstu.data.features.values import LabelColumn, check_labels, training_statistics
 from hstu.data.sampling.negatives import count_items
 from hstu.data.sampling.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
 from hstu.data.store.layout import NumberStatistics
-from hstu.data.store.reader import StoreReader
+from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hstu.config.args import RankingTaskArgs
-from hstu.data.features.labels import PLAIN, LabelCodes
+from hstu.data.features.values import PLAIN, LabelCodes
 from hstu.model import task_losses
 from hstu.model.tasks import RankingTask
 

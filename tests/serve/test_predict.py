@@ -13,7 +13,7 @@ import torch
 
 from hstu import api
 from hstu.base.errors import DataError
-from hstu.data.batches.given_requests import GivenRequests
+from hstu.data.store.reader import GivenRequests
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.evaluation import evaluate_split

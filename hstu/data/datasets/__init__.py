@@ -1,8 +1,9 @@
 """The built-in datasets by name, and the readers of users' own tables.
 
 movielens.py, kuairand.py and amazon.py each hold a dataset family: source, features and reader of the raw files. Add a
-dataset as an entry there, and a family as a file listed in ``_FAMILIES``. own.py and own_*.py read users' own tables;
-spec.py and raw.py define what all datasets declare. The registry imports neither NumPy nor torch nor DuckDB.
+dataset as an entry there, and a family as a file listed in ``_FAMILIES``. own.py reads users' own tables, with the
+options in own_columns.py; spec.py and raw.py define what all datasets declare. The registry imports neither NumPy nor
+torch nor DuckDB.
 """
 
 from __future__ import annotations

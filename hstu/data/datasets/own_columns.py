@@ -11,7 +11,6 @@ from typing import Any
 import duckdb
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.data.datasets.own_types import TIME_UNITS
 from hstu.data.datasets.raw import (
     COMPRESSIONS,
     RawFile,
@@ -22,6 +21,9 @@ from hstu.data.datasets.raw import (
 )
 from hstu.data.datasets.spec import USER_FEATURE, Schema
 
+TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Unit of numeric times → units per second."""
+UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 _TABLES = (".csv", ".tsv", *(f"{text}{end}" for text in (".csv", ".tsv") for end in COMPRESSIONS), ".parquet")
 """Endings of the files that are read from a directory."""
 SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}

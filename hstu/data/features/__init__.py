@@ -1,1 +1,1 @@
-"""What a model reads of the data: roles of features (roles.py), labels, statistics of numbers, and time features."""
+"""What a model reads of the data: roles of features (roles.py), and their values as numbers (values.py)."""

@@ -19,7 +19,7 @@ from hstu.config.args import (
 )
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.datasets.spec import USER_FEATURE
-from hstu.data.features.labels import label_columns
+from hstu.data.features.values import label_columns
 from hstu.data.store.layout import NUMBER_ROLES
 from hstu.data.store.sequence_store import SequenceStore
 

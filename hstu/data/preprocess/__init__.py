@@ -1,7 +1,7 @@
 """Converts raw files of any size to a sequence store.
 
-build.py runs the stages in ingest.py, features.py and write.py, which share state.py. engine.py wraps DuckDB,
-download.py fetches raw files, report.py describes a store, and starter.py writes gin files for it.
+build.py runs the stages in ingest.py, features.py and write.py, which share state.py, with DuckDB. download.py fetches
+raw files, report.py describes a store, and starter.py writes gin files for it.
 Import ``preprocess``, ``import_interactions`` and ``InteractionColumns`` from here.
 """
 

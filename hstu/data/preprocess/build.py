@@ -29,11 +29,19 @@ from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.datasets.raw import check_readable
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
-from hstu.data.preprocess.engine import disk_errors, memory_bytes, one, open_engine
 from hstu.data.preprocess.existing import files_that_differ, is_kept, values_of, warn_of_values, with_earlier_files
 from hstu.data.preprocess.features import check_items, write_context, write_item_features
 from hstu.data.preprocess.ingest import check_rows, keep_core, read_files
-from hstu.data.preprocess.state import Build, BuildLimits, BuildOptions, source_names
+from hstu.data.preprocess.state import (
+    Build,
+    BuildLimits,
+    BuildOptions,
+    disk_errors,
+    memory_bytes,
+    one,
+    open_engine,
+    source_names,
+)
 from hstu.data.preprocess.write import (
     find_requests,
     keep_raw_ids,

@@ -10,9 +10,8 @@ import numpy as np
 from hstu.base.errors import DataError
 from hstu.data.datasets.raw import literal
 from hstu.data.datasets.spec import UNKNOWN, USER_FEATURE
-from hstu.data.preprocess.engine import ROWS_PER_CHUNK, one, utf8_column
 from hstu.data.preprocess.ingest import vector_width
-from hstu.data.preprocess.state import Build
+from hstu.data.preprocess.state import ROWS_PER_CHUNK, Build, one, utf8_column
 from hstu.data.store.layout import Role
 
 _log = logging.getLogger(__name__)

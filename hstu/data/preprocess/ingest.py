@@ -13,8 +13,7 @@ import duckdb
 from hstu.base.errors import DataError
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, open_bytes
 from hstu.data.datasets.spec import LATEST_SECOND, ColumnDescription
-from hstu.data.preprocess.engine import Connection, one, write_parquet
-from hstu.data.preprocess.state import BadRows, Build, source_names
+from hstu.data.preprocess.state import BadRows, Build, Connection, one, source_names, write_parquet
 from hstu.data.store.meta import sha256
 
 _log = logging.getLogger(__name__)

@@ -12,9 +12,8 @@ import numpy as np
 
 from hstu.base.errors import DataError
 from hstu.data.datasets.spec import SPLIT_NAMES, USER_FEATURE
-from hstu.data.preprocess.engine import ROWS_PER_CHUNK, column, memory_bytes, one
 from hstu.data.preprocess.features import write_event_vocabularies
-from hstu.data.preprocess.state import Build
+from hstu.data.preprocess.state import ROWS_PER_CHUNK, Build, column, memory_bytes, one
 
 _log = logging.getLogger(__name__)
 

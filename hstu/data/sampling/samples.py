@@ -14,8 +14,7 @@ from hstu.config.option import is_given
 from hstu.config.problems import Cite, cite
 from hstu.data.batches.jagged import run_indices
 from hstu.data.store.layout import HeldOut
-from hstu.data.store.requests import Requests
-from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
+from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore
 
 Split = Literal["train", "valid", "test", "all"]
 

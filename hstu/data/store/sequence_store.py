@@ -7,7 +7,7 @@
     item.<feature>.npy            codes of an item feature: [I], or the lists of all items one after another
     item.<feature>.offsets.npy    int64 [I + 1]: the list of item i is [offsets[i], offsets[i + 1]), for lists
     split.<split>.npy             int64 [U]: each user's first "valid" or "test" event, where the data defines splits
-    request.<field>.npy           [R] requests: see Requests in requests.py
+    request.<field>.npy           [R] requests: see Requests
     candidate.<feature>.npy       [C] item codes, actions, or codes of an event feature, request after request
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
@@ -20,6 +20,7 @@ layout.py declares these files, writer.py writes them, meta.py maps and checks t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ import numpy as np
 from hstu.base.errors import DataError
 from hstu.base.ids import codes_of
 from hstu.data.datasets.spec import USER_FEATURE
-from hstu.data.features.time_features import NO_EVENT, time_codes
 from hstu.data.store.layout import (
     META_FILE,
     NUMBER_ROLES,
@@ -46,11 +46,38 @@ from hstu.data.store.layout import (
     vocabulary_stem,
 )
 from hstu.data.store.meta import MALFORMED, StoreFiles, read_meta, remedy
-from hstu.data.store.requests import Requests, request_problems
 
 _CHUNK = 1 << 22
 _HASHED_ON_OPENING = 8 << 20
 """Bytes whose checksums are verified at every opening, smallest files first. This takes a few milliseconds."""
+NO_EVENT = -1
+"""Stands for the time of the event before a user's first event."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """R requests with C candidates in total, sorted by user and then by time; int64."""
+
+    users: np.ndarray
+    """[R] rows of the users in the store, ascending."""
+    times: np.ndarray
+    """[R] seconds since 1970."""
+    history_ends: np.ndarray
+    """[R] one past the user's last event before the request. Events in the second of the request come after it."""
+    offsets: np.ndarray
+    """[R + 1]: request r has the candidates [offsets[r], offsets[r + 1])."""
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """[R] number of candidates per request."""
+        return np.diff(self.offsets)
+
+    def rows_of(self, candidates: np.ndarray) -> np.ndarray:
+        """int64 [n]: the request of each candidate."""
+        return np.searchsorted(self.offsets, candidates, side="right") - 1
 
 
 class SequenceStore:
@@ -305,3 +332,35 @@ def decode_strings(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:
 def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (start, chunk). Chunks overlap by one value, so that every pair of neighbours can be compared."""
     return ((start, values[start : start + _CHUNK + 1]) for start in range(0, len(values), _CHUNK))
+
+
+def request_problems(requests: Requests, offsets: np.ndarray, times: np.ndarray) -> Iterator[tuple[str, str]]:
+    """Yields (file, problem). ``offsets``: int64 [U + 1], the events of each user. ``times``: int64 [E]."""
+    users, ends, num_users = requests.users, requests.history_ends, len(offsets) - 1
+    if (requests.sizes < 1).any():
+        yield REQUEST_FILES["offsets"], "a request has no candidates, or offsets are not ascending"
+    if (np.diff(users) < 0).any() or not 0 <= users[0] <= users[-1] < num_users:
+        yield REQUEST_FILES["users"], f"users are not ascending, or outside [0, {num_users})"
+        return
+    if (np.diff(requests.times) < 0)[np.diff(users) == 0].any():
+        yield REQUEST_FILES["times"], "a user's requests are not in time order"
+    if ((ends <= offsets[users]) | (ends > offsets[users + 1])).any():
+        yield REQUEST_FILES["history_ends"], "a history ends outside the events of its user, or is empty"
+        return
+    has_later = ends < offsets[users + 1]
+    is_early = times[ends[has_later]] < requests.times[has_later]
+    if (times[ends - 1] >= requests.times).any() or is_early.any():
+        yield REQUEST_FILES["history_ends"], "a history does not end where its request is"
+
+
+def time_codes(feature: str, now: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """int64 [n] codes of a time feature. now: int64 [n], seconds since 1970. before: int64 [n], the time of the user's
+    previous event, or NO_EVENT."""
+    if feature == "hour_of_day":
+        return now // 3_600 % 24
+    if feature == "day_of_week":
+        return (now // 86_400 + 3) % 7  # 1970 began on a Thursday
+    is_first = before == NO_EVENT
+    _, exponent = np.frexp(1 + np.where(is_first, 0, now - before))  # exact: mantissa * 2^exponent, 0.5 <= mantissa < 1
+    most = (TIME_FEATURES["time_gap"].cardinality or 0) - 1
+    return np.where(is_first, 0, np.minimum(exponent, most)).astype(np.int64)

@@ -20,7 +20,7 @@ from numpy.lib.format import open_memmap
 from hstu.base.errors import DataError
 from hstu.base.files import Journal, put_in_place, remove, sync_tree
 from hstu.data.batches.jagged import run_offsets
-from hstu.data.features.statistics import statistics_of_numbers
+from hstu.data.features.values import statistics_of_numbers
 from hstu.data.store.layout import (
     DTYPES,
     META_FILE,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.features.labels import LabelColumn
 from hstu.data.features.roles import FeatureRoles
+from hstu.data.features.values import LabelColumn
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess import write as write_module
 from hstu.data.preprocess.report import write_report
@@ -24,8 +24,7 @@ from hstu.data.sampling.sampler import EvalSampler
 from hstu.data.sampling.samples import build_samples, check_requests
 from hstu.data.store.layout import REQUEST_FILES
 from hstu.data.store.reader import StoreReader
-from hstu.data.store.requests import Requests, request_problems
-from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
+from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore, request_problems
 from scripts.preprocess_dataset import main
 from tests.data.collators import build_collator
 from tests.data.preprocess.test_restart import contents, stopped_after_each_stage

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from hstu.base.errors import DataError, UserError
 from hstu.config.args import DatasetArgs, Task
-from hstu.data.datasets.own_types import number_value, vector_value
-from hstu.data.features import statistics as number_statistics
-from hstu.data.features.statistics import signed_log, statistics_of_numbers, training_statistics
+from hstu.data.datasets.own import number_value, vector_value
+from hstu.data.features import values as number_values
+from hstu.data.features.values import signed_log, statistics_of_numbers, training_statistics
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.sampling.samples import build_samples
@@ -124,7 +124,7 @@ def test_any_tables_give_the_numbers_of_a_plain_reference(
 def test_statistics_are_exact_however_the_column_is_cut(column: list[float], chunk: int) -> None:
     values = np.array(column, dtype=np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(number_statistics, "_CHUNK", chunk)
+        patch.setattr(number_values, "_CHUNK", chunk)
         found = statistics_of_numbers(values[:, None])
     known = np.sort(values[~np.isnan(values)]).astype(np.float64)
     assert (found.count, found.missing) == (len(known), len(values) - len(known))

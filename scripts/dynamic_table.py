@@ -18,8 +18,8 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu.base.errors import EXIT_DONE
+from hstu.checkpoint.export import export_table
 from hstu.checkpoint.find import locate
-from hstu.checkpoint.parquet import export_table
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 

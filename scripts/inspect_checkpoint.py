@@ -20,8 +20,8 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu.base.errors import EXIT_DONE
-from hstu.checkpoint.describe import describe
 from hstu.checkpoint.directory import check_files
+from hstu.checkpoint.export import describe
 from hstu.checkpoint.find import locate
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries

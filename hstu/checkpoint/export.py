@@ -1,32 +1,46 @@
-"""Exports a trained model for other tools: one safetensors file, and the data for looking up ids in it."""
+"""Exports and descriptions of a checkpoint: safetensors for other tools, Parquet for dynamic tables, lines of text."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from hstu.base.errors import DataError
 from hstu.base.files import written_aside
-from hstu.checkpoint.directory import check_files, describe_files, write_manifest
-from hstu.checkpoint.dynamic import export_sizes, fill_export, read_tables
+from hstu.checkpoint.directory import (
+    check_files,
+    describe_files,
+    listed_files,
+    read_manifest,
+    verified_file,
+    write_manifest,
+)
+from hstu.checkpoint.dynamic import DYNAMIC_FILES, export_sizes, fill_export, read_table, read_tables
+from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.tensors import (
     AVERAGE,
     CONSOLIDATED,
     EXPORT_VERSION,
+    STATES,
+    is_export,
     join_name,
     open_tensors,
     read_metadata,
+    sizes_of_ranks,
     split_name,
 )
 from hstu.parallel.dynamic.content import TableContent
+from hstu.parallel.dynamic.slots import counts_of, steps_of
 from hstu.parallel.shards import ShardedView
 
 _GIN = "operative.gin"
@@ -127,3 +141,100 @@ def create_safetensors(path: Path, tensors: Mapping[str, tuple[torch.Size, torch
             (start, stop), (size, dtype) = entry["data_offsets"], tensors[name]
             mapped[name] = data[start:stop].view(dtype).view(size)
     return mapped
+
+
+def export_table(checkpoint: Path, table: str, path: Path, since_step: int | None = None) -> tuple[int, int]:
+    """Write a Parquet file with one row per id; with ``since_step``, only ids whose rows changed after that batch.
+
+    Columns: ``id`` (int64, as in the table), ``raw_id`` (int64 or string, as in the data; only if a single feature uses
+    the table and the checkpoint has its raw ids), ``count`` (how often the id was trained on), ``step`` (last training
+    batch with the id), ``changed`` (the same, including sampled negatives), ``row`` (list of float32) and
+    ``state.<name>`` (optimizer state: a number or a list of float32).
+
+    Returns the number of ids and the table's number of training batches: ``since_step`` of the next export.
+    Raises DataError if the checkpoint is damaged, it lacks the table, or the file cannot be written.
+    """
+    for file in listed_files(checkpoint, DYNAMIC_FILES):
+        verified_file(checkpoint, file.name)
+    parts = read_table(checkpoint, table)
+    step = max(part.step for part in parts)
+    if since_step is not None:
+        parts = [part.changed_since(since_step) for part in parts]
+    features = read_metadata(checkpoint).get("tables", {}).get(table, {}).get("features", [])
+    known = RawIds.from_stored(open_tensors(checkpoint), features)
+    raw_ids = known.decoded(features[0]) if len(features) == 1 else None
+    arrow = pa.concat_tables([_to_arrow(part, raw_ids) for part in parts])
+    metadata = {"dynamic_table": json.dumps({"table": table, "step": step, "since_step": since_step})}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as aside:
+            pq.write_table(arrow.replace_schema_metadata(metadata), aside)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
+    return int(arrow.num_rows), step
+
+
+def _to_arrow(content: TableContent, raw_ids: np.ndarray | None) -> pa.Table:
+    columns: dict[str, Tensor] = {
+        "id": content.ids,
+        "count": counts_of(content.policy, content.scores),
+        "step": steps_of(content.policy, content.scores),
+        "changed": content.changed,
+        "row": content.rows,
+        **{f"state.{name}": state for name, state in content.states.items()},
+    }
+    arrow = pa.table({name: _to_array(tensor.numpy()) for name, tensor in columns.items()})
+    if raw_ids is None:
+        return arrow
+    ids, kind = content.ids.numpy(), pa.large_string() if raw_ids.dtype == object else pa.int64()
+    known = (ids >= 0) & (ids < len(raw_ids))  # all others become null
+    return arrow.add_column(1, "raw_id", pa.array(raw_ids[np.where(known, ids, 0)], kind, mask=~known))
+
+
+def _to_array(numbers: np.ndarray) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(numbers).reshape(-1))
+    return flat if numbers.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, numbers.shape[1])
+
+
+def describe(root: Path, with_optimizer: bool = False) -> Iterator[str]:
+    """Describe the run, the tensors with their sizes, and the files. ``with_optimizer``: list each optimizer state."""
+    files, tensors = read_manifest(root), open_tensors(root)
+    bytes_of = {name: math.prod(size) * tensors.dtypes[name].itemsize for name, size in tensors.sizes.items()}
+    yield f"{'export' if is_export(root) else 'checkpoint'} {root}"
+    for name, value in _facts(root).items():
+        yield f"  {name:<22} {value}"
+    yield f"\n{len(bytes_of)} tensors, {sum(bytes_of.values()):,} bytes"
+    states = [] if with_optimizer else [name for name in bytes_of if name.startswith(STATES)]
+    for name in sorted(bytes_of.keys() - states):
+        dtype = str(tensors.dtypes[name]).removeprefix("torch.")
+        yield f"  {bytes_of[name]:>14,}  {dtype:<9} {_shape(tensors.sizes[name]):<16} {name}"
+    if states:
+        total = sum(bytes_of[name] for name in states)
+        yield f"  {total:>14,}  {len(states)} states of the optimizers (--optimizer lists them)"
+    yield f"\n{len(files)} files, {sum(entry['bytes'] for entry in files.values()):,} bytes"
+    for name, entry in files.items():
+        yield f"  {entry['bytes']:>14,}  {name}"
+
+
+def _facts(root: Path) -> dict[str, Any]:
+    metadata = read_metadata(root)
+    facts = {"iteration": metadata["iteration"]}
+    if not is_export(root):
+        position = metadata["position"]
+        facts["data"] = f"epoch {position['epoch']}, {position['consumed']} samples consumed"
+        ranks, tp, cp = sizes_of_ranks(metadata)
+        facts["ranks"] = f"{ranks} in groups of {tp * cp}"
+        facts["learning rate"] = f"× {metadata['optimizer']['lr_multiplier']}"
+    dynamic = read_tables(root)
+    for table, entry in metadata.get("tables", {}).items():
+        features = ", ".join(entry["features"])
+        if table in dynamic:
+            ids, width = sum(len(part.ids) for part in dynamic[table]), dynamic[table][0].rows.shape[1]
+            facts[f"dynamic table {table}"] = f"{ids:,} ids × {width} of {features}"
+        else:
+            facts[f"table {table}"] = f"{entry['rows']} × {entry['dim']} of {features}"
+    return facts | {f"version of {name}": version for name, version in metadata.get("versions", {}).items()}
+
+
+def _shape(size: torch.Size) -> str:
+    return f"[{', '.join(map(str, size))}]"

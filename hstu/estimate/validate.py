@@ -50,11 +50,10 @@ from hstu.optim.dense import DenseOptimizer, match_part_optimizers
 from hstu.parallel.dynamic.memory import bytes_per_row
 from hstu.parallel.table_optimizer import TableTraining, state_shape
 from hstu.parallel.tables import check_kernels, check_memory, room_of_rank
+from hstu.train.batch_source import BatchSource, label_offset
 from hstu.train.builder import task_module
 from hstu.train.directories import directory_of_checkpoints
-from hstu.train.label_codes import LabelledData, label_offset
-from hstu.train.sources import open_source
-from hstu.train.store_source import open_store
+from hstu.train.sources import open_source, open_store
 from hstu.train.tables import check_rows, choose_tables, predefined_tables
 
 T = TypeVar("T")
@@ -184,7 +183,7 @@ def head_fits_the_labels(run: RunDraft, built: Built) -> Problems:
     else:
         ids = {name: table.item_vocab_size_or_capacity for table in run.embeddings for name in table.feature_names}
         roles, least = built.roles, 0
-    labels = cast(LabelledData, SimpleNamespace(roles=roles, cardinalities=ids, least_action=least))
+    labels = cast(BatchSource, SimpleNamespace(roles=roles, cardinalities=ids, least_action=least))
     yield from check(run, args, "prediction_head_arch", label_offset, args, labels, run.located)
 
 

@@ -13,8 +13,8 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.sampling.sampler import Loads, SamplerPosition
 from hstu.model.embedding import TableSpec, table_specs
+from hstu.observe.throughput import FlopCounter
 from hstu.train.batch_source import BatchSource, SampleLengths
-from hstu.train.flops import FlopCounter
 from hstu.train.sources import open_source
 
 MOST_STEPS = 32

@@ -1,20 +1,76 @@
-"""Training speed: rates between two log lines, and the peak of the device that MFU is relative to."""
+"""Speed of training: FLOPs of a step, rates between two log lines, the peak that MFU is relative to, and a profile."""
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import NamedTuple, Optional, Self, TypeVar
 
+import numpy as np
 import psutil
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+from hstu.config.args import NetworkArgs
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.jagged import sequence_tokens
+from hstu.data.features.roles import FeatureRoles
+from hstu.data.sampling.sampler import Loads
+from hstu.ops.costs import Window, sequence_flops
+
+log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 SumOverRanks = Callable[[list[float]], list[float]]
+
+
+@dataclass(frozen=True)
+class FlopCounter:
+    """Counts the tokens and FLOPs of sequences in one network."""
+
+    network: NetworkArgs
+    roles: FeatureRoles
+
+    def count(self, batch: HSTUBatch) -> tuple[int, float]:
+        """(tokens, FLOPs of forward and backward) of a batch, without padding."""
+        loads = self.per_sequence(batch.item_lengths, batch.num_candidates_host)
+        return int(loads.tokens.sum()), float(loads.costs.sum())
+
+    def per_sequence(self, item_lengths: np.ndarray, num_candidates: np.ndarray) -> Loads:
+        """Tokens and FLOPs of each sequence. item_lengths, num_candidates: integers [S]."""
+        candidates, whole = np.asarray(num_candidates, dtype=np.int64), self.network.whole_layers
+        spans = self.network.attention_spans
+        tokens, costs = self._layers(spans[:whole], np.asarray(item_lengths), candidates)
+        if spans[whole:]:  # layers after a truncation
+            assert self.network.truncate_to_items is not None
+            history = np.minimum(item_lengths - candidates, self.network.truncate_to_items)
+            costs = costs + self._layers(spans[whole:], history + candidates, candidates)[1]
+        return Loads(tokens, costs)
+
+    def _layers(
+        self, spans: Sequence[int | None], item_lengths: np.ndarray, num_candidates: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and FLOPs of each sequence in layers with these attention spans."""
+        per_item = self.network.tokens_per_item(self.roles.action is not None)
+        tokens = sequence_tokens(item_lengths, len(self.roles.contextual), per_item)
+        full, contextuals = self.network.min_full_attention_tokens, len(self.roles.contextual)
+        costs = sequence_flops(
+            tokens,
+            num_candidates * per_item,
+            num_layers=len(spans),
+            hidden_size=self.network.hidden_size,
+            num_heads=self.network.num_attention_heads,
+            head_dim=self.network.kv_channels,
+            is_causal=self.network.is_causal,
+            windows=[Window(span, full, contextuals) for span in spans],
+        )
+        return tokens, costs
 
 
 @dataclass(frozen=True)
@@ -164,3 +220,66 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begun)
     return 2.0 * size**3 / min(times) / 1e12
+
+
+class Profiler:
+    """Traces the iterations [start, end) into ``directory``/trace-rank<rank>.json.gz.
+
+    Use it as a context manager and call ``step`` when each iteration begins. A run that ends inside the window writes
+    the trace so far; a run that resumes inside it starts tracing at once. On a GPU, cudaProfilerStart and
+    cudaProfilerStop enclose the window, with one NVTX range per iteration: ``nsys profile
+    --capture-range=cudaProfilerApi`` records it.
+    """
+
+    def __init__(self, directory: Path, start: int, end: int, *, rank: int = 0, enabled: bool = True) -> None:
+        self.trace_file = Path(directory) / f"trace-rank{rank}.json.gz"
+        self._window = range(start, end)
+        self._enabled = enabled
+        self._profile: Optional[profile] = None
+        self._cuda = torch.cuda.is_available()
+        self._last: Optional[int] = None
+
+    def step(self, iteration: int) -> None:
+        """Start, continue or stop the trace. Call it when ``iteration`` begins."""
+        self._last, is_inside = iteration, self._enabled and iteration in self._window
+        if self._profile is None and is_inside:
+            self._start()
+        elif self._profile is not None and is_inside:
+            self._profile.step()
+        elif self._profile is not None:
+            self._stop()
+        if self._cuda and is_inside:
+            torch.cuda.nvtx.range_push(f"iteration {iteration}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._profile is not None:
+            self._stop()
+        elif self._enabled and not self.trace_file.exists():
+            first, last = self._window.start, self._window.stop
+            log.warning("no profile: the run ended (at %s) outside of [%d, %d)", self._last, first, last)
+            self._enabled = False
+
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self._cuda:
+            activities.append(ProfilerActivity.CUDA)
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStart()
+        self._profile = profile(activities=activities)
+        self._profile.start()
+
+    def _stop(self) -> None:
+        assert self._profile is not None
+        if self._cuda:
+            torch.cuda.nvtx.range_pop()
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStop()
+        self._profile.stop()
+        self.trace_file.parent.mkdir(parents=True, exist_ok=True)
+        self._profile.export_chrome_trace(str(self.trace_file))
+        self._profile = None
+        self._enabled = False
+        log.info("profile written: %s", self.trace_file)

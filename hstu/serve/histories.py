@@ -25,7 +25,7 @@ from hstu.serve.runtime.encode import Encoder, Events, name_of
 from hstu.serve.runtime.files import Vocabulary
 from hstu.serve.runtime.requests import History
 from hstu.train.batch_source import BatchSource
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource
 
 
 def vocabulary_of(raw: np.ndarray, **options: Any) -> Vocabulary:

@@ -35,7 +35,7 @@ from hstu.serve.runtime.requests import History
 from hstu.train.builder import build_model, build_state, raw_ids
 from hstu.train.evaluate import RetrievalEvaluator, evaluation_mode
 from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
-from hstu.train.store_source import store_path
+from hstu.train.sources import store_path
 
 
 def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tuple[RunConfig, Path]:

@@ -30,7 +30,7 @@ from hstu.serve.loaded import LoadedModel
 from hstu.train.builder import build_evaluator, task_names
 from hstu.train.corpus import Queries, pair_scores, recommend
 from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, RankingEvaluator
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource
 from hstu.train.task_metrics import sigmoid
 
 PART_USERS = 10_000

@@ -1,4 +1,4 @@
-"""BatchSource: the data of a run for training and evaluation, and its partition over ranks."""
+"""BatchSource: the data of a run for training and evaluation, its partition over ranks and its labels."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import NamedTuple
 import numpy as np
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import EmbeddingArgs, RetrievalArgs
-from hstu.config.problems import in_reading_order
+from hstu.config.args import EmbeddingArgs, RankingArgs, RetrievalArgs
+from hstu.config.problems import Cite, cite, in_reading_order
 from hstu.config.rules.training import token_limit_admits
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.features.values import LabelFacts
+from hstu.data.features.values import LabelCodes, LabelFacts
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, expected_log_counts
 from hstu.data.sampling.sampler import BatchPartition, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import Split
 from hstu.data.store.layout import NumberStatistics
 from hstu.model.inputs import SequenceFeatures
+from hstu.observe.throughput import FlopCounter
 from hstu.parallel.mesh import Mesh
-from hstu.train.flops import FlopCounter
 
 log = logging.getLogger(__name__)
 
@@ -161,3 +161,41 @@ def choose_partition(
             float(loads.tokens.mean()) if len(loads.tokens) else 0.0,
         )
     return BatchPartition(loads, trainer.enable_balanced_shuffler, trainer.tokens_per_rank)
+
+
+def label_codes(config: RunConfig, source: BatchSource) -> tuple[LabelCodes, ...]:
+    """The meaning of each ranking task's label values."""
+    if not isinstance(config.task_args, RankingArgs):
+        return ()
+    if config.task_args.tasks is None:
+        return (LabelCodes(label_offset(config.task_args, source, config.located)),)
+    unknown = LabelFacts()  # without data there is no training
+    return tuple(LabelCodes.of(task, source.label_facts.get(task.label, unknown)) for task in config.task_args.tasks)
+
+
+def label_offset(args: RankingArgs, data: BatchSource, cite: Cite = cite) -> int:
+    """The action of class 0: 0 if the head has a class for every action from 0 on, 1 if it lacks one (ratings).
+
+    Raises ConfigError, located by ``cite``, if an action of the data has no class in the head.
+    """
+    last, action = args.prediction_head_arch[-1], data.roles.action
+    if action is None:
+        raise ConfigError("ranking needs an action feature, and the data has none; name one or train retrieval")
+    if last == args.num_tasks:
+        return 0
+    actions = data.cardinalities[action]
+    if last < actions - 1:
+        text = (
+            f"ends in {last} classes, but {action!r} goes up to {actions - 1}: end it in {actions - 1} (values from 1 "
+            f"on) or {actions} (from 0 on), or in num_tasks for bit tasks"
+        )
+        raise ConfigError(cite(args, "prediction_head_arch", text))
+    if last >= actions:
+        return 0
+    if data.least_action == 0:
+        text = (
+            f"ends in {last} classes, which serve the actions 1 to {last}, but {action!r} also takes the value 0: end "
+            f"it in {actions}"
+        )
+        raise ConfigError(cite(args, "prediction_head_arch", text))
+    return 1

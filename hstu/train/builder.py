@@ -37,7 +37,7 @@ from hstu.model.stack import SequenceEncoder, kernel_shapes
 from hstu.model.tasks import MultiTaskDense
 from hstu.observe.logging import set_up_logging
 from hstu.observe.run_directory import RunDirectory
-from hstu.observe.throughput import ThroughputMeter, peak_tflops
+from hstu.observe.throughput import FlopCounter, ThroughputMeter, peak_tflops
 from hstu.ops.kernels import Kernels
 from hstu.ops.pytorch.operators import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
@@ -51,14 +51,11 @@ from hstu.parallel.tables import check_memory, shard
 from hstu.pipeline.finite import LossScale
 from hstu.pipeline.pipelines import NativePipeline, PrefetchPipeline, SequentialPipeline, TrainPipeline
 from hstu.pipeline.step import TrainStep
-from hstu.train.batch_source import BatchSource
+from hstu.train.batch_source import BatchSource, label_codes
 from hstu.train.directories import choose_directories, describe_saving
 from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, RankingEvaluator, RetrievalEvaluator
-from hstu.train.flops import FlopCounter
 from hstu.train.inference import StoredSource, describe_features, zero_untrained_items
-from hstu.train.label_codes import label_codes
-from hstu.train.sources import open_source
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource, open_source
 from hstu.train.trainer import Trainer, leave_nothing
 
 log = logging.getLogger(__name__)

@@ -29,11 +29,8 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.train.batch_source import BatchSource
 from hstu.train.corpus import Corpus, Queries, target_ranks
-from hstu.train.metrics import Gather, only_rank, retrieval_metrics
+from hstu.train.metrics import retrieval_metrics
 from hstu.train.task_metrics import RankingMetrics, TaskMetrics
-
-Forward = Callable[[HSTUBatch], ModelOutput]
-"""A batch on the host → logits or queries of its sequences. May be a collective."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,8 @@ class Observations:
         """Select rows by bool [N], or by indices, which may repeat."""
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
 
-    def gathered(self, gather: Gather) -> Self:
-        """Concatenate the rows of all ranks. Collective."""
+    def gathered(self, gather: Callable[[np.ndarray], np.ndarray]) -> Self:
+        """Concatenate the rows of all ranks. ``gather``: the same for one array. Collective."""
         return type(self)(*(gather(getattr(self, field.name)) for field in fields(self)))
 
     @classmethod
@@ -137,8 +134,17 @@ class LabelledItemEvaluator(Evaluator):
 
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
         """See Evaluator."""
-        item, rank = self.model.roles.item, (self.mesh.rank, self.mesh.world_size)
-        return observe_ranking(self.model, self._limited(batches), item, self.forward, self._gather, rank)
+        found = [Observations.none(np.zeros((0, 1), dtype=np.float32), np.zeros(0, dtype=np.int64))]
+        requests_before = 0
+        with evaluation_mode(self.model):
+            for batch in self._limited(batches):
+                logits = self.forward(batch).logits
+                assert logits is not None, "the model has no ranking head"
+                requests = (requests_before + np.arange(batch.batch_size)) * self.mesh.world_size + self.mesh.rank
+                requests_before += batch.batch_size
+                labels = batch.labels if batch.label_values is None else batch.label_values.T.contiguous()
+                found.append(of_ranking(batch, self.model.roles.item, _host(logits), _host(labels), requests))
+        return Observations.joined(found[1:] or found).gathered(self._gather)
 
 
 class RankingEvaluator(LabelledItemEvaluator):
@@ -207,8 +213,33 @@ class RetrievalEvaluator(Evaluator):
         self.source = source
 
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
-        """See Evaluator."""
-        return observe_retrieval(self.model, self._limited(batches), self.corpus(), self.forward, self._gather)
+        """See Evaluator. The corpus loses a user's ``seen`` items, except the held-out item."""
+        corpus = self.corpus()
+        with evaluation_mode(self.model):
+            queries, history = self._collect_queries(self._limited(batches), corpus.ids.device)
+            ranks = target_ranks(queries, corpus)
+        users, targets = queries.user_ids, queries.targets
+        return Observations(users, targets, history, np.arange(len(users)), ranks, targets).gathered(self._gather)
+
+    def _collect_queries(self, batches: Iterable[HSTUBatch], device: torch.device) -> tuple[Queries, np.ndarray]:
+        """Queries of this rank and the lengths of their histories, int64 [U]."""
+        vectors: list[Tensor] = [torch.zeros((0, 1), device=device)]
+        users, targets, seen, seen_lengths, history = ([np.zeros(0, dtype=np.int64)] for _ in range(5))
+        for batch in batches:
+            queries = self.forward(batch).queries
+            assert queries is not None, "the model is not a retrieval model"
+            real = np.flatnonzero(_host(batch.user_ids) >= 0)
+            vectors.append(queries[torch.from_numpy(real).to(device)].float())
+            users.append(_host(batch.user_ids)[real])
+            targets.append(_host(batch.labels)[real])
+            history.append(batch.item_lengths[real])
+            if batch.seen is None:
+                seen_lengths.append(np.zeros(len(real), dtype=np.int64))
+            else:  # padding rows have no seen items
+                seen.append(_host(batch.seen.values))
+                seen_lengths.append(_host(batch.seen.lengths)[real])
+        arrays = (np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
+        return Queries(torch.cat(vectors[1:] or vectors), *arrays), np.concatenate(history)
 
     def metrics(self, observations: Observations) -> dict[str, float]:
         """See Evaluator."""
@@ -248,67 +279,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def observe_ranking(
-    model: nn.Module,
-    batches: Iterable[HSTUBatch],
-    item_feature: str,
-    forward: Forward,
-    gather: Gather = only_rank,
-    rank: tuple[int, int] = (0, 1),
-) -> Observations:
-    """Predictions for the labelled items of all ranks, equal on every rank. rank: (own rank, number of ranks)."""
-    found = [Observations.none(np.zeros((0, 1), dtype=np.float32), np.zeros(0, dtype=np.int64))]
-    requests_before, (own, ranks) = 0, rank
-    with evaluation_mode(model):
-        for batch in batches:
-            logits = forward(batch).logits
-            assert logits is not None, "the model has no ranking head"
-            requests = (requests_before + np.arange(batch.batch_size)) * ranks + own
-            requests_before += batch.batch_size
-            labels = batch.labels if batch.label_values is None else batch.label_values.T.contiguous()
-            found.append(of_ranking(batch, item_feature, _host(logits), _host(labels), requests))
-    return Observations.joined(found[1:] or found).gathered(gather)
-
-
-def observe_retrieval(
-    model: nn.Module,
-    batches: Iterable[HSTUBatch],
-    corpus: Corpus,
-    forward: Forward,
-    gather: Gather = only_rank,
-) -> Observations:
-    """Ranks of the held-out items among all items of ``corpus``, equal on every rank.
-
-    A user's ``seen`` items are removed, except the held-out item. Needs memory for this rank's queries and one block.
-    """
-    with evaluation_mode(model):
-        queries, history = collect_queries(forward, batches, corpus.ids.device)
-        ranks = target_ranks(queries, corpus)
-    targets = queries.targets
-    return Observations(queries.user_ids, targets, history, np.arange(len(queries)), ranks, targets).gathered(gather)
-
-
-def collect_queries(forward: Forward, batches: Iterable[HSTUBatch], device: torch.device) -> tuple[Queries, np.ndarray]:
-    """Run the model, in evaluation mode, over batches. Returns queries and lengths of histories, int64 [U]."""
-    vectors: list[Tensor] = [torch.zeros((0, 1), device=device)]
-    users, targets, seen, seen_lengths, history = ([np.zeros(0, dtype=np.int64)] for _ in range(5))
-    for batch in batches:
-        queries = forward(batch).queries
-        assert queries is not None, "the model is not a retrieval model"
-        real = np.flatnonzero(_host(batch.user_ids) >= 0)
-        vectors.append(queries[torch.from_numpy(real).to(device)].float())
-        users.append(_host(batch.user_ids)[real])
-        targets.append(_host(batch.labels)[real])
-        history.append(batch.item_lengths[real])
-        if batch.seen is None:
-            seen_lengths.append(np.zeros(len(real), dtype=np.int64))
-        else:  # padding rows have no seen items
-            seen.append(_host(batch.seen.values))
-            seen_lengths.append(_host(batch.seen.lengths)[real])
-    arrays = (np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
-    return Queries(torch.cat(vectors[1:] or vectors), *arrays), np.concatenate(history)
 
 
 def _host(tensor: Tensor) -> np.ndarray:

@@ -21,14 +21,12 @@ from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures, is_of_negatives
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.sampling.sampler import SamplerPosition, TrainSampler
-from hstu.data.sampling.samples import Split
 from hstu.data.store.layout import NumberStatistics
 from hstu.model.embedding import TableSpec
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
 from hstu.train.batch_source import BatchSource
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource
 from hstu.train.tables import choose_tables
 
 log = logging.getLogger(__name__)
@@ -88,29 +86,11 @@ class StoredSource(BatchSource):
         """See BatchSource."""
         return self._no_data() if self.roles.tower else None
 
-    def _no_data(self) -> NoReturn:
+    def _no_data(self, *_: Any, **__: Any) -> NoReturn:
         raise self.missing
 
-    @property
-    def least_action(self) -> int:
-        """See BatchSource."""
-        self._no_data()
-
-    def train_sampler(self, position: SamplerPosition) -> TrainSampler:
-        """See BatchSource."""
-        self._no_data()
-
-    def batch_of(self, samples: np.ndarray) -> HSTUBatch:
-        """See BatchSource."""
-        self._no_data()
-
-    def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
-        """See BatchSource."""
-        self._no_data()
-
-    def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
-        """See BatchSource."""
-        self._no_data()
+    least_action = property(_no_data)
+    train_sampler = batch_of = train_batches = eval_batches = _no_data
 
 
 def asked_at(batches: Iterable[HSTUBatch], at: int) -> Iterator[HSTUBatch]:
@@ -173,7 +153,7 @@ def zero_untrained_items(state: TrainState, source: BatchSource) -> None:
     """
     spec = next(spec for spec in state.model.specs if source.roles.item in spec.features)
     if spec.dynamic is None and isinstance(source, StoreSource):
-        occurs = source.trained_items()
+        occurs = source.item_counts > 0
         log.info("item tower: %s of %s items occur in no training sample", f"{(~occurs).sum():,}", f"{len(occurs):,}")
         _zero_rows(state, spec, np.pad(~occurs, (0, spec.rows - len(occurs))))
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hstu
 from hstu.base.errors import EXIT_DONE, UserError, report, report_once
 from hstu.base.processes import end_with_parent
+from hstu.config.gin_scan import scan
+from hstu.config.problems import literal
 from hstu.config.run_config import RunConfig
 from hstu.observe.environment import check_packages
 
 if TYPE_CHECKING:
     from hstu.parallel.mesh import Mesh
 
+_DATASET_PATHS = re.compile(r"DatasetArgs\.(eval_)?dataset_path")
 _MEMORY = (
     "memory ran out: {}. Lower TrainerArgs.train_batch_size or eval_batch_size, or what the numbers of the message "
     "come from; scripts/estimate.py shows what needs memory"
@@ -37,7 +43,6 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
     from hstu.observe.watchdog import Watchdog
     from hstu.parallel import mesh as meshes
     from hstu.pipeline.finite import NonFiniteStep
-    from hstu.train.agreement import run_facts
     from hstu.train.builder import build_trainer, nothing_beside_tables
 
     quiet_libraries()
@@ -77,6 +82,25 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
     watchdog.leave()
     meshes.finish()
     return EXIT_DONE
+
+
+def run_facts(config: RunConfig) -> dict[str, str]:
+    """Facts that must be equal on all ranks: the configuration, without paths of data, and the versions of the code."""
+    from hstu.checkpoint.state import versions
+
+    bindings = scan([], [config.operative_gin()]).bindings
+    facts = {each.name: literal(each.value) for each in bindings if not _DATASET_PATHS.fullmatch(each.name)}
+    packages = {f"version of {name}": version for name, version in versions().items() if name != "python"}
+    return {"task": config.task, **facts, **packages, "SHA-256 of the code in hstu": source_digest()}
+
+
+def source_digest(root: Path = Path(hstu.__file__).parent) -> str:
+    """SHA-256 of all source files of the package."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h") and path.is_file():
+            digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def memory_ran_out(error: Exception) -> bool:

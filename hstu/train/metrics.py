@@ -16,14 +16,6 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-Gather = Callable[[np.ndarray], np.ndarray]
-"""Concatenates the arrays of all data-parallel ranks along the first axis, on every rank. Collective."""
-
-
-def only_rank(array: np.ndarray) -> np.ndarray:
-    """The gather for a single process."""
-    return array
-
 
 @contextmanager
 def undefined_without_warning() -> Iterator[None]:

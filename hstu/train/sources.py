@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import BenchmarkDatasetArgs
+from hstu.base.ids import codes_of
+from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs
+from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.run_config import RunConfig
-from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch, ItemFeatures
+from hstu.data.batches.collate import Assembler, Collator, SkippedSamples
+from hstu.data.batches.jagged import ranges
 from hstu.data.batches.loader import build_loader
 from hstu.data.batches.synthetic import SyntheticDataset
-from hstu.data.features.roles import benchmark_roles
-from hstu.data.sampling.sampler import SamplerPosition, TrainSampler
-from hstu.data.sampling.samples import Split
+from hstu.data.datasets import resolve_name
+from hstu.data.features.roles import benchmark_roles, check_numbers, recoding_of, resolve_roles
+from hstu.data.features.values import LabelColumn, check_labels, training_statistics
+from hstu.data.sampling.negatives import count_items
+from hstu.data.sampling.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
+from hstu.data.store.layout import NumberStatistics
+from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition
-from hstu.train.store_source import StoreSource
+from hstu.train.tables import check_rows, choose_tables, predefined_tables
+
+log = logging.getLogger(__name__)
 
 
 def open_source(config: RunConfig, mesh: Mesh | None = None, world_size: int = 1) -> BatchSource:
@@ -25,6 +40,231 @@ def open_source(config: RunConfig, mesh: Mesh | None = None, world_size: int = 1
     if isinstance(config.dataset, BenchmarkDatasetArgs):
         return RandomSource(config, config.dataset, mesh, world_size)
     return StoreSource(config, config.dataset, mesh, world_size)
+
+
+class StoreSource(BatchSource):
+    """Samples of a preprocessed sequence store."""
+
+    def __init__(self, config: RunConfig, args: DatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
+        super().__init__(config, mesh, world_size)
+        self._args = args
+        self.store = open_store(args)
+        self.eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
+        """The data for evaluation."""
+        tasks, tower = tasks_of(config), config.has_item_tower
+        self.roles = resolve_roles(self.store, args, config.located, tasks, tower)
+        check_numbers(self.roles, config.numbers, config.located)
+        check_split(self.store, args, config.located)
+        for store in (self.store, self.eval_store):
+            check_requests(store, args, config.located)
+        if config.retrieval is not None and config.retrieval.hard_negatives:
+            require_requests(self.store, config.retrieval, "hard_negatives", config.located)
+        self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
+        self._eval_labels = {name: column.of(self.eval_store) for name, column in self._labels.items()}
+        self.label_facts = {
+            name: column.facts().joined(self._eval_labels[name].facts()) for name, column in self._labels.items()
+        }
+        check_labels(tasks_of(config), self.label_facts, config.located)
+        predefined = predefined_tables(args, self.store, config.network)
+        self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
+        self.tables = self.fit(
+            choose_tables(config.embeddings, predefined, self.roles.names, config.located, self.roles.numbers)
+        )
+        self._recoding = {} if self.eval_store is self.store else recoding_of(self.eval_store, self.store, self.roles)
+        self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
+        check_rows(self.tables, self.cardinalities, config.located, self.raw_features)
+        self.max_items = args.max_sequence_length
+        self.eval_splits, self.final_splits = self._splits()
+        self._train_samples = self._samples("train")
+        self._eval_samples: dict[Split, SampleTable] = {}
+        self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
+        samples = self._train_samples
+        self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
+        self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
+        self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
+
+    def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
+        """Hook for subclasses that change the sizes of the model's tables."""
+        return tables
+
+    @property
+    def description(self) -> dict[str, str]:
+        """See BatchSource: file → checksum."""
+        facts = {f"{file} of the data": checksum for file, checksum in self.store.checksums.items()}
+        if self.eval_store is not self.store:
+            evaluated = self.eval_store.checksums.items()
+            facts |= {f"{file} of eval_dataset_path": checksum for file, checksum in evaluated}
+        return facts
+
+    @cached_property
+    def least_action(self) -> int:
+        """See BatchSource. Reads the whole feature once."""
+        assert self.roles.action is not None
+        return min(store.least_value(self.roles.action) for store in (self.store, self.eval_store))
+
+    @property
+    def number_statistics(self) -> Mapping[str, NumberStatistics]:
+        """See BatchSource. Reads the numbers of all training events."""
+        return training_statistics(self.store, self.roles.numbers, self._train_samples)
+
+    @cached_property
+    def item_counts(self) -> np.ndarray:
+        """See BatchSource. Reads the items of all training samples once."""
+        is_random = self._args.random_windows
+        return count_items(self.store, self.roles.item, self._train_samples, random_windows=is_random)
+
+    def item_ids(self) -> np.ndarray | None:
+        """See BatchSource."""
+        if self.roles.item not in self.raw_features:
+            return None
+        return self.store.model_ids(self.roles.item, np.arange(self.cardinalities[self.roles.item]))
+
+    def tower_features(self, ids: np.ndarray) -> ItemFeatures | None:
+        """See BatchSource."""
+        if not self.roles.tower:
+            return None
+        codes = codes_of(ids, self._raw_item_ids) if self.roles.item in self.raw_features else ids
+        return StoreReader(self.store, self._train_samples, self.roles).tower_features(codes)
+
+    @cached_property
+    def _raw_item_ids(self) -> np.ndarray:
+        return self.store.raw_ids(self.roles.item)
+
+    def batch_of(self, samples: np.ndarray) -> HSTUBatch:
+        """See BatchSource."""
+        batch_size = self._config.trainer.sequences_per_iteration
+        collator = self._collator(self.store, self._train_samples, batch_size, training=True)
+        return collator(BatchPlan.of(samples))
+
+    def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
+        """See BatchSource."""
+        trainer = self._config.trainer
+        collator = self._collator(self.store, self._train_samples, trainer.sequences_per_iteration, training=True)
+        return build_loader(
+            collator,
+            self.train_sampler(position),
+            workers=trainer.data_workers,
+            prefetch=trainer.data_prefetch,
+            pin_memory=self._pin_memory,
+        )
+
+    def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
+        """See BatchSource."""
+        trainer = self._config.trainer
+        if split not in self._eval_samples:  # every evaluation uses the same samples
+            self._eval_samples[split] = self._samples(split)
+        samples = self._eval_samples[split]
+        collator = self._collator(self.eval_store, samples, trainer.eval_batch_size, training=False)
+        sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._rank, self._world_size)
+        return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
+
+    def history_batches(self, users: np.ndarray, *, divided: bool = False) -> Iterator[HSTUBatch]:
+        """Whole histories of ``users``, rows of the store, without labels. divided: each rank gets some of them."""
+        offsets = np.asarray(self.store.offsets())
+        begin, stop = offsets[users], offsets[users + 1]
+        nothing = np.zeros_like(stop)
+        start = np.maximum(begin, stop - self.max_items)
+        # Nothing is held out. Setting a target makes these evaluation batches, for which no negatives are drawn.
+        samples = SampleTable(users, start, stop, nothing, nothing, target=stop - 1, history_begin=begin)
+        batch_size = self._config.trainer.eval_batch_size
+        collator = self._collator(self.store, samples, batch_size, training=False)
+        rank, world_size = (self._rank, self._world_size) if divided else (0, 1)
+        return build_loader(collator, EvalSampler(len(users), batch_size, rank, world_size))
+
+    def candidate_batches(self, requests: GivenRequests) -> Iterator[tuple[np.ndarray, HSTUBatch]]:
+        """Yield (indices of candidates among all candidates, int64 [M], batch) for this rank's requests."""
+        samples = requests.samples(self._args)
+        batch_size = self._config.trainer.eval_batch_size
+        labels = {name: NoLabels(requests, name) for name in self.roles.labels}
+        collator = self._collator(requests, samples, batch_size, training=False, labels=labels)
+        for plan in EvalSampler(len(samples), batch_size, self._rank, self._world_size):
+            assert samples.first_candidate is not None
+            chosen = plan.indices
+            yield ranges(samples.first_candidate[chosen], samples.num_candidates[chosen]), collator(plan)
+
+    def _splits(self) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
+        if events := self.store.events_by_split():
+            held_out: tuple[Split, ...] = tuple(split for split in ("valid", "test") if events[split])
+            shown = ", ".join(f"{number} {split}" for split, number in events.items())
+            log.info("split by column %r of the data, in events: %s", self.store.split, shown)
+            return held_out[:1], held_out
+        if self._config.task == "ranking":
+            return ("valid",), ("valid", "test") if self._args.valid_fraction else ("valid",)
+        # Without held-out validation items the published protocol always evaluates on the last item.
+        return (("valid",), ("valid", "test")) if self._args.valid_items else (("test",), ("test",))
+
+    def _samples(self, split: Split) -> SampleTable:
+        store = self.store if split == "train" else self.eval_store
+        kind: Split = "all" if split != "train" and self._args.eval_dataset_path else split
+        samples = build_samples(store, self._args, self._config.task, kind, self._config.trainer.seed)
+        if split == "train" or store.split is not None:
+            log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in samples.report.items()))
+        return samples
+
+    def train_sampler(self, position: SamplerPosition) -> TrainSampler:
+        """See BatchSource."""
+        trainer = self._config.trainer
+        return TrainSampler(
+            len(self._train_samples),
+            trainer.sequences_per_iteration,
+            self._rank,
+            self._world_size,
+            trainer.seed,
+            self._args.shuffle,
+            position,
+            self._partition,
+        )
+
+    def _collator(
+        self,
+        store: SequenceStore,
+        samples: SampleTable,
+        batch_size: int,
+        *,
+        training: bool,
+        labels: Mapping[str, LabelColumn] | None = None,
+    ) -> Collator:
+        if labels is None:
+            labels = self._labels if store is self.store else self._eval_labels
+        # Both stores use the roles and corpus of the training data: the evaluation store may have more features and
+        # fewer ids, which still fit the tables.
+        reader = StoreReader(
+            store,
+            samples,
+            self.roles,
+            wants_timestamps=self._wants_timestamps,
+            wants_request_times=self._wants_request_times,
+            wants_seen=self._wants_earlier if training else self._wants_seen,
+            recoding=self._recoding if store is self.eval_store else None,
+            labels=labels,
+            window_seed=self._config.trainer.seed if training and self._args.random_windows else None,
+            hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
+        )
+        corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
+        assembler = Assembler(
+            batch_size,
+            self._config.task,
+            self.roles,
+            corpus_size,
+            seed,
+            self.negatives,
+            item_ids=reader.item_ids if self.roles.item in self.raw_features else None,
+            corpus=self.corpus if training and self.negatives is not None else None,
+            draws_negatives=training,
+            tower_features=reader.tower_features if self.roles.tower else None,
+        )
+        return Collator(reader, assembler, self._skipped)
+
+
+def open_store(args: DatasetArgs) -> SequenceStore:
+    """Open the preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
+    return SequenceStore.open(store_path(args))
+
+
+def store_path(args: DatasetArgs) -> Path:
+    """Path of the preprocessed data of ``args``."""
+    name = resolve_name(args.dataset_name) or args.dataset_name
+    return Path(args.dataset_path or Path("tmp_data") / name)
 
 
 class RandomSource(BatchSource):

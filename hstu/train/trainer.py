@@ -20,10 +20,9 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.sampling.samples import Split
 from hstu.observe.logging import format_eval, format_train, progress_bar
-from hstu.observe.profiler import Profiler
 from hstu.observe.records import EvalRecord, TrainRecord
 from hstu.observe.run_directory import RunDirectory
-from hstu.observe.throughput import Throughput, ThroughputMeter, memory_bytes
+from hstu.observe.throughput import FlopCounter, Profiler, Throughput, ThroughputMeter, memory_bytes
 from hstu.optim.optimizers import Schedule
 from hstu.parallel.collectives import sum_over_ranks
 from hstu.parallel.dynamic.table import describe_report, pop_reports
@@ -33,7 +32,6 @@ from hstu.pipeline.finite import NonFiniteStep, Stopped, StopSignal
 from hstu.pipeline.pipelines import TrainPipeline
 from hstu.train.batch_source import BatchSource
 from hstu.train.evaluate import Evaluator
-from hstu.train.flops import FlopCounter
 from hstu.train.history import MetricsHistory, RunningLoss, Selection
 
 log = logging.getLogger(__name__)

@@ -36,10 +36,9 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.gr_model import GRModel
 from hstu.observe.logging import quiet_libraries
+from hstu.observe.throughput import FlopCounter
 from hstu.parallel import mesh as meshes
-from hstu.train.flops import FlopCounter
-from hstu.train.sources import open_source
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource, open_source
 
 VARIANTS = {
     "cpp_float32": ("cutlass", "float32"),

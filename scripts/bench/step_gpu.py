@@ -36,9 +36,8 @@ from training import Training, prepare
 
 from hstu.base.errors import UserError
 from hstu.model.precision import DTYPES
-from hstu.observe.throughput import peak_tflops
+from hstu.observe.throughput import FlopCounter, peak_tflops
 from hstu.parallel import mesh as meshes
-from hstu.train.flops import FlopCounter
 
 WARM_UP_STEPS = 4
 """Steps before the first timed one: kernels are compiled, memory is allocated."""

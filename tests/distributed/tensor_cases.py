@@ -15,7 +15,7 @@ from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.shards import ShardedView
 from hstu.pipeline.step import StepResult
 from hstu.train.builder import build_model, build_pipeline
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource
 from tests.config.gin_files import table
 from tests.conftest import write_small_store
 

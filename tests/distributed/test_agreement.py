@@ -16,7 +16,7 @@ from hstu.base.errors import ConfigError
 from hstu.parallel.collectives import require_equal
 from hstu.parallel.mesh import Mesh
 from hstu.train import main
-from hstu.train.agreement import run_facts, source_digest
+from hstu.train.main import run_facts, source_digest
 from tests.conftest import write_small_store
 from tests.distributed.launch import EndedRank, Launch, run_cases, run_to_their_ends
 from tests.train.tiny import skip_measuring_the_peak, tiny_config, walks

@@ -15,8 +15,7 @@ from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.pipeline.pipelines import SequentialPipeline
 from hstu.pipeline.step import TrainStep
 from hstu.train.builder import build_model
-from hstu.train.sources import open_source
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource, open_source
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.train.tiny import TinyOptions, tiny_config

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hstu.observe.profiler import Profiler
+from hstu.observe.throughput import Profiler
 
 
 def run(profiler: Profiler, begin: int, end: int) -> None:

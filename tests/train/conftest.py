@@ -15,8 +15,7 @@ from hstu.observe.logging import quiet_libraries, tear_down_logging
 from hstu.observe.throughput import PeakTflops
 from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
-from hstu.train.sources import open_source
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource, open_source
 from tests.conftest import write_small_store
 from tests.train.tiny import FinishedRun, run, tiny_config, walks
 

@@ -7,9 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hstu.checkpoint.describe import describe
 from hstu.checkpoint.dynamic import read_table
-from hstu.checkpoint.export import export
+from hstu.checkpoint.export import describe, export
 from hstu.checkpoint.tensors import load_safetensors, read_metadata
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.throughput import PeakTflops

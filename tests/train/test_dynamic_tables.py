@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from hstu.checkpoint.describe import describe
 from hstu.checkpoint.dynamic import read_table
+from hstu.checkpoint.export import describe
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.dynamic.slots import steps_of
 from hstu.parallel.tables import dynamic_tables

@@ -7,7 +7,7 @@ import pytest
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import RankingArgs
-from hstu.train.label_codes import label_offset
+from hstu.train.batch_source import label_offset
 
 
 def source(actions: int, least: int = 0) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from hstu.base.errors import DataError
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource
 from tests.train.tiny import FinishedRun
 
 LONGEST = 5

@@ -10,8 +10,7 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
 from hstu.parallel.mesh import Mesh
-from hstu.train.sources import open_source
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource, open_source
 from tests.train.tiny import ITEMS, build, ids, real_users, tiny_config, walks
 
 

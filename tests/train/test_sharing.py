@@ -14,8 +14,8 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
+from hstu.observe.throughput import FlopCounter
 from hstu.parallel.mesh import Mesh
-from hstu.train.flops import FlopCounter
 from hstu.train.sources import open_source
 from tests.train.tiny import tiny_config
 

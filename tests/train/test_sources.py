@@ -21,7 +21,7 @@ from hstu.config.args import (
 from hstu.config.run_config import RunConfig
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.parallel.mesh import Mesh
-from hstu.train.label_codes import label_offset
+from hstu.train.batch_source import label_offset
 from hstu.train.sources import RandomSource, open_source
 from tests.train.tiny import NETWORK, TRAINER, ids, run
 

@@ -14,8 +14,7 @@ from hstu.data.batches.batch import NEGATIVES
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.train.sources import open_source
-from hstu.train.store_source import StoreSource
+from hstu.train.sources import StoreSource, open_source
 from tests.train.tiny import ITEMS, FinishedRun, ids, real_users, tables_of, tiny_config, walks
 
 FIRST = SamplerPosition()

@@ -13,7 +13,6 @@ import torch
 
 from hstu import api
 from hstu.base.errors import DataError
-from hstu.checkpoint.describe import describe
 from hstu.checkpoint.directory import (
     MANIFEST,
     DamagedCheckpoint,
@@ -21,7 +20,7 @@ from hstu.checkpoint.directory import (
     read_manifest,
     write_manifest,
 )
-from hstu.checkpoint.export import export
+from hstu.checkpoint.export import describe, export
 from hstu.checkpoint.load import load
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh

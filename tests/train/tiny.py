@@ -31,7 +31,7 @@ from hstu.train import builder
 from hstu.train.trainer import Trainer
 
 ITEMS, ACTIONS = 11, 4
-TRAINER = {
+TRAINER: dict[str, Any] = {
     "train_batch_size": 8,
     "eval_batch_size": 8,
     "max_train_iters": 4,
@@ -42,7 +42,7 @@ TRAINER = {
     "progress_bar": "off",
     "pipeline_type": "none",
 }
-NETWORK = {
+NETWORK: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": 16,
     "num_attention_heads": 2,
@@ -53,8 +53,8 @@ NETWORK = {
     "disable_contextual_mask": True,
     "num_position_buckets": 64,
 }
-RANKING = {"prediction_head_arch": [8, ACTIONS], "eval_metrics": ("AUC", "GAUC", "ACC", "LOGLOSS")}
-OF_THE_ACTION = {
+RANKING: dict[str, Any] = {"prediction_head_arch": [8, ACTIONS], "eval_metrics": ("AUC", "GAUC", "ACC", "LOGLOSS")}
+OF_THE_ACTION: dict[str, Any] = {
     "prediction_head_arch": [8],
     "eval_metrics": ("AUC",),
     "task_sharing": "ple",
@@ -73,7 +73,7 @@ ITEM_FEATURES: dict[str, Any] = {
 """Features of the items of walks(), for write_small_store."""
 TOWER: Any = {"dataset": {"side_feature_names": ["colour", "tags"]}}
 """Options of a run that makes the vectors of items of them."""
-RETRIEVAL = {"eval_metrics": ("HR@3", "NDCG@3", "MRR")}
+RETRIEVAL: dict[str, Any] = {"eval_metrics": ("HR@3", "NDCG@3", "MRR")}
 
 
 def walks(num_users: int = 20, seed: int = 0) -> dict[str, Any]:

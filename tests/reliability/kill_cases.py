@@ -12,7 +12,9 @@ from typing import Any, Unpack
 
 import torch
 
+from hstu.checkpoint.state import TrainState
 from hstu.config.run_config import RunConfig
+from hstu.model.ranking import RankingDense
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder, main
@@ -43,7 +45,9 @@ class Killer:
         self.forwards = 0
         self._trainer, self._directory, self._kill, self._note = trainer, str(directory), kill, note
         sys.addaudithook(self._see)
-        unwrap_dense(trainer.state.model).task.register_forward_hook(lambda *_: self._forward())
+        task = unwrap_dense(trainer.state.model).task
+        assert isinstance(task, RankingDense)
+        task.register_forward_hook(lambda *_: self._forward())
         if kill is not None and kill.after_s is not None:
             timer = threading.Timer(kill.after_s, self._die)
             timer.daemon = True
@@ -84,10 +88,12 @@ def run(kill: Kill | None, store: str, output: str, **options: Unpack[TinyOption
     seen: dict[str, Any] = {}
     build = builder.build_trainer
 
-    def build_and_watch(config: RunConfig, mesh: Mesh, *beside_tables: Any) -> Trainer:
-        trainer = build(config, mesh, *beside_tables)
+    def build_and_watch(
+        config: RunConfig, mesh: Mesh, beside_tables: builder.BesideTables = builder.nothing_beside_tables
+    ) -> Trainer:
+        trainer = build(config, mesh, beside_tables)
         mine = kill if kill is not None and kill.rank == mesh.rank else None
-        killer = Killer(trainer, Path(config.trainer.ckpt_save_dir), mine, Path(output) / "killed")
+        killer = Killer(trainer, Path(str(config.trainer.ckpt_save_dir)), mine, Path(output) / "killed")
         trainer.train = _watched(trainer, killer, mesh, seen)  # type: ignore[method-assign]
         return trainer
 
@@ -101,8 +107,8 @@ def run(kill: Kill | None, store: str, output: str, **options: Unpack[TinyOption
 def _watched(trainer: Trainer, killer: Killer, mesh: Mesh, seen: dict[str, Any]) -> Callable[[], None]:
     train, restore = trainer.train, trainer.checkpoints.restore
 
-    def restore_and_note(*arguments: Any) -> bool:
-        restored = restore(*arguments)
+    def restore_and_note(state: TrainState) -> bool:
+        restored = restore(state)
         seen["resumed_from"] = trainer.state.iteration
         return restored
 

@@ -28,7 +28,8 @@ def points(ranks: int, undisturbed: list[dict[str, Any]], seed: int) -> Iterator
     rng = random.Random(seed)
     for number in range(rng.randrange(100), 1000):
         rank = rng.randrange(ranks)
-        seen, kinds = undisturbed[rank], {}
+        seen = undisturbed[rank]
+        kinds: dict[str, list[int]] = {}
         for index, operation in enumerate(seen["files"], 1):
             kinds.setdefault(next(part for part in PARTS if part in operation), []).append(index)
         choices = [Kill(rank, file=rng.choice(indices)) for indices in kinds.values()]

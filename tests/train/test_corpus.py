@@ -1,6 +1,7 @@
 """The ranks and the best of all items against a loop over users, whatever the chunks, blocks and ties."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import hstu.train.corpus as corpus_module
 from hstu.train.corpus import Corpus, Queries, recommend, target_ranks
@@ -16,7 +18,11 @@ from hstu.train.metrics import retrieval_metrics
 EPS = 1e-6
 
 
-def make_queries(vectors, targets, seen) -> Queries:
+def make_queries(
+    vectors: Tensor | np.ndarray | Sequence[Sequence[float]],
+    targets: Sequence[int] | np.ndarray,
+    seen: Sequence[Sequence[int]],
+) -> Queries:
     return Queries(
         vectors=F.normalize(torch.as_tensor(vectors, dtype=torch.float32), dim=1),
         user_ids=np.arange(len(targets)),
@@ -26,7 +32,7 @@ def make_queries(vectors, targets, seen) -> Queries:
     )
 
 
-def make_corpus(table, chunk_items=10**6) -> Corpus:
+def make_corpus(table: Tensor, chunk_items: int = 10**6) -> Corpus:
     return Corpus(lambda ids: table[ids], torch.arange(len(table)), EPS, chunk_items)
 
 
@@ -43,7 +49,7 @@ def ranks_by_loop(queries: Queries, table: torch.Tensor) -> np.ndarray:
     return np.array(ranks)
 
 
-def grid_case(num_users, num_items, seed):
+def grid_case(num_users: int, num_items: int, seed: int) -> tuple[Queries, Tensor]:
     """Vectors of four entries ±1/2 have norm 1, and every score is exact: −1, −1/2, 0, 1/2 or 1, with many ties."""
     rng = np.random.default_rng(seed)
     table = torch.from_numpy(rng.choice([-0.5, 0.5], (num_items, 4))).float()
@@ -75,8 +81,8 @@ def best_by_loop(queries: Queries, table: torch.Tensor, k: int) -> tuple[np.ndar
     seed=st.integers(0, 2**31 - 1),
 )
 def test_ranks_and_best_items_equal_a_loop_over_users(
-    num_users, num_items, chunk_items, product_items, block_queries, k, seed
-):
+    num_users: int, num_items: int, chunk_items: int, product_items: int, block_queries: int, k: int, seed: int
+) -> None:
     """Ties, repeated seen items, seen targets, and chunks, products and blocks that do not divide their totals."""
     queries, table = grid_case(num_users, num_items, seed)
     with pytest.MonkeyPatch.context() as patch:
@@ -89,7 +95,7 @@ def test_ranks_and_best_items_equal_a_loop_over_users(
         np.testing.assert_array_equal(found, expected)
 
 
-def test_items_that_become_better_and_better_do_not_pile_up(monkeypatch):
+def test_items_that_become_better_and_better_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is better than all before it, so all wait, and are chosen from often. Every score stands three times."""
     monkeypatch.setattr(corpus_module, "CPU_PRODUCT_ITEMS", 20)
     angles = torch.linspace(1.5, 0, 600).repeat_interleave(3)
@@ -100,7 +106,7 @@ def test_items_that_become_better_and_better_do_not_pile_up(monkeypatch):
 
 
 @pytest.mark.parametrize("chunk_items", [977, 250, 10**6])
-def test_equal_items_tie_exactly_wherever_they_stand(chunk_items, monkeypatch):
+def test_equal_items_tie_exactly_wherever_they_stand(chunk_items: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every item stands three times in the corpus, so each target ties with two others: ranks are 2, 5, 8 …"""
     monkeypatch.setattr(corpus_module, "CPU_PRODUCT_ITEMS", 300)
     generator = torch.Generator().manual_seed(0)
@@ -112,7 +118,7 @@ def test_equal_items_tie_exactly_wherever_they_stand(chunk_items, monkeypatch):
     np.testing.assert_array_equal(ranks % 3, 2)
 
 
-def test_ranks_are_the_places_in_sorted_order():
+def test_ranks_are_the_places_in_sorted_order() -> None:
     generator = torch.Generator().manual_seed(1)
     table, vectors = torch.randn((2000, 16), generator=generator), torch.randn((40, 16), generator=generator)
     queries = make_queries(vectors, np.arange(40) * 7, [[]] * 40)
@@ -121,7 +127,7 @@ def test_ranks_are_the_places_in_sorted_order():
     np.testing.assert_array_equal(target_ranks(queries, make_corpus(table, 300)), expected)
 
 
-def test_what_is_nan_ranks_last_not_first_and_is_never_recommended():
+def test_what_is_nan_ranks_last_not_first_and_is_never_recommended() -> None:
     queries, table = grid_case(3, 8, seed=0)
     diverged = Queries(
         queries.vectors * math.nan, queries.user_ids, queries.targets, np.zeros(0, int), np.zeros(3, int)
@@ -134,7 +140,7 @@ def test_what_is_nan_ranks_last_not_first_and_is_never_recommended():
     assert (recommend(queries, make_corpus(table, 3), k=1)[0] >= 2).all()
 
 
-def test_recommend_gives_the_best_unseen_items_in_order():
+def test_recommend_gives_the_best_unseen_items_in_order() -> None:
     generator = torch.Generator().manual_seed(2)
     table = torch.randn((30, 8), generator=generator)
     queries = make_queries(torch.randn((5, 8), generator=generator), [0] * 5, [[1, 2], [], [3] * 9, [29, 0], [5]])
@@ -147,7 +153,7 @@ def test_recommend_gives_the_best_unseen_items_in_order():
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
 
 
-def test_recommend_more_items_than_there_are():
+def test_recommend_more_items_than_there_are() -> None:
     queries, table = grid_case(1, 6, seed=0)
     queries = make_queries(queries.vectors, [0], [[2, 4, 4]])
     codes, scores = recommend(queries, make_corpus(table, 4), k=100)
@@ -156,13 +162,13 @@ def test_recommend_more_items_than_there_are():
     assert np.isinf(scores[0, 4:]).all() and not np.isinf(scores[0, :4]).any()
 
 
-def test_only_the_ids_of_a_corpus_are_ranked_and_other_targets_are_misses():
+def test_only_the_ids_of_a_corpus_are_ranked_and_other_targets_are_misses() -> None:
     """Ids are any int64. A corpus of some ids ranks as the table of those rows does."""
     queries, table = grid_case(6, 9, seed=4)
     ids = np.sort(np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 9))
     row_of = {id_: row for row, id_ in enumerate(ids.tolist())}
 
-    def embed(wanted):
+    def embed(wanted: Tensor) -> Tensor:
         return table[[row_of[id_] for id_ in wanted.tolist()]]
 
     by_id = Queries(
@@ -181,7 +187,7 @@ def test_only_the_ids_of_a_corpus_are_ranked_and_other_targets_are_misses():
     assert retrieval_metrics(["HR@500", "NDCG@500", "MRR"], nothing) == {"HR@500": 0, "NDCG@500": 0, "MRR": 0}
 
 
-def test_items_whose_rows_are_zeros_are_no_candidates():
+def test_items_whose_rows_are_zeros_are_no_candidates() -> None:
     queries, table = grid_case(3, 8, seed=1)
     table[[2, 5]] = 0
     table[3, 0] = 0

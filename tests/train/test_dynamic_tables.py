@@ -6,16 +6,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from hstu.checkpoint.dynamic import read_table
-from hstu.checkpoint.export import describe
+from hstu.checkpoint.export import describe, export
+from hstu.checkpoint.tensors import load_safetensors, read_metadata
 from hstu.data.store.sequence_store import SequenceStore
+from hstu.observe.throughput import PeakTflops
 from hstu.parallel.dynamic.slots import steps_of
+from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from scripts.dynamic_table import main
-from tests.train.tiny import ITEMS, FinishedRun, tables_with_dynamic
+from tests.train.tiny import ITEMS, FinishedRun, run, tables_with_dynamic, tiny_config
 
 Train = Callable[..., FinishedRun]
+ROWS, TABLE = 10, "movies"
 
 
 def test_a_table_with_room_for_all_items_fills_and_evicts_nothing(train: Train, store: SequenceStore) -> None:
@@ -40,37 +45,62 @@ def test_a_run_that_goes_on_from_a_checkpoint_loses_no_row(train: Train, store: 
     assert straight.records[0]["tables"]["movies"]["waiting"] > 0
 
 
-@pytest.fixture
-def checkpoint(train: Train, store: SequenceStore) -> Path:
-    finished = train(
-        "ranking",
-        tables=tables_with_dynamic(store, rows=8),
-        trainer={"ckpt_save_interval": 4, "max_train_iters": 4, "train_batch_size": 1},
-    )
-    return next((finished.path.parent / "checkpoints").glob("iteration_*"))
+@pytest.fixture(scope="module")
+def finished(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run of six batches, with a checkpoint at its end."""
+    saving = {"ckpt_save_interval": 6, "max_train_iters": 6, "train_batch_size": 1}
+    output, tables = tmp_path_factory.mktemp("dumps"), tables_with_dynamic(store, rows=ROWS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hstu.train.builder.peak_tflops", lambda *_: PeakTflops(1.0, "assumed"))
+        return run(tiny_config("ranking", store, output, tables=tables, trainer=saving), mesh)
 
 
-def test_tables_go_to_parquet(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (content,) = read_table(checkpoint, "movies")
-    whole, new = tmp_path / "whole.parquet", tmp_path / "new.parquet"
-    begin = ["--ckpt", str(checkpoint), "--table", "movies", "--parquet"]
-    assert main(["export", *begin, str(whole)]) == 0
+@pytest.fixture(scope="module")
+def checkpoint(finished: FinishedRun) -> Path:
+    return finished.path.parent / "checkpoints" / "iteration_00000006"
+
+
+def test_tables_go_to_parquet_with_raw_ids_and_what_has_changed_since_a_step(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (content,) = read_table(checkpoint, TABLE)
+    whole, new = tmp_path / "whole.parquet", tmp_path / "deeper" / "new.parquet"
+    begin = ["export", "--ckpt", str(checkpoint.parent), "--table", TABLE, "--parquet"]
+    assert main([*begin, str(whole)]) == 0
     exported = pq.read_table(whole)
     assert exported["id"].to_pylist() == content.ids.tolist()
+    assert exported["raw_id"].to_pylist() == [1000 + code for code in content.ids.tolist()]
     assert np.array_equal(np.array(exported["row"].to_pylist(), np.float32), content.rows.numpy())
 
-    assert main(["export", *begin, str(new), "--since-step", "3"]) == 0
-    newest = content.changed > 3
+    assert main([*begin, str(new), "--since-step", "4"]) == 0
+    assert "export later changes with --since-step 6" in capsys.readouterr().out
+    newest = content.changed > 4
     assert 0 < newest.sum() < len(newest)
     assert pq.read_table(new)["id"].to_pylist() == content.ids[newest].tolist()
 
+    assert main([*begin, str(new / "below")]) == 3
+    assert "below cannot be written: " in capsys.readouterr().err
     assert main(["export", "--ckpt", str(checkpoint), "--table", "films", "--parquet", str(new)]) == 3
     assert "has no dynamic table 'films'; it has movies" in capsys.readouterr().err
 
 
-def test_inspecting_counts_the_ids(checkpoint: Path) -> None:
-    (content,) = read_table(checkpoint, "movies")
-    assert any(f"dynamic table movies   {len(content.ids)} ids × " in line for line in describe(checkpoint))
+def test_an_export_has_the_ids_in_order_with_the_rows_of_the_live_table(
+    finished: FinishedRun, checkpoint: Path, tmp_path: Path
+) -> None:
+    exported = export(checkpoint, tmp_path / "exported")
+    tensors, live = (
+        load_safetensors(exported / "model.safetensors"),
+        dynamic_tables(finished.trainer.state.model)[TABLE],
+    )
+    ids, rows = tensors["dynamic.movies.ids"], tensors["dynamic.movies.weight"]
+    assert ids.dtype == torch.int64 and ids.tolist() == sorted(live.slots.content()[0].tolist())
+    assert torch.equal(rows, live.content().rows[live.slots.lookup(ids)]) and rows.any(1).all()
+    told = read_metadata(exported)
+    assert told["tables"][TABLE] == {"rows": ROWS, "dim": 16, "features": ["item_id"], "dynamic": True}
+    described = {"shape": [ROWS, 16], "dtype": "float32", "is_average": False}
+    assert told["tensors"]["dynamic.movies.weight"] == described
+    for place in (checkpoint, exported):
+        assert any(f"dynamic table movies   {ROWS} ids × 16 of item_id" in line for line in describe(place))
 
 
 def test_rows_that_were_negatives_alone_have_changed_too(train: Train, store: SequenceStore) -> None:

@@ -24,7 +24,7 @@ def record(iteration: int, split: str = "valid", **metrics: float) -> EvalRecord
 def test_losses_are_better_when_lower_and_all_else_when_higher(name: str, best: float) -> None:
     history = MetricsHistory()
     for iteration, value in enumerate((0.2, 0.1, 0.2, 0.1), 1):
-        history.add(record(iteration, **{name: value}))
+        history.add(record(iteration, "valid", **{name: value}))
     assert history.best["valid"][name] == {"value": best, "iter": 1 if best == 0.2 else 2}, "the first that reached it"
 
 

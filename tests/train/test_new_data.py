@@ -2,7 +2,7 @@
 
 import csv
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def write_store(folder: Path, more: bool = False, raw_ids: bool = False) -> Sequ
 
     User "a zoë" is new and knows old items only. "b new" knows new items only and is from a new town.
     """
-    name = (lambda item: 100 + 10 * item) if raw_ids else item_name
+    name: Callable[[int], Any] = (lambda item: 100 + 10 * item) if raw_ids else item_name
     events = [
         (f"u{user:02}", [name(item) for item in row], TOWNS[user % 3]) for user, row in enumerate(walks()["items"])
     ]

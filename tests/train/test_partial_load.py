@@ -73,40 +73,34 @@ def test_a_resume_lists_what_has_changed_in_the_configuration(
     ]
 
 
+HEADS = ["NetworkArgs.num_attention_heads = 2 in the checkpoint, 4 in this run", "NetworkArgs.kv_channels = 8"]
+LAYERS = ["stack.layers.2", "NetworkArgs.num_layers = 2 in the checkpoint, 3 in this run"]
+LENGTHS = [
+    "bias.position_weight is (33,) in the checkpoint, (41,) in this run",
+    "DatasetArgs.max_sequence_length = 8 in the checkpoint, 10 in this run",
+]
+
+
 @pytest.mark.parametrize(
-    ("network", "lines"),
+    ("changes", "lines"),
     [
-        (
-            {"num_attention_heads": 4, "kv_channels": 4},  # weights of the same sizes, which mean something else
-            ["NetworkArgs.num_attention_heads = 2 in the checkpoint, 4 in this run", "NetworkArgs.kv_channels = 8"],
-        ),
-        ({"num_layers": 3}, ["stack.layers.2", "NetworkArgs.num_layers = 2 in the checkpoint, 3 in this run"]),
-        (
-            {"scaling_seqlen": 7},
-            ["NetworkArgs.scaling_seqlen = -1 in the checkpoint, 7 in this run"],
-        ),
+        ({"network": {"num_attention_heads": 4, "kv_channels": 4}}, HEADS),  # weights of equal sizes, another meaning
+        ({"network": {"num_layers": 3}}, LAYERS),
+        ({"network": {"scaling_seqlen": 7}}, ["NetworkArgs.scaling_seqlen = -1 in the checkpoint, 7 in this run"]),
+        ({"dataset": {"max_sequence_length": 10}}, LENGTHS),
     ],
 )
 def test_another_architecture_is_refused_with_the_lines_that_differ(
-    train: Train, tmp_path: Path, network: dict[str, Any], lines: list[str]
+    train: Train, tmp_path: Path, changes: dict[str, Any], lines: list[str]
 ) -> None:
-    train("ranking", trainer=SAVING, output="first")
+    network = {"position_encoding": "relative_bias"}
+    train("ranking", trainer=SAVING, network=network, output="first")
+    load = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}
     with pytest.raises(DataError) as refused:
-        train("ranking", trainer={"ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}, network=network)
+        train("ranking", trainer=load, **{**changes, "network": {**network, **changes.get("network", {})}})
     for line in lines:
         assert line in str(refused.value)
     assert "seed" not in str(refused.value) and "TrainerArgs.ckpt_load_dir" not in str(refused.value)
-
-
-def test_positions_of_other_lengths_are_refused_with_both_lengths(train: Train, tmp_path: Path) -> None:
-    network = {"position_encoding": "relative_bias"}
-    train("ranking", trainer=SAVING, network=network, output="first")
-    with pytest.raises(DataError) as refused:
-        load = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}
-        train("ranking", trainer=load, network=network, dataset={"max_sequence_length": 10})
-    sizes = "bias.position_weight is (33,) in the checkpoint, (41,) in this run"
-    assert sizes in str(refused.value)
-    assert "DatasetArgs.max_sequence_length = 8 in the checkpoint, 10 in this run" in str(refused.value)
 
 
 def another_value(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -141,7 +135,7 @@ def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
     ]
     while left:  # some exclude each other
         config = tiny_config("ranking", store, tmp_path / f"resumed{len(left)}", trainer=trainer)
-        tried = []
+        tried: list[Any] = []
         for part, field in left:
             own = getattr(config, part)
             value = another_value(field, getattr(own, field.name))

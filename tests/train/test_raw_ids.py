@@ -143,7 +143,7 @@ def test_models_learn_and_recommend_raw_ids(train: Train, raw_store: SequenceSto
     for entry, history in zip(
         trained.recommend([100, 101], top=ITEMS), api.histories(raw_store, rows=[0, 1]), strict=True
     ):
-        assert set(entry.items) == set(NAMES.tolist()) - set(history.items.tolist())
+        assert set(entry.items) == set(NAMES.tolist()) - {*history.items}
         assert entry.titles == [str(item) for item in entry.items]
     assert trained.item_embeddings().norm(dim=1).tolist() == pytest.approx([1.0] * ITEMS)
 

@@ -129,8 +129,14 @@ def test_models_learn_to_rank_what_was_shown(mesh: Mesh, tmp_path: Path, split: 
 
 def test_a_task_compares_the_candidates_of_a_request(mesh: Mesh, tmp_path: Path) -> None:
     store = write_small_store(tmp_path / "store", **random_log())
-    watched = {"name": "watched", "label": "watched", "kind": "class", "num_classes": 5, "metrics": ("ACC",)}
-    clicked = {"name": "clicked", "label": "action", "loss": "pairwise", "metrics": ("NDCG", "NDCG@1")}
+    watched: dict[str, Any] = {
+        "name": "watched",
+        "label": "watched",
+        "kind": "class",
+        "num_classes": 5,
+        "metrics": ("ACC",),
+    }
+    clicked: dict[str, Any] = {"name": "clicked", "label": "action", "loss": "pairwise", "metrics": ("NDCG", "NDCG@1")}
     tasks = [RankingTaskArgs(**clicked), RankingTaskArgs(**watched, weight=0.01)]
     dataset = {**DATASET, "side_feature_names": [], "known_after": []}
     config = tiny_config(

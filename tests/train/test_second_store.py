@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_a_second_store_with_other_numbers_gives_the_metrics_of_one_store(
     mesh: Mesh, make_store: Callable[..., SequenceStore], tmp_path: Path
 ) -> None:
     data = walks()
-    one_more = {"items": [[item + 1 for item in row] for row in data["items"]], "num_items": ITEMS + 1}
+    one_more: dict[str, Any] = {"items": [[item + 1 for item in row] for row in data["items"]], "num_items": ITEMS + 1}
     store = make_store(**{**data, **one_more})  # its item 0, raw id 1000, is nobody's
     trainer = build(tiny_config("ranking", store, tmp_path / "out", trainer={"max_train_iters": 10}), mesh)
     trainer.train()

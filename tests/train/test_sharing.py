@@ -59,7 +59,7 @@ def users(step: tuple[HSTUBatch, ...]) -> list[int]:
 
 def rows_of(step: tuple[HSTUBatch, ...]) -> dict[int, list[int]]:
     """User → items, whatever the rank."""
-    rows = {}
+    rows: dict[int, list[int]] = {}
     for batch in step:
         item = batch.features.keys()[1]  # after the one context feature
         items = np.split(batch.features[item].values().numpy(), np.cumsum(batch.item_lengths)[:-1])
@@ -98,8 +98,9 @@ def test_by_tokens_an_epoch_has_every_sample_once_and_a_resumed_one_the_rest(
         assert all(batch.real_batch_size <= 6 and flops.count(batch)[0] <= budget for batch in step)
     assert len({batch.real_batch_size for step in steps for batch in step}) > 1
     epoch = [user for step in steps[:count] for user in users(step)]
-    assert len(set(epoch)) == len(epoch) == steps[count - 1][0].position.consumed
-    resumed = steps_of(config, mesh, steps[1][0].position, count - 2)
+    position, end = steps[1][0].position, steps[count - 1][0].position
+    assert position is not None and end is not None and len(set(epoch)) == len(epoch) == end.consumed
+    resumed = steps_of(config, mesh, position, count - 2)
     assert [rows_of(step) for step in resumed] == [rows_of(step) for step in steps[2:count]]
 
 

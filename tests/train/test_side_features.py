@@ -16,7 +16,7 @@ from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
 from tests.train.tiny import build, run, tables_of, tiny_config
 
-SIDE = {
+SIDE: dict[str, Any] = {
     "side_feature_names": ["genres", "device", "watched", "vector", "seconds", "load"],
     "known_after": ["watched", "seconds"],
     "contextual_feature_names": [],
@@ -71,18 +71,6 @@ def test_a_model_learns_from_a_feature_of_the_event(mesh: Mesh, tmp_path: Path) 
     assert accuracy(mesh, store, tmp_path / "without", {}) < 0.5
 
 
-def test_micro_batches_train_as_the_whole_batch(mesh: Mesh, tmp_path: Path) -> None:
-    store = random_store(tmp_path / "store")
-    losses = []
-    for parts in (1, 2):
-        options = {"dataset": SIDE, "tables": tables_for(store, SIDE)}
-        trainer = {"gradient_accumulation_steps": parts, "train_batch_size": 8 // parts}
-        losses.append(
-            run(tiny_config("ranking", store, tmp_path / str(parts), trainer=trainer, **options), mesh).losses
-        )
-    np.testing.assert_allclose(*losses, rtol=1e-5)
-
-
 def test_features_that_the_data_lacks_and_times_of_items_are_errors(mesh: Mesh, tmp_path: Path) -> None:
     store = random_store(tmp_path / "store")
     dataset = {"side_feature_names": ["genre"], "contextual_feature_names": []}
@@ -96,13 +84,18 @@ def test_features_that_the_data_lacks_and_times_of_items_are_errors(mesh: Mesh, 
 def test_a_history_given_by_hand_with_features_gets_what_its_user_gets(mesh: Mesh, tmp_path: Path) -> None:
     store = random_store(tmp_path / "store")
     dataset = {**SIDE, "side_feature_names": [*SIDE["side_feature_names"], "hour_of_day"], "max_sequence_length": 5}
-    options = {"dataset": dataset, "tables": tables_for(store, dataset), "trainer": {"ckpt_save_interval": 4}}
+    options: dict[str, Any] = {
+        "dataset": dataset,
+        "tables": tables_for(store, dataset),
+        "trainer": {"ckpt_save_interval": 4},
+    }
     finished = run(tiny_config("retrieval", store, tmp_path, **options), mesh)
     model = api.load(finished.path, mesh=mesh)
     (expected,) = model.recommend([100], top=3)
     (history,) = given_histories(store, 1)
     found = [model.recommend_for([history], top=3)]
     codes, offsets = store.item_values("genres")
+    assert offsets is not None
     rows = store.encode("item_id", history.items)
     genres = [store.raw_ids("genres")[codes[offsets[row] : offsets[row + 1]]].tolist() for row in rows]
     vector = store.item_numbers("vector")[rows].tolist()
@@ -124,7 +117,7 @@ def test_a_history_given_by_hand_with_features_gets_what_its_user_gets(mesh: Mes
 
 def test_a_model_keeps_the_statistics_of_the_numbers_that_it_was_trained_on(mesh: Mesh, tmp_path: Path) -> None:
     store, other = random_store(tmp_path / "store"), random_store(tmp_path / "other", more=1e7)
-    options = {"dataset": SIDE, "tables": tables_for(store, SIDE), "trainer": {"ckpt_save_interval": 4}}
+    options: dict[str, Any] = {"dataset": SIDE, "tables": tables_for(store, SIDE), "trainer": {"ckpt_save_interval": 4}}
     config = tiny_config("retrieval", store, tmp_path, **options)
     numbers = (NumericFeatureArgs(feature_names=["seconds"], transform="quantile"),)
     finished = run(replace(config, numbers=numbers), mesh)
@@ -166,7 +159,7 @@ def given_histories(store: SequenceStore, count: int) -> list[api.History]:
 
 def test_what_a_history_given_by_hand_lacks_of_its_features_is_told(mesh: Mesh, tmp_path: Path) -> None:
     store = random_store(tmp_path / "store")
-    options = {"dataset": SIDE, "tables": tables_for(store, SIDE), "trainer": {"ckpt_save_interval": 4}}
+    options: dict[str, Any] = {"dataset": SIDE, "tables": tables_for(store, SIDE), "trainer": {"ckpt_save_interval": 4}}
     finished = run(tiny_config("retrieval", store, tmp_path, **options), mesh)
     model = api.load(finished.path, mesh=mesh)
     (history,) = given_histories(store, 1)
@@ -203,5 +196,5 @@ def test_the_hour_of_an_event_teaches_without_a_column_of_its_own(mesh: Mesh, tm
     dataset = {"contextual_feature_names": [], "side_feature_names": ["hour_of_day"]}
     tables = tables_for(store, dataset)
     trainer = {"max_train_iters": 60, "eval_at_end": True}
-    options = {"dataset": dataset, "tables": tables, "trainer": trainer}
+    options: dict[str, Any] = {"dataset": dataset, "tables": tables, "trainer": trainer}
     assert run(tiny_config("ranking", store, tmp_path, **options), mesh).metrics["ACC"] > 0.95

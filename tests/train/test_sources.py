@@ -1,6 +1,7 @@
-"""Batches of random data."""
+"""Batches of random data, and the classes of a ranking head for the actions of any data."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,45 @@ def test_random_batches_repeat_after_as_many_as_were_asked_for(mesh: Mesh, tmp_p
     assert len(evaluated) == 3 and evaluated[0] != seen[0]
 
 
-def test_random_data_for_a_head_without_a_class_for_action_0_is_refused(mesh: Mesh, tmp_path: Path) -> None:
-    source = open_source(random_config("ranking", tmp_path), mesh)
-    with pytest.raises(ConfigError, match="'action' also takes the value 0: end it in 4"):
-        label_offset(RankingArgs(prediction_head_arch=[8, 3]), source)
+# --- the class of a ranking head that an action is -------------------------------------------------------------------
+
+
+def data_with(actions: int, least: int = 0) -> Any:
+    """Data whose actions are least, …, actions - 1."""
+    roles = SimpleNamespace(action="stars")
+    return SimpleNamespace(roles=roles, cardinalities={"stars": actions}, least_action=least)
+
+
+def head(*widths: int, num_tasks: int = 1) -> RankingArgs:
+    return RankingArgs(prediction_head_arch=list(widths), num_tasks=num_tasks)
+
+
+@pytest.mark.parametrize(
+    ("args", "data", "offset"),
+    [
+        (head(8, 5), data_with(6, least=1), 1),  # ratings 1 to 5, five classes
+        (head(8, 6), data_with(6, least=1), 0),
+        (head(8, 6), data_with(6, least=0), 0),
+        (head(8, 9), data_with(6), 0),
+        (head(8, 8, num_tasks=8), data_with(256), 0),  # bits
+        (head(8, 1), data_with(2), 0),
+        (head(8, 3, num_tasks=3), data_with(256), 0),
+    ],
+)
+def test_class_0_is_action_0_unless_the_head_has_no_class_for_it(args: RankingArgs, data: Any, offset: int) -> None:
+    assert label_offset(args, data) == offset
+
+
+def test_a_head_with_too_few_classes_is_refused_with_those_that_fit() -> None:
+    with pytest.raises(ConfigError, match=r"ends in 4 classes, but 'stars' goes up to 5: end it in 5 .* or 6"):
+        label_offset(head(8, 4), data_with(6, least=1))
+
+
+def test_a_head_without_a_class_for_action_0_is_refused_where_the_data_has_it() -> None:
+    with pytest.raises(ConfigError, match=r"serve the actions 1 to 5, but 'stars' also takes the value 0: end it in 6"):
+        label_offset(head(8, 5), data_with(6, least=0))
+
+
+def test_ranking_without_an_action_feature_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ranking needs an action feature"):
+        label_offset(head(8, 5), SimpleNamespace(roles=SimpleNamespace(action=None)))  # type: ignore[arg-type]

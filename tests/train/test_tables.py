@@ -134,7 +134,7 @@ def refusal(mesh: Mesh, store: str, output: str, sharded: tuple[str, ...], memor
 
 def test_tables_beyond_the_memory_are_refused_on_every_rank_before_it_is_taken(tmp_path: Path) -> None:
     store = write_small_store(tmp_path / "store", **walks())
-    given = {"store": str(store.path), "output": str(tmp_path)}
+    given: dict[str, Any] = {"store": str(store.path), "output": str(tmp_path)}
     cases = {
         "replicated": partial(refusal, **given, sharded=(), memory=None),
         "sharded": partial(refusal, **given, sharded=("item_id",), memory=None),

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,38 +17,40 @@ from hstu.train.task_metrics import TaskMetrics, ndcg_by_group, ordered_pairs
 
 CLASSES = 4
 NAN = math.nan
+Row = tuple[Any, float, int, int]
+"""Prediction, label or nan, user, request."""
 
 
-def names_of(kind):
+def names_of(kind: str) -> tuple[str, ...]:
     """The metrics of a kind, with 2 for each K."""
     return tuple(name.replace("K", "2") for name in METRICS_OF_KIND[kind] if name != "MAE") + (
         ("MAE",) if "MAE" in METRICS_OF_KIND[kind] else ()
     )
 
 
-def mean(values):
+def mean(values: Iterable[float]) -> float:
     defined = [value for value in values if not math.isnan(value)]
     return sum(defined) / len(defined) if defined else NAN
 
 
-def log_sigmoid(x):
+def log_sigmoid(x: float) -> float:
     return -math.log1p(math.exp(-x))
 
 
 # --- each metric as a loop -----------------------------------------------------------------------------------------
 
 
-def pair_share(pairs):
+def pair_share(pairs: Iterable[tuple[float, float]]) -> float:
     """Mean over (score of the larger label, score of the smaller one)."""
     return mean([(a > b) + 0.5 * (a == b) for a, b in pairs])
 
 
-def auc(scores, positive):
+def auc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     rows = list(zip(scores, positive, strict=True))
     return pair_share([(a, b) for (a, p), (b, q) in itertools.product(rows, rows) if p and not q])
 
 
-def gauc(scores, positive, users):
+def gauc(scores: Sequence[float], positive: Sequence[bool], users: Sequence[int]) -> float:
     total, impressions = 0.0, 0
     for user in set(users):
         own = [index for index, other in enumerate(users) if other == user]
@@ -56,12 +60,12 @@ def gauc(scores, positive, users):
     return total / impressions if impressions else NAN
 
 
-def xauc(scores, labels):
+def xauc(scores: Sequence[float], labels: Sequence[float]) -> float:
     rows = list(zip(scores, labels, strict=True))
     return pair_share([(b, a) for (a, x), (b, y) in itertools.product(rows, rows) if x < y])
 
 
-def ndcg(scores, gains, requests, cutoff):
+def ndcg(scores: Sequence[float], gains: Sequence[float], requests: Sequence[int], cutoff: float) -> float:
     values = []
     for request in sorted(set(requests)):
         own = [(s, g) for s, g, r in zip(scores, gains, requests, strict=True) if r == request]
@@ -78,7 +82,9 @@ def ndcg(scores, gains, requests, cutoff):
     return mean(values)
 
 
-def questions_reference(name, logits, positive, users):
+def questions_reference(
+    name: str, logits: Sequence[Sequence[float]], positive: Sequence[Sequence[bool]], users: Sequence[int]
+) -> float:
     """A metric of binary questions: logits and positive are lists of columns."""
     columns = list(zip(logits, positive, strict=True))
     losses = [mean([-log_sigmoid(x if p else -x) for x, p in zip(*column, strict=True)]) for column in columns]
@@ -94,7 +100,7 @@ def questions_reference(name, logits, positive, users):
     return mean([loss / entropy for loss, entropy in zip(losses, entropies, strict=True)])
 
 
-def reference(name, kind, rows):
+def reference(name: str, kind: str, rows: Sequence[Row]) -> float:
     """A metric of rows (prediction, label, user, request) without missing labels."""
     if not rows:
         return NAN
@@ -116,7 +122,7 @@ def reference(name, kind, rows):
     return math.sqrt(mean([error**2 for error in errors])) if name == "RMSE" else mean(errors)
 
 
-def class_reference(name, logits, labels, users):
+def class_reference(name: str, logits: Sequence[Sequence[float]], labels: Sequence[int], users: Sequence[int]) -> float:
     shares = [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in logits]
     losses = [-math.log(row[label]) for row, label in zip(shares, labels, strict=True)]
     columns = [([row[c] for row in shares], [label == c for label in labels]) for c in range(CLASSES)]
@@ -142,7 +148,7 @@ FEW_LOGITS = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float3
 """Few rows, so that scores tie. Logits on a grid would give probabilities that differ by rounding alone."""
 
 
-def rows_of(kind):
+def rows_of(kind: str) -> st.SearchStrategy[list[Row]]:
     """Lists of (prediction, label or nan, user, request)."""
     prediction = st.sampled_from(FEW_LOGITS) if kind == "class" else QUARTERS
     label = {"binary": st.integers(0, 1), "class": st.integers(0, CLASSES - 1)}.get(
@@ -152,7 +158,7 @@ def rows_of(kind):
     return st.lists(st.tuples(prediction, label | st.just(NAN), ids, ids), max_size=14)
 
 
-def collected(kind, rows, names=None, **options):
+def collected(kind: str, rows: Sequence[Row], names: tuple[str, ...] | None = None, **options: Any) -> TaskMetrics:
     """Metrics that have seen the rows in two batches."""
     task = TaskMetrics(names or names_of(kind), kind, **options)
     width = (CLASSES,) if kind == "class" else ()
@@ -168,10 +174,10 @@ def collected(kind, rows, names=None, **options):
 
 
 @pytest.mark.parametrize("kind", METRICS_OF_KIND)
-def test_every_metric_equals_loops_over_pairs_and_requests(kind):
+def test_every_metric_equals_loops_over_pairs_and_requests(kind: str) -> None:
     @settings(max_examples=60, deadline=None)
     @given(rows_of(kind))
-    def check(rows):
+    def check(rows: Sequence[Row]) -> None:
         known = [row for row in rows if not math.isnan(row[1])]
         expected = {name: reference(name, kind, known) for name in names_of(kind)}
         assert collected(kind, rows).compute() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
@@ -182,7 +188,7 @@ def test_every_metric_equals_loops_over_pairs_and_requests(kind):
 # --- order metrics on many rows ------------------------------------------------------------------------------------
 
 
-def test_xauc_on_many_rows_equals_somers_d():
+def test_xauc_on_many_rows_equals_somers_d() -> None:
     rng = np.random.default_rng(4)
     labels = rng.integers(0, 30, 3000) / 2.0
     scores = np.round(labels + rng.normal(0, 5, 3000))
@@ -190,7 +196,7 @@ def test_xauc_on_many_rows_equals_somers_d():
     assert ordered_pairs(scores, labels) == pytest.approx((1 + stats.somersd(labels, scores).statistic) / 2, abs=1e-12)
 
 
-def test_ndcg_on_many_requests_equals_scikit_learn():
+def test_ndcg_on_many_requests_equals_scikit_learn() -> None:
     rng = np.random.default_rng(5)
     scores, gains = rng.integers(0, 6, (150, 12)) / 2.0, rng.integers(0, 5, (150, 12)).astype(float)
     order = rng.permutation(150 * 12)
@@ -210,7 +216,9 @@ def test_ndcg_on_many_requests_equals_scikit_learn():
         ("regression", [2.5, 2.5, NAN], {"XAUC", "AUC>=2", "NDCG", "NDCG@2"}),
     ],
 )
-def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_reason(kind, labels, undefined, caplog):
+def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_reason(
+    kind: str, labels: Sequence[float], undefined: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [(0.5 * i, label, 0, 0) for i, label in enumerate(labels)]
     result = collected(kind, rows, task="click").compute()
     assert {name for name, value in result.items() if math.isnan(value)} == undefined
@@ -220,7 +228,9 @@ def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_re
 
 @pytest.mark.parametrize("kind", METRICS_OF_KIND)
 @pytest.mark.parametrize("rows", [[], [None]])
-def test_without_a_known_label_all_metrics_are_nan(kind, rows, caplog):
+def test_without_a_known_label_all_metrics_are_nan(
+    kind: str, rows: list[None], caplog: pytest.LogCaptureFixture
+) -> None:
     prediction = [0.0] * CLASSES if kind == "class" else NAN
     result = collected(kind, [(prediction, NAN, 0, 0) for _ in rows], task="click").compute()
     assert list(result) == list(names_of(kind))
@@ -228,13 +238,13 @@ def test_without_a_known_label_all_metrics_are_nan(kind, rows, caplog):
     assert "metrics of task 'click' are undefined (nan): the evaluation set has no labelled items" in caplog.text
 
 
-def test_a_task_that_diverged_has_no_metrics(caplog):
+def test_a_task_that_diverged_has_no_metrics(caplog: pytest.LogCaptureFixture) -> None:
     result = collected("regression", [(0.5, 1.0, 0, 0), (math.inf, 2.0, 0, 0)]).compute()
     assert all(math.isnan(value) for value in result.values())
     assert "not finite" in caplog.text
 
 
-def test_negative_labels_have_no_ndcg(caplog):
+def test_negative_labels_have_no_ndcg(caplog: pytest.LogCaptureFixture) -> None:
     rows = [(0.5, -1.0, 0, 0), (1.5, 2.0, 0, 0)]
     result = collected("regression", rows, ("NDCG", "MAE")).compute()
     assert math.isnan(result["NDCG"]) and result["MAE"] == 1.0
@@ -250,13 +260,13 @@ def test_negative_labels_have_no_ndcg(caplog):
         ("class", 1.5, "labels of task 'stars' must be whole numbers"),
     ],
 )
-def test_labels_outside_the_classes_are_refused(kind, label, text):
+def test_labels_outside_the_classes_are_refused(kind: str, label: float, text: str) -> None:
     prediction = [0.0] * CLASSES if kind == "class" else 0.0
     with pytest.raises(ValueError, match=text):
         collected(kind, [(prediction, label, 0, 0)], task="stars").compute()
 
 
-def test_metrics_of_another_kind_are_refused():
+def test_metrics_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'RMSE' is not a metric of binary tasks; allowed: AUC, .*NDCG@K"):
         TaskMetrics(("AUC", "RMSE"), "binary")
     assert fits_kind("NDCG@10", "binary") and fits_kind("AUC>=0", "class")

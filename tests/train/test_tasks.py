@@ -20,7 +20,7 @@ from tests.train.tiny import build, run, tables_of, tiny_config
 
 USERS, LENGTH, ITEMS, ACTIONS = 24, 8, 12, 4
 MISSING = "unknown"
-TASKS = (
+TASKS: tuple[dict[str, Any], ...] = (
     {"label": "click", "metrics": ("AUC", "LOGLOSS", "NDCG")},
     {"label": "stars", "kind": "class", "num_classes": 3, "metrics": ("ACC", "LOGLOSS")},
     {"name": "topic", "label": "topic", "kind": "class", "num_classes": 3, "metrics": ("ACC",)},
@@ -153,7 +153,7 @@ def test_micro_batches_train_as_the_whole_batch(mesh: Mesh, tmp_path: Path) -> N
         config = task_config(store, tmp_path / str(parts), trainer=trainer, task_args={"tasks": own})
         losses.append(run(config, mesh).losses)
     assert losses[0][0] != losses[0][-1]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_numbers_are_labels_as_they_are(mesh: Mesh, tmp_path: Path) -> None:
@@ -176,7 +176,8 @@ def test_the_loss_is_the_sum_over_tasks_of_the_mean_over_labelled_items(mesh: Me
         trainer = build(task_config(store, tmp_path / str(number), task_args={"tasks": tasks}), mesh)
         model = trainer.state.model
         with torch.no_grad():
-            for parameter in model.dense.task.head.parameters():
+            head = model.dense.get_submodule("task.head")
+            for parameter in head.parameters():
                 parameter.zero_()
             batch = next(trainer.source.train_batches(START))
             output = model(batch)
@@ -188,7 +189,7 @@ def test_the_loss_is_the_sum_over_tasks_of_the_mean_over_labelled_items(mesh: Me
     assert first_loss(2, [click, heavy]) == pytest.approx(alone[0] + 0.25 * alone[1])
 
 
-BAD_LABELS = {
+BAD_LABELS: dict[str, tuple[dict[str, Any], str]] = {
     "absent": (
         {"label": "clicks"},
         r"label = 'clicks': 'clicks' is no label feature .*allowed: action, click.*mean 'click'",
@@ -228,7 +229,12 @@ def test_a_second_store_is_evaluated_by_the_texts_of_the_first(mesh: Mesh, tmp_p
     rows = [[0, 1, 2, 3]] * 3
     texts = {**TEXTS, "topic": ["law", "war"], "stars": ["2", "3"]}
     codes = {name: [[0, 1, 1, 0]] * 3 for name in texts}
-    options = {"event_features": codes, "event_texts": texts, "num_items": ITEMS, "num_actions": ACTIONS}
+    options: dict[str, Any] = {
+        "event_features": codes,
+        "event_texts": texts,
+        "num_items": ITEMS,
+        "num_actions": ACTIONS,
+    }
     other = write_small_store(tmp_path / "other", rows, actions=rows, **options)
     config = task_config(store, tmp_path, dataset={"eval_dataset_path": str(other.path)})
     trainer = build(config, mesh)

@@ -13,13 +13,7 @@ import torch
 
 from hstu import api
 from hstu.base.errors import DataError
-from hstu.checkpoint.directory import (
-    MANIFEST,
-    DamagedCheckpoint,
-    describe_files,
-    read_manifest,
-    write_manifest,
-)
+from hstu.checkpoint.directory import MANIFEST, DamagedCheckpoint, describe_files, read_manifest, write_manifest
 from hstu.checkpoint.export import describe, export
 from hstu.checkpoint.load import load
 from hstu.data.store.sequence_store import SequenceStore
@@ -77,10 +71,7 @@ def attempts(checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh) -
 
 
 def test_the_untouched_checkpoint_is_good_for_everything(
-    checkpoint: Path,
-    output: Path,
-    store: SequenceStore,
-    mesh: Mesh,
+    checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh
 ) -> None:
     for attempt in attempts(checkpoint, output, store, mesh).values():
         attempt()
@@ -88,11 +79,7 @@ def test_the_untouched_checkpoint_is_good_for_everything(
 
 @pytest.mark.parametrize("name", ["tensors/.metadata", "dynamic_rank0.pt", "rng_rank0.pt"])
 def test_no_file_of_a_checkpoint_runs_code(
-    checkpoint: Path,
-    output: Path,
-    store: SequenceStore,
-    mesh: Mesh,
-    name: str,
+    checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh, name: str
 ) -> None:
     trap = output / "trap"
     if name.endswith(".pt"):
@@ -121,11 +108,7 @@ def test_no_file_of_a_checkpoint_runs_code(
     ],
 )
 def test_the_configuration_of_a_checkpoint_is_data(
-    checkpoint: Path,
-    tmp_path: Path,
-    mesh: Mesh,
-    monkeypatch: pytest.MonkeyPatch,
-    line: str,
+    checkpoint: Path, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, line: str
 ) -> None:
     (tmp_path / "attacking_module.py").write_text(f"open({str(tmp_path / 'trap')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -162,10 +145,7 @@ def test_an_index_that_python_3_13_wrote_is_read_by_every_python(checkpoint: Pat
 
 
 def test_files_that_the_manifest_does_not_list_are_ignored(
-    checkpoint: Path,
-    output: Path,
-    store: SequenceStore,
-    mesh: Mesh,
+    checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh
 ) -> None:
     expected = list(describe(checkpoint))
     shutil.copyfile(checkpoint / "dynamic_rank0.pt", checkpoint / "dynamic_rank1.pt")
@@ -177,10 +157,7 @@ def test_files_that_the_manifest_does_not_list_are_ignored(
 
 
 def test_auto_does_not_fall_back_from_a_checkpoint_of_a_newer_program(
-    checkpoint: Path,
-    output: Path,
-    store: SequenceStore,
-    mesh: Mesh,
+    checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh
 ) -> None:
     (checkpoint / MANIFEST).write_text('{"version": 3}')
     trainer = SAVING | {"ckpt_load_dir": "auto"}

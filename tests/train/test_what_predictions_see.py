@@ -18,6 +18,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import START
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.gr_model import GRModel
+from hstu.model.retrieval import RetrievalDense
 from hstu.ops.layout import JaggedLayout
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
@@ -193,6 +194,7 @@ def training_queries(model: GRModel, config: RunConfig, mesh: Mesh) -> Tensor:
     """What finds each event of the training histories but the first: [users, events, width]."""
     seen: list[tuple[Tensor, JaggedLayout]] = []
     task = unwrap_dense(model).task
+    assert isinstance(task, RetrievalDense)
     hook = task.encoder.register_forward_hook(lambda module, arguments, output: seen.append(output))
     batch = first_batch(config, mesh)
     model(batch)

@@ -6,7 +6,7 @@ fused layer (hstu/ops/layer.py) calls its kernels itself. Source: HSTU, arXiv 24
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,8 @@ from torch.autograd.function import once_differentiable
 from hstu.ops.kernels import (
     AddLayerNormInputs,
     AddLayerNormKernels,
-    AttentionConfig,
     AttentionInputs,
     AttentionKernels,
-    GateConfig,
     GateInputs,
     GateKernels,
     Gradient,
@@ -31,61 +29,46 @@ from hstu.ops.kernels import (
     RelativeBias,
     SoftmaxLoss,
 )
-from hstu.ops.layout import JaggedLayout
 
 
-def hstu_attention(inputs: AttentionInputs, kernels: AttentionKernels) -> Tensor:
-    """``SiLU(α Q Kᵀ + bias) / N ⊙ mask @ V`` within each sequence: [T, H, d] in the dtype of v."""
+def hstu_attention(inputs: AttentionInputs, kernels: AttentionKernels, shift: Tensor | None = None) -> Tensor:
+    """``SiLU(α Q Kᵀ + bias) / N ⊙ mask @ V`` within each sequence: [T, H, d] in the dtype of v.
 
-    def forward(*tensors: Tensor) -> tuple[Tensor]:
-        return (kernels.forward(_with(inputs.layout, inputs.config, *tensors)),)
-
-    def backward(grad: Tensor, q: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        grads = q.new_empty(*q.shape[:2], 3, q.shape[2]).unbind(2)  # views of one tensor, as in a layer
-        of_q, of_k, of_v = map(Gradient, grads)
-        given = _with(inputs.layout, inputs.config, q, *tensors)
-        return *grads, *_tables(kernels.backward(grad, given, (of_q, of_k, of_v)))
-
-    (out,) = _differentiable(forward, backward, inputs.q, inputs.k, inputs.v, *_tables(inputs.bias))
-    return out
-
-
-def projected_attention(
-    projected: Tensor,
-    shift: Tensor,
-    layout: JaggedLayout,
-    config: AttentionConfig,
-    bias: RelativeBias | None,
-    kernels: AttentionKernels,
-) -> Tensor:
-    """:func:`hstu_attention` with v, q, k = SiLU(``projected`` + ``shift``), differentiated as in the fused layer.
-
-    projected: [T, H, 3, d]. shift: [H, 3, d], with a gradient in float32 or wider. ``kernels`` must differentiate SiLU.
+    With ``shift`` [H, 3, d], v, q and k are SiLU(inputs + shift), differentiated as in the fused layer. Its gradient
+    is float32 or wider.
     """
+    if shift is not None and not kernels.differentiates_silu:
+        parts = zip((inputs.v, inputs.q, inputs.k), shift.unbind(1), strict=True)
+        v, q, k = (F.silu(x + own.to(x.dtype)) for x, own in parts)
+        inputs, shift = replace(inputs, q=q, k=k, v=v), None
 
-    def forward(projected: Tensor, shift: Tensor, *tables: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shifted = projected + shift.to(projected.dtype)
+    def given(v: Tensor, q: Tensor, k: Tensor, tables: Sequence[Tensor]) -> AttentionInputs:
+        return replace(inputs, q=q, k=k, v=v, bias=RelativeBias(*tables) if tables else None)
+
+    def forward(
+        v: Tensor, q: Tensor, k: Tensor, shift: Tensor | None, *tables: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if shift is None:
+            return kernels.forward(given(v, q, k, tables)), None, None
+        shifted = torch.stack([v, q, k], 2) + shift.to(v.dtype)  # views of one tensor, as in a layer
         activated = F.silu(shifted)
         v, q, k = activated.unbind(2)
-        return kernels.forward(_with(layout, config, q, k, v, *tables)), shifted, activated
+        return kernels.forward(given(v, q, k, tables)), shifted, activated
 
-    def backward(grad: Tensor, projected: Tensor, shift: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def backward(grad: Tensor, v: Tensor, q: Tensor, k: Tensor, shift: Tensor | None, *others: Any) -> Any:
         *tables, shifted, activated = others
-        gradient, grad_shift = torch.empty_like(shifted), _empty_shift(shift)
-        before = map(Preactivation, shifted.unbind(2), grad_shift.unbind(1))
-        of_v, of_q, of_k = map(Gradient, gradient.unbind(2), before)
-        v, q, k = activated.unbind(2)
-        grad_bias = kernels.backward(grad, _with(layout, config, q, k, v, *tables), (of_q, of_k, of_v))
-        return gradient, grad_shift, *_tables(grad_bias)
+        grads = q.new_empty(*q.shape[:2], 3, q.shape[2]).unbind(2)
+        grad_shift: Tensor | None = None
+        before: Sequence[Preactivation | None] = [None] * 3
+        if shift is not None:
+            grad_shift, (v, q, k) = _empty_shift(shift), activated.unbind(2)
+            before = [Preactivation(*part) for part in zip(shifted.unbind(2), grad_shift.unbind(1), strict=True)]
+        of_v, of_q, of_k = map(Gradient, grads, before)
+        grad_bias = kernels.backward(grad, given(v, q, k, tables), (of_q, of_k, of_v))
+        return *grads, grad_shift, *_tables(grad_bias)
 
-    (out,) = _differentiable(forward, backward, projected, shift, *_tables(bias))
+    (out,) = _differentiable(forward, backward, inputs.v, inputs.q, inputs.k, shift, *_tables(inputs.bias))
     return out
-
-
-def _with(layout: JaggedLayout, config: AttentionConfig, *tensors: Tensor) -> AttentionInputs:
-    """Build inputs from q, k, v and the bias tables, if any."""
-    q, k, v, *tables = tensors
-    return AttentionInputs(q, k, v, layout, config, RelativeBias(*tables) if tables else None)
 
 
 def _tables(bias: RelativeBias | None) -> tuple[Tensor, ...]:
@@ -130,47 +113,33 @@ def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor, kernels: ProjectionKer
     return out
 
 
-def norm_mul_dropout(inputs: GateInputs, kernels: GateKernels) -> Tensor:
-    """``Dropout(LayerNorm(x over all heads) ⊙ u)``: [T, H · d]."""
+def norm_mul_dropout(inputs: GateInputs, kernels: GateKernels, shift: Tensor | None = None) -> Tensor:
+    """``Dropout(LayerNorm(x over all heads) ⊙ u)``: [T, H · d].
 
-    def forward(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return kernels.forward(GateInputs(x, u, weight, bias, inputs.config))
-
-    def backward(grad: Tensor, x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, *saved: Any) -> tuple[Tensor, ...]:
-        statistics, mask = saved
-        grad_u = grad.new_empty(*u.shape[:2], 2, u.shape[2])[:, :, 0]  # a view with gaps, as in a layer
-        given = GateInputs(x, u, weight, bias, inputs.config)
-        _, grad_x, *affine = kernels.backward(grad, given, statistics, mask, Gradient(grad_u))
-        return grad_x, grad_u, *affine
-
-    (out,) = _differentiable(forward, backward, inputs.x, inputs.u, inputs.weight, inputs.bias)
-    return out
-
-
-def projected_gate(
-    x: Tensor, projected: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, config: GateConfig, kernels: GateKernels
-) -> Tensor:
-    """:func:`norm_mul_dropout` with u = SiLU(``projected`` + ``shift``), differentiated as in the fused layer.
-
-    projected: [T, H, d]. shift: [H, d], with a gradient in float32 or wider. ``kernels`` must differentiate SiLU.
+    With ``shift`` [H, d], u is SiLU(inputs.u + shift), differentiated as in the fused layer. Its gradient is float32
+    or wider.
     """
+    if shift is not None and not kernels.differentiates_silu:
+        inputs, shift = replace(inputs, u=F.silu(inputs.u + shift.to(inputs.u.dtype))), None
 
-    def forward(
-        x: Tensor, projected: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        shifted = projected + shift.to(projected.dtype)
-        gated, statistics, mask = kernels.forward(GateInputs(x, F.silu(shifted), weight, bias, config))
+    def forward(x: Tensor, u: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor) -> Any:
+        shifted = None if shift is None else u + shift.to(u.dtype)
+        given = GateInputs(x, u if shifted is None else F.silu(shifted), weight, bias, inputs.config)
+        gated, statistics, mask = kernels.forward(given)
         return gated, shifted, statistics, mask
 
-    def backward(grad: Tensor, x: Tensor, _: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, *saved: Any) -> Any:
+    def backward(
+        grad: Tensor, x: Tensor, u: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, *saved: Any
+    ) -> tuple[Tensor | None, ...]:
         shifted, statistics, mask = saved
-        grad_u, grad_shift = torch.empty_like(shifted), _empty_shift(shift)
-        given = GateInputs(x, F.silu(shifted), weight, bias, config)
-        of_u = Gradient(grad_u, Preactivation(shifted, grad_shift))
-        _, grad_x, *affine = kernels.backward(grad, given, statistics, mask, of_u)
+        grad_shift = None if shift is None else _empty_shift(shift)
+        before = None if grad_shift is None else Preactivation(shifted, grad_shift)
+        grad_u = grad.new_empty(*u.shape[:2], 2, u.shape[2])[:, :, 0]  # a view with gaps, as in a layer
+        given = GateInputs(x, u if before is None else F.silu(shifted), weight, bias, inputs.config)
+        _, grad_x, *affine = kernels.backward(grad, given, statistics, mask, Gradient(grad_u, before))
         return grad_x, grad_u, grad_shift, *affine
 
-    (out,) = _differentiable(forward, backward, x, projected, shift, weight, bias)
+    (out,) = _differentiable(forward, backward, inputs.x, inputs.u, shift, inputs.weight, inputs.bias)
     return out
 
 

@@ -23,14 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.ops.compile_ahead import Job
-from hstu.ops.functional import (
-    add_layer_norm,
-    hstu_attention,
-    norm_mul_dropout,
-    project_uvqk,
-    projected_attention,
-    projected_gate,
-)
+from hstu.ops.functional import add_layer_norm, hstu_attention, norm_mul_dropout, project_uvqk
 from hstu.ops.kernels import (
     SLOTS,
     AddLayerNormInputs,
@@ -162,11 +155,7 @@ def _attention_case(shapes: KernelShapes, mask: str, window: str) -> Case:
     def function(kernels: Any) -> Function:
         def run(v: Tensor, q: Tensor, k: Tensor, shift: Tensor, *tables: Tensor) -> Tensor:
             bias = RelativeBias(*tables) if tables else None
-            layout, projected = layout_on(v.device), torch.stack([v, q, k], dim=2)
-            if kernels.differentiates_silu:
-                return projected_attention(projected, shift, layout, config, bias, kernels)
-            v, q, k = F.silu(projected + shift).unbind(2)
-            return hstu_attention(AttentionInputs(q, k, v, layout, config, bias), kernels)
+            return hstu_attention(AttentionInputs(q, k, v, layout_on(v.device), config, bias), kernels, shift)
 
         return run
 
@@ -194,10 +183,7 @@ def _row_cases(shapes: KernelShapes) -> Iterator[Case]:
 
     def gate(kernels: Any) -> Function:
         def run(x: Tensor, u: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            config = GateConfig(1e-5, 0.0)
-            if kernels.differentiates_silu:
-                return projected_gate(x, u, shift, weight, bias, config, kernels)
-            return norm_mul_dropout(GateInputs(x, F.silu(u + shift), weight, bias, config), kernels)
+            return norm_mul_dropout(GateInputs(x, u, weight, bias, GateConfig(1e-5, 0.0)), kernels, shift)
 
         return run
 

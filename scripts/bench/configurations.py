@@ -19,8 +19,8 @@ import triton
 from harness import Row, command_line, publish
 from torch import Tensor
 
-from hstu.ops.functional import project_uvqk, projected_attention
-from hstu.ops.kernels import AttentionConfig, Negatives, RelativeBias
+from hstu.ops.functional import hstu_attention, project_uvqk
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Negatives, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.ops.self_check import small_layout
 from hstu.ops.triton.launch import Launch, capability_of, recorded_launches
@@ -44,8 +44,8 @@ def operators(
         tables = [drawn(size, dtype=torch.float32) for size in (2 * max(lengths) - 1, NUM_TIME_BUCKETS)]
         config = AttentionConfig(head_dim**-0.5, max(lengths), is_causal=True)
         shift, bias = drawn(heads, 3, head_dim, dtype=torch.float32), RelativeBias(*tables) if has_bias else None
-        projected = drawn(tokens, heads, 3, head_dim)
-        out = projected_attention(projected, shift, layout, config, bias, OPERATORS["attention"])
+        q, k, v = (drawn(tokens, heads, head_dim) for _ in range(3))
+        out = hstu_attention(AttentionInputs(q, k, v, layout, config, bias), OPERATORS["attention"], shift)
         out.backward(torch.randn_like(out))
 
     def projection() -> None:

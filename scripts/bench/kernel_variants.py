@@ -22,8 +22,17 @@ from torch import Tensor
 from triton.compiler import ASTSource
 
 from hstu.ops.comm import LayerComm
-from hstu.ops.functional import add_layer_norm, project_uvqk, projected_attention, projected_gate
-from hstu.ops.kernels import AddLayerNormInputs, AttentionConfig, GateConfig, Negatives, RelativeBias, SeenItems
+from hstu.ops.functional import add_layer_norm, hstu_attention, norm_mul_dropout, project_uvqk
+from hstu.ops.kernels import (
+    AddLayerNormInputs,
+    AttentionConfig,
+    AttentionInputs,
+    GateConfig,
+    GateInputs,
+    Negatives,
+    RelativeBias,
+    SeenItems,
+)
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, build_layout, token_order
 from hstu.ops.triton.compile_ahead import bound_arguments, compile_kernel, describe_config, run_slots
 from hstu.ops.triton.launch import Launch, recorded_launches
@@ -91,13 +100,14 @@ def _attention(head_dim: int, dtype: torch.dtype, *parts: str) -> Variant:
 
 def _run_attention(head_dim: int, dtype: torch.dtype, parts: tuple[str, ...]) -> None:
     layout = _layout(contextuals=2 * ("context" in parts), candidates=4 * ("candidates" in parts))
-    projected = torch.zeros(layout.num_tokens, HEADS, 4, head_dim, dtype=dtype, requires_grad=True)[:, :, 1:]
+    _, v, q, k = _zeros(layout.num_tokens, HEADS, 4, head_dim, dtype=dtype).unbind(2)
     bias = None
     if "bias" in parts:
         bias = RelativeBias(*(torch.zeros(n, requires_grad=True) for n in (2 * 64 - 1, NUM_TIME_BUCKETS)))
     window = {"max_span": 20, "full_tokens": 9} if "window" in parts else {}
     config = AttentionConfig(head_dim**-0.5, 64, "causal" in parts, True, **window)
-    out = projected_attention(projected, _zeros(HEADS, 3, head_dim), layout, config, bias, OPERATORS["attention"])
+    inputs = AttentionInputs(q, k, v, layout, config, bias)
+    out = hstu_attention(inputs, OPERATORS["attention"], _zeros(HEADS, 3, head_dim))
     out.backward(torch.zeros_like(out))
 
 
@@ -120,7 +130,8 @@ def _run_norm(head_dim: int, split: bool) -> None:
     _, x, u, _ = _zeros(64, HEADS, 4, head_dim, dtype=torch.bfloat16).unbind(2)
     shift, weight, bias = _zeros(HEADS, head_dim), _zeros(HEADS * head_dim), _zeros(HEADS * head_dim)
     config = GateConfig(1e-5, 0.2, _TwoEqualRanks() if split else LayerComm())
-    projected_gate(x, u, shift, weight, bias, config, OPERATORS["norm_mul_dropout"]).float().sum().backward()
+    inputs = GateInputs(x, u, weight, bias, config)
+    norm_mul_dropout(inputs, OPERATORS["norm_mul_dropout"], shift).float().sum().backward()
 
 
 def _add_layer_norm(residual: torch.dtype) -> Variant:

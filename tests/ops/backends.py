@@ -1,6 +1,7 @@
 """Which fast backends the shared tests drive here, on which device, how exact they are, and operators by backend."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -78,47 +79,21 @@ def hstu_attention(
     *,
     bias: RelativeBias | None = None,
     backend: Backend = Backend.PYTORCH,
+    shift: Tensor | None = None,
     **config: Any,
 ) -> Tensor:
-    """Attention by a backend; ``config``: fields of AttentionConfig."""
+    """Attention by a backend; ``config``: fields of AttentionConfig; ``shift``: q, k and v are pre-activations."""
     kernels = kernels_of(backend, q.shape[2], q.dtype, has_bias=bias is not None).attention
-    return functional.hstu_attention(AttentionInputs(q, k, v, layout, AttentionConfig(**config), bias), kernels)
-
-
-def projected_attention(
-    projected: Tensor,
-    shift: Tensor,
-    layout: JaggedLayout,
-    *,
-    bias: RelativeBias | None = None,
-    backend: Backend = Backend.PYTORCH,
-    **config: Any,
-) -> Tensor:
-    """Attention of a projection by a backend; ``config``: fields of AttentionConfig."""
-    kernels = kernels_of(backend, projected.shape[3], projected.dtype, has_bias=bias is not None).attention
-    return functional.projected_attention(projected, shift, layout, AttentionConfig(**config), bias, kernels)
+    return functional.hstu_attention(AttentionInputs(q, k, v, layout, AttentionConfig(**config), bias), kernels, shift)
 
 
 def norm_mul_dropout(
-    x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, config: GateConfig, backend: Backend = Backend.PYTORCH
+    tensors: Sequence[Tensor], config: GateConfig, backend: Backend = Backend.PYTORCH, shift: Tensor | None = None
 ) -> Tensor:
-    """The gated norm by a backend."""
+    """The gated norm of x, u, weight and bias by a backend; ``shift``: u is a pre-activation."""
+    x, u, weight, bias = tensors
     inputs = GateInputs(x, u, weight, bias, config)
-    return functional.norm_mul_dropout(inputs, kernels_of(backend, 1, x.dtype).norm_mul_dropout)
-
-
-def projected_gate(
-    x: Tensor,
-    projected: Tensor,
-    shift: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    config: GateConfig,
-    backend: Backend = Backend.PYTORCH,
-) -> Tensor:
-    """The gated norm of a projection by a backend."""
-    kernels = kernels_of(backend, 1, x.dtype).norm_mul_dropout
-    return functional.projected_gate(x, projected, shift, weight, bias, config, kernels)
+    return functional.norm_mul_dropout(inputs, kernels_of(backend, 1, x.dtype).norm_mul_dropout, shift)
 
 
 def pool_softmax_loss(

@@ -1,5 +1,6 @@
 """HSTU attention against the pair-by-pair oracle in float64, forward and backward."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.ops.pytorch import attention as pytorch_attention
 from hstu.ops.pytorch.attention import PaddedLayout
 from tests.ops import oracle
-from tests.ops.backends import hstu_attention, projected_attention
+from tests.ops.backends import hstu_attention
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
 
@@ -30,7 +31,7 @@ def random_inputs(batch: Batch, heads: int, width: int, dtype: torch.dtype, seed
     return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
 
 
-def forward_and_gradients(attend, inputs: list[Tensor], with_bias: bool) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def forward_and_gradients(attend: Callable[..., Tensor], inputs: list[Tensor], with_bias: bool) -> list[Tensor]:
     *leaves, grad_out = [x.detach().clone().requires_grad_() for x in inputs]
     out = attend(*leaves)
     used = leaves if with_bias else leaves[:3]
@@ -53,7 +54,7 @@ def compare(batch: Batch, inputs: list[Tensor], *, with_bias: bool, **mask: Any)
     for name, a, b in zip(["out", "q", "k", "v", "position", "time"], got, expected, strict=False):
         assert a.dtype == inputs[0].dtype
         scale = max(1.0, float(b.abs().max())) if b.numel() else 1.0
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * scale, msg=name)
 
 
 @settings(deadline=None, max_examples=100)
@@ -85,14 +86,14 @@ def test_equals_the_oracle_forward_and_backward(
 def test_attention_of_a_projection_has_the_gradients_of_silu_and_attention(with_bias: bool) -> None:
     users = (User(4, 2, (0, 5, 5, 90, 4000, 10**6)), User(0, 0), User(7, 0, (1, 2, 4, 8, 16, 10**5, 10**9)))
     batch = Batch(users, contextuals=2, tokens_per_item=1, group_size=1)
-    layout, config = batch.layout(), dict(alpha=0.37, scaling_seqlen=7)
+    layout, config = batch.layout(), dict[str, Any](alpha=0.37, scaling_seqlen=7)
     *_, position, time, grad = random_inputs(batch, heads=2, width=4, dtype=torch.float64, seed=0)
     projected, shift = (torch.randn(shape, dtype=torch.float64) for shape in ((layout.num_tokens, 2, 3, 4), (2, 3, 4)))
     leaves = [x.requires_grad_() for x in (projected, shift, *((position, time) if with_bias else ()))]
     bias = RelativeBias(position, time) if with_bias else None
-    v, q, k = torch.nn.functional.silu(projected + shift).unbind(2)
+    (v, q, k), (of_v, of_q, of_k) = (x.unbind(2) for x in (torch.nn.functional.silu(projected + shift), projected))
     expected = hstu_attention(q, k, v, layout, **config, bias=bias)
-    got = projected_attention(projected, shift, layout, **config, bias=bias)
+    got = hstu_attention(of_q, of_k, of_v, layout, **config, bias=bias, shift=shift)
     torch.testing.assert_close(got, expected)
     for a, b in zip(*(torch.autograd.grad(out, leaves, grad) for out in (got, expected)), strict=True):
         torch.testing.assert_close(a, b)
@@ -102,9 +103,14 @@ def test_nothing_but_its_inputs_is_kept_for_backward() -> None:
     batch = Batch((User(60, 0), User(50, 0)), contextuals=0, tokens_per_item=1, group_size=1)
     q, k, v, *_ = random_inputs(batch, heads=2, width=4, dtype=torch.float32, seed=0)
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hstu_attention(q.requires_grad_(), k, v, batch.layout(), alpha=1.0, scaling_seqlen=60)
-    assert [x.data_ptr() for x in kept] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+    assert [x.data_ptr() for x in kept] == [v.data_ptr(), q.data_ptr(), k.data_ptr()]
 
 
 def test_cost_follows_the_sum_of_squares_and_memory_is_bounded() -> None:

@@ -36,8 +36,6 @@ from tests.ops.backends import (
     kernels_of,
     norm_mul_dropout,
     pool_softmax_loss,
-    projected_attention,
-    projected_gate,
     sampled_softmax_loss,
 )
 from tests.ops.oracle import User
@@ -117,12 +115,14 @@ def attention_inputs(
     return [*parts, *to([torch.randn(2 * 150 - 1), torch.randn(NUM_TIME_BUCKETS)], fused.device, dtype)]
 
 
+def bias_of(tables: Sequence[Tensor]) -> RelativeBias | None:
+    return RelativeBias(*tables) if tables else None
+
+
 def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad_out: Tensor, **config: Any) -> None:
     def attend_by(backend: Backend) -> Callable[..., Tensor]:
         layout = batch.layout(device=device_of(backend))
-        return lambda q, k, v, *tables: hstu_attention(
-            q, k, v, layout, bias=RelativeBias(*tables) if tables else None, backend=backend, **config  # type: ignore[arg-type]
-        )  # fmt: skip
+        return lambda q, k, v, *tables: hstu_attention(q, k, v, layout, bias=bias_of(tables), backend=backend, **config)
 
     dtype = leaves[0].dtype
     got = differentiate(attend_by(backend), leaves, grad_out.to(leaves[0].device))
@@ -196,9 +196,12 @@ def compare_projected(
 
     def attend_by(backend: Backend) -> Callable[..., Tensor]:
         layout = batch.layout(device=device_of(backend))
-        return lambda projected, shift, *tables: projected_attention(
-            projected, shift, layout, bias=RelativeBias(*tables) if tables else None, backend=backend, **config  # type: ignore[arg-type]
-        )  # fmt: skip
+
+        def attend(projected: Tensor, shift: Tensor, *tables: Tensor) -> Tensor:
+            v, q, k = projected.unbind(2)
+            return hstu_attention(q, k, v, layout, bias=bias_of(tables), backend=backend, shift=shift, **config)
+
+        return attend
 
     leaves, grad_out = [projected, shift, *tables], torch.randn(tokens, heads, width).to(dtype)
     got = differentiate(attend_by(backend), to(leaves, device_of(backend)), grad_out.to(device_of(backend)))
@@ -367,7 +370,7 @@ def test_the_gate_equals_float64(
 
     def run(leaves: list[Tensor], grad_out: Tensor, backend: Backend) -> list[Tensor]:
         torch.manual_seed(7)  # both drop the same elements
-        return differentiate(lambda *x: norm_mul_dropout(*x, GateConfig(0.05, dropout), backend), leaves, grad_out)
+        return differentiate(lambda *x: norm_mul_dropout(x, GateConfig(0.05, dropout), backend), leaves, grad_out)
 
     got = run(leaves, grad_out.to(device_of(backend)), backend)
     expected = run(to(leaves, "cpu", torch.float64), grad_out.double(), Backend.PYTORCH)
@@ -385,7 +388,10 @@ def test_the_gate_of_a_projection_equals_float64(backend: Backend, tokens: int, 
     grad_out = torch.randn(tokens, 42).to(dtype)
 
     def run(leaves: list[Tensor], grad_out: Tensor, backend: Backend) -> list[Tensor]:
-        return differentiate(lambda *x: projected_gate(*x, GateConfig(0.05, 0.0), backend), leaves, grad_out)
+        config = GateConfig(0.05, 0.0)
+        return differentiate(
+            lambda x, u, shift, *affine: norm_mul_dropout((x, u, *affine), config, backend, shift), leaves, grad_out
+        )
 
     got = run(leaves, grad_out.to(device_of(backend)), backend)
     assert got[3].dtype == torch.float32
@@ -407,7 +413,7 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
 
     def run() -> list[Tensor]:
         torch.manual_seed(7)
-        return differentiate(lambda *x: norm_mul_dropout(*x, GateConfig(0.05, 0.3), backend), [x, u, *affine], grad_out)
+        return differentiate(lambda *x: norm_mul_dropout(x, GateConfig(0.05, 0.3), backend), [x, u, *affine], grad_out)
 
     expected, repeated = results_by_threads(run, (1, 3))
     assert all(map(torch.equal, repeated, expected))

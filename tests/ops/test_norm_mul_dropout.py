@@ -10,7 +10,7 @@ from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import draw, dropout
 from hstu.ops.kernels import GateConfig
 from tests.ops import oracle
-from tests.ops.backends import norm_mul_dropout, projected_gate
+from tests.ops.backends import norm_mul_dropout
 from tests.ops.rank_threads import RankThread, on_ranks
 
 
@@ -30,7 +30,7 @@ def inputs(tokens: int, heads: int, width: int, dtype: torch.dtype) -> list[Tens
 def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
     ours = [x.requires_grad_() for x in inputs(tokens, heads, width, dtype)]
     exact = [x.detach().double().requires_grad_() for x in ours]
-    out = norm_mul_dropout(*ours, GateConfig(0.1, 0.0))
+    out = norm_mul_dropout(ours, GateConfig(0.1, 0.0))
     expected = oracle.norm_mul(*exact, eps=0.1)
     assert out.dtype == dtype and out.shape == (tokens, heads * width)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
@@ -43,10 +43,10 @@ def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width:
 
 
 def test_the_gate_of_a_projection_has_the_gradients_of_silu_and_gate() -> None:
-    x, projected, weight, bias = inputs(5, 2, 3, torch.float64)
-    leaves = [t.requires_grad_() for t in (x, projected, torch.randn(2, 3, dtype=torch.float64), weight, bias)]
-    expected = norm_mul_dropout(x, torch.nn.functional.silu(projected + leaves[2]), weight, bias, GateConfig(0.1, 0.0))
-    got, grad = projected_gate(*leaves, GateConfig(0.1, 0.0)), torch.randn(5, 6, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (*inputs(5, 2, 3, torch.float64), torch.randn(2, 3, dtype=torch.float64))]
+    (x, projected, weight, bias, shift), config = leaves, GateConfig(0.1, 0.0)
+    expected = norm_mul_dropout([x, torch.nn.functional.silu(projected + shift), weight, bias], config)
+    got, grad = norm_mul_dropout(leaves[:4], config, shift=shift), torch.randn(5, 6, dtype=torch.float64)
     torch.testing.assert_close(got, expected)
     for a, b in zip(*(torch.autograd.grad(out, leaves, grad) for out in (got, expected)), strict=True):
         torch.testing.assert_close(a, b)
@@ -88,7 +88,7 @@ def over_ranks(whole: list[Tensor], weight: Tensor, count: int) -> list[Tensor]:
     def one(comm: RankThread) -> list[Tensor]:
         dims = (1, 1, 0, 0)
         own = [x.chunk(count, dim)[comm.rank].clone().requires_grad_() for x, dim in zip(whole, dims, strict=True)]
-        out = norm_mul_dropout(*own, GateConfig(0.1, 0.0, comm))
+        out = norm_mul_dropout(own, GateConfig(0.1, 0.0, comm))
         (out * weight.chunk(count, 1)[comm.rank]).sum().backward()
         return [out.detach(), *(x.grad for x in own if x.grad is not None)]
 
@@ -101,7 +101,7 @@ def over_ranks(whole: list[Tensor], weight: Tensor, count: int) -> list[Tensor]:
 def test_split_heads_keep_their_precision_where_the_mean_is_large() -> None:
     x, u, scale, bias = inputs(5, 4, 3, torch.float32)
     whole = [x + 3000.0, u, scale, bias]
-    exact = norm_mul_dropout(*(part.double() for part in whole), GateConfig(0.1, 0.0))
+    exact = norm_mul_dropout([part.double() for part in whole], GateConfig(0.1, 0.0))
     out, *_ = over_ranks(whole, torch.ones(5, 12), 2)
     torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
 

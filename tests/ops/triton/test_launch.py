@@ -11,8 +11,8 @@ pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 import triton
 from triton.runtime.errors import OutOfResources
 
-from hstu.ops.functional import project_uvqk, projected_attention
-from hstu.ops.kernels import AttentionConfig, Negatives
+from hstu.ops.functional import hstu_attention, project_uvqk
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Negatives
 from hstu.ops.self_check import small_layout
 from hstu.ops.triton import launch
 from hstu.ops.triton.operators import OPERATORS
@@ -54,9 +54,9 @@ def test_each_launch_runs_the_first_configuration_that_fits() -> None:
 
 def attention(lengths: list[int]) -> None:
     layout = small_layout(torch.device("cpu"), lengths, [0] * len(lengths))
-    projected = torch.zeros(layout.num_tokens, 1, 3, 64, dtype=torch.bfloat16, requires_grad=True)
-    shift, config = torch.zeros(1, 3, 64, requires_grad=True), AttentionConfig(0.1, 1, is_causal=True)
-    projected_attention(projected, shift, layout, config, None, OPERATORS["attention"]).sum().backward()
+    x = torch.zeros(layout.num_tokens, 1, 64, dtype=torch.bfloat16, requires_grad=True)
+    inputs, shift = AttentionInputs(x, x, x, layout, AttentionConfig(0.1, 1)), torch.zeros(1, 3, 64, requires_grad=True)
+    hstu_attention(inputs, OPERATORS["attention"], shift).sum().backward()
 
 
 def projection(lengths: list[int]) -> None:

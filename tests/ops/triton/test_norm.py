@@ -22,7 +22,7 @@ def inputs(device: torch.device) -> list[Tensor]:
 
 def gate(*tensors: Tensor, dropout: float = 0.3, seed: int = 1, comm: LayerComm | None = None) -> Tensor:
     torch.manual_seed(seed)
-    return norm_mul_dropout(*tensors, GateConfig(1e-5, dropout, comm or LayerComm()), Backend.TRITON)
+    return norm_mul_dropout(tensors, GateConfig(1e-5, dropout, comm or LayerComm()), Backend.TRITON)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.functional import hstu_attention, projected_attention
+from hstu.ops.functional import hstu_attention
 from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -62,7 +62,8 @@ def errors(
 
     leaves = [each.requires_grad_() for each in (projected, torch.zeros(heads, 3, head_dim), *tables)]
     bias = RelativeBias(*leaves[2:]) if has_bias else None
-    out = projected_attention(*leaves[:2], layout, config, bias, OPERATORS["attention"])
+    v, q, k = projected.unbind(2)
+    out = hstu_attention(AttentionInputs(q, k, v, layout, config, bias), OPERATORS["attention"], leaves[1])
     gradient, *others = torch.autograd.grad(out, leaves, grad)
     ours = [out, *gradient.unbind(2), *others]
 

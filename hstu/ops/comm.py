@@ -23,14 +23,10 @@ class LayerComm:
     evenly, context-parallel ranks the tokens. The collectives carry no gradient: backward communicates explicitly.
     """
 
-    rank = 0
-    """Index of this rank among all ranks of the layer; each draws its own dropout mask."""
-    tp_size = 1
-    """Number of tensor-parallel ranks, which split the heads and their weights."""
-    cp_size = 1
-    """Number of context-parallel ranks, which split the tokens."""
-    cp_rank = 0
-    """Index of this rank among the context-parallel ranks."""
+    rank = 0  # Index of this rank among all ranks of the layer; each draws its own dropout mask
+    tp_size = 1  # Number of tensor-parallel ranks, which split the heads and their weights
+    cp_size = 1  # Number of context-parallel ranks, which split the tokens
+    cp_rank = 0  # Index of this rank among the context-parallel ranks
 
     @property
     def size(self) -> int:

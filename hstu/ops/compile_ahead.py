@@ -33,10 +33,8 @@ class Result(NamedTuple):
     """Outcome of a job."""
 
     name: str
-    cpu_s: float
-    """CPU time of the compiler and of the programs that it runs."""
-    error: str | None
-    """None: the kernel compiled."""
+    cpu_s: float  # CPU time of the compiler and of the programs that it runs
+    error: str | None  # None: the kernel compiled
 
 
 _jobs: Sequence[Job] = ()

@@ -31,12 +31,9 @@ ATTENTION_PASSES = 3.5
 class Cost(NamedTuple):
     """Cost of one pass of an operator."""
 
-    flops: float
-    """Arithmetic of matrix products; 0 for an operator that only moves bytes."""
-    bytes: float
-    """Read from and written to memory."""
-    launches: int = 1
-    """Number of kernels started."""
+    flops: float  # Arithmetic of matrix products; 0 for an operator that only moves bytes
+    bytes: float  # Read from and written to memory
+    launches: int = 1  # Number of kernels started
 
 
 class TwoPasses(NamedTuple):
@@ -49,11 +46,9 @@ class TwoPasses(NamedTuple):
 class Window(NamedTuple):
     """A window that hides far tokens from attention, as in :class:`hstu.ops.kernels.AttentionConfig`."""
 
-    max_span: int | None
-    """None: there is no window."""
+    max_span: int | None  # None: there is no window
     full_tokens: int
-    num_contextuals: int
-    """Number of tokens that all tokens see."""
+    num_contextuals: int  # Number of tokens that all tokens see
 
 
 NO_WINDOW = Window(None, 0, 0)

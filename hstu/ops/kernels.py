@@ -180,10 +180,8 @@ class SeenItems:
     first: Tensor
     """int32 [B, S], contiguous: first position of an entry's item in a sequence; negative for items before it,
     NEVER_SEEN for items that it does not have."""
-    sequences: Tensor
-    """int32 [M]: sequence of each query."""
-    places: Tensor
-    """int32 [M]: position of each query's target in its sequence."""
+    sequences: Tensor  # int32 [M]: sequence of each query
+    places: Tensor  # int32 [M]: position of each query's target in its sequence
 
 
 NEVER_SEEN = 2**31 - 1
@@ -240,14 +238,10 @@ class ProjectionKernels:
 class Backend(StrEnum):
     """Kernel implementations."""
 
-    PYTORCH = "pytorch"
-    """Reference, on any device and in any dtype."""
-    CUTLASS = "cutlass"
-    """Attention on NVIDIA GPUs; Triton serves the other operators."""
-    TRITON = "triton"
-    """NVIDIA GPUs."""
-    CPU = "cpu"
-    """C++ with the vector instructions of the processor; replaces ``cutlass`` and ``triton`` on CPUs."""
+    PYTORCH = "pytorch"  # Reference, on any device and in any dtype
+    CUTLASS = "cutlass"  # Attention on NVIDIA GPUs; Triton serves the other operators
+    TRITON = "triton"  # NVIDIA GPUs
+    CPU = "cpu"  # C++ with the vector instructions of the processor; replaces ``cutlass`` and ``triton`` on CPUs
 
 
 @dataclass(frozen=True)

@@ -60,46 +60,31 @@ class HSTULayerConfig:
 class LayerWeights(NamedTuple):
     """Parameters of a layer, in any dtype, with this rank's heads. uvqk rows are ordered [head, (u v q k), channel]."""
 
-    input_norm_weight: Tensor
-    """[D]."""
-    input_norm_bias: Tensor
-    """[D]."""
-    uvqk_weight: Tensor
-    """[H · 4 · d, D]."""
-    uvqk_bias: Tensor
-    """[H · 4 · d]."""
-    position_weight: Tensor | None
-    """Field of :class:`RelativeBias`; None: the layer has no bias."""
-    time_weight: Tensor | None
-    """Field of :class:`RelativeBias`; None: the layer has no bias."""
-    output_norm_weight: Tensor
-    """[H · d]."""
-    output_norm_bias: Tensor
-    """[H · d]."""
-    out_weight: Tensor
-    """[D, H · d]."""
+    input_norm_weight: Tensor  # [D]
+    input_norm_bias: Tensor  # [D]
+    uvqk_weight: Tensor  # [H · 4 · d, D]
+    uvqk_bias: Tensor  # [H · 4 · d]
+    position_weight: Tensor | None  # Field of :class:`RelativeBias`; None: the layer has no bias
+    time_weight: Tensor | None  # Field of :class:`RelativeBias`; None: the layer has no bias
+    output_norm_weight: Tensor  # [H · d]
+    output_norm_bias: Tensor  # [H · d]
+    out_weight: Tensor  # [D, H · d]
 
 
 @dataclass
 class SavedActivations:
     """Saved for backward, besides x + update. None: recomputed or absent. Backward frees each field after use."""
 
-    input_statistics: Tensor
-    """Mean and rstd of this rank's tokens, [2, T]."""
-    normalized: Tensor | None
-    """This rank's tokens, [T, D]."""
-    projected: Tensor
-    """[T, H · 4 · d]."""
+    input_statistics: Tensor  # Mean and rstd of this rank's tokens, [2, T]
+    normalized: Tensor | None  # This rank's tokens, [T, D]
+    projected: Tensor  # [T, H · 4 · d]
     u: Tensor | None
     """[T, H, d]. u and vqk are views of SiLU(projected), unless context parallelism exchanges v, q and k."""
     vqk: Tensor | None
     """Input of attention, [T, H, 3, d]. With context parallelism: some heads of all tokens, equally many numbers."""
-    attended: Tensor
-    """[T, H, d]."""
-    output_statistics: Tensor
-    """Mean and rstd over the heads of all ranks, [2, T]."""
-    dropout_mask: Tensor | None
-    """bool [T, H · d], or a seed int64 []."""
+    attended: Tensor  # [T, H, d]
+    output_statistics: Tensor  # Mean and rstd over the heads of all ranks, [2, T]
+    dropout_mask: Tensor | None  # bool [T, H · d], or a seed int64 []
 
 
 def split_gate(uvqk: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -23,10 +23,8 @@ NUM_TIME_BUCKETS = 128
 class TokenRuns:
     """Tokens of a batch: ``count[s]`` tokens of sequence s, from ``first[s]`` on, ``stride`` apart. On the host."""
 
-    first: np.ndarray
-    """int64 [B]."""
-    count: np.ndarray
-    """int64 [B]."""
+    first: np.ndarray  # int64 [B]
+    count: np.ndarray  # int64 [B]
     stride: int = 1
 
     def within(self, tokens: range) -> range:

@@ -66,8 +66,7 @@ ITEMS, CANDIDATES = (130, 0, 2, 297, 64), (9, 0, 1, 40, 0)
 class Check(NamedTuple):
     """A case of the self check. The cases of one operator are consecutive."""
 
-    operator: str
-    """A name of hstu.ops.kernels.OPERATORS, or SLOTS."""
+    operator: str  # A name of hstu.ops.kernels.OPERATORS, or SLOTS
     case: str
     measure: Callable[[], Errors]
 
@@ -77,12 +76,9 @@ class Case(NamedTuple):
 
     operator: str
     name: str
-    function: Callable[[Any], Function]
-    """Maps the kernels of a backend to a function of ``leaves`` on any device."""
-    leaves: Sequence[Tensor]
-    """On the CPU."""
-    dtype: torch.dtype
-    """Decides the tolerance."""
+    function: Callable[[Any], Function]  # Maps the kernels of a backend to a function of ``leaves`` on any device
+    leaves: Sequence[Tensor]  # On the CPU
+    dtype: torch.dtype  # Decides the tolerance
 
 
 def checks(backend: str, device: torch.device, shapes: KernelShapes | None) -> Iterator[Check]:

@@ -40,11 +40,9 @@ class _Arguments(Arguments):
 class _Plan:
     """Values that depend on the layout and the mask alone."""
 
-    offsets: np.ndarray
-    """int64 [B + 1]."""
+    offsets: np.ndarray  # int64 [B + 1]
     candidates: np.ndarray
-    order: np.ndarray
-    """int64 [B]: longest sequences first."""
+    order: np.ndarray  # int64 [B]: longest sequences first
     buckets: Tensor | None = None
     bucket_offsets: np.ndarray | None = None
 

@@ -137,14 +137,10 @@ def _loadable(tensor: Tensor) -> Tensor:
 class Kernel(StrEnum):
     """The gradient or output that a kernel computes."""
 
-    FORWARD = "forward"
-    """O."""
-    QUERIES = "queries"
-    """dQ."""
-    KEYS = "keys"
-    """dK, and dV where no VALUES kernel exists."""
-    VALUES = "values"
-    """dV alone, where registers cannot hold both dK and dV of a block."""
+    FORWARD = "forward"  # O
+    QUERIES = "queries"  # dQ
+    KEYS = "keys"  # dK, and dV where no VALUES kernel exists
+    VALUES = "values"  # dV alone, where registers cannot hold both dK and dV of a block
 
 
 WIDEST_KEYS_AND_VALUES = 128

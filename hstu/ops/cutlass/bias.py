@@ -43,16 +43,11 @@ NUM_CELLS = 64 << CELL_BITS
 class BiasArguments:
     """Bias tensors that the kernels read."""
 
-    query_times: Tensor
-    """float64 [T], exact up to 2^53 seconds."""
-    token_times: Tensor
-    """float64 [T]."""
-    position_weight: Tensor
-    """float32 [2 center + 1], by distance from -center."""
-    time_weight: Tensor
-    """float32 [NUM_TIME_BUCKETS]."""
-    center: int
-    """At least the largest distance in the batch."""
+    query_times: Tensor  # float64 [T], exact up to 2^53 seconds
+    token_times: Tensor  # float64 [T]
+    position_weight: Tensor  # float32 [2 center + 1], by distance from -center
+    time_weight: Tensor  # float32 [NUM_TIME_BUCKETS]
+    center: int  # At least the largest distance in the batch
 
     @classmethod
     def of(cls, bias: RelativeBias, layout: JaggedLayout) -> "BiasArguments":
@@ -75,12 +70,9 @@ class BiasArguments:
 class BiasSums:
     """Sums that the kernel of dQ adds to: Σ dL/dscore · N · scale, by distance and by time bucket."""
 
-    position: Tensor
-    """int64 [2 center + 1]."""
-    time: Tensor
-    """int64 [NUM_TIME_BUCKETS]."""
-    scale: Tensor
-    """float32 [1]."""
+    position: Tensor  # int64 [2 center + 1]
+    time: Tensor  # int64 [NUM_TIME_BUCKETS]
+    scale: Tensor  # float32 [1]
 
     @classmethod
     def zeros(cls, arguments: BiasArguments, grad: Tensor, v: Tensor, layout: JaggedLayout) -> "BiasSums":

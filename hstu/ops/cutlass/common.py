@@ -26,18 +26,12 @@ ROWS_OF_WARP = 16
 class Shape:
     """Tile sizes and dtype that a kernel is compiled for."""
 
-    dtype: type[cutlass.Numeric]
-    """cutlass.BFloat16 or cutlass.Float16."""
-    head_dim: int
-    """32, 64, 128 or 256."""
-    rows: Rows
-    """A block of these rows stays in shared memory while tiles of columns are streamed."""
-    tile: int
-    """Columns per tile."""
-    stages: int
-    """Number of column tiles in shared memory."""
-    block: int = 128
-    """Rows per block, the unit of work of a CTA."""
+    dtype: type[cutlass.Numeric]  # cutlass.BFloat16 or cutlass.Float16
+    head_dim: int  # 32, 64, 128 or 256
+    rows: Rows  # A block of these rows stays in shared memory while tiles of columns are streamed
+    tile: int  # Columns per tile
+    stages: int  # Number of column tiles in shared memory
+    block: int = 128  # Rows per block, the unit of work of a CTA
     has_bias: bool = False
 
 

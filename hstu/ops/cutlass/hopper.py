@@ -92,8 +92,7 @@ class Ring:
     barriers: cute.Pointer
     """mbarriers in shared memory: ``stages`` that count loaded bytes, then ``stages`` that count readers."""
     stages: int
-    num_bytes: int
-    """Bytes of one buffer."""
+    num_bytes: int  # Bytes of one buffer
 
 
 # Functions, not methods: loops in a kernel would carry a method's object from turn to turn.

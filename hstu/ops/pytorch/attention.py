@@ -32,12 +32,9 @@ MOST_PAIRS_REMEMBERED = 2**25  # up to this, layers share masks and buckets; bey
 class Pairs:
     """What is added to the scores of r queries and k keys. S is 1 if all sequences share it, else b."""
 
-    mask: Tensor
-    """float [S, r, k]: 0 if the query sees the key, else MASKED."""
-    distances: Tensor | None
-    """int64 [S, r, k]: rows of the position weights; None without a bias."""
-    buckets: Tensor | None
-    """uint8 [b, r, k]: rows of the time weights."""
+    mask: Tensor  # float [S, r, k]: 0 if the query sees the key, else MASKED
+    distances: Tensor | None  # int64 [S, r, k]: rows of the position weights; None without a bias
+    buckets: Tensor | None  # uint8 [b, r, k]: rows of the time weights
 
     def added(self, tables: Sequence[Tensor]) -> Tensor:
         """Mask plus bias, [b or S, r, k]. tables: position and time weights, or none."""
@@ -65,10 +62,8 @@ Block = tuple[slice, slice, Pairs]
 class PaddedLayout(JaggedLayout):
     """A layout that also maps tokens to sequences padded to N. ``seqlens`` may be empty."""
 
-    padded_tokens: Tensor
-    """int64 [B, N]: the token at each padded position; T if there is none."""
-    places: Tensor
-    """int64 [T]: index of each token among the B · N padded positions."""
+    padded_tokens: Tensor  # int64 [B, N]: the token at each padded position; T if there is none
+    places: Tensor  # int64 [T]: index of each token among the B · N padded positions
     history_ends: Tensor
     """int64 [B]: index of the first candidate token in its sequence; the sequence's length if there is none."""
 

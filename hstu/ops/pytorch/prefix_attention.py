@@ -23,13 +23,10 @@ from hstu.ops.pytorch.attention import MASKED
 class CachedPrefix:
     """The first tokens of one sequence: its context, and its history before the new tokens."""
 
-    pages: Sequence[tuple[Tensor, Tensor]]
-    """Consecutive keys and values, [H, b, d] each."""
+    pages: Sequence[tuple[Tensor, Tensor]]  # Consecutive keys and values, [H, b, d] each
     num_tokens: int
-    num_contextuals: int
-    """The first tokens; a window never hides them."""
-    times: Tensor | None
-    """int64 [num_tokens], seconds; None without a relative bias."""
+    num_contextuals: int  # The first tokens; a window never hides them
+    times: Tensor | None  # int64 [num_tokens], seconds; None without a relative bias
     history_end: int
     """Number of context and history tokens, including appended ones: the position of the first candidate."""
 

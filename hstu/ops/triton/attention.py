@@ -64,11 +64,9 @@ def _values(gradient: Gradient) -> Heads:
 class _Kernel(NamedTuple):
     """A kernel with one program per head and per tile of each sequence."""
 
-    name: str
-    """Key of its tile sizes."""
+    name: str  # Key of its tile sizes
     function: Any
-    tile: str
-    """Name of the constant that holds the rows of a tile."""
+    tile: str  # Name of the constant that holds the rows of a tile
 
 
 _FORWARD = _Kernel("forward", kernels.attention_forward, "BLOCK_M")

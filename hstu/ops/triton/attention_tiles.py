@@ -24,48 +24,35 @@ NOWHERE = tl.constexpr(2**30)
 class Batch(NamedTuple):
     """Sequences of a batch, as a kernel argument."""
 
-    offsets: Any
-    """int64 [B + 1]: first token of each sequence."""
-    candidates: Any
-    """int64 [B]: number of candidate tokens of each sequence, or None."""
-    order: Any
-    """int32 [B]: indices of the sequences, longest first."""
+    offsets: Any  # int64 [B + 1]: first token of each sequence
+    candidates: Any  # int64 [B]: number of candidate tokens of each sequence, or None
+    order: Any  # int32 [B]: indices of the sequences, longest first
     num_contextuals: Any
-    group_tokens: Any
-    """Number of tokens of a target group."""
-    max_span: Any
-    """As in AttentionConfig; 0 without a window."""
+    group_tokens: Any  # Number of tokens of a target group
+    max_span: Any  # As in AttentionConfig; 0 without a window
     full_tokens: Any
 
 
 class Bias(NamedTuple):
     """Relative bias, as a kernel argument; all None without a bias."""
 
-    query_times: Any
-    """int64 [T]."""
-    token_times: Any
-    """int64 [T]."""
-    thresholds: Any
-    """int64 [128]: smallest time difference of each bucket."""
-    position_weight: Any
-    """float32 [2 P - 1]."""
-    time_weight: Any
-    """float32 [128]."""
-    farthest: Any
-    """P - 1."""
+    query_times: Any  # int64 [T]
+    token_times: Any  # int64 [T]
+    thresholds: Any  # int64 [128]: smallest time difference of each bucket
+    position_weight: Any  # float32 [2 P - 1]
+    time_weight: Any  # float32 [128]
+    farthest: Any  # P - 1
 
 
 class Span(NamedTuple):
     """One sequence of the batch."""
 
     length: Any
-    end: Any
-    """First candidate token; the length if there are no candidates."""
+    end: Any  # First candidate token; the length if there are no candidates
     num_contextuals: Any
     group_tokens: Any
     max_span: Any
-    full_from: Any
-    """First position without ``max_span``; NOWHERE: all positions have it."""
+    full_from: Any  # First position without ``max_span``; NOWHERE: all positions have it
 
 
 class KeyTiles(NamedTuple):
@@ -73,16 +60,12 @@ class KeyTiles(NamedTuple):
 
     first_full: Any
     full: Any
-    history_tiles: Any
-    """From key ``full`` on."""
+    history_tiles: Any  # From key ``full`` on
     own: Any
-    own_tiles: Any
-    """From key ``own`` on: the target groups of the rows."""
+    own_tiles: Any  # From key ``own`` on: the target groups of the rows
     low: Any
-    low_tiles: Any
-    """From key ``low`` to ``first_full``: the far end of the window."""
-    context_tiles: Any
-    """From key 0 on, below ``low``."""
+    low_tiles: Any  # From key ``low`` to ``first_full``: the far end of the window
+    context_tiles: Any  # From key 0 on, below ``low``
 
 
 class RowTiles(NamedTuple):
@@ -91,38 +74,28 @@ class RowTiles(NamedTuple):
     full: Any
     stop_full: Any
     first: Any
-    masked_tiles: Any
-    """From row ``first`` to ``full``."""
-    stop: Any
-    """End of all rows except the newest."""
-    context_tiles: Any
-    """From row 0 to ``first``: contextual rows."""
+    masked_tiles: Any  # From row ``first`` to ``full``
+    stop: Any  # End of all rows except the newest
+    context_tiles: Any  # From row 0 to ``first``: contextual rows
     late: Any
-    late_tiles: Any
-    """From row ``late`` to ``stop``: rows for which the keys lie at the far end of the window."""
+    late_tiles: Any  # From row ``late`` to ``stop``: rows for which the keys lie at the far end of the window
     newest: Any
-    newest_tiles: Any
-    """From row ``newest`` to the end of the sequence: rows without ``max_span``."""
+    newest_tiles: Any  # From row ``newest`` to the end of the sequence: rows without ``max_span``
 
 
 @dataclass(frozen=True)
 class Mode:
     """Compile-time constants of an attention kernel."""
 
-    width: int
-    """Channels of a head."""
-    block_d: int
-    """Columns of a tile: a power of two."""
+    width: int  # Channels of a head
+    block_d: int  # Columns of a tile: a power of two
     causal: bool
-    contextual: bool
-    """Whether the first ``num_contextuals`` tokens see all context and history."""
+    contextual: bool  # Whether the first ``num_contextuals`` tokens see all context and history
     candidates: bool
-    window: bool
-    """Whether there is a ``max_span``."""
+    window: bool  # Whether there is a ``max_span``
     bias: bool
     precision: Precision
-    silu: bool = False
-    """Whether backward writes the gradients of the pre-activations, not of q, k and v."""
+    silu: bool = False  # Whether backward writes the gradients of the pre-activations, not of q, k and v
 
 
 @triton.jit

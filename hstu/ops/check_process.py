@@ -1,13 +1,12 @@
 """Self-check kernels in a process of their own, where a fault cannot stop the run; cache the results on disk.
 
 An illegal access breaks CUDA for its process, a compiler or driver fault may kill it, and a wrong kernel may never end.
-A fault refuses the operator being checked, and a new process checks the remaining operators.
-The processes of a host take turns, so that the first one checks for all.
+A fault refuses the operator being checked, and a new process checks the remaining operators. The processes of a host
+take turns, so that the first one checks for all.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import hashlib
 import importlib
@@ -15,6 +14,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -32,9 +32,9 @@ import torch
 from filelock import FileLock
 
 from hstu.base.files import replace_text
-from hstu.ops.compile_ahead import compile_all, num_cores
+from hstu.ops.compile_ahead import compile_all, describe, num_cores
 from hstu.ops.kernels import Backend, KernelShapes
-from hstu.ops.self_check import CPU_HEAD_DIMS, Check, cache_directory, checks, describe, is_usable
+from hstu.ops.self_check import CPU_HEAD_DIMS, Check, cache_directory, checks, is_usable
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,9 @@ def remembered(key: str, operators: Sequence[str], check: Callable[[Sequence[str
         file = cache_directory() / "checks.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
-            everything, now = _read(file), time.time()
+            now, everything = time.time(), dict[str, Any]()
+            with suppress(FileNotFoundError, ValueError):
+                everything = json.loads(file.read_text(encoding="utf-8"))
             known = everything.setdefault(key, {})
             for operator, (reason, checked_at) in list(known.items()):
                 if reason is not None and now - checked_at > FAILURE_S:
@@ -104,13 +106,6 @@ def remembered(key: str, operators: Sequence[str], check: Callable[[Sequence[str
         log.info("the check of kernels cannot be remembered (%s)", error)
         known = {operator: (reason, 0.0) for operator, reason in check(operators).items()}
     return {operator: known[operator][0] for operator in operators if known[operator][0] is not None}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError):
-        return {}
 
 
 def _check(backend: Backend, device: torch.device, shapes: KernelShapes | None, operators: Sequence[str]) -> Decided:
@@ -130,7 +125,8 @@ def _check_some(
     with tempfile.TemporaryDirectory() as folder:
         report, output = Path(folder) / "report", Path(folder) / "output"
         report.touch()
-        arguments = CHECKS, backend, str(device), capability, to_json(shapes), ",".join(operators), str(report)
+        chosen = pickle.dumps(shapes).hex(), ",".join(operators)
+        arguments = CHECKS, backend, str(device), capability, *chosen, str(report)
         try:
             code = _exit_code([sys.executable, "-m", "hstu.ops.check_process", *arguments], report, output)
         except OSError as error:
@@ -223,25 +219,13 @@ def _measured(all_checks: Iterable[Check], device: torch.device) -> Iterator[dic
             yield {"operator": operator, "complete": True}
 
 
-def to_json(shapes: KernelShapes | None) -> str:
-    """Serialize shapes as a command-line argument."""
-    if shapes is None:
-        return "null"
-    return json.dumps(dataclasses.asdict(shapes) | {"dtype": str(shapes.dtype).removeprefix("torch.")})
-
-
-def from_json(text: str) -> KernelShapes | None:
-    """Parse the output of :func:`to_json`."""
-    fields = json.loads(text)
-    return fields and KernelShapes(**fields | {"dtype": getattr(torch, fields["dtype"])})
-
-
 def main(module: str, backend: str, device: str, capability: str, shapes: str, operators: str, report: str) -> None:
     """Entry point of the process: compile on all cores, then check. Each result is a line of JSON in ``report``."""
     faulthandler.enable()
     # Deterministic algorithms fill new tensors with nan, which exposes elements that a kernel fails to write.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    source, wanted, of_shapes = importlib.import_module(module), operators.split(","), from_json(shapes)
+    source, wanted = importlib.import_module(module), operators.split(",")
+    of_shapes: KernelShapes | None = pickle.loads(bytes.fromhex(shapes))
     # A kernel that does not compile fails in its check as well.
     for _ in compile_all(source.jobs(backend, of_shapes, int(capability), wanted), num_cores()):
         os.utime(report)

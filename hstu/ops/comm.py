@@ -1,7 +1,7 @@
 """Communication among the ranks that share a layer: the interface, and its implementation for a single rank.
 
-Each context-parallel rank holds a range of the T tokens, from the inputs to the head. It scales the gradients of its
-tokens by ``cp_size``, because DDP averages weight gradients over these ranks: the average is then the sum over tokens.
+Each context-parallel rank holds a range of the T tokens. It scales their gradients by ``cp_size``, because DDP averages
+weight gradients over these ranks: the average is then the sum over tokens.
 """
 
 from __future__ import annotations

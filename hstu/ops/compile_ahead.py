@@ -68,9 +68,14 @@ def _compile(number: int) -> Result:
     try:
         compile()
     except Exception as problem:
-        error = f"{type(problem).__name__}: {next(iter(str(problem).strip().splitlines()), '')}"
+        error = describe(problem)
     # User and system time of this process and of its children; the last field is elapsed time.
     return Result(name, sum(os.times()[:4]) - sum(begun[:4]), error)
+
+
+def describe(error: Exception) -> str:
+    """The type and the first line of an exception."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:500]
 
 
 def adopt_triton_cache(folder: Path) -> None:

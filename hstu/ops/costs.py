@@ -2,10 +2,8 @@
 
 :func:`sequence_flops` counts a training step. It follows NVIDIA recsys-examples, so that TFLOPS and MFU compare with
 its published numbers: only the HSTU layers count, without embedding tables, norms, heads, losses and recomputation.
-
-The other functions return the cost of one operator's kernels on one rank; :mod:`hstu.ops.fake` reports these costs.
-Bytes are what kernels read and write if nothing stays in a cache. ``element_size``: bytes of the compute dtype.
-The cost of a loss includes its gradients, which forward computes.
+The other functions return the cost of one operator's kernels on one rank; bytes are what these read and write if
+nothing stays in a cache. ``element_size``: bytes of the compute dtype.
 """
 
 from __future__ import annotations
@@ -72,9 +70,8 @@ def sequence_flops(
         L · [ 3·2·T·D·4Hd  +  3·2·T·Hd·D  +  3.5·(4·H·T²·d − 2·H·(T−C)²·d) ]
 
     The terms are the uvqk projection, the output projection and the attention. A causal mask removes half of the
-    attention among the T − C other tokens; without one nothing is subtracted. Without candidates this is a·T + b·T²
-    with a = 30·L·D·Hd and b = 7·L·Hd (14·L·Hd if not causal). ``windows`` (one per layer, or none) subtract
-    3.5·4·H·d per hidden pair.
+    attention among the T − C other tokens; without one nothing is subtracted. ``windows`` (one per layer, or none)
+    subtract 3.5·4·H·d per hidden pair.
     """
     total = num_layers * PROJECTION_PASSES * projection_flops(tokens, hidden_size, num_heads, head_dim)
     for window, layers in Counter(windows or [NO_WINDOW] * num_layers).items():
@@ -138,9 +135,8 @@ def attention(
 def add_layer_norm(rows: int, width: int, element_size: int, residual_size: int) -> TwoPasses:
     """Sum of the residual stream [rows, width] and the update of a layer, and LayerNorm of the sum.
 
-    Forward reads the stream and the update and writes their sum and its norm. Backward reads the sum and the gradients
-    of both. It writes the gradient of the stream, and a rounded copy for the update if the dtypes differ.
-    residual_size: bytes per element of the stream.
+    Backward also writes a rounded gradient for the update if the dtypes differ. residual_size: bytes per element of
+    the stream.
     """
     rounded = element_size if element_size != residual_size else 0
     forward, backward = 2 * (residual_size + element_size), 3 * residual_size + element_size + rounded
@@ -148,11 +144,7 @@ def add_layer_norm(rows: int, width: int, element_size: int, residual_size: int)
 
 
 def norm_mul_dropout(rows: int, width: int, element_size: int) -> TwoPasses:
-    """Dropout(LayerNorm(attention) ⊙ U) of [rows, width].
-
-    Forward reads attention and U and writes the product. Backward reads both, the gradient of the product and the
-    pre-activation of U; it writes the product again and both gradients.
-    """
+    """Dropout(LayerNorm(attention) ⊙ U) of [rows, width]. Backward also reads the pre-activation of U."""
     tensor = float(element_size * rows * width)
     return TwoPasses(Cost(0.0, 3 * tensor), Cost(0.0, 7 * tensor, 2))
 

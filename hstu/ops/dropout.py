@@ -24,9 +24,8 @@ def dropout(x: Tensor, p: float, training: bool, stream: int | None = None) -> T
 def draw(shape: torch.Size, p: float, device: torch.device, stream: int | None = None) -> Tensor:
     """Draw a dropout mask: bool of this shape, False with probability p.
 
-    On all devices torch's CPU generator determines the mask: restoring its state repeats it, without device access.
-    Ranks with equal generator states and different ``stream`` draw different masks. Their states stay equal, even if
-    the masks have different shapes.
+    torch's CPU generator determines the mask on all devices: restoring its state repeats it, without device access.
+    Ranks with equal states and different ``stream`` draw different masks, and their states stay equal.
     """
     mask = torch.empty(shape, dtype=torch.bool, device=device)
     if is_fake(mask):

@@ -34,8 +34,7 @@ from hstu.ops.kernels import (
 def hstu_attention(inputs: AttentionInputs, kernels: AttentionKernels, shift: Tensor | None = None) -> Tensor:
     """``SiLU(α Q Kᵀ + bias) / N ⊙ mask @ V`` within each sequence: [T, H, d] in the dtype of v.
 
-    With ``shift`` [H, 3, d], v, q and k are SiLU(inputs + shift), differentiated as in the fused layer. Its gradient
-    is float32 or wider.
+    With ``shift`` [H, 3, d], v, q and k are SiLU(inputs + shift), differentiated as in the fused layer.
     """
     if shift is not None and not kernels.differentiates_silu:
         parts = zip((inputs.v, inputs.q, inputs.k), shift.unbind(1), strict=True)
@@ -116,8 +115,7 @@ def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor, kernels: ProjectionKer
 def norm_mul_dropout(inputs: GateInputs, kernels: GateKernels, shift: Tensor | None = None) -> Tensor:
     """``Dropout(LayerNorm(x over all heads) ⊙ u)``: [T, H · d].
 
-    With ``shift`` [H, d], u is SiLU(inputs.u + shift), differentiated as in the fused layer. Its gradient is float32
-    or wider.
+    With ``shift`` [H, d], u is SiLU(inputs.u + shift), differentiated as in the fused layer.
     """
     if shift is not None and not kernels.differentiates_silu:
         inputs, shift = replace(inputs, u=F.silu(inputs.u + shift.to(inputs.u.dtype))), None
@@ -178,17 +176,10 @@ def softmax_loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Ne
 
     The negatives are the whole pool, or pool rows that each query draws with repetition. Forward also computes the
     gradients, so that each score is computed once and memory holds at most one block of scores. Not twice
-    differentiable. Source: HSTU, arXiv 2402.17152, sec. 4.1.1; sampled softmax: arXiv 2306.04039.
-
-    Args:
-        queries: [M, D], L2-normalized.
-        positives: [M, D], L2-normalized vectors of the targets.
-        pool: [S, D], L2-normalized vectors of the negatives, shared by all queries.
-        negatives: their ids, weights, masks and draws, and the temperature.
-        kernel: ``sampled_softmax_loss`` of :class:`hstu.ops.kernels.Kernels` with draws, else ``pool_softmax_loss``.
-
-    Returns:
-        Scalar, float32 (float64 if all vectors are); 0 where M = 0 or no query has a negative.
+    differentiable. queries and positives (vectors of the targets): [M, D], pool: [S, D], all L2-normalized. kernel:
+    ``sampled_softmax_loss`` of :class:`hstu.ops.kernels.Kernels` with draws, else ``pool_softmax_loss``.
+    Returns a scalar, float32 (float64 if all vectors are); 0 where M = 0 or no query has a negative.
+    Source: HSTU, arXiv 2402.17152, sec. 4.1.1; sampled softmax: arXiv 2306.04039.
     """
     vectors = queries, positives, pool
     # If all vectors are float64, so are scores and sums; otherwise all are float32.

@@ -26,8 +26,7 @@ class RelativeBias:
     """Bias tables of a layer, shared by its heads: [2 P - 1], with P the longest possible sequence, and [128].
 
     The bias of query i and key j is ``position_weight[P - 1 + clamp(position_i - position_j, ±(P - 1))] +
-    time_weight[bucket(query_time_i - token_time_j)]``.
-    Source: HSTU, arXiv 2402.17152, sec. 3.3 (relative attention bias).
+    time_weight[bucket(query_time_i - token_time_j)]``. Source: HSTU, arXiv 2402.17152, sec. 3.3.
     """
 
     position_weight: Tensor
@@ -87,10 +86,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Settings of the gated norm. eps: added to the variance. dropout: probability; 0 in evaluation.
-
-    The norm spans the heads of all ranks of ``comm``, which exchange two numbers per row in forward and in backward.
-    """
+    """Settings of the gated norm, which spans the heads of all ranks of ``comm``. dropout: 0 in evaluation."""
 
     eps: float
     dropout: float
@@ -108,7 +104,7 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Inputs of attention: q, k, v [T, H, d], one dtype, any strides. Raises ValueError: a bias without token times."""
+    """Inputs of attention: q, k, v [T, H, d], one dtype, any strides. With a bias, the layout has times."""
 
     q: Tensor
     k: Tensor
@@ -116,10 +112,6 @@ class AttentionInputs:
     layout: JaggedLayout
     config: AttentionConfig
     bias: RelativeBias | None = None
-
-    def __post_init__(self) -> None:
-        if self.bias is not None and self.layout.token_times is None:
-            raise ValueError("a relative bias needs the times of the layout; build it with item_times")
 
 
 AttentionForward = Callable[[AttentionInputs], Tensor]

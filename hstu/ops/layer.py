@@ -5,9 +5,8 @@
 
 One function controls what is saved for backward (:class:`SavedActivations`), frees it after its last use, and overlaps
 collectives with matrix products. Each layer adds the update of the previous layer, so that the sum and its norm are one
-pass over memory. Backward fuses the norm, the sum of the gradients of x, and its copy in the dtype of the update.
-Shapes follow kernels.py; T and H count the tokens and heads that this rank projects. Context-parallel ranks exchange
-them for attention (:meth:`LayerComm.tokens_to_heads`). Source: HSTU, arXiv 2402.17152, sec. 3.
+pass over memory. T and H count the tokens and heads that this rank projects. Context-parallel ranks exchange them for
+attention (:meth:`LayerComm.tokens_to_heads`). Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
 from __future__ import annotations
@@ -78,10 +77,8 @@ class SavedActivations:
     input_statistics: Tensor  # Mean and rstd of this rank's tokens, [2, T]
     normalized: Tensor | None  # This rank's tokens, [T, D]
     projected: Tensor  # [T, H · 4 · d]
-    u: Tensor | None
-    """[T, H, d]. u and vqk are views of SiLU(projected), unless context parallelism exchanges v, q and k."""
-    vqk: Tensor | None
-    """Input of attention, [T, H, 3, d]. With context parallelism: some heads of all tokens, equally many numbers."""
+    u: Tensor | None  # [T, H, d]; views of SiLU(projected), unless context parallelism exchanges v, q and k
+    vqk: Tensor | None  # Input of attention, [T, H, 3, d]; with context parallelism: some heads of all tokens
     attended: Tensor  # [T, H, d]
     output_statistics: Tensor  # Mean and rstd over the heads of all ranks, [2, T]
     dropout_mask: Tensor | None  # bool [T, H · d], or a seed int64 []
@@ -91,12 +88,6 @@ def split_gate(uvqk: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Views u [T, H, d] and vqk [T, H, 3, d] of [T, H · 4 · d], whose columns are [head, (u v q k), channel]."""
     by_head = uvqk.unflatten(1, (-1, 4, head_dim))
     return by_head[:, :, 0], by_head[:, :, 1:]
-
-
-def _preactivations(projected: Tensor, grad_shift: Tensor, head_dim: int) -> list[Preactivation]:
-    """Pre-activations of u, v, q and k. projected: [T, H · 4 · d]; grad_shift: [H · 4 · d]."""
-    by_head, shifts = projected.unflatten(1, (-1, 4, head_dim)), grad_shift.unflatten(0, (-1, 4, head_dim))
-    return [Preactivation(*of_part) for of_part in zip(by_head.unbind(2), shifts.unbind(1), strict=True)]
 
 
 class HSTULayerFunction(torch.autograd.Function):
@@ -141,19 +132,15 @@ class HSTULayerFunction(torch.autograd.Function):
         layer = _Computation(tensors[:count], ctx.layout, ctx.config, ctx.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if ctx.config.recompute_all:
-                saved = _recompute(layer, x, ctx.rng_state)
+                with torch.random.fork_rng(devices=[], enabled=ctx.rng_state is not None):
+                    if ctx.rng_state is not None:
+                        torch.set_rng_state(ctx.rng_state)
+                    saved = layer.forward_to_gate(x, None)[1]
             else:
                 saved = SavedActivations(*tensors[count:])
             del tensors
             grad_x, grad_of_update, grad_weights = layer.backward(grad, grad_update, x, saved, ctx.update_dtype)
         return grad_x, grad_of_update, None, None, *grad_weights
-
-
-def _recompute(layer: _Computation, x: Tensor, rng_state: Tensor | None) -> SavedActivations:
-    with torch.random.fork_rng(devices=[], enabled=rng_state is not None):
-        if rng_state is not None:
-            torch.set_rng_state(rng_state)
-        return layer.forward_to_gate(x, None)[1]
 
 
 class _Computation:
@@ -204,10 +191,7 @@ class _Computation:
     def backward(
         self, grad: Tensor, grad_update: Tensor, x: Tensor, saved: SavedActivations, update_dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor | None, LayerWeights]:
-        """Return the gradients of x, of the update (in ``update_dtype``) and of the weights.
-
-        x: x + update. grad, grad_update: [T, D], gradients of x + update and of the update of this layer.
-        """
+        """Gradients of x, of the update and of the weights; x: x + update; grad, grad_update: of both results."""
         weights, comm, norm = self.weights, self.config.comm, self.config.kernels.add_layer_norm
         grads: dict[str, Any] = dict.fromkeys(LayerWeights._fields)
         grad_projected = self._backward_to_projection(grad_update, saved, grads)
@@ -223,11 +207,7 @@ class _Computation:
         return grad_x, grad_of_update, LayerWeights(**grads)
 
     def _backward_to_projection(self, grad: Tensor, saved: SavedActivations, grads: dict[str, Any]) -> Tensor:
-        """Return the gradient of ``saved.projected``; write gradients of its bias and of later weights to ``grads``.
-
-        The gate and attention kernels write parts of one tensor. If they differentiate SiLU and sum over tokens, that
-        tensor needs no other pass.
-        """
+        """Return the gradient of ``saved.projected``; write gradients of its bias and of later weights to ``grads``."""
         config, kernels, comm, shift = self.config, self.config.kernels, self.config.comm, self.weights.uvqk_bias
         u, vqk, exchanged_vqk = saved.u, saved.vqk, None
         if u is None:  # the exchange runs beside the products of the gate
@@ -243,7 +223,8 @@ class _Computation:
         )
         before: list[Preactivation | None] = [None] * 4
         if differentiates_silu:
-            before = [*_preactivations(saved.projected, grad_shift, config.head_dim)]
+            values = saved.projected.unflatten(1, (-1, 4, config.head_dim)).unbind(2)
+            before = [*map(Preactivation, values, grad_shift.unflatten(0, (-1, 4, config.head_dim)).unbind(1))]
         grad_attended = self._backward_through_gate(grad, saved, u, Gradient(grad_u, before[0]), grads)
         grad_attended = comm.tokens_to_heads(grad_attended)()
         if exchanged_vqk is not None:

@@ -29,10 +29,8 @@ class TokenRuns:
 
     def within(self, tokens: range) -> range:
         """Indices of the runs' tokens, numbered in order, that lie within ``tokens``."""
-        return range(*(self._before(bound) for bound in (tokens.start, tokens.stop)))
-
-    def _before(self, bound: int) -> int:
-        return int(np.clip(-((self.first - bound) // self.stride), 0, self.count).sum())
+        bounds = tokens.start, tokens.stop
+        return range(*(int(np.clip(-((self.first - bound) // self.stride), 0, self.count).sum()) for bound in bounds))
 
 
 @dataclass
@@ -241,8 +239,7 @@ def part_rows(layout: JaggedLayout, tokens: range) -> list[range]:
 def token_order(layout: JaggedLayout, tokens: range | None = None) -> TokenOrder:
     """Order of the tokens for the concatenated parts [context_1 … context_C, items, actions (if they are tokens)].
 
-    Each contextual part has one row per real sequence, each other part one row per item, all in batch order.
-    With ``tokens``, the parts have only the rows of these tokens.
+    A contextual part has one row per real sequence, another part one row per item, of ``tokens`` alone if given.
     """
     num_contextuals, stride, num_items = layout.num_contextuals, layout.tokens_per_item, layout.num_items
     device, starts = layout.positions.device, run_starts(layout.seqlens)
@@ -270,8 +267,8 @@ def time_buckets(delta_s: Tensor) -> Tensor:
 
 
 @functools.cache
-def bucket_thresholds() -> Tensor:
-    """int64 [128] on the CPU: smallest time difference of each bucket, by bisection of the formula itself."""
+def bucket_thresholds(device: torch.device) -> Tensor:
+    """int64 [128]: smallest time difference of each bucket, by bisection of the formula itself, on the CPU."""
     low = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.int64)  # always below the bucket
     high = torch.full_like(low, 1 << 62)
     wanted = torch.arange(NUM_TIME_BUCKETS)
@@ -279,14 +276,13 @@ def bucket_thresholds() -> Tensor:
         middle = low + (high - low) // 2
         reached = time_buckets(middle) >= wanted
         high, low = torch.where(reached, middle, high), torch.where(reached, low, middle)
-    return high
+    return high.to(device)
 
 
 def fixed_point_scale(grad: Tensor, v: Tensor, pairs: int) -> Tensor:
-    """float32 [1]: factor with which any sum of ``pairs`` score gradients fits in 62 bits.
+    """float32 [1]: factor with which any sum of ``pairs`` score gradients fits in 62 bits; not finite if they are not.
 
-    |dL/dscore| ≤ ‖grad‖ ‖v‖ · max |SiLU'| < 1.1 ‖grad‖ ‖v‖, before the division by N. If the gradient is not finite,
-    neither are the factor and the result.
+    |dL/dscore| ≤ ‖grad‖ ‖v‖ · max |SiLU'| < 1.1 ‖grad‖ ‖v‖, before the division by N.
     """
     largest = [torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax() for x in (grad, v)]
     bound = (largest[0] * largest[1] * 1.1).clamp_min(1e-12) * float(pairs)

@@ -60,13 +60,15 @@ def update_rows(
     """See :class:`UpdateRows`."""
     if not gradient.is_sparse:
         changes = gradient.ne(0).any(1, keepdim=True)
-        new = _updated(gradient, weight, states, update)
+        if found_inf is not None:
+            changes &= found_inf == 0
+        new = _new_weight_and_states(gradient, weight, states, update)
         for tensor, value in zip((weight, *states), new, strict=True):
-            tensor.copy_(torch.where(_unless(found_inf, changes), value, tensor))
+            tensor.copy_(torch.where(changes, value, tensor))
         return
     rows, values = sum_by_row(gradient)
     old = [tensor.index_select(0, rows) for tensor in (weight, *states)]
-    new = _updated(values, old[0], old[1:], update)
+    new = _new_weight_and_states(values, old[0], old[1:], update)
     for tensor, before, value in zip((weight, *states), old, new, strict=True):
         tensor.index_copy_(0, rows, value if found_inf is None else torch.where(found_inf > 0, before, value))
 
@@ -78,12 +80,7 @@ def sum_by_row(gradient: Tensor) -> tuple[Tensor, Tensor]:
     return rows, values.new_zeros((len(rows), *values.shape[1:])).index_add_(0, index, values)
 
 
-def _unless(found_inf: Tensor | None, changes: Tensor) -> Tensor:
-    return changes if found_inf is None else changes & (found_inf == 0)
-
-
-def _updated(g: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate) -> list[Tensor]:
-    """New weight and states."""
+def _new_weight_and_states(g: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate) -> list[Tensor]:
     if update.max_gradient is not None:
         g = g.clamp(-update.max_gradient, update.max_gradient)
     rate, eps = update.learning_rate, update.eps

@@ -30,8 +30,7 @@ FALLBACKS = {
 def select_kernels(requested: str, strict: bool, device: torch.device, shapes: KernelShapes) -> Kernels:
     """Select the kernels of a model on ``device``. Compares them with PyTorch at their first use on a machine.
 
-    Raises:
-        ConfigError: ``strict`` is set, and the requested backend cannot run or one of its kernels is refused.
+    Raises ConfigError if ``strict`` and the requested backend cannot run or one of its kernels is refused.
     """
     backend = Backend(requested)
     if device.type == "cpu" and backend is not Backend.PYTORCH:

@@ -1,7 +1,7 @@
 """Self check of kernels: compare them with PyTorch in float64 once per machine, before their first use.
 
-Compilers, drivers and GPUs differ, and a defect in one of them would silently train a wrong model. All backends share
-one table of cases. ``check_process.py`` runs it and caches the results. This command runs it now for many shapes:
+A defect in a compiler or driver would silently train a wrong model. All backends share one table of cases.
+``check_process.py`` runs it and caches the results. This command runs it now for many shapes:
 
     python -m hstu.ops.self_check triton [--device cuda:0] [--head-dim 64 128] [--dtype bfloat16]
 """
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.compile_ahead import Job
+from hstu.ops.compile_ahead import Job, describe
 from hstu.ops.functional import add_layer_norm, hstu_attention, norm_mul_dropout, project_uvqk
 from hstu.ops.kernels import (
     SLOTS,
@@ -306,11 +306,6 @@ def cache_directory() -> Path:
     except RuntimeError as error:
         raise OSError("the user has no home directory; set HOME or XDG_CACHE_HOME") from error
     return Path(root) / "hstu"
-
-
-def describe(error: Exception) -> str:
-    """The type and the first line of an exception."""
-    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"[:500]
 
 
 def is_usable(device: torch.device) -> bool:

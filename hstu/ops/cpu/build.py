@@ -64,8 +64,8 @@ def library_file(directory: Path | None = None) -> Path:
                 if not path.exists():
                     _compile(compiler, path)
     except OSError as error:
-        place = "" if directory is None else f" to {directory}"
-        raise KernelsUnavailable(f"cannot write compiled kernels{place}: {error.strerror or error}") from error
+        where = "" if directory is None else f" to {directory}"
+        raise KernelsUnavailable(f"cannot write compiled kernels{where}: {error.strerror or error}") from error
     return path
 
 
@@ -96,8 +96,7 @@ class Arguments(ctypes.Structure):
     def set(self, **tensors: Tensor | None) -> None:
         """Set the addresses of tensors, and the strides of their first two dimensions if a field exists for them.
 
-        None is a null pointer. The arguments keep the tensors alive. A tensor with strides is copied if its last
-        dimension is not contiguous.
+        The arguments keep the tensors alive. A tensor with strides is copied if its last dimension is not contiguous.
         """
         for name, tensor in tensors.items():
             if tensor is not None and hasattr(self, f"{name}_strides"):

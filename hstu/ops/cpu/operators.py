@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -17,13 +16,7 @@ from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library
 from hstu.ops.kernels import AttentionKernels, GateKernels
 from hstu.ops.row_update import RowUpdate
 
-
-class _Optimizer(IntEnum):
-    """Mirrors HstuRowOptimizer of csrc/rows.cpp."""
-
-    SGD = 0
-    ADAGRAD = 1
-    ADAM = 2
+_OPTIMIZERS = ("sgd", "adagrad", "adam")  # in the order of HstuRowOptimizer of csrc/rows.cpp
 
 
 class _Arguments(Arguments):
@@ -58,7 +51,7 @@ def update_rows(
         correction1=1 - update.betas[0] ** update.step,
         correction2=1 - update.betas[1] ** update.step,
         max_gradient=math.inf if update.max_gradient is None else update.max_gradient,
-        optimizer=_Optimizer[update.optimizer.upper()],
+        optimizer=_OPTIMIZERS.index(update.optimizer),
     )
     arguments.set(rows=rows, gradients=gradients, weight=weight.detach(), first=first, second=second)
     library().hstu_update_rows(ctypes.byref(arguments))

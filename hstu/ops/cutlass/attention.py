@@ -279,18 +279,9 @@ def _compile(variant: Variant, *options: Any) -> Any:
         )
 
 
-NUM_SIZES = 5
-"""Tokens, heads, blocks, leading rows, tokens per target group."""
-NUM_FACTORS = 2
-"""α and 1 / N."""
-
-
 def _examples(variant: Variant) -> tuple[Any, ...]:
-    """Arguments of the types for which the host function of a variant is compiled.
-
-    Addresses of inputs; addresses of outputs; row and head stride of each in elements; ``batch`` of
-    :class:`PairwiseKernel`; number of CTAs; handle of the CUDA stream.
-    """
+    """Arguments of the types for which the host function of a variant is compiled: addresses of inputs and of outputs;
+    row and head stride of each in elements; ``batch`` of PairwiseKernel; number of CTAs; handle of the CUDA stream."""
     ins, elements = variant.num_inputs, variant.elements
     return (
         tuple(map(_pointer, elements[:ins])),
@@ -298,8 +289,8 @@ def _examples(variant: Variant) -> tuple[Any, ...]:
         tuple((Int64(8), Int64(8)) for _ in elements),
         (
             _pointer(Int32),
-            tuple(Int32(1) for _ in range(NUM_SIZES)),
-            tuple(Float32(1.0) for _ in range(NUM_FACTORS)),
+            (Int32(1),) * 5,  # tokens, heads, blocks, leading rows, tokens per target group
+            (Float32(1.0),) * 2,  # α and 1 / N
             _bias_examples(variant) if variant.has_bias else (),
         ),
         Int32(1),

@@ -103,7 +103,7 @@ def cells(device: torch.device) -> tuple[Tensor, Tensor]:
     fraction = (index % (1 << CELL_BITS) + (1 << CELL_BITS)) / (1 << CELL_BITS)
     low = torch.ldexp(fraction.double(), (index >> CELL_BITS).double()).ceil().clamp(max=2.0**62).long()
     buckets = time_buckets(low).int()
-    thresholds = torch.cat([bucket_thresholds().double(), torch.tensor([torch.inf], dtype=torch.float64)])
+    thresholds = torch.cat([bucket_thresholds(low.device).double(), torch.tensor([torch.inf], dtype=torch.float64)])
     return thresholds[buckets.long() + 1].view(torch.int64).to(device), buckets.to(device)
 
 
@@ -160,11 +160,7 @@ def load_tables(
             if index < WARPS * (tile + WINDOW_MARGIN):
                 (windows + index).store(Float32(0.0))
         warp = thread // 32 % WARPS
-        tables = (
-            *tables,
-            totals + 2 * NUM_TIME_BUCKETS * warp,
-            windows + (tile + WINDOW_MARGIN) * warp,
-        )
+        tables = (*tables, totals + 2 * NUM_TIME_BUCKETS * warp, windows + (tile + WINDOW_MARGIN) * warp)
     return tables
 
 

@@ -9,14 +9,7 @@ from cutlass import Boolean, Float32, Int32, const_expr, cute
 from cutlass.cutlass_dsl import select_
 
 from hstu.ops.cutlass import bias
-from hstu.ops.cutlass.schedule import (
-    ITEM_FIELDS,
-    Rows,
-    masked_tile_at,
-    tile_at,
-    tile_ranges,
-    visible_columns,
-)
+from hstu.ops.cutlass.schedule import ITEM_FIELDS, Rows, masked_tile_at, tile_at, tile_ranges, visible_columns
 
 ROWS_OF_WARP = 16
 """Rows of a block whose sums one warp holds in registers."""
@@ -118,17 +111,11 @@ def heads_of(pointer: cute.Pointer, sizes: tuple, strides: tuple, head_dim: cutl
     )
 
 
-def heads_of_all(pointers: tuple, strides: tuple, sizes: tuple, head_dim: int) -> tuple[cute.Tensor, ...]:
-    """:func:`heads_of` for each pointer."""
-    return tuple(heads_of(*each, head_dim) for each in zip(pointers, (sizes,) * len(pointers), strides, strict=True))
-
-
 @cute.jit
 def work_index(turn: Int32) -> Int32:
     """Index of the pair of block and head that this CTA computes in its ``turn``-th turn.
 
-    Turns alternate between ascending and descending CTA numbers, so that every CTA gets long and short blocks of the
-    work, which is sorted by descending length.
+    Work is sorted by descending length; every second turn counts CTAs down, so that each gets long and short blocks.
     """
     block, blocks = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
     return turn * blocks + Int32(select_(turn % 2 == 0, block, blocks - 1 - block))

@@ -2,7 +2,7 @@
 
 Attention and its gradients are sums over pairs of a query and a key. A kernel keeps a block of *rows* in shared memory
 and streams tiles of *columns*. For O and dQ, rows are queries and columns are keys; for dK and dV the reverse.
-The host lists the blocks. Functions that take ``where`` are also compiled into the kernels.
+The host lists the blocks. Functions that take ``where`` are also compiled into the kernels. Needs no CUTLASS.
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class Sm80Kernel(PairwiseKernel):
     ) -> None:
         """Launch on ``grid`` CTAs. Arguments: see :func:`hstu.ops.cutlass.attention._examples`."""
         shape = self.shape
-        tensors = common.heads_of_all((*inputs, *outs), strides, batch[1], shape.head_dim)
+        pairs = zip((*inputs, *outs), strides, strict=True)
+        tensors = tuple(common.heads_of(pointer, batch[1], stride, shape.head_dim) for pointer, stride in pairs)
         element, alignment = shape.dtype, BUFFER_ALIGNMENT
         resident_size = cute.cosize(tile_layout(shape, shape.block, self.num_resident))
         streamed_size = cute.cosize(tile_layout(shape, shape.tile, 2 * STAGES))

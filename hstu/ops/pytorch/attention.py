@@ -1,10 +1,8 @@
 """HSTU attention in plain PyTorch, on any device and in any dtype: the reference for all kernels.
 
-Sequences of similar length are padded to one length and computed in blocks of query rows. Memory is bounded, and the
-cost follows Σ n². Backward recomputes each block from q, k and v.
-
-Padding needs no mask: padded rows of q, k, v and the output's gradient are zero, so scores of padded pairs have no
-effect. In groups without candidates, all sequences therefore share one mask and one position bias.
+Sequences of similar length are padded to one length and computed in blocks of query rows, which backward recomputes.
+Memory is bounded, and the cost follows Σ n². Padding needs no mask, because padded rows are zero. In groups without
+candidates, all sequences therefore share one mask and one position bias.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """HSTU attention of new tokens to the cached keys and values of earlier tokens, and to each other.
 
 HSTU attention has no softmax: each row is Σ SiLU(score) V / N with constant N. The sum is computed page by page of the
-cache, without recomputing earlier tokens, by plain matrix products. Forward only.
-Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
+cache, without recomputing earlier tokens. Forward only. Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
 """
 
 from __future__ import annotations
@@ -37,9 +36,7 @@ def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
     The layout has only the n new tokens, with their positions in the whole sequence. They are all candidates, or all
     history that directly follows the prefix. Computed in float32, or in float64 if q is float64. Memory: n scores per
     head and token of a page and, with a bias, n numbers per prefix token (1 if new tokens share one position and time).
-
-    Raises:
-        ValueError: History without a causal mask, because earlier tokens would see the new tokens.
+    Raises ValueError for history without a causal mask, because earlier tokens would see the new tokens.
     """
     layout, config, bias = inputs.layout, inputs.config, inputs.bias
     if not (layout.num_candidate_tokens is not None or config.is_causal):

@@ -181,7 +181,7 @@ class _Call:
 
 
 def _bias_argument(bias: RelativeBias, layout: JaggedLayout) -> Bias:
-    thresholds = _bucket_thresholds(layout.seqlen_offsets.device)
+    thresholds = bucket_thresholds(layout.seqlen_offsets.device)
     tables = bias.position_weight.float(), bias.time_weight.float()
     return Bias(layout.query_times, layout.token_times, thresholds, *tables, len(bias.position_weight) // 2)
 
@@ -193,11 +193,6 @@ def _longest_first(layout: JaggedLayout) -> Tensor:
         order = np.argsort(-layout.seqlens, kind="stable").astype(np.int32)
         layout.cache[key] = to_device(order, layout.seqlen_offsets.device)
     return layout.cache[key]
-
-
-@functools.cache
-def _bucket_thresholds(device: torch.device) -> Tensor:
-    return bucket_thresholds().to(device)
 
 
 Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]

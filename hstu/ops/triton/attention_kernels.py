@@ -112,7 +112,6 @@ def _add_rows(
     """Add the contribution of rows [first_row, stop), at most BLOCK_M, to the gradients of a tile of keys.
 
     All tiles are transposed, so that the weights, which are in registers, are the left operand of the products.
-    Rows from ``stop`` on are read as zeros.
     """
     rows = first_row + tl.arange(0, BLOCK_M)
     i, j = rows[None, :], keys[:, None]
@@ -234,8 +233,7 @@ def attention_backward_queries(
 def _add_to_buckets(totals, per_pair, rows, keys, span, bias, scale, BLOCK: tl.constexpr):
     """Add the score gradients of a tile to the totals of their time buckets.
 
-    Equal buckets are adjacent within a row. Each run of them is added at once: the prefix sum at its end minus the
-    prefix sum at the end of the previous run.
+    Equal buckets are adjacent within a row. Each run of them is added at once, as a difference of two prefix sums.
     """
     query_time = tl.load(bias.query_times + rows, mask=rows < span.length, other=0)[:, None]
     token_time = tl.load(bias.token_times + keys, mask=keys < span.length, other=0)[None, :]

@@ -1,7 +1,6 @@
 """One tile of HSTU attention: the keys that its queries see, the mask, the bias and the scores.
 
-Rows i are queries and columns j are keys, both counted from the start of their sequence. All functions broadcast, so
-that they also serve transposed tiles.
+Rows i are queries, columns j keys, counted from the start of their sequence. The functions also serve transposed tiles.
 """
 
 from __future__ import annotations

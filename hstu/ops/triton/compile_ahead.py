@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,19 +41,13 @@ class _Driver:
         return 0
 
 
-@contextmanager
-def _driver_of(capability: int) -> Iterator[None]:
-    driver.set_active(_Driver(capability))
-    try:
-        yield
-    finally:
-        driver.set_active(None)  # Triton finds the driver of this machine when it needs one
-
-
 def compile_kernel(launch: Launch, config: triton.Config, capability: int) -> Any:
     """Compile a launch for sm_{capability} unless it is cached. Returns Triton's kernel, or raises CompilationError."""
-    with _driver_of(capability):
+    driver.set_active(_Driver(capability))
+    try:
         return launch.kernel.warmup(grid=(1,), **launch.arguments, **config.all_kwargs(), enable_fp_fusion=True)
+    finally:
+        driver.set_active(None)  # Triton finds the driver of this machine when it needs one
 
 
 def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:

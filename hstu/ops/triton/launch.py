@@ -1,11 +1,9 @@
 """Launch kernels: in the first configuration that fits the device, in the interpreter, or only recorded.
 
-All host functions of this package launch their kernels through :func:`launcher`. Compiling ahead of time
-(``compile_ahead.py``) therefore records exactly what a host function would run, and compiles it for another GPU.
-
-There is no autotuning. The configuration depends on the kernel, the widths, the dtype and the GPU, not on lengths or
-times: all ranks run the same one, runs repeat bit for bit, and no step waits for a measurement.
-``scripts/bench/configurations.py`` measures all configurations; put the fastest first in its table.
+All host functions of this package launch their kernels through :func:`launcher`, so that ``compile_ahead.py`` records
+exactly what they would run. There is no autotuning: the configuration does not depend on lengths or times, so that all
+ranks run the same one and runs repeat bit for bit. ``scripts/bench/configurations.py`` measures all configurations; put
+the fastest first in its table.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,26 +36,20 @@ class Launch:
     grid: Grid
 
 
-@dataclass
-class _Recorder:
-    """Launches recorded as if on a GPU of this compute capability."""
-
-    capability: tuple[int, int]
-    launches: list[Launch] = field(default_factory=list)
-
-
-_recorder: _Recorder | None = None
+_recording: tuple[tuple[int, int], list[Launch]] | None = None
+"""Launches recorded as if on a GPU of this compute capability."""
 
 
 @contextmanager
 def recorded_launches(capability: tuple[int, int]) -> Iterator[list[Launch]]:
     """Record launches as if on such a GPU instead of running them; outputs are undefined."""
-    global _recorder
-    previous, _recorder = _recorder, _Recorder(capability)
+    global _recording
+    previous, launches = _recording, list[Launch]()
+    _recording = capability, launches
     try:
-        yield _recorder.launches
+        yield launches
     finally:
-        _recorder = previous
+        _recording = previous
 
 
 def is_interpreted(kernel: Any) -> bool:
@@ -67,16 +59,13 @@ def is_interpreted(kernel: Any) -> bool:
 
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Compute capability for which configurations are chosen; on a CPU, the capability of an H100."""
-    if _recorder is not None:
-        return _recorder.capability
+    if _recording is not None:
+        return _recording[0]
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def precision_for(kernel: Any, dtype: torch.dtype, exact: bool = False) -> Precision:
-    """Precision with which ``kernel`` multiplies tiles of ``dtype``.
-
-    float32 takes three TF32 products on tensor cores, about as exact. ``exact``: plain arithmetic, fewer registers.
-    """
+    """Products of float32 take three TF32 products, about as exact. ``exact``: plain arithmetic, fewer registers."""
     interpreted = is_interpreted(kernel)
     return Precision(
         products=("ieee" if exact else "tf32x3") if dtype == torch.float32 else "tf32",
@@ -87,11 +76,11 @@ def precision_for(kernel: Any, dtype: torch.dtype, exact: bool = False) -> Preci
 
 def launcher(kernel: Any, grid: Grid, configs: Sequence[triton.Config]) -> Callable[..., object]:
     """A callable that runs ``kernel`` in the first of ``configs`` that fits the device, or in the interpreter."""
-    if is_interpreted(kernel) and _recorder is None:
+    if is_interpreted(kernel) and _recording is None:
         return partial(kernel[grid], **configs[0].kwargs)
     _hash_functions(kernel.__module__)
-    if _recorder is not None:
-        return partial(_record, kernel, grid, configs)
+    if _recording is not None:
+        return partial(_record, _recording[1], kernel, grid, configs)
     return partial(_launch_first, kernel, grid, configs)
 
 
@@ -116,9 +105,10 @@ def _hash_functions(module: str) -> None:
             _ = function.cache_key
 
 
-def _record(kernel: Any, grid: Grid, configs: Sequence[triton.Config], /, **arguments: Any) -> None:
-    assert _recorder is not None
-    _recorder.launches.append(Launch(kernel, arguments, configs, grid))
+def _record(
+    launches: list[Launch], kernel: Any, grid: Grid, configs: Sequence[triton.Config], /, **arguments: Any
+) -> None:
+    launches.append(Launch(kernel, arguments, configs, grid))
 
 
 def _launch_first(kernel: Any, grid: Grid, configs: Sequence[triton.Config], /, **arguments: Any) -> None:

@@ -1,8 +1,8 @@
 """The residual stream with its LayerNorm, and the gated norm with dropout, by Triton kernels.
 
-Each program processes one row at a time and reads it once. It sums the gradients of the affine weights in registers;
-PyTorch adds the sums of all programs, so there are no atomics. The dropout mask is a function of seed, row and column,
-so that only the seed is saved for backward.
+Each program processes one row at a time and reads it once. It sums the gradients of the affine weights in registers and
+writes one row of partial sums, [programs, WIDTH]; PyTorch adds these, so there are no atomics. The dropout mask is a
+function of seed, row and column, so that only the seed is saved for backward.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from torch import Tensor
 
 from hstu.ops.kernels import AddLayerNormInputs, GateConfig, GateInputs, Gradient
 from hstu.ops.triton.launch import row_launcher
-from hstu.ops.triton.primitives import Matrix, elements, heads, matrix, sigmoid, silu_derivative
+from hstu.ops.triton.primitives import elements, heads, matrix, sigmoid, silu_derivative
 
 FORWARD_PROGRAMS = 8 * 132
 BACKWARD_PROGRAMS = 4 * 132
-"""Largest numbers of programs. All run at once on the 132 multiprocessors of an H100, each with room for 12 or 6.
-Each backward program writes one row of partial sums of the affine gradients."""
+"""Largest numbers of programs. All run at once on the 132 multiprocessors of an H100, each with room for 12 or 6."""
 GATE_PROGRAMS = 1024
-"""Largest number of programs. Each writes one row of partial sums of the affine gradients."""
 _SEEDS = 1 << 31
 
 
@@ -39,7 +37,7 @@ def residual_forward(inputs: AddLayerNormInputs) -> tuple[Tensor, Tensor, Tensor
         row_launcher(add_layer_norm_forward, min(FORWARD_PROGRAMS, len(x)), x.shape[1])(
             x=matrix(x),
             num_rows=len(x),
-            update=_matrix_or_none(update),
+            update=matrix(update),
             weight=inputs.weight,
             bias=inputs.bias,
             total=matrix(total),
@@ -72,7 +70,7 @@ def residual_backward(
             grad=matrix(grad),
             grad_total=matrix(grad_total),
             grad_x=matrix(grad_x),
-            grad_update=_matrix_or_none(grad_update),
+            grad_update=matrix(grad_update),
             weight_sums=sums[0],
             bias_sums=sums[1],
             ROUNDED=rounded,
@@ -81,10 +79,6 @@ def residual_backward(
         grad_update = grad_x
     grad_weight, grad_bias = sums.sum(1)
     return grad_x, grad_update, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
-
-
-def _matrix_or_none(tensor: Tensor | None) -> Matrix:
-    return Matrix(None, 0, 0) if tensor is None else matrix(tensor)
 
 
 def gate_forward(inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -217,10 +211,7 @@ def add_layer_norm_backward(
     total, weight, mean, rstd, grad, grad_total, grad_x, grad_update, weight_sums, bias_sums, num_rows,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROUNDED: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = grad_total + gradient through the norm; grad_update = grad_x if ROUNDED. Grid: (programs,).
-
-    Each program writes one row of weight_sums and of bias_sums, [programs, WIDTH].
-    """
+    """grad_x = grad_total + gradient through the norm; grad_update = grad_x if ROUNDED. Grid: (programs,)."""
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
@@ -313,9 +304,8 @@ def norm_mul_dropout_backward(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     DROPPED: tl.constexpr, PASS: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Gradients, and the output of forward. Grid: (programs,).
+    """Gradients, and the output of forward. Grid: (programs,). PASS "all" computes everything.
 
-    Each program writes one row of weight_sums and of bias_sums, [programs, WIDTH]. PASS "all" computes everything.
     If several ranks share the heads of a row, there are two passes: "sums" writes everything but grad_x, and the means
     over this rank's columns to row_sums [2, T]; "rows" reads the means over all ranks from row_sums and writes grad_x.
     If SILU, the gate is SiLU(u), grad_u is the gradient of u, and gate_sums receives its sums over rows.

@@ -46,9 +46,9 @@ class Precision:
     """Use the hardware's tanh, whose relative error of 2⁻¹¹ matches 16-bit inputs."""
 
 
-def matrix(tensor: Tensor) -> Matrix:
-    """A two-dimensional tensor as a kernel argument."""
-    return Matrix(tensor, *tensor.stride())
+def matrix(tensor: Tensor | None) -> Matrix:
+    """A two-dimensional tensor as a kernel argument; None: the kernel does not access it."""
+    return Matrix(None, 0, 0) if tensor is None else Matrix(tensor, *tensor.stride())
 
 
 def heads(tensor: Tensor | None) -> Heads:

@@ -1,7 +1,6 @@
 """Triton kernels of dynamic tables: find slots in GPU memory, and write the first values of new rows.
 
-The host never waits for the device: it launches each kernel for the most that a batch can need, and a kernel with less
-to do ends early.
+The host never waits for the device: it launches each kernel for the most that a batch can need.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ NO_ENTRY = tl.constexpr(-3)
 # One warp per program, so that no warp waits for the longest search of another.
 _SEARCH = [triton.Config({"BLOCK": 64}, num_warps=1, num_stages=1)]
 _CLEAR = [triton.Config({"BLOCK": 512}, num_warps=4, num_stages=1)]
-_START = [triton.Config({"ROWS": 16, "COLUMNS": 64}, num_warps=4, num_stages=1)]
+_START = [triton.Config({"BLOCK": 16, "COLUMNS": 64}, num_warps=4, num_stages=1)]
 _MOST_PROGRAMS = 2048
 _LEAST_BITS = 4
 
@@ -79,21 +78,20 @@ def start_rows(
     hstu/parallel/dynamic/hashing.py, which defines the values.
     """
     matrix = target.unsqueeze(1) if target.dim() == 1 else target
-    if len(rows):
-        grid = lambda meta: (min(_MOST_PROGRAMS, triton.cdiv(len(rows), meta["ROWS"])),)  # noqa: E731
-        launcher(write_first_values, grid, _START)(
-            target=matrix,
-            rows=rows,
-            ids=ids,
-            quantiles=quantiles,
-            number=number,
-            first_row=first_row,
-            num_rows=len(matrix),
-            columns=matrix.shape[1] if columns is None else columns,
-            stride=matrix.stride(0),
-            table_key=table_key,
-            init_std=init_std,
-        )
+    _launch(
+        *(write_first_values, len(rows), _START),
+        target=matrix,
+        rows=rows,
+        ids=ids,
+        quantiles=quantiles,
+        number=number,
+        first_row=first_row,
+        num_rows=len(matrix),
+        columns=matrix.shape[1] if columns is None else columns,
+        stride=matrix.stride(0),
+        table_key=table_key,
+        init_std=init_std,
+    )
 
 
 def _launch(kernel: Any, number: int, configs: list[triton.Config], /, **arguments: Any) -> None:
@@ -180,13 +178,13 @@ def mixed(ids):
 @triton.jit(do_not_specialize=["first_row", "num_rows", "columns", "table_key", "init_std"])
 def write_first_values(
     target, rows, ids, quantiles, number, first_row, num_rows, columns, stride, table_key, init_std,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """See ``start_rows``. Four columns share a hash, whose 16-bit parts select their quantiles. Grid: any."""
     bound = tl.load(number)
-    stop = (bound + ROWS - 1) // ROWS
+    stop = (bound + BLOCK - 1) // BLOCK
     for block in range(tl.program_id(0), stop, tl.num_programs(0)):
-        place = block * ROWS + tl.arange(0, ROWS)
+        place = block * BLOCK + tl.arange(0, BLOCK)
         row = tl.load(rows + place, mask=place < bound, other=-1).to(tl.int64) - first_row
         here = (place < bound) & (row >= 0) & (row < num_rows)
         if ids is not None:
@@ -195,7 +193,7 @@ def write_first_values(
             column = start + tl.arange(0, COLUMNS)
             mask = here[:, None] & (column < columns)[None, :]
             if ids is None:
-                value = tl.zeros((ROWS, COLUMNS), tl.float32)
+                value = tl.zeros((BLOCK, COLUMNS), tl.float32)
             else:
                 bits = mixed(key[:, None] + (column // 4)[None, :])
                 part = (bits >> (16 * (column % 4)).to(tl.uint64)[None, :]) & 0xFFFF

@@ -13,7 +13,7 @@ pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the 
 
 from hstu.ops.compile_ahead import compile_all
 from hstu.ops.cutlass import attention, compile_ahead, objects
-from hstu.ops.cutlass.attention import NUM_FACTORS, NUM_SIZES, Kernel, Variant
+from hstu.ops.cutlass.attention import Kernel, Variant
 from hstu.ops.cutlass.objects import LaunchArguments
 from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, KernelShapes, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS
@@ -28,10 +28,10 @@ def check_arguments(function: Any, variant: Variant, of_bias: list[float], narro
     expected, _kept_alive = function.generate_execution_args(*attention._examples(variant))
     tensors = len(variant.elements)
     arguments = LaunchArguments(*attention._examples(variant))
-    arguments.write(*[16] * tensors, *[8] * 2 * tensors, 16, *[1] * NUM_SIZES, *[1.0] * NUM_FACTORS, *of_bias, 1, 0)
+    arguments.write(*[16] * tensors, *[8] * 2 * tensors, 16, *[1] * 5, *[1.0] * 2, *of_bias, 1, 0)
     ours, _ = function.generate_execution_args(*arguments.values)
     assert len(ours) == len(expected)
-    is_narrow = [0] * (3 * tensors + 1) + [1] * (NUM_SIZES + NUM_FACTORS) + narrow_of_bias + [1, 0]
+    is_narrow = [0] * (3 * tensors + 1) + [1] * 7 + narrow_of_bias + [1, 0]
     for given, wanted, narrow in zip(ours, expected, is_narrow, strict=True):
         assert ctypes.string_at(given, 4 if narrow else 8) == ctypes.string_at(wanted, 4 if narrow else 8)
 

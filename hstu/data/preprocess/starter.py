@@ -9,14 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from hstu.base.files import replace_text
-from hstu.config.args import EmbeddingArgs, NetworkArgs, Task
+from hstu.config.args import NetworkArgs, Task
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.features.roles import predefined_embeddings
 from hstu.data.store.layout import META_FILE
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
-
-Settings = Mapping[str, object]
-"""Option → value: a paragraph of a gin file."""
 
 _HEADROOM, _LEAST_HEADROOM = 0.1, 8
 """Spare rows of a table: fraction of its ids, and the minimum."""
@@ -32,6 +29,37 @@ _MOST_CLASSES = 1000
 _STEPS, _MOST_EPOCHS = 500, 50
 """A run has about _STEPS iterations, but at least one epoch and at most _MOST_EPOCHS."""
 _NETWORK = NetworkArgs(num_layers=2, hidden_size=64, num_attention_heads=2, kv_channels=32, dtype_str="float32")
+_TEMPLATE = """\
+# {title} on {store.name} ({counts}): a start, with sizes for two CPU cores.
+
+DatasetArgs.dataset_name = {store.name!r}
+DatasetArgs.dataset_path = {path!r}
+DatasetArgs.max_sequence_length = {length}
+DatasetArgs.contextual_feature_names = {context!r}
+DatasetArgs.shuffle = True
+
+NetworkArgs.num_layers = {network.num_layers}
+NetworkArgs.hidden_size = {network.hidden_size}
+NetworkArgs.num_attention_heads = {network.num_attention_heads}
+NetworkArgs.kv_channels = {network.kv_channels}
+NetworkArgs.dtype_str = {network.dtype_str!r}
+NetworkArgs.position_encoding = {position_encoding!r}
+NetworkArgs.interleave_actions = {is_ranking}
+OptimizerArgs.optimizer_str = 'adam'
+OptimizerArgs.learning_rate = 0.001
+
+{candidates}TrainerArgs.train_batch_size = {batch}
+TrainerArgs.eval_batch_size = 128
+TrainerArgs.num_train_epochs = {epochs}
+TrainerArgs.log_interval = {log_interval}
+TrainerArgs.eval_interval = {quarter}
+TrainerArgs.ckpt_save_interval = {quarter}
+TrainerArgs.best_metric = {best[0]!r}
+TrainerArgs.best_metric_mode = {best[1]!r}
+
+{objective}
+{features}# One table per feature, with rows to spare for the ids of later data.
+{tables}"""
 
 
 def write_starters(store: SequenceStore, path: Path) -> Iterator[str]:
@@ -39,19 +67,14 @@ def write_starters(store: SequenceStore, path: Path) -> Iterator[str]:
 
     Yields per task how to train, or why not. ``path``: the store, absolute or relative to where training will start.
     """
-    special: Mapping[Task, Sequence[Settings] | str] = {"retrieval": _retrieval(store), "ranking": _ranking(store)}
-    for task, settings in special.items():
-        if isinstance(settings, str):
-            yield f"no starter file for {task}: {settings}"
+    objectives: Mapping[Task, tuple[int, str] | str] = {"retrieval": _retrieval(store), "ranking": _ranking(store)}
+    for task, objective in objectives.items():
+        if isinstance(objective, str):
+            yield f"no starter file for {task}: {objective}"
             continue
         file = path.with_name(f"{path.name}_{task}.gin")
-        text = _starter(store, path, task, settings)
+        text = _starter(store, path, task, *objective)
         yield f"train {task}: python pretrain_gr_{task}.py --gin-config-file {file}{_write(file, text, store)}"
-
-
-def rows_with_headroom(ids: int) -> int:
-    """Rows of a table for ``ids`` ids, with spare rows for ids of later data."""
-    return ids + max(int(_HEADROOM * ids), _LEAST_HEADROOM)
 
 
 def _write(file: Path, text: str, store: SequenceStore) -> str:
@@ -67,31 +90,45 @@ def _write(file: Path, text: str, store: SequenceStore) -> str:
     return ""
 
 
-def _starter(store: SequenceStore, path: Path, task: Task, special: Sequence[Settings]) -> str:
-    context = [name for name in store.contextual_features if not (task == "ranking" and name == USER_FEATURE)]
-    counts = f"{store.num_users:,} users, {store.cardinality(store.item_feature):,} items, {store.num_events:,} events"
-    header = f"# {task.capitalize()} on {store.name} ({counts}): a start, with sizes for two CPU cores.\n"
-    paragraphs = [_gin(settings) for settings in (_data(store, path, context), _network(store, task), *special)]
-    comment = "# One table per feature, with rows to spare for the ids of later data.\n"
-    tables = "\n".join(_gin(settings) for settings in _tables(store, context))
-    return "\n".join([header, *paragraphs, *_side(store), comment + tables])
-
-
-def _gin(settings: Settings) -> str:
-    return "".join(f"{option} = {value!r}\n" for option, value in settings.items())
-
-
-def _data(store: SequenceStore, path: Path, context: Sequence[str]) -> Settings:
-    covering = int(np.quantile(np.diff(store.offsets()), _COVERED, method="higher"))
+def _starter(store: SequenceStore, path: Path, task: Task, samples: int, objective: str) -> str:
+    """A gin file for about ``samples`` training samples. ``objective``: lines of settings of the task."""
+    is_ranking = task == "ranking"
+    context = [name for name in store.contextual_features if not (is_ranking and name == USER_FEATURE)]
+    covering, candidates = int(np.quantile(np.diff(store.offsets()), _COVERED, method="higher")), ""
     if store.num_requests:
-        covering += min(int(store.requests().sizes.max()), _MOST_CANDIDATES)
-    return {
-        "DatasetArgs.dataset_name": store.name,
-        "DatasetArgs.dataset_path": str(path),
-        "DatasetArgs.max_sequence_length": max(min(covering, _LONGEST), 2),
-        "DatasetArgs.contextual_feature_names": list(context),
-        "DatasetArgs.shuffle": True,
-    }
+        largest = int(store.requests().sizes.max())
+        covering += min(largest, _MOST_CANDIDATES)
+        limit = {"DatasetArgs.max_num_candidates": _MOST_CANDIDATES} if largest > _MOST_CANDIDATES else {}
+        candidates = _gin({"DatasetArgs.candidates": "requests", **limit}) + "\n" if is_ranking else ""
+    batch = 32 if samples < 2000 else 64
+    steps_per_epoch = -(-samples // batch)
+    epochs = min(max(_STEPS // steps_per_epoch, 1), _MOST_EPOCHS)
+    quarter = -(-epochs * steps_per_epoch // 4)
+    items = store.cardinality(store.item_feature)
+    return _TEMPLATE.format(
+        title=task.capitalize(),
+        store=store,
+        counts=f"{store.num_users:,} users, {items:,} items, {store.num_events:,} events",
+        path=str(path),
+        length=max(min(covering, _LONGEST), 2),
+        context=context,
+        network=_NETWORK,
+        position_encoding="relative_bias" if store.timestamp_feature else "absolute",
+        is_ranking=is_ranking,
+        candidates=candidates,
+        batch=batch,
+        epochs=epochs,
+        log_interval=max(quarter // 3, 1),
+        quarter=quarter,
+        best=("LOGLOSS", "min") if is_ranking else ("NDCG@10", "max"),
+        objective=objective,
+        features="".join(f"{paragraph}\n" for paragraph in _side(store)),
+        tables="\n".join(_tables(store, context)),
+    )
+
+
+def _gin(settings: Mapping[str, object]) -> str:
+    return "".join(f"{option} = {value!r}\n" for option, value in settings.items())
 
 
 def _side(store: SequenceStore) -> Iterator[str]:
@@ -104,73 +141,38 @@ def _side(store: SequenceStore) -> Iterator[str]:
     numbers = (*store.item_number_features, *store.event_number_features)
     for scope, is_vector in (("numbers", False), ("vectors", True)):  # which have other transforms
         if named := [name for name in numbers if (store.features[name].width > 1) == is_vector]:
-            settings = {"feature_names": named, "transform": "standardize"}
-            yield _gin({f"{scope}/NumericFeatureArgs.{name}": value for name, value in settings.items()})
+            option = f"{scope}/NumericFeatureArgs"
+            yield _gin({f"{option}.feature_names": named, f"{option}.transform": "standardize"})
 
 
-def _network(store: SequenceStore, task: Task) -> Settings:
-    sizes = ("num_layers", "hidden_size", "num_attention_heads", "kv_channels", "dtype_str")
-    return {
-        **{f"NetworkArgs.{name}": getattr(_NETWORK, name) for name in sizes},
-        "NetworkArgs.position_encoding": "relative_bias" if store.timestamp_feature else "absolute",
-        "NetworkArgs.interleave_actions": task == "ranking",
-        "OptimizerArgs.optimizer_str": "adam",
-        "OptimizerArgs.learning_rate": 1e-3,
-    }
-
-
-def _tables(store: SequenceStore, context: Sequence[str]) -> Iterator[Settings]:
+def _tables(store: SequenceStore, context: Sequence[str]) -> Iterator[str]:
     used = {store.item_feature, store.action_feature, *context, *store.item_side_features, *store.event_features}
     scopes: set[str] = set()
     for table in predefined_embeddings(store, _NETWORK):
         if table.table_name not in used:
             continue
-        scope = _scope(table, scopes)
-        is_action = table.table_name == store.action_feature  # new actions would also need new classes
+        scope = re.sub(r"^(?=\d)|\W", "_", table.table_name, flags=re.ASCII)  # an identifier
+        while scope in scopes:
+            scope += "_"
+        scopes.add(scope)
         rows = table.item_vocab_size_or_capacity
-        settings = {
-            "feature_names": table.feature_names,
-            "table_name": scope,
-            "item_vocab_size_or_capacity": rows if is_action else rows_with_headroom(rows),
-            "sharding_type": table.sharding_type,
-        }
-        kind = type(table).__name__  # a DynamicEmbeddingArgs for raw ids
-        yield {f"{scope}/{kind}.{option}": value for option, value in settings.items()}
+        if table.table_name != store.action_feature:  # new actions would also need new classes
+            rows += max(int(_HEADROOM * rows), _LEAST_HEADROOM)
+        option = f"{scope}/{type(table).__name__}"  # a DynamicEmbeddingArgs for raw ids
+        yield _gin(
+            {
+                f"{option}.feature_names": table.feature_names,
+                f"{option}.table_name": scope,
+                f"{option}.item_vocab_size_or_capacity": rows,
+                f"{option}.sharding_type": table.sharding_type,
+            }
+        )
 
 
-def _scope(table: EmbeddingArgs, taken: set[str]) -> str:
-    """A unique identifier for the table, derived from the name of its feature."""
-    name = re.sub(r"\W", "_", table.table_name, flags=re.ASCII)
-    name = f"_{name}" if name[0].isdigit() else name
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
-
-
-def _trainer(samples: int, best_metric: str, best_metric_mode: str) -> Settings:
-    """Batch size, length and intervals of a run over ``samples`` training samples."""
-    batch = 32 if samples < 2000 else 64
-    steps_per_epoch = -(-samples // batch)
-    epochs = min(max(_STEPS // steps_per_epoch, 1), _MOST_EPOCHS)
-    quarter = -(-epochs * steps_per_epoch // 4)
-    return {
-        "TrainerArgs.train_batch_size": batch,
-        "TrainerArgs.eval_batch_size": 128,
-        "TrainerArgs.num_train_epochs": epochs,
-        "TrainerArgs.log_interval": max(quarter // 3, 1),
-        "TrainerArgs.eval_interval": quarter,
-        "TrainerArgs.ckpt_save_interval": quarter,
-        "TrainerArgs.best_metric": best_metric,
-        "TrainerArgs.best_metric_mode": best_metric_mode,
-    }
-
-
-def _retrieval(store: SequenceStore) -> Sequence[Settings] | str:
-    """Settings specific to retrieval, or the reason why the data does not allow it."""
-    lengths = np.diff(store.offsets())
+def _retrieval(store: SequenceStore) -> tuple[int, str] | str:
+    """Training samples and settings of retrieval, or the reason why the data does not allow it."""
+    lengths, held_out = np.diff(store.offsets()), {}
     if store.split is not None:
-        held_out: Settings = {}
         samples = int((_training_lengths(store) >= 2).sum())
     else:
         valid_items = int((lengths >= 4).any())
@@ -179,35 +181,19 @@ def _retrieval(store: SequenceStore) -> Sequence[Settings] | str:
     if not samples:
         needed = "3 events, two to learn from and one to predict" if store.split is None else "2 events marked train"
         return f"no user has {needed}"
-    negatives: Settings = {"RetrievalArgs.negatives": "full"}
+    negatives: Mapping[str, object] = {"RetrievalArgs.negatives": "full"}
     if store.cardinality(store.item_feature) > _FULL_SOFTMAX_ITEMS:
         negatives = {"RetrievalArgs.negatives": "uniform", "RetrievalArgs.num_negatives": 128}
-    task = {**held_out, **negatives, "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10")}
-    return _trainer(samples, "NDCG@10", "max"), task
+    return samples, _gin({**held_out, **negatives, "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10")})
 
 
-def _ranking(store: SequenceStore) -> Sequence[Settings] | str:
-    if store.action_feature is None:
+def _ranking(store: SequenceStore) -> tuple[int, str] | str:
+    """As _retrieval: one sigmoid per bit of the action, one sigmoid for 0 and 1, or one class per value."""
+    action = store.action_feature
+    if action is None:
         return "the data has no action; for your own table, name its column with --action"
     if store.num_users < 2 and store.split is None:
         return "it is trained on some users and evaluated on others, and the data has only one"
-    samples = round(0.7 * store.num_users) if store.split is None else int((_training_lengths(store) > 0).sum())
-    head = _head(store, store.action_feature)
-    if isinstance(head, str) or not store.num_requests:
-        return head if isinstance(head, str) else (_trainer(samples, "LOGLOSS", "min"), head)
-    limit = {"DatasetArgs.max_num_candidates": _MOST_CANDIDATES}
-    is_limited = int(store.requests().sizes.max()) > _MOST_CANDIDATES
-    candidates: Settings = {"DatasetArgs.candidates": "requests", **(limit if is_limited else {})}
-    return candidates, _trainer(round(0.7 * store.num_requests), "LOGLOSS", "min"), head
-
-
-def _training_lengths(store: SequenceStore) -> np.ndarray:
-    """Training events of each user, int64 [U]. The data must have a split."""
-    return store.held_out("valid")[0] - store.offsets()[:-1]
-
-
-def _head(store: SequenceStore, action: str) -> Settings | str:
-    """One sigmoid per bit of the action, one sigmoid for 0 and 1, or one class per value."""
     least, most = store.least_value(action), max(int(values.max()) for values in store.columns(action))
     if least == most:
         return f"{action!r} is always {least}, so there is nothing to predict"
@@ -217,8 +203,17 @@ def _head(store: SequenceStore, action: str) -> Settings | str:
     if classes > _MOST_CLASSES and not bits:
         return f"{action!r} goes up to {most:,}, too many classes for a head; group its values"
     is_binary = bits > 0 or store.cardinality(action) == 2
-    return {
+    head = {
         "RankingArgs.prediction_head_arch": [_NETWORK.hidden_size, bits or (1 if is_binary else classes)],
         "RankingArgs.num_tasks": bits or 1,
         "RankingArgs.eval_metrics": ("AUC", "GAUC", "LOGLOSS") if is_binary else ("AUC", "ACC", "LOGLOSS"),
     }
+    samples = round(0.7 * (store.num_requests or store.num_users))
+    if store.split is not None:
+        samples = int((_training_lengths(store) > 0).sum())
+    return samples, _gin(head)
+
+
+def _training_lengths(store: SequenceStore) -> np.ndarray:
+    """Training events of each user, int64 [U]. The data must have a split."""
+    return store.held_out("valid")[0] - store.offsets()[:-1]

@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         help="item, user or item,user: models get the raw ids, int64, which dynamic tables take as they are",
     )
     add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
-    add("--no_report", action="store_true", help="do not write <output>.report/report.md with its plots")
+    add("--no_report", action="store_true", help="do not write <output>.report/report.md")
     _add_own_table(parser.add_argument_group("your own table").add_argument)
     return parser
 

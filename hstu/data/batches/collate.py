@@ -61,9 +61,8 @@ class Rows:
     """Retrieval evaluation: the target items, [b]."""
     request_times: np.ndarray | None = None
     """Retrieval evaluation: the times of the target events, [b], in seconds."""
-    seen: np.ndarray | None = None
-    """See SeenIds.values, [Σ seen_lengths]; seen_lengths is [b]."""
-    seen_lengths: np.ndarray | None = None
+    seen: tuple[np.ndarray, np.ndarray] | None = None
+    """SeenIds.values and lengths, [b]."""
 
 
 class RowReader(Protocol):
@@ -108,11 +107,6 @@ class Assembler:
         looked_up, list_lengths = self._look_ups(codes)
         num_candidates, num_labels = self._padded(rows.num_candidates), self._padded(rows.num_labels)
         lists, label_values = self.roles.lists, list(rows.label_values.values())
-        seen = None
-        if rows.seen is not None and rows.seen_lengths is not None:
-            seen = SeenIds(
-                values=torch.from_numpy(rows.seen), lengths=torch.from_numpy(self._padded(rows.seen_lengths))
-            )
         return HSTUBatch(
             features=self._features(rows, looked_up),
             num_candidates=torch.from_numpy(num_candidates),
@@ -129,13 +123,16 @@ class Assembler:
             negatives=BatchNegatives(
                 draws=_tensor(draws), pool_positions=_tensor(pool_positions), list_lengths=_tensor(list_lengths)
             ),
-            seen=seen,
+            seen=None if rows.seen is None else self._seen(*rows.seen),
             real_batch_size=len(rows.lengths),
             item_lengths=self._padded(rows.lengths),
             num_candidates_host=num_candidates,
             num_labels_host=num_labels,
             position=plan.position,
         )
+
+    def _seen(self, values: np.ndarray, lengths: np.ndarray) -> SeenIds:
+        return SeenIds(values=torch.from_numpy(values), lengths=torch.from_numpy(self._padded(lengths)))
 
     def _features(self, rows: Rows, negatives: Mapping[str, np.ndarray]) -> KeyedJaggedTensor:
         lengths = self._padded(rows.lengths)

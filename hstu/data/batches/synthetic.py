@@ -131,7 +131,6 @@ class SyntheticReader:
         tokens = ordinals[sample], place
         items = self._ids(self.roles.item, _VALUES, *tokens)
         is_retrieval_eval = self.task == "retrieval" and not self.is_training
-        wants_seen = is_retrieval_eval and self.wants_seen
         return Rows(
             user_ids=ordinals,
             lengths=lengths,
@@ -142,8 +141,7 @@ class SyntheticReader:
             timestamps=self._times(lengths, *tokens) if self.wants_timestamps else None,
             context={name: self._ids(name, _VALUES, ordinals, 0) for name in self.roles.contextual},
             held_out=self._ids(self.roles.item, _HELD_OUT, ordinals, 0) if is_retrieval_eval else None,
-            seen=items if wants_seen else None,
-            seen_lengths=lengths if wants_seen else None,
+            seen=(items, lengths) if is_retrieval_eval and self.wants_seen else None,
         )
 
     def lengths_of(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

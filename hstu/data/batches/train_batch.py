@@ -109,7 +109,9 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
         lengths[key] = np.concatenate([*(array[:n] for array, n in of_ranks), *(array[n:] for array, n in of_ranks)])
         if is_of_negatives(key):
             lengths[key] = _all_in_first(len(lengths[key]), len(values[key]))
-    merged = _joined([_real_part(batch) for batch in batches] + [_padding(batch) for batch in batches])
+    parts = [_cut(each, _bounds(each, slice(each.real_batch_size), slice(None))) for each in batches]
+    padding = [_cut(each, _bounds(each, slice(each.real_batch_size, None), slice(0))) for each in batches]
+    merged = _joined(parts + padding)
     has_pool = batches[0].negatives.pool_positions is not None
     negatives = dataclasses.replace(
         merged.negatives,
@@ -126,14 +128,6 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
         labels=_range_of_rank([batch.num_labels_total for batch in batches], rank),
     )
     return merged, layout
-
-
-def _real_part(batch: HSTUBatch) -> HSTUBatch:
-    return _cut(batch, _bounds(batch, slice(batch.real_batch_size), slice(None)))
-
-
-def _padding(batch: HSTUBatch) -> HSTUBatch:
-    return _cut(batch, _bounds(batch, slice(batch.real_batch_size, None), slice(0)))
 
 
 def _bounds(batch: HSTUBatch, sequences: slice, others: slice) -> dict[str, slice]:

@@ -10,13 +10,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from duckdb import DuckDBPyConnection
 
 from hstu.base.errors import DataError
 from hstu.data.datasets.own_columns import TIME_UNITS, UNIT_NAMES, InteractionColumns, columns_of, open_table
 from hstu.data.datasets.raw import RawFile, identifier, literal, require_columns, select_list
-from hstu.data.datasets.spec import LATEST_SECOND, SPLIT_NAMES, ColumnDescription, RawTables, TypedColumns
+from hstu.data.datasets.spec import LATEST_SECOND, SPLIT_NAMES, ColumnDescription, RawTables
 
 _log = logging.getLogger(__name__)
 
@@ -59,13 +60,12 @@ def interactions(columns: InteractionColumns) -> RawTables:
         expressions.append(_feature(columns, name, column, logs[0]))
     item_values = [_feature(columns, name, column, items[0]) for name, column in of_items.items() if items]
     of_requests = given | ({"request": columns.request} if columns.request else {})
+    needed = of_requests | schema.of_events()
+    requests = [_table(columns, file, needed, event_items, needs_one=False)[0] for file in columns.request_files]
     return RawTables(
         logs=logs,
         events=select_list(given | of_events),
-        requests=tuple(
-            _request_table(file, columns, of_requests | schema.of_events(), event_items)
-            for file in columns.request_files
-        ),
+        requests=tuple(filter(None, requests)),
         has_request_ids=columns.request is not None,
         context=context,
         event_context=tuple(event_context),
@@ -83,26 +83,22 @@ def interactions(columns: InteractionColumns) -> RawTables:
 
 
 def _table(
-    columns: InteractionColumns, file: Path | None, needed: Mapping[str, str], features: Mapping[str, str]
+    columns: InteractionColumns,
+    file: Path | None,
+    needed: Mapping[str, str],
+    features: Mapping[str, str],
+    *,
+    needs_one: bool = True,
 ) -> tuple[tuple[RawFile, str] | None, dict[str, str]]:
-    """Open a table that must have one of ``features``, if any. Returns its entry in RawTables and its features."""
+    """Open a table, which ``needs_one`` of ``features``, if any. Returns its entry in RawTables and its features."""
     if file is None:
         return None, {}
     table = open_table(file, columns.delimiter)
     present = columns_of(table)
     found = {name: column for name, column in features.items() if column in present}
-    require_columns(table.path, list(present), [*needed.values(), *([] if found else features.values())])
+    wanted = features.values() if needs_one and not found else ()
+    require_columns(table.path, list(present), [*needed.values(), *wanted])
     return (table, select_list({**needed, **found})), found
-
-
-def _request_table(
-    file: Path, columns: InteractionColumns, needed: Mapping[str, str], of_items: Mapping[str, str]
-) -> tuple[RawFile, str]:
-    """Open a table of impressions for RawTables.requests. Columns of items are optional."""
-    table = open_table(file, columns.delimiter)
-    present = columns_of(table)
-    require_columns(table.path, list(present), needed.values())
-    return table, select_list({**needed, **{name: column for name, column in of_items.items() if column in present}})
 
 
 def _feature(columns: InteractionColumns, name: str, column: str, table: RawFile) -> str:
@@ -149,7 +145,7 @@ def _resolve_types(
     of_items: Sequence[str],
     engine: DuckDBPyConnection,
     log: str,
-) -> TypedColumns:
+) -> dict[str, Any]:
     table = ColumnTypes(engine, (*columns.files, *columns.request_files), log)
     user, user_is_integer = table.id("user", columns.user)
     item, item_is_integer = table.id("item", columns.item)
@@ -167,14 +163,13 @@ def _resolve_types(
     if columns.request:
         selected.append("CAST(request AS VARCHAR) AS request")
     of_user, of_item = _like_events("user", user_is_integer), _like_events("item", item_is_integer)
-    tables = {
-        "context": [of_user, *of_context],
-        "titles": [of_item, _as_text("title")],
-        "item_table": [of_item, *of_items],
+    return {
+        "events": ", ".join([*selected, *of_events]),
+        "context": ", ".join([of_user, *of_context]),
+        "titles": ", ".join([of_item, _as_text("title")]),
+        "item_table": ", ".join([of_item, *of_items]),
+        "labels": labels,
     }
-    return TypedColumns(
-        ", ".join([*selected, *of_events]), {name: ", ".join(values) for name, values in tables.items()}, labels
-    )
 
 
 def _like_events(name: str, is_integer: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hstu.data.datasets.raw import RawFile
 
@@ -104,17 +104,6 @@ class ColumnDescription:
     """Bad value → hint at what the user probably meant, appended to the message; may be empty."""
 
 
-@dataclass(frozen=True)
-class TypedColumns:
-    """Select lists over the ingested events and tables, as RawTables describes them."""
-
-    events: str
-    tables: dict[str, str]
-    """By the names of RawTables.tables."""
-    labels: tuple[str, ...] = ()
-    """Text of action 0, 1, …; empty where actions are numbers."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class RawTables:
     """The raw files of a dataset, and the SQL that turns them into events, features and titles."""
@@ -141,9 +130,10 @@ class RawTables:
     Numbers are FLOAT as in ``events``. Vectors are FLOAT[]; NaN as their first element marks them as unusable."""
     event_items: tuple[str, ...] = ()
     """Names ``i0``, … of item features in ``events``. An item's first value counts."""
-    resolve_types: Callable[[DuckDBPyConnection, str], TypedColumns] | None = None
+    resolve_types: Callable[[DuckDBPyConnection, str], dict[str, Any]] | None = None
     """For types that depend on the data: the select lists above then only pick columns (without timestamp), and
-    ``resolve_types(engine, ingested events)`` returns the final select lists."""
+    ``resolve_types(engine, ingested events)`` returns the final ones for JSON, under "events" and the names of
+    ``tables``, and under "labels" the texts of the actions 0, 1, …, if they are texts."""
     settings: str = ""
     """Identifies all inputs of ``resolve_types`` except the data."""
     descriptions: Mapping[str, ColumnDescription] = field(default_factory=dict)

@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -34,7 +34,6 @@ from hstu.data.preprocess.features import check_items, write_context, write_item
 from hstu.data.preprocess.ingest import check_rows, keep_core, read_files
 from hstu.data.preprocess.state import (
     Build,
-    BuildLimits,
     BuildOptions,
     disk_errors,
     memory_bytes,
@@ -56,7 +55,6 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
 
 _log = logging.getLogger(__name__)
-_SCRIPT = ("python", "scripts/preprocess_dataset.py")
 DATA_DIRECTORY = Path("tmp_data")
 """Default directory of stores and, under raw/, of downloads; relative to the current directory."""
 
@@ -67,7 +65,7 @@ def preprocess(
     raw_path: str | Path | None = None,
     output: str | Path | None = None,
     force: bool = False,
-    **limits: Unpack[BuildLimits],
+    **limits: Any,
 ) -> Path:
     """Build the store of a built-in dataset, in any spelling of its name, and return its path.
 
@@ -75,7 +73,7 @@ def preprocess(
         raw_path: directory of the raw files. None: tmp_data/raw/<name>, where missing files are downloaded.
         output: directory of the store. None: tmp_data/<name>.
         force: replace an existing store. Otherwise it is kept if it fits its raw files and the arguments.
-        limits: options of BuildLimits.
+        limits: further fields of BuildOptions.
 
     Raises ConfigError for an unknown name, DataError for missing or bad files and for a store that does not fit.
     """
@@ -109,7 +107,7 @@ def import_interactions(
     output: str | Path | None = None,
     force: bool = False,
     append: bool = False,
-    **limits: Unpack[BuildLimits],
+    **limits: Any,
 ) -> Path:
     """Build the store of users' own tables, as preprocess. ``append``: add new files to the existing store."""
     if resolve_name(name) is not None:
@@ -139,23 +137,23 @@ def import_interactions(
     return target
 
 
-def _options(name: str, output: Path, force: bool, limits: BuildLimits, **arguments: object) -> BuildOptions:
+def _options(name: str, output: Path, force: bool, limits: Mapping[str, Any], **arguments: object) -> BuildOptions:
     """Build the options. New arguments must default to None, because existing stores are compared by their command."""
+    options = BuildOptions(name=name, output=output, command="", force=force, **limits)
     arguments = {"dataset_name": name, **arguments, "output": output}
-    policy = limits.get("bad_row_policy", "raise")
-    arguments["bad_row_policy"] = None if policy == "raise" else policy
-    arguments["raw_ids"] = ",".join(limits.get("raw_ids", ())) or None
+    arguments["bad_row_policy"] = None if options.bad_row_policy == "raise" else options.bad_row_policy
+    arguments["raw_ids"] = ",".join(options.raw_ids) or None
     for option in ("min_user_events", "min_item_events"):
-        least = limits.get(option, 1)
-        if isinstance(least, int) and least < 1:
+        least = getattr(options, option)
+        if least < 1:
             raise ConfigError(f"--{option} {least}: at least 1, which leaves out nothing")
         arguments[option] = None if least == 1 else least
-    arguments["all_items"] = () if limits.get("all_items") else None  # a flag without a value
-    words = list(_SCRIPT)
+    arguments["all_items"] = () if options.all_items else None  # a flag without a value
+    words = ["python", "scripts/preprocess_dataset.py"]
     for option, value in arguments.items():
         if value is not None:
             words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
-    return BuildOptions(name=name, output=output, command=shlex.join(words), force=force, **limits)
+    return replace(options, command=shlex.join(words))
 
 
 def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published: Mapping[str, float]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -45,10 +45,10 @@ def read_files(build: Build) -> None:
         for name in raw.tables:
             build.view(name, f"SELECT * FROM {name}_as_read")
         return
-    types = build.once("types", lambda: asdict(resolve(build.engine, "as_read")))
+    types = build.once("types", lambda: resolve(build.engine, "as_read"))
     build.table("typed", f"SELECT part, source_row, {types['events']} FROM as_read")
     for name in raw.tables:
-        build.table(name, f"SELECT source_row, {types['tables'][name]} FROM {name}_as_read")
+        build.table(name, f"SELECT source_row, {types[name]} FROM {name}_as_read")
 
 
 def _read(build: Build, name: str, file: RawFile, select: str) -> None:

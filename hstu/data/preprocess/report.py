@@ -1,4 +1,4 @@
-"""Reports on a store: lines for the terminal, and report.md with plots of lengths and popularity."""
+"""Reports on a store: lines for the terminal, and report.md."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import numpy as np
 from tabulate import tabulate
 
 from hstu.base.errors import printable
-from hstu.base.figure import COLOURS, open_figure
 from hstu.base.files import replace_text
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 REPORT = "report.md"
-_PLOT = "lengths_and_popularity.png"
 _CHUNK = 1 << 22
 _TRUNCATED_AT = (50, 200, 1000)
 """Values of max_sequence_length whose truncation the report shows."""
@@ -73,10 +71,9 @@ def _differences(statistics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write_report(store: SequenceStore, folder: Path) -> Path:
-    """Write report.md and its plots into ``folder``, in bounded memory except for one counter per item."""
+    """Write report.md into ``folder``, in bounded memory except for one counter per item."""
     folder.mkdir(exist_ok=True)
     lengths, counts = np.diff(store.offsets()), _event_counts(store, store.item_feature)
-    _draw(lengths, counts[counts > 0], folder / _PLOT)
     quantiles = [("events per user", lengths), ("events per item", counts[counts > 0])]
     if store.num_requests:
         requests = store.requests()
@@ -88,7 +85,6 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
         "## Rows\n",
         _table(("", ""), _rows(store, lengths)),
         "## Lengths and popularity\n",
-        f"![lengths of histories and popularity of items]({_PLOT})\n",
         _quantiles(quantiles),
         "## Most frequent\n",
         _table(("", "values", "most frequent"), _most_frequent(store, counts)),
@@ -195,25 +191,6 @@ def _values_of(store: SequenceStore, feature: str) -> str:
         return different
     mean = len(store.item_values(feature)[0]) / store.cardinality(store.item_feature)
     return f"{different}, {mean:.1f} per item"
-
-
-def _draw(lengths: np.ndarray, counts: np.ndarray, image: Path) -> None:
-    """Plot a histogram of history lengths, and events per item by rank, with the items that have half of all events."""
-    with open_figure(image, (10.0, 3.2), 100) as figure:
-        left, right = figure.subplots(1, 2)
-        edges = np.unique(np.geomspace(lengths.min(), lengths.max() + 1, 40).astype(int))
-        left.hist(lengths, bins=edges.tolist(), color=COLOURS[0])
-        median = float(np.median(lengths))
-        left.axvline(median, color=COLOURS[1], label=f"median {median:,.0f}")
-        left.set(xscale="log", xlabel="events of a user", ylabel="users", title="How long histories are")
-        ordered = np.sort(counts)[::-1]
-        ranks = np.unique(np.geomspace(1, len(ordered), 400).astype(np.int64))
-        right.plot(ranks, ordered[ranks - 1], color=COLOURS[0])
-        half = int(np.searchsorted(np.cumsum(ordered), ordered.sum() / 2)) + 1
-        right.axvline(half, color=COLOURS[1], label=f"half of all events: {half:,} items, {half / len(ordered):.1%}")
-        right.set(xscale="log", yscale="log", xlabel="rank", ylabel="events", title="How popular items are")
-        for axes in (left, right):
-            axes.legend()
 
 
 def _date(seconds: int) -> str:

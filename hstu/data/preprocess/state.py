@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypeVar
 
 import duckdb
 import numpy as np
@@ -43,25 +43,6 @@ _QUIET_S = 10.0
 """A build that takes longer logs each further stage."""
 
 
-class BuildLimits(TypedDict, total=False):
-    """Options of a build that a user may set."""
-
-    memory_limit: str
-    """Of the whole process, such as "4GB". Larger data goes to working files beside the store."""
-    bad_row_policy: Policy
-    """"raise": the first bad row ends the run; "skip": bad rows are skipped and counted."""
-    max_bad_rows: int
-    """With "skip": more bad rows than this end the run."""
-    raw_ids: tuple[str, ...]
-    """"item", "user": models get raw ids, int64, instead of codes; the tables are dynamic."""
-    min_user_events: int
-    """Users with fewer events are left out; repeated with ``min_item_events`` until all others have enough."""
-    min_item_events: int
-    """Items with fewer events are left out."""
-    all_items: bool
-    """Keep items without events that the tables of items and titles list."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """Options of a build. ``command`` rebuilds the store; ``force`` replaces an existing store."""
@@ -71,12 +52,18 @@ class BuildOptions:
     command: str
     force: bool = False
     memory_limit: str = "4GB"
+    """Of the whole process. Larger data goes to working files beside the store."""
     bad_row_policy: Policy = "raise"
+    """"raise": the first bad row ends the run; "skip": bad rows are skipped and counted."""
     max_bad_rows: int = 1000
+    """With "skip": more bad rows than this end the run."""
     raw_ids: tuple[str, ...] = ()
+    """"item", "user": models get raw ids, int64, instead of codes; the tables are dynamic."""
     min_user_events: int = 1
+    """Users with fewer events are left out; repeated with ``min_item_events`` until all others have enough."""
     min_item_events: int = 1
     all_items: bool = False
+    """Keep items without events that the tables of items and titles list."""
 
 
 @dataclass

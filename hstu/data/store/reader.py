@@ -61,14 +61,14 @@ class StoreReader:
         ends = start + lengths
         items = SampleItems.of(self.store, samples, chosen, start, lengths)
         labelled = SampleItems.of(self.store, samples, chosen, ends - num_labels, num_labels) if self.labels else items
-        held_out = request_times = seen = seen_lengths = None
+        held_out = request_times = seen = None
         if samples.target is not None:
             target = SampleItems(self.store, samples.target[chosen])
             held_out = self._of_items(self.roles.item, target)
             request_times = target.times() if self.wants_timestamps and self.wants_request_times else None
         if self.wants_seen:
             before = start if samples.target is None else samples.target[chosen]
-            seen, seen_lengths = self._items_between(history_begin, before)
+            seen = self._items_between(history_begin, before)
         item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
         side = self._side(items)
         return Rows(
@@ -88,7 +88,6 @@ class StoreReader:
             held_out=held_out,
             request_times=request_times,
             seen=seen,
-            seen_lengths=seen_lengths,
         )
 
     def _items_between(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -227,7 +227,7 @@ class StoreWriter:
         shutil.rmtree(self.scratch)
         SequenceStore.open(self.partial).verify_values()
         sync_tree(self.partial)
-        discarded = discarded_beside(self.target)
+        discarded = self.target.parent / f".{self.target.name}.discarded"  # the old store, until the new one is there
         remove(discarded)
         self._check_target()
         if self.target.exists():
@@ -272,11 +272,6 @@ class StoreWriter:
         check_replaceable(self.target)
         if is_taken(self.target) and not self._overwrite:
             raise DataError(f"{self.target} exists; --force replaces it")
-
-
-def discarded_beside(target: Path) -> Path:
-    """Path of the old store while a new one replaces it."""
-    return target.parent / f".{target.name}.discarded"
 
 
 def is_taken(target: Path) -> bool:

@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client")):
         raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu[serve]'")
     let_idle_threads_sleep()
-    from hstu.serve.server.run import serve  # after what torch reads once, and after mistakes in the options
-    from hstu.serve.server.settings import Settings
+    from hstu.serve.server.app import serve  # after what torch reads once, and after mistakes in the options
+    from hstu.serve.server.batching import Settings
 
     serve(
         options.export,

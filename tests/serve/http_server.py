@@ -16,9 +16,9 @@ from typing import Any
 import uvicorn
 
 from hstu.serve.runtime import Recommendation, ServingError
+from hstu.serve.server.app import server_config
+from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import Answer, Query
-from hstu.serve.server.run import server_config
-from hstu.serve.server.settings import Metrics, Settings
 from hstu.serve.server.swap import LiveModel, Load, load
 
 UNWATCHED = Settings(poll_s=3600)

@@ -24,8 +24,8 @@ from hstu.serve import runtime
 from hstu.serve.export import TOLERANCE
 from hstu.serve.runtime import Candidates, History
 from hstu.serve.runtime.files import checksum_of
+from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import ServedModel
-from hstu.serve.server.settings import Metrics, Settings
 from hstu.serve.server.swap import LiveModel
 from scripts import serve
 from tests.serve.http_server import Client, StubLoader, running, until, write_folder

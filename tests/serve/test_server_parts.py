@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from hstu.base.errors import DataError
-from hstu.serve.server.batching import Batcher, Overloaded
-from hstu.serve.server.settings import Metrics, Settings
+from hstu.serve.server.batching import Batcher, Metrics, Overloaded, Settings
 from hstu.serve.server.swap import LiveModel, find_exports
 from tests.serve.http_server import StubLoader, write_folder
 

@@ -1,6 +1,5 @@
 """The HTTP server of exported models: FastAPI in front of hstu.serve.runtime. scripts/serve.py starts it.
 
-app.py has the routes, schemas.py the JSON of requests with its limits. A request becomes a ``Query`` (model.py) and
-waits in a ``Batcher`` (batching.py). The current ``ServedModel`` of the ``LiveModel`` (swap.py) answers it.
-Needs the extra ``serve``, but neither TorchRec nor Megatron.
+app.py has the routes. A request becomes a ``Query`` (model.py) and waits in a ``Batcher`` (batching.py). The current
+``ServedModel`` of the ``LiveModel`` (swap.py) answers it. Needs the extra ``serve``, but neither TorchRec nor Megatron.
 """

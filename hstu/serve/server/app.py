@@ -1,4 +1,4 @@
-"""The routes of the server."""
+"""Start the HTTP server, answer its routes, and end it in order."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import asyncio
 import gc
 import json
 import logging
+import signal
+import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
@@ -19,12 +24,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import hstu
+from hstu.base.errors import ConfigError, PrintableFormatter
 from hstu.serve.runtime import Recommendation, ServingError
 
-from . import schemas
-from .batching import Batcher, Overloaded
-from .model import Answer, ServedModel
-from .settings import Metrics, Settings
+from .batching import Batcher, Metrics, Overloaded, Settings
+from .model import Answer, RecommendRequest, ScoreRequest, ServedModel, User
 from .swap import LiveModel
 
 _SHOWN_ACTIONS = 20
@@ -39,7 +43,51 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     422: {"description": "The request has mistakes, or does not fit the model"},
     429: {"description": "Too many requests wait; see the header Retry-After"},
 }
+_BACKLOG = 256
+_SWITCH_INTERVAL_S = 1e-4
+"""How long a thread may hold the GIL while others wait. PyTorch operators release it.
+While another thread loads an export, requests take 3 times as long; with Python's default of 5 ms, 40 times.
+"""
 _log = logging.getLogger(__name__)
+
+
+def serve(root: Path, host: str, port: int, settings: Settings) -> None:
+    """Serve the newest export of ``root`` (see ``find_exports``) until SIGTERM or Ctrl-C; finish running requests then.
+
+    ``port`` 0 chooses a free port. Raises ConfigError for an unusable address, DataError if no export can be served.
+    """
+    _set_up_logging()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    torch.set_num_threads(settings.threads)
+    with _bound(host, port) as listener:
+        metrics = Metrics()
+        gc.freeze()  # exempts imported modules, so that collecting a replaced model pauses threads for less time
+        live = LiveModel(root, metrics)
+        shown = f"[{host}]" if ":" in host else host
+        # uvicorn handles both signals, and raises them again after its graceful shutdown.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _log.info("listening url=http://%s:%d", shown, listener.getsockname()[1])
+        uvicorn.Server(server_config(live, settings, metrics)).run(sockets=[listener])
+    _log.info("stopped")
+
+
+def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvicorn.Config:
+    """Create the uvicorn configuration of the application."""
+    return uvicorn.Config(
+        create_app(live, settings, metrics),
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=settings.shutdown_s,
+        limit_concurrency=4 * settings.max_waiting + 64,
+    )
 
 
 def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI:
@@ -65,7 +113,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     _add_error_handlers(app)
 
     @app.post("/recommend", responses=_FAILURES)
-    async def recommend(user: schemas.RecommendRequest) -> Response:
+    async def recommend(user: RecommendRequest) -> Response:
         """The items whose vectors are closest to that of the user. Retrieval only."""
         answer = await batcher.ask(user.query())
         found: Recommendation = answer.content
@@ -74,13 +122,13 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         return _as_json(answer, items=[{"item": item, "score": score, "title": title} for item, score, title in rows])
 
     @app.post("/score", responses=_FAILURES)
-    async def score(user: schemas.ScoreRequest) -> Response:
+    async def score(user: ScoreRequest) -> Response:
         """What the model predicts for candidates: each task of a ranking model, the cosine of retrieval."""
         answer = await batcher.ask(user.query())
         return _as_json(answer, scores=answer.content)
 
     @app.post("/embed", responses=_FAILURES)
-    async def embed(user: schemas.User) -> Response:
+    async def embed(user: User) -> Response:
         """The vector of the user. Retrieval only."""
         answer = await batcher.ask(user.query())
         return _as_json(answer, vector=answer.content)
@@ -236,3 +284,24 @@ def _facts(served: ServedModel) -> dict[str, Any]:
         },
         "predictions": facts["tasks"],
     }
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Bind a socket. The caller does so before loading the model, which may take long."""
+    try:
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at {host}, port {port}: {error.strerror}. Choose another with --port; 0 takes a free one"
+        ) from None
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for name in ("hstu", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO if name == "hstu" else logging.WARNING)

@@ -14,8 +14,8 @@ from hstu.base.errors import DataError, printable
 from hstu.serve import runtime
 from hstu.serve.runtime.files import FACTS, MANIFEST
 
+from .batching import Metrics
 from .model import ServedModel
-from .settings import Metrics
 
 LATEST, SERVING = "latest", "serving"
 _log = logging.getLogger(__name__)

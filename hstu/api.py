@@ -29,10 +29,9 @@ from hstu.data.sampling.samples import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.parallel.dynamic.content import merged
 from hstu.parallel.mesh import Mesh
-from hstu.serve.evaluation import evaluate_split
 from hstu.serve.histories import histories, stored_vocabulary
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.predict import item_vectors
+from hstu.serve.predict import evaluate_split, item_vectors
 from hstu.serve.runtime.requests import History
 from hstu.serve.session import Session
 from hstu.train.corpus import Corpus, Queries, recommend

@@ -28,8 +28,8 @@ from hstu.base.files import replace_text
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import add_model_arguments, check_new, load_model, require_model
-from hstu.serve.evaluation import choose_split, evaluate_split
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.predict import choose_split, evaluate_split
 
 
 @tool

@@ -1,6 +1,6 @@
 """Apply a trained model: metrics, predictions, vectors, export, server. Only hstu.api and scripts import this package.
 
-loaded.py opens a checkpoint or an export with its data as a ``LoadedModel``.
+loaded.py opens a checkpoint or an export with its data as a ``LoadedModel``; outputs.py says what its outputs mean.
 runtime/requests.py defines a request: a ``History``, and ``Candidates`` to score. runtime/encode.py looks up its ids,
 and histories.py builds batches from them.
 session.py answers repeated requests from a cache: prefix.py computes new tokens, pages.py stores keys and values.

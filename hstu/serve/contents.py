@@ -15,13 +15,10 @@ from hstu.base.ids import codes_of
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
 from hstu.data.batches.batch import is_of_negatives
 from hstu.model.embedding import TableSpec
-from hstu.model.ranking import RankingDense, RankingModel
-from hstu.model.retrieval import RetrievalDense
-from hstu.model.tasks import MultiTaskDense
-from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve.histories import known_of_items, request_facts
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.outputs import predictions_of
 from hstu.serve.program import ServingProgram
 from hstu.serve.runtime.files import FORMAT, VERSION
 from hstu.serve.runtime.model import ITEM_VECTORS
@@ -55,13 +52,6 @@ def check_can_be_served(trained: LoadedModel) -> None:
     if isinstance(trained.source, StoredSource) and roles.tower:
         needed = "the features of all items"
         raise DataError(f"cannot export a program: the model reads {needed} from the data. {trained.source.missing}")
-
-
-def task_of(trained: LoadedModel) -> RetrievalDense | RankingModel:
-    """The dense part of the model, without its DDP wrapper."""
-    task = unwrap_dense(trained.model).task
-    assert isinstance(task, (RetrievalDense, RankingModel))
-    return task
 
 
 def collect(trained: LoadedModel, program: ServingProgram) -> Contents:
@@ -107,26 +97,11 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
             "most": dataset.max_num_candidates if has_candidates else 1 if alone else MOST_CANDIDATES,
         },
         "l2_norm_eps": args.l2_norm_eps if isinstance(args, RetrievalArgs) else None,
-        "tasks": [dict(zip(("name", "kind", "width", "first"), task, strict=True)) for task in _tasks(trained)],
+        "tasks": [
+            {"name": each.name, "kind": each.kind, "width": len(each.columns), "first": each.first}
+            for each in predictions_of(trained)
+        ],
     }
-
-
-def _tasks(trained: LoadedModel) -> list[tuple[str, str, int, int]]:
-    """(name, kind, number of outputs, lowest label) of each prediction."""
-    task = task_of(trained)
-    if isinstance(task, MultiTaskDense):
-        kinds = {"regression": "number"}
-        return [
-            (each.args.task_name, kinds.get(each.args.kind, each.args.kind), each.args.output_width, each.first_class)
-            for each in task.each_task
-        ]
-    if not isinstance(task, RankingModel):
-        return [("cosine", "number", 1, 0)]
-    assert isinstance(task, RankingDense) and isinstance(trained.config.task_args, RankingArgs)
-    if task.is_multi_task:
-        return [(f"task{bit}", "binary", 1, 0) for bit in range(task.num_tasks)]
-    width = trained.config.task_args.prediction_head_arch[-1]
-    return [(str(trained.source.roles.action), "class", width, task.label_offset)]
 
 
 class _Features:

@@ -20,7 +20,7 @@ from hstu.config.args import ContextParallelArgs, DataParallelArgs, DatasetArgs,
 from hstu.config.run_config import RunConfig
 from hstu.serve import runtime
 from hstu.serve.command import Candidates
-from hstu.serve.contents import Contents, check_can_be_served, collect, task_of
+from hstu.serve.contents import Contents, check_can_be_served, collect
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import RankingPredictor
 from hstu.serve.program import ServingProgram, trace
@@ -81,7 +81,7 @@ def write_serving(
     check_can_be_served(trained)
     folder.mkdir(parents=True)
     with trained.inference():
-        program = ServingProgram(task_of(trained))
+        program = ServingProgram(trained.task)
         exported = trace(program)
         contents = collect(trained, program)
         _write(folder, contents, exported, program.state_dict())

@@ -26,8 +26,11 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
+from hstu.model.ranking import RankingModel
+from hstu.model.retrieval import RetrievalDense
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes
+from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.serve.histories import BatchEncoder, histories, stored_vocabulary, vocabularies_of
 from hstu.serve.runtime.files import Vocabulary
@@ -121,6 +124,13 @@ class LoadedModel:
         if isinstance(self.source, StoredSource):
             raise self.source.missing
         return self.source
+
+    @property
+    def task(self) -> RankingModel | RetrievalDense:
+        """The dense part of the model, without its DDP wrapper."""
+        task = unwrap_dense(self.model).task
+        assert isinstance(task, (RankingModel, RetrievalDense))
+        return task
 
     @cached_property
     def vocabularies(self) -> dict[str, Vocabulary]:

@@ -1,4 +1,4 @@
-"""Predict for many users: best items (retrieval), scores of given candidates (both tasks), and vectors.
+"""Evaluate a split, and predict for many users: best items, scores of given candidates, and vectors.
 
 Callers pass users in chunks to bound the memory. Ranks divide each chunk. Its result depends only on its users.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,23 +18,79 @@ from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.ids import codes_of
-from hstu.config.args import DatasetArgs
+from hstu.config.args import RankingArgs
+from hstu.config.args.task import METRICS_OF_KIND, fits_kind
+from hstu.config.problems import did_you_mean, in_reading_order
+from hstu.config.rules.task import metrics_fit_the_head
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges, run_indices
+from hstu.data.sampling.samples import Split
 from hstu.data.store.reader import GivenRequests
 from hstu.data.store.sequence_store import USER_FEATURE
+from hstu.model.ranking import RankingDense
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.command import Candidates
 from hstu.serve.loaded import LoadedModel
-from hstu.train.builder import build_evaluator, task_names
+from hstu.serve.outputs import columns_of, predictions_of
+from hstu.train.builder import build_evaluator
 from hstu.train.corpus import Queries, pair_scores, recommend
-from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, RankingEvaluator
-from hstu.train.sources import StoreSource
-from hstu.train.task_metrics import sigmoid
+from hstu.train.evaluate import Evaluator, Observations
+from hstu.train.inference import InferenceSource
 
 PART_USERS = 10_000
 """Users whose vectors are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions of a model for a split."""
+
+    evaluator: Evaluator
+    observations: Observations
+
+    def metrics(self) -> dict[str, float]:
+        """Compute the metrics of all predictions; nan for metrics that the data leaves undefined."""
+        return self.evaluator.metrics(self.observations)
+
+
+def evaluate_split(loaded: LoadedModel, split: Split, metrics: Sequence[str] | None = None) -> Evaluation:
+    """Predict a split. ``metrics``: replace the configured metrics. Collective."""
+    config = loaded.config if metrics is None else with_metrics(loaded.config, metrics)
+    source = loaded.with_data()
+    evaluator = build_evaluator(config, source, loaded.model, loaded.mesh)
+    with loaded.inference():
+        return Evaluation(evaluator, evaluator.observe(source.eval_batches(split)))
+
+
+def choose_split(source: InferenceSource, split: str | None) -> Split:
+    """Check the name of a split; None: the last split that training evaluates. Raises ConfigError if unknown."""
+    allowed = source.final_splits
+    if split is None:
+        return allowed[-1]
+    for known in allowed:
+        if split == known:
+            return known
+    raise ConfigError(f"the run has no split {split!r}; allowed: {', '.join(allowed)}{did_you_mean(split, allowed)}")
+
+
+def with_metrics(config: RunConfig, names: Sequence[str]) -> RunConfig:
+    """Replace the metrics of a configuration. Raises ConfigError for metrics that the task does not have."""
+    args = config.task_args
+    if not isinstance(args, RankingArgs) or args.tasks is None:
+        changed = replace(config, task_args=replace(args, eval_metrics=tuple(names)))
+        if problems := list(metrics_fit_the_head(changed)):
+            raise ConfigError(in_reading_order(problems))
+        return changed
+    fitting = {task.task_name: [name for name in names if fits_kind(name.upper(), task.kind)] for task in args.tasks}
+    if missing := [name for name in names if not any(name in own for own in fitting.values())]:
+        allowed = {metric: None for task in args.tasks for metric in METRICS_OF_KIND[task.kind]}
+        raise ConfigError(
+            f"metrics: no task of the run has {', '.join(missing)}; allowed: {', '.join(allowed)}"
+            f"{did_you_mean(missing[0], allowed)}"
+        )
+    tasks = [replace(task, metrics=tuple(fitting[task.task_name])) for task in args.tasks if fitting[task.task_name]]
+    return replace(config, task_args=replace(args, tasks=tasks))
 
 
 def item_vectors(loaded: LoadedModel) -> Iterator[np.ndarray]:
@@ -216,7 +272,7 @@ def _ranks(keys: np.ndarray) -> np.ndarray:
 
 
 class RankingPredictor(Predictor):
-    """Scores given candidates with a ranking model. Columns: user, item, and the result of ``score_columns``.
+    """Scores given candidates with a ranking model. Columns: user, item, and the columns of ``predictions_of``.
 
     ``candidates`` have the event features that the model reads. ``at``: see ``LoadedModel.user_vectors``.
     Raises ConfigError if the model does not read ``at``, or if it reads the unknown actions on other candidates.
@@ -226,7 +282,7 @@ class RankingPredictor(Predictor):
         super().__init__(loaded)
         self.candidates, self.at = candidates, at
         self._evaluator = build_evaluator(loaded.config, self.source, loaded.model, loaded.mesh)
-        self._columns = score_columns(self._evaluator, loaded.config, self.source)
+        self._predictions = predictions_of(loaded)
         network = loaded.config.network
         if network.target_group_size > 1 and network.interleave_actions:
             raise ConfigError(
@@ -240,15 +296,19 @@ class RankingPredictor(Predictor):
         """See Predictor."""
         given = self.candidates.of_users(users)
         items = self._raw_items[given.items]
-        return self._table(np.repeat(given.users, given.counts), items, self._columns.of(self.logits(given)))
+        return self._table(
+            np.repeat(given.users, given.counts), items, columns_of(self._predictions, self.logits(given))
+        )
 
     def logits(self, given: Candidates) -> np.ndarray:
         """Compute the logits of candidates, float32 [C, outputs]. Every rank returns all rows."""
         values: dict[str, Any] = {self.store.item_feature: given.items, **given.values}
         if self.source.roles.action is not None:  # any valid action: the model ignores actions on candidates
-            values[self.source.roles.action] = np.full_like(given.items, self._columns.first_action)
+            valid = self.loaded.task.label_offset if isinstance(self.loaded.task, RankingDense) else 0
+            values[self.source.roles.action] = np.full_like(given.items, valid)
         requests = GivenRequests(self.store, given.users, given.counts, values, self.at)
-        places, outputs = [np.zeros(0, dtype=np.int64)], [np.zeros((0, self._columns.width), dtype=np.float32)]
+        width = sum(len(each.columns) for each in self._predictions)
+        places, outputs = [np.zeros(0, dtype=np.int64)], [np.zeros((0, width), dtype=np.float32)]
         with self.loaded.inference():
             for of_batch, batch in self.source.candidate_batches(requests):
                 self.loaded.mesh.heartbeat.mark()
@@ -258,69 +318,3 @@ class RankingPredictor(Predictor):
                 outputs.append(logits.float().cpu().numpy())
         place, output = _joined(self.loaded, np.concatenate(places), np.concatenate(outputs))
         return output[np.argsort(place)]
-
-
-@dataclass(frozen=True)
-class ScoreColumns:
-    """Converts outputs of a ranking model to columns."""
-
-    groups: list[tuple[str, list[str]]]
-    """(kind, column names) of consecutive outputs. Kind: "class" for a softmax, "binary" for sigmoids, or other."""
-    first_action: int = 0
-    """The lowest action that the model has a class for."""
-    has_expected: bool = False
-    """Whether ``score`` is the expected action."""
-
-    @property
-    def width(self) -> int:
-        """Number of outputs."""
-        return sum(len(names) for _, names in self.groups)
-
-    def of(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
-        """Convert outputs, float32 [n, width], to column name → float32 [n]."""
-        columns: dict[str, np.ndarray] = {}
-        ends = np.cumsum([len(names) for _, names in self.groups])[:-1]
-        for (kind, names), own in zip(self.groups, np.split(outputs.astype(np.float64), ends, axis=1), strict=True):
-            if kind == "class":
-                own = np.exp(own - np.logaddexp.reduce(own, axis=1, keepdims=True))
-            elif kind == "binary":
-                own = sigmoid(own)
-            if self.has_expected:
-                columns["score"] = own @ np.arange(self.first_action, self.first_action + len(names))
-            columns |= dict(zip(names, own.T, strict=True))
-        return {name: values.astype(np.float32) for name, values in columns.items()}
-
-
-def score_columns(evaluator: Evaluator, config: RunConfig, source: StoreSource) -> ScoreColumns:
-    """The columns of a ranking model.
-
-    - One binary task: ``score``, the probability of a positive action. Several: ``score_<name>`` each.
-    - Classes: ``p_<action>``, a probability each, and ``score``, the expected action, unless actions are texts.
-    - RankingArgs.tasks: ``score_<task>`` (binary: probability, regression: value), ``p_<task>_<label>`` (class).
-    """
-    if isinstance(evaluator, MultiTaskEvaluator):
-        groups = []
-        for task in evaluator.tasks:
-            name, kind, texts = task.args.task_name, task.args.kind, source.label_facts[task.args.label].texts
-            classes = _labels(task.first_class, task.args.output_width, texts)
-            groups.append((kind, [f"p_{name}_{each}" for each in classes] if kind == "class" else [f"score_{name}"]))
-        return ScoreColumns(groups)
-    assert isinstance(evaluator, RankingEvaluator) and isinstance(config.dataset, DatasetArgs)
-    if evaluator.num_tasks == 1:
-        return ScoreColumns([("binary", ["score"])])
-    if evaluator.num_tasks is not None:
-        named: Sequence[str] = task_names(config.dataset.dataset_name)
-        if len(named) != evaluator.num_tasks:
-            named = [f"task{bit}" for bit in range(evaluator.num_tasks)]
-        return ScoreColumns([("binary", [f"score_{name}" for name in named])])
-    first, count = evaluator.label_offset, config.task_args.prediction_head_arch[-1]  # type: ignore[union-attr]
-    action = source.roles.action
-    assert action is not None, "a ranking model has actions"
-    texts = source.store.raw_ids(action).tolist() if source.store.feature(action).has_vocab else []
-    columns = [f"p_{label}" for label in _labels(first, count, texts)]
-    return ScoreColumns([("class", columns)], first, has_expected=not texts)
-
-
-def _labels(first: int, count: int, texts: Sequence[str]) -> list[Any]:
-    """Names of ``count`` classes from label ``first`` on. ``texts``: names of the labels 0, 1, …; may be shorter."""
-    return [texts[label] if label < len(texts) else label for label in range(first, first + count)]

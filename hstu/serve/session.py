@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchrec import JaggedTensor
 
 from hstu.base.errors import ConfigError, DataError
@@ -75,7 +75,7 @@ class Session:
                 "process that torchrun has not started"
             )
         self._loaded = loaded
-        self._task = _task_of(loaded.model.dense)
+        self._task = loaded.task
         dataset = loaded.config.dataset
         assert isinstance(dataset, DatasetArgs), "LoadedModel.restore requires data"
         self.max_items = loaded.source.max_items
@@ -268,14 +268,6 @@ class Session:
         corpus = self._loaded.retrieval_evaluator().corpus(np.unique(ids[known]))
         with self._loaded.inference():
             return pair_scores(vector[None], np.zeros_like(ids), corpus.positions(ids), corpus)
-
-
-def _task_of(dense: nn.Module) -> RankingModel | RetrievalDense:
-    """The dense part of the task, without wrappers."""
-    for module in dense.modules():
-        if isinstance(module, (RankingModel, RetrievalDense)):
-            return module
-    raise AssertionError("a model has a task")
 
 
 def _as_lists(history: History) -> History:

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hstu.base.errors import EXIT_DONE
 from hstu.config.tool import tool
 from hstu.observe.logging import quiet_libraries
-from hstu.serve.evaluation import Evaluation, evaluate_split
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.predict import Evaluation, evaluate_split
 from hstu.train.evaluate import RankingEvaluator
 from scripts.quality.ratings import in_parts
 

@@ -13,8 +13,8 @@ from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.serve.evaluation import choose_split, evaluate_split, with_metrics
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.predict import choose_split, evaluate_split, with_metrics
 from tests.conftest import write_small_store
 from tests.train.tiny import ITEM_FEATURES, FinishedRun, walks
 

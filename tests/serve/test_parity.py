@@ -13,8 +13,8 @@ from hstu import api
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
-from hstu.serve.evaluation import Evaluation, evaluate_split
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.predict import Evaluation, evaluate_split
 from scripts import export
 from tests.serve.http_server import running
 from tests.train.tiny import FinishedRun

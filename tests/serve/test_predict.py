@@ -16,9 +16,9 @@ from hstu.base.errors import DataError
 from hstu.data.store.reader import GivenRequests
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.serve.evaluation import evaluate_split
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.predict import score_columns
+from hstu.serve.outputs import columns_of, predictions_of
+from hstu.serve.predict import evaluate_split
 from tests.conftest import write_small_store
 from tests.train.tiny import ACTIONS, ITEM_FEATURES, ITEMS, FinishedRun, walks
 
@@ -141,11 +141,8 @@ def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
     assert len(found) == len(pairs) + len(extra) and found["user"].tolist()[: ITEMS + held_out] == [103] * (
         ITEMS + held_out
     )
-    evaluation = evaluate_split(loaded(name), "valid")
-    observations = evaluation.observations
-    columns = score_columns(evaluation.evaluator, loaded(name).config, loaded(name).with_data()).of(
-        observations.results
-    )
+    observations = evaluate_split(loaded(name), "valid").observations
+    columns = columns_of(predictions_of(loaded(name)), observations.results)
     assert set(found) == {"user", "item", *columns}
     by_user = found.groupby("user").tail(held_out).set_index("user")
     for user in np.unique(observations.users):
@@ -160,9 +157,8 @@ def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
 def test_columns_of_scores_are_probabilities_and_the_expected_action(
     loaded: Loaded, name: str, width: int, prefix: str
 ) -> None:
-    evaluator = evaluate_split(loaded(name), "valid").evaluator
     logits = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-    columns = score_columns(evaluator, loaded(name).config, loaded(name).with_data()).of(logits)
+    columns = columns_of(predictions_of(loaded(name)), logits)
     probabilities = torch.from_numpy(logits[:, :ACTIONS]).softmax(dim=1).numpy()
     found = np.stack([columns[f"{prefix}{action}"] for action in range(ACTIONS)], 1)
     np.testing.assert_allclose(found, probabilities, 1e-5)
@@ -178,8 +174,8 @@ def test_classes_are_named_by_the_texts_of_the_actions(loaded: Loaded, monkeypat
     texts = np.array(["buy", "cart", "look", "view"], dtype=object)
     monkeypatch.setitem(model.store.features, "action", replace(model.store.feature("action"), has_vocab=True))
     monkeypatch.setattr(SequenceStore, "raw_ids", lambda self, name: texts)
-    columns = score_columns(evaluate_split(model, "valid").evaluator, model.config, model.with_data())
-    assert list(columns.of(np.zeros((1, ACTIONS), dtype=np.float32))) == ["p_buy", "p_cart", "p_look", "p_view"]
+    (prediction,) = predictions_of(model)
+    assert prediction.columns == ["p_buy", "p_cart", "p_look", "p_view"]
 
 
 def test_a_run_that_was_killed_goes_on_and_writes_the_same_files(

@@ -11,9 +11,8 @@ import pytest
 from hstu.data.sampling.samples import Split
 from hstu.parallel.mesh import Mesh
 from hstu.serve.command import Candidates
-from hstu.serve.evaluation import evaluate_split
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.predict import RankingPredictor, RetrievalPredictor, user_vectors
+from hstu.serve.predict import RankingPredictor, RetrievalPredictor, evaluate_split, user_vectors
 from tests.distributed.launch import run_cases
 from tests.train.tiny import ITEMS, FinishedRun
 

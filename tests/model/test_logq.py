@@ -10,6 +10,7 @@ from hstu.base.hashing import random_bits
 from hstu.data.batches.batch import PADDING_ID
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, expected_log_counts
 from hstu.model.retrieval import LogCounts, choose_from_pool
+from hstu.ops import kernels
 from tests.helpers import make_batch
 from tests.model.test_retrieval import (
     ARGS,
@@ -20,7 +21,7 @@ from tests.model.test_retrieval import (
     make_model,
     run,
 )
-from tests.ops.backends import sampled_softmax_loss
+from tests.ops.backends import softmax_loss
 
 LOG_COUNTS = torch.linspace(-2.5, 1.0, NUM_ITEMS)
 DISTINCT = sorted({item for row in HISTORIES for item in row})
@@ -124,8 +125,8 @@ def full_and_sampled(negatives: Negatives, weights: np.ndarray | None) -> tuple[
 
     def sampled(log_weights: Tensor | None) -> list[Tensor]:
         queries, items = vectors
-        loss = sampled_softmax_loss(queries, items[:QUERIES], items, draws, targets, ids, 0.3, log_weights=log_weights)
-        return result(loss)
+        negatives = kernels.Negatives(targets, ids, 0.3, log_weights, draws=draws)
+        return result(softmax_loss([queries, items[:QUERIES], items], negatives))
 
     queries, items = vectors
     full = result(F.cross_entropy(queries @ items.t() / 0.3, targets, reduction="sum"))

@@ -1,5 +1,6 @@
 """Which fast backends the shared tests drive here, on which device, how exact they are, and operators by backend."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,6 @@ from hstu.ops.kernels import (
     KernelShapes,
     Negatives,
     RelativeBias,
-    SeenItems,
 )
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.select import resolve_kernels
@@ -96,36 +96,16 @@ def norm_mul_dropout(
     return functional.norm_mul_dropout(inputs, kernels_of(backend, 1, x.dtype).norm_mul_dropout, shift)
 
 
-def pool_softmax_loss(
-    queries: Tensor,
-    positives: Tensor,
-    pool: Tensor,
-    target_ids: Tensor,
-    pool_ids: Tensor,
-    log_weights: Tensor | None,
-    temperature: float,
-    backend: Backend = Backend.PYTORCH,
-    seen: SeenItems | None = None,
-) -> Tensor:
-    """The loss against a whole pool by a backend."""
-    others = target_ids, pool_ids, temperature, backend, log_weights, seen
-    return sampled_softmax_loss(queries, positives, pool, None, *others)
-
-
-def sampled_softmax_loss(
-    queries: Tensor,
-    positives: Tensor,
-    pool: Tensor,
-    draws: Tensor | None,
-    target_ids: Tensor,
-    pool_ids: Tensor,
-    temperature: float,
-    backend: Backend = Backend.PYTORCH,
-    log_weights: Tensor | None = None,
-    seen: SeenItems | None = None,
-) -> Tensor:
-    """The loss by a backend; without draws, against the whole pool."""
+def softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, backend: Backend = Backend.PYTORCH) -> Tensor:
+    """The loss of queries, positives and a pool by a backend, on the device of the vectors."""
+    queries, positives, pool = vectors
     kernels = kernels_of(backend, queries.shape[-1])
-    kernel = kernels.pool_softmax_loss if draws is None else kernels.sampled_softmax_loss
-    negatives = Negatives(target_ids, pool_ids, temperature, log_weights, seen, draws)
-    return functional.softmax_loss(queries, positives, pool, negatives, kernel)
+    kernel = kernels.pool_softmax_loss if negatives.draws is None else kernels.sampled_softmax_loss
+    return functional.softmax_loss(queries, positives, pool, there(negatives, queries.device), kernel)
+
+
+def there(tensors: Any, device: torch.device) -> Any:
+    """A dataclass with its tensors, and the tensors of its dataclasses, on a device."""
+    if dataclasses.is_dataclass(tensors) and not isinstance(tensors, type):
+        return type(tensors)(**{name: there(value, device) for name, value in vars(tensors).items()})
+    return tensors.to(device) if isinstance(tensors, Tensor) else tensors

@@ -5,8 +5,9 @@ model's definition. Gradients come from autograd.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def attention(
         if bias is not None:
             pairs = torch.stack([torch.stack([bias_of(i, j, *bias) for j in tokens]) for i in tokens])
             scores = scores + pairs
-        window = dict(max_span=max_span, full_tokens=full_tokens, num_before=num_before(tokens))
+        window: dict[str, Any] = dict(max_span=max_span, full_tokens=full_tokens, num_before=num_before(tokens))
         mask = torch.tensor(
             [
                 [
@@ -139,8 +140,9 @@ def attention(
     return torch.cat(outputs) if outputs else q * 0 + k * 0 + v * 0
 
 
-def norm_mul(x: Tensor, u: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the heads together, times the gate, row by row. x, u: [T, H, d]; returns [T, H · d]."""
+def norm_mul(tensors: Sequence[Tensor], eps: float) -> Tensor:
+    """LayerNorm of x over the heads together, times u, row by row. x, u: [T, H, d]; returns [T, H · d]."""
+    x, u, weight, bias = tensors
     rows = []
     for row, gate in zip(x.flatten(1), u.flatten(1), strict=True):
         mean = row.sum() / len(row)

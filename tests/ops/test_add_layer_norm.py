@@ -24,7 +24,9 @@ def inputs(backend: Backend, rows: int, width: int, residual: torch.dtype, updat
     return [tensor.to(device_of(backend)).requires_grad_() for tensor in tensors]
 
 
-def outputs(backend: Backend, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor, *update: Tensor) -> list:  # type: ignore[type-arg]
+def outputs(
+    backend: Backend, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor, *update: Tensor
+) -> list[Tensor]:
     """The sum and its norm."""
     added = update[0] if update else None
     given = AddLayerNormInputs(x, added, weight, bias, EPS, dtype)
@@ -48,7 +50,7 @@ def test_sum_norm_and_gradients_equal_float64(
     out = outputs(backend, dtype, *tensors)
     # The norm is that of the rounded sum, through which the gradient passes unchanged.
     rounded = total + (out[0].cpu().double() - total).detach()
-    expected = [total, F.layer_norm(rounded, (width,), *exact[1:3], EPS)]
+    expected = [total, F.layer_norm(rounded, (width,), exact[1], exact[2], EPS)]
     slopes = [torch.randn(rows, width).to(kind) for kind in (residual, dtype)]
     right = torch.autograd.grad(expected, exact, [slope.double() for slope in slopes])
 

@@ -3,7 +3,7 @@
 import faulthandler
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def stub():
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of stubs, on a machine with an H100 and an empty cache."""
     pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")

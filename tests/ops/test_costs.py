@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hstu.ops.costs import Window, hidden_pairs, sequence_flops
 from tests.ops import oracle
 from tests.ops.oracle import User
 
-TINY = dict(num_layers=2, hidden_size=8, num_heads=2, head_dim=4)  # Hd = 8
+TINY: dict[str, Any] = dict(num_layers=2, hidden_size=8, num_heads=2, head_dim=4)  # Hd = 8
 
 
 def test_one_causal_sequence_counted_by_hand() -> None:
@@ -58,7 +60,7 @@ def test_the_pairs_that_a_window_hides(
     items: int, candidates: int, contextuals: int, span: int, full: int, is_causal: bool
 ) -> None:
     tokens = oracle.tokens_of(User(items, candidates), contextuals=contextuals, tokens_per_item=1, group_size=1)
-    mask = dict(contextual_mask=True, max_span=span, full_tokens=full, num_before=contextuals + items)
+    mask: dict[str, Any] = dict(contextual_mask=True, max_span=span, full_tokens=full, num_before=contextuals + items)
     hidden = sum(
         oracle.sees(i, j, is_causal=is_causal, contextual_mask=True) and not oracle.within_span(i, j, **mask)
         for i in tokens

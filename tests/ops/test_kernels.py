@@ -4,8 +4,8 @@ The float64 results are the PyTorch backend's, which other tests hold against a 
 are driven on a GPU, and interpreted (see backends.py).
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
-from hstu.ops.kernels import Backend, GateConfig, KernelShapes, RelativeBias, SeenItems
+from hstu.ops.kernels import Backend, GateConfig, KernelShapes, Negatives, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, time_buckets
 from hstu.ops.support import unsupported_reason
 from tests.ops.backends import (
@@ -35,8 +35,7 @@ from tests.ops.backends import (
     hstu_attention,
     kernels_of,
     norm_mul_dropout,
-    pool_softmax_loss,
-    sampled_softmax_loss,
+    softmax_loss,
 )
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
@@ -233,8 +232,8 @@ def test_long_sequences_with_a_window_are_right(backend: Backend) -> None:
     batch = Batch(users, contextuals=2, tokens_per_item=1, group_size=4)
     tokens = batch.layout().num_tokens
     leaves = attention_inputs(tokens, 2, 64, torch.bfloat16, True, backend)
-    config = dict(alpha=0.125, scaling_seqlen=100, max_span=130, full_tokens=90)
-    compare_attention(batch, backend, leaves, torch.randn(tokens, 2, 64), **config)
+    window = dict(max_span=130, full_tokens=90)
+    compare_attention(batch, backend, leaves, torch.randn(tokens, 2, 64), alpha=0.125, scaling_seqlen=100, **window)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="for the kernels of a CPU")
@@ -245,7 +244,7 @@ def test_the_pairs_of_a_window_grow_with_the_length(backend: Backend, is_causal:
         """The pairs of which the C++ kernels keep the time bucket."""
         layout = Batch((User(length, 9), User(500, 0)), contextuals=3, tokens_per_item=1, group_size=1).layout()
         q, bias = torch.zeros(layout.num_tokens, 1, 1), RelativeBias(torch.zeros(3), torch.zeros(128))
-        config = dict(alpha=1.0, scaling_seqlen=1, is_causal=is_causal, max_span=100, full_tokens=70)
+        config: dict[str, Any] = dict(alpha=1.0, scaling_seqlen=1, is_causal=is_causal, max_span=100, full_tokens=70)
         hstu_attention(q, q, q, layout, bias=bias, backend=backend, **config)
         (plan,) = layout.cache.values()
         return int(plan.bucket_offsets[-1])
@@ -424,6 +423,12 @@ def test_each_row_of_the_gate_depends_on_itself_alone_and_not_on_the_threads(
         assert ours[300].isnan().all() and torch.equal(ours[others], whole[others])
 
 
+def loss_and_gradients(vectors: Sequence[Tensor], negatives: Negatives, backend: Backend) -> list[Tensor]:
+    """The loss of queries, positives and a pool on the backend's device, and three times its gradients."""
+    vectors = to(vectors, device_of(backend))
+    return differentiate(lambda *vectors: softmax_loss(vectors, negatives, backend), vectors, torch.tensor(3.0))
+
+
 @pytest.mark.parametrize(("backend", "packed"), SAMPLED_LOSS)
 @settings(deadline=None, max_examples=examples(30))
 @example(**ONE_ROW, queries=MANY_QUERIES, draws=15, temperature=1.0, index_type=torch.int64, weighted=True)
@@ -457,33 +462,28 @@ def test_the_sampled_loss_equals_float64(
     target_ids, pool_ids = torch.randint(5, (queries,)), torch.randint(9, (pool_size,))
     log_weights = 3 * torch.randn(pool_size) if weighted else torch.zeros(pool_size)
     seen = make_seen(queries, pool_size) if masks else None
-
-    def run(leaves: list[Tensor], backend: Backend) -> list[Tensor]:
-        ids = to([drawn, target_ids, pool_ids], device_of(backend))
-        given = log_weights.to(device_of(backend)) if weighted else None
-        there = None if seen is None else SeenItems(*to([seen.first, seen.sequences, seen.places], device_of(backend)))
-        return differentiate(
-            lambda q, p, s: sampled_softmax_loss(q, p, s, *ids, temperature, backend, given, there),
-            to(leaves, device_of(backend)),
-            torch.tensor(3.0),
-        )
-
+    negatives = Negatives(target_ids, pool_ids, temperature, log_weights if weighted else None, seen, drawn)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hstu.ops.cpu.softmax_loss.DRAWS_PER_PACKED_ROW", 0 if packed else 2**40)
-        got = run(leaves, backend)
-    expected = run([x.double() for x in leaves], Backend.PYTORCH)
+        got = loss_and_gradients(leaves, negatives, backend)
+    expected = loss_and_gradients([x.double() for x in leaves], negatives, Backend.PYTORCH)
     # A score of size 1 / temperature is rounded before it is exponentiated.
     inexact = max(1, 0.5 / temperature)
     # Summands of a gradient can cancel. The rounding of n of them in float32 follows √n and their size, not their sum.
     # To see them, give each query a copy of the pool, from which it draws alone.
-    drawn, pool_ids = drawn + pool_size * torch.arange(queries)[:, None], pool_ids.repeat(max(queries, 1))
-    log_weights = log_weights.repeat(max(queries, 1))
-    if seen is not None:
-        seen = dataclasses.replace(seen, first=seen.first.repeat(1, max(queries, 1)))
-    copies = [*leaves[:2], leaves[2].repeat(max(queries, 1), 1)]
-    *_, of_positives, of_copies = run([x.double() for x in copies], Backend.PYTORCH)
+    copies = max(queries, 1)
+    of_copies = Negatives(
+        target_ids,
+        pool_ids.repeat(copies),
+        temperature,
+        log_weights.repeat(copies),
+        None if seen is None else replace(seen, first=seen.first.repeat(1, copies)),
+        drawn + pool_size * torch.arange(queries)[:, None],
+    )
+    vectors = [x.double() for x in (*leaves[:2], leaves[2].repeat(copies, 1))]
+    *_, of_positives, of_rows = loss_and_gradients(vectors, of_copies, Backend.PYTORCH)
     of_query = 2 * of_positives.norm(dim=1).max() if queries else 0.0  # the target's share and the negatives'
-    of_row = of_copies.unflatten(0, (-1, pool_size)).abs().sum(0).max()
+    of_row = of_rows.unflatten(0, (-1, pool_size)).abs().sum(0).max()
     unit = torch.finfo(torch.float32).eps * inexact
     # Equal summands, draws of one row by one query, are rounded alike: their error follows n.
     summands = max((queries * draws) ** 0.5, draws / max(pool_size, 1))
@@ -500,12 +500,8 @@ def test_the_sampled_loss_has_the_same_bits_on_any_number_of_threads(
     monkeypatch.setattr("hstu.ops.cpu.softmax_loss.DRAWS_PER_PACKED_ROW", 0 if packed else 2**40)
     torch.manual_seed(0)
     leaves = [F.normalize(torch.randn(rows, width), dim=1) for rows in (300, 300, 40)]
-    draws, target_ids = torch.randint(40, (300, 33)), torch.randint(40, (300,))
-
-    def loss(q: Tensor, p: Tensor, s: Tensor) -> Tensor:
-        return sampled_softmax_loss(q, p, s, draws, target_ids, torch.arange(40), 0.05, backend)
-
-    first, *others = results_by_threads(lambda: differentiate(loss, leaves, torch.tensor(1.0)))
+    negatives = Negatives(torch.randint(40, (300,)), torch.arange(40), 0.05, draws=torch.randint(40, (300, 33)))
+    first, *others = results_by_threads(lambda: loss_and_gradients(leaves, negatives, backend))
     assert all(all(map(torch.equal, first[1:], other[1:])) for other in others)  # the loss itself is a sum of torch's
 
 
@@ -533,16 +529,12 @@ def test_the_pool_loss_equals_float64(
     target_ids, pool_ids = (torch.randint(9, (n,)) * 2**32 for n in (queries, pool_size))  # equal in the lower bits
     log_weights = torch.randn(pool_size).masked_fill(torch.rand(pool_size) < 0.2, -torch.inf) if weighted else None
     seen = make_seen(queries, pool_size) if masks else None
-
-    def run(leaves: list[Tensor], backend: Backend) -> list[Tensor]:
-        others = target_ids, pool_ids, log_weights, temperature, backend, seen
-        return differentiate(lambda q, p, s: pool_softmax_loss(q, p, s, *others), leaves, torch.tensor(3.0))
-
+    negatives = Negatives(target_ids, pool_ids, temperature, log_weights, seen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hstu.ops.cpu.softmax_loss.POOL_BLOCK_ELEMENTS", block_elements)
         patch.setattr("hstu.ops.cpu.softmax_loss.POOL_BLOCK_ROWS", 3)
-        got = run(leaves, backend)
-    expected = run([x.double() for x in leaves], Backend.PYTORCH)
+        got = loss_and_gradients(leaves, negatives, backend)
+    expected = loss_and_gradients([x.double() for x in leaves], negatives, Backend.PYTORCH)
     assert_near(got, expected, 4 * TOLERANCE[backend][torch.float32] * max(1, 0.5 / temperature))
 
 
@@ -555,21 +547,10 @@ def test_targets_of_any_score_have_a_finite_loss_and_exact_gradients(backend: Ba
     leaves[2][:, 0] = torch.linspace(-1, 1, 90)
     draws = torch.stack([torch.arange(90), torch.arange(90), torch.full((90,), 0), torch.arange(89, -1, -1)])
     draws = torch.cat([draws, draws], dim=1)
-    ids = [torch.full((4,), 200), torch.arange(90)]
-
-    def run(leaves: list[Tensor], backend: Backend, whole_pool: bool) -> list[Tensor]:
-        drawn, *there = to([draws, *ids], device_of(backend))
-
-        def loss(q: Tensor, p: Tensor, s: Tensor) -> Tensor:
-            if whole_pool:
-                return pool_softmax_loss(q, p, s, *there, None, 0.01, backend)
-            return sampled_softmax_loss(q, p, s, drawn, *there, 0.01, backend)
-
-        return differentiate(loss, to(leaves, device_of(backend)), torch.tensor(1.0))
-
-    for whole_pool in (False, True):
-        expected = run(to(leaves, "cpu", torch.float64), Backend.PYTORCH, whole_pool)
-        assert_near(run(leaves, backend, whole_pool), expected, 2e-5)
+    for drawn in (None, draws):
+        negatives = Negatives(torch.full((4,), 200), torch.arange(90), 0.01, draws=drawn)
+        expected = loss_and_gradients([x.double() for x in leaves], negatives, Backend.PYTORCH)
+        assert_near(loss_and_gradients(leaves, negatives, backend), expected, 2e-5)
 
 
 @pytest.mark.parametrize("backend", WITHOUT_A_GPU)

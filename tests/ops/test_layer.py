@@ -12,7 +12,7 @@ from hstu.model.stack import FusedHSTULayer
 from hstu.ops.comm import LayerComm
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import AttentionConfig, Backend
-from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
+from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from tests.model.examples import make_network
 from tests.ops.backends import INTERPRETED, kernels_of
@@ -43,15 +43,16 @@ def kernels(request: pytest.FixtureRequest) -> None:
         pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
 
 
-def make_weights(dtype: torch.dtype = torch.float64) -> LayerWeights:
+def make_weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """In the order of LayerWeights."""
     torch.manual_seed(0)
     inner = HEADS * WIDTH
     shapes = [(HIDDEN,)] * 2 + [(4 * inner, HIDDEN), (4 * inner,), (2 * LONGEST - 1,), (NUM_TIME_BUCKETS,)]
     shapes += [(inner,), (inner,), (HIDDEN, inner)]
-    return LayerWeights(*(torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes))
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
-def make_config(backend: Backend = Backend.PYTORCH, comm: LayerComm | None = None, **options: bool) -> HSTULayerConfig:
+def make_config(backend: Backend = Backend.PYTORCH, comm: LayerComm | None = None, **options: Any) -> HSTULayerConfig:
     kernels = kernels_of(backend, WIDTH, has_bias=True)
     return HSTULayerConfig(WIDTH, AttentionConfig(0.6, LONGEST), 0.1, kernels, comm=comm or LayerComm(), **options)
 
@@ -65,7 +66,7 @@ def padded_layout() -> JaggedLayout:
 
 @pytest.mark.skipif(INTERPRETED, reason="float64")
 @pytest.mark.parametrize("options", [{}, {"recompute_all": True}], ids=str)
-def test_gradcheck(options: dict[str, bool]) -> None:
+def test_gradcheck(options: dict[str, Any]) -> None:
     layout, config = TIMED.layout(), make_config(**options)
     x, update = (torch.randn(layout.num_tokens, HIDDEN, dtype=torch.float64, requires_grad=True) for _ in range(2))
 
@@ -93,9 +94,8 @@ def test_a_layer_differentiates_silu_where_a_kernel_does_not(operators: tuple[st
         torch.testing.assert_close(ours, theirs)
 
 
-CUT = LayerWeights(None, None, 0, 0, None, None, 0, 0, 1)  # type: ignore[arg-type]
-"""The dimension along which tensor-parallel ranks' weights are cut."""
-UNCUT = LayerWeights(*[None] * len(CUT))  # type: ignore[arg-type]
+CUT = (None, None, 0, 0, None, None, 0, 0, 1)
+"""The dimension along which each weight is cut among tensor-parallel ranks."""
 
 
 @pytest.mark.parametrize("options", [{}, {"recompute_normalized": True, "recompute_activated": True}], ids=str)
@@ -111,18 +111,18 @@ def test_several_ranks_give_what_one_rank_gives(
     x, update = (torch.randn(layout.num_tokens, HIDDEN, dtype=dtype, requires_grad=True) for _ in range(2))
     slope = torch.randn_like(x)
 
-    def run(comm: LayerComm, rows: list[Tensor], slope: Tensor, weights: LayerWeights) -> list[Tensor]:
+    def run(comm: LayerComm, rows: list[Tensor], slope: Tensor, weights: list[Tensor]) -> list[Tensor]:
         out = HSTULayerFunction.apply(*rows, layout, make_config(backend, comm, **options), *weights)
         return [*out, *torch.autograd.grad(torch.add(*out), [*rows, *weights], slope)]
 
     def one(comm: RankThread) -> list[Tensor]:
         parts = [w if dim is None else w.chunk(comm.tp_size, dim)[comm.rank] for w, dim in zip(whole, cut, strict=True)]
-        weights = LayerWeights(*(part.detach().clone().requires_grad_() for part in parts))
+        weights = [part.detach().clone().requires_grad_() for part in parts]
         own = [tensor.chunk(count)[comm.rank] if rows == 0 else tensor for tensor in (x, update, slope)]
         return run(comm, [tensor.detach().clone().requires_grad_() for tensor in own[:2]], own[2], weights)
 
     rows = None if parallel == "tensor" else 0
-    cut = UNCUT if parallel == "context" else CUT
+    cut = (None,) * len(CUT) if parallel == "context" else CUT
     expected = run(LayerComm(), [x, update], slope, whole)
     by_output = zip(*on_ranks(one, count, parallel), strict=True)
     for index, (parts, exact) in enumerate(zip(by_output, expected, strict=True)):

@@ -6,11 +6,17 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from hstu.ops.layout import pad_tokens, part_rows, token_order, truncate_history
+from hstu.ops.layout import JaggedLayout, pad_tokens, part_rows, token_order, truncate_history
 from hstu.ops.pytorch.operators import add_positions, jagged_concat
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
+
+
+def times_of(layout: JaggedLayout) -> tuple[Tensor, Tensor]:
+    assert layout.token_times is not None and layout.query_times is not None
+    return layout.token_times, layout.query_times
 
 
 @given(batches())
@@ -21,9 +27,9 @@ def test_positions_times_and_lengths_equal_those_written_down_token_by_token(bat
     assert layout.seqlen_offsets.tolist() == np.cumsum([0] + [len(sequence) for sequence in sequences]).tolist()
     assert layout.num_tokens == len(tokens)
     assert layout.positions.tolist() == [token.position for token in tokens]
-    assert layout.token_times is not None and layout.query_times is not None
-    assert layout.token_times.tolist() == [token.time for token in tokens]
-    assert layout.query_times.tolist() == [token.query_time for token in tokens]
+    token_times, query_times = times_of(layout)
+    assert token_times.tolist() == [token.time for token in tokens]
+    assert query_times.tolist() == [token.query_time for token in tokens]
     candidates = [sum(token.kind == "candidate" for token in sequence) for sequence in sequences]
     assert layout.num_candidate_tokens_host.tolist() == candidates
     assert (layout.num_candidate_tokens is None) == (not any(candidates))
@@ -32,20 +38,17 @@ def test_positions_times_and_lengths_equal_those_written_down_token_by_token(bat
 @given(batches())
 def test_only_the_last_token_of_a_sequence_asks_at_the_time_of_the_request(batch: Batch) -> None:
     requests = torch.arange(len(batch.users)) + 7
-    own, asked = batch.layout(), batch.layout(request_times=requests)
-    assert own.query_times is not None and asked.query_times is not None
-    expected = own.query_times.tolist()
+    own = batch.layout()
+    (times, expected), (same_times, asked) = times_of(own), times_of(batch.layout(request_times=requests))
     for row, stop in enumerate(own.seqlen_offsets[1:].tolist()):
         if own.seqlens[row]:
             expected[stop - 1] = 7 + row
-    assert asked.query_times.tolist() == expected
-    assert torch.equal(asked.token_times, own.token_times)
+    assert torch.equal(asked, expected) and torch.equal(same_times, times)
 
 
 @given(batches())
 def test_queries_may_all_have_the_times_of_their_own_tokens(batch: Batch) -> None:
-    layout = batch.layout(asks_for_next=False)
-    assert layout.query_times is not None and torch.equal(layout.query_times, layout.token_times)
+    assert torch.equal(*times_of(batch.layout(asks_for_next=False)))
 
 
 def parts_of(num_tokens: int) -> list[range]:

@@ -31,7 +31,7 @@ def test_equals_the_formula_forward_and_backward(tokens: int, heads: int, width:
     ours = [x.requires_grad_() for x in inputs(tokens, heads, width, dtype)]
     exact = [x.detach().double().requires_grad_() for x in ours]
     out = norm_mul_dropout(ours, GateConfig(0.1, 0.0))
-    expected = oracle.norm_mul(*exact, eps=0.1)
+    expected = oracle.norm_mul(exact, eps=0.1)
     assert out.dtype == dtype and out.shape == (tokens, heads * width)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)

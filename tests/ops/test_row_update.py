@@ -17,7 +17,7 @@ STATES = {"sgd": 0, "adagrad": 1, "adam": 2}
 KERNELS = {"C++": cpp.update_rows, "PyTorch": plain.update_rows}
 
 
-def sparse(rows: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+def sparse(rows: Tensor, values: Tensor, size: tuple[int, ...]) -> Tensor:
     return torch.sparse_coo_tensor(rows[None], values, size, check_invariants=True)
 
 

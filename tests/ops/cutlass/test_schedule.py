@@ -102,8 +102,9 @@ def test_tiles_cover_every_visible_pair_once_and_mask_the_others(
 def tiles_of(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block: int, tile: int) -> np.ndarray:
     """The number of masked tiles and of all tiles of each block: int [blocks, 2]."""
     items = list_blocks(layout, config, rows, block)
+    _, first, length, end = items.T
     lead, group = leading_rows(layout, config), layout.candidate_group_tokens
-    return np.stack(count_tiles(tile_ranges(*items.T[1:], lead, group, rows, block, tile)), axis=1)
+    return np.stack(count_tiles(tile_ranges(first, length, end, lead, group, rows, block, tile)), axis=1)
 
 
 @pytest.mark.parametrize(("rows", "is_causal"), itertools.product(Rows, (True, False)))

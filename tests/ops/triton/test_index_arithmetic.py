@@ -141,15 +141,15 @@ class TestStridesBeyond32Bits:
         near = [torch.randn(3, 3, 16, dtype=torch.float16) for _ in range(2)]
         weight, bias, config = torch.rand(48), torch.rand(48), GateConfig(1e-5, 0.0, LayerComm())
         for dim in (0, 1):
-            far = spread(memory, near, dim)
             of_far, of_near = (
-                norm.gate_forward(GateInputs(*tensors, weight, bias, config))[0] for tensors in (far, near)
+                norm.gate_forward(GateInputs(x, u, weight, bias, config))[0]
+                for x, u in (spread(memory, near, dim), near)
             )
             assert torch.equal(of_far, of_near)
 
     def test_the_projection(self, memory: Tensor) -> None:
         torch.manual_seed(0)
-        x, weight = near = [torch.randn(3, 16, dtype=torch.float16) for _ in range(2)]
-        far = spread(memory, near, 0)
+        near = [torch.randn(3, 16, dtype=torch.float16) for _ in range(2)]
         bias = torch.zeros(3, dtype=torch.float16)
-        assert torch.equal(linear.project(*far, bias)[0], linear.project(x, weight, bias)[0])
+        results = [linear.project(x, weight, bias)[0] for x, weight in (near, spread(memory, near, 0))]
+        assert torch.equal(*results)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.ops.functional import project_uvqk
-from hstu.ops.kernels import Backend, RelativeBias
+from hstu.ops.kernels import Backend, Negatives, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, TokenOrder
-from tests.ops.backends import hstu_attention, kernels_of, pool_softmax_loss
+from tests.ops.backends import hstu_attention, kernels_of, softmax_loss
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
 from tests.ops.test_softmax_loss import make_seen
@@ -32,11 +32,11 @@ def compare(
         out = function(backend, *given)
         slope = torch.cos(torch.arange(out.numel())).view(out.shape).to(dtype)
         results.append([out.detach(), *torch.autograd.grad(out, given, slope.to(out))])
-    for place, (ours, exact) in enumerate(zip(*results, strict=True)):
+    for index, (ours, exact) in enumerate(zip(*results, strict=True)):
         assert ours.shape == exact.shape
         if exact.numel():
             error = float((ours.cpu().double() - exact).abs().max() / exact.abs().max().clamp(min=1e-3))
-            assert error <= TOLERANCE[dtype], f"result {place} (0: output, then gradients) is off by {error:.2g}"
+            assert error <= TOLERANCE[dtype], f"result {index} (0: output, then gradients) is off by {error:.2g}"
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -46,10 +46,11 @@ def test_the_projection_equals_float64(
 ) -> None:
     torch.manual_seed(tokens)
 
-    def run(backend: Backend, *tensors: Tensor) -> Tensor:
+    def run(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         kernels = kernels_of(backend).project_uvqk
-        assert torch.equal(kernels.activate((both := kernels.forward(*tensors))[0]), both[1])
-        return project_uvqk(*tensors, kernels)
+        projected, activated = kernels.forward(x, weight, bias)
+        assert torch.equal(kernels.activate(projected), activated)
+        return project_uvqk(x, weight, bias, kernels)
 
     leaves = [torch.randn(tokens, hidden), torch.randn(4 * heads * width, hidden) / hidden**0.5]
     compare(run, [*leaves, torch.randn(4 * heads * width)], device, dtype=dtype)
@@ -88,15 +89,10 @@ def test_the_pool_loss_equals_float64(
 ) -> None:
     torch.manual_seed(0)
     targets, ids = torch.randint(5, (queries,)), torch.randint(9, (pool,))
-    log_weights = torch.randn(pool).masked_fill(torch.rand(pool) < 0.3, -torch.inf)
-
-    def loss(backend: Backend, *vectors: Tensor) -> Tensor:
-        place = vectors[0].device
-        given = log_weights.to(place, vectors[0].dtype) if weighted else None
-        seen = make_seen(queries, pool, device=place) if masks else None
-        return pool_softmax_loss(*vectors, targets.to(place), ids.to(place), given, 0.3, backend, seen)
-
-    compare(loss, [F.normalize(torch.randn(n, width), dim=1) for n in (queries, queries, pool)], device)
+    log_weights = torch.randn(pool).masked_fill(torch.rand(pool) < 0.3, -torch.inf) if weighted else None
+    negatives = Negatives(targets, ids, 0.3, log_weights, make_seen(queries, pool) if masks else None)
+    vectors = [F.normalize(torch.randn(n, width), dim=1) for n in (queries, queries, pool)]
+    compare(lambda backend, *vectors: softmax_loss(vectors, negatives, backend), vectors, device)
 
 
 def test_gradients_of_the_bias_have_the_same_bits_in_every_run(device: torch.device) -> None:
@@ -107,12 +103,12 @@ def test_gradients_of_the_bias_have_the_same_bits_in_every_run(device: torch.dev
     for _ in range(2):
         torch.manual_seed(0)
         layout = batch.layout(device=device)
-        leaves = [torch.randn(layout.num_tokens, 1, 16).to(device).requires_grad_() for _ in range(3)]
+        q, k, v = (torch.randn(layout.num_tokens, 1, 16).to(device).requires_grad_() for _ in range(3))
         tables = [torch.randn(n).to(device).requires_grad_() for n in (99, NUM_TIME_BUCKETS)]
         out = hstu_attention(
-            *leaves, layout, alpha=0.3, scaling_seqlen=9, bias=RelativeBias(*tables), backend=Backend.TRITON
+            q, k, v, layout, alpha=0.3, scaling_seqlen=9, bias=RelativeBias(*tables), backend=Backend.TRITON
         )
-        results.append(torch.autograd.grad(out.sin().sum(), [*leaves, *tables]))
+        results.append(torch.autograd.grad(out.sin().sum(), [q, k, v, *tables]))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 

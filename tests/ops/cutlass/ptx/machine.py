@@ -13,6 +13,7 @@ about it in docs/benchmarks/kernels/README.md.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ class Cta:
     """A CTA: the state that its warps share."""
 
     program: Program
-    params: dict[str, object]
+    params: dict[str, Any]
     memory: dict[int, np.ndarray]
     """Address → bytes of each global array."""
     index: int

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -9,7 +10,7 @@ class Instruction:
     """``@guard opcode operands``."""
 
     opcode: str
-    operands: list
+    operands: list[Any]
     """Strings; a list for ``{a, b}``; ("memory", base, offset) for ``[base + offset]`` with whatever else it holds."""
     guard: str | None = None
     negated: bool = False
@@ -76,7 +77,7 @@ def _instruction(line: str, scope: str) -> Instruction:
     return Instruction(opcode.strip().rstrip("."), operands, guard, negated)
 
 
-def _operands(text: str) -> list:
+def _operands(text: str) -> list[Any]:
     found, depth, start = [], 0, 0
     for i, sign in enumerate(text + ","):
         depth += (sign in "[{") - (sign in "]}")
@@ -87,7 +88,7 @@ def _operands(text: str) -> list:
     return found
 
 
-def _operand(text: str):
+def _operand(text: str) -> Any:
     if text.startswith("{"):
         return [part.strip() for part in text[1:-1].split(",")]
     if text.startswith("["):

@@ -1,12 +1,18 @@
 """Registers of a warp and the arithmetic on them, for :mod:`tests.ops.cutlass.ptx.machine`."""
 
+from __future__ import annotations
+
 import operator
 import re
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tests.ops.cutlass.ptx.parse import Instruction
+
+if TYPE_CHECKING:
+    from tests.ops.cutlass.ptx.machine import Cta
 
 LANES = 32
 WIDTH = {"pred": 1, "b8": 1} | {f"{kind}{8 * size}": size for kind in "busf" for size in (2, 4, 8)}
@@ -19,7 +25,7 @@ def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a) // np.abs(b) * np.sign(a) * np.sign(b)
 
 
-ARITHMETIC = {
+ARITHMETIC: dict[str, Callable[..., np.ndarray]] = {
     "add": operator.add, "sub": operator.sub, "mul": operator.mul, "and": operator.and_, "or": operator.or_,
     "xor": operator.xor, "not": operator.invert, "neg": operator.neg, "min": np.minimum, "max": np.maximum,
     "abs": np.abs, "rcp": np.reciprocal, "ex2": np.exp2, "div": _divided,
@@ -54,7 +60,7 @@ def to_bits16(values: np.ndarray, dtype: str) -> np.ndarray:
 class Values:
     """The registers of a warp, an array of 32 each, typed by the instruction that reads them."""
 
-    def __init__(self, cta, warp: int) -> None:
+    def __init__(self, cta: Cta, warp: int) -> None:
         self.registers: dict[str, np.ndarray] = {}
         self.aliases: dict[str, str] = {}
         self.params = cta.params

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,11 +30,11 @@ def run_kernel(
     variant: Variant,
     ptx: str,
     inputs: list[Tensor],
+    before_silu: Sequence[Tensor],
     layout: JaggedLayout,
     config: AttentionConfig,
     bias: BiasArguments | None = None,
     sums: BiasSums | None = None,
-    before_silu: Sequence[Tensor] = (),
 ) -> list[Tensor]:
     """The outputs of a kernel for its inputs x, y, z or x, y, w, z: [T, H, d]. Adds to ``sums``.
 
@@ -75,7 +76,7 @@ def run_kernel(
         numbers += [np.array([bias.center], np.int32).tobytes(), np.array([1 / config.alpha], np.float32).tobytes()]
     remaining = iter([items, *numbers])
     maps, structs = iter(map(loaded, inputs, box_rows)), iter(tensors)
-    params: dict[str, object] = {}
+    params: dict[str, Any] = {}
     coordinates = False
     for name, size in program.params:
         if coordinates:  # the shape of a tensor that TMA loads, which no kernel reads

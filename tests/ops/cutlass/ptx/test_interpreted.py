@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from hstu.ops.self_check import small_layout
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
 from hstu.ops.cutlass.attention import Kernel, Variant
-from hstu.ops.cutlass.bias import BiasArguments
+from hstu.ops.cutlass.bias import BiasArguments, BiasSums
 from hstu.ops.cutlass.operators import OPERATORS
 from hstu.ops.support import CUTLASS_BIAS_HEAD_DIMS, CUTLASS_HEAD_DIMS
 from tests.ops.cutlass.ptx.run import ptx_of, run_kernel
@@ -34,12 +33,19 @@ SHORT = small_layout(torch.device("cpu"), (3, 0, 90), (1, 0, 20), num_contextual
 def interpret(patch: pytest.MonkeyPatch, capability: int, ptx_of: Callable[[Variant], str] = ptx_of) -> None:
     """Run launches on the interpreter, as on a GPU of this compute capability."""
 
-    def launch(kernel: Kernel, inputs: list[Tensor], outs: list[Gradient], *others: Any) -> None:
+    def launch(
+        kernel: Kernel,
+        inputs: list[Tensor],
+        outs: list[Gradient],
+        layout: JaggedLayout,
+        config: AttentionConfig,
+        bias: BiasArguments | None = None,
+        sums: BiasSums | None = None,
+    ) -> None:
         before = [out.before_silu for out in outs if out.before_silu is not None]
-        has_bias = any(isinstance(other, BiasArguments) for other in others)
-        variant = Variant(kernel, inputs[0].dtype, inputs[0].shape[2], capability, has_bias, bool(before))
+        variant = Variant(kernel, inputs[0].dtype, inputs[0].shape[2], capability, bias is not None, bool(before))
         values = [each.value for each in before]
-        computed = run_kernel(variant, ptx_of(variant), inputs, *others, before_silu=values)
+        computed = run_kernel(variant, ptx_of(variant), inputs, values, layout, config, bias, sums)
         targets = [*(out.target for out in outs), *(each.grad_shift for each in before)]
         for target, result in zip(targets, computed, strict=True):
             target.copy_(result)

@@ -200,7 +200,7 @@ class _WithoutTables(GRModel):
         draws = workload.source.negatives
         negatives = (NEGATIVES, *map(of_negatives, roles.tower)) if draws and draws.kind != "in_batch" else ()
         keys = (*roles.names, *negatives)
-        self.dense = DenseModel(ReplicatedTables((), 0), task, workload.specs, keys, roles)
+        self.dense = DenseModel(ReplicatedTables((), 0, roles.item), task, keys)
         self._dims = {feature: spec.dim for spec in workload.specs for feature in spec.features}
         # A rank looks up rows of replicated tables for its whole group, other rows for itself.
         of_group = {feature for spec in workload.replicated_specs for feature in spec.features}

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchrec import EmbeddingCollection, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor
+from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
 from hstu.config.problems import Cite, cite
-from hstu.data.batches.batch import NEGATIVES, of_negatives
+from hstu.data.batches.batch import NEGATIVES, POOL, HSTUBatch, of_negatives, of_pool
 from hstu.data.features.roles import FeatureRoles
 
 _INIT_BLOCK_ROWS = 4096
@@ -181,9 +181,10 @@ class ReplicatedTables(nn.Module):
     the host cannot count the distinct rows, and DDP averages the gradients.
     """
 
-    def __init__(self, specs: Iterable[TableSpec], seed: int) -> None:
+    def __init__(self, specs: Iterable[TableSpec], seed: int, item_feature: str) -> None:
         super().__init__()
         self.specs = {spec.name: spec for spec in specs if spec.replicated}
+        self._item_feature = item_feature
         self.tables = nn.ModuleDict()
         for spec in self.specs.values():
             weight = torch.empty(spec.rows, spec.dim)
@@ -201,20 +202,21 @@ class ReplicatedTables(nn.Module):
         """Table → rows."""
         return {name: self.weight(name) for name in self.specs}
 
-    def rows(self, feature: str, ids: Tensor) -> Tensor:
-        """Rows float32 [n, dim] for ids int64 [n] of a feature of a replicated table."""
-        return self._look_up(next(spec for spec in self.specs.values() if feature in spec.features), ids)
-
-    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
-        """Look up the features of replicated tables: feature → float32 values [tokens, dim] with lengths."""
-        looked_up: dict[str, JaggedTensor] = {}
-        by_key = features.to_dict() if self.specs else {}
+    def forward(self, batch: HSTUBatch) -> dict[str, Tensor]:
+        """Rows float32 [n, dim] of a batch's ids and of its pool of negatives, by the keys of replicated tables."""
+        rows: dict[str, Tensor] = {}
+        if not self.specs:
+            return rows
+        ids, pool = batch.features.to_dict(), batch.negatives
+        pool_features = {} if pool.pool_features is None else pool.pool_features.to_dict()
         for spec in self.specs.values():
             for feature in spec.features:
-                ids = by_key[feature]
-                rows = self._look_up(spec, ids.values())
-                looked_up[feature] = JaggedTensor(rows, lengths=ids.lengths(), offsets=ids.offsets())
-        return looked_up
+                rows[feature] = self._look_up(spec, ids[feature].values())
+                if feature in pool_features:
+                    rows[of_pool(feature)] = self._look_up(spec, pool_features[feature].values())
+                if feature == self._item_feature and pool.pool_ids is not None:
+                    rows[POOL] = self._look_up(spec, pool.pool_ids)
+        return rows
 
     def _look_up(self, spec: TableSpec, ids: Tensor) -> Tensor:
         weight = self.weight(spec.name)
@@ -223,14 +225,3 @@ class ReplicatedTables(nn.Module):
 
 def _module_name(table: str) -> str:
     return table.replace(".", "/")
-
-
-def narrow_to_dim(
-    looked_up: Mapping[str, JaggedTensor], dim_of_feature: Mapping[str, int]
-) -> Iterator[tuple[str, JaggedTensor]]:
-    """Cut off the columns that pad rows of sharded tables to FBGEMM's multiple."""
-    for feature, jagged in looked_up.items():
-        values, dim = jagged.values(), dim_of_feature[feature]
-        if values.shape[1] != dim:
-            jagged = JaggedTensor(values[:, :dim], lengths=jagged.lengths(), offsets=jagged.offsets())
-        yield feature, jagged

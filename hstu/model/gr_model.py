@@ -1,21 +1,22 @@
 """The whole model: table lookups, then the dense model.
 
 TorchRec's pipelines trace ``GRModel.forward`` symbolically to find the sharded tables and start their communication
-early. It must therefore stay a plain chain of calls; all control flow is inside ``dense``.
+early. It must therefore stay a plain chain of calls; all control flow is inside ``dense`` and ``_rows``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
-from hstu.data.batches.batch import POOL, HSTUBatch, ItemFeatures, is_of_pool, of_pool
+from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.features.roles import FeatureRoles
-from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, narrow_to_dim
+from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections
 from hstu.model.item_tower import ItemTower, join_rows
 from hstu.model.outputs import ModelOutput
 
@@ -23,64 +24,38 @@ from hstu.model.outputs import ModelOutput
 class DenseModel(nn.Module):
     """Everything except the sharded tables: replicated tables and the task's model."""
 
-    def __init__(
-        self,
-        replicated: ReplicatedTables,
-        task: nn.Module,
-        specs: Sequence[TableSpec],
-        feature_keys: Sequence[str],
-        roles: FeatureRoles,
-    ) -> None:
+    def __init__(self, replicated: ReplicatedTables, task: nn.Module, feature_keys: Sequence[str]) -> None:
         super().__init__()
         self.replicated = replicated
         self.task = task
         self._feature_keys = list(feature_keys)
-        self._item_feature = roles.item
-        dims = {feature: spec.dim for spec in specs for feature in spec.features}
-        dims_of_pool = {POOL: dims[roles.item]} | {of_pool(name): dims[name] for name in roles.tower}
-        self._dim_of_feature = dims | dims_of_pool
         self.filled = [name for name, _ in task.named_parameters()]
         """Names of the weights that get a gradient of zeros from a batch without labels."""
 
-    def forward(self, looked_up: Sequence[Mapping[str, JaggedTensor]], batch: HSTUBatch) -> ModelOutput:
-        """Compute loss and predictions. ``looked_up``: rows of the sharded tables, one mapping per collection."""
+    def forward(self, looked_up: Mapping[str, Tensor], batch: HSTUBatch) -> ModelOutput:
+        """Compute loss and predictions. ``looked_up``: feature of a sharded table → rows [n, dim]."""
         if batch.features.keys() != self._feature_keys:  # TorchRec would silently look up the ids of other features
             raise ValueError(
                 f"a batch has the features {batch.features.keys()}; the model was built for {self._feature_keys}"
             )
-        embeddings: dict[str, JaggedTensor] = self.replicated(batch.features)
-        for collection in looked_up:
-            embeddings.update(narrow_to_dim(collection, self._dim_of_feature))
-        embeddings |= as_jagged(self._replicated_pool(batch, known=embeddings.keys()), batch)
+        embeddings = {**self.replicated(batch), **looked_up}
         output: ModelOutput = self.task(embeddings, batch)
         if torch.is_grad_enabled() and batch.num_labels_total == 0:
             # Backward has collectives, so every parameter and every looked-up row needs a gradient on every rank, even
             # without labels. Replicated tables get theirs through the rows.
-            rows = [jagged.values() for jagged in embeddings.values()]
-            rows += map(self.task.get_parameter, self.filled)
-            zero = torch.stack([tensor.float().sum() for tensor in rows if tensor.requires_grad]).sum() * 0.0
+            tensors = [*embeddings.values(), *map(self.task.get_parameter, self.filled)]
+            zero = torch.stack([tensor.float().sum() for tensor in tensors if tensor.requires_grad]).sum() * 0.0
             output.loss_sum = output.loss_sum + zero
         return output
 
-    def _replicated_pool(self, batch: HSTUBatch, known: Collection[str]) -> dict[str, Tensor]:
-        """Replicated rows for the batch's pool of negatives, except the ``known`` keys."""
-        ids: dict[str, tuple[str, Tensor]] = {}
-        if batch.negatives.pool_ids is not None:
-            ids[POOL] = self._item_feature, batch.negatives.pool_ids
-        if batch.negatives.pool_features is not None:
-            found = batch.negatives.pool_features.to_dict()
-            ids |= {of_pool(name): (name, values.values()) for name, values in found.items()}
-        return {key: self.replicated.rows(*of_key) for key, of_key in ids.items() if key not in known}
 
-
-def as_jagged(rows: Mapping[str, Tensor], batch: HSTUBatch) -> dict[str, JaggedTensor]:
-    """Rows [n, dim] per feature as JaggedTensors with the feature's lengths in ``batch``."""
-    features = batch.features.to_dict() if rows else {}
+@torch.fx.wrap
+def _rows(looked_up: Sequence[Mapping[str, JaggedTensor]], dims: Mapping[str, int]) -> dict[str, Tensor]:
+    """Rows of all collections by feature, without the columns that pad sharded tables to FBGEMM's multiple."""
     return {
-        name: JaggedTensor(values, lengths=torch.full((1,), len(values), device=values.device))
-        if is_of_pool(name)
-        else JaggedTensor(values, lengths=features[name].lengths(), offsets=features[name].offsets())
-        for name, values in rows.items()
+        feature: rows if (rows := jagged.values()).shape[1] == dims[feature] else rows[:, : dims[feature]]
+        for collection in looked_up
+        for feature, jagged in collection.items()
     }
 
 
@@ -98,26 +73,21 @@ class GRModel(nn.Module):
         self.feature_keys = tuple(feature_keys)
         self.roles = roles
         self.embedding = build_collections(self.specs)
-        replicated = ReplicatedTables(self.specs, seed)
         self._dim_of_feature = {feature: spec.dim for spec in self.specs for feature in spec.features}
-        self.dense: nn.Module = DenseModel(replicated, task, self.specs, self.feature_keys, roles)
+        replicated = ReplicatedTables(self.specs, seed, roles.item)
+        self.dense: nn.Module = DenseModel(replicated, task, self.feature_keys)
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Compute the loss and the predictions of one batch."""
-        looked_up = [collection(batch.features) for collection in self.embedding]
-        output: ModelOutput = self.dense(looked_up, batch)
+        output: ModelOutput = self.dense(self.look_up(batch), batch)
         return output
 
     def look_up(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """Rows of sharded tables: feature → [number of values, dim]. Pass them through ``as_jagged`` to ``dense``.
+        """Rows of sharded tables: feature → [number of values, dim], the first argument of ``dense``.
 
         A training step calls this and ``dense`` separately, so that it has all gradients before it updates any table.
         """
-        rows: dict[str, Tensor] = {}
-        for collection in self.embedding:
-            looked_up = narrow_to_dim(collection(batch.features), self._dim_of_feature)
-            rows.update((feature, jagged.values()) for feature, jagged in looked_up)
-        return rows
+        return _rows([collection(batch.features) for collection in self.embedding], self._dim_of_feature)
 
     @torch.no_grad()
     def embed_items(self, ids: Tensor, features: ItemFeatures | None = None) -> Tensor:

@@ -10,7 +10,6 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchrec import JaggedTensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import NetworkArgs, NumericFeatureArgs
@@ -119,7 +118,7 @@ class SequenceInputs(nn.Module):
             cast(NumberInputs, numbers).load_statistics(statistics)
 
     def forward(
-        self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, comm: LayerComm | None = None
+        self, embeddings: Mapping[str, Tensor], batch: HSTUBatch, comm: LayerComm | None = None
     ) -> tuple[Tensor, JaggedLayout]:
         """Returns this rank's tokens [., D] and the layout of all tokens. ``embeddings``: rows of every feature."""
         layout, comm = self.layout(batch), comm or LayerComm()
@@ -150,7 +149,7 @@ class SequenceInputs(nn.Module):
         )
 
     def parts(
-        self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, layout: JaggedLayout, tokens: range | None = None
+        self, embeddings: Mapping[str, Tensor], batch: HSTUBatch, layout: JaggedLayout, tokens: range | None = None
     ) -> list[Tensor]:
         """Rows of width D of a token range, without positions, in :func:`hstu.ops.layout.token_order`'s order."""
         tokens = range(layout.num_tokens) if tokens is None else tokens
@@ -180,9 +179,9 @@ class SequenceInputs(nn.Module):
         is_history = to_device(_is_history(batch)[own.start : own.stop], actions.device)
         return [*parts, items + actions * is_history[:, None]]
 
-    def _embed(self, role: str, feature: str, embeddings: dict[str, JaggedTensor], num_rows: int, own: range) -> Tensor:
+    def _embed(self, role: str, feature: str, embeddings: Mapping[str, Tensor], num_rows: int, own: range) -> Tensor:
         """Rows ``own`` of a feature, projected to width D. Raises DataError unless it has ``num_rows`` rows."""
-        values = embeddings[feature].values()
+        values = embeddings[feature]
         if len(values) != num_rows:
             raise DataError(
                 f"feature {feature!r} has {len(values)} values in a batch that needs {num_rows}: a contextual feature "
@@ -191,14 +190,14 @@ class SequenceInputs(nn.Module):
         values = _rows(values, own) * self.scale
         return self.projections[role](values) if role in self.projections else values
 
-    def _embed_side(self, role: str, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, own: range) -> Tensor:
+    def _embed_side(self, role: str, embeddings: Mapping[str, Tensor], batch: HSTUBatch, own: range) -> Tensor:
         """Side features of one role for the items ``own``, projected to width D."""
         names, rows = self.side[role], []
         if names:
             lists, lengths = self.features.lists, {}
             if batch.items.list_lengths is not None:
                 lengths = dict(zip(lists, batch.items.list_lengths, strict=True))
-            joined = join_rows(names, {name: embeddings[name].values() for name in names}, lengths)
+            joined = join_rows(names, embeddings, lengths)
             rows.append(_rows(joined, own) * self.scale)
         if role in self.numbers:
             assert batch.items.numbers is not None

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec import JaggedTensor
 
 from hstu.config.args import RankingArgs
 from hstu.data.batches.batch import HSTUBatch
@@ -24,7 +24,7 @@ class RankingModel(nn.Module, ABC):
     encoder: SequenceEncoder
     head: nn.Module
 
-    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
+    def forward(self, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> ModelOutput:
         """Loss and predictions for labelled items. Each rank applies the head to its own tokens."""
         tokens, layout = self.encoder(embeddings, batch)
         rows, labels = labelled_rows(tokens, layout, batch, self.encoder.comm)

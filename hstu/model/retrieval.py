@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
 from hstu.data.batches.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_negatives, of_pool
@@ -100,7 +99,7 @@ class RetrievalDense(nn.Module):
         self.log_counts = log_counts
         self.kernels = kernels
 
-    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
+    def forward(self, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> ModelOutput:
         """Returns the loss of the batch's labels in training mode, the queries at newest tokens in evaluation mode.
 
         ``embeddings``: rows of items, NEGATIVES and tower features. Collective in training with in-batch negatives.
@@ -131,13 +130,13 @@ class RetrievalDense(nn.Module):
         return queries.new_zeros(layout.batch_size, queries.shape[1]).index_copy(0, to_device(filled, device), queries)
 
     def loss_sum(
-        self, tokens: Tensor, layout: JaggedLayout, embeddings: dict[str, JaggedTensor], batch: HSTUBatch
+        self, tokens: Tensor, layout: JaggedLayout, embeddings: Mapping[str, Tensor], batch: HSTUBatch
     ) -> Tensor:
         """Sum of −log softmax over labelled items, each predicted from the token before it."""
         _check_labels_have_history(batch)
         rows, labels = labelled_rows(tokens, layout, batch, self.comm, shift=-1)
         queries = self.queries(rows)
-        item_ends = embeddings[self.item_feature].offsets()[1:]
+        item_ends = batch.features[self.item_feature].offsets()[1:]
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)[labels.own]
         items = self._items(embeddings, batch)
         positives = self.kernels.l2_normalize(items.index_select(0, labelled_items), self.l2_norm_eps)
@@ -156,7 +155,7 @@ class RetrievalDense(nn.Module):
         return self.comm.sum_over_tokens(loss)
 
     def _pool(
-        self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch, draws: Tensor | None
+        self, items: Tensor, embeddings: Mapping[str, Tensor], batch: HSTUBatch, draws: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The negatives: items drawn from the corpus, in-batch items, or both. ``items``: vectors of the batch's items.
 
@@ -193,7 +192,7 @@ class RetrievalDense(nn.Module):
         counted = torch.zeros(len(ids), device=ids.device) if log_weights is None else log_weights
         return counted.masked_fill(repeats, -torch.inf)
 
-    def _own_pool(self, items: Tensor, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
+    def _own_pool(self, items: Tensor, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
         """Normalised vectors and ids of the distinct items of this rank's batch; ``batch`` may be a part of it."""
         if batch.negatives.pool_ids is not None:
             lengths = {} if self.tower is None else self.tower.lengths_of_pool(batch)
@@ -203,22 +202,22 @@ class RetrievalDense(nn.Module):
         ids = batch.features[self.item_feature].values()[batch.negatives.pool_positions]
         return self.kernels.l2_normalize(items.index_select(0, batch.negatives.pool_positions), self.l2_norm_eps), ids
 
-    def _items(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> Tensor:
+    def _items(self, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> Tensor:
         lengths = {} if self.tower is None else self.tower.lengths_in_batch(batch)
         return self._vectors(embeddings, self.item_feature, str, lengths)
 
     def _vectors(
         self,
-        embeddings: dict[str, JaggedTensor],
+        embeddings: Mapping[str, Tensor],
         key: str,
         key_of: Callable[[str], str],
         list_lengths: Mapping[str, Tensor],
     ) -> Tensor:
         """Vectors of the items under ``key``, not normalised. ``key_of``: feature → key of its rows."""
-        rows = embeddings[key].values()
+        rows = embeddings[key]
         if self.tower is None:
             return rows
-        of_features = {name: embeddings[key_of(name)].values() for name in self.tower.features}
+        of_features = {name: embeddings[key_of(name)] for name in self.tower.features}
         vectors: Tensor = self.tower(rows, of_features, list_lengths)
         return vectors
 

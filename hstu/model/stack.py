@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
-from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs
 from hstu.data.batches.batch import HSTUBatch
@@ -101,7 +100,7 @@ class SequenceEncoder(nn.Module):
         self.comm = LayerComm()
         """Communication with the ranks that share the tokens."""
 
-    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
+    def forward(self, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> tuple[Tensor, JaggedLayout]:
         """Returns the tokens of this rank's range, float32 [., D], and the layout of all tokens of the batch."""
         with mixed_precision(self.network.dtype_str, batch.num_candidates.device.type):
             x, layout = self.inputs(embeddings, batch, self.comm)

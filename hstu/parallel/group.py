@@ -19,7 +19,7 @@ from torch.nn import functional
 from hstu.data.batches.batch import HSTUBatch, packed
 from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks
 from hstu.data.features.roles import FeatureRoles
-from hstu.model.gr_model import GRModel, as_jagged
+from hstu.model.gr_model import GRModel
 from hstu.model.outputs import ModelOutput
 from hstu.parallel.collectives import all_gather, gather_objects
 from hstu.parallel.mesh import Mesh
@@ -41,7 +41,7 @@ def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
     merged, group = _merge_group(needed, model.roles.item, mesh)
     rows = gather_embeddings(model.look_up(batch.to(mesh.device)), group, mesh.tp_cp_group)
     merged = merged.to(mesh.device)
-    output = model.dense([as_jagged(rows, merged)], merged)
+    output = model.dense(rows, merged)
     logits, queries = output.logits, output.queries
     if logits is not None:
         logits = logits[group.labels]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hstu.data.batches.batch import POOL, HSTUBatch, is_of_negatives, is_of_pool, of_pool
 from hstu.data.batches.train_batch import TrainBatch
-from hstu.model.gr_model import GRModel, as_jagged
+from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.ddp import average_sparse_gradients, gradient_sync, own_gradients_finite
 from hstu.parallel.group import gather_embeddings
@@ -77,7 +77,7 @@ class TrainStep:
         loss_sum = torch.zeros((), device=num_labels.device)
         for index, part in enumerate(batch.parts):
             with gradient_sync(self.model.dense, is_last=index == len(batch.parts) - 1):
-                output = self.model.dense([as_jagged(leaves[index], part)], part)
+                output = self.model.dense(leaves[index], part)
                 (output.loss_sum * loss_weight).backward()
             loss_sum += output.loss_sum.detach().float()
             self.mesh.heartbeat.beat()

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchrec import JaggedTensor
 
 from hstu.base.errors import ConfigError
 from hstu.data.batches.batch import HSTUBatch
@@ -48,7 +47,7 @@ class IncrementalEncoder:
         self,
         encoder: SequenceEncoder,
         cache: PrefixCache,
-        embeddings_of: Callable[[HSTUBatch], dict[str, JaggedTensor]],
+        embeddings_of: Callable[[HSTUBatch], dict[str, Tensor]],
         candidates_at_once: int = 256,
     ) -> None:
         if encoder.network.truncate_after_layer is not None:

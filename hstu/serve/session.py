@@ -11,12 +11,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torchrec import JaggedTensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
-from hstu.model.gr_model import as_jagged
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import SequenceEncoder
@@ -256,9 +254,9 @@ class Session:
         (batch,) = self._requests.batches([known.history.cut(slice(-count - 1, None))], [count + 1])
         return batch
 
-    def _embeddings_of(self, batch: HSTUBatch) -> dict[str, JaggedTensor]:
+    def _embeddings_of(self, batch: HSTUBatch) -> dict[str, Tensor]:
         model = self._loaded.model
-        return model.replicated_tables(batch.features) | as_jagged(model.look_up(batch), batch)
+        return {**model.replicated_tables(batch), **model.look_up(batch)}
 
     def _cosines(self, user: Any, items: Sequence[Any], at: int | None) -> Tensor:
         vector = self.user_embeddings([user], at)[0]

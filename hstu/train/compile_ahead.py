@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torchrec import JaggedTensor
 
 from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs
 from hstu.config.gin_io import load
@@ -79,16 +78,10 @@ def _run_step(config: RunConfig) -> None:
         task.eval()(_rows(batch, widths), batch)
 
 
-def _rows(batch: HSTUBatch, widths: dict[str, int]) -> dict[str, JaggedTensor]:
+def _rows(batch: HSTUBatch, widths: dict[str, int]) -> dict[str, torch.Tensor]:
     """Zeros instead of the table rows of a batch."""
-    return {
-        name: JaggedTensor(
-            torch.zeros(len(ids.values()), widths[name], requires_grad=True),
-            lengths=ids.lengths(),
-            offsets=ids.offsets(),
-        )
-        for name, ids in batch.features.to_dict().items()
-    }
+    lengths = zip(batch.features.keys(), batch.features.length_per_key(), strict=True)
+    return {name: torch.zeros(length, widths[name], requires_grad=True) for name, length in lengths}
 
 
 def _shortened(config: RunConfig) -> RunConfig:

@@ -7,7 +7,6 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 from torch import nn
-from torchrec import JaggedTensor
 
 from hstu.checkpoint.state import TrainState
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs, PartOptimizerArgs
@@ -39,12 +38,12 @@ class ToyTask(nn.Module):
         self.head = nn.Linear(dim, 1)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, embeddings: dict[str, JaggedTensor], batch: HSTUBatch) -> ModelOutput:
+    def forward(self, embeddings: Mapping[str, torch.Tensor], batch: HSTUBatch) -> ModelOutput:
         items, actions, users = (embeddings[name] for name in ("item", "action", "user"))
-        per_token = self.project(users.values()).repeat_interleave(items.lengths()[users.lengths() > 0], dim=0)
-        hidden = self.norm(items.values() + actions.values() + per_token)
+        lengths = batch.features["item"].lengths()[batch.features["user"].lengths() > 0]
+        hidden = self.norm(items + actions + self.project(users).repeat_interleave(lengths, dim=0))
         predictions = torch.tanh(self.head(self.dropout(hidden))).squeeze(1)
-        extra = embeddings[NEGATIVES].values().square().sum()
+        extra = embeddings[NEGATIVES].square().sum()
         loss = (predictions - batch.labels.float()).square().sum() + extra
         return ModelOutput(loss, batch.num_labels.sum())
 

@@ -20,7 +20,7 @@ from hstu.estimate.dry_run import DryRun, dry_run
 from hstu.estimate.estimate import transfers
 from hstu.estimate.sharding import held_weights, plan_tables, replicated_bytes, state_bytes, table_bytes
 from hstu.estimate.workload import Workload, plan_workload
-from hstu.model.gr_model import GRModel, as_jagged
+from hstu.model.gr_model import GRModel
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.group import gather_embeddings, to_train_batch
 from hstu.parallel.mesh import Mesh, seed_initial_weights
@@ -144,7 +144,7 @@ def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
         if batch.group is not None:
             rows = gather_embeddings(rows, batch.group, mesh.tp_cp_group)
         (whole,) = batch.parts
-        output = model.dense([as_jagged(rows, whole)], whole)
+        output = model.dense(rows, whole)
     # Those that are gathered now.
     not_counted |= {local_part(p.detach()).untyped_storage().data_ptr() for p in model.parameters()}
     output.loss_sum.backward()  # the ranks' collectives of backward

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchrec import JaggedTensor
 
 from hstu.config.args import NetworkArgs
 from hstu.data.batches.batch import HSTUBatch, ItemColumns, keyed_jagged
@@ -90,12 +89,9 @@ class Tables:
             dim = self.contextual_dim if name in self.features.contextual else self.item_dim
             self.weights[name] = nn.Parameter(torch.randn(ROWS, dim))
 
-    def __call__(self, batch: HSTUBatch) -> dict[str, JaggedTensor]:
+    def __call__(self, batch: HSTUBatch) -> dict[str, Tensor]:
         ids = batch.features.to_dict()
-        return {
-            name: JaggedTensor(nn.functional.embedding(ids[name].values(), weight), lengths=ids[name].lengths())
-            for name, weight in self.weights.items()
-        }
+        return {name: nn.functional.embedding(ids[name].values(), weight) for name, weight in self.weights.items()}
 
 
 def make_network(**changes: Any) -> NetworkArgs:

@@ -1,7 +1,6 @@
 import threading
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +9,10 @@ from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
-from hstu.data.batches.batch import NEGATIVES, keyed_jagged
+from hstu.data.batches.batch import NEGATIVES
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, initial_row_blocks, table_specs
+from tests.helpers import make_batch
 
 ROWS = 10_000
 
@@ -60,12 +60,10 @@ def test_initial_rows_are_normal_and_differ_by_table_and_seed() -> None:
 
 
 def test_replicated_tables_look_up_their_features() -> None:
-    tables = ReplicatedTables([spec("my.item", rows=9), spec("other", rows=9, replicated=False)], seed=1)
-    lengths = np.array([2, 0, 1])
-    features = keyed_jagged({"my.item_id": np.array([3, 8, 3])}, {"my.item_id": lengths})
-    (jagged,) = tables(features).values()
-    assert torch.equal(jagged.values(), initial_rows(spec("my.item", rows=9), 0, 9)[[3, 8, 3]])
-    assert jagged.lengths().tolist() == [2, 0, 1]
+    specs = [spec("my.item", rows=9), spec("other", rows=9, replicated=False)]
+    tables = ReplicatedTables(specs, seed=1, item_feature="my.item_id")
+    (rows,) = tables(make_batch([[3, 8], [], [3]], item="my.item_id")).values()
+    assert torch.equal(rows, initial_rows(spec("my.item", rows=9), 0, 9)[[3, 8, 3]])
     assert tables.weight("my.item").requires_grad
 
 

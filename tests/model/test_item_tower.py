@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec import JaggedTensor
 
 from hstu.config.args import EmbeddingArgs, RetrievalArgs
 from hstu.data.batches.batch import NEGATIVES, HSTUBatch, ItemColumns, keyed_jagged, of_negatives
@@ -91,8 +90,7 @@ def loss_item_by_item(
     total, step = torch.zeros((), dtype=torch.float64), 0
     for items in filter(None, HISTORIES):
         batch = make_batch([items], task="retrieval_eval", labels=[0])
-        rows = {"item": JaggedTensor(tables["item"][torch.tensor(items)], lengths=torch.tensor([len(items)]))}
-        tokens, _ = model.encoder(rows, batch)
+        tokens, _ = model.encoder({"item": tables["item"][torch.tensor(items)]}, batch)
         for place, target in enumerate(items[1:]):
             query = F.normalize(tokens[1 + place], dim=0)
             rivals = [item for item in negatives_of_step(step) if item != target]
@@ -119,10 +117,9 @@ def test_loss_and_gradients_equal_those_of_vectors_made_one_by_one(kind: str) ->
     options, negatives_of_step = KINDS[kind]
     batch = with_features(make_batch(HISTORIES, task="retrieval", **options))
     rows = {
-        key: JaggedTensor(tables[key.removeprefix(f"{NEGATIVES}.").replace(NEGATIVES, "item")][ids.values()],
-                          lengths=ids.lengths(), offsets=ids.offsets())
+        key: tables[key.removeprefix(f"{NEGATIVES}.").replace(NEGATIVES, "item")][ids.values()]
         for key, ids in batch.features.to_dict().items()
-    }  # fmt: skip
+    }
     loss = model(rows, batch).loss_sum
     expected = loss_item_by_item(model, tables, negatives_of_step)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
@@ -144,9 +141,9 @@ def test_micro_batches_give_the_loss_of_the_whole_batch_with_replicated_tables(k
     ]  # fmt: skip
     batch = with_features(make_batch([*HISTORIES, []], task="retrieval", **KINDS[kind][0]))
     specs = table_specs(arguments, NETWORK, ROLES, lookup_negatives=kind != "in_batch")
-    dense = DenseModel(ReplicatedTables(specs, 0), model.float(), specs, batch.features.keys(), ROLES)
-    whole = dense([], batch).loss_sum
-    parts = [dense([], part).loss_sum for part in split_micro_batches(batch, 3, ROLES)]
+    dense = DenseModel(ReplicatedTables(specs, 0, "item"), model.float(), batch.features.keys())
+    whole = dense({}, batch).loss_sum
+    parts = [dense({}, part).loss_sum for part in split_micro_batches(batch, 3, ROLES)]
     assert sum(part != 0 for part in parts) >= 2
     torch.testing.assert_close(sum(parts), whole)
 

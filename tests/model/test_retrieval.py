@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchrec import JaggedTensor
 
 from hstu.config.args import RetrievalArgs
 from hstu.data.batches.batch import NEGATIVES, PADDING_ID
@@ -42,7 +41,7 @@ class RunningSum(nn.Module):
         )
         parts = [torch.zeros(0, DIM)]
         real_lengths = batch.item_lengths[: batch.real_batch_size].tolist()
-        for items in embeddings["item"].values().split(real_lengths):
+        for items in embeddings["item"].split(real_lengths):
             steps = items.repeat_interleave(self.tokens_per_item, dim=0)
             if self.tokens_per_item == 2:  # the action's token is another one than the item's
                 steps = steps + (torch.arange(len(steps)) % 2)[:, None]
@@ -57,9 +56,9 @@ def make_model(hidden_size=DIM, interleaved=False, **options) -> tuple[Retrieval
     return model, nn.Parameter(torch.randn(NUM_ITEMS, DIM))
 
 
-def look_up(table, batch) -> dict[str, JaggedTensor]:
+def look_up(table, batch) -> dict[str, torch.Tensor]:
     features = batch.features.to_dict()
-    return {key: JaggedTensor(table[ids.values()], lengths=ids.lengths()) for key, ids in features.items()}
+    return {key: table[ids.values()] for key, ids in features.items()}
 
 
 def run(model, table, batch):
@@ -202,10 +201,7 @@ def test_training_asks_the_same_queries_as_evaluation_does_of_each_prefix(interl
     tables[NEGATIVES] = tables["item"]
 
     def look_up(batch):
-        ids = batch.features.to_dict()
-        return {
-            name: JaggedTensor(tables[name][jagged.values()], lengths=jagged.lengths()) for name, jagged in ids.items()
-        }
+        return {name: tables[name][ids.values()] for name, ids in batch.features.to_dict().items()}
 
     items, actions, ages = [[3, 1, 4, 1], [5, 9]], [[1, 0, 2, 1], [2, 2]], [4, 6]
     batch = make_batch(items, actions, {"age": ages}, task="retrieval", negatives=range(NUM_ITEMS))

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchrec import JaggedTensor
 
 from hstu.data.batches.batch import HSTUBatch, ItemColumns, keyed_jagged
 from hstu.data.features.values import statistics_of_numbers
@@ -156,9 +155,7 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
         for name in features.names
     }
     ids = batch.features.to_dict()
-    looked_up = {
-        name: JaggedTensor(weight[ids[name].values()], lengths=ids[name].lengths()) for name, weight in weights.items()
-    }
+    looked_up = {name: weight[ids[name].values()] for name, weight in weights.items()}
 
     tokens, _ = inputs(looked_up, batch)
     expected = token_by_token(inputs, weights, users, candidates)
@@ -182,9 +179,7 @@ def test_what_is_known_after_the_event_reaches_no_token_of_a_candidate_item(inte
     def tokens_of_items() -> Tensor:
         batch = make_batch(users, features, candidates=2)
         ids = batch.features.to_dict()
-        looked_up = {
-            name: JaggedTensor(weights[name][ids[name].values()], lengths=ids[name].lengths()) for name in weights
-        }
+        looked_up = {name: weight[ids[name].values()] for name, weight in weights.items()}
         tokens: Tensor = inputs(looked_up, batch)[0]
         return tokens[:: inputs.tokens_per_item]
 

@@ -92,7 +92,7 @@ def test_a_token_reaches_back_by_the_spans_of_all_layers(
     batch = make_batch(random_samples([16], contextuals=1), features)
     embeddings = tables(batch)
     tokens, _ = encoder(embeddings, batch)
-    (gradient,) = torch.autograd.grad(tokens[-1].square().sum(), embeddings["item"].values())
+    (gradient,) = torch.autograd.grad(tokens[-1].square().sum(), embeddings["item"])
     assert torch.nonzero(gradient.any(1)).flatten().tolist() == list(range(max(0, 15 - reach), 16))
 
 

@@ -18,7 +18,7 @@ from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections
 from hstu.model.item_tower import ItemTower, join_rows
-from hstu.model.outputs import ModelOutput
+from hstu.model.stack import ModelOutput
 
 
 class DenseModel(nn.Module):

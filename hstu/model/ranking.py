@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from hstu.config.args import RankingArgs
 from hstu.data.batches.batch import HSTUBatch
-from hstu.model.heads import PredictionHead
-from hstu.model.labelled import labelled_rows
-from hstu.model.outputs import ModelOutput
-from hstu.model.precision import mixed_precision
-from hstu.model.stack import SequenceEncoder
+from hstu.model.heads import MLP, PredictionHead
+from hstu.model.stack import ModelOutput, SequenceEncoder, labelled_rows, mixed_precision
 
 
 class RankingModel(nn.Module, ABC):
@@ -85,3 +82,24 @@ def task_labels(actions: Tensor, num_tasks: int) -> Tensor:
     """Bit t of each action as the label of task t: int64 [M] → float32 [M, num_tasks]."""
     tasks = torch.arange(num_tasks, device=actions.device)
     return (actions[:, None] >> tasks & 1).float()
+
+
+def why_not(device: torch.device) -> str | None:
+    """Compile a small function on this device. Returns None if that works, otherwise the error."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(2, device=device))
+    except Exception as error:  # no compiler, an old compiler, no directory for its files, …
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def compile_parts(task: nn.Module) -> list[str]:
+    """Compile the MLPs and the ranking loss at their first call, for any number of rows. Returns their names."""
+    found = {name: module for name, module in task.named_modules() if isinstance(module, MLP)}
+    for module in found.values():
+        module.compile(dynamic=True)
+    names = [*found]
+    if isinstance(task, RankingDense):
+        task.loss_sum = torch.compile(task.loss_sum, dynamic=True)  # type: ignore[method-assign]
+        names.append("loss")
+    return names

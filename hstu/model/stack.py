@@ -1,23 +1,45 @@
-"""The encoder of ranking and retrieval: inputs, and HSTU layers on kernels."""
+"""The encoder of ranking and retrieval: inputs, and HSTU layers on kernels. Also what the models on it share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hstu.config.args import NetworkArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.model.inputs import SequenceFeatures, SequenceInputs
 from hstu.model.layer import HSTULayer
-from hstu.model.precision import DTYPES, mixed_precision
-from hstu.model.truncation import Truncation
 from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import AttentionForward, Kernels, KernelShapes
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction, LayerWeights
-from hstu.ops.layout import JaggedLayout
+from hstu.ops.layout import JaggedLayout, TokenRuns, truncate_history
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""NetworkArgs.dtype_str → dtype."""
+
+
+@dataclass
+class ModelOutput:
+    """Loss and predictions of one rank's batch. The trainer divides the global loss sum by the global label count."""
+
+    loss_sum: Tensor
+    """float32 scalar: loss summed over the labelled tokens of this batch, and over tasks."""
+    num_labels: Tensor
+    """int64 scalar on the device: labelled tokens of this batch."""
+    logits: Tensor | None = None
+    """Ranking: float32 [M, last width of the head], in the order of ``batch.labels``; of all tasks side by side."""
+    queries: Tensor | None = None
+    """Retrieval evaluation: float32 [B, E], normalised, at each sequence's newest token; zeros for padding."""
+
+
+def mixed_precision(dtype_str: str, device_type: str) -> torch.autocast:
+    """Run matrix products in this dtype; "float32" disables an enclosing autocast. Parameters stay float32."""
+    return torch.autocast(device_type, dtype=DTYPES[dtype_str], enabled=dtype_str != "float32")
 
 
 def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:
@@ -40,9 +62,16 @@ class FusedHSTULayer(HSTULayer):
         self, network: NetworkArgs, max_tokens: int, kernels: Kernels = REFERENCE_KERNELS, index: int = 0
     ) -> None:
         super().__init__(network, max_tokens, index)
-        self.kernels = kernels
-        self.comm = LayerComm()
-        """Communication with the ranks that hold the other heads."""
+        self.config = HSTULayerConfig(
+            head_dim=network.kv_channels,
+            attention=self.attention_config,
+            eps=network.norm_epsilon,
+            kernels=kernels,
+            dropout=network.hidden_dropout,
+            recompute_normalized=network.recompute_input_layernorm,
+            recompute_activated=network.recompute_input_silu,
+            recompute_all=network.recompute_layer,
+        )
 
     def forward(
         self,
@@ -55,9 +84,10 @@ class FusedHSTULayer(HSTULayer):
 
         ``attend``: replaces the attention kernel in inference, for tokens that attend to tokens outside ``layout``.
         """
-        network, bias, kernels = self.network, self.bias, self.kernels
+        config, bias = self.config if self.training else replace(self.config, dropout=0.0), self.bias
         if attend is not None:
-            kernels = replace(kernels, attention=replace(kernels.attention, forward=attend))
+            attention = replace(config.kernels.attention, forward=attend)
+            config = replace(config, kernels=replace(config.kernels, attention=attention))
         weights = LayerWeights(
             input_norm_weight=self.input_norm.weight,
             input_norm_bias=self.input_norm.bias,
@@ -68,17 +98,6 @@ class FusedHSTULayer(HSTULayer):
             output_norm_weight=self.output_norm.weight,
             output_norm_bias=self.output_norm.bias,
             out_weight=self.out.weight,
-        )
-        config = HSTULayerConfig(
-            head_dim=network.kv_channels,
-            attention=self.attention_config,
-            eps=network.norm_epsilon,
-            kernels=kernels,
-            dropout=network.hidden_dropout if self.training else 0.0,
-            recompute_normalized=network.recompute_input_layernorm,
-            recompute_activated=network.recompute_input_silu,
-            recompute_all=network.recompute_layer,
-            comm=self.comm,
         )
         x, update = HSTULayerFunction.apply(x, update, layout, config, *weights)
         return x, update
@@ -106,27 +125,23 @@ class SequenceEncoder(nn.Module):
             x, layout = self.inputs(embeddings, batch, self.comm)
             if self.network.bfloat16_residual:
                 x = x.bfloat16()
-            for layers, part, cut in self._stages(layout):
-                uncut, own = (None, x) if cut is None else (x, cut.shorten(x))
-                del x  # frees the whole tokens where the layers pad or split them
-                own, split = self.comm.split_tokens(own, part)
-                update: Tensor | None = None
-                for layer in layers:
-                    own, update = layer(own, split, update)
-                assert update is not None  # there is a layer
-                x = self.comm.join_tokens(own + update, part.num_tokens)
-                if cut is not None and uncut is not None:
-                    x = cut.restore(uncut, x)
-            return x.float(), layout
-
-    def _stages(self, layout: JaggedLayout) -> Iterator[tuple[Sequence[nn.Module], JaggedLayout, Truncation | None]]:
-        """Yield groups of layers in order, each with the layout and the truncation of its tokens."""
-        layers, whole = list(self.layers), self.network.whole_layers
-        yield layers[:whole], layout, None
-        if layers[whole:]:
-            assert self.network.truncate_to_items is not None
-            cut = Truncation.of(layout, self.network.truncate_to_items, self.comm)
-            yield layers[whole:], cut.layout, cut
+            own, part = self.comm.split_tokens(x, layout)
+            del x  # frees the whole tokens where the layers pad or split them
+            update: Tensor | None = None
+            cut: Truncation | None = None
+            for index, layer in enumerate(self.layers, 1):
+                own, update = layer(own, part, update)
+                assert update is not None
+                if index == self.network.whole_layers < self.network.num_layers:
+                    assert self.network.truncate_to_items is not None
+                    x = self.comm.join_tokens(own + update, layout.num_tokens)
+                    cut = Truncation.of(x, layout, self.network.truncate_to_items, self.comm)
+                    own, part = self.comm.split_tokens(cut.remaining(), cut.layout)
+                    update = None
+            assert update is not None  # there is a layer
+            if cut is None:
+                return self.comm.join_tokens(own + update, layout.num_tokens).float(), layout
+            return cut.restore(self.comm.join_tokens(own + update, cut.layout.num_tokens)).float(), layout
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -134,3 +149,69 @@ class SequenceEncoder(nn.Module):
         layers = self.stack["layers"]
         assert isinstance(layers, nn.ModuleList)
         return layers
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """The tokens of a batch that remain after a truncation. Context-parallel ranks share them evenly again."""
+
+    x: Tensor
+    """This rank's tokens before the truncation, [., D]."""
+    layout: JaggedLayout
+    """Layout of all remaining tokens."""
+    own: Tensor
+    """int64 [.]: indices in ``x`` of the tokens that remain."""
+    counts: list[int]
+    """Remaining tokens of each context-parallel rank, as split before the truncation."""
+    shares: list[int]
+    """Remaining tokens that each rank processes, as split after the truncation."""
+    comm: LayerComm
+
+    @classmethod
+    def of(cls, x: Tensor, layout: JaggedLayout, items: int, comm: LayerComm) -> Truncation:
+        """Truncate the sequences of ``layout`` to their newest ``items`` items. x: this rank's tokens."""
+        shorter, tokens, left_of = truncate_history(layout, items)
+        ranges = comm.token_ranges(layout.num_tokens)
+        left = [left_of(of_rank) for of_rank in ranges]
+        own = left[comm.cp_rank]
+        indices = tokens[own.start : own.stop] - ranges[comm.cp_rank].start
+        shares = comm.token_ranges(shorter.num_tokens)
+        return cls(x, shorter, indices, [len(each) for each in left], [len(each) for each in shares], comm)
+
+    def remaining(self) -> Tensor:
+        """Returns the tokens that this rank processes after the truncation."""
+        return self.comm.take_rows(self.comm.gather_rows(self.x.index_select(0, self.own), self.counts), self.shares)
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Returns ``x`` with the remaining tokens replaced by ``rows``, the outputs of the later layers."""
+        left = self.comm.take_rows(self.comm.gather_rows(rows, self.shares), self.counts)
+        return self.x.index_copy(0, self.own, left)
+
+
+class OwnRows(NamedTuple):
+    """This rank's slice of a selection of the batch's tokens."""
+
+    own: slice
+    counts: list[int]
+    """Number of selected tokens on each context-parallel rank."""
+    first_token: int
+    """Index in the batch of this rank's first token."""
+
+
+def own_rows(runs: TokenRuns, layout: JaggedLayout, comm: LayerComm) -> OwnRows:
+    """Select the tokens of ``runs`` that belong to this rank."""
+    ranges = comm.token_ranges(layout.num_tokens)
+    of_ranks = [runs.within(of_rank) for of_rank in ranges]
+    own = of_ranks[comm.cp_rank]
+    return OwnRows(slice(own.start, own.stop), [len(each) for each in of_ranks], ranges[comm.cp_rank].start)
+
+
+def labelled_rows(
+    tokens: Tensor, layout: JaggedLayout, batch: HSTUBatch, comm: LayerComm, shift: int = 0
+) -> tuple[Tensor, OwnRows]:
+    """Rows [m, D] of this rank's ``tokens`` [., D] that lie ``shift`` after labelled items, and their labels' slice."""
+    places = layout.newest_item_tokens(batch.num_labels, total=batch.num_labels_total) + shift
+    if comm.cp_size == 1:
+        return tokens.index_select(0, places), OwnRows(slice(None), [batch.num_labels_total], 0)
+    labels = own_rows(layout.newest_item_runs(batch.num_labels_host, shift), layout, comm)
+    return tokens.index_select(0, places[labels.own] - labels.first_token), labels

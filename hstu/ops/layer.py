@@ -175,7 +175,8 @@ class _Computation:
         u, exchanged_vqk = self._exchange(activated)
         vqk = exchanged_vqk()
         del activated, exchanged_vqk  # the last references to their memory under context parallelism
-        attended = config.comm.heads_to_tokens(kernels.attention.forward(self._attention_of(vqk)))()
+        attended = kernels.attention.forward(self._attention_of(vqk))
+        attended = config.comm.heads_to_tokens(attended)()
         gated, output_statistics, dropout_mask = kernels.norm_mul_dropout.forward(self._gate_of(attended, u))
         saved = SavedActivations(
             input_statistics, normalized, projected, u, vqk, attended, output_statistics, dropout_mask

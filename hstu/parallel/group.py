@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from hstu.data.batches.batch import HSTUBatch, packed
+from hstu.data.batches.batch import POOL, HSTUBatch, of_pool, packed
 from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.gr_model import GRModel
-from hstu.model.outputs import ModelOutput
+from hstu.model.stack import ModelOutput
 from hstu.parallel.collectives import all_gather, gather_objects
 from hstu.parallel.mesh import Mesh
 
@@ -34,20 +33,17 @@ def to_train_batch(batch: HSTUBatch, roles: FeatureRoles, mesh: Mesh, num_micro_
 
 def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
     """Run forward on a rank's host batch; only the loss covers the whole group. Collective over the tp_cp group."""
-    if mesh.tp_cp_size == 1:
-        output: ModelOutput = model(batch.to(mesh.device))
+    own = dataclasses.replace(batch, seen=None)  # only the evaluators need ``seen``
+    merged = to_train_batch(own, model.roles, mesh).to(mesh.device)
+    output: ModelOutput = model.dense(look_up(model, merged, mesh), *merged.parts)
+    if merged.group is None:
         return output
-    needed = dataclasses.replace(batch, seen=None)  # evaluators need ``seen`` of their own batch only
-    merged, group = _merge_group(needed, model.roles.item, mesh)
-    rows = gather_embeddings(model.look_up(batch.to(mesh.device)), group, mesh.tp_cp_group)
-    merged = merged.to(mesh.device)
-    output = model.dense(rows, merged)
     logits, queries = output.logits, output.queries
     if logits is not None:
-        logits = logits[group.labels]
+        logits = logits[merged.group.labels]
     if queries is not None:
         padding = batch.batch_size - batch.real_batch_size
-        queries = functional.pad(queries[group.sequences], (0, 0, 0, padding))
+        queries = functional.pad(queries[merged.group.sequences], (0, 0, 0, padding))
     return dataclasses.replace(output, logits=logits, queries=queries)
 
 
@@ -56,21 +52,28 @@ def _merge_group(batch: HSTUBatch, item_feature: str, mesh: Mesh) -> tuple[HSTUB
     return merge_ranks([pickle.loads(part) for part in gathered], mesh.tp_cp_rank, item_feature)
 
 
-def gather_embeddings(
-    rows: Mapping[str, Tensor], layout: GroupLayout, process_group: dist.ProcessGroup
-) -> dict[str, Tensor]:
-    """Merge the ranks' looked-up rows [n, D] per feature, except shared negatives. One collective per table width."""
-    by_width: dict[int, list[str]] = {}
-    for feature in rows:
-        if feature in layout.num_values:
-            by_width.setdefault(rows[feature].shape[1], []).append(feature)
-    gathered = dict(rows)
-    for features in by_width.values():
-        counts = [layout.num_values[feature] for feature in features]
-        gathered.update(
-            zip(features, _gather_parts([rows[name] for name in features], counts, process_group), strict=True)
-        )
-    return gathered
+def look_up(model: GRModel, batch: TrainBatch, mesh: Mesh) -> dict[str, Tensor]:
+    """Look up the rows [n, dim] of sharded tables that the dense part reads, by feature or key of the pool.
+
+    Collective: one all-gather per table width merges the ranks' rows, except shared negatives.
+    """
+    rows = model.look_up(batch.own)
+    if batch.group is not None:
+        by_width: dict[int, list[str]] = {}
+        for feature in rows:
+            if feature in batch.group.num_values:
+                by_width.setdefault(rows[feature].shape[1], []).append(feature)
+        for features in by_width.values():
+            counts = [batch.group.num_values[feature] for feature in features]
+            parts = _gather_parts([rows[name] for name in features], counts, mesh.tp_cp_group)
+            rows.update(zip(features, parts, strict=True))
+    # Rows of the pool, which all micro-batches share, are selected from the rows of the whole batch.
+    positions = {} if batch.pool_positions is None else {POOL: (model.roles.item, batch.pool_positions)}
+    if batch.pool_feature_positions is not None:
+        of_features = batch.pool_feature_positions.to_dict()
+        positions |= {of_pool(name): (name, found.values()) for name, found in of_features.items()}
+    pool = {key: rows[name].index_select(0, found) for key, (name, found) in positions.items() if name in rows}
+    return rows | pool
 
 
 def _gather_parts(own: list[Tensor], counts: list[list[int]], process_group: dist.ProcessGroup) -> list[Tensor]:

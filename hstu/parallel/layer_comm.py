@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch.distributed as dist
@@ -49,7 +50,7 @@ def split_encoder(encoder: SequenceEncoder, mesh: Mesh) -> None:
     encoder.comm = ProcessGroupComm(mesh, encoder.network.sequence_parallel)
     for layer in encoder.layers:
         assert isinstance(layer, FusedHSTULayer)
-        layer.comm = encoder.comm
+        layer.config = replace(layer.config, comm=encoder.comm)
         if mesh.tp_size > 1:
             _split_weights(layer, mesh)
 

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hstu.data.batches.batch import POOL, HSTUBatch, is_of_negatives, is_of_pool, of_pool
+from hstu.data.batches.batch import HSTUBatch, is_of_negatives, is_of_pool
 from hstu.data.batches.train_batch import TrainBatch
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.ddp import average_sparse_gradients, gradient_sync, own_gradients_finite
-from hstu.parallel.group import gather_embeddings
+from hstu.parallel.group import look_up
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import all_finite, numbers_of
 from hstu.pipeline.finite import FiniteCheck, LossScale
@@ -31,10 +31,6 @@ class StepResult:
     """Mean over the labelled tokens of the *global* batch: float32 scalar on the device, equal on all ranks."""
     batch: HSTUBatch
     """This rank's batch, on the device. A resumed run continues at its ``position``."""
-
-
-def no_overlap() -> None:
-    """Overlap no work with the step."""
 
 
 class TrainStep:
@@ -55,7 +51,7 @@ class TrainStep:
         self.loss_scale = loss_scale
         self.check = FiniteCheck(mesh, loss_scale)
 
-    def __call__(self, batch: TrainBatch, overlap: Callable[[], None] = no_overlap) -> StepResult:
+    def __call__(self, batch: TrainBatch, overlap: Callable[[], None] = lambda: None) -> StepResult:
         """Train on a batch that is on the device.
 
         ``overlap``: called once between the dense backward and the table backward; pipelines start overlapping work
@@ -64,16 +60,19 @@ class TrainStep:
         self.optimizers.zero_grad()
 
         # Look up rows of the sharded tables, for this rank or for its tp_cp group.
-        rows = self.model.look_up(batch.own)
-        if batch.group is not None:
-            rows = gather_embeddings(rows, batch.group, self.mesh.tp_cp_group)
-        rows |= pool_rows(rows, batch, self.model.roles.item)
+        rows = look_up(self.model, batch, self.mesh)
+
+        # DDP and TorchRec average gradients over ranks. The local loss sum, divided by the labels of the global batch
+        # and times the data-parallel size, therefore gives the gradient of a single process for any split of the batch.
+        num_labels = torch.stack([part.num_labels.sum() for part in batch.parts]).sum().float()
+        if self.mesh.dp_size > 1:
+            dist.all_reduce(num_labels, group=self.mesh.dp_group)
+        num_labels.clamp_(min=1.0)
+        loss_weight = self.mesh.dp_size * (self.loss_scale.value if self.loss_scale else 1) / num_labels
 
         # Forward and backward of the dense part per micro-batch. Backward into the tables updates them,
         # so gradients stop at detached rows until the whole step's gradients exist.
         leaves = detach_rows(rows, batch.parts)
-        num_labels = self._count_labels(batch)
-        loss_weight = self.mesh.dp_size * (self.loss_scale.value if self.loss_scale else 1) / num_labels
         loss_sum = torch.zeros((), device=num_labels.device)
         for index, part in enumerate(batch.parts):
             with gradient_sync(self.model.dense, is_last=index == len(batch.parts) - 1):
@@ -101,17 +100,6 @@ class TrainStep:
         self.optimizers.step(self.check.found_inf)
         return StepResult(loss, batch.own)
 
-    def _count_labels(self, batch: TrainBatch) -> Tensor:
-        """Labelled tokens of the global batch, at least 1: float32 scalar that stays on the device.
-
-        DDP and TorchRec average gradients over ranks. Dividing the local loss sum by this number and multiplying it by
-        the data-parallel size gives the gradient of a single process, for any split over ranks and micro-batches.
-        """
-        count = torch.stack([part.num_labels.sum() for part in batch.parts]).sum().float()
-        if self.mesh.dp_size > 1:
-            dist.all_reduce(count, group=self.mesh.dp_group)
-        return count.clamp(min=1.0)
-
     def _unscale(self, row_gradients: list[Tensor], loss_scale: LossScale) -> bool:
         """Unscale all gradients and update the loss scale. False: they overflow, skip the step."""
         scale = loss_scale.value
@@ -124,15 +112,6 @@ class TrainStep:
         dense_gradients = [numbers_of(weight.grad) for weight in weights if weight.grad is not None]
         torch._foreach_mul_([*row_gradients, *dense_gradients], 1.0 / scale)
         return True
-
-
-def pool_rows(rows: Mapping[str, Tensor], batch: TrainBatch, item_feature: str) -> dict[str, Tensor]:
-    """Pool rows, which all micro-batches share, selected from the rows of the whole batch."""
-    positions = {} if batch.pool_positions is None else {POOL: (item_feature, batch.pool_positions)}
-    if batch.pool_feature_positions is not None:
-        of_features = batch.pool_feature_positions.to_dict()
-        positions |= {of_pool(name): (name, found.values()) for name, found in of_features.items()}
-    return {key: rows[name].index_select(0, found) for key, (name, found) in positions.items() if name in rows}
 
 
 def detach_rows(rows: Mapping[str, Tensor], parts: Sequence[HSTUBatch]) -> list[dict[str, Tensor]]:

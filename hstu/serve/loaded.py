@@ -25,9 +25,9 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.gr_model import GRModel
-from hstu.model.outputs import ModelOutput
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
+from hstu.model.stack import ModelOutput
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes
 from hstu.parallel.ddp import unwrap_dense

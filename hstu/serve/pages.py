@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import NetworkArgs
-from hstu.model.precision import DTYPES
+from hstu.model.stack import DTYPES
 
 
 @dataclass

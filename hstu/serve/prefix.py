@@ -20,8 +20,7 @@ from torch import Tensor
 from hstu.base.errors import ConfigError
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import run_offsets
-from hstu.model.precision import mixed_precision
-from hstu.model.stack import SequenceEncoder
+from hstu.model.stack import SequenceEncoder, mixed_precision
 from hstu.ops.kernels import AttentionForward, AttentionInputs
 from hstu.ops.layout import JaggedLayout, token_order
 from hstu.ops.pytorch.prefix_attention import CachedPrefix, prefix_attention

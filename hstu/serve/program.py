@@ -83,7 +83,8 @@ class ServingProgram(nn.Module):
         self.inputs = _frozen(encoder.inputs)
         self.layers = _frozen(encoder.layers)
         for layer in self.layers:
-            cast(FusedHSTULayer, layer).kernels = _KERNELS
+            assert isinstance(layer, FusedHSTULayer)
+            layer.config = replace(layer.config, kernels=_KERNELS)
         self.head: nn.Module | None = None
         self.tasks: nn.ModuleList | None = None
         if isinstance(task, RetrievalDense):

@@ -25,15 +25,13 @@ from hstu.data.batches.batch import NEGATIVES, of_negatives
 from hstu.data.datasets import DATASETS
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import PLAIN, LabelCodes, label_columns
-from hstu.model.compiled import compile_parts, why_not
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.item_tower import ItemTower
-from hstu.model.precision import DTYPES
-from hstu.model.ranking import RankingDense
+from hstu.model.ranking import RankingDense, compile_parts, why_not
 from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense, own_pool
-from hstu.model.stack import SequenceEncoder, kernel_shapes
+from hstu.model.stack import DTYPES, SequenceEncoder, kernel_shapes
 from hstu.model.tasks import MultiTaskDense
 from hstu.observe.logging import set_up_logging
 from hstu.observe.run_directory import RunDirectory

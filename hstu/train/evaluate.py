@@ -21,7 +21,7 @@ from hstu.config.args import RankingArgs, RankingTaskArgs, RetrievalArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.model.gr_model import GRModel
-from hstu.model.outputs import ModelOutput
+from hstu.model.stack import ModelOutput
 from hstu.model.tasks import RankingTask
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.group import evaluate_batch

@@ -35,7 +35,7 @@ from torch.profiler import DeviceType, ProfilerActivity, profile
 from training import Training, prepare
 
 from hstu.base.errors import UserError
-from hstu.model.precision import DTYPES
+from hstu.model.stack import DTYPES
 from hstu.observe.throughput import FlopCounter, peak_tflops
 from hstu.parallel import mesh as meshes
 

@@ -23,7 +23,7 @@ from hstu.checkpoint import save as saving
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.model.outputs import ModelOutput
+from hstu.model.stack import ModelOutput
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder, main

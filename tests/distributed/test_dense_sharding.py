@@ -10,8 +10,7 @@ import pytest
 
 from hstu.checkpoint.load import load
 from hstu.checkpoint.save import save
-from hstu.model.outputs import ModelOutput
-from hstu.model.stack import FusedHSTULayer
+from hstu.model.stack import FusedHSTULayer, ModelOutput
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.finite import NonFiniteStep
 from hstu.train.builder import build_evaluator, build_loss_scale, build_pipeline

@@ -13,7 +13,7 @@ import pytest
 
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.model.outputs import ModelOutput
+from hstu.model.stack import ModelOutput
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh

@@ -15,7 +15,7 @@ from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
-from hstu.model.outputs import ModelOutput
+from hstu.model.stack import ModelOutput
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.parallel import mesh as mesh_module
 from hstu.parallel.collectives import gather_objects

@@ -22,7 +22,7 @@ from hstu.estimate.sharding import held_weights, plan_tables, replicated_bytes, 
 from hstu.estimate.workload import Workload, plan_workload
 from hstu.model.gr_model import GRModel
 from hstu.parallel.ddp import unwrap_dense
-from hstu.parallel.group import gather_embeddings, to_train_batch
+from hstu.parallel.group import look_up, to_train_batch
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.shards import local_part, numbers_of
 from hstu.parallel.tables import sharded_weights
@@ -140,9 +140,7 @@ def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        rows = model.look_up(batch.own)
-        if batch.group is not None:
-            rows = gather_embeddings(rows, batch.group, mesh.tp_cp_group)
+        rows = look_up(model, batch, mesh)
         (whole,) = batch.parts
         output = model.dense(rows, whole)
     # Those that are gathered now.

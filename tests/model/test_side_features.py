@@ -12,8 +12,7 @@ from torch import Tensor
 
 from hstu.data.batches.batch import HSTUBatch, ItemColumns, keyed_jagged
 from hstu.data.features.values import statistics_of_numbers
-from hstu.model.inputs import SequenceFeatures, SequenceInputs
-from hstu.model.numbers import NumberInputs, rank_among
+from hstu.model.inputs import NumberInputs, SequenceFeatures, SequenceInputs, rank_among
 from tests.model.examples import make_network
 
 WIDTH, SIDE_WIDTH, ROWS = 8, 3, 7

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hstu.config.args import RankingTaskArgs
 from hstu.data.features.values import PLAIN, LabelCodes
-from hstu.model import task_losses
+from hstu.model import tasks
 from hstu.model.tasks import RankingTask
 
 ITEMS = 24
@@ -69,7 +69,7 @@ def labels_of(classes: int) -> Tensor:
 def test_losses_are_their_formulas(name: str) -> None:
     formula, width, classes = CASES[name]
     outputs, labels = outputs_of(width), labels_of(classes)
-    losses = getattr(task_losses, name)(outputs, labels)
+    losses = getattr(tasks, name)(outputs, labels)
     exact = outputs.detach().double().requires_grad_()
     expected = torch.stack([formula(row, label) for row, label in zip(exact, labels.tolist(), strict=True)])
     compare(losses, outputs, expected, exact)
@@ -100,7 +100,7 @@ def test_pairs_are_those_of_one_request() -> None:
             losses = [(1 + (exact[j, 0] - exact[i, 0]).exp()).log() for i, j in pairs]
             total = sum(weight * loss for weight, loss in zip(of_pairs, losses, strict=True))
             expected = expected + size * total / sum(of_pairs)
-    compare(task_losses.pairwise_sum(outputs, labels, weights, num_labels, 9), outputs, expected, exact)
+    compare(tasks.pairwise_sum(outputs, labels, weights, num_labels, 9), outputs, expected, exact)
 
 
 def values(*columns: list[float]) -> Tensor:

@@ -14,7 +14,7 @@ from hstu.config.args import RankingArgs, RetrievalArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.gr_model import GRModel
-from hstu.model.outputs import ModelOutput
+from hstu.model.stack import ModelOutput
 from hstu.parallel.mesh import Heartbeat, Mesh
 from hstu.train.batch_source import BatchSource
 from hstu.train.corpus import Corpus

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.model.outputs import ModelOutput
+from hstu.model.stack import ModelOutput
 from hstu.observe.records import read_metrics
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh

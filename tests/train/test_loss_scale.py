@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.model.outputs import ModelOutput
+from hstu.model.stack import ModelOutput
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.finite import NonFiniteStep

@@ -13,7 +13,7 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import RankingTaskArgs
 from hstu.data.sampling.sampler import START
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.model.numbers import NumberInputs
+from hstu.model.inputs import NumberInputs
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
 from tests.train.tiny import build, run, tables_of, tiny_config

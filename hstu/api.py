@@ -27,7 +27,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges
 from hstu.data.sampling.samples import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
-from hstu.parallel.dynamic.content import merged
+from hstu.parallel.dynamic.table import merged
 from hstu.parallel.mesh import Mesh
 from hstu.serve.histories import histories, stored_vocabulary
 from hstu.serve.loaded import LoadedModel

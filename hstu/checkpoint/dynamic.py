@@ -23,9 +23,8 @@ from hstu.base.errors import DataError
 from hstu.checkpoint.directory import listed_files, torch_load, torch_save
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import CONSOLIDATED, DYNAMIC, is_export, load_safetensors
-from hstu.parallel.dynamic.content import Sightings, TableContent
 from hstu.parallel.dynamic.slots import score
-from hstu.parallel.dynamic.table import DynamicTable
+from hstu.parallel.dynamic.table import DynamicTable, Sightings, TableContent
 from hstu.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)

@@ -39,8 +39,8 @@ from hstu.checkpoint.tensors import (
     sizes_of_ranks,
     split_name,
 )
-from hstu.parallel.dynamic.content import TableContent
 from hstu.parallel.dynamic.slots import counts_of, steps_of
+from hstu.parallel.dynamic.table import TableContent
 from hstu.parallel.shards import ShardedView
 
 _GIN = "operative.gin"

@@ -28,7 +28,6 @@ from hstu.model.embedding import ReplicatedTables
 from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts
-from hstu.model.stack import SequenceEncoder
 from hstu.ops.fake import fake_kernels
 from hstu.ops.kernels import Backend, Kernels
 from hstu.optim.dense import DenseOptimizer
@@ -163,7 +162,7 @@ def _build_step(workload: Workload, mesh: Mesh, kernels: Kernels, batch: TrainBa
         gather_pool=lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
         log_counts=LogCounts(torch.zeros(corpus_size)) if draws is not None and draws.logq else None,
     )
-    split_encoder(cast(SequenceEncoder, task.encoder), mesh)
+    split_encoder(task.encoder, mesh)
     model = _WithoutTables(workload, task, batch, recorder)
     tables = TableOptimizer([], {}, config.optimizer, {})
     optimizers = build_optimizers(model, config.optimizer, tables, mesh, config.located)

@@ -21,18 +21,6 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
 
 
-class PredictionHead(MLP):
-    """The ranking head: [M, hidden_size] → logits [M, arch[-1]]."""
-
-    def __init__(self, hidden_size: int, arch: Sequence[int], activation: str, bias: bool) -> None:
-        super().__init__(hidden_size, arch, activation, bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns float32 logits for any compute dtype."""
-        logits: Tensor = super().forward(x)
-        return logits.float()
-
-
 class MultiTaskHead(nn.Module):
     """Heads of several tasks: tokens [M, hidden_size] → the outputs of all tasks side by side, float32 [M, .].
 
@@ -66,7 +54,7 @@ class MultiTaskHead(nn.Module):
             return
         if not hidden_widths:
             raise ValueError(f"sharing = {sharing!r} mixes experts, and they need a layer: hidden_widths is empty")
-        own_experts = _own_experts(sharing, num_experts)
+        own_experts = num_experts if sharing == "ple" else 0
         self.trunk = _Mixture(hidden_size, hidden_widths, activation, bias, len(task_widths), num_experts, own_experts)
         self.outputs = nn.ModuleList(_linear(hidden_widths[-1], width, bias) for width in task_widths)
 
@@ -77,10 +65,6 @@ class MultiTaskHead(nn.Module):
             return outputs
         inputs = self.trunk(x).unbind(dim=1)
         return torch.cat([output(own).float() for output, own in zip(self.outputs, inputs, strict=True)], dim=1)
-
-
-def _own_experts(sharing: str, num_experts: int) -> int:
-    return {"mmoe": 0, "ple": num_experts}[sharing]
 
 
 class _Mixture(nn.Module):

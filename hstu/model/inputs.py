@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.config.args import NetworkArgs, NumericFeatureArgs
+from hstu.config.args import NetworkArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import sequence_tokens
 from hstu.data.features.roles import FeatureRoles
@@ -37,13 +37,8 @@ class SequenceFeatures(FeatureRoles):
     """Items of the longest sequence, candidates included."""
     transforms: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     """Number or vector → NumericFeatureArgs.transform, if set."""
-
     asks_for_next: bool = field(default=True, kw_only=True)
     """Argument of build_layout; see DatasetArgs.query_time."""
-
-    def with_transforms(self, numbers: Iterable[NumericFeatureArgs]) -> SequenceFeatures:
-        """Returns the same features with the transforms of ``numbers``."""
-        return replace(self, transforms={name: args.transform for args in numbers for name in args.feature_names})
 
     def columns(self, known_after: bool) -> dict[str, range]:
         """Number or vector → its columns in a batch. known_after: those known after the event, or those before it."""

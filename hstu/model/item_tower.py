@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config.args import NetworkArgs
-from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.batch import NEGATIVES, POOL, HSTUBatch
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.heads import MLP
 from hstu.ops.dropout import draw
@@ -53,18 +53,12 @@ class ItemTower(nn.Module):
         vectors: Tensor = rows * self.scale + self.projection(joined * self.scale)
         return vectors
 
-    def lengths_in_batch(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """List → number of values for each item of a batch."""
-        if batch.items.list_lengths is None:
-            return {}
-        return {name: batch.items.list_lengths[self._all_lists.index(name)] for name in self.lists}
-
-    def lengths_of_negatives(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """List → number of values for each of the batch's NEGATIVES."""
-        lengths = batch.negatives.list_lengths
-        return {} if lengths is None else dict(zip(self.lists, lengths, strict=True))
-
-    def lengths_of_pool(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        """List → number of values for each of the batch's ``pool_ids``."""
-        assert batch.negatives.pool_features is not None
-        return {name: batch.negatives.pool_features[name].lengths() for name in self.lists}
+    def list_lengths(self, batch: HSTUBatch, key: str) -> dict[str, Tensor]:
+        """List → number of values for each item under ``key``: the item feature, NEGATIVES or POOL."""
+        if key == POOL:
+            assert batch.negatives.pool_features is not None
+            return {name: batch.negatives.pool_features[name].lengths() for name in self.lists}
+        is_negative = key == NEGATIVES
+        lengths = batch.negatives.list_lengths if is_negative else batch.items.list_lengths
+        names = self.lists if is_negative else self._all_lists
+        return {} if lengths is None else {name: lengths[names.index(name)] for name in self.lists}

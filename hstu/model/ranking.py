@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hstu.config.args import RankingArgs
 from hstu.data.batches.batch import HSTUBatch
-from hstu.model.heads import MLP, PredictionHead
+from hstu.model.heads import MLP
 from hstu.model.stack import ModelOutput, SequenceEncoder, labelled_rows, mixed_precision
 
 
@@ -39,7 +39,7 @@ class RankingModel(nn.Module, ABC):
         """Apply the head to tokens [M, D] in the network's compute dtype: float32 [M, .]."""
         with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
             outputs: Tensor = self.head(tokens)
-            return outputs
+        return outputs.float()
 
 
 class RankingDense(RankingModel):
@@ -52,7 +52,7 @@ class RankingDense(RankingModel):
     def __init__(self, encoder: SequenceEncoder, args: RankingArgs, *, label_offset: int = 0) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = PredictionHead(
+        self.head = MLP(
             encoder.network.hidden_size,
             args.prediction_head_arch,
             args.prediction_head_act_type,

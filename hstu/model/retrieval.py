@@ -6,7 +6,6 @@ Output shapes depend only on input shapes, and invalid entries are masked, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import numpy as np
 import torch
@@ -17,7 +16,6 @@ from hstu.config.args import RetrievalArgs
 from hstu.data.batches.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_negatives, of_pool
 from hstu.model.item_tower import ItemTower
 from hstu.model.stack import ModelOutput, SequenceEncoder, labelled_rows, own_rows
-from hstu.ops.comm import LayerComm
 from hstu.ops.functional import softmax_loss
 from hstu.ops.kernels import NEVER_SEEN, Kernels, Negatives, SeenItems
 from hstu.ops.layout import JaggedLayout, TokenRuns, to_device
@@ -54,11 +52,6 @@ class LogCounts(nn.Module):
         return self.log_counts[places.clamp(0, len(self.log_counts) - 1)]
 
 
-def own_pool(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The pool of a single process: its own rows and ids."""
-    return rows, ids
-
-
 class RetrievalDense(nn.Module):
     """The dense part of retrieval: a sequence encoder and a softmax over items.
 
@@ -67,21 +60,20 @@ class RetrievalDense(nn.Module):
     output of ``tower`` for this row and the item's features. The negatives come with the batch.
 
     Args:
-        encoder: a :class:`SequenceEncoder`, or a module with its ``forward`` and ``comm``.
         item_dim: width of the item table. Queries are projected to it if it differs from hidden_size.
         gather_pool: collects the in-batch pool over data-parallel ranks.
     """
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: SequenceEncoder,
         *,
         item_feature: str,
         hidden_size: int,
         item_dim: int,
         args: RetrievalArgs,
         tower: ItemTower | None = None,
-        gather_pool: GatherPool = own_pool,
+        gather_pool: GatherPool = lambda rows, ids: (rows, ids),
         log_counts: LogCounts | None = None,
         kernels: Kernels = REFERENCE_KERNELS,
     ) -> None:
@@ -109,11 +101,6 @@ class RetrievalDense(nn.Module):
         no_loss = tokens.new_zeros((), dtype=torch.float32)
         return ModelOutput(no_loss, num_labels, queries=self._newest_queries(tokens, layout))
 
-    @property
-    def comm(self) -> LayerComm:
-        """The encoder's communication between ranks."""
-        return cast(SequenceEncoder, self.encoder).comm
-
     def queries(self, tokens: Tensor) -> Tensor:
         """Normalised queries [n, item_dim] of encoded tokens [n, hidden_size]."""
         return self.kernels.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
@@ -122,21 +109,20 @@ class RetrievalDense(nn.Module):
         """Queries at the newest token of each sequence, [B, item_dim]; zeros for empty sequences."""
         filled, device = np.flatnonzero(layout.seqlens), tokens.device
         newest = TokenRuns(np.cumsum(layout.seqlens)[filled] - 1, np.ones_like(filled))
-        found = own_rows(newest, layout, self.comm)
+        found = own_rows(newest, layout, self.encoder.comm)
         rows = tokens.index_select(0, to_device(newest.first[found.own] - found.first_token, device))
-        queries = self.comm.gather_rows(self.queries(rows), found.counts)
+        queries = self.encoder.comm.gather_rows(self.queries(rows), found.counts)
         return queries.new_zeros(layout.batch_size, queries.shape[1]).index_copy(0, to_device(filled, device), queries)
 
     def loss_sum(
         self, tokens: Tensor, layout: JaggedLayout, embeddings: Mapping[str, Tensor], batch: HSTUBatch
     ) -> Tensor:
         """Sum of −log softmax over labelled items, each predicted from the token before it."""
-        _check_labels_have_history(batch)
-        rows, labels = labelled_rows(tokens, layout, batch, self.comm, shift=-1)
+        rows, labels = labelled_rows(tokens, layout, batch, self.encoder.comm, shift=-1)
         queries = self.queries(rows)
         item_ends = batch.features[self.item_feature].offsets()[1:]
         labelled_items = newest_elements(item_ends, batch.num_labels, batch.num_labels_total)[labels.own]
-        items = self._items(embeddings, batch)
+        items = self._vectors(embeddings, batch, self.item_feature)
         positives = self.kernels.l2_normalize(items.index_select(0, labelled_items), self.l2_norm_eps)
         drawn = None if batch.negatives.draws is None else batch.negatives.draws[labels.own]
         pool, pool_ids, repeats, draws = self._pool(items, embeddings, batch, drawn)
@@ -150,7 +136,7 @@ class RetrievalDense(nn.Module):
         )
         kernel = self.kernels.pool_softmax_loss if draws is None else self.kernels.sampled_softmax_loss
         loss = softmax_loss(queries, positives, pool, negatives, kernel)
-        return self.comm.sum_over_tokens(loss)
+        return self.encoder.comm.sum_over_tokens(loss)
 
     def _pool(
         self, items: Tensor, embeddings: Mapping[str, Tensor], batch: HSTUBatch, draws: Tensor | None
@@ -162,8 +148,7 @@ class RetrievalDense(nn.Module):
         """
         parts, repeats = [], None
         if NEGATIVES in embeddings:
-            lengths = {} if self.tower is None else self.tower.lengths_of_negatives(batch)
-            drawn = self._vectors(embeddings, NEGATIVES, of_negatives, lengths)
+            drawn = self._vectors(embeddings, batch, NEGATIVES)
             parts.append((self.kernels.l2_normalize(drawn, self.l2_norm_eps), batch.features[NEGATIVES].values()))
         if _has_batch_pool(batch):
             pool, ids = self.gather_pool(*self._own_pool(items, embeddings, batch))
@@ -193,30 +178,20 @@ class RetrievalDense(nn.Module):
     def _own_pool(self, items: Tensor, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> tuple[Tensor, Tensor]:
         """Normalised vectors and ids of the distinct items of this rank's batch; ``batch`` may be a part of it."""
         if batch.negatives.pool_ids is not None:
-            lengths = {} if self.tower is None else self.tower.lengths_of_pool(batch)
-            pool = self._vectors(embeddings, POOL, of_pool, lengths)
+            pool = self._vectors(embeddings, batch, POOL)
             return self.kernels.l2_normalize(pool, self.l2_norm_eps), batch.negatives.pool_ids
         assert batch.negatives.pool_positions is not None
         ids = batch.features[self.item_feature].values()[batch.negatives.pool_positions]
         return self.kernels.l2_normalize(items.index_select(0, batch.negatives.pool_positions), self.l2_norm_eps), ids
 
-    def _items(self, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> Tensor:
-        lengths = {} if self.tower is None else self.tower.lengths_in_batch(batch)
-        return self._vectors(embeddings, self.item_feature, str, lengths)
-
-    def _vectors(
-        self,
-        embeddings: Mapping[str, Tensor],
-        key: str,
-        key_of: Callable[[str], str],
-        list_lengths: Mapping[str, Tensor],
-    ) -> Tensor:
-        """Vectors of the items under ``key``, not normalised. ``key_of``: feature → key of its rows."""
+    def _vectors(self, embeddings: Mapping[str, Tensor], batch: HSTUBatch, key: str) -> Tensor:
+        """Vectors of the items under ``key`` (the item feature, NEGATIVES or POOL), not normalised."""
         rows = embeddings[key]
         if self.tower is None:
             return rows
+        key_of = {NEGATIVES: of_negatives, POOL: of_pool}.get(key, str)
         of_features = {name: embeddings[key_of(name)] for name in self.tower.features}
-        vectors: Tensor = self.tower(rows, of_features, list_lengths)
+        vectors: Tensor = self.tower(rows, of_features, self.tower.list_lengths(batch, key))
         return vectors
 
 
@@ -251,12 +226,6 @@ def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature:
 def _rows(lengths: Tensor, total: int) -> Tensor:
     """Row of each element, int64 [total], for rows of the given lengths, int64 [B]."""
     return torch.repeat_interleave(lengths, output_size=total)
-
-
-def _check_labels_have_history(batch: HSTUBatch) -> None:
-    most = int(np.maximum(batch.item_lengths - 1, 0).sum())
-    if batch.num_labels_total > most:
-        raise ValueError(f"{batch.num_labels_total} labels in a batch in which only {most} items follow another")
 
 
 def sorted_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch.distributed as dist
@@ -47,10 +46,6 @@ class Optimizers:
     def learning_rate(self) -> float:
         """The current dense learning rate."""
         return self.dense.learning_rate * self.lr_multiplier
-
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """Context in which the dense part has the moving average of its weights (OptimizerArgs.ema_decay), if any."""
-        return self.dense.averaged_weights()
 
     def zero_grad(self) -> None:
         """Drop the gradients. Call it before a training step looks up rows."""
@@ -114,31 +109,20 @@ class Schedule:
         Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it; then the decay starts.
         With by_epoch, all steps of an epoch use the multiplier of its first iteration, ``epoch * iters_per_epoch``.
         """
-        warmup = self._warmup_iters(total_iters)
-        position = epoch * iters_per_epoch if self.args.by_epoch else iteration
+        args = self.args
+        position = epoch * iters_per_epoch if args.by_epoch else iteration
+        warmup = (args.warmup_iters or 0) if args.warmup_ratio is None else round(args.warmup_ratio * total_iters)
         if position < warmup:
-            return self.args.warmup_start + (1.0 - self.args.warmup_start) * position / warmup
-        if self.args.schedule == "step":
-            return self._step_decay(epoch if self.args.by_epoch else iteration)
-        return self._decay(position - warmup, self._decay_iters(total_iters, warmup))
-
-    def _warmup_iters(self, total_iters: int) -> int:
-        if self.args.warmup_ratio is not None:
-            return round(self.args.warmup_ratio * total_iters)
-        return self.args.warmup_iters or 0
-
-    def _decay_iters(self, total_iters: int, warmup: int) -> int:
-        if self.args.decay_ratio is not None:
-            return max(1, round(self.args.decay_ratio * total_iters))
-        return self.args.decay_iters or max(1, total_iters - warmup)
-
-    def _step_decay(self, position: int) -> float:
-        passed = sum(position >= milestone for milestone in self.args.milestones)
-        return max(self.args.min_ratio, self.args.decay_factor**passed)
-
-    def _decay(self, elapsed: int, decay_iters: int) -> float:
-        floor, progress = self.args.min_ratio, min(1.0, elapsed / decay_iters)
-        match self.args.schedule:
+            return args.warmup_start + (1.0 - args.warmup_start) * position / warmup
+        decay_iters = args.decay_iters or max(1, total_iters - warmup)
+        if args.decay_ratio is not None:
+            decay_iters = max(1, round(args.decay_ratio * total_iters))
+        elapsed, floor = position - warmup, args.min_ratio
+        progress = min(1.0, elapsed / decay_iters)
+        match args.schedule:
+            case "step":
+                passed = sum((epoch if args.by_epoch else iteration) >= milestone for milestone in args.milestones)
+                return max(floor, args.decay_factor**passed)
             case "linear":
                 return 1.0 - (1.0 - floor) * progress
             case "cosine":
@@ -146,9 +130,8 @@ class Schedule:
             case "cosine_restarts":
                 return _cosine(elapsed % decay_iters / decay_iters, floor)
             case "exponential":
-                return max(floor, self.args.decay_factor**progress)
-            case _:
-                return 1.0
+                return max(floor, args.decay_factor**progress)
+        return 1.0
 
 
 def _cosine(progress: float, floor: float) -> float:

@@ -150,7 +150,7 @@ class LoadedModel:
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Disable dropout and gradients, and use averaged weights if the run kept them."""
-        with evaluation_mode(self.model), self.optimizers.averaged_weights():
+        with evaluation_mode(self.model), self.optimizers.dense.averaged_weights():
             yield
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
-from hstu.model.stack import FusedHSTULayer, SequenceEncoder
+from hstu.model.stack import FusedHSTULayer
 from hstu.model.tasks import MultiTaskDense, RankingTask
 from hstu.ops.kernels import AttentionKernels
 from hstu.ops.layout import JaggedLayout
@@ -78,7 +78,7 @@ class ServingProgram(nn.Module):
 
     def __init__(self, task: RetrievalDense | RankingModel) -> None:
         super().__init__()
-        encoder = cast(SequenceEncoder, task.encoder)
+        encoder = task.encoder
         self.network = encoder.network
         self.inputs = _frozen(encoder.inputs)
         self.layers = _frozen(encoder.layers)

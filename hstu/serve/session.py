@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
-from hstu.model.stack import SequenceEncoder
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.pages import CacheStatistics, Prefix, PrefixCache
 from hstu.serve.prefix import IncrementalEncoder, tokens_of
@@ -85,7 +84,7 @@ class Session:
                 f"trim_events = {trim_events}; give a number from 1 to {self.max_items}, the longest history"
             )
         self._trim_events = trim_events
-        encoder = cast(SequenceEncoder, self._task.encoder)
+        encoder = self._task.encoder
         self._tokens_of = partial(tokens_of, encoder)
         self._cache = PrefixCache(
             loaded.config.network,

@@ -30,7 +30,7 @@ from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.item_tower import ItemTower
 from hstu.model.ranking import RankingDense, compile_parts, why_not
-from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense, own_pool
+from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense
 from hstu.model.stack import DTYPES, SequenceEncoder, kernel_shapes
 from hstu.model.tasks import MultiTaskDense
 from hstu.observe.logging import set_up_logging
@@ -192,7 +192,7 @@ def build_model(
     if config.network.compile:
         compile_on_all_ranks(task, mesh)
     parameters = sum(parameter.numel() for parameter in task.parameters())
-    encoder = cast(SequenceEncoder, task.encoder)
+    encoder = task.encoder
     split_encoder(encoder, mesh)
     model = GRModel(specs, task, (*roles.names, *negatives), roles, config.trainer.seed)
     model.dense.to(mesh.device)  # sharding creates the sharded tables on their devices
@@ -228,7 +228,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
         log_counts_of(source),
     )
     if statistics := source.number_statistics:
-        cast(SequenceEncoder, task.encoder).inputs.load_statistics(statistics)
+        task.encoder.inputs.load_statistics(statistics)
     return task
 
 
@@ -246,12 +246,13 @@ def task_module(
     features: SequenceFeatures,
     kernels: Kernels,
     codes: Sequence[LabelCodes] = (),
-    gather_pool: GatherPool = own_pool,
+    gather_pool: GatherPool = lambda rows, ids: (rows, ids),
     log_counts: LogCounts | None = None,
 ) -> TaskModel:
     """Build the task's module, independent of data, ranks and device. ``codes``: empty if classes begin at 0."""
     network = config.network
-    inputs = dataclasses.replace(features.with_transforms(config.numbers), asks_for_next=config.asks_for_next)
+    transforms = {name: args.transform for args in config.numbers for name in args.feature_names}
+    inputs = dataclasses.replace(features, transforms=transforms, asks_for_next=config.asks_for_next)
     encoder = SequenceEncoder(network, inputs, kernels)
     args = config.task_args
     if isinstance(args, RetrievalArgs):

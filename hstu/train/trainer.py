@@ -215,7 +215,7 @@ class Trainer:
         for split in splits:
             begun = time.monotonic()
             during = self.mesh.heartbeat.during(f"evaluating on {split}")
-            averaged = self.state.optimizers.averaged_weights()
+            averaged = self.state.optimizers.dense.averaged_weights()
             with self.meter.paused(), self.pipeline.evaluation(), averaged, during:
                 metrics = self.evaluator.evaluate(self.source.eval_batches(split))
             record = EvalRecord(iteration=self.state.iteration, epoch=self._epoch(), split=split, metrics=metrics)

@@ -110,10 +110,10 @@ class Run:
     def outcome(self, losses: list[float]) -> dict[str, Any]:
         """What it has learnt, and the metrics of the averaged weights."""
         tensors = consolidated(self.state, self.mesh)
-        with self.state.optimizers.averaged_weights():
+        with self.state.optimizers.dense.averaged_weights():
             averaged = consolidated(self.state, self.mesh)
         batches = self.source.eval_batches(self.source.final_splits[-1])
-        with self.pipeline.evaluation(), self.state.optimizers.averaged_weights():
+        with self.pipeline.evaluation(), self.state.optimizers.dense.averaged_weights():
             metrics = self.evaluator.evaluate(batches)
         assert consolidated(self.state, self.mesh) == tensors
         weights = {name: values for name, values in averaged.items() if name.startswith("model.")}

@@ -19,8 +19,8 @@ from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.collectives import gather_objects
-from hstu.parallel.dynamic.content import owners
 from hstu.parallel.dynamic.hashing import initial_rows, mix, table_key
+from hstu.parallel.dynamic.table import owners
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables, sharded_weights
 from hstu.pipeline.step import TrainStep

@@ -7,22 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hstu.model.heads import MLP, MultiTaskHead, PredictionHead
+from hstu.model.heads import MLP, MultiTaskHead
 from hstu.optim.dense import decayed_parameters
 
 
 def test_activation_stands_between_layers_and_not_behind_the_last() -> None:
-    head, x = PredictionHead(6, [5, 3], "gelu", bias=True), torch.randn(4, 6)
+    head, x = MLP(6, [5, 3], "gelu"), torch.randn(4, 6)
     first, _, last = head
     expected = F.linear(F.gelu(F.linear(x, first.weight, first.bias)), last.weight, last.bias)
     torch.testing.assert_close(head(x), expected)
     assert head(x).min() < 0
-
-
-def test_logits_are_float32_under_autocast() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert PredictionHead(6, [3], "relu", bias=True)(torch.randn(2, 6)).dtype == torch.float32
-        assert MLP(6, [3], "relu")(torch.randn(2, 6)).dtype == torch.bfloat16
 
 
 WIDTHS = [1, 3, 1]

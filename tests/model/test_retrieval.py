@@ -227,10 +227,3 @@ def test_fewer_labels_than_steps_are_the_newest_items():
     shorter = make_batch([[7, 3, 1]], task="retrieval", negatives=range(NUM_ITEMS))
     difference = run(model, table, whole).loss_sum - run(model, table, shorter).loss_sum
     torch.testing.assert_close(run(model, table, newest).loss_sum, difference)
-
-
-def test_labels_without_an_item_before_them_are_refused():
-    model, table = make_model()
-    batch = make_batch([[1, 2, 3]], task="retrieval", num_labels=[3], labels=[1, 2, 3], negatives=[0])
-    with pytest.raises(ValueError, match="3 labels in a batch in which only 2 items follow another"):
-        run(model, table, batch)

@@ -20,7 +20,7 @@ import torch
 from torch import Size, Tensor
 
 from hstu.base.errors import DataError
-from hstu.checkpoint.directory import listed_files, torch_load, torch_save
+from hstu.checkpoint.directory import listed_files, torch_load
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import CONSOLIDATED, DYNAMIC, is_export, load_safetensors
 from hstu.parallel.dynamic.slots import score
@@ -51,15 +51,6 @@ def copy_tables(tables: Mapping[str, DynamicTable]) -> TableDicts:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.to("cpu", copy=True).contiguous()
-
-
-def write_dynamic_tables(root: Path, tables: TableDicts, rank: int) -> list[Path]:
-    """Write this rank's tables and return the files, if any. Raises OSError."""
-    if not tables:
-        return []
-    path = root / DYNAMIC_FILES.replace("*", str(rank))
-    torch_save(tables, path)
-    return [path]
 
 
 def read_tables(root: Path) -> dict[str, list[TableContent]]:

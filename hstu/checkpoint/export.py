@@ -207,7 +207,7 @@ def describe(root: Path, with_optimizer: bool = False) -> Iterator[str]:
     states = [] if with_optimizer else [name for name in bytes_of if name.startswith(STATES)]
     for name in sorted(bytes_of.keys() - states):
         dtype = str(tensors.dtypes[name]).removeprefix("torch.")
-        yield f"  {bytes_of[name]:>14,}  {dtype:<9} {_shape(tensors.sizes[name]):<16} {name}"
+        yield f"  {bytes_of[name]:>14,}  {dtype:<9} {list(tensors.sizes[name])!s:<16} {name}"
     if states:
         total = sum(bytes_of[name] for name in states)
         yield f"  {total:>14,}  {len(states)} states of the optimizers (--optimizer lists them)"
@@ -234,7 +234,3 @@ def _facts(root: Path) -> dict[str, Any]:
         else:
             facts[f"table {table}"] = f"{entry['rows']} × {entry['dim']} of {features}"
     return facts | {f"version of {name}": version for name, version in metadata.get("versions", {}).items()}
-
-
-def _shape(size: torch.Size) -> str:
-    return f"[{', '.join(map(str, size))}]"

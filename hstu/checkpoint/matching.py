@@ -104,10 +104,6 @@ class Resized(NamedTuple):
     def __str__(self) -> str:
         return f"{self.name} is {tuple(self.stored)} in the checkpoint, {tuple(self.own)} in this run"
 
-    def outcome(self) -> str:
-        """Return what a load that is not strict does with the tensor."""
-        return f"the first {self.common_rows} rows read" if self.common_rows else "as initialised"
-
 
 @dataclass(frozen=True)
 class TensorMatch:
@@ -141,7 +137,8 @@ class TensorMatch:
         return [
             f"{len(self.stored_names)} tensors read",
             *(f"{name} is not in the checkpoint: as initialised" for name in self.missing),
-            *(f"{entry}: {entry.outcome()}" for entry in self.resized),
+            *(f"{each}: the first {each.common_rows} rows read" for each in self.resized if each.common_rows),
+            *(f"{each}: as initialised" for each in self.resized if not each.common_rows),
             *(f"{name} and its states: {remap}" for name, remap in self.remaps.items()),
             *(f"{name} is in the checkpoint only: not read" for name in self.unexpected),
             *map(str, differences),

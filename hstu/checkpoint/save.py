@@ -25,7 +25,7 @@ from hstu.checkpoint.directory import (
     torch_save,
     writing_errors,
 )
-from hstu.checkpoint.dynamic import TableDicts, copy_tables, write_dynamic_tables
+from hstu.checkpoint.dynamic import DYNAMIC_FILES, TableDicts, copy_tables
 from hstu.checkpoint.find import RUN_FILE
 from hstu.checkpoint.state import TrainState, random_state
 from hstu.checkpoint.tensors import TENSORS
@@ -153,8 +153,10 @@ def _write_tensors(root: Path, snapshot: Snapshot, mesh: Mesh) -> None:
 def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> Files:
     rng = root / f"rng_rank{mesh.rank}.pt"
     torch_save(snapshot.random_state, rng)
-    dynamic = write_dynamic_tables(root, snapshot.dynamic, mesh.rank)
-    files = [rng, *dynamic, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
+    files = [rng, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
+    if snapshot.dynamic:
+        files.append(root / DYNAMIC_FILES.replace("*", str(mesh.rank)))
+        torch_save(snapshot.dynamic, files[-1])
     if mesh.is_main:
         progress, gin = root / "progress.json", root / "operative.gin"
         progress.write_text(snapshot.metadata)

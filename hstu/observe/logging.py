@@ -14,7 +14,6 @@ from tqdm import tqdm
 from hstu.base.errors import PrintableFormatter
 from hstu.observe.records import EvalRecord, TrainRecord
 
-ROOT_LOGGER = "hstu"
 _TEXT_WIDTH = 120 - len("12:34:56 ")
 _WAIT_SHOWN = 0.05
 
@@ -37,7 +36,7 @@ def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Lo
     Rank 0 logs INFO and above to standard output and appends to ``log_file``, if given, with dates and levels. Other
     ranks log only warnings, to standard error, with a ``[rank N]`` prefix.
     """
-    logger = logging.getLogger(ROOT_LOGGER)
+    logger = logging.getLogger("hstu")
     tear_down_logging()
     logger.propagate = False
     if rank != 0:
@@ -70,7 +69,7 @@ def quiet_libraries() -> None:
 
 def tear_down_logging() -> None:
     """Remove the handlers of ``set_up_logging`` and close their files."""
-    logger = logging.getLogger(ROOT_LOGGER)
+    logger = logging.getLogger("hstu")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Optional, Self, TextIO
+from typing import Any, Optional, TextIO
 
 from hstu.base.errors import ConfigError, UserError
 from hstu.base.files import DirectoryLock, replace_text
@@ -154,12 +154,6 @@ class RunDirectory:
             self.earlier.rmdir()
         with contextlib.suppress(OSError):  # the directory is not empty
             self.path.rmdir()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _open(self, config_text: str, continues: bool) -> None:
         self.path.mkdir(parents=True, exist_ok=True)

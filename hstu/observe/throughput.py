@@ -77,7 +77,6 @@ class FlopCounter:
 class Throughput:
     """Rates over all ranks, unless a field says otherwise."""
 
-    steps: int
     step_s: float
     """Seconds per step."""
     samples_per_s: float
@@ -120,11 +119,8 @@ class ThroughputMeter:
             self._paused_s += self._clock() - begun
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Yield the same batches and count the time to get each as data wait. Resets the meter."""
+        """Yield the same batches and count the time to get each as data wait. Resets the meter at the first."""
         self._reset()
-        return self._timed(batches)
-
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         begun = self._clock()
         for batch in batches:
             self._wait_s += self._clock() - begun
@@ -137,7 +133,6 @@ class ThroughputMeter:
         samples, tokens, flops, wait_s = sum_over_ranks([self._samples, self._tokens, self._flops, self._wait_s])
         tflops = flops / num_ranks / elapsed / 1e12
         result = Throughput(
-            steps=self._steps,
             step_s=elapsed / self._steps if self._steps else math.nan,
             samples_per_s=samples / elapsed,
             tokens_per_s=tokens / elapsed,

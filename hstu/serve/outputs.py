@@ -15,7 +15,6 @@ from hstu.model.tasks import MultiTaskDense
 from hstu.serve.loaded import LoadedModel
 from hstu.train.builder import task_names
 from hstu.train.inference import StoredSource
-from hstu.train.task_metrics import sigmoid
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def columns_of(predictions: Sequence[Prediction], outputs: np.ndarray) -> dict[s
         if each.kind == "class":
             own = np.exp(own - np.logaddexp.reduce(own, axis=1, keepdims=True))
         elif each.kind == "binary":
-            own = sigmoid(own)
+            own = np.exp(-np.logaddexp(0, -own))  # the sigmoid
         if each.expected is not None:
             columns[each.expected] = own @ np.arange(each.first, each.first + len(each.columns))
         columns |= dict(zip(each.columns, own.T, strict=True))

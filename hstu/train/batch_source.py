@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import EmbeddingArgs, RankingArgs, RetrievalArgs
@@ -23,6 +24,7 @@ from hstu.data.sampling.sampler import BatchPartition, SamplerPosition, TrainSam
 from hstu.data.sampling.samples import Split
 from hstu.data.store.layout import NumberStatistics
 from hstu.model.inputs import SequenceFeatures
+from hstu.model.retrieval import LogCounts
 from hstu.observe.throughput import FlopCounter
 from hstu.parallel.mesh import Mesh
 
@@ -107,12 +109,14 @@ class BatchSource(ABC):
         weights = self.item_counts.astype(np.float64) ** exponent if exponent else None
         return ItemDistribution(self.cardinalities[self.roles.item], weights)
 
-    def expected_log_counts(self) -> np.ndarray | None:
-        """log of each item's expected count among the negatives; None without a logQ correction."""
+    def log_counts(self) -> LogCounts | None:
+        """log of the expected counts of items among the negatives; None without a logQ correction."""
         if self.negatives is None or not self.negatives.logq:
             return None
         counts = self.item_counts if self.negatives.has_batch_pool else np.zeros(self.corpus.size, dtype=np.int64)
-        return expected_log_counts(self.negatives, self.corpus, counts, self.batches_per_epoch)
+        log_counts = expected_log_counts(self.negatives, self.corpus, counts, self.batches_per_epoch)
+        ids = self.item_ids()
+        return LogCounts(torch.from_numpy(log_counts), None if ids is None else torch.from_numpy(ids))
 
     def item_ids(self) -> np.ndarray | None:
         """The model's id of each item code, int64; None if the codes are the ids."""

@@ -6,10 +6,9 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
-
-import torch
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.find import Run
@@ -70,13 +69,8 @@ BesideTables = Callable[[RunConfig, Mesh], int]
 """(config, mesh) → bytes of memory that a step needs on a rank in addition to the sharded tables."""
 
 
-def nothing_beside_tables(config: RunConfig, mesh: Mesh) -> int:
-    """Zero, for models that are only inspected."""
-    return 0
-
-
-def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables = nothing_beside_tables) -> Trainer:
-    """Build a trainer that is ready to ``train()``. Collective. ``beside_tables`` is called only on GPUs.
+def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | None = None) -> Trainer:
+    """Build a trainer that is ready to ``train()``. Collective. ``beside_tables``: called only on GPUs; None: zero.
 
     Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine.
     """
@@ -99,7 +93,7 @@ def _build(
     run_directory: RunDirectory,
     checkpoints: CheckpointStore,
     mesh: Mesh,
-    beside_tables: BesideTables,
+    beside_tables: BesideTables | None,
 ) -> Trainer:
     mesh.heartbeat.mark("opening the data")
     source = on_all_ranks(lambda: open_source(config, mesh), mesh.world_group)
@@ -170,10 +164,7 @@ def task_names(dataset_name: str) -> tuple[str, ...]:
 
 
 def build_model(
-    config: RunConfig,
-    source: BatchSource,
-    mesh: Mesh,
-    beside_tables: BesideTables = nothing_beside_tables,
+    config: RunConfig, source: BatchSource, mesh: Mesh, beside_tables: BesideTables | None = None
 ) -> tuple[GRModel, Optimizers]:
     """Build the model and its optimizers, with sharded tables and the dense part replicated or sharded. Collective."""
     if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
@@ -197,7 +188,8 @@ def build_model(
     model = GRModel(specs, task, (*roles.names, *negatives), roles, config.trainer.seed)
     model.dense.to(mesh.device)  # sharding creates the sharded tables on their devices
     update_rows = encoder.inputs.kernels.update_rows
-    model, table_optimizer = shard(model, config, mesh, update_rows, lambda: beside_tables(config, mesh))
+    needed = int if beside_tables is None else partial(beside_tables, config, mesh)
+    model, table_optimizer = shard(model, config, mesh, update_rows, needed)
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
     sent_as = DTYPES[precision]
     if config.data_parallel.sharding == "weights":
@@ -225,20 +217,11 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
         kernels,
         label_codes(config, source),
         lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
-        log_counts_of(source),
+        source.log_counts(),
     )
     if statistics := source.number_statistics:
         task.encoder.inputs.load_statistics(statistics)
     return task
-
-
-def log_counts_of(source: BatchSource) -> LogCounts | None:
-    """log of the expected counts of items among the negatives; None without a logQ correction."""
-    log_counts = source.expected_log_counts()
-    if log_counts is None:
-        return None
-    ids = source.item_ids()
-    return LogCounts(torch.from_numpy(log_counts), None if ids is None else torch.from_numpy(ids))
 
 
 def task_module(

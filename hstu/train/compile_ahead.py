@@ -27,7 +27,6 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.embedding import table_specs
 from hstu.model.inputs import SequenceFeatures
-from hstu.model.retrieval import LogCounts
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.compile_ahead import Job, adopt_triton_cache, compile_all, num_cores, strip_triton_cache
@@ -66,12 +65,11 @@ def _run_step(config: RunConfig) -> None:
     has_negatives = config.retrieval is not None and config.retrieval.negatives != "in_batch"
     specs = table_specs(source.tables, config.network, source.roles, has_negatives, 1, config.located)
     widths = {feature: spec.dim for spec in specs for feature in spec.features}
-    log_counts = source.expected_log_counts()
     task = task_module(
         config,
         SequenceFeatures.of(source.roles, _max_items(config, source.roles.item)),
         resolve_kernels(Backend.TRITON, kernel_shapes(config.network)),
-        log_counts=None if log_counts is None else LogCounts(torch.from_numpy(log_counts)),
+        log_counts=source.log_counts(),
     )
     task(_rows(batch, widths), batch).loss_sum.backward()
     with torch.no_grad():

@@ -13,10 +13,6 @@ from hstu.config.args.task import LOWER_IS_BETTER
 from hstu.observe.records import EvalRecord, to_line
 
 
-def _lower_is_better(name: str) -> bool:
-    return name.split("/")[0] in LOWER_IS_BETTER
-
-
 def _beats(value: float, than: float, lower: bool) -> bool:
     if math.isnan(than) or math.isnan(value):
         return math.isnan(than) and not math.isnan(value)
@@ -41,13 +37,12 @@ class MetricsHistory:
     @property
     def best(self) -> dict[str, dict[str, dict[str, Any]]]:
         """split → metric → {"value", "iter"} of the best evaluation by this metric."""
-        return {
-            split: {
-                name: {key: found["min" if _lower_is_better(name) else "max"][key] for key in ("value", "iter")}
-                for name, found in extremes.items()
-            }
-            for split, extremes in self._extremes.items()
-        }
+        best: dict[str, dict[str, dict[str, Any]]] = {split: {} for split in self._extremes}
+        for split, extremes in self._extremes.items():
+            for name, found in extremes.items():
+                extreme = found["min" if name.split("/")[0] in LOWER_IS_BETTER else "max"]
+                best[split][name] = {"value": extreme["value"], "iter": extreme["iter"]}
+        return best
 
     def add(self, record: EvalRecord) -> None:
         """Add one evaluation. Repeating an iteration changes only ``last``."""

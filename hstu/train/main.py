@@ -43,7 +43,7 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
     from hstu.observe.watchdog import Watchdog
     from hstu.parallel import mesh as meshes
     from hstu.pipeline.finite import NonFiniteStep
-    from hstu.train.builder import build_trainer, nothing_beside_tables
+    from hstu.train.builder import build_trainer
 
     quiet_libraries()
     trainer, watchdog = None, None
@@ -59,7 +59,7 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
         )
         watchdog = Watchdog(mesh, config.trainer.collective_timeout_s)
         watchdog.start()
-        trainer = build_trainer(config, mesh, beside_tables or nothing_beside_tables)
+        trainer = build_trainer(config, mesh, beside_tables)
         trainer.train()
         for number in (signal.SIGINT, signal.SIGTERM):  # the run is complete; there is nothing left to stop
             signal.signal(number, signal.SIG_IGN)

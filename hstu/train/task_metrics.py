@@ -254,8 +254,3 @@ def ndcg_by_group(scores: np.ndarray, gains: np.ndarray, groups: np.ndarray, cut
     defined = ideal_gains[starts] != ideal_gains[starts + lengths - 1]
     reached, possible = (np.add.reduceat(values * discounts, starts) for values in (expected_gains, ideal_gains))
     return np.divide(reached, possible, where=defined, out=np.full(len(starts), np.nan))
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(−x)) of each element."""
-    return np.asarray(np.exp(-np.logaddexp(0, -logits)))

@@ -82,7 +82,8 @@ class Trainer:
                     self.evaluate(self.source.eval_splits)
                 self._train_loop()
                 if self.args.eval_at_end:
-                    self._evaluate_at_end()
+                    at, splits = self.state.iteration, self.source.final_splits
+                    self.evaluate(tuple(split for split in splits if not self._history.has(split, at)))
                 ended = "done" if self.state.iteration == self.total_iters else "stopped early"
             except Stopped as stopped:
                 log.warning("%s: stopping after iteration %d", stopped, self.state.iteration)
@@ -234,10 +235,6 @@ class Trainer:
 
     def _is_due(self, iteration: int) -> bool:
         return self.args.eval_interval > 0 and iteration % self.args.eval_interval == 0
-
-    def _evaluate_at_end(self) -> None:
-        splits = self.source.final_splits
-        self.evaluate(tuple(split for split in splits if not self._history.has(split, self.state.iteration)))
 
     def _keep_best(self) -> None:
         if self.args.saves_checkpoints:

@@ -2,6 +2,7 @@ import json
 import math
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +35,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_its_configuration_its_metrics_its_curves_and_a_summary(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path / "deep" / "run", "A.b = 1\n") as run:
+    with closing(RunDirectory(tmp_path / "deep" / "run", "A.b = 1\n")) as run:
         assert run.path.joinpath("operative.gin").read_text() == "A.b = 1\n"
         run.write(train(10))
         run.write(evaluation(10, **{"HR@10": 0.25}))
@@ -53,7 +54,7 @@ def test_a_run_leaves_its_configuration_its_metrics_its_curves_and_a_summary(tmp
 
 
 def test_the_lines_have_the_documented_keys(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path, "") as run:
+    with closing(RunDirectory(tmp_path, "")) as run:
         run.write(train(10))
         run.write(evaluation(10, AUC=0.7))
     first, second = lines(run.metrics_file)
@@ -65,7 +66,7 @@ def test_the_lines_have_the_documented_keys(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path, "") as run:
+    with closing(RunDirectory(tmp_path, "")) as run:
         run.write(train(1, loss=math.nan, mfu=math.inf, lr=np.float32(0.5), memory_bytes=np.int64(7)))
         run.write(evaluation(1, AUC=np.float64("nan")))
     first, second = lines(run.metrics_file)
@@ -74,9 +75,9 @@ def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_holds_a_run_is_continued_and_loses_nothing(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path, "A.b = 1\n") as run:
+    with closing(RunDirectory(tmp_path, "A.b = 1\n")) as run:
         run.write(train(10))
-    with RunDirectory(tmp_path, "A.b = 2\n", continues=True) as run:
+    with closing(RunDirectory(tmp_path, "A.b = 2\n", continues=True)) as run:
         run.write(train(20))
     first, marker, second = lines(run.metrics_file)
     assert (first["iter"], second["iter"]) == (10, 20)
@@ -90,11 +91,11 @@ def test_a_directory_that_holds_a_run_is_continued_and_loses_nothing(tmp_path: P
 
 
 def test_a_run_that_does_not_resume_leaves_the_files_of_the_earlier_one_alone(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path, "A.b = 1\n", identity="first") as run:
+    with closing(RunDirectory(tmp_path, "A.b = 1\n", identity="first")) as run:
         run.write(train(10))
         run.write_summary(status="done", iterations=10)
     (tmp_path / "checkpoints").mkdir()
-    with RunDirectory(tmp_path, "A.b = 1\n", identity="second") as run:
+    with closing(RunDirectory(tmp_path, "A.b = 1\n", identity="second")) as run:
         run.write(train(5))
     assert run.earlier == tmp_path / "previous-1"
     assert [record["iter"] for record in lines(run.metrics_file)] == [5]
@@ -102,12 +103,12 @@ def test_a_run_that_does_not_resume_leaves_the_files_of_the_earlier_one_alone(tm
     assert (tmp_path / "run.json").read_text() == "second"
     kept = {path.name for path in run.earlier.iterdir()}
     assert kept == {"run.json", "operative.gin", "metrics.jsonl", "summary.json"}
-    with RunDirectory(tmp_path, "") as third:
+    with closing(RunDirectory(tmp_path, "")) as third:
         assert third.earlier == tmp_path / "previous-2"
 
 
 def test_a_directory_in_which_a_run_is_writing_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path, "A.b = 1\n", identity="first") as run:
+    with closing(RunDirectory(tmp_path, "A.b = 1\n", identity="first")) as run:
         run.write(train(10))
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         for continues in (False, True):
@@ -118,12 +119,12 @@ def test_a_directory_in_which_a_run_is_writing_is_refused_and_left_as_it_is(tmp_
 
 
 def test_reading_drops_what_a_killed_attempt_did_in_vain(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path, "") as run:
+    with closing(RunDirectory(tmp_path, "")) as run:
         for iteration in (10, 20, 30):
             run.write(train(iteration, loss=float(iteration)))
     with run.metrics_file.open("a") as file:
         file.write('{"kind": "train", "iter": 40, "lo')  # killed while writing
-    with RunDirectory(tmp_path, "", continues=True) as run:  # its checkpoint was of iteration 10
+    with closing(RunDirectory(tmp_path, "", continues=True)) as run:  # its checkpoint was of iteration 10
         run.write(train(20, loss=-20.0))
     assert [(record["iter"], record["loss"]) for record in read_metrics(run.metrics_file)] == [(10, 10.0), (20, -20.0)]
 
@@ -159,7 +160,7 @@ def test_the_default_directory_is_named_after_the_gin_file_and_never_taken_twice
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path, "", tensorboard=True) as run:
+    with closing(RunDirectory(tmp_path, "", tensorboard=True)) as run:
         run.write(train(10, loss=2.5))
         run.write(evaluation(10, **{"HR@10": 0.25}))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -189,7 +190,7 @@ def test_weights_and_biases_gets_the_same_numbers_and_a_continued_run_is_the_sam
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Settings=dict, init=init))
     config = {"NetworkArgs": {"hidden_size": 64}}
     for iteration in (10, 20):
-        with RunDirectory(tmp_path, "", wandb_project="mine", config=config) as run:
+        with closing(RunDirectory(tmp_path, "", wandb_project="mine", config=config)) as run:
             run.write(train(iteration, loss=iteration / 4))
             run.write(evaluation(iteration, **{"HR@10": 0.25}))
     assert [(row["iter"], row["train/loss"]) for row in sent if "train/loss" in row] == [(10, 2.5), (20, 5.0)]
@@ -202,7 +203,7 @@ def test_a_run_that_cannot_begin_leaves_no_directory_and_an_earlier_run_as_it_wa
     run = RunDirectory(tmp_path / "new", "A.b = 1\n", identity="first", tensorboard=True)
     run.discard()
     assert not (tmp_path / "new").exists()
-    with RunDirectory(tmp_path / "old", "A.b = 1\n", identity="first") as first:
+    with closing(RunDirectory(tmp_path / "old", "A.b = 1\n", identity="first")) as first:
         first.write_summary(status="done")
     before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
     for continues in (False, True):

@@ -26,7 +26,7 @@ def test_rates_are_counts_over_the_time_between_two_takes() -> None:
         clock.now += 0.5
         meter.add(samples=128, tokens=1000, flops=0.25e12)
     speed = meter.take()
-    assert (speed.steps, speed.step_s) == (4, 0.5)
+    assert speed.step_s == 0.5
     assert (speed.samples_per_s, speed.tokens_per_s) == (256, 2000)
     assert (speed.tflops, speed.mfu) == (0.5, 0.25)
 

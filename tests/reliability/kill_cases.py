@@ -88,9 +88,7 @@ def run(kill: Kill | None, store: str, output: str, **options: Unpack[TinyOption
     seen: dict[str, Any] = {}
     build = builder.build_trainer
 
-    def build_and_watch(
-        config: RunConfig, mesh: Mesh, beside_tables: builder.BesideTables = builder.nothing_beside_tables
-    ) -> Trainer:
+    def build_and_watch(config: RunConfig, mesh: Mesh, beside_tables: builder.BesideTables | None = None) -> Trainer:
         trainer = build(config, mesh, beside_tables)
         mine = kill if kill is not None and kill.rank == mesh.rank else None
         killer = Killer(trainer, Path(str(config.trainer.ckpt_save_dir)), mine, Path(output) / "killed")

@@ -1,20 +1,21 @@
 """Collators for one split of a store, roles and hashing taken from that store, and their batches."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu.config.args import DatasetArgs, Task
-from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch, TensorGroup
 from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.features.roles import resolve_roles
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, count_items
 from hstu.data.sampling.sampler import EvalSampler
-from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.samples import SampleTable, Split, build_samples
 from hstu.data.store.reader import StoreReader
 from hstu.data.store.sequence_store import SequenceStore
-from tests.data.batches.test_batch import tensors_of
 
 
 def build_collator(
@@ -51,25 +52,49 @@ def build_collator(
 
 def collator_of(
     store: SequenceStore,
-    task: str = "retrieval",
-    split: str = "train",
+    task: Task = "retrieval",
+    split: Split = "train",
     *,
     length: int = 100,
     candidates: int = 0,
     batch_size: int = 4,
     seed: int = 0,
-    args: dict[str, object] | None = None,
-    **options: object,
+    args: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Collator:
     dataset = DatasetArgs(dataset_name="toy", max_sequence_length=length, max_num_candidates=candidates, **(args or {}))
     samples = build_samples(store, dataset, task, split, seed)
     return build_collator(store, samples, dataset, task, batch_size=batch_size, seed=seed, **options)
 
 
+def num_samples(collator: Collator) -> int:
+    assert isinstance(collator.reader, StoreReader)
+    return len(collator.reader.samples)
+
+
 def batches_of(collator: Collator, world_size: int = 1, rank: int = 0) -> list[HSTUBatch]:
     """One pass in file order."""
-    sampler = EvalSampler(len(collator.reader.samples), collator.assembler.batch_size, rank, world_size)
+    sampler = EvalSampler(num_samples(collator), collator.assembler.batch_size, rank, world_size)
     return [collator(plan) for plan in sampler]
+
+
+def host(tensor: torch.Tensor | None) -> np.ndarray:
+    """The values of a tensor that must be there."""
+    assert tensor is not None
+    return tensor.numpy()
+
+
+def tensors_of(batch: TensorGroup) -> dict[str, torch.Tensor]:
+    """Name of a field → its tensor, those of groups as "seen.values"."""
+    found: dict[str, torch.Tensor] = {}
+    for name, part in vars(batch).items():
+        if isinstance(part, torch.Tensor):
+            found[name] = part
+        elif isinstance(part, KeyedJaggedTensor):
+            found |= {f"{name}.values": part.values(), f"{name}.lengths": part.lengths()}
+        elif isinstance(part, TensorGroup):
+            found |= {f"{name}.{inner}": tensor for inner, tensor in tensors_of(part).items()}
+    return found
 
 
 def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:

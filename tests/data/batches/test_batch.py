@@ -4,8 +4,9 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch, TensorGroup
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
+from tests.data.collators import tensors_of
 from tests.helpers import make_batch
 
 
@@ -23,20 +24,6 @@ def full_batch() -> HSTUBatch:
         seen_lists=[[3, 1], [], [2]],
     )
     return dataclasses.replace(batch, position=SamplerPosition(1, 2))
-
-
-def tensors_of(batch: TensorGroup) -> dict[str, torch.Tensor]:
-    """Name of a field → its tensor, those of groups as "seen.values"."""
-    found: dict[str, torch.Tensor] = {}
-    for field in dataclasses.fields(batch):  # type: ignore[arg-type]
-        part = getattr(batch, field.name)
-        if isinstance(part, torch.Tensor):
-            found[field.name] = part
-        elif isinstance(part, KeyedJaggedTensor):
-            found |= {f"{field.name}.values": part.values(), f"{field.name}.lengths": part.lengths()}
-        elif isinstance(part, TensorGroup):
-            found |= {f"{field.name}.{name}": tensor for name, tensor in tensors_of(part).items()}
-    return found
 
 
 def test_features_keep_their_order_and_padding_is_empty_everywhere() -> None:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from hstu.data.sampling.sampler import EvalSampler, TrainSampler
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.reader import StoreReader
 from tests.base.test_hashing import chi_square_z
-from tests.data.collators import assert_same, batches_of, collator_of
+from tests.data.collators import assert_same, batches_of, collator_of, host, num_samples
 from tests.data.toy_store import ToyStore, store_of
 from tests.helpers import make_batch
 
@@ -42,7 +44,7 @@ def test_ranking_batches_equal_batches_written_out_by_hand(
     if not kept:
         assert batches == []
         return
-    padding = [[]] * (4 - len(kept))
+    padding: list[list[int]] = [[]] * (4 - len(kept))
 
     def newest(lists: list[list[int]]) -> list[list[int]]:
         return [lists[user][-length:] for user in kept] + padding
@@ -66,7 +68,7 @@ def test_a_retrieval_batch_predicts_each_next_item() -> None:
     assert_same(batch, expected)
     assert batch.labels.tolist() == [9, 5]
     assert batch.features["item"].values()[batch.negatives.pool_positions].tolist() == [5, 8, 9]
-    assert batch.negatives.pool_positions.tolist() == [2, 0, 1]
+    assert host(batch.negatives.pool_positions).tolist() == [2, 0, 1]
 
 
 def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_history() -> None:
@@ -89,10 +91,10 @@ def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_hist
     ids=["newest", "windows"],
 )
 def test_a_training_batch_has_the_items_before_its_sequences_where_seen_items_are_masked(
-    args: dict[str, object], expected: list[tuple[list[int], list[int]]]
+    args: dict[str, Any], expected: list[tuple[list[int], list[int]]]
 ) -> None:
     store = ToyStore([[7, 6, 8, 9, 1, 2], [5, 3, 4]])
-    options = {"length": 3, "args": {"valid_items": 0, **args}}
+    options: dict[str, Any] = {"length": 3, "args": {"valid_items": 0, **args}}
     (batch,) = batches_of(collator_of(store, wants_seen=True, **options))
     padding: list[tuple[list[int], list[int]]] = [([], [])] * (4 - len(expected))
     sequences, earlier = zip(*expected, *padding, strict=True)
@@ -109,7 +111,7 @@ def test_an_empty_plan_gives_an_empty_batch_of_full_size() -> None:
     plans = [next(iter(EvalSampler(1, 2, rank, world_size=2))) for rank in range(2)]
     (empty,) = [collator(plan) for plan in plans if not len(plan.indices)]
     assert empty.batch_size == 2 and empty.real_batch_size == empty.item_lengths.sum() == empty.num_labels_total == 0
-    assert empty.features.values().tolist() == [] and empty.negatives.draws.shape == (0, 3)
+    assert empty.features.values().tolist() == [] and host(empty.negatives.draws).shape == (0, 3)
 
 
 def test_what_the_data_lacks_is_a_configuration_error() -> None:
@@ -129,7 +131,7 @@ def long_store(num_items: int = 60) -> ToyStore:
 
 
 def drawn_items(batch: HSTUBatch) -> np.ndarray:
-    return batch.features[NEGATIVES].values().numpy()[batch.negatives.draws.numpy()]
+    return batch.features[NEGATIVES].values().numpy()[host(batch.negatives.draws)]
 
 
 @pytest.mark.parametrize("num_items", [60, 5_000, 10_000_000], ids=["whole corpus", "dense", "sorted"])
@@ -143,7 +145,7 @@ def test_uniform_draws_are_uniform_and_independent_of_the_position(num_items: in
     assert len(np.unique(looked_up)) == len(looked_up)
     assert (num_items == 60) == (len(looked_up) == 60)
     items = drawn_items(batch)
-    assert batch.negatives.draws.dtype == torch.int32 and items.shape == (batch.num_labels_total, 64)
+    assert host(batch.negatives.draws).dtype == np.int32 and items.shape == (batch.num_labels_total, 64)
     cells = items * 60 // num_items
     assert abs(chi_square_z(np.bincount(cells.ravel(), minlength=60))) < 4
     neighbours = cells[:, :-1] * 60 + cells[:, 1:]
@@ -155,13 +157,12 @@ def test_uniform_draws_are_uniform_and_independent_of_the_position(num_items: in
 def draws_by_user(collator: Collator, world_size: int, batch_size: int, seed: int = 0) -> dict[tuple[int, int], bytes]:
     """(epoch, user) -> what its positions were given, over two epochs."""
     found = {}
-    num_samples = len(collator.reader.samples)
     for rank in range(world_size):
-        for plan in TrainSampler(num_samples, batch_size, rank, world_size, seed=seed, shuffle=True):
+        for plan in TrainSampler(num_samples(collator), batch_size, rank, world_size, seed=seed, shuffle=True):
             if plan.epoch == 2:
                 break
             batch = collator(plan)
-            values = drawn_items(batch) if NEGATIVES in batch.features.keys() else batch.negatives.draws.numpy()  # noqa: SIM118
+            values = drawn_items(batch) if NEGATIVES in batch.features.keys() else host(batch.negatives.draws)  # noqa: SIM118
             per_sample = np.split(values, np.cumsum(batch.num_labels.numpy())[:-1])
             for user, draws in zip(batch.user_ids.tolist(), per_sample, strict=True):
                 if user >= 0:
@@ -185,7 +186,7 @@ def test_a_samples_draws_do_not_depend_on_the_world_size(negatives: Negatives) -
 
 def test_in_batch_draws_are_31_random_bits() -> None:
     (batch,) = batches_of(collator_of(long_store(), batch_size=40, negatives=Negatives("in_batch", 33)))
-    draws = batch.negatives.draws.numpy()
+    draws = host(batch.negatives.draws)
     assert draws.dtype == np.int32 and draws.min() >= 0 and NEGATIVES not in batch.features.keys()  # noqa: SIM118
     assert abs(chi_square_z(np.bincount((draws >> 25).ravel(), minlength=64))) < 4
     assert abs(chi_square_z(np.bincount((draws & 63).ravel(), minlength=64))) < 4

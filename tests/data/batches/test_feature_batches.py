@@ -15,7 +15,7 @@ from hstu.config.args import DatasetArgs, Task
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.sampling.sampler import BatchPlan, SamplerPosition
+from hstu.data.sampling.sampler import BatchPlan
 from hstu.data.sampling.samples import Split, build_samples
 from hstu.data.store.sequence_store import SequenceStore
 from tests.data.collators import build_collator
@@ -71,7 +71,8 @@ def random_tables(schema: Mapping[str, Any], seed: int) -> tuple[pd.DataFrame, p
     lengths = rng.integers(1, 16, len(users))
     size = int(lengths.sum())
     events = pd.DataFrame({"user": np.repeat(users, lengths), "item": rng.choice([f"i{n}" for n in range(9)], size)})
-    events["at"] = np.concatenate([10**6 + rng.integers(0, 60_000, length).cumsum() for length in lengths])
+    steps = [rng.integers(0, 60_000, length) * rng.integers(0, 2, length) for length in lengths]  # half of them are 0
+    events["at"] = 10**6 + np.concatenate([step.cumsum() for step in steps])
     events["action"] = rng.integers(0, 4, size)
     place = np.concatenate([np.linspace(0, 0.999, length) for length in lengths])
     events["split"] = np.array(["train", "valid", "test"])[np.searchsorted([0.5, 0.8], place)]
@@ -108,7 +109,7 @@ def reference(
     rows["time_gap"] = [0 if np.isnan(seconds) else 1 + int(seconds + 1).bit_length() - 1 for seconds in gap]
     cut = np.sort(rows["at"])[int(0.7 * len(rows))]
     for user, whole in rows.groupby("user", sort=True):
-        later = {"given": whole.split != "train", "time": whole["at"] >= cut}.get(schema["split"])
+        later = whole["at"] >= cut if schema["split"] == "time" else whole.split != "train"
         if user not in chosen:
             continue
         if schema["task"] == "retrieval":
@@ -166,7 +167,7 @@ def found(schema: Mapping[str, Any], store: SequenceStore, args: DatasetArgs, sp
     )  # fmt: skip
     for first in range(0, len(samples), BATCH_SIZE):
         places = np.arange(first, min(first + BATCH_SIZE, len(samples)))
-        yield from in_raw_values(schema, store, collator(BatchPlan(places, places, 0, 0, SamplerPosition())))
+        yield from in_raw_values(schema, store, collator(BatchPlan.of(places)))
 
 
 def in_raw_values(schema: Mapping[str, Any], store: SequenceStore, batch: HSTUBatch) -> Iterator[Sample]:

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -30,5 +32,5 @@ def test_tokens_count_context_items_and_actions() -> None:
     ("interleave", "has_actions", "expected"), [(True, True, 2), (True, False, 1), (False, True, 1)]
 )
 def test_an_action_is_a_token_of_its_own_if_interleaved(interleave: bool, has_actions: bool, expected: int) -> None:
-    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "kv_channels": 8}
+    sizes: dict[str, Any] = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "kv_channels": 8}
     assert NetworkArgs(**sizes, interleave_actions=interleave).tokens_per_item(has_actions) == expected

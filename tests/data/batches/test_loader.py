@@ -7,45 +7,32 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from hstu.base.errors import DataError
-from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.collate import Collator
 from hstu.data.batches.loader import build_loader
 from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import START, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
-from hstu.data.sampling.samples import build_samples
 from hstu.data.store.sequence_store import SequenceStore
-from tests.data.collators import assert_same, build_collator
+from tests.data.collators import assert_same, collator_of
 from tests.data.toy_store import ToyStore
 
 NUM_USERS = 23
 
 
-def collator_of(store: SequenceStore) -> Collator:
-    args = DatasetArgs(dataset_name="toy", max_sequence_length=5)
-    samples = build_samples(store, args, "retrieval", "train", seed=0)
-    return build_collator(
-        store,
-        samples,
-        args,
-        "retrieval",
-        batch_size=3,
-        seed=0,
-        negatives=Negatives("uniform", 4),
-        wants_timestamps=True,
-    )
+OPTIONS: dict[str, Any] = {"length": 5, "batch_size": 3, "negatives": Negatives("uniform", 4), "wants_timestamps": True}
 
 
 @pytest.fixture
 def collator(make_store: Callable[..., SequenceStore]) -> Collator:
     rows = [[(user * 7 + n) % 40 for n in range(4 + user % 5)] for user in range(NUM_USERS)]
-    return collator_of(make_store(rows, actions=rows, context={"age": list(range(NUM_USERS))}))
+    return collator_of(make_store(rows, actions=rows, context={"age": list(range(NUM_USERS))}), **OPTIONS)
 
 
 def plans(position: SamplerPosition = START) -> TrainSampler:
@@ -65,6 +52,7 @@ def test_workers_change_neither_order_nor_content(collator: Collator) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_resumes_where_a_batch_says_the_run_stands(collator: Collator, workers: int) -> None:
     whole = list(islice(build_loader(collator, plans()), 12))
+    assert whole[4].position is not None
     resumed = list(islice(build_loader(collator, plans(whole[4].position), workers=workers), 7))
     for one, other in zip(whole[5:], resumed, strict=True):
         assert_same(other, one)
@@ -79,7 +67,7 @@ def test_an_evaluation_ends_after_one_pass(collator: Collator, workers: int) -> 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_data_is_reported_the_same_from_a_worker(workers: int) -> None:
     store = ToyStore([[1, 2, 3, 4]] * NUM_USERS, times=[[1, 2, 3, 4]] * NUM_USERS)
-    collator = collator_of(store)
+    collator = collator_of(store, **OPTIONS)
     store.arrays["item"][4 * 17] = 99
     with pytest.raises(DataError) as error:
         list(islice(build_loader(collator, plans(), workers=workers), 12))

@@ -16,7 +16,6 @@ from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelColumn
-from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess import write as write_module
 from hstu.data.preprocess.report import write_report
 from hstu.data.preprocess.write import first_from
@@ -27,6 +26,7 @@ from hstu.data.store.reader import StoreReader
 from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore, request_problems
 from scripts.preprocess_dataset import main
 from tests.data.collators import build_collator
+from tests.data.own_tables import own_store
 from tests.data.preprocess.test_restart import contents, stopped_after_each_stage
 
 EVENTS = """u,i,a,t,device
@@ -48,13 +48,15 @@ def make(folder: Path, events: str = EVENTS, shown: str | None = SHOWN, **given:
     for name, text in (("e", events), ("s", shown)):
         if text is not None:
             (folder / f"{name}.csv").write_text(text)
-    limits = {
-        name: given.pop(name) for name in ("min_item_events", "bad_row_policy", "append", "force") if name in given
-    }
     requests = {"requests": (folder / "s.csv",), "request": "r"} if shown is not None else {}
-    defaults = {"user": "u", "item": "i", "action": "a", "time": "t", "event_columns": ("device",), **requests}
-    columns = InteractionColumns(**({"interactions": folder / "e.csv"} | defaults | given))
-    return SequenceStore.open(import_interactions("mine", columns, output=folder / "store", **limits))
+    defaults: dict[str, Any] = {
+        "interactions": folder / "e.csv",
+        "action": "a",
+        "time": "t",
+        "event_columns": ("device",),
+        **requests,
+    }
+    return own_store(folder, **(defaults | given))
 
 
 def test_impressions_become_requests_of_users_with_a_history(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -93,7 +95,8 @@ def test_an_item_that_is_only_shown_has_features(tmp_path: Path) -> None:
 def test_candidates_have_numbers(tmp_path: Path) -> None:
     events = "u,i,a,t,watched\na,x,1,1,2.5\na,x,0,2,\n"
     shown = "r,u,i,a,t,watched\nq,a,y,0,5,\nq,a,x,0,5,7.5\n"
-    store = make(tmp_path, events, shown, event_columns=("watched",), numbers=("watched",))
+    watched: dict[str, Any] = {"event_columns": ("watched",), "numbers": ("watched",)}
+    store = make(tmp_path, events, shown, **watched)
     store.verify_contents()
     np.testing.assert_array_equal(store.candidates("watched"), np.array([np.nan, 7.5], dtype=np.float32))
     args = DatasetArgs(dataset_name="mine", max_sequence_length=9, candidates="requests")
@@ -238,7 +241,7 @@ def check_against_the_reference(event_log: list[Any], shown_log: list[Any], leng
         store = make(Path(folder), events.to_csv(index=False), shown.to_csv(index=False), time_unit="ms")
         store.verify_contents()
         side = ["device", "time_gap"]
-        options = {"candidates": "requests", "max_num_candidates": most, "side_feature_names": side}
+        options: dict[str, Any] = {"candidates": "requests", "max_num_candidates": most, "side_feature_names": side}
         args = DatasetArgs(dataset_name="mine", max_sequence_length=length, **options)
         every = read_all(store, args, "all")
         by_time = DatasetArgs(dataset_name="mine", max_sequence_length=length, split="time", **options)

@@ -15,7 +15,7 @@ import torch
 from hstu.data.batches.batch import NEGATIVES, HSTUBatch, packed
 from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
 from hstu.data.features.roles import FeatureRoles
-from tests.data.batches.test_batch import tensors_of
+from tests.data.collators import assert_same, host
 from tests.helpers import make_batch
 
 ITEMS = [[3, 1, 3], [2], [4, 3], [7, 7, 1, 2]]
@@ -39,20 +39,6 @@ def batch_of(samples: Sequence[int], padding: int, **options: Any) -> HSTUBatch:
 
 def merged(*batches: HSTUBatch, rank: int = 0) -> tuple[HSTUBatch, GroupLayout]:
     return merge_ranks([pickle.loads(packed(batch)) for batch in batches], rank, "item")
-
-
-def assert_same(batch: HSTUBatch, expected: HSTUBatch) -> None:
-    assert batch.features.keys() == expected.features.keys()
-    assert batch.features.values().tolist() == expected.features.values().tolist()
-    assert batch.features.lengths().tolist() == expected.features.lengths().tolist()
-    mine, theirs = ({n: t for n, t in tensors_of(b).items() if n != "user_ids"} for b in (batch, expected))
-    assert mine.keys() == theirs.keys()
-    for name in mine:
-        assert mine[name].dtype == theirs[name].dtype and mine[name].tolist() == theirs[name].tolist(), name
-    assert batch.real_batch_size == expected.real_batch_size
-    assert batch.num_labels_total == expected.num_labels_total
-    np.testing.assert_array_equal(batch.item_lengths, expected.item_lengths)
-    np.testing.assert_array_equal(batch.num_candidates_host, expected.num_candidates_host)
 
 
 # --- tensor-parallel groups ----------------------------------------------------------------------------------------
@@ -110,7 +96,7 @@ def test_negatives_that_all_ranks_share_occur_once() -> None:
 def test_raw_draws_of_in_batch_negatives_stay() -> None:
     first = batch_of([1, 2], 0, task="retrieval", in_batch_pool=True, draws=[[2**31 - 1]])
     second = batch_of([0], 0, task="retrieval", in_batch_pool=True, draws=[[7], [8]])
-    assert merged(first, second)[0].negatives.draws.tolist() == [[2**31 - 1], [7], [8]]  # type: ignore[union-attr]
+    assert host(merged(first, second)[0].negatives.draws).tolist() == [[2**31 - 1], [7], [8]]
 
 
 def test_held_out_items_are_merged_by_sequence() -> None:
@@ -163,7 +149,7 @@ def test_every_micro_batch_has_all_negatives_and_the_draws_of_its_own_labels() -
         keyed = part.features[NEGATIVES]
         assert keyed.values().tolist() == [9, 8, 7, 6, 5] and keyed.lengths().tolist() == [5, 0]
     assert [part.labels.tolist() for part in parts] == [[1, 3], [3, 7, 1, 2]]
-    assert torch.cat([part.negatives.draws for part in parts]).tolist() == draws.tolist()
+    assert np.concatenate([host(part.negatives.draws) for part in parts]).tolist() == draws.tolist()
 
 
 # --- both ----------------------------------------------------------------------------------------------------------

@@ -148,7 +148,8 @@ def test_the_command_takes_it_all(
     assert main([*command, "--title", "name"]) == 0
     store = SequenceStore.open("tmp_data/all")
     assert context_of(store, "price") == ["9", "1", "unknown"]
-    assert list(store.titles() if store.titles() is not None else []) == ["A", "", "B"]
+    titles = store.titles()
+    assert titles is not None and titles.tolist() == ["A", "", "B"]
     assert store.command is not None and "--bins price=2" in store.command
     with pytest.raises(SystemExit):
         main([*command, "--bins", "price=many"])

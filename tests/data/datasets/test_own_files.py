@@ -1,6 +1,7 @@
 """Users' own tables in all their forms: several files, no header, other delimiters, units and line ends."""
 
 import gzip
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,14 @@ import pyarrow as pa
 import pytest
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
-from tests.data.preprocess.test_interactions import histories
+from tests.data.own_tables import histories, own_store
 
 RATINGS = "7::A::3::10\n7::B::4::11\n8::A::5::9\n"
 
 
-def make(folder: Path, files: Path | list[Path], **columns: Any) -> SequenceStore:
-    columns = {"user": "u", "item": "i"} | columns
-    made = import_interactions("mine", InteractionColumns(interactions=files, **columns), output=folder / "mine")
-    return SequenceStore.open(made)
+make = partial(own_store, store="mine")
 
 
 def write(file: Path, text: str) -> Path:
@@ -204,4 +201,4 @@ def test_texts_with_points_are_ids(tmp_path: Path) -> None:
 )
 def test_unusable_options_are_refused(columns: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        InteractionColumns(**({"interactions": Path("x.csv"), "user": "u", "item": "i"} | columns))
+        own_store(Path(), Path("x.csv"), **columns)

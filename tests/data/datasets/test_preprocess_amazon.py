@@ -46,7 +46,9 @@ def test_amazon_books_as_a_core_is_not_compared_with_the_whole(raw: pd.DataFrame
     assert "published" not in format_report(store)
 
 
-def test_a_missing_file_and_a_bad_rating_say_what_to_do(raw: pd.DataFrame, tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_file_and_a_bad_rating_say_what_to_do(
+    raw: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"Get ratings_Books.csv from http://jmcauley.* into tmp_data/raw/amazon-books"):
         preprocess("amazon-books")

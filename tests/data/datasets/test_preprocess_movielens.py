@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -171,17 +172,17 @@ def test_recbole_files_give_the_same_store(ml_100k_store: SequenceStore, raw_dat
 
 
 def test_a_good_store_is_left_alone_unless_forced(raw_data_dir: Path, tmp_path: Path) -> None:
-    make = {"raw_path": raw_data_dir / "ml-100k", "output": tmp_path / "store"}
-    meta = preprocess("ml-100k", **make) / "meta.json"  # type: ignore[arg-type]
+    make: dict[str, Any] = {"raw_path": raw_data_dir / "ml-100k", "output": tmp_path / "store"}
+    meta = preprocess("ml-100k", **make) / "meta.json"
     first = meta.stat().st_ino
-    preprocess("ml-100k", **make)  # type: ignore[arg-type]
+    preprocess("ml-100k", **make)
     assert meta.stat().st_ino == first
-    preprocess("ml-100k", **make, force=True)  # type: ignore[arg-type]
+    preprocess("ml-100k", **make, force=True)
     assert meta.stat().st_ino != first
     (tmp_path / "store" / "offsets.npy").unlink()
     with pytest.raises(DataError, match=r"offsets\.npy is damaged: it is missing\. Make it with: .* --force"):
-        preprocess("ml-100k", **make)  # type: ignore[arg-type]
-    preprocess("ml-100k", **make, force=True)  # type: ignore[arg-type]
+        preprocess("ml-100k", **make)
+    preprocess("ml-100k", **make, force=True)
     assert SequenceStore.open(tmp_path / "store").num_users == 943
 
 

@@ -17,12 +17,11 @@ from hstu.config.args import DatasetArgs, Task
 from hstu.data.datasets.own import number_value, vector_value
 from hstu.data.features import values as number_values
 from hstu.data.features.values import signed_log, statistics_of_numbers, training_statistics
-from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.sampling.samples import build_samples
-from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.conftest import write_small_store
+from tests.data.own_tables import own_store
 from tests.data.preprocess.test_features import make
 
 EVENTS = "u,i,t,watched\nb,x1,20,9.5\nb,x2,10,3\na,x1,5,nan\na,x3,7,\na,x1,9,-8e2\n"
@@ -99,12 +98,11 @@ def test_any_tables_give_the_numbers_of_a_plain_reference(
                     **{c: table[c].map(lambda v: "|".join(map(repr, v)) if v else None) for c in table if c == "vector"}
                 )
                 flat.to_csv(Path(folder) / f"{name}.csv", index=False)
-        columns = InteractionColumns(
-            interactions=Path(folder) / f"e{suffix}", user="u", item="i", time="t", items=Path(folder) / f"i{suffix}",
+        store = own_store(
+            Path(folder), Path(folder) / f"e{suffix}", time="t", items=Path(folder) / f"i{suffix}",
             item_columns=("price", "vector", "weight"), event_columns=("watched",), lists=separator,
             numbers=("price", "weight", "watched"), vectors=("vector",),
         )  # fmt: skip
-        store = SequenceStore.open(import_interactions("mine", columns, output=Path(folder) / "store"))
         store.verify_contents()
 
     ordered = events.sort_values(["u", "t"], kind="stable")
@@ -131,6 +129,7 @@ def test_statistics_are_exact_however_the_column_is_cut(column: list[float], chu
     if len(known):
         logs, ranks = signed_log(known), np.rint(np.linspace(0, len(known) - 1, 65)).astype(int)
         np.testing.assert_allclose([*found.mean, *found.std], [known.mean(), known.std()], rtol=1e-9, atol=1e-9)
+        assert found.log_mean is not None and found.log_std is not None
         np.testing.assert_allclose([found.log_mean, found.log_std], [logs.mean(), logs.std()], rtol=1e-9, atol=1e-9)
         np.testing.assert_array_equal(found.quantiles, known[ranks])
 
@@ -205,10 +204,10 @@ def test_what_is_no_number_becomes_unusable_and_nothing_becomes_missing() -> Non
     texts = ["1e2", " -3 ", "", None, "nan", "NaN", "inf", "-8e200", "x", "1;2", "1;;2", "1;nan", " "]
     rows = f"(SELECT unnest({texts!r}) AS i0)".replace("None", "NULL")
     as_number = number_value("i0")
-    found = [row[0] for row in duckdb.sql(f"SELECT {as_number} FROM {rows}").fetchall()]
+    found = [row[0] for row in duckdb.execute(f"SELECT {as_number} FROM {rows}").fetchall()]
     np.testing.assert_equal(found, [100, -3, None, None, None, None, *[NAN] * 6, None])
     as_vector = vector_value("i0", "string_split(i0, ';')")
-    found = [row[0] for row in duckdb.sql(f"SELECT {as_vector} FROM {rows}").fetchall()]
+    found = [row[0] for row in duckdb.execute(f"SELECT {as_vector} FROM {rows}").fetchall()]
     np.testing.assert_equal(found, [[100], [-3], None, None, *[[NAN]] * 5, [1, 2], [NAN], [NAN], None])
 
 

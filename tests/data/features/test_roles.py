@@ -1,6 +1,7 @@
 """Which features of a store become which inputs of the model."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from hstu.data.store.sequence_store import SequenceStore
 def test_roles_follow_the_users_choice_and_order(make_store: Callable[..., SequenceStore]) -> None:
     store = make_store([[1, 2]], actions=[[1, 2]], context={"a": [0], "b": [0], "c": [0]})
 
-    def roles(**chosen: object) -> tuple[str, ...]:
+    def roles(**chosen: Any) -> tuple[str, ...]:
         return resolve_roles(store, DatasetArgs(dataset_name="toy", max_sequence_length=9, **chosen)).names
 
     assert roles() == ("a", "b", "c", "item_id", "action")

@@ -15,6 +15,9 @@ KUAIRAND = ("--dataset_name", "kuairand-pure", "--raw_path", ".")
 GOOD = b"u,i,a,t\n1,7,2,10\n1,8,0,11\n2,7,1,12\n"
 
 
+Files = dict[str, "bytes | Callable[[Path], None]"]
+
+
 def named(path: str, **columns: str) -> tuple[str, ...]:
     """The arguments for another file or other columns."""
     changed = {"--interactions": path} | {f"--{name}": column for name, column in columns.items()}
@@ -26,6 +29,11 @@ def named(path: str, **columns: str) -> tuple[str, ...]:
 
 def parquet(**columns: list[object]) -> Callable[[Path], None]:
     return lambda file: pd.DataFrame(columns).to_parquet(file)
+
+
+def parquet_cut_short(file: Path) -> None:
+    parquet(u=[1], i=[2])(file)
+    os.truncate(file, 200)
 
 
 def zstd(text: bytes) -> bytes:
@@ -45,7 +53,7 @@ USERS = "user_features_pure.csv"
 KUAIRAND_ROW = b"1,2,1650000000000,1,0,0,0,0,0,1,0\n"
 
 
-def kuairand(**changed: bytes) -> dict[str, bytes]:
+def kuairand(**changed: bytes) -> Files:
     files = {
         "first": KUAIRAND_HEADER + KUAIRAND_ROW,
         "second": KUAIRAND_HEADER + KUAIRAND_ROW,
@@ -54,7 +62,6 @@ def kuairand(**changed: bytes) -> dict[str, bytes]:
     return {FIRST: files["first"], SECOND: files["second"], USERS: files["users"]}
 
 
-Files = dict[str, "bytes | Callable[[Path], None]"]
 DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
     # what the file is
     "missing file": (ALL, {}, "there is no file events.csv"),
@@ -72,7 +79,7 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "csv called Parquet": (named("e.parquet"), {"e.parquet": GOOD}, "e.parquet is not a Parquet file"),
     "Parquet cut short": (
         named("e.parquet"),
-        {"e.parquet": lambda file: (parquet(u=[1], i=[2])(file), os.truncate(file, 200))},
+        {"e.parquet": parquet_cut_short},
         "e.parquet is a damaged Parquet file",
     ),
     "UTF-16": (ALL, {"events.csv": GOOD.decode().encode("utf-16")}, "events.csv:1: a zero byte, .*convert UTF-16"),

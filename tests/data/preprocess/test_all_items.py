@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
+from hstu.data.preprocess import preprocess
 from hstu.data.preprocess.report import format_report
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.conftest import REPOSITORY
-from tests.data.preprocess.test_interactions import histories
+from tests.data.own_tables import histories, own_store
 
 ML_1M = REPOSITORY.parent / "shared" / "data" / "ml-1m"
 EVENTS, TITLES = "u,i\n1,20\n1,10\n2,10\n", "i,name\n30,thirty\n10,ten\n15,fifteen\n30,again\n"
@@ -21,11 +21,8 @@ EVENTS, TITLES = "u,i\n1,20\n1,10\n2,10\n", "i,name\n30,thirty\n10,ten\n15,fifte
 def make(folder: Path, events: str = EVENTS, titles: str = TITLES, **limits: Any) -> SequenceStore:
     (folder / "e.csv").write_text(events)
     (folder / "t.csv").write_text(titles)
-    columns = InteractionColumns(
-        interactions=folder / "e.csv", user="u", item="i", titles=folder / "t.csv", title="name"
-    )
-    given: dict[str, Any] = {"all_items": True} | limits
-    return SequenceStore.open(import_interactions("mine", columns, output=folder / "store", **given))
+    given: dict[str, Any] = {"all_items": True, "titles": folder / "t.csv", "title": "name"} | limits
+    return own_store(folder, folder / "e.csv", **given)
 
 
 @pytest.mark.parametrize("letter", ["", "A"])
@@ -56,9 +53,8 @@ def test_another_choice_does_not_fit_the_store(tmp_path: Path) -> None:
 def test_a_list_of_items_is_needed_and_no_filter(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--all_items keeps items without events, and --min_item_events"):
         make(tmp_path, min_item_events=2)
-    columns = InteractionColumns(interactions=tmp_path / "e.csv", user="u", item="i")
     with pytest.raises(ConfigError, match="--all_items: there is no list of items; for your own data give --items"):
-        import_interactions("mine", columns, output=tmp_path / "other", all_items=True)
+        own_store(tmp_path, tmp_path / "e.csv", store="other", all_items=True)
     (tmp_path / "u.data").write_text("1\t2\t3\t4\n")
     (tmp_path / "u.user").write_text("1|20|M|other|1\n")
     command = [

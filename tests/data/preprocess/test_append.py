@@ -10,22 +10,19 @@ import pytest
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import Journal
-from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
-from tests.data.preprocess.test_interactions import histories
+from tests.data.own_tables import histories, own_store
 from tests.data.preprocess.test_restart import contents
 
 MAY = "u,i,a,t,part\nb,x3,view,10,train\nb,x1,buy,20,train\nd,x3,view,5,test\n"
 JUNE = "part,i,u,t,a\ntrain,x2,b,15,view\ntest,x9,b,30,buy\ntrain,x0,a,7,buy\ntest,x3,e,8,view\n"
 USERS = "u,town\nb,Ulm\nd,Rom\n"
-COLUMNS = {"user": "u", "item": "i", "action": "a", "time": "t", "split": "part"}
+COLUMNS: dict[str, Any] = {"user": "u", "item": "i", "action": "a", "time": "t", "split": "part"}
 
 
 def make(folder: Path, *files: str, store: str = "store", **given: Any) -> Path:
-    options = {name: given.pop(name) for name in ("append", "force", "min_item_events") if name in given}
-    columns: dict[str, Any] = COLUMNS | {"interactions": [folder / file for file in files]} | given
-    return import_interactions("mine", InteractionColumns(**columns), output=folder / store, **options)
+    return own_store(folder, [folder / file for file in files], store=store, **(COLUMNS | given)).path
 
 
 @pytest.fixture
@@ -69,7 +66,7 @@ def test_files_that_are_in_the_store_are_not_added_twice(folder: Path, caplog: p
 
 
 def test_tables_of_users_are_read_anew(folder: Path) -> None:
-    with_users = {"context": folder / "users.csv", "context_columns": ("u", "town")}
+    with_users: dict[str, Any] = {"context": folder / "users.csv", "context_columns": ("u", "town")}
     make(folder, "may.csv", **with_users)
     (folder / "users.csv").write_text(f"{USERS}a,Bonn\n")
     store = make(folder, "june.csv", append=True, **with_users)
@@ -155,7 +152,7 @@ def test_a_bad_row_of_a_new_file_leaves_the_store(folder: Path) -> None:
 
 def test_what_earlier_models_misread_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "ages.csv").write_text("u,age\nb,10\nd,20\na,30\ne,90\n")
-    users = {"context": folder / "ages.csv", "context_columns": ("age",), "bins": {"age": 2}}
+    users: dict[str, Any] = {"context": folder / "ages.csv", "context_columns": ("age",), "bins": {"age": 2}}
     make(folder, "may.csv", **users)
     (folder / "june.csv").write_text(JUNE.replace("view", "cart"))
     make(folder, "june.csv", append=True, **users)
@@ -164,7 +161,7 @@ def test_what_earlier_models_misread_is_a_warning(folder: Path, caplog: pytest.L
     caplog.clear()
     pd.DataFrame({"u": [1, 2], "i": [1, 2]}).to_csv(folder / "numbers.csv", index=False)
     (folder / "texts.csv").write_text("u,i\n3,x\n")
-    plain = dict.fromkeys(("action", "time", "split"))
+    plain: dict[str, Any] = dict.fromkeys(("action", "time", "split"))
     make(folder, "numbers.csv", store="ids", **plain)
     make(folder, "texts.csv", store="ids", append=True, **plain)
     assert "'i' was integers, and is text now" in caplog.text and "'user_id'" not in caplog.text

@@ -9,17 +9,15 @@ import pandas as pd
 import pytest
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
-from tests.data.preprocess.test_interactions import histories
+from tests.data.own_tables import histories, own_store
 
 
 def make(folder: Path, table: pd.DataFrame, **limits: Any) -> SequenceStore:
     folder.mkdir(exist_ok=True)
     table.to_csv(folder / "e.csv", index=False)
-    columns = InteractionColumns(interactions=folder / "e.csv", user="u", item="i", time="t")
-    return SequenceStore.open(import_interactions("mine", columns, output=folder / "mine", **limits))
+    return own_store(folder, folder / "e.csv", time="t", store="mine", **limits)
 
 
 def core(table: pd.DataFrame, users: int, items: int) -> pd.DataFrame:

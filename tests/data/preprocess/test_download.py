@@ -79,6 +79,11 @@ def published(server: Server, name: str, file: str, content: bytes) -> DatasetSp
     return replace(DATASETS[name], archive=Archive(f"{server.url}/{file}", *checksums), wheel=None)
 
 
+def archive_of(spec: DatasetSpec) -> Archive:
+    assert spec.archive is not None
+    return spec.archive
+
+
 RAW = {"ml-100k/u.data": b"ratings", "ml-100k/u.user": b"users", "ml-100k/u.item": b"movies", "ml-100k/mku.sh": b"x"}
 
 
@@ -109,7 +114,7 @@ def test_a_tar_is_unpacked_without_its_other_files(server: Server, tmp_path: Pat
 
 def test_an_interrupted_download_goes_on_where_it_stopped(server: Server, tmp_path: Path) -> None:
     content = bytes(range(256)) * 100
-    archive = published(server, "ml-100k", "ml-100k.zip", content).archive
+    archive = archive_of(published(server, "ml-100k", "ml-100k.zip", content))
     server.hang_up_after = 10_000
     with pytest.raises(OSError, match="10000 of 25600"):
         download(archive, tmp_path)
@@ -120,7 +125,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(server: Server, tmp_pa
 
 
 def test_a_download_that_only_lacked_its_name_is_completed(server: Server, tmp_path: Path) -> None:
-    archive = published(server, "ml-100k", "ml-100k.zip", b"complete").archive
+    archive = archive_of(published(server, "ml-100k", "ml-100k.zip", b"complete"))
     (tmp_path / "ml-100k.zip.part").write_bytes(b"complete")
     assert download(archive, tmp_path).read_bytes() == b"complete"
 
@@ -131,7 +136,7 @@ def test_a_wrong_checksum_is_an_error_and_the_file_goes(
     algorithm: str, by_hand: bool, server: Server, tmp_path: Path
 ) -> None:
     spec = published(server, "ml-100k", "ml-100k.zip", b"tampered")
-    spec = replace(spec, archive=replace(spec.archive, **{algorithm: "0" * 32}))
+    spec = replace(spec, archive=replace(archive_of(spec), **{algorithm: "0" * 32}))
     if by_hand:
         (tmp_path / "ml-100k.zip").write_bytes(b"tampered")
     with pytest.raises(DataError, match=rf"had {algorithm} .* instead of 0+ and was removed"):

@@ -7,21 +7,16 @@ import pandas as pd
 import pytest
 
 from hstu.base.errors import DataError
-from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess
+from hstu.data.preprocess import preprocess
 from hstu.data.store.sequence_store import SequenceStore
+from tests.data.own_tables import own_store
 
 TABLE = pd.DataFrame({"u": [1, 1, 2], "i": [7, 8, 7], "j": [1, 2, 3], "a": [0, 1, 2], "t": [3, 2, 1]})
 USERS = pd.DataFrame({"u": [1, 2], "town": ["Ulm", "Rom"]})
 
 
-def make(folder: Path, *, name: str = "mine", file: str = "events.csv", policy: str = "raise", **columns: Any) -> Path:
-    given = {"interactions": folder / file, "user": "u", "item": "i", "time": "t"} | columns
-    return import_interactions(
-        name,
-        InteractionColumns(**given),
-        output=folder / "store",
-        bad_row_policy=policy,  # type: ignore[arg-type]
-    )
+def make(folder: Path, **given: Any) -> None:
+    own_store(folder, given.pop("interactions", folder / "events.csv"), **({"time": "t"} | given))
 
 
 @pytest.fixture
@@ -46,13 +41,19 @@ def test_a_store_that_fits_is_kept(folder: Path, caplog: pytest.LogCaptureFixtur
         ({"action": "a"}, "--action was not given, it is now a"),
         ({"time": None}, "--time was t, it is now not given"),
         ({"name": "other"}, "--dataset_name was mine, it is now other"),
-        ({"policy": "skip"}, "--bad_row_policy was not given, it is now skip"),
+        ({"bad_row_policy": "skip"}, "--bad_row_policy was not given, it is now skip"),
         ({"item": "j", "action": "a"}, "--action was not given, it is now a; --item was i, it is now j"),
         ({"context_columns": ("u",)}, "--context_columns was not given, it is now u"),
-        ({"file": "copy.csv"}, r"it was made without .*copy\.csv; it was made from events\.csv, which is not given"),
+        (
+            {"interactions": Path("copy.csv")},
+            r"it was made without .*copy\.csv; it was made from events\.csv, which is not given",
+        ),
     ],
 )
-def test_another_command_is_refused_and_says_what_differs(change: dict[str, Any], message: str, folder: Path) -> None:
+def test_another_command_is_refused_and_says_what_differs(
+    change: dict[str, Any], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
     TABLE.to_csv(folder / "copy.csv", index=False)
     with pytest.raises(DataError, match=f"exists and does not fit this command: {message}"):
         make(folder, **change)
@@ -66,7 +67,7 @@ def test_a_changed_raw_file_is_noticed(folder: Path) -> None:
 
 
 def test_a_table_of_users_that_is_added_or_changed_is_noticed(folder: Path) -> None:
-    with_users = {"context": folder / "users.csv", "context_columns": ("town",)}
+    with_users: dict[str, Any] = {"context": folder / "users.csv", "context_columns": ("town",)}
     with pytest.raises(DataError, match=r"--context_columns was not given, it is now town; .*without .*users\.csv"):
         make(folder, **with_users)
     (folder / "store").rename(folder / "old")
@@ -94,10 +95,16 @@ def test_the_same_files_elsewhere_fit(folder: Path, monkeypatch: pytest.MonkeyPa
     make(folder, interactions=Path("..", folder.name, "events.csv"))
 
 
+def raw_files(folder: Path) -> dict[str, Any]:
+    """Where a small ml-100k is, and where its store goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "u.data").write_text("1\t2\t3\t4\n")
+    (folder / "u.user").write_text("1|20|M|other|1\n")
+    return {"raw_path": folder, "output": folder / "store"}
+
+
 def test_changed_files_of_a_built_in_dataset_are_noticed(tmp_path: Path) -> None:
-    (tmp_path / "u.data").write_text("1\t2\t3\t4\n")
-    (tmp_path / "u.user").write_text("1|20|M|other|1\n")
-    place = {"raw_path": tmp_path, "output": tmp_path / "store"}
+    place = raw_files(tmp_path)
     preprocess("ml-100k", **place)
     preprocess("ml-100k", **place)
     (tmp_path / "u.data").write_text("1\t2\t4\t4\n")
@@ -106,9 +113,7 @@ def test_changed_files_of_a_built_in_dataset_are_noticed(tmp_path: Path) -> None
 
 
 def test_an_optional_file_that_comes_or_goes_is_noticed(tmp_path: Path) -> None:
-    (tmp_path / "u.data").write_text("1\t2\t3\t4\n")
-    (tmp_path / "u.user").write_text("1|20|M|other|1\n")
-    place = {"raw_path": tmp_path, "output": tmp_path / "store"}
+    place = raw_files(tmp_path)
     assert SequenceStore.open(preprocess("ml-100k", **place)).titles() is None
     (tmp_path / "u.item").write_text(f"2|Film (1990)|||{'|0' * 19}\n")
     with pytest.raises(DataError, match=r"it was made without .*u\.item\. To make it again, add --force"):
@@ -125,9 +130,7 @@ def test_a_built_in_dataset_without_its_raw_files_is_kept(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     raw = Path("tmp_data", "raw", "ml-100k")
-    raw.mkdir(parents=True)
-    (raw / "u.data").write_text("1\t2\t3\t4\n")
-    (raw / "u.user").write_text("1|20|M|other|1\n")
+    raw_files(raw)
     preprocess("ml-100k")
     (raw / "u.data").unlink()
     preprocess("ml-100k")

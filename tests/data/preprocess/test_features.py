@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets.raw import table_with_header
 from hstu.data.datasets.spec import UNKNOWN, RawTables, Schema
-from hstu.data.preprocess import InteractionColumns, import_interactions, write
+from hstu.data.preprocess import write
 from hstu.data.preprocess.build import build_store
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.preprocess.state import BuildOptions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
+from tests.data.own_tables import own_store
 from tests.data.preprocess.test_restart import contents, stopped_after_each_stage
 
 EVENTS = """u,i,t,device,price,colour
@@ -40,17 +41,14 @@ BOTH: dict[str, Any] = {
 
 
 def make(folder: Path, events: str = EVENTS, items: str | Path | None = ITEMS, **given: Any) -> SequenceStore:
-    limits = {name: given.pop(name) for name in ("append", "all_items", "min_item_events", "bad_row_policy", "force")
-              if name in given}  # fmt: skip
     if not (folder / "e.csv").exists():
         (folder / "e.csv").write_text(events)
     if isinstance(items, str):
         if not (folder / "i.csv").exists():
             (folder / "i.csv").write_text(items)
         items = folder / "i.csv"
-    given["items"] = items
-    columns = InteractionColumns(**({"interactions": folder / "e.csv", "user": "u", "item": "i", "time": "t"} | given))
-    return SequenceStore.open(import_interactions("mine", columns, output=folder / "store", **limits))
+    interactions = given.pop("interactions", folder / "e.csv")
+    return own_store(folder, interactions, **({"time": "t", "items": items} | given))
 
 
 def of_items(store: SequenceStore, feature: str) -> dict[Any, Any]:
@@ -124,7 +122,7 @@ def codes_of(values: "pd.Series[str]") -> tuple[list[int], list[str]]:
 
 def ranges_of_thirds(values: list[str]) -> list[str]:
     number = [float(value) for value in values if value]
-    starts = np.unique(np.quantile(number, [0, 1 / 3, 2 / 3], method="higher")) if number else []
+    starts: Any = np.unique(np.quantile(number, [0, 1 / 3, 2 / 3], method="higher")) if number else []
     groups = [[n for n in number if start <= n < end] for start, end in pairwise([*starts, np.inf])]
     names = [f"{min(g):g}" if min(g) == max(g) else f"{min(g):g}..{max(g):g}" for g in groups]
     found = {n: name for g, name in zip(groups, names, strict=True) for n in g}
@@ -147,12 +145,11 @@ def test_any_tables_give_the_store_of_a_plain_reference(rows: list[Any], of_item
                 table.to_parquet(Path(folder) / f"{name}.parquet")
             else:
                 table.to_csv(Path(folder) / f"{name}.csv", index=False)
-        columns = InteractionColumns(
-            interactions=Path(folder) / f"e{suffix}", user="u", item="i", time="t", items=Path(folder) / f"i{suffix}",
+        store = own_store(
+            Path(folder), Path(folder) / f"e{suffix}", time="t", items=Path(folder) / f"i{suffix}",
             item_columns=("year", "tags", "colour"), event_columns=("device", "price"), lists={"tags": "|"},
             bins={"price": 3},
         )  # fmt: skip
-        store = SequenceStore.open(import_interactions("mine", columns, output=Path(folder) / "store"))
         store.verify_contents()
 
     ordered = events.sort_values(["u", "t"], kind="stable")
@@ -216,15 +213,12 @@ def test_append_reads_the_table_of_items_again(tmp_path: Path) -> None:
     make(tmp_path, **BOTH)
     (tmp_path / "june.csv").write_text("u,i,t,device,price,colour\nc,x9,1,fridge,1,gold\n")
     (tmp_path / "i.csv").write_text(ITEMS.replace("1994", "1894"))
-    columns = InteractionColumns(
-        interactions=tmp_path / "june.csv", user="u", item="i", time="t", items=tmp_path / "i.csv", **BOTH
-    )
-    store = SequenceStore.open(import_interactions("mine", columns, output=tmp_path / "store", append=True))
+    added: dict[str, Any] = {"time": "t", "append": True, **BOTH}
+    store = own_store(tmp_path, tmp_path / "june.csv", items=tmp_path / "i.csv", **added)
     assert of_items(store, "year") == {"x1": "1995", "x2": "1894", "x3": UNKNOWN, "x9": "2001"}
     assert of_events(store, "device")[-1] == "fridge"
     with pytest.raises(DataError, match=r"--items was .*, it is now not given"):
-        without = InteractionColumns(interactions=tmp_path / "june.csv", user="u", item="i", time="t", **BOTH)
-        import_interactions("mine", without, output=tmp_path / "store", append=True)
+        own_store(tmp_path, tmp_path / "june.csv", **added)
 
 
 def test_filters_and_all_items(tmp_path: Path) -> None:

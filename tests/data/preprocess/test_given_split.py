@@ -1,7 +1,7 @@
 """Splits that a column of users' own tables gives: how they are read, stored, and become samples."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from hstu.config.args import DatasetArgs
 from hstu.data.datasets.spec import SPLIT_NAMES
 from hstu.data.preprocess.report import format_report
 from hstu.data.sampling.samples import SampleTable, build_samples, check_split
+from hstu.data.store.layout import HeldOut
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.datasets.test_own_files import make, write
@@ -25,8 +26,8 @@ EVENTS = "u,i,a,t,fold\n1,7,1,10,train\n1,8,2,20,Train\n1,9,3,30,VALID\n1,10,1,4
 def split_of(store: SequenceStore) -> list[str]:
     """The split of each event."""
     names = np.full(store.num_events, "train", dtype=object)
-    for split in ("valid", "test"):
-        for begin, end in zip(*store.held_out(split), strict=True):  # type: ignore[arg-type]
+    for split in get_args(HeldOut):
+        for begin, end in zip(*store.held_out(split), strict=True):
             names[begin:end] = split
     return list(names)
 

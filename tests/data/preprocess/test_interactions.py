@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hstu.base.errors import ConfigError, DataError
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
+from tests.data.own_tables import histories, own_store
 
 TABLE = pd.DataFrame(
     {
@@ -34,17 +35,7 @@ def write(table: pd.DataFrame, file: Path) -> Path:
 
 def make(folder: Path, table: pd.DataFrame, suffix: str = ".csv", **columns: Any) -> SequenceStore:
     file = write(table, folder / f"events{suffix}")
-    policy = columns.pop("bad_row_policy", "raise")
-    given = InteractionColumns(**({"interactions": file, "user": "member", "item": "sku"} | columns))
-    return SequenceStore.open(import_interactions("mine", given, output=folder / "mine", bad_row_policy=policy))
-
-
-def histories(store: SequenceStore) -> dict[object, list[object]]:
-    """Raw user -> raw items in the store's order."""
-    items = store.raw_ids(store.item_feature)[store.sequence(store.item_feature)]
-    bounds = store.offsets()
-    users = store.raw_ids("user_id").tolist()
-    return {user: items[bounds[row] : bounds[row + 1]].tolist() for row, user in enumerate(users)}
+    return own_store(folder, file, **({"user": "member", "item": "sku", "store": "mine"} | columns))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
@@ -64,7 +55,7 @@ def test_without_a_time_column_the_order_is_that_of_the_file(tmp_path: Path) -> 
     assert store.timestamp_feature is None and store.action_feature is None
 
 
-texts = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=8)
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8)
 int64s = st.integers(-(2**63), 2**63 - 1)
 ids = st.one_of(st.just(int64s), st.just(texts))
 
@@ -233,7 +224,7 @@ def test_of_two_rows_of_context_the_first_counts(tmp_path: Path) -> None:
 )
 def test_arguments_that_contradict_each_other_are_refused(columns: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        InteractionColumns(**({"interactions": Path("x.csv"), "user": "member", "item": "sku"} | columns))
+        own_store(Path(), Path("x.csv"), **({"user": "member", "item": "sku"} | columns))
 
 
 @pytest.mark.parametrize(("name", "message"), [("ML-1M", "built-in"), ("../up", "names a directory")])

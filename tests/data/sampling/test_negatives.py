@@ -24,6 +24,7 @@ def draw(corpus: ItemDistribution, seed: int = 3) -> np.ndarray:
 
 def mass_of_columns(corpus: ItemDistribution) -> np.ndarray:
     """The probability of each code as the alias table has it."""
+    assert corpus._columns is not None
     kept, other = corpus._columns
     share = np.where(other == np.arange(corpus.size), 1.0, kept / 2.0**32)
     return (share + np.bincount(other, 1 - share, minlength=corpus.size)) / corpus.size

@@ -1,4 +1,6 @@
+from collections.abc import Sequence
 from itertools import islice, takewhile
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +29,8 @@ def epoch_of(
     partition: BatchPartition | None = None,
     position: SamplerPosition = START,
     epoch: int = 0,
-    **options,
-) -> list:
+    **options: Any,
+) -> list[tuple[BatchPlan, ...]]:
     """All ranks' plans of one epoch: a list of global batches, each a list over ranks."""
     options |= {"world_size": world_size, "position": position, "partition": partition}
     samplers = [TrainSampler(rank=rank, **options) for rank in range(world_size)]
@@ -37,7 +39,7 @@ def epoch_of(
     return list(zip(*ranks, strict=True))
 
 
-def samples_of(global_batches: list) -> list[int]:
+def samples_of(global_batches: list[tuple[BatchPlan, ...]]) -> list[int]:
     return [int(index) for plans in global_batches for plan in plans for index in plan.indices]
 
 
@@ -58,7 +60,7 @@ def test_an_epoch_is_its_permutation_whatever_the_world_size(
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=90), worlds, st.booleans())
 def test_global_batches_are_what_all_ranks_take_together(tokens: list[int], world_size: int, balance: bool) -> None:
     loads = Loads(np.array(tokens), np.array(tokens, dtype=np.float64) ** 2)
-    options = {"num_samples": len(tokens), "batch_size": 4, "seed": 5, "shuffle": True}
+    options: dict[str, Any] = {"num_samples": len(tokens), "batch_size": 4, "seed": 5, "shuffle": True}
     partition = BatchPartition(loads, balance, tokens_per_rank=100)
     batches = epoch_of(world_size, partition, **options)
     sampler = TrainSampler(rank=0, world_size=world_size, partition=partition, **options)
@@ -80,7 +82,8 @@ def test_over_any_sequence_of_world_sizes_and_stops_an_epoch_is_seen_exactly_onc
 ) -> None:
     loads = Loads(np.array(tokens), np.square(tokens).astype(np.float64))
     finish = (1, len(tokens), 3, False, False)  # what is left of an epoch, and more
-    position, seen = SamplerPosition(), {}
+    position = SamplerPosition()
+    seen: dict[int, list[int]] = {}
     for world_size, batch_size, steps, balance, by_tokens in [*stages, finish]:
         partition = BatchPartition(loads, balance, 90 if by_tokens else None)
         ranks = [
@@ -150,9 +153,9 @@ LENGTHS = {
 }
 
 
-def make_loads(tokens: np.ndarray, linear: float = 30 * 256, quadratic: float = 7.0) -> Loads:
+def make_loads(lengths: Sequence[int] | np.ndarray, linear: float = 30 * 256, quadratic: float = 7.0) -> Loads:
     """Costs a·L + b·L² of a layer of width D = Hd = 256, over Hd."""
-    tokens = np.asarray(tokens, dtype=np.int64)
+    tokens = np.asarray(lengths, dtype=np.int64)
     return Loads(tokens, linear * tokens + quadratic * tokens.astype(np.float64) ** 2)
 
 
@@ -161,12 +164,12 @@ def draw_loads(kind: str, size: int, seed: int) -> Loads:
     return make_loads(2 * Distribution(LENGTHS[kind], bound=2049).values(uniforms) + 3)
 
 
-def union(plans: list[BatchPlan]) -> list[int]:
+def union(plans: Sequence[BatchPlan]) -> list[int]:
     """Ordinals of a global batch, ascending."""
     return sorted(int(ordinal) for plan in plans for ordinal in plan.ordinals)
 
 
-def cost_ratio(plans: list[BatchPlan], loads: Loads) -> float:
+def cost_ratio(plans: Sequence[BatchPlan], loads: Loads) -> float:
     costs = [loads.costs[plan.indices].sum() for plan in plans]
     return max(costs) / np.mean(costs)
 
@@ -180,7 +183,7 @@ def test_balancing_moves_samples_between_ranks_and_nothing_else(
     tokens: list[int], batch_size: int, world_size: int, shuffle: bool
 ) -> None:
     loads = make_loads(tokens)
-    options = {"num_samples": len(tokens), "batch_size": batch_size, "seed": 3, "shuffle": shuffle}
+    options: dict[str, Any] = {"num_samples": len(tokens), "batch_size": batch_size, "seed": 3, "shuffle": shuffle}
     plain = epoch_of(world_size, BatchPartition(loads), **options)
     balanced = epoch_of(world_size, BatchPartition(loads, balance=True), **options)
     order = epoch_order(len(tokens), 3, 0, shuffle)
@@ -200,7 +203,7 @@ def test_balancing_moves_samples_between_ranks_and_nothing_else(
 def test_costs_of_ranks_are_within_a_tenth_at_32_sequences_a_rank(kind: str, world_size: int) -> None:
     batches = 4
     loads = draw_loads(kind, 32 * world_size * batches, seed=world_size)
-    options = {"num_samples": len(loads.tokens), "batch_size": 32, "seed": 5, "shuffle": True}
+    options: dict[str, Any] = {"num_samples": len(loads.tokens), "batch_size": 32, "seed": 5, "shuffle": True}
     plain = epoch_of(world_size, BatchPartition(loads), **options)
     balanced = epoch_of(world_size, BatchPartition(loads, balance=True), **options)
     assert len(balanced) == batches
@@ -212,7 +215,7 @@ def test_costs_of_ranks_are_within_a_tenth_at_32_sequences_a_rank(kind: str, wor
 def test_the_plan_of_a_small_batch_is_the_one_made_by_hand() -> None:
     # 8 | 7, then 6 to the second (13) and 5 to the first (13); 2 to the first of equals (15), 1 to the second (14)
     ranks = balanced_ranks(np.array([5.0, 8.0, 6.0, 7.0, 1.0, 2.0]), np.array([3, 3]))
-    assert ranks.tolist() == [0, 0, 1, 1, 1, 0]
+    assert ranks is not None and ranks.tolist() == [0, 0, 1, 1, 1, 0]
 
 
 @settings(max_examples=80, deadline=None)
@@ -221,7 +224,7 @@ def test_by_tokens_no_rank_exceeds_its_budget_or_goes_without_and_no_sample_is_l
     tokens: list[int], batch_size: int, world_size: int, budget: int, balance: bool
 ) -> None:
     loads = make_loads(tokens)
-    options = {"num_samples": len(tokens), "batch_size": batch_size, "seed": 2, "shuffle": True}
+    options: dict[str, Any] = {"num_samples": len(tokens), "batch_size": batch_size, "seed": 2, "shuffle": True}
     batches = epoch_of(world_size, BatchPartition(loads, balance, budget), **options)
     for plans in batches:
         for plan in plans:
@@ -240,7 +243,7 @@ def test_by_tokens_no_rank_exceeds_its_budget_or_goes_without_and_no_sample_is_l
 def test_by_tokens_a_rank_is_filled_as_far_as_whole_sequences_allow() -> None:
     loads = draw_loads("lognormal", 20_000, seed=8)
     budget = 32 * 1024
-    options = {"num_samples": 20_000, "batch_size": 512, "seed": 2, "shuffle": True}
+    options: dict[str, Any] = {"num_samples": 20_000, "batch_size": 512, "seed": 2, "shuffle": True}
     for balance in (False, True):
         batches = epoch_of(4, BatchPartition(loads, balance, budget), **options)[:-1]
         held = np.array([[loads.tokens[plan.indices].sum() for plan in plans] for plans in batches])

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs, Task
-from hstu.data.sampling.samples import SampleTable, build_samples, check_split
+from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_split
 from hstu.data.store.sequence_store import SequenceStore
 from tests.data.toy_store import ToyStore, store_of
+
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 def table(task: Task, lengths: tuple[int, ...], **options: Any) -> SampleTable:
@@ -33,9 +35,12 @@ def test_a_long_history_gives_windows_back_to_its_first_event() -> None:
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=6), st.integers(2, 20), st.data())
 def test_every_event_is_a_label_exactly_once(lengths: list[int], length: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, length - 1))
-    options = {"max_sequence_length": length, "window_stride": stride}
-    for task, unlabelled in (("retrieval", 1), ("ranking", 0)):
-        split = {"valid_items": 0} if task == "retrieval" else {"split": "user_holdout", "train_fraction": 0.999}
+    options: dict[str, Any] = {"max_sequence_length": length, "window_stride": stride}
+    tasks: dict[Task, int] = {"retrieval": 1, "ranking": 0}
+    for task, unlabelled in tasks.items():
+        split: dict[str, Any] = (
+            {"valid_items": 0} if task == "retrieval" else {"split": "user_holdout", "train_fraction": 0.999}
+        )
         store = store_of(*lengths)
         samples = build_samples(store, DatasetArgs(dataset_name="toy", **options, **split), task, "train", 1)
         times = np.zeros(store.num_events, dtype=int)
@@ -49,7 +54,7 @@ def test_every_event_is_a_label_exactly_once(lengths: list[int], length: int, da
                 assert times[begin : begin + unlabelled].sum() == 0
 
 
-def dataset_args(length: int = 100, **options: object) -> DatasetArgs:
+def dataset_args(length: int = 100, **options: Any) -> DatasetArgs:
     return DatasetArgs(dataset_name="toy", max_sequence_length=length, **options)
 
 
@@ -99,8 +104,8 @@ lengths = st.integers(2, 7)
 
 
 @settings(max_examples=60, deadline=None)
-@given(raw_tables, lengths, st.sampled_from([0, 1]), st.sampled_from(["train", "valid", "test"]))
-def test_leave_one_out_equals_a_plain_reference(rows: Rows, length: int, valid_items: int, split: str) -> None:
+@given(raw_tables, lengths, st.sampled_from([0, 1]), st.sampled_from(SPLITS))
+def test_leave_one_out_equals_a_plain_reference(rows: Rows, length: int, valid_items: int, split: Split) -> None:
     expected = []
     for user, history in enumerate(histories(rows).values()):
         if split == "train":
@@ -116,9 +121,9 @@ def test_leave_one_out_equals_a_plain_reference(rows: Rows, length: int, valid_i
 
 
 @settings(max_examples=60, deadline=None)
-@given(raw_tables, lengths, st.integers(0, 3), st.floats(0.1, 0.9), st.sampled_from(["train", "valid", "test"]))
+@given(raw_tables, lengths, st.integers(0, 3), st.floats(0.1, 0.9), st.sampled_from(SPLITS))
 def test_the_time_split_equals_a_plain_reference(
-    rows: Rows, length: int, candidates: int, fraction: float, split: str
+    rows: Rows, length: int, candidates: int, fraction: float, split: Split
 ) -> None:
     candidates = min(candidates, length - 1)
     all_times = sorted(time for _, time in rows)
@@ -171,10 +176,10 @@ def test_valid_users_are_taken_from_those_that_are_not_trained_on() -> None:
 
 
 def test_a_fraction_of_few_users_that_leaves_a_split_empty_is_an_error() -> None:
-    check_split(ToyStore([[1, 2]] * 10), dataset_args(valid_fraction=0.2))  # type: ignore[arg-type]
+    check_split(ToyStore([[1, 2]] * 10), dataset_args(valid_fraction=0.2))
     said = "of 2 users 1 are trained on, which leaves 1 for valid and 0 for test"
     with pytest.raises(ConfigError, match=f"valid_fraction = 0.2: {said}"):
-        check_split(ToyStore([[1, 2]] * 2), dataset_args(valid_fraction=0.2))  # type: ignore[arg-type]
+        check_split(ToyStore([[1, 2]] * 2), dataset_args(valid_fraction=0.2))
 
 
 def test_user_holdout_goes_by_raw_ids_not_by_the_order_of_users() -> None:
@@ -201,11 +206,11 @@ def test_the_report_counts_dropped_and_truncated_users() -> None:
 
 def test_real_data_keeps_every_user_in_each_split(ml_100k_store: SequenceStore) -> None:
     args = dataset_args(200)
-    for split in ("train", "valid", "test"):
+    for split in SPLITS:
         table = build_samples(ml_100k_store, args, "retrieval", split, seed=0)
         assert table.report["samples"] == 943 and table.report["dropped_short"] == 0
     ranking = dataset_args(200, max_num_candidates=10)
-    counts = [len(build_samples(ml_100k_store, ranking, "ranking", split, seed=0)) for split in ("train", "test")]
+    counts = [len(build_samples(ml_100k_store, ranking, "ranking", split, seed=0)) for split in SPLITS[::2]]
     assert counts == [660, 283]
 
 

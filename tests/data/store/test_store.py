@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_an_absent_built_in_dataset_is_answered_with_its_command(tmp_path: Path)
         SequenceStore.open(tmp_path / "ml-1m")
 
 
-def write_toy(target: Path, codes: list[int], cardinality: int = 9, **options: bool) -> None:
+def write_toy(target: Path, codes: list[int], cardinality: int = 9, **options: Any) -> None:
     with StoreWriter(target, name="toy", command=None, **options) as writer:
         writer.write_offsets(np.array([0, len(codes)]))
         writer.create_sequence("item", "item", cardinality=cardinality, length=len(codes))[:] = codes
@@ -178,7 +179,7 @@ def test_a_writer_refuses_features_of_wrong_values(case: str, tmp_path: Path) ->
 def test_a_large_list_out_of_order_is_found_by_verifying(make_store: MakeStore) -> None:
     """Between the places that opening looks at."""
     items = 5000
-    store = make_store([range(items)], item_features={"tags": [[0, 1]] * items})  # type: ignore[list-item]
+    store = make_store([range(items)], item_features={"tags": [[0, 1]] * items})
     file = store.path / "item.tags.offsets.npy"
     offsets = np.load(file)
     place = next(at for at in range(2, items) if at not in np.linspace(0, items, 1024, dtype=np.int64))

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from hstu.base.errors import DataError
+from hstu.config.args import Task
+from hstu.data.sampling.samples import Split
 from hstu.data.store.sequence_store import SequenceStore
 from tests.data.collators import assert_same, batches_of, collator_of
 from tests.data.toy_store import ToyStore
@@ -14,7 +16,8 @@ def test_a_store_on_disk_and_one_in_memory_give_the_same_batches(make_store: Cal
     items, actions, context = [[1, 2, 3], [4, 5, 6, 7], [8, 9]], [[1, 2, 3], [4, 5, 6, 7], [8, 9]], {"age": [2, 1, 0]}
     on_disk = make_store(items, actions=actions, context=context, item_feature="item", num_items=50)
     in_memory = ToyStore(items, actions=actions, context=context)
-    for task, split in (("ranking", "all"), ("retrieval", "train"), ("retrieval", "test")):
+    cases: list[tuple[Task, Split]] = [("ranking", "all"), ("retrieval", "train"), ("retrieval", "test")]
+    for task, split in cases:
         pairs = [batches_of(collator_of(store, task, split, batch_size=3)) for store in (on_disk, in_memory)]
         for one, other in zip(*pairs, strict=True):
             assert_same(one, other)

@@ -205,23 +205,32 @@ class _WithoutTables(GRModel):
         of_group = {feature for spec in workload.replicated_specs for feature in spec.features}
         own, group = _ids_of(batch.own), _group_ids(batch)
         self._counts = {name: group[name] if name in of_group else count for name, count in own.items()}
+        # TorchRec joins the gradients; with several ranks it also receives and orders about as many.
+        self._copies = 3 if workload.world_size > 1 else 1
         self._recorder = recorder
 
     def look_up(self, batch: HSTUBatch) -> dict[str, Tensor]:
         self._recorder.phase = ROWS
-        source = torch.zeros((), requires_grad=True)
-        return {name: _Rows.apply(source, count, self._dims[name]) for name, count in self._counts.items()}
+        source, shapes = (
+            torch.zeros((), requires_grad=True),
+            [(n, self._dims[name]) for name, n in self._counts.items()],
+        )
+        return dict(zip(self._counts, _Rows.apply(source, shapes, self._copies), strict=True))
 
 
 class _Rows(torch.autograd.Function):
-    """Random rows [count, dim] in place of table rows. Backward has no effect."""
+    """Random rows in place of table rows. Backward only allocates what the tables need to exchange the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, count: int, dim: int) -> Tensor:
-        return torch.randn(count, dim)
+    def forward(ctx: Any, source: Tensor, shapes: list[tuple[int, int]], copies: int) -> tuple[Tensor, ...]:
+        ctx.copies = copies
+        ctx.set_materialize_grads(False)
+        return tuple(torch.randn(shape) for shape in shapes)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None, None]:
+        copied = [torch.empty_like(each) for each in gradients * ctx.copies if each is not None]
+        del copied
         return None, None, None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from hstu.ops.kernels import (
     RelativeBias,
 )
 from hstu.ops.pytorch import softmax_loss
+from hstu.ops.pytorch.attention import ROWS_PER_BLOCK, groups
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 Report = Callable[..., None]
@@ -53,6 +55,8 @@ def fake_kernels(backend: Backend, report: Report) -> Kernels:
     if backend is not Backend.PYTORCH:
         gate = GateKernels(partial(_gate, report, fused), partial(_gate_backward, report), fused)
         found = replace(found, norm_mul_dropout=gate)
+    if backend is Backend.CPU:
+        found = replace(found, l2_normalize=partial(_l2_normalize, report))
     if fused:
         norm = AddLayerNormKernels(partial(_add_layer_norm, report), partial(_add_layer_norm_backward, report))
         projection = ProjectionKernels(partial(_project, report), partial(_activate, report))
@@ -61,10 +65,10 @@ def fake_kernels(backend: Backend, report: Report) -> Kernels:
 
 
 def _attention(report: Report, copies: bool, inputs: AttentionInputs) -> Tensor:
-    """``copies``: whether q, k, v and the output are copied to float32 or wider, as plain PyTorch does."""
+    """``copies``: whether attention is plain PyTorch, whose copies of its inputs and outputs count."""
     report("attention", _attention_cost(inputs).forward, inputs.q, inputs.k, inputs.v)
-    copied = [_wide(inputs.q) for _ in range(4 if copies else 0)]
-    del copied[:3]
+    copied = _copies(inputs, rows=4, padded=4, blocks=1) if copies else []
+    del copied
     return torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
 
 
@@ -72,14 +76,22 @@ def _attention_backward(
     report: Report, copies: bool, grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]
 ) -> RelativeBias | None:
     report("attention", _attention_cost(inputs).backward, grad, inputs.q, inputs.k, inputs.v)
-    copied = [_wide(inputs.q) for _ in range(7 if copies else 0)]  # q, k, v, the gradient, and the three gradients
+    copied = _copies(inputs, rows=7, padded=7, blocks=3) if copies else []
     del copied
     bias = inputs.bias
     return bias and RelativeBias(torch.empty_like(bias.position_weight), torch.empty_like(bias.time_weight))
 
 
-def _wide(q: Tensor) -> Tensor:
-    return torch.empty(q.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+def _copies(inputs: AttentionInputs, rows: int, padded: int, blocks: int) -> list[Tensor]:
+    """Temporaries of hstu/ops/pytorch/attention.py: ``rows`` copies of all tokens, ``padded`` copies of a group of
+    padded sequences and one more, or five of the next group, and ``blocks`` of scores."""
+    (_, heads, width), q = inputs.q.shape, inputs.q
+    shapes = [tokens.shape for tokens, _ in islice(groups(inputs.layout, inputs.config, heads), 2)]
+    first, second = [*shapes, torch.Size((0, 0)), torch.Size((0, 0))][:2]  # the first has the longest sequences
+    copy, more = (heads * width * shape.numel() for shape in (first, second))
+    scores = heads * first.numel() * min(ROWS_PER_BLOCK[q.device.type], first[1])
+    sizes = [*[q.numel()] * rows, *[copy] * padded, max(copy, 5 * more), *[scores] * blocks]
+    return [q.new_empty(size, dtype=torch.promote_types(q.dtype, torch.float32)) for size in sizes]
 
 
 def _attention_cost(inputs: AttentionInputs) -> TwoPasses:
@@ -152,6 +164,27 @@ def _project(report: Report, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
 def _activate(report: Report, projected: Tensor) -> Tensor:
     report("other operators", Cost(0.0, 2.0 * projected.nbytes), projected)
     return torch.empty_like(projected)
+
+
+def _l2_normalize(report: Report, vectors: Tensor, eps: float) -> Tensor:
+    result: Tensor = _FakeUnit.apply(vectors.float(), report)
+    return result
+
+
+class _FakeUnit(torch.autograd.Function):
+    """L2 normalization that saves its output and the norms."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, report: Report) -> Tensor:
+        report("other operators", Cost(0.0, 2.0 * x.nbytes), x)
+        out, ctx.report = torch.empty_like(x), report
+        ctx.save_for_backward(out, x.new_empty(len(x)))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.report("other operators", Cost(0.0, 3.0 * grad.nbytes), grad)
+        return torch.empty_like(ctx.saved_tensors[0]), None
 
 
 def _softmax_loss(report: Report, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:

@@ -83,7 +83,8 @@ class SampledSoftmaxLoss(SoftmaxLoss):
 
 def _at_least(width: int, vectors: Tensor) -> Tensor:
     """Zero-pad vectors shorter than ``width``, and make their rows contiguous."""
-    return F.pad(vectors, (0, max(0, width - vectors.shape[1]))).contiguous()
+    missing = width - vectors.shape[1]
+    return (F.pad(vectors, (0, missing)) if missing > 0 else vectors).contiguous()
 
 
 class _PoolArguments(Arguments):

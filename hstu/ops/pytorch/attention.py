@@ -180,15 +180,15 @@ def _walk(inputs: AttentionInputs, dtype: torch.dtype) -> Iterable[tuple[Tensor,
     key = ("attention", inputs.config, num_weights, heads, dtype)
     if key in layout.cache:
         return layout.cache[key]
-    groups = _groups(layout, inputs.config, heads)
-    walk = ((tokens, _blocks(inputs, tokens, end, dtype)) for tokens, end in groups)
+    of_groups = groups(layout, inputs.config, heads)
+    walk = ((tokens, _blocks(inputs, tokens, end, dtype)) for tokens, end in of_groups)
     if (layout.seqlens**2).sum() > MOST_PAIRS_REMEMBERED:
         return walk
     layout.cache[key] = [(tokens, [*blocks]) for tokens, blocks in walk]
     return layout.cache[key]
 
 
-def _groups(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
+def groups(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The tokens of each group, and its history ends [S, 1, 1]; S = 1 if the mask does not depend on them."""
     device = layout.positions.device
     budget = max(SCORES_PER_BLOCK[device.type] // heads, 1)

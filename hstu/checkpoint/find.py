@@ -71,14 +71,14 @@ def _checkpoint_of_run(directory: Path) -> Path:
         raise DataError(f"the run {directory} has saved no checkpoint: its TrainerArgs.ckpt_save_interval is -1")
     # The directory may have been moved with or without the checkpoints.
     together = Path(os.path.normpath(directory / os.path.relpath(run.checkpoints, run.directory)))
-    places = list(dict.fromkeys([together, Path(run.checkpoints)]))
-    found = [path for place in places for path in restore_candidates(place)]
+    directories = list(dict.fromkeys([together, Path(run.checkpoints)]))
+    found = [path for saved_in in directories for path in restore_candidates(saved_in)]
     for path in found:
         if belongs(path, directory):
             return path
     others = f", which holds {found[0].name} of {_run_of(found[0])}" if found else ""
     raise DataError(
-        f"the run {directory} has no checkpoint in {places[-1]}{others}. Name a checkpoint itself to use that one."
+        f"the run {directory} has no checkpoint in {directories[-1]}{others}. Name a checkpoint itself to use that one."
     )
 
 

@@ -66,7 +66,7 @@ class ModelShape:
 
 
 def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING) -> list[str]:
-    """Load a checkpoint into ``state`` in place. Collective. Ranks, groups and sharding may differ from the saved ones.
+    """Load a checkpoint into ``state`` in place. Collective. Ranks, groups and sharding may differ from the saving run.
 
     With other ranks or groups the dropout generators keep their fresh seeds. A changed configuration is logged. Returns
     one line for each thing that did not fit; with ``options.strict`` only for new ids (``options.zero_new_rows``).

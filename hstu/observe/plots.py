@@ -64,8 +64,8 @@ def metric_curves(
         for name, value in record["metrics"].items():
             metric, _, task = name.partition("/")
             if value is not None:
-                place = record["split"], names.get(task, task)
-                curves.setdefault(metric, {}).setdefault(place, []).append((record["iter"], value))
+                curve = record["split"], names.get(task, task)
+                curves.setdefault(metric, {}).setdefault(curve, []).append((record["iter"], value))
     return curves
 
 

@@ -168,7 +168,7 @@ def build_model(
 ) -> tuple[GRModel, Optimizers]:
     """Build the model and its optimizers, with sharded tables and the dense part replicated or sharded. Collective."""
     if config.network.dtype_str == "float16" and mesh.device.type == "cpu":
-        log.warning("float16 on a CPU: its products take hundreds of times as long as those of other types")
+        log.warning("float16 on a CPU: its products take hundreds of times as long as products of other types")
     if config.network.dtype_str == "bfloat16" and mesh.device.type == "cpu" and not cpu_multiplies_bfloat16():
         log.warning(
             "this CPU has no bfloat16 products: the layers compute them in float32 and round to bfloat16, which saves "

@@ -109,7 +109,7 @@ def main() -> int:
     parser.add_argument("--gin-bindings", action="extend", nargs="+", default=[])
     parser.add_argument("--capability", type=int, required=True, help="of the GPU: 90 for 9.0")
     parser.add_argument("--processes", type=int, default=num_cores(), help="(default: one per core)")
-    parser.add_argument("--cache", type=Path, help="directory to fill in place of the user's caches")
+    parser.add_argument("--cache", type=Path, help="directory to fill instead of the user's caches")
     options = parser.parse_args()
     quiet_libraries()
     if options.cache is not None:

@@ -95,8 +95,8 @@ def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
         start, stop = np.searchsorted(targets, (first, first + len(items)))
         for block in scorer.blocks(start, stop):
             rows = slice(max(block.start, start), min(block.stop, stop))
-            places = torch.arange(rows.start, rows.stop, device=device) - block.start
-            target_scores[rows] = scorer.scores(block, items)[places, columns[rows] - first]
+            indices = torch.arange(rows.start, rows.stop, device=device) - block.start
+            target_scores[rows] = scorer.scores(block, items)[indices, columns[rows] - first]
 
     higher, equal = (torch.zeros(len(queries), dtype=torch.int64, device=device) for _ in range(2))
     for first, items in corpus.chunks():
@@ -104,8 +104,8 @@ def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
         for block in scorer.blocks():
             scores = scorer.unseen_scores(block, first, items)
             rows = slice(max(block.start, start), max(block.start, start, min(block.stop, stop)))
-            places = torch.arange(rows.start, rows.stop, device=device) - block.start
-            scores[places, columns[rows] - first] = -torch.inf  # a target does not compete with itself
+            indices = torch.arange(rows.start, rows.stop, device=device) - block.start
+            scores[indices, columns[rows] - first] = -torch.inf  # a target does not compete with itself
             threshold = target_scores[block, None]
             higher[block] += (~(scores <= threshold)).sum(dim=1)
             equal[block] += (scores == threshold).sum(dim=1)
@@ -181,10 +181,10 @@ class _Best:
         order = items.argsort()
         order = order[users[order].argsort(stable=True)]
         users, items, scores = users[order], items[order], scores[order]
-        places = torch.arange(len(users), device=users.device) - (self._counts.cumsum(0) - self._counts)[users]
+        indices = torch.arange(len(users), device=users.device) - (self._counts.cumsum(0) - self._counts)[users]
         shape = len(self._counts), int(self._counts.max())
         padded_scores, padded_items = self.scores.new_full(shape, -torch.inf), self.items.new_full(shape, -1)
-        padded_scores[users, places], padded_items[users, places] = scores, items
+        padded_scores[users, indices], padded_items[users, indices] = scores, items
 
         k = self.scores.shape[1]
         ordered, chosen = torch.cat([self.scores, padded_scores], dim=1).sort(dim=1, descending=True, stable=True)

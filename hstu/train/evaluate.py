@@ -78,11 +78,11 @@ def of_ranking(
 ) -> Observations:
     """The labelled items of a batch on the host. requests: int64 [B], a number per sequence."""
     num_labels = batch.num_labels.numpy()
-    sequence, place = run_indices(num_labels)
+    sequence, index = run_indices(num_labels)
     first = batch.item_lengths - num_labels
     starts = np.cumsum(batch.item_lengths) - num_labels
     # Candidates do not attend to each other: each has the history before the first candidate.
-    history = np.minimum(first[sequence] + place, (batch.item_lengths - batch.num_candidates_host)[sequence])
+    history = np.minimum(first[sequence] + index, (batch.item_lengths - batch.num_candidates_host)[sequence])
     return Observations(
         users=batch.user_ids.numpy()[sequence],
         items=batch.features[item_feature].values().numpy()[ranges(starts, num_labels)],

@@ -204,9 +204,9 @@ def ordered_pairs(scores: np.ndarray, labels: np.ndarray) -> float:
     pairs = int((len(labels) - _run_ends(labels)).sum())
     by_score = np.argsort(scores, kind="stable")
     ties = int((_run_ends(scores[by_score]) - _run_ends(scores[by_score], labels[by_score])).sum())
-    places = np.empty_like(by_score)
-    places[by_score] = np.arange(len(scores))
-    return (pairs - _inversions(places) - ties / 2) / pairs if pairs else float("nan")
+    ranks = np.empty_like(by_score)
+    ranks[by_score] = np.arange(len(scores))
+    return (pairs - _inversions(ranks) - ties / 2) / pairs if pairs else float("nan")
 
 
 def _run_ends(*keys: np.ndarray) -> np.ndarray:
@@ -216,23 +216,23 @@ def _run_ends(*keys: np.ndarray) -> np.ndarray:
     return np.repeat(ends, ends - starts)
 
 
-def _inversions(places: np.ndarray) -> int:
-    """Number of pairs i < j with places[i] > places[j]. ``places``: a permutation of 0 … N − 1.
+def _inversions(ranks: np.ndarray) -> int:
+    """Number of pairs i < j with ranks[i] > ranks[j]. ``ranks``: a permutation of 0 … N − 1.
 
     A radix sort from the highest bit on keeps the order within each group of equal higher bits. An inverted pair is
     counted at the bit that separates its group.
     """
     total = 0
-    for bit in reversed(range(len(places).bit_length())):
-        is_upper = (places >> bit & 1).astype(bool)
-        group_starts = places >> (bit + 1) << (bit + 1)
+    for bit in reversed(range(len(ranks).bit_length())):
+        is_upper = (ranks >> bit & 1).astype(bool)
+        group_starts = ranks >> (bit + 1) << (bit + 1)
         upper_before = np.concatenate([[0], np.cumsum(is_upper)])
         uppers = upper_before[:-1] - upper_before[group_starts]
         total += int(uppers[~is_upper].sum())
-        lowers = np.arange(len(places)) - group_starts - uppers
-        moved = np.empty_like(places)
-        moved[group_starts + np.where(is_upper, (1 << bit) + uppers, lowers)] = places
-        places = moved
+        lowers = np.arange(len(ranks)) - group_starts - uppers
+        moved = np.empty_like(ranks)
+        moved[group_starts + np.where(is_upper, (1 << bit) + uppers, lowers)] = ranks
+        ranks = moved
     return total
 
 

@@ -83,10 +83,7 @@ def test_gradients_that_float16_has_no_numbers_for_survive_scaled(
 
 @pytest.mark.parametrize(
     ("scale", "steps", "advice"),
-    [
-        ("dynamic", 16, "The loss scale is 1. Lower"),
-        (1024.0, 0, "The loss scale is 1024. Lower"),
-    ],
+    [("dynamic", 16, "The loss scale is 1. Lower"), (1024.0, 0, "The loss scale is 1024. Lower")],
 )
 def test_a_run_that_overflows_whatever_the_scale_ends(
     mesh: Mesh, store: SequenceStore, tmp_path: Path, scale: Any, steps: int, advice: str

@@ -45,11 +45,8 @@ def test_a_built_in_dataset_has_tables_of_which_some_can_be_given_by_hand(source
         init_std=0.5,
     )
     tables = source("ranking", tables=(mine,), dataset={"dataset_name": "ml-100k"}).tables
-    assert {table.table_name: table.item_vocab_size_or_capacity for table in tables} == {
-        "mine": 50,
-        "town": 3,
-        "action": 4,
-    }
+    rows = {table.table_name: table.item_vocab_size_or_capacity for table in tables}
+    assert rows == {"mine": 50, "town": 3, "action": 4}
 
 
 def test_a_history_without_candidates_keeps_its_length(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ PARTS: dict[int, tuple[Item, ...]] = {
             "pytest -m gpu",
             350,
             ["-m", "pytest", "-m", "gpu", "-n", "4", "-v", "-rfE", "--tb=line", "--timeout", "90", "--durations=10"],
-            ["-m", "pytest", "-m", "gpu", "-q", "tests/ops/cutlass/test_self_check.py"],
+            ["-m", "pytest", "-m", "gpu", "-q", "tests/ops/test_self_check.py", "-k", "cutlass"],
         ),
         sanitized("racecheck", "cutlass"),
         sanitized("racecheck", "triton"),

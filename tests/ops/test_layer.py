@@ -14,6 +14,7 @@ from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import AttentionConfig, Backend
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
+from hstu.ops.pytorch import operators
 from tests.model.examples import make_network
 from tests.ops.backends import INTERPRETED, kernels_of
 from tests.ops.oracle import User
@@ -251,3 +252,20 @@ def test_a_layer_adds_the_update_of_the_layer_before_with_the_bits_of_a_plain_su
             torch.testing.assert_close(ours, exact, rtol=0, atol=0.06 * float(exact.detach().abs().max()))
         else:
             assert torch.equal(ours, exact)
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_products_are_summed_in_float32_and_rounded_once(
+    has_instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "cpu_multiplies_bfloat16", lambda: has_instructions)
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(size).bfloat16() for size in ((70, 300), (40, 300), (40,)))
+    exact = x.double() @ weight.double().t()
+    for found, expected in (
+        (operators.matmul(x, weight.t()), exact),
+        (operators.linear(x, weight, bias), exact + bias.double()),
+    ):
+        assert found.dtype == torch.bfloat16
+        # Half a unit in the last of 8 binary places, and what float32 sums add to it.
+        torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)

@@ -1,16 +1,125 @@
-"""The command that checks the kernels of a backend goes on after a failure and lists the failures last."""
+"""Kernels are compared with PyTorch before their first use; the command for it lists the failures last."""
 
+import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hstu.ops import self_check
-from hstu.ops.kernels import KernelShapes
-from hstu.ops.self_check import Check, Errors, main
+from hstu.ops.kernels import OPERATORS, Backend, KernelShapes
+from hstu.ops.select import resolve_kernels
+from hstu.ops.self_check import Check, Errors, checks, main
+from tests.ops.backends import INTERPRETED, ON_A_GPU
+
+GPU = torch.device("cuda", 0)
+SHAPES = KernelShapes(17, 3, 51, 40, torch.float32)
+WITH_BIAS = KernelShapes(16, 2, 32, 16, torch.bfloat16, has_bias=True)
+IN_THE_DTYPE = ("attention", "norm_mul_dropout", "project_uvqk", "add_layer_norm (bfloat16")
+"""Cases whose inputs have the dtype of the run. The others compute in float32."""
 
 
-def checks(backend: str, device: torch.device, shapes: KernelShapes | None) -> Iterator[Check]:
+def is_run(case: str, shapes: KernelShapes) -> bool:
+    """Whether a case of the self check is run for these shapes: what computes in float32, for one of them only."""
+    return shapes.dtype == torch.float32 or case.startswith(IN_THE_DTYPE)
+
+
+IN_FLOAT32 = pytest.param(SHAPES, id="float32", marks=pytest.mark.slow if INTERPRETED else ())
+
+
+@pytest.mark.parametrize("shapes", [IN_FLOAT32, pytest.param(WITH_BIAS, id="bfloat16")])
+def test_all_kernels_pass(device: torch.device, shapes: KernelShapes, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(self_check, "ITEMS", (1, 40, 0, 17))
+        monkeypatch.setattr(self_check, "CANDIDATES", (0, 5, 0, 3))
+    chosen = [check for check in checks(Backend.TRITON, device, shapes) if is_run(check.case, shapes)]
+    if shapes.dtype == torch.float32:
+        chosen += checks(Backend.TRITON, device, None)
+    errors = {name: error for check in chosen for name, error in check.measure().items()}
+    assert {check.operator for check in chosen} >= {"attention", "norm_mul_dropout", "project_uvqk", "add_layer_norm"}
+    assert all(error <= tolerance for error, tolerance in errors.values()), errors
+
+
+def test_a_wrong_gradient_and_a_kernel_that_does_not_repeat_are_found() -> None:
+    calls = iter(range(100))
+    case = next(case for case in self_check.cases(SHAPES) if case.name == "add_positions")
+    errors = self_check.errors(case, lambda x, table, _: x + table.sum() * next(calls), torch.device("cpu"))
+    assert errors["add_positions"][0] > 0.1
+    assert errors["add_positions, repeated"] == (1.0, 0.0)
+
+
+def test_only_what_the_run_uses_is_checked() -> None:
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+
+    def of(shapes: KernelShapes | None, operator: str) -> list[str]:
+        found = checks(Backend.TRITON, torch.device("cpu"), shapes)
+        return [check.case for check in found if check.operator == operator]
+
+    assert len(of(None, "slots")) == 1 and not of(WITH_BIAS, "slots")
+    names = of(WITH_BIAS, "attention")
+    assert len(names) == 3 and all("16 channels, bfloat16" in name and ", bias" in name for name in names)
+    names = of(replace(WITH_BIAS, has_window=True), "attention")
+    assert len(names) == 6 and sum(", window" in name for name in names) == 3
+    assert not of(KernelShapes(512, 1, 64, 64, torch.float32), "attention")
+
+
+@pytest.mark.parametrize("backend", [Backend.TRITON, Backend.CPU])
+def test_every_operator_with_a_kernel_has_a_check(backend: Backend) -> None:
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    of_backend = importlib.import_module(f"hstu.ops.{backend}.operators").OPERATORS
+    served = resolve_kernels(backend, SHAPES).served_by
+    assert {check.operator for check in checks(backend, torch.device("cpu"), SHAPES)} == set(of_backend)
+    assert set(of_backend) == {name for name in OPERATORS if served[name].backend is backend}
+
+
+def test_the_log_names_what_triton_serves() -> None:
+    served = resolve_kernels(Backend.TRITON, KernelShapes(512, 1, 64, 64, torch.bfloat16)).served_by
+    assert str(served["attention"]) == "pytorch (triton: heads of 512 > 256 channels)"
+    assert str(served["norm_mul_dropout"]) == "triton"
+    assert str(served["l2_normalize"]) == "pytorch (triton: no kernel)"
+
+
+ON_CUTLASS = KernelShapes(64, 4, 64, 64, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_A_GPU, reason="NEEDS AN NVIDIA GPU")
+@pytest.mark.parametrize(("head_dim", "has_bias"), [(256, False), (64, True), (128, True)])
+def test_all_cutlass_kernels_pass(head_dim: int, has_bias: bool) -> None:
+    shapes = replace(ON_CUTLASS, head_dim=head_dim, has_bias=has_bias)
+    errors = {name: error for check in checks(Backend.CUTLASS, GPU, shapes) for name, error in check.measure().items()}
+    assert len(errors) == 3 * 3
+    assert all(error <= tolerance for error, tolerance in errors.values()), errors
+
+
+def test_only_the_head_dim_and_dtype_of_the_run_are_checked() -> None:
+    pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT checked")
+    names = [check.case for check in checks(Backend.CUTLASS, GPU, ON_CUTLASS)]
+    assert len(names) == 3 and all("64 channels, bfloat16" in name for name in names)
+    with_bias = [check.case for check in checks(Backend.CUTLASS, GPU, replace(ON_CUTLASS, has_bias=True))]
+    assert len(with_bias) == 3 and all("bfloat16" in name and ", bias" in name for name in with_bias)
+    assert not list(checks(Backend.CUTLASS, GPU, replace(ON_CUTLASS, head_dim=256, has_bias=True)))
+
+
+def test_the_log_names_what_cutlass_serves() -> None:
+    def served(head_dim: int, *, has_bias: bool, has_window: bool = False) -> list[str]:
+        shapes = replace(ON_CUTLASS, head_dim=head_dim, has_bias=has_bias, has_window=has_window)
+        served_by = resolve_kernels(Backend.CUTLASS, shapes).served_by
+        return [str(served_by[operator]) for operator in ("attention", "add_layer_norm")]
+
+    others = "triton (cutlass: no kernel)"
+    assert served(256, has_bias=False) == ["cutlass", others]
+    assert served(128, has_bias=True) == ["cutlass", others]
+    bias = "triton (cutlass: heads of 256 channels with a relative bias, not 32, 64, 128)"
+    assert served(256, has_bias=True) == [bias, others]
+    width = "triton (cutlass: heads of 50 channels, not 32, 64, 128, 256)"
+    assert served(50, has_bias=False) == [width, others]
+    window = "triton (cutlass: NetworkArgs.max_attention_span)"
+    assert served(64, has_bias=False, has_window=True) == [window, others]
+
+
+def stub_checks(backend: str, device: torch.device, shapes: KernelShapes | None) -> Iterator[Check]:
     def measured(name: str, error: float) -> Callable[[], Errors]:
         return lambda: {name: (error, 1e-2)}
 
@@ -32,7 +141,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         """Its exit code and what it prints."""
         chosen = ["--device", "cpu", "--head-dim", "256", "64", "--dtype", "bfloat16"]
         monkeypatch.setattr("sys.argv", ["self_check", "triton", *chosen, *arguments])
-        monkeypatch.setattr(self_check, "checks", checks)
+        monkeypatch.setattr(self_check, "checks", stub_checks)
         code = main()
         torch.use_deterministic_algorithms(False)
         return code, capsys.readouterr().out

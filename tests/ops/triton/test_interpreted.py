@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[3]
 SHARED = (
     "tests/ops/test_kernels.py",
     "tests/ops/test_add_layer_norm.py",
+    "tests/ops/test_self_check.py",
     "tests/ops/triton",
     "tests/parallel/dynamic/test_triton_slots.py",
 )

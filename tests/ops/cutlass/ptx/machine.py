@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ops.cutlass.ptx.parse import Instruction, Program
-from tests.ops.cutlass.ptx.registers import WIDTH, Values, from_bits16
+from tests.ops.cutlass.ptx.registers import WIDTH, Instruction, Program, Values, from_bits16
 
 LANES = 32
 CONVERGENT = {"shfl", "bar", "mma", "ldmatrix", "wgmma", "elect"}

@@ -14,7 +14,7 @@ from hstu.ops.cutlass.schedule import leading_rows, list_blocks
 from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import JaggedLayout
 from tests.ops.cutlass.ptx.machine import Cta, TensorMap
-from tests.ops.cutlass.ptx.parse import parse
+from tests.ops.cutlass.ptx.registers import parse
 
 FIRST_ADDRESS = 2**32
 NUM_CTAS = 2  # so few that each computes several blocks

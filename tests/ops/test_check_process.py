@@ -3,7 +3,7 @@
 import faulthandler
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -57,14 +57,21 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refused(machine: Path, monkeypatch: pytest.MonkeyPatch, body: str, *, here: bool = True) -> dict[str, str]:
-    """What is refused where the second check of add_layer_norm does ``body``; in this process, which is faster."""
-    module = f"stub_{len(list(machine.glob('*.py')))}_{machine.name}"
-    (machine / f"{module}.py").write_text(f"{HEAD}    {body}\n    return errors\n")
-    monkeypatch.setattr(check_process, "CHECKS", module)
-    if here:
-        monkeypatch.setattr(check_process, "_exit_code", run_here)
-    return refusals(Backend.TRITON, GPU, SHAPES, OPERATORS)
+Refused = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def refused(machine: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
+    def run(body: str, *, here: bool = True) -> dict[str, str]:
+        """What is refused where the second check of add_layer_norm does ``body``; in this process, which is faster."""
+        module = f"stub_{len(list(machine.glob('*.py')))}_{machine.name}"
+        (machine / f"{module}.py").write_text(f"{HEAD}    {body}\n    return errors\n")
+        monkeypatch.setattr(check_process, "CHECKS", module)
+        if here:
+            monkeypatch.setattr(check_process, "_exit_code", run_here)
+        return refusals(Backend.TRITON, GPU, SHAPES, OPERATORS)
+
+    return run
 
 
 def run_here(command: list[str], report: Path, output: Path) -> int | None:
@@ -100,25 +107,21 @@ def runs(machine: Path) -> list[str]:
         ("raise KeyboardInterrupt", "the self check did not go on for 240 s, in add_layer_norm, second"),
     ],
 )
-def test_a_fault_refuses_its_operator_alone(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str
-) -> None:
-    found = refused(machine, monkeypatch, body)
+def test_a_fault_refuses_its_operator_alone(refused: Refused, body: str, reason: str) -> None:
+    found = refused(body)
     assert list(found) == ["add_layer_norm"], "the operators before and after it are right"
     assert reason in found["add_layer_norm"]
 
 
-def test_a_process_that_crashes_compiles_first_and_refuses_its_operator(
-    machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = refused(machine, monkeypatch, "os.kill(os.getpid(), signal.SIGSEGV)", here=False)
+def test_a_process_that_crashes_compiles_first_and_refuses_its_operator(refused: Refused, machine: Path) -> None:
+    found = refused("os.kill(os.getpid(), signal.SIGSEGV)", here=False)
     assert list(found) == ["add_layer_norm"]
     assert "the self check was killed by SIGSEGV, in add_layer_norm, second" in found["add_layer_norm"]
     assert runs(machine) == ["compiled", "process", "right", "right", "compiled", "process", "right"]
 
 
-def test_a_process_that_cannot_begin_refuses_all(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = refused(machine, monkeypatch, "pass\n\nimport no_such_package\n\ndef more():\n    errors = {}")
+def test_a_process_that_cannot_begin_refuses_all(refused: Refused) -> None:
+    found = refused("pass\n\nimport no_such_package\n\ndef more():\n    errors = {}")
     (reason,) = set(found.values())
     assert list(found) == list(OPERATORS)
     assert "exit code 1 (ModuleNotFoundError: No module named 'no_such_package'), in its start" in reason
@@ -135,15 +138,15 @@ def test_a_process_that_does_not_go_on_is_killed(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(("is_usable", "processes"), [(True, 1), (False, 2)])
 def test_only_an_exception_that_leaves_the_gpu_unusable_needs_a_new_process(
-    machine: Path, monkeypatch: pytest.MonkeyPatch, is_usable: bool, processes: int
+    refused: Refused, machine: Path, monkeypatch: pytest.MonkeyPatch, is_usable: bool, processes: int
 ) -> None:
     monkeypatch.setattr(check_process, "is_usable", lambda device: is_usable)
-    assert list(refused(machine, monkeypatch, "raise RuntimeError")) == ["add_layer_norm"]
+    assert list(refused("raise RuntimeError")) == ["add_layer_norm"]
     assert runs(machine).count("process") == processes and runs(machine).count("right") == 3, "no case runs twice"
 
 
-def test_an_operator_without_a_case_is_refused(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert refused(machine, monkeypatch, "return errors") == {}
+def test_an_operator_without_a_case_is_refused(refused: Refused) -> None:
+    assert refused("return errors") == {}
     assert list(refusals(Backend.TRITON, GPU, SHAPES, ["attention", "jagged_concat"])) == ["jagged_concat"]
 
 

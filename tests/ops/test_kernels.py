@@ -114,26 +114,41 @@ def attention_inputs(
     return [*parts, *to([torch.randn(2 * 150 - 1), torch.randn(NUM_TIME_BUCKETS)], fused.device, dtype)]
 
 
-def bias_of(tables: Sequence[Tensor]) -> RelativeBias | None:
-    return RelativeBias(*tables) if tables else None
+def compare_attention(
+    batch: Batch,
+    backend: Backend,
+    leaves: list[Tensor],
+    grad_out: Tensor,
+    shift: Tensor | None = None,
+    **config: Any,
+) -> None:
+    """leaves: q, k, v and the tables of a bias, if any. With ``shift``, q, k and v are pre-activations."""
+    has_bias, device, dtype = len(leaves) > 3, leaves[0].device, leaves[0].dtype
 
-
-def compare_attention(batch: Batch, backend: Backend, leaves: list[Tensor], grad_out: Tensor, **config: Any) -> None:
     def attend_by(backend: Backend) -> Callable[..., Tensor]:
         layout = batch.layout(device=device_of(backend))
-        return lambda q, k, v, *tables: hstu_attention(q, k, v, layout, bias=bias_of(tables), backend=backend, **config)
 
-    dtype = leaves[0].dtype
-    got = differentiate(attend_by(backend), leaves, grad_out.to(leaves[0].device))
-    assert all(ours.dtype == given.dtype for ours, given in zip(got[1:], leaves, strict=True))
-    exact = to(leaves, "cpu", torch.float64)
+        def attend(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Tensor:
+            bias = RelativeBias(*others[:2]) if has_bias else None
+            added = None if shift is None else others[-1]
+            return hstu_attention(q, k, v, layout, bias=bias, backend=backend, shift=added, **config)
+
+        return attend
+
+    given = leaves if shift is None else [*leaves, shift.to(device)]
+    got = differentiate(attend_by(backend), given, grad_out.to(device))
+    assert all(ours.dtype == leaf.dtype for ours, leaf in zip(got[1:], given, strict=True))
     grad_out = grad_out.to(dtype).double()
-    expected = differentiate(attend_by(Backend.PYTORCH), exact, grad_out)
-    # Summands of a bias gradient can cancel. Their rounding in float32 follows their size: of a pair of tokens, the
-    # product of gradient and value times SiLU's slope, at most 1.1.
-    products = torch.einsum("ihd,jhd->hij", grad_out, exact[2]) * 1.1 / config["scaling_seqlen"]
-    of_bias = 8 * torch.finfo(torch.float32).eps * float(products.norm())
-    assert_near(got, expected, TOLERANCE[backend][dtype], {4: of_bias, 5: of_bias})
+    exact, rounding = to(leaves, "cpu", torch.float64), None
+    if shift is not None:  # the rounding of the sum of projection and shift is no error of a kernel
+        sums = [x.cpu() + shift[:, part].to(dtype) for x, part in zip(leaves, (1, 2, 0), strict=False)]
+        exact = [*to(sums, "cpu", torch.float64), *exact[3:], torch.zeros_like(shift).double()]
+    else:
+        # Summands of a bias gradient can cancel. Their rounding in float32 follows their size: of a pair of tokens, the
+        # product of gradient and value times SiLU's slope, at most 1.1.
+        products = torch.einsum("ihd,jhd->hij", grad_out, exact[2]) * 1.1 / config["scaling_seqlen"]
+        rounding = dict.fromkeys((4, 5), 8 * torch.finfo(torch.float32).eps * float(products.norm()))
+    assert_near(got, differentiate(attend_by(Backend.PYTORCH), exact, grad_out), TOLERANCE[backend][dtype], rounding)
 
 
 @pytest.mark.parametrize("backend", WITHOUT_A_GPU)
@@ -164,37 +179,6 @@ def test_attention_equals_float64(
     leaves = attention_inputs(tokens, heads, width, dtype, strided, backend)[: 5 if with_bias else 3]
     grad_out = torch.randn(tokens, width, heads).to(dtype).transpose(1, 2)
     compare_attention(batch, backend, leaves, grad_out, alpha=width**-0.5, scaling_seqlen=100, **mask)
-
-
-def compare_projected(
-    batch: Batch, backend: Backend, heads: int, width: int, dtype: torch.dtype, with_bias: bool, **config: Any
-) -> None:
-    """The gradients of what v, q and k are the SiLU of, and their sums over the tokens."""
-    tokens = batch.layout().num_tokens
-    torch.manual_seed(tokens)
-    projected, shift = torch.randn(tokens, heads, 3, width).to(dtype), torch.randn(heads, 3, width)
-    tables = [torch.randn(2 * 150 - 1).to(dtype), torch.randn(NUM_TIME_BUCKETS).to(dtype)] if with_bias else []
-
-    def attend_by(backend: Backend) -> Callable[..., Tensor]:
-        layout = batch.layout(device=device_of(backend))
-
-        def attend(projected: Tensor, shift: Tensor, *tables: Tensor) -> Tensor:
-            v, q, k = projected.unbind(2)
-            return hstu_attention(q, k, v, layout, bias=bias_of(tables), backend=backend, shift=shift, **config)
-
-        return attend
-
-    leaves, grad_out = [projected, shift, *tables], torch.randn(tokens, heads, width).to(dtype)
-    got = differentiate(attend_by(backend), to(leaves, device_of(backend)), grad_out.to(device_of(backend)))
-    assert got[2].dtype == torch.float32
-    # The rounding of the sum of projection and shift is no error of a kernel.
-    exact = [
-        (projected + shift.to(dtype)).double(),
-        torch.zeros_like(shift).double(),
-        *to(tables, "cpu", torch.float64),
-    ]
-    expected = differentiate(attend_by(Backend.PYTORCH), exact, grad_out.double())
-    assert_near(got, expected, TOLERANCE[backend][dtype])
 
 
 @pytest.mark.parametrize("backend", FULL_SIZE)
@@ -234,37 +218,34 @@ def test_the_pairs_of_a_window_grow_with_the_length(backend: Backend, is_causal:
     assert buckets(8_000) < 5 * buckets(2_000)  # 16 without a window
 
 
-ON_CUTLASS = [
-    pytest.param(Backend.CUTLASS, width, dtype, has_bias, is_causal, marks=CUTLASS.marks)
-    for width, dtype, has_bias, is_causal in (
-        (64, torch.bfloat16, True, True),
-        (256, torch.bfloat16, False, True),
-        (128, torch.float16, True, False),
-    )
-]
-ON_TRITON = [
-    pytest.param(Backend.TRITON, width, dtype, has_bias, is_causal, marks=TRITON.marks)
-    for width, dtype, has_bias, is_causal in (
-        (25, torch.float32, True, True),
-        (64, torch.bfloat16, False, True),
-        (128, torch.bfloat16, True, True),
-        (256, torch.bfloat16, False, True),
-        (50, torch.float16, True, False),
-    )
+ONE_KERNEL = [
+    (CUTLASS, 64, torch.bfloat16, True, True),
+    (CUTLASS, 256, torch.bfloat16, False, True),
+    (CUTLASS, 128, torch.float16, True, False),
+    (TRITON, 25, torch.float32, True, True),
+    (TRITON, 64, torch.bfloat16, False, True),
+    (TRITON, 128, torch.bfloat16, True, True),
+    (TRITON, 256, torch.bfloat16, False, True),
+    (TRITON, 50, torch.float16, True, False),
 ]
 
 
 @pytest.mark.parametrize(
     ("backend", "width", "dtype", "has_bias", "is_causal"),
-    ON_TRITON if INTERPRETED else [*ON_CUTLASS, *ON_TRITON],
+    [
+        pytest.param(*backend.values, *others, marks=backend.marks)
+        for backend, *others in ONE_KERNEL
+        if backend is TRITON or not INTERPRETED
+    ],
 )
 @settings(deadline=None, max_examples=1 if INTERPRETED else 20)
 @given(batch=long_batches(candidates=st.sampled_from([1, 7, 40]), contextuals=2))
 def test_one_compiled_kernel_serves_any_batch(
     backend: Backend, width: int, dtype: torch.dtype, has_bias: bool, is_causal: bool, batch: Batch
 ) -> None:
-    config = dict(alpha=width**-0.5, scaling_seqlen=100, is_causal=is_causal)
-    compare_projected(batch, backend, 2, width, dtype, has_bias, **config)
+    tokens, config = batch.layout().num_tokens, dict(alpha=width**-0.5, scaling_seqlen=100, is_causal=is_causal)
+    leaves = attention_inputs(tokens, 2, width, dtype, True, backend)[: 5 if has_bias else 3]
+    compare_attention(batch, backend, leaves, torch.randn(tokens, 2, width), torch.randn(2, 3, width), **config)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="thousands of sequences take long to interpret")
@@ -345,7 +326,7 @@ def test_the_gate_equals_float64(
 ) -> None:
     """``projected``: u is a pre-activation."""
     if backend is Backend.TRITON:
-        dropout = 0.0  # its pattern is its own; see triton/test_norm.py
+        dropout = 0.0  # its pattern is its own; see triton/test_operators.py
     torch.manual_seed(width)
     x, u = torch.randn(tokens, heads, width).to(dtype), torch.randn(tokens, heads, 2, width).to(dtype)[:, :, 1]
     leaves = [x, u, *torch.randn(2, heads * width), *([torch.randn(heads, width)] if projected else [])]

@@ -1,6 +1,7 @@
 """Compares the tiles and masks of the schedule with the mask of the reference, pair by pair."""
 
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -34,7 +35,9 @@ def layout_of(users: list[User], contextuals: int, tokens_per_item: int, group_s
     return Batch(tuple(users), contextuals, tokens_per_item, group_size).layout(with_times=False)
 
 
-def masks_of(users: list[User], config: AttentionConfig, contextuals: int, tokens_per_item: int, group_size: int):  # type: ignore[no-untyped-def]
+def masks_of(
+    users: list[User], config: AttentionConfig, contextuals: int, tokens_per_item: int, group_size: int
+) -> Iterator[np.ndarray]:
     """The mask of each sequence, bool [queries, keys], from the oracle."""
     for user in users:
         tokens = oracle.tokens_of(user, contextuals=contextuals, tokens_per_item=tokens_per_item, group_size=group_size)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -62,9 +63,8 @@ def errors(
     config = AttentionConfig(head_dim**-0.5, 150, **mask)
     projected = torch.randn(layout.num_tokens, heads, 3, head_dim).to(dtype)
     grad = torch.randn(layout.num_tokens, heads, head_dim).to(dtype)
-    tables = (
-        [torch.randn(2 * 100 - 1), torch.randn(NUM_TIME_BUCKETS)] if has_bias else []
-    )  # fewer positions than tokens
+    # Fewer positions than tokens.
+    tables = [torch.randn(2 * 100 - 1), torch.randn(NUM_TIME_BUCKETS)] if has_bias else []
 
     leaves = [each.requires_grad_() for each in (projected, torch.zeros(heads, 3, head_dim), *tables)]
     bias = RelativeBias(*leaves[2:]) if has_bias else None
@@ -88,23 +88,15 @@ def errors(
 
 
 CAUSAL = {"is_causal": True, "contextual_mask": True}
+slow = partial(pytest.param, marks=pytest.mark.slow)
 EVERY_KERNEL = [
-    pytest.param(
-        capability,
-        LAYOUT,
-        2 if head_dim == 64 else 1,
-        head_dim,
-        has_bias,
-        torch.bfloat16,
-        CAUSAL,
-        marks=pytest.mark.slow,
-    )
+    slow(capability, LAYOUT, 2 if head_dim == 64 else 1, head_dim, has_bias, torch.bfloat16, CAUSAL)
     for capability in (90, 80)
     for has_bias, head_dims in ((False, CUTLASS_HEAD_DIMS), (True, CUTLASS_BIAS_HEAD_DIMS))
     for head_dim in head_dims
 ]
 OTHER_MASKS = [
-    pytest.param(capability, LAYOUT, 1, 32, has_bias, torch.float16, mask, marks=pytest.mark.slow)
+    slow(capability, LAYOUT, 1, 32, has_bias, torch.float16, mask)
     for capability in (90, 80)
     for has_bias, mask in ((False, {"contextual_mask": False}), (True, {"is_causal": False}))
 ]

@@ -1,4 +1,4 @@
-"""Triton's projection, jagged rows, positions and pool loss against float64; gradients of the bias are repeatable."""
+"""Triton's projection, rows and pool loss against float64, its dropout, its split heads, and repeatable gradients."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hstu.ops.functional import project_uvqk
-from hstu.ops.kernels import Backend, Negatives, RelativeBias
+from hstu.ops.kernels import Backend, GateConfig, Negatives, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, TokenOrder
-from tests.ops.backends import hstu_attention, kernels_of, softmax_loss
+from tests.ops.backends import hstu_attention, kernels_of, norm_mul_dropout, softmax_loss
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
+from tests.ops.test_norm_mul_dropout import over_two_ranks
 from tests.ops.test_softmax_loss import make_seen
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -122,3 +124,65 @@ def test_a_gradient_that_is_not_finite_stays_so_in_the_gradients_of_the_bias(dev
     for bad in (float("nan"), float("inf")):
         grads = torch.autograd.grad(out, tables, torch.full_like(out, bad), retain_graph=True)
         assert not any(grad.isfinite().any() for grad in grads)
+
+
+TOKENS, HEADS, WIDTH = 20, 2, 150
+
+
+def inputs(device: torch.device) -> list[Tensor]:
+    """x, u (a view), weight, bias."""
+    torch.manual_seed(0)
+    x, u = torch.randn(TOKENS, HEADS, 2, WIDTH).to(device).unbind(2)
+    tensors = [x, u, torch.rand(HEADS * WIDTH).to(device) + 0.5, torch.rand(HEADS * WIDTH).to(device)]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def gate(*tensors: Tensor, dropout: float = 0.3, seed: int = 1) -> Tensor:
+    torch.manual_seed(seed)
+    return norm_mul_dropout(tensors, GateConfig(1e-5, dropout), Backend.TRITON)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_dropout_keeps_the_share_and_the_mean_and_scales_what_stays(device: torch.device, dropout: float) -> None:
+    tensors = inputs(device)
+    out, whole = gate(*tensors, dropout=dropout), gate(*tensors, dropout=0.0)
+    kept = out != 0
+    count = kept.numel()
+    deviation = (dropout * (1 - dropout) / count) ** 0.5
+    assert abs(float(kept.float().mean()) - (1 - dropout)) < 4 * deviation
+    by_column = kept.float().mean(0)
+    assert float((by_column - (1 - dropout)).abs().max()) < 5 * (dropout * (1 - dropout) / TOKENS) ** 0.5
+    neighbours = (kept[:, 1:] & kept[:, :-1]).float().mean()
+    assert abs(float(neighbours) - (1 - dropout) ** 2) < 0.02, "neighbours are independent"
+    torch.testing.assert_close(out[kept], whole[kept] / (1 - dropout))
+
+
+def test_another_seed_drops_others_and_the_same_seed_the_same(device: torch.device) -> None:
+    tensors = inputs(device)
+    assert torch.equal(gate(*tensors, seed=1), gate(*tensors, seed=1))
+    assert not torch.equal(gate(*tensors, seed=1) == 0, gate(*tensors, seed=2) == 0)
+
+
+def test_backward_drops_what_forward_dropped(device: torch.device) -> None:
+    x, u, weight, bias = inputs(device)
+    out = gate(x, u, weight, bias)
+    grad_u, grad_bias = torch.autograd.grad(out.sum(), [u, bias])
+    normalised = gate(x, torch.ones_like(u), weight, bias, dropout=0.0).view_as(u)
+    stays = (out != 0).view_as(u) / 0.7
+    torch.testing.assert_close(grad_u, stays * normalised, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad_bias, (stays * u).sum(0).flatten(), rtol=1e-3, atol=1e-3)
+
+
+def test_checkpointing_repeats_the_dropout_bit_for_bit(device: torch.device) -> None:
+    tensors = inputs(device)
+    plain = torch.autograd.grad(gate(*tensors).sin().sum(), tensors)
+    again = torch.autograd.grad(checkpoint(gate, *tensors, use_reentrant=False).sin().sum(), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_heads_on_two_ranks_give_the_norm_over_all_of_them(device: torch.device) -> None:
+    tensors, slope = inputs(device), torch.randn(TOKENS, HEADS * WIDTH, generator=torch.Generator().manual_seed(0))
+    out = norm_mul_dropout(tensors, GateConfig(0.1, 0.0), Backend.TRITON)
+    whole = [out, *torch.autograd.grad(out, tensors, slope.to(device))]
+    for ours, exact in zip(over_two_ranks(tensors, slope.to(device), Backend.TRITON), whole, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-3)

@@ -198,7 +198,7 @@ def test_long_sequences_with_a_window_are_right(backend: Backend) -> None:
     batch = Batch(users, contextuals=2, tokens_per_item=1, group_size=4)
     tokens = batch.layout().num_tokens
     leaves = attention_inputs(tokens, 2, 64, torch.bfloat16, True, backend)
-    window = dict(max_span=130, full_tokens=90)
+    window: dict[str, Any] = dict(max_span=130, full_tokens=90)
     compare_attention(batch, backend, leaves, torch.randn(tokens, 2, 64), alpha=0.125, scaling_seqlen=100, **window)
 
 

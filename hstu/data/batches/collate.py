@@ -28,7 +28,7 @@ from hstu.data.batches.batch import (
 )
 from hstu.data.batches.jagged import ranges, run_indices, run_offsets
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.sampling.negatives import ItemDistribution, LabelKeys, Negatives, draw_31_bits, draw_each, draw_shared
+from hstu.data.sampling.negatives import ItemDistribution, Negatives, draw_31_bits, draw_each, draw_shared
 from hstu.data.sampling.sampler import BatchPlan
 
 
@@ -180,22 +180,17 @@ class Assembler:
             return None if negatives.kind == "in_batch" else np.empty(0, dtype=np.int64), None, None
         num_labels = labels_with_history(rows.num_labels, rows.lengths)
         pool = np.unique(rows.items, return_index=True)[1] if negatives.has_batch_pool else None
-        keys = LabelKeys(
-            seed=self.seed,
-            epoch=plan.epoch,
-            ordinals=np.repeat(plan.ordinals, num_labels),
-            places=run_indices(num_labels)[1],
-            global_start=plan.global_start,
-        )
+        key, (sample, place) = (self.seed, plan.epoch), run_indices(num_labels)
+        labels = (*key, plan.ordinals[sample][:, None], place[:, None])
         if negatives.kind == "in_batch":
-            return None, draw_31_bits(keys, negatives.num) if negatives.num else None, pool
+            return None, draw_31_bits(labels, negatives.num) if negatives.num else None, pool
         draws, corpus = None, self.corpus or ItemDistribution(self.corpus_size)
         if negatives.kind == "full":
             codes = np.arange(self.corpus_size, dtype=np.int64)
         elif negatives.shared:
-            codes = draw_shared(keys, negatives.num, corpus)
+            codes = draw_shared((*key, plan.global_start), negatives.num, corpus)
         else:
-            codes, draws = draw_each(keys, negatives.num, corpus, rows.hard_negatives)
+            codes, draws = draw_each(labels, negatives.num, corpus, rows.hard_negatives)
         return codes, draws, pool
 
     def _padded(self, values: np.ndarray, filler: int = 0) -> np.ndarray:

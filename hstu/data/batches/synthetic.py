@@ -83,102 +83,14 @@ class _Zipf:
         return ranks
 
 
-class SyntheticReader:
-    """Draws the rows of a plan from its ordinals.
-
-    Sequences have at least one item more than candidates. Dynamic tables get the ids as drawn; for static tables, ids
-    beyond the table are hashed into it. ``split`` selects the random stream of training or evaluation. Retrieval
-    evaluation draws one more item as the target.
-    """
-
-    def __init__(
-        self, args: BenchmarkDatasetArgs, task: Task, split: str, seed: int, *, wants_timestamps: bool, wants_seen: bool
-    ) -> None:
-        self.roles = benchmark_roles(args)
-        groups = {name: group for group in args.feature_args for name in group.feature_names}
-        tables = {name: table for table in args.embedding_args for name in table.feature_names}
-        rows = {name: tables[name].item_vocab_size_or_capacity for name in self.roles.names}
-        self.ids = {
-            name: Distribution(groups[name].distributions().get(name, RandomDistribution()), rows[name])
-            for name in self.roles.names
-        }
-        """Feature → distribution of its ids, in the order of its index in the random stream."""
-        self.num_ids = {
-            name: max(ids.high, rows[name]) if isinstance(tables[name], DynamicEmbeddingArgs) else rows[name]
-            for name, ids in self.ids.items()
-        }
-        """Feature → n, where its ids lie in [0, n)."""
-        action = self.roles.action
-        if action is not None and self.ids[action].high > rows[action]:
-            raise ConfigError(f"value_dists of {action!r}: actions must be below their table's rows, {rows[action]}")
-        group = groups[self.roles.item]
-        self.min_length = 1 + args.max_num_candidates
-        self.max_length = group.max_sequence_length
-        uniform = RandomDistribution(low=1)
-        self.lengths = Distribution(group.seqlen_dist or uniform, self.max_length + 1) if group.is_jagged else None
-        self.max_num_candidates = args.max_num_candidates
-        self.task = task
-        self.is_training = split == "train"
-        self.key = (seed, int(self.is_training))
-        self.wants_timestamps = wants_timestamps
-        self.wants_seen = wants_seen
-
-    def read(self, plan: BatchPlan) -> Rows:
-        """The rows of ``plan.ordinals``."""
-        ordinals = plan.ordinals
-        lengths, candidates = self.lengths_of(ordinals)
-        sample, place = run_indices(lengths)
-        tokens = ordinals[sample], place
-        items = self._ids(self.roles.item, _VALUES, *tokens)
-        is_retrieval_eval = self.task == "retrieval" and not self.is_training
-        return Rows(
-            user_ids=ordinals,
-            lengths=lengths,
-            num_candidates=candidates,
-            num_labels=self.num_labels(lengths, candidates),
-            items=items,
-            actions=None if self.roles.action is None else self._ids(self.roles.action, _VALUES, *tokens),
-            timestamps=self._times(lengths, *tokens) if self.wants_timestamps else None,
-            context={name: self._ids(name, _VALUES, ordinals, 0) for name in self.roles.contextual},
-            held_out=self._ids(self.roles.item, _HELD_OUT, ordinals, 0) if is_retrieval_eval else None,
-            seen=(items, lengths) if is_retrieval_eval and self.wants_seen else None,
-        )
-
-    def lengths_of(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(items, candidates) per sample, int64 [len(ordinals)] each. Draws nothing else."""
-        candidates = np.full(len(ordinals), self.max_num_candidates if self.task == "ranking" else 0, dtype=np.int64)
-        if self.lengths is None:
-            return np.full(len(ordinals), self.max_length, dtype=np.int64), candidates
-        drawn = self.lengths.values(self._uniforms(_LENGTHS, ordinals))
-        return np.clip(drawn, self.min_length, self.max_length), candidates
-
-    def num_labels(self, lengths: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-        """int64: labelled items of samples with these lengths."""
-        if self.task == "ranking":
-            return candidates if self.max_num_candidates else lengths
-        return lengths - 1 if self.is_training else np.zeros_like(lengths)
-
-    def _times(self, lengths: np.ndarray, ordinals: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """int64 event times in seconds, strictly ascending within a sequence, with exponential gaps."""
-        gaps = 1 + np.floor(-np.log(self._uniforms(_TIMES, ordinals, places)) * _MEAN_GAP_S).astype(np.int64)
-        elapsed = np.cumsum(gaps)
-        return _FIRST_TIME_S + elapsed - np.repeat(elapsed[run_starts(lengths)], lengths)
-
-    def _ids(self, name: str, purpose: int, ordinals: np.ndarray, places: np.ndarray | int) -> np.ndarray:
-        index, drawn, num_ids = [*self.ids].index(name), self.ids[name], self.num_ids[name]
-        ids = drawn.values(self._uniforms(purpose, index, ordinals, places))
-        return ids if drawn.high <= num_ids else hash_ids(ids, num_ids)
-
-    def _uniforms(self, *counters: int | np.ndarray) -> np.ndarray:
-        """float64 in (0, 1)."""
-        bits = random_bits(*self.key, *counters) >> np.uint64(11)
-        return (bits.astype(np.float64) + 0.5) * 2.0**-53
-
-
 class SyntheticDataset:
     """``num_generated_batches`` random batches per rank, which are drawn once, kept and repeated. It is the collator of
     its own samplers: ``build_loader(dataset, dataset.train_sampler(...))``. ``args`` obeys hstu/config/rules/data.py.
-    Raises ConfigError for distributions that do not fit their tables."""
+
+    Sequences have at least one item more than candidates. Dynamic tables get the ids as drawn; for static tables, ids
+    beyond the table are hashed into it. ``split`` selects the random stream of training or evaluation. Retrieval
+    evaluation draws one more item as the target. Raises ConfigError for distributions that do not fit their tables.
+    """
 
     def __init__(
         self,
@@ -194,22 +106,65 @@ class SyntheticDataset:
         wants_timestamps: bool = False,
         wants_seen: bool = False,
     ) -> None:
-        reader = SyntheticReader(args, task, split, seed, wants_timestamps=wants_timestamps, wants_seen=wants_seen)
-        self.num_ids = reader.num_ids
-        corpus_size = self.num_ids[args.item_feature_name]
-        assembler = Assembler(
-            batch_size, task, reader.roles, corpus_size, seed, negatives, draws_negatives=reader.is_training
-        )
+        roles = benchmark_roles(args)
+        groups = {name: group for group in args.feature_args for name in group.feature_names}
+        tables = {name: table for table in args.embedding_args for name in table.feature_names}
+        rows = {name: tables[name].item_vocab_size_or_capacity for name in roles.names}
+        self._distributions = {
+            name: Distribution(groups[name].distributions().get(name, RandomDistribution()), rows[name])
+            for name in roles.names
+        }
+        """Feature → distribution of its ids, in the order of its index in the random stream."""
+        self.num_ids = {
+            name: max(ids.high, rows[name]) if isinstance(tables[name], DynamicEmbeddingArgs) else rows[name]
+            for name, ids in self._distributions.items()
+        }
+        """Feature → n, where its ids lie in [0, n)."""
+        if roles.action is not None and self._distributions[roles.action].high > rows[roles.action]:
+            limit = f"actions must be below their table's rows, {rows[roles.action]}"
+            raise ConfigError(f"value_dists of {roles.action!r}: {limit}")
+        group = groups[roles.item]
+        self._min_length, self._max_length = 1 + args.max_num_candidates, group.max_sequence_length
+        lengths = group.seqlen_dist or RandomDistribution(low=1)
+        self._lengths = Distribution(lengths, self._max_length + 1) if group.is_jagged else None
+        self._max_num_candidates = args.max_num_candidates
+        self._task, self._is_training = task, split == "train"
+        self._key = (seed, int(self._is_training))
+        self._wants_timestamps, self._wants_seen = wants_timestamps, wants_seen
+        self._roles = roles
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.num_samples = args.num_generated_batches * batch_size * world_size
-        self._reader = reader
-        self._collator = Collator(reader, assembler)
+        assembler = Assembler(
+            batch_size, task, roles, self.num_ids[roles.item], seed, negatives, draws_negatives=self._is_training
+        )
+        self._collator = Collator(self, assembler)
         self._batches: dict[int, HSTUBatch] = {}
+
+    def read(self, plan: BatchPlan) -> Rows:
+        """The rows of ``plan.ordinals``."""
+        ordinals = plan.ordinals
+        lengths, candidates = self._lengths_of(ordinals)
+        sample, place = run_indices(lengths)
+        tokens = ordinals[sample], place
+        items = self._ids(self._roles.item, _VALUES, *tokens)
+        is_retrieval_eval = self._task == "retrieval" and not self._is_training
+        return Rows(
+            user_ids=ordinals,
+            lengths=lengths,
+            num_candidates=candidates,
+            num_labels=self._num_labels(lengths, candidates),
+            items=items,
+            actions=None if self._roles.action is None else self._ids(self._roles.action, _VALUES, *tokens),
+            timestamps=self._times(lengths, *tokens) if self._wants_timestamps else None,
+            context={name: self._ids(name, _VALUES, ordinals, 0) for name in self._roles.contextual},
+            held_out=self._ids(self._roles.item, _HELD_OUT, ordinals, 0) if is_retrieval_eval else None,
+            seen=(items, lengths) if is_retrieval_eval and self._wants_seen else None,
+        )
 
     def lengths(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Items, candidates and labelled items per sample; all int64 [num_samples]."""
-        lengths, candidates = self._reader.lengths_of(np.arange(self.num_samples, dtype=np.int64))
-        return lengths, candidates, self._reader.num_labels(lengths, candidates)
+        lengths, candidates = self._lengths_of(np.arange(self.num_samples, dtype=np.int64))
+        return lengths, candidates, self._num_labels(lengths, candidates)
 
     def train_sampler(self, position: SamplerPosition = START, partition: BatchPartition | None = None) -> TrainSampler:
         """Endless plans; an epoch is all generated samples once. Batches are kept, so ``partition`` must not vary."""
@@ -230,3 +185,33 @@ class SyntheticDataset:
             self._batches[plan.global_start] = self._collator(plan)
         batch = self._batches[plan.global_start]
         return dataclasses.replace(batch, position=plan.position)
+
+    def _lengths_of(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(items, candidates) per sample, int64 [len(ordinals)] each. Draws nothing else."""
+        candidates = np.full(len(ordinals), self._max_num_candidates if self._task == "ranking" else 0, dtype=np.int64)
+        if self._lengths is None:
+            return np.full(len(ordinals), self._max_length, dtype=np.int64), candidates
+        drawn = self._lengths.values(self._uniforms(_LENGTHS, ordinals))
+        return np.clip(drawn, self._min_length, self._max_length), candidates
+
+    def _num_labels(self, lengths: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """int64: labelled items of samples with these lengths."""
+        if self._task == "ranking":
+            return candidates if self._max_num_candidates else lengths
+        return lengths - 1 if self._is_training else np.zeros_like(lengths)
+
+    def _times(self, lengths: np.ndarray, ordinals: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """int64 event times in seconds, strictly ascending within a sequence, with exponential gaps."""
+        gaps = 1 + np.floor(-np.log(self._uniforms(_TIMES, ordinals, places)) * _MEAN_GAP_S).astype(np.int64)
+        elapsed = np.cumsum(gaps)
+        return _FIRST_TIME_S + elapsed - np.repeat(elapsed[run_starts(lengths)], lengths)
+
+    def _ids(self, name: str, purpose: int, ordinals: np.ndarray, places: np.ndarray | int) -> np.ndarray:
+        index, drawn, num_ids = [*self._distributions].index(name), self._distributions[name], self.num_ids[name]
+        ids = drawn.values(self._uniforms(purpose, index, ordinals, places))
+        return ids if drawn.high <= num_ids else hash_ids(ids, num_ids)
+
+    def _uniforms(self, *counters: int | np.ndarray) -> np.ndarray:
+        """float64 in (0, 1)."""
+        bits = random_bits(*self._key, *counters) >> np.uint64(11)
+        return (bits.astype(np.float64) + 0.5) * 2.0**-53

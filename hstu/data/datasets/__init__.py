@@ -29,10 +29,7 @@ def resolve_name(name: str) -> str | None:
 
 def _normalized(name: str) -> str:
     bare = re.sub(r"[-_. ]", "", name.strip().lower())
-    for family in _FAMILIES:
-        for alias, prefix in family.ALIASES.items():
-            bare = bare.replace(alias, prefix)
-    return bare
+    return bare.replace("movielens", "ml").replace("amzn", "amazon")
 
 
 _CANONICAL = {_normalized(name): name for name in DATASETS}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from hstu.data.datasets.raw import RawFile, rating_and_time
 from hstu.data.datasets.spec import USER_FEATURE, ColumnDescription, DatasetSpec, RawFormat, RawTables, Schema
-
-ALIASES: Mapping[str, str] = {"amzn": "amazon"}
-"""Alias of the family's name → the name used in dataset names."""
 
 
 def read(files: Sequence[Path]) -> RawTables:

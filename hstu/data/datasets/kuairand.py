@@ -8,9 +8,6 @@ from pathlib import Path
 from hstu.data.datasets.raw import RawFile, identifier, table_with_header
 from hstu.data.datasets.spec import USER_FEATURE, Archive, ColumnDescription, DatasetSpec, RawFormat, RawTables, Schema
 
-ALIASES: Mapping[str, str] = {}
-"""Alias of the family's name → the name used in dataset names."""
-
 ACTION_BITS = {
     "is_click": 1,
     "is_like": 2,

@@ -19,9 +19,6 @@ from hstu.data.datasets.spec import (
     WheelFiles,
 )
 
-ALIASES = {"movielens": "ml"}
-"""Alias of the family's name → the name used in dataset names."""
-
 _GENRES_100K = (
     UNKNOWN, "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
     "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",

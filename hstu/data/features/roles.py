@@ -87,7 +87,9 @@ def resolve_roles(
     """The features that ``args`` and ``tasks`` name, or the store's. With ``item_tower``, features of items also form
     item vectors. Raises ConfigError, worded by ``cite``, which lists the features that the store lacks."""
     side = tuple(args.side_feature_names)
-    of_items, of_events = (*store.item_side_features, *store.item_number_features), _features_of_events(store)
+    of_items = (*store.item_side_features, *store.item_number_features)
+    stored = (*store.event_features, *store.event_number_features)
+    of_events = (*stored, *store.time_features)
     known = {name: store.features[name] for name in side if name in store.features}
     numbers = tuple(name for name, feature in known.items() if feature.role in NUMBER_ROLES)
     contextual, action = args.contextual_feature_names, args.action_feature_name
@@ -103,14 +105,17 @@ def resolve_roles(
         numbers=numbers,
         number_widths=tuple(known[name].width for name in numbers),
     )
-    actions = (store.action_feature,) if store.action_feature else ()
+    actions, acted = ((name,) if name else () for name in (store.action_feature, chosen.action))
     named = (
         ("item", args, "item_feature_name", (chosen.item,), (store.item_feature,)),
-        ("action", args, "action_feature_name", (chosen.action,) if chosen.action else (), actions),
+        ("action", args, "action_feature_name", acted, actions),
         ("context", args, "contextual_feature_names", chosen.contextual, store.contextual_features),
         ("side", args, "side_feature_names", side, (*of_items, *of_events)),
         ("event", args, "known_after", [name for name in args.known_after if name in of_items], of_events),
-        *(("label", task, "label", (task.label,), _labels(store, chosen.action)) for task in tasks or ()),
+        *(
+            ("label", task, "label", (task.label,), ((chosen.action,) if chosen.action else ()) + stored)
+            for task in tasks or ()
+        ),
     )
     problems = []
     for role, owner, parameter, names, allowed in named:
@@ -128,14 +133,6 @@ def resolve_roles(
     if problems:
         raise ConfigError(problems)
     return chosen
-
-
-def _features_of_events(store: SequenceStore) -> tuple[str, ...]:
-    return (*store.event_features, *store.event_number_features, *store.time_features)
-
-
-def _labels(store: SequenceStore, action: str | None) -> tuple[str, ...]:
-    return (*([action] if action else []), *store.event_features, *store.event_number_features)
 
 
 def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite: Cite = cite) -> None:

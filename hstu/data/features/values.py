@@ -48,9 +48,8 @@ class LabelColumn:
     @cached_property
     def known_texts(self) -> tuple[str, ...]:
         """``texts``, or the store's texts; empty if the values are numbers."""
-        return self._own_texts() if self.texts is None else self.texts
-
-    def _own_texts(self) -> tuple[str, ...]:
+        if self.texts is not None:
+            return self.texts
         raw = self._raw_ids()
         if raw is None or raw.dtype != object:
             return ()

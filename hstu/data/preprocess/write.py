@@ -208,7 +208,19 @@ def write_requests(
 ) -> None:
     """Write requests and candidates, after events with ``offsets`` [U + 1]. ``features``: e0, e1, … → SQL of value."""
     of_requests = build.writer.create_requests(requests, candidates)
-    _write_requests(build, of_requests, offsets)
+    times = build.writer.written(str(build.schema.timestamp), "timestamp")
+    ordered = build.engine.sql(
+        """SELECT u.code AS users, r."timestamp" AS times, r.candidates FROM requests r
+        JOIN users u ON r."user" = u.id ORDER BY r.number"""
+    )
+    start = of_requests["offsets"][0] = 0
+    for batch in ordered.to_arrow_reader(ROWS_PER_CHUNK):
+        users, at, sizes = (batch.column(name).to_numpy() for name in ("users", "times", "candidates"))
+        place = slice(start, start + len(users))
+        of_requests["users"][place], of_requests["times"][place] = users, at
+        of_requests["history_ends"][place] = first_from(times, offsets[users], offsets[users + 1], at)
+        of_requests["offsets"][start + 1 : place.stop + 1] = of_requests["offsets"][start] + np.cumsum(sizes)
+        start = place.stop
     named = {"item": build.schema.item, "action": build.schema.action} | build.schema.of_events()
     arrays = {name: build.writer.create_candidates(feature) for name, feature in named.items() if feature}
     bounds, size = of_requests["offsets"], rows_per_bucket(build, len(features))
@@ -218,23 +230,6 @@ def write_requests(
         place = slice(int(bounds[begin]), int(bounds[end]))
         write = partial(write_rows, build, arrays, features, rows, "number, part, source_row", place)
         build.once(f"request bucket {number}", write)
-
-
-def _write_requests(build: Build, arrays: Mapping[str, np.memmap], offsets: np.ndarray) -> None:
-    times = build.writer.written(str(build.schema.timestamp), "timestamp")
-    rows = build.engine.sql(
-        """SELECT u.code AS users, r."timestamp" AS times, r.candidates FROM requests r
-        JOIN users u ON r."user" = u.id ORDER BY r.number"""
-    )
-    start, candidates = 0, 0
-    arrays["offsets"][0] = 0
-    for batch in rows.to_arrow_reader(ROWS_PER_CHUNK):
-        users, at, sizes = (batch.column(name).to_numpy() for name in ("users", "times", "candidates"))
-        place = slice(start, start + len(users))
-        arrays["users"][place], arrays["times"][place] = users, at
-        arrays["history_ends"][place] = first_from(times, offsets[users], offsets[users + 1], at)
-        arrays["offsets"][place.start + 1 : place.stop + 1] = candidates + np.cumsum(sizes)
-        start, candidates = place.stop, candidates + int(sizes.sum())
 
 
 def first_from(times: np.ndarray, begin: np.ndarray, end: np.ndarray, at: np.ndarray) -> np.ndarray:

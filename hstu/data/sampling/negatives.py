@@ -140,40 +140,29 @@ def expected_log_counts(
     return np.log(np.where(expected > 0, expected, 1)).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class LabelKeys:
-    """Keys of M labelled items in the random stream, independent of their batch."""
-
-    seed: int
-    epoch: int
-    ordinals: np.ndarray
-    """int64 [M]: indices of the items' samples in the order of the epoch."""
-    places: np.ndarray
-    """int64 [M]: indices 0, 1, … within the sample."""
-    global_start: int
-    """First ordinal of the global batch."""
+Key = tuple[int | np.ndarray, ...]
+"""Counters of draws. For M labels int64 [M, 1]: seed, epoch, and index of the sample and of the label within it."""
 
 
-def draw_31_bits(keys: LabelKeys, num: int) -> np.ndarray:
+def draw_31_bits(labels: Key, num: int) -> np.ndarray:
     """Random int32 in [0, 2^31), [M, num]."""
-    return (_draw_32_bits(keys, num) >> np.uint32(1)).astype(np.int32)
+    return (_draw_32_bits(labels, num) >> np.uint32(1)).astype(np.int32)
 
 
-def draw_shared(keys: LabelKeys, num: int, corpus: ItemDistribution) -> np.ndarray:
+def draw_shared(batch: Key, num: int, corpus: ItemDistribution) -> np.ndarray:
     """Item codes for a global batch, int64 [num], equal on all its ranks and possibly repeated."""
-    bits = random_bits(keys.seed, keys.epoch, keys.global_start, np.arange(num))
-    return corpus.items((bits >> np.uint64(32)).astype(np.uint32))
+    return corpus.items((random_bits(*batch, np.arange(num)) >> np.uint64(32)).astype(np.uint32))
 
 
 def draw_each(
-    keys: LabelKeys, num: int, corpus: ItemDistribution, hard: np.ndarray | None = None
+    labels: Key, num: int, corpus: ItemDistribution, hard: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(distinct item codes int64 [S], indices into them int32 [M, num]): independent draws for each label.
 
     ``hard``: int64 [M, up to num] codes that replace the first draws of a label; -1 keeps the draw. Only drawn items
     are returned: an optimizer moves every looked-up row, so others would make tables depend on the number of ranks.
     """
-    codes = corpus.items(_draw_32_bits(keys, num))
+    codes = corpus.items(_draw_32_bits(labels, num))
     if hard is not None:
         np.copyto(codes[:, : hard.shape[1]], hard, where=hard >= 0, casting="same_kind")
     if corpus.size > _DENSE_ITEMS_PER_DRAW * codes.size:
@@ -187,10 +176,9 @@ def draw_each(
     return distinct, index_of.take(codes, mode="clip")  # faster than a bounds check
 
 
-def _draw_32_bits(keys: LabelKeys, num: int) -> np.ndarray:
+def _draw_32_bits(labels: Key, num: int) -> np.ndarray:
     """Random uint32 [M, num]; each 64-bit number gives two."""
-    pairs = np.arange((num + 1) // 2)
-    bits = random_bits(keys.seed, keys.epoch, keys.ordinals[:, None], keys.places[:, None], pairs)
+    bits = random_bits(*labels, np.arange((num + 1) // 2))
     return bits.astype("<u8", copy=False).view("<u4")[:, :num]
 
 

@@ -68,7 +68,11 @@ class StoreReader:
             request_times = target.times() if self.wants_timestamps and self.wants_request_times else None
         if self.wants_seen:
             before = start if samples.target is None else samples.target[chosen]
-            seen = self._items_between(history_begin, before)
+            seen_lengths = before - history_begin
+            seen = (
+                self._of_items(self.roles.item, SampleItems(self.store, ranges(history_begin, seen_lengths))),
+                seen_lengths,
+            )
         item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
         side = self._side(items)
         return Rows(
@@ -89,11 +93,6 @@ class StoreReader:
             request_times=request_times,
             seen=seen,
         )
-
-    def _items_between(self, begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Model ids of the items of events [begins[i], ends[i]) for each i, and the number of these events."""
-        lengths = ends - begins
-        return self._of_items(self.roles.item, SampleItems(self.store, ranges(begins, lengths))), lengths
 
     def _hard_negatives(self, ends: np.ndarray, num_labels: np.ndarray) -> np.ndarray | None:
         if not self.hard_negatives:

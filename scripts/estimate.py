@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> str:
 
     import torch
 
-    from hstu.estimate import cluster, fit, machine
+    from hstu.estimate import explore, machine
     from hstu.estimate.estimate import as_json, as_text, estimate
     from hstu.estimate.workload import plan_workload
     from hstu.observe.logging import quiet_libraries
@@ -124,12 +124,14 @@ def run(options: argparse.Namespace) -> str:
         clusters = []
         for gpus in options.simulate:
             tell(f"{gpus} GPUs")
-            clusters.append(cluster.simulate(read(options, gpus), gpus, options.ranks_per_host, gpu))
+            clusters.append(explore.simulate(read(options, gpus), gpus, options.ranks_per_host, gpu))
         if options.json:
-            return json.dumps(cluster.as_objects(clusters), indent=1)
-        return cluster.as_text(clusters, gpu)
+            return json.dumps(explore.clusters_as_objects(clusters), indent=1)
+        return explore.clusters_as_text(clusters, gpu)
     if options.fit:
-        return fit.as_text(fit.search(config, options.world_size, options.ranks_per_host, gpu, tell), config)
+        return explore.plans_as_text(
+            explore.search(config, options.world_size, options.ranks_per_host, gpu, tell), config
+        )
     workload = plan_workload(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
     with machine.this_cpu(workload) if on_cpu else nullcontext(machine.gpu(options.device, dtype)) as device:
         device = machine.with_settings(device, _settings(options))

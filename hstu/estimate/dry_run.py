@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -75,8 +76,19 @@ class DryRun:
     """Bytes of its batch that a rank sends to the others of its group, from host memory."""
 
 
+_found: WeakKeyDictionary[Batch, dict[str, DryRun]] = WeakKeyDictionary()
+
+
 def dry_run(workload: Workload, batch: Batch) -> DryRun:
-    """Runs the step of rank 0 of the group that trains on ``batch``."""
+    """Runs, once, the step of rank 0 of the group that trains on ``batch``. DataParallelArgs do not change it."""
+    config, found = workload.config, _found.setdefault(batch, {})
+    key = repr((config.network, config.trainer, config.tensor_parallel, config.context_parallel))
+    if key not in found:
+        found[key] = _run_step(workload, batch)
+    return found[key]
+
+
+def _run_step(workload: Workload, batch: Batch) -> DryRun:
     on_device, sent = train_batch(workload, batch)
     requested = Backend(workload.config.network.kernel_backend)
     is_cpu = workload.device_type == "cpu" and requested is not Backend.PYTORCH
@@ -98,22 +110,6 @@ def dry_run(workload: Workload, batch: Batch) -> DryRun:
         batch_bytes=sum(_bytes_of(part) for part in parts.values()),
         sent_bytes=sent,
     )
-
-
-class DryRuns:
-    """Caches dry runs, which do not depend on DataParallelArgs."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[str, int], tuple[Batch, DryRun]] = {}
-
-    def of(self, workload: Workload, batch: Batch) -> DryRun:
-        """The cached result of ``dry_run``."""
-        config = workload.config
-        parts = config.network, config.trainer, config.tensor_parallel, config.context_parallel
-        key = repr(parts), id(batch)
-        if key not in self._found:
-            self._found[key] = batch, dry_run(workload, batch)
-        return self._found[key][1]
 
 
 # --- the batch -----------------------------------------------------------------------------------------------------

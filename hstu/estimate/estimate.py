@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hstu.config.run_config import RunConfig
-from hstu.estimate.dry_run import BACKWARD, FORWARD, ROWS, UPDATE, DryRun, DryRuns, dry_run
+from hstu.estimate.dry_run import BACKWARD, FORWARD, ROWS, UPDATE, DryRun, dry_run
 from hstu.estimate.machine import Machine, ThisCpu
 from hstu.estimate.record import GRADIENTS, Exchange, Operator
 from hstu.estimate.sharding import (
@@ -23,7 +23,7 @@ from hstu.estimate.sharding import (
     table_costs,
     table_transfers,
 )
-from hstu.estimate.workload import Workload, plan_workload
+from hstu.estimate.workload import Batch, Workload, plan_workload
 from hstu.ops.costs import FLOAT32
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import UNLIMITED, TableRoom, TablesDoNotFit
@@ -81,16 +81,14 @@ class Estimate:
         return self.tflops / self.peak_tflops
 
 
-def estimate(workload: Workload, machine: Machine, runs: DryRuns | None = None) -> Estimate:
-    """Estimates ``workload`` on ``machine``. ``runs`` caches dry runs across calls."""
-    runs = runs or DryRuns()
-    plan, batches = plan_for(machine, workload, runs), workload.batches
-    run = runs.of(workload, workload.typical)
-    computing, exposed = step_times(workload, machine, run, plan)
+def estimate(workload: Workload, machine: Machine) -> Estimate:
+    """Estimates ``workload`` on ``machine``."""
+    plan, batches = plan_for(machine, workload), workload.batches
+    computing, exposed = step_times(workload, machine, workload.typical, plan)
     compute = sum(computing.values())
     return Estimate(
-        memory=memory(workload, plan, runs.of(workload, workload.largest)),
-        transfers=transfers(workload, run, plan),
+        memory=memory(workload, plan),
+        transfers=transfers(workload, dry_run(workload, workload.typical), plan),
         computing=computing,
         step={
             "computing": compute,
@@ -108,8 +106,9 @@ def estimate(workload: Workload, machine: Machine, runs: DryRuns | None = None) 
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
-def memory(workload: Workload, plan: tuple[TableShards, ...], run: DryRun) -> dict[str, int]:
-    """Kind of memory → bytes on the rank that needs the most. ``run`` is the dry run of the largest batch."""
+def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
+    """Kind of memory → bytes on the rank that needs the most, with the largest batch."""
+    run = dry_run(workload, workload.largest)
     rows, states = table_bytes(workload, plan)
     replicated, gradients_of_rows, states_of_rows = replicated_bytes(workload, run)
     gathered, gradients = gathered_and_gradients(workload, run)
@@ -134,7 +133,7 @@ def memory(workload: Workload, plan: tuple[TableShards, ...], run: DryRun) -> di
 
 def beside_tables(workload: Workload) -> int:
     """Bytes that a step needs on a rank in addition to the sharded tables and their optimizer states."""
-    return sum(memory(workload, (), dry_run(workload, workload.largest)).values())
+    return sum(memory(workload, ()).values())
 
 
 def beside_tables_of_run(config: RunConfig, mesh: Mesh) -> int:
@@ -142,12 +141,12 @@ def beside_tables_of_run(config: RunConfig, mesh: Mesh) -> int:
     return beside_tables(plan_workload(config, mesh.world_size, mesh.local_world_size, mesh.device.type))
 
 
-def plan_for(machine: Machine, workload: Workload, runs: DryRuns) -> tuple[TableShards, ...]:
+def plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:
     """The table shards of a run on ``machine``. If the tables do not fit, the plan ignores the memory limit."""
     has = int(machine.memory_gb * 1e9)
     room = TableRoom(0, has)
     if workload.device_type == "cuda":  # the host memory is unknown
-        beside = sum(memory(workload, (), runs.of(workload, workload.largest)).values())
+        beside = beside_tables(workload)
         room = TableRoom(max(0, has - beside), UNLIMITED.host, beside)
     try:
         return plan_tables(workload, room)
@@ -159,9 +158,10 @@ def plan_for(machine: Machine, workload: Workload, runs: DryRuns) -> tuple[Table
 
 
 def step_times(
-    workload: Workload, machine: Machine, run: DryRun, plan: tuple[TableShards, ...]
+    workload: Workload, machine: Machine, batch: Batch, plan: tuple[TableShards, ...]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Two dicts for one rank: operator → seconds, and purpose of exchanges → seconds that no computation hides."""
+    run = dry_run(workload, batch)
     shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
     parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
     parts |= {"samples": shared} | dict.fromkeys(("data", "shards"), "data parallelism")
@@ -187,7 +187,7 @@ def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) ->
         if isinstance(event, Exchange):
             calls.setdefault((event.group, event.kind), []).append(event.payload)
     found = [
-        *table_transfers(workload, run, plan),
+        *table_transfers(workload, dry_run(workload, workload.typical), plan),
         Transfer("samples of the group, on hosts", "all_gather", "samples", sizes["samples"], 2, run.sent_bytes),
         *(
             Transfer(PURPOSES[group], kind, group, sizes[group], len(each), sum(each), "operators")

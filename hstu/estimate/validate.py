@@ -34,7 +34,6 @@ from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunDraft
 from hstu.data.features.roles import FeatureRoles, benchmark_roles, resolve_roles
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.estimate.dry_run import dry_run
 from hstu.estimate.estimate import beside_tables, memory, size
 from hstu.estimate.sharding import TableShards, plan_tables
 from hstu.estimate.workload import Workload, plan_workload
@@ -280,7 +279,7 @@ def memory_is_enough(run: RunDraft, built: Built) -> Problems:
     device, ranks_here = _device_type(), int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
     workload = plan_workload(run.finish(), run.world_size, ranks_here, device, built.source)
     plan = yield from attempt(run, run.dataset, _place_of_data(run.dataset), _plan_with_room, workload)
-    needed = sum(memory(workload, plan, dry_run(workload, workload.largest)).values())
+    needed = sum(memory(workload, plan).values())
     if device == "cuda":
         has, owner = torch.cuda.get_device_properties(0).total_memory, "the GPU"
     else:

@@ -22,7 +22,7 @@ MOST_GROUPS = 16
 """Number of steps and of tp_cp groups whose batches are planned. More of them hardly change the means."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """The samples of one step of a tp_cp group (ranks that share samples). A rank looks up 1 / group_size of them."""
 
@@ -48,8 +48,6 @@ class Workload:
     source: BatchSource
     steps: tuple[tuple[Batch, ...], ...]
     """For each of the first steps, one batch per tp_cp group, for at most MOST_GROUPS groups."""
-    note: str
-    """Source of the lengths, for the report."""
 
     @cached_property
     def specs(self) -> tuple[TableSpec, ...]:
@@ -116,6 +114,12 @@ class Workload:
         return float(self.loads(batch.lengths).costs.sum())
 
     @property
+    def note(self) -> str:
+        """Source of the lengths, for the report."""
+        kind = "random data" if isinstance(self.config.dataset, BenchmarkDatasetArgs) else "the preprocessed data"
+        return f"lengths: the first {len(self.steps)} steps of this run, planned on {kind}"
+
+    @property
     def batches(self) -> list[Batch]:
         """All planned batches."""
         return [batch for step in self.steps for batch in step]
@@ -150,9 +154,7 @@ def plan_workload(
     for samples, ranks in islice(source.train_sampler(SamplerPosition()).global_batches(), num_steps):
         batches = batches_of_groups(source.train_lengths, samples, ranks // size, num_groups)
         steps.append(tuple(batches[group] for group in chosen))
-    kind = "random data" if isinstance(config.dataset, BenchmarkDatasetArgs) else "the preprocessed data"
-    note = f"lengths: the first {num_steps} steps of this run, planned on {kind}"
-    return Workload(config, world_size, ranks_per_host, device_type, source, tuple(steps), note)
+    return Workload(config, world_size, ranks_per_host, device_type, source, tuple(steps))
 
 
 def batches_of_groups(lengths: SampleLengths, samples: np.ndarray, groups: np.ndarray, num_groups: int) -> list[Batch]:

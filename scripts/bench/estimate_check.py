@@ -31,7 +31,6 @@ from training import prepare
 
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig, Task
-from hstu.estimate.dry_run import dry_run
 from hstu.estimate.estimate import estimate, memory
 from hstu.estimate.machine import Clock, this_cpu
 from hstu.estimate.workload import plan_workload
@@ -168,7 +167,7 @@ def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
         measured.append(statistics.median(found["times"]))
     planned = (workload.steps * MEMORY_STEPS.stop)[MEMORY_STEPS]
     of_rank_0 = replace(workload, steps=tuple(step[:1] for step in planned))
-    held = memory(of_rank_0, (), dry_run(of_rank_0, of_rank_0.largest))
+    held = memory(of_rank_0, ())
     transient = ["activations", "looked-up rows", "working memory"]
     if workload.dp_size == 1:  # with DDP, gradients are in its permanent buckets
         transient.append("gradients of both")

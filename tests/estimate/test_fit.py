@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import estimate as script
 
 from hstu.config.run_config import RunConfig
-from hstu.estimate.fit import Plan, as_text, search
+from hstu.estimate.explore import Plan, plans_as_text, search
 from hstu.estimate.machine import gpu, with_settings
 from tests.estimate.runs import run_config
 
@@ -39,7 +39,7 @@ def test_the_first_plan_is_the_fastest_that_fits_and_others_are_smaller() -> Non
     }
     assert tried >= {(1, "none"), (1, "weights"), (2, "optimizer")}
     assert {plan.config.context_parallel.context_parallel_size for plan in plans} == {1, 2}, "a host has two ranks"
-    table = as_text(plans, config).split("\n\n")[1].splitlines()[1:]
+    table = plans_as_text(plans, config).split("\n\n")[1].splitlines()[1:]
     rows = [line.split() for line in table]
     assert all(float(row[1]) <= float(other[1]) and float(row[3]) >= float(other[3]) for row, other in pairwise(rows))
 
@@ -54,7 +54,7 @@ def test_with_little_memory_a_batch_is_divided_and_the_global_batch_stays() -> N
     for plan in plans:
         assert plan.config.trainer.sequences_per_iteration == config.trainer.sequences_per_iteration
     none_fits = [replace(plan, found=replace(plan.found, memory_limit=1.0)) for plan in plans]
-    assert "no plan fits" in as_text(none_fits, config)
+    assert "no plan fits" in plans_as_text(none_fits, config)
 
 
 def test_the_lines_that_are_printed_make_the_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import estimate as script
 
-from hstu.estimate.cluster import COMPUTING, WAITING, Cluster, draw_step, simulate, simulate_steps
 from hstu.estimate.estimate import estimate
+from hstu.estimate.explore import COMPUTING, WAITING, Cluster, draw_step, simulate, simulate_steps
 from hstu.estimate.machine import gpu
 from hstu.estimate.workload import plan_workload
 from tests.estimate.runs import run_config

@@ -4,7 +4,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,23 +29,17 @@ from hstu.parallel.tables import sharded_weights
 from hstu.train.builder import build_model, build_pipeline
 from hstu.train.sources import open_source
 from tests.distributed.launch import Launch, run_cases
-from tests.estimate.runs import (
-    CASES,
-    ONE,
-    TWO_BY_CONTEXT,
-    TWO_BY_TENSOR,
-    Sizes,
-    held_bytes,
-    run_config,
-)
+from tests.estimate.runs import CASES, ONE, TWO_BY_CONTEXT, TWO_BY_TENSOR, Sizes, held_bytes, run_config
 
 BYTES = {"float": 4, "long int": 8, "int": 4, "c10::BFloat16": 2, "unsigned char": 1, "double": 8}
-LAUNCHED = [
-    # Starting ranks takes most of the time: by default one rank, and two that form a group.
-    pytest.param(name, launch, marks=[] if launch in (ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT) else [pytest.mark.slow])
-    for name, case in CASES.items()
-    for launch in case["launches"]
-]
+
+
+def launched(min_group_size: int = 1) -> Iterator[Any]:
+    """(case, launch) as parameters. Starting ranks takes most of the time: by default one rank, or two of a group."""
+    for name, launch in ((name, launch) for name, case in CASES.items() for launch in case["launches"]):
+        if max(launch[1:]) >= min_group_size:
+            is_fast = launch in (ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT)
+            yield pytest.param(name, launch, marks=() if is_fast else pytest.mark.slow)
 
 
 @cache
@@ -70,7 +64,7 @@ def run_of(workload: Workload, step: int) -> DryRun:
     return dry_run(workload, workload.steps[step][0])
 
 
-@pytest.mark.parametrize(("name", "launch"), LAUNCHED)
+@pytest.mark.parametrize(("name", "launch"), launched())
 def test_what_stays_is_known_to_the_byte(name: str, launch: Sizes) -> None:
     workload, ranks = case(name, launch)
     run = run_of(workload, 0)
@@ -85,13 +79,13 @@ def test_what_stays_is_known_to_the_byte(name: str, launch: Sizes) -> None:
     assert max((rank["tables"], rank["table states"]) for rank in ranks) == table_bytes(workload, plan_tables(workload))
 
 
-@pytest.mark.parametrize(("name", "launch"), LAUNCHED)
+@pytest.mark.parametrize(("name", "launch"), launched())
 def test_what_backward_needs_is_known_within_a_tenth(name: str, launch: Sizes) -> None:
     workload, ranks = case(name, launch)
     assert ranks[0]["activations"] == pytest.approx(run_of(workload, 0).recording.saved, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "launch"), [one for one in LAUNCHED if max(one.values[1][1:]) > 1])
+@pytest.mark.parametrize(("name", "launch"), launched(min_group_size=2))
 def test_what_is_exchanged_is_known_within_a_fifth(name: str, launch: Sizes) -> None:
     workload, ranks = case(name, launch)
     expected: Counter[str] = Counter()
@@ -112,7 +106,7 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     replicated_states = optimizers.tables.replicated_state_tensors()
     tables = [shard.tensor for weight in sharded_weights(model).values() for shard in weight.local_shards()]
     pipeline, batches = build_pipeline(config.trainer, model, optimizers, mesh), source.train_batches(SamplerPosition())
-    result = {
+    result: dict[str, Any] = {
         "weights": sum(local_part(p.detach()).nbytes for p in model.dense.parameters()),
         "states": sum(map(held_bytes, (*dense_states.values(), *replicated_states.values()))),
         "tables": sum(t.nbytes for t in tables),
@@ -122,7 +116,7 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     result["activations"] = kept_for_backward(model, to_train_batch(first, model.roles, mesh), mesh)
     pipeline.progress(batches)  # DDP settles its buckets after the first step
     result["exchanged"] = exchanged(lambda: pipeline.progress(batches))
-    gradients = [p.grad for p in unwrap_dense(model).task.parameters() if p.grad is not None]
+    gradients = [p.grad for p in unwrap_dense(model).get_submodule("task").parameters() if p.grad is not None]
     result["gradients"] = sum(numbers_of(gradient).nbytes for gradient in gradients)
     return result
 

@@ -66,9 +66,14 @@ def test_many_hosts_cost_messages() -> None:
 def test_ranks_of_a_group_on_a_host() -> None:
     config = run_config(tp=2, cp=2)
     workload = plan_workload(config, 32, 8, "cuda")
-    on_host = {"world": (32, 8), "tensor": (2, 2), "context": (2, 2), "samples": (4, 4), "data": (16, 4)}
-    assert {group: (ranks, workload.ranks_on_host(group, ranks)) for group, (ranks, _) in on_host.items()} == on_host
-    assert workload.ranks_on_host("data", 8) == 2, "one of each tp_cp group"
+    for group, ranks, on_host in (
+        ("world", 32, 8),
+        ("tensor", 2, 2),
+        ("context", 2, 2),
+        ("data", 16, 4),
+        ("data", 8, 2),
+    ):
+        assert workload.ranks_on_host(group, ranks) == on_host
     assert dataclasses.replace(workload, ranks_per_host=1).ranks_on_host("data", 16) == 1
 
 
@@ -134,8 +139,10 @@ def test_a_layer_of_any_kind_is_counted_without_a_line_here() -> None:
     assert workload.flops(workload.typical) < flops < 1.1 * workload.flops(workload.typical), "and the head's"
 
 
-def test_numbers_of_a_machine_can_be_set() -> None:
+def test_numbers_of_a_machine_are_checked() -> None:
     assert machine.with_settings(H100, {"network_gb_s": "25"}).network_gb_s == 25
+    with pytest.raises(ConfigError, match=r'dtype_str = "float32": .* b200 .* "bfloat16" .*: h200, h100, a100'):
+        machine.gpu("b200", torch.float32)
     for settings, message in (({"network_gb": "25"}, "did you mean 'network_gb_s'"), ({"launch_us": "-1"}, "above 0")):
         with pytest.raises(ConfigError, match=message):
             machine.with_settings(H100, settings)
@@ -144,20 +151,17 @@ def test_numbers_of_a_machine_can_be_set() -> None:
 def test_a_table_in_two_memories_is_cut_as_one_that_lies_in_one() -> None:
     workload = plan_workload(run_config(), 4, 4, "cuda")
     item = next(spec for spec in workload.specs if spec.name == "item")
-    args = {"feature_names": ["item"], "table_name": "item", "item_vocab_size_or_capacity": 3001}
     for budget in (None, 100.0):
-        dynamic = DynamicEmbeddingArgs(**args, item_vocab_gpu_capacity=budget)
-        specs = tuple(
-            dataclasses.replace(spec, dynamic=dynamic, rows=4 * 752) if spec is item else spec
-            for spec in workload.specs
+        dynamic = DynamicEmbeddingArgs(
+            feature_names=["item"],
+            table_name="item",
+            item_vocab_size_or_capacity=3001,
+            item_vocab_gpu_capacity=budget,
         )
+        of_item = dataclasses.replace(item, dynamic=dynamic, rows=4 * 752)
+        specs = tuple(of_item if spec is item else spec for spec in workload.specs)
         changed = dataclasses.replace(workload)
         vars(changed)["specs"] = specs
         plan = {table.spec.name: table for table in plan_tables(changed)}
         assert plan.keys() == {"item", "user"}
         assert plan["item"].shards == tuple((rank, 752, 32) for rank in range(4))
-
-
-def test_a_compute_type_without_a_published_peak_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r'dtype_str = "float32": .* b200 .* "bfloat16" .*: h200, h100, a100'):
-        machine.gpu("b200", torch.float32)

@@ -65,9 +65,3 @@ def test_the_lines_that_are_printed_make_the_plan(capsys: pytest.CaptureFixture[
     assert script.main([*RUN, "--gin-bindings", *lines, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert f"{1e3 * found['step_s']:.1f} ms" in printed
-
-
-@pytest.mark.parametrize("more", [["--device", "cpu"], ["--json"]])
-def test_it_needs_the_numbers_of_a_gpu_and_prints_text(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main([*RUN, "--fit", *more]) == 2
-    assert "give --device h100" in capsys.readouterr().err

@@ -29,11 +29,9 @@ def simulated(ranks: int, *bindings: str, tp: int = 1) -> Cluster:
     return simulate(run_config(tp=tp, bindings=list(bindings)), ranks, min(ranks, 8), H100, steps=30)
 
 
-@pytest.mark.parametrize(("ranks", "tp"), [(16, 2)])
-def test_with_equal_lengths_nobody_waits_and_a_step_is_that_of_the_estimate(ranks: int, tp: int) -> None:
-    config = run_config(tp=tp, bindings=EQUAL)
-    found = simulated(ranks, *EQUAL, tp=tp)
-    expected = estimate(plan_workload(config, ranks, min(ranks, 8), "cuda"), H100)
+def test_with_equal_lengths_nobody_waits_and_a_step_is_that_of_the_estimate() -> None:
+    found = simulated(16, *EQUAL, tp=2)
+    expected = estimate(plan_workload(run_config(tp=2, bindings=EQUAL), 16, 8, "cuda"), H100)
     assert found.parts_s[WAITING] == pytest.approx(0, abs=1e-12)
     assert found.step_s == pytest.approx(expected.step_s, rel=1e-6)
     assert found.parts_s[COMPUTING] == pytest.approx(expected.step["computing"], rel=1e-6)
@@ -93,8 +91,10 @@ def test_the_table_has_a_row_per_size_and_names_the_largest_loss(capsys: pytest.
         (["--simulate", "8", "--device", "cpu"], "give --device h100"),
         (["--simulate", "8", "12"], "--simulate 12 is no multiple of 8 ranks per host"),
         (["--simulate", "0"], "expected at least 1"),
+        (["--fit", "--device", "cpu"], "give --device h100"),
+        (["--fit", "--json"], "give --device h100"),
     ],
 )
-def test_sizes_that_cannot_be_simulated(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_do_not_go_together(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main([*RUN, *options]) == 2
     assert message in capsys.readouterr().err

@@ -38,19 +38,15 @@ TableDicts = dict[str, dict[str, Any]]
 
 def copy_tables(tables: Mapping[str, DynamicTable]) -> TableDicts:
     """Copy this rank's tables to host memory. torch.save would write a view with its whole storage."""
-    copies: TableDicts = {}
-    for name, table in tables.items():
-        content = table.content()
-        fields = {field.name: getattr(content, field.name) for field in dataclasses.fields(content)}
-        copies[name] = {key: _copy(value) if isinstance(value, Tensor) else value for key, value in fields.items()}
-        copies[name]["states"] = {key: _copy(state) for key, state in content.states.items()}
-        if content.sightings is not None:
-            copies[name]["sightings"] = {key: _copy(value) for key, value in vars(content.sightings).items()}
-    return copies
+    return {name: _to_host(table.content()) for name, table in tables.items()}
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", copy=True).contiguous()
+def _to_host(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("cpu", copy=True).contiguous()
+    if dataclasses.is_dataclass(value):
+        return {field.name: _to_host(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return {key: _to_host(state) for key, state in value.items()} if isinstance(value, Mapping) else value
 
 
 def read_tables(root: Path) -> dict[str, list[TableContent]]:

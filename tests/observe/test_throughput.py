@@ -1,12 +1,32 @@
+import gzip
+import json
+import logging
 import math
 import mmap
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from hstu.observe.throughput import ThroughputMeter, _measure, data_sheet_tflops, memory_bytes, peak_tflops
+from hstu.config.args import NetworkArgs
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.features.roles import FeatureRoles
+from hstu.observe.throughput import (
+    FlopCounter,
+    Profiler,
+    ThroughputMeter,
+    _measure,
+    data_sheet_tflops,
+    memory_bytes,
+    peak_tflops,
+)
+from hstu.ops.costs import sequence_flops
+from tests.helpers import make_batch
+from tests.train.tiny import NETWORK
 
 
 class Clock:
@@ -123,3 +143,110 @@ def test_a_cpu_is_measured_in_a_moment(dtype: torch.dtype) -> None:
 def test_a_gpu_reaches_a_good_part_of_its_peak_and_no_more() -> None:
     device = torch.device("cuda")
     assert 0.4 < _measure(device, torch.bfloat16) / peak_tflops(device, torch.bfloat16).value < 1.05
+
+
+# --- tokens and FLOPs of a batch --------------------------------------------------------------------------------------
+
+WITH_ACTIONS = FeatureRoles("item", "action", ("town", "age"))
+
+
+def counter(roles: FeatureRoles = WITH_ACTIONS, **options: Any) -> FlopCounter:
+    return FlopCounter(NetworkArgs(**{**NETWORK, **options}), roles)
+
+
+def batch(*items: list[int], candidates: list[int] | None = None) -> HSTUBatch:
+    return make_batch(list(items), [[0] * len(row) for row in items], num_candidates=candidates)
+
+
+def test_tokens_are_context_items_and_their_actions() -> None:
+    assert counter().count(batch([1, 2, 3], [4]))[0] == (2 + 3 * 2) + (2 + 1 * 2)
+
+
+@pytest.mark.parametrize(
+    ("roles", "interleave"), [(WITH_ACTIONS, False), (FeatureRoles("item", None, ("town", "age")), True)]
+)
+def test_actions_that_are_no_tokens_do_not_count(roles: FeatureRoles, interleave: bool) -> None:
+    assert counter(roles, interleave_actions=interleave).count(batch([1, 2, 3], [4]))[0] == (2 + 3) + (2 + 1)
+
+
+def test_layers_after_a_truncation_cost_as_much_as_shorter_sequences() -> None:
+    def flops(layers: int, items: int, **options: Any) -> float:
+        return counter(num_layers=layers, **options).count(batch([0] * items, candidates=[2]))[1]
+
+    truncated = flops(3, 9, truncate_after_layer=1, truncate_to_items=4)
+    assert truncated == flops(1, 9) + flops(2, 4 + 2)
+    assert flops(3, 5, truncate_after_layer=1, truncate_to_items=4) == flops(3, 5), "a history that is short"
+
+
+def test_padding_costs_nothing() -> None:
+    assert counter().count(batch([1, 2, 3], [4], [], [])) == counter().count(batch([1, 2, 3], [4]))
+    assert counter().count(batch([], [])) == (0, 0.0)
+
+
+def test_attention_makes_one_long_sequence_dearer_than_two_short_ones_with_as_many_tokens() -> None:
+    without_context = counter(FeatureRoles("item", "action", ()))
+    long, short = list(range(40)), list(range(20))
+    assert without_context.count(batch(long))[0] == without_context.count(batch(short, short))[0]
+    assert without_context.count(batch(long))[1] > without_context.count(batch(short, short))[1]
+
+
+def test_candidates_and_their_actions_count_apart_from_history() -> None:
+    shape: dict[str, Any] = {"num_layers": 2, "hidden_size": 16, "num_heads": 2, "head_dim": 8}
+    expected = sequence_flops(np.array([2 + 4 * 2]), np.array([3 * 2]), **shape)
+    assert counter().count(batch([1, 2, 3, 4], candidates=[3]))[1] == expected
+
+
+# --- profiles --------------------------------------------------------------------------------------------------------
+
+
+def run_in(profiler: Profiler, begin: int, end: int) -> None:
+    """Iterations that each multiply matrices of their own size, so that a trace tells which were recorded."""
+    with profiler:
+        for iteration in range(begin, end):
+            profiler.step(iteration)
+            torch.mm(torch.ones(iteration, 3), torch.ones(3, 2))
+
+
+def multiplications(trace: Path) -> int:
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    return sum(event.get("name") == "aten::mm" for event in events)
+
+
+def test_exactly_the_window_is_traced(tmp_path: Path) -> None:
+    profiler = Profiler(tmp_path, 3, 6)
+    run_in(profiler, 1, 10)
+    assert profiler.trace_file.name == "trace-rank0.json.gz"
+    assert multiplications(profiler.trace_file) == 3
+
+
+def test_a_run_that_ends_within_the_window_writes_what_it_has(tmp_path: Path) -> None:
+    profiler = Profiler(tmp_path, 3, 100, rank=1)
+    run_in(profiler, 1, 5)
+    assert multiplications(tmp_path / "trace-rank1.json.gz") == 2
+
+
+def test_a_run_resumed_within_the_window_traces_the_rest_of_it(tmp_path: Path) -> None:
+    profiler = Profiler(tmp_path, 3, 6)
+    run_in(profiler, 5, 10)
+    assert multiplications(profiler.trace_file) == 1
+
+
+def test_a_window_that_was_never_reached_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="hstu"):
+        run_in(Profiler(tmp_path, 50, 60), 1, 5)
+    assert "outside of [50, 60)" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_kernels_are_traced_too(tmp_path: Path) -> None:
+    profiler = Profiler(tmp_path, 1, 2)
+    with profiler:
+        for iteration in range(3):
+            profiler.step(iteration)
+            torch.mm(torch.ones(8, 8, device="cuda"), torch.ones(8, 8, device="cuda"))
+    with gzip.open(profiler.trace_file) as file:
+        categories = {event.get("cat") for event in json.load(file)["traceEvents"]}
+    assert "kernel" in categories

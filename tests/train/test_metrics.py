@@ -1,13 +1,20 @@
-"""Metrics against scikit-learn and against loops; ties, undefined cases, several batches."""
+"""Metrics of tasks against scikit-learn and against loops over pairs and requests; metrics of retrieval by hand."""
 
+import itertools
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
+from hstu.config.args.task import METRICS_OF_KIND, fits_kind
 from hstu.train.metrics import auc, retrieval_metrics
-from hstu.train.task_metrics import RankingMetrics
+from hstu.train.task_metrics import RankingMetrics, TaskMetrics, ndcg_by_group, ordered_pairs
 
 ALL = ("AUC", "GAUC", "ACC", "LOGLOSS", "NE")
 
@@ -76,3 +83,263 @@ def test_retrieval_metrics_by_hand() -> None:
     assert result["NDCG@10"] == pytest.approx((1 + 1 / 2 + 1 / math.log2(3)) / 4)
     assert result["MRR"] == pytest.approx((1 + 1 / 3 + 1 / 10.5 + 1 / 2) / 4)
     assert result["MRR@2"] == pytest.approx((1 + 1 / 2) / 4)
+
+
+# --- tasks that users define ------------------------------------------------------------------------------------------
+
+CLASSES = 4
+NAN = math.nan
+Row = tuple[Any, float, int, int]
+"""Prediction, label or nan, user, request."""
+
+
+def names_of(kind: str) -> tuple[str, ...]:
+    """The metrics of a kind, with 2 for each K."""
+    return tuple(name.replace("K", "2") for name in METRICS_OF_KIND[kind] if name != "MAE") + (
+        ("MAE",) if "MAE" in METRICS_OF_KIND[kind] else ()
+    )
+
+
+def mean(values: Iterable[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else NAN
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+# --- each metric as a loop -----------------------------------------------------------------------------------------
+
+
+def pair_share(pairs: Iterable[tuple[float, float]]) -> float:
+    """Mean over (score of the larger label, score of the smaller one)."""
+    return mean([(a > b) + 0.5 * (a == b) for a, b in pairs])
+
+
+def auc_by_pairs(scores: Sequence[float], positive: Sequence[bool]) -> float:
+    rows = list(zip(scores, positive, strict=True))
+    return pair_share([(a, b) for (a, p), (b, q) in itertools.product(rows, rows) if p and not q])
+
+
+def gauc(scores: Sequence[float], positive: Sequence[bool], users: Sequence[int]) -> float:
+    total, impressions = 0.0, 0
+    for user in set(users):
+        own = [index for index, other in enumerate(users) if other == user]
+        area = auc_by_pairs([scores[i] for i in own], [positive[i] for i in own])
+        if not math.isnan(area):
+            total, impressions = total + area * len(own), impressions + len(own)
+    return total / impressions if impressions else NAN
+
+
+def xauc(scores: Sequence[float], labels: Sequence[float]) -> float:
+    rows = list(zip(scores, labels, strict=True))
+    return pair_share([(b, a) for (a, x), (b, y) in itertools.product(rows, rows) if x < y])
+
+
+def ndcg(scores: Sequence[float], gains: Sequence[float], requests: Sequence[int], cutoff: float) -> float:
+    values = []
+    for request in sorted(set(requests)):
+        own = [(s, g) for s, g, r in zip(scores, gains, requests, strict=True) if r == request]
+        best = sorted((g for _, g in own), reverse=True)
+        if best[0] == best[-1]:
+            continue
+        discount = [1 / math.log2(rank + 2) if rank < cutoff else 0.0 for rank in range(len(own))]
+        reached = 0.0
+        for score, gain in own:
+            first = sum(other > score for other, _ in own)
+            tied = sum(other == score for other, _ in own)
+            reached += gain * sum(discount[first : first + tied]) / tied
+        values.append(reached / sum(g * d for g, d in zip(best, discount, strict=True)))
+    return mean(values)
+
+
+def questions_reference(
+    name: str, logits: Sequence[Sequence[float]], positive: Sequence[Sequence[bool]], users: Sequence[int]
+) -> float:
+    """A metric of binary questions: logits and positive are lists of columns."""
+    columns = list(zip(logits, positive, strict=True))
+    losses = [mean([-log_sigmoid(x if p else -x) for x, p in zip(*column, strict=True)]) for column in columns]
+    if name == "AUC":
+        return mean([auc_by_pairs(*column) for column in columns])
+    if name == "GAUC":
+        return mean([gauc(*column, users) for column in columns])
+    if name == "LOGLOSS":
+        return mean(losses)
+    assert name == "NE"
+    rates = [mean(column) for column in positive]
+    entropies = [-r * math.log(r) - (1 - r) * math.log(1 - r) if 0 < r < 1 else NAN for r in rates]
+    return mean([loss / entropy for loss, entropy in zip(losses, entropies, strict=True)])
+
+
+def reference(name: str, kind: str, rows: Sequence[Row]) -> float:
+    """A metric of rows (prediction, label, user, request) without missing labels."""
+    if not rows:
+        return NAN
+    predictions, labels, users, requests = (list(column) for column in zip(*rows, strict=True))
+    if kind == "class":
+        return class_reference(name, predictions, labels, users)
+    if kind == "binary":
+        if name == "ACC":
+            return mean([(x > 0) == y for x, y in zip(predictions, labels, strict=True)])
+        if not name.startswith("NDCG"):
+            return questions_reference(name, [predictions], [[label == 1 for label in labels]], users)
+    if name.startswith("NDCG"):
+        return ndcg(predictions, labels, requests, 2 if name == "NDCG@2" else math.inf)
+    if name == "XAUC":
+        return xauc(predictions, labels)
+    if name == "AUC>=2":
+        return auc_by_pairs(predictions, [label >= 2 for label in labels])
+    errors = [abs(label - x) for x, label in zip(predictions, labels, strict=True)]
+    return math.sqrt(mean([error**2 for error in errors])) if name == "RMSE" else mean(errors)
+
+
+def class_reference(name: str, logits: Sequence[Sequence[float]], labels: Sequence[int], users: Sequence[int]) -> float:
+    shares = [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in logits]
+    losses = [-math.log(row[label]) for row, label in zip(shares, labels, strict=True)]
+    columns = [([row[c] for row in shares], [label == c for label in labels]) for c in range(CLASSES)]
+    if name == "AUC":
+        return mean([auc_by_pairs(*column) for column in columns])
+    if name == "GAUC":
+        return mean([gauc(*column, users) for column in columns])
+    if name == "AUC>=2":
+        return auc_by_pairs([1 - row[0] - row[1] for row in shares], [label >= 2 for label in labels])
+    if name == "ACC":
+        return mean([row.index(max(row)) == label for row, label in zip(logits, labels, strict=True)])
+    if name == "LOGLOSS":
+        return mean(losses)
+    rates = [labels.count(c) / len(labels) for c in set(labels)]
+    return mean(losses) / -sum(r * math.log(r) for r in rates) if len(rates) > 1 else NAN
+
+
+# --- random tasks --------------------------------------------------------------------------------------------------
+
+QUARTERS = st.integers(-6, 6).map(lambda number: number / 4)
+"""Few values, so that scores tie."""
+FEW_LOGITS = np.random.default_rng(0).normal(size=(8, CLASSES)).astype(np.float32).tolist()
+"""Few rows, so that scores tie. Logits on a grid would give probabilities that differ by rounding alone."""
+
+
+def rows_of(kind: str) -> st.SearchStrategy[list[Row]]:
+    """Lists of (prediction, label or nan, user, request)."""
+    prediction = st.sampled_from(FEW_LOGITS) if kind == "class" else QUARTERS
+    label = {"binary": st.integers(0, 1), "class": st.integers(0, CLASSES - 1)}.get(
+        kind, st.integers(0, 8).map(lambda number: number / 2)
+    )
+    ids = st.integers(0, 3)
+    return st.lists(st.tuples(prediction, label | st.just(NAN), ids, ids), max_size=14)
+
+
+def collected(kind: str, rows: Sequence[Row], names: tuple[str, ...] | None = None, **options: Any) -> TaskMetrics:
+    """Metrics that have seen the rows in two batches."""
+    task = TaskMetrics(names or names_of(kind), kind, **options)
+    width = (CLASSES,) if kind == "class" else ()
+    for part in (rows[::2], rows[1::2]):
+        predictions, labels, users, requests = zip(*part, strict=True) if part else [()] * 4
+        task.update(
+            np.array(predictions, dtype=np.float32).reshape(len(part), *width),
+            np.array(labels, dtype=np.float32),
+            np.array(users, dtype=np.int64),
+            np.array(requests, dtype=np.int64),
+        )
+    return task
+
+
+@pytest.mark.parametrize("kind", METRICS_OF_KIND)
+def test_every_metric_equals_loops_over_pairs_and_requests(kind: str) -> None:
+    @settings(max_examples=60, deadline=None)
+    @given(rows_of(kind))
+    def check(rows: Sequence[Row]) -> None:
+        known = [row for row in rows if not math.isnan(row[1])]
+        expected = {name: reference(name, kind, known) for name in names_of(kind)}
+        assert collected(kind, rows).compute() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
+
+    check()
+
+
+# --- order metrics on many rows ------------------------------------------------------------------------------------
+
+
+def test_xauc_on_many_rows_equals_somers_d() -> None:
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 30, 3000) / 2.0
+    scores = np.round(labels + rng.normal(0, 5, 3000))
+    # Somers' D is (ordered pairs − reversed pairs) / pairs with different labels.
+    assert ordered_pairs(scores, labels) == pytest.approx((1 + stats.somersd(labels, scores).statistic) / 2, abs=1e-12)
+
+
+def test_ndcg_on_many_requests_equals_scikit_learn() -> None:
+    rng = np.random.default_rng(5)
+    scores, gains = rng.integers(0, 6, (150, 12)) / 2.0, rng.integers(0, 5, (150, 12)).astype(float)
+    order = rng.permutation(150 * 12)
+    requests = np.repeat(np.arange(150), 12)
+    for cutoff in (None, 1, 5):
+        values = ndcg_by_group(scores.ravel()[order], gains.ravel()[order], requests[order], cutoff)
+        assert values.mean() == pytest.approx(sklearn_metrics.ndcg_score(gains, scores, k=cutoff), abs=1e-12)
+
+
+# --- what is undefined or wrong ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "undefined"),
+    [
+        ("binary", [1.0, 1.0, NAN], {"AUC", "GAUC", "NE", "NDCG", "NDCG@2"}),
+        ("regression", [2.5, 2.5, NAN], {"XAUC", "AUC>=2", "NDCG", "NDCG@2"}),
+    ],
+)
+def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_reason(
+    kind: str, labels: Sequence[float], undefined: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [(0.5 * i, label, 0, 0) for i, label in enumerate(labels)]
+    result = collected(kind, rows, task="click").compute()
+    assert {name for name, value in result.items() if math.isnan(value)} == undefined
+    for name in undefined:
+        assert f"{name} of task 'click' is undefined (nan): " in caplog.text
+
+
+@pytest.mark.parametrize("kind", METRICS_OF_KIND)
+@pytest.mark.parametrize("rows", [[], [None]])
+def test_without_a_known_label_all_metrics_are_nan(
+    kind: str, rows: list[None], caplog: pytest.LogCaptureFixture
+) -> None:
+    prediction = [0.0] * CLASSES if kind == "class" else NAN
+    result = collected(kind, [(prediction, NAN, 0, 0) for _ in rows], task="click").compute()
+    assert list(result) == list(names_of(kind))
+    assert all(math.isnan(value) for value in result.values())
+    assert "metrics of task 'click' are undefined (nan): the evaluation set has no labelled items" in caplog.text
+
+
+def test_a_task_that_diverged_has_no_metrics(caplog: pytest.LogCaptureFixture) -> None:
+    result = collected("regression", [(0.5, 1.0, 0, 0), (math.inf, 2.0, 0, 0)]).compute()
+    assert all(math.isnan(value) for value in result.values())
+    assert "not finite" in caplog.text
+
+
+def test_negative_labels_have_no_ndcg(caplog: pytest.LogCaptureFixture) -> None:
+    rows = [(0.5, -1.0, 0, 0), (1.5, 2.0, 0, 0)]
+    result = collected("regression", rows, ("NDCG", "MAE")).compute()
+    assert math.isnan(result["NDCG"]) and result["MAE"] == 1.0
+    assert "a gain must not be negative, but a label is -1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "text"),
+    [
+        ("binary", 2.0, "classes 2 … 2, but there are logits for 2"),
+        ("class", 4.0, "classes 4 … 4"),
+        ("class", -1.0, "classes -1 … -1"),
+        ("class", 1.5, "labels of task 'stars' must be whole numbers"),
+    ],
+)
+def test_labels_outside_the_classes_are_refused(kind: str, label: float, text: str) -> None:
+    prediction = [0.0] * CLASSES if kind == "class" else 0.0
+    with pytest.raises(ValueError, match=text):
+        collected(kind, [(prediction, label, 0, 0)], task="stars").compute()
+
+
+def test_metrics_of_another_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'RMSE' is not a metric of binary tasks; allowed: AUC, .*NDCG@K"):
+        TaskMetrics(("AUC", "RMSE"), "binary")
+    assert fits_kind("NDCG@10", "binary") and fits_kind("AUC>=0", "class")
+    assert not any(fits_kind(name, "class") for name in ("NDCG@0", "NDCG@", "NDCG@2x", "AUC@2", "AUC>=", "HR@10"))

@@ -70,13 +70,6 @@ def attempts(checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh) -
     }
 
 
-def test_the_untouched_checkpoint_is_good_for_everything(
-    checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh
-) -> None:
-    for attempt in attempts(checkpoint, output, store, mesh).values():
-        attempt()
-
-
 @pytest.mark.parametrize("name", ["tensors/.metadata", "dynamic_rank0.pt", "rng_rank0.pt"])
 def test_no_file_of_a_checkpoint_runs_code(
     checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh, name: str

@@ -29,7 +29,7 @@ from hstu.data.sampling.samples import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.parallel.dynamic.table import merged
 from hstu.parallel.mesh import Mesh
-from hstu.serve.histories import histories, stored_vocabulary
+from hstu.serve.histories import histories
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import evaluate_split, item_vectors
 from hstu.serve.runtime.requests import History
@@ -203,7 +203,7 @@ class TrainedModel(LoadedModel):
         titles = None if isinstance(self.source, StoredSource) else self.store.titles()
         if titles is None:
             return items, [str(item) for item in items]
-        codes = stored_vocabulary(self.store, self.source.roles.item).places(items).tolist()
+        codes = self.items.places(items).tolist()
         named = [str(titles[code]) if code >= 0 else "" for code in codes]  # -1: the item is not in this store
         return items, [title or str(item) for title, item in zip(named, items, strict=True)]
 

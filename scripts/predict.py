@@ -47,7 +47,6 @@ from hstu.serve.command import (
     require_model,
     users_of_file,
 )
-from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import Predictor, RankingPredictor, RetrievalPredictor
 
@@ -121,9 +120,8 @@ def _predictor(loaded: LoadedModel, candidates: Candidates | None, options: argp
         if candidates is None:
             raise ConfigError("a ranking model predicts given candidates: name a file of them with --candidates")
         return RankingPredictor(loaded, candidates, at)
-    items = stored_vocabulary(loaded.store, loaded.store.item_feature)
     allowed, denied = (
-        read_codes(loaded, file, "item", items) if file else None for file in (options.allow, options.deny)
+        read_codes(loaded, file, "item", loaded.items) if file else None for file in (options.allow, options.deny)
     )
     if loaded.reads_request_time and at is None:
         note(loaded, "each user asks at the time of the newest event; --at now asks now")

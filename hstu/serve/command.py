@@ -188,7 +188,7 @@ def read_candidates(loaded: LoadedModel, file: str, features: Sequence[str]) -> 
     store = loaded.store
     table = _read_table(file, ("user", "item", *features))
     users, unknown_users = _encode(table["user"], loaded.users)
-    items, unknown_items = _encode(table["item"], stored_vocabulary(store, store.item_feature))
+    items, unknown_items = _encode(table["item"], loaded.items)
     known = np.flatnonzero((users >= 0) & (items >= 0))
     if not len(known):
         raise DataError(f"{file}: the data knows no pair of user and item of this file")

@@ -21,9 +21,9 @@ from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.sampler import START, BatchPlan
 from hstu.data.store.layout import TIME_FEATURES
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
-from hstu.serve.runtime.encode import Encoder, Events, name_of
+from hstu.serve.runtime.encode import Encoder, Events
 from hstu.serve.runtime.files import Vocabulary
-from hstu.serve.runtime.requests import History
+from hstu.serve.runtime.requests import History, name_of
 from hstu.train.batch_source import BatchSource
 from hstu.train.sources import StoreSource
 

@@ -143,6 +143,11 @@ class LoadedModel:
         return stored_vocabulary(self.store, USER_FEATURE)
 
     @cached_property
+    def items(self) -> Vocabulary:
+        """Vocabulary from raw item ids to item codes of the data."""
+        return stored_vocabulary(self.store, self.store.item_feature)
+
+    @cached_property
     def encoder(self) -> BatchEncoder:
         """Builds batches from requests."""
         return BatchEncoder(self.config, self.source, self.vocabularies)
@@ -183,6 +188,16 @@ class LoadedModel:
             raise ConfigError(
                 "the model does not read the time of a request, because of NetworkArgs.position_encoding or "
                 "DatasetArgs.query_time; leave the time out"
+            )
+
+    def check_groups(self) -> None:
+        """Raise ConfigError if candidates read the actions on other candidates, which no request knows."""
+        network = self.config.network
+        if network.target_group_size > 1 and network.interleave_actions and self.config.task == "ranking":
+            raise ConfigError(
+                f"the model scores candidates in groups of {network.target_group_size} "
+                "(NetworkArgs.target_group_size), in which each reads the actions on the candidates before it, and "
+                "these are not known; train with target_group_size = 1"
             )
 
     def asked_at(self, batches: Iterable[HSTUBatch], at: int | None) -> Iterator[HSTUBatch]:

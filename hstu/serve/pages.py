@@ -48,10 +48,6 @@ class CacheStatistics:
     """Session requests whose history had to be encoded first."""
     encoded_tokens: int = 0
     """Tokens computed by encoding whole histories."""
-    appended_tokens: int = 0
-    """Tokens computed against a cached prefix and added to it."""
-    scored_tokens: int = 0
-    """Tokens computed against a cached prefix and discarded: candidates, and newest tokens at a request time."""
 
 
 class PrefixCache:
@@ -100,10 +96,9 @@ class PrefixCache:
 
     def find(self, key: Hashable) -> Prefix | None:
         """Fetch a prefix and mark it as most recently used. None: the key is not in the cache."""
-        prefix = self._prefixes.get(key)
-        if prefix is not None:
+        if key in self._prefixes:
             self._prefixes.move_to_end(key)
-        return prefix
+        return self._prefixes.get(key)
 
     def fits(self, lengths: Sequence[int]) -> bool:
         """Whether sequences of these numbers of tokens fit the cache together."""
@@ -124,9 +119,8 @@ class PrefixCache:
 
     def drop(self, key: Hashable) -> None:
         """Remove a sequence if it is in the cache."""
-        prefix = self._prefixes.pop(key, None)
-        if prefix is not None:
-            self._free += prefix.pages
+        if key in self._prefixes:
+            self._free += self._prefixes.pop(key).pages
 
     def write(self, prefix: Prefix, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [n, H, d], of any strides and dtype, to reserved pages from token ``first`` on."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.sampling.samples import Split
 from hstu.data.store.reader import GivenRequests
-from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.model.ranking import RankingDense
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.command import Candidates
@@ -154,23 +152,12 @@ class Predictor(ABC):
 
     def _table(self, users: np.ndarray, items: Sequence[Any], columns: dict[str, np.ndarray]) -> pa.Table:
         """``users``: store rows, int64 [n]; ``items``: raw ids."""
-        ids = {
-            "user": pa.array(self._raw_users[users], _arrow_type(self._raw_users)),
-            "item": pa.array(items, _arrow_type(self._raw_items)),
-        }
+        of_users, of_items = (
+            pa.string() if each.kind == "texts" else pa.int64() for each in (self.loaded.users, self.loaded.items)
+        )
+        raw_users = self.loaded.users.values_at(torch.from_numpy(users))
+        ids = {"user": pa.array(raw_users, of_users), "item": pa.array(items, of_items)}
         return pa.table({**ids, **{name: pa.array(values) for name, values in columns.items()}})
-
-    @cached_property
-    def _raw_users(self) -> np.ndarray:
-        return self.store.raw_ids(USER_FEATURE)
-
-    @cached_property
-    def _raw_items(self) -> np.ndarray:
-        return self.store.raw_ids(self.store.item_feature)
-
-
-def _arrow_type(ids: np.ndarray) -> pa.DataType:
-    return pa.string() if ids.dtype == object else pa.int64()
 
 
 class RetrievalPredictor(Predictor):
@@ -283,22 +270,15 @@ class RankingPredictor(Predictor):
         self.candidates, self.at = candidates, at
         self._evaluator = build_evaluator(loaded.config, self.source, loaded.model, loaded.mesh)
         self._predictions = predictions_of(loaded)
-        network = loaded.config.network
-        if network.target_group_size > 1 and network.interleave_actions:
-            raise ConfigError(
-                f"the model scores candidates in groups of {network.target_group_size} "
-                "(NetworkArgs.target_group_size), in which each reads the actions on those before it, and these are "
-                "not known; train with target_group_size = 1"
-            )
+        loaded.check_groups()
         loaded.check_request_time(at)
 
     def predict(self, users: np.ndarray) -> pa.Table:
         """See Predictor."""
         given = self.candidates.of_users(users)
-        items = self._raw_items[given.items]
-        return self._table(
-            np.repeat(given.users, given.counts), items, columns_of(self._predictions, self.logits(given))
-        )
+        columns = columns_of(self._predictions, self.logits(given))
+        items = self.loaded.items.values_at(torch.from_numpy(given.items))
+        return self._table(np.repeat(given.users, given.counts), items, columns)
 
     def logits(self, given: Candidates) -> np.ndarray:
         """Compute the logits of candidates, float32 [C, outputs]. Every rank returns all rows."""

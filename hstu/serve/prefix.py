@@ -124,7 +124,6 @@ class IncrementalEncoder:
             for rows in _runs_of(len(x), APPENDED_AT_ONCE):
                 part = _part(layout, rows, prefix.num_tokens, end)
                 tokens = self._extend(prefix, x[rows], part, end, keep=True)
-        self.cache.statistics.appended_tokens += len(x)
         assert tokens is not None, "count is at least 1"
         return tokens[-1]
 
@@ -136,7 +135,6 @@ class IncrementalEncoder:
         before = prefix.num_tokens - self._per_item
         x, layout = self._newest(batch, 1)
         part = _part(layout, slice(0, len(x)), before, prefix.num_tokens)
-        self.cache.statistics.scored_tokens += len(x)
         earlier = replace(prefix)
         earlier.cut(before)
         return self._extend(earlier, x, part, prefix.num_tokens, keep=False)[-1]
@@ -157,7 +155,6 @@ class IncrementalEncoder:
         for rows in _runs_of(len(x), self._items_at_once * per_item):
             part = _part(layout, rows, end, end)
             found.append(self._extend(prefix, x[rows], part, end, keep=False)[::per_item])
-        self.cache.statistics.scored_tokens += len(x)
         return torch.cat([x.new_empty(0, x.shape[1], dtype=torch.float32), *found])
 
     # -- one pass ------------------------------------------------------------------------------------------------
@@ -219,7 +216,7 @@ class IncrementalEncoder:
 
     @contextmanager
     def _forgotten_after_an_error(self, keys: Sequence[Hashable]) -> Iterator[None]:
-        """Drop the sequences if the block raises, because only some layers may have been updated."""
+        """Drop the sequences if the block raises: only some layers may have been updated."""
         try:
             yield
         except BaseException:

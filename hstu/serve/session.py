@@ -54,7 +54,8 @@ class Session:
             it again, and it is up to n − 1 events shorter.
 
     Raises:
-        ConfigError: a model on several ranks or with truncated histories, or a cache too small for one history.
+        ConfigError: a model on several ranks, with truncated histories or whose candidates read the actions on others,
+            or a cache too small for one history.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Session:
                 f"the model is loaded on {loaded.mesh.world_size} ranks, and a session needs it on one: load it in a "
                 "process that torchrun has not started"
             )
+        loaded.check_groups()
         self._loaded = loaded
         self._task = loaded.task
         dataset = loaded.config.dataset
@@ -150,7 +152,6 @@ class Session:
         items: Sequence[Any],
         *,
         at: int | None = None,
-        actions: Sequence[Any] | None = None,
         features: Mapping[str, Sequence[Any]] | None = None,
     ) -> Tensor:
         """Score candidates after the history of a user.
@@ -159,9 +160,7 @@ class Session:
             user: raw id of a user whose history was given to ``encode``.
             items: raw ids, [m].
             at: time of the request in whole seconds since 1970. None: the time of the newest event.
-            actions: actions on the candidates, which only later candidates of the same group read
-                (NetworkArgs.target_group_size above 1). None: unknown.
-            features: item or event feature → raw value per candidate; optional if known only after an event.
+            features: item or event feature that is known before an event → raw value per candidate.
 
         Returns:
             Ranking: ``ModelOutput.logits``, float32 [m, last width of the head]. Retrieval: cosine similarities of
@@ -176,7 +175,7 @@ class Session:
             return self._cosines(user, items, at)
         self._loaded.check_request_time(at)
         newest = known.history.cut(slice(-1, None))
-        shown = Candidates(items, features or {}, actions)
+        shown = Candidates(items, features or {})
         (events,) = self._requests.candidates(shown, newest, at)
         (batch,) = self._requests.batches_of([(self._requests.history(newest, at, 1), events)])
         prefix = self._prefix(user, known)

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from .files import Vocabulary, rows_at
-from .requests import Candidates, History, ServingError
+from .requests import (
+    Candidates,
+    History,
+    ServingError,
+    candidate_problems,
+    feature_names,
+    history_problems,
+    name_of,
+)
 
 _NO_EVENT = -(2**63)
 """Stands for the time of the newest event of a user without events."""
@@ -68,16 +76,16 @@ class Encoder:
     @property
     def given_features(self) -> dict[str, bool]:
         """Feature of items or events, except time features → whether a request must contain it."""
-        return {name: f"item.{name}" not in self._known for name in self._given()}
+        return {name: f"item.{name}" not in self._known for name in feature_names(self.facts)}
 
     @property
     def known_before(self) -> list[str]:
         """Features that a request may contain for candidates."""
-        return self._given(known_after=False)
+        return feature_names(self.facts, known_after=False)
 
     def history(self, history: History, at: int | None, room: int) -> Events:
         """Encode the context and the newest ``room`` events. Raises ``error`` for an invalid history."""
-        self._check(history, at)
+        self._refuse(history_problems(history, at, self.facts))
         facts, count = self.facts, len(history.items)
         newest = slice(max(0, count - room), None)
         shown = history.cut(newest)
@@ -88,7 +96,7 @@ class Encoder:
             assert history.timestamps is not None, "it is checked"
             times = torch.tensor([int(time) for time in history.timestamps], dtype=torch.int64)
             before = torch.cat([times.new_full((1,), _NO_EVENT), times[:-1]])
-        events = self._events(shown, times[newest], before[newest], f"{name_of(history)} has", are_events=True)
+        events = self._events(shown, times[newest], before[newest], f"{name_of(history)} has")
         given = {"user_id": history.user, **history.context}
         context = {name: self._of_user(name, given.get(name)) for name in facts["contextual"]}
         asked = None
@@ -101,16 +109,12 @@ class Encoder:
         count, newest = len(candidates.items), _NO_EVENT
         if self.facts["reads_times"] and history.timestamps is not None and len(history.timestamps):
             newest = int(history.timestamps[-1])
-        known = self.known_before if candidates.actions is None else self._given()
-        self._check_names("feature that is known before an event,", candidates.features, known)
-        for what, values in _lengths(candidates.features, actions=candidates.actions):
-            if values != count:
-                raise self.error(f"{values} {what} for {count} candidates; give one per candidate")
+        self._refuse(candidate_problems(candidates, self.facts))
         found = []
         for part in range(parts):
             shown = candidates.cut(slice(count * part // parts, count * (part + 1) // parts))
             asked = torch.full((len(shown.items),), max(newest, 0) if at is None else at)
-            found.append(self._events(shown, asked, torch.full_like(asked, newest), "the candidates have", False))
+            found.append(self._events(shown, asked, torch.full_like(asked, newest), "the candidates have"))
         return found
 
     def sequences(
@@ -143,52 +147,23 @@ class Encoder:
                 found.setdefault(name, set()).update(own)
         return {name: sorted(values, key=str) for name, values in found.items() if values}
 
-    def _check(self, history: History, at: int | None) -> None:
-        count, facts, who = len(history.items), self.facts, name_of(history)
-        if not count and (facts["task"] == "retrieval" or (at is None and facts["reads_times"])):
-            needed = "give at least one" if facts["task"] == "retrieval" else "give the time of the request"
-            raise self.error(f"{who} has no items; {needed}")
-        if count and facts["action"] and history.actions is None:
-            raise self.error(f"{who} has no actions, but the model reads {facts['action']!r}: give one per item")
-        if count and facts["reads_times"] and history.timestamps is None:
-            raise self.error(f"{who} has no timestamps, but the model reads times: give one per item")
-        for what, values in _lengths(history.features, actions=history.actions, timestamps=history.timestamps):
-            if values != count:
-                raise self.error(f"{who} has {values} {what} for {count} items; give one per item")
-        self._check_names("contextual feature", history.context, facts["contextual"])
-        self._check_names("feature of items or events", history.features, self._given())
-        if at is None:
-            return
-        if not facts["reads_request_time"]:
-            raise self.error("the model does not read the time of a request; leave it out")
-        newest = at if history.timestamps is None else max(map(int, history.timestamps), default=at)
-        if newest > at:
-            raise self.error(f"{who} has an event at {newest}, which is later than the request at {at}")
+    def _refuse(self, problems: Iterator[str]) -> None:
+        for problem in problems:
+            raise self.error(problem)
 
-    def _check_names(self, what: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-        for name in given:
-            if name not in known:
-                raise self.error(f"the model has no {what} {name!r}; it has {', '.join(known) or 'none'}")
-
-    def _given(self, known_after: bool = True) -> list[str]:
-        """Features of items or events except time features. ``known_after``: include features known after an event."""
-        facts = self.facts
-        names = [*facts["side"], *(facts["known_after"] if known_after else ())]
-        numbers = [entry["name"] for entry in facts["numbers"] if known_after or not entry["known_after"]]
-        return [name for name in names if facts["features"][name]["kind"] != "time"] + numbers
-
-    def _events(self, shown: History | Candidates, times: Tensor, before: Tensor, who: str, are_events: bool) -> Events:
-        """``before``: time of the user's previous event for each, int64 [n]. ``are_events``: False for candidates."""
+    def _events(self, shown: History | Candidates, times: Tensor, before: Tensor, who: str) -> Events:
+        """``before``: time of the user's previous event for each, int64 [n]."""
         facts, places = self.facts, self._known_items.places(shown.items)
         ids, counts = {facts["item"]: self.items.rows(shown.items)}, {}
         nothing = torch.full_like(places, -1)
         if facts["action"]:
             actions = self.vocabularies[facts["action"]]
-            ids[facts["action"]] = actions.rows_of(nothing) if shown.actions is None else actions.rows(shown.actions)
+            given = shown.actions if isinstance(shown, History) else None
+            ids[facts["action"]] = actions.rows_of(nothing) if given is None else actions.rows(given)
         for name in (*facts["side"], *facts["known_after"]):
             vocabulary = self.vocabularies[name]
             of_each = torch.ones_like(places)
-            if not are_events and name in facts["known_after"] and name not in shown.features:
+            if isinstance(shown, Candidates) and name in facts["known_after"]:
                 ids[name] = vocabulary.rows_of(nothing)
             elif facts["features"][name]["kind"] == "time":
                 ids[name] = vocabulary.rows_of(_time_codes(name, times, before))
@@ -196,7 +171,7 @@ class Encoder:
                 ids[name], of_each = self._side(name, shown.features, places, who)
             if facts["features"][name]["is_list"]:
                 counts[name] = of_each
-        numbers = [self._numbers(entry, shown, places, who, are_events) for entry in facts["numbers"]]
+        numbers = [self._numbers(entry, shown, places, who) for entry in facts["numbers"]]
         return Events(
             ids,
             counts,
@@ -227,14 +202,12 @@ class Encoder:
         chosen = rows_at(rows, rows_at(offsets, known)[event] + inside)
         return chosen.masked_fill(places[event] < 0, vocabulary.missing), counts
 
-    def _numbers(
-        self, entry: Mapping[str, Any], shown: History | Candidates, places: Tensor, who: str, are_events: bool
-    ) -> Tensor:
+    def _numbers(self, entry: Mapping[str, Any], shown: History | Candidates, places: Tensor, who: str) -> Tensor:
         """float32 [n, width]: one number or vector per event."""
         name, width = entry["name"], entry["width"]
         if name in shown.features:
             return self._as_numbers(name, shown.features[name], width)
-        if entry["known_after"] and not are_events:
+        if entry["known_after"] and isinstance(shown, Candidates):
             return torch.full((len(places), width), math.nan)
         return rows_at(self._of_items(name, who), places).masked_fill((places < 0)[:, None], math.nan)
 
@@ -277,18 +250,6 @@ def _time_codes(name: str, times: Tensor, before: Tensor) -> Tensor:
     is_first = before == _NO_EVENT
     gaps = _bit_lengths(1 + (times - before).masked_fill(is_first, 0)).clamp(max=40)
     return gaps.masked_fill(is_first, 0)
-
-
-def _lengths(features: Mapping[str, Sequence[Any]], **others: Sequence[Any] | None) -> Iterator[tuple[str, int]]:
-    """Yield (name for an error message, number of values) of what is not None."""
-    for name, values in {**others, **{f"features {name!r}": own for name, own in features.items()}}.items():
-        if values is not None:
-            yield name, len(values)
-
-
-def name_of(history: History) -> str:
-    """The name of a history in error messages."""
-    return "a history" if history.user is None else f"the history of {history.user!r}"
 
 
 def _bit_lengths(numbers: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The parts of a request: a history, and candidates."""
+"""A request: a history, candidates, and what is wrong with them for a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -48,11 +48,57 @@ class Candidates:
     items: Sequence[Any]
     features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """As History.features, for features that are known before an event."""
-    actions: Sequence[Any] | None = None
-    """Known actions on the candidates: with NetworkArgs.target_group_size > 1, later candidates of a group read them.
-    ``features`` may then contain features that are known after an event."""
 
     def cut(self, items: slice) -> Candidates:
         """A slice of the candidates."""
-        actions = None if self.actions is None else self.actions[items]
-        return Candidates(self.items[items], {name: each[items] for name, each in self.features.items()}, actions)
+        return Candidates(self.items[items], {name: each[items] for name, each in self.features.items()})
+
+
+def name_of(history: History) -> str:
+    """The name of a history in error messages."""
+    return "a history" if history.user is None else f"the history of {history.user!r}"
+
+
+def feature_names(facts: Mapping[str, Any], known_after: bool = True) -> list[str]:
+    """Features in requests to a model with these ``facts`` (serving.json), with those known after an event or not."""
+    names = [*facts["side"], *(facts["known_after"] if known_after else ())]
+    numbers = [entry["name"] for entry in facts["numbers"] if known_after or not entry["known_after"]]
+    return [name for name in names if facts["features"][name]["kind"] != "time"] + numbers
+
+
+def history_problems(history: History, at: int | None, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a history for a request at time ``at``."""
+    count, who, times = len(history.items), name_of(history), history.timestamps
+    if not count and facts["task"] == "retrieval":
+        yield f"{who} has no items; give at least one"
+    elif not count and at is None and facts["reads_times"]:
+        yield f"{who} has no items; give the time of the request"
+    if count and facts["action"] and history.actions is None:
+        yield f"{who} has no actions, but the model reads {facts['action']!r}: give one per item"
+    if count and facts["reads_times"] and times is None:
+        yield f"{who} has no timestamps, but the model reads times: give one per item"
+    features = {f"features {name!r}": values for name, values in history.features.items()}
+    for what, values in {"actions": history.actions, "timestamps": times, **features}.items():
+        if values is not None and len(values) != count:
+            yield f"{who} has {len(values)} {what} for {count} items; give one per item"
+    yield from _unknown_names("contextual feature", history.context, facts["contextual"])
+    yield from _unknown_names("feature of items or events", history.features, feature_names(facts))
+    if at is not None and not facts["reads_request_time"]:
+        yield "the model does not read the time of a request; leave it out"
+    if at is not None and times is not None and (newest := max(map(int, times), default=at)) > at:
+        yield f"{who} has an event at {newest}, which is later than the request at {at}"
+
+
+def candidate_problems(candidates: Candidates, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with candidates."""
+    known, count = feature_names(facts, known_after=False), len(candidates.items)
+    yield from _unknown_names("feature that is known before an event,", candidates.features, known)
+    for name, values in candidates.features.items():
+        if len(values) != count:
+            yield f"{len(values)} features {name!r} for {count} candidates; give one per candidate"
+
+
+def _unknown_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
+    for name in given:
+        if name not in known:
+            yield f"the model has no {what} {name!r}; it has {', '.join(known) or 'none'}"

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 from torch import Tensor
 
-from hstu.serve.runtime import Candidates, History, Model, ServingError
+from hstu.serve.runtime import Candidates, History, Model, Recommendation, ServingError
 
 MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED = 10_000, 1_000, 1_000
 _MAX_TEXT = 1_000
@@ -103,17 +103,14 @@ class ServedModel:
     def answer(self, queries: Sequence[Query]) -> list[Answer | Exception]:
         """Answer queries together. A query that does not fit the model gets a ServingError instead of an answer."""
         with torch.inference_mode():
-            contents = self._outputs(queries)
-            known = [place for place, output in enumerate(contents) if isinstance(output, Tensor)]
-            found = [contents[place] for place in known]
-            of_queries = [queries[place] for place in known]
-            if self.task == "retrieval":
-                found = self._of_vectors(of_queries, found)
-            else:
-                found = [self.model.predictions(logits) for logits in found]
-        for place, query, content in zip(known, of_queries, found, strict=True):
-            contents[place] = Answer(self.version, content, self._unknown(query))
-        return contents
+            outputs = self._outputs(queries)
+            best = self._recommendations(queries, outputs)
+            return [
+                output
+                if isinstance(output, Exception)
+                else Answer(self.version, best.get(place) or self._content(query, output), self._unknown(query))
+                for place, (query, output) in enumerate(zip(queries, outputs, strict=True))
+            ]
 
     def search(self, text: str, count: int) -> list[tuple[Any, str]]:
         """Find up to ``count`` (id, title) pairs whose title contains ``text`` or whose id equals it. Thread-safe."""
@@ -138,9 +135,9 @@ class ServedModel:
             if isinstance(answer, Exception):
                 raise ServingError(f"the model cannot answer: {answer}") from answer
 
-    def _outputs(self, queries: Sequence[Query]) -> list[Any]:
+    def _outputs(self, queries: Sequence[Query]) -> list[Tensor | ServingError]:
         """For each query, the user vector [1, E], the logits [candidates, outputs], or a ServingError."""
-        found: list[Any] = []
+        found: list[slice | ServingError] = []
         sequences: list[Any] = []
         for query in queries:
             try:
@@ -157,24 +154,27 @@ class ServedModel:
         outputs = self.model.run(sequences)
         return [_finite(torch.cat(outputs[each])) if isinstance(each, slice) else each for each in found]
 
-    def _of_vectors(self, queries: Sequence[Query], vectors: Sequence[Tensor]) -> list[Any]:
-        contents: list[Any] = []
-        for query, vector in zip(queries, vectors, strict=True):
-            if query.candidates is not None:
-                cosines = self.model.item_vectors(query.candidates.items) @ vector[0]
-                contents.append({"cosine": cosines.tolist()})
-            else:
-                contents.append(vector[0].tolist())
-        ranked = [place for place, query in enumerate(queries) if query.k is not None]
-        if ranked:
-            best = self.model.nearest(
-                torch.cat([vectors[place] for place in ranked]),
-                [queries[place].k or 0 for place in ranked],
-                [queries[place].history.items if queries[place].filter_seen else () for place in ranked],
-            )
-            for place, recommendation in zip(ranked, best, strict=True):
-                contents[place] = recommendation
-        return contents
+    def _recommendations(
+        self, queries: Sequence[Query], outputs: Sequence[Tensor | ServingError]
+    ) -> dict[int, Recommendation]:
+        """Index of a query with ``k`` → its best items."""
+        vectors = {place: output for place, output in enumerate(outputs) if isinstance(output, Tensor)}
+        ranked = [place for place in vectors if queries[place].k is not None]
+        if not ranked:
+            return {}
+        best = self.model.nearest(
+            torch.cat([vectors[place] for place in ranked]),
+            [queries[place].k or 0 for place in ranked],
+            [queries[place].history.items if queries[place].filter_seen else () for place in ranked],
+        )
+        return dict(zip(ranked, best, strict=True))
+
+    def _content(self, query: Query, output: Tensor) -> Any:
+        if self.task == "ranking":
+            return self.model.predictions(output)
+        if query.candidates is None:
+            return output[0].tolist()
+        return {"cosine": (self.model.item_vectors(query.candidates.items) @ output[0]).tolist()}
 
     def _unknown(self, query: Query) -> list[Any]:
         shown = () if query.candidates is None else query.candidates.items

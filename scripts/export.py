@@ -47,10 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--table_dtype", choices=TABLE_DTYPES, default="float32", help="data type of the program's tables (%(default)s)"
     )
     parser.add_argument("--data", type=Path, help="data of the program's items; default: that of the run")
-    parser.add_argument("--aot", action="store_true", help="also compile the program for this kind of machine")
     options = parser.parse_args(arguments)
-    if not options.program and (options.aot or options.data or options.table_dtype != "float32"):
-        parser.error("--table_dtype, --data and --aot belong to --program")
+    if not options.program and (options.data or options.table_dtype != "float32"):
+        parser.error("--table_dtype and --data belong to --program")
     quiet_libraries()
     checkpoint, measured = locate(options.ckpt), list[str]()
 
@@ -61,11 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         history = MetricsHistory()
         history.load_state_dict(read_metadata(checkpoint).get("carried", {}).get("history", []))
         difference = write_serving(
-            loaded,
-            directory / "serving",
-            evaluations=history.last,
-            table_dtype=options.table_dtype,
-            compiles=options.aot,
+            loaded, directory / "serving", evaluations=history.last, table_dtype=options.table_dtype
         )
         found = "was not compared with the model"
         if difference is not None:

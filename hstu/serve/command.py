@@ -159,10 +159,7 @@ class Candidates:
 
 
 def read_codes(loaded: LoadedModel, file: str, column: str, vocabulary: Vocabulary) -> np.ndarray:
-    """Read ids from a column of a .csv or .parquet file, or with ``read_ids``, and return the codes of known ids.
-
-    Prints unknown ids. Raises DataError if the file is unreadable, lacks the column, or has no known id.
-    """
+    """The codes, int64, of the known ids in a file. Prints unknown ids. Raises DataError if no id is known."""
     is_table = file.endswith((".csv", ".parquet"))
     ids = _read_table(file, (column,))[column] if is_table else pd.Series(read_ids(file), dtype=object)
     codes, unknown = _encode(ids, vocabulary)
@@ -182,8 +179,7 @@ def users_of_file(loaded: LoadedModel, file: str | None) -> np.ndarray:
 def read_candidates(loaded: LoadedModel, file: str, features: Sequence[str]) -> Candidates:
     """Read candidates from a .csv or .parquet file with the columns user, item and ``features``.
 
-    Skips and prints unknown users and items. Raises DataError if the file is unreadable or lacks a column, an id, or a
-    known feature value.
+    Skips and prints unknown users and items. Raises DataError for a missing column or id, or an unknown feature value.
     """
     store = loaded.store
     table = _read_table(file, ("user", "item", *features))
@@ -228,7 +224,7 @@ def _encode(ids: pd.Series[Any], vocabulary: Vocabulary) -> tuple[np.ndarray, li
 
 
 def _event_values(file: str, store: SequenceStore, name: str, column: pd.Series[Any]) -> np.ndarray:
-    """Convert a column to stored values of an event feature: int32 codes, or float32 with NaN for missing."""
+    """Stored values of an event feature: int32 codes, or float32 with NaN for missing."""
     if store.feature(name).role == "event_number":
         try:
             return np.asarray(pd.to_numeric(column), dtype=np.float32)

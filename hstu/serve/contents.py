@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,18 +28,6 @@ MOST_CANDIDATES = 256
 _ROWS_AT_ONCE = 1 << 16
 
 
-@dataclass(frozen=True)
-class Contents:
-    """The data to write into an exported directory."""
-
-    facts: dict[str, Any]
-    """The object in serving.json."""
-    tables: dict[str, Tensor]
-    """Table name → float32 [rows, dim]."""
-    vocabulary: dict[str, Tensor]
-    """Ids of features (see ``_Features``), and features and titles of items (see ``_items``)."""
-
-
 def check_can_be_served(trained: LoadedModel) -> None:
     """Raise ConfigError or DataError if the model reads inputs that requests cannot contain."""
     config, network, roles = trained.config, trained.config.network, trained.source.roles
@@ -50,15 +37,20 @@ def check_can_be_served(trained: LoadedModel) -> None:
             "candidate sees the actions on others of its group, which a request does not know. Train with 1"
         )
     if isinstance(trained.source, StoredSource) and roles.tower:
-        needed = "the features of all items"
-        raise DataError(f"cannot export a program: the model reads {needed} from the data. {trained.source.missing}")
+        why = "the model reads the features of all items from the data"
+        raise DataError(f"cannot export a program: {why}. {trained.source.missing}")
 
 
-def collect(trained: LoadedModel, program: ServingProgram) -> Contents:
-    """Collect the contents from a model inside ``LoadedModel.inference``."""
+def collect(
+    trained: LoadedModel, program: ServingProgram
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Collect what an export holds, inside ``LoadedModel.inference``.
+
+    Returns the object in serving.json; table name → float32 [rows, dim]; ids (``_Features``) and items (``_items``).
+    """
     features = _Features(trained)
     facts = {**_facts(trained, program), "features": features.facts}
-    tables = {name: features.rows_of(spec) for name, spec in features.specs.items()}
+    tables = {spec.name: features.rows_of(spec) for spec in trained.model.specs}
     vocabulary, source = features.tensors, trained.source
     if not isinstance(source, StoredSource):
         ids, own = features.item_ids(), source.item_ids()
@@ -69,7 +61,7 @@ def collect(trained: LoadedModel, program: ServingProgram) -> Contents:
             vectors = trained.retrieval_evaluator().corpus(own).vectors()
             tables[ITEM_VECTORS] = torch.zeros(len(ids), vectors.shape[1])
             tables[ITEM_VECTORS][torch.from_numpy(places)] = vectors
-    return Contents(facts, tables, vocabulary)
+    return facts, tables, vocabulary
 
 
 def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
@@ -109,12 +101,12 @@ class _Features:
         self._model, self._source = trained.model, trained.source
         self._device = trained.mesh.device
         self._vocabularies = trained.vocabularies
-        self.specs: dict[str, TableSpec] = {spec.name: spec for spec in trained.model.specs}
-        self._spec_of = {name: spec for spec in trained.model.specs for name in spec.features}
-        self._dynamic_ids = {
+        self._table_of = {name: spec.name for spec in trained.model.specs for name in spec.features}
+        ids = {
             name: np.sort(table.slots.content()[0].cpu().numpy())
             for name, table in dynamic_tables(trained.model).items()
         }
+        self._dynamic_ids = {name: ids[table] for name, table in self._table_of.items() if table in ids}
         self.tensors: dict[str, Tensor] = {}
         """ids.<feature>: its values. rows.<feature>: the table row of each value, if it differs from the index."""
         self.facts = {name: self._describe(name) for name in trained.source.roles.names}
@@ -122,7 +114,7 @@ class _Features:
     def rows_of(self, spec: TableSpec) -> Tensor:
         """The table rows that belong to ids, float32 [rows, dim]; one row of zeros if there are no ids."""
         names = [name for name in spec.features if not is_of_negatives(name)]
-        ids = self._dynamic_ids.get(spec.name)
+        ids = self._dynamic_ids.get(names[0])
         if ids is None:
             ids = np.arange(max(self._source.cardinalities[name] for name in names), dtype=np.int64)
         if not len(ids):
@@ -135,7 +127,7 @@ class _Features:
 
     def table_rows(self, feature: str, ids: np.ndarray) -> np.ndarray:
         """The table row of each model id, int64 [n]; -1 for ids without a row."""
-        known = self._dynamic_ids.get(self._spec_of[feature].name)
+        known = self._dynamic_ids.get(feature)
         if known is None:
             return np.where((ids >= 0) & (ids < self._source.cardinalities[feature]), ids, -1)
         return codes_of(ids, known)
@@ -150,7 +142,7 @@ class _Features:
         kind = vocabulary.kind
         ids = np.arange(vocabulary.size, dtype=np.int64)
         if kind == "raw":
-            kind, ids = "numbers", self.item_ids() if feature == roles.item else self._in_table(feature)
+            kind, ids = "numbers", self.item_ids() if feature == roles.item else self._dynamic_ids[feature]
             self.tensors[f"ids.{feature}"] = torch.from_numpy(ids)
         elif kind == "numbers":
             self.tensors[f"ids.{feature}"] = vocabulary.numbers.clone()
@@ -160,7 +152,7 @@ class _Features:
         if not np.array_equal(rows, np.arange(len(rows))):
             self.tensors[f"rows.{feature}"] = torch.from_numpy(rows)
         return {
-            "table": self._spec_of[feature].name,
+            "table": self._table_of[feature],
             "is_list": feature in roles.lists,
             "missing": self.missing(feature) if feature in roles.side else -1,
             "kind": kind,
@@ -173,11 +165,7 @@ class _Features:
         if self._vocabularies[item].kind != "raw":
             return np.arange(self._vocabularies[item].size, dtype=np.int64)
         of_data = self._source.item_ids()
-        return self._in_table(item) if of_data is None else np.union1d(self._in_table(item), of_data)
-
-    def _in_table(self, feature: str) -> np.ndarray:
-        """Ids with a table row, ascending, for a feature with raw ids."""
-        return self._dynamic_ids[self._spec_of[feature].name]
+        return self._dynamic_ids[item] if of_data is None else np.union1d(self._dynamic_ids[item], of_data)
 
 
 def _items(source: InferenceSource, features: _Features, places: np.ndarray, count: int) -> dict[str, Tensor]:

@@ -12,19 +12,18 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.export import ExportedProgram
 
-from hstu.base.errors import ConfigError, DataError
+from hstu.base.errors import DataError
 from hstu.checkpoint.directory import describe_files
 from hstu.config.args import ContextParallelArgs, DataParallelArgs, DatasetArgs, TensorModelParallelArgs
 from hstu.config.run_config import RunConfig
 from hstu.serve import runtime
 from hstu.serve.command import Candidates
-from hstu.serve.contents import Contents, check_can_be_served, collect
-from hstu.serve.loaded import LoadedModel
+from hstu.serve.contents import check_can_be_served, collect
+from hstu.serve.loaded import LoadedModel, with_store
 from hstu.serve.predict import RankingPredictor
 from hstu.serve.program import ServingProgram, trace
-from hstu.serve.runtime.files import COMPILED, FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
+from hstu.serve.runtime.files import FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
 from hstu.train.inference import StoredSource
 
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
@@ -36,9 +35,6 @@ _CHECKED_USERS = 10
 
 def for_export(config: RunConfig, data: Path | None = None) -> RunConfig:
     """The configuration to load a model for export: one process, float32, PyTorch operators; on other ``data``."""
-    dataset = config.dataset
-    if data is not None and isinstance(dataset, DatasetArgs):
-        dataset = replace(dataset, dataset_path=str(data), eval_dataset_path=None)
     network = replace(
         config.network,
         dtype_str="float32",
@@ -48,8 +44,7 @@ def for_export(config: RunConfig, data: Path | None = None) -> RunConfig:
         sequence_parallel=False,
     )
     return replace(
-        config,
-        dataset=dataset,
+        config if data is None else with_store(config, data),
         network=network,
         data_parallel=DataParallelArgs(),
         tensor_parallel=TensorModelParallelArgs(),
@@ -63,7 +58,6 @@ def write_serving(
     *,
     evaluations: Mapping[str, Mapping[str, float]] | None = None,
     table_dtype: str = "float32",
-    compiles: bool = False,
 ) -> float | None:
     """Write an export into a new folder. Returns its ``difference`` from the model.
 
@@ -72,10 +66,9 @@ def write_serving(
         folder: the folder to create, with its parents. It is complete once it has a manifest.
         evaluations: split → metric → value, for the model card.
         table_dtype: one of TABLE_DTYPES.
-        compiles: also compile the program for this kind of machine (AOTInductor), which needs a C++ compiler.
 
     Raises:
-        ConfigError: the model reads inputs that requests cannot contain, or the program cannot be compiled.
+        ConfigError: the model reads inputs that requests cannot contain.
         DataError: the data with the item features is missing, or the export differs from the model.
     """
     check_can_be_served(trained)
@@ -83,18 +76,23 @@ def write_serving(
     with trained.inference():
         program = ServingProgram(trained.task)
         exported = trace(program)
-        contents = collect(trained, program)
-        _write(folder, contents, exported, program.state_dict())
+        facts, tables, vocabulary = collect(trained, program)
+        torch.export.save(exported, folder / PROGRAM)
+        for name, tensors in ((WEIGHTS, program.state_dict()), (TABLES, tables), (VOCABULARY, vocabulary)):
+            _write_tensors(folder / name, tensors)
+        (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+        (folder / PACKAGE).mkdir()
+        for path in Path(runtime.__file__).parent.glob("*.py"):
+            shutil.copyfile(path, folder / PACKAGE / path.name)
+        _write_manifest(folder)
         found = difference(trained, runtime.load(folder))
     if found is not None and found > TOLERANCE:
         raise DataError(
             f"cannot export a program: it differs from the model by {found:.2g}, and {TOLERANCE:g} is allowed. "
             "This is a defect of the export for models of this configuration; please report it"
         )
-    _write_tensors(folder / TABLES, _reduced(contents.tables, table_dtype))
-    (folder / CARD).write_text(_card(trained, contents, table_dtype, evaluations or {}), encoding="utf-8")
-    if compiles:
-        _compile(exported, folder / COMPILED)
+    _write_tensors(folder / TABLES, _reduced(tables, table_dtype))
+    (folder / CARD).write_text(_card(trained, tables, table_dtype, evaluations or {}), encoding="utf-8")
     _write_manifest(folder)
     return found
 
@@ -128,18 +126,6 @@ def _largest(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected).abs() / (1 + expected.abs())).nan_to_num(torch.inf).max())
 
 
-def _write(folder: Path, contents: Contents, exported: ExportedProgram, weights: Mapping[str, Tensor]) -> None:
-    torch.export.save(exported, folder / PROGRAM)
-    _write_tensors(folder / WEIGHTS, weights)
-    _write_tensors(folder / TABLES, contents.tables)
-    _write_tensors(folder / VOCABULARY, contents.vocabulary)
-    (folder / FACTS).write_text(json.dumps(contents.facts, indent=1, ensure_ascii=False), encoding="utf-8")
-    (folder / PACKAGE).mkdir()
-    for path in sorted(Path(runtime.__file__).parent.glob("*.py")):
-        shutil.copyfile(path, folder / PACKAGE / path.name)
-    _write_manifest(folder)
-
-
 def _reduced(tables: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     """Convert tables to another dtype. int8 tables have one scale per row, which maps its largest value to 127."""
     if dtype != "int8":
@@ -163,25 +149,17 @@ def _write_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
-def _compile(exported: ExportedProgram, path: Path) -> None:
-    try:
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path))
-    except Exception as error:  # such as a missing or old compiler, or an unsupported operator
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"the program cannot be compiled here ({reason}); export without --aot") from error
-
-
 def _card(
-    trained: LoadedModel, contents: Contents, table_dtype: str, evaluations: Mapping[str, Mapping[str, float]]
+    trained: LoadedModel, tables: Mapping[str, Tensor], table_dtype: str, evaluations: Mapping[str, Mapping[str, float]]
 ) -> str:
     dataset = trained.config.dataset
     assert isinstance(dataset, DatasetArgs)
-    is_retrieval = contents.facts["task"] == "retrieval"
+    is_retrieval = trained.config.task == "retrieval"
     purpose = "recommends the next item of a user" if is_retrieval else "predicts what a user does with given items"
     metrics = [
         f"- {split}: {name} {value:.4f}" for split, values in evaluations.items() for name, value in values.items()
     ]
-    tables = [f"- {name}: {len(rows):,} × {rows.shape[1]}, {table_dtype}" for name, rows in contents.tables.items()]
+    sizes = [f"- {name}: {len(rows):,} × {rows.shape[1]}, {table_dtype}" for name, rows in tables.items()]
     return f"""# HSTU model on {dataset.dataset_name}
 
 This model {purpose}. It reads up to {trained.source.max_items:,} of the newest events of a user.
@@ -190,7 +168,7 @@ This model {purpose}. It reads up to {trained.source.max_items:,} of the newest 
 {chr(10).join(metrics) or "The checkpoint has no record of an evaluation."}
 
 ## Tables
-{chr(10).join(tables)}
+{chr(10).join(sizes)}
 
 ## Configuration
 ```

@@ -117,10 +117,7 @@ class BatchEncoder(Encoder):
         super().__init__(request_facts(config, source, vocabularies), vocabularies, items, known)
 
     def batches(self, histories: Sequence[History], rooms: Sequence[int] | None = None) -> Iterator[HSTUBatch]:
-        """Batches of histories in order, each cut to its newest items. Raises DataError for an incomplete history.
-
-        ``rooms``: number of newest items to keep of each history. None: the model's ``max_items``.
-        """
+        """Batches of histories, cut to their newest ``rooms`` items (None: ``max_items``). Raises DataError."""
         for history in histories:
             if not len(history.items):
                 raise DataError(f"{name_of(history)} has no items; give at least one")

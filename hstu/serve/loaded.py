@@ -50,12 +50,15 @@ def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tup
     return load_stored(directory / GIN if is_run(directory) else verified_file(stored, GIN)), stored
 
 
+def with_store(config: RunConfig, path: str | Path) -> RunConfig:
+    """The configuration on other preprocessed data."""
+    assert isinstance(config.dataset, DatasetArgs)
+    return replace(config, dataset=replace(config.dataset, dataset_path=str(path), eval_dataset_path=None))
+
+
 @dataclass
 class LoadedModel:
-    """A model with trained weights, its data and its configuration.
-
-    Methods compute without dropout, and with averaged weights if the run kept them. They are collective.
-    """
+    """A trained model with its data and configuration. Methods are collective; they use averaged weights if kept."""
 
     config: RunConfig
     checkpoint: Path
@@ -78,14 +81,14 @@ class LoadedModel:
     ) -> Self:
         """Load the model of a run, a checkpoint, a directory of checkpoints, or an export.
 
-        The data may be newer than the model: new users, items and contextual values get rows of zeros, which
-        ``report`` counts. Without the data, the model can recommend for histories given by hand.
+        New users, items and contextual values of newer data get rows of zeros, which ``report`` counts. Without the
+        data, the model can recommend for histories given by hand.
 
         Args:
-            path: what to load. A run or a directory of checkpoints means its newest checkpoint.
+            path: a run or a directory of checkpoints means its newest checkpoint.
             checkpoint: load this checkpoint or export of the run ``path`` instead, with the run's configuration.
-            mesh: ranks to load on. None: this process, or all ranks if torchrun started it. Collective.
-            strict: False: load what fits and report the rest. None: TrainerArgs.ckpt_load_strict of the configuration.
+            mesh: None: this process, or all ranks if torchrun started it. Collective.
+            strict: False: load what fits and report the rest. None: TrainerArgs.ckpt_load_strict.
             data: apply the model to this preprocessed data instead of the run's.
 
         Raises:
@@ -93,8 +96,7 @@ class LoadedModel:
             ConfigError: the configuration does not fit the checkpoint, or the run used random data.
         """
         config, stored = stored_config(path, checkpoint)
-        if data is not None and isinstance(config.dataset, DatasetArgs):
-            config = replace(config, dataset=replace(config.dataset, dataset_path=str(data), eval_dataset_path=None))
+        config = config if data is None else with_store(config, data)
         loaded = cls.restore(config, stored, mesh or mesh_of_this_process(), strict)
         if data is not None:
             loaded.with_data()  # raises if this data is missing
@@ -106,7 +108,13 @@ class LoadedModel:
         if not isinstance(config.dataset, DatasetArgs):
             raise ConfigError("the run trained on random data (BenchmarkDatasetArgs), so there is nothing to look up")
         root = locate(checkpoint)
-        source = _open_source(config, root, mesh)
+        source: InferenceSource | StoredSource
+        try:
+            source = InferenceSource(config, config.dataset, mesh)
+        except DataError as error:
+            if store_path(config.dataset).exists():
+                raise
+            source = StoredSource(config, root, mesh, error)
         model, optimizers = build_model(config, source, mesh)
         state = build_state(config, source, model, optimizers)
         is_strict = config.trainer.ckpt_load_strict if strict is None else strict
@@ -172,8 +180,8 @@ class LoadedModel:
     def user_vectors(self, batches: Iterable[HSTUBatch], at: int | None = None) -> Tensor:
         """Encode batches of histories into unit user vectors, float32 [users, E].
 
-        ``at``: time of the request in whole seconds since 1970. None: the time of each newest event.
-        Raises ConfigError if the model does not read ``at``, and DataError for a history with later events.
+        ``at``: time of the request in whole seconds since 1970. None: the time of each newest event. Raises ConfigError
+        if the model does not read ``at``, and DataError for a history with later events.
         """
         vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
         for batch in self.asked_at(batches, at):
@@ -234,14 +242,3 @@ def mesh_of_this_process() -> Mesh:
     """Join the process group at the first call. Cached, because a notebook may load many models."""
     atexit.register(meshes.finish, wait=False)
     return meshes.start()
-
-
-def _open_source(config: RunConfig, checkpoint: Path, mesh: Mesh) -> InferenceSource | StoredSource:
-    """Open the data, or its description in the checkpoint if the data is missing."""
-    assert isinstance(config.dataset, DatasetArgs)
-    try:
-        return InferenceSource(config, config.dataset, mesh)
-    except DataError as error:
-        if store_path(config.dataset).exists():
-            raise
-        return StoredSource(config, checkpoint, mesh, error)

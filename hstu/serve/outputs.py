@@ -30,7 +30,7 @@ class Prediction:
     first: int = 0
     """The label of the first output, if the kind is "class"."""
     expected: str | None = None
-    """The column of the expected label."""
+    """The column of the expected label, if there is one."""
 
 
 def predictions_of(loaded: LoadedModel) -> list[Prediction]:

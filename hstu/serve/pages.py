@@ -57,8 +57,6 @@ class PrefixCache:
     Not thread-safe. Raises ConfigError if a sequence of ``max_tokens`` does not fit.
 
     Args:
-        network: layers, heads and compute dtype.
-        capacity_bytes: maximum bytes of all pages.
         max_tokens: context and history tokens of the longest sequence.
         page_tokens: tokens per page. Large pages waste half a page per sequence; small pages need more calls.
     """

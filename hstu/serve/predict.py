@@ -5,7 +5,6 @@ Callers pass users in chunks to bound the memory. Ranks divide each chunk. Its r
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,10 +91,7 @@ def with_metrics(config: RunConfig, names: Sequence[str]) -> RunConfig:
 
 
 def item_vectors(loaded: LoadedModel) -> Iterator[np.ndarray]:
-    """Yield unit vectors of all items of the data in the order of their codes, in chunks float32 [n, E].
-
-    Items without a row in the model's table have zero vectors. Raises DataError for a ranking model. Collective.
-    """
+    """Yield unit vectors of all items in code order, float32 [n, E]; zeros for items without a row. Collective."""
     codes = np.arange(loaded.store.cardinality(loaded.source.roles.item), dtype=np.int64)
     corpus = loaded.retrieval_evaluator().corpus(loaded.model_ids(codes))
     with loaded.inference():
@@ -127,7 +123,6 @@ def _own_user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = N
 
 
 def _places_of(users: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Indices of ``wanted`` users in ``users``, which are distinct."""
     order = np.argsort(users)
     return order[codes_of(wanted, users[order])]
 
@@ -138,7 +133,7 @@ def _joined(loaded: LoadedModel, *own: np.ndarray) -> list[np.ndarray]:
     return [np.concatenate(arrays) for arrays in zip(*of_ranks, strict=True)]
 
 
-class Predictor(ABC):
+class Predictor:
     """Predicts for users given as store rows. Collective."""
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -146,9 +141,9 @@ class Predictor(ABC):
         self.source = loaded.with_data()
         self.store = self.source.store
 
-    @abstractmethod
     def predict(self, users: np.ndarray) -> pa.Table:
         """Predict a table with raw ids, grouped by user in the given order. Every rank returns all rows."""
+        raise NotImplementedError
 
     def _table(self, users: np.ndarray, items: Sequence[Any], columns: dict[str, np.ndarray]) -> pa.Table:
         """``users``: store rows, int64 [n]; ``items``: raw ids."""

@@ -33,8 +33,8 @@ APPENDED_AT_ONCE = 256
 class IncrementalEncoder:
     """A sequence encoder that caches histories under hashable keys. Call it in evaluation mode without gradients.
 
-    Results equal ``encoder`` on the whole sequence, except for the order of floating-point sums.
-    Raises ConfigError if the network truncates histories.
+    Results equal ``encoder`` on the whole sequence, except for the order of floating-point sums. Batches may begin with
+    context and earlier items before the new ones. Raises ConfigError if the network truncates histories.
 
     Args:
         encoder: an encoder without tensor or context parallelism. ``cache`` is for its network.
@@ -56,12 +56,17 @@ class IncrementalEncoder:
             )
         self.encoder, self.cache = encoder, cache
         self._embeddings_of = embeddings_of
+        self._per_item = encoder.features.tokens_per_item(encoder.network)
         group = encoder.network.target_group_size
         self._items_at_once = -(-candidates_at_once // group) * group
-        self.reencodes_because = why_append_reencodes(encoder)
+        self.reencodes_because: str | None = None
         """Why a new event changes the cached values of earlier events. None: it does not."""
-
-    # -- whole histories -----------------------------------------------------------------------------------------
+        if not encoder.network.is_causal:
+            self.reencodes_because = "NetworkArgs.is_causal = False: events see later ones"
+        elif encoder.features.contextual and not encoder.network.disable_contextual_mask:
+            self.reencodes_because = (
+                "NetworkArgs.disable_contextual_mask = False: context sees the whole history, which sees the context"
+            )
 
     def encode(self, keys: Sequence[Hashable], batch: HSTUBatch) -> None:
         """Encode and cache histories without candidates under ``keys``. Raises ValueError if they do not fit."""
@@ -88,8 +93,6 @@ class IncrementalEncoder:
                 prefix.times = None if layout.token_times is None else layout.token_times[run].clone()
         self.cache.statistics.encoded_tokens += layout.num_tokens
 
-    # -- new tokens of one history -------------------------------------------------------------------------------
-
     def kept_items(self, prefix: Prefix, new_items: int) -> int | None:
         """The number of cached items that stay valid when ``new_items`` follow. None: encode the whole history.
 
@@ -99,7 +102,7 @@ class IncrementalEncoder:
         if self.reencodes_because is not None:
             return None
         features, network = self.encoder.features, self.encoder.network
-        context, per_item = len(features.contextual), features.tokens_per_item(network)
+        context, per_item = len(features.contextual), self._per_item
         stable = prefix.num_tokens
         if network.needs_times and features.asks_for_next:
             stable -= 1
@@ -111,10 +114,7 @@ class IncrementalEncoder:
         return (stable - context) // per_item
 
     def append(self, prefix: Prefix, key: Hashable, batch: HSTUBatch, count: int, kept: int) -> Tensor:
-        """Cut ``prefix`` to ``kept`` items (see ``kept_items``), and append the newest ``count`` items of ``batch``.
-
-        The batch may begin with context and earlier items. Returns the newest token, float32 [D].
-        """
+        """Append the newest ``count`` items of ``batch`` to ``kept`` cached items. Returns the newest token, [D]."""
         tokens = None
         with self._forgotten_after_an_error([key]):
             prefix.cut(tokens_of(self.encoder, kept))
@@ -128,10 +128,7 @@ class IncrementalEncoder:
         return tokens[-1]
 
     def newest(self, prefix: Prefix, batch: HSTUBatch) -> Tensor:
-        """Compute the newest token of a history, float32 [D], for a request at ``batch.request_times``.
-
-        ``batch`` ends with the newest item of the cached history. Requires that ``reencodes_because`` is None.
-        """
+        """Compute the newest token, float32 [D], of a history at ``batch.request_times``. ``batch`` ends with it."""
         before = prefix.num_tokens - self._per_item
         x, layout = self._newest(batch, 1)
         part = _part(layout, slice(0, len(x)), before, prefix.num_tokens)
@@ -142,8 +139,7 @@ class IncrementalEncoder:
     def score(self, prefix: Prefix, batch: HSTUBatch) -> Tensor:
         """Encode the candidates of a one-sequence batch after the history ``prefix``: float32 [m, D].
 
-        Micro-batches of candidates bound the memory. The batch may begin with context and earlier items. Only later
-        candidates of the same group read the action on a candidate.
+        Micro-batches bound the memory. Only later candidates of the same group read the action on a candidate.
         """
         group, per_item = self.encoder.network.target_group_size, self._per_item
         count = int(batch.num_candidates_host[0])
@@ -156,12 +152,6 @@ class IncrementalEncoder:
             part = _part(layout, rows, end, end)
             found.append(self._extend(prefix, x[rows], part, end, keep=False)[::per_item])
         return torch.cat([x.new_empty(0, x.shape[1], dtype=torch.float32), *found])
-
-    # -- one pass ------------------------------------------------------------------------------------------------
-
-    @property
-    def _per_item(self) -> int:
-        return self.encoder.features.tokens_per_item(self.encoder.network)
 
     def _newest(self, batch: HSTUBatch, count: int) -> tuple[Tensor, JaggedLayout]:
         """The tokens of the newest ``count`` items of a one-sequence batch, without positions, and their layout."""
@@ -232,23 +222,11 @@ def tokens_of(encoder: SequenceEncoder, items: int) -> int:
 
 
 def _writing(attention: AttentionForward, write: Callable[[Tensor, Tensor], None]) -> AttentionForward:
-    """Wrap an attention so that it first calls ``write`` with its keys and values."""
-
     def attend(inputs: AttentionInputs) -> Tensor:
         write(inputs.k, inputs.v)
         return attention(inputs)
 
     return attend
-
-
-def why_append_reencodes(encoder: SequenceEncoder) -> str | None:
-    """Why earlier tokens read later tokens, so that each event needs a full encode. None: they do not."""
-    network = encoder.network
-    if not network.is_causal:
-        return "NetworkArgs.is_causal = False: events see later ones"
-    if encoder.features.contextual and not network.disable_contextual_mask:
-        return "NetworkArgs.disable_contextual_mask = False: context sees the whole history, which sees the context"
-    return None
 
 
 def _runs_of(count: int, length: int) -> Iterator[slice]:

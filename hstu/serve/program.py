@@ -80,6 +80,7 @@ class ServingProgram(nn.Module):
         super().__init__()
         encoder = task.encoder
         self.network = encoder.network
+        self._truncates = self.network.whole_layers < self.network.num_layers
         self.inputs = _frozen(encoder.inputs)
         self.layers = _frozen(encoder.layers)
         for layer in self.layers:
@@ -111,10 +112,6 @@ class ServingProgram(nn.Module):
             **dict.fromkeys((name for name in _SIZES if name.startswith("kept")), self._truncates),
         }
         return tuple(name for name in _SIZES if needed.get(name, True))
-
-    @property
-    def _truncates(self) -> bool:
-        return self.network.whole_layers < self.network.num_layers
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Predict; see the class for inputs and outputs."""
@@ -214,11 +211,7 @@ class _OfInputsAndWeights(nn.Module):
 
 
 def trace(program: ServingProgram) -> ExportedProgram:
-    """Trace the program to a graph of PyTorch's own operators, for any number of sequences, items and tokens.
-
-    Its arguments are the inputs in the order of ``input_names``, and the weights in the order of their names. Compiled
-    programs need this order: AOTInductor (torch 2.13) reads the values of a dict and ignores its keys.
-    """
+    """Trace the program for any number of sequences, items and tokens. Its arguments: inputs, weights by name."""
     sizes = {
         "item_width": program.network.item_width,
         "contextual_width": program.network.contextual_width,

@@ -49,9 +49,9 @@ class Session:
         cache_bytes: memory for keys and values on the model's device.
         page_tokens: tokens per page of the cache.
         candidates_at_once: candidates per micro-batch.
-        trim_events: number of events removed when a history exceeds ``max_items``. With 1, a history has maximum
-            length, but each new event shifts all positions and encodes it again. With n, only every n-th event encodes
-            it again, and it is up to n − 1 events shorter.
+        trim_events: number of events removed when a history exceeds ``max_items``. Each removal shifts all positions
+            and encodes the history again. With n, only every n-th event does so, and histories are up
+            to n − 1 events shorter.
 
     Raises:
         ConfigError: a model on several ranks, with truncated histories or whose candidates read the actions on others,
@@ -96,10 +96,10 @@ class Session:
             page_tokens=page_tokens,
         )
         self._incremental = IncrementalEncoder(encoder, self._cache, self._embeddings_of, candidates_at_once)
-        if self._incremental.reencodes_because is not None:
-            log.warning(
-                "session: each appended event encodes its history again: %s", self._incremental.reencodes_because
-            )
+        self.reencodes_because = self._incremental.reencodes_because
+        """Why each appended event encodes the whole history again. None: only new tokens are computed."""
+        if self.reencodes_because is not None:
+            log.warning("session: each appended event encodes its history again: %s", self.reencodes_because)
         self._requests = loaded.encoder
         self._users: dict[Any, _Known] = {}
 
@@ -107,13 +107,6 @@ class Session:
     def statistics(self) -> CacheStatistics:
         """Memory use and counters of the cache."""
         return self._cache.statistics
-
-    @property
-    def reencodes_because(self) -> str | None:
-        """Why each appended event encodes the whole history again. None: only new tokens are computed."""
-        return self._incremental.reencodes_because
-
-    # -- histories -----------------------------------------------------------------------------------------------
 
     def encode(self, histories: Iterable[History]) -> None:
         """Encode histories, replacing earlier histories of their users. Raises DataError for incomplete histories."""
@@ -144,8 +137,6 @@ class Session:
             self._users.pop(user, None)
             self._cache.drop(user)
 
-    # -- requests ------------------------------------------------------------------------------------------------
-
     def score(
         self,
         user: Any,
@@ -157,18 +148,16 @@ class Session:
         """Score candidates after the history of a user.
 
         Args:
-            user: raw id of a user whose history was given to ``encode``.
-            items: raw ids, [m].
+            user, items: raw ids.
             at: time of the request in whole seconds since 1970. None: the time of the newest event.
             features: item or event feature that is known before an event → raw value per candidate.
 
         Returns:
-            Ranking: ``ModelOutput.logits``, float32 [m, last width of the head]. Retrieval: cosine similarities of
-            user and items, float32 [m]; −inf for items that the model does not have.
+            Ranking: ``ModelOutput.logits``, float32 [m, outputs]. Retrieval: cosine similarities of user and items,
+            float32 [m]; −inf for items that the model does not have.
 
-        Raises:
-            DataError: an unknown user, ``at`` before the newest event, or candidates that lack a feature.
-            ConfigError: ``at`` is given to a model that does not read it.
+        Raises DataError for an unknown user, an ``at`` before its newest event, or candidates that lack a feature, and
+        ConfigError if the model does not read ``at``.
         """
         known = self._known(user)
         if isinstance(self._task, RetrievalDense):
@@ -200,8 +189,6 @@ class Session:
                 vectors.append(self._task.queries(newest[None]))
         return torch.cat(vectors)
 
-    # -- helpers -------------------------------------------------------------------------------------------------
-
     def _appended(self, known: _Known, history: History, count: int) -> _Known:
         """Update the cache for a user's new ``history``, whose newest ``count`` items are new."""
         user, room = history.user, self.max_items - self._trim_events + 1
@@ -222,7 +209,6 @@ class Session:
         return updated
 
     def _encode(self, known: Mapping[Any, _Known]) -> None:
-        """Encode at most one evaluation batch of users."""
         histories = [each.history for each in known.values()]
         lengths = [each.num_items for each in known.values()]
         for batch in self._requests.batches(histories, lengths):
@@ -231,7 +217,6 @@ class Session:
         self._users.update(known)
 
     def _prefix(self, user: Any, known: _Known) -> Prefix:
-        """The cached prefix of a user, encoded first if it is missing."""
         prefix = self._cache.find(user)
         if prefix is not None:
             self.statistics.hits += 1

@@ -104,11 +104,7 @@ def test_a_directory_that_was_copied_in_part_is_an_error(retrieval: Served, tmp_
         runtime.load(folder)
 
 
-def test_another_version_and_a_missing_compiled_program_are_errors(
-    retrieval: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ServingError, match="has no compiled program; export with --aot"):
-        runtime.load(retrieval.folder, compiled=True)
+def test_another_version_is_an_error(retrieval: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hstu.serve.runtime.files.VERSION", 3)
     with pytest.raises(ServingError, match="has the format hstu-serving 2, and this program reads hstu-serving 3"):
         runtime.load(retrieval.folder)

@@ -10,7 +10,6 @@ import torch
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.export import TOLERANCE
-from hstu.serve.runtime import History, load
 from hstu.serve.runtime.files import read_tables
 from tests.serve.random_requests import largest_difference
 from tests.serve.served import BIAS, EVERY_FEATURE, feature_store, random_model, serve
@@ -92,12 +91,3 @@ def test_tables_of_fewer_bits_are_close(
     places = served.model.encoder.items.rows(range(1000, 1000 + ITEMS))
     found = read_tables(served.folder / "tables.safetensors")["item_id_table"].rows(places)
     assert 0 < ((found - rows).abs() / rows.abs().amax(dim=1, keepdim=True)).max() <= largest
-
-
-@pytest.mark.timeout(1200)
-def test_a_compiled_program_computes_the_same(mesh: Mesh, stores: dict[bool, SequenceStore], tmp_path: Path) -> None:
-    served = serve(random_model("retrieval", stores[False], mesh, tmp_path), tmp_path / "serving", compiles=True)
-    compiled = load(served.folder, compiled=True)
-    for items in ([1000], [1000, 1001, 1005]):
-        history = History(items=items, actions=[1] * len(items))
-        torch.testing.assert_close(compiled.embed(history), served.model.embed(history), rtol=1e-5, atol=1e-5)

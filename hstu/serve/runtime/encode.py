@@ -120,10 +120,7 @@ class Encoder:
     def sequences(
         self, history: History, candidates: Candidates, at: int | None = None
     ) -> list[tuple[Events, Events | None]]:
-        """Encode the sequences to score: even parts of the candidates, each after as much history as fits.
-
-        If the model was trained with candidates, the history leaves room for the largest part in ``max_items``.
-        """
+        """Encode even parts of the candidates, each after as much history as fits beside it in ``max_items``."""
         count, longest, rule = len(candidates.items), self.facts["max_items"], self.facts["candidates"]
         number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
         room = longest - (-(-count // number) if rule["trained"] and number else 1)
@@ -248,10 +245,6 @@ def _time_codes(name: str, times: Tensor, before: Tensor) -> Tensor:
     if name == "day_of_week":
         return (times // 86400 + 3) % 7  # 1970 began on a Thursday
     is_first = before == _NO_EVENT
-    gaps = _bit_lengths(1 + (times - before).masked_fill(is_first, 0)).clamp(max=40)
+    seconds = 1 + (times - before).masked_fill(is_first, 0)  # the gap is 1 + ⌊log2(seconds)⌋
+    gaps = torch.tensor([number.bit_length() for number in seconds.tolist()], dtype=torch.int64).clamp(max=40)
     return gaps.masked_fill(is_first, 0)
-
-
-def _bit_lengths(numbers: Tensor) -> Tensor:
-    """1 + ⌊log2(number)⌋ of numbers ≥ 1, int64 [n]."""
-    return torch.tensor([number.bit_length() for number in numbers.tolist()], dtype=torch.int64)

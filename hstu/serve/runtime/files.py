@@ -18,7 +18,7 @@ from .requests import ServingError
 
 FORMAT, VERSION = "hstu-serving", 2
 MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.safetensors", "vocabulary.safetensors"
-PROGRAM, COMPILED, WEIGHTS = "program.pt2", "program_aot.pt2", "weights.safetensors"
+PROGRAM, WEIGHTS = "program.pt2", "weights.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "I64": torch.int64, "U8": torch.uint8}
 _INT64 = range(-(2**63), 2**63)
 
@@ -185,10 +185,6 @@ class Vocabulary:
             return [self.texts[place] for place in places.tolist()]
         found: list[Any] = (self.numbers[places] if self.kind == "numbers" else places).tolist()
         return found
-
-    def value_at(self, place: int) -> Any:
-        """The value at one index."""
-        return self.values_at(torch.tensor([place]))[0]
 
 
 def _as_int64(value: Any) -> int | None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .encode import Encoder, Events
 from .files import (
-    COMPILED,
     PROGRAM,
     TABLES,
     VOCABULARY,
@@ -33,8 +32,6 @@ _SCORES_AT_ONCE = 1 << 19
 """Maximum attention scores per chunk, unless one sequence has more: 6 sequences of 200 tokens with 2 heads.
 Small chunks need less padding, and their activations fit the CPU caches.
 """
-Program = Callable[[dict[str, Tensor]], Tensor]
-"""Inputs (see hstu/serve/program.py) → outputs."""
 Sequence_ = tuple[Events, Events | None]
 """(history, candidates to score). None: predict from the newest event."""
 
@@ -51,17 +48,16 @@ class Recommendation:
     """Titles of the items; empty if the data has no titles."""
 
 
-def load(directory: str | Path, *, compiled: bool = False, like: Model | None = None) -> Model:
+def load(directory: str | Path, *, like: Model | None = None) -> Model:
     """Load the folder ``serving`` of an export, and verify the checksums of all files.
 
     Args:
         directory: the folder. It may have been moved, and may change or be removed after loading.
-        compiled: run the program that ``--aot`` compiled for this kind of machine instead of the graph.
         like: share the program of this model if it is equal, as in exports of one configuration, to save seconds.
 
     Raises ServingError if a file is missing, incomplete or damaged, or the folder has another version.
     """
-    return Model(Path(directory), compiled, like)
+    return Model(Path(directory), like)
 
 
 class Model:
@@ -71,7 +67,7 @@ class Model:
     ``titles`` has the item titles in the order of ``encoder.items``; it is empty if the data has no titles.
     """
 
-    def __init__(self, directory: Path, compiled: bool, like: Model | None) -> None:
+    def __init__(self, directory: Path, like: Model | None) -> None:
         self.facts, checksums = read_directory(directory)
         self._tables = tables = read_tables(directory / TABLES)
         stored = read_tensors(directory / VOCABULARY)
@@ -87,15 +83,11 @@ class Model:
                 vectors = tables[self.facts["features"][self.facts["item"]]["table"]].rows(items.rows_of(places))
             self._items = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
             self._is_missing = ~self._items.any(dim=1)
-        if compiled and COMPILED not in checksums:
-            raise ServingError(f"{directory} has no compiled program; export with --aot, or load it without")
         self._weights = dict(sorted(read_tensors(directory / WEIGHTS).items()))
-        self._checksum = checksums[COMPILED if compiled else PROGRAM]
+        self._checksum = checksums[PROGRAM]
         self._program: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
         if like is not None and like._checksum == self._checksum:
             self._program = like._program
-        elif compiled:
-            self._program = torch._inductor.aoti_load_package(str(directory / COMPILED))
         else:
             self._program = torch.export.load(directory / PROGRAM).module()
 
@@ -120,12 +112,11 @@ class Model:
             at: time of the request in whole seconds since 1970. None: the time of each user's newest event.
             filter_seen: leave out the items of a user's history.
 
-        Raises:
-            ServingError: a history is empty, incomplete or has an event after ``at``; the model does not read ``at``;
-                or it is a ranking model.
+        Raises ServingError if a history is empty, incomplete or has an event after ``at``, if the model does not read
+        ``at``, or if it is a ranking model.
         """
-        seen = [history.items if filter_seen else () for history in histories]
         self._item_vectors("recommend")
+        seen = [history.items if filter_seen else () for history in histories]
         return self.nearest(self.embed_batch(histories, at), [k] * len(histories), seen)
 
     def nearest(self, queries: Tensor, k: Sequence[int], seen: Sequence[Sequence[Any]]) -> list[Recommendation]:
@@ -155,17 +146,21 @@ class Model:
     def embed_batch(self, histories: Sequence[History], at: int | None = None) -> Tensor:
         """Encode histories into unit vectors, float32 [n, E]. Arguments and errors: :meth:`recommend_batch`."""
         width = self._item_vectors("embed").shape[1]
-        encoded = [self.encode(history, at) for history in histories]
+        encoded = [self.encode(history, None, at) for history in histories]
         return torch.cat([torch.empty(0, width), *self.run(encoded)])
 
-    def encode(self, history: History, at: int | None = None) -> Sequence_:
+    def encode(self, history: History, candidates: Candidates | None, at: int | None = None) -> list[Sequence_]:
         """Prepare a request for :meth:`run`, which runs requests with different ``at`` together."""
-        self._item_vectors("embed")
-        return self.encoder.history(history, at, self.facts["max_items"]), None
+        if self.facts["task"] == "retrieval":
+            return [(self.encoder.history(history, at, self.facts["max_items"]), None)]
+        assert candidates is not None, "a ranking model scores candidates"
+        return [*self.encoder.sequences(history, candidates, at)]
 
-    def run(self, encoded: Sequence[Sequence_]) -> list[Tensor]:
+    def run(self, encoded: Sequence[Sequence[Sequence_]]) -> list[Tensor]:
         """Run the program. Returns the vector [1, E] of each user, or the logits [candidates, outputs]."""
-        return _run(lambda inputs: self._program(inputs, self._weights), self.facts, self._tables, encoded)
+        outputs = iter(self._run([part for own in encoded for part in own]))
+        nothing = torch.empty(0, sum(task["width"] for task in self.facts["tasks"]))
+        return [torch.cat([*(next(outputs) for _ in own)]) if own else nothing for own in encoded]
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
         """Unit vectors of items, float32 [len(items), E]; zeros for unknown items."""
@@ -211,38 +206,31 @@ class Model:
             return [
                 (self.item_vectors(each.items) @ query)[:, None] for each, query in zip(shown, queries, strict=True)
             ]
-        pairs = list(zip(histories, shown, strict=True))
-        parts = [self.encoder.sequences(history, each, at) for history, each in pairs]
-        found = iter(self.run([part for own in parts for part in own]))
-        width = sum(task["width"] for task in self.facts["tasks"])
-        return [torch.cat([torch.empty(0, width), *(next(found) for _ in own)]) for own in parts]
+        return self.run([self.encode(history, each, at) for history, each in zip(histories, shown, strict=True)])
+
+    def _run(self, sequences: Sequence[Sequence_]) -> list[Tensor]:
+        """Run the program on chunks of sequences of similar length. Returns [outputs, width] per sequence."""
+        facts, found, start = self.facts, [torch.empty(0)] * len(sequences), 0
+        most = _SCORES_AT_ONCE // facts["heads"]
+        lengths = [_num_items(sequence) * facts["tokens_per_item"] + len(facts["contextual"]) for sequence in sequences]
+        order = sorted(range(len(sequences)), key=lengths.__getitem__)  # a chunk is padded to its longest sequence
+        while start < len(order):
+            stop = start + 1
+            while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] ** 2 <= most:
+                stop += 1
+            chunk = order[start:stop]
+            inputs, counts = _inputs(facts, self._tables, [sequences[place] for place in chunk])
+            with torch.inference_mode():
+                outputs = self._program(inputs, self._weights)
+            for place, own in zip(chunk, outputs.split(counts), strict=True):
+                found[place] = own
+            start = stop
+        return found
 
     def _item_vectors(self, purpose: str) -> Tensor:
         if self._items is None:
             raise ServingError(f"cannot {purpose}: a ranking model has no vectors of users and items; use score")
         return self._items
-
-
-def _run(
-    program: Program, facts: Mapping[str, Any], tables: Mapping[str, Table], sequences: Sequence[Sequence_]
-) -> list[Tensor]:
-    """Run the program on chunks of sequences of similar length. Returns [outputs, width] per sequence."""
-    lengths = [_num_items(sequence) * facts["tokens_per_item"] + len(facts["contextual"]) for sequence in sequences]
-    order = sorted(range(len(sequences)), key=lengths.__getitem__)  # a chunk is padded to its longest sequence
-    found: list[Tensor] = [torch.empty(0)] * len(sequences)
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and (stop + 1 - start) * facts["heads"] * lengths[order[stop]] ** 2 <= _SCORES_AT_ONCE:
-            stop += 1
-        chunk = order[start:stop]
-        inputs, counts = _inputs(facts, tables, [sequences[place] for place in chunk])
-        with torch.inference_mode():
-            outputs = program(inputs)
-        for place, own in zip(chunk, outputs.split(counts), strict=True):
-            found[place] = own
-        start = stop
-    return found
 
 
 def _num_items(sequence: Sequence_) -> int:
@@ -300,8 +288,11 @@ def _table_rows(facts: Mapping[str, Any], tables: Mapping[str, Table], parts: Se
         found = []
         for name in names:
             rows = rows_of(name, [part.ids[name] for part in parts])
-            is_list = facts["features"][name]["is_list"]
-            found.append(_means(rows, torch.cat([part.counts[name] for part in parts])) if is_list else rows)
+            if facts["features"][name]["is_list"]:
+                counts = torch.cat([part.counts[name] for part in parts])
+                sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, _runs(counts)[0], rows)
+                rows = sums / counts[:, None]
+            found.append(rows)
         return torch.cat(found, dim=1)
 
     names = {"items": [facts["item"]], "actions": [facts["action"]] if facts["action"] else []}
@@ -319,19 +310,10 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([part for part in parts if part is not None])
 
 
-def _means(rows: Tensor, lengths: Tensor) -> Tensor:
-    """Means of consecutive runs of rows [sum of lengths, width], with lengths int64 [n]: [n, width]."""
-    run, _ = _runs(lengths)
-    return rows.new_zeros(len(lengths), rows.shape[1]).index_add_(0, run, rows) / lengths[:, None]
-
-
 def _query_times(
     facts: Mapping[str, Any], times: Tensor, place: Tensor, lengths: Tensor, ends: Tensor, at: Tensor
 ) -> Tensor:
-    """The query time of each token, int64 [T]: the time of the next token, or its own.
-
-    The next time of a history's newest token is the request, if ``request_follows``.
-    """
+    """Query time of each token, int64 [T]: the time of the next token, or of the request, or its own."""
     if not facts["asks_for_next"]:
         return times
     following = torch.cat([times[1:], times[-1:]])

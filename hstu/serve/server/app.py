@@ -52,10 +52,7 @@ _log = logging.getLogger(__name__)
 
 
 def serve(root: Path, host: str, port: int, settings: Settings) -> None:
-    """Serve the newest export of ``root`` (see ``find_exports``) until SIGTERM or Ctrl-C; finish running requests then.
-
-    ``port`` 0 chooses a free port. Raises ConfigError for an unusable address, DataError if no export can be served.
-    """
+    """Serve the newest export of ``root`` until SIGTERM or Ctrl-C. Raises ConfigError or DataError if it cannot."""
     _set_up_logging()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     torch.set_num_threads(settings.threads)
@@ -268,7 +265,7 @@ async def _watch(live: LiveModel, every_s: float) -> None:
 def _facts(served: ServedModel) -> dict[str, Any]:
     facts, encoder = served.model.facts, served.model.encoder
     actions = encoder.vocabularies[facts["action"]] if facts["action"] else None
-    shown = range(actions.size if actions is not None and actions.size <= _SHOWN_ACTIONS else 0)
+    values = actions.values_at(torch.arange(actions.size)) if actions and actions.size <= _SHOWN_ACTIONS else []
     return {
         "model": served.version,
         "task": served.task,
@@ -276,7 +273,7 @@ def _facts(served: ServedModel) -> dict[str, Any]:
         "max_events": facts["max_items"],
         "reads": {
             "actions": facts["action"],
-            "action_values": [actions.value_at(place) for place in shown] if actions is not None else [],
+            "action_values": values,
             "timestamps": facts["reads_times"],
             "request_time": facts["reads_request_time"],
             "context": facts["contextual"],
@@ -287,11 +284,9 @@ def _facts(served: ServedModel) -> dict[str, Any]:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """Bind a socket. The caller does so before loading the model, which may take long."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=_BACKLOG
-        )
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         raise ConfigError(
             f"cannot listen at {host}, port {port}: {error.strerror}. Choose another with --port; 0 takes a free one"

@@ -127,19 +127,16 @@ class Batcher:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), patience)
             else:
-                await self._answer(self._take())
+                count = min(len(self._queue), self._settings.max_batch)
+                batch = [self._queue.popleft() for _ in range(count)]
+                self._metrics.waiting.set(len(self._queue))
+                await self._answer(batch)
 
     def _patience_s(self) -> float:
         """Seconds until the next batch must start."""
         if self._is_closing or len(self._queue) >= self._settings.max_batch:
             return 0.0
         return self._queue[0].since + self._settings.max_wait_s - time.monotonic()
-
-    def _take(self) -> list[_Waiting]:
-        count = min(len(self._queue), self._settings.max_batch)
-        batch = [self._queue.popleft() for _ in range(count)]
-        self._metrics.waiting.set(len(self._queue))
-        return batch
 
     async def _answer(self, batch: list[_Waiting]) -> None:
         begun = time.monotonic()

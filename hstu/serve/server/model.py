@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Annotated, Any
 
 import torch
@@ -14,7 +15,7 @@ from hstu.serve.runtime import Candidates, History, Model, Recommendation, Servi
 
 MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED = 10_000, 1_000, 1_000
 _MAX_TEXT = 1_000
-_FIELDS_OF_HISTORY = [field.name for field in fields(History)]
+_NOT_FINITE = "the model gives no finite number for this request; look for extreme numbers in it"
 
 Text = Annotated[StrictStr, Field(max_length=_MAX_TEXT)]
 Id = StrictInt | Text
@@ -54,8 +55,7 @@ class User(BaseModel):
 
     def query(self) -> Query:
         """What to compute."""
-        history = History(**{name: getattr(self, name) for name in _FIELDS_OF_HISTORY})
-        return Query(history, self.at)
+        return Query(History(**{field.name: getattr(self, field.name) for field in fields(History)}), self.at)
 
 
 class RecommendRequest(User):
@@ -114,21 +114,17 @@ class ServedModel:
 
     def search(self, text: str, count: int) -> list[tuple[Any, str]]:
         """Find up to ``count`` (id, title) pairs whose title contains ``text`` or whose id equals it. Thread-safe."""
-        items, wanted, found = self.model.encoder.items, text.casefold(), []
-        place = int(items.places([text])[0])
-        if place >= 0:
-            found.append((items.value_at(place), self.model.titles[place] if self._titles else ""))
-        for other, title in enumerate(self._titles):
-            if len(found) >= count:
-                break
-            if wanted in title and other != place:
-                found.append((items.value_at(other), self.model.titles[other]))
-        return found
+        items, wanted, titles = self.model.encoder.items, text.casefold(), self.model.titles
+        places = [place for place in items.places([text]).tolist() if place >= 0]
+        others = (place for place, title in enumerate(self._titles) if wanted in title and place not in places)
+        places = [*places, *islice(others, count)][:count]
+        values = items.values_at(torch.tensor(places, dtype=torch.int64))
+        return [(value, titles[place] if titles else "") for value, place in zip(values, places, strict=True)]
 
     def check(self) -> None:
         """Answer a test query. Raises ServingError if that fails or the result is not finite."""
         encoder = self.model.encoder
-        item, missing = encoder.items.value_at(0), {name: [None] for name in encoder.given_features}
+        (item,), missing = encoder.items.values_at(torch.tensor([0])), {name: [None] for name in encoder.given_features}
         history = History(items=[item], actions=[None], timestamps=[0], features=missing)
         shown = Candidates([item], {name: [None] for name in encoder.known_before})
         for answer in self.answer([Query(history, candidates=shown)]):
@@ -137,22 +133,20 @@ class ServedModel:
 
     def _outputs(self, queries: Sequence[Query]) -> list[Tensor | ServingError]:
         """For each query, the user vector [1, E], the logits [candidates, outputs], or a ServingError."""
-        found: list[slice | ServingError] = []
-        sequences: list[Any] = []
+        encoded: list[Any] = []
         for query in queries:
             try:
-                if self.task == "retrieval":
-                    own = [self.model.encode(query.history, query.at)]
-                elif query.candidates is not None:
-                    own = self.model.encoder.sequences(query.history, query.candidates, query.at)
-                else:
+                if self.task == "ranking" and query.candidates is None:
                     raise ServingError("a ranking model has no vectors of users and items; use /score")
-                found.append(slice(len(sequences), len(sequences) + len(own)))
-                sequences += own
+                encoded.append(self.model.encode(query.history, query.candidates, query.at))
             except ServingError as error:
-                found.append(error)
-        outputs = self.model.run(sequences)
-        return [_finite(torch.cat(outputs[each])) if isinstance(each, slice) else each for each in found]
+                encoded.append(error)
+        outputs = iter(self.model.run([each for each in encoded if not isinstance(each, ServingError)]))
+        found = [each if isinstance(each, ServingError) else next(outputs) for each in encoded]
+        return [
+            each if isinstance(each, ServingError) or each.isfinite().all() else ServingError(_NOT_FINITE)
+            for each in found
+        ]
 
     def _recommendations(
         self, queries: Sequence[Query], outputs: Sequence[Tensor | ServingError]
@@ -181,9 +175,3 @@ class ServedModel:
         items = list(dict.fromkeys([*query.history.items, *shown]))
         places = self.model.encoder.items.places(items).tolist()
         return [item for item, place in zip(items, places, strict=True) if place < 0]
-
-
-def _finite(values: Tensor) -> Tensor | ServingError:
-    if values.isfinite().all():
-        return values
-    return ServingError("the model gives no finite number for this request; look for extreme numbers in it")

@@ -103,10 +103,7 @@ class LiveModel:
         return {str(found.folder): reason for found, reason in self._bad.items()}
 
     def refresh(self) -> bool:
-        """Load the newest export that works, if it is new. Returns whether the model was replaced.
-
-        Takes seconds, while the current model keeps answering. Only one thread may call it at a time.
-        """
+        """Load the newest export that works, if it is new. Returns whether it is. One thread at a time may call it."""
         found = find_exports(self._root)
         self._bad = {each: reason for each, reason in self._bad.items() if each in found}
         is_swapped = any(self._try(each) for each in self._newer(found))

@@ -20,7 +20,7 @@ from hstu.ops.functional import softmax_loss
 from hstu.ops.kernels import NEVER_SEEN, Kernels, Negatives, SeenItems
 from hstu.ops.layout import JaggedLayout, TokenRuns, to_device
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.pytorch.softmax_loss import first_places
+from hstu.ops.pytorch.softmax_loss import first_indices
 
 GatherPool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(rows [S, E], ids [S], padded with PADDING_ID) → the same of all data-parallel ranks. Differentiable. Collective."""
@@ -214,11 +214,11 @@ def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature:
     places = torch.arange(len(sequences), device=ordered.device) - items.offsets()[:-1][sequences]
     size = len(pool_ids) + 1  # the last column is for items outside the pool
     first = torch.full((batch.batch_size, size), NEVER_SEEN, dtype=torch.int32, device=ordered.device)
-    flat, columns = first.view(-1), first_places(items.values(), ordered)
+    flat, columns = first.view(-1), first_indices(items.values(), ordered)
     flat.scatter_reduce_(0, sequences * size + columns, places.int(), "amin")
     if batch.seen is not None:
         rows = _rows(batch.seen.lengths, len(batch.seen.values))
-        flat[rows * size + first_places(batch.seen.values, ordered)] = _BEFORE_THE_SEQUENCE
+        flat[rows * size + first_indices(batch.seen.values, ordered)] = _BEFORE_THE_SEQUENCE
     of_entries = first.index_select(1, torch.searchsorted(ordered, pool_ids))
     return SeenItems(of_entries, sequences[targets].int(), places[targets].int())
 

@@ -167,13 +167,13 @@ the gradients of x, weight and bias."""
 
 @dataclass(frozen=True)
 class SeenItems:
-    """Hides pool entry s from query m if its user has it by the target: ``first[sequences[m], s] <= places[m]``."""
+    """Hides pool entry s from query m if its user has it by the target: ``first[sequences[m], s] <= positions[m]``."""
 
     first: Tensor
     """int32 [B, S], contiguous: first position of an entry's item in a sequence; negative for items before it,
     NEVER_SEEN for items that it does not have."""
     sequences: Tensor  # int32 [M]: sequence of each query
-    places: Tensor  # int32 [M]: position of each query's target in its sequence
+    positions: Tensor  # int32 [M]: position of each query's target in its sequence
 
 
 NEVER_SEEN = 2**31 - 1

@@ -130,17 +130,17 @@ def build_layout(
     seqlens = sequence_tokens(item_lengths, num_contextuals, tokens_per_item, has_context=is_real)
     candidates = np.zeros_like(seqlens) if num_candidates is None else (num_candidates * tokens_per_item)
     candidates = candidates.astype(np.int64)
-    sequence, place, history_end = _places(seqlens, candidates, device)
+    sequence, index, history_end = _token_indices(seqlens, candidates, device)
     token_times = query_times = None
     if item_times is not None:
         num_items = len(item_times)
         first_items, no_items = _on_device(device, run_starts(item_lengths), item_lengths == 0)
-        item = (place - num_contextuals).clamp_(min=0).div_(tokens_per_item, rounding_mode="floor")
+        item = (index - num_contextuals).clamp_(min=0).div_(tokens_per_item, rounding_mode="floor")
         item += first_items[sequence]
         item.masked_fill_(no_items[sequence].bool(), num_items)  # context of a user with no event
         token_times = torch.cat([item_times, item_times.new_zeros(1)])[item]
-        token = torch.arange(len(place), device=device)
-        query_times = token_times[token + (place + 1 < history_end)] if asks_for_next else token_times
+        token = torch.arange(len(index), device=device)
+        query_times = token_times[token + (index + 1 < history_end)] if asks_for_next else token_times
         if request_times is not None:
             filled = np.flatnonzero(seqlens > 0)
             last_tokens, filled_on_device = _on_device(device, np.cumsum(seqlens)[filled] - 1, filled)
@@ -153,13 +153,13 @@ def build_layout(
         num_candidate_tokens_host=candidates,
         candidate_group_tokens=target_group_size * tokens_per_item,
         tokens_per_item=tokens_per_item,
-        positions=torch.minimum(place, history_end),
+        positions=torch.minimum(index, history_end),
         token_times=token_times,
         query_times=query_times,
     )
 
 
-def _places(seqlens: np.ndarray, candidates: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _token_indices(seqlens: np.ndarray, candidates: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Per token: its sequence, its position, and the position of the first candidate; int64 [T], on the device."""
     total = int(seqlens.sum())
     lengths, starts, history_ends = _on_device(device, seqlens, run_starts(seqlens), seqlens - candidates)
@@ -202,15 +202,15 @@ def truncate_history(layout: JaggedLayout, items: int) -> tuple[JaggedLayout, Te
     removed = np.maximum(history - items * layout.tokens_per_item, 0)
     seqlens = layout.seqlens - removed
     device, old_starts = layout.positions.device, run_starts(layout.seqlens)
-    sequence, place, history_end = _places(seqlens, layout.num_candidate_tokens_host, device)
+    sequence, index, history_end = _token_indices(seqlens, layout.num_candidate_tokens_host, device)
     starts_on_device, removed_on_device = _on_device(device, old_starts, removed)
-    behind_context = place >= layout.num_contextuals
-    tokens = starts_on_device[sequence] + place + behind_context * removed_on_device[sequence]
+    behind_context = index >= layout.num_contextuals
+    tokens = starts_on_device[sequence] + index + behind_context * removed_on_device[sequence]
     shorter = replace(
         layout,
         seqlen_offsets=to_device(run_offsets(seqlens), device),
         seqlens=seqlens,
-        positions=torch.minimum(place, history_end),
+        positions=torch.minimum(index, history_end),
         token_times=None if layout.token_times is None else layout.token_times[tokens],
         query_times=None if layout.query_times is None else layout.query_times[tokens],
         cache={},

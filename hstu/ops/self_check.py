@@ -219,14 +219,14 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[Case]:
     few = [vectors[0][:20], vectors[1][:20], vectors[2]]  # one program per query: more queries test nothing new
     targets, ids, draws = torch.randint(70, (90,)), torch.arange(70), torch.randint(70, (90, 37))
     log_weights = torch.randn(70).masked_fill(torch.rand(70) < 0.2, -torch.inf)
-    places = torch.arange(90, dtype=torch.int32)
+    indices = torch.arange(90, dtype=torch.int32)
     first = torch.randint(-1, 180, (2, 70), dtype=torch.int32)
 
     def loss(is_drawn: bool, is_masked: bool) -> Callable[[Any], Function]:
         def function(kernel: Any) -> Function:
             def run(*tensors: Tensor) -> Tensor:
                 count, to = len(tensors[0]), partial(torch.Tensor.to, device=tensors[0].device)
-                seen = SeenItems(*map(to, (first, places[:count] % 2, places[:count]))) if is_masked else None
+                seen = SeenItems(*map(to, (first, indices[:count] % 2, indices[:count]))) if is_masked else None
                 drawn = to(draws[:count]) if is_drawn else None
                 loss: Tensor = kernel(
                     *tensors, Negatives(to(targets[:count]), to(ids), 0.1, to(log_weights), seen, drawn)

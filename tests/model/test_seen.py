@@ -42,7 +42,7 @@ def test_every_entry_of_a_pool_has_the_place_at_which_each_user_first_had_its_it
         expected.append([first[item] for item in pool])
     assert seen.first.shape == (len(users), len(pool)) and seen.first.tolist() == expected
     places = [(user, place) for user, row in enumerate(items) for place in range(1, len(row))]
-    assert list(zip(seen.sequences.tolist(), seen.places.tolist(), strict=True)) == places
+    assert list(zip(seen.sequences.tolist(), seen.positions.tolist(), strict=True)) == places
 
 
 BEFORE = [[0, 7, 9], [], [1], [11, 11, 3], []]

@@ -29,7 +29,7 @@ def oracle(vectors: Sequence[Tensor], negatives: Negatives) -> Tensor:
         if seen is None:
             is_negative = negatives.pool_ids != negatives.target_ids[i]
         else:
-            is_negative = seen.first[seen.sequences[i]] > seen.places[i]
+            is_negative = seen.first[seen.sequences[i]] > seen.positions[i]
         rows = torch.arange(len(pool)) if negatives.draws is None else negatives.draws[i].long()
         logits = (pool[rows] @ query / TEMPERATURE + added[rows])[is_negative[rows]]
         positive_logit = (query @ positive / TEMPERATURE).reshape(1)

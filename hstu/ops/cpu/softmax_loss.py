@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, pointer
 from hstu.ops.kernels import Negatives
 from hstu.ops.pytorch import softmax_loss
-from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, first_places, in_blocks
+from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, first_indices, in_blocks
 
 DRAWS_PER_PACKED_ROW = 8
 """From this many draws per row of the pool, copying its rows to aligned memory pays."""
@@ -28,7 +28,7 @@ class _LossArguments(Arguments):
 
     _fields_ = fields(
         (pointer, "queries positives pool draws target_ids pool_ids log_weights"),
-        (pointer, "first sequences places"),
+        (pointer, "first sequences positions"),
         (pointer, "losses weights grad_queries grad_positives grad_pool tags packed"),
         (int64, "num_queries num_draws pool_size width padded"),
         (float32, "temperature"),
@@ -110,7 +110,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
             keys, marks = _as_int32(negatives.pool_ids, negatives.target_ids)
             key_rows = None
         else:
-            keys, marks, key_rows = seen.first, seen.places, seen.sequences
+            keys, marks, key_rows = seen.first, seen.positions, seen.sequences
 
         def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
             arguments = _PoolArguments(
@@ -133,7 +133,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
 def _as_int32(pool_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
     """int32 numbers of pool and targets that are equal exactly if their int64 ids are equal."""
     ordered = pool_ids.sort().values
-    return torch.searchsorted(ordered, pool_ids).int(), first_places(target_ids, ordered).int()
+    return torch.searchsorted(ordered, pool_ids).int(), first_indices(target_ids, ordered).int()
 
 
 class _UnitArguments(Arguments):

@@ -1,6 +1,6 @@
 """The relative bias in kernels: its tables, its addition to the scores of a tile, and its gradients.
 
-The thread layout is that of :func:`hstu.ops.cutlass.common.store_rows`: element ``c + 2 r + 4 n`` of a tile belongs to
+Threads hold elements as in :func:`hstu.ops.cutlass.common.store_rows`: element ``c + 2 r + 4 n`` of a tile belongs to
 row ``row + 8 r`` and to column ``column + 8 n + c``. Several arguments pass through the kernels as tuples::
 
     bias  = (row_times, column_times, position_weight, time_weight, thresholds, buckets, totals, center, 1 / alpha)
@@ -307,8 +307,8 @@ def _sum_by_distance(gradients: cute.Tensor, column: Int32, pairs: tuple) -> Non
             total = total + or_zero((a < 4) & (b < 2), cute.arch.shuffle_sync_down(total, 18))
             cute.arch.sync_warp()
             if (a < 2) | (b == 0):
-                place = window + (a - 2 * b - 8 * (k - 1) - c + width - 1)
-                place.store(place.load() + total)
+                total_of_distance = window + (a - 2 * b - 8 * (k - 1) - c + width - 1)
+                total_of_distance.store(total_of_distance.load() + total)
     cute.arch.sync_warp()
     first_distance = (row - a) - (column - 2 * b) - (width - 1)
     for i in cutlass.range_constexpr(-(-(width + WINDOW_MARGIN) // 32)):

@@ -85,18 +85,18 @@ class PairwiseKernel:
         return (factors[1],) if self.num_resident == 1 else (factors[0] * factors[1], factors[1])
 
     @cute.jit
-    def store(self, sums: tuple, outs: tuple, index: Int32, place: tuple, factors: tuple) -> None:
-        """Write the sums of the ``index``-th block. factors: α and 1 / N; place: see store_rows.
+    def store(self, sums: tuple, outs: tuple, index: Int32, start: tuple, factors: tuple) -> None:
+        """Write the sums of the ``index``-th block. factors: α and 1 / N; start: see store_rows.
 
         outs: one tensor per output. With ``through_silu``, also one tensor of pre-activations per output, and one
         float32 [8 · blocks, d, H] per output for its sums over the 16 rows of each warp.
         """
-        scales, (item, head, row, column) = self.scales(factors), place
+        scales, (item, head, row, column) = self.scales(factors), start
         for i in cutlass.range_constexpr(len(self.outputs)):
             output = self.outputs[i]
             if const_expr(self.through_silu):
-                multiply_slopes(sums[i], outs[self.num_outputs + output], place, self.shape.dtype, self.is_wide)
-            store_rows(sums[i], outs[output], place, scales[output], self.shape.dtype, self.is_wide)
+                multiply_slopes(sums[i], outs[self.num_outputs + output], start, self.shape.dtype, self.is_wide)
+            store_rows(sums[i], outs[output], start, scales[output], self.shape.dtype, self.is_wide)
             if const_expr(self.through_silu):
                 warp = index * (self.shape.block // ROWS_OF_WARP) + (row - item[1]) // ROWS_OF_WARP
                 store_totals(sums[i], outs[2 * self.num_outputs + output], warp, head, column, scales[output])
@@ -239,26 +239,26 @@ def item_of(items: cute.Pointer, index: Int32) -> cute.Tensor:
 
 @cute.jit
 def store_rows(
-    sums: cute.Tensor, out: cute.Tensor, place: tuple, scale: Float32, dtype: cutlass.Constexpr, wide: cutlass.Constexpr
+    sums: cute.Tensor, out: cute.Tensor, start: tuple, scale: Float32, dtype: cutlass.Constexpr, wide: cutlass.Constexpr
 ) -> None:
     """Write ``scale · sums`` as ``dtype`` to those rows of the block that exist in the sequence.
 
     sums: float32 accumulators of m64nXk16 or m16n8k16. Element ``c + 2 r + 4 n`` belongs to row ``row + 8 r`` of the
-    sequence and to column ``column + 8 n + c``. out: [T, d, H]. place: ``item``, ``head``, ``row``, ``column``.
+    sequence and to column ``column + 8 n + c``. out: [T, d, H]. start: ``item``, ``head``, ``row``, ``column``.
     ``wide``: the four lanes of a row exchange columns, so that each writes eight neighbors at once instead of two.
     """
-    item, head, row, column = place
+    item, head, row, column = start
     for r in cutlass.range_constexpr(2):
-        places = _pairs_at(out, item[0] + row + 8 * r, head, column, sums, wide)
-        for group in cutlass.range_constexpr(cute.size(places, mode=[1])):
-            pairs = cute.make_rmem_tensor(cute.size(places, mode=[0]), Int32)
+        stored = _pairs_at(out, item[0] + row + 8 * r, head, column, sums, wide)
+        for group in cutlass.range_constexpr(cute.size(stored, mode=[1])):
+            pairs = cute.make_rmem_tensor(cute.size(stored, mode=[0]), Int32)
             for n in cutlass.range_constexpr(cute.size(pairs)):
                 e = 2 * r + 4 * (cute.size(pairs) * group + n)
                 pairs[n] = _pair(sums[e] * scale, sums[e + 1] * scale, dtype)
             if const_expr(wide):
                 _transpose_quad(pairs)
             if row + 8 * r < item[2]:
-                cute.autovec_copy(pairs, places[None, group])
+                cute.autovec_copy(pairs, stored[None, group])
 
 
 @cute.jit
@@ -291,17 +291,17 @@ def _transpose_quad(pairs: cute.Tensor) -> None:
 
 @cute.jit
 def multiply_slopes(
-    sums: cute.Tensor, before: cute.Tensor, place: tuple, dtype: cutlass.Constexpr, wide: cutlass.Constexpr
+    sums: cute.Tensor, before: cute.Tensor, start: tuple, dtype: cutlass.Constexpr, wide: cutlass.Constexpr
 ) -> None:
     """Multiply the sums by SiLU' of ``before`` [T, d, H]; 0 for rows beyond the end. Arguments as in store_rows."""
-    item, head, row, column = place
+    item, head, row, column = start
     for r in cutlass.range_constexpr(2):
         exists = row + 8 * r < item[2]
         token = item[0] + cutlass.min(row + 8 * r, item[2] - 1)
-        places = _pairs_at(before, token, head, column, sums, wide)
-        for group in cutlass.range_constexpr(cute.size(places, mode=[1])):
-            pairs = cute.make_rmem_tensor(cute.size(places, mode=[0]), Int32)
-            cute.autovec_copy(places[None, group], pairs)
+        stored = _pairs_at(before, token, head, column, sums, wide)
+        for group in cutlass.range_constexpr(cute.size(stored, mode=[1])):
+            pairs = cute.make_rmem_tensor(cute.size(stored, mode=[0]), Int32)
+            cute.autovec_copy(stored[None, group], pairs)
             if const_expr(wide):
                 _transpose_quad(pairs)
             values = cute.recast_tensor(pairs, dtype)

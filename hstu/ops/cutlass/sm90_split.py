@@ -55,7 +55,7 @@ class _Half(ForwardSm90):
         return (sums,), scores, packed
 
     @cute.jit
-    def place(self, count: Int32, slopes: list) -> cute.Tensor:
+    def slopes_of(self, count: Int32, slopes: list) -> cute.Tensor:
         """Shared memory for the slopes of this thread's pairs in tile ``count``: int32 [VECTOR, vectors]."""
         vectors = self.shape.tile // 4 // VECTOR
         first = count % self.shape.stages * vectors * WARPGROUP + cute.arch.thread_idx()[0] % WARPGROUP
@@ -76,10 +76,10 @@ class _Values(_Half):
         for e in cutlass.range_constexpr(cute.size(scores)):
             scores[e], values[e] = common.silu_and_slope(scores[e], e, masking, masked)
         # Free: loading tile ``count`` waited until both warpgroups had released the previous tile of its stage.
-        place = self.place(count, slopes)
-        packed = cute.make_rmem_tensor(place.layout.shape, Int32)
+        shared = self.slopes_of(count, slopes)
+        packed = cute.make_rmem_tensor(shared.layout.shape, Int32)
         common.pack(values, packed, Float16)
-        cute.autovec_copy(packed, place)
+        cute.autovec_copy(packed, shared)
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(slopes[1] + count % self.shape.stages)
@@ -95,9 +95,9 @@ class _Keys(_Half):
         """Multiply dP by SiLU'(α S), which is 0 where the pair is masked."""
         stages = self.shape.stages
         cute.arch.mbarrier_wait(slopes[1] + count % stages, count // stages % 2)
-        place = self.place(count, slopes)
-        packed = cute.make_rmem_tensor(place.layout.shape, Int32)
-        cute.autovec_copy(place, packed)
+        shared = self.slopes_of(count, slopes)
+        packed = cute.make_rmem_tensor(shared.layout.shape, Int32)
+        cute.autovec_copy(shared, packed)
         values = cute.recast_tensor(packed, Float16)
         for e in cutlass.range_constexpr(cute.size(scores)):
             scores[e] = scores[e] * values[e].to(Float32)

@@ -199,8 +199,8 @@ def groups(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Iterato
         size = max(budget // (min(length, ROWS_PER_BLOCK[device.type]) * length), 1)
         members, order = order[:size], order[size:]
         lengths, candidates = layout.seqlens[members], layout.num_candidate_tokens_host[members]
-        place = np.arange(length)
-        tokens = np.where(place < lengths[:, None], starts[members, None] + place, layout.num_tokens)
+        index = np.arange(length)
+        tokens = np.where(index < lengths[:, None], starts[members, None] + index, layout.num_tokens)
         depends = candidates.any() or (config.max_span is not None and config.full_tokens > 0)
         history_end = lengths - candidates if depends else np.array([length])
         yield to_device(tokens, device), to_device(history_end, device)[:, None, None]
@@ -220,8 +220,8 @@ def _pairs_of(
     inputs: AttentionInputs, tokens: Tensor, end: Tensor, rows: slice, keys: slice, dtype: torch.dtype
 ) -> Pairs:
     layout = inputs.layout
-    place = torch.arange(tokens.shape[1], device=tokens.device)
-    i, j = place[None, rows, None], place[None, None, keys]
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    i, j = index[None, rows, None], index[None, None, keys]
     hidden = ~is_visible(i, j, end, layout, inputs.config)
     mask = torch.zeros(hidden.shape, dtype=dtype, device=tokens.device).masked_fill_(hidden, MASKED)
     if inputs.bias is None:

@@ -60,7 +60,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
             if seen is None:
                 hidden = negatives.target_ids[rows, None] == negatives.pool_ids[columns]
             else:
-                hidden = seen.first[:, columns].index_select(0, seen.sequences[rows]) <= seen.places[rows, None]
+                hidden = seen.first[:, columns].index_select(0, seen.sequences[rows]) <= seen.positions[rows, None]
             old_peaks = peaks.clone()
             torch.maximum(peaks, scores.masked_fill_(hidden, -math.inf).amax(dim=1), out=peaks)
             scores.sub_(peaks[:, None]).exp_()
@@ -119,7 +119,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         if seen is None:
             hidden = negatives.pool_ids[draws] == negatives.target_ids[:, None]
         else:
-            hidden = seen.first[seen.sequences[:, None], draws] <= seen.places[:, None]
+            hidden = seen.first[seen.sequences[:, None], draws] <= seen.positions[:, None]
         logits.masked_fill_(hidden, -math.inf)
         losses = target_losses(positive_logits, logits.logsumexp(dim=1))
         if any(ctx.needs_input_grad):
@@ -136,7 +136,7 @@ def target_losses(positive_logits: Tensor, negative_log_totals: Tensor) -> Tenso
     return torch.logaddexp(torch.zeros_like(positive_logits), negative_log_totals - positive_logits)
 
 
-def first_places(ids: Tensor, ordered: Tensor) -> Tensor:
+def first_indices(ids: Tensor, ordered: Tensor) -> Tensor:
     """For each id, the index of its first occurrence in ``ordered``, ascending int64 [S]; S if it is absent."""
     found = torch.searchsorted(ordered, ids)
     padded = F.pad(ordered, (0, 1), value=torch.iinfo(torch.int64).min)  # an id beyond the end is greater

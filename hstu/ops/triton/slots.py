@@ -116,9 +116,9 @@ def home_of(key, shift):
 def find_slots(wanted, slots, entries, keys, number, last, shift, BLOCK: tl.constexpr):
     """slots[i] = slot of wanted[i], or -1; last + 1 is the number of entries. Grid: any."""
     for block in range(tl.program_id(0), tl.cdiv(number, BLOCK), tl.num_programs(0)):
-        place = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        searching = place < number
-        key = tl.load(wanted + place, mask=searching, other=0)
+        index = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        searching = index < number
+        key = tl.load(wanted + index, mask=searching, other=0)
         entry = home_of(key, shift)
         slot = tl.full((BLOCK,), EMPTY, tl.int32)
         probes = 0
@@ -130,7 +130,7 @@ def find_slots(wanted, slots, entries, keys, number, last, shift, BLOCK: tl.cons
             searching = searching & (held != EMPTY) & (matches == 0)
             entry = (entry + 1) & last
             probes += 1
-        tl.store(slots + place, slot.to(tl.int64), mask=place < number)
+        tl.store(slots + index, slot.to(tl.int64), mask=index < number)
 
 
 @triton.jit(do_not_specialize=["last"])
@@ -150,11 +150,11 @@ def insert_slots(slots, entries, keys, is_full, size, number, last, shift, BLOCK
     if refills:
         bound = tl.load(size)
     for block in range(tl.program_id(0), tl.cdiv(bound, BLOCK), tl.num_programs(0)):
-        place = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        claiming = place < bound
-        slot = place
+        index = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        claiming = index < bound
+        slot = index
         if refills == 0:
-            slot = tl.load(slots + place, mask=claiming, other=-1)
+            slot = tl.load(slots + index, mask=claiming, other=-1)
         claiming = claiming & (slot >= 0)
         entry = home_of(tl.load(keys + slot, mask=claiming, other=0), shift)
         probes = 0
@@ -184,11 +184,11 @@ def write_first_values(
     bound = tl.load(number)
     stop = (bound + BLOCK - 1) // BLOCK
     for block in range(tl.program_id(0), stop, tl.num_programs(0)):
-        place = block * BLOCK + tl.arange(0, BLOCK)
-        row = tl.load(rows + place, mask=place < bound, other=-1).to(tl.int64) - first_row
-        here = (place < bound) & (row >= 0) & (row < num_rows)
+        index = block * BLOCK + tl.arange(0, BLOCK)
+        row = tl.load(rows + index, mask=index < bound, other=-1).to(tl.int64) - first_row
+        here = (index < bound) & (row >= 0) & (row < num_rows)
         if ids is not None:
-            key = mixed(tl.load(ids + place, mask=here, other=0) ^ table_key).to(tl.int64, bitcast=True)
+            key = mixed(tl.load(ids + index, mask=here, other=0) ^ table_key).to(tl.int64, bitcast=True)
         for start in range(0, columns, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             mask = here[:, None] & (column < columns)[None, :]

@@ -119,13 +119,13 @@ class Seen(NamedTuple):
 
     first: Any
     sequences: Any
-    places: Any
+    positions: Any
 
 
 def _weights(negatives: Negatives) -> dict[str, Any]:
     """Arguments of the kernels that compute logits: which entries count, and their weights."""
     log_weights, seen = negatives.log_weights, negatives.seen
-    argument = Seen(None, None, None) if seen is None else Seen(seen.first, seen.sequences, seen.places)
+    argument = Seen(None, None, None) if seen is None else Seen(seen.first, seen.sequences, seen.positions)
     return dict(log_weights=log_weights, seen=argument, WEIGHTED=log_weights is not None, MASKED=seen is not None)
 
 
@@ -210,9 +210,9 @@ def _is_unseen(seen, queries, num_queries, entries, pool_size):
     """Whether pool entries are negatives of queries, in the broadcast shape of their indices."""
     exists = queries < num_queries
     sequence = tl.load(seen.sequences + queries, mask=exists, other=0).to(tl.int64)
-    place = tl.load(seen.places + queries, mask=exists, other=0)
+    position = tl.load(seen.positions + queries, mask=exists, other=0)
     first = tl.load(seen.first + sequence * pool_size + entries, mask=exists & (entries < pool_size), other=0)
-    return first > place
+    return first > position
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_columns"], do_not_specialize_on_alignment=["own_ids", "other_ids"])
@@ -305,8 +305,8 @@ def draw_logits(
     width = tl.arange(0, BLOCK_D)
     query = tl.load(elements(queries, row, width), mask=width < WIDTH, other=0.0)
     if MASKED:
-        place = tl.load(seen.places + row)
-        first_places = seen.first + tl.load(seen.sequences + row).to(tl.int64) * pool_size
+        position = tl.load(seen.positions + row)
+        first_positions = seen.first + tl.load(seen.sequences + row).to(tl.int64) * pool_size
     else:
         target = tl.load(target_ids + row)
     peak = -1e30
@@ -319,7 +319,7 @@ def draw_logits(
         if WEIGHTED:
             scores += tl.load(log_weights + drawn)
         if MASKED:
-            is_negative = tl.load(first_places + drawn) > place
+            is_negative = tl.load(first_positions + drawn) > position
         else:
             is_negative = tl.load(pool_ids + drawn) != target
         is_negative = is_negative & (index < num_draws)

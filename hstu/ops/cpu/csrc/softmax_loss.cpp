@@ -11,7 +11,7 @@ extern "C" struct HstuSampledSoftmax {
     const int32_t* draws;                     // [M, R], rows of the pool
     const int64_t *target_ids, *pool_ids;     // [M], [S]
     const float* log_weights;                 // [S]: added to the scores; null: zeros
-    const int32_t *first, *sequences, *places;  // [B, S], [M], [M]: see SeenItems in hstu/ops/kernels.py; null: none
+    const int32_t *first, *sequences, *positions;  // [B, S], [M], [M]: see SeenItems in hstu/ops/kernels.py; null: none
     float *losses, *weights;                  // [M], [M, R]
     float *grad_queries, *grad_positives, *grad_pool;
     uint8_t* tags;  // [S]: scratch for the last bytes of pool_ids, so few that they stay in the cache
@@ -183,9 +183,9 @@ class SampledSoftmax {
         const float hidden = -std::numeric_limits<float>::infinity();
         if (a_.first) {
             const int32_t* first = a_.first + a_.sequences[query] * a_.pool_size;
-            const int32_t place = a_.places[query];
+            const int32_t position = a_.positions[query];
             for (int64_t lane = 0; lane < count; ++lane)
-                if (first[draws[lane]] <= place) scores[lane] = hidden;
+                if (first[draws[lane]] <= position) scores[lane] = hidden;
             return;
         }
         const int64_t target = a_.target_ids[query];

@@ -1,8 +1,7 @@
 """Self-check kernels in a process of their own, where a fault cannot stop the run; cache the results on disk.
 
 An illegal access breaks CUDA for its process, a compiler or driver fault may kill it, and a wrong kernel may never end.
-A fault refuses the operator being checked, and a new process checks the remaining operators. The processes of a host
-take turns, so that the first one checks for all.
+A fault refuses the operator being checked; a new process checks the others. The processes of a host take turns.
 """
 
 from __future__ import annotations

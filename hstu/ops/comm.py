@@ -29,14 +29,9 @@ class LayerComm:
     cp_rank = 0  # Index of this rank among the context-parallel ranks
 
     @property
-    def size(self) -> int:
-        """Number of ranks that share the layer."""
-        return self.tp_size * self.cp_size
-
-    @property
     def dropout_stream(self) -> int | None:
         """Stream of :func:`hstu.ops.dropout.draw` for tensors of which each rank of the layer holds its own part."""
-        return None if self.size == 1 else self.rank
+        return None if self.tp_size * self.cp_size == 1 else self.rank
 
     @property
     def input_stream(self) -> int | None:

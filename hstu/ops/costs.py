@@ -70,8 +70,7 @@ def sequence_flops(
         L · [ 3·2·T·D·4Hd  +  3·2·T·Hd·D  +  3.5·(4·H·T²·d − 2·H·(T−C)²·d) ]
 
     The terms are the uvqk projection, the output projection and the attention. A causal mask removes half of the
-    attention among the T − C other tokens; without one nothing is subtracted. ``windows`` (one per layer, or none)
-    subtract 3.5·4·H·d per hidden pair.
+    attention among the T − C other tokens. ``windows`` (one per layer, or none) subtract 3.5·4·H·d per hidden pair.
     """
     total = num_layers * PROJECTION_PASSES * projection_flops(tokens, hidden_size, num_heads, head_dim)
     for window, layers in Counter(windows or [NO_WINDOW] * num_layers).items():
@@ -135,8 +134,7 @@ def attention(
 def add_layer_norm(rows: int, width: int, element_size: int, residual_size: int) -> TwoPasses:
     """Sum of the residual stream [rows, width] and the update of a layer, and LayerNorm of the sum.
 
-    Backward also writes a rounded gradient for the update if the dtypes differ. residual_size: bytes per element of
-    the stream.
+    Backward also writes a rounded gradient if the dtypes differ. residual_size: bytes per element of the stream.
     """
     rounded = element_size if element_size != residual_size else 0
     forward, backward = 2 * (residual_size + element_size), 3 * residual_size + element_size + rounded

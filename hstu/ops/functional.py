@@ -113,10 +113,7 @@ def project_uvqk(x: Tensor, weight: Tensor, bias: Tensor, kernels: ProjectionKer
 
 
 def norm_mul_dropout(inputs: GateInputs, kernels: GateKernels, shift: Tensor | None = None) -> Tensor:
-    """``Dropout(LayerNorm(x over all heads) ⊙ u)``: [T, H · d].
-
-    With ``shift`` [H, d], u is SiLU(inputs.u + shift), differentiated as in the fused layer.
-    """
+    """``Dropout(LayerNorm(x) ⊙ u)``: [T, H · d]. With ``shift`` [H, d], u is SiLU(inputs.u + shift), as in a layer."""
     if shift is not None and not kernels.differentiates_silu:
         inputs, shift = replace(inputs, u=F.silu(inputs.u + shift.to(inputs.u.dtype))), None
 

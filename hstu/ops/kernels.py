@@ -1,7 +1,4 @@
-"""Interfaces of the kernels, their configuration, and :class:`Kernels`, the kernels of a model.
-
-Shapes: B sequences with T tokens in all, H heads of d channels, D the width of the model.
-"""
+"""Interfaces and settings of the kernels. B sequences have T tokens in all, the model D channels or H heads of d."""
 
 from __future__ import annotations
 

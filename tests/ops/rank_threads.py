@@ -43,7 +43,7 @@ class RankThread(LayerComm):
         if self.tp_size == 1:
             return lambda: partial
         total = self.all_gather(partial).sum(0)
-        own = total.chunk(self.size)[self.rank] if self.sequence_parallel else total
+        own = total.chunk(self.tp_size)[self.rank] if self.sequence_parallel else total
         return lambda: own
 
     def tokens_to_heads(self, own: Tensor) -> Pending:

@@ -137,8 +137,7 @@ def load_tables(
 ) -> tuple:
     """Copy the tables to shared memory and zero the sums, in all threads. The caller synchronizes them.
 
-    Returns pointers to thresholds, buckets and time weights; with ``sums`` also to this warp's time-bucket totals
-    (two words each) and its window of distances.
+    Returns pointers to thresholds, buckets, time weights and, with ``sums``, to this warp's totals and window.
     """
     thread = cute.arch.thread_idx()[0]
     tables: tuple = (smem.thresholds.data_ptr(), smem.buckets.data_ptr(), smem.time_weight.data_ptr())

@@ -1,8 +1,7 @@
 """Building blocks for compute capability 9.0: tiles in shared memory, TMA, mbarriers and WGMMA.
 
 A CTA has three warpgroups. One warp of the first loads tiles by TMA; each of the others computes 64 rows of the block.
-A tile is [rows, d], contiguous along d with a 128-byte swizzle. Products contract over d or, through a transposed view,
-over the rows.
+A tile is [rows, d], contiguous along d with a 128-byte swizzle. A transposed view serves products over the rows.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import platform
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cutlass import Float32, Int32
 from cutlass.base_dsl.common import DSLRuntimeError
 from cutlass.base_dsl.compiler import HostTarget
 from cutlass.cute.runtime import find_runtime_libraries, load_module
+from torch.utils._pytree import tree_leaves
 
 from hstu.base.files import written_aside
 from hstu.ops.self_check import cache_directory
@@ -73,7 +74,7 @@ class LaunchArguments:
     """Memory for the arguments of one host function. ``examples``: nested tuples of the types it is compiled for."""
 
     def __init__(self, *examples: Any) -> None:
-        leaves = [[*_leaves(each)] for each in examples]
+        leaves = [tree_leaves(each) for each in examples]
         formats = [{Int32: "i4x", Float32: "f4x"}.get(type(leaf), "Q") for each in leaves for leaf in each]
         self._layout = struct.Struct("=" + "".join(formats))
         self._memory = (ctypes.c_uint64 * len(formats))()
@@ -84,14 +85,6 @@ class LaunchArguments:
     def write(self, *values: float) -> None:
         """Set all values. A launch has read them when it returns."""
         self._layout.pack_into(self._memory, 0, *values)
-
-
-def _leaves(argument: Any) -> Iterator[Any]:
-    if isinstance(argument, tuple):
-        for part in argument:
-            yield from _leaves(part)
-    else:
-        yield argument
 
 
 class _Addresses:

@@ -45,8 +45,7 @@ def list_blocks(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block
     """Cut every sequence into blocks of ``block`` rows: int32 [blocks, 4], long sequences first.
 
     Within a sequence, blocks that need the most tiles come first: leading queries, then late queries; early keys.
-    Fields: token of the batch at which the sequence starts; first row of the block, length of the sequence and first
-    candidate, counted in the sequence.
+    Fields: first token of the sequence in the batch; first row, length and first candidate, counted in the sequence.
     """
     lengths = layout.seqlens
     ends = lengths - layout.num_candidate_tokens_host

@@ -231,10 +231,7 @@ def attention_backward_queries(
 
 @triton.jit
 def _add_to_buckets(totals, per_pair, rows, keys, span, bias, scale, BLOCK: tl.constexpr):
-    """Add the score gradients of a tile to the totals of their time buckets.
-
-    Equal buckets are adjacent within a row. Each run of them is added at once, as a difference of two prefix sums.
-    """
+    """Add the score gradients of a tile to the totals of their time buckets, each run by two prefix sums."""
     query_time = tl.load(bias.query_times + rows, mask=rows < span.length, other=0)[:, None]
     token_time = tl.load(bias.token_times + keys, mask=keys < span.length, other=0)[None, :]
     next_time = tl.load(bias.token_times + keys + 1, mask=keys + 1 < span.length, other=0)[None, :]

@@ -2,8 +2,7 @@
 
 All host functions of this package launch their kernels through :func:`launcher`, so that ``compile_ahead.py`` records
 exactly what they would run. There is no autotuning: the configuration does not depend on lengths or times, so that all
-ranks run the same one and runs repeat bit for bit. ``scripts/bench/configurations.py`` measures all configurations; put
-the fastest first in its table.
+ranks run the same one and runs repeat bit for bit. ``scripts/bench/configurations.py`` finds the fastest.
 """
 
 from __future__ import annotations

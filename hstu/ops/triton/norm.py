@@ -271,10 +271,7 @@ def norm_mul_dropout_forward(
     WIDTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr,
     DROPPED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """out = dropout((norm(x) · weight + bias) ⊙ u). Grid: (programs,).
-
-    Reads ``mean`` and ``rstd`` if GIVEN, else writes them. x, u: [T, H, d], any strides. BLOCK ≥ H · d.
-    """
+    """out = dropout((norm(x) · weight + bias) ⊙ u); reads ``mean`` and ``rstd`` if GIVEN, else writes them."""
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)

@@ -183,8 +183,7 @@ def _pool_logits(
     """Logits [rows of own, rows of other]; −∞ where an entry is hidden from a query, and from ``num_columns`` on.
 
     Hidden are entries with the id of the query's target or, if MASKED, entries that ``seen`` hides. OF_POOL: ``own`` is
-    the pool and ``other`` the queries, else the reverse. Both are read CHUNK columns at a time, because rows of 256
-    numbers do not fit into the registers.
+    the pool and ``other`` the queries, else the reverse. Both are read CHUNK columns at a time, to save registers.
     """
     products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for first in tl.range(0, WIDTH, CHUNK):

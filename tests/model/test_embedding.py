@@ -1,5 +1,5 @@
 import threading
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_sharded_tables_are_grouped_by_width_and_hold_no_memory() -> None:
     collections = build_collections(
         [spec("a", 10**9, 6, False), spec("b", 10**9, 8, False), spec("c", 5, 12, False), spec("d", 5, 12, True)]
     )
-    names = [[config.name for config in collection.embedding_configs()] for collection in collections]
+    names = [[each.name for each in cast(EmbeddingCollection, one).embedding_configs()] for one in collections]
     assert names == [["a", "b"], ["c"]]  # 6 columns are stored as 8
     assert all(weight.is_meta for weight in collections.parameters())
 
@@ -82,7 +82,7 @@ def entry(table: str, *features: str) -> EmbeddingArgs:
     )
 
 
-def network(**args: int) -> NetworkArgs:
+def network(**args: Any) -> NetworkArgs:
     return NetworkArgs(num_layers=1, hidden_size=32, num_attention_heads=1, kv_channels=4, **args)
 
 

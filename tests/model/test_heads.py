@@ -1,6 +1,7 @@
 """The prediction head: widths, activation, bias, type of the logits. Heads of several tasks: what they share."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,7 @@ from hstu.optim.dense import decayed_parameters
 
 def test_activation_stands_between_layers_and_not_behind_the_last() -> None:
     head, x = MLP(6, [5, 3], "gelu"), torch.randn(4, 6)
-    first, _, last = head
-    expected = F.linear(F.gelu(F.linear(x, first.weight, first.bias)), last.weight, last.bias)
-    torch.testing.assert_close(head(x), expected)
+    torch.testing.assert_close(head(x), head[2](F.gelu(head[0](x))))
     assert head(x).min() < 0
 
 
@@ -24,7 +23,7 @@ WIDTHS = [1, 3, 1]
 SHARINGS = ("shared", "mmoe", "ple")
 
 
-def multi_task_head(sharing: str, num_experts: int = 2, bias: bool = True, hidden: Sequence[int] = (5, 4)):  # type: ignore[no-untyped-def]
+def multi_task_head(sharing: str, num_experts: int = 2, bias: bool = True, hidden: Sequence[int] = (5, 4)) -> Any:
     torch.manual_seed(0)
     head = MultiTaskHead(6, hidden, "gelu", bias, WIDTHS, sharing, num_experts)
     for parameter in head.parameters():  # biases start at zero and would hide that they are used
@@ -32,7 +31,7 @@ def multi_task_head(sharing: str, num_experts: int = 2, bias: bool = True, hidde
     return head
 
 
-def read_by_a_task(head: MultiTaskHead, token: Tensor, task: int) -> Tensor:
+def read_by_a_task(head: Any, token: Tensor, task: int) -> Tensor:
     """The weighted mean of the experts that one task reads for one token, written as loops."""
     mixture = head.trunk
     own_first = mixture.num_shared + task * mixture.num_own
@@ -73,8 +72,8 @@ def test_mixed_experts_and_their_gradients_equal_loops_over_tokens_tasks_and_exp
 
     inputs = [x, *head.parameters()]
     weighted = [torch.randn_like(output) for output in expected]
-    theirs = torch.autograd.grad(sum((a * b).sum() for a, b in zip(expected, weighted, strict=True)), inputs)
-    ours = torch.autograd.grad(sum((a * b).sum() for a, b in zip(mixed, weighted, strict=True)), inputs)
+    theirs = torch.autograd.grad(expected, inputs, weighted)
+    ours = torch.autograd.grad(mixed, inputs, weighted)
     torch.testing.assert_close(ours, theirs)
     assert all(gradient.abs().sum() > 0 for gradient in ours)
 
@@ -105,10 +104,8 @@ def test_a_task_does_not_read_the_experts_of_other_tasks() -> None:
 def test_weight_decay_applies_to_the_weights_of_a_head_and_not_to_its_biases(sharing: str) -> None:
     head = multi_task_head(sharing)
     decayed = {id(weight) for weight in decayed_parameters(head)}
-    named = {name.rsplit(".", 1)[-1]: set() for name, _ in head.named_parameters()}
     for name, parameter in head.named_parameters():
-        named[name.rsplit(".", 1)[-1]].add(id(parameter) in decayed)
-    assert named == {"weight": {True}, "bias": {False}}
+        assert (id(parameter) in decayed) == name.endswith("weight")
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)

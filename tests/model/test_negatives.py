@@ -1,10 +1,13 @@
 """Pools of negatives: duplicates over ranks, padding, and draws that no number of ranks changes."""
 
+from random import Random
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from hstu.data.batches.batch import PADDING_ID
 from hstu.model.retrieval import choose_from_pool, first_occurrences, sorted_distinct
@@ -16,13 +19,13 @@ POOLS = st.lists(st.integers(-2, 8) | st.just(PADDING_ID), max_size=20).map(
 
 
 @given(POOLS)
-def test_the_first_of_equal_ids_is_valid_and_padding_never_is(ids):
+def test_the_first_of_equal_ids_is_valid_and_padding_never_is(ids: Tensor) -> None:
     expected = [id_ != PADDING_ID and id_ not in ids[:place].tolist() for place, id_ in enumerate(ids.tolist())]
     assert first_occurrences(ids).tolist() == expected
 
 
 @given(POOLS)
-def test_distinct_ids_come_in_ascending_order(ids):
+def test_distinct_ids_come_in_ascending_order(ids: Tensor) -> None:
     positions, count = sorted_distinct(ids)
     expected = sorted(set(ids.tolist()) - {PADDING_ID})
     assert count == len(expected)
@@ -30,7 +33,7 @@ def test_distinct_ids_come_in_ascending_order(ids):
 
 
 @given(POOLS, st.randoms(use_true_random=False))
-def test_draws_mean_the_same_items_however_the_pool_is_spread(ids, random):
+def test_draws_mean_the_same_items_however_the_pool_is_spread(ids: Tensor, random: Random) -> None:
     """A pool in any order, with any repetitions and padding, against its distinct ids."""
     distinct = torch.tensor(sorted(set(ids.tolist()) - {PADDING_ID}), dtype=torch.int64)
     if not len(distinct):
@@ -44,7 +47,7 @@ def test_draws_mean_the_same_items_however_the_pool_is_spread(ids, random):
     assert chosen[0, :2].tolist() == [distinct[0], distinct[-1]]
 
 
-def test_draws_are_uniform_over_the_distinct_ids():
+def test_draws_are_uniform_over_the_distinct_ids() -> None:
     ids = torch.tensor([5, 5, 5, 5, PADDING_ID, PADDING_ID, 2, 9])
     draws = torch.randint(2**31, (300, 100), generator=torch.Generator().manual_seed(0)).int()
     counts = np.unique(ids[choose_from_pool(draws, ids)], return_counts=True)
@@ -52,13 +55,13 @@ def test_draws_are_uniform_over_the_distinct_ids():
     np.testing.assert_allclose(counts[1], 10_000, rtol=0.03)
 
 
-def test_an_empty_pool_has_nothing_to_choose():
+def test_an_empty_pool_has_nothing_to_choose() -> None:
     empty = torch.zeros(0, dtype=torch.int64)
     assert first_occurrences(empty).shape == (0,)
     assert choose_from_pool(torch.zeros((0, 4), dtype=torch.int32), empty).shape == (0, 4)
 
 
-def test_normalised_vectors_have_norm_one_unless_they_are_too_short():
+def test_normalised_vectors_have_norm_one_unless_they_are_too_short() -> None:
     vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e-3, 4e-3]], requires_grad=True)
     normalised = l2_normalize(vectors, eps=1e-2)
     torch.testing.assert_close(normalised, torch.tensor([[0.6, 0.8], [0.0, 0.0], [0.3, 0.4]]))
@@ -67,5 +70,5 @@ def test_normalised_vectors_have_norm_one_unless_they_are_too_short():
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
-def test_norms_are_kept_in_float32_at_least(dtype, expected):
+def test_norms_are_kept_in_float32_at_least(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert l2_normalize(torch.ones((2, 3), dtype=dtype), eps=1e-6).dtype == expected

@@ -103,20 +103,3 @@ def test_bfloat16_keeps_losses_and_logits_in_float32_and_close() -> None:
     assert rounded.loss_sum.dtype == rounded.logits.dtype == torch.float32
     torch.testing.assert_close(rounded.logits, exact.logits, rtol=0, atol=0.05)
     assert not torch.equal(rounded.logits, exact.logits)
-
-
-def test_training_learns_the_actions_of_a_few_users_by_heart() -> None:
-    model = make_model([16, 8])
-    features = model.encoder.features
-    batch = make_batch(random_samples([6, 9, 3], contextuals=2, candidates=2), features)
-    tables = Tables(features, 8, 8)
-    optimizer = torch.optim.Adam([*model.parameters(), *tables.weights.values()], lr=0.02)
-    losses = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        output = model(tables(batch), batch)
-        output.loss_sum.backward()
-        optimizer.step()
-        losses.append(output.loss_sum.item())
-    assert losses[-1] < 0.05 * losses[0]
-    assert output.logits is not None and output.logits.argmax(1).tolist() == batch.labels.tolist()

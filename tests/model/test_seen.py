@@ -15,7 +15,7 @@ from tests.helpers import make_batch
 from tests.model.test_retrieval import (
     DIM,
     HISTORIES,
-    NUM_ITEMS,
+    KINDS,
     assert_same_loss_and_gradients,
     loss_by_loop,
     make_model,
@@ -30,7 +30,9 @@ USERS = st.lists(st.tuples(st.lists(IDS, max_size=4), st.lists(IDS, max_size=7))
 
 @settings(max_examples=40, deadline=None)
 @given(USERS, st.lists(IDS | st.just(PADDING_ID), max_size=12))
-def test_every_entry_of_a_pool_has_the_place_at_which_each_user_first_had_its_item(users, pool):
+def test_every_entry_of_a_pool_has_the_place_at_which_each_user_first_had_its_item(
+    users: list[tuple[list[int], list[int]]], pool: list[int]
+) -> None:
     before, items = [[*row] for row in zip(*users, strict=True)]
     batch = make_batch(items, task="retrieval", seen_lists=before)
     ends = np.cumsum(batch.item_lengths)
@@ -50,35 +52,21 @@ BEFORE = [[0, 7, 9], [], [1], [11, 11, 3], []]
 SEEN_OF_STEP = [
     {*before, *items[:place]} for before, items in zip(BEFORE, HISTORIES, strict=True) for place in range(1, len(items))
 ]
-DISTINCT = sorted({item for row in HISTORIES for item in row})
-DRAWS = torch.randint(4, (9, 5), generator=torch.Generator().manual_seed(1)).tolist()
-RAW = torch.randint(2**31, (9, 6), generator=torch.Generator().manual_seed(2)).int().tolist()
-KINDS = {
-    "in_batch": ({"in_batch_pool": True}, lambda _: DISTINCT),
-    "in_batch, draws": (
-        {"in_batch_pool": True, "draws": RAW},
-        lambda k: [DISTINCT[raw * len(DISTINCT) >> 31] for raw in RAW[k]],
-    ),
-    "per position": ({"negatives": [0, 3, 9, 11], "draws": DRAWS}, lambda k: [[0, 3, 9, 11][d] for d in DRAWS[k]]),
-    "shared": ({"negatives": [7, 7, 3, 0]}, lambda _: [7, 7, 3, 0]),
-    "mixed": ({"negatives": [7, 7, 3, 0], "in_batch_pool": True}, lambda _: [7, 7, 3, 0, *DISTINCT]),
-    "full": ({"negatives": range(NUM_ITEMS)}, lambda _: range(NUM_ITEMS)),
-}
 
 
 @pytest.mark.parametrize("backend", [Backend.PYTORCH, Backend.CPU])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_equal_a_loop_that_leaves_out_what_the_user_has_seen(kind, backend):
+def test_loss_and_gradients_equal_a_loop_that_leaves_out_what_the_user_has_seen(kind: str, backend: Backend) -> None:
     options, negatives_of_step = KINDS[kind]
     model, table = make_model(kernels=kernels_of(backend, DIM))
     model.mask_seen = True
     batch = make_batch(HISTORIES, task="retrieval", seen_lists=BEFORE, **options)
     loss = run(model, table, batch).loss_sum
 
-    def unseen(step):
+    def unseen(step: int) -> list[int]:
         return [item for item in negatives_of_step(step) if item not in SEEN_OF_STEP[step]]
 
-    expected = loss_by_loop(model, table, HISTORIES, unseen)
+    expected = loss_by_loop(model, table, unseen)
     assert_same_loss_and_gradients(loss, expected, [table, *model.parameters()])
     without_earlier = make_batch(HISTORIES, task="retrieval", **options)
     assert not torch.isclose(run(model, table, without_earlier).loss_sum, loss)

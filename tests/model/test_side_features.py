@@ -98,7 +98,7 @@ def transformed(name: str, values: list[float]) -> list[float]:
 
 def token_by_token(inputs: SequenceInputs, tables: dict[str, Tensor], users: Events, candidates: int) -> Tensor:
     def joined(role: str, names: tuple[str, ...], event: dict[str, list[Any]]) -> Tensor:
-        rows = torch.cat([sum(tables[name][code] for code in event[name]) / len(event[name]) for name in names])
+        rows = torch.cat([tables[name][event[name]].mean(0) for name in names])
         numbers = [
             [
                 transformed(name, event[name])[place]

@@ -1,6 +1,7 @@
 """The encoder as a whole: what a token can and cannot learn about the others."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.model.examples import (
 )
 
 
-def encode(samples: list[Sample], contextuals: int, padding: int = 0, **changes: object) -> list[Tensor]:
+def encode(samples: list[Sample], contextuals: int, padding: int = 0, **changes: Any) -> list[Tensor]:
     """Encoded tokens of each user, from a model and tables that depend on the seed alone."""
     torch.manual_seed(0)
     features = make_features(contextuals)
@@ -135,7 +136,7 @@ def test_later_layers_compute_on_the_newest_items_alone() -> None:
 @pytest.mark.parametrize("interleave", [True, False])
 def test_users_do_not_depend_on_their_neighbours_or_on_padding(encoding: str, interleave: bool) -> None:
     samples = random_samples([4, 0, 9, 1], contextuals=2, candidates=2)
-    config = {"position_encoding": encoding, "interleave_actions": interleave}
+    config: dict[str, Any] = {"position_encoding": encoding, "interleave_actions": interleave}
     together = encode(samples, 2, padding=2, **config)
     assert [len(tokens) for tokens in together[4:]] == [0, 0]
     for sample, tokens in zip(samples, together, strict=False):

@@ -116,9 +116,14 @@ def meta_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], N
     model.look_up = partial(rows_of_sharded_tables, model)  # type: ignore[method-assign]
     spoil(model)
     clipped: list[float] = []
+
+    def clip(limit: float) -> Tensor:
+        clipped.append(limit)
+        return clip_grad_norm_(model.dense.parameters(), limit)
+
     optimizers = SimpleNamespace(
         zero_grad=lambda: None,
-        clip_grad_norm=lambda limit: clipped.append(limit) or clip_grad_norm_(model.dense.parameters(), limit),
+        clip_grad_norm=clip,
         step=lambda found_inf: None,
     )
     step = TrainStep(model, optimizers, mesh, max_grad_norm=1.0)  # type: ignore[arg-type]
@@ -247,7 +252,7 @@ def test_attention_copies_what_it_plans_from_pinned_memory(kernels: str, monkeyp
         else:
             for limits in (attention.SCORES_PER_BLOCK, attention.ROWS_PER_BLOCK):
                 monkeypatch.setitem(limits, "meta", 2**20)
-            planned, _ = next(attention._groups(layout, config, heads=1))
+            planned, _ = next(attention.groups(layout, config, heads=1))
     assert planned.is_meta and not copies.found
 
 
@@ -321,7 +326,7 @@ def _waits_of(step: Callable[[], Any]) -> dict[str, list[str]]:
     def note(message: Any, *_: Any, **__: Any) -> None:
         if "synchroniz" not in str(message):
             return
-        *stack, _ = traceback.extract_stack()
+        stack = traceback.extract_stack()[:-1]
         line = next(frame for frame in reversed(stack) if not frame.filename.startswith(unasked))
         ours = line.filename.startswith(os.path.dirname(hstu.__file__))
         waits["ours" if ours else "libraries'"].append(f"{line.filename}:{line.lineno}")

@@ -170,9 +170,9 @@ def _record_streams(pipeline: TrainPipeline) -> tuple[list[int], list[int]]:
         copies.append(torch.cuda.current_stream().cuda_stream)
         return copy(batch, *args, **options)
 
-    HSTUBatch.to = recorded  # type: ignore[method-assign]  # this process ends with the case
+    HSTUBatch.to = recorded  # type: ignore[method-assign, assignment]  # this process ends with the case
     pipeline.step.model.dense.register_forward_pre_hook(
-        lambda *_: forwards.append(torch.cuda.current_stream().cuda_stream)  # type: ignore[func-returns-value]
+        lambda *_: forwards.append(torch.cuda.current_stream().cuda_stream)
     )
     return copies, forwards
 

@@ -65,18 +65,6 @@ def test_rows_beyond_the_budget_are_in_host_memory_behind_a_cache_if_one_is_aske
         assert nothing.kernels == (host,) and nothing.split_at is None
 
 
-def test_the_log_says_what_is_and_on_a_cpu_what_would_be() -> None:
-    cached = plan(item_vocab_gpu_capacity=250.0, caching=True)
-    expected = (
-        "1,000 rows of 384 bytes with their states, 0.4 MiB; 0.1 MiB of GPU memory by item_vocab_gpu_capacity: "
-        "in host memory, 250 rows cached in GPU memory"
-    )
-    assert cached.describe("cuda") == expected
-    assert "all in host memory (on GPUs: in host memory, 250 rows cached" in cached.describe("cpu")
-    split = plan(item_vocab_gpu_capacity=999.0).describe("cuda")
-    assert split.endswith(": 996 rows in GPU memory, the others in host memory")
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

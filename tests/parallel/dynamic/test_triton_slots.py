@@ -1,6 +1,7 @@
 """Dynamic tables by the index of Triton kernels: slots equal those of a dictionary, and of PyTorch in long streams."""
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,14 +52,16 @@ def test_long_streams_equal_those_of_pytorch_and_go_on_from_a_checkpoint(policy:
     capacity, batch, steps = (20, 60, 16) if INTERPRETED else (50_000, 200_000, 60)
     rng = np.random.default_rng(0)
     ours, oracle = gpu_slots(capacity, policy, 2), TorchSlots(capacity, policy, 2)
+    index: Any = ours._index
     evictions = refills = 0
     for step in range(1, steps + 1):
-        taken = int(ours._index.taken)
+        taken = int(index.taken)
         made = assert_alike(ours, oracle, torch.from_numpy(rng.zipf(1.2, batch) % (8 * capacity) - 7), step)
-        refills += int(ours._index.taken) < taken
+        refills += int(index.taken) < taken
         evictions += made.counters.evictions
         if step == steps // 2:
             ours.restore(*(part.clone() for part in ours.content()))
+            index = ours._index
     assert evictions > capacity / 4 and (refills or policy == "lfu")
 
 
@@ -67,7 +70,8 @@ def test_ids_that_are_looked_for_at_the_same_place_are_all_found_beyond_the_last
     last_place = unmix(torch.arange(2**63 - 2 * capacity, 2**63 - 1)).to(DEVICE)  # their keys begin with 57 ones
     table = gpu_slots(capacity, "lru")
     table.assign(last_place[:capacity], 1)
-    taken = table._index.entries.cpu() >= 0
+    index: Any = table._index
+    taken = index.entries.cpu() >= 0
     assert taken.sum() == capacity and taken[-1] and taken[: capacity - 1].all()
     found = table.lookup(last_place).tolist()
     assert sorted(found[:capacity]) == [*range(capacity)] and set(found[capacity:]) == {NO_SLOT}

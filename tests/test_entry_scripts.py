@@ -1,6 +1,6 @@
 """The commands of the README in processes of their own, on own data with string ids.
 
-What is about the way in which they are started is started so; the rest is forked (tests/distributed/scripts.py).
+What is about the way in which they are started is started so; the rest is forked (tests/distributed/launch.py).
 """
 
 import csv
@@ -24,7 +24,7 @@ from hstu.observe.logging import tear_down_logging
 from hstu.observe.records import read_metrics
 from hstu.train.main import run
 from tests.config.gin_files import table, text
-from tests.distributed.scripts import run_script
+from tests.distributed.launch import run_script
 from tests.train.tiny import ITEMS, walks
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -22,12 +22,14 @@ from hstu.base.errors import DataError
 from hstu.checkpoint import save as saving
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.sampling.samples import Split
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.stack import ModelOutput
-from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder, main
 from hstu.train.trainer import Trainer
+from tests.distributed.toy import dense_of
 from tests.train.tiny import TinyOptions, skip_measuring_the_peak, tables_with_dynamic, tiny_config
 
 
@@ -50,8 +52,8 @@ def run_with(
     seen: dict[str, Any] = {}
     build = builder.build_trainer
 
-    def build_with_faults(config: RunConfig, mesh: Mesh, *beside_tables: Any) -> Trainer:
-        trainer = build(config, mesh, *beside_tables)
+    def build_with_faults(config: RunConfig, mesh: Mesh, *rest: Any, **options: Any) -> Trainer:
+        trainer = build(config, mesh, *rest, **options)
         if mesh.rank in faults:
             FAULTS[faults[mesh.rank]](trainer, iteration, Path(output) / f"failed_at_{mesh.rank}")
         _note(trainer, seen)
@@ -90,8 +92,8 @@ def in_loading(deed: Callable[[], None]) -> Callable[[Trainer, int, Path], None]
     def sabotage(trainer: Trainer, iteration: int, failed_at: Path) -> None:
         load = trainer.source.train_batches
 
-        def batches(*position: Any) -> Iterator[HSTUBatch]:
-            for number, batch in enumerate(load(*position), 1):
+        def batches(position: SamplerPosition) -> Iterator[HSTUBatch]:
+            for number, batch in enumerate(load(position), 1):
                 if number == iteration and not failed_at.exists():  # once, also if the run is started again
                     failed_at.write_text(str(time.time()))
                     deed()
@@ -106,8 +108,8 @@ def over_an_evaluation(trainer: Trainer, iteration: int, failed_at: Path) -> Non
     """SIGTERM over the first of so many slow batches that the evaluation would take minutes."""
     load = trainer.source.eval_batches
 
-    def batches(*split: Any) -> Iterator[HSTUBatch]:
-        (batch,) = islice(load(*split), 1)
+    def batches(split: Split) -> Iterator[HSTUBatch]:
+        (batch,) = islice(load(split), 1)
         for _ in range(1000):
             if trainer.state.iteration == iteration and not failed_at.exists():
                 failed_at.write_text(str(time.time()))
@@ -131,7 +133,7 @@ def in_forward(deed: Callable[[ModelOutput], None]) -> Callable[[Trainer, int, P
                 failed_at.write_text(str(time.time()))
                 deed(output)
 
-        unwrap_dense(trainer.state.model).task.register_forward_hook(hook)
+        dense_of(trainer.state.model).task.register_forward_hook(hook)
 
     return sabotage
 
@@ -153,10 +155,10 @@ def in_saving(fault: Callable[[Path], None]) -> Callable[[Trainer, int, Path], N
     def install(_trainer: Trainer, iteration: int, failed_at: Path) -> None:
         write = FileSystemWriter.write_data
 
-        def write_data(self: FileSystemWriter, *plan: Any) -> Any:
+        def write_data(self: Any, *plan: Any, **options: Any) -> Any:
             if f"iteration_{iteration:08d}" in str(self.path):
                 fault(failed_at)
-            return write(self, *plan)
+            return write(self, *plan, **options)
 
         FileSystemWriter.write_data = write_data  # type: ignore[method-assign]
 

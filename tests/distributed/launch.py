@@ -7,6 +7,9 @@ The function and its arguments are pickled, so it is a function of a module. It 
 environment, and starts the process group itself (``hstu.parallel.mesh.start``); ``run_cases`` does that for its cases.
 Results come back pickled, in rank order.
 
+``run_script`` runs a script of the repository so. What starts one for users, python and torchrun, is tested by
+test_entry_scripts.py.
+
 The ranks are forked from a server that has imported torch, TorchRec and Megatron once, which otherwise takes each
 process seconds. Each rank is a process and a session of its own.
 """
@@ -20,6 +23,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import signal
 import socket
 import sys
@@ -110,8 +114,13 @@ def call_each(cases: Mapping[str, Callable[[Mesh], R]], tp: int = 1, cp: int = 1
 
 
 @contextlib.contextmanager
-def started_mesh(tp: int = 1, cp: int = 1) -> Iterator[Mesh]:
-    """A process group whose ranks use one thread each: the tensors are tiny, and more threads would only wait."""
+def started_mesh(tp: int = 1, cp: int = 1, port: int | None = None) -> Iterator[Mesh]:
+    """A process group whose ranks use one thread each: the tensors are tiny, and more threads would only wait.
+
+    ``port``: where the ranks meet, for a second process group in one launch.
+    """
+    if port is not None:
+        os.environ["MASTER_PORT"] = str(port)
     mesh = start(tensor_parallel_size=tp, context_parallel_size=cp, timeout_s=60)
     torch.set_num_threads(1)
     yield mesh
@@ -127,6 +136,23 @@ def run_to_their_ends(
     """
     with _launched(launch, function, args, kwargs) as ranks:
         return ranks.wait_for_ends()
+
+
+def run_script(*command: Any, ranks: int | None = None, timeout_s: float = 150.0) -> tuple[list[int], str]:
+    """The exit code of each rank, and the output of all. ``ranks``: None for a script without a launcher."""
+    words = [str(word) for word in command]
+    ended = run_to_their_ends(Launch(ranks or 1, timeout_s), as_main, words, launched=ranks is not None)
+    return [rank.exit_code for rank in ended], "".join(rank.output for rank in ended)
+
+
+def as_main(command: list[str], launched: bool) -> None:
+    """Be the script, with one thread."""
+    for name in _environment(0, 1, 0) if not launched else ():
+        del os.environ[name]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 def free_port() -> int:
@@ -154,7 +180,14 @@ def _launched(launch: Launch, function: Callable[..., Any], args: Any, kwargs: A
 
 
 def _start_rank(folder: Path, rank: int, world_size: int, port: int) -> ForkServerProcess:
-    environment = {
+    environment = dict(os.environ) | _environment(rank, world_size, port)
+    process = SERVER.Process(target=_run_this_rank, args=(folder, environment))
+    process.start()
+    return process
+
+
+def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
@@ -162,9 +195,6 @@ def _start_rank(folder: Path, rank: int, world_size: int, port: int) -> ForkServ
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    process = SERVER.Process(target=_run_this_rank, args=(folder, dict(os.environ) | environment))
-    process.start()
-    return process
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,15 @@ def make_config(
     """A run of the tiny model with dropout."""
     trainer = {"train_batch_size": 4, "eval_batch_size": 3, "pipeline_type": pipeline, **options.get("trainer", {})}
     fraction = {"train_fraction": 0.68} if task == "ranking" else {}
-    defaults: TinyOptions = {"sharded": ("item_id", "town"), "optimizer": {"optimizer_str": "sgd"}}
     chosen: TinyOptions = {
+        "sharded": ("item_id", "town"),
+        "optimizer": {"optimizer_str": "sgd"},
+        **options,
         "trainer": trainer,
         "dataset": {**fraction, **options.get("dataset", {})},
         "network": {"hidden_dropout": 0.2, **options.get("network", {})},
     }
-    return tiny_config(task, store, output, **{**defaults, **options, **chosen})
+    return tiny_config(task, store, output, **chosen)
 
 
 def assemble(config: RunConfig, mesh: Mesh) -> tuple[TrainPipeline, BatchSource, Evaluator, TrainState]:
@@ -82,6 +84,7 @@ def train(
         if step > 0:
             state.optimizers.set_lr_multiplier(1.0 / step)
             result = pipeline.progress(batches)
+            assert result.batch.position is not None
             told["losses"].append(float(result.loss))
             told["positions"].append([result.batch.position.epoch, result.batch.position.consumed])
             told["real"].append(result.batch.real_batch_size)

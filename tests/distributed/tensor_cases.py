@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 
 from hstu.checkpoint.state import TrainState
+from hstu.config.args import Task
 from hstu.config.gin_io import load as load_gin
 from hstu.config.run_config import RunConfig
+from hstu.data.batches.batch import HSTUBatch
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.shards import ShardedView
+from hstu.pipeline.pipelines import TrainPipeline
 from hstu.pipeline.step import StepResult
 from hstu.train.builder import build_model, build_pipeline
 from hstu.train.sources import StoreSource
@@ -114,7 +117,7 @@ def with_gaps(numbers: np.ndarray) -> np.ndarray:
 class RunOptions(TypedDict, total=False):
     """What may be chosen of a run."""
 
-    task: str
+    task: Task
     optimizer: str
     sharding: str
     replicated: Sequence[str]
@@ -127,36 +130,28 @@ class RunOptions(TypedDict, total=False):
     """Features whose tables are dynamic."""
 
 
-def make_config(
-    store: str,
-    world_size: int,
-    task: str = "ranking",
-    optimizer: str = "sgd",
-    sharding: str = "row_wise",
-    replicated: Sequence[str] = ("action",),
-    pipeline: str = "none",
-    learning_rate: float = 0.02,
-    bindings: Sequence[str] = (),
-    dynamic: Sequence[str] = (),
-) -> RunConfig:
-    """A small run whose global batch does not depend on the number of ranks; the arguments are RunOptions."""
-    tables = []
+def make_config(store: str, world_size: int, **options: Unpack[RunOptions]) -> RunConfig:
+    """A small run whose global batch does not depend on the number of ranks."""
+    tables: list[str] = []
     for name, rows in (("item_id", 30), ("action", 4), ("age", 5), ("genres", 6), ("year", 3), ("watched", 4)):
-        common = {"table_name": f"{name}_table", "init_std": 0.3}
-        kind = "data_parallel" if name in replicated else "model_parallel"
-        if name in dynamic:
+        common: dict[str, Any] = {"table_name": f"{name}_table", "init_std": 0.3}
+        if name in options.get("dynamic", ()):
             tables += table(name, rows, "DynamicEmbeddingArgs", **common)
         else:
-            tables += table(name, rows, **common, sharding_type=kind, sharding=sharding)
+            common["sharding_type"] = (
+                "data_parallel" if name in options.get("replicated", ("action",)) else "model_parallel"
+            )
+            tables += table(name, rows, **common, sharding=options.get("sharding", "row_wise"))
     run = [
         f"TrainerArgs.train_batch_size = {GLOBAL_BATCH // world_size}",
         f"TrainerArgs.eval_batch_size = {GLOBAL_BATCH // world_size}",
-        f"TrainerArgs.pipeline_type = {pipeline!r}",
+        f"TrainerArgs.pipeline_type = {options.get('pipeline', 'none')!r}",
         f"DatasetArgs.dataset_path = {store!r}",
-        f"OptimizerArgs.optimizer_str = {optimizer!r}",
-        f"OptimizerArgs.learning_rate = {learning_rate}",
+        f"OptimizerArgs.optimizer_str = {options.get('optimizer', 'sgd')!r}",
+        f"OptimizerArgs.learning_rate = {options.get('learning_rate', 0.02)}",
     ]
-    return load_gin([], [*BASE, *TASKS[task], *tables, *run, *bindings], task)  # type: ignore[arg-type]
+    task = options.get("task", "ranking")
+    return load_gin([], [*BASE, *TASKS[task], *tables, *run, *options.get("bindings", ())], task)
 
 
 def new_run(mesh: Mesh, config: RunConfig) -> tuple[StoreSource, TrainState]:
@@ -179,11 +174,15 @@ def train_steps(
     pipeline = build_pipeline(config.trainer, state.model, state.optimizers, mesh)
     batches = source.train_batches(state.position)
     for _ in range(steps):
-        result = pipeline.progress(batches)
-        state.iteration += 1
-        assert result.batch.position is not None
-        state.position = result.batch.position
-        yield result
+        yield advance(pipeline, batches, state)
+
+
+def advance(pipeline: TrainPipeline, batches: Iterator[HSTUBatch], state: TrainState) -> StepResult:
+    """One step; the state then is at the position of its batch."""
+    result = pipeline.progress(batches)
+    assert result.batch.position is not None
+    state.iteration, state.position = state.iteration + 1, result.batch.position
+    return result
 
 
 def consolidated(state: TrainState, mesh: Mesh) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Dynamic tables trained by real ranks: as static ones where there is room, and right where there is none."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,11 +65,13 @@ SPLIT = {
 }
 CHECKPOINTED: dict[str, dict[str, Any]] = {
     "adam lru": {
-        "optimizer": "sgd",
+        "options": {"optimizer": "sgd", "trained": {"item": {"optimizer_str": "adam"}}},
         "item": {"admission_threshold": 2},
-        "trained": {"item": {"optimizer_str": "adam"}},
     },
-    "rowwise lfu": {"optimizer": "rowwise_adagrad", "item": {"evict_strategy": "lfu", "dist_type": "continuous"}},
+    "rowwise lfu": {
+        "options": {"optimizer": "rowwise_adagrad"},
+        "item": {"evict_strategy": "lfu", "dist_type": "continuous"},
+    },
 }
 
 
@@ -126,12 +128,13 @@ def beside_static(mesh: Mesh, dist_type: str = "roundrobin", **options: Unpack[T
     static, static_optimizers = build(config, mesh)
     start_as_dynamic(static, config.trainer.seed)
     table = {"item_vocab_size_or_capacity": 4 * ITEMS, "dist_type": dist_type}
-    dynamic, dynamic_optimizers = build(make_config(dynamic=dict.fromkeys(SIZES, table), **options), mesh)
+    options["dynamic"] = dict.fromkeys(SIZES, table)
+    dynamic, dynamic_optimizers = build(make_config(**options), mesh)
     losses: list[list[float]] = [[], []]
     for step in range(STEPS):
-        for place, (model, optimizers) in enumerate([(static, static_optimizers), (dynamic, dynamic_optimizers)]):
-            batch = batch_of(step, mesh.rank, mesh.world_size, as_ids=place == 1)
-            losses[place].append(train_step(model, optimizers, mesh, batch))
+        for as_ids, (model, optimizers) in enumerate([(static, static_optimizers), (dynamic, dynamic_optimizers)]):
+            batch = batch_of(step, mesh.rank, mesh.world_size, as_ids=bool(as_ids))
+            losses[as_ids].append(train_step(model, optimizers, mesh, batch))
     rows, same = rows_by_id(dynamic, mesh), {}
     static.eval()
     for feature, size in SIZES.items():
@@ -205,14 +208,6 @@ def fresh_slots(model: GRModel, optimizers: Optimizers) -> list[bool]:
     return results
 
 
-def new_state(mesh: Mesh, case: dict[str, Any], capacity: int, in_gpu_memory: float | None = None) -> TrainState:
-    options = dict(case)
-    size = {"item_vocab_size_or_capacity": capacity, "item_vocab_gpu_capacity": in_gpu_memory}
-    dynamic = {"item": options.pop("item") | size}
-    model, optimizers = build(make_config(dynamic=dynamic, **options), mesh)
-    return TrainState(model, optimizers)
-
-
 def steps_of(state: TrainState, mesh: Mesh, first: int, stop: int) -> list[float]:
     """Losses of the steps [first, stop) of a model whose items alone are dynamic."""
     losses = []
@@ -226,28 +221,24 @@ def steps_of(state: TrainState, mesh: Mesh, first: int, stop: int) -> list[float
     return losses
 
 
-def save_and_go_on(mesh: Mesh, case: dict[str, Any], directory: str) -> dict[str, Any]:
-    """Three steps, a checkpoint and three more."""
-    state = new_state(mesh, case, 4 * ITEMS)
-    steps_of(state, mesh, 0, 3)
-    save(directory, state, mesh)
-    return {"held": rows_by_id(state.model, mesh)["item_table"], "losses": steps_of(state, mesh, 3, 6)}
-
-
-def load_and_go_on(
+def go_on(
     mesh: Mesh,
     case: dict[str, Any],
-    directory: str,
-    save_to: str | None = None,
+    load_from: Path | None = None,
+    save_to: Path | None = None,
     capacity: int = 4 * ITEMS,
     in_gpu_memory: float | None = None,
 ) -> dict[str, Any]:
-    """The steps after the checkpoint, on these ranks. ``save_to``: the directory of another checkpoint before them.
+    """Rows and losses of three steps after a checkpoint, or else after three steps.
 
     ``in_gpu_memory``: rows of each table that lie there; the table then is split.
     """
-    state = new_state(mesh, case, capacity, in_gpu_memory)
-    load(Path(directory) / "iteration_00000000", state, mesh)
+    size = {"item_vocab_size_or_capacity": capacity, "item_vocab_gpu_capacity": in_gpu_memory}
+    state = TrainState(*build(make_config(**case["options"], dynamic={"item": case["item"] | size}), mesh))
+    if load_from is None:
+        steps_of(state, mesh, 0, 3)
+    else:
+        load(load_from, state, mesh)
     held = rows_by_id(state.model, mesh)["item_table"]
     if save_to is not None:
         save(save_to, state, mesh)
@@ -353,25 +344,24 @@ def test_ranks_groups_and_pipelines_train_what_one_process_trains(tmp_path: Path
 
 
 def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(tmp_path: Path) -> None:
-    first, second = (str(tmp_path / name) for name in ("first", "second"))
-
-    def run(ranks: int, function: Callable[..., dict[str, Any]], directory: str, **options: Any) -> dict[str, Any]:
-        """Each case in a directory of its own. ``save_to``, if given, is where those of another checkpoint lie."""
+    def run(ranks: int, load_from: str = "", save_to: str = "", **options: Any) -> dict[str, Any]:
+        """All cases, with the names of directories for the checkpoints of each."""
         cases = {
             name: partial(
-                function,
+                go_on,
                 case=case,
-                directory=f"{directory}/{name}",
-                **{key: f"{value}/{name}" if key == "save_to" else value for key, value in options.items()},
+                load_from=tmp_path / load_from / name / "iteration_00000000" if load_from else None,
+                save_to=tmp_path / save_to / name if save_to else None,
+                **options,
             )
             for name, case in CHECKPOINTED.items()
         }
         return run_cases(ranks, cases)[0]
 
-    original = run(2, save_and_go_on, first)
-    on_four = run(4, load_and_go_on, first, save_to=second, in_gpu_memory=9.0)  # saved the same, split or not
-    on_one = run(1, load_and_go_on, second)
-    too_small = run(1, load_and_go_on, first, capacity=9)
+    original = run(2, save_to="first")
+    on_four = run(4, load_from="first", save_to="second", in_gpu_memory=9.0)  # saved the same, split or not
+    on_one = run(1, load_from="second")
+    too_small = run(1, load_from="first", capacity=9)
     for case, expected in original.items():
         assert len(expected["held"]) > 15
         for resumed in (on_four[case], on_one[case]):
@@ -379,8 +369,8 @@ def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(t
             assert resumed["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         kept = too_small[case]["held"]
         assert len(kept) == 9 and kept.items() <= expected["held"].items()
-        checkpoints = [Path(directory) / case / "iteration_00000000" for directory in (first, second)]
-        exported = load_safetensors(export(checkpoints[0], tmp_path / "exports" / case) / "model.safetensors")
+        checkpoint = tmp_path / "first" / case / "iteration_00000000"
+        exported = load_safetensors(export(checkpoint, tmp_path / "exports" / case) / "model.safetensors")
         ids, rows = (exported[f"dynamic.item_table.{part}"].tolist() for part in ("ids", "weight"))
         assert ids == sorted(expected["held"]), "of both ranks"
         assert dict(zip(ids, rows, strict=True)) == expected["held"]

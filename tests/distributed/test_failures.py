@@ -100,20 +100,24 @@ def test_a_rank_that_is_stuck_past_the_timeout_ends_all_and_is_named(store: str,
 
 
 @pytest.mark.slow
-def test_a_frozen_rank_is_named_by_the_others(store: str, tmp_path: Path) -> None:
-    ranks = run(3, store, tmp_path, {1: "frozen"}, lasting=(1,), iteration=3, collective_timeout_s=4)
-    check_all_ended(ranks, tmp_path, timeout_s=4)
-    for rank in (0, 2):
-        assert re.search(r"the run ends: rank 1 \(\S+, pid \d+\) is dead or frozen", ranks[rank].output)
-
-
-@pytest.mark.slow
-def test_ranks_that_feel_nothing_tell_of_a_killed_one_when_their_launcher_stops_them(
-    store: str, tmp_path: Path
+@pytest.mark.parametrize(
+    ("faults", "lasting", "collective_timeout_s", "ended_after_s"),
+    [
+        ({1: "frozen"}, (1,), 4, 4),
+        # A launcher stops the ranks, which feel nothing of a killed one, and kills them after 30 s.
+        ({0: "asleep through SIGTERM", 1: "killed", 2: "asleep through SIGTERM"}, (), 100, 20),
+    ],
+)
+def test_a_rank_that_is_dead_or_frozen_is_named_by_the_others(
+    store: str,
+    tmp_path: Path,
+    faults: dict[int, str],
+    lasting: tuple[int, ...],
+    collective_timeout_s: int,
+    ended_after_s: int,
 ) -> None:
-    faults = {0: "asleep through SIGTERM", 1: "killed", 2: "asleep through SIGTERM"}
-    ranks = run(3, store, tmp_path, faults, iteration=3, collective_timeout_s=100)
-    check_all_ended(ranks, tmp_path, timeout_s=20)  # before a launcher kills, after 30 s
+    ranks = run(3, store, tmp_path, faults, 3, lasting, collective_timeout_s=collective_timeout_s)
+    check_all_ended(ranks, tmp_path, ended_after_s)
     for rank in (0, 2):
         assert re.search(r"the run ends: rank 1 \(\S+, pid \d+\) is dead or frozen", ranks[rank].output)
 

@@ -1,7 +1,5 @@
 """Every two settings of parallelism that may meet do meet in a run that must equal the single process."""
 
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise, product
@@ -13,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hstu.checkpoint.state import TrainState
+from hstu.config.args import Task
 from hstu.config.rules import validate
 from hstu.data.sampling.sampler import even_bounds
 from hstu.parallel.mesh import Mesh
 from tests.config.gin_files import ALL_RULES
-from tests.distributed.launch import Launch, RankFailure, free_port, run_ranks, started_mesh
+from tests.distributed.launch import Launch, free_port, run_ranks, started_mesh
 from tests.distributed.tensor_cases import RunOptions, consolidated, make_config, new_run, train_steps, write_store
 
 TABLES = ("item_id", "action", "age", "genres", "year", "watched")
@@ -33,8 +32,6 @@ nothing but rounding Adam and Adagrad make a step, learning_rate / adam_eps time
 
 
 Row = TypeVar("Row", bound=tuple[Any, ...])
-Sizes = tuple[int, int]
-"""Ranks of a tensor-parallel and of a context-parallel group."""
 
 
 class Case(NamedTuple):
@@ -47,7 +44,7 @@ class Case(NamedTuple):
     optimizer: str
     pipeline: str
     dense_sharding: str
-    task: str
+    task: Task
     by_tokens: bool
     """Sequence parallelism."""
     balanced: bool
@@ -140,34 +137,21 @@ def options(case: Case) -> RunOptions:
 
 def run(cases: Sequence[Case], store: str) -> dict[Case, list[str]]:
     """Run the cases, none refused, in one launch for each number of ranks; what is wrong with each, or nothing."""
+    expected = _launch(store, 1, [alone(case) for case in cases])[0]
     results: dict[Case, list[str]] = {}
-    expected: dict[str, Any] = {}
-    for world in sorted({1, *(case.world for case in cases)}):
+    for world in {case.world for case in cases}:
         here = [case for case in cases if case.world == world]
-        groups: dict[Sizes, dict[str, RunOptions]] = {}
-        if world == 1:
-            groups[1, 1] = {str(alone(case)): options(alone(case)) for case in cases}
-        for case in here:
-            groups.setdefault((case.tp, case.cp), {})[str(case)] = options(case)
-        try:
-            ranks = _launch(store, world, groups)
-        except RankFailure as failure:
-            if world == 1:  # then there is nothing to compare with
-                raise
-            print(failure, file=sys.stderr)
-            last_line = failure.stderr.strip().rpartition("\n")[-1]
-            results |= {case: [f"in a launch that failed: {last_line}"] for case in here}
-            continue
-        if world == 1:
-            expected = ranks[0]
+        ranks = _launch(store, world, here)
         results |= {case: _problems(case, [rank[str(case)] for rank in ranks], expected) for case in here}
     return results
 
 
-def _launch(store: str, world: int, by_sizes: dict[Sizes, dict[str, RunOptions]]) -> list[Any]:
-    groups = [Group(*sizes, free_port(), cases) for sizes, cases in by_sizes.items()]
-    timeout_s = 120.0 + 10 * sum(len(cases) for cases in by_sizes.values())
-    return run_ranks(Launch(world, timeout_s), run_groups, store, groups)
+def _launch(store: str, world: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    by_sizes: dict[tuple[int, int], dict[str, RunOptions]] = {}
+    for case in cases:
+        by_sizes.setdefault((case.tp, case.cp), {})[str(case)] = options(case)
+    groups = [Group(*sizes, free_port(), runs) for sizes, runs in by_sizes.items()]
+    return run_ranks(Launch(world, 120.0 + 10 * len(cases)), run_groups, store, groups)
 
 
 @dataclass(frozen=True)
@@ -182,10 +166,9 @@ class Group:
 
 def run_groups(store: str, groups: Sequence[Group]) -> dict[str, Any]:
     """On a rank: the runs of all groups, name → what ``_train`` returns."""
-    results = {}
+    results: dict[str, Any] = {}
     for group in groups:
-        os.environ["MASTER_PORT"] = str(group.port)
-        with started_mesh(group.tp, group.cp) as mesh:
+        with started_mesh(group.tp, group.cp, group.port) as mesh:
             results |= {name: _train(mesh, store, run) for name, run in group.runs.items()}
     return results
 

@@ -2,18 +2,33 @@
 
 The runs have dropout, shuffling, Adam, a loss scale that grows, averaged weights, accumulated gradients, evaluations,
 and records of the mean loss over several steps, so that state that a checkpoint lacks changes the result.
+
+The signal of one rank reaches all in the collective of the check that every step makes anyway.
 """
 
+import os
+import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from hstu.data.batches.batch import HSTUBatch
+from hstu.data.sampling.samples import Split
+from hstu.parallel.ddp import unwrap_dense
+from hstu.parallel.mesh import Mesh
+from hstu.pipeline.finite import FiniteCheck, Stopped, StopSignal
+from hstu.train.trainer import Trainer
 from tests.conftest import write_small_store
+from tests.distributed.failure_cases import FAULTS
 from tests.distributed.launch import Launch, run_cases
-from tests.distributed.training_cases import stop_and_go
-from tests.train.tiny import walks
+from tests.distributed.pipeline_cases import digest
+from tests.distributed.training_cases import config_for
+from tests.train.tiny import FinishedRun, TinyOptions, build, walks
 
 WHOLE, EVERY = 9, 4
 STOPS: dict[str, tuple[int, str, int]] = {
@@ -30,6 +45,61 @@ TASKS: dict[str, Any] = {
         "task_args": {"negatives": "uniform", "num_negatives": 5, "mask_seen": True},
     },
 }
+
+
+def stop_and_go(
+    mesh: Mesh, task: str, store: str, output: str, stop: tuple[int, str] | None = None, **options: Unpack[TinyOptions]
+) -> dict[str, Any]:
+    """A whole run. ``stop``: the iteration, and the moment in it, in which the last rank gets SIGTERM."""
+    trainer = build(config_for(mesh, task, store, output, options), mesh)
+    if stop is not None and mesh.rank == mesh.world_size - 1:
+        SIGNALLED[stop[1]](trainer, stop[0], Path(output) / "signalled_at")
+    trainer.train()
+    finished = FinishedRun(trainer, trainer.run_directory.path)
+    weights = digest(trainer.state, mesh)
+    if not mesh.is_main:
+        return {}
+    return {
+        "weights": weights,
+        "noise": torch.rand(2).tolist(),
+        "history": trainer.state.carried["history"].state_dict(),
+        "records": [{name: record[name] for name in RECORDED if name in record} for record in finished.records],
+        "summary": {name: value for name, value in finished.summary.items() if name not in ("seconds", "throughput")},
+        "position": [trainer.state.position.epoch, trainer.state.position.consumed],
+        "batches_per_epoch": trainer.source.batches_per_epoch,
+    }
+
+
+RECORDED = ("kind", "iter", "epoch", "loss", "lr", "loss_scale", "skipped_steps", "metrics")
+
+
+def _signal_in_micro_batch(trainer: Trainer, iteration: int, _: Path) -> None:
+    """After the forward of the first micro-batch, before that of the second."""
+    dense, parts = unwrap_dense(trainer.state.model), trainer.args.gradient_accumulation_steps
+    forwards = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal forwards
+        forwards += dense.training
+        if dense.training and forwards == (iteration - 1) * parts + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    dense.register_forward_hook(hook)
+
+
+def _signal_in_evaluation(trainer: Trainer, iteration: int, _: Path) -> None:
+    """Over the first batch."""
+    batches = trainer.source.eval_batches
+
+    def signalled(split: Split) -> Iterator[HSTUBatch]:
+        if trainer.state.iteration == iteration:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batches(split)
+
+    trainer.source.eval_batches = signalled  # type: ignore[method-assign]
+
+
+SIGNALLED = {"step": FAULTS["SIGTERM"], "micro-batch": _signal_in_micro_batch, "evaluation": _signal_in_evaluation}
 
 
 def case(
@@ -64,12 +134,12 @@ def run_all(place: Path, size: int, task: str, stops: dict[str, str]) -> dict[st
     """Case → what rank 0 tells: the uninterrupted run, each stopped one, and each resumed one in new processes."""
     batch = 2 * max(size, 2)
     write_small_store(place / "store", **walks((22 if task == "retrieval" else 31) * batch // 4))
-    sizes = {"train_batch_size": batch, "eval_batch_size": batch}
+    sizes: dict[str, Any] = {"train_batch_size": batch, "eval_batch_size": batch}
     stopped, resumed = {}, {}
     for name, pipeline in stops.items():
         stopped[name] = case(place, name, task, pipeline, STOPS[name][:2], **sizes)
-        checkpoints = {"ckpt_load_dir": f"{place / name}/checkpoints"}
-        resumed[f"{name}, resumed"] = case(place, f"{name}, resumed", task, pipeline, **sizes, **checkpoints)
+        resuming: dict[str, Any] = sizes | {"ckpt_load_dir": f"{place / name}/checkpoints"}
+        resumed[f"{name}, resumed"] = case(place, f"{name}, resumed", task, pipeline, **resuming)
     whole = {"whole": case(place, "whole", task, "none", **sizes)}
     launch = Launch(size, timeout_s=200)
     return run_cases(launch, whole | stopped)[0] | run_cases(launch, resumed)[0]
@@ -103,3 +173,43 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
         assert second["records"] == after(whole["records"], redone), name
         for what in ("weights", "noise", "history", "summary", "position"):
             assert second[what] == whole[what], (name, what)
+
+
+def check_two_steps(mesh: Mesh, deferred: bool) -> dict[str, Any]:
+    """The last rank receives SIGTERM before the first of two checked steps."""
+    check = FiniteCheck(mesh)
+    check.deferred = deferred
+    stop = StopSignal(mesh, check)
+    all_reduce, collectives, raised = dist.all_reduce, [], []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        collectives.append(1)
+        return all_reduce(*args, **options)
+
+    dist.all_reduce = counted
+    try:
+        if mesh.rank == mesh.world_size - 1:
+            stop._receive(signal.SIGTERM, None)
+        for _ in range(2):
+            check(torch.tensor(1.0), torch.tensor(True), None)  # type: ignore[arg-type]  # a batch is for errors
+            try:
+                stop.raise_if_agreed()
+                raised.append("")
+            except Stopped as stopped:
+                raised.append(str(stopped))
+    finally:
+        dist.all_reduce = all_reduce
+    return {"raised": raised, "collectives": len(collectives)}
+
+
+@pytest.mark.parametrize(("ranks", "tp", "collectives"), [(2, 1, 1), (2, 2, 1), (4, 2, 2)])
+def test_all_ranks_stop_after_the_same_step_without_a_collective_of_their_own(
+    ranks: int, tp: int, collectives: int
+) -> None:
+    cases = {
+        "at once": partial(check_two_steps, deferred=False),
+        "one step later": partial(check_two_steps, deferred=True),
+    }
+    for rank in run_cases(Launch(ranks, 60, tp=tp), cases):
+        assert rank["at once"] == {"raised": ["SIGTERM", "SIGTERM"], "collectives": 2 * collectives}
+        assert rank["one step later"] == {"raised": ["", "SIGTERM"], "collectives": 2 * collectives}

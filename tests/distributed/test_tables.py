@@ -7,7 +7,6 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.toy import (
@@ -16,6 +15,7 @@ from tests.distributed.toy import (
     ToyOptions,
     ToyTask,
     build,
+    dense_of,
     full_tables,
     make_batch,
     make_config,
@@ -47,7 +47,7 @@ OWN = {
 PARTS = [{"regex": "head", "optimizer_str": "sgd", "learning_rate": 0.2}]
 LIMIT = 0.01
 LIMITED = {"sparse_max_gradient": LIMIT}
-MIXED = {
+MIXED: dict[str, Any] = {
     "adam beside rowwise_adagrad": {"optimizer": "adam", "trained": OWN, "parts": PARTS},
     "columns": {"optimizer": "adagrad", "sharding": "column_wise", "trained": {"user": {"optimizer_str": "adam"}}},
     "limited, mixed": {"optimizer": "adam", "trained": OWN, "parts": PARTS, "optimizer_args": LIMITED},
@@ -109,7 +109,7 @@ def train(mesh: Mesh, steps: int = 3, empty_from: int | None = None, **options: 
         train_step(model, optimizers, mesh, make_batch(step, mesh.rank, mesh.world_size, empty_from))
         for step in range(steps)
     ]
-    dense = {name: weight.tolist() for name, weight in unwrap_dense(model).task.named_parameters()}
+    dense = {name: weight.tolist() for name, weight in dense_of(model).task.named_parameters()}
     return {"initial": initial, "tables": full_tables(model, mesh), "dense": dense, "losses": losses}
 
 
@@ -136,7 +136,7 @@ def lr_multipliers(mesh: Mesh) -> dict[str, Any]:
     moves: dict[str, list[float]] = {"item_table": [], "action_table": [], "dense": []}
     for multiplier in (1.0, 0.5, 0.0):
         model, optimizers = build(make_config(optimizer="sgd", replicated=("action",)), mesh)
-        before, weight = full_tables(model, mesh), unwrap_dense(model).task.head.weight
+        before, weight = full_tables(model, mesh), dense_of(model).task.get_parameter("head.weight")
         head = weight.detach().clone()
         optimizers.set_lr_multiplier(multiplier)
         train_step(model, optimizers, mesh, make_batch(0, mesh.rank, mesh.world_size))
@@ -302,7 +302,8 @@ def reference(
     losses, cuts = [], []
     for step in range(1, steps + 1):
         batch = make_batch(step - 1, 0, 1)
-        embeddings, touched = {}, {name: [] for name in rows_of}
+        embeddings: dict[str, torch.Tensor] = {}
+        touched: dict[str, list[torch.Tensor]] = {name: [] for name in rows_of}
         for feature, ids in batch.features.to_dict().items():
             table = TABLE_OF[feature]
             embeddings[feature] = rows_of[table][ids.values()]

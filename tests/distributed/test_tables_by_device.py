@@ -36,34 +36,21 @@ def trained(
 ) -> dict[str, Any]:
     """Losses, metrics and positions of some steps, the device, and where the rows of the sharded tables lie."""
     used = {"item_id", "action", "town"}
-    tables = [
-        table
+    tables = tuple(
+        replace(table, compute_kernel=kernel) if table.sharding_type == "model_parallel" else table
         for table in tables_of(SequenceStore.open(store), ("item_id", "town"), sharding)
         if used.issuperset(table.feature_names)
-    ]
-    sharded = {
-        table.table_name: replace(table, compute_kernel=kernel)
-        for table in tables
-        if table.sharding_type == "model_parallel"
-    }
-    options: dict[str, Any] = {
-        "tables": tuple(sharded.get(table.table_name, table) for table in tables),
-        "optimizer": {"optimizer_str": optimizer, "learning_rate": 0.01},
-    }
+    )
+    options: dict[str, Any] = {"tables": tables, "optimizer": {"optimizer_str": optimizer, "learning_rate": 0.01}}
     # The same modules that the steps use, built for their places alone.
     *_, state = assemble(make_config(store, pipeline, **options), mesh)
-    places = {
-        spec[2].name
-        for module in state.model.modules()
-        if hasattr(module, "embedding_specs")
-        for spec in module.embedding_specs
-    }
+    places = {spec[2].name for module in state.model.modules() for spec in vars(module).get("embedding_specs", ())}
     told = train(mesh, store, pipeline, **options)
     del told["weights"]  # a hash, which says nothing of numbers that are close
     return told | {"device": mesh.device.type, "places": places}
 
 
-CASES: dict[str, dict[str, str]] = {
+CASES: dict[str, dict[str, Any]] = {
     **{f"plain, {optimizer}": {"pipeline": "none", "optimizer": optimizer} for optimizer in OPTIMIZERS},
     **{
         f"{kernel}, {pipeline}, {optimizer}": {"pipeline": pipeline, "kernel": kernel, "optimizer": optimizer}

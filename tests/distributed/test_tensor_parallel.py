@@ -187,7 +187,7 @@ PLACES = (
 
 
 def load_save_and_train(
-    mesh: Mesh, store: str, load_from: str | None, save_to: str, **options: Unpack[RunOptions]
+    mesh: Mesh, store: str, load_from: Path | None, save_to: Path, **options: Unpack[RunOptions]
 ) -> dict[str, Any]:
     """Load a checkpoint (or train three steps), save it again, and train two steps; weights and losses."""
     config = make_config(store, mesh.world_size, **options)
@@ -195,7 +195,7 @@ def load_save_and_train(
     if load_from is None:
         train(mesh, config, source, state, 3)
     else:
-        load(f"{load_from}/iteration_00000003", state, mesh)
+        load(load_from / "iteration_00000003", state, mesh)
     stored = consolidated(state, mesh)
     save(save_to, state, mesh)
     losses = train(mesh, config, source, state, 2)
@@ -204,15 +204,16 @@ def load_save_and_train(
 
 
 def test_checkpoints_move_between_groups_shardings_and_places_bit_for_bit(store: str, tmp_path: Path) -> None:
-    path, before = None, None
+    path: Path | None = None
+    before: dict[str, Any] = {}
     for number, (launch, sharding) in enumerate(HOPS):
         target = tmp_path / str(number)
         cases = {
             name: partial(
                 load_save_and_train,
                 store=store,
-                load_from=path and str(path / name),
-                save_to=str(target / name),
+                load_from=path and path / name,
+                save_to=target / name,
                 **case
                 | (PLACES[number] if name == "tables" else {})
                 | {"bindings": [*case.get("bindings", ()), f"DataParallelArgs.sharding = {sharding!r}"]},
@@ -220,10 +221,10 @@ def test_checkpoints_move_between_groups_shardings_and_places_bit_for_bit(store:
             for name, case in MOVED.items()
         }
         results = run_cases(launch, cases)[0]
-        for name in MOVED if before else ():
-            assert results[name]["stored"] == before[name]["stored"]
+        for name, told in before.items():
+            assert results[name]["stored"] == told["stored"]
             if name != "dropout":
-                np.testing.assert_allclose(results[name]["losses"], before[name]["losses"], rtol=1e-5)
+                np.testing.assert_allclose(results[name]["losses"], told["losses"], rtol=1e-5)
         path, before = target, results
 
 

@@ -14,7 +14,7 @@ from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.embedding import table_specs
-from hstu.model.gr_model import GRModel
+from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.stack import ModelOutput
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.parallel import mesh as mesh_module
@@ -113,47 +113,41 @@ class ToyOptions(TypedDict, total=False):
     """Arguments of each PartOptimizerArgs."""
 
 
-def make_config(
-    optimizer: str = "sgd",
-    sharding: str = "row_wise",
-    replicated: Sequence[str] = ("action",),
-    dim: int = 8,
-    user_dim: int = -1,
-    init_seed_offset: int = 0,
-    dropout: float = 0.0,
-    items: int = ITEMS,
-    item_table: str = "item_table",
-    dynamic: Mapping[str, Mapping[str, Any]] | None = None,
-    trained: Mapping[str, Mapping[str, Any]] | None = None,
-    parts: Sequence[Mapping[str, Any]] = (),
-    optimizer_args: Mapping[str, Any] | None = None,
-) -> Any:
-    """The parts of a RunConfig that the toy needs; the arguments are ToyOptions."""
-    by_part = [PartOptimizerArgs(**part) for part in parts]
-    tables = [("user", USERS), ("item", items), ("action", ACTIONS)]
+def make_config(**options: Unpack[ToyOptions]) -> Any:
+    """The parts of a RunConfig that the toy needs."""
+    tables: list[EmbeddingArgs] = []
+    for name, rows in (("user", USERS), ("item", options.get("items", ITEMS)), ("action", ACTIONS)):
+        common: dict[str, Any] = {
+            "feature_names": [name],
+            "table_name": options.get("item_table", "item_table") if name == "item" else f"{name}_table",
+            "init_std": 0.5,
+            **options.get("trained", {}).get(name, {}),
+        }
+        if name in options.get("dynamic", {}):
+            tables.append(DynamicEmbeddingArgs(**common, **options["dynamic"][name]))
+        else:
+            common["sharding_type"] = (
+                "data_parallel" if name in options.get("replicated", ("action",)) else "model_parallel"
+            )
+            sharding = options.get("sharding", "row_wise")
+            tables.append(EmbeddingArgs(**common, item_vocab_size_or_capacity=rows, sharding=sharding))
     return SimpleNamespace(
-        dropout=dropout,
-        trainer=SimpleNamespace(seed=7 + init_seed_offset, pipeline_type="none"),
+        dropout=options.get("dropout", 0.0),
+        trainer=SimpleNamespace(seed=7 + options.get("init_seed_offset", 0), pipeline_type="none"),
         optimizer=OptimizerArgs(
-            optimizer_str=optimizer, learning_rate=0.1, part_optimizers=by_part, **(optimizer_args or {})
+            optimizer_str=options.get("optimizer", "sgd"),
+            learning_rate=0.1,
+            part_optimizers=[PartOptimizerArgs(**part) for part in options.get("parts", ())],
+            **options.get("optimizer_args", {}),
         ),
         network=NetworkArgs(
-            num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4, contextual_embedding_dim=user_dim
+            num_layers=1,
+            hidden_size=options.get("dim", 8),
+            num_attention_heads=1,
+            kv_channels=4,
+            contextual_embedding_dim=options.get("user_dim", -1),
         ),
-        embeddings=tuple(
-            DynamicEmbeddingArgs(**common, **dynamic[name])
-            if dynamic and name in dynamic
-            else EmbeddingArgs(
-                **common,
-                item_vocab_size_or_capacity=rows,
-                sharding=sharding,
-                sharding_type="data_parallel" if name in replicated else "model_parallel",
-            )
-            for name, rows in tables
-            for table in [item_table if name == "item" else f"{name}_table"]
-            for own in [(trained or {}).get(name, {})]
-            for common in [{"feature_names": [name], "table_name": table, "init_std": 0.5, **own}]
-        ),
+        embeddings=tuple(tables),
     )
 
 
@@ -180,6 +174,13 @@ def train_step(model: GRModel, optimizers: Optimizers, mesh: mesh_module.Mesh, b
     return float(totals[0] / totals[1].clamp(min=1))
 
 
+def dense_of(model: GRModel) -> DenseModel:
+    """The dense part without what replicates it."""
+    dense = unwrap_dense(model)
+    assert isinstance(dense, DenseModel)
+    return dense
+
+
 def full_tables(model: GRModel, mesh: mesh_module.Mesh) -> dict[str, Any]:
     """All tables as nested lists, assembled from the ranks' shards; padding columns cut off."""
     shards = {
@@ -190,7 +191,7 @@ def full_tables(model: GRModel, mesh: mesh_module.Mesh) -> dict[str, Any]:
     by_rank = gather_objects(shards, mesh.world_group)
     for spec in model.specs:
         if spec.replicated:
-            tables[spec.name] = unwrap_dense(model).replicated.weight(spec.name).tolist()
+            tables[spec.name] = dense_of(model).replicated.weight(spec.name).tolist()
             continue
         whole = torch.full((spec.rows, spec.stored_dim), float("nan"))
         for (row, col), values in (part for rank in by_rank for part in rank[spec.name]):

@@ -13,7 +13,7 @@ from hstu.config.gin_io import read_and_check
 from hstu.observe.records import read_metrics
 from tests.config.gin_files import ALL_RULES, OWN_DATA, changed, write
 from tests.conftest import REPOSITORY
-from tests.distributed.scripts import run_script
+from tests.distributed.launch import run_script
 
 PAGE = (REPOSITORY / "docs" / "tasks.md").read_text(encoding="utf-8")
 

@@ -42,7 +42,7 @@ FULL_SIZE = [pytest.param(Backend.TRITON, marks=pytest.mark.slow)] if INTERPRETE
 MOST_HEADS = 1 if INTERPRETED else 3
 
 # Of the largest number. 16-bit types round what a backend returns; Triton rounds the weights of the values, too, and on
-# a GPU multiplies float32 as three products of TF32. In float16 the C++ backend's place is taken by PyTorch.
+# a GPU multiplies float32 as three products of TF32. In float16 PyTorch replaces the C++ backend.
 TOLERANCE = {
     Backend.CPU: {torch.float32: 4e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3},
     Backend.TRITON: {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3},

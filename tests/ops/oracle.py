@@ -18,7 +18,7 @@ class Token:
     """One token of a sequence."""
 
     kind: Literal["context", "history", "candidate"]
-    place: int
+    index: int
     position: int
     group: int  # target group; -1 if no candidate
     time: int
@@ -48,16 +48,16 @@ def tokens_of(user: User, *, contextuals: int, tokens_per_item: int, group_size:
         rows += [("candidate", candidate // group_size, times[user.history + candidate])] * tokens_per_item
     before_candidates = contextuals + user.history * tokens_per_item
     tokens = []
-    for place, (kind, group, time) in enumerate(rows):
-        has_next = place + 1 < before_candidates
+    for index, (kind, group, time) in enumerate(rows):
+        has_next = index + 1 < before_candidates
         tokens.append(
             Token(
                 kind=kind,
-                place=place,
-                position=min(place, before_candidates),
+                index=index,
+                position=min(index, before_candidates),
                 group=group,
                 time=time,
-                query_time=rows[place + 1][2] if has_next else time,
+                query_time=rows[index + 1][2] if has_next else time,
             )
         )
     return tokens
@@ -65,7 +65,7 @@ def tokens_of(user: User, *, contextuals: int, tokens_per_item: int, group_size:
 
 def sees(query: Token, key: Token, *, is_causal: bool, contextual_mask: bool) -> bool:
     """Whether a token may look at another one of its sequence."""
-    not_after = key.place <= query.place
+    not_after = key.index <= query.index
     if query.kind == "candidate":
         return key.kind != "candidate" or (key.group == query.group and not_after)
     if key.kind == "candidate":

@@ -48,7 +48,7 @@ def test_sum_norm_and_gradients_equal_float64(
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
     total = exact[0] + exact[3] if update else exact[0]
     out = outputs(backend, dtype, *tensors)
-    # The norm is that of the rounded sum, through which the gradient passes unchanged.
+    # The norm is computed from the rounded sum, through which the gradient passes unchanged.
     rounded = total + (out[0].cpu().double() - total).detach()
     expected = [total, F.layer_norm(rounded, (width,), exact[1], exact[2], EPS)]
     slopes = [torch.randn(rows, width).to(kind) for kind in (residual, dtype)]

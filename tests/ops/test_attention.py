@@ -135,9 +135,9 @@ def test_attention_on_padded_sequences_equals_that_on_jagged_ones(mask: dict[str
     batch = Batch(users, contextuals=2, tokens_per_item=2, group_size=2)
     layout = batch.layout()
     q, k, v, position, time, _ = random_inputs(batch, 2, 4, torch.float32, seed=0)
-    sequence, place = np.divmod(np.arange(3 * layout.seqlens.max()), layout.seqlens.max())
-    is_token = place < layout.seqlens[sequence]
-    padded = np.full(len(place), layout.num_tokens)
+    sequence, index = np.divmod(np.arange(3 * layout.seqlens.max()), layout.seqlens.max())
+    is_token = index < layout.seqlens[sequence]
+    padded = np.full(len(index), layout.num_tokens)
     padded[is_token] = np.arange(layout.num_tokens)
     of_padded = PaddedLayout(
         **vars(replace(layout, cache={})),

@@ -101,8 +101,8 @@ def long_batches(
     return Batch(tuple(users), contextuals, draw(st.integers(1, 2)), draw(st.integers(1, 4)))
 
 
-def to(leaves: Sequence[Tensor], place: str | torch.device, dtype: torch.dtype | None = None) -> list[Tensor]:
-    return [x.to(place, dtype) for x in leaves]
+def to(leaves: Sequence[Tensor], device: str | torch.device, dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [x.to(device, dtype) for x in leaves]
 
 
 def attention_inputs(

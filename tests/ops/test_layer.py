@@ -185,13 +185,13 @@ def saved_bytes(network: NetworkArgs, tokens: int, element_size: int) -> int:
     return saved_input + statistics + normalized + projected + activated + attended + dropout_mask
 
 
-@pytest.mark.parametrize("place", ["later"] if INTERPRETED else ["first", "later"])
+@pytest.mark.parametrize("which", ["later"] if INTERPRETED else ["first", "later"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("changes", RECOMPUTE, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_kept_is_the_formula_to_the_byte(
-    backend: Backend, changes: dict[str, bool], dropout: float, dtype: torch.dtype | None, place: str
+    backend: Backend, changes: dict[str, bool], dropout: float, dtype: torch.dtype | None, which: str
 ) -> None:
     """The first layer keeps its input, a later one the sum of its input and the update, which it allocates."""
     network = network_of(dropout, **changes)
@@ -200,7 +200,7 @@ def test_what_is_kept_is_the_formula_to_the_byte(
     tokens = layout.num_tokens
     x = torch.randn(tokens, 32, requires_grad=True)
     update = torch.randn(tokens, 32, dtype=dtype, requires_grad=True)
-    inputs = (x, layout) if place == "first" else (x, layout, update)
+    inputs = (x, layout) if which == "first" else (x, layout, update)
     element = 4 if dtype is None else 2
     formula = saved_bytes(network, tokens, element)
     if backend is Backend.TRITON and dropout and not network.recompute_layer:
@@ -209,7 +209,7 @@ def test_what_is_kept_is_the_formula_to_the_byte(
     if backend is Backend.TRITON:
         return  # an interpreter keeps what it likes
     generator = torch.get_rng_state().nbytes if network.recompute_layer and dropout else 0
-    assert stays(layer, inputs, dtype) == formula - (x.nbytes if place == "first" else 0) + generator
+    assert stays(layer, inputs, dtype) == formula - (x.nbytes if which == "first" else 0) + generator
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,5 +267,5 @@ def test_products_are_summed_in_float32_and_rounded_once(
         (operators.linear(x, weight, bias), exact + bias.double()),
     ):
         assert found.dtype == torch.bfloat16
-        # Half a unit in the last of 8 binary places, and what float32 sums add to it.
+        # Half a unit in the last of 8 binary digits, and what float32 sums add to it.
         torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-4)

@@ -63,12 +63,12 @@ def test_a_truncated_layout_has_the_tokens_that_are_left(batch: Batch, items: in
     shorter, tokens, left_of = truncate_history(layout, items)
     left, positions, start = [], [], 0
     for sequence in batch.tokens():
-        oldest = [place for place, token in enumerate(sequence) if token.kind == "history"]
+        oldest = [index for index, token in enumerate(sequence) if token.kind == "history"]
         removed = oldest[: max(0, len(oldest) - items * batch.tokens_per_item)]
-        kept = [place for place in range(len(sequence)) if place not in removed]
-        history_end = sum(sequence[place].kind != "candidate" for place in kept)
-        left += [start + place for place in kept]
-        positions += [min(place, history_end) for place in range(len(kept))]
+        kept = [index for index in range(len(sequence)) if index not in removed]
+        history_end = sum(sequence[index].kind != "candidate" for index in kept)
+        left += [start + index for index in kept]
+        positions += [min(index, history_end) for index in range(len(kept))]
         start += len(sequence)
     assert tokens.tolist() == left
     assert shorter.positions.tolist() == positions

@@ -59,7 +59,7 @@ def make_log_weights(kind: str, size: int) -> Tensor | None:
 
 
 def make_seen(num_queries: int, pool_size: int, seed: int = 0) -> SeenItems:
-    """Items that 3 sequences have never, before they begin, or from one of 8 places on; queries in any order."""
+    """Items that 3 sequences have never, before they begin, or from one of 8 positions on; queries in any order."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int, *shape: int) -> Tensor:
@@ -149,7 +149,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_whole_pool_memory_is_bounded_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The largest matrix the loss makes has a block's size, not that of queries × pool."""
+    """The largest matrix the loss makes has a block's size, not queries × pool."""
     monkeypatch.setitem(implementation.BLOCK_ELEMENTS, "cpu", 1 << 12)
     monkeypatch.setattr(implementation, "MIN_BLOCK_ROWS", 16)
     vectors, negatives = make_case(300, 700, num_ids=1000)

@@ -27,7 +27,7 @@ WITH_BIAS = Variant(Kernel.QUERIES, torch.bfloat16, 32, 80, has_bias=True, throu
 
 
 def check_arguments(function: Any, variant: Variant, of_bias: list[float], narrow_of_bias: list[int]) -> None:
-    """Compare the memory of ours with that of the DSL."""
+    """Compare our memory with the DSL's."""
     expected, _kept_alive = function.generate_execution_args(*attention._examples(variant))
     tensors = len(variant.elements)
     arguments = LaunchArguments(*attention._examples(variant))

@@ -72,7 +72,7 @@ def test_the_main_kernels_compile_without_spilling(name: str) -> None:
             "attention_backward_keys",
             "attention_backward_queries",
         ]
-        assert all(kernel.wgmma and not kernel.mma for kernel in built), "products are those of warp groups"
+        assert all(kernel.wgmma and not kernel.mma for kernel in built), "products are computed by warp groups"
 
 
 def test_a_small_kernel_compiles_for_every_gpu() -> None:

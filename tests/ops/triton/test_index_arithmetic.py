@@ -98,10 +98,10 @@ def memory(tmp_path: Path) -> Tensor:
 def spread(memory: Tensor, tensors: list[Tensor], dim: int) -> list[Tensor]:
     """Equal tensors with ``STRIDE`` in a dimension of 3. An offset that wraps around is in ``memory``, too: a zero."""
     views = []
-    for place, tensor in enumerate(tensors):
+    for index, tensor in enumerate(tensors):
         strides = list(tensor.stride())
         strides[dim] = STRIDE
-        views.append(memory.as_strided(tensor.shape, strides, 2**31 + 1024 * place).copy_(tensor))
+        views.append(memory.as_strided(tensor.shape, strides, 2**31 + 1024 * index).copy_(tensor))
     return views
 
 

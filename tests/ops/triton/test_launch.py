@@ -21,7 +21,7 @@ CONFIGS = [triton.Config({"SIZE": size}, num_warps=4, num_stages=1) for size in 
 
 
 class FakeKernel:
-    """Notes the configurations in which it runs; those of the sizes ``too_large`` do not fit the device."""
+    """Notes the configurations in which it runs; the sizes ``too_large`` do not fit the device."""
 
     def __init__(self, ran: list[int], too_large: tuple[int, ...]) -> None:
         self._ran, self._too_large, self.fn = ran, too_large, type(self)

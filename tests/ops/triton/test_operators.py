@@ -26,11 +26,11 @@ def compare(
 ) -> None:
     """``function(backend, *leaves)`` by Triton on ``device`` and by PyTorch in float64: result and gradients."""
     results = []
-    for backend, place, kind in (
+    for backend, target, kind in (
         (Backend.TRITON, device, dtype),
         (Backend.PYTORCH, torch.device("cpu"), torch.float64),
     ):
-        given = [leaf.to(dtype).to(place, kind).detach().requires_grad_() for leaf in leaves]
+        given = [leaf.to(dtype).to(target, kind).detach().requires_grad_() for leaf in leaves]
         out = function(backend, *given)
         slope = torch.cos(torch.arange(out.numel())).view(out.shape).to(dtype)
         results.append([out.detach(), *torch.autograd.grad(out, given, slope.to(out))])

@@ -159,7 +159,7 @@ class Warp:
             return
         for i, register in enumerate(targets):
             out = np.zeros(LANES, f"i{size}" if kind[0] == "s" else f"u{size}")
-            for lane, data in self._places(instruction, memory, i * size, size, mask):
+            for lane, data in self._bytes_at(instruction, memory, i * size, size, mask):
                 out[lane] = data.view(out.dtype)[0]
             self.values.write(register, out, mask)
 
@@ -168,10 +168,10 @@ class Warp:
         size = WIDTH[instruction.parts[-1]]
         for i, register in enumerate(source if isinstance(source, list) else [source]):
             value = self.values.read(register, f"u{8 * size}")
-            for lane, data in self._places(instruction, memory, i * size, size, mask):
+            for lane, data in self._bytes_at(instruction, memory, i * size, size, mask):
                 data.view(value.dtype)[0] = value[lane]
 
-    def _places(
+    def _bytes_at(
         self, instruction: Instruction, memory: tuple, offset: int, size: int, mask: np.ndarray
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Each thread of the mask, and the bytes at its address in shared or global memory."""
@@ -192,7 +192,7 @@ class Warp:
         assert instruction.parts[-2:] in (["add", "u32"], ["add", "u64"]), instruction
         value = self.values.read(source, instruction.parts[-1])
         before = np.zeros_like(value)
-        for lane, data in self._places(instruction, memory, 0, WIDTH[instruction.parts[-1]], mask):
+        for lane, data in self._bytes_at(instruction, memory, 0, WIDTH[instruction.parts[-1]], mask):
             number = data.view(value.dtype)
             before[lane] = number[0]
             number += value[lane]
@@ -347,7 +347,7 @@ class Warp:
         a = left if isinstance(left, list) else self._descriptor(left, int(transposed[0]))
         accumulates = bool(self.values.predicate(adds)[0])
         lane, i = np.arange(LANES)[:, None], np.arange(columns // 2)
-        rows, places = lane // 4 + i // 2 % 2 * 8, i // 4 * 8 + lane % 4 * 2 + i % 2
+        rows, columns_of = lane // 4 + i // 2 % 2 * 8, i // 4 * 8 + lane % 4 * 2 + i % 2
 
         def run() -> None:
             k = np.arange(16)
@@ -360,7 +360,7 @@ class Warp:
             everyone = np.ones(LANES, bool)
             for e, register in enumerate(sums):
                 old = self.values.read(register, "f32") if accumulates else 0
-                self.values.write(register, (old + product[rows[:, e], places[:, e]]).astype(np.float32), everyone)
+                self.values.write(register, (old + product[rows[:, e], columns_of[:, e]]).astype(np.float32), everyone)
 
         return run
 

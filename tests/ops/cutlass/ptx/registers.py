@@ -127,7 +127,7 @@ ARITHMETIC: dict[str, Callable[..., np.ndarray]] = {
     "fma": lambda a, b, c: a.astype(np.float64) * b + c,
     "tanh": lambda a: np.tanh(a) * np.float32(1 - 2**-11),  # towards zero, by up to what the ISA allows
 }  # fmt: skip
-"""Results are those of the operands' type, to which wider ones are rounded."""
+"""Results are rounded to the operands' type."""
 
 
 def numpy_type(kind: str) -> str:

@@ -47,7 +47,7 @@ def run_kernel(
     tokens, heads, width = inputs[0].shape
     memory: dict[int, np.ndarray] = {}
 
-    def place(array: np.ndarray) -> int:
+    def address_of(array: np.ndarray) -> int:
         address = FIRST_ADDRESS * (1 + len(memory))
         memory[address] = array.reshape(-1).view(np.uint8)
         return address
@@ -62,17 +62,17 @@ def run_kernel(
     totals = [torch.full((variant.num_totals(len(blocks)), heads, width), float("nan")) for _ in before_silu]
     in_memory = [*([] if hopper else inputs), *outs, *before_silu, *totals]
     tensors = [
-        np.array([place(_bytes_of(tensor)), tokens | heads << 32, *tensor.stride()[:2]], np.uint64).tobytes()
+        np.array([address_of(_bytes_of(tensor)), tokens | heads << 32, *tensor.stride()[:2]], np.uint64).tobytes()
         for tensor in in_memory
     ]
-    items = np.array([place(blocks)], np.uint64).tobytes()
+    items = np.array([address_of(blocks)], np.uint64).tobytes()
     group = max(layout.candidate_group_tokens, 1)
     sizes = [tokens, heads, len(blocks), leading_rows(layout, config), group]
     numbers = [np.array([number], np.int32).tobytes() for number in sizes]
     numbers += [np.array([number], np.float32).tobytes() for number in (config.alpha, 1 / config.scaling_seqlen)]
     if bias is not None:
         tensors_of_bias = bias_tensors(variant, bias, sums)
-        numbers += [np.array([place(tensor.numpy())], np.uint64).tobytes() for tensor in tensors_of_bias]
+        numbers += [np.array([address_of(tensor.numpy())], np.uint64).tobytes() for tensor in tensors_of_bias]
         numbers += [np.array([bias.center], np.int32).tobytes(), np.array([1 / config.alpha], np.float32).tobytes()]
     remaining = iter([items, *numbers])
     maps, structs = iter(map(loaded, inputs, box_rows)), iter(tensors)

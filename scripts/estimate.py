@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> str:
     import torch
 
     from hstu.estimate import explore, machine
-    from hstu.estimate.estimate import as_json, as_text, estimate
+    from hstu.estimate.estimate import as_json, estimate, report
     from hstu.estimate.workload import plan_workload
     from hstu.observe.logging import quiet_libraries
 
@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> str:
         found = estimate(workload, device)
     if options.json:
         return json.dumps(as_json(found, workload), indent=1)
-    return as_text(found, workload, device)
+    return "\n".join(report(found, workload, device))
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:

@@ -112,13 +112,10 @@ def _run_step(workload: Workload, batch: Batch) -> DryRun:
     )
 
 
-# --- the batch -----------------------------------------------------------------------------------------------------
-
-
 def train_batch(workload: Workload, batch: Batch) -> tuple[TrainBatch, int]:
     """The TrainBatch of rank 0 of the group that trains on ``batch``, and the bytes that it sends to the others."""
     roles, size, trainer = workload.source.roles, workload.group_size, workload.config.trainer
-    own = [workload.source.batch_of(batch.part(rank, size)) for rank in range(size)]
+    own = [workload.source.batch_of(samples) for samples in batch.parts(size)]
     computed, group, sent = own[0], None, 0
     if size > 1:
         sent = len(pickle.dumps(packed(dataclasses.replace(own[0], position=None))))
@@ -143,9 +140,6 @@ def _bytes_of(batch: HSTUBatch) -> int:
     parts = [batch, *(each for each in vars(batch).values() if isinstance(each, TensorGroup))]
     tensors = [each for part in parts for each in vars(part).values() if isinstance(each, Tensor)]
     return sum(each.nbytes for each in (*tensors, batch.features.values(), batch.features.lengths()))
-
-
-# --- the step ------------------------------------------------------------------------------------------------------
 
 
 def _build_step(workload: Workload, mesh: Mesh, kernels: Kernels, batch: TrainBatch, recorder: Recorder) -> TrainStep:

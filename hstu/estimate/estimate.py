@@ -7,22 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hstu.config.run_config import RunConfig
+from hstu.estimate import sharding
 from hstu.estimate.dry_run import BACKWARD, FORWARD, ROWS, UPDATE, DryRun, dry_run
 from hstu.estimate.machine import Machine, ThisCpu
 from hstu.estimate.record import GRADIENTS, Exchange, Operator
-from hstu.estimate.sharding import (
-    TableShards,
-    Transfer,
-    data_parallel_transfers,
-    gathered_and_gradients,
-    held_weights,
-    plan_tables,
-    replicated_bytes,
-    state_bytes,
-    table_bytes,
-    table_costs,
-    table_transfers,
-)
+from hstu.estimate.sharding import TableShards, Transfer
 from hstu.estimate.workload import Batch, Workload, plan_workload
 from hstu.ops.costs import FLOAT32
 from hstu.parallel.mesh import Mesh
@@ -40,7 +29,7 @@ PURPOSES = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected memory (bytes), traffic (bytes) and time (seconds). Where ranks differ, the busiest rank counts."""
+    """Expected memory and traffic in bytes, time in seconds. Where ranks differ, the busiest rank counts."""
 
     memory: dict[str, int]
     """Kind of memory → bytes per rank, for the largest batch."""
@@ -103,25 +92,22 @@ def estimate(workload: Workload, machine: Machine) -> Estimate:
     )
 
 
-# --- memory --------------------------------------------------------------------------------------------------------
-
-
 def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
     """Kind of memory → bytes on the rank that needs the most, with the largest batch."""
     run = dry_run(workload, workload.largest)
-    rows, states = table_bytes(workload, plan)
-    replicated, gradients_of_rows, states_of_rows = replicated_bytes(workload, run)
-    gathered, gradients = gathered_and_gradients(workload, run)
+    rows, states = sharding.table_bytes(workload, plan)
+    replicated, gradients_of_rows, states_of_rows = sharding.replicated_bytes(workload, run)
+    gathered, gradients = sharding.gathered_and_gradients(workload, run)
     recording, has_buckets = run.recording, workload.dp_cp_size > 1
     # A single rank has no DDP buckets: a gradient exists only from its backward to the end of the step.
     peak = recording.peak_without_gradients if has_buckets else recording.peak
     of_dense = FLOAT32 * gradients if has_buckets else peak.get(GRADIENTS, 0)
     return {
-        "dense weights": FLOAT32 * sum(held_weights(workload, run).values()) + run.buffers,
+        "dense weights": FLOAT32 * sum(sharding.held_weights(workload, run).values()) + run.buffers,
         "gathered weights": FLOAT32 * gathered,
         "replicated tables": replicated,
         "gradients of both": of_dense + gradients_of_rows,
-        "optimizer states of both": state_bytes(workload, run) + states_of_rows,
+        "optimizer states of both": sharding.state_bytes(workload, run) + states_of_rows,
         "sharded tables": rows,
         "optimizer states of sharded tables": states,
         "activations": peak.get(FORWARD, 0),
@@ -149,12 +135,9 @@ def plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:
         beside = beside_tables(workload)
         room = TableRoom(max(0, has - beside), UNLIMITED.host, beside)
     try:
-        return plan_tables(workload, room)
+        return sharding.plan_tables(workload, room)
     except TablesDoNotFit:
-        return plan_tables(workload)
-
-
-# --- time ----------------------------------------------------------------------------------------------------------
+        return sharding.plan_tables(workload)
 
 
 def step_times(
@@ -167,7 +150,7 @@ def step_times(
     parts |= {"samples": shared} | dict.fromkeys(("data", "shards"), "data parallelism")
     exposed = dict.fromkeys(parts.values(), 0.0)
     computing, waits = _follow(workload, machine, run)
-    computing |= {name: machine.seconds(name, cost) for name, cost in table_costs(workload, run, plan).items()}
+    computing |= {name: machine.seconds(name, cost) for name, cost in sharding.table_costs(workload, run, plan).items()}
     if isinstance(machine, ThisCpu):
         computing = {"a rank alone": machine.step_seconds(workload)}
     for group, seconds in waits.items():
@@ -187,13 +170,13 @@ def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) ->
         if isinstance(event, Exchange):
             calls.setdefault((event.group, event.kind), []).append(event.payload)
     found = [
-        *table_transfers(workload, dry_run(workload, workload.typical), plan),
+        *sharding.table_transfers(workload, dry_run(workload, workload.typical), plan),
         Transfer("samples of the group, on hosts", "all_gather", "samples", sizes["samples"], 2, run.sent_bytes),
         *(
             Transfer(PURPOSES[group], kind, group, sizes[group], len(each), sum(each), "operators")
             for (group, kind), each in calls.items()
         ),
-        *data_parallel_transfers(workload, run),
+        *sharding.data_parallel_transfers(workload, run),
     ]
     return tuple(transfer for transfer in found if transfer.ranks > 1)
 
@@ -240,34 +223,22 @@ def _hidden_seconds(transfer: Transfer, seconds: float, workload: Workload, comp
     return compute if transfer.behind == "pipeline" and has_pipeline else 0.0
 
 
-# --- the report ----------------------------------------------------------------------------------------------------
-
-
 def as_json(found: Estimate, workload: Workload) -> dict[str, Any]:
     """The estimate as a JSON object, in bytes and seconds."""
-    keys = {"name": "name", "kind": "collective"} | {name: name for name in ("ranks", "calls", "payload", "wire")}
-    return {
+    keys = {"name": "name", "kind": "collective"} | {name: name for name in ("ranks", "calls", "payload")}
+    transfers = [{key: getattr(each, name) for name, key in keys.items()} for each in found.transfers]
+    sizes = {
         "world_size": workload.world_size,
         "tensor_parallel": workload.tp_size,
         "context_parallel": workload.cp_size,
-        **asdict(found),
-        "transfers": [{key: getattr(each, name) for name, key in keys.items()} for each in found.transfers],
-        "memory_total": found.memory_total,
-        "step_s": found.step_s,
-        "samples_per_s": found.samples / found.step_s,
-        "tokens_per_s": found.tokens / found.step_s,
-        "tflops": found.tflops,
-        "mfu": found.mfu,
-        "notes": [workload.note],
     }
+    computed = {name: getattr(found, name) for name in ("memory_total", "step_s", "tflops", "mfu")}
+    rates = {"samples_per_s": found.samples / found.step_s, "tokens_per_s": found.tokens / found.step_s}
+    return sizes | asdict(found) | {"transfers": transfers} | computed | rates | {"notes": [workload.note]}
 
 
-def as_text(found: Estimate, workload: Workload, machine: Machine) -> str:
-    """The estimate as tables of memory, communication and time, followed by the assumptions."""
-    return "\n".join(_lines(found, workload, machine))
-
-
-def _lines(found: Estimate, workload: Workload, machine: Machine) -> Iterator[str]:
+def report(found: Estimate, workload: Workload, machine: Machine) -> Iterator[str]:
+    """Lines of tables of memory, communication and time, followed by the assumptions."""
     config, ranks = workload.config, workload.world_size
     hosts = -(-ranks // workload.ranks_per_host)
     yield (

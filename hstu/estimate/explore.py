@@ -80,9 +80,14 @@ def search(
                 context_parallel=replace(config.context_parallel, context_parallel_size=cp),
                 data_parallel=replace(config.data_parallel, **sharding),
             )
-            if changed in tried or not _is_valid(changed, world_size, allowed):
-                continue  # an option without effect has its default in a RunConfig
+            if changed in tried:  # an option without effect has its default in a RunConfig
+                continue
             tried.append(changed)
+            try:
+                if not allowed.issuperset(validate(changed, world_size)):
+                    continue
+            except ConfigError:
+                continue
             # Lengths and tables depend only on the group sizes.
             planned = planned or plan_workload(changed, world_size, ranks_per_host, "cuda")
             plans.append(_with_fewest_micro_batches(replace(planned, config=changed), machine))
@@ -107,14 +112,6 @@ def _ways(cls: type[Args]) -> list[dict[str, Any]]:
         if option.name not in NOT_ESTIMATED and (option.metadata["choices"] or option.type == "bool")
     }
     return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
-
-
-def _is_valid(config: RunConfig, world_size: int, allowed: set[str]) -> bool:
-    """Whether the rules find no mistakes and only ``allowed`` warnings."""
-    try:
-        return allowed.issuperset(validate(config, world_size))
-    except ConfigError:
-        return False
 
 
 def _with_fewest_micro_batches(workload: Workload, machine: Machine) -> Plan:
@@ -157,8 +154,6 @@ def plans_as_text(plans: Sequence[Plan], file: RunConfig) -> str:
         return "\n".join([*lines, "", remedy])
     return "\n".join([*lines, "", "# the fastest:", *(best.bindings(file) or ["# the file as it is"])])
 
-
-# --- clusters ------------------------------------------------------------------------------------------------------
 
 MOST_STEPS, MOST_SEQUENCES = 100, 1 << 22
 """Limits of a simulation. With many ranks fewer steps suffice to find the time of the slowest rank."""

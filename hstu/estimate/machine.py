@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ Clock = Callable[[], float]
 """Returns seconds, such as time.perf_counter."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Machine:
     """The device of one rank and its links. Efficiencies and latencies are unmeasured assumptions for all GPUs."""
 
@@ -117,14 +117,7 @@ def gpu(name: str, dtype: torch.dtype) -> Machine:
             f'NetworkArgs.dtype_str = "{compute}": the peak of {name} in this type is not known; use "bfloat16" or '
             f'"float16", or a device for which it is known: {", ".join(others)}'
         )
-    return Machine(
-        name=name,
-        memory_gb=memory,
-        peak_tflops=peak,
-        memory_gb_s=bandwidth,
-        link_gb_s=link,
-        network_gb_s=network,
-    )
+    return Machine(name, memory, peak, bandwidth, link, network)
 
 
 def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
@@ -136,26 +129,29 @@ def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
             raise ConfigError(
                 f"--set {name}: no number of a machine{did_you_mean(name, names)}; choose one of {', '.join(names)}"
             )
-        try:
+        with suppress(ValueError):
             changed[name] = float(text)
-        except ValueError:
-            changed[name] = 0.0
-        if not 0 < changed[name] < math.inf:
+        if not 0 < changed.get(name, 0.0) < math.inf:
             raise ConfigError(f"--set {name}={text}: expected a number above 0")
     return replace(machine, **changed)
 
-
-# --- this CPU ------------------------------------------------------------------------------------------------------
 
 _MOST_FLOPS = 4e10
 """FLOPs of the largest step that is measured."""
 _BUDGET_S, _LEAST_STEPS = 2.0, 5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ThisCpu(Machine):
-    """A rank's share of the cores of this host, measured."""
+    """A rank's share of the cores of this host, measured. Its links are assumptions."""
 
+    memory_gb_s: float = 10.0  # unused: steps are measured
+    link_gb_s: float = 1.0
+    network_gb_s: float = 1.0
+    link_latency_us: float = 100.0
+    network_latency_us: float = 100.0
+    link_efficiency: float = 1.0
+    overlaps: bool = False
     clock: Clock = time.perf_counter
 
     def step_seconds(self, workload: Workload) -> float:
@@ -188,61 +184,38 @@ class ThisCpu(Machine):
             meshes.finish()
         return statistics.median(times) * trainer.train_batch_size / sequences
 
-    def transfer_seconds(self, transfer: Transfer, on_host: int) -> float:
-        """See Machine. gloo implements reduce_scatter as all_reduce."""
-        if transfer.kind == "reduce_scatter":
-            transfer = replace(transfer, kind="all_reduce")
-        return super().transfer_seconds(transfer, on_host)
-
 
 @contextmanager
 def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[ThisCpu]:
     """A rank's share of this host, measured while other processes keep the cores of the other ranks busy.
-    Link speeds are assumptions. Pass ``time.process_time`` as ``clock`` to time one thread on a busy machine."""
+    Pass ``time.process_time`` as ``clock`` to time one thread on a busy machine."""
     cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
     torch.set_num_threads(max(1, cores // workload.ranks_per_host))
     dtype = torch.float32 if workload.config.network.dtype_str == "float32" else torch.bfloat16
     try:
         with _busy_cores(min(workload.ranks_per_host, cores) - 1):
-            yield ThisCpu(
-                name="this CPU",
-                memory_gb=psutil.virtual_memory().total / 1e9 / workload.ranks_per_host,
-                peak_tflops=peak_tflops(torch.device("cpu"), dtype).value,
-                memory_gb_s=10.0,  # unused: steps are measured
-                link_gb_s=1.0,
-                network_gb_s=1.0,
-                link_latency_us=100.0,
-                network_latency_us=100.0,
-                link_efficiency=1.0,
-                overlaps=False,
-                clock=clock,
-            )
+            memory_gb = psutil.virtual_memory().total / 1e9 / workload.ranks_per_host
+            yield ThisCpu("this CPU", memory_gb, peak_tflops(torch.device("cpu"), dtype).value, clock=clock)
     finally:
         torch.set_num_threads(threads)
 
 
 _WORK_OF_A_RANK = """
-import numpy as np
-matrix, array = np.ones((384, 384), np.float32), np.ones(1 << 19, np.float32)
-print(flush=True)
+import torch
+x = torch.ones(384, 384)
 while True:
-    matrix @ matrix
-    array += 1
+    x @ x
 """
 
 
 @contextmanager
 def _busy_cores(count: int) -> Iterator[None]:
     """Runs ``count`` busy processes: cores share caches, memory and power, so the other ranks slow this one down."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _WORK_OF_A_RANK]
-    processes = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(count)]
+    command, environment = [sys.executable, "-c", _WORK_OF_A_RANK], os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen(command, env=environment) for _ in range(count)]
     try:
-        for process in processes:
-            assert process.stdout is not None
-            process.stdout.readline()  # the first line shows that the process has started
         yield
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()

@@ -45,13 +45,8 @@ class Transfer:
     behind: Literal["backward", "pipeline", "operators", "nothing"] = "nothing"
     """What can hide it: the backward pass, preceding steps, or the operators before the first reader of its result."""
 
-    @property
-    def wire(self) -> float:
-        """Minimum bytes that a rank sends. all_reduce is counted as a ring."""
-        return sum(self.sent(self.ranks))
-
     def sent(self, on_host: int) -> tuple[float, float]:
-        """Minimum bytes that a rank sends (within its host, to other hosts), with ``on_host`` ranks per host.
+        """Minimum bytes that a rank sends (within its host, to other hosts), with ``on_host`` ranks per host and rings.
         The collective is hierarchical: the ranks of a host split outgoing data evenly and share what arrives."""
         hosts = -(-self.ranks // on_host)
         near, far = on_host - 1, hosts - 1
@@ -65,9 +60,6 @@ class Transfer:
             case _:  # all_to_all
                 factors = near / self.ranks, (self.ranks - on_host) / self.ranks
         return self.payload * factors[0], self.payload * factors[1]
-
-
-# --- tables --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -175,9 +167,6 @@ def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) 
         "replicated tables": Cost(0.0, replicated, 4 * len(workload.replicated_specs)),
     }
     return {name: cost for name, cost in found.items() if cost.bytes}
-
-
-# --- the dense part ------------------------------------------------------------------------------------------------
 
 
 def held_weights(workload: Workload, run: DryRun) -> dict[str, int]:

@@ -106,9 +106,6 @@ def _place_of_data(dataset: Args) -> str:
     return "dataset_path" if getattr(dataset, "dataset_path", None) else "dataset_name" if is_named else "feature_args"
 
 
-# --- data ----------------------------------------------------------------------------------------------------------
-
-
 def open_data(run: RunDraft, built: Built) -> Problems:
     """The preprocessed data is intact, and has the features that the model reads."""
     dataset = run.dataset
@@ -157,9 +154,6 @@ def open_samples(run: RunDraft, built: Built) -> Problems:
     dataset, config, _ = run.dataset, run.finish(), built.tables
     arguments = config, None, run.world_size
     built.source = yield from attempt(run, dataset, _place_of_data(dataset), open_source, *arguments)
-
-
-# --- model ---------------------------------------------------------------------------------------------------------
 
 
 def masks_hide_the_labels(run: RunDraft, built: Built) -> Problems:
@@ -226,9 +220,6 @@ def table_tensors(run: RunDraft, specs: tuple[TableSpec, ...]) -> dict[str, torc
     return sizes
 
 
-# --- checkpoint ----------------------------------------------------------------------------------------------------
-
-
 def choose_directories(run: RunDraft, built: Built) -> Problems:
     """output_dir and, if checkpoints are saved, ckpt_save_dir are writable. Creates neither."""
     trainer, path = run.trainer, Path(run.trainer.output_dir or default_path(run.source_files))
@@ -269,9 +260,6 @@ def match_the_checkpoint(run: RunDraft, built: Built) -> Problems:
     shape = ModelShape(built.tensors, built.specs, raw_ids, gin)
     arguments = built.checkpoint, shape, LoadOptions.from_args(run.trainer)
     yield from check(run, run.trainer, "ckpt_load_dir", match_checkpoint, *arguments)
-
-
-# --- machine -------------------------------------------------------------------------------------------------------
 
 
 def memory_is_enough(run: RunDraft, built: Built) -> Problems:

@@ -30,10 +30,10 @@ class Batch:
     """int64 [sequences]: rows of the sample table."""
     lengths: SampleLengths
 
-    def part(self, index: int, parts: int) -> np.ndarray:
-        """Contiguous part ``index`` of ``parts`` equal parts of the samples; the last one may be smaller."""
-        size = -(-len(self.samples) // parts)
-        return self.samples[index * size : (index + 1) * size]
+    def parts(self, count: int) -> list[np.ndarray]:
+        """``count`` contiguous parts of equal size of the samples; the last one may be smaller."""
+        size = -(-len(self.samples) // count)
+        return [self.samples[start : start + size] for start in range(0, count * size, size)]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def random_model(
     with torch.no_grad():
         for name, weight in model.dense.named_parameters():
             if "replicated" not in name:
-                weight += 0.3 * torch.randn(weight.shape, generator=generator)
+                weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
     if dynamic_tables(model):  # ids get rows when they are trained on
         model.train()
         model(next(iter(source.train_batches(SamplerPosition()))))
@@ -105,8 +105,7 @@ def histories(store: SequenceStore, count: int = 6) -> list[History]:
     """Those of the first users of the data, who have done something that the vocabulary does not have."""
     found = []
     for each in api.histories(store, range(count)):
-        assert each.actions is not None and each.timestamps is not None
-        items, times = [*each.items.tolist(), -5], [*each.timestamps.tolist(), int(each.timestamps[-1]) + 9]  # type: ignore[union-attr]
-        actions = [*each.actions.tolist(), 1]  # type: ignore[union-attr]
-        found.append(History(each.user, items=items, actions=actions, timestamps=times, context=each.context))
+        items, actions, times = (np.asarray(values).tolist() for values in (each.items, each.actions, each.timestamps))
+        given = request([*items, -5], [*actions, 1], [*times, times[-1] + 9], user=each.user, context=each.context)
+        found.append(given)
     return found

@@ -72,11 +72,11 @@ def test_scores_are_predictions_of_the_tasks(ranking: Served) -> None:
 
 
 def test_the_check_notices_a_model_that_differs(ranking: Served) -> None:
-    weight = ranking.trained.model.dense.task.encoder.layers[0].bias.time_weight
+    weight = ranking.trained.model.dense.get_parameter("task.encoder.layers.0.bias.time_weight")
     with torch.no_grad():
-        weight += 0.05
+        weight.add_(0.05)
         found = difference(ranking.trained, ranking.model)
-        weight -= 0.05
+        weight.sub_(0.05)
     assert found is not None and found > TOLERANCE
     assert ranking.difference is not None and ranking.difference <= TOLERANCE
 
@@ -137,13 +137,15 @@ def test_a_ranking_model_has_no_vectors(ranking: Served) -> None:
 
 
 def test_models_whose_requests_would_lack_something_are_refused(
-    mesh: Mesh,
-    features: SequenceStore,
-    tmp_path: Path,
+    mesh: Mesh, features: SequenceStore, tmp_path: Path
 ) -> None:
-    grouped = {"network": {"target_group_size": 2}, "dataset": {"max_num_candidates": 2}}
+    network, dataset = {"target_group_size": 2}, {"max_num_candidates": 2}
+    grouped = random_model("ranking", features, mesh, tmp_path, network=network, dataset=dataset)
     with pytest.raises(ConfigError, match="target_group_size = 2"):
-        check_can_be_served(random_model("ranking", features, mesh, tmp_path, **grouped))
+        check_can_be_served(grouped)
+    for use in (lambda: grouped.session(1 << 20), grouped.check_groups):
+        with pytest.raises(ConfigError, match=r"in groups of 2 .* train with target_group_size = 1"):
+            use()
 
 
 def test_the_runtime_imports_torch_and_the_standard_library_alone() -> None:

@@ -107,7 +107,7 @@ def predicted_again(evaluation: Evaluation, predict: Predict, store: SequenceSto
         if before == 0:
             continue
         history, at = whole.cut(slice(place - before, place)), int(whole.timestamps[place])
-        target = whole.items.tolist()[place]  # type: ignore[union-attr]
+        target = np.asarray(whole.items).tolist()[place]
         if found.results.ndim == 1:
             unseen = [item for item in everything if item not in whole.items[:place] or item == target]
             scores = predict(history, unseen, at).reshape(-1)

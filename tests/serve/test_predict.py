@@ -1,9 +1,11 @@
-"""Predictions in Parquet: what the interface for notebooks gives, restarts, and mistakes."""
+"""A split evaluated, predictions and vectors in Parquet: those of training and notebooks, restarts, and mistakes."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,18 +14,22 @@ import pytest
 import torch
 
 from hstu import api
-from hstu.base.errors import DataError
+from hstu.base.errors import ConfigError, DataError
+from hstu.checkpoint.export import export
+from hstu.checkpoint.find import locate
 from hstu.data.store.reader import GivenRequests
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.outputs import columns_of, predictions_of
-from hstu.serve.predict import evaluate_split
+from hstu.serve.predict import choose_split, evaluate_split, with_metrics
 from tests.conftest import write_small_store
 from tests.train.tiny import ACTIONS, ITEM_FEATURES, ITEMS, FinishedRun, walks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+import embed
+import evaluate
 import predict
 
 Finished = Callable[[str], FinishedRun]
@@ -35,9 +41,10 @@ USERS = [str(100 + user) for user in range(20)]
 def call(here: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """``call("retrieval", "--top", 3)``: the exit code of the script, with the model of that run."""
 
-    def run(name: str, *options: Any, where: str = "out") -> int:
-        monkeypatch.setattr(predict, "load_model", lambda cls, options: loaded(name))
-        return predict.main(["--run_dir", name, "--output", str(here / where), *map(str, options)])
+    def run(name: str, *options: Any, where: str = "out", script: ModuleType = predict) -> int:
+        monkeypatch.setattr(script, "load_model", lambda cls, options: loaded(name))
+        found: int = script.main(["--run_dir", name, "--output", str(here / where), *map(str, options)])
+        return found
 
     return run
 
@@ -240,3 +247,81 @@ def test_mistakes_are_told(refused: Callable[..., str], here: Path) -> None:
 def test_candidates_after_the_time_of_the_request_are_refused(store: SequenceStore) -> None:
     with pytest.raises(DataError, match="a history has an event at second"):
         GivenRequests(store, np.array([0]), np.array([1]), {}, at=1_000_000)
+
+
+def test_vectors_are_those_of_the_interface_for_notebooks(
+    here: Path,
+    call: Callable[..., int],
+    finished: Callable[[str], FinishedRun],
+    mesh: Mesh,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hstu.serve.predict.PART_USERS", 2)
+    (here / "users.csv").write_text("user\n107\n103\n119\n107\n")
+    assert call("retrieval", "--users_file", here / "users.csv", script=embed) == 0
+    users, items = (pd.read_parquet(here / "out" / f"{name}.parquet") for name in ("users", "items"))
+    vectors, of_items = np.stack([*users["vector"]]), np.stack([*items["vector"]])
+    trained = api.load(finished("retrieval").path, mesh=mesh)
+    assert users["user"].tolist() == [107, 103, 119] and items["item"].tolist() == list(range(1000, 1000 + ITEMS))
+    np.testing.assert_allclose(vectors, trained.user_embeddings([107, 103, 119]).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(of_items, trained.item_embeddings().numpy())
+
+
+def test_vectors_of_a_ranking_model_and_into_a_used_directory_are_refused(
+    call: Callable[..., int], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("ranking", script=embed) == 3 and "need a retrieval run" in capsys.readouterr().err
+    (here / "out").mkdir()
+    (here / "out" / "mine").touch()
+    assert (
+        call("retrieval", "--only", "items", script=embed) == 3
+        and "out exists; give another name" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", ["retrieval", "ranking", "tasks"])
+def test_the_metrics_are_those_of_the_training_run(name: str, finished: Finished, loaded: Loaded) -> None:
+    split = choose_split(loaded(name).with_data(), None)
+    assert split == ("test" if name == "retrieval" else "valid")
+    assert evaluate_split(loaded(name), split).metrics() == finished(name).metrics
+
+
+def test_an_item_of_newer_data_that_the_model_does_not_have_is_a_miss(
+    finished: Finished, mesh: Mesh, tmp_path: Path
+) -> None:
+    newer = {**walks(num_users=6, seed=5), "num_items": 12}
+    newer["items"][0][-1] = 11
+    newer["actions"] = [[item % 4 for item in row] for row in newer["items"]]
+    features = {name: [*values, values[0]] for name, values in ITEM_FEATURES.items()}
+    write_small_store(tmp_path / "newer", **newer, item_features=features)
+    model = LoadedModel.load(finished("retrieval").path, mesh=mesh, data=tmp_path / "newer")
+    results = evaluate_split(model, "test").observations.results
+    assert np.isinf(results).tolist() == [True] + [False] * 5
+    with pytest.raises(DataError, match="no preprocessed data at"):
+        LoadedModel.load(finished("retrieval").path, mesh=mesh, data=tmp_path / "absent")
+
+
+def test_metrics_and_splits_that_a_run_does_not_have_are_refused(loaded: Loaded) -> None:
+    with pytest.raises(ConfigError, match="'AUC' is not allowed"):
+        evaluate_split(loaded("retrieval"), "test", ["AUC"])
+    with pytest.raises(ConfigError, match=r"no task of the run has LOGLOS; .*; did you mean 'LOGLOSS'"):
+        with_metrics(loaded("tasks").config, ["LOGLOS", "AUC"])
+    with pytest.raises(ConfigError, match="no split 'tset'; allowed: valid, test; did you mean 'test'"):
+        choose_split(loaded("retrieval").with_data(), "tset")
+
+
+def test_only_the_tasks_that_have_a_metric_are_measured(loaded: Loaded) -> None:
+    assert set(evaluate_split(loaded("tasks"), "valid", ["ndcg"]).metrics()) == {"NDCG/odd", "NDCG/high"}
+
+
+def test_the_script_prints_a_table_and_writes_json(
+    here: Path, finished: Finished, store: SequenceStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = here / "test.json"
+    exported = export(locate(str(finished("retrieval").path)), here / "exported")
+    arguments = ["--checkpoint", str(exported), "--output", str(output)]
+    assert evaluate.main(arguments) == 0
+    document = json.loads(output.read_text())
+    assert document["metrics"] == finished("retrieval").metrics and document["data"] == str(store.path)
+    assert f"test of {store.path}: 20 users, 20 predictions" in capsys.readouterr().out
+    assert evaluate.main(arguments) == 3 and "test.json exists; give another name" in capsys.readouterr().err

@@ -232,12 +232,8 @@ def test_a_ranking_model_scores_candidates(ranking: Served) -> None:
         for path in ("/recommend", "/embed"):
             reply = client.post(path, user)
             assert reply.status == 422 and "use /score" in reply.json["error"]
-        assert (
-            "for 2 candidates"
-            in client.post(
-                "/score", {**user, **shown, "candidates": [1, 2]} | {"candidate_features": {"device": [None]}}
-            ).json["error"]
-        )
+        one_value = {"candidates": [1, 2], "candidate_features": {"device": [None]}}
+        assert "for 2 candidates" in client.post("/score", {**user, **one_value}).json["error"]
     history = request([1000], [1], [0], features=own)
     expected = ranking.model.score(history, Candidates([1000, 1001], shown["candidate_features"]))  # type: ignore[arg-type]
     assert scores.keys() == expected.keys()

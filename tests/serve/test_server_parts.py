@@ -43,7 +43,8 @@ def started(compute: Doubler, **settings: float) -> Batcher:
 
 
 def test_queries_that_come_while_a_batch_is_computed_are_computed_together() -> None:
-    async def ask() -> list[int]:
+    async def main() -> list[int]:
+        batcher = started(compute, max_batch=4)
         first = asyncio.create_task(batcher.ask(0))
         await compute.begun()
         others = [asyncio.create_task(batcher.ask(number)) for number in range(1, 8)]
@@ -54,13 +55,6 @@ def test_queries_that_come_while_a_batch_is_computed_are_computed_together() -> 
         return answers
 
     compute = Doubler()
-
-    async def main() -> list[int]:
-        nonlocal batcher
-        batcher = started(compute, max_batch=4)
-        return await ask()
-
-    batcher: Batcher
     assert asyncio.run(main()) == [2 * number for number in range(8)]
     assert compute.batches == [[0], [1, 2, 3, 4], [5, 6, 7]]
 
@@ -100,8 +94,8 @@ def test_too_many_waiting_queries_are_refused() -> None:
 def test_a_mistake_costs_its_query_and_a_defect_its_batch() -> None:
     async def main() -> None:
         batcher = started(compute, max_batch=2, max_wait_s=30)
-        negative, fine = await asyncio.gather(batcher.ask(-1), batcher.ask(1), return_exceptions=True)
-        assert isinstance(negative, ValueError) and fine == 2
+        found = await asyncio.gather(batcher.ask(-1), batcher.ask(1), return_exceptions=True)
+        assert isinstance(found[0], ValueError) and found[1] == 2
         unlucky = await asyncio.gather(batcher.ask(13), batcher.ask(1), return_exceptions=True)
         assert [type(error) for error in unlucky] == [RuntimeError, RuntimeError]
         assert await asyncio.gather(batcher.ask(3), batcher.ask(4)) == [6, 8]
@@ -115,9 +109,8 @@ def test_a_mistake_costs_its_query_and_a_defect_its_batch() -> None:
     asyncio.run(main())
 
 
-def live_model(root: Path) -> tuple[LiveModel, StubLoader]:
-    load = StubLoader()
-    return LiveModel(root, Metrics(), load), load
+def live_model(root: Path) -> LiveModel:
+    return LiveModel(root, Metrics(), StubLoader())
 
 
 def written(folder: Path, content: str, at: int) -> Path:
@@ -145,7 +138,8 @@ def test_an_export_a_folder_of_exports_and_a_link_are_found(tmp_path: Path) -> N
 
 def test_a_newer_export_replaces_the_model_and_a_bad_one_does_not(tmp_path: Path) -> None:
     written(tmp_path / "a", "", 1)
-    live, load = live_model(tmp_path)
+    load = StubLoader()
+    live = LiveModel(tmp_path, Metrics(), load)
     assert name_of(live) == "a" and not live.refresh()
     written(tmp_path / "b", "", 2)
     assert live.refresh() and name_of(live) == "b"
@@ -169,7 +163,7 @@ def test_a_newer_export_replaces_the_model_and_a_bad_one_does_not(tmp_path: Path
 def test_a_model_whose_folder_is_damaged_goes_on_and_one_that_is_removed_gives_way_to_an_older(tmp_path: Path) -> None:
     written(tmp_path / "a", "", 1)
     newer = written(tmp_path / "b", "", 2)
-    live, _ = live_model(tmp_path)
+    live = live_model(tmp_path)
     written(newer, "bad: copied over", 2)
     assert not live.refresh() and name_of(live) == "b" and list(live.refused) == [str(newer)]
     shutil.rmtree(newer)
@@ -183,7 +177,7 @@ def test_a_link_chooses_the_export_also_an_older_one(tmp_path: Path) -> None:
         written(tmp_path / name / "serving", "", number)
     link = tmp_path / "latest"
     link.symlink_to("b")
-    live, _ = live_model(tmp_path)
+    live = live_model(tmp_path)
     assert name_of(live) == "b"
     (tmp_path / "other").symlink_to("a")
     (tmp_path / "other").rename(link)
@@ -197,5 +191,5 @@ def test_a_place_without_a_good_export_says_what_is_wrong(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="worse: ServingError: bad: old format"):
         live_model(tmp_path)
     written(tmp_path / "fine", "", 1)
-    live, _ = live_model(tmp_path)
+    live = live_model(tmp_path)
     assert name_of(live) == "fine" and len(live.refused) == 1  # the newest is bad, the one before serves

@@ -36,11 +36,6 @@ def untrained(task: str, store: SequenceStore, mesh: Mesh, path: Path, **options
     return TrainedModel(config, path, mesh, source, model, optimizers, [])
 
 
-def until(history: History, count: int) -> History:
-    """The first events."""
-    return history.cut(slice(count))
-
-
 def part(history: History, start: int, stop: int) -> History:
     return history.cut(slice(start, stop))
 
@@ -54,10 +49,7 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("interleave", "group"), [(True, 1), (False, 2)])
 def test_what_requests_showed_scores_as_in_an_evaluation_of_the_data(
-    mesh: Mesh,
-    tmp_path: Path,
-    interleave: bool,
-    group: int,
+    mesh: Mesh, tmp_path: Path, interleave: bool, group: int
 ) -> None:
     log, side = random_log(), ["device", "watched", "time_gap"]
     data = write_small_store(tmp_path / "store", **log)
@@ -86,7 +78,7 @@ def test_what_requests_showed_scores_as_in_an_evaluation_of_the_data(
             user, shown = int(batch.user_ids[row]), int(batch.num_candidates_host[row])
             events = int(batch.item_lengths[row]) - shown
             history = raw_history(log, user, events)
-            session.encode([until(history, events - 2)])
+            session.encode([part(history, 0, events - 2)])
             session.append([part(history, events - 2, events)])
             ((time, candidates),) = (
                 (time, found)
@@ -148,10 +140,10 @@ def test_vectors_follow_the_events_also_where_histories_outgrow_the_model(
     retrieval: TrainedModel, long: History
 ) -> None:
     session = retrieval.session(MEGABYTE)
-    session.encode([until(long, 2)])
+    session.encode([part(long, 0, 2)])
     for count in range(3, 11):
         session.append([part(long, count - 1, count)])
-        assert_equal(session.user_embeddings([long.user]), vectors_of(retrieval, until(long, count)))
+        assert_equal(session.user_embeddings([long.user]), vectors_of(retrieval, part(long, 0, count)))
     assert (session.statistics.hits, session.statistics.misses) == (6, 2)  # the last two events move all positions
     assert_equal(session.user_embeddings([long.user]), retrieval.user_embeddings([long.user]))
     later = int(np.asarray(long.timestamps)[-1]) + 10**6
@@ -160,7 +152,7 @@ def test_vectors_follow_the_events_also_where_histories_outgrow_the_model(
 
 def test_trimmed_histories_are_shorter_and_encoded_less_often(retrieval: TrainedModel, long: History) -> None:
     session = retrieval.session(MEGABYTE, trim_events=2)
-    session.encode([until(long, 8)])
+    session.encode([part(long, 0, 8)])
     for count, kept in ((9, 7), (10, 8)):
         session.append([part(long, count - 1, count)])
         assert_equal(session.user_embeddings([long.user]), vectors_of(retrieval, part(long, count - kept, count)))
@@ -196,11 +188,7 @@ def test_many_users_share_a_cache_that_holds_few(retrieval: TrainedModel) -> Non
         retrieval.session(least - 1, page_tokens=32)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"task_args": OF_THE_ACTION}],
-    ids=["action", "tasks"],
-)
+@pytest.mark.parametrize("options", [{}, {"task_args": OF_THE_ACTION}], ids=["action", "tasks"])
 def test_a_model_whose_context_sees_everything_is_encoded_again(
     mesh: Mesh, store: SequenceStore, tmp_path: Path, options: dict[str, Any]
 ) -> None:
@@ -221,7 +209,7 @@ def test_a_model_whose_context_sees_everything_is_encoded_again(
     row = int(np.argmax(batch.item_lengths))
     (whole,) = api.histories(store, [int(batch.user_ids[row])])
     history = part(whole, len(whole.items) - int(batch.item_lengths[row]), len(whole.items) - 2)
-    session.encode([until(history, 2)])
+    session.encode([part(history, 0, 2)])
     session.append([part(history, 2, len(history.items))])
     assert_equal(session.score(history.user, whole.items[-2:]), logits[2 * row : 2 * row + 2])
     assert session.statistics.misses == 1
@@ -232,9 +220,9 @@ def test_a_model_whose_context_sees_everything_is_encoded_again(
 @pytest.fixture
 def session(retrieval: TrainedModel, long: History) -> Iterator[Session]:
     session = retrieval.session(MEGABYTE)
-    session.encode([until(long, 5)])
+    session.encode([part(long, 0, 5)])
     yield session
-    assert_equal(session.user_embeddings([long.user]), vectors_of(retrieval, until(long, 5)))  # nothing has changed
+    assert_equal(session.user_embeddings([long.user]), vectors_of(retrieval, part(long, 0, 5)))  # nothing has changed
 
 
 @pytest.mark.parametrize(

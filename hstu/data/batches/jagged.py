@@ -1,7 +1,4 @@
-"""Host arithmetic of jagged arrays: runs of different lengths that lie one after another, without padding.
-
-Everything is NumPy, vectorised over runs and elements; ``lengths`` are integers [n].
-"""
+"""Arithmetic of jagged NumPy arrays: n runs of different ``lengths`` that lie one after another, without padding."""
 
 from __future__ import annotations
 

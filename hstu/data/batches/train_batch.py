@@ -1,11 +1,9 @@
 """TrainBatch: the sequences that a rank looks up in the tables, and the batches that its dense part computes on.
 
-The two differ in two cases, which combine:
-
-- Tensor and context parallelism: each rank of a group computes on the sequences of all its ranks (``merge_ranks``).
-- Gradient accumulation: the dense part computes one micro-batch after another (``split_micro_batches``). The batch as a
-  whole has one look-up and one update of the tables, and all that a loss needs of all samples (its count of labels, its
-  pool of negatives). So the update equals an undivided batch, with the activations of one micro-batch in memory.
+Under tensor and context parallelism each rank of a group computes on the sequences of all its ranks (merge_ranks).
+With gradient accumulation the dense part computes one micro-batch after another (split_micro_batches). The batch as a
+whole has one look-up and one update of the tables, and what a loss needs of all samples: its count of labels and its
+pool of negatives. So the update equals an undivided batch, with the activations of one micro-batch in memory.
 """
 
 from __future__ import annotations

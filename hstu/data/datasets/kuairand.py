@@ -59,7 +59,6 @@ def read(files: Sequence[Path]) -> RawTables:
 
 
 def _videos(file: Path) -> tuple[RawFile, str]:
-    """RawTables.item_table of video_features_basic."""
     values = {name: identifier(name) for name in _OF_VIDEOS} | {"tag": "[x FOR x IN string_split(tag, ',') IF x <> '']"}
     values[_DURATION] = (
         f"CASE WHEN isfinite({_DURATION}) THEN TRY_CAST({_DURATION} AS FLOAT) "

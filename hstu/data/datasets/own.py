@@ -252,10 +252,8 @@ class ColumnTypes:
         return f"CASE action {cases} END", labels
 
     def time(self, column: str, unit: str) -> tuple[str, str]:
-        """Return (SQL to sort by, SQL of BIGINT seconds). Numbers are in ``unit``; dates without a zone are UTC.
-
-        The type that fits most values is chosen; the other values become NULL, hence bad rows.
-        """
+        """Return (SQL to sort by, SQL of BIGINT seconds). Numbers are in ``unit``; dates without a zone are UTC. The
+        type that fits most values is chosen; the other values become NULL, hence bad rows."""
         integer, number = as_integer('"time"'), 'TRY_CAST("time" AS DOUBLE)'
         finite = f"CASE WHEN isfinite({number}) AND abs({number}) < 9e18 THEN {number} END"
         value = '"time"'
@@ -291,7 +289,6 @@ class ColumnTypes:
         return best
 
     def _unlike(self, value: str, converted: str) -> int:
-        """Number of values that the conversion turns into NULL."""
         condition = f"{value} IS NOT NULL AND ({converted}) IS NULL"
         ((count,),) = self._engine.execute(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
         return int(count)

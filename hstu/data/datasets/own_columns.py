@@ -95,7 +95,6 @@ class InteractionColumns:
             raise ConfigError(problems)
 
     def _contradictions(self) -> Iterator[str]:
-        """Messages about options that need or exclude each other."""
         others = (self.user, self.item, self.action, self.time, *self.event_columns)
         rules = (
             (self.context and not self.context_columns,
@@ -119,7 +118,6 @@ class InteractionColumns:
         return (message for is_wrong, message in rules if is_wrong)
 
     def _problems_of_features(self) -> Iterator[str]:
-        """Messages about columns that cannot be features, or features of the given kind."""
         named = [self.item, self.action, self.time, self.split, *self.schema().context]
         named += [*self.item_columns, *self.event_columns]
         if repeated := sorted({name for name in named if name and named.count(name) > 1}):
@@ -191,7 +189,6 @@ class InteractionColumns:
 
 
 def _all_files(paths: Sequence[Path]) -> tuple[Path, ...]:
-    """The files; a directory stands for the files in it."""
     return tuple(file for path in paths for file in (_files_in(path) if path.is_dir() else [path]))
 
 

@@ -228,7 +228,6 @@ def _moments(values: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -
 
 
 def _known(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields float64 chunks of the rows that have values."""
     rows = max(_CHUNK // values.shape[1], 1)
     for start in range(0, len(values), rows):
         chunk = values[start : start + rows]

@@ -236,7 +236,6 @@ def _statistics(lengths: np.ndarray, num_items: int, published: Mapping[str, flo
 
 
 def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
-    """Hash of all inputs of the stages."""
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
     tables = [repr(raw.parts), repr(raw.tables), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]

@@ -29,9 +29,7 @@ _REMEDY = "or make the store again from all files, with --force and without --ap
 
 def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
     """Whether a store exists at options.output and is kept. It must fit the options and ``files``, if they exist.
-
-    Raises DataError if the store is damaged or does not fit, or if the path holds something else.
-    """
+    Raises DataError if the store is damaged or does not fit, or if the path holds something else."""
     check_replaceable(options.output)
     if not is_taken(options.output) or options.force:
         return False

@@ -205,7 +205,6 @@ def ranges_of(numbers: np.ndarray, counts: np.ndarray, ranges: int) -> dict[str,
 
 
 def _has_value(build: Build, name: str, rows: str) -> str:
-    """SQL condition that a row has a value of the feature."""
     if name in build.schema.quantities():
         return f"{name} IS NOT NULL"
     return f"len({name}) > 0" if _is_list(build, name, rows) else f"{name} <> ''"

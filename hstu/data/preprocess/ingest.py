@@ -160,7 +160,6 @@ def _check(build: Build) -> dict[str, int]:
 
 
 def _unusable_values(build: Build, part: int) -> dict[str, str]:
-    """Column → SQL condition for an unusable value in a part."""
     schema, raw = build.schema, build.raw
     conditions = {name: f'"{name}" IS NULL' for name in ("user", "item")}
     if schema.action:

@@ -181,7 +181,6 @@ def _shown(values: Sequence[Any] | np.ndarray, counts: np.ndarray, most: int) ->
 
 
 def _values_of(store: SequenceStore, feature: str) -> str:
-    """Number of values of a feature, and values per item of a list."""
     if (found := store.features[feature].statistics) is not None:
         width = store.features[feature].width
         kind = "number" if width == 1 else f"vector of {width}"

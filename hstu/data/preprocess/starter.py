@@ -64,9 +64,7 @@ TrainerArgs.best_metric_mode = {best[1]!r}
 
 def write_starters(store: SequenceStore, path: Path) -> Iterator[str]:
     """Write ``<path>_retrieval.gin`` and ``<path>_ranking.gin``, or ``<file>.new`` beside an older file that differs.
-
-    Yields per task how to train, or why not. ``path``: the store, absolute or relative to where training will start.
-    """
+    Yields per task how to train, or why not. ``path``: the store, absolute or relative to where training will start."""
     objectives: Mapping[Task, tuple[int, str] | str] = {"retrieval": _retrieval(store), "ranking": _ranking(store)}
     for task, objective in objectives.items():
         if isinstance(objective, str):
@@ -132,7 +130,6 @@ def _gin(settings: Mapping[str, object]) -> str:
 
 
 def _side(store: SequenceStore) -> Iterator[str]:
-    """Settings of item and event features, if there are any."""
     events = [*store.event_features, *store.event_number_features]
     if names := [*store.item_side_features, *store.item_number_features, *events]:
         comment = "# Remove from known_after what is known before the event, such as a device or an hour.\n"

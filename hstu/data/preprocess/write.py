@@ -133,10 +133,8 @@ def write_rows(
 
 
 def write_split(build: Build, offsets: np.ndarray) -> None:
-    """Write the bounds of the splits, if the data has any. ``offsets``: int64 [U + 1], event offsets of users.
-
-    Raises DataError if splits of a user overlap, and if no event is for training or none for evaluation.
-    """
+    """Write the bounds of the splits, if the data has any. ``offsets``: int64 [U + 1], event offsets of users. Raises
+    DataError if splits of a user overlap, and if no event is for training or none for evaluation."""
     schema = build.schema
     if schema.split is None:
         return
@@ -165,10 +163,8 @@ def write_split(build: Build, offsets: np.ndarray) -> None:
 
 
 def find_requests(build: Build) -> dict[str, int]:
-    """Create the tables requests, sorted by user and time, and candidates (``number``: row of their request).
-
-    Leaves out requests without an earlier event of their user. Returns counts. Raises DataError if no request remains.
-    """
+    """Create the tables requests, sorted by user and time, and candidates (``number``: row of their request). Leaves
+    out requests without an earlier event of their user. Returns counts. Raises DataError if no request remains."""
     if not build.raw.requests:
         return {}
     key = "request" if build.raw.has_request_ids else '"time"'

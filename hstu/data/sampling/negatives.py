@@ -123,12 +123,10 @@ def count_items(
 def expected_log_counts(
     negatives: Negatives, draws: ItemDistribution, counts: np.ndarray, batches_per_epoch: int
 ) -> np.ndarray:
-    """log of an item's expected count among the negatives of a position, float32 [size]; 0 if it never occurs.
-
-    ``num`` corpus draws have an item ``num`` times its probability. A global batch has an item with c training
-    occurrences with probability 1 − (1 − 1 / batches)^c, as if each occurrence fell into a random batch. Draws from the
-    items of a batch must still be divided by their number. ``counts``: the result of count_items.
-    """
+    """log of an item's expected count among the negatives of a position, float32 [size]; 0 if it never occurs. ``num``
+    corpus draws have an item ``num`` times its probability. A global batch has an item with c training occurrences with
+    probability 1 − (1 − 1 / batches)^c, as if each occurrence fell into a random batch. Draws from the items of a batch
+    must still be divided by their number. ``counts``: the result of count_items."""
     expected = np.zeros(draws.size)
     if negatives.has_batch_pool:
         # An item of a batch occurs at least once.
@@ -157,11 +155,9 @@ def draw_shared(batch: Key, num: int, corpus: ItemDistribution) -> np.ndarray:
 def draw_each(
     labels: Key, num: int, corpus: ItemDistribution, hard: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(distinct item codes int64 [S], indices into them int32 [M, num]): independent draws for each label.
-
-    ``hard``: int64 [M, up to num] codes that replace the first draws of a label; -1 keeps the draw. Only drawn items
-    are returned: an optimizer moves every looked-up row, so others would make tables depend on the number of ranks.
-    """
+    """(distinct item codes int64 [S], indices into them int32 [M, num]): independent draws for each label. ``hard``:
+    int64 [M, up to num] codes that replace the first draws of a label; -1 keeps the draw. Only drawn items are
+    returned: an optimizer moves every looked-up row, so others would make tables depend on the number of ranks."""
     codes = corpus.items(_draw_32_bits(labels, num))
     if hard is not None:
         np.copyto(codes[:, : hard.shape[1]], hard, where=hard >= 0, casting="same_kind")

@@ -3,10 +3,9 @@
 The order of an epoch is one permutation of all samples, a function of (seed, epoch) only. A *global batch* is the next
 run of it: ``batch_size * world_size`` samples or, under a token budget, as many as fit on the ranks. Each rank takes a
 contiguous slice of the run, or the samples that balancing assigns to it. The number of consumed samples is therefore
-the whole state, and a run can resume at any world size.
-
-Every rank plans the whole batch on the host from known lengths, so nothing is communicated. The division decides which
-rank trains on a sample, never which samples share a step.
+the whole state, and a run can resume at any world size. Every rank plans the whole batch on the host from known
+lengths, so nothing is communicated. The division decides which rank trains on a sample, never which samples share a
+step.
 """
 
 from __future__ import annotations

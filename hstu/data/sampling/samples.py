@@ -255,7 +255,6 @@ def samples_of_requests(
 def _requests_of_split(
     store: SequenceStore, requests: Requests, args: DatasetArgs, split: Split, seed: int
 ) -> np.ndarray:
-    """bool [R]: whether the split has the request."""
     if split == "all":
         return np.ones(len(requests), dtype=bool)
     if args.split != "time":

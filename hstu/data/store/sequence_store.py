@@ -110,12 +110,10 @@ class SequenceStore:
 
     @classmethod
     def open(cls, path: str | Path) -> SequenceStore:
-        """Opens and checks a store in time independent of its size.
-
-        Checks the version and checksum of the description, the presence, size, dtype and length of every array, a
-        sample of the offsets, and the checksums of the smallest files up to 8 MiB. verify_contents checks the rest.
-        Raises DataError with the damage and the command that makes the store.
-        """
+        """Opens and checks a store in time independent of its size. Checks the version and checksum of the description,
+        the presence, size, dtype and length of every array, a sample of the offsets, and the checksums of the smallest
+        files up to 8 MiB. verify_contents checks the rest. Raises DataError with the damage and the command that makes
+        the store."""
         path = Path(path).absolute()
         try:
             meta = read_meta(path)

@@ -45,12 +45,6 @@ class StoreWriter:
     Leaving the block commits; an error removes everything. A kill or Ctrl-C leaves the partial directory. The next
     writer of the target continues from it if it has the same ``resume_key``, and clears it otherwise.
     Two writers of one target exclude each other. A writer only ever replaces a store.
-
-        with StoreWriter(path, name="toy", command=None) as writer:
-            writer.write_offsets(np.array([0, 2, 5]))
-            writer.create_sequence("movie_id", "item", cardinality=9, length=5)[:] = codes
-            writer.write_vocabulary("movie_id", raw_ids)
-            writer.write_vocabulary("user_id", raw_users)
     """
 
     def __init__(

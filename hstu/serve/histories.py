@@ -14,7 +14,7 @@ from torch import Tensor
 from hstu.base.errors import DataError
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.config.run_config import RunConfig
-from hstu.data.batches.batch import PADDING_ID, HSTUBatch
+from hstu.data.batches.batch import PADDING_ID, HSTUBatch, ItemFeatures
 from hstu.data.batches.collate import Assembler, Rows
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.features.roles import FeatureRoles
@@ -154,8 +154,10 @@ class BatchEncoder(Encoder):
             actions=ids[roles.action] if roles.action else None,
             timestamps=joined(part.times for part in parts) if self._config.network.needs_times else None,
             context={name: joined(events.context[name] for events, _ in sequences) for name in roles.contextual},
-            side={name: ids[name] for name in roles.categories},
-            list_lengths={name: joined(part.counts[name] for part in parts) for name in roles.lists},
+            side=ItemFeatures(
+                {name: ids[name] for name in roles.categories},
+                {name: joined(part.counts[name] for part in parts) for name in roles.lists},
+            ),
             numbers=joined(part.numbers for part in parts) if roles.numbers else None,
             held_out=nothing,
         )

@@ -47,10 +47,8 @@ class Rows:
     """[n] seconds; items and actions are [n] as well."""
     context: Mapping[str, np.ndarray]
     """Feature → [b]."""
-    side: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """Feature → [n], or for a list [Σ list_lengths[feature]]: the values of one item after another."""
-    list_lengths: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """List feature → [n], number of values per item."""
+    side: ItemFeatures = ItemFeatures({}, {})
+    """The side features with ids of the n items."""
     label_values: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Features of FeatureRoles.labels, in their order → float32 [Σ num_labels], NaN where missing."""
     numbers: np.ndarray | None = None
@@ -118,7 +116,7 @@ class Assembler:
             items=ItemColumns(
                 timestamps=_tensor(rows.timestamps),
                 numbers=_tensor(rows.numbers),
-                list_lengths=_tensor(np.stack([rows.list_lengths[name] for name in lists]) if lists else None),
+                list_lengths=_tensor(np.stack([rows.side.list_lengths[name] for name in lists]) if lists else None),
             ),
             negatives=BatchNegatives(
                 draws=_tensor(draws), pool_positions=_tensor(pool_positions), list_lengths=_tensor(list_lengths)
@@ -141,8 +139,8 @@ class Assembler:
         values[self.roles.item] = rows.items
         if self.roles.action is not None and rows.actions is not None:
             values[self.roles.action] = rows.actions
-        values |= {name: rows.side[name] for name in self.roles.categories}
-        for name, of_items in rows.list_lengths.items():
+        values |= {name: rows.side.values[name] for name in self.roles.categories}
+        for name, of_items in rows.side.list_lengths.items():
             jagged_lengths[name] = self._padded(np.diff(run_offsets(of_items)[run_offsets(rows.lengths)]))
         jagged_lengths |= {key: self._padded(np.array([len(found)])) for key, found in negatives.items()}
         values |= negatives

@@ -32,10 +32,8 @@ SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}
 
 def _option(meaning: str, default: Any = None, **argument: Any) -> Any:
     """An optional field. ``argument``: further arguments of argparse."""
-    metadata = {"help": meaning, **argument}
-    return (
-        field(default_factory=dict, metadata=metadata) if default == {} else field(default=default, metadata=metadata)
-    )
+    given: Any = {"default_factory": dict} if default == {} else {"default": default}
+    return field(**given, metadata={"help": meaning, **argument})
 
 
 @dataclass(frozen=True, kw_only=True)

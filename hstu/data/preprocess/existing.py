@@ -69,11 +69,7 @@ def _options_of(command: str | None) -> dict[str, list[str]]:
     """Option of a command → its values."""
     found: dict[str, list[str]] = {}
     option = ""
-    try:
-        words = shlex.split(command or "")
-    except ValueError:  # of another program
-        return {"the command": [command or ""]}
-    for word in words:
+    for word in shlex.split(command or ""):
         if word.startswith("--"):
             option = word
         found.setdefault(option, []).extend([word] if word != option else [])

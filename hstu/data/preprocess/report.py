@@ -103,8 +103,8 @@ def _rows(store: SequenceStore, lengths: np.ndarray) -> Iterator[tuple[str, obje
     yield "skipped in all", sum(skipped.values())
     if store.timestamp_feature is not None:
         first, last, tied, users = _times(store)
-        yield "first event", _date(first)
-        yield "last event", _date(last)
+        for what, second in (("first event", first), ("last event", last)):
+            yield what, f"{datetime.fromtimestamp(second, UTC):%Y-%m-%d %H:%M:%S} UTC"
         yield "events at the second of the event before, and therefore in the order of the file", tied
         yield "users whose last two events are of one second, so that the file decides which is last", users
     for limit in _TRUNCATED_AT:
@@ -190,13 +190,6 @@ def _values_of(store: SequenceStore, feature: str) -> str:
         return different
     mean = len(store.item_values(feature)[0]) / store.cardinality(store.item_feature)
     return f"{different}, {mean:.1f} per item"
-
-
-def _date(seconds: int) -> str:
-    try:
-        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
-    except (ValueError, OverflowError, OSError):
-        return f"second {seconds:,}"
 
 
 def _table(header: Sequence[str], rows: Any) -> str:

@@ -157,10 +157,6 @@ class Build:
         split = '"split", ' if self.schema.timestamp and self.schema.split else ""
         return f"{time_column}{split}part, source_row"
 
-    def labels(self) -> list[str]:
-        """Text of action 0, 1, …; empty where actions are numbers."""
-        return self.writer.journal["types"]["labels"] if self.raw.resolve_types else []
-
     def shown(self) -> str:
         """SQL relation of the events and the candidates, which lack columns of users."""
         if not self.raw.requests:

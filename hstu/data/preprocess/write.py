@@ -41,7 +41,8 @@ def write_vocabularies(build: Build) -> None:
     """Write the raw ids of users and items, the texts of actions, and the title in the first row of each item."""
     build.writer.write_vocabulary(USER_FEATURE, column(build.engine, "SELECT id FROM users ORDER BY code"))
     build.writer.write_vocabulary(build.schema.item, column(build.engine, "SELECT id FROM items ORDER BY code"))
-    if build.schema.action and (labels := build.labels()):
+    labels = build.writer.journal["types"]["labels"] if build.raw.resolve_types else []
+    if build.schema.action and labels:
         build.writer.write_vocabulary(build.schema.action, np.array(labels, dtype=object))
     if build.raw.title_table is not None:
         first_rows = """SELECT item, title FROM titles

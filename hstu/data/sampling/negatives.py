@@ -182,11 +182,8 @@ def shown_not_taken(store: SequenceStore, events: np.ndarray, stops: np.ndarray,
     """Items of the user's last request before each event that the user did not take: codes, int64 [n, num].
 
     The first ``num`` in the order shown; -1 fills the rest. The user takes an item by an event of it before the next
-    request. A user's newest request gives no negatives, because the events that follow it may be held out.
-
-    Args:
-        events: int64 [n], indices into the store's events.
-        stops: int64 [n], the end of the events of each event's sample. Later events are not read.
+    request. A user's newest request gives no negatives, because the events that follow it may be held out. ``events``:
+    int64 [n], indices into the store's events. ``stops``: int64 [n], the ends of their samples; no later event is read.
     """
     found = np.full((len(events), num), -1, dtype=np.int64)
     requests, offsets = store.requests(), store.offsets()

@@ -77,24 +77,20 @@ class StoreFiles:
     def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
         self.path = path
         self._meta = meta
+        self.described: Mapping[str, Any] = meta["files"]
         self._maps: dict[str, np.ndarray] = {}
 
     def __contains__(self, file: str) -> bool:
-        return file in self._meta["files"]
+        return file in self.described
 
     def __getitem__(self, file: str) -> np.ndarray:
         if file not in self._maps:
             self._maps[file] = np.asarray(open_memmap(self.path / file, mode="r"))
         return self._maps[file]
 
-    @property
-    def checksums(self) -> dict[str, str]:
-        """File → its SHA-256 in the description."""
-        return {file: entry["sha256"] for file, entry in self._meta["files"].items()}
-
     def check_presence(self) -> None:
         """Checks that every file exists and has the described size, dtype and length."""
-        for file, expected in self._meta["files"].items():
+        for file, expected in self.described.items():
             path = self.path / file
             if not path.is_file():
                 raise self.damaged(file, "it is missing")
@@ -114,7 +110,7 @@ class StoreFiles:
     def check_sums(self, up_to: int | None) -> None:
         """Verifies the checksums of the smallest files, ``up_to`` bytes in total; None means all files."""
         left = up_to
-        for file, expected in sorted(self._meta["files"].items(), key=lambda item: item[1]["bytes"]):
+        for file, expected in sorted(self.described.items(), key=lambda item: item[1]["bytes"]):
             if left is not None and (left := left - expected["bytes"]) < 0:
                 return
             if (found := sha256(self.path / file)) != expected["sha256"]:

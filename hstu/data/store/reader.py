@@ -69,12 +69,9 @@ class StoreReader:
         if self.wants_seen:
             before = start if samples.target is None else samples.target[chosen]
             seen_lengths = before - history_begin
-            seen = (
-                self._of_items(self.roles.item, SampleItems(self.store, ranges(history_begin, seen_lengths))),
-                seen_lengths,
-            )
+            earlier = SampleItems(self.store, ranges(history_begin, seen_lengths))
+            seen = self._of_items(self.roles.item, earlier), seen_lengths
         item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
-        side = self._side(items)
         return Rows(
             user_ids=users,
             lengths=lengths,
@@ -84,8 +81,7 @@ class StoreReader:
             actions=None if self.roles.action is None else self._of_items(self.roles.action, items),
             timestamps=items.times() if self.wants_timestamps else None,
             context={name: self._of_users(name, users) for name in self.roles.contextual},
-            side=side.values,
-            list_lengths=side.list_lengths,
+            side=self._side(items),
             label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
             numbers=self._numbers(items),
             hard_negatives=self._hard_negatives(ends, labels_with_history(num_labels, lengths)),
@@ -234,15 +230,9 @@ class SampleItems:
 
 class GivenRequests(SequenceStore):
     """A store with one request per user, after the user's whole history, instead of the requests of ``store``.
-
-    Args:
-        users: rows of the users, int64 [U].
-        counts: candidates per user, int64 [U], at least 1.
-        values: feature → stored values of all candidates, user after user, [C]. Other features are 0.
-        at: time of the requests, in seconds since 1970. None: the time of each user's newest event.
-
-    Raises DataError if one of the users has an event after ``at``.
-    """
+    ``users``: rows of the users, int64 [U]. ``counts``: candidates per user, int64 [U], at least 1. ``values``: feature
+    → stored values of all candidates, user after user, [C]; other features are 0. ``at``: time of the requests in
+    seconds since 1970; None means each user's newest event. Raises DataError if a user has an event after ``at``."""
 
     def __init__(
         self,

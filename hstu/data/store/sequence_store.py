@@ -75,10 +75,6 @@ class Requests:
         """[R] number of candidates per request."""
         return np.diff(self.offsets)
 
-    def rows_of(self, candidates: np.ndarray) -> np.ndarray:
-        """int64 [n]: the request of each candidate."""
-        return np.searchsorted(self.offsets, candidates, side="right") - 1
-
 
 class SequenceStore:
     """A read-only, memory-mapped dataset: only what is indexed is read from disk. It pickles as its path."""
@@ -137,7 +133,7 @@ class SequenceStore:
     @property
     def checksums(self) -> dict[str, str]:
         """File → its SHA-256 in the description."""
-        return self._files.checksums
+        return {file: entry["sha256"] for file, entry in self._files.described.items()}
 
     def feature(self, name: str) -> FeatureMeta:
         """A stored feature or a time feature. Raises DataError for an unknown name."""
@@ -192,7 +188,7 @@ class SequenceStore:
     def candidate_times(self, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Times of the candidates' requests, and of the last events before these requests; int64 [n] each."""
         requests, times = self.requests(), self.sequence(str(self.timestamp_feature))
-        rows = requests.rows_of(candidates)
+        rows = np.searchsorted(requests.offsets, candidates, side="right") - 1
         return requests.times[rows], times[requests.history_ends[rows] - 1]
 
     def columns(self, feature: str) -> list[np.ndarray]:

@@ -56,7 +56,6 @@ class FlopCounter:
     def _layers(
         self, spans: Sequence[int | None], item_lengths: np.ndarray, num_candidates: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and FLOPs of each sequence in layers with these attention spans."""
         per_item = self.network.tokens_per_item(self.roles.action is not None)
         tokens = sequence_tokens(item_lengths, len(self.roles.contextual), per_item)
         full, contextuals = self.network.min_full_attention_tokens, len(self.roles.contextual)

@@ -68,16 +68,13 @@ class StoredSource(BatchSource):
         self.raw_ids = RawIds.from_stored(open_tensors(checkpoint), self.roles.names)
         dynamic = read_tables(checkpoint)
         stored = [
-            DynamicEmbeddingArgs(feature_names=entry["features"], table_name=name, item_vocab_size_or_capacity=rows)
-            if name in dynamic
-            else EmbeddingArgs(
+            (DynamicEmbeddingArgs if name in dynamic else EmbeddingArgs)(
                 feature_names=entry["features"],
                 table_name=name,
-                item_vocab_size_or_capacity=rows,
+                item_vocab_size_or_capacity=max(1, entry["rows"]),
                 sharding_type="model_parallel",
             )
             for name, entry in metadata["tables"].items()
-            for rows in [max(1, entry["rows"])]
         ]
         self.tables = with_room(choose_tables(config.embeddings, stored, self.roles.names), self.cardinalities)
         self.max_items = config.dataset.max_sequence_length

@@ -75,17 +75,16 @@ def check_rows(
     ``cardinalities``: ids of a feature are in [0, cardinality), except the ``raw`` features, whose ids are any int64.
     """
     problems = []
-    for table in tables:
-        rows = table.item_vocab_size_or_capacity
+    for table in (table for table in tables if not isinstance(table, DynamicEmbeddingArgs)):
         for name in table.feature_names:
             ids = cardinalities[name]
-            if name in raw and not isinstance(table, DynamicEmbeddingArgs):
+            if name in raw:
                 text = (
                     f"the data keeps raw ids of {name!r}, which can be any number; make the table "
                     f"{table.table_name!r} a DynamicEmbeddingArgs, or preprocess the data without --raw_ids"
                 )
                 problems.append(cite(table, "feature_names", text))
-            elif ids > rows and not isinstance(table, DynamicEmbeddingArgs):
+            elif ids > table.item_vocab_size_or_capacity:
                 text = (
                     f"feature {name!r} of table {table.table_name!r} has {ids} ids; it must be at least {ids}, or the "
                     "table a DynamicEmbeddingArgs"

@@ -123,7 +123,6 @@ class Trainer:
             log.info("the checkpoint has done all %d iterations: nothing is left to train", total)
 
     def _train_loop(self) -> None:
-        """Train until the last iteration or early stopping."""
         batches = self.meter.timed(self._load(self.source.train_batches(self.state.position)))
         args, path = self.args, self.run_directory.path
         profiler = Profiler(

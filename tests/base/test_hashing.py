@@ -48,7 +48,7 @@ def test_negative_ids_hash_as_well() -> None:
 
 
 @pytest.mark.parametrize("width", ["<U3", "<U40", object])
-def test_a_string_hashes_the_same_whatever_array_holds_it(width: object) -> None:
+def test_a_string_hashes_the_same_whatever_array_holds_it(width: str | type[object]) -> None:
     alone = [hash_strings(np.array([text]))[0] for text in ("a", "ab", "ba")]
     assert hash_strings(np.array(["a", "ab", "ba"], dtype=width)).tolist() == alone
     assert len(set(alone)) == 3

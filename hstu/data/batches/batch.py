@@ -178,8 +178,7 @@ class HSTUBatch(TensorGroup):
 
 def labels_with_history(num_labels: np.ndarray, item_lengths: np.ndarray) -> np.ndarray:
     """int64 [B]: how many of the newest ``num_labels`` items of each sequence follow another item."""
-    most: np.ndarray = np.minimum(num_labels, np.maximum(item_lengths - 1, 0))
-    return most
+    return np.asarray(np.minimum(num_labels, np.maximum(item_lengths - 1, 0)))
 
 
 def keyed_jagged(values: dict[str, np.ndarray], lengths: dict[str, np.ndarray]) -> KeyedJaggedTensor:

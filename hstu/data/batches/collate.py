@@ -200,15 +200,11 @@ def _tensor(array: np.ndarray | None) -> Tensor | None:
     return None if array is None else torch.from_numpy(np.ascontiguousarray(array))
 
 
-MAX_SKIPPED = 100
-"""Damaged samples that a rank may skip."""
-
-
 class SkippedSamples:
     """Counts damaged samples that are left out (TrainerArgs.bad_row_policy = "skip"), in each epoch again. The data
     workers of a rank share the count, which is passed to them at their start. Above ``limit``, raises DataError."""
 
-    def __init__(self, limit: int = MAX_SKIPPED) -> None:
+    def __init__(self, limit: int = 100) -> None:
         self.limit = limit
         self._count = multiprocessing.Value("q", 0)
 

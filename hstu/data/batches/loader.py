@@ -30,15 +30,9 @@ def build_loader(
     prefetch: int = 2,
     pin_memory: bool = False,
 ) -> Iterator[HSTUBatch]:
-    """Yields one pass over ``sampler`` as batches. Close or drop the iterator to stop the workers.
-
-    Args:
-        workers: processes that build batches; 0 means this process.
-        prefetch: batches that each worker keeps ready.
-        pin_memory: return batches in pinned memory.
-
-    Raises DataError where the data is damaged or a worker dies.
-    """
+    """Yields one pass over ``sampler`` as batches. Close or drop the iterator to stop the workers. ``workers``:
+    processes that build batches; 0 means this process. ``prefetch``: batches that each worker keeps ready.
+    ``pin_memory``: return batches in pinned memory. Raises DataError where the data is damaged or a worker dies."""
     loader: DataLoader[Any] = DataLoader(
         _PlannedBatches(collator),
         batch_size=None,

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from hstu.data.datasets import amazon, kuairand, movielens
 from hstu.data.datasets.spec import DatasetSpec
 
-__all__ = ["DATASETS", "resolve_name"]
-
 _FAMILIES = (movielens, kuairand, amazon)
 
 DATASETS: Mapping[str, DatasetSpec] = {spec.name: spec for family in _FAMILIES for spec in family.DATASETS}

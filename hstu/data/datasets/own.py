@@ -272,21 +272,17 @@ class ColumnTypes:
             return finite, f"CAST(floor({finite} / {per_second}) AS BIGINT)"
         if per_second == 1:
             return integer, integer
-        return (
-            integer,
-            f"CASE WHEN {integer} < 0 THEN -1 ELSE {integer} // {per_second} END",
-        )  # -1: before 1970, refused
+        # -1: before 1970, refused
+        return integer, f"CASE WHEN {integer} < 0 THEN -1 ELSE {integer} // {per_second} END"
 
     def _best_of(self, kinds: tuple[str, ...]) -> str:
         """The SQL that turns the fewest values into NULL; the first of several."""
-        best, fewest = kinds[0], None
-        for kind in kinds if len(kinds) > 1 else ():
-            unlike = self._unlike('"time"', kind)
-            if fewest is None or unlike < fewest:
-                best, fewest = kind, unlike
-            if not fewest:
+        found: dict[int, str] = {}
+        for kind in kinds:
+            found.setdefault(self._unlike('"time"', kind), kind)
+            if 0 in found:
                 break  # parsing texts as dates is slow
-        return best
+        return found[min(found)]
 
     def _unlike(self, value: str, converted: str) -> int:
         condition = f"{value} IS NOT NULL AND ({converted}) IS NULL"

@@ -79,11 +79,6 @@ class Archive:
         """File name of the archive."""
         return PurePosixPath(self.url).name
 
-    @property
-    def folder(self) -> str:
-        """Top folder inside the archive."""
-        return self.file.removesuffix(".zip").removesuffix(".tar.gz")
-
 
 @dataclass(frozen=True)
 class WheelFiles:

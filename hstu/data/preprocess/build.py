@@ -69,14 +69,10 @@ def preprocess(
 ) -> Path:
     """Build the store of a built-in dataset, in any spelling of its name, and return its path.
 
-    Args:
-        raw_path: directory of the raw files. None: tmp_data/raw/<name>, where missing files are downloaded.
-        output: directory of the store. None: tmp_data/<name>.
-        force: replace an existing store. Otherwise it is kept if it fits its raw files and the arguments.
-        limits: further fields of BuildOptions.
-
-    Raises ConfigError for an unknown name, DataError for missing or bad files and for a store that does not fit.
-    """
+    ``raw_path``: directory of the raw files. None: tmp_data/raw/<name>, where missing files are downloaded. ``output``:
+    directory of the store. None: tmp_data/<name>. ``force``: replace an existing store. Otherwise it is kept if it fits
+    its raw files and the arguments. ``limits``: further fields of BuildOptions. Raises ConfigError for an unknown name,
+    DataError for missing or bad files and for a store that does not fit."""
     canonical = resolve_name(name)
     if canonical is None:
         raise ConfigError(
@@ -214,25 +210,20 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     if of_requests:
         write_requests(build, offsets, of_requests["requests"], of_requests["candidates"], event_values)
     (with_events,) = one(build.engine, "SELECT count(*) FROM items WHERE events > 0")
-    statistics = _statistics(lengths, with_events, published)
-    writer.statistics = statistics | found | of_requests | {"skipped_rows": build.skipped}
-    writer.sources = {name: writer.journal[f"source {name}"] for name in source_names(build.raw.files)}
-
-
-def _statistics(lengths: np.ndarray, num_items: int, published: Mapping[str, float]) -> dict[str, Any]:
-    """Counts, lengths per user and sparsity in [0, 1]. ``published``: published statistics of the complete data."""
     events = int(lengths.sum())
-    return {
+    statistics = {
         "users": len(lengths),
-        "items": num_items,
+        "items": with_events,
         "events": events,
         "length_max": int(lengths.max()),
         "length_min": int(lengths.min()),
         "length_mean": events / len(lengths),
         "length_median": float(np.median(lengths)),
-        "sparsity": 1 - events / (len(lengths) * num_items),
+        "sparsity": 1 - events / (len(lengths) * with_events),
         "published": dict(published),
     }
+    writer.statistics = statistics | found | of_requests | {"skipped_rows": build.skipped}
+    writer.sources = {name: writer.journal[f"source {name}"] for name in source_names(build.raw.files)}
 
 
 def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:

@@ -26,7 +26,7 @@ _TIMEOUT_S = 30
 
 def locate_raw(spec: DatasetSpec, directory: Path) -> tuple[RawFormat, tuple[Path, ...]] | None:
     """Find a format and its files, required ones first, in ``directory`` or the archive's folders in it; else None."""
-    top = directory / (spec.archive.folder if spec.archive else "")
+    top = directory / (spec.archive.file.removesuffix(".zip").removesuffix(".tar.gz") if spec.archive else "")
     for raw_format in spec.raw_formats:
         for folder in (directory, directory / "data", top, top / "data"):
             if all((folder / file).is_file() for file in raw_format.files):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def format_report(store: SequenceStore) -> str:
         shown = ", ".join(f"{split} {number:,}" for split, number in events.items())
         lines.append(f"  split {store.split}, in events: {shown}")
     if found["published"]:
-        unlike = _differences(found)
+        unlike = {name: value for name, value in found["published"].items() if abs(found[name] - value) >= 1}
         shown = "; ".join(f"{name} {found[name]:,.0f} instead of {unlike[name]:,}" for name in unlike)
         lines.append(
             f"  NOT the published statistics: {shown}. Not the complete data, or another release of it."
@@ -62,12 +62,6 @@ def format_report(store: SequenceStore) -> str:
             else f"  as published: {', '.join(found['published'])}"
         )
     return "\n".join(lines)
-
-
-def _differences(statistics: Mapping[str, Any]) -> dict[str, float]:
-    """Published statistics that differ from the found values by more than rounding to an integer."""
-    published: Mapping[str, float] = statistics["published"]
-    return {name: value for name, value in published.items() if abs(statistics[name] - value) >= 1}
 
 
 def write_report(store: SequenceStore, folder: Path) -> Path:
@@ -194,14 +188,9 @@ def _values_of(store: SequenceStore, feature: str) -> str:
 
 def _table(header: Sequence[str], rows: Any) -> str:
     """A Markdown table. Numbers get thousands separators; floats are rounded to two decimals."""
-    cells = [[_as_text(_cell(value)) for value in row] for row in rows]
+    formats = {float: ",.2f", int: ","}
+    cells = [[_as_text(format(value, formats.get(type(value), ""))) for value in row] for row in rows]
     return tabulate(cells, [_as_text(name) for name in header], tablefmt="pipe", disable_numparse=True) + "\n"
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.2f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _as_text(text: str) -> str:

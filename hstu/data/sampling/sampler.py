@@ -224,8 +224,7 @@ def balanced_ranks(
     Longest processing time first: samples in descending cost, each to the rank with the lowest cost so far that has
     room (R. L. Graham, "Bounds on multiprocessing timing anomalies", SIAM J. Appl. Math. 17, 1969; here with limits).
     ``costs``: float64 [n]. ``counts``: int64 [ranks], largest number of samples per rank. With ``tokens``, int64 [n], a
-    rank also holds at most ``tokens_per_rank`` tokens.
-    """
+    rank also holds at most ``tokens_per_rank`` tokens."""
     order = np.argsort(-costs, kind="stable")
     sizes = [0] * len(costs) if tokens is None else tokens[order].tolist()
     # (cost so far, rank, room for samples, room for tokens). Ties go to the lower rank, so all ranks agree.

@@ -22,7 +22,6 @@ VERSION = 4
 _SEAL = "sha256"
 MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError, StopIteration)
 """Errors that reading a valid JSON file raises where it does not describe a store."""
-_OFFSET_SAMPLES = 1024
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -121,7 +120,7 @@ class StoreFiles:
         offsets = self[file]
         if offsets[0] != 0 or offsets[-1] != total:
             raise self.damaged(file, f"it does not run from 0 to {total}")
-        sample = offsets[np.linspace(0, len(offsets) - 1, min(_OFFSET_SAMPLES, len(offsets)), dtype=np.int64)]
+        sample = offsets[np.linspace(0, len(offsets) - 1, min(1024, len(offsets)), dtype=np.int64)]
         if (np.diff(sample) < 1).any():
             raise self.damaged(file, "its values are not ascending")
 

@@ -195,9 +195,9 @@ class SampleItems:
     def values(self, feature: str) -> np.ndarray:
         """[n] stored values of the item, the action or an event feature."""
         of_events = self.store.sequence(feature)[self.events]
-        if self.candidates is None:
-            return of_events
-        return self._joined(of_events, self.store.candidates(feature)[self.candidates])
+        if self.candidates is not None:
+            return self._joined(of_events, self.store.candidates(feature)[self.candidates])
+        return of_events
 
     def times(self) -> np.ndarray:
         """int64 [n] seconds: the times of the events, and for candidates the times of their requests."""

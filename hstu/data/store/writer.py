@@ -44,8 +44,7 @@ class StoreWriter:
 
     Leaving the block commits; an error removes everything. A kill or Ctrl-C leaves the partial directory. The next
     writer of the target continues from it if it has the same ``resume_key``, and clears it otherwise.
-    Two writers of one target exclude each other. A writer only ever replaces a store.
-    """
+    Two writers of one target exclude each other. A writer only ever replaces a store."""
 
     def __init__(
         self,
@@ -56,13 +55,9 @@ class StoreWriter:
         overwrite: bool = False,
         resume_key: str | None = None,
     ) -> None:
-        """
-        Args:
-            command: the command that makes this store; errors about a damaged store show it.
-            overwrite: replace an existing store, even a damaged one, if its description is valid.
-            resume_key: identifies everything that determines the content. ``journal`` lists the finished stages, and
-                ``scratch`` holds their files. None: never continue from a killed writer.
-        """
+        """``command`` makes this store again; errors about a damaged store show it. ``overwrite``: replace an existing
+        store, even a damaged one, if its description is valid. ``resume_key``: identifies all that determines the
+        content. ``journal`` lists finished stages, ``scratch`` their files. None: never continue a killed writer."""
         self.target = Path(target).resolve()  # a symbolic link stays; the directory behind it is replaced
         self.statistics: Mapping[str, Any] = {}
         self.sources: Mapping[str, str] = {}

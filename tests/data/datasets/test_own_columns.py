@@ -42,10 +42,7 @@ def test_texts_as_actions_become_labels(tmp_path: Path, suffix: str) -> None:
     [
         ("1,7,view\n1,8,\n", r"e\.csv:3: 'a' is empty"),
         ("1,7,4\n1,8,3\n1,9,five\n", r"e\.csv:4: 'a' is 'five'; allowed is an integer"),
-        (
-            "".join(f"1,7,review {number}\n" for number in range(300)),
-            "'a' has more than 256 different texts, such as 'review 0'",
-        ),
+        ("".join(f"1,7,review {n}\n" for n in range(300)), "'a' has more than 256 different texts, such as 'review 0'"),
     ],
 )
 def test_what_is_no_action_is_refused(tmp_path: Path, rows: str, message: str) -> None:

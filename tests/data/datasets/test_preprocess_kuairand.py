@@ -25,6 +25,7 @@ CONTEXT = [
     "register_days_range",
 ]
 VIDEO_FEATURES = ("tag", "video_type", "upload_type", "music_type", "author_id", "music_id")
+Raw = tuple[Path, pd.DataFrame, pd.DataFrame]
 STRANGERS = [10**9, 10**9 + 1]
 """Users in the logs but not in user_features."""
 
@@ -41,7 +42,7 @@ def generate_log(users: np.ndarray, videos: np.ndarray, rows: int, first_ms: int
 
 
 @pytest.fixture(scope="module")
-def raw(raw_data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame, pd.DataFrame]:
+def raw(raw_data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Raw:
     """(directory laid out as the archive, all log rows in file order, user features): real users and videos."""
     real = raw_data_dir / "kuairand-pure" / "data"
     features = pd.read_csv(real / "user_features_pure.csv", dtype=str)
@@ -61,14 +62,12 @@ def raw(raw_data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 @pytest.fixture(scope="module")
-def store(raw: tuple[Path, pd.DataFrame, pd.DataFrame], tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
+def store(raw: Raw, tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
     output = tmp_path_factory.mktemp("stores") / "kuairand-pure"
     return SequenceStore.open(preprocess("KuaiRand-Pure", raw_path=raw[0], output=output))
 
 
-def test_events_of_both_logs_are_in_stable_time_order(
-    store: SequenceStore, raw: tuple[Path, pd.DataFrame, pd.DataFrame]
-) -> None:
+def test_events_of_both_logs_are_in_stable_time_order(store: SequenceStore, raw: Raw) -> None:
     log = raw[1].sort_values(["user_id", "time_ms"], kind="stable")
     assert log.duplicated(["user_id", "time_ms"]).any(), "ties are what this test is about"
     assert store.raw_ids("user_id").tolist() == sorted(log.user_id.unique())
@@ -77,16 +76,14 @@ def test_events_of_both_logs_are_in_stable_time_order(
     assert (store.sequence("timestamp") == log.time_ms // 1000).all()
 
 
-def test_users_of_only_one_log_are_kept(store: SequenceStore, raw: tuple[Path, pd.DataFrame, pd.DataFrame]) -> None:
+def test_users_of_only_one_log_are_kept(store: SequenceStore, raw: Raw) -> None:
     first, second = set(raw[1].user_id[:6_000]), set(raw[1].user_id[6_000:])
     assert first - second and second - first
     assert store.num_users == len(first | second)
     assert (store.statistics["published"]["users"], store.statistics["events"]) == (27_285, 11_000)
 
 
-def test_the_action_holds_the_eight_signals_as_bits(
-    store: SequenceStore, raw: tuple[Path, pd.DataFrame, pd.DataFrame]
-) -> None:
+def test_the_action_holds_the_eight_signals_as_bits(store: SequenceStore, raw: Raw) -> None:
     log = raw[1].sort_values(["user_id", "time_ms"], kind="stable")
     signals = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
     for bit, column in enumerate((*signals, "is_profile_enter")):
@@ -94,9 +91,7 @@ def test_the_action_holds_the_eight_signals_as_bits(
     assert store.cardinality("action") == 256
 
 
-def test_context_is_the_users_own_row_and_unknown_without_one(
-    store: SequenceStore, raw: tuple[Path, pd.DataFrame, pd.DataFrame]
-) -> None:
+def test_context_is_the_users_own_row_and_unknown_without_one(store: SequenceStore, raw: Raw) -> None:
     features = raw[2].set_index(raw[2].user_id.astype(int))
     assert store.contextual_features == ("user_id", *CONTEXT)
     users = store.raw_ids("user_id").tolist()
@@ -106,7 +101,7 @@ def test_context_is_the_users_own_row_and_unknown_without_one(
 
 
 def test_videos_have_their_own_row_and_unknown_without_one(
-    raw: tuple[Path, pd.DataFrame, pd.DataFrame], store: SequenceStore, raw_data_dir: Path, tmp_path: Path
+    raw: Raw, store: SequenceStore, raw_data_dir: Path, tmp_path: Path
 ) -> None:
     real = raw_data_dir / "kuairand-pure" / "data" / "video_features_basic_pure.csv"
     videos = pd.read_csv(real, dtype=str, keep_default_na=False)
@@ -139,9 +134,7 @@ def test_videos_have_their_own_row_and_unknown_without_one(
     assert before.items() <= after.items(), "the files of events and users are the same with and without"
 
 
-def test_a_damaged_row_of_the_videos_is_named(
-    raw: tuple[Path, pd.DataFrame, pd.DataFrame], raw_data_dir: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_row_of_the_videos_is_named(raw: Raw, raw_data_dir: Path, tmp_path: Path) -> None:
     data, name = tmp_path / "data", "video_features_basic_pure.csv"
     shutil.copytree(raw[0] / "KuaiRand-Pure" / "data", data)
     rows = (raw_data_dir / "kuairand-pure" / "data" / name).read_text().splitlines()

@@ -17,7 +17,6 @@ from hstu.config.args import DatasetArgs, Task
 from hstu.data.datasets.own import number_value, vector_value
 from hstu.data.features import values as number_values
 from hstu.data.features.values import signed_log, statistics_of_numbers, training_statistics
-from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.sampling.samples import build_samples
 from scripts.preprocess_dataset import main
 from tests.conftest import write_small_store
@@ -209,9 +208,3 @@ def test_what_is_no_number_becomes_unusable_and_nothing_becomes_missing() -> Non
     as_vector = vector_value("i0", "string_split(i0, ';')")
     found = [row[0] for row in duckdb.execute(f"SELECT {as_vector} FROM {rows}").fetchall()]
     np.testing.assert_equal(found, [[100], [-3], None, None, *[[NAN]] * 5, [1, 2], [NAN], [NAN], None])
-
-
-def test_reports_show_numbers(tmp_path: Path) -> None:
-    store = make(tmp_path, EVENTS, ITEMS, **BOTH)
-    assert "watched (number, 2 missing)" in format_report(store)
-    assert "number, 2 missing" in write_report(store, tmp_path / "report").read_text()

@@ -45,6 +45,7 @@ def preflight() -> Sequence[Rule]:
 
 def beside_tables(config: RunConfig, mesh: Mesh) -> int:
     """Estimate the GPU bytes of a train step without the tables. The planner gives the rest to the tables."""
-    from hstu.estimate.estimate import beside_tables_of_run
+    from hstu.estimate import estimate, workload
 
-    return beside_tables_of_run(config, mesh)
+    planned = workload.plan_workload(config, mesh.world_size, mesh.local_world_size, mesh.device.type)
+    return estimate.beside_tables(planned)

@@ -20,8 +20,6 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -117,25 +115,22 @@ def run(options: argparse.Namespace) -> str:
 
     quiet_libraries()
     on_cpu, dtype = options.device == "cpu", getattr(torch, config.network.dtype_str)
-    tell = partial(print, file=sys.stderr, flush=True)
     if options.simulate or options.fit:
         gpu = machine.with_settings(machine.gpu(options.device, dtype), _settings(options))
     if options.simulate:
         clusters = []
         for gpus in options.simulate:
-            tell(f"{gpus} GPUs")
+            print(f"{gpus} GPUs", file=sys.stderr, flush=True)
             clusters.append(explore.simulate(read(options, gpus), gpus, options.ranks_per_host, gpu))
         if options.json:
             return json.dumps(explore.clusters_as_objects(clusters), indent=1)
         return explore.clusters_as_text(clusters, gpu)
     if options.fit:
-        return explore.plans_as_text(
-            explore.search(config, options.world_size, options.ranks_per_host, gpu, tell), config
-        )
+        return explore.plans_as_text(explore.search(config, options.world_size, options.ranks_per_host, gpu), config)
     workload = plan_workload(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
-    with machine.this_cpu(workload) if on_cpu else nullcontext(machine.gpu(options.device, dtype)) as device:
-        device = machine.with_settings(device, _settings(options))
-        found = estimate(workload, device)
+    device = machine.this_cpu(workload) if on_cpu else machine.gpu(options.device, dtype)
+    device = machine.with_settings(device, _settings(options))
+    found = estimate(workload, device)
     if options.json:
         return json.dumps(as_json(found, workload), indent=1)
     return "\n".join(report(found, workload, device))

@@ -166,15 +166,12 @@ def _follow(step: TrainStep, recorder: Recorder) -> None:
     """Makes ``step`` set the phase of ``recorder`` and report gradients to it."""
     dense, update = step.model.dense, step.optimizers.step
 
-    def begin(phase: str) -> None:
-        recorder.phase = phase
-
     def step_weights(found_inf: Tensor | None = None) -> None:
-        begin(UPDATE)
+        recorder.begin(UPDATE)
         update(found_inf)
 
-    dense.register_forward_pre_hook(lambda *_: begin(FORWARD))
-    dense.register_forward_hook(lambda *_: begin(BACKWARD))
+    dense.register_forward_pre_hook(lambda *_: recorder.begin(FORWARD))
+    dense.register_forward_hook(lambda *_: recorder.begin(BACKWARD))
     for weight in dense.parameters():
         weight.register_post_accumulate_grad_hook(lambda each: recorder.own(cast(Tensor, each.grad), GRADIENTS))
     step.optimizers.step = step_weights  # type: ignore[method-assign]
@@ -200,7 +197,7 @@ class _WithoutTables(GRModel):
         self._recorder = recorder
 
     def look_up(self, batch: HSTUBatch) -> dict[str, Tensor]:
-        self._recorder.phase = ROWS
+        self._recorder.begin(ROWS)
         source, shapes = (
             torch.zeros((), requires_grad=True),
             [(n, self._dims[name]) for name, n in self._counts.items()],
@@ -237,14 +234,12 @@ class _NoCheck:
 
 
 def _weights(dense: DenseModel, optimizer: DenseOptimizer) -> dict[str, Weight]:
-    states = optimizer.state_tensors()
-    layers = tuple(f"{name}." for name, _ in dense.named_modules() if ".stack.layers." in name)
-    found = {}
+    states, found = optimizer.state_tensors(), {}
     for name, weight in dense.named_parameters():
         own = [cast(Tensor, state) for key, state in states.items() if key.rpartition(".")[0] == name]
         whole = sum(state.nbytes for state in own if state.shape == weight.shape)
         counts = sum(state.nbytes for state in own if state.shape != weight.shape)
-        found[name] = Weight(weight.shape[0], weight.numel(), whole, counts, name.startswith(layers))
+        found[name] = Weight(weight.shape[0], weight.numel(), whole, counts, ".stack.layers." in name)
     return found
 
 

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hstu.config.run_config import RunConfig
 from hstu.estimate import sharding
 from hstu.estimate.dry_run import BACKWARD, FORWARD, ROWS, UPDATE, DryRun, dry_run
 from hstu.estimate.machine import Machine, ThisCpu
 from hstu.estimate.record import GRADIENTS, Exchange, Operator
 from hstu.estimate.sharding import TableShards, Transfer
-from hstu.estimate.workload import Batch, Workload, plan_workload
+from hstu.estimate.workload import Batch, Workload
 from hstu.ops.costs import FLOAT32
-from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import UNLIMITED, TableRoom, TablesDoNotFit
 
+COMPUTING, WAITING = "computing", "waiting for the slowest rank"
 _BATCHES_IN_FLIGHT = {"none": 1, "native": 3, "prefetch": 4}
 PURPOSES = {
     "tensor": "tensor parallelism of the layers",
@@ -74,16 +73,12 @@ def estimate(workload: Workload, machine: Machine) -> Estimate:
     """Estimates ``workload`` on ``machine``."""
     plan, batches = plan_for(machine, workload), workload.batches
     computing, exposed = step_times(workload, machine, workload.typical, plan)
-    compute = sum(computing.values())
+    waiting = sum(computing.values()) * (workload.straggling - 1)
     return Estimate(
         memory=memory(workload, plan),
         transfers=transfers(workload, dry_run(workload, workload.typical), plan),
         computing=computing,
-        step={
-            "computing": compute,
-            "waiting for the slowest rank": compute * (workload.straggling - 1),
-            **{f"exchange for {part}": seconds for part, seconds in exposed.items()},
-        },
+        step=step_parts(computing, exposed) | {WAITING: waiting},
         tokens=sum(map(workload.tokens, batches)) / len(batches) * workload.dp_size,
         samples=sum(len(one.samples) for one in batches) / len(batches) * workload.dp_size,
         flops=sum(map(workload.flops, batches)) / len(batches) / workload.group_size,
@@ -122,11 +117,6 @@ def beside_tables(workload: Workload) -> int:
     return sum(memory(workload, ()).values())
 
 
-def beside_tables_of_run(config: RunConfig, mesh: Mesh) -> int:
-    """``beside_tables`` for a run that is starting on ``mesh``."""
-    return beside_tables(plan_workload(config, mesh.world_size, mesh.local_world_size, mesh.device.type))
-
-
 def plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:
     """The table shards of a run on ``machine``. If the tables do not fit, the plan ignores the memory limit."""
     has = int(machine.memory_gb * 1e9)
@@ -160,6 +150,11 @@ def step_times(
         hidden = _hidden_seconds(transfer, seconds, workload, sum(computing.values())) if machine.overlaps else 0.0
         exposed[parts[transfer.group]] += max(0.0, seconds - hidden)
     return computing, exposed
+
+
+def step_parts(computing: dict[str, float], exposed: dict[str, float]) -> dict[str, float]:
+    """Part of a step of one rank → seconds, from the result of ``step_times``."""
+    return {COMPUTING: sum(computing.values())} | {f"exchange for {part}": each for part, each in exposed.items()}
 
 
 def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> tuple[Transfer, ...]:
@@ -227,11 +222,8 @@ def as_json(found: Estimate, workload: Workload) -> dict[str, Any]:
     """The estimate as a JSON object, in bytes and seconds."""
     keys = {"name": "name", "kind": "collective"} | {name: name for name in ("ranks", "calls", "payload")}
     transfers = [{key: getattr(each, name) for name, key in keys.items()} for each in found.transfers]
-    sizes = {
-        "world_size": workload.world_size,
-        "tensor_parallel": workload.tp_size,
-        "context_parallel": workload.cp_size,
-    }
+    sizes = {"world_size": workload.world_size}
+    sizes |= {"tensor_parallel": workload.tp_size, "context_parallel": workload.cp_size}
     computed = {name: getattr(found, name) for name in ("memory_total", "step_s", "tflops", "mfu")}
     rates = {"samples_per_s": found.samples / found.step_s, "tokens_per_s": found.tokens / found.step_s}
     return sizes | asdict(found) | {"transfers": transfers} | computed | rates | {"notes": [workload.note]}

@@ -9,7 +9,7 @@ of its tokens and FLOPs, fitted to the estimates of some batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -23,7 +23,17 @@ from hstu.config.option import Args, options_of
 from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
 from hstu.data.sampling.sampler import TrainSampler
-from hstu.estimate.estimate import Estimate, estimate, memory, plan_for, size, step_times
+from hstu.estimate.estimate import (
+    COMPUTING,
+    WAITING,
+    Estimate,
+    estimate,
+    memory,
+    plan_for,
+    size,
+    step_parts,
+    step_times,
+)
 from hstu.estimate.machine import Machine
 from hstu.estimate.sharding import TableShards
 from hstu.estimate.workload import MOST_GROUPS, Batch, Workload, batches_of_groups, plan_workload
@@ -58,19 +68,11 @@ class Plan:
         ]
 
 
-def search(
-    config: RunConfig,
-    world_size: int,
-    ranks_per_host: int,
-    machine: Machine,
-    progress: Callable[[str], None] = lambda text: None,
-) -> list[Plan]:
-    """All plans, each with as few micro-batches as fit: fitting plans by step time, then the others by memory.
-    ``progress`` receives one line per pair of group sizes."""
+def search(config: RunConfig, world_size: int, ranks_per_host: int, machine: Machine) -> list[Plan]:
+    """All plans, each with as few micro-batches as fit: fitting plans by step time, then the others by memory."""
     plans, tried = list[Plan](), list[RunConfig]()
     allowed = set(validate(config, world_size))
     for tp, cp in _group_sizes(config, world_size, ranks_per_host):
-        progress(f"tensor parallel {tp}, context parallel {cp}")
         planned: Workload | None = None
         for network, sharding in product(_ways(NetworkArgs), _ways(DataParallelArgs)):
             changed = replace(
@@ -132,11 +134,7 @@ def _with_fewest_micro_batches(workload: Workload, machine: Machine) -> Plan:
 def plans_as_text(plans: Sequence[Plan], file: RunConfig) -> str:
     """A table of the Pareto-optimal plans in speed and memory, then the gin lines of the fastest plan."""
     best = plans[0]
-    limit = USED * best.found.memory_limit / 1e9
-    lines = [
-        f"within {limit:.1f} GB, {USED:.0%} of a rank's memory; all plans train the global batches of the file",
-        "",
-    ]
+    limit = f"within {USED * best.found.memory_limit / 1e9:.1f} GB, {USED:.0%} of a rank's memory"
     rows = [["tokens/s", "step", "memory", "differs from the file in"]]
     smallest = float("inf")
     for plan in plans if best.fits else [best]:
@@ -148,17 +146,16 @@ def plans_as_text(plans: Sequence[Plan], file: RunConfig) -> str:
         memory_gb = f"{found.memory_total / 1e9:.1f} GB"
         rows.append([f"{found.tokens / found.step_s:,.0f}", f"{1e3 * found.step_s:.1f} ms", memory_gb, differs])
     aligned = ["right", "right", "right", "left"]
-    lines.append(tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=aligned))
+    table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=aligned)
+    last = ["# the fastest:", *(best.bindings(file) or ["# the file as it is"])]
     if not best.fits:
-        remedy = "no plan fits, and this one is the smallest: use more ranks, shorter sequences, or a smaller model"
-        return "\n".join([*lines, "", remedy])
-    return "\n".join([*lines, "", "# the fastest:", *(best.bindings(file) or ["# the file as it is"])])
+        last = ["no plan fits, and this one is the smallest: use more ranks, shorter sequences, or a smaller model"]
+    return "\n".join([f"{limit}; all plans train the global batches of the file", "", table, "", *last])
 
 
 MOST_STEPS, MOST_SEQUENCES = 100, 1 << 22
 """Limits of a simulation. With many ranks fewer steps suffice to find the time of the slowest rank."""
 DRAWN_RANKS = 64  # ranks for which random data has samples; clusters of any size draw from them
-COMPUTING, WAITING = "computing", "waiting for the slowest rank"
 _OF_ALL = ("exchange for tables", "exchange for data parallelism")
 """Exchanges among all ranks. The others stay within a tp_cp group."""
 
@@ -197,14 +194,8 @@ def simulate(
     plan = plan_for(machine, workload)
     parts, tokens, flops = simulate_steps(workload, fit_times(workload, machine, plan), steps, seed)
     step_s = sum(parts.values())
-    return Cluster(
-        gpus=gpus,
-        memory=sum(memory(workload, plan).values()),
-        step_s=step_s,
-        parts_s=parts,
-        tokens_per_s=tokens / step_s,
-        tflops=flops / step_s / 1e12,
-    )
+    needed = sum(memory(workload, plan).values())
+    return Cluster(gpus, needed, step_s, parts, tokens_per_s=tokens / step_s, tflops=flops / step_s / 1e12)
 
 
 def draw_step(workload: Workload, *seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -222,12 +213,8 @@ def draw_step(workload: Workload, *seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def fit_times(workload: Workload, machine: Machine, plan: tuple[TableShards, ...]) -> dict[str, np.ndarray]:
     """Fits each part of a step → float64 [3]: (constant seconds, seconds per token, seconds per FLOP)."""
-    loads, found = [], []
-    for batch in workload.batches:
-        computing, exposed = step_times(workload, machine, batch, plan)
-        exchanged = {f"exchange for {part}": seconds for part, seconds in exposed.items()}
-        found.append({COMPUTING: sum(computing.values())} | exchanged)
-        loads.append([1.0, workload.tokens(batch), workload.flops(batch)])
+    loads = [[1.0, workload.tokens(batch), workload.flops(batch)] for batch in workload.batches]
+    found = [step_parts(*step_times(workload, machine, batch, plan)) for batch in workload.batches]
     scale, seconds = np.max(loads, axis=0), np.array([list(parts.values()) for parts in found])
     lines = np.linalg.lstsq(loads / scale, seconds, rcond=1e-9)[0]
     return dict(zip(found[0], (lines / scale[:, None]).T, strict=True))
@@ -240,11 +227,8 @@ def simulate_steps(
     A step takes the time of its slowest tp_cp group, plus the exchanges among all ranks."""
     sequences = workload.config.trainer.sequences_per_iteration * workload.world_size
     count = steps or min(MOST_STEPS, max(1, MOST_SEQUENCES // sequences))
-    parts, totals, loads = (
-        dict.fromkeys([*lines, WAITING], 0.0),
-        np.zeros(2),
-        workload.loads(workload.source.train_lengths),
-    )
+    parts, totals = dict.fromkeys([*lines, WAITING], 0.0), np.zeros(2)
+    loads = workload.loads(workload.source.train_lengths)
     for step in range(count):
         samples, groups = draw_step(workload, seed, step)
         weights = np.ones(len(groups)) / np.bincount(groups)[groups], loads.tokens[samples], loads.costs[samples]

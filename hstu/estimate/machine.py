@@ -8,8 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -141,6 +141,16 @@ _MOST_FLOPS = 4e10
 _BUDGET_S, _LEAST_STEPS = 2.0, 5
 
 
+_OTHER_RANK = """
+import torch
+torch.set_num_threads(1)
+matrix, array = torch.ones(384, 384), torch.ones(1 << 19)
+while True:
+    matrix @ matrix
+    array += 1
+"""
+
+
 @dataclass(frozen=True)
 class ThisCpu(Machine):
     """A rank's share of the cores of this host, measured. Its links are assumptions."""
@@ -168,7 +178,10 @@ class ThisCpu(Machine):
             data_parallel=DataParallelArgs(),
         )
         threads, mesh = torch.get_num_threads(), meshes.start()
-        torch.set_num_threads(threads)  # meshes.start gives this rank all cores
+        cores, ranks = len(os.sched_getaffinity(0)), workload.ranks_per_host
+        torch.set_num_threads(max(1, cores // ranks))
+        # The other ranks slow this one down, because cores share caches, memory and power.
+        others = [subprocess.Popen([sys.executable, "-c", _OTHER_RANK]) for _ in range(min(ranks, cores) - 1)]
         try:
             source = open_source(alone, mesh)
             model, optimizers = build_model(alone, source, mesh)
@@ -181,41 +194,16 @@ class ThisCpu(Machine):
                 pipeline.progress(batches)
                 times.append(self.clock() - begun)
         finally:
+            for process in others:
+                process.kill()
+                process.wait()
             meshes.finish()
+            torch.set_num_threads(threads)
         return statistics.median(times) * trainer.train_batch_size / sequences
 
 
-@contextmanager
-def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> Iterator[ThisCpu]:
-    """A rank's share of this host, measured while other processes keep the cores of the other ranks busy.
-    Pass ``time.process_time`` as ``clock`` to time one thread on a busy machine."""
-    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
-    torch.set_num_threads(max(1, cores // workload.ranks_per_host))
-    dtype = torch.float32 if workload.config.network.dtype_str == "float32" else torch.bfloat16
-    try:
-        with _busy_cores(min(workload.ranks_per_host, cores) - 1):
-            memory_gb = psutil.virtual_memory().total / 1e9 / workload.ranks_per_host
-            yield ThisCpu("this CPU", memory_gb, peak_tflops(torch.device("cpu"), dtype).value, clock=clock)
-    finally:
-        torch.set_num_threads(threads)
-
-
-_WORK_OF_A_RANK = """
-import torch
-x = torch.ones(384, 384)
-while True:
-    x @ x
-"""
-
-
-@contextmanager
-def _busy_cores(count: int) -> Iterator[None]:
-    """Runs ``count`` busy processes: cores share caches, memory and power, so the other ranks slow this one down."""
-    command, environment = [sys.executable, "-c", _WORK_OF_A_RANK], os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen(command, env=environment) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> ThisCpu:
+    """A rank's share of this host. Pass ``time.process_time`` as ``clock`` to time one thread on a busy machine."""
+    ranks, dtype = workload.ranks_per_host, getattr(torch, workload.config.network.dtype_str)
+    peak = peak_tflops(torch.device("cpu"), torch.float32 if dtype is torch.float32 else torch.bfloat16).value
+    return ThisCpu("this CPU", psutil.virtual_memory().total / 1e9 / ranks, peak / ranks, clock=clock)

@@ -62,8 +62,7 @@ class Recording:
 
 
 class Recorder(TorchDispatchMode):
-    """Records all operators inside the context. ``groups`` maps process group names to ``Exchange.group``.
-    ``phase`` is the kind of the memory that operators allocate."""
+    """Records all operators inside the context. ``groups`` maps process group names to ``Exchange.group``."""
 
     def __init__(self, groups: Mapping[str, str]) -> None:
         super().__init__()
@@ -74,6 +73,10 @@ class Recorder(TorchDispatchMode):
         self._owners: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._exchanged: dict[int, int] = {}
         self._kept: dict[int, int] = {}
+
+    def begin(self, phase: str) -> None:
+        """Set the kind of the memory that operators allocate."""
+        self.phase = phase
 
     def report(self, name: str, cost: Cost, *inputs: Tensor) -> None:
         """Record an operator that reads ``inputs``."""

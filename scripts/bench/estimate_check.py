@@ -160,8 +160,7 @@ def measure(name: str, rounds: int, steps: int) -> dict[str, Any]:
     os.sched_setaffinity(0, CORES[:world_size])  # one core per rank; the ranks inherit this
     estimates, measured = [], []
     for _ in range(rounds):
-        with this_cpu(workload, clock) as machine:
-            expected = estimate(workload, machine)
+        expected = estimate(workload, this_cpu(workload, clock))
         estimates.append(expected.step_s)
         found = run_ranks(name, steps)
         measured.append(statistics.median(found["times"]))

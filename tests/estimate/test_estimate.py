@@ -125,8 +125,7 @@ def test_tables_that_do_not_fit_are_shown_with_what_they_need() -> None:
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
 def test_a_cpu_is_measured_by_steps_without_exchanges(task: str) -> None:
     workload = plan_workload(run_config(task, bindings=["NetworkArgs.max_attention_span = (8, None)"]), 2, 2, "cpu")
-    with machine.this_cpu(workload) as cpu:
-        found = estimate(workload, cpu)
+    found = estimate(workload, machine.this_cpu(workload))
     assert 1e-4 < found.step_s < 5
     assert found.step["exchange for tables"] > 0
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from hstu import entry
 from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
@@ -24,7 +25,7 @@ from hstu.config.option import options_of
 from hstu.config.run_config import RunConfig, RunDraft
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate import validate
-from hstu.estimate.estimate import beside_tables, beside_tables_of_run
+from hstu.estimate.estimate import beside_tables
 from hstu.estimate.validate import Built, what_the_file_names_fits
 from hstu.estimate.workload import plan_workload
 from hstu.parallel import tables
@@ -298,7 +299,7 @@ def planned_beside(mesh: Mesh, store: str, output: str) -> tuple[int, int]:
         return on_a_cpu(device, ranks_on_host, beside_tables)
 
     tables.room_of_rank = as_on_a_gpu
-    build_trainer(config, mesh, beside_tables_of_run).run_directory.close()
+    build_trainer(config, mesh, entry.beside_tables).run_directory.close()
     return found[0], beside_tables(plan_workload(config, 1, 1, "cpu"))
 
 

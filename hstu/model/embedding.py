@@ -69,8 +69,8 @@ def table_specs(
 ) -> tuple[TableSpec, ...]:
     """Specs of all tables, in the given order.
 
-    The role of a table's features sets its width: contextual_embedding_dim, side_embedding_dim or item_embedding_dim,
-    where -1 means hidden_size. ``lookup_negatives``: batches also carry NEGATIVES, looked up in the item table, and
+    The role of a table's features sets its width: contextual_embedding_dim or item_embedding_dim, where -1 means
+    hidden_size, or SIDE_WIDTH. ``lookup_negatives``: batches also carry NEGATIVES, looked up in the item table, and
     their tower features. ``world_size``: ranks that share the rows of dynamic tables. Raises ConfigError if features of
     different widths share a table, nn.ModuleDict forbids a name, or a rank gets more than 2^31 - 1 dynamic rows.
     """
@@ -81,7 +81,7 @@ def table_specs(
             text = (
                 f"the features of table {table.table_name!r} have rows of different widths "
                 f"({', '.join(f'{feature} {dim}' for feature, dim in dims.items())}); give them tables of their own, "
-                "or equal widths in NetworkArgs.contextual_embedding_dim, item_embedding_dim and side_embedding_dim"
+                "or equal widths in NetworkArgs.contextual_embedding_dim and item_embedding_dim"
             )
             problems.append(cite(table, "feature_names", text))
         name = table.table_name

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import NetworkArgs
+from hstu.config.args.network import SIDE_WIDTH
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import sequence_tokens
 from hstu.data.features.roles import FeatureRoles
@@ -101,7 +102,7 @@ class SequenceInputs(nn.Module):
             }
         )
         for role, names in self.side.items():
-            width = len(names) * network.side_embedding_dim
+            width = len(names) * SIDE_WIDTH
             width += numbers[role].out_width if role in numbers else 0
             if width:
                 self.projections[role] = MLP(width, (hidden, hidden), "silu")

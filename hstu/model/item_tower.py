@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hstu.config.args import NetworkArgs
+from hstu.config.args.network import SIDE_WIDTH
 from hstu.data.batches.batch import NEGATIVES, POOL, HSTUBatch
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.heads import MLP
-from hstu.ops.dropout import draw
 
 
 def join_rows(names: Sequence[str], rows: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
@@ -31,25 +31,18 @@ def join_rows(names: Sequence[str], rows: Mapping[str, Tensor], list_lengths: Ma
 
 
 class ItemTower(nn.Module):
-    """Vector of an item: the row of its id plus an MLP of its joined feature rows. Both are scaled by √E.
+    """Vector of an item: the row of its id plus an MLP of its joined feature rows. Both are scaled by √E."""
 
-    In training, the id's row is dropped with probability ``id_dropout``, so that features alone represent items with a
-    row of zeros (DropoutNet, Volkovs et al., NeurIPS 2017).
-    """
-
-    def __init__(self, network: NetworkArgs, roles: FeatureRoles, id_dropout: float = 0.0) -> None:
+    def __init__(self, network: NetworkArgs, roles: FeatureRoles) -> None:
         super().__init__()
-        self.id_dropout = id_dropout
         self.features, self.lists, self._all_lists = roles.tower, roles.tower_lists, roles.lists
         width = network.item_width
         self.scale = math.sqrt(width)
-        self.projection = MLP(len(self.features) * network.side_embedding_dim, (width, width), "silu")
+        self.projection = MLP(len(self.features) * SIDE_WIDTH, (width, width), "silu")
 
     def forward(self, rows: Tensor, of_features: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
         """Vectors [n, E], not normalised. rows: of the ids, [n, E]; the rest as in :func:`join_rows`."""
         joined = join_rows(self.features, of_features, list_lengths)
-        if self.training and self.id_dropout > 0:
-            rows = rows * draw(torch.Size((len(rows), 1)), self.id_dropout, rows.device)
         vectors: Tensor = rows * self.scale + self.projection(joined * self.scale)
         return vectors
 

@@ -123,8 +123,6 @@ class SequenceEncoder(nn.Module):
         """Returns the tokens of this rank's range, float32 [., D], and the layout of all tokens of the batch."""
         with mixed_precision(self.network.dtype_str, batch.num_candidates.device.type):
             x, layout = self.inputs(embeddings, batch, self.comm)
-            if self.network.bfloat16_residual:
-                x = x.bfloat16()
             own, part = self.comm.split_tokens(x, layout)
             del x  # frees the whole tokens where the layers pad or split them
             update: Tensor | None = None

@@ -38,7 +38,6 @@ def for_export(config: RunConfig, data: Path | None = None) -> RunConfig:
     network = replace(
         config.network,
         dtype_str="float32",
-        bfloat16_residual=False,
         compile=False,
         kernel_backend="pytorch",
         sequence_parallel=False,

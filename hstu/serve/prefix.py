@@ -196,8 +196,6 @@ class IncrementalEncoder:
         with mixed_precision(network.dtype_str, content.device.type):
             if inputs.position_table is not None:
                 x = inputs.kernels.add_positions(x, inputs.position_table, layout.positions)
-            if network.bfloat16_residual:
-                x = x.bfloat16()
             update: Tensor | None = None
             for index, layer in enumerate(self.encoder.layers):
                 x, update = layer(x, layout, update, attend(index))

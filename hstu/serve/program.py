@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
+from hstu.config.args.network import SIDE_WIDTH
 from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
@@ -216,7 +217,7 @@ def trace(program: ServingProgram) -> ExportedProgram:
         "item_width": program.network.item_width,
         "contextual_width": program.network.contextual_width,
         "number_width": sum(program.inputs.features.number_widths),
-        **{f"{role}_width": len(n) * program.network.side_embedding_dim for role, n in program.inputs.side.items()},
+        **{f"{role}_width": len(n) * SIDE_WIDTH for role, n in program.inputs.side.items()},
     }
     names = sorted({name for dims in _SIZES.values() for name, size in dims if size is not None})
     dims = {name: Dim(name) for name in names}

@@ -245,7 +245,7 @@ def task_module(
             hidden_size=network.hidden_size,
             item_dim=network.item_width,
             args=args,
-            tower=ItemTower(network, features, args.item_id_dropout) if features.tower else None,
+            tower=ItemTower(network, features) if features.tower else None,
             gather_pool=gather_pool,
             log_counts=log_counts,
             kernels=kernels,

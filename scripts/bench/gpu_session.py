@@ -136,7 +136,6 @@ if torch.cuda.is_available():
 THE_STEP: Variants = {
     "cutlass": BACKENDS["cutlass"],
     "triton": BACKENDS["triton"],
-    "cutlass, bfloat16_residual": (*BACKENDS["cutlass"], "NetworkArgs.bfloat16_residual = True"),
     "cutlass, relative bias": (
         *BACKENDS["cutlass"],
         "NetworkArgs.position_encoding = ('absolute', 'relative_bias')",

@@ -222,8 +222,7 @@ def test_what_does_no_harm_is_warned_of(base: str, lines: list[str], warned: str
 
 def test_options_without_effect_have_their_defaults(tmp_path: Path) -> None:
     lines = [
-        "NetworkArgs.dtype_str = 'float32'",
-        "NetworkArgs.bfloat16_residual = True",
+        "PrecisionArgs.fp32_master_grads = False",
         "LRScheduleArgs.decay_iters = 8",
     ]
     readers = ["TrainerArgs.data_workers = 2", "TrainerArgs.data_prefetch = 5"]
@@ -231,7 +230,7 @@ def test_options_without_effect_have_their_defaults(tmp_path: Path) -> None:
     file = write(tmp_path, changed(BENCHMARK, *lines, *readers, *lengths))
     config, warnings = read_and_check([file], [], "ranking", world_size=1, rules=ALL_RULES)
     assert len(warnings) == 4
-    assert not config.network.bfloat16_residual and config.schedule.decay_iters is None
+    assert config.precision.fp32_master_grads and config.schedule.decay_iters is None
     assert (config.trainer.data_workers, config.trainer.data_prefetch) == (0, 2)
     assert isinstance(config.dataset, BenchmarkDatasetArgs) and config.dataset.feature_args[0].seqlen_dist is None
 

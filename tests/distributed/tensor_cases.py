@@ -32,7 +32,6 @@ BASE = [
     "DatasetArgs.known_after = ['watched', 'seconds']",
     "seconds/NumericFeatureArgs.feature_names = ['seconds']",
     "seconds/NumericFeatureArgs.transform = 'quantile'",
-    "NetworkArgs.side_embedding_dim = 8",
     "NetworkArgs.num_layers = 2",
     "NetworkArgs.hidden_size = 16",  # columns are cut in multiples of 4: for 4 ranks
     "NetworkArgs.num_attention_heads = 4",

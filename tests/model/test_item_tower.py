@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.config.args import EmbeddingArgs, RetrievalArgs
+from hstu.config.args.network import SIDE_WIDTH
 from hstu.data.batches.batch import NEGATIVES, HSTUBatch, ItemColumns, keyed_jagged, of_negatives
 from hstu.data.batches.train_batch import split_micro_batches
 from hstu.data.features.roles import FeatureRoles
@@ -22,7 +23,7 @@ from tests.model.examples import make_network
 from tests.model.test_retrieval import DIM, HISTORIES, KINDS, NUM_ITEMS, NegativesOfStep, RunningSum
 
 ROLES = FeatureRoles("item", None, (), ("tags", "hour", "colour"), lists=("tags",), tower=("tags", "colour"))
-NETWORK = make_network(hidden_size=DIM, num_attention_heads=1, kv_channels=DIM, side_embedding_dim=4)
+NETWORK = make_network(hidden_size=DIM, num_attention_heads=1, kv_channels=DIM)
 RNG = np.random.default_rng(5)
 TAGS = [RNG.integers(0, 7, RNG.integers(1, 4)).tolist() for _ in range(NUM_ITEMS)]
 COLOURS = RNG.integers(0, 5, NUM_ITEMS).tolist()
@@ -69,7 +70,7 @@ def make_model() -> tuple[RetrievalDense, dict[str, nn.Parameter]]:
     encoder = RunningSum(DIM, interleaved=False)
     model = RetrievalDense(encoder, item_feature="item", hidden_size=DIM, item_dim=DIM, args=ARGS, tower=tower)
     tables = {
-        name: nn.Parameter(torch.randn(rows, DIM if name == "item" else 4, dtype=torch.float64))
+        name: nn.Parameter(torch.randn(rows, DIM if name == "item" else SIDE_WIDTH, dtype=torch.float64))
         for name, rows in ROWS.items()
     }
     return model.double(), tables
@@ -141,15 +142,3 @@ def test_without_the_option_nothing_of_a_tower_is_there() -> None:
     torch.manual_seed(0)
     model = RetrievalDense(RunningSum(DIM, False), item_feature="item", hidden_size=DIM, item_dim=DIM, args=ARGS)
     assert sorted(dict(model.named_parameters())) == ["encoder.map.bias", "encoder.map.weight"]
-
-
-def test_with_id_dropout_some_vectors_are_made_of_features_alone_and_in_evaluation_none() -> None:
-    torch.manual_seed(0)
-    tower = ItemTower(NETWORK, ROLES, id_dropout=0.5)
-    rows, tags, colours = torch.randn(400, DIM), torch.randn(400, 4), torch.randn(400, 4)
-    features, lengths = {"tags": tags, "colour": colours}, {"tags": torch.ones(400, dtype=torch.int64)}
-    alone, whole = tower.eval()(torch.zeros_like(rows), features, lengths), tower(rows, features, lengths)
-    trained = tower.train()(rows, features, lengths)
-    dropped = (trained == alone).all(dim=1)
-    assert 150 < dropped.sum() < 250
-    assert torch.equal(trained[~dropped], whole[~dropped])

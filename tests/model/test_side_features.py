@@ -15,7 +15,7 @@ from hstu.data.features.values import statistics_of_numbers
 from hstu.model.inputs import NumberInputs, SequenceFeatures, SequenceInputs, rank_among
 from tests.model.examples import make_network
 
-WIDTH, SIDE_WIDTH, ROWS = 8, 3, 7
+WIDTH, ROWS = 8, 7
 NUMBERS = {"seconds": 1, "vector": 3, "price": 1}
 """Number or vector → its width."""
 SIDE = ("seconds", "genres", "vector", "year", "watched", "price", "tags")
@@ -139,11 +139,7 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
     lengths: list[int], kind: str, interleave: bool, candidates: int
 ) -> None:
     features = FEATURES[kind]
-    network = make_network(
-        interleave_actions=interleave,
-        position_encoding="none",
-        side_embedding_dim=SIDE_WIDTH,
-    )
+    network = make_network(interleave_actions=interleave, position_encoding="none")
     inputs = SequenceInputs(network, features)
     inputs.load_statistics(STATISTICS)
     inputs.double()
@@ -170,7 +166,7 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
 @pytest.mark.parametrize("interleave", [True, False])
 def test_what_is_known_after_the_event_reaches_no_token_of_a_candidate_item(interleave: bool) -> None:
     features = FEATURES["with actions"]
-    network = make_network(interleave_actions=interleave, position_encoding="none", side_embedding_dim=SIDE_WIDTH)
+    network = make_network(interleave_actions=interleave, position_encoding="none")
     inputs = SequenceInputs(network, features)
     users = random_events([5], features)
     weights = {name: torch.randn(ROWS, features.width(name, network)) for name in features.names}

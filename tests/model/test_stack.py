@@ -166,11 +166,3 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32() -> None:
     for a, b in zip(exact, rounded, strict=True):
         assert b.dtype == torch.float32 and not torch.equal(a, b)
         torch.testing.assert_close(a, b, rtol=0, atol=0.05)
-
-
-def test_a_bfloat16_residual_rounds_the_tokens_between_the_layers_and_returns_float32() -> None:
-    samples = random_samples([6, 3], contextuals=1)
-    wide, narrow = (encode(samples, 1, dtype_str="bfloat16", bfloat16_residual=on) for on in (False, True))
-    for a, b in zip(wide, narrow, strict=True):
-        assert b.dtype == torch.float32 and torch.equal(b, b.bfloat16().float()) and not torch.equal(a, b)
-        torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)

@@ -244,7 +244,7 @@ def test_a_truncated_network_is_refused() -> None:
 
 
 def test_bfloat16_rounds_as_the_whole_forward() -> None:
-    model = make_model(0, dtype_str="bfloat16", bfloat16_residual=True, position_encoding=BOTH)
+    model = make_model(0, dtype_str="bfloat16", position_encoding=BOTH)
     (sample,) = random_samples([16], contextuals=0, candidates=5)
     model.encode(until(sample, 11))
     torch.testing.assert_close(model.score(sample), model.candidates(sample), rtol=0.02, atol=0.02)

@@ -66,6 +66,9 @@ ACCEPTED: Mapping[str, str] = {
 REMOVED: Mapping[str, str] = {
     "RetrievalArgs.request_time": 'remove it for "target", or bind DatasetArgs.query_time = "last_event"',
     "RetrievalArgs.popularity_exponent": "popularity draws with the power 0.75, mixed draws uniformly: remove it",
+    "RetrievalArgs.item_id_dropout": "vectors of items are always made with their ids: remove it",
+    "NetworkArgs.bfloat16_residual": "the residual stream has the type of the inputs: remove it",
+    "NetworkArgs.side_embedding_dim": "tables of side features have 16 columns: remove it",
     "NetworkArgs.allow_label_leak": "a mask that shows the labels is always an error: remove it",
     "DataParallelArgs.reshard_after_forward": "weights are freed after forward: remove it",
     "DataParallelArgs.shard_group_size": "all ranks with equal dense weights share it: remove it",

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from hstu.config.option import STORED_DATA, Args, having, not_having, option
+from hstu.config.option import Args, having, not_having, option
 
 DTYPES = ("bfloat16", "float16", "float32")
+SIDE_WIDTH = 16
+"""Width of the tables of DatasetArgs.side_feature_names, whose rows are joined and projected to hidden_size."""
 KERNEL_BACKENDS = ("cutlass", "triton", "pytorch")
 NOT_IN_WHOLE_LAYERS = having("recompute_layer", False, why="that recomputes the whole layer")
 
@@ -36,11 +38,6 @@ class NetworkArgs(Args):
     dtype_str: str = option("bfloat16", changes="training", choices=DTYPES)
     """Data type in which the dense model computes; parameters are always float32. float16 is meant for GPUs (CPUs are
     very slow in it) and scales the loss, see PrecisionArgs."""
-    bfloat16_residual: bool = option(
-        False, changes="training", needs=having("dtype_str", "bfloat16", why="layers compute in another type")
-    )
-    """True: keep the residual stream between the layers, and its gradient, in bfloat16 instead of float32. It needs
-    dtype_str = "bfloat16" and saves memory and, on GPUs, traffic; docs/benchmarks/layer compares the quality."""
     max_attention_span: Optional[int | tuple[Optional[int], ...]] = option(
         None, changes="model", minimum=1, maximum=10_000_000
     )
@@ -104,17 +101,6 @@ class NetworkArgs(Args):
     contextual_embedding_dim: int = option(-1, changes="model", minimum=-1, maximum=100_000)
     """Width of the contextual tables if above 0; their rows are then projected to hidden_size. Otherwise
     hidden_size."""
-    side_embedding_dim: int = option(
-        16,
-        changes="model",
-        minimum=1,
-        maximum=100_000,
-        needs=(
-            STORED_DATA,
-            not_having("DatasetArgs.side_feature_names", [], why="it is the width of their tables"),
-        ),
-    )
-    """Width of the tables of DatasetArgs.side_feature_names. Their rows are joined and projected to hidden_size."""
     scaling_seqlen: int = option(-1, changes="model", minimum=-1)
     """Number by which attention weights are divided. -1: the longest possible sequence in tokens."""
     disable_contextual_mask: Optional[bool] = option(None, changes="model")

@@ -205,15 +205,6 @@ class RetrievalArgs(Args):
     """Make the vector of an item from its id and its features, those of DatasetArgs.side_feature_names that belong to
     items: the row of the id plus an MLP of the rows of the features. An item that is new, or was never trained on, gets
     its vector from its features alone. False: the vector is the row of the id."""
-    item_id_dropout: float = option(
-        0.0,
-        changes="training",
-        minimum=0,
-        below=1,
-        needs=having("item_tower", True, why="without features an item has its id alone"),
-    )
-    """item_tower, training: the probability that an item's vector is made without its id, so that features learn to
-    stand alone (DropoutNet, Volkovs et al., NeurIPS 2017). Items that are only known by features need it."""
     filter_seen: bool = option(True, changes="reports")
     """Evaluation: exclude the items that the user has seen."""
     eval_metrics: tuple[str, ...] = option(

@@ -17,6 +17,7 @@ from hstu.config.args import (
     NumericFeatureArgs,
     RankingTaskArgs,
 )
+from hstu.config.args.network import SIDE_WIDTH
 from hstu.config.problems import Cite, cite, did_you_mean
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.features.values import label_columns
@@ -65,7 +66,7 @@ class FeatureRoles:
         """Width of the table rows of a feature."""
         if feature in self.contextual:
             return network.contextual_width
-        return network.side_embedding_dim if feature in self.side else network.item_width
+        return SIDE_WIDTH if feature in self.side else network.item_width
 
 
 def benchmark_roles(args: BenchmarkDatasetArgs) -> FeatureRoles:
@@ -191,7 +192,7 @@ def predefined_embeddings(
     for name, feature in (store.features | store.time_features).items():
         if feature.cardinality is None:
             continue
-        width = widths.get(feature.role, network.side_embedding_dim)
+        width = widths.get(feature.role, SIDE_WIDTH)
         is_main = feature.role == "item" or name == USER_FEATURE
         is_large = feature.cardinality * width * 4 > _REPLICATED_TABLE_BYTES
         names = {"feature_names": [name], "table_name": name, "item_vocab_size_or_capacity": feature.cardinality}

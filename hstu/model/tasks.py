@@ -106,7 +106,7 @@ class RankingTask(nn.Module):
             return labels
         if self.args.bit_mask is not None:
             is_positive = labels.nan_to_num().int() & self.args.bit_mask != 0
-        elif self.args.positive_values is not None:
+        elif self.args.positive_texts is not None:
             is_positive = torch.isin(labels, self.positive.to(labels.device))
         else:
             is_positive = labels >= (1.0 if self.args.positive_from is None else self.args.positive_from)

@@ -110,7 +110,7 @@ class StoreSource(BatchSource):
     @cached_property
     def item_counts(self) -> np.ndarray:
         """See BatchSource. Reads the items of all training samples once."""
-        is_random = self._args.random_windows
+        is_random = self._args.has_random_windows
         return count_items(self.store, self.roles.item, self._train_samples, random_windows=is_random)
 
     def item_ids(self) -> np.ndarray | None:
@@ -237,7 +237,7 @@ class StoreSource(BatchSource):
             wants_seen=self._wants_earlier if training else self._wants_seen,
             recoding=self._recoding if store is self.eval_store else None,
             labels=labels,
-            window_seed=self._config.trainer.seed if training and self._args.random_windows else None,
+            window_seed=self._config.trainer.seed if training and self._args.has_random_windows else None,
             hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed

@@ -131,7 +131,7 @@ _RETRIEVAL = {
     "genres and year": ("DatasetArgs.side_feature_names = []", "RetrievalArgs.item_tower = False"),
     "item tower": ("RetrievalArgs.item_tower = False",),
     "ratings": ('DatasetArgs.action_feature_name = ""', "NetworkArgs.interleave_actions = True"),
-    "random windows": ("DatasetArgs.random_windows = False",),
+    "random windows": ("DatasetArgs.window_stride = None",),
     "four layers": ("NetworkArgs.num_layers = 2",),
     "the time of the request": ('DatasetArgs.query_time = "last_event"',),
     "learned positions": ('NetworkArgs.position_encoding = "relative_bias"',),
@@ -244,7 +244,7 @@ TABLES: Mapping[str, Table] = {
         "Next film, MovieLens-100K", "ml-100k", "configs/ml_100k_retrieval.gin",
         (
             *without_each({part: undo for part, undo in _RETRIEVAL.items() if part not in _ONLY_ML_1M}),
-            Row(name="with random windows", bindings=("DatasetArgs.random_windows = True",)),
+            Row(name="with random windows", bindings=('DatasetArgs.window_stride = "random"',)),
             Row(name="all, trained on validation items, too", epochs_of="all"),
             *_RETRIEVAL_PEERS,
         ), epochs=24,

@@ -66,7 +66,7 @@ USER_TASKS = [
     "stay/RankingTaskArgs.scale = 10.0",
     'stay/RankingTaskArgs.metrics = ("RMSE", "MAE")',
     'high/RankingTaskArgs.label = "action"',
-    "high/RankingTaskArgs.positive_from = 2",
+    "high/RankingTaskArgs.positive_values = ['>= 2']",
     'high/RankingTaskArgs.loss = "pairwise"',
     'high/RankingTaskArgs.metrics = ("LOGLOSS",)',
     "RankingArgs.prediction_head_arch = [6]",

@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mixed, logQ, random windows, seen": {
         "task": "retrieval",
         "optimizer": ADAM | LIMITED,
-        "dataset": {"random_windows": True, "max_sequence_length": 5},
+        "dataset": {"window_stride": "random", "max_sequence_length": 5},
         "task_args": {
             "negatives": "mixed",
             "num_negatives": 5,

@@ -115,12 +115,12 @@ def task(codes: LabelCodes = PLAIN, **args: object) -> RankingTask:
 def test_labels_of_binary_tasks_are_positive_by_threshold_or_bit_or_text() -> None:
     labels = values([0, 1, 2, 3, 6, torch.nan], [0.0] * 6)
     assert task().labels(labels)[:5].tolist() == [0, 1, 1, 1, 1]
-    assert task(positive_from=2.5).labels(labels)[:5].tolist() == [0, 0, 0, 1, 1]
-    assert task(bit_mask=4).labels(labels)[:5].tolist() == [0, 0, 0, 0, 1]
-    assert task(bit_mask=3).labels(labels)[:5].tolist() == [0, 1, 1, 1, 1]
+    assert task(positive_values=[">= 2.5"]).labels(labels)[:5].tolist() == [0, 0, 0, 1, 1]
+    assert task(positive_values=["& 4"]).labels(labels)[:5].tolist() == [0, 0, 0, 0, 1]
+    assert task(positive_values=["&3"]).labels(labels)[:5].tolist() == [0, 1, 1, 1, 1]
     of_texts = task(LabelCodes(positive=(0, 3)), positive_values=["cart", "purchase"])
     assert of_texts.labels(labels)[:5].tolist() == [1, 0, 0, 1, 0]
-    assert task(bit_mask=3).labels(labels)[5].isnan() and of_texts.labels(labels)[5].isnan()
+    assert task(positive_values=["&3"]).labels(labels)[5].isnan() and of_texts.labels(labels)[5].isnan()
 
 
 def test_items_without_a_label_do_not_count() -> None:

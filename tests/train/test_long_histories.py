@@ -43,7 +43,7 @@ def test_windows_train_on_whole_histories(source: Callable[..., StoreSource], st
     assert max(lengths(windows)) == LONGEST and len(lengths(windows)) > len(lengths(newest))
 
 
-@pytest.mark.parametrize("windows", [{"window_stride": 4}, {"random_windows": True}])
+@pytest.mark.parametrize("windows", [{"window_stride": 4}, {"window_stride": "random"}])
 def test_evaluation_knows_nothing_of_windows(source: Callable[..., StoreSource], windows: dict[str, Any]) -> None:
     for task in ("retrieval", "ranking"):
         plain, changed = source(task), source(task, dataset=windows)
@@ -55,7 +55,8 @@ def test_random_windows_have_other_items_in_each_epoch_and_as_many_labels(source
     for task in ("retrieval", "ranking"):
         negatives = {"negatives": "popularity", "num_negatives": 4} if task == "retrieval" else {}
         newest, windows = (
-            source(task, dataset={"random_windows": is_random}, task_args=negatives) for is_random in (False, True)
+            source(task, dataset={"window_stride": "random" if is_random else None}, task_args=negatives)
+            for is_random in (False, True)
         )
         epochs = [
             [list(islice(each.train_batches(SamplerPosition(epoch, 0)), each.batches_per_epoch)) for epoch in (0, 1)]
@@ -72,7 +73,7 @@ def test_random_windows_have_other_items_in_each_epoch_and_as_many_labels(source
 
 
 @pytest.mark.parametrize(
-    ("task", "windows"), [("ranking", {"window_stride": 3}), ("retrieval", {"random_windows": True})]
+    ("task", "windows"), [("ranking", {"window_stride": 3}), ("retrieval", {"window_stride": "random"})]
 )
 def test_a_run_resumed_with_windows_is_the_run_that_went_through(
     task: str, windows: dict[str, Any], train: Callable[..., FinishedRun]

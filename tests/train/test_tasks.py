@@ -25,7 +25,7 @@ TASKS: tuple[dict[str, Any], ...] = (
     {"label": "stars", "kind": "class", "num_classes": 3, "metrics": ("ACC", "LOGLOSS")},
     {"name": "topic", "label": "topic", "kind": "class", "num_classes": 3, "metrics": ("ACC",)},
     {"label": "watched", "kind": "regression", "scale": 10.0, "metrics": ("XAUC", "RMSE")},
-    {"name": "often", "label": "action", "bit_mask": 2, "loss": "focal", "metrics": ("AUC",)},
+    {"name": "often", "label": "action", "positive_values": ["& 2"], "loss": "focal", "metrics": ("AUC",)},
     {"name": "long", "label": "watched", "kind": "regression", "loss": "huber", "scale": 10.0},
 )
 """All kinds. Each label follows from the item alone."""
@@ -206,8 +206,8 @@ BAD_LABELS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no threshold": ({"label": "stars"}, r"label = 'stars': has values from 1 to 3, and a binary label is 0 or 1"),
     "of one kind": (
-        {"label": "stars", "positive_from": 4.0},
-        r"positive_from = 4.0: .* are from 1 to 3, so either all",
+        {"label": "stars", "positive_values": [">= 4"]},
+        r"positive_values = .*: .* are from 1 to 3, so either all",
     ),
     "classes": (
         {**TASKS[1], "num_classes": 2},

@@ -61,8 +61,8 @@ OF_THE_ACTION: dict[str, Any] = {
     "num_experts": 2,
     "tasks": [
         RankingTaskArgs(name="level", label="action", kind="class", num_classes=ACTIONS, weight=0.5),
-        RankingTaskArgs(name="odd", label="action", bit_mask=1, loss="focal", metrics=("LOGLOSS", "NDCG")),
-        RankingTaskArgs(name="high", label="action", positive_from=2, loss="pairwise", metrics=("LOGLOSS",)),
+        RankingTaskArgs(name="odd", label="action", positive_values=["& 1"], loss="focal", metrics=("LOGLOSS", "NDCG")),
+        RankingTaskArgs(name="high", label="action", positive_values=[">= 2"], loss="pairwise", metrics=("LOGLOSS",)),
     ],
 }
 """Arguments of RankingArgs: tasks that need no label but the action. They compare candidates."""

@@ -66,6 +66,9 @@ ACCEPTED: Mapping[str, str] = {
 REMOVED: Mapping[str, str] = {
     "RetrievalArgs.request_time": 'remove it for "target", or bind DatasetArgs.query_time = "last_event"',
     "RetrievalArgs.popularity_exponent": "popularity draws with the power 0.75, mixed draws uniformly: remove it",
+    "DatasetArgs.random_windows": 'for True bind DatasetArgs.window_stride = "random"',
+    "RankingTaskArgs.positive_from": 'bind positive_values = [">= 4"] for 4',
+    "RankingTaskArgs.bit_mask": 'bind positive_values = ["& 4"] for 4',
     "RetrievalArgs.item_id_dropout": "vectors of items are always made with their ids: remove it",
     "NetworkArgs.bfloat16_residual": "the residual stream has the type of the inputs: remove it",
     "NetworkArgs.side_embedding_dim": "tables of side features have 16 columns: remove it",

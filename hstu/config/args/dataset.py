@@ -39,17 +39,13 @@ class DatasetArgs(Args):
     max_num_candidates: int = option(0, changes="training", minimum=0, needs=SCORES_CANDIDATES)
     """Ranking: number of candidates of a sample. tail: 0 means no candidates; every item is scored. requests: a request
     with more candidates is divided evenly into several samples with the same history; 0 means no limit."""
-    window_stride: Optional[int] = option(None, changes="training", minimum=1, excludes=ONE_HISTORY)
+    window_stride: Optional[int | str] = option(
+        None, changes="training", minimum=1, words=("random",), excludes=ONE_HISTORY
+    )
     """Training: cut a history longer than max_sequence_length into windows of that length, each this many items before
     the next newer one. A window is labelled on its newest window_stride items (or max_num_candidates), the oldest one
-    on all its items. None: use only the newest items."""
-    random_windows: bool = option(
-        False,
-        changes="training",
-        excludes={"window_stride": "windows lie either at every stride or at random", **ONE_HISTORY},
-    )
-    """Training: of a history longer than max_sequence_length, take one window of that length in each epoch, at random,
-    instead of the newest items. All its items are labelled, or the newest max_num_candidates."""
+    on all its items. "random": take one window of that length in each epoch, at random; all its items are labelled, or
+    the newest max_num_candidates. None: use only the newest items."""
     query_time: str = option("request", changes="training", choices=("request", "last_event"))
     """What finds the next item, with a relative bias: from which time it looks back on the events, in training and
     evaluation. request: from the time of the event to find, as the published model does. A service knows that time: it
@@ -102,6 +98,11 @@ class DatasetArgs(Args):
     known_after: list[str] = option([], changes="tensors")
     """Those of side_feature_names that are known only after the event, such as the time watched. They are part of the
     action's token and, like the action, are never shown to what predicts it."""
+
+    @property
+    def has_random_windows(self) -> bool:
+        """Whether each epoch draws the window of a long history."""
+        return self.window_stride == "random"
 
     @property
     def has_candidates(self) -> bool:

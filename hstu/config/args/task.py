@@ -34,6 +34,8 @@ LOSSES = {
     "regression": ("mse", "huber"),
 }
 """Kind of a ranking task → allowed losses, the default first."""
+CONDITION = re.compile(r"(>=) *(-?\d+(?:\.\d+)?)|(&) *([1-9]\d{0,6})")
+"""A condition of positive_values: sign and number."""
 DEFAULT_METRIC = {"binary": "AUC", "class": "ACC", "regression": "RMSE"}
 """Kind of a ranking task → default metric."""
 
@@ -57,21 +59,10 @@ class RankingTaskArgs(Args):
     weight: float = option(1.0, changes="training", above=0, maximum=1e6)
     """Factor of the loss. The loss of a run is the sum over the tasks of weight times the mean over the labelled items,
     in which items without a label count as 0."""
-    positive_from: Optional[float] = option(
-        None,
-        changes="training",
-        minimum=-1e12,
-        maximum=1e12,
-        needs=OF_BINARY,
-        excludes={"positive_values": "", "bit_mask": ""},
-    )
-    """binary: labels of at least this are positive. None: labels are 0 and 1, or one of the next two options is set."""
-    positive_values: Optional[list[str]] = option(
-        None, changes="training", not_empty=True, needs=OF_BINARY, excludes={"bit_mask": ""}
-    )
-    """binary: labels that are one of these texts are positive, such as ["cart", "purchase"]."""
-    bit_mask: Optional[int] = option(None, changes="training", minimum=1, maximum=2**24 - 1, needs=OF_BINARY)
-    """binary: labels that have one of these bits are positive, for actions that are sets of bits."""
+    positive_values: Optional[list[str]] = option(None, changes="training", not_empty=True, needs=OF_BINARY)
+    """binary: the positive labels: texts such as ["cart", "purchase"], or one condition on numbers: [">= 4"], labels of
+    at least 4; ["& 6"], labels that have one of these bits, for actions that are sets of bits. None: labels are 0 and
+    1."""
     num_classes: Optional[int] = option(
         None, changes="model", minimum=2, maximum=1_000_000, needs=having("kind", "class", strict=True)
     )
@@ -95,6 +86,26 @@ class RankingTaskArgs(Args):
     def task_name(self) -> str:
         """The name of the task in metrics."""
         return self.name or re.sub(r"\W", "_", self.label.lower(), flags=re.ASCII)
+
+    @property
+    def positive_texts(self) -> Optional[list[str]]:
+        """The positive labels if positive_values lists texts."""
+        return None if self._condition else self.positive_values
+
+    @property
+    def positive_from(self) -> Optional[float]:
+        """The least positive label of a condition such as ">= 4"."""
+        return float(self._condition[2]) if self._condition and self._condition[1] else None
+
+    @property
+    def bit_mask(self) -> Optional[int]:
+        """The bits of a condition such as "& 6"."""
+        return int(self._condition[4]) if self._condition and self._condition[3] else None
+
+    @property
+    def _condition(self) -> Optional[re.Match[str]]:
+        values = self.positive_values or []
+        return CONDITION.fullmatch(values[0]) if len(values) == 1 else None
 
     @property
     def loss_in_force(self) -> str:

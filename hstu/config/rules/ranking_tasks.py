@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from hstu.config.args import DatasetArgs, RankingArgs, RankingTaskArgs
@@ -25,6 +26,14 @@ def each_task_is_consistent(run: RunConfig) -> Iterator[Problem]:
 def kinds_have_their_option(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
     if task.kind == "class" and task.num_classes is None:
         yield run.problem(task, "kind", "needs RankingTaskArgs.num_classes; bind it under the scope of this task")
+
+
+def a_condition_stands_alone(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
+    values = task.positive_values or []
+    is_valid = task.positive_from is not None or task.bit_mask is not None
+    if not is_valid and any(re.fullmatch(r"(>=|&) *-?[\d.]+", value) for value in values):
+        text = "a condition stands alone: >= and a number, or & and a whole number from 1 to 9999999"
+        yield run.problem(task, "positive_values", text)
 
 
 def loss_fits_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
@@ -76,6 +85,7 @@ def _any_of(values: tuple[str, ...]) -> str:
 
 
 RULES_OF_A_TASK = (
-    kinds_have_their_option, loss_fits_the_kind, metrics_fit_the_kind, candidates_are_compared, labels_are_hidden,
+    kinds_have_their_option, a_condition_stands_alone, loss_fits_the_kind, metrics_fit_the_kind,
+    candidates_are_compared, labels_are_hidden,
 )  # fmt: skip
 RULES = (each_task_is_consistent, tasks_have_different_names)

@@ -59,7 +59,9 @@ def candidates_leave_history(run: RunConfig) -> Iterator[Problem]:
 
 def windows_leave_no_gap(run: RunConfig) -> Iterator[Problem]:
     dataset = run.dataset
-    if isinstance(dataset, DatasetArgs) and (dataset.window_stride or 0) > dataset.max_sequence_length:
+    if not isinstance(dataset, DatasetArgs) or not isinstance(dataset.window_stride, int):
+        return
+    if dataset.window_stride > dataset.max_sequence_length:
         text = f"leaves out items between the windows: must be at most {run.cite(dataset, 'max_sequence_length')}"
         yield run.problem(dataset, "window_stride", text)
 

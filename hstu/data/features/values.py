@@ -150,7 +150,7 @@ class LabelCodes:
     def of(cls, task: RankingTaskArgs, facts: LabelFacts) -> LabelCodes:
         """Derives them from a summary of the labels."""
         first = task.num_classes is not None and facts.greatest == task.num_classes and facts.least >= 1
-        known = [text for text in task.positive_values or () if text in facts.texts]
+        known = [text for text in task.positive_texts or () if text in facts.texts]
         return cls(int(first), tuple(facts.texts.index(text) for text in known))
 
 
@@ -162,8 +162,8 @@ def _problem_of(task: RankingTaskArgs, label: LabelFacts) -> tuple[str, str] | N
     """(parameter, problem) of one task."""
     are_codes = label.are_whole and label.least >= 0
     largest_class = (task.num_classes or 0) - 1 + LabelCodes.of(task, label).first
-    threshold, positive = task.positive_from, task.positive_values
-    is_plain = task.kind == "binary" and threshold is positive is task.bit_mask is None
+    threshold, positive = task.positive_from, task.positive_texts
+    is_plain = task.kind == "binary" and task.positive_values is None
     rules: tuple[tuple[str, bool, str], ...] = (
         ("label", label.least > label.greatest, "all values of this feature are missing in the data"),
         (
@@ -182,19 +182,19 @@ def _problem_of(task: RankingTaskArgs, label: LabelFacts) -> tuple[str, str] | N
             f"must fit the labels, which are {label}: integers from 0 to num_classes - 1, or from 1 to num_classes",
         ),
         (
-            "bit_mask",
+            "positive_values",
             task.bit_mask is not None and not (are_codes and label.greatest < _EXACT),
             f"the labels {task.label!r} are not all integers from 0 to {_EXACT - 1}: they are {label}",
         ),
         (
-            "positive_from",
+            "positive_values",
             threshold is not None and not label.least < threshold <= label.greatest,
             f"the labels {task.label!r} are {label}, so either all or none are positive",
         ),
         (
             "label",
             is_plain and not (are_codes and label.greatest <= 1),
-            f"has values {label}, and a binary label is 0 or 1; set positive_from, the least positive one, or bit_mask",
+            f'has values {label}, and a binary label is 0 or 1; set positive_values, such as [">= 4"]',
         ),
     )
     return next(((parameter, text) for parameter, is_wrong, text in rules if is_wrong), None)

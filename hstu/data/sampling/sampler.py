@@ -256,7 +256,7 @@ _STREAM = 0x5749_4E44
 def window_starts(
     begin: np.ndarray, newest: np.ndarray, stop: np.ndarray, seed: int, epoch: int, ordinals: np.ndarray
 ) -> np.ndarray:
-    """int64 [b]: first events of the windows of long histories in an epoch, for DatasetArgs.random_windows.
+    """int64 [b]: first events of the windows of long histories in an epoch, for DatasetArgs.window_stride = "random".
 
     A window of L events begins at event floor(uniform * T) of T events, or is the newest window if fewer than L events
     follow. So L / T of the epochs see the newest event, as often as events in the middle. A uniform end would show this

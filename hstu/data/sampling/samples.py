@@ -164,7 +164,7 @@ def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> N
 
 def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> SampleTable:
     """Training samples of the events before ``stop``. All events are labels; in retrieval, all but a history's first.
-    random_windows gives the newest windows, which window_starts moves in each epoch. window_stride gives each user's
+    Random windows begin as the newest windows, which window_starts moves in each epoch. A stride gives each user's
     newest window and older ones, so that every event is a label once, after as much history as fits."""
     num_users, unlabelled = len(runs.user), 1 if task == "retrieval" else 0
     runs = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin > unlabelled)
@@ -172,10 +172,10 @@ def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> S
         samples = _table(runs, args, num_users, np.minimum(runs.lengths, args.max_sequence_length) - 1)
     else:
         samples = _ranking_samples(runs, runs.lengths, args)
-    if args.random_windows:
+    if args.has_random_windows:
         long = int((samples.start > samples.history_begin).sum())
         return replace(samples, report=samples.report | {"truncated": 0, "in random windows": long})
-    if args.window_stride is None:
+    if not isinstance(args.window_stride, int):
         return samples
     usable = _Runs(samples.user, samples.history_begin, samples.stop)
     windows = _windows(usable, usable.begin + unlabelled, args, args.window_stride, is_training=True)

@@ -50,7 +50,7 @@ def test_numbers_and_vectors_reach_the_store(tmp_path: Path) -> None:
         store.cardinality("watched")
 
 
-@pytest.mark.parametrize("windows", [{}, {"window_stride": 2}, {"random_windows": True}])
+@pytest.mark.parametrize("windows", [{}, {"window_stride": 2}, {"window_stride": "random"}])
 @pytest.mark.parametrize("task", ["retrieval", "ranking"])
 def test_statistics_are_those_of_what_is_trained_on(tmp_path: Path, task: Task, windows: dict[str, Any]) -> None:
     watched = [[1.0, 2, NAN, 4, 50, 60], [7.0, 8], [9.0, 10, 11, 120, 130]]

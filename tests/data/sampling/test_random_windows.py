@@ -17,7 +17,7 @@ from hstu.data.store.reader import StoreReader
 from tests.data.toy_store import ToyStore
 
 LENGTH = 8
-ARGS = DatasetArgs(dataset_name="toy", max_sequence_length=LENGTH, random_windows=True, valid_items=0)
+ARGS = DatasetArgs(dataset_name="toy", max_sequence_length=LENGTH, window_stride="random", valid_items=0)
 SIZES = (5, 8, 30, 41)
 STORE = ToyStore([list(range(size)) for size in SIZES], actions=[[1] * size for size in SIZES])
 
@@ -59,7 +59,7 @@ def batches(world_size: int = 1, workers: int = 0, **options: object) -> list[li
     args, samples = replace(ARGS, **options), samples_of(**options)  # type: ignore[arg-type]
     task = "ranking" if args.max_num_candidates else "retrieval"
     roles = FeatureRoles("item", "action", ())
-    reader = StoreReader(STORE, samples, roles, window_seed=1 if args.random_windows else None)
+    reader = StoreReader(STORE, samples, roles, window_seed=1 if args.has_random_windows else None)
     merged: list[list[list[int]]] = [[] for _ in range(4 * (len(samples) // 2))]
     for rank in range(world_size):
         collator = Collator(reader, Assembler(2 // world_size, task, roles, 50, 1))  # type: ignore[arg-type]

@@ -24,13 +24,6 @@ def dataset_is_built_in_or_described(run: RunConfig) -> Iterator[Problem]:
         yield run.problem(dataset, "dataset_name", text)
 
 
-def own_data_has_tables_by_hand(run: RunConfig) -> Iterator[Problem]:
-    dataset = run.dataset
-    if isinstance(dataset, DatasetArgs) and dataset.dynamic_tables and resolve_name(dataset.dataset_name) is None:
-        text = "is for built-in datasets; for your own data, bind DynamicEmbeddingArgs in place of EmbeddingArgs"
-        yield run.problem(dataset, "dynamic_tables", text)
-
-
 def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
     dataset = run.dataset
     if not isinstance(dataset, DatasetArgs) or resolve_name(dataset.dataset_name) is not None or not run.embeddings:
@@ -51,4 +44,4 @@ def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
                 yield run.problem(dataset, parameter, text + guess)
 
 
-DATA_RULES = (dataset_is_built_in_or_described, own_data_has_tables_by_hand, features_of_own_data_have_tables)
+DATA_RULES = (dataset_is_built_in_or_described, features_of_own_data_have_tables)

@@ -15,7 +15,7 @@ from hstu.data.store.sequence_store import SequenceStore
 
 def predefined_tables(args: DatasetArgs, store: SequenceStore, network: NetworkArgs) -> tuple[EmbeddingArgs, ...]:
     """Tables that gin files may omit: all tables of a built-in dataset; for other data, tables of time features."""
-    tables = predefined_embeddings(store, network, dynamic=args.dynamic_tables)
+    tables = predefined_embeddings(store, network)
     if resolve_name(args.dataset_name) is None:
         return tuple(table for table in tables if table.table_name in store.time_features)
     return tables

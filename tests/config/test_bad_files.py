@@ -122,8 +122,6 @@ VALUES = [
     bad("sharding not given", "own", "-item/EmbeddingArgs.sharding_type",
         'item/EmbeddingArgs.feature_names = ["item"]' + HERE,
         told=("item/EmbeddingArgs.sharding_type must be given", "'data_parallel', 'model_parallel'", "deliberately")),
-    bad("predefined tables of own data", "own", "DatasetArgs.dynamic_tables = True" + HERE,
-        told=("is for built-in datasets; for your own data, bind DynamicEmbeddingArgs",)),
     bad("scale of zero", "ranking", "PrecisionArgs.loss_scale = 0" + HERE, 'NetworkArgs.dtype_str = "float16"',
         told=("expected None or float, above 0, at most 1000000000.0, or 'dynamic'",)),
     bad("unknown metric", "ranking", 'RankingArgs.eval_metrics = ("AUC", "ACCURACY")' + HERE,

@@ -66,6 +66,7 @@ ACCEPTED: Mapping[str, str] = {
 REMOVED: Mapping[str, str] = {
     "RetrievalArgs.request_time": 'remove it for "target", or bind DatasetArgs.query_time = "last_event"',
     "RetrievalArgs.popularity_exponent": "popularity draws with the power 0.75, mixed draws uniformly: remove it",
+    "DatasetArgs.dynamic_tables": "bind DynamicEmbeddingArgs for the features whose tables are to be dynamic",
     "DatasetArgs.random_windows": 'for True bind DatasetArgs.window_stride = "random"',
     "RankingTaskArgs.positive_from": 'bind positive_values = [">= 4"] for 4',
     "RankingTaskArgs.bit_mask": 'bind positive_values = ["& 4"] for 4',

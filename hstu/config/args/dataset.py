@@ -29,9 +29,6 @@ class DatasetArgs(Args):
     which counts the history without candidates: max_sequence_length = max_history_seqlen + max_num_candidates."""
     dataset_path: Optional[str] = option(None, changes="tensors")
     """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
-    dynamic_tables: bool = option(False, changes="tensors")
-    """Built-in datasets: make the predefined tables of items and users dynamic (DynamicEmbeddingArgs), with a row for
-    every id."""
     candidates: str = option("tail", changes="training", choices=("tail", "requests"), needs=SCORES_CANDIDATES)
     """Ranking: what is scored without attending to each other. tail: the newest items of a user, max_num_candidates of
     them. requests: what was shown to a user in each request of data preprocessed with --requests, after the newest

@@ -181,12 +181,10 @@ _REPLICATED_TABLE_BYTES = 4 << 20
 """Larger predefined tables (float32) are sharded: replicas cost an all-reduce of the whole table per step."""
 
 
-def predefined_embeddings(
-    store: SequenceStore, network: NetworkArgs, *, dynamic: bool = False
-) -> tuple[EmbeddingArgs, ...]:
+def predefined_embeddings(store: SequenceStore, network: NetworkArgs) -> tuple[EmbeddingArgs, ...]:
     """One table per feature of the store that is looked up, named after the feature, with a row per code. The tables of
-    items and users, and tables above 4 MiB, are model_parallel; smaller tables are data_parallel. ``dynamic`` makes the
-    tables of items and users dynamic; tables of raw ids always are."""
+    items and users, and tables above 4 MiB, are model_parallel; smaller tables are data_parallel. Tables
+    of raw ids are dynamic."""
     tables: list[EmbeddingArgs] = []
     widths = {"context": network.contextual_width, "item": network.item_width, "action": network.item_width}
     for name, feature in (store.features | store.time_features).items():
@@ -196,7 +194,7 @@ def predefined_embeddings(
         is_main = feature.role == "item" or name == USER_FEATURE
         is_large = feature.cardinality * width * 4 > _REPLICATED_TABLE_BYTES
         names = {"feature_names": [name], "table_name": name, "item_vocab_size_or_capacity": feature.cardinality}
-        if feature.raw or (is_main and dynamic):
+        if feature.raw:
             tables.append(DynamicEmbeddingArgs(**names))
         else:
             sharding_type = "model_parallel" if is_main or is_large else "data_parallel"

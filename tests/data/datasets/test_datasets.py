@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs
+from hstu.config.args import NetworkArgs
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.features.roles import predefined_embeddings
 from hstu.data.store.sequence_store import SequenceStore
@@ -62,17 +62,6 @@ def test_every_looked_up_feature_has_one_table_of_its_size(ml_100k_store: Sequen
         "time_gap": (41, "data_parallel"),
     }
     assert all(table.feature_names == [name] for name, table in tables.items())
-
-
-def test_the_tables_of_items_and_users_are_dynamic_if_asked_for(ml_100k_store: SequenceStore) -> None:
-    network = NetworkArgs(num_layers=1, hidden_size=64, num_attention_heads=1, kv_channels=64)
-    static, tables = (predefined_embeddings(ml_100k_store, network, dynamic=dynamic) for dynamic in (False, True))
-    dynamic = {table.table_name for table in tables if isinstance(table, DynamicEmbeddingArgs)}
-    assert dynamic == {"user_id", "movie_id"}
-    sizes = [
-        [(t.table_name, t.item_vocab_size_or_capacity, t.sharding_type) for t in given] for given in (static, tables)
-    ]
-    assert sizes[0] == sizes[1]
 
 
 def test_a_context_table_is_sharded_once_replicas_would_be_large(ml_100k_store: SequenceStore) -> None:

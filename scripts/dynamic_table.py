@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from hstu.base.errors import EXIT_DONE
 from hstu.checkpoint.export import export_table
 from hstu.checkpoint.find import locate
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 
 

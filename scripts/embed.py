@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from hstu.base.errors import EXIT_DONE
 from hstu.base.files import written_aside
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.collectives import on_all_ranks

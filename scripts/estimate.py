@@ -29,10 +29,10 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu.base.errors import EXIT_DONE, ConfigError
+from hstu.config.cli import tool
 from hstu.config.gin_io import read_and_check
 from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig, Task
-from hstu.config.tool import tool
 from hstu.data.rules import DATA_RULES
 from hstu.observe.environment import check_packages
 

@@ -25,7 +25,7 @@ from tabulate import tabulate
 
 from hstu.base.errors import EXIT_DONE
 from hstu.base.files import replace_text
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import add_model_arguments, check_new, load_model, require_model
 from hstu.serve.loaded import LoadedModel

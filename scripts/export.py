@@ -28,7 +28,7 @@ from hstu.base.errors import EXIT_DONE
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import read_metadata
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import note
 from hstu.serve.export import TABLE_DTYPES, TOLERANCE, for_export, write_serving

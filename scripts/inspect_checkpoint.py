@@ -23,7 +23,7 @@ from hstu.base.errors import EXIT_DONE
 from hstu.checkpoint.directory import check_files
 from hstu.checkpoint.export import describe
 from hstu.checkpoint.find import locate
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 
 

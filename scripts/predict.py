@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from hstu.base.errors import EXIT_DONE, ConfigError, DataError
 from hstu.base.files import replace_text, written_aside
 from hstu.checkpoint.directory import MANIFEST
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.collectives import gather_objects, on_all_ranks
 from hstu.serve.command import (

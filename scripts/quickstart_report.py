@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hstu import api
 from hstu.base.errors import EXIT_DONE, ConfigError, DataError
 from hstu.config.args import DatasetArgs, RetrievalArgs
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.store.sequence_store import SequenceStore

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from hstu import api
 from hstu.base.errors import EXIT_DONE, DataError
 from hstu.base.files import replace_text
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import (

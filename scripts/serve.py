@@ -22,7 +22,7 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu.base.errors import EXIT_DONE, ConfigError
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.observe.environment import let_idle_threads_sleep, missing_packages
 
 

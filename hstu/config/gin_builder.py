@@ -23,7 +23,6 @@ from hstu.config.args import (
     Task,
 )
 from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan
-from hstu.config.incomplete import incomplete
 from hstu.config.option import (
     converted,
     default_of,
@@ -34,7 +33,7 @@ from hstu.config.option import (
     referred_class,
     with_origins,
 )
-from hstu.config.problems import Location, Origin, Problem, did_you_mean, nearest, show
+from hstu.config.problems import Location, Origin, Problem, did_you_mean, incomplete, nearest, show
 from hstu.config.run_config import RunDraft
 
 Owner = tuple[str, type[Args]]

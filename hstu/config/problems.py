@@ -1,11 +1,14 @@
-"""Mistakes in a configuration: their location, the text in the file, and the probable correction."""
+"""Mistakes in a configuration: location, text and correction; rules on objects without the wrong values."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, order=True)
@@ -93,3 +96,42 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """The text "; did you mean 'x'?", or an empty string if no candidate is similar."""
     guess = nearest(name, candidates)
     return f"; did you mean {guess!r}?" if guess else ""
+
+
+# --- objects that lack the wrong values of a gin file ----------------------------------------------------------------
+
+
+class Unknown(AttributeError):
+    """Raised on reading a value that is wrong in the gin files."""
+
+
+class _Incomplete:
+    """Mixin for dataclass objects with missing fields."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in type(self).__dataclass_fields__ and name not in object.__getattribute__(self, "__dict__"):  # type: ignore[attr-defined]
+            raise Unknown(name)
+        return object.__getattribute__(self, name)
+
+    __repr__, __eq__, __hash__ = object.__repr__, object.__eq__, object.__hash__
+
+
+@functools.cache
+def _incomplete_class(cls: type) -> type:
+    return type(cls.__name__, (_Incomplete, cls), {})
+
+
+def incomplete(cls: type[T], known: Mapping[str, Any]) -> T:
+    """An instance of a dataclass with only the ``known`` fields. Reading another field raises Unknown."""
+    made: T = object.__new__(_incomplete_class(cls))  # type: ignore[arg-type]
+    made.__dict__.update(known)
+    return made
+
+
+def apply(rules: Iterable[Callable[..., Iterator[Problem]]], *arguments: Any) -> Iterator[Problem]:
+    """The problems that the rules find in ``arguments``. A rule ends at the first missing value that it reads."""
+    for rule in rules:
+        try:
+            yield from rule(*arguments)
+        except Unknown:
+            continue

@@ -27,8 +27,7 @@ from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
 from hstu.config.args import Args, DatasetArgs, RankingArgs
-from hstu.config.incomplete import Unknown, apply
-from hstu.config.problems import Problem, did_you_mean
+from hstu.config.problems import Problem, Unknown, apply, did_you_mean
 from hstu.config.rules.ranking_tasks import tasks_of
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunDraft

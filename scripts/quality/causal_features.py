@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.base.errors import EXIT_DONE
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges, run_starts
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hstu.base.errors import EXIT_DONE
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import Evaluation, evaluate_split

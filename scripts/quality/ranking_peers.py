@@ -27,7 +27,7 @@ import numpy as np
 
 from hstu.base.errors import EXIT_DONE, ConfigError
 from hstu.config.args import DatasetArgs
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore

@@ -30,7 +30,7 @@ from scipy import sparse
 
 from hstu.base.errors import EXIT_DONE, ConfigError, DataError
 from hstu.config.args import DatasetArgs
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.sequence_store import SequenceStore

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hstu.base.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, DataError, UserError
 from hstu.base.processes import end_with_parent
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from scripts.quality.report import write_report
 from scripts.quality.runs import ROOT, Places, Run, data_facts
 from scripts.quality.tables import TABLES, Table, find

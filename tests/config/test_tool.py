@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from hstu.base.errors import DataError
-from hstu.config.tool import tool
+from hstu.config.cli import tool
 from tests.conftest import REPOSITORY
 
 

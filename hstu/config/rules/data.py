@@ -14,8 +14,7 @@ from hstu.config.args import (
     FeatureArgs,
     RandomDistribution,
 )
-from hstu.config.incomplete import apply
-from hstu.config.problems import Problem, did_you_mean
+from hstu.config.problems import Problem, apply, did_you_mean
 from hstu.config.run_config import RunConfig
 
 # --- tables of the gin files ----------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 from hstu.config.args import DatasetArgs, RankingArgs, RankingTaskArgs
 from hstu.config.args.task import LOSSES, METRICS_OF_KIND, fits_kind
-from hstu.config.incomplete import apply
-from hstu.config.problems import Problem, literal
+from hstu.config.problems import Problem, apply, literal
 from hstu.config.run_config import RunConfig
 
 

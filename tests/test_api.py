@@ -45,9 +45,9 @@ def ranking(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathF
 def test_histories_have_the_ids_and_values_of_the_raw_data(store: SequenceStore) -> None:  # noqa: F811
     found = list(api.histories(store))
     assert [history.user for history in found] == list(range(100, 120))
-    assert [history.items.tolist() for history in found] == [[1000 + item for item in row] for row in walks()["items"]]
-    assert found[4].actions is not None and found[4].actions.tolist() == walks()["actions"][4]
-    assert found[4].timestamps is not None and found[4].timestamps[:2].tolist() == [1_000_000, 1_000_060]
+    assert [list(history.items) for history in found] == [[1000 + item for item in row] for row in walks()["items"]]
+    assert found[4].actions is not None and list(found[4].actions) == walks()["actions"][4]
+    assert found[4].timestamps is not None and list(found[4].timestamps[:2]) == [1_000_000, 1_000_060]
     assert found[4].context == {"town": 1}
     (again,) = api.histories(api.open_store(store.path), rows=[4])
     assert again.user == 104
@@ -101,13 +101,12 @@ def test_asked_at_the_time_of_the_held_out_event_a_model_gives_what_is_evaluated
     row = int(np.argmin(batch.item_lengths[: batch.real_batch_size]))
     (whole,) = api.histories(store, [int(batch.user_ids[row])])
     assert whole.timestamps is not None and whole.actions is not None
-    times = np.asarray(whole.timestamps)
-    history = replace(whole, items=whole.items[:-1], actions=whole.actions[:-1], timestamps=times[:-1])
+    history = replace(whole, items=whole.items[:-1], actions=whole.actions[:-1], timestamps=list(whole.timestamps[:-1]))
     expected = model.forward(batch).queries
     assert expected is not None
     scores = [
         dict(zip(entry.items, entry.scores, strict=True))
-        for at in (int(times[-1]), None, int(times[-2]))
+        for at in (whole.timestamps[-1], None, whole.timestamps[-2])
         for (entry,), _ in [model.recommend_for([history], top=1000, at=at)]
     ]
     items = model.item_embeddings() @ expected[row]
@@ -115,7 +114,7 @@ def test_asked_at_the_time_of_the_held_out_event_a_model_gives_what_is_evaluated
         assert score == pytest.approx(float(items[item - 1000]), abs=1e-5)
     assert scores[1] == scores[2] != scores[0]
     user = int(whole.user)
-    vectors = [model.user_embeddings([user], at=at) for at in (None, int(times[-1]), 10**9)]
+    vectors = [model.user_embeddings([user], at=at) for at in (None, whole.timestamps[-1], 10**9)]
     assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[0], vectors[2])
     with pytest.raises(DataError, match="1970-01-12 13:46:39 UTC, and a history has an event at"):
         model.recommend([user], at=999_999)

@@ -4,7 +4,7 @@ import tempfile
 import typing
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -96,7 +96,7 @@ RANKING = instances(
 
 @st.composite
 def run_configs(draw: st.DrawFn) -> RunConfig:
-    task = draw(st.sampled_from(["ranking", "retrieval"]))
+    task: a.Task = draw(st.sampled_from(get_args(a.Task)))
     dataset = draw(instances(a.DatasetArgs) | BENCHMARKS)
     return RunConfig(
         task=task,

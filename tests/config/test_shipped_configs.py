@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hstu.config.args import Task
 from hstu.config.gin_io import load
 from hstu.config.rules import validate
 from tests.config.gin_files import ALL_RULES, write
@@ -35,7 +36,7 @@ def test_there_are_documented_files_to_check() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shipped_config_is_valid(path: Path) -> None:
-    task = "retrieval" if "retrieval" in path.name else "ranking"
+    task: Task = "retrieval" if "retrieval" in path.name else "ranking"
     config = load([str(path)], [], task)
     parallel = config.tensor_parallel.tensor_model_parallel_size
     assert validate(config, world_size=parallel, rules=ALL_RULES) == []

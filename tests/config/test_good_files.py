@@ -233,10 +233,10 @@ def test_what_does_no_harm_is_warned_of(base: str, lines: list[str], warned: str
 
 
 def test_options_without_effect_have_their_defaults(tmp_path: Path) -> None:
-    lines = ["PrecisionArgs.fp32_master_grads = False", "LRScheduleArgs.decay_iters = 8"]
+    half = ["NetworkArgs.dtype_str = 'float32'", "PrecisionArgs.fp32_master_grads = False"]
     readers = ["TrainerArgs.data_workers = 2", "TrainerArgs.data_prefetch = 5"]
     lengths = ["seq/FeatureArgs.is_jagged = False", "seq/FeatureArgs.seqlen_dist = @RandomDistribution()"]
-    file = write(tmp_path, changed(BENCHMARK, *lines, *readers, *lengths))
+    file = write(tmp_path, changed(BENCHMARK, "LRScheduleArgs.decay_iters = 8", *half, *readers, *lengths))
     config, warnings = read_and_check([file], [], "ranking", world_size=1, rules=ALL_RULES)
     assert len(warnings) == 4
     assert config.precision.fp32_master_grads and config.schedule.decay_iters is None

@@ -36,14 +36,16 @@ def numbers(kind: type, field: Any) -> st.SearchStrategy[Any]:
 
 def values_of(cls: type, field: Any) -> st.SearchStrategy[Any]:
     """Valid values of a field that does not hold other argument objects."""
+    annotation = annotation_of(cls, field)
     if field.metadata["choices"] is not None:
         return st.sampled_from(field.metadata["choices"])
     if field.name == "eval_metrics":
         metrics = ["AUC", "GAUC", "AUC>=3"] if cls is a.RankingArgs else ["HR@5", "NDCG@100", "MRR"]
         return st.lists(st.sampled_from(metrics), min_size=1).map(tuple)
     if field.metadata["words"]:
-        return st.none() | st.sampled_from(field.metadata["words"]) | st.floats(0, 1e6, exclude_min=True)
-    annotation = annotation_of(cls, field)
+        kind = int if int in typing.get_args(annotation) else float
+        words = st.none() | st.sampled_from(field.metadata["words"]) | numbers(kind, field)
+        return words.filter(lambda value: not field_problems(cls, field, value))
     optional = [inner for inner in typing.get_args(annotation) if inner in SIMPLE]
     optional = optional or [inner for inner in typing.get_args(annotation) if inner in (int, float)]
     simple = annotation if annotation in (*SIMPLE, int, float) else optional[0]

@@ -137,7 +137,6 @@ def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
         rows = look_up(model, batch, mesh)
         (whole,) = batch.parts
         output = model.dense(rows, whole)
-    # Those that are gathered now.
     not_counted |= {local_part(p.detach()).untyped_storage().data_ptr() for p in model.parameters()}
     output.loss_sum.backward()  # the ranks' collectives of backward
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in not_counted)

@@ -64,15 +64,9 @@ def test_many_hosts_cost_messages() -> None:
 
 
 def test_ranks_of_a_group_on_a_host() -> None:
-    config = run_config(tp=2, cp=2)
-    workload = plan_workload(config, 32, 8, "cuda")
-    for group, ranks, on_host in (
-        ("world", 32, 8),
-        ("tensor", 2, 2),
-        ("context", 2, 2),
-        ("data", 16, 4),
-        ("data", 8, 2),
-    ):
+    workload = plan_workload(run_config(tp=2, cp=2), 32, 8, "cuda")
+    known = [("world", 32, 8), ("tensor", 2, 2), ("context", 2, 2), ("samples", 4, 4), ("data", 16, 4), ("data", 8, 2)]
+    for group, ranks, on_host in known:
         assert workload.ranks_on_host(group, ranks) == on_host
     assert dataclasses.replace(workload, ranks_per_host=1).ranks_on_host("data", 16) == 1
 
@@ -150,17 +144,13 @@ def test_numbers_of_a_machine_are_checked() -> None:
 def test_a_table_in_two_memories_is_cut_as_one_that_lies_in_one() -> None:
     workload = plan_workload(run_config(), 4, 4, "cuda")
     item = next(spec for spec in workload.specs if spec.name == "item")
+    table = DynamicEmbeddingArgs(feature_names=["item"], table_name="item", item_vocab_size_or_capacity=3001)
     for budget in (None, 100.0):
-        dynamic = DynamicEmbeddingArgs(
-            feature_names=["item"],
-            table_name="item",
-            item_vocab_size_or_capacity=3001,
-            item_vocab_gpu_capacity=budget,
-        )
+        dynamic = dataclasses.replace(table, item_vocab_gpu_capacity=budget)
         of_item = dataclasses.replace(item, dynamic=dynamic, rows=4 * 752)
         specs = tuple(of_item if spec is item else spec for spec in workload.specs)
         changed = dataclasses.replace(workload)
         vars(changed)["specs"] = specs
-        plan = {table.spec.name: table for table in plan_tables(changed)}
+        plan = {shards.spec.name: shards for shards in plan_tables(changed)}
         assert plan.keys() == {"item", "user"}
         assert plan["item"].shards == tuple((rank, 752, 32) for rank in range(4))

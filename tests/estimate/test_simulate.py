@@ -21,7 +21,7 @@ from hstu.estimate.workload import plan_workload
 from tests.estimate.runs import run_config
 
 H100 = gpu("h100", torch.bfloat16)
-EQUAL = ["items/FeatureArgs.is_jagged = False"]
+EQUAL = "items/FeatureArgs.is_jagged = False"
 
 
 @cache
@@ -30,8 +30,8 @@ def simulated(ranks: int, *bindings: str, tp: int = 1) -> Cluster:
 
 
 def test_with_equal_lengths_nobody_waits_and_a_step_is_that_of_the_estimate() -> None:
-    found = simulated(16, *EQUAL, tp=2)
-    expected = estimate(plan_workload(run_config(tp=2, bindings=EQUAL), 16, 8, "cuda"), H100)
+    found = simulated(16, EQUAL, tp=2)
+    expected = estimate(plan_workload(run_config(tp=2, bindings=[EQUAL]), 16, 8, "cuda"), H100)
     assert found.parts_s[WAITING] == pytest.approx(0, abs=1e-12)
     assert found.step_s == pytest.approx(expected.step_s, rel=1e-6)
     assert found.parts_s[COMPUTING] == pytest.approx(expected.step["computing"], rel=1e-6)

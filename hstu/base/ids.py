@@ -9,5 +9,5 @@ def codes_of(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Index of each id in ``known`` (ascending, distinct), else -1; int64 [n]. Both hold integers or str objects."""
     if not len(known):
         return np.full(len(ids), -1, dtype=np.int64)
-    places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
-    return np.where(known[places] == ids, places, -1).astype(np.int64, copy=False)
+    indices = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    return np.where(known[indices] == ids, indices, -1).astype(np.int64, copy=False)

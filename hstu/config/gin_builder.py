@@ -65,9 +65,9 @@ class ConfigBuilder:
         """The run that the files describe, without wrong values."""
         known: dict[str, Any] = {"task": self.task, "source_files": self.files, "world_size": world_size}
         dataset = self._dataset_class()
-        for cls, place in REGISTRY.items():
-            if place not in ("", *SEVERAL, "dataset", "task_args") or cls in (dataset, TASK_ARGS[self.task]):
-                known[place] = self._object(("", cls))
+        for cls, field_name in REGISTRY.items():
+            if field_name not in ("", *SEVERAL, "dataset", "task_args") or cls in (dataset, TASK_ARGS[self.task]):
+                known[field_name] = self._object(("", cls))
         if dataset is BenchmarkDatasetArgs:
             if (tables := getattr(known["dataset"], "embedding_args", None)) is not None:
                 known["embeddings"] = tuple(tables)
@@ -82,7 +82,7 @@ class ConfigBuilder:
 
     def _dataset_class(self) -> type[Args] | None:
         """The dataset class that the files bind. Reports a problem if they bind none or both."""
-        kinds = [cls for cls, place in REGISTRY.items() if place == "dataset"]
+        kinds = [cls for cls, field_name in REGISTRY.items() if field_name == "dataset"]
         found = {cls: bound for cls in kinds if (bound := self._by_owner.get(("", cls)))}
         if len(found) > 1:
             at = max(next(iter(bound.values())).at for bound in found.values())
@@ -308,10 +308,10 @@ class ConfigBuilder:
     def _reason_unused(self, owner: Owner, referred: set[Owner]) -> str | None:
         """Why no object uses the bindings of ``owner``; None if a reported problem already explains it."""
         scope, cls = owner
-        place = REGISTRY[cls]
-        if place == "task_args" and cls is not TASK_ARGS[self.task]:
+        field_name = REGISTRY[cls]
+        if field_name == "task_args" and cls is not TASK_ARGS[self.task]:
             return f"this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}; remove it"
-        if place not in ("", *SEVERAL):
+        if field_name not in ("", *SEVERAL):
             return f"{cls.__name__} is read without a scope; drop {scope}/" if scope else None
         if not self.complete:  # an unreadable file may refer to it
             return None

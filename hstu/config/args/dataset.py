@@ -25,7 +25,7 @@ class DatasetArgs(Args):
     max_sequence_length: int = option(
         changes="tensors", minimum=1, aliases={"max_history_seqlen": "max_num_candidates"}
     )
-    """Number of newest items kept of a user, candidates included. Gin files may give max_history_seqlen in its place,
+    """Number of newest items kept of a user, candidates included. Gin files may give max_history_seqlen instead,
     which counts the history without candidates: max_sequence_length = max_history_seqlen + max_num_candidates."""
     dataset_path: Optional[str] = option(None, changes="tensors")
     """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
@@ -111,7 +111,7 @@ class DatasetArgs(Args):
 class NumericFeatureArgs(Args):
     """How a model reads numbers (a price, the time watched) and vectors of DatasetArgs.side_feature_names.
 
-    A number without NumericFeatureArgs is standardized. The statistics are those of the training data; for numbers of
+    A number without NumericFeatureArgs is standardized. The statistics are of the training data; for numbers of
     items, of all items. They are part of the model and of its checkpoints. A missing value is 0 after the transform,
     and a second input says that it is missing.
     """
@@ -139,7 +139,7 @@ class RandomDistribution(Args):
     """Largest value plus one. None: the limit of the feature, which is the rows of its table or its longest
     sequence."""
     mean: Optional[float] = option(None, changes="training", needs=having("dist_type", "normal", "lognormal"))
-    """Mean of a normal or lognormal distribution, for lognormal that of the value itself. None: the middle of the
+    """Mean of a normal or lognormal distribution, for lognormal of the value itself. None: the middle of the
     range."""
     std: Optional[float] = option(None, changes="training", above=0, needs=having("dist_type", "normal", "lognormal"))
     """Standard deviation of a normal distribution (None: a quarter of the range), or of the logarithm of a lognormal

@@ -17,11 +17,11 @@ class PartOptimizerArgs(Args):
     """Optimizer, learning rate or weight decay of a part of the dense weights, for OptimizerArgs.part_optimizers."""
 
     regex: str = option(changes="tensors", not_empty=True)
-    """Python regular expression that is searched anywhere in the name of a dense weight. The names are those of a
-    checkpoint without "model.", such as task.encoder.stack.layers.0.uvqk.weight. For tables, use
+    """Python regular expression that is searched anywhere in the name of a dense weight. The names are as in a
+    checkpoint, without "model.", such as task.encoder.stack.layers.0.uvqk.weight. For tables, use
     EmbeddingArgs.optimizer_str."""
     optimizer_str: Optional[str] = option(None, changes="tensors", choices=DENSE_OPTIMIZERS)
-    """Optimizer. None: OptimizerArgs.optimizer_str. Betas, epsilon and momentum are those of OptimizerArgs."""
+    """Optimizer. None: OptimizerArgs.optimizer_str. OptimizerArgs also has its betas, epsilon and momentum."""
     learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate. None: OptimizerArgs.learning_rate."""
     weight_decay: Optional[float] = option(None, changes="training", minimum=0)
@@ -51,7 +51,7 @@ class OptimizerArgs(Args):
     sparse_learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate of the model_parallel tables that set no learning_rate. None: learning_rate."""
     sparse_max_gradient: Optional[float] = option(None, changes="training", above=0)
-    """Limit of each element of the gradient of a table row. The gradient is that of the mean loss over the global
+    """Limit of each element of the gradient of a table row. It is the gradient of the mean loss over the global
     batch, summed over all look-ups of the row; it is clamped to [-limit, limit] before the optimizer of the table, and
     for data_parallel tables after TrainerArgs.max_grad_norm. None: no limit."""
     part_optimizers: list[PartOptimizerArgs] = option([], changes="tensors")

@@ -69,7 +69,7 @@ class RankingTaskArgs(Args):
     """class: number of classes. Labels are 0 to num_classes - 1; or 1 to num_classes, if num_classes occurs
     and 0 does not. Labels may be texts, which are numbered in alphabetical order."""
     scale: float = option(1.0, changes="model", above=0, maximum=1e12, needs=having("kind", "regression", strict=True))
-    """regression: the loss is that of label / scale; predictions and metrics are in units of the label. Choose about
+    """regression: the loss compares with label / scale; predictions and metrics are in units of the label. Choose about
     the usual size of a label. huber is linear beyond an error of scale."""
     metrics: Optional[tuple[str, ...]] = option(
         None,
@@ -79,7 +79,7 @@ class RankingTaskArgs(Args):
         not_empty=True,
         capitals=True,
     )
-    """Metrics, reported as "AUC/click". NDCG is that of the candidates of a request. None: AUC of binary, ACC of class,
+    """Metrics, reported as "AUC/click". NDCG ranks the candidates of a request. None: AUC of binary, ACC of class,
     RMSE of regression."""
 
     @property
@@ -206,14 +206,14 @@ class RetrievalArgs(Args):
         needs=not_having("negatives", "full", why="the whole corpus is not a sample of it"),
     )
     """Subtract log Q from the logit of each negative, where Q is how often the item is expected among the negatives:
-    the sampled softmax then estimates that of the whole corpus. The target is always there, so its logit stays (Bengio
-    and Senécal, 2003). On MovieLens popularity needs it, and the other kinds did not gain from it."""
+    the sampled softmax then estimates the softmax over the whole corpus. The target is always there, so its logit stays
+    (Bengio and Senécal, 2003). On MovieLens popularity needs it, and the other kinds did not gain from it."""
     mask_seen: bool = option(False, changes="training")
     """Training: no negatives of a position are items that the user has seen up to it, those before the sequence begins
     included, of whatever kind the negatives are; filter_seen excludes the same items from evaluation. A step needs 8
     bytes of memory for each sequence and each item of the pool of negatives."""
     item_tower: bool = option(False, changes="tensors", needs=replace(STORED_DATA, strict=True))
-    """Make the vector of an item from its id and its features, those of DatasetArgs.side_feature_names that belong to
+    """Make the vector of an item from its id and the features of DatasetArgs.side_feature_names that belong to
     items: the row of the id plus an MLP of the rows of the features. An item that is new, or was never trained on, gets
     its vector from its features alone. False: the vector is the row of the id."""
     filter_seen: bool = option(True, changes="reports")

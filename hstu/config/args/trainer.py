@@ -114,7 +114,7 @@ class TrainerArgs(Args):
         excludes={"tokens_per_rank": "micro-batches have equal counts of sequences"},
     )
     """Micro-batches per iteration, each of train_batch_size sequences per rank. The update, including tables and
-    negatives, equals that of one batch of the combined size; the memory for activations is that of a micro-batch.
+    negatives, equals that of one batch of the combined size; activations take the memory of one micro-batch.
     Table rows are looked up once for all micro-batches."""
     deterministic: bool = option(False, changes="speed")
     """Use only deterministic algorithms, so that a repeated run is bitwise equal. An operation that has no

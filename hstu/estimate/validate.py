@@ -28,8 +28,7 @@ from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
 from hstu.config.args import Args, DatasetArgs, RankingArgs
 from hstu.config.problems import Problem, Unknown, apply, did_you_mean
-from hstu.config.rules.ranking_tasks import tasks_of
-from hstu.config.rules.task import label_leak
+from hstu.config.rules.task import label_leak, tasks_of
 from hstu.config.run_config import RunDraft
 from hstu.data.features.roles import FeatureRoles, benchmark_roles, resolve_roles
 from hstu.data.store.sequence_store import SequenceStore

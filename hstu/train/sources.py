@@ -12,7 +12,7 @@ import numpy as np
 from hstu.base.errors import ConfigError
 from hstu.base.ids import codes_of
 from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs
-from hstu.config.rules.ranking_tasks import tasks_of
+from hstu.config.rules.task import tasks_of
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.batches.collate import Assembler, Collator, SkippedSamples

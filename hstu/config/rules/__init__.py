@@ -14,7 +14,7 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import Args
 from hstu.config.option import is_given, options_of
 from hstu.config.problems import Problem, apply, in_reading_order
-from hstu.config.rules import data, ranking_tasks, task, training
+from hstu.config.rules import data, task, training
 from hstu.config.run_config import RunConfig, RunDraft
 
 Rule = Callable[[RunDraft], Iterator[Problem]]
@@ -55,7 +55,7 @@ def _is_not_excluded(run: RunConfig, part: Args, field: Field[Any]) -> Iterator[
             yield run.problem(part, field.name, text)
 
 
-RULES: Sequence[Rule] = (given_options_combine, *training.RULES, *task.RULES, *ranking_tasks.RULES, *data.RULES)
+RULES: Sequence[Rule] = (given_options_combine, *training.RULES, *task.RULES, *data.RULES)
 
 
 def validate(config: RunConfig, world_size: int, rules: Iterable[Rule] = RULES) -> list[str]:

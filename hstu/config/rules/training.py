@@ -11,7 +11,7 @@ from hstu.config.args import Args, DatasetArgs, RankingArgs
 from hstu.config.args.task import LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.rules.data import length_of_items
-from hstu.config.rules.ranking_tasks import tasks_of
+from hstu.config.rules.task import tasks_of
 from hstu.config.run_config import RunConfig, RunDraft
 
 # --- run length, checkpoints and metrics ---------------------------------------------------------------------------

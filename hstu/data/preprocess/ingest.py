@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import duckdb
 
 from hstu.base.errors import DataError
-from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier
+from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, open_bytes
 from hstu.data.datasets.spec import LATEST_SECOND, ColumnDescription
 from hstu.data.preprocess.state import BadRows, Build, Connection, one, source_names, write_parquet
 from hstu.data.store.meta import sha256
@@ -61,21 +65,35 @@ def _read(build: Build, name: str, file: RawFile, select: str) -> None:
 
 def _ingest(build: Build, raw: RawFile, select: str, name: str, bad: BadRows) -> None:
     """Write ``select`` of the readable rows. Raises DataError for unreadable lines that ``bad`` may not skip."""
+    read, uniform = raw, replace(raw, path=build.file(name).with_suffix(".lines"))
     try:
-        write_parquet(build.engine, f"SELECT {select} FROM {raw.relation()}", build.file(name))
+        try:
+            write_parquet(build.engine, f"SELECT {select} FROM {raw.relation()}", build.file(name))
+        except duckdb.InvalidInputException as error:
+            if _MIXED_LINE_ENDS not in str(error):
+                raise
+            read = uniform
+            _copy_with_uniform_lines(raw.path, uniform.path)
+            write_parquet(build.engine, f"SELECT {select} FROM {uniform.relation()}", build.file(name))
         if raw.is_text:
-            _count_rejects(build.engine, raw, bad)
+            _count_rejects(build.engine, raw, read, bad)
     except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
         text = str(error)
-        if _MIXED_LINE_ENDS in text:
-            raise DataError(f"{raw.path}: some lines end in CR LF and some in LF; convert it with dos2unix") from error
         if raw.path.name not in text and not any(kind.upper() in text.upper() for kind in COMPRESSIONS.values()):
             raise
         raise DataError(f"cannot read {raw.path}: {text.splitlines()[0].partition(': ')[2]}") from error
+    finally:
+        uniform.path.unlink(missing_ok=True)
 
 
-def _count_rejects(engine: Connection, raw: RawFile, bad: BadRows) -> None:
-    """Add the lines that DuckDB rejected to ``bad``."""
+def _copy_with_uniform_lines(file: Path, target: Path) -> None:
+    """Copy a text file uncompressed, with LF line ends. Latin-1 keeps all other bytes."""
+    with open_bytes(file) as source, target.open("w", encoding="latin-1", newline="\n") as copy:
+        shutil.copyfileobj(io.TextIOWrapper(source, encoding="latin-1"), copy)
+
+
+def _count_rejects(engine: Connection, raw: RawFile, read: RawFile, bad: BadRows) -> None:
+    """Add the lines that DuckDB rejected to ``bad``. ``read``: ``raw``, or its copy with LF line ends."""
     first = ", ".join(f"arg_min({name}, line_byte_position)" for name in ("error_type", "error_message", "column_name"))
     hidden = f"max(error_type::VARCHAR IN ('{_UNQUOTED}', '{_TOO_LONG}'))"
     try:
@@ -88,7 +106,7 @@ def _count_rejects(engine: Connection, raw: RawFile, bad: BadRows) -> None:
     number, byte, kind, message, name, hides_lines = rejects
     if not number:
         return
-    location = f"{raw.path}:{raw.line_at(byte - 1)}"  # DuckDB counts from 1
+    location = f"{raw.path}:{read.line_at(byte - 1)}"  # DuckDB counts from 1
     detail = _explain(kind, message, name)
     if hides_lines:  # an unclosed quote also makes an unknown number of further lines unreadable
         raise DataError(

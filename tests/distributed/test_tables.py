@@ -183,16 +183,12 @@ def largest_difference(left: dict[str, Any], right: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_any_number_of_ranks_trains_the_same_tables_and_dense_weights(runs: Any, case: str) -> None:
+    for table, rows in runs[1][case]["tables"].items():
+        assert np.abs(np.array(rows) - np.array(runs[1][case]["initial"][table])).max() > 1e-3, "it is trained"
     np.testing.assert_allclose(runs[3][case]["losses"], runs[1][case]["losses"], rtol=1e-6)
     tolerance = 1e-6 if CASES[case]["optimizer"] == "sgd" else 5e-6  # Adagrad and Adam divide by small numbers
     assert largest_difference(runs[3][case]["tables"], runs[1][case]["tables"]) < tolerance
     assert largest_difference(runs[3][case]["dense"], runs[1][case]["dense"]) < tolerance
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_training_moves_every_table(runs: Any, case: str) -> None:
-    for table, rows in runs[1][case]["tables"].items():
-        assert np.abs(np.array(rows) - np.array(runs[1][case]["initial"][table])).max() > 1e-3
 
 
 def test_initial_rows_depend_on_neither_ranks_nor_sharding(runs: Any) -> None:

@@ -121,18 +121,15 @@ class GRModel(nn.Module):
             stride=1,
             length_per_key=lengths,
         )
-        rows: dict[str, Tensor] = {}
-        by_collection: dict[nn.Module, dict[str, int]] = {}
+        sharded = [spec for spec in self.specs if not spec.replicated]
+        needed = {spec.collection for spec in sharded if not ids.keys().isdisjoint(spec.features)}
+        kinds = zip(dict.fromkeys(spec.collection for spec in sharded), self.embedding, strict=True)
+        rows = _rows([collection(features) for kind, collection in kinds if kind in needed], self._dim_of_feature)
         for spec in self.specs:
-            for name in (name for name in spec.features if name in ids):
-                if spec.replicated:
-                    rows[name] = functional.embedding(ids[name], self.replicated_tables.weight(spec.name))
-                else:
-                    by_collection.setdefault(self._collection_of(spec), {})[name] = spec.dim
-        for collection, dims in by_collection.items():
-            looked_up = collection(features)
-            rows |= {name: looked_up[name].values()[:, :dim] for name, dim in dims.items()}
-        return rows
+            if spec.replicated:
+                weight = self.replicated_tables.weight(spec.name)
+                rows |= {name: functional.embedding(ids[name], weight) for name in spec.features if name in ids}
+        return {name: rows[name] for name in ids}
 
     @property
     def item_tower(self) -> ItemTower | None:
@@ -143,7 +140,3 @@ class GRModel(nn.Module):
     def replicated_tables(self) -> ReplicatedTables:
         """The data_parallel tables. Works also if ``dense`` is wrapped."""
         return next(module for module in self.dense.modules() if isinstance(module, ReplicatedTables))
-
-    def _collection_of(self, spec: TableSpec) -> nn.Module:
-        collections = list(dict.fromkeys(other.collection for other in self.specs if not other.replicated))
-        return self.embedding[collections.index(spec.collection)]

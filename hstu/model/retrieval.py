@@ -210,22 +210,17 @@ def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature:
     """The pool entries in each user's history up to each target (int64 [M], indices of the batch's item values)."""
     ordered = pool_ids.sort().values
     items = batch.features[item_feature]
-    sequences = _rows(items.lengths(), len(items.values()))
+    sequences = torch.repeat_interleave(items.lengths(), output_size=len(items.values()))
     places = torch.arange(len(sequences), device=ordered.device) - items.offsets()[:-1][sequences]
     size = len(pool_ids) + 1  # the last column is for items outside the pool
     first = torch.full((batch.batch_size, size), NEVER_SEEN, dtype=torch.int32, device=ordered.device)
     flat, columns = first.view(-1), first_indices(items.values(), ordered)
     flat.scatter_reduce_(0, sequences * size + columns, places.int(), "amin")
     if batch.seen is not None:
-        rows = _rows(batch.seen.lengths, len(batch.seen.values))
+        rows = torch.repeat_interleave(batch.seen.lengths, output_size=len(batch.seen.values))
         flat[rows * size + first_indices(batch.seen.values, ordered)] = _BEFORE_THE_SEQUENCE
     of_entries = first.index_select(1, torch.searchsorted(ordered, pool_ids))
     return SeenItems(of_entries, sequences[targets].int(), places[targets].int())
-
-
-def _rows(lengths: Tensor, total: int) -> Tensor:
-    """Row of each element, int64 [total], for rows of the given lengths, int64 [B]."""
-    return torch.repeat_interleave(lengths, output_size=total)
 
 
 def sorted_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:

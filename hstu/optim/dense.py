@@ -15,7 +15,7 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.problems import Cite, cite
 from hstu.model.embedding import ReplicatedTables
-from hstu.parallel.shards import ShardedView, WeightShares
+from hstu.parallel.shards import ShardedView, WeightShares, swap_values
 
 log = logging.getLogger(__name__)
 
@@ -133,17 +133,12 @@ class DenseOptimizer:
         shared = {} if self._shares is None else self._shares.own
         whole = {name: average for name, average in self._averages.items() if name not in shared}
         owned = {name: average for name, average in self._averages.items() if name in shared}
-        self._swap(whole)
+        swap_values(self.parameters, whole)
         try:
             with nullcontext() if self._shares is None else self._shares.lend(owned):
                 yield
         finally:
-            self._swap(whole)
-
-    def _swap(self, averages: Mapping[str, Tensor]) -> None:
-        for name, average in averages.items():
-            weight = self.parameters[name]
-            weight.data, average.data = average.data, weight.data
+            swap_values(self.parameters, whole)
 
     def state_tensors(self) -> dict[str, Tensor | ShardedView]:
         """The live state: ``<parameter>.<state>`` → tensor of the parameter's size, or a scalar."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hstu.parallel.shards import ShardedView, WeightShares
+from hstu.parallel.shards import ShardedView, WeightShares, swap_values
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, shape) of a box in a tensor."""
@@ -81,11 +81,11 @@ class FlatWeights(WeightShares):
     def lend(self, owned: Mapping[str, Tensor]) -> Iterator[None]:
         """See WeightShares. Needs memory for all weights, or none if ``owned`` is empty."""
         values = self._gathered(owned) if owned else {}
-        self._swap(values)
+        swap_values(self.weights, values)
         try:
             yield
         finally:
-            self._swap(values)
+            swap_values(self.weights, values)
 
     def view(self, name: str, owned: Tensor) -> ShardedView:
         """See WeightShares."""
@@ -99,11 +99,6 @@ class FlatWeights(WeightShares):
     def _own_part(self, name: str, gradient: Tensor) -> Tensor:
         elements = self._elements[name]
         return gradient.view(-1)[elements.start : elements.stop]
-
-    def _swap(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
-            weight = self.weights[name]
-            weight.data, value.data = value.data, weight.data
 
     def _gathered(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
         buffer = torch.empty_like(self._buffer)

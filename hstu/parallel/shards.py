@@ -107,6 +107,12 @@ class WeightShares(ABC):
         """Return the ``own`` elements of a local gradient."""
 
 
+def swap_values(weights: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]) -> None:
+    """Exchange the memory of weights and other tensors, by name."""
+    for name, other in others.items():
+        weights[name].data, other.data = other.data, weights[name].data
+
+
 def shard_dim(parameter: Tensor) -> int | None:
     """Return the dimension along which Megatron's attributes shard a parameter, or None if it is replicated."""
     if not getattr(parameter, "tensor_model_parallel", False):

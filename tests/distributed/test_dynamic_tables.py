@@ -140,19 +140,10 @@ def beside_static(mesh: Mesh, dist_type: str = "roundrobin", **options: Unpack[T
     for feature, size in SIZES.items():
         codes = np.arange(size)
         seen = {id_: code for code, id_ in zip(codes.tolist(), id_of(codes).tolist(), strict=True)}
-        expected = look_up(static, feature, torch.from_numpy(codes))
+        expected = static.rows_of({feature: torch.from_numpy(codes)})[feature]
         found = rows[f"{feature}_table"]
         same[feature] = [id_ in seen and row == expected[seen[id_]].tolist() for id_, row in found.items()]
     return {"losses": losses, "same": same}
-
-
-def look_up(model: GRModel, feature: str, ids: torch.Tensor) -> torch.Tensor:
-    """Rows of ids of one feature's table. Collective."""
-    spec = next(spec for spec in model.specs if feature in spec.features)
-    lengths = {key: np.array([len(ids) if key == feature else 0]) for key in FEATURES}
-    values = {key: ids.numpy() if key == feature else np.zeros(0, np.int64) for key in FEATURES}
-    rows: torch.Tensor = model._collection_of(spec)(keyed_jagged(values, lengths))[feature].values()
-    return rows[:, : spec.dim]
 
 
 def in_pipeline(mesh: Mesh, pipeline: str, optimizer: str, **item_table: Any) -> dict[str, Any]:

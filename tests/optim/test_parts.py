@@ -119,6 +119,7 @@ def reference(model: nn.Module, momentum: float, decay: float, steps: int) -> li
 
 
 def test_each_part_is_trained_by_its_formula_and_one_schedule_drives_all() -> None:
+    torch.manual_seed(0)  # Adam divides float32 noise by a gradient that is small for some weights
     model = Net()
     exact = copy.deepcopy(model).double()
     before = [weight.detach().clone() for weight in model.parameters()]

@@ -119,13 +119,12 @@ def reference(model: nn.Module, momentum: float, decay: float, steps: int) -> li
 
 
 def test_each_part_is_trained_by_its_formula_and_one_schedule_drives_all() -> None:
-    torch.manual_seed(0)  # Adam divides float32 noise by a gradient that is small for some weights
-    model = Net()
-    exact = copy.deepcopy(model).double()
+    model = Net().double()  # Adam divides the rounding of float32 by gradients that may be small
+    exact = copy.deepcopy(model)
     before = [weight.detach().clone() for weight in model.parameters()]
     train(model, build(model, args(*PARTS, momentum=0.8)), range(4))
     for ours, theirs, initial in zip(model.parameters(), reference(exact, 0.8, 0.01, 4), before, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
         assert (ours - initial).abs().max() > 1e-3
 
 

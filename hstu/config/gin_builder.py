@@ -14,6 +14,7 @@ from hstu.config.args import (
     CLASSES,
     REGISTRY,
     REMOVED,
+    REMOVED_DEFAULTS,
     SEVERAL,
     TASK_ARGS,
     Args,
@@ -44,7 +45,7 @@ class ConfigBuilder:
     """Builds argument objects from bindings and collects ``problems``."""
 
     def __init__(self, statements: Scan, files: Sequence[str], task: Task, *, is_stored: bool = False) -> None:
-        """``is_stored``: this program wrote the text, perhaps in an earlier version; removed options are ignored."""
+        """``is_stored``: this program wrote the text, perhaps in an earlier version; see REMOVED_DEFAULTS."""
         self.files, self.task, self.complete = tuple(files), task, statements.complete
         self.problems = [*statements.problems]
         self._statements = statements.bindings
@@ -144,9 +145,10 @@ class ConfigBuilder:
         if binding.parameter in ACCEPTED:
             self._fail(binding, ACCEPTED[binding.parameter], is_warning=True)
             return
-        if removed := REMOVED.get(f"{cls.__name__}.{binding.parameter}"):
-            if not self._is_stored:
-                self._fail(binding, f"was removed; {removed}")
+        full_name = f"{cls.__name__}.{binding.parameter}"
+        if full_name in REMOVED:
+            if not self._is_stored or REMOVED_DEFAULTS.get(full_name, binding.value) != binding.value:
+                self._fail(binding, f"was removed; {REMOVED[full_name]}")
             return
         names = {name: option.name for option in options_of(cls) for name in (option.name, *option.metadata["aliases"])}
         bound = self._by_owner.setdefault((binding.scope, cls), {})

@@ -6,9 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hstu.base.errors import DataError
 from hstu.config import args as a
 from hstu.config.gin_io import load, load_stored
 from hstu.config.option import annotation_of, field_problems, is_required
@@ -125,8 +127,16 @@ def test_operative_gin_loads_to_an_equal_config(config: RunConfig) -> None:
     assert again.operative_gin() == config.operative_gin()
 
 
-def test_a_stored_configuration_may_have_what_was_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["RetrievalArgs.request_time = 'last_event'", "DatasetArgs.dynamic_tables = False"])
+def test_a_stored_configuration_may_have_what_was_removed(tmp_path: Path, line: str) -> None:
     text = load([write(tmp_path, BASES["retrieval"])], [], "retrieval").operative_gin()
-    (tmp_path / "operative.gin").write_text(f"{text}\nRetrievalArgs.request_time = 'last_event'\n")
-    stored = load_stored(tmp_path / "operative.gin")
-    assert stored.operative_gin() == text
+    (tmp_path / "operative.gin").write_text(f"{text}\n{line}\n")
+    assert load_stored(tmp_path / "operative.gin").operative_gin() == text
+
+
+@pytest.mark.parametrize("line", ["DatasetArgs.dynamic_tables = True", "like/RankingTaskArgs.bit_mask = 4"])
+def test_a_removed_option_that_decided_labels_or_tables_is_not_ignored(tmp_path: Path, line: str) -> None:
+    text = load([write(tmp_path, BASES["ranking"])], [], "ranking").operative_gin()
+    (tmp_path / "operative.gin").write_text(f"{text}\n{line}\n")
+    with pytest.raises(DataError, match="was removed; bind"):
+        load_stored(tmp_path / "operative.gin")

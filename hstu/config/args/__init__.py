@@ -10,7 +10,7 @@ a class, add an entry there and, unless only other classes refer to it, a field 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from hstu.config.args.dataset import (
     BenchmarkDatasetArgs,
@@ -77,7 +77,16 @@ REMOVED: Mapping[str, str] = {
     "DataParallelArgs.reshard_after_forward": "weights are freed after forward: remove it",
     "DataParallelArgs.shard_group_size": "all ranks with equal dense weights share it: remove it",
 }
-"""``Class.parameter`` of earlier versions → what to do. In stored configurations it is ignored."""
+"""``Class.parameter`` of earlier versions → what to do."""
+
+REMOVED_DEFAULTS: Mapping[str, Any] = {
+    "DatasetArgs.dynamic_tables": False,
+    "RankingTaskArgs.positive_from": None,
+    "RankingTaskArgs.bit_mask": None,
+    "NetworkArgs.side_embedding_dim": 16,
+}
+"""Parameters of REMOVED that decided the labels or the tables → default. A stored configuration with another value is
+refused; all other parameters of REMOVED are ignored there."""
 
 TASK_ARGS: Mapping[Task, type[RankingArgs | RetrievalArgs]] = {"ranking": RankingArgs, "retrieval": RetrievalArgs}
 """Task of the entry script → class that is read."""

@@ -62,7 +62,7 @@ def write_serving(
 
     Args:
         trained: loaded with the configuration of ``for_export``, on one rank.
-        folder: the folder to create, with its parents. It is complete once it has a manifest.
+        folder: the folder to create, with its parents. The manifest is written last, so a folder with one is complete.
         evaluations: split → metric → value, for the model card.
         table_dtype: one of TABLE_DTYPES.
 
@@ -79,12 +79,12 @@ def write_serving(
         torch.export.save(exported, folder / PROGRAM)
         for name, tensors in ((WEIGHTS, program.state_dict()), (TABLES, tables), (VOCABULARY, vocabulary)):
             _write_tensors(folder / name, tensors)
-        (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(facts, indent=1, ensure_ascii=False)
+        (folder / FACTS).write_text(text, encoding="utf-8")
         (folder / PACKAGE).mkdir()
         for path in Path(runtime.__file__).parent.glob("*.py"):
             shutil.copyfile(path, folder / PACKAGE / path.name)
-        _write_manifest(folder)
-        found = difference(trained, runtime.load(folder))
+        found = difference(trained, runtime.Model(folder, json.loads(text)))
     if found is not None and found > TOLERANCE:
         raise DataError(
             f"cannot export a program: it differs from the model by {found:.2g}, and {TOLERANCE:g} is allowed. "
@@ -92,7 +92,9 @@ def write_serving(
         )
     _write_tensors(folder / TABLES, _reduced(tables, table_dtype))
     (folder / CARD).write_text(_card(trained, tables, table_dtype, evaluations or {}), encoding="utf-8")
-    _write_manifest(folder)
+    files = describe_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    manifest = {"sha256": checksum_of(files), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return found
 
 
@@ -139,13 +141,6 @@ def _reduced(tables: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _write_manifest(folder: Path) -> None:
-    (folder / MANIFEST).unlink(missing_ok=True)
-    files = describe_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
-    manifest = {"sha256": checksum_of(files), "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _card(

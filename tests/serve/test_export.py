@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from hstu import api
-from hstu.base.errors import ConfigError
+from hstu.base.errors import ConfigError, DataError
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
 from hstu.serve.contents import check_can_be_served
-from hstu.serve.export import TOLERANCE, difference
+from hstu.serve.export import TOLERANCE, difference, write_serving
 from hstu.serve.runtime import Candidates, History, ServingError
+from hstu.serve.server.swap import find_exports
 from tests.serve.random_requests import largest_difference
 from tests.serve.served import Served, histories, random_model, request
 
@@ -79,6 +80,22 @@ def test_the_check_notices_a_model_that_differs(ranking: Served) -> None:
         weight.sub_(0.05)
     assert found is not None and found > TOLERANCE
     assert ranking.difference is not None and ranking.difference <= TOLERANCE
+
+
+def test_an_export_can_be_found_only_after_it_has_been_compared(
+    ranking: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found_meanwhile = []
+
+    def differs(*_: object) -> float:
+        found_meanwhile.append(find_exports(tmp_path))
+        return 1.0
+
+    monkeypatch.setattr("hstu.serve.export.trace", lambda _: torch.export.load(ranking.folder / "program.pt2"))
+    monkeypatch.setattr("hstu.serve.export.difference", differs)
+    with pytest.raises(DataError, match="it differs from the model by 1"):
+        write_serving(ranking.trained, tmp_path / "new/serving")
+    assert found_meanwhile == [[]] and find_exports(tmp_path) == []
 
 
 @pytest.mark.parametrize(

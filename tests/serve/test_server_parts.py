@@ -126,6 +126,8 @@ def name_of(live: LiveModel) -> str:
 
 def test_an_export_a_folder_of_exports_and_a_link_are_found(tmp_path: Path) -> None:
     old, new = written(tmp_path / "all/old/serving", "", 1), written(tmp_path / "all/new", "", 2)
+    for unfinished in (".writing_next/serving", ".writing_next"):
+        written(tmp_path / "all" / unfinished, "", 3)
     assert [each.folder for each in find_exports(tmp_path / "all")] == [new, old]
     assert [each.folder for each in find_exports(tmp_path / "all/old")] == [old]
     assert [each.folder for each in find_exports(old)] == [old]

@@ -57,7 +57,8 @@ def load(directory: str | Path, *, like: Model | None = None) -> Model:
 
     Raises ServingError if a file is missing, incomplete or damaged, or the folder has another version.
     """
-    return Model(Path(directory), like)
+    facts, checksums = read_directory(Path(directory))
+    return Model(Path(directory), facts, checksums[PROGRAM], like)
 
 
 class Model:
@@ -67,8 +68,10 @@ class Model:
     ``titles`` has the item titles in the order of ``encoder.items``; it is empty if the data has no titles.
     """
 
-    def __init__(self, directory: Path, like: Model | None) -> None:
-        self.facts, checksums = read_directory(directory)
+    def __init__(
+        self, directory: Path, facts: Mapping[str, Any], checksum: str = "", like: Model | None = None
+    ) -> None:
+        self.facts = facts
         self._tables = tables = read_tables(directory / TABLES)
         stored = read_tensors(directory / VOCABULARY)
         vocabularies = {name: Vocabulary.read(stored, name, each) for name, each in self.facts["features"].items()}
@@ -84,7 +87,7 @@ class Model:
             self._items = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
             self._is_missing = ~self._items.any(dim=1)
         self._weights = dict(sorted(read_tensors(directory / WEIGHTS).items()))
-        self._checksum = checksums[PROGRAM]
+        self._checksum = checksum
         self._program: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
         if like is not None and like._checksum == self._checksum:
             self._program = like._program

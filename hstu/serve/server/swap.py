@@ -36,13 +36,14 @@ def find_exports(root: Path) -> list[Found]:
     """Find the exports of ``root``, newest first.
 
     ``root`` is an export, its folder "serving", a folder with a link "latest" to an export, or a folder with several
-    exports. Folders without a manifest are incomplete and skipped. Links are resolved to the folders they lead to.
+    exports. Hidden folders and those without a manifest are incomplete and skipped. Links are resolved to the folders
+    they lead to.
     """
     link = root / LATEST
     named = link if os.path.lexists(link) else root
     folders = [each for each in (named, named / SERVING) if (each / FACTS).is_file()][:1]
     if not folders and named is root and root.is_dir():
-        folders = [path.parent for path in (*root.glob(f"*/{FACTS}"), *root.glob(f"*/{SERVING}/{FACTS}"))]
+        folders = [path.parent for path in (*root.glob(f"[!.]*/{FACTS}"), *root.glob(f"[!.]*/{SERVING}/{FACTS}"))]
     found = [each for folder in folders if (each := _look(folder.resolve())) is not None]
     return sorted(found, key=lambda each: (each.written_ns, each.folder), reverse=True)
 

@@ -137,6 +137,12 @@ def test_another_version_is_an_error(retrieval: Served, monkeypatch: pytest.Monk
         ({"context": {"country": 1}}, None, "has no contextual feature 'country'; it has town"),
         ({"features": {"colours": [1]}}, None, "has no feature of items or events 'colours'; it has colour, tags"),
         ({"features": {"price": ["much"]}}, None, "a value of 'price' is 'much'; give a finite number"),
+        ({"features": {"price": [10**400]}}, None, "a value of 'price' is 1000.*0000; give a finite number"),
+        ({"features": {"colour": [["value 000"]]}}, None, r"'colour' is \['value 000'\]; give one value, or None"),
+        ({"features": {"tags": ["value 000"]}}, None, "'tags' is 'value 000'; give a list, or None"),
+        ({"items": [1, 2], "actions": [1, 1], "timestamps": [5, 4]}, None, "has an event at 5 before one at 4; give"),
+        ({"timestamps": [1_700_000_000_000]}, None, "has the time 1700000000000; give whole seconds since 1970, not"),
+        ({}, 1_700_000_000_000, "has the time 1700000000000; give"),
         ({}, 4, "has an event at 5, which is later than the request at 4"),
     ],
 )
@@ -146,6 +152,11 @@ def test_a_request_that_the_model_cannot_read_is_an_error(
     whole = {"items": [1000], "actions": [1], "timestamps": [5]} if "items" not in history else {}
     with pytest.raises(ServingError, match=message):
         retrieval.model.recommend(History(**{**whole, **history}), at=at)
+
+
+@pytest.mark.parametrize("item", [" 1000 ", "1_000", "+1000", "\u0661\u0660\u0660\u0660", "1000.0", 1000.5, "1" * 5000])
+def test_only_digits_are_a_number(retrieval: Served, item: object) -> None:
+    assert retrieval.model.encoder.items.places([item, "1000", 1000]).tolist() == [-1, 0, 0]
 
 
 def test_a_ranking_model_has_no_vectors(ranking: Served) -> None:

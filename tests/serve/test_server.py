@@ -53,7 +53,8 @@ def test_answers_name_the_model_and_health_and_metrics_tell_its_state(stub: Clie
     version = reply.json["model"]
     assert version.startswith("first@")
     assert reply.json["items"] == [{"item": item, "score": 1.0, "title": ""} for item in range(2)]
-    assert stub.post("/embed", EVENTS).json == {"model": version, "vector": [3.0, 4.0], "unknown_items": []}
+    answer = {"model": version, "vector": [3.0, 4.0], "unknown_items": [], "unknown": {}}
+    assert stub.post("/embed", EVENTS).json == answer
     health = stub.get("/health").json
     assert (health["status"], health["model"], health["refused"]) == ("ok", version, {})
     assert metric(stub, "hstu_batch_size_count") == before + 2
@@ -70,6 +71,8 @@ def test_answers_name_the_model_and_health_and_metrics_tell_its_state(stub: Clie
         ({**EVENTS, "timestamps": [1.5]}, "timestamps[0]", "valid integer"),
         ({**EVENTS, "at": 2**60}, "at", "less than or equal to"),
         ({"items": [1] * 10_001}, "items", "at most 10000 items"),
+        ({**EVENTS, "filter_seen": "no"}, "filter_seen", "valid boolean"),
+        (b'{"items": [1], "features": {"price": [NaN]}}', "features.price[0].float", "finite number"),
         (b'{"items": [', "character 11", "JSON"),
         (b"7", "the request", "valid dictionary"),
     ],
@@ -79,6 +82,12 @@ def test_mistakes_in_a_request_are_named_in_json(stub: Client, request_: object,
     assert reply.status == 422, reply.text
     shown = {each["where"]: each["problem"] for each in reply.json["problems"]}
     assert problem in shown[where]
+
+
+@pytest.mark.parametrize("item", [b'"\xff"', b"[" * 5000 + b"]" * 5000, b"1" * 5000])
+def test_a_request_that_cannot_be_parsed_is_a_mistake_as_any_other(stub: Client, item: bytes) -> None:
+    reply = stub.post("/recommend", b'{"items": [' + item + b"]}")
+    assert reply.status == 422 and "the request is no JSON in UTF-8" in reply.json["error"]
 
 
 def test_many_mistakes_are_not_all_listed_and_a_large_request_is_not_read(stub: Client) -> None:
@@ -214,6 +223,8 @@ def test_the_server_says_what_the_model_reads_and_finds_items(
     assert named.search("FILM 1", 3) == [(1001, "Film 1"), (1010, "Film 10")]
     assert named.search("1003", 3) == [(1003, "Film 3")]
     assert retrieval_server.get("/items?q=").status == 422
+    needless = {"items": [1003], "actions": [1], "timestamps": [0], "candidate_features": {"colour": ["red"]}}
+    assert "no features of candidates" in retrieval_server.post("/score", {**needless, "candidates": [1003]}).text
     mistaken = retrieval_server.post("/embed", {"items": [1003]})
     assert (mistaken.status == 422 and "no timestamps" in mistaken.json["error"]) or "no actions" in mistaken.json[
         "error"
@@ -226,6 +237,9 @@ def test_a_ranking_model_scores_candidates(ranking: Served) -> None:
     shown = {"candidates": [1000, 1001], "candidate_features": {"device": [None, "value 001"]}}
     with serving(ranking, Settings(poll_s=3600)) as client:
         scores = client.post("/score", {**user, **shown}).json["scores"]
+        unknown = {"actions": [77], "candidate_features": {"device": ["fridge", None]}}
+        answer = client.post("/score", {**user, **shown, **unknown}).json
+        assert answer["unknown"] == {"action": [77], "device": ["fridge"]} and answer["unknown_items"] == []
         assert len(client.post("/score", {"items": [], "at": 9, **shown}).json["scores"]["odd"]) == 2
         assert "no items" in client.post("/score", {"items": [], **shown}).json["error"]
         assert client.get("/model").json["reads"]["features"]["device"] is True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from reprlib import repr
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class Encoder:
 
     @property
     def known_before(self) -> list[str]:
-        """Features that a request may contain for candidates."""
-        return feature_names(self.facts, known_after=False)
+        """Features that a request may contain for candidates; retrieval reads none."""
+        return [] if self.facts["task"] == "retrieval" else feature_names(self.facts, known_after=False)
 
     def history(self, history: History, at: int | None, room: int) -> Events:
         """Encode the context and the newest ``room`` events. Raises ``error`` for an invalid history."""
@@ -216,11 +217,11 @@ class Encoder:
                 row = torch.tensor([math.nan] * width if value is None else value, dtype=torch.float32).reshape(
                     1, width
                 )
-            except (TypeError, ValueError, RuntimeError):
+            except (TypeError, ValueError, RuntimeError, OverflowError):
                 row = torch.full((1, width), math.inf)
             if row.isinf().any():
                 what = "a finite number" if width == 1 else f"a list of {width} finite numbers"
-                raise self.error(f"a value of {name!r} is {value!r}; give {what}, or None")
+                raise self.error(f"a value of {name!r} is {repr(value)}; give {what}, or None")
             rows.append(row)
         return torch.cat(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -20,7 +21,7 @@ FORMAT, VERSION = "hstu-serving", 2
 MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.safetensors", "vocabulary.safetensors"
 PROGRAM, WEIGHTS = "program.pt2", "weights.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "I64": torch.int64, "U8": torch.uint8}
-_INT64 = range(-(2**63), 2**63)
+_INT64, _DIGITS = range(-(2**63), 2**63), re.compile("-?[0-9]{1,19}")
 
 
 def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -188,8 +189,9 @@ class Vocabulary:
 
 
 def _as_int64(value: Any) -> int | None:
-    try:
-        number = value if type(value) is int else int(str(value))  # fast path: histories have many int values
-    except ValueError:
-        return None
-    return number if number in _INT64 else None
+    if type(value) is not int:  # fast path: histories have many int values
+        text = str(value)
+        if not _DIGITS.fullmatch(text):  # int() also reads " 5_0 "
+            return None
+        value = int(text)
+    return value if value in _INT64 else None

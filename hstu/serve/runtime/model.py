@@ -155,6 +155,8 @@ class Model:
     def encode(self, history: History, candidates: Candidates | None, at: int | None = None) -> list[Sequence_]:
         """Prepare a request for :meth:`run`, which runs requests with different ``at`` together."""
         if self.facts["task"] == "retrieval":
+            if candidates is not None and candidates.features:
+                raise ServingError("a retrieval model reads no features of candidates; leave them out")
             return [(self.encoder.history(history, at, self.facts["max_items"]), None)]
         assert candidates is not None, "a ranking model scores candidates"
         return [*self.encoder.sequences(history, candidates, at)]
@@ -204,12 +206,10 @@ class Model:
         shown = [each if isinstance(each, Candidates) else Candidates(each) for each in candidates]
         if len(shown) != len(histories):
             raise ServingError(f"{len(shown)} lists of candidates for {len(histories)} histories; give one per history")
-        if self.facts["task"] == "retrieval":
-            queries = self.embed_batch(histories, at)
-            return [
-                (self.item_vectors(each.items) @ query)[:, None] for each, query in zip(shown, queries, strict=True)
-            ]
-        return self.run([self.encode(history, each, at) for history, each in zip(histories, shown, strict=True)])
+        outputs = self.run([self.encode(history, each, at) for history, each in zip(histories, shown, strict=True)])
+        if self.facts["task"] == "ranking":
+            return outputs
+        return [self.item_vectors(each.items) @ query.T for each, query in zip(shown, outputs, strict=True)]
 
     def _run(self, sequences: Sequence[Sequence_]) -> list[Tensor]:
         """Run the program on chunks of sequences of similar length. Returns [outputs, width] per sequence."""

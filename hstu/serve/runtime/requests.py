@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from itertools import pairwise
+from reprlib import repr
 from typing import Any
+
+_SECONDS = range(-(10**11), 10**11)
+"""Times that can be seconds since 1970: 3,000 years. Since 1973, milliseconds are outside."""
 
 
 class ServingError(ValueError):
@@ -81,21 +86,37 @@ def history_problems(history: History, at: int | None, facts: Mapping[str, Any])
     for what, values in {"actions": history.actions, "timestamps": times, **features}.items():
         if values is not None and len(values) != count:
             yield f"{who} has {len(values)} {what} for {count} items; give one per item"
+    yield from _shape_problems(history.features, facts)
     yield from _unknown_names("contextual feature", history.context, facts["contextual"])
     yield from _unknown_names("feature of items or events", history.features, feature_names(facts))
     if at is not None and not facts["reads_request_time"]:
         yield "the model does not read the time of a request; leave it out"
-    if at is not None and times is not None and (newest := max(map(int, times), default=at)) > at:
+    seconds = [] if times is None else [int(time) for time in times]
+    if seconds != sorted(seconds):
+        before, after = next(pair for pair in pairwise(seconds) if pair[0] > pair[1])
+        yield f"{who} has an event at {before} before one at {after}; give events from the oldest to the newest"
+    if at is not None and (newest := max(seconds, default=at)) > at:
         yield f"{who} has an event at {newest}, which is later than the request at {at}"
+    if (farthest := max([*seconds, at or 0], key=abs)) not in _SECONDS:
+        yield f"{who} has the time {farthest}; give whole seconds since 1970, not milliseconds"
 
 
 def candidate_problems(candidates: Candidates, facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong with candidates."""
     known, count = feature_names(facts, known_after=False), len(candidates.items)
+    yield from _shape_problems(candidates.features, facts)
     yield from _unknown_names("feature that is known before an event,", candidates.features, known)
     for name, values in candidates.features.items():
         if len(values) != count:
             yield f"{len(values)} features {name!r} for {count} candidates; give one per candidate"
+
+
+def _shape_problems(features: Mapping[str, Sequence[Any]], facts: Mapping[str, Any]) -> Iterator[str]:
+    for name in features.keys() & facts["features"].keys():
+        is_list = facts["features"][name]["is_list"]
+        for value in features[name]:
+            if value is not None and isinstance(value, (list, tuple)) != is_list:
+                yield f"a value of {name!r} is {repr(value)}; give {'a list' if is_list else 'one value'}, or None"
 
 
 def _unknown_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:

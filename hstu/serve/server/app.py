@@ -211,7 +211,8 @@ class Guard:
 
 def _as_json(answer: Answer, **content: Any) -> Response:
     # A Response skips FastAPI's slow validation of each number.
-    text = json.dumps({"model": answer.model, **content, "unknown_items": answer.unknown_items}, allow_nan=False)
+    unknown = {"unknown_items": answer.unknown_items, "unknown": answer.unknown}
+    text = json.dumps({"model": answer.model, **content, **unknown}, allow_nan=False)
     return Response(text, media_type="application/json")
 
 
@@ -240,6 +241,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # of FastAPI, if parsing fails for another reason than a mistake of syntax
+            return _failure(422, "the request is no JSON in UTF-8, or has a number or nested lists of extreme length")
         return _failure(error.status_code, str(error.detail), error.headers)
 
 

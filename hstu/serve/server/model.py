@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from torch import Tensor
 
 from hstu.serve.runtime import Candidates, History, Model, Recommendation, ServingError
@@ -20,7 +20,8 @@ _NOT_FINITE = "the model gives no finite number for this request; look for extre
 Text = Annotated[StrictStr, Field(max_length=_MAX_TEXT)]
 Id = StrictInt | Text
 Seconds = Annotated[StrictInt, Field(ge=-(2**53), le=2**53)]
-Value = StrictInt | StrictFloat | Text | None | list[StrictInt | StrictFloat | Text]
+Number = StrictInt | Annotated[StrictFloat, Field(allow_inf_nan=False)]
+Value = Number | Text | None | list[Number | Text]
 Name = Annotated[str, Field(max_length=_MAX_TEXT)]
 
 
@@ -55,14 +56,14 @@ class User(BaseModel):
 
     def query(self) -> Query:
         """What to compute."""
-        return Query(History(**{field.name: getattr(self, field.name) for field in fields(History)}), self.at)
+        return Query(History(**{each.name: getattr(self, each.name) for each in fields(History)}), self.at)
 
 
 class RecommendRequest(User):
     """Recommend items to a user."""
 
     k: StrictInt = Field(10, ge=1, le=MAX_RECOMMENDED, description="Number of items")
-    filter_seen: bool = Field(True, description="Leave out the items of the user")
+    filter_seen: StrictBool = Field(True, description="Leave out the items of the user")
 
     def query(self) -> Query:
         """What to compute."""
@@ -90,6 +91,8 @@ class Answer:
     """A Recommendation; a dict of predictions for candidates; or a vector as a list."""
     unknown_items: list[Any]
     """Items of the query that the model does not have."""
+    unknown: dict[str, list[Any]] = field(default_factory=dict)
+    """Action or feature → its values in the query that the model does not have."""
 
 
 class ServedModel:
@@ -101,16 +104,20 @@ class ServedModel:
         self._titles = [title.casefold() for title in model.titles]
 
     def answer(self, queries: Sequence[Query]) -> list[Answer | Exception]:
-        """Answer queries together. A query that does not fit the model gets a ServingError instead of an answer."""
-        with torch.inference_mode():
-            outputs = self._outputs(queries)
-            best = self._recommendations(queries, outputs)
-            return [
-                output
-                if isinstance(output, Exception)
-                else Answer(self.version, best.get(place) or self._content(query, output), self._unknown(query))
-                for place, (query, output) in enumerate(zip(queries, outputs, strict=True))
-            ]
+        """Answer queries together. A query that fails gets its exception, a ServingError if it does not fit the model.
+
+        If one makes them fail together, each is computed alone, so that an error belongs to the query that causes it.
+        """
+        try:
+            with torch.inference_mode():
+                outputs = self._outputs(queries)
+                best = self._recommendations(queries, outputs)
+                return [
+                    output if isinstance(output, Exception) else self._answer(query, output, best.get(place))
+                    for place, (query, output) in enumerate(zip(queries, outputs, strict=True))
+                ]
+        except Exception as error:
+            return [error] if len(queries) == 1 else [self.answer([query])[0] for query in queries]
 
     def search(self, text: str, count: int) -> list[tuple[Any, str]]:
         """Find up to ``count`` (id, title) pairs whose title contains ``text`` or whose id equals it. Thread-safe."""
@@ -131,25 +138,25 @@ class ServedModel:
             if isinstance(answer, Exception):
                 raise ServingError(f"the model cannot answer: {answer}") from answer
 
-    def _outputs(self, queries: Sequence[Query]) -> list[Tensor | ServingError]:
-        """For each query, the user vector [1, E], the logits [candidates, outputs], or a ServingError."""
+    def _outputs(self, queries: Sequence[Query]) -> list[Tensor | Exception]:
+        """For each query, the user vector [1, E], the logits [candidates, outputs], or its exception."""
         encoded: list[Any] = []
         for query in queries:
             try:
                 if self.task == "ranking" and query.candidates is None:
                     raise ServingError("a ranking model has no vectors of users and items; use /score")
                 encoded.append(self.model.encode(query.history, query.candidates, query.at))
-            except ServingError as error:
+            except Exception as error:  # also a defect
                 encoded.append(error)
-        outputs = iter(self.model.run([each for each in encoded if not isinstance(each, ServingError)]))
-        found = [each if isinstance(each, ServingError) else next(outputs) for each in encoded]
+        outputs = iter(self.model.run([each for each in encoded if not isinstance(each, Exception)]))
+        found = [each if isinstance(each, Exception) else next(outputs) for each in encoded]
         return [
-            each if isinstance(each, ServingError) or each.isfinite().all() else ServingError(_NOT_FINITE)
+            each if isinstance(each, Exception) or each.isfinite().all() else ServingError(_NOT_FINITE)
             for each in found
         ]
 
     def _recommendations(
-        self, queries: Sequence[Query], outputs: Sequence[Tensor | ServingError]
+        self, queries: Sequence[Query], outputs: Sequence[Tensor | Exception]
     ) -> dict[int, Recommendation]:
         """Index of a query with ``k`` → its best items."""
         vectors = {place: output for place, output in enumerate(outputs) if isinstance(output, Tensor)}
@@ -163,15 +170,17 @@ class ServedModel:
         )
         return dict(zip(ranked, best, strict=True))
 
+    def _answer(self, query: Query, output: Tensor, best: Recommendation | None) -> Answer:
+        encoder, shown, given = self.model.encoder, query.candidates, [query.history]
+        if shown is not None:
+            given.append(History(items=shown.items, features=shown.features))
+        unknown = encoder.unknown(given)
+        items = unknown.pop(encoder.facts["item"], [])
+        return Answer(self.version, best or self._content(query, output), items, unknown)
+
     def _content(self, query: Query, output: Tensor) -> Any:
         if self.task == "ranking":
             return self.model.predictions(output)
         if query.candidates is None:
             return output[0].tolist()
         return {"cosine": (self.model.item_vectors(query.candidates.items) @ output[0]).tolist()}
-
-    def _unknown(self, query: Query) -> list[Any]:
-        shown = () if query.candidates is None else query.candidates.items
-        items = list(dict.fromkeys([*query.history.items, *shown]))
-        places = self.model.encoder.items.places(items).tolist()
-        return [item for item, place in zip(items, places, strict=True) if place < 0]

@@ -89,7 +89,6 @@ def remembered(key: str, operators: Sequence[str], check: Callable[[Sequence[str
     """Operators that ``check`` refuses, and why. Cached by ``key``, which covers machine code, GPU and driver."""
     try:
         file = cache_directory() / "checks.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(file.with_suffix(".lock")):
             now, everything = time.time(), dict[str, Any]()
             with suppress(FileNotFoundError, ValueError):

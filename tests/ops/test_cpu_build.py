@@ -1,5 +1,6 @@
 """Compiling the C++ kernels: once a machine, whoever else is at it, and a clear line where it cannot be."""
 
+import ctypes
 import multiprocessing
 import os
 import platform
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hstu.ops.cpu import build
+from hstu.ops.self_check import cache_directory
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, build.COMPILERS)), reason="NEEDS A C++ COMPILER: none is found"
@@ -35,6 +37,39 @@ def test_what_is_compiled_is_found_again_until_a_source_changes(small_sources: P
     assert build.library_file(cache) == first and first.stat().st_mtime_ns == made
     (small_sources / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
     assert build.library_file(cache) != first
+
+
+@pytest.mark.parametrize("planted", ["writable by all", "of another user"])
+def test_a_library_that_another_user_could_write_is_compiled_again(
+    small_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = build.library_file()
+    library.write_bytes(b"code of somebody else")
+    plant(library, planted)
+    assert build.library_file() == library
+    assert ctypes.CDLL(str(library)).one() == 1
+    assert library.stat().st_uid == os.geteuid() and not library.stat().st_mode & 0o022
+
+
+@pytest.mark.parametrize(("taken", "name"), [("writable by all", "hstu"), ("of another user", f"hstu-{os.geteuid()}")])
+def test_no_other_user_can_write_to_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str, name: str
+) -> None:
+    (tmp_path / "hstu").mkdir()
+    plant(tmp_path / "hstu", taken)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / name
+    assert not cache_directory().stat().st_mode & 0o022
+
+
+def plant(path: Path, how: str) -> None:
+    if how == "writable by all":
+        path.chmod(0o777)
+    elif os.geteuid() != 0:
+        pytest.skip("NEEDS ROOT: gives a file to another user")
+    else:
+        os.chown(path, 65534, -1)
 
 
 def test_without_a_home_directory_there_are_no_kernels_and_the_reason_is_given(

@@ -26,7 +26,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from hstu.base.files import written_aside
-from hstu.ops.self_check import cache_directory
+from hstu.ops.self_check import cache_directory, only_own
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,10 @@ def library_file(directory: Path | None = None) -> Path:
     try:
         directory = cache_directory() if directory is None else directory
         path = directory / f"cpu_kernels_{_key(compiler)}.so"
-        if not path.exists():
+        if not only_own(path):
             directory.mkdir(parents=True, exist_ok=True)
             with FileLock(directory / "lock"):
-                if not path.exists():
+                if not only_own(path):
                     _compile(compiler, path)
     except OSError as error:
         where = "" if directory is None else f" to {directory}"
@@ -151,6 +151,7 @@ def _compile(compiler: str, library: Path) -> None:
         if result.returncode:
             first = next((line for line in result.stderr.splitlines() if "error" in line), result.stderr[-300:])
             raise KernelsUnavailable(f"{compiler} cannot compile the CPU kernels: {first.strip()}")
+        made.chmod(0o755)
     log.info("compiled the CPU kernels in %.0f s: %s", time.monotonic() - begun, library)
 
 

@@ -24,7 +24,7 @@ from cutlass.cute.runtime import find_runtime_libraries, load_module
 from torch.utils._pytree import tree_leaves
 
 from hstu.base.files import written_aside
-from hstu.ops.self_check import cache_directory
+from hstu.ops.self_check import cache_directory, only_own
 
 SYMBOL = "hstu_kernel"
 """Prefix of the symbols in every object file."""
@@ -56,16 +56,17 @@ def save(function: Any, variant: object) -> None:
     for library in find_runtime_libraries(enable_tvm_ffi=False):  # the DSL resolves symbols as it writes
         ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
     file = object_file(variant)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(mode=0o755, exist_ok=True)
     with written_aside(file, shared=True) as aside:
         aside.write_bytes(function.dump_to_object(SYMBOL))
+        aside.chmod(0o644)
 
 
 def load(variant: object) -> Any | None:
-    """The function in a variant's object file; None if the file does not exist or the DSL cannot read it."""
+    """The function in a variant's object file; None if it is absent, not ``only_own`` or unreadable."""
     try:
         file = object_file(variant)
-        return load_module(str(file))[SYMBOL] if file.exists() else None
+        return load_module(str(file))[SYMBOL] if only_own(file) else None
     except (DSLRuntimeError, RuntimeError, OSError):
         return None
 

@@ -17,6 +17,7 @@ from typing import Any, Optional, TextIO
 
 from hstu.base.errors import ConfigError, UserError
 from hstu.base.files import DirectoryLock, replace_text
+from hstu.base.processes import time_limit
 from hstu.observe.plots import draw_curves
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
 
@@ -27,6 +28,7 @@ _FILES = (
     "trace-rank*.json.gz",
 )  # fmt: skip
 """Files that a run writes into its directory."""
+_DRAWING_S = 15.0  # launchers kill a run 30 s after SIGTERM
 
 
 def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Optional[float] = None) -> Path:
@@ -128,8 +130,15 @@ class RunDirectory:
             raise _failure(self.path / "summary.json", error) from error
 
     def draw_curves(self) -> Optional[Path]:
-        """Draw curves.png from metrics.jsonl. Returns its path, or None if there is nothing to draw yet."""
-        return draw_curves(self.metrics_file, self.path / "curves.png", self._task_names) if self.is_main else None
+        """Draw curves.png from metrics.jsonl and return its path. If that fails or takes 15 s, log why; return None."""
+        if not self.is_main:
+            return None
+        try:
+            with time_limit(_DRAWING_S):
+                return draw_curves(self.metrics_file, self.path / "curves.png", self._task_names)
+        except Exception as error:  # of many types; the run itself is complete
+            log.warning("%s is not drawn: %s. metrics.jsonl has all numbers.", self.path / "curves.png", error)
+            return None
 
     def close(self) -> None:
         """Close the files. May be called twice."""

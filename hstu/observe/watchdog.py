@@ -172,7 +172,7 @@ class Watchdog:
             return self._decide(name_the_stuck)
         if self._sigterm_at is not None and min(idle_s, time.monotonic() - self._sigterm_at) > SILENCE_S:
             # A launcher sends SIGTERM to the other ranks when one has died. On a GPU they wait without an error.
-            lost = self._lost(_SILENCE_ON_SIGTERM_S)
+            lost = self._lost(_SILENCE_ON_SIGTERM_S, may_leave=True)
             return self._propose(lost) if lost else None
         return None
 
@@ -181,12 +181,14 @@ class Watchdog:
         lost = self._lost(SILENCE_S)
         return self._verdict() or self._propose(lost or otherwise(filter(None, self._statuses().values())))
 
-    def _lost(self, silence_s: float) -> str | None:
+    def _lost(self, silence_s: float, may_leave: bool = False) -> str | None:
         before, deadline = self._statuses(), time.monotonic() + silence_s
         while time.monotonic() < deadline and not self._verdict():
             time.sleep(BEAT_S)
             self._report()
-        return name_the_lost(before, self._statuses())
+        after = self._statuses()
+        left = {rank for rank, status in after.items() if may_leave and status is not None and status.ended}
+        return name_the_lost(before, {rank: status for rank, status in after.items() if rank not in left})
 
     def _end(self, verdict: str, stacks: str) -> None:
         if not self._ending.acquire(blocking=False):  # the other thread is already ending the process

@@ -72,16 +72,20 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
             alike = not in_training or isinstance(error, (NonFiniteStep, CheckpointFailure))
             watchdog.leave(None if alike else error)
         meshes.finish(wait=False)
-        return _report(error, of_this_rank=in_training)
+        code = _report(error, of_this_rank=in_training)
     except Exception as error:
         if watchdog is not None:
             watchdog.fail(error)
         if memory_ran_out(error):
             return _report(UserError(_MEMORY.format(str(error).strip().splitlines()[0])), of_this_rank=True)
         raise
-    watchdog.leave()
-    meshes.finish()
-    return EXIT_DONE
+    else:
+        watchdog.leave()
+        meshes.finish()
+        code = EXIT_DONE
+    if trainer is not None:  # last, because no other rank waits any more
+        trainer.run_directory.draw_curves()
+    return code
 
 
 def run_facts(config: RunConfig) -> dict[str, str]:

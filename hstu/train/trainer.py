@@ -268,7 +268,6 @@ class Trainer:
             seconds=time.monotonic() - self._begun,
             **best,
         )
-        self.run_directory.draw_curves()
         self.run_directory.close()
 
 

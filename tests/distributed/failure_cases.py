@@ -26,6 +26,7 @@ from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.sampling.samples import Split
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.stack import ModelOutput
+from hstu.observe import run_directory, watchdog
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder, main
 from hstu.train.trainer import Trainer
@@ -223,6 +224,20 @@ def interrupt_twice(trainer: Trainer, failed_at: Path) -> None:
     interrupt_all(trainer, failed_at)
 
 
+def terminate_and_end_slowly(trainer: Trainer, iteration: int, failed_at: Path) -> None:
+    """Send SIGTERM to a rank whose trackers take longer to close than its watchdog waits, and its curves for ever."""
+    watchdog._SILENCE_ON_SIGTERM_S = run_directory._DRAWING_S = 1.0
+    close = trainer.run_directory.close
+
+    def close_slowly() -> None:
+        time.sleep(4)
+        close()
+
+    trainer.run_directory.close = close_slowly  # type: ignore[method-assign]
+    run_directory.draw_curves = lambda *_: time.sleep(1000)
+    in_step(terminate)(trainer, iteration, failed_at)
+
+
 def lose_a_worker_soon(_trainer: Trainer, _failed_at: Path) -> None:
     """Kill the data workers, as the kernel does if memory runs out, in whatever line the main thread then executes."""
 
@@ -261,6 +276,7 @@ FAULTS: dict[str, Callable[[Trainer, int, Path], None]] = {
     "killed while saving": in_saving(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
     "SIGTERM": in_step(terminate),
     "SIGTERM to all processes": in_step(terminate_all),
+    "SIGTERM and a slow end": terminate_and_end_slowly,
     "Ctrl-C": in_step(interrupt_all),
     "Ctrl-C twice": in_step(interrupt_twice),
     "worker lost soon": in_step(lose_a_worker_soon),

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.failure_cases import run_with
-from tests.distributed.launch import REPOSITORY
+from tests.distributed.launch import REPOSITORY, Launch, run_to_their_ends
 from tests.distributed.test_failures import TORCHRUN
-from tests.reliability.test_background import committed, run
+from tests.reliability.test_background import TIMEOUT_S, TRAINER, committed, run
 
 
 @pytest.mark.parametrize("fault", ["Ctrl-C", pytest.param("SIGTERM to all processes", marks=pytest.mark.slow)])
@@ -28,6 +28,16 @@ def test_a_signal_to_ranks_and_workers_saves_the_current_iteration_and_exits_wit
     name = fault.split()[0] if "SIG" in fault else "SIGINT"
     assert f"{name}: stopping after iteration 7" in ranks[0].output
     assert "Traceback" not in ranks[0].output + ranks[1].output
+
+
+def test_a_clean_stop_ends_with_0_however_long_rank_0_needs_for_trackers_and_curves(store: str, tmp_path: Path) -> None:
+    trainer = TRAINER | {"max_train_iters": 1000, "ckpt_save_interval": 100}
+    faults = {0: "SIGTERM and a slow end"}
+    ranks = run_to_their_ends(Launch(2, TIMEOUT_S), run_with, faults, 2, store, str(tmp_path), trainer=trainer)
+    assert [rank.exit_code for rank in ranks] == [0, 0], ranks[0].output + ranks[1].output
+    assert list(committed(tmp_path)) == [2]
+    assert ranks[1].at < ranks[0].at - 0.5, "no rank waits for the curves"
+    assert "curves.png is not drawn: it takes longer than 1 s" in ranks[0].output
 
 
 def test_the_second_interrupt_ends_the_run_at_once_without_a_traceback(store: str, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,7 @@ FORMAT_VERSION = 2
 LATEST, BEST = "latest", "best"
 _NAME = re.compile(r"iteration_(\d+)")
 _DELETING, _SET_ASIDE = ".deleting_", "set_aside_"
+_VISIBLE_S = 10.0
 # Files that differ between two saves of one state: .metadata identifies the save, the others the run and its start.
 _NOT_PART_OF_STATE = ("tensors/.metadata", "operative.gin", "run.json")
 
@@ -105,6 +108,14 @@ def describe_files(root: Path, files: Iterable[Path]) -> Files:
         sync_to_disk(path)
         described[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     return described
+
+
+def becomes_visible(path: Path, size: int | None = None) -> bool:
+    """Whether this host sees a path, of ``size`` bytes, within 10 s: network file systems show files with a delay."""
+    deadline = time.monotonic() + _VISIBLE_S
+    while not (os.path.exists(path) and size in (None, path.stat().st_size)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return time.monotonic() < deadline
 
 
 def write_manifest(root: Path, files: Files) -> None:

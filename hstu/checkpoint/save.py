@@ -170,6 +170,9 @@ def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> Files:
 
 def _commit(final: Path, files: Files) -> None:
     temporary = aside_path(final)
+    for name, entry in files.items():
+        if not folder.becomes_visible(temporary / name, entry["bytes"]):
+            raise OSError(f"it cannot see all of {name}, of another rank; all hosts must share the directory")
     sync_to_disk(temporary / TENSORS)
     folder.write_manifest(temporary, files)
     folder.commit(final)

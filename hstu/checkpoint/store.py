@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import secrets
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
@@ -67,9 +68,19 @@ class CheckpointStore:
         """Lock ``save_dir`` until ``close``, check that this run can save there, and remove leftovers of killed runs.
 
         Call it before the run changes anything. Raises ConfigError, without changing anything, if another run is saving
-        there, other runs' checkpoints are there, or ``save_dir`` cannot be written.
+        there, other runs' checkpoints are there, or a rank cannot write ``save_dir`` or has another one.
         """
-        collective_io(lambda: self._claim() if self.mesh.is_main else None, self.mesh)
+        own = collective_io(lambda: self._claim() if self.mesh.is_main else None, self.mesh)
+        probe: Path = gather_objects(own, self.mesh.world_group)[0]
+        seen = gather_objects(folder.becomes_visible(probe), self.mesh.world_group)
+        if own is not None:
+            own.rmdir()
+        if not all(seen):
+            self.close()
+            raise ConfigError(
+                f"TrainerArgs.ckpt_save_dir: rank {seen.index(False)} cannot see what rank 0 writes to "
+                f"'{self.save_dir}'. Every rank saves its part there: give a directory that all hosts share."
+            )
 
     def continues(self, run_directory: Path) -> bool:
         """Return whether ``restore`` continues the run that wrote to ``run_directory``."""
@@ -176,12 +187,12 @@ class CheckpointStore:
         if self._keep_last is not None:
             folder.delete_older(self.save_dir, iteration, self._keep_last)
 
-    def _claim(self) -> None:
+    def _claim(self) -> Path:
         try:
             self._is_new = folder.make(self.save_dir)
             self._lock = DirectoryLock(self.save_dir, "TrainerArgs.ckpt_save_dir")
             self._check_others()
-            folder.begin(folder.checkpoint_path(self.save_dir, 0)).rmdir()
+            return folder.begin(self.save_dir / secrets.token_hex(8))
         except OSError as error:
             raise ConfigError(
                 f"TrainerArgs.ckpt_save_dir: the directory '{self.save_dir}' cannot be written: "

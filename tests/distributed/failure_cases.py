@@ -19,6 +19,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
 from hstu.base.errors import DataError
+from hstu.checkpoint import directory
 from hstu.checkpoint import save as saving
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
@@ -67,6 +68,15 @@ def run_with(
     if code:
         sys.exit(code)
     return seen
+
+
+def run_apart(iteration: int, store: str, output: str, **options: Unpack[TinyOptions]) -> dict[str, Any]:
+    """A run whose rank 1 has a disk of its own from ``iteration``, as on another host. 0: from the start."""
+    directory._VISIBLE_S = 1.0
+    options["trainer"] = {**options.get("trainer", {}), "ckpt_save_dir": "checkpoints"}
+    (Path(output) / "other_disk").mkdir(exist_ok=True)
+    os.chdir(f"{output}/other_disk" if iteration == 0 and os.environ["RANK"] == "1" else output)
+    return run_with({1: "another disk"}, iteration, store, output, **options)
 
 
 def _note(trainer: Trainer, seen: dict[str, Any]) -> None:
@@ -277,6 +287,7 @@ FAULTS: dict[str, Callable[[Trainer, int, Path], None]] = {
     "SIGTERM": in_step(terminate),
     "SIGTERM to all processes": in_step(terminate_all),
     "SIGTERM and a slow end": terminate_and_end_slowly,
+    "another disk": in_step(lambda _trainer, failed_at: os.chdir(failed_at.parent / "other_disk")),
     "Ctrl-C": in_step(interrupt_all),
     "Ctrl-C twice": in_step(interrupt_twice),
     "worker lost soon": in_step(lose_a_worker_soon),

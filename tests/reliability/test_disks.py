@@ -1,5 +1,6 @@
 """Full and read-only disks, and checkpoints of other runs."""
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launch import EndedRank
+from tests.distributed.failure_cases import run_apart
+from tests.distributed.launch import EndedRank, Launch, run_to_their_ends
 from tests.distributed.test_failures import read_records
-from tests.reliability.test_background import committed, run
+from tests.reliability.test_background import TIMEOUT_S, TRAINER, committed, run
 
 Disk = Callable[[Path, str], None]
 
@@ -84,3 +86,22 @@ def test_checkpoints_of_another_run_are_not_touched_and_equal_later_ones_are_kep
     assert not list((tmp_path / "checkpoints").glob("set_aside*"))
     steps = [record["iter"] for record in read_records(tmp_path) if record["kind"] == "train"]
     assert steps == [*range(1, 5), *range(3, 7)]
+
+
+@pytest.mark.parametrize(
+    ("at", "code", "error"),
+    [
+        (0, 2, r"error: TrainerArgs.ckpt_save_dir: rank 1 cannot see what rank 0 writes to 'checkpoints'"),
+        (4, 1, r"error: cannot save checkpoints/iteration_00000004: .* rank 0: it cannot see all of \S*rng_rank1.pt"),
+    ],
+    ids=["from the start", "later"],
+)
+def test_a_host_with_a_checkpoint_directory_of_its_own_is_reported(
+    store: str, tmp_path: Path, at: int, code: int, error: str
+) -> None:
+    ranks = run_to_their_ends(Launch(2, TIMEOUT_S), run_apart, at, store, str(tmp_path), trainer=TRAINER)
+    assert [rank.exit_code for rank in ranks] == [code, code], ranks[0].output + ranks[1].output
+    assert all(re.search(error, rank.output) and "Traceback" not in rank.output for rank in ranks), ranks[0].output
+    assert list(committed(tmp_path)) == ([2] if at else [])
+    left = [path.name for path in (tmp_path / "checkpoints").glob("*")]
+    assert sorted(left) == (["iteration_00000002", "latest"] if at else [])

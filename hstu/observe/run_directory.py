@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any, Optional, TextIO
 
 from hstu.base.errors import ConfigError, UserError
 from hstu.base.files import DirectoryLock, replace_text
-from hstu.base.processes import time_limit
 from hstu.observe.plots import draw_curves
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
 
@@ -133,12 +133,19 @@ class RunDirectory:
         """Draw curves.png from metrics.jsonl and return its path. If that fails or takes 15 s, log why; return None."""
         if not self.is_main:
             return None
+
+        def give_up(*_: object) -> None:
+            raise TimeoutError(f"it takes longer than {_DRAWING_S:g} s")
+
         try:
-            with time_limit(_DRAWING_S):
-                return draw_curves(self.metrics_file, self.path / "curves.png", self._task_names)
+            signal.signal(signal.SIGALRM, give_up)
+            signal.setitimer(signal.ITIMER_REAL, _DRAWING_S)
+            return draw_curves(self.metrics_file, self.path / "curves.png", self._task_names)
         except Exception as error:  # of many types; the run itself is complete
             log.warning("%s is not drawn: %s. metrics.jsonl has all numbers.", self.path / "curves.png", error)
             return None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def close(self) -> None:
         """Close the files. May be called twice."""

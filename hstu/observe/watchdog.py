@@ -186,9 +186,8 @@ class Watchdog:
         while time.monotonic() < deadline and not self._verdict():
             time.sleep(BEAT_S)
             self._report()
-        after = self._statuses()
-        left = {rank for rank, status in after.items() if may_leave and status is not None and status.ended}
-        return name_the_lost(before, {rank: status for rank, status in after.items() if rank not in left})
+        after = {rank: last for rank, last in self._statuses().items() if not (may_leave and last and last.ended)}
+        return name_the_lost(before, after)
 
     def _end(self, verdict: str, stacks: str) -> None:
         if not self._ending.acquire(blocking=False):  # the other thread is already ending the process

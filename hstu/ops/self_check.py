@@ -302,8 +302,7 @@ def small_layout(
 def cache_directory() -> Path:
     """The user's cache directory for hstu, which is created. Raises OSError if there is none.
 
-    Its files are executed, so no other user but root may write there. Where another user has taken the name ``hstu``,
-    as in a shared XDG_CACHE_HOME, the directory is ``hstu-<user id>``.
+    Its files are executed. Where others can write to ``hstu``, as in a shared XDG_CACHE_HOME, it is ``hstu-<user id>``.
     """
     try:
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -311,9 +310,6 @@ def cache_directory() -> Path:
         raise OSError("the user has no home directory; set HOME or XDG_CACHE_HOME") from error
     for directory in (Path(root) / "hstu", Path(root) / f"hstu-{os.geteuid()}"):
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        status = directory.stat()
-        if status.st_uid == os.geteuid() and status.st_mode & 0o022:
-            directory.chmod(0o755)
         if only_own(directory):
             return directory
     raise OSError(f"other users can write to {directory}; set XDG_CACHE_HOME to a directory of your own")
@@ -321,10 +317,8 @@ def cache_directory() -> Path:
 
 def only_own(path: Path) -> bool:
     """Whether a file or directory exists and no other user but root can have written it."""
-    if not path.exists():
-        return False
-    status = path.stat()
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+    status = path.stat() if path.exists() else None
+    return status is not None and status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
 
 
 def is_usable(device: torch.device) -> bool:

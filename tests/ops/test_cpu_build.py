@@ -27,23 +27,20 @@ def small_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sources.mkdir()
     (sources / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
     monkeypatch.setattr(build, "SOURCES", sources)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return sources
 
 
-def test_what_is_compiled_is_found_again_until_a_source_changes(small_sources: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    first = build.library_file(cache)
+def test_what_is_compiled_is_found_again_until_a_source_changes(small_sources: Path) -> None:
+    first = build.library_file()
     made = first.stat().st_mtime_ns
-    assert build.library_file(cache) == first and first.stat().st_mtime_ns == made
+    assert build.library_file() == first and first.stat().st_mtime_ns == made
     (small_sources / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
-    assert build.library_file(cache) != first
+    assert build.library_file() != first
 
 
 @pytest.mark.parametrize("planted", ["writable by all", "of another user"])
-def test_a_library_that_another_user_could_write_is_compiled_again(
-    small_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_library_that_another_user_could_write_is_compiled_again(small_sources: Path, planted: str) -> None:
     library = build.library_file()
     library.write_bytes(b"code of somebody else")
     plant(library, planted)
@@ -52,14 +49,12 @@ def test_a_library_that_another_user_could_write_is_compiled_again(
     assert library.stat().st_uid == os.geteuid() and not library.stat().st_mode & 0o022
 
 
-@pytest.mark.parametrize(("taken", "name"), [("writable by all", "hstu"), ("of another user", f"hstu-{os.geteuid()}")])
-def test_no_other_user_can_write_to_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str, name: str
-) -> None:
+@pytest.mark.parametrize("taken", ["writable by all", "of another user"])
+def test_no_other_user_can_write_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str) -> None:
     (tmp_path / "hstu").mkdir()
     plant(tmp_path / "hstu", taken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / name
+    assert cache_directory() == tmp_path / f"hstu-{os.geteuid()}"
     assert not cache_directory().stat().st_mode & 0o022
 
 
@@ -97,7 +92,7 @@ def test_processes_that_start_together_compile_once(
 
     def compile_together() -> None:
         together.wait(timeout=60)
-        build.library_file(tmp_path)
+        build.library_file()
 
     monkeypatch.setattr(build, "_compile", counted)
     processes = [fork.Process(target=compile_together) for _ in range(4)]
@@ -113,16 +108,15 @@ def test_a_source_that_does_not_compile_is_told_with_the_error_and_leaves_nothin
     small_sources: Path, tmp_path: Path
 ) -> None:
     (small_sources / "two.cpp").write_text("int two() { return nothing; }\n")
-    cache = tmp_path / "cache"
     with pytest.raises(build.KernelsUnavailable, match=r"cannot compile the CPU kernels: .*nothing"):
-        build.library_file(cache)
-    assert [path.name for path in cache.iterdir()] == ["lock"]
+        build.library_file()
+    assert [path.name for path in (tmp_path / "cache" / "hstu").iterdir()] == ["lock"]
 
 
 def test_a_cache_that_cannot_be_written_is_told(small_sources: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file is in the way")
-    with pytest.raises(build.KernelsUnavailable, match="cannot write compiled kernels to"):
-        build.library_file(tmp_path / "cache")
+    with pytest.raises(build.KernelsUnavailable, match=r"cannot write compiled kernels: .*/cache"):
+        build.library_file()
 
 
 @pytest.mark.slow

@@ -37,11 +37,11 @@ def build_loader(
         _PlannedBatches(collator),
         batch_size=None,
         sampler=sampler,
-        collate_fn=_unchanged,
+        collate_fn=lambda batch: batch,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_follow_the_parent,
+        worker_init_fn=lambda _: end_with_parent(),
         # By default DataLoader seeds the workers from torch's global generator, so every evaluation and every resume
         # would change the dropout of later steps. The workers themselves draw nothing from torch.
         generator=torch.Generator(),
@@ -114,11 +114,3 @@ def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:
             del batches
             raise batch
         yield batch
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _follow_the_parent(worker: int) -> None:
-    end_with_parent()

@@ -50,22 +50,20 @@ class KernelsUnavailable(Exception):
     """No C++ kernels on this machine; the message is one line for the user: the reason and the remedy."""
 
 
-def library_file(directory: Path | None = None) -> Path:
-    """Path of the kernels, compiled once per ``directory`` (default: the user's cache). Raises KernelsUnavailable."""
+def library_file() -> Path:
+    """Path of the kernels, compiled once per user's cache. Raises KernelsUnavailable."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise KernelsUnavailable("no C++ compiler is found; install one (on Debian and Ubuntu: apt-get install g++)")
     try:
-        directory = cache_directory() if directory is None else directory
+        directory = cache_directory()
         path = directory / f"cpu_kernels_{_key(compiler)}.so"
         if not only_own(path):
-            directory.mkdir(parents=True, exist_ok=True)
             with FileLock(directory / "lock"):
                 if not only_own(path):
                     _compile(compiler, path)
     except OSError as error:
-        where = "" if directory is None else f" to {directory}"
-        raise KernelsUnavailable(f"cannot write compiled kernels{where}: {error.strerror or error}") from error
+        raise KernelsUnavailable(f"cannot write compiled kernels: {error}") from error
     return path
 
 

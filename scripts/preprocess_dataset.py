@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hstu.base.errors import EXIT_DONE, ConfigError, PrintableFormatter, UserError, printable
+from hstu.base.errors import EXIT_DONE, ConfigError, DataError, PrintableFormatter, UserError, printable
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own_columns import SEPARATORS
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
@@ -36,6 +36,7 @@ from hstu.data.preprocess.report import REPORT, format_report, write_report
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.preprocess.state import disk_errors
 from hstu.data.store.layout import META_FILE
+from hstu.data.store.meta import MALFORMED, remedy
 from hstu.data.store.sequence_store import SequenceStore
 
 _EXIT_SIGNAL = 128
@@ -94,7 +95,10 @@ def _run(args: argparse.Namespace) -> None:
         return
     path = _make(args)
     store = SequenceStore.open(path)
-    print(printable(format_report(store)))
+    try:
+        print(printable(format_report(store)))
+    except MALFORMED as error:
+        raise DataError(f"{path / META_FILE} is incomplete ({error!r}). {remedy(path, None)}") from error
     if not args.no_report:
         print(f"  report: {_write_report(store, args.force)}")
     with disk_errors(path.parent):

@@ -114,9 +114,10 @@ class StubModel:
             return RuntimeError("a secret")
         if query.history.items[0] == "unfit":
             return ServingError("a history has no actions")
+        nothing: dict[str, Any] = {"unknown_items": [], "unknown": {}}
         if query.k is None:
-            return Answer(self.version, [float(item) for item in query.history.items], [])
-        return Answer(self.version, Recommendation(list(range(query.k)), [1.0] * query.k, []), [])
+            return Answer(self.version, [float(item) for item in query.history.items], nothing)
+        return Answer(self.version, Recommendation(list(range(query.k)), [1.0] * query.k, []), nothing)
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """Models with random weights and every kind of feature, exported for serving."""
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from hstu.parallel.tables import dynamic_tables
 from hstu.serve import runtime
 from hstu.serve.export import for_export, write_serving
 from hstu.serve.runtime import History
+from hstu.serve.runtime.files import checksum_of
 from hstu.train.builder import build_model, build_state
 from hstu.train.inference import InferenceSource, zero_spare_rows
 from tests.conftest import write_small_store
@@ -109,3 +112,13 @@ def histories(store: SequenceStore, count: int = 6) -> list[History]:
         given = request([*items, -5], [*actions, 1], [*times, times[-1] + 9], user=each.user, context=each.context)
         found.append(given)
     return found
+
+
+def rewrite(folder: Path, name: str, content: bytes | None) -> None:
+    """Replace a file as an exporter would have written it. None: only list its name."""
+    if content is not None:
+        (folder / name).write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = manifest["files"]
+    files[name] = {"bytes": len(content or b""), "sha256": hashlib.sha256(content or b"").hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps({"sha256": checksum_of(files), "files": files}))

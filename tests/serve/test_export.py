@@ -1,6 +1,7 @@
 """An exported directory computes what the model computes, and says what is wrong with files and requests."""
 
 import ast
+import functools
 import json
 import shutil
 import sys
@@ -21,7 +22,7 @@ from hstu.serve.export import TOLERANCE, difference, write_serving
 from hstu.serve.runtime import Candidates, History, ServingError
 from hstu.serve.server.swap import find_exports
 from tests.serve.random_requests import largest_difference
-from tests.serve.served import Served, histories, random_model, request
+from tests.serve.served import Served, histories, random_model, request, rewrite
 
 
 def test_recommendations_are_those_of_the_model(features: SequenceStore, retrieval: Served) -> None:
@@ -114,10 +115,45 @@ def test_a_directory_that_was_copied_in_part_is_an_error(retrieval: Served, tmp_
     folder = shutil.copytree(retrieval.folder, tmp_path / "copy")
     path = folder / "tables.safetensors"
     path.unlink()
-    with pytest.raises(ServingError, match=r"tables.safetensors is missing: the folder was copied in part"):
+    with pytest.raises(ServingError, match=r"is no complete export .*tables.safetensors is missing. Copy the"):
         runtime.load(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(ServingError, match=r"it has no manifest.json, which is written last"):
+        runtime.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("heads",), None, "KeyError: 'heads'"),
+        (("features", "action", "table"), "lost", "KeyError: 'lost'"),
+        (("tokens_per_item",), 10**9, "tokens_per_item is 1000000000; it may be at most 2"),
+        (("features", "hour_of_day", "size"), 10**11, "the size of 'hour_of_day' is 100000000000; it may be at most 2"),
+        (("numbers", 0, "width"), 10**11, "the width of 'price' is 100000000000; it may be at most"),
+        (("max_items",), 7.5, "max_items is 7.5"),
+        (("version",), None, "serving.json is damaged: it has no 'version'"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_an_error(
+    ranking: Served, tmp_path: Path, place: tuple[Any, ...], value: object, message: str
+) -> None:
+    folder = shutil.copytree(ranking.folder, tmp_path / "copy")
+    facts = json.loads((folder / "serving.json").read_text())
+    *outer, last = place
+    entry = functools.reduce(lambda entry, key: entry[key], outer, facts)
+    entry[last] = value
+    if value is None:
+        del entry[last]
+    rewrite(folder, "serving.json", json.dumps(facts).encode())
+    with pytest.raises(ServingError, match=message):
+        runtime.load(folder)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "hstu_serving/../../x"])
+def test_a_manifest_lists_only_files_of_its_folder(retrieval: Served, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(retrieval.folder, tmp_path / "copy")
+    rewrite(folder, name, None)
+    with pytest.raises(ServingError, match=r"manifest.json lists it, but it lies outside the folder"):
         runtime.load(folder)
 
 

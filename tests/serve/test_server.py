@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,13 +22,12 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve import runtime
 from hstu.serve.export import TOLERANCE
 from hstu.serve.runtime import Candidates, History
-from hstu.serve.runtime.files import checksum_of
 from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import ServedModel
 from hstu.serve.server.swap import LiveModel
 from scripts import serve
 from tests.serve.http_server import Client, StubLoader, running, until, write_folder
-from tests.serve.served import Served, histories, request
+from tests.serve.served import Served, histories, request, rewrite
 from tests.test_architecture import IMPORTS
 
 EVENTS = {"items": [3, 4]}
@@ -275,12 +273,12 @@ def test_damaged_exports_never_replace_a_good_one(retrieval: Served, tmp_path: P
             os.utime(folder / "manifest.json")
     assert not live.refresh()
     reasons = {Path(folder).name: reason for folder, reason in live.refused.items()}
-    assert "program.pt2 is damaged" in reasons["flipped"] and "copied in part" in reasons["half"]
+    assert "program.pt2 is damaged" in reasons["flipped"] and "tables.safetensors is missing" in reasons["half"]
     assert "hstu-serving 0" in reasons["old"] and "no finite number" in reasons["diverged"] and len(reasons) == 4
     for path in good.rglob("*.safetensors"):
         path.write_bytes(b"")  # of a mapped file this would end the process
     assert not live.refresh() and "good" in str(live.refused)
-    live.current.check()
+    live.current.model.check()
 
 
 def test_an_export_of_the_same_configuration_shares_the_program_and_not_the_weights(
@@ -298,15 +296,6 @@ def test_an_export_of_the_same_configuration_shares_the_program_and_not_the_weig
     assert second._program is first._program
     expected = runtime.load(other).embed(history)
     assert second.embed(history).equal(expected) and not first.embed(history).allclose(expected, atol=1e-3)
-
-
-def rewrite(folder: Path, name: str, content: bytes) -> None:
-    """Replace a file as an exporter would have written it."""
-    (folder / name).write_bytes(content)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    files = manifest["files"]
-    files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps({"sha256": checksum_of(files), "files": files}))
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

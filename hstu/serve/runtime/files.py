@@ -26,31 +26,37 @@ _INT64, _DIGITS = range(-(2**63), 2**63), re.compile("-?[0-9]{1,19}")
 
 def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Verify all files of an export. Returns (serving.json, file name → sha256). Raises ServingError."""
+    path = directory / MANIFEST
     try:
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-        if checksum_of(files) != manifest["sha256"]:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+        if checksum_of(manifest["files"]) != manifest["sha256"]:
             raise ValueError("its content has changed")
+        if unlisted := {FACTS, PROGRAM, WEIGHTS, TABLES, VOCABULARY} - files.keys():
+            raise ValueError(f"it has no {min(unlisted)}")
+        for name, sha256 in files.items():
+            path = directory / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"{MANIFEST} lists it, but it lies outside the folder")
+            if _sha256(path) != sha256:
+                raise ValueError(f"its sha256 is not the one in {MANIFEST}")
+        path = directory / FACTS
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        found = f"{facts['format']} {facts['version']}"
     except FileNotFoundError:
+        what = f"it has no {MANIFEST}, which is written last" if path.name == MANIFEST else f"{path} is missing"
         raise ServingError(
-            f"{directory} is no complete export for serving: it has no {MANIFEST}, which is written last. Copy the "
-            "whole folder again"
+            f"{directory} is no complete export for serving: {what}. Copy the whole folder again"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ServingError(f"{directory / MANIFEST} is damaged ({error}). Copy the folder again") from None
-    for name, entry in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise ServingError(f"{path} is missing: the folder was copied in part. Copy all of it again")
-        if _sha256(path) != entry["sha256"]:
-            raise ServingError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}. Copy the folder again")
-    facts = json.loads((directory / FACTS).read_text(encoding="utf-8"))
-    if facts.get("format") != FORMAT or facts.get("version") != VERSION:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ServingError(f"{path} is damaged: {problem}. Copy the folder again") from None
+    if found != f"{FORMAT} {VERSION}":
         raise ServingError(
-            f"{directory} has the format {facts.get('format')} {facts.get('version')}, and this program reads {FORMAT} "
-            f"{VERSION}. Use the package hstu_serving of the folder itself, or export the checkpoint again"
+            f"{directory} has the format {found}, and this program reads {FORMAT} {VERSION}. Use the package "
+            "hstu_serving of the folder itself, or export the checkpoint again"
         )
-    return facts, {name: entry["sha256"] for name, entry in files.items()}
+    return facts, files
 
 
 def checksum_of(files: Mapping[str, Any]) -> str:
@@ -145,7 +151,8 @@ class Vocabulary:
         """Create the vocabulary of an exported feature. ``facts``: entry of the feature in serving.json."""
         key, kind = f"ids.{name}", facts["kind"]
         values = texts_of(stored, key) if kind == "texts" else stored.get(key)
-        return cls(kind, facts["size"], values, stored.get(f"rows.{name}"), facts["missing"])
+        size = facts["size"] if values is None else len(values)
+        return cls(kind, size, values, stored.get(f"rows.{name}"), facts["missing"])
 
     @cached_property
     def _places(self) -> dict[str, int]:

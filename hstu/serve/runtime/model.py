@@ -32,6 +32,7 @@ _SCORES_AT_ONCE = 1 << 19
 """Maximum attention scores per chunk, unless one sequence has more: 6 sequences of 200 tokens with 2 heads.
 Small chunks need less padding, and their activations fit the CPU caches.
 """
+_LARGEST = 1 << 20
 Sequence_ = tuple[Events, Events | None]
 """(history, candidates to score). None: predict from the newest event."""
 
@@ -55,10 +56,17 @@ def load(directory: str | Path, *, like: Model | None = None) -> Model:
         directory: the folder. It may have been moved, and may change or be removed after loading.
         like: share the program of this model if it is equal, as in exports of one configuration, to save seconds.
 
-    Raises ServingError if a file is missing, incomplete or damaged, or the folder has another version.
+    Raises ServingError if a file is missing, incomplete or damaged, the folder has another version, or the model cannot
+    answer a test request with finite numbers.
     """
     facts, checksums = read_directory(Path(directory))
-    return Model(Path(directory), facts, checksums[PROGRAM], like)
+    try:
+        model = Model(Path(directory), facts, checksums[PROGRAM], like)
+        model.check()
+    except Exception as error:  # of any type, if the files do not fit together
+        problem = f"cannot answer a test request ({type(error).__name__}: {error})"
+        raise ServingError(f"{directory} {problem}: its files do not fit together. Export again") from error
+    return model
 
 
 class Model:
@@ -73,6 +81,7 @@ class Model:
     ) -> None:
         self.facts = facts
         self._tables = tables = read_tables(directory / TABLES)
+        _check_sizes(facts, tables)
         stored = read_tensors(directory / VOCABULARY)
         vocabularies = {name: Vocabulary.read(stored, name, each) for name, each in self.facts["features"].items()}
         self.encoder = Encoder(self.facts, vocabularies, vocabularies[self.facts["item"]], stored)
@@ -93,6 +102,16 @@ class Model:
             self._program = like._program
         else:
             self._program = torch.export.load(directory / PROGRAM).module()
+
+    def check(self) -> None:
+        """Answer a test request. Raises an error of any type if that fails or the result is not finite."""
+        encoder = self.encoder
+        item, missing = encoder.items.values_at(torch.tensor([0])), {name: [None] for name in encoder.given_features}
+        history = History(items=item, actions=[None], timestamps=[0], features=missing)
+        shown = Candidates(item, {name: [None] for name in encoder.known_before})
+        (outputs,) = self.predict_batch([history], [shown], 0 if self.reads_request_time else None)
+        if not all(torch.tensor(values).isfinite().all() for values in self.predictions(outputs).values()):
+            raise ServingError("it gives no finite number")
 
     @property
     def reads_request_time(self) -> bool:
@@ -234,6 +253,18 @@ class Model:
         if self._items is None:
             raise ServingError(f"cannot {purpose}: a ranking model has no vectors of users and items; use score")
         return self._items
+
+
+def _check_sizes(facts: Mapping[str, Any], tables: Mapping[str, Table]) -> None:
+    """Raise ValueError for a size that would allocate too much memory."""
+    sizes = [("tokens_per_item", facts["tokens_per_item"], 2), ("max_items", facts["max_items"], _LARGEST)]
+    sizes += [(f"the width of {each['name']!r}", each["width"], _LARGEST) for each in facts["numbers"]]
+    for name, each in facts["features"].items():
+        if each["kind"] not in ("texts", "numbers"):
+            sizes.append((f"the size of {name!r}", each["size"], len(tables[each["table"]].weight)))
+    for what, size, largest in sizes:
+        if type(size) is not int or not 0 <= size <= largest:
+            raise ValueError(f"{what} is {size!r}; it may be at most {largest}")
 
 
 def _num_items(sequence: Sequence_) -> int:

@@ -211,8 +211,7 @@ class Guard:
 
 def _as_json(answer: Answer, **content: Any) -> Response:
     # A Response skips FastAPI's slow validation of each number.
-    unknown = {"unknown_items": answer.unknown_items, "unknown": answer.unknown}
-    text = json.dumps({"model": answer.model, **content, **unknown}, allow_nan=False)
+    text = json.dumps({"model": answer.model, **content, **answer.unknown}, allow_nan=False)
     return Response(text, media_type="application/json")
 
 

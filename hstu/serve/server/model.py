@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Annotated, Any
 
@@ -89,10 +89,8 @@ class Answer:
     """Version of the model."""
     content: Any
     """A Recommendation; a dict of predictions for candidates; or a vector as a list."""
-    unknown_items: list[Any]
-    """Items of the query that the model does not have."""
-    unknown: dict[str, list[Any]] = field(default_factory=dict)
-    """Action or feature → its values in the query that the model does not have."""
+    unknown: dict[str, Any]
+    """What the model does not have: "unknown_items", and "unknown" with values of the action and of each feature."""
 
 
 class ServedModel:
@@ -127,16 +125,6 @@ class ServedModel:
         places = [*places, *islice(others, count)][:count]
         values = items.values_at(torch.tensor(places, dtype=torch.int64))
         return [(value, titles[place] if titles else "") for value, place in zip(values, places, strict=True)]
-
-    def check(self) -> None:
-        """Answer a test query. Raises ServingError if that fails or the result is not finite."""
-        encoder = self.model.encoder
-        (item,), missing = encoder.items.values_at(torch.tensor([0])), {name: [None] for name in encoder.given_features}
-        history = History(items=[item], actions=[None], timestamps=[0], features=missing)
-        shown = Candidates([item], {name: [None] for name in encoder.known_before})
-        for answer in self.answer([Query(history, candidates=shown)]):
-            if isinstance(answer, Exception):
-                raise ServingError(f"the model cannot answer: {answer}") from answer
 
     def _outputs(self, queries: Sequence[Query]) -> list[Tensor | Exception]:
         """For each query, the user vector [1, E], the logits [candidates, outputs], or its exception."""
@@ -174,9 +162,9 @@ class ServedModel:
         encoder, shown, given = self.model.encoder, query.candidates, [query.history]
         if shown is not None:
             given.append(History(items=shown.items, features=shown.features))
-        unknown = encoder.unknown(given)
-        items = unknown.pop(encoder.facts["item"], [])
-        return Answer(self.version, best or self._content(query, output), items, unknown)
+        found = encoder.unknown(given)
+        unknown = {"unknown_items": found.pop(encoder.facts["item"], []), "unknown": found}
+        return Answer(self.version, best or self._content(query, output), unknown)
 
     def _content(self, query: Query, output: Tensor) -> Any:
         if self.task == "ranking":

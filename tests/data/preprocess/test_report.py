@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hstu.base.errors import EXIT_BAD_DATA
 from hstu.data.preprocess import report
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.store.sequence_store import SequenceStore
+from scripts import preprocess_dataset
 from tests.conftest import REPOSITORY
 
 MakeStore = Callable[..., SequenceStore]
@@ -47,6 +49,15 @@ def test_differences_from_the_published_figures_are_shown(ml_100k_store: Sequenc
     ml_100k_store = SequenceStore.open(ml_100k_store.path)
     ml_100k_store.statistics["published"]["users"] = 944
     assert "NOT the published statistics: users 943 instead of 944. Not the complete" in format_report(ml_100k_store)
+
+
+def test_a_store_without_statistics_is_an_error_that_says_what_to_do(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = make_store([[0, 1]])
+    monkeypatch.setattr(preprocess_dataset, "_make", lambda _: store.path)
+    assert preprocess_dataset.main(["--dataset_name", "toy"]) == EXIT_BAD_DATA
+    assert "meta.json is incomplete (KeyError('items'))" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])

@@ -127,10 +127,10 @@ def test_a_directory_that_was_copied_in_part_is_an_error(retrieval: Served, tmp_
     [
         (("heads",), None, "KeyError: 'heads'"),
         (("features", "action", "table"), "lost", "KeyError: 'lost'"),
-        (("tokens_per_item",), 10**9, "tokens_per_item is 1000000000; it may be at most 2"),
+        (("tokens_per_item",), 10**9, "the size of 'tokens_per_item' is 1000000000; it may be at most 2"),
         (("features", "hour_of_day", "size"), 10**11, "the size of 'hour_of_day' is 100000000000; it may be at most 2"),
-        (("numbers", 0, "width"), 10**11, "the width of 'price' is 100000000000; it may be at most"),
-        (("max_items",), 7.5, "max_items is 7.5"),
+        (("numbers", 0, "width"), 10**11, "the size of 'price' is 100000000000; it may be at most"),
+        (("max_items",), 7.5, "the size of 'max_items' is 7.5"),
         (("version",), None, "serving.json is damaged: it has no 'version'"),
     ],
 )

@@ -214,9 +214,8 @@ class Encoder:
         rows = [torch.empty(0, width)]
         for value in values:
             try:
-                row = torch.tensor([math.nan] * width if value is None else value, dtype=torch.float32).reshape(
-                    1, width
-                )
+                given = [math.nan] * width if value is None else value
+                row = torch.tensor(given, dtype=torch.float32).reshape(1, width)
             except (TypeError, ValueError, RuntimeError, OverflowError):
                 row = torch.full((1, width), math.inf)
             if row.isinf().any():

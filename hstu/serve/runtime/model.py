@@ -28,11 +28,12 @@ from .requests import Candidates, History, ServingError
 ITEM_VECTORS = "item_vectors"
 _COSINES_AT_ONCE = 1 << 25
 """Maximum cosine similarities per matrix product."""
+_LARGEST = 1 << 20
+"""Maximum number of events, and width of a feature."""
 _SCORES_AT_ONCE = 1 << 19
 """Maximum attention scores per chunk, unless one sequence has more: 6 sequences of 200 tokens with 2 heads.
 Small chunks need less padding, and their activations fit the CPU caches.
 """
-_LARGEST = 1 << 20
 Sequence_ = tuple[Events, Events | None]
 """(history, candidates to score). None: predict from the newest event."""
 
@@ -56,16 +57,15 @@ def load(directory: str | Path, *, like: Model | None = None) -> Model:
         directory: the folder. It may have been moved, and may change or be removed after loading.
         like: share the program of this model if it is equal, as in exports of one configuration, to save seconds.
 
-    Raises ServingError if a file is missing, incomplete or damaged, the folder has another version, or the model cannot
-    answer a test request with finite numbers.
+    Raises ServingError if a file is missing or damaged, the folder has another version, or a test request fails.
     """
     facts, checksums = read_directory(Path(directory))
     try:
         model = Model(Path(directory), facts, checksums[PROGRAM], like)
         model.check()
     except Exception as error:  # of any type, if the files do not fit together
-        problem = f"cannot answer a test request ({type(error).__name__}: {error})"
-        raise ServingError(f"{directory} {problem}: its files do not fit together. Export again") from error
+        found = f"{type(error).__name__}: {error}"
+        raise ServingError(f"{directory}: its files do not fit together ({found}). Export it again") from error
     return model
 
 
@@ -76,12 +76,17 @@ class Model:
     ``titles`` has the item titles in the order of ``encoder.items``; it is empty if the data has no titles.
     """
 
-    def __init__(
-        self, directory: Path, facts: Mapping[str, Any], checksum: str = "", like: Model | None = None
-    ) -> None:
+    def __init__(self, directory: Path, facts: dict[str, Any], checksum: str = "", like: Model | None = None) -> None:
         self.facts = facts
         self._tables = tables = read_tables(directory / TABLES)
-        _check_sizes(facts, tables)
+        sizes = {"tokens_per_item": (facts["tokens_per_item"], 2), "max_items": (facts["max_items"], _LARGEST)}
+        sizes |= {each["name"]: (each["width"], _LARGEST) for each in facts["numbers"]}
+        for name, each in facts["features"].items():
+            if each["kind"] not in ("texts", "numbers"):
+                sizes[name] = each["size"], len(tables[each["table"]].weight)
+        for name, (size, largest) in sizes.items():
+            if type(size) is not int or not 0 <= size <= largest:
+                raise ValueError(f"the size of {name!r} is {size!r}; it may be at most {largest}")
         stored = read_tensors(directory / VOCABULARY)
         vocabularies = {name: Vocabulary.read(stored, name, each) for name, each in self.facts["features"].items()}
         self.encoder = Encoder(self.facts, vocabularies, vocabularies[self.facts["item"]], stored)
@@ -253,18 +258,6 @@ class Model:
         if self._items is None:
             raise ServingError(f"cannot {purpose}: a ranking model has no vectors of users and items; use score")
         return self._items
-
-
-def _check_sizes(facts: Mapping[str, Any], tables: Mapping[str, Table]) -> None:
-    """Raise ValueError for a size that would allocate too much memory."""
-    sizes = [("tokens_per_item", facts["tokens_per_item"], 2), ("max_items", facts["max_items"], _LARGEST)]
-    sizes += [(f"the width of {each['name']!r}", each["width"], _LARGEST) for each in facts["numbers"]]
-    for name, each in facts["features"].items():
-        if each["kind"] not in ("texts", "numbers"):
-            sizes.append((f"the size of {name!r}", each["size"], len(tables[each["table"]].weight)))
-    for what, size, largest in sizes:
-        if type(size) is not int or not 0 <= size <= largest:
-            raise ValueError(f"{what} is {size!r}; it may be at most {largest}")
 
 
 def _num_items(sequence: Sequence_) -> int:

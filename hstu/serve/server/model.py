@@ -139,8 +139,7 @@ class ServedModel:
         outputs = iter(self.model.run([each for each in encoded if not isinstance(each, Exception)]))
         found = [each if isinstance(each, Exception) else next(outputs) for each in encoded]
         return [
-            each if isinstance(each, Exception) or each.isfinite().all() else ServingError(_NOT_FINITE)
-            for each in found
+            one if isinstance(one, Exception) or one.isfinite().all() else ServingError(_NOT_FINITE) for one in found
         ]
 
     def _recommendations(
@@ -159,16 +158,13 @@ class ServedModel:
         return dict(zip(ranked, best, strict=True))
 
     def _answer(self, query: Query, output: Tensor, best: Recommendation | None) -> Answer:
-        encoder, shown, given = self.model.encoder, query.candidates, [query.history]
-        if shown is not None:
-            given.append(History(items=shown.items, features=shown.features))
-        found = encoder.unknown(given)
+        encoder, shown = self.model.encoder, query.candidates or Candidates([])
+        found = encoder.unknown([query.history, History(items=shown.items, features=shown.features)])
         unknown = {"unknown_items": found.pop(encoder.facts["item"], []), "unknown": found}
         return Answer(self.version, best or self._content(query, output), unknown)
 
     def _content(self, query: Query, output: Tensor) -> Any:
-        if self.task == "ranking":
-            return self.model.predictions(output)
         if query.candidates is None:
             return output[0].tolist()
-        return {"cosine": (self.model.item_vectors(query.candidates.items) @ output[0]).tolist()}
+        vectors = None if self.task == "ranking" else self.model.item_vectors(query.candidates.items)
+        return self.model.predictions(output if vectors is None else vectors @ output.T)

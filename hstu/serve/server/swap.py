@@ -36,8 +36,7 @@ def find_exports(root: Path) -> list[Found]:
     """Find the exports of ``root``, newest first.
 
     ``root`` is an export, its folder "serving", a folder with a link "latest" to an export, or a folder with several
-    exports. Hidden folders and those without a manifest are incomplete and skipped. Links are resolved to the folders
-    they lead to.
+    exports. Hidden folders and those without a manifest are skipped as incomplete. Links are resolved to folders.
     """
     link = root / LATEST
     named = link if os.path.lexists(link) else root

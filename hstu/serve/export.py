@@ -81,9 +81,8 @@ def write_serving(
             _write_tensors(folder / name, tensors)
         text = json.dumps(facts, indent=1, ensure_ascii=False)
         (folder / FACTS).write_text(text, encoding="utf-8")
-        (folder / PACKAGE).mkdir()
-        for path in Path(runtime.__file__).parent.glob("*.py"):
-            shutil.copyfile(path, folder / PACKAGE / path.name)
+        package = Path(runtime.__file__).parent
+        shutil.copytree(package, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
         found = difference(trained, runtime.Model(folder, json.loads(text)))
     if found is not None and found > TOLERANCE:
         raise DataError(

@@ -56,6 +56,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._begun = time.monotonic()
+        self._shift = 0
+        """Iterations so far beyond those that batches of this run's size would have needed for the same samples."""
         self._running_loss = RunningLoss(self.mesh.device)
         self._history = MetricsHistory()
         self._loss_scale = self.pipeline.step.loss_scale
@@ -108,8 +110,23 @@ class Trainer:
     def _restore(self) -> None:
         with self.mesh.heartbeat.during("restoring a checkpoint"):
             self.checkpoints.restore(self.state)
+        self._follow_samples()
         self._check_length()
         self._selection.follow(self._history)
+
+    def _follow_samples(self) -> None:
+        """Count epochs and schedules by samples where the checkpoint had global batches of another size."""
+        iteration, position = self.state.iteration, self.state.position
+        if position == SamplerPosition():
+            return
+        self._shift = iteration - self.source.train_sampler(position).batches_done
+        if self._shift and self.args.max_train_iters is None:
+            self.total_iters += self._shift
+            log.warning(
+                "global batches have another size than those of the checkpoint: its %d iterations count as %d of this "
+                "run, and %d are left to train",
+                iteration, iteration - self._shift, self.total_iters - iteration,
+            )  # fmt: skip
 
     def _check_length(self) -> None:
         iteration, total = self.state.iteration, self.total_iters
@@ -150,7 +167,9 @@ class Trainer:
     def _train_step(self, batches: Iterator[HSTUBatch]) -> None:
         self.mesh.heartbeat.mark("training step", self.state.iteration + 1)
         epoch, per_epoch = self.source.epoch_after(self.state.position), self.source.batches_per_epoch
-        multiplier = self.schedule.multiplier(self.state.iteration, self.total_iters, epoch, per_epoch)
+        shift = self._shift if self.args.max_train_iters is None else 0
+        iteration, total = self.state.iteration - shift, self.total_iters - shift
+        multiplier = self.schedule.multiplier(iteration, total, epoch, per_epoch)
         self.state.optimizers.set_lr_multiplier(multiplier)
         result = self.pipeline.progress(batches)
         self.state.iteration += 1
@@ -248,7 +267,7 @@ class Trainer:
                 self.checkpoints.save(self.state)
 
     def _epoch(self) -> float:
-        return self.state.iteration / self.source.batches_per_epoch
+        return (self.state.iteration - self._shift) / self.source.batches_per_epoch
 
     def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
         totals = torch.tensor(numbers, dtype=torch.float64)

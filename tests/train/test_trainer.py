@@ -257,6 +257,28 @@ def test_a_continued_run_remembers_the_best_metrics_of_its_first_part(train: Cal
     assert second.summary["best_metrics"]["valid"]["LOGLOSS"] == best
 
 
+@pytest.mark.parametrize("batch_size", [8, 16, 4])
+def test_epochs_and_schedules_count_samples_whatever_the_global_batch(
+    train: Callable[..., FinishedRun], batch_size: int
+) -> None:
+    """The first two epochs have global batches of 8, as if they had been trained by another number of ranks."""
+    options: dict[str, Any] = {"max_train_iters": None, "ckpt_load_dir": "auto", "ckpt_save_interval": 4}
+    resized = options | {"num_train_epochs": 4, "train_batch_size": batch_size}
+    train("ranking", output="resized", trainer=options | {"num_train_epochs": 2})
+    found, whole = (
+        train("ranking", output=output, trainer=resized, schedule={"schedule": "cosine"})
+        for output in ("resized", "whole")
+    )
+    assert found.trainer.state.position == whole.trainer.state.position
+    steps = whole.trainer.state.iteration // 2  # of two epochs
+    assert found.trainer.state.iteration == 4 + steps
+    resumed, expected = (
+        [(record["epoch"], record["lr"]) for record in each.records if record["kind"] == "train"][-steps:]
+        for each in (found, whole)
+    )
+    assert resumed == expected
+
+
 def test_a_finished_run_that_is_started_again_only_evaluates(train: Callable[..., FinishedRun]) -> None:
     options = {"ckpt_save_interval": 4, "ckpt_load_dir": "auto", "eval_at_end": True}
     first = train("retrieval", output="one", trainer=options)

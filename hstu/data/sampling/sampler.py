@@ -118,6 +118,19 @@ class TrainSampler:
         order = epoch_order(self.num_samples, self.seed, 0, self.shuffle)
         return sum(1 for _ in self._global_batches(order, begin=0))
 
+    @cached_property
+    def batches_done(self) -> int:
+        """Global batches of this size from the start of the run to ``position``; a part of one counts as whole."""
+        epoch, consumed = self.position.epoch, self.position.consumed
+        if self._token_budget is None:
+            left = -(-(self.num_samples - consumed) // (self.batch_size * self.world_size))
+            return (epoch + 1) * self.batches_per_epoch - left
+        batches = 0
+        for each in range(epoch + 1):
+            order = epoch_order(self.num_samples, self.seed, each, self.shuffle)
+            batches += sum(1 for _ in self._global_batches(order, begin=0))
+        return batches - sum(1 for _ in self._global_batches(order, consumed))
+
     def __iter__(self) -> Iterator[BatchPlan]:
         for epoch, order, bounds in self._epochs():
             start, stop = int(bounds[0]), int(bounds[-1])

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice, takewhile
 from typing import Any
 
@@ -68,6 +69,18 @@ def test_global_batches_are_what_all_ranks_take_together(tokens: list[int], worl
         assert [plan.indices.tolist() for plan in plans] == [
             samples[ranks == rank].tolist() for rank in range(world_size)
         ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), worlds, st.booleans(), st.integers(1, 40))
+def test_a_position_tells_how_many_batches_were_done(
+    tokens: list[int], world_size: int, by_tokens: bool, steps: int
+) -> None:
+    loads = Loads(np.array(tokens), np.square(tokens).astype(np.float64))
+    partition = BatchPartition(loads, tokens_per_rank=90 if by_tokens else None)
+    samplers = partial(TrainSampler, len(tokens), 3, 0, world_size, 5, True, partition=partition)
+    for done, plan in enumerate(islice(samplers(), steps), 1):
+        assert samplers(position=plan.position).batches_done == done
 
 
 stages = st.lists(

@@ -49,6 +49,8 @@ class TrainState:
     raw_ids: RawIds = field(default_factory=RawIds)
     features: dict[str, Any] = field(default_factory=dict)
     """JSON: features that the model reads, with numbers of ids, for use without the data."""
+    trained_on: dict[str, Any] = field(default_factory=dict)
+    """JSON: see BatchSource.trained_on."""
     carried: dict[str, Stateful] = field(default_factory=dict)
     """Name → further state of a run, such as its metrics: JSON, equal on all ranks."""
 
@@ -113,6 +115,7 @@ class TrainState:
                 for table in self.model.specs
             },
             "features": self.features,
+            "trained_on": self.trained_on,
             "carried": {name: part.state_dict() for name, part in self.carried.items()},
             "versions": versions(),
         }

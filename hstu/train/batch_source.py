@@ -6,7 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,6 +84,11 @@ class BatchSource(ABC):
     @property
     def description(self) -> dict[str, str]:
         """Facts that must be equal on all ranks, besides the configuration: name → value."""
+        return {}
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """JSON that identifies the data, in whose samples a position is counted. Empty for random data."""
         return {}
 
     @property

@@ -270,7 +270,9 @@ def build_state(
 ) -> TrainState:
     """The state that checkpoints contain."""
     ids, features = raw_ids(source), describe_features(source)
-    return TrainState(model, optimizers, config.operative_gin(), run, raw_ids=ids, features=features)
+    return TrainState(
+        model, optimizers, config.operative_gin(), run, raw_ids=ids, features=features, trained_on=source.trained_on
+    )
 
 
 def raw_ids(source: BatchSource) -> RawIds:

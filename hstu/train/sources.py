@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +96,13 @@ class StoreSource(BatchSource):
             evaluated = self.eval_store.checksums.items()
             facts |= {f"{file} of eval_dataset_path": checksum for file, checksum in evaluated}
         return facts
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """See BatchSource."""
+        files = ["offsets.npy", *(f"sequence.{name}.npy" for name in (self.roles.item, self.roles.action) if name)]
+        checksums = {file: self.store.checksums[file] for file in files}
+        return {"users": self.store.num_users, "events": self.store.num_events, "checksums": checksums}
 
     @cached_property
     def least_action(self) -> int:

@@ -81,14 +81,13 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     if problems:
         raise DamagedCheckpoint(_message(root, problems, [], "Load another checkpoint."))
     match, differences, remaps = collective_io(lambda: match_checkpoint(root, shape, options), mesh)
-    if options.optimizer:
-        _check_data(read_metadata(root).get("trained_on", {}), state.trained_on, root, options)
     if options.zero_new_rows:
         _zero_tables(match, state)
     collective_io(lambda: _read_tensors(open_tensors(root), match, state, mesh), mesh)
     dynamic = collective_io(lambda: _read_dynamic(root, state, mesh, options, remaps), mesh)
     if options.optimizer:
         _restore_metadata(root, state, mesh)
+        _warn_of_other_data(root, read_metadata(root).get("trained_on", {}), state.trained_on)
         changes = [f"  {entry}" for entry in differences if entry.changes not in ("reports", "model")]
         if changes:
             log.warning("the configuration has changed since %s was saved:\n%s", root, "\n".join(changes))
@@ -215,19 +214,18 @@ class _Destination:
             piece[rows] = buffer[torch.from_numpy(source[source >= 0]).to(piece.device)]
 
 
-def _check_data(stored: Mapping[str, Any], own: Mapping[str, Any], root: Path, options: LoadOptions) -> None:
-    """Other data have other samples at the position of the run: an error, or a warning if not ``options.strict``."""
+def _warn_of_other_data(root: Path, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Other data have other samples at the position of the run."""
     if not stored or not own or stored == own:
         return
     there, here = (f"{data['users']:,} users with {data['events']:,} events" for data in (stored, own))
     what = f"{there}; this run has {here}" if there != here else f"other events of as many users: {here}"
-    problem = f"{root} was trained on other data: {what}. Its position in an epoch means other samples in this run"
-    if options.strict:
-        raise DataError(
-            f"{problem}. Set DatasetArgs.dataset_path to its data; or TrainerArgs.ckpt_load_optimizer = False to start "
-            "from its weights at iteration 0; or ckpt_load_strict = False to go on from that position all the same."
-        )
-    log.warning("%s", problem)
+    log.warning(
+        "%s was trained on other data: %s. Its position in an epoch, where training goes on, means other samples here. "
+        "TrainerArgs.ckpt_load_optimizer = False would start from the weights at iteration 0.",
+        root,
+        what,
+    )
 
 
 def _read_dynamic(

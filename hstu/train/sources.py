@@ -26,7 +26,7 @@ from hstu.data.features.values import LabelColumn, check_labels, training_statis
 from hstu.data.sampling.negatives import count_items
 from hstu.data.sampling.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
-from hstu.data.store.layout import NumberStatistics
+from hstu.data.store.layout import OFFSETS_FILE, NumberStatistics
 from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
@@ -100,7 +100,8 @@ class StoreSource(BatchSource):
     @property
     def trained_on(self) -> dict[str, Any]:
         """See BatchSource."""
-        files = ["offsets.npy", *(f"sequence.{name}.npy" for name in (self.roles.item, self.roles.action) if name)]
+        features = [self.store.feature(name) for name in (self.roles.item, self.roles.action) if name]
+        files = [OFFSETS_FILE, *(feature.file for feature in features)]
         checksums = {file: self.store.checksums[file] for file in files}
         return {"users": self.store.num_users, "events": self.store.num_events, "checksums": checksums}
 

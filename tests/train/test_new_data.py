@@ -143,7 +143,7 @@ def test_training_goes_on_with_new_rows_as_initialised(
     assert (norms > 0.1).all() and finished.trainer.state.iteration == 61
 
 
-def test_a_run_does_not_resume_on_other_histories_of_the_same_ids(
+def test_a_run_that_resumes_on_other_histories_of_the_same_ids_says_so(
     old: FinishedRun, mesh: Mesh, tmp_path: Path, warnings_of_hstu: pytest.LogCaptureFixture
 ) -> None:
     write_store(tmp_path)
@@ -154,10 +154,8 @@ def test_a_run_does_not_resume_on_other_histories_of_the_same_ids(
     columns = columns_of(tmp_path, "events.csv")
     store = SequenceStore.open(import_interactions("walks", columns, output=tmp_path / "store", force=True))
     loading = {"ckpt_load_dir": str(locate(old.path)), "max_train_iters": 61, "ckpt_save_dir": str(tmp_path / "new")}
-    with pytest.raises(DataError, match=r"trained on other data: other events of as many users.*dataset_path"):
-        train(mesh, store, tmp_path / "strict", trainer=loading)
-    assert train(mesh, store, tmp_path, trainer={**loading, "ckpt_load_strict": False}).trainer.state.iteration == 61
-    assert "was trained on other data" in warnings_of_hstu.text
+    train(mesh, store, tmp_path, trainer=loading)
+    assert "was trained on other data: other events of as many users" in warnings_of_hstu.text
 
 
 def test_a_run_that_loads_in_part_is_also_applied_in_part(old: FinishedRun, mesh: Mesh, tmp_path: Path) -> None:

@@ -107,7 +107,8 @@ class TrainSampler:
         if not 0 <= self.position.consumed <= self.num_samples:
             raise DataError(
                 f"cannot resume at sample {self.position.consumed} of an epoch of {self.num_samples} samples: "
-                "the checkpoint was written for other data"
+                "the checkpoint was written for other data. TrainerArgs.ckpt_load_optimizer = False starts from its "
+                "weights at iteration 0"
             )
 
     @cached_property

@@ -253,6 +253,8 @@ def report(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
         f"{found.tflops:.3g} TFLOPS per rank, MFU {found.mfu:.1%} of {found.peak_tflops:.3g} TFLOPS\n"
     )
     yield f"note: {workload.note}"
+    if not machine.is_measured:
+        yield f"note: times are what {machine.name} should need (a roofline); none of them has been measured on a GPU"
     if found.memory_total > found.memory_limit:
         yield "warning: this is more memory than a rank has"
 

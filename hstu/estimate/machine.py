@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import torch
@@ -36,6 +36,8 @@ Clock = Callable[[], float]
 @dataclass(frozen=True)
 class Machine:
     """The device of one rank and its links. Efficiencies and latencies are unmeasured assumptions for all GPUs."""
+
+    is_measured: ClassVar[bool] = False
 
     name: str
     memory_gb: float
@@ -154,6 +156,8 @@ while True:
 @dataclass(frozen=True)
 class ThisCpu(Machine):
     """A rank's share of the cores of this host, measured. Its links are assumptions."""
+
+    is_measured = True
 
     memory_gb_s: float = 10.0  # unused: steps are measured
     link_gb_s: float = 1.0

@@ -141,8 +141,8 @@ def start(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     device = _pick_device(local_rank)
-    threads = max(1, len(os.sched_getaffinity(0)) // local_world_size)
-    torch.set_num_threads(threads)
+    if local_world_size > 1:  # torchrun gives each rank one thread; alone, the caller's number stays
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow_tf32
     timeout = timedelta(seconds=timeout_s + _HEAD_START_S)
@@ -178,7 +178,7 @@ def start(
         store=store,
     )
     seed_initial_weights(seed)
-    log.info("rank %d of %d on %s, %d CPU threads", mesh.rank, mesh.world_size, device, threads)
+    log.info("rank %d of %d on %s, %d CPU threads", mesh.rank, mesh.world_size, device, torch.get_num_threads())
     return mesh
 
 

@@ -17,7 +17,7 @@ CHUNK_ITEMS = 16384
 CPU_PRODUCT_ITEMS = 2048
 """Items scored at once on a CPU. Their 4 MiB of scores stay in its caches, and the memory is reused."""
 BLOCK_QUERIES = 512
-"""Queries scored at once."""
+"""Most queries scored at once."""
 _GROUP = 16
 """Scores per group. The maximum of a group is compared before its scores."""
 
@@ -136,7 +136,8 @@ def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.
     Returns (positions int64, scores float32), both [U, min(k, corpus size)], padded with −1 and −inf.
     """
     k = min(k, corpus.size)
-    scorer = _Scorer(queries, np.arange(len(queries)), corpus)
+    smallest = max(16, 1 << (len(queries) - 1).bit_length())  # of fewer queries, products may round equal items apart
+    scorer = _Scorer(queries, np.arange(len(queries)), corpus, min(smallest, BLOCK_QUERIES))
     device = corpus.ids.device
     scores = torch.full((len(queries), k), -torch.inf, device=device)
     items = torch.full((len(queries), k), -1, device=device)
@@ -216,27 +217,28 @@ class _Scorer:
     bitwise equal, and equal items tie.
     """
 
-    def __init__(self, queries: Queries, order: np.ndarray, corpus: Corpus) -> None:
+    def __init__(self, queries: Queries, order: np.ndarray, corpus: Corpus, block_queries: int = BLOCK_QUERIES) -> None:
+        self._block = block_queries
         self._num_queries, self._corpus_size, self._device = len(queries), corpus.size, corpus.ids.device
         vectors = queries.vectors[self.on_device(order)]
-        self._vectors = nn.functional.pad(vectors, (0, 0, 0, -len(order) % BLOCK_QUERIES))
+        self._vectors = nn.functional.pad(vectors, (0, 0, 0, -len(order) % self._block))
         row_of_query = np.argsort(order)
         rows, items = np.repeat(row_of_query, queries.seen_lengths), corpus.positions(queries.seen_items)
-        by_block_and_item = np.lexsort((items, rows // BLOCK_QUERIES))
+        by_block_and_item = np.lexsort((items, rows // self._block))
         self._seen_rows, self._seen_items = rows[by_block_and_item], items[by_block_and_item]
-        block_starts = np.arange(0, len(self._vectors) + 1, BLOCK_QUERIES)
-        self._seen_bounds = np.searchsorted(self._seen_rows // BLOCK_QUERIES, block_starts // BLOCK_QUERIES)
+        block_starts = np.arange(0, len(self._vectors) + 1, self._block)
+        self._seen_bounds = np.searchsorted(self._seen_rows // self._block, block_starts // self._block)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Blocks that contain queries [start, stop)."""
         stop = self._num_queries if stop is None else stop
         if start < stop:
-            for first in range(start - start % BLOCK_QUERIES, stop, BLOCK_QUERIES):
-                yield slice(first, min(first + BLOCK_QUERIES, self._num_queries))
+            for first in range(start - start % self._block, stop, self._block):
+                yield slice(first, min(first + self._block, self._num_queries))
 
     def scores(self, block: slice, items: Tensor) -> Tensor:
         """Scores float32 [queries of the block, n]; −inf for items that are no candidates."""
-        scores = self._vectors[block.start : block.start + BLOCK_QUERIES] @ items.t()
+        scores = self._vectors[block.start : block.start + self._block] @ items.t()
         first_zero = (items[:, 0] == 0).nonzero()[:, 0]
         scores[:, first_zero[~items[first_zero].any(dim=1)]] = -torch.inf  # a mask would rewrite all scores
         return scores[: block.stop - block.start]
@@ -245,7 +247,7 @@ class _Scorer:
         """``scores`` with −inf also for items that the user has seen and for padding at the end of the corpus."""
         scores = self.scores(block, items)
         scores[:, self._corpus_size - first :] = -torch.inf
-        start, stop = self._seen_bounds[block.start // BLOCK_QUERIES :][:2]
+        start, stop = self._seen_bounds[block.start // self._block :][:2]
         start, stop = start + np.searchsorted(self._seen_items[start:stop], (first, first + len(items)))
         rows, seen = self._seen_rows[start:stop] - block.start, self._seen_items[start:stop] - first
         scores[self.on_device(rows), self.on_device(seen)] = -torch.inf

@@ -1,6 +1,8 @@
 import ctypes
 import os
 import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,3 +137,10 @@ def test_a_port_in_use_is_a_mistake_of_the_configuration_that_names_it(monkeypat
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=rf"rank 0 cannot join the others at 127.0.0.1:{port} .*EADDRINUSE"):
             mesh_module.start(timeout_s=5)
+
+
+def test_a_process_alone_keeps_the_number_of_threads_that_its_caller_chose() -> None:
+    code = "import torch; from hstu.parallel import mesh; mesh.start(); print(torch.get_num_threads()); mesh.finish()"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["1"]

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import hstu.train.corpus as corpus_module
 from hstu.train.corpus import Corpus, Queries, recommend, target_ranks
 from hstu.train.metrics import retrieval_metrics
 
-EPS = 1e-6
+EPS, CHUNK = 1e-6, 64
 
 
 def make_queries(
@@ -151,6 +152,13 @@ def test_recommend_gives_the_best_unseen_items_in_order() -> None:
     expected_scores, expected_codes = expected.topk(4, dim=1)
     np.testing.assert_array_equal(codes, expected_codes)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
+
+
+def test_one_query_costs_few_products() -> None:
+    table = torch.randn(CHUNK, 4)
+    with FlopCounterMode(display=False) as counter:
+        recommend(make_queries(table[:1], [0], [[]]), make_corpus(table), k=3)
+    assert counter.get_total_flops() <= 16 * 2 * CHUNK * 4
 
 
 def test_recommend_more_items_than_there_are() -> None:

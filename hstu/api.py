@@ -132,7 +132,10 @@ class TrainedModel(LoadedModel):
         return torch.from_numpy(np.concatenate(list(item_vectors(self))))
 
     def recommend(self, users: Sequence[Any], top: int = 10, at: int | None = None) -> list[Recommendation]:
-        """Recommend the ``top`` best unseen items to each user. ``at`` and errors: see :meth:`user_embeddings`."""
+        """Recommend the ``top`` best items to each user, by default unseen ones (RetrievalArgs.filter_seen).
+
+        ``at`` and errors: see :meth:`user_embeddings`.
+        """
         self.require_retrieval()
         rows, offsets = encode_users(self.store, users), self.store.offsets()
         lengths = offsets[rows + 1] - offsets[rows]
@@ -152,7 +155,7 @@ class TrainedModel(LoadedModel):
     def recommend_for(
         self, given: Sequence[History], top: int = 10, at: int | None = None
     ) -> tuple[list[Recommendation], dict[str, list[Any]]]:
-        """Recommend the ``top`` best unseen items for histories given by hand. Works without the data of the run.
+        """As :meth:`recommend`, for histories given by hand. Works without the data of the run.
 
         Returns the recommendations, and feature → unknown values. Unknown items and unknown or missing contextual
         features get a row of zeros. Item features that are not given come from the data, if it exists.
@@ -188,6 +191,8 @@ class TrainedModel(LoadedModel):
         top: int,
     ) -> list[Recommendation]:
         rows = np.arange(len(users))
+        if not self.leaves_out_seen:
+            seen, seen_lengths = seen[:0], np.zeros_like(seen_lengths)
         with self.inference():
             queries = Queries(vectors, rows, np.full_like(rows, -1), seen, seen_lengths)
             positions, scores = recommend(queries, corpus, top)

@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_DONE
     found, users = evaluation.metrics(), len(np.unique(evaluation.observations.users))
     data, predictions = loaded.with_data().eval_store.path, len(evaluation.observations)
-    print(f"{loaded.checkpoint}\n{split} of {data}: {users:,} users, {predictions:,} predictions\n")
+    seen = ", without the items that a user had before (filter_seen)" if loaded.leaves_out_seen else ""
+    print(f"{loaded.checkpoint}\n{split} of {data}: {users:,} users, {predictions:,} predictions{seen}\n")
     print(tabulate(found.items(), headers=("metric", "value"), tablefmt="plain", floatfmt=".4f"))
     if options.output:
         document = {

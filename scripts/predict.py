@@ -83,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         "model reads before it predicts. Retrieval: only these items are recommended to these users",
     )
     add("--top", type=int, help=f"retrieval: items per user (default {_TOP}; with --candidates all)")
-    add("--keep_seen", action="store_true", help="retrieval: also recommend items that the user has events of")
+    seen = "retrieval: also recommend items that the user has events of, or not; default: as in the run's evaluation"
+    add("--keep_seen", action=argparse.BooleanOptionalAction, help=seen)
     add("--allow", help="retrieval: file of the only items to recommend; column item, or one raw id per line")
     add("--deny", help="retrieval: file of items not to recommend")
     add("--part_users", type=int, default=10_000, help="users per file (default 10000); memory grows with it")
@@ -115,7 +116,7 @@ def _predictor(loaded: LoadedModel, candidates: Candidates | None, options: argp
     at = options.at
     if loaded.config.task == "ranking":
         for name in ("top", "keep_seen", "allow", "deny"):
-            if getattr(options, name):
+            if getattr(options, name) is not None:
                 raise ConfigError(f"--{name} is for retrieval; a ranking model predicts all that --candidates names")
         if candidates is None:
             raise ConfigError("a ranking model predicts given candidates: name a file of them with --candidates")
@@ -137,7 +138,7 @@ def _write(predictor: Predictor, users: np.ndarray, options: argparse.Namespace)
     files = [options.output / f"part-{number:05d}.parquet" for number in range(count)]
     given = [file for file in (options.candidates, options.allow, options.deny) if file and file != "-"]
     settings: dict[str, Any] = {
-        **{name: str(value) for name, value in vars(options).items() if value and name != "output"},
+        **{name: str(value) for name, value in vars(options).items() if value is not None and name != "output"},
         "files": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in given],
         "checkpoint_digest": hashlib.sha256((predictor.loaded.checkpoint / MANIFEST).read_bytes()).hexdigest(),
         "data": dict(sorted(predictor.store.checksums.items())),

@@ -89,6 +89,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
             "most": dataset.max_num_candidates if has_candidates else 1 if alone else MOST_CANDIDATES,
         },
         "l2_norm_eps": args.l2_norm_eps if isinstance(args, RetrievalArgs) else None,
+        "filter_seen": trained.leaves_out_seen,
         "tasks": [
             {"name": each.name, "kind": each.kind, "width": len(each.columns), "first": each.first}
             for each in predictions_of(trained)

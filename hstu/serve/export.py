@@ -153,13 +153,14 @@ def _card(
         f"- {split}: {name} {value:.4f}" for split, values in evaluations.items() for name, value in values.items()
     ]
     sizes = [f"- {name}: {len(rows):,} × {rows.shape[1]}, {table_dtype}" for name, rows in tables.items()]
+    left_out = "\nItems that the user has had are left out, here and in recommendations by default.\n"
     return f"""# HSTU model on {dataset.dataset_name}
 
 This model {purpose}. It reads up to {trained.source.max_items:,} of the newest events of a user.
 
 ## Metrics
 {chr(10).join(metrics) or "The checkpoint has no record of an evaluation."}
-
+{left_out if trained.leaves_out_seen else ""}
 ## Tables
 {chr(10).join(sizes)}
 

@@ -198,6 +198,11 @@ class LoadedModel:
                 "DatasetArgs.query_time; leave the time out"
             )
 
+    @property
+    def leaves_out_seen(self) -> bool:
+        """Whether evaluation leaves out the items that a user had before, and recommendations by default."""
+        return isinstance(self.config.task_args, RetrievalArgs) and self.config.task_args.filter_seen
+
     def check_groups(self) -> None:
         """Raise ConfigError if candidates read the actions on other candidates, which no request knows."""
         network = self.config.network

@@ -163,7 +163,7 @@ class RetrievalPredictor(Predictor):
         candidates: rank these items of each user instead of all items. Items without a vector are left out.
         allowed: int64 codes of the only items to recommend. None: all.
         denied: int64 codes of items to exclude.
-        keep_seen: also recommend items of the user's history.
+        keep_seen: also recommend items of the user's history. None: as RetrievalArgs.filter_seen says.
         at: time of the request, see ``LoadedModel.user_vectors``.
 
     Raises DataError for a ranking model, or if no item is left, and ConfigError if the model does not read ``at``.
@@ -177,12 +177,13 @@ class RetrievalPredictor(Predictor):
         *,
         allowed: np.ndarray | None = None,
         denied: np.ndarray | None = None,
-        keep_seen: bool = False,
+        keep_seen: bool | None = None,
         at: int | None = None,
     ) -> None:
         super().__init__(loaded)
         loaded.check_request_time(at)
-        self.top, self.candidates, self.keep_seen, self.at = top, candidates, keep_seen, at
+        self.top, self.candidates, self.at = top, candidates, at
+        self.keep_seen = not loaded.leaves_out_seen if keep_seen is None else keep_seen
         self._evaluator = loaded.retrieval_evaluator()
         self._vocabulary = loaded.vocabularies[self.source.roles.item]
         ids = self._evaluator.corpus().ids.cpu().numpy()

@@ -6,6 +6,7 @@ have equally many batches, some of which may hold only padding.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from hstu.train.batch_source import BatchSource
 from hstu.train.corpus import Corpus, Queries, target_ranks
 from hstu.train.metrics import retrieval_metrics
 from hstu.train.task_metrics import RankingMetrics, TaskMetrics
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -213,13 +216,17 @@ class RetrievalEvaluator(Evaluator):
         self.source = source
 
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
-        """See Evaluator. The corpus loses a user's ``seen`` items, except the held-out item."""
+        """See Evaluator. The corpus loses a user's ``seen`` items, also the held-out item: it is then a miss."""
         corpus = self.corpus()
         with evaluation_mode(self.model):
             queries, history = self._collect_queries(self._limited(batches), corpus.ids.device)
             ranks = target_ranks(queries, corpus)
         users, targets = queries.user_ids, queries.targets
-        return Observations(users, targets, history, np.arange(len(users)), ranks, targets).gathered(self._gather)
+        found = Observations(users, targets, history, np.arange(len(users)), ranks, targets).gathered(self._gather)
+        if missed := int(self._gather(queries.is_target_seen()).sum()):
+            why = "are items that their user had before, which filter_seen = True leaves out: they count as misses"
+            log.warning("eval: %d of %d targets %s", missed, len(found), why)
+        return found
 
     def _collect_queries(self, batches: Iterable[HSTUBatch], device: torch.device) -> tuple[Queries, np.ndarray]:
         """Queries of this rank and the lengths of their histories, int64 [U]."""

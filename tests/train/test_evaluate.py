@@ -79,7 +79,7 @@ def test_retrieval_evaluation_ignores_padding_and_leaves_the_model_as_it_was() -
     model, batches, ranks = retrieval_batches()
     result = Retrieval(model).evaluate(batches)
     assert result == retrieval_metrics(list(result), ranks)
-    assert result["HR@500"] == 1.0  # K beyond the corpus
+    assert result["HR@500"] == 0.8  # K beyond the corpus; one target of five is an item that its user had before
     assert model.training and model.table.requires_grad
 
 
@@ -87,8 +87,8 @@ def test_without_seen_items_nothing_is_filtered() -> None:
     model, batches, ranks = retrieval_batches()
     for batch in batches:
         batch.seen = None
-    unfiltered = Retrieval(model).evaluate(batches)
-    assert unfiltered["MRR"] < retrieval_metrics(["MRR"], ranks)["MRR"]  # the last item itself ranks first
+    unfiltered = Retrieval(model).observe(batches).results
+    assert np.isfinite(unfiltered).all() and (unfiltered != ranks).all()  # the last item itself ranks first
 
 
 def test_retrieval_over_two_ranks_equals_one_process() -> None:

@@ -217,7 +217,9 @@ class RetrievalArgs(Args):
     items: the row of the id plus an MLP of the rows of the features. An item that is new, or was never trained on, gets
     its vector from its features alone. False: the vector is the row of the id."""
     filter_seen: bool = option(True, changes="reports")
-    """Evaluation: exclude the items that the user has seen."""
+    """Leave out the items that the user has seen: from evaluation, where a held-out item that the user had before is a
+    miss, and from what predict, recommend, the Python interface, an export and the server answer unless asked
+    otherwise. False, such as for repeat purchases: these items compete as all others."""
     eval_metrics: tuple[str, ...] = option(
         ("HR@10", "NDCG@10"),
         changes="reports",

@@ -123,27 +123,31 @@ class Model:
         """Whether results depend on ``at``, the time of the request."""
         return bool(self.facts["reads_request_time"])
 
+    def leaves_out(self, filter_seen: bool | None) -> bool:
+        """Whether recommendations leave out the items of a user's history. None: if the model's evaluation does."""
+        return bool(self.facts.get("filter_seen", True) if filter_seen is None else filter_seen)
+
     def recommend(
-        self, history: History, k: int = 10, at: int | None = None, filter_seen: bool = True
+        self, history: History, k: int = 10, at: int | None = None, filter_seen: bool | None = None
     ) -> Recommendation:
         """Recommend items for one history, see :meth:`recommend_batch`."""
         return self.recommend_batch([history], k, at, filter_seen)[0]
 
     def recommend_batch(
-        self, histories: Sequence[History], k: int = 10, at: int | None = None, filter_seen: bool = True
+        self, histories: Sequence[History], k: int = 10, at: int | None = None, filter_seen: bool | None = None
     ) -> list[Recommendation]:
         """Recommend the ``k`` best items to each user, or fewer if not enough items are left.
 
         Args:
             histories: one per user.
             at: time of the request in whole seconds since 1970. None: the time of each user's newest event.
-            filter_seen: leave out the items of a user's history.
+            filter_seen: leave out the items of a user's history. None: if the model's evaluation does.
 
         Raises ServingError if a history is empty, incomplete or has an event after ``at``, if the model does not read
         ``at``, or if it is a ranking model.
         """
         self._item_vectors("recommend")
-        seen = [history.items if filter_seen else () for history in histories]
+        seen = [history.items if self.leaves_out(filter_seen) else () for history in histories]
         return self.nearest(self.embed_batch(histories, at), [k] * len(histories), seen)
 
     def nearest(self, queries: Tensor, k: Sequence[int], seen: Sequence[Sequence[Any]]) -> list[Recommendation]:

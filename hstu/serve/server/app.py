@@ -273,6 +273,7 @@ def _facts(served: ServedModel) -> dict[str, Any]:
         "task": served.task,
         "items": encoder.items.size,
         "max_events": facts["max_items"],
+        "filter_seen": served.model.leaves_out(None),
         "reads": {
             "actions": facts["action"],
             "action_values": values,

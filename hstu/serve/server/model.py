@@ -33,7 +33,7 @@ class Query:
     at: int | None = None
     k: int | None = None
     """Not None: recommend."""
-    filter_seen: bool = True
+    filter_seen: bool | None = None
     candidates: Candidates | None = None
     """Not None: score."""
 
@@ -63,7 +63,9 @@ class RecommendRequest(User):
     """Recommend items to a user."""
 
     k: StrictInt = Field(10, ge=1, le=MAX_RECOMMENDED, description="Number of items")
-    filter_seen: StrictBool = Field(True, description="Leave out the items of the user")
+    filter_seen: StrictBool | None = Field(
+        None, description="Leave out the items of the user. Default: if the evaluation of the model does"
+    )
 
     def query(self) -> Query:
         """What to compute."""
@@ -153,9 +155,12 @@ class ServedModel:
         best = self.model.nearest(
             torch.cat([vectors[place] for place in ranked]),
             [queries[place].k or 0 for place in ranked],
-            [queries[place].history.items if queries[place].filter_seen else () for place in ranked],
+            [self._left_out(queries[place]) for place in ranked],
         )
         return dict(zip(ranked, best, strict=True))
+
+    def _left_out(self, query: Query) -> Sequence[Any]:
+        return query.history.items if self.model.leaves_out(query.filter_seen) else ()
 
     def _answer(self, query: Query, output: Tensor, best: Recommendation | None) -> Answer:
         encoder, shown = self.model.encoder, query.candidates or Candidates([])

@@ -16,7 +16,7 @@ from duckdb import DuckDBPyConnection
 
 from hstu.base.errors import DataError
 from hstu.data.datasets.own_columns import TIME_UNITS, UNIT_NAMES, InteractionColumns, columns_of, open_table
-from hstu.data.datasets.raw import RawFile, identifier, literal, require_columns, select_list
+from hstu.data.datasets.raw import RawFile, as_number, identifier, literal, require_columns, select_list
 from hstu.data.datasets.spec import LATEST_SECOND, SPLIT_NAMES, ColumnDescription, RawTables
 
 _log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ _DATES = ("DATE", "TIMESTAMP")
 _LARGEST = "3.4028234e38"
 """Largest float32."""
 _MOST_LABELS = 256
-_DECIMAL = r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?"
 
 
 def interactions(columns: InteractionColumns) -> RawTables:
@@ -221,7 +220,7 @@ class ColumnTypes:
 
     def _refuse_decimals(self, value: str, column: str) -> None:
         """Raise DataError if all values are numbers and some have a fraction, as in pandas columns with gaps."""
-        number = f"regexp_full_match({value}, '{_DECIMAL}')"
+        number = f"({as_number(value)}) IS NOT NULL"
         query = f"SELECT bool_and({number}), min({value}) FILTER (WHERE contains({value}, '.')) FROM {self._relation}"
         ((only_numbers, fraction),) = self._engine.execute(query).fetchall()
         if only_numbers and fraction is not None:
@@ -232,14 +231,20 @@ class ColumnTypes:
 
     def action(self, column: str) -> tuple[str, tuple[str, ...]]:
         """Return (INTEGER SQL, text of each integer). Texts are numbered alphabetically if none is a number."""
-        if self._types["action"] != "VARCHAR":
-            return _ACTION, ()
+        is_text = self._types["action"] == "VARCHAR"
+        number = as_number("action") if is_text else "TRY_CAST(action AS DOUBLE)"
+        is_whole = f"{number} = floor({number}) AND abs({number}) < 2147483647"  # 4.0 is an integer, 4.5 is not
+        if is_text:
+            is_whole += " AND NOT (contains(action, 'e') OR contains(action, 'E'))"  # nor is 1e2
+        whole = f"CASE WHEN {is_whole} THEN CAST({number} AS INTEGER) END"
+        if not is_text:
+            return whole, ()
         text = "nullif(action, '')"
         ((texts, numbers),) = self._engine.execute(
-            f"SELECT count({text}), count({_NUMBER}) FROM {self._relation}"
+            f"SELECT count({text}), count({number}) FROM {self._relation}"
         ).fetchall()
         if numbers or not texts:
-            return _ACTION, ()
+            return whole, ()
         query = f"SELECT DISTINCT {text} AS label FROM {self._relation} WHERE label IS NOT NULL ORDER BY label"
         labels = tuple(label for (label,) in self._engine.execute(f"{query} LIMIT {_MOST_LABELS + 1}").fetchall())
         if len(labels) > _MOST_LABELS:
@@ -254,11 +259,10 @@ class ColumnTypes:
     def time(self, column: str, unit: str) -> tuple[str, str]:
         """Return (SQL to sort by, SQL of BIGINT seconds). Numbers are in ``unit``; dates without a zone are UTC. The
         type that fits most values is chosen; the other values become NULL, hence bad rows."""
-        integer, number = as_integer('"time"'), 'TRY_CAST("time" AS DOUBLE)'
+        value, integer, number = '"time"', as_integer('"time"'), as_number('"time"')
         finite = f"CASE WHEN isfinite({number}) AND abs({number}) < 9e18 THEN {number} END"
-        value = '"time"'
         if self._types["time"] == "VARCHAR":  # a cast refuses the blank in "2024-05-31 12:00:00 +0200"
-            value = r"""regexp_replace("time", '\s+([+-]\d\d(:?\d\d)?)$', '\1')"""
+            value = r"""regexp_replace(trim("time"), '\s+([+-]\d\d(:?\d\d)?)$', '\1')"""
         date = f"TRY_CAST({value} AS TIMESTAMPTZ)"
         moment = f"CASE WHEN isfinite({date}) THEN {date} END"
         kinds = (moment,) if self._types["time"].startswith(_DATES) else (integer, finite, moment)
@@ -290,11 +294,6 @@ class ColumnTypes:
         return int(count)
 
 
-_NUMBER = "TRY_CAST(action AS DOUBLE)"
-_ACTION = f"CASE WHEN {_NUMBER} = floor({_NUMBER}) AND abs({_NUMBER}) < 2147483647 THEN CAST({_NUMBER} AS INTEGER) END"
-"""4.0 is an integer, 4.5 is not."""
-
-
 def as_integer(name: str) -> str:
     """SQL: BIGINT of an int64 in canonical decimal notation, else NULL."""
     integer = f"TRY_CAST({name} AS BIGINT)"
@@ -303,7 +302,7 @@ def as_integer(name: str) -> str:
 
 def number_value(value: str) -> str:
     """SQL: FLOAT; NULL for an empty value and NaN (also as text), NaN for other text and beyond float32."""
-    number = f"TRY_CAST({value} AS DOUBLE)"
+    number = as_number(value)
     missing = f"{value} IS NULL OR trim(CAST({value} AS VARCHAR)) = '' OR coalesce(isnan({number}), false)"
     fits = f"coalesce(abs({number}) <= {_LARGEST}, false)"
     return f"CASE WHEN {missing} THEN NULL WHEN {fits} THEN CAST({number} AS FLOAT) ELSE 'nan'::FLOAT END"

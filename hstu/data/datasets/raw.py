@@ -32,6 +32,11 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
+def as_number(value: str) -> str:
+    """SQL: DOUBLE of a number, which may have blanks around it, else NULL. DuckDB alone would read 5_0 as 50."""
+    return f"CASE WHEN NOT contains(CAST({value} AS VARCHAR), '_') THEN TRY_CAST({value} AS DOUBLE) END"
+
+
 def select_list(columns: Mapping[str, str]) -> str:
     """SQL select list from new name → column."""
     return ", ".join(f"{identifier(column)} AS {identifier(name)}" for name, column in columns.items())

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from hstu.base.errors import DataError
-from hstu.data.datasets.raw import literal
+from hstu.data.datasets.raw import as_number, literal
 from hstu.data.datasets.spec import UNKNOWN, USER_FEATURE
 from hstu.data.preprocess.ingest import vector_width
 from hstu.data.preprocess.state import ROWS_PER_CHUNK, Build, one, utf8_column
@@ -18,7 +18,6 @@ _log = logging.getLogger(__name__)
 
 _MANY_NUMBERS = 100
 """A feature with more distinct numbers than this is probably a quantity."""
-_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
 
 def write_context(build: Build, num_users: int) -> None:
@@ -152,7 +151,7 @@ def _write_vocabulary(build: Build, feature: str, name: str, values: str) -> int
     build.writer.write_text_vocabulary(feature, *utf8_column(build.engine, f"SELECT id FROM {table} ORDER BY code"))
     is_own = build.raw.resolve_types is not None  # features of built-in datasets are declared on purpose
     if is_own and number > _MANY_NUMBERS:
-        only = f"SELECT bool_and(regexp_full_match(id, {literal(_NUMBER)})) FROM {table} WHERE id <> {literal(UNKNOWN)}"
+        only = f"SELECT bool_and(({as_number('id')}) IS NOT NULL) FROM {table} WHERE id <> {literal(UNKNOWN)}"
         if one(build.engine, only) == (True,):
             _log.warning(
                 "column %r has %d different numbers, and each of them becomes a category of its own; --bins %s=10 "
@@ -171,13 +170,13 @@ def _value_in_vocabulary(build: Build, feature: str, name: str, value: str, rela
         return value
     rows = f"(SELECT {value} AS value FROM {relation})"
     found: Mapping[str, float] = build.once(f"ranges {name}", lambda: _find_ranges(build, feature, rows))
-    number = f"TRY_CAST({value} AS DOUBLE)"
+    number = as_number(value)
     cases = [f"WHEN {number} >= CAST('{start!r}' AS DOUBLE) THEN {literal(key)}" for key, start in found.items()][::-1]
     return f"CASE WHEN {value} = {literal(UNKNOWN)} THEN {value} {' '.join(cases)} ELSE {value} END"
 
 
 def _find_ranges(build: Build, feature: str, values: str) -> dict[str, float]:
-    ranges, number = build.schema.bins[feature], "TRY_CAST(value AS DOUBLE)"
+    ranges, number = build.schema.bins[feature], as_number("value")
     known = f"FROM {values} WHERE value <> {literal(UNKNOWN)}"
     (bad,) = one(build.engine, f"SELECT min(value) {known} AND NOT coalesce(isfinite({number}), false)")
     if bad is not None:

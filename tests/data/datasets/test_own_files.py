@@ -172,6 +172,30 @@ def test_times_before_1970_are_refused_in_every_unit(tmp_path: Path) -> None:
         make(tmp_path, write(tmp_path / "e.csv", "u,i,t\n1,a,-5\n"), time="t", time_unit="ms")
 
 
+NUMBERS = {
+    **dict.fromkeys(("5_0", "1_0.5", "0x10", "٥"), "atn"), **dict.fromkeys(("5.4", "1e2"), "a"),
+    **dict.fromkeys((" 50 ", "+50", "50.0"), ""),
+}  # fmt: skip
+"""Text → columns (action, time, number) in which it makes a bad row."""
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_what_is_no_plain_number_is_a_bad_row_and_never_another_value(tmp_path: Path, text: str) -> None:
+    good = "1,x,50,50,50\n" * 2
+    rows = f"1,x,{text},50,50\n1,x,50,{text},50\n1,x,50,50,{text}\n"
+    file = write(tmp_path / "e.csv", f"u,i,a,t,n\n{good}{rows}")
+    columns: dict[str, Any] = {"action": "a", "time": "t", "event_columns": ("n",)}
+    store = make(tmp_path, file, numbers=("n",), bad_row_policy="skip", **columns)
+    names = {"a": "action", "t": "time", "n": "n"}
+    assert store.statistics["skipped_rows"] == {f"unusable {names[column]}": 1 for column in NUMBERS[text]}
+    assert set(store.sequence("a").tolist()) == {50}
+    if len(NUMBERS[text]) != 1:
+        assert set(store.sequence("t").tolist()) == set(store.sequence("n").tolist()) == {50}
+    if "_" in text:
+        with pytest.raises(DataError, match=f"--bins n=2: not all values are finite numbers, such as '{text}'"):
+            make(tmp_path, file, bins={"n": 2}, force=True, bad_row_policy="skip", **columns)
+
+
 @pytest.mark.parametrize("values", [["1.0", "2.0"], ["1.5", "7"], ["1e3", "2.5"]])
 def test_decimal_numbers_are_no_ids_in_csv_as_in_parquet(tmp_path: Path, values: list[str]) -> None:
     rows = "".join(f"{value},x\n" for value in values)

@@ -277,8 +277,8 @@ def _guess(field: Field[Any], element: Any) -> str:
 
 
 def options_of(cls: type[Args]) -> tuple[Field[Any], ...]:
-    """The fields of an argument class in order, inherited ones first."""
-    return fields(cls)
+    """The fields of an argument class: required ones first, and inherited ones before its own."""
+    return tuple(sorted(fields(cls), key=lambda each: not is_required(each)))
 
 
 @functools.cache

@@ -107,7 +107,7 @@ class SequenceInputs(nn.Module):
             if width:
                 self.projections[role] = MLP(width, (hidden, hidden), "silu")
         self.position_table: nn.Parameter | None = None
-        if network.has_absolute_positions:
+        if "absolute" in network.position_encoding:
             self.position_table = nn.Parameter(torch.randn(network.num_position_buckets, hidden) / self.scale)
 
     def load_statistics(self, statistics: Mapping[str, NumberStatistics]) -> None:

@@ -131,7 +131,7 @@ class PaddedModel(nn.Module):
         self.layers = nn.ModuleList(PaddedLayer(network, max_items) for _ in range(network.num_layers))
         self.temperature, self.eps = temperature, l2_norm_eps
         self.positions: nn.Parameter | None = None
-        if network.has_absolute_positions:
+        if "absolute" in network.position_encoding:
             self.positions = nn.Parameter(torch.zeros(network.num_position_buckets, network.hidden_size))
         self.mask = torch.ones(max_items, max_items).tril()
 

@@ -244,6 +244,13 @@ def test_options_without_effect_have_their_defaults(tmp_path: Path) -> None:
     assert isinstance(config.dataset, BenchmarkDatasetArgs) and config.dataset.feature_args[0].seqlen_dist is None
 
 
+def test_random_data_with_candidates_also_measures_retrieval(tmp_path: Path) -> None:
+    file = write(tmp_path, changed(BENCHMARK, "-RankingArgs", "BenchmarkDatasetArgs.max_num_candidates = 5"))
+    config, (warning,) = read_and_check([file], [], "retrieval", world_size=1, rules=ALL_RULES)
+    assert "is for ranking and has no effect here" in warning
+    assert not config.dataset.has_candidates and config.network.disable_contextual_mask
+
+
 @pytest.mark.parametrize(
     "lines",
     [

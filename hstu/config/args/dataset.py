@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Optional
 
-from hstu.config.args.embedding import EmbeddingArgs
+from hstu.config.args.embedding import EmbeddingArgs, NamedFeaturesArgs
 from hstu.config.option import Args, having, option
 
 SPLITS = {"retrieval": ("leave_one_out",), "ranking": ("user_holdout", "time")}
@@ -16,7 +16,24 @@ ONE_HISTORY = {"candidates": "a request has one history, which ends where the re
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetArgs(Args):
+class AnyDatasetArgs(Args):
+    """What stored and random data have in common."""
+
+    action_feature_name: Optional[str] = option(None, changes="tensors")
+    """The action feature. None: the action of the store, if it has one; none in random data. "", for stored data: no
+    action, sequences of items only (retrieval)."""
+    max_num_candidates: int = option(0, changes="training", minimum=0, needs=SCORES_CANDIDATES)
+    """Ranking: number of candidates of a sample. 0: none, every item is scored. With candidates = "requests", a request
+    that has more is divided evenly into several samples with the same history, and 0 means no limit."""
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether candidates alone are labelled."""
+        return self.max_num_candidates > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetArgs(AnyDatasetArgs):
     """The dataset, its split, and how the history of a user becomes samples."""
 
     dataset_name: str = option(changes="tensors", not_empty=True)
@@ -33,9 +50,6 @@ class DatasetArgs(Args):
     """Ranking: what is scored without attending to each other. tail: the newest items of a user, max_num_candidates of
     them. requests: what was shown to a user in each request of data preprocessed with --requests, after the newest
     items before the request that fit."""
-    max_num_candidates: int = option(0, changes="training", minimum=0, needs=SCORES_CANDIDATES)
-    """Ranking: number of candidates of a sample. tail: 0 means no candidates; every item is scored. requests: a request
-    with more candidates is divided evenly into several samples with the same history; 0 means no limit."""
     window_stride: Optional[int | str] = option(
         None, changes="training", minimum=1, words=("random",), excludes=ONE_HISTORY
     )
@@ -82,9 +96,6 @@ class DatasetArgs(Args):
     """Ranking: a second preprocessed directory, all of which is used for evaluation."""
     item_feature_name: Optional[str] = option(None, changes="tensors")
     """Own data: the item feature. None: the item feature of the store."""
-    action_feature_name: Optional[str] = option(None, changes="tensors")
-    """The action feature. None: the action of the store, if it has one. "": no action, sequences of items only
-    (retrieval)."""
     contextual_feature_names: Optional[list[str]] = option(None, changes="tensors")
     """The contextual features to use, in this order. None: all contextual features of the store."""
     side_feature_names: list[str] = option([], changes="tensors")
@@ -104,20 +115,18 @@ class DatasetArgs(Args):
     @property
     def has_candidates(self) -> bool:
         """Whether candidates alone are labelled."""
-        return self.max_num_candidates > 0 or self.candidates == "requests"
+        return super().has_candidates or self.candidates == "requests"
 
 
 @dataclass(frozen=True, kw_only=True)
-class NumericFeatureArgs(Args):
+class NumericFeatureArgs(NamedFeaturesArgs):
     """How a model reads numbers (a price, the time watched) and vectors of DatasetArgs.side_feature_names.
 
-    A number without NumericFeatureArgs is standardized. The statistics are of the training data; for numbers of
-    items, of all items. They are part of the model and of its checkpoints. A missing value is 0 after the transform,
-    and a second input says that it is missing.
+    Preprocess them with --numbers and --vectors. A number without NumericFeatureArgs is standardized. The statistics
+    are of the training data; for numbers of items, of all items. They are part of the model and of its checkpoints. A
+    missing value is 0 after the transform, and a second input says that it is missing.
     """
 
-    feature_names: list[str] = option(changes="tensors", not_empty=True)
-    """Numbers or vectors of the data, as preprocessed with --numbers and --vectors."""
     transform: str = option("standardize", changes="model", choices=("standardize", "log1p", "quantile", "none"))
     """standardize: subtract the mean and divide by the standard deviation, of each component of a vector. log1p: the
     same with sign(x) log(1 + |x|), for amounts that spread over orders of magnitude. quantile: the share of values
@@ -149,11 +158,9 @@ class RandomDistribution(Args):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureArgs(Args):
+class FeatureArgs(NamedFeaturesArgs):
     """Random benchmark data: a group of features with equal lengths."""
 
-    feature_names: list[str] = option(changes="tensors", not_empty=True)
-    """Names of the features."""
     max_sequence_length: int = option(changes="tensors", minimum=1, maximum=10_000_000)
     """Length of the longest sequence; 1 for contextual features."""
     is_jagged: bool = option(False, changes="training")
@@ -173,7 +180,7 @@ class FeatureArgs(Args):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkDatasetArgs(Args):
+class BenchmarkDatasetArgs(AnyDatasetArgs):
     """Random data generated in memory, to measure speed; replaces DatasetArgs."""
 
     feature_args: list[FeatureArgs] = option(changes="tensors", not_empty=True)
@@ -184,14 +191,5 @@ class BenchmarkDatasetArgs(Args):
     """The item feature."""
     contextual_feature_names: list[str] = option(changes="tensors")
     """The features that are context tokens, in this order; may be empty."""
-    action_feature_name: Optional[str] = option(None, changes="tensors", not_empty=True)
-    """The action feature. None: there is none."""
-    max_num_candidates: int = option(0, changes="training", minimum=0)
-    """As DatasetArgs.max_num_candidates."""
     num_generated_batches: int = option(100, changes="training", minimum=1, maximum=1_000_000)
     """Number of different batches; they are generated once and then repeated."""
-
-    @property
-    def has_candidates(self) -> bool:
-        """Whether candidates alone are labelled."""
-        return self.max_num_candidates > 0

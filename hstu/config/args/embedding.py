@@ -5,20 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from hstu.config.args.optimizer import TABLE_OPTIMIZERS
+from hstu.config.args.optimizer import OwnOptimizerArgs
 from hstu.config.option import Args, having, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddingArgs(Args):
-    """One embedding table and the features that look it up."""
+class NamedFeaturesArgs(Args):
+    """Base of the classes that describe some features."""
 
     feature_names: list[str] = option(changes="tensors", not_empty=True)
-    """Features that share this table."""
+    """Names of the features."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingArgs(NamedFeaturesArgs, OwnOptimizerArgs):
+    """One embedding table and the features that share it."""
+
     table_name: str = option(changes="tensors", not_empty=True)
     """Name of the table, unique in a run."""
     item_vocab_size_or_capacity: int = option(changes="tensors", minimum=1)
-    """Rows of the table: the largest id plus one."""
+    """Rows of the table over all ranks: the largest id plus one; in a dynamic table, one per id that training keeps."""
     sharding_type: str = option("None", changes="tensors", choices=("data_parallel", "model_parallel"))
     """data_parallel: every rank holds a replica. model_parallel: TorchRec shards the table over all ranks. Either way a
     step trains the rows that the batch looks up, and no others. The default "None" is not a valid choice, so this must
@@ -41,12 +47,6 @@ class EmbeddingArgs(Args):
     memory. fused_uvm_caching: as fused_uvm, with a cache for a fifth of the rows in GPU memory. dense (CPU only): the
     gradients of the rows go to our own Adam. None: fused, or dense for Adam on a CPU. A CPU always uses these defaults
     and warns if another kernel is given. Not for dynamic tables, whose options for GPU memory decide."""
-    optimizer_str: Optional[str] = option(None, changes="tensors", choices=TABLE_OPTIMIZERS)
-    """Optimizer of this table. None: OptimizerArgs.sparse_optimizer_str, or OptimizerArgs.optimizer_str if the table
-    is data_parallel. rowwise_adagrad: model_parallel tables only."""
-    learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
-    """Peak learning rate of this table. None: OptimizerArgs.sparse_learning_rate, or OptimizerArgs.learning_rate if
-    the table is data_parallel."""
     init_std: float = option(0.02, changes="training", above=0, maximum=1e6)
     """Standard deviation of the normal distribution of initial rows."""
 
@@ -55,9 +55,6 @@ class EmbeddingArgs(Args):
 class DynamicEmbeddingArgs(EmbeddingArgs):
     """A table for any int64 ids, without a vocabulary: an id gets a row when training first sees it."""
 
-    item_vocab_size_or_capacity: int = option(changes="tensors", minimum=1)
-    """Rows of the table over all ranks. When the rows of a rank are all in use, evict_strategy chooses which id loses
-    its row to a new one."""
     sharding_type: str = option("model_parallel", changes="tensors", choices=("model_parallel",))
     """Always model_parallel."""
     global_hbm_for_values: Optional[int] = option(None, changes="speed", minimum=0)
@@ -67,7 +64,7 @@ class DynamicEmbeddingArgs(EmbeddingArgs):
     item_vocab_gpu_capacity_ratio: Optional[float] = option(None, changes="speed", minimum=0, maximum=1)
     """Fraction of item_vocab_size_or_capacity in GPU memory. 0: all rows are in host memory."""
     evict_strategy: str = option("lru", changes="training", choices=("lru", "lfu"))
-    """Which id loses its row when none is free. lru: the least recently trained. lfu: the least frequently trained."""
+    """Which id loses its row if a rank has none free. lru: the least recently trained. lfu: the least often trained."""
     caching: bool = option(False, changes="speed")
     """Use of the GPU memory. False: it holds that many rows of the table, and host memory holds the others. True: it
     is a cache of the table, which is in host memory."""

@@ -7,10 +7,8 @@ from typing import Optional
 
 from hstu.config.option import Args, having, not_having, option
 
-DTYPES = ("bfloat16", "float16", "float32")
 SIDE_WIDTH = 16
 """Width of the tables of DatasetArgs.side_feature_names, whose rows are joined and projected to hidden_size."""
-KERNEL_BACKENDS = ("cutlass", "triton", "pytorch")
 NOT_IN_WHOLE_LAYERS = having("recompute_layer", False, why="that recomputes the whole layer")
 
 
@@ -35,7 +33,7 @@ class NetworkArgs(Args):
     is_causal: bool = option(True, changes="model")
     """True: a history token attends to itself and to earlier tokens. False: it attends to the whole history, including
     later tokens."""
-    dtype_str: str = option("bfloat16", changes="training", choices=DTYPES)
+    dtype_str: str = option("bfloat16", changes="training", choices=("bfloat16", "float16", "float32"))
     """Data type in which the dense model computes; parameters are always float32. float16 is meant for GPUs (CPUs are
     very slow in it) and scales the loss, see PrecisionArgs."""
     max_attention_span: Optional[int | tuple[Optional[int], ...]] = option(
@@ -68,7 +66,7 @@ class NetworkArgs(Args):
         needs=not_having("truncate_after_layer", None, strict=True),
     )
     """With truncate_after_layer: items of the history, with their actions, on which the later layers compute."""
-    kernel_backend: str = option("cutlass", changes="speed", choices=KERNEL_BACKENDS)
+    kernel_backend: str = option("cutlass", changes="speed", choices=("cutlass", "triton", "pytorch"))
     """Kernels of the model. On a CPU, "cutlass" and "triton" both mean the C++ kernels. The log has one line per
     operator: `kernel <operator>: <what runs it> (<why not a better one>)`."""
     strict_kernel_backend: bool = option(False, changes="speed")
@@ -120,11 +118,6 @@ class NetworkArgs(Args):
     )
     """With tensor parallelism, also split the tokens between the projections of the layers over the ranks of a group.
     It saves memory and does not change the result."""
-
-    @property
-    def has_absolute_positions(self) -> bool:
-        """Whether the model adds learned position vectors to tokens."""
-        return "absolute" in self.position_encoding
 
     @property
     def has_relative_bias(self) -> bool:

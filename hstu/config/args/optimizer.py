@@ -7,23 +7,29 @@ from typing import Optional
 
 from hstu.config.option import Args, having, not_having, option
 
-DENSE_OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad")
-TABLE_OPTIMIZERS = (*DENSE_OPTIMIZERS, "rowwise_adagrad")
+OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad")
 WITH_A_DECAY = having("schedule", "linear", "cosine", "cosine_restarts", "exponential")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartOptimizerArgs(Args):
-    """Optimizer, learning rate or weight decay of a part of the dense weights, for OptimizerArgs.part_optimizers."""
+class OwnOptimizerArgs(Args):
+    """The optimizer of a table or of a part of the dense weights."""
+
+    optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS)
+    """Optimizer. None: OptimizerArgs.optimizer_str, or sparse_optimizer_str for a model_parallel table.
+    rowwise_adagrad: model_parallel tables only."""
+    learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
+    """Peak learning rate. None: OptimizerArgs.learning_rate, or sparse_learning_rate for a model_parallel table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartOptimizerArgs(OwnOptimizerArgs):
+    """Settings of some dense weights, for OptimizerArgs.part_optimizers. All share its betas, epsilon and momentum."""
 
     regex: str = option(changes="tensors", not_empty=True)
     """Python regular expression that is searched anywhere in the name of a dense weight. The names are as in a
     checkpoint, without "model.", such as task.encoder.stack.layers.0.uvqk.weight. For tables, use
     EmbeddingArgs.optimizer_str."""
-    optimizer_str: Optional[str] = option(None, changes="tensors", choices=DENSE_OPTIMIZERS)
-    """Optimizer. None: OptimizerArgs.optimizer_str. OptimizerArgs also has its betas, epsilon and momentum."""
-    learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
-    """Peak learning rate. None: OptimizerArgs.learning_rate."""
     weight_decay: Optional[float] = option(None, changes="training", minimum=0)
     """Decoupled weight decay; norms and biases never decay. None: OptimizerArgs.weight_decay."""
 
@@ -32,7 +38,7 @@ class PartOptimizerArgs(Args):
 class OptimizerArgs(Args):
     """The optimizers of the dense part and of the tables."""
 
-    optimizer_str: str = option(changes="tensors", choices=TABLE_OPTIMIZERS)
+    optimizer_str: str = option(changes="tensors", choices=OPTIMIZERS)
     """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad."""
     learning_rate: float = option(changes="training", above=0, maximum=1e6)
     """Peak learning rate."""
@@ -46,7 +52,7 @@ class OptimizerArgs(Args):
     """Decoupled weight decay of dense weights. Tables, norms and biases never decay."""
     momentum: float = option(0.0, changes="tensors", minimum=0, below=1)
     """Momentum of sgd in the dense part. Tables have none."""
-    sparse_optimizer_str: Optional[str] = option(None, changes="tensors", choices=TABLE_OPTIMIZERS)
+    sparse_optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS)
     """Optimizer of the model_parallel tables that set no optimizer_str. None: optimizer_str."""
     sparse_learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate of the model_parallel tables that set no learning_rate. None: learning_rate."""

@@ -43,7 +43,7 @@ def _needs_are_met(run: RunConfig, part: Args, field: Field[Any]) -> Iterator[Pr
             because = f", because {need.why}" if need.why else ""
             remedy = f"remove it, or set {name} to {need.wanted()}"
             text = f"has no effect with {run.cite(other, name)}{because}; {remedy}"
-        yield run.problem(part, field.name, text, is_warning=not need.strict)
+        yield run.problem(part, field.name, text, is_warning=not run.must_meet(need))
 
 
 def _is_not_excluded(run: RunConfig, part: Args, field: Field[Any]) -> Iterator[Problem]:

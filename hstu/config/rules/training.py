@@ -110,12 +110,14 @@ def _sizes(run: RunConfig) -> list[tuple[Args, str]]:
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
 
 
-def part_regexes_compile(run: RunConfig) -> Iterator[Problem]:
+def parts_are_of_the_dense_weights(run: RunConfig) -> Iterator[Problem]:
     for part in run.optimizer.part_optimizers:
         try:
             re.compile(getattr(part, "regex", ""))
         except (re.error, OverflowError, RecursionError) as error:
             yield run.problem(part, "regex", f"is not a Python regular expression: {error}; escape or close it")
+        if getattr(part, "optimizer_str", None) == "rowwise_adagrad":
+            yield run.problem(part, "optimizer_str", "is for model_parallel tables; use 'adagrad'")
 
 
 def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
@@ -137,5 +139,5 @@ def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
 RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero, best_metric_is_measured,
     best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence, heads_divide, ranks_divide,
-    part_regexes_compile, milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,
+    parts_are_of_the_dense_weights, milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

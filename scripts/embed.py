@@ -1,7 +1,7 @@
 """Write the vectors of users and items of a retrieval model, as Parquet files.
 
 python scripts/embed.py --run_dir runs/quickstart --output vectors
-torchrun --nproc_per_node 2 scripts/embed.py --checkpoint exports/quickstart --only users --output users
+torchrun --nproc_per_node 2 scripts/embed.py --ckpt exports/quickstart --only users --output users
 
 Vectors have length 1: the product of those of a user and an item is the score by which items are recommended.
 """

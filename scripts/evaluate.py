@@ -2,7 +2,7 @@
 
 python scripts/evaluate.py --run_dir runs/quickstart
 python scripts/evaluate.py --run_dir runs/quickstart --metrics HR@10,MRR --output test.json
-torchrun --nproc_per_node 2 scripts/evaluate.py --checkpoint runs/a/checkpoints --data tmp_data/newer
+torchrun --nproc_per_node 2 scripts/evaluate.py --run_dir runs/a --data tmp_data/newer
 """
 
 from __future__ import annotations

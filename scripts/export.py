@@ -1,7 +1,7 @@
 """Export a trained model for other tools: weights in one safetensors file, and what is needed to use them.
 
-python scripts/export.py --ckpt runs/quickstart/checkpoints --output exports/quickstart
-python scripts/export.py --ckpt runs/quickstart/checkpoints --output exports/quickstart --program
+python scripts/export.py --run_dir runs/quickstart --output exports/quickstart
+python scripts/export.py --run_dir runs/quickstart --output exports/quickstart --program
 
 model.safetensors holds model.<parameter> and model.tables.<table> (moving averages where the run keeps them), and the
 raw id of each table row as ids.<feature>. For each dynamic table it holds dynamic.<table>.ids, ascending, and
@@ -26,11 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from hstu.base.errors import EXIT_DONE
 from hstu.checkpoint.export import export
-from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import read_metadata
 from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
-from hstu.serve.command import note
+from hstu.serve.command import add_checkpoint_arguments, note, require_model
 from hstu.serve.export import TABLE_DTYPES, TOLERANCE, for_export, write_serving
 from hstu.serve.loaded import LoadedModel, mesh_of_this_process, stored_config
 from hstu.train.history import MetricsHistory
@@ -40,7 +39,7 @@ from hstu.train.history import MetricsHistory
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", required=True, help="a checkpoint, or a directory of them (the newest is used)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="directory to create")
     parser.add_argument("--program", action="store_true", help="also write a traced program and what it reads")
     parser.add_argument(
@@ -50,12 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.program and (options.data or options.table_dtype != "float32"):
         parser.error("--table_dtype and --data belong to --program")
+    require_model(parser, options)
     quiet_libraries()
-    checkpoint, measured = locate(options.ckpt), list[str]()
+    config, checkpoint, why = stored_config(options.run_dir or options.ckpt, options.ckpt)
+    measured = list[str]()
+    for line in why:
+        print(f"note: {line}", file=sys.stderr)
 
     def write_program(directory: Path) -> None:
-        config = for_export(stored_config(checkpoint)[0], options.data)
-        loaded = LoadedModel.restore(config, checkpoint, mesh_of_this_process())
+        loaded = LoadedModel.restore(for_export(config, options.data), checkpoint, mesh_of_this_process())
         note(loaded, *loaded.report)
         history = MetricsHistory()
         history.load_state_dict(read_metadata(checkpoint).get("carried", {}).get("history", []))

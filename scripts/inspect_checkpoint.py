@@ -1,7 +1,7 @@
 """Inspect a checkpoint or an export, or verify its files.
 
-python scripts/inspect_checkpoint.py runs/quickstart/checkpoints
-python scripts/inspect_checkpoint.py runs/a/checkpoints/iteration_00000100 --verify
+python scripts/inspect_checkpoint.py runs/quickstart
+python scripts/inspect_checkpoint.py checkpoints/a/iteration_00000100 --verify
 
 Exit codes: 0 on success, 3 for a damaged or missing checkpoint.
 """

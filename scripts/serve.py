@@ -1,6 +1,6 @@
 """Serve an exported model over HTTP.
 
-python scripts/export.py --ckpt runs/quickstart/checkpoints --output exports/first --program
+python scripts/export.py --run_dir runs/quickstart --output exports/first --program
 python scripts/serve.py --export exports
 
 --export is what export.py has written, or a folder with several of them. Of several, the newest that is complete is

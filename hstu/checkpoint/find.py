@@ -9,11 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hstu.base.errors import DataError
-from hstu.checkpoint.directory import MANIFEST, restore_candidates
+from hstu.checkpoint.directory import BEST, MANIFEST, checkpoint_path, link_target, restore_candidates
 
 AUTO = "auto"
+LAST = "last"
 RUN_FILE = "run.json"
 GIN = "operative.gin"
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,33 @@ class Run:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-def locate(name: str | Path) -> Path:
-    """Return the checkpoint or export at this path, or the newest of a run or directory. Raises DataError."""
-    return candidates(f"{Path(name)}/", "")[0]  # the slash makes "auto" a directory
+def locate(name: str | Path, which: str = LAST) -> Path:
+    """Return the checkpoint or export at this path, or one of a run or directory. Raises DataError if it is missing.
+
+    ``which``: "last" (the newest), "best", or an iteration.
+    """
+    found = _complete(Path(name))
+    if which == LAST:
+        return found[0]
+    if which == BEST:
+        chosen = best_of(found[0])
+    else:
+        chosen = next((path for path in found if path == checkpoint_path(path.parent, int(which))), None)
+    if chosen is None:
+        has = ", ".join(path.name for path in found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
+        raise DataError(f"{name} has no checkpoint {which!r}; it has {has}")
+    return chosen
+
+
+def is_choice(name: str | Path | None) -> bool:
+    """Return whether this says which checkpoint of a run (see ``locate``), rather than where one is."""
+    return str(name) in (LAST, BEST) or str(name).isdecimal()
+
+
+def best_of(last: Path) -> Path | None:
+    """Return the best checkpoint up to ``last`` in its directory, if the run chose one."""
+    best = link_target(last.parent, BEST)
+    return best if best is not None and (best / MANIFEST).is_file() and best.name <= last.name else None
 
 
 def is_run(directory: Path) -> bool:
@@ -63,7 +89,20 @@ def is_run(directory: Path) -> bool:
     return not (directory / MANIFEST).is_file() and (directory / GIN).is_file()
 
 
-def _checkpoint_of_run(directory: Path) -> Path:
+def _complete(path: Path) -> list[Path]:
+    """Return the checkpoint or export ``path``, or those of a run or directory, the last first. Raises DataError."""
+    if is_run(path):
+        return _checkpoints_of_run(path)
+    found = [path] if (path / MANIFEST).is_file() else restore_candidates(path)
+    if not found:
+        raise DataError(
+            f'no complete checkpoint in {path} (TrainerArgs.ckpt_load_dir). Give a directory "iteration_<n>" that '
+            f'holds a {MANIFEST}, the directory above such directories, the directory of a run, "auto" or "".'
+        )
+    return found
+
+
+def _checkpoints_of_run(directory: Path) -> list[Path]:
     run = Run.read(directory)
     if run is None:
         raise DataError(f"the run {directory} has no {RUN_FILE}. Name a checkpoint itself.")
@@ -73,9 +112,8 @@ def _checkpoint_of_run(directory: Path) -> Path:
     together = Path(os.path.normpath(directory / os.path.relpath(run.checkpoints, run.directory)))
     directories = list(dict.fromkeys([together, Path(run.checkpoints)]))
     found = [path for saved_in in directories for path in restore_candidates(saved_in)]
-    for path in found:
-        if belongs(path, directory):
-            return path
+    if own := [path for path in found if belongs(path, directory)]:
+        return own
     others = f", which holds {found[0].name} of {_run_of(found[0])}" if found else ""
     raise DataError(
         f"the run {directory} has no checkpoint in {directories[-1]}{others}. Name a checkpoint itself to use that one."
@@ -112,13 +150,4 @@ def candidates(load_dir: str, save_dir: str | Path) -> list[Path]:
         return []
     if load_dir == AUTO:
         return restore_candidates(Path(save_dir))
-    path = Path(load_dir)
-    if is_run(path):
-        return [_checkpoint_of_run(path)]
-    found = [path] if (path / MANIFEST).is_file() else restore_candidates(path)[:1]
-    if not found:
-        raise DataError(
-            f'no complete checkpoint in {path} (TrainerArgs.ckpt_load_dir). Give a directory "iteration_<n>" that '
-            f'holds a {MANIFEST}, the directory above such directories, the directory of a run, "auto" or "".'
-        )
-    return found
+    return _complete(Path(load_dir))[:1]

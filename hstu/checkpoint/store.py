@@ -167,6 +167,15 @@ class CheckpointStore:
             )
         return False
 
+    def load_weights(self, iteration: int, state: TrainState) -> bool:
+        """Load the weights of a checkpoint in ``save_dir``, and nothing else. Returns False if there is none."""
+        self.wait()
+        path = folder.checkpoint_path(self.save_dir, iteration)
+        if not gather_objects(path.is_dir(), self.mesh.world_group)[0]:
+            return False
+        load(path, state, self.mesh, LoadOptions(strict=False, optimizer=False))
+        return True
+
     def _candidates(self) -> list[Path]:
         return candidates(self.load_dir, self.save_dir)
 

@@ -102,6 +102,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the training and evaluation records of a metrics.jsonl, in order.
 
     Truncated lines are skipped. A "resumed" line means that iterations repeat: their older records are dropped.
+    The best weights are evaluated after later iterations, so evaluations replace only those of the same iteration.
     """
     attempts: list[list[dict[str, Any]]] = [[]]
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -115,6 +116,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             attempts[-1].append(record)
     kept: list[dict[str, Any]] = []
     for attempt in attempts:
-        first = min((record["iter"] for record in attempt), default=math.inf)
-        kept = [record for record in kept if record["iter"] < first] + attempt
+        first = min((record["iter"] for record in attempt if record["kind"] == "train"), default=math.inf)
+        again = {(record.get("split"), record["iter"]) for record in attempt}
+        kept = [r for r in kept if r["iter"] < first and (r.get("split"), r["iter"]) not in again] + attempt
     return kept

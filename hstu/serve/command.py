@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from hstu.base.errors import DataError
 from hstu.base.ids import codes_of
+from hstu.checkpoint.find import is_choice
 from hstu.config.problems import did_you_mean
 from hstu.data.batches.jagged import ranges, run_starts
 from hstu.data.datasets.spec import UNKNOWN
@@ -32,17 +33,23 @@ _SHOWN = 10
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, has_data: bool = True) -> None:
-    """Add --run_dir, --checkpoint, --partial and, with ``has_data``, --data."""
+    """Add --run_dir, --ckpt, --partial and, with ``has_data``, --data."""
+    add_checkpoint_arguments(parser)
     add = parser.add_argument
-    add("--run_dir", type=Path, help="directory of a run")
-    add(
-        "--checkpoint",
-        "--ckpt",
-        help="checkpoint, directory of checkpoints (the newest is used), or export; default: those of the run",
-    )
     add("--partial", action="store_true", help="load what fits of the checkpoint, and report the rest")
     if has_data:
         add("--data", type=Path, help="preprocessed data to apply the model to; default: that of the run")
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --run_dir and --ckpt."""
+    parser.add_argument("--run_dir", type=Path, help="directory of a run")
+    parser.add_argument(
+        "--ckpt",
+        "--checkpoint",
+        help="with --run_dir last, best or an iteration; or the path of a checkpoint, of a directory of them, or of an "
+        "export. Default: the best by TrainerArgs.best_metric if the run has one, or else the last",
+    )
 
 
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,15 +67,17 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def require_model(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exit with a usage error if neither --run_dir nor --checkpoint is given."""
-    if options.run_dir is None and options.checkpoint is None:
-        parser.error("give --run_dir, --checkpoint or both")
+    """Exit with a usage error if neither --run_dir nor the path of a checkpoint is given."""
+    if options.run_dir is None and options.ckpt is None:
+        parser.error("give --run_dir, --ckpt or both")
+    if options.run_dir is None and is_choice(options.ckpt):
+        parser.error(f"--ckpt {options.ckpt} needs --run_dir; or give the path of a checkpoint")
 
 
 def load_model(cls: type[M], options: argparse.Namespace) -> M:
     """Load the model that the arguments name, and print on standard error what did not fit. Collective."""
-    path, strict = options.run_dir or options.checkpoint, False if options.partial else None
-    loaded = cls.load(path, options.checkpoint, strict=strict, data=getattr(options, "data", None))
+    path, strict = options.run_dir or options.ckpt, False if options.partial else None
+    loaded = cls.load(path, options.ckpt, strict=strict, data=getattr(options, "data", None))
     note(loaded, *loaded.report)
     return loaded
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.directory import verified_file
-from hstu.checkpoint.find import GIN, check_belongs, is_run, locate
+from hstu.checkpoint.find import GIN, LAST, best_of, check_belongs, is_choice, is_run, locate
 from hstu.checkpoint.load import load as load_checkpoint
 from hstu.checkpoint.matching import LoadOptions
 from hstu.config.args import DatasetArgs, RetrievalArgs
@@ -41,13 +41,26 @@ from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_s
 from hstu.train.sources import store_path
 
 
-def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tuple[RunConfig, Path]:
-    """Find the configuration, and the path of the checkpoint or export. Arguments and errors: ``LoadedModel.load``."""
-    directory = Path(path)
-    stored = locate(checkpoint or directory)
-    if checkpoint and is_run(directory):
+def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tuple[RunConfig, Path, list[str]]:
+    """Find the configuration, the path of the checkpoint or export, and why this one if the run chose a best.
+
+    Arguments and errors: ``LoadedModel.load``.
+    """
+    directory, is_named = Path(path), is_choice(checkpoint)
+
+    def config_of(stored: Path) -> RunConfig:
+        return load_stored(directory / GIN if is_run(directory) else verified_file(stored, GIN))
+
+    place = Path(checkpoint) if checkpoint and not is_named else directory
+    stored = locate(place, str(checkpoint) if is_named else LAST)
+    if checkpoint and is_run(directory) and not is_named:
         check_belongs(stored, directory)
-    return load_stored(directory / GIN if is_run(directory) else verified_file(stored, GIN)), stored
+    config, is_choosable = config_of(stored), not is_named and not stored.samefile(place)
+    metric, best = config.trainer.best_metric, best_of(stored) if is_choosable else None
+    if metric is None or best is None or best == stored:
+        return config, stored, []
+    why = f"{best.name} is used, the best by {metric}. --ckpt last takes {stored.name}."
+    return config_of(best), best, [why]
 
 
 def with_store(config: RunConfig, path: str | Path) -> RunConfig:
@@ -68,7 +81,7 @@ class LoadedModel:
     """Tables and dense part: ``model.embedding`` and ``model.dense``."""
     optimizers: Optimizers
     report: list[str]
-    """Lines about checkpoint entries that did not fit, and counts of ids of the data that the model lacks."""
+    """Which checkpoint and why, if the run chose a best; what of it did not fit; how many ids of the data it lacks."""
 
     @classmethod
     def load(
@@ -85,8 +98,10 @@ class LoadedModel:
         data, the model can recommend for histories given by hand.
 
         Args:
-            path: a run or a directory of checkpoints means its newest checkpoint.
-            checkpoint: load this checkpoint or export of the run ``path`` instead, with the run's configuration.
+            path: a run or a directory of checkpoints means its best checkpoint by TrainerArgs.best_metric, if that is
+                set, or else its newest.
+            checkpoint: load this one of the run ``path`` instead, with the run's configuration: "last", "best", an
+                iteration, or the path of a checkpoint or an export.
             mesh: None: this process, or all ranks if torchrun started it. Collective.
             strict: False: load what fits and report the rest. None: TrainerArgs.ckpt_load_strict.
             data: apply the model to this preprocessed data instead of the run's.
@@ -95,9 +110,10 @@ class LoadedModel:
             DataError: the path, the checkpoint or the data is missing or damaged, or the checkpoint is of another run.
             ConfigError: the configuration does not fit the checkpoint, or the run used random data.
         """
-        config, stored = stored_config(path, checkpoint)
+        config, stored, why = stored_config(path, checkpoint)
         config = config if data is None else with_store(config, data)
         loaded = cls.restore(config, stored, mesh or mesh_of_this_process(), strict)
+        loaded.report[:0] = why
         if data is not None:
             loaded.with_data()  # raises if this data is missing
         return loaded

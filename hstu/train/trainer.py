@@ -67,6 +67,8 @@ class Trainer:
         args, split = self.args, self.source.eval_splits[0]
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
+        self._has_best_weights = False
+        """Whether the weights are no longer those of ``state.iteration``, and must not be saved."""
         self._stop = StopSignal(self.mesh, self.pipeline.step.check)
         self.evaluator.between_batches = self._stop.raise_if_received
 
@@ -84,8 +86,7 @@ class Trainer:
                     self.evaluate(self.source.eval_splits)
                 self._train_loop()
                 if self.args.eval_at_end:
-                    at, splits = self.state.iteration, self.source.final_splits
-                    self.evaluate(tuple(split for split in splits if not self._history.has(split, at)))
+                    self._evaluate_at_end()
                 ended = "done" if self.state.iteration == self.total_iters else "stopped early"
             except Stopped as stopped:
                 log.warning("%s: stopping after iteration %d", stopped, self.state.iteration)
@@ -207,7 +208,7 @@ class Trainer:
         scale = self._loss_scale
         record = TrainRecord(
             iteration=self.state.iteration,
-            epoch=self._epoch(),
+            epoch=self._epoch(self.state.iteration),
             loss=loss,
             lr=self.state.optimizers.learning_rate,
             samples_per_s=rates.samples_per_s,
@@ -228,8 +229,26 @@ class Trainer:
             log.info(describe_report(table, report))
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
 
-    def evaluate(self, splits: tuple[Split, ...]) -> None:
-        """Evaluate and record ``splits``. Raises Stopped at a stop signal; a resumed run repeats that split."""
+    def _evaluate_at_end(self) -> None:
+        """Evaluate the last weights on the splits that choose the best ones, and the best ones on the other splits."""
+        last, choosing = self.state.iteration, self.source.eval_splits
+        left = [split for split in self.source.final_splits if not self._history.has(split, last)]
+        self.evaluate(tuple(split for split in left if split in choosing))
+        others, best = tuple(split for split in left if split not in choosing), self._selection.iteration
+        if others and best is not None and best != last and self.args.saves_checkpoints:
+            with self.mesh.heartbeat.during("loading the best checkpoint"):
+                self._has_best_weights = self.checkpoints.load_weights(best, self.state)
+            if self._has_best_weights:
+                log.info("iteration %d is the best by %s: it is evaluated on the test", best, self.args.best_metric)
+                last = best
+        self.evaluate(others, last)
+
+    def evaluate(self, splits: tuple[Split, ...], iteration: int | None = None) -> None:
+        """Evaluate and record ``splits``. Raises Stopped at a stop signal; a resumed run repeats that split.
+
+        ``iteration``: that of the weights. None: the last.
+        """
+        iteration = self.state.iteration if iteration is None else iteration
         self.pipeline.resolve()
         for split in splits:
             begun = time.monotonic()
@@ -237,8 +256,8 @@ class Trainer:
             averaged = self.state.optimizers.dense.averaged_weights()
             with self.meter.paused(), self.pipeline.evaluation(), averaged, during:
                 metrics = self.evaluator.evaluate(self.source.eval_batches(split))
-            record = EvalRecord(iteration=self.state.iteration, epoch=self._epoch(), split=split, metrics=metrics)
-            is_new = not self._history.has(split, self.state.iteration)
+            record = EvalRecord(iteration=iteration, epoch=self._epoch(iteration), split=split, metrics=metrics)
+            is_new = not self._history.has(split, iteration)
             self._history.add(record)
             self.run_directory.write(record)
             log.info(format_eval(record, time.monotonic() - begun))
@@ -262,12 +281,13 @@ class Trainer:
 
     def _save(self) -> None:
         self.pipeline.resolve()
-        if self.args.saves_checkpoints and self.checkpoints.newest_iteration != self.state.iteration:
+        is_new = self.checkpoints.newest_iteration != self.state.iteration
+        if self.args.saves_checkpoints and is_new and not self._has_best_weights:
             with self.meter.paused(), self.mesh.heartbeat.during("saving a checkpoint"):
                 self.checkpoints.save(self.state)
 
-    def _epoch(self) -> float:
-        return (self.state.iteration - self._shift) / self.source.batches_per_epoch
+    def _epoch(self, iteration: int) -> float:
+        return (iteration - self._shift) / self.source.batches_per_epoch
 
     def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
         totals = torch.tensor(numbers, dtype=torch.float64)

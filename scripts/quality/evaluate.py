@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on the test split, once, and write the metrics as JSON.
 
-    python scripts/quality/evaluate.py --checkpoint runs/a/checkpoints/best --output test.json
+    python scripts/quality/evaluate.py --ckpt checkpoints/a/best --output test.json
 
 Metrics AUC>=K of ranking are also given by the number of earlier events in the sample: "AUC>=4, 1-20" and so on.
 """
@@ -41,11 +41,11 @@ def by_place(evaluation: Evaluation) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, whose configuration is used")
+    parser.add_argument("--ckpt", type=Path, required=True, help="a checkpoint, whose configuration is used")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     quiet_libraries()
-    evaluation = evaluate_split(LoadedModel.load(options.checkpoint), "test")
+    evaluation = evaluate_split(LoadedModel.load(options.ckpt), "test")
     metrics = evaluation.metrics() | by_place(evaluation)
     options.output.write_text(json.dumps({"metrics": metrics}) + "\n")
     return EXIT_DONE

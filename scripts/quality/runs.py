@@ -142,7 +142,7 @@ class Run:
             raise RunFailed("the training ended before its last iteration")
         if not self._test_file.exists():
             tested = self.folder / "checkpoints" / ("best" if self.table.chooses(self.row) else "")
-            yield ["scripts/quality/evaluate.py", "--checkpoint", str(tested), "--output", str(self._test_file)]
+            yield ["scripts/quality/evaluate.py", "--ckpt", str(tested), "--output", str(self._test_file)]
 
     # --- result ---
 

@@ -89,7 +89,7 @@ class TrainerArgs(Args):
     best_metric: Optional[str] = option(None, changes="reports", capitals=True)
     """One of the task's eval_metrics, such as "NDCG@10", "AUC/task1" or "AUC/click". Unless ckpt_save_interval = -1,
     the checkpoint with its best value on the first evaluated split ("valid" if there is one) is kept under the name
-    "best"; it is saved at once if that iteration has none."""
+    "best"; it is saved at once if that iteration has none. The final evaluation on "test" and the commands use it."""
     best_metric_mode: str = option(
         "max", changes="reports", choices=("max", "min"), needs=not_having("best_metric", None)
     )

@@ -118,13 +118,14 @@ class BatchEncoder(Encoder):
 
     def batches(self, histories: Sequence[History], rooms: Sequence[int] | None = None) -> Iterator[HSTUBatch]:
         """Batches of histories, cut to their newest ``rooms`` items (None: ``max_items``). Raises DataError."""
-        for history in histories:
-            if not len(history.items):
-                raise DataError(f"{name_of(history)} has no items; give at least one")
         kept = [self._source.max_items] * len(histories) if rooms is None else rooms
-        return self.batches_of(
-            (self.history(each, None, room), None) for each, room in zip(histories, kept, strict=True)
-        )
+        return self.batches_of((self.encoded(each, room), None) for each, room in zip(histories, kept, strict=True))
+
+    def encoded(self, history: History, room: int) -> Events:
+        """The newest ``room`` events of a history of at least one, without a request. Raises DataError."""
+        if not len(history.items):
+            raise DataError(f"{name_of(history)} has no items; give at least one")
+        return self.history(history, None, room)
 
     def batches_of(self, sequences: Iterable[tuple[Events, Events | None]]) -> Iterator[HSTUBatch]:
         """Batches of histories, each with its candidates, if any. Candidates have no labels."""

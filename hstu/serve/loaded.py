@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from threading import RLock
 from typing import Self
 
 import numpy as np
@@ -82,6 +83,8 @@ class LoadedModel:
     optimizers: Optimizers
     report: list[str]
     """Which checkpoint and why, if the run chose a best; what of it did not fit; how many ids of the data it lacks."""
+    lock: AbstractContextManager[bool] = field(default_factory=RLock, repr=False, compare=False)
+    """Held during inference, which changes the mode of the model and swaps weights for averages."""
 
     @classmethod
     def load(
@@ -179,7 +182,7 @@ class LoadedModel:
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Disable dropout and gradients, and use averaged weights if the run kept them."""
-        with evaluation_mode(self.model), self.optimizers.dense.averaged_weights():
+        with self.lock, evaluation_mode(self.model), self.optimizers.dense.averaged_weights():
             yield
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:

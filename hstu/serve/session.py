@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -43,7 +44,8 @@ class _Known:
 class Session:
     """Keeps the keys and values of user histories in a cache, so that a request computes only new tokens.
 
-    Results equal a full forward. Evicted histories are encoded again at their next request. Not thread-safe.
+    Results equal a full forward. Evicted histories are encoded again at their next request. A call that raises an error
+    changes no history. Threads may share a session, and one call computes at a time.
 
     Args:
         cache_bytes: memory for keys and values on the model's device.
@@ -105,20 +107,22 @@ class Session:
 
     @property
     def statistics(self) -> CacheStatistics:
-        """Memory use and counters of the cache."""
-        return self._cache.statistics
+        """Memory use and counters of the cache, as of now."""
+        with self._loaded.lock:
+            return replace(self._cache.statistics)
 
     def encode(self, histories: Iterable[History]) -> None:
         """Encode histories, replacing earlier histories of their users. Raises DataError for incomplete histories."""
-        waiting: dict[Any, _Known] = {}
-        for history in histories:
-            known = _newest(_as_lists(history), self.max_items)
-            lengths = [self._tokens_of(each.num_items) for each in (*waiting.values(), known)]
-            if len(waiting) == self._loaded.config.trainer.eval_batch_size or not self._cache.fits(lengths):
-                self._encode(waiting)
-                waiting = {}
-            waiting[history.user] = known
-        self._encode(waiting)
+        new = {given.user: _newest(self._checked(given), self.max_items) for given in histories}
+        with self._loaded.lock, self._all_or_none(new):
+            waiting: dict[Any, _Known] = {}
+            for user, known in new.items():
+                lengths = [self._tokens_of(each.num_items) for each in (*waiting.values(), known)]
+                if len(waiting) == self._loaded.config.trainer.eval_batch_size or not self._cache.fits(lengths):
+                    self._encode(waiting)
+                    waiting = {}
+                waiting[user] = known
+            self._encode(waiting)
 
     def append(self, events: Iterable[History]) -> None:
         """Append events, oldest first, to the histories of their users. Ignores ``context`` of the events.
@@ -126,16 +130,23 @@ class Session:
         A history that must be encoded again (``reencodes_because``, ``trim_events``) is encoded at its next request.
         Raises DataError for unknown users, incomplete events, and events before the newest event of the history.
         """
-        for new in events:
-            known, count = self._known(new.user), len(new.items)
-            if count:
-                self._users[new.user] = self._appended(known, _joined(known.history, _as_lists(new)), count)
+        with self._loaded.lock:
+            joined: dict[Any, History] = {}
+            for new in events:
+                before = joined.get(new.user) or self._known(new.user).history
+                if len(new.items):
+                    joined[new.user] = _joined(before, self._checked(replace(new, context={})))
+            updates = {user: self._users[user] for user in joined}
+            with self._all_or_none(updates):
+                for user, history in joined.items():
+                    updates[user] = self._appended(updates[user], history)
 
     def forget(self, users: Sequence[Any]) -> None:
         """Remove the histories of users. Unknown users are ignored."""
-        for user in users:
-            self._users.pop(user, None)
-            self._cache.drop(user)
+        with self._loaded.lock:
+            for user in users:
+                self._users.pop(user, None)
+                self._cache.drop(user)
 
     def score(
         self,
@@ -159,53 +170,70 @@ class Session:
         Raises DataError for an unknown user, an ``at`` before its newest event, or candidates that lack a feature, and
         ConfigError if the model does not read ``at``.
         """
-        known = self._known(user)
-        if isinstance(self._task, RetrievalDense):
-            return self._cosines(user, items, at)
-        self._loaded.check_request_time(at)
-        newest = known.history.cut(slice(-1, None))
-        shown = Candidates(items, features or {})
-        (events,) = self._requests.candidates(shown, newest, at)
-        (batch,) = self._requests.batches_of([(self._requests.history(newest, at, 1), events)])
-        prefix = self._prefix(user, known)
-        with self._loaded.inference():
-            return self._task.logits(self._incremental.score(prefix, batch.to(self._loaded.mesh.device)))
+        with self._loaded.lock:
+            known = self._known(user)
+            if isinstance(self._task, RetrievalDense):
+                return self._cosines(user, items, at)
+            self._loaded.check_request_time(at)
+            newest = known.history.cut(slice(-1, None))
+            shown = Candidates(items, features or {})
+            (events,) = self._requests.candidates(shown, newest, at)
+            (batch,) = self._requests.batches_of([(self._requests.history(newest, at, 1), events)])
+            prefix = self._prefix(user, known)
+            with self._loaded.inference():
+                return self._task.logits(self._incremental.score(prefix, batch.to(self._loaded.mesh.device)))
 
     def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
         """As ``TrainedModel.user_embeddings``. Computes whole histories if ``reencodes_because`` is not None."""
         self._loaded.require_retrieval()
         assert isinstance(self._task, RetrievalDense)
         vectors = [torch.empty(0, self._loaded.config.network.item_width, device=self._loaded.mesh.device)]
-        for user in users:
-            known = self._known(user)
-            if self.reencodes_because is not None:
-                batches = self._requests.batches([known.history], [known.num_items])
-                vectors.append(self._loaded.user_vectors(batches, at))
-                continue
-            (batch,) = self._loaded.asked_at([self._tail(known, 1)], at)
-            prefix = self._prefix(user, known)
-            with self._loaded.inference():
-                newest = self._incremental.newest(prefix, batch.to(self._loaded.mesh.device))
-                vectors.append(self._task.queries(newest[None]))
+        with self._loaded.lock:
+            for user in users:
+                known = self._known(user)
+                if self.reencodes_because is not None:
+                    batches = self._requests.batches([known.history], [known.num_items])
+                    vectors.append(self._loaded.user_vectors(batches, at))
+                    continue
+                (batch,) = self._loaded.asked_at([self._tail(known, 1)], at)
+                prefix = self._prefix(user, known)
+                with self._loaded.inference():
+                    newest = self._incremental.newest(prefix, batch.to(self._loaded.mesh.device))
+                    vectors.append(self._task.queries(newest[None]))
         return torch.cat(vectors)
 
-    def _appended(self, known: _Known, history: History, count: int) -> _Known:
-        """Update the cache for a user's new ``history``, whose newest ``count`` items are new."""
-        user, room = history.user, self.max_items - self._trim_events + 1
+    def _checked(self, given: History) -> History:
+        """Convert arrays to lists. Raises DataError for incomplete or unordered events, also for those to cut off."""
+        history = _as_lists(given)
+        self._requests.encoded(history, len(history.items))
+        return history
+
+    @contextmanager
+    def _all_or_none(self, new: Mapping[Any, _Known]) -> Iterator[None]:
+        """Replace histories after the block. If it raises, drop the keys and values that it may have changed."""
+        try:
+            yield
+            self._users.update(new)
+        except BaseException:
+            for user in new:
+                self._cache.drop(user)
+            raise
+
+    def _appended(self, known: _Known, history: History) -> _Known:
+        """Update the cache for a longer history of a user, whose events are checked."""
+        user, count = history.user, len(history.items) - len(known.history.items)
         if known.num_items + count > self.max_items:
-            updated = _newest(history, room)
-            self._tail(updated, min(count, room))  # raises DataError for incomplete events
             self._cache.drop(user)
-            return updated
+            return _newest(history, self.max_items - self._trim_events + 1)
         updated, prefix = _Known(history, known.before), self._cache.find(user)
         kept = None if prefix is None else self._incremental.kept_items(prefix, count)
-        computed = count if kept is None else updated.num_items - kept
-        batch = self._tail(updated, computed)
         if prefix is None or kept is None:
             self._cache.drop(user)
-        else:
-            with self._loaded.inference():
-                self._incremental.append(prefix, user, batch.to(self._loaded.mesh.device), computed, kept)
+            return updated
+        computed = updated.num_items - kept
+        batch = self._tail(updated, computed)
+        with self._loaded.inference():
+            self._incremental.append(prefix, user, batch.to(self._loaded.mesh.device), computed, kept)
         return updated
 
     def _encode(self, known: Mapping[Any, _Known]) -> None:
@@ -214,14 +242,13 @@ class Session:
         for batch in self._requests.batches(histories, lengths):
             with self._loaded.inference():
                 self._incremental.encode([*known], batch.to(self._loaded.mesh.device))
-        self._users.update(known)
 
     def _prefix(self, user: Any, known: _Known) -> Prefix:
         prefix = self._cache.find(user)
         if prefix is not None:
-            self.statistics.hits += 1
+            self._cache.statistics.hits += 1
             return prefix
-        self.statistics.misses += 1
+        self._cache.statistics.misses += 1
         self._encode({user: known})
         prefix = self._cache.find(user)
         assert prefix is not None, "it has just been encoded"

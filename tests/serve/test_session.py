@@ -1,6 +1,9 @@
 """Sessions of trained models: answers equal those of whole forwards over the same events."""
 
+import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +220,15 @@ def test_a_model_whose_context_sees_everything_is_encoded_again(
         session.score(history.user, whole.items[-2:], at=10**9)
 
 
+LATER = range(2_000_000, 2_000_020)
+NOTHING = History("zoe", items=[])
+
+
+def events_of(history: History, count: int, **given: Any) -> History:
+    """Later events of a user."""
+    return History(history.user, items=[1000] * count, **{"actions": [1] * count, "timestamps": LATER[:count], **given})
+
+
 @pytest.fixture
 def session(retrieval: TrainedModel, long: History) -> Iterator[Session]:
     session = retrieval.session(MEGABYTE)
@@ -231,13 +243,26 @@ def session(retrieval: TrainedModel, long: History) -> Iterator[Session]:
         (lambda s, h: s.append([part(h, 0, 1)]), "begin at 1000000, before its newest at 1000240; give them in order"),
         (
             lambda s, h: s.append([History(h.user, items=[1000], actions=[1])]),
-            "do not have timestamps, and the history has; give both the same",
+            "has no timestamps, but the model reads times: give one per item",
+        ),
+        (lambda s, h: s.append([events_of(h, 2, actions=[1] * 3)]), "has 3 actions for 2 items; give one per item"),
+        (lambda s, h: s.append([events_of(h, 20, actions=[1] * 21)]), "has 21 actions for 20 items"),
+        (lambda s, h: s.append([events_of(h, 20, timestamps=[*LATER[:2], *LATER[:18]])]), "before one at 2000000"),
+        (lambda s, h: s.append([part(h, 5, 6), part(h, 6, 7), part(h, 5, 6)]), "begin at 1000300, before its newest"),
+        (
+            lambda s, h: s.append([part(h, 5, 6), events_of(h, 1, context={"town": 9}), History("zoe", items=[1])]),
+            "zoe",
+        ),
+        (lambda s, h: s.encode([events_of(h, 20, actions=[1] * 21)]), "has 21 actions for 20 items"),
+        (lambda s, h: s.encode([events_of(h, 20, timestamps=[*LATER[:2], *LATER[:18]])]), "before one at 2000000"),
+        (
+            lambda s, h: s.encode([replace(part(h, 0, 3), user=user) for user in (h.user, *"abcdefghi")] + [NOTHING]),
+            "the history of 'zoe' has no items",
         ),
         (
             lambda s, h: s.append([History("zoe", items=[1000])]),
             "the session has no history of 'zoe'; give it to encode",
         ),
-        (lambda s, h: s.encode([History("zoe", items=[])]), "the history of 'zoe' has no items"),
         (lambda s, h: s.user_embeddings([h.user], at=5), "a history has an event at"),
     ],
 )
@@ -246,3 +271,47 @@ def test_mistakes_are_refused_and_change_nothing(
 ) -> None:
     with pytest.raises(DataError, match=message):
         mistake(session, long)
+
+
+def test_an_append_that_fails_while_it_computes_changes_no_user(
+    retrieval: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    users = [part(history, 0, 4) for history in retrieval.histories(range(100, 103))]
+    session, before = retrieval.session(MEGABYTE), torch.cat([vectors_of(retrieval, user) for user in users])
+    session.encode(users)
+    write, writes = session._cache.write, itertools.count()
+
+    def fail_late(*args: Any) -> None:
+        if next(writes) == 3:  # the second of two layers of the second user
+            raise MemoryError
+        write(*args)
+
+    monkeypatch.setattr(session._cache, "write", fail_late)
+    with pytest.raises(MemoryError):
+        session.append([events_of(user, 2) for user in users])
+    assert_equal(session.user_embeddings([user.user for user in users]), before)
+
+
+def test_threads_lose_no_event_and_read_the_vectors_of_their_users(mesh: Mesh, tmp_path: Path) -> None:
+    data = write_small_store(tmp_path / "store", **walks())
+    options = {"dataset": {"max_sequence_length": 100}, "optimizer": {"ema_decay": 0.5}}
+    model = untrained("retrieval", data, mesh, tmp_path / "run", **options)  # its averages are not its weights
+    users = list(model.histories(range(100, 120)))
+    expected = model.user_embeddings([user.user for user in users])
+    session = model.session(10 * 2 * 2 * 16 * 4 * 32, page_tokens=32)  # 7 pages for the longest history, 3 for others
+    growing = replace(users[0], user="growing")
+    session.encode([*users, growing])
+
+    def work(seed: int) -> None:
+        for row in np.random.default_rng(seed).integers(0, len(users), 10):
+            session.append([events_of(growing, 1)])
+            read = (session, model)[row % 2].user_embeddings([users[row].user])
+            assert_equal(read, expected[row : row + 1])
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    later = events_of(growing, 80, timestamps=[LATER[0]] * 80)
+    names = ("items", "actions", "timestamps")
+    grown: dict[str, Any] = {name: [*getattr(growing, name), *getattr(later, name)] for name in names}
+    assert_equal(session.user_embeddings(["growing"]), vectors_of(model, replace(growing, **grown)))
+    assert session.statistics.evictions > 10

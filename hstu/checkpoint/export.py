@@ -95,6 +95,7 @@ def _write(checkpoint: Path, temporary: Path) -> None:
         "tables": tables,
         "tensors": tensors,
         "features": metadata.get("features", {}),
+        "trained_on": metadata.get("trained_on", {}),
     }
     (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False), encoding="utf-8")
 

@@ -85,9 +85,16 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
         _zero_tables(match, state)
     collective_io(lambda: _read_tensors(open_tensors(root), match, state, mesh), mesh)
     dynamic = collective_io(lambda: _read_dynamic(root, state, mesh, options, remaps), mesh)
+    other_data = _other_data(root, state.trained_on)
     if options.optimizer:
         _restore_metadata(root, state, mesh)
-        _warn_of_other_data(root, read_metadata(root).get("trained_on", {}), state.trained_on)
+        if other_data:
+            log.warning(
+                "%s was trained on other data: %s. Its position in an epoch, where training goes on, means other "
+                "samples here. TrainerArgs.ckpt_load_optimizer = False would start from the weights at iteration 0.",
+                root,
+                other_data,
+            )
         changes = [f"  {entry}" for entry in differences if entry.changes not in ("reports", "model")]
         if changes:
             log.warning("the configuration has changed since %s was saved:\n%s", root, "\n".join(changes))
@@ -98,6 +105,8 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
         for name, remap in remaps.items()
         if options.zero_new_rows and remap.new_ids
     ]
+    if options.zero_new_rows and other_data:
+        report.append(f"the model was trained on {other_data}")
     if match.problems(options.zero_new_rows) or of_model or dynamic:
         report += [*match.report(of_model), *dynamic]
         log.warning("%s was loaded in part:\n%s", root, "\n".join(f"  {line}" for line in report))
@@ -214,18 +223,16 @@ class _Destination:
             piece[rows] = buffer[torch.from_numpy(source[source >= 0]).to(piece.device)]
 
 
-def _warn_of_other_data(root: Path, stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Other data have other samples at the position of the run."""
+def _other_data(root: Path, own: Mapping[str, Any]) -> str:
+    """How the data of the training and ``own`` differ; empty if they are the same, or if one is unknown."""
+    stored = read_metadata(root).get("trained_on")
     if not stored or not own or stored == own:
-        return
-    there, here = (f"{data['users']:,} users with {data['events']:,} events" for data in (stored, own))
-    what = f"{there}; this run has {here}" if there != here else f"other events of as many users: {here}"
-    log.warning(
-        "%s was trained on other data: %s. Its position in an epoch, where training goes on, means other samples here. "
-        "TrainerArgs.ckpt_load_optimizer = False would start from the weights at iteration 0.",
-        root,
-        what,
-    )
+        return ""
+    try:
+        there, here = (f"{data['events']:,} events of {data['users']:,} users" for data in (stored, own))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(f"{root} does not say what it was trained on ({error!r}). Load another one.") from error
+    return f"{there}; this data has {here if here != there else 'as many, but others'}"
 
 
 def _read_dynamic(

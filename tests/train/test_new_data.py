@@ -111,6 +111,7 @@ def test_what_is_new_is_reported_and_has_rows_of_zeros(old: FinishedRun, mesh: M
         "table town_table: 1 of 4 ids are not in the checkpoint; their rows are zeros",
         "table user_id_table: 2 of 22 ids are not in the checkpoint; their rows are zeros",
         "table what_table: 2 of 13 ids are not in the checkpoint; their rows are zeros",
+        "the model was trained on 142 events of 20 users; this data has 149 events of 22 users",
     ]
     norms = trained.item_embeddings().norm(dim=1)
     names = trained.store.raw_ids("what")
@@ -155,7 +156,8 @@ def test_a_run_that_resumes_on_other_histories_of_the_same_ids_says_so(
     store = SequenceStore.open(import_interactions("walks", columns, output=tmp_path / "store", force=True))
     loading = {"ckpt_load_dir": str(locate(old.path)), "max_train_iters": 61, "ckpt_save_dir": str(tmp_path / "new")}
     train(mesh, store, tmp_path, trainer=loading)
-    assert "was trained on other data: other events of as many users" in warnings_of_hstu.text
+    told = warnings_of_hstu.text
+    assert "was trained on other data: 142 events of 20 users; this data has as many, but others." in told
 
 
 def test_a_run_that_loads_in_part_is_also_applied_in_part(old: FinishedRun, mesh: Mesh, tmp_path: Path) -> None:

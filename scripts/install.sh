@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the trainer and its tests need: the CUDA set where nvidia-smi lists a GPU, else the
-# CPU set, in the versions of requirements/. Safe to run again (does nothing when up to date), to interrupt, and to
-# run twice at once.
+# CPU set, in the versions of requirements/, each file checked by its hash (the oldest set: versions only). Safe to run
+# again (does nothing when up to date), to interrupt, and to run twice at once.
 #
 #   scripts/install.sh          # the newest versions
 #   scripts/install.sh oldest   # the oldest (requirements/oldest.txt: torch 2.11), in .venv-oldest
@@ -20,6 +20,7 @@ case $set in
 esac
 python=$venv/bin/python
 stamp=$venv/.installed
+ours=$venv/.made_by_install_sh # only such a directory is ever emptied
 log=$venv/install.log
 
 say() { echo "[set-up] $*"; }
@@ -34,7 +35,7 @@ trap 'echo; say "interrupted; run the same command again to go on" >&2; exit 130
 # The first interpreter that runs (version managers leave commands that only say what to install) and is new enough.
 find_python() {
     local candidate
-    for candidate in python3.12 python3.11 python3; do
+    for candidate in python3.12 python3.11 python3.13 python3; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
             command -v "$candidate"
             return 0
@@ -63,10 +64,17 @@ check_disk() {
 
 make_venv() {
     local base message
-    base=$(find_python) || fail "no Python 3.11 or newer found (tried python3.12, python3.11, python3)." \
+    if [ -L "$venv" ] || { [ -e "$venv" ] && [ ! -e "$ours" ]; }; then
+        fail "$venv has no working pip or packages that do not import, and this script did not make it: nothing is removed." \
+            "Move it away or remove it yourself (rm -rf $venv), and run this again."
+    fi
+    base=$(find_python) || fail "no Python 3.11 or newer found (tried python3.12, python3.11, python3.13, python3)." \
         "Install one, for example: apt-get install python3.11 python3.11-venv"
     say "creating ${venv##*/} with $("$base" --version 2>&1) ($base)"
-    if ! message=$("$base" -m venv --clear "$venv" 2>&1); then
+    rm -rf "$venv"
+    mkdir "$venv"
+    touch "$ours"
+    if ! message=$("$base" -m venv "$venv" 2>&1); then
         fail "could not create ${venv##*/}:" "$(tail -n 5 <<<"$message")" \
             "On Debian and Ubuntu, install the package python3-venv of that Python and run this again."
     fi
@@ -84,33 +92,29 @@ explain_pip_failure() {
     fail "What to do: read the lines above and run this again. If it stays, remove ${venv##*/} first: rm -rf $venv"
 }
 
-run_pip() {
-    "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$log" 2>&1 ||
-        explain_pip_failure
-}
+try_pip() { "$python" -m pip install --disable-pip-version-check --no-input --progress-bar off "$@" >>"$log" 2>&1; }
+run_pip() { try_pip "$@" || explain_pip_failure; }
 
-# The hashes are those of the files for this Python and processor; others get the same versions.
-files_are_known() { [ "$("$python" -c 'import sys; print(sys.version_info[:2] == (3, 11))') $(uname -m)" = "True x86_64" ]; }
+# Without build isolation, which would bring an unchecked setuptools: the one that comes with torch builds.
+checked=(--no-deps --require-hashes --no-build-isolation -r)
 
 install_packages() {
-    local locked=requirements/$kind.txt versions=$venv/versions.txt torch
-    torch=$(<requirements/torch.txt)
+    local versions=$venv/versions.txt
     : >"$log"
     say "installing the $kind set (some minutes; details in ${venv##*/}/install.log)"
     if [ "$set" = oldest ]; then
         cp requirements/oldest.txt "$versions"
         if [ "$kind" = cuda ]; then sed -i 's/^fbgemm-gpu-cpu/fbgemm-gpu/; s/-libs-cu12/-libs-cu13/' "$versions"; fi
-        torch=$(grep '^torch==' "$versions")
         run_pip --no-deps -r "$versions"
-    elif files_are_known; then
-        run_pip --no-deps --require-hashes -r "$locked"
+        run_pip "$(grep '^torch==' "$versions")" # and the libraries that it needs
     else
-        say "the files of the packages are not verified: $locked has the hashes for Python 3.11 on x86_64 only"
-        sed '/--hash/d; s/ *\\$//' "$locked" >"$versions"
-        run_pip --no-deps -r "$versions"
+        # PyPI has not PyTorch's own build for CPU.
+        if [ "$kind" = cuda ] || ! try_pip "${checked[@]}" requirements/torch_cpu.txt; then
+            run_pip "${checked[@]}" requirements/torch_cuda.txt
+        fi
+        run_pip "${checked[@]}" "requirements/$kind.txt"
     fi
-    run_pip "$torch" # and the libraries that it needs
-    run_pip --no-deps -e .
+    run_pip --no-deps --no-build-isolation -e .
 }
 
 # An interrupted pip can leave a package half in place that it then takes for installed: importing tells.

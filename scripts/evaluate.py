@@ -1,7 +1,7 @@
 """Evaluate a trained model: a run, a checkpoint or an export, on any split, with any metric of its task.
 
 python scripts/evaluate.py --run_dir runs/quickstart
-python scripts/evaluate.py --run_dir runs/quickstart --metrics HR@10,MRR --output test.json
+python scripts/evaluate.py --run_dir runs/quickstart --metrics HR@10,MRR --output test.json --per_user ranks.parquet
 torchrun --nproc_per_node 2 scripts/evaluate.py --run_dir runs/a --data tmp_data/newer
 """
 
@@ -21,10 +21,12 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 import numpy as np
+import pyarrow.parquet as pq
+from pyarrow.csv import write_csv
 from tabulate import tabulate
 
 from hstu.base.errors import EXIT_DONE
-from hstu.base.files import replace_text
+from hstu.base.files import replace_text, written_aside
 from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import add_model_arguments, check_new, load_model, require_model
@@ -40,10 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", help="valid or test; default: the last that the run evaluates")
     parser.add_argument("--metrics", help="metrics of the task, separated by commas; default: those of the run")
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--per_user",
+        type=Path,
+        help=".parquet or .csv file to write: the rank and score, or label and score, of each target",
+    )
     options = parser.parse_args(arguments)
     require_model(parser, options)
-    if options.output:
-        check_new(options.output)
+    if options.per_user and options.per_user.suffix not in (".parquet", ".csv"):
+        parser.error("--per_user takes the name of a .parquet or .csv file")
+    for path in filter(None, (options.output, options.per_user)):
+        check_new(path)
     quiet_libraries()
     loaded = load_model(LoadedModel, options)
     split = choose_split(loaded.with_data(), options.split)
@@ -56,9 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seen = ", without the items that a user had before (filter_seen)" if loaded.leaves_out_seen else ""
     print(f"{loaded.checkpoint}\n{split} of {data}: {users:,} users, {predictions:,} predictions{seen}\n")
     print(tabulate(found.items(), headers=("metric", "value"), tablefmt="plain", floatfmt=".4f"))
+    if options.per_user:
+        rows = evaluation.rows(loaded)
+        with written_aside(options.per_user) as aside:
+            write = pq.write_table if options.per_user.suffix == ".parquet" else write_csv
+            write(rows, aside)
     if options.output:
         document = {
             "checkpoint": str(loaded.checkpoint),
+            "model": loaded.version,
             "data": str(data),
             "split": split,
             "users": users,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.checkpoint.directory import verified_file
+from hstu.checkpoint.directory import MANIFEST, verified_file
 from hstu.checkpoint.find import GIN, LAST, best_of, check_belongs, is_choice, is_run, locate
 from hstu.checkpoint.load import load as load_checkpoint
 from hstu.checkpoint.matching import LoadOptions
@@ -158,6 +159,12 @@ class LoadedModel:
         task = unwrap_dense(self.model).task
         assert isinstance(task, (RankingModel, RetrievalDense))
         return task
+
+    @cached_property
+    def version(self) -> str:
+        """Name of the checkpoint or export, "@", and the first 12 digits of its manifest's sha256."""
+        digest = hashlib.sha256((self.checkpoint / MANIFEST).read_bytes()).hexdigest()
+        return f"{self.checkpoint.resolve().name}@{digest[:12]}"
 
     @cached_property
     def vocabularies(self) -> dict[str, Vocabulary]:

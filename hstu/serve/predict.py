@@ -25,6 +25,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.sampling.samples import Split
 from hstu.data.store.reader import GivenRequests
+from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.model.ranking import RankingDense
 from hstu.parallel.collectives import gather_objects
 from hstu.serve.command import Candidates
@@ -32,7 +33,7 @@ from hstu.serve.loaded import LoadedModel
 from hstu.serve.outputs import columns_of, predictions_of
 from hstu.train.builder import build_evaluator
 from hstu.train.corpus import Queries, pair_scores, recommend
-from hstu.train.evaluate import Evaluator, Observations
+from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, Observations, RetrievalEvaluator
 from hstu.train.inference import InferenceSource
 
 PART_USERS = 10_000
@@ -49,6 +50,25 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Compute the metrics of all predictions; nan for metrics that the data leaves undefined."""
         return self.evaluator.metrics(self.observations)
+
+    def rows(self, loaded: LoadedModel) -> pa.Table:
+        """A row per prediction, from which the metrics follow: user, item, and rank and score of retrieval.
+
+        Ranking: request, the columns of ``predictions_of``, and ``label`` (the action) or ``label_<task>``.
+        """
+        each, columns = self.observations, dict[str, np.ndarray]()
+        if isinstance(self.evaluator, RetrievalEvaluator):
+            columns = {"rank": each.results, "score": each.labels}
+        else:
+            values, columns = torch.from_numpy(each.labels.T), {"request": each.requests, "label": each.labels}
+            if isinstance(self.evaluator, MultiTaskEvaluator):
+                del columns["label"]
+                for task in self.evaluator.tasks:
+                    columns[f"label_{task.args.task_name}"] = task.labels(values).numpy()
+            columns |= columns_of(predictions_of(loaded), each.results)
+        users = loaded.with_data().eval_store.raw_ids(USER_FEATURE)[each.users].tolist()
+        items = loaded.vocabularies[loaded.source.roles.item].values_at(torch.from_numpy(each.items))
+        return _table(loaded, users, items, columns)
 
 
 def evaluate_split(loaded: LoadedModel, split: Split, metrics: Sequence[str] | None = None) -> Evaluation:
@@ -147,12 +167,15 @@ class Predictor:
 
     def _table(self, users: np.ndarray, items: Sequence[Any], columns: dict[str, np.ndarray]) -> pa.Table:
         """``users``: store rows, int64 [n]; ``items``: raw ids."""
-        of_users, of_items = (
-            pa.string() if each.kind == "texts" else pa.int64() for each in (self.loaded.users, self.loaded.items)
-        )
-        raw_users = self.loaded.users.values_at(torch.from_numpy(users))
-        ids = {"user": pa.array(raw_users, of_users), "item": pa.array(items, of_items)}
-        return pa.table({**ids, **{name: pa.array(values) for name, values in columns.items()}})
+        return _table(self.loaded, self.loaded.users.values_at(torch.from_numpy(users)), items, columns)
+
+
+def _table(loaded: LoadedModel, users: Sequence[Any], items: Sequence[Any], columns: dict[str, np.ndarray]) -> pa.Table:
+    """Table of raw ids and ``columns``, with the version of the model in its metadata."""
+    kinds = (pa.string() if each.kind == "texts" else pa.int64() for each in (loaded.users, loaded.items))
+    ids = {name: pa.array(of, kind) for name, of, kind in zip(("user", "item"), (users, items), kinds, strict=True)}
+    table = pa.table({**ids, **{name: pa.array(values) for name, values in columns.items()}})
+    return table.replace_schema_metadata({"model": loaded.version})
 
 
 class RetrievalPredictor(Predictor):

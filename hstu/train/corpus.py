@@ -85,8 +85,8 @@ class Corpus:
         return codes_of(ids, self.ids.cpu().numpy())
 
 
-def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
-    """Rank of each query's target among all items that the user has not seen: float64 [U], 1 is best.
+def target_ranks(queries: Queries, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of each query's target among all items that the user has not seen, and its score: float64 [U], 1 is best.
 
     The rank is 1 + the number of higher scores + half the number of equal scores. It is infinity, a miss for every
     metric, if the target is no candidate or among the seen items. A nan score beats every target, so a diverged model
@@ -117,9 +117,9 @@ def target_ranks(queries: Queries, corpus: Corpus) -> np.ndarray:
             higher[block] += (~(scores <= threshold)).sum(dim=1)
             equal[block] += (scores == threshold).sum(dim=1)
     found = torch.where(target_scores == -torch.inf, torch.inf, 1 + higher + equal.double() / 2)
-    ranks = np.empty(len(queries))
-    ranks[order] = found.cpu().numpy()
-    return ranks
+    results = np.empty((2, len(queries)))
+    results[:, order] = torch.stack([found, target_scores.double()]).cpu().numpy()
+    return results[0], results[1]
 
 
 def pair_scores(vectors: Tensor, rows: np.ndarray, positions: np.ndarray, corpus: Corpus) -> Tensor:

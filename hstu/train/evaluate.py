@@ -51,7 +51,7 @@ class Observations:
     results: np.ndarray
     """Ranking: float32 [N, width], predictions. Retrieval: float64 [N], ranks of held-out items."""
     labels: np.ndarray
-    """Ranking: int64 [N] actions, or float32 [N, L] as HSTUBatch.label_values with tasks. Retrieval: ``items``."""
+    """Ranking: int64 [N] actions, or float32 [N, L] like HSTUBatch.label_values. Retrieval: float64 [N], scores."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -220,9 +220,9 @@ class RetrievalEvaluator(Evaluator):
         corpus = self.corpus()
         with evaluation_mode(self.model):
             queries, history = self._collect_queries(self._limited(batches), corpus.ids.device)
-            ranks = target_ranks(queries, corpus)
+            ranks, scores = target_ranks(queries, corpus)
         users, targets = queries.user_ids, queries.targets
-        found = Observations(users, targets, history, np.arange(len(users)), ranks, targets).gathered(self._gather)
+        found = Observations(users, targets, history, np.arange(len(users)), ranks, scores).gathered(self._gather)
         if missed := int(self._gather(queries.is_target_seen()).sum()):
             why = "are items that their user had before, which filter_seen = True leaves out: they count as misses"
             log.warning("eval: %d of %d targets %s", missed, len(found), why)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -325,3 +326,43 @@ def test_the_script_prints_a_table_and_writes_json(
     assert document["metrics"] == finished("retrieval").metrics and document["data"] == str(store.path)
     assert f"test of {store.path}: 20 users, 20 predictions" in capsys.readouterr().out
     assert evaluate.main(arguments) == 3 and "test.json exists; give another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"), [("retrieval", "csv"), ("retrieval", "parquet"), ("ranking", "csv"), ("tasks", "parquet")]
+)
+def test_the_metrics_follow_from_the_rows_of_the_targets(
+    here: Path, finished: Finished, store: SequenceStore, mesh: Mesh, name: str, suffix: str
+) -> None:
+    path = here / f"rows.{suffix}"
+    metrics = {"retrieval": "HR@10,NDCG@10,HR@3", "ranking": "AUC,GAUC", "tasks": "AUC,LOGLOSS"}[name]
+    options = ["--per_user", str(path), "--metrics", metrics, "--output", str(here / "printed.json")]
+    assert evaluate.main(["--run_dir", str(finished(name).path), *options]) == 0
+    rows = pd.read_csv(path) if suffix == "csv" else pd.read_parquet(path)
+    printed = json.loads((here / "printed.json").read_text())
+    if suffix == "parquet":
+        assert pq.read_metadata(path).metadata[b"model"].decode() == printed["model"]
+    found = printed["metrics"]
+    assert len(rows) == printed["predictions"] and rows["user"].nunique() == printed["users"]
+    if name == "retrieval":
+        assert found["HR@10"] == (rows["rank"] <= 10).mean() and found["HR@3"] == (rows["rank"] <= 3).mean()
+        gains = (rows["rank"] <= 10) / np.log2(rows["rank"] + 1)
+        assert found["NDCG@10"] == pytest.approx(gains.mean(), rel=1e-12)
+        items = {100 + user: 1000 + row[-1] for user, row in enumerate(walks()["items"])}
+        assert dict(zip(rows["user"], rows["item"], strict=True)) == items
+        trained = api.load(finished(name).path, mesh=mesh)
+        assert rows["score"].between(-1.001, 1.001).all() and trained.version == printed["model"]
+    elif name == "ranking":
+        areas = [area(rows[f"p_{action}"], rows["label"] == action) for action in range(ACTIONS)]
+        assert found["AUC"] == pytest.approx(np.nanmean(areas), abs=1e-6)
+        assert (rows["label"] == (rows["item"] - 1000) % ACTIONS).all()
+    else:
+        assert found["AUC/odd"] == pytest.approx(area(rows["score_odd"], rows["label_odd"] == 1), abs=1e-6)
+        chance = rows["score_high"].where(rows["label_high"] == 1, 1 - rows["score_high"])
+        assert found["LOGLOSS/high"] == pytest.approx(-np.log(chance).mean(), rel=1e-4)
+
+
+def area(scores: "pd.Series[Any]", positive: "pd.Series[Any]") -> float:
+    """Area under the ROC curve: the share of pairs in order, ties counted half."""
+    differences = scores[positive].to_numpy()[:, None] - scores[~positive].to_numpy()
+    return float((np.sign(differences) / 2 + 0.5).mean())

@@ -90,7 +90,7 @@ def test_ranks_and_best_items_equal_a_loop_over_users(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_module, "BLOCK_QUERIES", block_queries)
         patch.setattr(corpus_module, "CPU_PRODUCT_ITEMS", product_items)
-        ranks = target_ranks(queries, make_corpus(table, chunk_items))
+        ranks = target_ranks(queries, make_corpus(table, chunk_items))[0]
         best = recommend(queries, make_corpus(table, chunk_items), k)
     np.testing.assert_array_equal(ranks, ranks_by_loop(queries, table))
     for found, expected in zip(best, best_by_loop(queries, table, k), strict=True):
@@ -115,7 +115,7 @@ def test_equal_items_tie_exactly_wherever_they_stand(chunk_items: int, monkeypat
     distinct = torch.randn((333, 50), generator=generator)
     table = distinct.repeat(3, 1)[torch.randperm(999, generator=generator)]
     queries = make_queries(torch.randn((700, 50), generator=generator), np.arange(700), [[]] * 700)
-    ranks = target_ranks(queries, make_corpus(table, chunk_items))
+    ranks = target_ranks(queries, make_corpus(table, chunk_items))[0]
     assert len(set(ranks)) > 100
     np.testing.assert_array_equal(ranks % 3, 2)
 
@@ -126,7 +126,7 @@ def test_ranks_are_the_places_in_sorted_order() -> None:
     queries = make_queries(vectors, np.arange(40) * 7, [[]] * 40)
     by_score = (queries.vectors.double() @ F.normalize(table, dim=1).double().t()).argsort(dim=1, descending=True)
     expected = [(row == target).nonzero().item() + 1 for row, target in zip(by_score, queries.targets, strict=True)]
-    np.testing.assert_array_equal(target_ranks(queries, make_corpus(table, 300)), expected)
+    np.testing.assert_array_equal(target_ranks(queries, make_corpus(table, 300))[0], expected)
 
 
 def test_what_is_nan_ranks_last_not_first_and_is_never_recommended() -> None:
@@ -134,7 +134,7 @@ def test_what_is_nan_ranks_last_not_first_and_is_never_recommended() -> None:
     diverged = Queries(
         queries.vectors * math.nan, queries.user_ids, queries.targets, np.zeros(0, int), np.zeros(3, int)
     )
-    assert (target_ranks(diverged, make_corpus(table, 3)) >= 8).all()
+    assert (target_ranks(diverged, make_corpus(table, 3))[0] >= 8).all()
     assert (recommend(diverged, make_corpus(table, 3), k=2)[0] == -1).all()
     table[[0, 1, 4]] = math.nan
     queries = make_queries(queries.vectors, queries.targets, [[]] * 3)
@@ -183,17 +183,17 @@ def test_only_the_ids_of_a_corpus_are_ranked_and_other_targets_are_misses() -> N
     by_id = Queries(
         queries.vectors, queries.user_ids, ids[queries.targets], ids[queries.seen_items], queries.seen_lengths
     )
-    ranks = target_ranks(by_id, Corpus(embed, torch.from_numpy(ids), EPS, 4))
+    ranks = target_ranks(by_id, Corpus(embed, torch.from_numpy(ids), EPS, 4))[0]
     np.testing.assert_array_equal(ranks, ranks_by_loop(queries, table))
     positions, _ = recommend(by_id, Corpus(embed, torch.from_numpy(ids), EPS, 4), k=3)
     np.testing.assert_array_equal(positions, recommend(queries, make_corpus(table, 4), k=3)[0])
 
     without = ids[ids != by_id.targets[0]]
-    fewer = target_ranks(by_id, Corpus(embed, torch.from_numpy(without), EPS, 4))
+    fewer = target_ranks(by_id, Corpus(embed, torch.from_numpy(without), EPS, 4))[0]
     assert np.isinf(fewer[by_id.targets == by_id.targets[0]]).all()
     others = by_id.targets != by_id.targets[0]
     np.testing.assert_array_equal(np.isfinite(fewer[others]), ~by_id.is_target_seen()[others])
-    nothing = target_ranks(by_id, Corpus(embed, torch.zeros(0, dtype=torch.int64), EPS, 4))
+    nothing = target_ranks(by_id, Corpus(embed, torch.zeros(0, dtype=torch.int64), EPS, 4))[0]
     assert retrieval_metrics(["HR@500", "NDCG@500", "MRR"], nothing) == {"HR@500": 0, "NDCG@500": 0, "MRR": 0}
 
 
@@ -202,7 +202,7 @@ def test_items_whose_rows_are_zeros_are_no_candidates() -> None:
     table[[2, 5]] = 0
     table[3, 0] = 0
     queries = make_queries(queries.vectors, [2, 0, 5], [[]] * 3)
-    ranks = target_ranks(queries, make_corpus(table, 3))
+    ranks = target_ranks(queries, make_corpus(table, 3))[0]
     assert np.isinf(ranks[[0, 2]]).all() and 1 <= ranks[1] <= 6
     positions, _ = recommend(queries, make_corpus(table, 3), k=8)
     assert np.sort(positions).tolist() == [[-1, -1, 0, 1, 3, 4, 6, 7]] * 3

@@ -30,6 +30,7 @@ from hstu.checkpoint.tensors import read_metadata
 from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.serve.command import add_checkpoint_arguments, note, require_model
+from hstu.serve.contents import caveats
 from hstu.serve.export import TABLE_DTYPES, TOLERANCE, for_export, write_serving
 from hstu.serve.loaded import LoadedModel, mesh_of_this_process, stored_config
 from hstu.train.history import MetricsHistory
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def write_program(directory: Path) -> None:
         loaded = LoadedModel.restore(for_export(config, options.data), checkpoint, mesh_of_this_process())
-        note(loaded, *loaded.report)
+        note(loaded, *loaded.report, *caveats(config))
         history = MetricsHistory()
         history.load_state_dict(read_metadata(checkpoint).get("carried", {}).get("history", []))
         difference = write_serving(

@@ -12,6 +12,7 @@ from torch import Tensor
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.ids import codes_of
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
+from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import is_of_negatives
 from hstu.model.embedding import TableSpec
 from hstu.parallel.tables import dynamic_tables
@@ -39,6 +40,34 @@ def check_can_be_served(trained: LoadedModel) -> None:
     if isinstance(trained.source, StoredSource) and roles.tower:
         why = "the model reads the features of all items from the data"
         raise DataError(f"cannot export a program: {why}. {trained.source.missing}")
+
+
+def caveats(config: RunConfig) -> list[str]:
+    """Where scores of requests are not those of an evaluation, for people."""
+    network, dataset = config.network, config.dataset
+    assert isinstance(dataset, DatasetArgs)
+    found = []
+    if _newest_event_is_scored(config) and config.task == "ranking":
+        option = "truncate_to_items" if network.truncate_to_items is not None else "min_full_attention_tokens"
+        found.append(
+            f"NetworkArgs.{option} treats the newest events otherwise than older ones. Metrics count events in the "
+            "middle of a history, too, and a request is scored as the newest event: they may differ. With "
+            "DatasetArgs.max_num_candidates above 0 they do not"
+        )
+    if dataset.candidates == "requests" and not dataset.max_num_candidates:
+        found.append(
+            "without DatasetArgs.max_num_candidates, a long history is cut to what fits beside the candidates of its "
+            "request: their scores depend on their number. A session scores after one event less than the longest "
+            "sequence"
+        )
+    return found
+
+
+def _newest_event_is_scored(config: RunConfig) -> bool:
+    """Whether a candidate is the newest event, which windows and truncation count: training has no candidates."""
+    network = config.network
+    is_counted = network.truncate_to_items is not None or (network.has_window and network.min_full_attention_tokens > 0)
+    return is_counted and not config.dataset.has_candidates
 
 
 def collect(
@@ -69,10 +98,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
     dataset, network, args = config.dataset, config.network, config.task_args
     assert isinstance(dataset, DatasetArgs)
     has_candidates = dataset.has_candidates
-    # Without candidates in training, a candidate is the newest event, which windows and truncation count.
-    alone = not has_candidates and (
-        network.truncate_to_items is not None or (network.has_window and network.min_full_attention_tokens > 0)
-    )
+    alone = _newest_event_is_scored(config)
     return {
         **request_facts(config, trained.source, trained.vocabularies),
         "format": FORMAT,

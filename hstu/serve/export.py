@@ -17,14 +17,15 @@ from hstu.base.errors import DataError
 from hstu.checkpoint.directory import describe_files
 from hstu.config.args import ContextParallelArgs, DataParallelArgs, DatasetArgs, TensorModelParallelArgs
 from hstu.config.run_config import RunConfig
+from hstu.data.sampling.samples import build_samples
+from hstu.data.store.reader import SampleItems
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve import runtime
-from hstu.serve.command import Candidates
 from hstu.serve.contents import check_can_be_served, collect
 from hstu.serve.loaded import LoadedModel, with_store
-from hstu.serve.predict import RankingPredictor
 from hstu.serve.program import ServingProgram, trace
 from hstu.serve.runtime.files import FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
-from hstu.train.inference import StoredSource
+from hstu.train.inference import InferenceSource, StoredSource
 
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
 TOLERANCE = 1e-4
@@ -100,26 +101,58 @@ def write_serving(
 def difference(trained: LoadedModel, model: runtime.Model) -> float | None:
     """Largest difference between outputs of model and export for users of the data, relative to 1 + absolute value.
 
-    The model reads batches of the store, the export reads requests. None: the data is missing, or the export scores a
-    candidate as the newest event, which batches of the store cannot express.
+    The model reads the batches of an evaluation, the export reads requests: in ranking, for each sample with more
+    candidates than fit into a sequence. Half of the users have the longest histories. None: the data is missing.
     """
-    source, facts = trained.source, model.facts
-    if isinstance(source, StoredSource) or (facts["task"] == "ranking" and not facts["candidates"]["apart"]):
+    source = trained.source
+    if isinstance(source, StoredSource):
         return None
-    store, users = source.store, np.arange(min(_CHECKED_USERS, source.store.num_users))
-    histories = list(trained.histories_of(users))
-    if facts["task"] == "retrieval":
-        expected = trained.user_vectors(source.history_batches(users)).cpu()
-        return _largest(model.embed_batch(histories), expected)
-    newest = np.asarray(store.offsets())[users + 1] - 1  # the newest event of each user is the candidate
-    known = [name for name in model.encoder.known_before if name in store.features and name in histories[0].features]
-    values = {name: store.sequence(name)[newest] for name in known}
-    given = Candidates(users, np.ones_like(users), store.sequence(store.item_feature)[newest], values)
-    expected = torch.from_numpy(RankingPredictor(trained, given).logits(given))
-    shown = [
-        runtime.Candidates(each.items[-1:], {name: each.features[name][-1:] for name in known}) for each in histories
-    ]
-    return _largest(torch.cat(model.predict_batch(histories, shown)), expected)
+    lengths, half = np.diff(source.store.offsets()), _CHECKED_USERS // 2
+    if trained.config.task == "ranking":
+        return _difference_of_samples(trained, source, model)
+    users = np.union1d(np.arange(len(lengths))[:half], np.argsort(-lengths)[:half])
+    expected = trained.user_vectors(source.history_batches(users)).cpu()
+    return _largest(model.embed_batch([*trained.histories_of(users)]), expected)
+
+
+def _difference_of_samples(trained: LoadedModel, source: InferenceSource, model: runtime.Model) -> float | None:
+    """As ``difference``, of ranking. Without candidates in training, the newest event of a sample is the candidate."""
+    store, dataset, rule = source.store, trained.config.dataset, model.facts["candidates"]
+    assert isinstance(dataset, DatasetArgs)
+    samples = build_samples(store, dataset, "ranking", "all", seed=0)
+    counts = samples.num_candidates if rule["trained"] else np.ones_like(samples.start)
+    ends = samples.start + samples.lengths - counts
+    usable = np.flatnonzero(ends > samples.history_begin)
+    longest = usable[np.argsort((samples.history_begin - ends)[usable])]
+    rows = np.union1d(usable[: _CHECKED_USERS // 2], longest[: _CHECKED_USERS // 2])
+    if not len(rows):
+        return None
+    batch = source.sample_batch(samples, rows)
+    logits = trained.forward(batch).logits
+    assert logits is not None, "a ranking model has logits"
+    of_sample = logits.cpu().split(batch.num_labels.tolist())
+    shown = SampleItems.of(store, samples, rows, ends[rows], counts[rows])
+    times = shown.times() if model.reads_request_time else None
+    histories, worst = [*trained.histories_of(samples.user[rows])], 0.0
+    known = [name for name in model.encoder.known_before if name in histories[0].features]
+    raw = {name: _raw_values(store, name, shown.values(name)) for name in (store.item_feature, *known)}
+    first = np.cumsum(counts[rows]) - counts[rows]
+    for place, (row, whole) in enumerate(zip(rows, histories, strict=True)):
+        history = whole.cut(slice(int(ends[row] - samples.history_begin[row])))
+        own = np.arange(first[place], first[place] + counts[row])
+        others = np.resize(np.arange(len(raw[store.item_feature])), rule["most"])  # beside them, nothing may change
+        values = {name: each[np.concatenate([own, others])].tolist() for name, each in raw.items()}
+        candidates = runtime.Candidates(values.pop(store.item_feature), values)
+        expected = of_sample[place][-len(own) :]
+        for checked in {0, len(own) - 1}:
+            at = None if times is None else int(times[own[checked]])
+            found = model.predict_batch([history], [candidates], at)[0]
+            worst = max(worst, _largest(found[checked], expected[checked]))
+    return worst
+
+
+def _raw_values(store: SequenceStore, feature: str, stored: np.ndarray) -> np.ndarray:
+    return store.raw_ids(feature)[stored] if store.feature(feature).has_vocab else stored
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:

@@ -180,6 +180,10 @@ class StoreSource(BatchSource):
         rank, world_size = (self._rank, self._world_size) if divided else (0, 1)
         return build_loader(collator, EvalSampler(len(users), batch_size, rank, world_size))
 
+    def sample_batch(self, samples: SampleTable, rows: np.ndarray) -> HSTUBatch:
+        """The evaluation batch of these rows of a table of samples of the store."""
+        return self._collator(self.store, samples, len(rows), training=False)(BatchPlan.of(rows))
+
     def candidate_batches(self, requests: GivenRequests) -> Iterator[tuple[np.ndarray, HSTUBatch]]:
         """Yield (indices of candidates among all candidates, int64 [M], batch) for this rank's requests."""
         samples = requests.samples(self._args)

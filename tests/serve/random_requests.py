@@ -74,7 +74,8 @@ def _logits(trained: LoadedModel, model: runtime.Model, requests: Requests) -> I
     is_trained = model.facts["candidates"]["trained"]
     for history, shown in zip(requests.histories, requests.candidates, strict=True):
         count = len(shown.items)
-        events = encoder.history(history, requests.at, model.facts["max_items"] - (count if is_trained else 1))
+        room = (model.facts["candidates"]["most"] or count) if is_trained else 1
+        events = encoder.history(history, requests.at, model.facts["max_items"] - room)
         parts = encoder.candidates(shown, history, requests.at, 1 if is_trained else count)
         sequences += [(events, part) for part in parts]
     first = 0

@@ -84,11 +84,11 @@ class Layout:
         """Whether the prediction of an event may depend on a value of another one, or of itself."""
         if kind in NEVER_SHOWN:
             return False
-        if kind == "time" and self.may_see(predicted, "time_gap", event + 1):
+        is_candidate = event >= LENGTH - self.candidates
+        if kind == "time" and not is_candidate and self.may_see(predicted, "time_gap", event + 1):
             return True  # the time from an event to the next one is a feature of that one
         if self.task == "retrieval":
             return event < predicted or (event == predicted and kind == "time" and self.reads_request_time)
-        is_candidate = event >= LENGTH - self.candidates
         if event == predicted or not self.candidates or not is_candidate:
             return event < predicted or (event == predicted and kind not in KNOWN_AFTER)
         groups = [(place - LENGTH + self.candidates) // self.group for place in (event, predicted)]

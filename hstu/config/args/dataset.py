@@ -24,7 +24,8 @@ class AnyDatasetArgs(Args):
     action, sequences of items only (retrieval)."""
     max_num_candidates: int = option(0, changes="training", minimum=0, needs=SCORES_CANDIDATES)
     """Ranking: number of candidates of a sample. 0: none, every item is scored. With candidates = "requests", a request
-    that has more is divided evenly into several samples with the same history, and 0 means no limit."""
+    that has more is divided evenly into several samples with the same history, and 0 means no limit: a request with
+    more candidates then has less history, so that a score depends on how many stand beside."""
 
     @property
     def has_candidates(self) -> bool:
@@ -43,13 +44,14 @@ class DatasetArgs(AnyDatasetArgs):
         changes="tensors", minimum=1, aliases={"max_history_seqlen": "max_num_candidates"}
     )
     """Number of newest items kept of a user, candidates included. Gin files may give max_history_seqlen instead,
-    which counts the history without candidates: max_sequence_length = max_history_seqlen + max_num_candidates."""
+    which counts the history without candidates: max_sequence_length = max_history_seqlen + max_num_candidates.
+    Room for max_num_candidates stays free where a sample has fewer."""
     dataset_path: Optional[str] = option(None, changes="tensors")
     """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
     candidates: str = option("tail", changes="training", choices=("tail", "requests"), needs=SCORES_CANDIDATES)
     """Ranking: what is scored without attending to each other. tail: the newest items of a user, max_num_candidates of
     them. requests: what was shown to a user in each request of data preprocessed with --requests, after the newest
-    items before the request that fit."""
+    items before the request."""
     window_stride: Optional[int | str] = option(
         None, changes="training", minimum=1, words=("random",), excludes=ONE_HISTORY
     )
@@ -102,7 +104,7 @@ class DatasetArgs(AnyDatasetArgs):
     """The features of items (genres, author) and of events (device, hour) that are part of the item's token, beside its
     id. Of a feature with several values per item, the mean is taken. Numbers and vectors have no table: see
     NumericFeatureArgs. Data with times also has hour_of_day (24 values) and day_of_week (7), both UTC, and by powers of
-    two time_gap (41: the time since the event before)."""
+    two time_gap (41: the time since the event before; of candidates, since the newest event of the history)."""
     known_after: list[str] = option([], changes="tensors")
     """Those of side_feature_names that are known only after the event, such as the time watched. They are part of the
     action's token and, like the action, are never shown to what predicts it."""

@@ -94,10 +94,10 @@ def _starter(store: SequenceStore, path: Path, task: Task, samples: int, objecti
     context = [name for name in store.contextual_features if not (is_ranking and name == USER_FEATURE)]
     covering, candidates = int(np.quantile(np.diff(store.offsets()), _COVERED, method="higher")), ""
     if store.num_requests:
-        largest = int(store.requests().sizes.max())
-        covering += min(largest, _MOST_CANDIDATES)
-        limit = {"DatasetArgs.max_num_candidates": _MOST_CANDIDATES} if largest > _MOST_CANDIDATES else {}
-        candidates = _gin({"DatasetArgs.candidates": "requests", **limit}) + "\n" if is_ranking else ""
+        most = min(int(store.requests().sizes.max()), _MOST_CANDIDATES)
+        covering += most
+        options = {"DatasetArgs.candidates": "requests", "DatasetArgs.max_num_candidates": most}
+        candidates = _gin(options) + "\n" if is_ranking else ""
     batch = 32 if samples < 2000 else 64
     steps_per_epoch = -(-samples // batch)
     epochs = min(max(_STEPS // steps_per_epoch, 1), _MOST_EPOCHS)

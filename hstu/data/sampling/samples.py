@@ -218,7 +218,8 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: in
     chosen = np.flatnonzero(_requests_of_split(store, requests, args, split, seed))
     sizes = requests.sizes[chosen]
     parts = -(-sizes // (args.max_num_candidates or sizes))
-    samples = samples_of_requests(requests, offsets, chosen, parts, args.max_sequence_length - -(-sizes // parts))
+    room = args.max_sequence_length - (args.max_num_candidates or -(-sizes // parts))
+    samples = samples_of_requests(requests, offsets, chosen, parts, np.broadcast_to(room, sizes.shape))
     report = {
         "users": len(np.unique(samples.user)),
         "requests": len(chosen),
@@ -331,7 +332,10 @@ def _table(
     num_candidates: np.ndarray | None = None,
     target: np.ndarray | None = None,
 ) -> SampleTable:
-    start = np.maximum(runs.begin, runs.stop - args.max_sequence_length)
+    shown = np.zeros_like(runs.begin) if num_candidates is None else num_candidates
+    # Room for max_num_candidates stays free, so that what a candidate sees does not depend on how many are beside it.
+    length = args.max_sequence_length - args.max_num_candidates + shown
+    start = np.maximum(runs.begin, runs.stop - length)
     report = {
         "users": num_users,
         "samples": len(runs.user),
@@ -343,7 +347,7 @@ def _table(
         user=runs.user,
         start=start,
         stop=runs.stop,
-        num_candidates=np.zeros_like(start) if num_candidates is None else num_candidates,
+        num_candidates=shown,
         num_labels=num_labels,
         target=target,
         history_begin=runs.begin,

@@ -178,15 +178,18 @@ class SampleItems:
     """int64: indices into the store's candidates. None: all items are events."""
     is_candidate: np.ndarray | None = None
     """bool [n]. None: all items are events."""
+    before: np.ndarray | None = None
+    """int64: the event that each event follows; for a candidate, the newest of its history. None: the one before."""
 
     @classmethod
     def of(
         cls, store: SequenceStore, samples: SampleTable, chosen: np.ndarray, start: np.ndarray, lengths: np.ndarray
     ) -> SampleItems:
         """The items of samples ``chosen`` [b], from events ``start`` on. ``lengths``: items per sample, [b]."""
-        if samples.first_candidate is None:
-            return cls(store, ranges(start, lengths))
         shown = samples.num_candidates[chosen]
+        if samples.first_candidate is None:
+            events = ranges(start, lengths)
+            return cls(store, events, before=np.minimum(events, np.repeat(start + lengths - shown, lengths)) - 1)
         runs = np.stack([lengths - shown, shown], axis=1).reshape(-1)
         is_candidate = np.repeat(np.tile([False, True], len(chosen)), runs)
         candidates = ranges(samples.first_candidate[chosen], shown)
@@ -208,7 +211,7 @@ class SampleItems:
 
     def time_codes(self, feature: str) -> np.ndarray:
         """int64 [n] codes of a time feature. A candidate's previous event is the last event of its history."""
-        of_events = self.store.time_codes(feature, self.events)
+        of_events = self.store.time_codes(feature, self.events, self.before)
         if self.candidates is None:
             return of_events
         return self._joined(of_events, time_codes(feature, *self.store.candidate_times(self.candidates)))
@@ -271,10 +274,10 @@ class GivenRequests(SequenceStore):
         """The requests, each cut into samples of at most half of ``max_sequence_length`` candidates. The history is as
         long as in training with candidates or, if training has no candidates, one event shorter than the longest
         sequence. Where candidates do not see each other, the cut leaves their scores unchanged."""
-        sizes, length, most = self._requests.sizes, args.max_sequence_length, args.max_num_candidates
+        sizes, length = self._requests.sizes, args.max_sequence_length
         half = max(1, length // 2)
-        if most:
-            beside = -(-sizes // -(-sizes // most))
+        if args.max_num_candidates:
+            beside = np.full_like(sizes, args.max_num_candidates)
         elif args.candidates == "requests":
             beside = np.where(sizes < length, sizes, half)
         else:

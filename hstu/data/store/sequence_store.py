@@ -153,12 +153,13 @@ class SequenceStore:
             return self.time_codes(feature, np.arange(self.num_events))
         return self._files[self.feature(feature).file]
 
-    def time_codes(self, feature: str, events: np.ndarray) -> np.ndarray:
-        """int64 [n] codes of a time feature of these events."""
+    def time_codes(self, feature: str, events: np.ndarray, before: np.ndarray | None = None) -> np.ndarray:
+        """int64 [n] codes of a time feature of these events. ``before``: the event that each follows (None: the one
+        before it), unless it is the first of its user."""
         times, offsets = self.sequence(str(self.timestamp_feature)), self.offsets()
         is_first = offsets[np.searchsorted(offsets, events, side="right") - 1] == events
-        before = np.where(is_first, NO_EVENT, times[np.maximum(events - 1, 0)])
-        return time_codes(feature, times[events], before)
+        previous = times[np.maximum(events - 1 if before is None else before, 0)]
+        return time_codes(feature, times[events], np.where(is_first, NO_EVENT, previous))
 
     def context(self, feature: str) -> np.ndarray:
         """int32 [U] codes of a contextual feature."""

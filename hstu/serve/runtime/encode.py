@@ -121,10 +121,13 @@ class Encoder:
     def sequences(
         self, history: History, candidates: Candidates, at: int | None = None
     ) -> list[tuple[Events, Events | None]]:
-        """Encode even parts of the candidates, each after as much history as fits beside it in ``max_items``."""
+        """Encode even parts of the candidates, each after the newest events.
+
+        ``max_items`` less the most candidates are kept. Without a limit of candidates, as many as fit beside a part.
+        """
         count, longest, rule = len(candidates.items), self.facts["max_items"], self.facts["candidates"]
         number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
-        room = longest - (-(-count // number) if rule["trained"] and number else 1)
+        room = longest - ((rule["most"] or -(-count // max(number, 1))) if rule["trained"] else 1)
         events = self.history(history, at, room)
         return [(events, part) for part in self.candidates(candidates, history, at, number)]
 

@@ -1,7 +1,7 @@
 """Random tables with any kinds of columns -> store -> the batches of every split, against a few lines of pandas."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +105,7 @@ def reference(
         rows["at"] // 3600 % 24,
         pd.to_datetime(rows["at"], unit="s").dt.dayofweek,
     )
-    gap = rows.groupby("user")["at"].diff()
-    rows["time_gap"] = [0 if np.isnan(seconds) else 1 + int(seconds + 1).bit_length() - 1 for seconds in gap]
+    rows["time_gap"] = codes_of_gaps(rows.groupby("user")["at"].diff())
     cut = np.sort(rows["at"])[int(0.7 * len(rows))]
     for user, whole in rows.groupby("user", sort=True):
         later = whole["at"] >= cut if schema["split"] == "time" else whole.split != "train"
@@ -129,10 +128,17 @@ def reference(
             shown = min(schema["candidates"], labels)
             if len(run) < 1 + shown or (schema["task"] == "ranking" and labels == 0):
                 continue
-            newest, least = run[-schema["length"] :], schema["task"] == "retrieval"
+            newest, least = run[-(schema["length"] - schema["candidates"] + shown) :], schema["task"] == "retrieval"
+            first = len(newest) - shown  # candidates follow the newest event of the history
+            gaps = codes_of_gaps(newest["at"][first:] - newest["at"].iloc[first - 1])
+            newest = newest.assign(time_gap=[*newest.time_gap[:first], *gaps])
             labels = shown if schema["candidates"] else min(labels, len(newest) - least)
             target = whole.item.iloc[len(run)] if least and split != "train" else None
             yield sample_of(schema, newest, labels, shown, target, set(run.item) if target else None)
+
+
+def codes_of_gaps(seconds: Iterable[float]) -> list[int]:
+    return [0 if np.isnan(each) else 1 + int(each + 1).bit_length() - 1 for each in seconds]
 
 
 def sample_of(schema, newest, labels, shown, target, seen) -> Sample:  # type: ignore[no-untyped-def]

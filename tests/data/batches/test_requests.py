@@ -201,7 +201,7 @@ def reference(events: pd.DataFrame, shown: pd.DataFrame, length: int, most: int)
         before = events[(events["u"] == user) & (events["t"] // 1000 < second)].sort_values("t", kind="stable")
         parts = -(-len(rows) // (most or len(rows)))
         bounds = [len(rows) * part // parts for part in range(parts + 1)]
-        history = before[-(length - max(np.diff(bounds))) :]
+        history = before[-(length - (most or max(np.diff(bounds)))) :]
         for begin, end in pairwise(bounds):
             candidates = rows[begin:end].assign(t=time)
             both = pd.concat([history, candidates])

@@ -135,7 +135,7 @@ def test_the_time_split_equals_a_plain_reference(
         events, labelled = (before, before) if split == "train" else (history, after)
         chosen = labelled[-candidates:] if candidates else []
         if labelled and len(events) >= 1 + len(chosen) and not (split == "train" and len(events) <= candidates):
-            kept = events[-length:]
+            kept = events[-(length - candidates + len(chosen)) :]
             expected.append(Sample(user, kept, chosen, chosen if candidates else labelled[-length:]))
     args = dataset_args(length, split="time", train_fraction=fraction, max_num_candidates=candidates)
     assert spelt_out(build_samples(timed_store_of(rows), args, "ranking", split, seed=0)) == expected

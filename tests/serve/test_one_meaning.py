@@ -1,0 +1,85 @@
+"""A score has one meaning: it is the same in an evaluation, in a file of predictions, in an export and in a session."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.serve.command import Candidates
+from hstu.serve.contents import caveats
+from hstu.serve.export import TOLERANCE, difference
+from hstu.serve.predict import RankingPredictor
+from hstu.serve.runtime import Candidates as Shown
+from tests.serve.served import Served
+from tests.train.tiny import tiny_config
+
+
+def test_candidates_of_an_evaluation_score_as_each_does_alone(ranking: Served) -> None:
+    trained, model = ranking.trained, ranking.model
+    session, cut = trained.session(1 << 24), 0
+    for batch in trained.batches("valid"):
+        logits = trained.forward(batch).logits
+        assert logits is not None
+        users = batch.user_ids[: batch.real_batch_size].tolist()
+        for user, expected in zip(users, logits.split(batch.num_labels.tolist()), strict=False):
+            (whole,) = trained.histories_of(np.array([user]))
+            end = len(whole.items) - len(expected)
+            history = whole.cut(slice(end))
+            cut += end > session.max_items
+            session.encode([history])
+            for place in range(end, len(whole.items)):
+                event = whole.cut(slice(place, place + 1))
+                assert event.timestamps is not None
+                known = {name: event.features[name] for name in model.encoder.known_before if name in event.features}
+                at = int(event.timestamps[0])
+                found = model.predict_batch([history], [Shown(event.items, known)], at)
+                found.append(session.score(whole.user, event.items, at=at, features=known))
+                for each in found:
+                    torch.testing.assert_close(each[0], expected[place - end], atol=TOLERANCE, rtol=TOLERANCE)
+    assert cut, "some histories are longer than the model's"
+
+
+def test_a_score_does_not_depend_on_the_candidates_beside(ranking: Served, features: SequenceStore) -> None:
+    users, names = np.arange(20), [name for name in ranking.model.encoder.known_before if name == "device"]
+
+    def first_of(count: int) -> np.ndarray:
+        items = np.tile(np.arange(count), len(users))
+        given = Candidates(users, np.full_like(users, count), items, {name: items % 3 for name in names})
+        return RankingPredictor(ranking.trained, given, at=10**7).logits(given)[::count]
+
+    for count in (2, 3, 7, 11):
+        np.testing.assert_allclose(first_of(count), first_of(1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["gap", "history"])
+def test_the_check_of_an_export_notices_another_meaning(
+    ranking: Served, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "history":  # cut to what fits beside fewer candidates
+        monkeypatch.setitem(ranking.model.facts["candidates"], "most", 2)
+    else:  # counted from the candidate before
+        codes = SequenceStore.time_codes
+
+        def from_the_event_before(store: SequenceStore, feature: str, events: np.ndarray, _: Any = None) -> np.ndarray:
+            return codes(store, feature, events)
+
+        monkeypatch.setattr(SequenceStore, "time_codes", from_the_event_before)
+    found = difference(ranking.trained, ranking.model)
+    assert found is not None and found > 100 * TOLERANCE
+
+
+def test_an_export_says_where_evaluation_and_service_differ(features: SequenceStore, tmp_path: Path) -> None:
+    def said(task: str = "ranking", **options: Any) -> str:
+        return " ".join(caveats(tiny_config(task, features, tmp_path, **options)))
+
+    window = {"max_attention_span": 3, "min_full_attention_tokens": 2}
+    truncated = {"truncate_after_layer": 1, "truncate_to_items": 2}
+    assert "min_full_attention_tokens treats the newest events otherwise" in said(network=window)
+    assert "truncate_to_items treats" in said(network=truncated)
+    assert not said("retrieval", network=truncated) and not said(network=window, dataset={"max_num_candidates": 2})
+    requests = {"candidates": "requests"}
+    assert "their scores depend on their number" in said(dataset=requests)
+    assert not said(dataset={**requests, "max_num_candidates": 2})

@@ -82,9 +82,8 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
     else:
         watchdog.leave()
         meshes.finish()
+        trainer.run_directory.draw_curves()  # last, because no other rank waits any more
         code = EXIT_DONE
-    if trainer is not None:  # last, because no other rank waits any more
-        trainer.run_directory.draw_curves()
     return code
 
 

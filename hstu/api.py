@@ -132,10 +132,7 @@ class TrainedModel(LoadedModel):
         return torch.from_numpy(np.concatenate(list(item_vectors(self))))
 
     def recommend(self, users: Sequence[Any], top: int = 10, at: int | None = None) -> list[Recommendation]:
-        """Recommend the ``top`` best items to each user, by default unseen ones (RetrievalArgs.filter_seen).
-
-        ``at`` and errors: see :meth:`user_embeddings`.
-        """
+        """Recommend the ``top`` best items, unseen if ``leaves_out_seen``. ``at`` and errors: `user_embeddings`."""
         self.require_retrieval()
         rows, offsets = encode_users(self.store, users), self.store.offsets()
         lengths = offsets[rows + 1] - offsets[rows]

@@ -45,9 +45,8 @@ class Queries:
 
     def is_target_seen(self) -> np.ndarray:
         """Whether each target is among the user's ``seen_items``: bool [U]."""
-        is_target = self.seen_items == np.repeat(self.targets, self.seen_lengths)
-        rows = np.repeat(np.arange(len(self)), self.seen_lengths)[is_target]
-        return np.bincount(rows, minlength=len(self)) > 0
+        rows = np.repeat(np.arange(len(self)), self.seen_lengths)
+        return np.bincount(rows[self.seen_items == self.targets[rows]], minlength=len(self)) > 0
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,7 @@ def target_ranks(queries: Queries, corpus: Corpus) -> tuple[np.ndarray, np.ndarr
     """Rank of each query's target among all items that the user has not seen, and its score: float64 [U], 1 is best.
 
     The rank is 1 + the number of higher scores + half the number of equal scores. It is infinity, a miss for every
-    metric, if the target is no candidate or among the seen items. A nan score beats every target, so a diverged model
-    ranks last.
+    metric, if the target is seen or no candidate. A nan score beats every target, so a diverged model ranks last.
     """
     device, positions = corpus.ids.device, np.where(queries.is_target_seen(), -1, corpus.positions(queries.targets))
     order = np.argsort(positions, kind="stable")  # so that the targets of a chunk belong to few blocks

@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,35 @@ def test_overload_is_refused_with_a_time_to_retry(tmp_path: Path) -> None:
         assert {first.result().status, second.result().status} == {200}
 
 
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server has closed it. Sends one byte more."""
+    try:
+        connection.send(b"x")
+    except OSError:
+        return True
+    return False
+
+
+def test_connections_that_send_no_request_end_and_keep_nobody_out(tmp_path: Path) -> None:
+    """Silent ones, and those that have sent a part of a header or of a body: more of them than the server takes."""
+    root, load = write_folder(tmp_path / "first"), StubLoader(is_open=False)
+    parts = (b"", b"POST /embed HTTP/1.1\r\n", b"POST /embed HTTP/1.1\r\nhost: a\r\ncontent-length: 99999\r\n\r\n{")
+    with (
+        running(root, load, Settings(max_waiting=1, request_s=1, poll_s=60)) as client,
+        ThreadPoolExecutor(1) as pool,
+        ExitStack() as stack,
+    ):
+        running_request = pool.submit(Client(client.port).post, "/embed", EVENTS)
+        until(lambda: load.models[0].batches)
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", client.port))) for _ in range(100)]
+        for place, each in enumerate(silent):
+            each.sendall(parts[place % 3])
+        assert client.get("/health").status == 200
+        until(lambda: all(is_closed(each) for each in silent), limit_s=5)
+        load.models[0].gate.set()
+        assert running_request.result().status == 200  # longer than request_s after it was sent
+
+
 def test_a_server_that_ends_answers_what_has_begun(tmp_path: Path) -> None:
     root, load = write_folder(tmp_path / "first"), StubLoader(is_open=False)
     with ThreadPoolExecutor(1) as pool:
@@ -206,6 +235,25 @@ def test_answers_are_those_of_the_runtime_and_of_the_interface_for_notebooks(
             np.testing.assert_allclose(scored["scores"]["cosine"], cosines[place]["cosine"], atol=TOLERANCE)
     assert metric(retrieval_server, "hstu_batch_size_sum") == 2 * len(everything)
     assert metric(retrieval_server, "hstu_batch_size_count") < len(everything)
+
+
+def test_lists_of_items_apply_before_the_best_are_chosen(retrieval_server: Client, features: SequenceStore) -> None:
+    user = {**as_json(histories(features)[0]), "k": 1000}
+    items = retrieval_server.get("/model").json["items"]
+
+    def best(**options: Any) -> list[Any]:
+        answer = retrieval_server.post("/recommend", {**user, **options}).json
+        assert answer["unknown_items"] == sorted({-5, *options.get("allow", ()), *options.get("deny", ())} - {*known})
+        return [item["item"] for item in answer["items"]]
+
+    known = [*range(1000, 1000 + items)]
+    everything, unseen = best(filter_seen=False), best()
+    assert sorted(everything) == known and 0 < len(unseen) < items
+    allowed = [everything[-1], everything[2], unseen[0], 7]
+    assert best(allow=allowed, filter_seen=False) == [item for item in everything if item in allowed]
+    assert best(allow=allowed, k=1) == [item for item in unseen if item in allowed][:1]
+    assert best(allow=allowed, deny=[unseen[0], 8]) == [item for item in unseen[1:] if item in allowed]
+    assert best(deny=unseen[:2], k=1) == unseen[2:3] and best(allow=[]) == []
 
 
 def test_the_server_says_what_the_model_reads_and_finds_items(

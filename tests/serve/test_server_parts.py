@@ -71,6 +71,31 @@ def test_a_query_waits_for_others_until_the_batch_is_full() -> None:
     assert asyncio.run(main()) == [0, 2, 4] and compute.batches == [[0, 1, 2]]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([9000, 9000, 9000, 5], [[4], [1], [2], [3]]),  # the small one first; no two large ones together
+        ([9000, 5, 5, 5, 5, 5, 5], [[2, 3], [1], [4, 5], [6, 7]]),  # many small ones do not starve a large one
+        ([200, 5, 100], [[1, 2], [3]]),  # of small ones, the oldest first
+    ],
+)
+def test_small_queries_overtake_large_ones_which_come_all_the_same(sizes: list[int], expected: list[list[int]]) -> None:
+    async def main() -> list[int]:
+        batcher = started(compute, max_batch=2)
+        first = asyncio.create_task(batcher.ask(0))
+        await compute.begun()
+        others = [asyncio.create_task(batcher.ask(number, size)) for number, size in enumerate(sizes, 1)]
+        await asyncio.sleep(0)
+        compute.gate.set()
+        answers = await asyncio.gather(first, *others)
+        await batcher.close()
+        return answers
+
+    compute = Doubler()
+    assert asyncio.run(main()) == [2 * number for number in range(len(sizes) + 1)]
+    assert compute.batches == [[0], *expected]
+
+
 def test_too_many_waiting_queries_are_refused() -> None:
     async def main() -> None:
         batcher = started(compute, max_waiting=2, max_batch=1)

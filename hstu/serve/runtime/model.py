@@ -36,6 +36,8 @@ Small chunks need less padding, and their activations fit the CPU caches.
 """
 Sequence_ = tuple[Events, Events | None]
 """(history, candidates to score). None: predict from the newest event."""
+Lists = tuple[Sequence[Any], Sequence[Any] | None]
+"""(items not to recommend, the only items to recommend). None: all."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class Model:
                 vectors = tables[ITEM_VECTORS].rows(places)
             else:
                 vectors = tables[self.facts["features"][self.facts["item"]]["table"]].rows(items.rows_of(places))
-            self._items = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
+            self._items = torch.nn.functional.pad(vectors, (0, 0, 0, 1))  # the last, at −1, is for unknown items
+            self._items /= self._items.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
             self._is_missing = ~self._items.any(dim=1)
         self._weights = dict(sorted(read_tensors(directory / WEIGHTS).items()))
         self._checksum = checksum
@@ -123,9 +126,10 @@ class Model:
         """Whether results depend on ``at``, the time of the request."""
         return bool(self.facts["reads_request_time"])
 
-    def leaves_out(self, filter_seen: bool | None) -> bool:
-        """Whether recommendations leave out the items of a user's history. None: if the model's evaluation does."""
-        return bool(self.facts.get("filter_seen", True) if filter_seen is None else filter_seen)
+    def left_out(self, history: History, filter_seen: bool | None) -> Sequence[Any]:
+        """The items of a history if these are not recommended, else none. Argument: see :meth:`recommend_batch`."""
+        is_filtered = self.facts.get("filter_seen", True) if filter_seen is None else filter_seen
+        return history.items if is_filtered else ()
 
     def recommend(
         self, history: History, k: int = 10, at: int | None = None, filter_seen: bool | None = None
@@ -147,19 +151,22 @@ class Model:
         ``at``, or if it is a ranking model.
         """
         self._item_vectors("recommend")
-        seen = [history.items if self.leaves_out(filter_seen) else () for history in histories]
-        return self.nearest(self.embed_batch(histories, at), [k] * len(histories), seen)
+        lists = [(self.left_out(history, filter_seen), None) for history in histories]
+        return self.nearest(self.embed_batch(histories, at), [k] * len(histories), lists)
 
-    def nearest(self, queries: Tensor, k: Sequence[int], seen: Sequence[Sequence[Any]]) -> list[Recommendation]:
-        """Find the ``k`` items nearest to each unit vector of ``queries``, float32 [n, E], except ``seen`` items."""
+    def nearest(self, queries: Tensor, k: Sequence[int], lists: Sequence[Lists]) -> list[Recommendation]:
+        """Find the ``k`` items nearest to each unit vector of ``queries``, float32 [n, E]."""
         items, found = self._item_vectors("recommend"), []
         step = max(1, _COSINES_AT_ONCE // max(1, len(items)))
         for first in range(0, len(queries), step):
             scores = queries[first : first + step] @ items.t()
             scores[:, self._is_missing] = -torch.inf
-            for own, left_out in zip(scores, seen[first : first + step], strict=True):
-                places = self.encoder.items.places(left_out)
-                own[places[places >= 0]] = -torch.inf
+            for own, (left_out, only) in zip(scores, lists[first : first + step], strict=True):
+                if only is not None:
+                    places = self.encoder.items.places(only)
+                    kept = own[places]
+                    own.fill_(-torch.inf)[places] = kept
+                own[self.encoder.items.places(left_out)] = -torch.inf
             own_k = k[first : first + step]
             best, places = scores.topk(min(max(own_k), len(items)), dim=1)
             found += [self._named(*row) for row in zip(best, places, own_k, strict=True)]
@@ -197,8 +204,7 @@ class Model:
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
         """Unit vectors of items, float32 [len(items), E]; zeros for unknown items."""
-        places = self.encoder.items.places(items)
-        return self._item_vectors("embed")[places.clamp(min=0)].masked_fill((places < 0)[:, None], 0)
+        return self._item_vectors("embed")[self.encoder.items.places(items)]
 
     def score(
         self, history: History, candidates: Candidates | Sequence[Any], at: int | None = None

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import h11
 import torch
 import uvicorn
 from fastapi import FastAPI, Query, Request
@@ -22,6 +24,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import hstu
 from hstu.base.errors import ConfigError, PrintableFormatter
@@ -56,6 +59,7 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
     _set_up_logging()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     torch.set_num_threads(settings.threads)
+    resource.setrlimit(resource.RLIMIT_NOFILE, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[1:])  # 1,024 are few
     with _bound(host, port) as listener:
         metrics = Metrics()
         gc.freeze()  # exempts imported modules, so that collecting a replaced model pauses threads for less time
@@ -73,7 +77,7 @@ def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvic
     """Create the uvicorn configuration of the application."""
     return uvicorn.Config(
         create_app(live, settings, metrics),
-        http="h11",
+        http=Connection,
         loop="asyncio",
         ws="none",
         lifespan="on",
@@ -81,7 +85,7 @@ def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvic
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_keep_alive=30,
+        timeout_keep_alive=settings.request_s,
         timeout_graceful_shutdown=settings.shutdown_s,
         limit_concurrency=4 * settings.max_waiting + 64,
     )
@@ -112,7 +116,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     @app.post("/recommend", responses=_FAILURES)
     async def recommend(user: RecommendRequest) -> Response:
         """The items whose vectors are closest to that of the user. Retrieval only."""
-        answer = await batcher.ask(user.query())
+        answer = await batcher.ask(user.query(), len(user.items))
         found: Recommendation = answer.content
         titles = found.titles or [""] * len(found.items)
         rows = zip(found.items, found.scores, titles, strict=True)
@@ -121,13 +125,13 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     @app.post("/score", responses=_FAILURES)
     async def score(user: ScoreRequest) -> Response:
         """What the model predicts for candidates: each task of a ranking model, the cosine of retrieval."""
-        answer = await batcher.ask(user.query())
+        answer = await batcher.ask(user.query(), len(user.items) + len(user.candidates))
         return _as_json(answer, scores=answer.content)
 
     @app.post("/embed", responses=_FAILURES)
     async def embed(user: User) -> Response:
         """The vector of the user. Retrieval only."""
-        answer = await batcher.ask(user.query())
+        answer = await batcher.ask(user.query(), len(user.items))
         return _as_json(answer, vector=answer.content)
 
     @app.get("/health")
@@ -165,6 +169,43 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     paths = {getattr(route, "path", "") for route in app.routes}
     app.add_middleware(Guard, metrics=metrics, max_body_bytes=settings.max_body_bytes, paths=paths)
     return app
+
+
+class Connection(H11Protocol):
+    """A connection that must send each request, with its body, within ``timeout_keep_alive`` seconds.
+
+    ``timer`` ends it. It is cancelled while a request is being answered. While ``limit_concurrency`` connections are
+    open, a new one ends the one that has waited longest for a request.
+    """
+
+    timer: asyncio.TimerHandle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self.timer = self.loop.call_later(self.timeout_keep_alive, transport.abort)
+        if len(self.connections) >= (self.limit_concurrency or 0):
+            known = (each for each in self.connections if isinstance(each, Connection))
+            longest = min((each for each in known if not each.timer.cancelled()), key=lambda each: each.timer.when())
+            longest.timer.cancel()
+            longest.transport.abort()
+
+    def handle_events(self) -> None:
+        """Stop waiting once a request is complete."""
+        super().handle_events()
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self.timer.cancel()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request, which may have arrived already."""
+        self.timer.cancel()
+        self.timer = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Release the connection."""
+        self.timer.cancel()
+        super().connection_lost(exc)
 
 
 class Guard:
@@ -273,7 +314,7 @@ def _facts(served: ServedModel) -> dict[str, Any]:
         "task": served.task,
         "items": encoder.items.size,
         "max_events": facts["max_items"],
-        "filter_seen": served.model.leaves_out(None),
+        "filter_seen": facts.get("filter_seen", True),
         "reads": {
             "actions": facts["action"],
             "action_values": values,

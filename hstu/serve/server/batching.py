@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_BATCH_SIZE = 8192
+"""Largest total size of the queries of a batch, except one that is larger alone."""
 Compute = Callable[[Sequence[Any]], Sequence[Any]]
 """Queries → answers, in order. An exception instead of an answer is raised in the ``ask`` of its query."""
 
@@ -35,6 +37,8 @@ class Settings:
     max_body_bytes: int = 1 << 20
     poll_s: float = 5.0
     """Seconds between searches for a newer export."""
+    request_s: int = 30
+    """Seconds in which a connection must send its next request. Otherwise it is closed."""
     shutdown_s: int = 20
     """Seconds for running requests to finish after SIGTERM."""
 
@@ -76,6 +80,7 @@ class Overloaded(Exception):
 @dataclass(eq=False)
 class _Waiting:
     query: Any
+    size: int
     answer: asyncio.Future[Any]
     since: float = field(default_factory=time.monotonic)
 
@@ -84,12 +89,14 @@ class Batcher:
     """Computes batches of waiting queries, one at a time, with ``compute`` in a single separate thread.
 
     A batch of 1 to ``max_batch`` queries starts when it is full or its oldest query has waited ``max_wait_s``. During
-    a batch, queries gather for the next.
+    a batch, queries gather for the next, which takes the smallest, so that they do not wait for many large ones. A
+    batch after one that has left out the oldest query takes the oldest.
     """
 
     def __init__(self, compute: Compute, settings: Settings, metrics: Metrics) -> None:
         self._compute, self._settings, self._metrics = compute, settings, metrics
-        self._queue: deque[_Waiting] = deque()
+        self._queue: list[_Waiting] = []
+        self._is_oldest_next = False
         self._changed = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._is_closing = False
@@ -108,11 +115,11 @@ class Batcher:
             await self._task
         self._thread.shutdown()
 
-    async def ask(self, query: Any) -> Any:
-        """Answer a query. Raises Overloaded, or the exception that ``compute`` returns or raises."""
+    async def ask(self, query: Any, size: int = 0) -> Any:
+        """Answer a query of ``size`` events and candidates. Raises Overloaded, or the exception of ``compute``."""
         if len(self._queue) >= self._settings.max_waiting:
             raise Overloaded(max(1, math.ceil(len(self._queue) * self._seconds_per_query)))
-        waiting = _Waiting(query, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(query, size, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._changed.set()
         self._metrics.waiting.set(len(self._queue))
@@ -127,10 +134,18 @@ class Batcher:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._changed.wait(), patience)
             else:
-                count = min(len(self._queue), self._settings.max_batch)
-                batch = [self._queue.popleft() for _ in range(count)]
+                batch = self._next_batch()
                 self._metrics.waiting.set(len(self._queue))
                 await self._answer(batch)
+
+    def _next_batch(self) -> list[_Waiting]:
+        """Take the next batch from the queue. Queries of up to 255 events are equally small: the oldest come first."""
+        order = sorted(self._queue, key=lambda each: 0 if self._is_oldest_next else (each.size >> 8).bit_length())
+        count = sum(total <= _BATCH_SIZE for total in accumulate(each.size for each in order))
+        batch = order[: min(max(1, count), self._settings.max_batch)]
+        self._is_oldest_next = self._queue[0] not in batch
+        self._queue = [each for each in self._queue if each not in batch]
+        return batch
 
     def _patience_s(self) -> float:
         """Seconds until the next batch must start."""

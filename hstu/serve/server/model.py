@@ -34,6 +34,8 @@ class Query:
     k: int | None = None
     """Not None: recommend."""
     filter_seen: bool | None = None
+    allow: Sequence[Any] | None = None
+    deny: Sequence[Any] = ()
     candidates: Candidates | None = None
     """Not None: score."""
 
@@ -56,20 +58,17 @@ class User(BaseModel):
 
     def query(self) -> Query:
         """What to compute."""
-        return Query(History(**{each.name: getattr(self, each.name) for each in fields(History)}), self.at)
+        history = History(**{each.name: getattr(self, each.name) for each in fields(History)})
+        return Query(history, **self.model_dump(include={"at", "k", "filter_seen", "allow", "deny"}))
 
 
 class RecommendRequest(User):
     """Recommend items to a user."""
 
     k: StrictInt = Field(10, ge=1, le=MAX_RECOMMENDED, description="Number of items")
-    filter_seen: StrictBool | None = Field(
-        None, description="Leave out the items of the user. Default: if the evaluation of the model does"
-    )
-
-    def query(self) -> Query:
-        """What to compute."""
-        return replace(super().query(), k=self.k, filter_seen=self.filter_seen)
+    filter_seen: StrictBool | None = Field(None, description="Leave out the user's items. Default: as in evaluation")
+    allow: list[Id] | None = Field(None, max_length=MAX_EVENTS, description="The only items to recommend. Default: all")
+    deny: list[Id] = Field([], max_length=MAX_EVENTS, description="Items not to recommend")
 
 
 class ScoreRequest(User):
@@ -152,19 +151,16 @@ class ServedModel:
         ranked = [place for place in vectors if queries[place].k is not None]
         if not ranked:
             return {}
-        best = self.model.nearest(
-            torch.cat([vectors[place] for place in ranked]),
-            [queries[place].k or 0 for place in ranked],
-            [self._left_out(queries[place]) for place in ranked],
-        )
-        return dict(zip(ranked, best, strict=True))
-
-    def _left_out(self, query: Query) -> Sequence[Any]:
-        return query.history.items if self.model.leaves_out(query.filter_seen) else ()
+        of = [queries[place] for place in ranked]
+        lists = [([*each.deny, *self.model.left_out(each.history, each.filter_seen)], each.allow) for each in of]
+        found = self.model.nearest(torch.cat([vectors[place] for place in ranked]), [each.k or 0 for each in of], lists)
+        return dict(zip(ranked, found, strict=True))
 
     def _answer(self, query: Query, output: Tensor, best: Recommendation | None) -> Answer:
         encoder, shown = self.model.encoder, query.candidates or Candidates([])
-        found = encoder.unknown([query.history, History(items=shown.items, features=shown.features)])
+        read = query.history.cut(slice(-encoder.facts["max_items"], None))
+        named = [*shown.items, *(query.allow or ()), *query.deny]
+        found = encoder.unknown([read, History(items=named, features=shown.features)])
         unknown = {"unknown_items": found.pop(encoder.facts["item"], []), "unknown": found}
         return Answer(self.version, best or self._content(query, output), unknown)
 

@@ -180,6 +180,8 @@ def require_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -
         return
     near = difflib.get_close_matches(missing[0].lower(), [name.lower() for name in present], n=1)
     hint = "".join(f" Did you mean {name!r}?" for name in present if [name.lower()] == near)
+    if len(present) == 1:
+        hint += " One column: if they are not separated, give what separates them with --delimiter."
     columns = f"column {missing[0]!r}" if len(missing) == 1 else f"columns {', '.join(map(repr, missing))}"
     raise DataError(f"{file} has no {columns}.{hint} It has: {', '.join(present)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ _CHUNK = 1 << 22
 _TRUNCATED_AT = (50, 200, 1000)
 """Values of max_sequence_length whose truncation the report shows."""
 _MOST_ACTIONS = 50
+_CELL_WIDTH = 70
 
 
 def format_report(store: SequenceStore) -> str:
@@ -190,7 +192,8 @@ def _table(header: Sequence[str], rows: Any) -> str:
     """A Markdown table. Numbers get thousands separators; floats are rounded to two decimals."""
     formats = {float: ",.2f", int: ","}
     cells = [[_as_text(format(value, formats.get(type(value), ""))) for value in row] for row in rows]
-    return tabulate(cells, [_as_text(name) for name in header], tablefmt="pipe", disable_numparse=True) + "\n"
+    wrapped = [[textwrap.fill(cell, _CELL_WIDTH) for cell in row] for row in cells]
+    return tabulate(wrapped, [_as_text(name) for name in header], tablefmt="pipe", disable_numparse=True) + "\n"
 
 
 def _as_text(text: str) -> str:

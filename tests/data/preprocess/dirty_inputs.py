@@ -86,6 +86,11 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "a zero byte": (ALL, {"events.csv": GOOD + b"3,\x00,1,1\n"}, "events.csv:5: a zero byte"),
     # columns
     "missing column": (named("events.csv", item="sku"), {"events.csv": GOOD}, "has no column 'sku'. It has: u, i, a"),
+    "another delimiter": (
+        (*ALL, "--delimiter", ";"),
+        {"events.csv": GOOD},
+        "no columns 'u', 'i', 'a', 't'. .* with --delimiter. It has: u,i,a,t",
+    ),
     "misspelt column": (
         named("events.csv", item="movie_ids"),
         {"events.csv": GOOD.replace(b"u,i", b"u,movie_id")},

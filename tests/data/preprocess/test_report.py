@@ -35,6 +35,7 @@ def test_the_report_of_ml_100k_says_what_is_known_of_it(folder: Path) -> None:
         "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
     ):
         assert found in text
+    assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= 120, "fits a terminal"
     assert (os.listdir(folder), os.listdir(folder.parent)) == (["report.md"], ["report"]), "nothing is left beside it"
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from hstu.model.stack import FusedHSTULayer
-from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import Backend
 from tests.model.examples import gradients, make_network
 from tests.model.test_layer import BATCH, MAX_TOKENS, RECOMPUTE, formula, step
-from tests.ops.backends import INTERPRETED, kernels_of
+from tests.ops.backends import INTERPRETED, kernels_of, require_compiler
 
 WITH_DROPOUT: dict[str, Any] = {"hidden_dropout": 0.3, "position_encoding": "relative_bias"}
 BACKENDS = [Backend.TRITON if INTERPRETED else Backend.CPU]
@@ -21,12 +20,8 @@ BACKENDS = [Backend.TRITON if INTERPRETED else Backend.CPU]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler() -> None:
-    if INTERPRETED:
-        return
-    try:
-        library_file()
-    except KernelsUnavailable as reason:
-        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+    if not INTERPRETED:
+        require_compiler()
 
 
 def make_layer(backend: Backend, **changes: Any) -> FusedHSTULayer:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hstu.ops import functional
+from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import (
     AttentionConfig,
     AttentionInputs,
@@ -49,6 +50,14 @@ TOLERANCE = {
     Backend.CUTLASS: {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3},
 }
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def require_compiler() -> None:
+    """Skip the test where the C++ kernels cannot be compiled."""
+    try:
+        library_file()
+    except KernelsUnavailable as reason:
+        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
 
 
 def device_of(backend: Backend) -> torch.device:

@@ -15,7 +15,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import Backend, GateConfig, KernelShapes, Negatives, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, time_buckets
 from hstu.ops.support import unsupported_reason
@@ -35,6 +34,7 @@ from tests.ops.backends import (
     hstu_attention,
     kernels_of,
     norm_mul_dropout,
+    require_compiler,
     softmax_loss,
 )
 from tests.ops.oracle import User
@@ -57,12 +57,8 @@ NUM_CANDIDATES = st.sampled_from([0, 0, 1, 7, 40])
 
 @pytest.fixture(autouse=True)
 def compiler(request: pytest.FixtureRequest) -> None:
-    if request.getfixturevalue("backend") is not Backend.CPU:
-        return
-    try:
-        library_file()
-    except KernelsUnavailable as reason:
-        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+    if request.getfixturevalue("backend") is Backend.CPU:
+        require_compiler()
 
 
 def differentiate(function: Callable[..., Tensor], leaves: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:

@@ -10,13 +10,12 @@ from torch import Tensor
 from hstu.config.args import NetworkArgs
 from hstu.model.stack import FusedHSTULayer
 from hstu.ops.comm import LayerComm
-from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import AttentionConfig, Backend
 from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch import operators
 from tests.model.examples import make_network
-from tests.ops.backends import INTERPRETED, kernels_of
+from tests.ops.backends import INTERPRETED, kernels_of, require_compiler
 from tests.ops.oracle import User
 from tests.ops.rank_threads import RankThread, on_ranks
 from tests.ops.strategies import Batch
@@ -36,12 +35,8 @@ RECOMPUTE = [
 
 @pytest.fixture(autouse=True)
 def kernels(request: pytest.FixtureRequest) -> None:
-    if request.node.funcargs.get("backend") is not Backend.CPU:
-        return
-    try:
-        library_file()
-    except KernelsUnavailable as reason:
-        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+    if request.node.funcargs.get("backend") is Backend.CPU:
+        require_compiler()
 
 
 def make_weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -9,11 +9,11 @@ import torch
 
 from hstu.base.errors import ConfigError
 from hstu.ops import check_process
-from hstu.ops.cpu import build
 from hstu.ops.kernels import OPERATORS, Backend, Kernels, KernelShapes
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.select import resolve_kernels, select_kernels, select_slot_kernels
 from hstu.ops.self_check import Check
+from tests.ops.backends import require_compiler
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -24,10 +24,7 @@ FAST = pytest.mark.parametrize("requested", ["cutlass", "triton"])
 
 @pytest.fixture
 def compiler() -> None:
-    try:
-        build.library_file()
-    except build.KernelsUnavailable as reason:
-        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+    require_compiler()
 
 
 def on_cpu(requested: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import hstu.ops.pytorch.softmax_loss as implementation
 from hstu.ops.kernels import NEVER_SEEN, Negatives, SeenItems
+from tests.helpers import Allocations
 from tests.ops.backends import softmax_loss
 
 TEMPERATURE = 0.1
@@ -136,23 +135,11 @@ def test_a_well_learnt_target_still_has_an_exact_gradient() -> None:
     torch.testing.assert_close(gradient[0, 0], expected, rtol=1e-4, atol=0)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the number of elements of the largest result of an operator."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor):
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
 def test_whole_pool_memory_is_bounded_by_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest matrix the loss makes has a block's size, not queries × pool."""
     monkeypatch.setitem(implementation.BLOCK_ELEMENTS, "cpu", 1 << 12)
     monkeypatch.setattr(implementation, "MIN_BLOCK_ROWS", 16)
     vectors, negatives = make_case(300, 700, num_ids=1000)
-    with LargestTensor() as largest:
+    with Allocations([]) as allocations:
         softmax_loss(vectors, negatives).backward()
-    assert 0 < largest.elements <= 1 << 12
+    assert 0 < allocations.largest <= 1 << 12

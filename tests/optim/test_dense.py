@@ -75,21 +75,6 @@ def test_creating_the_state_early_changes_nothing(name: str, options: dict[str, 
     torch.testing.assert_close(weights(ours), weights(theirs), rtol=2e-5, atol=1e-6)
 
 
-def test_decoupled_decay_is_adamw() -> None:
-    torch.manual_seed(0)
-    ours = nn.Sequential(nn.Linear(4, 1, bias=False))
-    theirs = copy.deepcopy(ours)
-    optimizer = DenseOptimizer(ours, OptimizerArgs(optimizer_str="adamw", learning_rate=0.1, weight_decay=0.3))
-    reference = torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.3)
-    for step in range(4):
-        inputs = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
-        for model, one in ((ours, optimizer), (theirs, reference)):
-            one.zero_grad()
-            model(inputs).square().sum().backward()
-            one.step()
-    torch.testing.assert_close(weights(ours), weights(theirs), rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_state_is_named_by_parameter_and_there_before_the_first_step(name: str) -> None:
     args = OptimizerArgs(optimizer_str=name, learning_rate=0.1, momentum=0.9)
@@ -99,20 +84,6 @@ def test_the_state_is_named_by_parameter_and_there_before_the_first_step(name: s
     train(model, optimizer, 1)
     assert set(optimizer.state_tensors()) == names_before
     assert any(key.startswith("linear.weight.") for key in names_before)
-
-
-def test_the_multiplier_scales_the_learning_rate() -> None:
-    model = Net()
-    optimizer = DenseOptimizer(model, OptimizerArgs(optimizer_str="sgd", learning_rate=0.1))
-    before = weights(model)
-    optimizer.set_lr_multiplier(0.0)
-    train(model, optimizer, 1)
-    torch.testing.assert_close(weights(model), before, rtol=0, atol=0)
-    optimizer.set_lr_multiplier(2.0)
-    gradient_step = model.linear.weight.detach().clone()
-    train(model, optimizer, 1)
-    assert model.linear.weight.grad is not None
-    torch.testing.assert_close(model.linear.weight, gradient_step - 0.2 * model.linear.weight.grad)
 
 
 def test_the_average_follows_the_weights_from_the_start_and_is_lent_to_evaluations() -> None:

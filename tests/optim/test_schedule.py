@@ -16,10 +16,6 @@ def multipliers(**args: Any) -> list[float]:
     return [schedule.multiplier(iteration, TOTAL, iteration // PER_EPOCH, PER_EPOCH) for iteration in range(TOTAL + 1)]
 
 
-def test_constant_is_one() -> None:
-    assert multipliers() == [1.0] * (TOTAL + 1)
-
-
 @pytest.mark.parametrize("warmup", [{"warmup_iters": 20}, {"warmup_ratio": 0.2}])
 def test_warmup_rises_linearly_from_its_start_to_one(warmup: dict[str, Any]) -> None:
     values = multipliers(warmup_start=0.5, **warmup)

@@ -1,6 +1,5 @@
 """Kernels of tables that FBGEMM lacks, and canaries that fail when a library defect they work around is fixed."""
 
-import math
 from functools import partial
 
 import pytest
@@ -17,70 +16,38 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingEnv
 
 from hstu.config.args import OptimizerArgs
+from hstu.ops.row_update import RowUpdate
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_kernels import clamp_row_sums
 from hstu.parallel.table_optimizer import RowOptimizer, TableTraining
 from tests.distributed.launch import run_cases
 from tests.helpers import Allocations
+from tests.ops.test_row_update import oracle, sparse
 
 LR, BETAS, EPS = 0.01, (0.9, 0.99), 1e-6
 ADAM_TRAINING = {"table": TableTraining("adam", LR)}
 ARGS = OptimizerArgs(optimizer_str="adam", learning_rate=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPS)
 
 
-def sparse(rows: list[int], values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return torch.sparse_coo_tensor(torch.tensor([rows], dtype=torch.int64), values, size, check_invariants=True)
-
-
-def fbgemm_adam(weight: list[float], gradients: dict[int, list[list[float]]], steps: int) -> list[float]:
-    """FBGEMM's formula for one row in plain Python: ``gradients[t]`` lists the row's gradients at step t."""
-    width = len(weight)
-    first, second, result = [0.0] * width, [0.0] * width, list(weight)
-    for t in range(1, steps + 1):
-        for column in range(width) if t in gradients else ():
-            g = sum(gradient[column] for gradient in gradients[t])
-            first[column] = BETAS[0] * first[column] + (1 - BETAS[0]) * g
-            second[column] = BETAS[1] * second[column] + (1 - BETAS[1]) * g * g
-            m_hat = first[column] / (1 - BETAS[0] ** t)
-            v_hat = second[column] / (1 - BETAS[1] ** t)
-            result[column] -= LR * m_hat / (math.sqrt(v_hat) + EPS)
-    return result
-
-
-def test_it_follows_fbgemms_formula_also_for_repeated_and_skipped_rows() -> None:
+def test_steps_with_repeated_and_skipped_rows_follow_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn((4, 3), generator=generator, dtype=torch.float64))
-    expected = weight.tolist()
-    rows_of_step = {1: [0, 2, 0], 2: [2], 3: [0, 3], 4: [2, 2]}
-    gradients: dict[int, dict[int, list[list[float]]]] = {row: {} for row in range(4)}
     optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
-    for step, rows in rows_of_step.items():
+    expected = [weight.detach(), *(torch.zeros(4, 3) for _ in range(2))]
+    for step, looked_up in enumerate(([0, 2, 0], [2], [0, 3], [2, 2]), 1):
+        rows = torch.tensor(looked_up)
         values = torch.randn((len(rows), 3), generator=generator, dtype=torch.float64)
-        for row, value in zip(rows, values.tolist(), strict=True):
-            gradients[row].setdefault(step, []).append(value)
+        expected = oracle(rows, values, expected, RowUpdate("adam", LR, EPS, BETAS, step))
         weight.grad = sparse(rows, values, (4, 3))
         optimizer.step()
-    expected = [fbgemm_adam(expected[row], gradients[row], steps=4) for row in range(4)]
-    torch.testing.assert_close(weight.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
-
-
-def test_rows_that_are_not_looked_up_keep_weights_and_moments() -> None:
-    weight = nn.Parameter(torch.ones(5, 2))
-    optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
-    weight.grad = sparse([1, 4], torch.ones(2, 2), (5, 2))
-    optimizer.step()
-    before = [tensor[1].clone() for tensor in (weight, *optimizer.states["table"].values())]
-    weight.grad = sparse([0], torch.ones(1, 2), (5, 2))
-    optimizer.step()
-    after = [tensor[1] for tensor in (weight, *optimizer.states["table"].values())]
-    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
-    assert torch.equal(weight[2], torch.ones(2))
+    found = [weight.detach(), *optimizer.states["table"].values()]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_a_step_without_looked_up_rows_only_counts() -> None:
     weight = nn.Parameter(torch.ones(3, 2))
     optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
-    weight.grad = sparse([], torch.ones(0, 2), (3, 2))
+    weight.grad = sparse(torch.tensor([], dtype=torch.int64), torch.ones(0, 2), (3, 2))
     optimizer.step()
     weight.grad = None
     optimizer.step()

@@ -1,21 +1,20 @@
 """What the dense part computes on: merged batches of a tensor-parallel group, and micro-batches.
 
-A merged batch is compared with one batch built from all its samples at once. Micro-batches hold each sequence once,
-and what belongs to the whole batch in full.
+A merged batch is compared with one batch built from all its samples at once, a micro-batch with one of its own.
+Training on them with every kind of negatives: tests/distributed, test_tensor_parallel.py and test_training.py.
 """
 
 import pickle
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch, packed
+from hstu.data.batches.batch import HSTUBatch, packed
 from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
 from hstu.data.features.roles import FeatureRoles
-from tests.data.collators import assert_same, host
+from tests.data.collators import assert_same
 from tests.helpers import make_batch
 
 ITEMS = [[3, 1, 3], [2], [4, 3], [7, 7, 1, 2]]
@@ -69,36 +68,6 @@ def test_padding_of_every_rank_comes_last(task: str) -> None:
     assert layout.num_values == {"age": [2, 0, 2], "item": [4, 0, 6], "action": [4, 0, 6]}
 
 
-def test_a_rank_has_its_own_samples_and_labels() -> None:
-    first = batch_of([0, 1], 1, num_candidates=[1, 0, 0])
-    last = batch_of([2, 3], 1, num_candidates=[1, 2, 0])
-    for rank, (sequences, labels) in enumerate([((0, 2), (0, 1)), ((2, 2), (1, 1)), ((2, 4), (1, 4))]):
-        _, layout = merged(first, batch_of([], 3), last, rank=rank)
-        assert (layout.sequences.start, layout.sequences.stop) == sequences
-        assert (layout.labels.start, layout.labels.stop) == labels
-
-
-def test_draws_point_at_the_negatives_of_their_own_rank() -> None:
-    first = batch_of([1, 2], 0, task="retrieval", negatives=[8, 9], draws=[[1, 0]])
-    second = batch_of([0], 1, task="retrieval", negatives=[9, 4, 5], draws=[[2, 1], [0, 0]])
-    batch, layout = merged(first, second)
-    expected = batch_of([1, 2, 0], 1, task="retrieval", negatives=[8, 9, 9, 4, 5], draws=[[1, 0], [4, 3], [2, 2]])
-    assert_same(batch, expected)
-    assert layout.num_values[NEGATIVES] == [2, 3]
-
-
-def test_negatives_that_all_ranks_share_occur_once() -> None:
-    batch, layout = merged(*(batch_of(samples, 1, task="retrieval", negatives=[8, 9]) for samples in ([0], [2, 3])))
-    assert_same(batch, batch_of([0, 2, 3], 2, task="retrieval", negatives=[8, 9]))
-    assert NEGATIVES not in layout.num_values
-
-
-def test_raw_draws_of_in_batch_negatives_stay() -> None:
-    first = batch_of([1, 2], 0, task="retrieval", in_batch_pool=True, draws=[[2**31 - 1]])
-    second = batch_of([0], 0, task="retrieval", in_batch_pool=True, draws=[[7], [8]])
-    assert host(merged(first, second)[0].negatives.draws).tolist() == [[2**31 - 1], [7], [8]]
-
-
 def test_held_out_items_are_merged_by_sequence() -> None:
     first = batch_of([0], 1, task="retrieval_eval", labels=[11, -1], negatives=[])
     second = batch_of([1, 2], 0, task="retrieval_eval", labels=[12, 13], negatives=[])
@@ -119,37 +88,6 @@ def test_a_micro_batch_is_the_batch_of_its_own_sequences(samples: Sequence[int],
         own = [*samples][number * size : (number + 1) * size]
         candidates = batch.num_candidates_host[number * size : (number + 1) * size].tolist()
         assert_same(part, batch_of(own, size - len(own), num_candidates=candidates))
-
-
-def test_a_micro_batch_has_what_its_own_users_had_before() -> None:
-    batch = batch_of([0, 2, 3], 1, **before([0, 2, 3], 1))
-    first, second = split_micro_batches(batch, 2, ROLES)
-    assert_same(first, batch_of([0, 2], 0, **before([0, 2], 0)))
-    assert_same(second, batch_of([3], 1, **before([3], 1)))
-
-
-def test_every_micro_batch_has_the_pool_of_the_whole_batch() -> None:
-    batch = batch_of(SAMPLES, 0, task="retrieval", in_batch_pool=True)
-    whole = batch.features["item"].values()[batch.negatives.pool_positions].tolist()
-    assert whole == sorted(set(whole)) and len(whole) == 5
-    for part in split_micro_batches(batch, 2, ROLES):
-        assert (
-            part.negatives.pool_positions is None
-            and part.negatives.pool_ids is not None
-            and part.negatives.pool_ids.tolist() == whole
-        )
-
-
-def test_every_micro_batch_has_all_negatives_and_the_draws_of_its_own_labels() -> None:
-    draws = np.arange(12, dtype=np.int32).reshape(6, 2) % 5
-    parts = split_micro_batches(
-        batch_of(SAMPLES, 0, task="retrieval", negatives=[9, 8, 7, 6, 5], draws=draws), 2, ROLES
-    )
-    for part in parts:
-        keyed = part.features[NEGATIVES]
-        assert keyed.values().tolist() == [9, 8, 7, 6, 5] and keyed.lengths().tolist() == [5, 0]
-    assert [part.labels.tolist() for part in parts] == [[1, 3], [3, 7, 1, 2]]
-    assert np.concatenate([host(part.negatives.draws) for part in parts]).tolist() == draws.tolist()
 
 
 # --- both ----------------------------------------------------------------------------------------------------------

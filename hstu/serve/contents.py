@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -116,10 +117,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
         },
         "l2_norm_eps": args.l2_norm_eps if isinstance(args, RetrievalArgs) else None,
         "filter_seen": trained.leaves_out_seen,
-        "tasks": [
-            {"name": each.name, "kind": each.kind, "width": len(each.columns), "first": each.first}
-            for each in predictions_of(trained)
-        ],
+        "tasks": [asdict(each) for each in predictions_of(trained)],
     }
 
 

@@ -1,18 +1,20 @@
-"""What the outputs of a model mean: one table for serving.json and for the columns of files."""
+"""What the outputs of a model mean: one table for files of predictions, exports, the server and sessions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from hstu.config.args import DatasetArgs, RankingArgs
 from hstu.model.ranking import RankingDense
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.tasks import MultiTaskDense
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.runtime.model import columns_of as columns_of_tasks
 from hstu.train.builder import task_names
 from hstu.train.inference import StoredSource
 
@@ -26,7 +28,7 @@ class Prediction:
     kind: str
     """ "binary": a logit; "class": one logit per label; "number": the value itself."""
     columns: Sequence[str]
-    """The name of each output in files of predictions."""
+    """The name of each output."""
     first: int = 0
     """The label of the first output, if the kind is "class"."""
     expected: str | None = None
@@ -71,18 +73,9 @@ def predictions_of(loaded: LoadedModel) -> list[Prediction]:
 
 
 def columns_of(predictions: Sequence[Prediction], outputs: np.ndarray) -> dict[str, np.ndarray]:
-    """Convert outputs, float32 [n, width], to column name → float32 [n]: probabilities and values."""
-    columns: dict[str, np.ndarray] = {}
-    ends = np.cumsum([len(each.columns) for each in predictions])[:-1]
-    for each, own in zip(predictions, np.split(outputs.astype(np.float64), ends, axis=1), strict=True):
-        if each.kind == "class":
-            own = np.exp(own - np.logaddexp.reduce(own, axis=1, keepdims=True))
-        elif each.kind == "binary":
-            own = np.exp(-np.logaddexp(0, -own))  # the sigmoid
-        if each.expected is not None:
-            columns[each.expected] = own @ np.arange(each.first, each.first + len(each.columns))
-        columns |= dict(zip(each.columns, own.T, strict=True))
-    return {name: values.astype(np.float32) for name, values in columns.items()}
+    """Convert outputs, float32 [n, width], to column name → float32 [n], as an export does."""
+    columns = columns_of_tasks([asdict(each) for each in predictions], torch.from_numpy(outputs))
+    return {name: values.numpy() for name, values in columns.items()}
 
 
 def _labels(first: int, count: int, texts: Sequence[str]) -> list[Any]:

@@ -174,7 +174,7 @@ def _table(loaded: LoadedModel, users: Sequence[Any], items: Sequence[Any], colu
     """Table of raw ids and ``columns``, with the version of the model in its metadata."""
     kinds = (pa.string() if each.kind == "texts" else pa.int64() for each in (loaded.users, loaded.items))
     ids = {name: pa.array(of, kind) for name, of, kind in zip(("user", "item"), (users, items), kinds, strict=True)}
-    table = pa.table({**ids, **{name: pa.array(values) for name, values in columns.items()}})
+    table = pa.table({**ids, **{name: pa.array(values, from_pandas=True) for name, values in columns.items()}})
     return table.replace_schema_metadata({"model": loaded.version})
 
 
@@ -183,7 +183,7 @@ class RetrievalPredictor(Predictor):
 
     Args:
         top: items per user. None: all candidates.
-        candidates: rank these items of each user instead of all items. Items without a vector are left out.
+        candidates: rank these items of each user instead of all. Those without a vector are last, with score null.
         allowed: int64 codes of the only items to recommend. None: all.
         denied: int64 codes of items to exclude.
         keep_seen: also recommend items of the user's history. None: as RetrievalArgs.filter_seen says.
@@ -210,10 +210,8 @@ class RetrievalPredictor(Predictor):
         self._evaluator = loaded.retrieval_evaluator()
         self._vocabulary = loaded.vocabularies[self.source.roles.item]
         ids = self._evaluator.corpus().ids.cpu().numpy()
-        if allowed is not None:
-            ids = np.intersect1d(ids, loaded.model_ids(allowed))
-        if denied is not None:
-            ids = np.setdiff1d(ids, loaded.model_ids(denied))
+        self._allowed, self._denied = (None if each is None else loaded.model_ids(each) for each in (allowed, denied))
+        ids = ids[self._may_be_shown(ids)]
         self._ids, self._corpus = ids, self._evaluator.corpus(ids)
         if not self._corpus.size:
             raise DataError("no item is left to recommend: the model has none of the allowed items, or all are denied")
@@ -243,6 +241,10 @@ class RetrievalPredictor(Predictor):
         found = positions >= 0
         return np.repeat(users, found.sum(axis=1)), self._ids[positions[found]], scores[found]
 
+    def _may_be_shown(self, ids: np.ndarray) -> np.ndarray:
+        is_allowed = np.ones(len(ids), dtype=bool) if self._allowed is None else np.isin(ids, self._allowed)
+        return is_allowed if self._denied is None else is_allowed & ~np.isin(ids, self._denied)
+
     def _seen(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(model ids of the items to exclude, user after user; their number per user), both int64."""
         if self.keep_seen:
@@ -263,7 +265,8 @@ class RetrievalPredictor(Predictor):
         seen, lengths = self._seen(users)
         known = np.unique(np.concatenate([seen, items]))  # products of raw ids may overflow int64
         seen_keys = np.repeat(np.arange(len(users)), lengths) * len(known) + np.searchsorted(known, seen)
-        left = (scores > -np.inf) & ~np.isin(row * len(known) + np.searchsorted(known, items), seen_keys)
+        scores[scores == -np.inf] = np.nan
+        left = self._may_be_shown(items) & ~np.isin(row * len(known) + np.searchsorted(known, items), seen_keys)
         order = np.lexsort((items, -scores, row))
         order = order[left[order]]
         if self.top is not None:

@@ -19,6 +19,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.serve.loaded import LoadedModel
+from hstu.serve.outputs import columns_of, predictions_of
 from hstu.serve.pages import CacheStatistics, Prefix, PrefixCache
 from hstu.serve.prefix import IncrementalEncoder, tokens_of
 from hstu.serve.runtime.requests import Candidates, History
@@ -165,7 +166,7 @@ class Session:
 
         Returns:
             Ranking: ``ModelOutput.logits``, float32 [m, outputs]. Retrieval: cosine similarities of user and items,
-            float32 [m]; −inf for items that the model does not have.
+            float32 [m]. NaN for items that the model does not have. ``named`` converts it to probabilities.
 
         Raises DataError for an unknown user, an ``at`` before its newest event, or candidates that lack a feature, and
         ConfigError if the model does not read ``at``.
@@ -181,7 +182,12 @@ class Session:
             (batch,) = self._requests.batches_of([(self._requests.history(newest, at, 1), events)])
             prefix = self._prefix(user, known)
             with self._loaded.inference():
-                return self._task.logits(self._incremental.score(prefix, batch.to(self._loaded.mesh.device)))
+                logits = self._task.logits(self._incremental.score(prefix, batch.to(self._loaded.mesh.device)))
+        return logits.masked_fill(self._requests.are_unknown(items).to(logits.device)[:, None], torch.nan)
+
+    def named(self, outputs: Tensor) -> dict[str, np.ndarray]:
+        """Convert what ``score`` returns to the columns of scripts/predict.py: name → float32 [m]."""
+        return columns_of(predictions_of(self._loaded), outputs.reshape(len(outputs), -1).cpu().numpy())
 
     def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
         """As ``TrainedModel.user_embeddings``. Computes whole histories if ``reencodes_because`` is not None."""
@@ -275,7 +281,8 @@ class Session:
         known = ids != vocabulary.unknown
         corpus = self._loaded.retrieval_evaluator().corpus(np.unique(ids[known]))
         with self._loaded.inference():
-            return pair_scores(vector[None], np.zeros_like(ids), corpus.positions(ids), corpus)
+            scores = pair_scores(vector[None], np.zeros_like(ids), corpus.positions(ids), corpus)
+        return scores.masked_fill(scores == -torch.inf, torch.nan)
 
 
 def _as_lists(history: History) -> History:

@@ -36,8 +36,8 @@ def test_recommendations_are_those_of_the_model(features: SequenceStore, retriev
             np.testing.assert_allclose(ours.scores, theirs.scores, atol=TOLERANCE)
     vectors = retrieval.model.embed_batch(given)
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(given)))
-    scores = retrieval.model.score(given[0], [1003, -5])["cosine"]
-    assert scores == pytest.approx([float(vectors[0] @ retrieval.trained.item_embeddings()[3]), 0.0], abs=TOLERANCE)
+    scores = retrieval.model.score(given[0], [1003])["score"]
+    assert scores == pytest.approx([float(vectors[0] @ retrieval.trained.item_embeddings()[3])], abs=TOLERANCE)
 
 
 def test_requests_of_a_batch_do_not_change_each_other(
@@ -64,13 +64,14 @@ def test_scores_are_predictions_of_the_tasks(ranking: Served) -> None:
     history = request([1000], [1], [0], features={"device": ["value 000"], "watched": [None], "spent": [1.5]})
     shown = Candidates([1000, 1001], {"device": [None, None]})
     scores = ranking.model.score(history, shown)
-    assert list(scores) == ["level", "odd", "high"] and {len(values) for values in scores.values()} == {2}
+    assert [*scores] == [*(f"p_level_{level}" for level in range(4)), "score_odd", "score_high"]
+    assert {len(values) for values in scores.values()} == {2}
     with pytest.raises(ServingError, match="has no items; give the time of the request"):
         ranking.model.score(History(items=[]), shown)
-    assert len(ranking.model.score(History(items=[]), shown, at=9)["odd"]) == 2
+    assert len(ranking.model.score(History(items=[]), shown, at=9)["score_odd"]) == 2
     (logits,) = ranking.model.predict_batch([history], [shown])
-    assert scores["odd"] == pytest.approx(logits[:, 4].sigmoid().tolist())
-    assert scores["level"] == [pytest.approx(row) for row in logits[:, :4].softmax(1).tolist()]
+    assert scores["score_odd"] == pytest.approx(logits[:, 4].sigmoid().tolist())
+    assert scores["p_level_2"] == pytest.approx(logits[:, :4].softmax(1)[:, 2].tolist())
 
 
 def test_the_check_notices_a_model_that_differs(ranking: Served) -> None:
@@ -158,8 +159,8 @@ def test_a_manifest_lists_only_files_of_its_folder(retrieval: Served, tmp_path: 
 
 
 def test_another_version_is_an_error(retrieval: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hstu.serve.runtime.files.VERSION", 3)
-    with pytest.raises(ServingError, match="has the format hstu-serving 2, and this program reads hstu-serving 3"):
+    monkeypatch.setattr("hstu.serve.runtime.files.VERSION", 4)
+    with pytest.raises(ServingError, match="has the format hstu-serving 3, and this program reads hstu-serving 4"):
         runtime.load(retrieval.folder)
 
 

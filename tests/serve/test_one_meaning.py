@@ -11,7 +11,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.command import Candidates
 from hstu.serve.contents import caveats
 from hstu.serve.export import TOLERANCE, difference
-from hstu.serve.predict import RankingPredictor
+from hstu.serve.predict import RankingPredictor, RetrievalPredictor
 from hstu.serve.runtime import Candidates as Shown
 from tests.serve.served import Served
 from tests.train.tiny import tiny_config
@@ -83,3 +83,29 @@ def test_an_export_says_where_evaluation_and_service_differ(features: SequenceSt
     requests = {"candidates": "requests"}
     assert "their scores depend on their number" in said(dataset=requests)
     assert not said(dataset={**requests, "max_num_candidates": 2})
+
+
+def test_an_unknown_candidate_has_no_score(ranking: Served, features: SequenceStore) -> None:
+    trained, (history,) = ranking.trained, ranking.trained.histories_of(np.array([0]))
+    session, given = trained.session(1 << 24), {"device": [None, None]}
+    session.encode([history])
+    cached = session.score(history.user, [1000, -7], at=10**7, features=given)
+    (exported,) = ranking.model.predict_batch([history], [Shown([1000, -7], given)], 10**7)
+    torch.testing.assert_close(cached, exported, atol=TOLERANCE, rtol=TOLERANCE, equal_nan=True)
+    assert cached.isnan().any(dim=1).tolist() == [False, True]
+    named, scores = session.named(cached), ranking.model.score(history, Shown([1000, -7], given), 10**7)
+    assert named.keys() == scores.keys() and {each[1] for each in scores.values()} == {None}
+    for name, values in named.items():
+        assert values[0] == pytest.approx(scores[name][0], abs=TOLERANCE) and np.isnan(values[1])
+
+
+def test_an_item_without_a_vector_is_last_in_a_file_of_predictions(
+    retrieval: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = np.array([0])
+    given = Candidates(one, np.array([3]), np.arange(3), {})
+    monkeypatch.setattr("hstu.serve.predict.pair_scores", lambda *_: torch.tensor([-torch.inf, -0.2, -0.1]))
+    monkeypatch.setitem(vars(retrieval.trained), "version", "of no checkpoint")
+    table = RetrievalPredictor(retrieval.trained, None, given, denied=np.array([2]), keep_seen=True).predict(one)
+    assert table["item"].to_pylist() == [1001, 1000] and table["rank"].to_pylist() == [1, 2]
+    assert table["score"].to_pylist() == [pytest.approx(-0.2), None]

@@ -77,8 +77,10 @@ def of_server(exported: Path) -> Iterator[Predict]:
             asked = {"at": at} if facts["reads"]["request_time"] else {}
             reply = client.post("/score", {**request, **asked, "candidates": candidates})
             assert reply.status == 200, reply.text
-            (scores,) = reply.json["scores"].values()
-            return np.array(scores) if facts["task"] == "retrieval" else np.log(scores)
+            scores = reply.json["scores"]
+            if facts["task"] == "retrieval":
+                return np.array(scores["score"])
+            return np.log([values for name, values in scores.items() if name.startswith("p_")]).T
 
         yield predict
 

@@ -232,7 +232,9 @@ def test_answers_are_those_of_the_runtime_and_of_the_interface_for_notebooks(
         for place in range(len(given)):
             embedded, scored = found[2 * len(given) + place], found[3 * len(given) + place]
             np.testing.assert_allclose(embedded["vector"], vectors[place], atol=TOLERANCE)
-            np.testing.assert_allclose(scored["scores"]["cosine"], cosines[place]["cosine"], atol=TOLERANCE)
+            (found_score, of_unknown), (expected_score, _) = scored["scores"]["score"], cosines[place]["score"]
+            assert found_score == pytest.approx(expected_score, abs=TOLERANCE) and of_unknown is None
+            assert -5 in scored["unknown_items"]
     assert metric(retrieval_server, "hstu_batch_size_sum") == 2 * len(everything)
     assert metric(retrieval_server, "hstu_batch_size_count") < len(everything)
 
@@ -286,7 +288,11 @@ def test_a_ranking_model_scores_candidates(ranking: Served) -> None:
         unknown = {"actions": [77], "candidate_features": {"device": ["fridge", None]}}
         answer = client.post("/score", {**user, **shown, **unknown}).json
         assert answer["unknown"] == {"action": [77], "device": ["fridge"]} and answer["unknown_items"] == []
-        assert len(client.post("/score", {"items": [], "at": 9, **shown}).json["scores"]["odd"]) == 2
+        assert len(client.post("/score", {"items": [], "at": 9, **shown}).json["scores"]["score_odd"]) == 2
+        shown["candidates"] = [-5, 1001]
+        answer = client.post("/score", {**user, **shown}).json
+        assert answer["unknown_items"] == [-5]
+        assert {name: values[0] for name, values in answer["scores"].items()} == dict.fromkeys(scores)
         assert "no items" in client.post("/score", {"items": [], **shown}).json["error"]
         assert client.get("/model").json["reads"]["features"]["device"] is True
         for path in ("/recommend", "/embed"):
@@ -311,7 +317,7 @@ def test_damaged_exports_never_replace_a_good_one(retrieval: Served, tmp_path: P
     half = shutil.copytree(retrieval.folder, tmp_path / "half")
     (half / "tables.safetensors").unlink()
     old = shutil.copytree(retrieval.folder, tmp_path / "old")
-    rewrite(old, "serving.json", (old / "serving.json").read_bytes().replace(b'"version": 2', b'"version": 0'))
+    rewrite(old, "serving.json", (old / "serving.json").read_bytes().replace(b'"version": 3', b'"version": 0'))
     diverged = shutil.copytree(retrieval.folder, tmp_path / "diverged")
     tables = (diverged / "tables.safetensors").read_bytes()
     start = 8 + int.from_bytes(tables[:8], "little")

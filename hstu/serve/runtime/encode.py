@@ -131,6 +131,10 @@ class Encoder:
         events = self.history(history, at, room)
         return [(events, part) for part in self.candidates(candidates, history, at, number)]
 
+    def are_unknown(self, items: Sequence[Any]) -> Tensor:
+        """Whether neither the model nor its data has an item, bool [n]. An unknown candidate has no score."""
+        return self._known_items.places(items) < 0
+
     def unknown(self, histories: Iterable[History]) -> dict[str, list[Any]]:
         """Feature → distinct values of the histories that the model does not have, sorted as texts."""
         found: dict[str, set[Any]] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .requests import ServingError
 
-FORMAT, VERSION = "hstu-serving", 2
+FORMAT, VERSION = "hstu-serving", 3
 MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.safetensors", "vocabulary.safetensors"
 PROGRAM, WEIGHTS = "program.pt2", "weights.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "I64": torch.int64, "U8": torch.uint8}

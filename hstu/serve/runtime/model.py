@@ -117,8 +117,9 @@ class Model:
         item, missing = encoder.items.values_at(torch.tensor([0])), {name: [None] for name in encoder.given_features}
         history = History(items=item, actions=[None], timestamps=[0], features=missing)
         shown = Candidates(item, {name: [None] for name in encoder.known_before})
-        (outputs,) = self.predict_batch([history], [shown], 0 if self.reads_request_time else None)
-        if not all(torch.tensor(values).isfinite().all() for values in self.predictions(outputs).values()):
+        (computed,) = self.run([self.encode(history, shown, 0 if self.reads_request_time else None)])
+        self.predictions(self.outputs_of(item, computed))
+        if not computed.isfinite().all():
             raise ServingError("it gives no finite number")
 
     @property
@@ -199,7 +200,7 @@ class Model:
     def run(self, encoded: Sequence[Sequence[Sequence_]]) -> list[Tensor]:
         """Run the program. Returns the vector [1, E] of each user, or the logits [candidates, outputs]."""
         outputs = iter(self._run([part for own in encoded for part in own]))
-        nothing = torch.empty(0, sum(task["width"] for task in self.facts["tasks"]))
+        nothing = torch.empty(0, sum(len(task["columns"]) for task in self.facts["tasks"]))
         return [torch.cat([*(next(outputs) for _ in own)]) if own else nothing for own in encoded]
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
@@ -215,35 +216,37 @@ class Model:
     def score_batch(
         self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]], at: int | None = None
     ) -> list[dict[str, list[Any]]]:
-        """Score candidates. Returns for each history: name of a prediction → its value per candidate.
+        """Score candidates. Returns for each history: name → one value per candidate, None for unknown items.
 
-        Ranking has one prediction per task (``facts["tasks"]``): a probability for a binary task, a list of
-        probabilities for a class task, else a number. Retrieval has "cosine". Errors: :meth:`recommend_batch`.
+        The names are the ``columns`` of ``facts["tasks"]``: probabilities and values of ranking, the cosine as "score"
+        of retrieval. Errors: :meth:`recommend_batch`.
         """
         return [self.predictions(outputs) for outputs in self.predict_batch(histories, candidates, at)]
 
     def predictions(self, outputs: Tensor) -> dict[str, list[Any]]:
-        """Convert outputs for candidates, float32 [n, outputs], to name of a prediction → values."""
-        values, first = {}, 0
-        for task in self.facts["tasks"]:
-            own = outputs[:, first : first + task["width"]]
-            first += task["width"]
-            if task["kind"] != "number":
-                own = own.softmax(1) if task["kind"] == "class" else own.sigmoid()
-            values[task["name"]] = (own if task["kind"] == "class" else own[:, 0]).tolist()
-        return values
+        """Convert outputs for candidates, float32 [n, outputs], to name → values, None for those that are NaN."""
+        columns = columns_of(self.facts["tasks"], outputs)
+        return {
+            name: [None if value != value else value for value in values.tolist()] for name, values in columns.items()
+        }
+
+    def outputs_of(self, items: Sequence[Any], computed: Tensor) -> Tensor:
+        """Outputs for candidates, float32 [n, outputs], from those of :meth:`run`. NaN for items without a score."""
+        is_unknown = self.encoder.are_unknown(items)
+        if self._items is not None:
+            vectors = self.item_vectors(items)
+            computed, is_unknown = vectors @ computed.T, ~vectors.any(dim=1)
+        return computed.masked_fill(is_unknown[:, None], torch.nan)
 
     def predict_batch(
         self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]], at: int | None = None
     ) -> list[Tensor]:
-        """As :meth:`score_batch`, but returns logits or cosine similarities, float32 [candidates, outputs]."""
+        """As :meth:`score_batch`, but logits or cosines, float32 [candidates, outputs]; NaN for unknown items."""
         shown = [each if isinstance(each, Candidates) else Candidates(each) for each in candidates]
         if len(shown) != len(histories):
             raise ServingError(f"{len(shown)} lists of candidates for {len(histories)} histories; give one per history")
         outputs = self.run([self.encode(history, each, at) for history, each in zip(histories, shown, strict=True)])
-        if self.facts["task"] == "ranking":
-            return outputs
-        return [self.item_vectors(each.items) @ query.T for each, query in zip(shown, outputs, strict=True)]
+        return [self.outputs_of(each.items, computed) for each, computed in zip(shown, outputs, strict=True)]
 
     def _run(self, sequences: Sequence[Sequence_]) -> list[Tensor]:
         """Run the program on chunks of sequences of similar length. Returns [outputs, width] per sequence."""
@@ -268,6 +271,21 @@ class Model:
         if self._items is None:
             raise ServingError(f"cannot {purpose}: a ranking model has no vectors of users and items; use score")
         return self._items
+
+
+def columns_of(tasks: Sequence[Mapping[str, Any]], outputs: Tensor) -> dict[str, Tensor]:
+    """Convert outputs, float32 [n, outputs], to name → float32 [n]: probabilities, values and expected classes."""
+    columns: dict[str, Tensor] = {}
+    widths = [len(task["columns"]) for task in tasks]
+    for task, own in zip(tasks, outputs.double().split(widths, dim=1), strict=True):
+        if task["kind"] == "class":
+            own = own.softmax(1)
+        elif task["kind"] == "binary":
+            own = own.sigmoid()
+        if task["expected"] is not None:
+            columns[task["expected"]] = own @ (task["first"] + torch.arange(own.shape[1])).double()
+        columns |= dict(zip(task["columns"], own.T, strict=True))
+    return {name: values.float() for name, values in columns.items()}
 
 
 def _num_items(sequence: Sequence_) -> int:

@@ -161,11 +161,10 @@ class ServedModel:
         read = query.history.cut(slice(-encoder.facts["max_items"], None))
         named = [*shown.items, *(query.allow or ()), *query.deny]
         found = encoder.unknown([read, History(items=named, features=shown.features)])
-        unknown = {"unknown_items": found.pop(encoder.facts["item"], []), "unknown": found}
-        return Answer(self.version, best or self._content(query, output), unknown)
-
-    def _content(self, query: Query, output: Tensor) -> Any:
-        if query.candidates is None:
-            return output[0].tolist()
-        vectors = None if self.task == "ranking" else self.model.item_vectors(query.candidates.items)
-        return self.model.predictions(output if vectors is None else vectors @ output.T)
+        unknown_items = set(found.pop(encoder.facts["item"], []))
+        content: Any = best or output[0].tolist()
+        if query.candidates is not None:
+            outputs = self.model.outputs_of(shown.items, output)
+            content, has_none = self.model.predictions(outputs), outputs.isnan().all(dim=1).tolist()
+            unknown_items |= {item for item, no_score in zip(shown.items, has_none, strict=True) if no_score}
+        return Answer(self.version, content, {"unknown_items": sorted(unknown_items, key=str), "unknown": found})

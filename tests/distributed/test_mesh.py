@@ -11,11 +11,8 @@ import torch
 import torch.distributed as dist
 
 from hstu.base.errors import ConfigError
-from hstu.data.batches.batch import PADDING_ID
 from hstu.parallel import mesh as mesh_module
-from hstu.parallel.collectives import all_gather, gather_objects, gather_rows, max_over_ranks, sum_over_ranks
-from hstu.parallel.mesh import Mesh
-from tests.distributed.launch import run_cases, run_ranks
+from tests.distributed.launch import run_ranks
 
 
 def describe(tensor_parallel_size: int = 1, context_parallel_size: int = 1) -> dict[str, Any]:
@@ -45,29 +42,6 @@ def describe(tensor_parallel_size: int = 1, context_parallel_size: int = 1) -> d
     return result
 
 
-def collectives(mesh: Mesh) -> dict[str, Any]:
-    """Values and gradients of the collectives; rank r has r + 1 rows."""
-    group, rank = mesh.world_group, mesh.rank
-    local = torch.full((2, 1), float(rank + 1), requires_grad=True)
-    gathered = all_gather(local, group)
-    weights = torch.arange(1.0, len(gathered) + 1)[:, None] * (rank + 1)
-    (gathered * weights).sum().backward()
-
-    rows = torch.full((rank + 1, 2), float(rank), requires_grad=True)
-    many, ids = gather_rows(rows, torch.arange(rank + 1), group)
-    (many * (ids >= 0)[:, None]).sum().backward()
-    return {
-        "gathered": gathered.flatten().tolist(),
-        "gradient": local.grad.flatten().tolist() if local.grad is not None else None,
-        "rows": many[:, 0].tolist(),
-        "ids": ids.tolist(),
-        "row_gradient": rows.grad.tolist() if rows.grad is not None else None,
-        "max": max_over_ranks(10 + rank, group),
-        "sum": sum_over_ranks(torch.tensor(1.5 + rank), group).item(),
-        "objects": gather_objects({"rank": rank}, group),
-    }
-
-
 def test_ranks_threads_and_seeds_on_two_ranks() -> None:
     first, second = run_ranks(2, describe)
     assert first["ranks"] == [0, 2, 0, 2, 0, 1]
@@ -94,19 +68,6 @@ def test_groups_of_neighbours_share_a_dense_model() -> None:
     }
     assert all(result["weights"] == ranks[0]["weights"] for result in ranks)
     assert all(result["dropout"] == ranks[0]["dropout"] for result in ranks)
-
-
-def test_collectives_and_their_gradients() -> None:
-    for rank, results in enumerate(run_cases(2, {"collectives": collectives})):
-        result = results["collectives"]
-        assert result["gathered"] == [1, 1, 2, 2]
-        # rank r weighs row i by (r + 1) · (i + 1); the sum over ranks is 3 · (i + 1)
-        assert result["gradient"] == [[3, 6], [9, 12]][rank]
-        assert result["rows"] == [0, 0, 1, 1]
-        assert result["ids"] == [0, PADDING_ID, 0, 1]
-        assert result["row_gradient"] == [[2.0, 2.0]] * (rank + 1)
-        assert (result["max"], result["sum"]) == (11, 4.0)
-        assert result["objects"] == [{"rank": 0}, {"rank": 1}]
 
 
 @pytest.mark.parametrize(("hidden", "error", "count"), [("0", 0, 2), ("0", 803, 0), ("0", 100, 0), ("-1", 0, 2)])

@@ -133,12 +133,6 @@ def test_a_checkpoint_goes_on_over_other_ranks_and_in_tables_cut_otherwise(
             )
 
 
-def test_names_do_not_depend_on_wrapping(saved: Any) -> None:
-    alone, wrapped = (saved[size][1]["adam"]["saved"].keys() for size in (1, 2))
-    assert alone == wrapped
-    assert {"model.tables.item_table", "model.tables.action_table", "model.task.head.weight"} < alone
-
-
 def test_a_checkpoint_leaves_no_temporary_files(saved: Any) -> None:
     directory, _ = saved[2]
     assert [path.name for path in (directory / "adam").iterdir()] == ["iteration_00000003"]

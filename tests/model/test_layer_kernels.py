@@ -73,11 +73,3 @@ def test_recomputing_gives_the_same_bits_with_dropout(
     x, expected = plain(backend, dtype)
     for a, b in zip(expected, step(make_layer(backend, **WITH_DROPOUT, **changes), x, dtype), strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("backend", [Backend.CPU])
-def test_dropout_drops_what_the_pytorch_kernels_drop(backend: Backend) -> None:
-    x = torch.randn(BATCH.layout().num_tokens, 8)
-    results = [step(make_layer(kind, hidden_dropout=0.4), x) for kind in (backend, Backend.PYTORCH)]
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.data.batches.batch import PADDING_ID
-from hstu.model.retrieval import choose_from_pool, first_occurrences, sorted_distinct
+from hstu.model.retrieval import choose_from_pool, first_occurrences
 from hstu.ops.pytorch.softmax_loss import l2_normalize
 
 POOLS = st.lists(st.integers(-2, 8) | st.just(PADDING_ID), max_size=20).map(
@@ -22,14 +22,6 @@ POOLS = st.lists(st.integers(-2, 8) | st.just(PADDING_ID), max_size=20).map(
 def test_the_first_of_equal_ids_is_valid_and_padding_never_is(ids: Tensor) -> None:
     expected = [id_ != PADDING_ID and id_ not in ids[:place].tolist() for place, id_ in enumerate(ids.tolist())]
     assert first_occurrences(ids).tolist() == expected
-
-
-@given(POOLS)
-def test_distinct_ids_come_in_ascending_order(ids: Tensor) -> None:
-    positions, count = sorted_distinct(ids)
-    expected = sorted(set(ids.tolist()) - {PADDING_ID})
-    assert count == len(expected)
-    assert ids[positions[:count]].tolist() == expected
 
 
 @given(POOLS, st.randoms(use_true_random=False))
@@ -53,12 +45,6 @@ def test_draws_are_uniform_over_the_distinct_ids() -> None:
     counts = np.unique(ids[choose_from_pool(draws, ids)], return_counts=True)
     assert counts[0].tolist() == [2, 5, 9]
     np.testing.assert_allclose(counts[1], 10_000, rtol=0.03)
-
-
-def test_an_empty_pool_has_nothing_to_choose() -> None:
-    empty = torch.zeros(0, dtype=torch.int64)
-    assert first_occurrences(empty).shape == (0,)
-    assert choose_from_pool(torch.zeros((0, 4), dtype=torch.int32), empty).shape == (0, 4)
 
 
 def test_normalised_vectors_have_norm_one_unless_they_are_too_short() -> None:

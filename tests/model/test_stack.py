@@ -65,14 +65,6 @@ def test_a_candidate_is_known_to_its_own_group_only(group_size: int, reached: li
     assert changed_tokens(before, after) == reached[1:]  # its item never sees its own action
 
 
-def test_context_sees_the_whole_history_unless_disabled() -> None:
-    (sample,) = random_samples([3], contextuals=1)
-    for disabled, context_changes in ((False, True), (True, False)):
-        config = {"disable_contextual_mask": disabled, "num_layers": 1}
-        (before,), (after,) = encode([sample], 1, **config), encode([change(sample, 2)], 1, **config)
-        assert (0 in changed_tokens(before, after)) == context_changes
-
-
 @pytest.mark.parametrize(
     ("spans", "full", "reach"),
     [
@@ -158,11 +150,3 @@ def test_a_rank_without_tokens_gives_every_parameter_a_gradient_of_zeros(encodin
     tokens.sum().backward()
     for gradient in [*gradients(encoder).values(), *(w.grad for w in tables.weights.values())]:
         assert gradient is not None and not gradient.any()
-
-
-def test_bfloat16_computes_in_bfloat16_and_returns_float32() -> None:
-    samples = random_samples([6, 3], contextuals=1)
-    exact, rounded = encode(samples, 1), encode(samples, 1, dtype_str="bfloat16")
-    for a, b in zip(exact, rounded, strict=True):
-        assert b.dtype == torch.float32 and not torch.equal(a, b)
-        torch.testing.assert_close(a, b, rtol=0, atol=0.05)

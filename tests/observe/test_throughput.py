@@ -158,15 +158,15 @@ def batch(*items: list[int], candidates: list[int] | None = None) -> HSTUBatch:
     return make_batch(list(items), [[0] * len(row) for row in items], num_candidates=candidates)
 
 
-def test_tokens_are_context_items_and_their_actions() -> None:
-    assert counter().count(batch([1, 2, 3], [4]))[0] == (2 + 3 * 2) + (2 + 1 * 2)
-
-
 @pytest.mark.parametrize(
-    ("roles", "interleave"), [(WITH_ACTIONS, False), (FeatureRoles("item", None, ("town", "age")), True)]
+    ("roles", "interleave", "tokens_per_item"),
+    [(WITH_ACTIONS, True, 2), (WITH_ACTIONS, False, 1), (FeatureRoles("item", None, ("town", "age")), True, 1)],
 )
-def test_actions_that_are_no_tokens_do_not_count(roles: FeatureRoles, interleave: bool) -> None:
-    assert counter(roles, interleave_actions=interleave).count(batch([1, 2, 3], [4]))[0] == (2 + 3) + (2 + 1)
+def test_tokens_are_context_items_and_interleaved_actions(
+    roles: FeatureRoles, interleave: bool, tokens_per_item: int
+) -> None:
+    counted, _ = counter(roles, interleave_actions=interleave).count(batch([1, 2, 3], [4]))
+    assert counted == (2 + 3 * tokens_per_item) + (2 + 1 * tokens_per_item)
 
 
 def test_layers_after_a_truncation_cost_as_much_as_shorter_sequences() -> None:
@@ -181,13 +181,6 @@ def test_layers_after_a_truncation_cost_as_much_as_shorter_sequences() -> None:
 def test_padding_costs_nothing() -> None:
     assert counter().count(batch([1, 2, 3], [4], [], [])) == counter().count(batch([1, 2, 3], [4]))
     assert counter().count(batch([], [])) == (0, 0.0)
-
-
-def test_attention_makes_one_long_sequence_dearer_than_two_short_ones_with_as_many_tokens() -> None:
-    without_context = counter(FeatureRoles("item", "action", ()))
-    long, short = list(range(40)), list(range(20))
-    assert without_context.count(batch(long))[0] == without_context.count(batch(short, short))[0]
-    assert without_context.count(batch(long))[1] > without_context.count(batch(short, short))[1]
 
 
 def test_candidates_and_their_actions_count_apart_from_history() -> None:

@@ -1,4 +1,7 @@
-"""The layout and the order of tokens against tokens written down one at a time; jagged concatenation and positions."""
+"""The layout against tokens written down one at a time.
+
+The order of tokens and their positions: tests/model/test_inputs.py.
+"""
 
 from itertools import pairwise
 
@@ -8,9 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hstu.ops.layout import JaggedLayout, pad_tokens, part_rows, token_order, truncate_history
-from hstu.ops.pytorch.operators import add_positions, jagged_concat
-from tests.ops.oracle import User
+from hstu.ops.layout import JaggedLayout, pad_tokens, truncate_history
 from tests.ops.strategies import Batch, batches
 
 
@@ -81,15 +82,6 @@ def test_a_truncated_layout_has_the_tokens_that_are_left(batch: Batch, items: in
         assert getattr(shorter, name).tolist() == getattr(layout, name)[left].tolist()
 
 
-def test_newest_items_are_found_behind_context_and_between_actions() -> None:
-    # tokens: c i a i a i a | (empty) | c i a
-    batch = Batch((User(3, 0), User(1, 0), User(0, 0, is_padding=True)), contextuals=1, tokens_per_item=2, group_size=1)
-    layout = batch.layout()
-    assert layout.num_items.tolist() == [3, 1, 0]
-    assert layout.newest_item_tokens(torch.tensor([2, 1, 0]), total=3).tolist() == [3, 5, 8]
-    assert layout.newest_item_tokens(torch.tensor([0, 0, 0]), total=0).tolist() == []
-
-
 @given(batches(), st.integers(-1, 0))
 def test_the_newest_items_of_a_range_of_tokens_are_known_on_the_host(batch: Batch, shift: int) -> None:
     layout = batch.layout()
@@ -112,44 +104,3 @@ def test_padding_tokens_are_a_sequence_of_their_own(batch: Batch) -> None:
     for name in ("positions", "token_times", "query_times"):
         assert getattr(padded, name).tolist() == [*getattr(layout, name).tolist(), 0, 0, 0]
     assert pad_tokens(layout, 0) is layout
-
-
-@given(batches())
-def test_tokens_stand_where_a_loop_over_users_puts_them(batch: Batch) -> None:
-    real = [user for user in batch.users if not user.is_padding]
-    items = [user.history + user.candidates for user in real]
-    names = [[f"c{c} of {u}" for u in range(len(real))] for c in range(batch.contextuals)]
-    for part in ("item", "action")[: batch.tokens_per_item]:
-        names.append([f"{part} {i} of {u}" for u, n in enumerate(items) for i in range(n)])
-    flat = [name for part in names for name in part]
-
-    expected = []
-    for u, n in enumerate(items):
-        expected += [f"c{c} of {u}" for c in range(batch.contextuals)]
-        for i in range(n):
-            expected += [f"{part} {i} of {u}" for part in ("item", "action")[: batch.tokens_per_item]]
-
-    order = token_order(batch.layout())
-    assert [flat[row] for row in order.source.tolist()] == expected
-    assert order.source[order.inverse].tolist() == list(range(len(flat)))
-
-    for of_range in parts_of(len(flat)):  # by their rows alone
-        rows_of_parts = part_rows(batch.layout(), of_range)
-        own = [name for part, rows in zip(names, rows_of_parts, strict=True) for name in part[rows.start : rows.stop]]
-        assert [own[row] for row in token_order(batch.layout(), of_range).source.tolist()] == expected[
-            of_range.start : of_range.stop
-        ]
-
-
-def test_gradient_goes_back_to_the_row_a_token_came_from() -> None:
-    layout = Batch((User(2, 1), User(1, 0)), contextuals=1, tokens_per_item=2, group_size=1).layout()
-    parts = [torch.randn(rows, 3, dtype=torch.float64, requires_grad=True) for rows in (2, 4, 4)]
-    assert torch.autograd.gradcheck(lambda *p: jagged_concat(p, token_order(layout)), parts)
-
-
-def test_positions_beyond_the_table_share_its_last_row() -> None:
-    table = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    x, positions = torch.randn(5, 2, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2, 3, 900])
-    out = add_positions(x, table, positions)
-    torch.testing.assert_close(out, x + table[[0, 1, 2, 2, 2]])
-    assert torch.autograd.gradcheck(lambda a, b: add_positions(a, b, positions), (x, table))

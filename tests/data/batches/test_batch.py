@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch
+from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from tests.data.collators import tensors_of
 from tests.helpers import make_batch
@@ -24,25 +24,6 @@ def full_batch() -> HSTUBatch:
         seen_lists=[[3, 1], [], [2]],
     )
     return dataclasses.replace(batch, position=SamplerPosition(1, 2))
-
-
-def test_features_keep_their_order_and_padding_is_empty_everywhere() -> None:
-    features = full_batch().features
-    assert features.keys() == ["age", "item", "action", NEGATIVES]
-    assert [row.tolist() for row in features["age"].to_dense()] == [[6], [], [7]]
-    assert [row.tolist() for row in features["item"].to_dense()] == [[3, 1, 3], [], [2, 1]]
-    assert [row.tolist() for row in features[NEGATIVES].to_dense()] == [[8, 9], [], []]
-
-
-def test_splitting_features_by_key_asks_no_tensor_for_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = full_batch()
-
-    def refuse(self: torch.Tensor) -> None:
-        raise AssertionError("a size was read from a tensor: on a GPU that would wait for the device")
-
-    monkeypatch.setattr(torch.Tensor, "item", refuse)
-    monkeypatch.setattr(torch.Tensor, "tolist", refuse)
-    assert set(batch.features.to_dict()) == {"age", "item", "action", NEGATIVES}
 
 
 def test_moving_moves_every_tensor_and_keeps_the_rest() -> None:

@@ -18,10 +18,9 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.collate import Collator
 from hstu.data.batches.loader import build_loader
 from hstu.data.sampling.negatives import Negatives
-from hstu.data.sampling.sampler import START, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import START, BatchPlan, SamplerPosition, TrainSampler
 from hstu.data.store.sequence_store import SequenceStore
 from tests.data.collators import assert_same, collator_of
-from tests.data.toy_store import ToyStore
 
 NUM_USERS = 23
 
@@ -56,23 +55,6 @@ def test_a_loader_resumes_where_a_batch_says_the_run_stands(collator: Collator, 
     resumed = list(islice(build_loader(collator, plans(whole[4].position), workers=workers), 7))
     for one, other in zip(whole[5:], resumed, strict=True):
         assert_same(other, one)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_evaluation_ends_after_one_pass(collator: Collator, workers: int) -> None:
-    batches = list(build_loader(collator, EvalSampler(NUM_USERS, 3, 0, 1), workers=workers))
-    assert sorted(user for batch in batches for user in batch.user_ids.tolist() if user >= 0) == list(range(NUM_USERS))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_data_is_reported_the_same_from_a_worker(workers: int) -> None:
-    store = ToyStore([[1, 2, 3, 4]] * NUM_USERS, times=[[1, 2, 3, 4]] * NUM_USERS)
-    collator = collator_of(store, **OPTIONS)
-    store.arrays["item"][4 * 17] = 99
-    with pytest.raises(DataError) as error:
-        list(islice(build_loader(collator, plans(), workers=workers), 12))
-    assert str(error.value).startswith("toy: item = 99 of user 117")
-    assert "Traceback" not in str(error.value)
 
 
 class _Dies:

@@ -49,12 +49,15 @@ worlds = st.integers(1, 5)
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 7), worlds, st.booleans())
-def test_an_epoch_is_its_permutation_whatever_the_world_size(
+def test_an_epoch_is_its_permutation_and_its_last_batch_is_split_evenly(
     num_samples: int, batch_size: int, world_size: int, shuffle: bool
 ) -> None:
     batches = epoch_of(world_size, num_samples=num_samples, batch_size=batch_size, seed=3, shuffle=shuffle)
     assert samples_of(batches) == epoch_order(num_samples, 3, 0, shuffle).tolist()
     assert all(len(plan.indices) <= batch_size for plans in batches for plan in plans)
+    counts = [len(plan.indices) for plan in batches[-1]]
+    assert max(counts) - min(counts) <= 1
+    assert len({(plan.global_start, plan.position) for plan in batches[-1]}) == 1
 
 
 @settings(max_examples=30, deadline=None)
@@ -112,15 +115,6 @@ def test_over_any_sequence_of_world_sizes_and_stops_an_epoch_is_seen_exactly_onc
     finished = [epoch for epoch in seen if epoch < position.epoch or position.consumed == len(tokens)]
     assert finished == list(range(len(finished))) and len(finished) >= 2
     assert all(seen[epoch] == list(range(len(tokens))) for epoch in finished)
-
-
-@given(st.integers(1, 40), st.integers(1, 8), worlds)
-def test_the_last_global_batch_is_split_evenly(num_samples: int, batch_size: int, world_size: int) -> None:
-    last = epoch_of(world_size, num_samples=num_samples, batch_size=batch_size, seed=0, shuffle=False)[-1]
-    counts = [len(plan.indices) for plan in last]
-    assert max(counts) - min(counts) <= 1
-    assert len({plan.global_start for plan in last}) == 1
-    assert len({plan.position for plan in last}) == 1
 
 
 def test_epochs_differ_and_are_each_repeatable() -> None:

@@ -148,27 +148,6 @@ def test_lru_and_lfu_differ_as_their_names_say(kind: type[SlotTable]) -> None:
     assert evicted(kind(2, "lfu"), stream) == [[], [], [2]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_under_lfu_rare_new_ids_do_not_evict_frequent_ones(kind: type[SlotTable]) -> None:
-    table = kind(3, "lfu")
-    table.assign(torch.tensor([1, 1, 1, 2, 2, 3]), 1)
-    made = table.assign(torch.tensor([7, 8, 8, 8]), 2).trimmed()
-    assert made.evicted_ids.tolist() == [3] and made.new_ids.tolist() == [8]
-    assert made.counters.rejections == 1
-    assert table.assign(torch.tensor([9]), 3).counters.evictions == 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_order_of_ids_in_a_batch_does_not_decide_which_stay(kind: type[SlotTable]) -> None:
-    rng = np.random.default_rng(1)
-    straight, shuffled = kind(30, "lfu"), kind(30, "lfu")
-    for step in range(1, 20):
-        batch = rng.integers(0, 60, 50)
-        straight.assign(torch.from_numpy(batch), step)
-        shuffled.assign(torch.from_numpy(rng.permutation(batch)), step)
-        assert set(straight.content()[0].tolist()) == set(shuffled.content()[0].tolist())
-
-
 def test_compiled_slots_are_not_used_where_they_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

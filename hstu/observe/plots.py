@@ -22,10 +22,13 @@ _TASK_COLOURS = (*COLOURS[:6], "#332288", "#661100", "#999933", "#882255", "#44A
 _BLACK = "#000000"
 
 
-def draw_curves(metrics_file: Path, image: Path, task_names: Sequence[str] = ()) -> Optional[Path]:
+def draw_curves(
+    metrics_file: Path, image: Path, task_names: Sequence[str] = (), best: Optional[int] = None
+) -> Optional[Path]:
     """Draw a PNG from metrics.jsonl: a panel for the loss and one per metric. Returns None if there is nothing to draw.
 
-    Validation metrics are lines; a single test evaluation is a star. ``task_names`` replace task0, task1, ….
+    Validation metrics are lines; a single test evaluation is a star. ``task_names`` replace task0, task1, …. ``best``:
+    iteration of the best checkpoint, marked by a dotted line.
     """
     if not metrics_file.exists():
         return None
@@ -39,13 +42,16 @@ def draw_curves(metrics_file: Path, image: Path, task_names: Sequence[str] = ())
     columns = min(panels, _MOST_COLUMNS)
     rows = math.ceil(panels / columns)
     with open_figure(image, size=(6 * columns, 4.2 * rows), dpi=150) as figure:
-        figure.suptitle(metrics_file.parent.resolve().name, x=0.01, ha="left", color=GREY, fontsize=11)
+        title = metrics_file.parent.resolve().name + (f"   (dotted: best, at iteration {best})" if best else "")
+        figure.suptitle(title, x=0.01, ha="left", color=GREY, fontsize=11)
         first, *others = figure.subplots(rows, columns, squeeze=False).flat
         _draw_losses(first, losses)
         if not metrics:
             others[0].set(title="not evaluated yet", xticks=[], yticks=[])
         for axes, (name, curves) in zip(others, metrics.items(), strict=False):
             _draw_metric(axes, name, curves)
+        for axes in (first, *others[: len(metrics)]) if best else ():
+            axes.axvline(best, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
         for axes in others[panels - 1 :]:
             axes.set_axis_off()
         if epochs := [record["epoch"] / record["iter"] for record in records if record.get("epoch") and record["iter"]]:
@@ -112,7 +118,8 @@ def _draw_metric(axes: Axes, name: str, curves: Mapping[tuple[str, str], list[Po
                 continue
             label += f"  {_star(split, points)}{points[-1][1]:.4f}"
             _draw_curve(axes, points, split, colour, is_mean=bool(tasks) and task == "")
-        axes.plot([], [], color=colour, linewidth=4, label=label)
+        if any(of_task == task for _, of_task in curves):  # tasks with names have no mean
+            axes.plot([], [], color=colour, linewidth=4, label=label)
     if tasks:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, borderaxespad=0.0, handlelength=0.8)
 

@@ -86,6 +86,7 @@ class RunDirectory:
         self._metrics: Optional[TextIO] = None
         self._trackers: list[TensorBoard | WeightsAndBiases] = []
         self._failed = True
+        self._best: Optional[int] = None
         self._continues = continues
         if not is_main:
             return
@@ -122,6 +123,7 @@ class RunDirectory:
         if not self.is_main:
             return
         self._failed = status == "failed"
+        self._best = entries.get("best", {}).get("iter")
         # The round trip through strict JSON turns nan into null, as in metrics.jsonl.
         text = json.dumps(json.loads(to_line({"status": status, **entries})), indent=2) + "\n"
         try:
@@ -140,7 +142,7 @@ class RunDirectory:
         try:
             signal.signal(signal.SIGALRM, give_up)
             signal.setitimer(signal.ITIMER_REAL, _DRAWING_S)
-            return draw_curves(self.metrics_file, self.path / "curves.png", self._task_names)
+            return draw_curves(self.metrics_file, self.path / "curves.png", self._task_names, self._best)
         except Exception as error:  # of many types; the run itself is complete
             log.warning("%s is not drawn: %s. metrics.jsonl has all numbers.", self.path / "curves.png", error)
             return None

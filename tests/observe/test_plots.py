@@ -1,3 +1,4 @@
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,25 @@ def test_both_panels_show_something(tmp_path: Path) -> None:
     assert left.sum() > 500
     assert right.sum() > 500
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".new"] == []
+
+
+def test_the_best_iteration_is_marked_and_the_legend_names_what_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    marked, legends = list[Any](), list[list[str]]()
+    monkeypatch.setattr(Axes, "axvline", lambda self, x, **_: marked.append(x))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **_: legends.extend(a.get_legend_handles_labels()[1] for a in self.axes)
+    )
+    metrics = {"AUC/click": 0.7, "AUC/like": 0.6}
+    records = [{"kind": "eval", "iter": 200, "split": "valid", "metrics": metrics}]
+    with contextlib.suppress(FileNotFoundError):  # nothing is saved
+        draw_curves(write(tmp_path / "metrics.jsonl", losses(3) + records), tmp_path / "curves.png", best=200)
+    assert marked == [200, 200]
+    assert [label.split()[0] for labels in legends for label in labels] == ["click", "like"]
 
 
 @pytest.mark.parametrize("records", [losses(1), evaluations()])

@@ -150,15 +150,17 @@ class TrainedModel(LoadedModel):
         return known, unknown
 
     def recommend_for(
-        self, given: Sequence[History], top: int = 10, at: int | None = None
+        self, given: Sequence[History], top: int = 10, at: int | Sequence[int] | None = None
     ) -> tuple[list[Recommendation], dict[str, list[Any]]]:
         """As :meth:`recommend`, for histories given by hand. Works without the data of the run.
 
         Returns the recommendations, and feature → unknown values. Unknown items and unknown or missing contextual
         features get a row of zeros. Item features that are not given come from the data, if it exists.
-        ``at`` and errors: see :meth:`user_embeddings`. Also raises DataError for a history that is empty or lacks
-        actions, times or features that the model reads.
+        ``at``: one time for all or one per history; it and errors: see :meth:`user_embeddings`. Also raises DataError
+        for a history that is empty or lacks actions, times or features that the model reads.
         """
+        if isinstance(at, Sequence) and len(at) != len(given):
+            raise DataError(f"at has {len(at)} times for {len(given)} histories; give one for each")
         corpus, item_feature = self.retrieval_evaluator().corpus(), self.source.roles.item
         vectors = self.user_vectors(self.encoder.batches(given), at)
         lengths = np.array([len(history.items) for history in given], dtype=np.int64)

@@ -113,6 +113,15 @@ def test_asked_at_the_time_of_the_held_out_event_a_model_gives_what_is_evaluated
     for item, score in scores[0].items():
         assert score == pytest.approx(float(items[item - 1000]), abs=1e-5)
     assert scores[1] == scores[2] != scores[0]
+    times = [whole.timestamps[-1], whole.timestamps[-2]] * 5  # more than a batch
+    each, _ = model.recommend_for([history] * 10, top=1000, at=times)
+    for place, entry in enumerate(each):
+        own = scores[2 * (place % 2)]
+        assert dict(zip(entry.items, entry.scores, strict=True)) == pytest.approx(own, abs=1e-6)
+    with pytest.raises(DataError, match="at has 1 times for 2 histories"):
+        model.recommend_for([history] * 2, at=times[:1])
+    with pytest.raises(DataError, match="1970-01-12 13:46:39 UTC, and a history has an event at"):
+        model.recommend_for([history] * 2, at=[times[0], 999_999])
     user = int(whole.user)
     vectors = [model.user_embeddings([user], at=at) for at in (None, whole.timestamps[-1], 10**9)]
     assert torch.equal(vectors[0], vectors[1]) and not torch.equal(vectors[0], vectors[2])

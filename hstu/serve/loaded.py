@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -203,11 +203,11 @@ class LoadedModel:
         """Whether recommendations or scores depend on the time of the request."""
         return bool(self.encoder.facts["reads_request_time"])
 
-    def user_vectors(self, batches: Iterable[HSTUBatch], at: int | None = None) -> Tensor:
+    def user_vectors(self, batches: Iterable[HSTUBatch], at: int | Sequence[int] | None = None) -> Tensor:
         """Encode batches of histories into unit user vectors, float32 [users, E].
 
-        ``at``: time of the request in whole seconds since 1970. None: the time of each newest event. Raises ConfigError
-        if the model does not read ``at``, and DataError for a history with later events.
+        ``at``: time of the request, or of each, in whole seconds since 1970. None: the time of each newest event.
+        Raises ConfigError if the model does not read ``at``, and DataError for a history with later events.
         """
         vectors = [torch.empty(0, self.config.network.item_width, device=self.mesh.device)]
         for batch in self.asked_at(batches, at):
@@ -216,7 +216,7 @@ class LoadedModel:
             vectors.append(queries[: batch.real_batch_size])
         return torch.cat(vectors)
 
-    def check_request_time(self, at: int | None) -> None:
+    def check_request_time(self, at: int | Sequence[int] | None) -> None:
         """Raise ConfigError if ``at`` is given and the model does not read it."""
         if at is not None and not self.reads_request_time:
             raise ConfigError(
@@ -239,7 +239,7 @@ class LoadedModel:
                 "these are not known; train with target_group_size = 1"
             )
 
-    def asked_at(self, batches: Iterable[HSTUBatch], at: int | None) -> Iterator[HSTUBatch]:
+    def asked_at(self, batches: Iterable[HSTUBatch], at: int | Sequence[int] | None) -> Iterator[HSTUBatch]:
         """Set the request time of batches of histories to ``at``. Arguments and errors: ``user_vectors``."""
         self.check_request_time(at)
         return iter(batches) if at is None else asked_at(batches, at)

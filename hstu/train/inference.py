@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -90,17 +91,25 @@ class StoredSource(BatchSource):
     train_sampler = batch_of = train_batches = eval_batches = _no_data
 
 
-def asked_at(batches: Iterable[HSTUBatch], at: int) -> Iterator[HSTUBatch]:
-    """Set all request times to ``at``, seconds since 1970. Raises DataError if a history has a later event."""
+def asked_at(batches: Iterable[HSTUBatch], at: int | Sequence[int]) -> Iterator[HSTUBatch]:
+    """Set the request times to ``at``, seconds since 1970, one for all or for each history in order.
+
+    Raises DataError if a history has a later event.
+    """
+    times = iter(at) if isinstance(at, Sequence) else repeat(at)
     for batch in batches:
         assert batch.items.timestamps is not None
-        newest = int(batch.items.timestamps.max()) if len(batch.items.timestamps) else at
-        if newest > at:
+        own = np.zeros(batch.batch_size, dtype=np.int64)
+        own[: batch.real_batch_size] = [*islice(times, batch.real_batch_size)]
+        events = batch.items.timestamps.numpy()
+        asked = np.repeat(own, batch.item_lengths)
+        if len(late := np.flatnonzero(events > asked)):
+            time, newest = int(asked[late[0]]), int(events[late].max())
             raise DataError(
-                f"recommendations are asked for at {_as_date(at)}, and a history has an event at {_as_date(newest)}, "
+                f"recommendations are asked for at {_as_date(time)}, and a history has an event at {_as_date(newest)}, "
                 "which is later; give a later time, or leave out what comes after it"
             )
-        yield replace(batch, request_times=torch.full((batch.batch_size,), at, dtype=torch.int64))
+        yield replace(batch, request_times=torch.from_numpy(own))
 
 
 def _as_date(seconds: int) -> str:

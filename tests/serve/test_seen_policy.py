@@ -28,6 +28,7 @@ def test_hits_of_the_evaluation_are_items_that_users_get(
     events["items"] = [[*row[:-1], row[0]] if place % 2 else row for place, row in enumerate(events["items"])]
     store = write_small_store(tmp_path / "store", **events)
     task_args = {"filter_seen": filter_seen, "eval_metrics": (f"HR@{TOP}",)}
+    (tmp_path / "manifest.json").write_text("{}")  # of which predictions name the checksum
     trained = random_model("retrieval", store, mesh, tmp_path, task_args=task_args, network={"num_layers": 1})
     served = serve(trained, tmp_path / "serving")
     whole = [*trained.histories_of(np.arange(store.num_users))]

@@ -107,7 +107,7 @@ def _checkpoints_of_run(directory: Path) -> list[Path]:
     if run is None:
         raise DataError(f"the run {directory} has no {RUN_FILE}. Name a checkpoint itself.")
     if run.checkpoints is None:
-        raise DataError(f"the run {directory} has saved no checkpoint: its TrainerArgs.ckpt_save_interval is -1")
+        raise DataError(f"the run {directory} has saved no checkpoint: its TrainerArgs.ckpt_save_interval saves none")
     # The directory may have been moved with or without the checkpoints.
     together = Path(os.path.normpath(directory / os.path.relpath(run.checkpoints, run.directory)))
     directories = list(dict.fromkeys([together, Path(run.checkpoints)]))

@@ -67,7 +67,7 @@ def test_another_runs_checkpoint_in_the_same_directory_is_refused(tmp_path: Path
 
 def test_a_run_that_saves_nothing_says_so(tmp_path: Path) -> None:
     make_run(tmp_path / "run", None)
-    with pytest.raises(DataError, match=r"has saved no checkpoint: its TrainerArgs.ckpt_save_interval is -1"):
+    with pytest.raises(DataError, match=r"has saved no checkpoint: its TrainerArgs.ckpt_save_interval saves none"):
         locate(tmp_path / "run")
 
 

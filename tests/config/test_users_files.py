@@ -11,7 +11,11 @@ from tests.config.gin_files import ALL_RULES
 
 FILES = sorted((Path(__file__).parent / "users").glob("*.gin"))
 WARNED = {
-    "benchmark_ranking": ["profile_step_start = 50: has no effect", "profile_step_end = 60: has no effect"],
+    "benchmark_ranking": [
+        "seqlen_dist = @lengths/RandomDistribution(): has no effect",
+        "profile_step_start = 50: has no effect",
+        "profile_step_end = 60: has no effect",
+    ],
     "benchmark_ranking_host_memory": ["here the class of a table decides", "log_interval = 10: bound twice"],
     "criteo_ranking": ["here the class of a table decides"],
     "movielens_retrieval": ["seed = 1234: bound twice"],

@@ -12,6 +12,8 @@ OF_ANOTHER_RUN = (
     OF_WHAT_IS_LOADED,
     not_having("ckpt_load_dir", "auto", why="it is for checkpoints of other runs", strict=True),
 )
+NEVER = 999_999_999
+"""Intervals from here on mean never, as in files of other trainers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,7 @@ class TrainerArgs(Args):
     """First iteration after the profiled ones."""
     ckpt_save_interval: Optional[int] = option(None, changes="reports", minimum=-1)
     """Iterations between two checkpoints. The last state (save_at_end) and the best one (best_metric) are saved as
-    well. None: only these. -1: save none."""
+    well. None: only these. -1, or from 999999999 on: save none."""
     ckpt_save_dir: Optional[str] = option(None, changes="reports", not_empty=True)
     """Directory of the checkpoints, one subdirectory per saved iteration. Two runs must not share it. None:
     ./checkpoints/<name of the run's directory>. With ckpt_load_dir = "auto" and no output_dir, it is ./checkpoints/<gin
@@ -150,7 +152,7 @@ class TrainerArgs(Args):
     @property
     def saves_checkpoints(self) -> bool:
         """Whether the run saves checkpoints."""
-        return self.ckpt_save_interval != -1
+        return self.ckpt_save_interval is None or 0 <= self.ckpt_save_interval < NEVER
 
     @property
     def sequences_per_iteration(self) -> int:

@@ -186,7 +186,7 @@ def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[P
         for name, dist in group.distributions().items()
         if name in tables
     ]
-    if group.seqlen_dist is not None:
+    if group.seqlen_dist is not None and group.is_jagged:
         limited.append((group.seqlen_dist, group, "max_sequence_length"))
     for dist, owner, parameter in limited:
         owner, parameter = (owner, parameter) if dist.high is None else (dist, "high")

@@ -1,4 +1,4 @@
-"""Print the results of the quick start: metrics and the popularity baseline, the curve, recommendations.
+"""Print the results of a run: its last metrics, of retrieval with the popularity baseline and recommendations.
 
 python scripts/quickstart_report.py --run_dir runs/quickstart
 """
@@ -20,23 +20,22 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu import api
-from hstu.base.errors import EXIT_DONE, ConfigError, DataError
+from hstu.base.errors import EXIT_DONE, DataError
 from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges
 from hstu.data.sampling.samples import SampleTable, build_samples
-from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.observe.logging import quiet_libraries
 from hstu.train.metrics import retrieval_metrics
 
-FIRST_USERS = ("1", "2", "3")
+_USERS = 3
 
 
 def print_metrics(trained: api.TrainedModel, metrics: dict[str, float]) -> None:
     """Print the last test metrics and those of the popularity baseline on the same users and items."""
     config, store = trained.config, trained.store
-    if not isinstance(config.dataset, DatasetArgs) or not isinstance(config.task_args, RetrievalArgs):
-        raise ConfigError("the report needs a retrieval run on real data")
+    assert isinstance(config.dataset, DatasetArgs) and isinstance(config.task_args, RetrievalArgs)
     train, test = (build_samples(store, config.dataset, "retrieval", split, 0) for split in ("train", "test"))
     names = config.task_args.eval_metrics
     popularity = popularity_baseline(store, train, test, names)
@@ -94,9 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not summary_file.is_file():
         raise DataError(f"{summary_file} does not exist: the training has not finished")
     trained = api.load(run_dir)
-    print_metrics(trained, json.loads(summary_file.read_text())["last_metrics"]["test"])
+    metrics, task, store = json.loads(summary_file.read_text())["last_metrics"], trained.config.task_args, trained.store
+    leaves_one_out = store.split is None and store.path == trained.with_data().eval_store.path
+    if isinstance(task, RetrievalArgs) and task.filter_seen and leaves_one_out and "test" in metrics:
+        print_metrics(trained, metrics.pop("test"))
+    for split, values in metrics.items():
+        print(f"\n{split}: " + "  ".join(f"{name} {value}" for name, value in values.items()))
     print(f"\nLearning curve: {run_dir / 'curves.png'}")
-    print(api.format_recommendations(trained.recommend(FIRST_USERS)))
+    if isinstance(task, RetrievalArgs):
+        print(api.format_recommendations(trained.recommend(store.raw_ids(USER_FEATURE)[:_USERS].tolist())))
     return EXIT_DONE
 
 

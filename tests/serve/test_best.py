@@ -20,6 +20,7 @@ import embed
 import evaluate
 import export
 import predict
+import quickstart_report
 import recommend
 
 BEST, LAST = "iteration_00000004", "iteration_00000006"
@@ -76,6 +77,18 @@ def test_every_tool_takes_the_best_and_says_so(
         output = here / f"out{len(which)}"
         assert script.main(["--run_dir", str(finished.path), *which, "--output", str(output), *more]) == 0
         assert (f"note: {BEST} is used, the best by NDCG@3" in capsys.readouterr().err) is said
+
+
+def test_the_report_of_a_run_of_ones_own_says_what_it_has(
+    finished: FinishedRun, train: Train, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``here`` runs the script on the rank of this process."""
+    assert quickstart_report.main(["--run_dir", str(finished.path)]) == 0
+    printed = capsys.readouterr().out
+    assert "popularity" in printed and "user 100\n" in printed and "\nvalid: HR@3 " in printed
+    ranking = train("ranking", "ranking", trainer={"best_metric": "LOGLOSS"})
+    assert quickstart_report.main(["--run_dir", str(ranking.path)]) == 0
+    assert "\nvalid: AUC " in capsys.readouterr().out
 
 
 def test_mistakes_name_what_there_is(finished: FinishedRun, mesh: Mesh, capsys: pytest.CaptureFixture[str]) -> None:

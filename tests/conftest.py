@@ -87,6 +87,7 @@ def write_small_store(
     timestamp_feature: str = "timestamp",
     raw: Sequence[str] = (),
     requests: Sequence[tuple[int, int, Mapping[str, Sequence[int]]]] = (),
+    ranges: Mapping[str, Mapping[str, float]] | None = None,
     name: str = "toy",
 ) -> SequenceStore:
     """A store of the given item codes, one list a user.
@@ -109,6 +110,7 @@ def write_small_store(
 
     num_items = num_items or int(flat(items).max()) + 1
     with StoreWriter(path, name=name, command=None) as writer:
+        writer.ranges.update(ranges or {})
         writer.write_offsets(np.concatenate([[0], np.cumsum(lengths)]))
         for feature, values in (context or {}).items():
             writer.write_context(feature, np.asarray(values), cardinality=int(max(values)) + 1)

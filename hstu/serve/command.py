@@ -23,7 +23,6 @@ from hstu.checkpoint.find import is_choice
 from hstu.config.problems import did_you_mean
 from hstu.data.batches.jagged import ranges, run_starts
 from hstu.data.datasets.spec import UNKNOWN
-from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.runtime.files import Vocabulary
@@ -188,9 +187,8 @@ def users_of_file(loaded: LoadedModel, file: str | None) -> np.ndarray:
 def read_candidates(loaded: LoadedModel, file: str, features: Sequence[str]) -> Candidates:
     """Read candidates from a .csv or .parquet file with the columns user, item and ``features``.
 
-    Skips and prints unknown users and items. Raises DataError for a missing column or id, or an unknown feature value.
+    Prints unknown users and items, which are skipped, and unknown values, which count as missing. Raises DataError.
     """
-    store = loaded.store
     table = _read_table(file, ("user", "item", *features))
     users, unknown_users = _encode(table["user"], loaded.users)
     items, unknown_items = _encode(table["item"], loaded.items)
@@ -200,7 +198,7 @@ def read_candidates(loaded: LoadedModel, file: str, features: Sequence[str]) -> 
     note_unknown(loaded, file, {"user": unknown_users, "item": unknown_items})
     places, distinct = pd.factorize(users[known])
     rows = known[np.argsort(places, kind="stable")]
-    values = {name: _event_values(file, store, name, table[name])[rows] for name in features}
+    values = {name: _event_values(loaded, file, name, table[name])[rows] for name in features}
     return Candidates(distinct, np.bincount(places), items[rows], values)
 
 
@@ -232,16 +230,19 @@ def _encode(ids: pd.Series[Any], vocabulary: Vocabulary) -> tuple[np.ndarray, li
     return codes[places], [value for value, code in zip(values, codes, strict=True) if code < 0]
 
 
-def _event_values(file: str, store: SequenceStore, name: str, column: pd.Series[Any]) -> np.ndarray:
+def _event_values(loaded: LoadedModel, file: str, name: str, column: pd.Series[Any]) -> np.ndarray:
     """Stored values of an event feature: int32 codes, or float32 with NaN for missing."""
-    if store.feature(name).role == "event_number":
+    if loaded.store.feature(name).role == "event_number":
         try:
             return np.asarray(pd.to_numeric(column), dtype=np.float32)
         except (ValueError, TypeError) as error:
             raise DataError(f"{file}: column {name!r} must have numbers: {error}") from error
-    vocabulary = stored_vocabulary(store, name)
+    vocabulary = stored_vocabulary(loaded.store, name)
     codes, unknown = _encode(column.fillna(UNKNOWN).astype(str), vocabulary)
     missing = int(vocabulary.places([UNKNOWN])[0])
     if unknown and missing < 0:
-        raise DataError(f"{file}: column {name!r} has values that the data does not know: {shown(unknown)}")
+        known = f"it has {loaded.encoder.text_of(name)}"
+        raise DataError(f"{file}: column {name!r} has values that the data does not know: {shown(unknown)}; {known}")
+    if unknown:
+        note(loaded, f"{file}: {len(unknown)} unknown value(s) of {name}, taken for missing: {shown(unknown)}")
     return np.where(codes < 0, missing, codes).astype(np.int32)

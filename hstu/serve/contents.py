@@ -182,6 +182,7 @@ class _Features:
             "missing": self.missing(feature) if feature in roles.side else -1,
             "kind": kind,
             "size": len(ids),
+            "ranges": vocabulary.ranges,
         }
 
     def item_ids(self) -> np.ndarray:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from hstu.serve import runtime
 from hstu.serve.contents import check_can_be_served, collect
 from hstu.serve.loaded import LoadedModel, with_store
 from hstu.serve.program import ServingProgram, trace
+from hstu.serve.runtime.encode import Encoder
 from hstu.serve.runtime.files import FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
 from hstu.train.inference import InferenceSource, StoredSource
 
@@ -84,14 +86,15 @@ def write_serving(
         (folder / FACTS).write_text(text, encoding="utf-8")
         package = Path(runtime.__file__).parent
         shutil.copytree(package, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
-        found = difference(trained, runtime.Model(folder, json.loads(text)))
+        model = runtime.Model(folder, json.loads(text))
+        found = difference(trained, model)
     if found is not None and found > TOLERANCE:
         raise DataError(
             f"cannot export a program: it differs from the model by {found:.2g}, and {TOLERANCE:g} is allowed. "
             "This is a defect of the export for models of this configuration; please report it"
         )
     _write_tensors(folder / TABLES, _reduced(tables, table_dtype))
-    (folder / CARD).write_text(_card(trained, tables, table_dtype, evaluations or {}), encoding="utf-8")
+    (folder / CARD).write_text(_card(trained, model.encoder, tables, table_dtype, evaluations or {}), encoding="utf-8")
     files = describe_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
     manifest = {"sha256": checksum_of(files), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -176,7 +179,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _card(
-    trained: LoadedModel, tables: Mapping[str, Tensor], table_dtype: str, evaluations: Mapping[str, Mapping[str, float]]
+    trained: LoadedModel, encoder: Encoder, tables: Mapping[str, Tensor], dtype: str, evaluations: Mapping[str, Any]
 ) -> str:
     dataset = trained.config.dataset
     assert isinstance(dataset, DatasetArgs)
@@ -185,7 +188,9 @@ def _card(
     metrics = [
         f"- {split}: {name} {value:.4f}" for split, values in evaluations.items() for name, value in values.items()
     ]
-    sizes = [f"- {name}: {len(rows):,} × {rows.shape[1]}, {table_dtype}" for name, rows in tables.items()]
+    needed = {name: ", needed for every event" * each["required"] for name, each in encoder.described.items()}
+    inputs = [f"- {encoder.text_of(name)}{end}" for name, end in needed.items()]
+    sizes = [f"- {name}: {len(rows):,} × {rows.shape[1]}, {dtype}" for name, rows in tables.items()]
     left_out = "\nItems that the user has had are left out, here and in recommendations by default.\n"
     return f"""# HSTU model on {dataset.dataset_name}
 
@@ -194,6 +199,11 @@ This model {purpose}. It reads up to {trained.source.max_items:,} of the newest 
 ## Metrics
 {chr(10).join(metrics) or "The checkpoint has no record of an evaluation."}
 {left_out if trained.leaves_out_seen else ""}
+## Inputs
+Requests have the values of the raw data. Answers name the values that the model does not have.
+
+{chr(10).join(inputs)}
+
 ## Tables
 {chr(10).join(sizes)}
 

@@ -39,7 +39,7 @@ def stored_vocabulary(store: SequenceStore, feature: str) -> Vocabulary:
     """The vocabulary of a feature of the data: raw value → code."""
     if feature != USER_FEATURE and not store.feature(feature).has_vocab:
         return Vocabulary("range", store.cardinality(feature))
-    return vocabulary_of(store.raw_ids(feature))
+    return vocabulary_of(store.raw_ids(feature), ranges=store.ranges.get(feature))
 
 
 def vocabularies_of(source: BatchSource, raw_ids: RawIds) -> dict[str, Vocabulary]:
@@ -53,7 +53,7 @@ def vocabularies_of(source: BatchSource, raw_ids: RawIds) -> dict[str, Vocabular
             is_time = name in TIME_FEATURES and name in source.roles.side
             found[name] = Vocabulary("time" if is_time else "range", size, missing=size, unknown=size)
         else:
-            found[name] = vocabulary_of(raw, missing=size, unknown=size)
+            found[name] = vocabulary_of(raw, missing=size, unknown=size, ranges=source.ranges.get(name))
         if name in source.roles.side:
             found[name].missing = int(found[name].rows([UNKNOWN])[0])
     return found
@@ -64,6 +64,9 @@ def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[
     roles, network, is_retrieval = source.roles, config.network, config.task == "retrieval"
     times = [name for name, vocabulary in vocabularies.items() if vocabulary.kind == "time"]
     widths = zip(roles.numbers, roles.number_widths, strict=True)
+    stored = source.store.features if isinstance(source, StoreSource) else {}
+    ranked = {name: each.statistics.quantiles for name, each in stored.items() if each.statistics}
+    seen = {name: (values[0], values[-1]) for name, values in ranked.items() if values}
     return {
         "task": config.task,
         "item": roles.item,
@@ -71,7 +74,9 @@ def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[
         "contextual": list(roles.contextual),
         "side": [name for name in roles.categories if name not in roles.known_after],
         "known_after": [name for name in roles.categories if name in roles.known_after],
-        "numbers": [{"name": name, "width": width, "known_after": name in roles.known_after} for name, width in widths],
+        "numbers": [
+            {"name": n, "width": w, "known_after": n in roles.known_after, "seen": seen.get(n)} for n, w in widths
+        ],
         "max_items": source.max_items,
         "reads_times": network.needs_times or bool(times),
         "reads_request_time": (network.needs_times and config.asks_for_next)

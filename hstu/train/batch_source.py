@@ -52,6 +52,8 @@ class BatchSource(ABC):
     """Feature → n: ids are in [0, n), or n different int64 if the store keeps raw ids."""
     raw_features: tuple[str, ...] = ()
     """Features whose raw ids, any int64, go to the model."""
+    ranges: Mapping[str, Mapping[str, float]]
+    """See SequenceStore; empty for random data."""
     label_facts: Mapping[str, LabelFacts]
     """Label of ``roles.labels`` → the values that occur; empty without data."""
     max_items: int
@@ -67,7 +69,7 @@ class BatchSource(ABC):
 
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
-        self.label_facts = {}
+        self.label_facts, self.ranges = {}, {}
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         self.negatives = Negatives.of(config.retrieval) if config.retrieval else None

@@ -66,6 +66,7 @@ class StoredSource(BatchSource):
         )
         self.cardinalities = facts["cardinalities"]
         self.raw_features = tuple(facts["raw"])
+        self.ranges = facts.get("ranges", {})
         self.raw_ids = RawIds.from_stored(open_tensors(checkpoint), self.roles.names)
         dynamic = read_tables(checkpoint)
         stored = [
@@ -128,6 +129,7 @@ def describe_features(source: BatchSource) -> dict[str, Any]:
         **{name: list(getattr(source.roles, name)) for name in _SIDE_FACTS},
         "cardinalities": source.cardinalities,
         "raw": list(source.raw_features),
+        "ranges": dict(source.ranges),
     }
 
 

@@ -50,6 +50,7 @@ class StoreSource(BatchSource):
         super().__init__(config, mesh, world_size)
         self._args = args
         self.store = open_store(args)
+        self.ranges = self.store.ranges
         self.eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         """The data for evaluation."""
         tasks, tower = tasks_of(config), config.has_item_tower

@@ -140,7 +140,7 @@ def test_an_export_answers_histories_without_the_data(results: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("case", "told"),
     [
-        ("no actions", "has no actions, but the model reads 'did'"),
+        ("no actions", "has no actions, but the model reads did (integer: 0, 1, 2, 3)"),
         ("times", "--times: 'noon' is not a whole number of seconds since 1970"),
         ("at no time", "--at: 'noon' is no time; give now, seconds since 1970"),
         ("wrong", "wrong.json: history 1: items must be a list"),

@@ -14,6 +14,7 @@ import torch
 from hstu import api
 from hstu.api import TrainedModel
 from hstu.config.args import EmbeddingArgs
+from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
@@ -28,6 +29,8 @@ from tests.conftest import write_small_store
 from tests.train.tiny import ITEM_FEATURES, ITEMS, tables_of, tables_with_dynamic, tiny_config, walks
 
 EVENT_CATEGORIES = ("device", "watched")
+RANGES = {"watched": {f"value 00{code}": first for code, first in enumerate((0.0, 0.5, 1.0, 7.5))}}
+"""The values of "watched" are ranges of numbers, or unknown."""
 FEATURES = ["colour", "tags", "device", "watched", "price", "shape", "spent"]
 FEATURES += ["hour_of_day", "day_of_week", "time_gap"]
 EVERY_FEATURE: dict[str, Any] = {"side_feature_names": FEATURES, "known_after": ["watched", "spent"]}
@@ -51,6 +54,8 @@ def feature_store(path: Path, **options: Any) -> SequenceStore:
         },
         item_numbers={"price": rng.normal(size=(ITEMS, 1)).astype(np.float32), "shape": shape},
         event_numbers={"spent": [[i / 3 for i in row] for row in rows]},
+        event_texts={"watched": [*RANGES["watched"], UNKNOWN]},
+        ranges=RANGES,
         timestamps=[np.cumsum(rng.integers(1, 90_000, len(row))).tolist() for row in rows],
         **options,
     )

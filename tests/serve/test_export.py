@@ -74,6 +74,41 @@ def test_scores_are_predictions_of_the_tasks(ranking: Served) -> None:
     assert scores["p_level_2"] == pytest.approx(logits[:, :4].softmax(1)[:, 2].tolist())
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (7.5, "value 003"),
+        ("1e3", "value 003"),
+        (7, "value 002"),
+        ("0.99", "value 001"),
+        (0, "value 000"),
+        (-3, "value 000"),
+    ],
+)
+def test_a_number_is_read_as_the_range_of_training_that_holds_it(ranking: Served, given: object, meant: str) -> None:
+    for encoder in (ranking.model.encoder, ranking.trained.encoder):
+        watched = encoder.vocabularies["watched"]
+        assert watched.rows([given]).equal(watched.rows([meant])) and not watched.rows([given]).equal(
+            watched.rows([""])
+        )
+
+
+def test_an_answer_names_the_values_that_the_model_does_not_have(ranking: Served, retrieval: Served) -> None:
+    watched = ["teenager", "nan", "1_0", True, "1e999"]
+    features = {"watched": [*watched, None], "spent": [1.5] * 6, "device": ["value 000"] * 5 + ["tablet"]}
+    user = request([1000] * 6, [1] * 5 + [9], range(6), features=features, context={"town": 7.5})
+    shown = Candidates([1000, -5], {"device": [None, "fridge"]})
+    unknown = {"action": [9], "watched": sorted(watched, key=str), "device": ["fridge", "tablet"], "town": [7.5]}
+    assert ranking.model.score(user, shown).unknown == {**unknown, "item_id": [-5]}
+    assert ranking.model.unknown(user) == {**unknown, "device": ["tablet"]}
+    assert retrieval.model.recommend(request([1000, 7], [1, 1], [0, 1])).unknown == {"item_id": [7]}
+    card = (ranking.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "- watched (number: value 000, value 001, value 002, value 003), needed for every event" in card
+    assert "- shape (list of 3 numbers)\n" in card and "- spent (number: 0..3.33333), needed" in card
+    with pytest.raises(ServingError, match=r"no feature device \(text: value 000, value 001, value 002\), which"):
+        ranking.model.score(request([1000], [1], [0]), shown)
+
+
 def test_the_check_notices_a_model_that_differs(ranking: Served) -> None:
     weight = ranking.trained.model.dense.get_parameter("task.encoder.layers.0.bias.time_weight")
     with torch.no_grad():
@@ -168,11 +203,15 @@ def test_another_version_is_an_error(retrieval: Served, monkeypatch: pytest.Monk
     ("history", "at", "message"),
     [
         ({"items": []}, None, "has no items"),
-        ({"items": [1]}, None, "has no actions, but the model reads 'action'"),
+        ({"items": [1]}, None, r"no actions, but the model reads action \(integer: 0, 1, 2, 3\): give"),
         ({"items": [1], "actions": [1]}, None, "has no timestamps"),
         ({"items": [1, 2], "actions": [1], "timestamps": [1, 2]}, None, "has 1 actions for 2 items"),
-        ({"context": {"country": 1}}, None, "has no contextual feature 'country'; it has town"),
-        ({"features": {"colours": [1]}}, None, "has no feature of items or events 'colours'; it has colour, tags"),
+        ({"context": {"country": 1}}, None, r"has no contextual feature 'country'; it has town \(integer: 0, 1, 2\)"),
+        (
+            {"features": {"colours": [1]}},
+            None,
+            r"or events 'colours'; it has colour \(text: value 000, value 001, value 002\), tags \(list of text: ",
+        ),
         ({"features": {"price": ["much"]}}, None, "a value of 'price' is 'much'; give a finite number"),
         ({"features": {"price": [10**400]}}, None, "a value of 'price' is 1000.*0000; give a finite number"),
         ({"features": {"colour": [["value 000"]]}}, None, r"'colour' is \['value 000'\]; give one value, or None"),

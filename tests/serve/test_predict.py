@@ -21,10 +21,12 @@ from hstu.checkpoint.find import locate
 from hstu.data.store.reader import GivenRequests
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from hstu.serve.command import read_candidates
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.outputs import columns_of, predictions_of
 from hstu.serve.predict import choose_split, evaluate_split, with_metrics
 from tests.conftest import write_small_store
+from tests.serve.served import Served
 from tests.train.tiny import ACTIONS, ITEM_FEATURES, ITEMS, FinishedRun, walks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -243,6 +245,19 @@ def test_mistakes_are_told(refused: Callable[..., str], here: Path) -> None:
     (here / "out").mkdir(exist_ok=True)
     (here / "out" / "mine.txt").write_text("mine")
     assert "out exists; give another name" in refused("retrieval")
+
+
+def test_a_file_of_candidates_has_raw_values_and_unknown_ones_are_named(
+    ranking: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "pairs.csv").write_text("user,item,watched,device\n100,1000,2.5,tv\n100,1001,,tv\n100,1002,much,tv\n")
+    found = read_candidates(ranking.trained, str(tmp_path / "pairs.csv"), ["watched"])
+    assert found.values["watched"].tolist() == [2, 4, 4]
+    assert "1 unknown value(s) of watched, taken for missing: 'much'" in capsys.readouterr().err
+    with pytest.raises(
+        DataError, match=r"'device' has values .* know: 'tv'; it has device \(text: value 000, value 001"
+    ):
+        read_candidates(ranking.trained, str(tmp_path / "pairs.csv"), ["device"])
 
 
 def test_candidates_after_the_time_of_the_request_are_refused(store: SequenceStore) -> None:

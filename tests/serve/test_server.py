@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -117,6 +118,31 @@ def test_the_page_needs_nothing_from_elsewhere(stub: Client) -> None:
     assert "://" not in reply.text and "default-src 'self'" in reply.headers["content-security-policy"]
     paths = stub.get("/openapi.json").json["paths"]
     assert {"/recommend", "/score", "/embed", "/health", "/metrics", "/model", "/items"} == paths.keys()
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node, which runs the script of the page, is not installed")
+def test_the_page_has_a_field_for_each_feature_that_the_model_reads(ranking: Served) -> None:
+    steps = [("user", 0, "town", "2"), ("history", 0, "watched", "2.5"), ("history", 1, "device", "value 001")]
+    steps += [
+        ("history", 1, "watched", "x"),
+        ("history", 1, "spent", "0.5"),
+        ("shown", 0, "device", "value 002"),
+        ("history", 0, "action", "1"),
+    ]
+    with serving(ranking, Settings(poll_s=3600)) as client:
+        page = f"http://127.0.0.1:{client.port}/?items=1000,1001"
+        command = ["node", str(Path(__file__).with_name("page.js")), page, "1002", json.dumps(steps)]
+        found = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+    rows = {(list_, name): (kind, values) for list_, kind, name, values in found["fields"]}
+    assert rows["history", "device"] == rows["shown", "device"]
+    assert rows["history", "device"] == ("select", ["device?", "value 000", "value 001", "value 002"])
+    assert rows["user", "town"] == ("select", ["town?", 0, 1, 2]) and rows["history", "watched"] == ("input", [])
+    assert ("shown", "watched") not in rows and ("history", "colour") not in rows
+    sent = found["sent"]
+    assert sent["features"] == {"device": [None, "value 001"], "watched": [2.5, "x"], "spent": [None, 0.5]}
+    assert sent["context"] == {"town": 2} and sent["actions"] == [1, 3]
+    assert sent["candidates"] == ["1002"] and sent["candidate_features"] == {"device": ["value 002"]}
+    assert "high" in found["answer"] and found["wrong"] == "The model does not have: watched x"
 
 
 def test_overload_is_refused_with_a_time_to_retry(tmp_path: Path) -> None:
@@ -263,7 +289,11 @@ def test_the_server_says_what_the_model_reads_and_finds_items(
 ) -> None:
     facts = retrieval_server.get("/model").json
     assert facts["task"] == "retrieval" and facts["reads"]["timestamps"] and facts["reads"]["request_time"]
-    assert facts["reads"]["features"] == {"colour": False, "tags": False, "price": False}
+    reads = facts["reads"]["features"]
+    assert [*reads] == ["colour", "tags", "price"] and not any(each["required"] for each in reads.values())
+    tags = {"type": "text", "is_list": True, "count": 5, "values": [f"value 00{code}" for code in range(5)]}
+    assert reads["tags"] == {**tags, "required": False, "before": False}
+    assert [*facts["reads"]["context"]] == ["town"] and reads["price"]["values"] == ["-1.25907..1.51392"]
     assert retrieval_server.get("/items?q=1003").json["items"] == [{"item": 1003, "title": ""}]
     titles = [f"Film {number}" for number in range(retrieval.model.encoder.items.size)]
     monkeypatch.setattr(retrieval.model, "titles", titles)
@@ -294,7 +324,8 @@ def test_a_ranking_model_scores_candidates(ranking: Served) -> None:
         assert answer["unknown_items"] == [-5]
         assert {name: values[0] for name, values in answer["scores"].items()} == dict.fromkeys(scores)
         assert "no items" in client.post("/score", {"items": [], **shown}).json["error"]
-        assert client.get("/model").json["reads"]["features"]["device"] is True
+        reads = client.get("/model").json["reads"]["features"]
+        assert reads["device"]["required"] and reads["device"]["before"] and not reads["watched"]["before"]
         for path in ("/recommend", "/embed"):
             reply = client.post(path, user)
             assert reply.status == 422 and "use /score" in reply.json["error"]

@@ -222,12 +222,12 @@ def test_what_a_history_lacks_or_what_is_unknown_in_it_is_told(old: FinishedRun,
     assert unknown == {"what": ["no item"], "user_id": ["zoe"]}
     assert len(answer.items) == 3 and not set(items) & set(answer.items)
     for history, told in (
-        (api.History("zoe", items=items), "has no actions, but the model reads 'did'"),
+        (api.History("zoe", items=items), r"has no actions, but the model reads did \(integer: 0, 1, 2, 3\)"),
         (api.History("zoe", items=[], actions=[]), "has no items"),
         (api.History("zoe", items=items, actions=[1]), "has 1 actions for 3 items"),
         (
             api.History("zoe", items=items, actions=[1, 2, 3], context={"city": "Ulm"}),
-            "no contextual feature 'city'; it has town, user_id",
+            r"'city'; it has town \(text: Köln, Rom, Ulm\), user_id \(text: … 20 values\)",
         ),
     ):
         with pytest.raises(DataError, match=told):

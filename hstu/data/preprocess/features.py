@@ -170,6 +170,7 @@ def _value_in_vocabulary(build: Build, feature: str, name: str, value: str, rela
         return value
     rows = f"(SELECT {value} AS value FROM {relation})"
     found: Mapping[str, float] = build.once(f"ranges {name}", lambda: _find_ranges(build, feature, rows))
+    build.writer.ranges[feature] = found
     number = as_number(value)
     cases = [f"WHEN {number} >= CAST('{start!r}' AS DOUBLE) THEN {literal(key)}" for key, start in found.items()][::-1]
     return f"CASE WHEN {value} = {literal(UNKNOWN)} THEN {value} {' '.join(cases)} ELSE {value} END"

@@ -101,6 +101,9 @@ class SequenceStore:
         self.num_candidates: int = meta.get("num_candidates", 0)
         self.split: str | None = meta.get("split")
         """Column of the raw data that assigns events to splits. None: the options of a run define the splits."""
+        ranges = meta.get("ranges", {}).items()
+        self.ranges = {name: {key: float(first) for key, first in each.items()} for name, each in ranges}
+        """Feature of --bins → its values, which are ranges of numbers → the first number of each, ascending."""
         self.command: str | None = meta["command"]
         self._files = StoreFiles(path, meta)
 

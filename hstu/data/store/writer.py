@@ -61,6 +61,8 @@ class StoreWriter:
         self.target = Path(target).resolve()  # a symbolic link stays; the directory behind it is replaced
         self.statistics: Mapping[str, Any] = {}
         self.sources: Mapping[str, str] = {}
+        self.ranges: dict[str, Mapping[str, float]] = {}
+        """See SequenceStore.ranges."""
         self._name = name
         self._command = command
         self._resume_key = resume_key
@@ -232,6 +234,7 @@ class StoreWriter:
             "name": self._name,
             "command": self._command,
             **({"split": self._split} if self._split else {}),
+            **({"ranges": self.ranges} if self.ranges else {}),
             "num_users": self._num_users,
             "num_events": self._arrays[item.file][1],
             "num_requests": self._num_requests,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from reprlib import repr
 from typing import Any
 
@@ -22,6 +23,7 @@ from .requests import (
     name_of,
 )
 
+_VALUES_OF_TEXT = 6
 _NO_EVENT = -(2**63)
 """Stands for the time of the newest event of a user without events."""
 
@@ -84,9 +86,35 @@ class Encoder:
         """Features that a request may contain for candidates; retrieval reads none."""
         return [] if self.facts["task"] == "retrieval" else feature_names(self.facts, known_after=False)
 
+    @cached_property
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Item, action, contextual feature, feature of items or events → what a request gives for it. JSON.
+
+        "type", and "is_list" for lists and vectors; "count" and the first "values" that the model has: ranges for a
+        number, none for users. "required": every event needs it; "before": candidates may have it.
+        """
+        facts, required = self.facts, self.given_features
+        kinds = {name: own.described(facts["features"][name]["is_list"]) for name, own in self.vocabularies.items()}
+        kinds.get("user_id", {})["values"] = []  # ids of users are private
+        for each in facts["numbers"]:
+            width, values = each["width"], ["{:g}..{:g}".format(*each["seen"])] if each.get("seen") else []
+            kind = "number" if width == 1 else f"{width} numbers"
+            kinds[each["name"]] = {"type": kind, "is_list": width > 1, "count": len(values), "values": values}
+        return {
+            name: {**kinds[name], "required": required.get(name, False), "before": name in self.known_before}
+            for name in filter(None, (facts["item"], facts["action"], *facts["contextual"], *required))
+        }
+
+    def text_of(self, name: str) -> str:
+        """A feature with its type and values, such as "device (text: phone, tv, web)"."""
+        entry = self.described[name]
+        values = [str(value) for value in entry["values"][:_VALUES_OF_TEXT]]
+        values += [f"… {entry['count']:,} values"] * (entry["count"] > len(values))
+        return f"{name} ({'list of ' * entry['is_list']}{entry['type']}{': ' * bool(values)}{', '.join(values)})"
+
     def history(self, history: History, at: int | None, room: int) -> Events:
         """Encode the context and the newest ``room`` events. Raises ``error`` for an invalid history."""
-        self._refuse(history_problems(history, at, self.facts))
+        self._refuse(history_problems(history, at, self.facts, self.text_of))
         facts, count = self.facts, len(history.items)
         newest = slice(max(0, count - room), None)
         shown = history.cut(newest)
@@ -110,7 +138,7 @@ class Encoder:
         count, newest = len(candidates.items), _NO_EVENT
         if self.facts["reads_times"] and history.timestamps is not None and len(history.timestamps):
             newest = int(history.timestamps[-1])
-        self._refuse(candidate_problems(candidates, self.facts))
+        self._refuse(candidate_problems(candidates, self.facts, self.text_of))
         found = []
         for part in range(parts):
             shown = candidates.cut(slice(count * part // parts, count * (part + 1) // parts))
@@ -234,8 +262,8 @@ class Encoder:
     def _of_items(self, name: str, who: str) -> Tensor:
         if f"item.{name}" not in self._known:
             raise self.error(
-                f"{who} no feature {name!r}, which the model reads and which is not known of the items: give one value "
-                "per item"
+                f"{who} no feature {self.text_of(name)}, which the model reads and which is not known of the items: "
+                "give one value per item"
             )
         return self._known[f"item.{name}"]
 

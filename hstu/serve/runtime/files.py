@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -22,6 +23,8 @@ MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.s
 PROGRAM, WEIGHTS = "program.pt2", "weights.safetensors"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "I64": torch.int64, "U8": torch.uint8}
 _INT64, _DIGITS = range(-(2**63), 2**63), re.compile("-?[0-9]{1,19}")
+_NUMBER = re.compile(r" *[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)? *")
+_MOST_LISTED = 50  # values of a feature in its description
 
 
 def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -130,6 +133,8 @@ class Vocabulary:
         rows: row of each value, int64 [size]. None: the index of the value.
         missing: row for a missing value (None).
         unknown: row for an unknown value; -1 gives zeros.
+        ranges: those of the texts that are ranges of numbers → the first number of each, ascending. A number has the
+            last range that does not begin after it, as in training; a smaller one has the first range.
     """
 
     def __init__(
@@ -140,9 +145,11 @@ class Vocabulary:
         rows: Tensor | None = None,
         missing: int = -1,
         unknown: int = -1,
+        ranges: Mapping[str, float] | None = None,
     ) -> None:
         self.kind, self.size, self.missing, self.unknown = kind, size, missing, unknown
         self._rows = rows
+        self.ranges = {name: float(first) for name, first in (ranges or {}).items()}
         self.texts = values if isinstance(values, list) else []
         self.numbers = values if isinstance(values, Tensor) else torch.empty(0, dtype=torch.int64)
 
@@ -152,16 +159,28 @@ class Vocabulary:
         key, kind = f"ids.{name}", facts["kind"]
         values = texts_of(stored, key) if kind == "texts" else stored.get(key)
         size = facts["size"] if values is None else len(values)
-        return cls(kind, size, values, stored.get(f"rows.{name}"), facts["missing"])
+        return cls(kind, size, values, stored.get(f"rows.{name}"), facts["missing"], ranges=facts.get("ranges"))
 
     @cached_property
     def _places(self) -> dict[str, int]:
         return {text: place for place, text in enumerate(self.texts)}
 
+    def _place(self, text: str) -> int:
+        if self.ranges and text not in self._places and _NUMBER.fullmatch(text) and math.isfinite(float(text)):
+            text = [*self.ranges][max(0, bisect_right([*self.ranges.values()], float(text)) - 1)]
+        return self._places.get(text, -1)
+
+    def described(self, is_list: bool) -> dict[str, Any]:
+        """The type of the values, their number, and the first of them: ranges, if they are ranges of numbers."""
+        kind = "number" if self.ranges else "text" if self.kind == "texts" else "integer"
+        count = 0 if self.kind == "raw" else min(self.size, _MOST_LISTED)
+        values = [*self.ranges][:_MOST_LISTED] or self.values_at(torch.arange(count))
+        return {"type": kind, "is_list": is_list, "count": len(self.ranges) or self.size, "values": values}
+
     def places(self, values: Sequence[Any]) -> Tensor:
         """Index of each value in the vocabulary, int64 [n]; -1 if unknown. Numbers may be given as texts."""
         if self.kind == "texts":
-            return torch.tensor([self._places.get(str(value), -1) for value in values], dtype=torch.int64)
+            return torch.tensor([self._place(str(value)) for value in values], dtype=torch.int64)
         numbers = [_as_int64(value) for value in values]
         if self.kind in ("range", "time"):
             known = range(self.size)

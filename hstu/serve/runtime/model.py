@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,14 @@ class Recommendation:
     """Cosine similarities of user and item."""
     titles: list[str]
     """Titles of the items; empty if the data has no titles."""
+    unknown: dict[str, list[Any]] = field(default_factory=dict)
+    """Item, action or feature → values of the history that the model does not have."""
+
+
+class Scores(dict[str, list[Any]]):
+    """Name of a prediction → its value per candidate. ``unknown``: as of a Recommendation, also of the candidates."""
+
+    unknown: dict[str, list[Any]]
 
 
 def load(directory: str | Path, *, like: Model | None = None) -> Model:
@@ -119,6 +127,7 @@ class Model:
         shown = Candidates(item, {name: [None] for name in encoder.known_before})
         (computed,) = self.run([self.encode(history, shown, 0 if self.reads_request_time else None)])
         self.predictions(self.outputs_of(item, computed))
+        assert all(encoder.text_of(name) for name in encoder.described)
         if not computed.isfinite().all():
             raise ServingError("it gives no finite number")
 
@@ -153,7 +162,14 @@ class Model:
         """
         self._item_vectors("recommend")
         lists = [(self.left_out(history, filter_seen), None) for history in histories]
-        return self.nearest(self.embed_batch(histories, at), [k] * len(histories), lists)
+        found = self.nearest(self.embed_batch(histories, at), [k] * len(histories), lists)
+        return [replace(each, unknown=self.unknown(own)) for each, own in zip(found, histories, strict=True)]
+
+    def unknown(self, history: History, candidates: Candidates | Sequence[Any] = ()) -> dict[str, list[Any]]:
+        """Item, action or feature → values of a request that the model reads and does not have."""
+        shown = candidates if isinstance(candidates, Candidates) else Candidates(candidates)
+        read = history.cut(slice(-self.facts["max_items"], None))
+        return self.encoder.unknown([read, History(items=shown.items, features=shown.features)])
 
     def nearest(self, queries: Tensor, k: Sequence[int], lists: Sequence[Lists]) -> list[Recommendation]:
         """Find the ``k`` items nearest to each unit vector of ``queries``, float32 [n, E]."""
@@ -207,28 +223,27 @@ class Model:
         """Unit vectors of items, float32 [len(items), E]; zeros for unknown items."""
         return self._item_vectors("embed")[self.encoder.items.places(items)]
 
-    def score(
-        self, history: History, candidates: Candidates | Sequence[Any], at: int | None = None
-    ) -> dict[str, list[Any]]:
+    def score(self, history: History, candidates: Candidates | Sequence[Any], at: int | None = None) -> Scores:
         """Score candidates for one history, see :meth:`score_batch`."""
         return self.score_batch([history], [candidates], at)[0]
 
     def score_batch(
         self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]], at: int | None = None
-    ) -> list[dict[str, list[Any]]]:
+    ) -> list[Scores]:
         """Score candidates. Returns for each history: name → one value per candidate, None for unknown items.
 
         The names are the ``columns`` of ``facts["tasks"]``: probabilities and values of ranking, the cosine as "score"
         of retrieval. Errors: :meth:`recommend_batch`.
         """
-        return [self.predictions(outputs) for outputs in self.predict_batch(histories, candidates, at)]
+        found = [self.predictions(outputs) for outputs in self.predict_batch(histories, candidates, at)]
+        for scores, history, shown in zip(found, histories, candidates, strict=True):
+            scores.unknown = self.unknown(history, shown)
+        return found
 
-    def predictions(self, outputs: Tensor) -> dict[str, list[Any]]:
+    def predictions(self, outputs: Tensor) -> Scores:
         """Convert outputs for candidates, float32 [n, outputs], to name → values, None for those that are NaN."""
         columns = columns_of(self.facts["tasks"], outputs)
-        return {
-            name: [None if value != value else value for value in values.tolist()] for name, values in columns.items()
-        }
+        return Scores({name: [None if v != v else v for v in each.tolist()] for name, each in columns.items()})
 
     def outputs_of(self, items: Sequence[Any], computed: Tensor) -> Tensor:
         """Outputs for candidates, float32 [n, outputs], from those of :meth:`run`. NaN for items without a score."""

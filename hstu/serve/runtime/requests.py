@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import pairwise
 from reprlib import repr
@@ -10,6 +10,7 @@ from typing import Any
 
 _SECONDS = range(-(10**11), 10**11)
 """Times that can be seconds since 1970: 3,000 years. Since 1973, milliseconds are outside."""
+TextOf = Callable[[str], str]  # Encoder.text_of
 
 
 class ServingError(ValueError):
@@ -71,7 +72,7 @@ def feature_names(facts: Mapping[str, Any], known_after: bool = True) -> list[st
     return [name for name in names if facts["features"][name]["kind"] != "time"] + numbers
 
 
-def history_problems(history: History, at: int | None, facts: Mapping[str, Any]) -> Iterator[str]:
+def history_problems(history: History, at: int | None, facts: Mapping[str, Any], text_of: TextOf) -> Iterator[str]:
     """Yield what is wrong with a history for a request at time ``at``."""
     count, who, times = len(history.items), name_of(history), history.timestamps
     if not count and facts["task"] == "retrieval":
@@ -79,7 +80,7 @@ def history_problems(history: History, at: int | None, facts: Mapping[str, Any])
     elif not count and at is None and facts["reads_times"]:
         yield f"{who} has no items; give the time of the request"
     if count and facts["action"] and history.actions is None:
-        yield f"{who} has no actions, but the model reads {facts['action']!r}: give one per item"
+        yield f"{who} has no actions, but the model reads {text_of(facts['action'])}: give one per item"
     if count and facts["reads_times"] and times is None:
         yield f"{who} has no timestamps, but the model reads times: give one per item"
     features = {f"features {name!r}": values for name, values in history.features.items()}
@@ -87,8 +88,8 @@ def history_problems(history: History, at: int | None, facts: Mapping[str, Any])
         if values is not None and len(values) != count:
             yield f"{who} has {len(values)} {what} for {count} items; give one per item"
     yield from _shape_problems(history.features, facts)
-    yield from _unknown_names("contextual feature", history.context, facts["contextual"])
-    yield from _unknown_names("feature of items or events", history.features, feature_names(facts))
+    yield from _unknown_names("contextual feature", history.context, facts["contextual"], text_of)
+    yield from _unknown_names("feature of items or events", history.features, feature_names(facts), text_of)
     if at is not None and not facts["reads_request_time"]:
         yield "the model does not read the time of a request; leave it out"
     seconds = [] if times is None else [int(time) for time in times]
@@ -101,11 +102,11 @@ def history_problems(history: History, at: int | None, facts: Mapping[str, Any])
         yield f"{who} has the time {farthest}; give whole seconds since 1970, not milliseconds"
 
 
-def candidate_problems(candidates: Candidates, facts: Mapping[str, Any]) -> Iterator[str]:
+def candidate_problems(candidates: Candidates, facts: Mapping[str, Any], text_of: TextOf) -> Iterator[str]:
     """Yield what is wrong with candidates."""
     known, count = feature_names(facts, known_after=False), len(candidates.items)
     yield from _shape_problems(candidates.features, facts)
-    yield from _unknown_names("feature that is known before an event,", candidates.features, known)
+    yield from _unknown_names("feature that is known before an event,", candidates.features, known, text_of)
     for name, values in candidates.features.items():
         if len(values) != count:
             yield f"{len(values)} features {name!r} for {count} candidates; give one per candidate"
@@ -119,7 +120,7 @@ def _shape_problems(features: Mapping[str, Sequence[Any]], facts: Mapping[str, A
                 yield f"a value of {name!r} is {repr(value)}; give {'a list' if is_list else 'one value'}, or None"
 
 
-def _unknown_names(what: str, given: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
+def _unknown_names(what: str, given: Mapping[str, Any], known: Sequence[str], text_of: TextOf) -> Iterator[str]:
     for name in given:
         if name not in known:
-            yield f"the model has no {what} {name!r}; it has {', '.join(known) or 'none'}"
+            yield f"the model has no {what} {name!r}; it has {', '.join(map(text_of, known)) or 'none'}"

@@ -34,7 +34,6 @@ from .batching import Batcher, Metrics, Overloaded, Settings
 from .model import Answer, RecommendRequest, ScoreRequest, ServedModel, User
 from .swap import LiveModel
 
-_SHOWN_ACTIONS = 20
 _SHOWN_PROBLEMS = 10
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -307,8 +306,7 @@ async def _watch(live: LiveModel, every_s: float) -> None:
 
 def _facts(served: ServedModel) -> dict[str, Any]:
     facts, encoder = served.model.facts, served.model.encoder
-    actions = encoder.vocabularies[facts["action"]] if facts["action"] else None
-    values = actions.values_at(torch.arange(actions.size)) if actions and actions.size <= _SHOWN_ACTIONS else []
+    action = encoder.described.get(facts["action"], {"count": 0, "values": []})
     return {
         "model": served.version,
         "task": served.task,
@@ -317,11 +315,11 @@ def _facts(served: ServedModel) -> dict[str, Any]:
         "filter_seen": facts.get("filter_seen", True),
         "reads": {
             "actions": facts["action"],
-            "action_values": values,
+            "action_values": action["values"] if len(action["values"]) == action["count"] else [],
             "timestamps": facts["reads_times"],
             "request_time": facts["reads_request_time"],
-            "context": facts["contextual"],
-            "features": encoder.given_features,
+            "context": {name: encoder.described[name] for name in facts["contextual"]},
+            "features": {name: encoder.described[name] for name in encoder.given_features},
         },
         "predictions": facts["tasks"],
     }

@@ -49,7 +49,7 @@ class User(BaseModel):
     timestamps: list[Seconds] | None = Field(
         None, max_length=MAX_EVENTS, description="Seconds since 1970, one per event, if the model reads times"
     )
-    context: dict[Name, Id | None] = Field({}, description="Contextual feature → value of the user")
+    context: dict[Name, Number | Text | None] = Field({}, description="Contextual feature → value of the user")
     features: dict[Name, list[Value]] = Field({}, description="Feature of items or events → one value per event")
     user: Id | None = Field(None, description="Id of the user, for models that read it")
     at: Seconds | None = Field(
@@ -157,11 +157,10 @@ class ServedModel:
         return dict(zip(ranked, found, strict=True))
 
     def _answer(self, query: Query, output: Tensor, best: Recommendation | None) -> Answer:
-        encoder, shown = self.model.encoder, query.candidates or Candidates([])
-        read = query.history.cut(slice(-encoder.facts["max_items"], None))
+        shown = query.candidates or Candidates([])
         named = [*shown.items, *(query.allow or ()), *query.deny]
-        found = encoder.unknown([read, History(items=named, features=shown.features)])
-        unknown_items = set(found.pop(encoder.facts["item"], []))
+        found = self.model.unknown(query.history, Candidates(named, shown.features))
+        unknown_items = set(found.pop(self.model.facts["item"], []))
         content: Any = best or output[0].tolist()
         if query.candidates is not None:
             outputs = self.model.outputs_of(shown.items, output)

@@ -21,6 +21,7 @@ from hstu.data.preprocess.build import build_store
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.preprocess.state import BuildOptions
 from hstu.data.store.sequence_store import SequenceStore
+from hstu.serve.histories import stored_vocabulary
 from scripts.preprocess_dataset import main
 from tests.data.own_tables import own_store
 from tests.data.preprocess.test_restart import contents, stopped_after_each_stage
@@ -103,6 +104,7 @@ def test_numbers_are_grouped_into_ranges_of_equally_many(tmp_path: Path) -> None
     store = make(
         tmp_path, events, items, item_columns=("weight",), event_columns=("price",), bins={"price": 2, "weight": 4}
     )
+    assert store.ranges["price"] == {"0..4": 0, "5..8": 5} and [*store.ranges["weight"].values()] == [0, 1, 2, 3]
     assert of_events(store, "price") == ["0..4"] * 3 + [UNKNOWN] + ["0..4"] + ["5..8"] * 4
     weights = of_items(store, "weight")
     assert weights["x0"] == "0..0.5" and weights["x7"] == "3..3.5" and weights["x8"] == UNKNOWN
@@ -153,7 +155,10 @@ def test_any_tables_give_the_store_of_a_plain_reference(rows: list[Any], of_item
         store.verify_contents()
 
     ordered = events.sort_values(["u", "t"], kind="stable")
-    assert of_events(store, "price") == ranges_of_thirds(ordered.price.tolist())
+    prices = ordered.price.tolist()
+    assert of_events(store, "price") == ranges_of_thirds(prices)
+    served = stored_vocabulary(store, "price").places([price or UNKNOWN for price in prices])
+    assert served.tolist() == store.sequence("price").tolist()
     codes, vocabulary = codes_of(ordered.device.replace("", UNKNOWN))
     assert store.sequence("device").tolist() == codes and store.raw_ids("device").tolist() == vocabulary
     ids = sorted(set(events.i))

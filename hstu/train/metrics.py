@@ -1,6 +1,7 @@
 """Exact metrics in float64: areas under ROC curves, classification metrics and retrieval metrics.
 
 Ties get midranks: equal scores count one half in an AUC, and a retrieval target ranks in the middle of equal scores.
+Scores of a ranking task are also equal if they differ by rounding alone (``without_rounding``).
 A metric that the data does not define (one class only, nothing evaluated) is nan, and a warning gives the reason.
 """
 
@@ -15,6 +16,9 @@ from math import nan
 import numpy as np
 
 logger = logging.getLogger(__name__)
+
+ROUNDING = 32 * float(np.finfo(np.float32).eps)
+"""4e-6: scores of a user that differ by less, relative to the user's largest |score|, are equal but for rounding."""
 
 
 @contextmanager
@@ -49,6 +53,30 @@ def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | 
     rank_sums = np.add.reduceat(midranks * positive, group_starts) - num_positive * group_starts
     with np.errstate(invalid="ignore"):
         return (rank_sums - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
+
+
+def without_rounding(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Make scores equal that differ only by the rounding of float32. Independent of the order of rows.
+
+    Equal candidates may get such scores, because the order of sums depends on the batch and the number of ranks.
+    Closeness is not transitive, so sorted scores of a group form runs, in which each is within ROUNDING of the one
+    before. A run gets its smallest score, unless its ends are farther apart: such runs are many different scores.
+
+    scores float64 [N] or [N, columns], each column for itself; groups integer [N].
+    """
+    if scores.ndim == 2:
+        return np.stack([without_rounding(column, groups) for column in scores.T], axis=1)
+    order = np.lexsort((scores, groups))
+    ordered, groups = scores[order], groups[order]
+    starts = run_starts(groups)
+    largest = np.maximum.reduceat(np.abs(ordered), starts)
+    tolerance = ROUNDING * np.repeat(largest, np.diff(starts, append=len(ordered)))
+    runs = run_starts(groups, np.cumsum(np.diff(ordered, prepend=ordered[0]) > tolerance))
+    lengths = np.diff(runs, append=len(ordered))
+    first, last = (np.repeat(ordered[ends], lengths) for ends in (runs, runs + lengths - 1))
+    found = np.empty_like(scores)
+    found[order] = np.where(last - first <= tolerance, first, ordered)
+    return found
 
 
 def run_starts(*keys: np.ndarray) -> np.ndarray:

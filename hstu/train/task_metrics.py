@@ -20,8 +20,11 @@ from hstu.train.metrics import (
     logger,
     run_starts,
     undefined_without_warning,
+    without_rounding,
 )
 
+_NOT_OF_ORDER = ("LOGLOSS", "NE", "ACC", "RMSE", "MAE")
+"""Metrics that do not compare predictions with each other."""
 ONE_CLASS = "the labels of the evaluation set are all of one class"
 
 
@@ -46,6 +49,8 @@ class TaskMetrics:
     - NDCG, NDCG@K: candidates of a request ordered by score, averaged over requests with different labels. The gain is
       the label, not 2^label − 1, because watch times would overflow. Equal scores get the expectation over their
       orders (McSherry & Najork, ECIR 2008).
+
+    Scores of one user that differ by rounding alone are equal in AUC, GAUC, XAUC and NDCG.
 
     ``task``: name of the task, for warnings.
     """
@@ -77,8 +82,13 @@ class TaskMetrics:
             logger.warning("metrics%s are undefined (nan): %s", self.subject, reason)
             return dict.fromkeys(self.names, math.nan)
         predictions, labels, users, requests = (np.concatenate(parts) for parts in zip(*self._chunks, strict=True))
-        answers = self._answers(predictions.astype(np.float64), labels)
-        return {name: self._compute_one(name, answers, users, requests) for name in self.names}
+        predictions = predictions.astype(np.float64)
+        answers = self._answers(predictions, labels)
+        tied = self._answers(without_rounding(predictions, users), labels)
+        return {
+            name: self._compute_one(name, answers if name in _NOT_OF_ORDER else tied, users, requests)
+            for name in self.names
+        }
 
     def undefined_reason(self) -> str | None:
         """Why no metric is defined; None if some may be."""

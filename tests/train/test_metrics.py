@@ -13,7 +13,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from hstu.config.args.task import METRICS_OF_KIND, fits_kind
-from hstu.train.metrics import auc, retrieval_metrics
+from hstu.train.metrics import ROUNDING, auc, retrieval_metrics, without_rounding
 from hstu.train.task_metrics import RankingMetrics, TaskMetrics, ndcg_by_group, ordered_pairs
 
 ALL = ("AUC", "GAUC", "ACC", "LOGLOSS", "NE")
@@ -255,6 +255,45 @@ def test_every_metric_equals_loops_over_pairs_and_requests(kind: str) -> None:
         assert collected(kind, rows).compute() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
 
     check()
+
+
+# --- equal but for rounding -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", METRICS_OF_KIND)
+def test_rounding_does_not_order_equal_candidates(kind: str) -> None:
+    """Equal candidates of a user are scored by one process, and then by others that round in another way."""
+    rng = np.random.default_rng(6)
+    users = np.repeat(np.arange(30), 24)
+    labels = rng.integers(0, 2 if kind == "binary" else 4, len(users)).tolist()
+    few = np.array(FEW_LOGITS) if kind == "class" else np.array(FEW_LOGITS[:2]).ravel()
+    scores = few[rng.integers(0, 8, len(users))]
+    scores = scores * (1 + users / 100).reshape(-1, *[1] * (scores.ndim - 1))  # the histories of users differ
+    names = tuple(name for name in names_of(kind) if "AUC" in name or "NDCG" in name)
+
+    def metrics(predictions: np.ndarray, order: np.ndarray) -> dict[str, float]:
+        rows = list(zip(predictions.tolist(), labels, users.tolist(), users.tolist(), strict=True))
+        return collected(kind, [rows[row] for row in order], names).compute()
+
+    expected = metrics(scores, np.arange(len(users)))
+    assert not any(map(math.isnan, expected.values()))
+    for _ in range(3):
+        rounded = scores * (1 + rng.uniform(-1e-6, 1e-6, scores.shape))
+        assert metrics(rounded, rng.permutation(len(users))) == pytest.approx(expected, rel=1e-12)
+
+
+def test_differences_above_rounding_stay_also_among_many_scores() -> None:
+    close, far = (
+        np.array([1.0, 1 + ROUNDING / 3, 1 - ROUNDING / 3]),
+        np.array([1.0, 1 + 2 * ROUNDING, 1 - 2 * ROUNDING]),
+    )
+    two_users = np.repeat([3, 1], 3)
+    merged = [1 - ROUNDING / 3] * 3
+    assert without_rounding(np.concatenate([close, far]), two_users).tolist() == [*merged, *far]
+    assert without_rounding(np.concatenate([far, close]), two_users).tolist() == [*far, *merged]
+    assert without_rounding(np.array([*close, 1000]), np.zeros(4)).tolist() == [*merged, 1000]
+    many = np.linspace(-1, 1, 10**6)  # each is close to the next
+    assert (without_rounding(many, np.zeros(len(many))) == many).all()
 
 
 # --- order metrics on many rows ------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Exact metrics in float64: areas under ROC curves, classification metrics and retrieval metrics.
 
 Ties get midranks: equal scores count one half in an AUC, and a retrieval target ranks in the middle of equal scores.
-Scores of a ranking task are also equal if they differ by rounding alone (``without_rounding``).
 A metric that the data does not define (one class only, nothing evaluated) is nan, and a warning gives the reason.
 """
 

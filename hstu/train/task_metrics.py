@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from hstu.config.args.task import METRICS_OF_KIND, METRICS_PER_TASK, fits_kind
+from hstu.config.args.task import LOWER_IS_BETTER, METRICS_OF_KIND, METRICS_PER_TASK, fits_kind
 from hstu.train.metrics import (
     CLASSIFICATION_METRICS,
     Classified,
@@ -23,8 +23,6 @@ from hstu.train.metrics import (
     without_rounding,
 )
 
-_NOT_OF_ORDER = ("LOGLOSS", "NE", "ACC", "RMSE", "MAE")
-"""Metrics that do not compare predictions with each other."""
 ONE_CLASS = "the labels of the evaluation set are all of one class"
 
 
@@ -83,12 +81,9 @@ class TaskMetrics:
             return dict.fromkeys(self.names, math.nan)
         predictions, labels, users, requests = (np.concatenate(parts) for parts in zip(*self._chunks, strict=True))
         predictions = predictions.astype(np.float64)
-        answers = self._answers(predictions, labels)
-        tied = self._answers(without_rounding(predictions, users), labels)
-        return {
-            name: self._compute_one(name, answers if name in _NOT_OF_ORDER else tied, users, requests)
-            for name in self.names
-        }
+        exact, tied = (self._answers(each, labels) for each in (predictions, without_rounding(predictions, users)))
+        answers = {name: exact if name in (*LOWER_IS_BETTER, "ACC") else tied for name in self.names}
+        return {name: self._compute_one(name, answers[name], users, requests) for name in self.names}
 
     def undefined_reason(self) -> str | None:
         """Why no metric is defined; None if some may be."""

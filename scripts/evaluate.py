@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import signal
 import sys
@@ -28,7 +29,7 @@ from tabulate import tabulate
 from hstu.base.errors import EXIT_DONE
 from hstu.base.files import replace_text, written_aside
 from hstu.config.cli import tool
-from hstu.observe.logging import quiet_libraries
+from hstu.observe.logging import progress_log, quiet_libraries
 from hstu.serve.command import add_model_arguments, check_new, load_model, require_model
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import choose_split, evaluate_split
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_new(path)
     quiet_libraries()
     loaded = load_model(LoadedModel, options)
+    if loaded.mesh.is_main:
+        progress_log.setLevel(logging.INFO)
+        progress_log.addHandler(logging.StreamHandler())
     split = choose_split(loaded.with_data(), options.split)
     metrics = [name for name in options.metrics.split(",") if name] if options.metrics else None
     evaluation = evaluate_split(loaded, split, metrics)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import sys
+import time
 import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 from tqdm import tqdm
 
@@ -15,7 +17,10 @@ from hstu.base.errors import PrintableFormatter
 from hstu.observe.records import EvalRecord, TrainRecord
 
 _TEXT_WIDTH = 120 - len("12:34:56 ")
+T = TypeVar("T")
 _WAIT_SHOWN = 0.05
+_PROGRESS_S = 10.0
+progress_log = logging.getLogger("hstu.progress")
 
 
 class _BesideProgressBar(logging.Handler):
@@ -129,6 +134,29 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Progress:
+    """Logs every 10 s how much of ``total`` is done, and the time left at the speed so far."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total = what, total
+        self._begun = self._logged = time.monotonic()
+
+    def update(self, done: int) -> None:
+        """Log, if it is time, that ``done`` of the total is done."""
+        now = time.monotonic()
+        if done and now - self._logged >= _PROGRESS_S:
+            self._logged, left_s = now, (now - self._begun) / done * (self._total - done)
+            progress_log.info(
+                "%s: %s of %s, ETA %s", self._what, f"{done:,}", f"{self._total:,}", format_seconds(left_s)
+            )
+
+    def over(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield ``batches``, and update with their number so far."""
+        for done, batch in enumerate(batches):
+            self.update(done)
+            yield batch
 
 
 def progress_bar(total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> tqdm[Any]:

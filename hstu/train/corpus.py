@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hstu.base.ids import codes_of
+from hstu.observe.logging import Progress
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 
 CHUNK_ITEMS = 16384
@@ -104,7 +105,9 @@ def target_ranks(queries: Queries, corpus: Corpus) -> tuple[np.ndarray, np.ndarr
             target_scores[rows] = scorer.scores(block, items)[indices, columns[rows] - first]
 
     higher, equal = (torch.zeros(len(queries), dtype=torch.int64, device=device) for _ in range(2))
+    progress = Progress(f"ranking {len(queries):,} targets among items", corpus.size)
     for first, items in corpus.chunks():
+        progress.update(first)
         start, stop = np.searchsorted(targets, (first, first + len(items)))
         for block in scorer.blocks():
             scores = scorer.unseen_scores(block, first, items)

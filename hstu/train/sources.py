@@ -29,6 +29,7 @@ from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_
 from hstu.data.store.layout import OFFSETS_FILE, NumberStatistics
 from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
 from hstu.data.store.sequence_store import SequenceStore
+from hstu.observe.logging import Progress
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition
 from hstu.train.tables import check_rows, choose_tables, predefined_tables
@@ -166,7 +167,9 @@ class StoreSource(BatchSource):
         samples = self._eval_samples[split]
         collator = self._collator(self.eval_store, samples, trainer.eval_batch_size, training=False)
         sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._rank, self._world_size)
-        return build_loader(collator, sampler, workers=trainer.data_workers, prefetch=trainer.data_prefetch)
+        progress = Progress(f"eval {split}: batches", min(len(sampler), trainer.max_eval_iters or len(sampler)))
+        workers, prefetch = trainer.data_workers, trainer.data_prefetch
+        return progress.over(build_loader(collator, sampler, workers=workers, prefetch=prefetch))
 
     def history_batches(self, users: np.ndarray, *, divided: bool = False) -> Iterator[HSTUBatch]:
         """Whole histories of ``users``, rows of the store, without labels. divided: each rank gets some of them."""

@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -295,6 +297,11 @@ class Trainer:
         return summed
 
     def _summarise(self, status: str) -> None:
+        if status in ("done", "stopped early") and self.source.trained_on and self.checkpoints.newest_iteration:
+            directory = self.run_directory.path
+            path, output = (quote(str(path)) for path in (directory, Path("exports", directory.name)))
+            log.info("next: python scripts/evaluate.py --run_dir %s", path)
+            log.info("      python scripts/export.py --run_dir %s --output %s --program", path, output)
         rates = self._last_throughput
         names = ("samples_per_s", "tokens_per_s", "tflops", "mfu")
         best = {} if self._selection.metric is None else {"best": self._selection.as_json()}

@@ -1,12 +1,14 @@
 import logging
 import math
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hstu.observe.logging import (
+    Progress,
     format_eval,
     format_seconds,
     format_train,
@@ -29,6 +31,20 @@ def record(iteration: int = 200, **values: float) -> TrainRecord:
         data_wait=0.01, memory_bytes=1.5 * 2**30, time_s=10.0,
     )  # fmt: skip
     return TrainRecord(iteration=iteration, **{**given, **values})  # type: ignore[arg-type]
+
+
+def test_progress_is_logged_every_ten_seconds_with_the_time_left(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    caplog.set_level(logging.INFO, logger="hstu.progress")
+    progress = Progress("eval test: batches", 3000)
+    for done in range(100):
+        progress.update(done)
+        now[0] += 1.0
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 9 and lines[0] == "eval test: batches: 10 of 3,000, ETA 49 min 50 s"
 
 
 def test_the_main_rank_tells_the_terminal_and_the_log_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,9 @@ def test_the_test_split_is_evaluated_on_the_best_as_evaluate_does(finished: Fini
     assert finished.records[-1]["epoch"] == pytest.approx(4 * finished.records[-2]["epoch"] / 6)
     assert finished.metrics == api.load(finished.path, mesh=mesh).evaluate("test")
     assert finished.metrics != api.load(finished.path, "last", mesh=mesh).evaluate("test")
+    end = (finished.path / "log.txt").read_text()
+    assert f"next: python scripts/evaluate.py --run_dir {finished.path}\n" in end
+    assert f"python scripts/export.py --run_dir {finished.path} --output exports/run --program\n" in end
     assert finished.summary["iterations"] == 6 and finished.summary["last_metrics"]["test"] == finished.metrics
 
 

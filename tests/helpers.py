@@ -1,6 +1,6 @@
 """Small factories that the tests of every room share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,6 +91,15 @@ def make_batch(
         num_candidates_host=candidates,
         num_labels_host=np.array(num_labels, dtype=np.int64),
     )
+
+
+def error_of(call: Callable[[], Any], kind: type[Exception]) -> str:
+    """The message of the error that a call raises; "no error" if it raises none."""
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    return "no error"
 
 
 class Allocations(TorchDispatchMode):

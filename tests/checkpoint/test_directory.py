@@ -57,11 +57,6 @@ def test_a_path_is_a_checkpoint_or_a_directory_whose_newest_is_taken(tmp_path: P
     assert candidates(str(old), "elsewhere") == [old]
 
 
-def test_a_named_directory_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no complete checkpoint in .*ckpt_load_dir"):
-        candidates(str(tmp_path), str(tmp_path))
-
-
 def test_candidates_are_the_latest_commit_then_earlier_then_later_ones(tmp_path: Path) -> None:
     two, four, six, eight = make_checkpoints(tmp_path, 2, 4, 6, 8)
     assert restore_candidates(tmp_path) == [eight, six, four, two]

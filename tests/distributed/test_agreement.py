@@ -19,16 +19,12 @@ from hstu.train import main
 from hstu.train.main import run_facts, source_digest
 from tests.conftest import write_small_store
 from tests.distributed.launch import EndedRank, Launch, run_cases, run_to_their_ends
+from tests.helpers import error_of
 from tests.train.tiny import skip_measuring_the_peak, tiny_config, walks
 
 
 def compare(mesh: Mesh, facts: list[dict[str, str]]) -> str:
-    """What is raised; empty if nothing is."""
-    try:
-        require_equal(facts[mesh.rank], mesh.world_group, ConfigError)
-    except ConfigError as error:
-        return str(error)
-    return ""
+    return error_of(lambda: require_equal(facts[mesh.rank], mesh.world_group, ConfigError), ConfigError)
 
 
 def test_facts_are_compared_whatever_their_order_and_differences_name_both_sides() -> None:
@@ -38,7 +34,7 @@ def test_facts_are_compared_whatever_their_order_and_differences_name_both_sides
         "two differ": [same, {"seed": "2", "rate": "0.1"}, {"seed": "1"}],
     }
     for rank in run_cases(3, {name: partial(compare, facts=facts) for name, facts in cases.items()}):
-        assert rank["equal"] == ""
+        assert rank["equal"] == "no error"
         lines = rank["two differ"].splitlines()
         assert lines[0] == "rank 0 and rank 1 would not train the same run; they differ in:"
         assert re.fullmatch(r"  seed = 1 on rank 0 \(\S+\), 2 on rank 1 \(\S+\)", lines[1])

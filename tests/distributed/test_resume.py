@@ -17,6 +17,7 @@ from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.tensor_cases import consolidated
 from tests.distributed.toy import ITEMS, ToyOptions, new_state, train_state
+from tests.helpers import error_of
 
 CASES: dict[str, Any] = {
     "sgd": {"optimizer": "sgd", "dropout": 0.3, "optimizer_args": {"momentum": 0.9}},
@@ -141,11 +142,7 @@ def test_a_checkpoint_leaves_no_temporary_files(saved: Any) -> None:
 
 
 def error_of_saving(mesh: Mesh, directory: Path) -> str:
-    try:
-        save(directory, new_state(mesh), mesh)
-    except CheckpointFailure as error:
-        return str(error)
-    return "saved"
+    return error_of(lambda: save(directory, new_state(mesh), mesh), CheckpointFailure)
 
 
 def save_thrice(mesh: Mesh, directory: Path) -> list[list[str]]:

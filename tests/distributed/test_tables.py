@@ -21,6 +21,7 @@ from tests.distributed.toy import (
     make_config,
     train_step,
 )
+from tests.helpers import error_of
 
 OPTIMIZERS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
 LEARNING_RATE = 0.1
@@ -165,11 +166,7 @@ def swapped_features(mesh: Mesh) -> str:
     jagged = batch.features.to_dict()
     user, item, action, negatives = FEATURES
     batch.features = KeyedJaggedTensor.from_jt_dict({key: jagged[key] for key in (user, negatives, action, item)})
-    try:
-        model(batch)
-    except ValueError as error:
-        return str(error)
-    return "no error"
+    return error_of(lambda: model(batch), ValueError)
 
 
 def largest_difference(left: dict[str, Any], right: dict[str, Any]) -> float:

@@ -53,18 +53,6 @@ def test_a_run_leaves_its_configuration_its_metrics_its_curves_and_a_summary(tmp
     assert summary["note"] == "extra"
 
 
-def test_the_lines_have_the_documented_keys(tmp_path: Path) -> None:
-    with closing(RunDirectory(tmp_path, "")) as run:
-        run.write(train(10))
-        run.write(evaluation(10, AUC=0.7))
-    first, second = lines(run.metrics_file)
-    assert list(first) == [
-        "kind", "iter", "epoch", "loss", "lr", "samples_per_s", "tokens_per_s", "tflops", "mfu", "data_wait",
-        "memory_bytes", "time_s",
-    ]  # fmt: skip
-    assert second == {"kind": "eval", "iter": 10, "epoch": 1.0, "split": "valid", "metrics": {"AUC": 0.7}}
-
-
 def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
     with closing(RunDirectory(tmp_path, "")) as run:
         run.write(train(1, loss=math.nan, mfu=math.inf, lr=np.float32(0.5), memory_bytes=np.int64(7)))

@@ -206,23 +206,16 @@ def multiplications(trace: Path) -> int:
     return sum(event.get("name") == "aten::mm" for event in events)
 
 
-def test_exactly_the_window_is_traced(tmp_path: Path) -> None:
-    profiler = Profiler(tmp_path, 3, 6)
-    run_in(profiler, 1, 10)
-    assert profiler.trace_file.name == "trace-rank0.json.gz"
-    assert multiplications(profiler.trace_file) == 3
-
-
-def test_a_run_that_ends_within_the_window_writes_what_it_has(tmp_path: Path) -> None:
-    profiler = Profiler(tmp_path, 3, 100, rank=1)
-    run_in(profiler, 1, 5)
-    assert multiplications(tmp_path / "trace-rank1.json.gz") == 2
-
-
-def test_a_run_resumed_within_the_window_traces_the_rest_of_it(tmp_path: Path) -> None:
-    profiler = Profiler(tmp_path, 3, 6)
-    run_in(profiler, 5, 10)
-    assert multiplications(profiler.trace_file) == 1
+@pytest.mark.parametrize(
+    ("window", "iterations", "rank", "traced"),
+    [((3, 6), (1, 10), 0, 3), ((3, 100), (1, 5), 1, 2), ((3, 6), (5, 10), 0, 1)],
+    ids=["exactly the window", "a run that ends in it", "a run resumed in it"],
+)
+def test_what_is_in_the_window_is_traced(
+    window: tuple[int, int], iterations: tuple[int, int], rank: int, traced: int, tmp_path: Path
+) -> None:
+    run_in(Profiler(tmp_path, *window, rank=rank), *iterations)
+    assert multiplications(tmp_path / f"trace-rank{rank}.json.gz") == traced
 
 
 def test_a_window_that_was_never_reached_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,6 @@
 """The layout against tokens written down one at a time.
 
-The order of tokens and their positions: tests/model/test_inputs.py.
+The order of tokens: tests/model/test_inputs.py.
 """
 
 from itertools import pairwise
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.ops.layout import JaggedLayout, pad_tokens, truncate_history
+from hstu.ops.pytorch.operators import add_positions
 from tests.ops.strategies import Batch, batches
 
 
@@ -104,3 +105,11 @@ def test_padding_tokens_are_a_sequence_of_their_own(batch: Batch) -> None:
     for name in ("positions", "token_times", "query_times"):
         assert getattr(padded, name).tolist() == [*getattr(layout, name).tolist(), 0, 0, 0]
     assert pad_tokens(layout, 0) is layout
+
+
+def test_positions_beyond_the_table_share_its_last_row() -> None:
+    table = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    x, positions = torch.randn(5, 2, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2, 3, 900])
+    out = add_positions(x, table, positions)
+    torch.testing.assert_close(out, x + table[[0, 1, 2, 2, 2]])
+    assert torch.autograd.gradcheck(lambda a, b: add_positions(a, b, positions), (x, table))

@@ -23,11 +23,22 @@ def test_warmup_rises_linearly_from_its_start_to_one(warmup: dict[str, Any]) -> 
     assert values[20:] == [1.0] * 81
 
 
-def test_linear_falls_to_the_floor_after_the_warmup() -> None:
-    values = multipliers(schedule="linear", warmup_iters=20, min_ratio=0.2)
-    assert values[20] == 1.0
-    assert values[60] == pytest.approx(0.6)
-    assert values[100] == pytest.approx(0.2)
+SHAPES: list[tuple[dict[str, Any], dict[int, float]]] = [
+    ({"schedule": "linear", "warmup_iters": 20, "min_ratio": 0.2}, {20: 1.0, 60: 0.6, 100: 0.2}),
+    ({"schedule": "cosine", "min_ratio": 0.2}, {25: 0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2, 50: 0.6, 100: 0.2}),
+    ({"schedule": "cosine_restarts", "decay_iters": 40}, {0: 1.0, 20: 0.5, 40: 1.0, 60: 0.5, 80: 1.0}),
+    ({"schedule": "cosine_restarts", "decay_iters": 40}, {39: 0.5 * (1 + math.cos(math.pi * 39 / 40))}),
+    ({"schedule": "exponential", "decay_factor": 0.01}, {50: 0.1, 100: 0.01}),
+    ({"schedule": "exponential", "decay_factor": 0.01, "min_ratio": 0.3}, {100: 0.3}),
+    ({"schedule": "step", "milestones": [30, 60], "decay_factor": 0.5}, {29: 1.0, 30: 0.5, 59: 0.5, 60: 0.25}),
+]
+"""Options, and multipliers by iteration."""
+
+
+@pytest.mark.parametrize(("args", "expected"), SHAPES)
+def test_each_schedule_has_its_shape(args: dict[str, Any], expected: dict[int, float]) -> None:
+    values = multipliers(**args)
+    assert {iteration: values[iteration] for iteration in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("decay", [{"decay_iters": 50}, {"decay_ratio": 0.5}])
@@ -35,32 +46,6 @@ def test_a_decay_shorter_than_the_run_stays_at_the_floor(decay: dict[str, Any]) 
     values = multipliers(schedule="linear", min_ratio=0.1, **decay)
     assert values[25] == pytest.approx(0.55)
     assert values[50:] == pytest.approx([0.1] * 51)
-
-
-def test_cosine() -> None:
-    values = multipliers(schedule="cosine", min_ratio=0.2)
-    assert values[25] == pytest.approx(0.2 + 0.8 * (1 + math.cos(math.pi / 4)) / 2)
-    assert values[50] == pytest.approx(0.6)
-    assert values[100] == pytest.approx(0.2)
-
-
-def test_cosine_restarts_begin_again_after_each_cycle() -> None:
-    values = multipliers(schedule="cosine_restarts", decay_iters=40)
-    assert values[0] == values[40] == values[80] == 1.0
-    assert values[20] == values[60] == pytest.approx(0.5)
-    assert values[39] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)))
-
-
-def test_exponential_reaches_its_factor_at_the_end() -> None:
-    values = multipliers(schedule="exponential", decay_factor=0.01)
-    assert values[50] == pytest.approx(0.1)
-    assert values[100] == pytest.approx(0.01)
-    assert multipliers(schedule="exponential", decay_factor=0.01, min_ratio=0.3)[100] == 0.3
-
-
-def test_step_multiplies_at_each_milestone() -> None:
-    values = multipliers(schedule="step", milestones=[30, 60], decay_factor=0.5)
-    assert (values[29], values[30], values[59], values[60]) == (1.0, 0.5, 0.5, 0.25)
 
 
 def test_by_epoch_moves_at_epoch_ends_and_counts_milestones_in_epochs() -> None:

@@ -25,6 +25,7 @@ from hstu.parallel.tables import (
 )
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.toy import build, make_config
+from tests.helpers import error_of
 
 GB = 10**9
 A40, A80 = TableRoom(40 * GB, 100 * GB), TableRoom(80 * GB, 100 * GB)
@@ -115,11 +116,7 @@ def refusal(mesh: Mesh) -> str:
     tables.room_of_rank = lambda *_: TableRoom(0, 100 if mesh.rank else 10**9)
     config = make_config()
     config.located = lambda part, name, text: f"{name} of {part.table_name}: {text}"
-    try:
-        build(config, mesh)
-    except TablesDoNotFit as error:
-        return str(error)
-    return "no error"
+    return error_of(lambda: build(config, mesh), TablesDoNotFit)
 
 
 def test_the_rank_with_the_least_memory_decides_and_all_ranks_raise_alike() -> None:

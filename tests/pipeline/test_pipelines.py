@@ -18,6 +18,7 @@ from hstu.pipeline import pipelines
 from hstu.pipeline.pipelines import TrainPipeline
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import PIPELINES, STEPS, assemble, make_config, train, write_store
+from tests.helpers import error_of
 from tests.train.tiny import TOWER
 
 AHEAD = ("native", "prefetch")
@@ -103,7 +104,7 @@ def iterators(mesh: Mesh, store: str, kind: str) -> dict[str, Any]:
         with pipeline.evaluation():
             evaluator.evaluate(source.eval_batches("valid"))
     pipeline.progress(batches)
-    return {"losses": losses, "left": _what_it_raises(pipeline, islice(batches, 1))}
+    return {"losses": losses, "left": error_of(lambda: pipeline.progress(islice(batches, 1)), ValueError)}
 
 
 def _losses_to_the_end(pipeline: TrainPipeline, batches: Iterator[HSTUBatch]) -> Iterator[float]:
@@ -112,14 +113,6 @@ def _losses_to_the_end(pipeline: TrainPipeline, batches: Iterator[HSTUBatch]) ->
             yield float(pipeline.progress(batches).loss)
         except StopIteration:
             return
-
-
-def _what_it_raises(pipeline: TrainPipeline, batches: Iterator[HSTUBatch]) -> str:
-    try:
-        pipeline.progress(batches)
-    except ValueError as error:
-        return str(error)
-    return "no error"
 
 
 def by_pipeline(function: Callable[..., Any], store: str) -> dict[str, Any]:

@@ -74,20 +74,6 @@ def test_items_are_counted_once_for_each_training_sample_that_has_them(
         assert expected.sum() == samples.report["events"]
 
 
-def test_the_chance_to_be_in_a_batch_is_that_of_shuffled_samples() -> None:
-    rng = np.random.default_rng(0)
-    num_samples, batch_size = 120, 10
-    rows = [rng.choice(40, 6, replace=False, p=np.arange(1, 41) / 820) for _ in range(num_samples)]
-    counts = np.bincount(np.concatenate(rows), minlength=40)
-    present = np.zeros(40)
-    for _ in range(300):
-        for batch in np.split(rng.permutation(num_samples), num_samples // batch_size):
-            present[np.unique(np.concatenate([rows[sample] for sample in batch]))] += 1
-    batches = num_samples // batch_size
-    expected = np.exp(expected_log_counts(Negatives("in_batch", logq=True), ItemDistribution(40), counts, batches))
-    np.testing.assert_allclose(expected, present / (300 * batches), rtol=0.1)
-
-
 def test_expected_counts_of_each_kind() -> None:
     counts, batches = np.array([0, 1, 8]), 4
     in_batch = 1 - 0.75 ** np.array([1, 1, 8])  # what is in a batch occurs

@@ -45,30 +45,21 @@ def check_can_be_served(trained: LoadedModel) -> None:
 
 def caveats(config: RunConfig) -> list[str]:
     """Where scores of requests are not those of an evaluation, for people."""
-    network, dataset = config.network, config.dataset
-    assert isinstance(dataset, DatasetArgs)
-    found = []
-    if _newest_event_is_scored(config) and config.task == "ranking":
-        option = "truncate_to_items" if network.truncate_to_items is not None else "min_full_attention_tokens"
-        found.append(
-            f"NetworkArgs.{option} treats the newest events otherwise than older ones. Metrics count events in the "
-            "middle of a history, too, and a request is scored as the newest event: they may differ. With "
-            "DatasetArgs.max_num_candidates above 0 they do not"
-        )
-    if dataset.candidates == "requests" and not dataset.max_num_candidates:
-        found.append(
-            "without DatasetArgs.max_num_candidates, a long history is cut to what fits beside the candidates of its "
-            "request: their scores depend on their number. A session scores after one event less than the longest "
-            "sequence"
-        )
+    found, dataset = [], config.dataset
+    if config.task == "ranking" and _newest_event_is_scored(config):
+        option = "min_full_attention_tokens" if config.network.truncate_to_items is None else "truncate_to_items"
+        text = "treats the newest events otherwise: metrics in the middle of a history are not those of a request"
+        found.append(f"NetworkArgs.{option} {text}; with DatasetArgs.max_num_candidates above 0 they are")
+    if isinstance(dataset, DatasetArgs) and dataset.candidates == "requests" and not dataset.max_num_candidates:
+        text = "a history is cut to what fits beside the candidates of a request: their scores depend on their number"
+        found.append(f"without DatasetArgs.max_num_candidates, {text}, except in sessions")
     return found
 
 
 def _newest_event_is_scored(config: RunConfig) -> bool:
     """Whether a candidate is the newest event, which windows and truncation count: training has no candidates."""
-    network = config.network
-    is_counted = network.truncate_to_items is not None or (network.has_window and network.min_full_attention_tokens > 0)
-    return is_counted and not config.dataset.has_candidates
+    network, is_windowed = config.network, config.network.has_window and config.network.min_full_attention_tokens > 0
+    return (network.truncate_to_items is not None or is_windowed) and not config.dataset.has_candidates
 
 
 def collect(

@@ -265,7 +265,6 @@ class RetrievalPredictor(Predictor):
         seen, lengths = self._seen(users)
         known = np.unique(np.concatenate([seen, items]))  # products of raw ids may overflow int64
         seen_keys = np.repeat(np.arange(len(users)), lengths) * len(known) + np.searchsorted(known, seen)
-        scores[scores == -np.inf] = np.nan
         left = self._may_be_shown(items) & ~np.isin(row * len(known) + np.searchsorted(known, items), seen_keys)
         order = np.lexsort((items, -scores, row))
         order = order[left[order]]

@@ -281,8 +281,7 @@ class Session:
         known = ids != vocabulary.unknown
         corpus = self._loaded.retrieval_evaluator().corpus(np.unique(ids[known]))
         with self._loaded.inference():
-            scores = pair_scores(vector[None], np.zeros_like(ids), corpus.positions(ids), corpus)
-        return scores.masked_fill(scores == -torch.inf, torch.nan)
+            return pair_scores(vector[None], np.zeros_like(ids), corpus.positions(ids), corpus)
 
 
 def _as_lists(history: History) -> History:

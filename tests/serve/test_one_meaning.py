@@ -104,7 +104,7 @@ def test_an_item_without_a_vector_is_last_in_a_file_of_predictions(
 ) -> None:
     one = np.array([0])
     given = Candidates(one, np.array([3]), np.arange(3), {})
-    monkeypatch.setattr("hstu.serve.predict.pair_scores", lambda *_: torch.tensor([-torch.inf, -0.2, -0.1]))
+    monkeypatch.setattr("hstu.serve.predict.pair_scores", lambda *_: torch.tensor([torch.nan, -0.2, -0.1]))
     monkeypatch.setitem(vars(retrieval.trained), "version", "of no checkpoint")
     table = RetrievalPredictor(retrieval.trained, None, given, denied=np.array([2]), keep_seen=True).predict(one)
     assert table["item"].to_pylist() == [1001, 1000] and table["rank"].to_pylist() == [1, 2]

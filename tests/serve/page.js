@@ -35,7 +35,7 @@ const text = each => each.textContent + each.children.map(text).join(" ");
   const page = await (await plain(url)).text();
   eval(page.match(/<script>([^]*)<\/script>/)[1].replace('"use strict";', "") + ";globalThis.add = add");
   await until(() => found.history?.children.length === new URL(url).searchParams.get("items").split(",").length);
-  if (!found["shown-part"].hidden) globalThis.add("shown", candidate, "");
+  if (found["shown-part"]?.hidden === false) globalThis.add("shown", candidate, "");
   const named = each => each.attributes["aria-label"], texts = each => each.children.map(option => option.textContent);
   const fields = ["user", "history", "shown"].flatMap(list => found[list].children.flatMap(row =>
     row.children.filter(named).map(each => [list, each.name, named(each), texts(each)])));

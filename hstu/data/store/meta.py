@@ -20,7 +20,7 @@ from hstu.data.store.layout import META_FILE, lengths_of_files
 FORMAT = "hstu-sequence-store"
 VERSION = 4
 _SEAL = "sha256"
-MALFORMED = (KeyError, TypeError, IndexError, ValueError, AttributeError, StopIteration)
+MALFORMED = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError, StopIteration)
 """Errors that reading a valid JSON file raises where it does not describe a store."""
 
 

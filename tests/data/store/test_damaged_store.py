@@ -95,6 +95,7 @@ LIES: dict[str, tuple[dict[str, object], str]] = {
     "no items": ({"features": []}, "is incomplete"),
     "no features": ({"features": None}, "is incomplete"),
     "no files": ({"files": []}, "is incomplete"),
+    "ranges without numbers": ({"ranges": {"price": {"1..2": 10**400}}}, "is incomplete"),
 }
 
 

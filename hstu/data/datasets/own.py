@@ -17,7 +17,7 @@ from duckdb import DuckDBPyConnection
 from hstu.base.errors import DataError
 from hstu.data.datasets.own_columns import TIME_UNITS, UNIT_NAMES, InteractionColumns, columns_of, open_table
 from hstu.data.datasets.raw import RawFile, as_number, identifier, literal, require_columns, select_list
-from hstu.data.datasets.spec import LATEST_SECOND, SPLIT_NAMES, ColumnDescription, RawTables
+from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, SPLIT_NAMES, ColumnDescription, RawTables
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +38,12 @@ _DATES = ("DATE", "TIMESTAMP")
 _LARGEST = "3.4028234e38"
 """Largest float32."""
 _MOST_LABELS = 256
+_DATE_NUMBERS = (
+    (32_874, 73_051, "days since 1900, as in a spreadsheet"),
+    (19_900_101, 21_000_101, "a date as YYYYMMDD"),
+    (19_900_101_000_000, 21_000_101_000_000, "a date and time as YYYYMMDDhhmmss"),
+)
+"""First number, end, and what numbers between them probably are, in the years 1990 to 2099."""
 
 
 def interactions(columns: InteractionColumns) -> RawTables:
@@ -182,16 +188,17 @@ def _as_text(name: str) -> str:
 
 
 def unit_hint(unit: str, value: str) -> str:
-    """Hint for the error about a time that is too large for ``unit``; empty if no other unit fits."""
+    """Hint at what a time is that is unlikely in ``unit``; empty if it is likely, or nothing else fits."""
     try:
-        number = abs(float(value))
+        number = float(value)
     except ValueError:
         return ""
-    fitting = (name for name, per_second in TIME_UNITS.items() if number < LATEST_SECOND * per_second)
-    found = next(fitting, unit)
-    if found in ("s", unit):
-        return ""
-    return f". In {UNIT_NAMES[found]} it would be before the year 5000: --time_unit {found}"
+    fitting = [name for name, per_second in TIME_UNITS.items() if FIRST_LIKELY <= number / per_second < LAST_LIKELY]
+    if fitting:
+        (found,) = fitting
+        return "" if found == unit else f". In {UNIT_NAMES[found]} it would be after 1990: --time_unit {found}"
+    looks_like = (what for first, end, what in _DATE_NUMBERS if first <= number < end)
+    return "".join(f". It looks like {what}: write dates as 2024-05-31 or 2024-05-31 12:00:00" for what in looks_like)
 
 
 class ColumnTypes:

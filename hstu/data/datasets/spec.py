@@ -20,6 +20,8 @@ SPLIT_NAMES = ("train", "valid", "test")
 """Allowed values of a split column, in any case, in the chronological order of a user's events."""
 LATEST_SECOND = 10**11
 """Larger times are after the year 5000, so they are probably not in seconds since 1970."""
+FIRST_LIKELY, LAST_LIKELY = 631_152_000, 4_102_444_800
+"""Seconds of the years 1990 and 2100, between which the times of events probably are."""
 
 
 @dataclass(frozen=True, kw_only=True)

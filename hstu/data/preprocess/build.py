@@ -31,7 +31,7 @@ from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.existing import files_that_differ, is_kept, values_of, warn_of_values, with_earlier_files
 from hstu.data.preprocess.features import check_items, write_context, write_item_features
-from hstu.data.preprocess.ingest import check_rows, keep_core, read_files
+from hstu.data.preprocess.ingest import check_period, check_rows, keep_core, read_files
 from hstu.data.preprocess.state import (
     Build,
     BuildOptions,
@@ -144,7 +144,8 @@ def _options(name: str, output: Path, force: bool, limits: Mapping[str, Any], **
         if least < 1:
             raise ConfigError(f"--{option} {least}: at least 1, which leaves out nothing")
         arguments[option] = None if least == 1 else least
-    arguments["all_items"] = () if options.all_items else None  # a flag without a value
+    for flag in ("all_items", "any_times"):  # without a value
+        arguments[flag] = () if getattr(options, flag) else None
     words = ["python", "scripts/preprocess_dataset.py"]
     for option, value in arguments.items():
         if value is not None:
@@ -195,6 +196,7 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     writer = build.writer
     read_files(build)
     check_rows(build)
+    check_period(build)
     keep_core(build)
     of_requests = find_requests(build)
     lengths, num_items = number_users_and_items(build)

@@ -57,7 +57,7 @@ def _options_that_differ(store: SequenceStore, options: BuildOptions, tables: bo
         return
     before, now = _options_of(store.command), _options_of(options.command)
     compared = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
-    compared -= _PLACES | {"--dataset_name"}
+    compared -= _PLACES | {"--dataset_name", "--any_times"}
     if tables:
         compared |= (before.keys() ^ now.keys()) & _TABLES
     for option in sorted(compared):

@@ -6,13 +6,14 @@ import io
 import logging
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
 
 from hstu.base.errors import DataError
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, open_bytes
-from hstu.data.datasets.spec import LATEST_SECOND, ColumnDescription
+from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, LATEST_SECOND, ColumnDescription
 from hstu.data.preprocess.state import BadRows, Build, Connection, one, source_names, write_parquet
 from hstu.data.store.meta import sha256
 
@@ -21,6 +22,8 @@ _log = logging.getLogger(__name__)
 _UNQUOTED, _TOO_LONG = "UNQUOTED VALUE", "LINE SIZE OVER MAXIMUM"
 _MIXED_LINE_ENDS = "CSV Parser state machine reached an invalid state"
 """DuckDB's error for a file that mixes CR LF and LF line ends."""
+_MANY_EVENTS = 1000
+"""So many events are neither a toy nor a first try, so their times are checked."""
 _SHOWN = 80
 """Most characters of a value in a message."""
 _REASONS = {
@@ -241,6 +244,28 @@ def _check_numbers(build: Build, bad: BadRows) -> None:
         rows = "item_table" if name in of_items else f"typed WHERE part < {len(build.raw.logs)}"
         if one(build.engine, f"SELECT count({name}) FROM {rows}") == (0,):
             raise DataError(f"{feature!r} is empty in every row; leave it out")
+
+
+def check_period(build: Build) -> None:
+    """Log the period of the events. Raises DataError if the times of a user's own table are probably something else."""
+    if build.schema.timestamp is None:
+        return
+    ends = """min("timestamp"), max("timestamp"), CAST(min("time") AS VARCHAR), CAST(max("time") AS VARCHAR)"""
+    first, last, low, high, events = one(build.engine, f"SELECT {ends}, count(*) FROM usable_events")
+    dates = (f"{datetime.fromtimestamp(second, UTC):%Y-%m-%d %H:%M:%S}" for second in (first, last))
+    period = f"the {events:,} events are of {' to '.join(dates)} UTC"
+    _log.info("%s", period)
+    if build.raw.resolve_types is None or build.options.any_times:
+        return
+    column = build.raw.descriptions["time"]
+    hint = column.hint(low) if column.hint(low) == column.hint(high) else ""
+    is_early, is_short = first < FIRST_LIKELY, last - first < 24 * 3600
+    if hint or (events >= _MANY_EVENTS and (is_early or is_short)):
+        why = "before 1990" if is_early else "after 2100" if last >= LAST_LIKELY else "within one day"
+        raise DataError(
+            f"{build.raw.logs[0].path}: {column.label!r} is {low} to {high}, so {period}, {why}{hint}. Is it the right "
+            "column, in the unit of --time_unit? If the times are right, add --any_times"
+        )
 
 
 def keep_core(build: Build) -> None:

@@ -1,6 +1,7 @@
 """Users' own tables in all their forms: several files, no header, other delimiters, units and line ends."""
 
 import gzip
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,9 +163,48 @@ def test_times_in_other_units_become_seconds_and_keep_their_order(
 @pytest.mark.parametrize(("number", "unit"), [(10**12, "ms"), (10**15, "us"), (10**18, "ns")])
 def test_too_large_a_time_is_answered_with_its_probable_unit(tmp_path: Path, number: int, unit: str) -> None:
     file = write(tmp_path / "e.csv", f"u,i,t\n1,a,{number}\n")
-    with pytest.raises(DataError, match=f"'t' is '{number}'.*before the year 5000: --time_unit {unit}"):
+    with pytest.raises(DataError, match=f"'t' is '{number}'.*after 1990: --time_unit {unit}"):
         make(tmp_path, file, time="t")
     assert make(tmp_path, file, time="t", time_unit=unit).sequence("t").tolist() == [10**9]
+
+
+UNLIKELY: dict[str, tuple[list[Any], str, str]] = {
+    "Excel": (
+        [45_000.5, 45_443],
+        "s",
+        "12:30:00 to 1970-01-01 12:37:23 UTC, before 1990. It looks like days since 1900",
+    ),
+    "YYYYMMDD": (
+        [20_240_531, 20_240_601],
+        "s",
+        "before 1990. It looks like a date as YYYYMMDD: write dates as 2024-05",
+    ),
+    "YYYYMMDDhhmmss": ([20_240_531_120_000] * 2, "ms", "after 2100. It looks like a date and time as YYYYMMDDhhmmss"),
+    "seconds": ([1_717_000_000, 1_718_000_000], "ms", "before 1990. In seconds it would be after 1990: --time_unit s"),
+    "a counter": ([*range(1000)], "s", "before 1990. Is it the right column"),
+    "one day": (["2024-05-31 12:00", "2024-05-31 23:00"] * 500, "s", "within one day. Is it the right column"),
+}
+
+
+@pytest.mark.parametrize("times", UNLIKELY)
+def test_times_that_are_something_else_need_a_word(tmp_path: Path, times: str) -> None:
+    values, unit, message = UNLIKELY[times]
+    rows = "".join(f"1,a,{value}\n" for value in values)
+    file = write(tmp_path / "e.csv", f"u,i,t\n{rows}")
+    with pytest.raises(DataError, match=f"{message}.*add --any_times"):
+        make(tmp_path, file, time="t", time_unit=unit)
+    assert make(tmp_path, file, time="t", time_unit=unit, any_times=True).num_events == len(values)
+    make(tmp_path, file, time="t", time_unit=unit)  # the existing store is kept
+
+
+@pytest.mark.parametrize("values", [[10, 11], ["1985-05-31", "1985-06-01"], [1_717_000_000] * 9, [0, 1_717_000_000]])
+def test_the_period_is_told_and_toys_need_no_word(
+    tmp_path: Path, values: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = "".join(f"1,a,{value}\n" for value in values)
+    with caplog.at_level("INFO"):
+        make(tmp_path, write(tmp_path / "e.csv", f"u,i,t\n{rows}"), time="t")
+    assert re.search(r"the \d events are of \d{4}-\d\d-\d\d [\d:]{8} to \d{4}-\d\d-\d\d [\d:]{8} UTC", caplog.text)
 
 
 def test_times_before_1970_are_refused_in_every_unit(tmp_path: Path) -> None:

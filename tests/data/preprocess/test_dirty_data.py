@@ -134,7 +134,7 @@ def test_ids_beyond_int64_are_taken_as_text(tmp_path: Path, monkeypatch: pytest.
 def test_one_event_users_and_a_user_of_most_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     events = np.arange(200_000)
-    table = {"u": np.where(events % 1000, 5, events), "i": events % 97, "a": events % 3, "t": events[::-1]}
+    table = {"u": np.where(events % 1000, 5, events), "i": events % 97, "a": events % 3, "t": 10**9 + events[::-1]}
     pd.DataFrame(table).to_parquet("e.parquet")
     assert main([*named("e.parquet"), "--output", "store"]) == 0
     store = SequenceStore.open("store")
@@ -155,7 +155,7 @@ def run_script(*arguments: str, cwd: Path, file_limit: int | None = None) -> sub
 
 def many_events(file: Path) -> None:
     events = np.random.default_rng(0).permutation(300_000)
-    pd.DataFrame({"u": events % 1000, "i": events * 7919, "a": 1, "t": events}).to_csv(file, index=False)
+    pd.DataFrame({"u": events % 1000, "i": events * 7919, "a": 1, "t": 10**9 + events}).to_csv(file, index=False)
 
 
 @pytest.mark.parametrize("limit", [100_000, 2_000_000])

@@ -41,8 +41,10 @@ from hstu.serve.command import (
     check_new,
     load_model,
     note,
+    parse_json,
     read_candidates,
     read_codes,
+    read_text,
     require_model,
     users_of_file,
 )
@@ -170,7 +172,7 @@ def _open(output: Path, settings: Mapping[str, Any], files: Sequence[Path]) -> l
         check_new(output)
         output.mkdir(parents=True, exist_ok=True)
         replace_text(file, json.dumps(settings, indent=1) + "\n")
-    elif json.loads(file.read_text(encoding="utf-8")) != settings:
+    elif parse_json(read_text(str(file)), str(file)) != settings:
         raise DataError(f"{output} has parts of another call ({file}); give the same arguments, or another name")
     missing = [number for number, file in enumerate(files) if not file.is_file()]
     if not missing:

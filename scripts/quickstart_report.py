@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hstu import api
 from hstu.base.errors import EXIT_DONE, DataError
+from hstu.base.json_shape import check_shape
 from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges
@@ -93,7 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not summary_file.is_file():
         raise DataError(f"{summary_file} does not exist: the training has not finished")
     trained = api.load(run_dir)
-    metrics, task, store = json.loads(summary_file.read_text())["last_metrics"], trained.config.task_args, trained.store
+    task, store = trained.config.task_args, trained.store
+    try:
+        summary = json.loads(summary_file.read_text(encoding="utf-8"))
+        check_shape(summary, {"last_metrics": {str: {str: float | None}}})
+        check_shape(summary, {"last_metrics": {"test?": dict.fromkeys(task.eval_metrics, float)}})
+    except ValueError as error:
+        raise DataError(f"{summary_file} is damaged ({error}); scripts/evaluate.py measures the model again") from error
+    metrics = summary["last_metrics"]
     leaves_one_out = store.split is None and store.path == trained.with_data().eval_store.path
     if isinstance(task, RetrievalArgs) and task.filter_seen and leaves_one_out and "test" in metrics:
         print_metrics(trained, metrics.pop("test"))

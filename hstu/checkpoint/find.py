@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hstu.base.errors import DataError
+from hstu.base.json_shape import check_shape
 from hstu.checkpoint.directory import BEST, MANIFEST, checkpoint_path, link_target, restore_candidates
 
 AUTO = "auto"
@@ -41,9 +42,9 @@ class Run:
         """Read run.json of a run, a checkpoint or an export; None if absent. Raises DataError if it is damaged."""
         path = directory / RUN_FILE
         try:
-            run = cls(**json.loads(path.read_text(encoding="utf-8")))
-            if not all(isinstance(text, str) for text in (run.id, run.directory, run.checkpoints or "")):
-                raise ValueError("id, directory and checkpoints must be strings")
+            found = json.loads(path.read_text(encoding="utf-8"))
+            check_shape(found, {"id": str, "directory": str, "checkpoints": str | None})
+            run = cls(**found)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -228,10 +228,7 @@ def _other_data(root: Path, own: Mapping[str, Any]) -> str:
     stored = read_metadata(root).get("trained_on")
     if not stored or not own or stored == own:
         return ""
-    try:
-        there, here = (f"{data['events']:,} events of {data['users']:,} users" for data in (stored, own))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedCheckpoint(f"{root} does not say what it was trained on ({error!r}). Load another one.") from error
+    there, here = (f"{data['events']:,} events of {data['users']:,} users" for data in (stored, own))
     return f"{there}; this data has {here if here != there else 'as many, but others'}"
 
 

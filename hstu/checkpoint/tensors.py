@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import LoadPlan
 
 from hstu.base.errors import DataError
+from hstu.base.json_shape import check_shape
 from hstu.checkpoint.directory import DamagedCheckpoint, listed_files, verified_file
 from hstu.parallel.shards import ShardedView
 
@@ -44,6 +45,24 @@ AVERAGE = "average"
 STATES = "optimizer."
 """Prefix of all optimizer states."""
 _DENSE_STATES = "optimizer.dense."
+_EXTREMES = {str: {str: {str: {"value": float | None, "iter": int, "number": int}}}}
+_EVALUATION = {"iter": int, "epoch": float, "split": str, "metrics": {str: float | None}}
+_LISTS = ("contextual", "side", "lists", "known_after", "numbers", "tower", "raw")
+_FEATURES = {"item": str, "cardinalities": {str: int}, **{name: [str] for name in _LISTS}}
+_OF_EXPORT: dict[Any, Any] = {
+    "iteration": int,
+    "tables?": {str: {"rows": int, "dim": int, "features": [str]}},
+    "features?": _FEATURES | {"number_widths": [int], "action": str | None},
+    "trained_on?": {"users": int, "events": int},
+    "versions?": {str: str},
+}
+_OF_CHECKPOINT = _OF_EXPORT | {
+    "position": {"epoch": int, "consumed": int},
+    "optimizer": {"table_steps": int, "lr_multiplier": float},
+    "carried?": {"history?": {"last": [_EVALUATION], "count": {str: int}, "extremes": _EXTREMES}},
+    "world_size": int,
+}
+"""Shapes of config.json of an export and of progress.json of a checkpoint."""
 INDEX = ".metadata"
 """Index of the tensors: a pickle of torch.distributed.checkpoint."""
 
@@ -98,10 +117,13 @@ def is_export(root: Path) -> bool:
 
 def read_metadata(root: Path) -> dict[str, Any]:
     """Return progress.json of a checkpoint or config.json of an export. Raises DamagedCheckpoint or DataError."""
-    path = verified_file(root, "config.json" if is_export(root) else "progress.json")
+    exported = is_export(root)
+    path = verified_file(root, "config.json" if exported else "progress.json")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         version = int(content.get("version", EXPORT_VERSION))
+        if version <= EXPORT_VERSION:
+            check_shape(content, _OF_EXPORT if exported else _OF_CHECKPOINT)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
     if version > EXPORT_VERSION:

@@ -9,6 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from hstu.base.json_shape import check_shape
+
+_SHAPES: dict[str, Any] = {
+    "train": {"iter": int, "epoch?": float, "loss": float | None},
+    "eval": {"iter": int, "epoch?": float, "split": str, "metrics": {str: float | None}},
+    "resumed": {},
+}
+"""Kind of a line → entries that readers need."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRecord:
@@ -101,14 +110,17 @@ def _plain(value: Any) -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the training and evaluation records of a metrics.jsonl, in order.
 
-    Truncated lines are skipped. A "resumed" line means that iterations repeat: their older records are dropped.
+    Truncated lines, and lines that are no records, are skipped. A "resumed" line means that iterations repeat: their
+    older records are dropped.
     The best weights are evaluated after later iterations, so evaluations replace only those of the same iteration.
     """
     attempts: list[list[dict[str, Any]]] = [[]]
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+            check_shape(record, {"kind": str})
+            check_shape(record, _SHAPES[record["kind"]])
+        except (ValueError, KeyError, RecursionError):
             continue
         if record["kind"] == "resumed":
             attempts.append([])

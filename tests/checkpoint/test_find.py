@@ -83,6 +83,8 @@ def test_a_damaged_description_of_a_run_is_an_error(tmp_path: Path, content: str
     (tmp_path / RUN_FILE).write_text(content)
     with pytest.raises(DataError, match=r"run\.json cannot be read"):
         Run.read(tmp_path)
-    (tmp_path / RUN_FILE).write_text(json.dumps({"id": "a", "directory": "b", "checkpoints": 3}))
-    with pytest.raises(DataError, match="must be strings"):
-        Run.read(tmp_path)
+    wrong: list[object] = [3, [], ""]
+    for checkpoints in wrong:
+        (tmp_path / RUN_FILE).write_text(json.dumps({"id": "a", "directory": "b", "checkpoints": checkpoints}))
+        with pytest.raises(DataError, match=r"it\.checkpoints is"):
+            Run.read(tmp_path)

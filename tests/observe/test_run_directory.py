@@ -111,6 +111,7 @@ def test_reading_drops_what_a_killed_attempt_did_in_vain(tmp_path: Path) -> None
         for iteration in (10, 20, 30):
             run.write(train(iteration, loss=float(iteration)))
     with run.metrics_file.open("a") as file:
+        file.write('7\n{"kind": []}\n{"kind": "train", "iter": "x"}\n{"kind": "eval", "iter": 10}\n')  # no records
         file.write('{"kind": "train", "iter": 40, "lo')  # killed while writing
     with closing(RunDirectory(tmp_path, "", continues=True)) as run:  # its checkpoint was of iteration 10
         run.write(train(20, loss=-20.0))

@@ -98,6 +98,15 @@ def test_many_mistakes_are_not_all_listed_and_a_large_request_is_not_read(stub: 
     assert stub.post("/embed", EVENTS).status == 200
 
 
+def test_a_malformed_body_is_no_defect_of_the_server(stub: Client, caplog: pytest.LogCaptureFixture) -> None:
+    body = b"POST /score HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nZZ\r\n"
+    with socket.create_connection(("127.0.0.1", stub.port), timeout=10) as connection:
+        connection.sendall(body)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+    assert stub.post("/embed", EVENTS).status == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_a_request_that_does_not_fit_and_a_defect_are_told_apart_and_show_nothing_inside(
     stub: Client, caplog: pytest.LogCaptureFixture
 ) -> None:

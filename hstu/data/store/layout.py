@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import quote
 
+from hstu.base.json_shape import check_shape
 from hstu.data.datasets.spec import USER_FEATURE
 
 Role = Literal["item", "action", "timestamp", "context", "item_feature", "event", "item_number", "event_number"]
@@ -70,7 +71,10 @@ class FeatureMeta:
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> FeatureMeta:
         """Parses an entry of the store's description."""
-        found = described.get("statistics")
+        if found := described.get("statistics"):
+            check_shape(found, {"mean": [float], "std": [float]}, "statistics")
+            if not len(found["mean"]) == len(found["std"]) == described.get("width", 1):
+                raise ValueError(f"mean and std of {described['name']} do not have its width")
         return cls(**{**described, "statistics": NumberStatistics(**found) if found else None})
 
     @property

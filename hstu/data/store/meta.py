@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.base.errors import DataError, printable
+from hstu.base.json_shape import check_shape
 from hstu.data.datasets import resolve_name
 from hstu.data.store.layout import META_FILE, lengths_of_files
 
@@ -38,11 +39,18 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise DataError(f"{path / META_FILE} does not describe a sequence store")
     if meta.pop(_SEAL, None) != _digest(meta):
         raise DataError(f"{path / META_FILE} is damaged: its checksum is wrong")
-    if meta["version"] > VERSION:
-        raise DataError(
-            f"{path} has store version {meta['version']}, and this program reads version {VERSION}: a newer program "
-            "wrote it. Update this program"
-        )
+    try:
+        check_shape(meta, {"version": int})
+        if meta["version"] > VERSION:
+            raise DataError(
+                f"{path} has store version {meta['version']}, and this program reads version {VERSION}: a newer "
+                "program wrote it. Update this program"
+            )
+        files = meta.get("files")
+        if isinstance(files, dict) and (outside := [file for file in files if "/" in file or file in ("", "..")]):
+            raise ValueError(f"it lists {outside[0]!r}, which is no file of the store")
+    except ValueError as error:
+        raise DataError(f"{path / META_FILE} is damaged: {error}") from error
     return meta
 
 

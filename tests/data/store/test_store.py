@@ -113,6 +113,34 @@ def test_a_store_of_a_newer_program_is_told_from_a_damaged_one(make_store: MakeS
         SequenceStore.open(store.path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"version": None}, "it.version is None"),
+        (
+            {"files": {"../x.npy": {"bytes": 1, "length": 1, "dtype": "<i4", "sha256": "0"}}},
+            "lists '../x.npy'",
+        ),
+    ],
+)
+def test_a_sealed_description_of_another_shape_is_named(
+    make_store: MakeStore, changes: dict[str, Any], problem: str
+) -> None:
+    store = make_store(ITEMS)
+    describe(store, **changes)
+    with pytest.raises(DataError, match=f"meta.json is damaged: .*{problem}"):
+        SequenceStore.open(store.path)
+
+
+def test_statistics_of_another_width_are_refused(make_store: MakeStore) -> None:
+    store = make_store(ITEMS, item_numbers={"price": np.ones((4, 1), dtype=np.float32)})
+    meta = json.loads((store.path / "meta.json").read_text())
+    next(each for each in meta["features"] if each["name"] == "price")["statistics"]["std"] = []
+    describe(store, features=meta["features"])
+    with pytest.raises(DataError, match="mean and std of price do not have its width"):
+        SequenceStore.open(store.path)
+
+
 def test_an_absent_built_in_dataset_is_answered_with_its_command(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--dataset_name ml-1m --output .*/ml-1m$"):
         SequenceStore.open(tmp_path / "ml-1m")

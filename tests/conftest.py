@@ -26,6 +26,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RAW_DATA = REPOSITORY.parent / "shared" / "data"
 STARTS_RANKS = re.compile(r"tests\.(distributed|reliability)\b|torch\.distributed\.run\b")
 KERNELS, EXPORTS = "tests/ops/", "tests/serve/"
+MakeStore = Callable[..., SequenceStore]
+"""The factory of the fixture ``make_store``."""
 
 
 @functools.cache
@@ -177,7 +179,7 @@ def ml_100k_store(raw_data_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture
-def make_store(tmp_path: Path) -> Callable[..., SequenceStore]:
+def make_store(tmp_path: Path) -> MakeStore:
     """Factory of small stores: ``make_store([[3, 1], [0, 2, 2]], actions=..., context={"age": [0, 1]})``.
 
     The arguments are those of write_small_store; each call makes another directory.

@@ -1,6 +1,5 @@
 """The popularity baseline of the quick start's report: against loops on a toy store, and its figures on real data."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,7 @@ from hstu.config.args import DatasetArgs
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.quickstart_report import _popularity_ranks, popularity_baseline
-
-MakeStore = Callable[..., SequenceStore]
+from tests.conftest import MakeStore
 
 
 def args(**options: Any) -> DatasetArgs:

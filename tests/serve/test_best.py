@@ -1,7 +1,6 @@
 """Which checkpoint of a run is used: the best where the run chose one, in its own last evaluation and by every tool."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +11,7 @@ from hstu import api
 from hstu.base.errors import DataError
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from tests.train.tiny import FinishedRun, run, tiny_config
+from tests.train.tiny import FinishedRun, Train, run, tiny_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -25,7 +24,6 @@ import recommend
 
 BEST, LAST = "iteration_00000004", "iteration_00000006"
 SELECTS = {"best_metric": "NDCG@3", "ckpt_save_interval": 1000, "eval_interval": 2, "eval_at_end": True}
-Train = Callable[..., FinishedRun]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,10 @@ from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import StoreSource, open_source
 from tests.conftest import write_small_store
-from tests.train.tiny import FinishedRun, run, tiny_config, walks
+from tests.train.tiny import FinishedRun, Train, run, tiny_config, walks
+
+OpenSource = Callable[..., StoreSource]
+"""Opens the source of a task and of TinyOptions."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
 
 
 @pytest.fixture
-def source(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> Callable[..., StoreSource]:
+def source(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> OpenSource:
     """``source("retrieval", dataset={...})`` over the walks, or ``store=``."""
 
     def open_it(task: str, *, store: SequenceStore = store, **options: Any) -> StoreSource:
@@ -63,7 +66,7 @@ def source(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> Callable[..., St
 
 
 @pytest.fixture
-def train(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> Callable[..., FinishedRun]:
+def train(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> Train:
     """``train("ranking", trainer={...})``: a run on the walks (or ``store=``), each in a directory of its own.
 
     ``output``: name of the directory, to go on in that of an earlier run.

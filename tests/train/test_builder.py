@@ -1,6 +1,5 @@
 """What the builder decides, and what it refuses."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
 from hstu.train.builder import total_iters
-from tests.train.tiny import FinishedRun, build, tiny_config
+from tests.train.tiny import Train, build, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -36,14 +35,14 @@ def test_a_run_lasts_its_iterations_or_its_epochs_or_one_epoch(
     assert total_iters(TrainerArgs(train_batch_size=1, eval_batch_size=1, **options), batches_per_epoch) == iterations
 
 
-def test_a_fraction_of_the_epochs_is_trained(train: Callable[..., FinishedRun]) -> None:
+def test_a_fraction_of_the_epochs_is_trained(train: Train) -> None:
     finished = train("retrieval", trainer={"max_train_iters": None, "num_train_epochs": 1.5})  # of 3 batches
     assert finished.summary["iterations"] == 5
     assert finished.records[-1]["epoch"] == pytest.approx(5 / 3)
 
 
 @pytest.mark.parametrize("kind", ["native", "prefetch"])
-def test_every_pipeline_trains_the_same_model(train: Callable[..., FinishedRun], kind: str) -> None:
+def test_every_pipeline_trains_the_same_model(train: Train, kind: str) -> None:
     assert train("ranking", trainer={"pipeline_type": kind}).losses == train("ranking").losses
 
 

@@ -14,7 +14,7 @@ from hstu.ops.cpu import build
 from hstu.ops.kernels import Backend, Kernels, KernelShapes
 from hstu.ops.select import resolve_kernels
 from hstu.pipeline.finite import NonFiniteStep
-from tests.train.tiny import FinishedRun
+from tests.train.tiny import Train
 
 MOST_FUNCTIONS, MOST_FILES = 13, 8
 """Of the call stack, from Trainer.train to the function that calls a kernel."""
@@ -63,7 +63,7 @@ def watch_triton(patch: pytest.MonkeyPatch, record: Record) -> None:
     ],
 )
 def test_a_kernel_is_few_calls_away_from_the_trainer(
-    train: Callable[..., FinishedRun],
+    train: Train,
     monkeypatch: pytest.MonkeyPatch,
     watch: Callable[[pytest.MonkeyPatch, Record], None],
     kernels: set[str],

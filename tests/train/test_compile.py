@@ -1,6 +1,5 @@
 """NetworkArgs.compile: the same training, also where nothing can be compiled."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 from hstu.data.store.sequence_store import SequenceStore
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.training_cases import train as train_on_rank
-from tests.train.tiny import FinishedRun
+from tests.train.tiny import Train
 
 
 @pytest.mark.slow
@@ -51,7 +50,7 @@ def test_compiled_parts_train_what_the_others_do_on_two_ranks(store: SequenceSto
 
 
 def test_without_a_compiler_the_run_goes_on(
-    train: Callable[..., FinishedRun], monkeypatch: pytest.MonkeyPatch, warnings_of_hstu: pytest.LogCaptureFixture
+    train: Train, monkeypatch: pytest.MonkeyPatch, warnings_of_hstu: pytest.LogCaptureFixture
 ) -> None:
     def no_compiler(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no C++ compiler\nmany lines about it")
@@ -63,7 +62,7 @@ def test_without_a_compiler_the_run_goes_on(
 
 
 def test_a_model_of_nothing_but_kernels_says_so(
-    train: Callable[..., FinishedRun], monkeypatch: pytest.MonkeyPatch, warnings_of_hstu: pytest.LogCaptureFixture
+    train: Train, monkeypatch: pytest.MonkeyPatch, warnings_of_hstu: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("hstu.train.builder.why_not", lambda _: None)
     train("retrieval", network={"compile": True}, trainer={"max_train_iters": 1})

@@ -1,7 +1,6 @@
 """Where runs write and save, and what of earlier runs and of others they leave alone."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from hstu.checkpoint.find import locate
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.records import read_metrics
 from hstu.parallel.mesh import Mesh
-from tests.train.tiny import FinishedRun, run, tiny_config
+from tests.train.tiny import Train, run, tiny_config
 
 
 def saved_iterations(directory: Path) -> list[int]:
@@ -19,7 +18,7 @@ def saved_iterations(directory: Path) -> list[int]:
 
 
 def test_by_default_the_last_state_is_saved_in_a_directory_of_the_run_and_the_log_says_so(
-    train: Callable[..., FinishedRun],
+    train: Train,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     warnings_of_hstu: pytest.LogCaptureFixture,
@@ -41,7 +40,7 @@ def test_by_default_the_last_state_is_saved_in_a_directory_of_the_run_and_the_lo
 
 
 def test_a_run_that_starts_again_keeps_its_checkpoints_only_if_it_resumes(
-    train: Callable[..., FinishedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     default = {"ckpt_save_interval": None, "ckpt_save_dir": None, "output_dir": "runs/mine"}
@@ -71,7 +70,7 @@ def test_auto_without_a_directory_finds_what_the_same_file_has_saved(
     assert saved_iterations(tmp_path / "checkpoints" / "mine") == [2, 4]
 
 
-def test_a_length_below_the_resumed_iteration_is_refused(train: Callable[..., FinishedRun]) -> None:
+def test_a_length_below_the_resumed_iteration_is_refused(train: Train) -> None:
     train("ranking", output="mine", trainer={"ckpt_save_interval": 4})
     shorter = {"ckpt_save_interval": 4, "ckpt_load_dir": "auto", "max_train_iters": 3}
     with pytest.raises(ConfigError, match=r"max_train_iters: the run would end after iteration 3, but .* has done 4"):

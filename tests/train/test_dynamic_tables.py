@@ -1,6 +1,5 @@
 """Dynamic tables in whole runs: what is logged, what a checkpoint has, and what other tools get of it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,8 @@ from hstu.parallel.dynamic.slots import steps_of
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from scripts.dynamic_table import main
-from tests.train.tiny import ITEMS, FinishedRun, run, tables_with_dynamic, tiny_config
+from tests.train.tiny import ITEMS, FinishedRun, Train, run, tables_with_dynamic, tiny_config
 
-Train = Callable[..., FinishedRun]
 ROWS, TABLE = 10, "movies"
 
 

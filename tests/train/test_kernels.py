@@ -1,14 +1,13 @@
 """Whole runs on the kernels that a CPU has where GPU kernels are asked for, which is the default."""
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import OPERATORS
-from tests.train.tiny import FinishedRun
+from tests.train.tiny import Train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,13 +26,13 @@ def network(backend: str, task: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("task", ["retrieval", "ranking"])
-def test_they_train_as_pytorch_does_and_repeat_their_bits(train: Callable[..., FinishedRun], task: str) -> None:
+def test_they_train_as_pytorch_does_and_repeat_their_bits(train: Train, task: str) -> None:
     runs = [train(task, network=network(backend, task)) for backend in ("cutlass", "triton", "pytorch")]
     assert runs[0].losses == runs[1].losses
     assert runs[0].losses == pytest.approx(runs[2].losses, rel=1e-4)
 
 
-def test_the_log_names_the_kernels(train: Callable[..., FinishedRun]) -> None:
+def test_the_log_names_the_kernels(train: Train) -> None:
     text = (train("retrieval", network=network("cutlass", "retrieval")).path / "log.txt").read_text()
     assert "kernel_backend 'cutlass' runs on GPUs; this CPU uses C++ kernels" in text
     lines = dict(re.findall(r"kernel (\w+): (.*)", text))
@@ -41,7 +40,7 @@ def test_the_log_names_the_kernels(train: Callable[..., FinishedRun]) -> None:
     assert lines["attention"] == "cpu" and lines["jagged_concat"] == "pytorch (cpu: no kernel)"
 
 
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(train: Callable[..., FinishedRun]) -> None:
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(train: Train) -> None:
     options = {"ckpt_save_interval": 2, "ckpt_load_dir": "auto"}
     whole = train("retrieval", network=network("cutlass", "retrieval"), trainer={"max_train_iters": 4})
     train("retrieval", output="one", network=network("cutlass", "retrieval"), trainer=options | {"max_train_iters": 2})

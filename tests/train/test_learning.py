@@ -1,11 +1,10 @@
 """Tiny runs learn what there is to learn, with every kind of negatives."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.train.tiny import FinishedRun
+from tests.train.tiny import FinishedRun, Train
 
 NEGATIVES: dict[str, dict[str, Any]] = {
     "in_batch": {},
@@ -18,13 +17,13 @@ NEGATIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def learn(train: Callable[..., FinishedRun], task: str, **options: Any) -> FinishedRun:
+def learn(train: Train, task: str, **options: Any) -> FinishedRun:
     """50 iterations, with the metrics before and after them."""
     trainer = {"max_train_iters": 50, "eval_at_start": True, "eval_at_end": True, "eval_interval": 1000}
     return train(task, trainer=trainer, **options)
 
 
-def test_actions_that_follow_from_items_are_learnt(train: Callable[..., FinishedRun]) -> None:
+def test_actions_that_follow_from_items_are_learnt(train: Train) -> None:
     finished = learn(train, "ranking")
     assert finished.losses[-1] < 0.1 < 1.0 < finished.losses[0]
     before, after = (record["metrics"] for record in finished.records if record["kind"] == "eval")
@@ -33,9 +32,7 @@ def test_actions_that_follow_from_items_are_learnt(train: Callable[..., Finished
 
 
 @pytest.mark.parametrize("options", NEGATIVES.values(), ids=NEGATIVES)
-def test_next_items_that_follow_from_items_are_learnt(
-    train: Callable[..., FinishedRun], options: dict[str, Any]
-) -> None:
+def test_next_items_that_follow_from_items_are_learnt(train: Train, options: dict[str, Any]) -> None:
     finished = learn(train, "retrieval", task_args=options)
     assert finished.losses[-1] < 0.3 * finished.losses[0]
     before, after, test = (record["metrics"] for record in finished.records if record["kind"] == "eval")

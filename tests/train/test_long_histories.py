@@ -1,6 +1,5 @@
 """Windows and damaged samples, from the options to a training run."""
 
-from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -11,13 +10,15 @@ from hstu.base.errors import DataError
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.train.sources import StoreSource
-from tests.train.tiny import FinishedRun
+from tests.conftest import MakeStore
+from tests.train.conftest import OpenSource
+from tests.train.tiny import Train
 
 LONGEST = 5
 
 
 @pytest.fixture
-def source(source: Callable[..., StoreSource]) -> Callable[..., StoreSource]:
+def source(source: OpenSource) -> OpenSource:
     """``source("retrieval", dataset={...})`` over the walks, histories of at most 5."""
 
     def open_it(task: str, **options: Any) -> StoreSource:
@@ -32,7 +33,7 @@ def lengths(source: StoreSource, epochs: int = 1) -> list[int]:
     return [length for batch in batches for length in batch.item_lengths[: batch.real_batch_size].tolist()]
 
 
-def test_windows_train_on_whole_histories(source: Callable[..., StoreSource], store: SequenceStore) -> None:
+def test_windows_train_on_whole_histories(source: OpenSource, store: SequenceStore) -> None:
     newest, windows = source("retrieval"), source("retrieval", dataset={"window_stride": 4})
     histories = np.diff(store.offsets()) - 2  # without the held-out items
     labels = [
@@ -44,14 +45,14 @@ def test_windows_train_on_whole_histories(source: Callable[..., StoreSource], st
 
 
 @pytest.mark.parametrize("windows", [{"window_stride": 4}, {"window_stride": "random"}])
-def test_evaluation_knows_nothing_of_windows(source: Callable[..., StoreSource], windows: dict[str, Any]) -> None:
+def test_evaluation_knows_nothing_of_windows(source: OpenSource, windows: dict[str, Any]) -> None:
     for task in ("retrieval", "ranking"):
         plain, changed = source(task), source(task, dataset=windows)
         pairs = zip(plain.eval_batches("valid"), changed.eval_batches("valid"), strict=True)
         assert all((one.features.values() == other.features.values()).all() for one, other in pairs)
 
 
-def test_random_windows_have_other_items_in_each_epoch_and_as_many_labels(source: Callable[..., StoreSource]) -> None:
+def test_random_windows_have_other_items_in_each_epoch_and_as_many_labels(source: OpenSource) -> None:
     for task in ("retrieval", "ranking"):
         negatives = {"negatives": "popularity", "num_negatives": 4} if task == "retrieval" else {}
         newest, windows = (
@@ -76,7 +77,7 @@ def test_random_windows_have_other_items_in_each_epoch_and_as_many_labels(source
     ("task", "windows"), [("ranking", {"window_stride": 3}), ("retrieval", {"window_stride": "random"})]
 )
 def test_a_run_resumed_with_windows_is_the_run_that_went_through(
-    task: str, windows: dict[str, Any], train: Callable[..., FinishedRun]
+    task: str, windows: dict[str, Any], train: Train
 ) -> None:
     options = {"dataset": {"max_sequence_length": LONGEST, **windows}}
     through = train(task, trainer={"max_train_iters": 8, "log_interval": 1}, **options)
@@ -87,7 +88,7 @@ def test_a_run_resumed_with_windows_is_the_run_that_went_through(
 
 
 def test_a_damaged_sample_ends_the_run_or_is_left_out(
-    make_store: Callable[..., SequenceStore], source: Callable[..., StoreSource], monkeypatch: pytest.MonkeyPatch
+    make_store: MakeStore, source: OpenSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damaged = make_store([[0, 1, 2, 3, 4, 5]] * 6, actions=[[1, 0, 1, 0, 1, 1]] * 6, num_items=11, num_actions=4)
     monkeypatch.setattr("hstu.data.store.sequence_store._HASHED_ON_OPENING", 0)  # as in a large store

@@ -15,22 +15,20 @@ from hstu.parallel.mesh import Mesh
 from hstu.pipeline.finite import NonFiniteStep
 from hstu.train.trainer import Trainer
 from tests.distributed.pipeline_cases import digest
-from tests.train.tiny import FinishedRun, build, tiny_config
+from tests.train.tiny import Train, build, tiny_config
 
 FLOAT16 = {"dtype_str": "float16"}
 OPTIMIZER = {"optimizer_str": "sgd", "learning_rate": 0.1}
 
 
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
-def test_float16_learns_what_float32_learns(train: Callable[..., FinishedRun], task: str) -> None:
+def test_float16_learns_what_float32_learns(train: Train, task: str) -> None:
     half = train(task, network=FLOAT16, optimizer=OPTIMIZER, precision={"loss_scale": 1024.0})
     exact = train(task, optimizer=OPTIMIZER)
     assert half.losses == pytest.approx(exact.losses, rel=2e-3) and half.losses != exact.losses
 
 
-def test_float16_finds_its_scale_by_itself(
-    train: Callable[..., FinishedRun], warnings_of_hstu: pytest.LogCaptureFixture
-) -> None:
+def test_float16_finds_its_scale_by_itself(train: Train, warnings_of_hstu: pytest.LogCaptureFixture) -> None:
     finished = train("retrieval", network=FLOAT16, trainer={"max_train_iters": 8})  # whose losses are large
     records = [record for record in finished.records if record["kind"] == "train"]
     skipped = [record["skipped_steps"] for record in records]
@@ -40,7 +38,7 @@ def test_float16_finds_its_scale_by_itself(
     assert "  1 skipped" in warnings_of_hstu.text and "float16 on a CPU" in warnings_of_hstu.text
 
 
-def test_other_types_have_no_scale(train: Callable[..., FinishedRun]) -> None:
+def test_other_types_have_no_scale(train: Train) -> None:
     assert not any("loss_scale" in record for record in train("ranking", trainer={"max_train_iters": 1}).records)
 
 

@@ -1,13 +1,13 @@
 """Every way to configure the network trains; those that must not change the mathematics do not."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hstu.data.store.sequence_store import SequenceStore
-from tests.train.tiny import FinishedRun, tables_of, walks
+from tests.conftest import MakeStore
+from tests.train.tiny import FinishedRun, Train, tables_of, walks
 
 TASKS = ("ranking", "retrieval")
 CANDIDATES = {"dataset": {"max_num_candidates": 2}}
@@ -31,14 +31,14 @@ def falls(finished: FinishedRun) -> bool:
     ],
     ids=str,
 )
-def test_a_network_learns_and_is_evaluated(train: Callable[..., FinishedRun], task: str, network: Any) -> None:
+def test_a_network_learns_and_is_evaluated(train: Train, task: str, network: Any) -> None:
     finished = train(task, network=network, trainer={"max_train_iters": 12, "eval_at_end": True})
     assert falls(finished)
     assert all(value is not None for value in finished.metrics.values())
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_each_position_encoding_is_a_model_of_its_own(train: Callable[..., FinishedRun], task: str) -> None:
+def test_each_position_encoding_is_a_model_of_its_own(train: Train, task: str) -> None:
     losses = [
         train(task, network={"position_encoding": kind}).losses[-1] for kind in ("absolute", "relative_bias", "none")
     ]
@@ -46,9 +46,7 @@ def test_each_position_encoding_is_a_model_of_its_own(train: Callable[..., Finis
 
 
 @pytest.mark.parametrize(("task", "options"), [("ranking", CANDIDATES), ("retrieval", {})])
-def test_actions_can_be_part_of_their_items_tokens(
-    train: Callable[..., FinishedRun], task: str, options: dict[str, Any]
-) -> None:
+def test_actions_can_be_part_of_their_items_tokens(train: Train, task: str, options: dict[str, Any]) -> None:
     finished = train(
         task, network={"interleave_actions": False}, trainer={"max_train_iters": 12, "eval_at_end": True}, **options
     )
@@ -63,9 +61,7 @@ def test_actions_can_be_part_of_their_items_tokens(
 
 @pytest.mark.parametrize("options", [{"max_num_candidates": 1}, {"max_num_candidates": 3}])
 @pytest.mark.parametrize("group", [1, 2])
-def test_candidates_are_learnt_and_evaluated(
-    train: Callable[..., FinishedRun], options: dict[str, Any], group: int
-) -> None:
+def test_candidates_are_learnt_and_evaluated(train: Train, options: dict[str, Any], group: int) -> None:
     finished = train(
         "ranking",
         dataset=options,
@@ -76,7 +72,7 @@ def test_candidates_are_learnt_and_evaluated(
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_bfloat16_learns_what_float32_learns(train: Callable[..., FinishedRun], task: str) -> None:
+def test_bfloat16_learns_what_float32_learns(train: Train, task: str) -> None:
     half, single = (
         train(task, network={"dtype_str": dtype}, trainer={"max_train_iters": 30, "eval_at_end": True})
         for dtype in ("bfloat16", "float32")
@@ -90,13 +86,13 @@ def test_bfloat16_learns_what_float32_learns(train: Callable[..., FinishedRun], 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("recomputed", ["recompute_input_layernorm", "recompute_input_silu", "recompute_layer"])
-def test_recomputing_changes_nothing(train: Callable[..., FinishedRun], task: str, recomputed: str) -> None:
+def test_recomputing_changes_nothing(train: Train, task: str, recomputed: str) -> None:
     dropout = {"hidden_dropout": 0.3}
     assert train(task, network={recomputed: True, **dropout}).losses == train(task, network=dropout).losses
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adagrad", "rowwise_adagrad"])
-def test_every_optimizer_learns(train: Callable[..., FinishedRun], optimizer: str) -> None:
+def test_every_optimizer_learns(train: Train, optimizer: str) -> None:
     rate = 0.3 if optimizer == "sgd" else 0.03
     options = {"optimizer_str": optimizer, "learning_rate": rate}
     assert falls(train("ranking", optimizer=options, trainer={"max_train_iters": 20}))
@@ -104,7 +100,7 @@ def test_every_optimizer_learns(train: Callable[..., FinishedRun], optimizer: st
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
 @pytest.mark.parametrize("task", TASKS)
-def test_where_the_tables_are_makes_no_difference(train: Callable[..., FinishedRun], task: str, optimizer: str) -> None:
+def test_where_the_tables_are_makes_no_difference(train: Train, task: str, optimizer: str) -> None:
     options = {"optimizer_str": optimizer, "learning_rate": 0.05 if optimizer == "sgd" else 0.01}
     sharded, replicated = (
         train(task, sharded=names, optimizer=options).losses for names in (["item_id", "town", "action"], [])
@@ -112,9 +108,7 @@ def test_where_the_tables_are_makes_no_difference(train: Callable[..., FinishedR
     np.testing.assert_allclose(sharded, replicated, rtol=1e-5)
 
 
-def test_own_context_can_be_left_out_and_reordered(
-    train: Callable[..., FinishedRun], make_store: Callable[..., SequenceStore]
-) -> None:
+def test_own_context_can_be_left_out_and_reordered(train: Train, make_store: MakeStore) -> None:
     store = make_store(**{**walks(), "context": {"town": [0, 1] * 10, "age": [0, 1, 2, 3] * 5}})
 
     def with_context(*names: str) -> FinishedRun:
@@ -126,30 +120,26 @@ def test_own_context_can_be_left_out_and_reordered(
     assert runs[2].trainer.source.roles.contextual == ("town", "age")
 
 
-def test_sequences_of_items_alone_are_retrieved(
-    train: Callable[..., FinishedRun], make_store: Callable[..., SequenceStore]
-) -> None:
+def test_sequences_of_items_alone_are_retrieved(train: Train, make_store: MakeStore) -> None:
     store = make_store(walks()["items"])
     assert falls(train("retrieval", store=store, trainer={"max_train_iters": 12}))
 
 
-def test_actions_can_be_left_out(train: Callable[..., FinishedRun], store: SequenceStore) -> None:
+def test_actions_can_be_left_out(train: Train, store: SequenceStore) -> None:
     tables = tuple(table for table in tables_of(store) if table.feature_names != ["action"])
     finished = train("retrieval", tables=tables, dataset={"action_feature_name": ""}, trainer={"max_train_iters": 12})
     assert falls(finished)
     assert finished.trainer.source.roles.action is None
 
 
-def test_ranking_by_bits_has_a_metric_a_task(train: Callable[..., FinishedRun]) -> None:
+def test_ranking_by_bits_has_a_metric_a_task(train: Train) -> None:
     bits = {"prediction_head_arch": [8, 2], "num_tasks": 2, "eval_metrics": ("AUC", "NE", "ACC")}
     finished = train("ranking", task_args=bits, trainer={"max_train_iters": 20, "eval_at_end": True})
     assert falls(finished)
     assert set(finished.metrics) == {"AUC", "AUC/task0", "AUC/task1", "NE", "ACC"}
 
 
-def test_the_time_split_trains_on_what_came_first(
-    train: Callable[..., FinishedRun], make_store: Callable[..., SequenceStore]
-) -> None:
+def test_the_time_split_trains_on_what_came_first(train: Train, make_store: MakeStore) -> None:
     data = walks()
     times = [[100 * place + user for place in range(len(row))] for user, row in enumerate(data["items"])]
     store = make_store(**data, timestamps=times)

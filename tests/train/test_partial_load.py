@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,8 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
 from hstu.parallel.tables import dynamic_tables
 from tests.conftest import write_small_store
-from tests.train.tiny import ITEMS, FinishedRun, build, run, tables_with_dynamic, tiny_config, walks
+from tests.train.tiny import ITEMS, FinishedRun, Train, build, run, tables_with_dynamic, tiny_config, walks
 
-Train = Callable[..., FinishedRun]
 SAVING = {"ckpt_save_interval": 4}
 
 

@@ -1,6 +1,5 @@
 """Ids that no vocabulary holds, in whole runs: random ids in a range of 10^12, and stores that keep raw ids."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,8 @@ from hstu.parallel.tables import dynamic_tables
 from hstu.train.sources import open_source
 from tests.conftest import write_small_store
 from tests.parallel.dynamic.dictionary import DictionaryTable
-from tests.train.tiny import ITEMS, NETWORK, TRAINER, FinishedRun, run, tables_with_dynamic, tiny_config, walks
+from tests.train.tiny import ITEMS, NETWORK, TRAINER, FinishedRun, Train, run, tables_with_dynamic, tiny_config, walks
 
-Train = Callable[..., FinishedRun]
 MANY, ROWS, STEPS = 10**12, 5_000, 200
 
 

@@ -1,6 +1,5 @@
 """Evaluation on a second store, which numbers its ids differently."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,9 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
 from hstu.parallel.mesh import Mesh
-from hstu.train.sources import StoreSource, open_source
+from hstu.train.sources import open_source
+from tests.conftest import MakeStore
+from tests.train.conftest import OpenSource
 from tests.train.tiny import ITEMS, build, ids, real_users, tiny_config, walks
 
 
@@ -41,7 +42,7 @@ def write_users(path: Path, users: list[int], *, item_order: np.ndarray, extra_c
 
 
 def test_a_second_store_with_other_numbers_gives_the_metrics_of_one_store(
-    mesh: Mesh, make_store: Callable[..., SequenceStore], tmp_path: Path
+    mesh: Mesh, make_store: MakeStore, tmp_path: Path
 ) -> None:
     data = walks()
     one_more: dict[str, Any] = {"items": [[item + 1 for item in row] for row in data["items"]], "num_items": ITEMS + 1}
@@ -61,7 +62,7 @@ def test_a_second_store_with_other_numbers_gives_the_metrics_of_one_store(
 
 
 def test_ids_that_only_the_second_store_has_are_refused(
-    source: Callable[..., StoreSource], tmp_path: Path, store: SequenceStore
+    source: OpenSource, tmp_path: Path, store: SequenceStore
 ) -> None:
     shifted = np.arange(ITEMS) + ITEMS - 1
     second = write_users(tmp_path / "second", list(range(20)), item_order=shifted)
@@ -77,9 +78,7 @@ def test_ids_that_only_the_second_store_has_are_refused(
         assert part in str(caught.value)
 
 
-def test_actions_beyond_those_trained_on_are_refused(
-    make_store: Callable[..., SequenceStore], source: Callable[..., StoreSource]
-) -> None:
+def test_actions_beyond_those_trained_on_are_refused(make_store: MakeStore, source: OpenSource) -> None:
     data = walks()
     second = make_store(**{**data, "num_actions": 9})
     with pytest.raises(ConfigError, match=r"eval_dataset_path: .* has 'action' up to 8, the training data below 4"):

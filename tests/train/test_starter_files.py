@@ -1,7 +1,7 @@
 """The gin files that preprocessing writes beside a store train as they are."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from hstu.data.preprocess.starter import write_starters
 from hstu.data.rules import DATA_RULES
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from tests.conftest import write_small_store
+from tests.conftest import MakeStore, write_small_store
 from tests.train.tiny import run, walks
 
-MakeStore = Callable[..., SequenceStore]
 SHORT = ("TrainerArgs.num_train_epochs = 2", "TrainerArgs.tensorboard = False", 'TrainerArgs.progress_bar = "off"')
 
 

@@ -1,6 +1,5 @@
 """Batches from a preprocessed store."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ from hstu.data.batches.batch import NEGATIVES
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.train.sources import StoreSource, open_source
-from tests.train.tiny import ITEMS, FinishedRun, ids, real_users, tiny_config, walks
+from hstu.train.sources import open_source
+from tests.train.conftest import OpenSource
+from tests.train.tiny import ITEMS, Train, ids, real_users, tiny_config, walks
 
 FIRST = SamplerPosition()
 
@@ -36,7 +36,7 @@ def test_any_spelling_of_a_built_in_dataset_means_its_directory(
     assert open_source(config, mesh).cardinalities["item_id"] == ITEMS
 
 
-def test_a_built_in_dataset_has_tables_of_which_some_can_be_given_by_hand(source: Callable[..., StoreSource]) -> None:
+def test_a_built_in_dataset_has_tables_of_which_some_can_be_given_by_hand(source: OpenSource) -> None:
     mine = EmbeddingArgs(
         feature_names=["item_id"],
         table_name="mine",
@@ -61,7 +61,7 @@ def test_a_history_without_candidates_keeps_its_length(mesh: Mesh, store: Sequen
     assert source.max_items == 7
 
 
-def test_ranking_evaluates_the_validation_users(source: Callable[..., StoreSource]) -> None:
+def test_ranking_evaluates_the_validation_users(source: OpenSource) -> None:
     opened = source("ranking")
     assert (opened.eval_splits, opened.final_splits) == (("valid",), ("valid",))
     trained = {
@@ -75,21 +75,21 @@ def test_ranking_evaluates_the_validation_users(source: Callable[..., StoreSourc
     ("valid_items", "while_training", "at_the_end"), [(1, ("valid",), ("valid", "test")), (0, ("test",), ("test",))]
 )
 def test_retrieval_without_validation_items_evaluates_on_the_last_ones(
-    source: Callable[..., StoreSource], valid_items: int, while_training: Any, at_the_end: Any
+    source: OpenSource, valid_items: int, while_training: Any, at_the_end: Any
 ) -> None:
     opened = source("retrieval", dataset={"valid_items": valid_items})
     assert (opened.eval_splits, opened.final_splits) == (while_training, at_the_end)
 
 
 def test_seen_items_come_with_evaluation_batches_only_where_they_are_filtered(
-    source: Callable[..., StoreSource],
+    source: OpenSource,
 ) -> None:
     assert next(source("retrieval").eval_batches("valid")).seen is not None
     assert next(source("retrieval", task_args={"filter_seen": False}).eval_batches("valid")).seen is None
     assert next(source("retrieval").train_batches(FIRST)).seen is None
 
 
-def test_training_batches_have_what_users_had_before_where_it_is_masked(source: Callable[..., StoreSource]) -> None:
+def test_training_batches_have_what_users_had_before_where_it_is_masked(source: OpenSource) -> None:
     opened = source("retrieval", task_args={"mask_seen": True}, dataset={"max_sequence_length": 3})
     batch = next(opened.train_batches(FIRST))
     assert batch.seen is not None
@@ -101,7 +101,7 @@ def test_training_batches_have_what_users_had_before_where_it_is_masked(source: 
     assert len(batch.seen.values) > 0
 
 
-def test_a_request_is_made_at_the_time_of_the_held_out_event(source: Callable[..., StoreSource]) -> None:
+def test_a_request_is_made_at_the_time_of_the_held_out_event(source: OpenSource) -> None:
     network = {"position_encoding": ("absolute", "relative_bias")}
     without = source("retrieval", network=network, dataset={"query_time": "last_event"})
     assert next(without.eval_batches("valid")).request_times is None
@@ -114,7 +114,7 @@ def test_a_request_is_made_at_the_time_of_the_held_out_event(source: Callable[..
     assert batch.request_times[: batch.real_batch_size].tolist() == expected
 
 
-def test_batches_go_on_from_any_position(source: Callable[..., StoreSource]) -> None:
+def test_batches_go_on_from_any_position(source: OpenSource) -> None:
     straight = source("retrieval").train_batches(FIRST)
     batches = [next(straight) for _ in range(5)]
     positions = [position for batch in batches if (position := batch.position)]
@@ -124,7 +124,7 @@ def test_batches_go_on_from_any_position(source: Callable[..., StoreSource]) -> 
         assert ids(next(resumed), "item_id") == ids(expected, "item_id")
 
 
-def test_histories_of_chosen_users_come_whole_in_the_given_order(source: Callable[..., StoreSource]) -> None:
+def test_histories_of_chosen_users_come_whole_in_the_given_order(source: OpenSource) -> None:
     opened = source("retrieval", trainer={"eval_batch_size": 2}, task_args={"negatives": "full"})
     users = np.array([7, 0, 7])
     batches = list(opened.history_batches(users))
@@ -135,7 +135,7 @@ def test_histories_of_chosen_users_come_whole_in_the_given_order(source: Callabl
 
 
 @pytest.mark.parametrize("options", [{"data_workers": 1}, {"data_workers": 2, "data_prefetch": 1}])
-def test_workers_change_nothing(train: Callable[..., FinishedRun], options: dict[str, int]) -> None:
+def test_workers_change_nothing(train: Train, options: dict[str, int]) -> None:
     one, other = (train("retrieval", trainer={"eval_at_end": True, **more}) for more in ({}, options))
     assert one.losses == other.losses
     assert one.metrics == other.metrics

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.pipeline.pipelines import SequentialPipeline
 from hstu.train.builder import build_trainer
 from hstu.train.trainer import Trainer
-from tests.train.tiny import FinishedRun, build, run, tiny_config
+from tests.train.tiny import FinishedRun, Train, build, run, tiny_config
 
 # --- what is done when ---------------------------------------------------------------------------------------------
 
@@ -39,20 +38,18 @@ from tests.train.tiny import FinishedRun, build, run, tiny_config
         ("retrieval", {"log_interval": 4, "eval_interval": 0, "eval_at_end": False}, "4"),
     ],
 )
-def test_records_come_when_they_are_asked_for(
-    train: Callable[..., FinishedRun], task: str, options: dict[str, Any], records: str
-) -> None:
+def test_records_come_when_they_are_asked_for(train: Train, task: str, options: dict[str, Any], records: str) -> None:
     finished = train(task, trainer={"eval_at_end": True, **options})
     assert records == ", ".join(f"{record.get('split', '')} {record['iter']}".strip() for record in finished.records)
 
 
-def test_a_loss_is_the_mean_since_the_record_before(train: Callable[..., FinishedRun]) -> None:
+def test_a_loss_is_the_mean_since_the_record_before(train: Train) -> None:
     every, third = (train("ranking", trainer={"max_train_iters": 7, "log_interval": n}).losses for n in (1, 3))
     means = [sum(every[:3]) / 3, sum(every[3:6]) / 3, every[6]]
     assert third == pytest.approx(means, rel=1e-12)
 
 
-def test_a_training_record_tells_what_it_cost(train: Callable[..., FinishedRun]) -> None:
+def test_a_training_record_tells_what_it_cost(train: Train) -> None:
     record = train("ranking", schedule={"schedule": "linear"}).records[1]
     assert record["lr"] == pytest.approx(0.01 * 3 / 4)
     assert record["epoch"] == 1.0
@@ -61,9 +58,7 @@ def test_a_training_record_tells_what_it_cost(train: Callable[..., FinishedRun])
 
 
 @pytest.mark.parametrize("first_part", [24, 7])
-def test_by_epoch_learning_rates_change_at_the_ends_of_epochs_of_any_length(
-    train: Callable[..., FinishedRun], first_part: int
-) -> None:
+def test_by_epoch_learning_rates_change_at_the_ends_of_epochs_of_any_length(train: Train, first_part: int) -> None:
     trainer = {"tokens_per_rank": 40, "max_train_iters": 24, "ckpt_save_interval": 7, "ckpt_load_dir": "auto"}
     schedule = {"schedule": "linear", "by_epoch": True, "warmup_iters": 8, "warmup_start": 0.1, "decay_iters": 100}
     if first_part < 24:  # the rest is trained by a run that resumes in the midst of an epoch
@@ -77,7 +72,7 @@ def test_by_epoch_learning_rates_change_at_the_ends_of_epochs_of_any_length(
     assert len(rates) == len(dict(rates)) == len(set(dict(rates).values())), "one for each epoch"
 
 
-def test_evaluating_in_between_does_not_change_training(train: Callable[..., FinishedRun]) -> None:
+def test_evaluating_in_between_does_not_change_training(train: Train) -> None:
     dropout = {"hidden_dropout": 0.3}
     for task in ("ranking", "retrieval"):
         often = train(task, trainer={"eval_interval": 1, "eval_at_start": True}, network=dropout)
@@ -86,13 +81,13 @@ def test_evaluating_in_between_does_not_change_training(train: Callable[..., Fin
         assert often.losses == never.losses
 
 
-def test_evaluation_can_be_limited_to_some_batches(train: Callable[..., FinishedRun]) -> None:
+def test_evaluation_can_be_limited_to_some_batches(train: Train) -> None:
     limited = {"eval_batch_size": 2, "max_eval_iters": 1, "eval_at_end": True}
     finished = train("retrieval", trainer=limited, task_args={"eval_metrics": ("HR@1",)})
     assert finished.metrics["HR@1"] in (0, 0.5, 1), "of two users"
 
 
-def test_checkpoints_are_saved_at_the_interval_and_at_the_end(train: Callable[..., FinishedRun]) -> None:
+def test_checkpoints_are_saved_at_the_interval_and_at_the_end(train: Train) -> None:
     def saved(finished: FinishedRun) -> list[str]:
         directory = finished.path.parent / "checkpoints"
         return sorted(path.name for path in directory.glob("iteration_*"))
@@ -104,7 +99,7 @@ def test_checkpoints_are_saved_at_the_interval_and_at_the_end(train: Callable[..
     assert saved(train("ranking", trainer={"ckpt_save_interval": -1})) == []
 
 
-def test_a_profile_of_the_chosen_iterations_is_written(train: Callable[..., FinishedRun]) -> None:
+def test_a_profile_of_the_chosen_iterations_is_written(train: Train) -> None:
     finished = train("ranking", trainer={"profile": True, "profile_step_start": 1, "profile_step_end": 3})
     with gzip.open(finished.path / "trace-rank0.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
@@ -114,7 +109,7 @@ def test_a_profile_of_the_chosen_iterations_is_written(train: Callable[..., Fini
 # --- how a run ends ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_reaches_its_last_iteration_is_done(train: Callable[..., FinishedRun]) -> None:
+def test_a_run_that_reaches_its_last_iteration_is_done(train: Train) -> None:
     finished = train("ranking", trainer={"eval_interval": 2, "eval_at_end": True})
     summary = finished.summary
     assert (summary["status"], summary["iterations"]) == ("done", 4)
@@ -146,9 +141,7 @@ def test_sigterm_stops_after_the_step_in_flight_and_saves_where_checkpoints_are_
     assert (tmp_path / "checkpoints" / "iteration_00000003").exists() == saving
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_with_what_to_do(
-    train: Callable[..., FinishedRun], tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_a_number_ends_the_run_with_what_to_do(train: Train, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the loss is not finite at iteration \d+: (nan|inf) on rank 0.*Lower Opt"):
         train("ranking", output="diverged", optimizer={"optimizer_str": "sgd", "learning_rate": 1e6})
     summary = json.loads((tmp_path / "diverged" / "run" / "summary.json").read_text())
@@ -174,7 +167,7 @@ WORSE_AND_WORSE = {"optimizer_str": "sgd", "learning_rate": 1e-9}
 """Too little to move a float32 weight: what is measured first stays the best."""
 
 
-def test_training_ends_when_the_metric_has_not_improved_for_long_enough(train: Callable[..., FinishedRun]) -> None:
+def test_training_ends_when_the_metric_has_not_improved_for_long_enough(train: Train) -> None:
     options = {
         "max_train_iters": 20,
         "eval_interval": 2,
@@ -202,7 +195,7 @@ def test_training_ends_when_the_metric_has_not_improved_for_long_enough(train: C
     assert (again.summary["status"], again.summary["iterations"]) == ("stopped early", 6), "it remembers its patience"
 
 
-def test_a_run_that_improves_goes_on_and_keeps_its_best(train: Callable[..., FinishedRun]) -> None:
+def test_a_run_that_improves_goes_on_and_keeps_its_best(train: Train) -> None:
     options = {
         "max_train_iters": 12,
         "eval_interval": 3,
@@ -221,7 +214,7 @@ def test_a_run_that_improves_goes_on_and_keeps_its_best(train: Callable[..., Fin
     assert (checkpoints / "best" / "manifest.json").exists()
 
 
-def test_evaluations_use_the_average_of_the_weights(train: Callable[..., FinishedRun]) -> None:
+def test_evaluations_use_the_average_of_the_weights(train: Train) -> None:
     options = {"max_train_iters": 6, "eval_interval": 3}
     plain = train("ranking", trainer=options, sharded=())
     averaged = train("ranking", trainer=options, optimizer={"ema_decay": 0.999}, sharded=())
@@ -234,7 +227,7 @@ def test_evaluations_use_the_average_of_the_weights(train: Callable[..., Finishe
 # --- going on ------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_ranker_is_chosen_by_users_that_the_test_does_not_have(train: Callable[..., FinishedRun]) -> None:
+def test_the_best_ranker_is_chosen_by_users_that_the_test_does_not_have(train: Train) -> None:
     options = {"eval_interval": 2, "eval_at_end": True, "best_metric": "LOGLOSS"}
     finished = train("ranking", trainer=options, dataset={"train_fraction": 0.5, "valid_fraction": 0.2})
     assert finished.evaluations == [(2, "valid"), (4, "valid"), (4, "test")]
@@ -246,7 +239,7 @@ def test_the_best_ranker_is_chosen_by_users_that_the_test_does_not_have(train: C
     assert users[0] and users[1] and not users[0] & users[1] - {-1}
 
 
-def test_a_continued_run_remembers_the_best_metrics_of_its_first_part(train: Callable[..., FinishedRun]) -> None:
+def test_a_continued_run_remembers_the_best_metrics_of_its_first_part(train: Train) -> None:
     options = {"eval_interval": 2, "ckpt_save_interval": 4, "ckpt_load_dir": "auto"}
     first = train("ranking", output="one", trainer={**options, "max_train_iters": 4})
     best = first.summary["best_metrics"]["valid"]["LOGLOSS"]
@@ -258,9 +251,7 @@ def test_a_continued_run_remembers_the_best_metrics_of_its_first_part(train: Cal
 
 
 @pytest.mark.parametrize("batch_size", [8, 16, 4])
-def test_epochs_and_schedules_count_samples_whatever_the_global_batch(
-    train: Callable[..., FinishedRun], batch_size: int
-) -> None:
+def test_epochs_and_schedules_count_samples_whatever_the_global_batch(train: Train, batch_size: int) -> None:
     """The first two epochs have global batches of 8, as if they had been trained by another number of ranks."""
     options: dict[str, Any] = {"max_train_iters": None, "ckpt_load_dir": "auto", "ckpt_save_interval": 4}
     resized = options | {"num_train_epochs": 4, "train_batch_size": batch_size}
@@ -279,7 +270,7 @@ def test_epochs_and_schedules_count_samples_whatever_the_global_batch(
     assert resumed == expected
 
 
-def test_a_finished_run_that_is_started_again_only_evaluates(train: Callable[..., FinishedRun]) -> None:
+def test_a_finished_run_that_is_started_again_only_evaluates(train: Train) -> None:
     options = {"ckpt_save_interval": 4, "ckpt_load_dir": "auto", "eval_at_end": True}
     first = train("retrieval", output="one", trainer=options)
     again = train("retrieval", output="one", trainer=options)
@@ -288,7 +279,7 @@ def test_a_finished_run_that_is_started_again_only_evaluates(train: Callable[...
 
 
 def test_the_operative_configuration_trains_the_same_model(
-    train: Callable[..., FinishedRun], mesh: Mesh, store: SequenceStore, tmp_path: Path
+    train: Train, mesh: Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:
     config = tiny_config("retrieval", store, tmp_path / "first", network={"hidden_dropout": 0.2})
     first = run(config, mesh)
@@ -296,7 +287,7 @@ def test_the_operative_configuration_trains_the_same_model(
     assert first.losses == run(again, mesh).losses
 
 
-def test_clipping_bounds_the_dense_step(train: Callable[..., FinishedRun], mesh: Mesh) -> None:
+def test_clipping_bounds_the_dense_step(train: Train, mesh: Mesh) -> None:
     def distance(max_grad_norm: float) -> float:
         options = {
             "sharded": ["item_id", "town", "action"],
@@ -333,9 +324,7 @@ def build_untrained(finished: FinishedRun, mesh: Mesh) -> Trainer:
     ],
     ids=["no such checkpoint", "a head that does not fit", "no such data"],
 )
-def test_a_run_that_cannot_begin_leaves_no_directory(
-    train: Callable[..., FinishedRun], tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_a_run_that_cannot_begin_leaves_no_directory(train: Train, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         train("ranking", **options)
     assert list(tmp_path.glob("run0/*")) == []

@@ -1,7 +1,7 @@
 """Runs small enough for a test: data that can be learnt, configurations over it, and what a run has left behind."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -207,6 +207,10 @@ class FinishedRun:
     def summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
         return summary
+
+
+Train = Callable[..., FinishedRun]
+"""Trains a run of a task and of TinyOptions."""
 
 
 def build(config: RunConfig, mesh: Mesh) -> Trainer:

@@ -4,7 +4,7 @@ import os
 import pickle
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
 from typing import Any
@@ -19,7 +19,7 @@ from hstu.data.batches.collate import Collator
 from hstu.data.batches.loader import build_loader
 from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import START, BatchPlan, SamplerPosition, TrainSampler
-from hstu.data.store.sequence_store import SequenceStore
+from tests.conftest import MakeStore
 from tests.data.collators import assert_same, collator_of
 
 NUM_USERS = 23
@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {"length": 5, "batch_size": 3, "negatives": Negatives(
 
 
 @pytest.fixture
-def collator(make_store: Callable[..., SequenceStore]) -> Collator:
+def collator(make_store: MakeStore) -> Collator:
     rows = [[(user * 7 + n) % 40 for n in range(4 + user % 5)] for user in range(NUM_USERS)]
     return collator_of(make_store(rows, actions=rows, context={"age": list(range(NUM_USERS))}), **OPTIONS)
 

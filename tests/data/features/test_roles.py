@@ -1,6 +1,5 @@
 """Which features of a store become which inputs of the model."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,10 +7,10 @@ import pytest
 from hstu.base.errors import ConfigError
 from hstu.config.args import DatasetArgs
 from hstu.data.features.roles import resolve_roles
-from hstu.data.store.sequence_store import SequenceStore
+from tests.conftest import MakeStore
 
 
-def test_roles_follow_the_users_choice_and_order(make_store: Callable[..., SequenceStore]) -> None:
+def test_roles_follow_the_users_choice_and_order(make_store: MakeStore) -> None:
     store = make_store([[1, 2]], actions=[[1, 2]], context={"a": [0], "b": [0], "c": [0]})
 
     def roles(**chosen: Any) -> tuple[str, ...]:

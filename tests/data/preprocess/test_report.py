@@ -1,7 +1,6 @@
 """The preprocessing report, and its checks against the published statistics."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,7 @@ from hstu.data.preprocess import report
 from hstu.data.preprocess.report import format_report, write_report
 from hstu.data.store.sequence_store import SequenceStore
 from scripts import preprocess_dataset
-from tests.conftest import REPOSITORY
-
-MakeStore = Callable[..., SequenceStore]
+from tests.conftest import REPOSITORY, MakeStore
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,7 @@ from hstu.base.errors import DataError
 from hstu.data.store.meta import sealed, sha256
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
-
-MakeStore = Callable[..., SequenceStore]
+from tests.conftest import MakeStore
 
 
 @pytest.fixture

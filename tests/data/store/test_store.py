@@ -14,9 +14,8 @@ from hstu.base.errors import DataError
 from hstu.data.store.meta import sealed, sha256
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
-from tests.conftest import REPOSITORY, write_item_feature
+from tests.conftest import REPOSITORY, MakeStore, write_item_feature
 
-MakeStore = Callable[..., SequenceStore]
 ITEMS = [[3, 1], [0, 2, 2], [1]]
 ACTIONS = [[1, 0], [4, 4, 2], [1]]
 

@@ -1,18 +1,16 @@
 """What is read of a store, and what of it is refused."""
 
-from collections.abc import Callable
-
 import pytest
 
 from hstu.base.errors import DataError
 from hstu.config.args import Task
 from hstu.data.sampling.samples import Split
-from hstu.data.store.sequence_store import SequenceStore
+from tests.conftest import MakeStore
 from tests.data.collators import assert_same, batches_of, collator_of
 from tests.data.toy_store import ToyStore
 
 
-def test_a_store_on_disk_and_one_in_memory_give_the_same_batches(make_store: Callable[..., SequenceStore]) -> None:
+def test_a_store_on_disk_and_one_in_memory_give_the_same_batches(make_store: MakeStore) -> None:
     items, actions, context = [[1, 2, 3], [4, 5, 6, 7], [8, 9]], [[1, 2, 3], [4, 5, 6, 7], [8, 9]], {"age": [2, 1, 0]}
     on_disk = make_store(items, actions=actions, context=context, item_feature="item", num_items=50)
     in_memory = ToyStore(items, actions=actions, context=context)

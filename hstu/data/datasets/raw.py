@@ -20,6 +20,7 @@ MAX_REJECTED_LINES = 10_000
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """File name suffix → compression of the text."""
 _SNIFFED_BYTES = 1 << 16
+_RECBOLE_TYPES = ("token", "token_seq", "float", "float_seq")
 
 
 def identifier(name: str) -> str:
@@ -150,14 +151,15 @@ def quote_beside(delimiter: str) -> str:
 
 
 def probable_delimiter(file: Path) -> str:
-    """Guess the delimiter from the first line: "::", else the most frequent of the usual delimiters."""
+    """Guess the delimiter from the first line: "::", else the most frequent of the usual ones, or else ":"."""
     with open_text(file) as lines:
         line = next(lines, "")
-    return "::" if "::" in line else max(",\t;|:", key=line.count)
+    usual = max(",\t;|", key=line.count)
+    return "::" if "::" in line else usual if usual in line else ":"
 
 
 def _header_columns(file: Path, delimiter: str) -> list[str]:
-    """Column names in the first line of a delimited file. Raises DataError if they are unusable."""
+    """Column names in the first line, without the types of RecBole. Raises DataError if they are unusable."""
     try:
         with open_text(file) as lines:
             if quote_beside(delimiter):
@@ -166,6 +168,9 @@ def _header_columns(file: Path, delimiter: str) -> list[str]:
                 header = next(lines, "").rstrip("\r\n").split(delimiter)
     except csv.Error as error:
         raise DataError(f"{file}:1: {error}") from error
+    typed = [name.rpartition(":") for name in header]
+    if all(kind in _RECBOLE_TYPES for _, _, kind in typed):
+        header = [name for name, _, _ in typed]
     if not any(header):
         raise DataError(f"{file}:1: the first line is empty; it must name the columns")
     if len(set(header)) < len(header) or "" in header:

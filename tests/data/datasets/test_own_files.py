@@ -112,6 +112,12 @@ def test_the_first_line_says_what_separates_columns(tmp_path: Path, delimiter: s
     assert histories(make(tmp_path, write(tmp_path / "r.dat", text), action="a")) == {7: ["A:b", "B"]}
 
 
+def test_types_of_recbole_are_not_part_of_names(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.inter", "u:token\ti:token\ta:float\n7\tA:b\t3\n7\tB\t4.0\n")
+    store = make(tmp_path, file, action="a")
+    assert histories(store) == {7: ["A:b", "B"]} and store.sequence("a").tolist() == [3, 4]
+
+
 def test_a_row_of_a_file_without_header_is_reported_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"r\.dat:3: 'a' is '3\.5'"):
         file = write(tmp_path / "r.dat", "1;5;1\n1;6;2\n1;7;3.5\n")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,14 +26,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 from hstu.base.errors import EXIT_DONE
 from hstu.checkpoint.export import export
+from hstu.checkpoint.find import Run, belongs
 from hstu.checkpoint.tensors import read_metadata
 from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
+from hstu.observe.records import EvalRecord, read_metrics
 from hstu.serve.command import add_checkpoint_arguments, note, require_model
 from hstu.serve.contents import caveats
 from hstu.serve.export import TABLE_DTYPES, TOLERANCE, for_export, write_serving
 from hstu.serve.loaded import LoadedModel, mesh_of_this_process, stored_config
-from hstu.train.history import MetricsHistory
+
+
+def evaluations_of(checkpoint: Path, run_dir: str | None) -> dict[str, Mapping[str, float]]:
+    """Metrics of a checkpoint's weights by split, of its run or else, where the run is not there, of the checkpoint."""
+    metadata, run = read_metadata(checkpoint), Run.read(checkpoint)
+    directory = Path(run_dir or (run.directory if run else ""))
+    records = metadata.get("carried", {}).get("history", {}).get("last", [])
+    if belongs(checkpoint, directory) and (directory / "metrics.jsonl").is_file():
+        records = read_metrics(directory / "metrics.jsonl")
+    measured = [record for record in records if record["kind"] == "eval" and record["iter"] == metadata["iteration"]]
+    return {each.split: each.metrics for each in map(EvalRecord.from_json, measured)}
 
 
 @tool
@@ -60,10 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def write_program(directory: Path) -> None:
         loaded = LoadedModel.restore(for_export(config, options.data), checkpoint, mesh_of_this_process())
         note(loaded, *loaded.report, *caveats(config))
-        history = MetricsHistory()
-        history.load_state_dict(read_metadata(checkpoint).get("carried", {}).get("history", []))
+        evaluations = evaluations_of(checkpoint, options.run_dir)
         difference = write_serving(
-            loaded, directory / "serving", evaluations=history.last, table_dtype=options.table_dtype
+            loaded, directory / "serving", evaluations=evaluations, table_dtype=options.table_dtype
         )
         found = "was not compared with the model"
         if difference is not None:

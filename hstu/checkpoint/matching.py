@@ -17,6 +17,8 @@ from hstu.config.args import CLASSES, Args, TrainerArgs
 from hstu.config.gin_scan import Binding, scan_stored
 from hstu.config.option import Changes, Mismatch, annotation_of, coerce, default_of, is_required, options_of
 
+_BY_ID = "; where the data is newer, ckpt_load_strict = False finds rows by raw id, and new ids start anew"
+
 
 @dataclass(frozen=True)
 class ParamMap:
@@ -128,7 +130,7 @@ class TensorMatch:
             *self.mistakes,
             *(f"{name} is not in the checkpoint" for name in self.missing),
             *(str(entry) for entry in self.resized if not (zero_new_rows and entry.common_rows)),
-            *(f"{name} has rows of other ids in the checkpoint than in this run's data" for name in remaps),
+            *(f"{name} has rows of other ids in the checkpoint{_BY_ID}" for name in remaps),
             *(f"{name} is in the checkpoint only" for name in self.unexpected),
         ]
 

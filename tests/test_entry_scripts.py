@@ -279,6 +279,7 @@ def test_sigterm_ends_a_run_cleanly_with_a_checkpoint(script: str, launcher: tup
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["status"] == "stopped" and 3 <= summary["iterations"] < 10**6, errors
     assert f"SIGTERM: stopping after iteration {summary['iterations']}" in output
+    assert f"'TrainerArgs.output_dir = \"{directory}\"' 'TrainerArgs.ckpt_load_dir = \"auto\"'" in output
     committed = [path.name for path in (directory / "checkpoints").glob("iteration_*")]
     assert committed == [f"iteration_{summary['iterations']:08d}"]
 

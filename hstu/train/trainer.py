@@ -302,6 +302,9 @@ class Trainer:
             path, output = (quote(str(path)) for path in (directory, Path("exports", directory.name)))
             log.info("next: python scripts/evaluate.py --run_dir %s", path)
             log.info("      python scripts/export.py --run_dir %s --output %s --program", path, output)
+        elif status == "stopped" and self.checkpoints.newest_iteration:
+            binding = f"'TrainerArgs.output_dir = \"{self.run_directory.path}\"'"
+            log.info("to go on: the same command with the bindings %s 'TrainerArgs.ckpt_load_dir = \"auto\"'", binding)
         rates = self._last_throughput
         names = ("samples_per_s", "tokens_per_s", "tflops", "mfu")
         best = {} if self._selection.metric is None else {"best": self._selection.as_json()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,18 @@ def sync_tree(directory: Path) -> None:
     """Call fsync on a directory and everything below it."""
     for path in (*directory.rglob("*"), directory):
         sync_to_disk(path)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(files: Iterable[Path], *more: str) -> str:
+    """Hexadecimal SHA-256 of the names and contents of files, in the order of their names, and of further texts."""
+    parts = [name for path in sorted(files) for name in (path.name.encode(), path.read_bytes())]
+    return hashlib.sha256(b"\0".join([*parts, *(text.encode() for text in more)])).hexdigest()
 
 
 def remove(path: Path) -> None:

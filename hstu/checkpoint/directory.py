@@ -25,7 +25,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hstu.base.errors import DataError, UserError
-from hstu.base.files import WRITING, aside_path, put_in_place, sync_to_disk
+from hstu.base.files import WRITING, aside_path, put_in_place, sha256, sync_to_disk
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
 
@@ -106,7 +106,7 @@ def describe_files(root: Path, files: Iterable[Path]) -> Files:
     described = {}
     for path in files:
         sync_to_disk(path)
-        described[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        described[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return described
 
 
@@ -199,17 +199,12 @@ def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
     if not path.is_file():
         return f"{path} is missing"
     try:
-        size, sha256 = path.stat().st_size, _sha256(path)
+        size, found = path.stat().st_size, sha256(path)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror or error}"
     if size != expected["bytes"]:
         return f"{path} has {size} bytes instead of {expected['bytes']}"
-    return None if sha256 == expected["sha256"] else f"{path} is damaged: its sha256 is not the one in {MANIFEST}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None if found == expected["sha256"] else f"{path} is damaged: its sha256 is not the one in {MANIFEST}"
 
 
 def checkpoint_path(directory: Path, iteration: int) -> Path:

@@ -115,11 +115,6 @@ class _Writer(dcp.FileSystemWriter):
             return super().write_data(plan, planner)
 
 
-def save(directory: str | Path, state: TrainState, mesh: Mesh) -> Path:
-    """Write ``state`` as ``directory/iteration_<n>`` and return that path. See ``write``."""
-    return write(Path(directory), Snapshot.of(state, mesh), mesh)
-
-
 def write(directory: Path, snapshot: Snapshot, mesh: Mesh) -> Path:
     """Write and commit a checkpoint and return its path. Collective.
 

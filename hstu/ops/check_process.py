@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from hstu.base.files import replace_text
+from hstu.base.files import digest_of, replace_text
 from hstu.ops.compile_ahead import compile_all, describe, num_cores
 from hstu.ops.kernels import Backend, KernelShapes
 from hstu.ops.self_check import CPU_HEAD_DIMS, Check, cache_directory, checks, is_usable
@@ -62,12 +62,10 @@ def refusals(
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return dict.fromkeys(operators, f"{package} is not installed")
-    sources = hashlib.sha256()
-    for source in sorted((ROOT / "hstu" / "ops" / backend).glob("*.py")):
-        sources.update(source.name.encode() + b"\0" + source.read_bytes())
+    sources = digest_of((ROOT / "hstu" / "ops" / backend).glob("*.py"))
     gpu = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     driver = DRIVER.read_text() if DRIVER.exists() else ""
-    made_by = (sources.hexdigest(), version, torch.__version__, torch.version.cuda, gpu, driver, shapes)
+    made_by = (sources, version, torch.__version__, torch.version.cuda, gpu, driver, shapes)
     key = f"{backend}_{hashlib.sha256(repr(made_by).encode()).hexdigest()[:16]}"
     return remembered(key, operators, partial(_check, backend, device, shapes))
 

@@ -162,8 +162,7 @@ GateBackward = Callable[[Tensor, GateInputs, Tensor, Tensor | None, Gradient], t
 the gradients of x, weight and bias."""
 
 
-@dataclass(frozen=True)
-class SeenItems:
+class SeenItems(NamedTuple):
     """Hides pool entry s from query m if its user has it by the target: ``first[sequences[m], s] <= positions[m]``."""
 
     first: Tensor

@@ -37,7 +37,7 @@ from hstu.observe.logging import quiet_libraries
 from hstu.ops.select import select_slot_kernels
 from hstu.parallel import mesh as meshes
 from hstu.parallel.dynamic.create import CpuSlots
-from hstu.parallel.dynamic.slots import Policy, SlotTable, TorchSlots, score
+from hstu.parallel.dynamic.slots import Counters, Policy, SlotTable, TorchSlots, score
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.table_optimizer import TableOptimizer
 from hstu.parallel.tables import dynamic_tables, shard
@@ -230,10 +230,9 @@ def train_report(streams: Mapping[str, Stream], report: Row, options: argparse.N
             row["times_baseline"] = round(row["ms"] / rows[0]["ms"], 3)
             table = tables[row["variant"]]
             for dynamic in table.dynamic() if isinstance(table, ShardedTable) else ():
-                counters = dynamic.counters
+                counters = Counters(*dynamic.pop_figures()[1:].tolist())
                 row["hit_rate"] = round(counters.hits / counters.lookups, 4)
                 row["evictions_a_batch"] = counters.evictions // len(stream.ids)
-                dynamic.pop_figures()
         return rows
 
     for stream_name, stream in streams.items():

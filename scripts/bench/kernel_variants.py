@@ -294,14 +294,14 @@ def read_cutlass_kernel(variant: Any, ptx: str, cubin: bytes) -> Compiled:
             asynchronous products, as it does when registers run out.
     """
     from hstu.ops.cutlass.attention import Kernel  # CUTLASS is not installed everywhere
-    from hstu.ops.cutlass.bias import table_bytes
+    from hstu.ops.cutlass.bias import storage
     from hstu.ops.cutlass.compile_ahead import kernel_name
 
     shape = variant.shape
     stationary = 1 if variant.num_inputs == 3 else 2
     numbers = (stationary * shape.block + 2 * shape.stages * shape.tile) * shape.head_dim
     of_slopes = shape.stages * shape.block * shape.tile * 2 if variant.is_split else 0
-    of_bias = table_bytes(shape.tile, variant.kernel is Kernel.QUERIES) if variant.has_bias else 0
+    of_bias = storage(shape.tile, variant.kernel is Kernel.QUERIES).size_in_bytes() if variant.has_bias else 0
     of_barriers = BARRIER_BYTES if variant.capability == 90 else 0
     compiled = Compiled(
         kernel=kernel_name(variant),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from hstu.checkpoint.load import load
-from hstu.checkpoint.save import save
 from hstu.model.stack import FusedHSTULayer, ModelOutput
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.finite import NonFiniteStep
@@ -25,6 +24,7 @@ from tests.distributed.tensor_cases import (
     new_run,
     write_store,
 )
+from tests.distributed.toy import save
 
 STEPS = 12
 KINDS = ("none", "optimizer", "weights")

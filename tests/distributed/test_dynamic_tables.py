@@ -12,7 +12,6 @@ import torch
 
 from hstu.checkpoint.export import export
 from hstu.checkpoint.load import load
-from hstu.checkpoint.save import save
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.tensors import load_safetensors
 from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
@@ -20,6 +19,7 @@ from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.dynamic.hashing import initial_rows, mix, table_key
+from hstu.parallel.dynamic.slots import Counters
 from hstu.parallel.dynamic.table import owners
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables, sharded_weights
@@ -37,6 +37,7 @@ from tests.distributed.toy import (
     build,
     global_sequences,
     make_config,
+    save,
     to_batch,
     train_step,
 )
@@ -167,7 +168,9 @@ def in_pipeline(mesh: Mesh, pipeline: str, optimizer: str, **item_table: Any) ->
         if step == 2:
             with stages.evaluation():
                 evaluate(model, mesh.device)
-    counters = {name: vars(table.counters) for name, table in dynamic_tables(model).items()}
+    counters = {
+        name: vars(Counters(*table.pop_figures()[1:].tolist())) for name, table in dynamic_tables(model).items()
+    }
     rows = rows_by_id(model, mesh)
     parts = [len(table.rows.blocks) for table in dynamic_tables(model).values()]
     fresh = fresh_slots(model, optimizers)

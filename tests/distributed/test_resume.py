@@ -12,11 +12,10 @@ from hstu.base.errors import DataError
 from hstu.checkpoint.directory import MANIFEST, CheckpointFailure
 from hstu.checkpoint.load import load
 from hstu.checkpoint.matching import LoadOptions, ParamMap
-from hstu.checkpoint.save import save
 from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.tensor_cases import consolidated
-from tests.distributed.toy import ITEMS, ToyOptions, new_state, train_state
+from tests.distributed.toy import ITEMS, ToyOptions, new_state, save, train_state
 from tests.helpers import error_of
 
 CASES: dict[str, Any] = {

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hstu.checkpoint.load import load
-from hstu.checkpoint.save import save
 from hstu.ops.dropout import draw
 from hstu.parallel.layer_comm import ProcessGroupComm
 from hstu.parallel.mesh import Mesh
@@ -25,6 +24,7 @@ from tests.distributed.tensor_cases import (
     train,
     write_store,
 )
+from tests.distributed.toy import save
 
 BY_TOKENS = "NetworkArgs.sequence_parallel = True"
 RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"

@@ -1,6 +1,7 @@
 """A tiny task and its batches, enough to train tables and a dense part over any number of ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypedDict, Unpack
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hstu.checkpoint.save import Snapshot, write
 from hstu.checkpoint.state import TrainState
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs, PartOptimizerArgs
 from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
@@ -220,3 +222,8 @@ def train_state(state: TrainState, mesh: mesh_module.Mesh, steps: int) -> list[f
         state.iteration += 1
         state.position = SamplerPosition(0, 12 * state.iteration)
     return losses
+
+
+def save(directory: Path, state: TrainState, mesh: mesh_module.Mesh) -> Path:
+    """Write ``state`` as ``directory/iteration_<n>`` and return that path."""
+    return write(directory, Snapshot.of(state, mesh), mesh)

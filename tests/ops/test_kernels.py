@@ -5,7 +5,6 @@ are driven on a GPU, and interpreted (see backends.py).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -421,7 +420,7 @@ def test_the_sampled_loss_equals_float64(
         pool_ids.repeat(copies),
         temperature,
         log_weights.repeat(copies),
-        None if seen is None else replace(seen, first=seen.first.repeat(1, copies)),
+        None if seen is None else seen._replace(first=seen.first.repeat(1, copies)),
         drawn + pool_size * torch.arange(queries)[:, None],
     )
     vectors = [x.double() for x in (*leaves[:2], leaves[2].repeat(copies, 1))]

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.base.errors import DataError, printable
+from hstu.base.files import sha256
 from hstu.base.json_shape import check_shape
 from hstu.data.datasets import resolve_name
 from hstu.data.store.layout import META_FILE, lengths_of_files
@@ -135,9 +136,3 @@ class StoreFiles:
     def damaged(self, file: str, what: str) -> DataError:
         """An error with the damaged file, the damage and the command that makes the store again."""
         return DataError(f"{self.path / file} is damaged: {what}. {remedy(self.path, self._meta)}")
-
-
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

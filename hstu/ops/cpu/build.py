@@ -9,7 +9,6 @@ needs no rebuild. The library is in the user's cache, named by a hash of sources
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import platform
 import shutil
@@ -25,7 +24,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from hstu.base.files import written_aside
+from hstu.base.files import digest_of, written_aside
 from hstu.ops.self_check import cache_directory, only_own
 
 log = logging.getLogger(__name__)
@@ -123,12 +122,8 @@ def keep_freed_memory() -> None:
 
 
 def _key(compiler: str) -> str:
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest.update("\0".join([version, *FLAGS, _processor()]).encode())
-    return digest.hexdigest()[:16]
+    return digest_of(SOURCES.iterdir(), version, *FLAGS, _processor())[:16]
 
 
 def _processor() -> str:

@@ -67,7 +67,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         if log_weights is not None:
             arguments.set(log_weights=log_weights.contiguous())
         if seen is not None:
-            arguments.set(**vars(seen))
+            arguments.set(**seen._asdict())
         losses = torch.empty(num_queries)
         arguments.set(losses=losses, tags=torch.empty(len(pool), dtype=torch.uint8))
         if draws.numel() >= DRAWS_PER_PACKED_ROW * len(pool):

@@ -110,7 +110,7 @@ def cells(device: torch.device) -> tuple[Tensor, Tensor]:
 # -- in the kernels ----------------------------------------------------------------------------------------------
 
 
-def storage(tile: int, sums: bool) -> type:
+def storage(tile: int, sums: bool) -> Any:
     """Layout of the tables in shared memory. ``sums`` adds room for the gradients of the weights."""
     num_words, num_distances = (2 * WARPS * NUM_TIME_BUCKETS, WARPS * (tile + WINDOW_MARGIN)) if sums else (0, 0)
 
@@ -123,12 +123,6 @@ def storage(tile: int, sums: bool) -> type:
         windows: cute.struct.MemRange[Float32, num_distances]
 
     return Tables
-
-
-def table_bytes(tile: int, sums: bool) -> int:
-    """Bytes of :func:`storage`."""
-    of_sums = WARPS * (8 * NUM_TIME_BUCKETS + 4 * (tile + WINDOW_MARGIN)) if sums else 0
-    return 12 * NUM_CELLS + 4 * NUM_TIME_BUCKETS + of_sums
 
 
 @cute.jit

@@ -23,7 +23,7 @@ from cutlass.base_dsl.compiler import HostTarget
 from cutlass.cute.runtime import find_runtime_libraries, load_module
 from torch.utils._pytree import tree_leaves
 
-from hstu.base.files import written_aside
+from hstu.base.files import digest_of, written_aside
 from hstu.ops.self_check import cache_directory, only_own
 
 SYMBOL = "hstu_kernel"
@@ -44,11 +44,9 @@ def object_file(variant: object) -> Path:
 @functools.cache
 def _compiler() -> str:
     """Hash of the kernel sources, and versions of the compiler."""
-    digest = hashlib.sha256()
     here = Path(__file__).parent
-    for source in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return f"{digest.hexdigest()} {cutlass.__version__} {cutlass.CUDA_VERSION} {platform.machine()}"
+    sources = digest_of([*here.glob("*.py"), *here.parent.glob("*.py")])
+    return f"{sources} {cutlass.__version__} {cutlass.CUDA_VERSION} {platform.machine()}"
 
 
 def save(function: Any, variant: object) -> None:

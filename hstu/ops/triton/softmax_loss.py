@@ -6,7 +6,7 @@ stored; sampled negatives store one float32 per draw.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -114,18 +114,10 @@ class SampledSoftmaxLoss(SoftmaxLoss):
         return losses.sum()
 
 
-class Seen(NamedTuple):
-    """SeenItems as a kernel argument."""
-
-    first: Any
-    sequences: Any
-    positions: Any
-
-
 def _weights(negatives: Negatives) -> dict[str, Any]:
     """Arguments of the kernels that compute logits: which entries count, and their weights."""
     log_weights, seen = negatives.log_weights, negatives.seen
-    argument = Seen(None, None, None) if seen is None else Seen(seen.first, seen.sequences, seen.positions)
+    argument = (None, None, None) if seen is None else seen
     return dict(log_weights=log_weights, seen=argument, WEIGHTED=log_weights is not None, MASKED=seen is not None)
 
 

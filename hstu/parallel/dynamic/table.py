@@ -49,11 +49,6 @@ class DynamicTable:
         self._default_was_trained = False
         self._kernels = self.slots.kernels
 
-    @property
-    def counters(self) -> Counters:
-        """Event counts since the last ``pop_figures``; waits for the device."""
-        return Counters(*self._counts.tolist())
-
     def pop_figures(self) -> Tensor:
         """Return rows in use and counters, int64 [7] on the table's device, and reset the counters."""
         figures = torch.cat([self.slots.size(), self._counts])

@@ -14,7 +14,7 @@ from hstu.config.args import DynamicEmbeddingArgs
 from hstu.model.embedding import TableSpec
 from hstu.parallel.dynamic import table as tables
 from hstu.parallel.dynamic.rows import FbgemmCache, RowBlock, Rows
-from hstu.parallel.dynamic.slots import TorchSlots
+from hstu.parallel.dynamic.slots import Counters, TorchSlots
 from hstu.parallel.dynamic.table import DynamicTable, pop_reports
 
 kernels = pytest.importorskip("hstu.ops.triton.slots", reason="NEEDS TRITON: pip install -e '.[cpu]'")
@@ -123,4 +123,4 @@ def test_no_batch_waits_for_a_gpu(threshold: int, monkeypatch: pytest.MonkeyPatc
         train(table)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert table.counters.evictions or threshold
+    assert Counters(*table.pop_figures()[1:].tolist()).evictions or threshold

@@ -109,7 +109,7 @@ def _write_categories(build: Build, name: str, feature: str, rows: str, owners: 
     values = f"SELECT {value} AS id FROM {each}"
     if present < owners:
         values += f" UNION ALL SELECT {literal(UNKNOWN)}"
-    number = _write_vocabulary(build, feature, name, values)
+    number = _write_vocabulary(build, feature, name, values, is_list)
     offsets = None
     if is_list:
         offsets = build.writer.create_list_offsets(feature, items=owners)
@@ -144,13 +144,13 @@ def _write_numbers(build: Build, name: str, feature: str, rows: str, num_items: 
         raise DataError(f"no item of the events has a value of {feature!r}; leave it out")
 
 
-def _write_vocabulary(build: Build, feature: str, name: str, values: str) -> int:
+def _write_vocabulary(build: Build, feature: str, name: str, values: str, is_list: bool = False) -> int:
     """Write the distinct values of a query's ``id``, ascending; the row number is the code. Returns their number."""
     table = f"vocabulary_{name}"
     number = build.table(table, f"SELECT DISTINCT id FROM ({values}) ORDER BY 1", "code")
     build.writer.write_text_vocabulary(feature, *utf8_column(build.engine, f"SELECT id FROM {table} ORDER BY code"))
     is_own = build.raw.resolve_types is not None  # features of built-in datasets are declared on purpose
-    if is_own and number > _MANY_NUMBERS:
+    if is_own and not is_list and number > _MANY_NUMBERS:  # lists have no ranges
         only = f"SELECT bool_and(({as_number('id')}) IS NOT NULL) FROM {table} WHERE id <> {literal(UNKNOWN)}"
         if one(build.engine, only) == (True,):
             _log.warning(

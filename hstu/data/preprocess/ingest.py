@@ -130,7 +130,8 @@ def _explain(kind: str, message: str, name: str | None) -> str:
         return "a quote is opened and not closed, or text follows a closed one"
     if kind == _TOO_LONG:
         return "a line of more than 2,000,000 bytes"
-    return message.splitlines()[0].replace("Expected Number of Columns:", "expected columns:").replace("Found", "found")
+    text = message.splitlines()[0].replace("Expected Number of Columns:", "expected columns:").replace("Found", "found")
+    return text + " or more; each row is one event, item or user" * (kind == "TOO MANY COLUMNS")
 
 
 def check_rows(build: Build) -> None:

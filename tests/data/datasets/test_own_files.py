@@ -137,7 +137,7 @@ def test_lines_may_end_in_different_ways(tmp_path: Path, text: str) -> None:
 
 
 def test_a_bad_line_among_mixed_line_ends_is_found(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"e\.csv:4: expected columns: 2 found: 3"):
+    with pytest.raises(DataError, match=r"e\.csv:4: expected columns: 2 found: 3 or more; each row is one event"):
         make(tmp_path, write(tmp_path / "e.csv", "u,i\r\n1,a\n\r\n1,b,x\r\n1,c\n"))
     assert not (tmp_path / "mine").exists()
 

@@ -342,3 +342,8 @@ def test_a_column_of_many_numbers_gets_a_hint(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING, logger="hstu"):
         make(tmp_path, events, None, event_columns=("watched",))
     assert "column 'watched' has 150 different numbers" in caplog.text and "--numbers watched takes" in caplog.text
+    items = "i,tags\n" + "".join(f"x{n},{n}|{n + 1}\n" for n in range(150))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="hstu"):
+        make(tmp_path, events, items, item_columns=("tags",), lists={"tags": "|"}, force=True)
+    assert "different numbers" not in caplog.text  # --bins and --numbers take no lists

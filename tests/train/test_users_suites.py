@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from hstu.config.args import DatasetArgs
@@ -26,7 +27,7 @@ PEERS = sorted(Path(os.environ.get("HSTU_PEER_GIN_FILES", "/nowhere")).glob("*.g
 SMALL = (
     "NetworkArgs.num_layers = 1", "NetworkArgs.hidden_size = 16", "NetworkArgs.num_attention_heads = 2",
     "NetworkArgs.kv_channels = 8", "NetworkArgs.dtype_str = 'float32'", "TrainerArgs.train_batch_size = 2",
-    "TrainerArgs.eval_batch_size = 2", "TrainerArgs.max_train_iters = 2", "TrainerArgs.max_eval_iters = 1",
+    "TrainerArgs.eval_batch_size = 20", "TrainerArgs.max_train_iters = 2", "TrainerArgs.max_eval_iters = 1",
 )  # fmt: skip
 
 
@@ -64,5 +65,7 @@ def test_each_file_of_a_suite_runs_twice(
             if config.trainer.saves_checkpoints:
                 own = replace(config.trainer, ckpt_save_dir=f"{file.stem}_{number}")
                 config = replace(config, trainer=own)
-            assert run(config, mesh).losses, file
+            finished = run(config, mesh)
+            assert finished.losses and np.isfinite(finished.losses).all(), file
+            assert finished.summary["status"] == "done" and None not in finished.metrics.values(), file
     assert not Path("checkpoints").exists()

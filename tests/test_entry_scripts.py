@@ -16,11 +16,8 @@ from typing import Any
 
 import pytest
 
-from hstu.config.gin_io import load
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.observe.logging import tear_down_logging
 from hstu.observe.records import read_metrics
-from hstu.train.main import run
 from tests.config.gin_files import table, text
 from tests.distributed.launch import run_script
 from tests.train.tiny import ITEMS, walks
@@ -187,19 +184,6 @@ def test_metrics_have_their_schema(ranking: tuple[Path, str, str]) -> None:
             assert set(record["metrics"]) == {"AUC"}
 
 
-def test_the_summary_says_how_it_went(ranking: tuple[Path, str, str]) -> None:
-    summary = json.loads((ranking[0] / "summary.json").read_text())
-    assert (summary["status"], summary["iterations"]) == ("done", 6)
-    assert set(summary["best_metrics"]["valid"]["AUC"]) == {"value", "iter"}
-    assert set(summary["throughput"]) == {"samples_per_s", "tokens_per_s", "tflops", "mfu"}
-
-
-def test_the_operative_configuration_is_the_one_that_was_given(ranking: tuple[Path, str, str], place: Path) -> None:
-    output = f"TrainerArgs.output_dir = '{ranking[0]}'"
-    given = load([str(place / "pretrain_gr_ranking.gin")], [output], "ranking")
-    assert load([str(ranking[0] / "operative.gin")], [], "ranking") == given
-
-
 def test_the_terminal_shows_what_the_log_keeps(ranking: tuple[Path, str, str]) -> None:
     directory, output, errors = ranking
     kept = (directory / "log.txt").read_text()
@@ -328,19 +312,6 @@ def test_validating_opens_what_the_file_names_and_leaves_nothing_behind(place: P
     assert output.startswith("bad configuration, 3 problems:"), output
     for said in ("must be at least 11", "no complete checkpoint in nowhere", "has no parameter seeds"):
         assert output.count(said) == 1
-
-
-def test_a_configuration_that_does_not_fit_the_data_is_exit_code_2(
-    place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    too_small = "ads/EmbeddingArgs.item_vocab_size_or_capacity = 10"
-    output = f"TrainerArgs.output_dir = '{place}/too-small'"
-    try:  # in this process: another one of its own would tell nothing more
-        code = run(load([str(place / "pretrain_gr_ranking.gin")], [too_small, output], "ranking"))
-    finally:
-        tear_down_logging()
-    assert code == 2
-    assert capsys.readouterr().err.count("it must be at least 11, or the table a DynamicEmbeddingArgs") == 1
 
 
 def test_missing_data_is_exit_code_3(place: Path) -> None:

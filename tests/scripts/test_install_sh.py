@@ -173,27 +173,22 @@ def test_again_does_nothing_until_a_pin_changes(machine: Machine) -> None:
     assert len(machine.calls()) == 3  # pip, in the same .venv
 
 
-def test_without_a_new_enough_python_it_says_which_is_needed(machine: Machine) -> None:
-    (machine.here / "too_old").touch()
+@pytest.mark.parametrize(
+    ("situation", "told"),
+    [
+        ("too_old", ["no Python 3.11 or newer found"]),
+        ("no_ensurepip", ["ensurepip is not available", "python3-venv"]),
+        ("little_disk", ["not enough disk: 5 GB free"]),
+    ],
+)
+def test_what_the_machine_lacks_is_told_before_anything_is_installed(
+    machine: Machine, situation: str, told: list[str]
+) -> None:
+    (machine.here / situation).touch()
+    if situation == "little_disk":
+        machine.free_disk(5)
     code, output = machine.install()
-    assert code == 1
-    assert "no Python 3.11 or newer found" in output
-    assert not (machine.root / ".venv").exists()
-
-
-def test_a_python_without_venv_names_the_package_to_install(machine: Machine) -> None:
-    (machine.here / "no_ensurepip").touch()
-    code, output = machine.install()
-    assert code == 1
-    assert "ensurepip is not available" in output
-    assert "python3-venv" in output
-
-
-def test_too_little_disk_is_told_before_anything_is_installed(machine: Machine) -> None:
-    machine.free_disk(5)
-    code, output = machine.install()
-    assert code == 1
-    assert "not enough disk: 5 GB free" in output
+    assert code == 1 and all(part in output for part in told)
     assert machine.calls() == []
 
 

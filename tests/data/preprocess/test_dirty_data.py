@@ -1,13 +1,11 @@
 """What users bring: each kind of dirt gets one message that says what, where and what to do, and exit code 3."""
 
-import importlib.util
 import os
 import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -17,29 +15,25 @@ from hstu.base.errors import DataError
 from hstu.base.files import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
+from scripts.preprocess_dataset import main
 from tests.conftest import REPOSITORY
 from tests.data.preprocess.dirty_inputs import ALL, DIRT, GOOD, named, zstd
 
 SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
 
 
-def own_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("preprocess_dataset", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-main = own_script().main
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.mark.parametrize("dirt", DIRT)
 def test_dirt_is_named_with_its_place_and_nothing_is_left(
-    dirt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dirt: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, files, message = DIRT[dirt]
-    monkeypatch.chdir(tmp_path)
     for name, content in files.items():
         if isinstance(content, bytes):
             Path(name).write_bytes(content)
@@ -56,10 +50,7 @@ def test_dirt_is_named_with_its_place_and_nothing_is_left(
 CLEANABLE = GOOD + b",7,1,1\n3,,1,2\n3,7,1\n3,7,one,4\n3,7,1,5\n"
 
 
-def test_bad_rows_may_be_skipped_and_are_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_bad_rows_may_be_skipped_and_are_counted(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     Path("events.csv").write_bytes(CLEANABLE)
     assert main([*ALL, "--output", "dirty", "--bad_row_policy", "skip"]) == 0
     Path("events.csv").write_bytes(GOOD + b"3,7,1,5\n")
@@ -74,10 +65,7 @@ def test_bad_rows_may_be_skipped_and_are_counted(
     assert "skipped: events.csv:7: expected columns: 4 found: 3" in caplog.text
 
 
-def test_skipping_has_a_cap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_skipping_has_a_cap(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("events.csv").write_bytes(CLEANABLE)
     assert main([*ALL, "--output", "s", "--bad_row_policy", "skip", "--max_bad_rows", "3"]) == 3
     assert "That makes 4 bad rows, more than --max_bad_rows 3" in capsys.readouterr().err
@@ -105,34 +93,26 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("form", ACCEPTED)
-def test_harmless_differences_of_form_change_nothing(
-    form: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_harmless_differences_of_form_change_nothing(form: str, plain: Path, folder: Path) -> None:
     Path("events.csv").write_bytes(ACCEPTED[form])
     assert main([*ALL, "--output", "store"]) == 0
     for file in plain.glob("*.npy"):
         assert (Path("store") / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_a_bad_line_of_zstd_text_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_bad_line_of_zstd_text_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("events.csv.zst").write_bytes(zstd(GOOD + b"2,8,no,13\n"))
     assert main([*named("events.csv.zst"), "--output", "store"]) == 3
     assert "events.csv.zst:5: 'a' is 'no'" in capsys.readouterr().err
 
 
-def test_ids_beyond_int64_are_taken_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_ids_beyond_int64_are_taken_as_text(folder: Path) -> None:
     Path("events.csv").write_bytes(GOOD + b"18446744073709551616,7,1,13\n")
     assert main([*ALL, "--output", "store"]) == 0
     assert SequenceStore.open("store").raw_ids("user_id").tolist() == ["1", "18446744073709551616", "2"]
 
 
-def test_one_event_users_and_a_user_of_most_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_one_event_users_and_a_user_of_most_events(folder: Path) -> None:
     events = np.arange(200_000)
     table = {"u": np.where(events % 1000, 5, events), "i": events % 97, "a": events % 3, "t": 10**9 + events[::-1]}
     pd.DataFrame(table).to_parquet("e.parquet")
@@ -201,9 +181,8 @@ def test_of_two_processes_at_once_one_makes_the_store(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_how_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     Path("events.csv").write_bytes(GOOD)
     commit = Journal.commit
 
@@ -230,10 +209,7 @@ PATHS_LIKE_PATTERNS = {
 
 @pytest.mark.parametrize("suffix", [".csv.gz", ".parquet"])
 @pytest.mark.parametrize("name", PATHS_LIKE_PATTERNS)
-def test_a_path_is_one_file_and_never_a_pattern(
-    name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_path_is_one_file_and_never_a_pattern(name: str, suffix: str, folder: Path) -> None:
     for stem, item in ((name, "wanted"), (PATHS_LIKE_PATTERNS[name], "another")):
         file = Path(f"{stem}{suffix}")
         file.parent.mkdir(exist_ok=True)
@@ -247,9 +223,8 @@ def test_a_path_is_one_file_and_never_a_pattern(
 
 
 def test_names_and_ids_with_control_characters_steer_no_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     Path("events.csv").write_text('u,i\x1b[2J,"a\nb"\n1,\x1b]0;x\x07<b>|,1\n2,<script>,1\n')
     words = ["--dataset_name", "mine", "--interactions", "events.csv", "--user", "u", "--output", "s"]
     assert main([*words, "--item", "absent"]) == 3

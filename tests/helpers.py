@@ -1,6 +1,7 @@
 """Small factories that the tests of every room share."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,14 @@ def make_batch(
         num_candidates_host=candidates,
         num_labels_host=np.array(num_labels, dtype=np.int64),
     )
+
+
+def flip(file: Path, position: int | None = None) -> None:
+    """Change one bit of a file, by default in its middle."""
+    content = bytearray(file.read_bytes())
+    position = len(content) // 2 if position is None else position
+    content[position] ^= 1 << (position % 8)
+    file.write_bytes(content)
 
 
 def error_of(call: Callable[[], Any], kind: type[Exception]) -> str:

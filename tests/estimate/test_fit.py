@@ -1,22 +1,17 @@
 """The search for the fastest plan within the memory."""
 
 import json
-import sys
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import estimate as script
-
 from hstu.config.run_config import RunConfig
 from hstu.estimate.explore import Plan, plans_as_text, search
 from hstu.estimate.machine import gpu, with_settings
+from scripts import estimate as script
 from tests.estimate.runs import run_config
 
 RUN = ["--gin-config-file", "configs/benchmark_ranking.gin", "--world-size", "2", "--device", "h100"]

@@ -1,23 +1,18 @@
 """Simulated clusters: what is known of their limits."""
 
 import json
-import sys
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import estimate as script
-
 from hstu.estimate.estimate import estimate
 from hstu.estimate.explore import COMPUTING, WAITING, Cluster, draw_step, simulate, simulate_steps
 from hstu.estimate.machine import gpu
 from hstu.estimate.workload import plan_workload
+from scripts import estimate as script
 from tests.estimate.runs import run_config
 
 H100 = gpu("h100", torch.bfloat16)

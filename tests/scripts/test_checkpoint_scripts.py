@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,12 @@ from safetensors.numpy import load_file
 
 from hstu.checkpoint.tensors import load_safetensors, open_tensors
 from hstu.parallel.mesh import Mesh
+from scripts import export, inspect_checkpoint
 from tests.conftest import write_small_store
 from tests.distributed.launch import run_cases, run_ranks
+from tests.helpers import flip
 from tests.scripts.test_recommend import recommend_from
 from tests.train.tiny import ITEMS, run, skip_measuring_the_peak, tiny_config, walks
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import export
-import inspect_checkpoint
 
 FIRST, LAST = "iteration_00000002", "iteration_00000004"
 
@@ -76,9 +72,7 @@ def test_verifying_names_a_flipped_byte(trained: Path, tmp_path: Path, capsys: p
     damaged = tmp_path / "damaged"
     shutil.copytree(good, damaged)
     file = next((damaged / "tensors").glob("*.distcp"))
-    content = bytearray(file.read_bytes())
-    content[100] ^= 1
-    file.write_bytes(content)
+    flip(file, 100)
     assert inspect_checkpoint.main([str(damaged), "--verify"]) == 3
     assert f"{file} is damaged" in capsys.readouterr().err
     assert inspect_checkpoint.main([str(tmp_path / "absent")]) == 3

@@ -1,14 +1,10 @@
 """scripts/estimate.py as a user calls it."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import estimate as script
+from scripts import estimate as script
 
 BENCHMARK = ["--gin-config-file", "configs/benchmark_ranking.gin"]
 

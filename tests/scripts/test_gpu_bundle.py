@@ -12,6 +12,7 @@ import pytest
 
 from scripts.gpu_bundle import libraries, make, unpack
 from tests.conftest import REPOSITORY
+from tests.helpers import flip
 
 
 def image(architecture: int, payload: bytes) -> bytes:
@@ -152,9 +153,7 @@ def test_it_is_unpacked_once_and_found_by_programs(bundle: Path, tmp_path: Path)
 
 def test_a_flipped_byte_is_refused(bundle: Path, tmp_path: Path) -> None:
     archive = bundle / "site.tar.xz"
-    contents = bytearray(archive.read_bytes())
-    contents[len(contents) // 2] ^= 1
-    archive.write_bytes(contents)
+    flip(archive)
     damaged = activate(bundle, tmp_path / "unpacked", "true")
     assert damaged.returncode == 1 and not (tmp_path / "unpacked").exists()
     assert "site.tar.xz: found" in damaged.stderr and "make the bundle again" in damaged.stderr

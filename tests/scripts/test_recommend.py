@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import shutil
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,9 @@ from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.command import parse_time
+from scripts import recommend
 from tests.distributed.launch import run_cases, run_ranks
 from tests.train.tiny import run, skip_measuring_the_peak, tiny_config, walks
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import recommend
 
 USERS = ["a,b", 'say "hi"', "zoë ☃", " space ", "tab\tx", "x@y.example"]
 """Users whose ids need care in shells, files and CSV."""

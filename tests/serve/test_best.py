@@ -1,6 +1,5 @@
 """Which checkpoint of a run is used: the best where the run chose one, in its own last evaluation and by every tool."""
 
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,16 +10,8 @@ from hstu import api
 from hstu.base.errors import DataError
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from scripts import embed, evaluate, export, predict, quickstart_report, recommend
 from tests.train.tiny import FinishedRun, Train, run, tiny_config
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import embed
-import evaluate
-import export
-import predict
-import quickstart_report
-import recommend
 
 BEST, LAST = "iteration_00000004", "iteration_00000006"
 SELECTS = {"best_metric": "NDCG@3", "ckpt_save_interval": 1000, "eval_interval": 2, "eval_at_end": True}

@@ -21,6 +21,7 @@ from hstu.serve.contents import check_can_be_served
 from hstu.serve.export import TOLERANCE, difference, write_serving
 from hstu.serve.runtime import Candidates, History, ServingError
 from hstu.serve.server.swap import find_exports
+from tests.helpers import flip
 from tests.serve.random_requests import largest_difference
 from tests.serve.served import Served, histories, random_model, request, rewrite
 
@@ -140,9 +141,7 @@ def test_an_export_can_be_found_only_after_it_has_been_compared(
 )
 def test_a_flipped_byte_is_an_error(retrieval: Served, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(retrieval.folder, tmp_path / "copy")
-    content = bytearray((folder / name).read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / name).write_bytes(content)
+    flip(folder / name)
     with pytest.raises(ServingError, match=f"{name} is damaged"):
         runtime.load(folder)
 

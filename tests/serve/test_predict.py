@@ -1,7 +1,6 @@
 """A split evaluated, predictions and vectors in Parquet: those of training and notebooks, restarts, and mistakes."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +24,10 @@ from hstu.serve.command import read_candidates
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.outputs import columns_of, predictions_of
 from hstu.serve.predict import choose_split, evaluate_split, with_metrics
+from scripts import embed, evaluate, predict
 from tests.conftest import write_small_store
 from tests.serve.served import Served
 from tests.train.tiny import ACTIONS, ITEM_FEATURES, ITEMS, FinishedRun, walks
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-import embed
-import evaluate
-import predict
 
 Finished = Callable[[str], FinishedRun]
 Loaded = Callable[[str], LoadedModel]

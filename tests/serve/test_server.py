@@ -27,6 +27,7 @@ from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import ServedModel
 from hstu.serve.server.swap import LiveModel
 from scripts import serve
+from tests.helpers import flip
 from tests.serve.http_server import Client, StubLoader, running, until, write_folder
 from tests.serve.served import Served, histories, request, rewrite
 from tests.test_architecture import IMPORTS
@@ -351,9 +352,7 @@ def test_damaged_exports_never_replace_a_good_one(retrieval: Served, tmp_path: P
     good = shutil.copytree(retrieval.folder, tmp_path / "good")
     live = LiveModel(tmp_path, Metrics())
     flipped = shutil.copytree(retrieval.folder, tmp_path / "flipped")
-    content = bytearray((flipped / "program.pt2").read_bytes())
-    content[len(content) // 2] ^= 1
-    (flipped / "program.pt2").write_bytes(content)
+    flip(flipped / "program.pt2")
     half = shutil.copytree(retrieval.folder, tmp_path / "half")
     (half / "tables.safetensors").unlink()
     old = shutil.copytree(retrieval.folder, tmp_path / "old")

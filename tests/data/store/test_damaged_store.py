@@ -14,6 +14,7 @@ from hstu.data.store.meta import sealed, sha256
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
 from tests.conftest import MakeStore
+from tests.helpers import flip
 
 
 @pytest.fixture
@@ -30,12 +31,6 @@ def good(make_store: MakeStore) -> SequenceStore:
         event_features={"device": actions},
         num_items=9,
     )
-
-
-def flip(file: Path, position: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[position] ^= 1 << (position % 8)
-    file.write_bytes(content)
 
 
 def test_any_flipped_byte_of_a_small_store_is_found_on_opening(good: SequenceStore) -> None:

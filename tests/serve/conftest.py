@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.observe.logging import quiet_libraries
-from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
 from hstu.serve.loaded import LoadedModel
 from tests.conftest import write_small_store
 from tests.serve.served import BIAS, EVERY_FEATURE, Served, feature_store, random_model, serve
-from tests.train.conftest import undisturbed  # noqa: F401
+from tests.train.conftest import one_rank, undisturbed  # noqa: F401
 from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, FinishedRun, run, skip_measuring_the_peak, tiny_config, walks
 
 CONFIGS: dict[str, Any] = {
@@ -27,15 +24,7 @@ CONFIGS: dict[str, Any] = {
 
 @pytest.fixture(scope="package")
 def mesh() -> Iterator[Mesh]:
-    """One rank without launcher."""
-    threads = torch.get_num_threads()
-    quiet_libraries()
-    world = meshes.start(timeout_s=60)
-    torch.set_num_threads(1)
-    yield world
-    meshes.finish()
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(False)
+    yield from one_rank()
 
 
 @pytest.fixture(scope="package")

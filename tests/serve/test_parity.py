@@ -43,7 +43,7 @@ def exported(name: str, finished: Any, mesh: Mesh, tmp_path_factory: pytest.Temp
     return output
 
 
-def of_program(exported: Path) -> Iterator[Predict]:
+def of_program(exported: Path, _: Mesh) -> Iterator[Predict]:
     model = runtime.load(exported / "serving")
 
     def predict(history: api.History, candidates: list[Any], at: int) -> Any:
@@ -68,7 +68,7 @@ def of_cache(exported: Path, mesh: Mesh) -> Iterator[Predict]:
     yield predict
 
 
-def of_server(exported: Path) -> Iterator[Predict]:
+def of_server(exported: Path, _: Mesh) -> Iterator[Predict]:
     with running(exported / "serving") as client:
         facts = client.get("/model").json
 
@@ -120,11 +120,7 @@ def predicted_again(evaluation: Evaluation, predict: Predict, store: SequenceSto
     return results
 
 
-WAYS: dict[str, Any] = {
-    "program": lambda exported, mesh: of_program(exported),
-    "cache": of_cache,
-    "server": lambda exported, mesh: of_server(exported),
-}
+WAYS: dict[str, Any] = {"program": of_program, "cache": of_cache, "server": of_server}
 
 
 @pytest.mark.parametrize("way", WAYS)

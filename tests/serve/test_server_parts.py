@@ -42,23 +42,6 @@ def started(compute: Doubler, **settings: float) -> Batcher:
     return batcher
 
 
-def test_queries_that_come_while_a_batch_is_computed_are_computed_together() -> None:
-    async def main() -> list[int]:
-        batcher = started(compute, max_batch=4)
-        first = asyncio.create_task(batcher.ask(0))
-        await compute.begun()
-        others = [asyncio.create_task(batcher.ask(number)) for number in range(1, 8)]
-        await asyncio.sleep(0)
-        compute.gate.set()
-        answers = await asyncio.gather(first, *others)
-        await batcher.close()
-        return answers
-
-    compute = Doubler()
-    assert asyncio.run(main()) == [2 * number for number in range(8)]
-    assert compute.batches == [[0], [1, 2, 3, 4], [5, 6, 7]]
-
-
 def test_a_query_waits_for_others_until_the_batch_is_full() -> None:
     async def main() -> list[int]:
         batcher = started(compute, max_batch=3, max_wait_s=30)
@@ -72,16 +55,19 @@ def test_a_query_waits_for_others_until_the_batch_is_full() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"),
+    ("max_batch", "sizes", "expected"),
     [
-        ([9000, 9000, 9000, 5], [[4], [1], [2], [3]]),  # the small one first; no two large ones together
-        ([9000, 5, 5, 5, 5, 5, 5], [[2, 3], [1], [4, 5], [6, 7]]),  # many small ones do not starve a large one
-        ([200, 5, 100], [[1, 2], [3]]),  # of small ones, the oldest first
+        (4, [1] * 7, [[1, 2, 3, 4], [5, 6, 7]]),
+        (2, [9000, 9000, 9000, 5], [[4], [1], [2], [3]]),  # the small one first; no two large ones together
+        (2, [9000, 5, 5, 5, 5, 5, 5], [[2, 3], [1], [4, 5], [6, 7]]),  # many small ones do not starve a large one
+        (2, [200, 5, 100], [[1, 2], [3]]),  # of small ones, the oldest first
     ],
 )
-def test_small_queries_overtake_large_ones_which_come_all_the_same(sizes: list[int], expected: list[list[int]]) -> None:
+def test_queries_that_come_meanwhile_are_computed_together_and_small_ones_overtake_large_ones(
+    max_batch: int, sizes: list[int], expected: list[list[int]]
+) -> None:
     async def main() -> list[int]:
-        batcher = started(compute, max_batch=2)
+        batcher = started(compute, max_batch=max_batch)
         first = asyncio.create_task(batcher.ask(0))
         await compute.begun()
         others = [asyncio.create_task(batcher.ask(number, size)) for number, size in enumerate(sizes, 1)]

@@ -25,6 +25,10 @@ OpenSource = Callable[..., StoreSource]
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[Mesh]:
+    yield from one_rank()
+
+
+def one_rank() -> Iterator[Mesh]:
     """One rank without launcher."""
     threads = torch.get_num_threads()
     quiet_libraries()

@@ -22,7 +22,7 @@ from hstu.train.inference import InferenceSource
 from tests.conftest import write_small_store
 from tests.train.test_requests import random_log
 from tests.train.test_side_features import tables_for
-from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, tiny_config, walks
+from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, enlarge, tiny_config, walks
 
 MEGABYTE = 1 << 20
 RELATIVE = {"position_encoding": ("absolute", "relative_bias")}
@@ -33,10 +33,7 @@ def untrained(task: str, store: SequenceStore, mesh: Mesh, path: Path, **options
     config = tiny_config(task, store, path, **options)
     source = InferenceSource(config, config.dataset, mesh)  # type: ignore[arg-type]
     model, optimizers = build_model(config, source, mesh)
-    with torch.no_grad():
-        for parameter in model.dense.parameters():
-            parameter.mul_(3)
-    return TrainedModel(config, path, mesh, source, model, optimizers, [])
+    return TrainedModel(config, path, mesh, source, enlarge(model), optimizers, [])
 
 
 def part(history: History, start: int, stop: int) -> History:

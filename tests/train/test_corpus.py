@@ -142,33 +142,11 @@ def test_what_is_nan_ranks_last_not_first_and_is_never_recommended() -> None:
     assert (recommend(queries, make_corpus(table, 3), k=1)[0] >= 2).all()
 
 
-def test_recommend_gives_the_best_unseen_items_in_order() -> None:
-    generator = torch.Generator().manual_seed(2)
-    table = torch.randn((30, 8), generator=generator)
-    queries = make_queries(torch.randn((5, 8), generator=generator), [0] * 5, [[1, 2], [], [3] * 9, [29, 0], [5]])
-    codes, scores = recommend(queries, make_corpus(table, 7), k=4)
-    expected = queries.vectors @ F.normalize(table, dim=1).t()
-    for user, seen in enumerate([[1, 2], [], [3], [29, 0], [5]]):
-        expected[user, seen] = -math.inf
-    expected_scores, expected_codes = expected.topk(4, dim=1)
-    np.testing.assert_array_equal(codes, expected_codes)
-    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5)
-
-
 def test_one_query_costs_few_products() -> None:
     table = torch.randn(CHUNK, 4)
     with FlopCounterMode(display=False) as counter:
         recommend(make_queries(table[:1], [0], [[]]), make_corpus(table), k=3)
     assert counter.get_total_flops() <= 16 * 2 * CHUNK * 4
-
-
-def test_recommend_more_items_than_there_are() -> None:
-    queries, table = grid_case(1, 6, seed=0)
-    queries = make_queries(queries.vectors, [0], [[2, 4, 4]])
-    codes, scores = recommend(queries, make_corpus(table, 4), k=100)
-    assert codes.shape == (1, 6)
-    assert set(codes[0, :4]) == {0, 1, 3, 5} and codes[0, 4:].tolist() == [-1, -1]
-    assert np.isinf(scores[0, 4:]).all() and not np.isinf(scores[0, :4]).any()
 
 
 def test_only_the_ids_of_a_corpus_are_ranked_and_other_targets_are_misses() -> None:

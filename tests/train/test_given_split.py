@@ -9,20 +9,17 @@ import torch
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import Task
-from hstu.config.gin_io import read_and_check
-from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.starter import write_starters
-from hstu.data.rules import DATA_RULES
 from hstu.data.sampling.sampler import START
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source
+from tests.train.test_starter_files import SHORT, read
 from tests.train.tiny import run, walks
 
 TASKS: tuple[Task, ...] = ("retrieval", "ranking")
-SHORT = ("TrainerArgs.num_train_epochs = 2", "TrainerArgs.tensorboard = False", 'TrainerArgs.progress_bar = "off"')
 
 
 def write_events(folder: Path, changed: int | None = None, held_out: tuple[str, ...] = ("valid", "test")) -> Path:
@@ -48,10 +45,7 @@ def starter(store: Path, task: Task, *bindings: str) -> RunConfig:
     """The starter file of a store, shortened and with further bindings."""
     list(write_starters(SequenceStore.open(store), store))
     places = [f"TrainerArgs.{name} = '{store.parent}/{task}/{name}'" for name in ("output_dir", "ckpt_save_dir")]
-    file = store.with_name(f"{store.name}_{task}.gin")
-    config, warnings = read_and_check([str(file)], [*SHORT, *places, *bindings], task, 1, (*RULES, *DATA_RULES))
-    assert not warnings
-    return config
+    return read(store.with_name(f"{store.name}_{task}.gin"), task, [*SHORT, *places, *bindings])
 
 
 @pytest.mark.parametrize("task", TASKS)

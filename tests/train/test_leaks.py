@@ -15,7 +15,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder
 from tests.config.gin_files import ALL_RULES
-from tests.train.tiny import ACTIONS, build, tiny_config
+from tests.train.tiny import ACTIONS, build, enlarge, tiny_config
 
 
 @pytest.fixture(params=["ranking", "retrieval"])
@@ -46,21 +46,6 @@ def test_causal_attention_without_context_shows_nothing(task: str, store: Sequen
     assert leaks(config_of(task, store, tmp_path, disable_contextual_mask=False), has_context=False) == []
 
 
-@pytest.mark.parametrize(
-    ("task", "what", "remedy"),
-    [
-        ("ranking", "its own action", "set it to True, or DatasetArgs.max_num_candidates above 0"),
-        ("retrieval", "the next item", "set it to True"),
-    ],
-    indirect=["task"],
-)
-def test_attention_to_later_items_shows_labels(
-    task: str, what: str, remedy: str, store: SequenceStore, tmp_path: Path
-) -> None:
-    (said,) = leaks(config_of(task, store, tmp_path, is_causal=False), has_context=False)
-    assert said.startswith("NetworkArgs.is_causal = False: ") and what in said and remedy in said
-
-
 def test_context_passes_later_items_on_from_the_second_layer_on(
     task: str, store: SequenceStore, tmp_path: Path
 ) -> None:
@@ -72,15 +57,6 @@ def test_context_passes_later_items_on_from_the_second_layer_on(
 @pytest.mark.parametrize("options", [{"is_causal": False}, {"disable_contextual_mask": False}])
 def test_candidates_are_safe(options: dict[str, Any], store: SequenceStore, tmp_path: Path) -> None:
     assert leaks(config_of("ranking", store, tmp_path, candidates=1, **options)) == []
-
-
-def test_a_leaking_mask_is_refused_before_the_data_is_read_where_the_file_names_the_context(
-    task: str, store: SequenceStore, tmp_path: Path
-) -> None:
-    dataset = {"contextual_feature_names": ["town"]}
-    config = tiny_config(task, store, tmp_path, network={"disable_contextual_mask": False}, dataset=dataset)
-    with pytest.raises(ConfigError, match="losses and metrics would look better than they are"):
-        validate(config, 1, ALL_RULES)
 
 
 def test_a_leaking_mask_is_refused_at_start_where_the_store_names_the_context(
@@ -114,10 +90,8 @@ def test_what_is_said_is_true_of_the_model(
     config = config_of("ranking", store, tmp_path, **options)
     assert bool(leaks(config)) == sees_labels
     trainer = build(config, mesh)
-    model, batch = trainer.state.model.eval(), next(trainer.source.train_batches(SamplerPosition()))
+    model, batch = enlarge(trainer.state.model.eval(), 4), next(trainer.source.train_batches(SamplerPosition()))
     with torch.no_grad():
-        for parameter in model.dense.parameters():
-            parameter.mul_(4)  # so that what one token does to another is not lost in rounding
         before = model(batch).logits
         actions = batch.features["action"].values()
         actions[2] = (actions[2] + 1) % ACTIONS  # the label of the first user's third item

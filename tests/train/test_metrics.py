@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,11 +18,6 @@ from hstu.train.metrics import ROUNDING, auc, retrieval_metrics, without_roundin
 from hstu.train.task_metrics import RankingMetrics, TaskMetrics, ndcg_by_group, ordered_pairs
 
 ALL = ("AUC", "GAUC", "ACC", "LOGLOSS", "NE")
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def predictions(num: int, width: int, high: int, ties: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -57,25 +53,6 @@ def test_task_metrics_equal_scikit_learn() -> None:
     assert 0.4 < result["GAUC"] < 0.6
 
 
-def test_class_metrics_equal_scikit_learn() -> None:
-    logits, ratings, users = predictions(3000, width=5, high=5)
-    ratings += 1
-    collected = RankingMetrics((*ALL, "AUC>=4", "AUC>=2"), num_tasks=None, label_offset=1)
-    collected.update(logits, ratings, users)
-    result = collected.compute()
-
-    probabilities = softmax(logits.astype(float))
-    rates = np.bincount(ratings - 1) / 3000
-    assert result["AUC"] == pytest.approx(
-        sklearn_metrics.roc_auc_score(ratings, probabilities, multi_class="ovr", average="macro")
-    )
-    assert result["AUC>=4"] == pytest.approx(sklearn_metrics.roc_auc_score(ratings >= 4, probabilities[:, 3:].sum(1)))
-    assert result["AUC>=2"] == pytest.approx(sklearn_metrics.roc_auc_score(ratings >= 2, probabilities[:, 1:].sum(1)))
-    assert result["LOGLOSS"] == pytest.approx(sklearn_metrics.log_loss(ratings, probabilities))
-    assert result["NE"] == pytest.approx(result["LOGLOSS"] / -(rates * np.log(rates)).sum())
-    assert result["ACC"] == pytest.approx(np.mean(logits.argmax(1) + 1 == ratings))
-
-
 def test_retrieval_metrics_by_hand() -> None:
     result = retrieval_metrics(["HR@1", "HR@10", "NDCG@10", "MRR", "MRR@2"], np.array([1.0, 3.0, 10.5, 2.0]))
     assert result["HR@1"] == 1 / 4
@@ -95,18 +72,12 @@ Row = tuple[Any, float, int, int]
 
 def names_of(kind: str) -> tuple[str, ...]:
     """The metrics of a kind, with 2 for each K."""
-    return tuple(name.replace("K", "2") for name in METRICS_OF_KIND[kind] if name != "MAE") + (
-        ("MAE",) if "MAE" in METRICS_OF_KIND[kind] else ()
-    )
+    return tuple(re.sub("K$", "2", name) for name in METRICS_OF_KIND[kind])
 
 
 def mean(values: Iterable[float]) -> float:
     defined = [value for value in values if not math.isnan(value)]
     return sum(defined) / len(defined) if defined else NAN
-
-
-def log_sigmoid(x: float) -> float:
-    return -math.log1p(math.exp(-x))
 
 
 # --- each metric as a loop -----------------------------------------------------------------------------------------
@@ -154,24 +125,6 @@ def ndcg(scores: Sequence[float], gains: Sequence[float], requests: Sequence[int
     return mean(values)
 
 
-def questions_reference(
-    name: str, logits: Sequence[Sequence[float]], positive: Sequence[Sequence[bool]], users: Sequence[int]
-) -> float:
-    """A metric of binary questions: logits and positive are lists of columns."""
-    columns = list(zip(logits, positive, strict=True))
-    losses = [mean([-log_sigmoid(x if p else -x) for x, p in zip(*column, strict=True)]) for column in columns]
-    if name == "AUC":
-        return mean([auc_by_pairs(*column) for column in columns])
-    if name == "GAUC":
-        return mean([gauc(*column, users) for column in columns])
-    if name == "LOGLOSS":
-        return mean(losses)
-    assert name == "NE"
-    rates = [mean(column) for column in positive]
-    entropies = [-r * math.log(r) - (1 - r) * math.log(1 - r) if 0 < r < 1 else NAN for r in rates]
-    return mean([loss / entropy for loss, entropy in zip(losses, entropies, strict=True)])
-
-
 def reference(name: str, kind: str, rows: Sequence[Row]) -> float:
     """A metric of rows (prediction, label, user, request) without missing labels."""
     if not rows:
@@ -179,11 +132,8 @@ def reference(name: str, kind: str, rows: Sequence[Row]) -> float:
     predictions, labels, users, requests = (list(column) for column in zip(*rows, strict=True))
     if kind == "class":
         return class_reference(name, predictions, labels, users)
-    if kind == "binary":
-        if name == "ACC":
-            return mean([(x > 0) == y for x, y in zip(predictions, labels, strict=True)])
-        if not name.startswith("NDCG"):
-            return questions_reference(name, [predictions], [[label == 1 for label in labels]], users)
+    if kind == "binary" and not name.startswith("NDCG"):
+        return class_reference(name, [(0.0, logit) for logit in predictions], labels, users)
     if name.startswith("NDCG"):
         return ndcg(predictions, labels, requests, 2 if name == "NDCG@2" else math.inf)
     if name == "XAUC":
@@ -197,7 +147,7 @@ def reference(name: str, kind: str, rows: Sequence[Row]) -> float:
 def class_reference(name: str, logits: Sequence[Sequence[float]], labels: Sequence[int], users: Sequence[int]) -> float:
     shares = [[math.exp(x) / sum(math.exp(y) for y in row) for x in row] for row in logits]
     losses = [-math.log(row[label]) for row, label in zip(shares, labels, strict=True)]
-    columns = [([row[c] for row in shares], [label == c for label in labels]) for c in range(CLASSES)]
+    columns = [([row[c] for row in shares], [label == c for label in labels]) for c in range(len(logits[0]))]
     if name == "AUC":
         return mean([auc_by_pairs(*column) for column in columns])
     if name == "GAUC":

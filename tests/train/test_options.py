@@ -11,6 +11,7 @@ from tests.train.tiny import FinishedRun, Train, tables_of, walks
 
 TASKS = ("ranking", "retrieval")
 CANDIDATES = {"dataset": {"max_num_candidates": 2}}
+EVALUATED = {"max_train_iters": 12, "eval_at_end": True}
 
 
 def falls(finished: FinishedRun) -> bool:
@@ -32,7 +33,7 @@ def falls(finished: FinishedRun) -> bool:
     ids=str,
 )
 def test_a_network_learns_and_is_evaluated(train: Train, task: str, network: Any) -> None:
-    finished = train(task, network=network, trainer={"max_train_iters": 12, "eval_at_end": True})
+    finished = train(task, network=network, trainer=EVALUATED)
     assert falls(finished)
     assert all(value is not None for value in finished.metrics.values())
 
@@ -47,9 +48,7 @@ def test_each_position_encoding_is_a_model_of_its_own(train: Train, task: str) -
 
 @pytest.mark.parametrize(("task", "options"), [("ranking", CANDIDATES), ("retrieval", {})])
 def test_actions_can_be_part_of_their_items_tokens(train: Train, task: str, options: dict[str, Any]) -> None:
-    finished = train(
-        task, network={"interleave_actions": False}, trainer={"max_train_iters": 12, "eval_at_end": True}, **options
-    )
+    finished = train(task, network={"interleave_actions": False}, trainer=EVALUATED, **options)
     assert falls(finished)
     interleaved = train(task, **options)
     tokens = [
@@ -62,13 +61,7 @@ def test_actions_can_be_part_of_their_items_tokens(train: Train, task: str, opti
 @pytest.mark.parametrize("options", [{"max_num_candidates": 1}, {"max_num_candidates": 3}])
 @pytest.mark.parametrize("group", [1, 2])
 def test_candidates_are_learnt_and_evaluated(train: Train, options: dict[str, Any], group: int) -> None:
-    finished = train(
-        "ranking",
-        dataset=options,
-        network={"target_group_size": group},
-        trainer={"max_train_iters": 12, "eval_at_end": True},
-    )
-    assert falls(finished)
+    assert falls(train("ranking", dataset=options, network={"target_group_size": group}, trainer=EVALUATED))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -144,7 +137,7 @@ def test_the_time_split_trains_on_what_came_first(train: Train, make_store: Make
     times = [[100 * place + user for place in range(len(row))] for user, row in enumerate(data["items"])]
     store = make_store(**data, timestamps=times)
     options = {"split": "time", "train_fraction": 0.5}
-    finished = train("ranking", store=store, dataset=options, trainer={"max_train_iters": 12, "eval_at_end": True})
+    finished = train("ranking", store=store, dataset=options, trainer=EVALUATED)
     assert falls(finished)
     labelled = sum(batch.num_labels_total for batch in finished.trainer.source.eval_batches("valid"))
     assert labelled < sum(len(row) for row in data["items"]) / 2 + 20

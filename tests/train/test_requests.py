@@ -19,7 +19,7 @@ from hstu.parallel.mesh import Mesh
 from tests.config.gin_files import ALL_RULES
 from tests.conftest import write_small_store
 from tests.train.test_side_features import tables_for
-from tests.train.tiny import build, run, tiny_config
+from tests.train.tiny import build, enlarge, run, tiny_config
 
 USERS, LENGTH, ITEMS, ACTIONS = 24, 7, 12, 4
 DATASET: dict[str, Any] = {
@@ -68,10 +68,8 @@ def predictions(mesh: Mesh, tmp_path: Path, log: Log, **given: Any) -> tuple[lis
     tables = tables_for(store, {"side_feature_names": ["device", "watched", "time_gap"]})
     config = tiny_config("ranking", store, tmp_path / f"run_{number}", **given, trainer=sizes, tables=tables)
     trainer = build(config, mesh)
-    model, batch = trainer.state.model.eval(), next(trainer.source.train_batches(START))
+    model, batch = enlarge(trainer.state.model.eval()), next(trainer.source.train_batches(START))
     with torch.no_grad():
-        for parameter in model.dense.parameters():
-            parameter.mul_(3)  # so that what one token does to another is not lost in rounding
         logits = model(batch).logits
     return list(logits.split(batch.num_labels[: batch.real_batch_size].tolist())), batch.labels
 

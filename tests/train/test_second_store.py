@@ -8,37 +8,29 @@ import pytest
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.data.store.writer import StoreWriter
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source
-from tests.conftest import MakeStore
+from tests.conftest import MakeStore, write_small_store
 from tests.train.conftest import OpenSource
 from tests.train.tiny import ITEMS, build, ids, real_users, tiny_config, walks
 
 
-def write_users(path: Path, users: list[int], *, item_order: np.ndarray, extra_context: bool = False) -> SequenceStore:
+def write_users(path: Path, users: list[int], *, item_order: np.ndarray, context: tuple[str, ...]) -> SequenceStore:
     """A store of these users of the walks that numbers items by ``item_order`` (code → raw id 1000, 1001, …).
 
-    StoreWriter wants vocabularies in ascending order, so codes are the places of those items that occur.
+    Vocabularies ascend, so codes are the places of those items that occur.
     """
     data = walks()
-    rows = [data["items"][user] for user in users]
-    raw = np.unique(np.array([item_order[item] for row in rows for item in row]))
-    total = sum(len(row) for row in rows)
-    with StoreWriter(path, name="other", command=None) as writer:
-        writer.write_offsets(np.cumsum([0, *(len(row) for row in rows)]))
-        towns = np.array([data["context"]["town"][user] for user in users])
-        if extra_context:
-            writer.write_context("planet", np.zeros(len(users), dtype=np.int64), cardinality=1)
-        writer.write_context("town", towns, cardinality=3)
-        items = np.searchsorted(raw, [item_order[item] for row in rows for item in row])
-        writer.create_sequence("item_id", "item", cardinality=len(raw), length=total)[:] = items
-        writer.write_vocabulary("item_id", 1000 + raw)
-        writer.write_vocabulary("user_id", 100 + np.array(users))
-        actions = [action for user in users for action in data["actions"][user]]
-        writer.create_sequence("action", "action", cardinality=max(actions) + 1, length=total)[:] = actions
-        writer.create_sequence("timestamp", "timestamp", cardinality=None, length=total)[:] = np.arange(total)
-    return SequenceStore.open(path)
+    rows = [item_order[data["items"][user]] for user in users]
+    raw = np.unique(np.concatenate(rows))
+    towns = [data["context"]["town"][user] for user in users]
+    return write_small_store(
+        path,
+        [np.searchsorted(raw, row).tolist() for row in rows],
+        actions=[data["actions"][user] for user in users],
+        context={"town": towns} | dict.fromkeys(context, [0] * len(users)),
+        item_ids=(1000 + raw).tolist(),
+    )
 
 
 def test_a_second_store_with_other_numbers_gives_the_metrics_of_one_store(
@@ -51,7 +43,7 @@ def test_a_second_store_with_other_numbers_gives_the_metrics_of_one_store(
     trainer.train()
     first = list(trainer.source.eval_batches("valid"))
     held_out = [user for batch in first for user in real_users(batch)]
-    second_store = write_users(tmp_path / "second", held_out, item_order=1 + np.arange(ITEMS), extra_context=True)
+    second_store = write_users(tmp_path / "second", held_out, item_order=1 + np.arange(ITEMS), context=("planet",))
     begins = second_store.offsets()[:-1]
     assert (second_store.sequence("item_id")[begins] + 1 == [one_more["items"][user][0] for user in held_out]).all()
 
@@ -65,7 +57,7 @@ def test_ids_that_only_the_second_store_has_are_refused(
     source: OpenSource, tmp_path: Path, store: SequenceStore
 ) -> None:
     shifted = np.arange(ITEMS) + ITEMS - 1
-    second = write_users(tmp_path / "second", list(range(20)), item_order=shifted)
+    second = write_users(tmp_path / "second", list(range(20)), item_order=shifted, context=())
     with pytest.raises(DataError) as caught:
         source("ranking", dataset={"eval_dataset_path": str(second.path)})
     for part in (

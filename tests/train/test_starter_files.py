@@ -10,13 +10,12 @@ import pytest
 
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.gin_io import read_and_check
-from hstu.config.rules import RULES
 from hstu.config.run_config import RunConfig
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.starter import write_starters
-from hstu.data.rules import DATA_RULES
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from tests.config.gin_files import ALL_RULES
 from tests.conftest import MakeStore, write_small_store
 from tests.train.tiny import run, walks
 
@@ -24,7 +23,7 @@ SHORT = ("TrainerArgs.num_train_epochs = 2", "TrainerArgs.tensorboard = False", 
 
 
 def read(file: Path, task: Task, bindings: Sequence[str] = ()) -> RunConfig:
-    config, warnings = read_and_check([str(file)], bindings, task, 1, (*RULES, *DATA_RULES))
+    config, warnings = read_and_check([str(file)], bindings, task, 1, ALL_RULES)
     assert not warnings
     return config
 

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import RankingTaskArgs
 from hstu.data.sampling.sampler import START
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.model.inputs import NumberInputs
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
 from tests.train.tiny import build, run, tables_of, tiny_config
@@ -37,12 +35,13 @@ TEXTS = {
 }
 
 
-def tasks(**changes: Any) -> list[RankingTaskArgs]:
-    return [RankingTaskArgs(**{**task, **changes}) for task in TASKS]
+def tasks() -> list[RankingTaskArgs]:
+    return [RankingTaskArgs(**task) for task in TASKS]
 
 
-def learnable_store(path: Path, last: dict[str, int] | None = None) -> SequenceStore:
-    """``last``: the labels of the last events of all users move on by so many values."""
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
+    """Random items, from which each label follows."""
     rng = np.random.default_rng(0)
     items = rng.integers(0, ITEMS, (USERS, LENGTH))
     codes = {
@@ -54,15 +53,10 @@ def learnable_store(path: Path, last: dict[str, int] | None = None) -> SequenceS
     }
     dwell = items * 1.5
     dwell[:, 3] = np.nan
-    for name, shift in (last or {}).items():
-        if name == "dwell":
-            dwell[:, -1] += shift
-            continue
-        codes[name][:, -1] = (codes[name][:, -1] + shift) % (ACTIONS if name == "action" else len(TEXTS[name]))
     codes["click"][:, 0], codes["stars"][:, 1] = 2, 3  # missing
     actions = codes.pop("action").tolist()
     return write_small_store(
-        path,
+        tmp_path_factory.mktemp("tasks") / "store",
         items.tolist(),
         actions=actions,
         event_features={name: values.tolist() for name, values in codes.items()},
@@ -86,8 +80,7 @@ def task_config(store: SequenceStore, path: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("sharing", ["shared", pytest.param("ple", marks=pytest.mark.slow)])
-def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, tmp_path: Path, sharing: str) -> None:
-    store = learnable_store(tmp_path / "store")
+def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, store: SequenceStore, tmp_path: Path, sharing: str) -> None:
     trainer = {"max_train_iters": 60, "eval_at_end": True}
     experts = {} if sharing == "shared" else {"num_experts": 2}
     finished = run(task_config(store, tmp_path, trainer=trainer, task_args={"task_sharing": sharing, **experts}), mesh)
@@ -100,52 +93,7 @@ def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, tmp_path: Path, sharing: st
     assert min(learnt) > 0.75, metrics
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {"dataset": {"max_num_candidates": 2}},
-        {"dataset": {"max_num_candidates": 0}, "network": {"interleave_actions": True}},
-        {"dataset": {"max_num_candidates": 2}, "network": {"interleave_actions": True}},
-    ],
-    ids=["candidates", "two tokens", "two tokens, candidates"],
-)
-def test_the_labels_of_an_item_do_not_change_its_predictions(mesh: Mesh, tmp_path: Path, shape: dict[str, Any]) -> None:
-    shown = ["click", "watched", "dwell"]
-    side = {"side_feature_names": shown, "known_after": shown}
-    labels = [{}, {"click": 1, "watched": 1, "action": 1, "stars": 1, "topic": 1, "dwell": 1}]
-    plain, changed = (
-        last_of_all_users(mesh, tmp_path / str(number), learnable_store(tmp_path / f"store{number}", last), shape, side)
-        for number, last in enumerate(labels)
-    )
-    assert (plain[1] != changed[1]).any(dim=0).all(), "every label is read"
-    assert torch.equal(plain[0], changed[0])
-
-
-def last_of_all_users(
-    mesh: Mesh, path: Path, store: SequenceStore, shape: dict[str, Any], side: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """Predictions for the last event of each user by a model with large weights, and the labels of these events."""
-    options = {**shape, "dataset": {**side, **shape["dataset"], "shuffle": False, "train_fraction": 0.99}}
-    own = [RankingTaskArgs(label="dwell", kind="regression")]
-    own += [task for task in tasks() if shape["dataset"]["max_num_candidates"] or task.label != "click"]
-    trainer = {"train_batch_size": USERS, "eval_batch_size": USERS}
-    trained = build(task_config(store, path, **options, trainer=trainer, task_args={"tasks": own}), mesh)
-    model = trained.state.model.eval()
-    batch = next(trained.source.train_batches(START))
-    with torch.no_grad():
-        for parameter in model.dense.parameters():
-            parameter.mul_(3)
-        for module in model.modules():
-            if isinstance(module, NumberInputs):  # whose statistics are those of the whole store
-                module.shift.zero_()
-                module.scale.fill_(1)
-        last = batch.num_labels.cumsum(0)[: batch.real_batch_size] - 1
-        assert batch.label_values is not None
-        return model(batch).logits[last], batch.label_values[:, last].T
-
-
-def test_micro_batches_train_as_the_whole_batch(mesh: Mesh, tmp_path: Path) -> None:
-    store = learnable_store(tmp_path / "store")
+def test_micro_batches_train_as_the_whole_batch(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
     own = [*tasks(), RankingTaskArgs(name="pairs", label="click", loss="pairwise")]
     losses = []
     for parts in (1, 2):
@@ -156,9 +104,9 @@ def test_micro_batches_train_as_the_whole_batch(mesh: Mesh, tmp_path: Path) -> N
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
-def test_numbers_are_labels_as_they_are(mesh: Mesh, tmp_path: Path) -> None:
+def test_numbers_are_labels_as_they_are(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
     task = RankingTaskArgs(label="dwell", kind="regression")
-    config = task_config(learnable_store(tmp_path / "store"), tmp_path, task_args={"tasks": [task]})
+    config = task_config(store, tmp_path, task_args={"tasks": [task]})
     config = replace(config, dataset=replace(config.dataset, max_num_candidates=LENGTH - 1, shuffle=False))
     trainer = build(config, mesh)
     batch = next(trainer.source.train_batches(START))
@@ -169,8 +117,9 @@ def test_numbers_are_labels_as_they_are(mesh: Mesh, tmp_path: Path) -> None:
     torch.testing.assert_close(batch.label_values.view_as(expected), expected, equal_nan=True)
 
 
-def test_the_loss_is_the_sum_over_tasks_of_the_mean_over_labelled_items(mesh: Mesh, tmp_path: Path) -> None:
-    store = learnable_store(tmp_path / "store")
+def test_the_loss_is_the_sum_over_tasks_of_the_mean_over_labelled_items(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path
+) -> None:
 
     def first_loss(number: int, tasks: list[RankingTaskArgs]) -> float:
         trainer = build(task_config(store, tmp_path / str(number), task_args={"tasks": tasks}), mesh)
@@ -217,15 +166,17 @@ BAD_LABELS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_LABELS)
-def test_labels_that_do_not_fit_the_data_are_errors_of_their_parameter(mesh: Mesh, tmp_path: Path, name: str) -> None:
+def test_labels_that_do_not_fit_the_data_are_errors_of_their_parameter(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path, name: str
+) -> None:
     task, told = BAD_LABELS[name]
-    store = learnable_store(tmp_path / "store")
     with pytest.raises(ConfigError, match=rf"RankingTaskArgs\.{told}"):
         build(task_config(store, tmp_path, task_args={"tasks": [RankingTaskArgs(**task)]}), mesh)
 
 
-def test_a_second_store_is_evaluated_by_the_texts_of_the_first(mesh: Mesh, tmp_path: Path) -> None:
-    store = learnable_store(tmp_path / "store")
+def test_a_second_store_is_evaluated_by_the_texts_of_the_first(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path
+) -> None:
     rows = [[0, 1, 2, 3]] * 3
     texts = {**TEXTS, "topic": ["law", "war"], "stars": ["2", "3"]}
     codes = {name: [[0, 1, 1, 0]] * 3 for name in texts}

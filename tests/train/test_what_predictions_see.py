@@ -24,7 +24,7 @@ from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source
 from tests.conftest import write_small_store
-from tests.train.tiny import build, tables_of, tiny_config
+from tests.train.tiny import build, enlarge, tables_of, tiny_config
 
 USERS, LENGTH, ACTIONS, ITEMS_PER_EVENT = 4, 8, 4, 3
 ITEMS = LENGTH * ITEMS_PER_EVENT
@@ -105,6 +105,7 @@ TASKS = {
     "tasks": [
         RankingTaskArgs(label="liked", positive_values=["value 002"]),
         RankingTaskArgs(label="seconds", kind="regression"),
+        RankingTaskArgs(label="watched", kind="class", num_classes=ACTIONS),
         RankingTaskArgs(label="action", kind="class", num_classes=ACTIONS),
     ],
 }
@@ -117,6 +118,7 @@ LAYOUTS = {
     "ranking, groups, one token": Layout("ranking", {**ONE_TOKEN, "kernel_backend": "cutlass"}, candidates=5, group=2),
     "ranking, tasks": Layout("ranking", task_args=TASKS),
     "ranking, tasks, candidates": Layout("ranking", candidates=3, task_args=TASKS),
+    "ranking, tasks, candidates, one token": Layout("ranking", ONE_TOKEN, candidates=3, task_args=TASKS),
     "ranking, truncated": Layout("ranking", RELATIVE | TRUNCATED),
     "retrieval, truncated": Layout("retrieval", RELATIVE | TRUNCATED),
     "retrieval, two tokens, relative bias": Layout("retrieval", RELATIVE),
@@ -222,10 +224,8 @@ def test_a_prediction_sees_what_comes_before_it_and_nothing_else(
     name: str, events: tuple[int, ...], store_with: StoreWith, mesh: Mesh, tmp_path: Path
 ) -> None:
     layout = LAYOUTS[name]
-    model = build(layout.config(store_with(), tmp_path), mesh).state.model.eval()
+    model = enlarge(build(layout.config(store_with(), tmp_path), mesh).state.model.eval())
     with torch.no_grad():
-        for parameter in model.dense.parameters():
-            parameter.mul_(3)  # so that what one token does to another is not lost in rounding
         plain = predictions(model, layout.config(store_with(), tmp_path), mesh)
         first = LENGTH - plain.shape[1]
         for kind in layout.kinds:
@@ -250,10 +250,8 @@ def test_an_item_is_found_in_evaluation_by_what_finds_it_in_training(
         replace(config, dataset=replace(config.dataset, shuffle=False, valid_items=valid_items))  # type: ignore[arg-type]
         for valid_items in (0, 1)
     )
-    model = build(config, mesh).state.model.eval()
+    model = enlarge(build(config, mesh).state.model.eval())
     with torch.no_grad():
-        for parameter in model.dense.parameters():
-            parameter.mul_(3)
         trained = training_queries(model, config, mesh)[:, -1]
         found = model(next(open_source(evaluated, mesh).eval_batches("valid"))).queries
     assert found is not None

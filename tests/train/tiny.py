@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
+import torch
 
 from hstu.config.args import (
     DatasetArgs,
@@ -24,6 +25,7 @@ from hstu.config.args import (
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.store.sequence_store import SequenceStore
+from hstu.model.gr_model import GRModel
 from hstu.observe.records import read_metrics
 from hstu.observe.throughput import PeakTflops
 from hstu.parallel.mesh import Mesh, seed_initial_weights
@@ -204,6 +206,11 @@ class FinishedRun:
         return metrics
 
     @property
+    def saved(self) -> list[str]:
+        """Names of its checkpoints."""
+        return sorted(path.name for path in (self.path.parent / "checkpoints").glob("iteration_*"))
+
+    @property
     def summary(self) -> dict[str, Any]:
         summary: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
         return summary
@@ -217,6 +224,14 @@ def build(config: RunConfig, mesh: Mesh) -> Trainer:
     """The trainer, from the random state that a fresh process starts with."""
     seed_initial_weights(config.trainer.seed)
     return builder.build_trainer(config, mesh)
+
+
+def enlarge(model: GRModel, factor: float = 3) -> GRModel:
+    """Multiply all dense weights, so that what one token does to another is not lost in rounding."""
+    with torch.no_grad():
+        for parameter in model.dense.parameters():
+            parameter.mul_(factor)
+    return model
 
 
 def skip_measuring_the_peak() -> None:

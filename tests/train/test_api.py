@@ -17,14 +17,13 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.train.builder import build_model
 from hstu.train.inference import InferenceSource
-from tests.train.conftest import mesh, store, undisturbed  # noqa: F401
 from tests.train.tiny import ACTIONS, ITEMS, FinishedRun, run, tables_with_dynamic, tiny_config, walks
 
 SAVES = {"ckpt_save_interval": 1000}
 
 
 @pytest.fixture(scope="module")
-def finished(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:  # noqa: F811
+def finished(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """A retrieval run that has learnt the walks."""
     trainer = {"max_train_iters": 60, "eval_at_end": True, **SAVES}
     output = tmp_path_factory.mktemp("trained")
@@ -32,17 +31,17 @@ def finished(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def trained(finished: FinishedRun, mesh: Mesh) -> TrainedModel:  # noqa: F811
+def trained(finished: FinishedRun, mesh: Mesh) -> TrainedModel:
     return api.load(finished.path, mesh=mesh)
 
 
 @pytest.fixture(scope="module")
-def ranking(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:  # noqa: F811
+def ranking(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     trainer = {"eval_at_end": True, **SAVES}
     return run(tiny_config("ranking", store, tmp_path_factory.mktemp("ranking"), trainer=trainer), mesh)
 
 
-def test_histories_have_the_ids_and_values_of_the_raw_data(store: SequenceStore) -> None:  # noqa: F811
+def test_histories_have_the_ids_and_values_of_the_raw_data(store: SequenceStore) -> None:
     found = list(api.histories(store))
     assert [history.user for history in found] == list(range(100, 120))
     assert [list(history.items) for history in found] == [[1000 + item for item in row] for row in walks()["items"]]
@@ -54,9 +53,7 @@ def test_histories_have_the_ids_and_values_of_the_raw_data(store: SequenceStore)
 
 
 def test_forward_gives_logits_for_ranking_and_queries_for_retrieval(
-    trained: TrainedModel,
-    ranking: FinishedRun,
-    mesh: Mesh,  # noqa: F811
+    trained: TrainedModel, ranking: FinishedRun, mesh: Mesh
 ) -> None:
     batch = next(trained.batches("test"))
     queries = trained.forward(batch).queries
@@ -89,10 +86,7 @@ def test_embeddings_score_as_recommendations_do(trained: TrainedModel) -> None:
 
 
 def test_asked_at_the_time_of_the_held_out_event_a_model_gives_what_is_evaluated(
-    store: SequenceStore,  # noqa: F811
-    mesh: Mesh,  # noqa: F811
-    trained: TrainedModel,
-    tmp_path: Path,
+    store: SequenceStore, mesh: Mesh, trained: TrainedModel, tmp_path: Path
 ) -> None:
     config = tiny_config("retrieval", store, tmp_path, network={"position_encoding": "relative_bias"})
     source = InferenceSource(config, config.dataset, mesh)  # type: ignore[arg-type]
@@ -178,10 +172,7 @@ def test_recommendations_are_printed_with_places_scores_and_titles_and_steer_no_
 
 
 def test_errors_name_unknown_users_missing_checkpoints_and_the_wrong_task(
-    trained: TrainedModel,
-    ranking: FinishedRun,
-    mesh: Mesh,  # noqa: F811
-    tmp_path: Path,
+    trained: TrainedModel, ranking: FinishedRun, mesh: Mesh, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"1 raw id\(s\) not in the vocabulary of 'user_id': 99"):
         trained.recommend(["100", "99"])
@@ -194,9 +185,7 @@ def test_errors_name_unknown_users_missing_checkpoints_and_the_wrong_task(
 
 
 def test_only_items_with_a_row_in_a_dynamic_table_are_recommended(
-    mesh: Mesh,  # noqa: F811
-    store: SequenceStore,  # noqa: F811
-    tmp_path: Path,
+    mesh: Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:
     config = tiny_config("retrieval", store, tmp_path, tables=tables_with_dynamic(store, rows=7), trainer=SAVES)
     finished = run(config, mesh)

@@ -37,7 +37,7 @@ def write_data(dataset_name: str) -> None:
     own = Schema(item="ad", action="clicked", context=("site",), action_cardinality=2)
     schema = DATASETS[name].schema if name in DATASETS else own
     items = [[(user + place) % 11 for place in range(30)] for user in range(20)]
-    actions = [[item % (schema.action_cardinality or 2) for item in row] for row in items]
+    actions = [[37 * item % (schema.action_cardinality or 2) for item in row] for row in items]  # all bits of 256
     write_small_store(
         Path("tmp_data") / name, items, name=name, actions=actions, num_actions=schema.action_cardinality,
         item_feature=schema.item, action_feature=schema.action or "", context=dict.fromkeys(schema.context, range(20)),

@@ -17,6 +17,7 @@ from hstu.config.args import NetworkArgs
 from hstu.model.stack import FusedHSTULayer
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from tests.conftest import REPOSITORY
+from tests.ops.backends import hstu_attention
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,18 @@ def test_operations_are_counted_as_the_published_ones() -> None:
     linear = 2 * 8 * 7 * (4 * 15 + 15)
     assert forward == pytest.approx(shape.flops + linear)
     assert backward == pytest.approx(2.5 * shape.flops + 2 * linear)
+
+
+def test_padded_attention_is_ours() -> None:
+    padded_attention = import_module("padded_baseline").padded_attention
+    shape = import_module("attention").Shape(np.array([9, 9]), 2, 4)
+    leaves = [torch.randn(2, 9, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    theirs = padded_attention(*leaves, torch.ones(9, 9).tril(), 0.5, 9)
+    q, k, v = (x.flatten(0, 1) for x in leaves)
+    ours = hstu_attention(q, k, v, shape.layout(CPU), alpha=0.5, scaling_seqlen=9)
+    torch.testing.assert_close(ours.view_as(theirs), theirs)
+    for a, b in zip(grads(ours, leaves), grads(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("position_encoding", [("none",), ("absolute", "relative_bias")])

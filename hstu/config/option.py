@@ -8,13 +8,13 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from hstu.base.errors import ConfigError
-from hstu.config.problems import Origin, did_you_mean, literal, show
+from hstu.config.problems import Origin, Problem, did_you_mean, literal, show
 
 T = TypeVar("T")
 _SCIENTIFIC = 1_000_000
@@ -142,6 +142,48 @@ def with_origins(part: T, origins: Mapping[str, Origin]) -> T:
     """Sets ``Args.origins`` of ``part`` and returns it."""
     object.__setattr__(part, "origins", origins)
     return part
+
+
+def args_in(value: Any) -> Iterator[Args]:
+    """The argument objects in a value, with those that they refer to."""
+    elements: Iterable[Any] = ()
+    if isinstance(value, Args):
+        yield value
+        elements = [getattr(value, each.name, None) for each in options_of(type(value))]
+    elif isinstance(value, (list, tuple)):
+        elements = value
+    elif isinstance(value, dict):
+        elements = value.values()
+    for element in elements:
+        yield from args_in(element)
+
+
+def problem(part: Args, parameter: str, text: str, is_warning: bool = False) -> Problem:
+    """A problem with this parameter. ``text`` follows "Class.parameter = value: "."""
+    origin = part.origins.get(parameter)
+    default = "" if origin or is_given(part, parameter) else " (default)"
+    return Problem(f"{_written(part, parameter)}{default}: {text}", origin.at if origin else None, is_warning)
+
+
+def located(part: Args, parameter: str, text: str) -> str:
+    """``problem`` as one line: file, line, parameter, value and ``text``."""
+    return str(problem(part, parameter, text))
+
+
+def cited(part: Args, parameter: str) -> str:
+    """``Class.parameter = value (file:line)``, to cite a parameter in the problem of another one."""
+    origin = part.origins.get(parameter)
+    return f"{_written(part, parameter)}{f' ({origin.at})' if origin else ''}"
+
+
+def _written(part: Args, parameter: str) -> str:
+    origin, value = part.origins.get(parameter), getattr(part, parameter)
+    name = origin.name if origin else f"{type(part).__name__}.{parameter}"
+    if origin and next(args_in(value), None):
+        return f"{name} = {origin.value}"
+    if origin and not name.endswith(f".{parameter}") and origin.value != show(value):
+        return f"{name} = {origin.value} (so {parameter} = {show(value)})"  # bound through an alias
+    return f"{name} = {show(value)}"
 
 
 # --- one value -----------------------------------------------------------------------------------------------------

@@ -51,15 +51,6 @@ class Problem:
         return f"{self.at}: {self.text}" if self.at else self.text
 
 
-Cite = Callable[[Any, str, str], str]
-"""(argument object, parameter, what is wrong) → line of an error, as ``cite`` or RunConfig.located formats it."""
-
-
-def cite(part: Any, parameter: str, text: str) -> str:
-    """Formats ``Class.parameter = value: text``, without file and line."""
-    return f"{type(part).__name__}.{parameter} = {show(getattr(part, parameter))}: {text}"
-
-
 def in_reading_order(problems: Iterable[Problem]) -> list[str]:
     """The distinct problems as text, in reading order. Problems without a location come last."""
     ordered = sorted(problems, key=lambda p: (p.at is None, p.at or Location(0, 0, "")))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -29,8 +28,8 @@ from hstu.config.args import (
     TensorModelParallelArgs,
     TrainerArgs,
 )
-from hstu.config.option import Need, default_of, options_of, with_origins
-from hstu.config.problems import Problem, literal, show
+from hstu.config.option import Need, args_in, default_of, options_of, with_origins
+from hstu.config.problems import literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,32 +133,8 @@ class RunConfig:
 
     def all_args(self) -> list[Args]:
         """All argument objects, nested ones included, once each."""
-        found = (part for each in fields(self) for part in _args_in(getattr(self, each.name, None)))
+        found = (part for each in fields(self) for part in args_in(getattr(self, each.name, None)))
         return list({id(part): part for part in found}.values())
-
-    def cite(self, part: Args, parameter: str) -> str:
-        """``Class.parameter = value (file:line)``, to cite a parameter in the problem of another one."""
-        origin = part.origins.get(parameter)
-        return f"{self._written(part, parameter)}{f' ({origin.at})' if origin else ''}"
-
-    def problem(self, part: Args, parameter: str, text: str, is_warning: bool = False) -> Problem:
-        """A problem with this parameter. ``text`` follows "Class.parameter = value: "."""
-        origin = part.origins.get(parameter)
-        default = "" if origin or not self.source_files else " (default)"
-        return Problem(f"{self._written(part, parameter)}{default}: {text}", origin.at if origin else None, is_warning)
-
-    def located(self, part: Args, parameter: str, text: str) -> str:
-        """``problem`` as one line: file, line, parameter, value and ``text``."""
-        return str(self.problem(part, parameter, text))
-
-    def _written(self, part: Args, parameter: str) -> str:
-        origin, value = part.origins.get(parameter), getattr(part, parameter)
-        name = origin.name if origin else f"{type(part).__name__}.{parameter}"
-        if origin and next(_args_in(value), None):
-            return f"{name} = {origin.value}"
-        if origin and not name.endswith(f".{parameter}") and origin.value != show(value):
-            return f"{name} = {origin.value} (so {parameter} = {show(value)})"  # bound through an alias
-        return f"{name} = {show(value)}"
 
     def operative_gin(self) -> str:
         """The effective configuration as gin text, defaults included. Loading it gives an equal RunConfig."""
@@ -176,19 +151,6 @@ class RunConfig:
                     writer.write(numbers, scope=writer.new_scope(numbers.feature_names[0]))
         header = f"# The configuration in force, defaults included. Task: {self.task}."
         return "\n\n".join([header, *writer.blocks]) + "\n"
-
-
-def _args_in(value: Any) -> Iterator[Args]:
-    elements: Iterable[Any] = ()
-    if isinstance(value, Args):
-        yield value
-        elements = [getattr(value, each.name, None) for each in options_of(type(value))]
-    elif isinstance(value, (list, tuple)):
-        elements = value
-    elif isinstance(value, dict):
-        elements = value.values()
-    for element in elements:
-        yield from _args_in(element)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from hstu.config.args import DatasetArgs
+from hstu.config.option import problem
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.run_config import RunConfig
 from hstu.data.datasets import DATASETS, resolve_name
@@ -21,7 +22,7 @@ def dataset_is_built_in_or_described(run: RunConfig) -> Iterator[Problem]:
             f"scripts/preprocess_dataset.py --dataset_name {dataset.dataset_name} --interactions FILE --user COLUMN "
             "--item COLUMN, set DatasetArgs.dataset_path to it, and bind EmbeddingArgs for each feature"
         )
-        yield run.problem(dataset, "dataset_name", text)
+        yield problem(dataset, "dataset_name", text)
 
 
 def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
@@ -38,10 +39,10 @@ def features_of_own_data_have_tables(run: RunConfig) -> Iterator[Problem]:
             guess = did_you_mean(name, known)
             if parameter != "side_feature_names":
                 text = f"no EmbeddingArgs has the feature {name!r}; choose one of {', '.join(known)}, or add a table"
-                yield run.problem(dataset, parameter, text + guess)
+                yield problem(dataset, parameter, text + guess)
             elif guess:  # otherwise it may be a number, which needs neither; only the data shows it
                 text = f"no EmbeddingArgs has the feature {name!r}; add a table, or NumericFeatureArgs for a number"
-                yield run.problem(dataset, parameter, text + guess)
+                yield problem(dataset, parameter, text + guess)
 
 
 DATA_RULES = (dataset_is_built_in_or_described, features_of_own_data_have_tables)

@@ -155,7 +155,7 @@ def _build_step(workload: Workload, mesh: Mesh, kernels: Kernels, batch: TrainBa
     split_encoder(task.encoder, mesh)
     model = _WithoutTables(workload, task, batch, recorder)
     tables = TableOptimizer([], {}, config.optimizer, {})
-    optimizers = build_optimizers(model, config.optimizer, tables, mesh, config.located)
+    optimizers = build_optimizers(model, config.optimizer, tables, mesh)
     step = TrainStep(model, optimizers, mesh, config.trainer.max_grad_norm, build_loss_scale(config))
     step.check = _NoCheck()  # type: ignore[assignment]
     _follow(step, recorder)

@@ -27,6 +27,7 @@ from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
 from hstu.config.args import Args, DatasetArgs, RankingArgs
+from hstu.config.option import problem
 from hstu.config.problems import Problem, Unknown, apply, did_you_mean
 from hstu.config.rules.task import label_leak, tasks_of
 from hstu.config.run_config import RunDraft
@@ -96,7 +97,7 @@ def reported(run: RunDraft, part: Args, parameter: str, error: UserError) -> Pro
     """The problems of an error. Those that name no file and line are located at ``part.parameter``."""
     places = tuple(f"{name}:" for name in (*run.source_files, "--gin-bindings"))
     for text in error.problems if isinstance(error, ConfigError) else [str(error)]:
-        yield Problem(text) if text.startswith(places) else run.problem(part, parameter, text)
+        yield Problem(text) if text.startswith(places) else problem(part, parameter, text)
 
 
 def _place_of_data(dataset: Args) -> str:
@@ -116,7 +117,7 @@ def open_data(run: RunDraft, built: Built) -> Problems:
     if path := dataset.eval_dataset_path:
         yield from check(run, dataset, "eval_dataset_path", SequenceStore.open, path)
     built.store = yield from attempt(run, dataset, _place_of_data(dataset), open_store, dataset)
-    arguments = built.store, dataset, run.located, tasks_of(run), run.has_item_tower
+    arguments = built.store, dataset, tasks_of(run), run.has_item_tower
     built.roles = yield from attempt(run, dataset, "dataset_name", resolve_roles, *arguments)
     built.max_items = dataset.max_sequence_length
 
@@ -128,11 +129,11 @@ def rows_suffice(run: RunDraft, built: Built) -> Problems:
     ids = {name: store.cardinality(name) for name, each in features.items() if each.cardinality is not None}
     known = [table for table in run.embeddings if set(table.feature_names) <= ids.keys()]
     raw = tuple(name for name in ids if features[name].raw)
-    yield from check(run, run.dataset, "dataset_name", check_rows, known, ids, run.located, raw)
+    yield from check(run, run.dataset, "dataset_name", check_rows, known, ids, raw)
     for table in [] if hasattr(built, "roles") else run.embeddings:  # if roles exist, choose_tables reports it
         if unknown := [name for name in table.feature_names if name not in store.features]:
             text = f"the data has no feature {', '.join(map(repr, unknown))}; it has {', '.join(store.features)}"
-            yield run.problem(table, "feature_names", text + did_you_mean(unknown[0], store.features))
+            yield problem(table, "feature_names", text + did_you_mean(unknown[0], store.features))
 
 
 def fit_tables(run: RunDraft, built: Built) -> Problems:
@@ -140,10 +141,10 @@ def fit_tables(run: RunDraft, built: Built) -> Problems:
     dataset, roles, args = run.dataset, built.roles, run.retrieval
     if isinstance(dataset, DatasetArgs):
         predefined = predefined_tables(dataset, built.store, run.network)
-        chosen = run.embeddings, predefined, roles.names, run.located, roles.numbers
+        chosen = run.embeddings, predefined, roles.names, roles.numbers
         built.tables = yield from attempt(run, dataset, "dataset_name", choose_tables, *chosen)
     draws = args is not None and args.negatives != "in_batch"
-    arguments = built.tables, run.network, roles, draws, run.world_size, run.located
+    arguments = built.tables, run.network, roles, draws, run.world_size
     built.specs = yield from attempt(run, dataset, "dataset_name", table_specs, *arguments)
 
 
@@ -175,7 +176,7 @@ def head_fits_the_labels(run: RunDraft, built: Built) -> Problems:
         ids = {name: table.item_vocab_size_or_capacity for table in run.embeddings for name in table.feature_names}
         roles, least = built.roles, 0
     labels = cast(BatchSource, SimpleNamespace(roles=roles, cardinalities=ids, least_action=least))
-    yield from check(run, args, "prediction_head_arch", label_offset, args, labels, run.located)
+    yield from check(run, args, "prediction_head_arch", label_offset, args, labels)
 
 
 def kernels_run_here(run: RunDraft, built: Built) -> Problems:
@@ -201,7 +202,7 @@ def dense_tensors(run: RunDraft, features: SequenceFeatures) -> dict[str, torch.
     """Dense checkpoint tensor (named as in TrainState.tensors) → size. Raises ConfigError for bad part_optimizers."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = nn.ModuleDict({"task": task_module(run, features, REFERENCE_KERNELS)})
-        settings = match_part_optimizers(dict(model.named_parameters()), run.optimizer, run.located)
+        settings = match_part_optimizers(dict(model.named_parameters()), run.optimizer)
         states = DenseOptimizer(model, run.optimizer, settings).state_tensors()
     sizes = {f"{WEIGHTS}{name}": tensor.size() for name, tensor in model.state_dict().items()}
     return sizes | {f"optimizer.dense.{name}": cast(torch.Tensor, state).size() for name, state in states.items()}
@@ -230,7 +231,7 @@ def choose_directories(run: RunDraft, built: Built) -> Problems:
                 pass
         except OSError as error:
             text = f"{existing} cannot be written: {error.strerror or error}; give another directory"
-            yield run.problem(trainer, parameter, text)
+            yield problem(trainer, parameter, text)
 
 
 def open_checkpoint(run: RunDraft, built: Built) -> Problems:
@@ -242,8 +243,8 @@ def open_checkpoint(run: RunDraft, built: Built) -> Problems:
     for root in found[:1]:
         files = yield from attempt(run, trainer, "ckpt_load_dir", read_manifest, root)
         damage = file_problems(root, files)
-        for problem in damage:
-            yield run.problem(trainer, "ckpt_load_dir", problem, is_warning=trainer.ckpt_load_dir == AUTO)
+        for text in damage:
+            yield problem(trainer, "ckpt_load_dir", text, is_warning=trainer.ckpt_load_dir == AUTO)
         if not damage:
             built.checkpoint = root
 
@@ -276,7 +277,7 @@ def memory_is_enough(run: RunDraft, built: Built) -> Problems:
             "needs the memory, also on another --device, and with --fit what fits. Lower the batch, shard the tables "
             "over more ranks (model_parallel), or recompute layers (NetworkArgs.recompute_layer)"
         )
-        yield run.problem(run.trainer, "train_batch_size", text)
+        yield problem(run.trainer, "train_batch_size", text)
 
 
 def _plan_with_room(workload: Workload) -> tuple[TableShards, ...]:
@@ -301,13 +302,13 @@ def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> Problems:
     kept = saved if kept is None else min(saved, kept + 1)  # plus the best one, or the one being written
     if one > free:
         text = f"a checkpoint has about {size(one)}, and {size(free)} are free there; give another directory"
-        yield run.problem(trainer, "ckpt_save_dir", text)
+        yield problem(trainer, "ckpt_save_dir", text)
     elif kept * one > free:
         text = (
             f"{kept} checkpoints of about {size(one)} each are kept, and {size(free)} are free there; set "
             "TrainerArgs.ckpt_keep_last, or give another directory"
         )
-        yield run.problem(trainer, "ckpt_save_dir", text, is_warning=True)
+        yield problem(trainer, "ckpt_save_dir", text, is_warning=True)
 
 
 def _device_type() -> str:

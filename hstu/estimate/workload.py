@@ -54,7 +54,7 @@ class Workload:
         """All embedding tables."""
         config, source = self.config, self.source
         draws = config.retrieval is not None and config.retrieval.negatives != "in_batch"
-        return table_specs(source.tables, config.network, source.roles, draws, self.world_size, config.located)
+        return table_specs(source.tables, config.network, source.roles, draws, self.world_size)
 
     @property
     def replicated_specs(self) -> list[TableSpec]:

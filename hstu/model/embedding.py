@@ -19,7 +19,7 @@ from torchrec import EmbeddingCollection, EmbeddingConfig
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
-from hstu.config.problems import Cite, cite
+from hstu.config.option import located
 from hstu.data.batches.batch import NEGATIVES, POOL, HSTUBatch, of_negatives, of_pool
 from hstu.data.features.roles import FeatureRoles
 
@@ -65,7 +65,6 @@ def table_specs(
     roles: FeatureRoles,
     lookup_negatives: bool = False,
     world_size: int = 1,
-    cite: Cite = cite,
 ) -> tuple[TableSpec, ...]:
     """Specs of all tables, in the given order.
 
@@ -83,14 +82,14 @@ def table_specs(
                 f"({', '.join(f'{feature} {dim}' for feature, dim in dims.items())}); give them tables of their own, "
                 "or equal widths in NetworkArgs.contextual_embedding_dim and item_embedding_dim"
             )
-            problems.append(cite(table, "feature_names", text))
+            problems.append(located(table, "feature_names", text))
         name = table.table_name
         if hasattr(nn.ModuleDict(), name) or (table.sharding_type == "model_parallel" and "." in name):
             text = (
                 "PyTorch's module dictionaries, which hold tables by their names, cannot have that one; call it "
                 f"{name.replace('.', '_') + '_table'!r}, say"
             )
-            problems.append(cite(table, "table_name", text))
+            problems.append(located(table, "table_name", text))
         negatives = [NEGATIVES] if roles.item in table.feature_names else []
         negatives += [of_negatives(name) for name in table.feature_names if name in roles.tower]
         dynamic = table if isinstance(table, DynamicEmbeddingArgs) else None
@@ -101,7 +100,7 @@ def table_specs(
                 f"the table {name!r} would have {share:,} rows per rank, but a rank can have {_MOST_SLOTS:,} at most: "
                 "use more ranks, or a smaller capacity"
             )
-            problems.append(cite(table, "item_vocab_size_or_capacity", text))
+            problems.append(located(table, "item_vocab_size_or_capacity", text))
         specs.append(
             TableSpec(
                 name=table.table_name,

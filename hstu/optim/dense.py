@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
-from hstu.config.problems import Cite, cite
+from hstu.config.option import located
 from hstu.model.embedding import ReplicatedTables
 from hstu.parallel.shards import ShardedView, WeightShares, swap_values
 
@@ -216,9 +216,7 @@ def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: Op
     raise ValueError(f"unknown dense optimizer {settings.optimizer!r}")
 
 
-def match_part_optimizers(
-    names: Collection[str], args: OptimizerArgs, cite: Cite = cite
-) -> dict[str, OptimizerSettings]:
+def match_part_optimizers(names: Collection[str], args: OptimizerArgs) -> dict[str, OptimizerSettings]:
     """Settings of each weight, from its first match in part_optimizers. Raises ConfigError for unmatched entries."""
     settings: dict[str, OptimizerSettings] = {}
     problems = []
@@ -228,7 +226,7 @@ def match_part_optimizers(
         if not own:
             known = dict.fromkeys(re.sub(r"\.layers\.\d+\.", ".layers.N.", name) for name in names)
             text = f"matches no dense weight that the entries before it have left. There are {', '.join(known)}"
-            problems.append(cite(part, "regex", text))
+            problems.append(located(part, "regex", text))
     if problems:
         raise ConfigError(problems)
     others = OptimizerSettings.of(args)

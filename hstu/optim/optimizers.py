@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hstu.config.args import LRScheduleArgs, OptimizerArgs
-from hstu.config.problems import Cite, cite
 from hstu.model.gr_model import GRModel
 from hstu.optim.dense import DenseOptimizer, match_part_optimizers
 from hstu.parallel.ddp import unwrap_dense
@@ -72,17 +71,12 @@ class Optimizers:
 
 
 def build_optimizers(
-    model: GRModel,
-    args: OptimizerArgs,
-    tables: TableOptimizer,
-    mesh: Mesh,
-    cite: Cite = cite,
-    shard_states: bool = False,
+    model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh, shard_states: bool = False
 ) -> Optimizers:
     """Build the optimizers of a model with sharded tables, whose dense part may use TP and DDP or FSDP.
 
     ``shard_states``: shard dense optimizer states over ``mesh.dp_cp_group``; states of sharded weights always are.
-    Raises ConfigError, formatted by ``cite``, if OptimizerArgs.part_optimizers do not fit the weights.
+    Raises ConfigError if OptimizerArgs.part_optimizers do not fit the weights.
     """
     dense = unwrap_dense(model)
     of_tables = {id(weight) for weight in model.replicated_tables.parameters()}
@@ -93,7 +87,7 @@ def build_optimizers(
         shares = FsdpWeights(trained, sharded)
     elif shard_states and mesh.dp_cp_size > 1:
         shares = FlatWeights(trained, mesh.dp_cp_group)
-    optimizer = DenseOptimizer(dense, args, match_part_optimizers(trained, args, cite), shares)
+    optimizer = DenseOptimizer(dense, args, match_part_optimizers(trained, args), shares)
     return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)
 
 

@@ -24,6 +24,7 @@ from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs
+from hstu.config.option import located
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
@@ -270,7 +271,7 @@ def _at_the_largest(specs: Sequence[TableSpec], config: RunConfig, text: str) ->
     largest = max(specs, key=lambda spec: spec.rows * spec.dim).name
     for table in config.embeddings:
         if table.table_name == largest:
-            return TablesDoNotFit(config.located(table, "item_vocab_size_or_capacity", text))
+            return TablesDoNotFit(located(table, "item_vocab_size_or_capacity", text))
     return TablesDoNotFit(text)  # a predefined table
 
 

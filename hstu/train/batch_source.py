@@ -13,7 +13,8 @@ import torch
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import EmbeddingArgs, RankingArgs, RetrievalArgs
-from hstu.config.problems import Cite, cite, in_reading_order
+from hstu.config.option import located
+from hstu.config.problems import in_reading_order
 from hstu.config.rules.training import token_limit_admits
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
@@ -179,15 +180,15 @@ def label_codes(config: RunConfig, source: BatchSource) -> tuple[LabelCodes, ...
     if not isinstance(config.task_args, RankingArgs):
         return ()
     if config.task_args.tasks is None:
-        return (LabelCodes(label_offset(config.task_args, source, config.located)),)
+        return (LabelCodes(label_offset(config.task_args, source)),)
     unknown = LabelFacts()  # without data there is no training
     return tuple(LabelCodes.of(task, source.label_facts.get(task.label, unknown)) for task in config.task_args.tasks)
 
 
-def label_offset(args: RankingArgs, data: BatchSource, cite: Cite = cite) -> int:
+def label_offset(args: RankingArgs, data: BatchSource) -> int:
     """The action of class 0: 0 if the head has a class for every action from 0 on, 1 if it lacks one (ratings).
 
-    Raises ConfigError, located by ``cite``, if an action of the data has no class in the head.
+    Raises ConfigError if an action of the data has no class in the head.
     """
     last, action = args.prediction_head_arch[-1], data.roles.action
     if action is None:
@@ -200,7 +201,7 @@ def label_offset(args: RankingArgs, data: BatchSource, cite: Cite = cite) -> int
             f"ends in {last} classes, but {action!r} goes up to {actions - 1}: end it in {actions - 1} (values from 1 "
             f"on) or {actions} (from 0 on), or in num_tasks for bit tasks"
         )
-        raise ConfigError(cite(args, "prediction_head_arch", text))
+        raise ConfigError(located(args, "prediction_head_arch", text))
     if last >= actions:
         return 0
     if data.least_action == 0:
@@ -208,5 +209,5 @@ def label_offset(args: RankingArgs, data: BatchSource, cite: Cite = cite) -> int
             f"ends in {last} classes, which serve the actions 1 to {last}, but {action!r} also takes the value 0: end "
             f"it in {actions}"
         )
-        raise ConfigError(cite(args, "prediction_head_arch", text))
+        raise ConfigError(located(args, "prediction_head_arch", text))
     return 1

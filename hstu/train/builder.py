@@ -176,7 +176,7 @@ def build_model(
         )
     has_negatives = config.retrieval is not None and config.retrieval.negatives != "in_batch"
     roles, ranks = source.roles, mesh.world_size
-    specs = table_specs(source.tables, config.network, roles, has_negatives, ranks, config.located)
+    specs = table_specs(source.tables, config.network, roles, has_negatives, ranks)
     on_all_ranks(lambda: check_memory(specs, config, mesh.local_world_size, ranks), mesh.world_group)
     negatives = (NEGATIVES, *map(of_negatives, roles.tower)) if has_negatives else ()
     task = build_task(config, source, mesh)
@@ -197,7 +197,7 @@ def build_model(
     else:
         model = replicate_dense(model, mesh, sent_as)
     shard_states = config.data_parallel.sharding == "optimizer"
-    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, config.located, shard_states)
+    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, shard_states)
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))

@@ -55,27 +55,25 @@ class StoreSource(BatchSource):
         self.eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         """The data for evaluation."""
         tasks, tower = tasks_of(config), config.has_item_tower
-        self.roles = resolve_roles(self.store, args, config.located, tasks, tower)
-        check_numbers(self.roles, config.numbers, config.located)
-        check_split(self.store, args, config.located)
+        self.roles = resolve_roles(self.store, args, tasks, tower)
+        check_numbers(self.roles, config.numbers)
+        check_split(self.store, args)
         for store in (self.store, self.eval_store):
-            check_requests(store, args, config.located)
+            check_requests(store, args)
         if config.retrieval is not None and config.retrieval.hard_negatives:
-            require_requests(self.store, config.retrieval, "hard_negatives", config.located)
+            require_requests(self.store, config.retrieval, "hard_negatives")
         self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
         self._eval_labels = {name: column.of(self.eval_store) for name, column in self._labels.items()}
         self.label_facts = {
             name: column.facts().joined(self._eval_labels[name].facts()) for name, column in self._labels.items()
         }
-        check_labels(tasks_of(config), self.label_facts, config.located)
+        check_labels(tasks_of(config), self.label_facts)
         predefined = predefined_tables(args, self.store, config.network)
         self.cardinalities = {name: self.store.cardinality(name) for name in self.roles.names}
-        self.tables = self.fit(
-            choose_tables(config.embeddings, predefined, self.roles.names, config.located, self.roles.numbers)
-        )
+        self.tables = self.fit(choose_tables(config.embeddings, predefined, self.roles.names, self.roles.numbers))
         self._recoding = {} if self.eval_store is self.store else recoding_of(self.eval_store, self.store, self.roles)
         self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
-        check_rows(self.tables, self.cardinalities, config.located, self.raw_features)
+        check_rows(self.tables, self.cardinalities, self.raw_features)
         self.max_items = args.max_sequence_length
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
-from hstu.config.problems import Cite, cite, did_you_mean
+from hstu.config.option import located
+from hstu.config.problems import did_you_mean
 from hstu.data.datasets import resolve_name
 from hstu.data.features.roles import predefined_embeddings
 from hstu.data.store.sequence_store import SequenceStore
@@ -25,12 +26,11 @@ def choose_tables(
     by_hand: Sequence[EmbeddingArgs],
     predefined: Sequence[EmbeddingArgs],
     features: Sequence[str],
-    cite: Cite = cite,
     numbers: Collection[str] = (),
 ) -> tuple[EmbeddingArgs, ...]:
     """One table for each of ``features``: the configured table, or else the predefined one.
 
-    Raises ConfigError, located by ``cite``, for features without a table, unknown features and repeated table names.
+    Raises ConfigError for features without a table, unknown features and repeated table names.
     """
     problems = []
     for table in by_hand:
@@ -39,10 +39,10 @@ def choose_tables(
             text = (
                 f"{without[0]!r} is a number or a vector, which has no table; remove it here (see NumericFeatureArgs)"
             )
-            problems.append(cite(table, "feature_names", text))
+            problems.append(located(table, "feature_names", text))
         elif unknown:
             text = f"the data has no feature {', '.join(map(repr, unknown))}; it has {', '.join(features)}"
-            problems.append(cite(table, "feature_names", text + did_you_mean(unknown[0], features)))
+            problems.append(located(table, "feature_names", text + did_you_mean(unknown[0], features)))
     given = {name for table in by_hand for name in table.feature_names}
     tables = list(by_hand)
     for table in predefined:
@@ -64,12 +64,7 @@ def choose_tables(
     return tuple(tables)
 
 
-def check_rows(
-    tables: Sequence[EmbeddingArgs],
-    cardinalities: Mapping[str, int],
-    cite: Cite = cite,
-    raw: Collection[str] = (),
-) -> None:
+def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int], raw: Collection[str] = ()) -> None:
     """Raise ConfigError for a static table without a row for every id of its features. Dynamic tables accept any id.
 
     ``cardinalities``: ids of a feature are in [0, cardinality), except the ``raw`` features, whose ids are any int64.
@@ -83,12 +78,12 @@ def check_rows(
                     f"the data keeps raw ids of {name!r}, which can be any number; make the table "
                     f"{table.table_name!r} a DynamicEmbeddingArgs, or preprocess the data without --raw_ids"
                 )
-                problems.append(cite(table, "feature_names", text))
+                problems.append(located(table, "feature_names", text))
             elif ids > table.item_vocab_size_or_capacity:
                 text = (
                     f"feature {name!r} of table {table.table_name!r} has {ids} ids; it must be at least {ids}, or the "
                     "table a DynamicEmbeddingArgs"
                 )
-                problems.append(cite(table, "item_vocab_size_or_capacity", text))
+                problems.append(located(table, "item_vocab_size_or_capacity", text))
     if problems:
         raise ConfigError(problems)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hstu.config.cli import parse_command_line
+from hstu.config.option import problem
 from tests.config.gin_files import OWN_DATA, RANKING, RETRIEVAL, changed, write
 
 REPOSITORY = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_validate_only_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_preflight_is_for_validation_that_is_not_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def preflight() -> list[Any]:
-        return [lambda run: [run.problem(run.network, "num_layers", "too many for this machine")]]
+        return [lambda run: [problem(run.network, "num_layers", "too many for this machine")]]
 
     file = ["--gin-config-file", write(tmp_path, OWN_DATA)]
     parse_command_line("ranking", file, preflight=preflight)

@@ -115,7 +115,6 @@ def least_of_two(mesh: Mesh) -> TableRoom:
 def refusal(mesh: Mesh) -> str:
     tables.room_of_rank = lambda *_: TableRoom(0, 100 if mesh.rank else 10**9)
     config = make_config()
-    config.located = lambda part, name, text: f"{name} of {part.table_name}: {text}"
     return error_of(lambda: build(config, mesh), TablesDoNotFit)
 
 

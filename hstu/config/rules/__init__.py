@@ -12,7 +12,7 @@ from typing import Any
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import Args
-from hstu.config.option import is_given, options_of
+from hstu.config.option import cited, is_given, options_of, problem
 from hstu.config.problems import Problem, apply, in_reading_order
 from hstu.config.rules import data, task, training
 from hstu.config.run_config import RunConfig, RunDraft
@@ -42,8 +42,8 @@ def _needs_are_met(run: RunConfig, part: Args, field: Field[Any]) -> Iterator[Pr
             other, name = run.find(part, need.option)
             because = f", because {need.why}" if need.why else ""
             remedy = f"remove it, or set {name} to {need.wanted()}"
-            text = f"has no effect with {run.cite(other, name)}{because}; {remedy}"
-        yield run.problem(part, field.name, text, is_warning=not run.must_meet(need))
+            text = f"has no effect with {cited(other, name)}{because}; {remedy}"
+        yield problem(part, field.name, text, is_warning=not run.must_meet(need))
 
 
 def _is_not_excluded(run: RunConfig, part: Args, field: Field[Any]) -> Iterator[Problem]:
@@ -51,8 +51,8 @@ def _is_not_excluded(run: RunConfig, part: Args, field: Field[Any]) -> Iterator[
         other, name = run.find(part, excluded)
         if is_given(part, field.name) and is_given(other, name):
             because = f", because {reason}" if reason else ""
-            text = f"cannot be combined with {run.cite(other, name)}{because}; remove one of them"
-            yield run.problem(part, field.name, text)
+            text = f"cannot be combined with {cited(other, name)}{because}; remove one of them"
+            yield problem(part, field.name, text)
 
 
 RULES: Sequence[Rule] = (given_options_combine, *training.RULES, *task.RULES, *data.RULES)

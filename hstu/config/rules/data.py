@@ -14,6 +14,7 @@ from hstu.config.args import (
     FeatureArgs,
     RandomDistribution,
 )
+from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, apply, did_you_mean
 from hstu.config.run_config import RunConfig
 
@@ -33,8 +34,8 @@ def each_once(run: RunConfig, named: Iterable[tuple[Args, Sequence[str | None]]]
     for part, names in named:
         for name in names:
             if name in owners:
-                text = f"{name!r} is given twice, also by {run.cite(owners[name], parameter)}; remove or rename one"
-                yield run.problem(part, parameter, text)
+                text = f"{name!r} is given twice, also by {cited(owners[name], parameter)}; remove or rename one"
+                yield problem(part, parameter, text)
             elif name is not None:
                 owners[name] = part
 
@@ -49,17 +50,17 @@ def rowwise_adagrad_forbids_column_wise(run: RunConfig, table: EmbeddingArgs) ->
         owner, parameter = _optimizer_of(run, table)
         if getattr(owner, parameter) == "rowwise_adagrad":
             text = (
-                f"cannot be combined with {run.cite(owner, parameter)}: each rank would keep its own state for its "
+                f"cannot be combined with {cited(owner, parameter)}: each rank would keep its own state for its "
                 "columns of a row, so that the result would depend on the number of ranks; use 'row_wise', "
                 "'table_wise' or 'auto', or the optimizer 'adagrad'"
             )
-            yield run.problem(table, "sharding", text)
+            yield problem(table, "sharding", text)
 
 
 def rowwise_adagrad_is_for_sharded_tables(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if table.optimizer_str == "rowwise_adagrad" and table.sharding_type == "data_parallel":
-        text = f"is for model_parallel tables, but {run.cite(table, 'sharding_type')}; use 'adagrad'"
-        yield run.problem(table, "optimizer_str", text)
+        text = f"is for model_parallel tables, but {cited(table, 'sharding_type')}; use 'adagrad'"
+        yield problem(table, "optimizer_str", text)
 
 
 def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
@@ -67,17 +68,17 @@ def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> 
         return
     if table.compute_kernel is not None:
         text = "is not for dynamic tables, whose kernel follows from caching and their GPU memory; remove it"
-        yield run.problem(table, "compute_kernel", text)
+        yield problem(table, "compute_kernel", text)
     if table.sharding not in ("auto", "row_wise"):
-        yield run.problem(table, "sharding", "is not for dynamic tables, which are always row_wise; remove it")
+        yield problem(table, "sharding", "is not for dynamic tables, which are always row_wise; remove it")
 
 
 def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if table.compute_kernel == "dense" and _may_be_sharded(table):
         owner, parameter = _optimizer_of(run, table)
         if getattr(owner, parameter) not in ("adam", "adamw"):
-            text = f"is for adam and adamw, but {run.cite(owner, parameter)}; use 'fused'"
-            yield run.problem(table, "compute_kernel", text)
+            text = f"is for adam and adamw, but {cited(owner, parameter)}; use 'fused'"
+            yield problem(table, "compute_kernel", text)
 
 
 def _may_be_sharded(table: EmbeddingArgs) -> bool:
@@ -130,7 +131,7 @@ def roles_are_features(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterato
         for name in value if isinstance(value, list) else [value]:
             if name is not None and name not in known:
                 text = f"no FeatureArgs has the feature {name!r}; choose one of {', '.join(known)}"
-                yield run.problem(dataset, parameter, text + did_you_mean(name, known))
+                yield problem(dataset, parameter, text + did_you_mean(name, known))
 
 
 def features_have_tables(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
@@ -138,12 +139,12 @@ def features_have_tables(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Itera
     for name, group in features.items():
         if name not in served:
             text = f"{name!r} has no table; add EmbeddingArgs for it to embedding_args"
-            yield run.problem(group, "feature_names", text + did_you_mean(name, served))
+            yield problem(group, "feature_names", text + did_you_mean(name, served))
     for table in dataset.embedding_args:
         for name in table.feature_names:
             if name not in features:
                 text = f"no FeatureArgs has the feature {name!r}; add one, or remove the feature here"
-                yield run.problem(table, "feature_names", text + did_you_mean(name, features))
+                yield problem(table, "feature_names", text + did_you_mean(name, features))
 
 
 def lengths_fit_the_roles(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
@@ -154,13 +155,13 @@ def lengths_fit_the_roles(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iter
         if group.is_jagged or group.max_sequence_length != 1:
             parameter = "is_jagged" if group.is_jagged else "max_sequence_length"
             text = "a feature of contextual_feature_names has one id; set max_sequence_length = 1 and is_jagged = False"
-            yield run.problem(group, parameter, text)
+            yield problem(group, parameter, text)
     item, action = groups.get(dataset.item_feature_name), groups.get(dataset.action_feature_name or "")
     if item is None or action is None or item is action:
         return
     if item.is_jagged or action.is_jagged or item.max_sequence_length != action.max_sequence_length:
         text = f"must have the lengths of {dataset.item_feature_name!r}; put both into one FeatureArgs"
-        yield run.problem(dataset, "action_feature_name", text)
+        yield problem(dataset, "action_feature_name", text)
 
 
 def groups_are_consistent(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
@@ -172,11 +173,11 @@ def ids_have_one_distribution_each(run: RunConfig, group: FeatureArgs) -> Iterat
     if isinstance(group.value_dists, dict):
         for name in group.value_dists:
             if name not in group.feature_names:
-                text = f"{name!r} is not one of {run.cite(group, 'feature_names')}; correct or remove it"
-                yield run.problem(group, "value_dists", text + did_you_mean(name, group.feature_names))
+                text = f"{name!r} is not one of {cited(group, 'feature_names')}; correct or remove it"
+                yield problem(group, "value_dists", text + did_you_mean(name, group.feature_names))
     elif group.value_dists is not None and len(group.value_dists) != len(group.feature_names):
-        text = f"must have one distribution per feature of {run.cite(group, 'feature_names')}"
-        yield run.problem(group, "value_dists", text)
+        text = f"must have one distribution per feature of {cited(group, 'feature_names')}"
+        yield problem(group, "value_dists", text)
 
 
 def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[Problem]:
@@ -191,9 +192,9 @@ def distributions_have_a_range(run: RunConfig, group: FeatureArgs) -> Iterator[P
     for dist, owner, parameter in limited:
         owner, parameter = (owner, parameter) if dist.high is None else (dist, "high")
         if dist.low >= getattr(owner, parameter) + (owner is group):  # the longest length is allowed
-            yield run.problem(dist, "low", f"must be below {run.cite(owner, parameter)}; lower it")
+            yield problem(dist, "low", f"must be below {cited(owner, parameter)}; lower it")
         if dist.dist_type == "lognormal" and dist.mean is not None and dist.mean <= 0:
-            yield run.problem(dist, "mean", f"must be above 0 with {run.cite(dist, 'dist_type')}; raise it")
+            yield problem(dist, "mean", f"must be above 0 with {cited(dist, 'dist_type')}; raise it")
 
 
 RULES_OF_THE_DATA = (

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from hstu.config.args import Args, BenchmarkDatasetArgs, DatasetArgs, RankingArgs, RankingTaskArgs
 from hstu.config.args.dataset import SPLITS
 from hstu.config.args.task import LOSSES, METRICS_OF_KIND, fits_kind
+from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, apply, did_you_mean, literal
 from hstu.config.rules.data import each_once, length_of_items
 from hstu.config.run_config import RunConfig
@@ -24,8 +25,8 @@ def features_have_one_role(run: RunConfig) -> Iterator[Problem]:
         value = getattr(run.dataset, parameter, None) or []
         for name in value if isinstance(value, list) else [value]:
             if name in owners:
-                cited = run.cite(run.dataset, owners[name])
-                yield run.problem(run.dataset, parameter, f"{name!r} has a role in {cited}, too; remove one of them")
+                text = f"{name!r} has a role in {cited(run.dataset, owners[name])}, too; remove one of them"
+                yield problem(run.dataset, parameter, text)
             owners[name] = parameter
 
 
@@ -42,21 +43,21 @@ def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
             yield from _are_side_features(run, run.dataset, numbers, "feature_names")
         else:
             text = "has no effect on random data, which has no numbers; remove it"
-            yield run.problem(numbers, "feature_names", text)
+            yield problem(numbers, "feature_names", text)
 
 
 def _are_side_features(run: RunConfig, dataset: DatasetArgs, part: Args, parameter: str) -> Iterator[Problem]:
     for name in getattr(part, parameter):
         if name not in dataset.side_feature_names:
-            text = f"{name!r} is not one of {run.cite(dataset, 'side_feature_names')}; add it there, too"
-            yield run.problem(part, parameter, text + did_you_mean(name, dataset.side_feature_names))
+            text = f"{name!r} is not one of {cited(dataset, 'side_feature_names')}; add it there, too"
+            yield problem(part, parameter, text + did_you_mean(name, dataset.side_feature_names))
 
 
 def candidates_leave_history(run: RunConfig) -> Iterator[Problem]:
     items = length_of_items(run)
     if items is not None and run.dataset.max_num_candidates >= items.max_sequence_length:
-        text = f"leaves no room for history: must be below {run.cite(items, 'max_sequence_length')}"
-        yield run.problem(run.dataset, "max_num_candidates", text)
+        text = f"leaves no room for history: must be below {cited(items, 'max_sequence_length')}"
+        yield problem(run.dataset, "max_num_candidates", text)
 
 
 def windows_leave_no_gap(run: RunConfig) -> Iterator[Problem]:
@@ -64,14 +65,14 @@ def windows_leave_no_gap(run: RunConfig) -> Iterator[Problem]:
     if not isinstance(dataset, DatasetArgs) or not isinstance(dataset.window_stride, int):
         return
     if dataset.window_stride > dataset.max_sequence_length:
-        text = f"leaves out items between the windows: must be at most {run.cite(dataset, 'max_sequence_length')}"
-        yield run.problem(dataset, "window_stride", text)
+        text = f"leaves out items between the windows: must be at most {cited(dataset, 'max_sequence_length')}"
+        yield problem(dataset, "window_stride", text)
 
 
 def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
     if isinstance(run.dataset, DatasetArgs) and run.dataset.split not in ("auto", *SPLITS[run.task]):
         allowed = " or ".join(literal(split) for split in ("auto", *SPLITS[run.task]))
-        yield run.problem(run.dataset, "split", f"is not for {run.task}; use {allowed}")
+        yield problem(run.dataset, "split", f"is not for {run.task}; use {allowed}")
 
 
 # --- ranking -------------------------------------------------------------------------------------------------------
@@ -82,8 +83,8 @@ def users_are_left_for_the_test(run: RunConfig) -> Iterator[Problem]:
     if not isinstance(dataset, DatasetArgs) or dataset.valid_fraction == 0:
         return
     if dataset.train_fraction + dataset.valid_fraction >= 1:
-        text = f"leaves no users for the test beside {run.cite(dataset, 'train_fraction')}; their sum must be below 1"
-        yield run.problem(dataset, "valid_fraction", text)
+        text = f"leaves no users for the test beside {cited(dataset, 'train_fraction')}; their sum must be below 1"
+        yield problem(dataset, "valid_fraction", text)
 
 
 def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
@@ -91,10 +92,10 @@ def head_fits_the_tasks(run: RunConfig) -> Iterator[Problem]:
         last = ranking.prediction_head_arch[-1]
         if ranking.num_tasks not in (1, last):
             text = (
-                f"ends in {last}, but must end in {run.cite(ranking, 'num_tasks')}, one sigmoid per task; change one "
+                f"ends in {last}, but must end in {cited(ranking, 'num_tasks')}, one sigmoid per task; change one "
                 f"of them, or set num_tasks = 1 for one task of {last} classes"
             )
-            yield run.problem(ranking, "prediction_head_arch", text)
+            yield problem(ranking, "prediction_head_arch", text)
 
 
 def metrics_fit_the_head(run: RunConfig) -> Iterator[Problem]:
@@ -102,20 +103,20 @@ def metrics_fit_the_head(run: RunConfig) -> Iterator[Problem]:
         for metric in ranking.eval_metrics:
             if metric.startswith("AUC>=") and (ranking.num_tasks > 1 or ranking.prediction_head_arch[-1] == 1):
                 text = (
-                    f"{metric} needs one task of several classes (star ratings), but {run.cite(ranking, 'num_tasks')} "
-                    f"and {run.cite(ranking, 'prediction_head_arch')}; set num_tasks = 1 and a last width above 1, or "
+                    f"{metric} needs one task of several classes (star ratings), but {cited(ranking, 'num_tasks')} "
+                    f"and {cited(ranking, 'prediction_head_arch')}; set num_tasks = 1 and a last width above 1, or "
                     f"use AUC"
                 )
-                yield run.problem(ranking, "eval_metrics", text)
+                yield problem(ranking, "eval_metrics", text)
 
 
 def labels_are_not_inputs(run: RunConfig) -> Iterator[Problem]:
     if run.task == "ranking" and not run.network.interleave_actions and not run.dataset.has_candidates:
         text = (
-            f"with {run.cite(run.dataset, 'max_num_candidates')} would show each item its own label as an input; set "
+            f"with {cited(run.dataset, 'max_num_candidates')} would show each item its own label as an input; set "
             "max_num_candidates above 0, or interleave_actions = True"
         )
-        yield run.problem(run.network, "interleave_actions", text)
+        yield problem(run.network, "interleave_actions", text)
 
 
 def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
@@ -123,7 +124,7 @@ def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
         missing = None if isinstance(run.dataset, BenchmarkDatasetArgs) else ""  # None: the action of the store
         if run.dataset.action_feature_name == missing:
             text = "ranking learns from actions; set it to the name of the action feature"
-            yield run.problem(run.dataset, "action_feature_name", text)
+            yield problem(run.dataset, "action_feature_name", text)
 
 
 # --- retrieval -----------------------------------------------------------------------------------------------------
@@ -133,23 +134,23 @@ def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
     dataset = run.dataset
     if run.task == "retrieval" and isinstance(dataset, DatasetArgs) and dataset.max_sequence_length < 2:
         text = "must be at least 2 for retrieval: an item and the next one"
-        yield run.problem(dataset, "max_sequence_length", text)
+        yield problem(dataset, "max_sequence_length", text)
 
 
 def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
     if (retrieval := run.retrieval) is not None:
-        kind = run.cite(retrieval, "negatives")
+        kind = cited(retrieval, "negatives")
         if retrieval.negatives in ("uniform", "popularity", "mixed") and retrieval.num_negatives <= 0:
-            yield run.problem(retrieval, "num_negatives", f"must be above 0 with {kind}, for example 128")
+            yield problem(retrieval, "num_negatives", f"must be above 0 with {kind}, for example 128")
         if retrieval.negatives == "full" and retrieval.num_negatives > 0:
-            yield run.problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
+            yield problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
 
 
 def hard_negatives_are_draws(run: RunConfig) -> Iterator[Problem]:
     retrieval = run.retrieval
     if retrieval is not None and retrieval.hard_negatives > max(retrieval.num_negatives, 0):
-        text = f"they replace draws, of which there are {run.cite(retrieval, 'num_negatives')}; use at most as many"
-        yield run.problem(retrieval, "hard_negatives", text)
+        text = f"they replace draws, of which there are {cited(retrieval, 'num_negatives')}; use at most as many"
+        yield problem(retrieval, "hard_negatives", text)
 
 
 def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
@@ -158,7 +159,7 @@ def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
         return
     if set(dataset.side_feature_names) <= set(dataset.known_after):
         text = "makes the vectors of items from their features; name some in DatasetArgs.side_feature_names"
-        yield run.problem(retrieval, "item_tower", text)
+        yield problem(retrieval, "item_tower", text)
 
 
 # --- positions -----------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def position_encodings_combine(run: RunConfig) -> Iterator[Problem]:
     kinds = run.network.position_encoding
     if len(set(kinds)) < len(kinds) or ("none" in kinds and len(kinds) > 1):
         text = 'is contradictory; use one of "absolute", "relative_bias" and "none", or ("absolute", "relative_bias")'
-        yield run.problem(run.network, "position_encoding", text)
+        yield problem(run.network, "position_encoding", text)
 
 
 # --- masks ---------------------------------------------------------------------------------------------------------
@@ -177,15 +178,15 @@ def position_encodings_combine(run: RunConfig) -> Iterator[Problem]:
 def spans_fit_the_layers(run: RunConfig) -> Iterator[Problem]:
     spans = run.network.max_attention_span
     if isinstance(spans, tuple) and len(spans) != run.network.num_layers:
-        text = f"has {len(spans)} spans, but must have one per layer: {run.cite(run.network, 'num_layers')}"
-        yield run.problem(run.network, "max_attention_span", f"{text}; write one number for all layers, or as many")
+        text = f"has {len(spans)} spans, but must have one per layer: {cited(run.network, 'num_layers')}"
+        yield problem(run.network, "max_attention_span", f"{text}; write one number for all layers, or as many")
 
 
 def truncation_leaves_layers(run: RunConfig) -> Iterator[Problem]:
     network = run.network
     if network.truncate_after_layer is not None and network.truncate_after_layer >= network.num_layers:
-        text = f"must be below {run.cite(network, 'num_layers')}, or no layer follows; change it or remove it"
-        yield run.problem(network, "truncate_after_layer", text)
+        text = f"must be below {cited(network, 'num_layers')}, or no layer follows; change it or remove it"
+        yield problem(network, "truncate_after_layer", text)
 
 
 def masks_hide_the_labels(run: RunConfig) -> Iterator[Problem]:
@@ -206,20 +207,20 @@ def label_leak(run: RunConfig, has_context: bool) -> Iterator[Problem]:
                 "a candidate sees the actions, which are labels, of those before it in its group, although they were "
                 "shown at the same time; set it to 1, or NetworkArgs.interleave_actions = False"
             )
-            yield run.problem(network, "target_group_size", text)
+            yield problem(network, "target_group_size", text)
         return
     label = "the next item, its target" if run.task == "retrieval" else "its own action, its label"
     remedy = "" if run.task == "retrieval" else ", or DatasetArgs.max_num_candidates above 0"
     if not network.is_causal:
         text = f"every item sees {label}: losses and metrics would look better than they are; set it to True{remedy}"
-        yield run.problem(network, "is_causal", text)
+        yield problem(network, "is_causal", text)
     has_layers = getattr(network, "num_layers", 2) > 1  # a wrong num_layers is missing: assume 2
     if network.disable_contextual_mask is False and has_context and has_layers:
         text = (
             "contextual tokens see the whole history and items see them: from the second layer on, an item sees "
             f"{label}, and losses and metrics would look better than they are; remove this or set it to True{remedy}"
         )
-        yield run.problem(network, "disable_contextual_mask", text)
+        yield problem(network, "disable_contextual_mask", text)
 
 
 # --- RankingArgs.tasks ---------------------------------------------------------------------------------------------
@@ -237,7 +238,7 @@ def each_task_is_consistent(run: RunConfig) -> Iterator[Problem]:
 
 def kinds_have_their_option(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
     if task.kind == "class" and task.num_classes is None:
-        yield run.problem(task, "kind", "needs RankingTaskArgs.num_classes; bind it under the scope of this task")
+        yield problem(task, "kind", "needs RankingTaskArgs.num_classes; bind it under the scope of this task")
 
 
 def a_condition_stands_alone(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
@@ -245,20 +246,20 @@ def a_condition_stands_alone(run: RunConfig, task: RankingTaskArgs) -> Iterator[
     is_valid = task.positive_from is not None or task.bit_mask is not None
     if not is_valid and any(re.fullmatch(r"(>=|&) *-?[\d.]+", value) for value in values):
         text = "a condition stands alone: >= and a number, or & and a whole number from 1 to 9999999"
-        yield run.problem(task, "positive_values", text)
+        yield problem(task, "positive_values", text)
 
 
 def loss_fits_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
     if task.loss is not None and task.loss not in LOSSES[task.kind]:
-        text = f"is not for {run.cite(task, 'kind')}; use {_any_of(LOSSES[task.kind])}"
-        yield run.problem(task, "loss", text)
+        text = f"is not for {cited(task, 'kind')}; use {_any_of(LOSSES[task.kind])}"
+        yield problem(task, "loss", text)
 
 
 def metrics_fit_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
     for metric in task.metrics or ():
         if not fits_kind(metric, task.kind):
-            text = f"{metric} is not for {run.cite(task, 'kind')}; use {_any_of(METRICS_OF_KIND[task.kind])}"
-            yield run.problem(task, "metrics", text)
+            text = f"{metric} is not for {cited(task, 'kind')}; use {_any_of(METRICS_OF_KIND[task.kind])}"
+            yield problem(task, "metrics", text)
 
 
 def candidates_are_compared(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
@@ -266,8 +267,8 @@ def candidates_are_compared(run: RunConfig, task: RankingTaskArgs) -> Iterator[P
         return
     ranked = any(metric.startswith("NDCG") for metric in task.metrics or ())
     for parameter, what in [("loss", "pairwise")] * (task.loss == "pairwise") + [("metrics", "NDCG")] * ranked:
-        text = f"{what} compares the candidates of a request, and {run.cite(run.dataset, 'max_num_candidates')}"
-        yield run.problem(task, parameter, f"{text}; set it above 1, or DatasetArgs.candidates to requests")
+        text = f"{what} compares the candidates of a request, and {cited(run.dataset, 'max_num_candidates')}"
+        yield problem(task, parameter, f"{text}; set it above 1, or DatasetArgs.candidates to requests")
 
 
 def labels_are_hidden(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
@@ -276,10 +277,10 @@ def labels_are_hidden(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem
         return
     if task.label in dataset.side_feature_names and task.label not in dataset.known_after:
         text = (
-            f"is one of {run.cite(dataset, 'side_feature_names')}, so the prediction would see its own label; add it "
+            f"is one of {cited(dataset, 'side_feature_names')}, so the prediction would see its own label; add it "
             "to DatasetArgs.known_after"
         )
-        yield run.problem(task, "label", text)
+        yield problem(task, "label", text)
 
 
 def tasks_have_different_names(run: RunConfig) -> Iterator[Problem]:
@@ -288,7 +289,7 @@ def tasks_have_different_names(run: RunConfig) -> Iterator[Problem]:
         if task.task_name in seen:
             parameter = "name" if task.name else "label"
             text = f"another task is called {task.task_name!r}, too, in metrics; give each task a name of its own"
-            yield run.problem(task, parameter, text)
+            yield problem(task, parameter, text)
         seen.add(task.task_name)
 
 

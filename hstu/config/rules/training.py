@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from hstu.config.args import Args, DatasetArgs, RankingArgs
 from hstu.config.args.task import LOWER_IS_BETTER, METRICS_PER_TASK
+from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.rules.data import length_of_items
 from hstu.config.rules.task import tasks_of
@@ -20,19 +21,19 @@ from hstu.config.run_config import RunConfig, RunDraft
 def profiled_iterations_are_a_range(run: RunConfig) -> Iterator[Problem]:
     trainer = run.trainer
     if trainer.profile and trainer.profile_step_start >= trainer.profile_step_end:
-        yield run.problem(trainer, "profile_step_start", f"must be below {run.cite(trainer, 'profile_step_end')}")
+        yield problem(trainer, "profile_step_start", f"must be below {cited(trainer, 'profile_step_end')}")
 
 
 def save_interval_is_not_zero(run: RunConfig) -> Iterator[Problem]:
     if run.trainer.ckpt_save_interval == 0:
-        yield run.problem(run.trainer, "ckpt_save_interval", "expected int, at least 1, or -1 to save no checkpoint")
+        yield problem(run.trainer, "ckpt_save_interval", "expected int, at least 1, or -1 to save no checkpoint")
 
 
 def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
     trainer, measured = run.trainer, measured_by(run)
     if trainer.best_metric is not None and trainer.best_metric not in measured:
         text = f"is not measured; choose one of {', '.join(measured)}, or add it to the metrics of the task"
-        yield run.problem(trainer, "best_metric", text + did_you_mean(trainer.best_metric, measured))
+        yield problem(trainer, "best_metric", text + did_you_mean(trainer.best_metric, measured))
 
 
 def measured_by(run: RunConfig) -> list[str]:
@@ -52,8 +53,8 @@ def best_metric_mode_fits_the_metric(run: RunConfig) -> Iterator[Problem]:
     mode = "min" if trainer.best_metric.split("/")[0] in LOWER_IS_BETTER else "max"
     if trainer.best_metric_mode != mode:
         better = "lower" if mode == "min" else "higher"
-        text = f"would keep the worst model: {run.cite(trainer, 'best_metric')} is better when {better}; use {mode!r}"
-        yield run.problem(trainer, "best_metric_mode", text)
+        text = f"would keep the worst model: {cited(trainer, 'best_metric')} is better when {better}; use {mode!r}"
+        yield problem(trainer, "best_metric_mode", text)
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def token_limit_admits_the_longest_sequence(run: RunConfig) -> Iterator[Problem]
     trainer = run.trainer
     if trainer.tokens_per_rank is not None and (items := length_of_items(run)) is not None:
         tokens = _longest_sequence(run, items.max_sequence_length)
-        yield from token_limit_admits(run, tokens, run.cite(items, "max_sequence_length"))
+        yield from token_limit_admits(run, tokens, cited(items, "max_sequence_length"))
 
 
 def token_limit_admits(run: RunConfig, tokens: int, length: str) -> Iterator[Problem]:
@@ -73,7 +74,7 @@ def token_limit_admits(run: RunConfig, tokens: int, length: str) -> Iterator[Pro
             f"is less than the longest possible sequence, which has {tokens} tokens; set it to at least {tokens}, or "
             f"lower {length}"
         )
-        yield run.problem(run.trainer, "tokens_per_rank", text)
+        yield problem(run.trainer, "tokens_per_rank", text)
 
 
 def _longest_sequence(run: RunConfig, items: int) -> int:
@@ -89,16 +90,16 @@ def _longest_sequence(run: RunConfig, items: int) -> int:
 
 def heads_divide(run: RunConfig) -> Iterator[Problem]:
     if run.network.num_attention_heads % run.ranks_per_group:
-        text = f"must be a multiple of {' times '.join(run.cite(*size) for size in _sizes(run))}; change one of them"
-        yield run.problem(run.network, "num_attention_heads", text)
+        text = f"must be a multiple of {' times '.join(cited(*size) for size in _sizes(run))}; change one of them"
+        yield problem(run.network, "num_attention_heads", text)
 
 
 def ranks_divide(run: RunDraft) -> Iterator[Problem]:
     if run.world_size % run.ranks_per_group:
         *others, last = _sizes(run)
-        times = "".join(f"times {run.cite(*other)} " for other in others)
+        times = "".join(f"times {cited(*other)} " for other in others)
         text = f"{times}must divide the number of ranks, which is {run.world_size}; change it, or --nproc-per-node"
-        yield run.problem(*last, text)
+        yield problem(*last, text)
 
 
 def _sizes(run: RunConfig) -> list[tuple[Args, str]]:
@@ -115,25 +116,25 @@ def parts_are_of_the_dense_weights(run: RunConfig) -> Iterator[Problem]:
         try:
             re.compile(getattr(part, "regex", ""))
         except (re.error, OverflowError, RecursionError) as error:
-            yield run.problem(part, "regex", f"is not a Python regular expression: {error}; escape or close it")
+            yield problem(part, "regex", f"is not a Python regular expression: {error}; escape or close it")
         if getattr(part, "optimizer_str", None) == "rowwise_adagrad":
-            yield run.problem(part, "optimizer_str", "is for model_parallel tables; use 'adagrad'")
+            yield problem(part, "optimizer_str", "is for model_parallel tables; use 'adagrad'")
 
 
 def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
     schedule = run.schedule
     if any(left >= right for left, right in pairwise(schedule.milestones)):
-        yield run.problem(schedule, "milestones", "must increase; sort them and remove repetitions")
+        yield problem(schedule, "milestones", "must increase; sort them and remove repetitions")
     if schedule.schedule == "step" and not schedule.milestones:
         text = "needs LRScheduleArgs.milestones; set it, for example to [1000, 2000]"
-        yield run.problem(schedule, "schedule", text)
+        yield problem(schedule, "schedule", text)
 
 
 def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
     schedule = run.schedule
     if (schedule.warmup_ratio or 0) + (schedule.decay_ratio or 0) > 1 and schedule.schedule != "cosine_restarts":
-        other = run.cite(schedule, "warmup_ratio")
-        yield run.problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
+        other = cited(schedule, "warmup_ratio")
+        yield problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
 
 
 RULES = (

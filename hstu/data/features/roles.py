@@ -18,7 +18,8 @@ from hstu.config.args import (
     RankingTaskArgs,
 )
 from hstu.config.args.network import SIDE_WIDTH
-from hstu.config.problems import Cite, cite, did_you_mean
+from hstu.config.option import located
+from hstu.config.problems import did_you_mean
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.features.values import label_columns
 from hstu.data.store.layout import NUMBER_ROLES
@@ -79,14 +80,10 @@ def benchmark_roles(args: BenchmarkDatasetArgs) -> FeatureRoles:
 
 
 def resolve_roles(
-    store: SequenceStore,
-    args: DatasetArgs,
-    cite: Cite = cite,
-    tasks: Sequence[RankingTaskArgs] | None = None,
-    item_tower: bool = False,
+    store: SequenceStore, args: DatasetArgs, tasks: Sequence[RankingTaskArgs] | None = None, item_tower: bool = False
 ) -> FeatureRoles:
     """The features that ``args`` and ``tasks`` name, or the store's. With ``item_tower``, features of items also form
-    item vectors. Raises ConfigError, worded by ``cite``, which lists the features that the store lacks."""
+    item vectors. Raises ConfigError, which lists the features that the store lacks."""
     side = tuple(args.side_feature_names)
     of_items = (*store.item_side_features, *store.item_number_features)
     stored = (*store.event_features, *store.event_number_features)
@@ -125,19 +122,19 @@ def resolve_roles(
                 text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
                 if role == "side" and not of_items:
                     text += f". Data preprocessed without them has none. {store.remedy()}"
-                problems.append(cite(owner, parameter, text + did_you_mean(name, allowed)))
+                problems.append(located(owner, parameter, text + did_you_mean(name, allowed)))
     if item_tower and not chosen.tower and not problems:
         allowed = store.item_side_features
         text = "has no feature of items, from which RetrievalArgs.item_tower = True makes their vectors; "
         text += f"{store.path} has {', '.join(allowed)}" if allowed else f"{store.path} has none; set it to False"
-        problems.append(cite(args, "side_feature_names", text))
+        problems.append(located(args, "side_feature_names", text))
     if problems:
         raise ConfigError(problems)
     return chosen
 
 
-def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite: Cite = cite) -> None:
-    """Raises ConfigError, worded by ``cite``, for transforms of features that are no numbers or that vectors lack."""
+def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs]) -> None:
+    """Raises ConfigError for transforms of features that are no numbers or that vectors lack."""
     widths = dict(zip(roles.numbers, roles.number_widths, strict=True))
     problems = []
     for each in args:
@@ -145,10 +142,10 @@ def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs], cite:
             if name not in widths:
                 shown = ", ".join(roles.numbers) or "none"
                 text = f"{name!r} is no number of the data (--numbers, --vectors of preprocessing); it has {shown}"
-                problems.append(cite(each, "feature_names", text + did_you_mean(name, widths)))
+                problems.append(located(each, "feature_names", text + did_you_mean(name, widths)))
             elif widths[name] > 1 and each.transform not in ("standardize", "none"):
                 text = f"is for numbers, and {name!r} is a vector; use 'standardize' or 'none'"
-                problems.append(cite(each, "transform", text))
+                problems.append(located(each, "transform", text))
     if problems:
         raise ConfigError(problems)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import RankingTaskArgs
-from hstu.config.problems import Cite, cite
+from hstu.config.option import located
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.sampling.samples import SampleTable
 from hstu.data.store.layout import NumberStatistics
@@ -129,10 +129,10 @@ class LabelFacts:
         return " or ".join(map(repr, self.texts)) if self.texts else f"from {self.least:g} to {self.greatest:g}"
 
 
-def check_labels(tasks: Sequence[RankingTaskArgs], facts: Mapping[str, LabelFacts], cite: Cite = cite) -> None:
-    """Raises ConfigError, worded by ``cite``, for labels that do not fit the tasks."""
+def check_labels(tasks: Sequence[RankingTaskArgs], facts: Mapping[str, LabelFacts]) -> None:
+    """Raises ConfigError for labels that do not fit the tasks."""
     found = [(task, _problem_of(task, facts[task.label])) for task in tasks]
-    problems = [cite(task, *problem) for task, problem in found if problem]
+    problems = [located(task, *problem) for task, problem in found if problem]
     if problems:
         raise ConfigError(problems)
 

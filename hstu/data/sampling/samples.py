@@ -10,8 +10,7 @@ import numpy as np
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.hashing import hash_strings, random_bits
 from hstu.config.args import Args, DatasetArgs, Task
-from hstu.config.option import is_given
-from hstu.config.problems import Cite, cite
+from hstu.config.option import is_given, located
 from hstu.data.batches.jagged import run_indices
 from hstu.data.store.layout import HeldOut
 from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore
@@ -118,32 +117,32 @@ def _require(store: SequenceStore, is_right: bool, what: str) -> None:
         raise DataError(f"{store.path}: the {what} are damaged; preprocess the data again")
 
 
-def require_requests(store: SequenceStore, args: Args, option: str, cite: Cite = cite) -> None:
-    """Raises ConfigError, worded by ``cite``, where the data lacks the requests that an option needs."""
+def require_requests(store: SequenceStore, args: Args, option: str) -> None:
+    """Raises ConfigError where the data lacks the requests that an option needs."""
     if not store.num_requests:
         text = f"{store.path} has no requests; preprocess the data with --requests FILE, or remove this"
-        raise ConfigError([cite(args, option, text)])
+        raise ConfigError([located(args, option, text)])
 
 
-def check_requests(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> None:
-    """Raises ConfigError, worded by ``cite``, where the data lacks requests that options need, or these do not fit."""
+def check_requests(store: SequenceStore, args: DatasetArgs) -> None:
+    """Raises ConfigError where the data lacks requests that options need, or these do not fit."""
     if args.candidates != "requests":
         return
-    require_requests(store, args, "candidates", cite)
+    require_requests(store, args, "candidates")
     if store.split is not None:
         text = f"the split of the data (column {store.split!r}) is of events; preprocess the data without --split"
-        raise ConfigError([cite(args, "candidates", text)])
+        raise ConfigError([located(args, "candidates", text)])
     largest = int(store.requests().sizes.max())
     if not args.max_num_candidates and largest >= args.max_sequence_length:
         text = (
             f"leaves no room for history beside the {largest} candidates of the largest request; raise it, or set "
             "max_num_candidates, which divides larger requests"
         )
-        raise ConfigError([cite(args, "max_sequence_length", text)])
+        raise ConfigError([located(args, "max_sequence_length", text)])
 
 
-def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> None:
-    """Raises ConfigError, worded by ``cite``, for options that contradict the data's split or leave a split empty."""
+def check_split(store: SequenceStore, args: DatasetArgs) -> None:
+    """Raises ConfigError for options that contradict the data's split or leave a split empty."""
     if store.split is None:
         trained, validated = _users_before(store, args)
         if args.valid_fraction and not trained < validated < store.num_users:
@@ -151,14 +150,14 @@ def check_split(store: SequenceStore, args: DatasetArgs, cite: Cite = cite) -> N
                 f"of {store.num_users} users {trained} are trained on, which leaves {validated - trained} for valid "
                 f"and {store.num_users - validated} for test; change it, or train_fraction, so that both have users"
             )
-            raise ConfigError(cite(args, "valid_fraction", text))
+            raise ConfigError(located(args, "valid_fraction", text))
         return
     text = (
         f"has no effect, because the data says itself which events are train, valid and test (column {store.split!r}); "
         "remove it, or preprocess the data without --split"
     )
     options = ("split", "valid_items", "train_fraction", "valid_fraction", "eval_dataset_path")
-    if problems := [cite(args, option, text) for option in options if is_given(args, option)]:
+    if problems := [located(args, option, text) for option in options if is_given(args, option)]:
         raise ConfigError(problems)
 
 

@@ -47,8 +47,8 @@ def read_meta(path: Path) -> dict[str, Any]:
                 f"{path} has store version {meta['version']}, and this program reads version {VERSION}: a newer "
                 "program wrote it. Update this program"
             )
-        files = meta.get("files")
-        if isinstance(files, dict) and (outside := [file for file in files if "/" in file or file in ("", "..")]):
+        check_shape(meta, {"files": {str: {"bytes": int, "dtype": str, "length": int, "sha256": str}}})
+        if outside := [file for file in meta["files"] if "/" in file or file in ("", "..")]:
             raise ValueError(f"it lists {outside[0]!r}, which is no file of the store")
     except ValueError as error:
         raise DataError(f"{path / META_FILE} is damaged: {error}") from error

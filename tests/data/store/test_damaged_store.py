@@ -87,7 +87,11 @@ LIES: dict[str, tuple[dict[str, object], str]] = {
     ),
     "no items": ({"features": []}, "is incomplete"),
     "no features": ({"features": None}, "is incomplete"),
-    "no files": ({"files": []}, "is incomplete"),
+    "no files": ({"files": []}, r"it\.files is \[\]"),
+    "a file without a checksum": (
+        {"files": {"offsets.npy": {"dtype": "<i8", "length": 4, "bytes": 160}}},
+        r"it\.files\.offsets\.npy has no 'sha256'",
+    ),
     "ranges without numbers": ({"ranges": {"price": {"1..2": 10**400}}}, "is incomplete"),
 }
 

@@ -122,6 +122,6 @@ def test_the_rank_with_the_least_memory_decides_and_all_ranks_raise_alike() -> N
     first, second = run_cases(Launch(2), {"room": least_of_two, "refusal": refusal})
     assert first == second
     assert first["room"] == TableRoom(10, 19, 31)
-    where = "item_vocab_size_or_capacity of item_table"
+    where = "EmbeddingArgs.item_vocab_size_or_capacity = 41"
     assert first["refusal"].startswith(f"{where}: the model_parallel tables do not fit on 2 ranks: item_table needs")
     assert "A rank has 0.00 GB of host memory for them." in first["refusal"]

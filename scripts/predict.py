@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.base.errors import EXIT_DONE, ConfigError, DataError
-from hstu.base.files import replace_text, written_aside
+from hstu.base.files import replace_text, sha256, written_aside
 from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.collectives import gather_objects, on_all_ranks
@@ -140,7 +140,7 @@ def _write(predictor: Predictor, users: np.ndarray, options: argparse.Namespace)
     given = [file for file in (options.candidates, options.allow, options.deny) if file and file != "-"]
     settings: dict[str, Any] = {
         **{name: str(value) for name, value in vars(options).items() if value is not None and name != "output"},
-        "files": [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in given],
+        "files": [sha256(Path(file)) for file in given],
         "model": predictor.loaded.version,
         "data": dict(sorted(predictor.store.checksums.items())),
         "users_digest": hashlib.sha256(users.tobytes()).hexdigest(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
+from hstu.base.files import sha256
 from hstu.checkpoint.directory import MANIFEST, verified_file
 from hstu.checkpoint.find import GIN, LAST, best_of, check_belongs, is_choice, is_run, locate
 from hstu.checkpoint.load import load as load_checkpoint
@@ -163,8 +163,7 @@ class LoadedModel:
     @cached_property
     def version(self) -> str:
         """Name of the checkpoint or export, "@", and the first 12 digits of its manifest's sha256."""
-        digest = hashlib.sha256((self.checkpoint / MANIFEST).read_bytes()).hexdigest()
-        return f"{self.checkpoint.resolve().name}@{digest[:12]}"
+        return f"{self.checkpoint.resolve().name}@{sha256(self.checkpoint / MANIFEST)[:12]}"
 
     @cached_property
     def vocabularies(self) -> dict[str, Vocabulary]:

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from hstu.base.errors import DataError
+from hstu.base.files import sha256
 from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.preprocess.state import BuildOptions, source_names
-from hstu.data.store.meta import sha256
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.data.store.writer import check_replaceable, is_taken
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import duckdb
 
 from hstu.base.errors import DataError
+from hstu.base.files import sha256
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, open_bytes
 from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, LATEST_SECOND, ColumnDescription
 from hstu.data.preprocess.state import BadRows, Build, Connection, one, source_names, write_parquet
-from hstu.data.store.meta import sha256
 
 _log = logging.getLogger(__name__)
 

@@ -188,8 +188,10 @@ class SampleItems:
         """The items of samples ``chosen`` [b], from events ``start`` on. ``lengths``: items per sample, [b]."""
         shown = samples.num_candidates[chosen]
         if samples.first_candidate is None:
-            events = ranges(start, lengths)
-            return cls(store, events, before=np.minimum(events, np.repeat(start + lengths - shown, lengths)) - 1)
+            events, before = ranges(start, lengths), None
+            if shown.any():
+                before = np.minimum(events, np.repeat(start + lengths - shown, lengths)) - 1
+            return cls(store, events, before=before)
         runs = np.stack([lengths - shown, shown], axis=1).reshape(-1)
         is_candidate = np.repeat(np.tile([False, True], len(chosen)), runs)
         candidates = ranges(samples.first_candidate[chosen], shown)

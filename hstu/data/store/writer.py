@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.base.errors import DataError
-from hstu.base.files import Journal, put_in_place, remove, sync_tree
+from hstu.base.files import Journal, put_in_place, remove, sha256, sync_tree
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.features.values import statistics_of_numbers
 from hstu.data.store.layout import (
@@ -35,7 +35,7 @@ from hstu.data.store.layout import (
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store.meta import FORMAT, VERSION, read_meta, sealed, sha256
+from hstu.data.store.meta import FORMAT, VERSION, read_meta, sealed
 from hstu.data.store.sequence_store import SequenceStore
 
 

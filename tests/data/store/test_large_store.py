@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from hstu.base.files import sha256
 from hstu.data.store.layout import META_FILE
-from hstu.data.store.meta import FORMAT, VERSION, sealed, sha256
+from hstu.data.store.meta import FORMAT, VERSION, sealed
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import array_header
 from tests.conftest import REPOSITORY

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from hstu.base.errors import DataError
-from hstu.data.store.meta import sealed, sha256
+from hstu.base.files import sha256
+from hstu.data.store.meta import sealed
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
 from tests.conftest import REPOSITORY, MakeStore, write_item_feature

@@ -122,6 +122,11 @@ class RunConfig:
         return self.retrieval is not None and self.retrieval.item_tower
 
     @property
+    def looks_up_negatives(self) -> bool:
+        """Whether the loss compares with drawn items or the whole corpus, whose rows are looked up."""
+        return self.retrieval is not None and self.retrieval.negatives != "in_batch"
+
+    @property
     def asks_for_next(self) -> bool:
         """Whether a retrieval query has the time of the target event: DatasetArgs.query_time = "request"."""
         return getattr(self.dataset, "query_time", "request") == "request"

@@ -138,13 +138,12 @@ def rows_suffice(run: RunDraft, built: Built) -> Problems:
 
 def fit_tables(run: RunDraft, built: Built) -> Problems:
     """Each feature has one table, with a valid name, width and size."""
-    dataset, roles, args = run.dataset, built.roles, run.retrieval
+    dataset, roles = run.dataset, built.roles
     if isinstance(dataset, DatasetArgs):
         predefined = predefined_tables(dataset, built.store, run.network)
         chosen = run.embeddings, predefined, roles.names, roles.numbers
         built.tables = yield from attempt(run, dataset, "dataset_name", choose_tables, *chosen)
-    draws = args is not None and args.negatives != "in_batch"
-    arguments = built.tables, run.network, roles, draws, run.world_size
+    arguments = built.tables, run.network, roles, run.looks_up_negatives, run.world_size
     built.specs = yield from attempt(run, dataset, "dataset_name", table_specs, *arguments)
 
 

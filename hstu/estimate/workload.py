@@ -53,8 +53,8 @@ class Workload:
     def specs(self) -> tuple[TableSpec, ...]:
         """All embedding tables."""
         config, source = self.config, self.source
-        draws = config.retrieval is not None and config.retrieval.negatives != "in_batch"
-        return table_specs(source.tables, config.network, source.roles, draws, self.world_size)
+        negatives = config.looks_up_negatives
+        return table_specs(source.tables, config.network, source.roles, negatives, self.world_size)
 
     @property
     def replicated_specs(self) -> list[TableSpec]:

@@ -174,11 +174,10 @@ def build_model(
             "this CPU has no bfloat16 products: the layers compute them in float32 and round to bfloat16, which saves "
             'memory, but no time; NetworkArgs.dtype_str = "float32" is faster'
         )
-    has_negatives = config.retrieval is not None and config.retrieval.negatives != "in_batch"
     roles, ranks = source.roles, mesh.world_size
-    specs = table_specs(source.tables, config.network, roles, has_negatives, ranks)
+    specs = table_specs(source.tables, config.network, roles, config.looks_up_negatives, ranks)
     on_all_ranks(lambda: check_memory(specs, config, mesh.local_world_size, ranks), mesh.world_group)
-    negatives = (NEGATIVES, *map(of_negatives, roles.tower)) if has_negatives else ()
+    negatives = (NEGATIVES, *map(of_negatives, roles.tower)) if config.looks_up_negatives else ()
     task = build_task(config, source, mesh)
     if config.network.compile:
         compile_on_all_ranks(task, mesh)

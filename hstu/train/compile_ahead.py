@@ -62,8 +62,7 @@ def _run_step(config: RunConfig) -> None:
     """Run the dense part on Triton kernels: forward and backward in training, forward in evaluation."""
     source = open_source(_shortened(config))
     batch = next(iter(source.train_batches(SamplerPosition())))
-    has_negatives = config.retrieval is not None and config.retrieval.negatives != "in_batch"
-    specs = table_specs(source.tables, config.network, source.roles, has_negatives, 1)
+    specs = table_specs(source.tables, config.network, source.roles, config.looks_up_negatives, 1)
     widths = {feature: spec.dim for spec in specs for feature in spec.features}
     task = task_module(
         config,

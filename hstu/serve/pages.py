@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -119,6 +120,16 @@ class PrefixCache:
         """Remove a sequence if it is in the cache."""
         if key in self._prefixes:
             self._free += self._prefixes.pop(key).pages
+
+    @contextmanager
+    def dropped_on_error(self, keys: Iterable[Hashable]) -> Iterator[None]:
+        """Remove the sequences if the block raises, because only some of their layers or events may be updated."""
+        try:
+            yield
+        except BaseException:
+            for key in keys:
+                self.drop(key)
+            raise
 
     def write(self, prefix: Prefix, layer: int, first: int, keys: Tensor, values: Tensor) -> None:
         """Write keys and values [n, H, d], of any strides and dtype, to reserved pages from token ``first`` on."""

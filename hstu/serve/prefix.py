@@ -7,7 +7,6 @@ are computed. Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -83,7 +82,7 @@ class IncrementalEncoder:
 
             return _writing(self.encoder.inputs.kernels.attention.forward, write)
 
-        with self._forgotten_after_an_error(keys):
+        with self.cache.dropped_on_error(keys):
             for key in keys:
                 self.cache.drop(key)
             prefixes = self.cache.reserve({key: run.stop - run.start for key, run in zip(keys, runs, strict=True)})
@@ -116,7 +115,7 @@ class IncrementalEncoder:
     def append(self, prefix: Prefix, key: Hashable, batch: HSTUBatch, count: int, kept: int) -> Tensor:
         """Append the newest ``count`` items of ``batch`` to ``kept`` cached items. Returns the newest token, [D]."""
         tokens = None
-        with self._forgotten_after_an_error([key]):
+        with self.cache.dropped_on_error([key]):
             prefix.cut(tokens_of(self.encoder, kept))
             self.cache.reserve({key: prefix.num_tokens + count * self._per_item})
             x, layout = self._newest(batch, count)
@@ -201,16 +200,6 @@ class IncrementalEncoder:
                 x, update = layer(x, layout, update, attend(index))
             assert update is not None  # there is a layer
             return (x + update).float()
-
-    @contextmanager
-    def _forgotten_after_an_error(self, keys: Sequence[Hashable]) -> Iterator[None]:
-        """Drop the sequences if the block raises: only some layers may have been updated."""
-        try:
-            yield
-        except BaseException:
-            for key in keys:
-                self.cache.drop(key)
-            raise
 
 
 def tokens_of(encoder: SequenceEncoder, items: int) -> int:

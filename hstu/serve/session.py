@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -115,7 +114,7 @@ class Session:
     def encode(self, histories: Iterable[History]) -> None:
         """Encode histories, replacing earlier histories of their users. Raises DataError for incomplete histories."""
         new = {given.user: _newest(self._checked(given), self.max_items) for given in histories}
-        with self._loaded.lock, self._all_or_none(new):
+        with self._loaded.lock, self._cache.dropped_on_error(new):
             waiting: dict[Any, _Known] = {}
             for user, known in new.items():
                 lengths = [self._tokens_of(each.num_items) for each in (*waiting.values(), known)]
@@ -124,6 +123,7 @@ class Session:
                     waiting = {}
                 waiting[user] = known
             self._encode(waiting)
+            self._users.update(new)
 
     def append(self, events: Iterable[History]) -> None:
         """Append events, oldest first, to the histories of their users. Ignores ``context`` of the events.
@@ -138,9 +138,10 @@ class Session:
                 if len(new.items):
                     joined[new.user] = _joined(before, self._checked(replace(new, context={})))
             updates = {user: self._users[user] for user in joined}
-            with self._all_or_none(updates):
+            with self._cache.dropped_on_error(updates):
                 for user, history in joined.items():
                     updates[user] = self._appended(updates[user], history)
+                self._users.update(updates)
 
     def forget(self, users: Sequence[Any]) -> None:
         """Remove the histories of users. Unknown users are ignored."""
@@ -213,17 +214,6 @@ class Session:
         history = _as_lists(given)
         self._requests.encoded(history, len(history.items))
         return history
-
-    @contextmanager
-    def _all_or_none(self, new: Mapping[Any, _Known]) -> Iterator[None]:
-        """Replace histories after the block. If it raises, drop the keys and values that it may have changed."""
-        try:
-            yield
-            self._users.update(new)
-        except BaseException:
-            for user in new:
-                self._cache.drop(user)
-            raise
 
     def _appended(self, known: _Known, history: History) -> _Known:
         """Update the cache for a longer history of a user, whose events are checked."""

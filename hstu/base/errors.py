@@ -12,7 +12,7 @@ EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_BAD_CONFIG = 2
 EXIT_BAD_DATA = 3
-_TIME_TO_REPORT_S = 6.0
+_TIME_TO_REPORT_S = 6.0  # a process takes seconds to end on a busy host
 _TIME_TO_KILL_S = 0.5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class Queries:
     def __len__(self) -> int:
         return len(self.user_ids)
 
+    @cached_property
     def is_target_seen(self) -> np.ndarray:
         """Whether each target is among the user's ``seen_items``: bool [U]."""
         rows = np.repeat(np.arange(len(self)), self.seen_lengths)
@@ -91,7 +93,7 @@ def target_ranks(queries: Queries, corpus: Corpus) -> tuple[np.ndarray, np.ndarr
     The rank is 1 + the number of higher scores + half the number of equal scores. It is infinity, a miss for every
     metric, if the target is seen or no candidate. A nan score beats every target, so a diverged model ranks last.
     """
-    device, positions = corpus.ids.device, np.where(queries.is_target_seen(), -1, corpus.positions(queries.targets))
+    device, positions = corpus.ids.device, np.where(queries.is_target_seen, -1, corpus.positions(queries.targets))
     order = np.argsort(positions, kind="stable")  # so that the targets of a chunk belong to few blocks
     scorer = _Scorer(queries, order, corpus)
     targets = positions[order]

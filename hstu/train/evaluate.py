@@ -223,7 +223,7 @@ class RetrievalEvaluator(Evaluator):
             ranks, scores = target_ranks(queries, corpus)
         users, targets = queries.user_ids, queries.targets
         found = Observations(users, targets, history, np.arange(len(users)), ranks, scores).gathered(self._gather)
-        if missed := int(self._gather(queries.is_target_seen()).sum()):
+        if missed := int(self._gather(queries.is_target_seen).sum()):
             why = "are items that their user had before, which filter_seen = True leaves out: they count as misses"
             log.warning("eval: %d of %d targets %s", missed, len(found), why)
         return found

@@ -170,7 +170,7 @@ def test_only_the_ids_of_a_corpus_are_ranked_and_other_targets_are_misses() -> N
     fewer = target_ranks(by_id, Corpus(embed, torch.from_numpy(without), EPS, 4))[0]
     assert np.isinf(fewer[by_id.targets == by_id.targets[0]]).all()
     others = by_id.targets != by_id.targets[0]
-    np.testing.assert_array_equal(np.isfinite(fewer[others]), ~by_id.is_target_seen()[others])
+    np.testing.assert_array_equal(np.isfinite(fewer[others]), ~by_id.is_target_seen[others])
     nothing = target_ranks(by_id, Corpus(embed, torch.zeros(0, dtype=torch.int64), EPS, 4))[0]
     assert retrieval_metrics(["HR@500", "NDCG@500", "MRR"], nothing) == {"HR@500": 0, "NDCG@500": 0, "MRR": 0}
 

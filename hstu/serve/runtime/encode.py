@@ -95,7 +95,8 @@ class Encoder:
         """
         facts, required = self.facts, self.given_features
         kinds = {name: own.described(facts["features"][name]["is_list"]) for name, own in self.vocabularies.items()}
-        kinds.get("user_id", {})["values"] = []  # ids of users are private
+        if "user_id" in kinds:
+            kinds["user_id"]["values"] = []  # ids of users are private
         for each in facts["numbers"]:
             width, values = each["width"], ["{:g}..{:g}".format(*each["seen"])] if each.get("seen") else []
             kind = "number" if width == 1 else f"{width} numbers"

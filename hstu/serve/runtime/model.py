@@ -125,7 +125,8 @@ class Model:
         shown = Candidates(item, {name: [None] for name in encoder.known_before})
         (computed,) = self.run([self.encode(history, shown, 0 if self.reads_request_time else None)])
         self.predictions(self.outputs_of(item, computed))
-        assert all(encoder.text_of(name) for name in encoder.described)
+        for name in encoder.described:
+            encoder.text_of(name)
         if not computed.isfinite().all():
             raise ServingError("it gives no finite number")
 

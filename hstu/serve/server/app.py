@@ -22,7 +22,6 @@ import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
-from h11 import LocalProtocolError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -238,7 +237,7 @@ class Guard:
             answer = _failure(413, f"the request is larger than {self._max_body_bytes} bytes")
         try:
             await answer(scope, receive, send_and_note)
-        except LocalProtocolError:  # a malformed body, which uvicorn has already answered
+        except h11.LocalProtocolError:  # a malformed body, which uvicorn has already answered
             _log.info("malformed request path=%s", scope["path"])
         except Exception:
             _log.exception("defect path=%s", scope["path"])

@@ -28,7 +28,7 @@ from hstu.checkpoint.load import load
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.save import HostCopies, Snapshot, write
 from hstu.checkpoint.state import TrainState
-from hstu.parallel.collectives import gather_objects
+from hstu.parallel.collectives import gather_objects, on_rank_0
 from hstu.parallel.mesh import Heartbeat, Mesh
 
 log = logging.getLogger(__name__)
@@ -70,11 +70,11 @@ class CheckpointStore:
         Call it before the run changes anything. Raises ConfigError, without changing anything, if another run is saving
         there, other runs' checkpoints are there, or a rank cannot write ``save_dir`` or has another one.
         """
-        own = collective_io(lambda: self._claim() if self.mesh.is_main else None, self.mesh)
-        probe: Path = gather_objects(own, self.mesh.world_group)[0]
-        seen = gather_objects(folder.becomes_visible(probe), self.mesh.world_group)
-        if own is not None:
-            own.rmdir()
+        group = self.mesh.world_group
+        probe = on_rank_0(self._claim, group)
+        seen = gather_objects(folder.becomes_visible(probe), group)
+        if self.mesh.is_main:
+            probe.rmdir()
         if not all(seen):
             self.close()
             raise ConfigError(
@@ -142,7 +142,7 @@ class CheckpointStore:
 
     def restore(self, state: TrainState) -> bool:
         """Load the configured checkpoint; return whether there is one. "auto" skips damaged ones. Raises DataError."""
-        paths = gather_objects(collective_io(self._candidates, self.mesh), self.mesh.world_group)[0]
+        paths = on_rank_0(self._candidates, self.mesh.world_group)
         for path in paths:
             try:
                 load(path, state, self.mesh, self._load_options)
@@ -171,7 +171,7 @@ class CheckpointStore:
         """Load the weights of a checkpoint in ``save_dir``, and nothing else. Returns False if there is none."""
         self.wait()
         path = folder.checkpoint_path(self.save_dir, iteration)
-        if not gather_objects(path.is_dir(), self.mesh.world_group)[0]:
+        if not on_rank_0(path.is_dir, self.mesh.world_group):
             return False
         load(path, state, self.mesh, LoadOptions(strict=False, optimizer=False))
         return True

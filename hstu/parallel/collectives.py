@@ -10,6 +10,7 @@ backward, and torch.distributed._functional_collectives is private and has just 
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -141,6 +142,12 @@ def gather_objects(local: Any, group: dist.ProcessGroup) -> list[Any]:
 
 def require_equal(facts: Mapping[str, str], group: dist.ProcessGroup, error: type[UserError]) -> None:
     """Raise ``error`` on every rank if ``facts`` (name → value) differ between ranks. The message shows both values."""
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
+    words = torch.frombuffer(bytearray(digest), dtype=torch.int32).long()
+    extremes = torch.stack([words, -words])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    if torch.equal(extremes[0], -extremes[1]):
+        return
     by_rank = gather_objects((socket.gethostname(), dict(facts)), group)
     host, first = by_rank[0]
     for rank, (other_host, other) in enumerate(by_rank):
@@ -166,10 +173,19 @@ def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup) -> T:
         result = function()
     except Exception as caught:
         error = caught
-    shared = error if error is None or isinstance(error, UserError) else repr(error)  # some errors cannot be pickled
-    for rank, failure in enumerate(gather_objects(shared, group)):
-        if isinstance(failure, UserError):
-            raise failure
-        if failure is not None:
-            raise error or RuntimeError(f"rank {rank} failed: {failure}")
+    if max_over_ranks(int(error is not None), group):
+        shared = error if isinstance(error, UserError | None) else repr(error)  # some errors cannot be pickled
+        for rank, failure in enumerate(gather_objects(shared, group)):
+            if isinstance(failure, UserError):
+                raise failure
+            if failure is not None:
+                raise error or RuntimeError(f"rank {rank} failed: {failure}")
     return cast(T, result)
+
+
+def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup) -> T:
+    """Call ``function`` on the group's first rank alone, and return its result, or raise its error, on every rank."""
+    own = on_all_ranks(lambda: function() if dist.get_rank(group) == 0 else None, group)
+    shared = [own]
+    dist.broadcast_object_list(shared, group=group, group_src=0)
+    return cast(T, shared[0])

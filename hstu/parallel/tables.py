@@ -31,7 +31,7 @@ from hstu.model.gr_model import GRModel
 from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import UpdateRows
-from hstu.parallel.collectives import gather_objects, on_all_ranks
+from hstu.parallel.collectives import gather_objects, on_rank_0
 from hstu.parallel.dynamic.collection import DynamicSharder, RowSparseDynamicCollection, ShardedDynamicCollection
 from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_names, plan_memory, split_tables
 from hstu.parallel.dynamic.table import DynamicTable
@@ -107,11 +107,7 @@ def shard(
         training |= prepare_tables(model, model.specs, args, memory)
         room = least_room(room_of_rank(mesh.device, mesh.local_world_size, beside_tables), mesh.world_group)
         ranks = TableRanks(mesh.world_size, mesh.local_world_size, device, room)
-        own = on_all_ranks(
-            lambda: plan_sharding(model, model.specs, training, memory, config, ranks) if mesh.is_main else None,
-            mesh.world_group,
-        )
-        plan = gather_objects(own, mesh.world_group)[0]
+        plan = on_rank_0(lambda: plan_sharding(model, model.specs, training, memory, config, ranks), mesh.world_group)
         planned = {name: table for tables in plan.plan.values() for name, table in tables.items()}
         log.info("tables: %s", {name: table.sharding_type for name, table in planned.items()})
         for name, table in planned.items():

@@ -9,7 +9,7 @@ from hstu.checkpoint.find import AUTO, Run, belongs, candidates
 from hstu.config.args import TrainerArgs
 from hstu.config.run_config import RunConfig
 from hstu.observe.run_directory import default_path, run_name, unused
-from hstu.parallel.collectives import gather_objects, on_all_ranks
+from hstu.parallel.collectives import on_rank_0
 from hstu.parallel.mesh import Mesh
 
 CHECKPOINTS = Path("checkpoints")
@@ -19,14 +19,11 @@ CHECKPOINTS = Path("checkpoints")
 def choose_directories(config: RunConfig, mesh: Mesh) -> tuple[Path, Path]:
     """Directories of the run and of its checkpoints, equal on all ranks. Creates nothing. Collective."""
 
-    def choose() -> tuple[Path, Path] | None:
-        if not mesh.is_main:
-            return None
+    def choose() -> tuple[Path, Path]:
         path = Path(config.trainer.output_dir or default_path(config.source_files))
         return path, directory_of_checkpoints(config, path)
 
-    chosen: tuple[Path, Path] = gather_objects(on_all_ranks(choose, mesh.world_group), mesh.world_group)[0]
-    return chosen
+    return on_rank_0(choose, mesh.world_group)
 
 
 def directory_of_checkpoints(config: RunConfig, path: Path) -> Path:

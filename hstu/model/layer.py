@@ -26,11 +26,28 @@ class RelativeAttentionBias(nn.Module):
         self.time_weight = nn.Parameter(torch.randn(NUM_TIME_BUCKETS) * 0.02)
 
 
+def layer_norm(network: NetworkArgs, width: int) -> nn.LayerNorm:
+    """Build a norm of an HSTU layer. Without NetworkArgs.norm_affine its weight stays 1 and its bias 0."""
+    norm = nn.LayerNorm(width, eps=network.norm_epsilon)
+    if not network.norm_affine:
+        hold_constant(norm, "weight", "bias")
+    return norm
+
+
+def hold_constant(module: nn.Module, *names: str) -> None:
+    """Keep the values of weights that the model does not have, outside its parameters and state: kernels read them."""
+    for name in names:
+        value = module.get_parameter(name).detach()
+        delattr(module, name)
+        module.register_buffer(name, value, persistent=False)
+
+
 class HSTULayer(nn.Module):
-    """The update W_o · Dropout(LayerNorm(attention) ⊙ U) of x, with U, V, Q, K = SiLU(W_uvqk · LayerNorm(x) + b).
+    """The update W_o · Dropout(LayerNorm(attention) ⊙ U) + b_o of x, with U, V, Q, K = SiLU(W_uvqk · LayerNorm(x) + b).
 
     The rows of W_uvqk are ordered [head, (u v q k), channel], so that a tensor-parallel shard holds whole heads.
-    Initial values: W_uvqk N(0, 0.02²), its bias 0, W_o Xavier uniform, norms 1 and 0.
+    Initial values: W_uvqk N(0, 0.02²), W_o Xavier uniform, both biases 0, norms 1 and 0. NetworkArgs.uvqk_bias,
+    output_bias and norm_affine decide whether b, b_o and the weights of the norms are learned or stay so.
 
     max_tokens: tokens of the longest possible sequence; the divisor N unless ``scaling_seqlen`` is set.
     """
@@ -39,10 +56,10 @@ class HSTULayer(nn.Module):
         super().__init__()
         self.network = network
         inner = network.num_attention_heads * network.kv_channels
-        self.input_norm = nn.LayerNorm(network.hidden_size, eps=network.norm_epsilon)
+        self.input_norm = layer_norm(network, network.hidden_size)
         self.uvqk = nn.Linear(network.hidden_size, 4 * inner)
-        self.output_norm = nn.LayerNorm(inner, eps=network.norm_epsilon)
-        self.out = nn.Linear(inner, network.hidden_size, bias=False)
+        self.output_norm = layer_norm(network, inner)
+        self.out = nn.Linear(inner, network.hidden_size, bias=network.output_bias)
         self.bias = RelativeAttentionBias(max_tokens) if network.has_relative_bias else None
         self.attention_config = AttentionConfig(
             alpha=network.score_factor,
@@ -54,7 +71,11 @@ class HSTULayer(nn.Module):
         )
         nn.init.normal_(self.uvqk.weight, std=0.02)
         nn.init.zeros_(self.uvqk.bias)
+        if not network.uvqk_bias:
+            hold_constant(self.uvqk, "bias")
         nn.init.xavier_uniform_(self.out.weight)
+        if network.output_bias:
+            nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor, layout: JaggedLayout, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add the previous layer's ``update`` to x, and return the sum and this layer's update, all [T, D].

@@ -98,6 +98,7 @@ class FusedHSTULayer(HSTULayer):
             output_norm_weight=self.output_norm.weight,
             output_norm_bias=self.output_norm.bias,
             out_weight=self.out.weight,
+            out_bias=self.out.bias,
         )
         x, update = HSTULayerFunction.apply(x, update, layout, config, *weights)
         return x, update

@@ -1,7 +1,7 @@
 """One HSTU layer as one autograd function, on one rank or with its heads or tokens split over several ranks.
 
     x = x + update;  U, V, Q, K = split(SiLU(W_uvqk LayerNorm(x) + b))
-    update = W_o · Dropout(LayerNorm(attention) ⊙ U)
+    update = W_o · Dropout(LayerNorm(attention) ⊙ U) + b_o
 
 One function controls what is saved for backward (:class:`SavedActivations`), frees it after its last use, and overlaps
 collectives with matrix products. Each layer adds the update of the previous layer, so that the sum and its norm are one
@@ -32,7 +32,7 @@ from hstu.ops.kernels import (
     RelativeBias,
 )
 from hstu.ops.layout import JaggedLayout
-from hstu.ops.pytorch.operators import matmul
+from hstu.ops.pytorch.operators import linear, matmul
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class LayerWeights(NamedTuple):
     output_norm_weight: Tensor  # [H · d]
     output_norm_bias: Tensor  # [H · d]
     out_weight: Tensor  # [D, H · d]
+    out_bias: Tensor | None  # [D]; None: the output projection has no bias
 
 
 @dataclass
@@ -120,7 +121,7 @@ class HSTULayerFunction(torch.autograd.Function):
             if config.recompute_activated:
                 saved.u = saved.vqk = None
             ctx.save_for_backward(x, *weights, *(() if config.recompute_all else vars(saved).values()))
-            return x, config.comm.reduce_tokens(matmul(gated, layer.weights.out_weight.to(dtype).t()))()
+            return x, layer.project_out(gated)
 
     @staticmethod
     @once_differentiable
@@ -182,6 +183,12 @@ class _Computation:
             input_statistics, normalized, projected, u, vqk, attended, output_statistics, dropout_mask
         )
         return x, saved, gated
+
+    def project_out(self, gated: Tensor) -> Tensor:
+        """Return W_o gated + b_o. Each tensor-parallel rank adds an equal part of b_o to its partial product."""
+        weight, bias, comm = self.weights.out_weight, self.weights.out_bias, self.config.comm
+        own_bias = None if bias is None else (bias / comm.tp_size).to(self.dtype)
+        return comm.reduce_tokens(linear(gated, weight.to(self.dtype), own_bias))()
 
     def _exchange(self, activated: Tensor) -> tuple[Tensor, Pending]:
         """u of this rank's tokens, and the pending exchange of v, q and k for attention."""
@@ -251,7 +258,7 @@ class _Computation:
         self, grad: Tensor, saved: SavedActivations, u: Tensor, grad_u: Gradient, grads: dict[str, Any]
     ) -> Tensor:
         """Return the gradient of the attention output; write the gradient of u or its pre-activation to ``grad_u``."""
-        out_weight = self.weights.out_weight
+        out_weight, out_bias = self.weights.out_weight, self.weights.out_bias
         grad = self.config.comm.all_gather_tokens(grad)()
         gated, grad_attended, *grad_norm = self.config.kernels.norm_mul_dropout.backward(
             matmul(grad, out_weight.to(self.dtype)),
@@ -263,4 +270,6 @@ class _Computation:
         del saved.attended, saved.dropout_mask
         grads["output_norm_weight"], grads["output_norm_bias"] = grad_norm
         grads["out_weight"] = matmul(grad.t(), gated).to(out_weight.dtype)
+        if out_bias is not None:  # of all tokens of the tensor-parallel group, so equal on its ranks
+            grads["out_bias"] = grad.sum(0, dtype=out_bias.dtype)
         return grad_attended

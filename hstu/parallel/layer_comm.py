@@ -59,8 +59,10 @@ def _split_weights(layer: FusedHSTULayer, mesh: Mesh) -> None:
     for name, dim in SPLIT_DIMS.items():
         module, _, parameter = name.partition(".")
         whole = getattr(getattr(layer, module), parameter)
-        shard = nn.Parameter(whole.detach().chunk(mesh.tp_size, dim)[mesh.tp_rank].clone())
-        set_tensor_model_parallel_attributes(shard, is_parallel=True, dim=dim, stride=1)
+        shard = whole.detach().chunk(mesh.tp_size, dim)[mesh.tp_rank].clone()
+        if isinstance(whole, nn.Parameter):  # else a constant
+            shard = nn.Parameter(shard)
+            set_tensor_model_parallel_attributes(shard, is_parallel=True, dim=dim, stride=1)
         setattr(getattr(layer, module), parameter, shard)
 
 

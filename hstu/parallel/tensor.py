@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.config.args import NetworkArgs
-from hstu.model.layer import HSTULayer
+from hstu.model.layer import HSTULayer, layer_norm
 from hstu.ops.dropout import dropout
 from hstu.ops.functional import hstu_attention
 from hstu.ops.kernels import AttentionInputs, RelativeBias
@@ -48,10 +48,10 @@ class MegatronHSTULayer(HSTULayer):
             "init_method": nn.init.zeros_,
             "tp_group": mesh.tp_group,
         }
-        self.uvqk = ColumnParallelLinear(network.hidden_size, 4 * inner, **parts)
-        self.output_norm = nn.LayerNorm(inner // mesh.tp_size, eps=network.norm_epsilon)
+        self.uvqk = ColumnParallelLinear(network.hidden_size, 4 * inner, bias=network.uvqk_bias, **parts)
+        self.output_norm = layer_norm(network, inner // mesh.tp_size)
         self.out = RowParallelLinear(
-            inner, network.hidden_size, bias=False, input_is_parallel=True, skip_bias_add=False, **parts
+            inner, network.hidden_size, bias=network.output_bias, input_is_parallel=True, skip_bias_add=False, **parts
         )
 
     def forward(self, x: Tensor, layout: JaggedLayout, update: Tensor | None = None) -> tuple[Tensor, Tensor]:

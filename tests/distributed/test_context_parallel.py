@@ -84,7 +84,7 @@ def errors(mesh: Mesh, case: Case, sequence_parallel: bool) -> list[float]:
     inner = HEADS * WIDTH
     shapes: list[Any] = [(HIDDEN,)] * 2 + [(4 * inner, HIDDEN), (4 * inner,)]
     shapes += [(2 * LONGEST - 1,), (NUM_TIME_BUCKETS,)] if case.has_bias else [None, None]
-    shapes += [(inner,), (inner,), (HIDDEN, inner)]
+    shapes += [(inner,), (inner,), (HIDDEN, inner), (HIDDEN,)]
     whole = LayerWeights(*(None if shape is None else torch.randn(shape).double() for shape in shapes))  # type: ignore
     x = torch.randn(case.batch.layout().num_tokens, HIDDEN).double()
     slope = torch.randn_like(x)

@@ -24,6 +24,7 @@ from tests.distributed.tensor_cases import (
     new_run,
     write_store,
 )
+from tests.distributed.test_tensor_parallel import PUBLISHED
 from tests.distributed.toy import save
 
 STEPS = 12
@@ -39,7 +40,14 @@ CASES: dict[str, RunOptions] = {
     "adam": {
         "optimizer": "adam",
         "pipeline": "native",
-        "bindings": [*MIXED, ELEVEN, AVERAGED, "TrainerArgs.max_grad_norm = 0.5", "OptimizerArgs.weight_decay = 0.01"],
+        "bindings": [
+            *MIXED,
+            ELEVEN,
+            AVERAGED,
+            *PUBLISHED,
+            "TrainerArgs.max_grad_norm = 0.5",
+            "OptimizerArgs.weight_decay = 0.01",
+        ],
     },
     "momentum": {
         "optimizer": "sgd",

@@ -31,6 +31,7 @@ RELATIVE = "NetworkArgs.position_encoding = 'relative_bias'"
 CLIP = "TrainerArgs.max_grad_norm = 0.05"
 WINDOW = "NetworkArgs.max_attention_span = (3, 8)", "NetworkArgs.min_full_attention_tokens = 2"
 TRUNCATED = "NetworkArgs.truncate_after_layer = 1", "NetworkArgs.truncate_to_items = 3"
+PUBLISHED = "NetworkArgs.norm_affine = False", "NetworkArgs.uvqk_bias = False", "NetworkArgs.output_bias = True"
 TOWER = "RetrievalArgs.item_tower = True"
 SEEN = "RetrievalArgs.mask_seen = True"
 LIMIT = "OptimizerArgs.sparse_max_gradient = 0.001"
@@ -38,7 +39,7 @@ CASES: dict[str, Any] = {
     "ranking, by tokens": {"bindings": [BY_TOKENS, RELATIVE, CLIP], "sharding": "table_wise"},
     "ranking, recomputed": {
         "optimizer": "adam",
-        "bindings": [RELATIVE, CLIP, "NetworkArgs.recompute_layer = True", *WINDOW],
+        "bindings": [RELATIVE, CLIP, "NetworkArgs.recompute_layer = True", *PUBLISHED, *WINDOW],
     },
     "ranking, candidates, by tokens": {
         "optimizer": "adam",
@@ -65,7 +66,7 @@ CASES: dict[str, Any] = {
     "retrieval, draws, by tokens": {
         "task": "retrieval",
         "optimizer": "adam",
-        "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9", TOWER, *WINDOW],
+        "bindings": [BY_TOKENS, RELATIVE, "RetrievalArgs.num_negatives = 9", TOWER, *PUBLISHED, *WINDOW],
     },
     "retrieval, uniform, seen": {
         "task": "retrieval",

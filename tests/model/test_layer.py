@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from itertools import product
 from typing import Any
 
 import pytest
@@ -50,8 +51,16 @@ def make_layer(backend: Backend = Backend.PYTORCH, **changes: Any) -> FusedHSTUL
 def formula(layer: FusedHSTULayer, x: Tensor) -> Tensor:
     """The layer written down from the model's definition, with plain float64 operators."""
     network, heads, width = layer.network, 2, 4
-    y = F.layer_norm(x, (8,), layer.input_norm.weight, layer.input_norm.bias, network.norm_epsilon)
-    projected = F.silu(y @ layer.uvqk.weight.T + layer.uvqk.bias)
+    weights = dict(layer.named_parameters())
+    norms = {
+        norm: (weights.pop(f"{norm}.weight"), weights.pop(f"{norm}.bias"))
+        if network.norm_affine
+        else (torch.ones(8, dtype=x.dtype), torch.zeros(8, dtype=x.dtype))
+        for norm in ("input_norm", "output_norm")
+    }
+    y = F.layer_norm(x, (8,), *norms["input_norm"], network.norm_epsilon)
+    projected = y @ weights.pop("uvqk.weight").T
+    projected = F.silu(projected + weights.pop("uvqk.bias") if network.uvqk_bias else projected)
     per_head = [projected[:, head * 4 * width : (head + 1) * 4 * width] for head in range(heads)]
     u, v, q, k = (torch.stack([h[:, i * width : (i + 1) * width] for h in per_head], dim=1) for i in range(4))
     attended = oracle.attention(
@@ -63,12 +72,15 @@ def formula(layer: FusedHSTULayer, x: Tensor) -> Tensor:
         scaling_seqlen=network.scaling_seqlen if network.scaling_seqlen > 0 else MAX_TOKENS,
         is_causal=network.is_causal,
         contextual_mask=not network.disable_contextual_mask,
-        bias=None if layer.bias is None else (layer.bias.position_weight, layer.bias.time_weight),
+        bias=None if layer.bias is None else (weights.pop("bias.position_weight"), weights.pop("bias.time_weight")),
         max_span=network.attention_spans[0],
         full_tokens=network.min_full_attention_tokens,
     )
-    gated = oracle.norm_mul([attended, u, layer.output_norm.weight, layer.output_norm.bias], network.norm_epsilon)
-    return x + gated @ layer.out.weight.T
+    gated = oracle.norm_mul([attended, u, *norms["output_norm"]], network.norm_epsilon)
+    update = gated @ weights.pop("out.weight").T
+    update = update + weights.pop("out.bias") if network.output_bias else update
+    assert not weights, "a layer has the weights of its formula and no others"
+    return x + update
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -85,6 +97,11 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
+LAYOUTS: list[dict[str, Any]] = [
+    {"norm_affine": norm_affine, "uvqk_bias": uvqk_bias, "output_bias": output_bias}
+    for norm_affine, uvqk_bias, output_bias in product([True, False], repeat=3)
+]
+"""Which weights a layer has."""
 ON_FAST_KERNELS: list[dict[str, Any]] = [
     {},
     {"is_causal": False},
@@ -95,7 +112,10 @@ ON_FAST_KERNELS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize(
     ("backend", "changes"),
-    [*((Backend.PYTORCH, changes) for changes in CHANGES), *((FAST, changes) for changes in ON_FAST_KERNELS)],
+    [
+        *((Backend.PYTORCH, changes) for changes in CHANGES + LAYOUTS),
+        *((FAST, changes) for changes in ON_FAST_KERNELS + LAYOUTS),
+    ],
     ids=str,
 )
 def test_equals_its_formula_forward_and_backward(backend: Backend, changes: dict[str, Any]) -> None:
@@ -114,7 +134,7 @@ def test_equals_its_formula_forward_and_backward(backend: Backend, changes: dict
         torch.testing.assert_close(gradients(layer)[name].double(), exact, rtol=0, atol=allowed, msg=name)
 
 
-@pytest.mark.parametrize("changes", [*CHANGES, {"hidden_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("changes", [*CHANGES, *LAYOUTS, {"hidden_dropout": 0.3}], ids=str)
 def test_the_plain_layer_equals_the_fused_one(changes: dict[str, Any]) -> None:
     fused = make_layer(**changes).double()
     plain = HSTULayer(fused.network, MAX_TOKENS).double()
@@ -145,7 +165,12 @@ RECOMPUTE = [
 ]
 
 
-WITH_DROPOUT: dict[str, Any] = {"hidden_dropout": 0.3, "position_encoding": "relative_bias", "max_attention_span": 5}
+WITH_DROPOUT: dict[str, Any] = {
+    "hidden_dropout": 0.3,
+    "position_encoding": "relative_bias",
+    "max_attention_span": 5,
+    "output_bias": True,
+}
 
 
 @functools.cache

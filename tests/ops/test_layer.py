@@ -44,7 +44,7 @@ def make_weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     torch.manual_seed(0)
     inner = HEADS * WIDTH
     shapes = [(HIDDEN,)] * 2 + [(4 * inner, HIDDEN), (4 * inner,), (2 * LONGEST - 1,), (NUM_TIME_BUCKETS,)]
-    shapes += [(inner,), (inner,), (HIDDEN, inner)]
+    shapes += [(inner,), (inner,), (HIDDEN, inner), (HIDDEN,)]
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
 
 
@@ -90,7 +90,7 @@ def test_a_layer_differentiates_silu_where_a_kernel_does_not(operators: tuple[st
         torch.testing.assert_close(ours, theirs)
 
 
-CUT = (None, None, 0, 0, None, None, 0, 0, 1)
+CUT = (None, None, 0, 0, None, None, 0, 0, 1, None)
 """The dimension along which each weight is cut among tensor-parallel ranks."""
 
 

@@ -10,12 +10,16 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.loaded import LoadedModel
 from tests.conftest import write_small_store
-from tests.serve.served import BIAS, EVERY_FEATURE, Served, feature_store, random_model, serve
+from tests.serve.served import BIAS, EVERY_FEATURE, PUBLISHED, Served, feature_store, random_model, serve
 from tests.train.conftest import one_rank, undisturbed  # noqa: F401
 from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, FinishedRun, run, skip_measuring_the_peak, tiny_config, walks
 
 CONFIGS: dict[str, Any] = {
-    "retrieval": {"task_args": {"negatives": "full"}, "trainer": {"max_train_iters": 15, "ckpt_save_interval": 3}},
+    "retrieval": {
+        "task_args": {"negatives": "full"},
+        "network": PUBLISHED,
+        "trainer": {"max_train_iters": 15, "ckpt_save_interval": 3},
+    },
     "ranking": {"trainer": {"max_train_iters": 10}},
     "tasks": {"task_args": OF_THE_ACTION, "dataset": {"max_num_candidates": 2}},
 }
@@ -79,9 +83,9 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
 
 @pytest.fixture(scope="package")
 def retrieval(mesh: Mesh, features: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """Item tokens with their actions added, an item tower, a relative bias, and rows that are projected."""
+    """Item tokens with their actions added, an item tower, a relative bias, projected rows, the published layer."""
     output = tmp_path_factory.mktemp("retrieval")
-    network = {**BIAS, "interleave_actions": False, "item_embedding_dim": 12, "num_layers": 1}
+    network = {**BIAS, **PUBLISHED, "interleave_actions": False, "item_embedding_dim": 12, "num_layers": 1}
     dataset = {"side_feature_names": ["colour", "tags", "price", "time_gap"]}
     task_args = {"item_tower": True}
     trained = random_model("retrieval", features, mesh, output, network=network, dataset=dataset, task_args=task_args)

@@ -36,6 +36,8 @@ FEATURES += ["hour_of_day", "day_of_week", "time_gap"]
 EVERY_FEATURE: dict[str, Any] = {"side_feature_names": FEATURES, "known_after": ["watched", "spent"]}
 """Options of DatasetArgs."""
 BIAS: dict[str, Any] = {"position_encoding": ("absolute", "relative_bias")}
+PUBLISHED: dict[str, Any] = {"norm_affine": False, "uvqk_bias": False, "output_bias": True}
+"""Options of NetworkArgs: the weights of the published layer."""
 
 
 def feature_store(path: Path, **options: Any) -> SequenceStore:

@@ -14,6 +14,7 @@ from hstu.model.stack import SequenceEncoder
 from hstu.serve.pages import PrefixCache
 from hstu.serve.prefix import IncrementalEncoder
 from tests.model.examples import Sample, Tables, make_batch, make_features, make_network, random_samples
+from tests.serve.served import PUBLISHED
 
 BOTH = ("absolute", "relative_bias")
 PAGE = 4
@@ -119,7 +120,7 @@ NETWORKS = [
     {"position_encoding": BOTH, "max_attention_span": (5, None, 3), "num_layers": 3},
     {"position_encoding": BOTH, "max_attention_span": 4, "min_full_attention_tokens": 3},
     {"position_encoding": "relative_bias", "scaling_seqlen": 7, "attention_scale": 1.0, "item_embedding_dim": 8},
-    {"position_encoding": "none"},
+    {"position_encoding": "none", **PUBLISHED},
 ]
 
 

@@ -30,6 +30,14 @@ class NetworkArgs(Args):
     """Dropout probability on the input tokens. None: hidden_dropout."""
     norm_epsilon: float = option(1e-5, changes="model", above=0)
     """Epsilon of the layer norms."""
+    norm_affine: bool = option(True, changes="model")
+    """True: the layer norms of the HSTU layers have a learned scale and shift. False, as in the research code of arXiv
+    2402.17152: they only normalise."""
+    uvqk_bias: bool = option(True, changes="model")
+    """True: u, v, q and k have a learned bias before SiLU. False, as in the research code of arXiv 2402.17152: none."""
+    output_bias: bool = option(False, changes="model")
+    """True, as in the research code of arXiv 2402.17152: the output projection of a layer has a learned bias. False:
+    none."""
     is_causal: bool = option(True, changes="model")
     """True: a history token attends to itself and to earlier tokens. False: it attends to the whole history, including
     later tokens."""

@@ -39,10 +39,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return (a.float() @ b.float()).bfloat16() if _needs_float32(a) else a @ b
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, rounded once."""
     if _needs_float32(x):
-        return torch.addmm(bias.float(), x.float(), weight.float().t()).bfloat16()
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).bfloat16()
     return F.linear(x, weight, bias)
 
 

@@ -145,7 +145,7 @@ class Watchdog:
         self._main_thread_ends.set()
         try:
             own = self._failure(error)
-            verdict = self._decide(lambda _: own)
+            verdict = self._decide(lambda _: own) or own
         except RuntimeError as gone:
             verdict = _STORE_IS_GONE.format(gone)
         self._end(verdict, "".join(traceback.format_exception(error)))
@@ -172,22 +172,44 @@ class Watchdog:
             return self._decide(name_the_stuck)
         if self._sigterm_at is not None and min(idle_s, time.monotonic() - self._sigterm_at) > SILENCE_S:
             # A launcher sends SIGTERM to the other ranks when one has died. On a GPU they wait without an error.
-            lost = self._lost(_SILENCE_ON_SIGTERM_S, may_leave=True)
-            return self._propose(lost) if lost else None
+            return self._decide(lambda _: None, _SILENCE_ON_SIGTERM_S, may_leave=True)
         return None
 
-    def _decide(self, otherwise: Callable[[Iterable[RankStatus]], str]) -> str:
-        """The verdict of another rank if there is one, else the lost ranks, else ``otherwise(statuses)``."""
-        lost = self._lost(SILENCE_S)
-        return self._verdict() or self._propose(lost or otherwise(filter(None, self._statuses().values())))
+    def _decide(
+        self,
+        otherwise: Callable[[Iterable[RankStatus]], str | None],
+        silence_s: float = SILENCE_S,
+        may_leave: bool = False,
+    ) -> str | None:
+        """The verdict of another rank if there is one, else the lost ranks, else ``otherwise(statuses)``.
 
-    def _lost(self, silence_s: float, may_leave: bool = False) -> str | None:
-        before, deadline = self._statuses(), time.monotonic() + silence_s
-        while time.monotonic() < deadline and not self._verdict():
+        One rank reads the statuses of all, and the others wait for its verdict: if all suspected and read, the store
+        would serve the square of their number. A reader that gives no verdict in time is replaced.
+        """
+        own, reader = f"rank {self._mesh.rank} at {time.time()}", ""
+        while True:
+            reader = self._store.compare_set("reader", reader, own).decode()
+            if reader == own:
+                break
+            if (verdict := self._wait(silence_s + SILENCE_S)) or self._left:
+                return verdict
+        earlier = self._statuses()
+        if (verdict := self._wait(silence_s)) or self._left:
+            return verdict
+        last = {rank: last for rank, last in self._statuses().items() if not (may_leave and last and last.ended)}
+        verdict = name_the_lost(earlier, last) or otherwise(filter(None, last.values()))
+        if verdict is None:
+            self._store.compare_set("reader", own, "")
+            return None
+        return self._propose(verdict)
+
+    def _wait(self, seconds: float) -> str | None:
+        """Wait for the verdict of another rank. None: there is none, or this rank leaves."""
+        deadline = time.monotonic() + seconds
+        while not (verdict := self._verdict()) and not self._left and time.monotonic() < deadline:
             time.sleep(BEAT_S)
             self._report()
-        after = {rank: last for rank, last in self._statuses().items() if not (may_leave and last and last.ended)}
-        return name_the_lost(before, after)
+        return verdict
 
     def _end(self, verdict: str, stacks: str) -> None:
         if not self._ending.acquire(blocking=False):  # the other thread is already ending the process
@@ -230,9 +252,10 @@ class Watchdog:
         self._store.set(f"status {self._mesh.rank}", json.dumps(dataclasses.asdict(self._status(ended))))
 
     def _statuses(self) -> Statuses:
-        keys = {rank: f"status {rank}" for rank in range(self._mesh.world_size)}
-        texts = {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
-        return {rank: RankStatus(**json.loads(texts[rank])) if rank in texts else None for rank in keys}
+        keys = {f"status {rank}": rank for rank in range(self._mesh.world_size)}
+        found = [*keys] if self._store.check([*keys]) else [key for key in keys if self._store.check([key])]
+        texts = dict(zip(found, self._store.multi_get(found), strict=True))
+        return {rank: RankStatus(**json.loads(texts[key])) if key in texts else None for key, rank in keys.items()}
 
     def _propose(self, verdict: str) -> str:
         """Propose a verdict. Returns the first proposal of any rank, which holds."""

@@ -1,8 +1,12 @@
 import dataclasses
 import time
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
-from hstu.observe.watchdog import RankStatus, name_the_lost, name_the_stuck
+import pytest
+
+from hstu.observe.watchdog import RankStatus, Watchdog, name_the_lost, name_the_stuck
 from hstu.parallel.mesh import Heartbeat
 
 
@@ -54,3 +58,80 @@ def test_an_error_leaves_the_stage_in_which_it_came_up() -> None:
             raise ValueError
     except ValueError:
         assert heartbeat.stage == "loading"
+
+
+class CountingStore:
+    """A store in memory that counts its operations. After each reading of statuses the living ranks report anew."""
+
+    def __init__(self, ranks: int, frozen: int) -> None:
+        self.values: dict[str, bytes] = {}
+        self.operations = 0
+        self.dogs = [self._watchdog(rank, ranks) for rank in range(ranks)]
+        self.frozen = frozen
+        for dog in self.dogs:
+            dog._report()
+        self.operations = 0
+
+    def _watchdog(self, rank: int, ranks: int) -> Watchdog:
+        heartbeat = Heartbeat()
+        heartbeat.mark("training step", iteration=5)
+        mesh: Any = SimpleNamespace(rank=rank, world_size=ranks, heartbeat=heartbeat)
+        watchdog = Watchdog(mesh, 1.0)
+        watchdog._wake_up.close()  # thousands would be too many files
+        watchdog._waker.close()
+        watchdog._store = self  # type: ignore[assignment]
+        return watchdog
+
+    def set(self, key: str, value: str) -> None:
+        self.operations += 1
+        self.values[key] = value.encode()
+
+    def get(self, key: str) -> bytes:
+        self.operations += 1
+        return self.values[key]
+
+    def check(self, keys: Sequence[str]) -> bool:
+        self.operations += 1
+        return all(key in self.values for key in keys)
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        found, counted = [self.values[key] for key in keys], self.operations + 1
+        for dog in self.dogs:
+            if dog._mesh.rank != self.frozen:
+                dog._report()
+        self.operations = counted
+        return found
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        self.operations += 1
+        if self.values.get(key, b"") == expected.encode():
+            self.values[key] = desired.encode()
+        return self.values[key]
+
+
+@pytest.mark.parametrize("ranks", [8, 512])
+def test_all_ranks_suspect_and_one_reads_the_statuses(ranks: int) -> None:
+    store = CountingStore(ranks, frozen=5)
+    verdicts = {dog._decide(name_the_stuck, silence_s=0.0) for dog in store.dogs}
+    (verdict,) = verdicts
+    assert verdict is not None and verdict.startswith("rank 5 (") and "is dead or frozen" in verdict
+    assert "alive: ranks 0, 1, 2, 3, 4, 6, 7" in verdict
+    assert store.operations == 3 * ranks + 4  # each rank: whether it reads, whether there is a verdict, the verdict
+
+
+def test_a_reader_that_gives_no_verdict_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hstu.observe.watchdog.SILENCE_S", 0.05)
+    monkeypatch.setattr("hstu.observe.watchdog.BEAT_S", 0.01)
+    store = CountingStore(4, frozen=0)
+    store.compare_set("reader", "", "rank 0 at 1.0")  # frozen since
+    verdict = store.dogs[2]._decide(name_the_stuck, silence_s=0.0)
+    assert verdict is not None and verdict.startswith("rank 0 (") and store.values["reader"].startswith(b"rank 2 ")
+
+
+def test_without_a_verdict_the_next_suspicion_is_read_at_once() -> None:
+    store = CountingStore(4, frozen=-1)
+    assert store.dogs[1]._decide(lambda _: None, silence_s=0.0) is None
+    del store.values["status 3"]
+    store.frozen = 3
+    verdict = store.dogs[2]._decide(lambda _: None, silence_s=0.0)
+    assert verdict == f"rank 3 never started; alive: ranks 0, 1, 2 {store.dogs[0]._status().at}"

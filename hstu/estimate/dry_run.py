@@ -226,8 +226,8 @@ class _NoCheck:
 
     found_inf, overflowed = None, False
 
-    def __call__(self, loss_sum: Tensor, finite: Tensor, batch: HSTUBatch) -> Tensor:
-        return loss_sum
+    def __call__(self, loss_sums: Tensor, finite: Tensor, batch: HSTUBatch) -> Tensor:
+        return loss_sums
 
     def mask(self, gradients: list[Tensor]) -> list[Tensor]:
         return gradients

@@ -64,18 +64,20 @@ class RankingDense(RankingModel):
 
     def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
         """See RankingModel. Predictions are logits."""
-        loss = self.loss_sum(outputs, batch.labels)
-        return ModelOutput(loss_sum=loss, num_labels=batch.num_labels.sum(), logits=outputs)
+        loss, by_task = self.loss_sum(outputs, batch.labels)
+        return ModelOutput(loss_sum=loss, num_labels=batch.num_labels.sum(), logits=outputs, task_losses=by_task)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """See RankingModel."""
         return self.of_head(tokens)
 
-    def loss_sum(self, logits: Tensor, actions: Tensor) -> Tensor:
-        """Summed loss, a float32 scalar. logits: float32 [M, last]; actions: int64 [M]."""
-        if self.is_multi_task:
-            return F.binary_cross_entropy_with_logits(logits, task_labels(actions, self.num_tasks), reduction="sum")
-        return F.cross_entropy(logits, actions - self.label_offset, reduction="sum")
+    def loss_sum(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``ModelOutput.loss_sum`` and ``task_losses``. logits: float32 [M, last]; actions: int64 [M]."""
+        if not self.is_multi_task:
+            return F.cross_entropy(logits, actions - self.label_offset, reduction="sum"), None
+        labels = task_labels(actions, self.num_tasks)
+        losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return losses.sum(), losses.detach().sum(0) if self.num_tasks > 1 else None
 
 
 def task_labels(actions: Tensor, num_tasks: int) -> Tensor:

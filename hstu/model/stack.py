@@ -35,6 +35,14 @@ class ModelOutput:
     """Ranking: float32 [M, last width of the head], in the order of ``batch.labels``; of all tasks side by side."""
     queries: Tensor | None = None
     """Retrieval evaluation: float32 [B, E], normalised, at each sequence's newest token; zeros for padding."""
+    task_losses: Tensor | None = None
+    """float32 [tasks], without gradients: the parts of ``loss_sum``. None if there is one task."""
+
+    @property
+    def loss_sums(self) -> Tensor:
+        """float32 [1 + tasks], without gradients: ``loss_sum`` and its parts."""
+        total = self.loss_sum.detach().float()[None]
+        return total if self.task_losses is None else torch.cat([total, self.task_losses])
 
 
 def mixed_precision(dtype_str: str, device_type: str) -> torch.autocast:

@@ -158,13 +158,13 @@ class MultiTaskDense(RankingModel):
 
     def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
         """See RankingModel. Predictions of all tasks are concatenated."""
-        losses = [
-            task.loss_sum(output, batch) for task, output in zip(self.each_task, self._split(outputs), strict=True)
-        ]
+        each = zip(self.each_task, self._split(outputs), strict=True)
+        losses = torch.stack([task.loss_sum(output, batch) for task, output in each])
         return ModelOutput(
-            loss_sum=torch.stack(losses).sum(),
+            loss_sum=losses.sum(),
             num_labels=batch.num_labels.sum(),
             logits=self._predictions(outputs),
+            task_losses=losses.detach() if len(losses) > 1 else None,
         )
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -91,7 +91,10 @@ class _ConsoleFormatter(PrintableFormatter):
 
 
 def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan) -> str:
-    """One aligned line: tok/s of all ranks, MFU per rank, ``eta_s`` seconds to the end, data wait only from 5 %."""
+    """One aligned line: tok/s of all ranks, MFU per rank, ``eta_s`` seconds to the end, data wait only from 5 %.
+
+    With several tasks, their parts of the loss follow in further lines.
+    """
     width = len(str(total_iters))
     parts = [
         f"iter {record.iteration:>{width}}/{total_iters}",
@@ -108,7 +111,9 @@ def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan)
     if record.skipped_steps:
         parts.append(f"{record.skipped_steps} skipped")
     line = "  ".join(parts)
-    return line if len(line) <= _TEXT_WIDTH else " ".join(parts)
+    line = line if len(line) <= _TEXT_WIDTH else " ".join(parts)
+    losses = [f"loss/{task} {_metric(loss)}" for task, loss in record.task_losses.items()]
+    return f"{line}\n{_wrapped('   ', losses)}" if losses else line
 
 
 def format_eval(record: EvalRecord, seconds: float = math.nan) -> str:
@@ -116,7 +121,12 @@ def format_eval(record: EvalRecord, seconds: float = math.nan) -> str:
     parts = [f"{name} {_metric(value)}" for name, value in record.metrics.items()]
     if math.isfinite(seconds):
         parts.append(f"({format_seconds(seconds)})")
-    lines = [f"eval {record.split} at iter {record.iteration}"]
+    return _wrapped(f"eval {record.split} at iter {record.iteration}", parts)
+
+
+def _wrapped(first: str, parts: Iterable[str]) -> str:
+    """``first`` and the parts, in lines that fit 120 columns."""
+    lines = [first]
     for part in parts:
         if len(lines[-1]) + 2 + len(part) > _TEXT_WIDTH:
             lines.append("   ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -33,7 +34,7 @@ def draw_curves(
     if not metrics_file.exists():
         return None
     records = read_metrics(metrics_file)
-    losses = [(r["iter"], r["loss"]) for r in records if r["kind"] == "train" and r["loss"] is not None]
+    losses = loss_curves(records, task_names)
     metrics = metric_curves(records, task_names)
     if not losses and not metrics:
         return None
@@ -45,11 +46,14 @@ def draw_curves(
         title = metrics_file.parent.resolve().name + (f"   (dotted: best, at iteration {best})" if best else "")
         figure.suptitle(title, x=0.01, ha="left", color=GREY, fontsize=11)
         first, *others = figure.subplots(rows, columns, squeeze=False).flat
-        _draw_losses(first, losses)
+        named = (*losses, *(task for curves in metrics.values() for _, task in curves))
+        tasks = dict.fromkeys(task for task in named if task)
+        colours = dict(zip(tasks, cycle(_TASK_COLOURS), strict=False))
+        _draw_losses(first, losses, colours)
         if not metrics:
             others[0].set(title="not evaluated yet", xticks=[], yticks=[])
         for axes, (name, curves) in zip(others, metrics.items(), strict=False):
-            _draw_metric(axes, name, curves)
+            _draw_metric(axes, name, curves, colours)
         for axes in (first, *others[: len(metrics)]) if best else ():
             axes.axvline(best, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
         for axes in others[panels - 1 :]:
@@ -58,6 +62,12 @@ def draw_curves(
             for axes in (first, *others[: len(metrics)]):
                 _add_epochs(axes, epochs[-1])
     return image
+
+
+def loss_curves(records: Sequence[Mapping[str, Any]], task_names: Sequence[str] = ()) -> dict[str, list[Point]]:
+    """Task, or "" for the loss → points (iteration, part of the loss), without undefined values."""
+    logged = [{**record, "kind": "eval", "split": "", "metrics": record} for record in records if "loss" in record]
+    return {task: points for (_, task), points in metric_curves(logged, task_names).get("loss", {}).items()}
 
 
 def metric_curves(
@@ -82,33 +92,40 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return list(pd.Series(values).ewm(alpha=1 / max(len(values) / 30, 1)).mean())
 
 
-def _draw_losses(axes: Axes, losses: Sequence[Point]) -> None:
-    if not losses:
+def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[Point]], colours: Mapping[str, str]) -> None:
+    """Draw the loss and its parts. Tasks have ``colours``; their sum is black."""
+    if "" not in losses:
         axes.set(title="no training loss logged", xticks=[], yticks=[])
         return
-    iterations, values = zip(*losses, strict=True)
-    many = len(values) >= 20
-    axes.plot(iterations, values, color=COLOURS[0], alpha=0.3 if many else 1.0, linewidth=1.0 if many else 2.0)
-    if many:
-        axes.plot(iterations, smoothed(values), color=COLOURS[0], linewidth=2.0)
-    else:
-        axes.plot(iterations, values, "o", color=COLOURS[0], markersize=4)
+    tasks = [task for task in losses if task]
+    for task in [*tasks, ""]:
+        iterations, values = zip(*losses[task], strict=True)
+        colour, many = colours.get(task, _BLACK if tasks else COLOURS[0]), len(values) >= 20
+        last = smoothed(values)[-1] if many else values[-1]
+        axes.plot(iterations, values, color=colour, alpha=0.3 if many else 1.0, linewidth=1.0 if many else 2.0)
+        if many:
+            axes.plot(iterations, smoothed(values), color=colour, linewidth=2.0)
+        else:
+            axes.plot(iterations, values, "o", color=colour, markersize=4)
+        if tasks:
+            axes.plot([], [], color=colour, linewidth=4, label=f"{task or 'sum'}  {last:.3f}")
     # A few huge losses at the start would flatten the rest of the curve.
-    low, high = min(values), float(np.quantile(values, 0.98))
+    low, high = min(value for points in losses.values() for _, value in points), float(np.quantile(values, 0.98))
     if many and max(values) > high + 2 * (high - low) > low:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.2 * (high - low))
-    last = smoothed(values)[-1] if many else values[-1]
     axes.set(xlabel="iteration", title=f"Training loss   {last:.3f}")
+    _add_legend(axes, tasks)
 
 
-def _draw_metric(axes: Axes, name: str, curves: Mapping[tuple[str, str], list[Point]]) -> None:
-    """Draw one metric. Tasks have colours; their mean is black."""
+def _draw_metric(
+    axes: Axes, name: str, curves: Mapping[tuple[str, str], list[Point]], colours: Mapping[str, str]
+) -> None:
+    """Draw one metric. Tasks have ``colours``; their mean is black."""
     last = [
         f"{split} {_star(split, points)}{points[-1][1]:.4f}" for (split, task), points in curves.items() if not task
     ]
     axes.set(xlabel="iteration", title="   ".join([name, *last]))
     tasks = [task for task in dict.fromkeys(task for _, task in curves) if task]
-    colours = {task: _TASK_COLOURS[index % len(_TASK_COLOURS)] for index, task in enumerate(tasks)}
     for task in [*tasks, ""]:
         colour = colours.get(task, _BLACK if tasks else COLOURS[0])
         label = task or "mean"
@@ -120,6 +137,10 @@ def _draw_metric(axes: Axes, name: str, curves: Mapping[tuple[str, str], list[Po
             _draw_curve(axes, points, split, colour, is_mean=bool(tasks) and task == "")
         if any(of_task == task for _, of_task in curves):  # tasks with names have no mean
             axes.plot([], [], color=colour, linewidth=4, label=label)
+    _add_legend(axes, tasks)
+
+
+def _add_legend(axes: Axes, tasks: Sequence[str]) -> None:
     if tasks:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, borderaxespad=0.0, handlelength=0.8)
 

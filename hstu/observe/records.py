@@ -47,6 +47,8 @@ class TrainRecord:
     """Steps whose gradients overflowed."""
     tables: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Dynamic table → its id counts by name."""
+    task_losses: Mapping[str, float] = field(default_factory=dict)
+    """Task → its part of ``loss``, written as "loss/<task>". Empty if there is one task."""
 
     def as_json(self) -> dict[str, Any]:
         """The object written to metrics.jsonl."""
@@ -55,7 +57,8 @@ class TrainRecord:
             del fields["tables"]
         if self.loss_scale is None:
             del fields["loss_scale"], fields["skipped_steps"]
-        return {"kind": "train", "iter": fields.pop("iteration"), **fields}
+        losses = {f"loss/{task}": loss for task, loss in fields.pop("task_losses").items()}
+        return {"kind": "train", "iter": fields.pop("iteration"), **fields, **losses}
 
     def scalars(self) -> dict[str, float]:
         """Numbers to plot over iterations, by name."""

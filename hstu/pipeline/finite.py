@@ -113,20 +113,20 @@ class FiniteCheck:
         """A signal that some rank had received by the last resolved step. Equal on all ranks."""
         self._pending: _Pending | None = None
 
-    def __call__(self, loss_sum: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
-        """Check one step and return ``loss_sum`` summed over the data-parallel ranks. Collective.
+    def __call__(self, loss_sums: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
+        """Check one step and return ``loss_sums`` summed over the data-parallel ranks. Collective.
 
-        loss_sum: float32 scalar of this rank. gradients_finite: bool scalar of this rank, before any averaging.
+        loss_sums: ``ModelOutput.loss_sums`` of this rank. gradients_finite: bool scalar, before any averaging.
         Raises NonFiniteStep for this step, or for the previous step if ``deferred``.
         """
         self.resolve()
-        received = loss_sum.new_zeros(len(STOP_SIGNALS))
+        received = loss_sums.new_zeros(len(STOP_SIGNALS))
         if self.received_signal is not None:
             received[STOP_SIGNALS.index(self.received_signal)] = 1.0
-        totals = torch.cat([torch.stack([loss_sum, (~gradients_finite).float()]), received])
+        totals = torch.cat([loss_sums, (~gradients_finite).float()[None], received])
         if self.mesh.dp_size > 1:
             dist.all_reduce(totals, group=self.mesh.dp_group)
-        bad = torch.cat([(~totals[:1].isfinite()).float(), totals[1:]])
+        bad = torch.cat([(~totals[:1].isfinite()).float(), totals[len(loss_sums) :]])
         if self.mesh.tp_cp_size > 1:  # each rank of a group computes the same loss
             dist.all_reduce(bad, group=self.mesh.tp_cp_group)
         good = bad == 0
@@ -134,10 +134,10 @@ class FiniteCheck:
         on_host = good.to("cpu", non_blocking=True)  # pinned, if copied from a GPU
         copied = torch.get_device_module(good.device).Event()
         copied.record()
-        self._pending = _Pending(self.mesh.heartbeat.iteration, on_host, copied, loss_sum, gradients_finite, batch)
+        self._pending = _Pending(self.mesh.heartbeat.iteration, on_host, copied, loss_sums[0], gradients_finite, batch)
         if not self.deferred:
             self.resolve()
-        return totals[0]
+        return totals[: len(loss_sums)]
 
     def mask(self, gradients: list[Tensor]) -> list[Tensor]:
         """Table gradients: zeros on the device if the step is not finite and ``deferred``."""

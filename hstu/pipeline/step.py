@@ -27,10 +27,16 @@ log = logging.getLogger(__name__)
 class StepResult:
     """One finished optimizer step."""
 
-    loss: Tensor
-    """Mean over the labelled tokens of the *global* batch: float32 scalar on the device, equal on all ranks."""
+    losses: Tensor
+    """Mean over the labelled tokens of the *global* batch, and its parts by task if there are several: float32
+    [1 + tasks] on the device, equal on all ranks."""
     batch: HSTUBatch
     """This rank's batch, on the device. A resumed run continues at its ``position``."""
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean, a scalar."""
+        return self.losses[0]
 
 
 class TrainStep:
@@ -73,21 +79,21 @@ class TrainStep:
         # Forward and backward of the dense part per micro-batch. Backward into the tables updates them,
         # so gradients stop at detached rows until the whole step's gradients exist.
         leaves = detach_rows(rows, batch.parts)
-        loss_sum = torch.zeros((), device=num_labels.device)
+        sums: list[Tensor] = []
         for index, part in enumerate(batch.parts):
             with gradient_sync(self.model.dense, is_last=index == len(batch.parts) - 1):
                 output = self.model.dense(leaves[index], part)
                 (output.loss_sum * loss_weight).backward()
-            loss_sum += output.loss_sum.detach().float()
+            sums.append(output.loss_sums)
             self.mesh.heartbeat.beat()
         row_gradients = collect_row_gradients(rows, leaves)
 
         # All ranks decide alike whether the step counts.
         finite = all_finite(row_gradients).logical_and(own_gradients_finite(self.model.dense))
-        loss = self.check(loss_sum, finite, batch.own) / num_labels
+        losses = self.check(sum(sums[1:], sums[0]), finite, batch.own) / num_labels
         overlap()
         if self.loss_scale is not None and not self._unscale(row_gradients, self.loss_scale):
-            return StepResult(loss, batch.own)
+            return StepResult(losses, batch.own)
 
         # Backward into the sharded tables, which updates fused tables; exchange of replicated tables' gradients.
         if rows:
@@ -98,7 +104,7 @@ class TrainStep:
         if self.max_grad_norm > 0:
             self.optimizers.clip_grad_norm(self.max_grad_norm)
         self.optimizers.step(self.check.found_inf)
-        return StepResult(loss, batch.own)
+        return StepResult(losses, batch.own)
 
     def _unscale(self, row_gradients: list[Tensor], loss_scale: LossScale) -> bool:
         """Unscale all gradients and update the loss scale. False: they overflow, skip the step."""

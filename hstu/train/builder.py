@@ -122,6 +122,7 @@ def _build(
         meter=ThroughputMeter(peak.value),
         flop_counter=FlopCounter(config.network, source.roles),
         total_iters=total_iters(config.trainer, source.batches_per_epoch),
+        loss_names=config.task_args.loss_names if isinstance(config.task_args, RankingArgs) else (),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -117,29 +118,36 @@ class Selection:
 
 
 class RunningLoss:
-    """The mean loss since the last record. Only ``pop`` and ``state_dict`` wait for the device."""
+    """The mean loss since the last record. Only ``pop`` and ``state_dict`` wait for the device.
 
-    def __init__(self, device: torch.device) -> None:
-        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+    ``tasks``: names of the tasks, each of which has a part of the loss; empty if there is one.
+    """
+
+    def __init__(self, device: torch.device, tasks: Sequence[str] = ()) -> None:
+        self._tasks = tasks
+        self._sums = torch.zeros(1 + len(tasks), dtype=torch.float64, device=device)
         self.steps = 0
 
-    def add(self, loss: Tensor) -> None:
-        """Add the loss of one step, a scalar on the device."""
-        self._sum += loss
+    def add(self, losses: Tensor) -> None:
+        """Add ``StepResult.losses`` of one step."""
+        self._sums += losses
         self.steps += 1
 
-    def pop(self) -> float:
-        """Return the mean and reset it."""
-        mean = float(self._sum) / self.steps
-        self._sum.zero_()
+    def pop(self) -> tuple[float, dict[str, float]]:
+        """Return the mean and its part by task, and reset them."""
+        mean, *parts = [total / self.steps for total in self._sums.tolist()]
+        self._sums.zero_()
         self.steps = 0
-        return mean
+        return mean, dict(zip(self._tasks, parts, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON."""
-        return {"sum": float(self._sum), "steps": self.steps}
+        total, *parts = self._sums.tolist()
+        return {"sum": total, "tasks": dict(zip(self._tasks, parts, strict=True)), "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore ``state_dict()``."""
-        self._sum.fill_(state_dict["sum"])
-        self.steps = state_dict["steps"]
+        """Restore ``state_dict()``. The part of a task that it lacks becomes nan until the next record."""
+        self.steps, parts = state_dict["steps"], state_dict.get("tasks", {})
+        unknown = math.nan if self.steps else 0.0
+        totals = [state_dict["sum"], *(parts.get(name, unknown) for name in self._tasks)]
+        self._sums.copy_(torch.tensor(totals, dtype=torch.float64))

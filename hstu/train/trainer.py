@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -55,12 +55,14 @@ class Trainer:
     meter: ThroughputMeter
     flop_counter: FlopCounter
     total_iters: int
+    loss_names: Sequence[str]
+    """Tasks whose parts of the loss are recorded."""
 
     def __post_init__(self) -> None:
         self._begun = time.monotonic()
         self._shift = 0
         """Iterations so far beyond those that batches of this run's size would have needed for the same samples."""
-        self._running_loss = RunningLoss(self.mesh.device)
+        self._running_loss = RunningLoss(self.mesh.device, self.loss_names)
         self._history = MetricsHistory()
         self._loss_scale = self.pipeline.step.loss_scale
         self.state.carried |= {"history": self._history, "running_loss": self._running_loss}
@@ -177,7 +179,7 @@ class Trainer:
         result = self.pipeline.progress(batches)
         self.state.iteration += 1
         self.state.position = result.batch.position or SamplerPosition()  # hand-made batches have no position
-        self._running_loss.add(result.loss)
+        self._running_loss.add(result.losses)
         tokens, flops = self.flop_counter.count(result.batch)
         self.meter.add(samples=result.batch.real_batch_size, tokens=tokens, flops=flops)
 
@@ -204,7 +206,7 @@ class Trainer:
 
     def _log(self, bar: tqdm[Any]) -> None:
         self.pipeline.resolve()
-        loss = self._running_loss.pop()
+        loss, task_losses = self._running_loss.pop()
         rates = self.meter.take(self._sum_over_ranks, self.mesh.world_size)
         self._last_throughput = rates
         scale = self._loss_scale
@@ -212,6 +214,7 @@ class Trainer:
             iteration=self.state.iteration,
             epoch=self._epoch(self.state.iteration),
             loss=loss,
+            task_losses=task_losses,
             lr=self.state.optimizers.learning_rate,
             samples_per_s=rates.samples_per_s,
             tokens_per_s=rates.tokens_per_s,

@@ -79,13 +79,14 @@ def train(
     """STEPS steps with evaluations in between: losses, positions, sizes of the batches trained on, metrics, weights."""
     pipeline, source, evaluator, state = assemble(make_config(store, pipeline_type, task, **options), mesh)
     batches = source.train_batches(SamplerPosition())
-    told: dict[str, Any] = {"losses": [], "positions": [], "real": [], "metrics": []}
+    told: dict[str, Any] = {"losses": [], "by task": [], "positions": [], "real": [], "metrics": []}
     for step in range(STEPS + 1):
         if step > 0:
             state.optimizers.set_lr_multiplier(1.0 / step)
             result = pipeline.progress(batches)
             assert result.batch.position is not None
             told["losses"].append(float(result.loss))
+            told["by task"].append(result.losses.tolist()[1:])
             told["positions"].append([result.batch.position.epoch, result.batch.position.consumed])
             told["real"].append(result.batch.real_batch_size)
         if step in evaluate_after:

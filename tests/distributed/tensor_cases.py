@@ -162,8 +162,8 @@ def new_run(mesh: Mesh, config: RunConfig) -> tuple[StoreSource, TrainState]:
 
 
 def train(mesh: Mesh, config: RunConfig, source: StoreSource, state: TrainState, steps: int) -> list[float]:
-    """So many steps from the state's position; the losses."""
-    return [float(result.loss) for result in train_steps(mesh, config, source, state, steps)]
+    """So many steps from the state's position; the losses, each followed by its parts by task."""
+    return [loss for result in train_steps(mesh, config, source, state, steps) for loss in result.losses.tolist()]
 
 
 def train_steps(

@@ -99,8 +99,8 @@ class Run:
             self.scale.load_state_dict(other.scale.state_dict())
 
     def train(self, steps: int) -> list[float]:
-        """So many steps, one after the other; the losses."""
-        return [float(advance(self.pipeline, self.batches, self.state).loss) for _ in range(steps)]
+        """So many steps, one after the other; the losses, each followed by its parts by task."""
+        return [loss for _ in range(steps) for loss in advance(self.pipeline, self.batches, self.state).losses.tolist()]
 
     def outcome(self, losses: list[float]) -> dict[str, Any]:
         """What it has learnt, and the metrics of the averaged weights."""

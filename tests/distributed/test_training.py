@@ -148,6 +148,7 @@ def runs(launches: Any) -> dict[int, dict[str, Any]]:
 
 def assert_same_training(others: dict[str, Any], alone: dict[str, Any]) -> None:
     np.testing.assert_allclose(list(others["losses"].values()), list(alone["losses"].values()), rtol=1e-5)
+    np.testing.assert_allclose(others["by task"], alone["by task"], rtol=1e-5)
     for part in ("tables", "dense"):
         assert others[part].keys() == alone[part].keys() and alone[part]
         for name, weight in alone[part].items():

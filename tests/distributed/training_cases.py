@@ -21,6 +21,7 @@ def train(mesh: Mesh, task: str, store: str, output: str, **options: Unpack[Tiny
         return {}
     return {
         "losses": {record["iter"]: record["loss"] for record in finished.records if record["kind"] == "train"},
+        "by task": [[record[key] for key in record if key.startswith("loss/")] for record in finished.records],
         "metrics": {record["split"]: record["metrics"] for record in finished.records if record["kind"] == "eval"},
         "tables": tables,
         "dense": {name: weight.tolist() for name, weight in dense_of(model).task.named_parameters()},

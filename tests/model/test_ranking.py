@@ -53,7 +53,10 @@ def test_multi_task_loss_is_the_summed_cross_entropy_of_each_bit() -> None:
         for task, logit in enumerate(row):
             probability = 1 / (1 + math.exp(-logit))
             expected -= math.log(probability if (action >> task) & 1 else 1 - probability)
-    assert float(model.loss_sum(logits, actions)) == pytest.approx(expected, rel=1e-5)
+    loss, by_task = model.loss_sum(logits, actions)
+    assert float(loss) == pytest.approx(expected, rel=1e-5) and by_task is not None
+    alone = [make_model([1]).loss_sum(logits[:, [bit]], actions >> bit) for bit in range(3)]
+    assert by_task.tolist() == pytest.approx([float(loss) for loss, _ in alone]) and alone[0][1] is None
     assert task_labels(actions, 3).tolist() == [[0, 0, 0], [1, 0, 1], [0, 1, 0], [1, 1, 1]]
 
 
@@ -62,7 +65,7 @@ def test_multi_class_loss_is_the_summed_cross_entropy_of_the_action(offset: int)
     model = make_model([5], label_offset=offset)
     logits, classes = torch.randn(4, 5), [0, 4, 2, 2]
     expected = -sum(float(row.log_softmax(0)[c]) for row, c in zip(logits, classes, strict=True))
-    assert float(model.loss_sum(logits, torch.tensor(classes) + offset)) == pytest.approx(expected, rel=1e-5)
+    assert float(model.loss_sum(logits, torch.tensor(classes) + offset)[0]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_sums_of_two_half_batches_are_those_of_the_whole() -> None:

@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,12 +26,12 @@ def clean_logging() -> Iterator[None]:
     tear_down_logging()
 
 
-def record(iteration: int = 200, **values: float) -> TrainRecord:
+def record(iteration: int = 200, **values: Any) -> TrainRecord:
     given = dict(
         epoch=1.5, loss=4.1234, lr=1e-3, samples_per_s=1234.0, tokens_per_s=131_000.0, tflops=0.123, mfu=0.345,
         data_wait=0.01, memory_bytes=1.5 * 2**30, time_s=10.0,
     )  # fmt: skip
-    return TrainRecord(iteration=iteration, **{**given, **values})  # type: ignore[arg-type]
+    return TrainRecord(iteration=iteration, **{**given, **values})
 
 
 def test_progress_is_logged_every_ten_seconds_with_the_time_left(
@@ -82,6 +83,14 @@ def test_waiting_for_data_and_skipped_steps_are_shown_where_they_matter() -> Non
     assert "wait" not in format_train(record(data_wait=0.04), 1000)
     assert format_train(record(data_wait=0.34), 1000).endswith("  wait 34%")
     assert format_train(record(skipped_steps=2), 1000).endswith("  2 skipped")
+
+
+def test_the_parts_of_a_loss_follow_in_further_lines() -> None:
+    losses = {f"task{task}": 0.25 for task in range(9)}
+    first, *others = format_train(record(task_losses=losses), 1000).split("\n")
+    assert first == format_train(record(), 1000)
+    assert len(others) == 2 and all(line.startswith("     loss/task") and len(line) <= 111 for line in others)
+    assert " ".join(others).split() == [word for task in losses for word in (f"loss/{task}", "0.2500")]
 
 
 def test_many_metrics_go_on_in_further_lines() -> None:

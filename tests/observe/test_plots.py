@@ -58,8 +58,9 @@ def test_both_panels_show_something(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".new"] == []
 
 
+@pytest.mark.parametrize("count", [3, 50])
 def test_the_best_iteration_is_marked_and_the_legend_names_what_is_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -71,10 +72,14 @@ def test_the_best_iteration_is_marked_and_the_legend_names_what_is_drawn(
     )
     metrics = {"AUC/click": 0.7, "AUC/like": 0.6}
     records = [{"kind": "eval", "iter": 200, "split": "valid", "metrics": metrics}]
+    several = [{**record, "loss/click": record["loss"] / 4, "loss/task1": None} for record in losses(count)]
+    several[-1]["loss/task1"] = 0.25
+    metrics_file = write(tmp_path / "metrics.jsonl", several + records)
     with contextlib.suppress(FileNotFoundError):  # nothing is saved
-        draw_curves(write(tmp_path / "metrics.jsonl", losses(3) + records), tmp_path / "curves.png", best=200)
+        draw_curves(metrics_file, tmp_path / "curves.png", ["click", "like"], best=200)
     assert marked == [200, 200]
-    assert [label.split()[0] for labels in legends for label in labels] == ["click", "like"]
+    expected = [["click", "like", "sum"], ["click", "like"]]
+    assert [[label.split()[0] for label in labels] for labels in legends] == expected
 
 
 @pytest.mark.parametrize("records", [losses(1), evaluations()])

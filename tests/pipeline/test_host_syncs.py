@@ -167,10 +167,10 @@ class PageableCopies(TorchDispatchMode):
 class MetaCheck(FiniteCheck):
     """A meta tensor cannot be copied to the host, not even behind its back."""
 
-    def __call__(self, loss_sum: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
+    def __call__(self, loss_sums: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
         assert gradients_finite.is_meta
         self.found_inf = gradients_finite.float()
-        return loss_sum
+        return loss_sums
 
 
 def rows_of_sharded_tables(model: GRModel, batch: HSTUBatch) -> dict[str, Tensor]:

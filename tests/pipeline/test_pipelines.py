@@ -19,13 +19,14 @@ from hstu.pipeline.pipelines import TrainPipeline
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import PIPELINES, STEPS, assemble, make_config, train, write_store
 from tests.helpers import error_of
-from tests.train.tiny import TOWER
+from tests.train.tiny import OF_THE_ACTION, TOWER
 
 AHEAD = ("native", "prefetch")
 ADAM, ADAGRAD = {"optimizer_str": "adam"}, {"optimizer_str": "adagrad"}
 CASES: dict[str, Any] = {
     "ranking, two widths": {"optimizer": ADAGRAD, "network": {"contextual_embedding_dim": 8}},
     "ranking, clipped": {"optimizer": ADAM, "trainer": {"max_grad_norm": 0.05}},
+    "ranking, tasks": {"task_args": OF_THE_ACTION, "dataset": {"max_num_candidates": 2}},
     "all tables replicated": {"sharded": [], "network": {"position_encoding": "relative_bias"}},
     "retrieval, shared negatives": {
         "task": "retrieval",
@@ -79,6 +80,7 @@ def test_what_is_compared_trains_over_an_uneven_epoch_end(runs: Any, ranks: int,
     of_ranks = [told[f"{case}, none"] for told in runs[ranks]]
     for told in of_ranks:
         assert told["losses"] == of_ranks[0]["losses"] and len(set(told["losses"])) == STEPS
+        assert told["by task"] == of_ranks[0]["by task"] and any(told["by task"]) == (case == "ranking, tasks")
         assert len({json.dumps(metrics) for metrics in told["metrics"]}) > 1
     last_of_epoch = of_ranks[0]["positions"].index([1, 4 * ranks]) - 1
     real = sorted(told["real"][last_of_epoch] for told in of_ranks)

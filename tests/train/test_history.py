@@ -99,10 +99,16 @@ def test_the_mode_says_what_is_better_and_nan_never_is() -> None:
 
 
 def test_the_running_mean_goes_on_in_another_process() -> None:
-    before, after = (RunningLoss(torch.device("cpu")) for _ in range(2))
+    before, after, older = (RunningLoss(torch.device("cpu"), ["click", "like"]) for _ in range(3))
     for loss in (1 / 3, 1e-9):
-        before.add(torch.tensor(loss))
-    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
-    for one in (before, after):
-        one.add(torch.tensor(0.7))
-    assert after.pop() == before.pop() and after.steps == 0
+        before.add(torch.tensor([loss, 2 * loss / 3, loss / 3]))
+    stored = json.loads(json.dumps(before.state_dict()))
+    after.load_state_dict(stored)
+    older.load_state_dict({"sum": stored["sum"], "steps": 2})
+    for one in (before, after, older):
+        one.add(torch.tensor([0.7, 0.4, 0.3]))
+    mean, parts = before.pop()
+    assert after.pop() == (mean, parts) and after.steps == 0 and sum(parts.values()) == pytest.approx(mean)
+    assert older.state_dict()["sum"] / 3 == mean and all(math.isnan(part) for part in older.pop()[1].values())
+    older.add(torch.tensor([0.75, 0.5, 0.25]))
+    assert older.pop() == (0.75, {"click": 0.5, "like": 0.25}), "known from the first record on"

@@ -104,6 +104,30 @@ def test_micro_batches_train_as_the_whole_batch(mesh: Mesh, store: SequenceStore
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+def test_the_part_of_a_task_is_the_loss_of_a_run_that_counts_it_alone(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path
+) -> None:
+    """Read out by weights that round away the other tasks. Nothing is learnt, so that the runs stay alike."""
+    own = [*tasks(), RankingTaskArgs(name="pairs", label="click", loss="pairwise", weight=0.3)]
+    options: Any = {
+        "trainer": {"gradient_accumulation_steps": 3, "train_batch_size": 4, "log_interval": 3},
+        "optimizer": {"optimizer_str": "sgd", "learning_rate": 1e-30},
+    }
+
+    def records(number: int, chosen: list[RankingTaskArgs]) -> list[dict[str, Any]]:
+        return run(task_config(store, tmp_path / str(number), task_args={"tasks": chosen}, **options), mesh).records
+
+    whole = records(-1, own)
+    assert len({record["loss"] for record in whole}) == len(whole) == 2
+    for number, task in enumerate(own):
+        alone = records(number, [replace(other, weight=task.weight if other is task else 1e-30) for other in own])
+        assert [record[f"loss/{task.task_name}"] for record in whole] == [record["loss"] for record in alone]
+    for record in whole:
+        parts = [record[f"loss/{task.task_name}"] for task in own]
+        assert sum(parts) == pytest.approx(record["loss"], rel=1e-6) and min(parts) > 0.01
+    assert not any("/" in key for record in records(len(own), own[:1]) for key in record), "one task"
+
+
 def test_numbers_are_labels_as_they_are(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
     task = RankingTaskArgs(label="dwell", kind="regression")
     config = task_config(store, tmp_path, task_args={"tasks": [task]})

@@ -160,6 +160,13 @@ class RankingArgs(Args):
     )
     """Metrics. AUC>=K is the AUC of "the class is at least K", for star ratings."""
 
+    @property
+    def loss_names(self) -> list[str]:
+        """Names of the tasks in metrics, each of which has a part of the loss; empty if there is one task."""
+        bits = self.num_tasks if self.prediction_head_arch[-1] == self.num_tasks else 0
+        names = [task.task_name for task in self.tasks or ()] or [f"task{bit}" for bit in range(bits)]
+        return names if len(names) > 1 else []
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalArgs(Args):

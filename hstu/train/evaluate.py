@@ -214,6 +214,7 @@ class RetrievalEvaluator(Evaluator):
         super().__init__(model, mesh, max_iters)
         self.args = args
         self.source = source
+        self._warnings: set[str] = set()
 
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
         """See Evaluator. The corpus loses a user's ``seen`` items, also the held-out item: it is then a miss."""
@@ -225,7 +226,10 @@ class RetrievalEvaluator(Evaluator):
         found = Observations(users, targets, history, np.arange(len(users)), ranks, scores).gathered(self._gather)
         if missed := int(self._gather(queries.is_target_seen).sum()):
             why = "are items that their user had before, which filter_seen = True leaves out: they count as misses"
-            log.warning("eval: %d of %d targets %s", missed, len(found), why)
+            warning = f"eval: {missed} of {len(found)} targets {why}"
+            if warning not in self._warnings:  # once per split, not at each evaluation
+                log.warning(warning)
+            self._warnings.add(warning)
         return found
 
     def _collect_queries(self, batches: Iterable[HSTUBatch], device: torch.device) -> tuple[Queries, np.ndarray]:

@@ -75,9 +75,12 @@ class Retrieval(RetrievalEvaluator):
         return np.concatenate([array, next(self.others, array[:0])])
 
 
-def test_retrieval_evaluation_ignores_padding_and_leaves_the_model_as_it_was() -> None:
+def test_retrieval_evaluation_ignores_padding_and_leaves_the_model_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
     model, batches, ranks = retrieval_batches()
-    result = Retrieval(model).evaluate(batches)
+    evaluator = Retrieval(model)
+    result = evaluator.evaluate(batches)
+    assert evaluator.evaluate(batches) == result
+    assert caplog.text.count("1 of 5 targets are items that their user had before") == 1, "not at each evaluation"
     assert result == retrieval_metrics(list(result), ranks)
     assert result["HR@500"] == 0.8  # K beyond the corpus; one target of five is an item that its user had before
     assert model.training and model.table.requires_grad

@@ -22,7 +22,7 @@ from hstu.config.option import located
 from hstu.config.problems import did_you_mean
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.features.values import label_columns
-from hstu.data.store.layout import NUMBER_ROLES
+from hstu.data.store.layout import NUMBER_ROLES, TIME_FEATURES
 from hstu.data.store.sequence_store import SequenceStore
 
 
@@ -120,7 +120,9 @@ def resolve_roles(
         for name in names:
             if name not in allowed:
                 text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
-                if role == "side" and not of_items:
+                if name in TIME_FEATURES and store.timestamp_feature is None:
+                    text += ". It is computed from times, and the data has none: preprocess it again with --time"
+                elif role == "side" and not of_items:
                     text += f". Data preprocessed without them has none. {store.remedy()}"
                 problems.append(located(owner, parameter, text + did_you_mean(name, allowed)))
     if item_tower and not chosen.tower and not problems:

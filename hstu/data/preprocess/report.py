@@ -21,7 +21,6 @@ _CHUNK = 1 << 22
 _TRUNCATED_AT = (50, 200, 1000)
 """Values of max_sequence_length whose truncation the report shows."""
 _MOST_ACTIONS = 50
-_CELL_WIDTH = 70
 
 
 def format_report(store: SequenceStore) -> str:
@@ -83,7 +82,7 @@ def write_report(store: SequenceStore, folder: Path) -> Path:
         "## Lengths and popularity\n",
         _quantiles(quantiles),
         "## Most frequent\n",
-        _table(("", "values", "most frequent"), _most_frequent(store, counts)),
+        *(f"{_as_code(line)}\n" for line in _most_frequent(store, counts)),
         "## Raw files\n",
         _table(("file", "SHA-256"), store.sources.items()),
         f"Made by `{printable(store.command or 'a program', keep='').replace('`', chr(39))}`\n",
@@ -101,8 +100,8 @@ def _rows(store: SequenceStore, lengths: np.ndarray) -> Iterator[tuple[str, obje
         first, last, tied, users = _times(store)
         for what, second in (("first event", first), ("last event", last)):
             yield what, f"{datetime.fromtimestamp(second, UTC):%Y-%m-%d %H:%M:%S} UTC"
-        yield "events at the second of the event before, and therefore in the order of the file", tied
-        yield "users whose last two events are of one second, so that the file decides which is last", users
+        yield "events at the second of the event before, in the order of the file", tied
+        yield "users whose last two events are of one second: the file decides", users
     for limit in _TRUNCATED_AT:
         cut = np.maximum(lengths - limit, 0)
         share = f"{(cut > 0).mean():.1%} of the users, {cut.sum() / lengths.sum():.1%} of the events"
@@ -144,13 +143,13 @@ def _quantiles(rows: Sequence[tuple[str, np.ndarray]]) -> str:
     return _table(names, found)
 
 
-def _most_frequent(store: SequenceStore, of_items: np.ndarray) -> Iterator[tuple[str, str, str]]:
-    """Feature, number of values, and most frequent values with their number of users, items or events."""
+def _most_frequent(store: SequenceStore, of_items: np.ndarray) -> Iterator[str]:
+    """Per feature its number of values, and the most frequent with their number of users, items or events."""
     raw, titles = store.raw_ids(store.item_feature), store.titles()
     names = raw if titles is None else [f"{raw_id} {title}" for raw_id, title in zip(raw, titles, strict=True)]
-    yield f"{store.item_feature}, events", f"{len(of_items):,}", _shown(names, of_items, 10)
+    yield f"{store.item_feature}, events ({len(of_items):,}): {_shown(names, of_items, 10)}"
     if (action := store.action_feature) is not None:
-        yield f"{action}, events", f"{store.cardinality(action):,}", _actions(store, action)
+        yield f"{action}, events ({store.cardinality(action):,}): {_actions(store, action)}"
     for kind, features in (
         ("users", {name: np.bincount(store.context(name)) for name in store.contextual_features
                    if name != USER_FEATURE}),
@@ -158,7 +157,7 @@ def _most_frequent(store: SequenceStore, of_items: np.ndarray) -> Iterator[tuple
         ("events", {name: _event_counts(store, name) for name in store.event_features}),
     ):  # fmt: skip
         for name, counts in features.items():
-            yield f"{name}, {kind}", _values_of(store, name), _shown(store.raw_ids(name), counts, 5)
+            yield f"{name}, {kind} ({_values_of(store, name)}): {_shown(store.raw_ids(name), counts, 5)}"
 
 
 def _actions(store: SequenceStore, action: str) -> str:
@@ -192,8 +191,12 @@ def _table(header: Sequence[str], rows: Any) -> str:
     """A Markdown table. Numbers get thousands separators; floats are rounded to two decimals."""
     formats = {float: ",.2f", int: ","}
     cells = [[_as_text(format(value, formats.get(type(value), ""))) for value in row] for row in rows]
-    wrapped = [[textwrap.fill(cell, _CELL_WIDTH) for cell in row] for row in cells]
-    return tabulate(wrapped, [_as_text(name) for name in header], tablefmt="pipe", disable_numparse=True) + "\n"
+    return tabulate(cells, [_as_text(name) for name in header], tablefmt="pipe", disable_numparse=True) + "\n"
+
+
+def _as_code(text: str) -> str:
+    """A Markdown block of raw data as it is, whose lines fit a terminal."""
+    return textwrap.fill(printable(text, keep=""), 120, initial_indent=" " * 4, subsequent_indent=" " * 8)
 
 
 def _as_text(text: str) -> str:

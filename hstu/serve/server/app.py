@@ -267,8 +267,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        found = error.errors()
-        problems = [{"where": _where(each), "problem": str(each["msg"])} for each in found[:_SHOWN_PROBLEMS]]
+        found: dict[str, list[str]] = {}
+        for each in error.errors():  # one per type that a value may have
+            found.setdefault(_where(each, error.body), []).append(str(each["msg"]).removeprefix("Input should be "))
+        told = {where: " or ".join(dict.fromkeys(messages)) for where, messages in found.items()}
+        told = {where: f"expected {text}" if text[:1].islower() else text for where, text in told.items()}
+        problems = [{"where": where, "problem": text} for where, text in [*told.items()][:_SHOWN_PROBLEMS]]
         more = f"; the first {_SHOWN_PROBLEMS} are shown" if len(found) > _SHOWN_PROBLEMS else ""
         return _failure(422, f"the request has {len(found)} problem(s){more}", problems=problems)
 
@@ -287,12 +291,19 @@ def _add_error_handlers(app: FastAPI) -> None:
         return _failure(error.status_code, str(error.detail), error.headers)
 
 
-def _where(error: Mapping[str, Any]) -> str:
+def _where(error: Mapping[str, Any], body: Any) -> str:
     """The location of an error, such as "items[3]". Long names are cut, because clients choose them."""
     _, *location = error["loc"]  # the first entry is "body" or "query"
     if error["type"] == "json_invalid":
         return f"character {location[0]}"
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part[:80]}" for part in location]
+    parts: list[str] = []
+    for part in location:
+        try:
+            body = body[part]
+        except (KeyError, IndexError, TypeError):
+            if parts and error["type"] != "missing":
+                break  # the name of a type that the value may have
+        parts.append(f"[{part}]" if isinstance(part, int) else f".{part[:80]}")
     return "".join(parts).removeprefix(".") or "the request"
 
 

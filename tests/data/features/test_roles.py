@@ -22,3 +22,7 @@ def test_roles_follow_the_users_choice_and_order(make_store: MakeStore) -> None:
         roles(contextual_feature_names=["d"], item_feature_name="movie", action_feature_name="a")
     assert len(error.value.problems) == 3
     assert "'d' is no context feature" in str(error.value) and "allowed: a, b, c" in str(error.value)
+    assert roles(side_feature_names=["time_gap"])[-1] == "time_gap"
+    store.timestamp_feature, store.time_features = None, {}
+    with pytest.raises(ConfigError, match=r"'time_gap' .*computed from times, and the data has none: .* with --time$"):
+        roles(side_feature_names=["time_gap"])

@@ -16,8 +16,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
@@ -31,11 +30,12 @@ from hstu.model.gr_model import GRModel
 from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import UpdateRows
-from hstu.parallel.collectives import gather_objects, on_rank_0
+from hstu.parallel.collectives import on_rank_0
 from hstu.parallel.dynamic.collection import DynamicSharder, RowSparseDynamicCollection, ShardedDynamicCollection
 from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_names, plan_memory, split_tables
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Heartbeat, Mesh
+from hstu.parallel.planner import build_planner, pack_plan, unpack_plan
 from hstu.parallel.table_kernels import CollectionSharder, RowSparseEmbeddingCollection
 from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 
@@ -107,7 +107,10 @@ def shard(
         training |= prepare_tables(model, model.specs, args, memory)
         room = least_room(room_of_rank(mesh.device, mesh.local_world_size, beside_tables), mesh.world_group)
         ranks = TableRanks(mesh.world_size, mesh.local_world_size, device, room)
-        plan = on_rank_0(lambda: plan_sharding(model, model.specs, training, memory, config, ranks), mesh.world_group)
+        packed = on_rank_0(
+            lambda: pack_plan(plan_sharding(model, model.specs, training, memory, config, ranks)), mesh.world_group
+        )
+        plan = unpack_plan(packed, device, mesh.local_world_size)
         planned = {name: table for tables in plan.plan.values() for name, table in tables.items()}
         log.info("tables: %s", {name: table.sharding_type for name, table in planned.items()})
         for name, table in planned.items():
@@ -151,10 +154,10 @@ def room_of_rank(device: torch.device, ranks_on_host: int, beside_tables: Callab
 
 def least_room(own: TableRoom, group: dist.ProcessGroup) -> TableRoom:
     """Return the least memory of all ranks, because TorchRec's planner assumes equal ranks."""
-    rooms = gather_objects(own, group)
-    return TableRoom(
-        min(room.gpu for room in rooms), min(room.host for room in rooms), max(room.beside_tables for room in rooms)
-    )
+    least = torch.tensor([own.gpu, own.host, -own.beside_tables])
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    gpu, host, beside_tables = least.tolist()
+    return TableRoom(gpu, host, -beside_tables)
 
 
 def plan_sharding(
@@ -183,11 +186,10 @@ def plan_sharding(
         hbm_cap=ranks.room.gpu,  # the default is 32 GiB for any device
         ddr_cap=ranks.room.host,
     )
-    # By default TorchRec reserves 15 % and six times the dense weights. ``room`` already excludes such memory.
-    nothing_more = FixedPercentageStorageReservation(percentage=0.0)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints, storage_reservation=nothing_more)
     try:
-        return planner.plan(model, table_sharders(config.optimizer, ranks.device_type, specs))
+        return build_planner(topology, constraints).plan(
+            model, table_sharders(config.optimizer, ranks.device_type, specs)
+        )
     except PlannerError as error:
         sharded = [spec for spec in specs if not spec.replicated]
         raise _at_the_largest(sharded, config, _why_not(sharded, training, ranks)) from error

@@ -7,11 +7,12 @@ import psutil
 import pytest
 import torch
 from torch import nn
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.types import ShardingPlan
 
 from hstu.config.args import OptimizerArgs
 from hstu.model.embedding import TableSpec, build_collections
-from hstu.parallel import tables
+from hstu.parallel import planner, tables
 from hstu.parallel.dynamic.memory import MemoryPlan
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import (
@@ -57,6 +58,30 @@ def fits(rows: int, optimizer: str, room: TableRoom, kernel: str | None = None, 
         return bool(plan(rows, optimizer, room, kernel, ranks))
     except TablesDoNotFit:
         return False
+
+
+def plan_over(ranks: int, sharding: str) -> ShardingPlan:
+    """The plan of five tables of which the last is a quarter as wide."""
+    specs = (
+        TableSpec(f"t{each}", 10**6 + each, 256 >> each // 4 * 2, (f"f{each}",), False, sharding, 0.02)
+        for each in range(5)
+    )
+    return plan_of(tuple(specs), {}, TableRanks(ranks, 8, "cuda", A80))
+
+
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise", "column_wise", "auto"])
+def test_shards_of_one_size_are_estimated_once_and_sent_in_few_bytes(
+    sharding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan_over(64, sharding)
+    monkeypatch.setattr(planner._EstimateOfSizes, "estimate", EmbeddingPerfEstimator.estimate)
+    assert planned.plan == plan_over(64, sharding).plan, "as TorchRec plans"
+    assert planner.unpack_plan(planner.pack_plan(planned), "cuda", 8).plan == planned.plan
+
+
+def test_the_bytes_of_a_plan_do_not_grow_with_the_ranks() -> None:
+    sizes = [len(planner.pack_plan(plan_over(ranks, "row_wise"))) for ranks in (8, 64, 512)]
+    assert sizes[0] < 700 and sizes[2] < 1500 and sizes[2] - sizes[1] < 8 * 100, f"{sizes}; pickled: 196 kB at 512"
 
 
 @pytest.mark.parametrize(("optimizer", "states"), [("sgd", 0), ("rowwise_adagrad", 1), ("adagrad", 256), ("adam", 512)])

@@ -98,10 +98,10 @@ def search(config: RunConfig, world_size: int, ranks_per_host: int, machine: Mac
 
 
 def _group_sizes(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator[tuple[int, int]]:
-    """(tensor-parallel size, context-parallel size) whose product divides the heads, the ranks and a host's ranks."""
+    """(tensor-parallel size, context-parallel size): the first divides the heads, both the ranks and a host's ranks."""
     heads = config.network.num_attention_heads
-    for tp, cp in product(range(1, min(heads, ranks_per_host) + 1), repeat=2):
-        if all(number % (tp * cp) == 0 for number in (heads, world_size, ranks_per_host)):
+    for tp, cp in product(range(1, ranks_per_host + 1), repeat=2):
+        if heads % tp == 0 and all(number % (tp * cp) == 0 for number in (world_size, ranks_per_host)):
             yield tp, cp
 
 

@@ -181,7 +181,8 @@ def head_fits_the_labels(run: RunDraft, built: Built) -> Problems:
 def kernels_run_here(run: RunDraft, built: Built) -> Problems:
     """This machine has the kernels that strict_kernel_backend and EmbeddingArgs.compute_kernel require."""
     network, device = run.network, _device_type()
-    shapes = kernel_shapes(network, run.tensor_parallel.tensor_model_parallel_size)
+    tp, cp = run.tensor_parallel, run.context_parallel
+    shapes = kernel_shapes(network, tp.tensor_model_parallel_size, cp.context_parallel_size)
     wanted = network.kernel_backend, network.strict_kernel_backend, torch.device(device), shapes
     yield from check(run, network, "kernel_backend", select_kernels, *wanted)
     tables = {table.table_name: table for table in run.embeddings}

@@ -50,16 +50,18 @@ def mixed_precision(dtype_str: str, device_type: str) -> torch.autocast:
     return torch.autocast(device_type, dtype=DTYPES[dtype_str], enabled=dtype_str != "float32")
 
 
-def kernel_shapes(network: NetworkArgs, tp_size: int = 1) -> KernelShapes:
-    """Model properties on one of ``tp_size`` tensor-parallel ranks that determine which kernels support it."""
+def kernel_shapes(network: NetworkArgs, tp_size: int = 1, cp_size: int = 1) -> KernelShapes:
+    """Model properties on one of tp_size · cp_size ranks of a layer that determine which kernels support it."""
+    heads = network.num_attention_heads // tp_size
     return KernelShapes(
         head_dim=network.kv_channels,
-        num_heads=network.num_attention_heads // tp_size,
+        num_heads=heads,
         hidden_size=network.hidden_size,
         item_dim=network.item_width,
         dtype=DTYPES[network.dtype_str],
         has_bias=network.has_relative_bias,
         has_window=network.has_window,
+        has_ranges=heads % cp_size > 0,
     )
 
 

@@ -7,13 +7,48 @@ weight gradients over these ranks: the average is then the sum over tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from hstu.ops.layout import JaggedLayout
 
+if TYPE_CHECKING:
+    from hstu.ops.kernels import AttentionConfig
+
 Pending = Callable[[], Tensor]
 """A collective in progress: waits for it and returns its result."""
+TokenSets = Sequence[Sequence[range]]
+"""Tokens of the batch that each group of context-parallel ranks has for attention: ascending ranges per group."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionShare:
+    """What a rank computes of the attention of a batch, for some of the heads."""
+
+    layout: JaggedLayout
+    """Layout of the tokens whose keys and values the rank has."""
+    config: AttentionConfig
+    """Settings for this layout."""
+    queries: range | None = None
+    """Tokens of ``layout`` for which it computes the output; None: all."""
+    queries_of: TokenSets = ()
+    keys_of: TokenSets = ()
+
+    @property
+    def parts(self) -> list[tuple[slice | int, TokenSets]]:
+        """What is exchanged: parts of dimension 2 of [T, H, (v q k), d], and whose tokens each group gets."""
+        if self.queries is None:
+            return [(slice(None), self.keys_of)]
+        return [(slice(0, 3, 2), self.keys_of), (1, self.queries_of)]
+
+    def unpack(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """v, q and k, or their gradients, in the tensors that :attr:`parts` lists."""
+        if self.queries is None:
+            return parts[0].unbind(2)
+        (v, k), q = parts[0].unbind(2), parts[1]
+        return v, q, k
 
 
 class LayerComm:
@@ -50,12 +85,24 @@ class LayerComm:
         """Begin to sum tensor-parallel results: a reduce-scatter with sequence parallelism, else an all-reduce."""
         return lambda: partial
 
-    def tokens_to_heads(self, own: Tensor) -> Pending:
-        """Begin to exchange own tokens [T / cp_size, H, …] for all tokens of own heads [T, H / cp_size, …]."""
+    def share_attention(
+        self, layout: JaggedLayout, config: AttentionConfig, heads: int, has_bias: bool, ranges: bool
+    ) -> AttentionShare:
+        """What this rank computes of the attention of ``heads`` heads of the tokens that :meth:`split_tokens` split.
+
+        ranges: whether the kernels serve ranges of queries.
+        """
+        return AttentionShare(layout, config)
+
+    def tokens_to_heads(self, own: Tensor, tokens: TokenSets) -> Pending:
+        """Begin to exchange own tokens [T / cp_size, H, …] for the ``tokens`` of this rank's group, some heads each."""
         return lambda: own
 
-    def heads_to_tokens(self, own: Tensor, out: Tensor | None = None) -> Pending:
-        """Begin the inverse of :meth:`tokens_to_heads`. ``out``: where to write the result, any strides."""
+    def heads_to_tokens(self, own: Tensor, tokens: TokenSets, out: Tensor | None = None) -> Pending:
+        """Begin the inverse of :meth:`tokens_to_heads`; several groups' rows of a token are added.
+
+        out: where to write the result, any strides.
+        """
         return lambda: own if out is None else out.copy_(own)
 
     def token_ranges(self, num_tokens: int) -> list[range]:

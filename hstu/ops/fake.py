@@ -11,9 +11,11 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hstu.data.batches.jagged import run_starts
 from hstu.ops import costs
 from hstu.ops.costs import Cost, TwoPasses
 from hstu.ops.kernels import (
@@ -48,6 +50,7 @@ def fake_kernels(backend: Backend, report: Report) -> Kernels:
             partial(_attention, report, copies),
             partial(_attention_backward, report, copies),
             differentiates_silu=backend is not Backend.CPU,
+            serves_ranges=backend is not Backend.CUTLASS,
         ),
         sampled_softmax_loss=loss,
         pool_softmax_loss=loss,
@@ -69,7 +72,7 @@ def _attention(report: Report, copies: bool, inputs: AttentionInputs) -> Tensor:
     report("attention", _attention_cost(inputs).forward, inputs.q, inputs.k, inputs.v)
     copied = _copies(inputs, rows=4, padded=4, blocks=1) if copies else []
     del copied
-    return torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
+    return torch.empty(inputs.q.shape, dtype=inputs.v.dtype, device=inputs.v.device)
 
 
 def _attention_backward(
@@ -86,11 +89,11 @@ def _copies(inputs: AttentionInputs, rows: int, padded: int, blocks: int) -> lis
     """Temporaries of hstu/ops/pytorch/attention.py: ``rows`` copies of all tokens, ``padded`` copies of a group of
     padded sequences and one more, or five of the next group, and ``blocks`` of scores."""
     (_, heads, width), q = inputs.q.shape, inputs.q
-    shapes = [tokens.shape for tokens, _ in islice(groups(inputs.layout, inputs.config, heads), 2)]
+    shapes = [each.tokens.shape for each in islice(groups(inputs.layout, inputs.config, heads), 2)]
     first, second = [*shapes, torch.Size((0, 0)), torch.Size((0, 0))][:2]  # the first has the longest sequences
     copy, more = (heads * width * shape.numel() for shape in (first, second))
     scores = heads * first.numel() * min(ROWS_PER_BLOCK[q.device.type], first[1])
-    sizes = [*[q.numel()] * rows, *[copy] * padded, max(copy, 5 * more), *[scores] * blocks]
+    sizes = [*[max(q.numel(), inputs.k.numel())] * rows, *[copy] * padded, max(copy, 5 * more), *[scores] * blocks]
     return [q.new_empty(size, dtype=torch.promote_types(q.dtype, torch.float32)) for size in sizes]
 
 
@@ -99,7 +102,14 @@ def _attention_cost(inputs: AttentionInputs) -> TwoPasses:
     window = costs.Window(config.max_span, config.full_tokens, layout.num_contextuals)
     lengths, candidates = layout.seqlens, layout.num_candidate_tokens_host
     _, heads, width = q.shape
-    return costs.attention(lengths, candidates, heads, width, q.element_size(), config.is_causal, window)
+    whole = costs.attention(lengths, candidates, heads, width, q.element_size(), config.is_causal, window)
+    if inputs.queries is None:
+        return whole
+    starts = run_starts(lengths)
+    first, stop = (np.clip(bound - starts, 0, lengths) for bound in (inputs.queries.start, inputs.queries.stop))
+    pairs = stop**2 - first**2 if config.is_causal else (stop - first) * lengths
+    part = float(pairs.sum() / max(1, (lengths**2).sum()))
+    return TwoPasses(*(cost._replace(flops=cost.flops * part) for cost in whole))
 
 
 def _gate(report: Report, saves_seed: bool, inputs: GateInputs) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -56,7 +56,9 @@ def hstu_attention(inputs: AttentionInputs, kernels: AttentionKernels, shift: Te
 
     def backward(grad: Tensor, v: Tensor, q: Tensor, k: Tensor, shift: Tensor | None, *others: Any) -> Any:
         *tables, shifted, activated = others
-        grads = q.new_empty(*q.shape[:2], 3, q.shape[2]).unbind(2)
+        grads = q.new_empty(*q.shape[:2], 3, q.shape[2]).unbind(2)  # views with gaps, as in a layer
+        if inputs.queries is not None:
+            grads = tuple(map(torch.empty_like, (v, q, k)))
         grad_shift: Tensor | None = None
         before: Sequence[Preactivation | None] = [None] * 3
         if shift is not None:

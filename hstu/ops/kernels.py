@@ -101,7 +101,10 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """Inputs of attention: q, k, v [T, H, d], one dtype, any strides. With a bias, the layout has times."""
+    """Inputs of attention: q, k, v [T, H, d], one dtype, any strides. With a bias, the layout has times.
+
+    With ``queries``, q and the output have only the rows of these tokens.
+    """
 
     q: Tensor
     k: Tensor
@@ -109,6 +112,7 @@ class AttentionInputs:
     layout: JaggedLayout
     config: AttentionConfig
     bias: RelativeBias | None = None
+    queries: range | None = None
 
 
 AttentionForward = Callable[[AttentionInputs], Tensor]
@@ -206,6 +210,8 @@ class KernelPair(Generic[Forward, Backward]):
     backward: Backward
     differentiates_silu: bool = True
     """Whether backward serves ``Gradient.before_silu``. If not, the layer differentiates SiLU in another pass."""
+    serves_ranges: bool = False
+    """Whether attention serves ``AttentionInputs.queries``."""
 
 
 AttentionKernels = KernelPair[AttentionForward, AttentionBackward]
@@ -247,6 +253,8 @@ class KernelShapes:
     """Whether attention has a relative bias."""
     has_window: bool = False
     """Whether attention of some layer has a ``max_span``."""
+    has_ranges: bool = False
+    """Whether context-parallel ranks outnumber the heads, so that attention gets ranges of queries."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ attention (:meth:`LayerComm.tokens_to_heads`). Source: HSTU, arXiv 2402.17152, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hstu.ops.comm import LayerComm, Pending
+from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import (
     AddLayerNormInputs,
     AttentionConfig,
@@ -79,7 +79,7 @@ class SavedActivations:
     normalized: Tensor | None  # This rank's tokens, [T, D]
     projected: Tensor  # [T, H · 4 · d]
     u: Tensor | None  # [T, H, d]; views of SiLU(projected), unless context parallelism exchanges v, q and k
-    vqk: Tensor | None  # Input of attention, [T, H, 3, d]; with context parallelism: some heads of all tokens
+    vqk: Tensor | None  # Input of attention, [T, H, 3, d]; with context parallelism: some heads of all tokens, or None
     attended: Tensor  # [T, H, d]
     output_statistics: Tensor  # Mean and rstd over the heads of all ranks, [2, T]
     dropout_mask: Tensor | None  # bool [T, H · d], or a seed int64 []
@@ -118,7 +118,7 @@ class HSTULayerFunction(torch.autograd.Function):
             x, saved, gated = layer.forward_to_gate(x, update)
             if config.recompute_normalized:
                 saved.normalized = None
-            if config.recompute_activated:
+            if config.recompute_activated or saved.vqk is None:
                 saved.u = saved.vqk = None
             ctx.save_for_backward(x, *weights, *(() if config.recompute_all else vars(saved).values()))
             return x, layer.project_out(gated)
@@ -153,14 +153,19 @@ class _Computation:
         self.weights, self.layout, self.config, self.dtype = LayerWeights(*weights), layout, config, dtype
         position, time = self.weights.position_weight, self.weights.time_weight
         self.bias = None if position is None or time is None else RelativeBias(position, time)
+        heads, serves_ranges = (
+            len(self.weights.uvqk_bias) // (4 * config.head_dim),
+            config.kernels.attention.serves_ranges,
+        )
+        self.share = config.comm.share_attention(layout, config.attention, heads, self.bias is not None, serves_ranges)
 
     def _norm_of(self, x: Tensor, update: Tensor | None = None) -> AddLayerNormInputs:
         weights, eps = self.weights, self.config.eps
         return AddLayerNormInputs(x, update, weights.input_norm_weight, weights.input_norm_bias, eps, self.dtype)
 
-    def _attention_of(self, vqk: Tensor) -> AttentionInputs:
-        v, q, k = vqk.unbind(2)
-        return AttentionInputs(q, k, v, self.layout, self.config.attention, self.bias)
+    def _attention_of(self, vqk: Sequence[Tensor]) -> AttentionInputs:
+        v, q, k = self.share.unpack(vqk)
+        return AttentionInputs(q, k, v, self.share.layout, self.share.config, self.bias, self.share.queries)
 
     def _gate_of(self, attended: Tensor, u: Tensor) -> GateInputs:
         gate = GateConfig(self.config.eps, self.config.dropout, self.config.comm)
@@ -177,10 +182,11 @@ class _Computation:
         vqk = exchanged_vqk()
         del activated, exchanged_vqk  # the last references to their memory under context parallelism
         attended = kernels.attention.forward(self._attention_of(vqk))
-        attended = config.comm.heads_to_tokens(attended)()
+        attended = config.comm.heads_to_tokens(attended, self.share.queries_of)()
         gated, output_statistics, dropout_mask = kernels.norm_mul_dropout.forward(self._gate_of(attended, u))
+        one = vqk[0] if self.share.queries is None else None
         saved = SavedActivations(
-            input_statistics, normalized, projected, u, vqk, attended, output_statistics, dropout_mask
+            input_statistics, normalized, projected, u, one, attended, output_statistics, dropout_mask
         )
         return x, saved, gated
 
@@ -190,11 +196,12 @@ class _Computation:
         own_bias = None if bias is None else (bias / comm.tp_size).to(self.dtype)
         return comm.reduce_tokens(linear(gated, weight.to(self.dtype), own_bias))()
 
-    def _exchange(self, activated: Tensor) -> tuple[Tensor, Pending]:
-        """u of this rank's tokens, and the pending exchange of v, q and k for attention."""
+    def _exchange(self, activated: Tensor) -> tuple[Tensor, Callable[[], list[Tensor]]]:
+        """u of this rank's tokens, and the pending exchange of v, q and k for attention (AttentionShare.parts)."""
         u, vqk = split_gate(activated, self.config.head_dim)
-        exchanged = self.config.comm.tokens_to_heads(vqk)
-        return (u.contiguous() if self.config.comm.cp_size > 1 else u), exchanged
+        comm = self.config.comm
+        exchanged = [comm.tokens_to_heads(vqk[:, :, part], tokens) for part, tokens in self.share.parts]
+        return (u.contiguous() if comm.cp_size > 1 else u), lambda: [each() for each in exchanged]
 
     def backward(
         self, grad: Tensor, grad_update: Tensor, x: Tensor, saved: SavedActivations, update_dtype: torch.dtype | None
@@ -217,9 +224,10 @@ class _Computation:
     def _backward_to_projection(self, grad: Tensor, saved: SavedActivations, grads: dict[str, Any]) -> Tensor:
         """Return the gradient of ``saved.projected``; write gradients of its bias and of later weights to ``grads``."""
         config, kernels, comm, shift = self.config, self.config.kernels, self.config.comm, self.weights.uvqk_bias
-        u, vqk, exchanged_vqk = saved.u, saved.vqk, None
-        if u is None:  # the exchange runs beside the products of the gate
+        u, vqk, exchanged_vqk = saved.u, None if saved.vqk is None else [saved.vqk], None
+        if vqk is None:  # the exchange runs beside the products of the gate
             u, exchanged_vqk = self._exchange(kernels.project_uvqk.activate(saved.projected))
+        assert u is not None
         del saved.u, saved.vqk
         gradient = torch.empty_like(saved.projected)
         grad_shift = torch.empty(len(shift), dtype=torch.promote_types(self.dtype, torch.float32), device=shift.device)
@@ -234,17 +242,18 @@ class _Computation:
             values = saved.projected.unflatten(1, (-1, 4, config.head_dim)).unbind(2)
             before = [*map(Preactivation, values, grad_shift.unflatten(0, (-1, 4, config.head_dim)).unbind(1))]
         grad_attended = self._backward_through_gate(grad, saved, u, Gradient(grad_u, before[0]), grads)
-        grad_attended = comm.tokens_to_heads(grad_attended)()
+        grad_attended = comm.tokens_to_heads(grad_attended, self.share.queries_of)()
         if exchanged_vqk is not None:
             vqk = exchanged_vqk()
         assert vqk is not None
         del u, exchanged_vqk  # the last references to their memory under context parallelism, as is vqk below
-        grad_vqk = torch.empty_like(vqk) if comm.cp_size > 1 else grad_own_vqk
-        of_v, of_q, of_k = map(Gradient, grad_vqk.unbind(2), before[1:])
+        grad_vqk = [*map(torch.empty_like, vqk)] if comm.cp_size > 1 else [grad_own_vqk]
+        of_v, of_q, of_k = map(Gradient, self.share.unpack(grad_vqk), before[1:])
         grad_bias = kernels.attention.backward(grad_attended, self._attention_of(vqk), (of_q, of_k, of_v))
         del vqk, grad_attended
         if comm.cp_size > 1:
-            comm.heads_to_tokens(grad_vqk, out=grad_own_vqk)()
+            for (part, tokens), each in zip(self.share.parts, grad_vqk, strict=True):
+                comm.heads_to_tokens(each, tokens, out=grad_own_vqk[:, :, part])()
         if grad_bias is not None:
             grads["position_weight"] = comm.all_reduce_over_heads(grad_bias.position_weight)
             grads["time_weight"] = comm.all_reduce_over_heads(grad_bias.time_weight)

@@ -64,6 +64,8 @@ def unsupported_reason(backend: Backend, operator: str, shapes: KernelShapes) ->
         return f"rows of {row} > {WIDEST_ROW} numbers"
     if backend is Backend.CUTLASS and shapes.has_window:
         return "NetworkArgs.max_attention_span"
+    if backend is Backend.CUTLASS and shapes.has_ranges:
+        return "ContextParallelArgs.context_parallel_size does not divide the heads"
     if shapes.dtype not in _DTYPES[backend]:
         return f"{shapes.dtype}".removeprefix("torch.")
     served = CUTLASS_BIAS_HEAD_DIMS if shapes.has_bias else CUTLASS_HEAD_DIMS

@@ -18,15 +18,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.model.stack import FusedHSTULayer, SequenceEncoder
-from hstu.ops.comm import LayerComm, Pending
+from hstu.ops.comm import AttentionShare, LayerComm, Pending, TokenSets
+from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import JaggedLayout, pad_tokens
+from hstu.parallel.attention_shares import share_attention, within
 from hstu.parallel.collectives import gather_copies, join_rows, scale_gradient, split_rows, sum_over_ranks
 from hstu.parallel.mesh import Mesh
 
@@ -94,34 +97,75 @@ class ProcessGroupComm(LayerComm):
         own = partial.new_empty((len(partial) // self.tp_size, partial.shape[1]))
         return _pending(own, dist.reduce_scatter_tensor(own, partial, group=self.tp_group, async_op=True))
 
-    def tokens_to_heads(self, own: Tensor) -> Pending:
-        """See :class:`LayerComm`."""
+    def share_attention(
+        self, layout: JaggedLayout, config: AttentionConfig, heads: int, has_bias: bool, ranges: bool
+    ) -> AttentionShare:
+        """See :class:`LayerComm`. Layers with the same settings share the result."""
         if self.cp_size == 1:
-            return super().tokens_to_heads(own)
-        by_rank = own.unflatten(1, (self.cp_size, -1)).transpose(0, 1)
-        exchanged = self._exchange(by_rank)
-        return lambda: exchanged().flatten(0, 1)
+            return super().share_attention(layout, config, heads, has_bias, ranges)
+        key = ("attention share", config, heads, has_bias, ranges)
+        if key not in layout.cache:
+            share = share_attention(layout, config, heads, has_bias, self.cp_size, self.cp_rank, ranges)
+            layout.cache[key] = share
+        return layout.cache[key]
 
-    def heads_to_tokens(self, own: Tensor, out: Tensor | None = None) -> Pending:
+    def tokens_to_heads(self, own: Tensor, tokens: TokenSets) -> Pending:
         """See :class:`LayerComm`."""
         if self.cp_size == 1:
-            return super().heads_to_tokens(own, out)
-        exchanged = self._exchange(own.unflatten(0, (self.cp_size, -1)))
-        shape = len(own) // self.cp_size, own.shape[1] * self.cp_size, *own.shape[2:]
+            return super().tokens_to_heads(own, tokens)
+        by_head = own.chunk(self.cp_size // len(tokens), 1)
+        slices, sent, received = self._split(tokens, len(own))
+        rows = torch.cat([heads[each] for group in slices for heads in by_head for each in group])
+        return self._exchange(rows, sent, received)
+
+    def heads_to_tokens(self, own: Tensor, tokens: TokenSets, out: Tensor | None = None) -> Pending:
+        """See :class:`LayerComm`. Rows of several groups are added in float32 or wider."""
+        if self.cp_size == 1:
+            return super().heads_to_tokens(own, tokens, out)
+        ranges, per_group = [*chain(*tokens)], self.cp_size // len(tokens)
+        total = sum(map(len, ranges))
+        size = total // self.cp_size if out is None else len(out)
+        slices, received, sent = self._split(tokens, size)
+        exchanged = self._exchange(own, sent, received)
+        is_partition = total == size * self.cp_size and all(a.stop == b.start for a, b in pairwise(ranges))
 
         def result() -> Tensor:
-            by_rank = exchanged()
-            by_token = by_rank.new_empty(shape) if out is None else out
-            by_token.unflatten(1, (self.cp_size, -1)).copy_(by_rank.transpose(0, 1))
-            return by_token
+            rows = exchanged()
+            shape = size, own.shape[1] * per_group, *own.shape[2:]
+            target = rows.new_empty(shape) if out is None else out
+            sums = target
+            if not is_partition:
+                sums = rows.new_zeros(shape, dtype=torch.promote_types(rows.dtype, torch.float32))
+            by_head = sums.unflatten(1, (per_group, -1))
+            for group in slices:
+                count = sum(each.stop - each.start for each in group)
+                of_group, rows = rows[: per_group * count], rows[per_group * count :]
+                parts = of_group.unflatten(0, (per_group, count)).transpose(0, 1)
+                for each in group:
+                    part, parts = parts[: each.stop - each.start], parts[each.stop - each.start :]
+                    by_head[each].copy_(part) if is_partition else by_head[each].add_(part)
+            return target if is_partition else target.copy_(sums)
 
         return result
 
-    def _exchange(self, by_rank: Tensor) -> Pending:
-        """Start sending ``by_rank[r]`` to rank r of the context-parallel group; the result stacks what ranks sent."""
-        received = by_rank.new_empty(by_rank.shape)
-        work = dist.all_to_all_single(received, by_rank.contiguous(), group=self.cp_group, async_op=True)
-        return _pending(received, work)
+    def _split(self, tokens: TokenSets, size: int) -> tuple[list[list[slice]], list[int], list[int]]:
+        """Of the ``size`` tokens of this rank, those of each group; how many rows it sends to and gets from each rank.
+
+        The numbers are those of :meth:`tokens_to_heads`.
+        """
+        holds = [range(rank * size, (rank + 1) * size) for rank in range(self.cp_size)]
+        own, per_group = holds[self.cp_rank], self.cp_size // len(tokens)
+        of_groups = [[within(each, own) for each in group] for group in tokens]
+        slices = [[slice(each.start - own.start, each.stop - own.start) for each in group] for group in of_groups]
+        sent = [sum(map(len, group)) for group in of_groups for _ in range(per_group)]
+        wanted = tokens[self.cp_rank // per_group]
+        return slices, sent, [sum(len(within(each, held)) for each in wanted) for held in holds]
+
+    def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Pending:
+        """Start sending ``sent[r]`` rows to each rank r of the context-parallel group. Returns what ranks sent."""
+        result = rows.new_empty((sum(received), *rows.shape[1:]))
+        work = dist.all_to_all_single(result, rows.contiguous(), received, sent, group=self.cp_group, async_op=True)
+        return _pending(result, work)
 
     def token_ranges(self, num_tokens: int) -> list[range]:
         """See :class:`LayerComm`."""

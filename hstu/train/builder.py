@@ -207,7 +207,7 @@ def build_model(
 def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
     """Build the sequence encoder and the head or loss of the task, with kernels for this device."""
     network, roles = config.network, source.roles
-    shapes = kernel_shapes(network, mesh.tp_size)
+    shapes = kernel_shapes(network, mesh.tp_size, mesh.cp_size)
     kernels = select_kernels(network.kernel_backend, network.strict_kernel_backend, mesh.device, shapes)
     for operator, served in kernels.served_by.items():
         log.log(logging.WARNING if served.is_refused else logging.INFO, "kernel %s: %s", operator, served)

@@ -49,7 +49,8 @@ def jobs_of_run(config: RunConfig, capability: int) -> list[Job]:
     with recorded_launches(divmod(capability, 10)) as launches:
         _run_step(config)
     jobs = jobs_of(launches, capability)
-    shapes = kernel_shapes(config.network, config.tensor_parallel.tensor_model_parallel_size)
+    tp, cp = config.tensor_parallel, config.context_parallel
+    shapes = kernel_shapes(config.network, tp.tensor_model_parallel_size, cp.context_parallel_size)
     has_slots = any(isinstance(table, DynamicEmbeddingArgs) for table in config.embeddings)
     for backend in backends:
         module = importlib.import_module(f"hstu.ops.{backend.value}.compile_ahead")

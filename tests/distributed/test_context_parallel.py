@@ -1,5 +1,6 @@
 """A layer whose tokens and heads are split over real ranks computes what one rank does, for batches drawn at random."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,18 +21,24 @@ from tests.ops.backends import kernels_of
 from tests.ops.strategies import Batch, batches
 from tests.ops.test_layer import CUT
 
-HIDDEN, HEADS, WIDTH, LONGEST = 6, 4, 3, 40
+HIDDEN, WIDTH, LONGEST = 6, 3, 40
 
 
 class Grid(NamedTuple):
-    """How four ranks share a layer."""
+    """How ranks share a layer."""
 
     tp: int
     cp: int
+    heads: int = 4
+    serves_ranges: bool = True
     sequence_parallel: bool = False
 
 
-GRIDS = Grid(1, 4), Grid(2, 2), Grid(2, 2, sequence_parallel=True)
+GRIDS = (
+    *(Grid(1, 4, serves_ranges=False), Grid(2, 2, serves_ranges=False), Grid(1, 4), Grid(1, 4, heads=2)),
+    *(Grid(1, 4, heads=1), Grid(2, 2, heads=2), Grid(2, 2, heads=2, sequence_parallel=True)),
+    *(Grid(1, 3, heads=heads) for heads in (1, 3, 4)),
+)
 
 
 class Case(NamedTuple):
@@ -59,12 +66,15 @@ def drawn_cases() -> list[Case]:
     return cases
 
 
-def run_layer(case: Case, x: Tensor, slope: Tensor, weights: LayerWeights, comm: LayerComm) -> list[Tensor]:
+def run_layer(
+    case: Case, x: Tensor, slope: Tensor, weights: LayerWeights, comm: LayerComm, serves_ranges: bool = True
+) -> list[Tensor]:
     """Output and gradients of a layer, which is given the whole batch."""
     attention = AttentionConfig(
         0.6, LONGEST, case.is_causal, case.contextual_mask, max_span=case.max_span, full_tokens=case.full_tokens
     )
     kernels = kernels_of(Backend.PYTORCH, WIDTH, has_bias=case.has_bias)
+    kernels = replace(kernels, attention=replace(kernels.attention, serves_ranges=serves_ranges))
     config = HSTULayerConfig(WIDTH, attention, 0.1, kernels, recompute_all=case.recompute_all, comm=comm)
     leaves = [w.detach().clone().requires_grad_() for w in weights if w is not None]
     given_weights = iter(leaves)
@@ -78,10 +88,10 @@ def run_layer(case: Case, x: Tensor, slope: Tensor, weights: LayerWeights, comm:
     return [out.detach(), *torch.autograd.grad(out, [x, *leaves], slope)]
 
 
-def errors(mesh: Mesh, case: Case, sequence_parallel: bool) -> list[float]:
+def errors(mesh: Mesh, case: Case, grid: Grid) -> list[float]:
     """How far output and gradients of this rank are from those of one rank, relative to their largest numbers."""
     torch.manual_seed(0)
-    inner = HEADS * WIDTH
+    inner = grid.heads * WIDTH
     shapes: list[Any] = [(HIDDEN,)] * 2 + [(4 * inner, HIDDEN), (4 * inner,)]
     shapes += [(2 * LONGEST - 1,), (NUM_TIME_BUCKETS,)] if case.has_bias else [None, None]
     shapes += [(inner,), (inner,), (HIDDEN, inner), (HIDDEN,)]
@@ -90,7 +100,7 @@ def errors(mesh: Mesh, case: Case, sequence_parallel: bool) -> list[float]:
     slope = torch.randn_like(x)
     expected = run_layer(case, x, slope, whole, LayerComm())
     parts = LayerWeights(*(_cut(w, dim, mesh) for w, dim in zip(whole, CUT, strict=True)))
-    found = run_layer(case, x, slope, parts, ProcessGroupComm(mesh, sequence_parallel))
+    found = run_layer(case, x, slope, parts, ProcessGroupComm(mesh, grid.sequence_parallel), grid.serves_ranges)
     for gradient in found[2:]:  # as DDP does
         dist.all_reduce(gradient, group=mesh.cp_group)
         gradient /= mesh.cp_size
@@ -112,7 +122,7 @@ def compare(cases: list[Case], ports: dict[Grid, int]) -> dict[Grid, list[float]
     found = {}
     for grid, port in ports.items():
         with started_mesh(grid.tp, grid.cp, port) as mesh:
-            found[grid] = [max(errors(mesh, case, grid.sequence_parallel)) for case in cases]
+            found[grid] = [max(errors(mesh, case, grid)) for case in cases]
     return found
 
 
@@ -123,11 +133,15 @@ def cases() -> list[Case]:
 
 @pytest.fixture(scope="module")
 def by_rank(cases: list[Case]) -> list[dict[Grid, list[float]]]:
-    return run_ranks(Launch(4, timeout_s=150), compare, cases, {grid: free_port() for grid in GRIDS})
+    found: list[dict[Grid, list[float]]] = []
+    for ranks in (3, 4):
+        ports = {grid: free_port() for grid in GRIDS if grid.tp * grid.cp == ranks}
+        found += run_ranks(Launch(ranks, timeout_s=150), compare, cases, ports)
+    return found
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_random_batches_give_what_one_rank_gives(cases: list[Case], by_rank: Any, grid: Grid) -> None:
-    for rank, found in enumerate(by_rank):
+    for rank, found in enumerate(of_rank for of_rank in by_rank if grid in of_rank):
         wrong = [(case, error) for case, error in zip(cases, found[grid], strict=True) if not error < 1e-10]
         assert not wrong, f"rank {rank}: {wrong[0]}"

@@ -7,7 +7,7 @@ from threading import Barrier, Lock
 import torch
 from torch import Tensor
 
-from hstu.ops.comm import LayerComm, Pending
+from hstu.ops.comm import LayerComm, Pending, TokenSets
 
 
 class RankThread(LayerComm):
@@ -46,16 +46,16 @@ class RankThread(LayerComm):
         own = total.chunk(self.tp_size)[self.rank] if self.sequence_parallel else total
         return lambda: own
 
-    def tokens_to_heads(self, own: Tensor) -> Pending:
+    def tokens_to_heads(self, own: Tensor, tokens: TokenSets) -> Pending:
         if self.cp_size == 1:
             return lambda: own
         heads = self.all_gather(own).flatten(0, 1).chunk(self.cp_size, 1)[self.rank]
         return lambda: heads
 
-    def heads_to_tokens(self, own: Tensor, out: Tensor | None = None) -> Pending:
+    def heads_to_tokens(self, own: Tensor, tokens: TokenSets, out: Tensor | None = None) -> Pending:
         if self.cp_size > 1:
             own = torch.cat([*self.all_gather(own)], 1).chunk(self.cp_size)[self.rank]
-        return super().heads_to_tokens(own, out)
+        return super().heads_to_tokens(own, tokens, out)
 
     def all_reduce_over_heads(self, gradient: Tensor) -> Tensor:
         if self.tp_size == 1:

@@ -119,7 +119,7 @@ def test_cost_follows_the_sum_of_squares_and_memory_is_bounded() -> None:
     q = torch.zeros(layout.num_tokens, 1, 1)
     hstu_attention(q, q, q, layout, alpha=1.0, scaling_seqlen=2000)
     (groups,) = layout.cache.values()
-    blocks = [len(tokens) * pairs.mask[0].numel() for tokens, blocks in groups for _, _, pairs in blocks]
+    blocks = [len(tokens) * pairs.mask[0].numel() for tokens, _, blocks in groups for _, _, pairs in blocks]
     pairs = sum(n * n for n in lengths)
     assert 0.5 * pairs < sum(blocks) < 0.7 * pairs  # causal: little more than half of Σ n²
     assert sum(blocks) < 0.01 * len(lengths) * max(lengths) ** 2

@@ -252,7 +252,7 @@ def test_attention_copies_what_it_plans_from_pinned_memory(kernels: str, monkeyp
         else:
             for limits in (attention.SCORES_PER_BLOCK, attention.ROWS_PER_BLOCK):
                 monkeypatch.setitem(limits, "meta", 2**20)
-            planned, _ = next(attention.groups(layout, config, heads=1))
+            planned = next(attention.groups(layout, config, heads=1)).tokens
     assert planned.is_meta and not copies.found
 
 

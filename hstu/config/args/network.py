@@ -199,5 +199,5 @@ class ContextParallelArgs(Args):
     """Context parallelism: long sequences are spread over several ranks."""
 
     context_parallel_size: int = option(1, changes="speed", minimum=1)
-    """Ranks that share the tokens of the HSTU layers, of all sequences alike. Each computes attention for some heads.
-    The data-parallel size is the number of ranks divided by this and the tensor-parallel size."""
+    """Ranks that share the tokens of the HSTU layers, of all sequences alike. For attention they split the heads, the
+    queries, or both. The data-parallel size is the number of ranks divided by this and the tensor-parallel size."""

@@ -89,8 +89,9 @@ def _longest_sequence(run: RunConfig, items: int) -> int:
 
 
 def heads_divide(run: RunConfig) -> Iterator[Problem]:
-    if run.network.num_attention_heads % run.ranks_per_group:
-        text = f"must be a multiple of {' times '.join(cited(*size) for size in _sizes(run))}; change one of them"
+    if run.network.num_attention_heads % run.tensor_parallel.tensor_model_parallel_size:
+        size = cited(run.tensor_parallel, "tensor_model_parallel_size")
+        text = f"must be a multiple of {size}; change one of them"
         yield problem(run.network, "num_attention_heads", text)
 
 

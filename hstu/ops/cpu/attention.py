@@ -30,10 +30,20 @@ class _Arguments(Arguments):
         (strides, "out_strides grad_q_strides grad_k_strides grad_v_strides"),
         (pointer, "position_weight time_weight grad_position_weight grad_time_weight"),
         (pointer, "query_times token_times buckets bucket_offsets offsets candidates order"),
-        (int64, "sequences heads width positions bins contextuals group_tokens max_span full_tokens"),
+        (
+            int64,
+            "sequences heads width positions bins contextuals group_tokens max_span full_tokens first_query stop_query",
+        ),
         (float32, "alpha inverse_n"),
         (int32, "is_causal contextual_mask is_bfloat threads"),
     )
+
+    def move(self, queries: range | None, *names: str) -> None:
+        """Move the first row of tensors that have only the rows of ``queries`` to where token 0 would be."""
+        for name in names if queries else ():
+            first, _ = getattr(self, f"{name}_strides")
+            size = 2 if self.is_bfloat else 4
+            setattr(self, name, getattr(self, name) - queries.start * first * size)  # type: ignore[union-attr]
 
 
 @dataclass
@@ -50,8 +60,9 @@ class _Plan:
 def forward(inputs: AttentionInputs) -> Tensor:
     """See :data:`hstu.ops.kernels.AttentionForward`. float32 or bfloat16, heads of at most WIDEST_HEAD channels."""
     arguments = _prepare(inputs)
-    out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype)
+    out = torch.empty(inputs.q.shape, dtype=inputs.v.dtype)
     arguments.set(out=out)
+    arguments.move(inputs.queries, "out")
     library().hstu_attention(ctypes.byref(arguments), 0)
     return out
 
@@ -61,6 +72,7 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
     arguments, bias = _prepare(inputs), inputs.bias
     grad_q, grad_k, grad_v = (each.target for each in grads)
     arguments.set(grad_out=grad, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
+    arguments.move(inputs.queries, "grad_out", "grad_q")
     if bias is None:
         library().hstu_attention(ctypes.byref(arguments), 1)
         return None
@@ -83,6 +95,8 @@ def _prepare(inputs: AttentionInputs) -> _Arguments:
         heads=q.shape[1],
         width=q.shape[2],
         bins=max(1, min(MOST_BINS, layout.batch_size * q.shape[1])),
+        first_query=0 if inputs.queries is None else inputs.queries.start,
+        stop_query=layout.num_tokens if inputs.queries is None else inputs.queries.stop,
         contextuals=layout.num_contextuals,
         group_tokens=layout.candidate_group_tokens,
         max_span=-1 if config.max_span is None else config.max_span,
@@ -94,6 +108,7 @@ def _prepare(inputs: AttentionInputs) -> _Arguments:
         is_bfloat=is_bfloat((q, k, v)),
     )
     arguments.set(q=q, k=k, v=v)
+    arguments.move(inputs.queries, "q")
     if bias is not None:
         arguments.positions = len(bias.position_weight)
         arguments.set(

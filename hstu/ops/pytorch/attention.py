@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,11 +71,13 @@ def forward(inputs: AttentionInputs) -> Tensor:
     """See :data:`hstu.ops.kernels.AttentionForward`."""
     tables, alpha = _tables(inputs.bias), inputs.config.alpha
     q_rows, k_rows, v_rows = map(_with_zero_row, (inputs.q, inputs.k, inputs.v))
-    out = torch.zeros_like(v_rows)
-    for tokens, blocks in _walk(inputs, v_rows.dtype):
-        q, k, v = (_pad(rows, tokens) for rows in (q_rows, k_rows, v_rows))
-        parts = [_attend(q[:, :, r], k[:, :, c], v[:, :, c], pairs.added(tables), alpha) for r, c, pairs in blocks]
-        _unpad(torch.cat(parts, 2), tokens, out)
+    out = torch.zeros_like(q_rows)
+    for tokens, asking, blocks in _walk(inputs, v_rows.dtype):
+        q, k, v = _pad(q_rows, asking), _pad(k_rows, tokens), _pad(v_rows, tokens)
+        attended = torch.zeros_like(q)
+        for r, c, pairs in blocks:
+            attended[:, :, r] = _attend(q[:, :, r], k[:, :, c], v[:, :, c], pairs.added(tables), alpha)
+        _unpad(attended, asking, out)
     return out[:-1].div(inputs.config.scaling_seqlen).to(inputs.v.dtype)
 
 
@@ -86,8 +89,10 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
     q_rows, k_rows, v_rows = map(_with_zero_row, (inputs.q, inputs.k, inputs.v))
     grad_rows = _with_zero_row(grad).div_(config.scaling_seqlen)
     grad_q, grad_k, grad_v = (torch.zeros_like(rows) for rows in (q_rows, k_rows, v_rows))
-    for tokens, blocks in _walk(inputs, grad_rows.dtype):
-        q, k, v, grad_out = (_pad(rows, tokens) for rows in (q_rows, k_rows, v_rows, grad_rows))
+    for tokens, asking, blocks in _walk(inputs, grad_rows.dtype):
+        q, k, v, grad_out = (
+            _pad(*each) for each in ((q_rows, asking), (k_rows, tokens), (v_rows, tokens), (grad_rows, asking))
+        )
         of_q, of_k, of_v = map(torch.zeros_like, (q, k, v))
         for r, c, pairs in blocks:
             scores = _scores(q[:, :, r], k[:, :, c], pairs.added(tables), config.alpha)
@@ -97,8 +102,8 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
             of_k[:, :, c] += grad_scores.transpose(2, 3) @ q[:, :, r]
             of_q[:, :, r] += grad_scores @ k[:, :, c]
             pairs.add_gradients(grad_scores.sum(1) if grad_scores.shape[1] > 1 else grad_scores[:, 0], grad_tables)
-        for padded, rows in ((of_q, grad_q), (of_k, grad_k), (of_v, grad_v)):
-            _unpad(padded, tokens, rows)
+        for padded, places, rows in ((of_q, asking, grad_q), (of_k, tokens, grad_k), (of_v, tokens, grad_v)):
+            _unpad(padded, places, rows)
     of_rows = grad_q[:-1].mul_(config.alpha), grad_k[:-1].mul_(config.alpha), grad_v[:-1]
     for gradient, rows in zip(grads, of_rows, strict=True):
         gradient.write(rows)
@@ -173,23 +178,32 @@ def _tables(bias: RelativeBias | None) -> list[Tensor]:
 # -- groups and blocks -------------------------------------------------------------------------------------------
 
 
-def _walk(inputs: AttentionInputs, dtype: torch.dtype) -> Iterable[tuple[Tensor, Iterable[Block]]]:
-    """For each group of sequences, its tokens, int64 [b, n] with T for padding, and its blocks."""
+def _walk(inputs: AttentionInputs, dtype: torch.dtype) -> Iterable[tuple[Tensor, Tensor, Iterable[Block]]]:
+    """For each group of sequences, its rows of k and of q, int64 [b, n] with T for padding, and its blocks."""
     layout, heads = inputs.layout, inputs.q.shape[1]
     num_weights = 0 if inputs.bias is None else len(inputs.bias.position_weight)
-    key = ("attention", inputs.config, num_weights, heads, dtype)
+    key = ("attention", inputs.config, num_weights, heads, dtype, inputs.queries)
     if key in layout.cache:
         return layout.cache[key]
-    of_groups = groups(layout, inputs.config, heads)
-    walk = ((tokens, _blocks(inputs, tokens, end, dtype)) for tokens, end in of_groups)
+    of_groups = groups(layout, inputs.config, heads, inputs.queries)
+    walk = ((each.tokens, each.asking, _blocks(inputs, each, dtype)) for each in of_groups)
     if (layout.seqlens**2).sum() > MOST_PAIRS_REMEMBERED:
         return walk
-    layout.cache[key] = [(tokens, [*blocks]) for tokens, blocks in walk]
+    layout.cache[key] = [(tokens, asking, [*blocks]) for tokens, asking, blocks in walk]
     return layout.cache[key]
 
 
-def groups(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens of each group, and its history ends [S, 1, 1]; S = 1 if the mask does not depend on them."""
+class Group(NamedTuple):
+    """b sequences padded to n tokens."""
+
+    tokens: Tensor  # int64 [b, n]: row of k and v; T for padding
+    asking: Tensor  # int64 [b, n]: row of q; the number of queries for padding and for tokens that are no queries
+    end: Tensor  # int64 [S, 1, 1]: index of the first candidate; S = 1 if the mask does not depend on it, else b
+    rows: range  # Indices of all queries
+
+
+def groups(layout: JaggedLayout, config: AttentionConfig, heads: int, queries: range | None = None) -> Iterator[Group]:
+    """Groups of sequences, the longest first. queries: see :class:`AttentionInputs`."""
     device = layout.positions.device
     budget = max(SCORES_PER_BLOCK[device.type] // heads, 1)
     starts, order = run_starts(layout.seqlens), np.argsort(-layout.seqlens, kind="stable")
@@ -203,16 +217,23 @@ def groups(layout: JaggedLayout, config: AttentionConfig, heads: int) -> Iterato
         tokens = np.where(index < lengths[:, None], starts[members, None] + index, layout.num_tokens)
         depends = candidates.any() or (config.max_span is not None and config.full_tokens > 0)
         history_end = lengths - candidates if depends else np.array([length])
-        yield to_device(tokens, device), to_device(history_end, device)[:, None, None]
+        tokens_on_device, rows = to_device(tokens, device), range(length)
+        asking = tokens_on_device
+        if queries is not None:
+            is_query = (tokens >= queries.start) & (tokens < queries.stop)
+            asking = to_device(np.where(is_query, tokens - queries.start, len(queries)), device)
+            found = np.flatnonzero(is_query.any(0))
+            rows = range(found[0], found[-1] + 1) if len(found) else range(0)
+        yield Group(tokens_on_device, asking, to_device(history_end, device)[:, None, None], rows)
 
 
-def _blocks(inputs: AttentionInputs, tokens: Tensor, end: Tensor, dtype: torch.dtype) -> Iterator[Block]:
-    config, layout, length = inputs.config, inputs.layout, tokens.shape[1]
+def _blocks(inputs: AttentionInputs, group: Group, dtype: torch.dtype) -> Iterator[Block]:
+    config, layout, (tokens, _, end, queries) = inputs.config, inputs.layout, group
     step = ROWS_PER_BLOCK[tokens.device.type]
-    for start in range(0, length, step):
-        rows = slice(start, min(start + step, length))
+    for start in queries[::step]:
+        rows = slice(start, min(start + step, queries.stop))
         sees_later = not config.is_causal or (config.contextual_mask and start < layout.num_contextuals)
-        keys = slice(0, length if sees_later else rows.stop)
+        keys = slice(0, tokens.shape[1] if sees_later else rows.stop)
         yield rows, keys, _pairs_of(inputs, tokens, end, rows, keys, dtype)
 
 

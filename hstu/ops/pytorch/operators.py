@@ -81,7 +81,7 @@ class _Permute(torch.autograd.Function):
 
 
 REFERENCE_KERNELS = Kernels(
-    attention=AttentionKernels(attention.forward, attention.backward),
+    attention=AttentionKernels(attention.forward, attention.backward, serves_ranges=True),
     add_layer_norm=AddLayerNormKernels(norm.add_layer_norm_forward, norm.add_layer_norm_backward),
     project_uvqk=ProjectionKernels(project_uvqk, F.silu),
     norm_mul_dropout=GateKernels(norm.gate_forward, norm.gate_backward),

@@ -28,7 +28,7 @@ BIAS_GROUPS = 64
 def forward(inputs: AttentionInputs) -> Tensor:
     """See :data:`hstu.ops.kernels.AttentionForward`."""
     # Not empty_like: v has gaps between its heads, and the consumer of the output needs it contiguous.
-    out = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
+    out = torch.empty(inputs.q.shape, dtype=inputs.v.dtype, device=inputs.v.device)
     if inputs.layout.num_tokens:
         _Call(inputs).launcher(_FORWARD)(out=heads(out))
     return out
@@ -116,7 +116,7 @@ class _Call:
         position, time = bias.position_weight, bias.time_weight
         position_totals = torch.zeros(len(position), dtype=torch.int64, device=device)
         time_totals = torch.zeros(TIME_SLOTS, NUM_TIME_BUCKETS, dtype=torch.int64, device=device)
-        if not layout.num_tokens:
+        if not len(grad):
             return RelativeBias(position_totals.to(position.dtype), time_totals[0].to(time.dtype))
         scale = fixed_point_scale(grad, self.inputs.v, pairs=num_heads * int((layout.seqlens**2).sum()))
         config = bias_config(self._block_d, self.inputs.q.element_size(), capability_of(grad.device))
@@ -163,6 +163,7 @@ class _Call:
                 layout.candidate_group_tokens,
                 config.max_span or 0,
                 config.full_tokens if window else 0,
+                _bounds(self.inputs.queries, layout),
             ),
             bias=no_bias if bias is None else _bias_argument(bias, layout),
             alpha=float(config.alpha),
@@ -176,6 +177,7 @@ class _Call:
                 bias=bias is not None,
                 precision=precision_for(kernel, self.inputs.q.dtype, exact=exact),
                 silu=self.silu and kernel is not kernels.attention_backward_bias,
+                ranges=self.inputs.queries is not None,
             ),
         )
 
@@ -184,6 +186,16 @@ def _bias_argument(bias: RelativeBias, layout: JaggedLayout) -> Bias:
     thresholds = bucket_thresholds(layout.seqlen_offsets.device)
     tables = bias.position_weight.float(), bias.time_weight.float()
     return Bias(layout.query_times, layout.token_times, thresholds, *tables, len(bias.position_weight) // 2)
+
+
+def _bounds(queries: range | None, layout: JaggedLayout) -> Tensor | None:
+    """First and stop token of the queries on the device: int64 [2]."""
+    if queries is None:
+        return None
+    key = ("triton", queries)
+    if key not in layout.cache:
+        layout.cache[key] = to_device(np.array([queries.start, queries.stop]), layout.seqlen_offsets.device)
+    return layout.cache[key]
 
 
 def _longest_first(layout: JaggedLayout) -> Tensor:

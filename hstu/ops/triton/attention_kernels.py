@@ -22,6 +22,7 @@ from hstu.ops.triton.attention_tiles import (
     scores,
     sequence_at,
     slot_of,
+    start_of_queries,
     tiles_on_diagonal,
     time_buckets,
     visible,
@@ -85,15 +86,16 @@ def attention_forward(
     """
     head = tl.program_id(1)
     start, span = sequence_at(batch, tl.load(batch.order + tl.program_id(2)), mode)
-    tile = tl.cdiv(span.length, BLOCK_M) - 1 - tl.program_id(0)
+    tile = tl.cdiv(span.stop_row - span.first_row, BLOCK_M) - 1 - tl.program_id(0)
     if tile < 0:
         return
     if mode.bias:
         bias = bias_at(bias, start)
     k_head, v_head = rows_of_head(k, start, head), rows_of_head(v, start, head)
-    first_row = tile * BLOCK_M
+    q_start = start_of_queries(batch, start, mode)
+    first_row = span.first_row + tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
+    q_tile = load_rows(rows_of_head(q, q_start, head), rows, span.stop_row, mode.width, mode.block_d, True)
     total = zeros(BLOCK_M, mode.block_d)
     tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
     for first_key in tl.range(tiles.first_full, tiles.full, BLOCK_N):
@@ -101,7 +103,7 @@ def attention_forward(
     for index in tl.range(0, num_masked_keys(tiles)):
         first_key = masked_keys_at(index, tiles, mode, BLOCK_N)
         total = _add_tile(total, q_tile, k_head, v_head, rows, first_key, alpha, span, bias, mode, BLOCK_N, True)
-    store_rows(rows_of_head(out, start, head), rows, span.length, total * inverse_n, mode.width, mode.block_d)
+    store_rows(rows_of_head(out, q_start, head), rows, span.stop_row, total * inverse_n, mode.width, mode.block_d)
 
 
 @triton.jit
@@ -149,7 +151,8 @@ def attention_backward_keys(
         return
     if mode.bias:
         bias = bias_at(bias, start)
-    q_head, grad_head = rows_of_head(q, start, head), rows_of_head(grad, start, head)
+    q_start = start_of_queries(batch, start, mode)
+    q_head, grad_head = rows_of_head(q, q_start, head), rows_of_head(grad, q_start, head)
     keys = first_key + tl.arange(0, BLOCK_N)
     k_tile = load_rows(rows_of_head(k, start, head), keys, span.length, mode.width, mode.block_d, True)
     v_tile = load_rows(rows_of_head(v, start, head), keys, span.length, mode.width, mode.block_d, True)
@@ -202,16 +205,17 @@ def attention_backward_queries(
     head = tl.program_id(1)
     sequence = tl.load(batch.order + tl.program_id(2))
     start, span = sequence_at(batch, sequence, mode)
-    tile = tl.cdiv(span.length, BLOCK_M) - 1 - tl.program_id(0)
+    tile = tl.cdiv(span.stop_row - span.first_row, BLOCK_M) - 1 - tl.program_id(0)
     if tile < 0:
         return
     if mode.bias:
         bias = bias_at(bias, start)
     k_head, v_head = rows_of_head(k, start, head), rows_of_head(v, start, head)
-    first_row = tile * BLOCK_M
+    q_start = start_of_queries(batch, start, mode)
+    first_row = span.first_row + tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)
-    q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
-    grad_tile = load_rows(rows_of_head(grad, start, head), rows, span.length, mode.width, mode.block_d, True)
+    q_tile = load_rows(rows_of_head(q, q_start, head), rows, span.stop_row, mode.width, mode.block_d, True)
+    grad_tile = load_rows(rows_of_head(grad, q_start, head), rows, span.stop_row, mode.width, mode.block_d, True)
     total = zeros(BLOCK_M, mode.block_d)
     tiles = keys_of_rows(first_row, span, mode, BLOCK_M, BLOCK_N)
     for first_key in tl.range(tiles.first_full, tiles.full, BLOCK_N):
@@ -225,7 +229,7 @@ def attention_backward_queries(
         )
     slot = slot_of(sequence, start, first_row, BLOCK_M)
     _store_gradient(
-        grad_q, total * (alpha * inverse_n), before_q, sums_q, start, head, first_row, span.length, slot, mode
+        grad_q, total * (alpha * inverse_n), before_q, sums_q, q_start, head, first_row, span.stop_row, slot, mode
     )
 
 
@@ -268,6 +272,7 @@ def attention_backward_bias(
     for sequence in tl.range(tl.program_id(1), num_sequences, tl.num_programs(1)):
         start, span = sequence_at(batch, sequence, mode)
         own_bias = bias_at(bias, start)
+        q_start = start_of_queries(batch, start, mode)
         first, count, late, late_count = tiles_on_diagonal(diagonal, span, mode, BLOCK)
         for index in tl.range(0, count + late_count):
             tile = first + index
@@ -276,15 +281,20 @@ def attention_backward_bias(
             rows = tile * BLOCK + index_in_tile
             keys = (tile - diagonal) * BLOCK + index_in_tile
             i, j = rows[:, None], keys[None, :]
-            sees = visible(i, j, span, mode) & (i < span.length)
+            sees = visible(i, j, span, mode) & (i < span.stop_row)
+            queries = rows
+            if mode.ranges:
+                sees = sees & (i >= span.first_row)
+                queries = tl.where(rows < span.first_row, span.stop_row, rows)
             per_pair = tl.zeros((BLOCK, BLOCK), tl.float32)
             for head in tl.range(0, num_heads):
-                q_tile = load_rows(rows_of_head(q, start, head), rows, span.length, mode.width, mode.block_d, True)
+                q_head = rows_of_head(q, q_start, head)
+                q_tile = load_rows(q_head, queries, span.stop_row, mode.width, mode.block_d, True)
                 k_tile = load_rows(rows_of_head(k, start, head), keys, span.length, mode.width, mode.block_d, True)
                 s = scores(q_tile, k_tile.T, i, j, alpha, span, own_bias, mode)
                 slope = silu_derivative(s, sigmoid(s, mode.precision.fast_sigmoid))
-                grad_head, v_head = rows_of_head(grad, start, head), rows_of_head(v, start, head)
-                grad_tile = load_rows(grad_head, rows, span.length, mode.width, mode.block_d, True)
+                grad_head, v_head = rows_of_head(grad, q_start, head), rows_of_head(v, start, head)
+                grad_tile = load_rows(grad_head, queries, span.stop_row, mode.width, mode.block_d, True)
                 v_tile = load_rows(v_head, keys, span.length, mode.width, mode.block_d, True)
                 zero = tl.zeros((BLOCK, BLOCK), tl.float32)
                 per_pair += product(grad_tile, v_tile.T, zero, mode) * slope

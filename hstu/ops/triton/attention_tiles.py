@@ -30,6 +30,7 @@ class Batch(NamedTuple):
     group_tokens: Any  # Number of tokens of a target group
     max_span: Any  # As in AttentionConfig; 0 without a window
     full_tokens: Any
+    queries: Any  # int64 [2]: first and stop token of the queries; None: all tokens are
 
 
 class Bias(NamedTuple):
@@ -52,6 +53,8 @@ class Span(NamedTuple):
     group_tokens: Any
     max_span: Any
     full_from: Any  # First position without ``max_span``; NOWHERE: all positions have it
+    first_row: Any
+    stop_row: Any  # Rows [first_row, stop_row) are queries
 
 
 class KeyTiles(NamedTuple):
@@ -95,6 +98,7 @@ class Mode:
     bias: bool
     precision: Precision
     silu: bool = False  # Whether backward writes the gradients of the pre-activations, not of q, k and v
+    ranges: bool = False  # Whether q and the output have only the rows of ``Batch.queries``
 
 
 @triton.jit
@@ -106,7 +110,21 @@ def sequence_at(batch, index, mode: tl.constexpr):
     if mode.candidates:
         end = length - tl.load(batch.candidates + index).to(tl.int32)
     full_from = tl.where(batch.full_tokens > 0, end - batch.full_tokens, NOWHERE)
-    return start, Span(length, end, batch.num_contextuals, batch.group_tokens, batch.max_span, full_from)
+    first_row, stop_row = 0, length
+    if mode.ranges:
+        first_row = tl.minimum(tl.maximum(tl.load(batch.queries) - start, 0), length).to(tl.int32)
+        stop_row = tl.minimum(tl.maximum(tl.load(batch.queries + 1) - start, 0), length).to(tl.int32)
+    return start, Span(
+        length, end, batch.num_contextuals, batch.group_tokens, batch.max_span, full_from, first_row, stop_row
+    )
+
+
+@triton.jit
+def start_of_queries(batch, start, mode: tl.constexpr):
+    """Row of q of the token ``start``; no row if the range of queries begins later."""
+    if mode.ranges:
+        start = start - tl.load(batch.queries)
+    return start
 
 
 @triton.jit
@@ -152,7 +170,7 @@ def visible(i, j, span, mode: tl.constexpr):
 @triton.jit
 def keys_of_rows(first_row, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """KeyTiles of rows [first_row, first_row + BLOCK_M)."""
-    stop_row = tl.minimum(first_row + BLOCK_M, span.length)
+    stop_row = tl.minimum(first_row + BLOCK_M, span.stop_row)
     full = span.end
     seen = span.end
     if mode.causal:
@@ -251,6 +269,9 @@ def rows_of_keys(first_key, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLO
         late_tiles = tl.cdiv(tl.maximum(stop - late, 0), BLOCK_M)
         newest = tl.maximum(span.full_from, stop)
         newest_tiles = tl.where(first_key < span.end, tl.cdiv(tl.maximum(span.length - newest, 0), BLOCK_M), 0)
+    if mode.ranges:
+        full = tl.maximum(full, span.first_row)
+        stop_full = tl.minimum(stop_full, span.stop_row)
     return RowTiles(
         full, stop_full, first, masked_tiles, stop, context_tiles, late, late_tiles, newest, newest_tiles
     )  # fmt: skip
@@ -277,6 +298,9 @@ def masked_rows_at(index, tiles, span, mode: tl.constexpr, BLOCK_M: tl.constexpr
         newest = late - tiles.late_tiles
         first_row = tl.where(newest >= 0, tiles.newest + newest * BLOCK_M, first_row)
         stop_row = tl.where(newest >= 0, span.length, stop_row)
+    if mode.ranges:
+        stop_row = tl.minimum(tl.minimum(stop_row, first_row + BLOCK_M), span.stop_row)
+        first_row = tl.maximum(first_row, span.first_row)
     return first_row, stop_row
 
 
@@ -298,6 +322,11 @@ def tiles_on_diagonal(diagonal, span, mode: tl.constexpr, BLOCK: tl.constexpr):
             late = tl.maximum(tl.minimum(span.full_from, span.end), 0) // BLOCK
             late = tl.maximum(late, first + count)
             late_count = tl.maximum(stop - late, 0)
+    if mode.ranges:
+        low, high = span.first_row // BLOCK, tl.cdiv(span.stop_row, BLOCK)
+        late_count = tl.maximum(tl.minimum(late + late_count, high) - tl.maximum(late, low), 0)
+        count = tl.maximum(tl.minimum(first + count, high) - tl.maximum(first, low), 0)
+        first, late = tl.maximum(first, low), tl.maximum(late, low)
     return first, count, late, late_count
 
 

@@ -10,7 +10,7 @@ from hstu.ops.triton.rows import add_positions, jagged_concat
 from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
 
 OPERATORS: dict[str, Any] = {
-    "attention": AttentionKernels(attention.forward, attention.backward),
+    "attention": AttentionKernels(attention.forward, attention.backward, serves_ranges=True),
     "add_layer_norm": AddLayerNormKernels(norm.residual_forward, norm.residual_backward),
     "project_uvqk": ProjectionKernels(linear.project, linear.silu),
     "norm_mul_dropout": GateKernels(norm.gate_forward, norm.gate_backward),

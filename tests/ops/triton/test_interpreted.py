@@ -17,6 +17,7 @@ SHARED = (
     "tests/ops/test_self_check.py",
     "tests/ops/triton",
     "tests/parallel/dynamic/test_triton_slots.py",
+    "tests/parallel/test_attention_shares.py::test_kernels_compute_ranges_of_queries_alone",
 )
 
 

@@ -8,7 +8,8 @@ template <class T, int64_t W>
 class Worker : public Work<T, W> {
     using Base = Work<T, W>;
     using Base::a_, Base::s_, Base::bias_, Base::length_, Base::rows_, Base::vectors_, Base::tile_, Base::grad_tile_;
-    using Base::begin, Base::at, Base::put, Base::clear, Base::weigh, Base::differentiate;
+    using Base::begin, Base::at, Base::put, Base::put_queries, Base::clear, Base::weigh, Base::differentiate;
+    using Base::has_queries, Base::first_query_, Base::stop_query_;
 
   public:
     // The packed rows of q and of the gradient already contain α and 1/N.
@@ -17,8 +18,8 @@ class Worker : public Work<T, W> {
         k_ = s_.k.get(rows_ * W);
         v_ = s_.v.get(rows_ * W);
         q_ = s_.q.get(rows_ * W);
-        pack(a_.k, a_.k_strides, 1.0f, k_);
-        pack(a_.v, a_.v_strides, 1.0f, v_);
+        pack(a_.k, a_.k_strides, 0, length_, 1.0f, k_);
+        pack(a_.v, a_.v_strides, 0, length_, 1.0f, v_);
         q_columns_ = columns(a_.q, a_.q_strides, a_.alpha, q_, s_.q_columns);
     }
 
@@ -26,6 +27,7 @@ class Worker : public Work<T, W> {
         float* out = s_.out.get(STRIP * W);
         for (int64_t first = 0; first < length_; first += STRIP) {
             const Strip strip = begin(first);
+            if (!has_queries(strip)) continue;
             clear(out, STRIP);
             for_each_block(strip, [&](int64_t j, int64_t keys, int vector) {
                 const int64_t lane = vector * LANES, queries = (strip.vectors - vector) * LANES;
@@ -33,7 +35,7 @@ class Worker : public Work<T, W> {
                 weigh(strip, j, keys, vector);
                 product<1>(queries, vectors_, keys, tile_ + lane, STRIP, v_ + j * W, W, out + lane * W, W, true);
             });
-            put(a_.out, a_.out_strides, first, strip.lanes, out, a_.inverse_n);
+            put_queries(a_.out, a_.out_strides, strip, out, a_.inverse_n);
         }
     }
 
@@ -45,6 +47,7 @@ class Worker : public Work<T, W> {
         clear(grad_v, rows_);
         for (int64_t first = 0; first < length_; first += STRIP) {
             const Strip strip = begin(first);
+            if (!has_queries(strip)) continue;
             clear(grad_q, STRIP);
             for_each_block(strip, [&](int64_t j, int64_t keys, int vector) {
                 const int64_t lane = vector * LANES, queries = (strip.vectors - vector) * LANES;
@@ -57,7 +60,7 @@ class Worker : public Work<T, W> {
                 product<1>(queries, vectors_, keys, grad_tile_ + lane, STRIP, k_ + j * W, W, grad_q + lane * W, W, true);
                 if (bias_.exists()) bias_.add_gradients(grad_tile_, keys, vector);
             });
-            put(a_.grad_q, a_.grad_q_strides, first, strip.lanes, grad_q, a_.alpha);
+            put_queries(a_.grad_q, a_.grad_q_strides, strip, grad_q, a_.alpha);
         }
         put(a_.grad_k, a_.grad_k_strides, 0, length_, grad_k, 1.0f);
         put(a_.grad_v, a_.grad_v_strides, 0, length_, grad_v, 1.0f);
@@ -65,13 +68,15 @@ class Worker : public Work<T, W> {
     }
 
   private:
-    void pack(const void* tensor, const int64_t* strides, float scale, float* to) const {
-        pack_rows(at(tensor, strides, 0), strides[0], length_, a_.width, scale, to, rows_, W);
+    // Rows [first, stop) of a tensor; the others are zero.
+    void pack(const void* tensor, const int64_t* strides, int64_t first, int64_t stop, float scale, float* to) const {
+        clear(to, first);
+        pack_rows(at(tensor, strides, first), strides[0], stop - first, a_.width, scale, to + first * W, rows_ - first, W);
     }
 
-    // Packs rows and returns their transpose, [width][rows_].
+    // Packs the rows of the queries and returns their transpose, [width][rows_].
     float* columns(const void* tensor, const int64_t* strides, float scale, float* rows, Buffer& buffer) const {
-        pack(tensor, strides, scale, rows);
+        pack(tensor, strides, first_query_, stop_query_, scale, rows);
         float* to = buffer.get(vectors_ * LANES * rows_);
         transpose(rows, W, rows_, vectors_ * LANES, to);
         return to;

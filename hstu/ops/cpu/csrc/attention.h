@@ -36,6 +36,7 @@ extern "C" struct HstuAttention {
     int64_t sequences, heads, width, positions, bins;
     int64_t contextuals, group_tokens;
     int64_t max_span, full_tokens;  // as in AttentionConfig; a span below 0: there is none
+    int64_t first_query, stop_query;  // tokens: q, grad_out, out and grad_q have no other rows
     float alpha, inverse_n;
     int32_t is_causal, contextual_mask, is_bfloat, threads;
 };

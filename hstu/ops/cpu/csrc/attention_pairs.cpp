@@ -26,14 +26,15 @@ template <int64_t W>
 class Worker : public Work<bfloat, W> {
     using Base = Work<bfloat, W>;
     using Base::a_, Base::s_, Base::bias_, Base::length_, Base::rows_, Base::vectors_, Base::tile_, Base::grad_tile_;
-    using Base::begin, Base::at, Base::put, Base::clear, Base::weigh, Base::differentiate;
+    using Base::begin, Base::at, Base::put, Base::put_queries, Base::clear, Base::weigh, Base::differentiate;
+    using Base::has_queries, Base::first_query_, Base::stop_query_;
 
   public:
     Worker(const HstuAttention& a, int64_t sequence, int64_t head, Scratch& scratch)
         : Base(a, sequence, head, scratch, a.alpha, a.inverse_n), depth_((a.width + 1) / 2) {
-        q_ = packed(a_.q, a_.q_strides, s_.q);
-        k_ = packed(a_.k, a_.k_strides, s_.k);
-        v_ = packed(a_.v, a_.v_strides, s_.v);
+        q_ = packed(a_.q, a_.q_strides, first_query_, stop_query_, s_.q);
+        k_ = packed(a_.k, a_.k_strides, 0, length_, s_.k);
+        v_ = packed(a_.v, a_.v_strides, 0, length_, s_.v);
         q_columns_ = columns(q_, s_.q_columns);
         tile_pairs_ = s_.tile_pairs.get(BLOCK / 2 * STRIP);
         tile_rows_ = s_.tile_rows.get(BLOCK * STRIP / 2);
@@ -44,18 +45,19 @@ class Worker : public Work<bfloat, W> {
         float* out = s_.out.get(STRIP * W);
         for (int64_t first = 0; first < length_; first += STRIP) {
             const Strip strip = begin(first);
+            if (!has_queries(strip)) continue;
             clear(out, STRIP);
             for_each_block(strip, [&](int64_t j, int64_t keys, int vector) {
                 scores(strip, j, keys, vector, q_columns_, k_, tile_);
                 weigh(strip, j, keys, vector);
                 add_over_keys(strip, j, keys, vector, tile_, v_pairs, out);
             });
-            put(a_.out, a_.out_strides, first, strip.lanes, out, a_.inverse_n);
+            put_queries(a_.out, a_.out_strides, strip, out, a_.inverse_n);
         }
     }
 
     void backward(double* grad_position, double* grad_time) {
-        const float* grad = packed(a_.grad_out, a_.grad_out_strides, s_.grad);
+        const float* grad = packed(a_.grad_out, a_.grad_out_strides, first_query_, stop_query_, s_.grad);
         const float *grad_columns = columns(grad, s_.grad_columns), *grad_pairs = pairs(grad, s_.grad_pairs);
         const float *q_pairs = pairs(q_, s_.q_pairs), *k_pairs = pairs(k_, s_.k_pairs);
         float *grad_q = s_.grad_q.get(STRIP * W), *grad_k = s_.grad_k.get(rows_ * W), *grad_v = s_.grad_v.get(rows_ * W);
@@ -63,6 +65,7 @@ class Worker : public Work<bfloat, W> {
         clear(grad_v, rows_);
         for (int64_t first = 0; first < length_; first += STRIP) {
             const Strip strip = begin(first);
+            if (!has_queries(strip)) continue;
             clear(grad_q, STRIP);
             for_each_block(strip, [&](int64_t j, int64_t keys, int vector) {
                 scores(strip, j, keys, vector, q_columns_, k_, tile_);
@@ -73,7 +76,7 @@ class Worker : public Work<bfloat, W> {
                 add_over_keys(strip, j, keys, vector, grad_tile_, k_pairs, grad_q);
                 if (bias_.exists()) bias_.add_gradients(grad_tile_, keys, vector);
             });
-            put(a_.grad_q, a_.grad_q_strides, first, strip.lanes, grad_q, a_.alpha);
+            put_queries(a_.grad_q, a_.grad_q_strides, strip, grad_q, a_.alpha);
         }
         put(a_.grad_k, a_.grad_k_strides, 0, length_, grad_k, a_.alpha);
         put(a_.grad_v, a_.grad_v_strides, 0, length_, grad_v, a_.inverse_n);
@@ -81,12 +84,12 @@ class Worker : public Work<bfloat, W> {
     }
 
   private:
-    // Rows of W bfloat16, which are rows of W / 2 pairs of channels.
-    const float* packed(const void* tensor, const int64_t* strides, Buffer& buffer) const {
+    // Rows of W bfloat16, which are rows of W / 2 pairs of channels. Rows outside [first, stop) are zero.
+    const float* packed(const void* tensor, const int64_t* strides, int64_t first, int64_t stop, Buffer& buffer) const {
         bfloat* to = reinterpret_cast<bfloat*>(buffer.get(rows_ * W / 2));
         std::memset(to, 0, size_t(rows_ * W) * sizeof(bfloat));
         const bfloat* from = at(tensor, strides, 0);
-        for (int64_t row = 0; row < length_; ++row)
+        for (int64_t row = first; row < stop; ++row)
             std::memcpy(to + row * W, from + row * strides[0], size_t(a_.width) * sizeof(bfloat));
         return reinterpret_cast<const float*>(to);
     }

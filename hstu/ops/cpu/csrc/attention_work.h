@@ -25,6 +25,8 @@ class Work {
           history_end_(length_ - a.candidates[sequence]),
           head_(head),
           rows_(round_up(length_, STRIP)),
+          first_query_(std::clamp<int64_t>(a.first_query - begin_, 0, length_)),
+          stop_query_(std::clamp<int64_t>(a.stop_query - begin_, 0, length_)),
           vectors_((a.width + LANES - 1) / LANES),
           score_scale_(score_scale),
           grad_scale_(grad_scale) {
@@ -41,6 +43,17 @@ class Work {
 
     const T* at(const void* tensor, const int64_t* strides, int64_t row) const {
         return static_cast<const T*>(tensor) + (begin_ + row) * strides[0] + head_ * strides[1];
+    }
+
+    bool has_queries(const Strip& strip) const {
+        return strip.first < stop_query_ && strip.first + strip.lanes > first_query_;
+    }
+
+    // The rows of a strip's queries.
+    void put_queries(void* tensor, const int64_t* strides, const Strip& strip, const float* from, float scale) const {
+        const int64_t first = std::max(strip.first, first_query_);
+        const int64_t stop = std::min(strip.first + strip.lanes, stop_query_);
+        put(tensor, strides, first, stop - first, from + (first - strip.first) * W, scale);
     }
 
     void put(void* tensor, const int64_t* strides, int64_t first, int64_t rows, const float* from, float scale) const {
@@ -93,7 +106,7 @@ class Work {
     Scratch& s_;
     Bias bias_;
     Strip strip_;
-    int64_t begin_, length_, history_end_, head_, rows_, vectors_;
+    int64_t begin_, length_, history_end_, head_, rows_, first_query_, stop_query_, vectors_;
     float score_scale_, grad_scale_;
     float *tile_, *grad_tile_;
 };

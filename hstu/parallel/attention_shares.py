@@ -1,0 +1,157 @@
+"""Which queries, keys and heads of a batch each context-parallel rank takes for attention.
+
+The p = u · r ranks form r groups of u. A group has a contiguous range of the queries, and each of its ranks has some of
+the heads (Ulysses, arXiv 2309.14509). u divides the heads. HSTU's attention is a sum over keys without a softmax, so a
+rank that has the keys and values which its queries see computes their outputs, and gradients of keys and values from
+several groups add up. A ring (arXiv 2310.01889) passes on the same bytes, but all of them, to every rank.
+
+Ranges have equal work: under a causal mask, ranges with later queries of a history are shorter. Keys that no query of
+the range sees are not sent: those of other sequences, later ones, and those before a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from hstu.data.batches.jagged import run_offsets, run_starts
+from hstu.ops.comm import AttentionShare, TokenSets
+from hstu.ops.kernels import AttentionConfig
+from hstu.ops.layout import JaggedLayout, to_device
+
+QUERY_PASSES, KEY_PASSES, ALL_PASSES = 5, 6, 8
+"""Vectors of a head that a rank receives or sends per query and per key in forward and backward. Several groups send q,
+k and v again in backward instead of keeping them; with one group, each token is a query and a key (ALL_PASSES)."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a range of queries."""
+
+    tokens: tuple[range, ...]
+    """One range, or the context of the first sequence and a range behind the history that no query sees."""
+    first: int
+    last: int
+    """First and last sequence."""
+    config: AttentionConfig
+    """The same mask in sequences without the other tokens."""
+
+
+def share_attention(
+    layout: JaggedLayout, config: AttentionConfig, heads: int, has_bias: bool, ranks: int, rank: int, ranges: bool
+) -> AttentionShare:
+    """The share of ``rank`` with the number of groups for which the busiest rank receives the least.
+
+    layout: T tokens, of which each rank holds T / ``ranks``. ranges: whether the kernels serve ranges of queries.
+    """
+    size = layout.num_tokens // ranks
+    work = np.cumsum(_visible_keys(layout, config))
+    found: list[tuple[int, int, list[range], list[Keys]]] = []
+    for groups in (r for r in range(1, ranks + 1) if ranks % r == 0 and heads % (ranks // r) == 0):
+        if groups == 1:
+            found.append((ALL_PASSES * (layout.num_tokens - size) * (heads // ranks), 1, [], []))
+        elif ranges or heads % ranks:
+            per_group = ranks // groups
+            bounds = np.searchsorted(work, work[-1] * np.arange(1, groups) / groups).tolist()
+            queries = [range(*pair) for pair in zip([0, *bounds], [*bounds, layout.num_tokens], strict=True)]
+            keys = [keys_of(layout, config, has_bias, each) for each in queries]
+            received = [
+                QUERY_PASSES * _from_others([queries[one // per_group]], one, size)
+                + KEY_PASSES * _from_others(keys[one // per_group].tokens, one, size)
+                for one in range(ranks)
+            ]
+            found.append((max(received) * (heads // per_group), groups, queries, keys))
+    _, groups, queries, keys = min(found, key=lambda each: each[:2])
+    if groups == 1:
+        whole: TokenSets = [[range(layout.num_tokens)]]
+        return AttentionShare(layout, config, None, whole, whole)
+    group = rank // (ranks // groups)
+    own = keys[group]
+    offset = queries[group].start - (own.tokens[-1].start - sum(map(len, own.tokens[:-1]))) if own.tokens else 0
+    rows = range(offset, offset + len(queries[group]))
+    part = _part_of(layout, own)
+    return AttentionShare(part, own.config, rows, [[each] for each in queries], [each.tokens for each in keys])
+
+
+def keys_of(layout: JaggedLayout, config: AttentionConfig, has_bias: bool, queries: range) -> Keys:
+    """The keys that ``queries`` see, and further ones where the rest would not have the same mask and bias."""
+    if not queries:
+        return Keys((), 0, -1, config)
+    starts = run_starts(layout.seqlens)
+    stops = starts + layout.seqlens
+    first, last = (int(np.searchsorted(stops, token, side="right")) for token in (queries[0], queries[-1]))
+    ends = stops - layout.num_candidate_tokens_host
+    context, span, full_tokens = layout.num_contextuals, config.max_span, config.full_tokens
+
+    def sees_all(sequence: int) -> bool:
+        """Whether a query of this sequence sees all keys that the mask without a window shows."""
+        newest = min(queries[-1], int(stops[sequence]) - 1, int(ends[sequence]))
+        leads = config.contextual_mask and max(queries[0], int(starts[sequence])) < starts[sequence] + context
+        return span is None or leads or bool(config.has_no_limit(newest, int(ends[sequence])))
+
+    low, end, stop = int(starts[first]), int(ends[last]), queries.stop
+    context_end = low + context
+    if span is not None and not sees_all(first) and not (has_bias and context):
+        nearest = min(queries[0], int(ends[first])) - span
+        low = nearest if nearest > context_end else low
+    leads = config.contextual_mask and max(queries[0], int(starts[last])) < starts[last] + context
+    if leads or (not config.is_causal and sees_all(last)):
+        stop = max(stop, end)
+    elif not config.is_causal and span is not None:
+        stop = max(stop, min(end, max(queries.stop + span, int(starts[last]) + context)))
+    if span is not None and full_tokens and stop < end:  # the newest tokens of a shorter history would be others
+        if first == last and not sees_all(last):
+            config = replace(config, full_tokens=0)
+        else:
+            stop = end
+    is_cut = low > starts[first]
+    tokens = (range(context_end - context, context_end),) if is_cut and context else ()
+    return Keys((*tokens, range(low, stop)), first, last, config)
+
+
+def _part_of(layout: JaggedLayout, keys: Keys) -> JaggedLayout:
+    """Layout of ``keys`` alone."""
+    sequences, device = slice(keys.first, keys.last + 1), layout.positions.device
+    seqlens, candidates = layout.seqlens[sequences].copy(), layout.num_candidate_tokens_host[sequences].copy()
+    if keys.tokens:
+        behind = int(layout.seqlens[: keys.last + 1].sum()) - keys.tokens[-1].stop
+        seqlens[-1] -= behind
+        candidates[-1] = max(0, candidates[-1] - behind)
+        seqlens[0] -= seqlens.sum() - sum(map(len, keys.tokens))
+
+    def left(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor[:0], *(tensor[tokens.start : tokens.stop] for tokens in keys.tokens)])
+
+    return replace(
+        layout,
+        seqlen_offsets=to_device(run_offsets(seqlens), device),
+        seqlens=seqlens,
+        num_candidate_tokens=to_device(candidates, device) if candidates.any() else None,
+        num_candidate_tokens_host=candidates,
+        positions=left(layout.positions),
+        token_times=None if layout.token_times is None else left(layout.token_times),
+        query_times=None if layout.query_times is None else left(layout.query_times),
+        cache={},
+    )
+
+
+def _visible_keys(layout: JaggedLayout, config: AttentionConfig) -> np.ndarray:
+    """About how many keys each token sees: int64 [T]."""
+    length = np.repeat(layout.seqlens, layout.seqlens)
+    index = np.arange(len(length)) - np.repeat(run_starts(layout.seqlens), layout.seqlens)
+    visible = index + 1 if config.is_causal else length
+    return visible if config.max_span is None else np.minimum(visible, config.max_span + layout.num_contextuals + 1)
+
+
+def _from_others(tokens: Sequence[range], rank: int, size: int) -> int:
+    """Number of ``tokens`` that other ranks hold."""
+    return sum(len(each) - len(within(each, range(rank * size, (rank + 1) * size))) for each in tokens)
+
+
+def within(tokens: range, bounds: range) -> range:
+    """The ``tokens`` that lie within ``bounds``."""
+    start = min(max(tokens.start, bounds.start), bounds.stop)
+    return range(start, max(start, min(tokens.stop, bounds.stop)))

@@ -16,6 +16,7 @@ from torch import nn
 from hstu.estimate.dry_run import DryRun
 from hstu.estimate.workload import Workload
 from hstu.model.embedding import TableSpec, build_collections
+from hstu.model.stack import ROUNDED_WEIGHTS
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.parallel.dynamic.memory import bytes_per_row, logical_name
 from hstu.parallel.flat_weights import FlatLayout
@@ -206,7 +207,8 @@ def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
     layer, rest = of_layers // config.network.num_layers, dense - of_layers
     # Gradients of micro-batches are summed before they are exchanged.
     gradients = dense + layer if config.trainer.gradient_accumulation_steps > 1 else rest + 2 * layer
-    return rest + 3 * layer, gradients + sum(held_weights(workload, run).values())
+    has_16_bits = config.network.dtype_str != "float32"  # FSDP's buffers are float32, what is received is not
+    return rest + 3 * layer + layer // 2 * has_16_bits, gradients + sum(held_weights(workload, run).values())
 
 
 def data_parallel_transfers(workload: Workload, run: DryRun) -> Iterator[Transfer]:
@@ -219,10 +221,12 @@ def data_parallel_transfers(workload: Workload, run: DryRun) -> Iterator[Transfe
     elements, part = sum(weight.elements for weight in run.weights.values()) + replicated, sum(held.values())
     name, shards = "gradients of the dense part", partial(Transfer, group="shards", ranks=ranks)
     if workload.dense_sharding == "weights":
-        payload = passes * part * FLOAT32
+        rounded = ROUNDED_WEIGHTS if config.network.dtype_str != "float32" else ()
+        of_layers = {weight: n for weight, n in held.items() if run.weights[weight].is_layer}
+        layer_bytes = sum(n * (2 if weight.endswith(rounded) else FLOAT32) for weight, n in of_layers.items())
+        payload = passes * (layer_bytes + FLOAT32 * (part - sum(of_layers.values())))
         yield shards("dense weights in forward", "all_gather", calls=passes * (layers + 1), payload=payload)
-        payload = passes * sum(n for weight, n in held.items() if run.weights[weight].is_layer) * FLOAT32
-        yield shards("dense weights in backward", "all_gather", calls=passes * layers, payload=payload)
+        yield shards("dense weights in backward", "all_gather", calls=passes * layers, payload=passes * layer_bytes)
         payload = ranks * part * size
         yield shards(name, "reduce_scatter", calls=layers + 1, payload=payload, behind="backward")
         elements = replicated

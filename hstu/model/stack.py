@@ -65,6 +65,10 @@ def kernel_shapes(network: NetworkArgs, tp_size: int = 1, cp_size: int = 1) -> K
     )
 
 
+ROUNDED_WEIGHTS = "uvqk.weight", "uvqk.bias", "out.weight"
+"""Weights of a layer that it rounds to the dtype of its matrix products before every use."""
+
+
 class FusedHSTULayer(HSTULayer):
     """An HSTU layer as one autograd function over kernels, on one rank or with heads or tokens split over several."""
 

@@ -2,7 +2,8 @@
 
 FSDP gathers a layer's weights for its forward, frees them, gathers them again for its backward, and reduce-scatters
 their gradients. All other dense weights form one unit, which stays gathered from forward to backward. Each weight is
-split by rows into equal parts, one per rank. HSTULayerFunction saves gathered weights for backward; they take no memory
+split by rows into equal parts, one per rank. Weights that a layer only uses in a 16-bit compute type travel in it:
+:class:`LayerGather`. HSTULayerFunction saves gathered weights for backward; they take no memory
 in between, because FSDP frees and refills their storage.
 
 Source: Zhao et al., PyTorch FSDP, VLDB 2023.
@@ -21,15 +22,50 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from hstu.model.gr_model import DenseModel, GRModel
-from hstu.model.stack import FusedHSTULayer
+from hstu.model.stack import ROUNDED_WEIGHTS, FusedHSTULayer
+from hstu.parallel.collectives import gather_copies
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView, WeightShares, all_finite, local_part, view_of
+
+
+class LayerGather:
+    """FSDP's all-gather of a layer whose matrix products have a 16-bit dtype.
+
+    The layer rounds ROUNDED_WEIGHTS to it before use, so rounding them before they are sent changes no bit and halves
+    their bytes. A MixedPrecisionPolicy would also round the norms and the relative bias, which are used in float32.
+    """
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype, ranks: int) -> None:
+        shares = [
+            (name, weight.numel() // len(weight) * -(-len(weight) // ranks))
+            for name, weight in layer.named_parameters()
+        ]
+        self.dtypes = [dtype if name in ROUNDED_WEIGHTS else torch.float32 for name, _ in shares]
+        self.counts = [count for _, count in shares]
+        """Numbers of each weight on a rank, padding included, in the order in which FSDP sends them."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate memory for FSDP's all-gather."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """Gather the ranks' shares, float32, in one exchange."""
+        parts = [
+            part.to(dtype).view(torch.uint8)
+            for part, dtype in zip(input_tensor.split(self.counts), self.dtypes, strict=True)
+        ]
+        gathered = gather_copies(torch.cat(parts), group).split([len(part) for part in parts], 1)
+        targets = output_tensor.view(dist.get_world_size(group), -1).split(self.counts, 1)
+        for target, received, dtype in zip(targets, gathered, self.dtypes, strict=True):
+            target.copy_(received.contiguous().view(dtype))
 
 
 class FullySharded:
     """The FSDP units of a dense part, and a check of gradients before they are averaged."""
 
-    def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype) -> None:
+    def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype, computed_as: torch.dtype) -> None:
         """Shard the weights of ``dense`` in place, except for replicated tables."""
         self.group = mesh.dp_cp_group
         self.sent_as = sent_as
@@ -49,6 +85,9 @@ class FullySharded:
             vars(weight).update(attributes[name])  # restore the marks of tensor-parallel weights
         for unit in self.units:
             unit.set_custom_reduce_scatter(self)  # type: ignore[arg-type]
+        if computed_as.itemsize < torch.float32.itemsize:
+            for unit, layer in zip(self.units, layers, strict=False):
+                unit.set_custom_all_gather(LayerGather(layer, computed_as, mesh.dp_cp_size))  # type: ignore[arg-type]
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Allocate memory for FSDP's reduce-scatter."""
@@ -78,12 +117,17 @@ class FullySharded:
             unit.reshard()
 
 
-def shard_dense(model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32) -> GRModel:
-    """Shard the weights of ``model.dense`` if several ranks have equal ones. ``sent_as``: see FullySharded."""
+def shard_dense(
+    model: GRModel, mesh: Mesh, sent_as: torch.dtype = torch.float32, computed_as: torch.dtype = torch.float32
+) -> GRModel:
+    """Shard the weights of ``model.dense`` if several ranks have equal ones.
+
+    sent_as: see FullySharded. computed_as: dtype of the matrix products of the layers.
+    """
     if mesh.dp_cp_size > 1:
         dense = model.dense
         assert isinstance(dense, DenseModel)
-        sharded = FullySharded(dense, mesh, sent_as)
+        sharded = FullySharded(dense, mesh, sent_as, computed_as)
         dense.fully_sharded = sharded  # type: ignore[assignment]  # nn.Module declares only tensors and modules
     return model
 

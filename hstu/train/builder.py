@@ -193,7 +193,7 @@ def build_model(
     precision = "float32" if config.precision.fp32_master_grads else config.network.dtype_str
     sent_as = DTYPES[precision]
     if config.data_parallel.sharding == "weights":
-        model = shard_dense(model, mesh, sent_as)
+        model = shard_dense(model, mesh, sent_as, DTYPES[config.network.dtype_str])
     else:
         model = replicate_dense(model, mesh, sent_as)
     shard_states = config.data_parallel.sharding == "optimizer"

@@ -7,6 +7,7 @@ import torch
 
 from hstu.config.args import DataParallelArgs
 from hstu.data.sampling.sampler import SamplerPosition
+from hstu.parallel import fsdp
 from hstu.parallel.ddp import ReplicatedDense, own_gradients_finite
 from hstu.parallel.fsdp import fully_sharded
 from hstu.parallel.mesh import Mesh
@@ -30,6 +31,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
             **{f"sent as {dtype}": partial(sent_as, dtype=dtype) for dtype in DTYPES},
             **{f"exact {exact}": partial(train_with, store=store, exact=exact) for exact in (True, False)},
             "sharded": partial(train_with, store=store, exact=False, sharding="weights"),
+            "gathered whole": partial(train_gathering_whole_weights, store=store),
             "buckets": partial(buckets_sent, store=store),
         },
     )
@@ -58,6 +60,13 @@ def train_with(mesh: Mesh, store: str, exact: bool, sharding: str = "none") -> t
     dense = pipeline.step.model.dense
     sent_as: torch.dtype = vars(fully_sharded(dense) or dense)["sent_as"]
     return sent_as, losses
+
+
+def train_gathering_whole_weights(mesh: Mesh, store: str) -> tuple[torch.dtype, list[float]]:
+    """The run "sharded", with weights that are gathered in float32."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(fsdp, "ROUNDED_WEIGHTS", ())
+        return train_with(mesh, store, exact=False, sharding="weights")
 
 
 def buckets_sent(mesh: Mesh, store: str) -> list[int]:
@@ -100,3 +109,4 @@ def test_a_run_sends_its_gradients_as_it_is_told(told: Any) -> None:
         assert losses == pytest.approx(exact_losses, rel=1e-3) and losses != exact_losses
         sent, of_shards = rank["sharded"]
         assert sent == torch.bfloat16 and of_shards == pytest.approx(losses, rel=1e-6)
+        assert rank["gathered whole"] == rank["sharded"], "weights are rounded before they are sent as they are after"

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hstu.ops.layout import JaggedLayout
-
-if TYPE_CHECKING:
-    from hstu.ops.kernels import AttentionConfig
+from hstu.ops.layout import AttentionConfig, JaggedLayout
 
 Pending = Callable[[], Tensor]
 """A collective in progress: waits for it and returns its result."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from hstu.ops.comm import LayerComm
-from hstu.ops.layout import JaggedLayout, TokenOrder
+from hstu.ops.layout import AttentionConfig, JaggedLayout, TokenOrder
 from hstu.ops.row_update import UpdateRows
 
 Forward = TypeVar("Forward")
@@ -56,29 +56,6 @@ class Gradient(NamedTuple):
             grad = torch.ops.aten.silu_backward(grad, self.before_silu.value.to(grad.dtype))
             self.before_silu.grad_shift.copy_(grad.sum(0))
         self.target.copy_(grad)
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Attention settings that do not depend on the batch: the scale of the scores, the divisor and the mask."""
-
-    alpha: float
-    """Factor of Q Kᵀ."""
-    scaling_seqlen: int
-    """Divisor N: a constant, so that a result does not depend on the other sequences of the batch."""
-    is_causal: bool = True
-    """False: bidirectional over context and history. Candidates never see other groups or later tokens."""
-    contextual_mask: bool = True
-    """True: contextual tokens see all context and history."""
-    max_span: int | None = None
-    """Farthest visible history token, in positions before a token (and after it, if bidirectional). None: unlimited.
-    Context is visible from everywhere. All candidates have the position of the first."""
-    full_tokens: int = 0
-    """Number of newest context and history tokens to which ``max_span`` does not apply; if > 0, nor to candidates."""
-
-    def has_no_limit(self, position: Any, history_end: Any) -> Any:
-        """Whether tokens at ``position`` see everything that the mask without ``max_span`` shows. Numbers or arrays."""
-        return (self.full_tokens > 0) & (position >= history_end - self.full_tokens)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Layout of a jagged batch: offsets, positions, times and order of tokens; distances and time buckets of pairs."""
+"""Layout of a jagged batch: offsets, positions, times and order of tokens; the mask; distances and time buckets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,29 @@ TIME_BUCKET_WIDTH = 0.301
 """Width of a time bucket in natural log seconds: ⌊ln(max(1, |Δt|)) / 0.301⌋."""
 NUM_TIME_BUCKETS = 128
 """Rows of ``RelativeBias.time_weight``."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention settings that do not depend on the batch: the scale of the scores, the divisor and the mask."""
+
+    alpha: float
+    """Factor of Q Kᵀ."""
+    scaling_seqlen: int
+    """Divisor N: a constant, so that a result does not depend on the other sequences of the batch."""
+    is_causal: bool = True
+    """False: bidirectional over context and history. Candidates never see other groups or later tokens."""
+    contextual_mask: bool = True
+    """True: contextual tokens see all context and history."""
+    max_span: int | None = None
+    """Farthest visible history token, in positions before a token (and after it, if bidirectional). None: unlimited.
+    Context is visible from everywhere. All candidates have the position of the first."""
+    full_tokens: int = 0
+    """Number of newest context and history tokens to which ``max_span`` does not apply; if > 0, nor to candidates."""
+
+    def has_no_limit(self, position: Any, history_end: Any) -> Any:
+        """Whether tokens at ``position`` see everything that the mask without ``max_span`` shows. Numbers or arrays."""
+        return (self.full_tokens > 0) & (position >= history_end - self.full_tokens)
 
 
 @dataclass(frozen=True)

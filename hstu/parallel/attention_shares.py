@@ -13,18 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from hstu.data.batches.jagged import run_offsets, run_starts
-from hstu.ops.comm import AttentionShare, TokenSets
+from hstu.ops.comm import AttentionShare
 from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import JaggedLayout, to_device
 
-QUERY_PASSES, KEY_PASSES, ALL_PASSES = 5, 6, 8
-"""Vectors of a head that a rank receives or sends per query and per key in forward and backward. Several groups send q,
-k and v again in backward instead of keeping them; with one group, each token is a query and a key (ALL_PASSES)."""
+PASSES = 5, 6
+"""Vectors of a head per query and per key that forward and backward exchange: several groups send q, k and v again in
+backward, instead of keeping them. One group: 4 and 4."""
 
 
 @dataclass(frozen=True)
@@ -49,29 +50,28 @@ def share_attention(
     """
     size = layout.num_tokens // ranks
     work = np.cumsum(_visible_keys(layout, config))
-    found: list[tuple[int, int, list[range], list[Keys]]] = []
-    for groups in (r for r in range(1, ranks + 1) if ranks % r == 0 and heads % (ranks // r) == 0):
-        if groups == 1:
-            found.append((ALL_PASSES * (layout.num_tokens - size) * (heads // ranks), 1, [], []))
-        elif ranges or heads % ranks:
-            per_group = ranks // groups
-            bounds = np.searchsorted(work, work[-1] * np.arange(1, groups) / groups).tolist()
-            queries = [range(*pair) for pair in zip([0, *bounds], [*bounds, layout.num_tokens], strict=True)]
-            keys = [keys_of(layout, config, has_bias, each) for each in queries]
-            received = [
-                QUERY_PASSES * _from_others([queries[one // per_group]], one, size)
-                + KEY_PASSES * _from_others(keys[one // per_group].tokens, one, size)
-                for one in range(ranks)
-            ]
-            found.append((max(received) * (heads // per_group), groups, queries, keys))
-    _, groups, queries, keys = min(found, key=lambda each: each[:2])
-    if groups == 1:
-        whole: TokenSets = [[range(layout.num_tokens)]]
-        return AttentionShare(layout, config, None, whole, whole)
-    group = rank // (ranks // groups)
+    plans: list[tuple[int, list[range], list[Keys]]] = []
+    for groups in range(1, ranks + 1):
+        per_group = ranks // groups
+        if ranks % groups or heads % per_group or not (groups == 1 or ranges or heads % ranks):
+            continue
+        bounds = [0, *np.searchsorted(work, work[-1] * np.arange(1, groups) / groups).tolist(), layout.num_tokens]
+        queries = [range(*pair) for pair in pairwise(bounds)]
+        keys = [keys_of(layout, config, has_bias, each) for each in queries]
+        of_query, of_key = (4, 4) if groups == 1 else PASSES
+        received = [
+            of_query * _from_others([queries[one // per_group]], one, size)
+            + of_key * _from_others(keys[one // per_group].tokens, one, size)
+            for one in range(ranks)
+        ]
+        plans.append((max(received) * (heads // per_group), queries, keys))
+    _, queries, keys = min(plans, key=lambda plan: plan[0])
+    if len(queries) == 1:
+        return AttentionShare(layout, config, None, [queries], [queries])
+    group = rank * len(queries) // ranks
     own = keys[group]
-    offset = queries[group].start - (own.tokens[-1].start - sum(map(len, own.tokens[:-1]))) if own.tokens else 0
-    rows = range(offset, offset + len(queries[group]))
+    first = sum(map(len, own.tokens)) - (own.tokens[-1].stop - queries[group].start)
+    rows = range(first, first + len(queries[group]))
     part = _part_of(layout, own)
     return AttentionShare(part, own.config, rows, [[each] for each in queries], [each.tokens for each in keys])
 
@@ -79,7 +79,7 @@ def share_attention(
 def keys_of(layout: JaggedLayout, config: AttentionConfig, has_bias: bool, queries: range) -> Keys:
     """The keys that ``queries`` see, and further ones where the rest would not have the same mask and bias."""
     if not queries:
-        return Keys((), 0, -1, config)
+        return Keys((queries,), 0, -1, config)
     starts = run_starts(layout.seqlens)
     stops = starts + layout.seqlens
     first, last = (int(np.searchsorted(stops, token, side="right")) for token in (queries[0], queries[-1]))
@@ -116,14 +116,14 @@ def _part_of(layout: JaggedLayout, keys: Keys) -> JaggedLayout:
     """Layout of ``keys`` alone."""
     sequences, device = slice(keys.first, keys.last + 1), layout.positions.device
     seqlens, candidates = layout.seqlens[sequences].copy(), layout.num_candidate_tokens_host[sequences].copy()
-    if keys.tokens:
+    if len(seqlens):
         behind = int(layout.seqlens[: keys.last + 1].sum()) - keys.tokens[-1].stop
         seqlens[-1] -= behind
         candidates[-1] = max(0, candidates[-1] - behind)
         seqlens[0] -= seqlens.sum() - sum(map(len, keys.tokens))
 
     def left(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tensor[:0], *(tensor[tokens.start : tokens.stop] for tokens in keys.tokens)])
+        return torch.cat([tensor[tokens.start : tokens.stop] for tokens in keys.tokens])
 
     return replace(
         layout,

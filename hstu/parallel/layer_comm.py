@@ -123,27 +123,19 @@ class ProcessGroupComm(LayerComm):
         if self.cp_size == 1:
             return super().heads_to_tokens(own, tokens, out)
         ranges, per_group = [*chain(*tokens)], self.cp_size // len(tokens)
-        total = sum(map(len, ranges))
-        size = total // self.cp_size if out is None else len(out)
+        is_partition = all(a.stop == b.start for a, b in pairwise(ranges))
+        size = ranges[-1].stop // self.cp_size if out is None else len(out)
         slices, received, sent = self._split(tokens, size)
         exchanged = self._exchange(own, sent, received)
-        is_partition = total == size * self.cp_size and all(a.stop == b.start for a, b in pairwise(ranges))
 
         def result() -> Tensor:
-            rows = exchanged()
             shape = size, own.shape[1] * per_group, *own.shape[2:]
-            target = rows.new_empty(shape) if out is None else out
-            sums = target
-            if not is_partition:
-                sums = rows.new_zeros(shape, dtype=torch.promote_types(rows.dtype, torch.float32))
-            by_head = sums.unflatten(1, (per_group, -1))
-            for group in slices:
-                count = sum(each.stop - each.start for each in group)
-                of_group, rows = rows[: per_group * count], rows[per_group * count :]
-                parts = of_group.unflatten(0, (per_group, count)).transpose(0, 1)
-                for each in group:
-                    part, parts = parts[: each.stop - each.start], parts[each.stop - each.start :]
-                    by_head[each].copy_(part) if is_partition else by_head[each].add_(part)
+            target = own.new_empty(shape) if out is None else out
+            dtype = torch.promote_types(own.dtype, torch.float32)
+            sums = target if is_partition else own.new_zeros(shape, dtype=dtype)
+            places = [heads[each] for group in slices for heads in sums.chunk(per_group, 1) for each in group]
+            for place, rows in zip(places, exchanged().split([*map(len, places)]), strict=True):
+                place.copy_(rows) if is_partition else place.add_(rows)
             return target if is_partition else target.copy_(sums)
 
         return result

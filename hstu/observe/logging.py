@@ -108,6 +108,8 @@ def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan)
     ]
     if record.data_wait >= _WAIT_SHOWN:
         parts.append(f"wait {_percent(record.data_wait).strip()}")
+    if not math.isfinite(record.mfu):
+        parts.append("above peak")
     if record.skipped_steps:
         parts.append(f"{record.skipped_steps} skipped")
     line = "  ".join(parts)

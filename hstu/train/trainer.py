@@ -71,6 +71,8 @@ class Trainer:
         args, split = self.args, self.source.eval_splits[0]
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
+        self._evaluation_s = 0.0
+        """Duration of the last evaluation of a split."""
         self._has_best_weights = False
         """Whether the weights are no longer those of ``state.iteration``, and must not be saved."""
         self._stop = StopSignal(self.mesh, self.pipeline.step.check)
@@ -228,11 +230,20 @@ class Trainer:
             tables=pop_reports(dynamic_tables(self.state.model), self._sum_over_ranks),
         )
         self.run_directory.write(record)
-        eta_s = (self.total_iters - self.state.iteration) * rates.step_s
-        log.info(format_train(record, self.total_iters, eta_s))
+        log.info(format_train(record, self.total_iters, self._eta_s(rates.step_s)))
         for table, report in record.tables.items():
             log.info(describe_report(table, report))
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+
+    def _eta_s(self, step_s: float) -> float:
+        """Seconds to the end: the steps, and the evaluations if each takes as long as the last one."""
+        args, iteration, total, evaluations = self.args, self.state.iteration, self.total_iters, 0
+        if args.eval_interval > 0:
+            due = (total - args.eval_at_end) // args.eval_interval - (iteration - 1) // args.eval_interval
+            evaluations = due * len(self.source.eval_splits)
+        if args.eval_at_end:
+            evaluations += len(self.source.final_splits)
+        return (total - iteration) * step_s + evaluations * self._evaluation_s
 
     def _evaluate_at_end(self) -> None:
         """Evaluate the last weights on the splits that choose the best ones, and the best ones on the other splits."""
@@ -265,7 +276,8 @@ class Trainer:
             is_new = not self._history.has(split, iteration)
             self._history.add(record)
             self.run_directory.write(record)
-            log.info(format_eval(record, time.monotonic() - begun))
+            self._evaluation_s = time.monotonic() - begun
+            log.info(format_eval(record, self._evaluation_s))
             if is_new and split == self._selection.split and self._selection.follow(self._history):
                 self._keep_best()
 

@@ -84,7 +84,7 @@ def _write(file: Path, text: str, store: SequenceStore) -> str:
             return " (edited, kept)"
         new = file.with_name(f"{file.name}.new")
         replace_text(new, text, shared=True)
-        return f" (from an earlier store, kept; for this one: {new})"
+        return f" (of an earlier store, for its checkpoints while its tables have rows left; for a new run: {new})"
     return ""
 
 

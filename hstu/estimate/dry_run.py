@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,7 +25,7 @@ from hstu.data.batches.batch import NEGATIVES, HSTUBatch, TensorGroup, is_of_neg
 from hstu.data.batches.train_batch import TrainBatch, merge_ranks
 from hstu.estimate.record import GRADIENTS, Recorder, Recording
 from hstu.estimate.workload import Batch, Workload
-from hstu.model.embedding import ReplicatedTables
+from hstu.model.embedding import ReplicatedTables, TableSpec
 from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts
@@ -68,6 +68,8 @@ class DryRun:
     recording: Recording
     ids: Mapping[str, int]
     """Feature → number of ids that a rank looks up."""
+    distinct_ids: Mapping[str, int]
+    """Sharded table → number of different ids among them, which are sent to the ranks that hold their rows."""
     group_ids: Mapping[str, int]
     """Feature → number of ids that all ranks of its tp_cp group look up."""
     batch_bytes: int
@@ -106,6 +108,7 @@ def _run_step(workload: Workload, batch: Batch) -> DryRun:
         buffers=sum(buffer.nbytes for buffer in dense.buffers()),
         recording=recorder.recording,
         ids=_ids_of(on_device.own),
+        distinct_ids=_distinct_ids(on_device.own, workload.specs),
         group_ids=_group_ids(on_device),
         batch_bytes=sum(_bytes_of(part) for part in parts.values()),
         sent_bytes=sent,
@@ -128,6 +131,13 @@ def train_batch(workload: Workload, batch: Batch) -> tuple[TrainBatch, int]:
 
 def _ids_of(batch: HSTUBatch) -> dict[str, int]:
     return dict(zip(batch.features.keys(), batch.features.length_per_key(), strict=True))
+
+
+def _distinct_ids(batch: HSTUBatch, specs: Iterable[TableSpec]) -> dict[str, int]:
+    """Different ids per sharded table."""
+    ids = {key: feature.values() for key, feature in batch.features.to_dict().items()}
+    own = {spec.name: [ids[name] for name in spec.features if name in ids] for spec in specs if not spec.replicated}
+    return {name: len(torch.cat(values).unique()) if values else 0 for name, values in own.items()}
 
 
 def _group_ids(batch: TrainBatch) -> dict[str, int]:

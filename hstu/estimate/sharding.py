@@ -125,16 +125,16 @@ def _count(spec: TableSpec, ids: Mapping[str, int]) -> int:
 
 
 def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> Iterator[Transfer]:
-    """TorchRec sends ids to the ranks that hold their rows, rows back, and gradients along the path of the ids.
+    """TorchRec sends distinct ids to the ranks that hold their rows, rows back, and gradients as ids went.
     There is one exchange per collection (tables of one width) and kind of sharding."""
-    ranks, sequences = workload.world_size, workload.config.trainer.sequences_per_iteration
+    ranks = workload.world_size
     sent_ids = lengths = gradients = 0
     rows = np.zeros(ranks)
     for table in plan:
-        count, by_rows = _count(table.spec, run.ids), table.sharding == "row_wise"
+        count, by_rows = run.distinct_ids[table.spec.name], table.sharding == "row_wise"
         copies = 1 if by_rows else len(table.shards)
-        sent_ids += count * copies * INT64
-        lengths += len(table.spec.features) * sequences * (ranks if by_rows else copies) * INT64
+        sent_ids += count * copies * (INT64 + (0 if table.spec.dynamic is None else FLOAT32))
+        lengths += len(table.spec.features) * (ranks if by_rows else copies) * INT64
         gradients += count * table.spec.stored_dim * FLOAT32
         for rank, _, columns in table.shards:  # each row goes to the rank that looked it up
             rows[rank] += count * columns * FLOAT32 * (1 if by_rows else ranks)
@@ -155,8 +155,11 @@ def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) 
     args, sharded, replicated = workload.config.optimizer, 0.0, 0.0
     for table in plan:
         states = TableTraining.of(table.spec, args).states
-        elements = _count(table.spec, run.ids) * table.spec.stored_dim
-        sharded += FLOAT32 * float(elements) * (2 + 4 + 2 * (1 + sum(not is_rowwise(state) for state in states)))
+        ids = _count(table.spec, run.ids)
+        looked_up = run.distinct_ids[table.spec.name] if workload.world_size > 1 else ids
+        per_element = 2 + 4 + 2 * (1 + sum(not is_rowwise(state) for state in states))
+        repeated = 4 * ids if workload.world_size > 1 else 0  # rows are copied to all occurrences, gradients added
+        sharded += FLOAT32 * table.spec.stored_dim * float(looked_up * per_element + repeated)
     for spec in workload.replicated_specs:
         ids = _count(spec, run.group_ids)
         updated = ids if workload.device_type == "cpu" else spec.rows

@@ -23,6 +23,8 @@ from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
 from torchrec.distributed.types import ParameterSharding, ShardingEnv
 
+from hstu.parallel.table_exchange import DistinctIdsCollection
+
 
 class RowSparseEmbedding(BaseEmbedding):
     """Shards of a group of tables, looked up with F.embedding(sparse=True). Column-wise shards are stacked by rows."""
@@ -165,8 +167,8 @@ class RowSparseLookup(GroupedEmbeddingsLookup):
         return super()._create_embedding_kernel(config, pg, device, env)
 
 
-class RowSparseEmbeddingCollection(ShardedEmbeddingCollection):
-    """TorchRec's sharded collection with RowSparseLookup."""
+class RowSparseEmbeddingCollection(DistinctIdsCollection):
+    """DistinctIdsCollection with RowSparseLookup."""
 
     def _create_lookups(self) -> None:
         for sharding in self._sharding_type_to_sharding.values():
@@ -178,8 +180,9 @@ class RowSparseEmbeddingCollection(ShardedEmbeddingCollection):
 class CollectionSharder(EmbeddingCollectionSharder):
     """Shards EmbeddingCollections into ``kind``, a subclass of TorchRec's sharded collection."""
 
-    def __init__(self, kind: type[ShardedEmbeddingCollection], fused_params: dict[str, Any]) -> None:
-        super().__init__(fused_params)
+    def __init__(self, kind: type[ShardedEmbeddingCollection], **options: Any) -> None:
+        """``options``: of EmbeddingCollectionSharder."""
+        super().__init__(**options)
         self._kind = kind
 
     def shard(
@@ -191,4 +194,13 @@ class CollectionSharder(EmbeddingCollectionSharder):
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingCollection:
         """See EmbeddingCollectionSharder."""
-        return self._kind(module, params, env, self.fused_params, device, module_fqn=module_fqn)
+        return self._kind(
+            module,
+            params,
+            env,
+            self.fused_params,
+            device,
+            qcomm_codecs_registry=self.qcomm_codecs_registry,
+            use_index_dedup=self._use_index_dedup,
+            module_fqn=module_fqn,
+        )

@@ -36,6 +36,7 @@ from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_nam
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Heartbeat, Mesh
 from hstu.parallel.planner import build_planner, pack_plan, unpack_plan
+from hstu.parallel.table_exchange import DistinctIdsCollection
 from hstu.parallel.table_kernels import CollectionSharder, RowSparseEmbeddingCollection
 from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 
@@ -98,7 +99,7 @@ def shard(
     """
     args, device = config.optimizer, mesh.device.type
     training = {spec.name: TableTraining.of(spec, args) for spec in model.specs}
-    sharders = table_sharders(args, device, model.specs)
+    sharders = table_sharders(args, device, model.specs, mesh.world_size)
     check_kernels(model.specs, args, device)
     if len(model.embedding):
         memory = memory_plans(model.specs, args, mesh.world_size)
@@ -187,9 +188,8 @@ def plan_sharding(
         ddr_cap=ranks.room.host,
     )
     try:
-        return build_planner(topology, constraints).plan(
-            model, table_sharders(config.optimizer, ranks.device_type, specs)
-        )
+        sharders = table_sharders(config.optimizer, ranks.device_type, specs, ranks.count)
+        return build_planner(topology, constraints).plan(model, sharders)
     except PlannerError as error:
         sharded = [spec for spec in specs if not spec.replicated]
         raise _at_the_largest(sharded, config, _why_not(sharded, training, ranks)) from error
@@ -312,17 +312,20 @@ def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: 
 
 
 def table_sharders(
-    args: OptimizerArgs, device_type: str, specs: Sequence[TableSpec]
+    args: OptimizerArgs, device_type: str, specs: Sequence[TableSpec], world_size: int
 ) -> list[EmbeddingCollectionSharder]:
     """Return the sharders of static and dynamic collections for the training in ``args``."""
-    static: type[ShardedEmbeddingCollection] = ShardedEmbeddingCollection
+    static: type[ShardedEmbeddingCollection] = DistinctIdsCollection
     dynamic: type[ShardedDynamicCollection] = ShardedDynamicCollection
     training = [TableTraining.of(spec, args) for spec in specs if not spec.replicated]
     if any(each.is_row_sparse(device_type) or each.max_gradient is not None for each in training):
         static, dynamic = RowSparseEmbeddingCollection, RowSparseDynamicCollection
-    # By default FBGEMM looks up row 0 for an id outside the table.
-    fused_params = {"bounds_check_mode": BoundsCheckMode.FATAL}
-    return [CollectionSharder(static, fused_params), DynamicSharder(dynamic, fused_params)]
+    options = {
+        # By default FBGEMM looks up row 0 for an id outside the table.
+        "fused_params": {"bounds_check_mode": BoundsCheckMode.FATAL},
+        "use_index_dedup": world_size > 1,
+    }
+    return [CollectionSharder(static, **options), DynamicSharder(dynamic, **options)]
 
 
 def sharded_collections(model: GRModel) -> list[ShardedEmbeddingCollection]:

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
-from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import EmbeddingShardingInfo
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
@@ -31,6 +30,7 @@ from hstu.parallel.dynamic.hashing import mix, unmix
 from hstu.parallel.dynamic.memory import SplitLookup, logical_name
 from hstu.parallel.dynamic.rows import RowBlock, Rows, find_caches
 from hstu.parallel.dynamic.table import DynamicTable
+from hstu.parallel.table_exchange import DistinctIdsCollection
 from hstu.parallel.table_kernels import CollectionSharder, RowSparseEmbeddingCollection
 from hstu.parallel.table_optimizer import TableOptimizer
 
@@ -88,10 +88,15 @@ class DynamicSharding(RwSequenceEmbeddingSharding):
         return len(self.feature_names())
 
 
-class ShardedDynamicCollection(ShardedEmbeddingCollection):
+class ShardedDynamicCollection(DistinctIdsCollection):
     """A sharded collection of dynamic tables. Call ``create_tables`` before the first use."""
 
     tables: Mapping[str, DynamicTable]
+    counts_ids = True
+
+    def exchanged_together(self, sharding: DynamicSharding) -> list[Sequence[str]]:
+        """See DistinctIdsCollection."""
+        return [group for group in super().exchanged_together(sharding) if logical_name(group[0]) == group[0]]
 
     def create_tables(
         self, specs: Sequence[TableSpec], weights: Mapping[str, ShardedTensor], optimizer: TableOptimizer, seed: int
@@ -179,12 +184,15 @@ class ShardedDynamicCollection(ShardedEmbeddingCollection):
         All features of a table train as one batch. NEGATIVES get no new rows: they are sampled from the corpus, and
         would evict ids that occur in the data.
         """
-        slots, slice_of = features.values().clone(), _slices(features)
+        slots, slice_of, counts = features.values().clone(), _slices(features), features.weights_or_none()
         for table in self.tables.values():
             ids = _ids_of(table, features)
             table.clear_default_row()
             training = [key for key in ids if self.training and not is_of_negatives(key)]
-            if training:
+            if training and counts is not None:  # a negative may be another occurrence of an id
+                table.assign_rows(torch.cat(list(ids.values())), torch.cat([counts[slice_of[key]] for key in ids]))
+                training = []
+            elif training:
                 assigned = table.assign_rows(torch.cat([ids[key] for key in training]))
                 for key, found in zip(training, assigned.split([len(ids[key]) for key in training]), strict=True):
                     slots[slice_of[key]] = found
@@ -203,6 +211,7 @@ def _with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTens
     return KeyedJaggedTensor(
         keys=features.keys(),
         values=values,
+        weights=features.weights_or_none(),
         lengths=features.lengths(),
         stride=features.stride(),
         length_per_key=features.length_per_key(),

@@ -116,8 +116,12 @@ class SlotTable(ABC):
         """Return the slots of ``ids``, int64 [n], or NO_SLOT. Changes nothing."""
 
     @abstractmethod
-    def assign(self, ids: Tensor, step: int) -> Assignment:
-        """Assign slots to a training batch. ``step`` is at least 1 and grows with every call."""
+    def assign(self, ids: Tensor, step: int, counts: Tensor | None = None) -> Assignment:
+        """Assign slots to a training batch. ``step`` is at least 1 and grows with every call.
+
+        ``counts``: int64 [n], how many occurrences in the batch each entry of ``ids`` stands for; None: one. An id
+        without occurrences changes nothing, and its slot in the result has no meaning.
+        """
 
     @abstractmethod
     def content(self) -> tuple[Tensor, Tensor]:
@@ -218,7 +222,7 @@ class TorchSlots(SlotTable):
         self._index = kind(self._hashes[: self.capacity])
         self._index.insert(torch.arange(number, device=self._hashes.device), self._size)
 
-    def assign(self, ids: Tensor, step: int) -> Assignment:
+    def assign(self, ids: Tensor, step: int, counts: Tensor | None = None) -> Assignment:
         """See SlotTable."""
         if not len(ids):
             return Assignment(ids, ids, ids, ids, ids.new_zeros(len(fields(Counters))))
@@ -227,7 +231,8 @@ class TorchSlots(SlotTable):
         torch.ne(hashes[1:], hashes[:-1], out=begins[1:])
         number = begins.cumsum(0) - 1
         distinct = torch.zeros_like(hashes).scatter(0, number, hashes)
-        counts = torch.zeros_like(hashes).scatter_add(0, number, torch.ones_like(hashes))
+        occurrences = torch.ones_like(hashes) if counts is None else counts[order]
+        counts = torch.zeros_like(hashes).scatter_add(0, number, occurrences)
         added = self._add(distinct, counts, step)
         waiting = added.is_new & ~added.is_admitted
         rejected = added.is_admitted & ~added.is_placed

@@ -55,10 +55,10 @@ class DynamicTable:
         self._counts = torch.zeros_like(self._counts)
         return figures
 
-    def assign_rows(self, ids: Tensor) -> Tensor:
-        """Assign and return rows, int64 [n], for the ids of the next training batch."""
+    def assign_rows(self, ids: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Assign and return rows, int64 [n], for the ids of the next training batch. ``counts``: see SlotTable."""
         self.step += 1
-        assigned = self.slots.assign(ids, self.step)
+        assigned = self.slots.assign(ids, self.step, None if counts is None else counts.long())
         self._counts += assigned.counts
         if self._kernels is not None:
             self.rows.start(

@@ -61,8 +61,15 @@ def test_streams_have_the_same_result_as_in_a_dictionary(
 ) -> None:
     model = DictionaryTable(capacity, policy, threshold)
     tables = [kind(capacity, policy, threshold) for kind in KINDS]
+    counting = [kind(capacity, policy, threshold) for kind in KINDS]
     for step, batch in enumerate(stream, 1):
         expected = model.assign(batch, step)
+        ids, counts = torch.tensor(batch, dtype=torch.int64).unique(return_counts=True)
+        only_looked_up = torch.arange(-3, 3)
+        for table in counting:
+            entries = torch.cat([ids, only_looked_up]), step, torch.cat([counts, 0 * only_looked_up])
+            assert table.assign(*entries).counters.lookups == len(batch)
+            assert_holds(table, model)
         for table in tables:
             made = table.assign(torch.tensor(batch, dtype=torch.int64), step).trimmed()
             assert_is(made, expected, table, batch)

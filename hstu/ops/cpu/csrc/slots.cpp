@@ -49,7 +49,7 @@ public:
         for_each_prefetched(ids, n, [&](int64_t i, uint32_t tag) { slots[i] = index_.slot(find(ids[i], tag)); });
     }
 
-    // counts: how often each of the ids occurs, which must then be distinct. Null: once each, and ids may repeat.
+    // counts: how many occurrences each entry of ids stands for. Null: one. An id may have several.
     void assign(
         const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots, Counters* counters) {
         fresh_.clear();
@@ -98,6 +98,8 @@ private:
             size_t position = find(ids[i], tag);
             int32_t slot = index_.slot(position);
             int64_t count = counts ? counts[i] : 1;
+            slots[i] = kEmpty;
+            if (!count) return;
             lookups += count;
             if (slot >= 0) {
                 int64_t& score = records_[slot].score;
@@ -243,11 +245,11 @@ void hstu_slots_lookup(void* table, const int64_t* ids, int64_t n, int64_t* slot
 // new_slots, new_ids and evicted_ids have room for min(n, capacity). counters: the fields of Counters in order; its
 // insertions and evictions say how many of these are set.
 void hstu_slots_assign(
-    void* handle, const int64_t* ids, int64_t n, int64_t step, int64_t* slots, int64_t* new_slots, int64_t* new_ids,
-    int64_t* evicted_ids, int64_t* counters) {
+    void* handle, const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots,
+    int64_t* new_slots, int64_t* new_ids, int64_t* evicted_ids, int64_t* counters) {
     Table* table = static_cast<Table*>(handle);
     Counters sums{};
-    table->assign(ids, nullptr, n, step, slots, &sums);
+    table->assign(ids, counts, n, step, slots, &sums);
     for (int32_t number : table->placed()) {
         *new_slots++ = table->fresh(number).slot;
         *new_ids++ = table->fresh(number).id;

@@ -6,8 +6,8 @@
 - **Sequence parallelism**: between the projections the tokens are split over the same ranks. They are gathered before
   W_uvqk, and the partial products of W_o are reduce-scattered.
 - **Context parallelism**: the tokens are split from the inputs to the head. For attention, ranks exchange all heads of
-  their own tokens for some heads of all tokens, and back (Ulysses, arXiv 2309.14509). Kernels, masks and biases are the
-  same as on a single rank, and all ranks have equal work for any sequence lengths.
+  their own tokens for some heads of a range of the queries and of the keys that these see, and back
+  (:mod:`hstu.parallel.attention_shares`). All ranks have equal work for any sequence lengths.
 
 Megatron-core 0.16.1 has mappings for the first two, but they need CUDA and wait for each result. Here a layer is one
 autograd function that communicates while it computes.

@@ -43,8 +43,8 @@ class Keys:
 
 def share_attention(
     layout: JaggedLayout, config: AttentionConfig, heads: int, has_bias: bool, ranks: int, rank: int, ranges: bool
-) -> AttentionShare:
-    """The share of ``rank`` with the number of groups for which the busiest rank receives the least.
+) -> AttentionShare | None:
+    """The share of ``rank`` with the number of groups for which the busiest rank receives the least. None: one group.
 
     layout: T tokens, of which each rank holds T / ``ranks``. ranges: whether the kernels serve ranges of queries.
     """
@@ -67,7 +67,7 @@ def share_attention(
         plans.append((max(received) * (heads // per_group), queries, keys))
     _, queries, keys = min(plans, key=lambda plan: plan[0])
     if len(queries) == 1:
-        return AttentionShare(layout, config, None, [queries], [queries])
+        return None
     group = rank * len(queries) // ranks
     own = keys[group]
     first = sum(map(len, own.tokens)) - (own.tokens[-1].stop - queries[group].start)

@@ -107,7 +107,8 @@ class ProcessGroupComm(LayerComm):
         if key not in layout.cache:
             share = share_attention(layout, config, heads, has_bias, self.cp_size, self.cp_rank, ranges)
             layout.cache[key] = share
-        return layout.cache[key]
+        whole = [[range(layout.num_tokens)]]
+        return layout.cache[key] or AttentionShare(layout, config, None, whole, whole)
 
     def tokens_to_heads(self, own: Tensor, tokens: TokenSets) -> Pending:
         """See :class:`LayerComm`."""

@@ -128,6 +128,7 @@ def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ..
     """TorchRec sends distinct ids to the ranks that hold their rows, rows back, and gradients as ids went.
     There is one exchange per collection (tables of one width) and kind of sharding."""
     ranks = workload.world_size
+    size = FLOAT32 if workload.config.precision.table_exchange_dtype == "float32" else 2
     sent_ids = lengths = gradients = 0
     rows = np.zeros(ranks)
     for table in plan:
@@ -135,9 +136,9 @@ def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ..
         copies = 1 if by_rows else len(table.shards)
         sent_ids += count * copies * (INT64 + (0 if table.spec.dynamic is None else FLOAT32))
         lengths += len(table.spec.features) * (ranks if by_rows else copies) * INT64
-        gradients += count * table.spec.stored_dim * FLOAT32
+        gradients += count * table.spec.stored_dim * size
         for rank, _, columns in table.shards:  # each row goes to the rank that looked it up
-            rows[rank] += count * columns * FLOAT32 * (1 if by_rows else ranks)
+            rows[rank] += count * columns * size * (1 if by_rows else ranks)
     calls = len({(table.spec.stored_dim, table.sharding) for table in plan})
     world = partial(Transfer, kind="all_to_all", group="world", ranks=ranks)
     yield world("ids to their tables", calls=3 * calls, payload=sent_ids + lengths, behind="pipeline")

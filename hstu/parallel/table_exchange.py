@@ -12,8 +12,21 @@ from torch.nn import functional
 from torchrec import KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionAwaitable, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import KJTList
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
+from torchrec.distributed.types import CommOp, QuantizedCommCodecs
 
 from hstu.data.batches.batch import is_of_negatives
+
+
+def exchange_codecs(dtype: str) -> dict[str, QuantizedCommCodecs] | None:
+    """Return TorchRec's codecs for rows and their gradients, for PrecisionArgs.table_exchange_dtype.
+
+    get_qcomm_codecs_registry would send float16 between CPUs, where gloo once lacked bfloat16.
+    """
+    if dtype == "float32":
+        return None
+    precision = CommType.BF16
+    return {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(QCommsConfig(precision, precision))}
 
 
 class DistinctIdsCollection(ShardedEmbeddingCollection):

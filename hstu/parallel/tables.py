@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import psutil
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from tabulate import tabulate
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingPlan
+from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingEnv, ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
 from hstu.base.errors import ConfigError
@@ -36,7 +39,7 @@ from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_nam
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Heartbeat, Mesh
 from hstu.parallel.planner import build_planner, pack_plan, unpack_plan
-from hstu.parallel.table_exchange import DistinctIdsCollection
+from hstu.parallel.table_exchange import DistinctIdsCollection, exchange_codecs
 from hstu.parallel.table_kernels import CollectionSharder, RowSparseEmbeddingCollection
 from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 
@@ -99,7 +102,7 @@ def shard(
     """
     args, device = config.optimizer, mesh.device.type
     training = {spec.name: TableTraining.of(spec, args) for spec in model.specs}
-    sharders = table_sharders(args, device, model.specs, mesh.world_size)
+    sharders = table_sharders(config, device, model.specs, mesh.world_size)
     check_kernels(model.specs, args, device)
     if len(model.embedding):
         memory = memory_plans(model.specs, args, mesh.world_size)
@@ -113,10 +116,10 @@ def shard(
         )
         plan = unpack_plan(packed, device, mesh.local_world_size)
         planned = {name: table for tables in plan.plan.values() for name, table in tables.items()}
-        log.info("tables: %s", {name: table.sharding_type for name, table in planned.items()})
         for name, table in planned.items():
             if training[name].is_row_sparse(device):  # set here, as the planner rejects the dense kernel
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        log.info("tables:\n%s", describe_plan(planned, training))
         DistributedModelParallel(
             model,
             env=ShardingEnv.from_process_group(mesh.world_group),
@@ -175,7 +178,7 @@ def plan_sharding(
     for spec in specs:
         for name, (kernel, cache) in _gpu_kernels(spec, memory.get(spec.name), prefetches).items():
             constraints[name] = ParameterConstraints(
-                sharding_types=_sharding_types(spec, ranks.count),
+                sharding_types=_sharding_types(spec, ranks),
                 compute_kernels=[(kernel if on_gpu else EmbeddingComputeKernel.FUSED).value],
                 min_partition=_column_shard_width(spec.stored_dim, ranks.count),
                 cache_params=cache if on_gpu else None,
@@ -188,11 +191,29 @@ def plan_sharding(
         ddr_cap=ranks.room.host,
     )
     try:
-        sharders = table_sharders(config.optimizer, ranks.device_type, specs, ranks.count)
+        sharders = table_sharders(config, ranks.device_type, specs, ranks.count)
         return build_planner(topology, constraints).plan(model, sharders)
     except PlannerError as error:
         sharded = [spec for spec in specs if not spec.replicated]
         raise _at_the_largest(sharded, config, _why_not(sharded, training, ranks)) from error
+
+
+def describe_plan(tables: Mapping[str, ParameterSharding], training: Mapping[str, TableTraining]) -> str:
+    """Return a line per physical table. The last column has the bytes of rows and states on the fullest rank."""
+    head = ("table", "rows", "width", "sharding", "ranks", "kernel", "fullest rank")
+    lines = []
+    for name, table in tables.items():
+        shards = cast(EnumerableShardingSpec, table.sharding_spec).shards
+        held: Counter[int | None] = Counter()
+        for shard in shards:
+            rows, columns = shard.shard_sizes
+            held[cast(Any, shard.placement).rank()] += rows * bytes_per_row(columns, training[name].optimizer)
+        first, second = (max(shard.shard_offsets[d] + shard.shard_sizes[d] for shard in shards) for d in (0, 1))
+        holders = sum(number > 0 for number in held.values())
+        size = f"{max(held.values()) / 1e6:,.2f} MB"
+        lines.append((name, f"{first:,}", second, table.sharding_type, holders, table.compute_kernel, size))
+    aligned = ("left", "right", "right", "left", "right", "left", "right")
+    return tabulate(lines, head, tablefmt="plain", disable_numparse=True, colalign=aligned)
 
 
 def _gpu_kernels(
@@ -211,17 +232,19 @@ def _gpu_kernels(
     return {spec.name: (kernel, CacheParams(prefetch_pipeline=True) if needs_locks else None)}
 
 
-def _sharding_types(spec: TableSpec, world_size: int) -> list[str]:
-    # On a CPU, fbgemm-gpu 1.8.0 cannot look up in an empty row-wise shard ("weights[0] must be a GPU or MTIA tensor").
+def _sharding_types(spec: TableSpec, ranks: TableRanks) -> list[str]:
     if spec.dynamic is not None:
         return [ShardingType.ROW_WISE.value]
-    if world_size == 1:  # row-wise sharding would needlessly reorder ids and rows by rank
+    if ranks.count == 1:  # row-wise sharding would needlessly reorder ids and rows by rank
         return [ShardingType.TABLE_WISE.value]
-    rows_per_rank = -(-spec.rows // world_size)
-    if rows_per_rank * (world_size - 1) < spec.rows or spec.sharding not in ("auto", "row_wise"):
+    rows_per_rank = -(-spec.rows // ranks.count)
+    leaves_some_empty = rows_per_rank * (ranks.count - 1) >= spec.rows
+    if ranks.device_type != "cpu" or not leaves_some_empty or spec.sharding not in ("auto", "row_wise"):
         return _SHARDING_TYPES[spec.sharding]
+    # On a CPU, fbgemm-gpu 1.8.0 cannot look up in an empty row-wise shard ("weights[0] must be a GPU or MTIA tensor").
     if spec.sharding == "row_wise":
-        log.info("table %s: %d rows are too few to cut over %d ranks; table_wise", spec.name, spec.rows, world_size)
+        text = "table %s: table_wise instead of row_wise: with %d rows per rank some of %d ranks would have none, and"
+        log.warning(text + " FBGEMM cannot look up in such shards on CPUs", spec.name, rows_per_rank, ranks.count)
     return [ShardingType.TABLE_WISE.value]
 
 
@@ -312,18 +335,19 @@ def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: 
 
 
 def table_sharders(
-    args: OptimizerArgs, device_type: str, specs: Sequence[TableSpec], world_size: int
+    config: RunConfig, device_type: str, specs: Sequence[TableSpec], world_size: int
 ) -> list[EmbeddingCollectionSharder]:
-    """Return the sharders of static and dynamic collections for the training in ``args``."""
+    """Return the sharders of static and dynamic collections."""
     static: type[ShardedEmbeddingCollection] = DistinctIdsCollection
     dynamic: type[ShardedDynamicCollection] = ShardedDynamicCollection
-    training = [TableTraining.of(spec, args) for spec in specs if not spec.replicated]
+    training = [TableTraining.of(spec, config.optimizer) for spec in specs if not spec.replicated]
     if any(each.is_row_sparse(device_type) or each.max_gradient is not None for each in training):
         static, dynamic = RowSparseEmbeddingCollection, RowSparseDynamicCollection
     options = {
         # By default FBGEMM looks up row 0 for an id outside the table.
         "fused_params": {"bounds_check_mode": BoundsCheckMode.FATAL},
         "use_index_dedup": world_size > 1,
+        "qcomm_codecs_registry": exchange_codecs(config.precision.table_exchange_dtype),
     }
     return [CollectionSharder(static, **options), DynamicSharder(dynamic, **options)]
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 from hstu.base.hashing import hash_ids
-from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs, PrecisionArgs
 from hstu.data.batches.batch import keyed_jagged
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import table_specs
@@ -148,7 +148,9 @@ def sharded_table(
     network = NetworkArgs(num_layers=1, hidden_size=dim, num_attention_heads=1, kv_channels=4)
     specs = table_specs([args], network, FeatureRoles("item", None, ()), world_size=mesh.world_size)
     optimizer_args = OptimizerArgs(optimizer_str=optimizer, learning_rate=LEARNING_RATE)
-    config: Any = SimpleNamespace(optimizer=optimizer_args, trainer=SimpleNamespace(seed=1, pipeline_type="none"))
+    config: Any = SimpleNamespace(
+        optimizer=optimizer_args, trainer=SimpleNamespace(seed=1, pipeline_type="none"), precision=PrecisionArgs()
+    )
     return shard(GRModel(specs, nn.Identity(), ["item"], FeatureRoles("item", None, ()), seed=1), config, mesh)
 
 

@@ -86,6 +86,8 @@ def on_two_ranks() -> list[dict[str, Any]]:
     cases: dict[str, Any] = {
         **{f"look up/{name}": partial(look_up_items, counts=[0, 9], **args) for name, args in LOOK_UPS.items()},
         "two steps": partial(train, optimizer="adam", sharding="row_wise", steps=2),
+        **{dtype: partial(train, optimizer="adagrad", exchange=dtype) for dtype in ("float32", "bfloat16")},
+        "rounded": rounded_rows,
     }
     return run_cases(Launch(2, timeout_s=100), cases)
 
@@ -130,6 +132,13 @@ def look_up_items(mesh: Mesh, counts: list[int], **options: Unpack[ToyOptions]) 
         train_step(model, optimizers, mesh, make_batch(step, mesh.rank, mesh.world_size))
     results["tables"] = full_tables(model, mesh)
     return results
+
+
+def rounded_rows(mesh: Mesh) -> bool:
+    """Whether looked-up rows are those of the table in bfloat16."""
+    model, _ = build(make_config(exchange="bfloat16"), mesh)
+    table, ids = torch.tensor(full_tables(model, mesh)["item_table"]), torch.arange(mesh.rank, ITEMS)
+    return torch.equal(model.embed_items(ids), table[ids].bfloat16().float())
 
 
 def lr_multipliers(mesh: Mesh) -> dict[str, Any]:
@@ -186,6 +195,12 @@ def test_any_number_of_ranks_trains_the_same_tables_and_dense_weights(runs: Any,
     tolerance = 1e-6 if CASES[case]["optimizer"] == "sgd" else 5e-6  # Adagrad and Adam divide by small numbers
     assert largest_difference(runs[3][case]["tables"], runs[1][case]["tables"]) < tolerance
     assert largest_difference(runs[3][case]["dense"], runs[1][case]["dense"]) < tolerance
+
+
+def test_an_exchange_in_bfloat16_rounds_rows_and_gradients_and_nothing_else(on_two_ranks: Any) -> None:
+    assert all(of_rank["rounded"] for of_rank in on_two_ranks)
+    rounded, exact = (on_two_ranks[0][dtype]["tables"] for dtype in ("bfloat16", "float32"))
+    assert 1e-5 < largest_difference(rounded, exact) < 0.02
 
 
 def test_initial_rows_depend_on_neither_ranks_nor_sharding(runs: Any) -> None:

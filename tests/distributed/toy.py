@@ -11,7 +11,14 @@ from torch import nn
 
 from hstu.checkpoint.save import Snapshot, write
 from hstu.checkpoint.state import TrainState
-from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs, OptimizerArgs, PartOptimizerArgs
+from hstu.config.args import (
+    DynamicEmbeddingArgs,
+    EmbeddingArgs,
+    NetworkArgs,
+    OptimizerArgs,
+    PartOptimizerArgs,
+    PrecisionArgs,
+)
 from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.sampler import SamplerPosition
@@ -113,6 +120,8 @@ class ToyOptions(TypedDict, total=False):
     """Feature → how its table is trained."""
     parts: Sequence[Mapping[str, Any]]
     """Arguments of each PartOptimizerArgs."""
+    exchange: str
+    """PrecisionArgs.table_exchange_dtype."""
 
 
 def make_config(**options: Unpack[ToyOptions]) -> Any:
@@ -142,6 +151,7 @@ def make_config(**options: Unpack[ToyOptions]) -> Any:
             part_optimizers=[PartOptimizerArgs(**part) for part in options.get("parts", ())],
             **options.get("optimizer_args", {}),
         ),
+        precision=PrecisionArgs(table_exchange_dtype=options.get("exchange", "float32")),
         network=NetworkArgs(
             num_layers=1,
             hidden_size=options.get("dim", 8),

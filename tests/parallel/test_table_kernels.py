@@ -146,6 +146,11 @@ PROBES = {
 }
 
 
+def test_torchrec_still_has_no_hierarchical_sharding_without_pooling() -> None:
+    """If this changes, EmbeddingArgs.sharding may offer table_row_wise and grid."""
+    assert not {"table_row_wise", "grid_shard"} & {*EmbeddingCollectionSharder().sharding_types("cuda")}
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
     return {probe: run_cases(1, {probe: call})[0][probe] for probe, call in PROBES.items()}

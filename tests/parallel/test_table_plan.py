@@ -1,7 +1,7 @@
 """Whether tables and their optimizer states fit the memory that ranks have, and what is said where they do not."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -10,15 +10,17 @@ from torch import nn
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.types import ShardingPlan
 
-from hstu.config.args import OptimizerArgs
+from hstu.config.args import OptimizerArgs, PrecisionArgs
 from hstu.model.embedding import TableSpec, build_collections
 from hstu.parallel import planner, tables
 from hstu.parallel.dynamic.memory import MemoryPlan
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.table_optimizer import TableTraining
 from hstu.parallel.tables import (
     TableRanks,
     TableRoom,
     TablesDoNotFit,
+    describe_plan,
     least_room,
     plan_sharding,
     prepare_tables,
@@ -41,6 +43,7 @@ def plan_of(
     model.embedding = build_collections(specs)
     config: Any = SimpleNamespace(
         optimizer=OptimizerArgs(optimizer_str="adagrad", learning_rate=0.1),
+        precision=PrecisionArgs(),
         trainer=SimpleNamespace(pipeline_type=pipeline),
         embeddings=(),
     )
@@ -111,6 +114,21 @@ def test_rows_in_host_memory_need_none_of_the_gpu_but_must_fit_the_host() -> Non
     assert not fits(20_000_000, "adam", small, kernel="fused_uvm")
     assert not fits(10_000_000, "sgd", TableRoom(1 * GB, 50 * GB), kernel="fused_uvm_caching")
     assert fits(10_000_000, "sgd", TableRoom(3 * GB, 50 * GB), kernel="fused_uvm_caching"), "a cache of 20 %"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_row_wise_table_with_fewer_rows_than_ranks_is_whole_on_cpus_only(
+    device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = TableSpec("item", 5, 8, ("item",), False, "row_wise", 0.02, optimizer="adagrad")
+    plan = plan_of((spec,), {}, TableRanks(4, 4, device))
+    (tables,) = plan.plan.values()
+    text = describe_plan(cast(Any, tables), {"item": TableTraining("adagrad", 0.1)})
+    is_cpu = device == "cpu"
+    assert text.splitlines()[1].split() == [
+        *("item", "5", "8", "table_wise" if is_cpu else "row_wise", "1" if is_cpu else "3", "fused", "0.00", "MB")
+    ]
+    assert ("table_wise instead of row_wise: with 2 rows per rank" in caplog.text) == is_cpu
 
 
 @pytest.fixture

@@ -36,7 +36,8 @@ class EmbeddingArgs(NamedFeaturesArgs, OwnOptimizerArgs):
         needs=having("sharding_type", "model_parallel"),
     )
     """How a model_parallel table is sharded. auto: TorchRec's planner decides. column_wise excludes the optimizer
-    rowwise_adagrad. Dynamic tables are always row_wise."""
+    rowwise_adagrad. Dynamic tables are always row_wise. TorchRec's table_row_wise and grid do not exist here: it has
+    them only for tables whose rows are pooled."""
     compute_kernel: Optional[str] = option(
         None,
         changes="speed",

@@ -152,5 +152,8 @@ class PrecisionArgs(Args):
         ),
     )
     """True: gradients of the dense weights are averaged over data-parallel ranks in float32. False: they are rounded to
-    NetworkArgs.dtype_str and sent in half the bytes. In both cases micro-batches are summed in float32 and the
-    gradients of tables are sent in float32."""
+    NetworkArgs.dtype_str and sent in half the bytes. In both cases micro-batches are summed in float32, and tables have
+    table_exchange_dtype."""
+    table_exchange_dtype: str = option("float32", changes="training", choices=("float32", "bfloat16"))
+    """Type in which ranks exchange rows of model_parallel tables and their gradients. bfloat16: half the bytes, with 8
+    significant bits; lookups of an evaluation on several ranks are rounded, too. Rows and states stay float32."""

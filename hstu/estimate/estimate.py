@@ -20,7 +20,7 @@ _BATCHES_IN_FLIGHT = {"none": 1, "native": 3, "prefetch": 4}
 PURPOSES = {
     "tensor": "tensor parallelism of the layers",
     "context": "context parallelism",
-    "samples": "rows of the group's samples",
+    "samples": "rows and check of the group's samples",
     "data": "loss, counts and negatives",
 }
 """Group of ranks → what its ranks exchange in a step."""
@@ -161,12 +161,15 @@ def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) ->
     """All collectives of a step that involve at least two ranks."""
     sizes = _group_sizes(workload)
     calls: dict[tuple[str, str], list[int]] = {}
+    negatives = workload.source.negatives
+    sharing = sizes["data"] if negatives is not None and negatives.has_batch_pool else 1
     for event in run.recording.events:
         if isinstance(event, Exchange):
             calls.setdefault((event.group, event.kind), []).append(event.payload)
     found = [
         *sharding.table_transfers(workload, dry_run(workload, workload.typical), plan),
         Transfer("samples of the group, on hosts", "all_gather", "samples", sizes["samples"], 2, run.sent_bytes),
+        Transfer("size of the largest pool", "all_reduce", "data", sharing, 1, sharding.INT64, "pipeline"),
         *(
             Transfer(PURPOSES[group], kind, group, sizes[group], len(each), sum(each), "operators")
             for (group, kind), each in calls.items()

@@ -147,7 +147,9 @@ def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ..
     if workload.device_type == "cpu" and (specs := workload.replicated_specs):
         found = [(min(spec.rows, _count(spec, run.group_ids)), spec.dim) for spec in specs]
         payload = sum(count * (dim * FLOAT32 + INT64) for count, dim in found)
-        yield Transfer("rows of replicated tables", "all_gather", "data", workload.dp_cp_size, 2 * len(specs), payload)
+        of_group = partial(Transfer, group="data", ranks=workload.dp_cp_size)
+        yield of_group("numbers of these rows", "all_reduce", calls=1, payload=INT64 * len(specs))
+        yield of_group("rows of replicated tables", "all_gather", calls=2 * len(specs), payload=payload)
 
 
 def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> dict[str, Cost]:

@@ -22,8 +22,9 @@ from hstu.ops.layout import JaggedLayout, TokenRuns, to_device
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.pytorch.softmax_loss import first_indices
 
-GatherPool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(rows [S, E], ids [S], padded with PADDING_ID) → the same of all data-parallel ranks. Differentiable. Collective."""
+GatherPool = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(rows [S, E], ids [S], the ranks' largest S) → the same of all data-parallel ranks, padded with zero rows and
+PADDING_ID. Differentiable. Collective."""
 
 _BEFORE_THE_SEQUENCE = -1
 """First position of items that a user had before the sequence begins."""
@@ -73,7 +74,7 @@ class RetrievalDense(nn.Module):
         item_dim: int,
         args: RetrievalArgs,
         tower: ItemTower | None = None,
-        gather_pool: GatherPool = lambda rows, ids: (rows, ids),
+        gather_pool: GatherPool = lambda rows, ids, _: (rows, ids),
         log_counts: LogCounts | None = None,
         kernels: Kernels = REFERENCE_KERNELS,
     ) -> None:
@@ -151,7 +152,9 @@ class RetrievalDense(nn.Module):
             drawn = self._vectors(embeddings, batch, NEGATIVES)
             parts.append((self.kernels.l2_normalize(drawn, self.l2_norm_eps), batch.features[NEGATIVES].values()))
         if _has_batch_pool(batch):
-            pool, ids = self.gather_pool(*self._own_pool(items, embeddings, batch))
+            pool, ids = self._own_pool(items, embeddings, batch)
+            largest = batch.negatives.largest_pool
+            pool, ids = self.gather_pool(pool, ids, len(ids) if largest is None else largest())
             parts.append((pool, ids))
             if draws is None:
                 repeats = ~first_occurrences(ids)

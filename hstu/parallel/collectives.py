@@ -105,24 +105,34 @@ def gather_copies(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered.unflatten(0, (ranks, local.shape[0]))
 
 
-def gather_rows(rows: Tensor, ids: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Gather rows [S, D] and ids int64 [S] over ranks of different S, without waiting for the device. Differentiable.
+def gather_rows(rows: Tensor, ids: Tensor, largest: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Gather rows [S, D] and ids int64 [S] over ranks of different S. Differentiable.
 
-    Pads each rank to the largest S with zero rows and PADDING_ID: returns ([ranks · max S, D], [ranks · max S]).
+    Pads each rank to the ``largest`` S with zero rows and PADDING_ID: returns ([ranks · max S, D], [ranks · max S]).
     """
-    if dist.get_world_size(group) == 1:
-        return rows, ids
-    padding = max_over_ranks(rows.shape[0], group) - rows.shape[0]
-    rows = torch.cat([rows, rows.new_zeros((padding, rows.shape[1]))])
-    ids = torch.cat([ids, ids.new_full((padding,), PADDING_ID)])
+    if padding := largest - rows.shape[0]:
+        rows = torch.cat([rows, rows.new_zeros((padding, rows.shape[1]))])
+        ids = torch.cat([ids, ids.new_full((padding,), PADDING_ID)])
     return all_gather(rows, group), all_gather(ids, group)
 
 
-def max_over_ranks(value: int, group: dist.ProcessGroup) -> int:
-    """Return the maximum of the ranks' host integers. Uses gloo, so the host does not wait for the device."""
-    largest = torch.tensor(value)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    return int(largest)
+def start_max(own: int, group: dist.ProcessGroup, device: torch.device) -> Callable[[], int]:
+    """Start reducing the ranks' integers to their maximum on ``device``. Returns a function that waits for it."""
+    largest = torch.tensor(own, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group, async_op=True)
+    assert work is not None
+    wait: Callable[[], Any] = work.wait
+    if device.type == "cuda":
+        work.wait()  # for the current stream; the host goes on
+        largest, copied = largest.to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+        wait = copied.synchronize
+
+    def result() -> int:
+        wait()
+        return int(largest)
+
+    return result
 
 
 def sum_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -173,7 +183,7 @@ def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup) -> T:
         result = function()
     except Exception as caught:
         error = caught
-    if max_over_ranks(int(error is not None), group):
+    if start_max(int(error is not None), group, torch.device("cpu"))():
         shared = error if isinstance(error, UserError | None) else repr(error)  # some errors cannot be pickled
         for rank, failure in enumerate(gather_objects(shared, group)):
             if isinstance(failure, UserError):

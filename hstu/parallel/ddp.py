@@ -8,6 +8,7 @@ TorchRec does so for the tables, so updates use the gradient of the mean over th
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -121,13 +122,17 @@ def average_sparse_gradients(dense: nn.Module) -> None:
         group, module = sharded.group, dense
     else:
         return
-    for name in sparse_tables(module):
-        weight = module.get_parameter(name)
+    weights = [module.get_parameter(name) for name in sparse_tables(module)]
+    for weight in weights:
         if weight.grad is None:  # no row was looked up
             weight.grad = torch.sparse_coo_tensor(
                 torch.empty(1, 0, dtype=torch.int64), weight.new_empty(0, weight.shape[1]), weight.shape
             )
-        rows, values = sum_by_row(weight.grad)
-        values, rows = gather_rows(values.mul_(1.0 / dist.get_world_size(group)), rows, group)
+    found = [sum_by_row(cast(Tensor, weight.grad)) for weight in weights]
+    largest = torch.tensor([len(rows) for rows, _ in found])
+    if found:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    for weight, (rows, values), size in zip(weights, found, largest.tolist(), strict=True):
+        values, rows = gather_rows(values.mul_(1.0 / dist.get_world_size(group)), rows, size, group)
         is_row = rows != PADDING_ID
         weight.grad = torch.sparse_coo_tensor(rows[is_row][None], values[is_row], weight.shape, check_invariants=False)

@@ -8,25 +8,33 @@ divides by the world size, which gives the gradient of a single process.
 from __future__ import annotations
 
 import dataclasses
-import pickle
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from hstu.data.batches.batch import POOL, HSTUBatch, of_pool, packed
+from hstu.data.batches.batch import POOL, HSTUBatch, of_pool, packed, unpacked
 from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.gr_model import GRModel
 from hstu.model.stack import ModelOutput
-from hstu.parallel.collectives import all_gather, gather_objects
+from hstu.parallel.collectives import all_gather, gather_copies, start_max
 from hstu.parallel.mesh import Mesh
 
 
 def to_train_batch(batch: HSTUBatch, roles: FeatureRoles, mesh: Mesh, num_micro_batches: int = 1) -> TrainBatch:
-    """Add the group's merged batch, for the dense part, to a rank's host batch. Collective over tp_cp, on gloo."""
+    """Add to a rank's host batch its group's merged batch, for the dense part, and the size of the largest pool.
+
+    Collective over tp_cp on gloo and, with in-batch negatives, over the data-parallel ranks without waiting.
+    """
     computed, group = _merge_group(batch, roles.item, mesh) if mesh.tp_cp_size > 1 else (batch, None)
+    pool = computed.negatives.pool_positions
+    if pool is not None and mesh.dp_size > 1:
+        largest = start_max(len(pool), mesh.dp_group, mesh.device)
+        negatives = dataclasses.replace(computed.negatives, largest_pool=largest)
+        computed = dataclasses.replace(computed, negatives=negatives)
+        batch = computed if group is None else batch
     train_batch = TrainBatch.of(batch, computed, group, num_micro_batches, roles)
     return train_batch.pin_memory() if batch.labels.is_pinned() else train_batch
 
@@ -48,8 +56,12 @@ def evaluate_batch(model: GRModel, batch: HSTUBatch, mesh: Mesh) -> ModelOutput:
 
 
 def _merge_group(batch: HSTUBatch, item_feature: str, mesh: Mesh) -> tuple[HSTUBatch, GroupLayout]:
-    gathered = gather_objects(packed(dataclasses.replace(batch, position=None)), mesh.tp_cp_group)
-    return merge_ranks([pickle.loads(part) for part in gathered], mesh.tp_cp_rank, item_feature)
+    own_shapes, own_numbers = map(torch.from_numpy, packed(batch))
+    shapes = gather_copies(own_shapes, mesh.tp_cp_group).numpy()
+    padding = int(shapes[:, 0].max()) - len(own_numbers)
+    numbers = gather_copies(functional.pad(own_numbers, (0, padding)), mesh.tp_cp_group).numpy()
+    batches = [unpacked(batch, *of_rank) for of_rank in zip(shapes, numbers, strict=True)]
+    return merge_ranks(batches, mesh.tp_cp_rank, item_feature)
 
 
 def look_up(model: GRModel, batch: TrainBatch, mesh: Mesh) -> dict[str, Tensor]:

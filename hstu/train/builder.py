@@ -216,7 +216,7 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
         SequenceFeatures.of(roles, source.max_items),
         kernels,
         label_codes(config, source),
-        lambda rows, ids: gather_rows(rows, ids, mesh.dp_group),
+        lambda rows, ids, largest: gather_rows(rows, ids, largest, mesh.dp_group),
         source.log_counts(),
     )
     if statistics := source.number_statistics:
@@ -229,7 +229,7 @@ def task_module(
     features: SequenceFeatures,
     kernels: Kernels,
     codes: Sequence[LabelCodes] = (),
-    gather_pool: GatherPool = lambda rows, ids: (rows, ids),
+    gather_pool: GatherPool = lambda rows, ids, _: (rows, ids),
     log_counts: LogCounts | None = None,
 ) -> TaskModel:
     """Build the task's module, independent of data, ranks and device. ``codes``: empty if classes begin at 0."""

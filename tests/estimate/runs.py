@@ -107,7 +107,9 @@ CASES: dict[str, dict[str, Any]] = {
         "NetworkArgs.truncate_to_items = 7",
         "BenchmarkDatasetArgs.max_num_candidates = 5",
     ),
-    "in-batch negatives": _case([ONE, TWO], task="retrieval"),
+    "in-batch negatives": _case([ONE, TWO, TWO_BY_TENSOR, FOUR], task="retrieval"),
+    "in-batch negatives, native": _case([TWO, FOUR], "TrainerArgs.pipeline_type = 'native'", task="retrieval"),
+    "in-batch negatives, in two": _case([FOUR], "TrainerArgs.gradient_accumulation_steps = 2", task="retrieval"),
     "uniform negatives": _case([ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT], *UNIFORM, task="retrieval"),
     "mixed negatives": _case(
         [TWO], "RetrievalArgs.negatives = 'mixed'", "RetrievalArgs.num_negatives = 32", task="retrieval"

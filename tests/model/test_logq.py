@@ -56,7 +56,7 @@ def test_items_that_repeat_over_ranks_and_padding_count_once() -> None:
     model, table = make_model(log_counts=LogCounts(LOG_COUNTS))
     batch = make_batch(HISTORIES, task="retrieval", in_batch_pool=True)
     alone = run(model, table, batch).loss_sum
-    model.gather_pool = lambda rows, ids: (
+    model.gather_pool = lambda rows, ids, largest: (
         torch.cat([rows, rows, torch.zeros_like(rows[:2])]),
         torch.cat([ids, ids, torch.full((2,), PADDING_ID)]),
     )

@@ -137,7 +137,7 @@ def test_two_ranks_together_equal_one_process(drawn: bool) -> None:
     model, table = make_model()
     pools: list[tuple[Tensor, Tensor]] = []
 
-    def keep(rows: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def keep(rows: Tensor, ids: Tensor, largest: int) -> tuple[Tensor, Tensor]:
         pools.append((rows, ids))
         return rows, ids
 
@@ -150,10 +150,10 @@ def test_two_ranks_together_equal_one_process(drawn: bool) -> None:
         torch.cat([F.pad(ids, (0, longest - len(ids)), value=PADDING_ID) for _, ids in pools]),
     )
     assert len(pools[0][1]) != len(pools[1][1]) and set(pools[0][1].tolist()) & set(pools[1][1].tolist())
-    model.gather_pool = lambda rows, ids: gathered
+    model.gather_pool = lambda rows, ids, largest: gathered
     together = torch.stack([run(model, table, batch).loss_sum for batch in batches]).sum()
 
-    model.gather_pool = lambda rows, ids: (rows, ids)
+    model.gather_pool = lambda rows, ids, largest: (rows, ids)
     union = make_batch(HISTORIES, task="retrieval", in_batch_pool=True, draws=draws if drawn else None)
     assert_same_loss_and_gradients(together, run(model, table, union).loss_sum, [table, *model.parameters()])
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import pickle
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -86,6 +85,9 @@ class TensorGroup(Pipelineable):
         return dataclasses.replace(self, **parts)
 
 
+Group = TypeVar("Group", bound=TensorGroup)
+
+
 @dataclass(kw_only=True)
 class ItemColumns(TensorGroup):
     """What a batch holds of each item beside its ids, sequence after sequence; T = sum of item_lengths."""
@@ -112,6 +114,8 @@ class BatchNegatives(TensorGroup):
     """int64 [S], in micro-batches, in place of pool_positions: distinct items of the whole batch, ascending."""
     pool_features: KeyedJaggedTensor | None = None
     """With an item tower: its features' values of the items of pool_ids, S runs per feature."""
+    largest_pool: Callable[[], int] | None = None
+    """Returns the largest S of the data-parallel ranks. None: all have as many."""
     list_lengths: Tensor | None = None
     """int64 [L, N]: number of values that each of N NEGATIVES has of each of an item tower's L lists. None if L = 0."""
 
@@ -192,15 +196,50 @@ def keyed_jagged(values: dict[str, np.ndarray], lengths: dict[str, np.ndarray]) 
     )
 
 
-def packed(batch: HSTUBatch) -> bytes:
-    """Pickles a batch on the host; ``pickle.loads`` restores it."""
-    sink = io.BytesIO()
-    _Pickler(sink, protocol=pickle.HIGHEST_PROTOCOL).dump(batch)
-    return sink.getvalue()
+def packed(batch: HSTUBatch) -> tuple[np.ndarray, np.ndarray]:
+    """A batch on the host as two arrays for ``unpacked``: n and the shapes of its arrays, as many int64 for every batch
+    of a run; the numbers in these arrays, each from a multiple of 8 bytes on, int64 [n]."""
+    arrays: list[np.ndarray] = []
+
+    def collect(array: np.ndarray) -> np.ndarray:
+        arrays.append(array)
+        return array
+
+    _replaced(batch, collect)
+    padded = bytearray().join(array.tobytes() + bytes(-array.nbytes % 8) for array in arrays)
+    return np.array([len(padded) // 8, *(size for array in arrays for size in array.shape)]), np.frombuffer(
+        padded, "i8"
+    )
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles a tensor as a NumPy array: torch would write and read an archive per tensor."""
+def unpacked(like: HSTUBatch, shapes: np.ndarray, numbers: np.ndarray) -> HSTUBatch:
+    """A batch of the same run as ``like`` from its ``packed`` arrays, whose memory it shares."""
+    sizes, start = iter(shapes[1:].tolist()), 0
 
-    def reducer_override(self, thing: Any) -> Any:
-        return (torch.from_numpy, (thing.numpy(),)) if isinstance(thing, Tensor) else NotImplemented
+    def read(array: np.ndarray) -> np.ndarray:
+        nonlocal start
+        shape = [next(sizes) for _ in array.shape]
+        found = np.frombuffer(numbers, array.dtype, math.prod(shape), start).reshape(shape)
+        start += found.nbytes + -found.nbytes % 8
+        return found
+
+    return _replaced(like, read)
+
+
+def _replaced(group: Group, new: Callable[[np.ndarray], np.ndarray]) -> Group:
+    """The group with ``new(array)`` in the place of each array of numbers, in the order of the fields."""
+
+    def of(part: Any) -> Any:
+        if isinstance(part, TensorGroup):
+            return _replaced(part, new)
+        if isinstance(part, Tensor):
+            return torch.from_numpy(new(part.numpy()))
+        if isinstance(part, KeyedJaggedTensor):
+            keys, values, lengths = part.keys(), of(part.values()), of(part.lengths())
+            counts = lengths.view(len(keys), -1).sum(1).tolist()
+            return KeyedJaggedTensor(keys, values, lengths=lengths, stride=part.stride(), length_per_key=counts)
+        return new(part) if isinstance(part, np.ndarray) else int(new(np.array(part)))
+
+    kinds = (TensorGroup, Tensor, KeyedJaggedTensor, np.ndarray, int)
+    parts = {name: part for name, part in vars(group).items() if isinstance(part, kinds)}
+    return dataclasses.replace(group, **{name: of(part) for name, part in parts.items()})

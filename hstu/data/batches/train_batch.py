@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from hstu.data.batches.batch import (
     NEGATIVES,
+    Group,
     HSTUBatch,
     TensorGroup,
     is_of_negatives,
@@ -29,8 +30,6 @@ from hstu.data.batches.batch import (
 )
 from hstu.data.batches.jagged import ranges, run_offsets
 from hstu.data.features.roles import FeatureRoles
-
-Group = TypeVar("Group", bound=TensorGroup)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch, packed, unpacked
 from hstu.data.batches.collate import Assembler, Collator, SkippedSamples
 from hstu.data.batches.loader import build_loader
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.negatives import Negatives
-from hstu.data.sampling.sampler import EvalSampler, TrainSampler
+from hstu.data.sampling.sampler import BatchPlan, EvalSampler, TrainSampler
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.reader import StoreReader
 from tests.base.test_hashing import chi_square_z
@@ -112,6 +112,19 @@ def test_an_empty_plan_gives_an_empty_batch_of_full_size() -> None:
     (empty,) = [collator(plan) for plan in plans if not len(plan.indices)]
     assert empty.batch_size == 2 and empty.real_batch_size == empty.item_lengths.sum() == empty.num_labels_total == 0
     assert empty.features.values().tolist() == [] and host(empty.negatives.draws).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "negatives",
+    [Negatives("in_batch"), Negatives("in_batch", 2), Negatives("uniform", 3), Negatives("mixed", 3, shared=True)],
+)
+def test_ranks_with_and_without_samples_read_the_batches_of_each_other(negatives: Negatives) -> None:
+    store = ToyStore([[1, 2, 3, 4], [5, 6, 5, 7]], times=[[1, 2, 3, 4], [1, 2, 3, 4]], context={"age": [3, 4]})
+    collator = collator_of(store, length=3, negatives=negatives, wants_timestamps=True, wants_seen=True)
+    batches = [collator(BatchPlan.of(np.arange(number))) for number in range(3)]
+    for own in batches:
+        for other in batches:
+            assert_same(unpacked(own, *packed(other)), other)
 
 
 def test_what_the_data_lacks_is_a_configuration_error() -> None:

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config.args import DatasetArgs, Task
-from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.batch import HSTUBatch, packed, unpacked
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.sampling.sampler import BatchPlan
 from hstu.data.sampling.samples import Split, build_samples
 from hstu.data.store.sequence_store import SequenceStore
-from tests.data.collators import build_collator
+from tests.data.collators import assert_same, build_collator
 
 SEED, BATCH_SIZE = 7, 3
 CONTEXT, ITEM, LISTS, EVENT = ["town", "age"], ["maker", "size"], ["tags"], ["device", "place"]
@@ -171,9 +171,11 @@ def found(schema: Mapping[str, Any], store: SequenceStore, args: DatasetArgs, sp
         store, samples, args, task, batch_size=BATCH_SIZE, seed=SEED, wants_timestamps=schema["time"],
         wants_seen=task == "retrieval" and split != "train",
     )  # fmt: skip
+    empty = collator(BatchPlan.of(np.arange(0)))
     for first in range(0, len(samples), BATCH_SIZE):
-        places = np.arange(first, min(first + BATCH_SIZE, len(samples)))
-        yield from in_raw_values(schema, store, collator(BatchPlan.of(places)))
+        batch = collator(BatchPlan.of(np.arange(first, min(first + BATCH_SIZE, len(samples)))))
+        assert_same(unpacked(batch, *packed(empty)), empty)  # as a rank gets it that has samples
+        yield from in_raw_values(schema, store, unpacked(empty, *packed(batch)))
 
 
 def in_raw_values(schema: Mapping[str, Any], store: SequenceStore, batch: HSTUBatch) -> Iterator[Sample]:

@@ -4,14 +4,13 @@ A merged batch is compared with one batch built from all its samples at once, a 
 Training on them with every kind of negatives: tests/distributed, test_tensor_parallel.py and test_training.py.
 """
 
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from hstu.data.batches.batch import HSTUBatch, packed
+from hstu.data.batches.batch import HSTUBatch, packed, unpacked
 from hstu.data.batches.train_batch import GroupLayout, TrainBatch, merge_ranks, split_micro_batches
 from hstu.data.features.roles import FeatureRoles
 from tests.data.collators import assert_same
@@ -37,7 +36,8 @@ def batch_of(samples: Sequence[int], padding: int, **options: Any) -> HSTUBatch:
 
 
 def merged(*batches: HSTUBatch, rank: int = 0) -> tuple[HSTUBatch, GroupLayout]:
-    return merge_ranks([pickle.loads(packed(batch)) for batch in batches], rank, "item")
+    """As a group does it: each rank sends its batch, and has one of its own to read those of the others."""
+    return merge_ranks([unpacked(batches[rank], *packed(batch)) for batch in batches], rank, "item")
 
 
 # --- tensor-parallel groups ----------------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def _other_data(root: Path, own: Mapping[str, Any]) -> str:
     if not stored or not own or stored == own:
         return ""
     there, here = (f"{data['events']:,} events of {data['users']:,} users" for data in (stored, own))
-    return f"{there}; this data has {here if here != there else 'as many, but others'}"
+    return f"{there}; this data has {here if here != there else 'as many, but others or in another order'}"
 
 
 def _read_dynamic(

@@ -21,7 +21,7 @@ from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelCodes, LabelFacts
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, expected_log_counts
-from hstu.data.sampling.sampler import BatchPartition, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import BatchPartition, Loads, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import Split
 from hstu.data.store.layout import NumberStatistics
 from hstu.model.inputs import SequenceFeatures
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class SampleLengths(NamedTuple):
-    """Lengths of the training samples, in the order of the sample table; int64 [S] each."""
+    """Lengths of the training samples, in the order of the sample table; int32 or int64 [S] each."""
 
     items: np.ndarray
     """Items of the sequence, including candidates."""
@@ -71,6 +71,7 @@ class BatchSource(ABC):
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
         self.label_facts, self.ranges = {}, {}
+        self._mesh = mesh
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         self.negatives = Negatives.of(config.retrieval) if config.retrieval else None
@@ -165,12 +166,17 @@ def choose_partition(
     length = f"max_sequence_length ({max_items} items and {len(roles.contextual)} contextual features)"
     if problems := list(token_limit_admits(config, longest, length)):
         raise ConfigError(in_reading_order(problems))
-    loads = FlopCounter(network, roles).per_sequence(lengths.items, lengths.candidates)
+    counter = FlopCounter(network, roles)
+
+    def loads(rows: np.ndarray) -> Loads:
+        return counter.per_sequence(lengths.items[rows], lengths.candidates[rows])
+
     if trainer.tokens_per_rank is not None:
+        some = np.arange(0, len(lengths.items), 1 + len(lengths.items) // 2**20)
         log.info(
             "dynamic batching: at most %d tokens per rank, sequences of %.1f tokens on average",
             trainer.tokens_per_rank,
-            float(loads.tokens.mean()) if len(loads.tokens) else 0.0,
+            float(loads(some).tokens.mean()) if len(some) else 0.0,
         )
     return BatchPartition(loads, trainer.enable_balanced_shuffler, trainer.tokens_per_rank)
 

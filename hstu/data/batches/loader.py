@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from hstu.base.errors import DataError, UserError
 from hstu.base.processes import end_with_parent
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.sampling.sampler import BatchPlan
+from hstu.data.sampling.sampler import BatchPlan, TrainSampler
 
+_PLANS_AHEAD = 8
 _DEAD_WORKER = re.compile("DataLoader worker.*(exited unexpectedly|is killed)", re.DOTALL)
 
 
@@ -32,19 +33,25 @@ def build_loader(
 ) -> Iterator[HSTUBatch]:
     """Yields one pass over ``sampler`` as batches. Close or drop the iterator to stop the workers. ``workers``:
     processes that build batches; 0 means this process. ``prefetch``: batches that each worker keeps ready.
-    ``pin_memory``: return batches in pinned memory. Raises DataError where the data is damaged or a worker dies."""
+    ``pin_memory``: return batches in pinned memory. One more process makes plans that are costly, so that they do not
+    delay a step. Raises DataError where the data is damaged or a worker dies."""
+    if isinstance(sampler, TrainSampler) and sampler.is_costly:
+        sampler = _load(sampler, 1, _PLANS_AHEAD)
+    return _load(_PlannedBatches(collator), workers, prefetch, sampler=sampler, pin_memory=pin_memory)
+
+
+def _load(dataset: Dataset[Any], workers: int, prefetch: int, **options: Any) -> Iterator[Any]:
     loader: DataLoader[Any] = DataLoader(
-        _PlannedBatches(collator),
+        dataset,
         batch_size=None,
-        sampler=sampler,
-        collate_fn=lambda batch: batch,
+        collate_fn=lambda item: item,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        pin_memory=pin_memory,
         worker_init_fn=lambda _: end_with_parent(),
         # By default DataLoader seeds the workers from torch's global generator, so every evaluation and every resume
         # would change the dropout of later steps. The workers themselves draw nothing from torch.
         generator=torch.Generator(),
+        **options,
     )
     return _batches(_start(loader), workers)
 
@@ -95,7 +102,7 @@ class _PlannedBatches(Dataset[Any]):
             return error
 
 
-def _batches(batches: Iterator[Any], workers: int) -> Iterator[HSTUBatch]:
+def _batches(batches: Iterator[Any], workers: int) -> Iterator[Any]:
     while True:
         try:
             batch = next(batches)

@@ -11,15 +11,18 @@ step.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count, islice
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
 from hstu.base.errors import DataError
-from hstu.base.hashing import random_uniform
+from hstu.base.hashing import random_below, random_bits, random_uniform
 from hstu.data.batches.jagged import run_offsets
 
 
@@ -56,34 +59,72 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Loads:
-    """Cost of training on each of S samples, in the order of the sample table."""
+    """Cost of training on each of n samples."""
 
     tokens: np.ndarray
-    """int64 [S], at least 1."""
+    """int64 [n], at least 1."""
     costs: np.ndarray
-    """float64 [S], above 0, in any unit. A rank's cost is the sum over its samples."""
+    """float64 [n], above 0, in any unit. A rank's cost is the sum over its samples."""
 
 
 @dataclass(frozen=True)
 class BatchPartition:
     """How global batches are divided over the ranks."""
 
-    loads: Loads
+    loads: Callable[[np.ndarray], Loads]
+    """Loads of rows of the sample table, int64 [n]. Nothing is kept per sample."""
     balance: bool = False
     """Equalise the costs of the ranks."""
     tokens_per_rank: int | None = None
     """Largest number of tokens per rank; a longer sample is the only one of its rank. None: samples are counted."""
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """The order of an epoch, int64 [num_samples]: equal on all ranks and at all world sizes."""
+Order = Callable[[np.ndarray], np.ndarray]
+"""Rows of the sample table, int64 [n], at these indices in the order of an epoch, int64 [n]."""
+
+_BLOCK = 1 << 16  # samples whose tokens are read at once
+_COSTLY_SAMPLES = 1 << 13  # of a global batch, whose plan takes about 2 ms
+_LEAST_PER_ROUND = 64  # fewer samples at once are faster one by one
+MOST_LISTED = 1 << 24
+"""Samples up to which the order of an epoch is a list in memory. It decides the order: changing it would make a resumed
+run train on some samples of its epoch twice and never on others."""
+_FEISTEL_ROUNDS = 6
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> Order:
+    """The order of an epoch, equal on all ranks and at all world sizes: above MOST_LISTED samples ``feistel_rows``."""
     if not shuffle:
-        return np.arange(num_samples, dtype=np.int64)
-    return np.random.default_rng([seed, epoch]).permutation(num_samples).astype(np.int64, copy=False)
+        return np.asarray
+    if num_samples > MOST_LISTED:
+        return partial(feistel_rows, num_samples, seed, epoch)
+    listed = np.arange(num_samples, dtype=np.int32)
+    np.random.default_rng([seed, epoch]).shuffle(listed)
+    return lambda ordinals: listed[ordinals].astype(np.int64)
+
+
+def feistel_rows(num_samples: int, seed: int, epoch: int, ordinals: np.ndarray) -> np.ndarray:
+    """int64 [n]: where a random permutation of ``num_samples`` rows takes ``ordinals``; each row is computed alone.
+
+    A Feistel network on pairs (left, right) in [0, width) x [0, height), whose product is at least ``num_samples``. A
+    row beyond the samples is permuted again until it is one of them.
+    Source: J. Black, P. Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002 (generalised Feistel cipher).
+    """
+    width = math.isqrt(num_samples - 1) + 1
+    height = -(-num_samples // width)
+    sizes, halves = (width, height), [*np.divmod(ordinals, height)]
+    for step in range(_FEISTEL_ROUNDS):
+        own = step % 2
+        bits = random_bits(seed, _ORDER_STREAM, epoch, step, halves[1 - own]) >> np.uint64(32)
+        halves[own] = (halves[own] + random_below(sizes[own], bits)) % sizes[own]
+    rows = halves[0] * height + halves[1]
+    beyond = np.flatnonzero(rows >= num_samples)
+    if len(beyond):
+        rows[beyond] = feistel_rows(num_samples, seed, epoch, rows[beyond])
+    return rows
 
 
 @dataclass(eq=False)
-class TrainSampler:
+class TrainSampler(IterableDataset[BatchPlan]):
     """Endless batch plans of one rank from ``position`` on. ``partition`` None means contiguous slices of equal counts.
     The last global batch of an epoch may be smaller. Every rank then gets a sample where there are enough; otherwise
     some ranks get empty plans. Raises DataError without samples, or for a position beyond the epoch."""
@@ -114,36 +155,38 @@ class TrainSampler:
     @cached_property
     def batches_per_epoch(self) -> int:
         """Global batches per epoch: under a token budget, of the first epoch, from which others differ by a few."""
-        if self._token_budget is None:
-            return -(-self.num_samples // (self.batch_size * self.world_size))
-        order = epoch_order(self.num_samples, self.seed, 0, self.shuffle)
-        return sum(1 for _ in self._global_batches(order, begin=0))
+        return self._batches_after(SamplerPosition())
 
     @cached_property
     def batches_done(self) -> int:
         """Global batches of this size from the start of the run to ``position``; a part of one counts as whole."""
-        epoch, consumed = self.position.epoch, self.position.consumed
+        begun = sum(self._batches_after(SamplerPosition(epoch)) for epoch in range(self.position.epoch + 1))
+        return begun - self._batches_after(self.position)
+
+    def _batches_after(self, position: SamplerPosition) -> int:
+        """Global batches of the rest of the epoch."""
         if self._token_budget is None:
-            left = -(-(self.num_samples - consumed) // (self.batch_size * self.world_size))
-            return (epoch + 1) * self.batches_per_epoch - left
-        batches = 0
-        for each in range(epoch + 1):
-            order = epoch_order(self.num_samples, self.seed, each, self.shuffle)
-            batches += sum(1 for _ in self._global_batches(order, begin=0))
-        return batches - sum(1 for _ in self._global_batches(order, consumed))
+            return -(-(self.num_samples - position.consumed) // (self.batch_size * self.world_size))
+        order = epoch_order(self.num_samples, self.seed, position.epoch, self.shuffle)
+        return sum(1 for _ in self._global_batches(order, position.consumed))
+
+    @property
+    def is_costly(self) -> bool:
+        """Whether a plan takes long enough that another process should make it ahead of time."""
+        return self.partition is not None and self.batch_size * self.world_size >= _COSTLY_SAMPLES
 
     def __iter__(self) -> Iterator[BatchPlan]:
         for epoch, order, bounds in self._epochs():
             start, stop = int(bounds[0]), int(bounds[-1])
             ordinals = start + np.flatnonzero(self._ranks(order, bounds) == self.rank)
-            yield BatchPlan(order[ordinals], ordinals, epoch, start, SamplerPosition(epoch, stop))
+            yield BatchPlan(order(ordinals), ordinals, epoch, start, SamplerPosition(epoch, stop))
 
     def global_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (rows of the sample table, rank of each row) of all global batches without end; int64 [n] both."""
         for _, order, bounds in self._epochs():
-            yield order[bounds[0] : bounds[-1]], self._ranks(order, bounds)
+            yield order(np.arange(bounds[0], bounds[-1])), self._ranks(order, bounds)
 
-    def _epochs(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    def _epochs(self) -> Iterator[tuple[int, Order, np.ndarray]]:
         """Yields (epoch, its order, bounds of the ranks' slices) of the global batches without end."""
         begin = self.position.consumed
         for epoch in count(self.position.epoch):
@@ -152,27 +195,36 @@ class TrainSampler:
                 yield epoch, order, bounds
             begin = 0
 
-    def _global_batches(self, order: np.ndarray, begin: int) -> Iterator[np.ndarray]:
-        """Yields the bounds of the ranks' slices, int64 [ranks + 1], of each global batch from ordinal ``begin`` on."""
-        tokens_until = np.empty(0)
-        if self.partition is not None and self._token_budget is not None:
-            tokens_until = run_offsets(self.partition.loads.tokens[order])
+    def _global_batches(self, order: Order, begin: int) -> Iterator[np.ndarray]:
+        """Yields the bounds of the ranks' slices, int64 [ranks + 1], of each global batch from ordinal ``begin`` on.
+        Under a token budget each rank takes the next samples up to it and to ``batch_size`` samples, at least one, and
+        leaves one for each later rank."""
+        while begin < self.num_samples and self._token_budget is None:
+            size = min(self.batch_size * self.world_size, self.num_samples - begin)
+            yield even_bounds(begin, size, self.world_size)
+            begin += size
+        first, until = begin, [0]  # until[i]: tokens of the samples [first, first + i)
         while begin < self.num_samples:
-            if self._token_budget is None:
-                size = min(self.batch_size * self.world_size, self.num_samples - begin)
-                bounds = even_bounds(begin, size, self.world_size)
-            else:
-                bounds = budget_bounds(tokens_until, begin, self.world_size, self._token_budget, self.batch_size)
-            yield bounds
-            begin = int(bounds[-1])
+            assert self.partition is not None and self._token_budget is not None
+            bounds = [begin]
+            for ranks_after in reversed(range(self.world_size)):
+                start = bounds[-1]
+                last = min(start + self.batch_size, self.num_samples)
+                if last - first >= len(until):
+                    first, read = start, np.arange(start, min(last + _BLOCK, self.num_samples))
+                    until = run_offsets(self.partition.loads(order(read)).tokens).tolist()
+                limit = until[start - first] + self._token_budget
+                fitting = first + bisect_right(until, limit, start - first, last - first + 1) - 1
+                bounds.append(min(max(min(fitting, self.num_samples - ranks_after), start + 1), self.num_samples))
+            yield np.array(bounds, dtype=np.int64)
+            begin = bounds[-1]
 
-    def _ranks(self, order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    def _ranks(self, order: Order, bounds: np.ndarray) -> np.ndarray:
         """int64 [n]: the rank of each sample of a global batch, in the order of the epoch."""
         if self.partition is None or not self.partition.balance or self.world_size == 1:
             return np.repeat(np.arange(self.world_size), np.diff(bounds))
-        chosen, loads = order[bounds[0] : bounds[-1]], self.partition.loads
-        chosen_loads = Loads(loads.tokens[chosen], loads.costs[chosen])
-        return rebalance(np.diff(bounds), chosen_loads, self.batch_size, self._token_budget)
+        loads = self.partition.loads(order(np.arange(bounds[0], bounds[-1])))
+        return rebalance(np.diff(bounds), loads, self.batch_size, self._token_budget)
 
 
 @dataclass(eq=False)
@@ -197,22 +249,6 @@ class EvalSampler:
 def even_bounds(begin: int, count: int, num_ranks: int) -> np.ndarray:
     """Bounds of the ranks' slices of [begin, begin + count), int64 [ranks + 1]. Sizes differ by at most one."""
     return begin + count * np.arange(num_ranks + 1, dtype=np.int64) // num_ranks
-
-
-def budget_bounds(
-    tokens_until: np.ndarray, begin: int, num_ranks: int, tokens_per_rank: int, max_samples: int
-) -> np.ndarray:
-    """Bounds of the ranks' slices of the global batch that begins at ordinal ``begin``; int64 [ranks + 1].
-    ``tokens_until``: int64 [S + 1], tokens of the first 0, 1, … samples of the epoch. Each rank takes the next samples
-    up to ``tokens_per_rank`` tokens and ``max_samples`` samples, at least one, and leaves one for each later rank."""
-    num_samples = len(tokens_until) - 1
-    bounds = [begin]
-    for ranks_after in reversed(range(num_ranks)):
-        start = bounds[-1]
-        fitting = int(np.searchsorted(tokens_until, tokens_until[start] + tokens_per_rank, side="right")) - 1
-        stop = min(fitting, start + max_samples, num_samples - ranks_after)
-        bounds.append(min(max(stop, start + 1), num_samples))
-    return np.array(bounds, dtype=np.int64)
 
 
 def rebalance(counts: np.ndarray, loads: Loads, max_samples: int, tokens_per_rank: int | None) -> np.ndarray:
@@ -240,14 +276,51 @@ def balanced_ranks(
     ``costs``: float64 [n]. ``counts``: int64 [ranks], largest number of samples per rank. With ``tokens``, int64 [n], a
     rank also holds at most ``tokens_per_rank`` tokens."""
     order = np.argsort(-costs, kind="stable")
-    sizes = [0] * len(costs) if tokens is None else tokens[order].tolist()
+    costs, chosen, done = costs[order], np.empty_like(order), 0
+    sizes = np.zeros(len(costs), dtype=np.int64) if tokens is None else tokens[order]
+    loads, rooms = np.where(counts > 0, 0.0, np.inf), counts.copy()
+    token_rooms = np.full_like(counts, tokens_per_rank)
+    while len(counts) > _LEAST_PER_ROUND:
+        # The next samples go to the ranks in order of load, one each, as long as no rank is due a second one.
+        ranks = np.argsort(loads, kind="stable")[: len(costs) - done]
+        batch = slice(done, done + len(ranks))
+        after = loads[ranks] + costs[batch]
+        goes = sizes[batch] <= token_rooms[ranks]
+        goes[1:] &= np.minimum.accumulate(after)[:-1] > loads[ranks[1:]]
+        taken = len(goes) if goes.all() else int(goes.argmin())
+        if taken < _LEAST_PER_ROUND:
+            break
+        ranks = ranks[:taken]
+        chosen[done : done + taken] = ranks
+        rooms[ranks] -= 1
+        token_rooms[ranks] -= sizes[done : done + taken]
+        loads[ranks] = np.where(rooms[ranks] > 0, after[:taken], np.inf)
+        done += taken
+    rest = _one_by_one(costs[done:], sizes[done:], loads, rooms, token_rooms)
+    if rest is None:
+        return None
+    chosen[done:] = rest
+    result = np.empty_like(chosen)
+    result[order] = chosen
+    return result
+
+
+def _one_by_one(
+    costs: np.ndarray, sizes: np.ndarray, loads: np.ndarray, rooms: np.ndarray, token_rooms: np.ndarray
+) -> list[int] | None:
+    """The ranks of the rest of the samples. The arrays of the ranks are their loads and rooms so far."""
     # (cost so far, rank, room for samples, room for tokens). Ties go to the lower rank, so all ranks agree.
-    ranks = [(0.0, rank, count, tokens_per_rank) for rank, count in enumerate(counts.tolist()) if count]
+    state = zip(loads.tolist(), range(len(loads)), rooms.tolist(), token_rooms.tolist(), strict=True)
+    ranks = [entry for entry in state if entry[2]]
+    heapq.heapify(ranks)
+    full: list[tuple[int, tuple[float, int, int, int]]] = []  # without room for the last sample, the most room first
     chosen = []
-    for cost, size in zip(costs[order].tolist(), sizes, strict=True):
-        full = []
+    for cost, size in zip(costs.tolist(), sizes.tolist(), strict=True):
+        while full and -full[0][0] >= size:
+            heapq.heappush(ranks, heapq.heappop(full)[1])
         while ranks and ranks[0][3] < size:
-            full.append(heapq.heappop(ranks))
+            entry = heapq.heappop(ranks)
+            heapq.heappush(full, (-entry[3], entry))
         if not ranks:
             return None
         load, rank, room, token_room = ranks[0]
@@ -256,15 +329,11 @@ def balanced_ranks(
             heapq.heapreplace(ranks, (load + cost, rank, room - 1, token_room - size))
         else:
             heapq.heappop(ranks)
-        for entry in full:
-            heapq.heappush(ranks, entry)
-    result = np.empty(len(costs), dtype=np.int64)
-    result[order] = chosen
-    return result
+    return chosen
 
 
-_STREAM = 0x5749_4E44
-"""Separates these draws from the draws of negatives, which use the same seed."""
+_STREAM, _ORDER_STREAM = 0x5749_4E44, 0x4F52_4445
+"""Separate the draws of windows and of orders from the draws of negatives, which use the same seed."""
 
 
 def window_starts(

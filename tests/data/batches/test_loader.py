@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ from datetime import timedelta
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.collate import Collator
 from hstu.data.batches.loader import build_loader
 from hstu.data.sampling.negatives import Negatives
-from hstu.data.sampling.sampler import START, BatchPlan, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import START, BatchPartition, BatchPlan, Loads, SamplerPosition, TrainSampler
 from tests.conftest import MakeStore
 from tests.data.collators import assert_same, collator_of
 
@@ -46,6 +48,29 @@ def test_workers_change_neither_order_nor_content(collator: Collator) -> None:
         assert_same(other, one)
         assert other.position == one.position
         assert torch.equal(other.user_ids, one.user_ids)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_plans_made_ahead_by_a_process_are_the_same_and_end_with_the_loader(
+    collator: Collator, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = dataclasses.replace(
+        plans(SamplerPosition(0, 7)), world_size=2, partition=BatchPartition(loads_of, balance=True, tokens_per_rank=9)
+    )
+    alone = list(islice(build_loader(collator, sampler), 12))
+    monkeypatch.setattr("hstu.data.sampling.sampler._COSTLY_SAMPLES", 6)
+    ahead = build_loader(collator, sampler, workers=workers)
+    for one, other in zip(alone, islice(ahead, 12), strict=True):
+        assert_same(other, one)
+        assert other.position == one.position
+    running = set(multiprocessing.active_children())
+    del ahead
+    gc.collect()
+    assert len(running - set(multiprocessing.active_children())) == 1 + workers
+
+
+def loads_of(rows: np.ndarray) -> Loads:
+    return Loads(1 + rows % 4, 1.0 + rows % 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,7 +1,9 @@
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice, takewhile
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from hypothesis import strategies as st
 from hstu.base.errors import DataError
 from hstu.config.args import RandomDistribution
 from hstu.data.batches.synthetic import Distribution
+from hstu.data.sampling import sampler as sampler_module
 from hstu.data.sampling.sampler import (
+    MOST_LISTED,
     START,
     BatchPartition,
     BatchPlan,
@@ -20,8 +24,8 @@ from hstu.data.sampling.sampler import (
     SamplerPosition,
     TrainSampler,
     balanced_ranks,
-    budget_bounds,
     epoch_order,
+    feistel_rows,
 )
 
 
@@ -40,6 +44,15 @@ def epoch_of(
     return list(zip(*ranks, strict=True))
 
 
+def order_of(num_samples: int, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:
+    """All rows, int64 [num_samples], in the order of an epoch."""
+    return epoch_order(num_samples, seed, epoch, shuffle)(np.arange(num_samples))
+
+
+def of_rows(loads: Loads) -> Callable[[np.ndarray], Loads]:
+    return lambda rows: Loads(loads.tokens[rows], loads.costs[rows])
+
+
 def samples_of(global_batches: list[tuple[BatchPlan, ...]]) -> list[int]:
     return [int(index) for plans in global_batches for plan in plans for index in plan.indices]
 
@@ -53,7 +66,7 @@ def test_an_epoch_is_its_permutation_and_its_last_batch_is_split_evenly(
     num_samples: int, batch_size: int, world_size: int, shuffle: bool
 ) -> None:
     batches = epoch_of(world_size, num_samples=num_samples, batch_size=batch_size, seed=3, shuffle=shuffle)
-    assert samples_of(batches) == epoch_order(num_samples, 3, 0, shuffle).tolist()
+    assert samples_of(batches) == order_of(num_samples, 3, 0, shuffle).tolist()
     assert all(len(plan.indices) <= batch_size for plans in batches for plan in plans)
     counts = [len(plan.indices) for plan in batches[-1]]
     assert max(counts) - min(counts) <= 1
@@ -65,7 +78,7 @@ def test_an_epoch_is_its_permutation_and_its_last_batch_is_split_evenly(
 def test_global_batches_are_what_all_ranks_take_together(tokens: list[int], world_size: int, balance: bool) -> None:
     loads = Loads(np.array(tokens), np.array(tokens, dtype=np.float64) ** 2)
     options: dict[str, Any] = {"num_samples": len(tokens), "batch_size": 4, "seed": 5, "shuffle": True}
-    partition = BatchPartition(loads, balance, tokens_per_rank=100)
+    partition = BatchPartition(of_rows(loads), balance, tokens_per_rank=100)
     batches = epoch_of(world_size, partition, **options)
     sampler = TrainSampler(rank=0, world_size=world_size, partition=partition, **options)
     for plans, (samples, ranks) in zip(batches, sampler.global_batches(), strict=False):
@@ -80,7 +93,7 @@ def test_a_position_tells_how_many_batches_were_done(
     tokens: list[int], world_size: int, by_tokens: bool, steps: int
 ) -> None:
     loads = Loads(np.array(tokens), np.square(tokens).astype(np.float64))
-    partition = BatchPartition(loads, tokens_per_rank=90 if by_tokens else None)
+    partition = BatchPartition(of_rows(loads), tokens_per_rank=90 if by_tokens else None)
     samplers = partial(TrainSampler, len(tokens), 3, 0, world_size, 5, True, partition=partition)
     for done, plan in enumerate(islice(samplers(), steps), 1):
         assert samplers(position=plan.position).batches_done == done
@@ -101,7 +114,7 @@ def test_over_any_sequence_of_world_sizes_and_stops_an_epoch_is_seen_exactly_onc
     position = SamplerPosition()
     seen: dict[int, list[int]] = {}
     for world_size, batch_size, steps, balance, by_tokens in [*stages, finish]:
-        partition = BatchPartition(loads, balance, 90 if by_tokens else None)
+        partition = BatchPartition(of_rows(loads), balance, 90 if by_tokens else None)
         ranks = [
             TrainSampler(len(tokens), batch_size, rank, world_size, 5, True, position, partition)
             for rank in range(world_size)
@@ -110,7 +123,7 @@ def test_over_any_sequence_of_world_sizes_and_stops_an_epoch_is_seen_exactly_onc
             (position,) = {plan.position for plan in plans}
             (epoch,) = {plan.epoch for plan in plans}
             seen.setdefault(epoch, []).extend(sorted(int(ordinal) for plan in plans for ordinal in plan.ordinals))
-            order = epoch_order(len(tokens), 5, epoch, True)
+            order = order_of(len(tokens), 5, epoch, True)
             assert all((order[plan.ordinals] == plan.indices).all() for plan in plans)
     finished = [epoch for epoch in seen if epoch < position.epoch or position.consumed == len(tokens)]
     assert finished == list(range(len(finished))) and len(finished) >= 2
@@ -118,10 +131,10 @@ def test_over_any_sequence_of_world_sizes_and_stops_an_epoch_is_seen_exactly_onc
 
 
 def test_epochs_differ_and_are_each_repeatable() -> None:
-    first, second = epoch_order(100, 5, 0, True), epoch_order(100, 5, 1, True)
+    first, second = order_of(100, 5, 0), order_of(100, 5, 1)
     assert (first != second).any() and sorted(first) == sorted(second) == list(range(100))
-    assert (epoch_order(100, 5, 0, True) == first).all()
-    assert (epoch_order(100, 6, 0, True) != first).any()
+    assert (order_of(100, 5, 0) == first).all()
+    assert (order_of(100, 6, 0) != first).any()
 
 
 def test_without_shuffling_every_epoch_has_file_order() -> None:
@@ -191,9 +204,9 @@ def test_balancing_moves_samples_between_ranks_and_nothing_else(
 ) -> None:
     loads = make_loads(tokens)
     options: dict[str, Any] = {"num_samples": len(tokens), "batch_size": batch_size, "seed": 3, "shuffle": shuffle}
-    plain = epoch_of(world_size, BatchPartition(loads), **options)
-    balanced = epoch_of(world_size, BatchPartition(loads, balance=True), **options)
-    order = epoch_order(len(tokens), 3, 0, shuffle)
+    plain = epoch_of(world_size, BatchPartition(of_rows(loads)), **options)
+    balanced = epoch_of(world_size, BatchPartition(of_rows(loads), balance=True), **options)
+    order = order_of(len(tokens), 3, 0, shuffle)
     assert len(balanced) == len(plain)
     for before, after in zip(plain, balanced, strict=True):
         assert union(before) == union(after)
@@ -211,8 +224,8 @@ def test_costs_of_ranks_are_within_a_tenth_at_32_sequences_a_rank(kind: str, wor
     batches = 4
     loads = draw_loads(kind, 32 * world_size * batches, seed=world_size)
     options: dict[str, Any] = {"num_samples": len(loads.tokens), "batch_size": 32, "seed": 5, "shuffle": True}
-    plain = epoch_of(world_size, BatchPartition(loads), **options)
-    balanced = epoch_of(world_size, BatchPartition(loads, balance=True), **options)
+    plain = epoch_of(world_size, BatchPartition(of_rows(loads)), **options)
+    balanced = epoch_of(world_size, BatchPartition(of_rows(loads), balance=True), **options)
     assert len(balanced) == batches
     for plans in balanced:
         assert cost_ratio(plans, loads) <= 1.1
@@ -232,7 +245,7 @@ def test_by_tokens_no_rank_exceeds_its_budget_or_goes_without_and_no_sample_is_l
 ) -> None:
     loads = make_loads(tokens)
     options: dict[str, Any] = {"num_samples": len(tokens), "batch_size": batch_size, "seed": 2, "shuffle": True}
-    batches = epoch_of(world_size, BatchPartition(loads, balance, budget), **options)
+    batches = epoch_of(world_size, BatchPartition(of_rows(loads), balance, budget), **options)
     for plans in batches:
         for plan in plans:
             assert loads.tokens[plan.indices].sum() <= budget
@@ -243,7 +256,9 @@ def test_by_tokens_no_rank_exceeds_its_budget_or_goes_without_and_no_sample_is_l
         assert len({plan.position for plan in plans}) == 1
     ends = [plans[0].position.consumed for plans in batches]
     assert [0, *ends[:-1]] == [plans[0].global_start for plans in batches] and ends[-1] == len(tokens)
-    sampler = TrainSampler(rank=0, world_size=world_size, partition=BatchPartition(loads, balance, budget), **options)
+    sampler = TrainSampler(
+        rank=0, world_size=world_size, partition=BatchPartition(of_rows(loads), balance, budget), **options
+    )
     assert sampler.batches_per_epoch == len(batches)
 
 
@@ -252,7 +267,7 @@ def test_by_tokens_a_rank_is_filled_as_far_as_whole_sequences_allow() -> None:
     budget = 32 * 1024
     options: dict[str, Any] = {"num_samples": 20_000, "batch_size": 512, "seed": 2, "shuffle": True}
     for balance in (False, True):
-        batches = epoch_of(4, BatchPartition(loads, balance, budget), **options)[:-1]
+        batches = epoch_of(4, BatchPartition(of_rows(loads), balance, budget), **options)[:-1]
         held = np.array([[loads.tokens[plan.indices].sum() for plan in plans] for plans in batches])
         assert held.max() <= budget
         assert held.mean() > 0.95 * budget
@@ -262,11 +277,97 @@ def test_by_tokens_a_rank_is_filled_as_far_as_whole_sequences_allow() -> None:
 @pytest.mark.parametrize("balance", [False, True])
 def test_a_sequence_longer_than_the_budget_is_a_rank_of_its_own(balance: bool) -> None:
     loads = make_loads(np.array([3, 50, 4, 4, 4, 3, 3, 3, 3, 3]))
-    plans = epoch_of(3, BatchPartition(loads, balance, 12), num_samples=10, batch_size=8, seed=0, shuffle=False)[0]
+    plans = epoch_of(
+        3, BatchPartition(of_rows(loads), balance, 12), num_samples=10, batch_size=8, seed=0, shuffle=False
+    )[0]
     assert [plan.indices.tolist() for plan in plans] == [[0], [1], [2, 3, 4]]
 
 
 def test_too_few_samples_for_all_ranks_leave_some_empty() -> None:
-    bounds = budget_bounds(np.array([0, 9, 18, 27]), 0, num_ranks=2, tokens_per_rank=10, max_samples=8)
-    assert bounds.tolist() == [0, 1, 2]
-    assert budget_bounds(np.array([0, 9, 18, 27]), 2, 2, 10, 8).tolist() == [2, 3, 3]
+    partition = BatchPartition(of_rows(make_loads([9, 9, 9])), tokens_per_rank=10)
+    batches = epoch_of(2, partition, num_samples=3, batch_size=8, seed=0, shuffle=False)
+    assert [[plan.indices.tolist() for plan in plans] for plans in batches] == [[[0], [1]], [[2], []]]
+
+
+def one_by_one(costs: np.ndarray, counts: np.ndarray, tokens: np.ndarray, budget: int) -> np.ndarray | None:
+    """balanced_ranks by its definition: samples in descending cost, each to the rank of least cost that has room."""
+    ranks, room, left = np.empty(len(costs), dtype=np.int64), counts.copy(), np.full(len(counts), budget)
+    loads = np.zeros(len(counts))
+    for sample in np.argsort(-costs, kind="stable"):
+        fitting = np.flatnonzero((room > 0) & (left >= tokens[sample]))
+        if not len(fitting):
+            return None
+        ranks[sample] = rank = fitting[loads[fitting].argmin()]
+        loads[rank] += costs[sample]
+        room[rank] -= 1
+        left[rank] -= tokens[sample]
+    return ranks
+
+
+@pytest.mark.parametrize("kind", [*LENGTHS, "equal", "unrelated"])
+@pytest.mark.parametrize("num_ranks", [3, 150])
+def test_rounds_find_what_the_definition_of_balancing_gives(kind: str, num_ranks: int) -> None:
+    size = 12 * num_ranks - 5
+    loads = draw_loads(kind if kind in LENGTHS else "lognormal", size, seed=num_ranks)
+    if kind == "equal":
+        loads = make_loads(np.full(size, 9))
+    elif kind == "unrelated":  # costs that do not grow with tokens
+        loads = Loads(loads.tokens, np.random.default_rng(1).lognormal(0, 2, size))
+    unlimited, counts = np.zeros(size, dtype=np.int64), np.full(num_ranks, 12)
+    assert (balanced_ranks(loads.costs, counts) == one_by_one(loads.costs, counts, unlimited, 0)).all()  # type: ignore
+    for budget in (int(loads.tokens.mean() * 13), int(loads.tokens.max() * 1.2)):
+        found, expected = (plan(loads.costs, counts, loads.tokens, budget) for plan in (balanced_ranks, one_by_one))
+        assert (found is None) == (expected is None)
+        assert found is None or (found == expected).all()
+
+
+def test_a_plan_for_4096_ranks_takes_rounds_and_few_samples_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_by_one, argsort = Mock(wraps=sampler_module._one_by_one), Mock(wraps=np.argsort)
+    monkeypatch.setattr(sampler_module, "_one_by_one", one_by_one)
+    monkeypatch.setattr(np, "argsort", argsort)
+    loads = draw_loads("lognormal", 32 * 4096, seed=1)
+    assert balanced_ranks(loads.costs, np.full(4096, 32)) is not None
+    assert argsort.call_count < 50 and len(one_by_one.call_args.args[0]) < 64
+    assert balanced_ranks(loads.costs, np.full(4096, 64), loads.tokens, int(33 * loads.tokens.mean())) is not None
+    assert argsort.call_count < 100 and len(one_by_one.call_args.args[0]) < 0.2 * 32 * 4096
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4096, 10_007])
+def test_the_order_without_a_list_has_each_row_once(size: int) -> None:
+    rows = feistel_rows(size, 5, 1, np.arange(size))
+    assert rows.dtype == np.int64 and sorted(rows.tolist()) == list(range(size))
+    assert feistel_rows(size, 5, 1, np.array([size // 2])) == rows[size // 2]
+
+
+def test_the_order_without_a_list_is_uniform() -> None:
+    """Chi-square of 10 x 10 cells over 400 epochs: of (place, row), and of neighbours' rows. 99 degrees of freedom give
+    99 +- 14; one place's 10 cells over the epochs have 9 +- 4.2."""
+    size, epochs = 1003, 400
+    orders = np.array([feistel_rows(size, 3, epoch, np.arange(size)) for epoch in range(epochs)])
+    cells = orders * 10 // size
+    widths = np.bincount(np.arange(size) * 10 // size) / size
+
+    def chi_square(found: np.ndarray, expected: np.ndarray) -> float:
+        return float(((found - expected) ** 2 / expected).sum())
+
+    expected = np.outer(widths, widths) * size * epochs
+    neighbours = np.bincount((cells[:, :-1] * 10 + cells[:, 1:]).reshape(-1), minlength=100).reshape(10, 10)
+    assert chi_square(neighbours, expected * (size - 1) / size) < 99 + 5 * 14
+    of_places = [chi_square(np.bincount(column, minlength=10), widths * epochs) for column in cells.T]
+    assert abs(np.mean(of_places) - 9) < 0.7 and max(of_places) < 45
+    steps = np.bincount((np.diff(orders) % size).reshape(-1), minlength=size)[1:]  # differences of neighbours, never 0
+    assert abs(chi_square(steps, np.full(size - 1, steps.mean())) / (size - 2) - 1) < 0.25
+    assert abs(np.corrcoef(orders[:-1].reshape(-1), orders[1:].reshape(-1))[0, 1]) < 0.01
+
+
+def test_the_list_gives_the_order_that_earlier_checkpoints_expect_and_larger_data_needs_none() -> None:
+    assert order_of(12, 1234, 3).tolist() == [4, 11, 10, 6, 1, 8, 5, 7, 3, 9, 2, 0]
+    assert (order_of(1000, 7, 2) == np.random.default_rng([7, 2]).permutation(1000)).all()
+    size = MOST_LISTED + 1
+    sampler = TrainSampler(size, 4, rank=1, world_size=2, seed=1, shuffle=True, position=SamplerPosition(0, size - 9))
+    tracemalloc.start()
+    plan = next(iter(sampler))
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+    assert plan.ordinals.tolist() == [size - 5, size - 4, size - 3, size - 2]
+    assert (plan.indices == feistel_rows(size, 1, 0, plan.ordinals)).all()

@@ -134,7 +134,7 @@ def _difference_of_samples(trained: LoadedModel, source: InferenceSource, model:
     logits = trained.forward(batch).logits
     assert logits is not None, "a ranking model has logits"
     of_sample = logits.cpu().split(batch.num_labels.tolist())
-    shown = SampleItems.of(store, samples, rows, ends[rows], counts[rows])
+    shown = SampleItems.of(store, samples.take(rows), ends[rows], counts[rows])
     times = shown.times() if model.reads_request_time else None
     histories, worst = [*trained.histories_of(samples.user[rows])], 0.0
     known = [name for name in model.encoder.known_before if name in histories[0].features]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from hstu.data.datasets import resolve_name
 from hstu.data.features.roles import benchmark_roles, check_numbers, recoding_of, resolve_roles
 from hstu.data.features.values import LabelColumn, check_labels, training_statistics
 from hstu.data.sampling.negatives import count_items
-from hstu.data.sampling.sampler import BatchPlan, EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import MOST_LISTED, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
 from hstu.data.store.layout import OFFSETS_FILE, NumberStatistics
 from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.logging import Progress
+from hstu.parallel.host_arrays import once_per_host
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition
 from hstu.train.tables import check_rows, choose_tables, predefined_tables
@@ -103,7 +104,9 @@ class StoreSource(BatchSource):
         features = [self.store.feature(name) for name in (self.roles.item, self.roles.action) if name]
         files = [OFFSETS_FILE, *(feature.file for feature in features)]
         checksums = {file: self.store.checksums[file] for file in files}
-        return {"users": self.store.num_users, "events": self.store.num_events, "checksums": checksums}
+        facts = {"users": self.store.num_users, "events": self.store.num_events, "checksums": checksums}
+        # Checkpoints of earlier versions, which had another order of so many samples, then count as of other data.
+        return facts | ({"order": "feistel"} if len(self._train_samples) > MOST_LISTED else {})
 
     @cached_property
     def least_action(self) -> int:
@@ -174,9 +177,9 @@ class StoreSource(BatchSource):
         offsets = np.asarray(self.store.offsets())
         begin, stop = offsets[users], offsets[users + 1]
         nothing = np.zeros_like(stop)
-        start = np.maximum(begin, stop - self.max_items)
+        lengths = np.minimum(stop - begin, self.max_items)
         # Nothing is held out. Setting a target makes these evaluation batches, for which no negatives are drawn.
-        samples = SampleTable(users, start, stop, nothing, nothing, target=stop - 1, history_begin=begin)
+        samples = SampleTable(users, lengths, stop, nothing, nothing, target=stop - 1, history_begin=begin)
         batch_size = self._config.trainer.eval_batch_size
         collator = self._collator(self.store, samples, batch_size, training=False)
         rank, world_size = (self._rank, self._world_size) if divided else (0, 1)
@@ -211,7 +214,8 @@ class StoreSource(BatchSource):
     def _samples(self, split: Split) -> SampleTable:
         store = self.store if split == "train" else self.eval_store
         kind: Split = "all" if split != "train" and self._args.eval_dataset_path else split
-        samples = build_samples(store, self._args, self._config.task, kind, self._config.trainer.seed)
+        build = partial(build_samples, store, self._args, self._config.task, kind, self._config.trainer.seed)
+        samples = once_per_host(lambda: build().compact(), self._mesh, f"samples of {store.path}, {split}")
         if split == "train" or store.split is not None:
             log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in samples.report.items()))
         return samples

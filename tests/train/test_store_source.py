@@ -139,3 +139,12 @@ def test_workers_change_nothing(train: Train, options: dict[str, int]) -> None:
     one, other = (train("retrieval", trainer={"eval_at_end": True, **more}) for more in ({}, options))
     assert one.losses == other.losses
     assert one.metrics == other.metrics
+
+
+def test_a_source_keeps_24_bytes_per_sample(source: OpenSource) -> None:
+    opened = source("ranking")
+    samples = opened._train_samples
+    arrays = {
+        id(value): value for value in [*vars(samples).values(), *opened.train_lengths] if hasattr(value, "nbytes")
+    }
+    assert sum(array.nbytes for array in arrays.values()) == 24 * len(samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,12 +21,12 @@ Split = Literal["train", "valid", "test", "all"]
 
 @dataclass(frozen=True)
 class SampleTable:
-    """S samples in the store's order of users, as indices into the store's flat arrays; all int64 [S]."""
+    """S samples in the store's order of users, as indices into the store's flat arrays; int32 or int64 [S]."""
 
     user: np.ndarray
     """Row of the user in the store."""
-    start: np.ndarray
-    """First event of the sample, after truncation to the newest events."""
+    lengths: np.ndarray
+    """Items of the sample, candidates included, after truncation to the newest events."""
     stop: np.ndarray
     """One past the last event of the sample."""
     num_candidates: np.ndarray
@@ -48,9 +49,21 @@ class SampleTable:
         return len(self.user)
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Items per sample, candidates included."""
-        return self.stop - self.start + (0 if self.request is None else self.num_candidates)
+    def start(self) -> np.ndarray:
+        """First event of each sample."""
+        return self.stop - self.lengths + (0 if self.request is None else self.num_candidates)
+
+    def take(self, rows: np.ndarray) -> SampleTable:
+        """These samples, in int64."""
+        return self._map(lambda values: values[rows].astype(np.int64))
+
+    def compact(self) -> SampleTable:
+        """The same samples, in int32 where all values fit."""
+        return self._map(lambda values: values.astype(np.int32 if values.max(initial=0) < 2**31 else np.int64))
+
+    def _map(self, change: Callable[[np.ndarray], np.ndarray]) -> SampleTable:
+        arrays = {name: change(value) for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return replace(self, **arrays)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -241,7 +254,7 @@ def samples_of_requests(
     begin, stop = offsets[requests.users[request]], requests.history_ends[request]
     return SampleTable(
         user=requests.users[request],
-        start=np.maximum(begin, stop - room[rows]),
+        lengths=np.minimum(stop - begin, room[rows]) + after - first,
         stop=stop,
         num_candidates=after - first,
         num_labels=after - first,
@@ -334,17 +347,17 @@ def _table(
     shown = np.zeros_like(runs.begin) if num_candidates is None else num_candidates
     # Room for max_num_candidates stays free, so that what a candidate sees does not depend on how many are beside it.
     length = args.max_sequence_length - args.max_num_candidates + shown
-    start = np.maximum(runs.begin, runs.stop - length)
+    lengths = np.minimum(runs.lengths, length)
     report = {
         "users": num_users,
         "samples": len(runs.user),
         "dropped_short": num_users - len(runs.user),
-        "truncated": int((start > runs.begin).sum()),
-        "events": int((runs.stop - start).sum()),
+        "truncated": int((lengths < runs.lengths).sum()),
+        "events": int(lengths.sum()),
     }
     return SampleTable(
         user=runs.user,
-        start=start,
+        lengths=lengths,
         stop=runs.stop,
         num_candidates=shown,
         num_labels=num_labels,

@@ -52,35 +52,34 @@ class StoreReader:
 
     def read(self, plan: BatchPlan) -> Rows:
         """Reads the rows of ``plan.indices``. A value out of range raises a DataError that names its user."""
-        samples, chosen = self.samples, plan.indices
-        start, stop, users = samples.start[chosen], samples.stop[chosen], samples.user[chosen]
-        history_begin = samples.history_begin[chosen]
-        lengths, num_labels = samples.lengths[chosen], samples.num_labels[chosen]
+        samples = self.samples.take(plan.indices)
+        start, history_begin = samples.start, samples.history_begin
+        lengths, num_labels = samples.lengths, samples.num_labels
         if self.window_seed is not None:
-            start = window_starts(history_begin, start, stop, self.window_seed, plan.epoch, plan.ordinals)
+            start = window_starts(history_begin, start, samples.stop, self.window_seed, plan.epoch, plan.ordinals)
         ends = start + lengths
-        items = SampleItems.of(self.store, samples, chosen, start, lengths)
-        labelled = SampleItems.of(self.store, samples, chosen, ends - num_labels, num_labels) if self.labels else items
+        items = SampleItems.of(self.store, samples, start, lengths)
+        labelled = SampleItems.of(self.store, samples, ends - num_labels, num_labels) if self.labels else items
         held_out = request_times = seen = None
         if samples.target is not None:
-            target = SampleItems(self.store, samples.target[chosen])
+            target = SampleItems(self.store, samples.target)
             held_out = self._of_items(self.roles.item, target)
             request_times = target.times() if self.wants_timestamps and self.wants_request_times else None
         if self.wants_seen:
-            before = start if samples.target is None else samples.target[chosen]
+            before = start if samples.target is None else samples.target
             seen_lengths = before - history_begin
             earlier = SampleItems(self.store, ranges(history_begin, seen_lengths))
             seen = self._of_items(self.roles.item, earlier), seen_lengths
         item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
         return Rows(
-            user_ids=users,
+            user_ids=samples.user,
             lengths=lengths,
-            num_candidates=samples.num_candidates[chosen],
+            num_candidates=samples.num_candidates,
             num_labels=num_labels,
             items=item_ids,
             actions=None if self.roles.action is None else self._of_items(self.roles.action, items),
             timestamps=items.times() if self.wants_timestamps else None,
-            context={name: self._of_users(name, users) for name in self.roles.contextual},
+            context={name: self._of_users(name, samples.user) for name in self.roles.contextual},
             side=self._side(items),
             label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
             numbers=self._numbers(items),
@@ -182,19 +181,17 @@ class SampleItems:
     """int64: the event that each event follows; for a candidate, the newest of its history. None: the one before."""
 
     @classmethod
-    def of(
-        cls, store: SequenceStore, samples: SampleTable, chosen: np.ndarray, start: np.ndarray, lengths: np.ndarray
-    ) -> SampleItems:
-        """The items of samples ``chosen`` [b], from events ``start`` on. ``lengths``: items per sample, [b]."""
-        shown = samples.num_candidates[chosen]
+    def of(cls, store: SequenceStore, samples: SampleTable, start: np.ndarray, lengths: np.ndarray) -> SampleItems:
+        """The items of ``samples`` from events ``start`` on. ``lengths``: items per sample, [b]."""
+        shown = samples.num_candidates
         if samples.first_candidate is None:
             events, before = ranges(start, lengths), None
             if shown.any():
                 before = np.minimum(events, np.repeat(start + lengths - shown, lengths)) - 1
             return cls(store, events, before=before)
         runs = np.stack([lengths - shown, shown], axis=1).reshape(-1)
-        is_candidate = np.repeat(np.tile([False, True], len(chosen)), runs)
-        candidates = ranges(samples.first_candidate[chosen], shown)
+        is_candidate = np.repeat(np.tile([False, True], len(samples)), runs)
+        candidates = ranges(samples.first_candidate, shown)
         return cls(store, ranges(start, lengths - shown), candidates, is_candidate)
 
     def values(self, feature: str) -> np.ndarray:

@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
-import numpy as np
 import pyarrow.parquet as pq
 from pyarrow.csv import write_csv
 from tabulate import tabulate
@@ -62,15 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split = choose_split(loaded.with_data(), options.split)
     metrics = [name for name in options.metrics.split(",") if name] if options.metrics else None
     evaluation = evaluate_split(loaded, split, metrics)
+    found, (users, predictions) = evaluation.metrics(), evaluation.counts()
+    rows = evaluation.rows(loaded) if options.per_user else None
     if not loaded.mesh.is_main:
         return EXIT_DONE
-    found, users = evaluation.metrics(), len(np.unique(evaluation.observations.users))
-    data, predictions = loaded.with_data().eval_store.path, len(evaluation.observations)
+    data = loaded.with_data().eval_store.path
     seen = ", without the items that a user had before (filter_seen)" if loaded.leaves_out_seen else ""
     print(f"{loaded.checkpoint}\n{split} of {data}: {users:,} users, {predictions:,} predictions{seen}\n")
     print(tabulate(found.items(), headers=("metric", "value"), tablefmt="plain", floatfmt=".4f"))
-    if options.per_user:
-        rows = evaluation.rows(loaded)
+    if rows is not None:
         with written_aside(options.per_user) as aside:
             write = pq.write_table if options.per_user.suffix == ".parquet" else write_csv
             write(rows, aside)

@@ -31,7 +31,7 @@ Collective = Callable[[Tensor, Any], Tensor]
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Concatenate the ranks' tensors [n, …], all of one shape, to [ranks · n, …]. Backward: a reduce-scatter (sum)."""
-    return local if dist.get_world_size(group) == 1 else _apply(local, _gather, _reduce_scatter, group)
+    return local if dist.get_world_size(group) == 1 else _apply(local, _gather, reduce_scatter, group)
 
 
 def split_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -91,18 +91,19 @@ def _gather_parts(own: Tensor, group: dist.ProcessGroup, counts: Sequence[int]) 
     return torch.cat([rows[:count] for rows, count in zip(by_rank, counts, strict=True)])
 
 
-def _reduce_scatter(partial_sums: Tensor, group: dist.ProcessGroup) -> Tensor:
-    own = partial_sums.new_empty((partial_sums.shape[0] // dist.get_world_size(group), *partial_sums.shape[1:]))
-    dist.reduce_scatter_tensor(own, partial_sums.contiguous(), group=group)
-    return own
-
-
 def gather_copies(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Stack the ranks' tensors [n, …], all of one shape, to [ranks, n, …] in rank order, without gradient."""
     ranks, local = dist.get_world_size(group), local.detach().contiguous()
     gathered = local.new_empty((ranks * local.shape[0], *local.shape[1:]))
     dist.all_gather_into_tensor(gathered, local, group=group)
     return gathered.unflatten(0, (ranks, local.shape[0]))
+
+
+def reduce_scatter(partial_sums: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum the ranks' tensors [n, …], all of one shape, and return this rank's n / ranks rows, without gradient."""
+    own = partial_sums.new_empty((partial_sums.shape[0] // dist.get_world_size(group), *partial_sums.shape[1:]))
+    dist.reduce_scatter_tensor(own, partial_sums.contiguous(), group=group)
+    return own
 
 
 def gather_rows(rows: Tensor, ids: Tensor, largest: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
+from hstu.base.hashing import hash_ids
 from hstu.base.ids import codes_of
 from hstu.config.args import RankingArgs
 from hstu.config.args.task import METRICS_OF_KIND, fits_kind
@@ -27,7 +28,7 @@ from hstu.data.sampling.samples import Split
 from hstu.data.store.reader import GivenRequests
 from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.model.ranking import RankingDense
-from hstu.parallel.collectives import gather_objects
+from hstu.parallel.exchange import Exchange
 from hstu.serve.command import Candidates
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.outputs import columns_of, predictions_of
@@ -42,21 +43,32 @@ PART_USERS = 10_000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of a model for a split."""
+    """Predictions of a model for a split. Methods are collective."""
 
     evaluator: Evaluator
     observations: Observations
+    """The predictions of this rank."""
 
     def metrics(self) -> dict[str, float]:
         """Compute the metrics of all predictions; nan for metrics that the data leaves undefined."""
-        return self.evaluator.metrics(self.observations)
+        return self.evaluator.metrics_of_all(self.observations)
+
+    def counts(self) -> tuple[int, int]:
+        """(users, predictions) of all ranks."""
+        exchange, users = self.evaluator.exchange, np.unique(self.observations.users)
+        (of_all,) = exchange.to_owners(hash_ids(users, exchange.size), users)
+        counts = exchange.total([len(np.unique(of_all)), len(self.observations)])
+        return int(counts[0]), int(counts[1])
 
     def rows(self, loaded: LoadedModel) -> pa.Table:
-        """A row per prediction, from which the metrics follow: user, item, and rank and score of retrieval.
+        """On the main rank a row per prediction of all ranks, from which the metrics follow. Others get no rows.
 
-        Ranking: request, the columns of ``predictions_of``, and ``label`` (the action) or ``label_<task>``.
+        Columns: user, item, and rank and score of retrieval. Ranking: request, the columns of ``predictions_of``, and
+        ``label`` (the action) or ``label_<task>``.
         """
-        each, columns = self.observations, dict[str, np.ndarray]()
+        to_main = np.zeros(len(self.observations), dtype=np.int64)
+        each = Observations(*self.evaluator.exchange.to_owners(to_main, *self.observations.columns()))
+        columns: dict[str, np.ndarray] = {}
         if isinstance(self.evaluator, RetrievalEvaluator):
             columns = {"rank": each.results, "score": each.labels}
         else:
@@ -149,8 +161,7 @@ def _places_of(users: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 
 def _joined(loaded: LoadedModel, *own: np.ndarray) -> list[np.ndarray]:
     """All-gather each array and concatenate it in the order of the ranks."""
-    of_ranks = gather_objects(own, loaded.mesh.world_group)
-    return [np.concatenate(arrays) for arrays in zip(*of_ranks, strict=True)]
+    return [*map(Exchange.of(loaded.mesh).gathered, own)]
 
 
 class Predictor:
@@ -237,7 +248,7 @@ class RetrievalPredictor(Predictor):
         seen, lengths = self._seen(users)
         queries = Queries(vectors, users, np.full_like(users, -1), seen, lengths)
         assert self.top is not None, "top may be None for candidates only"
-        positions, scores = recommend(queries, self._corpus, self.top)
+        positions, scores = recommend(queries, self._corpus, self.top, self._evaluator.exchange)
         found = positions >= 0
         return np.repeat(users, found.sum(axis=1)), self._ids[positions[found]], scores[found]
 

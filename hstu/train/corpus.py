@@ -1,18 +1,25 @@
-"""Retrieval over all items. All ranks call these functions together: item vectors may come from sharded tables."""
+"""Retrieval over all items. All ranks call these functions together: item vectors may come from sharded tables.
+
+Queries or items are sent, whichever are fewer. If these are the queries, each rank embeds its part of the corpus only,
+and scores it for the queries of all ranks, gathered in rounds. Otherwise each embeds all items for its own queries.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 
 from hstu.base.ids import codes_of
 from hstu.observe.logging import Progress
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.parallel.exchange import ALONE, Exchange
 
 CHUNK_ITEMS = 16384
 """Items embedded per chunk. On a GPU also the items scored at once: 32 MiB of scores for BLOCK_QUERIES."""
@@ -20,6 +27,10 @@ CPU_PRODUCT_ITEMS = 2048
 """Items scored at once on a CPU. Their 4 MiB of scores stay in its caches, and the memory is reused."""
 BLOCK_QUERIES = 512
 """Most queries scored at once."""
+ROUND_QUERIES = 16384
+"""Most queries gathered at once, or one per rank: 16 MiB with vectors of width 256."""
+PART_CHUNKS = 8
+"""Chunks of a rank's part of the corpus that stay in memory for all rounds: 128 MiB with vectors of width 256."""
 _GROUP = 16
 """Scores per group. The maximum of a group is compared before its scores."""
 
@@ -61,21 +72,46 @@ class Corpus:
     """int64 [size], ascending, on the device. An item's index here is its *position*."""
     l2_norm_eps: float
     chunk_items: int = CHUNK_ITEMS
+    between: Callable[[], None] = lambda: None
+    """Called on all ranks when queries are gathered; may raise on all ranks."""
+    part: int = 0
+    parts: int = 1
+    """``chunks`` covers this one of ``parts`` equal runs of positions."""
 
     @property
     def size(self) -> int:
         """Number of candidate items."""
         return len(self.ids)
 
+    @property
+    def span(self) -> int:
+        """Positions per part. The last parts may have fewer items, or none."""
+        return -(-self.size // self.parts)
+
+    @property
+    def begin(self) -> int:
+        """First position of this part."""
+        return self.part * self.span
+
+    @property
+    def products(self) -> tuple[int, int]:
+        """(products per chunk, items of a product)."""
+        items = max(1, min(self.chunk_items, self.span))
+        products = -(-items // CPU_PRODUCT_ITEMS) if self.ids.device.type == "cpu" else 1
+        return products, -(-items // products)
+
+    def embed(self, positions: Tensor) -> Tensor:
+        """Normalised vectors, float32 [n, E]. Collective if embed_items is."""
+        return REFERENCE_KERNELS.l2_normalize(self.embed_items(self.ids[positions]), self.l2_norm_eps)
+
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (position of the first item, float32 [n, E]), padded with the last item. May be collective."""
-        embedded = max(1, min(self.chunk_items, self.size))
-        parts = -(-embedded // CPU_PRODUCT_ITEMS) if self.ids.device.type == "cpu" else 1
-        length = -(-embedded // parts)
-        for start in range(0, self.size, parts * length):
-            positions = torch.arange(start, start + parts * length, device=self.ids.device).clamp_(max=self.size - 1)
-            items = REFERENCE_KERNELS.l2_normalize(self.embed_items(self.ids[positions]), self.l2_norm_eps)
-            for first in range(start, min(start + parts * length, self.size), length):
+        products, length = self.products
+        end = self.begin + self.span
+        for start in range(self.begin, end, products * length):
+            positions = torch.arange(start, start + products * length, device=self.ids.device)
+            items = self.embed(positions.clamp_(max=self.size - 1))
+            for first in range(start, min(start + products * length, end), length):
                 yield first, items[first - start : first - start + length]
 
     def vectors(self) -> Tensor:
@@ -87,42 +123,32 @@ class Corpus:
         return codes_of(ids, self.ids.cpu().numpy())
 
 
-def target_ranks(queries: Queries, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+def target_ranks(queries: Queries, corpus: Corpus, exchange: Exchange = ALONE) -> tuple[np.ndarray, np.ndarray]:
     """Rank of each query's target among all items that the user has not seen, and its score: float64 [U], 1 is best.
 
     The rank is 1 + the number of higher scores + half the number of equal scores. It is infinity, a miss for every
-    metric, if the target is seen or no candidate. A nan score beats every target, so a diverged model ranks last.
+    metric, if the target is seen or no candidate. A nan score beats every target, and a nan target ranks last.
     """
-    device, positions = corpus.ids.device, np.where(queries.is_target_seen, -1, corpus.positions(queries.targets))
-    order = np.argsort(positions, kind="stable")  # so that the targets of a chunk belong to few blocks
-    scorer = _Scorer(queries, order, corpus)
-    targets = positions[order]
-    columns = scorer.on_device(targets)
-    target_scores = torch.full((len(queries),), -torch.inf, device=device)
-    for first, items in corpus.chunks():
-        start, stop = np.searchsorted(targets, (first, first + len(items)))
-        for block in scorer.blocks(start, stop):
-            rows = slice(max(block.start, start), min(block.stop, stop))
-            indices = torch.arange(rows.start, rows.stop, device=device) - block.start
-            target_scores[rows] = scorer.scores(block, items)[indices, columns[rows] - first]
-
-    higher, equal = (torch.zeros(len(queries), dtype=torch.int64, device=device) for _ in range(2))
-    progress = Progress(f"ranking {len(queries):,} targets among items", corpus.size)
-    for first, items in corpus.chunks():
-        progress.update(first)
-        start, stop = np.searchsorted(targets, (first, first + len(items)))
-        for block in scorer.blocks():
-            scores = scorer.unseen_scores(block, first, items)
-            rows = slice(max(block.start, start), max(block.start, start, min(block.stop, stop)))
-            indices = torch.arange(rows.start, rows.stop, device=device) - block.start
-            scores[indices, columns[rows] - first] = -torch.inf  # a target does not compete with itself
-            threshold = target_scores[block, None]
-            higher[block] += (~(scores <= threshold)).sum(dim=1)
-            equal[block] += (scores == threshold).sum(dim=1)
-    found = torch.where(target_scores == -torch.inf, torch.inf, 1 + higher + equal.double() / 2)
-    results = np.empty((2, len(queries)))
-    results[:, order] = torch.stack([found, target_scores.double()]).cpu().numpy()
-    return results[0], results[1]
+    positions = np.where(queries.is_target_seen, -1, corpus.positions(queries.targets))
+    search = _Search(queries, corpus, exchange, positions)
+    target_scores = search.target_scores(positions)
+    counts = torch.zeros((len(queries), 2), dtype=torch.int64, device=target_scores.device)
+    progress = Progress(f"ranking {len(queries):,} targets among items", search.corpus.span)
+    for chunks in search.chunks():
+        progress.update(chunks[0][0] - search.corpus.begin)
+        for number in range(search.rounds):
+            thresholds = search.gathered(target_scores[:, None], number)
+            found = counts.new_zeros((search.rows, 2))
+            for first, items in chunks:
+                for block in search.blocks():
+                    scores = search.unseen_scores(number, block, first, items)
+                    found[block, 0] += (~(scores <= thresholds[block])).sum(dim=1)
+                    found[block, 1] += (scores == thresholds[block]).sum(dim=1)
+            own = search.own(number)
+            counts[own] += search.exchange.summed(found)[: own.stop - own.start]
+    ranks = 1 + counts[:, 0] + counts[:, 1].double() / 2
+    ranks.masked_fill_(target_scores.isnan(), corpus.size).masked_fill_(target_scores == -torch.inf, torch.inf)
+    return ranks.cpu().numpy(), target_scores.double().cpu().numpy()
 
 
 def pair_scores(vectors: Tensor, rows: np.ndarray, positions: np.ndarray, corpus: Corpus) -> Tensor:
@@ -140,24 +166,35 @@ def pair_scores(vectors: Tensor, rows: np.ndarray, positions: np.ndarray, corpus
     return scores
 
 
-def recommend(queries: Queries, corpus: Corpus, k: int) -> tuple[np.ndarray, np.ndarray]:
+def recommend(queries: Queries, corpus: Corpus, k: int, exchange: Exchange = ALONE) -> tuple[np.ndarray, np.ndarray]:
     """The k best items that each user has not seen, best first; ties in corpus order. A nan score is never chosen.
 
     Returns (positions int64, scores float32), both [U, min(k, corpus size)], padded with −1 and −inf.
     """
     k = min(k, corpus.size)
-    smallest = max(16, 1 << (len(queries) - 1).bit_length())  # of fewer queries, products may round equal items apart
-    scorer = _Scorer(queries, np.arange(len(queries)), corpus, min(smallest, BLOCK_QUERIES))
-    device = corpus.ids.device
-    scores = torch.full((len(queries), k), -torch.inf, device=device)
-    items = torch.full((len(queries), k), -1, device=device)
-    best = [_Best(scores[block], items[block]) for block in scorer.blocks()]
-    for first, vectors in corpus.chunks():
-        for block, of_block in zip(scorer.blocks(), best, strict=True):
-            of_block.add(scorer.unseen_scores(block, first, vectors), first)
-    for of_block in best:
-        of_block.choose()
-    return items.cpu().numpy(), scores.cpu().numpy()
+    search = _Search(queries, corpus, exchange)
+    shape = (search.rounds, search.rows, k)
+    scores = torch.full(shape, -torch.inf, device=corpus.ids.device)
+    items = torch.full(shape, -1, device=corpus.ids.device)
+    rounds = [
+        [_Best(scores[number, block], items[number, block]) for block in search.blocks()]
+        for number in range(search.rounds)
+    ]
+    for chunks in search.chunks():
+        for number, best in enumerate(rounds):
+            for first, vectors in chunks:
+                for block, of_block in zip(search.blocks(), best, strict=True):
+                    of_block.add(search.unseen_scores(number, block, first, vectors), first)
+    found = torch.full((len(queries), k), -1), torch.full((len(queries), k), -torch.inf)
+    for number, best in enumerate(rounds):
+        for of_block in best:
+            of_block.choose()
+        own = search.own(number)
+        parts = (search.exchange.swap(each[number]).unflatten(0, (-1, search.share)) for each in (items, scores))
+        of_items, of_scores = (each.transpose(0, 1).flatten(1)[: own.stop - own.start] for each in parts)
+        ordered, chosen = of_scores.sort(dim=1, descending=True, stable=True)  # parts are in corpus order
+        found[0][own], found[1][own] = of_items.gather(1, chosen[:, :k]), ordered[:, :k]
+    return found[0].numpy(), found[1].numpy()
 
 
 class _Best:
@@ -172,18 +209,20 @@ class _Best:
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # (users, items, scores): int64 [n], int64 [n], [n]
         self._counts = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)  # buffered scores per user
         self._enough = max(64, scores.shape[1])  # buffered scores of one user that trigger a sort
+        self._is_empty = True
 
     def add(self, scores: Tensor, first: int) -> None:
         """Add scores [b, n] of items from position ``first`` on. Call in ascending order of ``first``."""
         threshold = self.scores[:, -1:]
-        if first == 0:  # otherwise all scores would be buffered, as there is no k-th best yet
+        if self._is_empty:  # otherwise all scores would be buffered, as there is no k-th best yet
             kth = scores.topk(min(self.scores.shape[1], scores.shape[1]), dim=1).values[:, -1:]
             threshold = kth.nextafter(threshold).fmax(threshold)  # fmax, because kth may be nan
         users, columns, above = _above(scores, threshold)
         self._waiting.append((users, first + columns, above))
         self._counts += users.bincount(minlength=len(self._counts))
-        if first == 0 or self._counts.max() >= self._enough:
+        if self._is_empty or self._counts.max() >= self._enough:
             self.choose()
+        self._is_empty = False
 
     def choose(self) -> None:
         if not self._waiting:
@@ -220,48 +259,102 @@ def _above(scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows[found], member * grouped.shape[2] + groups[found], members[found, member]
 
 
-class _Scorer:
-    """Scores blocks of queries, in the given order, against chunks of a corpus.
+class _Search:
+    """Scores of the queries of all ranks for this rank's part of the corpus, or of its own queries for all items.
 
-    All products have the same shape, and a query always has the same row in them. Recomputed scores are therefore
-    bitwise equal, and equal items tie.
+    A round has ``share`` queries of each rank, in rank order. Its blocks of queries are scored for chunks of items. All
+    products have the same shape. Recomputed scores are therefore bitwise equal, and equal items tie.
     """
 
-    def __init__(self, queries: Queries, order: np.ndarray, corpus: Corpus, block_queries: int = BLOCK_QUERIES) -> None:
-        self._block = block_queries
-        self._num_queries, self._corpus_size, self._device = len(queries), corpus.size, corpus.ids.device
-        vectors = queries.vectors[self.on_device(order)]
-        self._vectors = nn.functional.pad(vectors, (0, 0, 0, -len(order) % self._block))
-        row_of_query = np.argsort(order)
-        rows, items = np.repeat(row_of_query, queries.seen_lengths), corpus.positions(queries.seen_items)
-        by_block_and_item = np.lexsort((items, rows // self._block))
-        self._seen_rows, self._seen_items = rows[by_block_and_item], items[by_block_and_item]
-        block_starts = np.arange(0, len(self._vectors) + 1, self._block)
-        self._seen_bounds = np.searchsorted(self._seen_rows // self._block, block_starts // self._block)
+    def __init__(self, queries: Queries, corpus: Corpus, exchange: Exchange, targets: np.ndarray | None = None) -> None:
+        """``targets``: positions of items that do not compete with themselves, -1 for none."""
+        self._longest = longest = int(exchange.total(len(queries), ReduceOp.MAX))
+        if exchange.total(len(queries)) >= corpus.size:
+            exchange, longest = ALONE, len(queries)
+        self.exchange, self.corpus = exchange, replace(corpus, part=exchange.rank, parts=exchange.size)
+        self.share = longest if exchange is ALONE else min(longest, max(1, ROUND_QUERIES // exchange.size))
+        self.rows, self.rounds = self.share * exchange.size, -(-longest // max(1, self.share))
+        # Of fewer queries, products may round equal items apart.
+        fewest = max(16, 1 << (self.rows - 1).bit_length()) if targets is None else BLOCK_QUERIES
+        self._block = min(fewest, BLOCK_QUERIES)
+        self._num_blocks = -(-self.rows // self._block)
+        self._vectors, self._round = queries.vectors, (-1, queries.vectors)
 
-    def blocks(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
-        """Blocks that contain queries [start, stop)."""
-        stop = self._num_queries if stop is None else stop
-        if start < stop:
-            for first in range(start - start % self._block, stop, self._block):
-                yield slice(first, min(first + self._block, self._num_queries))
+        users = np.repeat(np.arange(len(queries)), queries.seen_lengths)
+        positions = corpus.positions(queries.seen_items)
+        if targets is not None:
+            users, positions = np.append(users, np.arange(len(queries))), np.append(positions, targets)
+        known = positions >= 0
+        rounds, rows = np.divmod(users[known], max(1, self.share))
+        rows += exchange.rank * self.share
+        blocks, owners = rounds * self._num_blocks + rows // self._block, positions[known] // max(1, self.corpus.span)
+        blocks, rows, positions = exchange.to_owners(owners, blocks, rows, positions[known])
+        order = np.lexsort((positions, blocks))
+        self._seen_rows, self._seen_items = rows[order], positions[order]
+        self._seen_bounds = np.searchsorted(blocks[order], np.arange(self.rounds * self._num_blocks + 1))
 
-    def scores(self, block: slice, items: Tensor) -> Tensor:
-        """Scores float32 [queries of the block, n]; −inf for items that are no candidates."""
-        scores = self._vectors[block.start : block.start + self._block] @ items.t()
-        first_zero = (items[:, 0] == 0).nonzero()[:, 0]
-        scores[:, first_zero[~items[first_zero].any(dim=1)]] = -torch.inf  # a mask would rewrite all scores
-        return scores[: block.stop - block.start]
+    def own(self, number: int) -> slice:
+        """The queries of this rank in a round."""
+        start = min(number * self.share, len(self._vectors))
+        return slice(start, min(start + self.share, len(self._vectors)))
 
-    def unseen_scores(self, block: slice, first: int, items: Tensor) -> Tensor:
-        """``scores`` with −inf also for items that the user has seen and for padding at the end of the corpus."""
-        scores = self.scores(block, items)
-        scores[:, self._corpus_size - first :] = -torch.inf
-        start, stop = self._seen_bounds[block.start // self._block :][:2]
+    def gathered(self, rows: Tensor, number: int) -> Tensor:
+        """Rows [U, n] of the queries of a round, padded to whole blocks."""
+        if self.exchange is not ALONE:
+            self.corpus.between()
+        own = rows[self.own(number)]
+        return _padded(self.exchange.gather(_padded(own, self.share)), self._num_blocks * self._block)
+
+    def chunks(self) -> Iterator[list[tuple[int, Tensor]]]:
+        """Chunks of the corpus, as many as stay in memory for all rounds. Collective."""
+        several = 1 if self.exchange is ALONE else PART_CHUNKS * self.corpus.products[0]
+        chunks = self.corpus.chunks()
+        while found := list(islice(chunks, several)):
+            yield found
+
+    def blocks(self) -> Iterator[slice]:
+        """The rows of each block of a round."""
+        for first in range(0, self.rows, self._block):
+            yield slice(first, min(first + self._block, self.rows))
+
+    def target_scores(self, positions: np.ndarray) -> Tensor:
+        """Score of the item at each query's position, float32 [U]; −inf for −1 and for items without a vector."""
+        scores = torch.full((len(positions),), -torch.inf, device=self._vectors.device)
+        if not self.corpus.size or not self._longest:
+            return scores
+        starts, length = range(0, self._longest, self.corpus.chunk_items), self.corpus.products[1]
+        ids = self._on_device(positions.clip(min=0))
+        items = torch.cat([self.corpus.embed(ids[start : start + self.corpus.chunk_items]) for start in starts])
+        count = min(self._block, length)
+        for start in range(0, len(scores), count):
+            of_users, of_items = self._vectors[start : start + count], items[start : start + count]
+            products = _scores(_padded(of_users, self._block), _padded(of_items, length))
+            scores[start : start + count] = products.diagonal()[: len(of_users)]
+        return scores.masked_fill_(self._on_device(positions < 0), -torch.inf)
+
+    def unseen_scores(self, number: int, block: slice, first: int, items: Tensor) -> Tensor:
+        """Scores of a block, float32 [b, n]; −inf for items that are no candidates, seen, or beyond this part."""
+        if self._round[0] != number:
+            self._round = number, self.gathered(self._vectors, number)
+        scores = _scores(self._round[1][block.start : block.start + self._block], items)[: block.stop - block.start]
+        scores[:, max(0, min(self.corpus.begin + self.corpus.span, self.corpus.size) - first) :] = -torch.inf
+        start, stop = self._seen_bounds[number * self._num_blocks + block.start // self._block :][:2]
         start, stop = start + np.searchsorted(self._seen_items[start:stop], (first, first + len(items)))
         rows, seen = self._seen_rows[start:stop] - block.start, self._seen_items[start:stop] - first
-        scores[self.on_device(rows), self.on_device(seen)] = -torch.inf
+        scores[self._on_device(rows), self._on_device(seen)] = -torch.inf
         return scores
 
-    def on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._vectors.device)
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    return nn.functional.pad(rows, (0, 0, 0, count - len(rows)))
+
+
+def _scores(vectors: Tensor, items: Tensor) -> Tensor:
+    """Scores float32 [b, n]; −inf for items that are no candidates."""
+    scores = vectors @ items.t()
+    first_zero = (items[:, 0] == 0).nonzero()[:, 0]
+    scores[:, first_zero[~items[first_zero].any(dim=1)]] = -torch.inf  # a mask would rewrite all scores
+    return scores

@@ -1,7 +1,7 @@
 """Evaluation of ranking and, against the whole corpus, of retrieval. All ranks call these functions together.
 
-Evaluators first collect Observations, one row per prediction, then compute metrics from all or some rows. Ranks
-have equally many batches, some of which may hold only padding.
+Evaluators first collect Observations, one row per prediction of this rank, then compute metrics from the rows of all
+ranks, or from some rows. Ranks have equally many batches, some of which may hold only padding.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hstu.base.hashing import hash_ids
 from hstu.config.args import RankingArgs, RankingTaskArgs, RetrievalArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.model.gr_model import GRModel
 from hstu.model.stack import ModelOutput
 from hstu.model.tasks import RankingTask
-from hstu.parallel.collectives import gather_objects
+from hstu.parallel.exchange import ALONE, Exchange
 from hstu.parallel.group import evaluate_batch
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
@@ -34,6 +35,9 @@ from hstu.train.metrics import retrieval_metrics
 from hstu.train.task_metrics import RankingMetrics, TaskMetrics
 
 log = logging.getLogger(__name__)
+
+GATHERED_ROWS = 1 << 20
+"""Most predictions of all ranks that each gathers, to compute the metrics of one process bit for bit."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,11 @@ class Observations:
 
     def select(self, rows: np.ndarray) -> Self:
         """Select rows by bool [N], or by indices, which may repeat."""
-        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return type(self)(*(column[rows] for column in self.columns()))
 
-    def gathered(self, gather: Callable[[np.ndarray], np.ndarray]) -> Self:
-        """Concatenate the rows of all ranks. ``gather``: the same for one array. Collective."""
-        return type(self)(*(gather(getattr(self, field.name)) for field in fields(self)))
+    def columns(self) -> list[np.ndarray]:
+        """The arguments of the class."""
+        return [getattr(self, field.name) for field in fields(self)]
 
     @classmethod
     def none(cls, results: np.ndarray, labels: np.ndarray) -> Self:
@@ -73,7 +77,7 @@ class Observations:
     @classmethod
     def joined(cls, parts: Sequence[Observations]) -> Self:
         """Concatenate the rows of at least one part."""
-        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+        return cls(*(np.concatenate(columns) for columns in zip(*(part.columns() for part in parts), strict=True)))
 
 
 def of_ranking(
@@ -102,21 +106,30 @@ class Evaluator(ABC):
     def __init__(self, model: GRModel, mesh: Mesh, max_iters: int | None) -> None:
         self.model = model
         self.mesh = mesh
+        self.exchange = Exchange.of(mesh)
         self.max_iters = max_iters
         self.between_batches: Callable[[], None] = lambda: None
         """Called on all ranks before every batch and every chunk of the corpus; may raise on all ranks."""
 
     def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
         """Metrics over the batches of all ranks."""
-        return self.metrics(self.observe(batches))
+        return self.metrics_of_all(self.observe(batches))
 
     @abstractmethod
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
-        """Predictions for the batches of all ranks."""
+        """This rank's predictions for its batches. Collective."""
+
+    def metrics_of_all(self, observations: Observations) -> dict[str, float]:
+        """Metrics of the predictions of all ranks. Collective."""
+        if self.exchange.total(len(observations)) <= GATHERED_ROWS:
+            return self.metrics(Observations(*map(self.exchange.gathered, observations.columns())))
+        owners = hash_ids(observations.users, self.exchange.size)
+        of_users = Observations(*self.exchange.to_owners(owners, *observations.columns()))
+        return self.metrics(of_users, self.exchange)
 
     @abstractmethod
-    def metrics(self, observations: Observations) -> dict[str, float]:
-        """Compute metrics without communication."""
+    def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
+        """Compute metrics of the observations of all ranks of ``exchange``; those of a user are on one of them."""
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Output for a batch on the host, computed by this rank or by its tensor- and context-parallel group."""
@@ -124,12 +137,12 @@ class Evaluator(ABC):
 
     def _limited(self, batches: Iterable[HSTUBatch]) -> Iterator[HSTUBatch]:
         for batch in islice(batches, self.max_iters):
-            self.mesh.heartbeat.mark()
-            self.between_batches()
+            self._mark()
             yield batch
 
-    def _gather(self, array: np.ndarray) -> np.ndarray:
-        return np.concatenate(gather_objects(array, self.mesh.world_group))
+    def _mark(self) -> None:
+        self.mesh.heartbeat.mark()
+        self.between_batches()
 
 
 class LabelledItemEvaluator(Evaluator):
@@ -147,7 +160,7 @@ class LabelledItemEvaluator(Evaluator):
                 requests_before += batch.batch_size
                 labels = batch.labels if batch.label_values is None else batch.label_values.T.contiguous()
                 found.append(of_ranking(batch, self.model.roles.item, _host(logits), _host(labels), requests))
-        return Observations.joined(found[1:] or found).gathered(self._gather)
+        return Observations.joined(found[1:] or found)
 
 
 class RankingEvaluator(LabelledItemEvaluator):
@@ -161,9 +174,11 @@ class RankingEvaluator(LabelledItemEvaluator):
         self.num_tasks = args.num_tasks if args.prediction_head_arch[-1] == args.num_tasks else None
         self.label_offset = label_offset
 
-    def metrics(self, observations: Observations) -> dict[str, float]:
+    def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """See Evaluator."""
-        metrics = RankingMetrics(self.names, num_tasks=self.num_tasks, label_offset=self.label_offset)
+        metrics = RankingMetrics(
+            self.names, num_tasks=self.num_tasks, label_offset=self.label_offset, exchange=exchange
+        )
         metrics.update(observations.results, observations.labels, observations.users)
         return metrics.compute()
 
@@ -183,7 +198,7 @@ class MultiTaskEvaluator(LabelledItemEvaluator):
         self.tasks: Sequence[RankingTask] = list(tasks)
         self.args = {each.task_name: each for each in args}
 
-    def metrics(self, observations: Observations) -> dict[str, float]:
+    def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """See Evaluator."""
         results: dict[str, float] = {}
         labels = torch.from_numpy(observations.labels.T)
@@ -193,8 +208,10 @@ class MultiTaskEvaluator(LabelledItemEvaluator):
             args = self.args.get(task.args.task_name)
             if args is None:
                 continue
-            metrics = TaskMetrics(args.metrics_in_force, args.kind, task=args.task_name, label_offset=task.first_class)
-            if len(observations):
+            metrics = TaskMetrics(
+                args.metrics_in_force, args.kind, task=args.task_name, label_offset=task.first_class, exchange=exchange
+            )
+            if exchange.total(len(observations)):
                 metrics.update(
                     predictions.squeeze(1) if task.args.output_width == 1 else predictions,
                     task.labels(labels).numpy(),
@@ -221,16 +238,16 @@ class RetrievalEvaluator(Evaluator):
         corpus = self.corpus()
         with evaluation_mode(self.model):
             queries, history = self._collect_queries(self._limited(batches), corpus.ids.device)
-            ranks, scores = target_ranks(queries, corpus)
+            ranks, scores = target_ranks(queries, corpus, self.exchange)
         users, targets = queries.user_ids, queries.targets
-        found = Observations(users, targets, history, np.arange(len(users)), ranks, scores).gathered(self._gather)
-        if missed := int(self._gather(queries.is_target_seen).sum()):
+        missed, targets_of_all = self.exchange.total([queries.is_target_seen.sum(), len(queries)])
+        if missed:
             why = "are items that their user had before, which filter_seen = True leaves out: they count as misses"
-            warning = f"eval: {missed} of {len(found)} targets {why}"
+            warning = f"eval: {missed} of {targets_of_all} targets {why}"
             if warning not in self._warnings:  # once per split, not at each evaluation
                 log.warning(warning)
             self._warnings.add(warning)
-        return found
+        return Observations(users, targets, history, np.arange(len(users)), ranks, scores)
 
     def _collect_queries(self, batches: Iterable[HSTUBatch], device: torch.device) -> tuple[Queries, np.ndarray]:
         """Queries of this rank and the lengths of their histories, int64 [U]."""
@@ -252,9 +269,9 @@ class RetrievalEvaluator(Evaluator):
         arrays = (np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
         return Queries(torch.cat(vectors[1:] or vectors), *arrays), np.concatenate(history)
 
-    def metrics(self, observations: Observations) -> dict[str, float]:
+    def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """See Evaluator."""
-        return retrieval_metrics(self.args.eval_metrics, observations.results)
+        return retrieval_metrics(self.args.eval_metrics, observations.results, exchange)
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
         """The items ``ids``, ascending. Default: items in the dynamic table if there is one and no tower, else all."""
@@ -263,19 +280,19 @@ class RetrievalEvaluator(Evaluator):
             ids = self.source.item_ids() if in_table is None else in_table
         if ids is None:
             ids = np.arange(self.source.cardinalities[self.source.roles.item], dtype=np.int64)
-        return Corpus(self.embed_items, torch.from_numpy(ids).to(self.mesh.device), self.args.l2_norm_eps)
+        ids_on_device = torch.from_numpy(ids).to(self.mesh.device)
+        return Corpus(self.embed_items, ids_on_device, self.args.l2_norm_eps, between=self._mark)
 
     def _ids_in_dynamic_table(self) -> np.ndarray | None:
         """Ascending ids that have a row on any rank; None for a static item table."""
         for table in dynamic_tables(self.model).values():
             if self.source.roles.item in table.spec.features:
-                return np.sort(self._gather(_host(table.slots.content()[0])))
+                return np.sort(self.exchange.gathered(_host(table.slots.content()[0])))
         return None
 
     def embed_items(self, ids: Tensor) -> Tensor:
         """Item vectors, not normalised, for item ids. Collective if a table is sharded."""
-        self.mesh.heartbeat.mark()
-        self.between_batches()
+        self._mark()
         features = self.source.tower_features(_host(ids)) if self.args.item_tower else None
         return self.model.embed_items(ids, features)
 

@@ -2,20 +2,27 @@
 
 Ties get midranks: equal scores count one half in an AUC, and a retrieval target ranks in the middle of equal scores.
 A metric that the data does not define (one class only, nothing evaluated) is nan, and a warning gives the reason.
+``exchange``: the ranks that divide the rows, so that all rows of a user are on one of them. Results are equal on all.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
 
 import numpy as np
+from torch.distributed import ReduceOp
+
+from hstu.parallel.exchange import ALONE, Exchange
 
 logger = logging.getLogger(__name__)
 
+_NO_LABEL = -(1 << 62)
+"""The largest label of a rank without rows."""
 ROUNDING = 32 * float(np.finfo(np.float32).eps)
 """4e-6: scores of a user that differ by less, relative to the user's largest |score|, are equal but for rounding."""
 
@@ -31,17 +38,14 @@ def undefined_without_warning() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
+def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Area under the ROC curve of each group, float64, in ascending order of groups; nan unless both classes occur.
 
-    scores [N], positive bool [N], groups integer [N] (None: one group).
+    scores [N], positive bool [N], groups integer [N].
     """
     if not len(scores):
         return np.zeros(0)
-    if groups is None:
-        groups, order = np.zeros(len(scores), dtype=np.int64), np.argsort(scores)
-    else:
-        order = np.lexsort((scores, groups))
+    order = np.lexsort((scores, groups))
     scores, positive, groups = scores[order], positive[order], groups[order]
     group_starts, tie_starts = run_starts(groups), run_starts(groups, scores)
     tie_lengths = np.diff(tie_starts, append=len(scores))
@@ -65,6 +69,8 @@ def without_rounding(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """
     if scores.ndim == 2:
         return np.stack([without_rounding(column, groups) for column in scores.T], axis=1)
+    if not len(scores):
+        return scores
     order = np.lexsort((scores, groups))
     ordered, groups = scores[order], groups[order]
     starts = run_starts(groups)
@@ -84,17 +90,38 @@ def run_starts(*keys: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.flatnonzero(changes) + 1])
 
 
-def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve; nan unless both classes occur."""
-    return float(auc_by_group(scores, positive)[0]) if len(scores) else nan
+def auc(scores: np.ndarray, positive: np.ndarray, exchange: Exchange = ALONE) -> float:
+    """Area under the ROC curve; nan unless both classes occur.
+
+    Exact: each rank counts the pairs of a range of scores. Of equal scores a rank sends one, with their counts.
+    """
+    scores, counts = _counted(scores, np.stack([positive, ~positive], axis=1))
+    if exchange.size > 1:
+        scores, counts = _counted(*exchange.by_value(scores, counts))
+    positives, negatives = counts.T
+    below = exchange.gathered(negatives.sum(keepdims=True))[: exchange.rank].sum() + np.cumsum(negatives) - negatives
+    ordered = exchange.total((positives * (below + negatives / 2)).sum())
+    pairs = math.prod(exchange.total(counts.sum(axis=0)).tolist())
+    return float(ordered / pairs) if pairs else nan
 
 
-def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray) -> float:
+def _counted(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct values, ascending, and the sums of their rows of ``counts``, int64 [n, columns]."""
+    if not len(values):
+        return values, counts.astype(np.int64)
+    order = np.argsort(values)
+    starts = run_starts(values[order])
+    return values[order][starts], np.add.reduceat(counts[order], starts, dtype=np.int64)
+
+
+def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray, exchange: Exchange = ALONE) -> float:
     """GAUC: mean of the AUCs of users with both classes, weighted by their impressions."""
     areas = auc_by_group(scores, positive, users)
     impressions = np.unique(users, return_counts=True)[1]
     defined = ~np.isnan(areas)
-    return float(np.average(areas[defined], weights=impressions[defined])) if defined.any() else nan
+    weighted = np.array([(areas * impressions)[defined].sum(), impressions[defined].sum()])
+    total, weight = exchange.total(weighted)
+    return float(total / weight) if weight else nan
 
 
 @dataclass(frozen=True)
@@ -121,47 +148,51 @@ class Classified:
         return np.divide(self.log_losses, self.base_entropies, where=defined, out=np.full(len(defined), nan))
 
 
-CLASSIFICATION_METRICS: dict[str, Callable[[Classified, np.ndarray], np.ndarray]] = {
-    "AUC": lambda classified, users: np.array([auc(*column) for column in classified.columns()]),
-    "GAUC": lambda classified, users: np.array([grouped_auc(*column, users) for column in classified.columns()]),
-    "ACC": lambda classified, users: np.array([classified.accuracy]),
-    "LOGLOSS": lambda classified, users: classified.log_losses,
-    "NE": lambda classified, users: classified.normalized_entropies(),
+CLASSIFICATION_METRICS: dict[str, Callable[[Classified, np.ndarray, Exchange], np.ndarray]] = {
+    "AUC": lambda found, users, exchange: np.array([auc(*column, exchange) for column in found.columns()]),
+    "GAUC": lambda found, users, exchange: np.array(
+        [grouped_auc(*column, users, exchange) for column in found.columns()]
+    ),
+    "ACC": lambda found, users, exchange: np.array([found.accuracy]),
+    "LOGLOSS": lambda found, users, exchange: found.log_losses,
+    "NE": lambda found, users, exchange: found.normalized_entropies(),
 }
-"""(predictions, users int [M]) → values whose mean is the metric; nan where undefined."""
+"""(predictions, users int [M], exchange) → values whose mean is the metric; nan where undefined."""
 
 
-def binary(logits: np.ndarray, positive: np.ndarray) -> Classified:
+def binary(logits: np.ndarray, positive: np.ndarray, exchange: Exchange = ALONE) -> Classified:
     """Tasks with two classes: logits float64 and positive bool, both [M, tasks]."""
-    rates = positive.mean(axis=0)
+    rates = exchange.mean(positive)
     return Classified(
         scores=logits,
         positive=positive,
-        log_losses=np.logaddexp(0, np.where(positive, -logits, logits)).mean(axis=0),
+        log_losses=exchange.mean(np.logaddexp(0, np.where(positive, -logits, logits))),
         base_entropies=_entropy(rates) + _entropy(1 - rates),
-        accuracy=float(((logits > 0) == positive).mean()),
+        accuracy=float(exchange.mean((logits > 0) == positive).mean()),
     )
 
 
-def classes(logits: np.ndarray, labels: np.ndarray) -> Classified:
+def classes(logits: np.ndarray, labels: np.ndarray, exchange: Exchange = ALONE) -> Classified:
     """One task with several classes: logits float64 [M, number of classes], labels int [M]."""
     num_classes = logits.shape[1]
-    check_classes(labels, num_classes)
+    check_classes(labels, num_classes, exchange)
     log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     positive = labels[:, None] == np.arange(num_classes)
     return Classified(
         scores=np.exp(log_probabilities),
         positive=positive,
-        log_losses=-log_probabilities[positive].mean(keepdims=True),
-        base_entropies=_entropy(positive.mean(axis=0)).sum(keepdims=True),
-        accuracy=float((logits.argmax(axis=1) == labels).mean()),
+        log_losses=-exchange.mean(log_probabilities[positive][:, None]),
+        base_entropies=_entropy(exchange.mean(positive)).sum(keepdims=True),
+        accuracy=float(exchange.mean(logits.argmax(axis=1) == labels)),
     )
 
 
-def check_classes(labels: np.ndarray, num_classes: int) -> None:
-    """Raises ValueError unless all labels are in [0, num_classes)."""
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels are classes {labels.min()} … {labels.max()}, but there are logits for {num_classes}")
+def check_classes(labels: np.ndarray, num_classes: int, exchange: Exchange = ALONE) -> None:
+    """Raises ValueError on all ranks unless all labels are in [0, num_classes)."""
+    ends = [(-labels).max(initial=_NO_LABEL), labels.max(initial=_NO_LABEL)]
+    lowest, highest = exchange.total(ends, ReduceOp.MAX)
+    if lowest > 0 or highest >= num_classes:
+        raise ValueError(f"labels are classes {-lowest} … {highest}, but there are logits for {num_classes}")
 
 
 def _entropy(rates: np.ndarray) -> np.ndarray:
@@ -169,16 +200,16 @@ def _entropy(rates: np.ndarray) -> np.ndarray:
     return -rates * np.log(np.where(rates > 0, rates, 1))
 
 
-def retrieval_metrics(names: Sequence[str], ranks: np.ndarray) -> dict[str, float]:
+def retrieval_metrics(names: Sequence[str], ranks: np.ndarray, exchange: Exchange = ALONE) -> dict[str, float]:
     """Means over queries of HR@K, NDCG@K, MRR@K and MRR, from the targets' ranks (1 is best); nan without queries.
 
     HR@K: rank <= K. NDCG@K: 1 / log2(rank + 1) and MRR@K: 1 / rank, both 0 beyond K. MRR: no K.
     """
-    if not len(ranks):
+    if not exchange.total(len(ranks)):
         logger.warning("metrics are undefined (nan): the evaluation set has no queries")
         return dict.fromkeys(names, nan)
     ordered = np.sort(ranks.astype(np.float64))  # makes sums independent of the assignment of queries to ranks
-    return {name: float(_gains(name, ordered).mean()) for name in names}
+    return {name: float(exchange.mean(_gains(name, ordered))) for name in names}
 
 
 def _gains(name: str, ranks: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Exact metrics of ranking tasks over all predictions of the evaluation set."""
+"""Exact metrics of ranking tasks over all predictions of the evaluation set. ``exchange``: see hstu.train.metrics."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+from torch.distributed import ReduceOp
 
 from hstu.config.args.task import LOWER_IS_BETTER, METRICS_OF_KIND, METRICS_PER_TASK, fits_kind
+from hstu.parallel.exchange import ALONE, Exchange
 from hstu.train.metrics import (
     CLASSIFICATION_METRICS,
     Classified,
-    auc_by_group,
+    auc,
     binary,
     check_classes,
     classes,
@@ -53,14 +55,16 @@ class TaskMetrics:
     ``task``: name of the task, for warnings.
     """
 
-    def __init__(self, names: Sequence[str], kind: str, *, task: str = "", label_offset: int = 0) -> None:
+    def __init__(
+        self, names: Sequence[str], kind: str, *, task: str = "", label_offset: int = 0, exchange: Exchange = ALONE
+    ) -> None:
         self.names = tuple(names)
         self.subject = f" of task {task!r}" if task else ""
         for name in names:
             if not fits_kind(name, kind):
                 allowed = ", ".join(METRICS_OF_KIND[kind])
                 raise ValueError(f"{name!r} is not a metric of {kind} tasks; allowed: {allowed}")
-        self.kind = kind
+        self.kind, self.exchange = kind, exchange
         self.label_offset = label_offset
         self._chunks: list[tuple[np.ndarray, ...]] = []
 
@@ -75,7 +79,7 @@ class TaskMetrics:
         self._chunks.append((predictions.astype(np.float32)[known], *(values[known] for values in others)))
 
     def compute(self) -> dict[str, float]:
-        """All metrics over the predictions."""
+        """All metrics over the predictions of all ranks."""
         if reason := self.undefined_reason():
             logger.warning("metrics%s are undefined (nan): %s", self.subject, reason)
             return dict.fromkeys(self.names, math.nan)
@@ -87,45 +91,46 @@ class TaskMetrics:
 
     def undefined_reason(self) -> str | None:
         """Why no metric is defined; None if some may be."""
-        if not any(len(chunk[0]) for chunk in self._chunks):
+        has_infinite = not all(np.isfinite(chunk[0]).all() for chunk in self._chunks)
+        num_rows, num_infinite = self.exchange.total([sum(len(chunk[0]) for chunk in self._chunks), has_infinite])
+        if not num_rows:
             return "the evaluation set has no labelled items"
-        if not all(np.isfinite(chunk[0]).all() for chunk in self._chunks):
-            return "the model predicts values that are not finite"
-        return None
+        return "the model predicts values that are not finite" if num_infinite else None
 
     def _answers(self, predictions: np.ndarray, labels: np.ndarray) -> _Answers:
         if self.kind == "regression":
             return _Answers(labels, predictions.reshape(len(labels)))
         levels = labels.astype(np.int64) - self.label_offset
-        if (levels + self.label_offset != labels).any():
+        if self.exchange.total((levels + self.label_offset != labels).sum()):
             raise ValueError(f"labels{self.subject} must be whole numbers, but some are not")
         if self.kind == "class":
-            classified = classes(predictions, levels)
+            classified = classes(predictions, levels, self.exchange)
             at_least = np.cumsum(classified.scores[:, ::-1], axis=1)[:, ::-1]
             return _Answers(labels, None, classified, at_least)
-        check_classes(levels, 2)
+        check_classes(levels, 2, self.exchange)
         scores = predictions.reshape(len(labels))
-        return _Answers(labels, scores, binary(scores[:, None], levels[:, None] > 0))
+        return _Answers(labels, scores, binary(scores[:, None], levels[:, None] > 0, self.exchange))
 
     def _compute_one(self, name: str, answers: _Answers, users: np.ndarray, requests: np.ndarray) -> float:
         if name in CLASSIFICATION_METRICS:
-            return self._mean(name, CLASSIFICATION_METRICS[name](cast(Classified, answers.classified), users))
+            found = cast(Classified, answers.classified)
+            return self._mean(name, CLASSIFICATION_METRICS[name](found, users, self.exchange))
         if name.startswith("AUC>="):
             threshold = int(name.removeprefix("AUC>="))
-            scores, positive = self._at_least(threshold, answers), answers.labels >= threshold
-            return self._mean(name, auc_by_group(scores, positive))
+            area = auc(self._at_least(threshold, answers), answers.labels >= threshold, self.exchange)
+            return self._mean(name, np.array([area]))
         scores = cast(np.ndarray, answers.scores)
         if name.startswith("NDCG"):
             return self._ndcg(name, scores, answers.labels, requests)
         if name == "XAUC":
-            share = np.array([ordered_pairs(scores, answers.labels)])
+            share = np.array([ordered_pairs(scores, answers.labels, self.exchange)])
             return self._mean(name, share, "all labels of the evaluation set are equal")
         # Sorting makes the sum independent of the assignment of samples to ranks.
         errors = np.sort(np.abs(answers.labels - scores))
-        return float(np.sqrt(np.square(errors).mean()) if name == "RMSE" else errors.mean())
+        return float(np.sqrt(self.exchange.mean(np.square(errors))) if name == "RMSE" else self.exchange.mean(errors))
 
-    def _mean(self, name: str, values: np.ndarray, reason: str = ONE_CLASS) -> float:
-        return mean_of_defined(name + self.subject, values, reason)
+    def _mean(self, name: str, values: np.ndarray, reason: str = ONE_CLASS, exchange: Exchange = ALONE) -> float:
+        return mean_of_defined(name + self.subject, values, reason, exchange)
 
     def _at_least(self, threshold: int, answers: _Answers) -> np.ndarray:
         """Scores of the event that the label is at least ``threshold``, float64 [M]."""
@@ -135,12 +140,12 @@ class TaskMetrics:
 
     def _ndcg(self, name: str, scores: np.ndarray, labels: np.ndarray, requests: np.ndarray) -> float:
         gains = labels - self.label_offset
-        if (gains < 0).any():
-            reason = f"a gain must not be negative, but a label is {labels.min():g}"
+        if (lowest := -self.exchange.total((-gains).max(initial=0.0), ReduceOp.MAX)) < 0:
+            reason = f"a gain must not be negative, but a label is {lowest + self.label_offset:g}"
             return self._mean(name, np.zeros(0), reason)
         cutoff = int(name.removeprefix("NDCG@")) if "@" in name else None
         values = ndcg_by_group(scores, gains, requests, cutoff)
-        return self._mean(name, values, "no request has candidates with different labels")
+        return self._mean(name, values, "no request has candidates with different labels", self.exchange)
 
 
 class RankingMetrics:
@@ -151,9 +156,13 @@ class RankingMetrics:
     - classes (``num_tasks`` = None): class = action − ``label_offset``.
     """
 
-    def __init__(self, names: Sequence[str], *, num_tasks: int | None, label_offset: int = 0) -> None:
+    def __init__(
+        self, names: Sequence[str], *, num_tasks: int | None, label_offset: int = 0, exchange: Exchange = ALONE
+    ) -> None:
         kind = "class" if num_tasks is None else "binary"
-        self._tasks = [TaskMetrics(names, kind, label_offset=label_offset) for _ in range(num_tasks or 1)]
+        self._tasks = [
+            TaskMetrics(names, kind, label_offset=label_offset, exchange=exchange) for _ in range(num_tasks or 1)
+        ]
         self._is_binary = num_tasks is not None
 
     def update(self, logits: np.ndarray, actions: np.ndarray, users: np.ndarray) -> None:
@@ -178,13 +187,13 @@ class RankingMetrics:
         return results
 
 
-def mean_of_defined(name: str, values: np.ndarray, reason: str = ONE_CLASS) -> float:
+def mean_of_defined(name: str, values: np.ndarray, reason: str = ONE_CLASS, exchange: Exchange = ALONE) -> float:
     """Mean of the values that are not nan; without any, nan and a warning with the ``reason``."""
     defined = values[~np.isnan(values)]
-    if not len(defined):
+    if not exchange.total(len(defined)):
         logger.warning("%s is undefined (nan): %s", name, reason)
         return math.nan
-    return float(defined.mean())
+    return float(exchange.mean(defined))
 
 
 @dataclass(frozen=True)
@@ -199,10 +208,29 @@ class _Answers:
     """float64 [M, number of classes]: scores of "the label is at least label_offset + column"."""
 
 
-def ordered_pairs(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Fraction of pairs with different labels that ``scores`` order as the labels; ties count one half; O(N log N)."""
-    if not len(labels):
-        return float("nan")
+def ordered_pairs(scores: np.ndarray, labels: np.ndarray, exchange: Exchange = ALONE) -> float:
+    """Fraction of pairs with different labels that ``scores`` order as the labels; ties count one half; O(N log N).
+
+    Over ranks, each first counts the pairs within a range of labels. Each then gets a range of scores and counts, of
+    pairs that were on two ranks, those within its range and those with lower scores on another rank.
+    """
+    labels, scores = exchange.by_value(labels, scores)
+    pairs, ordered = _ordered(scores, labels)
+    num_rows = exchange.total(len(labels)).astype(np.float64)
+    pairs += (float(num_rows) * len(labels) - len(labels) ** 2) / 2  # labels of two ranks are different
+    if exchange.size > 1:
+        ranks = np.arange(exchange.size)
+        scores, of_rank = exchange.by_value(scores, np.full(len(scores), exchange.rank))
+        counts = np.bincount(of_rank, minlength=exchange.size)
+        (by_score,) = exchange.to_owners(ranks, counts)  # rows of this rank's labels, by the rank of their scores
+        (lower,) = exchange.to_owners(ranks, np.cumsum(by_score) - by_score)
+        ordered += _ordered(scores, of_rank)[1] + float((counts * (np.cumsum(lower) - lower)).sum())
+    pairs, ordered = exchange.total([pairs, ordered])
+    return float(ordered / pairs) if pairs else math.nan
+
+
+def _ordered(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """(number of pairs with different labels, number that ``scores`` order as the labels)."""
     # Sorted by label, the later row of a pair has the larger label. Ties are broken by score.
     order = np.lexsort((scores, labels))
     scores, labels = scores[order], labels[order]
@@ -211,7 +239,7 @@ def ordered_pairs(scores: np.ndarray, labels: np.ndarray) -> float:
     ties = int((_run_ends(scores[by_score]) - _run_ends(scores[by_score], labels[by_score])).sum())
     ranks = np.empty_like(by_score)
     ranks[by_score] = np.arange(len(scores))
-    return (pairs - _inversions(ranks) - ties / 2) / pairs if pairs else float("nan")
+    return pairs, pairs - _inversions(ranks) - ties / 2
 
 
 def _run_ends(*keys: np.ndarray) -> np.ndarray:

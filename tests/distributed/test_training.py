@@ -203,7 +203,8 @@ def test_a_checkpoint_of_one_rank_is_trained_on_by_any_number(runs: Any, task: s
 def test_evaluation_counts_each_of_seven_users_once(launches: Any, size: int) -> None:
     by_rank = [results["seven retrieval"] for results in launches[size]]
     assert sorted(user for rank in by_rank for user in rank["users"]) == list(range(7))
-    assert all({*rank["counts"]} == {7} for rank in by_rank)
+    assert all(rank["count"] == 7 and rank["pickled"] == 0 for rank in by_rank)
+    assert all(rank["divided"] == pytest.approx(rank["metrics"], rel=1e-12) for rank in by_rank)
     assert all(rank["metrics"] == launches[1][0]["seven retrieval"]["metrics"] for rank in by_rank)
 
 
@@ -213,5 +214,7 @@ def test_ranks_that_have_no_user_to_evaluate_take_part(launches: Any, size: int)
     users = sorted(user for rank in by_rank for user in rank["users"])
     assert len(users) == len(set(users)) == 2, "5 of the 7 users are trained on"
     assert any(not rank["users"] for rank in by_rank) == (size == 3)
-    assert all(rank["counts"] == launches[1][0]["seven ranking"]["counts"] for rank in by_rank)
+    assert all(rank["count"] == launches[1][0]["seven ranking"]["count"] for rank in by_rank)
+    assert all(rank["pickled"] == 0 for rank in by_rank)
+    assert all(rank["divided"] == pytest.approx(rank["metrics"], rel=1e-12, nan_ok=True) for rank in by_rank)
     assert all(rank["metrics"] == by_rank[0]["metrics"] for rank in by_rank)

@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from typing import Any, Unpack
+from unittest import mock
 
-import numpy as np
+import torch.distributed as dist
 
 from hstu.config.run_config import RunConfig
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel.mesh import Mesh
+from hstu.train import evaluate
 from tests.distributed.toy import dense_of, full_tables
 from tests.train.tiny import TinyOptions, build, run, skip_measuring_the_peak, tiny_config
 
@@ -30,22 +32,18 @@ def train(mesh: Mesh, task: str, store: str, output: str, **options: Unpack[Tiny
 
 
 def users_evaluated(mesh: Mesh, task: str, store: str, output: str, **options: Unpack[TinyOptions]) -> dict[str, Any]:
-    """How many predictions an untrained model is judged by (of each kind of numbers), own users, and the metrics."""
+    """How many predictions an untrained model is judged by, own users, the metrics, and how often it sends objects."""
     trainer = build(config_for(mesh, task, store, output, options), mesh)
     evaluator, source = trainer.evaluator, trainer.source
-    gather, counts = evaluator._gather, []
-
-    def counting(array: np.ndarray) -> np.ndarray:
-        gathered = gather(array)
-        counts.append(len(gathered))
-        return gathered
-
-    evaluator._gather = counting  # type: ignore[method-assign]
     split = source.final_splits[-1]
-    metrics = evaluator.evaluate(source.eval_batches(split))
+    with mock.patch.object(dist, "all_gather_object", wraps=dist.all_gather_object) as pickled:
+        metrics = evaluator.evaluate(source.eval_batches(split))
+        with mock.patch.object(evaluate, "GATHERED_ROWS", 0):
+            divided = evaluator.evaluate(source.eval_batches(split))
+    count = int(evaluator.exchange.total(len(evaluator.observe(source.eval_batches(split)))))
     users = [int(user) for batch in source.eval_batches(split) for user in batch.user_ids if user >= 0]
     trainer.run_directory.close()
-    return {"counts": counts, "users": users, "metrics": metrics}
+    return {"count": count, "users": users, "metrics": metrics, "divided": divided, "pickled": pickled.call_count}
 
 
 def config_for(mesh: Mesh, task: str, store: str, output: str, options: TinyOptions) -> RunConfig:

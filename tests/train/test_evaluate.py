@@ -1,6 +1,5 @@
-"""Evaluation leaves models as they were, ignores padding, and gives the same observations on any number of ranks."""
+"""Evaluation leaves models as they were and ignores padding. Of several ranks: tests/distributed/test_evaluation.py."""
 
-from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import cast
 
@@ -56,23 +55,17 @@ def retrieval_batches() -> tuple[LastItemModel, list[HSTUBatch], np.ndarray]:
 
 
 class Retrieval(RetrievalEvaluator):
-    """Evaluates a LastItemModel. ``others``: arrays of a second rank, in the order in which they are gathered."""
+    """Evaluates a LastItemModel."""
 
-    def __init__(
-        self, model: "LastItemModel", others: Sequence[np.ndarray] = (), embed: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
+    def __init__(self, model: "LastItemModel") -> None:
         args = RetrievalArgs(eval_metrics=METRICS)
         super().__init__(cast(GRModel, model), args, cast(BatchSource, None), MESH)
-        self.others, self.embed = iter(others), embed or (lambda ids: model.table[ids])
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
-        return Corpus(self.embed, torch.arange(20), EPS, chunk_items=6)
+        return Corpus(lambda ids: cast(LastItemModel, self.model).table[ids], torch.arange(20), EPS, chunk_items=6)
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         return cast(LastItemModel, self.model)(batch)
-
-    def _gather(self, array: np.ndarray) -> np.ndarray:
-        return np.concatenate([array, next(self.others, array[:0])])
 
 
 def test_retrieval_evaluation_ignores_padding_and_leaves_the_model_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
@@ -90,30 +83,9 @@ def test_without_seen_items_nothing_is_filtered() -> None:
     model, batches, ranks = retrieval_batches()
     for batch in batches:
         batch.seen = None
-    unfiltered = Retrieval(model).observe(batches).results
-    assert np.isfinite(unfiltered).all() and (unfiltered != ranks).all()  # the last item itself ranks first
-
-
-def test_retrieval_over_two_ranks_equals_one_process() -> None:
-    model, batches, _ = retrieval_batches()
-    second = list(vars(Retrieval(model).observe(batches[1:])).values())
-    both, alone = Retrieval(model, second).observe(batches[:1]), Retrieval(model).observe(batches)
-    for name in ("users", "items", "history", "results", "labels"):
-        np.testing.assert_array_equal(getattr(both, name), getattr(alone, name))
-    assert alone.history.tolist() == [2, 1, 3, 2, 2] and alone.items.tolist() == [8, 9, 2, 0, 19]
-
-
-def test_a_rank_with_padding_only_still_takes_part_in_every_lookup() -> None:
-    model, batches, _ = retrieval_batches()
-    calls: list[int] = []
-
-    def embed(ids: Tensor) -> Tensor:
-        calls.append(len(ids))
-        return model.table[ids]
-
-    for rank_batches in (batches, [make_batch([[], []], task="retrieval_eval", labels=[-1, -1])]):
-        Retrieval(model, embed=embed).observe(rank_batches)
-    assert calls[: len(calls) // 2] == calls[len(calls) // 2 :] == [6] * 8
+    found = Retrieval(model).observe(batches)
+    assert np.isfinite(found.results).all() and (found.results != ranks).all()  # the last item itself ranks first
+    assert found.history.tolist() == [2, 1, 3, 2, 2] and found.items.tolist() == [8, 9, 2, 0, 19]
 
 
 class RatingModel(nn.Module):
@@ -133,9 +105,6 @@ class Ranking(RankingEvaluator):
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         return cast(RatingModel, self.model)(batch)
-
-    def _gather(self, array: np.ndarray) -> np.ndarray:
-        return array
 
 
 def test_ranking_evaluation_attributes_labels_to_users() -> None:

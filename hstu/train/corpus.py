@@ -173,28 +173,24 @@ def recommend(queries: Queries, corpus: Corpus, k: int, exchange: Exchange = ALO
     """
     k = min(k, corpus.size)
     search = _Search(queries, corpus, exchange)
-    shape = (search.rounds, search.rows, k)
-    scores = torch.full(shape, -torch.inf, device=corpus.ids.device)
-    items = torch.full(shape, -1, device=corpus.ids.device)
-    rounds = [
-        [_Best(scores[number, block], items[number, block]) for block in search.blocks()]
-        for number in range(search.rounds)
-    ]
-    for chunks in search.chunks():
-        for number, best in enumerate(rounds):
+    best_items, best_scores = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
+    for number in range(search.rounds):
+        scores = torch.full((search.rows, k), -torch.inf, device=corpus.ids.device)
+        items = torch.full((search.rows, k), -1, device=corpus.ids.device)
+        best = [_Best(scores[block], items[block]) for block in search.blocks()]
+        for chunks in search.chunks():
             for first, vectors in chunks:
                 for block, of_block in zip(search.blocks(), best, strict=True):
                     of_block.add(search.unseen_scores(number, block, first, vectors), first)
-    found = torch.full((len(queries), k), -1), torch.full((len(queries), k), -torch.inf)
-    for number, best in enumerate(rounds):
         for of_block in best:
             of_block.choose()
+        by_part = (search.exchange.swap(each).view(search.exchange.size, -1, k) for each in (scores, items))
         own = search.own(number)
-        parts = (search.exchange.swap(each[number]).unflatten(0, (-1, search.share)) for each in (items, scores))
-        of_items, of_scores = (each.transpose(0, 1).flatten(1)[: own.stop - own.start] for each in parts)
-        ordered, chosen = of_scores.sort(dim=1, descending=True, stable=True)  # parts are in corpus order
-        found[0][own], found[1][own] = of_items.gather(1, chosen[:, :k]), ordered[:, :k]
-    return found[0].numpy(), found[1].numpy()
+        scores, items = (each.transpose(0, 1).flatten(1)[: own.stop - own.start] for each in by_part)
+        ordered, chosen = scores.sort(dim=1, descending=True, stable=True)  # parts are in corpus order
+        best_scores[own] = ordered[:, :k].cpu().numpy()
+        best_items[own] = items.gather(1, chosen[:, :k]).cpu().numpy()
+    return best_items, best_scores
 
 
 class _Best:
@@ -273,7 +269,7 @@ class _Search:
             exchange, longest = ALONE, len(queries)
         self.exchange, self.corpus = exchange, replace(corpus, part=exchange.rank, parts=exchange.size)
         self.share = longest if exchange is ALONE else min(longest, max(1, ROUND_QUERIES // exchange.size))
-        self.rows, self.rounds = self.share * exchange.size, -(-longest // max(1, self.share))
+        self.rows, self.rounds = self.share * exchange.size, max(1, -(-longest // max(1, self.share)))
         # Of fewer queries, products may round equal items apart.
         fewest = max(16, 1 << (self.rows - 1).bit_length()) if targets is None else BLOCK_QUERIES
         self._block = min(fewest, BLOCK_QUERIES)

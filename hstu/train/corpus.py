@@ -74,9 +74,8 @@ class Corpus:
     chunk_items: int = CHUNK_ITEMS
     between: Callable[[], None] = lambda: None
     """Called on all ranks when queries are gathered; may raise on all ranks."""
-    part: int = 0
-    parts: int = 1
-    """``chunks`` covers this one of ``parts`` equal runs of positions."""
+    part: range | None = None
+    """Positions that ``chunks`` covers, also beyond the last item. None: all."""
 
     @property
     def size(self) -> int:
@@ -84,19 +83,14 @@ class Corpus:
         return len(self.ids)
 
     @property
-    def span(self) -> int:
-        """Positions per part. The last parts may have fewer items, or none."""
-        return -(-self.size // self.parts)
-
-    @property
-    def begin(self) -> int:
-        """First position of this part."""
-        return self.part * self.span
+    def covered(self) -> range:
+        """Positions that ``chunks`` covers."""
+        return range(self.size) if self.part is None else self.part
 
     @property
     def products(self) -> tuple[int, int]:
         """(products per chunk, items of a product)."""
-        items = max(1, min(self.chunk_items, self.span))
+        items = max(1, min(self.chunk_items, len(self.covered)))
         products = -(-items // CPU_PRODUCT_ITEMS) if self.ids.device.type == "cpu" else 1
         return products, -(-items // products)
 
@@ -106,12 +100,11 @@ class Corpus:
 
     def chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (position of the first item, float32 [n, E]), padded with the last item. May be collective."""
-        products, length = self.products
-        end = self.begin + self.span
-        for start in range(self.begin, end, products * length):
+        (products, length), here = self.products, self.covered
+        for start in here[:: products * length]:
             positions = torch.arange(start, start + products * length, device=self.ids.device)
             items = self.embed(positions.clamp_(max=self.size - 1))
-            for first in range(start, min(start + products * length, end), length):
+            for first in range(start, min(start + products * length, here.stop), length):
                 yield first, items[first - start : first - start + length]
 
     def vectors(self) -> Tensor:
@@ -133,9 +126,10 @@ def target_ranks(queries: Queries, corpus: Corpus, exchange: Exchange = ALONE) -
     search = _Search(queries, corpus, exchange, positions)
     target_scores = search.target_scores(positions)
     counts = torch.zeros((len(queries), 2), dtype=torch.int64, device=target_scores.device)
-    progress = Progress(f"ranking {len(queries):,} targets among items", search.corpus.span)
+    here = search.corpus.covered
+    progress = Progress(f"ranking {len(queries):,} targets among items", len(here))
     for chunks in search.chunks():
-        progress.update(chunks[0][0] - search.corpus.begin)
+        progress.update(chunks[0][0] - here.start)
         for number in range(search.rounds):
             thresholds = search.gathered(target_scores[:, None], number)
             found = counts.new_zeros((search.rows, 2))
@@ -267,7 +261,9 @@ class _Search:
         self._longest = longest = int(exchange.total(len(queries), ReduceOp.MAX))
         if exchange.total(len(queries)) >= corpus.size:
             exchange, longest = ALONE, len(queries)
-        self.exchange, self.corpus = exchange, replace(corpus, part=exchange.rank, parts=exchange.size)
+        span = max(1, -(-corpus.size // exchange.size))
+        part = range(exchange.rank * span, (exchange.rank + 1) * span)
+        self.exchange, self.corpus = exchange, corpus if exchange is ALONE else replace(corpus, part=part)
         self.share = longest if exchange is ALONE else min(longest, max(1, ROUND_QUERIES // exchange.size))
         self.rows, self.rounds = self.share * exchange.size, max(1, -(-longest // max(1, self.share)))
         # Of fewer queries, products may round equal items apart.
@@ -283,7 +279,7 @@ class _Search:
         known = positions >= 0
         rounds, rows = np.divmod(users[known], max(1, self.share))
         rows += exchange.rank * self.share
-        blocks, owners = rounds * self._num_blocks + rows // self._block, positions[known] // max(1, self.corpus.span)
+        blocks, owners = rounds * self._num_blocks + rows // self._block, positions[known] // span
         blocks, rows, positions = exchange.to_owners(owners, blocks, rows, positions[known])
         order = np.lexsort((positions, blocks))
         self._seen_rows, self._seen_items = rows[order], positions[order]
@@ -333,7 +329,7 @@ class _Search:
         if self._round[0] != number:
             self._round = number, self.gathered(self._vectors, number)
         scores = _scores(self._round[1][block.start : block.start + self._block], items)[: block.stop - block.start]
-        scores[:, max(0, min(self.corpus.begin + self.corpus.span, self.corpus.size) - first) :] = -torch.inf
+        scores[:, max(0, min(self.corpus.covered.stop, self.corpus.size) - first) :] = -torch.inf
         start, stop = self._seen_bounds[number * self._num_blocks + block.start // self._block :][:2]
         start, stop = start + np.searchsorted(self._seen_items[start:stop], (first, first + len(items)))
         rows, seen = self._seen_rows[start:stop] - block.start, self._seen_items[start:stop] - first

@@ -55,7 +55,7 @@ def retrieved(mesh: Mesh, shape: tuple[int, int, int]) -> dict[str, list[Any]]:
         return table[ids]
 
     corpus = Corpus(embed, torch.arange(num_items), EPS, chunk_items)
-    small = {"ROUND_QUERIES": 24, "PART_CHUNKS": 2, "BLOCK_QUERIES": 8, "CPU_PRODUCT_ITEMS": 3}
+    small: dict[str, Any] = {"ROUND_QUERIES": 24, "PART_CHUNKS": 2, "BLOCK_QUERIES": 8, "CPU_PRODUCT_ITEMS": 3}
     with mock.patch.multiple(corpus_module, **small):
         ranks, scores = target_ranks(queries, corpus, exchange)
         items, of_items = recommend(queries, corpus, 6, exchange)

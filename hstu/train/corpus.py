@@ -89,8 +89,9 @@ class Corpus:
 
     @property
     def products(self) -> tuple[int, int]:
-        """(products per chunk, items of a product)."""
-        items = max(1, min(self.chunk_items, len(self.covered)))
+        """(products per chunk, items of a product): the fewest chunks, of equal size."""
+        covered = max(1, len(self.covered))
+        items = -(-covered // -(-covered // self.chunk_items))
         products = -(-items // CPU_PRODUCT_ITEMS) if self.ids.device.type == "cpu" else 1
         return products, -(-items // products)
 

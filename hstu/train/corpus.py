@@ -313,16 +313,16 @@ class _Search:
     def target_scores(self, positions: np.ndarray) -> Tensor:
         """Score of the item at each query's position, float32 [U]; −inf for −1 and for items without a vector."""
         scores = torch.full((len(positions),), -torch.inf, device=self._vectors.device)
-        if not self.corpus.size or not self._longest:
+        if not self.corpus.size:
             return scores
-        starts, length = range(0, self._longest, self.corpus.chunk_items), self.corpus.products[1]
-        ids = self._on_device(positions.clip(min=0))
-        items = torch.cat([self.corpus.embed(ids[start : start + self.corpus.chunk_items]) for start in starts])
-        count = min(self._block, length)
-        for start in range(0, len(scores), count):
-            of_users, of_items = self._vectors[start : start + count], items[start : start + count]
-            products = _scores(_padded(of_users, self._block), _padded(of_items, length))
-            scores[start : start + count] = products.diagonal()[: len(of_users)]
+        (_, length), chunk = self.corpus.products, self.corpus.chunk_items
+        ids, count = self._on_device(positions.clip(min=0)), min(self._block, length)
+        for start in range(0, self._longest, chunk):  # equally often on all ranks
+            for items in self.corpus.embed(ids[start : start + chunk]).split(count):
+                vectors = self._vectors[start : start + len(items)]
+                products = _scores(_padded(vectors, self._block), _padded(items, length))
+                scores[start : start + len(items)] = products.diagonal()[: len(items)]
+                start += len(items)
         return scores.masked_fill_(self._on_device(positions < 0), -torch.inf)
 
     def unseen_scores(self, number: int, block: slice, first: int, items: Tensor) -> Tensor:

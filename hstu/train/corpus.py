@@ -206,8 +206,9 @@ class _Best:
         """Add scores [b, n] of items from position ``first`` on. Call in ascending order of ``first``."""
         threshold = self.scores[:, -1:]
         if self._is_empty:  # otherwise all scores would be buffered, as there is no k-th best yet
-            kth = scores.topk(min(self.scores.shape[1], scores.shape[1]), dim=1).values[:, -1:]
-            threshold = kth.nextafter(threshold).fmax(threshold)  # fmax, because kth may be nan
+            numbers = scores.masked_fill(scores.isnan(), -torch.inf)
+            kth = numbers.topk(min(self.scores.shape[1], scores.shape[1]), dim=1).values[:, -1:]
+            threshold = kth.nextafter(threshold)
         users, columns, above = _above(scores, threshold)
         self._waiting.append((users, first + columns, above))
         self._counts += users.bincount(minlength=len(self._counts))

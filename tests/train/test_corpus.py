@@ -140,6 +140,7 @@ def test_what_is_nan_ranks_last_not_first_and_is_never_recommended() -> None:
     queries = make_queries(queries.vectors, queries.targets, [[]] * 3)
     assert np.sort(recommend(queries, make_corpus(table, 3), k=8)[0]).tolist() == [[-1, -1, -1, 2, 3, 5, 6, 7]] * 3
     assert (recommend(queries, make_corpus(table, 3), k=1)[0] >= 2).all()
+    assert (recommend(queries, make_corpus(table), k=5)[0] >= 2).all()  # nan scores take no place
 
 
 def test_one_query_costs_few_products() -> None:

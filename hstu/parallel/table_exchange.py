@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchrec import KeyedJaggedTensor
-from torchrec.distributed.embedding import EmbeddingCollectionAwaitable, ShardedEmbeddingCollection
+from torchrec import EmbeddingCollection, KeyedJaggedTensor
+from torchrec.distributed.embedding import (
+    EmbeddingCollectionAwaitable,
+    EmbeddingCollectionSharder,
+    ShardedEmbeddingCollection,
+)
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
-from torchrec.distributed.types import CommOp, QuantizedCommCodecs
+from torchrec.distributed.types import CommOp, ParameterSharding, ShardingEnv
 
 from hstu.data.batches.batch import is_of_negatives
+from hstu.parallel.table_kernels import RowSparseLookup
 
-
-def exchange_codecs(dtype: str) -> dict[str, QuantizedCommCodecs] | None:
-    """Return TorchRec's codecs for rows and their gradients, for PrecisionArgs.table_exchange_dtype.
-
-    get_qcomm_codecs_registry would send float16 between CPUs, where gloo once lacked bfloat16.
-    """
-    if dtype == "float32":
-        return None
-    precision = CommType.BF16
-    return {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(QCommsConfig(precision, precision))}
+BFLOAT16 = {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(QCommsConfig(CommType.BF16, CommType.BF16))}
+"""TorchRec's codecs of rows and gradients. Its get_qcomm_codecs_registry would send float16 between CPUs."""
 
 
 class DistinctIdsCollection(ShardedEmbeddingCollection):
-    """TorchRec's sharded collection. With ``use_index_dedup`` a rank looks up each id of a table once per batch.
+    """TorchRec's collection with RowSparseLookup. With ``use_index_dedup`` a rank looks up an id of a table once.
 
     Rows are repeated after their exchange, and gradients of repeated ids are added before theirs. TorchRec's own
     implementation needs fbgemm.jagged_unique_indices, which exists only for CUDA, takes an id beyond its table for one
@@ -40,17 +36,16 @@ class DistinctIdsCollection(ShardedEmbeddingCollection):
     counts_ids = False
     """Whether the exchanged ids have weights: how often they occur, not counting negatives, float32."""
 
-    def exchanged_together(self, sharding: Any) -> list[Sequence[str]]:
-        """Return groups of consecutive features, in order. An id that occurs several times in a group is sent once."""
-        return [table.feature_names for table in sharding.embedding_tables()]
-
     def _create_hash_size_info(self, feature_names: list[str], ctx: Any = None) -> None:
-        shardings = self._sharding_type_to_sharding.values()
-        self._group_sizes = [[len(group) for group in self.exchanged_together(sharding)] for sharding in shardings]
+        self._features_per_table = [
+            [len(table.feature_names) for table in sharding.embedding_tables() if table.feature_names[0] in names]
+            for sharding in self._sharding_type_to_sharding.values()
+            for names in [sharding.feature_names()]  # without those of a dynamic table's second part
+        ]
 
     def _dedup_indices(self, ctx: Any, input_feature_splits: list[KeyedJaggedTensor]) -> list[KeyedJaggedTensor]:
         distinct = []
-        for features, sizes in zip(input_feature_splits, self._group_sizes, strict=True):
+        for features, sizes in zip(input_feature_splits, self._features_per_table, strict=True):
             ends, key, first = features.offset_per_key(), 0, 0
             ids, positions, counts, lengths = [], [], [], []
             for size in sizes:
@@ -79,23 +74,36 @@ class DistinctIdsCollection(ShardedEmbeddingCollection):
         return distinct
 
     def output_dist(self, ctx: Any, output: list[Tensor]) -> EmbeddingCollectionAwaitable:
-        """See ShardedEmbeddingCollection."""
-        return _repeat_rows(ctx, super().output_dist(ctx, output))
+        """See ShardedEmbeddingCollection. Its index_select would add gradients in any order on GPUs."""
+        positions, ctx.reverse_indices = ctx.reverse_indices, []
+        result = super().output_dist(ctx, output)
+        for rows, of_rows in zip(result._awaitables_per_sharding, positions, strict=False):
+            rows.callbacks.append(partial(functional.embedding, of_rows))
+        return result
 
     def compute_and_output_dist(self, ctx: Any, input: KJTList) -> EmbeddingCollectionAwaitable:
         """See ShardedEmbeddingCollection."""
-        return _repeat_rows(ctx, super().compute_and_output_dist(ctx, input))
+        return self.output_dist(ctx, self.compute(ctx, input))
+
+    def _create_lookups(self) -> None:
+        for sharding in self._sharding_type_to_sharding.values():
+            configs = sharding._grouped_embedding_configs
+            self._lookups.append(RowSparseLookup(configs, pg=sharding._pg, device=self._device))
 
 
-def _repeat_rows(ctx: Any, result: Any) -> EmbeddingCollectionAwaitable:
-    """Give each occurrence of an id its row once the rows have arrived, in place of TorchRec, which reads ``ctx``."""
-    for rows, positions in zip(result._awaitables_per_sharding, ctx.reverse_indices, strict=False):
-        rows.callbacks.append(partial(_rows_at, positions))
-    ctx.reverse_indices = []
-    return result
+class CollectionSharder(EmbeddingCollectionSharder):
+    """Shards EmbeddingCollections into ``kind``."""
 
+    kind: type[DistinctIdsCollection] = DistinctIdsCollection
 
-def _rows_at(positions: Tensor, rows: Tensor) -> Tensor:
-    if rows.is_cuda:  # index_select adds gradients by atomics; embedding sorts them, which repeats bit for bit
-        return functional.embedding(positions, rows)
-    return rows.index_select(0, positions)
+    def shard(
+        self,
+        module: EmbeddingCollection,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> DistinctIdsCollection:
+        """See EmbeddingCollectionSharder."""
+        options = self.qcomm_codecs_registry, self._use_index_dedup, module_fqn
+        return self.kind(module, params, env, self.fused_params, device, *options)

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn import functional
-from torchrec import EmbeddingCollection, KeyedJaggedTensor
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
-from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_kernel import BaseEmbedding, get_state_dict
 from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig
-from torchrec.distributed.types import ParameterSharding, ShardingEnv
-
-from hstu.parallel.table_exchange import DistinctIdsCollection
+from torchrec.distributed.types import ShardingEnv
 
 
 class RowSparseEmbedding(BaseEmbedding):
@@ -165,42 +162,3 @@ class RowSparseLookup(GroupedEmbeddingsLookup):
             self._need_prefetch |= any(table.compute_kernel is caching for table in config.embedding_tables)
             return ClampedFusedEmbedding(config, pg, device)
         return super()._create_embedding_kernel(config, pg, device, env)
-
-
-class RowSparseEmbeddingCollection(DistinctIdsCollection):
-    """DistinctIdsCollection with RowSparseLookup."""
-
-    def _create_lookups(self) -> None:
-        for sharding in self._sharding_type_to_sharding.values():
-            self._lookups.append(
-                RowSparseLookup(sharding._grouped_embedding_configs, pg=sharding._pg, device=self._device)
-            )
-
-
-class CollectionSharder(EmbeddingCollectionSharder):
-    """Shards EmbeddingCollections into ``kind``, a subclass of TorchRec's sharded collection."""
-
-    def __init__(self, kind: type[ShardedEmbeddingCollection], **options: Any) -> None:
-        """``options``: of EmbeddingCollectionSharder."""
-        super().__init__(**options)
-        self._kind = kind
-
-    def shard(
-        self,
-        module: EmbeddingCollection,
-        params: dict[str, ParameterSharding],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        module_fqn: str | None = None,
-    ) -> ShardedEmbeddingCollection:
-        """See EmbeddingCollectionSharder."""
-        return self._kind(
-            module,
-            params,
-            env,
-            self.fused_params,
-            device,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            use_index_dedup=self._use_index_dedup,
-            module_fqn=module_fqn,
-        )

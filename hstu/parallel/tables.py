@@ -34,24 +34,18 @@ from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import UpdateRows
 from hstu.parallel.collectives import on_rank_0
-from hstu.parallel.dynamic.collection import DynamicSharder, RowSparseDynamicCollection, ShardedDynamicCollection
+from hstu.parallel.dynamic.collection import DynamicSharder, ShardedDynamicCollection
 from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_names, plan_memory, split_tables
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Heartbeat, Mesh
 from hstu.parallel.planner import build_planner, pack_plan, unpack_plan
-from hstu.parallel.table_exchange import DistinctIdsCollection, exchange_codecs
-from hstu.parallel.table_kernels import CollectionSharder, RowSparseEmbeddingCollection
+from hstu.parallel.table_exchange import BFLOAT16, CollectionSharder
 from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 
 log = logging.getLogger(__name__)
 
 # auto excludes column_wise, which hstu/config rejects for rowwise_adagrad: it would keep one moment per row and shard.
-_SHARDING_TYPES = {
-    "auto": [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
-    "row_wise": [ShardingType.ROW_WISE.value],
-    "table_wise": [ShardingType.TABLE_WISE.value],
-    "column_wise": [ShardingType.COLUMN_WISE.value],
-}
+_AUTO = [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value]
 _COLUMN_MULTIPLE = 4  # FBGEMM needs shard widths that are multiples of this
 _GPU_SHARE = 0.95
 """Share of the free GPU memory to plan with. The rest is for NCCL's buffers and fragmentation."""
@@ -102,7 +96,7 @@ def shard(
     """
     args, device = config.optimizer, mesh.device.type
     training = {spec.name: TableTraining.of(spec, args) for spec in model.specs}
-    sharders = table_sharders(config, device, model.specs, mesh.world_size)
+    sharders = table_sharders(config, mesh.world_size)
     check_kernels(model.specs, args, device)
     if len(model.embedding):
         memory = memory_plans(model.specs, args, mesh.world_size)
@@ -191,7 +185,7 @@ def plan_sharding(
         ddr_cap=ranks.room.host,
     )
     try:
-        sharders = table_sharders(config, ranks.device_type, specs, ranks.count)
+        sharders = table_sharders(config, ranks.count)
         return build_planner(topology, constraints).plan(model, sharders)
     except PlannerError as error:
         sharded = [spec for spec in specs if not spec.replicated]
@@ -200,20 +194,17 @@ def plan_sharding(
 
 def describe_plan(tables: Mapping[str, ParameterSharding], training: Mapping[str, TableTraining]) -> str:
     """Return a line per physical table. The last column has the bytes of rows and states on the fullest rank."""
-    head = ("table", "rows", "width", "sharding", "ranks", "kernel", "fullest rank")
     lines = []
     for name, table in tables.items():
-        shards = cast(EnumerableShardingSpec, table.sharding_spec).shards
         held: Counter[int | None] = Counter()
-        for shard in shards:
+        for shard in cast(EnumerableShardingSpec, table.sharding_spec).shards:
             rows, columns = shard.shard_sizes
             held[cast(Any, shard.placement).rank()] += rows * bytes_per_row(columns, training[name].optimizer)
-        first, second = (max(shard.shard_offsets[d] + shard.shard_sizes[d] for shard in shards) for d in (0, 1))
-        holders = sum(number > 0 for number in held.values())
-        size = f"{max(held.values()) / 1e6:,.2f} MB"
-        lines.append((name, f"{first:,}", second, table.sharding_type, holders, table.compute_kernel, size))
-    aligned = ("left", "right", "right", "left", "right", "left", "right")
-    return tabulate(lines, head, tablefmt="plain", disable_numparse=True, colalign=aligned)
+        ends = (shard.shard_offsets[0] + rows, shard.shard_offsets[1] + columns)  # of the last shard
+        holders, most = sum(size > 0 for size in held.values()), max(held.values()) / 1e6
+        lines.append((name, *ends, table.sharding_type, holders, table.compute_kernel, f"{most:,.2f} MB"))
+    head = ("table", "rows", "width", "sharding", "ranks", "kernel", "fullest rank")
+    return tabulate(lines, head, tablefmt="plain", intfmt=",", colalign=("left", *["right"] * 6))
 
 
 def _gpu_kernels(
@@ -238,9 +229,9 @@ def _sharding_types(spec: TableSpec, ranks: TableRanks) -> list[str]:
     if ranks.count == 1:  # row-wise sharding would needlessly reorder ids and rows by rank
         return [ShardingType.TABLE_WISE.value]
     rows_per_rank = -(-spec.rows // ranks.count)
-    leaves_some_empty = rows_per_rank * (ranks.count - 1) >= spec.rows
-    if ranks.device_type != "cpu" or not leaves_some_empty or spec.sharding not in ("auto", "row_wise"):
-        return _SHARDING_TYPES[spec.sharding]
+    fills_all = rows_per_rank * (ranks.count - 1) < spec.rows
+    if ranks.device_type != "cpu" or fills_all or spec.sharding not in ("auto", "row_wise"):
+        return _AUTO if spec.sharding == "auto" else [spec.sharding]
     # On a CPU, fbgemm-gpu 1.8.0 cannot look up in an empty row-wise shard ("weights[0] must be a GPU or MTIA tensor").
     if spec.sharding == "row_wise":
         text = "table %s: table_wise instead of row_wise: with %d rows per rank some of %d ranks would have none, and"
@@ -334,22 +325,15 @@ def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: 
             raise ConfigError(f"{option}: it exists only on a CPU, where FBGEMM has no Adam; use 'fused' on a GPU")
 
 
-def table_sharders(
-    config: RunConfig, device_type: str, specs: Sequence[TableSpec], world_size: int
-) -> list[EmbeddingCollectionSharder]:
+def table_sharders(config: RunConfig, world_size: int) -> list[EmbeddingCollectionSharder]:
     """Return the sharders of static and dynamic collections."""
-    static: type[ShardedEmbeddingCollection] = DistinctIdsCollection
-    dynamic: type[ShardedDynamicCollection] = ShardedDynamicCollection
-    training = [TableTraining.of(spec, config.optimizer) for spec in specs if not spec.replicated]
-    if any(each.is_row_sparse(device_type) or each.max_gradient is not None for each in training):
-        static, dynamic = RowSparseEmbeddingCollection, RowSparseDynamicCollection
-    options = {
+    options: dict[str, Any] = {
         # By default FBGEMM looks up row 0 for an id outside the table.
         "fused_params": {"bounds_check_mode": BoundsCheckMode.FATAL},
         "use_index_dedup": world_size > 1,
-        "qcomm_codecs_registry": exchange_codecs(config.precision.table_exchange_dtype),
+        "qcomm_codecs_registry": BFLOAT16 if config.precision.table_exchange_dtype == "bfloat16" else None,
     }
-    return [CollectionSharder(static, **options), DynamicSharder(dynamic, **options)]
+    return [CollectionSharder(**options), DynamicSharder(**options)]
 
 
 def sharded_collections(model: GRModel) -> list[ShardedEmbeddingCollection]:

@@ -30,8 +30,7 @@ from hstu.parallel.dynamic.hashing import mix, unmix
 from hstu.parallel.dynamic.memory import SplitLookup, logical_name
 from hstu.parallel.dynamic.rows import RowBlock, Rows, find_caches
 from hstu.parallel.dynamic.table import DynamicTable
-from hstu.parallel.table_exchange import DistinctIdsCollection
-from hstu.parallel.table_kernels import CollectionSharder, RowSparseEmbeddingCollection
+from hstu.parallel.table_exchange import CollectionSharder, DistinctIdsCollection
 from hstu.parallel.table_optimizer import TableOptimizer
 
 
@@ -94,10 +93,6 @@ class ShardedDynamicCollection(DistinctIdsCollection):
     tables: Mapping[str, DynamicTable]
     counts_ids = True
 
-    def exchanged_together(self, sharding: DynamicSharding) -> list[Sequence[str]]:
-        """See DistinctIdsCollection."""
-        return [group for group in super().exchanged_together(sharding) if logical_name(group[0]) == group[0]]
-
     def create_tables(
         self, specs: Sequence[TableSpec], weights: Mapping[str, ShardedTensor], optimizer: TableOptimizer, seed: int
     ) -> None:
@@ -158,10 +153,6 @@ class ShardedDynamicCollection(DistinctIdsCollection):
             SplitLookup(sharding.feature_names(), sharding.looked_up(), split_at, self._device)
             for sharding in shardings
         ]
-
-    def compute_and_output_dist(self, ctx: Any, input: KJTList) -> Any:
-        """See ShardedEmbeddingCollection."""
-        return self.output_dist(ctx, self.compute(ctx, input))
 
     @torch.no_grad()
     def prefetch(self, dist_input: KJTList, forward_stream: Any = None, ctx: Any = None) -> None:
@@ -230,12 +221,10 @@ def _ids_of(table: DynamicTable, features: KeyedJaggedTensor) -> dict[str, Tenso
     return {key: unmix(ids[slice_of[key]]) if hashed else ids[slice_of[key]] for key in table.spec.features}
 
 
-class RowSparseDynamicCollection(ShardedDynamicCollection, RowSparseEmbeddingCollection):
-    """ShardedDynamicCollection with the lookups of RowSparseEmbeddingCollection."""
-
-
 class DynamicSharder(CollectionSharder):
     """Shards DynamicEmbeddingCollections. The planner must be constrained to row-wise sharding."""
+
+    kind = ShardedDynamicCollection
 
     @property
     def module_type(self) -> type[EmbeddingCollection]:

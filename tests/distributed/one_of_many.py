@@ -3,7 +3,7 @@
     python -m tests.distributed.one_of_many --world-size 4096 --task retrieval
 
 Start, building, ten steps, an evaluation and a checkpoint are those of a real run; only the other processes are
-missing. What the groups take to invent what others send is not counted: seconds are those of the rank's own work.
+missing. What the groups take to invent what others send is not counted: CPU seconds are those of the rank's own work.
 Number, bytes and group of collectives are exact. What is received has the right size but not the values of other
 ranks, so losses and metrics mean nothing here. What rank 0 sends to all is given to the ranks that run after it.
 """
@@ -109,7 +109,8 @@ RetrievalArgs.negatives = "in_batch"
 class Phase:
     """What a rank did between two points of a run."""
 
-    seconds: float = 0.0
+    cpu_s: float = 0.0
+    """CPU seconds of all threads of the rank."""
     memory_bytes: int = 0
     """Growth of the process's peak memory."""
     groups: int = 0
@@ -122,7 +123,7 @@ class Phase:
 
 
 class Ledger:
-    """The phases of the run. ``missing_s``: seconds that the groups took to invent what others send."""
+    """The phases of the run. ``missing_s``: CPU seconds that the groups took to invent what others send."""
 
     def __init__(self) -> None:
         self.phases: dict[str, Phase] = {}
@@ -132,19 +133,19 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        begun, missing, peak = time.perf_counter(), self.missing_s, peak_bytes()
+        begun, missing, peak = time.process_time(), self.missing_s, peak_bytes()
         self.now = self.phases.setdefault(name, Phase())
         yield
-        self.now.seconds += time.perf_counter() - begun - (self.missing_s - missing)
+        self.now.cpu_s += time.process_time() - begun - (self.missing_s - missing)
         self.now.memory_bytes += peak_bytes() - peak
         self.now = Phase()
 
     @contextmanager
     def invented(self, name: str, size: int, received: int) -> Iterator[None]:
-        begun = time.perf_counter()
+        begun = time.process_time()
         yield
         if threading.get_ident() == self.main:
-            self.missing_s += time.perf_counter() - begun
+            self.missing_s += time.process_time() - begun
         if size > 1:
             self.now.collectives[name] = self.now.collectives.get(name, 0) + 1
             self.now.received_bytes += received

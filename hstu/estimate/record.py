@@ -45,7 +45,7 @@ class Exchange:
     group: str
     kind: str
     payload: int
-    """Bytes of this rank's input."""
+    """Bytes of this rank's input; of an uneven all-to-all, of an even one in which others get or send as much."""
 
 
 @dataclass
@@ -128,7 +128,12 @@ class Recorder(TorchDispatchMode):
         written, read = args[0], args[1] if name != "allreduce_" else args[0]
         if name in _COLLECTIVES:
             payload = sum(each.nbytes for each in tree_iter(read) if isinstance(each, Tensor))
-            called = self._groups.get(ProcessGroup.unbox(group).group_name, "world")
+            members = ProcessGroup.unbox(group)
+            if name == "alltoall_base_" and args[4]:
+                row = read[:1].nbytes or written[:1].nbytes
+                moved = max(sum(rows) - rows[members.rank()] for rows in (args[3], args[4]))
+                payload = row * moved * members.size() // (members.size() - 1)
+            called = self._groups.get(members.group_name, "world")
             self.recording.events.append(Exchange(called, _COLLECTIVES[name], payload))
             for tensor in tree_iter(written):
                 self._exchanged[id(tensor.untyped_storage())] = len(self.recording.events) - 1

@@ -31,6 +31,8 @@ class AttentionShare:
     """Tokens of ``layout`` for which it computes the output; None: all."""
     queries_of: TokenSets = ()
     keys_of: TokenSets = ()
+    keeps: bool = True
+    """Whether q, k and v are kept for backward."""
 
     @property
     def parts(self) -> list[tuple[slice | int, TokenSets]]:

@@ -79,7 +79,8 @@ class SavedActivations:
     normalized: Tensor | None  # This rank's tokens, [T, D]
     projected: Tensor  # [T, H · 4 · d]
     u: Tensor | None  # [T, H, d]; views of SiLU(projected), unless context parallelism exchanges v, q and k
-    vqk: Tensor | None  # Input of attention, [T, H, 3, d]; with context parallelism: some heads of all tokens, or None
+    vqk: Tensor | None  # Input of attention, [T, H, 3, d]; with context parallelism: some heads of all tokens
+    q: Tensor | None  # With ranges of queries: q of the range; ``vqk`` then is v and k of its keys, [., H, 2, d]
     attended: Tensor  # [T, H, d]
     output_statistics: Tensor  # Mean and rstd over the heads of all ranks, [2, T]
     dropout_mask: Tensor | None  # bool [T, H · d], or a seed int64 []
@@ -118,8 +119,8 @@ class HSTULayerFunction(torch.autograd.Function):
             x, saved, gated = layer.forward_to_gate(x, update)
             if config.recompute_normalized:
                 saved.normalized = None
-            if config.recompute_activated or saved.vqk is None:
-                saved.u = saved.vqk = None
+            if config.recompute_activated or not layer.share.keeps:
+                saved.u = saved.vqk = saved.q = None
             ctx.save_for_backward(x, *weights, *(() if config.recompute_all else vars(saved).values()))
             return x, layer.project_out(gated)
 
@@ -184,9 +185,9 @@ class _Computation:
         attended = kernels.attention.forward(self._attention_of(vqk))
         attended = config.comm.heads_to_tokens(attended, self.share.queries_of)()
         gated, output_statistics, dropout_mask = kernels.norm_mul_dropout.forward(self._gate_of(attended, u))
-        one = vqk[0] if self.share.queries is None else None
+        first, second = vqk[0], vqk[1] if len(vqk) > 1 else None
         saved = SavedActivations(
-            input_statistics, normalized, projected, u, one, attended, output_statistics, dropout_mask
+            input_statistics, normalized, projected, u, first, second, attended, output_statistics, dropout_mask
         )
         return x, saved, gated
 
@@ -224,11 +225,10 @@ class _Computation:
     def _backward_to_projection(self, grad: Tensor, saved: SavedActivations, grads: dict[str, Any]) -> Tensor:
         """Return the gradient of ``saved.projected``; write gradients of its bias and of later weights to ``grads``."""
         config, kernels, comm, shift = self.config, self.config.kernels, self.config.comm, self.weights.uvqk_bias
-        u, vqk, exchanged_vqk = saved.u, None if saved.vqk is None else [saved.vqk], None
-        if vqk is None:  # the exchange runs beside the products of the gate
+        u, vqk, exchanged_vqk = saved.u, [part for part in (saved.vqk, saved.q) if part is not None], None
+        if u is None:  # the exchange runs beside the products of the gate
             u, exchanged_vqk = self._exchange(kernels.project_uvqk.activate(saved.projected))
-        assert u is not None
-        del saved.u, saved.vqk
+        del saved.u, saved.vqk, saved.q
         gradient = torch.empty_like(saved.projected)
         grad_shift = torch.empty(len(shift), dtype=torch.promote_types(self.dtype, torch.float32), device=shift.device)
         grad_u, grad_own_vqk = split_gate(gradient, config.head_dim)
@@ -245,7 +245,6 @@ class _Computation:
         grad_attended = comm.tokens_to_heads(grad_attended, self.share.queries_of)()
         if exchanged_vqk is not None:
             vqk = exchanged_vqk()
-        assert vqk is not None
         del u, exchanged_vqk  # the last references to their memory under context parallelism, as is vqk below
         grad_vqk = [*map(torch.empty_like, vqk)] if comm.cp_size > 1 else [grad_own_vqk]
         of_v, of_q, of_k = map(Gradient, self.share.unpack(grad_vqk), before[1:])

@@ -23,9 +23,9 @@ from hstu.ops.comm import AttentionShare
 from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import JaggedLayout, to_device
 
-PASSES = 5, 6
-"""Vectors of a head per query and per key that forward and backward exchange: several groups send q, k and v again in
-backward, instead of keeping them. One group: 4 and 4."""
+MOST_KEPT = 1.5
+"""A layer keeps q, k and v of attention for backward up to this multiple of those that its rank projects; else backward
+exchanges them again. A query and a key then cost 5 and 6 vectors of a head in forward and backward, in place of 4."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def share_attention(
     """
     size = layout.num_tokens // ranks
     work = np.cumsum(_visible_keys(layout, config))
-    plans: list[tuple[int, list[range], list[Keys]]] = []
+    plans: list[tuple[int, list[range], list[Keys], bool]] = []
     for groups in range(1, ranks + 1):
         per_group = ranks // groups
         if ranks % groups or heads % per_group or not (groups == 1 or ranges or heads % ranks):
@@ -58,14 +58,16 @@ def share_attention(
         bounds = [0, *np.searchsorted(work, work[-1] * np.arange(1, groups) / groups).tolist(), layout.num_tokens]
         queries = [range(*pair) for pair in pairwise(bounds)]
         keys = [keys_of(layout, config, has_bias, each) for each in queries]
-        of_query, of_key = (4, 4) if groups == 1 else PASSES
+        largest = max(len(q) + 2 * sum(map(len, k.tokens)) for q, k in zip(queries, keys, strict=True))
+        keeps = largest * (heads // per_group) <= MOST_KEPT * 3 * size * heads
+        of_query, of_key = (4, 4) if keeps else (5, 6)
         received = [
             of_query * _from_others([queries[one // per_group]], one, size)
             + of_key * _from_others(keys[one // per_group].tokens, one, size)
             for one in range(ranks)
         ]
-        plans.append((max(received) * (heads // per_group), queries, keys))
-    _, queries, keys = min(plans, key=lambda plan: plan[0])
+        plans.append((max(received) * (heads // per_group), queries, keys, keeps))
+    _, queries, keys, keeps = min(plans, key=lambda plan: plan[0])
     if len(queries) == 1:
         return None
     group = rank * len(queries) // ranks
@@ -73,7 +75,7 @@ def share_attention(
     first = sum(map(len, own.tokens)) - (own.tokens[-1].stop - queries[group].start)
     rows = range(first, first + len(queries[group]))
     part = _part_of(layout, own)
-    return AttentionShare(part, own.config, rows, [[each] for each in queries], [each.tokens for each in keys])
+    return AttentionShare(part, own.config, rows, [[each] for each in queries], [each.tokens for each in keys], keeps)
 
 
 def keys_of(layout: JaggedLayout, config: AttentionConfig, has_bias: bool, queries: range) -> Keys:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -123,21 +124,33 @@ class ProcessGroupComm(LayerComm):
         """See :class:`LayerComm`. Rows of several groups are added in float32 or wider."""
         if self.cp_size == 1:
             return super().heads_to_tokens(own, tokens, out)
-        ranges, per_group = [*chain(*tokens)], self.cp_size // len(tokens)
-        is_partition = all(a.stop == b.start for a, b in pairwise(ranges))
-        size = ranges[-1].stop // self.cp_size if out is None else len(out)
+        per_group = self.cp_size // len(tokens)
+        size = sum(map(len, chain(*tokens))) // self.cp_size if out is None else len(out)
         slices, received, sent = self._split(tokens, size)
         exchanged = self._exchange(own, sent, received)
 
         def result() -> Tensor:
             shape = size, own.shape[1] * per_group, *own.shape[2:]
             target = own.new_empty(shape) if out is None else out
-            dtype = torch.promote_types(own.dtype, torch.float32)
-            sums = target if is_partition else own.new_zeros(shape, dtype=dtype)
-            places = [heads[each] for group in slices for heads in sums.chunk(per_group, 1) for each in group]
-            for place, rows in zip(places, exchanged().split([*map(len, places)]), strict=True):
-                place.copy_(rows) if is_partition else place.add_(rows)
-            return target if is_partition else target.copy_(sums)
+            shared = _rows_of_several(slices, size)
+            sums = own.new_zeros((len(shared), *shape[1:]), dtype=torch.promote_types(own.dtype, torch.float32))
+            places = [
+                (sums_of[piece.start - shared.start : piece.stop - shared.start], True)
+                if bounds is shared
+                else (target_of[piece.start : piece.stop], False)
+                for group in slices
+                for target_of, sums_of in zip(target.chunk(per_group, 1), sums.chunk(per_group, 1), strict=True)
+                for each in group
+                for bounds in (range(shared.start), shared, range(shared.stop, size))
+                for piece in [within(range(each.start, each.stop), bounds)]
+                if piece
+            ]
+            parts = exchanged().split([len(place) for place, _ in places])
+            for (place, is_sum), rows in zip(places, parts, strict=True):
+                place.add_(rows) if is_sum else place.copy_(rows)
+            if shared:
+                target[shared.start : shared.stop].copy_(sums)
+            return target
 
         return result
 
@@ -211,6 +224,15 @@ class ProcessGroupComm(LayerComm):
     def all_reduce_over_tokens(self, gradient: Tensor) -> Tensor:
         """See :class:`LayerComm`."""
         return sum_over_ranks(gradient, self.tp_group) if self.sequence_parallel else gradient
+
+
+def _rows_of_several(slices: list[list[slice]], size: int) -> range:
+    """The least range of a rank's ``size`` rows outside of which exactly one group has each row."""
+    groups = np.zeros(size, dtype=np.int64)
+    for each in chain(*slices):
+        groups[each] += 1
+    found = np.flatnonzero(groups != 1)
+    return range(int(found[0]), int(found[-1]) + 1) if len(found) else range(0)
 
 
 def _pending(result: Tensor, work: dist.Work) -> Pending:

@@ -23,8 +23,10 @@ from hstu.estimate.estimate import transfers
 from hstu.estimate.sharding import held_weights, plan_tables, replicated_bytes, state_bytes, table_bytes
 from hstu.estimate.workload import Workload, plan_workload
 from hstu.model.gr_model import GRModel
+from hstu.ops.comm import Pending
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.group import look_up, to_train_batch
+from hstu.parallel.layer_comm import ProcessGroupComm
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.shards import local_part, numbers_of
 from hstu.parallel.tables import sharded_weights
@@ -121,9 +123,23 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
     first = next(batches)
     result["activations"] = kept_for_backward(model, to_train_batch(first, model.roles, mesh), mesh)
     pipeline.progress(batches)  # DDP settles its buckets after the first step
-    with patch.object(dist.distributed_c10d, "_object_to_tensor") as pickled:
+    uneven = Counter[str]()
+    exchange = ProcessGroupComm._exchange
+
+    def counted(comm: ProcessGroupComm, rows: Tensor, sent: list[int], received: list[int]) -> Pending:
+        moved = max(sum(counts) - counts[comm.cp_rank] for counts in (sent, received))
+        even = rows.new_empty((1, *rows.shape[1:])).nbytes * moved * comm.cp_size // (comm.cp_size - 1)
+        uneven["all_to_all"] += even - rows.nbytes  # what an even exchange of as much would add
+        return exchange(comm, rows, sent, received)
+
+    with (
+        patch.object(dist.distributed_c10d, "_object_to_tensor") as pickled,
+        patch.object(ProcessGroupComm, "_exchange", counted),
+    ):
         result["exchanged"], result["collectives"] = exchanged(lambda: pipeline.progress(batches))
     result["pickled"] = pickled.call_count
+    for kind, difference in uneven.items():
+        result["exchanged"][kind] += difference
     gradients = [p.grad for p in unwrap_dense(model).get_submodule("task").parameters() if p.grad is not None]
     result["gradients"] = sum(numbers_of(gradient).nbytes for gradient in gradients)
     return result

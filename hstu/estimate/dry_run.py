@@ -43,6 +43,14 @@ from hstu.train.builder import build_loss_scale, task_module
 _CPU = torch.device("cpu")
 ROWS, FORWARD, BACKWARD, UPDATE = "looked-up rows", "activations", "working memory", "dense optimizer"
 """Phases of a step, named by what they allocate."""
+_GROUPS = {
+    "tp_group": "tensor",
+    "cp_group": "context",
+    "tp_cp_group": "samples",
+    "dp_group": "data",
+    "dp_cp_group": "gradients",
+}
+"""Field of Mesh → ``Transfer.group``."""
 
 
 @dataclass(frozen=True)
@@ -252,47 +260,23 @@ def _weights(dense: DenseModel, optimizer: DenseOptimizer) -> dict[str, Weight]:
 def _mesh(workload: Workload) -> Iterator[tuple[Mesh, dict[str, str]]]:
     """Yields the Mesh of rank 0 in groups of torch's "fake" backend, and group name → ``Transfer.group``.
     In a run that has started, the groups are new groups of its processes. Logging is silenced."""
-    world, tp, size = workload.world_size, workload.tp_size, workload.group_size
     is_started = dist.is_initialized()
     if not is_started:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    rank, of_group = dist.get_rank(), dist.get_rank() % size
-    first = rank - of_group
-    ranks = {
-        "tensor": range(rank - rank % tp, rank - rank % tp + tp),
-        "context": range(first + rank % tp, first + size, tp),
-        "samples": range(first, first + size),
-        "data": range(of_group, world, size),
-        "gradients": range(rank % tp, world, tp),
-    }
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=workload.world_size)
+    names: dict[str, str] = {}
+
+    def group_of(field: str, ranks: range) -> dist.ProcessGroup:
+        group = dist.new_group(list(ranks), backend="fake", use_local_synchronization=True)
+        names[group.group_name] = _GROUPS[field]
+        return group
+
     log = logging.getLogger("hstu")
     level, log.level = log.level, logging.ERROR
     try:
-        groups = {
-            name: dist.new_group(list(members), backend="fake", use_local_synchronization=True)
-            for name, members in ranks.items()
-        }
-        mesh = Mesh(
-            device=_CPU,
-            rank=rank,
-            world_size=world,
-            local_world_size=workload.ranks_per_host,
-            dp_rank=rank // size,
-            dp_size=workload.dp_size,
-            tp_rank=rank % tp,
-            tp_size=tp,
-            cp_rank=of_group // tp,
-            cp_size=workload.cp_size,
-            world_group=groups["data"],
-            dp_group=groups["data"],
-            tp_group=groups["tensor"],
-            cp_group=groups["context"],
-            tp_cp_group=groups["samples"],
-            dp_cp_group=groups["gradients"],
-            seed=0,
-        )
+        others = {"device": _CPU, "local_world_size": workload.ranks_per_host, "world_group": None, "seed": 0}
+        mesh = Mesh.of(workload.tp_size, workload.cp_size, group_of, **others)
         with torch.random.fork_rng(devices=[]):
-            yield mesh, {group.group_name: name for name, group in groups.items()}
+            yield dataclasses.replace(mesh, world_group=mesh.dp_group), names
     finally:
         log.setLevel(level)
         if not is_started:

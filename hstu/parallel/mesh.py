@@ -6,14 +6,15 @@ import ctypes
 import logging
 import os
 import random
+import resource
 import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ _NO_TIMEOUT = timedelta(days=365)
 _FINISH_TIMEOUT_S = 30.0
 _NO_GPU = 100, 34
 """Results of cuInit (cuda.h) on a machine without a GPU: no device, stub library. Other errors: an unusable GPU."""
+_FILES_OF_A_RANK = 200
+"""Open files of a rank beside its connections; measured: 40 to 90."""
 _DROPOUT_STREAM = 0x64726F70  # makes the dropout seed of rank 0 differ from the seed of the initial weights
 
 
@@ -98,6 +101,33 @@ class Mesh:
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
     """Progress of this rank, read by the watchdog."""
 
+    @classmethod
+    def of(cls, tp_size: int, cp_size: int, group_of: Callable[[str, range], dist.ProcessGroup], **others: Any) -> Mesh:
+        """Place this rank of the world. ``group_of`` (field, ranks) returns its group of a kind; ``others``: fields."""
+        rank, world_size, size = dist.get_rank(), dist.get_world_size(), tp_size * cp_size
+        tp_rank, place = rank % tp_size, rank % size
+        first = rank - place
+        ranks = {
+            "dp_group": range(place, world_size, size),
+            "tp_group": range(rank - tp_rank, rank - tp_rank + tp_size),
+            "cp_group": range(first + tp_rank, first + size, tp_size),
+            "tp_cp_group": range(first, first + size),
+            "dp_cp_group": range(tp_rank, world_size, tp_size),
+        }
+        groups: dict[str, Any] = {name: group_of(name, members) for name, members in ranks.items()}
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            dp_rank=rank // size,
+            dp_size=world_size // size,
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+            cp_rank=place // tp_size,
+            cp_size=cp_size,
+            **others,
+            **groups,
+        )
+
     @property
     def tp_cp_size(self) -> int:
         """Number of ranks that compute on the same sequences."""
@@ -150,30 +180,29 @@ def start(
     world_group = dist.group.WORLD
     assert world_group is not None
     require_equal(must_agree, world_group, ConfigError)  # first: ranks with different group sizes would hang below
-    groups = _parallel_state()
-    groups.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel_size,
-        context_parallel_size=context_parallel_size,
-        distributed_timeout_minutes=timeout.total_seconds() / 60,
-        create_gloo_process_groups=False,
-    )
-    mesh = Mesh(
+    if dist.get_world_size() % (tensor_parallel_size * context_parallel_size):
+        sizes = f"{tensor_parallel_size} (tensor parallel) x {context_parallel_size} (context parallel)"
+        raise ConfigError(f"the {dist.get_world_size()} ranks cannot be divided into groups of {sizes}")
+    existing: dict[range, dist.ProcessGroup] = {range(dist.get_world_size()): world_group}
+
+    def group_of(name: str, ranks: range) -> dist.ProcessGroup:
+        if ranks not in existing:
+            # Each rank creates its own groups only, in the order of names that is equal on all ranks.
+            existing[ranks] = dist.new_group(
+                list(ranks),
+                timeout=timeout,
+                use_local_synchronization=True,
+                group_desc=name,
+            )
+        return existing[ranks]
+
+    mesh = Mesh.of(
+        tensor_parallel_size,
+        context_parallel_size,
+        group_of,
         device=device,
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
         local_world_size=local_world_size,
-        dp_rank=groups.get_data_parallel_rank(),
-        dp_size=groups.get_data_parallel_world_size(),
-        tp_rank=groups.get_tensor_model_parallel_rank(),
-        tp_size=groups.get_tensor_model_parallel_world_size(),
-        cp_rank=groups.get_context_parallel_rank(),
-        cp_size=groups.get_context_parallel_world_size(),
         world_group=world_group,
-        dp_group=groups.get_data_parallel_group(),
-        tp_group=groups.get_tensor_model_parallel_group(),
-        cp_group=groups.get_context_parallel_group(),
-        tp_cp_group=groups.get_tensor_and_context_parallel_group(),
-        dp_cp_group=groups.get_data_parallel_group(with_context_parallel=True),
         seed=seed,
         store=store,
     )
@@ -201,7 +230,6 @@ def finish(wait: bool = True) -> None:
             dist.all_reduce(torch.zeros(1), async_op=True).wait(timedelta(seconds=_FINISH_TIMEOUT_S))
         except RuntimeError as error:
             log.warning("not all ranks have finished: %s", error)
-    _parallel_state().destroy_model_parallel()
     dist.destroy_process_group()
 
 
@@ -253,7 +281,11 @@ def _has_gpus() -> bool:
 
 def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connect two ranks at their first message, not all at the start
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the old name
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder keeps so many collectives
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _allow_open_files(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         try:
             served, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         except dist.DistError as error:
@@ -268,13 +300,24 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
     else:  # plain python: an in-memory store needs no port
         store, rank, world_size = dist.HashStore(), 0, 1
     groups = dist.PrefixStore("groups", store)
-    dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size)
+    bound = device if device.type == "cuda" else None  # NCCL connects now, and splits new groups off this one
+    dist.init_process_group(backend, timeout=timeout, store=groups, rank=rank, world_size=world_size, device_id=bound)
     return store
 
 
-def _parallel_state():  # type: ignore[no-untyped-def]  # a module
-    """Import Megatron's group registry without its warnings about optional CUDA packages, which are not used here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core import parallel_state
-    return parallel_state
+def _allow_open_files(rank: int, world_size: int) -> None:
+    """Raise this process's limit of open files if the ranks need it. Raises ConfigError if the host allows too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    of_store = 0 if rank else 2 * world_size  # each rank connects twice to the process that serves the store
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    # A rank may connect to every other. Rank 0 does so twice, because it also collects the plans of background saves.
+    needed = _FILES_OF_A_RANK + world_size * (1 if rank else 2) + (0 if by_torchrun else of_store)
+    least = max(needed, _FILES_OF_A_RANK + of_store)
+    if hard < needed or (by_torchrun and soft < _FILES_OF_A_RANK + of_store):  # torchrun keeps its soft limit
+        raise ConfigError(
+            f"rank {rank} of {world_size} or its launcher needs {least:,} open files, but the limits here are {soft:,} "
+            f"(soft) and {hard:,} (hard). Run ulimit -n {least} before the launcher, on every host; if that is "
+            "refused, raise the hard limit (limits.conf, or --ulimit nofile of docker)."
+        )
+    if soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch import nn
 
 from hstu.config.args import NetworkArgs
@@ -28,6 +29,7 @@ def test_outputs_and_gradients_equal_those_of_megatrons_layers(tp_size: int, is_
 def compare_layers(tp_size: int, is_published: bool) -> dict[str, float]:
     """Error of the output and of each gradient on this rank, relative to the largest number."""
     mesh = mesh_module.start(tp_size, timeout_s=60, seed=3)
+    assert not parallel_state.is_initialized(), "Megatron's layers get their group from the mesh"
     network = NetworkArgs(
         num_layers=1,
         hidden_size=HIDDEN,

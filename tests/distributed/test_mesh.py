@@ -1,14 +1,17 @@
 import ctypes
 import os
+import resource
 import socket
 import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from hstu.base.errors import ConfigError
 from hstu.parallel import mesh as mesh_module
@@ -17,9 +20,11 @@ from tests.distributed.launch import run_ranks
 
 def describe(tensor_parallel_size: int = 1, context_parallel_size: int = 1) -> dict[str, Any]:
     """Ranks, threads and the first random numbers before and after seeding dropout."""
+    files = len(os.listdir("/proc/self/fd"))
     mesh = mesh_module.start(
         tensor_parallel_size, context_parallel_size, timeout_s=60, seed=5, deterministic=True, allow_tf32=True
     )
+    files, keys = len(os.listdir("/proc/self/fd")) - files, mesh.store.num_keys() if mesh.store else 0
     weights = torch.rand(2).tolist()
     mesh_module.seed_dropout(mesh)
     result = {
@@ -31,6 +36,8 @@ def describe(tensor_parallel_size: int = 1, context_parallel_size: int = 1) -> d
         },
         "local_world_size": mesh.local_world_size,
         "device": mesh.device.type,
+        "files": files,
+        "keys": keys,
         "main": mesh.is_main,
         "threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -48,6 +55,7 @@ def test_ranks_threads_and_seeds_on_two_ranks() -> None:
     assert second["ranks"] == [1, 2, 1, 2, 0, 1]
     assert second["local_world_size"] == 2
     assert [first["main"], second["main"]] == [True, False]
+    assert max(first["files"], second["files"]) <= 16 and second["keys"] <= 2 * 2 + 2, (first, second)
     assert first["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
     assert first["deterministic"] and first["tf32"] == [True, True]
     assert first["weights"] == second["weights"]
@@ -66,8 +74,75 @@ def test_groups_of_neighbours_share_a_dense_model() -> None:
         "dp": [2],
         "dp_cp": [0, 2],
     }
+    assert max(result["files"] for result in ranks) <= 28 and ranks[1]["keys"] <= 4 * 4 + 2, ranks
     assert all(result["weights"] == ranks[0]["weights"] for result in ranks)
     assert all(result["dropout"] == ranks[0]["dropout"] for result in ranks)
+
+
+@pytest.mark.parametrize("world_size", [512, 4096])
+@pytest.mark.parametrize(("tp", "cp", "created"), [(1, 1, 1), (2, 1, 2), (1, 4, 2), (4, 2, 5)])
+def test_a_rank_creates_only_its_own_groups(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, tp: int, cp: int, created: int
+) -> None:
+    create = Mock(side_effect=dist.new_group)
+    monkeypatch.setattr(dist, "new_group", create)
+    for rank in (0, world_size // 2, world_size - 1):
+        create.reset_mock()
+        monkeypatch.setattr(mesh_module, "_join_world", lambda *_: join_fake_world(rank, world_size))  # noqa: B023
+        mesh = mesh_module.start(tp, cp)
+        fields = {name: getattr(mesh, f"{name}_group") for name in ("world", "tp", "cp", "tp_cp", "dp", "dp_cp")}
+        members = {name: dist.get_process_group_ranks(group) for name, group in fields.items()}
+        position = {name: getattr(mesh, f"{name}_rank") for name in ("tp", "cp", "tp_cp", "dp")}
+        mesh_module.finish(wait=False)
+        assert create.call_count == created
+        assert len(set(fields.values())) == len(set(map(tuple, members.values()))), "equal ranks share a group"
+        assert {name: len(ranks) for name, ranks in members.items()} == {
+            "world": world_size,
+            "tp": tp,
+            "cp": cp,
+            "tp_cp": tp * cp,
+            "dp": world_size // (tp * cp),
+            "dp_cp": world_size // tp,
+        }
+        assert {name: members[name].index(rank) for name in position} == position
+        assert rank == (mesh.dp_rank * cp + mesh.cp_rank) * tp + mesh.tp_rank
+
+
+def join_fake_world(rank: int, world_size: int) -> dist.Store:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    return FakeStore()
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "by_torchrun", "limits", "outcome"),
+    [
+        (0, 8, True, (1024, 4096), "kept"),
+        (1, 4096, True, (1024, 65536), "raised"),
+        (0, 4096, True, (65536, 65536), "kept"),
+        (0, 512, True, (1024, 65536), "Run ulimit -n 1224 before the launcher"),
+        (0, 512, False, (1024, 65536), "raised"),
+        (0, 4096, False, (4096, 4096), "needs 16,584 open files, but the limits here are 4,096"),
+        (5, 4096, True, (1024, 4096), "rank 5 of 4096 or its launcher needs 4,296 open files"),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_or_too_low_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    world_size: int,
+    by_torchrun: bool,
+    limits: tuple[int, int],
+    outcome: str,
+) -> None:
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, value: set_to.append(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(by_torchrun))
+    if outcome in ("kept", "raised"):
+        mesh_module._allow_open_files(rank, world_size)
+        assert set_to == [(limits[1], limits[1])] * (outcome == "raised")
+    else:
+        with pytest.raises(ConfigError, match=outcome):
+            mesh_module._allow_open_files(rank, world_size)
 
 
 @pytest.mark.parametrize(("hidden", "error", "count"), [("0", 0, 2), ("0", 803, 0), ("0", 100, 0), ("-1", 0, 2)])

@@ -20,7 +20,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
 
 def pack_plan(plan: ShardingPlan) -> bytes:
-    """Return ``plan`` as bytes: of 20 row-wise tables over 4,096 ranks 6 kB, where pickle takes 6 MB."""
+    """Return ``plan`` as bytes: of 20 row-wise tables over 4,096 ranks 12 kB, where pickle takes 6 MB."""
     packed = []
     for module, tables in plan.plan.items():
         for name, table in cast(EmbeddingModuleShardingPlan, tables).items():

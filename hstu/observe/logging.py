@@ -90,8 +90,10 @@ class _ConsoleFormatter(PrintableFormatter):
         return super().format(record)
 
 
-def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan) -> str:
+def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan, straggler: str | None = None) -> str:
     """One aligned line: tok/s of all ranks, MFU per rank, ``eta_s`` seconds to the end, data wait only from 5 %.
+
+    ``straggler``: the slowest rank and its host, if the others wait for it.
 
     With several tasks, their parts of the loss follow in further lines.
     """
@@ -112,6 +114,8 @@ def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan)
         parts.append("above peak")
     if record.skipped_steps:
         parts.append(f"{record.skipped_steps} skipped")
+    if straggler is not None:
+        parts.append(f"{straggler} +{_percent(record.ranks['slowest_excess']).strip()}")
     line = "  ".join(parts)
     line = line if len(line) <= _TEXT_WIDTH else " ".join(parts)
     losses = [f"loss/{task} {_metric(loss)}" for task, loss in record.task_losses.items()]

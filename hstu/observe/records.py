@@ -49,6 +49,8 @@ class TrainRecord:
     """Dynamic table → its id counts by name."""
     task_losses: Mapping[str, float] = field(default_factory=dict)
     """Task → its part of ``loss``, written as "loss/<task>". Empty if there is one task."""
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    """The fields of RankTimes. Empty for a single rank."""
 
     def as_json(self) -> dict[str, Any]:
         """The object written to metrics.jsonl."""
@@ -58,7 +60,7 @@ class TrainRecord:
         if self.loss_scale is None:
             del fields["loss_scale"], fields["skipped_steps"]
         losses = {f"loss/{task}": loss for task, loss in fields.pop("task_losses").items()}
-        return {"kind": "train", "iter": fields.pop("iteration"), **fields, **losses}
+        return {"kind": "train", "iter": fields.pop("iteration"), **fields.pop("ranks"), **fields, **losses}
 
     def scalars(self) -> dict[str, float]:
         """Numbers to plot over iterations, by name."""

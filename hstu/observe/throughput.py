@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -27,7 +28,11 @@ from hstu.ops.costs import Window, sequence_flops
 log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
-SumOverRanks = Callable[[list[float]], list[float]]
+Gather = Callable[[list[float]], list[list[float]]]
+SLOW_BY = 0.2
+"""The slowest rank is a straggler if it takes longer than the median rank by this share,"""
+IN_A_ROW = 3
+"""and is reported after so many records in a row."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,64 @@ class FlopCounter:
 
 
 @dataclass(frozen=True)
+class RankTimes:
+    """Seconds per step by rank. The slowest rank spends the most on its own: computing and waiting for its data."""
+
+    slowest_rank: int
+    slowest_excess: float
+    """What it spends on its own beyond the median rank, as a share of that."""
+    slowest_compute_s: float
+    """Its own forward and backward, without its waits for other ranks."""
+    slowest_data_wait_s: float
+    median_compute_s: float
+    median_data_wait_s: float
+    mean_compute_s: float
+    mean_collective_s: float
+    """The rest of a step: collectives, with the wait for slower ranks, and look-ups and updates."""
+
+    @classmethod
+    def of(cls, own: np.ndarray, step_s: float) -> RankTimes:
+        """own: float64 [ranks, 2], seconds of computing and of waiting for data."""
+        totals, mean = own.sum(1), own.mean(0)
+        slowest, median = int(totals.argmax()), np.median(own, 0)
+        return cls(
+            slowest_rank=slowest,
+            slowest_excess=float(totals[slowest] / max(np.median(totals), 1e-9)) - 1,
+            slowest_compute_s=float(own[slowest, 0]),
+            slowest_data_wait_s=float(own[slowest, 1]),
+            median_compute_s=float(median[0]),
+            median_data_wait_s=float(median[1]),
+            mean_compute_s=float(mean[0]),
+            mean_collective_s=max(step_s - float(mean.sum()), 0.0),
+        )
+
+
+class Stragglers:
+    """Finds a rank that is the slowest by far. ``host_of``: returns the host of a rank; called once per rank."""
+
+    def __init__(self, host_of: Callable[[int], str]) -> None:
+        self._host_of = functools.cache(host_of)
+        self._rank: int | None = None
+        self._records = 0
+
+    def follow(self, times: RankTimes | None) -> tuple[str | None, str | None]:
+        """The rank that is the slowest by SLOW_BY, and a warning if it now was in IN_A_ROW records; None if not so."""
+        before, self._rank = self._rank, None
+        if times is None or times.slowest_excess < SLOW_BY:
+            return None, None
+        self._rank = times.slowest_rank
+        self._records = self._records + 1 if self._rank == before else 1
+        named = f"rank {self._rank} ({self._host_of(self._rank)})"
+        if self._records != IN_A_ROW:
+            return named, None
+        return named, (
+            f"the others wait for {named}, the slowest in {IN_A_ROW} log intervals in a row: per step it computes "
+            f"{times.slowest_compute_s:.3g} s and waits {times.slowest_data_wait_s:.3g} s for data, the median rank "
+            f"{times.median_compute_s:.3g} s and {times.median_data_wait_s:.3g} s (docs/failures.md, A slow rank)"
+        )
+
+
+@dataclass(frozen=True)
 class Throughput:
     """Rates over all ranks, unless a field says otherwise."""
 
@@ -86,6 +149,8 @@ class Throughput:
     """Share of the peak in [0, 1]; nan if the peak is unknown or was measured too low, on a busy machine."""
     data_wait: float
     """Share of the time spent waiting for data, in [0, 1], averaged over ranks."""
+    ranks: RankTimes | None
+    """None for a single rank."""
 
 
 class ThroughputMeter:
@@ -126,18 +191,24 @@ class ThroughputMeter:
             yield batch
             begun = self._clock()
 
-    def take(self, sum_over_ranks: SumOverRanks = list, num_ranks: int = 1) -> Throughput:
-        """Return the rates since the last reset, and reset. ``sum_over_ranks`` all-reduces a list of numbers."""
+    def take(self, compute_s: float = 0.0, gather: Gather = lambda own: [own]) -> Throughput:
+        """Return the rates since the last reset, and reset.
+
+        compute_s: seconds that this rank computed. gather: gathers the numbers of all ranks, in rank order.
+        """
         elapsed = max(self._clock() - self._begun - self._paused_s, 1e-9)
-        samples, tokens, flops, wait_s = sum_over_ranks([self._samples, self._tokens, self._flops, self._wait_s])
+        by_rank = np.array(gather([self._samples, self._tokens, self._flops, compute_s, self._wait_s]))
+        samples, tokens, flops, _, wait_s = by_rank.sum(0).tolist()
+        num_ranks, step_s = len(by_rank), elapsed / self._steps if self._steps else math.nan
         tflops = flops / num_ranks / elapsed / 1e12
         result = Throughput(
-            step_s=elapsed / self._steps if self._steps else math.nan,
+            step_s=step_s,
             samples_per_s=samples / elapsed,
             tokens_per_s=tokens / elapsed,
             tflops=tflops,
             mfu=tflops / self._peak if 0 <= tflops <= self._peak else math.nan,
             data_wait=min(wait_s / num_ranks / elapsed, 1.0),
+            ranks=RankTimes.of(by_rank[:, 3:] / max(self._steps, 1), step_s) if num_ranks > 1 else None,
         )
         self._reset()
         return result

@@ -23,6 +23,7 @@ from torch.autograd.function import FunctionCtx
 
 from hstu.base.errors import UserError
 from hstu.data.batches.batch import PADDING_ID
+from hstu.parallel.own_time import own_time
 
 T = TypeVar("T")
 Collective = Callable[[Tensor, Any], Tensor]
@@ -55,11 +56,13 @@ class _WithBackward(torch.autograd.Function):
         ctx: FunctionCtx, tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup | None
     ) -> Tensor:
         ctx.apply_backward, ctx.group = backward, group  # type: ignore[attr-defined]
-        return forward(tensor, group)
+        with own_time.paused():
+            return forward(tensor, group)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.apply_backward(gradients[0], ctx.group), None, None, None  # type: ignore[attr-defined]
+        with own_time.paused():
+            return ctx.apply_backward(gradients[0], ctx.group), None, None, None  # type: ignore[attr-defined]
 
 
 def _apply(tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup | None) -> Tensor:
@@ -140,7 +143,8 @@ def sum_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the sum of the ranks' tensors as a new tensor without gradient."""
     total = value.detach().clone()
     if dist.get_world_size(group) > 1:
-        dist.all_reduce(total, group=group)
+        with own_time.paused():
+            dist.all_reduce(total, group=group)
     return total
 
 

@@ -33,6 +33,7 @@ from hstu.ops.layout import JaggedLayout, pad_tokens
 from hstu.parallel.attention_shares import share_attention, within
 from hstu.parallel.collectives import gather_copies, join_rows, scale_gradient, split_rows, sum_over_ranks
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.own_time import own_time
 
 with warnings.catch_warnings():  # Megatron warns about optional CUDA packages that are not used here
     warnings.simplefilter("ignore")
@@ -80,7 +81,8 @@ class ProcessGroupComm(LayerComm):
 
     def all_gather(self, own: Tensor) -> Tensor:
         """See :class:`LayerComm`."""
-        return gather_copies(own, self.tp_group)
+        with own_time.paused():
+            return gather_copies(own, self.tp_group)
 
     def all_gather_tokens(self, own: Tensor) -> Pending:
         """See :class:`LayerComm`."""
@@ -237,7 +239,8 @@ def _rows_of_several(slices: list[list[slice]], size: int) -> range:
 
 def _pending(result: Tensor, work: dist.Work) -> Pending:
     def wait() -> Tensor:
-        work.wait()
+        with own_time.paused():
+            work.wait()
         return result
 
     return wait

@@ -17,6 +17,7 @@ from hstu.optim.optimizers import Optimizers
 from hstu.parallel.ddp import average_sparse_gradients, gradient_sync, own_gradients_finite
 from hstu.parallel.group import look_up
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.own_time import own_time
 from hstu.parallel.shards import all_finite, numbers_of
 from hstu.pipeline.finite import FiniteCheck, LossScale
 
@@ -80,10 +81,15 @@ class TrainStep:
         # so gradients stop at detached rows until the whole step's gradients exist.
         leaves = detach_rows(rows, batch.parts)
         sums: list[Tensor] = []
+        own_time.start(self.mesh.device)
         for index, part in enumerate(batch.parts):
-            with gradient_sync(self.model.dense, is_last=index == len(batch.parts) - 1):
+            is_last = index == len(batch.parts) - 1
+            with gradient_sync(self.model.dense, is_last=is_last):
                 output = self.model.dense(leaves[index], part)
-                (output.loss_sum * loss_weight).backward()
+                loss = output.loss_sum * loss_weight
+                if is_last:
+                    own_time.stop_after_backward(loss)
+                loss.backward()
             sums.append(output.loss_sums)
             self.mesh.heartbeat.beat()
         row_gradients = collect_row_gradients(rows, leaves)

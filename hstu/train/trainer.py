@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import logging
+import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from hstu.base.errors import ConfigError
@@ -24,11 +26,12 @@ from hstu.data.sampling.samples import Split
 from hstu.observe.logging import format_eval, format_train, progress_bar
 from hstu.observe.records import EvalRecord, TrainRecord
 from hstu.observe.run_directory import RunDirectory
-from hstu.observe.throughput import FlopCounter, Profiler, Throughput, ThroughputMeter, memory_bytes
+from hstu.observe.throughput import FlopCounter, Profiler, Stragglers, Throughput, ThroughputMeter, memory_bytes
 from hstu.optim.optimizers import Schedule
-from hstu.parallel.collectives import sum_over_ranks
+from hstu.parallel.collectives import gather_copies
 from hstu.parallel.dynamic.table import describe_report, pop_reports
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.own_time import own_time
 from hstu.parallel.tables import dynamic_tables
 from hstu.pipeline.finite import NonFiniteStep, Stopped, StopSignal
 from hstu.pipeline.pipelines import TrainPipeline
@@ -71,6 +74,7 @@ class Trainer:
         args, split = self.args, self.source.eval_splits[0]
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
+        self._stragglers = Stragglers(self._host_of)
         self._evaluation_s = 0.0
         """Duration of the last evaluation of a split."""
         self._has_best_weights = False
@@ -209,14 +213,16 @@ class Trainer:
     def _log(self, bar: tqdm[Any]) -> None:
         self.pipeline.resolve()
         loss, task_losses = self._running_loss.pop()
-        rates = self.meter.take(self._sum_over_ranks, self.mesh.world_size)
+        rates = self.meter.take(own_time.pop_s(), self._gather)
         self._last_throughput = rates
+        straggler, warning = self._stragglers.follow(rates.ranks)
         scale = self._loss_scale
         record = TrainRecord(
             iteration=self.state.iteration,
             epoch=self._epoch(self.state.iteration),
             loss=loss,
             task_losses=task_losses,
+            ranks={} if rates.ranks is None else asdict(rates.ranks),
             lr=self.state.optimizers.learning_rate,
             samples_per_s=rates.samples_per_s,
             tokens_per_s=rates.tokens_per_s,
@@ -230,7 +236,9 @@ class Trainer:
             tables=pop_reports(dynamic_tables(self.state.model), self._sum_over_ranks),
         )
         self.run_directory.write(record)
-        log.info(format_train(record, self.total_iters, self._eta_s(rates.step_s)))
+        log.info(format_train(record, self.total_iters, self._eta_s(rates.step_s), straggler))
+        if warning and self.mesh.is_main:
+            log.warning(warning)
         for table, report in record.tables.items():
             log.info(describe_report(table, report))
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
@@ -306,10 +314,19 @@ class Trainer:
     def _epoch(self, iteration: int) -> float:
         return (iteration - self._shift) / self.source.batches_per_epoch
 
+    def _host_of(self, rank: int) -> str:
+        """The name of a rank's host. Collective."""
+        name = [socket.gethostname()]
+        dist.broadcast_object_list(name, rank, self.mesh.world_group)
+        return name[0]
+
+    def _gather(self, numbers: list[float]) -> list[list[float]]:
+        own = torch.tensor(numbers, dtype=torch.float64)
+        by_rank: list[list[float]] = gather_copies(own, self.mesh.world_group).tolist()
+        return by_rank
+
     def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
-        totals = torch.tensor(numbers, dtype=torch.float64)
-        summed: list[float] = sum_over_ranks(totals, self.mesh.world_group).tolist()
-        return summed
+        return [sum(by_rank) for by_rank in zip(*self._gather(numbers), strict=True)]
 
     def _summarise(self, status: str) -> None:
         if status in ("done", "stopped early") and self.source.trained_on and self.checkpoints.newest_iteration:

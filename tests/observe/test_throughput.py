@@ -18,6 +18,8 @@ from hstu.data.features.roles import FeatureRoles
 from hstu.observe.throughput import (
     FlopCounter,
     Profiler,
+    RankTimes,
+    Stragglers,
     ThroughputMeter,
     _measure,
     data_sheet_tflops,
@@ -25,6 +27,7 @@ from hstu.observe.throughput import (
     peak_tflops,
 )
 from hstu.ops.costs import sequence_flops
+from hstu.parallel.own_time import OwnTime
 from tests.helpers import make_batch
 from tests.train.tiny import NETWORK
 
@@ -82,11 +85,56 @@ def test_over_ranks_counts_add_up_while_tflops_are_the_mean_ranks() -> None:
     meter = ThroughputMeter(peak_tflops=4.0, clock=clock)
     clock.now += 4.0
     meter.add(samples=6, tokens=40, flops=8e12)
-    twice_as_busy_together = meter.take(lambda counts: [2 * count for count in counts], num_ranks=2)
+    twice_as_busy_together = meter.take(gather=lambda own: [own, own])
     assert twice_as_busy_together.samples_per_s == 3.0
     assert twice_as_busy_together.tokens_per_s == 20.0
     assert twice_as_busy_together.tflops == 2.0
     assert twice_as_busy_together.mfu == 0.5
+
+
+def test_a_straggler_is_reported_once_it_was_the_slowest_in_three_records() -> None:
+    def times(*own_s: float) -> RankTimes:
+        return RankTimes.of(np.array([[own, 0.0] for own in own_s]), step_s=2.0)
+
+    slow, other, even = times(1.0, 1.0, 1.25), times(1.3, 1.0, 1.0), times(1.0, 1.0, 1.1)
+    looked_up: list[int] = []
+
+    def host_of(rank: int) -> str:
+        looked_up.append(rank)
+        return f"host{rank}"
+
+    stragglers = Stragglers(host_of)
+    found = [stragglers.follow(each) for each in (slow, slow, other, slow, slow, slow, slow, even, None)]
+    names = [2, 2, 0, 2, 2, 2, 2, None, None]
+    assert [name for name, _ in found] == [rank if rank is None else f"rank {rank} (host{rank})" for rank in names]
+    assert [index for index, (_, warning) in enumerate(found) if warning] == [5] and looked_up == [2, 0]
+    assert slow.slowest_excess == pytest.approx(0.25) and slow.mean_collective_s == pytest.approx(2 - 3.25 / 3)
+
+
+def test_own_time_leaves_out_waits_and_steps_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, cpu, own_time = Clock(), torch.device("cpu"), OwnTime()
+    monkeypatch.setattr(time, "perf_counter", clock)
+
+    def work(seconds: float) -> None:
+        clock.now += seconds
+
+    own_time.start(cpu)
+    work(7.0)  # and then it fails
+    weight = torch.ones(1, requires_grad=True)
+    for _ in range(2):
+        own_time.start(cpu)
+        work(1.0)
+        with own_time.paused(), own_time.paused():
+            work(10.0)
+        loss = (2 * weight).sum()
+        own_time.stop_after_backward(loss)
+        weight.register_hook(lambda _: work(0.5))
+        loss.backward()
+        work(10.0)
+    with own_time.paused():  # outside of a step, as in an evaluation
+        work(10.0)
+    assert own_time.pop_s() == pytest.approx(1.0 + 0.5 + 1.0 + 2 * 0.5)
+    assert own_time.pop_s() == 0.0
 
 
 def test_memory_on_cpu_grows_with_what_is_held() -> None:

@@ -296,7 +296,10 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
             ) from error
         # torch 2.13: with --max-restarts torchrun shares one store between all attempts, and a rank that reads an
         # address from an earlier attempt hangs. tests/distributed/test_failures.py fails when this is fixed.
-        store: dist.Store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", served)
+        # Where the store is new in each attempt, agents that were started anew count attempts from 0 again.
+        is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_shared else "0"
+        store: dist.Store = dist.PrefixStore(f"attempt {attempt}", served)
     else:  # plain python: an in-memory store needs no port
         store, rank, world_size = dist.HashStore(), 0, 1
     groups = dist.PrefixStore("groups", store)

@@ -47,6 +47,10 @@ class Estimate:
     peak_tflops: float
     memory_limit: float
     """Bytes of memory available to a rank."""
+    checkpoint_files: int
+    checkpoint_bytes: int
+    checkpoint_s: float
+    """Time to write them, at the machine's ``storage_gb_s``."""
 
     @property
     def memory_total(self) -> int:
@@ -74,9 +78,11 @@ def estimate(workload: Workload, machine: Machine) -> Estimate:
     plan, batches = plan_for(machine, workload), workload.batches
     computing, exposed = step_times(workload, machine, workload.typical, plan)
     waiting = sum(computing.values()) * (workload.straggling - 1)
+    run = dry_run(workload, workload.typical)
+    files, saved = sharding.checkpoint(workload, run)
     return Estimate(
         memory=memory(workload, plan),
-        transfers=transfers(workload, dry_run(workload, workload.typical), plan),
+        transfers=transfers(workload, run, plan),
         computing=computing,
         step=step_parts(computing, exposed) | {WAITING: waiting},
         tokens=sum(map(workload.tokens, batches)) / len(batches) * workload.dp_size,
@@ -84,6 +90,9 @@ def estimate(workload: Workload, machine: Machine) -> Estimate:
         flops=sum(map(workload.flops, batches)) / len(batches) / workload.group_size,
         peak_tflops=machine.peak_tflops,
         memory_limit=machine.memory_gb * 1e9,
+        checkpoint_files=files,
+        checkpoint_bytes=saved,
+        checkpoint_s=saved / (machine.storage_gb_s * 1e9),
     )
 
 
@@ -253,8 +262,10 @@ def report(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
     yield _row("expected step", _time(found.step_s))
     yield (
         f"  {found.samples / found.step_s:,.0f} samples/s, {found.tokens / found.step_s:,.0f} tokens/s, "
-        f"{found.tflops:.3g} TFLOPS per rank, MFU {found.mfu:.1%} of {found.peak_tflops:.3g} TFLOPS\n"
+        f"{found.tflops:.3g} TFLOPS per rank, MFU {found.mfu:.1%} of {found.peak_tflops:.3g} TFLOPS"
     )
+    saved, seconds = size(found.checkpoint_bytes), found.checkpoint_s
+    yield f"checkpoint: {found.checkpoint_files:,} files, {saved}, {seconds:.3g} s at {machine.storage_gb_s:g} GB/s\n"
     yield f"note: {workload.note}"
     if not machine.is_measured:
         yield f"note: times are what {machine.name} should need (a roofline); none of them has been measured on a GPU"

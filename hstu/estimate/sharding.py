@@ -5,6 +5,7 @@ Tables are sharded by the planner of a run. The costs of data parallelism follow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,9 @@ from hstu.model.stack import ROUNDED_WEIGHTS
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.parallel.dynamic.memory import bytes_per_row, logical_name
 from hstu.parallel.flat_weights import FlatLayout
-from hstu.parallel.table_optimizer import TableTraining, is_rowwise
+from hstu.parallel.table_optimizer import TableTraining, is_rowwise, state_shape
 from hstu.parallel.tables import UNLIMITED, TableRanks, TableRoom, memory_plans, plan_sharding, prepare_tables
+from hstu.train.builder import raw_ids
 
 INT64 = 8
 """Bytes of an id and of a length."""
@@ -174,6 +176,20 @@ def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) 
         "replicated tables": Cost(0.0, replicated, 4 * len(workload.replicated_specs)),
     }
     return {name: cost for name, cost in found.items() if cost.bytes}
+
+
+def checkpoint(workload: Workload, run: DryRun) -> tuple[int, int]:
+    """(files, bytes of the tensors) of a checkpoint. The rows that dynamic tables will have are unknown: not counted.
+    Each rank has a file of tensors, one of its generators and, with dynamic tables, one of those; rank 0 has 5 more."""
+    rows, _, states = replicated_bytes(workload, run)
+    found = rows + states + sum(ids.nbytes for ids in raw_ids(workload.source).tensors().values())
+    for weight in run.weights.values():
+        found += weight.shards * (FLOAT32 * weight.elements + weight.state_bytes) + weight.step_bytes
+    has_dynamic = any(spec.dynamic is not None for spec in workload.specs)
+    for spec in (spec for spec in workload.specs if not spec.replicated and spec.dynamic is None):
+        shapes = [state_shape(spec, state) for state in TableTraining.of(spec, workload.config.optimizer).states]
+        found += FLOAT32 * sum(map(math.prod, [(spec.rows, spec.dim), *shapes]))
+    return (2 + has_dynamic) * workload.world_size + 5, found
 
 
 def held_weights(workload: Workload, run: DryRun) -> dict[str, int]:

@@ -30,6 +30,7 @@ from hstu.data.store.layout import OFFSETS_FILE, NumberStatistics
 from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.logging import Progress
+from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.host_arrays import once_per_host
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition
@@ -51,6 +52,20 @@ class StoreSource(BatchSource):
     def __init__(self, config: RunConfig, args: DatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
         super().__init__(config, mesh, world_size)
         self._args = args
+        # A rank that fails here would leave those of its host waiting for its samples.
+        self._open() if mesh is None else on_all_ranks(self._open, mesh.world_group)
+        self.eval_splits, self.final_splits = self._splits()
+        self._train_samples = self._samples("train")
+        self._eval_samples: dict[Split, SampleTable] = {}
+        self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
+        samples = self._train_samples
+        self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
+        self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
+        self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
+
+    def _open(self) -> None:
+        """Open the data and check that the configuration fits it."""
+        config, args = self._config, self._args
         self.store = open_store(args)
         self.ranges = self.store.ranges
         self.eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
@@ -76,14 +91,6 @@ class StoreSource(BatchSource):
         self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
         check_rows(self.tables, self.cardinalities, self.raw_features)
         self.max_items = args.max_sequence_length
-        self.eval_splits, self.final_splits = self._splits()
-        self._train_samples = self._samples("train")
-        self._eval_samples: dict[Split, SampleTable] = {}
-        self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
-        samples = self._train_samples
-        self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
-        self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
-        self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
 
     def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
         """Hook for subclasses that change the sizes of the model's tables."""
@@ -215,7 +222,7 @@ class StoreSource(BatchSource):
         store = self.store if split == "train" else self.eval_store
         kind: Split = "all" if split != "train" and self._args.eval_dataset_path else split
         build = partial(build_samples, store, self._args, self._config.task, kind, self._config.trainer.seed)
-        samples = once_per_host(lambda: build().compact(), self._mesh, f"samples of {store.path}, {split}")
+        samples = once_per_host(lambda: build().compact(), self._mesh, f"samples, {split}")
         if split == "train" or store.split is not None:
             log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in samples.report.items()))
         return samples

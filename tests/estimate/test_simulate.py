@@ -29,7 +29,8 @@ def test_with_equal_lengths_nobody_waits_and_a_step_is_that_of_the_estimate() ->
     expected = estimate(plan_workload(run_config(tp=2, bindings=[EQUAL]), 16, 8, "cuda"), H100)
     assert found.parts_s[WAITING] == pytest.approx(0, abs=1e-12)
     assert found.step_s == pytest.approx(expected.step_s, rel=1e-6)
-    assert found.parts_s[COMPUTING] == pytest.approx(expected.step["computing"], rel=1e-6)
+    # Batches differ in how many of their ids are distinct.
+    assert found.parts_s[COMPUTING] == pytest.approx(expected.step["computing"], rel=1e-5)
     assert found.tokens_per_s == pytest.approx(expected.tokens / expected.step_s, rel=1e-6)
     assert found.tflops == pytest.approx(expected.tflops)
 

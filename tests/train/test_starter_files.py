@@ -137,5 +137,5 @@ def test_an_edited_file_is_never_replaced(make_store: MakeStore, tmp_path: Path)
     assert not file.with_name("toy_retrieval.gin.new").exists()
     os.utime(file, (0, 0))  # as after --force
     new = file.with_name("toy_retrieval.gin.new")
-    assert next(write_starters(store, tmp_path / "toy")).endswith(f"kept; for this one: {new})")
+    assert next(write_starters(store, tmp_path / "toy")).endswith(f"for a new run: {new})")
     assert (file.read_text(), new.read_text()) == ("# mine", as_written)

@@ -234,5 +234,6 @@ def test_names_and_ids_with_control_characters_steer_no_terminal(
     assert r"i\x1b[2J" in told.out and r"i\x1b[2J" in told.err
     for report in Path("s.report").glob("report.*"):
         text = report.read_text()
-        assert not re.search("[\x1b\x07]|<script>|<b>", text), report
+        assert not re.search("[\x1b\x07]", text), report
+        assert not re.search("<script>|<b>", re.sub("(?m)^ {4}.*", "", text)), report  # code blocks show tags as text
         assert r"\x1b]0;x\x07" in text.replace("\\\\", "\\").replace(r"\]", "]")

@@ -155,7 +155,9 @@ def assert_close(found: Any, expected: Any, exact: bool, name: str) -> None:
     elif isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key, values in expected.items():
-            np.testing.assert_allclose(found[key], values, RTOL, ATOL, err_msg=f"{name}, {key}")
+            # Where predictions are almost equal, the last bit of a weight changes their order.
+            atol = 1e-3 if key == "AUC" else ATOL
+            np.testing.assert_allclose(found[key], values, RTOL, atol, err_msg=f"{name}, {key}")
     else:
         np.testing.assert_allclose(found, expected, RTOL, err_msg=name)
 

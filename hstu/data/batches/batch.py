@@ -207,9 +207,8 @@ def packed(batch: HSTUBatch) -> tuple[np.ndarray, np.ndarray]:
 
     _replaced(batch, collect)
     padded = bytearray().join(array.tobytes() + bytes(-array.nbytes % 8) for array in arrays)
-    return np.array([len(padded) // 8, *(size for array in arrays for size in array.shape)]), np.frombuffer(
-        padded, "i8"
-    )
+    sizes = [size for array in arrays for size in array.shape]
+    return np.array([len(padded) // 8, *sizes]), np.frombuffer(padded, "i8")
 
 
 def unpacked(like: HSTUBatch, shapes: np.ndarray, numbers: np.ndarray) -> HSTUBatch:

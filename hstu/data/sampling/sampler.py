@@ -291,7 +291,7 @@ def balanced_ranks(
         if taken < _LEAST_PER_ROUND:
             break
         ranks = ranks[:taken]
-        chosen[done : done + taken] = ranks
+        chosen[order[done : done + taken]] = ranks
         rooms[ranks] -= 1
         token_rooms[ranks] -= sizes[done : done + taken]
         loads[ranks] = np.where(rooms[ranks] > 0, after[:taken], np.inf)
@@ -299,10 +299,8 @@ def balanced_ranks(
     rest = _one_by_one(costs[done:], sizes[done:], loads, rooms, token_rooms)
     if rest is None:
         return None
-    chosen[done:] = rest
-    result = np.empty_like(chosen)
-    result[order] = chosen
-    return result
+    chosen[order[done:]] = rest
+    return chosen
 
 
 def _one_by_one(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -136,7 +135,7 @@ class DirectoryLock:
     def release(self) -> None:
         """Release the lock. Repeated calls and calls in a forked child do nothing."""
         if self._process == os.getpid() and self._lock.is_locked:
-            with contextlib.suppress(OSError):  # the disk may have become read-only: releasing is what counts
+            with suppress(OSError):  # the disk may have become read-only: releasing is what counts
                 self._path.unlink()
             self._lock.release()
 

@@ -187,10 +187,7 @@ class Watchdog:
         would serve the square of their number. A reader that gives no verdict in time is replaced.
         """
         own, reader = f"rank {self._mesh.rank} at {time.time()}", ""
-        while True:
-            reader = self._store.compare_set("reader", reader, own).decode()
-            if reader == own:
-                break
+        while (reader := self._store.compare_set("reader", reader, own).decode()) != own:
             if (verdict := self._wait(silence_s + SILENCE_S)) or self._left:
                 return verdict
         earlier = self._statuses()

@@ -41,7 +41,7 @@ from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_nam
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Heartbeat, Mesh
 from hstu.parallel.planner import build_planner
-from hstu.parallel.table_exchange import BFLOAT16, CollectionSharder
+from hstu.parallel.table_kernels import BFLOAT16, CollectionSharder
 from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 
 log = logging.getLogger(__name__)

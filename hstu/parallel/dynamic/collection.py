@@ -30,7 +30,7 @@ from hstu.parallel.dynamic.hashing import mix, unmix
 from hstu.parallel.dynamic.memory import SplitLookup, logical_name
 from hstu.parallel.dynamic.rows import RowBlock, Rows, find_caches
 from hstu.parallel.dynamic.table import DynamicTable
-from hstu.parallel.table_exchange import CollectionSharder, DistinctIdsCollection
+from hstu.parallel.table_kernels import CollectionSharder, DistinctIdsCollection
 from hstu.parallel.table_optimizer import TableOptimizer
 
 

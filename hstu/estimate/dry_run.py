@@ -219,11 +219,9 @@ class _WithoutTables(GRModel):
 
     def look_up(self, batch: HSTUBatch) -> dict[str, Tensor]:
         self._recorder.begin(ROWS)
-        source, shapes = (
-            torch.zeros((), requires_grad=True),
-            [(n, self._dims[name]) for name, n in self._counts.items()],
-        )
-        return dict(zip(self._counts, _Rows.apply(source, shapes, self._copies), strict=True))
+        shapes = [(n, self._dims[name]) for name, n in self._counts.items()]
+        rows = _Rows.apply(torch.zeros((), requires_grad=True), shapes, self._copies)
+        return dict(zip(self._counts, rows, strict=True))
 
 
 class _Rows(torch.autograd.Function):

@@ -93,9 +93,8 @@ class _ConsoleFormatter(PrintableFormatter):
 def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan, straggler: str | None = None) -> str:
     """One aligned line: tok/s of all ranks, MFU per rank, ``eta_s`` seconds to the end, data wait only from 5 %.
 
-    ``straggler``: the slowest rank and its host, if the others wait for it.
-
-    With several tasks, their parts of the loss follow in further lines.
+    With several tasks, their parts of the loss follow in further lines. ``straggler``: the slowest rank and its host,
+    if the others wait for it.
     """
     width = len(str(total_iters))
     parts = [

@@ -77,12 +77,11 @@ class TensorGroup(Pipelineable):
             part.record_stream(stream)
 
     def _parts(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: v for name, v in fields.items() if isinstance(v, (Tensor, KeyedJaggedTensor, TensorGroup))}
+        kinds = (Tensor, KeyedJaggedTensor, TensorGroup)
+        return {name: part for name, part in vars(self).items() if isinstance(part, kinds)}
 
     def _map(self, function: Callable[[Any], Any]) -> Self:
-        parts = {name: function(part) for name, part in self._parts().items()}
-        return dataclasses.replace(self, **parts)
+        return dataclasses.replace(self, **{name: function(part) for name, part in self._parts().items()})
 
 
 Group = TypeVar("Group", bound=TensorGroup)

@@ -89,13 +89,6 @@ class RowSparseEmbedding(BaseEmbedding):
         state.update({f"{prefix}{key}": tensor for key, tensor in self.as_sharded_tensors(self._weights).items()})
         return state
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (``<prefix>.<table>.weight``, parameter) pairs."""
-        for name, weight in self._weights.items():
-            yield f"{prefix}.{name}.weight" if prefix else f"{name}.weight", weight
-
     def flush(self) -> None:
         """Do nothing: there is no cache."""
 

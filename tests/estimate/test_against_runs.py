@@ -32,6 +32,7 @@ from hstu.parallel.layer_comm import ProcessGroupComm
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.shards import local_part, numbers_of
 from hstu.parallel.tables import sharded_weights
+from hstu.pipeline.step import detach_rows
 from hstu.train.builder import build_model, build_pipeline, build_state
 from hstu.train.sources import open_source
 from tests.distributed.launch import Launch, run_cases
@@ -145,7 +146,8 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
         "table states": sum(shard.tensor.nbytes for state in table_states.values() for shard in state.local_shards()),
     }
     first = next(batches)
-    result["activations"] = kept_for_backward(model, to_train_batch(first, model.roles, mesh), mesh)
+    parts = config.trainer.gradient_accumulation_steps
+    result["activations"] = kept_for_backward(model, to_train_batch(first, model.roles, mesh, parts), mesh)
     pipeline.progress(batches)  # DDP settles its buckets after the first step
     uneven = Counter[str]()
     exchange = ProcessGroupComm._exchange
@@ -170,7 +172,7 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
 
 
 def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
-    """Bytes of the storages that autograd keeps, beyond parameters and the batch itself."""
+    """Bytes of the storages that autograd keeps of the first micro-batch, beyond parameters and the batch itself."""
     not_counted = {local_part(p.detach()).untyped_storage().data_ptr() for p in model.parameters()}
     for one in (batch.own, *batch.parts):
         tensors = [one.features.values(), one.features.lengths(), one.labels, one.num_labels, one.negatives.draws]
@@ -183,8 +185,9 @@ def kept_for_backward(model: GRModel, batch: TrainBatch, mesh: Mesh) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         rows = look_up(model, batch, mesh)
-        (whole,) = batch.parts
-        output = model.dense(rows, whole)
+        if len(batch.parts) > 1:
+            rows = detach_rows(rows, batch.parts)[0]
+        output = model.dense(rows, batch.parts[0])
     not_counted |= {local_part(p.detach()).untyped_storage().data_ptr() for p in model.parameters()}
     output.loss_sum.backward()  # the ranks' collectives of backward
     return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in not_counted)

@@ -202,6 +202,7 @@ class AloneGroup(_ProcessGroup):
         return name
 
     pg_name = group_name
+    _device_types = (torch.device("cpu"),)
 
     def size(self) -> int:
         return self._size
@@ -367,7 +368,9 @@ def stand_alone(rank: int, world_size: int) -> None:
     public.new_group = c10d.new_group = new_alone
     c10d._tensor_to_object = counted
     folder.becomes_visible = lambda *_: True  # rank 0 was here before, and is gone
-    save_plans._validate_global_plan = lambda *_: []  # the others' plans lack their own rows
+    plans: Any = save_plans
+    valid: Any = True if plans._validate_global_plan.__annotations__["return"] is bool else []  # by torch's version
+    plans._validate_global_plan = lambda *_: valid  # the others' plans lack their own rows
     sharded_tensors.build_global_metadata = partial(row_wise_metadata, sharded_tensors.build_global_metadata)
     os.environ |= {
         "RANK": str(rank),

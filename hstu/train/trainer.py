@@ -28,7 +28,7 @@ from hstu.observe.records import EvalRecord, TrainRecord
 from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import FlopCounter, Profiler, Stragglers, Throughput, ThroughputMeter, memory_bytes
 from hstu.optim.optimizers import Schedule
-from hstu.parallel.collectives import gather_copies
+from hstu.parallel.collectives import gather_copies, sum_over_ranks
 from hstu.parallel.dynamic.table import describe_report, pop_reports
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.own_time import own_time
@@ -326,7 +326,9 @@ class Trainer:
         return by_rank
 
     def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
-        return [sum(by_rank) for by_rank in zip(*self._gather(numbers), strict=True)]
+        totals = torch.tensor(numbers, dtype=torch.float64)
+        summed: list[float] = sum_over_ranks(totals, self.mesh.world_group).tolist()
+        return summed
 
     def _summarise(self, status: str) -> None:
         if status in ("done", "stopped early") and self.source.trained_on and self.checkpoints.newest_iteration:

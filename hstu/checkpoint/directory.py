@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hstu.base.errors import DataError, UserError
@@ -54,8 +55,10 @@ class CheckpointFailure(UserError):
     """The file system refused an operation on some rank (disk full, no permission). Raised on every rank."""
 
 
-def collective_io(function: Callable[[], T], mesh: Mesh) -> T:
-    """Call ``function`` on every rank like ``on_all_ranks``. Raises CheckpointFailure if the file system refuses."""
+def collective_io(
+    function: Callable[[], T], mesh: Mesh, call: Callable[[Callable[[], T], ProcessGroup], T] = on_all_ranks
+) -> T:
+    """``call`` the function: ``on_all_ranks`` or ``on_rank_0``. Raises CheckpointFailure if the file system refuses."""
     mesh.heartbeat.mark()
 
     def checked() -> T:
@@ -69,7 +72,7 @@ def collective_io(function: Callable[[], T], mesh: Mesh) -> T:
                     raise CheckpointFailure(f"checkpointing failed on rank {rank}: {cause}") from cause
             raise RuntimeError(f"checkpointing failed on rank {next(iter(error.failures))}: {error}") from error
 
-    return on_all_ranks(checked, mesh.world_group)
+    return call(checked, mesh.world_group)
 
 
 def torch_save(value: Any, path: Path) -> None:

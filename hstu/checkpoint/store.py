@@ -70,9 +70,8 @@ class CheckpointStore:
         Call it before the run changes anything. Raises ConfigError, without changing anything, if another run is saving
         there, other runs' checkpoints are there, or a rank cannot write ``save_dir`` or has another one.
         """
-        group = self.mesh.world_group
-        probe = on_rank_0(self._claim, group)
-        seen = gather_objects(folder.becomes_visible(probe), group)
+        probe = collective_io(self._claim, self.mesh, on_rank_0)
+        seen = gather_objects(folder.becomes_visible(probe), self.mesh.world_group)
         if self.mesh.is_main:
             probe.rmdir()
         if not all(seen):
@@ -142,7 +141,7 @@ class CheckpointStore:
 
     def restore(self, state: TrainState) -> bool:
         """Load the configured checkpoint; return whether there is one. "auto" skips damaged ones. Raises DataError."""
-        paths = on_rank_0(self._candidates, self.mesh.world_group)
+        paths = collective_io(self._candidates, self.mesh, on_rank_0)
         for path in paths:
             try:
                 load(path, state, self.mesh, self._load_options)

@@ -297,8 +297,7 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
         # torch 2.13: with --max-restarts torchrun shares one store between all attempts, and a rank that reads an
         # address from an earlier attempt hangs. tests/distributed/test_failures.py fails when this is fixed.
         # Where the store is new in each attempt, agents that were started anew count attempts from 0 again.
-        is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_shared else "0"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _torchrun_serves_the_store() else "0"
         store: dist.Store = dist.PrefixStore(f"attempt {attempt}", served)
     else:  # plain python: an in-memory store needs no port
         store, rank, world_size = dist.HashStore(), 0, 1
@@ -308,11 +307,16 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
     return store
 
 
+def _torchrun_serves_the_store() -> bool:
+    """Whether torchrun's agent, which outlives the ranks, serves their store; else rank 0 does."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _allow_open_files(rank: int, world_size: int) -> None:
     """Raise this process's limit of open files if the ranks need it. Raises ConfigError if the host allows too few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     of_store = 0 if rank else 2 * world_size  # each rank connects twice to the process that serves the store
-    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    by_torchrun = _torchrun_serves_the_store()
     # A rank may connect to every other. Rank 0 does so twice, because it also collects the plans of background saves.
     needed = _FILES_OF_A_RANK + world_size * (1 if rank else 2) + (0 if by_torchrun else of_store)
     least = max(needed, _FILES_OF_A_RANK + of_store)

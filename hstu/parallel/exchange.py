@@ -41,7 +41,7 @@ class Exchange:
             return array
         combined = torch.tensor(array, device=self.device)
         dist.all_reduce(combined, op, group=self.group)
-        return _host(combined)
+        return on_host(combined)
 
     def mean(self, rows: np.ndarray) -> np.ndarray:
         """Mean of the rows of all ranks."""
@@ -52,20 +52,20 @@ class Exchange:
         if self.group is None:
             return rows
         counts = gather_copies(torch.tensor([len(rows)], device=self.device), self.group).flatten().tolist()
-        return _host(join_rows(self._on_device(rows), counts, self.group))
+        return on_host(join_rows(self._on_device(rows), counts, self.group))
 
     def to_owners(self, owners: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         """Send row i of each array to rank ``owners[i]``, int64 [n]. Returns the received rows in rank order."""
         if self.group is None:
             return arrays
         order, sent = np.argsort(owners, kind="stable"), np.bincount(owners, minlength=self.size)
-        received = _host(self.swap(self._on_device(sent)))
+        received = on_host(self.swap(self._on_device(sent)))
         found = []
         for array in arrays:
             rows = self._on_device(array[order])
             of_others = rows.new_empty((int(received.sum()), *rows.shape[1:]))
             dist.all_to_all_single(of_others, rows, received.tolist(), sent.tolist(), group=self.group)
-            found.append(_host(of_others))
+            found.append(on_host(of_others))
         return tuple(found)
 
     def by_value(self, values: np.ndarray, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -101,6 +101,7 @@ ALONE = Exchange()
 """This process has all rows."""
 
 
-def _host(tensor: Tensor) -> np.ndarray:
+def on_host(tensor: Tensor) -> np.ndarray:
+    """The numbers of a tensor without gradient, whose memory it shares on a CPU."""
     array: np.ndarray = tensor.cpu().numpy()
     return array

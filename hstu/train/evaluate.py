@@ -25,7 +25,7 @@ from hstu.data.batches.jagged import ranges, run_indices
 from hstu.model.gr_model import GRModel
 from hstu.model.stack import ModelOutput
 from hstu.model.tasks import RankingTask
-from hstu.parallel.exchange import ALONE, Exchange
+from hstu.parallel.exchange import ALONE, Exchange, on_host
 from hstu.parallel.group import evaluate_batch
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
@@ -159,7 +159,7 @@ class LabelledItemEvaluator(Evaluator):
                 requests = (requests_before + np.arange(batch.batch_size)) * self.mesh.world_size + self.mesh.rank
                 requests_before += batch.batch_size
                 labels = batch.labels if batch.label_values is None else batch.label_values.T.contiguous()
-                found.append(of_ranking(batch, self.model.roles.item, _host(logits), _host(labels), requests))
+                found.append(of_ranking(batch, self.model.roles.item, on_host(logits), on_host(labels), requests))
         return Observations.joined(found[1:] or found)
 
 
@@ -256,16 +256,16 @@ class RetrievalEvaluator(Evaluator):
         for batch in batches:
             queries = self.forward(batch).queries
             assert queries is not None, "the model is not a retrieval model"
-            real = np.flatnonzero(_host(batch.user_ids) >= 0)
+            real = np.flatnonzero(on_host(batch.user_ids) >= 0)
             vectors.append(queries[torch.from_numpy(real).to(device)].float())
-            users.append(_host(batch.user_ids)[real])
-            targets.append(_host(batch.labels)[real])
+            users.append(on_host(batch.user_ids)[real])
+            targets.append(on_host(batch.labels)[real])
             history.append(batch.item_lengths[real])
             if batch.seen is None:
                 seen_lengths.append(np.zeros(len(real), dtype=np.int64))
             else:  # padding rows have no seen items
-                seen.append(_host(batch.seen.values))
-                seen_lengths.append(_host(batch.seen.lengths)[real])
+                seen.append(on_host(batch.seen.values))
+                seen_lengths.append(on_host(batch.seen.lengths)[real])
         arrays = (np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
         return Queries(torch.cat(vectors[1:] or vectors), *arrays), np.concatenate(history)
 
@@ -287,13 +287,13 @@ class RetrievalEvaluator(Evaluator):
         """Ascending ids that have a row on any rank; None for a static item table."""
         for table in dynamic_tables(self.model).values():
             if self.source.roles.item in table.spec.features:
-                return np.sort(self.exchange.gathered(_host(table.slots.content()[0])))
+                return np.sort(self.exchange.gathered(on_host(table.slots.content()[0])))
         return None
 
     def embed_items(self, ids: Tensor) -> Tensor:
         """Item vectors, not normalised, for item ids. Collective if a table is sharded."""
         self._mark()
-        features = self.source.tower_features(_host(ids)) if self.args.item_tower else None
+        features = self.source.tower_features(on_host(ids)) if self.args.item_tower else None
         return self.model.embed_items(ids, features)
 
 
@@ -307,8 +307,3 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-
-
-def _host(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.cpu().numpy()
-    return array

@@ -3,8 +3,8 @@
 FSDP gathers a layer's weights for its forward, frees them, gathers them again for its backward, and reduce-scatters
 their gradients. All other dense weights form one unit, which stays gathered from forward to backward. Each weight is
 split by rows into equal parts, one per rank. Weights that a layer only uses in a 16-bit compute type travel in it:
-:class:`LayerGather`. HSTULayerFunction saves gathered weights for backward; they take no memory
-in between, because FSDP frees and refills their storage.
+:class:`LayerGather`. HSTULayerFunction saves gathered weights for backward; they take no memory in between, because
+FSDP frees and refills their storage.
 
 Source: Zhao et al., PyTorch FSDP, VLDB 2023.
 """
@@ -28,7 +28,15 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView, WeightShares, all_finite, local_part, view_of
 
 
-class LayerGather:
+class _Exchange:
+    """What FSDP asks of a custom collective beside the call."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Allocate memory for the collective."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class LayerGather(_Exchange):
     """FSDP's all-gather of a layer whose matrix products have a 16-bit dtype.
 
     The layer rounds ROUNDED_WEIGHTS to it before use, so rounding them before they are sent changes no bit and halves
@@ -44,10 +52,6 @@ class LayerGather:
         self.counts = [count for _, count in shares]
         """Numbers of each weight on a rank, padding included, in the order in which FSDP sends them."""
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate memory for FSDP's all-gather."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
@@ -62,7 +66,7 @@ class LayerGather:
             target.copy_(received.contiguous().view(dtype))
 
 
-class FullySharded:
+class FullySharded(_Exchange):
     """The FSDP units of a dense part, and a check of gradients before they are averaged."""
 
     def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype, computed_as: torch.dtype) -> None:
@@ -88,10 +92,6 @@ class FullySharded:
         if computed_as.itemsize < torch.float32.itemsize:
             for unit, layer in zip(self.units, layers, strict=False):
                 unit.set_custom_all_gather(LayerGather(layer, computed_as, mesh.dp_cp_size))  # type: ignore[arg-type]
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate memory for FSDP's reduce-scatter."""
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False

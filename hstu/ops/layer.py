@@ -154,11 +154,9 @@ class _Computation:
         self.weights, self.layout, self.config, self.dtype = LayerWeights(*weights), layout, config, dtype
         position, time = self.weights.position_weight, self.weights.time_weight
         self.bias = None if position is None or time is None else RelativeBias(position, time)
-        heads, serves_ranges = (
-            len(self.weights.uvqk_bias) // (4 * config.head_dim),
-            config.kernels.attention.serves_ranges,
-        )
-        self.share = config.comm.share_attention(layout, config.attention, heads, self.bias is not None, serves_ranges)
+        heads, kernels = len(self.weights.uvqk_bias) // (4 * config.head_dim), config.kernels.attention
+        has_bias = self.bias is not None
+        self.share = config.comm.share_attention(layout, config.attention, heads, has_bias, kernels.serves_ranges)
 
     def _norm_of(self, x: Tensor, update: Tensor | None = None) -> AddLayerNormInputs:
         weights, eps = self.weights, self.config.eps

@@ -12,7 +12,6 @@ import faulthandler
 import json
 import logging
 import os
-import select
 import signal
 import socket
 import sys
@@ -118,6 +117,7 @@ class Watchdog:
         self._store = dist.PrefixStore("board", connection)
         # Wakes the watchdog thread on a signal even while the main thread, which handles it, is inside a collective.
         self._waker.setblocking(False)
+        self._wake_up.settimeout(BEAT_S)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -162,8 +162,9 @@ class Watchdog:
                     faulthandler.dump_traceback(file)
                     file.seek(0)
                     self._end(verdict, file.read())
-            if select.select([self._wake_up], [], [], BEAT_S)[0] and signal.SIGTERM in self._wake_up.recv(64):
-                self._sigterm_at = time.monotonic()
+            with suppress(TimeoutError):
+                if signal.SIGTERM in self._wake_up.recv(64):
+                    self._sigterm_at = time.monotonic()
 
     def _suspicion(self) -> str | None:
         """The verdict if something is wrong on this rank, else None."""

@@ -36,11 +36,16 @@ def build_loader(
     ``pin_memory``: return batches in pinned memory. One more process makes plans that are costly, so that they do not
     delay a step. Raises DataError where the data is damaged or a worker dies."""
     if isinstance(sampler, TrainSampler) and sampler.is_costly:
-        sampler = _load(sampler, 1, _PLANS_AHEAD)
-    return _load(_PlannedBatches(collator), workers, prefetch, sampler=sampler, pin_memory=pin_memory)
+        sampler = _load(sampler, 1, _PLANS_AHEAD, "the process that plans batches died ({}). Most often memory ran out")
+    died = (
+        "a data worker died ({}). Most often memory ran out: lower TrainerArgs.data_workers "
+        f"(now {workers}) or data_prefetch, or set data_workers = 0 to see the error itself"
+    )
+    return _load(_PlannedBatches(collator), workers, prefetch, died, sampler=sampler, pin_memory=pin_memory)
 
 
-def _load(dataset: Dataset[Any], workers: int, prefetch: int, **options: Any) -> Iterator[Any]:
+def _load(dataset: Dataset[Any], workers: int, prefetch: int, died: str, **options: Any) -> Iterator[Any]:
+    """``died``: what to tell if a worker dies, with {} for the error."""
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_size=None,
@@ -53,7 +58,7 @@ def _load(dataset: Dataset[Any], workers: int, prefetch: int, **options: Any) ->
         generator=torch.Generator(),
         **options,
     )
-    return _batches(_start(loader), workers)
+    return _batches(_start(loader), died)
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -102,7 +107,7 @@ class _PlannedBatches(Dataset[Any]):
             return error
 
 
-def _batches(batches: Iterator[Any], workers: int) -> Iterator[Any]:
+def _batches(batches: Iterator[Any], died: str) -> Iterator[Any]:
     while True:
         try:
             batch = next(batches)
@@ -111,10 +116,7 @@ def _batches(batches: Iterator[Any], workers: int) -> Iterator[Any]:
         except (ConnectionError, EOFError, RuntimeError) as error:  # the first two: a worker died as it sent a batch
             if isinstance(error, RuntimeError) and not _DEAD_WORKER.match(str(error)):
                 raise
-            raise DataError(
-                f"a data worker died ({error}). Most often memory ran out: lower TrainerArgs.data_workers (now "
-                f"{workers}) or data_prefetch, or set data_workers = 0 to see the error itself"
-            ) from error
+            raise DataError(died.format(error)) from error
         if isinstance(batch, UserError):
             # Stops the workers now. Otherwise the garbage collector reaches them through the error's traceback, after
             # it has removed the queues that stop them, and torch 2.13 waits 5 s per worker.

@@ -43,6 +43,7 @@ from hstu.observe.logging import quiet_libraries
 from hstu.parallel.mesh import start
 from hstu.train.builder import build_trainer
 from hstu.train.main import run_facts
+from tests.config.gin_files import table, text
 from tests.train.tiny import skip_measuring_the_peak
 
 LOCAL_WORLD_SIZE = 8
@@ -63,18 +64,6 @@ context/FeatureArgs.feature_names = ["user_id"]
 context/FeatureArgs.max_sequence_length = 1
 items/FeatureArgs.feature_names = ["item_id", "action"]
 items/FeatureArgs.max_sequence_length = 64
-item/EmbeddingArgs.feature_names = ["item_id"]
-item/EmbeddingArgs.table_name = "item"
-item/EmbeddingArgs.item_vocab_size_or_capacity = 1048576
-item/EmbeddingArgs.sharding_type = "model_parallel"
-user/EmbeddingArgs.feature_names = ["user_id"]
-user/EmbeddingArgs.table_name = "user"
-user/EmbeddingArgs.item_vocab_size_or_capacity = 16777216
-user/EmbeddingArgs.sharding_type = "model_parallel"
-action/EmbeddingArgs.feature_names = ["action"]
-action/EmbeddingArgs.table_name = "action"
-action/EmbeddingArgs.item_vocab_size_or_capacity = 256
-action/EmbeddingArgs.sharding_type = "data_parallel"
 BenchmarkDatasetArgs.feature_args = [@context/FeatureArgs(), @items/FeatureArgs()]
 BenchmarkDatasetArgs.embedding_args = [@item/EmbeddingArgs(), @user/EmbeddingArgs(), @action/EmbeddingArgs()]
 BenchmarkDatasetArgs.item_feature_name = "item_id"
@@ -89,7 +78,13 @@ NetworkArgs.dtype_str = "float32"
 OptimizerArgs.optimizer_str = "adam"
 OptimizerArgs.learning_rate = 1e-3
 OptimizerArgs.sparse_optimizer_str = "rowwise_adagrad"
-"""
+""" + text(
+    [
+        *table("item", 2**20, feature_names=["item_id"], sharding_type="model_parallel"),
+        *table("user", 2**24, feature_names=["user_id"], sharding_type="model_parallel"),
+        *table("action", 256, sharding_type="data_parallel"),
+    ]
+)
 GIN: dict[Task, str] = {
     "ranking": _COMMON
     + """

@@ -6,6 +6,6 @@
 - ``tensors``: names and reading of stored tensors; ``dynamic``: dynamic tables.
 - ``export``: used by scripts.
 
-Trainer and builder import ``CheckpointStore``, ``BackgroundWriter``, ``TrainState``, ``LoadOptions`` and ``RawIds``.
+Trainer and builder import ``CheckpointStore``, ``TrainState``, ``LoadOptions`` and ``RawIds``.
 Scripts import ``export`` and ``directory``. The rest is internal.
 """

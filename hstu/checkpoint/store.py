@@ -40,7 +40,8 @@ class CheckpointStore:
     """The checkpoints of one run. All methods are collective.
 
     ``load_dir``: TrainerArgs.ckpt_load_dir. ``keep_last``: checkpoints to keep besides the best; None: all.
-    ``background``: writes checkpoints during training; None: ``save`` returns when everything is written.
+    ``background_timeout_s``: write checkpoints during training, in a thread whose collectives have this timeout. None:
+    ``save`` returns when everything is written.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class CheckpointStore:
         load_dir: str,
         mesh: Mesh,
         keep_last: int | None = None,
-        background: BackgroundWriter | None = None,
+        background_timeout_s: float | None = None,
         load_options: LoadOptions | None = None,
     ) -> None:
         self.save_dir = Path(save_dir)
@@ -60,9 +61,18 @@ class CheckpointStore:
         self._lock: DirectoryLock | None = None
         self._is_new = False
         self._keep_last = keep_last
-        self._background = background
         self._load_options = load_options or LoadOptions()
-        self._copies: HostCopies = {}
+        self._work: list[Future[None]] = []
+        self._thread: ThreadPoolExecutor | None = None
+        if background_timeout_s is not None:
+            # Its gloo group separates its collectives from training. Its heartbeat is separate because the watchdog
+            # compares the main threads' heartbeats.
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=background_timeout_s))
+            self._thread_mesh = dataclasses.replace(mesh, world_group=group, heartbeat=Heartbeat())
+            # Without this the thread would create a context on the host's first GPU, regardless of this rank's GPU.
+            device = (torch.cuda.set_device, (mesh.device,)) if mesh.device.type == "cuda" else (None, ())
+            self._thread = ThreadPoolExecutor(1, "checkpoint", *device)
+        self._copies: HostCopies | None = None if self._thread is None else {}
 
     def claim(self) -> None:
         """Lock ``save_dir`` until ``close``, check that this run can save there, and remove leftovers of killed runs.
@@ -88,11 +98,11 @@ class CheckpointStore:
     def save(self, state: TrainState) -> None:
         """Save a checkpoint of ``state``, which may change afterwards. Raises CheckpointFailure.
 
-        With a background writer only the previous checkpoint is complete when this returns; ``poll`` and ``wait`` raise
+        In the background only the previous checkpoint is complete when this returns; ``poll`` and ``wait`` raise
         the errors of this one.
         """
         self.wait()
-        snapshot = Snapshot.of(state, self.mesh, None if self._background is None else self._copies)
+        snapshot = Snapshot.of(state, self.mesh, self._copies)
         self._run(lambda mesh: self._write(snapshot, mesh))
         self.newest_iteration = state.iteration
 
@@ -106,25 +116,38 @@ class CheckpointStore:
         self._run(link)
 
     def _run(self, function: Callable[[Mesh], None]) -> None:
-        if self._background is None:
+        """Call ``function``, in the background after all earlier ones."""
+        if self._thread is None:
             function(self.mesh)
         else:
-            self._background.start(function)
+            self._work.append(self._thread.submit(function, self._thread_mesh))
 
     @property
     def is_saving(self) -> bool:
         """Whether ``poll`` or ``wait`` have yet to report a background save; the same on all ranks."""
-        return self._background is not None and self._background.is_working
+        return bool(self._work)
 
     def poll(self) -> None:
-        """Raise the error of a failed background save. Call it in every step."""
-        if self._background is not None:
-            self._background.poll()
+        """Raise the error of a failed background save, once all have ended on all ranks. Call it in every step."""
+        if not self._work:
+            return
+        ended = torch.tensor([int(all(work.done() for work in self._work))])
+        if self.mesh.world_size > 1:
+            dist.all_reduce(ended, op=dist.ReduceOp.MIN, group=self.mesh.world_group)
+        if ended.item():
+            self.wait()
 
     def wait(self) -> None:
-        """Wait until everything is written, and raise the error of a failed save."""
-        if self._background is not None:
-            self._background.wait()
+        """Wait until everything is written, and raise the first error of a failed save."""
+        before = -1
+        while wait(self._work, _POLL_S).not_done:
+            marks = self._thread_mesh.heartbeat.marks
+            if marks != before:  # the thread makes progress, so this rank is alive
+                self.mesh.heartbeat.beat()
+            before = marks
+        work, self._work = self._work, []
+        for each in work:
+            each.result()
 
     def close(self) -> None:
         """Wait for a background save, log its error, and unlock ``save_dir``."""
@@ -216,54 +239,3 @@ class CheckpointStore:
                 f"({others[0].name}{', …' if len(others) > 1 else ''}), which are never overwritten. Continue from "
                 'them (TrainerArgs.ckpt_load_dir = "auto"), give another directory, or delete them.'
             )
-
-
-class BackgroundWriter:
-    """Runs functions one after another in a thread, in the same order on all ranks. Create it collectively.
-
-    Functions get a separate mesh. Its gloo group, with timeout ``timeout_s``, separates their collectives from
-    training. Its heartbeat is separate because the watchdog compares the main threads' heartbeats.
-    """
-
-    def __init__(self, mesh: Mesh, timeout_s: float) -> None:
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-        self._mesh = mesh
-        self._own_mesh = dataclasses.replace(mesh, world_group=group, heartbeat=Heartbeat())
-        # Without this the thread would create a context on the host's first GPU, regardless of this rank's GPU.
-        device = (torch.cuda.set_device, (mesh.device,)) if mesh.device.type == "cuda" else (None, ())
-        self._thread = ThreadPoolExecutor(1, "checkpoint", *device)
-        self._work: list[Future[None]] = []
-
-    def start(self, function: Callable[[Mesh], None]) -> None:
-        """Call ``function`` in the thread after all earlier ones."""
-        self._work.append(self._thread.submit(function, self._own_mesh))
-
-    @property
-    def is_working(self) -> bool:
-        """Whether ``poll`` or ``wait`` have yet to report a function; the same on all ranks."""
-        return bool(self._work)
-
-    def poll(self) -> None:
-        """Once all functions have ended on all ranks, raise the first error. Collective while functions run."""
-        if not self._work:
-            return
-        ended = torch.tensor([int(all(work.done() for work in self._work))])
-        if self._mesh.world_size > 1:
-            dist.all_reduce(ended, op=dist.ReduceOp.MIN, group=self._mesh.world_group)
-        if ended.item():
-            self._raise_errors()
-
-    def wait(self) -> None:
-        """Wait for all functions and raise the first error. Collective."""
-        before = -1
-        while wait(self._work, _POLL_S).not_done:
-            marks = self._own_mesh.heartbeat.marks
-            if marks != before:  # the thread makes progress, so this rank is alive
-                self._mesh.heartbeat.beat()
-            before = marks
-        self._raise_errors()
-
-    def _raise_errors(self) -> None:
-        work, self._work = self._work, []
-        for each in work:
-            each.result()

@@ -15,7 +15,7 @@ from hstu.checkpoint.find import Run
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
-from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
+from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs, TrainerArgs
 from hstu.config.problems import in_reading_order
 from hstu.config.rules.task import label_leak
@@ -312,8 +312,8 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
 def build_checkpoints(args: TrainerArgs, saved_in: Path, mesh: Mesh) -> CheckpointStore:
     """Open the run's checkpoint directory, locked if it saves, and select the start checkpoint. Collective."""
     options = on_all_ranks(lambda: LoadOptions.from_args(args), mesh.world_group)
-    background = BackgroundWriter(mesh, args.collective_timeout_s) if args.ckpt_async else None
-    checkpoints = CheckpointStore(saved_in, args.ckpt_load_dir, mesh, args.ckpt_keep_last, background, options)
+    timeout_s = args.collective_timeout_s if args.ckpt_async else None
+    checkpoints = CheckpointStore(saved_in, args.ckpt_load_dir, mesh, args.ckpt_keep_last, timeout_s, options)
     if args.saves_checkpoints:
         checkpoints.claim()
     return checkpoints

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hstu.checkpoint.directory import complete_checkpoints
-from hstu.checkpoint.store import BackgroundWriter, CheckpointStore
+from hstu.checkpoint.store import CheckpointStore
 from hstu.parallel.mesh import Mesh
 from tests.distributed.launch import run_cases
 from tests.distributed.toy import new_state, train_state
@@ -19,7 +19,7 @@ BEST, KEPT = 5, 3
 def save_many(mesh: Mesh, directory: str, saves: int, keep: int, background: bool) -> dict[str, Any]:
     """Save repeatedly while a thread counts the complete checkpoints; return the counts."""
     state = new_state(mesh, optimizer="adam")
-    store = CheckpointStore(directory, "", mesh, keep, BackgroundWriter(mesh, 60) if background else None)
+    store = CheckpointStore(directory, "", mesh, keep, 60.0 if background else None)
     store.claim()
     seen: list[int] = []
     looking = threading.Event()

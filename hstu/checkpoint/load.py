@@ -22,6 +22,7 @@ from hstu.checkpoint.directory import (
     verified_file,
 )
 from hstu.checkpoint.dynamic import load_table, read_tables, table_problems
+from hstu.checkpoint.find import GIN
 from hstu.checkpoint.matching import ConfigDifference, LoadOptions, TensorMatch, config_differences, match_tensors
 from hstu.checkpoint.raw_ids import RawIds, RowRemap, remap_rows
 from hstu.checkpoint.state import TrainState, set_random_state
@@ -59,12 +60,6 @@ class ModelShape:
     operative_gin: str = ""
     """Configuration of the run. Empty: not compared."""
 
-    @classmethod
-    def of(cls, state: TrainState) -> ModelShape:
-        """Return the shape of an existing model."""
-        sizes = {name: tensor.size() for name, tensor in state.tensors().items()}
-        return cls(sizes, state.model.specs, state.raw_ids, state.operative_gin)
-
 
 def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING) -> list[str]:
     """Load a checkpoint into ``state`` in place. Collective. Ranks, groups and sharding may differ from the saving run.
@@ -75,7 +70,8 @@ def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions =
     Raises, on every rank, DamagedCheckpoint if files are damaged or missing, and DataError, with the differences of the
     configuration, if something does not fit with ``options.strict``.
     """
-    root, shape = Path(path), ModelShape.of(state)
+    root, sizes = Path(path), {name: tensor.size() for name, tensor in state.tensors().items()}
+    shape = ModelShape(sizes, state.model.specs, state.raw_ids, state.operative_gin)
     own_problems = collective_io(lambda: _check_share_of_files(root, mesh), mesh)
     problems = [problem for part in gather_objects(own_problems, mesh.world_group) for problem in part]
     if problems:
@@ -127,14 +123,14 @@ def match_checkpoint(
             f"{root} is an export, which holds only weights. Set TrainerArgs.ckpt_load_optimizer = False to start "
             "from them at iteration 0."
         )
-    own_dynamic = [f"{TABLES}{spec.name}" for spec in shape.specs if spec.dynamic is not None]
+    stored_sizes, remaps = open_tensors(root).sizes, _remaps(root, shape, options)
+    own_tables = [f"{TABLES}{spec.name}" for spec in shape.specs]
     stored_tables = [f"{TABLES}{name}" for name in read_metadata(root).get("tables", {})]
-    remaps = _remaps(root, shape, options)
-    match = match_tensors(shape.sizes, open_tensors(root).sizes, options, remaps, (own_dynamic, stored_tables))
-    stored_gin = verified_file(root, "operative.gin").read_text(encoding="utf-8")
+    if mistakes := options.param_map.problems([*shape.sizes, *own_tables], [*stored_sizes, *stored_tables]):
+        raise DataError(_message(root, mistakes, [], "Correct the file."))
+    match = match_tensors(shape.sizes, stored_sizes, options, remaps)
+    stored_gin = verified_file(root, GIN).read_text(encoding="utf-8")
     differences = config_differences(stored_gin, shape.operative_gin) if shape.operative_gin else []
-    if match.mistakes:
-        raise DataError(_message(root, list(match.mistakes), [], "Correct the file."))
     problems = match.problems(options.zero_new_rows)
     if options.strict and (problems or any(entry.changes == "model" for entry in differences)):
         shown = [entry for entry in differences if entry.changes in ("model", "tensors")]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Size
@@ -120,14 +121,11 @@ class TensorMatch:
     resized: tuple[Resized, ...] = ()
     remaps: Mapping[str, RowRemap] = field(default_factory=dict)
     """Table weight → remap, for tables whose rows have other raw ids in the checkpoint."""
-    mistakes: tuple[str, ...] = ()
-    """Mistakes in the ParamMap: always errors."""
 
     def problems(self, zero_new_rows: bool = False) -> list[str]:
         """Return one line per mismatch. ``zero_new_rows``: see LoadOptions."""
         remaps = [name for name, remap in self.remaps.items() if not zero_new_rows or remap.source_rows is None]
         return [
-            *self.mistakes,
             *(f"{name} is not in the checkpoint" for name in self.missing),
             *(str(entry) for entry in self.resized if not (zero_new_rows and entry.common_rows)),
             *(f"{name} has rows of other ids in the checkpoint{_BY_ID}" for name in remaps),
@@ -151,15 +149,13 @@ def match_tensors(
     own: Mapping[str, Size],
     stored: Mapping[str, Size],
     options: LoadOptions,
-    remaps: Mapping[str, RowRemap] | None = None,
-    dynamic: tuple[Collection[str], Collection[str]] = ((), ()),
+    remaps: Mapping[str, RowRemap] = MappingProxyType({}),
 ) -> TensorMatch:
     """Find the stored tensor for each tensor of a run.
 
-    ``own``, ``stored``: name → size in the run and in the checkpoint. ``remaps``: see TensorMatch. ``dynamic``: names
-    of dynamic tables in the run and in the checkpoint, which are read elsewhere, for checking the ParamMap.
+    ``own``, ``stored``: name → size in the run and in the checkpoint. ``remaps``: see TensorMatch.
     """
-    remaps, param_map = remaps or {}, options.param_map
+    param_map = options.param_map
     own, stored = _to_load(own, options), _to_load(stored, options)
     stored_names: dict[str, str] = {}
     missing, resized, found = [], [], set()
@@ -187,7 +183,6 @@ def match_tensors(
         ),
         resized=tuple(resized),
         remaps={name: remap for name, remap in remaps.items() if param_map.stored_name(name) in stored},
-        mistakes=tuple(param_map.problems([*own, *dynamic[0]], [*stored, *dynamic[1]])),
     )
 
 

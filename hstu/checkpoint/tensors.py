@@ -20,9 +20,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
 
 from hstu.base.errors import DataError
 from hstu.base.json_shape import check_shape
@@ -151,12 +150,10 @@ class ShardedTensors(StoredTensors):
 
     def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
         """See StoredTensors."""
-        reader = IndexReader(self.directory, self._listed)
+        reader, planner = IndexReader(self.directory, self._listed), _LoadPlanner(flatten_state_dict=False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended without a group
-            dcp.load(
-                dict(targets), storage_reader=reader, planner=_LoadPlanner(), process_group=group, no_dist=group is None
-            )
+            dcp.load(dict(targets), storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
 
 
 class ConsolidatedTensors(StoredTensors):
@@ -188,10 +185,6 @@ class _LoadPlanner(DefaultLoadPlanner):
 
     def set_up_planner(self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False) -> None:
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        return create_default_local_load_plan(self.state_dict, self.metadata)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return cast(ShardedView, self.state_dict[index.fqn]).__get_tensor_shard__(index)

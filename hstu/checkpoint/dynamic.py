@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
-from hstu.base.errors import DataError
 from hstu.checkpoint.directory import listed_files, torch_load
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import CONSOLIDATED, DYNAMIC, is_export, load_safetensors
@@ -60,14 +59,6 @@ def read_tables(root: Path) -> dict[str, list[TableContent]]:
             content = TableContent(**fields, sightings=None if sightings is None else Sightings(**sightings))
             tables.setdefault(name, []).append(content)
     return tables
-
-
-def read_table(root: Path, name: str) -> list[TableContent]:
-    """Return the parts of one table. Raises DataError if it does not exist."""
-    tables = read_tables(root)
-    if name not in tables:
-        raise DataError(f"{root} has no dynamic table {name!r}; it has {', '.join(sorted(tables)) or 'none'}")
-    return tables[name]
 
 
 def export_sizes(tables: Mapping[str, Sequence[TableContent]]) -> dict[str, tuple[Size, torch.dtype]]:

@@ -25,7 +25,8 @@ from hstu.checkpoint.directory import (
     verified_file,
     write_manifest,
 )
-from hstu.checkpoint.dynamic import DYNAMIC_FILES, export_sizes, fill_export, read_table, read_tables
+from hstu.checkpoint.dynamic import DYNAMIC_FILES, export_sizes, fill_export, read_tables
+from hstu.checkpoint.find import GIN
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.tensors import (
     AVERAGE,
@@ -43,7 +44,6 @@ from hstu.parallel.dynamic.slots import counts_of, steps_of
 from hstu.parallel.dynamic.table import TableContent
 from hstu.parallel.shards import ShardedView
 
-_GIN = "operative.gin"
 _SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
@@ -82,7 +82,7 @@ def export(checkpoint: Path, output: Path, write_more: Callable[[Path], None] | 
 def _write(checkpoint: Path, temporary: Path) -> None:
     dynamic = read_tables(checkpoint)
     tensors = _write_tensors(checkpoint, dynamic, temporary / CONSOLIDATED)
-    shutil.copyfile(checkpoint / _GIN, temporary / _GIN)
+    shutil.copyfile(checkpoint / GIN, temporary / GIN)
     metadata = read_metadata(checkpoint)
     tables = dict(metadata.get("tables", {}))
     for name, parts in dynamic.items():  # only the rows in use
@@ -157,7 +157,10 @@ def export_table(checkpoint: Path, table: str, path: Path, since_step: int | Non
     """
     for file in listed_files(checkpoint, DYNAMIC_FILES):
         verified_file(checkpoint, file.name)
-    parts = read_table(checkpoint, table)
+    tables = read_tables(checkpoint)
+    if table not in tables:
+        raise DataError(f"{checkpoint} has no dynamic table {table!r}; it has {', '.join(sorted(tables)) or 'none'}")
+    parts = tables[table]
     step = max(part.step for part in parts)
     if since_step is not None:
         parts = [part.changed_since(since_step) for part in parts]

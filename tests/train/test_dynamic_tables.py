@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hstu.checkpoint.dynamic import read_table
+from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.export import describe, export
 from hstu.checkpoint.tensors import load_safetensors, read_metadata
 from hstu.data.store.sequence_store import SequenceStore
@@ -61,7 +61,7 @@ def checkpoint(finished: FinishedRun) -> Path:
 def test_tables_go_to_parquet_with_raw_ids_and_what_has_changed_since_a_step(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (content,) = read_table(checkpoint, TABLE)
+    (content,) = read_tables(checkpoint)[TABLE]
     whole, new = tmp_path / "whole.parquet", tmp_path / "deeper" / "new.parquet"
     begin = ["export", "--ckpt", str(checkpoint.parent), "--table", TABLE, "--parquet"]
     assert main([*begin, str(whole)]) == 0

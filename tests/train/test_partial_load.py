@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.checkpoint.dynamic import read_table
+from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import open_tensors
@@ -237,7 +237,7 @@ def test_ids_of_a_dynamic_table_follow_their_raw_ids_and_how_many_are_gone_is_to
         mesh,
     )
     source = {"ckpt_load_dir": str(tmp_path / "first" / "checkpoints")}
-    (stored,) = read_table(locate(source["ckpt_load_dir"]), "movies")
+    (stored,) = read_tables(locate(source["ckpt_load_dir"]))["movies"]
     former = {ids[code]: place for place, code in enumerate(stored.ids.tolist())}
     expected = former.keys() & set(others)
     assert 0 < len(expected) < len(former)

@@ -104,15 +104,12 @@ LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class DirectoryInUse(ConfigError):
-    """Another process holds the lock of a directory."""
-
-
 class DirectoryLock:
     """An exclusive lock on a directory, held until ``release`` or the end of this process, even by a kill.
 
     The lock file names the host and process that hold it; a file left by a killed process locks nothing. ``option``
-    names the directory in errors. Raises DirectoryInUse, or OSError if the directory cannot be written.
+    names the directory in errors. Raises ConfigError if another process has the lock, or OSError if the directory
+    cannot be written.
     """
 
     def __init__(self, directory: Path, option: str) -> None:
@@ -123,7 +120,7 @@ class DirectoryLock:
             self._lock.acquire(timeout=0)
         except Timeout:
             holder = self._path.read_bytes()[:200].decode(errors="replace").strip() or "another process"
-            raise DirectoryInUse(
+            raise ConfigError(
                 f"{option}: the directory '{directory}' is in use by a run that has not ended ({holder}). Nothing "
                 "was changed. Wait for that run, end it, or give another directory."
             ) from None

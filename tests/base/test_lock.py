@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hstu.base.files import LOCK_FILE, DirectoryInUse, DirectoryLock
+from hstu.base.errors import ConfigError
+from hstu.base.files import LOCK_FILE, DirectoryLock
 
 HOLD = """
 import sys, time
@@ -21,7 +22,7 @@ time.sleep(100)
 
 def test_a_second_lock_is_refused_and_names_the_option_and_the_holder(tmp_path: Path) -> None:
     lock = DirectoryLock(tmp_path, "TrainerArgs.output_dir")
-    with pytest.raises(DirectoryInUse) as error:
+    with pytest.raises(ConfigError) as error:
         DirectoryLock(tmp_path, "TrainerArgs.output_dir")
     expected = rf"TrainerArgs.output_dir: .*{re.escape(str(tmp_path))}.* in use .*host .*, process {os.getpid()}, since"
     assert re.search(expected, str(error.value))
@@ -34,7 +35,7 @@ def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
-        with pytest.raises(DirectoryInUse, match=f"process {holder.pid}"):
+        with pytest.raises(ConfigError, match=f"process {holder.pid}"):
             DirectoryLock(tmp_path, "Some.option")
         holder.send_signal(signal.SIGKILL)
     assert (tmp_path / LOCK_FILE).exists()  # left behind, and no lock
@@ -58,6 +59,6 @@ def test_a_forked_child_does_not_remove_the_lock(tmp_path: Path) -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert (tmp_path / LOCK_FILE).exists()
-    with pytest.raises(DirectoryInUse):
+    with pytest.raises(ConfigError):
         DirectoryLock(tmp_path, "Some.option")
     lock.release()

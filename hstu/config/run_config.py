@@ -28,6 +28,7 @@ from hstu.config.args import (
     TensorModelParallelArgs,
     TrainerArgs,
 )
+from hstu.config.gin_scan import Reference
 from hstu.config.option import Need, args_in, default_of, options_of, with_origins
 from hstu.config.problems import literal
 
@@ -148,12 +149,8 @@ class RunConfig:
             value = getattr(self, each.name)
             if isinstance(value, Args):
                 writer.write(value)
-            elif each.name == "embeddings" and not isinstance(self.dataset, BenchmarkDatasetArgs):
-                for table in value:  # BenchmarkDatasetArgs refers to its tables itself
-                    writer.write(table, scope=writer.new_scope(table.table_name))
-            elif each.name == "numbers":
-                for numbers in value:
-                    writer.write(numbers, scope=writer.new_scope(numbers.feature_names[0]))
+            elif each.name == "numbers" or (each.name == "embeddings" and self.data == "stored"):
+                writer.refer_to(value)  # BenchmarkDatasetArgs refers to its tables itself
         header = f"# The configuration in force, defaults included. Task: {self.task}."
         return "\n\n".join([header, *writer.blocks]) + "\n"
 
@@ -179,7 +176,7 @@ class _GinWriter:
         self.blocks: list[str] = []
         self._scopes: set[str] = set()
 
-    def new_scope(self, name: str) -> str:
+    def _new_scope(self, name: str) -> str:
         """Makes ``name`` a unique identifier among the scopes of the file."""
         base = re.sub(r"\W", "_", name, flags=re.ASCII)
         base = base if re.match(r"[A-Za-z_]", base) else f"_{base}"
@@ -190,27 +187,23 @@ class _GinWriter:
         return scope
 
     def write(self, args: Args, scope: str = "") -> None:
-        prefix = f"{scope}/" if scope else ""
-        owner = f"{prefix}{type(args).__name__}"
-        lines = [f"{owner}.{f.name} = {self._value(args, scope, f.name)}" for f in options_of(type(args))]
+        owner = f"{scope}/{type(args).__name__}" if scope else type(args).__name__
+        values = {each.name: getattr(args, each.name) for each in options_of(type(args))}
+        lines = [f"{owner}.{name} = {literal(self.refer_to(values[name], scope or name))}" for name in values]
         self.blocks.append("\n".join(lines))
 
-    def _value(self, args: Args, scope: str, name: str) -> str:
-        value = getattr(args, name)
-        if not isinstance(value, (list, tuple, dict)):
-            return self._element(value, scope or name)
-        if isinstance(value, dict):
-            elements = [f"{literal(key)}: {self._element(element, key)}" for key, element in value.items()]
-        else:
-            elements = [self._element(element, scope or name) for element in value]
-        left, right = "{}" if isinstance(value, dict) else "[]" if isinstance(value, list) else "()"
-        comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
-        return f"{left}{', '.join(elements)}{comma}{right}"
+    def refer_to(self, value: Any, base: str = "") -> Any:
+        """Writes the argument objects in ``value`` and returns it with references to them.
 
-    def _element(self, value: Any, base: str) -> str:
+        Scopes are called after tables, features or tasks, or else after the key in a dict or ``base``.
+        """
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.refer_to(element, base) for element in value)
+        if isinstance(value, dict):
+            return {key: self.refer_to(element, key) for key, element in value.items()}
         if not isinstance(value, Args):
-            return literal(value)
+            return value
         names = getattr(value, "feature_names", None) or [getattr(value, "task_name", base)]
-        scope = self.new_scope(getattr(value, "table_name", names[0]))
+        scope = self._new_scope(getattr(value, "table_name", names[0]))
         self.write(value, scope)
-        return f"@{scope}/{type(value).__name__}()"
+        return Reference(scope, type(value).__name__, call=True)

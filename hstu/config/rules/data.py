@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from hstu.config.args import (
     Args,
@@ -22,22 +22,25 @@ from hstu.config.run_config import RunConfig
 
 
 def names_of_tables_and_features_are_unique(run: RunConfig) -> Iterator[Problem]:
-    names = ((table, [getattr(table, "table_name", None)]) for table in run.embeddings)
-    features = ((table, getattr(table, "feature_names", [])) for table in run.embeddings)
-    yield from each_once(run, names, "table_name")
-    yield from each_once(run, features, "feature_names")
+    yield from each_once(run.embeddings, "table_name")
+    yield from each_once(run.embeddings, "feature_names")
 
 
-def each_once(run: RunConfig, named: Iterable[tuple[Args, Sequence[str | None]]], parameter: str) -> Iterator[Problem]:
-    """Reports names that occur twice. ``named``: each part with the names in its ``parameter``."""
+def each_once(parts: Iterable[Args], parameter: str) -> Iterator[Problem]:
+    """Reports names that occur twice in this parameter of the parts."""
     owners: dict[str, Args] = {}
-    for part, names in named:
-        for name in names:
+    for part in parts:
+        for name in names_in(part, parameter):
             if name in owners:
                 text = f"{name!r} is given twice, also by {cited(owners[name], parameter)}; remove or rename one"
                 yield problem(part, parameter, text)
-            elif name is not None:
-                owners[name] = part
+            owners.setdefault(name, part)
+
+
+def names_in(part: Args, parameter: str) -> list[str]:
+    """The names that a parameter gives: one, a list or None. Empty if its value is wrong."""
+    value = getattr(part, parameter, None)
+    return [value] if isinstance(value, str) else value or []
 
 
 def tables_are_consistent(run: RunConfig) -> Iterator[Problem]:
@@ -120,16 +123,14 @@ def benchmark_is_consistent(run: RunConfig) -> Iterator[Problem]:
 
 
 def features_are_described_once(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
-    named = ((group, getattr(group, "feature_names", [])) for group in dataset.feature_args)
-    yield from each_once(run, named, "feature_names")
+    yield from each_once(dataset.feature_args, "feature_names")
 
 
 def roles_are_features(run: RunConfig, dataset: BenchmarkDatasetArgs) -> Iterator[Problem]:
     known = _groups(dataset)
     for parameter in ("item_feature_name", "action_feature_name", "contextual_feature_names"):
-        value = getattr(dataset, parameter, None)
-        for name in value if isinstance(value, list) else [value]:
-            if name is not None and name not in known:
+        for name in names_in(dataset, parameter):
+            if name not in known:
                 text = f"no FeatureArgs has the feature {name!r}; choose one of {', '.join(known)}"
                 yield problem(dataset, parameter, text + did_you_mean(name, known))
 

@@ -11,7 +11,7 @@ from hstu.config.args.dataset import SPLITS
 from hstu.config.args.task import LOSSES, METRICS_OF_KIND, fits_kind
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, apply, did_you_mean, literal
-from hstu.config.rules.data import each_once, length_of_items
+from hstu.config.rules.data import each_once, length_of_items, names_in
 from hstu.config.run_config import RunConfig
 
 # --- dataset -------------------------------------------------------------------------------------------------------
@@ -22,8 +22,7 @@ def features_have_one_role(run: RunConfig) -> Iterator[Problem]:
     owners: dict[str, str] = {}
     roles = ("item_feature_name", "action_feature_name", "contextual_feature_names", "side_feature_names")
     for parameter in roles:
-        value = getattr(run.dataset, parameter, None) or []
-        for name in value if isinstance(value, list) else [value]:
+        for name in filter(None, names_in(run.dataset, parameter)):
             if name in owners:
                 text = f"{name!r} has a role in {cited(run.dataset, owners[name])}, too; remove one of them"
                 yield problem(run.dataset, parameter, text)
@@ -36,8 +35,7 @@ def what_is_known_after_is_a_side_feature(run: RunConfig) -> Iterator[Problem]:
 
 
 def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
-    named = ((numbers, getattr(numbers, "feature_names", [])) for numbers in run.numbers)
-    yield from each_once(run, named, "feature_names")
+    yield from each_once(run.numbers, "feature_names")
     for numbers in run.numbers:
         if isinstance(run.dataset, DatasetArgs):
             yield from _are_side_features(run, run.dataset, numbers, "feature_names")

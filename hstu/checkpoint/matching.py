@@ -15,8 +15,9 @@ from hstu.base.errors import DataError
 from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join_name, split_name
 from hstu.config.args import CLASSES, Args, TrainerArgs
-from hstu.config.gin_scan import Binding, scan_stored
-from hstu.config.option import Changes, Mismatch, annotation_of, coerce, default_of, is_required, options_of
+from hstu.config.gin_scan import scan_stored
+from hstu.config.option import Changes, Mismatch, annotations_of, coerce, default_of, is_required, options_of
+from hstu.config.problems import Binding
 
 _BY_ID = "; where the data is newer, ckpt_load_strict = False finds rows by raw id, and new ids start anew"
 
@@ -238,5 +239,5 @@ def _value(cls: type[Args], field: Field[Any], binding: Binding | None) -> str:
     if binding is None:
         return "nothing" if is_required(field) else repr(default_of(field))
     with contextlib.suppress(Mismatch):  # references to other objects stay unchanged
-        return repr(coerce(annotation_of(cls, field), binding.value))
+        return repr(coerce(annotations_of(cls)[field.name], binding.value))
     return repr(binding.value)

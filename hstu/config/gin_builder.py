@@ -23,7 +23,7 @@ from hstu.config.args import (
     NumericFeatureArgs,
     Task,
 )
-from hstu.config.gin_scan import Binding, Broken, Macro, Reference, Scan
+from hstu.config.gin_scan import Broken, Macro, Reference, Scan
 from hstu.config.option import (
     converted,
     default_of,
@@ -34,7 +34,7 @@ from hstu.config.option import (
     referred_class,
     with_origins,
 )
-from hstu.config.problems import Location, Origin, Problem, did_you_mean, incomplete, nearest, show
+from hstu.config.problems import Binding, Location, Problem, did_you_mean, incomplete, nearest, show
 from hstu.config.run_config import RunDraft
 
 Owner = tuple[str, type[Args]]
@@ -128,10 +128,10 @@ class ConfigBuilder:
         cls = find_class(binding.selector)
         if not binding.parameter:
             self._check_twice(binding, binding.name, "")
-            self._macros[binding.name] = binding
             if cls:
                 self._fail(binding, f"is a class; bind one of its parameters: {cls.__name__}.parameter = value")
-                self._macros[binding.name] = replace(binding, value=Broken())
+                binding = replace(binding, value=Broken())
+            self._macros[binding.name] = binding
         elif cls:
             self._file_parameter(cls, binding)
         else:
@@ -197,13 +197,13 @@ class ConfigBuilder:
                 values[field.name] = self._left_out(owner, field, bound) if self.complete else Broken()
             if isinstance(values[field.name], Broken) and (referred := referred_class(cls, field)):
                 self._unclear.add(referred)
-        for name, addend in _sums(cls, bound):
-            is_known = not isinstance(values[name], Broken) and not isinstance(values[addend], Broken)
-            values[name] = values[name] + values[addend] if is_known else Broken()
+        for field in options_of(cls):
+            if field.name in bound and (addend := field.metadata["aliases"].get(bound[field.name].parameter)):
+                terms = values[field.name], values[addend]
+                values[field.name] = Broken() if _holds(terms, Broken) else sum(terms)
         known = {name: value for name, value in values.items() if not isinstance(value, Broken)}
         made = cls(**known) if len(known) == len(values) else incomplete(cls, known)
-        origins = {name: Origin(binding.at, binding.name, show(binding.value)) for name, binding in bound.items()}
-        return with_origins(made, origins)
+        return with_origins(made, bound)
 
     def _given(self, cls: type[Args], field: Field[Any], binding: Binding, scope: str) -> Any:
         value = self._resolve(binding.value, binding, scope)
@@ -269,7 +269,8 @@ class ConfigBuilder:
     def _resolve_reference(self, reference: Reference, binding: Binding, scope: str) -> Any:
         cls = find_class(reference.selector)
         if cls is None:
-            return self._fail(binding, f"there is no class {reference.selector}{_guess(reference.selector)}")
+            hint = did_you_mean(reference.selector, CLASSES)
+            return self._fail(binding, f"there is no class {reference.selector}{hint}")
         if not reference.call:
             self._fail(binding, f"a reference needs parentheses: {reference}()")
         owner = (reference.scope or scope, cls)
@@ -304,7 +305,7 @@ class ConfigBuilder:
                         self._fail(binding, f"never used: {reason}")
         for name, binding in self._macros.items():
             if self.complete and name not in macros and not isinstance(binding.value, Broken):
-                hint = _guess(name) or "; remove it"
+                hint = did_you_mean(name, CLASSES) or "; remove it"
                 self._fail(binding, f"never used: nothing refers to %{name}{hint}")
 
     def _reason_unused(self, owner: Owner, referred: set[Owner]) -> str | None:
@@ -332,10 +333,6 @@ def find_class(selector: str) -> type[Args] | None:
     return CLASSES.get(selector.rpartition(".")[2])
 
 
-def _guess(name: str) -> str:
-    return did_you_mean(name, CLASSES)
-
-
 def _no_such_parameter(cls: type[Args], parameter: str, guess: str | None, names: Mapping[str, str]) -> str:
     text = f"{cls.__name__} has no parameter {parameter}"
     if guess:
@@ -355,14 +352,6 @@ def _with_outer_scopes(owner: Owner) -> list[Owner]:
     scope, cls = owner
     names = scope.split("/") if scope else []
     return [("/".join(names[:depth]), cls) for depth in range(len(names) + 1)]
-
-
-def _sums(cls: type[Args], bound: Mapping[str, Binding]) -> Iterator[tuple[str, str]]:
-    """(field, addend) of each field that is bound through an alias: its value is the bound value plus the addend."""
-    for field in options_of(cls):
-        addend = field.metadata["aliases"].get(bound[field.name].parameter) if field.name in bound else None
-        if addend is not None:
-            yield field.name, addend
 
 
 def _holds(value: Any, kind: type) -> bool:

@@ -11,11 +11,10 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gin import config_parser
 
-from hstu.config.problems import Location, Problem, did_you_mean, literal, show
+from hstu.config.problems import Binding, Location, Problem, did_you_mean, literal
 
 COMMAND_LINE = "--gin-bindings"
 
@@ -45,26 +44,6 @@ class Macro:
 
 class Broken:
     """Replaces a wrong value that is already reported."""
-
-
-@dataclass(frozen=True)
-class Binding:
-    """``scope/selector.parameter = value``; a macro (``name = value``) has no parameter."""
-
-    scope: str
-    selector: str
-    parameter: str
-    value: Any
-    at: Location
-
-    @property
-    def name(self) -> str:
-        """The left side as in the file."""
-        scope = f"{self.scope}/" if self.scope else ""
-        return f"{scope}{self.selector}{f'.{self.parameter}' if self.parameter else ''}"
-
-    def __str__(self) -> str:
-        return f"{self.name} = {show(self.value)}"
 
 
 @dataclass
@@ -175,21 +154,19 @@ class _Delegate(config_parser.ParserDelegate):
 
 def _statements(text: str, source: Location, problems: list[Problem]) -> list[Binding | _Include]:
     """The statements of a text. After a syntax error, parses each statement alone to find all errors."""
-    try:
-        return list(_parse(text, source, first_line=1))
-    except _GinSyntaxError as error:
-        whole = error.problem
-    statements: list[Binding | _Include] = []
-    errors: list[Problem] = []
+    of_whole: list[Problem] = []
+    statements = list(_parse(text, source, 1, of_whole))
+    if not of_whole:
+        return statements
+    statements, errors = [], []
     for first_line, chunk in _chunks(text):
-        try:
-            statements.extend(_parse(chunk, source, first_line))  # keeps statements before an error
-        except _GinSyntaxError as error:
-            errors.append(error.problem)
-            if start := re.match(r"(?:([\w/]+)/)?([\w.]+)\.(\w+)\s*=", chunk):  # or it is reported as missing
-                at = Location(source.source, first_line, source.name)
-                statements.append(Binding(start[1] or "", start[2], start[3], Broken(), at))
-    problems += errors or [whole]
+        found: list[Problem] = []
+        statements += _parse(chunk, source, first_line, found)
+        if found and (start := re.match(r"(?:([\w/]+)/)?([\w.]+)\.(\w+)\s*=", chunk)):  # or it is reported as missing
+            at = Location(source.source, first_line, source.name)
+            statements.append(Binding(start[1] or "", start[2], start[3], Broken(), at))
+        errors += found
+    problems += errors or of_whole
     return statements
 
 
@@ -207,13 +184,9 @@ def _chunks(text: str) -> Iterator[tuple[int, str]]:
     yield first, chunk
 
 
-class _GinSyntaxError(Exception):
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(str(problem))
-        self.problem = problem
+def _parse(text: str, source: Location, first_line: int, errors: list[Problem]) -> Iterator[Binding | _Include]:
+    """The statements before the first error, which is added to ``errors``."""
 
-
-def _parse(text: str, source: Location, first_line: int) -> Iterator[Binding | _Include]:
     def locate(line: int) -> Location:
         return Location(source.source, line + first_line - 1, source.name)
 
@@ -226,15 +199,14 @@ def _parse(text: str, source: Location, first_line: int) -> Iterator[Binding | _
                 yield _Include(statement.filename, at)
             elif isinstance(statement, config_parser.ImportStatement):
                 reason = "a gin file is data and imports nothing; remove the line"
-                raise _GinSyntaxError(Problem(f"import {statement.module}: {reason}", at))
-    except _GinSyntaxError:
-        raise
+                errors.append(Problem(f"import {statement.module}: {reason}", at))
+                return
     except Exception as error:  # gin's parser reports syntax errors by many exception types
         line = _line_of(error, text)
         lines = text.splitlines()
         content = lines[line - 1].strip() if 0 < line <= len(lines) else ""
         shown = f"cannot be read as gin: {literal(content[:100])}; {_reason(error, content)}"
-        raise _GinSyntaxError(Problem(shown, locate(line))) from None
+        errors.append(Problem(shown, locate(line)))
 
 
 def _line_of(error: Exception, text: str) -> int:

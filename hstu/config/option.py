@@ -8,13 +8,13 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from hstu.base.errors import ConfigError
-from hstu.config.problems import Origin, Problem, did_you_mean, literal, show
+from hstu.config.problems import Binding, Problem, did_you_mean, literal, show
 
 T = TypeVar("T")
 _SCIENTIFIC = 1_000_000
@@ -115,7 +115,7 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-_NO_ORIGINS: Mapping[str, Origin] = MappingProxyType({})
+_NO_ORIGINS: Mapping[str, Binding] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Args:
     """Base of all argument classes. Construction checks and converts every field."""
 
     origins = _NO_ORIGINS
-    """Field → where and how a gin file binds it."""
+    """Field → its binding in a gin file."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError that lists all invalid values."""
@@ -138,7 +138,7 @@ class Args:
             raise ConfigError(problems)
 
 
-def with_origins(part: T, origins: Mapping[str, Origin]) -> T:
+def with_origins(part: T, origins: Mapping[str, Binding]) -> T:
     """Sets ``Args.origins`` of ``part`` and returns it."""
     object.__setattr__(part, "origins", origins)
     return part
@@ -180,9 +180,9 @@ def _written(part: Args, parameter: str) -> str:
     origin, value = part.origins.get(parameter), getattr(part, parameter)
     name = origin.name if origin else f"{type(part).__name__}.{parameter}"
     if origin and next(args_in(value), None):
-        return f"{name} = {origin.value}"
-    if origin and not name.endswith(f".{parameter}") and origin.value != show(value):
-        return f"{name} = {origin.value} (so {parameter} = {show(value)})"  # bound through an alias
+        return str(origin)
+    if origin and origin.parameter != parameter and show(origin.value) != show(value):
+        return f"{origin} (so {parameter} = {show(value)})"  # bound through an alias
     return f"{name} = {show(value)}"
 
 
@@ -217,7 +217,7 @@ def field_problems(cls: type[Args], field: Field[Any], value: Any) -> list[str]:
 
 def converted(cls: type[Args], field: Field[Any], value: Any) -> Any:
     """``value`` converted to the type of the field, choices spelt as declared. Raises Mismatch."""
-    coerced = coerce(annotation_of(cls, field), value)
+    coerced = coerce(annotations_of(cls)[field.name], value)
     if isinstance(coerced, (list, tuple)):
         return type(coerced)(_spelt(field, element) for element in coerced)
     return _spelt(field, coerced)
@@ -323,14 +323,8 @@ def options_of(cls: type[Args]) -> tuple[Field[Any], ...]:
     return tuple(sorted(fields(cls), key=lambda each: not is_required(each)))
 
 
-@functools.cache
-def _annotations(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def annotation_of(cls: type[Args], field: Field[Any]) -> Any:
-    """The evaluated type of a field."""
-    return _annotations(cls)[field.name]  # type: ignore[arg-type]
+annotations_of: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
+"""Argument class → field → its evaluated type."""
 
 
 def is_required(field: Field[Any]) -> bool:
@@ -351,7 +345,7 @@ def is_given(part: Args, parameter: str) -> bool:
 
 def referred_class(cls: type[Args], field: Field[Any]) -> type[Args] | None:
     """The argument class that a field refers to (``@scope/Class()`` in gin); None for plain values."""
-    kinds = [annotation_of(cls, field)]
+    kinds = [annotations_of(cls)[field.name]]
     while kinds:
         kind = kinds.pop()
         if isinstance(kind, type) and issubclass(kind, Args):

@@ -28,14 +28,24 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where and how a gin file binds a parameter."""
+class Binding:
+    """``scope/selector.parameter = value`` in a gin file; a macro (``name = value``) has no parameter."""
 
-    at: Location
-    name: str
-    """Left side as in the file, with its scope: "item/EmbeddingArgs.table_name"."""
-    value: str
+    scope: str
+    selector: str
+    parameter: str
+    value: Any
     """Right side as in the file, with macros and references."""
+    at: Location
+
+    @property
+    def name(self) -> str:
+        """The left side as in the file."""
+        scope = f"{self.scope}/" if self.scope else ""
+        return f"{scope}{self.selector}{f'.{self.parameter}' if self.parameter else ''}"
+
+    def __str__(self) -> str:
+        return f"{self.name} = {show(self.value)}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hstu.base.errors import DataError
 from hstu.config import args as a
 from hstu.config.gin_io import load, load_stored
-from hstu.config.option import annotation_of, field_problems, is_required
+from hstu.config.option import annotations_of, field_problems, is_required
 from hstu.config.run_config import RunConfig
 from tests.config.gin_files import BASES, write
 
@@ -38,7 +38,7 @@ def numbers(kind: type, field: Any) -> st.SearchStrategy[Any]:
 
 def values_of(cls: type, field: Any) -> st.SearchStrategy[Any]:
     """Valid values of a field that does not hold other argument objects."""
-    annotation = annotation_of(cls, field)
+    annotation = annotations_of(cls)[field.name]
     if field.metadata["choices"] is not None:
         return st.sampled_from(field.metadata["choices"])
     if field.name == "eval_metrics":

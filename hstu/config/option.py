@@ -118,12 +118,16 @@ def option(
 _NO_ORIGINS: Mapping[str, Binding] = MappingProxyType({})
 
 
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True)
 class Args:
-    """Base of all argument classes. Construction checks and converts every field."""
+    """Base of all argument classes, which are frozen dataclasses. Construction checks and converts every field."""
 
     origins = _NO_ORIGINS
     """Field → its binding in a gin file."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         """Raises ConfigError that lists all invalid values."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -114,6 +115,9 @@ class _Incomplete:
             raise Unknown(name)
         return object.__getattribute__(self, name)
 
+    def __init_subclass__(cls) -> None:
+        """Keeps Args from adding methods that read all fields."""
+
     __repr__, __eq__, __hash__ = object.__repr__, object.__eq__, object.__hash__
 
 
@@ -132,7 +136,5 @@ def incomplete(cls: type[T], known: Mapping[str, Any]) -> T:
 def apply(rules: Iterable[Callable[..., Iterator[Problem]]], *arguments: Any) -> Iterator[Problem]:
     """The problems that the rules find in ``arguments``. A rule ends at the first missing value that it reads."""
     for rule in rules:
-        try:
+        with suppress(Unknown):
             yield from rule(*arguments)
-        except Unknown:
-            continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Optional
 
 from hstu.config.args.embedding import EmbeddingArgs, NamedFeaturesArgs
@@ -15,7 +15,6 @@ SCORES_CANDIDATES = having("task", "ranking", why="retrieval scores the whole co
 ONE_HISTORY = {"candidates": "a request has one history, which ends where the request is"}
 
 
-@dataclass(frozen=True, kw_only=True)
 class AnyDatasetArgs(Args):
     """What stored and random data have in common."""
 
@@ -33,7 +32,6 @@ class AnyDatasetArgs(Args):
         return self.max_num_candidates > 0
 
 
-@dataclass(frozen=True, kw_only=True)
 class DatasetArgs(AnyDatasetArgs):
     """The dataset, its split, and how the history of a user becomes samples."""
 
@@ -120,7 +118,6 @@ class DatasetArgs(AnyDatasetArgs):
         return super().has_candidates or self.candidates == "requests"
 
 
-@dataclass(frozen=True, kw_only=True)
 class NumericFeatureArgs(NamedFeaturesArgs):
     """How a model reads numbers (a price, the time watched) and vectors of DatasetArgs.side_feature_names.
 
@@ -138,7 +135,6 @@ class NumericFeatureArgs(NamedFeaturesArgs):
 # --- random data, generated in memory to measure speed --------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
 class RandomDistribution(Args):
     """Random benchmark data: a distribution of lengths or ids. Draws are clipped to [low, high)."""
 
@@ -159,7 +155,6 @@ class RandomDistribution(Args):
     """Exponent of a zipf distribution: the probability of low + k is proportional to 1 / (k + 1)^alpha."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class FeatureArgs(NamedFeaturesArgs):
     """Random benchmark data: a group of features with equal lengths."""
 
@@ -181,7 +176,6 @@ class FeatureArgs(NamedFeaturesArgs):
         return given if isinstance(given, dict) else dict(zip(self.feature_names, given, strict=False))
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchmarkDatasetArgs(AnyDatasetArgs):
     """Random data generated in memory, to measure speed; replaces DatasetArgs."""
 

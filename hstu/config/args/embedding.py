@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Optional
 
 from hstu.config.args.optimizer import OwnOptimizerArgs
 from hstu.config.option import Args, having, option
 
 
-@dataclass(frozen=True, kw_only=True)
 class NamedFeaturesArgs(Args):
     """Base of the classes that describe some features."""
 
@@ -17,7 +15,6 @@ class NamedFeaturesArgs(Args):
     """Names of the features."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class EmbeddingArgs(NamedFeaturesArgs, OwnOptimizerArgs):
     """One embedding table and the features that share it."""
 
@@ -52,7 +49,6 @@ class EmbeddingArgs(NamedFeaturesArgs, OwnOptimizerArgs):
     """Standard deviation of the normal distribution of initial rows."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class DynamicEmbeddingArgs(EmbeddingArgs):
     """A table for any int64 ids, without a vocabulary: an id gets a row when training first sees it."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Optional
 
 from hstu.config.option import Args, having, not_having, option
@@ -12,7 +11,6 @@ SIDE_WIDTH = 16
 NOT_IN_WHOLE_LAYERS = having("recompute_layer", False, why="that recomputes the whole layer")
 
 
-@dataclass(frozen=True, kw_only=True)
 class NetworkArgs(Args):
     """The HSTU stack."""
 
@@ -174,7 +172,6 @@ class NetworkArgs(Args):
         return 2 if has_actions and self.interleave_actions else 1
 
 
-@dataclass(frozen=True, kw_only=True)
 class TensorModelParallelArgs(Args):
     """Tensor parallelism of the dense part."""
 
@@ -182,7 +179,6 @@ class TensorModelParallelArgs(Args):
     """Ranks that share one dense model. The data-parallel size is the number of ranks divided by this."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class DataParallelArgs(Args):
     """Data parallelism of the dense part."""
 
@@ -194,7 +190,6 @@ class DataParallelArgs(Args):
     All train the same weights, and checkpoints do not depend on it: a run can go on with another one."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class ContextParallelArgs(Args):
     """Context parallelism: long sequences are spread over several ranks."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Optional
 
 from hstu.config.option import Args, having, not_having, option
@@ -11,7 +10,6 @@ OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad")
 WITH_A_DECAY = having("schedule", "linear", "cosine", "cosine_restarts", "exponential")
 
 
-@dataclass(frozen=True, kw_only=True)
 class OwnOptimizerArgs(Args):
     """The optimizer of a table or of a part of the dense weights."""
 
@@ -22,7 +20,6 @@ class OwnOptimizerArgs(Args):
     """Peak learning rate. None: OptimizerArgs.learning_rate, or sparse_learning_rate for a model_parallel table."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class PartOptimizerArgs(OwnOptimizerArgs):
     """Settings of some dense weights, for OptimizerArgs.part_optimizers. All share its betas, epsilon and momentum."""
 
@@ -34,7 +31,6 @@ class PartOptimizerArgs(OwnOptimizerArgs):
     """Decoupled weight decay; norms and biases never decay. None: OptimizerArgs.weight_decay."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class OptimizerArgs(Args):
     """The optimizers of the dense part and of the tables."""
 
@@ -70,7 +66,6 @@ class OptimizerArgs(Args):
     tables have no average and are used as they are. 0: off."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class LRScheduleArgs(Args):
     """The learning-rate schedule: one multiplier over time for all learning rates, dense and tables alike."""
 
@@ -112,7 +107,6 @@ class LRScheduleArgs(Args):
     of an epoch have the multiplier of its first one."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class PrecisionArgs(Args):
     """Loss scaling and reduced precision; the compute type itself is NetworkArgs.dtype_str."""
 

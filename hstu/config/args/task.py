@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Optional
 
 from hstu.config.option import STORED_DATA, Args, having, not_having, option
@@ -40,7 +40,6 @@ DEFAULT_METRIC = {"binary": "AUC", "class": "ACC", "regression": "RMSE"}
 """Kind of a ranking task → default metric."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RankingTaskArgs(Args):
     """One of RankingArgs.tasks: what is predicted of an item, how it is learnt, and what is measured."""
 
@@ -123,7 +122,6 @@ class RankingTaskArgs(Args):
         return self.num_classes or 1 if self.kind == "class" else 1
 
 
-@dataclass(frozen=True, kw_only=True)
 class RankingArgs(Args):
     """The ranking task."""
 
@@ -168,7 +166,6 @@ class RankingArgs(Args):
         return names if len(names) > 1 else []
 
 
-@dataclass(frozen=True, kw_only=True)
 class RetrievalArgs(Args):
     """The retrieval task."""
 

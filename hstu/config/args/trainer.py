@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Optional
 
 from hstu.config.option import STORED_DATA, Args, having, not_having, option
@@ -16,7 +15,6 @@ NEVER = 999_999_999
 """Intervals from here on mean never, as in files of other trainers."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainerArgs(Args):
     """The training loop: batch sizes, run length, evaluation, checkpoints, data loading and the run directory."""
 

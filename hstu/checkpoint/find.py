@@ -44,12 +44,11 @@ class Run:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             check_shape(found, {"id": str, "directory": str, "checkpoints": str | None})
-            run = cls(**found)
+            return cls(**found)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise DataError(f"{path} cannot be read as the description of a run ({error})") from error
-        return run
 
     def text(self) -> str:
         """Return the content of run.json."""

@@ -109,11 +109,7 @@ class CheckpointStore:
     def mark_best(self, iteration: int) -> None:
         """Point ``best`` to a saved checkpoint and keep it until another one is the best."""
         path = folder.checkpoint_path(self.save_dir, iteration)
-
-        def link(mesh: Mesh) -> None:
-            collective_io(lambda: folder.set_link(self.save_dir, BEST, path) if mesh.is_main else None, mesh)
-
-        self._run(link)
+        self._run(lambda mesh: collective_io(lambda: folder.set_link(self.save_dir, BEST, path), mesh, on_rank_0))
 
     def _run(self, function: Callable[[Mesh], None]) -> None:
         """Call ``function``, in the background after all earlier ones."""

@@ -142,18 +142,18 @@ class ShardedTensors(StoredTensors):
     """Files of torch.distributed.checkpoint with the shards of each rank."""
 
     def __init__(self, directory: Path, listed: Collection[str]) -> None:
-        self.directory, self._listed = directory, listed
-        stored = IndexReader(directory, listed).read_metadata().state_dict_metadata
+        self._reader = IndexReader(directory, listed)
+        stored = self._reader.read_metadata().state_dict_metadata
         tensors = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
         self.sizes = {name: entry.size for name, entry in tensors.items()}
         self.dtypes = {name: entry.properties.dtype for name, entry in tensors.items()}
 
     def read(self, targets: Mapping[str, ShardedView], group: dist.ProcessGroup | None = None) -> None:
         """See StoredTensors."""
-        reader, planner = IndexReader(self.directory, self._listed), _LoadPlanner(flatten_state_dict=False)
+        planner, alone = _LoadPlanner(flatten_state_dict=False), group is None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended without a group
-            dcp.load(dict(targets), storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+            dcp.load(dict(targets), storage_reader=self._reader, planner=planner, process_group=group, no_dist=alone)
 
 
 class ConsolidatedTensors(StoredTensors):

@@ -16,7 +16,7 @@ from hstu.checkpoint.raw_ids import RowRemap
 from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join_name, split_name
 from hstu.config.args import CLASSES, Args, TrainerArgs
 from hstu.config.gin_scan import scan_stored
-from hstu.config.option import Changes, Mismatch, annotations_of, coerce, default_of, is_required, options_of
+from hstu.config.option import Changes, Mismatch, annotations_of, coerce, default_of, is_required
 from hstu.config.problems import Binding
 
 _BY_ID = "; where the data is newer, ckpt_load_strict = False finds rows by raw id, and new ids start anew"
@@ -223,14 +223,11 @@ def config_differences(stored: str, own: str) -> list[ConfigDifference]:
     differences = []
     for name in dict.fromkeys([*left, *right]):
         owner, _, parameter = name.rpartition("/")[2].partition(".")
-        options = options_of(CLASSES[owner]) if owner in CLASSES else ()
-        if field := next((each for each in options if each.name == parameter), None):
-            cls, changes = CLASSES[owner], field.metadata["changes"]
-            difference = ConfigDifference(
-                name, _value(cls, field, left.get(name)), _value(cls, field, right.get(name)), changes
-            )
-            if difference.stored != difference.own:
-                differences.append(difference)
+        cls = CLASSES.get(owner)
+        if cls is not None and (field := cls.__dataclass_fields__.get(parameter)):
+            there, here = (_value(cls, field, side.get(name)) for side in (left, right))
+            if there != here:
+                differences.append(ConfigDifference(name, there, here, field.metadata["changes"]))
     return differences
 
 

@@ -337,7 +337,7 @@ def _no_such_parameter(cls: type[Args], parameter: str, guess: str | None, names
     text = f"{cls.__name__} has no parameter {parameter}"
     if guess:
         return f"{text}; did you mean {guess!r}? (--explain {cls.__name__} lists all)"
-    owners = [other for other in REGISTRY if any(option.name == parameter for option in options_of(other))]
+    owners = [other for other in REGISTRY if parameter in other.__dataclass_fields__]
     for other in sorted(owners, key=lambda other: parameter not in _missing(other, {})):  # required parameters first
         return f"{text}; did you mean {other.__name__}.{parameter}?"
     return f"{text}; it has {', '.join(names)}"

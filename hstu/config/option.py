@@ -343,7 +343,7 @@ def default_of(field: Field[Any]) -> Any:
 
 def is_given(part: Args, parameter: str) -> bool:
     """Whether ``part`` has this parameter and its value differs from the default."""
-    field = next((field for field in options_of(type(part)) if field.name == parameter), None)
+    field = part.__dataclass_fields__.get(parameter)
     return field is not None and (is_required(field) or getattr(part, parameter) != default_of(field))
 
 

@@ -109,8 +109,7 @@ class RunConfig:
         if option in ("task", "data"):
             return getattr(self, option)
         other, parameter = self.find(part, option)
-        has_it = any(each.name == parameter for each in options_of(type(other)))
-        return getattr(other, parameter) if has_it else None
+        return getattr(other, parameter) if parameter in other.__dataclass_fields__ else None
 
     @property
     def retrieval(self) -> RetrievalArgs | None:

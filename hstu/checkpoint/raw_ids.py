@@ -101,16 +101,12 @@ def remap_rows(rows: int, own: Sequence[IdTensors | None], stored: Sequence[IdTe
     Unknown raw ids count as equal, because codes of features without a vocabulary are their raw values.
     """
     known = [(left, right) for left, right in zip(own, stored, strict=True) if left is not None and right is not None]
-    if all(_same(left, right) for left, right in known):
+    if all(len(left) == len(right) and all(map(torch.equal, left, right)) for left, right in known):
         return None
     ids, stored_ids = (_decode(side) for side in known[0])
     if len(own) > 1 or len(ids) > rows or ids.dtype != stored_ids.dtype or not len(stored_ids):
         return RowRemap(None)  # several features share the rows, or ids are hashed into them
     return RowRemap(np.concatenate([codes_of(ids, stored_ids), np.full(rows - len(ids), -1)]), len(ids))
-
-
-def _same(left: IdTensors, right: IdTensors) -> bool:
-    return len(left) == len(right) and all(torch.equal(one, other) for one, other in zip(left, right, strict=True))
 
 
 def _decode(tensors: IdTensors) -> np.ndarray:

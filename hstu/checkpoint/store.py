@@ -169,14 +169,12 @@ class CheckpointStore:
                     raise
                 log.warning("%s Trying the previous one.", error)
                 continue
-            if self._load_options.optimizer:
-                if self._is_own(path):
-                    self.newest_iteration = state.iteration
-                    if self._lock is not None:
-                        self._delete_older(state.iteration)
-                log.info("resuming from %s", path)
-            else:
-                log.info("starting from the weights of %s", path)
+            resumes = self._load_options.optimizer
+            if resumes and self._is_own(path):
+                self.newest_iteration = state.iteration
+                if self._lock is not None:
+                    self._delete_older(state.iteration)
+            log.info("%s %s", "resuming from" if resumes else "starting from the weights of", path)
             return True
         if paths:
             raise DataError(

@@ -34,7 +34,6 @@ class Parameter(NamedTuple):
     default: str
     allowed: str
     changes: str
-    needs: str
     meaning: str
 
 
@@ -48,8 +47,7 @@ def parameters_of(cls: type[Args]) -> list[Parameter]:
             "required" if is_required(field) else literal(default_of(field)),
             describe_limits(field),
             field.metadata["changes"],
-            _needs(field),
-            docs[field.name],
+            f"{docs[field.name]} {_needs(field)}".rstrip(),
         )
         for field in options_of(cls)
     ]
@@ -90,7 +88,7 @@ def _as_text(cls: type[Args]) -> str:
     for p in parameters_of(cls):
         head = f"  {p.name}: {p.type}" + (" (required)" if p.default == "required" else f" = {p.default}")
         lines.append(head + (f"   [{p.allowed}]" if p.allowed else ""))
-        text = f"{p.meaning} {p.needs}".rstrip() + f" Changes {p.changes}."
+        text = f"{p.meaning} Changes {p.changes}."
         lines.append(textwrap.fill(text, width=110, initial_indent="      ", subsequent_indent="      "))
     return "\n".join(lines)
 
@@ -105,7 +103,7 @@ def _as_markdown(cls: type[Args]) -> str:
     rows = ["| parameter | type | default | allowed | changes | meaning |", "|---|---|---|---|---|---|"]
     for p in parameters_of(cls):
         default = p.default if p.default == "required" else f"`{p.default}`"
-        cells = [f"`{p.name}`", f"`{p.type}`", default, p.allowed, p.changes, f"{p.meaning} {p.needs}".rstrip()]
+        cells = [f"`{p.name}`", f"`{p.type}`", default, p.allowed, p.changes, p.meaning]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([f"### {cls.__name__}", "", " ".join((cls.__doc__ or "").split()), "", *rows, ""])
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from hstu.config.args import Args, DatasetArgs, RankingArgs
+from hstu.config.args import DatasetArgs, RankingArgs
 from hstu.config.args.task import LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
@@ -97,16 +97,11 @@ def heads_divide(run: RunConfig) -> Iterator[Problem]:
 
 def ranks_divide(run: RunDraft) -> Iterator[Problem]:
     if run.world_size % run.ranks_per_group:
-        *others, last = _sizes(run)
+        sizes = ((run.tensor_parallel, "tensor_model_parallel_size"), (run.context_parallel, "context_parallel_size"))
+        *others, last = [(part, name) for part, name in sizes if getattr(part, name) > 1]
         times = "".join(f"times {cited(*other)} " for other in others)
         text = f"{times}must divide the number of ranks, which is {run.world_size}; change it, or --nproc-per-node"
         yield problem(*last, text)
-
-
-def _sizes(run: RunConfig) -> list[tuple[Args, str]]:
-    """(part, parameter) of the group sizes above 1."""
-    sizes = ((run.tensor_parallel, "tensor_model_parallel_size"), (run.context_parallel, "context_parallel_size"))
-    return [(part, name) for part, name in sizes if getattr(part, name) > 1]
 
 
 # --- optimizers and schedule ---------------------------------------------------------------------------------------

@@ -220,11 +220,25 @@ class TrainSampler(IterableDataset[BatchPlan]):
             begin = bounds[-1]
 
     def _ranks(self, order: Order, bounds: np.ndarray) -> np.ndarray:
-        """int64 [n]: the rank of each sample of a global batch, in the order of the epoch."""
+        """int64 [n]: the rank of each sample of a global batch, in the order of the epoch.
+
+        These are the contiguous slices, unless balancing finds more similar costs. It keeps each rank's count or, under
+        a token budget, gives it up to ``batch_size`` samples within its tokens.
+        """
+        counts = np.diff(bounds)
+        contiguous = np.repeat(np.arange(self.world_size), counts)
         if self.partition is None or not self.partition.balance or self.world_size == 1:
-            return np.repeat(np.arange(self.world_size), np.diff(bounds))
-        loads = self.partition.loads(order(np.arange(bounds[0], bounds[-1])))
-        return rebalance(np.diff(bounds), loads, self.batch_size, self._token_budget)
+            return contiguous
+        loads, budget = self.partition.loads(order(np.arange(bounds[0], bounds[-1]))), self._token_budget
+        if budget is None:
+            found = balanced_ranks(loads.costs, counts)
+        else:
+            # A sample that alone exceeds the budget fills a rank.
+            tokens = np.minimum(loads.tokens, budget)
+            found = balanced_ranks(loads.costs, np.full_like(counts, self.batch_size), tokens, budget)
+        if found is None or np.bincount(found, loads.costs).max() >= np.bincount(contiguous, loads.costs).max():
+            return contiguous
+        return found
 
 
 @dataclass(eq=False)
@@ -249,21 +263,6 @@ class EvalSampler:
 def even_bounds(begin: int, count: int, num_ranks: int) -> np.ndarray:
     """Bounds of the ranks' slices of [begin, begin + count), int64 [ranks + 1]. Sizes differ by at most one."""
     return begin + count * np.arange(num_ranks + 1, dtype=np.int64) // num_ranks
-
-
-def rebalance(counts: np.ndarray, loads: Loads, max_samples: int, tokens_per_rank: int | None) -> np.ndarray:
-    """int64 [n]: the rank of each sample of a global batch, chosen so that the ranks' costs are similar. ``counts``:
-    int64 [ranks], sizes of the contiguous slices. Without ``tokens_per_rank`` every rank keeps its count. With it, a
-    rank takes up to ``max_samples`` samples within its tokens. Falls back to the contiguous slices."""
-    contiguous = np.repeat(np.arange(len(counts)), counts)
-    if tokens_per_rank is None:
-        found = balanced_ranks(loads.costs, counts)
-    else:
-        # A sample that alone exceeds the budget fills a rank.
-        tokens = np.minimum(loads.tokens, tokens_per_rank)
-        found = balanced_ranks(loads.costs, np.full_like(counts, max_samples), tokens, tokens_per_rank)
-    before, after = (np.bincount(contiguous if ranks is None else ranks, loads.costs).max() for ranks in (None, found))
-    return contiguous if found is None or after >= before else found
 
 
 def balanced_ranks(

@@ -76,12 +76,13 @@ class TensorGroup(Pipelineable):
         for part in self._parts().values():
             part.record_stream(stream)
 
-    def _parts(self) -> dict[str, Any]:
-        kinds = (Tensor, KeyedJaggedTensor, TensorGroup)
+    def _parts(self, *also: type) -> dict[str, Any]:
+        kinds = (Tensor, KeyedJaggedTensor, TensorGroup, *also)
         return {name: part for name, part in vars(self).items() if isinstance(part, kinds)}
 
-    def _map(self, function: Callable[[Any], Any]) -> Self:
-        return dataclasses.replace(self, **{name: function(part) for name, part in self._parts().items()})
+    def _map(self, function: Callable[[Any], Any], *also: type) -> Self:
+        """The group with ``function(part)`` in the place of each part, in the order of the fields."""
+        return dataclasses.replace(self, **{name: function(part) for name, part in self._parts(*also).items()})
 
 
 Group = TypeVar("Group", bound=TensorGroup)
@@ -224,12 +225,12 @@ def unpacked(like: HSTUBatch, shapes: np.ndarray, numbers: np.ndarray) -> HSTUBa
     return _replaced(like, read)
 
 
-def _replaced(group: Group, new: Callable[[np.ndarray], np.ndarray]) -> Group:
-    """The group with ``new(array)`` in the place of each array of numbers, in the order of the fields."""
+def _replaced(batch: HSTUBatch, new: Callable[[np.ndarray], np.ndarray]) -> HSTUBatch:
+    """The batch with ``new(array)`` in the place of each array of numbers, in the order of the fields."""
 
     def of(part: Any) -> Any:
         if isinstance(part, TensorGroup):
-            return _replaced(part, new)
+            return part._map(of, np.ndarray, int)
         if isinstance(part, Tensor):
             return torch.from_numpy(new(part.numpy()))
         if isinstance(part, KeyedJaggedTensor):
@@ -238,6 +239,4 @@ def _replaced(group: Group, new: Callable[[np.ndarray], np.ndarray]) -> Group:
             return KeyedJaggedTensor(keys, values, lengths=lengths, stride=part.stride(), length_per_key=counts)
         return new(part) if isinstance(part, np.ndarray) else int(new(np.array(part)))
 
-    kinds = (TensorGroup, Tensor, KeyedJaggedTensor, np.ndarray, int)
-    parts = {name: part for name, part in vars(group).items() if isinstance(part, kinds)}
-    return dataclasses.replace(group, **{name: of(part) for name, part in parts.items()})
+    return batch._map(of, np.ndarray, int)

@@ -121,16 +121,15 @@ class Assembler:
             negatives=BatchNegatives(
                 draws=_tensor(draws), pool_positions=_tensor(pool_positions), list_lengths=_tensor(list_lengths)
             ),
-            seen=None if rows.seen is None else self._seen(*rows.seen),
+            seen=None
+            if rows.seen is None
+            else SeenIds(values=torch.from_numpy(rows.seen[0]), lengths=torch.from_numpy(self._padded(rows.seen[1]))),
             real_batch_size=len(rows.lengths),
             item_lengths=self._padded(rows.lengths),
             num_candidates_host=num_candidates,
             num_labels_host=num_labels,
             position=plan.position,
         )
-
-    def _seen(self, values: np.ndarray, lengths: np.ndarray) -> SeenIds:
-        return SeenIds(values=torch.from_numpy(values), lengths=torch.from_numpy(self._padded(lengths)))
 
     def _features(self, rows: Rows, negatives: Mapping[str, np.ndarray]) -> KeyedJaggedTensor:
         lengths = self._padded(rows.lengths)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 def run_starts(lengths: np.ndarray) -> np.ndarray:
     """Index of the first element of each run, int64 [n]."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    return np.cumsum(lengths) - lengths
+    return run_offsets(lengths)[:-1]
 
 
-def run_offsets(lengths: np.ndarray) -> np.ndarray:
+def run_offsets(lengths: ArrayLike) -> np.ndarray:
     """int64 [n + 1]: run i has the elements [offsets[i], offsets[i + 1])."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 

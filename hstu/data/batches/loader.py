@@ -7,7 +7,6 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -85,13 +84,8 @@ def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     for worker in workers:
         worker.terminate = worker.kill  # workers block SIGTERM
     # Without this, Python at exit would send SIGTERM, which the workers block, and wait for them.
-    Finalize(batches, _kill, args=(workers,), exitpriority=0)
+    Finalize(batches, lambda: [worker.kill() for worker in workers], exitpriority=0)
     return batches
-
-
-def _kill(workers: Iterable[BaseProcess]) -> None:
-    for worker in workers:
-        worker.kill()
 
 
 class _PlannedBatches(Dataset[Any]):

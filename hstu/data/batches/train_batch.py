@@ -86,8 +86,8 @@ class TrainBatch(TensorGroup):
         for part in self.parts:
             part.record_stream(stream)
 
-    def _map(self, function: Callable[[Any], Any]) -> Self:
-        mapped = super()._map(function)
+    def _map(self, function: Callable[[Any], Any], *also: type) -> Self:
+        mapped = super()._map(function, *also)
         parts = tuple(mapped.own if part is self.own else function(part) for part in self.parts)
         return dataclasses.replace(mapped, parts=parts)
 
@@ -121,8 +121,8 @@ def merge_ranks(batches: Sequence[HSTUBatch], rank: int, item_feature: str) -> t
     )
     layout = GroupLayout(
         num_values={key: [len(array) for array in arrays] for key, arrays in by_rank.items() if key not in shared},
-        sequences=_range_of_rank(real, rank),
-        labels=_range_of_rank([batch.num_labels_total for batch in batches], rank),
+        sequences=slice(*_offsets(real)[rank : rank + 2]),
+        labels=slice(*_offsets([batch.num_labels_total for batch in batches])[rank : rank + 2]),
     )
     return merged, layout
 
@@ -169,13 +169,8 @@ def _merged_draws(batches: Sequence[HSTUBatch], negatives: Sequence[np.ndarray] 
     """Shifts indices into the NEGATIVES by the number of NEGATIVES of earlier ranks. Raw random numbers stay."""
     counts = [0] * len(batches) if negatives is None else [len(of_rank) for of_rank in negatives]
     draws = [batch.negatives.draws for batch in batches]
-    shifts = run_offsets(np.array(counts)).tolist()
+    shifts = _offsets(counts)
     return _concatenated([None if draw is None else draw + shift for draw, shift in zip(draws, shifts, strict=False)])
-
-
-def _range_of_rank(counts: Sequence[int], rank: int) -> slice:
-    start = sum(counts[:rank])
-    return slice(start, start + counts[rank])
 
 
 def _pool_feature_positions(batch: HSTUBatch, roles: FeatureRoles) -> KeyedJaggedTensor | None:
@@ -236,7 +231,7 @@ def split_micro_batches(batch: HSTUBatch, count: int, roles: FeatureRoles) -> tu
     return tuple(part(start, stop) for start, stop in pairwise(range(0, count * size + 1, size)))
 
 
-def _offsets(lengths: np.ndarray) -> list[int]:
+def _offsets(lengths: Sequence[int] | np.ndarray) -> list[int]:
     return run_offsets(lengths).tolist()
 
 

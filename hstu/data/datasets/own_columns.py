@@ -15,9 +15,9 @@ from hstu.data.datasets.raw import (
     COMPRESSIONS,
     RawFile,
     check_readable,
+    header_columns,
     probable_delimiter,
     quote_beside,
-    table_with_header,
 )
 from hstu.data.datasets.spec import USER_FEATURE, Schema
 
@@ -204,18 +204,14 @@ def _with_numbers(name: str) -> list[tuple[int, str]]:
 
 def open_table(file: Path, delimiter: str | None, header: Sequence[str] = ()) -> RawFile:
     """Open a table and read its header. ``header``: column names for a file without them."""
+    check_readable(file)
     if file.suffix == ".parquet":
         if header:
             raise ConfigError(f"{file}: a Parquet file has names of its columns; leave out --header")
-        table = RawFile(path=file)
-        check_readable(table)
-        return table
-    check_readable(RawFile(path=file, columns={}))
+        return RawFile(path=file)
     delimiter = delimiter or probable_delimiter(file)
-    if not header:
-        return table_with_header(file, {}, delimiter=delimiter)
-    columns = dict.fromkeys(header, "VARCHAR")
-    return RawFile(path=file, columns=columns, delimiter=delimiter, header=False, quote=quote_beside(delimiter))
+    columns = dict.fromkeys(header or header_columns(file, delimiter), "VARCHAR")
+    return RawFile(path=file, columns=columns, delimiter=delimiter, header=not header, quote=quote_beside(delimiter))
 
 
 def columns_of(table: RawFile) -> dict[str, str]:

@@ -61,16 +61,11 @@ class RawFile:
 
     path: Path
     columns: Mapping[str, str] | None = None
-    """Name → SQL type of all columns of a text file, in order. None for Parquet, which stores its own types."""
+    """Name → SQL type of all columns of a text file, in order. None: a Parquet file, which stores its own types."""
     delimiter: str = ","
     header: bool = True
     quote: str = '"'
     encoding: str = "utf-8"
-
-    @property
-    def is_text(self) -> bool:
-        """Whether the file is text instead of Parquet."""
-        return self.columns is not None
 
     def relation(self) -> str:
         """SQL of the rows in order. Unreadable lines are left out and listed in DuckDB's table reject_errors."""
@@ -87,7 +82,7 @@ class RawFile:
 
     def place(self, row: int) -> str:
         """Location of readable row ``row`` (from 0): ``file:line``, or ``file, row n`` for Parquet."""
-        if not self.is_text:
+        if self.columns is None:
             return f"{self.path}, row {row + 1}"
         with open_text(self.path) as lines:
             line = next(islice(_first_lines(lines, self.delimiter, self.quote), row + self.header, None), 1)
@@ -137,12 +132,11 @@ def open_text(file: Path) -> Iterator[IO[str]]:
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace", newline="")
 
 
-def table_with_header(file: Path, types: Mapping[str, str], *, delimiter: str = ",") -> RawFile:
-    """Read a header. Columns outside ``types`` are text. Raises DataError if a column of ``types`` is missing."""
-    header = _header_columns(file, delimiter)
+def table_with_header(file: Path, types: Mapping[str, str]) -> RawFile:
+    """Read a CSV header. Columns outside ``types`` are text. Raises DataError if a column of ``types`` is missing."""
+    header = header_columns(file, ",")
     require_columns(file, header, types)
-    columns = {name: types.get(name, "VARCHAR") for name in header}
-    return RawFile(path=file, columns=columns, delimiter=delimiter, quote=quote_beside(delimiter))
+    return RawFile(path=file, columns={name: types.get(name, "VARCHAR") for name in header})
 
 
 def quote_beside(delimiter: str) -> str:
@@ -158,7 +152,7 @@ def probable_delimiter(file: Path) -> str:
     return "::" if "::" in line else usual if usual in line else ":"
 
 
-def _header_columns(file: Path, delimiter: str) -> list[str]:
+def header_columns(file: Path, delimiter: str) -> list[str]:
     """Column names in the first line, without the types of RecBole. Raises DataError if they are unusable."""
     try:
         with open_text(file) as lines:
@@ -191,16 +185,16 @@ def require_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -
     raise DataError(f"{file} has no {columns}.{hint} It has: {', '.join(present)}")
 
 
-def check_readable(raw: RawFile) -> None:
-    """Raise DataError if the file is missing, empty, or differs from its name and RawFile."""
-    file = raw.path
+def check_readable(file: Path) -> None:
+    """Raise DataError if the file is missing, empty, or not the Parquet or text file that its name promises."""
+    is_parquet = file.suffix == ".parquet"
     with open_bytes(file) as stream:
         head = stream.read(_SNIFFED_BYTES)
     if not head:
         raise DataError(f"{file} is empty")
-    if not raw.is_text and not head.startswith(b"PAR1"):
+    if is_parquet and not head.startswith(b"PAR1"):
         raise DataError(f"{file} is not a Parquet file, although its name ends in .parquet")
-    if raw.is_text and b"\0" in head:
+    if not is_parquet and b"\0" in head:
         line = head.count(b"\n", 0, head.index(0)) + 1
         raise DataError(
             f"{file}:{line}: a zero byte, so this is no text in UTF-8. Unpack an archive, convert UTF-16 or a workbook "

@@ -157,7 +157,7 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
     """Write the store and return its path. Raises DataError for bad raw data."""
     memory_bytes(options.memory_limit)
     _check_options(raw, schema, options)
-    for file, _ in (*raw.parts, *raw.tables.values()):
+    for file in raw.files:
         check_readable(file)
     key = _resume_key(raw, schema, options)
     with (

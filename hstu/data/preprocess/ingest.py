@@ -78,7 +78,7 @@ def _ingest(build: Build, raw: RawFile, select: str, name: str, bad: BadRows) ->
             read = uniform
             _copy_with_uniform_lines(raw.path, uniform.path)
             write_parquet(build.engine, f"SELECT {select} FROM {uniform.relation()}", build.file(name))
-        if raw.is_text:
+        if raw.columns is not None:
             _count_rejects(build.engine, raw, read, bad)
     except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
         text = str(error)

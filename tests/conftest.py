@@ -115,7 +115,8 @@ def write_small_store(
         writer.ranges.update(ranges or {})
         writer.write_offsets(np.concatenate([[0], np.cumsum(lengths)]))
         for feature, values in (context or {}).items():
-            writer.write_context(feature, np.asarray(values), cardinality=int(max(values)) + 1)
+            codes, cardinality = np.asarray(values), int(max(values)) + 1
+            writer.create_sequence(feature, "context", cardinality=cardinality, length=len(codes))[:] = codes
         total = sum(lengths)
         writer.create_sequence(item_feature, "item", cardinality=num_items, length=total)[:] = flat(items)
         writer.write_vocabulary(item_feature, np.array(item_ids or 1000 + np.arange(num_items)))
@@ -137,15 +138,15 @@ def write_small_store(
             write_item_feature(writer, feature, codes, cardinality, offsets if is_list else None)
             writer.write_vocabulary(feature, [f"value {code:03}" for code in range(cardinality)])
         for feature, numbers in (item_numbers or {}).items():
-            array = writer.create_item_numbers(feature, width=numbers.shape[1], items=num_items)
+            length, width = numbers.size, numbers.shape[1]
+            array = writer.create_sequence(feature, "item_number", cardinality=None, length=length, width=width)
             array[:] = numbers.reshape(-1)
             array.flush()
         for feature, of_events in (event_numbers or {}).items():
             array = writer.create_sequence(feature, "event_number", cardinality=None, length=total)
             array[:] = [value for row in of_events for value in row]
             array.flush()
-        for feature in raw:
-            writer.keep_raw_ids(feature)
+        writer.raw_features.update(raw)
         if requests:
             sizes = [len(shown[item_feature]) for _, _, shown in requests]
             arrays = writer.create_requests(len(requests), sum(sizes))

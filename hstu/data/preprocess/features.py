@@ -25,7 +25,8 @@ def write_context(build: Build, num_users: int) -> None:
     names = {feature: name for name, feature in build.schema.of_users().items()}
     for feature in build.schema.context:
         if feature == USER_FEATURE:
-            build.writer.write_context(feature, np.arange(num_users), cardinality=num_users)
+            codes = build.writer.create_sequence(feature, "context", cardinality=num_users, length=num_users)
+            codes[:] = np.arange(num_users)
             continue
         name = names[feature]
         rows, order, given = "context", "source_row", "true"
@@ -132,7 +133,8 @@ def _write_categories(build: Build, name: str, feature: str, rows: str, owners: 
 def _write_numbers(build: Build, name: str, feature: str, rows: str, num_items: int) -> None:
     """Write the number or vector of each item; NaN if an item has no row or no value."""
     width = vector_width(build, name)
-    array = build.writer.create_item_numbers(feature, width=width, items=num_items)
+    length = num_items * width
+    array = build.writer.create_sequence(feature, "item_number", cardinality=None, length=length, width=width)
     array[:] = np.nan
     by_item, found = array.reshape(num_items, width), 0
     query = f"SELECT code, {name} AS value FROM {rows} WHERE {name} IS NOT NULL"

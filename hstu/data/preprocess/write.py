@@ -58,7 +58,7 @@ def keep_raw_ids(build: Build) -> None:
         table, feature = features[role]
         if str(build.engine.sql(f"SELECT id FROM {table}").types[0]) != "BIGINT":
             raise DataError(f"--raw_ids {role}: the ids of {feature!r} are text, and raw ids are int64; leave it out")
-        build.writer.keep_raw_ids(feature)
+        build.writer.raw_features.add(feature)
 
 
 def write_events(build: Build, offsets: np.ndarray, num_items: int) -> dict[str, str]:
@@ -205,7 +205,7 @@ def write_requests(
 ) -> None:
     """Write requests and candidates, after events with ``offsets`` [U + 1]. ``features``: e0, e1, … → SQL of value."""
     of_requests = build.writer.create_requests(requests, candidates)
-    times = build.writer.written(str(build.schema.timestamp), "timestamp")
+    times = build.writer.written(str(build.schema.timestamp))
     ordered = build.engine.sql(
         """SELECT u.code AS users, r."timestamp" AS times, r.candidates FROM requests r
         JOIN users u ON r."user" = u.id ORDER BY r.number"""

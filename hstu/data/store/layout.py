@@ -80,7 +80,7 @@ class FeatureMeta:
     @property
     def file(self) -> str:
         """File of the values. Special characters of the name are quoted."""
-        return feature_file(self.role, self.name)
+        return f"{_FOLDERS.get(self.role, 'sequence')}.{_quoted(self.name, self.role)}.npy"
 
     @property
     def candidate_file(self) -> str:
@@ -94,11 +94,6 @@ TIME_FEATURES = {
 }
 """Event features that are computed from times, in UTC; weeks begin on Monday. time_gap is 0 for a user's first event,
 else 1 + floor(log2(1 + seconds since the previous event)), at most 40 (17,000 years)."""
-
-
-def feature_file(role: Role, feature: str) -> str:
-    """File of a feature's values."""
-    return f"{_FOLDERS.get(role, 'sequence')}.{_quoted(feature, role)}.npy"
 
 
 def list_offsets_file(feature: str) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -18,7 +16,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.base.errors import DataError
-from hstu.base.files import Journal, put_in_place, remove, sha256, sync_tree
+from hstu.base.files import Journal, put_in_place, remove, sha256, sync_tree, written_aside
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.features.values import statistics_of_numbers
 from hstu.data.store.layout import (
@@ -29,7 +27,6 @@ from hstu.data.store.layout import (
     REQUEST_FILES,
     FeatureMeta,
     Role,
-    feature_file,
     list_offsets_file,
     split_file,
     strings_files,
@@ -67,9 +64,9 @@ class StoreWriter:
         self._command = command
         self._resume_key = resume_key
         self.partial = self.target.parent / f".{self.target.name}.partial"
+        self.raw_features: set[str] = set()
+        """Features of which models get the raw ids, which must be int64, instead of the codes."""
         self._features: dict[str, FeatureMeta] = {}
-        self._details: defaultdict[str, dict[str, Any]] = defaultdict(dict)
-        """Feature → fields of its FeatureMeta that calls other than create_sequence set."""
         self._arrays: dict[str, tuple[str, int]] = {}
         self._num_users = self._num_requests = self._num_candidates = 0
         self._split: str | None = None
@@ -121,33 +118,25 @@ class StoreWriter:
         self._num_users = len(offsets) - 1
         self._create(OFFSETS_FILE, np.dtype(np.int64), len(offsets))[:] = offsets
 
-    def create_sequence(self, feature: str, role: Role, *, cardinality: int | None, length: int) -> np.memmap:
-        """A flat [length] array to fill. An array that a killed writer left keeps its content. Items, actions and
-        events are int32. Timestamps (int64) and event numbers (float32) have cardinality None."""
-        self._features[feature] = FeatureMeta(feature, role, DTYPES[role], cardinality, has_vocab=False)
+    def create_sequence(
+        self, feature: str, role: Role, *, cardinality: int | None, length: int, width: int = 1
+    ) -> np.memmap:
+        """A flat [length] array to fill. An array that a killed writer left keeps its content. Codes are int32.
+        Timestamps (int64) and numbers (float32) have cardinality None. Numbers of items have ``width`` values per item,
+        only NaN where missing. Features of a role keep the order of these calls."""
+        self._features[feature] = FeatureMeta(feature, role, DTYPES[role], cardinality, has_vocab=False, width=width)
         return self._create(self._features[feature].file, np.dtype(DTYPES[role]), length)
 
-    def written(self, feature: str, role: Role) -> np.ndarray:
+    def written(self, feature: str) -> np.ndarray:
         """The content of an array that create_sequence made, read-only."""
-        return np.asarray(open_memmap(self.partial / feature_file(role, feature), mode="r"))
-
-    def write_context(self, feature: str, codes: np.ndarray, *, cardinality: int) -> None:
-        """Stores the int32 [U] codes of a contextual feature. Features keep the order of these calls."""
-        self.create_sequence(feature, "context", cardinality=cardinality, length=len(codes))[:] = codes
+        return np.asarray(open_memmap(self.partial / self._features[feature].file, mode="r"))
 
     def create_list_offsets(self, feature: str, *, items: int) -> np.memmap:
         """int64 [items + 1] to fill: item i has the values [offsets[i], offsets[i + 1]), at least one."""
-        self._details[feature]["is_list"] = True
         return self._create(list_offsets_file(feature), np.dtype(np.int64), items + 1)
-
-    def create_item_numbers(self, feature: str, *, width: int, items: int) -> np.memmap:
-        """A flat float32 [items * width] array to fill, item after item. A missing item has only NaN."""
-        self._details[feature]["width"] = width
-        return self.create_sequence(feature, "item_number", cardinality=None, length=items * width)
 
     def write_vocabulary(self, feature: str, raw_ids: np.ndarray | Iterable[str]) -> None:
         """Stores code → raw id, ascending: an int64 array or strings. The users' vocabulary is called "user_id"."""
-        self._details[feature]["has_vocab"] = True
         if isinstance(raw_ids, np.ndarray) and raw_ids.dtype != object:
             self._create(f"{vocabulary_stem(feature)}.npy", np.dtype(np.int64), len(raw_ids))[:] = raw_ids
         else:
@@ -155,7 +144,6 @@ class StoreWriter:
 
     def write_text_vocabulary(self, feature: str, offsets: np.ndarray, utf8: np.ndarray) -> None:
         """Stores a vocabulary of encoded strings: value i is the bytes [offsets[i], offsets[i + 1])."""
-        self._details[feature]["has_vocab"] = True
         self._write_utf8(vocabulary_stem(feature), offsets, utf8)
 
     def write_split(self, column: str, valid: np.ndarray, test: np.ndarray) -> None:
@@ -177,10 +165,6 @@ class StoreWriter:
         meta = self._features[feature]
         return self._create(meta.candidate_file, np.dtype(meta.dtype), self._num_candidates)
 
-    def keep_raw_ids(self, feature: str) -> None:
-        """Gives models the raw ids of a feature, which must be int64, instead of its codes."""
-        self._details[feature]["raw"] = True
-
     def write_titles(self, titles: Iterable[str]) -> None:
         """Stores item code → human title, empty where there is none."""
         self._write_strings("titles", titles)
@@ -190,12 +174,12 @@ class StoreWriter:
             raise ValueError(f"{file} is written twice")
         self._arrays[file] = (dtype.str, length)
         path = self.partial / file
-        size = len(array_header(dtype.str, length)) + length * dtype.itemsize
-        if not (path.is_file() and path.stat().st_size == size):
-            open_memmap(path, mode="w+", dtype=dtype, shape=(length,))
+        if not path.is_file():
+            with written_aside(path) as aside:
+                open_memmap(aside, mode="w+", dtype=dtype, shape=(length,))
         # Allocate all blocks first: on a full disk, writing to a mapped page would end the process with SIGBUS.
         with path.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, size)
+            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
         return open_memmap(path, mode="r+")
 
     def _write_strings(self, stem: str, strings: Iterable[str]) -> None:
@@ -254,7 +238,12 @@ class StoreWriter:
         }
 
     def _described(self, feature: FeatureMeta) -> FeatureMeta:
-        feature = replace(feature, **self._details[feature.name])
+        feature = replace(
+            feature,
+            has_vocab=any(f"{vocabulary_stem(feature.name)}{end}" in self._arrays for end in (".npy", ".utf8.npy")),
+            is_list=list_offsets_file(feature.name) in self._arrays,
+            raw=feature.name in self.raw_features,
+        )
         if feature.role not in NUMBER_ROLES:
             return feature
         values = np.load(self.partial / feature.file, mmap_mode="r").reshape(-1, feature.width)
@@ -284,10 +273,3 @@ def check_replaceable(target: Path) -> None:
     if foreign := sorted(path.name for path in target.iterdir() if path.name not in described):
         shown = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
         raise DataError(f"{target} holds files that are not of the store: {shown}; move them away")
-
-
-def array_header(dtype: str, length: int) -> bytes:
-    """The first bytes of the .npy file of a one-dimensional array."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": (length,)})
-    return header.getvalue()

@@ -112,7 +112,7 @@ def test_raw_ids_that_are_no_text_are_told_when_they_are_read(tmp_path: Path) ->
     with StoreWriter(tmp_path / "s", name="toy", command=None) as writer:
         writer.write_offsets(np.array([0, 1]))
         writer.create_sequence("item", "item", cardinality=1, length=1)[:] = 0
-        writer.write_context("town", np.array([0]), cardinality=2)
+        writer.create_sequence("town", "context", cardinality=2, length=1)[:] = 0
         writer.write_vocabulary("town", ["Köln", "Ulm"])
         writer.write_vocabulary("user_id", np.array([7]))
     file = "vocabulary.town.utf8.npy"

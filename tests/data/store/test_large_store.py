@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
 
 from hstu.base.files import sha256
 from hstu.data.store.layout import META_FILE
 from hstu.data.store.meta import FORMAT, VERSION, sealed
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.data.store.writer import array_header
 from tests.conftest import REPOSITORY
 
 
@@ -22,12 +22,10 @@ def sparse_store(path: Path, users: int, events: int, items: int) -> SequenceSto
     files: dict[str, dict[str, Any]] = {}
 
     def create(file: str, dtype: str, length: int, values: np.ndarray | None = None) -> None:
-        header, body = array_header(dtype, length), length * np.dtype(dtype).itemsize
-        with (path / file).open("wb") as sink:
-            sink.write(header)
-            sink.write(b"" if values is None else values.astype(dtype).tobytes())
-            sink.truncate(len(header) + body)
-        described = {"dtype": dtype, "length": length, "bytes": len(header) + body}
+        array = open_memmap(path / file, mode="w+", dtype=dtype, shape=(length,))
+        if values is not None:
+            array[:] = values
+        described = {"dtype": dtype, "length": length, "bytes": (path / file).stat().st_size}
         files[file] = {**described, "sha256": "too large to be read" if values is None else sha256(path / file)}
 
     create("offsets.npy", "<i8", users + 1, np.linspace(0, events, users + 1).astype(np.int64))

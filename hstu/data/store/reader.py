@@ -197,23 +197,17 @@ class SampleItems:
     def values(self, feature: str) -> np.ndarray:
         """[n] stored values of the item, the action or an event feature."""
         of_events = self.store.sequence(feature)[self.events]
-        if self.candidates is not None:
-            return self._joined(of_events, self.store.candidates(feature)[self.candidates])
-        return of_events
+        return self._joined(of_events, lambda shown: self.store.candidates(feature)[shown])
 
     def times(self) -> np.ndarray:
         """int64 [n] seconds: the times of the events, and for candidates the times of their requests."""
         of_events = self.store.sequence(str(self.store.timestamp_feature))[self.events]
-        if self.candidates is None:
-            return of_events
-        return self._joined(of_events, self.store.candidate_times(self.candidates)[0])
+        return self._joined(of_events, lambda shown: self.store.candidate_times(shown)[0])
 
     def time_codes(self, feature: str) -> np.ndarray:
         """int64 [n] codes of a time feature. A candidate's previous event is the last event of its history."""
         of_events = self.store.time_codes(feature, self.events, self.before)
-        if self.candidates is None:
-            return of_events
-        return self._joined(of_events, time_codes(feature, *self.store.candidate_times(self.candidates)))
+        return self._joined(of_events, lambda shown: time_codes(feature, *self.store.candidate_times(shown)))
 
     def place(self, index: int) -> str:
         """Describes the item at ``index`` for an error."""
@@ -223,10 +217,11 @@ class SampleItems:
         user = int(np.searchsorted(self.store.offsets(), row, side="right")) - 1
         return f"user {self.store.raw_ids(USER_FEATURE)[user]} (event {row})"
 
-    def _joined(self, of_events: np.ndarray, of_candidates: np.ndarray) -> np.ndarray:
-        assert self.is_candidate is not None
+    def _joined(self, of_events: np.ndarray, of_candidates: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        if self.candidates is None or self.is_candidate is None:
+            return of_events
         joined = np.empty(len(self.is_candidate), dtype=of_events.dtype)
-        joined[~self.is_candidate], joined[self.is_candidate] = of_events, of_candidates
+        joined[~self.is_candidate], joined[self.is_candidate] = of_events, of_candidates(self.candidates)
         return joined
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import shutil
+from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from hstu.base.errors import DataError
 from hstu.base.files import sha256
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, open_bytes
 from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, LATEST_SECOND, ColumnDescription
-from hstu.data.preprocess.state import BadRows, Build, Connection, one, source_names, write_parquet
+from hstu.data.preprocess.state import Build, one, source_names, write_parquet
 
 _log = logging.getLogger(__name__)
 
@@ -55,19 +56,19 @@ def read_files(build: Build) -> None:
 
 
 def _read(build: Build, name: str, file: RawFile, select: str) -> None:
-    def ingest() -> dict[str, int]:
-        bad = build.bad_rows()
-        _ingest(build, file, select, name, bad)
+    def ingest() -> Counter[str]:
+        bad = _ingest(build, file, select, name)
         (source,) = (source for source, other in source_names(build.raw.files).items() if other == file.path)
         build.writer.journal.commit(f"source {source}", sha256(file.path))
-        return bad.counts
+        return bad
 
     build.skipped.update(build.once(name, ingest))
     build.show_file(name, "source_row")
 
 
-def _ingest(build: Build, raw: RawFile, select: str, name: str, bad: BadRows) -> None:
-    """Write ``select`` of the readable rows. Raises DataError for unreadable lines that ``bad`` may not skip."""
+def _ingest(build: Build, raw: RawFile, select: str, name: str) -> Counter[str]:
+    """Write ``select`` of the readable rows. Returns the number of unreadable lines by reason. Raises DataError for
+    those that may not be skipped."""
     read, uniform = raw, replace(raw, path=build.file(name).with_suffix(".lines"))
     try:
         try:
@@ -78,8 +79,7 @@ def _ingest(build: Build, raw: RawFile, select: str, name: str, bad: BadRows) ->
             read = uniform
             _copy_with_uniform_lines(raw.path, uniform.path)
             write_parquet(build.engine, f"SELECT {select} FROM {uniform.relation()}", build.file(name))
-        if raw.columns is not None:
-            _count_rejects(build.engine, raw, read, bad)
+        return Counter() if raw.columns is None else _count_rejects(build, raw, read)
     except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
         text = str(error)
         if raw.path.name not in text and not any(kind.upper() in text.upper() for kind in COMPRESSIONS.values()):
@@ -95,27 +95,27 @@ def _copy_with_uniform_lines(file: Path, target: Path) -> None:
         shutil.copyfileobj(io.TextIOWrapper(source, encoding="latin-1"), copy)
 
 
-def _count_rejects(engine: Connection, raw: RawFile, read: RawFile, bad: BadRows) -> None:
-    """Add the lines that DuckDB rejected to ``bad``. ``read``: ``raw``, or its copy with LF line ends."""
+def _count_rejects(build: Build, raw: RawFile, read: RawFile) -> Counter[str]:
+    """Count the lines that DuckDB rejected. ``read``: ``raw``, or its copy with LF line ends."""
+    bad: Counter[str] = Counter()
     first = ", ".join(f"arg_min({name}, line_byte_position)" for name in ("error_type", "error_message", "column_name"))
     hidden = f"max(error_type::VARCHAR IN ('{_UNQUOTED}', '{_TOO_LONG}'))"
     try:
-        rejects = one(
-            engine, f"SELECT count(DISTINCT line), min(line_byte_position), {first}, {hidden} FROM reject_errors"
-        )
+        query = f"SELECT count(DISTINCT line), min(line_byte_position), {first}, {hidden} FROM reject_errors"
+        number, byte, kind, message, name, hides_lines = one(build.engine, query)
     except duckdb.CatalogException:  # the table exists only after a rejected line
-        return
-    engine.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
-    number, byte, kind, message, name, hides_lines = rejects
+        return bad
+    build.engine.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
     if not number:
-        return
+        return bad
     location = f"{raw.path}:{read.line_at(byte - 1)}"  # DuckDB counts from 1
     detail = _explain(kind, message, name)
     if hides_lines:  # an unclosed quote also makes an unknown number of further lines unreadable
         raise DataError(
             f"{location}: {detail}. The lines after it cannot be read either, so it cannot be skipped: correct it"
         )
-    bad.add(number, _REASONS.get(kind, "unreadable line"), location, detail)
+    build.skip(bad, number, _REASONS.get(kind, "unreadable line"), location, detail)
+    return bad
 
 
 def _explain(kind: str, message: str, name: str | None) -> str:
@@ -137,12 +137,10 @@ def _explain(kind: str, message: str, name: str | None) -> str:
 def check_rows(build: Build) -> None:
     """Create views without bad rows. Raises DataError for bad rows that may not be skipped, and if no event remains."""
     build.skipped.update(build.once("checked", lambda: _check(build)))
-    usable = _usable(build, 0) if build.writer.journal["checked"] else "true"
-    build.view("usable_events", f"SELECT * FROM typed WHERE part < {len(build.raw.logs)} AND {usable}")
-    if build.raw.requests:
-        first = len(build.raw.logs)
-        usable = _usable(build, first) if build.writer.journal["checked"] else "true"
-        build.view("impressions", f"SELECT * FROM typed WHERE part >= {first} AND {usable}")
+    first = len(build.raw.logs)  # part of requests
+    for name, part, of_parts in (("usable_events", 0, f"part < {first}"), ("impressions", first, f"part >= {first}")):
+        usable = _usable(build, part) if build.writer.journal["checked"] else "true"
+        build.view(name, f"SELECT * FROM typed WHERE {of_parts} AND {usable}")
     if build.raw.item_table is not None:
         conditions = [f"NOT {unusable_number(build, name)}" for name in _quantities_of_items(build)]
         build.view("usable_items", f"SELECT * FROM item_table WHERE {' AND '.join(conditions) or 'true'}")
@@ -152,15 +150,15 @@ def _usable(build: Build, part: int) -> str:
     return " AND ".join(f"NOT ({unusable})" for unusable in _unusable_values(build, part).values())
 
 
-def _check(build: Build) -> dict[str, int]:
-    bad = build.bad_rows()
+def _check(build: Build) -> Counter[str]:
+    bad: Counter[str] = Counter()
     for part, (log, _) in enumerate(build.raw.parts):
         _check_log(build, part, log, bad)
     _check_numbers(build, bad)
     usable = f"part < {len(build.raw.logs)} AND {_usable(build, 0)}"
     if one(build.engine, f"SELECT count(*) FROM typed WHERE {usable}") == (0,):
         raise DataError(f"{', '.join(str(log.path) for log in build.raw.logs)}: no events")
-    return bad.counts
+    return bad
 
 
 def _unusable_values(build: Build, part: int) -> dict[str, str]:
@@ -204,7 +202,7 @@ def _quantities_of_items(build: Build) -> dict[str, str]:
     return {name: feature for name, feature in build.schema.quantities().items() if name in names}
 
 
-def _check_log(build: Build, part: int, log: RawFile, bad: BadRows) -> None:
+def _check_log(build: Build, part: int, log: RawFile, bad: Counter[str]) -> None:
     """Check a file in one pass. A row with several unusable values counts once, for the first of them."""
     conditions = _unusable_values(build, part)
     selected, earlier = [], "false"
@@ -216,7 +214,7 @@ def _check_log(build: Build, part: int, log: RawFile, bad: BadRows) -> None:
     rows = dict(zip(conditions, zip(found[::2], found[1::2], strict=True), strict=True))
     for name, (count, first) in sorted(rows.items(), key=lambda item: item[1][1] or 0):
         if count:
-            bad.add(count, *_explain_value(build, name, f"log_{part}", log, first))
+            build.skip(bad, count, *_explain_value(build, name, f"log_{part}", log, first))
 
 
 def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) -> tuple[str, str, str]:
@@ -233,7 +231,7 @@ def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) 
     return f"unusable {column.label if name in quantities else name}", file.place(row), detail
 
 
-def _check_numbers(build: Build, bad: BadRows) -> None:
+def _check_numbers(build: Build, bad: Counter[str]) -> None:
     """Count unusable numbers and vectors of items as bad rows. Raises DataError if a feature has no value at all."""
     of_items = _quantities_of_items(build)
     for name, feature in build.schema.quantities().items():
@@ -241,7 +239,7 @@ def _check_numbers(build: Build, bad: BadRows) -> None:
             query = f"SELECT count(*), min(source_row) FROM item_table WHERE {unusable_number(build, name)}"
             count, row = one(build.engine, query)
             if count:
-                bad.add(count, *_explain_value(build, name, "item_table_as_read", build.raw.item_table[0], row))
+                build.skip(bad, count, *_explain_value(build, name, "item_table_as_read", build.raw.item_table[0], row))
         rows = "item_table" if name in of_items else f"typed WHERE part < {len(build.raw.logs)}"
         if one(build.engine, f"SELECT count({name}) FROM {rows}") == (0,):
             raise DataError(f"{feature!r} is empty in every row; leave it out")

@@ -68,35 +68,6 @@ class BuildOptions:
     """Take times of users' own tables that probably are something else."""
 
 
-@dataclass
-class BadRows:
-    """Counts bad rows. The first one ends the run, or they are skipped up to ``limit``."""
-
-    policy: Policy
-    limit: int
-    before: int = 0
-    """Rows that earlier stages skipped."""
-    counts: Counter[str] = field(default_factory=Counter)
-    """Reason → rows."""
-
-    def add(self, number: int, reason: str, location: str, detail: str) -> None:
-        """Count ``number`` rows, the first of them at ``location``. Raises DataError unless they may be skipped."""
-        if not number:
-            return
-        more = f" ({number:,} such rows)" if number > 1 else ""
-        if self.policy == "raise":
-            raise DataError(
-                f"{location}: {detail}{more}. Correct or remove it, or skip such rows with --bad_row_policy skip"
-            )
-        self.counts[reason] += number
-        total = self.before + self.counts.total()
-        if total > self.limit:
-            raise DataError(
-                f"{location}: {detail}{more}. That makes {total:,} bad rows, more than --max_bad_rows {self.limit:,}"
-            )
-        _log.warning("skipped: %s: %s%s", location, detail, more)
-
-
 @dataclass(frozen=True)
 class Build:
     """One run of the stages. Each stage leaves its result in the journal, a working table, or a part of the store.
@@ -149,9 +120,21 @@ class Build:
         """Name a query, which runs again wherever it is used."""
         self.engine.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
 
-    def bad_rows(self) -> BadRows:
-        """Create the counter of a stage. Rows that earlier stages skipped count towards its limit."""
-        return BadRows(self.options.bad_row_policy, self.options.max_bad_rows, self.skipped.total())
+    def skip(self, bad: Counter[str], number: int, reason: str, location: str, detail: str) -> None:
+        """Count ``number`` bad rows, the first of them at ``location``, in ``bad``, the counter of a stage (reason →
+        rows). Raises DataError unless they may be skipped. Rows that earlier stages skipped count towards the limit."""
+        more = f" ({number:,} such rows)" if number > 1 else ""
+        if self.options.bad_row_policy == "raise":
+            raise DataError(
+                f"{location}: {detail}{more}. Correct or remove it, or skip such rows with --bad_row_policy skip"
+            )
+        bad[reason] += number
+        total, limit = self.skipped.total() + bad.total(), self.options.max_bad_rows
+        if total > limit:
+            raise DataError(
+                f"{location}: {detail}{more}. That makes {total:,} bad rows, more than --max_bad_rows {limit:,}"
+            )
+        _log.warning("skipped: %s: %s%s", location, detail, more)
 
     def order(self) -> str:
         """SQL columns that sort a user's events. A split separates events of one time."""

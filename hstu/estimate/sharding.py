@@ -84,9 +84,9 @@ def plan_tables(workload: Workload, room: TableRoom = UNLIMITED) -> tuple[TableS
     model, args = nn.Module(), workload.config.optimizer
     memory = memory_plans(workload.specs, args, workload.world_size)
     model.embedding = build_collections(workload.specs)
-    training = prepare_tables(model, workload.specs, args, memory)
+    prepare_tables(model, workload.specs, args, memory)
     ranks = TableRanks(workload.world_size, workload.ranks_per_host, workload.device_type, room)
-    plan = plan_sharding(model, workload.specs, training, memory, workload.config, ranks)
+    plan = plan_sharding(model, workload.specs, memory, workload.config, ranks)
     found: dict[str, TableShards] = {}
     for part, table in (pair for tables in plan.plan.values() for pair in tables.items()):
         name = part if part in specs else logical_name(part)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn import functional
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
@@ -106,7 +105,8 @@ class ClampedFusedEmbedding(BatchedFusedEmbedding):
         """Look up rows: float32 [tokens, columns]."""
         rows: Tensor = super().forward(features)
         if rows.requires_grad:
-            rows = _ClampRowGradients.apply(rows, self._row_indices(features), self.config.fused_params["max_gradient"])
+            indices, limit = self._row_indices(features), self.config.fused_params["max_gradient"]
+            rows.register_hook(lambda gradients: clamp_row_sums(gradients, indices, limit))
         return rows
 
     def _row_indices(self, features: KeyedJaggedTensor) -> Tensor:
@@ -117,17 +117,6 @@ class ClampedFusedEmbedding(BatchedFusedEmbedding):
             rows.append(ids[start:stop] + first_row)
             key, first_row = key + table.num_features(), first_row + table.local_rows
         return torch.cat(rows)
-
-
-class _ClampRowGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, looked_up: Tensor, rows: Tensor, limit: float) -> Tensor:
-        ctx.rows, ctx.limit = rows, limit  # type: ignore[attr-defined]
-        return looked_up.view_as(looked_up)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return clamp_row_sums(gradients[0], ctx.rows, ctx.limit), None, None  # type: ignore[attr-defined]
 
 
 def clamp_row_sums(gradients: Tensor, rows: Tensor, limit: float) -> Tensor:

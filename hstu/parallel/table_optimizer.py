@@ -1,7 +1,7 @@
 """Optimizer and learning rate of each table, behind one optimizer for all tables.
 
-TorchRec's fused optimizers update rows inside backward. RowOptimizer updates, in ``step``, the rows of replicated
-tables, and of sharded tables with Adam on the CPU.
+TorchRec's fused optimizers update rows inside backward. ``TableOptimizer.step`` updates the rows of replicated tables,
+and of sharded tables with Adam on the CPU.
 """
 
 from __future__ import annotations
@@ -23,22 +23,14 @@ from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import RowUpdate, UpdateRows
 from hstu.parallel.table_kernels import RowSparseEmbedding
 
-STATES = {
-    "sgd": (),
-    "adagrad": ("sum",),
-    "rowwise_adagrad": ("rowwise_sum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
+OPTIMIZERS: dict[str, tuple[EmbOptimType, tuple[str, ...]]] = {
+    "sgd": (EmbOptimType.EXACT_SGD, ()),
+    "adagrad": (EmbOptimType.EXACT_ADAGRAD, ("sum",)),
+    "rowwise_adagrad": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, ("rowwise_sum",)),
+    "adam": (EmbOptimType.ADAM, ("exp_avg", "exp_avg_sq")),
+    "adamw": (EmbOptimType.ADAM, ("exp_avg", "exp_avg_sq")),  # equals adam, because tables get no weight decay
 }
-"""Optimizer → names of its states in torch.optim: float32 [rows, columns], or float32 [rows] for ``rowwise_…``."""
-# adamw equals adam on tables, because they get no weight decay.
-_FUSED_OPTIMIZERS = {
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adam": EmbOptimType.ADAM,
-    "adamw": EmbOptimType.ADAM,
-}
+"""Optimizer → FBGEMM's; names of its states in torch.optim, float32 [rows, columns], or [rows] for ``rowwise_…``."""
 
 
 def is_rowwise(state: str) -> bool:
@@ -56,7 +48,7 @@ class TableTraining:
     """How one table is trained."""
 
     optimizer: str
-    """A key of STATES."""
+    """A key of OPTIMIZERS."""
     learning_rate: float
     max_gradient: float | None = None
     """Row gradients are clamped to ± this value."""
@@ -75,15 +67,15 @@ class TableTraining:
     @property
     def states(self) -> tuple[str, ...]:
         """Names of the optimizer states."""
-        return STATES[self.optimizer]
+        return OPTIMIZERS[self.optimizer][1]
 
     def is_row_sparse(self, device_type: str) -> bool:
-        """Return whether RowOptimizer trains the sharded table, from sparse gradients."""
+        """Return whether ``TableOptimizer.step`` updates the sharded table, from sparse gradients."""
         return self.optimizer in ("adam", "adamw") and device_type == "cpu"
 
     def fused_params(self, args: OptimizerArgs) -> dict[str, Any]:
         """Return the training as keyword arguments of FBGEMM's tables."""
-        params: dict[str, Any] = {"optimizer": _FUSED_OPTIMIZERS[self.optimizer], "learning_rate": self.learning_rate}
+        params: dict[str, Any] = {"optimizer": OPTIMIZERS[self.optimizer][0], "learning_rate": self.learning_rate}
         if self.optimizer != "sgd":
             params["eps"] = args.adam_eps
         if self.optimizer in ("adam", "adamw"):
@@ -110,6 +102,9 @@ class TableOptimizer:
     ) -> None:
         """``training`` by table name, including tables without a shard here; ``replicated``: table name → weight."""
         self.training = training
+        self.steps = 0
+        """Optimizer steps so far; set it on restore."""
+        self._args, self._update_rows, self._lr_multiplier = args, update_rows, 1.0
         self._fused = [opt for collection in collections for _, opt in collection.fused_optimizer.optimizers]
         lookups = [lookup for collection in collections for lookup in collection._lookups]
         modules = [module for lookup in lookups for module in lookup.modules()]
@@ -117,16 +112,12 @@ class TableOptimizer:
         self._sparse_kernels = [m for m in modules if isinstance(m, RowSparseEmbedding)]
         self._replicated = list(replicated)
         own = [pair for kernel in self._sparse_kernels for pair in kernel.named_parameters_by_table()]
-        self._by_row = RowOptimizer(dict([*own, *replicated.items()]), training, args, update_rows)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps so far; set it on restore."""
-        return self._by_row.steps
-
-    @steps.setter
-    def steps(self, steps: int) -> None:
-        self._by_row.steps = steps
+        self._weights = dict([*own, *replicated.items()])
+        self.states = {
+            name: {state: torch.zeros_like(weight) for state in training[name].states}
+            for name, weight in self._weights.items()
+        }
+        """Table that ``step`` updates → state name → live tensor."""
 
     def set_lr_multiplier(self, multiplier: float) -> None:
         """Multiply each table's learning rate by ``multiplier`` from the next backward on."""
@@ -135,22 +126,36 @@ class TableOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = self.training[table].learning_rate * multiplier
             optimizer.zero_grad()
-        self._by_row.lr_multiplier = multiplier
+        self._lr_multiplier = multiplier
 
     def zero_grad(self) -> None:
         """Prepare a training step. Call it before forward."""
         for kernel in self._fused_kernels:
             kernel.iter.fill_(self.steps)
             kernel.iter_cpu.fill_(self.steps)
-        for weight in self._by_row.weights.values():
+        for weight in self._weights.values():
             weight.grad = None
 
+    @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
         """Finish a training step after backward, which has already updated the fused tables.
 
-        If ``found_inf`` (scalar on the device) is not 0, other tables stay unchanged. ``steps`` increases all the same.
+        Updates the rows of other tables that have a gradient; if ``found_inf`` (scalar on the device) is not 0, they
+        stay unchanged. ``steps`` increases all the same.
         """
-        self._by_row.step(found_inf)
+        self.steps += 1
+        for name, weight in self._weights.items():
+            if weight.grad is not None:
+                own = self.training[name]
+                update = RowUpdate(
+                    optimizer=own.optimizer.removesuffix("w"),  # type: ignore[arg-type]  # adamw equals adam here
+                    learning_rate=own.learning_rate * self._lr_multiplier,
+                    eps=self._args.adam_eps,
+                    betas=(self._args.adam_beta1, self._args.adam_beta2),
+                    step=self.steps,
+                    max_gradient=own.max_gradient,
+                )
+                self._update_rows(weight.grad, weight, tuple(self.states[name].values()), update, found_inf)
 
     def state_tensors(self) -> dict[str, ShardedTensor]:
         """Return the live states of tables with a shard on this rank: ``<table>.<state>`` → tensor."""
@@ -163,57 +168,17 @@ class TableOptimizer:
         for kernel in self._sparse_kernels:
             names = [name for name, _ in kernel.named_parameters_by_table()]
             for state in self.training[names[0]].states:  # all tables of a kernel have the same optimizer
-                moments = {name: self._by_row.states[name][state] for name in names}
+                moments = {name: self.states[name][state] for name in names}
                 tensors.update(kernel.as_sharded_tensors(moments, state))
         return tensors
 
     def replicated_state_tensors(self) -> dict[str, Tensor]:
         """Return the live states of replicated tables: ``<table>.<state>`` → [rows, dim]."""
         return {
-            f"{table}.{state}": tensor
-            for table in self._replicated
-            for state, tensor in self._by_row.states[table].items()
+            f"{table}.{state}": tensor for table in self._replicated for state, tensor in self.states[table].items()
         }
 
     def _state_key(self, name: str) -> str:
         """Return ``<table>.<state>``. TorchRec names the first state of every optimizer momentum1."""
         table, _, state = name.rpartition(".")
         return f"{table}.{self.training[table].states[0]}" if state == "momentum1" else name
-
-
-class RowOptimizer:
-    """Applies :class:`hstu.ops.row_update.RowUpdate` to named tables [rows, D]."""
-
-    def __init__(
-        self,
-        weights: Mapping[str, nn.Parameter],
-        training: Mapping[str, TableTraining],
-        args: OptimizerArgs,
-        update_rows: UpdateRows = REFERENCE_KERNELS.update_rows,
-    ) -> None:
-        self.weights = dict(weights)
-        self.states = {
-            name: {state: torch.zeros_like(weight) for state in training[name].states}
-            for name, weight in weights.items()
-        }
-        """Table → state name → live tensor."""
-        self.steps = 0
-        self.lr_multiplier = 1.0
-        self._training, self._args, self._update_rows = training, args, update_rows
-
-    @torch.no_grad()
-    def step(self, found_inf: Tensor | None = None) -> None:
-        """Update rows that have a gradient. ``found_inf``: see :class:`hstu.ops.row_update.UpdateRows`."""
-        self.steps += 1
-        for name, weight in self.weights.items():
-            if weight.grad is not None:
-                own = self._training[name]
-                update = RowUpdate(
-                    optimizer=own.optimizer.removesuffix("w"),  # type: ignore[arg-type]  # adamw equals adam here
-                    learning_rate=own.learning_rate * self.lr_multiplier,
-                    eps=self._args.adam_eps,
-                    betas=(self._args.adam_beta1, self._args.adam_beta2),
-                    step=self.steps,
-                    max_gradient=own.max_gradient,
-                )
-                self._update_rows(weight.grad, weight, tuple(self.states[name].values()), update, found_inf)

@@ -21,8 +21,12 @@ from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardingType
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import Topology
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.constants import BATCH_SIZE
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator, EmbeddingStorageEstimator
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
 from torchrec.distributed.types import CacheParams, ParameterSharding, ShardingEnv, ShardingPlan
 from torchrec.distributed.utils import emb_opt_type_to_optimizer_class
 
@@ -40,7 +44,6 @@ from hstu.parallel.dynamic.collection import DynamicSharder, ShardedDynamicColle
 from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_names, plan_memory, split_tables
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Heartbeat, Mesh
-from hstu.parallel.planner import build_planner
 from hstu.parallel.table_kernels import BFLOAT16, CollectionSharder
 from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 
@@ -97,18 +100,17 @@ def shard(
     Returns the model and the optimizer of its tables. Raises TablesDoNotFit on all ranks.
     """
     args, device = config.optimizer, mesh.device.type
-    training = {spec.name: TableTraining.of(spec, args) for spec in model.specs}
     sharders = table_sharders(config, mesh.world_size)
     check_kernels(model.specs, args, device)
+    memory = memory_plans(model.specs, args, mesh.world_size)
+    training = prepare_tables(model, model.specs, args, memory)
     if len(model.embedding):
-        memory = memory_plans(model.specs, args, mesh.world_size)
         for name, table_memory in memory.items():
             log.info("dynamic table %s: %s", name, table_memory.describe(device))
-        training |= prepare_tables(model, model.specs, args, memory)
         room = least_room(room_of_rank(mesh.device, mesh.local_world_size, beside_tables), mesh.world_group)
         ranks = TableRanks(mesh.world_size, mesh.local_world_size, device, room)
         packed = on_rank_0(
-            lambda: pack_plan(plan_sharding(model, model.specs, training, memory, config, ranks)), mesh.world_group
+            lambda: pack_plan(plan_sharding(model, model.specs, memory, config, ranks)), mesh.world_group
         )
         plan: ShardingPlan = pickle.loads(lzma.decompress(packed))
         planned = {name: table for tables in plan.plan.values() for name, table in tables.items()}
@@ -163,12 +165,11 @@ def least_room(own: TableRoom, group: dist.ProcessGroup) -> TableRoom:
 def plan_sharding(
     model: nn.Module,
     specs: Sequence[TableSpec],
-    training: Mapping[str, TableTraining],
     memory: Mapping[str, MemoryPlan],
     config: RunConfig,
     ranks: TableRanks,
 ) -> ShardingPlan:
-    """Return TorchRec's plan for ``model.embedding``. Raises TablesDoNotFit. ``training``: see ``prepare_tables``."""
+    """Return TorchRec's plan for ``model.embedding`` after ``prepare_tables``. Raises TablesDoNotFit."""
     on_gpu, prefetches = ranks.device_type == "cuda", config.trainer.pipeline_type == "prefetch"
     constraints: dict[str, ParameterConstraints] = {}
     for spec in specs:
@@ -186,12 +187,35 @@ def plan_sharding(
         hbm_cap=ranks.room.gpu,  # the default is 32 GiB for any device
         ddr_cap=ranks.room.host,
     )
+    estimators = [_EstimateOfSizes(topology, constraints), EmbeddingStorageEstimator(topology, constraints)]
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        constraints=constraints,
+        enumerator=EmbeddingEnumerator(topology, BATCH_SIZE, constraints, estimators),
+        # By default TorchRec reserves 15 % and six times the dense weights. The topology's memory is free of those.
+        storage_reservation=FixedPercentageStorageReservation(percentage=0.0),
+    )
     try:
-        sharders = table_sharders(config, ranks.count)
-        return build_planner(topology, constraints).plan(model, sharders)
+        return planner.plan(model, table_sharders(config, ranks.count))
     except PlannerError as error:
         sharded = [spec for spec in specs if not spec.replicated]
-        raise _at_the_largest(sharded, config, _why_not(sharded, training, ranks)) from error
+        raise _at_the_largest(sharded, config, _why_not(sharded, config.optimizer, ranks)) from error
+
+
+class _EstimateOfSizes(EmbeddingPerfEstimator):
+    """Estimates one shard of each size, for speed with thousands of ranks: a row-wise table has two sizes at most."""
+
+    def estimate(self, sharding_options: list[ShardingOption], *args: Any, **kwargs: Any) -> None:
+        """Set ``perf`` of all shards."""
+        shards = [option.shards for option in sharding_options]
+        for option in sharding_options:
+            option.shards = [*{tuple(shard.size): shard for shard in option.shards}.values()]
+        super().estimate(sharding_options, *args, **kwargs)
+        for option, of_option in zip(sharding_options, shards, strict=True):
+            estimated = {tuple(shard.size): shard.perf for shard in option.shards}
+            for shard in of_option:
+                shard.perf = estimated[tuple(shard.size)]
+            option.shards = of_option
 
 
 def pack_plan(plan: ShardingPlan) -> bytes:
@@ -221,7 +245,7 @@ def _gpu_kernels(
     if spec.replicated:
         return {}
     if memory is not None:
-        cache = {EmbeddingComputeKernel.FUSED_UVM_CACHING: CacheParams(load_factor=memory.cached_share)}
+        cache = {EmbeddingComputeKernel.FUSED_UVM_CACHING: CacheParams(load_factor=memory.gpu_rows / memory.rows)}
         kernels = zip(physical_names(spec.name, memory), memory.kernels, strict=True)
         return {name: (kernel, cache.get(kernel)) for name, kernel in kernels}
     kernel = EmbeddingComputeKernel(spec.compute_kernel or "fused")
@@ -255,8 +279,10 @@ def _gigabytes(number: float) -> str:
     return f"{number / 1e9:,.2f} GB"
 
 
-def _why_not(specs: Sequence[TableSpec], training: Mapping[str, TableTraining], ranks: TableRanks) -> str:
-    needed = {spec.name: spec.rows * bytes_per_row(spec.stored_dim, training[spec.name].optimizer) for spec in specs}
+def _why_not(specs: Sequence[TableSpec], args: OptimizerArgs, ranks: TableRanks) -> str:
+    needed = {
+        spec.name: spec.rows * bytes_per_row(spec.stored_dim, TableTraining.of(spec, args).optimizer) for spec in specs
+    }
     largest = sorted(needed, key=lambda name: -needed[name])[:_MOST_NAMED]
     has = f"{_gigabytes(ranks.room.host)} of host memory"
     if ranks.device_type == "cuda":

@@ -19,7 +19,7 @@ from hstu.config.args import OptimizerArgs
 from hstu.ops.row_update import RowUpdate
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_kernels import clamp_row_sums
-from hstu.parallel.table_optimizer import RowOptimizer, TableTraining
+from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 from tests.distributed.launch import run_cases
 from tests.helpers import Allocations
 from tests.ops.test_row_update import oracle, sparse
@@ -32,7 +32,7 @@ ARGS = OptimizerArgs(optimizer_str="adam", learning_rate=LR, adam_beta1=BETAS[0]
 def test_steps_with_repeated_and_skipped_rows_follow_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = nn.Parameter(torch.randn((4, 3), generator=generator, dtype=torch.float64))
-    optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
+    optimizer = TableOptimizer([], ADAM_TRAINING, ARGS, {"table": weight})
     expected = [weight.detach(), *(torch.zeros(4, 3) for _ in range(2))]
     for step, looked_up in enumerate(([0, 2, 0], [2], [0, 3], [2, 2]), 1):
         rows = torch.tensor(looked_up)
@@ -46,7 +46,7 @@ def test_steps_with_repeated_and_skipped_rows_follow_the_formula() -> None:
 
 def test_a_step_without_looked_up_rows_only_counts() -> None:
     weight = nn.Parameter(torch.ones(3, 2))
-    optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
+    optimizer = TableOptimizer([], ADAM_TRAINING, ARGS, {"table": weight})
     weight.grad = sparse(torch.tensor([], dtype=torch.int64), torch.ones(0, 2), (3, 2))
     optimizer.step()
     weight.grad = None
@@ -58,7 +58,7 @@ def test_a_step_without_looked_up_rows_only_counts() -> None:
 @pytest.mark.parametrize("rows", [1_000, 1_000_000])
 def test_the_cost_of_lookup_and_step_depends_on_the_rows_touched_not_on_the_table(rows: int) -> None:
     weight = nn.Parameter(torch.zeros(rows, 8))
-    optimizer = RowOptimizer({"table": weight}, ADAM_TRAINING, ARGS)
+    optimizer = TableOptimizer([], ADAM_TRAINING, ARGS, {"table": weight})
     ids = torch.arange(0, rows, rows // 100)
     with Allocations([weight, *optimizer.states["table"].values()]) as allocations:
         nn.functional.embedding(ids, weight, sparse=True).sum().backward()

@@ -12,7 +12,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from hstu.config.args import OptimizerArgs, PrecisionArgs
 from hstu.model.embedding import TableSpec, build_collections
-from hstu.parallel import planner, tables
+from hstu.parallel import tables
 from hstu.parallel.dynamic.memory import MemoryPlan
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_optimizer import TableTraining
@@ -47,8 +47,8 @@ def plan_of(
         trainer=SimpleNamespace(pipeline_type=pipeline),
         embeddings=(),
     )
-    training = prepare_tables(model, specs, config.optimizer, memory)
-    return plan_sharding(model, specs, training, memory, config, ranks)
+    prepare_tables(model, specs, config.optimizer, memory)
+    return plan_sharding(model, specs, memory, config, ranks)
 
 
 def plan(rows: int, optimizer: str, room: TableRoom, kernel: str | None = None, ranks: int = 1) -> ShardingPlan:
@@ -75,7 +75,7 @@ def plan_over(ranks: int, sharding: str) -> ShardingPlan:
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise", "column_wise", "auto"])
 def test_shards_of_one_size_are_estimated_once(sharding: str, monkeypatch: pytest.MonkeyPatch) -> None:
     planned = plan_over(64, sharding)
-    monkeypatch.setattr(planner._EstimateOfSizes, "estimate", EmbeddingPerfEstimator.estimate)
+    monkeypatch.setattr(tables._EstimateOfSizes, "estimate", EmbeddingPerfEstimator.estimate)
     assert planned.plan == plan_over(64, sharding).plan, "as TorchRec plans"
 
 

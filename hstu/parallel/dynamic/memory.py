@@ -19,16 +19,16 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from hstu.base.errors import ConfigError
 from hstu.model.embedding import DynamicEmbeddingCollection, TableSpec
-from hstu.parallel.table_optimizer import STATES, is_rowwise
+from hstu.ops.costs import FLOAT32
+from hstu.parallel.table_optimizer import OPTIMIZERS, is_rowwise
 
-_FLOAT_BYTES = 4  # rows and states are float32
 _HOST = "/host"
 
 
 def bytes_per_row(columns: int, optimizer: str) -> int:
     """Return the bytes of a row with its optimizer states."""
-    numbers = [1 if is_rowwise(state) else columns for state in STATES[optimizer]]
-    return (columns + sum(numbers)) * _FLOAT_BYTES
+    numbers = [1 if is_rowwise(state) else columns for state in OPTIMIZERS[optimizer][1]]
+    return (columns + sum(numbers)) * FLOAT32
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,6 @@ class MemoryPlan:
         """Rows in GPU memory on each rank if the table is split, else None."""
         return self.gpu_rows // self.ranks if len(self.kernels) == 2 else None
 
-    @property
-    def cached_share(self) -> float:
-        """Share of the rows that fit in the cache."""
-        return self.gpu_rows / self.rows
-
     def describe(self, device_type: str) -> str:
         """Return the plan as a log line."""
         whole, budget = (f"{amount / 2**20:,.1f} MiB" for amount in (self.rows * self.row_bytes, self.budget_bytes))
@@ -89,7 +84,7 @@ class MemoryPlan:
 
 
 def plan_memory(spec: TableSpec, optimizer: str, ranks: int) -> MemoryPlan:
-    """Plan the memory of a dynamic table over ``ranks``, trained by ``optimizer`` (a key of STATES).
+    """Plan the memory of a dynamic table over ``ranks``, trained by ``optimizer`` (a key of OPTIMIZERS).
 
     The first given option sets the budget: global_hbm_for_values, item_vocab_gpu_capacity (rows),
     item_vocab_gpu_capacity_ratio (share of the capacity). By default the budget holds all rows.

@@ -60,7 +60,7 @@ def test_rows_beyond_the_budget_are_in_host_memory_behind_a_cache_if_one_is_aske
     split = plan(item_vocab_gpu_capacity=999.0)
     assert split.kernels == (device, host) and split.split_at == 249
     cached = plan(item_vocab_gpu_capacity=250.0, caching=True)
-    assert cached.kernels == (cache,) and (cached.cached_share, cached.split_at) == (0.25, None)
+    assert cached.kernels == (cache,) and (cached.gpu_rows / cached.rows, cached.split_at) == (0.25, None)
     for nothing in (plan(global_hbm_for_values=0, caching=True), plan(item_vocab_gpu_capacity=3.0)):
         assert nothing.kernels == (host,) and nothing.split_at is None
 

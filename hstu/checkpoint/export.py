@@ -163,7 +163,7 @@ def export_table(checkpoint: Path, table: str, path: Path, since_step: int | Non
     parts = tables[table]
     step = max(part.step for part in parts)
     if since_step is not None:
-        parts = [part.changed_since(since_step) for part in parts]
+        parts = [part.select(part.changed > since_step) for part in parts]
     features = read_metadata(checkpoint).get("tables", {}).get(table, {}).get("features", [])
     known = RawIds.from_stored(open_tensors(checkpoint), features)
     raw_ids = known.decoded(features[0]) if len(features) == 1 else None

@@ -233,7 +233,10 @@ class Trainer:
             time_s=time.monotonic() - self._begun,
             loss_scale=None if scale is None else scale.value,
             skipped_steps=None if scale is None else scale.pop_skipped_steps(),
-            tables=pop_reports(dynamic_tables(self.state.model), self._sum_over_ranks),
+            tables=pop_reports(
+                dynamic_tables(self.state.model),
+                lambda own: sum_over_ranks(torch.tensor(own), self.mesh.world_group).tolist(),
+            ),
         )
         self.run_directory.write(record)
         log.info(format_train(record, self.total_iters, self._eta_s(rates.step_s), straggler))
@@ -324,11 +327,6 @@ class Trainer:
         own = torch.tensor(numbers, dtype=torch.float64)
         by_rank: list[list[float]] = gather_copies(own, self.mesh.world_group).tolist()
         return by_rank
-
-    def _sum_over_ranks(self, numbers: list[float]) -> list[float]:
-        totals = torch.tensor(numbers, dtype=torch.float64)
-        summed: list[float] = sum_over_ranks(totals, self.mesh.world_group).tolist()
-        return summed
 
     def _summarise(self, status: str) -> None:
         if status in ("done", "stopped early") and self.source.trained_on and self.checkpoints.newest_iteration:

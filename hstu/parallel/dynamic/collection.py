@@ -44,13 +44,12 @@ class DynamicFeaturesDist(RwSparseFeaturesDist):
     def __init__(self, specs: Sequence[TableSpec], pg: dist.ProcessGroup, device: torch.device | None) -> None:
         """``specs``: the table of each feature."""
         kinds = [spec.dynamic.dist_type for spec in specs if spec.dynamic is not None]
-        capacities = [spec.rows - pg.size() for spec in specs]  # without one default row per rank
         super().__init__(
             pg=pg,
             num_features=len(specs),
             feature_hash_sizes=[
-                capacity if kind == "continuous" else pg.size()
-                for kind, capacity in zip(kinds, capacities, strict=True)
+                spec.rows - pg.size() if kind == "continuous" else pg.size()  # without one default row per rank
+                for spec, kind in zip(specs, kinds, strict=True)
             ],
             device=device,
             is_sequence=True,

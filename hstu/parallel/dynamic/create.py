@@ -77,12 +77,12 @@ class CpuSlots(SlotTable):
         ids, slots = ids.contiguous(), torch.empty_like(ids)
         occurrences = None if counts is None else _pointer(counts := counts.contiguous())
         most = min(len(ids), self.capacity)
-        new_slots, new_ids, evicted_ids = (torch.empty(most, dtype=torch.int64) for _ in range(3))
+        new_slots, new_ids = (torch.empty(most, dtype=torch.int64) for _ in range(2))
         events = torch.empty(6, dtype=torch.int64)
-        outputs = map(_pointer, (slots, new_slots, new_ids, evicted_ids, events))
+        outputs = map(_pointer, (slots, new_slots, new_ids, events))
         batch = _pointer(ids), occurrences, int64(len(ids)), int64(step)
         self._library.hstu_slots_assign(self._handle, *batch, *outputs)
-        return Assignment(slots, new_slots, new_ids, evicted_ids, events)
+        return Assignment(slots, new_slots, new_ids, events)
 
     def content(self) -> tuple[Tensor, Tensor]:
         """See SlotTable; views."""

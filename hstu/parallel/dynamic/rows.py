@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
-from hstu.parallel.dynamic.hashing import normal_quantiles
+from hstu.parallel.dynamic.hashing import initial_rows, normal_quantiles
 
 
 class RowBlock:
@@ -74,26 +74,30 @@ class Rows:
 
     @torch.no_grad()
     def start(
-        self, slots: Tensor, number: Tensor, kernels: ModuleType, ids: Tensor | None = None, **initial: float
+        self, slots: Tensor, number: Tensor, kernels: ModuleType | None, ids: Tensor | None = None, **initial: Any
     ) -> None:
         """Write initial rows, or zeros without ``ids``, to the first ``number``, int64 [1], of ``slots``; zero states.
 
-        Like ``initialize``, but with the ``kernels`` of hstu/ops/triton/slots.py and without waiting for the device.
+        ``kernels``: hstu/ops/triton/slots.py, which does not wait for the device. None: ``initialize``.
         ``initial``: ``table_key`` and ``init_std`` of hashing.py's ``initial_rows``.
         """
+        if kernels is None:
+            slots = slots[: int(number)]
+            if len(slots):
+                zeros = self.blocks[0].weight.new_zeros((len(slots), self.dim))
+                self.initialize(slots, zeros if ids is None else initial_rows(ids[: len(slots)], self.dim, **initial))
+            return
         options: dict[str, Any] = {} if ids is None else {"quantiles": normal_quantiles(ids.device), **initial}
         columns = None if ids is None else self.dim
-        start = 0
-        for block in self.blocks:
-            kernels.start_rows(block.weight, slots, number, ids, first_row=start, columns=columns, **options)
+        for block, held in self._ranges(len(self)):
+            kernels.start_rows(block.weight, slots, number, ids, first_row=held.start, columns=columns, **options)
             for state in block.states.values():
-                kernels.start_rows(state, slots, number, first_row=start)
+                kernels.start_rows(state, slots, number, first_row=held.start)
             if block.cache is not None:
                 places = torch.arange(len(slots), device=slots.device)
-                here = (places < number) & (slots >= start) & (slots < start + len(block.weight))
-                lines = block.cache.lines_of(torch.where(here, slots - start, -1))
+                here = (places < number) & (slots >= held.start) & (slots < held.stop)
+                lines = block.cache.lines_of(torch.where(here, slots - held.start, -1))
                 kernels.start_rows(block.cache.lines, lines, number, ids, columns=columns, **options)
-            start += len(block.weight)
 
     @torch.no_grad()
     def prefetch(self, slots: Tensor) -> None:
@@ -103,11 +107,9 @@ class Rows:
         its lines. It never loads a row that this backward updates in host memory: such a row was left there because all
         lines that could hold it have that stamp.
         """
-        start = 0
-        for block in self.blocks:
+        for block, held in self._ranges(len(self)):
             if block.cache is not None:
-                block.cache.load(torch.where(slots - start < len(block.weight), slots - start, -1))
-            start += len(block.weight)
+                block.cache.load(torch.where(slots < held.stop, slots - held.start, -1))
 
     def read(self, number: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (rows [number, dim], states) of slots [0, ``number``): views of one block, or host copies."""

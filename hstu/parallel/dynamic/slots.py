@@ -19,7 +19,7 @@ Scores are int64. Equal scores are ordered by the hash of their ids (hstu.base.h
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Literal, NamedTuple
 
@@ -59,7 +59,7 @@ class Assignment:
     """Result of ``assign`` for a batch of n ids. All tensors are int64.
 
     Fixed lengths spare the host from waiting: only the first ``insertions`` entries of ``new_slots`` and ``new_ids``
-    are set, and the first ``evictions`` entries of ``evicted_ids``.
+    are set.
     """
 
     slots: Tensor
@@ -68,7 +68,6 @@ class Assignment:
     """Newly assigned slots, whose rows must be initialised."""
     new_ids: Tensor
     """Ids of ``new_slots``."""
-    evicted_ids: Tensor
     counts: Tensor
     """[6]: event counts in the order of Counters."""
 
@@ -81,14 +80,6 @@ class Assignment:
     def counters(self) -> Counters:
         """Event counts on the host; waits for the device."""
         return Counters(*self.counts.tolist())
-
-    def trimmed(self) -> Assignment:
-        """Return the assignment without unset entries; waits for the device."""
-        counters = self.counters
-        new, evicted = counters.insertions, counters.evictions
-        return replace(
-            self, new_slots=self.new_slots[:new], new_ids=self.new_ids[:new], evicted_ids=self.evicted_ids[:evicted]
-        )
 
 
 class SlotTable(ABC):
@@ -225,7 +216,7 @@ class TorchSlots(SlotTable):
     def assign(self, ids: Tensor, step: int, counts: Tensor | None = None) -> Assignment:
         """See SlotTable."""
         if not len(ids):
-            return Assignment(ids, ids, ids, ids, ids.new_zeros(len(fields(Counters))))
+            return Assignment(ids, ids, ids, ids.new_zeros(len(fields(Counters))))
         hashes, order = _hashed(ids).sort()
         begins = torch.ones_like(hashes, dtype=torch.bool)
         torch.ne(hashes[1:], hashes[:-1], out=begins[1:])
@@ -248,7 +239,6 @@ class TorchSlots(SlotTable):
             slots=torch.zeros_like(hashes).scatter(0, order, added.slots[number]),
             new_slots=_compacted(added.slots, added.is_placed),
             new_ids=_ids(_compacted(distinct, added.is_placed)),
-            evicted_ids=_ids(added.evicted),
             counts=torch.stack(counters),
         )
 
@@ -277,13 +267,12 @@ class TorchSlots(SlotTable):
         rank = is_placed.cumsum(0) - 1
         of_victim = victims[(rank - unused).clamp(min=0)]
         slots = torch.where(is_placed, torch.where(rank < unused, self._size + rank, of_victim), slots)
-        evicted = self._hashes[victims]
         written = torch.where(is_placed, slots, none)
         self._hashes[written], self._scores[written] = hashes, scores
         self._scores[held] = held_scores
         self._size = torch.minimum(self._size + is_placed.sum(), torch.full_like(self._size, self.capacity))
         self._index.insert(torch.where(is_placed, slots, NO_SLOT), self._size)
-        return _Added(slots, is_new, is_admitted, is_placed, victims, evicted)
+        return _Added(slots, is_new, is_admitted, is_placed, victims)
 
     def _lowest(self, scores: Tensor, hashes: Tensor, excess: Tensor) -> Tensor:
         """Select the ``excess``, int64 [1], lowest scores among all slots and n new ids: [n].
@@ -320,8 +309,6 @@ class _Added(NamedTuple):
     """bool [n]: admitted and got a slot."""
     victims: Tensor
     """[n]: slots taken from other ids, padded with ``capacity``."""
-    evicted: Tensor
-    """[n]: hashes of the evicted ids."""
 
 
 def _hashed(ids: Tensor) -> Tensor:

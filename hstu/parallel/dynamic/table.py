@@ -14,7 +14,7 @@ from torch import Tensor
 from hstu.config.args import DynamicEmbeddingArgs
 from hstu.model.embedding import TableSpec
 from hstu.parallel.dynamic.create import create_slots
-from hstu.parallel.dynamic.hashing import initial_rows, mix, table_key
+from hstu.parallel.dynamic.hashing import mix, table_key
 from hstu.parallel.dynamic.rows import Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters, Policy, counts_of, eviction_order, score, steps_of
 
@@ -46,8 +46,6 @@ class DynamicTable:
         self._key = table_key(seed, spec.name)
         self._default = torch.tensor([self.default_slot], device=rows.device)
         self._one = torch.ones_like(self._default)
-        self._default_was_trained = False
-        self._kernels = self.slots.kernels
 
     def pop_figures(self) -> Tensor:
         """Return rows in use and counters, int64 [7] on the table's device, and reset the counters."""
@@ -60,18 +58,14 @@ class DynamicTable:
         self.step += 1
         assigned = self.slots.assign(ids, self.step, None if counts is None else counts.long())
         self._counts += assigned.counts
-        if self._kernels is not None:
-            self.rows.start(
-                assigned.new_slots,
-                assigned.insertions,
-                self._kernels,
-                assigned.new_ids,
-                table_key=self._key,
-                init_std=self.spec.init_std,
-            )
-        elif len((assigned := assigned.trimmed()).new_slots):
-            new_rows = initial_rows(assigned.new_ids, self.spec.dim, self.spec.init_std, self._key)
-            self.rows.initialize(assigned.new_slots, new_rows)
+        self.rows.start(
+            assigned.new_slots,
+            assigned.insertions,
+            self.slots.kernels,
+            assigned.new_ids,
+            table_key=self._key,
+            init_std=self.spec.init_std,
+        )
         rows = self._or_default(assigned.slots)
         self.changed[rows] = self.step
         return rows
@@ -89,11 +83,7 @@ class DynamicTable:
 
     def clear_default_row(self) -> None:
         """Reset the default row. Call it before every lookup."""
-        if self._kernels is not None:
-            self.rows.start(self._default, self._one, self._kernels)
-        elif self._default_was_trained:
-            self._default_was_trained = False
-            self.rows.initialize(self._default, self._default.new_zeros(1, self.spec.dim, dtype=torch.float32))
+        self.rows.start(self._default, self._one, self.slots.kernels)
 
     def content(self) -> TableContent:
         """Return the content to save: views of live tensors, or copies if the table is split."""
@@ -132,25 +122,22 @@ class DynamicTable:
         return len(content.ids) - len(kept.ids)
 
     def _or_default(self, slots: Tensor) -> Tensor:
-        absent = slots == NO_SLOT
-        if self._kernels is None:
-            self._default_was_trained |= bool(absent.any())
-        return torch.where(absent, self.default_slot, slots)
+        return torch.where(slots == NO_SLOT, self.default_slot, slots)
 
 
 def pop_reports(
-    tables: Mapping[str, DynamicTable], sum_over_ranks: Callable[[list[float]], list[float]]
+    tables: Mapping[str, DynamicTable], sum_over_ranks: Callable[[list[list[int]]], list[list[int]]]
 ) -> dict[str, TableReport]:
     """Return event counts over all ranks since the last call, and reset them. Collective if there are tables."""
     if not tables:
         return {}
     figures = torch.stack([table.pop_figures() for table in tables.values()]).tolist()  # waits for the device once
-    numbers: list[float] = []
-    for table, (rows, *counts) in zip(tables.values(), figures, strict=True):
-        numbers += [rows, table.slots.capacity, *counts]
-    totals = iter(sum_over_ranks(numbers))
+    own = [
+        [rows, table.slots.capacity, *counts] for table, (rows, *counts) in zip(tables.values(), figures, strict=True)
+    ]
+    totals = zip(tables, sum_over_ranks(own), strict=True)
     names = ["rows", "capacity", *(field.name for field in fields(Counters))]
-    return {table: _report({name: int(next(totals)) for name in names}) for table in tables}
+    return {table: _report(dict(zip(names, counts, strict=True))) for table, counts in totals}
 
 
 def _report(counts: dict[str, int]) -> TableReport:
@@ -208,10 +195,6 @@ class TableContent:
             rows=self.rows[index],
             states={name: state[index] for name, state in self.states.items()},
         )
-
-    def changed_since(self, step: int) -> TableContent:
-        """Return the ids whose rows changed after batch ``step``."""
-        return self.select(self.changed > step)
 
     def scored_by(self, policy: Policy) -> TableContent:
         """Convert the scores to ``policy``, with the same counts and steps."""

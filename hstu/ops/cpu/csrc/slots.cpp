@@ -64,7 +64,6 @@ public:
     }
 
     const std::vector<int32_t>& placed() const { return placed_; }
-    const std::vector<int64_t>& evicted() const { return evicted_; }
     const New& fresh(int64_t i) const { return fresh_[i]; }
 
 private:
@@ -242,11 +241,11 @@ void hstu_slots_lookup(void* table, const int64_t* ids, int64_t n, int64_t* slot
     static_cast<Table*>(table)->lookup(ids, n, slots);
 }
 
-// new_slots, new_ids and evicted_ids have room for min(n, capacity). counters: the fields of Counters in order; its
-// insertions and evictions say how many of these are set.
+// new_slots and new_ids have room for min(n, capacity). counters: the fields of Counters in order; its insertions say how
+// many of these are set.
 void hstu_slots_assign(
     void* handle, const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots,
-    int64_t* new_slots, int64_t* new_ids, int64_t* evicted_ids, int64_t* counters) {
+    int64_t* new_slots, int64_t* new_ids, int64_t* counters) {
     Table* table = static_cast<Table*>(handle);
     Counters sums{};
     table->assign(ids, counts, n, step, slots, &sums);
@@ -254,7 +253,6 @@ void hstu_slots_assign(
         *new_slots++ = table->fresh(number).slot;
         *new_ids++ = table->fresh(number).id;
     }
-    for (int64_t id : table->evicted()) *evicted_ids++ = id;
     const int64_t values[] = {sums.lookups, sums.hits, sums.waiting, sums.rejections, sums.insertions, sums.evictions};
     std::copy(std::begin(values), std::end(values), counters);
 }

@@ -19,7 +19,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from hstu.base.errors import UserError
 from hstu.data.batches.batch import PADDING_ID
@@ -32,46 +31,45 @@ Collective = Callable[[Tensor, Any], Tensor]
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Concatenate the ranks' tensors [n, …], all of one shape, to [ranks · n, …]. Backward: a reduce-scatter (sum)."""
-    return local if dist.get_world_size(group) == 1 else _apply(local, _gather, reduce_scatter, group)
+    return _apply(local, _gather, reduce_scatter, group)
 
 
-def split_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Return this rank's ``counts[rank]`` rows of a tensor that is equal on all ranks. Backward: an all-gather."""
-    return _apply(rows, partial(_own_part, counts=counts), partial(_gather_parts, counts=counts), group)
+def split_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup, scale: float = 1.0) -> Tensor:
+    """Return this rank's ``counts[rank]`` rows of a tensor that is equal on all ranks.
+
+    Backward: an all-gather; the gradient is multiplied by ``scale``.
+    """
+    return _apply(rows, partial(_own_part, counts=counts), partial(_gather_parts, counts=counts), group, scale)
 
 
-def join_rows(own: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Invert ``split_rows``. Backward: each rank keeps its rows of the gradient, which is equal on all ranks."""
-    return _apply(own, partial(_gather_parts, counts=counts), partial(_own_part, counts=counts), group)
-
-
-def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
-    """Return the tensor. Backward: multiplies the gradient by ``factor``."""
-    return tensor if factor == 1 else _apply(tensor, _same, lambda gradient, _: gradient * factor, None)
+def join_rows(own: Tensor, counts: Sequence[int], group: dist.ProcessGroup, scale: float = 1.0) -> Tensor:
+    """Invert ``split_rows``. Backward: ``scale`` times this rank's rows of the gradient, equal on all ranks."""
+    return _apply(own, partial(_gather_parts, counts=counts), partial(_own_part, counts=counts), group, scale)
 
 
 class _WithBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup | None
+        ctx: Any, tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup, scale: float
     ) -> Tensor:
-        ctx.apply_backward, ctx.group = backward, group  # type: ignore[attr-defined]
+        ctx.apply_backward, ctx.group, ctx.scale = backward, group, scale
         with own_time.paused():
             return forward(tensor, group)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         with own_time.paused():
-            return ctx.apply_backward(gradients[0], ctx.group), None, None, None  # type: ignore[attr-defined]
+            gradient: Tensor = ctx.apply_backward(gradients[0], ctx.group)
+        return gradient if ctx.scale == 1 else gradient.mul_(ctx.scale), None, None, None, None
 
 
-def _apply(tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup | None) -> Tensor:
-    result: Tensor = _WithBackward.apply(tensor, forward, backward, group)
+def _apply(
+    tensor: Tensor, forward: Collective, backward: Collective, group: dist.ProcessGroup, scale: float = 1.0
+) -> Tensor:
+    if dist.get_world_size(group) == 1:
+        return tensor
+    result: Tensor = _WithBackward.apply(tensor, forward, backward, group, scale)
     return result
-
-
-def _same(tensor: Tensor, _: None) -> Tensor:
-    return tensor.view_as(tensor)
 
 
 def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -80,7 +80,13 @@ class FlatWeights(WeightShares):
     @contextmanager
     def lend(self, owned: Mapping[str, Tensor]) -> Iterator[None]:
         """See WeightShares. Needs memory for all weights, or none if ``owned`` is empty."""
-        values = self._gathered(owned) if owned else {}
+        values = {}
+        if owned:
+            buffer = torch.empty_like(self._buffer)
+            values = self._wholes(buffer)
+            for name, part in owned.items():
+                self._own_part(name, values[name]).copy_(part)
+            self._gather_ranges(buffer)
         swap_values(self.weights, values)
         try:
             yield
@@ -99,14 +105,6 @@ class FlatWeights(WeightShares):
     def _own_part(self, name: str, gradient: Tensor) -> Tensor:
         elements = self._elements[name]
         return gradient.view(-1)[elements.start : elements.stop]
-
-    def _gathered(self, owned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        buffer = torch.empty_like(self._buffer)
-        wholes = self._wholes(buffer)
-        for name, part in owned.items():
-            self._own_part(name, wholes[name]).copy_(part)
-        self._gather_ranges(buffer)
-        return wholes
 
     def _wholes(self, buffer: Tensor) -> dict[str, Tensor]:
         return {

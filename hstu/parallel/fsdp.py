@@ -11,7 +11,7 @@ Source: Zhao et al., PyTorch FSDP, VLDB 2023.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllocMixin
 from torch.distributed.tensor import DTensor
 
 from hstu.model.gr_model import DenseModel, GRModel
@@ -28,15 +30,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView, WeightShares, all_finite, local_part, view_of
 
 
-class _Exchange:
-    """What FSDP asks of a custom collective beside the call."""
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Allocate memory for the collective."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class LayerGather(_Exchange):
+class LayerGather(DefaultAllocMixin, AllGather):
     """FSDP's all-gather of a layer whose matrix products have a 16-bit dtype.
 
     The layer rounds ROUNDED_WEIGHTS to it before use, so rounding them before they are sent changes no bit and halves
@@ -66,7 +60,7 @@ class LayerGather(_Exchange):
             target.copy_(received.contiguous().view(dtype))
 
 
-class FullySharded(_Exchange):
+class FullySharded(DefaultAllocMixin, ReduceScatter):
     """The FSDP units of a dense part, and a check of gradients before they are averaged."""
 
     def __init__(self, dense: DenseModel, mesh: Mesh, sent_as: torch.dtype, computed_as: torch.dtype) -> None:
@@ -88,10 +82,10 @@ class FullySharded(_Exchange):
         for name, weight in dense.named_parameters():
             vars(weight).update(attributes[name])  # restore the marks of tensor-parallel weights
         for unit in self.units:
-            unit.set_custom_reduce_scatter(self)  # type: ignore[arg-type]
+            unit.set_custom_reduce_scatter(self)
         if computed_as.itemsize < torch.float32.itemsize:
             for unit, layer in zip(self.units, layers, strict=False):
-                unit.set_custom_all_gather(LayerGather(layer, computed_as, mesh.dp_cp_size))  # type: ignore[arg-type]
+                unit.set_custom_all_gather(LayerGather(layer, computed_as, mesh.dp_cp_size))
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: object, async_op: bool = False
@@ -110,11 +104,6 @@ class FullySharded(_Exchange):
             if weight.device.type != "cpu":
                 weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
                 dist.all_reduce(weight.grad.mul_(1.0 / dist.get_world_size(self.group)), group=self.group)
-
-    def reshard(self) -> None:
-        """Free the gathered weights; the next forward gathers them again."""
-        for unit in self.units:
-            unit.reshard()
 
 
 def shard_dense(
@@ -164,11 +153,9 @@ class FsdpWeights(WeightShares):
         assert isinstance(weight, DTensor)
         return view_of(weight, owned)
 
-    def _own_part(self, name: str, gradient: Tensor) -> Tensor:
-        return gradient
-
     def _swap(self, owned: Mapping[str, Tensor]) -> None:
-        self._sharded.reshard()
+        for unit in self._sharded.units:
+            unit.reshard()  # free the gathered weights; the next forward gathers them again
         with torch.no_grad():
             for name, other in owned.items():
                 own, copy = self.own[name], other.clone()

@@ -93,7 +93,7 @@ def _gather_parts(own: list[Tensor], counts: list[list[int]], process_group: dis
     totals = [sum(of_rank) for of_rank in zip(*counts, strict=True)]
     longest = max(1, *totals)
     rows = torch.cat(own)
-    padded = torch.cat([rows, rows.new_zeros((longest - len(rows), rows.shape[1]))])
+    padded = functional.pad(rows, (0, 0, 0, longest - len(rows)))
     by_rank = all_gather(padded, process_group).unflatten(0, (len(totals), longest))
     pieces = [by_rank[rank, : totals[rank]].split([of_rank[rank] for of_rank in counts]) for rank in range(len(totals))]
     return [torch.cat(of_tensor) for of_tensor in zip(*pieces, strict=True)]

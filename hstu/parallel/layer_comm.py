@@ -31,7 +31,7 @@ from hstu.ops.comm import AttentionShare, LayerComm, Pending, TokenSets
 from hstu.ops.kernels import AttentionConfig
 from hstu.ops.layout import JaggedLayout, pad_tokens
 from hstu.parallel.attention_shares import share_attention, within
-from hstu.parallel.collectives import gather_copies, join_rows, scale_gradient, split_rows, sum_over_ranks
+from hstu.parallel.collectives import gather_copies, join_rows, split_rows, sum_over_ranks
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.own_time import own_time
 
@@ -109,7 +109,7 @@ class ProcessGroupComm(LayerComm):
         key = ("attention share", config, heads, has_bias, ranges)
         if key not in layout.cache:
             share = share_attention(layout, config, heads, has_bias, self.cp_size, self.cp_rank, ranges)
-            layout.cache[key] = share
+            layout.cache[key] = share  # must not refer to ``layout``: FSDP follows what a layer gets without end
         whole = [[range(layout.num_tokens)]]
         return layout.cache[key] or AttentionShare(layout, config, None, whole, whole)
 
@@ -205,15 +205,11 @@ class ProcessGroupComm(LayerComm):
 
     def take_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """See :class:`LayerComm`."""
-        if self.cp_size == 1:
-            return rows
-        return scale_gradient(split_rows(rows, counts, self.cp_group), 1 / self.cp_size)
+        return split_rows(rows, counts, self.cp_group, 1 / self.cp_size)
 
     def gather_rows(self, own: Tensor, counts: Sequence[int]) -> Tensor:
         """See :class:`LayerComm`."""
-        if self.cp_size == 1:
-            return own
-        return join_rows(scale_gradient(own, self.cp_size), counts, self.cp_group)
+        return join_rows(own, counts, self.cp_group, self.cp_size)
 
     def sum_over_tokens(self, own: Tensor) -> Tensor:
         """See :class:`LayerComm`."""

@@ -13,39 +13,37 @@ from torch.autograd import Variable
 
 
 class OwnTime:
-    """Adds up the time from each ``start`` to ``stop``, without ``paused`` blocks.
+    """Adds up the time from each ``start`` to the end of its backward, without ``paused`` blocks.
 
     On a GPU these are CUDA events on the current stream, so the host waits only in ``pop_s``.
     """
 
     def __init__(self) -> None:
-        self._is_running = self._on_gpu = False
+        self._on_gpu = False
         self._marks: list[Any] = []
-        """Seconds or CUDA events, alternately at the begin and the end of a piece of time."""
+        """Seconds or CUDA events, alternately at the begin and the end of a piece of time: odd in a step."""
 
     def start(self, device: torch.device) -> None:
         """Begin a step. A step that failed before its end does not count."""
-        if self._is_running:
-            del self._marks[-1:]
-        self._is_running, self._on_gpu = False, device.type == "cuda"
-        self._switch(True)
-
-    def stop(self) -> None:
-        """End the step's forward and backward."""
-        self._switch(False)
+        if len(self._marks) % 2:
+            self._marks.pop()
+        self._on_gpu = device.type == "cuda"
+        self._mark()
 
     def stop_after_backward(self, loss: Tensor) -> None:
-        """``stop`` when the backward of ``loss`` has computed all gradients, before DDP waits for their averages."""
+        """End the step when the backward of ``loss`` has all gradients, before DDP waits for their averages."""
         # The engine runs callbacks in the order in which they were queued. DDP queues its own at its last bucket.
-        loss.register_hook(lambda _: Variable._execution_engine.queue_callback(self.stop))
+        loss.register_hook(lambda _: Variable._execution_engine.queue_callback(self._mark))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Exclude a block, in which this rank waits for others."""
-        was_running = self._is_running
-        self._switch(False)
+        is_running = len(self._marks) % 2
+        if is_running:
+            self._mark()
         yield
-        self._switch(was_running)
+        if is_running:
+            self._mark()
 
     def pop_s(self) -> float:
         """Return the seconds since the last call. On a GPU, waits for the last step."""
@@ -56,10 +54,7 @@ class OwnTime:
         torch.cuda.synchronize()
         return sum(begin.elapsed_time(end) for begin, end in pairs) / 1e3
 
-    def _switch(self, is_running: bool) -> None:
-        if is_running == self._is_running:
-            return
-        self._is_running = is_running
+    def _mark(self) -> None:
         if self._on_gpu:
             self._marks.append(torch.cuda.Event(enable_timing=True))
             self._marks[-1].record()

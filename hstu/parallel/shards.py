@@ -102,9 +102,9 @@ class WeightShares(ABC):
     def view(self, name: str, owned: Tensor) -> ShardedView:
         """Return a view of a weight-sized tensor, of which ``owned`` holds this rank's elements."""
 
-    @abstractmethod
     def _own_part(self, name: str, gradient: Tensor) -> Tensor:
-        """Return the ``own`` elements of a local gradient."""
+        """Return the ``own`` elements of a local gradient: by default all."""
+        return gradient
 
 
 def swap_values(weights: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,25 @@ _SHAPES: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRecord:
+class Throughput:
+    """Rates over all ranks since the previous record, unless a field says otherwise."""
+
+    step_s: float = math.nan
+    """Seconds per step. Not in metrics.jsonl."""
+    samples_per_s: float
+    tokens_per_s: float
+    tflops: float
+    """Mean TFLOPS per rank."""
+    mfu: float
+    """Share of the peak in [0, 1]; nan if the peak is unknown or was measured too low, on a busy machine."""
+    data_wait: float
+    """Share of the time spent waiting for data, in [0, 1], averaged over ranks."""
+    ranks: Mapping[str, float] = field(default_factory=dict)
+    """Seconds per step by rank, see ``throughput.rank_times``. Empty for a single rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecord(Throughput):
     """Averages and rates of training since the previous record."""
 
     iteration: int
@@ -28,15 +46,6 @@ class TrainRecord:
     loss: float
     """Mean over the labelled tokens."""
     lr: float
-    samples_per_s: float
-    """Over all ranks, like tokens_per_s."""
-    tokens_per_s: float
-    tflops: float
-    """Per rank."""
-    mfu: float
-    """Share in [0, 1]; nan if the peak is unknown."""
-    data_wait: float
-    """Share of the time spent waiting for data, in [0, 1], averaged over ranks."""
     memory_bytes: int
     """On this rank."""
     time_s: float
@@ -49,18 +58,18 @@ class TrainRecord:
     """Dynamic table → its id counts by name."""
     task_losses: Mapping[str, float] = field(default_factory=dict)
     """Task → its part of ``loss``, written as "loss/<task>". Empty if there is one task."""
-    ranks: Mapping[str, float] = field(default_factory=dict)
-    """The fields of RankTimes. Empty for a single rank."""
 
     def as_json(self) -> dict[str, Any]:
         """The object written to metrics.jsonl."""
         fields = dict(vars(self))
+        del fields["step_s"]
         if not self.tables:
             del fields["tables"]
         if self.loss_scale is None:
             del fields["loss_scale"], fields["skipped_steps"]
         losses = {f"loss/{task}": loss for task, loss in fields.pop("task_losses").items()}
-        return {"kind": "train", "iter": fields.pop("iteration"), **fields.pop("ranks"), **fields, **losses}
+        first = {name: fields.pop(name) for name in ("epoch", "loss", "lr")}
+        return {"kind": "train", "iter": fields.pop("iteration"), **fields.pop("ranks"), **first, **fields, **losses}
 
     def scalars(self) -> dict[str, float]:
         """Numbers to plot over iterations, by name."""

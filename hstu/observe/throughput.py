@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import sequence_tokens
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.sampler import Loads
+from hstu.observe.records import Throughput
 from hstu.ops.costs import Window, sequence_flops
 
 log = logging.getLogger(__name__)
@@ -77,37 +78,26 @@ class FlopCounter:
         return tokens, costs
 
 
-@dataclass(frozen=True)
-class RankTimes:
-    """Seconds per step by rank. The slowest rank spends the most on its own: computing and waiting for its data."""
+def rank_times(own: np.ndarray, step_s: float) -> dict[str, float]:
+    """Seconds per step by rank. The slowest rank spends the most on its own: computing and waiting for its data.
 
-    slowest_rank: int
-    slowest_excess: float
-    """What it spends on its own beyond the median rank, as a share of that."""
-    slowest_compute_s: float
-    """Its own forward and backward, without its waits for other ranks."""
-    slowest_data_wait_s: float
-    median_compute_s: float
-    median_data_wait_s: float
-    mean_compute_s: float
-    mean_collective_s: float
-    """The rest of a step: collectives, with the wait for slower ranks, and look-ups and updates."""
-
-    @classmethod
-    def of(cls, own: np.ndarray, step_s: float) -> RankTimes:
-        """own: float64 [ranks, 2], seconds of computing and of waiting for data."""
-        totals, mean = own.sum(1), own.mean(0)
-        slowest, median = int(totals.argmax()), np.median(own, 0)
-        return cls(
-            slowest_rank=slowest,
-            slowest_excess=float(totals[slowest] / max(np.median(totals), 1e-9)) - 1,
-            slowest_compute_s=float(own[slowest, 0]),
-            slowest_data_wait_s=float(own[slowest, 1]),
-            median_compute_s=float(median[0]),
-            median_data_wait_s=float(median[1]),
-            mean_compute_s=float(mean[0]),
-            mean_collective_s=max(step_s - float(mean.sum()), 0.0),
-        )
+    own: float64 [ranks, 2], seconds of computing (forward and backward, without waits for other ranks) and of waiting
+    for data.
+    """
+    totals, median, mean = own.sum(1), np.median(own, 0), own.mean(0)
+    slowest = int(totals.argmax())
+    return {
+        "slowest_rank": slowest,
+        # What it spends on its own beyond the median rank, as a share of that.
+        "slowest_excess": float(totals[slowest] / max(np.median(totals), 1e-9)) - 1,
+        "slowest_compute_s": float(own[slowest, 0]),
+        "slowest_data_wait_s": float(own[slowest, 1]),
+        "median_compute_s": float(median[0]),
+        "median_data_wait_s": float(median[1]),
+        "mean_compute_s": float(mean[0]),
+        # The rest of a step: collectives, with the wait for slower ranks, and look-ups and updates.
+        "mean_collective_s": max(step_s - float(mean.sum()), 0.0),
+    }
 
 
 class Stragglers:
@@ -118,39 +108,25 @@ class Stragglers:
         self._rank: int | None = None
         self._records = 0
 
-    def follow(self, times: RankTimes | None) -> tuple[str | None, str | None]:
-        """The rank that is the slowest by SLOW_BY, and a warning if it now was in IN_A_ROW records; None if not so."""
+    def follow(self, times: Mapping[str, float]) -> tuple[str | None, str | None]:
+        """The rank that is the slowest by SLOW_BY, and a warning if it now was in IN_A_ROW records; None if not so.
+
+        times: of ``rank_times``, or empty.
+        """
         before, self._rank = self._rank, None
-        if times is None or times.slowest_excess < SLOW_BY:
+        if not times or times["slowest_excess"] < SLOW_BY:
             return None, None
-        self._rank = times.slowest_rank
+        self._rank = int(times["slowest_rank"])
         self._records = self._records + 1 if self._rank == before else 1
         named = f"rank {self._rank} ({self._host_of(self._rank)})"
         if self._records != IN_A_ROW:
             return named, None
         return named, (
             f"the others wait for {named}, the slowest in {IN_A_ROW} log intervals in a row: per step it computes "
-            f"{times.slowest_compute_s:.3g} s and waits {times.slowest_data_wait_s:.3g} s for data, the median rank "
-            f"{times.median_compute_s:.3g} s and {times.median_data_wait_s:.3g} s (docs/failures.md, A slow rank)"
+            f"{times['slowest_compute_s']:.3g} s and waits {times['slowest_data_wait_s']:.3g} s for data, the median "
+            f"rank {times['median_compute_s']:.3g} s and {times['median_data_wait_s']:.3g} s "
+            "(docs/failures.md, A slow rank)"
         )
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Rates over all ranks, unless a field says otherwise."""
-
-    step_s: float
-    """Seconds per step."""
-    samples_per_s: float
-    tokens_per_s: float
-    tflops: float
-    """Mean TFLOPS per rank."""
-    mfu: float
-    """Share of the peak in [0, 1]; nan if the peak is unknown or was measured too low, on a busy machine."""
-    data_wait: float
-    """Share of the time spent waiting for data, in [0, 1], averaged over ranks."""
-    ranks: RankTimes | None
-    """None for a single rank."""
 
 
 class ThroughputMeter:
@@ -208,7 +184,7 @@ class ThroughputMeter:
             tflops=tflops,
             mfu=tflops / self._peak if 0 <= tflops <= self._peak else math.nan,
             data_wait=min(wait_s / num_ranks / elapsed, 1.0),
-            ranks=RankTimes.of(by_rank[:, 3:] / max(self._steps, 1), step_s) if num_ranks > 1 else None,
+            ranks=rank_times(by_rank[:, 3:] / max(self._steps, 1), step_s) if num_ranks > 1 else {},
         )
         self._reset()
         return result
@@ -298,15 +274,14 @@ class Profiler:
 
     def __init__(self, directory: Path, start: int, end: int, *, rank: int = 0, enabled: bool = True) -> None:
         self.trace_file = Path(directory) / f"trace-rank{rank}.json.gz"
-        self._window = range(start, end)
-        self._enabled = enabled
+        self._window = range(start, end if enabled else start)
         self._profile: Optional[profile] = None
         self._cuda = torch.cuda.is_available()
         self._last: Optional[int] = None
 
     def step(self, iteration: int) -> None:
         """Start, continue or stop the trace. Call it when ``iteration`` begins."""
-        self._last, is_inside = iteration, self._enabled and iteration in self._window
+        self._last, is_inside = iteration, iteration in self._window
         if self._profile is None and is_inside:
             self._start()
         elif self._profile is not None and is_inside:
@@ -322,10 +297,9 @@ class Profiler:
     def __exit__(self, *_: object) -> None:
         if self._profile is not None:
             self._stop()
-        elif self._enabled and not self.trace_file.exists():
+        elif self._window and not self.trace_file.exists():
             first, last = self._window.start, self._window.stop
             log.warning("no profile: the run ended (at %s) outside of [%d, %d)", self._last, first, last)
-            self._enabled = False
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
@@ -346,5 +320,4 @@ class Profiler:
         self.trace_file.parent.mkdir(parents=True, exist_ok=True)
         self._profile.export_chrome_trace(str(self.trace_file))
         self._profile = None
-        self._enabled = False
         log.info("profile written: %s", self.trace_file)

@@ -7,7 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -24,9 +24,9 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.sampling.samples import Split
 from hstu.observe.logging import format_eval, format_train, progress_bar
-from hstu.observe.records import EvalRecord, TrainRecord
+from hstu.observe.records import EvalRecord, Throughput, TrainRecord
 from hstu.observe.run_directory import RunDirectory
-from hstu.observe.throughput import FlopCounter, Profiler, Stragglers, Throughput, ThroughputMeter, memory_bytes
+from hstu.observe.throughput import FlopCounter, Profiler, Stragglers, ThroughputMeter, memory_bytes
 from hstu.optim.optimizers import Schedule
 from hstu.parallel.collectives import gather_copies, sum_over_ranks
 from hstu.parallel.dynamic.table import describe_report, pop_reports
@@ -218,17 +218,12 @@ class Trainer:
         straggler, warning = self._stragglers.follow(rates.ranks)
         scale = self._loss_scale
         record = TrainRecord(
+            **vars(rates),
             iteration=self.state.iteration,
             epoch=self._epoch(self.state.iteration),
             loss=loss,
             task_losses=task_losses,
-            ranks={} if rates.ranks is None else asdict(rates.ranks),
             lr=self.state.optimizers.learning_rate,
-            samples_per_s=rates.samples_per_s,
-            tokens_per_s=rates.tokens_per_s,
-            tflops=rates.tflops,
-            mfu=rates.mfu,
-            data_wait=rates.data_wait,
             memory_bytes=memory_bytes(self.mesh.device),
             time_s=time.monotonic() - self._begun,
             loss_scale=None if scale is None else scale.value,

@@ -18,13 +18,13 @@ from hstu.data.features.roles import FeatureRoles
 from hstu.observe.throughput import (
     FlopCounter,
     Profiler,
-    RankTimes,
     Stragglers,
     ThroughputMeter,
     _measure,
     data_sheet_tflops,
     memory_bytes,
     peak_tflops,
+    rank_times,
 )
 from hstu.ops.costs import sequence_flops
 from hstu.parallel.own_time import OwnTime
@@ -93,8 +93,8 @@ def test_over_ranks_counts_add_up_while_tflops_are_the_mean_ranks() -> None:
 
 
 def test_a_straggler_is_reported_once_it_was_the_slowest_in_three_records() -> None:
-    def times(*own_s: float) -> RankTimes:
-        return RankTimes.of(np.array([[own, 0.0] for own in own_s]), step_s=2.0)
+    def times(*own_s: float) -> dict[str, float]:
+        return rank_times(np.array([[own, 0.0] for own in own_s]), step_s=2.0)
 
     slow, other, even = times(1.0, 1.0, 1.25), times(1.3, 1.0, 1.0), times(1.0, 1.0, 1.1)
     looked_up: list[int] = []
@@ -104,11 +104,12 @@ def test_a_straggler_is_reported_once_it_was_the_slowest_in_three_records() -> N
         return f"host{rank}"
 
     stragglers = Stragglers(host_of)
-    found = [stragglers.follow(each) for each in (slow, slow, other, slow, slow, slow, slow, even, None)]
+    found = [stragglers.follow(each) for each in (slow, slow, other, slow, slow, slow, slow, even, {})]
     names = [2, 2, 0, 2, 2, 2, 2, None, None]
     assert [name for name, _ in found] == [rank if rank is None else f"rank {rank} (host{rank})" for rank in names]
     assert [index for index, (_, warning) in enumerate(found) if warning] == [5] and looked_up == [2, 0]
-    assert slow.slowest_excess == pytest.approx(0.25) and slow.mean_collective_s == pytest.approx(2 - 3.25 / 3)
+    assert slow["slowest_excess"] == pytest.approx(0.25)
+    assert slow["mean_collective_s"] == pytest.approx(2 - 3.25 / 3)
 
 
 def test_own_time_leaves_out_waits_and_steps_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:

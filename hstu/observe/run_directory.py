@@ -82,16 +82,16 @@ class RunDirectory:
         self.identity = identity
         self._task_names = task_names
         self.earlier: Optional[Path] = None
-        self._lock: Optional[DirectoryLock] = None
         self._metrics: Optional[TextIO] = None
         self._trackers: list[TensorBoard | WeightsAndBiases] = []
+        self._opened = contextlib.ExitStack()
         self._failed = True
         self._best: Optional[int] = None
         self._continues = continues
         if not is_main:
             return
         try:
-            self._open(config_text, continues)
+            self._open(config_text)
         except OSError as error:
             raise ConfigError(
                 f"TrainerArgs.output_dir: the directory '{path}' cannot be written: {error.strerror or error}. "
@@ -151,13 +151,9 @@ class RunDirectory:
 
     def close(self) -> None:
         """Close the files. May be called twice."""
-        if self._metrics is not None and not self._metrics.closed:
-            self._metrics.close()
         while self._trackers:
             self._trackers.pop().close(self._failed)
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        self._opened.close()
 
     def discard(self) -> None:
         """Close and undo the changes of this start, because the run cannot begin. A resumed run stays as it is."""
@@ -173,10 +169,10 @@ class RunDirectory:
         with contextlib.suppress(OSError):  # the directory is not empty
             self.path.rmdir()
 
-    def _open(self, config_text: str, continues: bool) -> None:
+    def _open(self, config_text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = DirectoryLock(self.path, "TrainerArgs.output_dir")
-        if not continues:
+        self._opened.callback(DirectoryLock(self.path, "TrainerArgs.output_dir").release)
+        if not self._continues:
             self._set_aside()
         if self.identity:
             replace_text(self.path / "run.json", self.identity)
@@ -188,7 +184,7 @@ class RunDirectory:
         # Readers would mistake the summary of an earlier attempt for this attempt's summary.
         (self.path / "summary.json").unlink(missing_ok=True)
         resumed = self.metrics_file.exists() and self.metrics_file.stat().st_size > 0
-        self._metrics = self.metrics_file.open("a", encoding="utf-8")
+        self._metrics = self._opened.enter_context(self.metrics_file.open("a", encoding="utf-8"))
         if resumed:
             if not self.metrics_file.read_bytes().endswith(b"\n"):  # a kill has cut off the last line
                 self._metrics.write("\n")

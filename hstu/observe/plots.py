@@ -54,12 +54,13 @@ def draw_curves(
             others[0].set(title="not evaluated yet", xticks=[], yticks=[])
         for axes, (name, curves) in zip(others, metrics.items(), strict=False):
             _draw_metric(axes, name, curves, colours)
-        for axes in (first, *others[: len(metrics)]) if best else ():
-            axes.axvline(best, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
         for axes in others[panels - 1 :]:
             axes.set_axis_off()
-        if epochs := [record["epoch"] / record["iter"] for record in records if record.get("epoch") and record["iter"]]:
-            for axes in (first, *others[: len(metrics)]):
+        epochs = [record["epoch"] / record["iter"] for record in records if record.get("epoch") and record["iter"]]
+        for axes in (first, *others[: len(metrics)]):
+            if best:
+                axes.axvline(best, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
+            if epochs:
                 _add_epochs(axes, epochs[-1])
     return image
 
@@ -86,7 +87,7 @@ def metric_curves(
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Bias-corrected exponential moving average over about 1/30 of the values."""
+    """Bias-corrected exponential moving average over about 1/30 of the values; up to 30 values stay as they are."""
     import pandas as pd
 
     return list(pd.Series(values).ewm(alpha=1 / max(len(values) / 30, 1)).mean())
@@ -101,12 +102,10 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[Point]], colours: Map
     for task in [*tasks, ""]:
         iterations, values = zip(*losses[task], strict=True)
         colour, many = colours.get(task, _BLACK if tasks else COLOURS[0]), len(values) >= 20
-        last = smoothed(values)[-1] if many else values[-1]
-        axes.plot(iterations, values, color=colour, alpha=0.3 if many else 1.0, linewidth=1.0 if many else 2.0)
+        *_, last = shown = smoothed(values)
         if many:
-            axes.plot(iterations, smoothed(values), color=colour, linewidth=2.0)
-        else:
-            axes.plot(iterations, values, "o", color=colour, markersize=4)
+            axes.plot(iterations, values, color=colour, alpha=0.3, linewidth=1.0)
+        axes.plot(iterations, shown, "-" if many else "o-", color=colour, linewidth=2.0, markersize=4)
         if tasks:
             axes.plot([], [], color=colour, linewidth=4, label=f"{task or 'sum'}  {last:.3f}")
     # A few huge losses at the start would flatten the rest of the curve.
@@ -128,34 +127,27 @@ def _draw_metric(
     tasks = [task for task in dict.fromkeys(task for _, task in curves) if task]
     for task in [*tasks, ""]:
         colour = colours.get(task, _BLACK if tasks else COLOURS[0])
-        label = task or "mean"
-        for split in ("valid", "test"):
-            points = curves.get((split, task))
-            if points is None:
-                continue
-            label += f"  {_star(split, points)}{points[-1][1]:.4f}"
-            _draw_curve(axes, points, split, colour, is_mean=bool(tasks) and task == "")
-        if any(of_task == task for _, of_task in curves):  # tasks with names have no mean
-            axes.plot([], [], color=colour, linewidth=4, label=label)
+        drawn = {split: curves[split, task] for split in ("valid", "test") if (split, task) in curves}
+        for split, points in drawn.items():
+            final = bool(_star(split, points))
+            axes.plot(
+                *zip(*points, strict=True),
+                "*" if final else "o-" if split == "valid" else "s--",
+                color=colour,
+                linewidth=2.6 if tasks and not task else 1.6,
+                markersize=14.0 if final else 4.0,
+                markeredgecolor="white" if final else colour,
+                zorder=5 if final else 2,
+            )
+        if drawn:  # tasks with names have no mean
+            values = (f"{_star(split, points)}{points[-1][1]:.4f}" for split, points in drawn.items())
+            axes.plot([], [], color=colour, linewidth=4, label="  ".join([task or "mean", *values]))
     _add_legend(axes, tasks)
 
 
 def _add_legend(axes: Axes, tasks: Sequence[str]) -> None:
     if tasks:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, borderaxespad=0.0, handlelength=0.8)
-
-
-def _draw_curve(axes: Axes, points: Sequence[Point], split: str, colour: str, is_mean: bool) -> None:
-    final = bool(_star(split, points))
-    axes.plot(
-        *zip(*points, strict=True),
-        "*" if final else "o-" if split == "valid" else "s--",
-        color=colour,
-        linewidth=2.6 if is_mean else 1.6,
-        markersize=14.0 if final else 4.0,
-        markeredgecolor="white" if final else colour,
-        zorder=5 if final else 2,
-    )
 
 
 def _star(split: str, points: Sequence[Point]) -> str:

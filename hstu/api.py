@@ -28,7 +28,6 @@ from hstu.data.batches.jagged import ranges
 from hstu.data.sampling.samples import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.parallel.dynamic.table import merged
-from hstu.parallel.mesh import Mesh
 from hstu.serve.histories import histories
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import evaluate_split, item_vectors
@@ -75,13 +74,6 @@ class Table:
 def open_store(path: str | Path) -> SequenceStore:
     """Open preprocessed data such as ``tmp_data/ml-100k``. Raises DataError."""
     return SequenceStore.open(path)
-
-
-def load(
-    path: str | Path, checkpoint: str | Path | None = None, mesh: Mesh | None = None, strict: bool | None = None
-) -> TrainedModel:
-    """Load the model of a run, a checkpoint, a directory of checkpoints, or an export; see ``LoadedModel.load``."""
-    return TrainedModel.load(path, checkpoint, mesh, strict)
 
 
 @dataclass
@@ -213,6 +205,9 @@ class TrainedModel(LoadedModel):
 
     def _user_vectors(self, rows: np.ndarray, at: int | None = None) -> Tensor:
         return self.user_vectors(self.with_data().history_batches(rows), at)
+
+
+load = TrainedModel.load
 
 
 def format_recommendations(recommendations: Iterable[Recommendation]) -> str:

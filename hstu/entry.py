@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hstu.config.args import Task
@@ -25,14 +26,9 @@ def train(task: Task) -> int:
     return run(config, beside_tables)
 
 
-def train_ranking() -> int:
-    """Run the console command hstu-train-ranking."""
-    return train("ranking")
-
-
-def train_retrieval() -> int:
-    """Run the console command hstu-train-retrieval."""
-    return train("retrieval")
+train_ranking = partial(train, "ranking")
+train_retrieval = partial(train, "retrieval")
+"""The console commands hstu-train-ranking and hstu-train-retrieval."""
 
 
 def preflight() -> Sequence[Rule]:

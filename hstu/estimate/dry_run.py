@@ -35,7 +35,6 @@ from hstu.optim.optimizers import build_optimizers
 from hstu.parallel.collectives import gather_rows
 from hstu.parallel.layer_comm import split_encoder
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.shards import shard_dim
 from hstu.parallel.table_optimizer import TableOptimizer
 from hstu.pipeline.finite import FiniteCheck
 from hstu.pipeline.step import TrainStep
@@ -64,8 +63,6 @@ class Weight:
     """Bytes of the states that have the shape of the parameter, the moving average included."""
     step_bytes: int
     """Bytes of the optimizer's step count."""
-    shards: int
-    """Number of tensor-parallel ranks that each hold another part of it."""
     is_layer: bool
 
 
@@ -112,7 +109,7 @@ def _run_step(workload: Workload, batch: Batch) -> DryRun:
         dense = cast(DenseModel, step.model.dense)
         with recorder, torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda tensor: tensor):
             step(on_device)
-        weights = _weights(dense, step.optimizers.dense, workload.tp_size)
+        weights = _weights(dense, step.optimizers.dense)
     parts = {id(part): part for part in (on_device.own, *on_device.parts)}
     return DryRun(
         weights=weights,
@@ -247,14 +244,13 @@ class _NoCheck(FiniteCheck):
         pass
 
 
-def _weights(dense: DenseModel, optimizer: DenseOptimizer, tp_size: int) -> dict[str, Weight]:
+def _weights(dense: DenseModel, optimizer: DenseOptimizer) -> dict[str, Weight]:
     states, found = optimizer.state_tensors(), {}
     for name, weight in dense.named_parameters():
         own = [cast(Tensor, state) for key, state in states.items() if key.rpartition(".")[0] == name]
         whole = sum(state.nbytes for state in own if state.shape == weight.shape)
         counts = sum(state.nbytes for state in own if state.shape != weight.shape)
-        shards = 1 if shard_dim(weight) is None else tp_size
-        found[name] = Weight(weight.shape[0], weight.numel(), whole, counts, shards, ".stack.layers." in name)
+        found[name] = Weight(weight.shape[0], weight.numel(), whole, counts, ".stack.layers." in name)
     return found
 
 

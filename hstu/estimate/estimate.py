@@ -79,7 +79,7 @@ def estimate(workload: Workload, machine: Machine) -> Estimate:
     computing, exposed = step_times(workload, machine, workload.typical, plan)
     waiting = sum(computing.values()) * (workload.straggling - 1)
     run = dry_run(workload, workload.typical)
-    files, saved = sharding.checkpoint(workload, run)
+    files, saved = sharding.checkpoint(workload)
     return Estimate(
         memory=memory(workload, plan),
         transfers=transfers(workload, run, plan),

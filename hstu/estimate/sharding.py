@@ -5,25 +5,31 @@ Tables are sharded by the planner of a run. The costs of data parallelism follow
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
+import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
+from hstu.config.run_config import RunConfig
 from hstu.estimate.dry_run import DryRun
 from hstu.estimate.workload import Workload
 from hstu.model.embedding import TableSpec, build_collections
+from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import ROUNDED_WEIGHTS
 from hstu.ops.costs import FLOAT32, Cost
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.optim.dense import DenseOptimizer, match_part_optimizers
 from hstu.parallel.dynamic.memory import bytes_per_row, logical_name
 from hstu.parallel.flat_weights import FlatLayout
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise, state_shape
 from hstu.parallel.tables import UNLIMITED, TableRanks, TableRoom, memory_plans, plan_sharding, prepare_tables
-from hstu.train.builder import raw_ids
+from hstu.train.builder import raw_ids, task_module
 
 INT64 = 8
 """Bytes of an id and of a length."""
@@ -178,17 +184,36 @@ def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) 
     return {name: cost for name, cost in found.items() if cost.bytes}
 
 
-def checkpoint(workload: Workload, run: DryRun) -> tuple[int, int]:
+def dense_tensors(run: RunConfig, features: SequenceFeatures) -> dict[str, torch.Size]:
+    """Dense checkpoint tensor (named as in TrainState.tensors) → size. Raises ConfigError for bad part_optimizers."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = nn.ModuleDict({"task": task_module(run, features, REFERENCE_KERNELS)})
+        settings = match_part_optimizers(dict(model.named_parameters()), run.optimizer)
+        states = DenseOptimizer(model, run.optimizer, settings).state_tensors()
+    sizes = {f"{WEIGHTS}{name}": tensor.size() for name, tensor in model.state_dict().items()}
+    return sizes | {f"optimizer.dense.{name}": cast(torch.Tensor, state).size() for name, state in states.items()}
+
+
+def table_tensors(run: RunConfig, specs: Sequence[TableSpec]) -> dict[str, torch.Size]:
+    """Checkpoint tensor of a static table or its optimizer states → size."""
+    args, static = run.optimizer, [spec for spec in specs if spec.dynamic is None]
+    sizes = {f"{TABLES}{spec.name}": torch.Size((spec.rows, spec.dim)) for spec in static}
+    for spec in static:
+        averages = (AVERAGE,) if spec.replicated and args.ema_decay > 0 else ()
+        for state in (*TableTraining.of(spec, args).states, *averages):
+            sizes[f"optimizer.tables.{spec.name}.{state}"] = torch.Size(state_shape(spec, state))
+    return sizes
+
+
+def checkpoint(workload: Workload) -> tuple[int, int]:
     """(files, bytes of the tensors) of a checkpoint. The rows that dynamic tables will have are unknown: not counted.
     Each rank has a file of tensors, one of its generators and, with dynamic tables, one of those; rank 0 has 5 more."""
-    rows, _, states = replicated_bytes(workload, run)
-    found = rows + states + sum(ids.nbytes for ids in raw_ids(workload.source).tensors().values())
-    for weight in run.weights.values():
-        found += weight.shards * (FLOAT32 * weight.elements + weight.state_bytes) + weight.step_bytes
+    config, source = workload.config, workload.source
+    sizes = dense_tensors(config, SequenceFeatures.of(source.roles, source.max_items))
+    sizes |= table_tensors(config, workload.specs)
+    found = FLOAT32 * sum(size.numel() for size in sizes.values())
+    found += sum(ids.nbytes for ids in raw_ids(source).tensors().values())
     has_dynamic = any(spec.dynamic is not None for spec in workload.specs)
-    for spec in (spec for spec in workload.specs if not spec.replicated and spec.dynamic is None):
-        shapes = [state_shape(spec, state) for state in TableTraining.of(spec, workload.config.optimizer).states]
-        found += FLOAT32 * sum(map(math.prod, [(spec.rows, spec.dim), *shapes]))
     return (2 + has_dynamic) * workload.world_size + 5, found
 
 

@@ -16,8 +16,6 @@ from typing import Any, TypeVar, cast
 
 import psutil
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hstu.base.errors import ConfigError, UserError
 from hstu.checkpoint.directory import file_problems, read_manifest
@@ -25,7 +23,6 @@ from hstu.checkpoint.find import AUTO, candidates
 from hstu.checkpoint.load import ModelShape, match_checkpoint
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
-from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
 from hstu.config.args import Args, DatasetArgs, RankingArgs
 from hstu.config.option import problem
 from hstu.config.problems import Problem, Unknown, apply, did_you_mean
@@ -34,22 +31,19 @@ from hstu.config.run_config import RunDraft
 from hstu.data.features.roles import FeatureRoles, benchmark_roles, resolve_roles
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate.estimate import beside_tables, memory, size
-from hstu.estimate.sharding import TableShards, plan_tables
+from hstu.estimate.sharding import TableShards, dense_tensors, plan_tables, table_tensors
 from hstu.estimate.workload import Workload, plan_workload
-from hstu.model.embedding import TableSpec, table_specs
+from hstu.model.embedding import table_specs
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
 from hstu.observe.run_directory import default_path
 from hstu.ops.costs import FLOAT32
-from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.select import select_kernels
-from hstu.optim.dense import DenseOptimizer, match_part_optimizers
 from hstu.parallel.dynamic.memory import bytes_per_row
-from hstu.parallel.table_optimizer import TableTraining, state_shape
+from hstu.parallel.table_optimizer import TableTraining
 from hstu.parallel.tables import check_kernels, check_memory, room_of_rank
 from hstu.train.batch_source import BatchSource, label_offset
-from hstu.train.builder import task_module
 from hstu.train.directories import directory_of_checkpoints
 from hstu.train.sources import open_source, open_store
 from hstu.train.tables import check_rows, choose_tables, predefined_tables
@@ -196,27 +190,6 @@ def build_dense(run: RunDraft, built: Built) -> Problems:
     features = SequenceFeatures.of(built.roles, built.max_items)
     dense = yield from attempt(run, run.optimizer, "part_optimizers", dense_tensors, run, features)
     built.tensors = dense | table_tensors(run, built.specs)
-
-
-def dense_tensors(run: RunDraft, features: SequenceFeatures) -> dict[str, torch.Size]:
-    """Dense checkpoint tensor (named as in TrainState.tensors) → size. Raises ConfigError for bad part_optimizers."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = nn.ModuleDict({"task": task_module(run, features, REFERENCE_KERNELS)})
-        settings = match_part_optimizers(dict(model.named_parameters()), run.optimizer)
-        states = DenseOptimizer(model, run.optimizer, settings).state_tensors()
-    sizes = {f"{WEIGHTS}{name}": tensor.size() for name, tensor in model.state_dict().items()}
-    return sizes | {f"optimizer.dense.{name}": cast(torch.Tensor, state).size() for name, state in states.items()}
-
-
-def table_tensors(run: RunDraft, specs: tuple[TableSpec, ...]) -> dict[str, torch.Size]:
-    """Checkpoint tensor of a static table or its optimizer states → size."""
-    args, static = run.optimizer, [spec for spec in specs if spec.dynamic is None]
-    sizes = {f"{TABLES}{spec.name}": torch.Size((spec.rows, spec.dim)) for spec in static}
-    for spec in static:
-        averages = (AVERAGE,) if spec.replicated and args.ema_decay > 0 else ()
-        for state in (*TableTraining.of(spec, args).states, *averages):
-            sizes[f"optimizer.tables.{spec.name}.{state}"] = torch.Size(state_shape(spec, state))
-    return sizes
 
 
 def choose_directories(run: RunDraft, built: Built) -> Problems:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from hstu.data.batches.batch import NEGATIVES, HSTUBatch, TensorGroup, is_of_negatives, of_negatives, packed
+from hstu.data.batches.batch import HSTUBatch, TensorGroup, is_of_negatives, packed
 from hstu.data.batches.train_batch import TrainBatch, merge_ranks
 from hstu.estimate.record import GRADIENTS, Recorder, Recording
 from hstu.estimate.workload import Batch, Workload
@@ -125,7 +125,7 @@ def _run_step(workload: Workload, batch: Batch) -> DryRun:
 
 def train_batch(workload: Workload, batch: Batch) -> tuple[TrainBatch, int]:
     """The TrainBatch of rank 0 of the group that trains on ``batch``, and the bytes that it sends to the others."""
-    roles, size, trainer = workload.source.roles, workload.group_size, workload.config.trainer
+    config, roles, size = workload.config, workload.source.roles, workload.config.ranks_per_group
     own = [workload.source.batch_of(samples) for samples in batch.parts(size)]
     computed, group, sent = own[0], None, 0
     if size > 1:
@@ -134,7 +134,7 @@ def train_batch(workload: Workload, batch: Batch) -> tuple[TrainBatch, int]:
         replicated = {name for spec in workload.replicated_specs for name in spec.features}
         gathered = {name: counts for name, counts in group.num_values.items() if name not in replicated}
         group = dataclasses.replace(group, num_values=gathered)
-    return TrainBatch.of(own[0], computed, group, trainer.gradient_accumulation_steps, roles), sent
+    return TrainBatch.of(own[0], computed, group, config.trainer.gradient_accumulation_steps, roles), sent
 
 
 def _ids_of(batch: HSTUBatch) -> dict[str, int]:
@@ -200,11 +200,8 @@ class _WithoutTables(GRModel):
 
     def __init__(self, workload: Workload, task: nn.Module, batch: TrainBatch, recorder: Recorder) -> None:
         nn.Module.__init__(self)
-        self.roles = roles = workload.source.roles
-        draws = workload.source.negatives
-        negatives = (NEGATIVES, *map(of_negatives, roles.tower)) if draws and draws.kind != "in_batch" else ()
-        keys = (*roles.names, *negatives)
-        self.dense = DenseModel(ReplicatedTables((), 0, roles.item), task, keys)
+        self.roles = workload.source.roles
+        self.dense = DenseModel(ReplicatedTables((), 0, self.roles.item), task, batch.own.features.keys())
         self._dims = {feature: spec.dim for spec in workload.specs for feature in spec.features}
         # A rank looks up rows of replicated tables for its whole group, other rows for itself.
         of_group = {feature for spec in workload.replicated_specs for feature in spec.features}

@@ -87,7 +87,7 @@ def estimate(workload: Workload, machine: Machine) -> Estimate:
         step=step_parts(computing, exposed) | {WAITING: waiting},
         tokens=sum(map(workload.tokens, batches)) / len(batches) * workload.dp_size,
         samples=sum(len(one.samples) for one in batches) / len(batches) * workload.dp_size,
-        flops=sum(map(workload.flops, batches)) / len(batches) / workload.group_size,
+        flops=sum(map(workload.flops, batches)) / len(batches) / workload.config.ranks_per_group,
         peak_tflops=machine.peak_tflops,
         memory_limit=machine.memory_gb * 1e9,
         checkpoint_files=files,
@@ -190,7 +190,7 @@ def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) ->
 
 def _group_sizes(workload: Workload) -> dict[str, int]:
     tensor, context = workload.tp_size, workload.cp_size
-    return {"tensor": tensor, "context": context, "samples": workload.group_size, "data": workload.dp_size}
+    return {"tensor": tensor, "context": context, "samples": tensor * context, "data": workload.dp_size}
 
 
 def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str, float], dict[str, float]]:
@@ -267,7 +267,7 @@ def report(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
     saved, seconds = size(found.checkpoint_bytes), found.checkpoint_s
     yield f"checkpoint: {found.checkpoint_files:,} files, {saved}, {seconds:.3g} s at {machine.storage_gb_s:g} GB/s\n"
     yield f"note: {workload.note}"
-    if not machine.is_measured:
+    if not isinstance(machine, ThisCpu):
         yield f"note: times are what {machine.name} should need (a roofline); none of them has been measured on a GPU"
     if found.memory_total > found.memory_limit:
         yield "warning: this is more memory than a rank has"

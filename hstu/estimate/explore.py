@@ -208,7 +208,7 @@ def draw_step(workload: Workload, *seed: int) -> tuple[np.ndarray, np.ndarray]:
     partition = choose_partition(config, source.roles, source.max_items, drawn)
     sampler = TrainSampler(count, batch_size, 0, world_size, seed=0, shuffle=False, partition=partition)
     samples, ranks = next(sampler.global_batches())
-    return chosen[samples], ranks // workload.group_size
+    return chosen[samples], ranks // config.ranks_per_group
 
 
 def fit_times(workload: Workload, machine: Machine, plan: tuple[TableShards, ...]) -> dict[str, np.ndarray]:

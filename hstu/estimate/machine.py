@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import psutil
 import torch
@@ -36,8 +36,6 @@ Clock = Callable[[], float]
 @dataclass(frozen=True)
 class Machine:
     """The device of one rank and its links. Efficiencies and latencies are unmeasured assumptions for all GPUs."""
-
-    is_measured: ClassVar[bool] = False
 
     name: str
     memory_gb: float
@@ -159,8 +157,6 @@ while True:
 class ThisCpu(Machine):
     """A rank's share of the cores of this host, measured. Its links are assumptions."""
 
-    is_measured = True
-
     memory_gb_s: float = 10.0  # unused: steps are measured
     link_gb_s: float = 1.0
     network_gb_s: float = 1.0
@@ -174,7 +170,7 @@ class ThisCpu(Machine):
         """Measured median seconds per step of one rank without communication, data loading included.
         A step of more than ``_MOST_FLOPS`` is measured with fewer sequences and scaled up."""
         config, trainer = workload.config, workload.config.trainer
-        operations = workload.flops(workload.typical) / workload.group_size
+        operations = workload.flops(workload.typical) / config.ranks_per_group
         sequences = max(1, round(trainer.train_batch_size * min(1.0, _MOST_FLOPS / operations)))
         alone = replace(
             config,

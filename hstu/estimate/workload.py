@@ -24,7 +24,7 @@ MOST_GROUPS = 16
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The samples of one step of a tp_cp group (ranks that share samples). A rank looks up 1 / group_size of them."""
+    """The samples of one step of a tp_cp group (ranks that share samples). A rank looks up an equal part of them."""
 
     samples: np.ndarray
     """int64 [sequences]: rows of the sample table."""
@@ -72,14 +72,9 @@ class Workload:
         return self.config.context_parallel.context_parallel_size
 
     @property
-    def group_size(self) -> int:
-        """Ranks that compute on the same samples."""
-        return self.config.ranks_per_group
-
-    @property
     def dp_size(self) -> int:
         """Number of data-parallel ranks."""
-        return self.world_size // self.group_size
+        return self.world_size // self.config.ranks_per_group
 
     @property
     def dp_cp_size(self) -> int:

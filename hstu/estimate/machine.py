@@ -29,9 +29,6 @@ from hstu.parallel import mesh as meshes
 from hstu.train.builder import build_loss_scale, build_model, build_pipeline
 from hstu.train.sources import open_source
 
-Clock = Callable[[], float]
-"""Returns seconds, such as time.perf_counter."""
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -164,7 +161,7 @@ class ThisCpu(Machine):
     network_latency_us: float = 100.0
     link_efficiency: float = 1.0
     overlaps: bool = False
-    clock: Clock = time.perf_counter
+    clock: Callable[[], float] = time.perf_counter
 
     def step_seconds(self, workload: Workload) -> float:
         """Measured median seconds per step of one rank without communication, data loading included.
@@ -204,8 +201,8 @@ class ThisCpu(Machine):
         return statistics.median(times) * trainer.train_batch_size / sequences
 
 
-def this_cpu(workload: Workload, clock: Clock = time.perf_counter) -> ThisCpu:
+def this_cpu(workload: Workload, clock: Callable[[], float] = time.perf_counter) -> ThisCpu:
     """A rank's share of this host. Pass ``time.process_time`` as ``clock`` to time one thread on a busy machine."""
     ranks, dtype = workload.ranks_per_host, getattr(torch, workload.config.network.dtype_str)
-    peak = peak_tflops(torch.device("cpu"), torch.float32 if dtype is torch.float32 else torch.bfloat16).value
+    peak, _ = peak_tflops(torch.device("cpu"), torch.float32 if dtype is torch.float32 else torch.bfloat16)
     return ThisCpu("this CPU", psutil.virtual_memory().total / 1e9 / ranks, peak / ranks, clock=clock)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Optional, Self, TypeVar
+from typing import Optional, Self, TypeVar
 
 import numpy as np
 import psutil
@@ -202,13 +202,6 @@ def memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-class PeakTflops(NamedTuple):
-    """The peak of a device in TFLOPS (10^12 operations per second), and the source of the number."""
-
-    value: float
-    source: str
-
-
 # Published rates without sparsity: pattern of the device name → (bfloat16 and float16 with float32 accumulation, TF32,
 # float32). The first matching pattern counts. Devices without a rate (None) or a pattern are measured.
 _DATA_SHEETS: tuple[tuple[str, tuple[float, float | None, float | None]], ...] = (
@@ -233,19 +226,20 @@ def data_sheet_tflops(name: str, dtype: torch.dtype, tf32: bool = False) -> floa
     return rates.get(dtype)
 
 
-def peak_tflops(device: torch.device, dtype: torch.dtype) -> PeakTflops:
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak of one device for matrix products of ``dtype``, from the data sheet of a known GPU.
 
-    Other devices are measured in less than a second: the rate that a matrix product reaches at present with torch's
-    threads. Call it when a run starts, because it waits for the device.
+    Returns TFLOPS (10^12 operations per second), and the source of the number. Other devices are measured in less than
+    a second: the rate that a matrix product reaches at present with torch's threads. Call it when a run starts, because
+    it waits for the device.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = data_sheet_tflops(name, dtype, tf32=torch.backends.cuda.matmul.allow_tf32)
         if known is not None:
-            return PeakTflops(known, f"data sheet of {name}")
+            return known, f"data sheet of {name}"
     name = str(dtype).removeprefix("torch.")
-    return PeakTflops(_measure(device, dtype), f"measured with {name} matrix products on this {device.type}")
+    return _measure(device, dtype), f"measured with {name} matrix products on this {device.type}"
 
 
 def _measure(device: torch.device, dtype: torch.dtype) -> float:

@@ -107,8 +107,8 @@ def _build(
         if source.roles.numbers:
             log.warning("item tower: numbers and vectors are left out of it: %s", ", ".join(source.roles.numbers))
         zero_untrained_items(state, source)
-    peak = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
-    log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak.value, peak.source)
+    peak, origin = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
+    log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak, origin)
     return Trainer(
         args=config.trainer,
         mesh=mesh,
@@ -119,7 +119,7 @@ def _build(
         checkpoints=checkpoints,
         state=state,
         run_directory=run_directory,
-        meter=ThroughputMeter(peak.value),
+        meter=ThroughputMeter(peak),
         flop_counter=FlopCounter(config.network, source.roles),
         total_iters=total_iters(config.trainer, source.batches_per_epoch),
         loss_names=config.task_args.loss_names if isinstance(config.task_args, RankingArgs) else (),

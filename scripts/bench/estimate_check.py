@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from training import prepare
 from hstu.config.gin_io import load
 from hstu.config.run_config import RunConfig, Task
 from hstu.estimate.estimate import estimate, memory
-from hstu.estimate.machine import Clock, this_cpu
+from hstu.estimate.machine import this_cpu
 from hstu.estimate.workload import plan_workload
 from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
@@ -88,7 +89,7 @@ def read(name: str) -> RunConfig:
     return load([str(ROOT / file)], bindings, task)
 
 
-def clock_of(name: str) -> Clock:
+def clock_of(name: str) -> Callable[[], float]:
     """Process time for a single rank, which other work disturbs less; wall time for several, which wait."""
     return time.process_time if CASES[name][3] == 1 else time.perf_counter
 

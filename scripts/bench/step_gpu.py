@@ -170,7 +170,7 @@ def measure(run: Training, steps: int, device: torch.device, trace: Path | None)
     synchronize()
     seconds = time.perf_counter() - warm
     tokens, flops = (sum(column) for column in zip(*counts, strict=True))
-    peak = peak_tflops(device, DTYPES[run.config.network.dtype_str])
+    peak, origin = peak_tflops(device, DTYPES[run.config.network.dtype_str])
     report = {
         "step_ms": round(seconds / steps * 1e3, 3),
         "host_ms": round(host_s / steps * 1e3, 3),
@@ -178,8 +178,8 @@ def measure(run: Training, steps: int, device: torch.device, trace: Path | None)
         "tokens_per_step": tokens // steps,
         "tokens_per_s": round(tokens / seconds),
         "tflops": round(flops / seconds / 1e12, 3),
-        "mfu_percent": round(100 * flops / seconds / 1e12 / peak.value, 2),
-        "peak_tflops": [peak.value, peak.source],
+        "mfu_percent": round(100 * flops / seconds / 1e12 / peak, 2),
+        "peak_tflops": [peak, origin],
         "peak_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 3) if on_gpu else None,
         "losses": [float(loss) for loss in losses[:LOSSES]],
     }

@@ -12,7 +12,6 @@ import torch
 
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.logging import quiet_libraries, tear_down_logging
-from hstu.observe.throughput import PeakTflops
 from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import StoreSource, open_source
@@ -43,7 +42,7 @@ def one_rank() -> Iterator[Mesh]:
 @pytest.fixture(autouse=True)
 def undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No measuring of the CPU's peak, which takes longer than a tiny run; nothing of a run outlives its test."""
-    monkeypatch.setattr("hstu.train.builder.peak_tflops", lambda *_: PeakTflops(1.0, "assumed"))
+    monkeypatch.setattr("hstu.train.builder.peak_tflops", lambda *_: (1.0, "assumed"))
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)

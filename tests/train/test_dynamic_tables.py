@@ -11,7 +11,6 @@ from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.export import describe, export
 from hstu.checkpoint.tensors import load_safetensors, read_metadata
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.observe.throughput import PeakTflops
 from hstu.parallel.dynamic.slots import steps_of
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
@@ -49,7 +48,7 @@ def finished(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPath
     saving = {"ckpt_save_interval": 6, "max_train_iters": 6, "train_batch_size": 1}
     output, tables = tmp_path_factory.mktemp("dumps"), tables_with_dynamic(store, rows=ROWS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hstu.train.builder.peak_tflops", lambda *_: PeakTflops(1.0, "assumed"))
+        patch.setattr("hstu.train.builder.peak_tflops", lambda *_: (1.0, "assumed"))
         return run(tiny_config("ranking", store, output, tables=tables, trainer=saving), mesh)
 
 

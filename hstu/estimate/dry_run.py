@@ -43,14 +43,6 @@ from hstu.train.builder import build_loss_scale, task_module
 _CPU = torch.device("cpu")
 ROWS, FORWARD, BACKWARD, UPDATE = "looked-up rows", "activations", "working memory", "dense optimizer"
 """Phases of a step, named by what they allocate."""
-_GROUPS = {
-    "tp_group": "tensor",
-    "cp_group": "context",
-    "tp_cp_group": "samples",
-    "dp_group": "data",
-    "dp_cp_group": "gradients",
-}
-"""Field of Mesh → ``Transfer.group``."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +94,8 @@ def _run_step(workload: Workload, batch: Batch) -> DryRun:
     on_device, sent = train_batch(workload, batch)
     requested = Backend(workload.config.network.kernel_backend)
     is_cpu = workload.device_type == "cpu" and requested is not Backend.PYTORCH
-    with _mesh(workload) as (mesh, groups), FakeTensorMode(allow_non_fake_inputs=True):
-        recorder = Recorder(groups)
+    with _mesh(workload) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        recorder = Recorder()
         kernels = fake_kernels(Backend.CPU if is_cpu else requested, recorder.report)
         step = _build_step(workload, mesh, kernels, on_device, recorder)
         dense = cast(DenseModel, step.model.dense)
@@ -252,18 +244,15 @@ def _weights(dense: DenseModel, optimizer: DenseOptimizer) -> dict[str, Weight]:
 
 
 @contextmanager
-def _mesh(workload: Workload) -> Iterator[tuple[Mesh, dict[str, str]]]:
-    """Yields the Mesh of rank 0 in groups of torch's "fake" backend, and group name → ``Transfer.group``.
+def _mesh(workload: Workload) -> Iterator[Mesh]:
+    """Yields the Mesh of rank 0 in groups of torch's "fake" backend.
     In a run that has started, the groups are new groups of its processes. Logging is silenced."""
     is_started = dist.is_initialized()
     if not is_started:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=workload.world_size)
-    names: dict[str, str] = {}
 
     def group_of(field: str, ranks: range) -> dist.ProcessGroup:
-        group = dist.new_group(list(ranks), backend="fake", use_local_synchronization=True)
-        names[group.group_name] = _GROUPS[field]
-        return group
+        return dist.new_group(list(ranks), backend="fake", use_local_synchronization=True, group_desc=field)
 
     log = logging.getLogger("hstu")
     level, log.level = log.level, logging.ERROR
@@ -271,7 +260,7 @@ def _mesh(workload: Workload) -> Iterator[tuple[Mesh, dict[str, str]]]:
         others = {"device": _CPU, "local_world_size": workload.ranks_per_host, "world_group": None, "seed": 0}
         mesh = Mesh.of(workload.tp_size, workload.cp_size, group_of, **others)
         with torch.random.fork_rng(devices=[]):
-            yield dataclasses.replace(mesh, world_group=mesh.dp_group), names
+            yield dataclasses.replace(mesh, world_group=mesh.dp_group)
     finally:
         log.setLevel(level)
         if not is_started:

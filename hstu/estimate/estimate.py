@@ -18,12 +18,12 @@ from hstu.parallel.tables import UNLIMITED, TableRoom, TablesDoNotFit
 COMPUTING, WAITING = "computing", "waiting for the slowest rank"
 _BATCHES_IN_FLIGHT = {"none": 1, "native": 3, "prefetch": 4}
 PURPOSES = {
-    "tensor": "tensor parallelism of the layers",
-    "context": "context parallelism",
-    "samples": "rows and check of the group's samples",
-    "data": "loss, counts and negatives",
+    "tp_group": "tensor parallelism of the layers",
+    "cp_group": "context parallelism",
+    "tp_cp_group": "rows and check of the group's samples",
+    "dp_group": "loss, counts and negatives",
 }
-"""Group of ranks → what its ranks exchange in a step."""
+"""``Exchange.group`` → what its ranks exchange in a step."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def step_times(
     """Two dicts for one rank: operator → seconds, and purpose of exchanges → seconds that no computation hides."""
     run = dry_run(workload, batch)
     shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
-    parts = {"world": "tables", "tensor": "tensor parallelism", "context": "context parallelism"}
-    parts |= {"samples": shared} | dict.fromkeys(("data", "shards"), "data parallelism")
+    parts = {"world_group": "tables", "tp_group": "tensor parallelism", "cp_group": "context parallelism"}
+    parts |= {"tp_cp_group": shared} | dict.fromkeys(("dp_group", "dp_cp_group"), "data parallelism")
     exposed = dict.fromkeys(parts.values(), 0.0)
     computing, waits = _follow(workload, machine, run)
     computing |= {name: machine.seconds(name, cost) for name, cost in sharding.table_costs(workload, run, plan).items()}
@@ -168,29 +168,23 @@ def step_parts(computing: dict[str, float], exposed: dict[str, float]) -> dict[s
 
 def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> tuple[Transfer, ...]:
     """All collectives of a step that involve at least two ranks."""
-    sizes = _group_sizes(workload)
-    calls: dict[tuple[str, str], list[int]] = {}
-    negatives = workload.source.negatives
-    sharing = sizes["data"] if negatives is not None and negatives.has_batch_pool else 1
+    calls: dict[tuple[str, int, str], list[int]] = {}
+    group_size, negatives = workload.config.ranks_per_group, workload.source.negatives
+    sharing = workload.dp_size if negatives is not None and negatives.has_batch_pool else 1
     for event in run.recording.events:
         if isinstance(event, Exchange):
-            calls.setdefault((event.group, event.kind), []).append(event.payload)
+            calls.setdefault((event.group, event.ranks, event.kind), []).append(event.payload)
     found = [
         *sharding.table_transfers(workload, dry_run(workload, workload.typical), plan),
-        Transfer("samples of the group, on hosts", "all_gather", "samples", sizes["samples"], 2, run.sent_bytes),
-        Transfer("size of the largest pool", "all_reduce", "data", sharing, 1, sharding.INT64, "pipeline"),
+        Transfer("samples of the group, on hosts", "all_gather", "tp_cp_group", group_size, 2, run.sent_bytes),
+        Transfer("size of the largest pool", "all_reduce", "dp_group", sharing, 1, sharding.INT64, "pipeline"),
         *(
-            Transfer(PURPOSES[group], kind, group, sizes[group], len(each), sum(each), "operators")
-            for (group, kind), each in calls.items()
+            Transfer(PURPOSES[group], kind, group, ranks, len(each), sum(each), "operators")
+            for (group, ranks, kind), each in calls.items()
         ),
         *sharding.data_parallel_transfers(workload, run),
     ]
     return tuple(transfer for transfer in found if transfer.ranks > 1)
-
-
-def _group_sizes(workload: Workload) -> dict[str, int]:
-    tensor, context = workload.tp_size, workload.cp_size
-    return {"tensor": tensor, "context": context, "samples": tensor * context, "data": workload.dp_size}
 
 
 def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str, float], dict[str, float]]:
@@ -198,13 +192,13 @@ def _follow(workload: Workload, machine: Machine, run: DryRun) -> tuple[dict[str
     Compute and communication streams run in parallel. An operator waits for the exchanges whose results it reads."""
     computing: dict[str, float] = {}
     waits: dict[str, float] = {}
-    sizes, ready, events = _group_sizes(workload), dict[int, float](), run.recording.events
+    ready, events = dict[int, float](), run.recording.events
     now = link_is_free = 0.0
     for index, event in enumerate(events):
         if isinstance(event, Operator):
             needed = event.needs
         else:
-            one = Transfer("", event.kind, event.group, sizes[event.group], 1, event.payload)
+            one = Transfer("", event.kind, event.group, event.ranks, 1, event.payload)
             on_host = workload.ranks_on_host(one.group, one.ranks)
             seconds = machine.transfer_seconds(one, on_host) if one.ranks > 1 else 0.0
             link_is_free = ready[index] = max(now, link_is_free) + seconds

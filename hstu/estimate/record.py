@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +42,9 @@ class Exchange:
     """One call of a collective. The recorder does not execute it."""
 
     group: str
+    """Field of Mesh that has the group."""
+    ranks: int
+    """Size of the group."""
     kind: str
     payload: int
     """Bytes of this rank's input; of an uneven all-to-all, of an even one in which others get or send as much."""
@@ -62,13 +64,12 @@ class Recording:
 
 
 class Recorder(TorchDispatchMode):
-    """Records all operators inside the context. ``groups`` maps process group names to ``Exchange.group``."""
+    """Records all operators inside the context. The ``group_desc`` of a process group is its field of Mesh."""
 
-    def __init__(self, groups: Mapping[str, str]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.recording = Recording()
         self.phase = ""
-        self._groups = groups
         self._live: dict[str, int] = {}
         self._owners: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._exchanged: dict[int, int] = {}
@@ -133,8 +134,8 @@ class Recorder(TorchDispatchMode):
                 row = read[:1].nbytes or written[:1].nbytes
                 moved = max(sum(rows) - rows[members.rank()] for rows in (args[3], args[4]))
                 payload = row * moved * members.size() // (members.size() - 1)
-            called = self._groups.get(members.group_name, "world")
-            self.recording.events.append(Exchange(called, _COLLECTIVES[name], payload))
+            called = Exchange(members.group_desc, members.size(), _COLLECTIVES[name], payload)
+            self.recording.events.append(called)
             for tensor in tree_iter(written):
                 self._exchanged[id(tensor.untyped_storage())] = len(self.recording.events) - 1
         return work if len(func._schema.returns) == 1 else (written, work)

@@ -45,7 +45,7 @@ class Transfer:
     kind: str
     """all_reduce, all_gather, reduce_scatter or all_to_all."""
     group: str
-    """world, data, shards (ranks that share the dense part), tensor, context, or samples (ranks of a tp_cp group)."""
+    """Field of Mesh that has the group."""
     ranks: int
     """Size of the group."""
     calls: int
@@ -110,20 +110,18 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
     for table in plan:
         optimizer = TableTraining.of(table.spec, workload.config.optimizer).optimizer
         for rank, rows, columns in table.shards:
-            of_rows = FLOAT32 * rows * columns
-            held[rank] += (of_rows, rows * bytes_per_row(columns, optimizer) - of_rows)
-    rows_of_busiest, states_of_busiest = held[held.sum(axis=1).argmax()]
-    return int(rows_of_busiest), int(states_of_busiest)
+            held[rank] += FLOAT32 * rows * columns, rows * bytes_per_row(columns, optimizer)
+    of_rows, with_states = held[held[:, 1].argmax()].tolist()
+    return of_rows, with_states - of_rows
 
 
 def replicated_bytes(workload: Workload, run: DryRun) -> tuple[int, int, int]:
     """Bytes of (rows, gradients, optimizer states and moving average) of the replicated tables.
     Gradients are sparse (only looked-up rows) on a CPU and dense on a GPU."""
-    args, specs = workload.config.optimizer, workload.replicated_specs
+    specs = workload.replicated_specs
     rows = sum(spec.rows * spec.dim for spec in specs)
     looked_up = sum(_count(spec, run.group_ids) * spec.dim for spec in specs)
-    averages = rows if args.ema_decay > 0 else 0
-    states = averages + sum(spec.rows * spec.dim * len(TableTraining.of(spec, args).states) for spec in specs)
+    states = sum(size.numel() for size in table_tensors(workload.config, specs).values()) - rows
     gradients = looked_up if workload.device_type == "cpu" else rows
     return FLOAT32 * rows, FLOAT32 * gradients, FLOAT32 * states
 
@@ -148,14 +146,14 @@ def table_transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ..
         for rank, _, columns in table.shards:  # each row goes to the rank that looked it up
             rows[rank] += count * columns * size * (1 if by_rows else ranks)
     calls = len({(table.spec.stored_dim, table.sharding) for table in plan})
-    world = partial(Transfer, kind="all_to_all", group="world", ranks=ranks)
+    world = partial(Transfer, kind="all_to_all", group="world_group", ranks=ranks)
     yield world("ids to their tables", calls=3 * calls, payload=sent_ids + lengths, behind="pipeline")
     yield world("rows of the tables", calls=calls, payload=int(rows.max()))
     yield world("gradients of the rows", calls=calls, payload=gradients)
     if workload.device_type == "cpu" and (specs := workload.replicated_specs):
         found = [(min(spec.rows, _count(spec, run.group_ids)), spec.dim) for spec in specs]
         payload = sum(count * (dim * FLOAT32 + INT64) for count, dim in found)
-        of_group = partial(Transfer, group="data", ranks=workload.dp_cp_size)
+        of_group = partial(Transfer, group="dp_cp_group", ranks=workload.dp_cp_size)
         yield of_group("numbers of these rows", "all_reduce", calls=1, payload=INT64 * len(specs))
         yield of_group("rows of replicated tables", "all_gather", calls=2 * len(specs), payload=payload)
 
@@ -266,7 +264,7 @@ def data_parallel_transfers(workload: Workload, run: DryRun) -> Iterator[Transfe
     size = FLOAT32 if config.precision.fp32_master_grads or config.network.dtype_str == "float32" else 2
     replicated = sum(spec.rows * spec.dim for spec in workload.replicated_specs if workload.device_type != "cpu")
     elements, part = sum(weight.elements for weight in run.weights.values()) + replicated, sum(held.values())
-    name, shards = "gradients of the dense part", partial(Transfer, group="shards", ranks=ranks)
+    name, shards = "gradients of the dense part", partial(Transfer, group="dp_cp_group", ranks=ranks)
     if workload.dense_sharding == "weights":
         rounded = ROUNDED_WEIGHTS if config.network.dtype_str != "float32" else ()
         of_layers = {weight: n for weight, n in held.items() if run.weights[weight].is_layer}
@@ -281,4 +279,4 @@ def data_parallel_transfers(workload: Workload, run: DryRun) -> Iterator[Transfe
         yield shards("updated dense weights", "all_gather", calls=1, payload=part // ranks * FLOAT32)
     if elements > 0:
         buckets, group = 1 + elements * FLOAT32 // DDP_BUCKET_BYTES, workload.dp_cp_size
-        yield Transfer(name, "all_reduce", "data", group, buckets, elements * size, behind="backward")
+        yield Transfer(name, "all_reduce", "dp_cp_group", group, buckets, elements * size, behind="backward")

@@ -93,7 +93,7 @@ class Workload:
 
     def ranks_on_host(self, group: str, ranks: int) -> int:
         """Number of ranks per host in a ``Transfer.group`` of ``ranks`` ranks."""
-        strides = {"context": self.tp_size, "data": self.world_size // ranks, "shards": self.tp_size}
+        strides = {"cp_group": self.tp_size, "dp_group": self.config.ranks_per_group, "dp_cp_group": self.tp_size}
         return min(ranks, max(1, self.ranks_per_host // strides.get(group, 1)))
 
     def loads(self, lengths: SampleLengths) -> Loads:

@@ -44,7 +44,7 @@ def test_exchanges_hide_behind_computation_as_the_pipeline_allows() -> None:
 
 @pytest.mark.parametrize("kind", ["all_reduce", "all_gather", "reduce_scatter", "all_to_all"])
 def test_the_ranks_of_a_host_share_what_leaves_it(kind: Any) -> None:
-    one = Transfer("", kind, "world", ranks=16, calls=1, payload=16)
+    one = Transfer("", kind, "world_group", ranks=16, calls=1, payload=16)
     alone, together = one.sent(on_host=1), one.sent(on_host=16)
     assert alone[0] == together[1] == 0
     assert alone[1] == together[0], "a host of each is as one host of all, on the other links"
@@ -55,7 +55,7 @@ def test_the_ranks_of_a_host_share_what_leaves_it(kind: Any) -> None:
 
 def test_many_hosts_cost_messages() -> None:
     def seconds(kind: Any, ranks: int) -> float:
-        return H100.transfer_seconds(Transfer("", kind, "world", ranks, calls=1, payload=0), on_host=8)
+        return H100.transfer_seconds(Transfer("", kind, "world_group", ranks, calls=1, payload=0), on_host=8)
 
     assert seconds("all_gather", 8) == H100.link_latency_us * 1e-6
     for kind, hops in (("all_reduce", 2 * 9), ("all_gather", 511), ("reduce_scatter", 511)):
@@ -65,10 +65,10 @@ def test_many_hosts_cost_messages() -> None:
 
 def test_ranks_of_a_group_on_a_host() -> None:
     workload = plan_workload(run_config(tp=2, cp=2), 32, 8, "cuda")
-    known = [("world", 32, 8), ("tensor", 2, 2), ("context", 2, 2), ("samples", 4, 4), ("data", 16, 4), ("data", 8, 2)]
-    for group, ranks, on_host in known:
-        assert workload.ranks_on_host(group, ranks) == on_host
-    assert dataclasses.replace(workload, ranks_per_host=1).ranks_on_host("data", 16) == 1
+    known = {"world": (32, 8), "tp": (2, 2), "cp": (2, 2), "tp_cp": (4, 4), "dp_cp": (16, 4), "dp": (8, 2)}
+    for group, (ranks, on_host) in known.items():
+        assert workload.ranks_on_host(f"{group}_group", ranks) == on_host
+    assert dataclasses.replace(workload, ranks_per_host=1).ranks_on_host("dp_cp_group", 16) == 1
 
 
 def test_recomputation_trades_memory_for_time() -> None:

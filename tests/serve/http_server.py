@@ -15,10 +15,10 @@ from typing import Any
 
 import uvicorn
 
-from hstu.serve.runtime import Recommendation, ServingError
+from hstu.serve.runtime import ServingError
 from hstu.serve.server.app import server_config
 from hstu.serve.server.batching import Metrics, Settings
-from hstu.serve.server.model import Answer, Query
+from hstu.serve.server.model import Answer, RecommendRequest, User
 from hstu.serve.server.swap import LiveModel, Load, load
 
 UNWATCHED = Settings(poll_s=3600)
@@ -102,22 +102,22 @@ class StubModel:
     version: str
     task: str = "retrieval"
     gate: threading.Event = field(default_factory=threading.Event)
-    batches: list[list[Query]] = field(default_factory=list)
+    batches: list[list[User]] = field(default_factory=list)
 
-    def answer(self, queries: Sequence[Query]) -> list[Answer | Exception]:
-        self.batches.append(list(queries))
+    def answer(self, requests: Sequence[User]) -> list[Answer | Exception]:
+        self.batches.append(list(requests))
         assert self.gate.wait(30)
-        return [self._answer(query) for query in queries]
+        return [self._answer(request) for request in requests]
 
-    def _answer(self, query: Query) -> Answer | Exception:
-        if query.history.items[0] == "defect":
+    def _answer(self, request: User) -> Answer | Exception:
+        if request.items[0] == "defect":
             return RuntimeError("a secret")
-        if query.history.items[0] == "unfit":
+        if request.items[0] == "unfit":
             return ServingError("a history has no actions")
-        nothing: dict[str, Any] = {"unknown_items": [], "unknown": {}}
-        if query.k is None:
-            return Answer(self.version, [float(item) for item in query.history.items], nothing)
-        return Answer(self.version, Recommendation(list(range(query.k)), [1.0] * query.k, []), nothing)
+        content: dict[str, Any] = {"vector": [float(item) for item in request.items]}
+        if isinstance(request, RecommendRequest):
+            content = {"items": [{"item": item, "score": 1.0, "title": ""} for item in range(request.k)]}
+        return {"model": self.version, **content, "unknown_items": [], "unknown": {}}
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from hstu.serve.runtime import ServingError
-from hstu.serve.server.model import Answer, Query, ScoreRequest, ServedModel
+from hstu.serve.server.model import Answer, ScoreRequest, ServedModel
 from tests.serve.random_requests import random_requests
 from tests.serve.served import Served
 
@@ -48,16 +48,16 @@ def mutated(request: dict[str, Any], draw: random.Random) -> dict[str, Any]:
         return found
 
 
-def parsed(request: dict[str, Any]) -> Query | None:
+def parsed(request: dict[str, Any]) -> ScoreRequest | None:
     try:
-        return ScoreRequest.model_validate_json(json.dumps(request)).query()
+        return ScoreRequest.model_validate_json(json.dumps(request))
     except ValidationError:
         return None
 
 
 def test_bad_requests_never_fail_good_ones_beside_them(ranking: Served) -> None:
     served, draw, good = ServedModel(ranking.model, "fuzzed"), random.Random(0), good_requests(ranking)
-    queries = [ScoreRequest(**each).query() for each in good]
+    queries = [ScoreRequest(**each) for each in good]
     alone = [answer_of(served, query) for query in queries]
     answered = refused = 0
     for _ in range(150):
@@ -65,18 +65,18 @@ def test_bad_requests_never_fail_good_ones_beside_them(ranking: Served) -> None:
         bad = [query for _ in range(3) if (query := parsed(mutated(draw.choice(good), draw))) is not None]
         *found, first, second = served.answer([*bad, *(queries[place] for place in chosen)])
         for place, answer in zip(chosen, (first, second), strict=True):
-            assert isinstance(answer, Answer)
-            for name, values in answer.content.items():
-                torch.testing.assert_close(values, alone[place].content[name], rtol=1e-4, atol=1e-4)
+            assert isinstance(answer, dict)
+            for name, values in answer["scores"].items():
+                torch.testing.assert_close(values, alone[place]["scores"][name], rtol=1e-4, atol=1e-4)
         for answer in found:
-            assert isinstance(answer, (Answer, ServingError)), repr(answer)
-            answered, refused = answered + isinstance(answer, Answer), refused + isinstance(answer, ServingError)
+            assert isinstance(answer, (dict, ServingError)), repr(answer)
+            answered, refused = answered + isinstance(answer, dict), refused + isinstance(answer, ServingError)
     assert answered > 30 and refused > 30
 
 
-def answer_of(served: ServedModel, query: Query) -> Answer:
+def answer_of(served: ServedModel, query: ScoreRequest) -> Answer:
     (answer,) = served.answer([query])
-    assert isinstance(answer, Answer), answer
+    assert isinstance(answer, dict), answer
     return answer
 
 
@@ -84,11 +84,11 @@ def answer_of(served: ServedModel, query: Query) -> Answer:
 def test_a_defect_fails_the_request_that_causes_it(ranking: Served, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     model, served = ranking.model, ServedModel(ranking.model, "one")
     encode, run = model.encode, model.run
-    queries = [ScoreRequest(**each).query() for each in good_requests(ranking)[:4]]
+    queries = [ScoreRequest(**each) for each in good_requests(ranking)[:4]]
 
     def encodes(history: Any, *more: Any) -> Any:
         encoded = encode(history, *more)
-        if history is queries[2].history:
+        if history.items is queries[2].items:
             if step == "encode":
                 raise OSError("a defect")
             marked.append(id(encoded))
@@ -103,4 +103,4 @@ def test_a_defect_fails_the_request_that_causes_it(ranking: Served, monkeypatch:
     monkeypatch.setattr(model, "encode", encodes)
     monkeypatch.setattr(model, "run", runs)
     failure = OSError if step == "encode" else MemoryError
-    assert [type(each) for each in served.answer(queries)] == [Answer, Answer, failure, Answer]
+    assert [type(each) for each in served.answer(queries)] == [dict, dict, failure, dict]

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hstu import api
 from hstu.parallel.mesh import Mesh
 from hstu.serve.predict import RetrievalPredictor
-from hstu.serve.server.model import Query, ServedModel
+from hstu.serve.server.model import RecommendRequest, ServedModel
 from tests.conftest import write_small_store
 from tests.serve.served import random_model, serve
 from tests.train.tiny import walks
@@ -38,11 +37,12 @@ def test_hits_of_the_evaluation_are_items_that_users_get(
         expected = trained.evaluate("test")[f"HR@{TOP}"]
     assert repeated and (f"{repeated} of {len(whole)} targets" in caplog.text) == filter_seen
 
-    answers = ServedModel(served.model, "").answer([Query(api.History(**vars(each)), k=TOP) for each in given])
+    requests = [RecommendRequest.model_construct(**vars(each), k=TOP) for each in given]
+    answers = ServedModel(served.model, "").answer(requests)
     for found in (
         [each.items for each in trained.recommend_for(given, TOP)[0]],
         [each.items for each in served.model.recommend_batch(given, TOP)],
-        [each.content.items for each in answers],  # type: ignore[union-attr]
+        [[best["item"] for best in each["items"]] for each in answers],  # type: ignore[index]
     ):
         assert np.mean([target in items for items, target in zip(found, targets, strict=True)]) == expected
     rows = RetrievalPredictor(trained, TOP).predict(np.arange(store.num_users)).to_pylist()

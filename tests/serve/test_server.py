@@ -310,8 +310,8 @@ def test_the_server_says_what_the_model_reads_and_finds_items(
     titles = [f"Film {number}" for number in range(retrieval.model.encoder.items.size)]
     monkeypatch.setattr(retrieval.model, "titles", titles)
     named = ServedModel(retrieval.model, "named")
-    assert named.search("FILM 1", 3) == [(1001, "Film 1"), (1010, "Film 10")]
-    assert named.search("1003", 3) == [(1003, "Film 3")]
+    assert [each["item"] for each in named.search("FILM 1", 3)] == [1001, 1010]
+    assert named.search("1003", 3) == [{"item": 1003, "title": "Film 3"}]
     assert retrieval_server.get("/items?q=").status == 422
     needless = {"items": [1003], "actions": [1], "timestamps": [0], "candidate_features": {"colour": ["red"]}}
     assert "no features of candidates" in retrieval_server.post("/score", {**needless, "candidates": [1003]}).text

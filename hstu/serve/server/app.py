@@ -28,7 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import hstu
 from hstu.base.errors import ConfigError, PrintableFormatter
-from hstu.serve.runtime import Recommendation, ServingError
+from hstu.serve.runtime import ServingError
 
 from .batching import Batcher, Metrics, Overloaded, Settings
 from .model import Answer, RecommendRequest, ScoreRequest, ServedModel, User
@@ -115,23 +115,17 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     @app.post("/recommend", responses=_FAILURES)
     async def recommend(user: RecommendRequest) -> Response:
         """The items whose vectors are closest to that of the user. Retrieval only."""
-        answer = await batcher.ask(user.query(), len(user.items))
-        found: Recommendation = answer.content
-        titles = found.titles or [""] * len(found.items)
-        rows = zip(found.items, found.scores, titles, strict=True)
-        return _as_json(answer, items=[{"item": item, "score": score, "title": title} for item, score, title in rows])
+        return _as_json(await batcher.ask(user, len(user.items)))
 
     @app.post("/score", responses=_FAILURES)
     async def score(user: ScoreRequest) -> Response:
         """What the model predicts for candidates: each task of a ranking model, the cosine of retrieval."""
-        answer = await batcher.ask(user.query(), len(user.items) + len(user.candidates))
-        return _as_json(answer, scores=answer.content)
+        return _as_json(await batcher.ask(user, len(user.items) + len(user.candidates)))
 
     @app.post("/embed", responses=_FAILURES)
     async def embed(user: User) -> Response:
         """The vector of the user. Retrieval only."""
-        answer = await batcher.ask(user.query(), len(user.items))
-        return _as_json(answer, vector=answer.content)
+        return _as_json(await batcher.ask(user, len(user.items)))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -156,8 +150,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     ) -> dict[str, Any]:
         """Search items by a part of their title, or by id."""
         current = live.current
-        found = [{"item": item, "title": title} for item, title in current.search(q, count)]
-        return {"model": current.version, "items": found}
+        return {"model": current.version, "items": current.search(q, count)}
 
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -251,10 +244,9 @@ class Guard:
             self._metrics.seconds.labels(path).observe(time.monotonic() - begun)
 
 
-def _as_json(answer: Answer, **content: Any) -> Response:
+def _as_json(answer: Answer) -> Response:
     # A Response skips FastAPI's slow validation of each number.
-    text = json.dumps({"model": answer.model, **content, **answer.unknown}, allow_nan=False)
-    return Response(text, media_type="application/json")
+    return Response(json.dumps(answer, allow_nan=False), media_type="application/json")
 
 
 def _failure(status: int, text: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:

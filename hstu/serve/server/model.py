@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from itertools import islice
 from typing import Annotated, Any
 
@@ -25,21 +25,6 @@ Value = Number | Text | None | list[Number | Text]
 Name = Annotated[str, Field(max_length=_MAX_TEXT)]
 
 
-@dataclass(frozen=True)
-class Query:
-    """One request: the vector of a user, the best ``k`` items, or the scores of ``candidates``."""
-
-    history: History
-    at: int | None = None
-    k: int | None = None
-    """Not None: recommend."""
-    filter_seen: bool | None = None
-    allow: Sequence[Any] | None = None
-    deny: Sequence[Any] = ()
-    candidates: Candidates | None = None
-    """Not None: score."""
-
-
 class User(BaseModel):
     """A user: events in the ids of the raw data, oldest first. GET /model says what the model reads of them."""
 
@@ -56,10 +41,10 @@ class User(BaseModel):
         None, description="When the user asks, in seconds since 1970, if the model reads it. Default: the newest event"
     )
 
-    def query(self) -> Query:
-        """What to compute."""
-        history = History(**{each.name: getattr(self, each.name) for each in fields(History)})
-        return Query(history, **self.model_dump(include={"at", "k", "filter_seen", "allow", "deny"}))
+    @property
+    def history(self) -> History:
+        """The events and facts of the user."""
+        return History(**{each.name: getattr(self, each.name) for each in fields(History)})
 
 
 class RecommendRequest(User):
@@ -77,21 +62,15 @@ class ScoreRequest(User):
     candidates: list[Id] = Field(min_length=1, max_length=MAX_CANDIDATES, description="Ids of the items to score")
     candidate_features: dict[Name, list[Value]] = Field({}, description="Feature → one value per candidate")
 
-    def query(self) -> Query:
-        """What to compute."""
-        return replace(super().query(), candidates=Candidates(self.candidates, self.candidate_features))
+    @property
+    def shown(self) -> Candidates:
+        """The candidates with their features."""
+        return Candidates(self.candidates, self.candidate_features)
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The answer of a model to a query."""
-
-    model: str
-    """Version of the model."""
-    content: Any
-    """A Recommendation; a dict of predictions for candidates; or a vector as a list."""
-    unknown: dict[str, Any]
-    """What the model does not have: "unknown_items", and "unknown" with values of the action and of each feature."""
+Answer = dict[str, Any]
+"""JSON: "model", its version; "items", "scores" or "vector"; "unknown_items", and "unknown" with values of the action
+and of each feature, which the model does not have."""
 
 
 class ServedModel:
@@ -102,39 +81,41 @@ class ServedModel:
         self.task: str = model.facts["task"]
         self._titles = [title.casefold() for title in model.titles]
 
-    def answer(self, queries: Sequence[Query]) -> list[Answer | Exception]:
-        """Answer queries together. A query that fails gets its exception, a ServingError if it does not fit the model.
+    def answer(self, requests: Sequence[User]) -> list[Answer | Exception]:
+        """Answer requests together. One that fails gets its exception, a ServingError if it does not fit the model.
 
-        If one makes them fail together, each is computed alone, so that an error belongs to the query that causes it.
+        If one makes them fail together, each is computed alone, so that an error belongs to the request that causes it.
         """
         try:
             with torch.inference_mode():
-                outputs = self._outputs(queries)
-                best = self._recommendations(queries, outputs)
+                outputs = self._outputs(requests)
+                best = self._recommendations(requests, outputs)
                 return [
-                    output if isinstance(output, Exception) else self._answer(query, output, best.get(place))
-                    for place, (query, output) in enumerate(zip(queries, outputs, strict=True))
+                    output if isinstance(output, Exception) else self._answer(request, output, best.get(place))
+                    for place, (request, output) in enumerate(zip(requests, outputs, strict=True))
                 ]
         except Exception as error:
-            return [error] if len(queries) == 1 else [self.answer([query])[0] for query in queries]
+            return [error] if len(requests) == 1 else [self.answer([request])[0] for request in requests]
 
-    def search(self, text: str, count: int) -> list[tuple[Any, str]]:
-        """Find up to ``count`` (id, title) pairs whose title contains ``text`` or whose id equals it. Thread-safe."""
+    def search(self, text: str, count: int) -> list[dict[str, Any]]:
+        """Find up to ``count`` items whose title contains ``text`` or whose id equals it, as JSON. Thread-safe."""
         items, wanted, titles = self.model.encoder.items, text.casefold(), self.model.titles
         places = [place for place in items.places([text]).tolist() if place >= 0]
         others = (place for place, title in enumerate(self._titles) if wanted in title and place not in places)
         places = [*places, *islice(others, count)][:count]
         values = items.values_at(torch.tensor(places, dtype=torch.int64))
-        return [(value, titles[place] if titles else "") for value, place in zip(values, places, strict=True)]
+        found = zip(values, places, strict=True)
+        return [{"item": value, "title": titles[place] if titles else ""} for value, place in found]
 
-    def _outputs(self, queries: Sequence[Query]) -> list[Tensor | Exception]:
-        """For each query, the user vector [1, E], the logits [candidates, outputs], or its exception."""
+    def _outputs(self, requests: Sequence[User]) -> list[Tensor | Exception]:
+        """For each request, the user vector [1, E], the logits [candidates, outputs], or its exception."""
         encoded: list[Any] = []
-        for query in queries:
+        for request in requests:
             try:
-                if self.task == "ranking" and query.candidates is None:
+                shown = request.shown if isinstance(request, ScoreRequest) else None
+                if self.task == "ranking" and shown is None:
                     raise ServingError("a ranking model has no vectors of users and items; use /score")
-                encoded.append(self.model.encode(query.history, query.candidates, query.at))
+                encoded.append(self.model.encode(request.history, shown, request.at))
             except Exception as error:  # also a defect
                 encoded.append(error)
         outputs = iter(self.model.run([each for each in encoded if not isinstance(each, Exception)]))
@@ -144,26 +125,32 @@ class ServedModel:
         ]
 
     def _recommendations(
-        self, queries: Sequence[Query], outputs: Sequence[Tensor | Exception]
+        self, requests: Sequence[User], outputs: Sequence[Tensor | Exception]
     ) -> dict[int, Recommendation]:
-        """Index of a query with ``k`` → its best items."""
+        """Index of a RecommendRequest → its best items."""
         vectors = {place: output for place, output in enumerate(outputs) if isinstance(output, Tensor)}
-        ranked = [place for place in vectors if queries[place].k is not None]
+        ranked = [(place, each) for place in vectors if isinstance(each := requests[place], RecommendRequest)]
         if not ranked:
             return {}
-        of = [queries[place] for place in ranked]
-        lists = [([*each.deny, *self.model.left_out(each.history, each.filter_seen)], each.allow) for each in of]
-        found = self.model.nearest(torch.cat([vectors[place] for place in ranked]), [each.k or 0 for each in of], lists)
-        return dict(zip(ranked, found, strict=True))
+        queries, counts = torch.cat([vectors[place] for place, _ in ranked]), [each.k for _, each in ranked]
+        lists = [([*each.deny, *self.model.left_out(each.history, each.filter_seen)], each.allow) for _, each in ranked]
+        found = self.model.nearest(queries, counts, lists)
+        return {place: best for (place, _), best in zip(ranked, found, strict=True)}
 
-    def _answer(self, query: Query, output: Tensor, best: Recommendation | None) -> Answer:
-        shown = query.candidates or Candidates([])
-        named = [*shown.items, *(query.allow or ()), *query.deny]
-        found = self.model.unknown(query.history, Candidates(named, shown.features))
-        unknown_items = set(found.pop(self.model.facts["item"], []))
-        content: Any = best or output[0].tolist()
-        if query.candidates is not None:
+    def _answer(self, request: User, output: Tensor, best: Recommendation | None) -> Answer:
+        shown, content, unknown_items = Candidates([]), Answer(), set[Any]()
+        if isinstance(request, ScoreRequest):
+            shown = request.shown
             outputs = self.model.outputs_of(shown.items, output)
-            content, has_none = self.model.predictions(outputs), outputs.isnan().all(dim=1).tolist()
-            unknown_items |= {item for item, no_score in zip(shown.items, has_none, strict=True) if no_score}
-        return Answer(self.version, content, {"unknown_items": sorted(unknown_items, key=str), "unknown": found})
+            content["scores"], has_none = self.model.predictions(outputs), outputs.isnan().all(dim=1).tolist()
+            unknown_items = {item for item, no_score in zip(shown.items, has_none, strict=True) if no_score}
+        elif isinstance(request, RecommendRequest):
+            assert best is not None, "_recommendations answers each"
+            shown = Candidates([*(request.allow or ()), *request.deny])
+            rows = zip(best.items, best.scores, best.titles or [""] * len(best.items), strict=True)
+            content["items"] = [{"item": item, "score": score, "title": title} for item, score, title in rows]
+        else:
+            content["vector"] = output[0].tolist()
+        unknown = self.model.unknown(request.history, shown)
+        unknown_items.update(unknown.pop(self.model.facts["item"], []))
+        return {"model": self.version, **content, "unknown_items": sorted(unknown_items, key=str), "unknown": unknown}

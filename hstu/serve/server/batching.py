@@ -101,7 +101,6 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._is_closing = False
         self._seconds_per_query = 0.01
-        self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Start computing. Call it once, in the event loop."""
@@ -111,8 +110,7 @@ class Batcher:
         """Compute the waiting queries, then stop."""
         self._is_closing = True
         self._changed.set()
-        if self._task is not None:
-            await self._task
+        await self._task
         self._thread.shutdown()
 
     async def ask(self, query: Any, size: int = 0) -> Any:

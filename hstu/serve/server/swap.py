@@ -76,10 +76,12 @@ def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel
 class LiveModel:
     """The current model of ``root`` (see ``find_exports``). Raises DataError if no export can be served."""
 
+    current: ServedModel
+    """The model that answers requests."""
+
     def __init__(self, root: Path, metrics: Metrics, load: Load = load) -> None:
         self._root, self._load, self._metrics = root, load, metrics
         self._loaded: Found | None = None
-        self._current: ServedModel | None = None
         self._bad: dict[Found, str] = {}  # never mutated, only replaced: other threads read it
         self.since = 0.0
         """Start time of the current model, in seconds since 1970."""
@@ -88,12 +90,6 @@ class LiveModel:
                 "give the folder that hstu-export --program has written, or one with several of them"
             ]
             raise DataError("\n".join([f"{root} has no export that can be served", *reasons]))
-
-    @property
-    def current(self) -> ServedModel:
-        """The model that answers requests."""
-        assert self._current is not None
-        return self._current
 
     @property
     def refused(self) -> dict[str, str]:
@@ -119,20 +115,20 @@ class LiveModel:
                 return
 
     def _try(self, found: Found) -> bool:
-        begun = time.monotonic()
+        begun, current = time.monotonic(), None if self._loaded is None else self.current
         try:
             version = version_of(found.folder)
-            model = self._load(found.folder, version, self._current)
-            if self._current is not None and model.task != self._current.task:
-                raise runtime.ServingError(f"it is a {model.task} model, and a {self._current.task} model is in use")
+            model = self._load(found.folder, version, current)
+            if current is not None and model.task != current.task:
+                raise runtime.ServingError(f"it is a {model.task} model, and a {current.task} model is in use")
         except Exception as error:  # whatever fails, the current model keeps serving
             reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
             self._bad = {**self._bad, found: reason}
             _log.warning("refused export=%s reason=%s", found.folder, reason)
             return False
-        if self._current is not None:
+        if current is not None:
             self._metrics.swaps.inc()
-        self._current, self._loaded, self.since = model, found, time.time()
+        self.current, self._loaded, self.since = model, found, time.time()
         _log.info("serving model=%s task=%s load=%.1fs", version, model.task, time.monotonic() - begun)
         self._metrics.model.clear()
         self._metrics.model.labels(version, model.task).set(1)

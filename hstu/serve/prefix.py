@@ -20,7 +20,7 @@ from hstu.base.errors import ConfigError
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import run_offsets
 from hstu.model.stack import SequenceEncoder, mixed_precision
-from hstu.ops.kernels import AttentionForward, AttentionInputs
+from hstu.ops.kernels import AttentionInputs
 from hstu.ops.layout import JaggedLayout, token_order
 from hstu.ops.pytorch.prefix_attention import CachedPrefix, prefix_attention
 from hstu.serve.pages import Prefix, PrefixCache
@@ -75,12 +75,10 @@ class IncrementalEncoder:
         offsets = run_offsets(layout.seqlens)[: len(keys) + 1].tolist()
         runs = [slice(*pair) for pair in pairwise(offsets)]
 
-        def attend_and_keep(layer: int) -> AttentionForward:
-            def write(k: Tensor, v: Tensor) -> None:
-                for prefix, run in zip(prefixes, runs, strict=True):
-                    self.cache.write(prefix, layer, 0, k[run], v[run])
-
-            return _writing(self.encoder.inputs.kernels.attention.forward, write)
+        def attend_and_keep(layer: int, inputs: AttentionInputs) -> Tensor:
+            for prefix, run in zip(prefixes, runs, strict=True):
+                self.cache.write(prefix, layer, 0, inputs.k[run], inputs.v[run])
+            return self.encoder.inputs.kernels.attention.forward(inputs)
 
         with self.cache.dropped_on_error(keys):
             for key in keys:
@@ -164,7 +162,7 @@ class IncrementalEncoder:
     def _extend(self, prefix: Prefix, x: Tensor, layout: JaggedLayout, history_end: int, keep: bool) -> Tensor:
         """Encode ``x`` [n, D] after a prefix: float32 [n, D]. ``keep``: append the tokens to the prefix."""
 
-        def attend_to_prefix(layer: int) -> AttentionForward:
+        def attend_to_prefix(layer: int, inputs: AttentionInputs) -> Tensor:
             cached = CachedPrefix(
                 pages=self.cache.pages(prefix, layer),
                 num_tokens=prefix.num_tokens,
@@ -172,9 +170,9 @@ class IncrementalEncoder:
                 times=prefix.times,
                 history_end=history_end,
             )
-            attention = partial(prefix_attention, prefix=cached)
-            write = partial(self.cache.write, prefix, layer, prefix.num_tokens)
-            return _writing(attention, write) if keep else attention
+            if keep:
+                self.cache.write(prefix, layer, prefix.num_tokens, inputs.k, inputs.v)
+            return prefix_attention(inputs, cached)
 
         tokens = self._run_layers(x, layout, attend_to_prefix)
         if keep:
@@ -189,15 +187,17 @@ class IncrementalEncoder:
             parts = self.encoder.inputs.parts(self._embeddings_of(batch), batch, layout)
             return self.encoder.inputs.kernels.jagged_concat(parts, token_order(layout))
 
-    def _run_layers(self, content: Tensor, layout: JaggedLayout, attend: Callable[[int], AttentionForward]) -> Tensor:
-        """Run all layers: float32 [n, D]. ``attend``: layer index → attention."""
+    def _run_layers(
+        self, content: Tensor, layout: JaggedLayout, attend: Callable[[int, AttentionInputs], Tensor]
+    ) -> Tensor:
+        """Run all layers: float32 [n, D]. ``attend``: layer index and inputs → attention."""
         network, inputs, x = self.encoder.network, self.encoder.inputs, content
         with mixed_precision(network.dtype_str, content.device.type):
             if inputs.position_table is not None:
                 x = inputs.kernels.add_positions(x, inputs.position_table, layout.positions)
             update: Tensor | None = None
             for index, layer in enumerate(self.encoder.layers):
-                x, update = layer(x, layout, update, attend(index))
+                x, update = layer(x, layout, update, partial(attend, index))
             assert update is not None  # there is a layer
             return (x + update).float()
 
@@ -206,14 +206,6 @@ def tokens_of(encoder: SequenceEncoder, items: int) -> int:
     """The number of tokens of the context and ``items`` items."""
     features = encoder.features
     return len(features.contextual) + items * features.tokens_per_item(encoder.network)
-
-
-def _writing(attention: AttentionForward, write: Callable[[Tensor, Tensor], None]) -> AttentionForward:
-    def attend(inputs: AttentionInputs) -> Tensor:
-        write(inputs.k, inputs.v)
-        return attention(inputs)
-
-    return attend
 
 
 def _runs_of(count: int, length: int) -> Iterator[slice]:

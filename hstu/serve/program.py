@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TypeVar, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,16 +20,10 @@ from hstu.config.args.network import SIDE_WIDTH
 from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
-from hstu.model.stack import FusedHSTULayer
 from hstu.model.tasks import MultiTaskDense, RankingTask
-from hstu.ops.kernels import AttentionKernels
 from hstu.ops.layout import JaggedLayout
-from hstu.ops.pytorch import attention
-from hstu.ops.pytorch.attention import PaddedLayout
+from hstu.ops.pytorch.attention import PaddedLayout, padded_forward
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-
-M = TypeVar("M", bound=nn.Module)
-_KERNELS = replace(REFERENCE_KERNELS, attention=AttentionKernels(attention.padded_forward, attention.backward))
 
 _SIZES = {
     "items": (("items", 3), ("item_width", None)),
@@ -79,22 +72,14 @@ class ServingProgram(nn.Module):
 
     def __init__(self, task: RetrievalDense | RankingModel) -> None:
         super().__init__()
-        encoder = task.encoder
-        self.network = encoder.network
+        task = copy.deepcopy(task).cpu().eval().requires_grad_(False)
+        self.network = task.encoder.network
         self._truncates = self.network.whole_layers < self.network.num_layers
-        self.inputs = _frozen(encoder.inputs)
-        self.layers = _frozen(encoder.layers)
-        for layer in self.layers:
-            assert isinstance(layer, FusedHSTULayer)
-            layer.config = replace(layer.config, kernels=_KERNELS)
-        self.head: nn.Module | None = None
-        self.tasks: nn.ModuleList | None = None
+        self.inputs, self.layers = task.encoder.inputs, task.encoder.layers
+        self.head = task.head if isinstance(task, RankingModel) else None
+        self.tasks = task.tasks if isinstance(task, MultiTaskDense) else None
         if isinstance(task, RetrievalDense):
-            self.query_projection = _frozen(task.query_projection)
-            self.l2_norm_eps = task.l2_norm_eps
-        else:
-            self.head = _frozen(task.head)
-            self.tasks = _frozen(task.tasks) if isinstance(task, MultiTaskDense) else None
+            self.query_projection, self.l2_norm_eps = task.query_projection, task.l2_norm_eps
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -120,15 +105,14 @@ class ServingProgram(nn.Module):
         for layers, tokens, layout in self._stages(inputs):
             own, update = x if tokens is None else x.index_select(0, tokens), None
             for layer in layers:
-                own, update = layer(own, layout, update)
+                own, update = layer(own, layout, update, padded_forward)
             assert update is not None  # there is a layer
             x = own + update if tokens is None else x.index_copy(0, tokens, own + update)
         return self._predict(x.index_select(0, inputs["outputs"]))
 
     def _predict(self, tokens: Tensor) -> Tensor:
         if self.head is None:
-            queries: Tensor = _KERNELS.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
-            return queries
+            return REFERENCE_KERNELS.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
         outputs: Tensor = self.head(tokens)
         if self.tasks is None:
             return outputs
@@ -154,7 +138,7 @@ class ServingProgram(nn.Module):
             parts.append(items + self._side("known_after", inputs) if "known_after" in module.projections else items)
         x = torch.cat(parts).index_select(0, inputs["order"])
         if module.position_table is not None:
-            x = _KERNELS.add_positions(x, module.position_table, inputs["positions"])
+            x = REFERENCE_KERNELS.add_positions(x, module.position_table, inputs["positions"])
         return x
 
     def _projected(self, role: str, rows: Tensor) -> Tensor:
@@ -219,8 +203,7 @@ def trace(program: ServingProgram) -> ExportedProgram:
         "number_width": sum(program.inputs.features.number_widths),
         **{f"{role}_width": len(n) * SIDE_WIDTH for role, n in program.inputs.side.items()},
     }
-    names = sorted({name for dims in _SIZES.values() for name, size in dims if size is not None})
-    dims = {name: Dim(name) for name in names}
+    dims = {axis: Dim(axis) for axes in _SIZES.values() for axis, size in axes if size is not None}
     example, shapes = {}, {}
     for name in program.input_names:
         is_float = name in ("items", "actions", "side", "known_after", "numbers", "is_history", "context")
@@ -229,12 +212,7 @@ def trace(program: ServingProgram) -> ExportedProgram:
         shapes[name] = {place: dims[axis] for place, (axis, given) in enumerate(_SIZES[name]) if given is not None}
     # The file of a program contains the traced example. Zero weights keep files of equal graphs equal.
     weights = {name: torch.zeros_like(weight) for name, weight in sorted(program.state_dict().items())}
-    arguments = (example, weights)
     with torch.no_grad():
         return torch.export.export(
-            _OfInputsAndWeights(program), arguments, dynamic_shapes=(shapes, dict.fromkeys(weights))
+            _OfInputsAndWeights(program), (example, weights), dynamic_shapes=(shapes, dict.fromkeys(weights))
         )
-
-
-def _frozen(module: M) -> M:
-    return copy.deepcopy(module).cpu().eval().requires_grad_(False)

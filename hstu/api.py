@@ -24,7 +24,6 @@ from hstu.base.errors import DataError, printable
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.tensors import TABLES, open_tensors
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.batches.jagged import ranges
 from hstu.data.sampling.samples import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.parallel.dynamic.table import merged
@@ -114,7 +113,8 @@ class TrainedModel(LoadedModel):
             ConfigError: ``at`` is given to a model that does not read it (``reads_request_time``).
         """
         self.require_retrieval()
-        return self._user_vectors(encode_users(self.store, users), at)
+        batches = self.with_data().history_batches(encode_users(self.store, users))
+        return self.user_vectors(batches, at)
 
     def item_embeddings(self) -> Tensor:
         """Unit vectors of all items in the order of ``store.raw_ids(store.item_feature)``, float32 [items, E].
@@ -126,11 +126,9 @@ class TrainedModel(LoadedModel):
     def recommend(self, users: Sequence[Any], top: int = 10, at: int | None = None) -> list[Recommendation]:
         """Recommend the ``top`` best items, unseen if ``leaves_out_seen``. ``at`` and errors: `user_embeddings`."""
         self.require_retrieval()
-        rows, offsets = encode_users(self.store, users), self.store.offsets()
-        lengths = offsets[rows + 1] - offsets[rows]
-        seen = self.store.sequence(self.source.roles.item)[ranges(offsets[rows], lengths)]
-        corpus = self.retrieval_evaluator().corpus()
-        return self._best(users, self._user_vectors(rows, at), corpus, self.model_ids(seen), lengths, top)
+        rows, corpus = encode_users(self.store, users), self.retrieval_evaluator().corpus()
+        vectors = self.user_vectors(self.with_data().history_batches(rows), at)
+        return self._best(users, vectors, corpus, *self.items_of(rows), top)
 
     def known_users(self, users: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         """Divide raw user ids into (known, unknown) users of the data, each in the given order."""
@@ -202,9 +200,6 @@ class TrainedModel(LoadedModel):
         codes = self.items.places(items).tolist()
         named = [str(titles[code]) if code >= 0 else "" for code in codes]  # -1: the item is not in this store
         return items, [title or str(item) for title, item in zip(named, items, strict=True)]
-
-    def _user_vectors(self, rows: np.ndarray, at: int | None = None) -> Tensor:
-        return self.user_vectors(self.with_data().history_batches(rows), at)
 
 
 load = TrainedModel.load

@@ -49,8 +49,9 @@ from hstu.serve.command import (
     users_of_file,
 )
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.predict import Predictor, RankingPredictor, RetrievalPredictor
+from hstu.serve.predict import RankingPredictor, RetrievalPredictor
 
+Predictor = RetrievalPredictor | RankingPredictor
 _TOP = 10
 _SETTINGS = "_settings.json"
 """Readers of Parquet directories leave out names that begin with an underscore."""
@@ -142,7 +143,7 @@ def _write(predictor: Predictor, users: np.ndarray, options: argparse.Namespace)
         **{name: str(value) for name, value in vars(options).items() if value is not None and name != "output"},
         "files": [sha256(Path(file)) for file in given],
         "model": predictor.loaded.version,
-        "data": dict(sorted(predictor.store.checksums.items())),
+        "data": dict(sorted(predictor.loaded.store.checksums.items())),
         "users_digest": hashlib.sha256(users.tobytes()).hexdigest(),
     }
     opened = on_all_ranks(lambda: _open(options.output, settings, files) if mesh.is_main else [], mesh.world_group)

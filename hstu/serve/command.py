@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hstu.base.errors import DataError
-from hstu.base.ids import codes_of
 from hstu.checkpoint.find import is_choice
 from hstu.config.problems import did_you_mean
 from hstu.data.batches.jagged import ranges, run_starts
@@ -158,9 +157,8 @@ class Candidates:
 
     def of_users(self, users: np.ndarray) -> Candidates:
         """The candidates of ``users`` in their order. Users without candidates are left out."""
-        order = np.argsort(self.users)
-        places = codes_of(users, self.users[order])
-        chosen = order[places[places >= 0]]
+        places = pd.Index(self.users).get_indexer(users)
+        chosen = places[places >= 0]
         rows = ranges(run_starts(self.counts)[chosen], self.counts[chosen])
         values = {name: values[rows] for name, values in self.values.items()}
         return Candidates(self.users[chosen], self.counts[chosen], self.items[rows], values)

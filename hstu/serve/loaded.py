@@ -25,6 +25,7 @@ from hstu.config.args import DatasetArgs, RetrievalArgs
 from hstu.config.gin_io import load_stored
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.jagged import ranges
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.gr_model import GRModel
 from hstu.model.ranking import RankingModel
@@ -141,6 +142,12 @@ class LoadedModel:
         report = load_checkpoint(root, state, mesh, LoadOptions(is_strict, optimizer=False, zero_new_rows=True))
         zero_spare_rows(state, source)
         return cls(config, root, mesh, source, model, optimizers, report)
+
+    @property
+    def dataset(self) -> DatasetArgs:
+        """The options of the data."""
+        assert isinstance(self.config.dataset, DatasetArgs), "restore requires data"
+        return self.config.dataset
 
     @property
     def store(self) -> SequenceStore:
@@ -261,6 +268,13 @@ class LoadedModel:
         of_events = [name for name in roles.side if name in (*store.event_features, *store.event_number_features)]
         for history in histories(store, users, of_events):
             yield replace(history, context={name: history.context[name] for name in roles.contextual})
+
+    def items_of(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(model ids of the items that users (store rows) have had, user after user; their number per user), int64."""
+        offsets = np.asarray(self.store.offsets())
+        lengths = offsets[users + 1] - offsets[users]
+        codes = self.store.sequence(self.store.item_feature)[ranges(offsets[users], lengths)]
+        return self.model_ids(codes), lengths
 
     def model_ids(self, codes: np.ndarray) -> np.ndarray:
         """Convert item codes of the data to model ids, int64 [n]."""

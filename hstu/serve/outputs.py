@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hstu.config.args import DatasetArgs, RankingArgs
+from hstu.config.args import RankingArgs
 from hstu.model.ranking import RankingDense
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.tasks import MultiTaskDense
@@ -54,16 +54,14 @@ def predictions_of(loaded: LoadedModel) -> list[Prediction]:
             columns = [f"p_{name}_{label}" for label in labels] if kind == "class" else [f"score_{name}"]
             found.append(Prediction(name, "number" if kind == "regression" else kind, columns, each.first_class))
         return found
-    assert isinstance(task, RankingDense) and isinstance(config.dataset, DatasetArgs)
-    assert isinstance(config.task_args, RankingArgs)
+    assert isinstance(task, RankingDense) and isinstance(config.task_args, RankingArgs)
     if task.is_multi_task:
         bits = [f"task{bit}" for bit in range(task.num_tasks)]
-        named = task_names(config.dataset.dataset_name)
+        named = task_names(loaded.dataset.dataset_name)
         columns = [f"score_{name}" for name in (named if len(named) == len(bits) else bits)]
-        return [
-            Prediction(bit, "binary", ["score" if len(bits) == 1 else column])
-            for bit, column in zip(bits, columns, strict=True)
-        ]
+        if len(bits) == 1:
+            columns = ["score"]
+        return [Prediction(bit, "binary", [column]) for bit, column in zip(bits, columns, strict=True)]
     action, texts, first = source.roles.action, [], task.label_offset
     assert action is not None, "a ranking model has actions"
     if not isinstance(source, StoredSource) and source.store.feature(action).has_vocab:
@@ -72,9 +70,9 @@ def predictions_of(loaded: LoadedModel) -> list[Prediction]:
     return [Prediction(action, "class", columns, first, expected=None if texts else "score")]
 
 
-def columns_of(predictions: Sequence[Prediction], outputs: np.ndarray) -> dict[str, np.ndarray]:
-    """Convert outputs, float32 [n, width], to column name → float32 [n], as an export does."""
-    columns = columns_of_tasks([asdict(each) for each in predictions], torch.from_numpy(outputs))
+def columns_of(loaded: LoadedModel, outputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Convert outputs of a model, float32 [n, width], to column name → float32 [n], as an export does."""
+    columns = columns_of_tasks([asdict(each) for each in predictions_of(loaded)], torch.from_numpy(outputs))
     return {name: values.numpy() for name, values in columns.items()}
 
 

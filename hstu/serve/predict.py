@@ -10,23 +10,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.hashing import hash_ids
-from hstu.base.ids import codes_of
 from hstu.config.args import RankingArgs
 from hstu.config.args.task import METRICS_OF_KIND, fits_kind
 from hstu.config.problems import did_you_mean, in_reading_order
 from hstu.config.rules.task import metrics_fit_the_head
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.sampling.samples import Split
 from hstu.data.store.reader import GivenRequests
-from hstu.data.store.sequence_store import USER_FEATURE
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.ranking import RankingDense
 from hstu.parallel.exchange import Exchange
 from hstu.serve.command import Candidates
@@ -68,19 +67,16 @@ class Evaluation:
         """
         to_main = np.zeros(len(self.observations), dtype=np.int64)
         each = Observations(*self.evaluator.exchange.to_owners(to_main, *self.observations.columns()))
-        columns: dict[str, np.ndarray] = {}
         if isinstance(self.evaluator, RetrievalEvaluator):
             columns = {"rank": each.results, "score": each.labels}
         else:
-            values, columns = torch.from_numpy(each.labels.T), {"request": each.requests, "label": each.labels}
+            columns = {"request": each.requests, "label": each.labels}
             if isinstance(self.evaluator, MultiTaskEvaluator):
-                del columns["label"]
+                values = torch.from_numpy(columns.pop("label").T)
                 for task in self.evaluator.tasks:
                     columns[f"label_{task.args.task_name}"] = task.labels(values).numpy()
-            columns |= columns_of(predictions_of(loaded), each.results)
-        users = loaded.with_data().eval_store.raw_ids(USER_FEATURE)[each.users].tolist()
-        items = loaded.vocabularies[loaded.source.roles.item].values_at(torch.from_numpy(each.items))
-        return _table(loaded, users, items, columns)
+            columns |= columns_of(loaded, each.results)
+        return _table(loaded, loaded.with_data().eval_store, each.users, each.items, columns)
 
 
 def evaluate_split(loaded: LoadedModel, split: Split, metrics: Sequence[str] | None = None) -> Evaluation:
@@ -133,11 +129,12 @@ def item_vectors(loaded: LoadedModel) -> Iterator[np.ndarray]:
 
 def user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = None) -> Iterator[np.ndarray]:
     """Yield unit vectors of users (store rows) in the given order, in chunks float32 [n, E]. Collective."""
+    gathered = Exchange.of(loaded.mesh).gathered
     for first in range(0, len(users), PART_USERS):
         part = users[first : first + PART_USERS]
         own, vectors = _own_user_vectors(loaded, part, at)
-        computed, joined = _joined(loaded, own, vectors.float().cpu().numpy())
-        yield joined[_places_of(computed, part)]
+        computed = pd.Index(gathered(own))
+        yield gathered(vectors.float().cpu().numpy())[computed.get_indexer(part)]
 
 
 def _own_user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = None) -> tuple[np.ndarray, Tensor]:
@@ -154,42 +151,21 @@ def _own_user_vectors(loaded: LoadedModel, users: np.ndarray, at: int | None = N
     return np.concatenate(own), vectors
 
 
-def _places_of(users: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    order = np.argsort(users)
-    return order[codes_of(wanted, users[order])]
+def _table(
+    loaded: LoadedModel, store: SequenceStore, users: np.ndarray, items: np.ndarray, columns: dict[str, np.ndarray]
+) -> pa.Table:
+    """Table of raw ids and ``columns``, with the version of the model in its metadata.
 
-
-def _joined(loaded: LoadedModel, *own: np.ndarray) -> list[np.ndarray]:
-    """All-gather each array and concatenate it in the order of the ranks."""
-    return [*map(Exchange.of(loaded.mesh).gathered, own)]
-
-
-class Predictor:
-    """Predicts for users given as store rows. Collective."""
-
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
-        self.source = loaded.with_data()
-        self.store = self.source.store
-
-    def predict(self, users: np.ndarray) -> pa.Table:
-        """Predict a table with raw ids, grouped by user in the given order. Every rank returns all rows."""
-        raise NotImplementedError
-
-    def _table(self, users: np.ndarray, items: Sequence[Any], columns: dict[str, np.ndarray]) -> pa.Table:
-        """``users``: store rows, int64 [n]; ``items``: raw ids."""
-        return _table(self.loaded, self.loaded.users.values_at(torch.from_numpy(users)), items, columns)
-
-
-def _table(loaded: LoadedModel, users: Sequence[Any], items: Sequence[Any], columns: dict[str, np.ndarray]) -> pa.Table:
-    """Table of raw ids and ``columns``, with the version of the model in its metadata."""
-    kinds = (pa.string() if each.kind == "texts" else pa.int64() for each in (loaded.users, loaded.items))
-    ids = {name: pa.array(of, kind) for name, of, kind in zip(("user", "item"), (users, items), kinds, strict=True)}
+    ``users``: rows of ``store``, int64 [n]. ``items``: model ids, int64 [n].
+    """
+    item_ids = loaded.vocabularies[loaded.source.roles.item].values_at(torch.from_numpy(items))
+    raw = {"user": (loaded.users, store.raw_ids(USER_FEATURE)[users].tolist()), "item": (loaded.items, item_ids)}
+    ids = {name: pa.array(of, pa.string() if each.kind == "texts" else pa.int64()) for name, (each, of) in raw.items()}
     table = pa.table({**ids, **{name: pa.array(values, from_pandas=True) for name, values in columns.items()}})
     return table.replace_schema_metadata({"model": loaded.version})
 
 
-class RetrievalPredictor(Predictor):
+class RetrievalPredictor:
     """Predicts the best items of each user, with columns user, item, rank (from 1) and score (cosine similarity).
 
     Args:
@@ -214,12 +190,10 @@ class RetrievalPredictor(Predictor):
         keep_seen: bool | None = None,
         at: int | None = None,
     ) -> None:
-        super().__init__(loaded)
         loaded.check_request_time(at)
-        self.top, self.candidates, self.at = top, candidates, at
+        self.loaded, self.top, self.candidates, self.at = loaded, top, candidates, at
         self.keep_seen = not loaded.leaves_out_seen if keep_seen is None else keep_seen
         self._evaluator = loaded.retrieval_evaluator()
-        self._vocabulary = loaded.vocabularies[self.source.roles.item]
         ids = self._evaluator.corpus().ids.cpu().numpy()
         self._allowed, self._denied = (None if each is None else loaded.model_ids(each) for each in (allowed, denied))
         ids = ids[self._may_be_shown(ids)]
@@ -228,20 +202,17 @@ class RetrievalPredictor(Predictor):
             raise DataError("no item is left to recommend: the model has none of the allowed items, or all are denied")
 
     def predict(self, users: np.ndarray) -> pa.Table:
-        """See Predictor."""
+        """Predict for store rows: raw ids, grouped by user in the given order. Collective; every rank gets all rows."""
         own, vectors = _own_user_vectors(self.loaded, users, self.at)
         with self.loaded.inference():
             if self.candidates is None:
                 found = self._best(own, vectors)
             else:
                 found = self._best_candidates(own, vectors, self.candidates.of_users(users))
-        of_user, items, scores = _joined(self.loaded, *found)
-        order = np.argsort(_places_of(users, of_user), kind="stable")
-        return self._table(
-            of_user[order],
-            self._vocabulary.values_at(torch.from_numpy(items[order])),
-            {"rank": _ranks(of_user[order]).astype(np.int32), "score": scores[order]},
-        )
+        of_user, items, scores = map(self._evaluator.exchange.gathered, found)
+        order = np.argsort(pd.Index(users).get_indexer(of_user), kind="stable")
+        columns = {"rank": _ranks(of_user[order]).astype(np.int32), "score": scores[order]}
+        return _table(self.loaded, self.loaded.store, of_user[order], items[order], columns)
 
     def _best(self, users: np.ndarray, vectors: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(user, model id of the item, score) of the best items of the corpus, best first within each user."""
@@ -260,10 +231,7 @@ class RetrievalPredictor(Predictor):
         """(model ids of the items to exclude, user after user; their number per user), both int64."""
         if self.keep_seen:
             return np.zeros(0, dtype=np.int64), np.zeros_like(users)
-        offsets = np.asarray(self.store.offsets())
-        lengths = offsets[users + 1] - offsets[users]
-        codes = self.store.sequence(self.store.item_feature)[ranges(offsets[users], lengths)]
-        return self.loaded.model_ids(codes), lengths
+        return self.loaded.items_of(users)
 
     def _best_candidates(
         self, users: np.ndarray, vectors: Tensor, candidates: Candidates
@@ -271,7 +239,7 @@ class RetrievalPredictor(Predictor):
         """As ``_best``, among the candidates of each user. ``candidates``: for the users of all ranks."""
         corpus = self._evaluator.corpus(np.intersect1d(self.loaded.model_ids(candidates.items), self._ids))
         own = candidates.of_users(users)
-        row, items = np.repeat(_places_of(users, own.users), own.counts), self.loaded.model_ids(own.items)
+        row, items = np.repeat(pd.Index(users).get_indexer(own.users), own.counts), self.loaded.model_ids(own.items)
         scores = pair_scores(vectors, row, corpus.positions(items), corpus).cpu().numpy()
         seen, lengths = self._seen(users)
         known = np.unique(np.concatenate([seen, items]))  # products of raw ids may overflow int64
@@ -285,12 +253,11 @@ class RetrievalPredictor(Predictor):
 
 
 def _ranks(keys: np.ndarray) -> np.ndarray:
-    """Positions of elements in their runs of equal keys, from 1."""
-    starts = np.flatnonzero(np.diff(keys, prepend=-1))
-    return 1 + run_indices(np.diff(starts, append=len(keys)))[1]
+    """Positions of elements among those of equal keys, from 1."""
+    return 1 + pd.Series(keys).groupby(keys, sort=False).cumcount().to_numpy()
 
 
-class RankingPredictor(Predictor):
+class RankingPredictor:
     """Scores given candidates with a ranking model. Columns: user, item, and the columns of ``predictions_of``.
 
     ``candidates`` have the event features that the model reads. ``at``: see ``LoadedModel.user_vectors``.
@@ -298,35 +265,34 @@ class RankingPredictor(Predictor):
     """
 
     def __init__(self, loaded: LoadedModel, candidates: Candidates, at: int | None = None) -> None:
-        super().__init__(loaded)
-        self.candidates, self.at = candidates, at
-        self._evaluator = build_evaluator(loaded.config, self.source, loaded.model, loaded.mesh)
-        self._predictions = predictions_of(loaded)
+        self.loaded, self.candidates, self.at = loaded, candidates, at
+        self._evaluator = build_evaluator(loaded.config, loaded.with_data(), loaded.model, loaded.mesh)
         loaded.check_groups()
         loaded.check_request_time(at)
 
     def predict(self, users: np.ndarray) -> pa.Table:
-        """See Predictor."""
+        """See RetrievalPredictor."""
         given = self.candidates.of_users(users)
-        columns = columns_of(self._predictions, self.logits(given))
-        items = self.loaded.items.values_at(torch.from_numpy(given.items))
-        return self._table(np.repeat(given.users, given.counts), items, columns)
+        users, items = np.repeat(given.users, given.counts), self.loaded.model_ids(given.items)
+        return _table(self.loaded, self.loaded.store, users, items, columns_of(self.loaded, self.logits(given)))
 
     def logits(self, given: Candidates) -> np.ndarray:
         """Compute the logits of candidates, float32 [C, outputs]. Every rank returns all rows."""
-        values: dict[str, Any] = {self.store.item_feature: given.items, **given.values}
-        if self.source.roles.action is not None:  # any valid action: the model ignores actions on candidates
+        source = self.loaded.with_data()
+        values: dict[str, Any] = {source.roles.item: given.items, **given.values}
+        if source.roles.action is not None:  # any valid action: the model ignores actions on candidates
             valid = self.loaded.task.label_offset if isinstance(self.loaded.task, RankingDense) else 0
-            values[self.source.roles.action] = np.full_like(given.items, valid)
-        requests = GivenRequests(self.store, given.users, given.counts, values, self.at)
-        width = sum(len(each.columns) for each in self._predictions)
+            values[source.roles.action] = np.full_like(given.items, valid)
+        requests = GivenRequests(source.store, given.users, given.counts, values, self.at)
+        width = sum(len(each.columns) for each in predictions_of(self.loaded))
         places, outputs = [np.zeros(0, dtype=np.int64)], [np.zeros((0, width), dtype=np.float32)]
         with self.loaded.inference():
-            for of_batch, batch in self.source.candidate_batches(requests):
+            for of_batch, batch in source.candidate_batches(requests):
                 self.loaded.mesh.heartbeat.mark()
                 logits = self._evaluator.forward(batch).logits
                 assert logits is not None, "a ranking model has logits"
                 places.append(of_batch)
                 outputs.append(logits.float().cpu().numpy())
-        place, output = _joined(self.loaded, np.concatenate(places), np.concatenate(outputs))
-        return output[np.argsort(place)]
+        gathered = self._evaluator.exchange.gathered
+        place = gathered(np.concatenate(places))
+        return gathered(np.concatenate(outputs))[np.argsort(place)]

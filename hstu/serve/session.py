@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.outputs import columns_of, predictions_of
+from hstu.serve.outputs import columns_of
 from hstu.serve.pages import CacheStatistics, Prefix, PrefixCache
 from hstu.serve.prefix import IncrementalEncoder, tokens_of
 from hstu.serve.runtime.requests import Candidates, History
@@ -77,12 +76,10 @@ class Session:
         loaded.check_groups()
         self._loaded = loaded
         self._task = loaded.task
-        dataset = loaded.config.dataset
-        assert isinstance(dataset, DatasetArgs), "LoadedModel.restore requires data"
         self.max_items = loaded.source.max_items
         """Maximum items of a history: the model's ``max_items``, for ranking minus room for candidates."""
         if isinstance(self._task, RankingModel):
-            self.max_items -= max(dataset.max_num_candidates, 1)
+            self.max_items -= max(loaded.dataset.max_num_candidates, 1)
         if not 1 <= trim_events <= self.max_items:
             raise ConfigError(
                 f"trim_events = {trim_events}; give a number from 1 to {self.max_items}, the longest history"
@@ -188,7 +185,7 @@ class Session:
 
     def named(self, outputs: Tensor) -> dict[str, np.ndarray]:
         """Convert what ``score`` returns to the columns of scripts/predict.py: name → float32 [m]."""
-        return columns_of(predictions_of(self._loaded), outputs.reshape(len(outputs), -1).cpu().numpy())
+        return columns_of(self._loaded, outputs.reshape(len(outputs), -1).cpu().numpy())
 
     def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
         """As ``TrainedModel.user_embeddings``. Computes whole histories if ``reencodes_because`` is not None."""
@@ -211,7 +208,7 @@ class Session:
 
     def _checked(self, given: History) -> History:
         """Convert arrays to lists. Raises DataError for incomplete or unordered events, also for those to cut off."""
-        history = _as_lists(given)
+        history = given.changed(lambda values: np.asarray(values, dtype=object).tolist())
         self._requests.encoded(history, len(history.items))
         return history
 
@@ -272,15 +269,6 @@ class Session:
         corpus = self._loaded.retrieval_evaluator().corpus(np.unique(ids[known]))
         with self._loaded.inference():
             return pair_scores(vector[None], np.zeros_like(ids), corpus.positions(ids), corpus)
-
-
-def _as_lists(history: History) -> History:
-    def as_list(values: Any) -> Any:
-        return None if values is None else np.asarray(values, dtype=object).tolist()
-
-    features = {name: as_list(values) for name, values in history.features.items()}
-    of_events = {name: as_list(getattr(history, name)) for name in ("items", "actions", "timestamps")}
-    return replace(history, **of_events, features=features)
 
 
 def _newest(history: History, count: int) -> _Known:

@@ -146,7 +146,7 @@ def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
         ITEMS + held_out
     )
     observations = evaluate_split(loaded(name), "valid").observations
-    columns = columns_of(predictions_of(loaded(name)), observations.results)
+    columns = columns_of(loaded(name), observations.results)
     assert set(found) == {"user", "item", *columns}
     by_user = found.groupby("user").tail(held_out).set_index("user")
     for user in np.unique(observations.users):
@@ -162,7 +162,7 @@ def test_columns_of_scores_are_probabilities_and_the_expected_action(
     loaded: Loaded, name: str, width: int, prefix: str
 ) -> None:
     logits = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-    columns = columns_of(predictions_of(loaded(name)), logits)
+    columns = columns_of(loaded(name), logits)
     probabilities = torch.from_numpy(logits[:, :ACTIONS]).softmax(dim=1).numpy()
     found = np.stack([columns[f"{prefix}{action}"] for action in range(ACTIONS)], 1)
     np.testing.assert_allclose(found, probabilities, 1e-5)

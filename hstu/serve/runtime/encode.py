@@ -128,7 +128,7 @@ class Encoder:
             before = torch.cat([times.new_full((1,), _NO_EVENT), times[:-1]])
         events = self._events(shown, times[newest], before[newest], f"{name_of(history)} has")
         given = {"user_id": history.user, **history.context}
-        context = {name: self._of_user(name, given.get(name)) for name in facts["contextual"]}
+        context = {name: self.vocabularies[name].rows([given.get(name)]) for name in facts["contextual"]}
         asked = None
         if facts["reads_times"]:
             asked = times[-1] if at is None else torch.tensor(at)
@@ -267,11 +267,6 @@ class Encoder:
                 "give one value per item"
             )
         return self._known[f"item.{name}"]
-
-    def _of_user(self, feature: str, value: Any) -> Tensor:
-        """int64 [1]: the model id of a contextual value; unknown for None."""
-        vocabulary = self.vocabularies[feature]
-        return vocabulary.rows_of(torch.tensor([-1])) if value is None else vocabulary.rows([value])
 
 
 def _time_codes(name: str, times: Tensor, before: Tensor) -> Tensor:

@@ -38,12 +38,16 @@ class History:
 
     def cut(self, events: slice) -> History:
         """A history of a slice of the events."""
+        return self.changed(lambda values: values[events])
+
+    def changed(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> History:
+        """A history with changed sequences of values per event."""
         return replace(
             self,
-            items=self.items[events],
-            actions=None if self.actions is None else self.actions[events],
-            timestamps=None if self.timestamps is None else self.timestamps[events],
-            features={name: values[events] for name, values in self.features.items()},
+            items=change(self.items),
+            actions=None if self.actions is None else change(self.actions),
+            timestamps=None if self.timestamps is None else change(self.timestamps),
+            features={name: change(values) for name, values in self.features.items()},
         )
 
 

@@ -15,6 +15,7 @@ from hstu.base.ids import codes_of
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import is_of_negatives
+from hstu.data.batches.jagged import ranges, run_offsets
 from hstu.model.embedding import TableSpec
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve.histories import known_of_items, request_facts
@@ -74,21 +75,19 @@ def collect(
     tables = {spec.name: features.rows_of(spec) for spec in trained.model.specs}
     vocabulary, source = features.tensors, trained.source
     if not isinstance(source, StoredSource):
-        ids, own = features.item_ids(), source.item_ids()
-        codes = np.arange(source.cardinalities[source.roles.item], dtype=np.int64) if own is None else own
-        places = codes_of(codes, ids)  # index in ``ids`` of each item of the data
+        ids, codes = features.item_ids(), np.arange(source.cardinalities[source.roles.item], dtype=np.int64)
+        places = codes_of(trained.model_ids(codes), ids)  # index in ``ids`` of each item of the data
         vocabulary |= _items(source, features, places, len(ids))
         if trained.config.has_item_tower and isinstance(trained.config.task_args, RetrievalArgs):
-            vectors = trained.retrieval_evaluator().corpus(own).vectors()
-            tables[ITEM_VECTORS] = torch.zeros(len(ids), vectors.shape[1])
+            vectors = trained.retrieval_evaluator().corpus(source.item_ids()).vectors()
+            tables[ITEM_VECTORS] = vectors.new_zeros(len(ids), vectors.shape[1])
             tables[ITEM_VECTORS][torch.from_numpy(places)] = vectors
     return facts, tables, vocabulary
 
 
 def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
     config, inputs = trained.config, program.inputs
-    dataset, network, args = config.dataset, config.network, config.task_args
-    assert isinstance(dataset, DatasetArgs)
+    dataset, network, args = trained.dataset, config.network, config.task_args
     has_candidates = dataset.has_candidates
     alone = _newest_event_is_scored(config)
     return {
@@ -114,9 +113,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
 
 class _Features:
     def __init__(self, trained: LoadedModel) -> None:
-        self._model, self._source = trained.model, trained.source
-        self._device = trained.mesh.device
-        self._vocabularies = trained.vocabularies
+        self._trained, self._source, self._vocabularies = trained, trained.source, trained.vocabularies
         self._table_of = {name: spec.name for spec in trained.model.specs for name in spec.features}
         ids = {
             name: np.sort(table.slots.content()[0].cpu().numpy())
@@ -136,8 +133,8 @@ class _Features:
         if not len(ids):
             return torch.zeros(1, spec.dim)
         found = [
-            self._model.rows_of({names[0]: torch.from_numpy(chunk).to(self._device)})[names[0]]
-            for chunk in np.split(ids, range(_ROWS_AT_ONCE, len(ids), _ROWS_AT_ONCE))
+            self._trained.model.rows_of({names[0]: chunk.to(self._trained.mesh.device)})[names[0]]
+            for chunk in torch.from_numpy(ids).split(_ROWS_AT_ONCE)
         ]
         return torch.cat([rows.detach().float().cpu() for rows in found])
 
@@ -205,10 +202,9 @@ def _items(source: InferenceSource, features: _Features, places: np.ndarray, cou
             found[name] = spread(values, np.nan)
         elif f"{name}.offsets" in known:
             rows, lengths = features.table_rows(feature, values), np.diff(known[f"{name}.offsets"])
-            bounds = np.concatenate([[0], spread(lengths, 1).cumsum()])
+            bounds = run_offsets(spread(lengths, 1))
             found[name], found[f"{name}.offsets"] = np.full(bounds[-1], features.missing(feature)), bounds
-            shift = bounds[places] - known[f"{name}.offsets"][:-1]
-            found[name][np.arange(len(rows)) + np.repeat(shift, lengths)] = rows
+            found[name][ranges(bounds[places], lengths)] = rows
         elif not name.endswith(".offsets"):
             found[name] = spread(features.table_rows(feature, values), features.missing(feature))
     titles = source.store.titles()

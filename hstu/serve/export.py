@@ -16,11 +16,10 @@ from torch import Tensor
 
 from hstu.base.errors import DataError
 from hstu.checkpoint.directory import describe_files
-from hstu.config.args import ContextParallelArgs, DataParallelArgs, DatasetArgs, TensorModelParallelArgs
+from hstu.config.args import ContextParallelArgs, DataParallelArgs, TensorModelParallelArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.reader import SampleItems
-from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve import runtime
 from hstu.serve.contents import check_can_be_served, collect
 from hstu.serve.loaded import LoadedModel, with_store
@@ -86,8 +85,8 @@ def write_serving(
         (folder / FACTS).write_text(text, encoding="utf-8")
         package = Path(runtime.__file__).parent
         shutil.copytree(package, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
-        model = runtime.Model(folder, json.loads(text))
-        found = difference(trained, model)
+    model = runtime.Model(folder, json.loads(text))
+    found = difference(trained, model)  # which enters ``inference`` itself: nested, it would undo the averages
     if found is not None and found > TOLERANCE:
         raise DataError(
             f"cannot export a program: it differs from the model by {found:.2g}, and {TOLERANCE:g} is allowed. "
@@ -120,9 +119,8 @@ def difference(trained: LoadedModel, model: runtime.Model) -> float | None:
 
 def _difference_of_samples(trained: LoadedModel, source: InferenceSource, model: runtime.Model) -> float | None:
     """As ``difference``, of ranking. Without candidates in training, the newest event of a sample is the candidate."""
-    store, dataset, rule = source.store, trained.config.dataset, model.facts["candidates"]
-    assert isinstance(dataset, DatasetArgs)
-    samples = build_samples(store, dataset, "ranking", "all", seed=0)
+    store, rule = source.store, model.facts["candidates"]
+    samples = build_samples(store, trained.dataset, "ranking", "all", seed=0)
     counts = samples.num_candidates if rule["trained"] else np.ones_like(samples.start)
     ends = samples.start + samples.lengths - counts
     usable = np.flatnonzero(ends > samples.history_begin)
@@ -138,7 +136,8 @@ def _difference_of_samples(trained: LoadedModel, source: InferenceSource, model:
     times = shown.times() if model.reads_request_time else None
     histories, worst = [*trained.histories_of(samples.user[rows])], 0.0
     known = [name for name in model.encoder.known_before if name in histories[0].features]
-    raw = {name: _raw_values(store, name, shown.values(name)) for name in (store.item_feature, *known)}
+    raw = {name: shown.values(name) for name in (store.item_feature, *known)}
+    raw |= {name: store.raw_ids(name)[codes] for name, codes in raw.items() if store.feature(name).has_vocab}
     first = np.cumsum(counts[rows]) - counts[rows]
     for place, (row, whole) in enumerate(zip(rows, histories, strict=True)):
         history = whole.cut(slice(int(ends[row] - samples.history_begin[row])))
@@ -152,10 +151,6 @@ def _difference_of_samples(trained: LoadedModel, source: InferenceSource, model:
             found = model.predict_batch([history], [candidates], at)[0]
             worst = max(worst, _largest(found[checked], expected[checked]))
     return worst
-
-
-def _raw_values(store: SequenceStore, feature: str, stored: np.ndarray) -> np.ndarray:
-    return store.raw_ids(feature)[stored] if store.feature(feature).has_vocab else stored
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:
@@ -181,8 +176,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _card(
     trained: LoadedModel, encoder: Encoder, tables: Mapping[str, Tensor], dtype: str, evaluations: Mapping[str, Any]
 ) -> str:
-    dataset = trained.config.dataset
-    assert isinstance(dataset, DatasetArgs)
     is_retrieval = trained.config.task == "retrieval"
     purpose = "recommends the next item of a user" if is_retrieval else "predicts what a user does with given items"
     metrics = [
@@ -192,7 +185,7 @@ def _card(
     inputs = [f"- {encoder.text_of(name)}{end}" for name, end in needed.items()]
     sizes = [f"- {name}: {len(rows):,} × {rows.shape[1]}, {dtype}" for name, rows in tables.items()]
     left_out = "\nItems that the user has had are left out, here and in recommendations by default.\n"
-    return f"""# HSTU model on {dataset.dataset_name}
+    return f"""# HSTU model on {trained.dataset.dataset_name}
 
 This model {purpose}. It reads up to {trained.source.max_items:,} of the newest events of a user.
 

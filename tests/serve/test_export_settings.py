@@ -26,6 +26,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "retrieval",
         {"network": BIAS, "dataset": {"query_time": "last_event"}, "dynamic": True, "raw": True},
     ),
+    "averages": ("retrieval", {"optimizer": {"ema_decay": 0.5}}),
     "every feature": ("retrieval", {"network": BIAS, "dataset": EVERY_FEATURE}),
     "no actions": (
         "retrieval",

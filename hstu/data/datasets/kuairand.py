@@ -46,8 +46,8 @@ def read(files: Sequence[Path]) -> RawTables:
         logs=tuple(table_with_header(log, types) for log in logs),
         events=f'user_id AS "user", video_id AS item, {action} AS action, time_ms AS "time", '
         'time_ms // 1000 AS "timestamp"',
-        context=(table_with_header(users, user_types), f'user_id AS "user", {features}'),
-        item_table=_videos(videos) if videos.is_file() else None,
+        tables={"context": (table_with_header(users, user_types), f'user_id AS "user", {features}')}
+        | ({"item_table": _videos(videos)} if videos.is_file() else {}),
         descriptions={
             "user": ColumnDescription("user_id", "an integer"),
             "item": ColumnDescription("video_id", "an integer"),

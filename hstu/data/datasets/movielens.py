@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hstu.data.datasets.raw import RawFile, literal, rating_and_time, table_with_header
 from hstu.data.datasets.spec import (
@@ -78,7 +77,7 @@ def read_20m(files: Sequence[Path]) -> RawTables:
         logs=(table_with_header(ratings, columns),),
         events='"userId" AS "user", "movieId" AS item, ' + rating_and_time(scale=2, time='"timestamp"'),
         descriptions=_DESCRIPTIONS | {"action": ColumnDescription("rating", "0.5 to 5 in halves")},
-        **_movies(RawFile(path=movies, columns=_MOVIES_1M), genres=genres),
+        tables=_movies(RawFile(path=movies, columns=_MOVIES_1M), genres=genres),
     )
 
 
@@ -99,20 +98,19 @@ def _with_users(
     return RawTables(
         logs=(log,),
         events='"user", item, ' + rating_and_time(scale=1, time='"time"'),
-        context=(table, context),
+        tables={"context": (table, context)} | _movies(movies, genres, title),
         descriptions=_DESCRIPTIONS,
-        **_movies(movies, genres, title),
     )
 
 
-def _movies(file: RawFile, genres: str, title: str = "title") -> dict[str, Any]:
-    """Build title_table and item_table, if the file exists. ``genres``, ``title``: SQL of a list and of a text."""
+def _movies(file: RawFile, genres: str, title: str = "title") -> dict[str, tuple[RawFile, str]]:
+    """Build titles and item_table, if the file exists. ``genres``, ``title``: SQL of a list and of a text."""
     if not file.path.is_file():
         return {}
     year = f"regexp_extract_all({title}, {literal(_YEAR)}, 1)[-1]"
     named = f"[trim(genre) FOR genre IN {genres} IF trim(genre) <> '']"
     return {
-        "title_table": (file, f"movie AS item, trim({title}) AS title"),
+        "titles": (file, f"movie AS item, trim({title}) AS title"),
         "item_table": (file, f"movie AS item, {year} AS i0, {named} AS i1"),
     }
 

@@ -55,6 +55,7 @@ def interactions(columns: InteractionColumns) -> RawTables:
     context, of_context = _table(columns, columns.context, {"user": columns.user}, schema.of_users())
     items, of_items = _table(columns, columns.items, {"item": columns.item}, schema.of_items())
     titles, _ = _table(columns, columns.titles, {"item": columns.item, "title": columns.title or ""}, {})
+    tables = {"context": context, "titles": titles, "item_table": items}
     event_context = {name: column for name, column in schema.of_users().items() if name not in of_context}
     event_items = {name: column for name, column in schema.of_items().items() if name not in of_items}
     of_events = event_context | event_items | schema.of_events()
@@ -72,10 +73,8 @@ def interactions(columns: InteractionColumns) -> RawTables:
         events=select_list(given | of_events),
         requests=tuple(filter(None, requests)),
         has_request_ids=columns.request is not None,
-        context=context,
+        tables={name: table for name, table in tables.items() if table},
         event_context=tuple(event_context),
-        title_table=titles,
-        item_table=items,
         event_items=tuple(event_items),
         resolve_types=partial(_resolve_types, columns, expressions, [*map(_as_text, of_context)], item_values),
         settings=repr(columns.arguments()),

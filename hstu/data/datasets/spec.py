@@ -116,15 +116,13 @@ class RawTables:
     """Files of impressions and their select lists: as ``events``, plus ``request`` (the request's id) if the data has
     one. Columns of users and items may be missing."""
     has_request_ids: bool = False
-    context: tuple[RawFile, str] | None = None
-    """A file with one row per user, and its select list: ``user``, then the contextual features ``c0``, … (VARCHAR)."""
+    tables: Mapping[str, tuple[RawFile, str]] = field(default_factory=dict)
+    """The other files, each with its select list, in this order. "context" has one row per user: ``user``, then the
+    contextual features ``c0``, … (VARCHAR). "titles" and "item_table" have one row per item: ``item``, then ``title``
+    or the item features ``i0``, … (VARCHAR, VARCHAR[]). Numbers are FLOAT as in ``events``. Vectors are FLOAT[]; NaN as
+    their first element marks them as unusable."""
     event_context: tuple[str, ...] = ()
     """Names ``c0``, … of contextual features in ``events`` (VARCHAR). A user's first value counts."""
-    title_table: tuple[RawFile, str] | None = None
-    """A file with one row per item, and its select list: ``item``, ``title``."""
-    item_table: tuple[RawFile, str] | None = None
-    """A file with one row per item, and its select list: ``item``, then item features ``i0``, … (VARCHAR, VARCHAR[]).
-    Numbers are FLOAT as in ``events``. Vectors are FLOAT[]; NaN as their first element marks them as unusable."""
     event_items: tuple[str, ...] = ()
     """Names ``i0``, … of item features in ``events``. An item's first value counts."""
     resolve_types: Callable[[DuckDBPyConnection, str], dict[str, Any]] | None = None
@@ -140,12 +138,6 @@ class RawTables:
     def parts(self) -> tuple[tuple[RawFile, str], ...]:
         """Files of events and impressions, with their select lists."""
         return (*((log, self.events) for log in self.logs), *self.requests)
-
-    @property
-    def tables(self) -> dict[str, tuple[RawFile, str]]:
-        """The other files, with their select lists, under "context", "titles" and "item_table"."""
-        tables = {"context": self.context, "titles": self.title_table, "item_table": self.item_table}
-        return {name: table for name, table in tables.items() if table is not None}
 
     @property
     def files(self) -> tuple[Path, ...]:

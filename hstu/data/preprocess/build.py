@@ -91,7 +91,7 @@ def preprocess(
         return target
     raw_format, files = located or obtain_raw(spec, folder)
     raw = raw_format.reader(files)
-    schema = spec.schema if raw.item_table else replace(spec.schema, item_features=())
+    schema = spec.schema if "item_table" in raw.tables else replace(spec.schema, item_features=())
     is_filtered = max(options.min_user_events, options.min_item_events) > 1  # published statistics count all data
     return build_store(raw, schema, options, {} if is_filtered else spec.published)
 
@@ -185,7 +185,7 @@ def _check_options(raw: RawTables, schema: Schema, options: BuildOptions) -> Non
             raise ConfigError(
                 f"--{option} keeps items without events, and --min_item_events leaves them out; remove one"
             )
-    if options.all_items and raw.title_table is None and raw.item_table is None:
+    if options.all_items and not raw.tables.keys() & {"titles", "item_table"}:
         raise ConfigError(
             "--all_items: there is no list of items; for your own data give --items or --titles, for MovieLens put "
             "the file of titles (u.item, movies.dat or movies.csv) beside the others"

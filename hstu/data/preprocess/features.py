@@ -52,7 +52,7 @@ def write_event_vocabularies(build: Build) -> dict[str, tuple[int, str]]:
 
 def check_items(build: Build, num_items: int) -> dict[str, int]:
     """Read the items' first rows and count the items without a row. Raises DataError if no item has a row."""
-    if build.raw.item_table is None:
+    if "item_table" not in build.raw.tables:
         return {}
     names = [name for name in build.schema.of_items() if name not in build.raw.event_items]
     columns = ", ".join(["item", *names])
@@ -61,7 +61,7 @@ def check_items(build: Build, num_items: int) -> dict[str, int]:
         UNION ALL SELECT {columns} FROM usable_items SEMI JOIN repeated_items USING (item)
         QUALIFY row_number() OVER (PARTITION BY item ORDER BY source_row) = 1"""
     known = _find_values(build, first, names, "table")
-    file, engine = build.raw.item_table[0].path, build.engine
+    file, engine = build.raw.tables["item_table"][0].path, build.engine
     if known == 0:
         (theirs,) = one(engine, "SELECT min(item) FROM usable_items")
         (example,) = one(engine, "SELECT min(id) FROM items")

@@ -141,7 +141,7 @@ def check_rows(build: Build) -> None:
     for name, part, of_parts in (("usable_events", 0, f"part < {first}"), ("impressions", first, f"part >= {first}")):
         usable = _usable(build, part) if build.writer.journal["checked"] else "true"
         build.view(name, f"SELECT * FROM typed WHERE {of_parts} AND {usable}")
-    if build.raw.item_table is not None:
+    if "item_table" in build.raw.tables:
         conditions = [f"NOT {unusable_number(build, name)}" for name in _quantities_of_items(build)]
         build.view("usable_items", f"SELECT * FROM item_table WHERE {' AND '.join(conditions) or 'true'}")
 
@@ -235,11 +235,12 @@ def _check_numbers(build: Build, bad: Counter[str]) -> None:
     """Count unusable numbers and vectors of items as bad rows. Raises DataError if a feature has no value at all."""
     of_items = _quantities_of_items(build)
     for name, feature in build.schema.quantities().items():
-        if name in of_items and build.raw.item_table is not None:
+        if name in of_items:
             query = f"SELECT count(*), min(source_row) FROM item_table WHERE {unusable_number(build, name)}"
             count, row = one(build.engine, query)
             if count:
-                build.skip(bad, count, *_explain_value(build, name, "item_table_as_read", build.raw.item_table[0], row))
+                file, _ = build.raw.tables["item_table"]
+                build.skip(bad, count, *_explain_value(build, name, "item_table_as_read", file, row))
         rows = "item_table" if name in of_items else f"typed WHERE part < {len(build.raw.logs)}"
         if one(build.engine, f"SELECT count({name}) FROM {rows}") == (0,):
             raise DataError(f"{feature!r} is empty in every row; leave it out")

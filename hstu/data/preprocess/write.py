@@ -27,8 +27,8 @@ def number_users_and_items(build: Build) -> tuple[np.ndarray, int]:
     """Create the tables users and items, ascending in id. Returns events per user, int64 [U], and number of items."""
     build.table("users", 'SELECT "user" AS id, count(*) AS events FROM events GROUP BY 1 ORDER BY 1', "code")
     query = "SELECT item AS id, count(*) AS events FROM events GROUP BY 1"
-    listed = (("titles", build.raw.title_table), ("usable_items", build.raw.item_table))
-    further = [name for name, table in listed if table is not None and build.options.all_items]
+    listed = {"titles": "titles", "item_table": "usable_items"}
+    further = [rows for name, rows in listed.items() if name in build.raw.tables and build.options.all_items]
     further += ["candidates"] if build.raw.requests else []
     if further:
         every = [query, *(f"SELECT DISTINCT item, 0 FROM {name} WHERE item IS NOT NULL" for name in further)]
@@ -44,7 +44,7 @@ def write_vocabularies(build: Build) -> None:
     labels = build.writer.journal["types"]["labels"] if build.raw.resolve_types else []
     if build.schema.action and labels:
         build.writer.write_vocabulary(build.schema.action, np.array(labels, dtype=object))
-    if build.raw.title_table is not None:
+    if "titles" in build.raw.tables:
         first_rows = """SELECT item, title FROM titles
             QUALIFY row_number() OVER (PARTITION BY item ORDER BY source_row) = 1"""
         query = f"SELECT coalesce(t.title, '') FROM items i LEFT JOIN ({first_rows}) t ON i.id = t.item ORDER BY i.code"

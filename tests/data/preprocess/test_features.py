@@ -179,8 +179,8 @@ def test_a_built_in_dataset_declares_its_table_of_items(tmp_path: Path) -> None:
     raw = RawTables(
         logs=(table_with_header(tmp_path / "plays.csv", ids | {"listener": "BIGINT", "played_at": "BIGINT"}),),
         events='listener AS "user", track AS item, played_at AS "time", played_at AS "timestamp"',
-        item_table=(table_with_header(tmp_path / "tracks.csv", ids),
-                    "track AS item, string_split(genres, '|') AS i0, year AS i1"),
+        tables={"item_table": (table_with_header(tmp_path / "tracks.csv", ids),
+                               "track AS item, string_split(genres, '|') AS i0, year AS i1")},
     )  # fmt: skip
     schema = Schema(item="track", item_features=("genres", "year"))
     options = BuildOptions(name="listens", output=tmp_path / "store", command="")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hstu.data.batches.batch import HSTUBatch, is_of_negatives, is_of_pool
+from hstu.data.batches.batch import NEGATIVES, POOL, HSTUBatch
 from hstu.data.batches.train_batch import TrainBatch
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
@@ -131,7 +131,7 @@ def detach_rows(rows: Mapping[str, Tensor], parts: Sequence[HSTUBatch]) -> list[
     leaves: list[dict[str, Tensor]] = [{} for _ in parts]
     lengths = [dict(zip(part.features.keys(), part.features.length_per_key(), strict=True)) for part in parts]
     for feature, values in rows.items():
-        if is_of_negatives(feature) or is_of_pool(feature):
+        if feature.partition(".")[0] in (NEGATIVES, POOL):
             pieces = [values.detach().requires_grad_()] * len(parts)
         else:
             sizes = [length[feature] for length in lengths]

@@ -40,11 +40,6 @@ def is_of_negatives(key: str) -> bool:
     return key == NEGATIVES or key.startswith(of_negatives(""))
 
 
-def is_of_pool(key: str) -> bool:
-    """Whether a key is POOL or the key of one of its features."""
-    return key == POOL or key.startswith(of_pool(""))
-
-
 @dataclass(frozen=True)
 class ItemFeatures:
     """Values of some features of n items."""

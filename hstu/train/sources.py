@@ -279,7 +279,7 @@ class StoreSource(BatchSource):
             draws_negatives=training,
             tower_features=reader.tower_features if self.roles.tower else None,
         )
-        return Collator(reader, assembler, self._skipped)
+        return Collator(reader.read, assembler, self._skipped)
 
 
 def open_store(args: DatasetArgs) -> SequenceStore:

@@ -45,7 +45,7 @@ def build_collator(
             wants_timestamps=wants_timestamps,
             wants_seen=wants_seen,
             recoding=recoding,
-        ),
+        ).read,
         Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, corpus=corpus),
     )
 
@@ -68,8 +68,9 @@ def collator_of(
 
 
 def num_samples(collator: Collator) -> int:
-    assert isinstance(collator.reader, StoreReader)
-    return len(collator.reader.samples)
+    reader = getattr(collator.read, "__self__", None)
+    assert isinstance(reader, StoreReader)
+    return len(reader.samples)
 
 
 def batches_of(collator: Collator, world_size: int = 1, rank: int = 0) -> list[HSTUBatch]:

@@ -1,4 +1,4 @@
-"""From a plan to a batch: a RowReader reads the samples as Rows, and the Assembler adds padding and negatives."""
+"""From a plan to a batch: a reader reads the samples as Rows, and the Assembler adds padding and negatives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -61,14 +60,6 @@ class Rows:
     """Retrieval evaluation: the times of the target events, [b], in seconds."""
     seen: tuple[np.ndarray, np.ndarray] | None = None
     """SeenIds.values and lengths, [b]."""
-
-
-class RowReader(Protocol):
-    """A source of rows."""
-
-    def read(self, plan: BatchPlan) -> Rows:
-        """The rows of ``plan.indices``, in that order."""
-        ...
 
 
 _log = logging.getLogger(__name__)
@@ -227,7 +218,8 @@ class SkippedSamples:
 class Collator:
     """Builds the batch of a plan. Picklable: each worker process gets a copy, which reopens the memory maps."""
 
-    reader: RowReader
+    read: Callable[[BatchPlan], Rows]
+    """Returns the rows of ``plan.indices``, in that order."""
     assembler: Assembler
     skipped: SkippedSamples | None = None
     """Counts damaged samples, which are then left out. None: a damaged sample raises DataError."""
@@ -235,19 +227,19 @@ class Collator:
     def __call__(self, plan: BatchPlan) -> HSTUBatch:
         """Reads and assembles the batch. Leaving out damaged samples does not change the ordinals of the others."""
         try:
-            rows = self.reader.read(plan)
+            rows = self.read(plan)
         except DataError:
             if self.skipped is None:
                 raise
             is_good = np.array([self._can_read(_select(plan, [index])) for index in range(len(plan.indices))])
             plan = _select(plan, np.flatnonzero(is_good))
-            rows = self.reader.read(plan)
+            rows = self.read(plan)
         return self.assembler.assemble(rows, plan)
 
     def _can_read(self, plan: BatchPlan) -> bool:
         assert self.skipped is not None
         try:
-            self.reader.read(plan)
+            self.read(plan)
         except DataError as error:
             self.skipped.add(error)
             return False

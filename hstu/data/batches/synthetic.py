@@ -137,7 +137,7 @@ class SyntheticDataset:
         assembler = Assembler(
             batch_size, task, roles, self.num_ids[roles.item], seed, negatives, draws_negatives=self._is_training
         )
-        self._collator = Collator(self, assembler)
+        self._collator = Collator(self.read, assembler)
         self._batches: dict[int, HSTUBatch] = {}
 
     def read(self, plan: BatchPlan) -> Rows:

@@ -252,7 +252,7 @@ def damaged_loader(
     store.arrays["item"][list(damaged)] = 77  # users 1 and 3; 50 items
     samples = build_samples(store, DatasetArgs(dataset_name="toy", max_sequence_length=9), "retrieval", "test", 1)
     roles, skipped = FeatureRoles("item", None, ()), SkippedSamples(limit)
-    collator = Collator(StoreReader(store, samples, roles), Assembler(2, "retrieval", roles, 50, 1), skipped)
+    collator = Collator(StoreReader(store, samples, roles).read, Assembler(2, "retrieval", roles, 50, 1), skipped)
     loader = build_loader(collator, EvalSampler(len(samples), 2, 0, 1), workers=workers)
     return skipped, [batch.user_ids.tolist() for batch in loader]
 

@@ -77,7 +77,7 @@ def test_they_replace_the_first_draws_of_their_label_alone(tmp_path: Path) -> No
         reader = StoreReader(store, samples, roles, hard_negatives=hard)
         assembler = Assembler(2, "retrieval", roles, ITEMS, 1, negatives)
         users = np.arange(2)
-        batch = Collator(reader, assembler)(BatchPlan(users, users, 0, 0, START))
+        batch = Collator(reader.read, assembler)(BatchPlan(users, users, 0, 0, START))
         assert batch.negatives.draws is not None
         drawn.append(batch.features["__negatives__"].values().numpy()[batch.negatives.draws.numpy()])
     # Labels of user 0: the events 1 to 3. The second request closes the first, to which the events 2 and 3 belong.

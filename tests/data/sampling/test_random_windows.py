@@ -62,7 +62,7 @@ def batches(world_size: int = 1, workers: int = 0, **options: object) -> list[li
     reader = StoreReader(STORE, samples, roles, window_seed=1 if args.has_random_windows else None)
     merged: list[list[list[int]]] = [[] for _ in range(4 * (len(samples) // 2))]
     for rank in range(world_size):
-        collator = Collator(reader, Assembler(2 // world_size, task, roles, 50, 1))  # type: ignore[arg-type]
+        collator = Collator(reader.read, Assembler(2 // world_size, task, roles, 50, 1))  # type: ignore[arg-type]
         sampler = TrainSampler(len(samples), 2 // world_size, rank, world_size, seed=1, shuffle=True)
         loader = build_loader(collator, sampler, workers=workers)
         for step, batch in zip(range(len(merged)), loader, strict=False):
@@ -88,7 +88,7 @@ def test_the_newest_items_of_a_window_are_its_candidates() -> None:
     samples = samples_of(max_num_candidates=3, train_fraction=0.99)
     roles = FeatureRoles("item", "action", ())
     reader = StoreReader(STORE, samples, roles, window_seed=1)
-    collator = Collator(reader, Assembler(4, "ranking", roles, 50, 1))
+    collator = Collator(reader.read, Assembler(4, "ranking", roles, 50, 1))
     sampler = TrainSampler(len(samples), 4, 0, 1, seed=1, shuffle=False)
     for _, batch in zip(range(3), build_loader(collator, sampler), strict=False):
         assert batch.item_lengths.tolist() == [5, 8, 8, 8]

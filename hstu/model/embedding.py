@@ -160,17 +160,13 @@ def build_collections(specs: Iterable[TableSpec]) -> nn.ModuleList:
                 num_embeddings=spec.rows,
                 embedding_dim=spec.stored_dim,
                 feature_names=list(spec.features),
-                init_fn=_leave_uninitialised,
+                init_fn=lambda _: None,  # hstu.parallel.tables writes the initial rows once the shards exist
             )
             collections.setdefault(spec.collection, []).append(config)
     return nn.ModuleList(
         (DynamicEmbeddingCollection if dynamic else EmbeddingCollection)(tables=tables, device=torch.device("meta"))
         for (_, dynamic), tables in collections.items()
     )
-
-
-def _leave_uninitialised(weight: Tensor) -> None:
-    """hstu.parallel.tables writes the initial rows once the shards exist."""
 
 
 class ReplicatedTables(nn.Module):

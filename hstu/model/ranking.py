@@ -25,17 +25,23 @@ class RankingModel(nn.Module, ABC):
         """Loss and predictions for labelled items. Each rank applies the head to its own tokens."""
         tokens, layout = self.encoder(embeddings, batch)
         rows, labels = labelled_rows(tokens, layout, batch, self.encoder.comm)
-        return self.output(self.encoder.comm.gather_rows(self.of_head(rows), labels.counts), batch)
+        outputs = self.encoder.comm.gather_rows(self._of_head(rows), labels.counts)
+        loss, by_task = self.losses(outputs, batch)
+        return ModelOutput(loss, logits=self.predictions(outputs), task_losses=by_task)
 
     @abstractmethod
-    def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
-        """Loss and predictions from the head's outputs for labelled items, float32 [M, .]."""
+    def losses(self, outputs: Tensor, batch: HSTUBatch) -> tuple[Tensor, Tensor | None]:
+        """``ModelOutput.loss_sum`` and ``task_losses`` of the head's outputs for labelled items, float32 [M, .]."""
 
-    @abstractmethod
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """``ModelOutput.logits`` of the head's outputs."""
+        return outputs
+
     def logits(self, tokens: Tensor) -> Tensor:
         """Predictions as in ``ModelOutput.logits`` for tokens [M, D] of items."""
+        return self.predictions(self._of_head(tokens))
 
-    def of_head(self, tokens: Tensor) -> Tensor:
+    def _of_head(self, tokens: Tensor) -> Tensor:
         """Apply the head to tokens [M, D] in the network's compute dtype: float32 [M, .]."""
         with mixed_precision(self.encoder.network.dtype_str, tokens.device.type):
             outputs: Tensor = self.head(tokens)
@@ -62,14 +68,9 @@ class RankingDense(RankingModel):
         self.is_multi_task = args.prediction_head_arch[-1] == args.num_tasks
         self.label_offset = label_offset
 
-    def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
-        """See RankingModel. Predictions are logits."""
-        loss, by_task = self.loss_sum(outputs, batch.labels)
-        return ModelOutput(loss_sum=loss, num_labels=batch.num_labels.sum(), logits=outputs, task_losses=by_task)
-
-    def logits(self, tokens: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, batch: HSTUBatch) -> tuple[Tensor, Tensor | None]:
         """See RankingModel."""
-        return self.of_head(tokens)
+        return self.loss_sum(outputs, batch.labels)
 
     def loss_sum(self, logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor | None]:
         """``ModelOutput.loss_sum`` and ``task_losses``. logits: float32 [M, last]; actions: int64 [M]."""

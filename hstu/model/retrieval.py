@@ -17,9 +17,8 @@ from hstu.data.batches.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_n
 from hstu.model.item_tower import ItemTower
 from hstu.model.stack import ModelOutput, SequenceEncoder, labelled_rows, own_rows
 from hstu.ops.functional import softmax_loss
-from hstu.ops.kernels import NEVER_SEEN, Kernels, Negatives, SeenItems
+from hstu.ops.kernels import NEVER_SEEN, Negatives, SeenItems
 from hstu.ops.layout import JaggedLayout, TokenRuns, to_device
-from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.pytorch.softmax_loss import first_indices
 
 GatherPool = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -58,37 +57,33 @@ class RetrievalDense(nn.Module):
 
     The output at each event's newest token is the query for the next item. The score of an item is its cosine
     similarity to the query, divided by the temperature. The vector of an item is its row of the item table, or the
-    output of ``tower`` for this row and the item's features. The negatives come with the batch.
+    output of an item tower for this row and the item's features. Queries are projected to the width of the item table
+    if it differs from hidden_size. The negatives come with the batch.
 
-    Args:
-        item_dim: width of the item table. Queries are projected to it if it differs from hidden_size.
-        gather_pool: collects the in-batch pool over data-parallel ranks.
+    ``gather_pool``: collects the in-batch pool over data-parallel ranks.
     """
 
     def __init__(
         self,
         encoder: SequenceEncoder,
-        *,
-        item_feature: str,
-        hidden_size: int,
-        item_dim: int,
         args: RetrievalArgs,
-        tower: ItemTower | None = None,
         gather_pool: GatherPool = lambda rows, ids, _: (rows, ids),
         log_counts: LogCounts | None = None,
-        kernels: Kernels = REFERENCE_KERNELS,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.query_projection = nn.Linear(hidden_size, item_dim) if item_dim != hidden_size else nn.Identity()
+        network, features = encoder.network, encoder.features
+        hidden, width = network.hidden_size, network.item_width
+        tower = ItemTower(network, features) if features.tower else None
+        self.query_projection = nn.Linear(hidden, width) if width != hidden else nn.Identity()
         self.tower = tower
-        self.item_feature = item_feature
+        self.item_feature = features.item
         self.temperature = args.temperature
         self.l2_norm_eps = args.l2_norm_eps
         self.mask_seen = args.mask_seen
         self.gather_pool = gather_pool
         self.log_counts = log_counts
-        self.kernels = kernels
+        self.kernels = encoder.inputs.kernels
 
     def forward(self, embeddings: Mapping[str, Tensor], batch: HSTUBatch) -> ModelOutput:
         """Returns the loss of the batch's labels in training mode, the queries at newest tokens in evaluation mode.
@@ -96,18 +91,17 @@ class RetrievalDense(nn.Module):
         ``embeddings``: rows of items, NEGATIVES and tower features. Collective in training with in-batch negatives.
         """
         tokens, layout = self.encoder(embeddings, batch)
-        num_labels = batch.num_labels.sum()
         if self.training:
-            return ModelOutput(self.loss_sum(tokens, layout, embeddings, batch), num_labels)
+            return ModelOutput(self.loss_sum(tokens, layout, embeddings, batch))
         no_loss = tokens.new_zeros((), dtype=torch.float32)
-        return ModelOutput(no_loss, num_labels, queries=self._newest_queries(tokens, layout))
+        return ModelOutput(no_loss, queries=self._newest_queries(tokens, layout))
 
     def queries(self, tokens: Tensor) -> Tensor:
-        """Normalised queries [n, item_dim] of encoded tokens [n, hidden_size]."""
+        """Normalised queries [n, item_width] of encoded tokens [n, hidden_size]."""
         return self.kernels.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
 
     def _newest_queries(self, tokens: Tensor, layout: JaggedLayout) -> Tensor:
-        """Queries at the newest token of each sequence, [B, item_dim]; zeros for empty sequences."""
+        """Queries at the newest token of each sequence, [B, item_width]; zeros for empty sequences."""
         filled, device = np.flatnonzero(layout.seqlens), tokens.device
         newest = TokenRuns(np.cumsum(layout.seqlens)[filled] - 1, np.ones_like(filled))
         found = own_rows(newest, layout, self.encoder.comm)
@@ -226,18 +220,6 @@ def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature:
     return SeenItems(of_entries, sequences[targets].int(), places[targets].int())
 
 
-def sorted_distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Position of the first occurrence of each distinct id (int64 [S]) except padding, by ascending id.
-
-    Returns (positions int64 [S], count int64 scalar). Only the first ``count`` positions are defined.
-    """
-    ordered, order = torch.sort(ids, stable=True)
-    is_new = _starts_run(ordered)
-    places = torch.where(is_new, is_new.cumsum(0) - 1, len(ids))  # repetitions go to an extra last element
-    positions = torch.zeros(len(ids) + 1, dtype=torch.int64, device=ids.device).scatter_(0, places, order)
-    return positions[:-1], is_new.sum()
-
-
 def first_occurrences(ids: Tensor) -> Tensor:
     """bool [S]: True at the first occurrence of each id (int64 [S]) except padding."""
     ordered, order = torch.sort(ids, stable=True)
@@ -257,5 +239,8 @@ def choose_from_pool(draws: Tensor, ids: Tensor) -> Tensor:
     A draw selects the ⌊draw · n / 2^31⌋-th of the n distinct ids in ascending order. The selected item therefore does
     not depend on how the pool is spread over ranks.
     """
-    positions, count = sorted_distinct(ids)
-    return positions[(draws.long() * count) >> DRAW_BITS]
+    ordered, order = torch.sort(ids, stable=True)
+    is_new = _starts_run(ordered)
+    places = torch.where(is_new, is_new.cumsum(0) - 1, len(ids))  # repetitions go to an extra last element
+    positions = torch.zeros(len(ids) + 1, dtype=torch.int64, device=ids.device).scatter_(0, places, order)
+    return positions[(draws.long() * is_new.sum()) >> DRAW_BITS]

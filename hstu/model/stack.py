@@ -29,8 +29,6 @@ class ModelOutput:
 
     loss_sum: Tensor
     """float32 scalar: loss summed over the labelled tokens of this batch, and over tasks."""
-    num_labels: Tensor
-    """int64 scalar on the device: labelled tokens of this batch."""
     logits: Tensor | None = None
     """Ranking: float32 [M, last width of the head], in the order of ``batch.labels``; of all tasks side by side."""
     queries: Tensor | None = None

@@ -6,7 +6,7 @@ scaled (RankingTaskArgs.scale) and never missing. No function waits for the devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.features.values import PLAIN, LabelCodes
 from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import RankingModel
-from hstu.model.stack import ModelOutput, SequenceEncoder
+from hstu.model.stack import SequenceEncoder
 
 FOCAL_GAMMA = 2.0
 """Exponent of the focal loss (Lin et al., ICCV 2017)."""
@@ -112,15 +112,12 @@ class RankingTask(nn.Module):
             is_positive = labels >= (1.0 if self.args.positive_from is None else self.args.positive_from)
         return torch.where(labels.isnan(), labels, is_positive.float())
 
-    def weights(self, label_values: Tensor) -> Tensor:
-        """float32 [M]: 1 for items with a label, 0 where it is missing."""
-        return (~label_values[self._row].isnan()).float()
-
     def loss_sum(self, outputs: Tensor, batch: HSTUBatch) -> Tensor:
         """Loss summed over items times RankingTaskArgs.weight, a float32 scalar. outputs: [M, output_width]."""
         assert batch.label_values is not None
-        args, weights = self.args, self.weights(batch.label_values)
-        targets = (self.labels(batch.label_values) - self.first_class) / args.scale
+        args, targets = self.args, self.labels(batch.label_values)
+        weights = (~targets.isnan()).float()
+        targets = (targets - self.first_class) / args.scale
         labels = torch.where(weights > 0, targets, 0.0)
         if args.loss_in_force == "pairwise":
             longest = max(1, int(batch.num_candidates_host.max(initial=0)))
@@ -156,24 +153,14 @@ class MultiTaskDense(RankingModel):
         """``tasks``, typed."""
         return [cast(RankingTask, task) for task in self.tasks]
 
-    def output(self, outputs: Tensor, batch: HSTUBatch) -> ModelOutput:
-        """See RankingModel. Predictions of all tasks are concatenated."""
-        each = zip(self.each_task, self._split(outputs), strict=True)
-        losses = torch.stack([task.loss_sum(output, batch) for task, output in each])
-        return ModelOutput(
-            loss_sum=losses.sum(),
-            num_labels=batch.num_labels.sum(),
-            logits=self._predictions(outputs),
-            task_losses=losses.detach() if len(losses) > 1 else None,
-        )
-
-    def logits(self, tokens: Tensor) -> Tensor:
+    def losses(self, outputs: Tensor, batch: HSTUBatch) -> tuple[Tensor, Tensor | None]:
         """See RankingModel."""
-        return self._predictions(self.of_head(tokens))
+        losses = torch.stack([task.loss_sum(output, batch) for task, output in self._by_task(outputs)])
+        return losses.sum(), losses.detach() if len(losses) > 1 else None
 
-    def _split(self, outputs: Tensor) -> tuple[Tensor, ...]:
-        return outputs.split(self.head.task_widths, dim=1)
+    def predictions(self, outputs: Tensor) -> Tensor:
+        """See RankingModel. Those of all tasks are concatenated."""
+        return torch.cat([task.predictions(output) for task, output in self._by_task(outputs)], dim=1)
 
-    def _predictions(self, outputs: Tensor) -> Tensor:
-        each = [task.predictions(output) for task, output in zip(self.each_task, self._split(outputs), strict=True)]
-        return torch.cat(each, dim=1)
+    def _by_task(self, outputs: Tensor) -> Iterator[tuple[RankingTask, Tensor]]:
+        return zip(self.each_task, outputs.split(self.head.task_widths, dim=1), strict=True)

@@ -27,7 +27,6 @@ from hstu.data.features.values import PLAIN, LabelCodes, label_columns
 from hstu.model.embedding import table_specs
 from hstu.model.gr_model import GRModel
 from hstu.model.inputs import SequenceFeatures
-from hstu.model.item_tower import ItemTower
 from hstu.model.ranking import RankingDense, compile_parts, why_not
 from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense
 from hstu.model.stack import DTYPES, SequenceEncoder, kernel_shapes
@@ -239,17 +238,7 @@ def task_module(
     encoder = SequenceEncoder(network, inputs, kernels)
     args = config.task_args
     if isinstance(args, RetrievalArgs):
-        return RetrievalDense(
-            encoder,
-            item_feature=features.item,
-            hidden_size=network.hidden_size,
-            item_dim=network.item_width,
-            args=args,
-            tower=ItemTower(network, features) if features.tower else None,
-            gather_pool=gather_pool,
-            log_counts=log_counts,
-            kernels=kernels,
-        )
+        return RetrievalDense(encoder, args, gather_pool, log_counts)
     codes = codes or [PLAIN] * len(args.tasks or [args])
     if args.tasks is not None:
         return MultiTaskDense(encoder, args, label_columns(args.tasks), codes)

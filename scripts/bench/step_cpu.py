@@ -129,8 +129,8 @@ def loss_difference(bench: Bench) -> float:
     _, padded = bench.baseline(quiet)
     padded.copy_weights(model)
     with torch.no_grad():
-        output = model(bench.batches[0])
-        ours, theirs = float(output.loss_sum / output.num_labels), float(padded(bench.padded[0]))
+        batch = bench.batches[0]
+        ours, theirs = float(model(batch).loss_sum / batch.num_labels_total), float(padded(bench.padded[0]))
     return abs(ours - theirs) / theirs
 
 

@@ -317,7 +317,7 @@ def reference(
             embeddings[feature] = rows_of[table][ids.values()]
             touched[table].append(ids.values())
         output = task(embeddings, batch)
-        loss = output.loss_sum / output.num_labels
+        loss = output.loss_sum / batch.num_labels_total
         losses.append(loss.item())
         for weight in [*task.parameters(), *rows_of.values()]:
             weight.grad = None

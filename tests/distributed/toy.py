@@ -54,7 +54,7 @@ class ToyTask(nn.Module):
         predictions = torch.tanh(self.head(self.dropout(hidden))).squeeze(1)
         extra = embeddings[NEGATIVES].square().sum()
         loss = (predictions - batch.labels.float()).square().sum() + extra
-        return ModelOutput(loss, batch.num_labels.sum())
+        return ModelOutput(loss)
 
 
 def global_sequences(step: int, empty_from: int | None = None) -> list[dict[str, np.ndarray]]:
@@ -178,7 +178,7 @@ def train_step(model: GRModel, optimizers: Optimizers, mesh: mesh_module.Mesh, b
     """One optimizer step on the global mean loss, which is returned."""
     optimizers.zero_grad()
     output = model(batch)
-    totals = torch.stack([output.loss_sum.detach(), output.num_labels.float()])
+    totals = torch.stack([output.loss_sum.detach(), batch.num_labels.sum().float()])
     torch.distributed.all_reduce(totals, group=mesh.dp_group)
     (output.loss_sum * (mesh.dp_size / totals[1].clamp(min=1))).backward()
     average_sparse_gradients(model.dense)

@@ -16,7 +16,7 @@ from hstu.data.batches.train_batch import split_micro_batches
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, table_specs
 from hstu.model.gr_model import DenseModel
-from hstu.model.item_tower import ItemTower
+from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import RetrievalDense
 from tests.helpers import make_batch
 from tests.model.examples import make_network
@@ -66,9 +66,7 @@ def with_features(batch: HSTUBatch) -> HSTUBatch:
 
 def make_model() -> tuple[RetrievalDense, dict[str, nn.Parameter]]:
     torch.manual_seed(0)
-    tower = ItemTower(NETWORK, ROLES)
-    encoder = RunningSum(DIM, interleaved=False)
-    model = RetrievalDense(encoder, item_feature="item", hidden_size=DIM, item_dim=DIM, args=ARGS, tower=tower)
+    model = RetrievalDense(RunningSum(DIM, False, SequenceFeatures.of(ROLES, max_items=8)), ARGS)
     tables = {
         name: nn.Parameter(torch.randn(rows, DIM if name == "item" else SIDE_WIDTH, dtype=torch.float64))
         for name, rows in ROWS.items()
@@ -140,5 +138,5 @@ def test_micro_batches_give_the_loss_of_the_whole_batch_with_replicated_tables(k
 
 def test_without_the_option_nothing_of_a_tower_is_there() -> None:
     torch.manual_seed(0)
-    model = RetrievalDense(RunningSum(DIM, False), item_feature="item", hidden_size=DIM, item_dim=DIM, args=ARGS)
+    model = RetrievalDense(RunningSum(DIM, False), ARGS)
     assert sorted(dict(model.named_parameters())) == ["encoder.map.bias", "encoder.map.weight"]

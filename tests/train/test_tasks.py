@@ -154,7 +154,7 @@ def test_the_loss_is_the_sum_over_tasks_of_the_mean_over_labelled_items(
                 parameter.zero_()
             batch = next(trainer.source.train_batches(START))
             output = model(batch)
-        return float(output.loss_sum / output.num_labels)
+        return float(output.loss_sum / batch.num_labels_total)
 
     click, stars = (RankingTaskArgs(**task) for task in TASKS[:2])
     alone = [first_loss(number, [task]) for number, task in enumerate((click, stars))]

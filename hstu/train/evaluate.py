@@ -32,7 +32,7 @@ from hstu.parallel.tables import dynamic_tables
 from hstu.train.batch_source import BatchSource
 from hstu.train.corpus import Corpus, Queries, target_ranks
 from hstu.train.metrics import retrieval_metrics
-from hstu.train.task_metrics import RankingMetrics, TaskMetrics
+from hstu.train.task_metrics import TaskMetrics, ranking_metrics
 
 log = logging.getLogger(__name__)
 
@@ -67,17 +67,6 @@ class Observations:
     def columns(self) -> list[np.ndarray]:
         """The arguments of the class."""
         return [getattr(self, field.name) for field in fields(self)]
-
-    @classmethod
-    def none(cls, results: np.ndarray, labels: np.ndarray) -> Self:
-        """No rows. ``results`` and ``labels``: empty arrays with the dtypes and widths of rows."""
-        nothing = np.zeros(0, dtype=np.int64)
-        return cls(nothing, nothing, nothing, nothing, results, labels)
-
-    @classmethod
-    def joined(cls, parts: Sequence[Observations]) -> Self:
-        """Concatenate the rows of at least one part."""
-        return cls(*(np.concatenate(columns) for columns in zip(*(part.columns() for part in parts), strict=True)))
 
 
 def of_ranking(
@@ -150,7 +139,8 @@ class LabelledItemEvaluator(Evaluator):
 
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
         """See Evaluator."""
-        found = [Observations.none(np.zeros((0, 1), dtype=np.float32), np.zeros(0, dtype=np.int64))]
+        nothing = np.zeros(0, dtype=np.int64)
+        found = [Observations(nothing, nothing, nothing, nothing, np.zeros((0, 1), dtype=np.float32), nothing)]
         requests_before = 0
         with evaluation_mode(self.model):
             for batch in self._limited(batches):
@@ -160,7 +150,8 @@ class LabelledItemEvaluator(Evaluator):
                 requests_before += batch.batch_size
                 labels = batch.labels if batch.label_values is None else batch.label_values.T.contiguous()
                 found.append(of_ranking(batch, self.model.roles.item, on_host(logits), on_host(labels), requests))
-        return Observations.joined(found[1:] or found)
+        columns = zip(*(each.columns() for each in found[1:] or found), strict=True)
+        return Observations(*map(np.concatenate, columns))
 
 
 class RankingEvaluator(LabelledItemEvaluator):
@@ -176,11 +167,10 @@ class RankingEvaluator(LabelledItemEvaluator):
 
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """See Evaluator."""
-        metrics = RankingMetrics(
-            self.names, num_tasks=self.num_tasks, label_offset=self.label_offset, exchange=exchange
+        rows = observations.results, observations.labels, observations.users
+        return ranking_metrics(
+            self.names, *rows, num_tasks=self.num_tasks, label_offset=self.label_offset, exchange=exchange
         )
-        metrics.update(observations.results, observations.labels, observations.users)
-        return metrics.compute()
 
 
 class MultiTaskEvaluator(LabelledItemEvaluator):
@@ -211,14 +201,10 @@ class MultiTaskEvaluator(LabelledItemEvaluator):
             metrics = TaskMetrics(
                 args.metrics_in_force, args.kind, task=args.task_name, label_offset=task.first_class, exchange=exchange
             )
-            if exchange.total(len(observations)):
-                metrics.update(
-                    predictions.squeeze(1) if task.args.output_width == 1 else predictions,
-                    task.labels(labels).numpy(),
-                    observations.users,
-                    observations.requests,
-                )
-            results |= {f"{name}/{args.task_name}": value for name, value in metrics.compute().items()}
+            # Without a batch on any rank, nothing has the width of its rows.
+            of_task = task.labels(labels).numpy() if exchange.total(len(observations)) else np.zeros(0)
+            rows = predictions, of_task, observations.users, observations.requests
+            results |= {f"{name}/{args.task_name}": value for name, value in metrics.compute(*rows).items()}
         return results
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import nan
 
 import numpy as np
@@ -25,17 +23,6 @@ _NO_LABEL = -(1 << 62)
 """The largest label of a rank without rows."""
 ROUNDING = 32 * float(np.finfo(np.float32).eps)
 """4e-6: scores of a user that differ by less, relative to the user's largest |score|, are equal but for rounding."""
-
-
-@contextmanager
-def undefined_without_warning() -> Iterator[None]:
-    """Context in which undefined metrics are nan without a warning, for small selections of the data."""
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -124,69 +111,6 @@ def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray, exc
     return float(total / weight) if weight else nan
 
 
-@dataclass(frozen=True)
-class Classified:
-    """Predictions and labels as columns: one per binary task, or one per class of a single task."""
-
-    scores: np.ndarray
-    """float64 [M, columns]: logits of binary tasks or probabilities of classes."""
-    positive: np.ndarray
-    """bool [M, columns]"""
-    log_losses: np.ndarray
-    """float64 [tasks], nats: mean cross entropy of each task."""
-    base_entropies: np.ndarray
-    """float64 [tasks], nats: mean cross entropy of always predicting the base rates."""
-    accuracy: float
-
-    def columns(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(scores, positive) of each column."""
-        return zip(self.scores.T, self.positive.T, strict=True)
-
-    def normalized_entropies(self) -> np.ndarray:
-        """Ratio of log loss and base entropy, float64 [tasks]; nan for a task whose labels are all equal."""
-        defined = self.base_entropies > 0
-        return np.divide(self.log_losses, self.base_entropies, where=defined, out=np.full(len(defined), nan))
-
-
-CLASSIFICATION_METRICS: dict[str, Callable[[Classified, np.ndarray, Exchange], np.ndarray]] = {
-    "AUC": lambda found, users, exchange: np.array([auc(*column, exchange) for column in found.columns()]),
-    "GAUC": lambda found, users, exchange: np.array(
-        [grouped_auc(*column, users, exchange) for column in found.columns()]
-    ),
-    "ACC": lambda found, users, exchange: np.array([found.accuracy]),
-    "LOGLOSS": lambda found, users, exchange: found.log_losses,
-    "NE": lambda found, users, exchange: found.normalized_entropies(),
-}
-"""(predictions, users int [M], exchange) → values whose mean is the metric; nan where undefined."""
-
-
-def binary(logits: np.ndarray, positive: np.ndarray, exchange: Exchange = ALONE) -> Classified:
-    """Tasks with two classes: logits float64 and positive bool, both [M, tasks]."""
-    rates = exchange.mean(positive)
-    return Classified(
-        scores=logits,
-        positive=positive,
-        log_losses=exchange.mean(np.logaddexp(0, np.where(positive, -logits, logits))),
-        base_entropies=_entropy(rates) + _entropy(1 - rates),
-        accuracy=float(exchange.mean((logits > 0) == positive).mean()),
-    )
-
-
-def classes(logits: np.ndarray, labels: np.ndarray, exchange: Exchange = ALONE) -> Classified:
-    """One task with several classes: logits float64 [M, number of classes], labels int [M]."""
-    num_classes = logits.shape[1]
-    check_classes(labels, num_classes, exchange)
-    log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    positive = labels[:, None] == np.arange(num_classes)
-    return Classified(
-        scores=np.exp(log_probabilities),
-        positive=positive,
-        log_losses=-exchange.mean(log_probabilities[positive][:, None]),
-        base_entropies=_entropy(exchange.mean(positive)).sum(keepdims=True),
-        accuracy=float(exchange.mean(logits.argmax(axis=1) == labels)),
-    )
-
-
 def check_classes(labels: np.ndarray, num_classes: int, exchange: Exchange = ALONE) -> None:
     """Raises ValueError on all ranks unless all labels are in [0, num_classes)."""
     ends = [(-labels).max(initial=_NO_LABEL), labels.max(initial=_NO_LABEL)]
@@ -195,7 +119,7 @@ def check_classes(labels: np.ndarray, num_classes: int, exchange: Exchange = ALO
         raise ValueError(f"labels are classes {-lowest} … {highest}, but there are logits for {num_classes}")
 
 
-def _entropy(rates: np.ndarray) -> np.ndarray:
+def entropy(rates: np.ndarray) -> np.ndarray:
     """−p log p of each rate; 0 at 0."""
     return -rates * np.log(np.where(rates > 0, rates, 1))
 

@@ -76,11 +76,10 @@ def measured(mesh: Mesh, kind: str, case: str) -> dict[str, float]:
     predictions *= case != "constant"
     labels = np.where(rng.random(ROWS) < 0.1, np.nan, labels * (case != "one class"))
     names = [re.sub("K$", "2", name) for name in METRICS_OF_KIND[kind]]
-    metrics = TaskMetrics(names, kind, exchange=exchange)
     own = own_rows(ROWS, exchange)
     rows = predictions, labels, users, users * 7 + rng.integers(0, 7, ROWS)
-    metrics.update(*exchange.to_owners(users[own] % 2, *(each[own] for each in rows)))
-    return metrics.compute()
+    owned = exchange.to_owners(users[own] % 2, *(each[own] for each in rows))
+    return TaskMetrics(names, kind, exchange=exchange).compute(*owned)
 
 
 class Rows(Evaluator):
@@ -94,8 +93,7 @@ class Rows(Evaluator):
 
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         metrics = TaskMetrics(["AUC", "GAUC", "LOGLOSS"], "binary", exchange=exchange)
-        metrics.update(observations.results, observations.labels, observations.users, observations.requests)
-        return metrics.compute()
+        return metrics.compute(observations.results, observations.labels, observations.users, observations.requests)
 
 
 def received(mesh: Mesh, count: int, gathered_rows: int) -> dict[str, Any]:

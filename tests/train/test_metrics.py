@@ -15,7 +15,7 @@ from sklearn import metrics as sklearn_metrics
 
 from hstu.config.args.task import METRICS_OF_KIND, fits_kind
 from hstu.train.metrics import ROUNDING, auc, retrieval_metrics, without_rounding
-from hstu.train.task_metrics import RankingMetrics, TaskMetrics, ndcg_by_group, ordered_pairs
+from hstu.train.task_metrics import TaskMetrics, ndcg_by_group, ordered_pairs, ranking_metrics
 
 ALL = ("AUC", "GAUC", "ACC", "LOGLOSS", "NE")
 
@@ -35,10 +35,7 @@ def test_auc_equals_scikit_learn_on_many_tied_scores() -> None:
 
 def test_task_metrics_equal_scikit_learn() -> None:
     logits, actions, users = predictions(3000, width=3, high=8, ties=True)
-    collected = RankingMetrics(ALL, num_tasks=3)
-    for part in np.array_split(np.arange(3000), 4):
-        collected.update(logits[part], actions[part], users[part])
-    result = collected.compute()
+    result = ranking_metrics(ALL, logits, actions, users, num_tasks=3)
 
     bits = actions[:, None] >> np.arange(3) & 1
     probabilities = 1 / (1 + np.exp(-logits.astype(float)))
@@ -180,19 +177,16 @@ def rows_of(kind: str) -> st.SearchStrategy[list[Row]]:
     return st.lists(st.tuples(prediction, label | st.just(NAN), ids, ids), max_size=14)
 
 
-def collected(kind: str, rows: Sequence[Row], names: tuple[str, ...] | None = None, **options: Any) -> TaskMetrics:
-    """Metrics that have seen the rows in two batches."""
-    task = TaskMetrics(names or names_of(kind), kind, **options)
+def measured(kind: str, rows: Sequence[Row], names: tuple[str, ...] | None = None, **options: Any) -> dict[str, float]:
+    """Metrics of the rows."""
     width = (CLASSES,) if kind == "class" else ()
-    for part in (rows[::2], rows[1::2]):
-        predictions, labels, users, requests = zip(*part, strict=True) if part else [()] * 4
-        task.update(
-            np.array(predictions, dtype=np.float32).reshape(len(part), *width),
-            np.array(labels, dtype=np.float32),
-            np.array(users, dtype=np.int64),
-            np.array(requests, dtype=np.int64),
-        )
-    return task
+    predictions, labels, users, requests = zip(*rows, strict=True) if rows else [()] * 4
+    return TaskMetrics(names or names_of(kind), kind, **options).compute(
+        np.array(predictions, dtype=np.float32).reshape(len(rows), *width),
+        np.array(labels, dtype=np.float32),
+        np.array(users, dtype=np.int64),
+        np.array(requests, dtype=np.int64),
+    )
 
 
 @pytest.mark.parametrize("kind", METRICS_OF_KIND)
@@ -202,7 +196,7 @@ def test_every_metric_equals_loops_over_pairs_and_requests(kind: str) -> None:
     def check(rows: Sequence[Row]) -> None:
         known = [row for row in rows if not math.isnan(row[1])]
         expected = {name: reference(name, kind, known) for name in names_of(kind)}
-        assert collected(kind, rows).compute() == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
+        assert measured(kind, rows) == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=True)
 
     check()
 
@@ -223,7 +217,7 @@ def test_rounding_does_not_order_equal_candidates(kind: str) -> None:
 
     def metrics(predictions: np.ndarray, order: np.ndarray) -> dict[str, float]:
         rows = list(zip(predictions.tolist(), labels, users.tolist(), users.tolist(), strict=True))
-        return collected(kind, [rows[row] for row in order], names).compute()
+        return measured(kind, [rows[row] for row in order], names)
 
     expected = metrics(scores, np.arange(len(users)))
     assert not any(map(math.isnan, expected.values()))
@@ -281,7 +275,7 @@ def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_re
     kind: str, labels: Sequence[float], undefined: set[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [(0.5 * i, label, 0, 0) for i, label in enumerate(labels)]
-    result = collected(kind, rows, task="click").compute()
+    result = measured(kind, rows, task="click")
     assert {name for name, value in result.items() if math.isnan(value)} == undefined
     for name in undefined:
         assert f"{name} of task 'click' is undefined (nan): " in caplog.text
@@ -293,21 +287,21 @@ def test_without_a_known_label_all_metrics_are_nan(
     kind: str, rows: list[None], caplog: pytest.LogCaptureFixture
 ) -> None:
     prediction = [0.0] * CLASSES if kind == "class" else NAN
-    result = collected(kind, [(prediction, NAN, 0, 0) for _ in rows], task="click").compute()
+    result = measured(kind, [(prediction, NAN, 0, 0) for _ in rows], task="click")
     assert list(result) == list(names_of(kind))
     assert all(math.isnan(value) for value in result.values())
     assert "metrics of task 'click' are undefined (nan): the evaluation set has no labelled items" in caplog.text
 
 
 def test_a_task_that_diverged_has_no_metrics(caplog: pytest.LogCaptureFixture) -> None:
-    result = collected("regression", [(0.5, 1.0, 0, 0), (math.inf, 2.0, 0, 0)]).compute()
+    result = measured("regression", [(0.5, 1.0, 0, 0), (math.inf, 2.0, 0, 0)])
     assert all(math.isnan(value) for value in result.values())
     assert "not finite" in caplog.text
 
 
 def test_negative_labels_have_no_ndcg(caplog: pytest.LogCaptureFixture) -> None:
     rows = [(0.5, -1.0, 0, 0), (1.5, 2.0, 0, 0)]
-    result = collected("regression", rows, ("NDCG", "MAE")).compute()
+    result = measured("regression", rows, ("NDCG", "MAE"))
     assert math.isnan(result["NDCG"]) and result["MAE"] == 1.0
     assert "a gain must not be negative, but a label is -1" in caplog.text
 
@@ -324,7 +318,7 @@ def test_negative_labels_have_no_ndcg(caplog: pytest.LogCaptureFixture) -> None:
 def test_labels_outside_the_classes_are_refused(kind: str, label: float, text: str) -> None:
     prediction = [0.0] * CLASSES if kind == "class" else 0.0
     with pytest.raises(ValueError, match=text):
-        collected(kind, [(prediction, label, 0, 0)], task="stars").compute()
+        measured(kind, [(prediction, label, 0, 0)], task="stars")
 
 
 def test_metrics_of_another_kind_are_refused() -> None:

@@ -127,6 +127,14 @@ class RunConfig:
         return self.retrieval is not None and self.retrieval.negatives != "in_batch"
 
     @property
+    def max_items(self) -> int:
+        """Items of the longest sequence, candidates included."""
+        if isinstance(self.dataset, DatasetArgs):
+            return self.dataset.max_sequence_length
+        item = self.dataset.item_feature_name
+        return next(group.max_sequence_length for group in self.dataset.feature_args if item in group.feature_names)
+
+    @property
     def asks_for_next(self) -> bool:
         """Whether a retrieval query has the time of the target event: DatasetArgs.query_time = "request"."""
         return getattr(self.dataset, "query_time", "request") == "request"

@@ -205,7 +205,7 @@ def draw_step(workload: Workload, *seed: int) -> tuple[np.ndarray, np.ndarray]:
     count = batch_size * world_size
     chosen = np.random.default_rng(seed).integers(len(source.train_lengths.items), size=count)
     drawn = SampleLengths(*(values[chosen] for values in source.train_lengths))
-    partition = choose_partition(config, source.roles, source.max_items, drawn)
+    partition = choose_partition(config, source.roles, drawn)
     sampler = TrainSampler(count, batch_size, 0, world_size, seed=0, shuffle=False, partition=partition)
     samples, ranks = next(sampler.global_batches())
     return chosen[samples], ranks // config.ranks_per_group

@@ -104,9 +104,7 @@ def open_data(run: RunDraft, built: Built) -> Problems:
     dataset = run.dataset
     if not isinstance(dataset, DatasetArgs):
         built.roles, built.tables = benchmark_roles(dataset), tuple(run.embeddings)
-        built.max_items = next(
-            group.max_sequence_length for group in dataset.feature_args if built.roles.item in group.feature_names
-        )
+        built.max_items = run.max_items
         return
     if path := dataset.eval_dataset_path:
         yield from check(run, dataset, "eval_dataset_path", SequenceStore.open, path)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import EmbeddingArgs, RankingArgs, RetrievalArgs
+from hstu.config.args import EmbeddingArgs, RankingArgs
 from hstu.config.option import located
 from hstu.config.problems import in_reading_order
 from hstu.config.rules.training import token_limit_admits
@@ -71,15 +71,11 @@ class BatchSource(ABC):
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
         self.label_facts, self.ranges = {}, {}
+        self.max_items = config.max_items
         self._mesh = mesh
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         self.negatives = Negatives.of(config.retrieval) if config.retrieval else None
-        retrieval = config.task_args if isinstance(config.task_args, RetrievalArgs) else None
-        self._wants_timestamps = config.network.needs_times
-        self._wants_request_times = retrieval is not None and config.asks_for_next
-        self._wants_seen = retrieval is not None and retrieval.filter_seen
-        self._wants_earlier = config.retrieval is not None and config.retrieval.mask_seen
 
     def epoch_after(self, position: SamplerPosition) -> int:
         """The epoch (0-based) of the training batch that follows ``position``."""
@@ -152,9 +148,7 @@ class BatchSource(ABC):
         """One pass over a split, with the same number of batches on every rank."""
 
 
-def choose_partition(
-    config: RunConfig, roles: FeatureRoles, max_items: int, lengths: SampleLengths
-) -> BatchPartition | None:
+def choose_partition(config: RunConfig, roles: FeatureRoles, lengths: SampleLengths) -> BatchPartition | None:
     """Partition of global batches over data-parallel ranks; None for contiguous slices of equal counts.
 
     Raises ConfigError if a sequence of ``max_items`` items has more tokens than a rank may have.
@@ -162,8 +156,8 @@ def choose_partition(
     trainer, network = config.trainer, config.network
     if trainer.tokens_per_rank is None and not trainer.enable_balanced_shuffler:
         return None
-    longest = SequenceFeatures.of(roles, max_items).max_tokens(network)
-    length = f"max_sequence_length ({max_items} items and {len(roles.contextual)} contextual features)"
+    longest = SequenceFeatures.of(roles, config.max_items).max_tokens(network)
+    length = f"max_sequence_length ({config.max_items} items and {len(roles.contextual)} contextual features)"
     if problems := list(token_limit_admits(config, longest, length)):
         raise ConfigError(in_reading_order(problems))
     counter = FlopCounter(network, roles)

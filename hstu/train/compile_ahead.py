@@ -67,7 +67,7 @@ def _run_step(config: RunConfig) -> None:
     widths = {feature: spec.dim for spec in specs for feature in spec.features}
     task = task_module(
         config,
-        SequenceFeatures.of(source.roles, _max_items(config, source.roles.item)),
+        SequenceFeatures.of(source.roles, config.max_items),
         resolve_kernels(Backend.TRITON, kernel_shapes(config.network)),
         log_counts=source.log_counts(),
     )
@@ -93,12 +93,6 @@ def _shortened(config: RunConfig) -> RunConfig:
     else:
         dataset = replace(dataset, max_sequence_length=min(dataset.max_sequence_length, longest))
     return replace(config, dataset=dataset, trainer=replace(config.trainer, train_batch_size=SEQUENCES))
-
-
-def _max_items(config: RunConfig, item: str) -> int:
-    if not isinstance(config.dataset, BenchmarkDatasetArgs):
-        return config.dataset.max_sequence_length
-    return next(group.max_sequence_length for group in config.dataset.feature_args if item in group.feature_names)
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.tensors import AVERAGE, TABLES, join_name, open_tensors, read_metadata
-from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, EmbeddingArgs
+from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures, is_of_negatives
 from hstu.data.features.roles import FeatureRoles
@@ -54,7 +54,6 @@ class StoredSource(BatchSource):
 
     def __init__(self, config: RunConfig, checkpoint: Path, mesh: Mesh, missing: DataError) -> None:
         super().__init__(config, mesh, 1)
-        assert isinstance(config.dataset, DatasetArgs)
         metadata = read_metadata(checkpoint)
         facts = metadata["features"]
         self.missing = missing
@@ -79,7 +78,6 @@ class StoredSource(BatchSource):
             for name, entry in metadata["tables"].items()
         ]
         self.tables = with_room(choose_tables(config.embeddings, stored, self.roles.names), self.cardinalities)
-        self.max_items = config.dataset.max_sequence_length
 
     def tower_features(self, ids: np.ndarray) -> ItemFeatures | None:
         """See BatchSource."""

@@ -60,7 +60,7 @@ class StoreSource(BatchSource):
         self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
         self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
-        self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
+        self._partition = choose_partition(config, self.roles, self.train_lengths)
         self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
 
     def _open(self) -> None:
@@ -90,7 +90,6 @@ class StoreSource(BatchSource):
         self._recoding = {} if self.eval_store is self.store else recoding_of(self.eval_store, self.store, self.roles)
         self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
         check_rows(self.tables, self.cardinalities, self.raw_features)
-        self.max_items = args.max_sequence_length
 
     def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
         """Hook for subclasses that change the sizes of the model's tables."""
@@ -142,12 +141,8 @@ class StoreSource(BatchSource):
         """See BatchSource."""
         if not self.roles.tower:
             return None
-        codes = codes_of(ids, self._raw_item_ids) if self.roles.item in self.raw_features else ids
+        codes = codes_of(ids, self.store.raw_ids(self.roles.item)) if self.roles.item in self.raw_features else ids
         return StoreReader(self.store, self._train_samples, self.roles).tower_features(codes)
-
-    @cached_property
-    def _raw_item_ids(self) -> np.ndarray:
-        return self.store.raw_ids(self.roles.item)
 
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:
         """See BatchSource."""
@@ -252,15 +247,16 @@ class StoreSource(BatchSource):
     ) -> Collator:
         if labels is None:
             labels = self._labels if store is self.store else self._eval_labels
+        retrieval = self._config.retrieval
         # Both stores use the roles and corpus of the training data: the evaluation store may have more features and
         # fewer ids, which still fit the tables.
         reader = StoreReader(
             store,
             samples,
             self.roles,
-            wants_timestamps=self._wants_timestamps,
-            wants_request_times=self._wants_request_times,
-            wants_seen=self._wants_earlier if training else self._wants_seen,
+            wants_timestamps=self._config.network.needs_times,
+            wants_request_times=retrieval is not None and self._config.asks_for_next,
+            wants_seen=retrieval is not None and (retrieval.mask_seen if training else retrieval.filter_seen),
             recoding=self._recoding if store is self.eval_store else None,
             labels=labels,
             window_seed=self._config.trainer.seed if training and self._args.has_random_windows else None,
@@ -305,11 +301,8 @@ class RandomSource(BatchSource):
         self.tables = tuple(args.embedding_args)
         self.cardinalities = dict(self._train.num_ids)
         self._check_negatives()
-        self.max_items = next(
-            group.max_sequence_length for group in args.feature_args if args.item_feature_name in group.feature_names
-        )
         self.train_lengths = SampleLengths(*self._train.lengths())
-        self._partition = choose_partition(config, self.roles, self.max_items, self.train_lengths)
+        self._partition = choose_partition(config, self.roles, self.train_lengths)
         self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
         self.eval_splits = self.final_splits = ("valid",)
 
@@ -358,6 +351,6 @@ class RandomSource(BatchSource):
             seed=self._config.trainer.seed,
             split=split,
             negatives=self.negatives,
-            wants_timestamps=self._wants_timestamps,
-            wants_seen=self._wants_seen,
+            wants_timestamps=self._config.network.needs_times,
+            wants_seen=self._config.retrieval is not None and self._config.retrieval.filter_seen,
         )

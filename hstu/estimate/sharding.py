@@ -24,7 +24,7 @@ from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import ROUNDED_WEIGHTS
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.optim.dense import DenseOptimizer, match_part_optimizers
+from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.dynamic.memory import bytes_per_row, logical_name
 from hstu.parallel.flat_weights import FlatLayout
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise, state_shape
@@ -186,8 +186,7 @@ def dense_tensors(run: RunConfig, features: SequenceFeatures) -> dict[str, torch
     """Dense checkpoint tensor (named as in TrainState.tensors) → size. Raises ConfigError for bad part_optimizers."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = nn.ModuleDict({"task": task_module(run, features, REFERENCE_KERNELS)})
-        settings = match_part_optimizers(dict(model.named_parameters()), run.optimizer)
-        states = DenseOptimizer(model, run.optimizer, settings).state_tensors()
+        states = DenseOptimizer(model, run.optimizer).state_tensors()
     sizes = {f"{WEIGHTS}{name}": tensor.size() for name, tensor in model.state_dict().items()}
     return sizes | {f"optimizer.dense.{name}": cast(torch.Tensor, state).size() for name, state in states.items()}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -46,20 +46,14 @@ class DenseOptimizer:
     Every optimizer first decays ``decayed_parameters``: w ← w - lr · weight_decay · w. With ``ema_decay``, the state
     includes a moving average of the parameters, which include the replicated tables that hstu.parallel trains.
 
-    ``settings``: by name, for parameters whose settings differ from ``args``.
     ``shares``: the slices of parameters that each rank updates; None: this rank updates all.
+    Raises ConfigError if OptimizerArgs.part_optimizers do not fit the parameters.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        args: OptimizerArgs,
-        settings: Mapping[str, OptimizerSettings] | None = None,
-        shares: WeightShares | None = None,
-    ) -> None:
+    def __init__(self, module: nn.Module, args: OptimizerArgs, shares: WeightShares | None = None) -> None:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
-        """Peak learning rate of parameters that ``settings`` does not name."""
+        """Peak learning rate of parameters that no PartOptimizerArgs has another one for."""
         parts = [part for part in module.modules() if isinstance(part, ReplicatedTables)]
         tables = {id(weight) for part in parts for weight in part.parameters()}
         trained = {name: weight for name, weight in self.parameters.items() if id(weight) not in tables}
@@ -67,9 +61,10 @@ class DenseOptimizer:
         self._owned = trained if shares is None else shares.own
         """This rank's slice of each trained parameter."""
         decaying = {id(weight) for weight in decayed_parameters(module)}
+        settings = match_part_optimizers(trained, args)
         by_settings: dict[OptimizerSettings, dict[str, nn.Parameter]] = {}
         for name, owned in self._owned.items():
-            by_settings.setdefault((settings or {}).get(name) or OptimizerSettings.of(args), {})[name] = owned
+            by_settings.setdefault(settings[name], {})[name] = owned
         self._groups = [
             _ParameterGroup(
                 own_settings,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hstu.config.args import LRScheduleArgs, OptimizerArgs
 from hstu.model.gr_model import GRModel
-from hstu.optim.dense import DenseOptimizer, match_part_optimizers
+from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.flat_weights import FlatWeights
 from hstu.parallel.fsdp import FsdpWeights, fully_sharded
@@ -87,45 +87,38 @@ def build_optimizers(
         shares = FsdpWeights(trained, sharded)
     elif shard_states and mesh.dp_cp_size > 1:
         shares = FlatWeights(trained, mesh.dp_cp_group)
-    optimizer = DenseOptimizer(dense, args, match_part_optimizers(trained, args), shares)
-    return Optimizers(optimizer, tables, mesh.tp_group if mesh.tp_size > 1 else None)
+    return Optimizers(DenseOptimizer(dense, args, shares), tables, mesh.tp_group if mesh.tp_size > 1 else None)
 
 
-class Schedule:
-    """Multiplier of all dense and table learning rates, as a function of iteration and epoch."""
+def lr_multiplier(args: LRScheduleArgs, iteration: int, total_iters: int, epoch: int, iters_per_epoch: int) -> float:
+    """Multiplier of all learning rates for the step that starts at ``iteration`` of ``total_iters``, in ``epoch``.
 
-    def __init__(self, args: LRScheduleArgs) -> None:
-        self.args = args
-
-    def multiplier(self, iteration: int, total_iters: int, epoch: int, iters_per_epoch: int) -> float:
-        """Multiplier for the step that starts at ``iteration`` (0-based) of ``total_iters``, in ``epoch`` (0-based).
-
-        Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it; then the decay starts.
-        With by_epoch, all steps of an epoch use the multiplier of its first iteration, ``epoch * iters_per_epoch``.
-        """
-        args = self.args
-        position = epoch * iters_per_epoch if args.by_epoch else iteration
-        warmup = (args.warmup_iters or 0) if args.warmup_ratio is None else round(args.warmup_ratio * total_iters)
-        if position < warmup:
-            return args.warmup_start + (1.0 - args.warmup_start) * position / warmup
-        decay_iters = args.decay_iters or max(1, total_iters - warmup)
-        if args.decay_ratio is not None:
-            decay_iters = max(1, round(args.decay_ratio * total_iters))
-        elapsed, floor = position - warmup, args.min_ratio
-        progress = min(1.0, elapsed / decay_iters)
-        match args.schedule:
-            case "step":
-                passed = sum((epoch if args.by_epoch else iteration) >= milestone for milestone in args.milestones)
-                return max(floor, args.decay_factor**passed)
-            case "linear":
-                return 1.0 - (1.0 - floor) * progress
-            case "cosine":
-                return _cosine(progress, floor)
-            case "cosine_restarts":
-                return _cosine(elapsed % decay_iters / decay_iters, floor)
-            case "exponential":
-                return max(floor, args.decay_factor**progress)
-        return 1.0
+    Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it; then the decay starts.
+    With by_epoch, all steps of an epoch use the multiplier of its first iteration, ``epoch * iters_per_epoch``.
+    Iterations and epochs count from 0.
+    """
+    position = epoch * iters_per_epoch if args.by_epoch else iteration
+    warmup = (args.warmup_iters or 0) if args.warmup_ratio is None else round(args.warmup_ratio * total_iters)
+    if position < warmup:
+        return args.warmup_start + (1.0 - args.warmup_start) * position / warmup
+    decay_iters = args.decay_iters or max(1, total_iters - warmup)
+    if args.decay_ratio is not None:
+        decay_iters = max(1, round(args.decay_ratio * total_iters))
+    elapsed, floor = position - warmup, args.min_ratio
+    progress = min(1.0, elapsed / decay_iters)
+    match args.schedule:
+        case "step":
+            passed = sum((epoch if args.by_epoch else iteration) >= milestone for milestone in args.milestones)
+            return max(floor, args.decay_factor**passed)
+        case "linear":
+            return 1.0 - (1.0 - floor) * progress
+        case "cosine":
+            return _cosine(progress, floor)
+        case "cosine_restarts":
+            return _cosine(elapsed % decay_iters / decay_iters, floor)
+        case "exponential":
+            return max(floor, args.decay_factor**progress)
+    return 1.0
 
 
 def _cosine(progress: float, floor: float) -> float:

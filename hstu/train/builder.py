@@ -37,7 +37,7 @@ from hstu.observe.throughput import FlopCounter, ThroughputMeter, peak_tflops
 from hstu.ops.kernels import Kernels
 from hstu.ops.pytorch.operators import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
-from hstu.optim.optimizers import Optimizers, Schedule, build_optimizers
+from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, require_equal
 from hstu.parallel.ddp import replicate_dense, unwrap_dense
 from hstu.parallel.fsdp import shard_dense
@@ -113,7 +113,7 @@ def _build(
         mesh=mesh,
         source=source,
         pipeline=build_pipeline(config.trainer, model, optimizers, mesh, build_loss_scale(config)),
-        schedule=Schedule(config.schedule),
+        schedule=config.schedule,
         evaluator=build_evaluator(config, source, model, mesh),
         checkpoints=checkpoints,
         state=state,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from hstu.base.errors import ConfigError
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
-from hstu.config.args import TrainerArgs
+from hstu.config.args import LRScheduleArgs, TrainerArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.sampling.samples import Split
@@ -27,7 +27,7 @@ from hstu.observe.logging import format_eval, format_train, progress_bar
 from hstu.observe.records import EvalRecord, Throughput, TrainRecord
 from hstu.observe.run_directory import RunDirectory
 from hstu.observe.throughput import FlopCounter, Profiler, Stragglers, ThroughputMeter, memory_bytes
-from hstu.optim.optimizers import Schedule
+from hstu.optim.optimizers import lr_multiplier
 from hstu.parallel.collectives import gather_copies, sum_over_ranks
 from hstu.parallel.dynamic.table import describe_report, pop_reports
 from hstu.parallel.mesh import Mesh
@@ -50,7 +50,7 @@ class Trainer:
     mesh: Mesh
     source: BatchSource
     pipeline: TrainPipeline
-    schedule: Schedule
+    schedule: LRScheduleArgs
     evaluator: Evaluator
     checkpoints: CheckpointStore
     state: TrainState
@@ -180,7 +180,7 @@ class Trainer:
         epoch, per_epoch = self.source.epoch_after(self.state.position), self.source.batches_per_epoch
         shift = self._shift if self.args.max_train_iters is None else 0
         iteration, total = self.state.iteration - shift, self.total_iters - shift
-        multiplier = self.schedule.multiplier(iteration, total, epoch, per_epoch)
+        multiplier = lr_multiplier(self.schedule, iteration, total, epoch, per_epoch)
         self.state.optimizers.set_lr_multiplier(multiplier)
         result = self.pipeline.progress(batches)
         self.state.iteration += 1

@@ -69,11 +69,6 @@ class Net(nn.Module):
         return self.last(self.norm(self.first(x))).square().mean()
 
 
-def build(model: nn.Module, options: OptimizerArgs) -> DenseOptimizer:
-    names = [name for name, _ in model.named_parameters()]
-    return DenseOptimizer(model, options, match_part_optimizers(names, options))
-
-
 def train(model: nn.Module, optimizer: DenseOptimizer, steps: range) -> None:
     for step in steps:
         optimizer.set_lr_multiplier(1 / (1 + step))
@@ -122,7 +117,7 @@ def test_each_part_is_trained_by_its_formula_and_one_schedule_drives_all() -> No
     model = Net().double()  # Adam divides the rounding of float32 by gradients that may be small
     exact = copy.deepcopy(model)
     before = [weight.detach().clone() for weight in model.parameters()]
-    train(model, build(model, args(*PARTS, momentum=0.8)), range(4))
+    train(model, DenseOptimizer(model, args(*PARTS, momentum=0.8)), range(4))
     for ours, theirs, initial in zip(model.parameters(), reference(exact, 0.8, 0.01, 4), before, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
         assert (ours - initial).abs().max() > 1e-3
@@ -131,15 +126,16 @@ def test_each_part_is_trained_by_its_formula_and_one_schedule_drives_all() -> No
 def test_parts_that_give_nothing_new_change_no_bit() -> None:
     plain = Net()
     with_parts = copy.deepcopy(plain)
-    train(plain, build(plain, args()), range(3))
-    train(with_parts, build(with_parts, args({"regex": "last"}, {"regex": "norm", "learning_rate": 0.1})), range(3))
+    train(plain, DenseOptimizer(plain, args()), range(3))
+    parts = args({"regex": "last"}, {"regex": "norm", "learning_rate": 0.1})
+    train(with_parts, DenseOptimizer(with_parts, parts), range(3))
     assert all(map(torch.equal, plain.parameters(), with_parts.parameters()))
 
 
 def test_averages_are_of_all_parts_and_states_of_any_part_can_be_restored() -> None:
     options = args(*PARTS, momentum=0.8, ema_decay=0.5)
     first, second = Net(), Net()
-    one, other = build(first, options), build(second, options)
+    one, other = DenseOptimizer(first, options), DenseOptimizer(second, options)
     train(first, one, range(3))
     states = one.state_tensors()
     assert {f"{name}.average" for name, _ in first.named_parameters()} < states.keys()

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hstu.config.args import LRScheduleArgs
-from hstu.optim.optimizers import Schedule
+from hstu.optim.optimizers import lr_multiplier
 
 TOTAL, PER_EPOCH = 100, 10
 
 
 def multipliers(**args: Any) -> list[float]:
-    schedule = Schedule(LRScheduleArgs(**args))
-    return [schedule.multiplier(iteration, TOTAL, iteration // PER_EPOCH, PER_EPOCH) for iteration in range(TOTAL + 1)]
+    schedule = LRScheduleArgs(**args)
+    return [lr_multiplier(schedule, step, TOTAL, step // PER_EPOCH, PER_EPOCH) for step in range(TOTAL + 1)]
 
 
 @pytest.mark.parametrize("warmup", [{"warmup_iters": 20}, {"warmup_ratio": 0.2}])
@@ -62,9 +62,9 @@ def test_by_epoch_warms_up_at_epoch_ends() -> None:
 
 
 def test_by_epoch_follows_the_epochs_of_the_data_not_their_usual_length() -> None:
-    schedule = Schedule(LRScheduleArgs(schedule="linear", by_epoch=True))
-    assert schedule.multiplier(11, TOTAL, 0, PER_EPOCH) == 1.0  # an epoch of 12 steps
-    assert schedule.multiplier(12, TOTAL, 1, PER_EPOCH) == pytest.approx(0.9)
+    schedule = LRScheduleArgs(schedule="linear", by_epoch=True)
+    assert lr_multiplier(schedule, 11, TOTAL, 0, PER_EPOCH) == 1.0  # an epoch of 12 steps
+    assert lr_multiplier(schedule, 12, TOTAL, 1, PER_EPOCH) == pytest.approx(0.9)
 
 
 @given(
@@ -76,4 +76,4 @@ def test_a_multiplier_is_always_between_zero_and_one(
     shape: str, warmup: int, total: int, per_epoch: int, iteration: int, floor: float, by_epoch: bool
 ) -> None:
     args = LRScheduleArgs(schedule=shape, warmup_iters=warmup, min_ratio=floor, milestones=[5, 9], by_epoch=by_epoch)
-    assert 0.0 <= Schedule(args).multiplier(iteration, total, iteration // per_epoch, per_epoch) <= 1.0 + 1e-12
+    assert 0.0 <= lr_multiplier(args, iteration, total, iteration // per_epoch, per_epoch) <= 1.0 + 1e-12

@@ -52,7 +52,7 @@ from hstu.train.directories import choose_directories, describe_saving
 from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.inference import StoredSource, describe_features, zero_untrained_items
 from hstu.train.sources import StoreSource, open_source
-from hstu.train.trainer import Trainer, leave_nothing
+from hstu.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | N
         try:
             return _build(config, run_directory, checkpoints, mesh, beside_tables)
         except BaseException:
-            leave_nothing(run_directory, checkpoints)
+            checkpoints.close()  # may leave the directory of the run empty
+            run_directory.discard()
             raise
     except BaseException:
         checkpoints.close()

@@ -92,7 +92,7 @@ class Selection:
     def __init__(self, metric: str | None, mode: str, split: str, patience: int | None) -> None:
         self.metric = metric
         self.split = split
-        self._lower = mode == "min"
+        self._mode = mode
         self._patience = patience
         self.value = math.nan
         self.iteration: int | None = None
@@ -103,8 +103,7 @@ class Selection:
         """Update from ``history``. Returns whether the split's last evaluation is the best."""
         if self.metric is None:
             return False
-        mode = "min" if self._lower else "max"
-        self.value, self.iteration, self.without_improvement = history.find_best(self.split, self.metric, mode)
+        self.value, self.iteration, self.without_improvement = history.find_best(self.split, self.metric, self._mode)
         return self.iteration is not None and self.without_improvement == 0
 
     @property

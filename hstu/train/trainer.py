@@ -115,7 +115,7 @@ class Trainer:
             if begun:
                 self._summarise(status)
             else:
-                leave_nothing(self.run_directory, self.checkpoints)
+                self.run_directory.discard()
             self._stop.uninstall()
 
     def _restore(self) -> None:
@@ -345,9 +345,3 @@ class Trainer:
             **best,
         )
         self.run_directory.close()
-
-
-def leave_nothing(run_directory: RunDirectory, checkpoints: CheckpointStore) -> None:
-    """Remove the directories of a run that could not begin, unless they hold something else."""
-    checkpoints.close()
-    run_directory.discard()

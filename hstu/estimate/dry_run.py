@@ -26,7 +26,6 @@ from hstu.estimate.record import GRADIENTS, Recorder, Recording
 from hstu.estimate.workload import Batch, Workload
 from hstu.model.embedding import ReplicatedTables, TableSpec
 from hstu.model.gr_model import DenseModel, GRModel
-from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts
 from hstu.ops.fake import fake_kernels
 from hstu.ops.kernels import Backend, Kernels
@@ -157,7 +156,7 @@ def _build_step(workload: Workload, mesh: Mesh, kernels: Kernels, batch: TrainBa
     corpus_size, draws = source.cardinalities[source.roles.item], source.negatives
     task = task_module(
         config,
-        SequenceFeatures.of(source.roles, source.max_items),
+        source.roles,
         kernels,
         gather_pool=lambda rows, ids, largest: gather_rows(rows, ids, largest, mesh.dp_group),
         log_counts=LogCounts(torch.zeros(corpus_size)) if draws is not None and draws.logq else None,

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hstu.checkpoint.tensors import AVERAGE, TABLES, WEIGHTS
 from hstu.config.run_config import RunConfig
+from hstu.data.features.roles import FeatureRoles
 from hstu.estimate.dry_run import DryRun
 from hstu.estimate.workload import Workload
 from hstu.model.embedding import TableSpec, build_collections
-from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import ROUNDED_WEIGHTS
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -182,10 +182,10 @@ def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) 
     return {name: cost for name, cost in found.items() if cost.bytes}
 
 
-def dense_tensors(run: RunConfig, features: SequenceFeatures) -> dict[str, torch.Size]:
+def dense_tensors(run: RunConfig, roles: FeatureRoles) -> dict[str, torch.Size]:
     """Dense checkpoint tensor (named as in TrainState.tensors) → size. Raises ConfigError for bad part_optimizers."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = nn.ModuleDict({"task": task_module(run, features, REFERENCE_KERNELS)})
+        model = nn.ModuleDict({"task": task_module(run, roles, REFERENCE_KERNELS)})
         states = DenseOptimizer(model, run.optimizer).state_tensors()
     sizes = {f"{WEIGHTS}{name}": tensor.size() for name, tensor in model.state_dict().items()}
     return sizes | {f"optimizer.dense.{name}": cast(torch.Tensor, state).size() for name, state in states.items()}
@@ -206,7 +206,7 @@ def checkpoint(workload: Workload) -> tuple[int, int]:
     """(files, bytes of the tensors) of a checkpoint. The rows that dynamic tables will have are unknown: not counted.
     Each rank has a file of tensors, one of its generators and, with dynamic tables, one of those; rank 0 has 5 more."""
     config, source = workload.config, workload.source
-    sizes = dense_tensors(config, SequenceFeatures.of(source.roles, source.max_items))
+    sizes = dense_tensors(config, source.roles)
     sizes |= table_tensors(config, workload.specs)
     found = FLOAT32 * sum(size.numel() for size in sizes.values())
     found += sum(ids.nbytes for ids in raw_ids(source).tensors().values())

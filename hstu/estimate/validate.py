@@ -34,7 +34,6 @@ from hstu.estimate.estimate import beside_tables, memory, size
 from hstu.estimate.sharding import TableShards, dense_tensors, plan_tables, table_tensors
 from hstu.estimate.workload import Workload, plan_workload
 from hstu.model.embedding import table_specs
-from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
 from hstu.observe.run_directory import default_path
@@ -104,14 +103,12 @@ def open_data(run: RunDraft, built: Built) -> Problems:
     dataset = run.dataset
     if not isinstance(dataset, DatasetArgs):
         built.roles, built.tables = benchmark_roles(dataset), tuple(run.embeddings)
-        built.max_items = run.max_items
         return
     if path := dataset.eval_dataset_path:
         yield from check(run, dataset, "eval_dataset_path", SequenceStore.open, path)
     built.store = yield from attempt(run, dataset, _place_of_data(dataset), open_store, dataset)
     arguments = built.store, dataset, tasks_of(run), run.has_item_tower
     built.roles = yield from attempt(run, dataset, "dataset_name", resolve_roles, *arguments)
-    built.max_items = dataset.max_sequence_length
 
 
 def rows_suffice(run: RunDraft, built: Built) -> Problems:
@@ -185,8 +182,7 @@ def kernels_run_here(run: RunDraft, built: Built) -> Problems:
 
 def build_dense(run: RunDraft, built: Built) -> Problems:
     """The dense part and its optimizers can be built. Stores the sizes of all checkpoint tensors."""
-    features = SequenceFeatures.of(built.roles, built.max_items)
-    dense = yield from attempt(run, run.optimizer, "part_optimizers", dense_tensors, run, features)
+    dense = yield from attempt(run, run.optimizer, "part_optimizers", dense_tensors, run, built.roles)
     built.tensors = dense | table_tensors(run, built.specs)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import NetworkArgs
 from hstu.config.args.network import SIDE_WIDTH
+from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import sequence_tokens
 from hstu.data.features.roles import FeatureRoles
@@ -50,9 +51,10 @@ class SequenceFeatures(FeatureRoles):
         }
 
     @classmethod
-    def of(cls, roles: FeatureRoles, max_items: int) -> SequenceFeatures:
-        """Build from ``roles``."""
-        return cls(**vars(roles), max_items=max_items)
+    def of(cls, config: RunConfig, roles: FeatureRoles) -> SequenceFeatures:
+        """The sequences of a run whose data has these roles."""
+        transforms = {name: args.transform for args in config.numbers for name in args.feature_names}
+        return cls(**vars(roles), max_items=config.max_items, transforms=transforms, asks_for_next=config.asks_for_next)
 
     def tokens_per_item(self, network: NetworkArgs) -> int:
         """Tokens per item."""

@@ -156,7 +156,7 @@ def choose_partition(config: RunConfig, roles: FeatureRoles, lengths: SampleLeng
     trainer, network = config.trainer, config.network
     if trainer.tokens_per_rank is None and not trainer.enable_balanced_shuffler:
         return None
-    longest = SequenceFeatures.of(roles, config.max_items).max_tokens(network)
+    longest = SequenceFeatures.of(config, roles).max_tokens(network)
     length = f"max_sequence_length ({config.max_items} items and {len(roles.contextual)} contextual features)"
     if problems := list(token_limit_admits(config, longest, length)):
         raise ConfigError(in_reading_order(problems))

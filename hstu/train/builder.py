@@ -206,14 +206,14 @@ def build_model(
 
 def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
     """Build the sequence encoder and the head or loss of the task, with kernels for this device."""
-    network, roles = config.network, source.roles
+    network = config.network
     shapes = kernel_shapes(network, mesh.tp_size, mesh.cp_size)
     kernels = select_kernels(network.kernel_backend, network.strict_kernel_backend, mesh.device, shapes)
     for operator, served in kernels.served_by.items():
         log.log(logging.WARNING if served.is_refused else logging.INFO, "kernel %s: %s", operator, served)
     task = task_module(
         config,
-        SequenceFeatures.of(roles, source.max_items),
+        source.roles,
         kernels,
         label_codes(config, source),
         lambda rows, ids, largest: gather_rows(rows, ids, largest, mesh.dp_group),
@@ -226,17 +226,14 @@ def build_task(config: RunConfig, source: BatchSource, mesh: Mesh) -> TaskModel:
 
 def task_module(
     config: RunConfig,
-    features: SequenceFeatures,
+    roles: FeatureRoles,
     kernels: Kernels,
     codes: Sequence[LabelCodes] = (),
     gather_pool: GatherPool = lambda rows, ids, _: (rows, ids),
     log_counts: LogCounts | None = None,
 ) -> TaskModel:
     """Build the task's module, independent of data, ranks and device. ``codes``: empty if classes begin at 0."""
-    network = config.network
-    transforms = {name: args.transform for args in config.numbers for name in args.feature_names}
-    inputs = dataclasses.replace(features, transforms=transforms, asks_for_next=config.asks_for_next)
-    encoder = SequenceEncoder(network, inputs, kernels)
+    encoder = SequenceEncoder(config.network, SequenceFeatures.of(config, roles), kernels)
     args = config.task_args
     if isinstance(args, RetrievalArgs):
         return RetrievalDense(encoder, args, gather_pool, log_counts)

@@ -26,7 +26,6 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.model.embedding import table_specs
-from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
 from hstu.ops.compile_ahead import Job, adopt_triton_cache, compile_all, num_cores, strip_triton_cache
@@ -67,7 +66,7 @@ def _run_step(config: RunConfig) -> None:
     widths = {feature: spec.dim for spec in specs for feature in spec.features}
     task = task_module(
         config,
-        SequenceFeatures.of(source.roles, config.max_items),
+        source.roles,
         resolve_kernels(Backend.TRITON, kernel_shapes(config.network)),
         log_counts=source.log_counts(),
     )

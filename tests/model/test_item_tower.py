@@ -66,7 +66,7 @@ def with_features(batch: HSTUBatch) -> HSTUBatch:
 
 def make_model() -> tuple[RetrievalDense, dict[str, nn.Parameter]]:
     torch.manual_seed(0)
-    model = RetrievalDense(RunningSum(DIM, False, SequenceFeatures.of(ROLES, max_items=8)), ARGS)
+    model = RetrievalDense(RunningSum(DIM, False, SequenceFeatures(**vars(ROLES), max_items=8)), ARGS)
     tables = {
         name: nn.Parameter(torch.randn(rows, DIM if name == "item" else SIDE_WIDTH, dtype=torch.float64))
         for name, rows in ROWS.items()

@@ -36,6 +36,7 @@ from hstu.ops.kernels import (
     Negatives,
     RelativeBias,
     SeenItems,
+    SoftmaxLoss,
 )
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout, TokenOrder, build_layout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -44,7 +45,6 @@ from hstu.ops.support import unsupported_reason
 
 Errors = dict[str, tuple[float, float]]
 """Comparison → relative error, and the largest error that rounding explains."""
-Function = Callable[..., Tensor]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference relative to the largest number: above the rounding of the dtype, far below a defect."""
 NORM_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
@@ -76,7 +76,7 @@ class Case(NamedTuple):
 
     operator: str
     name: str
-    function: Callable[[Any], Function]  # Maps the kernels of a backend to a function of ``leaves`` on any device
+    function: Callable[..., Tensor]  # Of the kernels of a backend and of ``leaves`` on any device
     leaves: Sequence[Tensor]  # On the CPU
     dtype: torch.dtype  # Decides the tolerance
 
@@ -104,8 +104,8 @@ def jobs(backend: str, shapes: KernelShapes | None, capability: int, operators: 
 
 def errors(case: Case, kernels: Any, device: torch.device) -> Errors:
     """Largest error of the output and of the gradients, and whether a second run has different bits."""
-    exact = _results(case.function(getattr(REFERENCE_KERNELS, case.operator)), case.leaves, torch.float64)
-    ours, again = (_results(case.function(kernels), case.leaves, None, device) for _ in range(2))
+    exact = _results(case, getattr(REFERENCE_KERNELS, case.operator), torch.float64)
+    ours, again = (_results(case, kernels, None, device) for _ in range(2))
     differences = [(mine.double() - right, right) for mine, right in zip(ours, exact, strict=True)]
     largest = [float(difference.abs().max() / right.abs().max()) for difference, right in differences]
     # np.max returns nan if an error is nan; max() may not
@@ -116,15 +116,12 @@ def errors(case: Case, kernels: Any, device: torch.device) -> Errors:
     return {**found, f"{case.name}, repeated": (float(not all(map(torch.equal, ours, again))), 0.0)}
 
 
-def _results(
-    function: Function, leaves: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | str = "cpu"
-) -> list[Tensor]:
+def _results(case: Case, kernels: Any, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> list[Tensor]:
     with torch.enable_grad():
-        inputs = [leaf.detach().to(device, dtype).requires_grad_() for leaf in leaves]
-        out = function(*inputs)
-        slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-            leaves[0].dtype
-        )
+        inputs = [leaf.detach().to(device, dtype).requires_grad_() for leaf in case.leaves]
+        out = case.function(kernels, *inputs)
+        slope = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        slope = slope.to(case.leaves[0].dtype)
         grads = torch.autograd.grad(out, inputs, slope.to(device, out.dtype))
     return [x.detach().cpu() for x in (out, *grads)]
 
@@ -148,16 +145,13 @@ def _attention_case(shapes: KernelShapes, mask: str, window: str) -> Case:
     num_tokens = layout_on(torch.device("cpu")).num_tokens
     parts = [torch.randn(num_tokens, 2, width).to(dtype) for _ in range(3)]
 
-    def function(kernels: Any) -> Function:
-        def run(v: Tensor, q: Tensor, k: Tensor, shift: Tensor, *tables: Tensor) -> Tensor:
-            bias = RelativeBias(*tables) if tables else None
-            return hstu_attention(AttentionInputs(q, k, v, layout_on(v.device), config, bias), kernels, shift)
-
-        return run
+    def run(kernels: Any, v: Tensor, q: Tensor, k: Tensor, shift: Tensor, *tables: Tensor) -> Tensor:
+        bias = RelativeBias(*tables) if tables else None
+        return hstu_attention(AttentionInputs(q, k, v, layout_on(v.device), config, bias), kernels, shift)
 
     words = [f"{width} channels", str(dtype).removeprefix("torch."), mask, window, *(["bias"] if tables else [])]
     leaves = [*parts, torch.zeros(2, 3, width), *tables]
-    return Case("attention", f"attention ({', '.join(words)})", function, leaves, dtype)
+    return Case("attention", f"attention ({', '.join(words)})", run, leaves, dtype)
 
 
 def _row_cases(shapes: KernelShapes) -> Iterator[Case]:
@@ -165,23 +159,17 @@ def _row_cases(shapes: KernelShapes) -> Iterator[Case]:
     heads = [torch.randn(70, shapes.num_heads, shapes.head_dim).to(dtype) for _ in range(2)]
     x, affine, update = torch.randn(70, width), [torch.randn(width) for _ in range(2)], torch.randn(70, width).to(dtype)
 
-    def add_norm(kernels: Any) -> Function:
-        def run(x: Tensor, weight: Tensor, bias: Tensor, update: Tensor | None = None) -> Tensor:
-            norm_dtype = torch.promote_types(x.dtype, torch.float32)
-            return torch.cat(add_layer_norm(AddLayerNormInputs(x, update, weight, bias, 1e-5, norm_dtype), kernels))
-
-        return run
+    def add_norm(kernels: Any, x: Tensor, weight: Tensor, bias: Tensor, update: Tensor | None = None) -> Tensor:
+        norm_dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.cat(add_layer_norm(AddLayerNormInputs(x, update, weight, bias, 1e-5, norm_dtype), kernels))
 
     for residual in dict.fromkeys((torch.float32, dtype)):
         name, leaves = f"add_layer_norm ({str(residual).removeprefix('torch.')} residual", [x.to(residual), *affine]
         yield Case("add_layer_norm", f"{name}, first layer)", add_norm, leaves, residual)
         yield Case("add_layer_norm", f"{name})", add_norm, [*leaves, update], dtype)
 
-    def gate(kernels: Any) -> Function:
-        def run(x: Tensor, u: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            return norm_mul_dropout(GateInputs(x, u, weight, bias, GateConfig(1e-5, 0.0)), kernels, shift)
-
-        return run
+    def gate(kernels: Any, x: Tensor, u: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return norm_mul_dropout(GateInputs(x, u, weight, bias, GateConfig(1e-5, 0.0)), kernels, shift)
 
     weights = [torch.zeros(shapes.num_heads, shapes.head_dim), *(torch.randn(inner) for _ in range(2))]
     yield Case("norm_mul_dropout", "norm_mul_dropout", gate, [*heads, *weights], dtype)
@@ -189,24 +177,23 @@ def _row_cases(shapes: KernelShapes) -> Iterator[Case]:
     yield Case(
         "project_uvqk",
         f"project_uvqk ({width} → {4 * inner})",
-        lambda kernels: lambda x, weight, bias: project_uvqk(x, weight, bias, kernels),
+        lambda kernels, x, weight, bias: project_uvqk(x, weight, bias, kernels),
         [tensor.to(dtype) for tensor in (x, *projection)],
         dtype,
     )
     positions, source = torch.randint(40, (70,)), torch.randperm(70)
+    order = source, source.argsort()
     yield Case(
         "add_positions",
         "add_positions",
-        lambda kernel: lambda x, table: kernel(x, table, positions.to(x.device)),
+        lambda kernel, x, table: kernel(x, table, positions.to(x.device)),
         [x, torch.randn(30, width)],
         torch.float32,
     )
     yield Case(
         "jagged_concat",
         "jagged_concat",
-        lambda kernel: (
-            lambda *parts: kernel(parts, TokenOrder(source.to(parts[0].device), source.argsort().to(parts[0].device)))
-        ),
+        lambda kernel, *parts: kernel(parts, TokenOrder(*(each.to(parts[0].device) for each in order))),
         [torch.randn(rows, width) for rows in (3, 67)],
         torch.float32,
     )
@@ -214,7 +201,7 @@ def _row_cases(shapes: KernelShapes) -> Iterator[Case]:
 
 def _loss_cases(shapes: KernelShapes) -> Iterator[Case]:
     rows = torch.randn(30, shapes.item_dim)
-    yield Case("l2_normalize", "l2_normalize", lambda kernel: lambda rows: kernel(rows, 1e-6), [rows], torch.float32)
+    yield Case("l2_normalize", "l2_normalize", lambda kernel, rows: kernel(rows, 1e-6), [rows], torch.float32)
     vectors = [F.normalize(torch.randn(rows, shapes.item_dim), dim=1) for rows in (90, 90, 70)]
     few = [vectors[0][:20], vectors[1][:20], vectors[2]]  # one program per query: more queries test nothing new
     targets, ids, draws = torch.randint(70, (90,)), torch.arange(70), torch.randint(70, (90, 37))
@@ -222,38 +209,26 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[Case]:
     indices = torch.arange(90, dtype=torch.int32)
     first = torch.randint(-1, 180, (2, 70), dtype=torch.int32)
 
-    def loss(is_drawn: bool, is_masked: bool) -> Callable[[Any], Function]:
-        def function(kernel: Any) -> Function:
-            def run(*tensors: Tensor) -> Tensor:
-                count, to = len(tensors[0]), partial(torch.Tensor.to, device=tensors[0].device)
-                seen = SeenItems(*map(to, (first, indices[:count] % 2, indices[:count]))) if is_masked else None
-                drawn = to(draws[:count]) if is_drawn else None
-                loss: Tensor = kernel(
-                    *tensors, Negatives(to(targets[:count]), to(ids), 0.1, to(log_weights), seen, drawn)
-                )
-                return loss
-
-            return run
-
-        return function
+    def loss(is_drawn: bool, is_masked: bool, kernel: SoftmaxLoss, *tensors: Tensor) -> Tensor:
+        count, to = len(tensors[0]), partial(torch.Tensor.to, device=tensors[0].device)
+        seen = SeenItems(*map(to, (first, indices[:count] % 2, indices[:count]))) if is_masked else None
+        drawn = to(draws[:count]) if is_drawn else None
+        negatives = Negatives(to(targets[:count]), to(ids), 0.1, to(log_weights), seen, drawn)
+        return kernel(*tensors, negatives)
 
     for name, leaves in (("pool_softmax_loss", vectors), ("sampled_softmax_loss", few)):
         for is_masked in (False, True):
             text = f"{name}, seen items masked" if is_masked else name
-            yield Case(name, text, loss(leaves is few, is_masked), leaves, torch.float32)
+            yield Case(name, text, partial(loss, leaves is few, is_masked), leaves, torch.float32)
 
 
-def _train_rows(kernel: Any) -> Function:
+def _train_rows(kernel: Any, gradients: Tensor) -> Tensor:
     """A table and its states after an Adam step on some rows, plus a term that makes the case differentiable."""
-
-    def run(gradients: Tensor) -> Tensor:
-        rows = (torch.arange(len(gradients)) * 7 % 30)[None]
-        gradient = torch.sparse_coo_tensor(rows, gradients.detach(), (50, gradients.shape[1]), check_invariants=True)
-        tables = torch.ones(3, 50, gradients.shape[1], dtype=gradients.dtype)
-        kernel(gradient, tables[0], tables[1:].unbind(), RowUpdate("adam", 0.1, 1e-8, (0.9, 0.99), step=3))
-        return tables + 0.01 * gradients.sum()
-
-    return run
+    rows = (torch.arange(len(gradients)) * 7 % 30)[None]
+    gradient = torch.sparse_coo_tensor(rows, gradients.detach(), (50, gradients.shape[1]), check_invariants=True)
+    tables = torch.ones(3, 50, gradients.shape[1], dtype=gradients.dtype)
+    kernel(gradient, tables[0], tables[1:].unbind(), RowUpdate("adam", 0.1, 1e-8, (0.9, 0.99), step=3))
+    return tables + 0.01 * gradients.sum()
 
 
 def slots_errors(device: torch.device) -> Errors:

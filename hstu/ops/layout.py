@@ -88,7 +88,13 @@ class JaggedLayout:
     query_times: Tensor | None = None
     """int64 [T], seconds: time of the next context or history token; its own for the last and for candidates."""
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-    """Data that operators derive from the layout once and reuse in each layer and in backward."""
+    """Results of :meth:`cached`."""
+
+    def cached(self, key: Hashable, derive: Callable[[], Any]) -> Any:
+        """``derive()``, called once per ``key``: what operators reuse in each layer and in backward."""
+        if key not in self.cache:
+            self.cache[key] = derive()
+        return self.cache[key]
 
     @property
     def batch_size(self) -> int:
@@ -99,6 +105,11 @@ class JaggedLayout:
     def num_tokens(self) -> int:
         """Number of tokens T."""
         return int(self.seqlens.sum())
+
+    @property
+    def longest_first(self) -> np.ndarray:
+        """int64 [B], host: indices of the sequences by falling length; equally long ones keep their order."""
+        return np.argsort(-self.seqlens, kind="stable")
 
     @property
     def num_items(self) -> np.ndarray:

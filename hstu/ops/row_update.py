@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,30 +34,21 @@ class RowUpdate:
     """Absolute value to which g is clamped; None: no limit."""
 
 
-class UpdateRows(Protocol):
-    """Apply a :class:`RowUpdate` in place."""
+UpdateRows = Callable[[Tensor, Tensor, Sequence[Tensor], RowUpdate, Tensor | None], None]
+"""Apply a :class:`RowUpdate` in place: (gradient, weight, states, update, found_inf).
 
-    def __call__(
-        self,
-        gradient: Tensor,
-        weight: Tensor,
-        states: Sequence[Tensor],
-        update: RowUpdate,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """weight: [rows, D]. states: m and v of adam, s of adagrad, none of sgd, each shaped as weight.
-
-        gradient: sparse COO [rows, D] in which rows may repeat, or dense, where all-zero rows have no gradient.
-        Repeated rows are summed in order of occurrence, so that the bits do not depend on the position of a row.
-        found_inf: scalar on the device; if it is not 0, nothing changes.
-        """
+gradient: sparse COO [rows, D] in which rows may repeat, or dense, where all-zero rows have no gradient.
+Repeated rows are summed in order of occurrence, so that the bits do not depend on the position of a row.
+weight: [rows, D]. states: m and v of adam, s of adagrad, none of sgd, each shaped as weight.
+found_inf: scalar on the device; if it is not 0, nothing changes.
+"""
 
 
 @torch.no_grad()
 def update_rows(
     gradient: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate, found_inf: Tensor | None = None
 ) -> None:
-    """See :class:`UpdateRows`."""
+    """See :data:`UpdateRows`."""
     if not gradient.is_sparse:
         changes = gradient.ne(0).any(1, keepdim=True)
         if found_inf is not None:

@@ -209,12 +209,14 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[Case]:
     indices = torch.arange(90, dtype=torch.int32)
     first = torch.randint(-1, 180, (2, 70), dtype=torch.int32)
 
-    def loss(is_drawn: bool, is_masked: bool, kernel: SoftmaxLoss, *tensors: Tensor) -> Tensor:
-        count, to = len(tensors[0]), partial(torch.Tensor.to, device=tensors[0].device)
+    def loss(
+        is_drawn: bool, is_masked: bool, kernel: SoftmaxLoss, queries: Tensor, positives: Tensor, pool: Tensor
+    ) -> Tensor:
+        count, to = len(queries), partial(torch.Tensor.to, device=queries.device)
         seen = SeenItems(*map(to, (first, indices[:count] % 2, indices[:count]))) if is_masked else None
         drawn = to(draws[:count]) if is_drawn else None
         negatives = Negatives(to(targets[:count]), to(ids), 0.1, to(log_weights), seen, drawn)
-        return kernel(*tensors, negatives)
+        return kernel(queries, positives, pool, negatives)
 
     for name, leaves in (("pool_softmax_loss", vectors), ("sampled_softmax_loss", few)):
         for is_masked in (False, True):
@@ -227,7 +229,7 @@ def _train_rows(kernel: Any, gradients: Tensor) -> Tensor:
     rows = (torch.arange(len(gradients)) * 7 % 30)[None]
     gradient = torch.sparse_coo_tensor(rows, gradients.detach(), (50, gradients.shape[1]), check_invariants=True)
     tables = torch.ones(3, 50, gradients.shape[1], dtype=gradients.dtype)
-    kernel(gradient, tables[0], tables[1:].unbind(), RowUpdate("adam", 0.1, 1e-8, (0.9, 0.99), step=3))
+    kernel(gradient, tables[0], tables[1:].unbind(), RowUpdate("adam", 0.1, 1e-8, (0.9, 0.99), step=3), None)
     return tables + 0.01 * gradients.sum()
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.data.batches.jagged import run_offsets
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, is_bfloat, library, pointer, strides
-from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
+from hstu.ops.kernels import AttentionInputs, Gradient, RelativeBias
+from hstu.ops.layout import NUM_TIME_BUCKETS
 
 MOST_BUCKET_BYTES = 2**26
 MOST_BINS = 64  # work items with separate sums of bias gradients
@@ -50,11 +48,9 @@ class _Arguments(Arguments):
 class _Plan:
     """Values that depend on the layout and the mask alone."""
 
-    offsets: np.ndarray  # int64 [B + 1]
-    candidates: np.ndarray
-    order: np.ndarray  # int64 [B]: longest sequences first
+    order: Tensor  # int64 [B]: longest sequences first
     buckets: Tensor | None = None
-    bucket_offsets: np.ndarray | None = None
+    bucket_offsets: Tensor | None = None  # int64 [B + 1]
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
@@ -86,11 +82,8 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
 def _prepare(inputs: AttentionInputs) -> _Arguments:
     """Arguments that forward and backward share. Computes the time buckets on the first call for a layout."""
     q, k, v, bias, layout, config = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.layout, inputs.config
-    plan = _plan(layout, config)
+    plan: _Plan = layout.cached(("cpu attention", config), lambda: _Plan(torch.from_numpy(layout.longest_first)))
     arguments = _Arguments(
-        offsets=plan.offsets.ctypes.data,
-        candidates=plan.candidates.ctypes.data,
-        order=plan.order.ctypes.data,
         sequences=layout.batch_size,
         heads=q.shape[1],
         width=q.shape[2],
@@ -107,7 +100,8 @@ def _prepare(inputs: AttentionInputs) -> _Arguments:
         contextual_mask=config.contextual_mask,
         is_bfloat=is_bfloat((q, k, v)),
     )
-    arguments.set(q=q, k=k, v=v)
+    candidates = torch.from_numpy(layout.num_candidate_tokens_host)
+    arguments.set(q=q, k=k, v=v, offsets=layout.seqlen_offsets, candidates=candidates, order=plan.order)
     arguments.move(inputs.queries, "q")
     if bias is not None:
         arguments.positions = len(bias.position_weight)
@@ -121,24 +115,14 @@ def _prepare(inputs: AttentionInputs) -> _Arguments:
     return arguments
 
 
-def _plan(layout: JaggedLayout, config: AttentionConfig) -> _Plan:
-    key = ("cpu attention", config)
-    if key not in layout.cache:
-        seqlens = layout.seqlens.astype(np.int64)
-        candidates = np.ascontiguousarray(layout.num_candidate_tokens_host, dtype=np.int64)
-        layout.cache[key] = _Plan(run_offsets(seqlens), candidates, np.argsort(-seqlens, kind="stable"))
-    plan: _Plan = layout.cache[key]
-    return plan
-
-
 def _set_buckets(arguments: _Arguments, plan: _Plan) -> None:
     is_first = plan.bucket_offsets is None
     if plan.bucket_offsets is None:
-        plan.bucket_offsets = np.empty(arguments.sequences + 1, dtype=np.int64)
-        library().hstu_bucket_offsets(ctypes.byref(arguments), pointer(plan.bucket_offsets.ctypes.data))
-        if plan.bucket_offsets[-1] <= MOST_BUCKET_BYTES:
-            plan.buckets = torch.empty(int(plan.bucket_offsets[-1]), dtype=torch.uint8)
-    arguments.set(buckets=plan.buckets)
-    arguments.bucket_offsets = plan.bucket_offsets.ctypes.data
+        plan.bucket_offsets = torch.empty(arguments.sequences + 1, dtype=torch.int64)
+        library().hstu_bucket_offsets(ctypes.byref(arguments), pointer(plan.bucket_offsets.data_ptr()))
+        num_bytes = int(plan.bucket_offsets[-1])
+        if num_bytes <= MOST_BUCKET_BYTES:
+            plan.buckets = torch.empty(num_bytes, dtype=torch.uint8)
+    arguments.set(buckets=plan.buckets, bucket_offsets=plan.bucket_offsets)
     if is_first and plan.buckets is not None:
         library().hstu_fill_buckets(ctypes.byref(arguments))

@@ -78,11 +78,6 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Address of a tensor's first element."""
-    return None if tensor is None else tensor.data_ptr()
-
-
 class Arguments(ctypes.Structure):
     """Arguments of a C++ function. Subclasses list the fields of the C++ struct in the same order."""
 
@@ -99,7 +94,7 @@ class Arguments(ctypes.Structure):
             if tensor is not None and hasattr(self, f"{name}_strides"):
                 tensor = tensor if tensor.stride(-1) == 1 or tensor.numel() == 0 else tensor.contiguous()
                 setattr(self, f"{name}_strides", strides(*tensor.stride()[:2]))
-            setattr(self, name, address(tensor))
+            setattr(self, name, None if tensor is None else tensor.data_ptr())
             self._tensors.append(tensor)
 
 

@@ -33,7 +33,7 @@ class _Arguments(Arguments):
 def update_rows(
     gradient: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate, found_inf: Tensor | None = None
 ) -> None:
-    """See :class:`hstu.ops.row_update.UpdateRows`. PyTorch serves dense gradients, ``found_inf`` and other dtypes."""
+    """See :data:`hstu.ops.row_update.UpdateRows`. PyTorch serves dense gradients, ``found_inf`` and other dtypes."""
     tensors = (weight, *states)
     served = gradient.is_sparse and all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
     if not served or found_inf is not None:

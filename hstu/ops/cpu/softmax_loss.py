@@ -64,8 +64,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             target_ids=negatives.target_ids.long().contiguous(),
             pool_ids=negatives.pool_ids.long().contiguous(),
         )
-        if log_weights is not None:
-            arguments.set(log_weights=log_weights.contiguous())
+        arguments.set(log_weights=None if log_weights is None else log_weights.contiguous())
         if seen is not None:
             arguments.set(**seen._asdict())
         losses = torch.empty(num_queries)
@@ -120,10 +119,8 @@ class PoolSoftmaxLoss(SoftmaxLoss):
                 ordered=seen is not None,
             )
             arguments.set(scores=scores, keys=keys[..., columns], marks=marks[rows], peaks=peaks, totals=totals)
-            if key_rows is not None:
-                arguments.set(key_rows=key_rows[rows])
-            if log_weights is not None:
-                arguments.set(log_weights=log_weights[columns])
+            arguments.set(key_rows=None if key_rows is None else key_rows[rows])
+            arguments.set(log_weights=None if log_weights is None else log_weights[columns])
             library().hstu_pool_softmax(ctypes.byref(arguments))
 
         blocks = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS)
@@ -159,7 +156,7 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         out, norms = torch.empty(x.shape), torch.empty(len(x))
-        arguments = _unit_arguments(x, eps)
+        arguments = _UnitArguments(rows=len(x), width=x.shape[1], eps=eps)
         arguments.set(x=x.contiguous(), out=out, norms=norms)
         library().hstu_unit(ctypes.byref(arguments), 0)
         ctx.save_for_backward(out, norms)
@@ -170,11 +167,8 @@ class _Unit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
         unit, norms = ctx.saved_tensors
-        arguments, grad_x = _unit_arguments(unit, ctx.eps), torch.empty(unit.shape)
+        grad_x = torch.empty(unit.shape)
+        arguments = _UnitArguments(rows=len(unit), width=unit.shape[1], eps=ctx.eps)
         arguments.set(unit=unit, grad_out=grad_out.contiguous(), norms=norms, grad_x=grad_x)
         library().hstu_unit(ctypes.byref(arguments), 1)
         return grad_x, None
-
-
-def _unit_arguments(rows: Tensor, eps: float) -> _UnitArguments:
-    return _UnitArguments(rows=len(rows), width=rows.shape[1], eps=eps)

@@ -116,12 +116,13 @@ def _work_on(
     device: torch.device, shape: Shape, layout: JaggedLayout, config: AttentionConfig, heads: int, processors: int
 ) -> tuple[Tensor, int]:
     """Blocks on the device (:func:`list_blocks`) and number of CTAs, cached per layout."""
-    key = ("cutlass", config, shape.rows, shape.block, shape.tile, heads, processors)
-    if key not in layout.cache:
+
+    def derive() -> tuple[Tensor, int]:
         blocks = list_blocks(layout, config, shape.rows, shape.block)
         work = np.repeat(work_of(blocks, layout, config, shape.rows, shape.block, shape.tile), heads)
-        layout.cache[key] = to_device(blocks, device), num_ctas(work, processors)
-    return layout.cache[key]
+        return to_device(blocks, device), num_ctas(work, processors)
+
+    return layout.cached(("cutlass", config, shape.rows, shape.block, shape.tile, heads, processors), derive)
 
 
 def _loadable(tensor: Tensor) -> Tensor:

@@ -52,16 +52,14 @@ class BiasArguments:
     @classmethod
     def of(cls, bias: RelativeBias, layout: JaggedLayout) -> "BiasArguments":
         """The arguments for a batch. Times are converted once per layout."""
-        key = ("cutlass", "times")
-        if key not in layout.cache:
-            assert layout.query_times is not None and layout.token_times is not None
-            layout.cache[key] = layout.query_times.double(), layout.token_times.double()
+        query, token = layout.query_times, layout.token_times
+        assert query is not None and token is not None
+        query_times, token_times = layout.cached(("cutlass", "times"), lambda: (query.double(), token.double()))
         position, farthest = bias.position_weight.float(), len(bias.position_weight) // 2
         center = max(farthest, int(layout.seqlens.max(initial=0)))
         if center > farthest:  # distances beyond the table use its outermost weights
             distances = torch.arange(-center, center + 1, device=position.device)
             position = position[distances.clamp_(-farthest, farthest).add_(farthest)]
-        query_times, token_times = layout.cache[key]
         time = bias.time_weight.float().contiguous()
         return cls(query_times, token_times, position.contiguous(), time, center)
 

@@ -50,9 +50,8 @@ def list_blocks(layout: JaggedLayout, config: AttentionConfig, rows: Rows, block
     lengths = layout.seqlens
     ends = lengths - layout.num_candidate_tokens_host
     sequences = np.stack([run_starts(lengths), np.zeros_like(lengths), lengths, ends], axis=1).astype(np.int32)
-    longest_first = np.argsort(-lengths, kind="stable")
-    num_blocks = -(-lengths[longest_first] // block)
-    items = np.repeat(sequences[longest_first], num_blocks, axis=0)
+    num_blocks = -(-lengths[layout.longest_first] // block)
+    items = np.repeat(sequences[layout.longest_first], num_blocks, axis=0)
     sequence, index = run_indices(num_blocks)
     if rows is Rows.QUERIES:
         num_leading = -(-leading_rows(layout, config) // block)

@@ -206,7 +206,7 @@ def groups(layout: JaggedLayout, config: AttentionConfig, heads: int, queries: r
     """Groups of sequences, the longest first. queries: see :class:`AttentionInputs`."""
     device = layout.positions.device
     budget = max(SCORES_PER_BLOCK[device.type] // heads, 1)
-    starts, order = run_starts(layout.seqlens), np.argsort(-layout.seqlens, kind="stable")
+    starts, order = run_starts(layout.seqlens), layout.longest_first
     order = order[layout.seqlens[order] > 0]
     while len(order):
         length = int(layout.seqlens[order[0]])

@@ -64,7 +64,7 @@ def _values(gradient: Gradient) -> Heads:
 class _Kernel(NamedTuple):
     """A kernel with one program per head and per tile of each sequence."""
 
-    name: str  # Key of its tile sizes
+    name: str  # Key of its tile sizes in TILES_16_BIT and TILES_FLOAT32
     function: Any
     tile: str  # Name of the constant that holds the rows of a tile
 
@@ -105,10 +105,15 @@ class _Call:
         return torch.zeros(count, slots, *self.inputs.q.shape[1:], dtype=torch.float32, device=self.inputs.q.device)
 
     def _configs(self, kernel: _Kernel) -> list[triton.Config]:
-        capability = capability_of(self.inputs.q.device)
-        return attention_configs(
-            kernel.name, self._block_d, self.inputs.q.element_size(), self.inputs.bias is not None, capability
-        )
+        """Configurations of a kernel; the first that fits the device runs."""
+        q, key = self.inputs.q, (kernel.name, self.inputs.bias is not None)
+        tiles_16_bit = TILES_16_BIT[key][capability_of(q.device) >= (9, 0)]
+        by_width = TILES_FLOAT32[key] if q.element_size() > 2 else tiles_16_bit
+        tiles = next(by_width[width] for width in sorted(by_width) if self._block_d <= width)
+        return [
+            triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+            for m, n, warps, stages in tiles
+        ]
 
     def bias_gradients(self, grad: Tensor, bias: RelativeBias) -> RelativeBias:
         """Gradients of the position and time weights, in the dtypes of the weights."""
@@ -192,19 +197,14 @@ def _bounds(queries: range | None, layout: JaggedLayout) -> Tensor | None:
     """First and stop token of the queries on the device: int64 [2]."""
     if queries is None:
         return None
-    key = ("triton", queries)
-    if key not in layout.cache:
-        layout.cache[key] = to_device(np.array([queries.start, queries.stop]), layout.seqlen_offsets.device)
-    return layout.cache[key]
+    device = layout.seqlen_offsets.device
+    return layout.cached(("triton", queries), lambda: to_device(np.array([queries.start, queries.stop]), device))
 
 
 def _longest_first(layout: JaggedLayout) -> Tensor:
     """Indices of the sequences by falling length: int32 [B] on the device."""
-    key = ("triton", "longest first")
-    if key not in layout.cache:
-        order = np.argsort(-layout.seqlens, kind="stable").astype(np.int32)
-        layout.cache[key] = to_device(order, layout.seqlen_offsets.device)
-    return layout.cache[key]
+    device = layout.seqlen_offsets.device
+    return layout.cached(("triton", "order"), lambda: to_device(layout.longest_first.astype(np.int32), device))
 
 
 Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
@@ -278,18 +278,6 @@ TILES_FLOAT32: dict[tuple[str, bool], Tiles] = {
     ("queries", False): {128: ((16, 16, 4, 1),), 256: ((16, 16, 8, 1),)},
     ("queries", True): {64: ((16, 16, 4, 1),), 128: ((16, 16, 4, 2),), 256: ((16, 16, 8, 1),)},
 }
-
-
-def attention_configs(
-    kernel: str, block_d: int, itemsize: int, has_bias: bool, capability: tuple[int, int]
-) -> list[triton.Config]:
-    """Configurations of a kernel ("forward", "keys" or "queries"); the first that fits the device runs."""
-    key = (kernel, has_bias)
-    by_width = TILES_FLOAT32[key] if itemsize > 2 else TILES_16_BIT[key][capability >= (9, 0)]
-    tiles = next(by_width[width] for width in sorted(by_width) if block_d <= width)
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages) for m, n, warps, stages in tiles
-    ]
 
 
 def bias_config(block_d: int, itemsize: int, capability: tuple[int, int]) -> triton.Config:

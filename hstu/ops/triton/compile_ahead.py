@@ -76,15 +76,13 @@ def run_slots() -> None:
 
 def jobs_of(launches: Iterable[Launch], capability: int) -> list[Job]:
     """One job per distinct kernel of the launches, in its first configuration, which runs if it fits the device."""
-    different = {
-        specialized_kernel(launch, launch.configs[0], capability): (launch, launch.configs[0]) for launch in launches
-    }
+    different = {specialized_kernel(launch, launch.configs[0], capability): launch for launch in launches}
     return [
         Job(
-            f"{launch.kernel.fn.__name__} ({describe_config(config)})",
-            partial(compile_kernel, launch, config, capability),
+            f"{launch.kernel.fn.__name__} ({describe_config(launch.configs[0])})",
+            partial(compile_kernel, launch, launch.configs[0], capability),
         )
-        for launch, config in different.values()
+        for launch in different.values()
     ]
 
 

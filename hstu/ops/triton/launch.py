@@ -79,7 +79,8 @@ def launcher(kernel: Any, grid: Grid, configs: Sequence[triton.Config]) -> Calla
         return partial(kernel[grid], **configs[0].kwargs)
     _hash_functions(kernel.__module__)
     if _recording is not None:
-        return partial(_record, _recording[1], kernel, grid, configs)
+        launches = _recording[1]
+        return lambda **arguments: launches.append(Launch(kernel, arguments, configs, grid))
     return partial(_launch_first, kernel, grid, configs)
 
 
@@ -102,12 +103,6 @@ def _hash_functions(module: str) -> None:
             if function.__module__ != module:
                 _hash_functions(function.__module__)
             _ = function.cache_key
-
-
-def _record(
-    launches: list[Launch], kernel: Any, grid: Grid, configs: Sequence[triton.Config], /, **arguments: Any
-) -> None:
-    launches.append(Launch(kernel, arguments, configs, grid))
 
 
 def _launch_first(kernel: Any, grid: Grid, configs: Sequence[triton.Config], /, **arguments: Any) -> None:

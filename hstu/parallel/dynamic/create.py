@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hstu.config.args import DynamicEmbeddingArgs
 from hstu.ops.check_process import remembered
-from hstu.ops.cpu.build import KernelsUnavailable, address, int32, int64, library, library_file, pointer
+from hstu.ops.cpu.build import KernelsUnavailable, int32, int64, library, library_file, pointer
 from hstu.ops.kernels import SLOTS
 from hstu.ops.select import select_slot_kernels
 from hstu.parallel.dynamic.slots import Assignment, Policy, SlotTable, TorchSlots
@@ -96,7 +96,7 @@ class CpuSlots(SlotTable):
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return pointer(address(tensor))
+    return pointer(tensor.data_ptr())
 
 
 def _refusal(operators: Sequence[str] = (SLOTS,)) -> dict[str, str | None]:

@@ -59,7 +59,7 @@ def fake_kernels(backend: Backend, report: Report) -> Kernels:
         gate = GateKernels(partial(_gate, report, fused), partial(_gate_backward, report), fused)
         found = replace(found, norm_mul_dropout=gate)
     if backend is Backend.CPU:
-        found = replace(found, l2_normalize=partial(_l2_normalize, report))
+        found = replace(found, l2_normalize=lambda vectors, eps: _FakeUnit.apply(vectors.float(), report))
     if fused:
         norm = AddLayerNormKernels(partial(_add_layer_norm, report), partial(_add_layer_norm_backward, report))
         projection = ProjectionKernels(partial(_project, report), partial(_activate, report))
@@ -81,8 +81,7 @@ def _attention_backward(
     report("attention", _attention_cost(inputs).backward, grad, inputs.q, inputs.k, inputs.v)
     copied = _copies(inputs, rows=7, padded=7, blocks=3) if copies else []
     del copied
-    bias = inputs.bias
-    return bias and RelativeBias(torch.empty_like(bias.position_weight), torch.empty_like(bias.time_weight))
+    return inputs.bias and RelativeBias(*map(torch.empty_like, inputs.bias))
 
 
 def _copies(inputs: AttentionInputs, rows: int, padded: int, blocks: int) -> list[Tensor]:
@@ -174,11 +173,6 @@ def _project(report: Report, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
 def _activate(report: Report, projected: Tensor) -> Tensor:
     report("other operators", Cost(0.0, 2.0 * projected.nbytes), projected)
     return torch.empty_like(projected)
-
-
-def _l2_normalize(report: Report, vectors: Tensor, eps: float) -> Tensor:
-    result: Tensor = _FakeUnit.apply(vectors.float(), report)
-    return result
 
 
 class _FakeUnit(torch.autograd.Function):

@@ -66,14 +66,10 @@ def hstu_attention(inputs: AttentionInputs, kernels: AttentionKernels, shift: Te
             before = [Preactivation(*part) for part in zip(shifted.unbind(2), grad_shift.unbind(1), strict=True)]
         of_v, of_q, of_k = map(Gradient, grads, before)
         grad_bias = kernels.backward(grad, given(v, q, k, tables), (of_q, of_k, of_v))
-        return *grads, grad_shift, *_tables(grad_bias)
+        return *grads, grad_shift, *(grad_bias or ())
 
-    (out,) = _differentiable(forward, backward, inputs.v, inputs.q, inputs.k, shift, *_tables(inputs.bias))
+    (out,) = _differentiable(forward, backward, inputs.v, inputs.q, inputs.k, shift, *(inputs.bias or ()))
     return out
-
-
-def _tables(bias: RelativeBias | None) -> tuple[Tensor, ...]:
-    return () if bias is None else (bias.position_weight, bias.time_weight)
 
 
 def _empty_shift(shift: Tensor) -> Tensor:

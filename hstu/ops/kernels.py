@@ -18,8 +18,7 @@ Forward = TypeVar("Forward")
 Backward = TypeVar("Backward")
 
 
-@dataclass
-class RelativeBias:
+class RelativeBias(NamedTuple):
     """Bias tables of a layer, shared by its heads: [2 P - 1], with P the longest possible sequence, and [128].
 
     The bias of query i and key j is ``position_weight[P - 1 + clamp(position_i - position_j, ±(P - 1))] +

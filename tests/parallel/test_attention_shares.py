@@ -39,7 +39,7 @@ def random_inputs(
 
 def results(inputs: AttentionInputs, slope: Tensor, kernels: AttentionKernels = KERNELS) -> list[Tensor]:
     """The output and the gradients of q, k, v and the bias."""
-    leaves = [inputs.q, inputs.k, inputs.v, *([] if inputs.bias is None else vars(inputs.bias).values())]
+    leaves = [inputs.q, inputs.k, inputs.v, *(inputs.bias or ())]
     leaves = [each.clone().requires_grad_() for each in leaves]
     q, k, v, *tables = leaves
     out = hstu_attention(replace(inputs, q=q, k=k, v=v, bias=RelativeBias(*tables) if tables else None), kernels)
@@ -49,7 +49,7 @@ def results(inputs: AttentionInputs, slope: Tensor, kernels: AttentionKernels = 
 def together(inputs: AttentionInputs, slope: Tensor, ranks: int) -> list[Tensor]:
     """:func:`results`, put together from those of ``ranks`` ranks, each of which has all heads."""
     total = [torch.zeros_like(each) for each in (slope, inputs.q, inputs.k, inputs.v)]
-    tables = [] if inputs.bias is None else [torch.zeros_like(each) for each in vars(inputs.bias).values()]
+    tables = [] if inputs.bias is None else [torch.zeros_like(each) for each in inputs.bias]
     for rank in range(ranks):
         # An odd number of heads has no common divisor with 2 and 4 ranks, and 5 none with 3: a group is one rank.
         share = share_attention(inputs.layout, inputs.config, 5, inputs.bias is not None, ranks, rank, True)
@@ -154,7 +154,7 @@ def test_kernels_compute_ranges_of_queries_alone(
     layout = Batch(users, contextuals=2, tokens_per_item=1, group_size=2).layout()
     inputs = random_inputs(layout, AttentionConfig(0.6, LONGEST, **mask), has_bias, dtype)
     tokens, slope = layout.num_tokens, torch.randn_like(inputs.q)
-    bias = None if inputs.bias is None else RelativeBias(*(each.double() for each in vars(inputs.bias).values()))
+    bias = None if inputs.bias is None else RelativeBias(*(each.double() for each in inputs.bias))
     exact = replace(inputs, q=inputs.q.double(), k=inputs.k.double(), v=inputs.v.double(), bias=bias)
     for start, stop in [(0, 33), (33, 34), (34, 60), (60, tokens), (tokens, tokens)][:: 2 if INTERPRETED else 1]:
         rows, queries = slice(start, stop), range(start, stop)

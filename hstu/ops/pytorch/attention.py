@@ -107,10 +107,7 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
     of_rows = grad_q[:-1].mul_(config.alpha), grad_k[:-1].mul_(config.alpha), grad_v[:-1]
     for gradient, rows in zip(grads, of_rows, strict=True):
         gradient.write(rows)
-    if bias is None:
-        return None
-    position, time = grad_tables
-    return RelativeBias(position.to(bias.position_weight.dtype), time.to(bias.time_weight.dtype))
+    return bias and RelativeBias(*(grad.to(weight.dtype) for grad, weight in zip(grad_tables, bias, strict=True)))
 
 
 def padded_forward(inputs: AttentionInputs) -> Tensor:
@@ -171,8 +168,7 @@ def _unpad(padded: Tensor, tokens: Tensor, rows: Tensor) -> None:
 
 
 def _tables(bias: RelativeBias | None) -> list[Tensor]:
-    weights = [] if bias is None else [bias.position_weight, bias.time_weight]
-    return [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+    return [weight.to(torch.promote_types(weight.dtype, torch.float32)) for weight in bias or ()]
 
 
 # -- groups and blocks -------------------------------------------------------------------------------------------

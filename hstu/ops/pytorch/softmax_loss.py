@@ -99,8 +99,7 @@ def in_blocks(
             grad_pool[columns].addmm_(block.t(), queries[rows] * row_scales)
         grad_queries[rows] *= row_scales
     if wants_gradients:
-        grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
-        ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
+        save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
     return losses.sum()
 
 
@@ -126,8 +125,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             weights = logits.sub_((positive_logits + losses)[:, None]).exp_().div_(temperature)
             grad_queries = _weighted_row_sums(pool, draws, weights)
             grad_pool = _weighted_row_sums_transposed(queries, draws, weights, len(pool))
-            grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
-            ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
+            save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
         return losses.sum()
 
 
@@ -143,14 +141,19 @@ def first_indices(ids: Tensor, ordered: Tensor) -> Tensor:
     return torch.where(padded[found] == ids, found, len(ordered))
 
 
-def add_positive_part(
-    grad_queries: Tensor, queries: Tensor, positives: Tensor, losses: Tensor, temperature: float
-) -> Tensor:
-    """Add the targets' contribution to the queries' gradient in place; returns the gradient of ``positives``."""
+def save_gradients(
+    ctx: Any,
+    of_negatives: tuple[Tensor, Tensor],
+    queries: Tensor,
+    positives: Tensor,
+    losses: Tensor,
+    temperature: float,
+) -> None:
+    """Save the gradients for backward. of_negatives: those of queries and pool through the negatives; changed."""
     # A target's probability p is exp(−loss). Near 1, p − 1 would lose digits, so use expm1.
     weights = torch.expm1(-losses).div_(temperature)[:, None]
-    grad_queries.addcmul_(weights, positives)
-    return weights * queries
+    grad_queries, grad_pool = of_negatives
+    ctx.save_for_backward(grad_queries.addcmul_(weights, positives), weights * queries, grad_pool)
 
 
 def _draw_scores(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:

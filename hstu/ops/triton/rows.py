@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -33,9 +33,7 @@ class _Concat(torch.autograd.Function):
     def forward(ctx: Any, inverse: Tensor, *parts: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.lengths, ctx.dtypes = [len(part) for part in parts], [part.dtype for part in parts]
-        dtype = parts[0].dtype
-        for part in parts:
-            dtype = torch.promote_types(dtype, part.dtype)
+        dtype = reduce(torch.promote_types, ctx.dtypes)
         tokens = torch.empty(sum(ctx.lengths), parts[0].shape[1], dtype=dtype, device=parts[0].device)
         for part, index in zip(parts, inverse.split(ctx.lengths), strict=True):
             _move_rows(part, tokens, index, scatter=True)

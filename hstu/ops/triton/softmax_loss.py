@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hstu.ops.kernels import Negatives
-from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, add_positive_part, target_losses
+from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, save_gradients, target_losses
 from hstu.ops.triton.launch import launcher, precision_for
 from hstu.ops.triton.primitives import LOG2_E, Matrix, dot, elements, load_rows, matrix, store_rows
 from hstu.ops.triton.rows import sums_by_key
@@ -58,8 +58,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
             tiles = gradient_tiles[queries.shape[1] > 128]
             for grad, own, other in ((grad_queries, of_queries, of_pool), (grad_pool, of_pool, of_queries)):
                 _launch_pairs(pool_gradients, own, other, tiles, grad=matrix(grad), OF_POOL=grad is grad_pool, **shared)
-            grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
-            ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
+            save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
         return losses.sum()
 
 
@@ -109,8 +108,7 @@ class SampledSoftmaxLoss(SoftmaxLoss):
                     **shared,
                 )
             grad_pool = sums_by_key(queries, draws.flatten().long(), len(pool), logits, max(1, num_draws))
-            grad_positives = add_positive_part(grad_queries, queries, positives, losses, temperature)
-            ctx.save_for_backward(grad_queries, grad_positives, grad_pool)
+            save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
         return losses.sum()
 
 

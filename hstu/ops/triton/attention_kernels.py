@@ -16,7 +16,6 @@ from hstu.ops.triton.attention_tiles import (
     masked_keys_at,
     masked_rows_at,
     num_masked_keys,
-    num_masked_rows,
     product,
     rows_of_keys,
     scores,
@@ -159,7 +158,7 @@ def attention_backward_keys(
     sum_k = zeros(BLOCK_N, mode.block_d)
     sum_v = zeros(BLOCK_N, mode.block_d)
     tiles = rows_of_keys(first_key, span, mode, BLOCK_M, BLOCK_N)
-    for index in tl.range(0, num_masked_rows(tiles)):
+    for index in tl.range(0, tiles.context_tiles + tiles.masked_tiles + tiles.late_tiles + tiles.newest_tiles):
         first_row, stop_row = masked_rows_at(index, tiles, span, mode, BLOCK_M)
         sum_k, sum_v = _add_rows(
             sum_k, sum_v, k_tile, v_tile, q_head, grad_head, keys, first_row, stop_row, alpha, span, bias,

@@ -278,12 +278,6 @@ def rows_of_keys(first_key, span, mode: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
-def num_masked_rows(tiles):
-    """Number of row tiles that need a mask."""
-    return tiles.context_tiles + tiles.masked_tiles + tiles.late_tiles + tiles.newest_tiles
-
-
-@triton.jit
 def masked_rows_at(index, tiles, span, mode: tl.constexpr, BLOCK_M: tl.constexpr):
     """(first row, stop) of the ``index``-th row tile that needs a mask; it has at most BLOCK_M rows."""
     masked = index - tiles.context_tiles

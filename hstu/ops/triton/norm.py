@@ -172,13 +172,13 @@ def _num_programs(x: Tensor) -> int:
 
 
 @triton.jit
-def _load(tensor, row, columns, WIDTH: tl.constexpr):
-    return tl.load(elements(tensor, row, columns), mask=columns < WIDTH, other=0.0).to(tl.float32)
+def _load(pointers, inside):
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(tensor, row, columns, values, WIDTH: tl.constexpr):
-    tl.store(elements(tensor, row, columns), values.to(tensor.data.dtype.element_ty), mask=columns < WIDTH)
+def _store(pointers, values, inside):
+    tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["mean", "rstd"])
@@ -189,13 +189,13 @@ def add_layer_norm_forward(
     """normalized = norm(total) · weight + bias; writes total = x + update if HAS_UPDATE. Grid: (programs,)."""
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = _load(weight + columns, inside)
+    shift = _load(bias + columns, inside)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        values = _load(x, row, columns, WIDTH)
+        values = _load(elements(x, row, columns), inside)
         if HAS_UPDATE:
-            values += _load(update, row, columns, WIDTH)
-            _store(total, row, columns, values, WIDTH)
+            values += _load(elements(update, row, columns), inside)
+            _store(elements(total, row, columns), values, inside)
             # Normalize the rounded sum, because backward and recomputation start from it.
             values = values.to(total.data.dtype.element_ty).to(tl.float32)
         center = tl.sum(values, axis=0) / WIDTH
@@ -203,7 +203,7 @@ def add_layer_norm_forward(
         inverse = tl.rsqrt(tl.sum(centered * centered, axis=0) / WIDTH + eps)
         tl.store(mean + row, center)
         tl.store(rstd + row, inverse)
-        _store(normalized, row, columns, centered * inverse * scale + shift, WIDTH)
+        _store(elements(normalized, row, columns), centered * inverse * scale + shift, inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["mean", "rstd"])
@@ -214,13 +214,13 @@ def add_layer_norm_backward(
     """grad_x = grad_total + gradient through the norm; grad_update = grad_x if ROUNDED. Grid: (programs,)."""
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = _load(weight + columns, inside)
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     bias_sum = tl.zeros((BLOCK,), tl.float32)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        values = _load(total, row, columns, WIDTH)
-        upstream = _load(grad, row, columns, WIDTH)
-        beside_norm = _load(grad_total, row, columns, WIDTH)
+        values = _load(elements(total, row, columns), inside)
+        upstream = _load(elements(grad, row, columns), inside)
+        beside_norm = _load(elements(grad_total, row, columns), inside)
         inverse = tl.load(rstd + row)
         normalized = tl.where(inside, (values - tl.load(mean + row)) * inverse, 0.0)
         weight_sum += upstream * normalized
@@ -229,9 +229,9 @@ def add_layer_norm_backward(
         mean_scaled = tl.sum(scaled, axis=0) / WIDTH
         mean_product = tl.sum(scaled * normalized, axis=0) / WIDTH
         of_x = (scaled - mean_scaled - normalized * mean_product) * inverse + beside_norm
-        _store(grad_x, row, columns, of_x, WIDTH)
+        _store(elements(grad_x, row, columns), of_x, inside)
         if ROUNDED:
-            _store(grad_update, row, columns, of_x, WIDTH)
+            _store(elements(grad_update, row, columns), of_x, inside)
     sums = tl.program_id(0) * WIDTH + columns
     tl.store(weight_sums + sums, weight_sum, mask=inside)
     tl.store(bias_sums + sums, bias_sum, mask=inside)
@@ -248,21 +248,10 @@ def _keeps(seed, row, dropout, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pointers(tensor, row, columns, HEAD: tl.constexpr):
+def _elements_of_heads(tensor, row, columns, HEAD: tl.constexpr):
     columns = columns.to(tl.int64)
     of_column = (columns // HEAD) * tensor.stride_head + (columns % HEAD) * tensor.stride_channel
     return tensor.data + tl.cast(row, tl.int64) * tensor.stride_token + of_column
-
-
-@triton.jit
-def _load_row(tensor, row, columns, WIDTH: tl.constexpr, HEAD: tl.constexpr):
-    return tl.load(_pointers(tensor, row, columns, HEAD), mask=columns < WIDTH, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_row(tensor, row, columns, values, WIDTH: tl.constexpr, HEAD: tl.constexpr):
-    pointers = _pointers(tensor, row, columns, HEAD)
-    tl.store(pointers, values.to(tensor.data.dtype.element_ty), mask=columns < WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_rows", "seed"], do_not_specialize_on_alignment=["mean", "rstd"])
@@ -274,10 +263,10 @@ def norm_mul_dropout_forward(
     """out = dropout((norm(x) · weight + bias) ⊙ u); reads ``mean`` and ``rstd`` if GIVEN, else writes them."""
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = _load(weight + columns, inside)
+    shift = _load(bias + columns, inside)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        values = _load_row(x, row, columns, WIDTH, HEAD)
+        values = _load(_elements_of_heads(x, row, columns, HEAD), inside)
         if GIVEN:
             center = tl.load(mean + row)
             inverse = tl.load(rstd + row)
@@ -288,10 +277,10 @@ def norm_mul_dropout_forward(
             tl.store(mean + row, center)
             tl.store(rstd + row, inverse)
         result = (values - center) * inverse * scale + shift
-        result *= _load_row(u, row, columns, WIDTH, HEAD)
+        result *= _load(_elements_of_heads(u, row, columns, HEAD), inside)
         if DROPPED:
             result = tl.where(_keeps(seed, row, dropout, BLOCK), result / (1.0 - dropout), 0.0)
-        tl.store(out.data + row * out.stride_row + columns, result.to(out.data.dtype.element_ty), mask=inside)
+        _store(out.data + row * out.stride_row + columns, result, inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "seed"], do_not_specialize_on_alignment=["mean", "rstd"])
@@ -309,20 +298,20 @@ def norm_mul_dropout_backward(
     """
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
-    scale = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+    scale = _load(weight + columns, inside)
+    shift = _load(bias + columns, inside)
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     bias_sum = tl.zeros((BLOCK,), tl.float32)
     gate_sum = tl.zeros((BLOCK,), tl.float32)
     for row in tl.range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
-        values = _load_row(x, row, columns, WIDTH, HEAD)
-        upstream = _load(grad, row, columns, WIDTH)
+        values = _load(_elements_of_heads(x, row, columns, HEAD), inside)
+        upstream = _load(elements(grad, row, columns), inside)
         inverse = tl.load(rstd + row)
         normalized = tl.where(inside, (values - tl.load(mean + row)) * inverse, 0.0)
         if DROPPED:
             factor = tl.where(_keeps(seed, row, dropout, BLOCK), 1.0 / (1.0 - dropout), 0.0)
             upstream *= factor
-        gate = _load_row(u, row, columns, WIDTH, HEAD)
+        gate = _load(_elements_of_heads(u, row, columns, HEAD), inside)
         if SILU:
             share = sigmoid(gate, False)
             slope = silu_derivative(gate, share)
@@ -333,11 +322,11 @@ def norm_mul_dropout_backward(
             if SILU:
                 of_gate *= slope
                 gate_sum += of_gate
-            _store_row(grad_u, row, columns, of_gate, WIDTH, HEAD)
+            _store(_elements_of_heads(grad_u, row, columns, HEAD), of_gate, inside)
             recomputed = affine * gate
             if DROPPED:
                 recomputed *= factor
-            tl.store(gated + row * WIDTH + columns, recomputed.to(gated.dtype.element_ty), mask=inside)
+            _store(gated + row * WIDTH + columns, recomputed, inside)
         upstream *= gate
         weight_sum += upstream * normalized
         bias_sum += upstream
@@ -353,7 +342,7 @@ def norm_mul_dropout_backward(
             tl.store(row_sums + num_rows + row, mean_product)
         else:
             of_x = (scaled - mean_scaled - normalized * mean_product) * inverse
-            _store_row(grad_x, row, columns, of_x, WIDTH, HEAD)
+            _store(_elements_of_heads(grad_x, row, columns, HEAD), of_x, inside)
     if PASS != "rows":
         sums = tl.program_id(0) * WIDTH + columns
         tl.store(weight_sums + sums, weight_sum, mask=inside)

@@ -60,12 +60,9 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
     else:
         _launch(Kernel.KEYS, [k, v, q, grad], [of_k], layout, config)
         _launch(Kernel.VALUES, [k, q, grad], [of_v], layout, config)
-    if bias is None or arguments is None:
-        _launch(Kernel.QUERIES, [q, grad, k, v], [of_q], layout, config)
-        return None
-    sums = BiasSums.zeros(arguments, grad, v, layout)
+    sums = None if arguments is None else BiasSums.zeros(arguments, grad, v, layout)
     _launch(Kernel.QUERIES, [q, grad, k, v], [of_q], layout, config, arguments, sums)
-    return sums.gradients(bias, config)
+    return None if bias is None or sums is None else sums.gradients(bias, config)
 
 
 def _launch(

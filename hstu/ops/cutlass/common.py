@@ -35,7 +35,7 @@ class PairwiseKernel:
     The DSL compiles functions that call an instance. They pass these tuples::
 
         batch = (items, sizes, factors, bias)       see hstu.ops.cutlass.attention._examples; bias: () if there is none
-        masking = (alpha, column, bounds, pairs)    see silu; pairs: see hstu.ops.cutlass.bias, () without a bias
+        masking = (alpha, column, bounds, pairs)    see masked_silu_and_slope; pairs: () without a bias
     """
 
     num_resident: int
@@ -80,10 +80,6 @@ class PairwiseKernel:
         """First column of a thread in a tile without a mask, where only a bias depends on it."""
         return first_column(index, ranges, self.shape) + column_in_tile if self.shape.has_bias else column_in_tile
 
-    def scales(self, factors: tuple) -> tuple:
-        """Factor of each output when it is stored. factors: α and 1 / N."""
-        return (factors[1],) if self.num_resident == 1 else (factors[0] * factors[1], factors[1])
-
     @cute.jit
     def store(self, sums: tuple, outs: tuple, index: Int32, start: tuple, factors: tuple) -> None:
         """Write the sums of the ``index``-th block. factors: α and 1 / N; start: see store_rows.
@@ -91,7 +87,8 @@ class PairwiseKernel:
         outs: one tensor per output. With ``through_silu``, also one tensor of pre-activations per output, and one
         float32 [8 · blocks, d, H] per output for its sums over the 16 rows of each warp.
         """
-        scales, (item, head, row, column) = self.scales(factors), start
+        (alpha, inverse_n), (item, head, row, column) = factors, start
+        scales = (inverse_n,) if const_expr(self.num_resident == 1) else (alpha * inverse_n, inverse_n)
         for i in cutlass.range_constexpr(len(self.outputs)):
             output = self.outputs[i]
             if const_expr(self.through_silu):
@@ -157,42 +154,37 @@ def is_visible(column: Int32, bounds: tuple) -> Boolean:
 
 
 @cute.jit
-def half_and_tanh(score: Float32, alpha: Float32) -> tuple:
-    """h = α score / 2 and tanh h. SiLU(2 h) = h + h tanh h needs one special-function instruction per score.
+def silu_and_slope(score: Float32, alpha: Float32) -> tuple:
+    """SiLU and SiLU' of 2 h = α score. SiLU(2 h) = h + h tanh h needs one special-function instruction per score.
 
     The hardware's tanh has a relative error of at most 2^-11, less than the rounding of a weight to bfloat16.
     """
     half = score * (alpha * 0.5)
-    return half, cute.math.tanh(half, fastmath=True)
+    tanh = cute.math.tanh(half, fastmath=True)
+    weight, rising = half * tanh + half, tanh * 0.5 + 0.5
+    return weight, rising + weight * (1.0 - rising)
 
 
 @cute.jit
-def silu(scores: cute.Tensor, masking: tuple, masked: cutlass.Constexpr) -> None:
-    """Replace each product by SiLU(α product); if ``masked``, by 0 where the row does not see the column.
+def masked_silu_and_slope(score: Float32, e: cutlass.Constexpr, masking: tuple, masked: cutlass.Constexpr) -> tuple:
+    """SiLU and SiLU' of α times the ``e``-th product; if ``masked``, 0 where the row does not see the column.
 
-    scores: accumulators as in :func:`store_rows`. masking: α, column of the first accumulator, bounds
-    (:func:`row_bounds`) of the rows ``row`` and ``row + 8``, and ``pairs``.
+    masking: α, column of the first accumulator, bounds (:func:`row_bounds`) of the rows ``row`` and ``row + 8``, and
+    ``pairs``. Accumulators are as in :func:`store_rows`.
     """
     alpha, column, bounds, _ = masking
-    for e in cutlass.range_constexpr(cute.size(scores)):
-        half, tanh = half_and_tanh(scores[e], alpha)
-        weight = half * tanh + half
-        if const_expr(masked):
-            weight = bias.or_zero(is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2]), weight)
-        scores[e] = weight
-
-
-@cute.jit
-def silu_and_slope(score: Float32, e: cutlass.Constexpr, masking: tuple, masked: cutlass.Constexpr) -> tuple:
-    """SiLU and SiLU' of α times the ``e``-th product, masked as in :func:`silu`."""
-    alpha, column, bounds, _ = masking
-    half, tanh = half_and_tanh(score, alpha)
-    weight, rising = half * tanh + half, tanh * 0.5 + 0.5
-    slope = rising + weight * (1.0 - rising)
+    weight, slope = silu_and_slope(score, alpha)
     if const_expr(masked):
         counts = is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2])
         weight, slope = bias.or_zero(counts, weight), bias.or_zero(counts, slope)
     return weight, slope
+
+
+@cute.jit
+def silu(scores: cute.Tensor, masking: tuple, masked: cutlass.Constexpr) -> None:
+    """Replace each product by SiLU(α product), as :func:`masked_silu_and_slope` does."""
+    for e in cutlass.range_constexpr(cute.size(scores)):
+        scores[e], _ = masked_silu_and_slope(scores[e], e, masking, masked)
 
 
 @cute.jit
@@ -203,7 +195,7 @@ def silu_derivative(
     """Replace each product by SiLU'(α product), as :func:`silu` does; ``with_weights``: pack SiLU into ``weights``."""
     values = cute.make_rmem_tensor(cute.size(scores), Float32)
     for e in cutlass.range_constexpr(cute.size(scores)):
-        values[e], scores[e] = silu_and_slope(scores[e], e, masking, masked)
+        values[e], scores[e] = masked_silu_and_slope(scores[e], e, masking, masked)
     if const_expr(with_weights):
         pack(values, weights, dtype)
 
@@ -307,9 +299,8 @@ def multiply_slopes(
             values = cute.recast_tensor(pairs, dtype)
             for i in cutlass.range_constexpr(cute.size(values)):
                 e = (cute.size(pairs) * group + i // 2) * 4 + 2 * r + i % 2
-                half, tanh = half_and_tanh(values[i].to(Float32), Float32(1.0))
-                rising = tanh * 0.5 + 0.5
-                sums[e] = bias.or_zero(exists, sums[e] * (rising + (half * tanh + half) * (1.0 - rising)))
+                _, slope = silu_and_slope(values[i].to(Float32), Float32(1.0))
+                sums[e] = bias.or_zero(exists, sums[e] * slope)
 
 
 @cute.jit

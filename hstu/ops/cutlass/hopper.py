@@ -65,12 +65,6 @@ def sums_mma(shape: Shape) -> cute.TiledMma:
     )
 
 
-def tma_load(tensor: cute.Tensor, layout: cute.ComposedLayout, rows: int, head_dim: int) -> tuple[Any, Any]:
-    """Copy atom that loads [rows, d] of one head, and the tensor of its coordinates."""
-    atom, coordinates = cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tensor, layout, (rows, head_dim))
-    return atom, coordinates
-
-
 @cute.jit
 def load(
     atom: cute.CopyAtom, source: cute.Tensor, first: Int32, head: Int32, target: cute.Tensor, barrier: cute.Pointer

@@ -26,7 +26,7 @@ class Sm80Kernel(PairwiseKernel):
     """The loop over blocks and tiles. Subclasses add one tile to the sums."""
 
     compute: Callable[..., None]
-    """Adds the tile in a stage to the sums: ``compute(stage, buffers, registers, masking, masked)``."""
+    """Adds the tile in a stage to the sums: ``compute(stage, state, masking, masked)``; state: see ``kernel``."""
 
     @cute.jit
     def __call__(
@@ -110,13 +110,13 @@ class Sm80Kernel(PairwiseKernel):
     @cute.jit
     def step(self, block: tuple, u: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr) -> None:
         """Add tile ``u`` to the sums while the next tile loads. The column of ``masking`` counts within the tile."""
-        tensors, buffers, registers = state
+        tensors, buffers, _ = state
         self.load(tensors, block, u + 1, buffers)
         cute.arch.cp_async_wait_group(1)
         cute.arch.sync_threads()
         alpha, column_in_tile, bounds, pairs = masking
         column = common.first_column(u, block[2], self.shape) + column_in_tile
-        self.compute(u % STAGES, buffers, registers, (alpha, column, bounds, pairs), masked)
+        self.compute(u % STAGES, state, (alpha, column, bounds, pairs), masked)
         cute.arch.sync_threads()
 
 
@@ -126,12 +126,9 @@ class ForwardSm80(Sm80Kernel):
     num_resident = 1
 
     @cute.jit
-    def compute(
-        self, stage: Int32, buffers: tuple, registers: tuple, masking: tuple, masked: cutlass.Constexpr
-    ) -> None:
+    def compute(self, stage: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr) -> None:
         """Add the tile in ``stage`` to the sums."""
-        (sums,), scores, weights = registers
-        resident, streamed, streamed_transposed = buffers
+        _, (resident, streamed, streamed_transposed), ((sums,), scores, weights) = state
         multiply_shared(self.shape, scores, resident[None, None, 0], streamed[None, None, stage])
         if const_expr(self.shape.has_bias):
             bias.add(scores, masking[1], masking[3], self.shape.rows, False)
@@ -146,13 +143,11 @@ class BackwardSm80(Sm80Kernel):
     num_resident = 2
 
     @cute.jit
-    def compute(
-        self, stage: Int32, buffers: tuple, registers: tuple, masking: tuple, masked: cutlass.Constexpr
-    ) -> None:
+    def compute(self, stage: Int32, state: tuple, masking: tuple, masked: cutlass.Constexpr) -> None:
         """Add the tile in ``stage`` to the sums."""
         shape = self.shape
+        _, (resident, streamed, streamed_transposed), registers = state
         (sums, weight_sums), scores, products, weights, gradients = registers
-        resident, streamed, streamed_transposed = buffers
         with_weights = self.num_outputs == 2
         multiply_shared(shape, scores, resident[None, None, 0], streamed[None, None, stage])
         multiply_shared(shape, products, resident[None, None, 1], streamed[None, None, STAGES + stage])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import cuda.bindings.driver as cuda
 import cutlass
 from cutlass import Int32, Int64, const_expr, cute
-from cutlass.cute.nvgpu import warpgroup
+from cutlass.cute.nvgpu import cpasync, warpgroup
 
 from hstu.ops.cutlass import bias, common, hopper
 from hstu.ops.cutlass.common import PairwiseKernel
@@ -38,9 +38,10 @@ class Sm90Kernel(PairwiseKernel):
         tensors = tuple(common.heads_of(pointer, batch[1], stride, shape.head_dim) for pointer, stride in pairs)
         block_layout = hopper.tile_layout(shape, shape.block, 1)
         tile_layout = hopper.tile_layout(shape, shape.tile, shape.stages)
+        copy = cpasync.CopyBulkTensorTileG2SOp()
         boxes = [(block_layout, shape.block)] * self.num_resident + [(tile_layout, shape.tile)] * 2
-        loads = [
-            hopper.tma_load(tensor, layout, rows, shape.head_dim)
+        loads = [  # copy atom for [rows, d] of one head, and the tensor of its coordinates
+            tuple(cpasync.make_tiled_tma_atom(copy, tensor, layout, (rows, shape.head_dim)))
             for tensor, (layout, rows) in zip(tensors[: self.num_resident + 2], boxes, strict=True)
         ]
         element, alignment = shape.dtype, hopper.BUFFER_ALIGNMENT
@@ -100,7 +101,7 @@ class Sm90Kernel(PairwiseKernel):
             buffers: tuple = (resident, streamed, transposed)
             if const_expr(self.num_slopes > 0):
                 buffers = (*buffers, smem.slopes.data_ptr(), of_slopes)
-            self.compute(buffers, tuple(rings), outs, batch, tables, thread - hopper.WARPGROUP)
+            self.consume(buffers, tuple(rings), outs, batch, tables, thread - hopper.WARPGROUP)
 
     @cute.jit
     def produce(self, loads: tuple, resident: cute.Tensor, streamed: cute.Tensor, rings: tuple, batch: tuple) -> None:
@@ -126,11 +127,6 @@ class Sm90Kernel(PairwiseKernel):
                 count += 1
             turn += 1
             work = common.work_index(turn)
-
-    @cute.jit
-    def compute(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
-        """Compute, in the threads of two warpgroups; ``thread`` counts from the first of them."""
-        self.consume(buffers, rings, outs, batch, tables, thread)
 
     @cute.jit
     def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:

@@ -31,7 +31,7 @@ class SplitBackwardSm90(Sm90Kernel):
         self.of_keys = _Keys(shape, through_silu)
 
     @cute.jit
-    def compute(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
+    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
         """Compute, in the threads of two warpgroups; ``thread`` counts from the first of them."""
         if cute.arch.make_warp_uniform(thread // WARPGROUP) == 0:
             self.of_values.consume(buffers, rings, outs, batch, tables, thread)
@@ -55,13 +55,14 @@ class _Half(ForwardSm90):
         return (sums,), scores, packed
 
     @cute.jit
-    def slopes_of(self, count: Int32, slopes: list) -> cute.Tensor:
-        """Shared memory for the slopes of this thread's pairs in tile ``count``: int32 [VECTOR, vectors]."""
+    def slopes_of(self, count: Int32, slopes: list) -> tuple[cute.Tensor, cute.Tensor]:
+        """int32 [VECTOR, vectors] for the slopes of this thread's pairs in tile ``count``: in shared memory, and
+        in registers."""
         vectors = self.shape.tile // 4 // VECTOR
         first = count % self.shape.stages * vectors * WARPGROUP + cute.arch.thread_idx()[0] % WARPGROUP
-        return cute.make_tensor(
-            slopes[0] + first * VECTOR, cute.make_layout((VECTOR, vectors), stride=(1, VECTOR * WARPGROUP))
-        )
+        layout = cute.make_layout((VECTOR, vectors), stride=(1, VECTOR * WARPGROUP))
+        shared = cute.make_tensor(slopes[0] + first * VECTOR, layout)
+        return shared, cute.make_rmem_tensor(shared.layout.shape, Int32)
 
 
 class _Values(_Half):
@@ -74,10 +75,9 @@ class _Values(_Half):
         """Replace the scores by SiLU(α S), and pass SiLU'(α S) on."""
         values = cute.make_rmem_tensor(cute.size(scores), Float32)
         for e in cutlass.range_constexpr(cute.size(scores)):
-            scores[e], values[e] = common.silu_and_slope(scores[e], e, masking, masked)
+            scores[e], values[e] = common.masked_silu_and_slope(scores[e], e, masking, masked)
         # Free: loading tile ``count`` waited until both warpgroups had released the previous tile of its stage.
-        shared = self.slopes_of(count, slopes)
-        packed = cute.make_rmem_tensor(shared.layout.shape, Int32)
+        shared, packed = self.slopes_of(count, slopes)
         common.pack(values, packed, Float16)
         cute.autovec_copy(packed, shared)
         cute.arch.sync_warp()
@@ -95,8 +95,7 @@ class _Keys(_Half):
         """Multiply dP by SiLU'(α S), which is 0 where the pair is masked."""
         stages = self.shape.stages
         cute.arch.mbarrier_wait(slopes[1] + count % stages, count // stages % 2)
-        shared = self.slopes_of(count, slopes)
-        packed = cute.make_rmem_tensor(shared.layout.shape, Int32)
+        shared, packed = self.slopes_of(count, slopes)
         cute.autovec_copy(shared, packed)
         values = cute.recast_tensor(packed, Float16)
         for e in cutlass.range_constexpr(cute.size(scores)):

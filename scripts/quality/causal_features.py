@@ -1,4 +1,4 @@
-"""Numbers that are known before each rating.
+"""Numbers of each rating, made from the other training users and from the user's earlier ratings.
 
     python scripts/quality/causal_features.py --store tmp_data/ml-1m --seed 1 --output tmp_data/ml-1m-seed1
 
@@ -6,7 +6,8 @@ reads a sequence store with ratings and times, and makes another one whose event
 Parquet tables from which it is made stay in OUTPUT.tables. The seed and the fraction of training users must be those of
 the run, because the split of the users depends on them.
 
-No number of a rating depends on this rating, on later ones of the user, or on the ratings of held-out users
+What is learnt of items counts ratings of other training users at any time, also later ones, which a service would
+not have. No number of a rating depends on this rating, on later ones of the user, or on the ratings of held-out users
 (``ratings.py``). Everything is held in memory: about 1 kB per rating, and 30 bytes per pair of items.
 """
 

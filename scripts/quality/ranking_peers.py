@@ -3,9 +3,9 @@
     python scripts/quality/ranking_peers.py --store tmp_data/ml-1m --seeds 1 2 3 --output peers.md
 
 The users of a run with split = "user_holdout" and the same seed are trained on. The labels are the newest ratings of
-the others, as many as DatasetArgs.max_sequence_length. All methods use the numbers of causal_features.py: what was
-known before each rating. Means, neighbours and factors are such numbers themselves. LightGBM learns from all of them;
-it is an optional dependency (pip install ".[quality]").
+the others, as many as DatasetArgs.max_sequence_length. All methods use the numbers of causal_features.py. Means,
+neighbours and factors are such numbers themselves. LightGBM learns from all of them; it is an optional dependency (pip
+install ".[quality]").
 
 AUC>=4 is that of "four stars or more", over all labels and by the number of earlier ratings in the sample. LOGLOSS is
 that of the stars as classes, of methods that give probabilities. OUTPUT is the printed table.

@@ -260,6 +260,7 @@ class StoreSource(BatchSource):
             recoding=self._recoding if store is self.eval_store else None,
             labels=labels,
             window_seed=self._config.trainer.seed if training and self._args.has_random_windows else None,
+            ties_seed=self._config.trainer.seed if training and self._args.shuffle_ties else None,
             hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
         )
         corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed

@@ -64,6 +64,14 @@ class DatasetArgs(AnyDatasetArgs):
     actions, which are predicted at the time of their own event."""
     shuffle: bool = option(False, changes="training")
     """Shuffle the users again in each epoch."""
+    shuffle_ties: bool = option(
+        False,
+        changes="training",
+        needs=having("task", "retrieval", why="ranking keeps the order in which the numbers of events were computed"),
+    )
+    """Training: shuffle the events of a user that have equal times again in each epoch, so that nothing is learnt from
+    their order in the raw file. What is held out stays held out, and evaluation keeps the order of the file. The data
+    needs times."""
     split: str = option("auto", changes="training", choices=("auto", *SPLITS["retrieval"], *SPLITS["ranking"]))
     """How training and evaluation data are separated. auto: the split column of your own data, if it was preprocessed
     with --split; else leave_one_out for retrieval and user_holdout for ranking."""

@@ -155,7 +155,10 @@ def check_requests(store: SequenceStore, args: DatasetArgs) -> None:
 
 
 def check_split(store: SequenceStore, args: DatasetArgs) -> None:
-    """Raises ConfigError for options that contradict the data's split or leave a split empty."""
+    """Raises ConfigError for options that contradict the data's split, leave a split empty or lack times."""
+    if args.shuffle_ties and store.timestamp_feature is None:
+        text = "needs times, and the data has none; remove it, or preprocess the data with a time column"
+        raise ConfigError([located(args, "shuffle_ties", text)])
     if store.split is None:
         trained, validated = _users_before(store, args)
         if args.valid_fraction and not trained < validated < store.num_users:

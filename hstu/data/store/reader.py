@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from hstu.data.features.values import LabelColumn
 from hstu.data.sampling.negatives import shown_not_taken
 from hstu.data.sampling.sampler import BatchPlan, window_starts
 from hstu.data.sampling.samples import SampleTable, samples_of_requests
+from hstu.data.sampling.ties import shuffled_ties
 from hstu.data.store.meta import read_meta
 from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore, time_codes
 
@@ -40,6 +41,8 @@ class StoreReader:
     """The columns that FeatureRoles.labels names."""
     window_seed: int | None = field(default=None, kw_only=True)
     """Seed that moves the windows of training samples, see window_starts. None: each sample is the newest window."""
+    ties_seed: int | None = field(default=None, kw_only=True)
+    """Seed that shuffles events of equal times in training samples, see shuffled_ties. None: the order of the file."""
     hard_negatives: int = field(default=0, kw_only=True)
     """Hard negatives per label: items that its user was shown and did not take."""
 
@@ -58,7 +61,7 @@ class StoreReader:
         if self.window_seed is not None:
             start = window_starts(history_begin, start, samples.stop, self.window_seed, plan.epoch, plan.ordinals)
         ends = start + lengths
-        items = SampleItems.of(self.store, samples, start, lengths)
+        items = self._shuffled(SampleItems.of(self.store, samples, start, lengths), samples, start, lengths, plan.epoch)
         labelled = SampleItems.of(self.store, samples, ends - num_labels, num_labels) if self.labels else items
         held_out = request_times = seen = None
         if samples.target is not None:
@@ -69,6 +72,7 @@ class StoreReader:
             before = start if samples.target is None else samples.target
             seen_lengths = before - history_begin
             earlier = SampleItems(self.store, ranges(history_begin, seen_lengths))
+            earlier = self._shuffled(earlier, samples, history_begin, seen_lengths, plan.epoch)
             seen = self._of_items(self.roles.item, earlier), seen_lengths
         item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
         return Rows(
@@ -83,16 +87,29 @@ class StoreReader:
             side=self._side(items),
             label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
             numbers=self._numbers(items),
-            hard_negatives=self._hard_negatives(ends, labels_with_history(num_labels, lengths)),
+            hard_negatives=self._hard_negatives(items, lengths, ends, labels_with_history(num_labels, lengths)),
             held_out=held_out,
             request_times=request_times,
             seen=seen,
         )
 
-    def _hard_negatives(self, ends: np.ndarray, num_labels: np.ndarray) -> np.ndarray | None:
+    def _shuffled(
+        self, items: SampleItems, samples: SampleTable, first: np.ndarray, counts: np.ndarray, epoch: int
+    ) -> SampleItems:
+        """The items, ``counts`` of each sample from event ``first`` on, with those of equal times shuffled."""
+        if self.ties_seed is None:
+            return items
+        users = self.samples.user  # a user's first sample ends with the events to train on, other windows before
+        stop = self.samples.stop[np.searchsorted(users, samples.user.astype(users.dtype))].astype(np.int64)
+        times, bounds = self.store.sequence(str(self.store.timestamp_feature)), (samples.history_begin, stop)
+        return replace(items, shuffled=shuffled_ties(times, bounds, first, counts, self.ties_seed, epoch))
+
+    def _hard_negatives(
+        self, items: SampleItems, lengths: np.ndarray, ends: np.ndarray, num_labels: np.ndarray
+    ) -> np.ndarray | None:
         if not self.hard_negatives:
             return None
-        events = ranges(ends - num_labels, num_labels)
+        events = items.taken[ranges(np.cumsum(lengths) - num_labels, num_labels)]
         return shown_not_taken(self.store, events, np.repeat(ends, num_labels), self.hard_negatives)
 
     def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
@@ -179,6 +196,8 @@ class SampleItems:
     """bool [n]. None: all items are events."""
     before: np.ndarray | None = None
     """int64: the event that each event follows; for a candidate, the newest of its history. None: the one before."""
+    shuffled: np.ndarray | None = None
+    """int64: the event whose values stand in the place of each of ``events``, which has its time. None: itself."""
 
     @classmethod
     def of(cls, store: SequenceStore, samples: SampleTable, start: np.ndarray, lengths: np.ndarray) -> SampleItems:
@@ -194,9 +213,14 @@ class SampleItems:
         candidates = ranges(samples.first_candidate, shown)
         return cls(store, ranges(start, lengths - shown), candidates, is_candidate)
 
+    @property
+    def taken(self) -> np.ndarray:
+        """int64: the events whose values the items have."""
+        return self.events if self.shuffled is None else self.shuffled
+
     def values(self, feature: str) -> np.ndarray:
         """[n] stored values of the item, the action or an event feature."""
-        of_events = self.store.sequence(feature)[self.events]
+        of_events = self.store.sequence(feature)[self.taken]
         return self._joined(of_events, lambda shown: self.store.candidates(feature)[shown])
 
     def times(self) -> np.ndarray:
@@ -213,7 +237,7 @@ class SampleItems:
         """Describes the item at ``index`` for an error."""
         if self.is_candidate is not None:
             return "an item of a request"
-        row = int(self.events[index])
+        row = int(self.taken[index])
         user = int(np.searchsorted(self.store.offsets(), row, side="right")) - 1
         return f"user {self.store.raw_ids(USER_FEATURE)[user]} (event {row})"
 

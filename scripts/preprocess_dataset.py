@@ -4,6 +4,8 @@
     python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE... --user COL --item COL
         [--action COL] [--time COL] [--context FILE --context_columns a,b] [--items FILE --item_columns c,d]
         [--event_columns e,f] [--requests FILE... [--request COL]]
+    python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE --sequences
+        [--items FILE.json --item_columns attributes]
     python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
 Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped by Ctrl-C, 143 by SIGTERM; then the same command
@@ -133,6 +135,8 @@ def _make(args: argparse.Namespace) -> Path:
         if misplaced:
             raise ConfigError(f"{', '.join(misplaced)}: only with --interactions, your own table")
         return preprocess(args.dataset_name, raw_path=args.raw_path, **common)
+    if args.sequences:
+        args.user, args.item = args.user or "user", args.item or "item"
     if args.raw_path or not args.user or not args.item:
         raise ConfigError("--interactions needs --user and --item, and does not go with --raw_path")
     columns = InteractionColumns(**{name: getattr(args, name) for name in _COLUMNS})

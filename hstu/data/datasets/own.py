@@ -16,7 +16,7 @@ from duckdb import DuckDBPyConnection
 
 from hstu.base.errors import DataError
 from hstu.data.datasets.own_columns import TIME_UNITS, UNIT_NAMES, InteractionColumns, columns_of, open_table
-from hstu.data.datasets.raw import RawFile, as_number, identifier, literal, require_columns, select_list
+from hstu.data.datasets.raw import RawFile, as_integer, as_number, identifier, literal, require_columns, select_list
 from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, SPLIT_NAMES, ColumnDescription, RawTables
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ _DATE_NUMBERS = (
 def interactions(columns: InteractionColumns) -> RawTables:
     """Build RawTables whose types are resolved after reading. Raises DataError for unusable files."""
     schema = columns.schema()
-    logs = tuple(open_table(file, columns.delimiter, columns.header) for file in columns.files)
+    header = (columns.user, columns.item) if columns.sequences else columns.header
+    logs = tuple(open_table(file, columns.delimiter, header, columns.sequences) for file in columns.files)
     wanted = {name: getattr(columns, name) for name in ("user", "item", "action", "time", "split")}
     given = {name: column for name, column in wanted.items() if column}
     context, of_context = _table(columns, columns.context, {"user": columns.user}, schema.of_users())
@@ -70,7 +71,7 @@ def interactions(columns: InteractionColumns) -> RawTables:
     requests = [_table(columns, file, needed, event_items, needs_one=False)[0] for file in columns.request_files]
     return RawTables(
         logs=logs,
-        events=select_list(given | of_events),
+        events=select_list(given | of_events) + ", is_first" * columns.sequences,
         requests=tuple(filter(None, requests)),
         has_request_ids=columns.request is not None,
         tables={name: table for name, table in tables.items() if table},
@@ -97,7 +98,9 @@ def _table(
     """Open a table, which ``needs_one`` of ``features``, if any. Returns its entry in RawTables and its features."""
     if file is None:
         return None, {}
-    table = open_table(file, columns.delimiter)
+    is_json = file == columns.items and file.suffix == ".json"
+    names = (columns.item, columns.item_columns[0]) if is_json else ()
+    table = open_table(file, columns.delimiter, names)
     present = columns_of(table)
     found = {name: column for name, column in features.items() if column in present}
     wanted = features.values() if needs_one and not found else ()
@@ -137,7 +140,7 @@ def _feature(columns: InteractionColumns, name: str, column: str, table: RawFile
 
 def _description(columns: InteractionColumns, name: str, column: str) -> ColumnDescription:
     if name != "time":
-        return ColumnDescription(column, _ALLOWED[name])
+        return ColumnDescription(column, _ALLOWED[name] + "; a user has one line" * columns.sequences)
     allowed = f"{UNIT_NAMES[columns.time_unit]} since 1970, or a date and time like 2024-05-31 12:00:00"
     return ColumnDescription(column, allowed, partial(unit_hint, columns.time_unit))
 
@@ -153,7 +156,8 @@ def _resolve_types(
     table = ColumnTypes(engine, (*columns.files, *columns.request_files), log)
     user, user_is_integer = table.id("user", columns.user)
     item, item_is_integer = table.id("item", columns.item)
-    selected = [f'{user} AS "user"', f"{item} AS item"]
+    once = f"CASE WHEN is_first THEN {user} END" if columns.sequences else user
+    selected = [f'{once} AS "user"', f"{item} AS item"]
     labels: tuple[str, ...] = ()
     if columns.action:
         action, labels = table.action(columns.action)
@@ -298,12 +302,6 @@ class ColumnTypes:
         condition = f"{value} IS NOT NULL AND ({converted}) IS NULL"
         ((count,),) = self._engine.execute(f"SELECT count(*) FROM {self._relation} WHERE {condition}").fetchall()
         return int(count)
-
-
-def as_integer(name: str) -> str:
-    """SQL: BIGINT of an int64 in canonical decimal notation, else NULL."""
-    integer = f"TRY_CAST({name} AS BIGINT)"
-    return f"CASE WHEN CAST({integer} AS VARCHAR) = CAST({name} AS VARCHAR) THEN {integer} END"
 
 
 def number_value(value: str) -> str:

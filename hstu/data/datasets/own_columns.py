@@ -13,7 +13,9 @@ import duckdb
 from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets.raw import (
     COMPRESSIONS,
+    ListsFile,
     RawFile,
+    SequenceFile,
     check_readable,
     header_columns,
     probable_delimiter,
@@ -48,6 +50,7 @@ class InteractionColumns:
     )
     user: str = field(metadata={"help": "column of the user, int64 or strings"})
     item: str = field(metadata={"help": "column of the item, int64 or strings"})
+    sequences: bool = _option("lines are 'user item item …', one per user, in order", False, action="store_true")
     action: str | None = _option("column of the action, integers >= 0 or texts, numbered in alphabetical order")
     time: str | None = _option("column of the time, a number since 1970 or a date; without it: order of the rows")
     time_unit: str = _option("unit of times that are numbers", "s", choices=TIME_UNITS)
@@ -64,8 +67,8 @@ class InteractionColumns:
         "interactions the first event of a user that has a value counts",
         (),
     )
-    items: Path | None = _option("table with one row per item, with the same item column; its first row counts")
-    item_columns: tuple[str, ...] = _option("columns of --items or of the interactions, as a,b,c", ())
+    items: Path | None = _option("table with one row per item, with the same item column (the first counts), or .json")
+    item_columns: tuple[str, ...] = _option("columns of --items or the interactions, as a,b,c; one name for .json", ())
     event_columns: tuple[str, ...] = _option("columns of the interactions that are features of events, as a,b,c", ())
     lists: Mapping[str, str] = _option(
         "item columns with several values → what separates them, as 'genres=|,tags=comma'; lists of Parquet files need "
@@ -112,6 +115,7 @@ class InteractionColumns:
              f"--time_unit {self.time_unit}: choose one of {', '.join(TIME_UNITS)}"),
             (len(set(self.header)) < len(self.header) or "" in self.header,
              f"--header {','.join(self.header)}: each column needs a name of its own"),
+            (self.sequences and self.header, "--header does not go with --sequences, whose lines have no columns"),
         )  # fmt: skip
         return (message for is_wrong, message in rules if is_wrong)
 
@@ -182,7 +186,7 @@ class InteractionColumns:
                 value = tuple(f"{column}={words.get(text, text)}" for column, text in value.items())
             if isinstance(value, tuple):
                 value = ",".join(map(str, value)) or None
-            given.setdefault(option.name, None if value == option.default else value)
+            given.setdefault(option.name, None if value == option.default else () if value is True else value)
         return given
 
 
@@ -202,9 +206,13 @@ def _with_numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def open_table(file: Path, delimiter: str | None, header: Sequence[str] = ()) -> RawFile:
-    """Open a table and read its header. ``header``: column names for a file without them."""
+def open_table(file: Path, delimiter: str | None, header: Sequence[str] = (), sequences: bool = False) -> RawFile:
+    """Open a table and read its header. ``header``: column names for a file without them, as JSON and sequences."""
     check_readable(file)
+    if sequences:
+        return SequenceFile(path=file, columns=dict.fromkeys(header, "VARCHAR"), header=False)
+    if header and file.suffix == ".json":
+        return ListsFile(path=file, names=header)
     if file.suffix == ".parquet":
         if header:
             raise ConfigError(f"{file}: a Parquet file has names of its columns; leave out --header")

@@ -20,6 +20,7 @@ MAX_REJECTED_LINES = 10_000
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """File name suffix → compression of the text."""
 _SNIFFED_BYTES = 1 << 16
+_ID = r"[^ \t\r\n]+"
 _RECBOLE_TYPES = ("token", "token_seq", "float", "float_seq")
 
 
@@ -36,6 +37,12 @@ def literal(text: str) -> str:
 def as_number(value: str) -> str:
     """SQL: DOUBLE of a number, which may have blanks around it, else NULL. DuckDB alone would read 5_0 as 50."""
     return f"CASE WHEN NOT contains(CAST({value} AS VARCHAR), '_') THEN TRY_CAST({value} AS DOUBLE) END"
+
+
+def as_integer(name: str) -> str:
+    """SQL: BIGINT of an int64 in canonical decimal notation, else NULL."""
+    integer = f"TRY_CAST({name} AS BIGINT)"
+    return f"CASE WHEN CAST({integer} AS VARCHAR) = CAST({name} AS VARCHAR) THEN {integer} END"
 
 
 def select_list(columns: Mapping[str, str]) -> str:
@@ -85,8 +92,19 @@ class RawFile:
         if self.columns is None:
             return f"{self.path}, row {row + 1}"
         with open_text(self.path) as lines:
-            line = next(islice(_first_lines(lines, self.delimiter, self.quote), row + self.header, None), 1)
+            line = next(islice(self._lines_of_rows(lines), row + self.header, None), 1)
         return f"{self.path}:{line}"
+
+    def _lines_of_rows(self, lines: IO[str]) -> Iterator[int]:
+        """Number of each row's first line, from 1. Blank lines are skipped; only quoted values span lines."""
+        if not self.quote:
+            yield from (number for number, line in enumerate(lines, 1) if line.strip("\r\n"))
+            return
+        reader, last = csv.reader(lines, delimiter=self.delimiter, quotechar=self.quote), 0
+        for row in reader:
+            if row:
+                yield last + 1
+            last = reader.line_num
 
     def line_at(self, byte: int) -> int:
         """Line number at a byte offset of the uncompressed text. Line breaks at the offset are skipped."""
@@ -99,16 +117,40 @@ class RawFile:
         return line
 
 
-def _first_lines(lines: IO[str], delimiter: str, quote: str) -> Iterator[int]:
-    """Number of each row's first line, from 1. Blank lines are skipped; only quoted values span lines."""
-    if not quote:
-        yield from (number for number, line in enumerate(lines, 1) if line.strip("\r\n"))
-        return
-    reader, last = csv.reader(lines, delimiter=delimiter, quotechar=quote), 0
-    for row in reader:
-        if row:
-            yield last + 1
-        last = reader.line_num
+class SequenceFile(RawFile):
+    """Text with one line per user, ``user item item …``. Each item becomes a row of the two ``columns`` and
+    ``is_first``: whether no earlier line is the user's. A line without items is a row whose item is NULL."""
+
+    def relation(self) -> str:
+        """SQL of the rows, as that of a table."""
+        user, item = map(identifier, self.columns or ())
+        rows = RawFile(path=self.path, columns={"ids": "VARCHAR"}, delimiter="\x1f", header=False, quote="").relation()
+        ids = f"SELECT row_number() OVER () AS line, regexp_extract_all(ids, {literal(_ID)}) AS ids FROM {rows}"
+        first = "row_number() OVER (PARTITION BY ids[1] ORDER BY line) = 1"
+        users = f"SELECT ids, {first} AS is_first FROM ({ids}) WHERE len(ids) > 0 ORDER BY line"
+        items = "unnest(CASE WHEN len(ids) > 1 THEN ids[2:] ELSE [NULL] END)"
+        return f"(SELECT ids[1] AS {user}, {items} AS {item}, is_first FROM ({users}))"
+
+    def _lines_of_rows(self, lines: IO[str]) -> Iterator[int]:
+        for number, line in enumerate(lines, 1):
+            ids = len(re.findall(_ID, line))
+            yield from [number] * max(ids - 1, min(ids, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListsFile(RawFile):
+    """JSON ``{"item": [value, …], …}``, held in memory. ``names``: the columns of the items and of their lists."""
+
+    names: Sequence[str]
+
+    def relation(self) -> str:
+        """SQL of the rows. A value that is no list makes the file unreadable."""
+        item, values = map(identifier, self.names)
+        return (
+            f"(SELECT pair.key AS {item}, pair.value AS {values} FROM (SELECT unnest(map_entries(pairs)) AS pair FROM "
+            f"read_json([{one_file(self.path)}], columns = {{pairs: 'MAP(VARCHAR, VARCHAR[])'}}, records = false, "
+            f"format = 'unstructured', compression = 'none', maximum_object_size = {self.path.stat().st_size})))"
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -84,7 +85,9 @@ def _ingest(build: Build, raw: RawFile, select: str, name: str) -> Counter[str]:
         text = str(error)
         if raw.path.name not in text and not any(kind.upper() in text.upper() for kind in COMPRESSIONS.values()):
             raise
-        raise DataError(f"cannot read {raw.path}: {text.splitlines()[0].partition(': ')[2]}") from error
+        byte = re.search(r"at byte (\d+)", text)  # of JSON
+        place = f"{raw.path}:{raw.line_at(int(byte[1]) - 1)}" if byte else raw.path
+        raise DataError(f"cannot read {place}: {text.splitlines()[0].partition(': ')[2]}") from error
     finally:
         uniform.path.unlink(missing_ok=True)
 
@@ -131,7 +134,7 @@ def _explain(kind: str, message: str, name: str | None) -> str:
     if kind == _TOO_LONG:
         return "a line of more than 2,000,000 bytes"
     text = message.splitlines()[0].replace("Expected Number of Columns:", "expected columns:").replace("Found", "found")
-    return text + " or more; each row is one event, item or user" * (kind == "TOO MANY COLUMNS")
+    return text + " or more; each row is one event, item or user (or see --sequences)" * (kind == "TOO MANY COLUMNS")
 
 
 def check_rows(build: Build) -> None:

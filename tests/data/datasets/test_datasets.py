@@ -8,7 +8,7 @@ from hstu.data.store.sequence_store import SequenceStore
 
 def test_the_registry_holds_every_built_in_dataset() -> None:
     kuairand = {"kuairand-pure", "kuairand-1k", "kuairand-27k"}
-    assert set(DATASETS) == {"ml-100k", "ml-1m", "ml-20m", "amazon-books"} | kuairand
+    assert set(DATASETS) == {"ml-100k", "ml-1m", "ml-20m", "amazon-books", "amazon-beauty", "amazon-toys"} | kuairand
     assert all(resolve_name(name) == name for name in DATASETS)
 
 
@@ -24,6 +24,7 @@ def test_the_registry_holds_every_built_in_dataset() -> None:
         ("ML100K", "ml-100k"),
         ("KuaiRand-Pure", "kuairand-pure"),
         ("amzn_books", "amazon-books"),
+        ("Amazon_Beauty", "amazon-beauty"),
         ("ml-2m", None),
         ("criteo", None),
         ("ml", None),

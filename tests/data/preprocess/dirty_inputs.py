@@ -11,6 +11,9 @@ import pyarrow as pa
 OWN = ("--dataset_name", "mine", "--interactions", "events.csv", "--user", "u", "--item", "i", "--no_report")
 ALL = (*OWN, "--action", "a", "--time", "t")
 ML = ("--dataset_name", "ml-100k", "--raw_path", ".")
+SEQUENCES = ("--dataset_name", "mine", "--interactions", "s.txt", "--sequences", "--no_report")
+JSON = (*SEQUENCES, "--items", "a.json", "--item_columns", "tags")
+TOYS = ("--dataset_name", "amazon-toys", "--raw_path", ".")
 KUAIRAND = ("--dataset_name", "kuairand-pure", "--raw_path", ".")
 GOOD = b"u,i,a,t\n1,7,2,10\n1,8,0,11\n2,7,1,12\n"
 
@@ -132,6 +135,31 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
         named("e.parquet"),
         {"e.parquet": parquet(u=["x", "y"], i=["p", None], a=[1, 1], t=[1, 1])},
         "e.parquet, row 2: 'i' is empty",
+    ),
+    # one line per user
+    "a user without items": (SEQUENCES, {"s.txt": b"a 1\n\nb \nc 2\n"}, "s.txt:3: 'item' is empty"),
+    "a user on two lines": (
+        SEQUENCES,
+        {"s.txt": b"a 1 2\nb 1\na 3 4\n"},
+        r"s.txt:3: 'user' is 'a'; allowed is .* one line \(2 such rows\)",
+    ),
+    "sequences without the option": (
+        (*OWN[:3], "s.txt", *OWN[4:], "--header", "u,i", "--delimiter", " "),
+        {"s.txt": b"1 2\n3 4 5\n"},
+        "s.txt:2: expected columns: 2 found: 3 or more; .* --sequences",
+    ),
+    "sequences and stars": ((*SEQUENCES, "--action", "a"), {"s.txt": b"1 2\n"}, "no column 'a'. It has: user, item"),
+    "broken JSON": (
+        JSON,
+        {"s.txt": b"1 2\n", "a.json": b'{"2": [1],\n "3": [1,}\n'},
+        "a.json:2: Malformed JSON",
+    ),
+    "JSON of no list": (JSON, {"s.txt": b"1 2\n", "a.json": b'{"2": "x"}'}, 'cannot read a.json: .*VARCHAR: "x"'),
+    "JSON of other items": (JSON, {"s.txt": b"1 2\n", "a.json": b'{"9": [1]}'}, "a.json has no row for any of the 1"),
+    "toys: an item that is no number": (
+        TOYS,
+        {"Toys_and_Games.txt": b"1 2 3\n2 x3\n"},
+        "Toys_and_Games.txt:2: 'item' is .*; allowed is an integer",
     ),
     # built-in formats
     "ml: commas for tabs": (

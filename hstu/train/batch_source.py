@@ -102,6 +102,12 @@ class BatchSource(ABC):
         return {}
 
     @property
+    def newcomers(self) -> Mapping[str, np.ndarray]:
+        """ "new_users" → rows of users, "new_items" → model ids: those in no history to train on, which has two events.
+        Empty unless retrieval is split in time."""
+        return {}
+
+    @property
     def item_counts(self) -> np.ndarray:
         """Occurrences of each item in the training samples; with random windows the expectation per epoch, float64."""
         raise ConfigError("the items of training samples are counted in preprocessed data only")

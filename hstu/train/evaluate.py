@@ -256,8 +256,15 @@ class RetrievalEvaluator(Evaluator):
         return Queries(torch.cat(vectors[1:] or vectors), *arrays), np.concatenate(history)
 
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
-        """See Evaluator."""
-        return retrieval_metrics(self.args.eval_metrics, observations.results, exchange)
+        """See Evaluator. Those of targets that are new to training stand apart, where there are any."""
+        names, ranks = self.args.eval_metrics, observations.results
+        metrics = retrieval_metrics(names, ranks, exchange)
+        for group, new in self.source.newcomers.items():
+            is_new = np.isin(observations.users if group == "new_users" else observations.items, new)
+            if exchange.total(is_new.sum()):
+                apart = retrieval_metrics(names, ranks[is_new], exchange)
+                metrics |= {f"{name}/{group}": value for name, value in apart.items()}
+        return metrics
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
         """The items ``ids``, ascending. Default: items in the dynamic table if there is one and no tower, else all."""

@@ -52,6 +52,7 @@ class StoreSource(BatchSource):
     def __init__(self, config: RunConfig, args: DatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
         super().__init__(config, mesh, world_size)
         self._args = args
+        self._is_cut_in_time = config.task == "retrieval" and args.split == "time"
         # A rank that fails here would leave those of its host waiting for its samples.
         self._open() if mesh is None else on_all_ranks(self._open, mesh.world_group)
         self.eval_splits, self.final_splits = self._splits()
@@ -107,7 +108,8 @@ class StoreSource(BatchSource):
     @property
     def trained_on(self) -> dict[str, Any]:
         """See BatchSource."""
-        features = [self.store.feature(name) for name in (self.roles.item, self.roles.action) if name]
+        cut_by = self.store.timestamp_feature if self._is_cut_in_time else None
+        features = [self.store.feature(name) for name in (self.roles.item, self.roles.action, cut_by) if name]
         files = [OFFSETS_FILE, *(feature.file for feature in features)]
         checksums = {file: self.store.checksums[file] for file in files}
         facts = {"users": self.store.num_users, "events": self.store.num_events, "checksums": checksums}
@@ -124,6 +126,19 @@ class StoreSource(BatchSource):
     def number_statistics(self) -> Mapping[str, NumberStatistics]:
         """See BatchSource. Reads the numbers of all training events."""
         return training_statistics(self.store, self.roles.numbers, self._train_samples)
+
+    @cached_property
+    def newcomers(self) -> Mapping[str, np.ndarray]:
+        """See BatchSource. Reads the items of all training histories once."""
+        if not self._is_cut_in_time:
+            return {}
+        samples, item = self._train_samples, self.roles.item
+        users, newest = np.unique(samples.user, return_index=True)  # of a user's windows, the newest is the first
+        begin = samples.history_begin[newest]
+        known = self.store.sequence(item)[ranges(begin, samples.stop[newest] - begin)]
+        new_items = np.setdiff1d(np.arange(self.store.cardinality(item)), known)
+        new_users = np.setdiff1d(np.arange(self.store.num_users), users)
+        return {"new_users": new_users, "new_items": self.store.model_ids(item, new_items)}
 
     @cached_property
     def item_counts(self) -> np.ndarray:
@@ -218,8 +233,13 @@ class StoreSource(BatchSource):
         kind: Split = "all" if split != "train" and self._args.eval_dataset_path else split
         build = partial(build_samples, store, self._args, self._config.task, kind, self._config.trainer.seed)
         samples = once_per_host(lambda: build().compact(), self._mesh, f"samples, {split}")
-        if split == "train" or store.split is not None:
-            log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in samples.report.items()))
+        report = dict(samples.report)
+        if self._is_cut_in_time and samples.target is not None:
+            items = store.model_ids(self.roles.item, store.sequence(self.roles.item)[samples.target])
+            of_targets = {"new_users": samples.user, "new_items": items}
+            report |= {name: int(np.isin(of_targets[name], new).sum()) for name, new in self.newcomers.items()}
+        if split == "train" or store.split is not None or self._is_cut_in_time:
+            log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in report.items()))
         return samples
 
     def train_sampler(self, position: SamplerPosition) -> TrainSampler:

@@ -59,7 +59,7 @@ class Retrieval(RetrievalEvaluator):
 
     def __init__(self, model: "LastItemModel") -> None:
         args = RetrievalArgs(eval_metrics=METRICS)
-        super().__init__(cast(GRModel, model), args, cast(BatchSource, None), MESH)
+        super().__init__(cast(GRModel, model), args, cast(BatchSource, SimpleNamespace(newcomers={})), MESH)
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
         return Corpus(lambda ids: cast(LastItemModel, self.model).table[ids], torch.arange(20), EPS, chunk_items=6)

@@ -8,9 +8,9 @@ from typing import Optional
 from hstu.config.args.embedding import EmbeddingArgs, NamedFeaturesArgs
 from hstu.config.option import Args, having, option
 
-SPLITS = {"retrieval": ("leave_one_out",), "ranking": ("user_holdout", "time")}
+SPLITS = {"retrieval": ("leave_one_out", "time"), "ranking": ("user_holdout", "time")}
 """Task → allowed splits, the default first."""
-HOLDS_OUT_USERS = having("task", "ranking", why="retrieval holds out each user's last items")
+HOLDS_OUT_USERS = having("task", "ranking", why="retrieval holds out events of every user")
 SCORES_CANDIDATES = having("task", "ranking", why="retrieval scores the whole corpus", strict=True)
 ONE_HISTORY = {"candidates": "a request has one history, which ends where the request is"}
 
@@ -72,18 +72,22 @@ class DatasetArgs(AnyDatasetArgs):
     """Training: shuffle the events of a user that have equal times again in each epoch, so that nothing is learnt from
     their order in the raw file. What is held out stays held out, and evaluation keeps the order of the file. The data
     needs times."""
-    split: str = option("auto", changes="training", choices=("auto", *SPLITS["retrieval"], *SPLITS["ranking"]))
+    split: str = option("auto", changes="training", choices=("auto", *dict.fromkeys(sum(SPLITS.values(), ()))))
     """How training and evaluation data are separated. auto: the split column of your own data, if it was preprocessed
-    with --split; else leave_one_out for retrieval and user_holdout for ranking."""
+    with --split; else leave_one_out for retrieval and user_holdout for ranking. time: train on the events before a cut
+    in time, and evaluate on later ones, in retrieval on the first of each user, among all items. There, metrics of
+    targets and of users that are in no history to train on (HR@10/new_items, HR@10/new_users) also stand apart. Users
+    without an event before the cut cannot be asked."""
     valid_items: int = option(
         1,
         changes="training",
         choices=(0, 1),
         needs=having("task", "retrieval", why="ranking holds out whole users or a period of time"),
     )
-    """leave_one_out: items before the last one that are held out for validation. 0: the published protocol, which
-    trains on all items but the last and evaluates on the last."""
-    train_fraction: float = option(0.7, changes="training", above=0, below=1, needs=HOLDS_OUT_USERS)
+    """Items of each user before the test that are held out for validation: before the last one (leave_one_out), or
+    before the cut (time), so that training still reaches up to the cut. 0: the published protocol, which trains on all
+    items before the test and has no validation."""
+    train_fraction: float = option(0.7, changes="training", above=0, below=1)
     """user_holdout: fraction of users to train on. time: fraction of events before the cut."""
     valid_fraction: float = option(
         0.0,

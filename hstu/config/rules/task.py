@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from hstu.config.args import Args, BenchmarkDatasetArgs, DatasetArgs, RankingArgs, RankingTaskArgs
 from hstu.config.args.dataset import SPLITS
 from hstu.config.args.task import LOSSES, METRICS_OF_KIND, fits_kind
-from hstu.config.option import cited, problem
+from hstu.config.option import cited, is_given, problem
 from hstu.config.problems import Problem, apply, did_you_mean, literal
 from hstu.config.rules.data import each_once, length_of_items, names_in
 from hstu.config.run_config import RunConfig
@@ -71,6 +71,14 @@ def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
     if isinstance(run.dataset, DatasetArgs) and run.dataset.split not in ("auto", *SPLITS[run.task]):
         allowed = " or ".join(literal(split) for split in ("auto", *SPLITS[run.task]))
         yield problem(run.dataset, "split", f"is not for {run.task}; use {allowed}")
+
+
+def a_fraction_cuts_time_or_users(run: RunConfig) -> Iterator[Problem]:
+    dataset = run.dataset
+    is_cut = run.task == "ranking" or not isinstance(dataset, DatasetArgs) or dataset.split == "time"
+    if not is_cut and is_given(dataset, "train_fraction"):
+        text = f"has no effect with {cited(dataset, 'split')} in retrieval, which holds out each user's last items"
+        yield problem(dataset, "train_fraction", f'{text}; remove it, or set split to "time"', is_warning=True)
 
 
 # --- ranking -------------------------------------------------------------------------------------------------------
@@ -301,8 +309,8 @@ RULES_OF_A_TASK = (
 )  # fmt: skip
 RULES = (
     features_have_one_role, what_is_known_after_is_a_side_feature, numbers_are_side_features,
-    candidates_leave_history, windows_leave_no_gap, split_fits_the_task, users_are_left_for_the_test,
-    head_fits_the_tasks, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
+    candidates_leave_history, windows_leave_no_gap, split_fits_the_task, a_fraction_cuts_time_or_users,
+    users_are_left_for_the_test, head_fits_the_tasks, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
     retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
     item_towers_have_features, position_encodings_combine, each_task_is_consistent, tasks_have_different_names,
     spans_fit_the_layers, truncation_leaves_layers, masks_hide_the_labels,

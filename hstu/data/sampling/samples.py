@@ -87,7 +87,8 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
 
     leave_one_out: training leaves out the last 1 + valid_items events of each user. "test" predicts the last event,
     "valid" the one before it (with valid_items = 0 also the last). Training needs two events of a user, evaluation
-    one event before the target.
+    one event before the target. With a split in time, each user's first event after the cut is in the place of the last
+    one, and users without one are not in "test".
 
     user_holdout: a hash of raw id and ``seed`` orders the users. The first train_fraction of them are trained on, the
     next valid_fraction are "valid", the others "test"; with valid_fraction = 0 the others are both. time: training
@@ -109,9 +110,11 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     if store.split is not None and split != "all":
         return _of_given_split(store, runs, args, task, split)
     if task == "retrieval":
+        tested = _cut_events(store, args.train_fraction) if args.split == "time" else runs.stop - 1
         if split == "train":
-            return _training(runs, np.maximum(runs.stop - 1 - args.valid_items, runs.begin), args, task)
-        return _with_target(runs, runs.stop - 1 - (args.valid_items if split == "valid" else 0), args)
+            return _training(runs, np.maximum(tested - args.valid_items, runs.begin), args, task)
+        target = tested - (args.valid_items if split == "valid" else 0)
+        return _with_target(runs.select(target < runs.stop), target[target < runs.stop], args)
     if split == "all":
         return _ranking_samples(runs, runs.lengths, args)
     if args.split != "time":

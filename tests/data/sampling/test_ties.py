@@ -113,10 +113,3 @@ def test_windows_of_one_epoch_label_each_event_once() -> None:
         for items, _, _, seen in windows:
             joined = [*joined[: len(seen)], *items]
         assert sorted(joined) == list(range(len(history) - 1))
-
-
-def test_evaluation_and_training_without_the_option_keep_the_order_of_the_file() -> None:
-    reader = StoreReader(STORE, samples_of(), FeatureRoles("item", "action", ()))
-    collator = Collator(reader.read, Assembler(4, "retrieval", reader.roles, 50, 1))
-    batch = next(iter(build_loader(collator, TrainSampler(4, 4, 0, 1, seed=1, shuffle=False))))
-    assert all((np.diff(row.numpy()) == 1).all() for row in batch.features["item"].to_dense())

@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     metrics = [name for name in options.metrics.split(",") if name] if options.metrics else None
     evaluation = evaluate_split(loaded, split, metrics)
     found, (users, predictions) = evaluation.metrics(), evaluation.counts()
+    groups = evaluation.by_gap(loaded)
     rows = evaluation.rows(loaded) if options.per_user else None
     if not loaded.mesh.is_main:
         return EXIT_DONE
@@ -69,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seen = ", without the items that a user had before (filter_seen)" if loaded.leaves_out_seen else ""
     print(f"{loaded.checkpoint}\n{split} of {data}: {users:,} users, {predictions:,} predictions{seen}\n")
     print(tabulate(found.items(), headers=("metric", "value"), tablefmt="plain", floatfmt=".4f"))
+    if groups:
+        kinds = [*dict.fromkeys(name.partition("/")[0] for name in found)][:2]
+        shown = [name for name in found if name.partition("/")[0] in kinds]
+        lines = [(name, count, *(values[each] for each in shown)) for name, (count, values) in groups.items()]
+        print("\nBy the time since the event before:\n")
+        print(tabulate(lines, headers=("gap", "targets", *shown), tablefmt="plain", floatfmt=".4f"))
     if rows is not None:
         with written_aside(options.per_user) as aside:
             write = pq.write_table if options.per_user.suffix == ".parquet" else write_csv
@@ -82,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "users": users,
             "predictions": predictions,
             "metrics": {name: value if math.isfinite(value) else None for name, value in found.items()},
+            "by_gap": {name: {"targets": count, "metrics": values} for name, (count, values) in groups.items()},
         }
         replace_text(options.output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return EXIT_DONE

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from tabulate import tabulate
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
@@ -23,6 +24,7 @@ from hstu import api
 from hstu.base.errors import EXIT_DONE, DataError
 from hstu.base.json_shape import check_shape
 from hstu.config.args import DatasetArgs, RetrievalArgs
+from hstu.config.args.task import AT_LAST_EVENT
 from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges
 from hstu.data.sampling.samples import SampleTable, build_samples
@@ -42,9 +44,11 @@ def print_metrics(trained: api.TrainedModel, metrics: dict[str, float]) -> None:
     popularity = popularity_baseline(store, train, test, names)
     print(f"\nLast item of {len(test)} users, found among all {store.cardinality(store.item_feature)} items")
     print("(items that the user has seen are left out)\n")
-    print(f"  {'':<12}" + "".join(f"{name:>10}" for name in names))
-    for label, values in (("HSTU", metrics), ("popularity", popularity)):
-        print(f"  {label:<12}" + "".join(f"{values[name]:>10.4f}" for name in names))
+    rows = [("HSTU", *(metrics[name] for name in names))]
+    if (at_last_event := [metrics.get(f"{name}/{AT_LAST_EVENT}") for name in names])[0] is not None:
+        rows = [("HSTU, told the time of the request", *rows[0][1:]), ("HSTU, asked at the last event", *at_last_event)]
+    rows.append(("popularity", *(popularity[name] for name in names)))
+    print(tabulate(rows, headers=("", *names), tablefmt="plain", floatfmt=".4f"))
 
 
 def popularity_baseline(

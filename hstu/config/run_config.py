@@ -136,8 +136,14 @@ class RunConfig:
 
     @property
     def asks_for_next(self) -> bool:
-        """Whether a retrieval query has the time of the target event: DatasetArgs.query_time = "request"."""
-        return getattr(self.dataset, "query_time", "request") == "request"
+        """Whether a retrieval query may have the time of the target event; see DatasetArgs.query_time."""
+        return getattr(self.dataset, "query_time", "request") != "last_event"
+
+    @property
+    def reads_request_time(self) -> bool:
+        """Whether retrieval of stored data depends on the time of the request."""
+        reads = self.retrieval is not None and self.data == "stored" and self.network.needs_times
+        return reads and self.asks_for_next
 
     @property
     def ranks_per_group(self) -> int:

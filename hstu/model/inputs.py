@@ -144,7 +144,7 @@ class SequenceInputs(nn.Module):
             target_group_size=self.target_group_size,
             device=batch.num_candidates.device,
             item_times=batch.items.timestamps if self.needs_times else None,
-            asks_for_next=self.features.asks_for_next,
+            asks_for_next=self.features.asks_for_next if batch.asks_for_next is None else batch.asks_for_next,
             request_times=batch.request_times if self.needs_times else None,
         )
 

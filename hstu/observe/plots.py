@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import numpy as np
 
 from hstu.base.figure import COLOURS, GREY, open_figure
+from hstu.config.args.task import AT_LAST_EVENT
 from hstu.observe.records import read_metrics
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def _draw_metric(
             )
         if drawn:  # tasks with names have no mean
             values = (f"{_star(split, points)}{points[-1][1]:.4f}" for split, points in drawn.items())
-            axes.plot([], [], color=colour, linewidth=4, label="  ".join([task or "mean", *values]))
+            label = task or ("request" if AT_LAST_EVENT in tasks else "mean")
+            axes.plot([], [], color=colour, linewidth=4, label="  ".join([label, *values]))
     _add_legend(axes, tasks)
 
 

@@ -86,7 +86,7 @@ class JaggedLayout:
     token_times: Tensor | None = None
     """int64 [T], seconds: time of each token (context: of the first event; 0 without events)."""
     query_times: Tensor | None = None
-    """int64 [T], seconds: time of the next context or history token; its own for the last and for candidates."""
+    """int64 [T], seconds: time of the next context or history token, see build_layout; of candidates their own."""
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     """Results of :meth:`cached`."""
 
@@ -149,7 +149,7 @@ def build_layout(
     target_group_size: int,
     device: torch.device,
     item_times: Tensor | None = None,
-    asks_for_next: bool = True,
+    asks_for_next: bool | Tensor = True,
     request_times: Tensor | None = None,
 ) -> JaggedLayout:
     """Lay out a batch on ``device``.
@@ -157,8 +157,8 @@ def build_layout(
     item_lengths: int64 [B] host, items per sequence, candidates included. The first ``num_sequences`` sequences are
     real and have context; the others are empty padding. num_candidates: int64 [B] host, or None.
     item_times: int64 [Σ item_lengths] seconds on ``device``, or None. asks_for_next: the query time of a history token
-    is the time of the next token; False: its own time. request_times: int64 [B] seconds on ``device``, query time of
-    the last token of each sequence; None: its own time.
+    is the time of the next token; False: its own time; bool [B] on ``device``: so for each sequence. request_times:
+    int64 [B] seconds on ``device``, query time of the last token of each sequence; None: its own time.
     """
     is_real = np.arange(len(item_lengths)) < num_sequences
     seqlens = sequence_tokens(item_lengths, num_contextuals, tokens_per_item, has_context=is_real)
@@ -174,7 +174,8 @@ def build_layout(
         item.masked_fill_(no_items[sequence].bool(), num_items)  # context of a user with no event
         token_times = torch.cat([item_times, item_times.new_zeros(1)])[item]
         token = torch.arange(len(index), device=device)
-        query_times = token_times[token + (index + 1 < history_end)] if asks_for_next else token_times
+        asks = asks_for_next[sequence] if isinstance(asks_for_next, Tensor) else asks_for_next
+        query_times = token_times[token + ((index + 1 < history_end) & asks)]
         if request_times is not None:
             filled = np.flatnonzero(seqlens > 0)
             last_tokens, filled_on_device = _on_device(device, np.cumsum(seqlens)[filled] - 1, filled)

@@ -79,7 +79,7 @@ def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[
         ],
         "max_items": source.max_items,
         "reads_times": network.needs_times or bool(times),
-        "reads_request_time": (network.needs_times and config.asks_for_next)
+        "reads_request_time": config.reads_request_time
         if is_retrieval
         else network.needs_times or any(name not in roles.known_after for name in times),
         "features": {

@@ -5,6 +5,7 @@ Callers pass users in chunks to bound the memory. Ranks divide each chunk. Its r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.hashing import hash_ids
 from hstu.config.args import RankingArgs
-from hstu.config.args.task import METRICS_OF_KIND, fits_kind
+from hstu.config.args.task import AT_LAST_EVENT, METRICS_OF_KIND, fits_kind
 from hstu.config.problems import did_you_mean, in_reading_order
 from hstu.config.rules.task import metrics_fit_the_head
 from hstu.config.run_config import RunConfig
@@ -38,6 +39,8 @@ from hstu.train.inference import InferenceSource
 
 PART_USERS = 10_000
 """Users whose vectors are in memory at once."""
+GAPS = {"same second": 0, "within a minute": 60, "within an hour": 3_600, "within a day": 86_400, "later": math.inf}
+"""Groups of held-out items → the most seconds since the event before."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,33 @@ class Evaluation:
         counts = exchange.total([len(np.unique(of_all)), len(self.observations)])
         return int(counts[0]), int(counts[1])
 
+    def by_gap(self, loaded: LoadedModel) -> dict[str, tuple[int, dict[str, float]]]:
+        """Group of GAPS → (held-out items, metrics), for groups with any; {} for ranking and for data without times."""
+        groups: dict[str, tuple[int, dict[str, float]]] = {}
+        if (gaps := _gaps(loaded, self.observations)) is None:
+            return groups
+        numbers = np.searchsorted([*GAPS.values()], gaps)
+        for number, name in enumerate(GAPS):
+            here = self.observations.select(numbers == number)
+            if count := int(self.evaluator.exchange.total(len(here))):
+                groups[name] = count, self.evaluator.metrics_of_all(here)
+        return groups
+
     def rows(self, loaded: LoadedModel) -> pa.Table:
         """On the main rank a row per prediction of all ranks, from which the metrics follow. Others get no rows.
 
-        Columns: user, item, and rank and score of retrieval. Ranking: request, the columns of ``predictions_of``, and
-        ``label`` (the action) or ``label_<task>``.
+        Columns: user and item. Retrieval: rank and score, if the model reads the time of the request also
+        rank_last_event and score_last_event, and with times gap, the seconds since the event before the item. Ranking:
+        request, the columns of ``predictions_of``, and ``label`` (the action) or ``label_<task>``.
         """
         to_main = np.zeros(len(self.observations), dtype=np.int64)
         each = Observations(*self.evaluator.exchange.to_owners(to_main, *self.observations.columns()))
+        columns: dict[str, np.ndarray] = {}
         if isinstance(self.evaluator, RetrievalEvaluator):
-            columns = {"rank": each.results, "score": each.labels}
+            for kind, ranks, scores in zip(("", f"_{AT_LAST_EVENT}"), each.results.T, each.labels.T, strict=False):
+                columns |= {f"rank{kind}": ranks, f"score{kind}": scores}
+            if (gaps := _gaps(loaded, each)) is not None:
+                columns["gap"] = gaps
         else:
             columns = {"request": each.requests, "label": each.labels}
             if isinstance(self.evaluator, MultiTaskEvaluator):
@@ -77,6 +97,13 @@ class Evaluation:
                     columns[f"label_{task.args.task_name}"] = task.labels(values).numpy()
             columns |= columns_of(loaded, each.results)
         return _table(loaded, loaded.with_data().eval_store, each.users, each.items, columns)
+
+
+def _gaps(loaded: LoadedModel, observations: Observations) -> np.ndarray | None:
+    """Seconds since the event before each held-out item, int64 [N]; None for ranking and for data without times."""
+    store = loaded.with_data().eval_store
+    has_gaps = loaded.config.retrieval is not None and store.timestamp_feature is not None
+    return store.gaps(observations.requests) if has_gaps else None
 
 
 def evaluate_split(loaded: LoadedModel, split: Split, metrics: Sequence[str] | None = None) -> Evaluation:

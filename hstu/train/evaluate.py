@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Self
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hstu.base.hashing import hash_ids
 from hstu.config.args import RankingArgs, RankingTaskArgs, RetrievalArgs
+from hstu.config.args.task import AT_LAST_EVENT
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.model.gr_model import GRModel
@@ -51,11 +52,12 @@ class Observations:
     history: np.ndarray
     """int64 [N]: number of events before the item that the model reads."""
     requests: np.ndarray
-    """int64 [N]: a number that is unique per sequence."""
+    """int64 [N]: a number that is unique per sequence; in retrieval the row of the held-out event in the store."""
     results: np.ndarray
-    """Ranking: float32 [N, width], predictions. Retrieval: float64 [N], ranks of held-out items."""
+    """Ranking: float32 [N, width], predictions. Retrieval: float64 [N, queries], ranks of held-out items. The queries
+    are at the time of the request and, if the model reads that time, at the time of the last event."""
     labels: np.ndarray
-    """Ranking: int64 [N] actions, or float32 [N, L] like HSTUBatch.label_values. Retrieval: float64 [N], scores."""
+    """Ranking: int64 [N] actions, or float32 [N, L] like HSTUBatch.label_values. Retrieval: scores, like results."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -223,27 +225,35 @@ class RetrievalEvaluator(Evaluator):
         """See Evaluator. The corpus loses a user's ``seen`` items, also the held-out item: it is then a miss."""
         corpus = self.corpus()
         with evaluation_mode(self.model):
-            queries, history = self._collect_queries(self._limited(batches), corpus.ids.device)
-            ranks, scores = target_ranks(queries, corpus, self.exchange)
-        users, targets = queries.user_ids, queries.targets
-        missed, targets_of_all = self.exchange.total([queries.is_target_seen.sum(), len(queries)])
+            queries, events, history = self._collect_queries(self._limited(batches), corpus.ids.device)
+            found = target_ranks(queries, corpus, self.exchange)
+        ranks, scores = (each.reshape(-1, len(events)).T for each in found)
+        users, targets, is_seen = (
+            each[: len(events)] for each in (queries.user_ids, queries.targets, queries.is_target_seen)
+        )
+        missed, targets_of_all = self.exchange.total([is_seen.sum(), len(events)])
         if missed:
             why = "are items that their user had before, which filter_seen = True leaves out: they count as misses"
             warning = f"eval: {missed} of {targets_of_all} targets {why}"
             if warning not in self._warnings:  # once per split, not at each evaluation
                 log.warning(warning)
             self._warnings.add(warning)
-        return Observations(users, targets, history, np.arange(len(users)), ranks, scores)
+        return Observations(users, targets, history, events, ranks, scores)
 
-    def _collect_queries(self, batches: Iterable[HSTUBatch], device: torch.device) -> tuple[Queries, np.ndarray]:
-        """Queries of this rank and the lengths of their histories, int64 [U]."""
-        vectors: list[Tensor] = [torch.zeros((0, 1), device=device)]
-        users, targets, seen, seen_lengths, history = ([np.zeros(0, dtype=np.int64)] for _ in range(5))
+    def _collect_queries(
+        self, batches: Iterable[HSTUBatch], device: torch.device
+    ) -> tuple[Queries, np.ndarray, np.ndarray]:
+        """Queries of this rank, and the rows of the held-out events and the lengths of the histories, int64 [U] both.
+
+        The U queries at the time of the request come before the U at the time of the last event, if there are any.
+        """
+        vectors: list[Tensor] = [torch.zeros((1, 0, 1), device=device)]
+        users, targets, events, seen, seen_lengths, history = ([np.zeros(0, dtype=np.int64)] for _ in range(6))
         for batch in batches:
-            queries = self.forward(batch).queries
-            assert queries is not None, "the model is not a retrieval model"
             real = np.flatnonzero(on_host(batch.user_ids) >= 0)
-            vectors.append(queries[torch.from_numpy(real).to(device)].float())
+            asked = [batch] if batch.request_times is None else [batch, replace(batch, request_times=None)]
+            vectors.append(torch.stack([self._queries(each)[torch.from_numpy(real).to(device)] for each in asked]))
+            events.append(real if batch.target_events is None else on_host(batch.target_events)[real])
             users.append(on_host(batch.user_ids)[real])
             targets.append(on_host(batch.labels)[real])
             history.append(batch.item_lengths[real])
@@ -252,19 +262,28 @@ class RetrievalEvaluator(Evaluator):
             else:  # padding rows have no seen items
                 seen.append(on_host(batch.seen.values))
                 seen_lengths.append(on_host(batch.seen.lengths)[real])
-        arrays = (np.concatenate(parts) for parts in (users, targets, seen, seen_lengths))
-        return Queries(torch.cat(vectors[1:] or vectors), *arrays), np.concatenate(history)
+        joined = torch.cat(vectors[1:] or vectors, dim=1)
+        arrays = (np.tile(np.concatenate(parts), len(joined)) for parts in (users, targets, seen, seen_lengths))
+        return Queries(joined.flatten(0, 1), *arrays), np.concatenate(events), np.concatenate(history)
+
+    def _queries(self, batch: HSTUBatch) -> Tensor:
+        queries = self.forward(batch).queries
+        assert queries is not None, "the model is not a retrieval model"
+        return queries.float()
 
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """See Evaluator. Those of targets that are new to training stand apart, where there are any."""
-        names, ranks = self.args.eval_metrics, observations.results
-        metrics = retrieval_metrics(names, ranks, exchange)
+        groups = {"": np.ones(len(observations), dtype=bool)}
         for group, new in self.source.newcomers.items():
             is_new = np.isin(observations.users if group == "new_users" else observations.items, new)
             if exchange.total(is_new.sum()):
-                apart = retrieval_metrics(names, ranks[is_new], exchange)
-                metrics |= {f"{name}/{group}": value for name, value in apart.items()}
-        return metrics
+                groups[f"/{group}"] = is_new
+        return {
+            f"{name}{group}{clock}": value
+            for ranks, clock in zip(observations.results.T, ("", f"/{AT_LAST_EVENT}"), strict=False)
+            for group, rows in groups.items()
+            for name, value in retrieval_metrics(self.args.eval_metrics, ranks[rows], exchange).items()
+        }
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
         """The items ``ids``, ascending. Default: items in the dynamic table if there is one and no tower, else all."""

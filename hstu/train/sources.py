@@ -295,6 +295,7 @@ class StoreSource(BatchSource):
             corpus=self.corpus if training and self.negatives is not None else None,
             draws_negatives=training,
             tower_features=reader.tower_features if self.roles.tower else None,
+            hides_request_times=training and self._wants_request_times and self._args.query_time == "either",
         )
         return Collator(reader.read, assembler, self._skipped)
 

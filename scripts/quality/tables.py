@@ -134,6 +134,7 @@ _RETRIEVAL = {
     "random windows": ("DatasetArgs.window_stride = None",),
     "four layers": ("NetworkArgs.num_layers = 2",),
     "the time of the request": ('DatasetArgs.query_time = "last_event"',),
+    "the time of the request in half of the sequences": ('DatasetArgs.query_time = "either"',),
     "learned positions": ('NetworkArgs.position_encoding = "relative_bias"',),
 }
 _ONLY_ML_1M = "learned positions", "random windows"
@@ -183,7 +184,7 @@ _RANKING_VALIDATION = ("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fr
 def _retrieval(title: str, dataset: str, config: str, rows: tuple[Row, ...], epochs: int) -> Table:
     return Table(
         title=title, task="retrieval", dataset=dataset, config=config, rows=rows, reference="all",
-        metrics=("NDCG@10", "HR@10", "HR@50", "MRR"),
+        metrics=("NDCG@10", "HR@10", "HR@50", "MRR", "NDCG@10/last_event", "HR@10/last_event"),
         bindings=(
             'RetrievalArgs.eval_metrics = ("NDCG@10", "HR@10", "HR@50", "MRR")',
             f"TrainerArgs.num_train_epochs = {epochs}.0",

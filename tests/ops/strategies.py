@@ -32,7 +32,7 @@ class Batch:
         with_times: bool = True,
         device: str | torch.device = "cpu",
         request_times: torch.Tensor | None = None,
-        asks_for_next: bool = True,
+        asks_for_next: bool | torch.Tensor = True,
     ) -> JaggedLayout:
         items = np.array([user.history + user.candidates for user in self.users], dtype=np.int64)
         times = [time for user in self.users for time in (user.item_times or (0,) * (user.history + user.candidates))]

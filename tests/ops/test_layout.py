@@ -53,6 +53,13 @@ def test_queries_may_all_have_the_times_of_their_own_tokens(batch: Batch) -> Non
     assert torch.equal(*times_of(batch.layout(asks_for_next=False)))
 
 
+@given(batches())
+def test_each_sequence_may_have_the_times_of_its_own_tokens(batch: Batch) -> None:
+    asks, layout = torch.arange(len(batch.users)) % 2 == 0, batch.layout()
+    (own, following), (_, found) = times_of(layout), times_of(batch.layout(asks_for_next=asks))
+    assert torch.equal(found, torch.where(asks.repeat_interleave(torch.from_numpy(layout.seqlens)), following, own))
+
+
 def parts_of(num_tokens: int) -> list[range]:
     """Ranges that cut sequences anywhere, one of them empty."""
     bounds = sorted([0, 0, num_tokens // 3, num_tokens // 2, num_tokens])

@@ -305,7 +305,7 @@ def test_an_item_of_newer_data_that_the_model_does_not_have_is_a_miss(
     features = {name: [*values, values[0]] for name, values in ITEM_FEATURES.items()}
     write_small_store(tmp_path / "newer", **newer, item_features=features)
     model = LoadedModel.load(finished("retrieval").path, mesh=mesh, data=tmp_path / "newer")
-    results = evaluate_split(model, "test").observations.results
+    results = evaluate_split(model, "test").observations.results[:, 0]
     assert np.isinf(results).tolist() == [True] + [False] * 5
     with pytest.raises(DataError, match="no preprocessed data at"):
         LoadedModel.load(finished("retrieval").path, mesh=mesh, data=tmp_path / "absent")

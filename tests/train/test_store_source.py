@@ -114,6 +114,29 @@ def test_a_request_is_made_at_the_time_of_the_held_out_event(source: OpenSource)
     assert batch.request_times[: batch.real_batch_size].tolist() == expected
 
 
+def test_half_of_the_sequences_trains_with_the_time_of_the_request_whatever_their_batches(source: OpenSource) -> None:
+    def drawn(batch_size: int) -> dict[tuple[int, int], bool]:
+        """(epoch, user) → whether the sequence trains with the time, for 20 epochs."""
+        options: dict[str, Any] = {
+            "network": {"position_encoding": "relative_bias"},
+            "dataset": {"query_time": "either"},
+        }
+        opened = source("retrieval", **options, trainer={"train_batch_size": batch_size})
+        assert next(opened.eval_batches("valid")).asks_for_next is None
+        found: dict[tuple[int, int], bool] = {}
+        for batch in opened.train_batches(FIRST):
+            assert batch.position is not None and batch.asks_for_next is not None
+            if batch.position.epoch == 20:
+                break
+            asks = batch.asks_for_next.tolist()
+            found |= {(batch.position.epoch, user): asks[row] for row, user in enumerate(real_users(batch))}
+        return found
+
+    draws = drawn(batch_size=8)
+    assert draws == drawn(batch_size=5)
+    assert 0.4 < np.mean([*draws.values()]) < 0.6 and len({draws[epoch, 0] for epoch in range(20)}) == 2
+
+
 def test_batches_go_on_from_any_position(source: OpenSource) -> None:
     straight = source("retrieval").train_batches(FIRST)
     batches = [next(straight) for _ in range(5)]

@@ -57,11 +57,18 @@ class DatasetArgs(AnyDatasetArgs):
     the next newer one. A window is labelled on its newest window_stride items (or max_num_candidates), the oldest one
     on all its items. "random": take one window of that length in each epoch, at random; all its items are labelled, or
     the newest max_num_candidates. None: use only the newest items."""
-    query_time: str = option("request", changes="training", choices=("request", "last_event"))
-    """What finds the next item, with a relative bias: from which time it looks back on the events, in training and
-    evaluation. request: from the time of the event to find, as the published model does. A service knows that time: it
-    is now (recommend.py --at now). last_event: from the time of the last event before it. It has no influence on
-    actions, which are predicted at the time of their own event."""
+    query_time: str = option("request", changes="training", choices=("request", "last_event", "either"))
+    """What finds the next item, with a relative bias: from which time it looks back on the events. request: from the
+    time of the event to find, as the published model does. A service knows that time: it is now (recommend.py --at
+    now). last_event: from the time of the last event before it. either: in each epoch, a random half of the sequences
+    trains in either way, so that the model may be asked with and without the time. Evaluation of request and either
+    reports both: HR@10 with the time, and HR@10/last_event without it. It has no influence on actions, which are
+    predicted at the time of their own event."""
+    same_second_targets: bool = option(
+        True, changes="reports", needs=having("task", "retrieval", why="ranking has no held-out items")
+    )
+    """Evaluate the held-out items whose time is the second of the event before them, too. No service is asked for such
+    an item: its user is still in the request before. False leaves them out."""
     shuffle: bool = option(False, changes="training")
     """Shuffle the users again in each epoch."""
     shuffle_ties: bool = option(

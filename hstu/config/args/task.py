@@ -13,6 +13,8 @@ METRICS_PER_TASK = ("AUC", "GAUC")
 """Ranking metrics that a run with several tasks also reports per task, as "AUC/task0"."""
 LOWER_IS_BETTER = ("LOGLOSS", "NE", "RMSE", "MAE")
 """Metrics whose best value is the smallest."""
+AT_LAST_EVENT = "last_event"
+"""Retrieval metrics of queries at the time of the last event are named as "HR@10/last_event"."""
 _CLASSIFICATION = ("AUC", "GAUC", "NE", "LOGLOSS", "ACC")
 _VALUES = ("AUC>=K", "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K")
 METRICS_OF_KIND = {

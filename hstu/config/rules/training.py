@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from hstu.config.args import DatasetArgs, RankingArgs
-from hstu.config.args.task import LOWER_IS_BETTER, METRICS_PER_TASK
+from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
 from hstu.config.rules.data import length_of_items
@@ -37,13 +37,14 @@ def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
 
 
 def measured_by(run: RunConfig) -> list[str]:
-    """Names of all metrics that a run reports, such as "NDCG@10", "AUC/task1" and "AUC/click"."""
+    """Names of all metrics that a run reports, such as "NDCG@10", "HR@10/last_event", "AUC/task1" and "AUC/click"."""
     task = run.task_args
     if tasks := tasks_of(run):
         return [f"{metric}/{task.task_name}" for task in tasks for metric in task.metrics_in_force]
     count = task.num_tasks if isinstance(task, RankingArgs) else 1
     per_task = [name for name in task.eval_metrics if name in METRICS_PER_TASK and count > 1]
-    return [*task.eval_metrics, *(f"{name}/task{index}" for name in per_task for index in range(count))]
+    at_last_event = [f"{name}/{AT_LAST_EVENT}" for name in task.eval_metrics if run.reads_request_time]
+    return [*task.eval_metrics, *(f"{name}/task{i}" for name in per_task for i in range(count)), *at_last_event]
 
 
 def best_metric_mode_fits_the_metric(run: RunConfig) -> Iterator[Problem]:

@@ -149,8 +149,11 @@ class HSTUBatch(TensorGroup):
     user_ids: Tensor = _per("sequence")
     """int64 [B]: rows of the users in the store, -1 for padding."""
     request_times: Tensor | None = _per("sequence", default=None)
-    """int64 [B] seconds: request times (DatasetArgs.query_time = "request"), 0 for padding. Only in retrieval
-    evaluation of a model with a relative bias."""
+    """int64 [B] seconds: request times, 0 for padding. Only in evaluation of a model that reads them."""
+    asks_for_next: Tensor | None = _per("sequence", default=None)
+    """bool [B]: see build_layout. Only in training with DatasetArgs.query_time = "either"."""
+    target_events: Tensor | None = _per("sequence", default=None)
+    """int64 [B]: rows of the held-out events in the store, 0 for padding. Only in retrieval evaluation."""
     items: ItemColumns = field(default_factory=ItemColumns)
     negatives: BatchNegatives = field(default_factory=BatchNegatives)
     seen: SeenIds | None = None

@@ -28,7 +28,7 @@ from hstu.data.batches.batch import (
 from hstu.data.batches.jagged import ranges, run_indices, run_offsets
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, draw_31_bits, draw_each, draw_shared
-from hstu.data.sampling.sampler import BatchPlan
+from hstu.data.sampling.sampler import BatchPlan, knows_request_time
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Rows:
     """Retrieval evaluation: the target items, [b]."""
     request_times: np.ndarray | None = None
     """Retrieval evaluation: the times of the target events, [b], in seconds."""
+    target_events: np.ndarray | None = None
+    """Retrieval evaluation: rows of the target events in the store, [b]."""
     seen: tuple[np.ndarray, np.ndarray] | None = None
     """SeenIds.values and lengths, [b]."""
 
@@ -84,6 +86,8 @@ class Assembler:
     draws_negatives: bool = True
     tower_features: Callable[[np.ndarray], ItemFeatures] | None = None
     """Item codes → the values of ``roles.tower``. Required for an item tower with NEGATIVES."""
+    hides_request_times: bool = False
+    """Training: draw ``HSTUBatch.asks_for_next``."""
 
     def __post_init__(self) -> None:
         if self.task == "ranking" and self.roles.action is None:
@@ -103,7 +107,9 @@ class Assembler:
             labels=torch.from_numpy(self._labels(rows, labelled)),
             user_ids=torch.from_numpy(self._padded(rows.user_ids, -1)),
             label_values=_tensor(np.stack(label_values) if label_values else None),
-            request_times=None if rows.request_times is None else torch.from_numpy(self._padded(rows.request_times)),
+            request_times=self._padded_tensor(rows.request_times),
+            asks_for_next=self._asks_for_next(plan) if self.hides_request_times else None,
+            target_events=self._padded_tensor(rows.target_events),
             items=ItemColumns(
                 timestamps=_tensor(rows.timestamps),
                 numbers=_tensor(rows.numbers),
@@ -180,6 +186,13 @@ class Assembler:
         else:
             codes, draws = draw_each(labels, negatives.num, corpus, rows.hard_negatives)
         return codes, draws, pool
+
+    def _asks_for_next(self, plan: BatchPlan) -> Tensor:
+        asks = knows_request_time(self.seed, plan.epoch, plan.ordinals)
+        return torch.from_numpy(self._padded(asks) > 0)
+
+    def _padded_tensor(self, values: np.ndarray | None) -> Tensor | None:
+        return None if values is None else torch.from_numpy(self._padded(values))
 
     def _padded(self, values: np.ndarray, filler: int = 0) -> np.ndarray:
         padding = np.full(self.batch_size - len(values), filler, dtype=np.int64)

@@ -29,6 +29,9 @@ _MOST_CLASSES = 1000
 _STEPS, _MOST_EPOCHS = 500, 50
 """A run has about _STEPS iterations, but at least one epoch and at most _MOST_EPOCHS."""
 _NETWORK = NetworkArgs(num_layers=2, hidden_size=64, num_attention_heads=2, kv_channels=32, dtype_str="float32")
+_CLOCKS = """\
+# HR@10 is told the time of the item to find, and HR@10/last_event is not; DatasetArgs.query_time trains for both.
+"""
 _TEMPLATE = """\
 # {title} on {store.name} ({counts}): a start, with sizes for two CPU cores.
 
@@ -181,7 +184,8 @@ def _retrieval(store: SequenceStore) -> tuple[int, str] | str:
     negatives: Mapping[str, object] = {"RetrievalArgs.negatives": "full"}
     if store.cardinality(store.item_feature) > _FULL_SOFTMAX_ITEMS:
         negatives = {"RetrievalArgs.negatives": "uniform", "RetrievalArgs.num_negatives": 128}
-    return samples, _gin({**held_out, **negatives, "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10")})
+    settings = _gin({**held_out, **negatives, "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10")})
+    return samples, (_CLOCKS if store.timestamp_feature else "") + settings
 
 
 def _ranking(store: SequenceStore) -> tuple[int, str] | str:

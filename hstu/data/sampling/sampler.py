@@ -329,8 +329,8 @@ def _one_by_one(
     return chosen
 
 
-_STREAM, _ORDER_STREAM = 0x5749_4E44, 0x4F52_4445
-"""Separate the draws of windows and of orders from the draws of negatives, which use the same seed."""
+_STREAM, _ORDER_STREAM, _TIME_STREAM = 0x5749_4E44, 0x4F52_4445, 0x5449_4D45
+"""Separate the draws of windows, orders and request times from the draws of negatives, which use the same seed."""
 
 
 def window_starts(
@@ -348,3 +348,9 @@ def window_starts(
     """
     uniform = random_uniform(seed, _STREAM, epoch, ordinals)
     return np.minimum(begin + (uniform * (stop - begin)).astype(np.int64), newest)
+
+
+def knows_request_time(seed: int, epoch: int, ordinals: np.ndarray) -> np.ndarray:
+    """bool [b]: the half of the samples that trains with the time of the request if DatasetArgs.query_time = "either".
+    It depends on the same numbers as ``window_starts``."""
+    return np.asarray(random_uniform(seed, _TIME_STREAM, epoch, ordinals) < 0.5)

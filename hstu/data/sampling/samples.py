@@ -43,7 +43,7 @@ class SampleTable:
     """With ``request``: index of the sample's first candidate among the store's candidates."""
     report: dict[str, int] = field(default_factory=dict)
     """Counts: users of the split, samples, users (or targets) without enough history, users whose oldest events are in
-    no sample, users in random windows, and events of all samples."""
+    no sample, users in random windows, events of all samples, and targets of the same second as the event before."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -114,7 +114,7 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
         if split == "train":
             return _training(runs, np.maximum(tested - args.valid_items, runs.begin), args, task)
         target = tested - (args.valid_items if split == "valid" else 0)
-        return _with_target(runs.select(target < runs.stop), target[target < runs.stop], args)
+        return _with_target(store, runs.select(target < runs.stop), target[target < runs.stop], args)
     if split == "all":
         return _ranking_samples(runs, runs.lengths, args)
     if args.split != "time":
@@ -159,9 +159,10 @@ def check_requests(store: SequenceStore, args: DatasetArgs) -> None:
 
 def check_split(store: SequenceStore, args: DatasetArgs) -> None:
     """Raises ConfigError for options that contradict the data's split, leave a split empty or lack times."""
-    if args.shuffle_ties and store.timestamp_feature is None:
-        text = "needs times, and the data has none; remove it, or preprocess the data with a time column"
-        raise ConfigError([located(args, "shuffle_ties", text)])
+    for name, is_default in (("shuffle_ties", not args.shuffle_ties), ("same_second_targets", args.same_second_targets)):
+        if not is_default and store.timestamp_feature is None:
+            text = f"needs times, and {store.path} has none; remove it, or preprocess the data with a time column"
+            raise ConfigError([located(args, name, text)])
     if store.split is None:
         trained, validated = _users_before(store, args)
         if args.valid_fraction and not trained < validated < store.num_users:
@@ -201,11 +202,15 @@ def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> S
     return replace(windows, report=samples.report | counts)
 
 
-def _with_target(runs: _Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
+def _with_target(store: SequenceStore, runs: _Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
     """Evaluation samples, one per run: the history before ``target``, of at least one event."""
-    usable = target > runs.begin
-    kept = _Runs(runs.user, runs.begin, target).select(usable)
-    return _table(kept, args, len(runs.user), np.zeros_like(kept.user), target=target[usable])
+    kept = _Runs(runs.user, runs.begin, target).select(target > runs.begin)
+    samples = _table(kept, args, len(runs.user), np.zeros_like(kept.user), target=kept.stop)
+    if args.same_second_targets:
+        return samples
+    later = np.flatnonzero(store.gaps(kept.stop) > 0)
+    report = samples.report | {"samples": len(later), "same_second": len(samples) - len(later)}
+    return replace(samples.take(later), report=report)
 
 
 def _users_of_split(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> np.ndarray:
@@ -308,7 +313,7 @@ def _of_given_split(
         samples = _windows(_Runs(runs.user, runs.begin, stop), begin, args, labelled, is_training=False)
     else:
         rows, place = run_indices(stop - begin)
-        samples = _with_target(runs.select(rows), begin[rows] + place, args)
+        samples = _with_target(store, runs.select(rows), begin[rows] + place, args)
     return replace(samples, report=samples.report | {"users": int((stop > begin).sum())})
 
 

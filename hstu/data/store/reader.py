@@ -90,6 +90,7 @@ class StoreReader:
             hard_negatives=self._hard_negatives(items, lengths, ends, labels_with_history(num_labels, lengths)),
             held_out=held_out,
             request_times=request_times,
+            target_events=samples.target,
             seen=seen,
         )
 

@@ -164,6 +164,11 @@ class SequenceStore:
         previous = times[np.maximum(events - 1 if before is None else before, 0)]
         return time_codes(feature, times[events], np.where(is_first, NO_EVENT, previous))
 
+    def gaps(self, events: np.ndarray) -> np.ndarray:
+        """int64 [n]: seconds from the event before to each of these events, none of which is a user's first."""
+        times = self.sequence(str(self.timestamp_feature))
+        return np.asarray(times[events] - times[events - 1])
+
     def context(self, feature: str) -> np.ndarray:
         """int32 [U] codes of a contextual feature."""
         return self._files[self.feature(feature).file]

@@ -275,7 +275,7 @@ class StoreSource(BatchSource):
             samples,
             self.roles,
             wants_timestamps=self._config.network.needs_times,
-            wants_request_times=retrieval is not None and self._config.asks_for_next,
+            wants_request_times=self._config.reads_request_time,
             wants_seen=retrieval is not None and (retrieval.mask_seen if training else retrieval.filter_seen),
             recoding=self._recoding if store is self.eval_store else None,
             labels=labels,
@@ -295,7 +295,7 @@ class StoreSource(BatchSource):
             corpus=self.corpus if training and self.negatives is not None else None,
             draws_negatives=training,
             tower_features=reader.tower_features if self.roles.tower else None,
-            hides_request_times=training and self._wants_request_times and self._args.query_time == "either",
+            hides_request_times=training and self._config.reads_request_time and self._args.query_time == "either",
         )
         return Collator(reader.read, assembler, self._skipped)
 

@@ -89,7 +89,7 @@ def test_what_is_done_is_kept_and_the_table_has_means_errors_and_pairs(
     assert run(place, "--seeds", "3", "--rows", "ease") == 0 and calls(place) == 3
     assert run(place, "--seeds", "3", "--jobs", "2") == 0 and calls(place) == 6
     lines = (place / "output" / "toy" / "README.md").read_text().splitlines()
-    assert "| ease | .2700 ± .0058 | .5000 ± .0000 |  |  | +.0500 ± .0000 | 3 |  | 0.1 |" in lines
+    assert "| ease | .2700 ± .0058 | .5000 ± .0000 |  |  |  |  | +.0500 ± .0000 | 3 |  | 0.1 |" in lines
 
     line = read_results(place / "output" / "toy" / "results.jsonl")["ease", 1]
     assert line["data"] == {"users": 2, "items": 4, "events": 7}

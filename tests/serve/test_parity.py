@@ -15,6 +15,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import Evaluation, evaluate_split
+from hstu.train.evaluate import RetrievalEvaluator
 from scripts import export
 from tests.serve.http_server import running
 from tests.train.tiny import FinishedRun
@@ -97,11 +98,12 @@ def predicted_again(evaluation: Evaluation, predict: Predict, store: SequenceSto
     found, seen = evaluation.observations, dict[int, int]()
     users = list(api.histories(store))
     everything = store.raw_ids(store.item_feature).tolist()
-    results = np.full(found.results.shape, np.nan)
+    is_retrieval = isinstance(evaluation.evaluator, RetrievalEvaluator)
+    results = np.full_like(found.results, np.nan)
     for row, (user, before) in enumerate(zip(found.users, found.history, strict=True)):
         whole = users[user]
         assert whole.timestamps is not None
-        if found.results.ndim == 1:
+        if is_retrieval:
             place = len(whole.items) - 1
         else:
             place = max(0, len(whole.items) - 8) + seen.get(user, 0)
@@ -110,11 +112,11 @@ def predicted_again(evaluation: Evaluation, predict: Predict, store: SequenceSto
             continue
         history, at = whole.cut(slice(place - before, place)), int(whole.timestamps[place])
         target = np.asarray(whole.items).tolist()[place]
-        if found.results.ndim == 1:
+        if is_retrieval:
             unseen = [item for item in everything if item not in whole.items[:place] or item == target]
-            scores = predict(history, unseen, at).reshape(-1)
-            own = scores[unseen.index(target)]
-            results[row] = 1 + (scores > own).sum()
+            clocks = (at, int(whole.timestamps[place - 1]))[: results.shape[1]]
+            scores = np.stack([predict(history, unseen, clock).reshape(-1) for clock in clocks])
+            results[row] = 1 + (scores > scores[:, unseen.index(target), None]).sum(axis=1)
         else:
             results[row] = predict(history, [target], at)[0]
     return results

@@ -148,8 +148,8 @@ def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
     assert {field.name for _, field in left} == {
         *("ckpt_load_dir", "ckpt_save_dir", "ckpt_param_map", "output_dir", "eval_dataset_path", "wandb_project"),
         *("best_metric", "best_metric_mode", "eval_metrics", "ckpt_save_interval"),  # names, or useless alone
-        *("tensor_model_parallel_size", "sequence_parallel"),
-    }, "texts, and what needs several ranks: see tests/distributed"
+        *("tensor_model_parallel_size", "sequence_parallel", "same_second_targets"),
+    }, "texts, what needs several ranks (see tests/distributed), and what is for retrieval"
 
 
 def test_the_body_of_one_task_begins_another(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,9 @@ def test_a_retrieval_batch_predicts_each_next_item() -> None:
 def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_history() -> None:
     store = ToyStore([[7, 8, 9, 1], [5, 3], [4]])
     (test,) = batches_of(collator_of(store, split="test", length=2, batch_size=3, wants_seen=True))
-    assert_same(
-        test, make_batch([[8, 9], [5], []], task="retrieval_eval", labels=[1, 3, -1], seen_lists=[[7, 8, 9], [5], []])
-    )
+    seen: list[list[int]] = [[7, 8, 9], [5], []]
+    expected = make_batch([[8, 9], [5], []], task="retrieval_eval", labels=[1, 3, -1], seen_lists=seen)
+    assert_same(test, replace(expected, target_events=torch.tensor([3, 5, 0])))
     (valid,) = batches_of(collator_of(store, split="valid", length=2, batch_size=3))
     assert valid.labels.tolist() == [9, -1, -1] and valid.seen is None
     assert [row.tolist() for row in valid.features["item"].to_dense()] == [[7, 8], [], []]

@@ -66,7 +66,7 @@ def test_plans_made_ahead_by_a_process_are_the_same_and_end_with_the_loader(
     running = set(multiprocessing.active_children())
     del ahead
     gc.collect()
-    assert len(running - set(multiprocessing.active_children())) == 1 + workers
+    until(lambda: len(running - set(multiprocessing.active_children())) == 1 + workers)
 
 
 def loads_of(rows: np.ndarray) -> Loads:

@@ -28,7 +28,7 @@ def spans(samples: SampleTable) -> list[tuple[int, int, int]]:
 
 def test_targets_cannot_be_chosen_by_their_second_in_data_without_times() -> None:
     with pytest.raises(
-        ConfigError, match="same_second_targets.* has none; remove it, or preprocess with a time column"
+        ConfigError, match=r"same_second_targets.* has none; remove it, or preprocess the data with a time column"
     ):
         check_split(store_of(5), DatasetArgs(dataset_name="toy", max_sequence_length=4, same_second_targets=False))
 

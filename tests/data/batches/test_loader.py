@@ -23,6 +23,7 @@ from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import START, BatchPartition, BatchPlan, Loads, SamplerPosition, TrainSampler
 from tests.conftest import MakeStore
 from tests.data.collators import assert_same, collator_of
+from tests.serve.http_server import until
 
 NUM_USERS = 23
 

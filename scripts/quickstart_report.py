@@ -70,21 +70,12 @@ def _popularity_ranks(counts: np.ndarray, items: np.ndarray, test: SampleTable) 
     """float64 [S]: rank of each held-out item by ``counts`` [corpus] among the items unseen by the user."""
     if test.target is None:
         raise ValueError("the samples have no held-out items; they must be an evaluation split of leave_one_out")
-    own_items = items[test.target]
-    own = counts[own_items]
-    ascending = np.sort(counts)
-    higher = len(counts) - np.searchsorted(ascending, own, side="right")
-    equal = len(counts) - np.searchsorted(ascending, own, side="left") - higher - 1  # excludes the target
-
-    seen_lengths = test.target - test.history_begin
-    seen_rows = np.repeat(np.arange(len(test)), seen_lengths)
-    seen_items = items[ranges(test.history_begin, seen_lengths)].astype(np.int64)
-    seen_rows, seen_items = np.divmod(np.unique(seen_rows * len(counts) + seen_items), len(counts))
-    rivals = seen_items != own_items[seen_rows]
-    seen_rows, seen_counts = seen_rows[rivals], counts[seen_items[rivals]]
-    higher = higher - np.bincount(seen_rows[seen_counts > own[seen_rows]], minlength=len(test))
-    equal = equal - np.bincount(seen_rows[seen_counts == own[seen_rows]], minlength=len(test))
-    return np.asarray(1 + higher + equal / 2)
+    ranks = np.empty(len(test))
+    for row, (begin, target) in enumerate(zip(test.history_begin, test.target, strict=True)):
+        own, rivals = counts[items[target]], counts.copy()
+        rivals[items[begin : target + 1]] = -1
+        ranks[row] = 1 + (rivals > own).sum() + (rivals == own).sum() / 2
+    return ranks
 
 
 @tool

@@ -23,7 +23,7 @@ def test_every_console_command_calls_a_function_of_the_repository() -> None:
             if parameter.default is inspect.Parameter.empty
         ]
         assert not required, f"{command.name} calls {command.value}, which has the required arguments {required}"
-        assert Path(inspect.getfile(function)).is_relative_to(ROOT)
+        assert Path(inspect.getfile(getattr(function, "func", function))).is_relative_to(ROOT)
 
 
 def test_the_metadata_has_a_license_and_the_version_of_the_package() -> None:

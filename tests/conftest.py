@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
+from hstu.observe.logging import tear_down_logging
 
 # The same examples each time, and no verdict on speed: a run fails for what the code does, on any machine.
 settings.register_profile(
@@ -28,6 +29,13 @@ STARTS_RANKS = re.compile(r"tests\.(distributed|reliability)\b|torch\.distribute
 KERNELS, EXPORTS = "tests/ops/", "tests/serve/"
 MakeStore = Callable[..., SequenceStore]
 """The factory of the fixture ``make_store``."""
+
+
+@pytest.fixture(autouse=True)
+def clean_logging() -> Iterator[None]:
+    """The log of a run in this process does not outlive its test."""
+    yield
+    tear_down_logging()
 
 
 @functools.cache

@@ -2,7 +2,6 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,8 @@ from hstu.observe.logging import (
     format_train,
     progress_bar,
     set_up_logging,
-    tear_down_logging,
 )
 from hstu.observe.records import EvalRecord, TrainRecord
-
-
-@pytest.fixture(autouse=True)
-def clean_logging() -> Iterator[None]:
-    yield
-    tear_down_logging()
 
 
 def record(iteration: int = 200, **values: Any) -> TrainRecord:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.observe.logging import quiet_libraries, tear_down_logging
+from hstu.observe.logging import quiet_libraries
 from hstu.parallel import mesh as meshes
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import StoreSource, open_source
@@ -46,7 +46,6 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
-    tear_down_logging()
     gc.enable()
 
 

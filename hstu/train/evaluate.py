@@ -225,9 +225,9 @@ class RetrievalEvaluator(Evaluator):
         """See Evaluator. The corpus loses a user's ``seen`` items, also the held-out item: it is then a miss."""
         corpus = self.corpus()
         with evaluation_mode(self.model):
-            queries, events, history = self._collect_queries(self._limited(batches), corpus.ids.device)
+            queries, clocks, events, history = self._collect_queries(self._limited(batches), corpus.ids.device)
             found = target_ranks(queries, corpus, self.exchange)
-        ranks, scores = (each.reshape(-1, len(events)).T for each in found)
+        ranks, scores = (each.reshape(clocks, len(events)).T for each in found)
         users, targets, is_seen = (
             each[: len(events)] for each in (queries.user_ids, queries.targets, queries.is_target_seen)
         )
@@ -242,8 +242,8 @@ class RetrievalEvaluator(Evaluator):
 
     def _collect_queries(
         self, batches: Iterable[HSTUBatch], device: torch.device
-    ) -> tuple[Queries, np.ndarray, np.ndarray]:
-        """Queries of this rank, and the rows of the held-out events and the lengths of the histories, int64 [U] both.
+    ) -> tuple[Queries, int, np.ndarray, np.ndarray]:
+        """Queries of this rank, the number per user, rows of the held-out events and lengths of histories, int64 [U].
 
         The U queries at the time of the request come before the U at the time of the last event, if there are any.
         """
@@ -264,7 +264,7 @@ class RetrievalEvaluator(Evaluator):
                 seen_lengths.append(on_host(batch.seen.lengths)[real])
         joined = torch.cat(vectors[1:] or vectors, dim=1)
         arrays = (np.tile(np.concatenate(parts), len(joined)) for parts in (users, targets, seen, seen_lengths))
-        return Queries(joined.flatten(0, 1), *arrays), np.concatenate(events), np.concatenate(history)
+        return Queries(joined.flatten(0, 1), *arrays), len(joined), np.concatenate(events), np.concatenate(history)
 
     def _queries(self, batch: HSTUBatch) -> Tensor:
         queries = self.forward(batch).queries

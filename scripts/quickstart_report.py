@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         raise DataError(f"{summary_file} is damaged ({error}); scripts/evaluate.py measures the model again") from error
     metrics = summary["last_metrics"]
-    source = trained.with_data()
-    leaves_one_out = store.split is None and not source.newcomers and store.path == source.eval_store.path
+    leaves_one_out = store.split is None and trained.dataset.split != "time"
+    leaves_one_out &= store.path == trained.with_data().eval_store.path
     if isinstance(task, RetrievalArgs) and task.filter_seen and leaves_one_out and "test" in metrics:
         print_metrics(trained, metrics.pop("test"))
     for split, values in metrics.items():

@@ -16,7 +16,17 @@ from duckdb import DuckDBPyConnection
 
 from hstu.base.errors import DataError
 from hstu.data.datasets.own_columns import TIME_UNITS, UNIT_NAMES, InteractionColumns, columns_of, open_table
-from hstu.data.datasets.raw import RawFile, as_integer, as_number, identifier, literal, require_columns, select_list
+from hstu.data.datasets.raw import (
+    ListsFile,
+    RawFile,
+    as_integer,
+    as_number,
+    check_readable,
+    identifier,
+    literal,
+    require_columns,
+    select_list,
+)
 from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, SPLIT_NAMES, ColumnDescription, RawTables
 
 _log = logging.getLogger(__name__)
@@ -98,9 +108,11 @@ def _table(
     """Open a table, which ``needs_one`` of ``features``, if any. Returns its entry in RawTables and its features."""
     if file is None:
         return None, {}
-    is_json = file == columns.items and file.suffix == ".json"
-    names = (columns.item, columns.item_columns[0]) if is_json else ()
-    table = open_table(file, columns.delimiter, names)
+    if file == columns.items and file.suffix == ".json":
+        check_readable(file)
+        table: RawFile = ListsFile(path=file, names=(columns.item, columns.item_columns[0]))
+    else:
+        table = open_table(file, columns.delimiter)
     present = columns_of(table)
     found = {name: column for name, column in features.items() if column in present}
     wanted = features.values() if needs_one and not found else ()

@@ -13,7 +13,6 @@ import duckdb
 from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets.raw import (
     COMPRESSIONS,
-    ListsFile,
     RawFile,
     SequenceFile,
     check_readable,
@@ -207,12 +206,10 @@ def _with_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def open_table(file: Path, delimiter: str | None, header: Sequence[str] = (), sequences: bool = False) -> RawFile:
-    """Open a table and read its header. ``header``: column names for a file without them, as JSON and sequences."""
+    """Open a table and read its header. ``header``: column names for a file without them, as sequences."""
     check_readable(file)
     if sequences:
         return SequenceFile(path=file, columns=dict.fromkeys(header, "VARCHAR"), header=False)
-    if header and file.suffix == ".json":
-        return ListsFile(path=file, names=header)
     if file.suffix == ".parquet":
         if header:
             raise ConfigError(f"{file}: a Parquet file has names of its columns; leave out --header")

@@ -133,10 +133,11 @@ def retrieval_metrics(names: Sequence[str], ranks: np.ndarray, exchange: Exchang
         logger.warning("metrics are undefined (nan): the evaluation set has no queries")
         return dict.fromkeys(names, nan)
     ordered = np.sort(ranks.astype(np.float64))  # makes sums independent of the assignment of queries to ranks
-    return {name: float(exchange.mean(_gains(name, ordered))) for name in names}
+    return {name: float(exchange.mean(retrieval_gains(name, ordered))) for name in names}
 
 
-def _gains(name: str, ranks: np.ndarray) -> np.ndarray:
+def retrieval_gains(name: str, ranks: np.ndarray) -> np.ndarray:
+    """What each query adds to the mean that ``retrieval_metrics`` returns, [N]."""
     kind, _, cutoff = name.partition("@")
     hits = ranks <= (int(cutoff) if cutoff else np.inf)
     if kind == "HR":

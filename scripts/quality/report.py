@@ -1,17 +1,24 @@
-"""The table of a campaign as Markdown: means and standard errors over seeds, and plots."""
+"""The table of a campaign as Markdown: means, standard errors over seeds, intervals over users, and plots."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from hstu.base.figure import COLOURS, GREY, open_figure
+from hstu.config.args.task import AT_LAST_EVENT
+from hstu.serve.predict import GAPS
+from hstu.train.metrics import retrieval_gains
 from scripts.quality.means import mean_and_error, number, paired_difference
-from scripts.quality.runs import Result, Run
-from scripts.quality.tables import Table
+from scripts.quality.runs import RANKS, Result, Run, read_ranks
+from scripts.quality.tables import Row, Table
+
+_UNTOLD = 'DatasetArgs.query_time = "last_event"'
 
 
 def write_report(name: str, table: Table, runs: Sequence[Run], output: Path) -> Path:
@@ -21,10 +28,12 @@ def write_report(name: str, table: Table, runs: Sequence[Run], output: Path) -> 
     results: dict[str, dict[int, Result]] = {row.name: {} for row in table.rows}
     for run in runs:
         if (result := run.stored()) is not None:
-            results[run.row.name][run.seed] = result
+            results[run.row.name][run.seed] = _at_both_clocks(result, table, run.row)
+    ranks = read_ranks(folder / RANKS)
     drawn = draw_metrics(table, results, folder / "metrics.png"), draw_curves(table, results, folder / "curves.png")
     images = [image for image in drawn if image]
-    text = "\n".join([*_head(name, table, runs), *_lines(table, results), "", *_notes(table), ""])
+    lines = [*_lines(table, results, ranks), "", *_by_gap(table, results, ranks), *_notes(table), ""]
+    text = "\n".join([*_head(name, table, runs), *lines])
     text += "".join(f"\n![{image.stem} of {name}]({image.name})\n" for image in images)
     page = folder / "README.md"
     page.write_text(text, encoding="utf-8")
@@ -39,10 +48,20 @@ def _head(name: str, table: Table, runs: Sequence[Run]) -> list[str]:
     return [f"# {table.title}", "", f"Written by `{command}`. Data: {table.dataset}{', ' * bool(data)}{data}.", ""]
 
 
-def _lines(table: Table, results: dict[str, dict[int, Result]]) -> list[str]:
+def _at_both_clocks(result: Result, table: Table, row: Row) -> Result:
+    """The result; a method that reads no time of the request has its one number in both columns."""
+    if not row.peer and _UNTOLD not in table.bindings_of(row):
+        return result
+    at_last_event = {f"{name}/{AT_LAST_EVENT}": value for name, value in result.metrics.items()}
+    return replace(result, metrics=at_last_event | result.metrics)
+
+
+def _lines(table: Table, results: dict[str, dict[int, Result]], ranks: pd.DataFrame) -> list[str]:
     """The table itself."""
-    compared = f"{table.metric} − {table.reference!r}"
-    columns = ["row", *table.metrics, compared, "seeds", "epochs", "minutes"]
+    has_trials = any(row.trials for row in table.rows)
+    own_columns = [f"{table.metric} − {table.reference!r}"]
+    own_columns += ["95 % of users"] * (not ranks.empty) + ["trials"] * has_trials
+    columns = ["row", *table.metrics, *own_columns, "seeds", "epochs", "minutes"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     reference = _values(results.get(table.reference, {}), table.metric)
     for row, of_row in results.items():
@@ -52,9 +71,36 @@ def _lines(table: Table, results: dict[str, dict[int, Result]]) -> list[str]:
         cells = [row, *(number(*mean_and_error([*_values(of_row, metric).values()])) for metric in table.metrics)]
         own = _values(of_row, table.metric)
         cells.append("" if row == table.reference else number(*paired_difference(own, reference), sign=True))
+        cells += [_half_widths(table, ranks.get(row) if 1 in of_row else None)] * (not ranks.empty)
+        cells += [str(table.row(row).trials or "")] * has_trials
         cells += [str(len(of_row)), _mean(of_row, "epoch", 1), _mean(of_row, "seconds", 60)]
         lines.append("| " + " | ".join(cells) + " |")
+    for whose, *values in table.published:
+        lines.append(f"| {whose} | {' | '.join(map(number, values))} |" + " |" * (len(columns) - 3))
     return lines
+
+
+def _half_widths(table: Table, ranks: pd.Series | None) -> str:
+    """Half of the 95 % intervals of the first two metrics, over the users of one seed: ``± .0102 / .0171``."""
+    if ranks is None:
+        return ""
+    gains = (retrieval_gains(name, ranks.dropna().to_numpy()) for name in table.metrics[:2])
+    return "± " + " / ".join(number(1.96 * mean_and_error(each.tolist())[1]) for each in gains)
+
+
+def _by_gap(table: Table, results: dict[str, dict[int, Result]], ranks: pd.DataFrame) -> list[str]:
+    """The second metric of seed 1 by the time since the event before the target, where the data has times."""
+    if "gap" not in ranks:
+        return []
+    groups = [*ranks.groupby(np.searchsorted([*GAPS.values()], ranks["gap"]))]
+    shown = [f"{[*GAPS][number_]} ({len(part):,})" for number_, part in groups]
+    lines = [f"{table.metrics[1]} of seed 1 by the time since the event before the target (targets):", ""]
+    lines += [f"| row | {' | '.join(shown)} |", "|---" * (len(groups) + 1) + "|"]
+    for row in (name for name, of_row in results.items() if 1 in of_row):
+        for column in (name for name in (row, f"{row}/{AT_LAST_EVENT}") if name in ranks):
+            parts = (retrieval_gains(table.metrics[1], part[column].dropna().to_numpy()) for _, part in groups)
+            lines.append(f"| {column} | {' | '.join(number(float(np.mean(each))) for each in parts)} |")
+    return [*lines, ""]
 
 
 def _values(results: dict[int, Result], metric: str) -> dict[int, float]:
@@ -69,13 +115,22 @@ def _mean(results: dict[int, Result], field: str, unit: float) -> str:
 def _notes(table: Table) -> list[str]:
     """How the numbers were chosen, and what the rows are."""
     how = ["Mean ± standard error over seeds. Differences are those of pairs with one seed. Minutes are wall time."]
-    if table.validation:
+    how.append(
+        f"The checkpoint with the best {table.metric} on validation is evaluated on the test part, once. Epochs "
+        "are those of this checkpoint. Rows that train on the validation part, too, train for as many."
+    )
+    if table.task == "retrieval":
         how.append(
-            f"The checkpoint with the best {table.metric} on validation is evaluated on the test part, once. Epochs "
-            "are those of this checkpoint. Rows that train on the validation part, too, train for as many."
+            "95 % of users: half of the width of the 95 % interval of the mean over the users of seed 1, for the first "
+            f"two metrics, from [the rank of each user's target](../README.md#recompute-a-table) in {RANKS}."
         )
-    else:
-        how.append("No validation part is held out: all rows train as long as they say, and are evaluated once, then.")
+    if any(name.endswith(AT_LAST_EVENT) for name in table.metrics):
+        how.append(
+            "`HR@10` is told the time of the target, to the second; `HR@10/last_event` is asked at the time of the "
+            "event before it. A method that reads no time of the request has the same number in both columns."
+        )
+    if table.published:
+        how.append("Rows without seeds are what papers report for the same files; they were not run here.")
     common = [*table.bindings, *table.validation]
     of_all = f"All rows: {_code(common)}. " if common else ""
     lines = [" ".join(how), "", f"{of_all}Each row, on top of its gin file:", "", "| row | settings |", "|---|---|"]

@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from hstu.base.errors import ConfigError, UserError
-from hstu.base.files import replace_text
+from hstu.base.files import replace_text, written_aside
 from hstu.config.gin_io import read_and_check
 from hstu.config.gin_scan import scan
 from hstu.config.rules import RULES
@@ -25,6 +27,7 @@ from scripts.quality.tables import Row, Table
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = "metrics.jsonl"
+RANKS = "per_user.csv.gz"
 _SAVE_INTERVAL = 200
 """Iterations between two checkpoints: what a kill may cost."""
 _WRITING = threading.Lock()
@@ -142,7 +145,11 @@ class Run:
             raise RunFailed("the training ended before its last iteration")
         if not self._test_file.exists():
             tested = self.folder / "checkpoints" / ("best" if self.table.chooses(self.row) else "")
-            yield ["scripts/quality/evaluate.py", "--ckpt", str(tested), "--output", str(self._test_file)]
+            per_user = self.table.task == "retrieval"
+            script = "scripts/evaluate.py" if per_user else "scripts/quality/evaluate.py"
+            self._ranks_file.unlink(missing_ok=True)  # of an evaluation that was killed
+            more = ["--per_user", str(self._ranks_file)] if per_user else []
+            yield [script, "--ckpt", str(tested), "--output", str(self._test_file), *more]
 
     # --- result ---
 
@@ -176,7 +183,18 @@ class Run:
         self.results.parent.mkdir(parents=True, exist_ok=True)
         with _WRITING:
             lines = read_results(self.results) | {(self.row.name, self.seed): line}
+            if self.seed == 1 and self._ranks_file.exists():
+                self._keep_ranks(self.results.with_name(RANKS))
             replace_text(self.results, "".join(json.dumps(each) + "\n" for each in lines.values()))
+
+    def _keep_ranks(self, kept: Path) -> None:
+        """Put the ranks of this row's targets beside those of other rows."""
+        columns = {"rank": self.row.name, "rank_last_event": f"{self.row.name}/last_event"}
+        own = pd.read_csv(self._ranks_file, index_col="user").rename(columns=columns)
+        own = own[[name for name in (*columns.values(), "gap") if name in own]]
+        joined = own.combine_first(read_ranks(kept).drop(columns=[*columns.values()], errors="ignore"))
+        with written_aside(kept) as aside:
+            joined.to_csv(aside, float_format="%.10g", compression={"method": "gzip", "mtime": 0})
 
     def _peer_result(self) -> Result:
         written = json.loads(self._peer_file.read_text(encoding="utf-8"))
@@ -210,6 +228,10 @@ class Run:
         return self.folder / "test.json"
 
     @property
+    def _ranks_file(self) -> Path:
+        return self.folder / "per_user.csv"
+
+    @property
     def _peer_file(self) -> Path:
         return self.folder / "peer.json"
 
@@ -240,10 +262,8 @@ class Run:
         ]
         if self.table.chooses(self.row):
             own += [f"TrainerArgs.best_metric = {self.table.metric!r}"]
-            own += [f"TrainerArgs.best_metric_mode = {self.table.mode!r}"]
         else:  # the held-out part is seen once, when the training is over
             own += ["TrainerArgs.eval_interval = 0", "TrainerArgs.best_metric = None"]
-            own += ['TrainerArgs.best_metric_mode = "max"']
             own += ["TrainerArgs.early_stop_patience = None"]
         data = f"DatasetArgs.dataset_path = {str(self.places.data / self.table.dataset)!r}"
         return self._filled([data, *self._bindings(), *own])
@@ -286,6 +306,12 @@ def read_results(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """(row, seed) → the line of a run in a file of results; {} if there is no file."""
     lines = map(json.loads, file.read_text(encoding="utf-8").splitlines()) if file.exists() else ()
     return {(line["row"], line["seed"]): line for line in lines}
+
+
+def read_ranks(file: Path) -> pd.DataFrame:
+    """Ranks of the targets of seed 1, a line per user: <row>, <row>/last_event, and the seconds since the event before
+    the target, gap; no lines if there is no file."""
+    return pd.read_csv(file, index_col="user", compression="gzip") if file.exists() else pd.DataFrame()
 
 
 def seconds_of(lines: Sequence[str]) -> float:

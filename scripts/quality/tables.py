@@ -6,12 +6,11 @@ To add a recipe, write its gin file into configs/ and name it in a table or a ro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import Task
-from hstu.config.args.task import LOWER_IS_BETTER
 from hstu.config.problems import did_you_mean
 from scripts.quality.ratings import PARTS
 
@@ -38,7 +37,10 @@ class Row:
     """Train as this row of the table does, on its validation part, too, for as many epochs as it needed to its best
     validation. The row's own bindings come on top."""
     peer: tuple[str, ...] = ()
-    """Instead of a training: a script and its arguments. It writes {"metrics": {name: value}} to $folder/peer.json."""
+    """Instead of a training: a script and its arguments. It writes {"metrics": {name: value}} to $folder/peer.json, and
+    for retrieval it may write $folder/per_user.csv, with columns user and rank."""
+    trials: int | None = None
+    """Settings that validation compared to choose those of the row. None: not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class Table:
     config: str
     """Gin file of the rows that have none of their own."""
     metrics: tuple[str, ...]
-    """Columns. The first one chooses the checkpoint on validation."""
+    """Columns. The best value of the first one on validation chooses the checkpoint."""
     rows: tuple[Row, ...]
     reference: str
     """The row that the others are compared with, seed by seed."""
@@ -60,20 +62,17 @@ class Table:
     """For all rows."""
     prepare: tuple[tuple[str, ...], ...] = ()
     """Commands before the training of rows with the table's gin file."""
-    validation: tuple[str, ...] = ()
-    """Bindings that hold out a validation part. (): the data has none, and all rows train as long as they say."""
+    validation: tuple[str, ...]
+    """Bindings that hold out a validation part."""
     whole: tuple[str, ...] = ()
     """Bindings that train on the validation part, too, for rows with ``epochs_of``."""
+    published: tuple[tuple[str, float, float], ...] = ()
+    """Figures of papers on the same data: whose, and the values of the first two metrics."""
 
     @property
     def metric(self) -> str:
         """The metric that chooses."""
         return self.metrics[0]
-
-    @property
-    def mode(self) -> str:
-        """Whether the "max" or the "min" of ``metric`` is best."""
-        return "min" if self.metric.split("/")[0] in LOWER_IS_BETTER else "max"
 
     def row(self, name: str) -> Row:
         """The row of this name. Raises ConfigError if there is none."""
@@ -100,7 +99,7 @@ class Table:
 
     def chooses(self, row: Row) -> bool:
         """Whether validation chooses the checkpoint of a row."""
-        return bool(self.validation) and row.epochs_of is None and not row.peer
+        return row.epochs_of is None and not row.peer
 
 
 def find(kind: str, name: str, known: Mapping[str, T]) -> T:
@@ -139,6 +138,24 @@ _RETRIEVAL = {
 }
 _ONLY_ML_1M = "learned positions", "random windows"
 """Parts that the recipe of ML-100K does not have."""
+_ONLY_ML_100K = "small batches and a schedule", "genres and year", "four layers"
+"""Parts that the table of ML-1M does not take away."""
+_BEAUTY = (
+    ("SASRec, as S3-Rec (arXiv 2008.07873) reports it", 0.0318, 0.0605),
+    ("S3-Rec, with attributes", 0.0327, 0.0647),
+    ("TIGER (arXiv 2305.05065)", 0.0384, 0.0648),
+    ("ActionPiece (arXiv 2502.13581)", 0.0424, 0.0775),
+    ("HSTU, as eSASRec (arXiv 2508.06450) reports it", 0.0439, 0.0788),
+    ("FuXi-α, as eSASRec reports it", 0.0451, 0.0809),
+    ("SASRec with sampled softmax, as eSASRec reports it", 0.0531, 0.0921),
+    ("eSASRec", 0.0523, 0.0928),
+)
+_TOYS = (
+    ("TIGER (arXiv 2305.05065)", 0.0432, 0.0712),
+    ("HSTU, as eSASRec (arXiv 2508.06450) reports it", 0.0450, 0.0778),
+    ("eSASRec", 0.0538, 0.0939),
+    ("SASRec with sampled softmax, as eSASRec reports it", 0.0580, 0.0970),
+)
 _RETRIEVAL_PEERS = tuple(
     Row(
         name=name,
@@ -194,6 +211,27 @@ def _retrieval(title: str, dataset: str, config: str, rows: tuple[Row, ...], epo
     )  # fmt: skip
 
 
+def _later(table: Table) -> Table:
+    """Train before a moment T, evaluate after it: the recipe, and what it reads of times."""
+    rows = (row for row in table.rows if row.name == "all" or row.epochs_of or "time" in row.name)
+    return replace(
+        table, title=f"{table.title}, cut in time", rows=tuple(rows),
+        metrics=("NDCG@10", "HR@10", "NDCG@10/last_event", "HR@10/last_event", "HR@10/new_users", "HR@10/new_items"),
+        bindings=(*table.bindings, 'DatasetArgs.split = "time"', "DatasetArgs.train_fraction = 0.8"),
+    )  # fmt: skip
+
+
+def _amazon(title: str, dataset: str, published: tuple[tuple[str, float, float], ...]) -> Table:
+    """Data in the order of time, without times."""
+    attributes = 'DatasetArgs.side_feature_names = ["attributes"]', "RetrievalArgs.item_tower = True"
+    return Table(
+        title=title, task="retrieval", dataset=dataset, config=f"configs/{dataset.replace('-', '_')}_retrieval.gin",
+        metrics=("NDCG@10", "HR@10", "MRR"), reference="ids alone", published=published,
+        rows=(Row(name="ids alone"), Row(name="with attributes", bindings=attributes)),
+        validation=("DatasetArgs.valid_items = 1",),
+    )  # fmt: skip
+
+
 def _numbers(train_fraction: float) -> tuple[tuple[str, ...], ...]:
     """What makes the data of a row with numbers."""
     return (
@@ -228,28 +266,30 @@ def _ranking(title: str, dataset: str, epochs: int, undone: Mapping[str, Sequenc
     )  # fmt: skip
 
 
+_ML_1M = _retrieval(
+    "Next film, MovieLens-1M", "ml-1m", "configs/ml_1m_retrieval_best.gin",
+    (
+        *without_each({part: undo for part, undo in _RETRIEVAL.items() if part not in _ONLY_ML_100K}),
+        Row(name="all, trained on validation items, too", epochs_of="all"),
+        *_RETRIEVAL_PEERS,
+    ), epochs=40,
+)  # fmt: skip
+_ML_100K = _retrieval(
+    "Next film, MovieLens-100K", "ml-100k", "configs/ml_100k_retrieval.gin",
+    (
+        *without_each({part: undo for part, undo in _RETRIEVAL.items() if part not in _ONLY_ML_1M}),
+        Row(name="with random windows", bindings=('DatasetArgs.window_stride = "random"',)),
+        Row(name="all, trained on validation items, too", epochs_of="all"),
+        *_RETRIEVAL_PEERS,
+    ), epochs=24,
+)  # fmt: skip
 TABLES: Mapping[str, Table] = {
-    "ml_1m_retrieval": _retrieval(
-        "Next film, MovieLens-1M", "ml-1m", "configs/ml_1m_retrieval_best.gin",
-        (
-            *without_each(_RETRIEVAL),
-            Row(name="all, trained on validation items, too", epochs_of="all"),
-            Row(
-                name="published settings", config="configs/ml_1m_retrieval.gin",
-                bindings=("TrainerArgs.num_train_epochs = 101.0",),
-            ),
-            *_RETRIEVAL_PEERS,
-        ), epochs=40,
-    ),
-    "ml_100k_retrieval": _retrieval(
-        "Next film, MovieLens-100K", "ml-100k", "configs/ml_100k_retrieval.gin",
-        (
-            *without_each({part: undo for part, undo in _RETRIEVAL.items() if part not in _ONLY_ML_1M}),
-            Row(name="with random windows", bindings=('DatasetArgs.window_stride = "random"',)),
-            Row(name="all, trained on validation items, too", epochs_of="all"),
-            *_RETRIEVAL_PEERS,
-        ), epochs=24,
-    ),
+    "ml_1m_retrieval": _ML_1M,
+    "ml_1m_retrieval_time": _later(_ML_1M),
+    "ml_100k_retrieval": _ML_100K,
+    "ml_100k_retrieval_time": _later(_ML_100K),
+    "amazon_beauty_retrieval": _amazon("Next product, Amazon Beauty", "amazon-beauty", _BEAUTY),
+    "amazon_toys_retrieval": _amazon("Next product, Amazon Toys", "amazon-toys", _TOYS),
     "ml_1m_ranking": _ranking(
         "Ratings, MovieLens-1M", "ml-1m", epochs=3,
         undone={

@@ -45,7 +45,7 @@ _EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
 _FOR_ALL = (
     "output", "force", "memory_limit", "bad_row_policy", "max_bad_rows", "min_user_events", "min_item_events",
-    "all_items", "any_times", "raw_ids",
+    "all_items", "running_statistics", "any_times", "raw_ids",
 )  # fmt: skip
 _COLUMNS = tuple(field.name for field in fields(InteractionColumns))
 _OWN_TABLE = (*_COLUMNS, "append")
@@ -163,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--min_user_events", type=int, default=1, help="leave out users with fewer events")
     add("--min_item_events", type=int, default=1, help="leave out items with fewer events, until all left have enough")
     add("--all_items", action="store_true", help="items of --items or --titles belong to the data even without events")
+    add("--running_statistics", action="store_true", help="add statistics of what was known before each event")
     add("--any_times", action="store_true", help="take times of before 1990, of one day or like other kinds of dates")
     add(
         "--raw_ids",

@@ -16,6 +16,7 @@ from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import is_of_negatives
 from hstu.data.batches.jagged import ranges, run_offsets
+from hstu.data.preprocess.running import learn_from
 from hstu.model.embedding import TableSpec
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve.histories import known_of_items, request_facts
@@ -78,6 +79,9 @@ def collect(
         ids, codes = features.item_ids(), np.arange(source.cardinalities[source.roles.item], dtype=np.int64)
         places = codes_of(trained.model_ids(codes), ids)  # index in ``ids`` of each item of the data
         vocabulary |= _items(source, features, places, len(ids))
+        if any(entry["is_running"] for entry in facts["numbers"]):
+            learnt = learn_from(source.store, places).tables
+            vocabulary |= {f"running.{name}": table for name, table in learnt.items()}
         if trained.config.has_item_tower and isinstance(trained.config.task_args, RetrievalArgs):
             vectors = trained.retrieval_evaluator().corpus(source.item_ids()).vectors()
             tables[ITEM_VECTORS] = vectors.new_zeros(len(ids), vectors.shape[1])

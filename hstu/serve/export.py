@@ -18,6 +18,7 @@ from hstu.base.errors import DataError
 from hstu.checkpoint.directory import describe_files
 from hstu.config.args import ContextParallelArgs, DataParallelArgs, TensorModelParallelArgs
 from hstu.config.run_config import RunConfig
+from hstu.data.features import running
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.reader import SampleItems
 from hstu.serve import runtime
@@ -85,6 +86,7 @@ def write_serving(
         (folder / FACTS).write_text(text, encoding="utf-8")
         package = Path(runtime.__file__).parent
         shutil.copytree(package, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(str(running.__file__), folder / PACKAGE)  # in the place of the module that imports it
     model = runtime.Model(folder, json.loads(text))
     found = difference(trained, model)  # which enters ``inference`` itself: nested, it would undo the averages
     if found is not None and found > TOLERANCE:

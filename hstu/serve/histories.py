@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -18,6 +19,8 @@ from hstu.data.batches.batch import PADDING_ID, HSTUBatch, ItemFeatures
 from hstu.data.batches.collate import Assembler, Rows
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.features.roles import FeatureRoles
+from hstu.data.features.running import RunningStatistics
+from hstu.data.preprocess.running import learn_from
 from hstu.data.sampling.sampler import START, BatchPlan
 from hstu.data.store.layout import TIME_FEATURES
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
@@ -65,6 +68,8 @@ def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[
     times = [name for name, vocabulary in vocabularies.items() if vocabulary.kind == "time"]
     widths = zip(roles.numbers, roles.number_widths, strict=True)
     stored = source.store.features if isinstance(source, StoreSource) else {}
+    running = source.store.running_statistics if isinstance(source, StoreSource) else ()
+    is_asked = any(name in running and name not in roles.known_after for name in roles.numbers)
     ranked = {name: each.statistics.quantiles for name, each in stored.items() if each.statistics}
     seen = {name: (values[0], values[-1]) for name, values in ranked.items() if values}
     return {
@@ -75,13 +80,20 @@ def request_facts(config: RunConfig, source: BatchSource, vocabularies: Mapping[
         "side": [name for name in roles.categories if name not in roles.known_after],
         "known_after": [name for name in roles.categories if name in roles.known_after],
         "numbers": [
-            {"name": n, "width": w, "known_after": n in roles.known_after, "seen": seen.get(n)} for n, w in widths
+            {
+                "name": name,
+                "width": width,
+                "known_after": name in roles.known_after,
+                "seen": seen.get(name),
+                "is_running": name in running,
+            }
+            for name, width in widths
         ],
         "max_items": source.max_items,
-        "reads_times": network.needs_times or bool(times),
+        "reads_times": network.needs_times or bool(times) or is_asked,
         "reads_request_time": config.reads_request_time
         if is_retrieval
-        else network.needs_times or any(name not in roles.known_after for name in times),
+        else network.needs_times or is_asked or any(name not in roles.known_after for name in times),
         "features": {
             name: {"kind": vocabulary.kind, "is_list": name in roles.lists} for name, vocabulary in vocabularies.items()
         },
@@ -120,6 +132,12 @@ class BatchEncoder(Encoder):
             items = stored_vocabulary(source.store, source.roles.item)
             known = known_of_items(source.store, source.roles)
         super().__init__(request_facts(config, source, vocabularies), vocabularies, items, known)
+
+    @cached_property
+    def running(self) -> RunningStatistics | None:
+        """As of Encoder, from the data of the model."""
+        source = self._source
+        return learn_from(source.store) if isinstance(source, StoreSource) and self.running_names else None
 
     def batches(self, histories: Sequence[History], rooms: Sequence[int] | None = None) -> Iterator[HSTUBatch]:
         """Batches of histories, cut to their newest ``rooms`` items (None: ``max_items``). Raises DataError."""

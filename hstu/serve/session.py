@@ -176,6 +176,7 @@ class Session:
             self._loaded.check_request_time(at)
             newest = known.history.cut(slice(-1, None))
             shown = Candidates(items, features or {})
+            self._check_given(shown.features)
             (events,) = self._requests.candidates(shown, newest, at)
             (batch,) = self._requests.batches_of([(self._requests.history(newest, at, 1), events)])
             prefix = self._prefix(user, known)
@@ -209,8 +210,14 @@ class Session:
     def _checked(self, given: History) -> History:
         """Convert arrays to lists. Raises DataError for incomplete or unordered events, also for those to cut off."""
         history = given.changed(lambda values: np.asarray(values, dtype=object).tolist())
+        self._check_given(history.features)
         self._requests.encoded(history, len(history.items))
         return history
+
+    def _check_given(self, features: Mapping[str, Any]) -> None:
+        """Raise DataError unless running statistics are given: the session does not keep the events they count."""
+        if missing := [name for name in self._requests.running_names if name not in features]:
+            raise DataError(f"a session does not compute running statistics; give the features {', '.join(missing)}")
 
     def _appended(self, known: _Known, history: History) -> _Known:
         """Update the cache for a longer history of a user, whose events are checked."""

@@ -125,6 +125,10 @@ def resolve_roles(
                 elif role == "side" and not of_items:
                     text += f". Data preprocessed without them has none. {store.remedy()}"
                 problems.append(located(owner, parameter, text + did_you_mean(name, allowed)))
+    seen = [name for name in side if name in store.running_statistics and name not in args.known_after]
+    if seen and args.has_candidates and args.candidates != "requests":
+        text = f"{seen[0]!r} counts all earlier events, so of these candidates each would show the actions on others"
+        problems.append(located(args, "side_feature_names", f"{text}; set DatasetArgs.max_num_candidates = 0"))
     if item_tower and not chosen.tower and not problems:
         allowed = store.item_side_features
         text = "has no feature of items, from which RetrievalArgs.item_tower = True makes their vectors; "

@@ -32,6 +32,7 @@ from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.existing import files_that_differ, is_kept, values_of, warn_of_values, with_earlier_files
 from hstu.data.preprocess.features import check_items, write_context, write_item_features
 from hstu.data.preprocess.ingest import check_period, check_rows, keep_core, read_files
+from hstu.data.preprocess.running import write_running
 from hstu.data.preprocess.state import (
     Build,
     BuildOptions,
@@ -51,7 +52,7 @@ from hstu.data.preprocess.write import (
     write_vocabularies,
 )
 from hstu.data.store.meta import VERSION
-from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.sequence_store import Requests, SequenceStore
 from hstu.data.store.writer import StoreWriter
 
 _log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def _options(name: str, output: Path, force: bool, limits: Mapping[str, Any], **
         if least < 1:
             raise ConfigError(f"--{option} {least}: at least 1, which leaves out nothing")
         arguments[option] = None if least == 1 else least
-    for flag in ("all_items", "any_times"):  # without a value
+    for flag in ("all_items", "running_statistics", "any_times"):  # without a value
         arguments[flag] = () if getattr(options, flag) else None
     words = ["python", "scripts/preprocess_dataset.py"]
     for option, value in arguments.items():
@@ -209,8 +210,11 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     write_item_features(build, num_items)
     event_values = write_events(build, offsets, num_items)
     write_split(build, offsets)
+    requests = None
     if of_requests:
-        write_requests(build, offsets, of_requests["requests"], of_requests["candidates"], event_values)
+        sizes = (of_requests["requests"], of_requests["candidates"])
+        requests = Requests(**write_requests(build, offsets, *sizes, event_values))
+    write_running(build, offsets, requests)
     (with_events,) = one(build.engine, "SELECT count(*) FROM items WHERE events > 0")
     events = int(lengths.sum())
     statistics = {
@@ -233,5 +237,6 @@ def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
     tables = [repr(raw.parts), repr(raw.tables), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]
     rules += [options.min_user_events, options.min_item_events, options.all_items]
+    rules += [options.running_statistics]
     programs = [VERSION, np.__version__, duckdb.__version__]
     return hashlib.sha256(json.dumps([files, tables, rules, programs]).encode()).hexdigest()

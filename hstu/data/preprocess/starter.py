@@ -136,8 +136,9 @@ def _side(store: SequenceStore) -> Iterator[str]:
     events = [*store.event_features, *store.event_number_features]
     if names := [*store.item_side_features, *store.item_number_features, *events]:
         comment = "# Remove from known_after what is known before the event, such as a device or an hour.\n"
-        known_after = {"DatasetArgs.known_after": events} if events else {}
-        yield (comment if events else "") + _gin({"DatasetArgs.side_feature_names": names, **known_after})
+        after = [name for name in events if name not in store.running_statistics]
+        known_after = {"DatasetArgs.known_after": after} if after else {}
+        yield (comment if after else "") + _gin({"DatasetArgs.side_feature_names": names, **known_after})
     numbers = (*store.item_number_features, *store.event_number_features)
     for scope, is_vector in (("numbers", False), ("vectors", True)):  # which have other transforms
         if named := [name for name in numbers if (store.features[name].width > 1) == is_vector]:

@@ -64,6 +64,8 @@ class BuildOptions:
     min_item_events: int = 1
     all_items: bool = False
     """Keep items without events that the tables of items and titles list."""
+    running_statistics: bool = False
+    """Add the statistics of features/running.py to the events."""
     any_times: bool = False
     """Take times of users' own tables that probably are something else."""
 

@@ -202,8 +202,9 @@ def find_requests(build: Build) -> dict[str, int]:
 
 def write_requests(
     build: Build, offsets: np.ndarray, requests: int, candidates: int, features: Mapping[str, str]
-) -> None:
-    """Write requests and candidates, after events with ``offsets`` [U + 1]. ``features``: e0, e1, … → SQL of value."""
+) -> Mapping[str, np.ndarray]:
+    """Write requests and candidates, after events with ``offsets`` [U + 1]. ``features``: e0, e1, … → SQL of value.
+    Returns the arrays of the requests, by field of Requests."""
     of_requests = build.writer.create_requests(requests, candidates)
     times = build.writer.written(str(build.schema.timestamp))
     ordered = build.engine.sql(
@@ -227,6 +228,7 @@ def write_requests(
         place = slice(int(bounds[begin]), int(bounds[end]))
         write = partial(write_rows, build, arrays, features, rows, "number, part, source_row", place)
         build.once(f"request bucket {number}", write)
+    return of_requests
 
 
 def first_from(times: np.ndarray, begin: np.ndarray, end: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -104,6 +104,8 @@ class SequenceStore:
         ranges = meta.get("ranges", {}).items()
         self.ranges = {name: {key: float(first) for key, first in each.items()} for name, each in ranges}
         """Feature of --bins → its values, which are ranges of numbers → the first number of each, ascending."""
+        self.running_statistics: tuple[str, ...] = tuple(meta.get("running_statistics", ()))
+        """Event features that ``--running_statistics`` has made."""
         self.command: str | None = meta["command"]
         self._files = StoreFiles(path, meta)
 

@@ -60,6 +60,8 @@ class StoreWriter:
         self.sources: Mapping[str, str] = {}
         self.ranges: dict[str, Mapping[str, float]] = {}
         """See SequenceStore.ranges."""
+        self.running_statistics: tuple[str, ...] = ()
+        """See SequenceStore.running_statistics."""
         self._name = name
         self._command = command
         self._resume_key = resume_key
@@ -127,9 +129,10 @@ class StoreWriter:
         self._features[feature] = FeatureMeta(feature, role, DTYPES[role], cardinality, has_vocab=False, width=width)
         return self._create(self._features[feature].file, np.dtype(DTYPES[role]), length)
 
-    def written(self, feature: str) -> np.ndarray:
-        """The content of an array that create_sequence made, read-only."""
-        return np.asarray(open_memmap(self.partial / self._features[feature].file, mode="r"))
+    def written(self, feature: str, of_candidates: bool = False) -> np.ndarray:
+        """The content of an array that create_sequence made, or create_candidates; read-only."""
+        meta = self._features[feature]
+        return np.asarray(open_memmap(self.partial / (meta.candidate_file if of_candidates else meta.file), mode="r"))
 
     def create_list_offsets(self, feature: str, *, items: int) -> np.memmap:
         """int64 [items + 1] to fill: item i has the values [offsets[i], offsets[i + 1]), at least one."""
@@ -219,6 +222,7 @@ class StoreWriter:
             "command": self._command,
             **({"split": self._split} if self._split else {}),
             **({"ranges": self.ranges} if self.ranges else {}),
+            **({"running_statistics": self.running_statistics} if self.running_statistics else {}),
             "num_users": self._num_users,
             "num_events": self._arrays[item.file][1],
             "num_requests": self._num_requests,

@@ -22,7 +22,10 @@ from .requests import (
     history_problems,
     name_of,
 )
+from .running import Questions, RunningStatistics
 
+_RUNNING = "running."
+"""Prefix of the tables of running statistics among ``known``."""
 _VALUES_OF_TEXT = 6
 _NO_EVENT = -(2**63)
 """Stands for the time of the newest event of a user without events."""
@@ -71,6 +74,17 @@ class Encoder:
         self.facts, self.vocabularies = facts, vocabularies
         self._known_items, self._known = items, known
 
+    @cached_property
+    def running(self) -> RunningStatistics | None:
+        """Computes the running statistics that requests do not give. None: the model reads none."""
+        found = {name.removeprefix(_RUNNING): each for name, each in self._known.items() if name.startswith(_RUNNING)}
+        return RunningStatistics(found) if found else None
+
+    @property
+    def running_names(self) -> list[str]:
+        """Running statistics that the model reads."""
+        return [entry["name"] for entry in self.facts["numbers"] if entry.get("is_running")]
+
     @property
     def items(self) -> Vocabulary:
         """The vocabulary of items that the model reads."""
@@ -79,7 +93,8 @@ class Encoder:
     @property
     def given_features(self) -> dict[str, bool]:
         """Feature of items or events, except time features → whether a request must contain it."""
-        return {name: f"item.{name}" not in self._known for name in feature_names(self.facts)}
+        optional = {name.removeprefix("item.") for name in self._known} | {*self.running_names}
+        return {name: name not in optional for name in feature_names(self.facts)}
 
     @property
     def known_before(self) -> list[str]:
@@ -117,6 +132,7 @@ class Encoder:
         """Encode the context and the newest ``room`` events. Raises ``error`` for an invalid history."""
         self._refuse(history_problems(history, at, self.facts, self.text_of))
         facts, count = self.facts, len(history.items)
+        history = replace(history, features=self._with_running(history.features, history, None))
         newest = slice(max(0, count - room), None)
         shown = history.cut(newest)
         if not count:  # an empty history needs no features
@@ -140,6 +156,8 @@ class Encoder:
         if self.facts["reads_times"] and history.timestamps is not None and len(history.timestamps):
             newest = int(history.timestamps[-1])
         self._refuse(candidate_problems(candidates, self.facts, self.text_of))
+        every = torch.full((count,), max(newest, 0) if at is None else at)
+        candidates = Candidates(candidates.items, self._with_running(candidates.features, history, (candidates, every)))
         found = []
         for part in range(parts):
             shown = candidates.cut(slice(count * part // parts, count * (part + 1) // parts))
@@ -180,6 +198,30 @@ class Encoder:
                 own = {value for value, row in zip(single, rows, strict=True) if row == unknown and value is not None}
                 found.setdefault(name, set()).update(own)
         return {name: sorted(values, key=str) for name, values in found.items() if values}
+
+    def _with_running(
+        self, given: Mapping[str, Sequence[Any]], history: History, asked: tuple[Candidates, Tensor] | None
+    ) -> Mapping[str, Sequence[Any]]:
+        """Add running statistics that are not given: of the events, or of candidates at times after all of them."""
+        missing = [name for name in self.running_names if name not in given]
+        if not missing or self.running is None:
+            return given
+        items = self._known_items.places(history.items)[None]
+        times = torch.tensor([[int(time) for time in history.timestamps or ()]], dtype=torch.int64)
+        questions = None
+        if asked is not None:
+            count = torch.full_like(asked[1], items.shape[1])
+            questions = Questions(torch.zeros_like(count), count, self._known_items.places(asked[0].items), asked[1])
+        found = self.running.numbers(items, self._values(history), times, questions)
+        columns = dict(zip(self.running.names, found.T.tolist(), strict=True))
+        return {**given, **{name: columns[name] for name in missing}}
+
+    def _values(self, history: History) -> Tensor:
+        """The actions of a history as numbers, float64 [1, n]."""
+        try:
+            return torch.tensor([[float(action) for action in history.actions or [0] * len(history.items)]]).double()
+        except (TypeError, ValueError) as error:
+            raise self.error(f"{name_of(history)} has an action that is no number: {error}") from None
 
     def _refuse(self, problems: Iterator[str]) -> None:
         for problem in problems:

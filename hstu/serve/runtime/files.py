@@ -21,7 +21,10 @@ from .requests import ServingError
 FORMAT, VERSION = "hstu-serving", 3
 MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.safetensors", "vocabulary.safetensors"
 PROGRAM, WEIGHTS = "program.pt2", "weights.safetensors"
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "I8": torch.int8, "I64": torch.int64, "U8": torch.uint8}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "I8": torch.int8,
+    "U8": torch.uint8,
+}  # fmt: skip
 _INT64, _DIGITS = range(-(2**63), 2**63), re.compile("-?[0-9]{1,19}")
 _NUMBER = re.compile(r" *[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)? *")
 _MOST_LISTED = 50  # values of a feature in its description

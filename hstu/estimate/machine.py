@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -161,7 +161,6 @@ class ThisCpu(Machine):
     network_latency_us: float = 100.0
     link_efficiency: float = 1.0
     overlaps: bool = False
-    clock: Callable[[], float] = time.perf_counter
 
     def step_seconds(self, workload: Workload) -> float:
         """Measured median seconds per step of one rank without communication, data loading included.
@@ -189,9 +188,9 @@ class ThisCpu(Machine):
             pipeline.progress(batches)
             times: list[float] = []
             while len(times) < _LEAST_STEPS or sum(times) < _BUDGET_S:
-                begun = self.clock()
+                begun = time.perf_counter()
                 pipeline.progress(batches)
-                times.append(self.clock() - begun)
+                times.append(time.perf_counter() - begun)
         finally:
             for process in others:
                 process.kill()
@@ -201,8 +200,8 @@ class ThisCpu(Machine):
         return statistics.median(times) * trainer.train_batch_size / sequences
 
 
-def this_cpu(workload: Workload, clock: Callable[[], float] = time.perf_counter) -> ThisCpu:
-    """A rank's share of this host. Pass ``time.process_time`` as ``clock`` to time one thread on a busy machine."""
+def this_cpu(workload: Workload) -> ThisCpu:
+    """A rank's share of this host."""
     ranks, dtype = workload.ranks_per_host, getattr(torch, workload.config.network.dtype_str)
     peak, _ = peak_tflops(torch.device("cpu"), torch.float32 if dtype is torch.float32 else torch.bfloat16)
-    return ThisCpu("this CPU", psutil.virtual_memory().total / 1e9 / ranks, peak / ranks, clock=clock)
+    return ThisCpu("this CPU", psutil.virtual_memory().total / 1e9 / ranks, peak / ranks)

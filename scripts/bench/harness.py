@@ -99,15 +99,13 @@ def attempt(report: Row, section: str, case: Row, measure: Callable[[], Sequence
         stop_if_lost()
 
 
-def time_passes(
-    passes: Mapping[str, Pass], device: torch.device, rounds: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, dict[str, float]]:
+def time_passes(passes: Mapping[str, Pass], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds of each function's forward and backward: the median and the fastest of ``rounds``.
 
     All take their turn in every round, so that a disturbance of the machine affects all of them. On a GPU, the caches
     are flushed before each call, and several launches share a pair of events, so that the host can be ahead of the
     device; "host_ms" is what the host needs to launch a forward and a backward. Where that is more than the device's
-    time, the function waits for the host. ``clock``: of a CPU, in seconds.
+    time, the function waits for the host.
     """
     launches = LAUNCHES[device.type]
     flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
@@ -117,17 +115,17 @@ def time_passes(
         for name, each in passes.items():
             flush.zero_()
             begun = time.perf_counter()
-            marks = [_mark(device, clock)]
+            marks = [_mark(device)]
             for _ in range(launches):
                 out = each.forward()
-            marks.append(_mark(device, clock))
+            marks.append(_mark(device))
             forward_s = time.perf_counter() - begun
             flush.zero_()
             begun = time.perf_counter()
-            marks.append(_mark(device, clock))
+            marks.append(_mark(device))
             for _ in range(launches):
                 torch.autograd.grad(out, each.leaves, grads[name], retain_graph=launches > 1, allow_unused=True)
-            marks.append(_mark(device, clock))
+            marks.append(_mark(device))
             host_ms = (forward_s + time.perf_counter() - begun) * 1e3
             if number >= WARM_UP:
                 spent = _milliseconds(*marks[:2]), _milliseconds(*marks[2:]), host_ms
@@ -196,9 +194,9 @@ def _summary(times: Sequence[tuple[float, float, float]], device: torch.device) 
     return summary | ({"host_ms": round(statistics.median(host), 3)} if device.type == "cuda" else {})
 
 
-def _mark(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> Any:
+def _mark(device: torch.device) -> Any:
     if device.type != "cuda":
-        return clock()
+        return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event

@@ -149,12 +149,13 @@ def _code(texts: Sequence[str]) -> str:
 
 
 def draw_metrics(table: Table, results: dict[str, dict[int, Result]], image: Path) -> Path | None:
-    """A panel for each of the first two metrics: a point with its standard error for each row, and its seeds."""
+    """Panels of the first two metrics, also at the last event: each row with its standard error, and its seeds."""
     shown = {row: of_row for row, of_row in results.items() if of_row}
     if not shown:
         return None
-    metrics = table.metrics[:2]
-    with open_figure(image, size=(6 * len(metrics) + 3, 1.2 + 0.45 * len(shown)), dpi=120) as figure:
+    metrics = [*table.metrics[:2], *(name for name in table.metrics[2:] if name.endswith(AT_LAST_EVENT))]
+    labels = [*shown, *(whose for whose, *_ in table.published)]
+    with open_figure(image, size=(4 * len(metrics) + 4, 1.2 + 0.35 * len(labels)), dpi=120) as figure:
         for axes, metric in zip(figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0], metrics, strict=True):
             for place, of_row in enumerate(shown.values()):
                 values = [*_values(of_row, metric).values()]
@@ -164,7 +165,11 @@ def draw_metrics(table: Table, results: dict[str, dict[int, Result]], image: Pat
                 axes.plot(values, [place] * len(values), "o", color=GREY, markersize=3, alpha=0.6)
                 bar = None if math.isnan(error) else error
                 axes.errorbar(mean, place, xerr=bar, fmt="o", color=COLOURS[0], capsize=4)
-            axes.set(title=metric, yticks=range(len(shown)), yticklabels=[*shown])
+            for place, (_, *published) in enumerate(table.published, len(shown)):
+                if (at := table.metrics.index(metric)) < len(published):
+                    axes.plot(published[at], place, "D", color=GREY)
+            axes.locator_params(axis="x", nbins=5)
+            axes.set(title=metric, yticks=range(len(labels)), yticklabels=labels)
         axes.invert_yaxis()
     return image
 

@@ -207,7 +207,8 @@ class Encoder:
         if not missing or self.running is None:
             return given
         items = self._known_items.places(history.items)[None]
-        times = torch.tensor([[int(time) for time in history.timestamps or ()]], dtype=torch.int64)
+        seconds = () if history.timestamps is None else history.timestamps
+        times = torch.tensor([[int(time) for time in seconds]], dtype=torch.int64)
         questions = None
         if asked is not None:
             count = torch.full_like(asked[1], items.shape[1])
@@ -219,7 +220,8 @@ class Encoder:
     def _values(self, history: History) -> Tensor:
         """The actions of a history as numbers, float64 [1, n]."""
         try:
-            return torch.tensor([[float(action) for action in history.actions or [0] * len(history.items)]]).double()
+            actions = [0] * len(history.items) if history.actions is None else history.actions
+            return torch.tensor([[float(action) for action in actions]], dtype=torch.float64)
         except (TypeError, ValueError) as error:
             raise self.error(f"{name_of(history)} has an action that is no number: {error}") from None
 

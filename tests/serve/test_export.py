@@ -251,9 +251,9 @@ def test_models_whose_requests_would_lack_something_are_refused(
             use()
 
 
-def test_the_runtime_imports_torch_and_the_standard_library_alone() -> None:
+def test_the_exported_package_imports_torch_and_the_standard_library_alone(retrieval: Served) -> None:
     allowed = {*sys.stdlib_module_names, "torch"}
-    for path in Path(runtime.__file__).parent.glob("*.py"):
+    for path in (retrieval.folder / "hstu_serving").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) and node.level == 0 else []

@@ -49,7 +49,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
 
 def test_they_are_what_a_loop_over_the_events_finds(store: SequenceStore) -> None:
     found, raw = stored(store), ratings().sort_values(["u", "t"])
-    for (user, time), row in found.sample(60, random_state=0).iterrows():
+    drawn = found.sample(60, random_state=0)
+    for user, time in drawn.index.tolist():
+        row = drawn.loc[(user, time)]
         known = raw[raw.t < time // DAY_S * DAY_S]
         of_item, own = known[known.i == row.i], raw[(raw.u == user) & (raw.t < time)]
         centre = known.a.mean()
@@ -93,7 +95,7 @@ def test_factors_find_the_tastes(store: SequenceStore) -> None:
 def test_no_bit_before_a_moment_depends_on_what_comes_after_it(store: SequenceStore, tmp_path: Path) -> None:
     """All users' later events are redrawn, with new users and items, whose ids come between the old ones."""
     moment, before, other = BEGIN + 250 * DAY_S + 7, ratings(), ratings(seed=1)
-    other.i = other.i * 2 - 25
+    other["i"] = other["i"] * 2 - 25
     later = other[other.t > moment].assign(u=lambda events: events.u * 3 - 50)
     altered = stored(make(tmp_path, pd.concat([before[before.t <= moment], later])))
     same = stored(store)

@@ -59,7 +59,8 @@ class RunningStatistics:
             sum of squares of the item's values up to this day; "days" [D] and "day_sums" [D, 3]: the same of all items.
             With values also "fits", int64 [F]: days of factor models; "fitted", int64 [R]: keys of (item, fit);
             "factors", float64 [R, 2 + 2 NUM_FACTORS]: means of the item's constant and weights, then variances;
-            "priors" [F, …]: the same of items that a fit does not know; "noise", float64 [F].
+            "priors" [F, …]: the same of items that a fit does not know; "noise", float64 [F]. Fit 0 stands for the days
+            before the first: it knows nothing, and its noise is infinite.
     """
 
     def __init__(self, tables: Mapping[str, Tensor]) -> None:
@@ -112,19 +113,11 @@ class RunningStatistics:
         found |= {"item_mean": mean, "item_std": deviation, "centre": centre, "spread": spread}
         fit = torch.searchsorted(tables["fits"], days, right=True) - 1
         wanted = keys_of(items, fit)
-        row = torch.searchsorted(tables["fitted"], wanted).clamp(max=max(len(tables["fitted"]) - 1, 0))
-        known = (fit >= 0) & (items >= 0)
-        factors = torch.zeros(len(days), 2 + 2 * NUM_FACTORS, dtype=torch.float64)
-        noise = torch.full_like(centre, torch.inf)
-        if len(tables["fits"]):
-            is_fitted = known & (tables["fitted"][row] == wanted)
-            factors = torch.where(is_fitted[:, None], tables["factors"][row], tables["priors"][fit.clamp(min=0)])
-            noise = torch.where(fit >= 0, tables["noise"][fit.clamp(min=0)], torch.inf)
-        return found | {
-            "weights": factors[:, : 1 + NUM_FACTORS],
-            "unsure": factors[:, 1 + NUM_FACTORS :],
-            "noise": noise,
-        }
+        row = torch.searchsorted(tables["fitted"], wanted).clamp(max=len(tables["fitted"]) - 1)
+        is_fitted = tables["fitted"][row] == wanted
+        factors = torch.where(is_fitted[:, None], tables["factors"][row], tables["priors"][fit])
+        weights, unsure = factors.chunk(2, dim=1)
+        return found | {"weights": weights, "unsure": unsure, "noise": tables["noise"][fit]}
 
     def _of_values(
         self, values: Tensor, facts: Mapping[str, Tensor], here: Mapping[str, Tensor], at: tuple[Tensor, Tensor]
@@ -177,7 +170,7 @@ def _before(keys: Tensor, sums: Tensor, items: Tensor, days: Tensor) -> tuple[Te
 
 
 def keys_of(groups: Tensor, members: Tensor) -> Tensor:
-    """One key for each pair, int64 [n]: of an item and a day, or of a fit and an item."""
+    """One key for each pair, int64 [n]: of an item and a day, or of an item and a fit."""
     return groups * _SPAN + members.clamp(0, _SPAN - 1)
 
 

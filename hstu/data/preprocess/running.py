@@ -22,6 +22,8 @@ _FIRST_FIT, _GROWTH, _NEWEST = 2000, 1.5, 1 << 22
 """Factors are estimated at the first midnight with _FIRST_FIT events before it, and again whenever there are _GROWTH
 times as many, from about _NEWEST of them at most."""
 _ROUNDS, _LATER_ROUNDS = 35, 10
+_NEVER = -(1 << 40)
+"""A day before all others."""
 _USERS_AT_ONCE, _PLACES_AT_ONCE = 1 << 15, 1 << 17
 
 
@@ -156,9 +158,8 @@ def _cells(items: Tensor, days: Tensor, values: Tensor) -> dict[str, Tensor]:
 def _fits(log: Log, days: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """Factor models. ``days``: days since 1970, ascending; ``counts``: events up to the end of each."""
     of_event, model, last = log.days, _Factors(int(log.items.max()) + 1), 0
-    empty = torch.empty(0, 2 * (1 + NUM_FACTORS), dtype=torch.float64)
-    fits, noise = list[int](), list[float]()
-    fitted, factors, priors = [empty[:, 0].long()], [empty], [empty]
+    nothing = torch.zeros(1, 2 * (1 + NUM_FACTORS), dtype=torch.float64)
+    fits, fitted, factors, priors, noise = [_NEVER], [torch.tensor([-1])], [nothing], [nothing], [torch.inf]
     for day, count in zip(days.tolist(), counts.tolist(), strict=True):
         if count < max(_FIRST_FIT, _GROWTH * last):
             continue

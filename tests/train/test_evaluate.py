@@ -88,6 +88,12 @@ def test_without_seen_items_nothing_is_filtered() -> None:
     assert found.history.tolist() == [2, 1, 3, 2, 2] and found.items.tolist() == [8, 9, 2, 0, 19]
 
 
+def test_a_rank_without_users_takes_part_with_none() -> None:
+    model, batches, _ = retrieval_batches()
+    found = Retrieval(model).observe([make_batch([[]], task="retrieval_eval", labels=[-1], seen_lists=[[]])])
+    assert found.results.shape == (0, Retrieval(model).observe(batches).results.shape[1]) and not len(found.items)
+
+
 class RatingModel(nn.Module):
     """Logits of the classes 1 … 5: the item's id is where the mass is."""
 

@@ -135,10 +135,14 @@ class Model:
         """Whether results depend on ``at``, the time of the request."""
         return bool(self.facts["reads_request_time"])
 
+    @property
+    def filter_seen(self) -> bool:
+        """Whether items of a history are not recommended unless a caller says otherwise. Older exports lack it."""
+        return bool(self.facts.get("filter_seen", True))
+
     def left_out(self, history: History, filter_seen: bool | None) -> Sequence[Any]:
         """The items of a history if these are not recommended, else none. Argument: see :meth:`recommend_batch`."""
-        is_filtered = self.facts.get("filter_seen", True) if filter_seen is None else filter_seen
-        return history.items if is_filtered else ()
+        return history.items if (self.filter_seen if filter_seen is None else filter_seen) else ()
 
     def recommend(
         self, history: History, k: int = 10, at: int | None = None, filter_seen: bool | None = None

@@ -317,7 +317,7 @@ def _facts(served: ServedModel) -> dict[str, Any]:
         "task": served.task,
         "items": encoder.items.size,
         "max_events": facts["max_items"],
-        "filter_seen": facts.get("filter_seen", True),
+        "filter_seen": served.model.filter_seen,
         "reads": {
             "actions": facts["action"],
             "action_values": action["values"] if len(action["values"]) == action["count"] else [],

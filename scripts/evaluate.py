@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(tabulate(found.items(), headers=("metric", "value"), tablefmt="plain", floatfmt=".4f"))
     if groups:
         kinds = [*dict.fromkeys(name.partition("/")[0] for name in found)][:2]
-        shown = [name for name in found if name.partition("/")[0] in kinds]
+        shown = [name for name in found if name.partition("/")[0] in kinds and "/new_" not in name]
         lines = [(name, count, *(values[each] for each in shown)) for name, (count, values) in groups.items()]
         print("\nBy the time since the event before:\n")
         print(tabulate(lines, headers=("gap", "targets", *shown), tablefmt="plain", floatfmt=".4f"))

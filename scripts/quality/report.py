@@ -32,7 +32,7 @@ def write_report(name: str, table: Table, runs: Sequence[Run], output: Path) -> 
     ranks = read_ranks(folder / RANKS)
     drawn = draw_metrics(table, results, folder / "metrics.png"), draw_curves(table, results, folder / "curves.png")
     images = [image for image in drawn if image]
-    lines = [*_lines(table, results, ranks), "", *_by_gap(table, results, ranks), *_notes(table), ""]
+    lines = [*_lines(table, results, ranks), "", *_by_gap(table, results, ranks), *_notes(table, not ranks.empty), ""]
     text = "\n".join([*_head(name, table, runs), *lines])
     text += "".join(f"\n![{image.stem} of {name}]({image.name})\n" for image in images)
     page = folder / "README.md"
@@ -72,7 +72,7 @@ def _lines(table: Table, results: dict[str, dict[int, Result]], ranks: pd.DataFr
         own = _values(of_row, table.metric)
         cells.append("" if row == table.reference else number(*paired_difference(own, reference), sign=True))
         cells += [_half_widths(table, ranks.get(row) if 1 in of_row else None)] * (not ranks.empty)
-        cells += [str(table.row(row).trials or "")] * has_trials
+        cells += [str(table.row(row).trials)] * has_trials
         cells += [str(len(of_row)), _mean(of_row, "epoch", 1), _mean(of_row, "seconds", 60)]
         lines.append("| " + " | ".join(cells) + " |")
     for whose, *values in table.published:
@@ -112,14 +112,14 @@ def _mean(results: dict[int, Result], field: str, unit: float) -> str:
     return f"{np.mean(values):.1f}" if values else ""
 
 
-def _notes(table: Table) -> list[str]:
+def _notes(table: Table, has_ranks: bool) -> list[str]:
     """How the numbers were chosen, and what the rows are."""
     how = ["Mean ± standard error over seeds. Differences are those of pairs with one seed. Minutes are wall time."]
     how.append(
         f"The checkpoint with the best {table.metric} on validation is evaluated on the test part, once. Epochs "
         "are those of this checkpoint. Rows that train on the validation part, too, train for as many."
     )
-    if table.task == "retrieval":
+    if has_ranks:
         how.append(
             "95 % of users: half of the width of the 95 % interval of the mean over the users of seed 1, for the first "
             f"two metrics, from [the rank of each user's target](../README.md#recompute-a-table) in {RANKS}."

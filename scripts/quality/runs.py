@@ -194,7 +194,7 @@ class Run:
         own = own[[name for name in (*columns.values(), "gap") if name in own]]
         joined = own.combine_first(read_ranks(kept).drop(columns=[*columns.values()], errors="ignore"))
         with written_aside(kept) as aside:
-            joined.to_csv(aside, float_format="%.10g", compression={"method": "gzip", "mtime": 0})
+            joined.sort_index(axis=1).to_csv(aside, float_format="%.10g", compression={"method": "gzip", "mtime": 0})
 
     def _peer_result(self) -> Result:
         written = json.loads(self._peer_file.read_text(encoding="utf-8"))

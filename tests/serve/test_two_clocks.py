@@ -116,6 +116,19 @@ def test_an_evaluator_of_ones_own_finds_both_numbers_and_the_table_of_gaps(
     assert printed.split()[:6] == ["gap", "targets", "HR@5", "NDCG@5", "HR@5/last_event", "NDCG@5/last_event"]
 
 
+def test_newcomers_stand_apart_in_all_targets_and_not_by_gap(
+    here: Path, mesh: Mesh, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skip_measuring_the_peak()
+    config = tiny_config(
+        "retrieval", write_store(here / "store"), here, dataset={"split": "time", "train_fraction": 0.5},
+        trainer={"max_train_iters": 1, "eval_at_end": True, "ckpt_save_interval": 1},
+    )  # fmt: skip
+    assert evaluate.main(["--run_dir", str(run(config, mesh).path)]) == 0
+    of_all, by_gap = capsys.readouterr().out.split("By the time since the event before:")
+    assert "/new_users" in of_all and "/new_" not in by_gap
+
+
 def results(model: LoadedModel, store: SequenceStore, **options: Any) -> tuple[np.ndarray, np.ndarray, Tensor]:
     """Ranks and scores of the targets of "valid" of other data, [users, clocks], and the queries, told the time."""
     config = with_store(model.config, store.path)

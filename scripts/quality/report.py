@@ -117,8 +117,10 @@ def _notes(table: Table, has_ranks: bool) -> list[str]:
     how = ["Mean ± standard error over seeds. Differences are those of pairs with one seed. Minutes are wall time."]
     how.append(
         f"The checkpoint with the best {table.metric} on validation is evaluated on the test part, once. Epochs "
-        "are those of this checkpoint. Rows that train on the validation part, too, train for as many."
+        "are those of this checkpoint."
     )
+    if any(row.epochs_of for row in table.rows):
+        how.append("Rows that train on the validation part, too, train for as many.")
     if has_ranks:
         how.append(
             "95 % of users: half of the width of the 95 % interval of the mean over the users of seed 1, for the first "

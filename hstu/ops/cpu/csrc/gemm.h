@@ -9,12 +9,6 @@ namespace hstu {
 // Rows of C that are computed together: they and the vectors of B fill the registers without spilling.
 constexpr int rows_for(int vectors) { return LANES == 16 ? (vectors == 4 ? 4 : 8) : (vectors == 4 ? 2 : 4); }
 
-#if defined(__AVX512BF16__)
-constexpr bool HAS_PAIRS = true;
-#else
-constexpr bool HAS_PAIRS = false;
-#endif
-
 template <bool PAIRS>
 inline vf multiply_add(vf total, const float* x, vf row) {
 #if defined(__AVX512BF16__)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, is_bfloat, library, pointer, strides
 from hstu.ops.kernels import AttentionInputs, Gradient, RelativeBias
-from hstu.ops.layout import NUM_TIME_BUCKETS
+from hstu.ops.layout import bucket_thresholds
 
 MOST_BUCKET_BYTES = 2**26
 MOST_BINS = 64  # work items with separate sums of bias gradients
@@ -27,7 +27,7 @@ class _Arguments(Arguments):
         (pointer, "out grad_q grad_k grad_v"),
         (strides, "out_strides grad_q_strides grad_k_strides grad_v_strides"),
         (pointer, "position_weight time_weight grad_position_weight grad_time_weight"),
-        (pointer, "query_times token_times buckets bucket_offsets offsets candidates order"),
+        (pointer, "query_times token_times thresholds buckets bucket_offsets offsets candidates order"),
         (
             int64,
             "sequences heads width positions bins contextuals group_tokens max_span full_tokens first_query stop_query",
@@ -42,15 +42,6 @@ class _Arguments(Arguments):
             first, _ = getattr(self, f"{name}_strides")
             size = 2 if self.is_bfloat else 4
             setattr(self, name, getattr(self, name) - queries.start * first * size)  # type: ignore[union-attr]
-
-
-@dataclass
-class _Plan:
-    """Values that depend on the layout and the mask alone."""
-
-    order: Tensor  # int64 [B]: longest sequences first
-    buckets: Tensor | None = None
-    bucket_offsets: Tensor | None = None  # int64 [B + 1]
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
@@ -69,20 +60,17 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
     grad_q, grad_k, grad_v = (each.target for each in grads)
     arguments.set(grad_out=grad, grad_q=grad_q, grad_k=grad_k, grad_v=grad_v)
     arguments.move(inputs.queries, "grad_out", "grad_q")
-    if bias is None:
-        library().hstu_attention(ctypes.byref(arguments), 1)
-        return None
-    position = torch.zeros(arguments.bins, len(bias.position_weight), dtype=torch.float64)
-    time = torch.zeros(arguments.bins, NUM_TIME_BUCKETS, dtype=torch.float64)
-    arguments.set(grad_position_weight=position, grad_time_weight=time)
+    sums = [torch.zeros(arguments.bins, len(weight), dtype=torch.float64) for weight in bias or ()]
+    if sums:
+        arguments.set(grad_position_weight=sums[0], grad_time_weight=sums[1])
     library().hstu_attention(ctypes.byref(arguments), 1)
-    return RelativeBias(position.sum(0).to(bias.position_weight.dtype), time.sum(0).to(bias.time_weight.dtype))
+    return bias and RelativeBias(*(each.sum(0).to(weight.dtype) for each, weight in zip(sums, bias, strict=True)))
 
 
 def _prepare(inputs: AttentionInputs) -> _Arguments:
     """Arguments that forward and backward share. Computes the time buckets on the first call for a layout."""
     q, k, v, bias, layout, config = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.layout, inputs.config
-    plan: _Plan = layout.cached(("cpu attention", config), lambda: _Plan(torch.from_numpy(layout.longest_first)))
+    order = layout.cached("cpu order", lambda: torch.from_numpy(layout.longest_first))
     arguments = _Arguments(
         sequences=layout.batch_size,
         heads=q.shape[1],
@@ -101,7 +89,7 @@ def _prepare(inputs: AttentionInputs) -> _Arguments:
         is_bfloat=is_bfloat((q, k, v)),
     )
     candidates = torch.from_numpy(layout.num_candidate_tokens_host)
-    arguments.set(q=q, k=k, v=v, offsets=layout.seqlen_offsets, candidates=candidates, order=plan.order)
+    arguments.set(q=q, k=k, v=v, offsets=layout.seqlen_offsets, candidates=candidates, order=order)
     arguments.move(inputs.queries, "q")
     if bias is not None:
         arguments.positions = len(bias.position_weight)
@@ -110,19 +98,19 @@ def _prepare(inputs: AttentionInputs) -> _Arguments:
             time_weight=bias.time_weight.detach().float().contiguous(),
             query_times=layout.query_times,
             token_times=layout.token_times,
+            thresholds=bucket_thresholds(q.device),
         )
-        _set_buckets(arguments, plan)
+        buckets, offsets = layout.cached(("cpu buckets", config), partial(_time_buckets, arguments))
+        arguments.set(buckets=buckets, bucket_offsets=offsets)
     return arguments
 
 
-def _set_buckets(arguments: _Arguments, plan: _Plan) -> None:
-    is_first = plan.bucket_offsets is None
-    if plan.bucket_offsets is None:
-        plan.bucket_offsets = torch.empty(arguments.sequences + 1, dtype=torch.int64)
-        library().hstu_bucket_offsets(ctypes.byref(arguments), pointer(plan.bucket_offsets.data_ptr()))
-        num_bytes = int(plan.bucket_offsets[-1])
-        if num_bytes <= MOST_BUCKET_BYTES:
-            plan.buckets = torch.empty(num_bytes, dtype=torch.uint8)
-    arguments.set(buckets=plan.buckets, bucket_offsets=plan.bucket_offsets)
-    if is_first and plan.buckets is not None:
+def _time_buckets(arguments: _Arguments) -> tuple[Tensor | None, Tensor]:
+    """Time buckets of all pairs, uint8 [bytes], or None if there are too many to keep; offset of each sequence."""
+    offsets, buckets = torch.empty(arguments.sequences + 1, dtype=torch.int64), None
+    library().hstu_bucket_offsets(ctypes.byref(arguments), pointer(offsets.data_ptr()))
+    if int(offsets[-1]) <= MOST_BUCKET_BYTES:
+        buckets = torch.empty(int(offsets[-1]), dtype=torch.uint8)
+        arguments.set(buckets=buckets, bucket_offsets=offsets)
         library().hstu_fill_buckets(ctypes.byref(arguments))
+    return buckets, offsets

@@ -28,6 +28,7 @@ extern "C" struct HstuAttention {
     const float *position_weight, *time_weight;       // null without a bias
     double *grad_position_weight, *grad_time_weight;  // [bins, positions], [bins, TIME_BUCKETS]
     const int64_t *query_times, *token_times;
+    const int64_t* thresholds;      // [TIME_BUCKETS]: least time difference of each bucket, the same in all calls
     uint8_t* buckets;               // kept time buckets, or null: computed again
     const int64_t* bucket_offsets;  // [B]: offset of a sequence's buckets
     const int64_t *offsets;         // [B + 1]
@@ -89,7 +90,6 @@ inline Strip make_strip(const HstuAttention& a, int64_t first, int64_t length, i
     s.lanes = std::min<int64_t>(STRIP, length - first);
     s.vectors = s.lanes > LANES ? 2 : 1;
     s.all_see = length;
-    s.hidden_from = 0;
     s.hidden_to = length;
     s.first_key = length;
     int64_t ends[2] = {0, 0};
@@ -140,19 +140,13 @@ void for_each_block(const Strip& s, Visit visit) {
 
 // A vector's lanes that see key j.
 inline vi sees(const Visible& visible, int vector, int64_t j, int64_t first) {
-    const auto of_lanes = [&](const int32_t* values) {
-        vi lanes;
-        std::memcpy(&lanes, values + vector * LANES, sizeof lanes);
-        return lanes;
-    };
+    const auto of_lanes = [&](const int32_t* values) { return load_int(values + vector * LANES); };
     const vi key = splat_int(int32_t(j));
     const vi query = lane_numbers() + int32_t(first + vector * LANES);
     const vi in_history = (of_lanes(visible.from) <= key) & (key < of_lanes(visible.history));
     return (key < of_lanes(visible.context)) | in_history | ((of_lanes(visible.own_group) <= key) & (key <= query));
 }
 
-// Bytes of the buckets of one sequence: STRIP per key, strip after strip.
-int64_t bucket_bytes(const HstuAttention& a, int64_t sequence);
 // The buckets of keys [j, j + keys) for the queries of a strip, STRIP per key.
 void fill_buckets(const HstuAttention& a, int64_t sequence, const Strip& s, int64_t j, int64_t keys, uint8_t* out);
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <new>
 
 #include "simd.h"
@@ -11,25 +12,19 @@ namespace hstu {
 // Uninitialised memory that grows and is kept, one per thread and use.
 class Buffer {
   public:
-    Buffer() = default;
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { std::free(data_); }
-
     float* get(int64_t floats) {
         if (floats > size_) {
-            std::free(data_);
-            data_ = nullptr;
+            data_.reset();
             size_ = 0;
-            data_ = static_cast<float*>(std::aligned_alloc(64, size_t((floats * 4 + 127) / 64 * 64)));
+            data_.reset(static_cast<float*>(std::aligned_alloc(64, size_t((floats * 4 + 127) / 64 * 64))));
             if (!data_) throw std::bad_alloc();
             size_ = floats;
         }
-        return data_;
+        return data_.get();
     }
 
   private:
-    float* data_ = nullptr;
+    std::unique_ptr<float, decltype(&std::free)> data_{nullptr, std::free};
     int64_t size_ = 0;
 };
 
@@ -53,36 +48,36 @@ inline void store(bfloat* to, vf x) {
     *reinterpret_cast<vector_of_bfloats*>(to) = __builtin_convertvector(whole, vector_of_bfloats);
 }
 
-inline float to_float(uint8_t x) { return x; }
-
 // As for floats (simd.h).
 template <class T>
 inline vf load_some(const T* from, int64_t count) {
-    vf x = {};
-    for (int64_t lane = 0; lane < count; ++lane) x[lane] = to_float(from[lane]);
-    return x;
+    T whole[LANES] = {};
+    std::copy(from, from + count, whole);
+    return load(whole);
 }
 template <class T>
 inline void store_some(T* to, vf x, int64_t count) {
-    for (int64_t lane = 0; lane < count; ++lane) to[lane] = from_float<T>(x[lane]);
+    T whole[LANES];
+    store(whole, x);
+    std::copy(whole, whole + count, to);
 }
 
-template <class T>
-inline void pack_row(const T* __restrict from, int64_t width, float scale, float* __restrict to, int64_t padded) {
-    int64_t c = 0;
-    for (; c + LANES <= width; c += LANES) store(to + c, load(from + c) * scale);
-    if (c < width) {
-        store_some(to + c, load_some(from + c, width - c) * scale, std::min<int64_t>(padded - c, LANES));
-        c += LANES;
-    }
-    for (; c < padded; ++c) to[c] = 0.0f;
-}
-
-// `rows` rows of `from`, then rows of zeros up to `padded_rows`; each padded with zeros to `stride` numbers.
+// `rows` rows of `from`, then rows of zeros up to `padded_rows`; each padded with zeros to `stride` numbers, a multiple of
+// LANES.
 template <class T>
 inline void pack_rows(const T* from, int64_t from_stride, int64_t rows, int64_t width, float scale, float* to,
                       int64_t padded_rows, int64_t stride) {
-    for (int64_t row = 0; row < rows; ++row) pack_row(from + row * from_stride, width, scale, to + row * stride, stride);
+    for (int64_t row = 0; row < rows; ++row) {
+        const T* __restrict in = from + row * from_stride;
+        float* __restrict out = to + row * stride;
+        int64_t c = 0;
+        for (; c + LANES <= width; c += LANES) store(out + c, load(in + c) * scale);
+        if (c < width) {
+            store(out + c, load_some(in + c, width - c) * scale);
+            c += LANES;
+        }
+        for (; c < stride; ++c) out[c] = 0.0f;
+    }
     std::memset(to + rows * stride, 0, size_t(padded_rows - rows) * stride * sizeof(float));
 }
 

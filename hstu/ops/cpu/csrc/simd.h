@@ -94,27 +94,6 @@ inline float largest(vf x) {
 
 typedef uint16_t bfloat;  // the upper half of a float
 
-inline float to_float(float x) { return x; }
-inline float to_float(bfloat x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-template <class T>
-T from_float(float x);
-template <>
-inline float from_float<float>(float x) {
-    return x;
-}
-template <>
-inline bfloat from_float<bfloat>(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return bfloat(bits >> 16) | 0x40;  // a NaN stays one
-    return bfloat((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);               // to nearest, ties to even
-}
-
 // LANES x LANES floats, transposed from rows `in_stride` apart to rows `out_stride` apart.
 inline void transpose_block(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
     vf rows[LANES];

@@ -2,6 +2,7 @@
 
 #include "slots.h"
 
+#include <new>
 #include <tuple>
 
 namespace {
@@ -247,13 +248,10 @@ void hstu_slots_assign(
     void* handle, const int64_t* ids, const int64_t* counts, int64_t n, int64_t step, int64_t* slots,
     int64_t* new_slots, int64_t* new_ids, int64_t* counters) {
     Table* table = static_cast<Table*>(handle);
-    Counters sums{};
-    table->assign(ids, counts, n, step, slots, &sums);
+    table->assign(ids, counts, n, step, slots, new (counters) Counters{});
     for (int32_t number : table->placed()) {
         *new_slots++ = table->fresh(number).slot;
         *new_ids++ = table->fresh(number).id;
     }
-    const int64_t values[] = {sums.lookups, sums.hits, sums.waiting, sums.rejections, sums.insertions, sums.evictions};
-    std::copy(std::begin(values), std::end(values), counters);
 }
 }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -44,18 +45,8 @@ from hstu.parallel.dynamic.slots import counts_of, steps_of
 from hstu.parallel.dynamic.table import TableContent
 from hstu.parallel.shards import ShardedView
 
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int16: "I16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
+"""Dtype → its name in a safetensors file."""
 
 
 def export(checkpoint: Path, output: Path, write_more: Callable[[Path], None] | None = None) -> Path:
@@ -129,7 +120,7 @@ def create_safetensors(path: Path, tensors: Mapping[str, tuple[torch.Size, torch
     end = 0
     for name, (size, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):  # aligned
         start, end = end, end + math.prod(size) * dtype.itemsize
-        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(size), "data_offsets": [start, end]}
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(size), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

@@ -10,6 +10,7 @@ other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -22,24 +23,15 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from hstu.parallel.dynamic.hashing import initial_rows, normal_quantiles
 
 
+@dataclass(frozen=True)
 class RowBlock:
     """Live rows of consecutive slots in one memory, optionally behind a cache."""
 
-    def __init__(self, weight: Tensor, states: Mapping[str, Tensor], cache: FbgemmCache | None = None) -> None:
-        """``weight`` [rows, stored_dim]; ``states`` by name: [rows, stored_dim], or [rows] if rowwise."""
-        self.weight = weight
-        self.states = dict(states)
-        self.cache = cache
-
-    def initialize(self, rows: Tensor, weight: Tensor) -> None:
-        """Write ``weight``, float32 [n, dim], to distinct ``rows``, int64 [n], also in the cache. Zero the states."""
-        self.weight[rows, : weight.shape[1]] = weight
-        for state in self.states.values():
-            state.index_fill_(0, rows, 0)
-        if self.cache is not None:
-            lines = self.cache.lines_of(rows)
-            cached = lines >= 0
-            self.cache.lines[lines[cached].long(), : weight.shape[1]] = weight[cached]
+    weight: Tensor
+    """[rows, stored_dim]."""
+    states: Mapping[str, Tensor]
+    """By name: [rows, stored_dim], or [rows] if rowwise."""
+    cache: FbgemmCache | None = None
 
 
 class Rows:
@@ -64,13 +56,17 @@ class Rows:
 
     @torch.no_grad()
     def initialize(self, slots: Tensor, weight: Tensor) -> None:
-        """Write ``weight``, float32 [n, dim], to distinct ``slots``, int64 [n], and zero their states."""
-        if len(self.blocks) == 1:
-            self.blocks[0].initialize(slots, weight)
-            return
+        """Write ``weight``, float32 [n, dim], to distinct ``slots``, int64 [n], also in caches. Zero their states."""
         for block, used in self._ranges(len(self)):
-            here = (slots >= used.start) & (slots < used.stop)
-            block.initialize(slots[here] - used.start, weight[here])
+            here = (slots >= used.start) & (slots < used.stop) if len(self.blocks) > 1 else slice(None)
+            rows, own = slots[here] - used.start, weight[here]
+            block.weight[rows, : self.dim] = own
+            for state in block.states.values():
+                state.index_fill_(0, rows, 0)
+            if block.cache is not None:
+                lines = block.cache.lines_of(rows)
+                cached = lines >= 0
+                block.cache.lines[lines[cached].long(), : self.dim] = own[cached]
 
     @torch.no_grad()
     def start(

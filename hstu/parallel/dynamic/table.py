@@ -18,6 +18,8 @@ from hstu.parallel.dynamic.hashing import mix, table_key
 from hstu.parallel.dynamic.rows import Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters, Policy, counts_of, eviction_order, score, steps_of
 
+_OF_IDS = "ids", "scores", "changed", "rows"
+"""Fields of TableContent with an entry per id, besides its states."""
 TableReport = dict[str, float]
 """``rows`` and ``capacity`` over all ranks; ``hit_rate``: share of lookups of ids that had a row before their batch;
 and the other counters of hstu.parallel.dynamic.slots.Counters."""
@@ -187,14 +189,8 @@ class TableContent:
 
     def select(self, index: Tensor) -> TableContent:
         """Return the ids at ``index`` (mask [n] or indices), with all sightings."""
-        return replace(
-            self,
-            ids=self.ids[index],
-            scores=self.scores[index],
-            changed=self.changed[index],
-            rows=self.rows[index],
-            states={name: state[index] for name, state in self.states.items()},
-        )
+        of_ids = {name: getattr(self, name)[index] for name in _OF_IDS}
+        return replace(self, **of_ids, states={name: state[index] for name, state in self.states.items()})
 
     def scored_by(self, policy: Policy) -> TableContent:
         """Convert the scores to ``policy``, with the same counts and steps."""
@@ -208,10 +204,7 @@ def merged(parts: Sequence[TableContent]) -> TableContent:
     return TableContent(
         policy=parts[0].policy,
         step=max(part.step for part in parts),
-        ids=torch.cat([part.ids for part in parts]),
-        scores=torch.cat([part.scores for part in parts]),
-        changed=torch.cat([part.changed for part in parts]),
-        rows=torch.cat([part.rows for part in parts]),
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in _OF_IDS},
         states={name: torch.cat([part.states[name] for part in parts]) for name in parts[0].states},
         sightings=Sightings(torch.cat([s.ids for s in sightings]), torch.cat([s.scores for s in sightings]))
         if sightings

@@ -93,21 +93,16 @@ class SequenceInputs(nn.Module):
         columns = {role: features.columns(known_after=role == "known_after") for role in self.side}
         numbers = {role: NumberInputs(found, features.transforms) for role, found in columns.items() if found}
         self.numbers = nn.ModuleDict(numbers)
-        widths = {"item": network.item_width, "contextual": network.contextual_width}
-        roles = {"item": "item", "action": "item", "contextual": "contextual"}
-        used = {"item": True, "action": features.action is not None, "contextual": bool(features.contextual)}
-        self.projections = nn.ModuleDict(
-            {
-                role: MLP(widths[table], (hidden, hidden), activation="silu")
-                for role, table in roles.items()
-                if used[role] and widths[table] != hidden
-            }
-        )
+        widths = {"item": network.item_width}
+        if features.action is not None:
+            widths["action"] = network.item_width
+        if features.contextual:
+            widths["contextual"] = network.contextual_width
+        widths = {role: width for role, width in widths.items() if width != hidden}
         for role, names in self.side.items():
-            width = len(names) * SIDE_WIDTH
-            width += numbers[role].out_width if role in numbers else 0
-            if width:
-                self.projections[role] = MLP(width, (hidden, hidden), "silu")
+            if width := len(names) * SIDE_WIDTH + (numbers[role].out_width if role in numbers else 0):
+                widths[role] = width
+        self.projections = nn.ModuleDict({role: MLP(width, (hidden, hidden), "silu") for role, width in widths.items()})
         self.position_table: nn.Parameter | None = None
         if "absolute" in network.position_encoding:
             self.position_table = nn.Parameter(torch.randn(network.num_position_buckets, hidden) / self.scale)
@@ -242,11 +237,8 @@ class NumberInputs(nn.Module):
         self.transforms = {name: transforms.get(name, "standardize") for name in columns}
         widths = [len(places) for places in columns.values()]
         self.out_width = sum(widths) + len(widths)
-        self._places: dict[str, range] = {}
-        start = 0
-        for name, width in zip(columns, widths, strict=True):
-            self._places[name] = range(start, start + width)
-            start += width
+        ends = np.cumsum(widths, dtype=int).tolist()
+        self._places = {name: range(end - width, end) for name, width, end in zip(columns, widths, ends, strict=True)}
         kind = [self.transforms[name] for name, width in zip(columns, widths, strict=True) for _ in range(width)]
         self._has_logs = "log1p" in kind
         ranked = [place for place, transform in enumerate(kind) if transform == "quantile"]
@@ -258,8 +250,8 @@ class NumberInputs(nn.Module):
         }
         for name, values in fixed.items():
             self.register_buffer(name, values, persistent=False)
-        self.register_buffer("shift", torch.zeros(start))
-        self.register_buffer("scale", torch.ones(start))
+        self.register_buffer("shift", torch.zeros(sum(widths)))
+        self.register_buffer("scale", torch.ones(sum(widths)))
         if ranked:
             self.register_buffer("quantiles", torch.linspace(-1, 1, NUM_QUANTILES).repeat(len(ranked), 1))
 

@@ -18,7 +18,7 @@ from hstu.model.item_tower import ItemTower
 from hstu.model.stack import ModelOutput, SequenceEncoder, labelled_rows, own_rows
 from hstu.ops.functional import softmax_loss
 from hstu.ops.kernels import NEVER_SEEN, Negatives, SeenItems
-from hstu.ops.layout import JaggedLayout, TokenRuns, to_device
+from hstu.ops.layout import JaggedLayout, TokenRuns, newest_elements, to_device
 from hstu.ops.pytorch.softmax_loss import first_indices
 
 GatherPool = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -194,13 +194,6 @@ class RetrievalDense(nn.Module):
 
 def _has_batch_pool(batch: HSTUBatch) -> bool:
     return batch.negatives.pool_positions is not None or batch.negatives.pool_ids is not None
-
-
-def newest_elements(ends: Tensor, count: Tensor, total: int) -> Tensor:
-    """Positions of the newest ``count[s]`` elements of runs that end at ``ends[s]``: int64 [sum of count = total]."""
-    run = torch.repeat_interleave(count, output_size=total)
-    shift = ends - count.cumsum(0)
-    return torch.arange(total, device=count.device) + shift[run]
 
 
 def find_seen(pool_ids: Tensor, targets: Tensor, batch: HSTUBatch, item_feature: str) -> SeenItems:

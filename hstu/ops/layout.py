@@ -121,9 +121,7 @@ class JaggedLayout:
 
         count: int64 [B] on the device. total: its sum. The token before an item is the previous item or its action.
         """
-        sequence = torch.repeat_interleave(count, output_size=total)
-        index = torch.arange(total, device=count.device) - (count.cumsum(0) - count)[sequence]
-        return self.seqlen_offsets[1:][sequence] - (count[sequence] - index) * self.tokens_per_item
+        return newest_elements(self.seqlen_offsets[1:], count, total, self.tokens_per_item)
 
     def newest_item_runs(self, count: np.ndarray, shift: int = 0) -> TokenRuns:
         """Tokens of :meth:`newest_item_tokens`, shifted by ``shift``. count: int64 [B] on the host."""
@@ -137,6 +135,12 @@ class TokenOrder:
 
     source: Tensor
     inverse: Tensor
+
+
+def newest_elements(ends: Tensor, count: Tensor, total: int, stride: int = 1) -> Tensor:
+    """Every ``stride``-th position before ``ends[s]``, ``count[s]`` in all, ascending: int64 [sum of count = total]."""
+    run = torch.repeat_interleave(count, output_size=total)
+    return ends[run] - (count.cumsum(0)[run] - torch.arange(total, device=count.device)) * stride
 
 
 def build_layout(

@@ -125,13 +125,12 @@ def boxes(size: Sequence[int], start: int, stop: int) -> Iterator[Box]:
         return
     row = math.prod(size[1:])
     first, last = -(-start // row), stop // row
-    if first > last:  # within a row
-        yield from _in_row(last, boxes(size[1:], start - last * row, stop - last * row))
-        return
-    yield from _in_row(first - 1, boxes(size[1:], start - (first - 1) * row, row))
+    begun = (first - 1) * row
+    yield from _in_row(first - 1, boxes(size[1:], start - begun, min(stop - begun, row)))
     if first < last:
         yield (first, *(0 for _ in size[1:])), (last - first, *size[1:])
-    yield from _in_row(last, boxes(size[1:], 0, stop - last * row))
+    if first <= last:  # else all are within one row
+        yield from _in_row(last, boxes(size[1:], 0, stop - last * row))
 
 
 def _in_row(row: int, boxes: Iterator[Box]) -> Iterator[Box]:

@@ -1,16 +1,17 @@
-"""The fused HSTU layer, split over tensor-parallel ranks, against the whole plain layer."""
+"""The fused HSTU layer against the one of Megatron-core's parallel linears with the same weight shards."""
 
 import pytest
 import torch
-from torch import Tensor, nn
+from megatron.core import parallel_state
+from torch import nn
 
 from hstu.config.args import NetworkArgs
 from hstu.model.inputs import SequenceFeatures
-from hstu.model.layer import HSTULayer
-from hstu.model.stack import SequenceEncoder
+from hstu.model.stack import FusedHSTULayer, SequenceEncoder
 from hstu.parallel import mesh as mesh_module
-from hstu.parallel.layer_comm import SPLIT_DIMS, split_encoder
+from hstu.parallel.layer_comm import split_encoder
 from tests.distributed.launch import run_ranks
+from tests.distributed.megatron_layer import MegatronHSTULayer
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
 
@@ -19,7 +20,7 @@ BATCH = Batch((User(9, 2, tuple(range(0, 1100, 100))), User(4, 0, (1, 1, 90, 10*
 
 
 @pytest.mark.parametrize(("tp_size", "is_published", "count"), [(2, True, 7), (2, False, 11), (3, False, 11)])
-def test_outputs_and_gradients_equal_those_of_the_whole_layer(tp_size: int, is_published: bool, count: int) -> None:
+def test_outputs_and_gradients_equal_those_of_megatrons_layers(tp_size: int, is_published: bool, count: int) -> None:
     for errors in run_ranks(tp_size, compare_layers, tp_size, is_published):
         assert len(errors) == count
         assert max(errors.values()) < 1e-12, errors
@@ -28,6 +29,7 @@ def test_outputs_and_gradients_equal_those_of_the_whole_layer(tp_size: int, is_p
 def compare_layers(tp_size: int, is_published: bool) -> dict[str, float]:
     """Error of the output and of each gradient on this rank, relative to the largest number."""
     mesh = mesh_module.start(tp_size, timeout_s=60, seed=3)
+    assert not parallel_state.is_initialized(), "Megatron's layers get their group from the mesh"
     network = NetworkArgs(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -46,19 +48,22 @@ def compare_layers(tp_size: int, is_published: bool) -> dict[str, float]:
         nn.init.normal_(parameter)
     x = torch.randn(BATCH.layout().num_tokens, HIDDEN, dtype=torch.float64)
     slope = torch.randn_like(x)
-    whole, (layer,) = HSTULayer(network, features.max_tokens(network)).double(), encoder.layers
-    whole.load_state_dict(layer.state_dict())
     split_encoder(encoder, mesh)
-    results: list[dict[str, Tensor]] = []
-    for module in (layer, whole):
-        leaves = {"x": x.clone().requires_grad_(), **dict(module.named_parameters())}
-        out = torch.add(*module(leaves["x"], BATCH.layout()))
-        grads = torch.autograd.grad(out, [*leaves.values()], slope)
-        results.append({"output": out, **dict(zip(leaves, grads, strict=True))})
-    mesh_module.finish()
-    ours, exact = results
-    for name, dim in SPLIT_DIMS.items():
-        if name in exact:
-            exact[name] = exact[name].chunk(tp_size, dim)[mesh.tp_rank]
+    (layer,) = encoder.layers
+    assert isinstance(layer, FusedHSTULayer)
+    theirs = MegatronHSTULayer(network, features.max_tokens(network), mesh).double()
+    theirs.load_state_dict(layer.state_dict())
+
+    x_ours, x_theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = torch.add(*layer(x_ours, BATCH.layout())), torch.add(*theirs(x_theirs, BATCH.layout()))
+    out.backward(slope)
+    expected.backward(slope)
+    ours, exact = ({"x": x, **dict(module.named_parameters())} for x, module in ((x_ours, layer), (x_theirs, theirs)))
     assert ours.keys() == exact.keys()
-    return {name: float((ours[name] - right).abs().max() / right.abs().max()) for name, right in exact.items()}
+    mesh_module.finish()
+    pairs = {name: (ours[name].grad, leaf.grad) for name, leaf in exact.items()} | {"output": (out, expected)}
+    return {
+        name: float((a - b).abs().max() / b.abs().max())
+        for name, (a, b) in pairs.items()
+        if a is not None and b is not None
+    }

@@ -1,160 +1,218 @@
-"""Measure retrieval methods without gradients beside HSTU: popularity, item-kNN of implicit, and EASE.
+"""Measure retrieval methods of RecTools beside HSTU: popularity, item-kNN, EASE, GRU4Rec, SASRec, eSASRec, BERT4Rec.
 
-    python scripts/quality/retrieval_peers.py --store tmp_data/ml-1m [--valid_items 0] [--output peers.json]
+    python scripts/quality/retrieval_peers.py --store tmp_data/ml-100k --peers sasrec [--seed 1]
 
-The protocol is that of a retrieval run with the same DatasetArgs.valid_items. The last item of each user is to be found
-among all items of the store, without those that the user has seen. The item before it chooses a method's settings.
-"recent" lets an item of a history weigh half as much after some later ones; the published methods do not.
-
-implicit is an optional dependency (pip install ".[quality]"). SASRec and GRU4Rec are not here, because RecTools needs
-NumPy below 2, and RecBole needs Ray 2.6 or older.
+The protocol is that of a retrieval run with DatasetArgs.valid_items = 1. The last item of each user is to be found
+among all items of the store, without those that the user has seen. The item before it chooses among the trials of a
+method and, of a sequence model, the epoch; nothing is trained on it. See docs/benchmarks/quality/retrieval_peers.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import copy
 import itertools
 import json
+import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from scipy import sparse
+import pandas as pd
+import torch
 
-from hstu.base.errors import EXIT_DONE, ConfigError, DataError
+from hstu.base.errors import EXIT_DONE
 from hstu.config.args import DatasetArgs
 from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.sampling.samples import build_samples
-from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import retrieval_metrics
 from scripts.quality.means import number
 
+try:
+    from implicit.nearest_neighbours import CosineRecommender
+    from pytorch_lightning import seed_everything
+    from rectools import models
+    from rectools.dataset import Dataset, IdMap, Interactions
+    from rectools.models.nn.transformers.lightning import TransformerLightningModule
+    from rectools.models.nn.transformers.ligr import LiGRLayers
+    from rectools.models.nn.transformers.net_blocks import TransformerLayersBase
+except ImportError as error:
+    sys.exit(f"error: {error}; docs/benchmarks/quality/retrieval_peers/README.md says how to install RecTools")
+
 METRICS = ("NDCG@10", "HR@10", "HR@50", "MRR")
-HALF_LIVES = (1, 2, 5, 10, 20)
-PENALTIES = (100, 200, 400, 800, 1600)
-NEIGHBOURS = 500
-MOST_ITEMS = 30_000
-"""Items × items in float64 take 7 GB there, of which EASE needs two."""
-Settings = dict[str, Any]
+MOST_EPOCHS, EVERY, PATIENCE = 60, 2, 3
+"""A sequence model trains until NDCG@10 on validation has not risen in PATIENCE evaluations, one every EVERY epochs."""
+RANKED, USERS_AT_ONCE = 1000, 1024
+"""A target that is not among so many first items counts as not found; the rest would add less than .001 to MRR."""
+
+
+class RealTargets(TransformerLightningModule):
+    """The loss of RecTools without the logits of padding, which it ignores: equal, and several times faster."""
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """The loss of a batch."""
+        items, real = self.torch_model.item_model.get_all_embeddings(), batch["y"] != 0
+        targets, candidates = batch["y"][real][:, None], None
+        if "negatives" in batch:
+            candidates = torch.cat([targets[..., None], batch["negatives"][real][:, None]], -1)
+        sessions = self.torch_model.encode_sessions(batch, items)[real][:, None]
+        logits = self.torch_model.similarity_module(sessions, items, candidates)
+        return self.loss_calculator(logits, targets, batch["yw"][real][:, None])
+
+
+class EASE(models.EASEModel):
+    """RecTools 0.19.0 multiplies histories by the transpose of EASE's matrix, which makes it much weaker."""
+
+    def _fit(self, dataset: Dataset) -> None:
+        super()._fit(dataset)
+        self.weight: np.ndarray = np.ascontiguousarray(self.weight.T)
+
+
+class GRULayers(TransformerLayersBase):
+    """A recurrent network where SASRec has attention, as in GRU4Rec; all else is the same."""
+
+    def __init__(self, n_blocks: int, n_factors: int, n_heads: int, dropout_rate: float) -> None:
+        super().__init__()
+        self.network = torch.nn.GRU(n_factors, n_factors, n_blocks, batch_first=True)
+
+    def forward(self, seqs: torch.Tensor, timeline_mask: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """[B, T, n_factors] → the same shape."""
+        return self.network(seqs * timeline_mask)[0]
+
+
+def _sequence(kind: Callable[..., Any], train: Histories, width: int, dropout: float, **settings: Any) -> Any:
+    """Reads the newest items, as many as 99 % of the histories have, at most 200."""
+    length = int(min(200, np.quantile(np.unique(train.user, return_counts=True)[1], 0.99)))
+    return kind(
+        n_factors=width, dropout_rate=dropout, n_heads=2, session_max_len=length, lightning_module_type=RealTargets,
+        batch_size=32 if len(train.users) < 10_000 else 128, epochs=MOST_EPOCHS, **settings,
+    )  # fmt: skip
+
+
+def _knn(neighbours: int, **_: Any) -> Any:
+    return models.ImplicitItemKNNWrapperModel(CosineRecommender(K=neighbours))
+
+
+def _ease(l2: float, **_: Any) -> Any:
+    return EASE(regularization=l2)
+
+
+def _grid(**values: Iterable[Any]) -> list[dict[str, Any]]:
+    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+
+
+_SASREC, _SIZES = partial(_sequence, models.SASRecModel), _grid(width=(64, 128), dropout=(0.2, 0.5))
+_LIGR = {"transformer_layers_type": LiGRLayers, "loss": "sampled_softmax", "n_negatives": 256}
+PEERS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
+    "popularity": (lambda **_: models.PopularModel(), [{}]),
+    "item_knn": (_knn, _grid(neighbours=(50, 100, 200, 500))),
+    "item_knn_recent": (_knn, _grid(neighbours=[500], half_life=(1, 2, 5, 10))),
+    "ease": (_ease, _grid(l2=(100, 200, 400, 800))),
+    "ease_recent": (_ease, _grid(l2=(400, 800), half_life=(2, 5))),
+    "gru4rec": (partial(_SASREC, transformer_layers_type=GRULayers, n_blocks=1), _SIZES),
+    "sasrec": (_SASREC, _SIZES),
+    "esasrec": (partial(_SASREC, **_LIGR), _SIZES),
+    "bert4rec": (partial(_sequence, models.BERT4RecModel), _SIZES),
+}
+"""Method → its model and trials. "recent" lets an item of a history weigh half as much after ``half_life`` later ones;
+the published methods do not."""
 
 
 @dataclass(frozen=True, eq=False)
 class Histories:
-    """Items of U users, one user after another, oldest first. Each history equals itself only, so that it can be a key.
+    """What U users of a split have done before their targets.
 
     Args:
-        items: int64 [n], each below ``num_items``.
-        lengths: int64 [U].
-        targets: the item after each history, int64 [U]; None for histories to learn from.
+        user, item, later: row of the user, the item, and how many items of the user follow it, int64 [events].
+        users, targets: row of each user, and the item to find, int64 [U]. targets is None in training.
+        shape: users and items of the store.
     """
 
-    items: np.ndarray
-    lengths: np.ndarray
-    num_items: int
-    targets: np.ndarray | None = None
+    user: np.ndarray
+    item: np.ndarray
+    later: np.ndarray
+    users: np.ndarray
+    targets: np.ndarray | None
+    shape: tuple[int, int]
 
     @classmethod
-    def of(cls, store: SequenceStore, split: str, valid_items: int) -> Histories:
+    def of(cls, store: SequenceStore, split: str) -> Histories:
         """The histories of a split of a run, also those events that are too old for a model's sequence."""
-        args = DatasetArgs(dataset_name=store.name, max_sequence_length=200, valid_items=valid_items)
+        args = DatasetArgs(dataset_name=store.name, max_sequence_length=200, valid_items=1)
         samples = build_samples(store, args, "retrieval", split, seed=0)  # type: ignore[arg-type]
         sequence = np.asarray(store.sequence(store.item_feature)).astype(np.int64)
         lengths = (samples.stop if samples.target is None else samples.target) - samples.history_begin
-        targets = None if samples.target is None else sequence[samples.target]
-        items = sequence[ranges(samples.history_begin, lengths)]
-        return cls(items, lengths, store.cardinality(store.item_feature), targets)
+        row, place = run_indices(lengths)
+        items, targets = sequence[ranges(samples.history_begin, lengths)], samples.target
+        shape = store.num_users, store.cardinality(store.item_feature)
+        targets = None if targets is None else sequence[targets]
+        return cls(samples.user[row], items, lengths[row] - 1 - place, samples.user, targets, shape)
 
-    def matrix(self, half_life: float | None = None) -> sparse.csr_array:
-        """float32 [U, num_items]: 1 for each item of a history, or 0.5^(later items / half_life)."""
-        user, place = run_indices(self.lengths)
-        later = self.lengths[user] - 1 - place
-        weights = np.ones(len(later)) if half_life is None else 0.5 ** (later / half_life)
-        newest = np.unique((user * self.num_items + self.items)[::-1], return_index=True)[1]
-        kept = len(later) - 1 - newest
-        shape = (len(self.lengths), self.num_items)
-        return sparse.csr_array((weights[kept].astype(np.float32), (user[kept], self.items[kept])), shape=shape)
+    def dataset(self, half_life: float | None = None) -> Dataset:
+        """For RecTools, with the store's numbers of users and items."""
+        weight = np.ones(len(self.item)) if half_life is None else np.maximum(0.5 ** (self.later / half_life), 1e-9)
+        moment = pd.to_datetime(-self.later, unit="s")
+        events = pd.DataFrame({"user_id": self.user, "item_id": self.item, "weight": weight, "datetime": moment})
+        return Dataset(*(IdMap(np.arange(size)) for size in self.shape), Interactions(events))
 
-
-def popularity(train: Histories) -> np.ndarray:
-    """Scores that do not depend on the history: the number of training events of each item."""
-    return np.bincount(train.items, minlength=train.num_items)
-
-
-@lru_cache(maxsize=1)
-def item_knn(train: Histories) -> sparse.csr_array:
-    """Cosines to the nearest items, by implicit."""
-    try:
-        nearest = importlib.import_module("implicit.nearest_neighbours")
-    except ImportError:
-        raise ConfigError('implicit is not installed; install it with pip install ".[quality]"') from None
-    model = nearest.CosineRecommender(K=NEIGHBOURS + 1)  # the item itself is one of them
-    model.fit(sparse.csr_matrix(train.matrix()), show_progress=False)
-    return sparse.csr_array(model.similarity.T)
+    def ranks(self, model: Any, half_life: float | None, among: int) -> np.ndarray:
+        """Of the targets, among the first ``among`` items that are not in the history, float64 [U]; inf: not there."""
+        assert self.targets is not None
+        dataset, found = self.dataset(half_life), np.full(len(self.users), np.inf)
+        for begin in range(0, len(self.users), USERS_AT_ONCE):
+            users = self.users[begin : begin + USERS_AT_ONCE]
+            lists = model.recommend(users, dataset, min(among, self.shape[1]), True, on_unsupported_targets="ignore")
+            row = begin + np.searchsorted(users, lists["user_id"])
+            hit = self.targets[row] == lists["item_id"]
+            found[row[hit]] = lists["rank"][hit]
+        return found
 
 
-@lru_cache(maxsize=1)
-def ease(train: Histories, l2: float) -> np.ndarray:
-    """EASE (arXiv 1905.03375): the linear model of a history by itself with the smallest loss and a zero diagonal."""
-    if train.num_items > MOST_ITEMS:
-        raise DataError(f"the data has {train.num_items:,} items, and EASE keeps a matrix of items × items in memory; "
-                        f"allowed are {MOST_ITEMS:,}; leave it out with --peers")  # fmt: skip
-    matrix = train.matrix()
-    inverse = np.linalg.inv((matrix.T @ matrix).toarray().astype(np.float64) + l2 * np.eye(train.num_items))
-    weights = -inverse / np.diag(inverse)
-    np.fill_diagonal(weights, 0)
-    return weights.astype(np.float32)
+def fit(model: Any, train: Histories, valid: Histories, half_life: float | None) -> tuple[float, int]:
+    """Train a model; a sequence model ends with its best weights. Returns NDCG@10 on validation, and their epoch."""
+
+    def on_validation() -> float:
+        return retrieval_metrics(["NDCG@10"], valid.ranks(model, half_life, among=10))["NDCG@10"]
+
+    dataset = train.dataset()
+    if not hasattr(model, "epochs"):
+        model.fit(dataset)
+        return on_validation(), 0
+    best, epoch, weights = -1.0, 0, None
+    for done in range(EVERY, MOST_EPOCHS + 1, EVERY):
+        model.fit_partial(dataset, min_epochs=EVERY, max_epochs=EVERY)
+        if (value := on_validation()) > best:
+            best, epoch, weights = value, done, copy.deepcopy(model.torch_model.state_dict())
+        elif done - epoch >= PATIENCE * EVERY:
+            break
+    model.torch_model.load_state_dict(weights)
+    return best, epoch
 
 
-def _grid(**values: Iterable[Any]) -> list[Settings]:
-    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
-
-
-PEERS: Mapping[str, tuple[Callable[..., Any], list[Settings]]] = {
-    "popularity": (popularity, [{}]),
-    "item_knn": (item_knn, [{}]),
-    "item_knn_recent": (item_knn, _grid(half_life=HALF_LIVES)),
-    "ease": (ease, _grid(l2=PENALTIES)),
-    "ease_recent": (ease, _grid(l2=PENALTIES, half_life=HALF_LIVES)),
-}
-"""Method → what it learns (item × item weights, or scores of all items), and the settings that validation chooses."""
-
-
-def metrics_of(weights: Any, histories: Histories, half_life: float | None = None) -> dict[str, float]:
-    """Metrics of the targets, ranked among all items that are not in the history. Equal scores get midranks."""
-    assert histories.targets is not None
-    seen, users = histories.matrix(), np.arange(len(histories.targets))
-    scores = weights if weights.ndim == 1 else histories.matrix(half_life) @ weights
-    dense = np.asarray(scores.toarray() if sparse.issparse(scores) else scores)
-    dense = np.broadcast_to(dense, (len(users), histories.num_items)).astype(np.float64)
-    own = dense[users, histories.targets]
-    dense[seen.nonzero()] = -np.inf
-    dense[users, histories.targets] = own
-    higher, equal = (compare(dense, own[:, None]).sum(axis=1) for compare in (np.greater, np.equal))
-    return retrieval_metrics(METRICS, 1 + higher + (equal - 1) / 2)
-
-
-def measure(store: SequenceStore, name: str, valid_items: int) -> tuple[Settings, dict[str, float]]:
-    """The settings with the best NDCG@10 on validation, and the metrics of the test targets with them."""
-    fit, grid = PEERS[name]
-    train, valid = (Histories.of(store, split, 1) for split in ("train", "valid"))
-
-    def fitted(histories: Histories, settings: Settings) -> Any:
-        return fit(histories, **{key: value for key, value in settings.items() if key != "half_life"})
-
-    def on_validation(settings: Settings) -> float:
-        return round(metrics_of(fitted(train, settings), valid, settings.get("half_life"))["NDCG@10"], 5)
-
-    chosen = max(grid, key=on_validation) if len(grid) > 1 else grid[0]
-    learnt = fitted(Histories.of(store, "train", valid_items), chosen)
-    return chosen, metrics_of(learnt, Histories.of(store, "test", valid_items), chosen.get("half_life"))
+def measure(store: SequenceStore, name: str, seed: int, trials: Sequence[int]) -> tuple[str, pd.DataFrame]:
+    """The settings with the best NDCG@10 on validation, in words, and each user's rank of the test target."""
+    build, grid = PEERS[name]
+    train, valid, test = (Histories.of(store, split) for split in ("train", "valid", "test"))
+    best, words, ranks = -1.0, "", np.zeros(0)
+    for settings in [grid[trial] for trial in trials] or grid:
+        seed_everything(seed, verbose=False)
+        began, half_life, model = time.monotonic(), settings.get("half_life"), build(train=train, **settings)
+        value, epoch = fit(model, train, valid, half_life)
+        text = " ".join(f"{key}={each}" for key, each in settings.items()) + f", {epoch} epochs" * (epoch > 0)
+        print(f"{name} {text}: NDCG@10 on validation {value:.4f}, {time.monotonic() - began:.0f} s", file=sys.stderr)
+        if value > best:
+            best, words, ranks = value, text, test.ranks(model, half_life, RANKED)
+    return words, pd.DataFrame({"user": store.raw_ids(USER_FEATURE)[test.users], "rank": ranks})
 
 
 @tool
@@ -163,17 +221,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True, help="a store of preprocess_dataset.py")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="only these")
-    parser.add_argument("--valid_items", type=int, choices=(0, 1), default=1, help="0: learn from that item, too")
+    parser.add_argument("--seed", type=int, default=1, help="of initial weights, dropout and the order of users")
+    parser.add_argument("--trials", type=int, nargs="+", default=(), choices=range(4), help="only these of a method's")
     parser.add_argument("--output", type=Path, help="also write the mean metrics of the last method here, as JSON")
+    parser.add_argument("--per_user", type=Path, help="also write each user's rank of the last method here, as CSV")
     options = parser.parse_args(arguments)
-    store = SequenceStore.open(options.store)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    store, began = SequenceStore.open(options.store), time.monotonic()
     print(f"| method | {' | '.join(METRICS)} | settings |\n|{'---|' * (len(METRICS) + 2)}")
     for name in options.peers:
-        settings, metrics = measure(store, name, options.valid_items)
-        shown = " ".join(f"{key}={value}" for key, value in settings.items())
-        print(f"| {name} | {' | '.join(number(metrics[metric]) for metric in METRICS)} | {shown} |", flush=True)
+        words, ranks = measure(store, name, options.seed, options.trials)
+        metrics = retrieval_metrics(METRICS, ranks["rank"].to_numpy())
+        print(f"| {name} | {' | '.join(number(metrics[metric]) for metric in METRICS)} | {words} |", flush=True)
+        if options.per_user:
+            ranks.to_csv(options.per_user, index=False)
         if options.output:
-            options.output.write_text(json.dumps({"metrics": metrics}) + "\n")
+            options.output.write_text(json.dumps({"metrics": metrics, "seconds": time.monotonic() - began}) + "\n")
     return EXIT_DONE
 
 

@@ -162,12 +162,15 @@ _TOYS = (
 """Figures of papers: whose, NDCG@10 and HR@10."""
 _RETRIEVAL_PEERS = tuple(
     Row(
-        name=name,
+        name=name, trials=1 if name == "popularity" else 4,
         peer=(
-            "scripts/quality/retrieval_peers.py", "--store", "$store", "--output", "$folder/peer.json", "--peers", name,
+            "scripts/quality/retrieval_peers.py", "--store", "$store", "--peers", name, "--seed", "$seed",
+            "--output", "$folder/peer.json", "--per_user", "$folder/per_user.csv",
         ),
     )
-    for name in ("popularity", "item_knn", "item_knn_recent", "ease", "ease_recent")
+    for name in (
+        "popularity", "item_knn", "item_knn_recent", "ease", "ease_recent", "gru4rec", "bert4rec", "sasrec", "esasrec",
+    )
 )  # fmt: skip
 _NO_NUMBERS = (
     "TrainerArgs.train_batch_size = 8",
@@ -231,7 +234,7 @@ def _amazon(title: str, dataset: str, published: tuple[tuple[str, float, float],
     return Table(
         title=title, task="retrieval", dataset=dataset, config=f"configs/{dataset.replace('-', '_')}_retrieval.gin",
         metrics=("NDCG@10", "HR@10", "MRR"), reference="ids alone", published=published,
-        rows=(Row(name="ids alone"), Row(name="with attributes", bindings=attributes)),
+        rows=(Row(name="ids alone"), Row(name="with attributes", bindings=attributes), *_RETRIEVAL_PEERS),
         validation=("DatasetArgs.valid_items = 1",),
     )  # fmt: skip
 

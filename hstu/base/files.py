@@ -143,16 +143,15 @@ def _write_holder(handle: int) -> None:
     os.write(handle, f"host {socket.gethostname()}, process {os.getpid()}, since {begun}\n".encode())
 
 
-class Journal:
-    """The finished stages of a long job and their results, in a JSON file that each commit replaces atomically.
+class Journal(dict[str, Any]):
+    """Finished stage of a long job → its result, in a JSON file that each commit replaces atomically.
 
     ``key`` identifies all inputs of the stages. A journal with another key is ignored.
     """
 
     def __init__(self, file: Path, key: str | None) -> None:
-        self.file = file
-        self.key = key
-        self.stages: dict[str, Any] = {}
+        super().__init__()
+        self.file, self.key = file, key
 
     def resume(self) -> bool:
         """Load the stages of an interrupted job with the same key. Returns False if there is none."""
@@ -160,18 +159,12 @@ class Journal:
             stored = json.loads(self.file.read_text(encoding="utf-8"))
             if self.key is None or stored["key"] != self.key:
                 return False
-            self.stages = dict(stored["stages"])
+            self.update(stored["stages"])
         except (OSError, ValueError, TypeError, KeyError):
             return False
         return True
 
-    def __contains__(self, stage: str) -> bool:
-        return stage in self.stages
-
-    def __getitem__(self, stage: str) -> Any:
-        return self.stages[stage]
-
     def commit(self, stage: str, result: Any = None) -> None:
         """Record a stage as done. ``result`` must be JSON; the stage's files must already be on the disk."""
-        self.stages[stage] = result
-        replace_text(self.file, json.dumps({"key": self.key, "stages": self.stages}))
+        self[stage] = result
+        replace_text(self.file, json.dumps({"key": self.key, "stages": self}))

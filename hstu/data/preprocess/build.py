@@ -167,8 +167,8 @@ def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published
             options.output, name=options.name, command=options.command, overwrite=options.force, resume_key=key
         ) as writer,
     ):
-        if writer.journal.stages:
-            _log.info("continuing an interrupted run: %d of its stages are done", len(writer.journal.stages))
+        if writer.journal:
+            _log.info("continuing an interrupted run: %d of its stages are done", len(writer.journal))
         with open_engine(writer.scratch, options.memory_limit) as engine:
             _run_stages(Build(raw, schema, options, writer, engine), published)
     return options.output

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.find import Run
@@ -33,7 +33,7 @@ from hstu.model.stack import DTYPES, SequenceEncoder, kernel_shapes
 from hstu.model.tasks import MultiTaskDense
 from hstu.observe.logging import set_up_logging
 from hstu.observe.run_directory import RunDirectory
-from hstu.observe.throughput import FlopCounter, ThroughputMeter, peak_tflops
+from hstu.observe.throughput import ThroughputMeter, peak_tflops
 from hstu.ops.kernels import Kernels
 from hstu.ops.pytorch.operators import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
@@ -74,73 +74,57 @@ def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | N
     Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine.
     """
     path, saved_in = choose_directories(config, mesh)
-    checkpoints = build_checkpoints(config.trainer, saved_in, mesh)
-    try:
+    with ExitStack() as undo:
+        checkpoints = build_checkpoints(config.trainer, saved_in, mesh)
+        undo.callback(checkpoints.close)
         run_directory = open_run_directory(config, path, checkpoints, mesh)
-        try:
-            return _build(config, run_directory, checkpoints, mesh, beside_tables)
-        except BaseException:
-            checkpoints.close()  # may leave the directory of the run empty
-            run_directory.discard()
-            raise
-    except BaseException:
-        checkpoints.close()
-        raise
-
-
-def _build(
-    config: RunConfig,
-    run_directory: RunDirectory,
-    checkpoints: CheckpointStore,
-    mesh: Mesh,
-    beside_tables: BesideTables | None,
-) -> Trainer:
-    mesh.heartbeat.mark("opening the data")
-    source = on_all_ranks(lambda: open_source(config, mesh), mesh.world_group)
-    require_equal(source.description, mesh.world_group, DataError)
-    check_masks(config, source.roles)
-    mesh.heartbeat.mark("building the model")
-    model, optimizers = build_model(config, source, mesh, beside_tables)
-    state = build_state(config, source, model, optimizers, run_directory.identity)
-    if source.roles.tower:
-        log.info("item tower: the vector of an item is made of its id and %s", ", ".join(source.roles.tower))
-        if source.roles.numbers:
-            log.warning("item tower: numbers and vectors are left out of it: %s", ", ".join(source.roles.numbers))
-        zero_untrained_items(state, source)
-    peak, origin = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
-    log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak, origin)
-    return Trainer(
-        args=config.trainer,
-        mesh=mesh,
-        source=source,
-        pipeline=build_pipeline(config.trainer, model, optimizers, mesh, build_loss_scale(config)),
-        schedule=config.schedule,
-        evaluator=build_evaluator(config, source, model, mesh),
-        checkpoints=checkpoints,
-        state=state,
-        run_directory=run_directory,
-        meter=ThroughputMeter(peak),
-        flop_counter=FlopCounter(config.network, source.roles),
-        total_iters=total_iters(config.trainer, source.batches_per_epoch),
-        loss_names=config.task_args.loss_names if isinstance(config.task_args, RankingArgs) else (),
-    )
+        undo.callback(run_directory.discard)
+        undo.callback(checkpoints.close)  # before the directory of the run is discarded, which it may leave empty
+        mesh.heartbeat.mark("opening the data")
+        source = on_all_ranks(lambda: open_source(config, mesh), mesh.world_group)
+        require_equal(source.description, mesh.world_group, DataError)
+        check_masks(config, source.roles)
+        mesh.heartbeat.mark("building the model")
+        model, optimizers = build_model(config, source, mesh, beside_tables)
+        state = build_state(config, source, model, optimizers, run_directory.identity)
+        if source.roles.tower:
+            log.info("item tower: the vector of an item is made of its id and %s", ", ".join(source.roles.tower))
+            if source.roles.numbers:
+                log.warning("item tower: numbers and vectors are left out of it: %s", ", ".join(source.roles.numbers))
+            zero_untrained_items(state, source)
+        peak, origin = peak_tflops(mesh.device, DTYPES[config.network.dtype_str])
+        log.info("peak for MFU: %.3g TFLOPS per rank (%s)", peak, origin)
+        trainer = Trainer(
+            config=config,
+            mesh=mesh,
+            source=source,
+            pipeline=build_pipeline(config.trainer, model, optimizers, mesh, build_loss_scale(config)),
+            evaluator=build_evaluator(config, source, model, mesh),
+            checkpoints=checkpoints,
+            state=state,
+            run_directory=run_directory,
+            meter=ThroughputMeter(peak),
+        )
+        undo.pop_all()
+    return trainer
 
 
 def open_run_directory(config: RunConfig, path: Path, checkpoints: CheckpointStore, mesh: Mesh) -> RunDirectory:
     """Open the run's directory and start the log in it."""
-    trackers: dict[str, Any] = {
-        "tensorboard": config.trainer.tensorboard,
-        "wandb_project": config.trainer.wandb_project,
-        "config": dataclasses.asdict(config),
-    }
 
     def open_on_main_rank() -> RunDirectory:
         continues = mesh.is_main and checkpoints.continues(path)
         run = Run.of(path, checkpoints.save_dir if config.trainer.saves_checkpoints else None, continues=continues)
-        text = config.operative_gin()
-        tasks = task_names(config.dataset.dataset_name) if isinstance(config.dataset, DatasetArgs) else ()
         return RunDirectory(
-            path, text, mesh.is_main, identity=run.text(), continues=continues, task_names=tasks, **trackers
+            path,
+            config.operative_gin(),
+            mesh.is_main,
+            identity=run.text(),
+            continues=continues,
+            task_names=task_names(config.dataset.dataset_name) if isinstance(config.dataset, DatasetArgs) else (),
+            tensorboard=config.trainer.tensorboard,
+            wandb_project=config.trainer.wandb_project,
+            config=dataclasses.asdict(config),
         )
 
     run_directory = on_all_ranks(open_on_main_rank, mesh.world_group)
@@ -304,11 +288,3 @@ def build_checkpoints(args: TrainerArgs, saved_in: Path, mesh: Mesh) -> Checkpoi
     if args.saves_checkpoints:
         checkpoints.claim()
     return checkpoints
-
-
-def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:
-    """Iterations of the whole run: max_train_iters, or num_train_epochs passes over the data, or one pass."""
-    if args.max_train_iters is not None:
-        return args.max_train_iters
-    # Rounding first: 0.7 epochs of 10 batches are 7 iterations, though 0.7 * 10 is 7.000000000000001.
-    return max(1, math.ceil(round((args.num_train_epochs or 1.0) * batches_per_epoch, 6)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from hstu.base.errors import ConfigError
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
-from hstu.config.args import LRScheduleArgs, TrainerArgs
+from hstu.config.args import RankingArgs, TrainerArgs
+from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.sampling.samples import Split
@@ -42,30 +44,36 @@ from hstu.train.history import MetricsHistory, RunningLoss, Selection
 log = logging.getLogger(__name__)
 
 
+def total_iters(args: TrainerArgs, batches_per_epoch: int) -> int:
+    """Iterations of the whole run: max_train_iters, or num_train_epochs passes over the data, or one pass."""
+    if args.max_train_iters is not None:
+        return args.max_train_iters
+    # Rounding first: 0.7 epochs of 10 batches are 7 iterations, though 0.7 * 10 is 7.000000000000001.
+    return max(1, math.ceil(round((args.num_train_epochs or 1.0) * batches_per_epoch, 6)))
+
+
 @dataclass
 class Trainer:
     """All parts of a run, built by hstu.train.builder. ``train`` runs it."""
 
-    args: TrainerArgs
+    config: RunConfig
     mesh: Mesh
     source: BatchSource
     pipeline: TrainPipeline
-    schedule: LRScheduleArgs
     evaluator: Evaluator
     checkpoints: CheckpointStore
     state: TrainState
     run_directory: RunDirectory
     meter: ThroughputMeter
-    flop_counter: FlopCounter
-    total_iters: int
-    loss_names: Sequence[str]
-    """Tasks whose parts of the loss are recorded."""
 
     def __post_init__(self) -> None:
         self._begun = time.monotonic()
+        self.args, task = self.config.trainer, self.config.task_args
+        self.total_iters = total_iters(self.args, self.source.batches_per_epoch)
+        self.flop_counter = FlopCounter(self.config.network, self.source.roles)
         self._shift = 0
         """Iterations so far beyond those that batches of this run's size would have needed for the same samples."""
-        self._running_loss = RunningLoss(self.mesh.device, self.loss_names)
+        self._running_loss = RunningLoss(self.mesh.device, task.loss_names if isinstance(task, RankingArgs) else ())
         self._history = MetricsHistory()
         self._loss_scale = self.pipeline.step.loss_scale
         self.state.carried |= {"history": self._history, "running_loss": self._running_loss}
@@ -180,7 +188,7 @@ class Trainer:
         epoch, per_epoch = self.source.epoch_after(self.state.position), self.source.batches_per_epoch
         shift = self._shift if self.args.max_train_iters is None else 0
         iteration, total = self.state.iteration - shift, self.total_iters - shift
-        multiplier = lr_multiplier(self.schedule, iteration, total, epoch, per_epoch)
+        multiplier = lr_multiplier(self.config.schedule, iteration, total, epoch, per_epoch)
         self.state.optimizers.set_lr_multiplier(multiplier)
         result = self.pipeline.progress(batches)
         self.state.iteration += 1

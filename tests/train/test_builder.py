@@ -11,7 +11,7 @@ from hstu.config.gin_io import load
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
-from hstu.train.builder import total_iters
+from hstu.train.trainer import total_iters
 from tests.train.tiny import Train, build, tiny_config
 
 

@@ -316,9 +316,7 @@ class RandomSource(BatchSource):
 
     def __init__(self, config: RunConfig, args: BenchmarkDatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
         super().__init__(config, mesh, world_size)
-        self._args = args
-        self._train = self._dataset("train", config.trainer.sequences_per_iteration)
-        self._eval: dict[Split, SyntheticDataset] = {}
+        self._train = SyntheticDataset(config, self._rank, self._world_size, is_training=True)
         self.roles = benchmark_roles(args)
         self.tables = tuple(args.embedding_args)
         self.cardinalities = dict(self._train.num_ids)
@@ -354,25 +352,12 @@ class RandomSource(BatchSource):
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
-        if split not in self._eval:  # a dataset keeps its batches
-            self._eval[split] = self._dataset(split, self._config.trainer.eval_batch_size)
-        dataset = self._eval[split]
-        return build_loader(dataset, dataset.eval_sampler())
+        return build_loader(self._eval, self._eval.eval_sampler())
+
+    @cached_property
+    def _eval(self) -> SyntheticDataset:
+        return SyntheticDataset(self._config, self._rank, self._world_size, is_training=False)
 
     def train_sampler(self, position: SamplerPosition) -> TrainSampler:
         """See BatchSource."""
         return self._train.train_sampler(position, self._partition)
-
-    def _dataset(self, split: Split, batch_size: int) -> SyntheticDataset:
-        return SyntheticDataset(
-            self._args,
-            self._config.task,
-            batch_size=batch_size,
-            rank=self._rank,
-            world_size=self._world_size,
-            seed=self._config.trainer.seed,
-            split=split,
-            negatives=self.negatives,
-            wants_timestamps=self._config.network.needs_times,
-            wants_seen=self._config.retrieval is not None and self._config.retrieval.filter_seen,
-        )

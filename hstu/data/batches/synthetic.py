@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import cast
 
 import numpy as np
 import torch
 
 from hstu.base.errors import ConfigError
 from hstu.base.hashing import hash_ids, random_bits
-from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, RandomDistribution, Task
+from hstu.config.args import BenchmarkDatasetArgs, DynamicEmbeddingArgs, RandomDistribution
+from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.collate import Assembler, Collator, Rows
 from hstu.data.batches.jagged import run_indices, run_starts
@@ -85,28 +87,18 @@ class _Zipf:
 
 class SyntheticDataset:
     """``num_generated_batches`` random batches per rank, which are drawn once, kept and repeated. It is the collator of
-    its own samplers: ``build_loader(dataset, dataset.train_sampler(...))``. ``args`` obeys hstu/config/rules/data.py.
+    its own samplers: ``build_loader(dataset, dataset.train_sampler(...))``. ``config`` has a BenchmarkDatasetArgs and
+    obeys hstu/config/rules/data.py.
 
     Sequences have at least one item more than candidates. Dynamic tables get the ids as drawn; for static tables, ids
-    beyond the table are hashed into it. ``split`` selects the random stream of training or evaluation. Retrieval
-    evaluation draws one more item as the target. Raises ConfigError for distributions that do not fit their tables.
+    beyond the table are hashed into it. ``is_training`` selects the random stream and the batch size of training or
+    evaluation. Retrieval evaluation draws one more item as the target. Raises ConfigError for distributions that do not
+    fit their tables.
     """
 
-    def __init__(
-        self,
-        args: BenchmarkDatasetArgs,
-        task: Task,
-        *,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        split: str = "train",
-        negatives: Negatives | None = None,
-        wants_timestamps: bool = False,
-        wants_seen: bool = False,
-    ) -> None:
-        roles = benchmark_roles(args)
+    def __init__(self, config: RunConfig, rank: int, world_size: int, *, is_training: bool) -> None:
+        args, trainer = cast(BenchmarkDatasetArgs, config.dataset), config.trainer
+        roles, negatives = benchmark_roles(args), Negatives.of(config.retrieval) if config.retrieval else None
         groups = {name: group for group in args.feature_args for name in group.feature_names}
         tables = {name: table for table in args.embedding_args for name in table.feature_names}
         rows = {name: tables[name].item_vocab_size_or_capacity for name in roles.names}
@@ -128,15 +120,15 @@ class SyntheticDataset:
         lengths = group.seqlen_dist or RandomDistribution(low=1)
         self._lengths = Distribution(lengths, self._max_length + 1) if group.is_jagged else None
         self._max_num_candidates = args.max_num_candidates
-        self._task, self._is_training = task, split == "train"
-        self._key = (seed, int(self._is_training))
-        self._wants_timestamps, self._wants_seen = wants_timestamps, wants_seen
-        self._roles = roles
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self._task, self._is_training, self._roles = config.task, is_training, roles
+        self._key = (trainer.seed, int(is_training))
+        self._wants_timestamps = config.network.needs_times
+        self._wants_seen = config.retrieval is not None and config.retrieval.filter_seen
+        batch_size = trainer.sequences_per_iteration if is_training else trainer.eval_batch_size
         self.num_samples = args.num_generated_batches * batch_size * world_size
-        assembler = Assembler(
-            batch_size, task, roles, self.num_ids[roles.item], seed, negatives, draws_negatives=self._is_training
-        )
+        self._shares = (self.num_samples, batch_size, rank, world_size)
+        corpus, seed = self.num_ids[roles.item], trainer.seed
+        assembler = Assembler(batch_size, config.task, roles, corpus, seed, negatives, draws_negatives=is_training)
         self._collator = Collator(self.read, assembler)
         self._batches: dict[int, HSTUBatch] = {}
 
@@ -168,12 +160,11 @@ class SyntheticDataset:
 
     def train_sampler(self, position: SamplerPosition = START, partition: BatchPartition | None = None) -> TrainSampler:
         """Endless plans; an epoch is all generated samples once. Batches are kept, so ``partition`` must not vary."""
-        size = (self.num_samples, self.batch_size, self.rank, self.world_size)
-        return TrainSampler(*size, seed=0, shuffle=False, position=position, partition=partition)
+        return TrainSampler(*self._shares, seed=0, shuffle=False, position=position, partition=partition)
 
     def eval_sampler(self) -> EvalSampler:
         """Plans of the generated batches, once."""
-        return EvalSampler(self.num_samples, self.batch_size, self.rank, self.world_size)
+        return EvalSampler(*self._shares)
 
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:
         """The batch of these samples, which may belong to any rank."""

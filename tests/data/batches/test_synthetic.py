@@ -12,13 +12,18 @@ from hstu.config.args import (
     DynamicEmbeddingArgs,
     EmbeddingArgs,
     FeatureArgs,
+    NetworkArgs,
+    OptimizerArgs,
     RandomDistribution,
+    RankingArgs,
+    RetrievalArgs,
     Task,
+    TrainerArgs,
 )
+from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.loader import build_loader
 from hstu.data.batches.synthetic import Distribution, SyntheticDataset
-from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import SamplerPosition
 from tests.data.collators import assert_same, host
 
@@ -48,9 +53,26 @@ def benchmark_args(**options: Any) -> BenchmarkDatasetArgs:
     return BenchmarkDatasetArgs(**{**defaults, **options})
 
 
-def dataset(task: Task = "ranking", args: BenchmarkDatasetArgs | None = None, **options: Any) -> SyntheticDataset:
-    settings: dict[str, Any] = {"batch_size": 16, "rank": 0, "world_size": 1, "seed": 1, **options}
-    return SyntheticDataset(args or benchmark_args(), task, **settings)
+def dataset(
+    task: Task = "ranking",
+    args: BenchmarkDatasetArgs | None = None,
+    ranks: tuple[int, int] = (0, 1),
+    batch_size: int = 16,
+    seed: int = 1,
+    is_training: bool = True,
+) -> SyntheticDataset:
+    retrieval = RetrievalArgs(negatives="uniform", num_negatives=6)
+    config = RunConfig(
+        task=task,
+        trainer=TrainerArgs(train_batch_size=batch_size, eval_batch_size=batch_size, seed=seed),
+        dataset=args or benchmark_args(),
+        network=NetworkArgs(
+            num_layers=1, hidden_size=8, num_attention_heads=1, kv_channels=8, position_encoding=("relative_bias",)
+        ),
+        optimizer=OptimizerArgs(optimizer_str="adam", learning_rate=1.0),
+        task_args=RankingArgs(prediction_head_arch=[8]) if task == "ranking" else retrieval,
+    )
+    return SyntheticDataset(config, *ranks, is_training=is_training)
 
 
 def train_batches(data: SyntheticDataset, count: int) -> list[HSTUBatch]:
@@ -133,7 +155,7 @@ def test_lengths_follow_their_distribution_and_fixed_ones_are_the_longest() -> N
 def test_random_data_depends_on_seed_and_place_alone() -> None:
     assert_same(train_batches(dataset(seed=5), 1)[0], train_batches(dataset(seed=5), 1)[0])
     alone = train_batches(dataset(batch_size=16), 1)[0]
-    ranks = [train_batches(dataset(batch_size=8, rank=rank, world_size=2), 1)[0] for rank in range(2)]
+    ranks = [train_batches(dataset(batch_size=8, ranks=(rank, 2)), 1)[0] for rank in range(2)]
     for name in ("item", "action", "age"):
         together = torch.cat([rank.features[name].values() for rank in ranks])
         assert torch.equal(alone.features[name].values(), together)
@@ -148,8 +170,7 @@ def test_a_run_on_random_data_resumes() -> None:
 
 
 def test_retrieval_has_targets_negatives_times_and_held_out_items() -> None:
-    options: dict[str, Any] = {"negatives": Negatives("uniform", 6), "wants_timestamps": True, "wants_seen": True}
-    batch = train_batches(dataset("retrieval", **options), 1)[0]
+    batch = train_batches(dataset("retrieval"), 1)[0]
     assert batch.num_labels.tolist() == (batch.item_lengths - 1).tolist() and batch.num_candidates_host.sum() == 0
     items = batch.features["item"].to_dense()
     assert torch.equal(batch.labels, torch.cat([row[1:] for row in items]))
@@ -159,7 +180,7 @@ def test_retrieval_has_targets_negatives_times_and_held_out_items() -> None:
     assert all((row[0], np.diff(row).min() > 0) == (1_000_000_000, True) for row in times)
     assert abs(np.concatenate([np.diff(row) for row in times]).mean() / 3600 - 1) < 0.25
 
-    evaluation = dataset("retrieval", split="eval", wants_seen=True)
+    evaluation = dataset("retrieval", is_training=False)
     held_out = next(build_loader(evaluation, evaluation.eval_sampler()))
     assert held_out.labels.shape == (16,) and 0 <= held_out.labels.min() <= held_out.labels.max() < 500
     assert held_out.seen is not None

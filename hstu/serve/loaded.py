@@ -260,7 +260,8 @@ class LoadedModel:
 
     def retrieval_evaluator(self) -> RetrievalEvaluator:
         """Create the object that embeds and scores items. Raises DataError for a ranking run."""
-        return RetrievalEvaluator(self.model, self.require_retrieval(), self.source, self.mesh)
+        self.require_retrieval()
+        return RetrievalEvaluator(self.config, self.model, self.mesh, self.source)
 
     def histories_of(self, users: np.ndarray) -> Iterator[History]:
         """Whole histories of users (store rows), with the contextual and event features that the model reads."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.find import Run
@@ -16,7 +15,7 @@ from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
-from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs, TrainerArgs
+from hstu.config.args import DatasetArgs, RetrievalArgs, TrainerArgs
 from hstu.config.problems import in_reading_order
 from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
@@ -39,7 +38,7 @@ from hstu.ops.pytorch.operators import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
 from hstu.optim.optimizers import Optimizers, build_optimizers
 from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, require_equal
-from hstu.parallel.ddp import replicate_dense, unwrap_dense
+from hstu.parallel.ddp import replicate_dense
 from hstu.parallel.fsdp import shard_dense
 from hstu.parallel.layer_comm import split_encoder
 from hstu.parallel.mesh import Mesh, seed_dropout
@@ -269,15 +268,9 @@ def build_pipeline(
 
 def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh: Mesh) -> Evaluator:
     """The evaluator of the task."""
-    if isinstance(config.task_args, RankingArgs):
-        task = unwrap_dense(model).task
-        if isinstance(task, MultiTaskDense):
-            return MultiTaskEvaluator(
-                model, task.each_task, config.task_args.tasks or [], mesh, config.trainer.max_eval_iters
-            )
-        offset = cast(RankingDense, task).label_offset
-        return RankingEvaluator(model, config.task_args, offset, mesh, config.trainer.max_eval_iters)
-    return RetrievalEvaluator(model, config.task_args, source, mesh, config.trainer.max_eval_iters)
+    if isinstance(config.task_args, RetrievalArgs):
+        return RetrievalEvaluator(config, model, mesh, source)
+    return (RankingEvaluator if config.task_args.tasks is None else MultiTaskEvaluator)(config, model, mesh)
 
 
 def build_checkpoints(args: TrainerArgs, saved_in: Path, mesh: Mesh) -> CheckpointStore:

@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import islice
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hstu.base.hashing import hash_ids
-from hstu.config.args import RankingArgs, RankingTaskArgs, RetrievalArgs
+from hstu.config.args import RankingArgs, RetrievalArgs
 from hstu.config.args.task import AT_LAST_EVENT
+from hstu.config.rules.task import tasks_of
+from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.model.gr_model import GRModel
+from hstu.model.ranking import RankingDense
 from hstu.model.stack import ModelOutput
-from hstu.model.tasks import RankingTask
+from hstu.model.tasks import MultiTaskDense, RankingTask
+from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.exchange import ALONE, Exchange, on_host
 from hstu.parallel.group import evaluate_batch
 from hstu.parallel.mesh import Mesh
@@ -92,13 +96,13 @@ def of_ranking(
 
 
 class Evaluator(ABC):
-    """Computes metrics, equal on all ranks, over at most ``max_iters`` batches per rank (None: all). Collective."""
+    """Computes metrics, equal on all ranks, over at most ``max_eval_iters`` batches per rank. Collective."""
 
-    def __init__(self, model: GRModel, mesh: Mesh, max_iters: int | None) -> None:
+    def __init__(self, config: RunConfig, model: GRModel, mesh: Mesh) -> None:
+        self.config = config
         self.model = model
         self.mesh = mesh
         self.exchange = Exchange.of(mesh)
-        self.max_iters = max_iters
         self.between_batches: Callable[[], None] = lambda: None
         """Called on all ranks before every batch and every chunk of the corpus; may raise on all ranks."""
 
@@ -127,7 +131,7 @@ class Evaluator(ABC):
         return evaluate_batch(self.model, batch, self.mesh)
 
     def _limited(self, batches: Iterable[HSTUBatch]) -> Iterator[HSTUBatch]:
-        for batch in islice(batches, self.max_iters):
+        for batch in islice(batches, self.config.trainer.max_eval_iters):
             self._mark()
             yield batch
 
@@ -159,45 +163,33 @@ class LabelledItemEvaluator(Evaluator):
 class RankingEvaluator(LabelledItemEvaluator):
     """Metrics of the predicted actions."""
 
-    def __init__(
-        self, model: GRModel, args: RankingArgs, label_offset: int, mesh: Mesh, max_iters: int | None = None
-    ) -> None:
-        super().__init__(model, mesh, max_iters)
-        self.names = args.eval_metrics
-        self.num_tasks = args.num_tasks if args.prediction_head_arch[-1] == args.num_tasks else None
-        self.label_offset = label_offset
-
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """See Evaluator."""
+        args, task = cast(RankingArgs, self.config.task_args), cast(RankingDense, unwrap_dense(self.model).task)
+        num_tasks = task.num_tasks if task.is_multi_task else None
         rows = observations.results, observations.labels, observations.users
         return ranking_metrics(
-            self.names, *rows, num_tasks=self.num_tasks, label_offset=self.label_offset, exchange=exchange
+            args.eval_metrics, *rows, num_tasks=num_tasks, label_offset=task.label_offset, exchange=exchange
         )
 
 
 class MultiTaskEvaluator(LabelledItemEvaluator):
-    """Metrics of each task in ``args`` over the items with a label of this task, named as "AUC/click"."""
+    """Metrics of each of RankingArgs.tasks over the items with a label of this task, named as "AUC/click"."""
 
-    def __init__(
-        self,
-        model: GRModel,
-        tasks: Iterable[RankingTask],
-        args: Sequence[RankingTaskArgs],
-        mesh: Mesh,
-        max_iters: int | None = None,
-    ) -> None:
-        super().__init__(model, mesh, max_iters)
-        self.tasks: Sequence[RankingTask] = list(tasks)
-        self.args = {each.task_name: each for each in args}
+    @property
+    def tasks(self) -> list[RankingTask]:
+        """The tasks of the model. RankingArgs.tasks may leave out some of them."""
+        return cast(MultiTaskDense, unwrap_dense(self.model).task).each_task
 
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """See Evaluator."""
         results: dict[str, float] = {}
         labels = torch.from_numpy(observations.labels.T)
+        evaluated = {each.task_name: each for each in tasks_of(self.config)}
         ends = np.cumsum([task.args.output_width for task in self.tasks])[:-1]
         of_tasks = np.split(observations.results, ends, axis=1)
         for task, predictions in zip(self.tasks, of_tasks, strict=True):
-            args = self.args.get(task.args.task_name)
+            args = evaluated.get(task.args.task_name)
             if args is None:
                 continue
             metrics = TaskMetrics(
@@ -213,11 +205,9 @@ class MultiTaskEvaluator(LabelledItemEvaluator):
 class RetrievalEvaluator(Evaluator):
     """Metrics of the ranks of the held-out items in the whole corpus."""
 
-    def __init__(
-        self, model: GRModel, args: RetrievalArgs, source: BatchSource, mesh: Mesh, max_iters: int | None = None
-    ) -> None:
-        super().__init__(model, mesh, max_iters)
-        self.args = args
+    def __init__(self, config: RunConfig, model: GRModel, mesh: Mesh, source: BatchSource) -> None:
+        super().__init__(config, model, mesh)
+        self.args = cast(RetrievalArgs, config.task_args)
         self.source = source
         self._warnings: set[str] = set()
 

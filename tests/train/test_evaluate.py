@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.config.args import RankingArgs, RetrievalArgs
+from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.gr_model import GRModel
@@ -25,6 +26,10 @@ from tests.train.test_corpus import EPS, make_queries, ranks_by_loop
 
 MESH = cast(Mesh, SimpleNamespace(rank=0, world_size=1, heartbeat=Heartbeat()))
 METRICS = ("HR@1", "HR@10", "NDCG@10", "MRR", "HR@500")
+
+
+def config_of(args: RankingArgs | RetrievalArgs) -> RunConfig:
+    return cast(RunConfig, SimpleNamespace(task_args=args, trainer=SimpleNamespace(max_eval_iters=None)))
 
 
 class LastItemModel(nn.Module):
@@ -58,8 +63,8 @@ class Retrieval(RetrievalEvaluator):
     """Evaluates a LastItemModel."""
 
     def __init__(self, model: "LastItemModel") -> None:
-        args = RetrievalArgs(eval_metrics=METRICS)
-        super().__init__(cast(GRModel, model), args, cast(BatchSource, SimpleNamespace(newcomers={})), MESH)
+        source = cast(BatchSource, SimpleNamespace(newcomers={}))
+        super().__init__(config_of(RetrievalArgs(eval_metrics=METRICS)), cast(GRModel, model), MESH, source)
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
         return Corpus(lambda ids: cast(LastItemModel, self.model).table[ids], torch.arange(20), EPS, chunk_items=6)
@@ -106,8 +111,7 @@ class RatingModel(nn.Module):
 
 class Ranking(RankingEvaluator):
     def __init__(self) -> None:
-        args = RankingArgs(prediction_head_arch=[5])
-        super().__init__(cast(GRModel, RatingModel()), args, 1, MESH)
+        super().__init__(config_of(RankingArgs(prediction_head_arch=[5])), cast(GRModel, RatingModel()), MESH)
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         return cast(RatingModel, self.model)(batch)

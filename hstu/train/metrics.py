@@ -34,15 +34,14 @@ def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray) -
         return np.zeros(0)
     order = np.lexsort((scores, groups))
     scores, positive, groups = scores[order], positive[order], groups[order]
-    group_starts, tie_starts = run_starts(groups), run_starts(groups, scores)
-    tie_lengths = np.diff(tie_starts, append=len(scores))
+    (group_starts, group_lengths), (tie_starts, tie_lengths) = runs(groups), runs(groups, scores)
     midranks = np.repeat(tie_starts + (tie_lengths + 1) / 2, tie_lengths)
     num_positive = np.add.reduceat(positive, group_starts, dtype=np.float64)
-    num_negative = np.diff(group_starts, append=len(scores)) - num_positive
     # Mann–Whitney U: ranks within the group minus ranks of the positives among themselves.
     rank_sums = np.add.reduceat(midranks * positive, group_starts) - num_positive * group_starts
     with np.errstate(invalid="ignore"):
-        return (rank_sums - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
+        pairs = num_positive * (group_lengths - num_positive)
+        return (rank_sums - num_positive * (num_positive + 1) / 2) / pairs
 
 
 def without_rounding(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -60,21 +59,20 @@ def without_rounding(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
         return scores
     order = np.lexsort((scores, groups))
     ordered, groups = scores[order], groups[order]
-    starts = run_starts(groups)
-    largest = np.maximum.reduceat(np.abs(ordered), starts)
-    tolerance = ROUNDING * np.repeat(largest, np.diff(starts, append=len(ordered)))
-    runs = run_starts(groups, np.cumsum(np.diff(ordered, prepend=ordered[0]) > tolerance))
-    lengths = np.diff(runs, append=len(ordered))
-    first, last = (np.repeat(ordered[ends], lengths) for ends in (runs, runs + lengths - 1))
+    starts, lengths = runs(groups)
+    tolerance = ROUNDING * np.repeat(np.maximum.reduceat(np.abs(ordered), starts), lengths)
+    starts, lengths = runs(groups, np.cumsum(np.diff(ordered, prepend=ordered[0]) > tolerance))
+    first, last = (np.repeat(ordered[ends], lengths) for ends in (starts, starts + lengths - 1))
     found = np.empty_like(scores)
     found[order] = np.where(last - first <= tolerance, first, ordered)
     return found
 
 
-def run_starts(*keys: np.ndarray) -> np.ndarray:
-    """Indices at which a new combination of keys begins, in sorted arrays of at least one element."""
+def runs(*keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(first index, length) of each run of a combination of keys, in sorted arrays of at least one element."""
     changes = np.logical_or.reduce([key[1:] != key[:-1] for key in keys])
-    return np.concatenate([[0], np.flatnonzero(changes) + 1])
+    starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    return starts, np.diff(starts, append=len(keys[0]))
 
 
 def auc(scores: np.ndarray, positive: np.ndarray, exchange: Exchange = ALONE) -> float:
@@ -97,7 +95,7 @@ def _counted(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.nda
     if not len(values):
         return values, counts.astype(np.int64)
     order = np.argsort(values)
-    starts = run_starts(values[order])
+    starts, _ = runs(values[order])
     return values[order][starts], np.add.reduceat(counts[order], starts, dtype=np.int64)
 
 

@@ -12,7 +12,7 @@ from torch.distributed import ReduceOp
 
 from hstu.config.args.task import LOWER_IS_BETTER, METRICS_OF_KIND, METRICS_PER_TASK, fits_kind
 from hstu.parallel.exchange import ALONE, Exchange
-from hstu.train.metrics import auc, check_classes, entropy, grouped_auc, logger, run_starts, without_rounding
+from hstu.train.metrics import auc, check_classes, entropy, grouped_auc, logger, runs, without_rounding
 
 ONE_CLASS = "the labels of the evaluation set are all of one class"
 
@@ -240,9 +240,8 @@ def _ordered(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 def _run_ends(*keys: np.ndarray) -> np.ndarray:
     """For each element of sorted arrays, the index after the last element with the same combination of keys."""
-    starts = run_starts(*keys)
-    ends = np.append(starts[1:], len(keys[0]))
-    return np.repeat(ends, ends - starts)
+    starts, lengths = runs(*keys)
+    return np.repeat(starts + lengths, lengths)
 
 
 def _inversions(ranks: np.ndarray) -> int:
@@ -275,8 +274,7 @@ def ndcg_by_group(scores: np.ndarray, gains: np.ndarray, groups: np.ndarray, cut
         return np.zeros(0)
     best_first, ideal = np.lexsort((gains, -scores, groups)), np.lexsort((-gains, groups))
     groups, scores, gains, ideal_gains = groups[ideal], scores[best_first], gains[best_first], gains[ideal]
-    starts, tie_starts = run_starts(groups), run_starts(groups, scores)
-    lengths, tie_lengths = np.diff(starts, append=len(groups)), np.diff(tie_starts, append=len(groups))
+    (starts, lengths), (tie_starts, tie_lengths) = runs(groups), runs(groups, scores)
     ranks = np.arange(len(groups)) - np.repeat(starts, lengths) + 1
     discounts = (ranks <= (cutoff or np.inf)) / np.log2(ranks + 1)
     expected_gains = np.repeat(np.add.reduceat(gains, tie_starts) / tie_lengths, tie_lengths)

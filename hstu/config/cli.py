@@ -47,21 +47,17 @@ def parse_command_line(
         config, warnings = read_and_check(options.files, options.bindings, task, world_size, rules)
     except UserError as error:
         warnings = error.warnings if isinstance(error, ConfigError) else []
-        report_once("\n".join([f"{_headline(error)}{error}", *map(_marked, warnings)]))
+        report_once("\n".join([f"{_headline(error)}{error}", *(f"warning: {warning}" for warning in warnings)]))
         sys.exit(error.exit_code)
     if is_first_rank:
         for warning in warnings:
-            print(_marked(warning), file=sys.stderr)
+            print(f"warning: {warning}", file=sys.stderr)
     if options.print_config:
         _finish(config.operative_gin(), is_first_rank)
     if options.validate_only:
         files = " ".join(options.files)
         _finish(f"OK: {files} describes a {task} run for {world_size} rank{'s'[: world_size > 1]}", is_first_rank)
     return config
-
-
-def _marked(warning: str) -> str:
-    return f"warning: {warning}"
 
 
 def _headline(error: UserError) -> str:

@@ -30,25 +30,23 @@ def features_have_one_role(run: RunConfig) -> Iterator[Problem]:
 
 
 def what_is_known_after_is_a_side_feature(run: RunConfig) -> Iterator[Problem]:
-    if isinstance(run.dataset, DatasetArgs):
-        yield from _are_side_features(run, run.dataset, run.dataset, "known_after")
+    yield from _are_side_features(run, run.dataset, "known_after")
 
 
 def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
     yield from each_once(run.numbers, "feature_names")
     for numbers in run.numbers:
-        if isinstance(run.dataset, DatasetArgs):
-            yield from _are_side_features(run, run.dataset, numbers, "feature_names")
-        else:
+        if isinstance(run.dataset, BenchmarkDatasetArgs):
             text = "has no effect on random data, which has no numbers; remove it"
             yield problem(numbers, "feature_names", text)
+        yield from _are_side_features(run, numbers, "feature_names")
 
 
-def _are_side_features(run: RunConfig, dataset: DatasetArgs, part: Args, parameter: str) -> Iterator[Problem]:
-    for name in getattr(part, parameter):
-        if name not in dataset.side_feature_names:
-            text = f"{name!r} is not one of {cited(dataset, 'side_feature_names')}; add it there, too"
-            yield problem(part, parameter, text + did_you_mean(name, dataset.side_feature_names))
+def _are_side_features(run: RunConfig, part: Args, parameter: str) -> Iterator[Problem]:
+    for name in getattr(part, parameter) if isinstance(run.dataset, DatasetArgs) else ():
+        if name not in run.dataset.side_feature_names:
+            text = f"{name!r} is not one of {cited(run.dataset, 'side_feature_names')}; add it there, too"
+            yield problem(part, parameter, text + did_you_mean(name, run.dataset.side_feature_names))
 
 
 def candidates_leave_history(run: RunConfig) -> Iterator[Problem]:
@@ -59,18 +57,15 @@ def candidates_leave_history(run: RunConfig) -> Iterator[Problem]:
 
 
 def windows_leave_no_gap(run: RunConfig) -> Iterator[Problem]:
-    dataset = run.dataset
-    if not isinstance(dataset, DatasetArgs) or not isinstance(dataset.window_stride, int):
-        return
-    if dataset.window_stride > dataset.max_sequence_length:
+    dataset, stride = run.dataset, getattr(run.dataset, "window_stride", None)
+    if isinstance(stride, int) and stride > run.max_items:
         text = f"leaves out items between the windows: must be at most {cited(dataset, 'max_sequence_length')}"
         yield problem(dataset, "window_stride", text)
 
 
 def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
     if isinstance(run.dataset, DatasetArgs) and run.dataset.split not in ("auto", *SPLITS[run.task]):
-        allowed = " or ".join(literal(split) for split in ("auto", *SPLITS[run.task]))
-        yield problem(run.dataset, "split", f"is not for {run.task}; use {allowed}")
+        yield problem(run.dataset, "split", f"is not for {run.task}; use {_any_of(('auto', *SPLITS[run.task]))}")
 
 
 def a_fraction_cuts_time_or_users(run: RunConfig) -> Iterator[Problem]:
@@ -86,9 +81,7 @@ def a_fraction_cuts_time_or_users(run: RunConfig) -> Iterator[Problem]:
 
 def users_are_left_for_the_test(run: RunConfig) -> Iterator[Problem]:
     dataset = run.dataset
-    if not isinstance(dataset, DatasetArgs) or dataset.valid_fraction == 0:
-        return
-    if dataset.train_fraction + dataset.valid_fraction >= 1:
+    if isinstance(dataset, DatasetArgs) and dataset.train_fraction + dataset.valid_fraction >= 1:
         text = f"leaves no users for the test beside {cited(dataset, 'train_fraction')}; their sum must be below 1"
         yield problem(dataset, "valid_fraction", text)
 
@@ -168,7 +161,7 @@ def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
         yield problem(retrieval, "item_tower", text)
 
 
-# --- positions -----------------------------------------------------------------------------------------------------
+# --- positions and masks -------------------------------------------------------------------------------------------
 
 
 def position_encodings_combine(run: RunConfig) -> Iterator[Problem]:
@@ -176,9 +169,6 @@ def position_encodings_combine(run: RunConfig) -> Iterator[Problem]:
     if len(set(kinds)) < len(kinds) or ("none" in kinds and len(kinds) > 1):
         text = 'is contradictory; use one of "absolute", "relative_bias" and "none", or ("absolute", "relative_bias")'
         yield problem(run.network, "position_encoding", text)
-
-
-# --- masks ---------------------------------------------------------------------------------------------------------
 
 
 def spans_fit_the_layers(run: RunConfig) -> Iterator[Problem]:
@@ -279,9 +269,7 @@ def candidates_are_compared(run: RunConfig, task: RankingTaskArgs) -> Iterator[P
 
 def labels_are_hidden(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
     dataset = run.dataset
-    if not isinstance(dataset, DatasetArgs):
-        return
-    if task.label in dataset.side_feature_names and task.label not in dataset.known_after:
+    if isinstance(dataset, DatasetArgs) and task.label in {*dataset.side_feature_names} - {*dataset.known_after}:
         text = (
             f"is one of {cited(dataset, 'side_feature_names')}, so the prediction would see its own label; add it "
             "to DatasetArgs.known_after"
@@ -293,9 +281,8 @@ def tasks_have_different_names(run: RunConfig) -> Iterator[Problem]:
     seen: set[str] = set()
     for task in tasks_of(run):
         if task.task_name in seen:
-            parameter = "name" if task.name else "label"
             text = f"another task is called {task.task_name!r}, too, in metrics; give each task a name of its own"
-            yield problem(task, parameter, text)
+            yield problem(task, "name" if task.name else "label", text)
         seen.add(task.task_name)
 
 

@@ -15,9 +15,8 @@ from hstu.data.batches.jagged import ranges, run_offsets
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelColumn
 from hstu.data.sampling.negatives import shown_not_taken
-from hstu.data.sampling.sampler import BatchPlan, window_starts
+from hstu.data.sampling.sampler import BatchPlan, shuffled_ties, window_starts
 from hstu.data.sampling.samples import SampleTable, samples_of_requests
-from hstu.data.sampling.ties import shuffled_ties
 from hstu.data.store.meta import read_meta
 from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore, time_codes
 

@@ -12,9 +12,8 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.batches.loader import build_loader
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.sampling.sampler import SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import SamplerPosition, TrainSampler, shuffled_ties
 from hstu.data.sampling.samples import SampleTable, build_samples
-from hstu.data.sampling.ties import shuffled_ties
 from hstu.data.store.reader import StoreReader
 from tests.data.toy_store import ToyStore
 

@@ -77,10 +77,6 @@ class BatchSource(ABC):
         self._pin_memory = mesh is not None and mesh.device.type == "cuda"
         self.negatives = Negatives.of(config.retrieval) if config.retrieval else None
 
-    def epoch_after(self, position: SamplerPosition) -> int:
-        """The epoch (0-based) of the training batch that follows ``position``."""
-        return position.epoch + (position.consumed == len(self.train_lengths.items))
-
     @property
     def description(self) -> dict[str, str]:
         """Facts that must be equal on all ranks, besides the configuration: name → value."""

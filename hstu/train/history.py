@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,30 +87,30 @@ class MetricsHistory:
                 extreme["value"] = math.nan if extreme["value"] is None else extreme["value"]
 
 
+@dataclass
 class Selection:
     """The best value of one metric (None: no selection) on one split. ``patience``: None for no early stopping."""
 
-    def __init__(self, metric: str | None, mode: str, split: str, patience: int | None) -> None:
-        self.metric = metric
-        self.split = split
-        self._mode = mode
-        self._patience = patience
-        self.value = math.nan
-        self.iteration: int | None = None
-        """Iteration of the best value; None before the first."""
-        self.without_improvement = 0
+    metric: str | None
+    mode: str
+    split: str
+    patience: int | None
+    value: float = math.nan
+    iteration: int | None = None
+    """Iteration of the best value; None before the first."""
+    without_improvement: int = 0
 
     def follow(self, history: MetricsHistory) -> bool:
         """Update from ``history``. Returns whether the split's last evaluation is the best."""
         if self.metric is None:
             return False
-        self.value, self.iteration, self.without_improvement = history.find_best(self.split, self.metric, self._mode)
+        self.value, self.iteration, self.without_improvement = history.find_best(self.split, self.metric, self.mode)
         return self.iteration is not None and self.without_improvement == 0
 
     @property
     def is_exhausted(self) -> bool:
         """Whether patience is used up, which ends training."""
-        return self._patience is not None and self.without_improvement >= self._patience
+        return self.patience is not None and self.without_improvement >= self.patience
 
     def as_json(self) -> dict[str, Any]:
         """The entry of summary.json."""

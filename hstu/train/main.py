@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import hstu
 from hstu.base.errors import EXIT_DONE, UserError, report, report_once
+from hstu.base.files import digest_of
 from hstu.base.processes import end_with_parent
 from hstu.config.gin_scan import scan
 from hstu.config.problems import literal
@@ -99,11 +99,7 @@ def run_facts(config: RunConfig) -> dict[str, str]:
 
 def source_digest(root: Path = Path(hstu.__file__).parent) -> str:
     """SHA-256 of all source files of the package."""
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        if path.suffix in (".py", ".cpp", ".h") and path.is_file():
-            digest.update(f"{path.relative_to(root).as_posix()}\n".encode() + path.read_bytes())
-    return digest.hexdigest()
+    return digest_of(path for path in root.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
 
 
 def memory_ran_out(error: Exception) -> bool:

@@ -185,7 +185,8 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[HSTUBatch]) -> None:
         self.mesh.heartbeat.mark("training step", self.state.iteration + 1)
-        epoch, per_epoch = self.source.epoch_after(self.state.position), self.source.batches_per_epoch
+        position, per_epoch = self.state.position, self.source.batches_per_epoch
+        epoch = position.epoch + (position.consumed == len(self.source.train_lengths.items))  # of the next batch
         shift = self._shift if self.args.max_train_iters is None else 0
         iteration, total = self.state.iteration - shift, self.total_iters - shift
         multiplier = lr_multiplier(self.config.schedule, iteration, total, epoch, per_epoch)

@@ -9,7 +9,7 @@ import codecs
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gin import config_parser
@@ -163,7 +163,7 @@ def _statements(text: str, source: Location, problems: list[Problem]) -> list[Bi
         found: list[Problem] = []
         statements += _parse(chunk, source, first_line, found)
         if found and (start := re.match(r"(?:([\w/]+)/)?([\w.]+)\.(\w+)\s*=", chunk)):  # or it is reported as missing
-            at = Location(source.source, first_line, source.name)
+            at = replace(source, line=first_line)
             statements.append(Binding(start[1] or "", start[2], start[3], Broken(), at))
         errors += found
     problems += errors or of_whole
@@ -186,13 +186,9 @@ def _chunks(text: str) -> Iterator[tuple[int, str]]:
 
 def _parse(text: str, source: Location, first_line: int, errors: list[Problem]) -> Iterator[Binding | _Include]:
     """The statements before the first error, which is added to ``errors``."""
-
-    def locate(line: int) -> Location:
-        return Location(source.source, line + first_line - 1, source.name)
-
     try:
         for statement in config_parser.ConfigParser(text, _Delegate()):
-            at = locate(statement.location.line_num)
+            at = replace(source, line=first_line + statement.location.line_num - 1)
             if isinstance(statement, config_parser.BindingStatement):
                 yield Binding(statement.scope, statement.selector, statement.arg_name, statement.value, at)
             elif isinstance(statement, config_parser.IncludeStatement):
@@ -206,7 +202,7 @@ def _parse(text: str, source: Location, first_line: int, errors: list[Problem]) 
         lines = text.splitlines()
         content = lines[line - 1].strip() if 0 < line <= len(lines) else ""
         shown = f"cannot be read as gin: {literal(content[:100])}; {_reason(error, content)}"
-        errors.append(Problem(shown, locate(line)))
+        errors.append(Problem(shown, replace(source, line=first_line + line - 1)))
 
 
 def _line_of(error: Exception, text: str) -> int:

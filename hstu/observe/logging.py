@@ -44,21 +44,18 @@ def set_up_logging(rank: int = 0, log_file: Optional[Path] = None) -> logging.Lo
     logger = logging.getLogger("hstu")
     tear_down_logging()
     logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    handlers: dict[logging.Handler, PrintableFormatter] = {}
     if rank != 0:
-        handler = logging.StreamHandler()
-        handler.setFormatter(PrintableFormatter(f"[rank {rank}] %(levelname)s %(message)s"))
-        handler.setLevel(logging.WARNING)
-        logger.setLevel(logging.WARNING)
+        handlers[logging.StreamHandler()] = PrintableFormatter(f"[rank {rank}] %(levelname)s %(message)s")
+    else:
+        handlers[_BesideProgressBar()] = _ConsoleFormatter("%(asctime)s %(shown_level)s%(message)s", "%H:%M:%S")
+        if log_file is not None:
+            dated = PrintableFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+            handlers[logging.FileHandler(log_file, encoding="utf-8")] = dated
+    for handler, formatter in handlers.items():
+        handler.setFormatter(formatter)
         logger.addHandler(handler)
-        return logger
-    logger.setLevel(logging.INFO)
-    console = _BesideProgressBar()
-    console.setFormatter(_ConsoleFormatter("%(asctime)s %(shown_level)s%(message)s", "%H:%M:%S"))
-    logger.addHandler(console)
-    if log_file is not None:
-        to_file = logging.FileHandler(log_file, encoding="utf-8")
-        to_file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        logger.addHandler(to_file)
     return logger
 
 

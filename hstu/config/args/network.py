@@ -149,8 +149,7 @@ class NetworkArgs(Args):
     @property
     def has_window(self) -> bool:
         """Whether some layer has a max_attention_span."""
-        spans = self.max_attention_span
-        return any(span is not None for span in (spans if isinstance(spans, tuple) else (spans,)))
+        return any(span is not None for span in self.attention_spans)
 
     @property
     def whole_layers(self) -> int:

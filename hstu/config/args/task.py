@@ -9,6 +9,7 @@ from typing import Optional
 from hstu.config.option import STORED_DATA, Args, having, not_having, option
 
 OF_BINARY = having("kind", "binary", strict=True)
+DRAWN_PER_POSITION = having("negatives", "uniform", "popularity", why="only these are drawn per position")
 METRICS_PER_TASK = ("AUC", "GAUC")
 """Ranking metrics that a run with several tasks also reports per task, as "AUC/task0"."""
 LOWER_IS_BETTER = ("LOGLOSS", "NE", "RMSE", "MAE")
@@ -186,11 +187,7 @@ class RetrievalArgs(Args):
     lack is never drawn. Use it with logq_correction; on MovieLens it did not gain over uniform, nor did mixed.
     mixed: the items of the batch and num_negatives draws from the corpus that all positions share (Yang et al., WWW
     2020). full: a softmax over the whole corpus."""
-    shared_negatives: bool = option(
-        False,
-        changes="training",
-        needs=having("negatives", "uniform", "popularity", why="only these are drawn per position"),
-    )
+    shared_negatives: bool = option(False, changes="training", needs=DRAWN_PER_POSITION)
     """uniform, popularity: draw one set of negatives for the whole global batch instead of one set per position."""
     hard_negatives: int = option(
         0,
@@ -199,7 +196,7 @@ class RetrievalArgs(Args):
         maximum=10_000_000,
         needs=(
             replace(STORED_DATA, strict=True),
-            having("negatives", "uniform", "popularity", why="only these are drawn per position", strict=True),
+            replace(DRAWN_PER_POSITION, strict=True),
             having("shared_negatives", False, why="each position has its own", strict=True),
             having("logq_correction", False, why="it corrects for random draws alone", strict=True),
         ),

@@ -159,11 +159,8 @@ def check_requests(store: SequenceStore, args: DatasetArgs) -> None:
 
 def check_split(store: SequenceStore, args: DatasetArgs) -> None:
     """Raises ConfigError for options that contradict the data's split, leave a split empty or lack times."""
-    for name, is_default in (
-        ("shuffle_ties", not args.shuffle_ties),
-        ("same_second_targets", args.same_second_targets),
-    ):
-        if not is_default and store.timestamp_feature is None:
+    for name in ("shuffle_ties", "same_second_targets"):
+        if is_given(args, name) and store.timestamp_feature is None:
             text = f"needs times, and {store.path} has none; remove it, or preprocess the data with a time column"
             raise ConfigError([located(args, name, text)])
     if store.split is None:

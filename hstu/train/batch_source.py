@@ -133,9 +133,24 @@ class BatchSource(ABC):
         """Inputs of the item tower for items, given by the model's ids; None without a tower."""
         return None
 
-    @abstractmethod
+    def plan_training(self, lengths: SampleLengths) -> None:
+        """Set what follows from the lengths of the training samples. Raises ConfigError as ``choose_partition``."""
+        self.train_lengths, self._partition = lengths, choose_partition(self._config, self.roles, lengths)
+        self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
+
     def train_sampler(self, position: SamplerPosition) -> TrainSampler:
         """The plan of training from ``position`` on: the samples of each batch of this rank."""
+        trainer = self._config.trainer
+        return TrainSampler(
+            len(self.train_lengths.items),
+            trainer.sequences_per_iteration,
+            self._rank,
+            self._world_size,
+            trainer.seed,
+            getattr(self._config.dataset, "shuffle", False),
+            position,
+            self._partition,
+        )
 
     @abstractmethod
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:

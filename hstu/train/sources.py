@@ -24,7 +24,7 @@ from hstu.data.datasets import resolve_name
 from hstu.data.features.roles import benchmark_roles, check_numbers, recoding_of, resolve_roles
 from hstu.data.features.values import LabelColumn, check_labels, training_statistics
 from hstu.data.sampling.negatives import count_items
-from hstu.data.sampling.sampler import MOST_LISTED, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import MOST_LISTED, BatchPlan, EvalSampler, SamplerPosition
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
 from hstu.data.store.layout import OFFSETS_FILE, NumberStatistics
 from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
@@ -33,7 +33,7 @@ from hstu.observe.logging import Progress
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.host_arrays import once_per_host
 from hstu.parallel.mesh import Mesh
-from hstu.train.batch_source import BatchSource, SampleLengths, choose_partition
+from hstu.train.batch_source import BatchSource, SampleLengths
 from hstu.train.tables import check_rows, choose_tables, predefined_tables
 
 log = logging.getLogger(__name__)
@@ -60,9 +60,7 @@ class StoreSource(BatchSource):
         self._eval_samples: dict[Split, SampleTable] = {}
         self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
-        self.train_lengths = SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels)
-        self._partition = choose_partition(config, self.roles, self.train_lengths)
-        self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
+        self.plan_training(SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels))
 
     def _open(self) -> None:
         """Open the data and check that the configuration fits it."""
@@ -242,20 +240,6 @@ class StoreSource(BatchSource):
             log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in report.items()))
         return samples
 
-    def train_sampler(self, position: SamplerPosition) -> TrainSampler:
-        """See BatchSource."""
-        trainer = self._config.trainer
-        return TrainSampler(
-            len(self._train_samples),
-            trainer.sequences_per_iteration,
-            self._rank,
-            self._world_size,
-            trainer.seed,
-            self._args.shuffle,
-            position,
-            self._partition,
-        )
-
     def _collator(
         self,
         store: SequenceStore,
@@ -321,9 +305,7 @@ class RandomSource(BatchSource):
         self.tables = tuple(args.embedding_args)
         self.cardinalities = dict(self._train.num_ids)
         self._check_negatives()
-        self.train_lengths = SampleLengths(*self._train.lengths())
-        self._partition = choose_partition(config, self.roles, self.train_lengths)
-        self.batches_per_epoch = self.train_sampler(SamplerPosition()).batches_per_epoch
+        self.plan_training(SampleLengths(*self._train.lengths()))
         self.eval_splits = self.final_splits = ("valid",)
 
     def _check_negatives(self) -> None:
@@ -352,12 +334,8 @@ class RandomSource(BatchSource):
 
     def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
         """See BatchSource."""
-        return build_loader(self._eval, self._eval.eval_sampler())
+        return build_loader(self._eval, EvalSampler(*self._eval.shares))
 
     @cached_property
     def _eval(self) -> SyntheticDataset:
         return SyntheticDataset(self._config, self._rank, self._world_size, is_training=False)
-
-    def train_sampler(self, position: SamplerPosition) -> TrainSampler:
-        """See BatchSource."""
-        return self._train.train_sampler(position, self._partition)

@@ -43,10 +43,11 @@ def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
 
 
 def _are_side_features(run: RunConfig, part: Args, parameter: str) -> Iterator[Problem]:
-    for name in getattr(part, parameter) if isinstance(run.dataset, DatasetArgs) else ():
-        if name not in run.dataset.side_feature_names:
-            text = f"{name!r} is not one of {cited(run.dataset, 'side_feature_names')}; add it there, too"
-            yield problem(part, parameter, text + did_you_mean(name, run.dataset.side_feature_names))
+    if isinstance(dataset := run.dataset, DatasetArgs):
+        for name in getattr(part, parameter):
+            if name not in dataset.side_feature_names:
+                text = f"{name!r} is not one of {cited(dataset, 'side_feature_names')}; add it there, too"
+                yield problem(part, parameter, text + did_you_mean(name, dataset.side_feature_names))
 
 
 def candidates_leave_history(run: RunConfig) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from hstu.data.batches.collate import Assembler, Collator, Rows
 from hstu.data.batches.jagged import run_indices, run_starts
 from hstu.data.features.roles import benchmark_roles
 from hstu.data.sampling.negatives import Negatives
-from hstu.data.sampling.sampler import START, BatchPartition, BatchPlan, EvalSampler, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import BatchPlan
 
 _FIRST_TIME_S = 1_000_000_000
 _MEAN_GAP_S = 3600.0
@@ -87,8 +87,8 @@ class _Zipf:
 
 class SyntheticDataset:
     """``num_generated_batches`` random batches per rank, which are drawn once, kept and repeated. It is the collator of
-    its own samplers: ``build_loader(dataset, dataset.train_sampler(...))``. ``config`` has a BenchmarkDatasetArgs and
-    obeys hstu/config/rules/data.py.
+    samplers of these samples that do not shuffle: ``build_loader(dataset, sampler)``. ``config`` has a
+    BenchmarkDatasetArgs and obeys hstu/config/rules/data.py.
 
     Sequences have at least one item more than candidates. Dynamic tables get the ids as drawn; for static tables, ids
     beyond the table are hashed into it. ``is_training`` selects the random stream and the batch size of training or
@@ -126,7 +126,8 @@ class SyntheticDataset:
         self._wants_seen = config.retrieval is not None and config.retrieval.filter_seen
         batch_size = trainer.sequences_per_iteration if is_training else trainer.eval_batch_size
         self.num_samples = args.num_generated_batches * batch_size * world_size
-        self._shares = (self.num_samples, batch_size, rank, world_size)
+        self.shares = (self.num_samples, batch_size, rank, world_size)
+        """The first arguments of its samplers. Batches are kept, so their partition must not vary."""
         corpus, seed = self.num_ids[roles.item], trainer.seed
         assembler = Assembler(batch_size, config.task, roles, corpus, seed, negatives, draws_negatives=is_training)
         self._collator = Collator(self.read, assembler)
@@ -157,14 +158,6 @@ class SyntheticDataset:
         """Items, candidates and labelled items per sample; all int64 [num_samples]."""
         lengths, candidates = self._lengths_of(np.arange(self.num_samples, dtype=np.int64))
         return lengths, candidates, self._num_labels(lengths, candidates)
-
-    def train_sampler(self, position: SamplerPosition = START, partition: BatchPartition | None = None) -> TrainSampler:
-        """Endless plans; an epoch is all generated samples once. Batches are kept, so ``partition`` must not vary."""
-        return TrainSampler(*self._shares, seed=0, shuffle=False, position=position, partition=partition)
-
-    def eval_sampler(self) -> EvalSampler:
-        """Plans of the generated batches, once."""
-        return EvalSampler(*self._shares)
 
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:
         """The batch of these samples, which may belong to any rank."""

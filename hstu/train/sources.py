@@ -159,16 +159,13 @@ class StoreSource(BatchSource):
 
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:
         """See BatchSource."""
-        batch_size = self._config.trainer.sequences_per_iteration
-        collator = self._collator(self.store, self._train_samples, batch_size, training=True)
-        return collator(BatchPlan.of(samples))
+        return self._collator(self.store, self._train_samples)(BatchPlan.of(samples))
 
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer = self._config.trainer
-        collator = self._collator(self.store, self._train_samples, trainer.sequences_per_iteration, training=True)
         return build_loader(
-            collator,
+            self._collator(self.store, self._train_samples),
             self.train_sampler(position),
             workers=trainer.data_workers,
             prefetch=trainer.data_prefetch,
@@ -181,7 +178,7 @@ class StoreSource(BatchSource):
         if split not in self._eval_samples:  # every evaluation uses the same samples
             self._eval_samples[split] = self._samples(split)
         samples = self._eval_samples[split]
-        collator = self._collator(self.eval_store, samples, trainer.eval_batch_size, training=False)
+        collator = self._collator(self.eval_store, samples)
         sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._rank, self._world_size)
         progress = Progress(f"eval {split}: batches", min(len(sampler), trainer.max_eval_iters or len(sampler)))
         workers, prefetch = trainer.data_workers, trainer.data_prefetch
@@ -195,21 +192,20 @@ class StoreSource(BatchSource):
         lengths = np.minimum(stop - begin, self.max_items)
         # Nothing is held out. Setting a target makes these evaluation batches, for which no negatives are drawn.
         samples = SampleTable(users, lengths, stop, nothing, nothing, target=stop - 1, history_begin=begin)
-        batch_size = self._config.trainer.eval_batch_size
-        collator = self._collator(self.store, samples, batch_size, training=False)
-        rank, world_size = (self._rank, self._world_size) if divided else (0, 1)
-        return build_loader(collator, EvalSampler(len(users), batch_size, rank, world_size))
+        ranks = (self._rank, self._world_size) if divided else (0, 1)
+        sampler = EvalSampler(len(users), self._config.trainer.eval_batch_size, *ranks)
+        return build_loader(self._collator(self.store, samples), sampler)
 
     def sample_batch(self, samples: SampleTable, rows: np.ndarray) -> HSTUBatch:
         """The evaluation batch of these rows of a table of samples of the store."""
-        return self._collator(self.store, samples, len(rows), training=False)(BatchPlan.of(rows))
+        return self._collator(self.store, samples, batch_size=len(rows))(BatchPlan.of(rows))
 
     def candidate_batches(self, requests: GivenRequests) -> Iterator[tuple[np.ndarray, HSTUBatch]]:
         """Yield (indices of candidates among all candidates, int64 [M], batch) for this rank's requests."""
         samples = requests.samples(self._args)
         batch_size = self._config.trainer.eval_batch_size
         labels = {name: NoLabels(requests, name) for name in self.roles.labels}
-        collator = self._collator(requests, samples, batch_size, training=False, labels=labels)
+        collator = self._collator(requests, samples, labels=labels)
         for plan in EvalSampler(len(samples), batch_size, self._rank, self._world_size):
             assert samples.first_candidate is not None
             chosen = plan.indices
@@ -244,14 +240,11 @@ class StoreSource(BatchSource):
         self,
         store: SequenceStore,
         samples: SampleTable,
-        batch_size: int,
-        *,
-        training: bool,
+        batch_size: int | None = None,
         labels: Mapping[str, LabelColumn] | None = None,
     ) -> Collator:
-        if labels is None:
-            labels = self._labels if store is self.store else self._eval_labels
-        retrieval = self._config.retrieval
+        """``batch_size``, ``labels``: None for those of the configuration and of the store."""
+        trainer, retrieval, training = self._config.trainer, self._config.retrieval, samples is self._train_samples
         # Both stores use the roles and corpus of the training data: the evaluation store may have more features and
         # fewer ids, which still fit the tables.
         reader = StoreReader(
@@ -262,22 +255,20 @@ class StoreSource(BatchSource):
             wants_request_times=self._config.reads_request_time,
             wants_seen=retrieval is not None and (retrieval.mask_seen if training else retrieval.filter_seen),
             recoding=self._recoding if store is self.eval_store else None,
-            labels=labels,
-            window_seed=self._config.trainer.seed if training and self._args.has_random_windows else None,
-            ties_seed=self._config.trainer.seed if training and self._args.shuffle_ties else None,
+            labels=labels or (self._labels if store is self.store else self._eval_labels),
+            window_seed=trainer.seed if training and self._args.has_random_windows else None,
+            ties_seed=trainer.seed if training and self._args.shuffle_ties else None,
             hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
         )
-        corpus_size, seed = self.cardinalities[self.roles.item], self._config.trainer.seed
         assembler = Assembler(
-            batch_size,
+            batch_size or (trainer.sequences_per_iteration if training else trainer.eval_batch_size),
             self._config.task,
             self.roles,
-            corpus_size,
-            seed,
+            self.cardinalities[self.roles.item],
+            trainer.seed,
             self.negatives,
             item_ids=reader.item_ids if self.roles.item in self.raw_features else None,
             corpus=self.corpus if training and self.negatives is not None else None,
-            draws_negatives=training,
             tower_features=reader.tower_features if self.roles.tower else None,
             hides_request_times=training and self._config.reads_request_time and self._args.query_time == "either",
         )

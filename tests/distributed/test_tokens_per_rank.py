@@ -114,7 +114,7 @@ def _joined(source: StoreSource, num_ranks: int) -> Iterator[HSTUBatch]:
             order = epoch_order(len(samples), trainer.seed, plan.epoch, shuffle=True)
             yield BatchPlan(order(ordinals), ordinals, plan.epoch, plan.global_start, plan.position)
 
-    return build_loader(source._collator(source.store, samples, num_ranks * BATCH, training=True), plans())
+    return build_loader(source._collator(source.store, samples, num_ranks * BATCH), plans())
 
 
 @pytest.mark.parametrize("case", CASES)

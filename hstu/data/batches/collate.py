@@ -83,7 +83,6 @@ class Assembler:
     """Item codes → model ids. None: the codes."""
     corpus: ItemDistribution | None = None
     """Distribution of the draws from the corpus. None: uniform."""
-    draws_negatives: bool = True
     tower_features: Callable[[np.ndarray], ItemFeatures] | None = None
     """Item codes → the values of ``roles.tower``. Required for an item tower with NEGATIVES."""
     hides_request_times: bool = False
@@ -170,7 +169,7 @@ class Assembler:
         negatives = self.negatives
         if negatives is None:
             return None, None, None
-        if rows.held_out is not None or not self.draws_negatives:
+        if rows.held_out is not None:
             return None if negatives.kind == "in_batch" else np.empty(0, dtype=np.int64), None, None
         num_labels = labels_with_history(rows.num_labels, rows.lengths)
         pool = np.unique(rows.items, return_index=True)[1] if negatives.has_batch_pool else None

@@ -129,7 +129,7 @@ class SyntheticDataset:
         self.shares = (self.num_samples, batch_size, rank, world_size)
         """The first arguments of its samplers. Batches are kept, so their partition must not vary."""
         corpus, seed = self.num_ids[roles.item], trainer.seed
-        assembler = Assembler(batch_size, config.task, roles, corpus, seed, negatives, draws_negatives=is_training)
+        assembler = Assembler(batch_size, config.task, roles, corpus, seed, negatives)
         self._collator = Collator(self.read, assembler)
         self._batches: dict[int, HSTUBatch] = {}
 

@@ -43,7 +43,7 @@ from hstu.parallel.dynamic.memory import bytes_per_row
 from hstu.parallel.table_optimizer import TableTraining
 from hstu.parallel.tables import check_kernels, check_memory, room_of_rank
 from hstu.train.batch_source import BatchSource, label_offset
-from hstu.train.directories import directory_of_checkpoints
+from hstu.train.builder import directory_of_checkpoints
 from hstu.train.sources import open_source, open_store
 from hstu.train.tables import check_rows, choose_tables, predefined_tables
 

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.checkpoint.find import Run
+from hstu.checkpoint.directory import complete_checkpoints
+from hstu.checkpoint.find import AUTO, Run, belongs, candidates
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
@@ -31,13 +32,13 @@ from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense
 from hstu.model.stack import DTYPES, SequenceEncoder, kernel_shapes
 from hstu.model.tasks import MultiTaskDense
 from hstu.observe.logging import set_up_logging
-from hstu.observe.run_directory import RunDirectory
+from hstu.observe.run_directory import RunDirectory, default_path, run_name, unused
 from hstu.observe.throughput import ThroughputMeter, peak_tflops
 from hstu.ops.kernels import Kernels
 from hstu.ops.pytorch.operators import cpu_multiplies_bfloat16
 from hstu.ops.select import select_kernels
 from hstu.optim.optimizers import Optimizers, build_optimizers
-from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, require_equal
+from hstu.parallel.collectives import gather_objects, gather_rows, on_all_ranks, on_rank_0, require_equal
 from hstu.parallel.ddp import replicate_dense
 from hstu.parallel.fsdp import shard_dense
 from hstu.parallel.layer_comm import split_encoder
@@ -47,13 +48,15 @@ from hstu.pipeline.finite import LossScale
 from hstu.pipeline.pipelines import NativePipeline, PrefetchPipeline, SequentialPipeline, TrainPipeline
 from hstu.pipeline.step import TrainStep
 from hstu.train.batch_source import BatchSource, label_codes
-from hstu.train.directories import choose_directories, describe_saving
 from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, RankingEvaluator, RetrievalEvaluator
 from hstu.train.inference import StoredSource, describe_features, zero_untrained_items
 from hstu.train.sources import StoreSource, open_source
 from hstu.train.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+CHECKPOINTS = Path("checkpoints")
+"""Parent directory of the runs' checkpoint directories, unless TrainerArgs.ckpt_save_dir is set."""
 
 PIPELINES: dict[str, type[TrainPipeline]] = {
     "none": SequentialPipeline,
@@ -106,6 +109,54 @@ def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | N
         )
         undo.pop_all()
     return trainer
+
+
+def choose_directories(config: RunConfig, mesh: Mesh) -> tuple[Path, Path]:
+    """Directories of the run and of its checkpoints, equal on all ranks. Creates nothing. Collective."""
+
+    def choose() -> tuple[Path, Path]:
+        path = Path(config.trainer.output_dir or default_path(config.source_files))
+        return path, directory_of_checkpoints(config, path)
+
+    return on_rank_0(choose, mesh.world_group)
+
+
+def directory_of_checkpoints(config: RunConfig, path: Path) -> Path:
+    """Checkpoint directory of the run in ``path``: TrainerArgs.ckpt_save_dir, or its own directory.
+
+    A continued run keeps its directory. With ckpt_load_dir = "auto" and no output_dir, the directory is named after the
+    gin file, so that the next start finds it.
+    """
+    args = config.trainer
+    if args.ckpt_save_dir is not None:
+        return Path(args.ckpt_save_dir)
+    if args.ckpt_load_dir == AUTO and args.output_dir is None:
+        return CHECKPOINTS / run_name(config.source_files)
+    if earlier := _saved_in_earlier(args, path):
+        return earlier
+    saved_in = CHECKPOINTS / path.name
+    if args.ckpt_load_dir == AUTO:
+        return saved_in
+    return unused(CHECKPOINTS, f"{path.name}-{{}}", first=2) if complete_checkpoints(saved_in) else saved_in
+
+
+def _saved_in_earlier(args: TrainerArgs, path: Path) -> Path | None:
+    """The checkpoint directory of the earlier run in ``path``, if this start continues that run."""
+    earlier = Run.read(path)
+    if earlier is None or earlier.checkpoints is None or not args.ckpt_load_optimizer:
+        return None
+    found = candidates(args.ckpt_load_dir, earlier.checkpoints)
+    return Path(earlier.checkpoints) if any(belongs(checkpoint, path) for checkpoint in found) else None
+
+
+def describe_saving(args: TrainerArgs, directory: Path) -> str:
+    """Describe what the run saves, and where."""
+    if not args.saves_checkpoints:
+        return f"none, because TrainerArgs.ckpt_save_interval = {args.ckpt_save_interval}"
+    saved = [f"every {args.ckpt_save_interval} iterations"] if args.ckpt_save_interval is not None else []
+    saved += ["the last state"] if args.save_at_end else []
+    saved += [f"the best {args.best_metric}"] if args.best_metric is not None else []
+    return f"{', '.join(saved) or 'only when SIGTERM ends the run'}, in {directory}"
 
 
 def open_run_directory(config: RunConfig, path: Path, checkpoints: CheckpointStore, mesh: Mesh) -> RunDirectory:

@@ -45,9 +45,13 @@ def parse_command_line(
         if options.validate_only and not options.quick and is_first_rank:
             rules = (*rules, *preflight())
         config, warnings = read_and_check(options.files, options.bindings, task, world_size, rules)
+    except ConfigError as error:
+        count = len(error.problems)
+        headline = "bad configuration: " if count == 1 else f"bad configuration, {count} problems:\n"
+        report_once("\n".join([f"{headline}{error}", *(f"warning: {warning}" for warning in error.warnings)]))
+        sys.exit(error.exit_code)
     except UserError as error:
-        warnings = error.warnings if isinstance(error, ConfigError) else []
-        report_once("\n".join([f"{_headline(error)}{error}", *(f"warning: {warning}" for warning in warnings)]))
+        report_once(f"error: {error}")
         sys.exit(error.exit_code)
     if is_first_rank:
         for warning in warnings:
@@ -58,13 +62,6 @@ def parse_command_line(
         files = " ".join(options.files)
         _finish(f"OK: {files} describes a {task} run for {world_size} rank{'s'[: world_size > 1]}", is_first_rank)
     return config
-
-
-def _headline(error: UserError) -> str:
-    if not isinstance(error, ConfigError):
-        return "error: "
-    count = len(error.problems)
-    return "bad configuration: " if count == 1 else f"bad configuration, {count} problems:\n"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -198,17 +198,12 @@ def _parse(text: str, source: Location, first_line: int, errors: list[Problem]) 
                 errors.append(Problem(f"import {statement.module}: {reason}", at))
                 return
     except Exception as error:  # gin's parser reports syntax errors by many exception types
-        line = _line_of(error, text)
-        lines = text.splitlines()
+        line, lines = getattr(error, "lineno", None) or 1, text.splitlines()
+        if isinstance(error, tokenize.TokenError):  # an unclosed bracket or quote of the first statement
+            line = next((n for n, line in enumerate(lines, 1) if line.strip() and line[0] != "#"), 1)
         content = lines[line - 1].strip() if 0 < line <= len(lines) else ""
         shown = f"cannot be read as gin: {literal(content[:100])}; {_reason(error, content)}"
         errors.append(Problem(shown, replace(source, line=first_line + line - 1)))
-
-
-def _line_of(error: Exception, text: str) -> int:
-    if isinstance(error, tokenize.TokenError):  # an unclosed bracket or quote of the first statement
-        return next((n for n, line in enumerate(text.splitlines(), 1) if line.strip() and line[0] != "#"), 1)
-    return getattr(error, "lineno", None) or 1
 
 
 def _reason(error: Exception, content: str) -> str:

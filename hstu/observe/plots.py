@@ -87,15 +87,10 @@ def metric_curves(
     return curves
 
 
-def smoothed(values: Sequence[float]) -> list[float]:
-    """Bias-corrected exponential moving average over about 1/30 of the values; up to 30 values stay as they are."""
-    import pandas as pd
-
-    return list(pd.Series(values).ewm(alpha=1 / max(len(values) / 30, 1)).mean())
-
-
 def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[Point]], colours: Mapping[str, str]) -> None:
     """Draw the loss and its parts. Tasks have ``colours``; their sum is black."""
+    import pandas as pd
+
     if "" not in losses:
         axes.set(title="no training loss logged", xticks=[], yticks=[])
         return
@@ -103,7 +98,8 @@ def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[Point]], colours: Map
     for task in [*tasks, ""]:
         iterations, values = zip(*losses[task], strict=True)
         colour, many = colours.get(task, _BLACK if tasks else COLOURS[0]), len(values) >= 20
-        *_, last = shown = smoothed(values)
+        # A bias-corrected exponential moving average over about 1/30 of the values; up to 30 values stay as they are.
+        *_, last = shown = list(pd.Series(values).ewm(alpha=1 / max(len(values) / 30, 1)).mean())
         if many:
             axes.plot(iterations, values, color=colour, alpha=0.3, linewidth=1.0)
         axes.plot(iterations, shown, "-" if many else "o-", color=colour, linewidth=2.0, markersize=4)

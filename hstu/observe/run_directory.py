@@ -172,8 +172,12 @@ class RunDirectory:
     def _open(self, config_text: str) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._opened.callback(DirectoryLock(self.path, "TrainerArgs.output_dir").release)
-        if not self._continues:
-            self._set_aside()
+        files = [path for pattern in _FILES for path in self.path.glob(pattern)]
+        if files and not self._continues:
+            self.earlier = unused(self.path, "previous-{}")
+            self.earlier.mkdir()
+            for path in files:
+                path.rename(self.earlier / path.name)
         if self.identity:
             replace_text(self.path / "run.json", self.identity)
         operative = self.path / "operative.gin"
@@ -190,15 +194,6 @@ class RunDirectory:
                 self._metrics.write("\n")
             at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             self._append({"kind": "resumed", "at": at, "configuration_changed": changed})
-
-    def _set_aside(self) -> None:
-        """Move the files of an earlier run to previous-1, previous-2, …."""
-        files = [path for pattern in _FILES for path in self.path.glob(pattern)]
-        if files:
-            self.earlier = unused(self.path, "previous-{}")
-            self.earlier.mkdir()
-            for path in files:
-                path.rename(self.earlier / path.name)
 
     def _append(self, record: Mapping[str, Any]) -> None:
         if self._metrics is None:

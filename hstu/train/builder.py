@@ -132,21 +132,15 @@ def directory_of_checkpoints(config: RunConfig, path: Path) -> Path:
         return Path(args.ckpt_save_dir)
     if args.ckpt_load_dir == AUTO and args.output_dir is None:
         return CHECKPOINTS / run_name(config.source_files)
-    if earlier := _saved_in_earlier(args, path):
-        return earlier
+    earlier = Run.read(path)
+    if earlier is not None and earlier.checkpoints is not None and args.ckpt_load_optimizer:
+        found = candidates(args.ckpt_load_dir, earlier.checkpoints)
+        if any(belongs(checkpoint, path) for checkpoint in found):  # this start continues that run
+            return Path(earlier.checkpoints)
     saved_in = CHECKPOINTS / path.name
     if args.ckpt_load_dir == AUTO:
         return saved_in
     return unused(CHECKPOINTS, f"{path.name}-{{}}", first=2) if complete_checkpoints(saved_in) else saved_in
-
-
-def _saved_in_earlier(args: TrainerArgs, path: Path) -> Path | None:
-    """The checkpoint directory of the earlier run in ``path``, if this start continues that run."""
-    earlier = Run.read(path)
-    if earlier is None or earlier.checkpoints is None or not args.ckpt_load_optimizer:
-        return None
-    found = candidates(args.ckpt_load_dir, earlier.checkpoints)
-    return Path(earlier.checkpoints) if any(belongs(checkpoint, path) for checkpoint in found) else None
 
 
 def describe_saving(args: TrainerArgs, directory: Path) -> str:

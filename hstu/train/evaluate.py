@@ -277,20 +277,16 @@ class RetrievalEvaluator(Evaluator):
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:
         """The items ``ids``, ascending. Default: items in the dynamic table if there is one and no tower, else all."""
+        if ids is None and not self.args.item_tower:
+            for table in dynamic_tables(self.model).values():
+                if self.source.roles.item in table.spec.features:
+                    ids = np.sort(self.exchange.gathered(on_host(table.slots.content()[0])))
         if ids is None:
-            in_table = None if self.args.item_tower else self._ids_in_dynamic_table()
-            ids = self.source.item_ids() if in_table is None else in_table
+            ids = self.source.item_ids()
         if ids is None:
             ids = np.arange(self.source.cardinalities[self.source.roles.item], dtype=np.int64)
         ids_on_device = torch.from_numpy(ids).to(self.mesh.device)
         return Corpus(self.embed_items, ids_on_device, self.args.l2_norm_eps, between=self._mark)
-
-    def _ids_in_dynamic_table(self) -> np.ndarray | None:
-        """Ascending ids that have a row on any rank; None for a static item table."""
-        for table in dynamic_tables(self.model).values():
-            if self.source.roles.item in table.spec.features:
-                return np.sort(self.exchange.gathered(on_host(table.slots.content()[0])))
-        return None
 
     def embed_items(self, ids: Tensor) -> Tensor:
         """Item vectors, not normalised, for item ids. Collective if a table is sharded."""

@@ -99,6 +99,7 @@ class Assembler:
         looked_up, list_lengths = self._look_ups(codes)
         num_candidates, num_labels = self._padded(rows.num_candidates), self._padded(rows.num_labels)
         lists, label_values = self.roles.lists, list(rows.label_values.values())
+        asks = knows_request_time(self.seed, plan.epoch, plan.ordinals) if self.hides_request_times else None
         return HSTUBatch(
             features=self._features(rows, looked_up),
             num_candidates=torch.from_numpy(num_candidates),
@@ -107,7 +108,7 @@ class Assembler:
             user_ids=torch.from_numpy(self._padded(rows.user_ids, -1)),
             label_values=_tensor(np.stack(label_values) if label_values else None),
             request_times=self._padded_tensor(rows.request_times),
-            asks_for_next=self._asks_for_next(plan) if self.hides_request_times else None,
+            asks_for_next=None if asks is None else torch.from_numpy(self._padded(asks) > 0),
             target_events=self._padded_tensor(rows.target_events),
             items=ItemColumns(
                 timestamps=_tensor(rows.timestamps),
@@ -185,10 +186,6 @@ class Assembler:
         else:
             codes, draws = draw_each(labels, negatives.num, corpus, rows.hard_negatives)
         return codes, draws, pool
-
-    def _asks_for_next(self, plan: BatchPlan) -> Tensor:
-        asks = knows_request_time(self.seed, plan.epoch, plan.ordinals)
-        return torch.from_numpy(self._padded(asks) > 0)
 
     def _padded_tensor(self, values: np.ndarray | None) -> Tensor | None:
         return None if values is None else torch.from_numpy(self._padded(values))

@@ -9,7 +9,7 @@ of its tokens and FLOPs, fitted to the estimates of some batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
@@ -72,7 +72,10 @@ def search(config: RunConfig, world_size: int, ranks_per_host: int, machine: Mac
     """All plans, each with as few micro-batches as fit: fitting plans by step time, then the others by memory."""
     plans, tried = list[Plan](), list[RunConfig]()
     allowed = set(validate(config, world_size))
-    for tp, cp in _group_sizes(config, world_size, ranks_per_host):
+    for tp, cp in product(range(1, ranks_per_host + 1), repeat=2):
+        is_divided = all(number % (tp * cp) == 0 for number in (world_size, ranks_per_host))
+        if not is_divided or config.network.num_attention_heads % tp:
+            continue
         planned: Workload | None = None
         for network, sharding in product(_ways(NetworkArgs), _ways(DataParallelArgs)):
             changed = replace(
@@ -95,14 +98,6 @@ def search(config: RunConfig, world_size: int, ranks_per_host: int, machine: Mac
             plans.append(_with_fewest_micro_batches(replace(planned, config=changed), machine))
     fitting = sorted((plan for plan in plans if plan.fits), key=lambda plan: plan.found.step_s)
     return fitting + sorted((plan for plan in plans if not plan.fits), key=lambda plan: plan.found.memory_total)
-
-
-def _group_sizes(config: RunConfig, world_size: int, ranks_per_host: int) -> Iterator[tuple[int, int]]:
-    """(tensor-parallel size, context-parallel size): the first divides the heads, both the ranks and a host's ranks."""
-    heads = config.network.num_attention_heads
-    for tp, cp in product(range(1, ranks_per_host + 1), repeat=2):
-        if heads % tp == 0 and all(number % (tp * cp) == 0 for number in (world_size, ranks_per_host)):
-            yield tp, cp
 
 
 def _ways(cls: type[Args]) -> list[dict[str, Any]]:

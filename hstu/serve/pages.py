@@ -113,7 +113,13 @@ class PrefixCache:
             self._prefixes.setdefault(key, Prefix([]))
             self._prefixes.move_to_end(key)
         for key, tokens in lengths.items():
-            self._resize(self._prefixes[key], self._pages_for(tokens), lengths)
+            pages, count = self._prefixes[key].pages, self._pages_for(tokens)
+            self._free += pages[count:]
+            del pages[count:]
+            while len(self._free) < count - len(pages):
+                self.drop(next(oldest for oldest in self._prefixes if oldest not in lengths))
+                self._counts.evictions += 1
+            pages += [self._free.pop() for _ in range(count - len(pages))]
         return [self._prefixes[key] for key in lengths]
 
     def drop(self, key: Hashable) -> None:
@@ -152,13 +158,3 @@ class PrefixCache:
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
-
-    def _resize(self, prefix: Prefix, count: int, kept: dict[Hashable, int]) -> None:
-        self._free += prefix.pages[count:]
-        del prefix.pages[count:]
-        while len(self._free) < count - len(prefix.pages):
-            oldest = next(key for key in self._prefixes if key not in kept)
-            self.drop(oldest)
-            self._counts.evictions += 1
-        for _ in range(count - len(prefix.pages)):
-            prefix.pages.append(self._free.pop())

@@ -295,12 +295,6 @@ class RandomSource(BatchSource):
         self.roles = benchmark_roles(args)
         self.tables = tuple(args.embedding_args)
         self.cardinalities = dict(self._train.num_ids)
-        self._check_negatives()
-        self.plan_training(SampleLengths(*self._train.lengths()))
-        self.eval_splits = self.final_splits = ("valid",)
-
-    def _check_negatives(self) -> None:
-        """Raise ConfigError if negatives drawn from all items would mostly have no row in the item table."""
         rows = {name: table.item_vocab_size_or_capacity for table in self.tables for name in table.feature_names}
         items, capacity = self.cardinalities[self.roles.item], rows[self.roles.item]
         if self.negatives is not None and self.negatives.kind != "in_batch" and items > capacity:
@@ -309,6 +303,8 @@ class RandomSource(BatchSource):
                 f"table of {self.roles.item!r} has {capacity:,} rows, and most negatives would have none; use "
                 '"in_batch"'
             )
+        self.plan_training(SampleLengths(*self._train.lengths()))
+        self.eval_splits = self.final_splits = ("valid",)
 
     @property
     def least_action(self) -> int:

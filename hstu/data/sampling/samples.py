@@ -238,7 +238,14 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: in
     ends = requests.history_ends
     is_within = (offsets[requests.users] < ends) & (ends <= offsets[requests.users + 1])
     _require(store, bool(is_within.all() and (requests.sizes > 0).all()), "requests")
-    chosen = np.flatnonzero(_requests_of_split(store, requests, args, split, seed))
+    if split == "all":
+        chosen = np.arange(len(requests))
+    elif args.split != "time":
+        chosen = np.flatnonzero(_users_of_split(store, args, split, seed)[requests.users])
+    else:
+        middle = min(int(args.train_fraction * len(requests)), len(requests) - 1)
+        in_training = requests.times < np.partition(requests.times, middle)[middle]
+        chosen = np.flatnonzero(in_training == (split == "train"))
     sizes = requests.sizes[chosen]
     parts = -(-sizes // (args.max_num_candidates or sizes))
     room = args.max_sequence_length - (args.max_num_candidates or -(-sizes // parts))
@@ -274,18 +281,6 @@ def samples_of_requests(
         request=request,
         first_candidate=requests.offsets[request] + first,
     )
-
-
-def _requests_of_split(
-    store: SequenceStore, requests: Requests, args: DatasetArgs, split: Split, seed: int
-) -> np.ndarray:
-    if split == "all":
-        return np.ones(len(requests), dtype=bool)
-    if args.split != "time":
-        return _users_of_split(store, args, split, seed)[requests.users]
-    middle = min(int(args.train_fraction * len(requests)), len(requests) - 1)
-    in_training = requests.times < np.partition(requests.times, middle)[middle]
-    return np.asarray(in_training == (split == "train"))
 
 
 def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:

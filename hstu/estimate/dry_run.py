@@ -84,14 +84,10 @@ def dry_run(workload: Workload, batch: Batch) -> DryRun:
     """Runs, once, the step of rank 0 of the group that trains on ``batch``. DataParallelArgs do not change it."""
     config, found = workload.config, _found.setdefault(batch, {})
     key = repr((config.network, config.trainer, config.tensor_parallel, config.context_parallel))
-    if key not in found:
-        found[key] = _run_step(workload, batch)
-    return found[key]
-
-
-def _run_step(workload: Workload, batch: Batch) -> DryRun:
+    if key in found:
+        return found[key]
     on_device, sent = train_batch(workload, batch)
-    requested = Backend(workload.config.network.kernel_backend)
+    requested = Backend(config.network.kernel_backend)
     is_cpu = workload.device_type == "cpu" and requested is not Backend.PYTORCH
     with _mesh(workload) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         recorder = Recorder()
@@ -102,7 +98,7 @@ def _run_step(workload: Workload, batch: Batch) -> DryRun:
             step(on_device)
         weights = _weights(dense, step.optimizers.dense)
     parts = {id(part): part for part in (on_device.own, *on_device.parts)}
-    return DryRun(
+    found[key] = DryRun(
         weights=weights,
         buffers=sum(buffer.nbytes for buffer in dense.buffers()),
         recording=recorder.recording,
@@ -112,6 +108,7 @@ def _run_step(workload: Workload, batch: Batch) -> DryRun:
         batch_bytes=sum(_bytes_of(part) for part in parts.values()),
         sent_bytes=sent,
     )
+    return found[key]
 
 
 def train_batch(workload: Workload, batch: Batch) -> tuple[TrainBatch, int]:

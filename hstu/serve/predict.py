@@ -118,12 +118,12 @@ def evaluate_split(loaded: LoadedModel, split: Split, metrics: Sequence[str] | N
 def choose_split(source: InferenceSource, split: str | None) -> Split:
     """Check the name of a split; None: the last split that training evaluates. Raises ConfigError if unknown."""
     allowed = source.final_splits
-    if split is None:
-        return allowed[-1]
-    for known in allowed:
-        if split == known:
+    for known in reversed(allowed):
+        if split in (None, known):
             return known
-    raise ConfigError(f"the run has no split {split!r}; allowed: {', '.join(allowed)}{did_you_mean(split, allowed)}")
+    raise ConfigError(
+        f"the run has no split {split!r}; allowed: {', '.join(allowed)}{did_you_mean(str(split), allowed)}"
+    )
 
 
 def with_metrics(config: RunConfig, names: Sequence[str]) -> RunConfig:

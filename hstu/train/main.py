@@ -72,19 +72,17 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
             alike = not in_training or isinstance(error, (NonFiniteStep, CheckpointFailure))
             watchdog.leave(None if alike else error)
         meshes.finish(wait=False)
-        code = _report(error, of_this_rank=in_training)
+        return _report(error, of_this_rank=in_training)
     except Exception as error:
         if watchdog is not None:
             watchdog.fail(error)
         if memory_ran_out(error):
             return _report(UserError(_MEMORY.format(str(error).strip().splitlines()[0])), of_this_rank=True)
         raise
-    else:
-        watchdog.leave()
-        meshes.finish()
-        trainer.run_directory.draw_curves()  # last, because no other rank waits any more
-        code = EXIT_DONE
-    return code
+    watchdog.leave()
+    meshes.finish()
+    trainer.run_directory.draw_curves()  # last, because no other rank waits any more
+    return EXIT_DONE
 
 
 def run_facts(config: RunConfig) -> dict[str, str]:

@@ -222,7 +222,10 @@ class Trainer:
     def _log(self, bar: tqdm[Any]) -> None:
         self.pipeline.resolve()
         loss, task_losses = self._running_loss.pop()
-        rates = self.meter.take(own_time.pop_s(), self._gather)
+        group = self.mesh.world_group
+        rates = self.meter.take(
+            own_time.pop_s(), lambda own: gather_copies(torch.tensor(own, dtype=torch.float64), group).tolist()
+        )
         self._last_throughput = rates
         straggler, warning = self._stragglers.follow(rates.ranks)
         scale = self._loss_scale
@@ -239,7 +242,7 @@ class Trainer:
             skipped_steps=None if scale is None else scale.pop_skipped_steps(),
             tables=pop_reports(
                 dynamic_tables(self.state.model),
-                lambda own: sum_over_ranks(torch.tensor(own), self.mesh.world_group).tolist(),
+                lambda own: sum_over_ranks(torch.tensor(own), group).tolist(),
             ),
         )
         self.run_directory.write(record)
@@ -326,11 +329,6 @@ class Trainer:
         name = [socket.gethostname()]
         dist.broadcast_object_list(name, rank, self.mesh.world_group)
         return name[0]
-
-    def _gather(self, numbers: list[float]) -> list[list[float]]:
-        own = torch.tensor(numbers, dtype=torch.float64)
-        by_rank: list[list[float]] = gather_copies(own, self.mesh.world_group).tolist()
-        return by_rank
 
     def _summarise(self, status: str) -> None:
         if status in ("done", "stopped early") and self.source.trained_on and self.checkpoints.newest_iteration:

@@ -37,8 +37,7 @@ def numbers_are_side_features(run: RunConfig) -> Iterator[Problem]:
     yield from each_once(run.numbers, "feature_names")
     for numbers in run.numbers:
         if isinstance(run.dataset, BenchmarkDatasetArgs):
-            text = "has no effect on random data, which has no numbers; remove it"
-            yield problem(numbers, "feature_names", text)
+            yield problem(numbers, "feature_names", "has no effect on random data, which has no numbers; remove it")
         yield from _are_side_features(run, numbers, "feature_names")
 
 
@@ -133,8 +132,7 @@ def ranking_has_actions(run: RunConfig) -> Iterator[Problem]:
 def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
     dataset = run.dataset
     if run.task == "retrieval" and isinstance(dataset, DatasetArgs) and dataset.max_sequence_length < 2:
-        text = "must be at least 2 for retrieval: an item and the next one"
-        yield problem(dataset, "max_sequence_length", text)
+        yield problem(dataset, "max_sequence_length", "must be at least 2 for retrieval: an item and the next one")
 
 
 def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
@@ -248,8 +246,7 @@ def a_condition_stands_alone(run: RunConfig, task: RankingTaskArgs) -> Iterator[
 
 def loss_fits_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
     if task.loss is not None and task.loss not in LOSSES[task.kind]:
-        text = f"is not for {cited(task, 'kind')}; use {_any_of(LOSSES[task.kind])}"
-        yield problem(task, "loss", text)
+        yield problem(task, "loss", f"is not for {cited(task, 'kind')}; use {_any_of(LOSSES[task.kind])}")
 
 
 def metrics_fit_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:

@@ -92,8 +92,7 @@ def _longest_sequence(run: RunConfig, items: int) -> int:
 def heads_divide(run: RunConfig) -> Iterator[Problem]:
     if run.network.num_attention_heads % run.tensor_parallel.tensor_model_parallel_size:
         size = cited(run.tensor_parallel, "tensor_model_parallel_size")
-        text = f"must be a multiple of {size}; change one of them"
-        yield problem(run.network, "num_attention_heads", text)
+        yield problem(run.network, "num_attention_heads", f"must be a multiple of {size}; change one of them")
 
 
 def ranks_divide(run: RunDraft) -> Iterator[Problem]:
@@ -123,8 +122,7 @@ def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
     if any(left >= right for left, right in pairwise(schedule.milestones)):
         yield problem(schedule, "milestones", "must increase; sort them and remove repetitions")
     if schedule.schedule == "step" and not schedule.milestones:
-        text = "needs LRScheduleArgs.milestones; set it, for example to [1000, 2000]"
-        yield problem(schedule, "schedule", text)
+        yield problem(schedule, "schedule", "needs LRScheduleArgs.milestones; set it, for example to [1000, 2000]")
 
 
 def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:

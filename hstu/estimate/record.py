@@ -116,8 +116,7 @@ class Recorder(TorchDispatchMode):
         if not func.is_view and name not in _ONLY_ALLOCATE and func.namespace in ("aten", "fbgemm"):
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=out) if count else 0
-            written = results or inputs
-            moved = float(sum(tensor.nbytes for tensor in (*inputs, *written)))
+            moved = float(sum(tensor.nbytes for tensor in (*inputs, *(results or inputs))))
             self.report(PRODUCTS if flops else OTHERS, Cost(float(flops), moved), *inputs)
         return out
 
@@ -134,8 +133,7 @@ class Recorder(TorchDispatchMode):
                 row = read[:1].nbytes or written[:1].nbytes
                 moved = max(sum(rows) - rows[members.rank()] for rows in (args[3], args[4]))
                 payload = row * moved * members.size() // (members.size() - 1)
-            called = Exchange(members.group_desc, members.size(), _COLLECTIVES[name], payload)
-            self.recording.events.append(called)
+            self.recording.events.append(Exchange(members.group_desc, members.size(), _COLLECTIVES[name], payload))
             for tensor in tree_iter(written):
                 self._exchanged[id(tensor.untyped_storage())] = len(self.recording.events) - 1
         return work if len(func._schema.returns) == 1 else (written, work)

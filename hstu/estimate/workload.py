@@ -53,8 +53,7 @@ class Workload:
     def specs(self) -> tuple[TableSpec, ...]:
         """All embedding tables."""
         config, source = self.config, self.source
-        negatives = config.looks_up_negatives
-        return table_specs(source.tables, config.network, source.roles, negatives, self.world_size)
+        return table_specs(source.tables, config.network, source.roles, config.looks_up_negatives, self.world_size)
 
     @property
     def replicated_specs(self) -> list[TableSpec]:

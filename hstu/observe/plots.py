@@ -35,8 +35,9 @@ def draw_curves(
     if not metrics_file.exists():
         return None
     records = read_metrics(metrics_file)
-    losses = loss_curves(records, task_names)
     metrics = metric_curves(records, task_names)
+    logged = [{**record, "kind": "eval", "split": "", "metrics": record} for record in records if "loss" in record]
+    losses = {task: points for (_, task), points in metric_curves(logged, task_names).get("loss", {}).items()}
     if not losses and not metrics:
         return None
 
@@ -64,12 +65,6 @@ def draw_curves(
             if epochs:
                 _add_epochs(axes, epochs[-1])
     return image
-
-
-def loss_curves(records: Sequence[Mapping[str, Any]], task_names: Sequence[str] = ()) -> dict[str, list[Point]]:
-    """Task, or "" for the loss → points (iteration, part of the loss), without undefined values."""
-    logged = [{**record, "kind": "eval", "split": "", "metrics": record} for record in records if "loss" in record]
-    return {task: points for (_, task), points in metric_curves(logged, task_names).get("loss", {}).items()}
 
 
 def metric_curves(

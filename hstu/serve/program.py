@@ -108,9 +108,7 @@ class ServingProgram(nn.Module):
                 own, update = layer(own, layout, update, padded_forward)
             assert update is not None  # there is a layer
             x = own + update if tokens is None else x.index_copy(0, tokens, own + update)
-        return self._predict(x.index_select(0, inputs["outputs"]))
-
-    def _predict(self, tokens: Tensor) -> Tensor:
+        tokens = x.index_select(0, inputs["outputs"])
         if self.head is None:
             return REFERENCE_KERNELS.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
         outputs: Tensor = self.head(tokens)

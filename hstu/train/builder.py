@@ -76,8 +76,13 @@ def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | N
     Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine.
     """
     path, saved_in = choose_directories(config, mesh)
+    args = config.trainer
+    options = on_all_ranks(lambda: LoadOptions.from_args(args), mesh.world_group)
+    timeout_s = args.collective_timeout_s if args.ckpt_async else None
+    checkpoints = CheckpointStore(saved_in, args.ckpt_load_dir, mesh, args.ckpt_keep_last, timeout_s, options)
+    if args.saves_checkpoints:
+        checkpoints.claim()
     with ExitStack() as undo:
-        checkpoints = build_checkpoints(config.trainer, saved_in, mesh)
         undo.callback(checkpoints.close)
         run_directory = open_run_directory(config, path, checkpoints, mesh)
         undo.callback(run_directory.discard)
@@ -316,13 +321,3 @@ def build_evaluator(config: RunConfig, source: BatchSource, model: GRModel, mesh
     if isinstance(config.task_args, RetrievalArgs):
         return RetrievalEvaluator(config, model, mesh, source)
     return (RankingEvaluator if config.task_args.tasks is None else MultiTaskEvaluator)(config, model, mesh)
-
-
-def build_checkpoints(args: TrainerArgs, saved_in: Path, mesh: Mesh) -> CheckpointStore:
-    """Open the run's checkpoint directory, locked if it saves, and select the start checkpoint. Collective."""
-    options = on_all_ranks(lambda: LoadOptions.from_args(args), mesh.world_group)
-    timeout_s = args.collective_timeout_s if args.ckpt_async else None
-    checkpoints = CheckpointStore(saved_in, args.ckpt_load_dir, mesh, args.ckpt_keep_last, timeout_s, options)
-    if args.saves_checkpoints:
-        checkpoints.claim()
-    return checkpoints

@@ -76,7 +76,8 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
     except Exception as error:
         if watchdog is not None:
             watchdog.fail(error)
-        if memory_ran_out(error):
+        of_torch = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+        if isinstance(error, MemoryError) or of_torch:
             return _report(UserError(_MEMORY.format(str(error).strip().splitlines()[0])), of_this_rank=True)
         raise
     watchdog.leave()
@@ -98,12 +99,6 @@ def run_facts(config: RunConfig) -> dict[str, str]:
 def source_digest(root: Path = Path(hstu.__file__).parent) -> str:
     """SHA-256 of all source files of the package."""
     return digest_of(path for path in root.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
-
-
-def memory_ran_out(error: Exception) -> bool:
-    """Whether an error of Python, NumPy or PyTorch means that memory ran out."""
-    is_torch = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
-    return isinstance(error, MemoryError) or bool(is_torch)
 
 
 def _report(error: UserError, of_this_rank: bool = False) -> int:

@@ -167,8 +167,7 @@ class SyntheticDataset:
         """The batch of a plan: drawn once, then returned from memory."""
         if plan.global_start not in self._batches:
             self._batches[plan.global_start] = self._collator(plan)
-        batch = self._batches[plan.global_start]
-        return dataclasses.replace(batch, position=plan.position)
+        return dataclasses.replace(self._batches[plan.global_start], position=plan.position)
 
     def _lengths_of(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(items, candidates) per sample, int64 [len(ordinals)] each. Draws nothing else."""

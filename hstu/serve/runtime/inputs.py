@@ -46,8 +46,12 @@ def inputs_of(
     if "token_times" in facts["inputs"]:
         times = _joined([part.times for part in parts])[item]
         at = torch.stack([events.at for events, _ in sequences if events.at is not None])[sequence]
-        inputs["token_times"] = times
-        inputs["query_times"] = _query_times(facts, times, place, lengths[sequence], ends[sequence], at)
+        inputs["token_times"] = inputs["query_times"] = times
+        if facts["asks_for_next"]:  # the time of the next token, or of the request, or its own
+            following = torch.cat([times[1:], times[-1:]])
+            queries = torch.where(place + 1 < ends[sequence], following, times)
+            is_asked = place + 1 == ends[sequence]
+            inputs["query_times"] = torch.where(is_asked, at, queries) if facts["request_follows"] else queries
     if facts["truncate_to_items"] is not None:
         removed = (ends - num_context - facts["truncate_to_items"] * per_item).clamp(min=0)
         is_kept = (place < num_context) | (place >= num_context + removed[sequence])
@@ -91,17 +95,6 @@ def _table_rows(facts: Mapping[str, Any], tables: Mapping[str, Table], parts: Se
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([part for part in parts if part is not None])
-
-
-def _query_times(
-    facts: Mapping[str, Any], times: Tensor, place: Tensor, lengths: Tensor, ends: Tensor, at: Tensor
-) -> Tensor:
-    """Query time of each token, int64 [T]: the time of the next token, or of the request, or its own."""
-    if not facts["asks_for_next"]:
-        return times
-    following = torch.cat([times[1:], times[-1:]])
-    queries = torch.where(place + 1 < ends, following, times)
-    return torch.where(place + 1 == ends, at, queries) if facts["request_follows"] else queries
 
 
 def _padded(kind: str, lengths: Tensor, ends: Tensor) -> dict[str, Tensor]:

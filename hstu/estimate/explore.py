@@ -140,8 +140,7 @@ def plans_as_text(plans: Sequence[Plan], file: RunConfig) -> str:
         differs = ", ".join(line.partition(".")[2].replace(" = ", "=") for line in plan.bindings(file)) or "nothing"
         memory_gb = f"{found.memory_total / 1e9:.1f} GB"
         rows.append([f"{found.tokens / found.step_s:,.0f}", f"{1e3 * found.step_s:.1f} ms", memory_gb, differs])
-    aligned = ["right", "right", "right", "left"]
-    table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=aligned)
+    table = tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=["right", "right", "right", "left"])
     last = ["# the fastest:", *(best.bindings(file) or ["# the file as it is"])]
     if not best.fits:
         last = ["no plan fits, and this one is the smallest: use more ranks, shorter sequences, or a smaller model"]

@@ -44,7 +44,7 @@ from hstu.parallel.table_optimizer import TableTraining
 from hstu.parallel.tables import check_kernels, check_memory, room_of_rank
 from hstu.train.batch_source import BatchSource, label_offset
 from hstu.train.builder import directory_of_checkpoints
-from hstu.train.sources import open_source, open_store
+from hstu.train.sources import open_source, store_path
 from hstu.train.tables import check_rows, choose_tables, predefined_tables
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def open_data(run: RunDraft, built: Built) -> Problems:
         return
     if path := dataset.eval_dataset_path:
         yield from check(run, dataset, "eval_dataset_path", SequenceStore.open, path)
-    built.store = yield from attempt(run, dataset, _place_of_data(dataset), open_store, dataset)
+    built.store = yield from attempt(run, dataset, _place_of_data(dataset), SequenceStore.open, store_path(dataset))
     arguments = built.store, dataset, tasks_of(run), run.has_item_tower
     built.roles = yield from attempt(run, dataset, "dataset_name", resolve_roles, *arguments)
 

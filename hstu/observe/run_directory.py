@@ -31,11 +31,9 @@ _FILES = (
 _DRAWING_S = 15.0  # launchers kill a run 30 s after SIGTERM
 
 
-def default_path(source_files: Sequence[str], root: Path | str = "runs", now: Optional[float] = None) -> Path:
-    """``runs/<last gin file>-<time>``, made unique by a number. Call it on one rank. ``now``: seconds since 1970."""
-    name = run_name(source_files)
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    path = Path(root) / f"{name}-{stamp}"
+def default_path(source_files: Sequence[str]) -> Path:
+    """``runs/<last gin file>-<time>``, made unique by a number. Call it on one rank."""
+    path = Path("runs") / f"{run_name(source_files)}-{time.strftime('%Y%m%d-%H%M%S')}"
     return unused(path.parent, f"{path.name}-{{}}", first=2) if path.exists() else path
 
 

@@ -62,8 +62,7 @@ def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tup
     metric, best = config.trainer.best_metric, best_of(stored) if is_choosable else None
     if metric is None or best is None or best == stored:
         return config, stored, []
-    why = f"{best.name} is used, the best by {metric}. --ckpt last takes {stored.name}."
-    return config_of(best), best, [why]
+    return config_of(best), best, [f"{best.name} is used, the best by {metric}. --ckpt last takes {stored.name}."]
 
 
 def with_store(config: RunConfig, path: str | Path) -> RunConfig:

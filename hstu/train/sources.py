@@ -65,7 +65,7 @@ class StoreSource(BatchSource):
     def _open(self) -> None:
         """Open the data and check that the configuration fits it."""
         config, args = self._config, self._args
-        self.store = open_store(args)
+        self.store = SequenceStore.open(store_path(args))
         self.ranges = self.store.ranges
         self.eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         """The data for evaluation."""
@@ -275,13 +275,8 @@ class StoreSource(BatchSource):
         return Collator(reader.read, assembler, self._skipped)
 
 
-def open_store(args: DatasetArgs) -> SequenceStore:
-    """Open the preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
-    return SequenceStore.open(store_path(args))
-
-
 def store_path(args: DatasetArgs) -> Path:
-    """Path of the preprocessed data of ``args``."""
+    """Path of the preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
     name = resolve_name(args.dataset_name) or args.dataset_name
     return Path(args.dataset_path or Path("tmp_data") / name)
 

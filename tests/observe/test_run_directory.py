@@ -138,11 +138,15 @@ def test_a_directory_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> N
     assert "give another directory" in str(error.value)
 
 
-def test_the_default_directory_is_named_after_the_gin_file_and_never_taken_twice(tmp_path: Path) -> None:
+def test_the_default_directory_is_named_after_the_gin_file_and_never_taken_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "19700101-000000")
     paths = []
     for _ in range(3):
-        path = default_path(["base.gin", "configs/ml_1m_ranking.gin"], root=tmp_path, now=0.0)
-        path.mkdir()
+        path = default_path(["base.gin", "configs/ml_1m_ranking.gin"])
+        path.mkdir(parents=True)
         paths.append(path.name)
     assert len(set(paths)) == 3
     assert all(name.startswith("ml_1m_ranking-19") for name in paths)

@@ -26,8 +26,7 @@ def resolve_name(name: str) -> str | None:
 
 
 def _normalized(name: str) -> str:
-    bare = re.sub(r"[-_. ]", "", name.strip().lower())
-    return bare.replace("movielens", "ml").replace("amzn", "amazon")
+    return re.sub(r"[-_. ]", "", name.strip().lower()).replace("movielens", "ml").replace("amzn", "amazon")
 
 
 _CANONICAL = {_normalized(name): name for name in DATASETS}

@@ -103,6 +103,5 @@ def source_digest(root: Path = Path(hstu.__file__).parent) -> str:
 
 def _report(error: UserError, of_this_rank: bool = False) -> int:
     """Print the error, once per host unless only this rank may have it. Returns its exit code."""
-    print_it = report if of_this_rank else report_once
-    print_it(f"error: {error}")
+    (report if of_this_rank else report_once)(f"error: {error}")
     return error.exit_code

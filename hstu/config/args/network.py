@@ -149,7 +149,8 @@ class NetworkArgs(Args):
     @property
     def has_window(self) -> bool:
         """Whether some layer has a max_attention_span."""
-        return any(span is not None for span in self.attention_spans)
+        spans = self.max_attention_span
+        return any(span is not None for span in (spans if isinstance(spans, tuple) else (spans,)))
 
     @property
     def whole_layers(self) -> int:

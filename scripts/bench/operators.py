@@ -1,10 +1,10 @@
-"""Time sampled softmax and a layer's operators besides attention beside PyTorch, and compare them with float64.
+"""Time the softmax losses and a layer's operators besides attention beside PyTorch, and compare them with float64.
 
     python scripts/bench/operators.py [--device cuda] [--output operators.json]
 
 bfloat16 with a float32 residual stream, as in training. GB/s count the bytes that must be read and written at least,
 so that "copy_gb_s" of the ceilings is the limit. GFLOPS count matrix products. "errors" are the norms of the errors of
-the outputs and gradients relative to the norms of those in float64.
+the outputs and gradients relative to the norms of those in float64. Full softmax is timed beside its products alone.
 """
 
 from __future__ import annotations
@@ -14,27 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import harness
 import torch
 import torch.nn.functional as F
 from attention import BACKENDS
-from harness import (
-    Pass,
-    Row,
-    attempt,
-    begin,
-    finish,
-    operator_command_line,
-    rates,
-    relative_error,
-    runnable,
-    time_passes,
-)
 from padded_baseline import gathered_loss
 from torch import Tensor
 
 from hstu.ops import costs
 from hstu.ops.functional import add_layer_norm, norm_mul_dropout, project_uvqk, softmax_loss
-from hstu.ops.kernels import AddLayerNormInputs, GateConfig, GateInputs, Kernels, KernelShapes, Negatives
+from hstu.ops.kernels import AddLayerNormInputs, GateConfig, GateInputs, Kernels, KernelShapes, Negatives, SeenItems
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.select import resolve_kernels
 
@@ -45,6 +34,7 @@ SIZES: dict[str, dict[str, int]] = {
 """Default sizes for each device. The sampled softmax has ``draws`` of ``pool`` items at each of ``positions``."""
 DTYPE = torch.bfloat16
 TEMPERATURE, EPS = 0.05, 1e-6
+PRODUCT_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -138,20 +128,50 @@ def sampled_softmax(options: argparse.Namespace, device: torch.device) -> Operat
     return Operator("sampled softmax", ours, gathered, vectors, (operations / 3, operations * 2 / 3), "gflops")
 
 
-def measure(operator: Operator, kernels: Kernels, device: torch.device, rounds: int) -> list[Row]:
+def full_softmax(options: argparse.Namespace, device: torch.device, masks: bool) -> Operator:
+    """Of all positions over the pool, and its three matrix products alone, PRODUCT_ELEMENTS scores at a time."""
+    rows, pool, width = options.positions, options.pool, options.item_dim
+    ids, of_rows = torch.arange(pool, device=device), torch.arange(rows, dtype=torch.int32, device=device)
+    first = torch.randint(99, (1 + rows // 32, pool), dtype=torch.int32, device=device)
+    seen = SeenItems(first, of_rows // 32, of_rows % 32) if masks else None
+    negatives = Negatives(torch.randint(pool, (rows,), device=device), ids, TEMPERATURE, seen=seen)
+    columns = max(1, min(pool, PRODUCT_ELEMENTS[device.type] // rows))
+    scores, grad, grad_pool = (
+        torch.zeros(*shape, device=device) for shape in ((rows * columns,), (rows, width), (pool, width))
+    )
+
+    def products(queries: Tensor, _: Tensor, items: Tensor) -> tuple[Tensor]:
+        with torch.no_grad():
+            for of_items, grad_items in zip(items.split(columns), grad_pool.split(columns), strict=True):
+                block = torch.mm(queries, of_items.t(), out=scores[: rows * len(of_items)].view(rows, -1))
+                grad.addmm_(block, of_items)
+                torch.mm(block.t(), queries, out=grad_items)
+        return (queries[0, 0],)  # forward of ours has computed the gradients, too
+
+    return Operator(
+        "full softmax, seen items masked" if masks else "full softmax",
+        lambda kernels, q, p, items: (softmax_loss(q, p, items, negatives, kernels.pool_softmax_loss),),
+        products,
+        lambda: [F.normalize(torch.randn(n, width, device=device)).requires_grad_() for n in (rows, rows, pool)],
+        (costs.pool_softmax(rows, pool, width).flops, 0.0),
+        "gflops",
+    )
+
+
+def measure(operator: Operator, kernels: Kernels, device: torch.device, rounds: int) -> list[harness.Row]:
     """A row for ours and one for PyTorch."""
     leaves = operator.leaves()
     variants = {"ours": partial(operator.run, kernels), "PyTorch": operator.plain}
-    passes = {name: Pass(partial(run, *leaves), leaves) for name, run in variants.items() if run}
-    passes, rows = runnable(passes)
-    for name, times in time_passes(passes, device, rounds).items():
-        rows.append(rates({"variant": name, **times}, *operator.amounts, operator.unit))
-        if name == "ours" and "0.2" not in operator.name:
+    passes = {name: harness.Pass(partial(run, *leaves), leaves) for name, run in variants.items() if run}
+    passes, rows = harness.runnable(passes)
+    for name, times in harness.time_passes(passes, device, rounds).items():
+        rows.append(harness.rates({"variant": name, **times}, *operator.amounts, operator.unit))
+        if name == "ours" and "0.2" not in operator.name and operator.amounts[0] < 1e11:
             rows[-1]["errors"] = errors_of(operator, passes[name], leaves)
     return rows
 
 
-def errors_of(operator: Operator, ours: Pass, leaves: list[Tensor]) -> list[float]:
+def errors_of(operator: Operator, ours: harness.Pass, leaves: list[Tensor]) -> list[float]:
     """Of the outputs, and of the gradients of a random slope."""
     out = ours.forward()
     slopes = [torch.randn_like(x) for x in out]
@@ -159,12 +179,12 @@ def errors_of(operator: Operator, ours: Pass, leaves: list[Tensor]) -> list[floa
     doubled = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = operator.run(REFERENCE_KERNELS, *doubled)
     of_exact = torch.autograd.grad(exact, doubled, [x.double() for x in slopes])
-    return [relative_error(x, of) for x, of in zip(computed, [*exact, *of_exact], strict=True)]
+    return [harness.relative_error(x, of) for x, of in zip(computed, [*exact, *of_exact], strict=True)]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, completed by the default shape of the device."""
-    add = (commands := operator_command_line(__doc__)).add_argument
+    add = (commands := harness.operator_command_line(__doc__)).add_argument
     for name in SIZES["cpu"]:
         add(f"--{name.replace('_', '-')}", type=int)
     options = commands.parse_args(argv)
@@ -177,14 +197,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     options = parse()
-    device, report = begin(options)
+    device, report = harness.begin(options)
     report |= {name: getattr(options, name) for name in SIZES["cpu"]}
     shapes = KernelShapes(options.head_dim, options.heads, options.hidden, options.item_dim, DTYPE)
     kernels = resolve_kernels(BACKENDS[device.type][-1] if device.type == "cuda" else BACKENDS["cpu"][0], shapes)
-    for operator in (*operators(options, device), sampled_softmax(options, device)):
+    losses = sampled_softmax(options, device), *(full_softmax(options, device, masks) for masks in (False, True))
+    for operator in (*operators(options, device), *losses):
         timed = partial(measure, operator, kernels, device, options.rounds)
-        attempt(report, "operators", {"operator": operator.name}, timed, options.output)
-    finish(report, options)
+        harness.attempt(report, "operators", {"operator": operator.name}, timed, options.output)
+    harness.finish(report, options)
 
 
 if __name__ == "__main__":

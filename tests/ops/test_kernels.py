@@ -452,11 +452,12 @@ def test_the_sampled_loss_has_the_same_bits_on_any_number_of_threads(
 @settings(deadline=None, max_examples=examples(25))
 @given(
     queries=st.sampled_from([0, 1, 7, MANY_QUERIES]),
-    pool_size=st.sampled_from([0, 1, 16, 90]),
+    pool_size=st.sampled_from([0, 1, 16, 90, 300]),
     temperature=st.sampled_from([1.0, 0.05, 0.01]),
     weighted=st.booleans(),
     masks=st.booleans(),
     block_elements=st.sampled_from([1 << 18, 60]),
+    keeps=st.booleans(),
 )
 def test_the_pool_loss_equals_float64(
     backend: Backend,
@@ -466,7 +467,9 @@ def test_the_pool_loss_equals_float64(
     weighted: bool,
     masks: bool,
     block_elements: int,
+    keeps: bool,
 ) -> None:
+    """Also where scores rise from block to block, whether these are kept for the gradient or computed again."""
     torch.manual_seed(pool_size)
     leaves = [F.normalize(torch.randn(rows, 40), dim=1) for rows in (queries, queries, pool_size)]
     target_ids, pool_ids = (torch.randint(9, (n,)) * 2**32 for n in (queries, pool_size))  # equal in the lower bits
@@ -476,6 +479,8 @@ def test_the_pool_loss_equals_float64(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hstu.ops.cpu.softmax_loss.POOL_BLOCK_ELEMENTS", block_elements)
         patch.setattr("hstu.ops.cpu.softmax_loss.POOL_BLOCK_ROWS", 3)
+        patch.setattr("hstu.ops.cpu.softmax_loss.POOL_KEPT_ROWS", 5)
+        patch.setattr("hstu.ops.cpu.softmax_loss.POOL_KEPT_ELEMENTS", 1 << 22 if keeps else 4)
         got = loss_and_gradients(leaves, negatives, backend)
     expected = loss_and_gradients([x.double() for x in leaves], negatives, Backend.PYTORCH)
     assert_near(got, expected, 4 * TOLERANCE[backend][torch.float32] * max(1, 0.5 / temperature))

@@ -17,8 +17,10 @@ from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, first_indices, in_blocks
 
 DRAWS_PER_PACKED_ROW = 8
 """From this many draws per row of the pool, copying its rows to aligned memory pays."""
-POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS = 1 << 18, 64
-"""Scores per block (1 MiB stays in the cache of a core), and its minimum number of rows."""
+POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS = 1 << 18, 512
+"""Scores per block (1 MiB stays in the cache of a core), and its least rows: products are fastest near a square."""
+POOL_KEPT_ELEMENTS, POOL_KEPT_ROWS = 1 << 22, 256
+"""Scores kept for the gradient of the pool (16 MiB), and the least rows to which they belong."""
 LEAST_WIDTH = 16
 """Numbers per vector: one AVX-512 register. Shorter vectors are padded."""
 
@@ -123,12 +125,17 @@ class PoolSoftmaxLoss(SoftmaxLoss):
             arguments.set(log_weights=None if log_weights is None else log_weights[columns])
             library().hstu_pool_softmax(ctypes.byref(arguments))
 
-        blocks = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS)
-        return in_blocks(ctx, (queries, positives, pool), negatives.temperature, exponentials, blocks)
+        least_rows = POOL_KEPT_ROWS if POOL_KEPT_ROWS * len(pool) <= POOL_KEPT_ELEMENTS else POOL_BLOCK_ROWS
+        shape = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, least_rows)
+        blocks = *shape, POOL_KEPT_ELEMENTS
+        return in_blocks(ctx, [queries, positives, pool], negatives.temperature, exponentials, blocks)
 
 
 def _as_int32(pool_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:
     """int32 numbers of pool and targets that are equal exactly if their int64 ids are equal."""
+    short = pool_ids.int(), target_ids.int()
+    if all(bool((a == b).all()) for a, b in zip(short, (pool_ids, target_ids), strict=True)):
+        return short
     ordered = pool_ids.sort().values
     return torch.searchsorted(ordered, pool_ids).int(), first_indices(target_ids, ordered).int()
 

@@ -41,7 +41,7 @@ class SoftmaxLoss(Function):
 Exponentials = Callable[[Tensor, slice, slice, Tensor, Tensor], None]
 """(scores of a block [m, n], its rows, its columns, peaks [m], totals [m]); updates all tensors in place.
 
-Raises the peaks to the largest visible score. Replaces scores by exponentials relative to the peaks, 0 if hidden.
+Raises the peaks to about the largest visible score. Replaces scores by exponentials relative to them, 0 if hidden.
 Adds their sums to the totals, and rescales these to the new peaks.
 """
 
@@ -67,37 +67,50 @@ class PoolSoftmaxLoss(SoftmaxLoss):
             totals.mul_(old_peaks.sub_(peaks).exp_()).add_(scores.sum(dim=1))
 
         elements = BLOCK_ELEMENTS.get(queries.device.type, BLOCK_ELEMENTS["cuda"])
-        blocks = block_shape(len(queries), len(pool), elements)
-        return in_blocks(ctx, (queries, positives, pool), negatives.temperature, exponentials, blocks)
+        blocks = *block_shape(len(queries), len(pool), elements), elements
+        return in_blocks(ctx, [queries, positives, pool], negatives.temperature, exponentials, blocks)
 
 
 def in_blocks(
-    ctx: Any, vectors: tuple[Tensor, ...], temperature: float, exponentials: Exponentials, blocks: tuple[int, int]
+    ctx: Any, vectors: list[Tensor], temperature: float, exponentials: Exponentials, blocks: tuple[int, int, int]
 ) -> Tensor:
-    """Loss against a whole pool; saves gradients if needed. vectors: queries, positives, pool; blocks: block shape."""
+    """Loss against a whole pool; saves gradients if needed. vectors: queries, positives, pool.
+
+    blocks: rows and columns of a block, and the most scores kept. The gradient of the pool needs the totals of rows, so
+    it takes a second pass over their blocks, which are computed again if they are too large to be kept.
+    """
     queries, positives, pool = vectors
     positive_logits = (queries * positives).sum(dim=1) / temperature
     losses = torch.empty_like(positive_logits)
     wants_gradients = any(ctx.needs_input_grad)
     grad_queries, grad_pool = torch.zeros_like(queries), torch.zeros_like(pool)
     scaled_queries = queries / temperature
-    block_rows, block_columns = blocks
+    block_rows, block_columns, most_kept = blocks
+    keeps = block_rows * len(pool) <= most_kept
+
+    def compute(rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> Tensor:
+        block = scaled_queries[rows] @ pool[columns].t()
+        exponentials(block, rows, columns, peaks, totals)
+        return block
+
     for rows in _slices(len(queries), block_rows):
         peaks, totals = positive_logits[rows].clone(), torch.zeros_like(positive_logits[rows])
+        kept = []
         for columns in _slices(len(pool), block_columns):
-            block = scaled_queries[rows] @ pool[columns].t()
-            exponentials(block, rows, columns, peaks, totals)
+            old_peaks = peaks.clone()
+            block = compute(rows, columns, peaks, totals)
+            if wants_gradients:
+                grad_queries[rows].mul_(old_peaks.sub_(peaks).exp_()[:, None]).addmm_(block, pool[columns])
+                kept += [(block, peaks.clone())] if keeps else []
         losses[rows] = target_losses(positive_logits[rows], peaks + totals.log())
         if not wants_gradients:
             continue
-        row_scales = torch.exp(peaks - positive_logits[rows] - losses[rows])[:, None] / temperature
-        for columns in _slices(len(pool), block_columns):
-            if block_columns < len(pool):  # else ``block`` still has the only block
-                block = scaled_queries[rows] @ pool[columns].t()
-                exponentials(block, rows, columns, peaks, totals)
-            grad_queries[rows].addmm_(block, pool[columns])
+        log_norms = positive_logits[rows] + losses[rows]
+        grad_queries[rows] *= torch.exp(peaks - log_norms)[:, None] / temperature
+        for number, columns in enumerate(_slices(len(pool), block_columns)):
+            block, peaks = kept[number] if keeps else (compute(rows, columns, peaks, totals), peaks)
+            row_scales = torch.exp(peaks - log_norms)[:, None] / temperature
             grad_pool[columns].addmm_(block.t(), queries[rows] * row_scales)
-        grad_queries[rows] *= row_scales
     if wants_gradients:
         save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
     return losses.sum()

@@ -11,7 +11,7 @@ extern "C" struct HstuPoolSoftmax {
     const float* log_weights;  // [columns]; null: zeros
     // Hidden are entries with keys[key_rows[row], column] == marks[row], with `ordered` those with keys <= marks.
     const int32_t *keys, *key_rows, *marks;  // [., key_pitch], [rows], [rows]; key_rows null: the first row for all
-    float *peaks, *totals;  // [rows]: largest score so far, and sum of the exponentials relative to it; both are updated
+    float *peaks, *totals;  // [rows]: about the largest score so far, sum of exponentials relative to it; both updated
     int64_t rows, columns, key_pitch;
     int32_t ordered, threads;
 };
@@ -20,41 +20,55 @@ namespace hstu {
 namespace {
 
 constexpr float HIDDEN = -std::numeric_limits<float>::infinity();
+constexpr float RISE = 16.0f;  // the peak follows scores from this far above it: exponentials stay finite
+constexpr int GROUP = 8;       // vectors between two looks at the peak
 
+// One visit of a row: scores are read and written once.
 template <bool ORDERED>
 void one_row(const HstuPoolSoftmax& a, int64_t row) {
-    float* scores = a.scores + row * a.columns;
+    float *scores = a.scores + row * a.columns, peak = a.peaks[row];
     const int32_t* keys = a.keys + (a.key_rows ? a.key_rows[row] * a.key_pitch : 0);
     const vi mark = splat_int(a.marks[row]);
-    const int64_t whole = a.columns / LANES * LANES;
-    vf peaks = splat(a.peaks[row]);
-    for (int64_t c = 0; c < whole; c += LANES) {
-        vf x = load(scores + c);
-        if (a.log_weights) x += load(a.log_weights + c);
-        const vi key = load_int(keys + c);
-        x = select(ORDERED ? key <= mark : key == mark, splat(HIDDEN), x);
-        store(scores + c, x);
-        peaks = select(x > peaks, x, peaks);
-    }
-    float peak = largest(peaks);
-    for (int64_t c = whole; c < a.columns; ++c) {
-        if (a.log_weights) scores[c] += a.log_weights[c];
-        if (ORDERED ? keys[c] <= a.marks[row] : keys[c] == a.marks[row]) scores[c] = HIDDEN;
-        peak = std::max(peak, scores[c]);
-    }
+    double total = a.totals[row];
     vf sums = {};
-    for (int64_t c = 0; c < whole; c += LANES) {
-        const vf e = exp_or_zero(load(scores + c) - peak);
-        store(scores + c, e);
+    const auto visible = [&](vf x, vi key) { return select(ORDERED ? key <= mark : key == mark, splat(HIDDEN), x); };
+    const auto follow = [&](float most, int64_t stored) {
+        if (most <= peak + RISE) return;
+        const float factor = std::exp(peak - most);
+        for (int64_t c = 0; c < stored; ++c) scores[c] *= factor;
+        sums *= factor;
+        total *= factor;
+        peak = most;
+    };
+    int64_t c = 0;
+    for (; c + GROUP * LANES <= a.columns; c += GROUP * LANES) {
+        vf x[GROUP], most = splat(HIDDEN);
+#pragma GCC unroll 8
+        for (int v = 0; v < GROUP; ++v) {
+            x[v] = load(scores + c + v * LANES);
+            if (a.log_weights) x[v] += load(a.log_weights + c + v * LANES);
+            x[v] = visible(x[v], load_int(keys + c + v * LANES));
+            most = select(x[v] > most, x[v], most);
+        }
+        follow(largest(most), c);
+#pragma GCC unroll 8
+        for (int v = 0; v < GROUP; ++v) {
+            const vf e = exp_or_zero(x[v] - peak);
+            store(scores + c + v * LANES, e);
+            sums += e;
+        }
+    }
+    for (; c < a.columns; c += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, a.columns - c);
+        vf x = load_some(scores + c, count);
+        if (a.log_weights) x += load_some(a.log_weights + c, count);
+        x = visible(x, vi(load_some(reinterpret_cast<const float*>(keys + c), count)));
+        x = select(lane_numbers() < splat_int(int32_t(count)), x, splat(HIDDEN));
+        follow(largest(x), c);
+        const vf e = exp_or_zero(x - peak);
+        store_some(scores + c, e, count);
         sums += e;
     }
-    if (const int64_t rest = a.columns - whole) {
-        vf e = exp_or_zero(load_some(scores + whole, rest) - peak);
-        e = select(lane_numbers() < splat_int(int32_t(rest)), e, vf{});
-        store_some(scores + whole, e, rest);
-        sums += e;
-    }
-    double total = double(a.totals[row]) * std::exp(double(a.peaks[row]) - peak);
     for (int lane = 0; lane < LANES; ++lane) total += sums[lane];
     a.totals[row] = float(total);
     a.peaks[row] = peak;

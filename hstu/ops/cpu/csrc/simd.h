@@ -58,12 +58,10 @@ inline void store_some(float* to, vf x, int64_t count) {
 #endif
 }
 
-// e^x for x clamped to [-87, 88], relative error below 2e-7. e^x = 2^n · e^r with |r| <= ln 2 / 2; ln 2 in two parts
+// e^x for x in [-87, 88], relative error below 2e-7. e^x = 2^n · e^r with |r| <= ln 2 / 2; ln 2 in two parts
 // keeps r exact, and adding 1.5 · 2^23 rounds to an integer, which is then in the lowest bits.
-inline vf exp(vf x) {
-    const vf most = splat(88.0f), least = splat(-87.0f), magic = splat(12582912.0f);
-    x = select(x > most, most, x);
-    x = select(x < least, least, x);
+inline vf exp_unclamped(vf x) {
+    const vf magic = splat(12582912.0f);
     const vf shifted = x * 1.44269504088896341f + magic;
     const vf n = shifted - magic;
     vf r = x - n * 0.693359375f;
@@ -77,8 +75,15 @@ inline vf exp(vf x) {
     return (vf)((vi)y + ((vi)shifted << 23));
 }
 
-// The same, but 0 for x < -87: e^-87 is about the least normal number.
-inline vf exp_or_zero(vf x) { return select(x < -87.0f, vf{}, exp(x)); }
+// The same for any x, clamped to that range.
+inline vf exp(vf x) {
+    const vf most = splat(88.0f), least = splat(-87.0f);
+    x = select(x > most, most, x);
+    return exp_unclamped(select(x < least, least, x));
+}
+
+// The same for x <= 88, but 0 for x < -87: e^-87 is about the least normal number.
+inline vf exp_or_zero(vf x) { return select(x < -87.0f, vf{}, exp_unclamped(x)); }
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 

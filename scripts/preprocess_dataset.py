@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> None:
     if not args.no_report:
         print(f"  report: {_write_report(store, args.force)}")
     with disk_errors(path.parent):
-        print("".join(f"  {line}\n" for line in write_starters(store, path)), end="")
+        print("".join(f"  {line}\n" for line in write_starters(store, path, args.quick)), end="")
 
 
 def _target(args: argparse.Namespace) -> Path:
@@ -172,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
         help="item, user or item,user: models get the raw ids, int64, which dynamic tables take as they are",
     )
     add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
+    add("--quick", action="store_true", help="write starter files of a small model, 500 iterations, for a first look")
     add("--no_report", action="store_true", help="do not write <output>.report/report.md")
     _add_own_table(parser.add_argument_group("your own table").add_argument)
     return parser

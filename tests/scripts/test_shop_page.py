@@ -21,7 +21,7 @@ def test_a_small_shop_ranks_what_visits_show(tmp_path: Path) -> None:
     small = [
         tables.replace("range(1500)", "range(60)"),
         store,
-        ranking.replace("num_train_epochs = 6", "num_train_epochs = 1"),
+        f"{ranking.rstrip()} 'TrainerArgs.num_train_epochs = 1'",
     ]
     told = follow(tmp_path, small)
     assert "features of items: category (8), price (number)" in told

@@ -51,7 +51,7 @@ def test_clicks_stars_and_watch_times_are_learnt_as_the_page_says(tmp_path: Path
     codes, told = run_script(*preprocess, "--output", tmp_path / "tmp_data" / "videos")
     assert codes == [0], told
     starter = (tmp_path / "tmp_data" / "videos_ranking.gin").read_text(encoding="utf-8")
-    kept = [line for line in starter.splitlines() if not re.search("^RankingArgs|best_metric", line)]
+    kept = [line for line in starter.splitlines() if not re.search("^RankingArgs|best_metric|early_stop", line)]
     gin = tmp_path / "tmp_data" / "videos_tasks.gin"
     gin.write_text("\n".join([*kept, written("GIN").replace("TrainerArgs.best_metric", "#")]), encoding="utf-8")
 

@@ -15,6 +15,7 @@ from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from scripts.preprocess_dataset import main
 from tests.config.gin_files import ALL_RULES
 from tests.conftest import MakeStore, write_small_store
 from tests.train.tiny import run, walks
@@ -60,10 +61,8 @@ def test_a_starter_file_trains_whatever_the_columns_are_called(
     places = (f"TrainerArgs.output_dir = '{tmp_path}/run'", f"TrainerArgs.ckpt_save_dir = '{tmp_path}/checkpoints'")
     config = read(file, task, (*SHORT, *places))
     rows = {table.feature_names[0]: table.item_vocab_size_or_capacity for table in config.embeddings}
-    expected = {"größe, €": 11 + 8, "größe  €": 3 + 8, "1st.col": 3, "user_id": 20 + 8}
-    if task == "ranking":
-        del expected["user_id"]
-    assert rows == expected, "one table per feature, with rows to spare for all but the actions"
+    expected = {"größe, €": 11 + 8, "größe  €": 3 + 8, "1st.col": 3}
+    assert rows == expected, "one table per feature that users share, with rows to spare for all but the actions"
     finished = run(config, mesh)
     assert finished.losses and (tmp_path / "checkpoints" / "latest").exists()
 
@@ -127,6 +126,40 @@ def test_histories_of_three_events_are_evaluated_on_the_last_alone(make_store: M
     assert read(tmp_path / "toy_retrieval.gin", "retrieval").dataset.valid_items == 0  # type: ignore[union-attr]
 
 
+def test_the_sizes_follow_from_the_data(make_store: MakeStore, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    long, short = rng.integers(0, 40, (500, 30)).tolist(), rng.integers(0, 6000, (3000, 5)).tolist()
+    context = {"town": [user % 100 for user in range(500)], "street": [user % 101 for user in range(500)]}
+    stores = {
+        "long": make_store(long, context=context, item_features={"genre": list(range(40))}),
+        "short": make_store([*short, list(range(260))], num_items=6001),
+    }
+    sizes = {}
+    for name, store in stores.items():
+        for suffix in ("", "_quick"):
+            list(write_starters(store, tmp_path / name, quick=bool(suffix)))
+            config = read(tmp_path / f"{name}_retrieval{suffix}.gin", "retrieval")
+            network, trainer, retrieval = config.network, config.trainer, config.retrieval
+            assert isinstance(config.dataset, DatasetArgs) and retrieval and trainer.early_stop_patience
+            assert config.dataset.contextual_feature_names == ["town"] * (name == "long"), "5 users share a town"
+            shape = (network.num_layers, network.hidden_size, config.dataset.max_sequence_length)
+            run_length = (trainer.train_batch_size, trainer.num_train_epochs)
+            sizes[name + suffix] = (*shape, network.hidden_dropout, *run_length, retrieval.item_tower)
+    assert sizes == {
+        "long": (4, 64, 30, 0.5, 16, 40, True),
+        "long_quick": (2, 64, 30, 0.5, 16, 15, True),
+        "short": (2, 256, 5, 0.5, 32, 31, False),
+        "short_quick": (2, 64, 5, 0.5, 32, 5, False),
+    }
+
+
+def test_histories_beyond_the_longest_are_trained_on_in_random_windows(make_store: MakeStore, tmp_path: Path) -> None:
+    for name, length in (("some", 240), ("many", 260)):  # a sixth of the events is beyond, and more than a fifth
+        list(write_starters(make_store([[event % 50 for event in range(length)]] * 20), tmp_path / name))
+        config = read(tmp_path / f"{name}_retrieval.gin", "retrieval")
+        assert isinstance(config.dataset, DatasetArgs) and config.dataset.has_random_windows == (name == "many")
+
+
 def test_an_edited_file_is_never_replaced(make_store: MakeStore, tmp_path: Path) -> None:
     store, file = make_store([[0, 1, 2, 3]] * 2), tmp_path / "toy_retrieval.gin"
     list(write_starters(store, tmp_path / "toy"))
@@ -139,3 +172,24 @@ def test_an_edited_file_is_never_replaced(make_store: MakeStore, tmp_path: Path)
     new = file.with_name("toy_retrieval.gin.new")
     assert next(write_starters(store, tmp_path / "toy")).endswith(f"for a new run: {new})")
     assert (file.read_text(), new.read_text()) == ("# mine", as_written)
+
+
+def test_quick_files_stand_beside_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("events.csv").write_text(
+        "u,i\n" + "".join(f"{user},{item}\n" for user in range(9) for item in range(user, 12))
+    )
+    command = [
+        "--dataset_name",
+        "mine",
+        "--interactions",
+        "events.csv",
+        "--user",
+        "u",
+        "--item",
+        "i",
+        "--output",
+        "mine",
+    ]
+    assert main(command) == main([*command, "--quick"]) == 0
+    assert {file.name for file in tmp_path.glob("*.gin")} == {"mine_retrieval.gin", "mine_retrieval_quick.gin"}

@@ -1,4 +1,4 @@
-"""Writes starter gin files with sizes for two CPU cores. Never replaces a file, because users may have edited it."""
+"""Writes starter gin files with sizes from the data. Never replaces a file, because users may have edited it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hstu.config.args import NetworkArgs, Task
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.features.roles import predefined_embeddings
 from hstu.data.store.layout import META_FILE
-from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
+from hstu.data.store.sequence_store import SequenceStore
 
 _HEADROOM, _LEAST_HEADROOM = 0.1, 8
 """Spare rows of a table: fraction of its ids, and the minimum."""
@@ -21,60 +21,35 @@ _LONGEST = 200
 """Largest max_sequence_length of a starter file."""
 _MOST_CANDIDATES = 100
 """Most candidates per sample; larger requests are divided."""
-_COVERED = 0.95
+_COVERED = 0.99
 """Share of users whose whole histories fit, unless _LONGEST cuts them."""
 _FULL_SOFTMAX_ITEMS = 20_000
 """With more items, retrieval draws negatives."""
+_SHORT = 20
+"""Histories with fewer events on average are short."""
 _MOST_CLASSES = 1000
-_STEPS, _MOST_EPOCHS = 500, 50
-"""A run has about _STEPS iterations, but at least one epoch and at most _MOST_EPOCHS."""
-_NETWORK = NetworkArgs(num_layers=2, hidden_size=64, num_attention_heads=2, kv_channels=32, dtype_str="float32")
+_SHARED = 5
+"""A feature of users with fewer users per value names users, not groups, and is left out."""
+_STEPS: Mapping[Task, tuple[int, int, int]] = {"retrieval": (3000, 16, 40), "ranking": (800, 4, 40)}
+_QUICK_STEPS = (500, 1, 50)
+"""Iterations of a run, its fewest and its most epochs."""
+_EVALUATIONS, _PATIENCE = 12, 4
 _CLOCKS = """\
 # HR@10 is told the time of the item to find, and HR@10/last_event is not; DatasetArgs.query_time trains for both.
 """
-_TEMPLATE = """\
-# {title} on {store.name} ({counts}): a start, with sizes for two CPU cores.
-
-DatasetArgs.dataset_name = {store.name!r}
-DatasetArgs.dataset_path = {path!r}
-DatasetArgs.max_sequence_length = {length}
-DatasetArgs.contextual_feature_names = {context!r}
-DatasetArgs.shuffle = True
-
-NetworkArgs.num_layers = {network.num_layers}
-NetworkArgs.hidden_size = {network.hidden_size}
-NetworkArgs.num_attention_heads = {network.num_attention_heads}
-NetworkArgs.kv_channels = {network.kv_channels}
-NetworkArgs.dtype_str = {network.dtype_str!r}
-NetworkArgs.position_encoding = {position_encoding!r}
-NetworkArgs.interleave_actions = {is_ranking}
-OptimizerArgs.optimizer_str = 'adam'
-OptimizerArgs.learning_rate = 0.001
-
-{candidates}TrainerArgs.train_batch_size = {batch}
-TrainerArgs.eval_batch_size = 128
-TrainerArgs.num_train_epochs = {epochs}
-TrainerArgs.log_interval = {log_interval}
-TrainerArgs.eval_interval = {quarter}
-TrainerArgs.ckpt_save_interval = {quarter}
-TrainerArgs.best_metric = {best[0]!r}
-TrainerArgs.best_metric_mode = {best[1]!r}
-
-{objective}
-{features}# One table per feature, with rows to spare for the ids of later data.
-{tables}"""
 
 
-def write_starters(store: SequenceStore, path: Path) -> Iterator[str]:
+def write_starters(store: SequenceStore, path: Path, quick: bool = False) -> Iterator[str]:
     """Write ``<path>_retrieval.gin`` and ``<path>_ranking.gin``, or ``<file>.new`` beside an older file that differs.
-    Yields per task how to train, or why not. ``path``: the store, absolute or relative to where training will start."""
+    Yields per task how to train, or why not. ``path``: the store, absolute or relative to where training will start.
+    ``quick``: write ``<path>_retrieval_quick.gin``, … instead, a small model and few iterations."""
     objectives: Mapping[Task, tuple[int, str] | str] = {"retrieval": _retrieval(store), "ranking": _ranking(store)}
     for task, objective in objectives.items():
         if isinstance(objective, str):
             yield f"no starter file for {task}: {objective}"
             continue
-        file = path.with_name(f"{path.name}_{task}.gin")
-        text = _starter(store, path, task, *objective)
+        file = path.with_name(f"{path.name}_{task}{'_quick' if quick else ''}.gin")
+        text = _starter(store, path, task, quick, *objective)
         yield f"train {task}: python pretrain_gr_{task}.py --gin-config-file {file}{_write(file, text, store)}"
 
 
@@ -91,41 +66,85 @@ def _write(file: Path, text: str, store: SequenceStore) -> str:
     return ""
 
 
-def _starter(store: SequenceStore, path: Path, task: Task, samples: int, objective: str) -> str:
+def _starter(store: SequenceStore, path: Path, task: Task, quick: bool, samples: int, objective: str) -> str:
     """A gin file for about ``samples`` training samples. ``objective``: lines of settings of the task."""
-    is_ranking = task == "ranking"
-    context = [name for name in store.contextual_features if not (is_ranking and name == USER_FEATURE)]
-    covering, candidates = int(np.quantile(np.diff(store.offsets()), _COVERED, method="higher")), ""
-    if store.num_requests:
-        most = min(int(store.requests().sizes.max()), _MOST_CANDIDATES)
-        covering += most
-        options = {"DatasetArgs.candidates": "requests", "DatasetArgs.max_num_candidates": most}
-        candidates = _gin(options) + "\n" if is_ranking else ""
-    batch = 32 if samples < 2000 else 64
+    items, is_ranking = _items(store), task == "ranking"
+    per_user, per_item = store.num_events / store.num_users, store.num_events / items
+    width = 64 if quick or items <= 5000 else 256
+    heads = max(width // 64, 2)
+    batch = next(size for size in (16, 32, 64, 128) if size == 128 or 100 * size >= samples)
+    steps, fewest, most = _QUICK_STEPS if quick else _STEPS[task]
     steps_per_epoch = -(-samples // batch)
-    epochs = min(max(_STEPS // steps_per_epoch, 1), _MOST_EPOCHS)
-    quarter = -(-epochs * steps_per_epoch // 4)
-    items = store.cardinality(store.item_feature)
-    return _TEMPLATE.format(
-        title=task.capitalize(),
-        store=store,
-        counts=f"{store.num_users:,} users, {items:,} items, {store.num_events:,} events",
-        path=str(path),
-        length=max(min(covering, _LONGEST), 2),
-        context=context,
-        network=_NETWORK,
-        position_encoding="relative_bias" if store.timestamp_feature else "absolute",
-        is_ranking=is_ranking,
-        candidates=candidates,
-        batch=batch,
-        epochs=epochs,
-        log_interval=max(quarter // 3, 1),
-        quarter=quarter,
-        best=("LOGLOSS", "min") if is_ranking else ("NDCG@10", "max"),
-        objective=objective,
-        features="".join(f"{paragraph}\n" for paragraph in _side(store)),
-        tables="\n".join(_tables(store, context)),
-    )
+    epochs = min(max(steps // steps_per_epoch, fewest), most)
+    interval = -(-epochs * steps_per_epoch // _EVALUATIONS)
+    context = [name for name in store.contextual_features if store.num_users >= _SHARED * store.cardinality(name)]
+    covering = int(np.quantile(np.diff(store.offsets()), _COVERED, method="higher"))
+    if store.num_requests:
+        shown = min(int(store.requests().sizes.max()), _MOST_CANDIDATES)
+        covering += shown
+        if is_ranking:
+            objective = (
+                _gin({"DatasetArgs.candidates": "requests", "DatasetArgs.max_num_candidates": shown}) + objective
+            )
+    positions: dict[str, object] = {"NetworkArgs.position_encoding": "relative_bias"}
+    if store.timestamp_feature is None:
+        positions = {"NetworkArgs.position_encoding": "absolute", "NetworkArgs.num_position_buckets": 256}
+    metric, mode = ("LOGLOSS", "min") if is_ranking else ("NDCG@10", "max")
+    purpose = ": two layers of width 64, for a first look" if quick else ": a recipe with sizes from the data"
+    paragraphs = "".join(f"{paragraph}\n" for paragraph in _side(store))
+    tables = "\n".join(_tables(store, width, context))
+    return f"""\
+# {task.capitalize()} on {store.name} ({store.num_users:,} users, {items:,} items, {store.num_events:,} events){purpose}
+
+DatasetArgs.dataset_name = {store.name!r}
+DatasetArgs.dataset_path = {str(path)!r}
+# All events of {_COVERED:.0%} of the users, but no more than {_LONGEST} of a user.
+DatasetArgs.max_sequence_length = {max(min(covering, _LONGEST), 2)}
+# Features of users with at least {_SHARED} users per value.
+DatasetArgs.contextual_feature_names = {context!r}
+DatasetArgs.shuffle = True
+
+# {per_user:.0f} events per user: 4 layers from {_SHORT} on, else 2; in retrieval temperature 0.05, else 0.07.
+NetworkArgs.num_layers = {2 if quick or _are_short(store) else 4}
+# {items:,} items: width 64 and learning rate 0.002 up to 5,000, else 256 and 0.001.
+NetworkArgs.hidden_size = {width}
+NetworkArgs.num_attention_heads = {heads}
+NetworkArgs.kv_channels = {width // heads}
+OptimizerArgs.optimizer_str = 'adam'
+OptimizerArgs.learning_rate = {0.002 if width == 64 else 0.001}
+OptimizerArgs.adam_beta2 = 0.98
+# {per_item:.0f} events per item: dropout 0.2 from 100 on with 250,000 events in all, and in ranking; else 0.5.
+NetworkArgs.hidden_dropout = {0.2 if is_ranking or store.num_events >= max(250_000, 100 * items) else 0.5}
+NetworkArgs.dtype_str = 'float32'
+{_gin(positions)}NetworkArgs.interleave_actions = {is_ranking}
+
+# {samples:,} training samples: a batch of 16 to 128, for about 100 iterations per epoch.
+TrainerArgs.train_batch_size = {batch}
+TrainerArgs.eval_batch_size = 128
+# About {steps:,} iterations, in {fewest} to {most} epochs, over which the learning rate falls to 0.
+TrainerArgs.num_train_epochs = {epochs}
+LRScheduleArgs.schedule = 'cosine'
+LRScheduleArgs.warmup_ratio = 0.05
+# {_EVALUATIONS} evaluations on validation. The best model counts; {_PATIENCE} without a better one end the run.
+TrainerArgs.best_metric = {metric!r}
+TrainerArgs.best_metric_mode = {mode!r}
+TrainerArgs.early_stop_patience = {_PATIENCE}
+TrainerArgs.log_interval = {max(interval // 2, 1)}
+TrainerArgs.eval_interval = {interval}
+TrainerArgs.ckpt_save_interval = {interval}
+TrainerArgs.ckpt_keep_last = 1
+
+{objective}
+{paragraphs}# One table per feature, with rows to spare for the ids of later data.
+{tables}"""
+
+
+def _items(store: SequenceStore) -> int:
+    return store.cardinality(store.item_feature)
+
+
+def _are_short(store: SequenceStore) -> bool:
+    return store.num_events < _SHORT * store.num_users
 
 
 def _gin(settings: Mapping[str, object]) -> str:
@@ -146,10 +165,11 @@ def _side(store: SequenceStore) -> Iterator[str]:
             yield _gin({f"{option}.feature_names": named, f"{option}.transform": "standardize"})
 
 
-def _tables(store: SequenceStore, context: Sequence[str]) -> Iterator[str]:
+def _tables(store: SequenceStore, width: int, context: Sequence[str]) -> Iterator[str]:
     used = {store.item_feature, store.action_feature, *context, *store.item_side_features, *store.event_features}
     scopes: set[str] = set()
-    for table in predefined_embeddings(store, _NETWORK):
+    network = NetworkArgs(num_layers=1, hidden_size=width, num_attention_heads=1, kv_channels=1, dtype_str="float32")
+    for table in predefined_embeddings(store, network):
         if table.table_name not in used:
             continue
         scope = re.sub(r"^(?=\d)|\W", "_", table.table_name, flags=re.ASCII)  # an identifier
@@ -172,21 +192,28 @@ def _tables(store: SequenceStore, context: Sequence[str]) -> Iterator[str]:
 
 def _retrieval(store: SequenceStore) -> tuple[int, str] | str:
     """Training samples and settings of retrieval, or the reason why the data does not allow it."""
-    lengths, held_out = np.diff(store.offsets()), {}
+    lengths, settings = np.diff(store.offsets()), dict[str, object]()
     if store.split is not None:
         samples = int((_training_lengths(store) >= 2).sum())
     else:
         valid_items = int((lengths >= 4).any())
-        held_out = {"DatasetArgs.valid_items": valid_items}
+        settings["DatasetArgs.valid_items"] = valid_items
         samples = int((lengths >= 3 + valid_items).sum())
     if not samples:
         needed = "3 events, two to learn from and one to predict" if store.split is None else "2 events marked train"
         return f"no user has {needed}"
-    negatives: Mapping[str, object] = {"RetrievalArgs.negatives": "full"}
-    if store.cardinality(store.item_feature) > _FULL_SOFTMAX_ITEMS:
-        negatives = {"RetrievalArgs.negatives": "uniform", "RetrievalArgs.num_negatives": 128}
-    settings = _gin({**held_out, **negatives, "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10")})
-    return samples, (_CLOCKS if store.timestamp_feature else "") + settings
+    if np.maximum(lengths - _LONGEST, 0).sum() > 0.2 * store.num_events:
+        settings["DatasetArgs.window_stride"] = "random"  # else these events would never be trained on
+    settings |= {"RetrievalArgs.negatives": "full", "RetrievalArgs.mask_seen": True}
+    if _items(store) > _FULL_SOFTMAX_ITEMS:
+        settings |= {"RetrievalArgs.negatives": "uniform", "RetrievalArgs.num_negatives": 128}
+    if store.item_side_features:
+        settings["RetrievalArgs.item_tower"] = True
+    settings |= {
+        "RetrievalArgs.temperature": 0.07 if _are_short(store) else 0.05,
+        "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10"),
+    }
+    return samples, (_CLOCKS if store.timestamp_feature else "") + _gin(settings)
 
 
 def _ranking(store: SequenceStore) -> tuple[int, str] | str:
@@ -205,14 +232,16 @@ def _ranking(store: SequenceStore) -> tuple[int, str] | str:
     if classes > _MOST_CLASSES and not bits:
         return f"{action!r} goes up to {most:,}, too many classes for a head; group its values"
     is_binary = bits > 0 or store.cardinality(action) == 2
-    head = {
-        "RankingArgs.prediction_head_arch": [_NETWORK.hidden_size, bits or (1 if is_binary else classes)],
+    head: dict[str, object] = {
+        "RankingArgs.prediction_head_arch": [64, bits or (1 if is_binary else classes)],
         "RankingArgs.num_tasks": bits or 1,
         "RankingArgs.eval_metrics": ("AUC", "GAUC", "LOGLOSS") if is_binary else ("AUC", "ACC", "LOGLOSS"),
     }
     samples = round(0.7 * (store.num_requests or store.num_users))
     if store.split is not None:
         samples = int((_training_lengths(store) > 0).sum())
+    elif store.num_users >= 10:  # a test beside the validation, which chooses
+        head["DatasetArgs.valid_fraction"] = 0.1
     return samples, _gin(head)
 
 

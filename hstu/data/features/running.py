@@ -68,18 +68,12 @@ class RunningStatistics:
         self.has_values = "fits" in tables
         self.names = names_of(self.has_values)
 
-    def numbers(self, items: Tensor, values: Tensor, times: Tensor, asked: Questions | None = None) -> Tensor:
+    def numbers(self, items: Tensor, values: Tensor, times: Tensor, asked: Questions) -> Tensor:
         """The statistics of ``asked``, float32 [n, len(names)], NaN where there is none.
 
         ``items``, ``values``, ``times``: U histories, oldest first, [U, L] each, with any padding at their ends.
-        ``asked`` = None: all their events, user after user, with the padding.
         """
         users, length = items.shape
-        if asked is None:
-            rows, places = (
-                x.flatten() for x in torch.meshgrid(torch.arange(users), torch.arange(length), indexing="ij")
-            )
-            asked = Questions(rows, places, items.flatten(), times.flatten())
         facts = {
             name: x.view(users, length, *x.shape[1:])
             for name, x in self._of_items(items.flatten(), times.flatten()).items()

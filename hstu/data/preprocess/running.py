@@ -51,6 +51,12 @@ class Log:
         return cls(first, item, time, values)
 
     @property
+    def events(self) -> Questions:
+        """All events as questions."""
+        users = torch.arange(len(self.offsets) - 1).repeat_interleave(self.offsets.diff())
+        return Questions(users, torch.arange(len(users)) - self.offsets[users], self.items, self.times)
+
+    @property
     def days(self) -> Tensor:
         """int64 [E], since 1970."""
         return torch.div(self.times, DAY_S, rounding_mode="floor")
@@ -93,8 +99,8 @@ def write_running(build: Build, offsets: np.ndarray, requests: Requests | None) 
 
     def fill() -> None:
         statistics = learn(log)
-        for targets, questions in ((arrays, None), (shown, asked)):
-            for places, found in answers(statistics, log, questions) if targets else ():
+        for targets, questions in ((arrays, log.events), (shown, asked)):
+            for places, found in answers(statistics, log, questions) if questions else ():
                 for target, values in zip(targets, found.T, strict=True):
                     target[places] = values
         for array in (*arrays, *shown):
@@ -123,10 +129,8 @@ def learn(log: Log) -> RunningStatistics:
     return RunningStatistics(tables)
 
 
-def answers(
-    statistics: RunningStatistics, log: Log, asked: Questions | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (places [n], float32 [n, len(statistics.names)]) until each question has its answer; None: the events."""
+def answers(statistics: RunningStatistics, log: Log, asked: Questions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (places [n], float32 [n, len(statistics.names)]) until each question has its answer."""
     lengths = log.offsets.diff()
     order = lengths.argsort(stable=True)
     while len(order):
@@ -136,10 +140,6 @@ def answers(
         events = (log.offsets[users, None] + place).clamp(max=len(log.items) - 1)
         values = torch.ones_like(events) if log.values is None else log.values[events]
         history = log.items[events], values, log.times[events]
-        if asked is None:
-            is_event = place < lengths[users, None]
-            yield events[is_event].numpy(), statistics.numbers(*history)[is_event.flatten()].numpy()
-            continue
         row = torch.full_like(lengths, -1)
         row[users] = torch.arange(len(users))
         here = (row[asked.rows] >= 0).nonzero().squeeze(1)
@@ -164,11 +164,10 @@ def _fits(log: Log, days: Tensor, counts: Tensor) -> dict[str, Tensor]:
         if count < max(_FIRST_FIT, _GROWTH * last):
             continue
         oldest = days[int((counts <= count - _NEWEST).sum())]
-        model.learn(
-            log, ((oldest <= of_event) & (of_event <= day)).nonzero().squeeze(1), _LATER_ROUNDS if last else _ROUNDS
-        )
-        fitted.append(keys_of(model.items, torch.tensor(len(fits))))
-        factors.append(torch.cat([model.mean[model.items], model.variance], dim=1))
+        recent = ((oldest <= of_event) & (of_event <= day)).nonzero().squeeze(1)
+        items, found = model.learn(log, recent, _LATER_ROUNDS if last else _ROUNDS)
+        fitted.append(keys_of(items, torch.tensor(len(fits))))
+        factors.append(found)
         priors.append(torch.cat([model.prior, model.prior_covariance.diagonal()])[None])
         noise.append(model.noise)
         fits.append(day + 1)
@@ -192,25 +191,24 @@ class _Factors:
 
     def __init__(self, num_items: int) -> None:
         width = 1 + NUM_FACTORS
-        self.items = torch.empty(0, dtype=torch.int64)
-        """The items of the last fit, ascending, int64 [J]."""
         self.mean = torch.full((num_items, width), torch.nan, dtype=torch.float64)
         """Of (c_i, w_i), by item code; NaN before the item's first fit."""
-        self.variance = torch.empty(0, width, dtype=torch.float64)
-        """Of the same, of ``items``."""
         self.prior = torch.zeros(width, dtype=torch.float64)
         self.prior_covariance = 0.1 * torch.eye(width, dtype=torch.float64)
         self.noise = 0.0
 
-    def learn(self, log: Log, events: Tensor, rounds: int) -> None:
-        """Estimate from these events, ascending, [n], beginning with the last estimate."""
+    def learn(self, log: Log, events: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
+        """Estimate from these events, ascending, [n], beginning with the last estimate.
+
+        Returns their items, ascending, int64 [J], and means and variances of these, float64 [J, 2 + 2 k].
+        """
         assert log.values is not None
         user = torch.unique_consecutive(torch.searchsorted(log.offsets, events, right=True), return_inverse=True)[1]
-        self.items, item = torch.unique(log.items[events], return_inverse=True)
+        items, item = torch.unique(log.items[events], return_inverse=True)
         value = log.values[events]
         centre = value.mean()
         value = value - centre
-        mean, number, width = self.mean[self.items], len(self.items), 1 + NUM_FACTORS
+        mean, number, width = self.mean[items], len(items), 1 + NUM_FACTORS
         mean[:, 0] -= centre
         if self.noise == 0:
             mean = 0.1 * torch.randn(number, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -239,7 +237,8 @@ class _Factors:
             self.noise = float((value.square().sum() + explained) / len(events))
         mean[:, 0] += centre
         self.prior[0] += centre
-        self.mean[self.items], self.variance = mean, covariance.diagonal(dim1=1, dim2=2)
+        self.mean[items] = mean
+        return items, torch.cat([mean, covariance.diagonal(dim1=1, dim2=2)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ class _Chunk:
 
     def users(self, mean: Tensor, moments: Tensor, noise: float) -> tuple[Tensor, Tensor]:
         """Expected (1, z_u), [U, 1 + k], and its square, [U, 1 + k, 1 + k], from those of the items."""
-        first = self._firsts(self.user, int(self.user[-1]) + 1)
+        first = torch.searchsorted(self.user, torch.arange(int(self.user[-1]) + 1))
         width = mean.shape[1]
         grams = embedding_bag(self.item, moments.flatten(1), first, mode="sum").view(-1, width, width)
         sides = embedding_bag(self.item, mean, first, mode="sum", per_sample_weights=self.value) - grams[:, :, 0]
@@ -267,13 +266,9 @@ class _Chunk:
     def to_items(self, of_users: Tensor, weights: Tensor | None = None) -> Tensor:
         """Sum of a matrix [U, …] over the users of each item, times their values if given; [num_items, …]."""
         order = self.item.argsort(stable=True)
-        first = self._firsts(self.item[order], self.num_items)
+        first = torch.searchsorted(self.item[order], torch.arange(self.num_items))
         weighted = None if weights is None else weights[order]
         return embedding_bag(self.user[order], of_users, first, mode="sum", per_sample_weights=weighted)
-
-    @staticmethod
-    def _firsts(ascending: Tensor, number: int) -> Tensor:
-        return torch.searchsorted(ascending, torch.arange(number))
 
 
 def _chunks(user: Tensor, item: Tensor, value: Tensor, num_items: int) -> Iterator[_Chunk]:

@@ -209,10 +209,11 @@ class Encoder:
         items = self._known_items.places(history.items)[None]
         seconds = () if history.timestamps is None else history.timestamps
         times = torch.tensor([[int(time) for time in seconds]], dtype=torch.int64)
-        questions = None
+        places, wanted, at = torch.arange(items.shape[1]), items[0], times[0]
         if asked is not None:
-            count = torch.full_like(asked[1], items.shape[1])
-            questions = Questions(torch.zeros_like(count), count, self._known_items.places(asked[0].items), asked[1])
+            wanted, at = self._known_items.places(asked[0].items), asked[1]
+            places = torch.full_like(at, items.shape[1])
+        questions = Questions(torch.zeros_like(places), places, wanted, at)
         found = self.running.numbers(items, self._values(history), times, questions)
         columns = dict(zip(self.running.names, found.T.tolist(), strict=True))
         return {**given, **{name: columns[name] for name in missing}}

@@ -138,7 +138,7 @@ def test_neither_the_size_of_chunks_nor_threads_change_them(
     threads = torch.get_num_threads()
     torch.set_num_threads(3 - min(threads, 2))
     try:
-        for events, found in answers(learn_from(store), log):
+        for events, found in answers(learn_from(store), log, log.events):
             np.testing.assert_array_equal(found, expected[events])
     finally:
         torch.set_num_threads(threads)
@@ -156,7 +156,7 @@ def test_few_events_have_no_factors_and_predict_the_baseline() -> None:
     times = torch.arange(6) * DAY_S
     log = Log(torch.tensor([0, 3, 6]), torch.tensor([0, 1, 0, 1, 0, 1]), times.sort().values, torch.ones(6).double())
     statistics = learn(log)
-    found = torch.cat([torch.from_numpy(values) for _, values in answers(statistics, log)])
+    found = torch.cat([torch.from_numpy(values) for _, values in answers(statistics, log, log.events)])
     baseline, prediction = (found[:, statistics.names.index(name)] for name in ("baseline", "prediction"))
     torch.testing.assert_close(prediction, baseline, rtol=0, atol=0, equal_nan=True)
 

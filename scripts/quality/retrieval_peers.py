@@ -191,7 +191,9 @@ def fit(model: Any, train: Histories, valid: Histories, half_life: float | None)
     best, epoch, weights = -1.0, 0, None
     for done in range(EVERY, MOST_EPOCHS + 1, EVERY):
         model.fit_partial(dataset, min_epochs=EVERY, max_epochs=EVERY)
-        if (value := on_validation()) > best:
+        value = on_validation()
+        print(f"epoch {done}: NDCG@10 on validation {value:.4f}", file=sys.stderr)
+        if value > best:
             best, epoch, weights = value, done, copy.deepcopy(model.torch_model.state_dict())
         elif done - epoch >= PATIENCE * EVERY:
             break

@@ -1,167 +1,210 @@
-"""Measure other methods that predict ratings, on the users and labels of a ranking run.
+"""Measure another method that predicts ratings, on the users and labels of a ranking run.
 
-    python scripts/quality/ranking_peers.py --store tmp_data/ml-1m --seeds 1 2 3 --output peers.md
+    python scripts/quality/ranking_peers.py --store tmp_data/ml-1m-running --method prediction
+    python scripts/quality/ranking_peers.py --store tmp_data/ml-1m-running --method lightgbm --trials 12
+    … --method lightgbm --settings '{"num_leaves": 15, "learning_rate": 0.05}'
 
-The users of a run with split = "user_holdout" and the same seed are trained on. The labels are the newest ratings of
-the others, as many as DatasetArgs.max_sequence_length. All methods use the numbers of causal_features.py. Means,
-neighbours and factors are such numbers themselves. LightGBM learns from all of them; it is an optional dependency (pip
-install ".[quality]").
+The store has running statistics (preprocess_dataset.py --running_statistics). Such a statistic can be the prediction
+itself. LightGBM and CatBoost learn from all statistics and features but the ids of users and items; they are optional
+dependencies (pip install ".[quality]").
 
-AUC>=4 is that of "four stars or more", over all labels and by the number of earlier ratings in the sample. LOGLOSS is
-that of the stars as classes, of methods that give probabilities. OUTPUT is the printed table.
+The users are divided as in a run with the same seed, split = "user_holdout", train_fraction = 0.6 and valid_fraction =
+0.1. The number of trees is that with the least LOGLOSS of validation users.
+The metrics are those of the test users: AUC>=4 of "four stars or more", and LOGLOSS of the stars as classes.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import pandas as pd
 
 from hstu.base.errors import EXIT_DONE, ConfigError
 from hstu.config.args import DatasetArgs
 from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges
-from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.samples import Split, build_samples
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import auc
-from scripts.quality.causal_features import Columns, causal_features
-from scripts.quality.means import mean_and_error, number
-from scripts.quality.ratings import Ratings, in_parts
+from scripts.quality.ratings import LIKED, in_parts, influences
+from scripts.quality.tables import find
 
-SCORES = {
-    "item mean": "item_mean",
-    "item mean + running user mean": "baseline",
-    "item-kNN": "knn",
-    "online factor model": "factor_prediction",
-}
-"""Method → the number that is its prediction."""
-TREES = "LightGBM on all numbers"
-TREE_SETTINGS = {
-    "objective": "multiclass", "learning_rate": 0.05, "num_leaves": 31, "min_data_in_leaf": 200, "max_bin": 127,
-    "feature_fraction": 0.3, "bagging_fraction": 0.7, "bagging_freq": 1, "lambda_l2": 10.0, "verbose": -1,
+SPACES: dict[str, dict[str, tuple[float, ...]]] = {
+    "lightgbm": {
+        "learning_rate": (0.03, 0.05, 0.1), "num_leaves": (7, 15, 31, 63), "min_data_in_leaf": (20, 100, 500),
+        "feature_fraction": (0.3, 0.6, 1.0), "bagging_fraction": (0.5, 0.7, 1.0), "lambda_l2": (0.0, 1.0, 10.0, 30.0),
+    },
+    "catboost": {
+        "learning_rate": (0.05, 0.1, 0.2), "depth": (4, 5, 6, 7), "rsm": (0.3, 0.6, 1.0), "subsample": (0.5, 0.7, 0.9),
+        "l2_leaf_reg": (1.0, 3.0, 10.0, 30.0), "random_strength": (0.0, 1.0, 3.0),
+    },
 }  # fmt: skip
-"""Parameters of LightGBM."""
-Metrics = dict[str, float]
+"""What the trials draw from."""
+MOST_ROUNDS, PATIENCE = 1000, 30
+METRIC = f"AUC>={LIKED}"
+Settings = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The labelled ratings of the held-out users.
+    """The labelled ratings of some users.
 
     Args:
         events: in the store, int64 [M].
         place: number of earlier ratings in the sample, int64 [M].
-        rating: [M].
+        users: int64 [M].
     """
 
     events: np.ndarray
     place: np.ndarray
-    rating: np.ndarray
+    users: np.ndarray
 
     @classmethod
-    def of(cls, ratings: Ratings, samples: SampleTable) -> Labels:
-        """The labels of the samples of an evaluation."""
-        lengths = samples.stop - samples.start
+    def of(cls, store: SequenceStore, split: Split, seed: int) -> Labels:
+        """All ratings of the users of "train", the newest 200 of other users."""
+        args = DatasetArgs(dataset_name=store.name, max_sequence_length=200, window_stride=200, train_fraction=0.6,
+                           valid_fraction=0.1)  # fmt: skip
+        samples = build_samples(store, args, "ranking", split, seed)
         events = ranges(samples.stop - samples.num_labels, samples.num_labels)
-        place = events - np.repeat(samples.start, samples.num_labels)
-        assert lengths.sum() == len(events), "all ratings of a sample are labels"
-        return cls(events, place, ratings.rating[events])
+        start, user = (np.repeat(each, samples.num_labels) for each in (samples.start, samples.user))
+        return cls(events, events - start, user)
 
 
-def measure(scores: np.ndarray, labels: Labels, threshold: int) -> Metrics:
-    """AUC of "at least ``threshold`` stars" over all labels and over the parts of the samples. scores: [M]."""
-    is_liked = labels.rating >= threshold
-    found = {f"AUC>={threshold}": auc(scores, is_liked)}
-    for name, here in in_parts(labels.place):
-        found[f"AUC>={threshold}, {name}"] = auc(scores[here], is_liked[here])
-    return found
-
-
-def require_lightgbm() -> ModuleType:
+def require(name: str) -> ModuleType:
     """The optional library. Raises ConfigError where it is not installed."""
     try:
-        return importlib.import_module("lightgbm")
+        return importlib.import_module(name)
     except ImportError:
-        text = 'LightGBM is not installed; install it with pip install ".[quality]", or leave it out with --no_trees'
-        raise ConfigError(text) from None
+        raise ConfigError(f'{name} is not installed; install it with pip install ".[quality]"') from None
 
 
-def train_trees(
-    store: SequenceStore, ratings: Ratings, columns: Columns, labels: Labels, seed: int, rounds: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(the ratings that occur, the probability of each of them, float64 [M, ratings]) of gradient-boosted trees."""
-    lightgbm = require_lightgbm()
-    contexts = [name for name in store.contextual_features if name != USER_FEATURE]
-    of_users = {name: np.asarray(store.context(name))[ratings.user] for name in contexts}
-    inputs = np.stack([values.astype(np.float32) for values in (columns | of_users).values()], axis=1)
-    in_training = ratings.fold[ratings.user] != ratings.held_out
-    stars, classes = np.unique(ratings.rating, return_inverse=True)
-    data = lightgbm.Dataset(inputs[in_training], classes[in_training])
-    settings = TREE_SETTINGS | {"num_class": len(stars), "seed": seed}
-    found = lightgbm.train(settings, data, rounds).predict(inputs[labels.events])
-    return stars, np.asarray(found)
+def inputs(store: SequenceStore) -> pd.DataFrame:
+    """What trees learn from: [E, features]."""
+    user = np.repeat(np.arange(store.num_users), np.diff(store.offsets()))
+    item = np.asarray(store.sequence(store.item_feature))
+    columns = {name: np.asarray(store.sequence(name)) for name in store.running_statistics}
+    columns |= {name: store.context(name)[user] for name in store.contextual_features if name != USER_FEATURE}
+    for name in store.item_side_features:
+        codes, offsets = store.item_values(name)
+        if offsets is None:
+            columns[name] = codes[item]
+            continue
+        of_item = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        for value in range(store.cardinality(name)):
+            has = np.bincount(of_item[codes == value], minlength=len(offsets) - 1).astype(np.float32)
+            columns[f"{name} {value}"] = has[item]
+    return pd.DataFrame(columns)
 
 
-def peers(
-    store: SequenceStore, seed: int, *, args: DatasetArgs, threshold: int = 4, folds: int = 5, tree_rounds: int = 200
-) -> dict[str, Metrics]:
-    """Method → its metrics on the held-out users of a run with this seed; without LightGBM for ``tree_rounds`` = 0."""
-    ratings = Ratings.of(store, seed, args.train_fraction, folds)
-    columns = causal_features(store, ratings)
-    labels = Labels.of(ratings, build_samples(store, args, "ranking", "valid", seed))
-    found = {name: measure(columns[column][labels.events], labels, threshold) for name, column in SCORES.items()}
-    if tree_rounds:
-        stars, probabilities = train_trees(store, ratings, columns, labels, seed, tree_rounds)
-        found[TREES] = measure(probabilities[:, stars >= threshold].sum(1), labels, threshold)
-        of_label = probabilities[np.arange(len(labels.rating)), np.searchsorted(stars, labels.rating)]
-        found[TREES]["LOGLOSS"] = float(-np.log(of_label).mean())
-    return found
+@dataclass(frozen=True)
+class Trees:
+    """Gradient-boosted trees that learn the stars of ratings as classes.
+
+    Args:
+        method: "lightgbm" or "catboost".
+        inputs: [E, features].
+        ratings: [E].
+    """
+
+    method: str
+    inputs: pd.DataFrame
+    ratings: np.ndarray
+    seed: int
+    threads: int
+
+    def fit(self, settings: Settings, train: Labels, valid: Labels) -> tuple[Any, int]:
+        """Learn from users until LOGLOSS of others no longer falls. Returns the model and its number of rounds."""
+        library, y = require(self.method), np.unique(self.ratings, return_inverse=True)[1]
+        learnt, stop = ((self.inputs.iloc[each.events], y[each.events]) for each in (train, valid))
+        if self.method == "lightgbm":
+            given = {"objective": "multiclass", "num_class": int(y.max()) + 1, "bagging_freq": 1, "max_bin": 127}
+            given |= {"seed": self.seed, "num_threads": self.threads, "verbose": -1, **settings}
+            data = library.Dataset(*learnt)
+            until = [library.early_stopping(PATIENCE, verbose=False)]
+            model = library.train(given, data, MOST_ROUNDS, [data.create_valid(*stop)], callbacks=until)
+            return model, model.best_iteration
+        given = {"loss_function": "MultiClass", "bootstrap_type": "Bernoulli", "border_count": 127, "verbose": False}
+        given |= {"random_seed": self.seed, "thread_count": self.threads, "allow_writing_files": False, **settings}
+        model = library.CatBoostClassifier(iterations=MOST_ROUNDS, **given)
+        model.fit(*learnt, eval_set=stop, early_stopping_rounds=PATIENCE)
+        return model, model.best_iteration_ + 1
+
+    def answers(self, model: Any, labels: Labels) -> tuple[np.ndarray, dict[str, float]]:
+        """(the probability of "liked" of each label, [M]; all metrics)."""
+        predict = model.predict if self.method == "lightgbm" else model.predict_proba
+        probabilities, stars = np.asarray(predict(self.inputs.iloc[labels.events])), np.unique(self.ratings)
+        ratings, scores = self.ratings[labels.events], probabilities[:, stars >= LIKED].sum(1)
+        of_label = probabilities[np.arange(len(ratings)), np.searchsorted(stars, ratings)]
+        return scores, measure(scores, ratings, labels.place) | {"LOGLOSS": float(-np.log(of_label).mean())}
+
+    def compare(self, count: int, train: Labels, valid: Labels) -> list[dict[str, Any]]:
+        """Metrics of validation users with random settings, the same ones in each call; the best AUC last."""
+        rng, found = np.random.default_rng(0), []
+        for _ in range(count):
+            settings = {name: rng.choice(values).item() for name, values in SPACES[self.method].items()}
+            model, rounds = self.fit(settings, train, valid)
+            found.append({"settings": settings, "rounds": rounds} | self.answers(model, valid)[1])
+            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+        return sorted(found, key=lambda each: each[METRIC])
 
 
-def table(found: Sequence[dict[str, Metrics]]) -> str:
-    """Markdown: a row per method with the mean of each metric over the seeds, and its standard error."""
-    names = dict.fromkeys(name for methods in found for metrics in methods.values() for name in metrics)
-    lines = [f"| method | {' | '.join(names)} | seeds |", "|---" * (len(names) + 2) + "|"]
-    for method in found[0]:
-        values = {name: [methods[method][name] for methods in found if name in methods[method]] for name in names}
-        cells = (number(*mean_and_error(each)) for each in values.values())
-        lines.append(f"| {method} | {' | '.join(cells)} | {len(found)} |")
-    return "\n".join(lines) + "\n"
+def measure(scores: np.ndarray, ratings: np.ndarray, place: np.ndarray) -> dict[str, float]:
+    """AUC of "liked" over all labels and over the parts of the samples. All arrays: [M]."""
+    is_liked = ratings >= LIKED
+    parts = {f"{METRIC}, {name}": auc(scores[here], is_liked[here]) for name, here in in_parts(place)}
+    return {METRIC: auc(scores, is_liked)} | parts
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--store", type=Path, required=True, help="a sequence store with running statistics of ratings")
+    add("--method", required=True, help=f"{', '.join(SPACES)}, or the name of a running statistic")
+    add("--seed", type=int, default=1, help="TrainerArgs.seed of the run")
+    add("--settings", type=json.loads, default={}, help="of trees, as JSON")
+    add("--trials", type=int, help="only compare so many random settings of trees on the validation users")
+    add("--threads", type=int, default=1, help="of trees")
+    add("--output", type=Path, help="also write the metrics here, as JSON")
+    add("--per_user", type=Path, help="also write the influence of each user on AUC here, as CSV")
+    return parser.parse_args(arguments)
 
 
 @tool
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", type=Path, required=True, help="a sequence store with ratings and times")
-    parser.add_argument("--output", type=Path, help="file for the table")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="TrainerArgs.seed of the runs")
-    parser.add_argument("--train_fraction", type=float, default=0.7, help="DatasetArgs.train_fraction of the runs")
-    parser.add_argument("--labels", type=int, default=200, help="DatasetArgs.max_sequence_length of the runs")
-    parser.add_argument("--threshold", type=int, default=4, help="the least rating that counts as liked")
-    parser.add_argument("--tree_rounds", type=int, default=200, help="of LightGBM")
-    parser.add_argument("--no_trees", action="store_true", help="leave out LightGBM")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     store = SequenceStore.open(options.store)
-    args = DatasetArgs(
-        dataset_name=store.path.name, max_sequence_length=options.labels, train_fraction=options.train_fraction
-    )
-    rounds = 0 if options.no_trees else options.tree_rounds
-    if rounds:
-        require_lightgbm()
-    found = [peers(store, seed, args=args, threshold=options.threshold, tree_rounds=rounds) for seed in options.seeds]
-    text = table(found)
+    find("method", options.method, dict.fromkeys((*SPACES, *store.running_statistics)))
+    train, valid, test = (Labels.of(store, split, options.seed) for split in ("train", "valid", "test"))
+    ratings = np.asarray(store.sequence(str(store.action_feature)))
+    if options.method in SPACES:
+        trees = Trees(options.method, inputs(store), ratings, options.seed, options.threads)
+        if options.trials:
+            print(*map(json.dumps, trees.compare(options.trials, train, valid)), sep="\n")
+            return EXIT_DONE
+        scores, metrics = trees.answers(trees.fit(options.settings, train, valid)[0], test)
+    else:
+        known = np.asarray(store.sequence(options.method))[test.events].astype(np.float64)
+        scores = np.where(np.isnan(known), np.nanmean(known), known)  # nothing is known on the first day
+        metrics = measure(scores, ratings[test.events], test.place)
+    print(json.dumps(metrics))
     if options.output:
-        options.output.write_text(text)
-    print(text, end="")
+        options.output.write_text(json.dumps({"metrics": metrics}) + "\n")
+    if options.per_user:
+        users = store.raw_ids(USER_FEATURE)[test.users]
+        influences(scores, ratings[test.events] >= LIKED, users).to_csv(options.per_user)
     return EXIT_DONE
 
 

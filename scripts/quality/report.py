@@ -71,7 +71,7 @@ def _lines(table: Table, results: dict[str, dict[int, Result]], ranks: pd.DataFr
         cells = [row, *(number(*mean_and_error([*_values(of_row, metric).values()])) for metric in table.metrics)]
         own = _values(of_row, table.metric)
         cells.append("" if row == table.reference else number(*paired_difference(own, reference), sign=True))
-        cells += [_half_widths(table, ranks.get(row) if 1 in of_row else None)] * (not ranks.empty)
+        cells += [_half_widths(table, ranks, row if 1 in of_row else "")] * (not ranks.empty)
         cells += [str(table.row(row).trials)] * has_trials
         cells += [str(len(of_row)), _mean(of_row, "epoch", 1), _mean(of_row, "seconds", 60)]
         lines.append("| " + " | ".join(cells) + " |")
@@ -80,12 +80,18 @@ def _lines(table: Table, results: dict[str, dict[int, Result]], ranks: pd.DataFr
     return lines
 
 
-def _half_widths(table: Table, ranks: pd.Series | None) -> str:
-    """Half of the 95 % intervals of the first two metrics, over the users of one seed: ``± .0102 / .0171``."""
-    if ranks is None:
+def _half_widths(table: Table, ranks: pd.DataFrame, row: str) -> str:
+    """Half of the 95 % intervals over the users of one seed, ``± .0102 / .0171``: of the first two metrics, or in
+    ranking of the first one and of its difference from the reference."""
+    if row not in ranks:
         return ""
-    gains = (retrieval_gains(name, ranks.dropna().to_numpy()) for name in table.metrics[:2])
-    return "± " + " / ".join(number(1.96 * mean_and_error(each.tolist())[1]) for each in gains)
+    if table.task == "ranking":
+        own, reference = ranks[row], ranks.get(table.reference, ranks[row])
+        errors = [math.sqrt((each**2).sum()) for each in (own, own - reference)[: 1 + (row != table.reference)]]
+    else:
+        gains = (retrieval_gains(name, ranks[row].dropna().to_numpy()) for name in table.metrics[:2])
+        errors = [mean_and_error(each.tolist())[1] for each in gains]
+    return "± " + " / ".join(number(1.96 * error) for error in errors)
 
 
 def _by_gap(table: Table, results: dict[str, dict[int, Result]], ranks: pd.DataFrame) -> list[str]:
@@ -121,10 +127,16 @@ def _notes(table: Table, has_ranks: bool) -> list[str]:
     )
     if any(row.epochs_of for row in table.rows):
         how.append("Rows that train on the validation part, too, train for as many.")
-    if has_ranks:
+    if has_ranks and table.task == "retrieval":
         how.append(
             "95 % of users: half of the width of the 95 % interval of the mean over the users of seed 1, for the first "
             f"two metrics, from [the rank of each user's target](../README.md#recompute-a-table) in {RANKS}."
+        )
+    elif has_ranks:
+        how.append(
+            f"95 % of users: half of the width of the 95 % interval over the users of seed 1, of {table.metric} and of "
+            f"its difference from {table.reference!r}, from [influences](../README.md#recompute-a-table) "
+            f"in {RANKS}. Trials: settings that were compared on the validation users of seed 1."
         )
     if any(name.endswith(AT_LAST_EVENT) for name in table.metrics):
         how.append(
@@ -141,8 +153,7 @@ def _notes(table: Table, has_ranks: bool) -> list[str]:
             lines.append(f"| {row.name} | {_code([' '.join(row.peer)])} |")
             continue
         own = [binding for binding in table.bindings_of(row) if binding not in common]
-        shown = [*(" ".join(command) for command in table.prepare_of(row)), *own]
-        lines.append(f"| {row.name} | {table.config_of(row)} {_code(shown)} |")
+        lines.append(f"| {row.name} | {table.config_of(row)} {_code(own)} |")
     return lines
 
 

@@ -147,11 +147,12 @@ def runs_of(
 
 def preprocess_table(table: Table, places: Places, raw: Path | None) -> None:
     """Make the data of the table unless it is there."""
-    store = places.data / table.dataset
+    store = places.data / table.store
     if data_facts(store) is not None:
         return
     command = ["scripts/preprocess_dataset.py", "--dataset_name", table.dataset, "--output", str(store)]
     command += ["--raw_path", str(raw / table.dataset)] if raw else []
+    command += ["--running_statistics"] * table.running_statistics
     print(f"preprocessing {table.dataset} into {store}", flush=True)
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
         raise DataError(f"{table.dataset} is not preprocessed; the lines above say why")

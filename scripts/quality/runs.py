@@ -97,8 +97,7 @@ class Run:
             return None
         bound = {each.name: each.value for each in scan([self._config_file], [*self._bindings(), *length]).bindings}
         bound.pop("DatasetArgs.dataset_path", None)  # the data is the same in another directory; see data_facts
-        commands = (" ".join(command) for command in self.table.prepare_of(self.row))
-        return (*commands, *(f"{name} = {value!r}" for name, value in sorted(bound.items())))
+        return tuple(f"{name} = {value!r}" for name, value in sorted(bound.items()))
 
     @cached_property
     def config(self) -> RunConfig:
@@ -125,11 +124,6 @@ class Run:
     def commands(self) -> Iterator[list[str]]:
         """The scripts to run one after the other, with arguments. Those that are done are left out."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for number, command in enumerate(self.table.prepare_of(self.row)):
-            done = self.folder / f"prepared-{number}"
-            if not done.exists():
-                yield self._filled(command)
-                done.touch()
         if self.row.peer:
             if not self._peer_file.exists():
                 yield self._filled(self.row.peer)
@@ -145,11 +139,10 @@ class Run:
             raise RunFailed("the training ended before its last iteration")
         if not self._test_file.exists():
             tested = self.folder / "checkpoints" / ("best" if self.table.chooses(self.row) else "")
-            per_user = self.table.task == "retrieval"
-            script = "scripts/evaluate.py" if per_user else "scripts/quality/evaluate.py"
+            script = "scripts/evaluate.py" if self.table.task == "retrieval" else "scripts/quality/evaluate.py"
             self._ranks_file.unlink(missing_ok=True)  # of an evaluation that was killed
-            more = ["--per_user", str(self._ranks_file)] if per_user else []
-            yield [script, "--ckpt", str(tested), "--output", str(self._test_file), *more]
+            written = ["--output", str(self._test_file), "--per_user", str(self._ranks_file)]
+            yield [script, "--ckpt", str(tested), *written]
 
     # --- result ---
 
@@ -172,7 +165,7 @@ class Run:
 
     def data_facts(self) -> dict[str, Any] | None:
         """What the data of the table is. None: it is not preprocessed."""
-        return data_facts(self.places.data / self.table.dataset)
+        return data_facts(self.places.data / self.table.store)
 
     def _write_result(self) -> None:
         result = self._peer_result() if self.row.peer else self._trained_result()
@@ -189,9 +182,9 @@ class Run:
 
     def _keep_ranks(self, kept: Path) -> None:
         """Put the ranks of this row's targets beside those of other rows."""
-        columns = {"rank": self.row.name, "rank_last_event": f"{self.row.name}/last_event"}
+        columns = {"rank": self.row.name, "influence": self.row.name, "rank_last_event": f"{self.row.name}/last_event"}
         own = pd.read_csv(self._ranks_file, index_col="user").rename(columns=columns)
-        own = own[[name for name in (*columns.values(), "gap") if name in own]]
+        own = own[[name for name in dict.fromkeys((*columns.values(), "gap")) if name in own]]
         joined = own.combine_first(read_ranks(kept).drop(columns=[*columns.values()], errors="ignore"))
         with written_aside(kept) as aside:
             joined.sort_index(axis=1).to_csv(aside, float_format="%.10g", compression={"method": "gzip", "mtime": 0})
@@ -265,13 +258,13 @@ class Run:
         else:  # the held-out part is seen once, when the training is over
             own += ["TrainerArgs.eval_interval = 0", "TrainerArgs.best_metric = None"]
             own += ["TrainerArgs.early_stop_patience = None"]
-        data = f"DatasetArgs.dataset_path = {str(self.places.data / self.table.dataset)!r}"
+        data = f"DatasetArgs.dataset_path = {str(self.places.data / self.table.store)!r}"
         return self._filled([data, *self._bindings(), *own])
 
     def _filled(self, texts: Sequence[str]) -> list[str]:
         meanings = {
             "$seed": str(self.seed),
-            "$store": str(self.places.data / self.table.dataset),
+            "$store": str(self.places.data / self.table.store),
             "$folder": str(self.folder),
         }
         return [re.sub("|".join(map(re.escape, meanings)), lambda found: meanings[found[0]], text) for text in texts]
@@ -310,7 +303,7 @@ def read_results(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 def read_ranks(file: Path) -> pd.DataFrame:
     """Ranks of the targets of seed 1, a line per user: <row>, <row>/last_event, and the seconds since the event before
-    the target, gap; no lines if there is no file."""
+    the target, gap. Ranking has influences on AUC instead (ratings.py). No lines if there is no file."""
     return pd.read_csv(file, index_col="user", compression="gzip") if file.exists() else pd.DataFrame()
 
 

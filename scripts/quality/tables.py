@@ -5,6 +5,7 @@ To add a recipe, write its gin file into configs/ and name it in a table or a ro
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -21,7 +22,7 @@ T = TypeVar("T")
 class Row:
     """One line of a table: a configuration that is trained, or a peer.
 
-    In bindings and commands, $seed, $store (the preprocessed data) and $folder (the row's own, for one seed) stand for
+    In bindings and peers, $seed, $store (the preprocessed data) and $folder (the row's own, for one seed) stand for
     what they are in a run.
     """
 
@@ -30,15 +31,12 @@ class Row:
     """Gin file. None: that of the table."""
     bindings: tuple[str, ...] = ()
     """Changes of the gin file; they win over those of the table."""
-    prepare: tuple[tuple[str, ...], ...] = ()
-    """Commands before the training, such as one that writes features: a script and its arguments. (): those of the
-    row that ``epochs_of`` names, or those of the table if the row has the table's gin file."""
     epochs_of: str | None = None
     """Train as this row of the table does, on its validation part, too, for as many epochs as it needed to its best
     validation. The row's own bindings come on top."""
     peer: tuple[str, ...] = ()
     """Instead of a training: a script and its arguments. It writes {"metrics": {name: value}} to $folder/peer.json, and
-    for retrieval it may write $folder/per_user.csv, with columns user and rank."""
+    it may write $folder/per_user.csv with columns user and rank, or for ranking user and influence (ratings.py)."""
     trials: int | str = ""
     """Number of settings that validation compared to choose those of the row, where they were counted."""
 
@@ -51,6 +49,8 @@ class Table:
     task: Task
     dataset: str
     """Name of a built-in dataset."""
+    running_statistics: bool = False
+    """Whether its events have them."""
     config: str
     """Gin file of the rows that have none of their own."""
     metrics: tuple[str, ...]
@@ -60,14 +60,17 @@ class Table:
     """The row that the others are compared with, seed by seed."""
     bindings: tuple[str, ...] = ()
     """For all rows."""
-    prepare: tuple[tuple[str, ...], ...] = ()
-    """Commands before the training of rows with the table's gin file."""
     validation: tuple[str, ...]
     """Bindings that hold out a validation part."""
     whole: tuple[str, ...] = ()
     """Bindings that train on the validation part, too, for rows with ``epochs_of``."""
     published: tuple[tuple[str, float, float], ...] = ()
     """Figures of papers on the same data: whose, and the values of the first two metrics."""
+
+    @property
+    def store(self) -> str:
+        """Name of the directory of the preprocessed data."""
+        return self.dataset + "-running" * self.running_statistics
 
     @property
     def metric(self) -> str:
@@ -88,14 +91,6 @@ class Table:
         if row.epochs_of:
             return (*self.bindings_of(self.row(row.epochs_of)), *self.whole, *row.bindings)
         return (*self.bindings, *self.validation, *row.bindings)
-
-    def prepare_of(self, row: Row) -> tuple[tuple[str, ...], ...]:
-        """The commands before the training of a row."""
-        if row.prepare:
-            return row.prepare
-        if row.epochs_of:
-            return self.prepare_of(self.row(row.epochs_of))
-        return () if row.config else self.prepare
 
     def chooses(self, row: Row) -> bool:
         """Whether validation chooses the checkpoint of a row."""
@@ -183,26 +178,9 @@ _NO_NUMBERS = (
     "NetworkArgs.item_embedding_dim = 16",
     "OptimizerArgs.learning_rate = 1.5e-3",
     "OptimizerArgs.ema_decay = 0.995",
+    "TrainerArgs.num_train_epochs = 3.0",
 )
 """The recipe without its numbers, on top of the gin file of ids and ratings."""
-_RANKS = (
-    "item_popularity", "user_count", "hour", "gap", "days_since_first", "in_session", "in_second", "year_number",
-    "year_count", "genres_count",
-)  # fmt: skip
-_AMOUNTS = (
-    "item_mean", "item_std", *(f"item_share_{stars}" for stars in range(1, 6)),
-    "user_mean", "user_offset", "user_std", "user_choice", *(f"user_share_{stars}" for stars in range(1, 6)),
-    *(f"last_{what}_{back}" for back in (1, 2, 3) for what in ("rating", "above")),
-    "recent_offset_0.7", "recent_offset_0.9", "recent_offset_0.97", "baseline", "recent_baseline",
-    "weekday", "year_offset", "genres_offset", "genres_least", "genres_most",
-)  # fmt: skip
-_NO_FACTORS = (
-    f"DatasetArgs.side_feature_names = {['genres', *_RANKS, *_AMOUNTS]}",
-    f"ranks/NumericFeatureArgs.feature_names = {[*_RANKS]}",
-    f"amounts/NumericFeatureArgs.feature_names = {[*_AMOUNTS]}",
-)
-_EVENTS_ALONE = "DatasetArgs.dataset_path = '$store'"
-_RANKING_VALIDATION = ("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1")
 
 
 def _retrieval(title: str, dataset: str, config: str, rows: tuple[Row, ...], epochs: int) -> Table:
@@ -239,37 +217,34 @@ def _amazon(title: str, dataset: str, published: tuple[tuple[str, float, float],
     )  # fmt: skip
 
 
-def _numbers(train_fraction: float) -> tuple[tuple[str, ...], ...]:
-    """What makes the data of a row with numbers."""
-    return (
-        (
-            "scripts/quality/causal_features.py", "--store", "$store", "--seed", "$seed",
-            "--train_fraction", str(train_fraction), "--output", "$folder/numbers", "--force",
-        ),
-    )  # fmt: skip
+def _rating_peer(name: str, method: str, trials: int | str = "", **settings: float) -> Row:
+    peer = ("scripts/quality/ranking_peers.py", "--store", "$store", "--seed", "$seed", "--method", method, "--output",
+            "$folder/peer.json", "--per_user", "$folder/per_user.csv")  # fmt: skip
+    return Row(name=name, peer=(*peer, *(("--settings", json.dumps(settings)) if settings else ())), trials=trials)
 
 
-def _ranking(title: str, dataset: str, epochs: int, undone: Mapping[str, Sequence[str]]) -> Table:
-    """``epochs``: of the rows without numbers."""
+def _trees(library: str, trials: int, **settings: float) -> Row:
+    """``settings``: the best of ``trials`` on the validation users of seed 1."""
+    return _rating_peer(library, library.lower(), trials, **settings)
+
+
+def _ranking(title: str, dataset: str, trials: int, trees: Sequence[Row]) -> Table:
+    """``trials``: of the gin file."""
     name = dataset.replace("-", "_")
-    plain, recipe = f"configs/{name}_ranking.gin", (*_NO_NUMBERS, f"TrainerArgs.num_train_epochs = {epochs}.0")
-
     return Table(
-        title=title, task="ranking", dataset=dataset, config=f"configs/{name}_ranking_numbers.gin", reference="all",
+        title=title, task="ranking", dataset=dataset, running_statistics=True, reference="all",
+        config=f"configs/{name}_ranking_numbers.gin",
         rows=(
-            *without_each(undone),
-            Row(name="all, trained on validation users, too", epochs_of="all", prepare=_numbers(0.7)),
-            Row(name="no numbers, usual settings", config=plain, bindings=(_EVENTS_ALONE,)),
-            Row(name="no numbers", config=plain, bindings=(_EVENTS_ALONE, *recipe)),
+            Row(name="all", trials=trials),
+            Row(name="no numbers", config=f"configs/{name}_ranking.gin", bindings=_NO_NUMBERS),
+            _rating_peer("item mean", "item_mean"),
+            _rating_peer("item mean + running user mean", "baseline"),
+            _rating_peer("online factor model", "prediction"),
+            *trees,
         ),
         metrics=("AUC>=4", "LOGLOSS", *(f"AUC>=4, {part}" for part in PARTS)),
-        bindings=(
-            'RankingArgs.eval_metrics = ("AUC>=4", "LOGLOSS", "ACC")',
-            "DatasetArgs.dataset_path = '$folder/numbers'",
-        ),
-        validation=_RANKING_VALIDATION,  # the usual 30 % are test
-        whole=("DatasetArgs.train_fraction = 0.7", "DatasetArgs.valid_fraction = 0.0"),
-        prepare=_numbers(0.6),
+        bindings=('RankingArgs.eval_metrics = ("AUC>=4", "LOGLOSS", "ACC")',),
+        validation=("DatasetArgs.train_fraction = 0.6", "DatasetArgs.valid_fraction = 0.1"),  # 30 % are test, as usual
     )  # fmt: skip
 
 
@@ -297,20 +272,21 @@ TABLES: Mapping[str, Table] = {
     "amazon_beauty_retrieval": _amazon("Next product, Amazon Beauty", "amazon-beauty", _BEAUTY),
     "amazon_toys_retrieval": _amazon("Next product, Amazon Toys", "amazon-toys", _TOYS),
     "ml_1m_ranking": _ranking(
-        "Ratings, MovieLens-1M", "ml-1m", epochs=3,
-        undone={
-            "numbers of factors and neighbours": _NO_FACTORS,
-            "windows": ("DatasetArgs.window_stride = None",),
-            "moving average": ("OptimizerArgs.ema_decay = 0.0",),
-        },
+        "Ratings, MovieLens-1M", "ml-1m",
+        trials=2,
+        trees=(
+            _trees("LightGBM", 7, learning_rate=0.05, num_leaves=31, min_data_in_leaf=500, feature_fraction=1.0,
+                   bagging_fraction=0.7, lambda_l2=10.0),
+        ),
     ),
     "ml_100k_ranking": _ranking(
-        "Ratings, MovieLens-100K", "ml-100k", epochs=3,
-        undone={
-            "numbers of factors and neighbours": _NO_FACTORS,
-            "a slow item table": ("OptimizerArgs.sparse_learning_rate = 3e-3",),
-            "windows": ("DatasetArgs.window_stride = None",),
-            "moving average": ("OptimizerArgs.ema_decay = 0.0",),
-        },
+        "Ratings, MovieLens-100K", "ml-100k",
+        trials=4,
+        trees=(
+            _trees("LightGBM", 12, learning_rate=0.1, num_leaves=31, min_data_in_leaf=500, feature_fraction=0.6,
+                   bagging_fraction=1.0, lambda_l2=0.0),
+            _trees("CatBoost", 12, learning_rate=0.1, depth=7, rsm=0.3, subsample=0.9, l2_leaf_reg=10.0,
+                   random_strength=0.0),
+        ),
     ),
 }  # fmt: skip

@@ -88,17 +88,13 @@ def in_blocks(
     block_rows, block_columns, most_kept = blocks
     keeps = block_rows * len(pool) <= most_kept
 
-    def compute(rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> Tensor:
-        block = scaled_queries[rows] @ pool[columns].t()
-        exponentials(block, rows, columns, peaks, totals)
-        return block
-
     for rows in _slices(len(queries), block_rows):
         peaks, totals = positive_logits[rows].clone(), torch.zeros_like(positive_logits[rows])
         kept = []
         for columns in _slices(len(pool), block_columns):
             old_peaks = peaks.clone()
-            block = compute(rows, columns, peaks, totals)
+            block = scaled_queries[rows] @ pool[columns].t()
+            exponentials(block, rows, columns, peaks, totals)
             if wants_gradients:
                 grad_queries[rows].mul_(old_peaks.sub_(peaks).exp_()[:, None]).addmm_(block, pool[columns])
                 kept += [(block, peaks.clone())] if keeps else []
@@ -108,7 +104,11 @@ def in_blocks(
         log_norms = positive_logits[rows] + losses[rows]
         grad_queries[rows] *= torch.exp(peaks - log_norms)[:, None] / temperature
         for number, columns in enumerate(_slices(len(pool), block_columns)):
-            block, peaks = kept[number] if keeps else (compute(rows, columns, peaks, totals), peaks)
+            if keeps:
+                block, peaks = kept[number]
+            else:
+                block = scaled_queries[rows] @ pool[columns].t()
+                exponentials(block, rows, columns, peaks, totals)
             row_scales = torch.exp(peaks - log_norms)[:, None] / temperature
             grad_pool[columns].addmm_(block.t(), queries[rows] * row_scales)
     if wants_gradients:

@@ -30,6 +30,7 @@ def phases(task: str, world_size: int) -> dict[str, Any]:
     return found["phases"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
 def test_counts_of_a_rank_are_those_of_a_small_world(task: str) -> None:
     few, many = phases(task, FEW), phases(task, MANY)

@@ -39,6 +39,7 @@ def test_the_first_plan_is_the_fastest_that_fits_and_others_are_smaller() -> Non
     assert all(float(row[1]) <= float(other[1]) and float(row[3]) >= float(other[3]) for row, other in pairwise(rows))
 
 
+@pytest.mark.slow
 def test_with_little_memory_a_batch_is_divided_and_the_global_batch_stays() -> None:
     config, plans = plans_of("80")
     least = min(plan.found.memory_total for plan in plans)
@@ -52,6 +53,7 @@ def test_with_little_memory_a_batch_is_divided_and_the_global_batch_stays() -> N
     assert "no plan fits" in plans_as_text(none_fits, config)
 
 
+@pytest.mark.slow
 def test_the_lines_that_are_printed_make_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main([*RUN, "--gin-bindings", "NetworkArgs.recompute_layer = True", "--fit"]) == 0
     printed = capsys.readouterr().out

@@ -35,6 +35,7 @@ def test_with_equal_lengths_nobody_waits_and_a_step_is_that_of_the_estimate() ->
     assert found.tflops == pytest.approx(expected.tflops)
 
 
+@pytest.mark.slow
 def test_with_real_lengths_one_rank_is_the_estimate_and_more_ranks_wait_longer() -> None:
     one = simulated(1)
     expected = estimate(plan_workload(run_config(), 1, 1, "cuda"), H100)

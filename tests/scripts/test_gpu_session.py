@@ -54,6 +54,7 @@ def rows(out: Path, name: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: row["variant"])
 
 
+@pytest.mark.slow
 def test_every_item_ends_and_a_later_call_measures_what_failed(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_what_is_done_is_kept_and_the_table_has_means_errors_and_pairs(
     assert "sasrec, seed 1: done" in shown and "ease, seed 1: to do again: its settings or its data have" in shown
 
 
+@pytest.mark.slow
 def test_a_reader_can_recompute_the_table_from_the_ranks_of_one_seed(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from hstu.base.errors import ConfigError
+from hstu.data.batches.jagged import ranges
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.features.running import DAY_S, NUM_FACTORS, WITH_VALUES, Questions, RunningStatistics, keys_of, names_of
 from hstu.data.preprocess.state import Build
@@ -130,8 +131,9 @@ def learn(log: Log) -> RunningStatistics:
 
 
 def answers(statistics: RunningStatistics, log: Log, asked: Questions) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (places [n], float32 [n, len(statistics.names)]) until each question has its answer."""
+    """Yield (places [n], float32 [n, len(statistics.names)]) until each question, user after user, has its answer."""
     lengths = log.offsets.diff()
+    bounds = torch.searchsorted(asked.rows, torch.arange(len(lengths) + 1))
     order = lengths.argsort(stable=True)
     while len(order):
         most = torch.arange(1, len(order) + 1) * lengths[order]
@@ -140,10 +142,10 @@ def answers(statistics: RunningStatistics, log: Log, asked: Questions) -> Iterat
         events = (log.offsets[users, None] + place).clamp(max=len(log.items) - 1)
         values = torch.ones_like(events) if log.values is None else log.values[events]
         history = log.items[events], values, log.times[events]
-        row = torch.full_like(lengths, -1)
-        row[users] = torch.arange(len(users))
-        here = (row[asked.rows] >= 0).nonzero().squeeze(1)
-        mine = Questions(row[asked.rows[here]], *(each[here] for each in (asked.places, asked.items, asked.times)))
+        counts = (bounds[users + 1] - bounds[users]).numpy()
+        here = torch.from_numpy(ranges(bounds[users].numpy(), counts))
+        rows = torch.arange(len(users)).repeat_interleave(torch.from_numpy(counts))
+        mine = Questions(rows, *(each[here] for each in (asked.places, asked.items, asked.times)))
         yield here.numpy(), statistics.numbers(*history, mine).numpy()
 
 

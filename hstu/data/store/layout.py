@@ -15,6 +15,8 @@ HeldOut = Literal["valid", "test"]
 
 META_FILE = "meta.json"
 OFFSETS_FILE = "offsets.npy"
+SEGMENT_FILE = "segment.npy"
+"""Number of the append that brought each event, in stores to which files were appended."""
 DTYPES = {
     "item": "<i4", "action": "<i4", "timestamp": "<i8", "context": "<i4", "item_feature": "<i4", "event": "<i4",
     "item_number": "<f4", "event_number": "<f4",
@@ -128,6 +130,8 @@ def lengths_of_files(meta: Mapping[str, Any]) -> dict[str, int | None]:
     features = [FeatureMeta.of(feature) for feature in meta["features"]]
     items = next(feature.cardinality or 0 for feature in features if feature.role == "item")
     lengths: dict[str, int | None] = {OFFSETS_FILE: users + 1}
+    if meta.get("num_segments", 1) > 1:
+        lengths[SEGMENT_FILE] = meta["num_events"]
     if "split" in meta:
         lengths |= {split_file("valid"): users, split_file("test"): users}
     for feature in features:

@@ -11,6 +11,7 @@
     candidate.<feature>.npy       [C] item codes, actions, or codes of an event feature, request after request
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
+    segment.npy                   uint16 [E]: number of the append that brought each event, where there was one
 
 U users and I items are ordered by raw id. E events are in time order within a user; ties keep the raw file's order.
 Numbers are float32 instead of codes, NaN where missing: item.<feature>.npy holds [I * width] of them.
@@ -19,6 +20,8 @@ layout.py declares these files, writer.py writes them, meta.py maps and checks t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,6 +39,7 @@ from hstu.data.store.layout import (
     OF_CANDIDATES,
     OFFSETS_FILE,
     REQUEST_FILES,
+    SEGMENT_FILE,
     TIME_FEATURES,
     FeatureMeta,
     HeldOut,
@@ -106,8 +110,13 @@ class SequenceStore:
         """Feature of --bins → its values, which are ranges of numbers → the first number of each, ascending."""
         self.running_statistics: tuple[str, ...] = tuple(meta.get("running_statistics", ()))
         """Event features that ``--running_statistics`` has made."""
+        self.num_segments: int = meta.get("num_segments", 1)
+        """1 plus the number of appends that brought events."""
         self.command: str | None = meta["command"]
         self._files = StoreFiles(path, meta)
+        self.lineage: tuple[str, ...] = (*meta.get("earlier_states", ()), self._state())
+        """Digests of the content after the first build and after each change of it, oldest first. The last is today's
+        state. Stores of equal arrays have equal states, whatever files and commands made them."""
 
     @classmethod
     def open(cls, path: str | Path) -> SequenceStore:
@@ -165,6 +174,10 @@ class SequenceStore:
         is_first = offsets[np.searchsorted(offsets, events, side="right") - 1] == events
         previous = times[np.maximum(events - 1 if before is None else before, 0)]
         return time_codes(feature, times[events], np.where(is_first, NO_EVENT, previous))
+
+    def segments(self) -> np.ndarray | None:
+        """uint16 [E]: the append that brought each event, 0 for the first build. None if num_segments is 1."""
+        return self._files[SEGMENT_FILE] if self.num_segments > 1 else None
 
     def gaps(self, events: np.ndarray) -> np.ndarray:
         """int64 [n]: seconds from the event before to each of these events, none of which is a user's first."""
@@ -307,11 +320,18 @@ class SequenceStore:
                             yield file, "a number is infinite"
                     elif values.min() < 0 or values.max() >= self.cardinality(name):
                         yield file, f"values outside [0, {feature.cardinality})"
+        of_segments = () if self.num_segments == 1 else _chunks(self._files[SEGMENT_FILE])
+        if any(int(values.max()) >= self.num_segments for _, values in of_segments):
+            yield SEGMENT_FILE, f"values outside [0, {self.num_segments})"
         if self.num_requests:
             yield from request_problems(self.requests(), offsets, self.sequence(str(self.timestamp_feature)))
 
     def _named(self, role: Role) -> tuple[str, ...]:
         return tuple(name for name, feature in self.features.items() if feature.role == role)
+
+    def _state(self) -> str:
+        content = sorted((file, digest) for file, digest in self.checksums.items() if file != SEGMENT_FILE)
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _check_offsets(self) -> None:
         self._files.check_ends(OFFSETS_FILE, self.num_events)

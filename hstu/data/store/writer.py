@@ -25,6 +25,7 @@ from hstu.data.store.layout import (
     NUMBER_ROLES,
     OFFSETS_FILE,
     REQUEST_FILES,
+    SEGMENT_FILE,
     FeatureMeta,
     Role,
     list_offsets_file,
@@ -62,6 +63,9 @@ class StoreWriter:
         """See SequenceStore.ranges."""
         self.running_statistics: tuple[str, ...] = ()
         """See SequenceStore.running_statistics."""
+        self.earlier_states: tuple[str, ...] = ()
+        """See SequenceStore.lineage: without today's."""
+        self._num_segments = 1
         self._name = name
         self._command = command
         self._resume_key = resume_key
@@ -155,6 +159,11 @@ class StoreWriter:
         for file, begins in ((split_file("valid"), valid), (split_file("test"), test)):
             self._create(file, np.dtype(np.int64), len(begins))[:] = begins
 
+    def create_segments(self, segments: int, length: int) -> np.memmap:
+        """uint16 [length] to fill with the numbers of the appends that brought the events, below ``segments``."""
+        self._num_segments = segments
+        return self._create(SEGMENT_FILE, np.dtype(np.uint16), length)
+
     def create_requests(self, requests: int, candidates: int) -> dict[str, np.memmap]:
         """Arrays to fill, by field of Requests."""
         self._num_requests, self._num_candidates = requests, candidates
@@ -223,6 +232,8 @@ class StoreWriter:
             **({"split": self._split} if self._split else {}),
             **({"ranges": self.ranges} if self.ranges else {}),
             **({"running_statistics": self.running_statistics} if self.running_statistics else {}),
+            **({"earlier_states": self.earlier_states} if self.earlier_states else {}),
+            **({"num_segments": self._num_segments} if self._num_segments > 1 else {}),
             "num_users": self._num_users,
             "num_events": self._arrays[item.file][1],
             "num_requests": self._num_requests,

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,28 @@ def write_toy(target: Path, codes: list[int], cardinality: int = 9, **options: A
         writer.write_offsets(np.array([0, len(codes)]))
         writer.create_sequence("item", "item", cardinality=cardinality, length=len(codes))[:] = codes
         writer.write_vocabulary("user_id", np.array([7]))
+
+
+def test_a_store_says_which_append_brought_an_event_and_which_states_it_had(tmp_path: Path) -> None:
+    for name in ("first", "again"):
+        write_toy(tmp_path / name, [1, 2])
+    first, again = (SequenceStore.open(tmp_path / name) for name in ("first", "again"))
+    assert (first.num_segments, first.segments(), len(first.lineage)) == (1, None, 1)
+    assert first.lineage == again.lineage, "equal content is one state"
+    for segments, problem in (([0, 1, 2], r"segment\.npy is damaged: values outside \[0, 2\)"), ([0, 1, 1], None)):
+        with (
+            pytest.raises(DataError, match=problem) if problem else nullcontext(),
+            StoreWriter(tmp_path / "first", name="toy", command=None, overwrite=True) as writer,
+        ):
+            writer.write_offsets(np.array([0, 3]))
+            writer.create_sequence("item", "item", cardinality=9, length=3)[:] = [1, 2, 3]
+            writer.write_vocabulary("user_id", np.array([7]))
+            writer.create_segments(2, 3)[:] = segments
+            writer.earlier_states = first.lineage
+    write_toy(tmp_path / "at_once", [1, 2, 3])
+    grown, at_once = (SequenceStore.open(tmp_path / name) for name in ("first", "at_once"))
+    assert (grown.num_segments, np.asarray(grown.segments()).tolist()) == (2, [0, 1, 1])
+    assert grown.lineage == (*first.lineage, *at_once.lineage), "segments are no content"
 
 
 def test_a_failing_writer_leaves_nothing_and_the_old_store_as_it_was(tmp_path: Path) -> None:

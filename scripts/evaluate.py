@@ -1,7 +1,8 @@
-"""Evaluate a trained model: a run, a checkpoint or an export, on any split, with any metric of its task.
+"""Evaluate a trained model: a run, a checkpoint or an export, on any split or period, with any metric of its task.
 
 python scripts/evaluate.py --run_dir runs/quickstart
 python scripts/evaluate.py --run_dir runs/quickstart --metrics HR@10,MRR --output test.json --per_user ranks.parquet
+python scripts/evaluate.py --run_dir runs/quickstart --since 1998-04-01 --until 1998-04-08
 torchrun --nproc_per_node 2 scripts/evaluate.py --run_dir runs/a --data tmp_data/newer
 """
 
@@ -14,7 +15,10 @@ import math
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program without a traceback
@@ -27,9 +31,11 @@ from tabulate import tabulate
 
 from hstu.base.errors import EXIT_DONE
 from hstu.base.files import replace_text, written_aside
+from hstu.base.times import as_date
 from hstu.config.cli import tool
+from hstu.data.sampling.samples import Period
 from hstu.observe.logging import progress_log, quiet_libraries
-from hstu.serve.command import add_model_arguments, check_new, load_model, require_model
+from hstu.serve.command import add_model_arguments, check_new, load_model, parse_time, require_model
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import choose_split, evaluate_split
 
@@ -40,6 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.add_argument("--split", help="valid or test; default: the last that the run evaluates")
+    for name, which in (("since", "at or after"), ("until", "before")):
+        parser.add_argument(
+            f"--{name}",
+            type=partial(parse_time, option=f"--{name}"),
+            help=f"instead of a split: each event {which} this time, predicted from what was before it; seconds since "
+            "1970, or a date in UTC such as 2026-01-31T18:00",
+        )
+    parser.add_argument("--first", action="store_true", help="of a period, only the first event of each user")
     parser.add_argument("--metrics", help="metrics of the task, separated by commas; default: those of the run")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument(
@@ -49,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     require_model(parser, options)
+    period = _period(parser, options)
     if options.per_user and options.per_user.suffix not in (".parquet", ".csv"):
         parser.error("--per_user takes the name of a .parquet or .csv file")
     for path in filter(None, (options.output, options.per_user)):
@@ -58,17 +73,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if loaded.mesh.is_main:
         progress_log.setLevel(logging.INFO)
         progress_log.addHandler(logging.StreamHandler())
-    split = choose_split(loaded.with_data(), options.split)
+    split = period or choose_split(loaded.with_data(), options.split)
     metrics = [name for name in options.metrics.split(",") if name] if options.metrics else None
     evaluation = evaluate_split(loaded, split, metrics)
     found, (users, predictions) = evaluation.metrics(), evaluation.counts()
-    groups = evaluation.by_gap(loaded)
+    groups, new = evaluation.by_gap(loaded), evaluation.new_counts() if period else {}
     rows = evaluation.rows(loaded) if options.per_user else None
     if not loaded.mesh.is_main:
         return EXIT_DONE
     data = loaded.with_data().eval_store.path
     seen = ", without the items that a user had before (filter_seen)" if loaded.leaves_out_seen else ""
     print(f"{loaded.checkpoint}\n{split} of {data}: {users:,} users, {predictions:,} predictions{seen}\n")
+    if evaluation.held_out is not None:
+        skipped = evaluation.held_out - predictions
+        why = "no event before" if loaded.dataset.same_second_targets else "none before, or one in the same second"
+        print(f"{evaluation.held_out:,} events, {skipped:,} of them not predicted: {why}")
+        for name, (count, of_new) in new.items():
+            print(f"{count:,} {name.replace('_', ' ')}, {of_new:,} predictions")
+        print()
     print(tabulate(found.items(), headers=("metric", "value"), tablefmt="plain", floatfmt=".4f"))
     if groups:
         kinds = [*dict.fromkeys(name.partition("/")[0] for name in found)][:2]
@@ -81,11 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write = pq.write_table if options.per_user.suffix == ".parquet" else write_csv
             write(rows, aside)
     if options.output:
+        evaluated: dict[str, Any] = {"split": split}
+        if period:
+            counts = {name: {"count": count, "predictions": of_new} for name, (count, of_new) in new.items()}
+            evaluated = {"period": asdict(period), "events": evaluation.held_out, "new": counts}
         document = {
             "checkpoint": str(loaded.checkpoint),
             "model": loaded.version,
             "data": str(data),
-            "split": split,
+            **evaluated,
             "users": users,
             "predictions": predictions,
             "metrics": {name: value if math.isfinite(value) else None for name, value in found.items()},
@@ -93,6 +119,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         replace_text(options.output, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     return EXIT_DONE
+
+
+def _period(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Period | None:
+    """The period that the arguments name, or None. Exits with a usage error if they contradict each other."""
+    if options.since is None and options.until is None:
+        if options.first:
+            parser.error("--first needs --since, --until or both")
+        return None
+    if options.split:
+        parser.error("give --split, or --since and --until")
+    if None not in (options.since, options.until) and options.since >= options.until:
+        parser.error(f"the period is empty: --until {as_date(options.until)} is not after --since")
+    return Period(options.since, options.until, options.first)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def read_ids(file: str) -> list[str]:
     return [line for line in read_text(file).split("\n") if line]
 
 
-def parse_time(text: str) -> int:
-    """Parse the value of --at into seconds since 1970. Raises DataError."""
+def parse_time(text: str, option: str = "--at") -> int:
+    """Parse the value of an option, a time, into seconds since 1970. Raises DataError."""
     if text == "now":
         return int(time.time())
     if text.removeprefix("-").isdecimal():
@@ -131,7 +131,7 @@ def parse_time(text: str) -> int:
         date = datetime.fromisoformat(text)
     except ValueError:
         raise DataError(
-            f"--at: {text!r} is no time; give now, seconds since 1970, or a date such as 2026-01-31T18:00"
+            f"{option}: {text!r} is no time; give now, seconds since 1970, or a date such as 2026-01-31T18:00"
         ) from None
     return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
 

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.hashing import hash_ids
+from hstu.base.times import as_date
 from hstu.config.args import RankingArgs
 from hstu.config.args.task import AT_LAST_EVENT, METRICS_OF_KIND, fits_kind
 from hstu.config.problems import did_you_mean, in_reading_order
 from hstu.config.rules.task import metrics_fit_the_head
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.sampling.samples import Split
+from hstu.data.sampling.samples import Period, Split
 from hstu.data.store.reader import GivenRequests
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.ranking import RankingDense
@@ -34,8 +35,8 @@ from hstu.serve.loaded import LoadedModel
 from hstu.serve.outputs import columns_of, predictions_of
 from hstu.train.builder import build_evaluator
 from hstu.train.corpus import Queries, pair_scores, recommend
-from hstu.train.evaluate import Evaluator, MultiTaskEvaluator, Observations, RetrievalEvaluator
-from hstu.train.inference import InferenceSource
+from hstu.train.evaluate import NEW, Evaluator, MultiTaskEvaluator, Observations, RetrievalEvaluator
+from hstu.train.inference import InferenceSource, items_without_row
 
 PART_USERS = 10_000
 """Users whose vectors are in memory at once."""
@@ -50,6 +51,8 @@ class Evaluation:
     evaluator: Evaluator
     observations: Observations
     """The predictions of this rank."""
+    held_out: int | None = None
+    """Events, or candidates of requests, in the evaluated period. None: a split was evaluated."""
 
     def metrics(self) -> dict[str, float]:
         """Compute the metrics of all predictions; nan for metrics that the data leaves undefined."""
@@ -57,9 +60,18 @@ class Evaluation:
 
     def counts(self) -> tuple[int, int]:
         """(users, predictions) of all ranks."""
-        exchange, users = self.evaluator.exchange, np.unique(self.observations.users)
-        (of_all,) = exchange.to_owners(hash_ids(users, exchange.size), users)
-        counts = exchange.total([len(np.unique(of_all)), len(self.observations)])
+        return self._counts("users", np.ones(len(self.observations), dtype=bool))
+
+    def new_counts(self) -> dict[str, tuple[int, int]]:
+        """For new users, and for new items: (how many there are, predictions) of all ranks."""
+        new = self.evaluator.new_rows(self.observations)
+        return {name: self._counts(NEW[name], rows) for name, rows in new.items()}
+
+    def _counts(self, column: str, rows: np.ndarray) -> tuple[int, int]:
+        """(different values of a column, rows) of all ranks, among ``rows``, bool [N]."""
+        exchange, values = self.evaluator.exchange, np.unique(getattr(self.observations, column)[rows])
+        (of_all,) = exchange.to_owners(hash_ids(values, exchange.size), values)
+        counts = exchange.total([len(np.unique(of_all)), rows.sum()])
         return int(counts[0]), int(counts[1])
 
     def by_gap(self, loaded: LoadedModel) -> dict[str, tuple[int, dict[str, float]]]:
@@ -77,42 +89,67 @@ class Evaluation:
     def rows(self, loaded: LoadedModel) -> pa.Table:
         """On the main rank a row per prediction of all ranks, from which the metrics follow. Others get no rows.
 
-        Columns: user and item. Retrieval: rank and score, if the model reads the time of the request also
-        rank_last_event and score_last_event, and with times gap, the seconds since the event before the item. Ranking:
-        request, the columns of ``predictions_of``, and ``label`` (the action) or ``label_<task>``.
+        Columns: user and item; of a period time, in seconds since 1970. Retrieval: rank and score, if the model reads
+        the time of the request also rank_last_event and score_last_event, and with times gap, the seconds since the
+        event before the item. Ranking: request, the columns of ``predictions_of``, and ``label`` (the action) or
+        ``label_<task>``.
         """
         to_main = np.zeros(len(self.observations), dtype=np.int64)
         each = Observations(*self.evaluator.exchange.to_owners(to_main, *self.observations.columns()))
-        columns: dict[str, np.ndarray] = {}
+        store, columns = loaded.with_data().eval_store, dict[str, np.ndarray]()
+        if self.held_out is not None and loaded.dataset.candidates == "requests":
+            columns["time"] = store.candidate_times(each.events)[0]
+        elif self.held_out is not None:
+            columns["time"] = store.sequence(str(store.timestamp_feature))[each.events]
         if isinstance(self.evaluator, RetrievalEvaluator):
             for kind, ranks, scores in zip(("", f"_{AT_LAST_EVENT}"), each.results.T, each.labels.T, strict=False):
                 columns |= {f"rank{kind}": ranks, f"score{kind}": scores}
             if (gaps := _gaps(loaded, each)) is not None:
                 columns["gap"] = gaps
         else:
-            columns = {"request": each.requests, "label": each.labels}
+            columns |= {"request": each.requests, "label": each.labels}
             if isinstance(self.evaluator, MultiTaskEvaluator):
                 values = torch.from_numpy(columns.pop("label").T)
                 for task in self.evaluator.tasks:
                     columns[f"label_{task.args.task_name}"] = task.labels(values).numpy()
             columns |= columns_of(loaded, each.results)
-        return _table(loaded, loaded.with_data().eval_store, each.users, each.items, columns)
+        return _table(loaded, store, each.users, each.items, columns)
 
 
 def _gaps(loaded: LoadedModel, observations: Observations) -> np.ndarray | None:
     """Seconds since the event before each held-out item, int64 [N]; None for ranking and for data without times."""
     store = loaded.with_data().eval_store
     has_gaps = loaded.config.retrieval is not None and store.timestamp_feature is not None
-    return store.gaps(observations.requests) if has_gaps else None
+    return store.gaps(observations.events) if has_gaps else None
 
 
-def evaluate_split(loaded: LoadedModel, split: Split, metrics: Sequence[str] | None = None) -> Evaluation:
-    """Predict a split. ``metrics``: replace the configured metrics. Collective."""
+def evaluate_split(loaded: LoadedModel, split: Split | Period, metrics: Sequence[str] | None = None) -> Evaluation:
+    """Predict a split, or a period to its end. ``metrics``: replace the configured metrics. Collective.
+
+    New in a period are users without an event before it, and items without one or without a row in the checkpoint.
+    Raises DataError if the data has no events in the period, or no times.
+    """
     config = loaded.config if metrics is None else with_metrics(loaded.config, metrics)
-    source = loaded.with_data()
+    source, held_out = loaded.with_data(), None
+    if isinstance(split, Period):
+        config = replace(config, trainer=replace(config.trainer, max_eval_iters=None))
+        held_out = _held_out(source, split)
     evaluator = build_evaluator(config, source, loaded.model, loaded.mesh)
+    if isinstance(split, Period):
+        new = {} if split.since is None else source.new_since(split.since)
+        no_row = items_without_row(source, loaded.checkpoint)
+        evaluator.newcomers = {**new, "new_items": np.union1d(new.get("new_items", no_row), no_row)}
     with loaded.inference():
-        return Evaluation(evaluator, evaluator.observe(source.eval_batches(split)))
+        return Evaluation(evaluator, evaluator.observe(source.eval_batches(split)), held_out)
+
+
+def _held_out(source: InferenceSource, period: Period) -> int:
+    report, store = source.eval_samples(period).report, source.eval_store
+    if found := report.get("held_out", report.get("candidates", 0)):
+        return found
+    times = store.sequence(str(store.timestamp_feature))
+    first, last = as_date(int(times.min())), as_date(int(times.max()))
+    raise DataError(f"{store.path} has no {period}; it has events from {first} to {last}")
 
 
 def choose_split(source: InferenceSource, split: str | None) -> Split:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from itertools import islice
+from functools import cached_property
+from itertools import chain, islice
 from typing import Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ReduceOp
 
 from hstu.base.hashing import hash_ids
 from hstu.config.args import RankingArgs, RetrievalArgs
@@ -43,6 +45,12 @@ log = logging.getLogger(__name__)
 
 GATHERED_ROWS = 1 << 20
 """Most predictions of all ranks that each gathers, to compute the metrics of one process bit for bit."""
+ROUND_NUMBERS = 1 << 22
+"""Seen items of the queries that a rank ranks at once, about 0.5 GiB with what the ranking adds. Each round embeds the
+corpus. A query counts as _NUMBERS_PER_QUERY of them."""
+_NUMBERS_PER_QUERY = 32
+NEW = {"new_users": "users", "new_items": "items"}
+"""Name in ``BatchSource.newcomers`` → column of Observations."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +64,14 @@ class Observations:
     history: np.ndarray
     """int64 [N]: number of events before the item that the model reads."""
     requests: np.ndarray
-    """int64 [N]: a number that is unique per sequence; in retrieval the row of the held-out event in the store."""
+    """int64 [N]: a number that is unique per sequence."""
     results: np.ndarray
     """Ranking: float32 [N, width], predictions. Retrieval: float64 [N, queries], ranks of held-out items. The queries
     are at the time of the request and, if the model reads that time, at the time of the last event."""
     labels: np.ndarray
     """Ranking: int64 [N] actions, or float32 [N, L] like HSTUBatch.label_values. Retrieval: scores, like results."""
+    events: np.ndarray
+    """int64 [N]: the labelled or held-out event in the store, or the candidate of a request; -1 if unknown."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -85,6 +95,7 @@ def of_ranking(
     starts = np.cumsum(batch.item_lengths) - num_labels
     # Candidates do not attend to each other: each has the history before the first candidate.
     history = np.minimum(first[sequence] + index, (batch.item_lengths - batch.num_candidates_host)[sequence])
+    oldest = None if batch.target_events is None else batch.target_events.numpy() - num_labels + 1
     return Observations(
         users=batch.user_ids.numpy()[sequence],
         items=batch.features[item_feature].values().numpy()[ranges(starts, num_labels)],
@@ -92,6 +103,7 @@ def of_ranking(
         requests=requests[sequence],
         results=predictions.astype(np.float32),
         labels=labels,
+        events=np.full_like(index, -1) if oldest is None else oldest[sequence] + index,
     )
 
 
@@ -106,6 +118,11 @@ class Evaluator(ABC):
         self.between_batches: Callable[[], None] = lambda: None
         """Called on all ranks before every batch and every chunk of the corpus; may raise on all ranks."""
 
+    @cached_property
+    def newcomers(self) -> Mapping[str, np.ndarray]:
+        """See BatchSource. Their metrics stand apart, as HR@10/new_users, where there are any. May be replaced."""
+        return {}
+
     def evaluate(self, batches: Iterable[HSTUBatch]) -> dict[str, float]:
         """Metrics over the batches of all ranks."""
         return self.metrics_of_all(self.observe(batches))
@@ -115,16 +132,28 @@ class Evaluator(ABC):
         """This rank's predictions for its batches. Collective."""
 
     def metrics_of_all(self, observations: Observations) -> dict[str, float]:
-        """Metrics of the predictions of all ranks. Collective."""
+        """Metrics of the predictions of all ranks, and of those for each of ``newcomers``. Collective."""
+        exchange = ALONE
         if self.exchange.total(len(observations)) <= GATHERED_ROWS:
-            return self.metrics(Observations(*map(self.exchange.gathered, observations.columns())))
-        owners = hash_ids(observations.users, self.exchange.size)
-        of_users = Observations(*self.exchange.to_owners(owners, *observations.columns()))
-        return self.metrics(of_users, self.exchange)
+            observations = Observations(*map(self.exchange.gathered, observations.columns()))
+        else:
+            exchange, owners = self.exchange, hash_ids(observations.users, self.exchange.size)
+            observations = Observations(*exchange.to_owners(owners, *observations.columns()))
+        found = self.metrics(observations, exchange)
+        for group, is_new in self.new_rows(observations).items():
+            if exchange.total(is_new.sum()):
+                for name, value in self.metrics(observations.select(is_new), exchange).items():
+                    metric, clock, _ = name.partition(f"/{AT_LAST_EVENT}")
+                    found[f"{metric}/{group}{clock}"] = value
+        return found
 
     @abstractmethod
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
         """Compute metrics of the observations of all ranks of ``exchange``; those of a user are on one of them."""
+
+    def new_rows(self, observations: Observations) -> dict[str, np.ndarray]:
+        """Each of ``newcomers`` → whether the observations are of new users, or of new items: bool [N]."""
+        return {group: np.isin(getattr(observations, NEW[group]), new) for group, new in self.newcomers.items()}
 
     def forward(self, batch: HSTUBatch) -> ModelOutput:
         """Output for a batch on the host, computed by this rank or by its tensor- and context-parallel group."""
@@ -146,7 +175,8 @@ class LabelledItemEvaluator(Evaluator):
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
         """See Evaluator."""
         nothing = np.zeros(0, dtype=np.int64)
-        found = [Observations(nothing, nothing, nothing, nothing, np.zeros((0, 1), dtype=np.float32), nothing)]
+        no_results = np.zeros((0, 1), dtype=np.float32)
+        found = [Observations(nothing, nothing, nothing, nothing, no_results, nothing, nothing)]
         requests_before = 0
         with evaluation_mode(self.model):
             for batch in self._limited(batches):
@@ -211,24 +241,32 @@ class RetrievalEvaluator(Evaluator):
         self.source = source
         self._warnings: set[str] = set()
 
+    @cached_property
+    def newcomers(self) -> Mapping[str, np.ndarray]:
+        """See Evaluator."""
+        return self.source.newcomers
+
     def observe(self, batches: Iterable[HSTUBatch]) -> Observations:
         """See Evaluator. The corpus loses a user's ``seen`` items, also the held-out item: it is then a miss."""
-        corpus = self.corpus()
+        corpus, found, num_seen, pending = self.corpus(), [], 0, self._limited(batches)
+        rounds = chain([pending], (chain([batch], pending) for batch in pending))
         with evaluation_mode(self.model):
-            queries, clocks, events, history = self._collect_queries(self._limited(batches), corpus.ids.device)
-            found = target_ranks(queries, corpus, self.exchange)
-        ranks, scores = (each.reshape(clocks, len(events)).T for each in found)
-        users, targets, is_seen = (
-            each[: len(events)] for each in (queries.user_ids, queries.targets, queries.is_target_seen)
-        )
-        missed, targets_of_all = self.exchange.total([is_seen.sum(), len(events)])
+            for some in rounds:
+                queries, clocks, events, history = self._collect_queries(some, corpus.ids.device)
+                of_targets = target_ranks(queries, corpus, self.exchange)
+                ranks, scores = (each.reshape(clocks, len(events)).T for each in of_targets)
+                users, targets = queries.user_ids[: len(events)], queries.targets[: len(events)]
+                found.append(Observations(users, targets, history, events, ranks, scores, events))
+                num_seen += queries.is_target_seen[: len(events)].sum()
+        observations = Observations(*map(np.concatenate, zip(*(each.columns() for each in found), strict=True)))
+        missed, targets_of_all = self.exchange.total([num_seen, len(observations)])
         if missed:
             why = "are items that their user had before, which filter_seen = True leaves out: they count as misses"
             warning = f"eval: {missed} of {targets_of_all} targets {why}"
             if warning not in self._warnings:  # once per split, not at each evaluation
                 log.warning(warning)
             self._warnings.add(warning)
-        return Observations(users, targets, history, events, ranks, scores)
+        return observations
 
     def _collect_queries(
         self, batches: Iterable[HSTUBatch], device: torch.device
@@ -236,7 +274,9 @@ class RetrievalEvaluator(Evaluator):
         """Queries of this rank, the number per user, rows of the held-out events and lengths of histories, int64 [U].
 
         The U queries at the time of the request come before the U at the time of the last event, if there are any.
+        Leaves the rest of the batches where a rank has collected ROUND_NUMBERS.
         """
+        collected = 0
         vectors: list[Tensor] = [torch.zeros((1, 0, 1), device=device)]
         users, targets, events, seen, seen_lengths, history = ([np.zeros(0, dtype=np.int64)] for _ in range(6))
         for batch in batches:
@@ -252,6 +292,9 @@ class RetrievalEvaluator(Evaluator):
             else:  # padding rows have no seen items
                 seen.append(on_host(batch.seen.values))
                 seen_lengths.append(on_host(batch.seen.lengths)[real])
+            collected += len(real) * _NUMBERS_PER_QUERY + int(seen_lengths[-1].sum())
+            if self.exchange.total(collected, ReduceOp.MAX) >= ROUND_NUMBERS:
+                break
         joined = torch.cat(vectors[1:] or vectors, dim=1)
         arrays = (np.tile(np.concatenate(parts), len(joined)) for parts in (users, targets, seen, seen_lengths))
         return Queries(joined.flatten(0, 1), *arrays), len(joined), np.concatenate(events), np.concatenate(history)
@@ -262,17 +305,11 @@ class RetrievalEvaluator(Evaluator):
         return queries.float()
 
     def metrics(self, observations: Observations, exchange: Exchange = ALONE) -> dict[str, float]:
-        """See Evaluator. Those of targets that are new to training stand apart, where there are any."""
-        groups = {"": np.ones(len(observations), dtype=bool)}
-        for group, new in self.source.newcomers.items():
-            is_new = np.isin(observations.users if group == "new_users" else observations.items, new)
-            if exchange.total(is_new.sum()):
-                groups[f"/{group}"] = is_new
+        """See Evaluator."""
         return {
-            f"{name}{group}{clock}": value
+            f"{name}{clock}": value
             for ranks, clock in zip(observations.results.T, ("", f"/{AT_LAST_EVENT}"), strict=False)
-            for group, rows in groups.items()
-            for name, value in retrieval_metrics(self.args.eval_metrics, ranks[rows], exchange).items()
+            for name, value in retrieval_metrics(self.args.eval_metrics, ranks, exchange).items()
         }
 
     def corpus(self, ids: np.ndarray | None = None) -> Corpus:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 
 from hstu.base.errors import DataError
+from hstu.base.ids import codes_of
+from hstu.base.times import as_date
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
@@ -105,17 +106,10 @@ def asked_at(batches: Iterable[HSTUBatch], at: int | Sequence[int]) -> Iterator[
         if len(late := np.flatnonzero(events > asked)):
             time, newest = int(asked[late[0]]), int(events[late].max())
             raise DataError(
-                f"recommendations are asked for at {_as_date(time)}, and a history has an event at {_as_date(newest)}, "
+                f"recommendations are asked for at {as_date(time)}, and a history has an event at {as_date(newest)}, "
                 "which is later; give a later time, or leave out what comes after it"
             )
         yield replace(batch, request_times=torch.from_numpy(own))
-
-
-def _as_date(seconds: int) -> str:
-    try:
-        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
-    except (OverflowError, ValueError, OSError):
-        return f"second {seconds}"
 
 
 def describe_features(source: BatchSource) -> dict[str, Any]:
@@ -142,6 +136,17 @@ def with_room(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int])
         table if isinstance(table, DynamicEmbeddingArgs) else replace(table, item_vocab_size_or_capacity=rows(table))
         for table in tables
     )
+
+
+def items_without_row(source: StoreSource, checkpoint: Path) -> np.ndarray:
+    """Model ids of the items of the data that a checkpoint has no row for, as far as it stores ids; int64 [n]."""
+    item, ids = source.roles.item, source.item_ids()
+    if (stored := RawIds.from_stored(open_tensors(checkpoint), [item]).decoded(item)) is not None:
+        return np.flatnonzero(codes_of(source.store.raw_ids(item), stored) < 0)
+    if ids is None:
+        return np.zeros(0, dtype=np.int64)
+    table = next(name for name, each in read_metadata(checkpoint)["tables"].items() if item in each["features"])
+    return np.setdiff1d(ids, np.concatenate([part.ids for part in read_tables(checkpoint)[table]]))
 
 
 def zero_spare_rows(state: TrainState, source: BatchSource) -> None:

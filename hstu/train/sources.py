@@ -25,7 +25,15 @@ from hstu.data.features.roles import benchmark_roles, check_numbers, recoding_of
 from hstu.data.features.values import LabelColumn, check_labels, training_statistics
 from hstu.data.sampling.negatives import count_items
 from hstu.data.sampling.sampler import MOST_LISTED, BatchPlan, EvalSampler, SamplerPosition
-from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_requests, check_split, require_requests
+from hstu.data.sampling.samples import (
+    Period,
+    SampleTable,
+    Split,
+    build_samples,
+    check_requests,
+    check_split,
+    require_requests,
+)
 from hstu.data.store.layout import OFFSETS_FILE, NumberStatistics
 from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
 from hstu.data.store.sequence_store import SequenceStore
@@ -57,7 +65,7 @@ class StoreSource(BatchSource):
         self._open() if mesh is None else on_all_ranks(self._open, mesh.world_group)
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
-        self._eval_samples: dict[Split, SampleTable] = {}
+        self._eval_samples: dict[Split | Period, SampleTable] = {}
         self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
         self.plan_training(SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels))
@@ -172,12 +180,24 @@ class StoreSource(BatchSource):
             pin_memory=self._pin_memory,
         )
 
-    def eval_batches(self, split: Split) -> Iterator[HSTUBatch]:
-        """See BatchSource."""
-        trainer = self._config.trainer
-        if split not in self._eval_samples:  # every evaluation uses the same samples
+    def eval_samples(self, split: Split | Period) -> SampleTable:
+        """The samples of a part of ``eval_store``. Every evaluation uses the same. Collective."""
+        if split not in self._eval_samples:
             self._eval_samples[split] = self._samples(split)
-        samples = self._eval_samples[split]
+        return self._eval_samples[split]
+
+    def new_since(self, time: int) -> Mapping[str, np.ndarray]:
+        """What has no event before ``time``, in seconds since 1970, in ``eval_store``; named as ``newcomers``."""
+        store, item = self.eval_store, self.roles.item
+        known = np.zeros(store.cardinality(item), dtype=bool)
+        known[store.sequence(item)[store.sequence(str(store.timestamp_feature)) < time]] = True
+        codes, first = np.flatnonzero(~known), Period(time).held_out(store)[0]
+        items = self._recoding[item][codes] if item in self._recoding else store.model_ids(item, codes)
+        return {"new_users": np.flatnonzero(first == store.offsets()[:-1]), "new_items": items}
+
+    def eval_batches(self, split: Split | Period) -> Iterator[HSTUBatch]:
+        """See BatchSource."""
+        trainer, samples = self._config.trainer, self.eval_samples(split)
         collator = self._collator(self.eval_store, samples)
         sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._rank, self._world_size)
         progress = Progress(f"eval {split}: batches", min(len(sampler), trainer.max_eval_iters or len(sampler)))
@@ -222,17 +242,18 @@ class StoreSource(BatchSource):
         # Without held-out validation items the published protocol always evaluates on the last item.
         return (("valid",), ("valid", "test")) if self._args.valid_items else (("test",), ("test",))
 
-    def _samples(self, split: Split) -> SampleTable:
+    def _samples(self, split: Split | Period) -> SampleTable:
         store = self.store if split == "train" else self.eval_store
-        kind: Split = "all" if split != "train" and self._args.eval_dataset_path else split
+        is_second = split in ("valid", "test") and self._args.eval_dataset_path is not None
+        kind: Split | Period = "all" if is_second else split
         build = partial(build_samples, store, self._args, self._config.task, kind, self._config.trainer.seed)
         samples = once_per_host(lambda: build().compact(), self._mesh, f"samples, {split}")
         report = dict(samples.report)
-        if self._is_cut_in_time and samples.target is not None:
+        if self._is_cut_in_time and split in ("valid", "test"):
             items = store.model_ids(self.roles.item, store.sequence(self.roles.item)[samples.target])
             of_targets = {"new_users": samples.user, "new_items": items}
             report |= {name: int(np.isin(of_targets[name], new).sum()) for name, new in self.newcomers.items()}
-        if split == "train" or store.split is not None or self._is_cut_in_time:
+        if split not in ("valid", "test") or store.split is not None or self._is_cut_in_time:
             log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in report.items()))
         return samples
 
@@ -259,6 +280,7 @@ class StoreSource(BatchSource):
             window_seed=trainer.seed if training and self._args.has_random_windows else None,
             ties_seed=trainer.seed if training and self._args.shuffle_ties else None,
             hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
+            wants_label_events=not training,
         )
         assembler = Assembler(
             batch_size or (trainer.sequences_per_iteration if training else trainer.eval_batch_size),

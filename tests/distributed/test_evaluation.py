@@ -111,7 +111,7 @@ def received(mesh: Mesh, count: int, gathered_rows: int) -> dict[str, Any]:
         return counted
 
     users, scores, labels = rng.integers(0, 400, count), rng.normal(size=count), rng.integers(0, 2, count)
-    rows = Observations(users, users, users, users, scores.astype(np.float32), labels).select(
+    rows = Observations(users, users, users, users, scores.astype(np.float32), labels, users).select(
         np.arange(mesh.rank, count, mesh.world_size)
     )
     patches = {name: counting(name) for name in COLLECTIVES}

@@ -153,7 +153,7 @@ class HSTUBatch(TensorGroup):
     asks_for_next: Tensor | None = _per("sequence", default=None)
     """bool [B]: see build_layout. Only in training with DatasetArgs.query_time = "either"."""
     target_events: Tensor | None = _per("sequence", default=None)
-    """int64 [B]: rows of the held-out events in the store, 0 for padding. Only in retrieval evaluation."""
+    """int64 [B]: ``SampleTable.newest_labels`` in the store, 0 for padding. Only in evaluation."""
     items: ItemColumns = field(default_factory=ItemColumns)
     negatives: BatchNegatives = field(default_factory=BatchNegatives)
     seen: SeenIds | None = None

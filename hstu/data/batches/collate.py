@@ -59,7 +59,7 @@ class Rows:
     request_times: np.ndarray | None = None
     """Retrieval evaluation: the times of the target events, [b], in seconds."""
     target_events: np.ndarray | None = None
-    """Retrieval evaluation: rows of the target events in the store, [b]."""
+    """Evaluation: ``SampleTable.newest_labels``, [b]."""
     seen: tuple[np.ndarray, np.ndarray] | None = None
     """SeenIds.values and lengths, [b]."""
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.hashing import hash_strings, random_bits
+from hstu.base.times import as_date
 from hstu.config.args import Args, DatasetArgs, Task
 from hstu.config.option import is_given, located
 from hstu.data.batches.jagged import run_indices
@@ -17,6 +18,35 @@ from hstu.data.store.layout import HeldOut
 from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore
 
 Split = Literal["train", "valid", "test", "all"]
+
+
+@dataclass(frozen=True)
+class Period:
+    """The events of [since, until), in seconds since 1970, as a part to evaluate; None: no bound on this side."""
+
+    since: int | None = None
+    until: int | None = None
+    first_only: bool = False
+    """Only each user's first event of the period."""
+
+    def __str__(self) -> str:
+        bounds = (("since", self.since), ("until", self.until))
+        shown = [f"{name} {as_date(time)}" for name, time in bounds if time is not None]
+        return " ".join(["first events" if self.first_only else "events", *shown])
+
+    def is_within(self, times: np.ndarray) -> np.ndarray:
+        """Whether times, int64 [n], lie in the period: bool [n]."""
+        after = True if self.since is None else times >= self.since
+        return np.broadcast_to(after & (True if self.until is None else times < self.until), times.shape)
+
+    def held_out(self, store: SequenceStore) -> tuple[np.ndarray, np.ndarray]:
+        """(first, one past the last), int64 [U] each: the events of each user. Raises DataError without times."""
+        if store.timestamp_feature is None:
+            raise DataError(f"{store.path} has no times, so no period of it can be evaluated; evaluate a split")
+        offsets = np.asarray(store.offsets())
+        begin = offsets[:-1] if self.since is None else _events_from(store, self.since)
+        stop = offsets[1:] if self.until is None else _events_from(store, self.until)
+        return begin, np.minimum(stop, begin + 1) if self.first_only else stop
 
 
 @dataclass(frozen=True)
@@ -53,6 +83,13 @@ class SampleTable:
         """First event of each sample."""
         return self.stop - self.lengths + (0 if self.request is None else self.num_candidates)
 
+    @property
+    def newest_labels(self) -> np.ndarray:
+        """The target or, in ranking, the newest label of each sample: an event or, with ``request``, a candidate."""
+        if self.target is not None:
+            return self.target
+        return (self.stop if self.first_candidate is None else self.first_candidate + self.num_candidates) - 1
+
     def take(self, rows: np.ndarray) -> SampleTable:
         """These samples, in int64."""
         return self._map(lambda values: values[rows].astype(np.int64))
@@ -82,7 +119,7 @@ class _Runs:
         return self.stop - self.begin
 
 
-def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Split, seed: int) -> SampleTable:
+def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Split | Period, seed: int) -> SampleTable:
     """The samples of one split. Users with too few events for a sample are dropped and counted in the report.
 
     leave_one_out: training leaves out the last 1 + valid_items events of each user. "test" predicts the last event,
@@ -96,7 +133,8 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     events, and only later events are labelled. Both splits need one event more than candidates.
 
     A split that the data defines (SequenceStore.split) replaces these. Training uses the events before the first valid
-    or test event. Each event of "valid" and "test" is a retrieval target, or a label of one ranking sample.
+    or test event. Each event of "valid" and "test" is a retrieval target, or a label of one ranking sample. A Period is
+    evaluated in the same way, whatever is trained on.
 
     "all": every user, unsplit (ranking on a second store). With window_stride, a long training history gives several
     samples. With candidates = "requests", a sample is a request. Raises ConfigError for a split in time of data without
@@ -107,8 +145,8 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     runs = _Runs(np.arange(store.num_users, dtype=np.int64), offsets[:-1], offsets[1:])
     if args.candidates == "requests":
         return _of_requests(store, args, split, seed)
-    if store.split is not None and split != "all":
-        return _of_given_split(store, runs, args, task, split)
+    if isinstance(split, Period) or (store.split is not None and split != "all"):
+        return _of_held_out(store, runs, args, task, split)
     if task == "retrieval":
         tested = _cut_events(store, args.train_fraction) if args.split == "time" else runs.stop - 1
         if split == "train":
@@ -232,7 +270,7 @@ def _users_before(store: SequenceStore, args: DatasetArgs) -> tuple[int, int]:
     return round(args.train_fraction * store.num_users), validated
 
 
-def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> SampleTable:
+def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split | Period, seed: int) -> SampleTable:
     """The requests of a split, in parts of at most max_num_candidates. With "time", train_fraction precede the cut."""
     requests, offsets = store.requests(), np.asarray(store.offsets())
     ends = requests.history_ends
@@ -240,6 +278,10 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split, seed: in
     _require(store, bool(is_within.all() and (requests.sizes > 0).all()), "requests")
     if split == "all":
         chosen = np.arange(len(requests))
+    elif isinstance(split, Period):
+        chosen = np.flatnonzero(split.is_within(requests.times))
+        if split.first_only:
+            chosen = chosen[np.unique(requests.users[chosen], return_index=True)[1]]
     elif args.split != "time":
         chosen = np.flatnonzero(_users_of_split(store, args, split, seed)[requests.users])
     else:
@@ -289,16 +331,23 @@ def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
         raise ConfigError('DatasetArgs.split = "time" needs timestamps, and the data has none; use another split')
     times = store.sequence(store.timestamp_feature)
     middle = min(int(fraction * len(times)), len(times) - 1)
-    cut = np.partition(times, middle)[middle]
+    return _events_from(store, int(np.partition(times, middle)[middle]))
+
+
+def _events_from(store: SequenceStore, time: int) -> np.ndarray:
+    """int64 [U]: each user's first event at or after ``time``, or the end of the user's events."""
+    later = np.flatnonzero(store.sequence(str(store.timestamp_feature)) >= time)
     # Events are in time order within a user, so the later events are the last ones.
-    num_later = np.diff(np.searchsorted(np.flatnonzero(times >= cut), store.offsets()))
-    return np.asarray(store.offsets()[1:] - num_later, dtype=np.int64)
+    return np.asarray(store.offsets()[1:] - np.diff(np.searchsorted(later, store.offsets())), dtype=np.int64)
 
 
-def _of_given_split(
-    store: SequenceStore, runs: _Runs, args: DatasetArgs, task: Task, split: Literal["train"] | HeldOut
+def _of_held_out(
+    store: SequenceStore, runs: _Runs, args: DatasetArgs, task: Task, split: Literal["train"] | HeldOut | Period
 ) -> SampleTable:
-    begin, stop = store.held_out("valid" if split == "train" else split)
+    if isinstance(split, Period):
+        begin, stop = split.held_out(store)
+    else:
+        begin, stop = store.held_out("valid" if split == "train" else split)
     is_within = (runs.begin <= begin) & (begin <= stop) & (stop <= runs.stop)
     _require(store, bool(is_within.all()), "bounds of its splits")
     if split == "train":
@@ -309,7 +358,8 @@ def _of_given_split(
     else:
         rows, place = run_indices(stop - begin)
         samples = _with_target(store, runs.select(rows), begin[rows] + place, args)
-    return replace(samples, report=samples.report | {"users": int((stop > begin).sum())})
+    counts = {"users": int((stop > begin).sum()), "held_out": int((stop - begin).sum())}
+    return replace(samples, report=samples.report | counts)
 
 
 def _windows(runs: _Runs, begin: np.ndarray, args: DatasetArgs, step: int, is_training: bool) -> SampleTable:

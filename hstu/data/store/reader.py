@@ -44,6 +44,8 @@ class StoreReader:
     """Seed that shuffles events of equal times in training samples, see shuffled_ties. None: the order of the file."""
     hard_negatives: int = field(default=0, kw_only=True)
     """Hard negatives per label: items that its user was shown and did not take."""
+    wants_label_events: bool = field(default=False, kw_only=True)
+    """Give ``SampleTable.newest_labels`` as the target events of samples without a target."""
 
     def __post_init__(self) -> None:
         if self.wants_timestamps and self.store.timestamp_feature is None:
@@ -89,7 +91,7 @@ class StoreReader:
             hard_negatives=self._hard_negatives(items, lengths, ends, labels_with_history(num_labels, lengths)),
             held_out=held_out,
             request_times=request_times,
-            target_events=samples.target,
+            target_events=samples.newest_labels if self.wants_label_events else samples.target,
             seen=seen,
         )
 

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -13,16 +15,21 @@ import torch
 from torch import Tensor
 
 from hstu import api
+from hstu.base.errors import DataError
+from hstu.data.sampling.samples import Period
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.loaded import LoadedModel, with_store
 from hstu.serve.predict import evaluate_split
 from scripts import evaluate
 from tests.conftest import write_small_store
+from tests.distributed.launch import run_cases
 from tests.train.tiny import enlarge, run, skip_measuring_the_peak, tiny_config
 
 USERS, EVENTS, ITEMS = 40, 7, 30
 GAPS = np.array([0, 30, 2_000, 50_000, 900_000])
+LAST = np.arange(EVENTS - 1, USERS * EVENTS, EVENTS)
+"""The last event of each user."""
 
 
 def write_store(path: Path, attack: str = "") -> SequenceStore:
@@ -36,6 +43,8 @@ def write_store(path: Path, attack: str = "") -> SequenceStore:
         items[:, -1], actions[:, -2:], times[:, -1] = rng.integers(0, ITEMS, USERS), 3, times[:, -1] + 7_000
     elif attack == "time":
         times[:, -2:] += 70_000
+    elif attack == "last day":
+        times[:, -1] = times.max() + 86_400
     elif attack == "item":
         items[:, -2] = rng.integers(0, ITEMS, USERS)
     lists = {"actions": actions.tolist(), "timestamps": times.tolist()}
@@ -60,12 +69,14 @@ def path(mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
     yield finished.path
 
 
-def own_evaluation(path: Path, mesh: Mesh) -> pd.DataFrame:
-    """Ranks of the last items, told the time and not, from nothing but vectors and the columns of the store."""
-    model = api.load(path, mesh=mesh)
+def own_evaluation(path: Path, mesh: Mesh, targets: np.ndarray = LAST) -> pd.DataFrame:
+    """Ranks of these events' items, told the time and not, from nothing but vectors and the columns of the store."""
+    model, ends = api.load(path, mesh=mesh), targets + 1
     items, times = (np.asarray(model.store.sequence(name)) for name in ("item_id", "timestamp"))
-    ends = np.asarray(model.store.offsets())[1:]
-    histories = [history.cut(slice(0, -1)) for history in model.histories_of(np.arange(len(ends)))]
+    histories = [
+        history.cut(slice(0, place))
+        for history, place in zip(model.histories_of(targets // EVENTS), targets % EVENTS, strict=True)
+    ]
     corpus, columns = model.item_embeddings().numpy().astype(np.float64), {"gap": times[ends - 1] - times[ends - 2]}
     for suffix, at in (("", times[ends - 1].tolist()), ("_last_event", None)):
         vectors = model.user_vectors(model.encoder.batches(histories), at).numpy().astype(np.float64)
@@ -73,7 +84,7 @@ def own_evaluation(path: Path, mesh: Mesh) -> pd.DataFrame:
         for vector, end in zip(vectors, ends, strict=True):
             scores = corpus @ vector
             target = scores[items[end - 1]]
-            scores[items[end - EVENTS : end - 1]] = -np.inf
+            scores[items[(end - 1) // EVENTS * EVENTS : end - 1]] = -np.inf
             ranks.append(1 + (scores > target).sum())
         columns[f"rank{suffix}"] = np.array(ranks)
     return pd.DataFrame(columns)
@@ -114,6 +125,67 @@ def test_an_evaluator_of_ones_own_finds_both_numbers_and_the_table_of_gaps(
     assert written["metrics"] == json.loads((path / "summary.json").read_text())["last_metrics"]["test"]
     printed = capsys.readouterr().out.split("By the time since the event before:")[1]
     assert printed.split()[:6] == ["gap", "targets", "HR@5", "NDCG@5", "HR@5/last_event", "NDCG@5/last_event"]
+
+
+Told = dict[tuple[int, int], tuple[int, ...]]
+"""(user, item) → time, and rank by both clocks."""
+
+
+def of_period(mesh: Mesh, path: Path, period: Period, round_numbers: int) -> tuple[dict[str, float], Any, Told]:
+    """Metrics of a period, what is new in it and, on the main rank, its targets."""
+    model = LoadedModel.load(path, mesh=mesh)
+    with mock.patch("hstu.train.evaluate.ROUND_NUMBERS", round_numbers):
+        found = evaluate_split(model, period)
+    rows = found.rows(model).select(["user", "item", "time", "rank", "rank_last_event"]).to_pylist()
+    return found.metrics(), found.new_counts(), {(user, item): (*told,) for user, item, *told in map(dict.values, rows)}
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_each_event_of_a_period_is_found_from_what_was_before_it(path: Path, mesh: Mesh, first: bool) -> None:
+    store, (since, until) = api.load(path, mesh=mesh).store, (10**6 + 40, 2 * 10**6)
+    times, items = (np.asarray(store.sequence(name)) for name in ("timestamp", "item_id"))
+    within, before = np.flatnonzero((times >= since) & (times < until)), np.flatnonzero(times < since)
+    within = within[np.unique(within // EVENTS, return_index=True)[1]] if first else within
+    targets = within[within % EVENTS > 0]
+    users, items = targets // EVENTS, items[targets]
+    own = own_evaluation(path, mesh, targets)
+    new = {
+        "/new_users": ~np.isin(users, before // EVENTS),
+        "/new_items": ~np.isin(items, store.sequence("item_id")[before]),
+    }
+    assert len(within) > len(targets) > 20 and new["/new_items"].any() and new["/new_users"].any() != first
+    metrics = {
+        f"{name}{group}{clock}": value
+        for column, clock in (("rank", ""), ("rank_last_event", "/last_event"))
+        for group, rows in {"": own.index >= 0, **new}.items()
+        for name, value in (means(own[column][rows]) if rows.any() else {}).items()
+    }
+    counts = {
+        f"new_{name}": (len(np.unique(ids[new[f"/new_{name}"]])), new[f"/new_{name}"].sum())
+        for name, ids in (("users", users), ("items", items))
+    }
+    told = zip(times[targets], own["rank"], own["rank_last_event"], strict=True)
+    rows = dict(zip(zip(100 + users, 1000 + items, strict=True), told, strict=True))
+    case = partial(of_period, path=path, period=Period(since, until, first))
+    cases = {name: partial(case, round_numbers=size) for name, size in (("at once", 1 << 22), ("in rounds", 300))}
+    of_ranks = run_cases(2, cases)
+    for name, one in cases.items():
+        for found in (one(mesh), *(rank[name] for rank in of_ranks)):
+            assert found[0] == pytest.approx(metrics, rel=1e-12) and found[1] == counts
+            assert found[2] == rows or found is of_ranks[1][name]
+
+
+def test_the_last_events_are_predicted_as_those_of_leave_one_out(path: Path, mesh: Mesh, tmp_path: Path) -> None:
+    model = LoadedModel.load(path, mesh=mesh)
+    store = write_store(tmp_path / "store", "last day")
+    other = LoadedModel.restore(with_store(model.config, store.path), model.checkpoint, mesh)
+    last = int(store.sequence("timestamp").max())
+    found, expected = (evaluate_split(other, part) for part in (Period(last, last + 1), "test"))
+    for one, same in zip(found.observations.columns(), expected.observations.columns(), strict=True):
+        assert np.array_equal(one, same)
+    assert found.metrics() == expected.metrics() and found.held_out == USERS
+    with pytest.raises(DataError, match="has no events since 2096-10-02 07:06:40 UTC; it has"):
+        evaluate_split(other, Period(4 * 10**9))
 
 
 def test_newcomers_stand_apart_in_all_targets_and_not_by_gap(

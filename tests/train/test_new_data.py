@@ -17,8 +17,10 @@ from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.data.preprocess import InteractionColumns, import_interactions
+from hstu.data.sampling.samples import Period
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from hstu.serve.predict import evaluate_split
 from tests.train.tiny import ITEMS, FinishedRun, run, tables_of, tiny_config, walks
 
 SAVES = {"ckpt_save_interval": 1000, "max_train_iters": 60}
@@ -115,6 +117,8 @@ def test_what_is_new_is_reported_and_has_rows_of_zeros(old: FinishedRun, mesh: M
     ]
     norms = trained.item_embeddings().norm(dim=1)
     names = trained.store.raw_ids("what")
+    newcomers = evaluate_split(trained, Period(until=10**6)).evaluator.newcomers
+    assert set(names[newcomers["new_items"]]) == {"another", "item 04,new"}
     assert set(names[(norms == 0).numpy()]) == {"another", "item 04,new"}
     torch.testing.assert_close(norms[norms > 0], torch.ones(ITEMS))
     zoe, new = trained.recommend(["a zoë", "b new"], top=20)

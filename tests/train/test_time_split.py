@@ -13,7 +13,7 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import DatasetArgs
 from hstu.config.rules import validate
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.data.sampling.samples import Split, build_samples
+from hstu.data.sampling.samples import Period, Split, build_samples
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
@@ -82,6 +82,24 @@ def test_samples_and_targets_equal_a_plain_reference(valid_items: int, split: Sp
     histories = [list(range(*bounds)) for bounds in zip(samples.start, samples.stop, strict=True)]
     found = dict(zip(samples.user.tolist(), zip(histories, targets, strict=True), strict=True))
     assert found == expected(valid_items, split) and len(found) > 10
+
+
+@pytest.mark.parametrize(("candidates", "first"), [(0, False), (0, True), (2, False)])
+def test_a_period_labels_each_event_once_after_as_much_history_as_fits(
+    candidates: int, first: bool, cut_store: SequenceStore
+) -> None:
+    args = DatasetArgs(dataset_name="toy", max_sequence_length=6, max_num_candidates=candidates)
+    rows, since, until = events(), 1_000_150, 1_000_400
+    chosen = rows[(rows.time >= since) & (rows.time < until)]
+    chosen = chosen.groupby("user").head(1) if first else chosen
+    chosen = chosen[chosen.place > 0] if candidates else chosen
+    samples = build_samples(cut_store, args, "ranking", Period(since, until, first), seed=0)
+    labelled = [np.arange(stop - count, stop) for stop, count in zip(samples.stop, samples.num_labels, strict=True)]
+    assert sorted(np.concatenate(labelled)) == chosen.index.tolist() and len(chosen) > 15
+    assert samples.report["held_out"] >= len(chosen)
+    for row, labels in enumerate(labelled):
+        history = labels[0] - samples.start[row]
+        assert history >= (6 - candidates if candidates else 3) or samples.start[row] == samples.history_begin[row]
 
 
 def measured(mesh: Mesh, path: str, output: str) -> Measured:

@@ -36,7 +36,7 @@ from hstu.serve.outputs import columns_of, predictions_of
 from hstu.train.builder import build_evaluator
 from hstu.train.corpus import Queries, pair_scores, recommend
 from hstu.train.evaluate import NEW, Evaluator, MultiTaskEvaluator, Observations, RetrievalEvaluator
-from hstu.train.inference import InferenceSource, items_without_row
+from hstu.train.inference import InferenceSource
 
 PART_USERS = 10_000
 """Users whose vectors are in memory at once."""
@@ -126,7 +126,6 @@ def _gaps(loaded: LoadedModel, observations: Observations) -> np.ndarray | None:
 def evaluate_split(loaded: LoadedModel, split: Split | Period, metrics: Sequence[str] | None = None) -> Evaluation:
     """Predict a split, or a period to its end. ``metrics``: replace the configured metrics. Collective.
 
-    New in a period are users without an event before it, and items without one or without a row in the checkpoint.
     Raises DataError if the data has no events in the period, or no times.
     """
     config = loaded.config if metrics is None else with_metrics(loaded.config, metrics)
@@ -136,9 +135,7 @@ def evaluate_split(loaded: LoadedModel, split: Split | Period, metrics: Sequence
         held_out = _held_out(source, split)
     evaluator = build_evaluator(config, source, loaded.model, loaded.mesh)
     if isinstance(split, Period):
-        new = {} if split.since is None else source.new_since(split.since)
-        no_row = items_without_row(source, loaded.checkpoint)
-        evaluator.newcomers = {**new, "new_items": np.union1d(new.get("new_items", no_row), no_row)}
+        evaluator.newcomers = source.new_to(loaded.checkpoint, split.since)
     with loaded.inference():
         return Evaluation(evaluator, evaluator.observe(source.eval_batches(split)), held_out)
 

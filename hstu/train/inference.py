@@ -23,7 +23,9 @@ from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures, is_of_negatives
 from hstu.data.features.roles import FeatureRoles
+from hstu.data.sampling.samples import Period
 from hstu.data.store.layout import NumberStatistics
+from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.model.embedding import TableSpec
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
@@ -48,6 +50,45 @@ class InferenceSource(StoreSource):
     def number_statistics(self) -> Mapping[str, NumberStatistics]:
         """See BatchSource. The checkpoint has the statistics of the training data."""
         return {}
+
+    def new_to(self, checkpoint: Path, since: int | None) -> dict[str, np.ndarray]:
+        """The ``newcomers`` of a period: users and items that the checkpoint has no row for.
+
+        Also those without an event before ``since``, in seconds since 1970, if the data contains what the checkpoint
+        was trained on, or if the checkpoint stores no such ids.
+        """
+        trained_on = read_metadata(checkpoint).get("trained_on", {})
+        goes_on = trained_on == self.trained_on or trained_on.get("state") in self.store.lineage
+        found, nothing = {}, np.zeros(0, dtype=np.int64)
+        for name, feature in (("new_users", USER_FEATURE), ("new_items", self.roles.item)):
+            without_row = self._without_row(feature, checkpoint)
+            is_by_time = since is not None and (goes_on or without_row is None)
+            unseen = self._unseen(feature, Period(until=since)) if is_by_time else nothing
+            found[name] = np.union1d(nothing if without_row is None else without_row, unseen)
+        return found
+
+    def _without_row(self, feature: str, checkpoint: Path) -> np.ndarray | None:
+        """Model ids, or rows of users, that a checkpoint has no row for; int64 [n]. None: it stores no ids of them."""
+        if feature == USER_FEATURE and self.eval_store is not self.store:
+            return None
+        if (stored := RawIds.from_stored(open_tensors(checkpoint), [feature]).decoded(feature)) is not None:
+            return np.flatnonzero(codes_of(self.store.raw_ids(feature), stored) < 0)
+        if feature not in self.raw_features:
+            return None
+        table = next(name for name, each in read_metadata(checkpoint)["tables"].items() if feature in each["features"])
+        stored = np.concatenate([part.ids for part in read_tables(checkpoint)[table]])
+        return np.setdiff1d(self.store.raw_ids(feature), stored)
+
+    def _unseen(self, feature: str, period: Period) -> np.ndarray:
+        """Model ids, or rows of users, without an event in a period of ``eval_store``, int64 [n]."""
+        store = self.eval_store
+        if feature == USER_FEATURE:
+            begin, stop = period.held_out(store)
+            return np.flatnonzero(begin == stop)
+        is_known = np.zeros(store.cardinality(feature), dtype=bool)
+        is_known[store.sequence(feature)[period.is_within(store.sequence(str(store.timestamp_feature)))]] = True
+        codes = np.flatnonzero(~is_known)
+        return self._recoding[feature][codes] if feature in self._recoding else store.model_ids(feature, codes)
 
 
 class StoredSource(BatchSource):
@@ -136,17 +177,6 @@ def with_room(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int])
         table if isinstance(table, DynamicEmbeddingArgs) else replace(table, item_vocab_size_or_capacity=rows(table))
         for table in tables
     )
-
-
-def items_without_row(source: StoreSource, checkpoint: Path) -> np.ndarray:
-    """Model ids of the items of the data that a checkpoint has no row for, as far as it stores ids; int64 [n]."""
-    item, ids = source.roles.item, source.item_ids()
-    if (stored := RawIds.from_stored(open_tensors(checkpoint), [item]).decoded(item)) is not None:
-        return np.flatnonzero(codes_of(source.store.raw_ids(item), stored) < 0)
-    if ids is None:
-        return np.zeros(0, dtype=np.int64)
-    table = next(name for name, each in read_metadata(checkpoint)["tables"].items() if item in each["features"])
-    return np.setdiff1d(ids, np.concatenate([part.ids for part in read_tables(checkpoint)[table]]))
 
 
 def zero_spare_rows(state: TrainState, source: BatchSource) -> None:

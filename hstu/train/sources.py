@@ -186,15 +186,6 @@ class StoreSource(BatchSource):
             self._eval_samples[split] = self._samples(split)
         return self._eval_samples[split]
 
-    def new_since(self, time: int) -> Mapping[str, np.ndarray]:
-        """What has no event before ``time``, in seconds since 1970, in ``eval_store``; named as ``newcomers``."""
-        store, item = self.eval_store, self.roles.item
-        known = np.zeros(store.cardinality(item), dtype=bool)
-        known[store.sequence(item)[store.sequence(str(store.timestamp_feature)) < time]] = True
-        codes, first = np.flatnonzero(~known), Period(time).held_out(store)[0]
-        items = self._recoding[item][codes] if item in self._recoding else store.model_ids(item, codes)
-        return {"new_users": np.flatnonzero(first == store.offsets()[:-1]), "new_items": items}
-
     def eval_batches(self, split: Split | Period) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer, samples = self._config.trainer, self.eval_samples(split)

@@ -43,10 +43,11 @@ class Period:
         """(first, one past the last), int64 [U] each: the events of each user. Raises DataError without times."""
         if store.timestamp_feature is None:
             raise DataError(f"{store.path} has no times, so no period of it can be evaluated; evaluate a split")
-        offsets = np.asarray(store.offsets())
-        begin = offsets[:-1] if self.since is None else _events_from(store, self.since)
-        stop = offsets[1:] if self.until is None else _events_from(store, self.until)
-        return begin, np.minimum(stop, begin + 1) if self.first_only else stop
+        events = np.flatnonzero(self.is_within(store.sequence(store.timestamp_feature)))
+        begin, bounds = np.array(store.offsets()[:-1]), np.searchsorted(events, store.offsets())
+        count, (users,) = np.diff(bounds), np.nonzero(np.diff(bounds))
+        begin[users] = events[bounds[users]]  # events are in time order within a user
+        return begin, begin + (np.minimum(count, 1) if self.first_only else count)
 
 
 @dataclass(frozen=True)
@@ -331,14 +332,10 @@ def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
         raise ConfigError('DatasetArgs.split = "time" needs timestamps, and the data has none; use another split')
     times = store.sequence(store.timestamp_feature)
     middle = min(int(fraction * len(times)), len(times) - 1)
-    return _events_from(store, int(np.partition(times, middle)[middle]))
-
-
-def _events_from(store: SequenceStore, time: int) -> np.ndarray:
-    """int64 [U]: each user's first event at or after ``time``, or the end of the user's events."""
-    later = np.flatnonzero(store.sequence(str(store.timestamp_feature)) >= time)
+    cut = np.partition(times, middle)[middle]
     # Events are in time order within a user, so the later events are the last ones.
-    return np.asarray(store.offsets()[1:] - np.diff(np.searchsorted(later, store.offsets())), dtype=np.int64)
+    num_later = np.diff(np.searchsorted(np.flatnonzero(times >= cut), store.offsets()))
+    return np.asarray(store.offsets()[1:] - num_later, dtype=np.int64)
 
 
 def _of_held_out(

@@ -73,7 +73,6 @@ def test_the_labels_of_a_period_are_its_events(found: list[dict[str, Any]]) -> N
         if place >= 2
     }
     assert [each["rows"] for each in found[:2]] == [expected, expected] and not found[2]["rows"]
-    assert "AUC/new_users" not in found[0]["period"]
 
 
 def test_predictions_do_not_depend_on_the_ranks(found: list[dict[str, Any]]) -> None:

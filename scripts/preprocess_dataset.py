@@ -6,6 +6,8 @@
         [--event_columns e,f] [--requests FILE... [--request COL]]
     python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE --sequences
         [--items FILE.json --item_columns attributes]
+    python scripts/preprocess_dataset.py --dataset_name NAME --interactions NEW... --append, and the options as before
+    python scripts/preprocess_dataset.py --dataset_name NAME --forget users.txt
     python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
 
 Exit codes: 0 done, 2 bad arguments, 3 bad or missing data, 130 stopped by Ctrl-C, 143 by SIGTERM; then the same command
@@ -33,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hstu.base.errors import EXIT_DONE, ConfigError, DataError, PrintableFormatter, UserError, printable
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own_columns import SEPARATORS
-from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, import_interactions, preprocess
+from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, forget, import_interactions, preprocess
 from hstu.data.preprocess.report import REPORT, format_report, write_report
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.preprocess.state import disk_errors
@@ -48,6 +50,7 @@ _FOR_ALL = (
     "all_items", "running_statistics", "any_times", "raw_ids",
 )  # fmt: skip
 _COLUMNS = tuple(field.name for field in fields(InteractionColumns))
+_WITH_FORGET = ("help", "dataset_name", "output", "forget", "memory_limit", "no_report", "quick")
 _OWN_TABLE = (*_COLUMNS, "append")
 
 
@@ -130,6 +133,14 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _make(args: argparse.Namespace) -> Path:
     common = {name: getattr(args, name) for name in _FOR_ALL}
+    if args.forget:
+        others = [option for option in _parser()._actions if option.dest not in _WITH_FORGET]
+        given = [
+            f"--{action.dest}" for action in others if getattr(args, action.dest, action.default) != action.default
+        ]
+        if given:
+            raise ConfigError(f"--forget changes a store, and does not go with {', '.join(given)}")
+        return forget(args.dataset_name, args.forget, output=args.output, memory_limit=args.memory_limit)
     if args.interactions is None:
         misplaced = [f"--{name}" for name in _OWN_TABLE if getattr(args, name) != _parser().get_default(name)]
         if misplaced:
@@ -171,6 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         help="item, user or item,user: models get the raw ids, int64, which dynamic tables take as they are",
     )
+    add("--forget", type=Path, metavar="FILE", help="only remove the users of a text file, one raw id a line")
     add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
     add("--quick", action="store_true", help="write starter files of a small model, 500 iterations, for a first look")
     add("--no_report", action="store_true", help="do not write <output>.report/report.md")
@@ -195,7 +207,7 @@ def _add_own_table(add: Callable[..., argparse.Action]) -> None:
     add(
         "--append",
         action="store_true",
-        help="add the events of --interactions to the existing store; the raw files that it has must still be there",
+        help="add the events of --interactions to the existing store, which needs its earlier raw files no more",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -20,6 +21,8 @@ from filelock import FileLock, Timeout
 
 from hstu.base.errors import ConfigError
 
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
 WRITING = ".writing_"
 """Prefix of the names of incomplete files and directories."""
 
@@ -60,6 +63,15 @@ def put_in_place(written: Path, target: Path) -> None:
     sync_to_disk(written)
     os.replace(written, target)
     sync_to_disk(target.parent)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two directories of one file system atomically. Returns False where the system cannot, such as on NFS."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None or rename(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE):
+        return False
+    sync_to_disk(first.parent)
+    return True
 
 
 def sync_to_disk(path: Path) -> None:

@@ -27,6 +27,16 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum(), dtype=np.int64) + np.repeat(starts - run_starts(lengths), lengths)
 
 
+def first_from(times: np.ndarray, begin: np.ndarray, end: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """First index in [begin[i], end[i]) with times >= at[i], else end[i]; int64 [n]. ``times`` ascend in each range."""
+    low, high = begin.astype(np.int64), end.astype(np.int64)
+    while (open_ := low < high).any():
+        middle = (low + high) // 2
+        is_before = open_ & (times[np.minimum(middle, len(times) - 1)] < at)
+        low, high = np.where(is_before, middle + 1, low), np.where(open_ & ~is_before, middle, high)
+    return low
+
+
 def sequence_tokens(
     item_lengths: np.ndarray, num_contextuals: int, tokens_per_item: int, has_context: np.ndarray | None = None
 ) -> np.ndarray:

@@ -7,7 +7,7 @@ integers: ``007`` stays text, distinct from ``7``. A time column has the type of
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,12 @@ _DATE_NUMBERS = (
 """First number, end, and what numbers between them probably are, in the years 1990 to 2099."""
 
 
-def interactions(columns: InteractionColumns) -> RawTables:
-    """Build RawTables whose types are resolved after reading. Raises DataError for unusable files."""
+def interactions(columns: InteractionColumns, texts: Collection[str] = (), stored: Collection[str] = ()) -> RawTables:
+    """Build RawTables whose types are resolved after reading. Raises DataError for unusable files.
+
+    To add to a store, ``texts`` are those of user and item whose ids are text in it, and ``stored`` the tables, context
+    and items, of which it keeps what the files lack.
+    """
     schema = columns.schema()
     header = (columns.user, columns.item) if columns.sequences else columns.header
     logs = tuple(open_table(file, columns.delimiter, header, columns.sequences) for file in columns.files)
@@ -69,6 +73,17 @@ def interactions(columns: InteractionColumns) -> RawTables:
     tables = {"context": context, "titles": titles, "item_table": items}
     event_context = {name: column for name, column in schema.of_users().items() if name not in of_context}
     event_items = {name: column for name, column in schema.of_items().items() if name not in of_items}
+    present = [columns_of(log) for log in logs]
+    kept = {
+        name: column
+        for table, features in (("context", event_context), ("items", event_items))
+        for name, column in features.items()
+        if table in stored and any(column not in names for names in present)
+    }
+    event_context, event_items = (
+        {name: column for name, column in features.items() if name not in kept}
+        for features in (event_context, event_items)
+    )
     of_events = event_context | event_items | schema.of_events()
     for log in logs:
         require_columns(log.path, list(columns_of(log)), [*given.values(), *of_events.values()])
@@ -87,7 +102,8 @@ def interactions(columns: InteractionColumns) -> RawTables:
         tables={name: table for name, table in tables.items() if table},
         event_context=tuple(event_context),
         event_items=tuple(event_items),
-        resolve_types=partial(_resolve_types, columns, expressions, [*map(_as_text, of_context)], item_values),
+        kept=tuple(kept),
+        resolve_types=partial(_resolve_types, columns, texts, expressions, [*map(_as_text, of_context)], item_values),
         settings=repr(columns.arguments()),
         descriptions={name: _description(columns, name, column) for name, column in of_requests.items()}
         | {
@@ -159,13 +175,14 @@ def _description(columns: InteractionColumns, name: str, column: str) -> ColumnD
 
 def _resolve_types(
     columns: InteractionColumns,
+    texts: Collection[str],
     of_events: Sequence[str],
     of_context: Sequence[str],
     of_items: Sequence[str],
     engine: DuckDBPyConnection,
     log: str,
 ) -> dict[str, Any]:
-    table = ColumnTypes(engine, (*columns.files, *columns.request_files), log)
+    table = ColumnTypes(engine, (*columns.files, *columns.request_files), log, texts)
     user, user_is_integer = table.id("user", columns.user)
     item, item_is_integer = table.id("item", columns.item)
     once = f"CASE WHEN is_first THEN {user} END" if columns.sequences else user
@@ -219,7 +236,11 @@ def unit_hint(unit: str, value: str) -> str:
 class ColumnTypes:
     """SQL expressions that convert ingested columns to the types of RawTables.events."""
 
-    def __init__(self, engine: DuckDBPyConnection, files: tuple[Path, ...], relation: str) -> None:
+    def __init__(
+        self, engine: DuckDBPyConnection, files: tuple[Path, ...], relation: str, texts: Collection[str] = ()
+    ) -> None:
+        """``texts``: those of user and item whose ids are text, whatever the values."""
+        self._texts = texts
         self._engine, self._relation = engine, relation
         self._name = f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
         described = engine.execute(f"DESCRIBE SELECT * FROM {relation}").fetchall()
@@ -234,9 +255,9 @@ class ColumnTypes:
         if kind == "VARCHAR":
             value = f"nullif({value}, '')"
         integer = as_integer(value)
-        if self._unlike(value, integer) == 0:
+        if name not in self._texts and self._unlike(value, integer) == 0:
             return f"TRY_CAST({value} AS BIGINT)", True  # the same for these values, and faster
-        if kind == "VARCHAR":
+        if kind == "VARCHAR" and name not in self._texts:
             self._refuse_decimals(value, column)
         return f"CAST({value} AS VARCHAR)", False
 

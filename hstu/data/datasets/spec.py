@@ -125,6 +125,8 @@ class RawTables:
     """Names ``c0``, … of contextual features in ``events`` (VARCHAR). A user's first value counts."""
     event_items: tuple[str, ...] = ()
     """Names ``i0``, … of item features in ``events``. An item's first value counts."""
+    kept: tuple[str, ...] = ()
+    """Names ``c0``, ``i0``, … of features that no file has, because the store to which events are added keeps them."""
     resolve_types: Callable[[DuckDBPyConnection, str], dict[str, Any]] | None = None
     """For types that depend on the data: the select lists above then only pick columns (without timestamp), and
     ``resolve_types(engine, ingested events)`` returns the final ones for JSON, under "events" and the names of

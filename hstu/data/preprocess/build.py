@@ -13,6 +13,8 @@ import json
 import logging
 import re
 import shlex
+import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +24,32 @@ import duckdb
 import numpy as np
 
 from hstu.base.errors import ConfigError, DataError
+from hstu.base.ids import codes_of
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own import interactions
 from hstu.data.datasets.own_columns import InteractionColumns
-from hstu.data.datasets.raw import check_readable
+from hstu.data.datasets.raw import check_readable, open_text
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
+from hstu.data.preprocess.base import is_text, show_base, show_no_events
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
-from hstu.data.preprocess.existing import files_that_differ, is_kept, values_of, warn_of_values, with_earlier_files
+from hstu.data.preprocess.existing import (
+    appendable,
+    integers_of,
+    is_kept,
+    stored_options,
+    stored_schema,
+    values_of,
+    warn_of_values,
+    with_earlier_files,
+    without_known_files,
+)
 from hstu.data.preprocess.features import check_items, write_context, write_item_features
 from hstu.data.preprocess.ingest import check_period, check_rows, keep_core, read_files
+from hstu.data.preprocess.merge import Growth
 from hstu.data.preprocess.running import write_running
 from hstu.data.preprocess.state import (
+    Base,
     Build,
     BuildOptions,
     disk_errors,
@@ -43,6 +59,7 @@ from hstu.data.preprocess.state import (
     source_names,
 )
 from hstu.data.preprocess.write import (
+    create_events,
     find_requests,
     keep_raw_ids,
     number_users_and_items,
@@ -53,7 +70,7 @@ from hstu.data.preprocess.write import (
 )
 from hstu.data.store.meta import VERSION
 from hstu.data.store.sequence_store import Requests, SequenceStore
-from hstu.data.store.writer import StoreWriter
+from hstu.data.store.writer import StoreWriter, check_replaceable, restore_discarded
 
 _log = logging.getLogger(__name__)
 DATA_DIRECTORY = Path("tmp_data")
@@ -120,17 +137,64 @@ def import_interactions(
     if not append:
         raw = interactions(columns)
         return target if is_kept(options, raw.files) else build_store(raw, columns.schema(), options, {})
-    columns = with_earlier_files(columns, options)
-    raw = interactions(columns)
-    store = SequenceStore.open(target)
-    if not any(files_that_differ(store, raw.files)):
+    begun = time.monotonic()
+    store = appendable(options, columns)
+    before = values_of(store, columns)
+    columns = without_known_files(columns, store, target)
+    if not columns.files:
         _log.warning("%s has all of these files already, and is kept", target)
         return target
-    before, events = values_of(store, columns), store.num_events
-    build_store(raw, columns.schema(), _options(name, target, True, limits, **columns.arguments()), {})
+    whole, digests = with_earlier_files(columns, store)
+    ids = {"user": USER_FEATURE, "item": store.item_feature}
+    raw = interactions(
+        columns,
+        texts=[name for name, feature in ids.items() if is_text(store, feature)],
+        stored=[name for name in ("context", "items") if getattr(whole, name) != getattr(columns, name)],
+    )
+    files = (*whole.files, *whole.request_files, *filter(None, (whole.context, whole.titles, whole.items)))
+    base = Base(store, files, digests)
+    build_store(raw, columns.schema(), _options(name, target, True, limits, **whole.arguments()), {}, base)
     after = SequenceStore.open(target)
-    _log.info("added to %s: %d events", target, after.num_events - events)
+    _log.info(
+        "added to %s: %d events, %d new users, %d new items, in %.1f s",
+        target,
+        after.num_events - store.num_events,
+        after.num_users - store.num_users,
+        after.cardinality(after.item_feature) - store.cardinality(store.item_feature),
+        time.monotonic() - begun,
+    )
     warn_of_values(before, values_of(after, columns))
+    return target
+
+
+def forget(name: str, users: Path, *, output: str | Path | None = None, memory_limit: str = "4GB") -> Path:
+    """Remove users from a store: their events, rows and requests, and the values and items that only they had.
+
+    ``users``: a text file with one raw id per line. Unknown ids are counted in the log. Returns the path of the store.
+    Raises DataError if there is no store of this ``name``, and if no user would be left."""
+    target = Path(output) if output else DATA_DIRECTORY / (resolve_name(name) or name)
+    restore_discarded(target.resolve())
+    check_replaceable(target)
+    store = SequenceStore.open(target)
+    if store.name != (resolve_name(name) or name):
+        raise DataError(f"{target} is the store of {store.name}; give it as --dataset_name, or another --output")
+    with open_text(users) as lines:
+        ids = {line.rstrip("\r\n") for line in lines} - {""}
+    known = store.raw_ids(USER_FEATURE)
+    wanted = np.array(sorted(ids), dtype=object) if is_text(store, USER_FEATURE) else integers_of(ids)
+    forgotten = codes_of(wanted, known)
+    forgotten = forgotten[forgotten >= 0]
+    events = int(np.diff(store.offsets())[forgotten].sum())
+    _log.info("%s: %d ids, of which %d are not in %s", users, len(ids), len(ids) - len(forgotten), target)
+    if not len(forgotten):
+        _log.warning("none of these users is in %s, which is kept", target)
+        return target
+    if len(forgotten) == store.num_users:
+        raise DataError(f"{users} names all users of {target}, and a store without users cannot be; delete it")
+    schema, options = stored_schema(store), stored_options(store, target, memory_limit)
+    raw = RawTables(logs=(), events="", kept=(*schema.of_users(), *schema.of_items()))
+    build_store(raw, schema, options, {}, Base(store, forgotten=forgotten))
+    _log.info("removed from %s: %d users with %d events", target, len(forgotten), events)
     return target
 
 
@@ -154,27 +218,31 @@ def _options(name: str, output: Path, force: bool, limits: Mapping[str, Any], **
     return replace(options, command=shlex.join(words))
 
 
-def build_store(raw: RawTables, schema: Schema, options: BuildOptions, published: Mapping[str, float]) -> Path:
-    """Write the store and return its path. Raises DataError for bad raw data."""
+def build_store(
+    raw: RawTables, schema: Schema, options: BuildOptions, published: Mapping[str, float], base: Base | None = None
+) -> Path:
+    """Write the store and return its path. ``base``: the store it grows from. Raises DataError for bad raw data."""
     memory_bytes(options.memory_limit)
-    _check_options(raw, schema, options)
+    _check_options(raw, schema, options, base)
     for file in raw.files:
         check_readable(file)
-    key = _resume_key(raw, schema, options)
+    key = _resume_key(raw, schema, options, base)
     with (
         disk_errors(options.output),
         StoreWriter(
             options.output, name=options.name, command=options.command, overwrite=options.force, resume_key=key
         ) as writer,
     ):
+        if base and SequenceStore.open(options.output).lineage != base.store.lineage:
+            raise DataError(f"another process has changed {options.output} just now; start the command again")
         if writer.journal:
             _log.info("continuing an interrupted run: %d of its stages are done", len(writer.journal))
         with open_engine(writer.scratch, options.memory_limit) as engine:
-            _run_stages(Build(raw, schema, options, writer, engine), published)
+            _run_stages(Build(raw, schema, options, writer, engine, base), published)
     return options.output
 
 
-def _check_options(raw: RawTables, schema: Schema, options: BuildOptions) -> None:
+def _check_options(raw: RawTables, schema: Schema, options: BuildOptions, base: Base | None) -> None:
     if unknown := [role for role in options.raw_ids if role not in ("item", "user")]:
         raise ConfigError(f"--raw_ids {','.join(unknown)}: expected item, user or item,user")
     if "user" in options.raw_ids and USER_FEATURE not in schema.context:
@@ -186,7 +254,7 @@ def _check_options(raw: RawTables, schema: Schema, options: BuildOptions) -> Non
             raise ConfigError(
                 f"--{option} keeps items without events, and --min_item_events leaves them out; remove one"
             )
-    if options.all_items and not raw.tables.keys() & {"titles", "item_table"}:
+    if options.all_items and not base and not raw.tables.keys() & {"titles", "item_table"}:
         raise ConfigError(
             "--all_items: there is no list of items; for your own data give --items or --titles, for MovieLens put "
             "the file of titles (u.item, movies.dat or movies.csv) beside the others"
@@ -195,10 +263,15 @@ def _check_options(raw: RawTables, schema: Schema, options: BuildOptions) -> Non
 
 def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     writer = build.writer
-    read_files(build)
-    check_rows(build)
-    check_period(build)
-    keep_core(build)
+    if build.raw.logs:
+        read_files(build)
+        check_rows(build)
+        check_period(build)
+        keep_core(build)
+    else:
+        show_no_events(build)
+    if build.base:
+        show_base(build)
     of_requests = find_requests(build)
     lengths, num_items = number_users_and_items(build)
     keep_raw_ids(build)
@@ -208,10 +281,17 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     write_context(build, len(lengths))
     found = check_items(build, num_items)
     write_item_features(build, num_items)
-    event_values = write_events(build, offsets, num_items)
-    write_split(build, offsets)
+    arrays, event_values = create_events(build, int(offsets[-1]), num_items)
+    growth = Growth.of(build, offsets) if build.base else None
+    new = growth.asides(arrays) if growth else arrays
+    write_events(build, growth.added if growth else offsets, new, event_values)
+    if growth:
+        growth.merge(arrays, new)
+    write_split(build, offsets, growth)
     requests = None
-    if of_requests:
+    if growth and not of_requests and build.earlier.store.num_requests:
+        requests, of_requests = growth.keep_requests()
+    elif of_requests:
         sizes = (of_requests["requests"], of_requests["candidates"])
         requests = Requests(**write_requests(build, offsets, *sizes, event_values))
     write_running(build, offsets, requests)
@@ -229,14 +309,31 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
         "published": dict(published),
     }
     writer.statistics = statistics | found | of_requests | {"skipped_rows": build.skipped}
-    writer.sources = {name: writer.journal[f"source {name}"] for name in source_names(build.raw.files)}
+    read = {file: writer.journal[f"source {name}"] for name, file in source_names(build.raw.files).items()}
+    writer.sources = {name: read[file] for name, file in source_names(build.raw.files).items()}
+    if build.base:
+        _continue(writer, build.base, read)
 
 
-def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions) -> str:
+def _continue(writer: StoreWriter, base: Base, read: Mapping[Path, str]) -> None:
+    """Carry on what a store says of its past. ``read``: new raw file → SHA-256."""
+    store = base.store
+    skipped = Counter(store.statistics.get("skipped_rows", {})) + Counter(writer.statistics["skipped_rows"])
+    forgotten = store.statistics.get("forgotten_users", 0) + len(base.forgotten)
+    writer.statistics = {**writer.statistics, "skipped_rows": skipped}
+    writer.statistics |= {"forgotten_users": forgotten} if forgotten else {}
+    digests = {**base.digests, **read}
+    writer.sources = {name: digests[file] for name, file in source_names(base.files).items()} or store.sources
+    writer.earlier_states = store.lineage
+
+
+def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions, base: Base | None) -> str:
     files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in raw.files]
     tables = [repr(raw.parts), repr(raw.tables), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]
     rules += [options.min_user_events, options.min_item_events, options.all_items]
     rules += [options.running_statistics]
+    if base:
+        rules += [*base.store.lineage, base.forgotten.tolist()]
     programs = [VERSION, np.__version__, duckdb.__version__]
     return hashlib.sha256(json.dumps([files, tables, rules, programs]).encode()).hexdigest()

@@ -1,28 +1,34 @@
 """Existing stores: whether they fit a command, and how ``--append`` adds new files.
 
-A store that does not fit raises an error. ``--append`` rebuilds the store from its earlier raw files, which must be
-unchanged, and the new files, so codes are in the order of raw ids. Checkpoints find their rows by raw id.
+A store that does not fit raises an error. ``--append`` needs only the new files: merge.py adds them to the store.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from hstu.base.errors import DataError
 from hstu.base.files import sha256
+from hstu.data.datasets import DATASETS
 from hstu.data.datasets.own_columns import InteractionColumns
+from hstu.data.datasets.spec import Schema
 from hstu.data.preprocess.state import BuildOptions, source_names
+from hstu.data.store.layout import NUMBER_ROLES
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
-from hstu.data.store.writer import check_replaceable, is_taken
+from hstu.data.store.writer import check_replaceable, is_taken, restore_discarded
 
 _log = logging.getLogger(__name__)
-_TABLES = {"--context", "--titles", "--items", "--requests"}
-"""Tables that are read as a whole. They may have changed, but must be given again."""
-_PLACES = {"--raw_path", "--interactions", "--output", *_TABLES}
+_TABLES = ("--requests", "--context", "--titles", "--items")
+"""Tables that are read as a whole, in the order of the sources."""
+_PLACES = ("--raw_path", "--interactions", "--output", *_TABLES)
 """Options with paths. Their files are compared by content."""
 _REMEDY = "or make the store again from all files, with --force and without --append"
 
@@ -48,8 +54,8 @@ def is_kept(options: BuildOptions, files: Sequence[Path] | None) -> bool:
     return True
 
 
-def _options_that_differ(store: SequenceStore, options: BuildOptions, tables: bool = False) -> Iterator[str]:
-    """Messages about options that differ; with ``tables``, also about tables that only one of the commands names."""
+def _options_that_differ(store: SequenceStore, options: BuildOptions, but: Collection[str] = ()) -> Iterator[str]:
+    """Messages about options that differ, ``but`` for some."""
     if store.name != options.name:
         yield f"--dataset_name was {store.name}, it is now {options.name}"
         return
@@ -57,9 +63,7 @@ def _options_that_differ(store: SequenceStore, options: BuildOptions, tables: bo
         return
     before, now = _options_of(store.command), _options_of(options.command)
     compared = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
-    compared -= _PLACES | {"--dataset_name", "--any_times"}
-    if tables:
-        compared |= (before.keys() ^ now.keys()) & _TABLES
+    compared -= {*_PLACES, "--dataset_name", "--any_times", *but}
     for option in sorted(compared):
         was, is_now = (" ".join(given.get(option, ["not given"])) or "given" for given in (before, now))
         yield f"{option} was {was}, it is now {is_now}"
@@ -90,46 +94,113 @@ def files_that_differ(store: SequenceStore, files: Sequence[Path]) -> Iterator[s
             yield f"{now[name]} has changed since"
 
 
-def with_earlier_files(columns: InteractionColumns, options: BuildOptions) -> InteractionColumns:
-    """Put the store's interactions before the new files of ``columns``. Raises DataError if the store does not fit."""
+def appendable(options: BuildOptions, columns: InteractionColumns) -> SequenceStore:
+    """The store at options.output, to which files of ``columns`` can be added. Raises DataError if there is none, or if
+    it was made with other options."""
     target = options.output
+    restore_discarded(target.resolve())
     if not is_taken(target):
         raise DataError(f"cannot append: there is no store at {target}; make it first, without --append")
     store = SequenceStore.open(target)
-    if unlike := [*_options_that_differ(store, options, tables=True)]:
+    given_with = {"--title": columns.titles, "--request": columns.requests}
+    left_out = {option for option, table in given_with.items() if not table}
+    if unlike := [*_options_that_differ(store, options, left_out)]:
         raise DataError(
             f"cannot append to {target}: {'; '.join(unlike)}. Give the options that it was made with, {_REMEDY}"
         )
-    earlier = _earlier_files(store, target)
-    known = {digest: file for file, digest in earlier.items()}
+    if max(options.min_user_events, options.min_item_events) > 1:
+        raise DataError(
+            f"cannot append to {target}: --min_user_events and --min_item_events left out events, which may count now "
+            f"and are not in the store. Make it without them, {_REMEDY}"
+        )
+    return store
+
+
+def without_known_files(columns: InteractionColumns, store: SequenceStore, target: Path) -> InteractionColumns:
+    """Leave out files of interactions that the store has. Raises DataError for a file that had another content then."""
+    earlier = _earlier_files(store)
+    known, places = {digest: file for file, digest in earlier.items()}, {file.resolve() for file in earlier}
     new = []
     for file in columns.files:
         if file.is_file() and (same := known.get(sha256(file))):  # a missing file is reported when it is read
             _log.info("%s is in %s already%s", file, target, "" if file == same else f", as {same}")
+        elif file.resolve() in places:
+            raise DataError(
+                f"cannot append to {target}: {file} is in it with another content. Put new events into a file of "
+                f"another name, {_REMEDY}"
+            )
         else:
             new.append(file)
-    return replace(columns, interactions=(*earlier, *new))
+    return replace(columns, interactions=tuple(new))
 
 
-def _earlier_files(store: SequenceStore, target: Path) -> dict[Path, str]:
-    """The store's files of interactions, in order → SHA-256. Raises DataError if any has changed."""
+def with_earlier_files(
+    columns: InteractionColumns, store: SequenceStore
+) -> tuple[InteractionColumns, Mapping[Path, str]]:
+    """``columns`` with the store's interactions before those given, and its tables where none is given: what makes the
+    store of all of them. Returns it and the digests of the earlier files."""
     given = _options_of(store.command)
-    files = [Path(file) for file in given.get("--interactions", [])]
-    tables = [Path(file) for option in _TABLES for file in given.get(option, [])]
-    names = {file: name for name, file in source_names([*files, *tables]).items()}
-    digests = {file: sha256(file) if file.is_file() else "" for file in files}
-    problems = [
-        f"{file} {'has changed since' if digest else 'is not there'}"
-        for file, digest in digests.items()
-        if digest != store.sources.get(names[file])
-    ]
-    if problems or not digests:
-        raise DataError(
-            f"cannot append to {target}: the raw files that it was made of are read again, and "
-            f"{'; '.join(problems) or 'it does not say which they are'}. Put them back where they were, as seen from "
-            f"the current directory, {_REMEDY}"
-        )
-    return digests
+    tables: dict[str, Any] = {}
+    for option, further in (("context", ()), ("titles", ("title",)), ("items", ()), ("requests", ("request",))):
+        if not getattr(columns, option) and (values := given.get(f"--{option}")):
+            tables[option] = tuple(map(Path, values)) if option == "requests" else Path(values[0])
+            tables |= {name: given[f"--{name}"][0] for name in further if f"--{name}" in given}
+    digests = _earlier_files(store, [option for option in _TABLES if option.strip("-") in tables])
+    interactions = (*map(Path, given.get("--interactions", ())), *columns.files)
+    return replace(columns, interactions=interactions, **tables), digests
+
+
+def _earlier_files(store: SequenceStore, tables: Sequence[str] = ()) -> dict[Path, str]:
+    """The store's files of interactions and of these options, in order → SHA-256."""
+    given = _options_of(store.command)
+    every = [Path(file) for option in ("--interactions", *_TABLES) for file in given.get(option, ())]
+    names = {file: name for name, file in source_names(every).items()}
+    wanted = [Path(file) for option in ("--interactions", *tables) for file in given.get(option, ())]
+    return {file: store.sources.get(names[file], "") for file in wanted}
+
+
+def integers_of(ids: Iterable[str]) -> np.ndarray:
+    """The ids that are int64 in canonical notation, ascending; int64."""
+    numbers = sorted(int(text) for text in ids if re.fullmatch(r"0|-?[1-9]\d{0,18}", text))
+    return np.array([number for number in numbers if -(2**63) <= number < 2**63], dtype=np.int64)
+
+
+def stored_options(store: SequenceStore, target: Path, memory_limit: str) -> BuildOptions:
+    """The options that a store was made with, to replace it."""
+    roles = {"item": store.item_feature, "user": USER_FEATURE}
+    return BuildOptions(
+        name=store.name,
+        output=target,
+        command=store.command or "",
+        force=True,
+        memory_limit=memory_limit,
+        raw_ids=tuple(role for role, name in roles.items() if name in store.features and store.features[name].raw),
+        all_items="--all_items" in _options_of(store.command),
+        running_statistics=bool(store.running_statistics),
+    )
+
+
+def stored_schema(store: SequenceStore) -> Schema:
+    """The schema of an existing store; its bins are the ranges that the store has."""
+    features = store.features.values()
+    own = [feature for feature in features if feature.name not in store.running_statistics]
+    of_items = [feature for feature in own if feature.role in ("item_feature", "item_number")]
+    of_events = [feature for feature in own if feature.role in ("event", "event_number")]
+    numbers = [feature for feature in own if feature.role in NUMBER_ROLES]
+    built_in = DATASETS.get(store.name)
+    return Schema(
+        item=store.item_feature,
+        action=store.action_feature,
+        timestamp=store.timestamp_feature,
+        context=store.contextual_features,
+        item_features=tuple(feature.name for feature in of_items),
+        event_features=tuple(feature.name for feature in of_events),
+        action_cardinality=built_in.schema.action_cardinality if built_in else None,
+        bins={name: len(ranges) for name, ranges in store.ranges.items()},
+        numbers=tuple(feature.name for feature in numbers if feature.width == 1),
+        vectors=tuple(feature.name for feature in numbers if feature.width > 1),
+        split=store.split,
+    )
 
 
 def values_of(store: SequenceStore, columns: InteractionColumns) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 from hstu.base.errors import DataError
 from hstu.data.datasets.raw import as_number, literal
 from hstu.data.datasets.spec import UNKNOWN, USER_FEATURE
+from hstu.data.preprocess.base import with_base
 from hstu.data.preprocess.ingest import vector_width
 from hstu.data.preprocess.state import ROWS_PER_CHUNK, Build, one, utf8_column
 from hstu.data.store.layout import Role
@@ -34,6 +35,9 @@ def write_context(build: Build, num_users: int) -> None:
             rows, order, given = "events", build.order(), f"{name} <> ''"
         first = f"""SELECT "user", {name} FROM {rows} WHERE {given}
             QUALIFY row_number() OVER (PARTITION BY "user" ORDER BY {order}) = 1"""
+        if build.keeps(name):
+            rows = first if name in build.raw.event_context else 'SELECT "user" FROM events WHERE false'
+            first = with_base(build, "user", (name,), rows)
         query = f'SELECT u.code, f.{name} FROM ({first}) f JOIN users u ON f."user" = u.id'
         build.table(f"values_of_{name}", query)
         _write_categories(build, name, feature, f"values_of_{name}", num_users)
@@ -46,14 +50,16 @@ def write_event_vocabularies(build: Build) -> dict[str, tuple[int, str]]:
         if name in build.schema.quantities():
             continue
         value = _value_in_vocabulary(build, feature, name, f"coalesce(nullif({name}, ''), {literal(UNKNOWN)})", rows)
-        found[name] = (_write_vocabulary(build, feature, name, f"SELECT {value} AS id FROM {rows}"), value)
+        values = f"SELECT {value} AS id FROM {rows}" + (f" UNION ALL SELECT id FROM base_{name}" if build.base else "")
+        found[name] = (_write_vocabulary(build, feature, name, values), value)
     return found
 
 
 def check_items(build: Build, num_items: int) -> dict[str, int]:
     """Read the items' first rows and count the items without a row. Raises DataError if no item has a row."""
     if "item_table" not in build.raw.tables:
-        return {}
+        known = build.base.store.statistics.get("items_without_row") if build.base else None
+        return {} if known is None else {"items_without_row": known + num_items - _items_of_base(build)}
     names = [name for name in build.schema.of_items() if name not in build.raw.event_items]
     columns = ", ".join(["item", *names])
     build.table("repeated_items", "SELECT item FROM usable_items GROUP BY item HAVING count(*) > 1")
@@ -79,19 +85,26 @@ def check_items(build: Build, num_items: int) -> dict[str, int]:
 def write_item_features(build: Build, num_items: int) -> None:
     """Write the item features that check_items has read; "unknown" or NaN if an item has no value."""
     of_events = build.raw.event_items
-    if of_events:
+    names = (*of_events, *(name for name in build.raw.kept if name in build.schema.of_items()))
+    if names:
         events, moment = build.shown(), f"row({build.order()})"
         firsts = (
             f"arg_min({name}, {moment}) FILTER (WHERE {_has_value(build, name, events)}) AS {name}"
             for name in of_events
         )
-        _find_values(build, f"SELECT item, {', '.join(firsts)} FROM {events} GROUP BY item", of_events, "events")
+        found = f"SELECT {', '.join(['item', *firsts])} FROM {events} GROUP BY item"
+        _find_values(build, with_base(build, "item", names, found), names, "events")
     for name, feature in build.schema.of_items().items():
-        rows = "values_of_events" if name in of_events else "values_of_table"
+        rows = "values_of_events" if name in names else "values_of_table"
         if name in build.schema.quantities():
             _write_numbers(build, name, feature, rows, num_items)
         else:
             _write_categories(build, name, feature, rows, num_items)
+
+
+def _items_of_base(build: Build) -> int:
+    (number,) = one(build.engine, "SELECT count(*) FROM base_items")
+    return int(number)
 
 
 def _find_values(build: Build, rows: str, names: Sequence[str], source: str) -> int:
@@ -171,19 +184,25 @@ def _value_in_vocabulary(build: Build, feature: str, name: str, value: str, rela
     if feature not in build.schema.bins:
         return value
     rows = f"(SELECT {value} AS value FROM {relation})"
-    found: Mapping[str, float] = build.once(f"ranges {name}", lambda: _find_ranges(build, feature, rows))
+    # The numbers of the base are not known any more, only their ranges: these stay, and take new numbers beyond them.
+    kept = build.base.store.ranges.get(feature, {}) if build.base and build.keeps(name) else {}
+    found: Mapping[str, float] = build.once(f"ranges {name}", lambda: _find_ranges(build, feature, rows, kept))
     build.writer.ranges[feature] = found
     number = as_number(value)
     cases = [f"WHEN {number} >= CAST('{start!r}' AS DOUBLE) THEN {literal(key)}" for key, start in found.items()][::-1]
-    return f"CASE WHEN {value} = {literal(UNKNOWN)} THEN {value} {' '.join(cases)} ELSE {value} END"
+    cases += [f"WHEN {number} IS NOT NULL THEN {literal(key)}" for key in list(kept)[:1]]
+    final = ", ".join(map(literal, (UNKNOWN, *kept)))
+    return f"CASE WHEN {value} IN ({final}) THEN {value} {' '.join(cases)} ELSE {value} END"
 
 
-def _find_ranges(build: Build, feature: str, values: str) -> dict[str, float]:
+def _find_ranges(build: Build, feature: str, values: str, kept: Mapping[str, float]) -> Mapping[str, float]:
     ranges, number = build.schema.bins[feature], as_number("value")
-    known = f"FROM {values} WHERE value <> {literal(UNKNOWN)}"
+    known = f"FROM {values} WHERE value NOT IN ({', '.join(map(literal, (UNKNOWN, *kept)))})"
     (bad,) = one(build.engine, f"SELECT min(value) {known} AND NOT coalesce(isfinite({number}), false)")
     if bad is not None:
         raise DataError(f"--bins {feature}={ranges}: not all values are finite numbers, such as {bad!r}; leave it out")
+    if kept:
+        return kept
     query = f"SELECT {number} AS number, count(*) AS count {known} GROUP BY 1 ORDER BY 1"
     found = build.engine.execute(query).fetchnumpy()
     return ranges_of(np.asarray(found["number"]), np.asarray(found["count"]), ranges)

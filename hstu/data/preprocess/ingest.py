@@ -193,6 +193,8 @@ def vector_width(build: Build, name: str) -> int:
     """Width of a vector feature, which its first vector decides; 1 for other features."""
     if build.schema.quantities()[name] not in build.schema.vectors:
         return 1
+    if build.base and build.keeps(name):
+        return build.base.store.features[build.schema.quantities()[name]].width
     of_events = name in build.raw.event_items
     rows, order = ("typed", "part, source_row") if of_events else ("item_table", "source_row")
     query = f"SELECT len({name}) FROM {rows} WHERE NOT isnan({name}[1]) ORDER BY {order} LIMIT 1"
@@ -201,7 +203,7 @@ def vector_width(build: Build, name: str) -> int:
 
 def _quantities_of_items(build: Build) -> dict[str, str]:
     """i0, i1, … → feature, for numbers and vectors in the table of items."""
-    names = build.schema.of_items().keys() - set(build.raw.event_items)
+    names = build.schema.of_items().keys() - {*build.raw.event_items, *build.raw.kept}
     return {name: feature for name, feature in build.schema.quantities().items() if name in names}
 
 
@@ -238,6 +240,8 @@ def _check_numbers(build: Build, bad: Counter[str]) -> None:
     """Count unusable numbers and vectors of items as bad rows. Raises DataError if a feature has no value at all."""
     of_items = _quantities_of_items(build)
     for name, feature in build.schema.quantities().items():
+        if build.keeps(name):
+            continue
         if name in of_items:
             query = f"SELECT count(*), min(source_row) FROM item_table WHERE {unusable_number(build, name)}"
             count, row = one(build.engine, query)
@@ -262,7 +266,7 @@ def check_period(build: Build) -> None:
         return
     column = build.raw.descriptions["time"]
     hint = column.hint(low) if column.hint(low) == column.hint(high) else ""
-    is_early, is_short = first < FIRST_LIKELY, last - first < 24 * 3600
+    is_early, is_short = first < FIRST_LIKELY, last - first < 24 * 3600 and build.base is None
     if hint or (events >= _MANY_EVENTS and (is_early or is_short)):
         why = "before 1990" if is_early else "after 2100" if last >= LAST_LIKELY else "within one day"
         raise DataError(

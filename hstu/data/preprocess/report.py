@@ -107,8 +107,9 @@ def _rows(store: SequenceStore, lengths: np.ndarray) -> Iterator[tuple[str, obje
         share = f"{(cut > 0).mean():.1%} of the users, {cut.sum() / lengths.sum():.1%} of the events"
         yield f"beyond a max_sequence_length of {limit}", share
     yield "users too short to train retrieval (fewer than 4 events)", int((lengths < 4).sum())
-    if number := store.statistics.get("items_without_row"):
-        yield "items without row", number
+    for what in ("items_without_row", "forgotten_users"):
+        if number := store.statistics.get(what):
+            yield what.replace("_", " "), number
 
 
 def _times(store: SequenceStore) -> tuple[int, int, int, int]:

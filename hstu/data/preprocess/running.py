@@ -16,6 +16,7 @@ from hstu.base.errors import ConfigError
 from hstu.data.batches.jagged import ranges
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.features.running import DAY_S, NUM_FACTORS, WITH_VALUES, Questions, RunningStatistics, keys_of, names_of
+from hstu.data.preprocess.base import labels
 from hstu.data.preprocess.state import Build
 from hstu.data.store.sequence_store import Requests, SequenceStore
 
@@ -113,7 +114,7 @@ def write_running(build: Build, offsets: np.ndarray, requests: Requests | None) 
 def _numbers(build: Build) -> np.ndarray | None:
     """The actions, if they are numbers of which some differ, such as stars: neither texts nor bits."""
     action, name = build.schema.action, resolve_name(build.options.name)
-    if not action or (build.raw.resolve_types and build.writer.journal["types"]["labels"]):
+    if not action or labels(build):
         return None
     actions = build.writer.written(action)
     return actions if np.ptp(actions) and not (name and DATASETS[name].action_bits) else None

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,8 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import written_aside
 from hstu.data.datasets.raw import literal, one_file
 from hstu.data.datasets.spec import RawTables, Schema
-from hstu.data.store.writer import StoreWriter
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.writer import StoreWriter, mapped
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +72,21 @@ class BuildOptions:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The earlier store of a build that adds events to it or removes users from it."""
+
+    store: SequenceStore
+    files: tuple[Path, ...] = ()
+    """All raw files of the result, in order."""
+    digests: Mapping[Path, str] = field(default_factory=dict)
+    """Earlier raw file → SHA-256."""
+    forgotten: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Codes of the users who are removed."""
+    codes: dict[str, np.ndarray] = field(default_factory=dict)
+    """"user", "item" → the new code of each of the base, int64; -1 for those that do not stay. A stage fills it."""
+
+
+@dataclass(frozen=True)
 class Build:
     """One run of the stages. Each stage leaves its result in the journal, a working table, or a part of the store.
 
@@ -88,6 +104,7 @@ class Build:
     options: BuildOptions
     writer: StoreWriter
     engine: Connection
+    base: Base | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason → skipped rows, over all stages."""
     begun: float = field(default_factory=time.monotonic)
@@ -101,6 +118,28 @@ class Build:
             journal.commit(stage, make())
         result: T = journal[stage]
         return result
+
+    @property
+    def earlier(self) -> Base:
+        """The base of a build that has one."""
+        assert self.base is not None
+        return self.base
+
+    def keeps(self, name: str) -> bool:
+        """Whether the base has values of c0, i0, e0, … that no new table replaces."""
+        replaced = {*self.schema.of_users(), *self.schema.of_items()}
+        replaced -= {*self.raw.event_context, *self.raw.event_items, *self.raw.kept}
+        return self.base is not None and name not in replaced
+
+    def feature(self, name: str) -> str:
+        """The feature that item, action, timestamp or e0, … stands for."""
+        schema = self.schema
+        roles = {"item": schema.item, "action": schema.action, "timestamp": schema.timestamp} | schema.of_events()
+        return str(roles[name])
+
+    def aside(self, name: str, dtype: np.dtype, length: int) -> np.memmap:
+        """A working array, which keeps its content when the build goes on."""
+        return mapped(self.writer.scratch / f"{name}.npy", dtype, length)
 
     def table(self, name: str, query: str, number: str | None = None) -> int:
         """Create a working table from a query, once. ``number``: column of row numbers. Returns the number of rows."""

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 
 from hstu.base.errors import DataError
+from hstu.data.batches.jagged import first_from
 from hstu.data.datasets.spec import SPLIT_NAMES, USER_FEATURE
+from hstu.data.preprocess.base import labels, number_with_base, used_values
 from hstu.data.preprocess.features import write_event_vocabularies
+from hstu.data.preprocess.merge import Growth
 from hstu.data.preprocess.state import ROWS_PER_CHUNK, Build, column, memory_bytes, one
 
 _log = logging.getLogger(__name__)
@@ -25,28 +28,36 @@ _FEATURE_BYTES_PER_ROW = 60
 
 def number_users_and_items(build: Build) -> tuple[np.ndarray, int]:
     """Create the tables users and items, ascending in id. Returns events per user, int64 [U], and number of items."""
-    build.table("users", 'SELECT "user" AS id, count(*) AS events FROM events GROUP BY 1 ORDER BY 1', "code")
-    query = "SELECT item AS id, count(*) AS events FROM events GROUP BY 1"
     listed = {"titles": "titles", "item_table": "usable_items"}
     further = [rows for name, rows in listed.items() if name in build.raw.tables and build.options.all_items]
     further += ["candidates"] if build.raw.requests else []
-    if further:
-        every = [query, *(f"SELECT DISTINCT item, 0 FROM {name} WHERE item IS NOT NULL" for name in further)]
-        query = f"SELECT id, CAST(sum(events) AS BIGINT) AS events FROM ({' UNION ALL '.join(every)}) GROUP BY 1"
-    num_items = build.table("items", f"{query} ORDER BY 1", "code")
+    _number(build, "user", ())
+    num_items = _number(build, "item", further)
     return column(build.engine, "SELECT events FROM users ORDER BY code"), num_items
 
 
+def _number(build: Build, name: str, further: Sequence[str]) -> int:
+    """Create the table users or items, of events and of ``further`` tables."""
+    query = f'SELECT "{name}" AS id, count(*) AS events FROM events GROUP BY 1'
+    if further:
+        every = [query, *(f'SELECT DISTINCT "{name}", 0 FROM {rows} WHERE "{name}" IS NOT NULL' for rows in further)]
+        query = f"SELECT id, CAST(sum(events) AS BIGINT) AS events FROM ({' UNION ALL '.join(every)}) GROUP BY 1"
+    query = f"{query} ORDER BY 1"
+    return number_with_base(build, name, query) if build.base else build.table(f"{name}s", query, "code")
+
+
 def write_vocabularies(build: Build) -> None:
-    """Write the raw ids of users and items, the texts of actions, and the title in the first row of each item."""
-    build.writer.write_vocabulary(USER_FEATURE, column(build.engine, "SELECT id FROM users ORDER BY code"))
-    build.writer.write_vocabulary(build.schema.item, column(build.engine, "SELECT id FROM items ORDER BY code"))
-    labels = build.writer.journal["types"]["labels"] if build.raw.resolve_types else []
-    if build.schema.action and labels:
-        build.writer.write_vocabulary(build.schema.action, np.array(labels, dtype=object))
-    if "titles" in build.raw.tables:
+    """Write raw ids of users and items, in the order of their tables, texts of actions, and each item's first title."""
+    build.writer.write_vocabulary(USER_FEATURE, column(build.engine, "SELECT id FROM users"))
+    build.writer.write_vocabulary(build.schema.item, column(build.engine, "SELECT id FROM items"))
+    texts = labels(build)
+    if build.schema.action and texts:
+        build.writer.write_vocabulary(build.schema.action, np.array(texts, dtype=object))
+    has_table = "titles" in build.raw.tables
+    if has_table or (build.base and build.base.store.titles() is not None):
         first_rows = """SELECT item, title FROM titles
             QUALIFY row_number() OVER (PARTITION BY item ORDER BY source_row) = 1"""
+        first_rows = first_rows if has_table else "SELECT id AS item, title FROM base_items"
         query = f"SELECT coalesce(t.title, '') FROM items i LEFT JOIN ({first_rows}) t ON i.id = t.item ORDER BY i.code"
         build.writer.write_titles(column(build.engine, query))
 
@@ -61,13 +72,18 @@ def keep_raw_ids(build: Build) -> None:
         build.writer.raw_features.add(feature)
 
 
-def write_events(build: Build, offsets: np.ndarray, num_items: int) -> dict[str, str]:
-    """Write items, actions, times and event features by bucket of users. Returns e0, e1, … → SQL of its value."""
-    schema, create, length = build.schema, build.writer.create_sequence, int(offsets[-1])
+def create_events(build: Build, length: int, num_items: int) -> tuple[dict[str, np.memmap], dict[str, str]]:
+    """Create the arrays of items, actions, times and event features, and the vocabularies of these. Returns the arrays
+    by item, action, timestamp, e0, e1, …, and e0, e1, … → SQL of its value."""
+    schema, create = build.schema, build.writer.create_sequence
     arrays = {"item": create(schema.item, "item", cardinality=num_items, length=length)}
     if schema.action:
-        query = f"SELECT max(action) FROM {build.shown()}"
+        query = f"SELECT coalesce(max(action), 0) FROM {build.shown()}"
         largest = build.once("largest action", lambda: int(one(build.engine, query)[0]))
+        if texts := labels(build):
+            largest = len(texts) - 1
+        elif build.base:
+            largest = max(largest, int(np.flatnonzero(used_values(build, schema.action))[-1]))
         cardinality = schema.action_cardinality or largest + 1
         arrays["action"] = create(schema.action, "action", cardinality=cardinality, length=length)
     if schema.timestamp:
@@ -79,13 +95,19 @@ def write_events(build: Build, offsets: np.ndarray, num_items: int) -> dict[str,
     for name, (cardinality, value) in write_event_vocabularies(build).items():
         arrays[name] = create(names[name], "event", cardinality=cardinality, length=length)
         features[name] = value
+    return arrays, features
+
+
+def write_events(
+    build: Build, offsets: np.ndarray, arrays: Mapping[str, np.memmap], features: Mapping[str, str]
+) -> None:
+    """Fill ``arrays`` with the new events by bucket of users. ``offsets``: int64 [U + 1], of these events."""
     rows, order = 'SELECT * FROM events WHERE "user" BETWEEN ? AND ?', f'"user", {build.order()}'
     size = rows_per_bucket(build, len(features))
     for number, (begin, end) in enumerate(pairwise(build.once("buckets", lambda: bucket_bounds(offsets, size)))):
         bounds = [one(build.engine, f"SELECT id FROM users WHERE code = {code}")[0] for code in (begin, end - 1)]
         place = slice(int(offsets[begin]), int(offsets[end]))
         build.once(f"bucket {number}", partial(write_rows, build, arrays, features, rows, order, place, bounds))
-    return features
 
 
 def rows_per_bucket(build: Build, num_features: int) -> int:
@@ -133,7 +155,7 @@ def write_rows(
         array.flush()
 
 
-def write_split(build: Build, offsets: np.ndarray) -> None:
+def write_split(build: Build, offsets: np.ndarray, growth: Growth | None) -> None:
     """Write the bounds of the splits, if the data has any. ``offsets``: int64 [U + 1], event offsets of users. Raises
     DataError if splits of a user overlap, and if no event is for training or none for evaluation."""
     schema = build.schema
@@ -147,6 +169,9 @@ def write_split(build: Build, offsets: np.ndarray) -> None:
     counted = ", ".join(f'count(*) FILTER ("split" = {number})' for number in (0, 1))
     per_user = f'SELECT "user", {counted}, {overlaps} FROM events GROUP BY 1 ORDER BY 1'
     users, train, valid, is_mixed = map(np.asarray, build.engine.execute(per_user).fetchnumpy().values())
+    if growth and not is_mixed.any():
+        users = column(build.engine, "SELECT id FROM users ORDER BY code")
+        train, valid, is_mixed = growth.split_counts()
     if is_mixed.any():
         order = "in time order" if schema.timestamp else "in the order of the rows"
         raise DataError(
@@ -169,7 +194,9 @@ def find_requests(build: Build) -> dict[str, int]:
     if not build.raw.requests:
         return {}
     key = "request" if build.raw.has_request_ids else '"time"'
-    firsts = 'SELECT "user", min("timestamp") AS first FROM events GROUP BY 1'
+    of_base = 'UNION ALL SELECT id, "first" FROM base_users' if build.base else ""
+    every = f'SELECT "user", "timestamp" FROM events {of_base}'
+    firsts = f'SELECT "user", min("timestamp") AS first FROM ({every}) GROUP BY 1'
     every = f"""SELECT "user", {key} AS key, min("time") AS "time", min("timestamp") AS "timestamp",
         count(*) AS candidates FROM impressions GROUP BY 1, 2"""
     query = f"""SELECT r.*, coalesce(f.first < r."timestamp", false) AS has_history
@@ -229,13 +256,3 @@ def write_requests(
         write = partial(write_rows, build, arrays, features, rows, "number, part, source_row", place)
         build.once(f"request bucket {number}", write)
     return of_requests
-
-
-def first_from(times: np.ndarray, begin: np.ndarray, end: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """First index in [begin[i], end[i]) with times >= at[i], else end[i]; int64 [n]. ``times`` ascend in each range."""
-    low, high = begin.astype(np.int64), end.astype(np.int64)
-    while (open_ := low < high).any():
-        middle = (low + high) // 2
-        is_before = open_ & (times[np.minimum(middle, len(times) - 1)] < at)
-        low, high = np.where(is_before, middle + 1, low), np.where(open_ & ~is_before, middle, high)
-    return low

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.base.errors import DataError
-from hstu.base.files import Journal, put_in_place, remove, sha256, sync_tree, written_aside
+from hstu.base.files import Journal, exchange, put_in_place, remove, sha256, sync_tree, written_aside
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.features.values import statistics_of_numbers
 from hstu.data.store.layout import (
@@ -185,14 +185,7 @@ class StoreWriter:
         if file in self._arrays:
             raise ValueError(f"{file} is written twice")
         self._arrays[file] = (dtype.str, length)
-        path = self.partial / file
-        if not path.is_file():
-            with written_aside(path) as aside:
-                open_memmap(aside, mode="w+", dtype=dtype, shape=(length,))
-        # Allocate all blocks first: on a full disk, writing to a mapped page would end the process with SIGBUS.
-        with path.open("r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
-        return open_memmap(path, mode="r+")
+        return mapped(self.partial / file, dtype, length)
 
     def _write_strings(self, stem: str, strings: Iterable[str]) -> None:
         encoded = [string.encode() for string in strings]
@@ -214,9 +207,12 @@ class StoreWriter:
         shutil.rmtree(self.scratch)
         SequenceStore.open(self.partial).verify_values()
         sync_tree(self.partial)
-        discarded = self.target.parent / f".{self.target.name}.discarded"  # the old store, until the new one is there
-        remove(discarded)
         self._check_target()
+        if self.target.exists() and exchange(self.partial, self.target):
+            remove(self.partial)
+            return
+        discarded = _discarded(self.target)
+        remove(discarded)
         if self.target.exists():
             self.target.rename(discarded)
         put_in_place(self.partial, self.target)
@@ -268,6 +264,28 @@ class StoreWriter:
         check_replaceable(self.target)
         if is_taken(self.target) and not self._overwrite:
             raise DataError(f"{self.target} exists; --force replaces it")
+
+
+def restore_discarded(target: Path) -> None:
+    """Put back the store that a killed writer had moved away, but not yet replaced."""
+    if not target.exists() and _discarded(target).exists():
+        _discarded(target).rename(target)
+
+
+def _discarded(target: Path) -> Path:
+    """Where the old store is until the new one is in its place, on file systems that cannot exchange them."""
+    return target.parent / f".{target.name}.discarded"
+
+
+def mapped(path: Path, dtype: np.dtype, length: int) -> np.memmap:
+    """A flat array to fill in a file. A file that a killed process left keeps its content."""
+    if not path.is_file():
+        with written_aside(path) as aside:
+            open_memmap(aside, mode="w+", dtype=dtype, shape=(length,))
+    # Allocate all blocks first: on a full disk, writing to a mapped page would end the process with SIGBUS.
+    with path.open("r+b") as stream:
+        os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+    return open_memmap(path, mode="r+")
 
 
 def is_taken(target: Path) -> bool:

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.jagged import first_from
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelColumn
+from hstu.data.preprocess import forget
 from hstu.data.preprocess import write as write_module
 from hstu.data.preprocess.report import write_report
-from hstu.data.preprocess.write import first_from
 from hstu.data.sampling.sampler import EvalSampler
 from hstu.data.sampling.samples import build_samples, check_requests
 from hstu.data.store.layout import REQUEST_FILES
@@ -149,8 +150,13 @@ def test_requests_are_given_again_when_events_are_added(tmp_path: Path) -> None:
     }
     report = write_report(found, tmp_path / "report").read_text()
     assert "requests 2 of 2 users" in report and "events before a request" in report
-    with pytest.raises(DataError, match=r"--requests was .* it is now not given"):
-        make(tmp_path, first, None, append=True, interactions=tmp_path / "more.csv")
+    make(tmp_path, first, force=True)
+    stays = make(tmp_path, first, None, append=True, interactions=tmp_path / "more.csv")
+    assert contents(stays.path) == contents(found.path), "requests that are not given stay"
+    (tmp_path / "users.txt").write_text("a\n")
+    left = SequenceStore.open(forget("mine", tmp_path / "users.txt", output=stays.path))
+    assert left.raw_ids("i")[left.candidates("i")].tolist() == ["x3"] and left.requests().history_ends.tolist() == [1]
+    assert left.raw_ids("device").tolist() == ["phone", "unknown", "web"]
 
 
 @pytest.mark.slow

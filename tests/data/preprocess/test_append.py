@@ -2,14 +2,18 @@
 
 import logging
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import Journal
+from hstu.data.preprocess import forget
+from hstu.data.store import writer
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.own_tables import histories, own_store
@@ -80,6 +84,7 @@ def test_tables_of_users_are_read_anew(folder: Path) -> None:
         ({"time": None}, "--time was t, it is now not given"),
         ({"item": "a", "action": None}, "--action was a, it is now not given; --item was i, it is now a"),
         ({"min_item_events": 2}, "--min_item_events was not given, it is now 2"),
+        ({"title": "i", "titles": "may.csv"}, "--title was not given, it is now i"),
         ({"context_columns": ("u",)}, "--context_columns was not given, it is now u"),
     ],
 )
@@ -90,24 +95,139 @@ def test_other_columns_and_options_are_refused_by_name(change: dict[str, Any], m
     assert contents(folder / "store") == before
 
 
-def test_a_table_that_is_left_out_is_refused(folder: Path) -> None:
-    make(folder, "may.csv", context=folder / "users.csv", context_columns=("town",))
-    (folder / "june.csv").write_text(JUNE.replace("part,", "town,part,", 1).replace("\nt", "\nUlm,t"))
-    with pytest.raises(DataError, match=r"--context was .*users\.csv, it is now not given"):
-        make(folder, "june.csv", append=True, context_columns=("town",))
+def test_a_table_that_is_left_out_stays(folder: Path) -> None:
+    users: dict[str, Any] = {"context": folder / "users.csv", "context_columns": ("town",)}
+    make(folder, "may.csv", **users)
+    (folder / "users.csv").unlink()
+    store = SequenceStore.open(make(folder, "june.csv", append=True, context_columns=("town",)))
+    towns = store.raw_ids("town")[store.context("town")]
+    assert dict(zip(store.raw_ids("user_id"), towns, strict=True)) == {
+        "a": "unknown", "b": "Ulm", "d": "Rom", "e": "unknown",
+    }  # fmt: skip
+    assert list(store.sources) == ["may.csv", "june.csv", "users.csv"] and "users.csv" in str(store.command)
+    (folder / "july.csv").write_text("u,i,a,t,part,town\na,x3,buy,99,test,Bonn\nb,x3,buy,99,test,Bonn\n")
+    store = SequenceStore.open(make(folder, "july.csv", append=True, context_columns=("town",)))
+    assert store.raw_ids("town")[store.context("town")].tolist() == ["Bonn", "Ulm", "Rom", "unknown"]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [(None, "is not there"), (f"{MAY}f,x1,buy,1,train\n", "has changed since")]
-)
-def test_earlier_raw_files_must_be_as_they_were(folder: Path, text: str | None, message: str) -> None:
-    before = contents(make(folder, "may.csv"))
-    (folder / "may.csv").unlink() if text is None else (folder / "may.csv").write_text(text)
-    with pytest.raises(
-        DataError, match=rf"raw files that it was made of are read again, and .*may\.csv {message}. Put"
-    ):
-        make(folder, "june.csv", append=True)
-    assert contents(folder / "store") == before
+def random_tables(folder: Path, random: np.random.Generator, are_texts: bool) -> tuple[list[Path], dict[str, Any]]:
+    """Three files of events in random order of time, and tables; some values are missing, some users and items new."""
+    users, items = (np.unique(random.integers(0, 1 << 40, size)) for size in (12, 9))
+    prefix = "x" if are_texts else ""
+    rows = 90
+    events = pd.DataFrame(
+        {
+            "u": [f"{prefix}{user}" for user in random.choice(users, rows)],
+            "i": [f"{prefix}{item}" for item in random.choice(items, rows)],
+            "a": random.choice(["buy", "view", "cart"] if are_texts else ["0", "1", "5"], rows),
+            "t": random.integers(1_000_000_000, 1_000_000_040, rows),
+            "device": random.choice(["web", "phone", "", "car"], rows),
+            "seconds": random.choice(["1.5", "", "7", "-2"], rows),
+            "shop": random.choice(["north", "south", ""], rows),
+        }
+    )
+    events["shop"] = events.groupby("u")["shop"].transform("max")  # one value, so which event is first has no effect
+    events["part"] = np.where(events.t < 1_000_000_025, "train", np.where(events.t < 1_000_000_030, "valid", "test"))
+    files = [folder / f"{name}.csv" for name in ("may", "june", "july")]
+    for file, part in zip(files, np.array_split(random.permutation(rows), (60, 75)), strict=True):
+        events.iloc[part].to_csv(file, index=False)
+    known = events.i.unique()[:-1]
+    pd.DataFrame(
+        {
+            "i": [*known, f"{prefix}5"],
+            "price": random.integers(1, 50, len(known) + 1),
+            "tags": random.choice(["a|b", "", "c"], len(known) + 1),
+            "weight": random.choice(["2", "", "3.5"], len(known) + 1),
+            "place": random.choice(["1;2", "", "0.5;-1"], len(known) + 1),
+            "title": [f"title of {item}" for item in range(len(known) + 1)],
+        }
+    ).to_csv(folder / "items.csv", index=False)
+    (folder / "items.csv").write_text((folder / "items.csv").read_text() + f"{prefix}6,1,a,1,3;4,seven\n")
+    pd.DataFrame({"u": events.u.unique()[1:], "age": random.integers(10, 99, events.u.nunique() - 1)}).to_csv(
+        folder / "users.csv", index=False
+    )
+    given: dict[str, Any] = {
+        **COLUMNS, "event_columns": ("device", "seconds"), "numbers": ("seconds", "weight"), "vectors": ("place",),
+        "item_columns": ("price", "tags", "weight", "place"), "lists": {"tags": "|", "place": ";"},
+        "context_columns": ("u", "age", "shop"), "bins": {"price": 3, "age": 2}, "title": "title",
+        "items": folder / "items.csv", "context": folder / "users.csv", "titles": folder / "items.csv",
+    }  # fmt: skip
+    return files, given
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_grown_store_has_the_bytes_of_one_made_at_once(seed: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(seed)
+    files, given = random_tables(tmp_path, random, are_texts=seed % 2 == 1)
+    given |= {"all_items": seed % 3 == 1, "split": "part" if seed % 3 else None}
+    expected = own_store(tmp_path, files, store="at_once", **given)
+    lineage: tuple[str, ...] = ()
+    for number, file in enumerate(files):
+        before = None if not number else SequenceStore.open(tmp_path / "store")
+        store = own_store(tmp_path, file, append=number > 0, **given)
+        file.unlink()
+        assert store.num_segments == number + 1 and store.lineage[:-1] == lineage
+        lineage = store.lineage
+        if before and (segments := store.segments()) is not None:
+            assert (segments == number).sum() == store.num_events - before.num_events
+    assert contents(store.path) == contents(expected.path)
+    assert store.lineage[-1] == expected.lineage[-1] and len(lineage) == 3
+    store.verify_contents()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_forgotten_users_leave_the_store_that_is_made_without_them(
+    seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    random = np.random.default_rng(10 + seed)
+    files, given = random_tables(tmp_path, random, are_texts=seed % 2 == 1)
+    given |= {"bins": {}}
+    own_store(tmp_path, files[0], **given)
+    store = own_store(tmp_path, files[1], append=True, **given)
+    events = pd.concat([pd.read_csv(file, dtype=str, keep_default_na=False) for file in files[:2]])
+    left_out = random.choice(events.u.unique(), 3, replace=False).tolist()
+    (tmp_path / "users.txt").write_text("\n".join([*left_out, "007", "", "nobody\n"]))
+    with caplog.at_level(logging.INFO, logger="hstu"):
+        forget("mine", tmp_path / "users.txt", output=store.path)
+        forget("mine", tmp_path / "users.txt", output=store.path)  # again, as after a kill
+    removed = int(events.u.isin(left_out).sum())
+    assert f"5 ids, of which 2 are not in {store.path}" in caplog.text and "which is kept" in caplog.text
+    assert f"removed from {store.path}: 3 users with {removed} events" in caplog.text
+    events[~events.u.isin(left_out)].to_csv(tmp_path / "others.csv", index=False)
+    expected = own_store(tmp_path, tmp_path / "others.csv", store="at_once", **given)
+    found = SequenceStore.open(store.path)
+    meta = {"meta.json": b""}
+    assert contents(found.path) | meta == contents(expected.path) | meta and found.features == expected.features
+    assert found.statistics == {**expected.statistics, "forgotten_users": 3}
+    assert (found.num_segments, found.lineage[:-1]) == (2, store.lineage) and found.lineage[-1] == expected.lineage[-1]
+    grown = own_store(tmp_path, files[2], append=True, **given)  # it goes on, and files tell of them again
+    assert grown.statistics["forgotten_users"] == 3 and len(grown.lineage) == 4
+    (tmp_path / "users.txt").write_text("\n".join(map(str, grown.raw_ids("user_id"))))
+    with pytest.raises(DataError, match="names all users"):
+        forget("mine", tmp_path / "users.txt", output=store.path)
+    with pytest.raises(DataError, match="is the store of mine"):
+        forget("other", tmp_path / "users.txt", output=store.path)
+
+
+def test_ids_that_become_text_are_sorted_again(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("numbers.csv", "texts.csv", "more.csv")]
+    texts = ("u,i\n9,10\n10,9\n-1,7\n9,9\n", "u,i\nx,10\n9,y\n", "u,i\n100,11\n10,9\n")
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    for number, file in enumerate(files):
+        own_store(tmp_path, file, append=number > 0)
+    assert contents(tmp_path / "store") == contents(own_store(tmp_path, files, store="at_once").path)
+
+
+def test_ranges_of_event_columns_stay(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("u,i,price\n1,1,10\n1,1,20\n1,1,30.5\n1,1,40\n")
+    (tmp_path / "b.csv").write_text("u,i,price\n1,1,5\n1,1,25\n1,1,99\n1,1,\n")
+    given: dict[str, Any] = {"event_columns": ("price",), "bins": {"price": 2}}
+    own_store(tmp_path, tmp_path / "a.csv", **given)
+    store = own_store(tmp_path, tmp_path / "b.csv", append=True, **given)
+    low, high = "10..20", "30.5..40"
+    found = store.raw_ids("price")[store.sequence("price")]
+    assert found.tolist() == [low, low, high, high, low, low, high, "unknown"] and len(store.ranges["price"]) == 2
 
 
 def test_there_must_be_a_store(folder: Path) -> None:
@@ -139,6 +259,29 @@ def test_a_kill_leaves_the_earlier_store_and_the_same_command_goes_on(
             assert contents(folder / "store") == before
     assert starts > 3
     monkeypatch.undo()
+    assert contents(folder / "store") == contents(make(folder, "may.csv", "june.csv", store="at_once"))
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("moment", ["exchange", "put_in_place", "remove"])
+def test_a_kill_while_stores_are_exchanged_loses_nothing(
+    moment: str, can_exchange: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(folder, "may.csv")
+    plain = {name: getattr(writer, name) for name in ("exchange", "put_in_place", "remove")}
+
+    def killed(*paths: Path) -> bool:
+        if any(path in (folder / "store", folder / ".store.discarded") for path in paths) or moment == "remove":
+            raise KeyboardInterrupt
+        return bool(plain[moment](*paths))
+
+    with monkeypatch.context() as patched:
+        if not can_exchange:
+            patched.setattr(writer, "exchange", lambda *_: False)
+        patched.setattr(writer, moment, killed)
+        with suppress(KeyboardInterrupt):
+            make(folder, "june.csv", append=True)
+    make(folder, "june.csv", append=True)
     assert contents(folder / "store") == contents(make(folder, "may.csv", "june.csv", store="at_once"))
 
 
@@ -180,3 +323,24 @@ def test_the_command_appends(folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert main([*command, "--interactions", "may.csv", "june.csv"]) == 0, "it is kept"
     assert main(["--dataset_name", "ml-1m", "--append"]) == 2
     assert "--append: only with --interactions" in capsys.readouterr().err
+    (folder / "users.txt").write_text("b\n")
+    assert main(["--dataset_name", "mine", "--forget", "users.txt"]) == 0
+    assert "users 3, items 2, events 3" in capsys.readouterr().out
+    assert main([*command, "--forget", "users.txt"]) == 2
+    assert "--forget changes a store, and does not go with --user, --item, --action, --time" in capsys.readouterr().err
+
+
+def test_what_the_store_does_not_know_is_refused(folder: Path) -> None:
+    make(folder, "may.csv", min_user_events=2, split=None)
+    with pytest.raises(DataError, match=r"left out events, which may count now .* Make it without them"):
+        make(folder, "june.csv", append=True, min_user_events=2, split=None)
+    make(folder, "may.csv", force=True)
+    (folder / "june.csv").write_text("part,i,u,t,a\ntest,x1,d,9,4\n")
+    with pytest.raises(DataError, match=r"actions in 'a' are numbers, and those of .* are texts, such as 'buy'"):
+        make(folder, "june.csv", append=True)
+    (folder / "june.csv").write_text("part,i,u,t,a\ntrain,x1,d,9,buy\n")
+    with pytest.raises(DataError, match=r"--split part: 1 user.*the first of them d, have an event"):
+        make(folder, "june.csv", append=True)
+    (folder / "may.csv").write_text(JUNE)
+    with pytest.raises(DataError, match=r"may\.csv is in it with another content"):
+        make(folder, "may.csv", append=True)

@@ -98,6 +98,8 @@ def write_small_store(
     raw: Sequence[str] = (),
     requests: Sequence[tuple[int, int, Mapping[str, Sequence[int]]]] = (),
     ranges: Mapping[str, Mapping[str, float]] | None = None,
+    segments: Sequence[Sequence[int]] | None = None,
+    earlier: SequenceStore | None = None,
     name: str = "toy",
 ) -> SequenceStore:
     """A store of the given item codes, one list a user.
@@ -107,7 +109,8 @@ def write_small_store(
     ``item_features``: feature -> one code or one list of codes an item; ``event_features``: feature -> lists like
     ``items``; the raw ids of both are "value 007", or those of ``event_texts``. ``item_numbers``: feature -> [items,
     width], ``event_numbers``: feature -> lists like ``items``. ``raw``: features whose raw ids models get.
-    ``requests``: user, time, and feature -> codes of the candidates, by user and time.
+    ``requests``: user, time, and feature -> codes of the candidates, by user and time. ``segments``: numbers of the
+    appends, lists like ``items``, to the store ``earlier``, which may be at ``path``.
     """
     lengths = [len(row) for row in items]
     if timestamps is None:
@@ -119,7 +122,10 @@ def write_small_store(
         return np.array([value for row in rows for value in row], dtype=np.int64)
 
     num_items = num_items or int(flat(items).max()) + 1
-    with StoreWriter(path, name=name, command=None) as writer:
+    with StoreWriter(path, name=name, command=None, overwrite=earlier is not None) as writer:
+        writer.earlier_states = () if earlier is None else earlier.lineage
+        if segments is not None:
+            writer.create_segments(int(flat(segments).max()) + 1, sum(lengths))[:] = flat(segments)
         writer.ranges.update(ranges or {})
         writer.write_offsets(np.concatenate([[0], np.cumsum(lengths)]))
         for feature, values in (context or {}).items():

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from hstu.checkpoint.directory import (
 from hstu.checkpoint.dynamic import load_table, read_tables, table_problems
 from hstu.checkpoint.find import GIN
 from hstu.checkpoint.matching import ConfigDifference, LoadOptions, TensorMatch, config_differences, match_tensors
+from hstu.checkpoint.phase import Phase, difference
 from hstu.checkpoint.raw_ids import RawIds, RowRemap, remap_rows
 from hstu.checkpoint.state import TrainState, set_random_state
 from hstu.checkpoint.tensors import (
@@ -61,57 +61,61 @@ class ModelShape:
     """Configuration of the run. Empty: not compared."""
 
 
-def load(path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING) -> list[str]:
+def load(
+    path: str | Path, state: TrainState, mesh: Mesh, options: LoadOptions = _EVERYTHING, *, is_checked: bool = False
+) -> list[str]:
     """Load a checkpoint into ``state`` in place. Collective. Ranks, groups and sharding may differ from the saving run.
 
     With other ranks or groups the dropout generators keep their fresh seeds. A changed configuration is logged. Returns
     one line for each thing that did not fit; with ``options.strict`` only for new ids (``options.zero_new_rows``).
+    ``is_checked``: ``check_all_files`` has been called.
 
     Raises, on every rank, DamagedCheckpoint if files are damaged or missing, and DataError, with the differences of the
-    configuration, if something does not fit with ``options.strict``.
+    configuration, if something does not fit with ``options.strict``, or of other data than ``state.phase``.
     """
     root, sizes = Path(path), {name: tensor.size() for name, tensor in state.tensors().items()}
     shape = ModelShape(sizes, state.model.specs, state.raw_ids, state.operative_gin)
-    own_problems = collective_io(lambda: _check_share_of_files(root, mesh), mesh)
-    problems = [problem for part in gather_objects(own_problems, mesh.world_group) for problem in part]
-    if problems:
-        raise DamagedCheckpoint(_message(root, problems, [], "Load another checkpoint."))
+    if not is_checked:
+        check_all_files(root, mesh)
     match, differences, remaps = collective_io(lambda: match_checkpoint(root, shape, options), mesh)
     if options.zero_new_rows:
         _zero_tables(match, state)
     collective_io(lambda: _read_tensors(open_tensors(root), match, state, mesh), mesh)
     dynamic = collective_io(lambda: _read_dynamic(root, state, mesh, options, remaps), mesh)
-    other_data = _other_data(root, state.trained_on)
+    rows = "zeros" if options.zero_new_rows else "as initialised"
+    new_rows = [
+        f"table {name.removeprefix(TABLES)}: {remap.new_ids:,} of {remap.num_ids:,} ids are not in the checkpoint; "
+        f"their rows are {rows}"
+        for name, remap in remaps.items()
+        if options.accepts_new_rows and remap.new_ids
+    ]
     if options.optimizer:
         _restore_metadata(root, state, mesh)
-        if other_data:
-            log.warning(
-                "%s was trained on other data: %s. Its position in an epoch, where training goes on, means other "
-                "samples here. TrainerArgs.ckpt_load_optimizer = False would start from the weights at iteration 0.",
-                root,
-                other_data,
-            )
+        if new_rows:
+            log.info("%s: %s", root, "; ".join(new_rows))
         changes = [f"  {entry}" for entry in differences if entry.changes not in ("reports", "model")]
         if changes:
             log.warning("the configuration has changed since %s was saved:\n%s", root, "\n".join(changes))
     of_model = [entry for entry in differences if entry.changes == "model"]
-    report = [
-        f"table {name.removeprefix(TABLES)}: {remap.new_ids:,} of {remap.num_ids:,} ids are not in the checkpoint; "
-        "their rows are zeros"
-        for name, remap in remaps.items()
-        if options.zero_new_rows and remap.new_ids
-    ]
-    if options.zero_new_rows and other_data:
+    report = new_rows if options.zero_new_rows else []
+    if options.zero_new_rows and (other_data := difference(read_metadata(root).get("trained_on"), state.trained_on)):
         report.append(f"the model was trained on {other_data}")
-    if match.problems(options.zero_new_rows) or of_model or dynamic:
+    if match.problems(options.accepts_new_rows) or of_model or dynamic:
         report += [*match.report(of_model), *dynamic]
         log.warning("%s was loaded in part:\n%s", root, "\n".join(f"  {line}" for line in report))
     return report
 
 
-def _check_share_of_files(root: Path, mesh: Mesh) -> list[str]:
-    files = read_manifest(root)
-    return file_problems(root, {name: files[name] for name in sorted(files)[mesh.rank :: mesh.world_size]})
+def check_all_files(root: Path, mesh: Mesh) -> None:
+    """Raise DamagedCheckpoint, on every rank, if files are damaged or missing. Collective: each rank checks some."""
+
+    def own_problems() -> list[str]:
+        files = read_manifest(root)
+        return file_problems(root, {name: files[name] for name in sorted(files)[mesh.rank :: mesh.world_size]})
+
+    found = gather_objects(collective_io(own_problems, mesh), mesh.world_group)
+    if problems := [problem for part in found for problem in part]:
+        raise DamagedCheckpoint(_message(root, problems, [], "Load another checkpoint."))
 
 
 def match_checkpoint(
@@ -131,7 +135,7 @@ def match_checkpoint(
     match = match_tensors(shape.sizes, stored_sizes, options, remaps)
     stored_gin = verified_file(root, GIN).read_text(encoding="utf-8")
     differences = config_differences(stored_gin, shape.operative_gin) if shape.operative_gin else []
-    problems = match.problems(options.zero_new_rows)
+    problems = match.problems(options.accepts_new_rows)
     if options.strict and (problems or any(entry.changes == "model" for entry in differences)):
         shown = [entry for entry in differences if entry.changes in ("model", "tensors")]
         remedy = "Load another one, or change the model back. TrainerArgs.ckpt_load_strict = False loads what fits"
@@ -219,15 +223,6 @@ class _Destination:
             piece[rows] = buffer[torch.from_numpy(source[source >= 0]).to(piece.device)]
 
 
-def _other_data(root: Path, own: Mapping[str, Any]) -> str:
-    """How the data of the training and ``own`` differ; empty if they are the same, or if one is unknown."""
-    stored = read_metadata(root).get("trained_on")
-    if not stored or not own or stored == own:
-        return ""
-    there, here = (f"{data['events']:,} events of {data['users']:,} users" for data in (stored, own))
-    return f"{there}; this data has {here if here != there else 'as many, but others or in another order'}"
-
-
 def _read_dynamic(
     root: Path, state: TrainState, mesh: Mesh, options: LoadOptions, remaps: Mapping[str, RowRemap]
 ) -> list[str]:
@@ -249,6 +244,8 @@ def _read_dynamic(
 def _restore_metadata(root: Path, state: TrainState, mesh: Mesh) -> None:
     try:
         stored = read_metadata(root)
+        if state.phase == Phase.of(stored) and (changed := difference(stored.get("trained_on"), state.trained_on)):
+            raise DataError(f"{root} was trained on other data: {changed}; see TrainerArgs.continue_on")
         state.load_metadata(stored)
         ranks, tp, cp = sizes_of_ranks(stored)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -83,12 +83,20 @@ class LoadOptions:
     param_map: ParamMap = field(default_factory=ParamMap)
     zero_new_rows: bool = False
     """Accept ids that the checkpoint lacks and zero their rows, to apply a model to newer data."""
+    continues_on_other_data: bool = False
+    """Whether the run may begin a new phase (TrainerArgs.continue_on)."""
+
+    @property
+    def accepts_new_rows(self) -> bool:
+        """Whether tables may have more rows, or rows in another order, than in the checkpoint."""
+        return self.zero_new_rows or (self.optimizer and self.continues_on_other_data)
 
     @classmethod
     def from_args(cls, args: TrainerArgs) -> LoadOptions:
         """Read the options from the configuration. Raises DataError for a bad ckpt_param_map."""
         param_map = ParamMap.read(args.ckpt_param_map) if args.ckpt_param_map else ParamMap()
-        return cls(args.ckpt_load_strict, args.ckpt_load_optimizer, param_map)
+        is_in_phases = args.continue_on is not None
+        return cls(args.ckpt_load_strict, args.ckpt_load_optimizer, param_map, continues_on_other_data=is_in_phases)
 
 
 class Resized(NamedTuple):
@@ -123,12 +131,12 @@ class TensorMatch:
     remaps: Mapping[str, RowRemap] = field(default_factory=dict)
     """Table weight → remap, for tables whose rows have other raw ids in the checkpoint."""
 
-    def problems(self, zero_new_rows: bool = False) -> list[str]:
-        """Return one line per mismatch. ``zero_new_rows``: see LoadOptions."""
-        remaps = [name for name, remap in self.remaps.items() if not zero_new_rows or remap.source_rows is None]
+    def problems(self, accepts_new_rows: bool = False) -> list[str]:
+        """Return one line per mismatch. ``accepts_new_rows``: see LoadOptions."""
+        remaps = [name for name, remap in self.remaps.items() if not accepts_new_rows or remap.source_rows is None]
         return [
             *(f"{name} is not in the checkpoint" for name in self.missing),
-            *(str(entry) for entry in self.resized if not (zero_new_rows and entry.common_rows)),
+            *(str(entry) for entry in self.resized if not (accepts_new_rows and entry.common_rows)),
             *(f"{name} has rows of other ids in the checkpoint{_BY_ID}" for name in remaps),
             *(f"{name} is in the checkpoint only" for name in self.unexpected),
         ]

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 import hstu
+from hstu.checkpoint.phase import Phase
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.data.batches.batch import is_of_negatives
 from hstu.data.sampling.sampler import SamplerPosition
@@ -46,13 +47,16 @@ class TrainState:
     iteration: int = 0
     """Number of finished optimizer steps."""
     position: SamplerPosition = field(default_factory=SamplerPosition)
+    phase: Phase = field(default_factory=Phase)
     raw_ids: RawIds = field(default_factory=RawIds)
     features: dict[str, Any] = field(default_factory=dict)
     """JSON: features that the model reads, with numbers of ids, for use without the data."""
     trained_on: dict[str, Any] = field(default_factory=dict)
     """JSON: see BatchSource.trained_on."""
     carried: dict[str, Stateful] = field(default_factory=dict)
-    """Name → further state of a run, such as its metrics: JSON, equal on all ranks."""
+    """Name → further state of a run: JSON, equal on all ranks."""
+    carried_in_phase: dict[str, Stateful] = field(default_factory=dict)
+    """The same, for what starts anew with each phase, such as metrics."""
 
     def tensors(self) -> dict[str, Tensor | ShardedView]:
         """Return all live tensors, to be saved or overwritten in place. Names and sizes are equal on all ranks.
@@ -105,6 +109,7 @@ class TrainState:
         return {
             "iteration": self.iteration,
             "position": dataclasses.asdict(self.position),
+            "phase": dataclasses.asdict(self.phase),
             "optimizer": self.optimizers.counters(),
             "tables": {
                 table.name: {
@@ -116,16 +121,17 @@ class TrainState:
             },
             "features": self.features,
             "trained_on": self.trained_on,
-            "carried": {name: part.state_dict() for name, part in self.carried.items()},
+            "carried": {name: part.state_dict() for name, part in (self.carried | self.carried_in_phase).items()},
             "versions": versions(),
         }
 
     def load_metadata(self, stored: dict[str, Any]) -> None:
-        """Restore ``metadata()``, and warn if it was written with other package versions."""
+        """Restore ``metadata()`` and begin ``self.phase``, if that is a later one. Warns of other package versions."""
+        begins = self.phase != Phase.of(stored)
         self.iteration = stored["iteration"]
-        self.position = SamplerPosition(**stored["position"])
+        self.position = self.phase.start if begins else SamplerPosition(**stored["position"])
         self.optimizers.load_counters(stored["optimizer"])
-        for name, part in self.carried.items():
+        for name, part in (self.carried | ({} if begins else self.carried_in_phase)).items():
             if name in stored.get("carried", {}):
                 part.load_state_dict(stored["carried"][name])
         installed = versions()

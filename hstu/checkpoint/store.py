@@ -24,7 +24,7 @@ from hstu.base.files import DirectoryLock
 from hstu.checkpoint import directory as folder
 from hstu.checkpoint.directory import BEST, LATEST, DamagedCheckpoint, collective_io
 from hstu.checkpoint.find import AUTO, belongs, candidates
-from hstu.checkpoint.load import load
+from hstu.checkpoint.load import check_all_files, load
 from hstu.checkpoint.matching import LoadOptions
 from hstu.checkpoint.save import HostCopies, Snapshot, write
 from hstu.checkpoint.state import TrainState
@@ -60,6 +60,7 @@ class CheckpointStore:
         """Iteration of the last checkpoint in ``save_dir`` that this run has saved or loaded."""
         self._lock: DirectoryLock | None = None
         self._is_new = False
+        self._found: Path | None = None
         self._keep_last = keep_last
         self._load_options = load_options or LoadOptions()
         self._work: list[Future[None]] = []
@@ -158,30 +159,41 @@ class CheckpointStore:
                 with contextlib.suppress(OSError):  # the directory is not empty
                     self.save_dir.rmdir()
 
-    def restore(self, state: TrainState) -> bool:
-        """Load the configured checkpoint; return whether there is one. "auto" skips damaged ones. Raises DataError."""
+    def find(self) -> Path | None:
+        """Return the checkpoint to restore, whose files are intact; None if none is configured, or there is none yet.
+
+        "auto" skips damaged ones. Raises DataError.
+        """
         paths = collective_io(self._candidates, self.mesh, on_rank_0)
-        for path in paths:
+        for self._found in paths:
             try:
-                load(path, state, self.mesh, self._load_options)
+                check_all_files(self._found, self.mesh)
+                return self._found
             except DamagedCheckpoint as error:
                 if self.load_dir != AUTO:
                     raise
                 log.warning("%s Trying the previous one.", error)
-                continue
-            resumes = self._load_options.optimizer
-            if resumes and self._is_own(path):
-                self.newest_iteration = state.iteration
-                if self._lock is not None:
-                    self._delete_older(state.iteration)
-            log.info("%s %s", "resuming from" if resumes else "starting from the weights of", path)
-            return True
         if paths:
             raise DataError(
                 f"every checkpoint in {self.save_dir} is damaged: {', '.join(path.name for path in paths)}; the "
                 'log says how. TrainerArgs.ckpt_load_dir = "" and another ckpt_save_dir train from the start.'
             )
-        return False
+        return None
+
+    def restore(self, state: TrainState) -> bool:
+        """Load the checkpoint of ``find``; return whether there is one. Raises DataError."""
+        path = self._found or self.find()
+        self._found = None
+        if path is None:
+            return False
+        load(path, state, self.mesh, self._load_options, is_checked=True)
+        resumes = self._load_options.optimizer
+        if resumes and self._is_own(path):
+            self.newest_iteration = state.iteration
+            if self._lock is not None:
+                self._delete_older(state.iteration)
+        log.info("%s %s", "resuming from" if resumes else "starting from the weights of", path)
+        return True
 
     def load_weights(self, iteration: int, state: TrainState) -> bool:
         """Load the weights of a checkpoint in ``save_dir``, and nothing else. Returns False if there is none."""

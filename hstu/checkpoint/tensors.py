@@ -52,11 +52,12 @@ _OF_EXPORT: dict[Any, Any] = {
     "iteration": int,
     "tables?": {str: {"rows": int, "dim": int, "features": [str]}},
     "features?": _FEATURES | {"number_widths": [int], "action": str | None},
-    "trained_on?": {"users": int, "events": int},
+    "trained_on?": {"users": int, "events": int, "state?": str, "segments?": int, "samples?": int},
     "versions?": {str: str},
 }
 _OF_CHECKPOINT = _OF_EXPORT | {
     "position": {"epoch": int, "consumed": int},
+    "phase?": {"first_iteration": int, "first_epoch": int, "first_segment": int},
     "optimizer": {"table_steps": int, "lr_multiplier": float},
     "carried?": {"history?": {"last": [_EVALUATION], "count": {str: int}, "extremes": _EXTREMES}},
     "world_size": int,

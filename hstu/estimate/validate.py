@@ -22,6 +22,7 @@ from hstu.checkpoint.directory import file_problems, read_manifest
 from hstu.checkpoint.find import AUTO, candidates
 from hstu.checkpoint.load import ModelShape, match_checkpoint
 from hstu.checkpoint.matching import LoadOptions
+from hstu.checkpoint.phase import choose_phase
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.config.args import Args, DatasetArgs, RankingArgs
 from hstu.config.option import problem
@@ -221,6 +222,9 @@ def match_the_checkpoint(run: RunDraft, built: Built) -> Problems:
     raw_ids, gin = RawIds(), ""
     if isinstance(run.dataset, DatasetArgs):
         raw_ids = RawIds.from_store(built.store, built.roles.names)
+        if run.trainer.ckpt_load_optimizer:
+            of_data = built.checkpoint, built.source.trained_on, built.store, run.trainer.continue_on
+            yield from check(run, run.trainer, "continue_on", choose_phase, *of_data)
     with suppress(Unknown):
         gin = run.finish().operative_gin()
     shape = ModelShape(built.tensors, built.specs, raw_ids, gin)

@@ -90,14 +90,14 @@ def build_optimizers(
     return Optimizers(DenseOptimizer(dense, args, shares), tables, mesh.tp_group if mesh.tp_size > 1 else None)
 
 
-def lr_multiplier(args: LRScheduleArgs, iteration: int, total_iters: int, epoch: int, iters_per_epoch: int) -> float:
+def lr_multiplier(args: LRScheduleArgs, iteration: int, total_iters: int, epoch: int, epoch_start: int) -> float:
     """Multiplier of all learning rates for the step that starts at ``iteration`` of ``total_iters``, in ``epoch``.
 
     Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it; then the decay starts.
-    With by_epoch, all steps of an epoch use the multiplier of its first iteration, ``epoch * iters_per_epoch``.
+    With by_epoch, all steps of an epoch use the multiplier of its first iteration, ``epoch_start``.
     Iterations and epochs count from 0.
     """
-    position = epoch * iters_per_epoch if args.by_epoch else iteration
+    position = epoch_start if args.by_epoch else iteration
     warmup = (args.warmup_iters or 0) if args.warmup_ratio is None else round(args.warmup_ratio * total_iters)
     if position < warmup:
         return args.warmup_start + (1.0 - args.warmup_start) * position / warmup

@@ -152,6 +152,8 @@ def _held_out(source: InferenceSource, period: Period) -> int:
 def choose_split(source: InferenceSource, split: str | None) -> Split:
     """Check the name of a split; None: the last split that training evaluates. Raises ConfigError if unknown."""
     allowed = source.final_splits
+    if not allowed:
+        raise ConfigError('the run evaluates nothing, because its DatasetArgs.split = "none" holds nothing out')
     for known in reversed(allowed):
         if split in (None, known):
             return known

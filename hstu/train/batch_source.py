@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hstu.base.errors import ConfigError
+from hstu.checkpoint.phase import Phase
 from hstu.config.args import EmbeddingArgs, RankingArgs
 from hstu.config.option import located
 from hstu.config.problems import in_reading_order
@@ -64,9 +65,11 @@ class BatchSource(ABC):
     batches_per_epoch: int
     """Steps per pass over the training data. With tokens_per_rank: of the first pass; others differ a little."""
     eval_splits: tuple[Split, ...]
-    """Splits evaluated during training. The first one selects the best model."""
+    """Splits evaluated during training. The first one, if any, selects the best model."""
     final_splits: tuple[Split, ...]
-    """Splits evaluated after the last iteration."""
+    """Splits evaluated after the last iteration. Both may be empty."""
+    phase: Phase = Phase()
+    """What the training samples are."""
 
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config

@@ -73,7 +73,8 @@ BesideTables = Callable[[RunConfig, Mesh], int]
 def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | None = None) -> Trainer:
     """Build a trainer that is ready to ``train()``. Collective. ``beside_tables``: called only on GPUs; None: zero.
 
-    Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine.
+    Raises ConfigError or DataError, on all ranks alike, if the configuration does not fit the data or the machine, and
+    NothingNew if it begins a phase without labels.
     """
     path, saved_in = choose_directories(config, mesh)
     args = config.trainer
@@ -87,8 +88,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | N
         run_directory = open_run_directory(config, path, checkpoints, mesh)
         undo.callback(run_directory.discard)
         undo.callback(checkpoints.close)  # before the directory of the run is discarded, which it may leave empty
+        earlier = checkpoints.find() if args.ckpt_load_optimizer else None
         mesh.heartbeat.mark("opening the data")
-        source = on_all_ranks(lambda: open_source(config, mesh), mesh.world_group)
+        source = on_all_ranks(lambda: open_source(config, mesh, earlier=earlier), mesh.world_group)
         require_equal(source.description, mesh.world_group, DataError)
         check_masks(config, source.roles)
         mesh.heartbeat.mark("building the model")
@@ -291,7 +293,14 @@ def build_state(
     """The state that checkpoints contain."""
     ids, features = raw_ids(source), describe_features(source)
     return TrainState(
-        model, optimizers, config.operative_gin(), run, raw_ids=ids, features=features, trained_on=source.trained_on
+        model,
+        optimizers,
+        config.operative_gin(),
+        run,
+        phase=source.phase,
+        raw_ids=ids,
+        features=features,
+        trained_on=source.trained_on,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -21,6 +22,8 @@ from hstu.observe.environment import check_packages
 if TYPE_CHECKING:
     from hstu.parallel.mesh import Mesh
 
+log = logging.getLogger(__name__)
+
 _DATASET_PATHS = re.compile(r"DatasetArgs\.(eval_)?dataset_path")
 _MEMORY = (
     "memory ran out: {}. Lower TrainerArgs.train_batch_size or eval_batch_size, or what the numbers of the message "
@@ -39,6 +42,7 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
         return _report(error)
 
     from hstu.checkpoint.directory import CheckpointFailure
+    from hstu.checkpoint.phase import NothingNew
     from hstu.observe.logging import quiet_libraries
     from hstu.observe.watchdog import Watchdog
     from hstu.parallel import mesh as meshes
@@ -63,6 +67,8 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
         trainer.train()
         for number in (signal.SIGINT, signal.SIGTERM):  # the run is complete; there is nothing left to stop
             signal.signal(number, signal.SIG_IGN)
+    except NothingNew as told:
+        log.info("%s; the last checkpoint stays as it is", told)
     except UserError as error:
         # Before training all ranks raise the same error. During training a single rank may raise it.
         in_training = trainer is not None
@@ -80,9 +86,11 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
         if isinstance(error, MemoryError) or of_torch:
             return _report(UserError(_MEMORY.format(str(error).strip().splitlines()[0])), of_this_rank=True)
         raise
-    watchdog.leave()
+    if watchdog is not None:
+        watchdog.leave()
     meshes.finish()
-    trainer.run_directory.draw_curves()  # last, because no other rank waits any more
+    if trainer is not None:
+        trainer.run_directory.draw_curves()  # last, because no other rank waits any more
     return EXIT_DONE
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from hstu.base.errors import ConfigError
 from hstu.base.ids import codes_of
+from hstu.checkpoint.phase import NothingNew, choose_phase
 from hstu.config.args import BenchmarkDatasetArgs, DatasetArgs, EmbeddingArgs
 from hstu.config.rules.task import tasks_of
 from hstu.config.run_config import RunConfig
@@ -47,24 +48,35 @@ from hstu.train.tables import check_rows, choose_tables, predefined_tables
 log = logging.getLogger(__name__)
 
 
-def open_source(config: RunConfig, mesh: Mesh | None = None, world_size: int = 1) -> BatchSource:
-    """Open the source that ``config`` names. Raises DataError for missing data, ConfigError for unsuitable options."""
+def open_source(
+    config: RunConfig, mesh: Mesh | None = None, world_size: int = 1, earlier: Path | None = None
+) -> BatchSource:
+    """Open the source that ``config`` names. ``earlier``: the checkpoint from which training goes on.
+
+    Raises DataError for missing data and as ``choose_phase``, ConfigError for unsuitable options, and NothingNew.
+    """
     if isinstance(config.dataset, BenchmarkDatasetArgs):
         return RandomSource(config, config.dataset, mesh, world_size)
-    return StoreSource(config, config.dataset, mesh, world_size)
+    return StoreSource(config, config.dataset, mesh, world_size, earlier)
 
 
 class StoreSource(BatchSource):
     """Samples of a preprocessed sequence store."""
 
-    def __init__(self, config: RunConfig, args: DatasetArgs, mesh: Mesh | None, world_size: int = 1) -> None:
+    def __init__(
+        self, config: RunConfig, args: DatasetArgs, mesh: Mesh | None, world_size: int = 1, earlier: Path | None = None
+    ) -> None:
         super().__init__(config, mesh, world_size)
-        self._args = args
+        self._args, self._earlier = args, earlier
         self._is_cut_in_time = config.task == "retrieval" and args.split == "time"
         # A rank that fails here would leave those of its host waiting for its samples.
         self._open() if mesh is None else on_all_ranks(self._open, mesh.world_group)
         self.eval_splits, self.final_splits = self._splits()
         self._train_samples = self._samples("train")
+        self._draws_windows = args.has_random_windows and not self.phase.first_segment
+        if self.phase.first_segment and not len(self._train_samples):
+            count = f"{self._train_samples.report['new_events']:,} new events"
+            raise NothingNew(f"nothing new to train on: {self.store.path} has {count}, and no label among them")
         self._eval_samples: dict[Split | Period, SampleTable] = {}
         self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
@@ -97,6 +109,8 @@ class StoreSource(BatchSource):
         self._recoding = {} if self.eval_store is self.store else recoding_of(self.eval_store, self.store, self.roles)
         self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
         check_rows(self.tables, self.cardinalities, self.raw_features)
+        if self._earlier is not None:
+            self.phase = choose_phase(self._earlier, self._data, self.store, config.trainer.continue_on)
 
     def fit(self, tables: tuple[EmbeddingArgs, ...]) -> tuple[EmbeddingArgs, ...]:
         """Hook for subclasses that change the sizes of the model's tables."""
@@ -112,15 +126,25 @@ class StoreSource(BatchSource):
         return facts
 
     @property
-    def trained_on(self) -> dict[str, Any]:
-        """See BatchSource."""
+    def _data(self) -> dict[str, Any]:
+        """``trained_on``, as far as it does not depend on the samples."""
         cut_by = self.store.timestamp_feature if self._is_cut_in_time else None
         features = [self.store.feature(name) for name in (self.roles.item, self.roles.action, cut_by) if name]
         files = [OFFSETS_FILE, *(feature.file for feature in features)]
         checksums = {file: self.store.checksums[file] for file in files}
-        facts = {"users": self.store.num_users, "events": self.store.num_events, "checksums": checksums}
-        # Checkpoints of earlier versions, which had another order of so many samples, then count as of other data.
-        return facts | ({"order": "feistel"} if len(self._train_samples) > MOST_LISTED else {})
+        return {
+            "users": self.store.num_users,
+            "events": self.store.num_events,
+            "checksums": checksums,
+            "state": self.store.lineage[-1],
+            "segments": self.store.num_segments,
+        }
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """See BatchSource."""
+        samples = len(self._train_samples)
+        return self._data | {"samples": samples} | ({"order": "feistel"} if samples > MOST_LISTED else {})
 
     @cached_property
     def least_action(self) -> int:
@@ -139,6 +163,8 @@ class StoreSource(BatchSource):
         if not self._is_cut_in_time:
             return {}
         samples, item = self._train_samples, self.roles.item
+        if self.phase.first_segment:  # of histories that are older than the phase, too
+            samples = build_samples(self.store, self._args, self._config.task, "train", self._config.trainer.seed)
         users, newest = np.unique(samples.user, return_index=True)  # of a user's windows, the newest is the first
         begin = samples.history_begin[newest]
         known = self.store.sequence(item)[ranges(begin, samples.stop[newest] - begin)]
@@ -149,8 +175,7 @@ class StoreSource(BatchSource):
     @cached_property
     def item_counts(self) -> np.ndarray:
         """See BatchSource. Reads the items of all training samples once."""
-        is_random = self._args.has_random_windows
-        return count_items(self.store, self.roles.item, self._train_samples, random_windows=is_random)
+        return count_items(self.store, self.roles.item, self._train_samples, random_windows=self._draws_windows)
 
     def item_ids(self) -> np.ndarray | None:
         """See BatchSource."""
@@ -228,6 +253,8 @@ class StoreSource(BatchSource):
             shown = ", ".join(f"{number} {split}" for split, number in events.items())
             log.info("split by column %r of the data, in events: %s", self.store.split, shown)
             return held_out[:1], held_out
+        if self._args.split == "none" and not self._args.eval_dataset_path:
+            return (), ()
         if self._config.task == "ranking":
             return ("valid",), ("valid", "test") if self._args.valid_fraction else ("valid",)
         # Without held-out validation items the published protocol always evaluates on the last item.
@@ -237,7 +264,8 @@ class StoreSource(BatchSource):
         store = self.store if split == "train" else self.eval_store
         is_second = split in ("valid", "test") and self._args.eval_dataset_path is not None
         kind: Split | Period = "all" if is_second else split
-        build = partial(build_samples, store, self._args, self._config.task, kind, self._config.trainer.seed)
+        first = self.phase.first_segment if split == "train" else 0
+        build = partial(build_samples, store, self._args, self._config.task, kind, self._config.trainer.seed, first)
         samples = once_per_host(lambda: build().compact(), self._mesh, f"samples, {split}")
         report = dict(samples.report)
         if self._is_cut_in_time and split in ("valid", "test"):
@@ -268,8 +296,8 @@ class StoreSource(BatchSource):
             wants_seen=retrieval is not None and (retrieval.mask_seen if training else retrieval.filter_seen),
             recoding=self._recoding if store is self.eval_store else None,
             labels=labels or (self._labels if store is self.store else self._eval_labels),
-            window_seed=trainer.seed if training and self._args.has_random_windows else None,
-            ties_seed=trainer.seed if training and self._args.shuffle_ties else None,
+            window_seed=trainer.seed if training and self._draws_windows else None,
+            ties_seed=trainer.seed if training and self._args.shuffle_ties and not self.phase.first_segment else None,
             hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
             wants_label_events=not training,
         )

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from hstu.base.errors import ConfigError
+from hstu.checkpoint.phase import Phase
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
 from hstu.config.args import RankingArgs, TrainerArgs
@@ -69,17 +70,18 @@ class Trainer:
     def __post_init__(self) -> None:
         self._begun = time.monotonic()
         self.args, task = self.config.trainer, self.config.task_args
-        self.total_iters = total_iters(self.args, self.source.batches_per_epoch)
+        self.phase = self.source.phase
+        self.total_iters = self.phase.first_iteration + total_iters(self.args, self.source.batches_per_epoch)
         self.flop_counter = FlopCounter(self.config.network, self.source.roles)
         self._shift = 0
-        """Iterations so far beyond those that batches of this run's size would have needed for the same samples."""
+        """Iterations of the phase so far beyond those that batches of this run's size would need for its samples."""
         self._running_loss = RunningLoss(self.mesh.device, task.loss_names if isinstance(task, RankingArgs) else ())
         self._history = MetricsHistory()
         self._loss_scale = self.pipeline.step.loss_scale
-        self.state.carried |= {"history": self._history, "running_loss": self._running_loss}
+        self.state.carried_in_phase |= {"history": self._history, "running_loss": self._running_loss}
         if self._loss_scale is not None:
             self.state.carried["loss_scale"] = self._loss_scale
-        args, split = self.args, self.source.eval_splits[0]
+        args, split = self.args, next(iter(self.source.eval_splits), "none")
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
         self._stragglers = Stragglers(self._host_of)
@@ -136,9 +138,10 @@ class Trainer:
     def _follow_samples(self) -> None:
         """Count epochs and schedules by samples where the checkpoint had global batches of another size."""
         iteration, position = self.state.iteration, self.state.position
-        if position == SamplerPosition():
+        if position == self.phase.start:
             return
-        self._shift = iteration - self.source.train_sampler(position).batches_done
+        done = self.source.train_sampler(position).batches_since(self.phase.first_epoch)
+        self._shift = iteration - self.phase.first_iteration - done
         if self._shift and self.args.max_train_iters is None:
             self.total_iters += self._shift
             log.warning(
@@ -157,6 +160,8 @@ class Trainer:
             )
         if iteration == total:
             log.info("the checkpoint has done all %d iterations: nothing is left to train", total)
+        elif self.phase != Phase():
+            log.info("a phase of its own: iterations %d to %d", self.phase.first_iteration, total)
 
     def _train_loop(self) -> None:
         batches = self.meter.timed(self._load(self.source.train_batches(self.state.position)))
@@ -187,9 +192,14 @@ class Trainer:
         self.mesh.heartbeat.mark("training step", self.state.iteration + 1)
         position, per_epoch = self.state.position, self.source.batches_per_epoch
         epoch = position.epoch + (position.consumed == len(self.source.train_lengths.items))  # of the next batch
-        shift = self._shift if self.args.max_train_iters is None else 0
-        iteration, total = self.state.iteration - shift, self.total_iters - shift
-        multiplier = lr_multiplier(self.config.schedule, iteration, total, epoch, per_epoch)
+        phase, schedule = self.phase, self.config.schedule
+        epoch_start = phase.first_iteration + (epoch - phase.first_epoch) * per_epoch
+        before, epochs_before = self._shift if self.args.max_train_iters is None else 0, 0
+        if schedule.counts_from == "phase":
+            before, epochs_before = before + phase.first_iteration, phase.first_epoch
+            epoch_start -= phase.first_iteration
+        iteration, total = self.state.iteration - before, self.total_iters - before
+        multiplier = lr_multiplier(schedule, iteration, total, epoch - epochs_before, epoch_start)
         self.state.optimizers.set_lr_multiplier(multiplier)
         result = self.pipeline.progress(batches)
         self.state.iteration += 1
@@ -302,11 +312,12 @@ class Trainer:
     def _missed_evaluation(self) -> bool:
         """Whether the run that saved the checkpoint would have evaluated next."""
         iteration = self.state.iteration
-        is_due = 0 < iteration < self.total_iters and self._is_due(iteration)
+        is_due = self.phase.first_iteration < iteration < self.total_iters and self._is_due(iteration)
         return is_due and not self._history.has(self.source.eval_splits[0], iteration)
 
     def _is_due(self, iteration: int) -> bool:
-        return self.args.eval_interval > 0 and iteration % self.args.eval_interval == 0
+        every = self.args.eval_interval
+        return every > 0 and iteration % every == 0 and bool(self.source.eval_splits)
 
     def _keep_best(self) -> None:
         if self.args.saves_checkpoints:
@@ -322,7 +333,8 @@ class Trainer:
                 self.checkpoints.save(self.state)
 
     def _epoch(self, iteration: int) -> float:
-        return (iteration - self._shift) / self.source.batches_per_epoch
+        in_phase = iteration - self.phase.first_iteration - self._shift
+        return self.phase.first_epoch + in_phase / self.source.batches_per_epoch
 
     def _host_of(self, rank: int) -> str:
         """The name of a rank's host. Collective."""

@@ -22,6 +22,7 @@ class ToyStore(SequenceStore):
         raw_users: Sequence[Any] | None = None,
         num_items: int = 50,
         num_actions: int = 10,
+        segments: Sequence[Sequence[int]] = (),
     ) -> None:
         self.path = "toy"  # type: ignore[assignment]
         self.split = None
@@ -47,6 +48,7 @@ class ToyStore(SequenceStore):
             name: FeatureMeta(name, roles.get(name, "context"), "int64", sizes[name], False)  # type: ignore[arg-type]
             for name in self.arrays
         }
+        self.num_of_segment = np.array([number for row in segments for number in row], dtype=np.uint16)
         self.raw_users = np.array(range(100, 100 + len(items)) if raw_users is None else raw_users)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -57,6 +59,9 @@ class ToyStore(SequenceStore):
 
     def sequence(self, feature: str) -> np.ndarray:
         return self.arrays[feature]
+
+    def segments(self) -> np.ndarray | None:
+        return self.num_of_segment if len(self.num_of_segment) else None
 
     def context(self, feature: str) -> np.ndarray:
         return self.arrays[feature]

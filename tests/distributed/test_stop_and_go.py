@@ -67,7 +67,7 @@ def stop_and_go(
     return {
         "weights": weights,
         "noise": torch.rand(2).tolist(),
-        "history": trainer.state.carried["history"].state_dict(),
+        "history": trainer.state.carried_in_phase["history"].state_dict(),
         "records": [
             {name: record[name] for name in record if name.split("/")[0] in RECORDED} for record in finished.records
         ],
@@ -180,6 +180,32 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
         assert second["records"] == after(whole["records"], redone), name
         for what in ("weights", "noise", "history", "summary", "position"):
             assert second[what] == whole[what], (name, what)
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stopped_phase_goes_on_as_if_it_had_not_been(tmp_path: Path, size: int) -> None:
+    """The phase trains on a store that has grown by events and an item, whose code shifts all others."""
+    whole, batch = walks(60, seed=3), 2 * max(size, 2)
+    known = [len(row) - 3 for row in whole["items"]]
+    first = {name: [row[:stop] for row, stop in zip(whole[name], known, strict=True)] for name in ("items", "actions")}
+    store = write_small_store(tmp_path / "store", **whole | first)
+    options: dict[str, Any] = {"train_batch_size": batch, "eval_batch_size": batch}
+    begun = case(tmp_path, "begun", "retrieval", "native", **options)
+    run_cases(Launch(size, timeout_s=200), {"begun": begun})
+    items = [[item + 1 for item in row[:-3]] + [0] + [item + 1 for item in row[-2:]] for row in whole["items"]]
+    grown = {"items": items, "item_ids": range(995, 995 + 12), "num_items": 12}
+    segments = [[0] * number + [1] * 3 for number in known]
+    write_small_store(tmp_path / "store", **whole | grown, segments=segments, earlier=store)
+    options |= {"ckpt_load_dir": str(tmp_path / "begun" / "checkpoints"), "continue_on": "new_events"}
+    cases = {"whole": case(tmp_path, "whole", "retrieval", "none", **options)}
+    cases |= {"stopped": case(tmp_path, "stopped", "retrieval", "native", (WHOLE + 5, "step"), **options)}
+    told = run_cases(Launch(size, timeout_s=200), cases)[0]
+    resumed = case(tmp_path, "stopped", "retrieval", "prefetch", **options | {"ckpt_load_dir": "auto"})
+    second, straight = run_cases(Launch(size, timeout_s=200), {"resumed": resumed})[0]["resumed"], told["whole"]
+    assert [told[name]["summary"]["iterations"] for name in ("stopped", "whole")] == [WHOLE + 5, 2 * WHOLE]
+    assert [record for record in second["records"] if record["kind"] != "resumed"] == straight["records"]
+    for what in ("weights", "noise", "history", "summary", "position"):
+        assert second[what] == straight[what], what
 
 
 def check_two_steps(mesh: Mesh, deferred: bool) -> dict[str, Any]:

@@ -15,13 +15,15 @@ from hstu import api
 from hstu.base.errors import DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
+from hstu.checkpoint.phase import NothingNew
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.sampling.samples import Period
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.predict import evaluate_split
-from tests.train.tiny import ITEMS, FinishedRun, run, tables_of, tiny_config, walks
+from tests.conftest import write_small_store
+from tests.train.tiny import ITEMS, FinishedRun, Train, run, tables_of, tiny_config, walks
 
 SAVES = {"ckpt_save_interval": 1000, "max_train_iters": 60}
 TOWNS = ("Köln", "Rom", "Ulm")
@@ -132,25 +134,10 @@ def test_new_items_are_misses_in_an_evaluation(old: FinishedRun, mesh: Mesh) -> 
     assert after["HR@3"] * 22 == pytest.approx(before["HR@3"] * 20 + 1)
 
 
-def test_training_goes_on_with_new_rows_as_initialised(
+def test_a_run_goes_on_with_changed_data_only_as_told(
     old: FinishedRun, mesh: Mesh, tmp_path: Path, warnings_of_hstu: pytest.LogCaptureFixture
 ) -> None:
-    store = write_store(tmp_path, more=True)
-    loading = {"ckpt_load_dir": str(locate(old.path)), "max_train_iters": 61, "ckpt_save_dir": str(tmp_path / "new")}
-    with pytest.raises(DataError, match=r"TrainerArgs.ckpt_load_strict = False"):
-        train(mesh, store, tmp_path / "strict", trainer=loading)
-    finished = train(mesh, store, tmp_path, trainer={**loading, "ckpt_load_strict": False})
-    assert (
-        "what_table and its states: 11 of 13 rows read, by raw id, the others as initialised" in warnings_of_hstu.text
-    )
-    tables = api.load(finished.path, mesh=mesh).tables()
-    norms = tables["what_table"].rows.norm(dim=1)
-    assert (norms > 0.1).all() and finished.trainer.state.iteration == 61
-
-
-def test_a_run_that_resumes_on_other_histories_of_the_same_ids_says_so(
-    old: FinishedRun, mesh: Mesh, tmp_path: Path, warnings_of_hstu: pytest.LogCaptureFixture
-) -> None:
+    """The data has other histories of the same ids, then new ids, too. It has not grown: it was made anew."""
     write_store(tmp_path)
     events = (tmp_path / "events.csv").read_text().splitlines()
     reordered = sorted(events[1:], key=lambda line: line.split(",")[1])
@@ -158,13 +145,61 @@ def test_a_run_that_resumes_on_other_histories_of_the_same_ids_says_so(
     (tmp_path / "events.csv").write_text("\n".join([events[0], *times]))
     columns = columns_of(tmp_path, "events.csv")
     store = SequenceStore.open(import_interactions("walks", columns, output=tmp_path / "store", force=True))
-    loading = {"ckpt_load_dir": str(locate(old.path)), "max_train_iters": 61, "ckpt_save_dir": str(tmp_path / "new")}
-    train(mesh, store, tmp_path, trainer=loading)
-    told = warnings_of_hstu.text
-    assert (
-        "was trained on other data: 142 events of 20 users; this data has as many, but others or in another order."
-        in told
-    )
+    loading = {"ckpt_load_dir": str(locate(old.path)), "max_train_iters": 1, "ckpt_save_dir": str(tmp_path / "new")}
+    with pytest.raises(DataError, match=r"142 events of 20 users; this data has as many, but .*: \"all\" starts a new"):
+        train(mesh, store, tmp_path, trainer=loading)
+    with pytest.raises(DataError, match='"new_events" needs data that has grown by appending; "all" starts'):
+        train(mesh, write_store(tmp_path, more=True), tmp_path, trainer=loading | {"continue_on": "new_events"})
+    store = SequenceStore.open(tmp_path / "store")
+    finished = train(mesh, store, tmp_path, trainer=loading | {"continue_on": "all"})
+    told = "table what_table: 2 of 13 ids are not in the checkpoint; their rows are as initialised"
+    assert told in warnings_of_hstu.text
+    assert finished.trainer.state.position.epoch == 20, "the epoch after those of the checkpoint"
+    tables = api.load(finished.path, mesh=mesh).tables()
+    norms = tables["what_table"].rows.norm(dim=1)
+    assert (norms > 0.1).all() and finished.trainer.state.iteration == 61
+
+
+def test_a_phase_trains_on_what_appending_has_brought(mesh: Mesh, tmp_path: Path, train: Train) -> None:
+    whole = walks()
+    known = [len(row) - 2 for row in whole["items"]]
+    first = {
+        name: [row[:number] for row, number in zip(whole[name], known, strict=True)] for name in ("items", "actions")
+    }
+    store = write_small_store(tmp_path / "store", **whole | first)
+    segments = [[0] * number + [1, 1] for number in known]
+    options: Any = {
+        "dataset": {"split": "none", "shuffle": False},
+        "schedule": {"schedule": "linear", "counts_from": "phase"},
+    }
+    saves: Any = {"max_train_iters": None, "ckpt_save_interval": 100, "ckpt_load_dir": "auto", "eval_interval": 1}
+
+    def go_on(**trainer: Any) -> FinishedRun:
+        return train("retrieval", store=store, output="run", trainer=saves | {"eval_at_end": True} | trainer, **options)
+
+    begun = go_on()
+    assert begun.evaluations == [] and begun.trainer.total_iters == 3
+    assert go_on(continue_on="all").trainer.total_iters == 3, "the data is the same"
+    store = write_small_store(tmp_path / "store", **whole, segments=segments, earlier=store)
+    with pytest.raises(
+        DataError, match=r"has grown since .*iteration_00000003 .*: 40 new events. .*\"new_events\" trains"
+    ):
+        go_on()
+    for _ in range(2):  # the second one finds nothing left to do
+        phase = go_on(continue_on="new_events")
+        assert (phase.trainer.state.iteration, phase.trainer.phase.first_segment) == (6, 1)
+    records = [record for record in phase.records if record["kind"] == "train"]
+    expected = [(number / 3, 0.01 * (1 - (number - 1) % 3 / 3)) for number in range(1, 7)]
+    np.testing.assert_allclose([(record["epoch"], record["lr"]) for record in records], expected)
+    batch = phase.trainer.source.batch_of(np.arange(8))
+    assert batch.num_labels.tolist() == [2] * 8
+    assert batch.item_lengths.tolist() == [min(8, len(row)) for row in whole["items"][:8]]
+    fewer = {name: whole[name][1:] for name in first} | {"context": {"town": whole["context"]["town"][1:]}}
+    store = write_small_store(tmp_path / "store", **whole | fewer, segments=segments[1:], earlier=store)
+    saved = phase.saved
+    with pytest.raises(NothingNew, match="has 0 new events"):
+        go_on(continue_on="new_events")
+    assert phase.saved == saved == ["iteration_00000003", "iteration_00000006"]
 
 
 def test_a_run_that_loads_in_part_is_also_applied_in_part(old: FinishedRun, mesh: Mesh, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Optional
 
 from hstu.config.args.embedding import EmbeddingArgs, NamedFeaturesArgs
-from hstu.config.option import Args, having, option
+from hstu.config.option import Args, having, not_having, option
 
-SPLITS = {"retrieval": ("leave_one_out", "time"), "ranking": ("user_holdout", "time")}
+SPLITS = {"retrieval": ("leave_one_out", "time", "none"), "ranking": ("user_holdout", "time", "none")}
 """Task → allowed splits, the default first."""
 HOLDS_OUT_USERS = having("task", "ranking", why="retrieval holds out events of every user")
 SCORES_CANDIDATES = having("task", "ranking", why="retrieval scores the whole corpus", strict=True)
@@ -56,7 +56,8 @@ class DatasetArgs(AnyDatasetArgs):
     """Training: cut a history longer than max_sequence_length into windows of that length, each this many items before
     the next newer one. A window is labelled on its newest window_stride items (or max_num_candidates), the oldest one
     on all its items. "random": take one window of that length in each epoch, at random; all its items are labelled, or
-    the newest max_num_candidates. None: use only the newest items."""
+    the newest max_num_candidates. None: use only the newest items. A phase of new events (TrainerArgs.continue_on) has
+    windows of its own: their labels are at most window_stride new items, else half of max_sequence_length."""
     query_time: str = option("request", changes="training", choices=("request", "last_event", "either"))
     """What finds the next item, with a relative bias: from which time it looks back on the events. request: from the
     time of the event to find, as the published model does. A service knows that time: it is now (recommend.py --at
@@ -77,19 +78,23 @@ class DatasetArgs(AnyDatasetArgs):
         needs=having("task", "retrieval", why="ranking keeps the order in which the numbers of events were computed"),
     )
     """Training: shuffle the events of a user that have equal times again in each epoch, so that nothing is learnt from
-    their order in the raw file. What is held out stays held out, and evaluation keeps the order of the file. The data
-    needs times."""
+    their order in the raw file. What is held out stays held out. Evaluation, and a phase of new events
+    (TrainerArgs.continue_on), keep the order of the file. The data needs times."""
     split: str = option("auto", changes="training", choices=("auto", *dict.fromkeys(sum(SPLITS.values(), ()))))
     """How training and evaluation data are separated. auto: the split column of your own data, if it was preprocessed
     with --split; else leave_one_out for retrieval and user_holdout for ranking. time: train on the events before a cut
     in time, and evaluate on later ones, in retrieval on the first of each user, among all items. There, metrics of
     targets and of users that are in no history to train on (HR@10/new_items, HR@10/new_users) also stand apart. Users
-    without an event before the cut cannot be asked."""
+    without an event before the cut cannot be asked. none: train on all events, and evaluate nothing but
+    eval_dataset_path."""
     valid_items: int = option(
         1,
         changes="training",
         choices=(0, 1),
-        needs=having("task", "retrieval", why="ranking holds out whole users or a period of time"),
+        needs=(
+            having("task", "retrieval", why="ranking holds out whole users or a period of time"),
+            not_having("split", "none", why="nothing is held out"),
+        ),
     )
     """Items of each user before the test that are held out for validation: before the last one (leave_one_out), or
     before the cut (time), so that training still reaches up to the cut. 0: the published protocol, which trains on all

@@ -102,6 +102,10 @@ class LRScheduleArgs(Args):
     """exponential: multiplier at the end of the decay. step: factor at each milestone."""
     milestones: list[int] = option([], changes="training", minimum=1, needs=having("schedule", "step"))
     """step: iterations, or epochs if by_epoch, at which decay_factor applies."""
+    counts_from: str = option("start", changes="training", choices=("start", "phase"))
+    """Where the iterations and epochs of the schedule count from, once TrainerArgs.continue_on has begun a phase.
+    start: the start of the run; all iterations are then those up to the end of the phase. phase: its start, so that
+    each phase warms up and decays."""
     by_epoch: bool = option(False, changes="training")
     """True: the multiplier changes only between epochs, also during the warm-up, and milestones are epochs. All steps
     of an epoch have the multiplier of its first one."""

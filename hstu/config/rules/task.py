@@ -70,10 +70,22 @@ def split_fits_the_task(run: RunConfig) -> Iterator[Problem]:
 
 def a_fraction_cuts_time_or_users(run: RunConfig) -> Iterator[Problem]:
     dataset = run.dataset
-    is_cut = run.task == "ranking" or not isinstance(dataset, DatasetArgs) or dataset.split == "time"
-    if not is_cut and is_given(dataset, "train_fraction"):
-        text = f"has no effect with {cited(dataset, 'split')} in retrieval, which holds out each user's last items"
+    if not isinstance(dataset, DatasetArgs) or not is_given(dataset, "train_fraction"):
+        return
+    if dataset.split == "none" or (run.task == "retrieval" and dataset.split != "time"):
+        held_out = "nothing" if dataset.split == "none" else "each user's last items"
+        text = f"has no effect with {cited(dataset, 'split')} in {run.task}, which holds out {held_out}"
         yield problem(dataset, "train_fraction", f'{text}; remove it, or set split to "time"', is_warning=True)
+
+
+def what_is_evaluated_is_held_out(run: RunConfig) -> Iterator[Problem]:
+    dataset = run.dataset
+    if isinstance(dataset, DatasetArgs) and dataset.split == "none" and not dataset.eval_dataset_path:
+        for parameter in ("best_metric", "eval_at_start"):
+            if getattr(run.trainer, parameter):
+                other = ", or set DatasetArgs.eval_dataset_path" if run.task == "ranking" else ""
+                text = f"needs an evaluation, but {cited(dataset, 'split')} holds nothing out; remove it{other}"
+                yield problem(run.trainer, parameter, text)
 
 
 # --- ranking -------------------------------------------------------------------------------------------------------
@@ -295,8 +307,9 @@ RULES_OF_A_TASK = (
 RULES = (
     features_have_one_role, what_is_known_after_is_a_side_feature, numbers_are_side_features,
     candidates_leave_history, windows_leave_no_gap, split_fits_the_task, a_fraction_cuts_time_or_users,
-    users_are_left_for_the_test, head_fits_the_tasks, metrics_fit_the_head, labels_are_not_inputs, ranking_has_actions,
-    retrieval_has_a_next_item, number_of_negatives_fits_their_kind, hard_negatives_are_draws,
-    item_towers_have_features, position_encodings_combine, each_task_is_consistent, tasks_have_different_names,
-    spans_fit_the_layers, truncation_leaves_layers, masks_hide_the_labels,
+    what_is_evaluated_is_held_out, users_are_left_for_the_test, head_fits_the_tasks, metrics_fit_the_head,
+    labels_are_not_inputs, ranking_has_actions, retrieval_has_a_next_item,
+    number_of_negatives_fits_their_kind, hard_negatives_are_draws, item_towers_have_features,
+    position_encodings_combine, each_task_is_consistent, tasks_have_different_names, spans_fit_the_layers,
+    truncation_leaves_layers, masks_hide_the_labels,
 )  # fmt: skip

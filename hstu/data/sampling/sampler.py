@@ -148,8 +148,8 @@ class TrainSampler(IterableDataset[BatchPlan]):
         if not 0 <= self.position.consumed <= self.num_samples:
             raise DataError(
                 f"cannot resume at sample {self.position.consumed} of an epoch of {self.num_samples} samples: "
-                "the checkpoint was written for other data. TrainerArgs.ckpt_load_optimizer = False starts from its "
-                "weights at iteration 0"
+                "the checkpoint was written with other options of DatasetArgs. Set them back; "
+                "TrainerArgs.ckpt_load_optimizer = False starts from its weights at iteration 0"
             )
 
     @cached_property
@@ -157,10 +157,9 @@ class TrainSampler(IterableDataset[BatchPlan]):
         """Global batches per epoch: under a token budget, of the first epoch, from which others differ by a few."""
         return self._batches_after(SamplerPosition())
 
-    @cached_property
-    def batches_done(self) -> int:
-        """Global batches of this size from the start of the run to ``position``; a part of one counts as whole."""
-        begun = sum(self._batches_after(SamplerPosition(epoch)) for epoch in range(self.position.epoch + 1))
+    def batches_since(self, epoch: int) -> int:
+        """Global batches of this size from the start of ``epoch`` to ``position``; a part of one counts as whole."""
+        begun = sum(self._batches_after(SamplerPosition(each)) for each in range(epoch, self.position.epoch + 1))
         return begun - self._batches_after(self.position)
 
     def _batches_after(self, position: SamplerPosition) -> int:

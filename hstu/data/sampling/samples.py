@@ -74,7 +74,8 @@ class SampleTable:
     """With ``request``: index of the sample's first candidate among the store's candidates."""
     report: dict[str, int] = field(default_factory=dict)
     """Counts: users of the split, samples, users (or targets) without enough history, users whose oldest events are in
-    no sample, users in random windows, events of all samples, and targets of the same second as the event before."""
+    no sample, users in random windows, events of all samples, and targets of the same second as the event before. Of a
+    phase: new events, and labels."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -120,7 +121,9 @@ class _Runs:
         return self.stop - self.begin
 
 
-def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Split | Period, seed: int) -> SampleTable:
+def build_samples(
+    store: SequenceStore, args: DatasetArgs, task: Task, split: Split | Period, seed: int, first_segment: int = 0
+) -> SampleTable:
     """The samples of one split. Users with too few events for a sample are dropped and counted in the report.
 
     leave_one_out: training leaves out the last 1 + valid_items events of each user. "test" predicts the last event,
@@ -137,34 +140,61 @@ def build_samples(store: SequenceStore, args: DatasetArgs, task: Task, split: Sp
     or test event. Each event of "valid" and "test" is a retrieval target, or a label of one ranking sample. A Period is
     evaluated in the same way, whatever is trained on.
 
-    "all": every user, unsplit (ranking on a second store). With window_stride, a long training history gives several
-    samples. With candidates = "requests", a sample is a request. Raises ConfigError for a split in time of data without
-    times, DataError for damaged offsets. ``args`` obeys the rules of hstu/config/rules.
+    none: training uses all events. "all": every user, unsplit (ranking on a second store). With window_stride, a long
+    training history gives several samples. With candidates = "requests", a sample is a request.
+
+    ``first_segment``: above 0, training labels only the events of the store's segments from this one on that the split
+    gives to training, each once, after as much history as fits.
+
+    Raises ConfigError for a split in time of data without times, for an evaluation split of "none", and for new
+    requests; DataError for damaged offsets. ``args`` obeys the rules of hstu/config/rules.
     """
     offsets = np.asarray(store.offsets(), dtype=np.int64)
     _require(store, bool((np.diff(offsets) >= 0).all()), "offsets of the users")
     runs = _Runs(np.arange(store.num_users, dtype=np.int64), offsets[:-1], offsets[1:])
     if args.candidates == "requests":
+        if first_segment:
+            text = "labels requests, and new events are none; set TrainerArgs.continue_on = 'all'"
+            raise ConfigError(located(args, "candidates", text))
         return _of_requests(store, args, split, seed)
+    if split == "train":
+        trained, stop = _trained(store, runs, args, task, seed)
+        if first_segment:
+            return _of_new_events(store, trained, stop, args, task, first_segment)
+        return _training(trained, stop, args, task)
     if isinstance(split, Period) or (store.split is not None and split != "all"):
         return _of_held_out(store, runs, args, task, split)
+    if args.split == "none" and split != "all":
+        raise ConfigError(located(args, "split", "holds nothing out, so there is nothing to evaluate"))
     if task == "retrieval":
-        tested = _cut_events(store, args.train_fraction) if args.split == "time" else runs.stop - 1
-        if split == "train":
-            return _training(runs, np.maximum(tested - args.valid_items, runs.begin), args, task)
-        target = tested - (args.valid_items if split == "valid" else 0)
+        target = _tested(store, runs, args) - (args.valid_items if split == "valid" else 0)
         return _with_target(store, runs.select(target < runs.stop), target[target < runs.stop], args)
     if split == "all":
         return _ranking_samples(runs, runs.lengths, args)
     if args.split != "time":
         runs = runs.select(_users_of_split(store, args, split, seed))
-        if split == "train":
-            return _training(runs, runs.stop, args, task)
         return _ranking_samples(runs, runs.lengths, args)
     cut = _cut_events(store, args.train_fraction)
-    if split == "train":
-        return _training(runs, cut, args, task)
     return _ranking_samples(runs.select(runs.stop > cut), (runs.stop - cut)[runs.stop > cut], args)
+
+
+def _trained(store: SequenceStore, runs: _Runs, args: DatasetArgs, task: Task, seed: int) -> tuple[_Runs, np.ndarray]:
+    """(users to train on, one past the last event of each to train on)."""
+    if store.split is not None:
+        return runs, _bounds_of_split(store, runs, "valid")[0]
+    if args.split == "none":
+        return runs, runs.stop
+    if task == "retrieval":
+        return runs, np.maximum(_tested(store, runs, args) - args.valid_items, runs.begin)
+    if args.split == "time":
+        return runs, _cut_events(store, args.train_fraction)
+    runs = runs.select(_users_of_split(store, args, "train", seed))
+    return runs, runs.stop
+
+
+def _tested(store: SequenceStore, runs: _Runs, args: DatasetArgs) -> np.ndarray:
+    """int64 [U]: the event of each user that retrieval tests; the user's end if there is none."""
+    return _cut_events(store, args.train_fraction) if args.split == "time" else runs.stop - 1
 
 
 def _require(store: SequenceStore, is_right: bool, what: str) -> None:
@@ -241,6 +271,35 @@ def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> S
     return replace(windows, report=samples.report | counts)
 
 
+def _of_new_events(
+    store: SequenceStore, runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task, first_segment: int
+) -> SampleTable:
+    """Training samples that label the new events before ``stop``. Late events lie between older ones: each maximal run
+    of new events of a user is cut into windows of its own. In retrieval, and among candidates, a user's first event
+    cannot be a label."""
+    segments, most = store.segments(), args.max_num_candidates
+    unlabelled = int(task == "retrieval" or most > 0)
+    is_new = np.zeros(store.num_events + 1, dtype=bool)
+    if segments is not None:
+        np.greater_equal(segments, first_segment, out=is_new[:-1])
+    num_new, changes = int(is_new.sum()), np.zeros(len(is_new), dtype=np.int8)
+    np.add.at(changes, np.minimum(runs.begin + unlabelled, stop), 1)
+    np.add.at(changes, stop, -1)
+    is_new &= changes.cumsum(dtype=np.int8) > 0
+    begins_run = np.append(True, ~is_new[:-1])
+    begins_run[runs.begin] = True
+    begin = np.flatnonzero(is_new & begins_run)
+    after = np.flatnonzero(is_new[:-1] & (~is_new | begins_run)[1:]) + 1
+    rows = np.searchsorted(runs.begin, begin, side="right") - 1
+    length = args.max_sequence_length
+    step = args.window_stride if isinstance(args.window_stride, int) else length // 2
+    step = most or max(min(step, length - unlabelled), 1)
+    samples = _windows(_Runs(runs.user[rows], runs.begin[rows], after), begin, args, step, is_training=False)
+    users = len(np.unique(samples.user))
+    counts = {"users": users, "new_events": num_new, "labels": int(samples.num_labels.sum())}
+    return replace(samples, report=samples.report | counts)
+
+
 def _with_target(store: SequenceStore, runs: _Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
     """Evaluation samples, one per run: the history before ``target``, of at least one event."""
     kept = _Runs(runs.user, runs.begin, target).select(target > runs.begin)
@@ -277,12 +336,12 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split | Period,
     ends = requests.history_ends
     is_within = (offsets[requests.users] < ends) & (ends <= offsets[requests.users + 1])
     _require(store, bool(is_within.all() and (requests.sizes > 0).all()), "requests")
-    if split == "all":
-        chosen = np.arange(len(requests))
-    elif isinstance(split, Period):
+    if isinstance(split, Period):
         chosen = np.flatnonzero(split.is_within(requests.times))
         if split.first_only:
             chosen = chosen[np.unique(requests.users[chosen], return_index=True)[1]]
+    elif split == "all" or args.split == "none":
+        chosen = np.arange(len(requests))
     elif args.split != "time":
         chosen = np.flatnonzero(_users_of_split(store, args, split, seed)[requests.users])
     else:
@@ -338,17 +397,17 @@ def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
     return np.asarray(store.offsets()[1:] - num_later, dtype=np.int64)
 
 
-def _of_held_out(
-    store: SequenceStore, runs: _Runs, args: DatasetArgs, task: Task, split: Literal["train"] | HeldOut | Period
-) -> SampleTable:
-    if isinstance(split, Period):
-        begin, stop = split.held_out(store)
-    else:
-        begin, stop = store.held_out("valid" if split == "train" else split)
+def _bounds_of_split(store: SequenceStore, runs: _Runs, split: HeldOut | Period) -> tuple[np.ndarray, np.ndarray]:
+    begin, stop = split.held_out(store) if isinstance(split, Period) else store.held_out(split)
     is_within = (runs.begin <= begin) & (begin <= stop) & (stop <= runs.stop)
     _require(store, bool(is_within.all()), "bounds of its splits")
-    if split == "train":
-        return _training(runs, begin, args, task)
+    return begin, stop
+
+
+def _of_held_out(
+    store: SequenceStore, runs: _Runs, args: DatasetArgs, task: Task, split: HeldOut | Period
+) -> SampleTable:
+    begin, stop = _bounds_of_split(store, runs, split)
     if task == "ranking":  # a truncated sample labels at most half of its length, so that each label has a history
         labelled = args.max_num_candidates or max(args.max_sequence_length // 2, 1)
         samples = _windows(_Runs(runs.user, runs.begin, stop), begin, args, labelled, is_training=False)

@@ -1,6 +1,7 @@
 """Splits, truncation and windows."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs, Task
+from hstu.data.sampling.sampler import TrainSampler
 from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_split
 from hstu.data.store.sequence_store import SequenceStore
 from tests.data.toy_store import ToyStore, store_of
@@ -59,6 +61,60 @@ def test_every_event_is_a_label_exactly_once(lengths: list[int], length: int, da
             if trained - begin > unlabelled and begin in samples.history_begin:
                 assert (times[begin + unlabelled : trained] == 1).all()
                 assert times[begin : begin + unlabelled].sum() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 2), max_size=30), min_size=1, max_size=6),
+    st.integers(2, 9),
+    st.sampled_from(["retrieval", "ranking", "candidates"]),
+    st.sampled_from([1, 2]),
+    st.data(),
+)
+def test_a_first_run_and_its_phases_label_each_event_once(
+    users: list[list[int]], length: int, kind: str, ranks: int, data: st.DataObject
+) -> None:
+    """The users' events, by the append that brought them. Late events lie between older ones."""
+    task: Task = "retrieval" if kind == "retrieval" else "ranking"
+    most = data.draw(st.integers(1, length - 1)) if kind == "candidates" else 0
+    options: dict[str, Any] = {"max_sequence_length": length, "max_num_candidates": most, "split": "none"}
+    options["window_stride"] = data.draw(
+        st.one_of(st.integers(1, length - 1), st.just("random")) if most else st.integers(1, length - 1)
+    )
+    times = [np.zeros(len(row), dtype=int) for row in users]
+    expected = [np.zeros(len(row), dtype=int) for row in users]
+    for segment in range(3):
+        known = [[place for place, number in enumerate(row) if number <= segment] for row in users]
+        store = ToyStore(
+            [[1] * len(row) for row in known],
+            actions=[[1] * len(row) for row in known],
+            segments=[[users[user][place] for place in row] for user, row in enumerate(known)],
+        )
+        events = [(user, place) for user, row in enumerate(known) for place in row]
+        for user, row in enumerate(known):
+            for place in row[(task == "retrieval" or most > 0) :]:
+                expected[user][place] += users[user][place] == segment
+        if most and not segment:
+            continue  # a first run labels the newest candidates alone
+        samples = build_samples(store, DatasetArgs(dataset_name="toy", **options), task, "train", 1, segment)
+        if not len(samples):
+            continue
+        for rank in range(ranks):
+            sampler = TrainSampler(len(samples), 2, rank, ranks, seed=3, shuffle=True)
+            for plan in takewhile(lambda plan: plan.epoch == 0, sampler):
+                for row in plan.indices:
+                    start, stop, labels = samples.start[row], samples.stop[row], samples.num_labels[row]
+                    assert stop - start <= length and labels <= stop - start - (task == "retrieval" or most > 0)
+                    assert (
+                        segment == 0
+                        or start == samples.history_begin[row]
+                        or stop - start == min(length, length - most + labels)
+                    )
+                    for user, place in events[stop - labels : stop]:
+                        times[user][place] += 1
+    for user, row in enumerate(users):
+        counted = [place for place, number in enumerate(row) if number or not most]
+        assert times[user][counted].tolist() == expected[user][counted].tolist()
 
 
 def dataset_args(length: int = 100, **options: Any) -> DatasetArgs:

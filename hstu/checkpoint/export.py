@@ -49,13 +49,16 @@ _NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
 """Dtype → its name in a safetensors file."""
 
 
-def export(checkpoint: Path, output: Path, write_more: Callable[[Path], None] | None = None) -> Path:
+def export(
+    checkpoint: Path, output: Path, write_more: Callable[[Path], None] | None = None, *, weights: bool = True
+) -> Path:
     """Write the weights of a checkpoint, with names, ids and configuration, to the new directory ``output``.
 
     ``model.safetensors`` holds the weights (moving averages where the run keeps them), the raw ids of table rows as
     ``ids.<feature>`` (see RawIds), and dynamic tables (see dynamic.py). ``operative.gin`` is the configuration, and
     ``config.json`` lists the tables. Host memory must hold one rank's part of one tensor. ``write_more`` writes further
-    files to the unfinished directory. Raises DataError if the checkpoint is damaged or ``output`` exists.
+    files to the unfinished directory; without ``weights`` only these. Raises DataError if the checkpoint is damaged or
+    ``output`` exists.
     """
     if output.exists():
         raise DataError(f"{output} exists; give the name of a directory that does not exist")
@@ -63,7 +66,8 @@ def export(checkpoint: Path, output: Path, write_more: Callable[[Path], None] | 
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(output) as temporary:
         temporary.mkdir()
-        _write(checkpoint, temporary)
+        if weights:
+            _write(checkpoint, temporary)
         if write_more is not None:
             write_more(temporary)
         write_manifest(temporary, describe_files(temporary, (path for path in temporary.rglob("*") if path.is_file())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hstu.base.errors import DataError
-from hstu.checkpoint.directory import describe_files
+from hstu.checkpoint.directory import Files, describe_files
 from hstu.config.args import ContextParallelArgs, DataParallelArgs, TensorModelParallelArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.features import running
@@ -25,6 +25,7 @@ from hstu.serve import runtime
 from hstu.serve.contents import check_can_be_served, collect
 from hstu.serve.loaded import LoadedModel, with_store
 from hstu.serve.program import ServingProgram, trace
+from hstu.serve.runtime.delta import Contents
 from hstu.serve.runtime.encode import Encoder
 from hstu.serve.runtime.files import FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
 from hstu.train.inference import InferenceSource, StoredSource
@@ -81,25 +82,30 @@ def write_serving(
         facts, tables, vocabulary = collect(trained, program)
         torch.export.save(exported, folder / PROGRAM)
         for name, tensors in ((WEIGHTS, program.state_dict()), (TABLES, tables), (VOCABULARY, vocabulary)):
-            _write_tensors(folder / name, tensors)
-        text = json.dumps(facts, indent=1, ensure_ascii=False)
-        (folder / FACTS).write_text(text, encoding="utf-8")
+            write_tensors(folder / name, tensors)
+        (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
         package = Path(runtime.__file__).parent
         shutil.copytree(package, folder / PACKAGE, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(str(running.__file__), folder / PACKAGE)  # in the place of the module that imports it
-    model = runtime.Model(folder, json.loads(text))
+    model = runtime.Model(Contents.read(folder))
     found = difference(trained, model)  # which enters ``inference`` itself: nested, it would undo the averages
     if found is not None and found > TOLERANCE:
         raise DataError(
             f"cannot export a program: it differs from the model by {found:.2g}, and {TOLERANCE:g} is allowed. "
             "This is a defect of the export for models of this configuration; please report it"
         )
-    _write_tensors(folder / TABLES, _reduced(tables, table_dtype))
+    write_tensors(folder / TABLES, _reduced(tables, table_dtype))
     (folder / CARD).write_text(_card(trained, model.encoder, tables, table_dtype, evaluations or {}), encoding="utf-8")
-    files = describe_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    write_manifest(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    return found
+
+
+def write_manifest(folder: Path, paths: Iterable[Path]) -> Files:
+    """Write the manifest of an export with these files, and return the files, with sizes and checksums."""
+    files = describe_files(folder, paths)
     manifest = {"sha256": checksum_of(files), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    return found
+    return files
 
 
 def difference(trained: LoadedModel, model: runtime.Model) -> float | None:
@@ -171,7 +177,8 @@ def _reduced(tables: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
     return found
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file. Equal tensors give equal bytes."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 

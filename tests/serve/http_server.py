@@ -91,7 +91,7 @@ def write_folder(folder: Path, content: str = "") -> Path:
     """A folder that looks like an export."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "serving.json").write_text(content or folder.name)
-    (folder / "manifest.json").write_text(folder.name)
+    (folder / "manifest.json").write_text(json.dumps({"files": {folder.name: {}}}))
     return folder
 
 

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from hstu import api
 from hstu.api import TrainedModel
@@ -20,7 +23,8 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve import runtime
-from hstu.serve.export import for_export, write_serving
+from hstu.serve.delta import DeltaSize, read_export, write_delta
+from hstu.serve.export import for_export, write_manifest, write_serving, write_tensors
 from hstu.serve.runtime import History
 from hstu.serve.runtime.files import checksum_of
 from hstu.train.builder import build_model, build_state
@@ -129,3 +133,26 @@ def rewrite(folder: Path, name: str, content: bytes | None) -> None:
     files = manifest["files"]
     files[name] = {"bytes": len(content or b""), "sha256": hashlib.sha256(content or b"").hexdigest()}
     (folder / "manifest.json").write_text(json.dumps({"sha256": checksum_of(files), "files": files}))
+
+
+Tensors = dict[str, Tensor]
+
+
+def export_with(folder: Path, target: Path, change: Callable[[Tensors, Tensors], None]) -> Path:
+    """A later whole export: other dense weights, and a change of the tables and the vocabulary."""
+    shutil.copytree(folder, target, ignore=shutil.ignore_patterns("manifest.json"))
+    paths = [target / f"{name}.safetensors" for name in ("weights", "tables", "vocabulary")]
+    weights, tables, words = (load_file(path) for path in paths)
+    change(tables, words)
+    for path, tensors in zip(
+        paths, ({name: each * 1.001 for name, each in weights.items()}, tables, words), strict=True
+    ):
+        write_tensors(path, tensors)
+    (target / "MODEL_CARD.md").write_text(target.name)
+    write_manifest(target, sorted(path for path in target.rglob("*") if path.is_file()))
+    return target
+
+
+def delta_of(whole: Path, base: Path, folder: Path, threshold: float = 0.0) -> DeltaSize:
+    """Write the delta that leads from ``base``, which lies beside it, to ``whole``."""
+    return write_delta(whole, read_export(base), folder, f"../{base.name}", threshold)

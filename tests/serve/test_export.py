@@ -3,8 +3,10 @@
 import ast
 import functools
 import json
+import re
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,31 @@ import pytest
 import torch
 
 from hstu import api
-from hstu.base.errors import ConfigError, DataError
+from hstu.base.errors import EXIT_BAD_DATA, ConfigError, DataError
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
-from hstu.serve.contents import check_can_be_served
+from hstu.serve.contents import as_texts, check_can_be_served
+from hstu.serve.delta import write_whole
 from hstu.serve.export import TOLERANCE, difference, write_serving
 from hstu.serve.runtime import Candidates, History, ServingError
+from hstu.serve.runtime.delta import digest_of
+from hstu.serve.runtime.files import texts_of
 from hstu.serve.server.swap import find_exports
+from scripts import export
 from tests.helpers import flip
 from tests.serve.random_requests import largest_difference
-from tests.serve.served import Served, histories, random_model, request, rewrite
+from tests.serve.served import (
+    Served,
+    Tensors,
+    delta_of,
+    export_with,
+    histories,
+    random_model,
+    request,
+    rewrite,
+)
+from tests.train.tiny import FinishedRun
 
 
 def test_recommendations_are_those_of_the_model(features: SequenceStore, retrieval: Served) -> None:
@@ -268,3 +284,164 @@ def test_the_directory_has_the_package_and_a_card(retrieval: Served) -> None:
     files = json.loads((retrieval.folder / "manifest.json").read_text())["files"]
     tensors = {f"{name}.safetensors" for name in ("weights", "tables", "vocabulary")}
     assert {"program.pt2", *tensors, "MODEL_CARD.md"} <= files.keys()
+
+
+def grown(items: list[int], colours: list[str]) -> Callable[[Tensors, Tensors], None]:
+    """A change to these items and values of "colour": rows go with their ids, and those of new ids are 2."""
+
+    def places_of(now: Sequence[object], before: list[object]) -> list[int]:
+        return [before.index(each) if each in before else -1 for each in now]
+
+    def taken(rows: torch.Tensor, places: list[int]) -> torch.Tensor:
+        return torch.cat([rows, torch.full_like(rows[:1], 2)])[places]
+
+    def change(tables: Tensors, words: Tensors) -> None:
+        places = places_of(items, words["ids.item_id"].tolist())
+        rows = places_of(colours, [*texts_of(words, "ids.colour")])
+        for name in ("item_id_table", "item_vectors"):
+            tables[name] = taken(tables[name], places)
+        tables["colour_table"] = taken(tables["colour_table"], rows)
+        words["item.price"] = taken(words["item.price"], places)
+        words["item.colour"] = taken(torch.tensor([rows.index(row) for row in words["item.colour"].tolist()]), places)
+        lists = [*words["item.tags"].split(words["item.tags.offsets"].diff().tolist()), torch.tensor([3, 0, 1])]
+        words["item.tags"] = torch.cat([lists[place] for place in places])
+        words["item.tags.offsets"] = torch.tensor([0, *(len(lists[place]) for place in places)]).cumsum(0)
+        words |= {"ids.item_id": torch.tensor(items), **as_texts("ids.colour", colours)}
+        words |= as_texts("titles", [f"Film {item}" * (item % 3) for item in items])
+
+    return change
+
+
+def touched(tables: Tensors, words: Tensors) -> None:
+    tables["item_id_table"][[1, 2]] += 1e-3
+    tables["item_id_table"][4, 0] = -tables["item_id_table"][4, 0]
+
+
+@pytest.fixture(scope="module")
+def chain(retrieval: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whole exports w0 to w3, and deltas: d1 from w0, d2 from d1, d3 from d2."""
+    root, colours = tmp_path_factory.mktemp("chain"), ["value 000", "value 001", "value 002"]
+    shutil.copytree(retrieval.folder, root / "w0")
+    export_with(root / "w0", root / "w1", grown([5, 1000, 1001, *range(1004, 1011), 2000], colours))
+    export_with(root / "w1", root / "w2", grown([5, *range(1000, 1011), 2000], ["a", *colours, "z"]))
+    export_with(root / "w2", root / "w3", touched)
+    for number, base in enumerate(("w0", "d1", "d2"), 1):
+        delta_of(root / f"w{number}", root / base, root / f"d{number}")
+    return root
+
+
+def files_in(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_base_and_its_deltas_give_the_files_of_whole_exports(chain: Path, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        write_whole(chain / f"d{number}", tmp_path / f"{number}")
+        assert files_in(tmp_path / f"{number}") == files_in(chain / f"w{number}")
+        assert digest_of(chain / f"d{number}") == digest_of(chain / f"w{number}")
+    history = request([1000, 1003, 2000], [1, 2, 3], [60, 120, 180])
+    assert runtime.load(chain / "d3").recommend(history) == runtime.load(chain / "w3").recommend(history)
+
+
+def test_a_delta_has_the_rows_that_have_changed_and_not_those_that_have_moved(chain: Path) -> None:
+    def changed(delta: str) -> dict[str, int]:
+        rules = json.loads((chain / delta / "delta.json").read_text())["tensors"].values()
+        return {name: rule["changed"] for each in rules for name, rule in each.items() if rule}
+
+    added = {"item_id_table", "item_vectors", "item.price", "item.colour", "ids.item_id", "item.tags.offsets"}
+    assert {name: changed("d1").get(name) for name in added} == dict.fromkeys(added, 2)
+    second = changed("d2")
+    assert {name: second[name] for name in added} == dict.fromkeys(added, 2) and second["colour_table"] == 2
+    assert second["item.tags"] == 2 * 2 and second["ids.colour.offsets"] == second["ids.colour.utf8"] == 2
+    assert changed("d3") == {"item_id_table": 3}
+
+
+def test_a_delta_shares_with_its_base_what_has_not_changed(chain: Path) -> None:
+    base = runtime.load(chain / "d2")
+    model = runtime.load(chain / "d3", like=base)
+    assert model._program is base._program and model.encoder.items is base.encoder.items
+    assert model._tables["tags_table"].weight is base._tables["tags_table"].weight
+    assert runtime.load(chain / "d3").item_vectors([1000]).equal(model.item_vectors([1000]))
+
+
+def test_rows_that_change_by_less_than_a_threshold_are_left_out_and_counted_from_what_is_served(
+    chain: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(chain, tmp_path / "copy"))
+    export_with(root / "w3", root / "w4", touched)
+    export_with(root / "w4", root / "w5", touched)
+    sizes = [delta_of(root / f"w{n}", root / base, root / f"d{n}", 1.5e-3) for n, base in ((4, "d3"), (5, "d4"))]
+    assert [size.changed for size in sizes] == [1, 2 + 1]  # those two are 1e-3 and then 2e-3 behind
+    assert sizes[0].num_bytes < sizes[0].whole_bytes / 2
+    write_whole(root / "d5", tmp_path / "whole")
+    assert files_in(tmp_path / "whole") == files_in(root / "w5")
+
+
+@pytest.mark.parametrize(
+    ("name", "happens", "message"),
+    [
+        ("d2", "", "d2 is no complete export .* it has no manifest.json"),
+        ("d2/changes.safetensors", "flip", "changes.safetensors is damaged: its sha256"),
+        ("w0/tables.safetensors", "flip", "d1 leads .*tables.safetensors is damaged"),
+        ("d2", "w1", "the export at .*d2 has {w1}"),
+        ("d2", "d3", "the export at .*d2 has {w3}"),
+    ],
+)
+def test_a_delta_whose_base_is_missing_damaged_or_another_is_refused(
+    chain: Path, tmp_path: Path, name: str, happens: str, message: str
+) -> None:
+    root = Path(shutil.copytree(chain, tmp_path / "copy"))
+    if happens == "flip":
+        flip(root / name)
+    else:
+        shutil.rmtree(root / name)
+    if happens in ("w1", "d3"):
+        shutil.copytree(root / happens, root / name)
+    digests = {name: digest_of(chain / name)[:12] for name in ("w1", "w2", "w3")}
+    with pytest.raises(ServingError, match=message.format(**digests)) as refused:
+        runtime.load(root / "d3")
+    if "d1 leads" not in message:
+        assert f"d3 leads from the export with the digest {digests['w2']} to {digests['w3']}, but " in str(
+            refused.value
+        )
+        assert f"Put the export with {digests['w2']} at {root}/d2, or make a whole export" in str(refused.value)
+
+
+def test_a_delta_between_models_that_do_not_fit_is_refused(chain: Path, ranking: Served, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"its program.pt2 has the sha256 .*; make a whole export: leave out --delta"):
+        delta_of(ranking.folder, chain / "d3", tmp_path / "d")
+
+    def halve(tables: Tensors, _: Tensors) -> None:
+        tables |= {name: rows.bfloat16() for name, rows in tables.items()}
+
+    half = export_with(chain / "w3", tmp_path / "half", halve)
+    with pytest.raises(DataError, match=r"table .* has float32, not bfloat16; give --table_dtype float32"):
+        delta_of(half, chain / "d3", tmp_path / "d")
+
+
+def test_the_command_writes_a_delta_of_a_later_checkpoint(
+    finished: Callable[[str], FinishedRun],
+    mesh: Mesh,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(export, "mesh_of_this_process", lambda: mesh)
+    command = ["--run_dir", str(finished("retrieval").path)]
+    for name, options in {
+        "base": ["--ckpt", "12", "--program"],
+        "whole": ["--ckpt", "15", "--program"],
+        "delta": ["--ckpt", "15", "--delta", str(tmp_path / "base")],
+    }.items():
+        assert export.main([*command, *options, "--output", str(tmp_path / name)]) == 0
+    *_, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"delta: \d+ of \d+ rows, [\d,]+ bytes; a whole export has [\d,]+", last)
+    write_whole(tmp_path / "delta", tmp_path / "made")
+    assert files_in(tmp_path / "made") == files_in(tmp_path / "whole/serving")
+    assert {path.name for path in (tmp_path / "delta").iterdir()} == {"manifest.json", "serving"}
+    assert runtime.load(tmp_path / "delta/serving").facts == runtime.load(tmp_path / "whole/serving").facts
+    shutil.rmtree(tmp_path / "base/serving")
+    assert (
+        export.main([*command, "--delta", str(tmp_path / "base"), "--output", str(tmp_path / "next")]) == EXIT_BAD_DATA
+    )
+    assert "base is no export for serving; give" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import torch
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.export import TOLERANCE
-from hstu.serve.runtime.files import read_tables
+from hstu.serve.runtime.files import read_tensors, tables_of
 from tests.serve.random_requests import largest_difference
 from tests.serve.served import BIAS, EVERY_FEATURE, feature_store, random_model, serve
 from tests.train.tiny import ITEMS, OF_THE_ACTION
@@ -90,5 +90,5 @@ def test_tables_of_fewer_bits_are_close(
     served = serve(trained, tmp_path / "serving", table_dtype=dtype)
     rows = trained.model.rows_of({"item_id": torch.arange(ITEMS)})["item_id"].detach()
     places = served.model.encoder.items.rows(range(1000, 1000 + ITEMS))
-    found = read_tables(served.folder / "tables.safetensors")["item_id_table"].rows(places)
+    found = tables_of(read_tensors(served.folder / "tables.safetensors"))["item_id_table"].rows(places)
     assert 0 < ((found - rows).abs() / rows.abs().amax(dim=1, keepdim=True)).max() <= largest

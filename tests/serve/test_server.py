@@ -23,13 +23,14 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve import runtime
 from hstu.serve.export import TOLERANCE
 from hstu.serve.runtime import Candidates, History
+from hstu.serve.runtime.delta import digest_of
 from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import ServedModel
 from hstu.serve.server.swap import LiveModel
 from scripts import serve
 from tests.helpers import flip
 from tests.serve.http_server import Client, StubLoader, running, until, write_folder
-from tests.serve.served import Served, histories, request, rewrite
+from tests.serve.served import Served, Tensors, delta_of, export_with, histories, request, rewrite
 from tests.test_architecture import IMPORTS
 
 EVENTS = {"items": [3, 4]}
@@ -391,6 +392,34 @@ def test_an_export_of_the_same_configuration_shares_the_program_and_not_the_weig
     assert second._program is first._program
     expected = runtime.load(other).embed(history)
     assert second.embed(history).equal(expected) and not first.embed(history).allclose(expected, atol=1e-3)
+
+
+def test_a_delta_is_applied_to_the_model_in_memory_and_waits_for_the_one_before(
+    retrieval: Served, tmp_path: Path
+) -> None:
+    def touch(tables: Tensors, _: Tensors) -> None:
+        tables["item_vectors"][3] += 1
+
+    aside, root = tmp_path / "aside", tmp_path / "exports"
+    shutil.copytree(retrieval.folder, aside / "0")
+    for number in (1, 2):
+        export_with(aside / "0" if number == 1 else aside / "w1", aside / f"w{number}", touch)
+        delta_of(aside / f"w{number}", aside / f"{number - 1}", aside / f"{number}")
+    shutil.copytree(aside / "0", root / "0")
+    live = LiveModel(root, Metrics())
+    shutil.copytree(aside / "2", root / "2")
+    os.utime(root / "2/manifest.json")
+    assert not live.refresh() and "1 is no complete export" in live.refused[str(root / "2")]
+    shutil.copytree(aside / "1", root / "1")
+    first, history = live.current, request([1000, 1001], [1, 2], [60, 120])
+    (root / "0").rename(tmp_path / "removed")  # the model in memory is its base
+    assert live.refresh() and live.current.version == f"2@{digest_of(aside / 'w2')[:12]}" and not live.refused
+    assert live.current.model.recommend(history) == runtime.load(aside / "w2").recommend(history)
+    assert first.model.recommend(history) == retrieval.model.recommend(history)
+    shutil.rmtree(root / "2")
+    assert not live.refresh() and str(root / "1") in live.refused  # going back takes the base
+    (tmp_path / "removed").rename(root / "0")
+    assert live.refresh() and live.current.version.startswith("1@")
 
 
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

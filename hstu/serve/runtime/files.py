@@ -7,7 +7,8 @@ import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +22,7 @@ from .requests import ServingError
 FORMAT, VERSION = "hstu-serving", 3
 MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.safetensors", "vocabulary.safetensors"
 PROGRAM, WEIGHTS = "program.pt2", "weights.safetensors"
+DELTA, CHANGES = "delta.json", "changes.safetensors"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "I8": torch.int8,
     "U8": torch.uint8,
@@ -30,21 +32,22 @@ _NUMBER = re.compile(r" *[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)? *")
 _MOST_LISTED = 50  # values of a feature in its description
 
 
-def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Verify all files of an export. Returns (serving.json, file name → sha256). Raises ServingError."""
+def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Verify all files of an export. Returns (serving.json, file name → size and sha256). Raises ServingError."""
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-        if checksum_of(manifest["files"]) != manifest["sha256"]:
+        files = dict(manifest["files"])
+        if checksum_of(files) != manifest["sha256"]:
             raise ValueError("its content has changed")
-        if unlisted := {FACTS, PROGRAM, WEIGHTS, TABLES, VOCABULARY} - files.keys():
+        needed = {CHANGES} if DELTA in files else {PROGRAM, TABLES, VOCABULARY}
+        if unlisted := {FACTS, WEIGHTS, *needed} - files.keys():
             raise ValueError(f"it has no {min(unlisted)}")
-        for name, sha256 in files.items():
+        for name, entry in files.items():
             path = directory / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{MANIFEST} lists it, but it lies outside the folder")
-            if _sha256(path) != sha256:
+            if _sha256(path) != entry["sha256"]:
                 raise ValueError(f"its sha256 is not the one in {MANIFEST}")
         path = directory / FACTS
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -66,7 +69,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def checksum_of(files: Mapping[str, Any]) -> str:
-    """The sha256 of the file list of a manifest."""
+    """The sha256 of the file list of a manifest: the digest of an export."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -78,18 +81,32 @@ def _sha256(path: Path) -> str:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file: 8 bytes with the length of a JSON header, the header, the bytes of the tensors.
 
-    Memory-mapping the file is unsafe: if it is truncated later, the process crashes.
+    Memory-mapping the file is unsafe: if it is truncated later, the process crashes. Each tensor has memory of its
+    own, so that one that stays in use, when a delta replaces others, keeps no others.
     """
-    content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
     found = {}
-    for name, entry in json.loads(content[8:start]).items():
-        if name != "__metadata__":
-            shape, dtype, offset = entry["shape"], _DTYPES[entry["dtype"]], start + entry["data_offsets"][0]
-            count = math.prod(shape)
-            tensor = torch.frombuffer(content, dtype=dtype, count=count, offset=offset) if count else torch.empty(0)
-            found[name] = tensor.to(dtype).view(shape)
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        for name, entry in json.loads(file.read(start - 8)).items():
+            if name != "__metadata__":
+                shape, dtype, (first, end) = entry["shape"], _DTYPES[entry["dtype"]], entry["data_offsets"]
+                file.seek(start + first)
+                content = bytearray(end - first)
+                if file.readinto(content) < len(content):
+                    raise ValueError(f"{path} ends early")
+                tensor = torch.frombuffer(content, dtype=dtype, count=math.prod(shape)) if content else torch.empty(0)
+                found[name] = tensor.to(dtype).view(shape)
     return found
+
+
+@contextmanager
+def fitting(directory: Path) -> Iterator[None]:
+    """Turn any error in the block into a ServingError: files that are whole do not fit together."""
+    try:
+        yield
+    except Exception as error:  # of any type
+        found = f"{type(error).__name__}: {error}"
+        raise ServingError(f"{directory}: its files do not fit together ({found}). Export it again") from error
 
 
 def texts_of(stored: Mapping[str, Tensor], name: str) -> list[str]:
@@ -112,9 +129,8 @@ class Table:
         return found.masked_fill((index < 0)[:, None], 0)
 
 
-def read_tables(path: Path) -> dict[str, Table]:
-    """Read the tables of a file. An int8 table has its scales in ``<name>.scale``."""
-    stored = read_tensors(path)
+def tables_of(stored: Mapping[str, Tensor]) -> dict[str, Table]:
+    """The tables of a file. An int8 table has its scales in ``<name>.scale``."""
     return {name: Table(rows, stored.get(f"{name}.scale")) for name, rows in stored.items() if rows.ndim == 2}
 
 

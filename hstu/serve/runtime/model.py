@@ -10,18 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .delta import Contents, read_contents
 from .encode import Encoder
-from .files import (
-    PROGRAM,
-    TABLES,
-    VOCABULARY,
-    WEIGHTS,
-    Vocabulary,
-    read_directory,
-    read_tables,
-    read_tensors,
-    texts_of,
-)
+from .files import PROGRAM, TABLES, VOCABULARY, WEIGHTS, Vocabulary, fitting, tables_of, texts_of
 from .inputs import Sequence_, inputs_of, num_items
 from .requests import Candidates, History, ServingError
 
@@ -62,19 +53,19 @@ def load(directory: str | Path, *, like: Model | None = None) -> Model:
     """Load the folder ``serving`` of an export, and verify the checksums of all files.
 
     Args:
-        directory: the folder. It may have been moved, and may change or be removed after loading.
-        like: share the program of this model if it is equal, as in exports of one configuration, to save seconds.
+        directory: the folder. It may have been moved, and may change or be removed after loading. A delta is applied
+            to ``like`` if that is its base or made of it, or else to the export at the path that it states.
+        like: share what is equal with this model: the program, as in exports of one configuration, which saves
+            seconds; after a delta also tables and vocabularies.
 
-    Raises ServingError if a file is missing or damaged, the folder has another version, or a test request fails.
+    Raises ServingError if a file is missing or damaged, a delta does not fit its base, the folder has another version,
+    or a test request fails.
     """
-    facts, checksums = read_directory(Path(directory))
-    try:
-        model = Model(Path(directory), facts, checksums[PROGRAM], like)
+    contents = read_contents(Path(directory), None if like is None else like.contents)
+    with fitting(Path(directory)):
+        model = Model(contents, like)
         model.check()
-    except Exception as error:  # of any type, if the files do not fit together
-        found = f"{type(error).__name__}: {error}"
-        raise ServingError(f"{directory}: its files do not fit together ({found}). Export it again") from error
-    return model
+        return model
 
 
 class Model:
@@ -82,11 +73,13 @@ class Model:
 
     ``facts`` is the content of serving.json: features, tasks and limits of the model. ``encoder`` converts raw ids.
     ``titles`` has the item titles in the order of ``encoder.items``; it is empty if the data has no titles.
+    ``contents`` is what the export holds.
     """
 
-    def __init__(self, directory: Path, facts: dict[str, Any], checksum: str = "", like: Model | None = None) -> None:
-        self.facts = facts
-        self._tables = tables = read_tables(directory / TABLES)
+    def __init__(self, contents: Contents, like: Model | None = None) -> None:
+        self.contents, self.facts = contents, contents.facts
+        facts, stored = self.facts, contents.tensors[VOCABULARY]
+        self._tables = tables = tables_of(contents.tensors[TABLES])
         sizes = {"tokens_per_item": (facts["tokens_per_item"], 2), "max_items": (facts["max_items"], _LARGEST)}
         sizes |= {each["name"]: (each["width"], _LARGEST) for each in facts["numbers"]}
         for name, each in facts["features"].items():
@@ -95,8 +88,7 @@ class Model:
         for name, (size, largest) in sizes.items():
             if type(size) is not int or not 0 <= size <= largest:
                 raise ValueError(f"the size of {name!r} is {size!r}; it may be at most {largest}")
-        stored = read_tensors(directory / VOCABULARY)
-        vocabularies = {name: Vocabulary.read(stored, name, each) for name, each in self.facts["features"].items()}
+        vocabularies = {name: self._vocabulary(name, like) for name in facts["features"]}
         self.encoder = Encoder(self.facts, vocabularies, vocabularies[self.facts["item"]], stored)
         self.titles = texts_of(stored, "titles") if "titles.utf8" in stored else []
         self._items: Tensor | None = None
@@ -109,13 +101,21 @@ class Model:
             self._items = torch.nn.functional.pad(vectors, (0, 0, 0, 1))  # the last, at −1, is for unknown items
             self._items /= self._items.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
             self._is_missing = ~self._items.any(dim=1)
-        self._weights = dict(sorted(read_tensors(directory / WEIGHTS).items()))
-        self._checksum = checksum
+        self._weights = dict(sorted(contents.tensors[WEIGHTS].items()))
         self._program: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
-        if like is not None and like._checksum == self._checksum:
+        if like is not None and like.contents.files[PROGRAM] == contents.files[PROGRAM]:
             self._program = like._program
         else:
-            self._program = torch.export.load(directory / PROGRAM).module()
+            self._program = torch.export.load(contents.path_of(PROGRAM)).module()
+
+    def _vocabulary(self, name: str, like: Model | None) -> Vocabulary:
+        """The vocabulary of a feature: that of ``like``, with what it has looked up, if a delta did not change it."""
+        stored, facts = self.contents.tensors[VOCABULARY], self.facts["features"][name]
+        if like is not None and like.facts["features"].get(name) == facts:
+            theirs, keys = like.contents.tensors[VOCABULARY], (f"ids.{name}", f"ids.{name}.utf8", f"rows.{name}")
+            if all(stored.get(key) is theirs.get(key) for key in keys):
+                return like.encoder.vocabularies[name]
+        return Vocabulary.read(stored, name, facts)
 
     def check(self) -> None:
         """Answer a test request. Raises an error of any type if that fails or the result is not finite."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -12,7 +11,8 @@ from pathlib import Path
 
 from hstu.base.errors import DataError, printable
 from hstu.serve import runtime
-from hstu.serve.runtime.files import FACTS, MANIFEST
+from hstu.serve.runtime.delta import digest_of
+from hstu.serve.runtime.files import DELTA, FACTS, MANIFEST
 
 from .batching import Metrics
 from .model import ServedModel
@@ -59,9 +59,9 @@ def _look(folder: Path) -> Found | None:
 
 
 def version_of(folder: Path) -> str:
-    """The version in answers: folder name, "@", and the first 12 digits of the manifest's sha256."""
+    """The version in answers: folder name, "@", and the first 12 digits of the export's digest."""
     name = folder.parent.name if folder.name == SERVING else folder.name
-    return f"{printable(name, '')}@{hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:12]}"
+    return f"{printable(name, '')}@{digest_of(folder)[:12]}"
 
 
 Load = Callable[[Path, str, ServedModel | None], ServedModel]
@@ -69,7 +69,7 @@ Load = Callable[[Path, str, ServedModel | None], ServedModel]
 
 
 def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
-    """Load and verify an export. Shares an equal program with the current model."""
+    """Load and verify an export. Shares what is equal with the current model, which may be the base of a delta."""
     return ServedModel(runtime.load(folder, like=None if current is None else current.model), version)
 
 
@@ -82,6 +82,7 @@ class LiveModel:
     def __init__(self, root: Path, metrics: Metrics, load: Load = load) -> None:
         self._root, self._load, self._metrics = root, load, metrics
         self._loaded: Found | None = None
+        self._found: list[Found] = []
         self._bad: dict[Found, str] = {}  # never mutated, only replaced: other threads read it
         self.since = 0.0
         """Start time of the current model, in seconds since 1970."""
@@ -99,7 +100,12 @@ class LiveModel:
     def refresh(self) -> bool:
         """Load the newest export that works, if it is new. Returns whether it is. One thread at a time may call it."""
         found = find_exports(self._root)
-        self._bad = {each: reason for each, reason in self._bad.items() if each in found}
+        is_same, self._found = found == self._found, found  # the base of a delta may have come after it
+        self._bad = {
+            each: reason
+            for each, reason in self._bad.items()
+            if each in found and (is_same or not (each.folder / DELTA).is_file())
+        }
         is_swapped = any(self._try(each) for each in self._newer(found))
         self._metrics.refused.set(len(self._bad))
         return is_swapped

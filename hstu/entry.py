@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -45,3 +46,8 @@ def beside_tables(config: RunConfig, mesh: Mesh) -> int:
 
     planned = workload.plan_workload(config, mesh.world_size, mesh.local_world_size, mesh.device.type)
     return estimate.beside_tables(planned)
+
+
+if __name__ == "__main__":
+    task: Task = "ranking" if sys.argv.pop(1) == "ranking" else "retrieval"
+    sys.exit(train(task))

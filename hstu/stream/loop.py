@@ -1,0 +1,211 @@
+"""The loop over the parts of a stream. For each: append, evaluate yesterday's model, train, export.
+
+Each step is a command that a user could type, in a process of its own. It is atomic, or goes on where it was stopped,
+so a stream that is killed at any moment and started again does what is not done, and nothing twice:
+
+    <run_dir>/store          all events so far
+    <run_dir>/checkpoints    of the training, whose metrics are in <run_dir>/training
+    <run_dir>/exports/00003  what changed with part 3 (of the first part, the whole model)
+    <run_dir>/frozen         the model after part --frozen_after, with which the page compares
+    <run_dir>/parts/00003    part.json (its files), the evaluations, output.txt, and, when it is done, result.json
+    <run_dir>/stream.md      the page, with stream.png
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hstu.base.errors import ConfigError, UserError
+from hstu.base.files import DirectoryLock, remove, replace_text
+from hstu.base.processes import end_with_parent
+from hstu.config.args import Task
+from hstu.data.store.sequence_store import SequenceStore
+from hstu.stream.parts import Source
+from hstu.stream.popular import popularity
+from hstu.stream.report import write_page
+
+_COUNTS = ("events", "users", "items")
+_LAST_LINES = 12
+_STOP_S = 60.0
+"""A training that is told to stop writes its checkpoint within this time, or is killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a stream does with each part."""
+
+    run_dir: Path
+    task: Task
+    gin_files: Sequence[str]
+    gin_bindings: Sequence[str]
+    preprocess: Sequence[str]
+    """Arguments of the preprocessing that name the columns of the data."""
+    scripts: Path
+    """Directory of the command-line tools."""
+    epochs: float
+    """Passes over the new events of a part. The first part is trained on as the gin file says."""
+    frozen_after: int
+    ranks: int
+    exports: bool
+
+
+@dataclass
+class Stream:
+    """A stream in a directory, which only one process may work on. Raises ConfigError if another one does."""
+
+    settings: Settings
+    source: Source
+    results: list[dict[str, Any]] = field(init=False)
+    """Of the parts that are done, in order."""
+
+    def __post_init__(self) -> None:
+        self.settings.run_dir.mkdir(parents=True, exist_ok=True)
+        self._lock = DirectoryLock(self.settings.run_dir, "--run_dir")
+        done = sorted((self.settings.run_dir / "parts").glob("*/result.json"))
+        self.results = [json.loads(file.read_text(encoding="utf-8")) for file in done]
+
+    @property
+    def taken(self) -> list[str]:
+        """Names of the parts that are done, in their order."""
+        return [result["name"] for result in self.results]
+
+    def advance(self) -> bool:
+        """Do the next part. False: none is there. Raises UserError if a step fails; the next call repeats the step."""
+        folder = self.settings.run_dir / "parts" / f"{len(self.results) + 1:05d}"
+        begun, taken = folder / "part.json", self.taken
+        if begun.exists():  # a part that was begun is finished before all others
+            name = json.loads(begun.read_text(encoding="utf-8"))["name"]
+        elif waiting := self.source.waiting(taken):
+            name = waiting[0]
+        else:
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(begun, json.dumps({"name": name}) + "\n")
+        self._finish(folder, name, self.source.fetch(name, taken, folder / "copies"))
+        return True
+
+    def _finish(self, folder: Path, name: str, files: Sequence[Path]) -> None:
+        before: dict[str, Any] = self.results[-1] if self.results else {"newest": None, **dict.fromkeys(_COUNTS, 0)}
+        counts: dict[str, Any] = {key: before[key] for key in (*_COUNTS, "newest")}
+        result: dict[str, Any] = {"number": len(self.results) + 1, "name": name, "files": list(map(str, files))}
+        seconds: dict[str, float] = {}
+        if files:  # a part without a good event has none
+            seconds = self._steps(folder, files, before["newest"])
+            store = SequenceStore.open(self._store)
+            counts = counts_of(store)
+            for kind in ("evaluation", "frozen"):
+                if (file := folder / f"{kind}.json").exists():
+                    found = json.loads(file.read_text(encoding="utf-8"))
+                    result[kind] = {key: found[key] for key in ("users", "predictions", "metrics")}
+            if self.settings.task == "retrieval" and before["newest"] is not None:
+                result["popular"] = popularity(store, before["newest"])
+        result |= {**counts, "new": {key: counts[key] - before[key] for key in _COUNTS}, "seconds": seconds}
+        replace_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
+        self.results.append(result)
+        remove(folder / "copies")
+        write_page(self.results, self.settings.run_dir)
+
+    def _steps(self, folder: Path, files: Sequence[Path], newest: int | None) -> dict[str, float]:
+        """Returns the seconds of each. ``newest``: time of the newest event before. None: this is the first part."""
+        frozen, seconds = self.settings.run_dir / "frozen", {"append": self._append(folder, files, newest is None)}
+        if newest is not None:  # before the training, so that what is evaluated does not know the part
+            seconds["evaluate"] = self._evaluate(folder / "evaluation.json", self._checkpoints, newest + 1)
+            if frozen.exists():
+                seconds["frozen"] = self._evaluate(folder / "frozen.json", frozen, newest + 1)
+        seconds["train"] = self._train(folder, is_first=newest is None)
+        if self.settings.exports:
+            seconds["export"] = self._export(folder)
+        if len(self.results) + 1 == self.settings.frozen_after:
+            self._run(folder, "export.py", "--ckpt", self._checkpoints, "--output", frozen, made=frozen)
+        return seconds
+
+    @property
+    def _store(self) -> Path:
+        return self.settings.run_dir / "store"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.settings.run_dir / "checkpoints"
+
+    def _append(self, folder: Path, files: Sequence[Path], is_first: bool) -> float:
+        append = [] if is_first else ["--append"]
+        return self._run(folder, "preprocess_dataset.py", *self.settings.preprocess, "--interactions", *files,
+                         "--output", self._store, "--no_report", *append)  # fmt: skip
+
+    def _evaluate(self, made: Path, model: Path, since: int) -> float:
+        return self._run(made.parent, "evaluate.py", "--ckpt", model, "--data", self._store, "--since", since,
+                         "--output", made, made=made)  # fmt: skip
+
+    def _train(self, folder: Path, is_first: bool) -> float:
+        settings, run = self.settings, self.settings.run_dir
+        bindings = [
+            *settings.gin_bindings, f"DatasetArgs.dataset_path = {str(self._store)!r}", 'DatasetArgs.split = "none"',
+            f"TrainerArgs.output_dir = {str(run / 'training')!r}", "TrainerArgs.eval_interval = 0",
+            f"TrainerArgs.ckpt_save_dir = {str(self._checkpoints)!r}", 'TrainerArgs.ckpt_load_dir = "auto"',
+            'TrainerArgs.continue_on = "new_events"', 'TrainerArgs.progress_bar = "off"',
+        ]  # fmt: skip
+        if not is_first:
+            bindings.append(f"TrainerArgs.num_train_epochs = {settings.epochs}")
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", settings.ranks]
+        return self._run(folder, *(launcher if settings.ranks > 1 else []), "-m", "hstu.entry", settings.task,
+                         "--gin-config-file", *settings.gin_files, "--gin-bindings", *bindings)  # fmt: skip
+
+    def _export(self, folder: Path) -> float:
+        exports = self.settings.run_dir / "exports"
+        exports.mkdir(exist_ok=True)
+        earlier = sorted(path for path in exports.glob("[0-9]*") if path.name < folder.name)
+        delta = ["--delta", earlier[-1]] if earlier else []
+        made = exports / folder.name
+        return self._run(folder, "export.py", "--ckpt", self._checkpoints, "--output", made, "--program", "--data",
+                         self._store, *delta, made=made)  # fmt: skip
+
+    def _run(self, folder: Path, *command: object, made: Path | None = None) -> float:
+        """Run a command unless it has ``made`` what it makes. Returns its seconds."""
+        if made is not None and made.exists():
+            return 0.0
+        words = [str(word) for word in command]
+        if words[0].endswith(".py"):
+            words[0] = str(self.settings.scripts / words[0])
+        begun, output = time.monotonic(), folder / "output.txt"
+        with output.open("ab") as file:
+            file.write(f"$ {' '.join(words)}\n".encode())
+            file.flush()
+            # A session of its own: Ctrl-C reaches the stream alone, which then stops the step in order.
+            child = subprocess.Popen(
+                [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+                preexec_fn=end_with_parent,
+            )  # fmt: skip
+        try:
+            code = child.wait()
+        except BaseException:  # a stop signal
+            child.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=_STOP_S)
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            raise
+        if code:
+            last = output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
+            text = "\n".join(f"    {line}" for line in last)
+            raise UserError(f"a step of {folder} ended with exit code {code}. The end of {output}:\n{text}")
+        return round(time.monotonic() - begun, 1)
+
+
+def counts_of(store: SequenceStore) -> dict[str, int]:
+    """Numbers of events, users and items, and the time of the newest event, seconds since 1970. Raises ConfigError for
+    a store without times."""
+    if store.timestamp_feature is None:
+        raise ConfigError("a stream needs times: give --time COLUMN")
+    newest = store.sequence(store.timestamp_feature)[store.offsets()[1:] - 1].max()
+    counts = (store.num_events, store.num_users, store.cardinality(store.item_feature))
+    return {**dict(zip(_COUNTS, counts, strict=True)), "newest": int(newest)}

@@ -120,8 +120,8 @@ class Topic(Source):
             if not messages or messages[0].error():
                 why = messages[0].error() if messages else f"nothing came in {_TIMEOUT_S:g} s"
                 raise DataError(f"topic {self._topic}, partition {partition}, offset {position}: {why}")
-            yield from (message for message in messages if message.offset() < end)
-            position = messages[-1].offset() + 1
+            yield from (message for message in messages if (message.offset() or 0) < end)
+            position = (messages[-1].offset() or 0) + 1
 
 
 def _ends(taken: Sequence[str]) -> dict[int, int]:

@@ -1,0 +1,128 @@
+"""The whole stream, by its command: what it leaves, and what a kill at any step changes of it, which is nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hstu.checkpoint.find import locate
+from hstu.checkpoint.tensors import open_tensors
+from hstu.stream.popular import popularity
+from hstu.stream.report import write_page
+from tests.conftest import REPOSITORY, write_small_store
+
+GIN = """
+TrainerArgs.train_batch_size = 8
+TrainerArgs.num_train_epochs = 2
+TrainerArgs.ckpt_save_interval = 2
+TrainerArgs.pipeline_type = "none"
+DatasetArgs.dataset_name = "films"
+DatasetArgs.dataset_path = "the stream sets it"
+DatasetArgs.max_sequence_length = 16
+DatasetArgs.window_stride = 8
+NetworkArgs.num_layers = 1
+NetworkArgs.hidden_size = 16
+NetworkArgs.num_attention_heads = 2
+NetworkArgs.kv_channels = 8
+NetworkArgs.dtype_str = "float32"
+NetworkArgs.interleave_actions = False
+RetrievalArgs.eval_metrics = ("HR@10", "NDCG@10")
+film/EmbeddingArgs.feature_names = ["film"]
+film/EmbeddingArgs.table_name = "film"
+film/EmbeddingArgs.item_vocab_size_or_capacity = 100
+film/EmbeddingArgs.sharding_type = "model_parallel"
+"""
+
+
+def write_parts(folder: Path, days: int = 3) -> None:
+    draw = np.random.default_rng(1)
+    folder.mkdir()
+    for day in range(days):
+        users, films = draw.integers(0, 20 + 5 * day, 200), draw.integers(0, 40 + 10 * day, 200)
+        times = 1_700_000_000 + 86_400 * day + np.sort(draw.integers(0, 80_000, 200))
+        lines = "".join(f"{user},{film},{at}\n" for user, film, at in zip(users, films, times, strict=True))
+        (folder / f"day-{day}.csv").write_text("user,film,at\n" + lines)
+
+
+def start(folder: Path, run: str) -> subprocess.Popen[bytes]:
+    command = [
+        "scripts/stream.py", "--source", folder / "parts", "--run_dir", folder / run, "--task", "retrieval", "--once",
+        "--gin-config-file", folder / "films.gin", "--dataset_name", "films", "--user", "user", "--item", "film",
+        "--time", "at", "--no_export",
+    ]  # fmt: skip
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=REPOSITORY, start_new_session=True)
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    results = [json.loads(file.read_text()) for file in sorted((run / "parts").glob("*/result.json"))]
+    kept = ("name", "events", "users", "items", "new", "evaluation", "frozen", "popular")
+    stored = open_tensors(locate(run / "checkpoints"))
+    tensors = {name: stored.read_whole(name).numpy().tobytes() for name in stored.sizes}
+    return {"results": [{key: each.get(key) for key in kept} for each in results], "tensors": tensors}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stream_that_is_killed_at_every_step_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    write_parts(tmp_path / "parts")
+    (tmp_path / "films.gin").write_text(GIN)
+    assert start(tmp_path, "whole").wait() == 0
+    second, steps = tmp_path / "killed" / "parts" / "00002", ("part.json", "evaluation.json", "frozen.json")
+    for step, number in zip(steps, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), strict=True):
+        stream = start(tmp_path, "killed")
+        while not (second / step).exists():
+            assert stream.poll() is None
+            time.sleep(0.02)
+        os.kill(stream.pid, number)
+        assert stream.wait() == (128 + number if number == signal.SIGTERM else -number)
+    assert start(tmp_path, "killed").wait() == 0
+    whole, killed = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
+    assert killed["results"] == whole["results"] and killed["tensors"] == whole["tensors"]
+    assert [each["new"]["events"] for each in whole["results"]] == [200, 200, 200]
+    assert whole["results"][1]["evaluation"]["metrics"] == whole["results"][1]["frozen"]["metrics"]
+    assert whole["results"][2]["evaluation"]["metrics"] != whole["results"][2]["frozen"]["metrics"]
+    page = (tmp_path / "whole" / "stream.md").read_text()
+    assert "| 3      | day-2.csv" in page and (tmp_path / "whole" / "stream.png").exists()
+
+
+def test_popularity_ranks_unseen_items_by_their_events_in_the_last_part(tmp_path: Path) -> None:
+    """Of the last part but one, item 2 has three events and items 1 and 3 one each; 0 and 4 have none."""
+    items = [[1, 2, 3], [2, 1, 0], [3, 2, 4], [0, 2]]
+    segments = [[1, 1, 2], [1, 2, 2], [1, 2, 2], [0, 1]]
+    times = [[10, 11, 20], [10, 20, 21], [10, 20, 21], [5, 10]]
+    store = write_small_store(tmp_path, items, timestamps=times, segments=segments)
+    # Ranks among unseen items: 3 → 1 (0 and 4 have none), 1 → 1.5 (as 3), 0 → 2.5, 2 → 1, 4 → 2 (after 1, as 0: 2.5).
+    found = popularity(store, since=15)
+    assert found["HR@10"] == 1.0
+    assert found["NDCG@10"] == pytest.approx(np.mean(1 / np.log2(1 + np.array([1, 1.5, 2.5, 1, 2.5]))))
+
+
+def test_the_page_says_what_was_scored_before_it_was_trained_on(tmp_path: Path) -> None:
+    part = {"newest": 0, "new": {"events": 2000, "users": 3, "items": 4}, "seconds": {"train": 61.4}}
+    scored = {"evaluation": {"predictions": 1500, "metrics": {"HR@10": 0.1, "HR@10/new_users": 0.2}}}
+    results = [
+        {"number": 1, "name": "a", **part},
+        {"number": 2, "name": "b", **part, **scored, "popular": {"HR@10": 0.05}},
+    ]
+    write_page(results, tmp_path)
+    last = (tmp_path / "stream.md").read_text().splitlines()[-1]
+    cells = [cell.strip() for cell in last.strip("|").split("|")]
+    assert cells == [
+        "2",
+        "b",
+        "1970-01-01 00:00",
+        "2,000",
+        "3",
+        "4",
+        "1500",
+        "0.1000 ± 0.0152",
+        "0.0500 ± 0.0110",
+        "61",
+    ]

@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from hstu.base.figure import COLOURS, open_figure
 from hstu.base.files import replace_text
+from hstu.config.args.task import AT_LAST_EVENT
 
 _KINDS = {"evaluation": "model", "frozen": "frozen model", "popular": "popular last time"}
 """What a result has evaluated → its name on the page."""
@@ -19,9 +20,8 @@ _KINDS = {"evaluation": "model", "frozen": "frozen model", "popular": "popular l
 
 def write_page(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Write stream.md and, where two parts or more were evaluated, stream.png."""
-    names = [*dict.fromkeys(name for result in results for name in metrics_of(result, "evaluation"))]
-    shown = [name for name in names if "/new_" not in name and "/" not in name.removesuffix("/last_event")][:4]
-    columns = [(kind, name) for name in shown for kind in _KINDS if any(name in metrics_of(r, kind) for r in results)]
+    names = [*dict.fromkeys(name for result in results for name in metrics_of(result, "evaluation"))][:2]
+    columns = [(kind, name) for name in names for kind in _KINDS if any(name in metrics_of(r, kind) for r in results)]
     rows = [
         [
             result["number"], result["name"], f"{datetime.fromtimestamp(result['newest'], UTC):%Y-%m-%d %H:%M}",
@@ -33,11 +33,12 @@ def write_page(results: Sequence[Mapping[str, Any]], folder: Path) -> None:
     ]  # fmt: skip
     heads = ["part", "name", "newest event", "events", "new users", "new items", "scored",
              *(f"{name}, {_KINDS[kind]}" for kind, name in columns), "seconds"]  # fmt: skip
-    plot = _draw(results, [name for name in shown if "/" not in name][:2], folder / "stream.png")
+    plot = _draw(results, names, folder / "stream.png")
     text = f"""# Stream {folder.resolve().name}
 
-Each part was scored by the model of the parts before it, and trained on afterwards. ± is half of a 95 % interval over
-the events that were scored, where the metric is a share of them.
+Each part was scored by the model of the parts before it, and trained on afterwards. A model that reads the time of the
+request is asked at the user's last event. ± is half of a 95 % interval over the events that were scored, where the
+metric is a share of them. parts/<number>/result.json has all metrics.
 
 {tabulate(rows, headers=heads, tablefmt="github", disable_numparse=True)}
 """
@@ -45,9 +46,10 @@ the events that were scored, where the metric is a share of them.
 
 
 def metrics_of(result: Mapping[str, Any], kind: str) -> Mapping[str, float]:
-    """Metric → value of what a result has evaluated; {} if it has not."""
+    """Metric → value of what a result has evaluated, not told the time of the request; {} if it has not."""
     found: Mapping[str, Any] = result.get(kind, {})
-    return {name: value for name, value in found.get("metrics", found).items() if isinstance(value, float)}
+    values = {name: value for name, value in found.get("metrics", found).items() if isinstance(value, float)}
+    return {name: values.get(f"{name}/{AT_LAST_EVENT}", value) for name, value in values.items() if "/" not in name}
 
 
 def _value(result: Mapping[str, Any], kind: str, name: str) -> str:
@@ -75,7 +77,7 @@ def _draw(results: Sequence[Mapping[str, Any]], names: Sequence[str], image: Pat
 
 def summary(result: Mapping[str, Any]) -> str:
     """A line about a part for the log."""
-    scores = [f"{name} {value:.4f}" for name, value in metrics_of(result, "evaluation").items() if "/" not in name]
+    scores = [f"{name} {value:.4f}" for name, value in metrics_of(result, "evaluation").items()]
     seconds = ", ".join(f"{name} {value:.0f} s" for name, value in result["seconds"].items())
     found = f"; the model before it: {' '.join(scores)}" if scores else ""
     return f"part {result['number']}, {result['name']}: {result['new']['events']:,} events{found}; {seconds}"

@@ -20,6 +20,7 @@ from tests.conftest import REPOSITORY, write_small_store
 
 GIN = """
 TrainerArgs.train_batch_size = 8
+TrainerArgs.eval_batch_size = 64
 TrainerArgs.num_train_epochs = 2
 TrainerArgs.ckpt_save_interval = 2
 TrainerArgs.pipeline_type = "none"
@@ -33,6 +34,8 @@ NetworkArgs.num_attention_heads = 2
 NetworkArgs.kv_channels = 8
 NetworkArgs.dtype_str = "float32"
 NetworkArgs.interleave_actions = False
+OptimizerArgs.optimizer_str = "adam"
+OptimizerArgs.learning_rate = 1e-2
 RetrievalArgs.eval_metrics = ("HR@10", "NDCG@10")
 film/EmbeddingArgs.feature_names = ["film"]
 film/EmbeddingArgs.table_name = "film"

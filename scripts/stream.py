@@ -5,7 +5,7 @@ python scripts/stream.py --source parts --run_dir runs/stream --task retrieval -
 
 Each entry of --source is a part: a file or a directory of files, which must appear at once, by a rename. All options
 that are not listed below name the columns of the data, as for preprocess_dataset.py. Start the same command again after
-Ctrl-C, a kill or a failure: it goes on from there (docs/stream.md).
+Ctrl-C, a kill or a failure: it goes on from there (docs/tutorials/every_day.md).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ LEVELS = (
     ("pipeline",),
     ("checkpoint", "observe"),
     ("train",),
-    ("estimate", "serve"),
+    ("estimate", "serve", "stream"),
     ("api",),
     ("entry",),
 )

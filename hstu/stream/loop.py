@@ -5,7 +5,7 @@ so a stream that is killed at any moment and started again does what is not done
 
     <run_dir>/store          all events so far
     <run_dir>/checkpoints    of the training, whose metrics are in <run_dir>/training
-    <run_dir>/exports/00003  what changed with part 3 (of the first part, the whole model)
+    <run_dir>/exports/00003  what changed with part 3; of the first part, the whole model
     <run_dir>/frozen         the model after part --frozen_after, with which the page compares
     <run_dir>/parts/00003    part.json (its files), the evaluations, output.txt, and, when it is done, result.json
     <run_dir>/stream.md      the page, with stream.png

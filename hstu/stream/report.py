@@ -71,6 +71,7 @@ def _draw(results: Sequence[Mapping[str, Any]], names: Sequence[str], image: Pat
                 if found:
                     axes.plot(*zip(*found, strict=True), color=colour, marker="o", markersize=4, label=label)
             axes.set(title=name, xlabel="part", ylim=(0, None))
+            axes.locator_params(axis="x", integer=True)
             axes.legend()
     return True
 

@@ -17,6 +17,7 @@ from hstu.checkpoint.tensors import open_tensors
 from hstu.stream.popular import popularity
 from hstu.stream.report import write_page
 from tests.conftest import REPOSITORY, write_small_store
+from tests.scripts.pages import blocks, follow
 
 GIN = """
 TrainerArgs.train_batch_size = 8
@@ -93,6 +94,17 @@ def test_a_stream_that_is_killed_at_every_step_ends_as_one_that_is_not(tmp_path:
     assert whole["results"][2]["evaluation"]["metrics"] != whole["results"][2]["frozen"]["metrics"]
     page = (tmp_path / "whole" / "stream.md").read_text()
     assert "| 3      | day-2.csv" in page and (tmp_path / "whole" / "stream.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_first_two_days_of_the_tutorial_go_as_written(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs" / "tutorials" / "every_day.md").read_text(encoding="utf-8")
+    days, model, stream, _ = blocks(page, "bash")
+    told = follow(tmp_path, [days.replace("range(6)", "range(2)"), model, stream])
+    for line in blocks(page, "text")[0].splitlines()[:2]:
+        assert line.partition("; append")[0].rpartition(" NDCG")[0] in told
+    assert (tmp_path / "runs/news/exports/00002/serving/manifest.json").exists()
 
 
 def test_popularity_ranks_unseen_items_by_their_events_in_the_last_part(tmp_path: Path) -> None:

@@ -155,18 +155,19 @@ _TOYS = (
     (f"eSASRec ({_ESASREC})", 0.0538, 0.0939),
 )
 """Figures of papers: whose, NDCG@10 and HR@10."""
-_RETRIEVAL_PEERS = tuple(
-    Row(
-        name=name, trials=1 if name == "popularity" else 4,
-        peer=(
-            "scripts/quality/retrieval_peers.py", "--store", "$store", "--peers", name, "--seed", "$seed",
-            "--output", "$folder/peer.json", "--per_user", "$folder/per_user.csv",
-        ),
-    )
-    for name in (
-        "popularity", "item_knn", "item_knn_recent", "ease", "ease_recent", "gru4rec", "bert4rec", "sasrec", "esasrec",
-    )
-)  # fmt: skip
+
+
+def _peer(name: str, trials: int = 4, *, only: int | None = None) -> Row:
+    """A method of retrieval_peers.py. ``only``: the one of its trials that validation chose on ML-100K."""
+    chosen = () if only is None else ("--trials", str(only))
+    peer = ("scripts/quality/retrieval_peers.py", "--store", "$store", "--peers", name, "--seed", "$seed", *chosen,
+            "--output", "$folder/peer.json", "--per_user", "$folder/per_user.csv")  # fmt: skip
+    return Row(name=name, peer=peer, trials=1 if chosen else trials)
+
+
+_MEMORIES = (_peer("popularity", 1), *map(_peer, ("item_knn", "item_knn_recent", "ease", "ease_recent")))
+_NETWORKS = tuple(map(_peer, ("gru4rec", "bert4rec", "sasrec", "esasrec")))
+"""Methods without and with a network; papers have trained the latter on Amazon's data."""
 _NO_NUMBERS = (
     "TrainerArgs.train_batch_size = 8",
     "TrainerArgs.eval_interval = 100",
@@ -212,8 +213,12 @@ def _amazon(title: str, dataset: str, published: tuple[tuple[str, float, float],
     return Table(
         title=title, task="retrieval", dataset=dataset, config=f"configs/{dataset.replace('-', '_')}_retrieval.gin",
         metrics=("NDCG@10", "HR@10", "MRR"), reference="ids alone", published=published,
-        rows=(Row(name="ids alone"), Row(name="with attributes", bindings=attributes), *_RETRIEVAL_PEERS),
+        rows=(
+            Row(name="ids alone"), Row(name="with attributes", bindings=attributes),
+            Row(name="ids alone, trained on validation items, too", epochs_of="ids alone"), *_MEMORIES,
+        ),
         validation=("DatasetArgs.valid_items = 1",),
+        whole=("DatasetArgs.valid_items = 0",),
     )  # fmt: skip
 
 
@@ -252,7 +257,7 @@ _ML_1M = _retrieval(
     "Next film, MovieLens-1M", "ml-1m", "configs/ml_1m_retrieval_best.gin",
     (
         *without_each({part: undo for part, undo in _RETRIEVAL.items() if part not in _ONLY_ML_100K}),
-        *_RETRIEVAL_PEERS,
+        *_MEMORIES, _peer("sasrec", only=1), _peer("esasrec", only=1),
     ), epochs=40,
 )  # fmt: skip
 _ML_100K = _retrieval(
@@ -261,7 +266,7 @@ _ML_100K = _retrieval(
         *without_each({part: undo for part, undo in _RETRIEVAL.items() if part not in _ONLY_ML_1M}, "14 or more"),
         Row(name="with random windows", bindings=('DatasetArgs.window_stride = "random"',)),
         Row(name="all, trained on validation items, too", epochs_of="all"),
-        *_RETRIEVAL_PEERS,
+        *_MEMORIES, *_NETWORKS,
     ), epochs=24,
 )  # fmt: skip
 TABLES: Mapping[str, Table] = {

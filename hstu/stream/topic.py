@@ -42,7 +42,8 @@ class Topic(Source):
         if not parts.netloc or not self._topic or "/" in self._topic:
             raise ConfigError(f"--source {url}: expected kafka://host:port/topic")
         settings = {"bootstrap.servers": parts.netloc, "group.id": "hstu", "enable.auto.commit": False}
-        self._consumer: Consumer = Consumer({**settings, "log_level": 3, "enable.partition.eof": False})
+        # Of each partition a known number of messages is read, which are there: a short wait is enough.
+        self._consumer: Consumer = Consumer({**settings, "log_level": 3, "fetch.wait.max.ms": 20})
 
     def waiting(self, taken: Sequence[str]) -> list[str]:
         """See Source. One part: all messages that are there, or ``most`` of them. Raises DataError if messages are gone

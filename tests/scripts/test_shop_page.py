@@ -1,4 +1,4 @@
-"""docs/tutorials/a_shop.md: its commands, exactly as written, and in small."""
+"""docs/tutorials/a_shop.md: its commands, exactly as written."""
 
 import re
 from pathlib import Path
@@ -14,19 +14,6 @@ COMMANDS = blocks(PAGE, "bash")
 
 def last(metric: str, told: str) -> float:
     return float(re.findall(rf"{re.escape(metric)} ([\d.]+)", told)[-1])
-
-
-def test_a_small_shop_ranks_what_visits_show(tmp_path: Path) -> None:
-    tables, store, ranking = COMMANDS[:3]
-    small = [
-        tables.replace("range(1500)", "range(60)"),
-        store,
-        f"{ranking.rstrip()} 'TrainerArgs.num_train_epochs = 1'",
-    ]
-    told = follow(tmp_path, small)
-    assert "features of items: category (8), price (number)" in told
-    assert re.search(r"requests \d+ of 60 users; candidates .* per request max 10, mean 10.0", told)
-    assert 0 < last("AUC/click", told) < 1 and 0 < last("AUC/buy", told) < 1
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_a_killed_data_worker_ends_the_run_with_a_message(store: str, tmp_path: 
     trainer = {"data_workers": 2, "max_train_iters": 100_000, "ckpt_save_interval": 100_000}
     ranks = run(2, store, tmp_path, "worker lost soon", 7, **trainer)
     assert [rank.exit_code for rank in ranks] == [1, 3], ranks[-1].output
-    assert "error: a data worker died (DataLoader worker" in ranks[-1].output
+    assert "error: a data worker died (" in ranks[-1].output
     assert "Traceback" not in ranks[-1].output
 
 

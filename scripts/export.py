@@ -38,9 +38,10 @@ from hstu.observe.logging import quiet_libraries
 from hstu.observe.records import EvalRecord, read_metrics
 from hstu.serve.command import add_checkpoint_arguments, note, require_model
 from hstu.serve.contents import caveats
-from hstu.serve.delta import SERVING, read_export, write_delta
+from hstu.serve.delta import read_export, write_delta
 from hstu.serve.export import TABLE_DTYPES, TOLERANCE, for_export, write_serving
 from hstu.serve.loaded import LoadedModel, mesh_of_this_process, stored_config
+from hstu.serve.runtime.files import SERVING
 
 
 def evaluations_of(checkpoint: Path, run_dir: str | None) -> dict[str, Mapping[str, float]]:

@@ -25,6 +25,7 @@ from hstu.serve.runtime.files import (
     DELTA,
     FACTS,
     PROGRAM,
+    SERVING,
     TABLES,
     VOCABULARY,
     WEIGHTS,
@@ -34,7 +35,6 @@ from hstu.serve.runtime.files import (
 )
 from hstu.serve.runtime.model import ITEM_VECTORS
 
-SERVING = "serving"
 _REMEDY = "make a whole export: leave out --delta"
 _SPAN = int(keys_of(torch.tensor([1]), torch.tensor([0])))
 _KEYS = {"cells": "cells", "sums": "cells", "fitted": "fitted", "factors": "fitted"}

@@ -17,7 +17,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,7 +26,7 @@ from typing import Any
 
 from hstu.base.errors import ConfigError, UserError
 from hstu.base.files import DirectoryLock, remove, replace_text
-from hstu.base.processes import end_with_parent
+from hstu.base.processes import start_python
 from hstu.config.args import Task
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.stream.parts import Source
@@ -180,11 +179,7 @@ class Stream:
         with output.open("ab") as file:
             file.write(f"$ {' '.join(words)}\n".encode())
             file.flush()
-            # A session of its own: Ctrl-C reaches the stream alone, which then stops the step in order.
-            child = subprocess.Popen(
-                [sys.executable, *words], stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-                preexec_fn=end_with_parent,
-            )  # fmt: skip
+            child = start_python(words, file)
         try:
             code = child.wait()
         except BaseException:  # a stop signal
@@ -207,5 +202,5 @@ def counts_of(store: SequenceStore) -> dict[str, int]:
     if store.timestamp_feature is None:
         raise ConfigError("a stream needs times: give --time COLUMN")
     newest = store.sequence(store.timestamp_feature)[store.offsets()[1:] - 1].max()
-    counts = (store.num_events, store.num_users, store.cardinality(store.item_feature))
-    return {**dict(zip(_COUNTS, counts, strict=True)), "newest": int(newest)}
+    items = store.cardinality(store.item_feature)
+    return {"events": store.num_events, "users": store.num_users, "items": items, "newest": int(newest)}

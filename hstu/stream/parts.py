@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from hstu.base.errors import DataError
 from hstu.base.files import written_aside
@@ -37,7 +38,7 @@ class Directory(Source):
 
     def __init__(self, url: str) -> None:
         self._files, root = fsspec.core.url_to_fs(url)
-        self._root, self._url, self._is_local = PurePosixPath(root), url, "local" in _protocols(self._files)
+        self._root, self._url, self._is_local = PurePosixPath(root), url, isinstance(self._files, LocalFileSystem)
         if not self._files.isdir(root):
             raise DataError(f"--source {url}: there is no such directory; each entry of it is to be a part of the data")
 
@@ -63,7 +64,3 @@ class Directory(Source):
             with written_aside(target) as aside:
                 self._files.get_file(str(path), str(aside))
         return target
-
-
-def _protocols(files: fsspec.AbstractFileSystem) -> tuple[str, ...]:
-    return (files.protocol,) if isinstance(files.protocol, str) else tuple(files.protocol)

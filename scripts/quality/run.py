@@ -30,7 +30,7 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hstu.base.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, DataError, UserError
-from hstu.base.processes import end_with_parent
+from hstu.base.processes import start_python
 from hstu.config.cli import tool
 from scripts.quality.report import write_report
 from scripts.quality.runs import ROOT, Places, Run, data_facts
@@ -97,11 +97,7 @@ class Runner:
         """Run a command. Raises UserError if it fails or must not be started any more."""
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         with log.open("ab") as output:
-            # A session of its own: Ctrl-C reaches this program alone, which then stops the runs in order.
-            process = subprocess.Popen(
-                [sys.executable, *command], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, start_new_session=True, preexec_fn=end_with_parent,
-            )  # fmt: skip
+            process = start_python(command, output, cwd=ROOT, env=environment)
         self._processes.add(process)
         if self._is_stopped:
             process.terminate()

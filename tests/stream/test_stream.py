@@ -16,6 +16,7 @@ from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import open_tensors
 from hstu.stream.popular import popularity
 from hstu.stream.report import write_page
+from tests.config.gin_files import table, text
 from tests.conftest import REPOSITORY, write_small_store
 from tests.scripts.pages import blocks, follow
 
@@ -38,11 +39,7 @@ NetworkArgs.interleave_actions = False
 OptimizerArgs.optimizer_str = "adam"
 OptimizerArgs.learning_rate = 1e-2
 RetrievalArgs.eval_metrics = ("HR@10", "NDCG@10")
-film/EmbeddingArgs.feature_names = ["film"]
-film/EmbeddingArgs.table_name = "film"
-film/EmbeddingArgs.item_vocab_size_or_capacity = 100
-film/EmbeddingArgs.sharding_type = "model_parallel"
-"""
+""" + text(table("film", 100, sharding_type="model_parallel"))
 
 
 def write_parts(folder: Path, days: int = 3) -> None:

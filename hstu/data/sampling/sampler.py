@@ -23,7 +23,7 @@ from torch.utils.data import IterableDataset
 
 from hstu.base.errors import DataError
 from hstu.base.hashing import random_below, random_bits, random_uniform
-from hstu.data.batches.jagged import ranges, run_offsets, run_starts
+from hstu.data.batches.jagged import first_from, ranges, run_offsets, run_starts
 
 
 @dataclass(frozen=True)
@@ -370,20 +370,11 @@ def shuffled_ties(
     begin, stop = bounds
     ends = first + lengths
     # Runs of equal times that the places cut are sorted as a whole.
-    whole = _first_at(times, begin, first, times[first])
-    sizes = _first_at(times, ends, stop, times[np.maximum(ends - 1, first)] + 1) - whole
+    whole = first_from(times, begin, first, times[first])
+    sizes = first_from(times, ends, stop, times[np.maximum(ends - 1, first)] + 1) - whole
     events, starts = ranges(whole, sizes), run_starts(sizes)
     begins_run = np.diff(times[events], prepend=0) != 0
     begins_run[starts] = True
     runs, drawn, half = np.cumsum(begins_run, dtype=np.uint64), random_bits(_TIES_STREAM, *key, events), np.uint64(32)
     order = np.argsort(runs << half | drawn >> half, kind="stable")  # 20 times as fast as a lexsort
     return events[order[ranges(starts + first - whole, lengths)]]
-
-
-def _first_at(times: np.ndarray, low: np.ndarray, high: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """int64 [b]: the first index in [low, high) with a time of at least ``wanted``, or ``high``: a binary search."""
-    while (low < high).any():
-        middle = (low + high) // 2
-        is_earlier = (low < high) & (times[np.minimum(middle, len(times) - 1)] < wanted)
-        low, high = np.where(is_earlier, middle + 1, low), np.where(is_earlier, high, middle)
-    return high

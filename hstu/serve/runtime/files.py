@@ -22,6 +22,8 @@ from .requests import ServingError
 FORMAT, VERSION = "hstu-serving", 3
 MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.safetensors", "vocabulary.safetensors"
 PROGRAM, WEIGHTS = "program.pt2", "weights.safetensors"
+SERVING = "serving"
+"""The folder in an export directory that services read."""
 DELTA, CHANGES = "delta.json", "changes.safetensors"
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "I8": torch.int8,

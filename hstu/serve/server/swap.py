@@ -12,12 +12,12 @@ from pathlib import Path
 from hstu.base.errors import DataError, printable
 from hstu.serve import runtime
 from hstu.serve.runtime.delta import digest_of
-from hstu.serve.runtime.files import DELTA, FACTS, MANIFEST
+from hstu.serve.runtime.files import DELTA, FACTS, MANIFEST, SERVING
 
 from .batching import Metrics
 from .model import ServedModel
 
-LATEST, SERVING = "latest", "serving"
+LATEST = "latest"
 _log = logging.getLogger(__name__)
 
 

@@ -24,7 +24,7 @@ from hstu.base.errors import DataError, printable
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.tensors import TABLES, open_tensors
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.sampling.samples import Split
+from hstu.data.sampling.splits import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.parallel.dynamic.table import merged
 from hstu.serve.histories import histories

@@ -33,7 +33,7 @@ from hstu.base.errors import EXIT_DONE
 from hstu.base.files import replace_text, written_aside
 from hstu.base.times import as_date
 from hstu.config.cli import tool
-from hstu.data.sampling.samples import Period
+from hstu.data.sampling.splits import Period
 from hstu.observe.logging import progress_log, quiet_libraries
 from hstu.serve.command import add_model_arguments, check_new, load_model, parse_time, require_model
 from hstu.serve.loaded import LoadedModel
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "1970, or a date in UTC such as 2026-01-31T18:00",
         )
     parser.add_argument("--first", action="store_true", help="of a period, only the first event of each user")
+    parser.add_argument("--most", type=int, help="of a period, evaluate at most this many events, drawn at random")
     parser.add_argument("--metrics", help="metrics of the task, separated by commas; default: those of the run")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument(
@@ -85,9 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seen = ", without the items that a user had before (filter_seen)" if loaded.leaves_out_seen else ""
     print(f"{loaded.checkpoint}\n{split} of {data}: {users:,} users, {predictions:,} predictions{seen}\n")
     if evaluation.held_out is not None:
-        skipped = evaluation.held_out - predictions
+        skipped = evaluation.held_out - evaluation.not_drawn - predictions
         why = "no event before" if loaded.dataset.same_second_targets else "none before, or one in the same second"
         print(f"{evaluation.held_out:,} events, {skipped:,} of them not predicted: {why}")
+        if period and period.most is not None:
+            print(f"{evaluation.not_drawn:,} more are not among those that were drawn")
         for name, (count, of_new) in new.items():
             print(f"{count:,} {name.replace('_', ' ')}, {of_new:,} predictions")
         print()
@@ -124,14 +127,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _period(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Period | None:
     """The period that the arguments name, or None. Exits with a usage error if they contradict each other."""
     if options.since is None and options.until is None:
-        if options.first:
-            parser.error("--first needs --since, --until or both")
+        if options.first or options.most is not None:
+            parser.error("--first and --most need --since, --until or both")
         return None
     if options.split:
         parser.error("give --split, or --since and --until")
     if None not in (options.since, options.until) and options.since >= options.until:
         parser.error(f"the period is empty: --until {as_date(options.until)} is not after --since")
-    return Period(options.since, options.until, options.first)
+    if options.most is not None and options.most < 1:
+        parser.error(f"--most {options.most}: give 1 or more")
+    return Period(options.since, options.until, options.first, options.most)
 
 
 if __name__ == "__main__":

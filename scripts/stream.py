@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--gin-bindings", nargs="+", action="extend", default=[], metavar="BINDING", help="they win over the files")
     add("--epochs", type=float, default=1.0, help="passes over a part's events; the first part: as the files say")
     add("--frozen_after", type=int, default=1, help="part whose model the page compares with (%(default)s; 0: none)")
+    add("--most_scored", type=int, help="events of a part that are evaluated at most, drawn at random; default: all")
     add("--nproc_per_node", type=int, default=1, help="processes that train (%(default)s)")
     add("--no_export", action="store_true", help="write no exports")
     add("--part_events", type=int, default=100_000, help="Kafka: messages in a part at most (%(default)s)")
@@ -63,14 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, columns = parser.parse_known_args(arguments)
     if set_here := [word for word in columns if word in _SET_HERE]:
         raise ConfigError(f"{', '.join(set_here)}: the stream sets this itself; leave it out")
-    for name, least in (("nproc_per_node", 1), ("frozen_after", 0)):
-        if getattr(options, name) < least:
+    for name, least in (("nproc_per_node", 1), ("frozen_after", 0), ("most_scored", 1)):
+        if getattr(options, name) is not None and getattr(options, name) < least:
             raise ConfigError(f"--{name} {getattr(options, name)}: give {least} or more")
     settings = Settings(
         run_dir=options.run_dir.absolute(), task=options.task, gin_files=options.gin_config_file,
         gin_bindings=options.gin_bindings, preprocess=columns, scripts=Path(__file__).resolve().parent,
         epochs=options.epochs, frozen_after=options.frozen_after, ranks=options.nproc_per_node,
-        exports=not options.no_export,
+        exports=not options.no_export, most_scored=options.most_scored,
     )  # fmt: skip
     if options.source.startswith("kafka://"):
         source: Source = Topic(options.source, options.part_events, options.max_bad)

@@ -25,7 +25,7 @@ from hstu.config.problems import did_you_mean, in_reading_order
 from hstu.config.rules.task import metrics_fit_the_head
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.sampling.samples import Period, Split
+from hstu.data.sampling.splits import Period, Split
 from hstu.data.store.reader import GivenRequests
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.ranking import RankingDense
@@ -53,6 +53,8 @@ class Evaluation:
     """The predictions of this rank."""
     held_out: int | None = None
     """Events, or candidates of requests, in the evaluated period. None: a split was evaluated."""
+    not_drawn: int = 0
+    """Those of them that the period did not draw, see Period.most."""
 
     def metrics(self) -> dict[str, float]:
         """Compute the metrics of all predictions; nan for metrics that the data leaves undefined."""
@@ -129,15 +131,15 @@ def evaluate_split(loaded: LoadedModel, split: Split | Period, metrics: Sequence
     Raises DataError if the data has no events in the period, or no times.
     """
     config = loaded.config if metrics is None else with_metrics(loaded.config, metrics)
-    source, held_out = loaded.with_data(), None
+    source, held_out, not_drawn = loaded.with_data(), None, 0
     if isinstance(split, Period):
         config = replace(config, trainer=replace(config.trainer, max_eval_iters=None))
-        held_out = _held_out(source, split)
+        held_out, not_drawn = _held_out(source, split), source.eval_samples(split).report.get("not_drawn", 0)
     evaluator = build_evaluator(config, source, loaded.model, loaded.mesh)
     if isinstance(split, Period):
         evaluator.newcomers = source.new_to(loaded.checkpoint, split.since)
     with loaded.inference():
-        return Evaluation(evaluator, evaluator.observe(source.eval_batches(split)), held_out)
+        return Evaluation(evaluator, evaluator.observe(source.eval_batches(split)), held_out, not_drawn)
 
 
 def _held_out(source: InferenceSource, period: Period) -> int:

@@ -27,7 +27,11 @@ from typing import Any
 from hstu.base.errors import ConfigError, UserError
 from hstu.base.files import DirectoryLock, remove, replace_text
 from hstu.base.processes import start_python
-from hstu.config.args import Task
+from hstu.checkpoint.find import GIN, locate
+from hstu.config.args import DatasetArgs, Task
+from hstu.config.gin_io import load_stored
+from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.splits import Period
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.stream.parts import Source
 from hstu.stream.popular import popularity
@@ -56,6 +60,8 @@ class Settings:
     frozen_after: int
     ranks: int
     exports: bool
+    most_scored: int | None
+    """Events of a part to evaluate at most, drawn at random; None: all."""
 
 
 @dataclass
@@ -107,12 +113,18 @@ class Stream:
                     found = json.loads(file.read_text(encoding="utf-8"))
                     result[kind] = {key: found[key] for key in ("users", "predictions", "metrics")}
             if self.settings.task == "retrieval" and before["newest"] is not None:
-                result["popular"] = popularity(store, before["newest"])
+                result["popular"] = popularity(store, self._scored(store, before["newest"] + 1))
         result |= {**counts, "new": {key: counts[key] - before[key] for key in _COUNTS}, "seconds": seconds}
         replace_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         self.results.append(result)
         remove(folder / "copies")
         write_page(self.results, self.settings.run_dir)
+
+    def _scored(self, store: SequenceStore, since: int) -> SampleTable:
+        """The samples by which the model was evaluated."""
+        config = load_stored(locate(self._checkpoints) / GIN)
+        assert isinstance(config.dataset, DatasetArgs)
+        return build_samples(store, config.dataset, config.task, Period(since, most=self.settings.most_scored), seed=0)
 
     def _steps(self, folder: Path, files: Sequence[Path], newest: int | None) -> dict[str, float]:
         """Returns the seconds of each. ``newest``: time of the newest event before. None: this is the first part."""
@@ -142,7 +154,8 @@ class Stream:
                          "--output", self._store, "--no_report", *append)  # fmt: skip
 
     def _evaluate(self, made: Path, model: Path, since: int) -> float:
-        return self._run(made.parent, "evaluate.py", "--ckpt", model, "--data", self._store, "--since", since,
+        most = [] if self.settings.most_scored is None else ["--most", self.settings.most_scored]
+        return self._run(made.parent, "evaluate.py", "--ckpt", model, "--data", self._store, "--since", since, *most,
                          "--output", made, made=made)  # fmt: skip
 
     def _train(self, folder: Path, is_first: bool) -> float:

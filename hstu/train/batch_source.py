@@ -23,7 +23,7 @@ from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelCodes, LabelFacts
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, expected_log_counts
 from hstu.data.sampling.sampler import BatchPartition, Loads, SamplerPosition, TrainSampler
-from hstu.data.sampling.samples import Split
+from hstu.data.sampling.splits import Split
 from hstu.data.store.layout import NumberStatistics
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import LogCounts

@@ -23,7 +23,7 @@ from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures, is_of_negatives
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.sampling.samples import Period
+from hstu.data.sampling.splits import Period
 from hstu.data.store.layout import NumberStatistics
 from hstu.data.store.sequence_store import USER_FEATURE
 from hstu.model.embedding import TableSpec

@@ -26,15 +26,8 @@ from hstu.data.features.roles import benchmark_roles, check_numbers, recoding_of
 from hstu.data.features.values import LabelColumn, check_labels, training_statistics
 from hstu.data.sampling.negatives import count_items
 from hstu.data.sampling.sampler import MOST_LISTED, BatchPlan, EvalSampler, SamplerPosition
-from hstu.data.sampling.samples import (
-    Period,
-    SampleTable,
-    Split,
-    build_samples,
-    check_requests,
-    check_split,
-    require_requests,
-)
+from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.splits import Period, Split, check_requests, check_split, require_requests
 from hstu.data.store.layout import OFFSETS_FILE, NumberStatistics
 from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
 from hstu.data.store.sequence_store import SequenceStore

@@ -25,7 +25,7 @@ from hstu.config.args import RankingArgs, TrainerArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.data.sampling.samples import Split
+from hstu.data.sampling.splits import Split
 from hstu.observe.logging import format_eval, format_train, progress_bar
 from hstu.observe.records import EvalRecord, Throughput, TrainRecord
 from hstu.observe.run_directory import RunDirectory

@@ -34,7 +34,8 @@ from hstu.base.errors import EXIT_DONE, ConfigError
 from hstu.config.args import DatasetArgs
 from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges
-from hstu.data.sampling.samples import Split, build_samples
+from hstu.data.sampling.samples import build_samples
+from hstu.data.sampling.splits import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import auc
 from scripts.quality.ratings import LIKED, in_parts, influences

@@ -13,7 +13,8 @@ from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.features.roles import resolve_roles
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, count_items
 from hstu.data.sampling.sampler import EvalSampler
-from hstu.data.sampling.samples import SampleTable, Split, build_samples
+from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.splits import Split
 from hstu.data.store.reader import StoreReader
 from hstu.data.store.sequence_store import SequenceStore
 

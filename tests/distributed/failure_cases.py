@@ -24,7 +24,7 @@ from hstu.checkpoint import save as saving
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.data.sampling.samples import Split
+from hstu.data.sampling.splits import Split
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.stack import ModelOutput
 from hstu.observe import run_directory, watchdog

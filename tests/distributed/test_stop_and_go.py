@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.sampling.samples import Split
+from hstu.data.sampling.splits import Split
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.finite import FiniteCheck, Stopped, StopSignal

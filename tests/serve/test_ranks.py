@@ -1,6 +1,7 @@
 """Two ranks give what one gives: metrics, predictions of both tasks, and vectors."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.data.sampling.samples import Period, Split
+from hstu.data.sampling.splits import Period, Split
 from hstu.parallel.mesh import Mesh
 from hstu.serve.command import Candidates
 from hstu.serve.loaded import LoadedModel
@@ -52,6 +53,7 @@ def found(finished: Callable[[str], FinishedRun], mesh: Mesh) -> list[dict[str, 
         "retrieval": partial(metrics, path=retrieval, split="test"),
         "ranking": partial(metrics, path=ranking, split="valid"),
         "period": partial(metrics, path=ranking, split=PERIOD),
+        "drawn": partial(metrics, path=retrieval, split=replace(PERIOD, most=20)),
         "rows": partial(rows_of_period, path=ranking),
         "predictions": partial(predictions, retrieval=retrieval, ranking=ranking),
     }
@@ -61,7 +63,7 @@ def found(finished: Callable[[str], FinishedRun], mesh: Mesh) -> list[dict[str, 
 def test_metrics_do_not_depend_on_the_ranks(found: list[dict[str, Any]]) -> None:
     one, *of_ranks = found
     for rank in of_ranks:
-        for task in ("retrieval", "ranking", "period"):
+        for task in ("retrieval", "ranking", "period", "drawn"):
             assert rank[task] == pytest.approx(one[task], nan_ok=True, rel=1e-6)
 
 

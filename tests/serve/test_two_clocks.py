@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hstu import api
 from hstu.base.errors import DataError
-from hstu.data.sampling.samples import Period
+from hstu.data.sampling.splits import Period
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.loaded import LoadedModel, with_store

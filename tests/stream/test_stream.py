@@ -14,6 +14,9 @@ import pytest
 
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import open_tensors
+from hstu.config.args import DatasetArgs
+from hstu.data.sampling.samples import build_samples
+from hstu.data.sampling.splits import Period
 from hstu.stream.popular import popularity
 from hstu.stream.report import write_page
 from tests.config.gin_files import table, text
@@ -111,7 +114,8 @@ def test_popularity_ranks_unseen_items_by_their_events_in_the_last_part(tmp_path
     times = [[10, 11, 20], [10, 20, 21], [10, 20, 21], [5, 10]]
     store = write_small_store(tmp_path, items, timestamps=times, segments=segments)
     # Ranks among unseen items: 3 → 1 (0 and 4 have none), 1 → 1.5 (as 3), 0 → 2.5, 2 → 1, 4 → 2 (after 1, as 0: 2.5).
-    found = popularity(store, since=15)
+    args = DatasetArgs(dataset_name="toy", max_sequence_length=4)
+    found = popularity(store, build_samples(store, args, "retrieval", Period(16), seed=0))
     assert found["HR@10"] == 1.0
     assert found["NDCG@10"] == pytest.approx(np.mean(1 / np.log2(1 + np.array([1, 1.5, 2.5, 1, 2.5]))))
 

@@ -18,7 +18,7 @@ from hstu.checkpoint.find import locate
 from hstu.checkpoint.phase import NothingNew
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.data.preprocess import InteractionColumns, import_interactions
-from hstu.data.sampling.samples import Period
+from hstu.data.sampling.splits import Period
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.predict import evaluate_split

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import DatasetArgs
+from hstu.config.args import DatasetArgs, Task
 from hstu.config.rules import validate
 from hstu.data.sampling.sampler import SamplerPosition
-from hstu.data.sampling.samples import Period, Split, build_samples
+from hstu.data.sampling.samples import build_samples
+from hstu.data.sampling.splits import Period, Split
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
@@ -98,6 +99,18 @@ def test_a_period_labels_each_event_once_after_as_much_history_as_fits(
     assert sorted(np.concatenate(labelled)) == chosen.index.tolist() and len(chosen) > 15
     histories, is_whole = samples.lengths - samples.num_labels, samples.start == samples.history_begin
     assert (is_whole | (histories >= (4 if candidates else 3))).all() and (first or not is_whole.all())
+
+
+def test_a_period_draws_the_same_samples_for_any_run_and_more_of_them_for_more(cut_store: SequenceStore) -> None:
+    args, limits = DatasetArgs(dataset_name="toy", max_sequence_length=6), (8, 20, 1000)
+    tasks: tuple[Task, ...] = ("retrieval", "ranking")
+    for task in tasks:
+        drawn = [build_samples(cut_store, args, task, Period(1_000_150, most=most), seed=most) for most in limits]
+        small, large, whole = ([*zip(each.user, each.stop, strict=True)] for each in drawn)
+        assert {*small} < {*large} < {*whole} and large == [each for each in whole if each in large] != whole[:20]
+        labels = [len(each) if task == "retrieval" else each.num_labels.sum() for each in drawn]
+        assert [labels[2] - each for each in labels] == [each.report["not_drawn"] for each in drawn]
+        assert all(most - 6 < count <= most for most, count in zip((8, 20), labels, strict=False))
 
 
 def measured(mesh: Mesh, path: str, output: str) -> Measured:

@@ -1,1 +1,2 @@
-"""Which events form which sample (samples.py), and which samples form which batch (sampler.py)."""
+"""Which events a split holds (splits.py), which of them form which sample (samples.py), and which samples form which
+batch (sampler.py)."""

@@ -1,53 +1,30 @@
-"""From users' histories to samples, which are runs of a user's events: splits, truncation, candidates and windows."""
+"""From users' histories to samples, which are runs of a user's events: truncation, candidates and windows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 
-from hstu.base.errors import ConfigError, DataError
-from hstu.base.hashing import hash_strings, random_bits
-from hstu.base.times import as_date
-from hstu.config.args import Args, DatasetArgs, Task
-from hstu.config.option import is_given, located
+from hstu.base.errors import ConfigError
+from hstu.config.args import DatasetArgs, Task
+from hstu.config.option import located
 from hstu.data.batches.jagged import run_indices
+from hstu.data.sampling.splits import (
+    Period,
+    Runs,
+    Split,
+    bounds_of_split,
+    cut_events,
+    require_undamaged,
+    tested_events,
+    trained_events,
+    user_keys,
+    users_of_split,
+)
 from hstu.data.store.layout import HeldOut
-from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore
-
-Split = Literal["train", "valid", "test", "all"]
-
-
-@dataclass(frozen=True)
-class Period:
-    """The events of [since, until), in seconds since 1970, as a part to evaluate; None: no bound on this side."""
-
-    since: int | None = None
-    until: int | None = None
-    first_only: bool = False
-    """Only each user's first event of the period."""
-
-    def __str__(self) -> str:
-        bounds = (("since", self.since), ("until", self.until))
-        shown = [f"{name} {as_date(time)}" for name, time in bounds if time is not None]
-        return " ".join(["first events" if self.first_only else "events", *shown])
-
-    def is_within(self, times: np.ndarray) -> np.ndarray:
-        """Whether times, int64 [n], lie in the period: bool [n]."""
-        after = True if self.since is None else times >= self.since
-        return np.broadcast_to(after & (True if self.until is None else times < self.until), times.shape)
-
-    def held_out(self, store: SequenceStore) -> tuple[np.ndarray, np.ndarray]:
-        """(first, one past the last), int64 [U] each: the events of each user. Raises DataError without times."""
-        if store.timestamp_feature is None:
-            raise DataError(f"{store.path} has no times, so no period of it can be evaluated; evaluate a split")
-        events = np.flatnonzero(self.is_within(store.sequence(store.timestamp_feature)))
-        begin, bounds = np.array(store.offsets()[:-1]), np.searchsorted(events, store.offsets())
-        count, (users,) = np.diff(bounds), np.nonzero(np.diff(bounds))
-        begin[users] = events[bounds[users]]  # events are in time order within a user
-        return begin, begin + (np.minimum(count, 1) if self.first_only else count)
+from hstu.data.store.sequence_store import Requests, SequenceStore
 
 
 @dataclass(frozen=True)
@@ -75,7 +52,8 @@ class SampleTable:
     report: dict[str, int] = field(default_factory=dict)
     """Counts: users of the split, samples, users (or targets) without enough history, users whose oldest events are in
     no sample, users in random windows, events of all samples, and targets of the same second as the event before. Of a
-    phase: new events, and labels."""
+    phase: new events, and labels. Of a period that draws samples: labels that were not drawn; the other counts are of
+    all its samples."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -105,22 +83,6 @@ class SampleTable:
         return replace(self, **arrays)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """One run of events per user of the split, before truncation; int64."""
-
-    user: np.ndarray
-    begin: np.ndarray
-    stop: np.ndarray
-
-    def select(self, keep: np.ndarray) -> _Runs:
-        return _Runs(self.user[keep], self.begin[keep], self.stop[keep])
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.stop - self.begin
-
-
 def build_samples(
     store: SequenceStore, args: DatasetArgs, task: Task, split: Split | Period, seed: int, first_segment: int = 0
 ) -> SampleTable:
@@ -138,7 +100,7 @@ def build_samples(
 
     A split that the data defines (SequenceStore.split) replaces these. Training uses the events before the first valid
     or test event. Each event of "valid" and "test" is a retrieval target, or a label of one ranking sample. A Period is
-    evaluated in the same way, whatever is trained on.
+    evaluated in the same way, whatever is trained on, with as many samples as it draws.
 
     none: training uses all events. "all": every user, unsplit (ranking on a second store). With window_stride, a long
     training history gives several samples. With candidates = "requests", a sample is a request.
@@ -149,16 +111,18 @@ def build_samples(
     Raises ConfigError for a split in time of data without times, for an evaluation split of "none", and for new
     requests; DataError for damaged offsets. ``args`` obeys the rules of hstu/config/rules.
     """
+    if isinstance(split, Period) and split.most is not None:
+        return _drawn(store, build_samples(store, args, task, replace(split, most=None), seed), split)
     offsets = np.asarray(store.offsets(), dtype=np.int64)
-    _require(store, bool((np.diff(offsets) >= 0).all()), "offsets of the users")
-    runs = _Runs(np.arange(store.num_users, dtype=np.int64), offsets[:-1], offsets[1:])
+    require_undamaged(store, bool((np.diff(offsets) >= 0).all()), "offsets of the users")
+    runs = Runs(np.arange(store.num_users, dtype=np.int64), offsets[:-1], offsets[1:])
     if args.candidates == "requests":
         if first_segment:
             text = "labels requests, and new events are none; set TrainerArgs.continue_on = 'all'"
             raise ConfigError(located(args, "candidates", text))
         return _of_requests(store, args, split, seed)
     if split == "train":
-        trained, stop = _trained(store, runs, args, task, seed)
+        trained, stop = trained_events(store, runs, args, task, seed)
         if first_segment:
             return _of_new_events(store, trained, stop, args, task, first_segment)
         return _training(trained, stop, args, task)
@@ -167,95 +131,23 @@ def build_samples(
     if args.split == "none" and split != "all":
         raise ConfigError(located(args, "split", "holds nothing out, so there is nothing to evaluate"))
     if task == "retrieval":
-        target = _tested(store, runs, args) - (args.valid_items if split == "valid" else 0)
+        target = tested_events(store, runs, args) - (args.valid_items if split == "valid" else 0)
         return _with_target(store, runs.select(target < runs.stop), target[target < runs.stop], args)
     if split == "all":
         return _ranking_samples(runs, runs.lengths, args)
     if args.split != "time":
-        runs = runs.select(_users_of_split(store, args, split, seed))
+        runs = runs.select(users_of_split(store, args, split, seed))
         return _ranking_samples(runs, runs.lengths, args)
-    cut = _cut_events(store, args.train_fraction)
+    cut = cut_events(store, args.train_fraction)
     return _ranking_samples(runs.select(runs.stop > cut), (runs.stop - cut)[runs.stop > cut], args)
 
 
-def _trained(store: SequenceStore, runs: _Runs, args: DatasetArgs, task: Task, seed: int) -> tuple[_Runs, np.ndarray]:
-    """(users to train on, one past the last event of each to train on)."""
-    if store.split is not None:
-        return runs, _bounds_of_split(store, runs, "valid")[0]
-    if args.split == "none":
-        return runs, runs.stop
-    if task == "retrieval":
-        return runs, np.maximum(_tested(store, runs, args) - args.valid_items, runs.begin)
-    if args.split == "time":
-        return runs, _cut_events(store, args.train_fraction)
-    runs = runs.select(_users_of_split(store, args, "train", seed))
-    return runs, runs.stop
-
-
-def _tested(store: SequenceStore, runs: _Runs, args: DatasetArgs) -> np.ndarray:
-    """int64 [U]: the event of each user that retrieval tests; the user's end if there is none."""
-    return _cut_events(store, args.train_fraction) if args.split == "time" else runs.stop - 1
-
-
-def _require(store: SequenceStore, is_right: bool, what: str) -> None:
-    if not is_right:
-        raise DataError(f"{store.path}: the {what} are damaged; preprocess the data again")
-
-
-def require_requests(store: SequenceStore, args: Args, option: str) -> None:
-    """Raises ConfigError where the data lacks the requests that an option needs."""
-    if not store.num_requests:
-        text = f"{store.path} has no requests; preprocess the data with --requests FILE, or remove this"
-        raise ConfigError([located(args, option, text)])
-
-
-def check_requests(store: SequenceStore, args: DatasetArgs) -> None:
-    """Raises ConfigError where the data lacks requests that options need, or these do not fit."""
-    if args.candidates != "requests":
-        return
-    require_requests(store, args, "candidates")
-    if store.split is not None:
-        text = f"the split of the data (column {store.split!r}) is of events; preprocess the data without --split"
-        raise ConfigError([located(args, "candidates", text)])
-    largest = int(store.requests().sizes.max())
-    if not args.max_num_candidates and largest >= args.max_sequence_length:
-        text = (
-            f"leaves no room for history beside the {largest} candidates of the largest request; raise it, or set "
-            "max_num_candidates, which divides larger requests"
-        )
-        raise ConfigError([located(args, "max_sequence_length", text)])
-
-
-def check_split(store: SequenceStore, args: DatasetArgs) -> None:
-    """Raises ConfigError for options that contradict the data's split, leave a split empty or lack times."""
-    for name in ("shuffle_ties", "same_second_targets"):
-        if is_given(args, name) and store.timestamp_feature is None:
-            text = f"needs times, and {store.path} has none; remove it, or preprocess the data with a time column"
-            raise ConfigError([located(args, name, text)])
-    if store.split is None:
-        trained, validated = _users_before(store, args)
-        if args.valid_fraction and not trained < validated < store.num_users:
-            text = (
-                f"of {store.num_users} users {trained} are trained on, which leaves {validated - trained} for valid "
-                f"and {store.num_users - validated} for test; change it, or train_fraction, so that both have users"
-            )
-            raise ConfigError(located(args, "valid_fraction", text))
-        return
-    text = (
-        f"has no effect, because the data says itself which events are train, valid and test (column {store.split!r}); "
-        "remove it, or preprocess the data without --split"
-    )
-    options = ("split", "valid_items", "train_fraction", "valid_fraction", "eval_dataset_path")
-    if problems := [located(args, option, text) for option in options if is_given(args, option)]:
-        raise ConfigError(problems)
-
-
-def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> SampleTable:
+def _training(runs: Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> SampleTable:
     """Training samples of the events before ``stop``. All events are labels; in retrieval, all but a history's first.
     Random windows begin as the newest windows, which window_starts moves in each epoch. A stride gives each user's
     newest window and older ones, so that every event is a label once, after as much history as fits."""
     num_users, unlabelled = len(runs.user), 1 if task == "retrieval" else 0
-    runs = _Runs(runs.user, runs.begin, stop).select(stop - runs.begin > unlabelled)
+    runs = Runs(runs.user, runs.begin, stop).select(stop - runs.begin > unlabelled)
     if task == "retrieval":
         samples = _table(runs, args, num_users, np.minimum(runs.lengths, args.max_sequence_length) - 1)
     else:
@@ -265,14 +157,14 @@ def _training(runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task) -> S
         return replace(samples, report=samples.report | {"truncated": 0, "in random windows": long})
     if not isinstance(args.window_stride, int):
         return samples
-    usable = _Runs(samples.user, samples.history_begin, samples.stop)
+    usable = Runs(samples.user, samples.history_begin, samples.stop)
     windows = _windows(usable, usable.begin + unlabelled, args, args.window_stride, is_training=True)
     counts = {"samples": len(windows), "truncated": 0, "events": windows.report["events"]}
     return replace(windows, report=samples.report | counts)
 
 
 def _of_new_events(
-    store: SequenceStore, runs: _Runs, stop: np.ndarray, args: DatasetArgs, task: Task, first_segment: int
+    store: SequenceStore, runs: Runs, stop: np.ndarray, args: DatasetArgs, task: Task, first_segment: int
 ) -> SampleTable:
     """Training samples that label the new events before ``stop``. Late events lie between older ones: each maximal run
     of new events of a user is cut into windows of its own. In retrieval, and among candidates, a user's first event
@@ -294,15 +186,15 @@ def _of_new_events(
     length = args.max_sequence_length
     step = args.window_stride if isinstance(args.window_stride, int) else length // 2
     step = most or max(min(step, length - unlabelled), 1)
-    samples = _windows(_Runs(runs.user[rows], runs.begin[rows], after), begin, args, step, is_training=False)
+    samples = _windows(Runs(runs.user[rows], runs.begin[rows], after), begin, args, step, is_training=False)
     users = len(np.unique(samples.user))
     counts = {"users": users, "new_events": num_new, "labels": int(samples.num_labels.sum())}
     return replace(samples, report=samples.report | counts)
 
 
-def _with_target(store: SequenceStore, runs: _Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
+def _with_target(store: SequenceStore, runs: Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
     """Evaluation samples, one per run: the history before ``target``, of at least one event."""
-    kept = _Runs(runs.user, runs.begin, target).select(target > runs.begin)
+    kept = Runs(runs.user, runs.begin, target).select(target > runs.begin)
     samples = _table(kept, args, len(runs.user), np.zeros_like(kept.user), target=kept.stop)
     if args.same_second_targets:
         return samples
@@ -311,31 +203,12 @@ def _with_target(store: SequenceStore, runs: _Runs, target: np.ndarray, args: Da
     return replace(samples.take(later), report=report)
 
 
-def _users_of_split(store: SequenceStore, args: DatasetArgs, split: Split, seed: int) -> np.ndarray:
-    """bool [U]. Only raw ids decide, so the order of users and files has no influence."""
-    raw_ids = store.raw_ids(USER_FEATURE)
-    keys = raw_ids if raw_ids.dtype == np.int64 else hash_strings(raw_ids)
-    trained, validated = _users_before(store, args)
-    begin, stop = {"train": (0, trained), "valid": (trained, validated), "test": (validated, None)}[split]
-    if not args.valid_fraction and split != "train":
-        begin, stop = trained, None
-    chosen = np.zeros(store.num_users, dtype=bool)
-    chosen[np.argsort(random_bits(seed, keys))[begin:stop]] = True
-    return chosen
-
-
-def _users_before(store: SequenceStore, args: DatasetArgs) -> tuple[int, int]:
-    """Number of users in "train", and in "train" and "valid" together."""
-    validated = round((args.train_fraction + args.valid_fraction) * store.num_users)
-    return round(args.train_fraction * store.num_users), validated
-
-
 def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split | Period, seed: int) -> SampleTable:
     """The requests of a split, in parts of at most max_num_candidates. With "time", train_fraction precede the cut."""
     requests, offsets = store.requests(), np.asarray(store.offsets())
     ends = requests.history_ends
     is_within = (offsets[requests.users] < ends) & (ends <= offsets[requests.users + 1])
-    _require(store, bool(is_within.all() and (requests.sizes > 0).all()), "requests")
+    require_undamaged(store, bool(is_within.all() and (requests.sizes > 0).all()), "requests")
     if isinstance(split, Period):
         chosen = np.flatnonzero(split.is_within(requests.times))
         if split.first_only:
@@ -343,7 +216,7 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split | Period,
     elif split == "all" or args.split == "none":
         chosen = np.arange(len(requests))
     elif args.split != "time":
-        chosen = np.flatnonzero(_users_of_split(store, args, split, seed)[requests.users])
+        chosen = np.flatnonzero(users_of_split(store, args, split, seed)[requests.users])
     else:
         middle = min(int(args.train_fraction * len(requests)), len(requests) - 1)
         in_training = requests.times < np.partition(requests.times, middle)[middle]
@@ -385,32 +258,24 @@ def samples_of_requests(
     )
 
 
-def _cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
-    """int64 [U]: each user's first event at or after the cut in time, or the end of the user's events."""
-    if store.timestamp_feature is None:
-        raise ConfigError('DatasetArgs.split = "time" needs timestamps, and the data has none; use another split')
-    times = store.sequence(store.timestamp_feature)
-    middle = min(int(fraction * len(times)), len(times) - 1)
-    cut = np.partition(times, middle)[middle]
-    # Events are in time order within a user, so the later events are the last ones.
-    num_later = np.diff(np.searchsorted(np.flatnonzero(times >= cut), store.offsets()))
-    return np.asarray(store.offsets()[1:] - num_later, dtype=np.int64)
-
-
-def _bounds_of_split(store: SequenceStore, runs: _Runs, split: HeldOut | Period) -> tuple[np.ndarray, np.ndarray]:
-    begin, stop = split.held_out(store) if isinstance(split, Period) else store.held_out(split)
-    is_within = (runs.begin <= begin) & (begin <= stop) & (stop <= runs.stop)
-    _require(store, bool(is_within.all()), "bounds of its splits")
-    return begin, stop
+def _drawn(store: SequenceStore, samples: SampleTable, period: Period) -> SampleTable:
+    """The samples of a period without ``most`` that it draws."""
+    newest, is_event = samples.newest_labels, samples.first_candidate is None
+    items = store.sequence(store.item_feature) if is_event else store.candidates(store.item_feature)
+    times = store.sequence(str(store.timestamp_feature))[newest] if is_event else store.candidate_times(newest)[0]
+    labels = np.ones_like(newest) if samples.target is not None else samples.num_labels
+    rows = period.drawn(user_keys(store)[samples.user], items[newest], times, labels)
+    counts = {"samples": len(rows), "not_drawn": int(labels.sum() - labels[rows].sum())}
+    return replace(samples.take(rows), report=samples.report | counts)
 
 
 def _of_held_out(
-    store: SequenceStore, runs: _Runs, args: DatasetArgs, task: Task, split: HeldOut | Period
+    store: SequenceStore, runs: Runs, args: DatasetArgs, task: Task, split: HeldOut | Period
 ) -> SampleTable:
-    begin, stop = _bounds_of_split(store, runs, split)
+    begin, stop = bounds_of_split(store, runs, split)
     if task == "ranking":  # a truncated sample labels at most half of its length, so that each label has a history
         labelled = args.max_num_candidates or max(args.max_sequence_length // 2, 1)
-        samples = _windows(_Runs(runs.user, runs.begin, stop), begin, args, labelled, is_training=False)
+        samples = _windows(Runs(runs.user, runs.begin, stop), begin, args, labelled, is_training=False)
     else:
         rows, place = run_indices(stop - begin)
         samples = _with_target(store, runs.select(rows), begin[rows] + place, args)
@@ -418,7 +283,7 @@ def _of_held_out(
     return replace(samples, report=samples.report | counts)
 
 
-def _windows(runs: _Runs, begin: np.ndarray, args: DatasetArgs, step: int, is_training: bool) -> SampleTable:
+def _windows(runs: Runs, begin: np.ndarray, args: DatasetArgs, step: int, is_training: bool) -> SampleTable:
     """Several samples per run, the newest first: sample k ends k * ``step`` events before the run does. Each sample
     labels its newest ``step`` events, and the oldest sample all events from ``begin`` on, so each event is a label
     once. With max_num_candidates, training labels that many candidates in each window."""
@@ -435,11 +300,11 @@ def _windows(runs: _Runs, begin: np.ndarray, args: DatasetArgs, step: int, is_tr
         num_labels = np.minimum(most if is_training else num_labels, ends - history_begin - 1)
     kept = num_labels > 0
     candidates = num_labels if most else np.zeros_like(num_labels)
-    cut = _Runs(runs.user[rows], history_begin, ends).select(kept)
+    cut = Runs(runs.user[rows], history_begin, ends).select(kept)
     return _table(cut, args, len(rows), num_labels[kept], candidates[kept])
 
 
-def _ranking_samples(runs: _Runs, num_later: np.ndarray, args: DatasetArgs) -> SampleTable:
+def _ranking_samples(runs: Runs, num_later: np.ndarray, args: DatasetArgs) -> SampleTable:
     """Labels the candidates or, without candidates, all events; in both cases only the newest ``num_later`` events."""
     candidates = np.minimum(num_later, args.max_num_candidates)
     labels = candidates if args.max_num_candidates else np.minimum(num_later, args.max_sequence_length)
@@ -449,7 +314,7 @@ def _ranking_samples(runs: _Runs, num_later: np.ndarray, args: DatasetArgs) -> S
 
 
 def _table(
-    runs: _Runs,
+    runs: Runs,
     args: DatasetArgs,
     num_users: int,
     num_labels: np.ndarray,

@@ -16,7 +16,8 @@ from hstu.data.batches.batch import HSTUBatch, packed, unpacked
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.sampling.sampler import BatchPlan
-from hstu.data.sampling.samples import Split, build_samples
+from hstu.data.sampling.samples import build_samples
+from hstu.data.sampling.splits import Split
 from hstu.data.store.sequence_store import SequenceStore
 from tests.data.collators import assert_same, build_collator
 

@@ -21,7 +21,8 @@ from hstu.data.preprocess import forget
 from hstu.data.preprocess import write as write_module
 from hstu.data.preprocess.report import write_report
 from hstu.data.sampling.sampler import EvalSampler
-from hstu.data.sampling.samples import build_samples, check_requests
+from hstu.data.sampling.samples import build_samples
+from hstu.data.sampling.splits import check_requests
 from hstu.data.store.layout import REQUEST_FILES
 from hstu.data.store.reader import StoreReader
 from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore, request_problems

@@ -13,7 +13,8 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
 from hstu.data.datasets.spec import SPLIT_NAMES
 from hstu.data.preprocess.report import format_report
-from hstu.data.sampling.samples import SampleTable, build_samples, check_split
+from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.splits import check_split
 from hstu.data.store.layout import HeldOut
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs, Task
 from hstu.data.sampling.sampler import TrainSampler
-from hstu.data.sampling.samples import SampleTable, Split, build_samples, check_split
+from hstu.data.sampling.samples import SampleTable, build_samples
+from hstu.data.sampling.splits import Split, check_split
 from hstu.data.store.sequence_store import SequenceStore
 from tests.data.toy_store import ToyStore, store_of
 

@@ -4,7 +4,7 @@ import pytest
 
 from hstu.base.errors import DataError
 from hstu.config.args import Task
-from hstu.data.sampling.samples import Split
+from hstu.data.sampling.splits import Split
 from tests.conftest import MakeStore
 from tests.data.collators import assert_same, batches_of, collator_of
 from tests.data.toy_store import ToyStore

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Optional
+from typing import Any, Optional
 
 from hstu.config.option import STORED_DATA, Args, having, not_having, option
 
@@ -17,6 +18,7 @@ LOWER_IS_BETTER = ("LOGLOSS", "NE", "RMSE", "MAE")
 AT_LAST_EVENT = "last_event"
 """Retrieval metrics of queries at the time of the last event are named as "HR@10/last_event"."""
 _CLASSIFICATION = ("AUC", "GAUC", "NE", "LOGLOSS", "ACC")
+_OF_CLASSES = ("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE")
 _VALUES = ("AUC>=K", "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K")
 METRICS_OF_KIND = {
     "binary": (*_CLASSIFICATION, "NDCG", "NDCG@K"),
@@ -26,9 +28,20 @@ METRICS_OF_KIND = {
 """Kind of a ranking task → allowed metrics. K stands for any number."""
 
 
+def _pattern(metrics: Iterable[str]) -> str:
+    """Regular expression of metrics. K stands for any number."""
+    return "|".join(metrics).replace("@K", r"@[1-9]\d*").replace(">=K", r">=\d+")
+
+
 def fits_kind(metric: str, kind: str) -> bool:
     """Whether a kind of ranking task allows a metric such as "NDCG@10"."""
-    return re.sub(r"(?<=@)[1-9]\d*$|(?<=>=)\d+$", "K", metric) in METRICS_OF_KIND[kind]
+    return re.fullmatch(_pattern(METRICS_OF_KIND[kind]), metric) is not None
+
+
+def _metrics(default: Any, metrics: tuple[str, ...], **others: Any) -> Any:
+    """An option of some of these metrics."""
+    limits: dict[str, Any] = {"pattern": _pattern(metrics), "not_empty": True, "capitals": True}
+    return option(default, changes="reports", examples=metrics, **limits, **others)
 
 
 LOSSES = {
@@ -73,14 +86,7 @@ class RankingTaskArgs(Args):
     scale: float = option(1.0, changes="model", above=0, maximum=1e12, needs=having("kind", "regression", strict=True))
     """regression: the loss compares with label / scale; predictions and metrics are in units of the label. Choose about
     the usual size of a label. huber is linear beyond an error of scale."""
-    metrics: Optional[tuple[str, ...]] = option(
-        None,
-        changes="reports",
-        pattern=r"AUC|GAUC|ACC|LOGLOSS|NE|AUC>=\d+|RMSE|MAE|XAUC|NDCG|NDCG@[1-9]\d*",
-        examples=("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE", "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K"),
-        not_empty=True,
-        capitals=True,
-    )
+    metrics: Optional[tuple[str, ...]] = _metrics(None, (*_OF_CLASSES, "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K"))
     """Metrics, reported as "AUC/click". NDCG ranks the candidates of a request. None: AUC of binary, ACC of class,
     RMSE of regression."""
 
@@ -150,14 +156,8 @@ class RankingArgs(Args):
     num_tasks: int = option(1, changes="model", minimum=1, excludes={"tasks": "there is one RankingTaskArgs per task"})
     """Number of tasks. If the last width is num_tasks, each task has one sigmoid and its label is one bit of the
     action. Otherwise there is one multi-class task."""
-    eval_metrics: tuple[str, ...] = option(
-        ("AUC",),
-        changes="reports",
-        excludes={"tasks": "each task has its own: use RankingTaskArgs.metrics"},
-        pattern=r"AUC|GAUC|ACC|LOGLOSS|NE|AUC>=\d+",
-        examples=("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE"),
-        not_empty=True,
-        capitals=True,
+    eval_metrics: tuple[str, ...] = _metrics(
+        ("AUC",), _OF_CLASSES, excludes={"tasks": "each task has its own: use RankingTaskArgs.metrics"}
     )
     """Metrics. AUC>=K is the AUC of "the class is at least K", for star ratings."""
 
@@ -223,12 +223,5 @@ class RetrievalArgs(Args):
     """Leave out the items that the user has seen: from evaluation, where a held-out item that the user had before is a
     miss, and from what predict, recommend, the Python interface, an export and the server answer unless asked
     otherwise. False, such as for repeat purchases: these items compete as all others."""
-    eval_metrics: tuple[str, ...] = option(
-        ("HR@10", "NDCG@10"),
-        changes="reports",
-        pattern=r"(HR|NDCG|MRR)@[1-9]\d*|MRR",
-        examples=("HR@K", "NDCG@K", "MRR@K", "MRR"),
-        not_empty=True,
-        capitals=True,
-    )
+    eval_metrics: tuple[str, ...] = _metrics(("HR@10", "NDCG@10"), ("HR@K", "NDCG@K", "MRR@K", "MRR"))
     """Metrics, with any K."""

@@ -59,7 +59,10 @@ def check_items(build: Build, num_items: int) -> dict[str, int]:
     """Read the items' first rows and count the items without a row. Raises DataError if no item has a row."""
     if "item_table" not in build.raw.tables:
         known = build.base.store.statistics.get("items_without_row") if build.base else None
-        return {} if known is None else {"items_without_row": known + num_items - _items_of_base(build)}
+        if known is None:
+            return {}
+        (of_base,) = one(build.engine, "SELECT count(*) FROM base_items")
+        return {"items_without_row": known + num_items - of_base}
     names = [name for name in build.schema.of_items() if name not in build.raw.event_items]
     columns = ", ".join(["item", *names])
     build.table("repeated_items", "SELECT item FROM usable_items GROUP BY item HAVING count(*) > 1")
@@ -100,11 +103,6 @@ def write_item_features(build: Build, num_items: int) -> None:
             _write_numbers(build, name, feature, rows, num_items)
         else:
             _write_categories(build, name, feature, rows, num_items)
-
-
-def _items_of_base(build: Build) -> int:
-    (number,) = one(build.engine, "SELECT count(*) FROM base_items")
-    return int(number)
 
 
 def _find_values(build: Build, rows: str, names: Sequence[str], source: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tabulate import tabulate
 
 from hstu.base.errors import printable
 from hstu.base.files import replace_text
+from hstu.base.times import as_date
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
@@ -99,7 +99,7 @@ def _rows(store: SequenceStore, lengths: np.ndarray) -> Iterator[tuple[str, obje
     if store.timestamp_feature is not None:
         first, last, tied, users = _times(store)
         for what, second in (("first event", first), ("last event", last)):
-            yield what, f"{datetime.fromtimestamp(second, UTC):%Y-%m-%d %H:%M:%S} UTC"
+            yield what, as_date(second)
         yield "events at the second of the event before, in the order of the file", tied
         yield "users whose last two events are of one second: the file decides", users
     for limit in _TRUNCATED_AT:

@@ -49,7 +49,9 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             path = directory / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{MANIFEST} lists it, but it lies outside the folder")
-            if _sha256(path) != entry["sha256"]:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry["sha256"]:
                 raise ValueError(f"its sha256 is not the one in {MANIFEST}")
         path = directory / FACTS
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -73,11 +75,6 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def checksum_of(files: Mapping[str, Any]) -> str:
     """The sha256 of the file list of a manifest: the digest of an export."""
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -58,12 +58,6 @@ def _look(folder: Path) -> Found | None:
     return Found(folder, state, written[0]) if written else None
 
 
-def version_of(folder: Path) -> str:
-    """The version in answers: folder name, "@", and the first 12 digits of the export's digest."""
-    name = folder.parent.name if folder.name == SERVING else folder.name
-    return f"{printable(name, '')}@{digest_of(folder)[:12]}"
-
-
 Load = Callable[[Path, str, ServedModel | None], ServedModel]
 """(folder, version, current model) → model. Raises if the export cannot be served."""
 
@@ -121,9 +115,11 @@ class LiveModel:
                 return
 
     def _try(self, found: Found) -> bool:
+        """Serve this export. Its version in answers: folder name, "@", and the first 12 digits of its digest."""
         begun, current = time.monotonic(), None if self._loaded is None else self.current
+        folder = found.folder.parent if found.folder.name == SERVING else found.folder
         try:
-            version = version_of(found.folder)
+            version = f"{printable(folder.name, '')}@{digest_of(found.folder)[:12]}"
             model = self._load(found.folder, version, current)
             if current is not None and model.task != current.task:
                 raise runtime.ServingError(f"it is a {model.task} model, and a {current.task} model is in use")

@@ -46,6 +46,8 @@ class TrainRecord(Throughput):
     loss: float
     """Mean over the labelled tokens."""
     lr: float
+    lr_tables: Optional[float] = None
+    """Of tables without a rate of their own. None, and omitted from the file, unless they have a schedule of theirs."""
     memory_bytes: int
     """On this rank."""
     time_s: float
@@ -63,6 +65,8 @@ class TrainRecord(Throughput):
         """The object written to metrics.jsonl."""
         fields = dict(vars(self))
         del fields["step_s"]
+        if self.lr_tables is None:
+            del fields["lr_tables"]
         if not self.tables:
             del fields["tables"]
         if self.loss_scale is None:

@@ -20,7 +20,7 @@ from hstu.parallel.table_optimizer import TableOptimizer
 
 
 class Optimizers:
-    """The dense optimizer and the table optimizer, driven by one learning-rate multiplier.
+    """The dense optimizer and the table optimizer, each driven by a learning-rate multiplier.
 
     A step: zero_grad, forward, backward (which updates fused tables), clip_grad_norm, step. A checkpoint has the
     ``state_tensors`` of both, which it restores in place, and the ``counters``.
@@ -35,11 +35,14 @@ class Optimizers:
         """The group over which dense parameters are sharded, if any."""
         self.lr_multiplier = 1.0
 
-    def set_lr_multiplier(self, multiplier: float) -> None:
-        """Multiply every learning rate from the next backward on."""
+    def set_lr_multiplier(self, multiplier: float, of_tables: float | None = None) -> None:
+        """Multiply every learning rate from the next backward on. ``of_tables``: that of tables; None: ``multiplier``.
+
+        A checkpoint has only ``multiplier``: the trainer sets both before each step.
+        """
         self.lr_multiplier = multiplier
         self.dense.set_lr_multiplier(multiplier)
-        self.tables.set_lr_multiplier(multiplier)
+        self.tables.set_lr_multiplier(multiplier if of_tables is None else of_tables)
 
     @property
     def learning_rate(self) -> float:
@@ -91,9 +94,10 @@ def build_optimizers(
 
 
 def lr_multiplier(args: LRScheduleArgs, iteration: int, total_iters: int, epoch: int, epoch_start: int) -> float:
-    """Multiplier of all learning rates for the step that starts at ``iteration`` of ``total_iters``, in ``epoch``.
+    """Multiplier of the schedule for the step that starts at ``iteration`` of ``total_iters``, in ``epoch``.
 
-    Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it; then the decay starts.
+    Warm-up is linear from warmup_start at iteration 0 to 1 at the first iteration after it; then the decay starts,
+    that of warmup_stable_decay as late as it can to end with the run.
     With by_epoch, all steps of an epoch use the multiplier of its first iteration, ``epoch_start``.
     Iterations and epochs count from 0.
     """
@@ -104,13 +108,17 @@ def lr_multiplier(args: LRScheduleArgs, iteration: int, total_iters: int, epoch:
     decay_iters = args.decay_iters or max(1, total_iters - warmup)
     if args.decay_ratio is not None:
         decay_iters = max(1, round(args.decay_ratio * total_iters))
-    elapsed, floor = position - warmup, args.min_ratio
-    progress = min(1.0, elapsed / decay_iters)
+    begin, floor = warmup, args.min_ratio
+    if args.schedule == "warmup_stable_decay":
+        begin = max(warmup, total_iters - decay_iters)
+        decay_iters = max(1, total_iters - begin)
+    elapsed = position - begin
+    progress = min(1.0, max(0.0, elapsed / decay_iters))
     match args.schedule:
         case "step":
             passed = sum((epoch if args.by_epoch else iteration) >= milestone for milestone in args.milestones)
             return max(floor, args.decay_factor**passed)
-        case "linear":
+        case "linear" | "warmup_stable_decay":
             return 1.0 - (1.0 - floor) * progress
         case "cosine":
             return _cosine(progress, floor)

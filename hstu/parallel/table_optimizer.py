@@ -119,6 +119,11 @@ class TableOptimizer:
         }
         """Table that ``step`` updates → state name → live tensor."""
 
+    @property
+    def learning_rate(self) -> float:
+        """The current learning rate of sharded tables that have none of their own."""
+        return (self._args.sparse_learning_rate or self._args.learning_rate) * self._lr_multiplier
+
     def set_lr_multiplier(self, multiplier: float) -> None:
         """Multiply each table's learning rate by ``multiplier`` from the next backward on."""
         for optimizer in self._fused:

@@ -21,7 +21,7 @@ from hstu.base.errors import ConfigError
 from hstu.checkpoint.phase import Phase
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
-from hstu.config.args import RankingArgs, TrainerArgs
+from hstu.config.args import LRScheduleArgs, RankingArgs, TrainerArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
@@ -190,23 +190,28 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[HSTUBatch]) -> None:
         self.mesh.heartbeat.mark("training step", self.state.iteration + 1)
-        position, per_epoch = self.state.position, self.source.batches_per_epoch
-        epoch = position.epoch + (position.consumed == len(self.source.train_lengths.items))  # of the next batch
-        phase, schedule = self.phase, self.config.schedule
-        epoch_start = phase.first_iteration + (epoch - phase.first_epoch) * per_epoch
-        before, epochs_before = self._shift if self.args.max_train_iters is None else 0, 0
-        if schedule.counts_from == "phase":
-            before, epochs_before = before + phase.first_iteration, phase.first_epoch
-            epoch_start -= phase.first_iteration
-        iteration, total = self.state.iteration - before, self.total_iters - before
-        multiplier = lr_multiplier(schedule, iteration, total, epoch - epochs_before, epoch_start)
-        self.state.optimizers.set_lr_multiplier(multiplier)
+        own = self.config.table_schedule
+        of_tables = None if own is None else self._lr_multiplier(own)
+        self.state.optimizers.set_lr_multiplier(self._lr_multiplier(self.config.schedule), of_tables)
         result = self.pipeline.progress(batches)
         self.state.iteration += 1
         self.state.position = result.batch.position or SamplerPosition()  # hand-made batches have no position
         self._running_loss.add(result.losses)
         tokens, flops = self.flop_counter.count(result.batch)
         self.meter.add(samples=result.batch.real_batch_size, tokens=tokens, flops=flops)
+
+    def _lr_multiplier(self, schedule: LRScheduleArgs) -> float:
+        """Multiplier of a schedule for the next step, which counts as the phase and the size of batches say."""
+        position, per_epoch = self.state.position, self.source.batches_per_epoch
+        epoch = position.epoch + (position.consumed == len(self.source.train_lengths.items))  # of the next batch
+        phase = self.phase
+        epoch_start = phase.first_iteration + (epoch - phase.first_epoch) * per_epoch
+        before, epochs_before = self._shift if self.args.max_train_iters is None else 0, 0
+        if schedule.counts_from == "phase":
+            before, epochs_before = before + phase.first_iteration, phase.first_epoch
+            epoch_start -= phase.first_iteration
+        iteration, total = self.state.iteration - before, self.total_iters - before
+        return lr_multiplier(schedule, iteration, total, epoch - epochs_before, epoch_start)
 
     def _after_step(self, bar: tqdm[Any]) -> None:
         """Log, evaluate, save and collect garbage at their intervals."""
@@ -246,6 +251,7 @@ class Trainer:
             loss=loss,
             task_losses=task_losses,
             lr=self.state.optimizers.learning_rate,
+            lr_tables=None if self.config.table_schedule is None else self.state.optimizers.tables.learning_rate,
             memory_bytes=memory_bytes(self.mesh.device),
             time_s=time.monotonic() - self._begun,
             loss_scale=None if scale is None else scale.value,

@@ -29,7 +29,8 @@ def test_inherited_parameters_are_listed() -> None:
 def test_what_an_option_changes_and_needs_is_shown() -> None:
     shown = {parameter.name: parameter for parameter in parameters_of(LRScheduleArgs)}["decay_ratio"]
     assert shown.changes == "training"
-    expected = "Needs schedule = 'linear' or 'cosine' or 'cosine_restarts' or 'exponential'. Excludes decay_iters."
+    expected = "Needs schedule = 'linear' or 'cosine' or 'cosine_restarts' or 'exponential' or "
+    expected += "'warmup_stable_decay'. Excludes decay_iters."
     assert shown.meaning.endswith(f". {expected}")
     assert f"{expected} Changes training." in explain(["LRScheduleArgs"]).replace("\n      ", " ")
 

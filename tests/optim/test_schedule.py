@@ -31,6 +31,12 @@ SHAPES: list[tuple[dict[str, Any], dict[int, float]]] = [
     ({"schedule": "cosine_restarts", "decay_iters": 40}, {39: 0.5 * (1 + math.cos(math.pi * 39 / 40))}),
     ({"schedule": "exponential", "decay_factor": 0.01}, {50: 0.1, 100: 0.01}),
     ({"schedule": "exponential", "decay_factor": 0.01, "min_ratio": 0.3}, {100: 0.3}),
+    (
+        {"schedule": "warmup_stable_decay", "warmup_ratio": 0.1, "decay_ratio": 0.2, "min_ratio": 0.5},
+        {5: 0.5, 10: 1.0, 80: 1.0, 90: 0.75, 100: 0.5},
+    ),
+    ({"schedule": "warmup_stable_decay", "warmup_iters": 60, "decay_iters": 90}, {30: 0.5, 60: 1.0, 80: 0.5, 100: 0}),
+    ({"schedule": "warmup_stable_decay", "decay_iters": 25, "by_epoch": True}, {79: 1.0, 89: 0.8, 90: 0.4, 99: 0.4}),
     ({"schedule": "step", "milestones": [30, 60], "decay_factor": 0.5}, {29: 1.0, 30: 0.5, 59: 0.5, 60: 0.25}),
 ]
 """Options, and multipliers by iteration."""
@@ -69,7 +75,9 @@ def test_by_epoch_follows_the_epochs_of_the_data_not_their_usual_length() -> Non
 
 
 @given(
-    shape=st.sampled_from(["constant", "linear", "cosine", "cosine_restarts", "exponential", "step"]),
+    shape=st.sampled_from(
+        ["constant", "linear", "cosine", "cosine_restarts", "exponential", "step", "warmup_stable_decay"]
+    ),
     warmup=st.integers(0, 150), total=st.integers(1, 120), per_epoch=st.integers(1, 50),
     iteration=st.integers(0, 200), floor=st.floats(0, 1), by_epoch=st.booleans(),
 )  # fmt: skip

@@ -148,6 +148,7 @@ class TinyOptions(TypedDict, total=False):
     network: Mapping[str, Any]
     optimizer: Mapping[str, Any]
     schedule: Mapping[str, Any]
+    table_schedule: Mapping[str, Any] | None
     precision: Mapping[str, Any]
     task_args: Mapping[str, Any]
 
@@ -165,6 +166,7 @@ def tiny_config(task: str, store: SequenceStore | str, output: Path | str, **opt
         for table in tables_of(store, options.get("sharded", ("item_id",)), options.get("sharding", "row_wise"))
         if not unused & {*table.feature_names}
     )
+    of_tables = options.get("table_schedule")
     return RunConfig(
         task=task,  # type: ignore[arg-type]
         trainer=TrainerArgs(**{**TRAINER, **places, **options.get("trainer", {})}),
@@ -173,6 +175,7 @@ def tiny_config(task: str, store: SequenceStore | str, output: Path | str, **opt
         network=NetworkArgs(**{**NETWORK, **options.get("network", {})}),
         optimizer=OptimizerArgs(**{"optimizer_str": "adam", "learning_rate": 0.01, **options.get("optimizer", {})}),
         schedule=LRScheduleArgs(**options.get("schedule", {})),
+        table_schedule=None if of_tables is None else LRScheduleArgs(**of_tables),
         precision=PrecisionArgs(**options.get("precision", {})),
         task_args=make_task(**{**defaults, **options.get("task_args", {})}),
     )

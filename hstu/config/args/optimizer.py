@@ -7,7 +7,7 @@ from typing import Optional
 from hstu.config.option import Args, having, not_having, option
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad")
-WITH_A_DECAY = having("schedule", "linear", "cosine", "cosine_restarts", "exponential")
+WITH_A_DECAY = having("schedule", "linear", "cosine", "cosine_restarts", "exponential", "warmup_stable_decay")
 
 
 class OwnOptimizerArgs(Args):
@@ -67,14 +67,16 @@ class OptimizerArgs(Args):
 
 
 class LRScheduleArgs(Args):
-    """The learning-rate schedule: one multiplier over time for all learning rates, dense and tables alike."""
+    """The learning-rate schedule: one multiplier over time for all learning rates, dense and tables alike. Options of
+    tables/LRScheduleArgs make another schedule for all tables, which has the other options of LRScheduleArgs."""
 
     schedule: str = option(
         "constant",
         changes="training",
-        choices=("constant", "linear", "cosine", "cosine_restarts", "exponential", "step"),
+        choices=("constant", "linear", "cosine", "cosine_restarts", "exponential", "step", "warmup_stable_decay"),
     )
-    """Shape of the decay after the warm-up."""
+    """Shape of the decay after the warm-up. warmup_stable_decay: 1 until the last decay_iters or decay_ratio of all
+    iterations, over which it falls linearly to min_ratio; each phase that counts_from = "start" adds returns to 1."""
     warmup_iters: Optional[int] = option(None, changes="training", minimum=0)
     """Iterations of linear warm-up. Exclusive with warmup_ratio."""
     warmup_ratio: Optional[float] = option(None, changes="training", minimum=0, below=1, excludes={"warmup_iters": ""})
@@ -82,8 +84,8 @@ class LRScheduleArgs(Args):
     warmup_start: float = option(0.0, changes="training", minimum=0, maximum=1)
     """Multiplier at the first iteration of the warm-up."""
     decay_iters: Optional[int] = option(None, changes="training", minimum=1, needs=WITH_A_DECAY)
-    """Iterations of decay, or of one cycle of cosine_restarts. None: all iterations after the warm-up. Exclusive with
-    decay_ratio."""
+    """Iterations of decay, or of one cycle of cosine_restarts. None: all iterations after the warm-up, except for
+    warmup_stable_decay, which needs this or decay_ratio. Exclusive with decay_ratio."""
     decay_ratio: Optional[float] = option(
         None, changes="training", above=0, maximum=1, needs=WITH_A_DECAY, excludes={"decay_iters": ""}
     )

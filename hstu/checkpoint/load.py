@@ -175,9 +175,8 @@ def _zero_tables(match: TensorMatch, state: TrainState) -> None:
     tensors = state.tensors()
     for name in match.stored_names:
         if split_name(name)[0].startswith(TABLES):
-            tensor = tensors[name]
-            for piece in tensor.shards.values() if isinstance(tensor, ShardedView) else [tensor]:
-                piece.detach().zero_()
+            for piece in ShardedView.whole(tensors[name]).shards.values():
+                piece.zero_()
 
 
 def _read_tensors(stored: StoredTensors, match: TensorMatch, state: TrainState, mesh: Mesh) -> None:
@@ -199,7 +198,7 @@ class _Destination:
     """Destination of a stored tensor: the live pieces, or a buffer whose remapped rows are copied afterwards."""
 
     def __init__(self, tensor: Tensor | ShardedView, stored: torch.Size, remap: RowRemap | None) -> None:
-        live = tensor if isinstance(tensor, ShardedView) else ShardedView.whole(tensor)
+        live = ShardedView.whole(tensor)
         self._copies: list[tuple[Tensor, np.ndarray, Tensor]] = []
         if remap is None:
             self.pieces = live if live.size() == stored else live.with_rows(stored[0])

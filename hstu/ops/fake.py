@@ -43,7 +43,7 @@ Report = Callable[..., None]
 def fake_kernels(backend: Backend, report: Report) -> Kernels:
     """Fakes of the kernels that ``backend`` implements. ``report`` is called once per pass of an operator."""
     fused = backend in (Backend.TRITON, Backend.CUTLASS)
-    copies, loss = backend is Backend.PYTORCH, partial(_softmax_loss, report)
+    copies, loss = backend is Backend.PYTORCH, lambda *inputs: _FakeSoftmax.apply(*inputs, report)
     found = replace(
         REFERENCE_KERNELS,
         attention=AttentionKernels(
@@ -70,8 +70,8 @@ def fake_kernels(backend: Backend, report: Report) -> Kernels:
 def _attention(report: Report, copies: bool, inputs: AttentionInputs) -> Tensor:
     """``copies``: whether attention is plain PyTorch, whose copies of its inputs and outputs count."""
     report("attention", _attention_cost(inputs).forward, inputs.q, inputs.k, inputs.v)
-    copied = _copies(inputs, rows=4, padded=4, blocks=1) if copies else []
-    del copied
+    if copies:
+        _copies(inputs, rows=4, padded=4, blocks=1)
     return torch.empty(inputs.q.shape, dtype=inputs.v.dtype, device=inputs.v.device)
 
 
@@ -79,8 +79,8 @@ def _attention_backward(
     report: Report, copies: bool, grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]
 ) -> RelativeBias | None:
     report("attention", _attention_cost(inputs).backward, grad, inputs.q, inputs.k, inputs.v)
-    copied = _copies(inputs, rows=7, padded=7, blocks=3) if copies else []
-    del copied
+    if copies:
+        _copies(inputs, rows=7, padded=7, blocks=3)
     return inputs.bias and RelativeBias(*map(torch.empty_like, inputs.bias))
 
 
@@ -189,11 +189,6 @@ class _FakeUnit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.report("other operators", Cost(0.0, 3.0 * grad.nbytes), grad)
         return torch.empty_like(ctx.saved_tensors[0]), None
-
-
-def _softmax_loss(report: Report, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
-    result: Tensor = _FakeSoftmax.apply(queries, positives, pool, negatives, report)
-    return result
 
 
 class _FakeSoftmax(softmax_loss.SoftmaxLoss):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hstu.data.batches.jagged import run_offsets, run_starts, sequence_tokens
 
@@ -211,20 +212,24 @@ def pad_tokens(layout: JaggedLayout, padding: int) -> JaggedLayout:
     if padding == 0:
         return layout
 
-    def longer(tensor: Tensor | None, count: int) -> Tensor | None:
-        return None if tensor is None else torch.cat([tensor, tensor.new_zeros(count)])
+    seqlens, candidates = np.append(layout.seqlens, padding), np.append(layout.num_candidate_tokens_host, 0)
+    return with_tokens(layout, seqlens, candidates, lambda of_tokens: functional.pad(of_tokens, (0, padding)))
 
-    positions = longer(layout.positions, padding)
-    assert positions is not None
+
+def with_tokens(
+    layout: JaggedLayout, seqlens: np.ndarray, candidates: np.ndarray, convert: Callable[[Tensor], Tensor]
+) -> JaggedLayout:
+    """Layout of more or fewer tokens. candidates: int64 [B]; convert: a tensor of the old tokens → of the new ones."""
+    device = layout.positions.device
     return replace(
         layout,
-        seqlen_offsets=torch.cat([layout.seqlen_offsets, layout.seqlen_offsets[-1:] + padding]),
-        seqlens=np.append(layout.seqlens, padding),
-        num_candidate_tokens=longer(layout.num_candidate_tokens, 1),
-        num_candidate_tokens_host=np.append(layout.num_candidate_tokens_host, 0),
-        positions=positions,
-        token_times=longer(layout.token_times, padding),
-        query_times=longer(layout.query_times, padding),
+        seqlen_offsets=to_device(run_offsets(seqlens), device),
+        seqlens=seqlens,
+        num_candidate_tokens=to_device(candidates, device) if candidates.any() else None,
+        num_candidate_tokens_host=candidates,
+        positions=convert(layout.positions),
+        token_times=None if layout.token_times is None else convert(layout.token_times),
+        query_times=None if layout.query_times is None else convert(layout.query_times),
         cache={},
     )
 
@@ -245,15 +250,8 @@ def truncate_history(layout: JaggedLayout, items: int) -> tuple[JaggedLayout, Te
     starts_on_device, removed_on_device = _on_device(device, old_starts, removed)
     behind_context = index >= layout.num_contextuals
     tokens = starts_on_device[sequence] + index + behind_context * removed_on_device[sequence]
-    shorter = replace(
-        layout,
-        seqlen_offsets=to_device(run_offsets(seqlens), device),
-        seqlens=seqlens,
-        positions=torch.minimum(index, history_end),
-        token_times=None if layout.token_times is None else layout.token_times[tokens],
-        query_times=None if layout.query_times is None else layout.query_times[tokens],
-        cache={},
-    )
+    shorter = with_tokens(layout, seqlens, layout.num_candidate_tokens_host, lambda of_tokens: of_tokens[tokens])
+    shorter.positions = torch.minimum(index, history_end)
     runs = TokenRuns(old_starts, context), TokenRuns(old_starts + context + removed, seqlens - context)
 
     def left(of_whole: range) -> range:

@@ -18,10 +18,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from hstu.data.batches.jagged import run_offsets, run_starts
+from hstu.data.batches.jagged import run_starts
 from hstu.ops.comm import AttentionShare
 from hstu.ops.kernels import AttentionConfig
-from hstu.ops.layout import JaggedLayout, to_device
+from hstu.ops.layout import JaggedLayout, with_tokens
 
 MOST_KEPT = 1.5
 """A layer keeps q, k and v of attention for backward up to this multiple of those that its rank projects; else backward
@@ -116,7 +116,7 @@ def keys_of(layout: JaggedLayout, config: AttentionConfig, has_bias: bool, queri
 
 def _part_of(layout: JaggedLayout, keys: Keys) -> JaggedLayout:
     """Layout of ``keys`` alone."""
-    sequences, device = slice(keys.first, keys.last + 1), layout.positions.device
+    sequences = slice(keys.first, keys.last + 1)
     seqlens, candidates = layout.seqlens[sequences].copy(), layout.num_candidate_tokens_host[sequences].copy()
     if len(seqlens):
         behind = int(layout.seqlens[: keys.last + 1].sum()) - keys.tokens[-1].stop
@@ -127,17 +127,7 @@ def _part_of(layout: JaggedLayout, keys: Keys) -> JaggedLayout:
     def left(tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat([tensor[tokens.start : tokens.stop] for tokens in keys.tokens])
 
-    return replace(
-        layout,
-        seqlen_offsets=to_device(run_offsets(seqlens), device),
-        seqlens=seqlens,
-        num_candidate_tokens=to_device(candidates, device) if candidates.any() else None,
-        num_candidate_tokens_host=candidates,
-        positions=left(layout.positions),
-        token_times=None if layout.token_times is None else left(layout.token_times),
-        query_times=None if layout.query_times is None else left(layout.query_times),
-        cache={},
-    )
+    return with_tokens(layout, seqlens, candidates, left)
 
 
 def _visible_keys(layout: JaggedLayout, config: AttentionConfig) -> np.ndarray:

@@ -31,7 +31,7 @@ Collective = Callable[[Tensor, Any], Tensor]
 
 def all_gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Concatenate the ranks' tensors [n, …], all of one shape, to [ranks · n, …]. Backward: a reduce-scatter (sum)."""
-    return _apply(local, _gather, reduce_scatter, group)
+    return _apply(local, lambda own, ranks: gather_copies(own, ranks).flatten(0, 1), reduce_scatter, group)
 
 
 def split_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup, scale: float = 1.0) -> Tensor:
@@ -70,10 +70,6 @@ def _apply(
         return tensor
     result: Tensor = _WithBackward.apply(tensor, forward, backward, group, scale)
     return result
-
-
-def _gather(local: Tensor, group: dist.ProcessGroup) -> Tensor:
-    return gather_copies(local, group).flatten(0, 1)
 
 
 def _own_part(rows: Tensor, group: dist.ProcessGroup, counts: Sequence[int]) -> Tensor:

@@ -30,9 +30,9 @@ class ShardedView:
         """Offset of the first element in the global tensor → shard."""
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> ShardedView:
-        """Return the view of a tensor that this rank holds completely."""
-        return cls(tensor.size(), [([0] * tensor.ndim, tensor)])
+    def whole(cls, tensor: Tensor | ShardedView) -> ShardedView:
+        """Return the view of a tensor that this rank holds completely; a view itself."""
+        return tensor if isinstance(tensor, ShardedView) else cls(tensor.size(), [([0] * tensor.ndim, tensor)])
 
     def size(self) -> torch.Size:
         """Return the size of the global tensor."""
@@ -123,7 +123,7 @@ def shard_dim(parameter: Tensor) -> int | None:
 
 def global_view(shard: Tensor | ShardedView, dim: int, group: dist.ProcessGroup) -> ShardedView:
     """Return the tensor that ``group`` holds in equal shards along ``dim``. A shard may be sharded over other ranks."""
-    own = shard if isinstance(shard, ShardedView) else ShardedView.whole(shard)
+    own = ShardedView.whole(shard)
     size = list(own.size())
     begin = size[dim] * dist.get_rank(group)
     size[dim] *= dist.get_world_size(group)

@@ -16,9 +16,7 @@ from hstu.observe.records import EvalRecord, to_line
 
 
 def _beats(value: float, than: float, lower: bool) -> bool:
-    if math.isnan(than) or math.isnan(value):
-        return math.isnan(than) and not math.isnan(value)
-    return value < than if lower else value > than
+    return not math.isnan(value) and (math.isnan(than) or (value < than if lower else value > than))
 
 
 class MetricsHistory:

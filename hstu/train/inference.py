@@ -204,7 +204,5 @@ def _zero_rows(state: TrainState, spec: TableSpec, chosen: np.ndarray) -> None:
     tensors = state.tensors()
     for name in (f"{TABLES}{spec.name}", join_name(f"{TABLES}{spec.name}", AVERAGE)):
         if name in tensors:
-            tensor = tensors[name]
-            view = tensor if isinstance(tensor, ShardedView) else ShardedView.whole(tensor)
-            for start, piece in view.shards.items():
+            for start, piece in ShardedView.whole(tensors[name]).shards.items():
                 piece[torch.from_numpy(chosen[start[0] : start[0] + len(piece)])] = 0

@@ -213,11 +213,6 @@ def test_the_period_is_told_and_toys_need_no_word(
     assert re.search(r"the \d events are of \d{4}-\d\d-\d\d [\d:]{8} to \d{4}-\d\d-\d\d [\d:]{8} UTC", caplog.text)
 
 
-def test_times_before_1970_are_refused_in_every_unit(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'t' is '-5'; allowed is milliseconds since 1970"):
-        make(tmp_path, write(tmp_path / "e.csv", "u,i,t\n1,a,-5\n"), time="t", time_unit="ms")
-
-
 NUMBERS = {
     **dict.fromkeys(("5_0", "1_0.5", "0x10", "٥"), "atn"), **dict.fromkeys(("5.4", "1e2"), "a"),
     **dict.fromkeys((" 50 ", "+50", "50.0"), ""),
@@ -255,15 +250,3 @@ def test_decimal_numbers_are_no_ids_in_csv_as_in_parquet(tmp_path: Path, values:
 def test_texts_with_points_are_ids(tmp_path: Path) -> None:
     store = make(tmp_path, write(tmp_path / "e.csv", "u,i\n1.0,a.b@c.org\nv1.2,007\n"))
     assert histories(store) == {"1.0": ["a.b@c.org"], "v1.2": ["007"]}
-
-
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"time_unit": "min"}, "--time_unit min: choose one of s, ms, us, ns"),
-        ({"header": ("u", "i", "u")}, "--header u,i,u: each column needs a name of its own"),
-    ],
-)
-def test_unusable_options_are_refused(columns: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        own_store(Path(), Path("x.csv"), **columns)

@@ -57,15 +57,7 @@ def test_a_list_of_items_is_needed_and_no_filter(tmp_path: Path) -> None:
         own_store(tmp_path, tmp_path / "e.csv", store="other", all_items=True)
     (tmp_path / "u.data").write_text("1\t2\t3\t4\n")
     (tmp_path / "u.user").write_text("1|20|M|other|1\n")
-    command = [
-        "--dataset_name",
-        "ml-100k",
-        "--raw_path",
-        str(tmp_path),
-        "--output",
-        str(tmp_path / "ml"),
-        "--all_items",
-    ]
+    command = f"--dataset_name ml-100k --raw_path {tmp_path} --output {tmp_path / 'ml'} --all_items".split()
     assert main(command) == 2
     (tmp_path / "u.item").write_text("".join(f"{movie}|Film (1990)|||{'|0' * 19}\n" for movie in (2, 5)))
     assert main(command) == 0

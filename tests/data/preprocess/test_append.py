@@ -11,13 +11,12 @@ import pandas as pd
 import pytest
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.base.files import Journal
 from hstu.data.preprocess import forget
 from hstu.data.store import writer
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.own_tables import histories, own_store
-from tests.data.preprocess.test_restart import contents
+from tests.data.preprocess.test_restart import contents, stopped_after_each_stage
 
 MAY = "u,i,a,t,part\nb,x3,view,10,train\nb,x1,buy,20,train\nd,x3,view,5,test\n"
 JUNE = "part,i,u,t,a\ntrain,x2,b,15,view\ntest,x9,b,30,buy\ntrain,x0,a,7,buy\ntest,x3,e,8,view\n"
@@ -46,15 +45,6 @@ def test_the_store_is_that_of_all_files_together(folder: Path, caplog: pytest.Lo
     assert histories(store) == {"a": ["x0"], "b": ["x3", "x2", "x1", "x9"], "d": ["x3"], "e": ["x3"]}
     assert list(store.sources) == ["may.csv", "june.csv"]
     make(folder, "may.csv", "june.csv")  # it is kept
-
-
-def test_append_after_append(folder: Path) -> None:
-    (folder / "july.csv").write_text("u,i,a,t,part\nc,x5,buy,99,train\n")
-    make(folder, "may.csv")
-    for file in ("june.csv", "july.csv"):
-        make(folder, file, append=True)
-    expected = make(folder, "may.csv", "june.csv", "july.csv", store="at_once")
-    assert contents(folder / "store") == contents(expected)
 
 
 def test_files_that_are_in_the_store_are_not_added_twice(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -241,25 +231,14 @@ def test_a_kill_leaves_the_earlier_store_and_the_same_command_goes_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(make(folder, "may.csv"))
-    commit, starts, left = Journal.commit, 0, 0
 
-    def stop_later(journal: Journal, stage: str, result: object = None) -> None:
-        nonlocal left
-        commit(journal, stage, result)
-        left -= 1
-        if not left:
-            raise KeyboardInterrupt
+    def append() -> Path:
+        assert contents(folder / "store") == before
+        return make(folder, "june.csv", append=True)
 
-    monkeypatch.setattr(Journal, "commit", stop_later)
-    while contents(folder / "store") == before:
-        starts, left = starts + 1, starts + 1
-        try:
-            make(folder, "june.csv", append=True)
-        except KeyboardInterrupt:
-            assert contents(folder / "store") == before
-    assert starts > 3
-    monkeypatch.undo()
-    assert contents(folder / "store") == contents(make(folder, "may.csv", "june.csv", store="at_once"))
+    grown, stages = stopped_after_each_stage(monkeypatch, append)
+    assert len(stages) > 3
+    assert contents(grown) == contents(make(folder, "may.csv", "june.csv", store="at_once"))
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])

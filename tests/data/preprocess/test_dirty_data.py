@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 
 from hstu.base.errors import DataError
-from hstu.base.files import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.conftest import REPOSITORY
-from tests.data.preprocess.dirty_inputs import ALL, DIRT, GOOD, named, zstd
+from tests.data.preprocess.dirty_inputs import ALL, DIRT, GOOD, named
+from tests.data.preprocess.test_restart import stopped_after_each_stage
 
 SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
 
@@ -100,12 +100,6 @@ def test_harmless_differences_of_form_change_nothing(form: str, plain: Path, fol
         assert (Path("store") / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_a_bad_line_of_zstd_text_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("events.csv.zst").write_bytes(zstd(GOOD + b"2,8,no,13\n"))
-    assert main([*named("events.csv.zst"), "--output", "store"]) == 3
-    assert "events.csv.zst:5: 'a' is 'no'" in capsys.readouterr().err
-
-
 def test_ids_beyond_int64_are_taken_as_text(folder: Path) -> None:
     Path("events.csv").write_bytes(GOOD + b"18446744073709551616,7,1,13\n")
     assert main([*ALL, "--output", "store"]) == 0
@@ -184,15 +178,8 @@ def test_ctrl_c_says_how_to_go_on(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("events.csv").write_bytes(GOOD)
-    commit = Journal.commit
-
-    def stop(journal: Journal, stage: str, left: object = None) -> None:
-        commit(journal, stage, left)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Journal, "commit", stop)
-        assert main([*ALL, "--output", "store"]) == 130
+    code, stages = stopped_after_each_stage(monkeypatch, lambda: main([*ALL, "--output", "store"]))
+    assert code == 130 and len(stages) == 1
     assert capsys.readouterr().err.strip() == "stopped; the same command goes on from here"
     assert sorted(os.listdir()) == [".store.partial", "events.csv"]
     assert main([*ALL, "--output", "store"]) == 0

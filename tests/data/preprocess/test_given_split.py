@@ -91,11 +91,6 @@ def test_something_is_trained_on_and_something_evaluated(tmp_path: Path, splits:
         make(tmp_path, file, split="fold")
 
 
-def test_the_column_has_no_second_role(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="fold would be two features"):
-        make(tmp_path, write(tmp_path / "e.csv", EVENTS), split="fold", context_columns=("fold",))
-
-
 def test_bounds_that_are_damaged_are_found(tmp_path: Path) -> None:
     store = make(tmp_path, write(tmp_path / "e.csv", EVENTS), split="fold")
     (bounds := np.load(store.path / "split.test.npy"))[0] = 9

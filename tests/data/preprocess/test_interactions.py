@@ -78,15 +78,12 @@ def test_any_ids_come_back_as_they_were(
         assert store.encode("sku", raw).tolist() == list(range(len(raw)))
 
 
-def test_ids_with_ends_of_lines_come_back_as_they_were(tmp_path: Path) -> None:
-    ids = ["0\r", "0\r0", "\r", "0\n", "0\r\n0"]
-    store = make(tmp_path, pd.DataFrame({"member": range(5), "sku": ids}))
-    assert histories(store) == {user: [item] for user, item in enumerate(ids)}
-
-
-def test_ids_with_leading_zeros_stay_apart(tmp_path: Path) -> None:
-    store = make(tmp_path, pd.DataFrame({"member": ["007", "7"], "sku": ["1", "01"]}))
-    assert histories(store) == {"007": ["1"], "7": ["01"]}
+@pytest.mark.parametrize(
+    ("users", "items"), [(range(5), ["0\r", "0\r0", "\r", "0\n", "0\r\n0"]), (["007", "7"], ["1", "01"])]
+)
+def test_ids_with_ends_of_lines_or_leading_zeros_stay_apart(tmp_path: Path, users: Any, items: list[str]) -> None:
+    store = make(tmp_path, pd.DataFrame({"member": users, "sku": items}))
+    assert histories(store) == {user: [item] for user, item in zip(users, items, strict=True)}
 
 
 def test_context_follows_its_columns_and_is_unknown_where_missing(tmp_path: Path) -> None:
@@ -108,12 +105,23 @@ def test_the_user_alone_can_be_the_context(tmp_path: Path) -> None:
     assert make(tmp_path, TABLE, context_columns=("member",)).contextual_features == ("user_id",)
 
 
-def test_context_of_integer_users_matches_by_number(tmp_path: Path) -> None:
-    users = pd.DataFrame({"member": ["-5", "x", "005"], "age": ["a", "b", "c"]})
-    context = write(users, tmp_path / "members.csv")
-    table = pd.DataFrame({"member": [5, -5], "sku": ["p", "q"]})
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize(
+    ("users", "described", "ages"),
+    [
+        ([5, -5], ["-5", "x", "005"], ["0", "unknown"]),  # integers match by number
+        (["abe", "zoë"], ["", "", "abe"], ["2", "unknown"]),  # a row without a user is nobody's
+        (["abe", "zoë"], ["zoë", "zoë"], ["unknown", "0"]),  # the first row counts
+    ],
+)
+def test_a_row_of_context_finds_its_user(
+    tmp_path: Path, suffix: str, users: list[Any], described: list[str], ages: list[str]
+) -> None:
+    rows = pd.DataFrame({"member": described, "age": range(len(described))})
+    context = write(rows, tmp_path / f"members{suffix}")
+    table = pd.DataFrame({"member": users, "sku": ["p", "q"]})
     store = make(tmp_path, table, context=context, context_columns=("age",))
-    assert store.raw_ids("age")[store.context("age")].tolist() == ["a", "unknown"]
+    assert store.raw_ids("age")[store.context("age")].tolist() == ages
 
 
 @pytest.mark.parametrize(
@@ -190,27 +198,6 @@ def test_empty_text_is_no_id_in_any_format(suffix: str, column: str, tmp_path: P
     assert store.raw_ids(feature).tolist() == [7, 8], "the other ids are integers, as they would be without it"
 
 
-def test_an_empty_id_in_quotes_is_empty(tmp_path: Path) -> None:
-    (tmp_path / "events.csv").write_text('member,sku\na,b\n"",b\n')
-    columns = InteractionColumns(interactions=tmp_path / "events.csv", user="member", item="sku")
-    with pytest.raises(DataError, match=r"events\.csv:3: 'member' is empty"):
-        import_interactions("mine", columns, output=tmp_path / "mine")
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_context_without_a_user_is_nobodys(suffix: str, tmp_path: Path) -> None:
-    users = pd.DataFrame({"member": ["", "", "abe"], "age": ["1", "2", "3"]})
-    context = write(users, tmp_path / f"members{suffix}")
-    store = make(tmp_path, TABLE, context=context, context_columns=("age",))
-    assert store.raw_ids("age")[store.context("age")].tolist() == ["3", "unknown"]
-
-
-def test_of_two_rows_of_context_the_first_counts(tmp_path: Path) -> None:
-    context = write(pd.DataFrame({"member": ["zoë", "zoë"], "age": [1, 2]}), tmp_path / "members.csv")
-    store = make(tmp_path, TABLE, context=context, context_columns=("age",))
-    assert store.raw_ids("age")[store.context("age")].tolist() == ["unknown", "1"]
-
-
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -220,6 +207,10 @@ def test_of_two_rows_of_context_the_first_counts(tmp_path: Path) -> None:
         ({"title": "name"}, "--titles, a table of items, and --title, its column, go together"),
         ({"action": "sku"}, "sku would be two features"),
         ({"item": "user_id"}, "cannot be the item"),
+        ({"split": "fold", "context_columns": ("fold",)}, "fold would be two features"),
+        ({"time_unit": "min"}, "--time_unit min: choose one of s, ms, us, ns"),
+        ({"header": ("u", "i", "u")}, "--header u,i,u: each column needs a name of its own"),
+        ({"sequences": True, "header": ("user", "item")}, "--header does not go with --sequences"),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(columns: dict[str, Any], message: str) -> None:

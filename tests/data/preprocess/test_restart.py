@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from hstu.base.files import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess, write
 from hstu.data.store.layout import SEGMENT_FILE
 from tests.conftest import REPOSITORY
+from tests.serve.http_server import until
 
 T = TypeVar("T")
 GENERATE = REPOSITORY / "scripts" / "bench" / "generate_data.py"
@@ -69,9 +69,7 @@ def test_killed_and_stopped_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     journal = partial / "scratch" / "journal.json"
     for number, stage in ((signal.SIGKILL, "log_0"), (signal.SIGTERM, "log_2")):
         process = subprocess.Popen([*command, "--output", "s"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 60
-        while not (journal.exists() and stage in journal.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.002)
+        until(lambda stage=stage: journal.exists() and stage in journal.read_text(), 60)
         finished = json.loads(journal.read_text())["stages"]
         process.send_signal(number)
         _, told = process.communicate(timeout=120)

@@ -11,16 +11,9 @@ import numpy as np
 import pytest
 
 from hstu.base.errors import ConfigError
-from hstu.observe.records import EvalRecord, TrainRecord, read_metrics
+from hstu.observe.records import EvalRecord, read_metrics
 from hstu.observe.run_directory import RunDirectory, default_path
-
-
-def train(iteration: int, **values: Any) -> TrainRecord:
-    given = dict(
-        epoch=0.5, loss=4.0, lr=1e-3, samples_per_s=100.0, tokens_per_s=1e4, tflops=0.1, mfu=0.3, data_wait=0.01,
-        memory_bytes=2**30, time_s=12.5,
-    )  # fmt: skip
-    return TrainRecord(iteration=iteration, **{**given, **values})
+from tests.observe.test_logging import record as train
 
 
 def evaluation(iteration: int, **metrics: float) -> EvalRecord:

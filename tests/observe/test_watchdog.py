@@ -1,10 +1,10 @@
 import dataclasses
 import time
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
 from hstu.observe.watchdog import RankStatus, Watchdog, name_the_lost, name_the_stuck
 from hstu.parallel.mesh import Heartbeat
@@ -64,7 +64,7 @@ class CountingStore:
     """A store in memory that counts its operations. After each reading of statuses the living ranks report anew."""
 
     def __init__(self, ranks: int, frozen: int) -> None:
-        self.values: dict[str, bytes] = {}
+        self.values = HashStore()
         self.operations = 0
         self.dogs = [self._watchdog(rank, ranks) for rank in range(ranks)]
         self.frozen = frozen
@@ -82,31 +82,17 @@ class CountingStore:
         watchdog._store = self  # type: ignore[assignment]
         return watchdog
 
-    def set(self, key: str, value: str) -> None:
+    def __getattr__(self, operation: str) -> Any:
         self.operations += 1
-        self.values[key] = value.encode()
+        return getattr(self.values, operation)
 
-    def get(self, key: str) -> bytes:
-        self.operations += 1
-        return self.values[key]
-
-    def check(self, keys: Sequence[str]) -> bool:
-        self.operations += 1
-        return all(key in self.values for key in keys)
-
-    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        found, counted = [self.values[key] for key in keys], self.operations + 1
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        found, counted = self.values.multi_get(keys), self.operations + 1
         for dog in self.dogs:
             if dog._mesh.rank != self.frozen:
                 dog._report()
         self.operations = counted
         return found
-
-    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
-        self.operations += 1
-        if self.values.get(key, b"") == expected.encode():
-            self.values[key] = desired.encode()
-        return self.values[key]
 
 
 @pytest.mark.parametrize("ranks", [8, 512])
@@ -125,13 +111,13 @@ def test_a_reader_that_gives_no_verdict_is_replaced(monkeypatch: pytest.MonkeyPa
     store = CountingStore(4, frozen=0)
     store.compare_set("reader", "", "rank 0 at 1.0")  # frozen since
     verdict = store.dogs[2]._decide(name_the_stuck, silence_s=0.0)
-    assert verdict is not None and verdict.startswith("rank 0 (") and store.values["reader"].startswith(b"rank 2 ")
+    assert verdict is not None and verdict.startswith("rank 0 (") and store.values.get("reader").startswith(b"rank 2 ")
 
 
 def test_without_a_verdict_the_next_suspicion_is_read_at_once() -> None:
     store = CountingStore(4, frozen=-1)
     assert store.dogs[1]._decide(lambda _: None, silence_s=0.0) is None
-    del store.values["status 3"]
+    store.values.delete_key("status 3")
     store.frozen = 3
     verdict = store.dogs[2]._decide(lambda _: None, silence_s=0.0)
     assert verdict == f"rank 3 never started; alive: ranks 0, 1, 2 {store.dogs[0]._status().at}"

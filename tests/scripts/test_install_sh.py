@@ -4,12 +4,12 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.conftest import REPOSITORY
+from tests.serve.http_server import until
 
 # Makes .venv/bin/python a copy of itself, and notes each pip call in calls.txt. Files beside it make it fail.
 FAKE_PYTHON = """#!/bin/bash
@@ -220,11 +220,8 @@ def test_a_failing_pip_shows_the_end_of_its_log_and_what_to_do(machine: Machine,
 def test_interrupted_it_stops_and_the_next_call_completes(machine: Machine) -> None:
     (machine.here / "slow").write_text("30")
     process = machine.begin()
-    deadline = time.monotonic() + 30
     calls = machine.here / "calls.txt"
-    while not calls.exists() or "pip install" not in calls.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: calls.exists() and "pip install" in calls.read_text())
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=20)[0]
     assert process.returncode == 130, output

@@ -4,12 +4,12 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.conftest import REPOSITORY
+from tests.serve.http_server import until
 
 FAKE_PYTHON = """#!/bin/bash
 case "$*" in
@@ -106,10 +106,7 @@ def test_a_failure_says_which_step_and_keeps_its_exit_code(machine: Machine) -> 
 def test_interrupted_it_says_so_and_goes_on_when_run_again(machine: Machine) -> None:
     (machine.root / "slow").touch()
     process = machine.begin()
-    deadline = time.monotonic() + 30
-    while not (machine.root / "command.txt").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until((machine.root / "command.txt").exists)
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=20)[0]
     assert process.returncode == 130, output

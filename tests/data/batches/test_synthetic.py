@@ -41,9 +41,10 @@ def sequence_group(**options: Any) -> FeatureArgs:
     return FeatureArgs(**{"feature_names": ["item", "action"], "max_sequence_length": 40, "is_jagged": True, **options})
 
 
-def benchmark_args(**options: Any) -> BenchmarkDatasetArgs:
+def benchmark_args(items: FeatureArgs | None = None, **options: Any) -> BenchmarkDatasetArgs:
+    context = FeatureArgs(feature_names=["age", "sex"], max_sequence_length=1)
     defaults: dict[str, Any] = {
-        "feature_args": [sequence_group(), FeatureArgs(feature_names=["age", "sex"], max_sequence_length=1)],
+        "feature_args": [items or sequence_group(), context],
         "embedding_args": [table(["item"], 500), table(["action"], 8), table(["age", "sex"], 20)],
         "item_feature_name": "item",
         "action_feature_name": "action",
@@ -145,11 +146,10 @@ def test_batches_look_like_those_of_real_data() -> None:
 
 def test_lengths_follow_their_distribution_and_fixed_ones_are_the_longest() -> None:
     short = RandomDistribution(dist_type="normal", mean=10, std=2)
-    args = benchmark_args(feature_args=[sequence_group(seqlen_dist=short), *benchmark_args().feature_args[1:]])
-    (batch,) = train_batches(dataset(args=args, batch_size=4000), 1)
+    (batch,) = train_batches(dataset(args=benchmark_args(sequence_group(seqlen_dist=short)), batch_size=4000), 1)
     assert abs(batch.item_lengths.mean() - 10) < 0.2 and abs(batch.item_lengths.std() - 2) < 0.2
-    args = benchmark_args(feature_args=[sequence_group(is_jagged=False), *benchmark_args().feature_args[1:]])
-    assert train_batches(dataset(args=args), 1)[0].item_lengths.tolist() == [40] * 16
+    fixed = dataset(args=benchmark_args(sequence_group(is_jagged=False)))
+    assert train_batches(fixed, 1)[0].item_lengths.tolist() == [40] * 16
 
 
 def test_random_data_depends_on_seed_and_place_alone() -> None:
@@ -189,28 +189,24 @@ def test_retrieval_has_targets_negatives_times_and_held_out_items() -> None:
 
 def test_ids_beyond_their_table_are_hashed_into_it() -> None:
     many = [RandomDistribution(high=10**9), RandomDistribution()]
-    args = benchmark_args(feature_args=[sequence_group(value_dists=many), *benchmark_args().feature_args[1:]])
-    items = train_batches(dataset(args=args), 1)[0].features["item"].values()
+    data = dataset(args=benchmark_args(sequence_group(value_dists=many)))
+    items = train_batches(data, 1)[0].features["item"].values()
     assert items.min() >= 0 and 400 < items.max() < 500
 
 
 def test_a_dynamic_table_gets_ids_as_they_are_drawn() -> None:
     many = [RandomDistribution(dist_type="zipf", high=10**12), RandomDistribution()]
-    group = sequence_group(value_dists=many)
     dynamic = DynamicEmbeddingArgs(feature_names=["item"], table_name="item", item_vocab_size_or_capacity=500)
     tables = [dynamic, *benchmark_args().embedding_args[1:]]
-    args = benchmark_args(feature_args=[group, *benchmark_args().feature_args[1:]], embedding_args=tables)
+    args = benchmark_args(sequence_group(value_dists=many), embedding_args=tables)
     items = train_batches(dataset(args=args, batch_size=200), 1)[0].features["item"].values()
     assert items.max() > 10**10 and (items == 0).float().mean() > 0.1
 
 
 def test_distributions_may_be_given_by_feature_and_for_some_features_only() -> None:
     few = RandomDistribution(high=3)
-    by_name, by_order = (
-        benchmark_args(feature_args=[sequence_group(value_dists=dists), *benchmark_args().feature_args[1:]])
-        for dists in ({"action": few}, [RandomDistribution(), few])
-    )
-    batches = [train_batches(dataset(args=args), 1)[0] for args in (by_name, by_order)]
+    groups = [sequence_group(value_dists=dists) for dists in ({"action": few}, [RandomDistribution(), few])]
+    batches = [train_batches(dataset(args=benchmark_args(group)), 1)[0] for group in groups]
     for name in ("item", "action"):
         assert torch.equal(*(batch.features[name].values() for batch in batches))
     assert batches[0].features["action"].values().max() == 2 < batches[0].features["item"].values().max()
@@ -219,4 +215,4 @@ def test_distributions_may_be_given_by_feature_and_for_some_features_only() -> N
 def test_actions_stay_below_the_rows_of_their_table() -> None:
     group = sequence_group(value_dists=[RandomDistribution(), RandomDistribution(high=9)])
     with pytest.raises(ConfigError, match="actions must be below"):
-        dataset(args=benchmark_args(feature_args=[group, *benchmark_args().feature_args[1:]]))
+        dataset(args=benchmark_args(group))

@@ -11,10 +11,10 @@ import pytest
 import hstu.data.store.sequence_store as store_module
 from hstu.base.errors import DataError
 from hstu.base.files import sha256
-from hstu.data.store.meta import sealed
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
 from tests.conftest import MakeStore
+from tests.data.store.test_store import describe
 from tests.helpers import flip
 
 
@@ -89,6 +89,11 @@ LIES: dict[str, tuple[dict[str, object], str]] = {
     "no items": ({"features": []}, "is incomplete"),
     "no features": ({"features": None}, "is incomplete"),
     "no files": ({"files": []}, r"it\.files is \[\]"),
+    "no version": ({"version": None}, "is damaged: .*it.version is None"),
+    "a file elsewhere": (
+        {"files": {"../x.npy": {"bytes": 1, "length": 1, "dtype": "<i4", "sha256": "0"}}},
+        "is damaged: .*lists '../x.npy'",
+    ),
     "a file without a checksum": (
         {"files": {"offsets.npy": {"dtype": "<i8", "length": 4, "bytes": 160}}},
         r"it\.files\.offsets\.npy has no 'sha256'",
@@ -100,9 +105,7 @@ LIES: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_description_that_lies_is_refused_though_its_checksum_is_right(lie: str, good: SequenceStore) -> None:
     change, message = LIES[lie]
-    meta = json.loads((good.path / "meta.json").read_text())
-    del meta["sha256"]
-    (good.path / "meta.json").write_text(sealed(meta | change))
+    describe(good.path, **change)
     with pytest.raises(DataError, match=message) as raised:
         SequenceStore.open(good.path)
     assert "meta.json" in str(raised.value) and "Make it with" in str(raised.value)
@@ -117,9 +120,8 @@ def test_raw_ids_that_are_no_text_are_told_when_they_are_read(tmp_path: Path) ->
         writer.write_vocabulary("user_id", np.array([7]))
     file = "vocabulary.town.utf8.npy"
     np.save(tmp_path / "s" / file, np.full(8, 0xFF, np.uint8))
-    meta = json.loads((tmp_path / "s" / "meta.json").read_text())
-    del meta["sha256"]
-    meta["files"][file]["sha256"] = sha256(tmp_path / "s" / file)
-    (tmp_path / "s" / "meta.json").write_text(sealed(meta))
+    files = json.loads((tmp_path / "s" / "meta.json").read_text())["files"]
+    files[file]["sha256"] = sha256(tmp_path / "s" / file)
+    describe(tmp_path / "s", files=files)
     with pytest.raises(DataError, match=file.replace(".", r"\.")):
         SequenceStore.open(tmp_path / "s").raw_ids("town")

@@ -92,16 +92,16 @@ def test_strings_keep_every_character(tmp_path: Path) -> None:
     assert titles is not None and titles.tolist() == [name.upper() for name in names]
 
 
-def describe(store: SequenceStore, **changes: object) -> None:
+def describe(store: Path, **changes: object) -> None:
     """Changes a store's description, with a right checksum."""
-    meta = json.loads((store.path / "meta.json").read_text())
+    meta = json.loads((store / "meta.json").read_text())
     del meta["sha256"]
-    (store.path / "meta.json").write_text(sealed(meta | changes))
+    (store / "meta.json").write_text(sealed(meta | changes))
 
 
 def test_a_recorded_command_is_the_remedy(make_store: MakeStore) -> None:
     store = make_store(ITEMS)
-    describe(store, command="make it so")
+    describe(store.path, command="make it so")
     (store.path / "offsets.npy").unlink()
     with pytest.raises(DataError, match=r"offsets\.npy is damaged: it is missing\. Make it with: make it so --force"):
         SequenceStore.open(store.path)
@@ -109,27 +109,8 @@ def test_a_recorded_command_is_the_remedy(make_store: MakeStore) -> None:
 
 def test_a_store_of_a_newer_program_is_told_from_a_damaged_one(make_store: MakeStore) -> None:
     store = make_store(ITEMS)
-    describe(store, version=99)
+    describe(store.path, version=99)
     with pytest.raises(DataError, match=r"version 99, and this program reads version 4: a newer program wrote it"):
-        SequenceStore.open(store.path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        ({"version": None}, "it.version is None"),
-        (
-            {"files": {"../x.npy": {"bytes": 1, "length": 1, "dtype": "<i4", "sha256": "0"}}},
-            "lists '../x.npy'",
-        ),
-    ],
-)
-def test_a_sealed_description_of_another_shape_is_named(
-    make_store: MakeStore, changes: dict[str, Any], problem: str
-) -> None:
-    store = make_store(ITEMS)
-    describe(store, **changes)
-    with pytest.raises(DataError, match=f"meta.json is damaged: .*{problem}"):
         SequenceStore.open(store.path)
 
 
@@ -137,7 +118,7 @@ def test_statistics_of_another_width_are_refused(make_store: MakeStore) -> None:
     store = make_store(ITEMS, item_numbers={"price": np.ones((4, 1), dtype=np.float32)})
     meta = json.loads((store.path / "meta.json").read_text())
     next(each for each in meta["features"] if each["name"] == "price")["statistics"]["std"] = []
-    describe(store, features=meta["features"])
+    describe(store.path, features=meta["features"])
     with pytest.raises(DataError, match="mean and std of price do not have its width"):
         SequenceStore.open(store.path)
 
@@ -237,9 +218,8 @@ def test_a_large_list_out_of_order_is_found_by_verifying(make_store: MakeStore) 
     offsets[place] = offsets[place - 1]
     np.save(file, offsets)
     meta = json.loads((store.path / "meta.json").read_text())
-    files = meta["files"]
-    files[file.name]["sha256"] = sha256(file)
-    describe(store, files=files)
+    meta["files"][file.name]["sha256"] = sha256(file)
+    describe(store.path, files=meta["files"])
     opened = SequenceStore.open(store.path)
     with pytest.raises(DataError, match="an item has no values, or offsets are not ascending"):
         opened.verify_contents()

@@ -53,10 +53,7 @@ def test_only_the_code_of_one_architecture_is_left_and_nothing_moves() -> None:
     library = bytearray(original)
     libraries.keep_device_code(library, 90, [True, False])
     assert len(library) == len(original)
-    (before, dropped_before), (kept, dropped) = (
-        list(libraries.containers(original)),
-        list(libraries.containers(library)),
-    )
+    (before, dropped_before), (kept, dropped) = map(list, map(libraries.containers, (original, library)))
     assert [kept.begin, dropped.begin] == [before.begin, dropped_before.begin]
     (of_90,) = kept.images
     assert of_90.architecture == 90 and library[of_90.begin : of_90.end] == image(90, CODE[90])

@@ -105,9 +105,8 @@ def test_scores_are_predictions_of_the_tasks(ranking: Served) -> None:
 def test_a_number_is_read_as_the_range_of_training_that_holds_it(ranking: Served, given: object, meant: str) -> None:
     for encoder in (ranking.model.encoder, ranking.trained.encoder):
         watched = encoder.vocabularies["watched"]
-        assert watched.rows([given]).equal(watched.rows([meant])) and not watched.rows([given]).equal(
-            watched.rows([""])
-        )
+        found, expected, nothing = (watched.rows([value]) for value in (given, meant, ""))
+        assert found.equal(expected) and not found.equal(nothing)
 
 
 def test_an_answer_names_the_values_that_the_model_does_not_have(ranking: Served, retrieval: Served) -> None:
@@ -441,7 +440,6 @@ def test_the_command_writes_a_delta_of_a_later_checkpoint(
     assert {path.name for path in (tmp_path / "delta").iterdir()} == {"manifest.json", "serving"}
     assert runtime.load(tmp_path / "delta/serving").facts == runtime.load(tmp_path / "whole/serving").facts
     shutil.rmtree(tmp_path / "base/serving")
-    assert (
-        export.main([*command, "--delta", str(tmp_path / "base"), "--output", str(tmp_path / "next")]) == EXIT_BAD_DATA
-    )
+    command += ["--delta", str(tmp_path / "base"), "--output", str(tmp_path / "next")]
+    assert export.main(command) == EXIT_BAD_DATA
     assert "base is no export for serving; give" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def test_candidates_of_an_evaluation_score_as_each_does_alone(ranking: Served) -
     assert cut, "some histories are longer than the model's"
 
 
-def test_a_score_does_not_depend_on_the_candidates_beside(ranking: Served, features: SequenceStore) -> None:
+def test_a_score_does_not_depend_on_the_candidates_beside(ranking: Served) -> None:
     users, names = np.arange(20), [name for name in ranking.model.encoder.known_before if name == "device"]
 
     def first_of(count: int) -> np.ndarray:
@@ -85,7 +85,7 @@ def test_an_export_says_where_evaluation_and_service_differ(features: SequenceSt
     assert not said(dataset={**requests, "max_num_candidates": 2})
 
 
-def test_an_unknown_candidate_has_no_score(ranking: Served, features: SequenceStore) -> None:
+def test_an_unknown_candidate_has_no_score(ranking: Served) -> None:
     trained, (history,) = ranking.trained, ranking.trained.histories_of(np.array([0]))
     session, given = trained.session(1 << 24), {"device": [None, None]}
     session.encode([history])

@@ -80,7 +80,7 @@ def test_users_get_what_the_interface_for_notebooks_recommends(
     assert found["rank"].tolist() == [place for entry in expected for place in range(1, len(entry.items) + 1)]
 
 
-def cosines(finished: Finished, mesh: Mesh, store: SequenceStore, keep_seen: bool) -> dict[int, dict[int, float]]:
+def cosines(finished: Finished, mesh: Mesh, keep_seen: bool) -> dict[int, dict[int, float]]:
     """User → item → score, by hand."""
     trained = api.load(finished("retrieval").path, mesh=mesh)
     scores = (trained.user_embeddings(USERS) @ trained.item_embeddings().T).tolist()
@@ -96,7 +96,6 @@ def cosines(finished: Finished, mesh: Mesh, store: SequenceStore, keep_seen: boo
 def test_items_are_chosen_by_lists_and_by_candidates(
     predicted: Callable[..., pd.DataFrame],
     finished: Finished,
-    store: SequenceStore,
     mesh: Mesh,
     here: Path,
     keep_seen: bool,
@@ -108,7 +107,7 @@ def test_items_are_chosen_by_lists_and_by_candidates(
     pairs = pd.DataFrame({"user": [102, 105, 102, 105, 102, 1], "item": [1001, 1002, 1009, 1003, 1000, 1000]})
     pairs.to_parquet(here / "pairs.parquet")
     options = ["--deny", here / "deny.csv", *(["--keep_seen"] if keep_seen else [])]
-    scores = cosines(finished, mesh, store, keep_seen)
+    scores = cosines(finished, mesh, keep_seen)
     listed = predicted("retrieval", "--allow", here / "allow.txt", "--users_file", here / "users.txt", *options)
     printed = capsys.readouterr().err
     assert "1 unknown item(s) left out: '7'" in printed and "1 unknown user(s) left out: 'nobody'" in printed
@@ -129,7 +128,7 @@ def test_items_are_chosen_by_lists_and_by_candidates(
 
 @pytest.mark.parametrize(("name", "held_out"), [("ranking", 1), ("tasks", 2)])
 def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
-    name: str, held_out: int, here: Path, finished: Finished, loaded: Loaded, mesh: Mesh
+    name: str, held_out: int, here: Path, finished: Finished, loaded: Loaded
 ) -> None:
     rows = walks()["items"]
     earlier = {**walks(), "items": [row[:-held_out] for row in rows]}
@@ -142,9 +141,7 @@ def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
     arguments += ["--candidates", here / "pairs.csv", "--output", here / "out"]
     assert predict.main(list(map(str, arguments))) == 0
     found = pd.read_parquet(here / "out")
-    assert len(found) == len(pairs) + len(extra) and found["user"].tolist()[: ITEMS + held_out] == [103] * (
-        ITEMS + held_out
-    )
+    assert len(found) == len(pairs) + len(extra) and (found["user"][: ITEMS + held_out] == 103).all()
     observations = evaluate_split(loaded(name), "valid").observations
     columns = columns_of(loaded(name), observations.results)
     assert set(found) == {"user", "item", *columns}
@@ -228,10 +225,8 @@ def test_mistakes_are_told(refused: Callable[..., str], here: Path) -> None:
     assert "name a file of them with --candidates" in refused("ranking")
     assert "--top is for retrieval" in refused("ranking", "--top", 3)
     (here / "pairs.csv").write_text("user,item\n100,1000\n")
-    assert "does not read the time of a request" in refused(
-        "ranking", "--candidates", here / "pairs.csv", "--at", "now"
-    )
-    assert "does not read the time of a request" in refused("retrieval", "--at", "now")
+    for name, *options in (("ranking", "--candidates", here / "pairs.csv"), ("retrieval",)):
+        assert "does not read the time of a request" in refused(name, *options, "--at", "now")
     (here / "items.txt").write_text("1001\n")
     lists = ("--allow", here / "items.txt", "--deny", here / "items.txt")
     assert "no item is left to recommend" in refused("retrieval", *lists)
@@ -283,10 +278,8 @@ def test_vectors_of_a_ranking_model_and_into_a_used_directory_are_refused(
     assert call("ranking", script=embed) == 3 and "need a retrieval run" in capsys.readouterr().err
     (here / "out").mkdir()
     (here / "out" / "mine").touch()
-    assert (
-        call("retrieval", "--only", "items", script=embed) == 3
-        and "out exists; give another name" in capsys.readouterr().err
-    )
+    assert call("retrieval", "--only", "items", script=embed) == 3
+    assert "out exists; give another name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["retrieval", "ranking", "tasks"])
@@ -341,7 +334,7 @@ def test_the_script_prints_a_table_and_writes_json(
     ("name", "suffix"), [("retrieval", "csv"), ("retrieval", "parquet"), ("ranking", "csv"), ("tasks", "parquet")]
 )
 def test_the_metrics_follow_from_the_rows_of_the_targets(
-    here: Path, finished: Finished, store: SequenceStore, mesh: Mesh, name: str, suffix: str
+    here: Path, finished: Finished, mesh: Mesh, name: str, suffix: str
 ) -> None:
     path = here / f"rows.{suffix}"
     metrics = {"retrieval": "HR@10,NDCG@10,HR@3", "ranking": "AUC,GAUC", "tasks": "AUC,LOGLOSS"}[name]

@@ -11,7 +11,7 @@ from torch import Tensor
 from hstu.base.errors import ConfigError
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import SequenceEncoder
-from hstu.serve.pages import PrefixCache
+from hstu.serve.pages import Prefix, PrefixCache
 from hstu.serve.prefix import IncrementalEncoder
 from tests.model.examples import Sample, Tables, make_batch, make_features, make_network, random_samples
 from tests.serve.served import PUBLISHED
@@ -46,6 +46,12 @@ class Model:
     def cache(self) -> PrefixCache:
         return self.incremental.cache
 
+    def prefix(self, key: int = 0) -> Prefix:
+        """What the cache has of a history."""
+        found = self.cache.find(key)
+        assert found is not None
+        return found
+
     def whole(self, sample: Sample) -> Tensor:
         """All tokens of one sequence."""
         batch = make_batch([sample], self.features)
@@ -69,14 +75,12 @@ class Model:
 
     def score(self, sample: Sample, key: int = 0) -> Tensor:
         """The same by the cache, which has the history: the batch begins with one item of it."""
-        prefix = self.cache.find(key)
-        assert prefix is not None
-        return self.incremental.score(prefix, make_batch([newest(sample, sample.candidates + 1)], self.features))
+        batch = make_batch([newest(sample, sample.candidates + 1)], self.features)
+        return self.incremental.score(self.prefix(key), batch)
 
     def append(self, sample: Sample, new_items: int, key: int = 0) -> Tensor:
         """The newest token, after the history ``sample``, all but the ``new_items`` newest of which is cached."""
-        prefix = self.cache.find(key)
-        assert prefix is not None
+        prefix = self.prefix(key)
         kept = self.incremental.kept_items(prefix, new_items)
         assert kept is not None
         count = len(sample.items) - kept
@@ -150,8 +154,7 @@ def test_events_appended_one_by_one_or_together_equal_the_whole_history(
         for count in range(start + step, 13, step):
             assert_equal(model.append(until(sample, count), step), whole[count - 1])
         assert_equal(model.score(sample), model.candidates(sample))
-    prefix = model.cache.find(0)
-    assert prefix is not None
+    prefix = model.prefix()
     assert_equal(model.incremental.newest(prefix, make_batch([newest(history, 3)], model.features)), whole[-1])
     assert_equal(model.score(sample), model.candidates(sample))  # what is asked later changes nothing
 
@@ -168,8 +171,7 @@ def test_the_newest_token_reads_when_it_is_asked() -> None:
     model = make_model(0, position_encoding=BOTH)
     (sample,) = random_samples([9], contextuals=0)
     model.encode(sample)
-    prefix = model.cache.find(0)
-    assert prefix is not None
+    prefix = model.prefix()
     found = []
     for at in (sample.times[-1] + 60, sample.times[-1] + 10**6):
         batch = make_batch([sample], model.features)
@@ -191,8 +193,7 @@ def test_the_newest_token_reads_when_it_is_asked() -> None:
 def test_says_why_a_history_is_encoded_again(changes: dict[str, Any], reason: str) -> None:
     model = make_model(1, **changes)
     model.encode(*random_samples([5], contextuals=1))
-    prefix = model.cache.find(0)
-    assert prefix is not None and model.incremental.kept_items(prefix, 1) is None
+    assert model.incremental.kept_items(model.prefix(), 1) is None
     assert reason in str(model.incremental.reencodes_because)
 
 
@@ -201,9 +202,7 @@ def test_only_items_that_get_a_window_are_computed_again() -> None:
     kept = []
     for length in (3, 9, 20):  # all see everything; some get a window that hides nothing; some lose what they saw
         model.encode(*random_samples([length], contextuals=0))
-        prefix = model.cache.find(0)
-        assert prefix is not None
-        kept.append(model.incremental.kept_items(prefix, 1))
+        kept.append(model.incremental.kept_items(model.prefix(), 1))
     assert kept == [3, 9, 14]
 
 
@@ -219,11 +218,7 @@ def test_the_least_recently_used_history_gives_its_pages_and_no_answer_changes()
         assert model.cache.statistics.used_bytes <= capacity
     statistics = model.cache.statistics
     # 24, 20, 16 and 22 tokens take 6, 5, 4 and 6 of the 15 pages
-    assert (statistics.encoded_tokens, statistics.evictions, statistics.users) == (
-        24 * 2 + 20 * 2 + 16 * 2 + 22 * 2,
-        5,
-        3,
-    )
+    assert (statistics.encoded_tokens, statistics.evictions, statistics.users) == (2 * (24 + 20 + 16 + 22), 5, 3)
     assert statistics.used_bytes == 15 * PAGE * 2 * 2 * 8 * 4
 
 

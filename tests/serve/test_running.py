@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,13 +25,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
     return make(tmp_path_factory.mktemp("running"), ratings())
 
 
+def options(**dataset: int) -> dict[str, Any]:
+    """Of a model that reads the statistics."""
+    read = {"side_feature_names": READ, "action_feature_name": "a", **dataset}
+    return {"dataset": read, "sharded": ("i",), "task_args": {"prediction_head_arch": [8, 5]}}
+
+
 @pytest.fixture(scope="module")
 def served(store: SequenceStore, mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Served:
     folder = tmp_path_factory.mktemp("served")
-    options = {"side_feature_names": READ, "action_feature_name": "a", "max_sequence_length": 20}
-    trained = random_model(
-        "ranking", store, mesh, folder, dataset=options, sharded=("i",), task_args={"prediction_head_arch": [8, 5]}
-    )
+    trained = random_model("ranking", store, mesh, folder, **options(max_sequence_length=20))
     return serve(trained, folder / "serving")
 
 
@@ -96,13 +100,4 @@ def test_candidates_that_would_see_the_actions_on_others_are_refused(
     store: SequenceStore, mesh: Mesh, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"'item_mean' counts all earlier events.*max_num_candidates = 0"):
-        options = {"side_feature_names": READ, "action_feature_name": "a", "max_num_candidates": 3}
-        random_model(
-            "ranking",
-            store,
-            mesh,
-            tmp_path,
-            dataset=options,
-            sharded=("i",),
-            task_args={"prediction_head_arch": [8, 5]},
-        )
+        random_model("ranking", store, mesh, tmp_path, **options(max_num_candidates=3))

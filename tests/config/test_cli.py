@@ -64,14 +64,6 @@ def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unrecognized arguments: --gin-config x" in capsys.readouterr().err
 
 
-def test_validate_only_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = write(tmp_path, OWN_DATA)
-    assert exit_of("ranking", "--gin-config-file", file, "--validate-only") == 0
-    captured = capsys.readouterr()
-    assert captured.out == f"OK: {file} describes a ranking run for 1 rank\n"
-    assert captured.err == ""
-
-
 def test_preflight_is_for_validation_that_is_not_quick(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def preflight() -> list[Any]:
         return [lambda run: [problem(run.network, "num_layers", "too many for this machine")]]
@@ -116,11 +108,3 @@ def test_bindings_may_be_repeated_or_listed(tmp_path: Path) -> None:
         ],
     )
     assert (config.trainer.seed, config.network.num_layers, config.dataset.dataset_name) == (1, 3, "ml-20m")  # type: ignore[union-attr]
-
-
-def test_warnings_go_to_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = "NetworkArgs.sequence_parallel = True\n"
-    parse_command_line("ranking", ["--gin-config-file", write(tmp_path, RANKING + lines)])
-    captured = capsys.readouterr()
-    assert captured.err.startswith("warning: ")
-    assert captured.out == ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from hstu.base.errors import DataError
+from hstu.config.problems import nearest
 
 MAX_REJECTED_LINES = 10_000
 """DuckDB stores at most this many unreadable lines per file."""
@@ -219,8 +219,8 @@ def require_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -
     missing = [column for column in wanted if column not in present]
     if not missing:
         return
-    near = difflib.get_close_matches(missing[0].lower(), [name.lower() for name in present], n=1)
-    hint = "".join(f" Did you mean {name!r}?" for name in present if [name.lower()] == near)
+    guess = nearest(missing[0], present)
+    hint = f" Did you mean {guess!r}?" if guess else ""
     if len(present) == 1:
         hint += " One column: if they are not separated, give what separates them with --delimiter."
     columns = f"column {missing[0]!r}" if len(missing) == 1 else f"columns {', '.join(map(repr, missing))}"

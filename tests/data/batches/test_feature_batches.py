@@ -65,7 +65,7 @@ def schemas(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def random_tables(schema: Mapping[str, Any], seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def random_tables(seed: int) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """(events in order of time within a user, one row per user, one row per item, some of which no event has)."""
     rng = np.random.default_rng(seed)
     users = [f"u{number}" for number in range(rng.integers(2, 7))]
@@ -102,10 +102,8 @@ def reference(
     rows["tags"] = [[UNKNOWN] if text == UNKNOWN else text.split("|") for text in rows.tags]
     for name in NUMBERS:
         rows[name] = pd.Series([None if text == UNKNOWN else float(text) for text in rows[name]], dtype=object)
-    rows["hour_of_day"], rows["day_of_week"] = (
-        rows["at"] // 3600 % 24,
-        pd.to_datetime(rows["at"], unit="s").dt.dayofweek,
-    )
+    rows["hour_of_day"] = rows["at"] // 3600 % 24
+    rows["day_of_week"] = pd.to_datetime(rows["at"], unit="s").dt.dayofweek
     rows["time_gap"] = codes_of_gaps(rows.groupby("user")["at"].diff())
     cut = np.sort(rows["at"])[int(0.7 * len(rows))]
     for user, whole in rows.groupby("user", sort=True):
@@ -185,17 +183,14 @@ def in_raw_values(schema: Mapping[str, Any], store: SequenceStore, batch: HSTUBa
         return list(store.raw_ids(name)[codes]) if has_vocabulary else [int(code) for code in codes]
 
     jagged = {name: [row.numpy() for row in values.to_dense()] for name, values in batch.features.to_dict().items()}
-    lists = {}
+    lists, times, ends = {}, None, np.cumsum(batch.item_lengths)
     if batch.items.list_lengths is not None:
-        of_events = np.split(batch.items.list_lengths.numpy(), np.cumsum(batch.item_lengths)[:-1], axis=1)
+        of_events = np.split(batch.items.list_lengths.numpy(), ends[:-1], axis=1)
         lists = {name: [row[place] for row in of_events] for place, name in enumerate(schema["lists"])}
     splits = np.cumsum(batch.num_labels.numpy())[:-1]
     labels = np.split(batch.labels.numpy(), splits) if len(batch.labels) == batch.num_labels_total else []
-    times = (
-        None
-        if batch.items.timestamps is None
-        else np.split(batch.items.timestamps.numpy(), np.cumsum(batch.item_lengths)[:-1])
-    )
+    if batch.items.timestamps is not None:
+        times = np.split(batch.items.timestamps.numpy(), ends[:-1])
     for row in range(batch.batch_size):
         if row >= batch.real_batch_size:
             assert all(len(values[row]) == 0 for values in jagged.values()), "missing sequences are empty"
@@ -205,7 +200,6 @@ def in_raw_values(schema: Mapping[str, Any], store: SequenceStore, batch: HSTUBa
             parts = np.split(np.array(of_row[name], dtype=object), np.cumsum(lengths[row])[:-1])
             of_row[name] = [part.tolist() for part in parts]
         if batch.items.numbers is not None:
-            ends = np.cumsum(batch.item_lengths)
             numbers = batch.items.numbers[ends[row] - batch.item_lengths[row] : ends[row]].T.tolist()
             for name, values in zip(schema["numbers"], numbers, strict=True):
                 of_row[name] = [None if np.isnan(value) else value for value in values]
@@ -244,7 +238,7 @@ def make_store(schema: Mapping[str, Any], tables: tuple[pd.DataFrame, ...], fold
 
 
 def check(schema: Mapping[str, Any], seed: int) -> None:
-    tables = random_tables(schema, seed)
+    tables = random_tables(seed)
     side = [*schema["item"], *schema["lists"], *schema["event"], *schema["times"], *schema["numbers"]]
     args = DatasetArgs(
         dataset_name="mine", max_sequence_length=schema["length"], max_num_candidates=schema["candidates"],

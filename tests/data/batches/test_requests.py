@@ -29,7 +29,7 @@ from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.collators import build_collator
 from tests.data.own_tables import own_store
-from tests.data.preprocess.test_restart import contents, stopped_after_each_stage
+from tests.data.preprocess.test_restart import arrays, contents, stopped_after_each_stage
 
 EVENTS = """u,i,a,t,device
 b,x1,1,20,phone
@@ -110,22 +110,7 @@ def test_candidates_have_numbers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows.numbers[:, 0], np.array([2.5, np.nan, np.nan, 7.5], dtype=np.float32))
     np.testing.assert_array_equal(rows.label_values["watched"], np.array([np.nan, 7.5], dtype=np.float32))
     with pytest.raises(DataError, match=r"s\.csv:3: 'watched' is '7,5'"):
-        make(
-            tmp_path,
-            events,
-            shown.replace("7.5", '"7,5"'),
-            event_columns=("watched",),
-            numbers=("watched",),
-            force=True,
-        )
-
-
-@pytest.mark.slow
-def test_buckets_of_any_size_give_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = contents(make(tmp_path).path)
-    monkeypatch.setattr(write_module, "_SORT_BYTES_PER_ROW", 2 * 10**9)
-    monkeypatch.setattr("hstu.data.preprocess.write.ROWS_PER_CHUNK", 1)
-    assert contents(make(tmp_path, force=True).path) == whole
+        make(tmp_path, events, shown.replace("7.5", '"7,5"'), force=True, **watched)
 
 
 @settings(max_examples=30)
@@ -141,14 +126,12 @@ def test_the_end_of_each_history_is_found(runs: list[list[int]], at: int) -> Non
 
 @pytest.mark.slow
 def test_requests_are_given_again_when_events_are_added(tmp_path: Path) -> None:
-    whole = contents(make(tmp_path).path)
+    whole = arrays(make(tmp_path))
     first, second = EVENTS.rsplit("\n", 2)[0] + "\n", EVENTS.split("\n")[0] + "\n" + EVENTS.split("\n")[-2] + "\n"
     make(tmp_path, first, force=True)
     (tmp_path / "more.csv").write_text(second)
     found = make(tmp_path, first, append=True, interactions=tmp_path / "more.csv")
-    assert {name: data for name, data in contents(found.path).items() if name != "meta.json"} == {
-        name: data for name, data in whole.items() if name != "meta.json"
-    }
+    assert arrays(found) == whole
     report = write_report(found, tmp_path / "report").read_text()
     assert "requests 2 of 2 users" in report and "events before a request" in report
     make(tmp_path, first, force=True)
@@ -161,11 +144,12 @@ def test_requests_are_given_again_when_events_are_added(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_stopped_after_any_stage_ends_with_the_same_bytes(
+def test_a_run_of_small_buckets_stopped_after_any_stage_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = contents(make(tmp_path).path)
     monkeypatch.setattr(write_module, "_SORT_BYTES_PER_ROW", 2 * 10**9)
+    monkeypatch.setattr("hstu.data.preprocess.write.ROWS_PER_CHUNK", 1)
     found, stages = stopped_after_each_stage(monkeypatch, lambda: make(tmp_path, force=True))
     assert {"requests", "request buckets", "request bucket 1"} <= set(stages)
     assert contents(found.path) == whole

@@ -14,7 +14,7 @@ from hstu.data.preprocess.report import format_report
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.own_tables import histories, own_store
-from tests.data.preprocess.test_restart import contents, stopped_after_each_stage
+from tests.data.preprocess.test_restart import arrays, stopped_after_each_stage
 
 Sequences = dict[Any, list[Any]]
 Attributes = dict[Any, list[Any] | None]
@@ -58,10 +58,6 @@ def as_lines(folder: Path, sequences: Sequences, attributes: Attributes) -> dict
     (folder / "items.json").write_text(json.dumps({str(item): values for item, values in attributes.items()}, indent=1))
     given = {"interactions": folder / "lines.txt.gz", "items": folder / "items.json", "sequences": True}
     return NAMES | given
-
-
-def arrays(store: SequenceStore) -> dict[str, bytes]:
-    return {name: content for name, content in contents(store.path).items() if name != "meta.json"}
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,9 @@ KUAIRAND_HEADER = (
 KUAIRAND_USERS = (
     b"user_id,user_active_degree,follow_user_num_range,fans_user_num_range,friend_user_num_range,register_days_range\n"
 )
+KUAIRAND_VIDEOS = b"video_id,tag,video_type,upload_type,music_type,author_id,music_id,video_duration\n"
 FIRST, SECOND = "log_standard_4_08_to_4_21_pure.csv", "log_standard_4_22_to_5_08_pure.csv"
-USERS = "user_features_pure.csv"
+USERS, VIDEOS = "user_features_pure.csv", "video_features_basic_pure.csv"
 KUAIRAND_ROW = b"1,2,1650000000000,1,0,0,0,0,0,1,0\n"
 
 
@@ -173,7 +174,11 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
         {"u.data": b"1\t2\t3\t4\n1\t99999999999999999999\t3\t4\n", "u.user": b"1|2|M|x|1\n"},
         "u.data:2: column 'item' holds '99999999999999999999', which is not an integer of 64 bits",
     ),
-    "ml: only one of two files": (ML, {"u.data": b"1\t2\t3\t4\n"}, "does not hold the files of ml-100k"),
+    "ml: only one of two files": (
+        ML,
+        {"u.data": b"1\t2\t3\t4\n"},
+        "does not hold the files of ml-100k: u.data, u.user or ml-100k.inter",
+    ),
     "kuairand: a signal missing": (
         KUAIRAND,
         kuairand(second=KUAIRAND_HEADER.replace(b",is_hate", b"") + b"1,2,1650000000000,1,0,0,0,0,1,0\n"),
@@ -183,6 +188,11 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
         KUAIRAND,
         kuairand(first=KUAIRAND_HEADER + KUAIRAND_ROW + b"x" + KUAIRAND_ROW),
         f"{FIRST}:3: column 'user_id' holds 'x1', which is not an integer",
+    ),
+    "kuairand: a video that is no number": (
+        KUAIRAND,
+        kuairand() | {VIDEOS: KUAIRAND_VIDEOS + b"2,a,1,2,3,4,5,6.5\nx4,a,1,2,3,4,5,6.5\n"},
+        f"{VIDEOS}:3: column 'video_id' holds 'x4', which is not an integer",
     ),
     "kuairand: nothing in a signal": (
         KUAIRAND,

@@ -59,9 +59,8 @@ def test_bad_rows_may_be_skipped_and_are_counted(folder: Path, caplog: pytest.Lo
     for name in ("i", "a", "t"):
         assert dirty.sequence(name).tolist() == clean.sequence(name).tolist()
     assert dirty.raw_ids("user_id").tolist() == [1, 2, 3]
-    assert dirty.statistics["skipped_rows"] == {
-        **{"too few columns": 1, "unusable user": 1, "unusable item": 1, "unusable action": 1}
-    }
+    reasons = ("too few columns", "unusable user", "unusable item", "unusable action")
+    assert dirty.statistics["skipped_rows"] == dict.fromkeys(reasons, 1)
     assert "skipped: events.csv:7: expected columns: 4 found: 3" in caplog.text
 
 

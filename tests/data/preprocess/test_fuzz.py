@@ -3,7 +3,7 @@
 import gzip
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,12 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
     return bytes(data)
 
 
-def rows(chance: random.Random, columns: Callable[[int], tuple[object, ...]], delimiter: str) -> bytes:
+def rows(
+    chance: random.Random, columns: Callable[[int], Sequence[object]], delimiter: str, header: Sequence[str] = ()
+) -> bytes:
     """Some lines of a table."""
-    lines = (delimiter.join(map(str, columns(row))) for row in range(chance.randint(1, 40)))
-    return ("\n".join(lines) + "\n").encode()
+    lines = [*([header] if header else []), *map(columns, range(chance.randint(1, 40)))]
+    return "".join(delimiter.join(map(str, line)) + "\n" for line in lines).encode()
 
 
 def own_table(folder: Path, chance: random.Random) -> Path:
@@ -95,14 +97,12 @@ def built_in(folder: Path, chance: random.Random) -> Path:
         "movies.dat": rows(chance, lambda row: (row, f"Film {row} (1990)", "Drama"), "::"),
         "ratings.csv": b"userId,movieId,rating,timestamp\n" + rows(chance, lambda row: (row % 5, row, 3.5, row), ","),
         "movies.csv": b"movieId,title,genres\n" + rows(chance, lambda row: (row, f'"Film, {row}"', "Drama"), ","),
-        "video_features_basic_pure.csv": ",".join(("video_id", *videos)).encode()
-        + b"\n"
-        + rows(chance, lambda row: (row, *videos[:-1], 10.5), ","),
-        "user_features_pure.csv": ",".join(users).encode() + b"\n" + rows(chance, lambda row: (row, *users[1:]), ","),
+        "video_features_basic_pure.csv": rows(
+            chance, lambda row: (row, *videos[:-1], 10.5), ",", ("video_id", *videos)
+        ),
+        "user_features_pure.csv": rows(chance, lambda row: (row, *users[1:]), ",", users),
     } | {
-        file: ",".join(header).encode()
-        + b"\n"
-        + rows(chance, lambda row: (row % 4, row, 10**12 + row, *[row % 2] * 8), ",")
+        file: rows(chance, lambda row: (row % 4, row, 10**12 + row, *[row % 2] * 8), ",", header)
         for file in DATASETS["kuairand-pure"].raw_formats[0].files[:2]
     }
     raw_format = DATASETS[name].raw_formats[0]

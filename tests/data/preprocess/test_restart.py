@@ -16,12 +16,12 @@ import pytest
 from hstu.base.files import Journal
 from hstu.data.preprocess import InteractionColumns, import_interactions, preprocess, write
 from hstu.data.store.layout import SEGMENT_FILE
+from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import REPOSITORY
 from tests.serve.http_server import until
 
 T = TypeVar("T")
 GENERATE = REPOSITORY / "scripts" / "bench" / "generate_data.py"
-OF_GROWN = ("earlier_states", "num_segments")
 SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
 
 
@@ -51,14 +51,16 @@ def stopped_after_each_stage(monkeypatch: pytest.MonkeyPatch, make: Callable[[],
 def contents(store: Path) -> dict[str, bytes]:
     """File → its bytes, without the command and what only a store that has grown says of itself."""
     found = {file.name: file.read_bytes() for file in store.iterdir() if file.name != SEGMENT_FILE}
-    return found | {"meta.json": b"" if "meta.json" not in found else _without_command(found["meta.json"])}
-
-
-def _without_command(meta: bytes) -> bytes:
-    described = json.loads(meta)
-    left_out = {"command", "sha256", *OF_GROWN}
+    described = json.loads(found["meta.json"])
     described["files"].pop(SEGMENT_FILE, None)
-    return json.dumps({name: described[name] for name in described if name not in left_out}).encode()
+    for name in ("command", "sha256", "earlier_states", "num_segments"):
+        described.pop(name, None)
+    return found | {"meta.json": json.dumps(described).encode()}
+
+
+def arrays(store: SequenceStore) -> dict[str, bytes]:
+    """The contents without what a store says of itself."""
+    return contents(store.path) | {"meta.json": b""}
 
 
 def test_killed_and_stopped_it_ends_with_the_same_bytes(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.host_arrays import once_per_host
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import BatchSource, SampleLengths
-from hstu.train.tables import check_rows, choose_tables, predefined_tables
+from hstu.train.tables import check_new_items, check_rows, choose_tables, predefined_tables
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,8 @@ class StoreSource(BatchSource):
         self._recoding = {} if self.eval_store is self.store else recoding_of(self.eval_store, self.store, self.roles)
         self.raw_features = tuple(name for name in self.roles.names if self.store.feature(name).raw)
         check_rows(self.tables, self.cardinalities, self.raw_features)
+        if config.retrieval is not None and not config.has_item_tower:
+            check_new_items(self.tables, self.roles.item)
         if self._earlier is not None:
             self.phase = choose_phase(self._earlier, self._data, self.store, config.trainer.continue_on)
 

@@ -64,6 +64,17 @@ def choose_tables(
     return tuple(tables)
 
 
+def check_new_items(tables: Sequence[EmbeddingArgs], item: str) -> None:
+    """Raise ConfigError if new items would start as vectors of zeros, which have no direction to be compared by."""
+    for table in tables:
+        if item in table.feature_names and getattr(table, "initializer", None) == "zeros":
+            text = (
+                f"the vectors of new items of {table.table_name!r} would be zeros, which retrieval cannot compare: set "
+                "RetrievalArgs.item_tower = True, which adds their features, or choose 'normal' or 'uniform'"
+            )
+            raise ConfigError([located(table, "initializer", text)])
+
+
 def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int], raw: Collection[str] = ()) -> None:
     """Raise ConfigError for a static table without a row for every id of its features. Dynamic tables accept any id.
 

@@ -232,7 +232,7 @@ def train_report(streams: Mapping[str, Stream], report: Row, options: argparse.N
             row["times_baseline"] = round(row["ms"] / rows[0]["ms"], 3)
             table = tables[row["variant"]]
             for dynamic in table.dynamic() if isinstance(table, ShardedTable) else ():
-                counters = Counters(*dynamic.pop_figures()[1:].tolist())
+                counters = Counters(*dynamic.pop_figures()[1:-1].tolist())
                 row["hit_rate"] = round(counters.hits / counters.lookups, 4)
                 row["evictions_a_batch"] = counters.evictions // len(stream.ids)
         return rows

@@ -45,13 +45,18 @@ from tests.distributed.toy import (
 SIZES = {"user": USERS, "item": ITEMS}
 STEPS = 5
 PIPELINES = ("none", "native", "prefetch")
-PRESSED = {"lru": {}, "lfu": {"evict_strategy": "lfu"}, "hashed": {"dist_type": "hash_roundrobin"}}
+PRESSED: dict[str, dict[str, Any]] = {
+    "lru": {},
+    "lfu": {"evict_strategy": "lfu"},
+    "hashed": {"dist_type": "hash_roundrobin"},
+    "expiring": {"expire_iters": 2},
+}
 MIXED: dict[str, Any] = {
     "user": {"optimizer_str": "rowwise_adagrad", "learning_rate": 0.05},
     "item": {"learning_rate": 0.02},
 }
 IN_PIPELINES = {
-    f"{pipeline}/{name}": {"pipeline": pipeline, "optimizer": name}
+    f"{pipeline}/{name}": {"pipeline": pipeline, "optimizer": name, "expire_iters": 3 if name == "adam" else None}
     for pipeline in PIPELINES
     for name in ("rowwise_adagrad", "adam")
 }
@@ -62,7 +67,7 @@ BUDGET = {"item_vocab_gpu_capacity": 5.0}
 """Of 12 rows."""
 SPLIT = {
     f"split/{name}": {**(IN_PIPELINES | UNDER_PRESSURE)[name], **BUDGET}
-    for name in ("native/rowwise_adagrad", "prefetch/adam", "none/lfu")
+    for name in ("native/rowwise_adagrad", "prefetch/adam", "none/lfu", "none/expiring")
 }
 CHECKPOINTED: dict[str, dict[str, Any]] = {
     "adam lru": {
@@ -72,6 +77,10 @@ CHECKPOINTED: dict[str, dict[str, Any]] = {
     "rowwise lfu": {
         "options": {"optimizer": "rowwise_adagrad"},
         "item": {"evict_strategy": "lfu", "dist_type": "continuous"},
+    },
+    "adam expiring": {
+        "options": {"optimizer": "sgd", "trained": {"item": {"optimizer_str": "adam"}}},
+        "item": {"evict_strategy": "none", "expire_iters": 1, "admission_threshold": 2, "initializer": "uniform"},
     },
 }
 
@@ -169,7 +178,7 @@ def in_pipeline(mesh: Mesh, pipeline: str, optimizer: str, **item_table: Any) ->
             with stages.evaluation():
                 evaluate(model, mesh.device)
     counters = {
-        name: vars(Counters(*table.pop_figures()[1:].tolist())) for name, table in dynamic_tables(model).items()
+        name: vars(Counters(*table.pop_figures()[1:-1].tolist())) for name, table in dynamic_tables(model).items()
     }
     rows = rows_by_id(model, mesh)
     parts = [len(table.rows.blocks) for table in dynamic_tables(model).values()]
@@ -236,7 +245,8 @@ def go_on(
     held = rows_by_id(state.model, mesh)["item_table"]
     if save_to is not None:
         save(save_to, state, mesh)
-    return {"held": held, "losses": steps_of(state, mesh, 3, 6)}
+    losses = steps_of(state, mesh, 3, 6)
+    return {"held": held, "losses": losses, "after": sorted(rows_by_id(state.model, mesh)["item_table"])}
 
 
 CASES: dict[str, Any] = {
@@ -356,10 +366,11 @@ def test_a_checkpoint_goes_on_with_equal_losses_on_two_then_four_then_one_rank(t
     on_four = run(4, load_from="first", save_to="second", in_gpu_memory=9.0)  # saved the same, split or not
     on_one = run(1, load_from="second")
     too_small = run(1, load_from="first", capacity=9)
+    assert len(original["adam lru"]["after"]) > len(original["adam expiring"]["after"]), "some ids have expired"
     for case, expected in original.items():
-        assert len(expected["held"]) > 15
+        assert len(expected["held"]) > 9
         for resumed in (on_four[case], on_one[case]):
-            assert resumed["held"] == expected["held"]
+            assert resumed["held"] == expected["held"] and resumed["after"] == expected["after"]
             assert resumed["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         kept = too_small[case]["held"]
         assert len(kept) == 9 and kept.items() <= expected["held"].items()

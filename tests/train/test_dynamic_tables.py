@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hstu.base.errors import ConfigError
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.export import describe, export
 from hstu.checkpoint.tensors import load_safetensors, read_metadata
@@ -28,18 +29,32 @@ def test_a_table_with_room_for_all_items_fills_and_evicts_nothing(train: Train, 
     assert tables[0]["hit_rate"] < tables[-1]["hit_rate"]
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "none"])
 def test_a_run_that_goes_on_from_a_checkpoint_loses_no_row(train: Train, store: SequenceStore, policy: str) -> None:
+    limit = 1 if policy == "none" else None
     options = {
-        "tables": tables_with_dynamic(store, rows=8, evict_strategy=policy, admission_threshold=3),
+        "tables": tables_with_dynamic(
+            store, rows=8, evict_strategy=policy, admission_threshold=3 - bool(limit), expire_iters=limit
+        ),
         "optimizer": {"optimizer_str": "adam"},
     }
-    straight = train("ranking", trainer={"max_train_iters": 8}, **options)
+    sizes = {"train_batch_size": 1 if limit else 8}
+    straight = train("ranking", trainer=sizes | {"max_train_iters": 8}, **options)
     saving = {"max_train_iters": 4, "ckpt_save_interval": 4}
-    train("ranking", output="resumed", trainer=saving, **options)
-    resumed = train("ranking", output="resumed", trainer={"max_train_iters": 8, "ckpt_load_dir": "auto"}, **options)
+    train("ranking", output="resumed", trainer=sizes | saving, **options)
+    going_on = {"max_train_iters": 8, "ckpt_load_dir": "auto"}
+    resumed = train("ranking", output="resumed", trainer=sizes | going_on, **options)
     assert resumed.losses[-4:] == pytest.approx(straight.losses[-4:], rel=1e-6)
-    assert straight.records[0]["tables"]["movies"]["waiting"] > 0
+    content = dynamic_tables(straight.trainer.state.model)["movies"].content()
+    assert torch.equal(content.changed, steps_of(content.policy, content.scores)), "also where an id has moved"
+    reports = [record["tables"]["movies"] for record in straight.records]
+    assert reports[0]["waiting"] > 0
+    assert (policy == "none") == any(report["expirations"] for report in reports)
+
+
+def test_vectors_of_new_items_have_a_direction(train: Train, store: SequenceStore) -> None:
+    with pytest.raises(ConfigError, match=r"initializer .*vectors of new items of 'movies' would be zeros.*item_tower"):
+        train("retrieval", tables=tables_with_dynamic(store, rows=ITEMS, initializer="zeros"))
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ class EmbeddingArgs(NamedFeaturesArgs, OwnOptimizerArgs):
     gradients of the rows go to our own Adam. None: fused, or dense for Adam on a CPU. A CPU always uses these defaults
     and warns if another kernel is given. Not for dynamic tables, whose options for GPU memory decide."""
     init_std: float = option(0.02, changes="training", above=0, maximum=1e6)
-    """Standard deviation of the normal distribution of initial rows."""
+    """Standard deviation of initial rows, which are normally distributed but for DynamicEmbeddingArgs.initializer."""
 
 
 class DynamicEmbeddingArgs(EmbeddingArgs):
@@ -60,8 +60,9 @@ class DynamicEmbeddingArgs(EmbeddingArgs):
     """Number of rows in GPU memory. 0: all rows are in host memory. It takes precedence over the ratio."""
     item_vocab_gpu_capacity_ratio: Optional[float] = option(None, changes="speed", minimum=0, maximum=1)
     """Fraction of item_vocab_size_or_capacity in GPU memory. 0: all rows are in host memory."""
-    evict_strategy: str = option("lru", changes="training", choices=("lru", "lfu"))
-    """Which id loses its row if a rank has none free. lru: the least recently trained. lfu: the least often trained."""
+    evict_strategy: str = option("lru", changes="training", choices=("lru", "lfu", "none"))
+    """Which id loses its row if a rank has none free. lru: the least recently trained. lfu: the least often trained.
+    none: no id does; new ids get no row, as the log says, until one is free by expire_iters or a larger capacity."""
     caching: bool = option(False, changes="speed")
     """Use of the GPU memory. False: it holds that many rows of the table, and host memory holds the others. True: it
     is a cache of the table, which is in host memory."""
@@ -71,3 +72,9 @@ class DynamicEmbeddingArgs(EmbeddingArgs):
     admission_threshold: int = option(0, changes="training", minimum=0)
     """Number of times that training must see an id before it gets a row; until then its embedding is zero. 0 and 1:
     at first sight."""
+    expire_iters: Optional[int] = option(None, changes="training", minimum=1)
+    """Iterations without an id in the training data after which it loses its row, optimizer state and count; it then
+    starts over. Checked at every tenth of them, so an id may stay for a tenth longer. None: ids never expire."""
+    initializer: str = option("normal", changes="training", choices=("normal", "uniform", "zeros"))
+    """Distribution of new rows, of mean 0 and standard deviation init_std. zeros: all 0, so that a new item is what its
+    features say; for the items of a retrieval run only with RetrievalArgs.item_tower, as vectors need a direction."""

@@ -16,14 +16,14 @@ from hstu.ops.check_process import remembered
 from hstu.ops.cpu.build import KernelsUnavailable, int32, int64, library, library_file, pointer
 from hstu.ops.kernels import SLOTS
 from hstu.ops.select import select_slot_kernels
-from hstu.parallel.dynamic.slots import Assignment, Policy, SlotTable, TorchSlots
+from hstu.parallel.dynamic.slots import POLICIES, Assignment, Policy, SlotTable, TorchSlots
 
 log = logging.getLogger(__name__)
 
 
 def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: torch.device) -> SlotTable:
     """Return the fastest implementation on this machine, and log it for the table named ``table``."""
-    policy: Policy = "lfu" if args.evict_strategy == "lfu" else "lru"
+    policy: Policy = args.evict_strategy  # type: ignore[assignment]  # its choices are the policies
     threshold = args.admission_threshold
     kernels = None
     if device.type == "cpu":
@@ -55,8 +55,8 @@ class CpuSlots(SlotTable):
         self._library = library()
         self._library.hstu_slots_new.restype = pointer
         self._library.hstu_slots_size.restype = int64
-        lfu = int32(policy == "lfu")
-        self._handle = pointer(self._library.hstu_slots_new(int64(capacity), lfu, _pointer(self._records)))
+        number = int32(POLICIES.index(policy))
+        self._handle = pointer(self._library.hstu_slots_new(int64(capacity), number, _pointer(self._records)))
         weakref.finalize(self, self._library.hstu_slots_free, self._handle)
         if admission_threshold > 1:
             self.sightings = CpuSlots(capacity, "lru")
@@ -103,8 +103,7 @@ def _refusal(operators: Sequence[str] = (SLOTS,)) -> dict[str, str | None]:
     """Compare CpuSlots with TorchSlots, because compilers have defects. Takes some tenths of a second."""
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(200, generator=generator).mul(300).long() for _ in range(30)]
-    policies: tuple[Policy, ...] = ("lru", "lfu")
-    for policy, threshold in itertools.product(policies, (0, 2)):
+    for policy, threshold in itertools.product(POLICIES, (0, 2)):
         tables = CpuSlots(300, policy, threshold), TorchSlots(300, policy, threshold)
         for step, ids in enumerate(batches, 1):
             compiled, expected = (table.assign(ids, step) for table in tables)

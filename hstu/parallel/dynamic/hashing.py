@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import cache
 
 import torch
@@ -58,20 +59,25 @@ def table_key(seed: int, table: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int) -> Tensor:
+def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int, quantiles: Tensor | None = None) -> Tensor:
     """Return rows for int64 ids [n]: float32 [n, dim], equal for equal key and id on every rank and device.
 
-    N(0, init_std²), approximated by 65,536 quantiles (at most ±4.3 init_std). A lookup table replaces arithmetic, so
-    that every device gives the same bits.
+    Numbers of the distribution with these ``quantiles`` (see ``quantiles_of``; None: normal), times init_std. A lookup
+    table replaces arithmetic, so that every device gives the same bits.
     """
     words = -(-dim // 4)
     keys = mix(ids ^ table_key)[:, None] + torch.arange(words, device=ids.device)
-    quantiles = mix(keys).view(torch.int16).to(torch.int32) + _QUANTILES // 2
-    return (normal_quantiles(ids.device)[quantiles] * init_std)[:, :dim]
+    drawn = mix(keys).view(torch.int16).to(torch.int32) + _QUANTILES // 2
+    quantiles = quantiles_of("normal", ids.device) if quantiles is None else quantiles
+    return (quantiles[drawn] * init_std)[:, :dim]
 
 
 @cache
-def normal_quantiles(device: torch.device) -> Tensor:
-    """Return float32 [65536]: midpoints of 65,536 equally likely parts of the standard normal distribution."""
-    quantiles = torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES)
-    return quantiles.float().to(device)  # computed on the CPU, for the same bits on every device
+def quantiles_of(initializer: str, device: torch.device) -> Tensor:
+    """Return float32 [65536]: midpoints of 65,536 equally likely parts of a distribution of mean 0 and deviation 1.
+
+    ``initializer``: see DynamicEmbeddingArgs. normal reaches ±4.3, uniform ±√3; zeros has zeros alone.
+    """
+    parts = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
+    values = {"normal": torch.special.ndtri(parts), "uniform": (2 * parts - 1) * math.sqrt(3), "zeros": 0 * parts}
+    return values[initializer].float().to(device)  # computed on the CPU, for the same bits on every device

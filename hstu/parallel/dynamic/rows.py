@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbedding
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
-from hstu.parallel.dynamic.hashing import initial_rows, normal_quantiles
+from hstu.parallel.dynamic.hashing import initial_rows
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,28 @@ class Rows:
         return any(block.cache is not None for block in self.blocks)
 
     @torch.no_grad()
-    def initialize(self, slots: Tensor, weight: Tensor) -> None:
-        """Write ``weight``, float32 [n, dim], to distinct ``slots``, int64 [n], also in caches. Zero their states."""
+    def initialize(self, slots: Tensor, weight: Tensor, states: Mapping[str, Tensor] | None = None) -> None:
+        """Write ``weight``, float32 [n, dim], and ``states`` (None: zeros) to distinct ``slots``, int64 [n]."""
         for block, used in self._ranges(len(self)):
             here = (slots >= used.start) & (slots < used.stop) if len(self.blocks) > 1 else slice(None)
             rows, own = slots[here] - used.start, weight[here]
             block.weight[rows, : self.dim] = own
-            for state in block.states.values():
+            for name, state in block.states.items():
                 state.index_fill_(0, rows, 0)
+                if states is not None:
+                    state[(rows, slice(self.dim))[: state.dim()]] = states[name][here]
             if block.cache is not None:
                 lines = block.cache.lines_of(rows)
                 cached = lines >= 0
                 block.cache.lines[lines[cached].long(), : self.dim] = own[cached]
+
+    @torch.no_grad()
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Move rows with their states from the slots ``source`` to ``target``, int64 [n], which share none."""
+        if len(source):
+            rows, states = self.read(int(source.max()) + 1)
+            moved = (kept[source.to(kept.device)].to(self.device) for kept in (rows, *states.values()))
+            self.initialize(target, next(moved), dict(zip(states, moved, strict=True)))
 
     @torch.no_grad()
     def start(
@@ -75,7 +85,7 @@ class Rows:
         """Write initial rows, or zeros without ``ids``, to the first ``number``, int64 [1], of ``slots``; zero states.
 
         ``kernels``: hstu/ops/triton/slots.py, which does not wait for the device. None: ``initialize``.
-        ``initial``: ``table_key`` and ``init_std`` of hashing.py's ``initial_rows``.
+        ``initial``: ``table_key``, ``init_std`` and ``quantiles`` of hashing.py's ``initial_rows``.
         """
         if kernels is None:
             slots = slots[: int(number)]
@@ -83,17 +93,16 @@ class Rows:
                 zeros = self.blocks[0].weight.new_zeros((len(slots), self.dim))
                 self.initialize(slots, zeros if ids is None else initial_rows(ids[: len(slots)], self.dim, **initial))
             return
-        options: dict[str, Any] = {} if ids is None else {"quantiles": normal_quantiles(ids.device), **initial}
         columns = None if ids is None else self.dim
         for block, held in self._ranges(len(self)):
-            kernels.start_rows(block.weight, slots, number, ids, first_row=held.start, columns=columns, **options)
+            kernels.start_rows(block.weight, slots, number, ids, first_row=held.start, columns=columns, **initial)
             for state in block.states.values():
                 kernels.start_rows(state, slots, number, first_row=held.start)
             if block.cache is not None:
                 places = torch.arange(len(slots), device=slots.device)
                 here = (places < number) & (slots >= held.start) & (slots < held.stop)
                 lines = block.cache.lines_of(torch.where(here, slots - held.start, -1))
-                kernels.start_rows(block.cache.lines, lines, number, ids, columns=columns, **options)
+                kernels.start_rows(block.cache.lines, lines, number, ids, columns=columns, **initial)
 
     @torch.no_grad()
     def prefetch(self, slots: Tensor) -> None:

@@ -14,6 +14,7 @@ Scores are int64. Equal scores are ordered by the hash of their ids (hstu.base.h
 
     lru    last step · 2^31 + count       evicts the least recently seen id, among equals the least often seen
     lfu    count · 2^32 + last step       evicts the least often seen id, among equals the least recently seen
+    none   as lfu                         evicts nothing: new ids compete among themselves for the unused slots
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from hstu.parallel.dynamic.hashing import in_unsigned_order, mix, unmix
 
-Policy = Literal["lru", "lfu"]
+Policy = Literal["lru", "lfu", "none"]
+POLICIES: tuple[Policy, ...] = ("lru", "lfu", "none")
 MAX_COUNT = 2**31 - 1
 MAX_STEP = 2**32 - 1
 NO_SLOT = -1
@@ -46,7 +48,8 @@ class Counters:
     waiting: int = 0
     """Lookups of ids below admission_threshold."""
     rejections: int = 0
-    """Lookups of ids without room: all rows belong to ids of the same batch or (lfu) to ids seen more often."""
+    """Lookups of ids without room: all rows belong to ids of the same batch, (lfu) to ids seen more often, or (none) to
+    any ids."""
     insertions: int = 0
     evictions: int = 0
 
@@ -121,6 +124,20 @@ class SlotTable(ABC):
     @abstractmethod
     def restore(self, ids: Tensor, scores: Tensor) -> None:
         """Replace the content by at most ``capacity`` ids with their ``scores``, in slots 0, 1, …"""
+
+    def free_unseen(self, since: int) -> tuple[int, Tensor, Tensor]:
+        """Free the slots of ids that were last seen before step ``since``, and fill the gaps from the end.
+
+        Returns the number of freed slots, and the old and the new slots of ids that moved, int64 [m]. The host waits.
+        """
+        ids, scores = self.content()
+        stays = steps_of(self.policy, scores) >= since
+        kept = int(stays.sum())
+        source, target = stays[kept:].nonzero()[:, 0] + kept, (~stays[:kept]).nonzero()[:, 0]
+        if kept < len(ids):
+            order = torch.arange(kept, device=ids.device).index_copy(0, target, source)
+            self.restore(ids[order], scores[order])
+        return len(ids) - kept, source, target
 
 
 def score(policy: Policy, counts: Tensor, step: int | Tensor) -> Tensor:
@@ -280,6 +297,8 @@ class TorchSlots(SlotTable):
         Entries are slot numbers, or ``capacity`` + i for the i-th new id, then ``capacity`` + n as padding.
         """
         of_slots, of_hashes = self._scores[: self.capacity], self._hashes[: self.capacity]
+        if self.policy == "none":
+            of_slots = torch.full_like(of_slots, HIGHEST)
         lowest, indices = _smallest(of_slots, scores)
         threshold = lowest.gather(0, (excess - 1).clamp(min=0))
         below = (lowest < threshold).sum()

@@ -14,7 +14,7 @@ from torch import Tensor
 from hstu.config.args import DynamicEmbeddingArgs
 from hstu.model.embedding import TableSpec
 from hstu.parallel.dynamic.create import create_slots
-from hstu.parallel.dynamic.hashing import mix, table_key
+from hstu.parallel.dynamic.hashing import mix, quantiles_of, table_key
 from hstu.parallel.dynamic.rows import Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters, Policy, counts_of, eviction_order, score, steps_of
 
@@ -22,7 +22,7 @@ _OF_IDS = "ids", "scores", "changed", "rows"
 """Fields of TableContent with an entry per id, besides its states."""
 TableReport = dict[str, float]
 """``rows`` and ``capacity`` over all ranks; ``hit_rate``: share of lookups of ids that had a row before their batch;
-and the other counters of hstu.parallel.dynamic.slots.Counters."""
+``expirations``; and the other counters of hstu.parallel.dynamic.slots.Counters."""
 
 
 class DynamicTable:
@@ -45,19 +45,26 @@ class DynamicTable:
         self._counts = torch.zeros(len(fields(Counters)), dtype=torch.int64, device=rows.device)
         self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         """Last training batch that changed each row."""
-        self._key = table_key(seed, spec.name)
+        self._initial = {
+            "table_key": table_key(seed, spec.name),
+            "init_std": spec.init_std,
+            "quantiles": quantiles_of(self.args.initializer, rows.device),
+        }
+        self._expired = 0
+        """Ids that have expired since the last report."""
         self._default = torch.tensor([self.default_slot], device=rows.device)
         self._one = torch.ones_like(self._default)
 
     def pop_figures(self) -> Tensor:
-        """Return rows in use and counters, int64 [7] on the table's device, and reset the counters."""
-        figures = torch.cat([self.slots.size(), self._counts])
-        self._counts = torch.zeros_like(self._counts)
+        """Return rows in use, counters and expired ids, int64 [8] on the table's device, and reset the counts."""
+        figures = torch.cat([self.slots.size(), self._counts, torch.full_like(self._default, self._expired)])
+        self._counts, self._expired = torch.zeros_like(self._counts), 0
         return figures
 
     def assign_rows(self, ids: Tensor, counts: Tensor | None = None) -> Tensor:
         """Assign and return rows, int64 [n], for the ids of the next training batch. ``counts``: see SlotTable."""
         self.step += 1
+        self._expire()
         assigned = self.slots.assign(ids, self.step, None if counts is None else counts.long())
         self._counts += assigned.counts
         self.rows.start(
@@ -65,12 +72,23 @@ class DynamicTable:
             assigned.insertions,
             self.slots.kernels,
             assigned.new_ids,
-            table_key=self._key,
-            init_std=self.spec.init_std,
+            **self._initial,
         )
         rows = self._or_default(assigned.slots)
         self.changed[rows] = self.step
         return rows
+
+    def _expire(self) -> None:
+        """At every tenth of expire_iters, forget the ids that occurred in none of that many batches before this one."""
+        limit = self.args.expire_iters
+        if limit is None or self.step % -(-limit // 10):
+            return
+        if self.slots.sightings is not None:
+            self.slots.sightings.free_unseen(self.step - limit)
+        freed, source, target = self.slots.free_unseen(self.step - limit)
+        self._expired += freed
+        self.rows.move(source, target)
+        self.changed[target] = self.changed[source]
 
     def look_up(self, ids: Tensor, *, training: bool) -> Tensor:
         """Return the rows, int64 [n], of ids without assigning new ones. ``training``: rows will be updated."""
@@ -138,7 +156,7 @@ def pop_reports(
         [rows, table.slots.capacity, *counts] for table, (rows, *counts) in zip(tables.values(), figures, strict=True)
     ]
     totals = zip(tables, sum_over_ranks(own), strict=True)
-    names = ["rows", "capacity", *(field.name for field in fields(Counters))]
+    names = ["rows", "capacity", *(field.name for field in fields(Counters)), "expirations"]
     return {table: _report(dict(zip(names, counts, strict=True))) for table, counts in totals}
 
 
@@ -154,6 +172,7 @@ def describe_report(table: str, report: Mapping[str, float]) -> str:
     counts = {
         "new": report["insertions"],
         "evicted": report["evictions"],
+        "expired": report["expirations"],
         "lookups below the admission threshold": report["waiting"],
         "lookups without room": report["rejections"],
     }

@@ -21,10 +21,19 @@ class DictionaryTable:
         self.sightings = DictionaryTable(capacity, "lru") if admission_threshold > 1 else None
 
     def worth(self, count: int, step: int) -> tuple[int, int]:
-        return (count, step) if self.policy == "lfu" else (step, count)
+        return (step, count) if self.policy == "lru" else (count, step)
 
     def order(self, id_: int) -> tuple[int, ...]:
         return (*self.worth(*self.held[id_]), hash_of(id_))
+
+    def expire(self, step: int, limit: int) -> list[int]:
+        """Forget ids that none of the ``limit`` batches before ``step`` had."""
+        gone = [id_ for id_, (_, last) in self.held.items() if step - 1 - last >= limit]
+        for id_ in gone:
+            del self.held[id_]
+        if self.sightings is not None:
+            self.sightings.expire(step, limit)
+        return gone
 
     def assign(self, ids: Sequence[int], step: int) -> dict[str, list[int]]:
         return self.add(Counter(ids), step)
@@ -41,6 +50,7 @@ class DictionaryTable:
         others = sorted((id_ for id_, (_, last) in self.held.items() if last != step), key=self.order)
         contenders = sorted((self.worth(counts[id_], step) for id_ in admitted), reverse=True)
         contenders = contenders[self.capacity - len(self.held) :]
+        others = [] if self.policy == "none" else others
         evicted = [id_ for id_, worth in zip(others, contenders, strict=False) if self.worth(*self.held[id_]) < worth]
         for id_ in evicted:
             del self.held[id_]

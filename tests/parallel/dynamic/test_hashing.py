@@ -1,10 +1,11 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hstu.base.hashing import splitmix64
-from hstu.parallel.dynamic.hashing import initial_rows, mix, table_key, unmix
+from hstu.parallel.dynamic.hashing import initial_rows, mix, quantiles_of, table_key, unmix
 
 KEY = table_key(1234, "item")
 
@@ -25,6 +26,14 @@ def test_rows_are_normal_with_the_deviation_asked_for_and_do_not_resemble_one_an
     assert abs(float(rows.abs().median()) - 0.6745) < 0.01  # the normal distribution's
     assert float(torch.corrcoef(rows[:50]).fill_diagonal_(0).abs().max()) < 0.6
     assert float(torch.corrcoef(rows.t()).fill_diagonal_(0).abs().max()) < 0.1
+
+
+def test_rows_may_be_uniform_with_the_same_deviation_or_zeros() -> None:
+    ids, device = torch.arange(4000), torch.device("cpu")
+    uniform, zeros = (initial_rows(ids, 6, 0.02, KEY, quantiles_of(kind, device)) for kind in ("uniform", "zeros"))
+    assert abs(float(uniform.std()) / 0.02 - 1) < 0.01 and not zeros.any()
+    assert float(uniform.abs().max()) == pytest.approx(0.02 * 3**0.5, rel=1e-3)
+    assert abs(float(uniform.abs().median()) / 0.02 - 3**0.5 / 2) < 0.02
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))

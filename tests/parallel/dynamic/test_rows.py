@@ -72,10 +72,15 @@ def trained_rows(*, prefetched_at_its_own_stamp: bool = False) -> int:
     tables, different, cached = [Rows([one], DIM) for one in (plain, part)], 0, 0
     batches = [torch.randint(ROWS, (9,), generator=generator) for _ in range(STEPS + 1)]
     for step in range(STEPS):
-        initialized = torch.randperm(ROWS, generator=generator)[: step % 4]
+        initialized, source, target = torch.randperm(ROWS, generator=generator)[:12].split(4)
+        initialized, source, target = initialized[: step % 4], source[: step % 3], target[: step % 3]
         first = torch.rand(len(initialized), DIM, generator=generator)
         for table in tables:
             table.initialize(initialized, first)
+            before = [kept.clone() for kept in (table.read(ROWS)[0], table.blocks[0].states["sum"])]
+            table.move(source, target)
+            for kept, old in zip((table.read(ROWS)[0], table.blocks[0].states["sum"]), before, strict=True):
+                assert torch.equal(kept[target], old[source])
         ids = batches[step].unique()
         lines = cache.look_up(ids)
         cached += int((lines >= 0).sum())

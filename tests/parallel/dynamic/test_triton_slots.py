@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.ops.kernels import Backend
-from hstu.parallel.dynamic.hashing import initial_rows, normal_quantiles, unmix
+from hstu.parallel.dynamic.hashing import initial_rows, quantiles_of, unmix
 from hstu.parallel.dynamic.rows import RowBlock, Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Policy, TorchSlots
 from tests.ops.backends import INTERPRETED, device_of, examples, needs_gpu
@@ -95,4 +95,4 @@ def test_new_rows_have_their_initial_values_in_whichever_block_they_are_and_no_s
     untouched = torch.ones(27, dtype=torch.bool, device=DEVICE).index_fill(0, slots[:5], False)
     assert (values[untouched] == 9).all() and (values[:, dim:] == 9).all() and torch.equal(states > 0, untouched)
     rows.start(slots[5:], number[:0].new_ones(1), kernels)
-    assert not blocks[0].weight[4].any() and normal_quantiles(DEVICE).device.type == DEVICE.type
+    assert not blocks[0].weight[4].any() and quantiles_of("normal", DEVICE).device.type == DEVICE.type

@@ -22,8 +22,8 @@ struct Counters {
 
 class Table {
 public:
-    Table(int64_t capacity, bool lfu, Record* records)
-        : capacity_(capacity), policy_{lfu}, records_(records), victims_(records, policy_) {
+    Table(int64_t capacity, Policy policy, Record* records)
+        : capacity_(capacity), policy_(policy), records_(records), victims_(records, policy_) {
         rebuild(0);
     }
 
@@ -146,7 +146,7 @@ private:
     // Give slots to the admitted ids, as far as slots go.
     void assign_slots(int64_t step, Counters* counters) {
         int64_t unused = capacity_ - size_;
-        victims_.pop(contenders(unused, step), step, taken_);
+        if (policy_.evicts) victims_.pop(contenders(unused, step), step, taken_);
         evicted_.clear();
         for (int32_t slot : taken_) evicted_.push_back(records_[slot].id);
         keep_most_seen(unused + int64_t(taken_.size()), counters);
@@ -223,9 +223,9 @@ private:
 
 extern "C" {
 
-// records: int64 [capacity, 2], id and score of each slot.
-void* hstu_slots_new(int64_t capacity, int32_t lfu, int64_t* records) {
-    return new Table(capacity, lfu != 0, reinterpret_cast<Record*>(records));
+// policy: 0 lru, 1 lfu, 2 none, which scores as lfu. records: int64 [capacity, 2], id and score of each slot.
+void* hstu_slots_new(int64_t capacity, int32_t policy, int64_t* records) {
+    return new Table(capacity, Policy{policy != 0, policy != 2}, reinterpret_cast<Record*>(records));
 }
 
 void hstu_slots_free(void* table) { delete static_cast<Table*>(table); }

@@ -34,6 +34,7 @@ struct Record {
 
 struct Policy {
     bool lfu;
+    bool evicts = true;
 
     int64_t score(int64_t count, int64_t step) const {
         count = std::min(count, kMaxCount);

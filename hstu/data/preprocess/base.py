@@ -2,10 +2,10 @@
 
 Its users, items and values become DuckDB tables beside the new ones, so that the stages number the union of both:
 
-    base_users, base_items   the rows that stay: ``id``, ``code`` in the base, ``events`` (of an item: 1 or 0),
-                             ``first`` (the second of a user's first event), the values c0, i0, … that no new table
-                             replaces, and ``title``; NULL where unknown
-    base_e0, …               ``id`` and ``code`` of the values that the events of the base have
+    base_users, base_items   the rows that stay: ``id``, ``events`` (of an item: 1 or 0), ``first`` (the second of a
+                             user's first event), the values c0, i0, … that no new table replaces, and ``title``; NULL
+                             where unknown
+    base_e0, …               ``id`` and ``code`` in the base of the values that the events of the base have
 """
 
 from __future__ import annotations
@@ -44,20 +44,25 @@ def is_text(store: SequenceStore, feature: str) -> bool:
 def show_base(build: Build) -> None:
     """Create base_users, base_items and base_e0, …"""
     store, schema = build.earlier.store, build.schema
-    lengths = np.diff(store.offsets())
+    lengths = np.diff(store.offsets()).astype(np.int32)
     lengths[build.earlier.forgotten] = 0
-    users = {"events": pyarrow.array(lengths)}
+    users = {"events": _arrow(lengths)}
+    build.earlier.events["user"] = np.where(lengths > 0, lengths, -1)
     if store.timestamp_feature:
-        users["first"] = pyarrow.array(store.sequence(store.timestamp_feature)[store.offsets()[:-1]])
-    items = {"events": pyarrow.array(used_values(build, store.item_feature, of_candidates=False).astype(np.int64))}
+        users["first"] = _arrow(store.sequence(store.timestamp_feature)[store.offsets()[:-1]])
+    used = used_values(build, store.item_feature, of_candidates=False).astype(np.int32)
+    items = {"events": _arrow(used)}
+    build.earlier.events["item"] = used if used.all() or _keeps_items_without_events(build) else used * 2 - 1
     if "titles" not in build.raw.tables and (titles := store.titles()) is not None:
-        items["title"] = pyarrow.array(titles, type=pyarrow.large_string())
+        items["title"] = _arrow(titles)
     _show_owners(build, "user", USER_FEATURE, users, schema.of_users())
     _show_owners(build, "item", store.item_feature, items, schema.of_items())
     for name, feature in schema.of_events().items():
         if name not in schema.quantities():
-            _register(build, f"base_{name}_values", feature, {"used": pyarrow.array(used_values(build, feature))})
-            build.view(f"base_{name}", f"SELECT id, code FROM base_{name}_values WHERE used")
+            used = used_values(build, feature)
+            columns = {"used": _arrow(used), "code": _arrow(np.arange(len(used)))}
+            _register(build, f"base_{name}_values", feature, columns)
+            build.view(f"base_{name}", f"SELECT id, code FROM base_{name}_values WHERE used = 1")
 
 
 def _show_owners(
@@ -67,7 +72,7 @@ def _show_owners(
     values = {name: _values_of(build.earlier.store, feature) for name, feature in stored.items()}
     _register(build, f"base_{owner}_rows", ids, {**columns, **values})
     (kind,) = build.engine.sql(f'SELECT "{owner}" FROM events').types
-    selected = [f"CAST(id AS {kind}) AS id", "code", *columns]
+    selected = [f"CAST(id AS {kind}) AS id", *columns]
     for name, feature in stored.items():
         meta = build.earlier.store.features[feature]
         first = f"{name}[1]" if meta.width > 1 else name
@@ -78,27 +83,31 @@ def _show_owners(
     build.view(f"base_{owner}s", f"SELECT {', '.join(selected)} FROM base_{owner}_rows WHERE {stays}")
 
 
-def number_with_base(build: Build, name: str, new: str) -> int:
-    """Show the table users or items of a build with a base, and fill Base.codes. ``new``: SQL of ``id`` and ``events``,
-    ascending. Returns the number of rows. DuckDB would sort and join all of them, of which most are of the base."""
-    codes, events = columns_of(build, f"SELECT code, events FROM base_{name}s")
+def number_with_base(build: Build, name: str, new: str) -> np.ndarray:
+    """Show the table users or items of a build with a base, and its rows of the new files, new_users or new_items. Fill
+    Base.codes. ``new``: SQL of ``id`` and ``events``, ascending. Returns the ids of all rows.
+    DuckDB would sort and join all of them, of which most are of the base."""
     store, feature = build.earlier.store, USER_FEATURE if name == "user" else build.schema.item
-    known = store.raw_ids(feature)[codes]
+    known, events = store.raw_ids(feature), build.earlier.events[name]
+    places = np.flatnonzero(stays := events >= 0)
+    if not stays.all():
+        known, events = known[stays], events[stays]
     ids, counts = columns_of(build, new)
     if known.dtype != ids.dtype:  # integers in the base, text in the new files
         known = known.astype(str).astype(object)
         order = np.argsort(known)
-        known, codes, events = known[order], codes[order], events[order]
+        known, events, places = known[order], events[order], places[order]
     place, is_new = np.searchsorted(known, ids), codes_of(ids, known) < 0
     events[place[~is_new]] += counts[~is_new]
-    place = place[is_new]
-    of_base = np.insert(codes, place, -1)
-    rows = np.arange(len(of_base))
-    columns = {"id": np.insert(known, place, ids[is_new]), "events": np.insert(events, place, counts[is_new])}
-    build.engine.register(f"{name}s", pyarrow.table({**columns, "code": rows}))
-    build.earlier.codes[name] = np.full(store.cardinality(feature), -1)
-    build.earlier.codes[name][codes] = rows[of_base >= 0]
-    return len(rows)
+    rows = place + np.cumsum(is_new) - is_new  # of the new files
+    place, every = place[is_new], np.arange(len(known) + is_new.sum(), dtype=np.int32)
+    known, events = np.insert(known, place, ids[is_new]), np.insert(events, place, counts[is_new])
+    every_row = {"id": known, "code": every, "events": events}
+    for table, columns in ((f"{name}s", every_row), (f"new_{name}s", {"id": ids, "code": rows})):
+        build.engine.register(table, pyarrow.table({key: _arrow(values) for key, values in columns.items()}))
+    build.earlier.codes[name] = np.full(len(stays), -1, dtype=np.int32)
+    build.earlier.codes[name][places] = np.delete(every, rows[is_new])
+    return known
 
 
 def columns_of(build: Build, query: str) -> list[np.ndarray]:
@@ -113,16 +122,23 @@ def _keeps_items_without_events(build: Build) -> bool:
 
 
 def _register(build: Build, table: str, ids: str, columns: Mapping[str, pyarrow.Array]) -> None:
-    texts = _texts(build.earlier.store, ids)
-    codes = pyarrow.array(np.arange(len(texts)))
-    build.engine.register(table, pyarrow.table({"id": texts, "code": codes, **columns}))
+    build.engine.register(table, pyarrow.table({"id": _texts(build.earlier.store, ids), **columns}))
+
+
+def _arrow(values: np.ndarray) -> pyarrow.Array:
+    """Numbers without a copy, or texts. Of numbers, pyarrow.array would import pandas, which takes 0.2 s."""
+    if values.dtype == object:
+        return pyarrow.array(values, type=pyarrow.large_string())
+    values = np.ascontiguousarray(values, dtype=np.int8 if values.dtype == bool else None)
+    kind = pyarrow.from_numpy_dtype(values.dtype)
+    return pyarrow.Array.from_buffers(kind, len(values), [None, pyarrow.py_buffer(values)])
 
 
 def _texts(store: SequenceStore, feature: str) -> pyarrow.Array:
     """Code → raw id, without a copy."""
     arrays = store.raw_id_arrays(feature)
     if len(arrays) == 1:
-        return pyarrow.array(arrays[0])
+        return _arrow(arrays[0])
     buffers = [None, *(pyarrow.py_buffer(array) for array in arrays)]
     return pyarrow.Array.from_buffers(pyarrow.large_string(), len(arrays[0]) - 1, buffers)
 
@@ -131,14 +147,14 @@ def _values_of(store: SequenceStore, feature: str) -> pyarrow.Array:
     """The value of each user or item: text, a number, or a list of either."""
     meta = store.features[feature]
     if meta.role == "context":
-        return _texts(store, feature).take(pyarrow.array(store.context(feature)))
+        return _texts(store, feature).take(_arrow(store.context(feature)))
     if meta.role == "item_number":
-        values, width = pyarrow.array(store.item_numbers(feature).reshape(-1)), meta.width
+        values, width = _arrow(store.item_numbers(feature).reshape(-1)), meta.width
         bounds = np.arange(0, len(values) + 1, width) if width > 1 else None
     else:
         codes, bounds = store.item_values(feature)
-        values = _texts(store, feature).take(pyarrow.array(codes))
-    return values if bounds is None else pyarrow.LargeListArray.from_arrays(pyarrow.array(bounds), values)
+        values = _texts(store, feature).take(_arrow(codes))
+    return values if bounds is None else pyarrow.LargeListArray.from_arrays(_arrow(bounds), values)
 
 
 def used_values(build: Build, feature: str, of_candidates: bool = True) -> np.ndarray:

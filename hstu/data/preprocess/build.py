@@ -35,6 +35,7 @@ from hstu.data.preprocess.base import is_text, show_base, show_no_events
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
 from hstu.data.preprocess.existing import (
     appendable,
+    check_tables_are_known,
     integers_of,
     is_kept,
     stored_options,
@@ -47,7 +48,6 @@ from hstu.data.preprocess.existing import (
 from hstu.data.preprocess.features import check_items, write_context, write_item_features
 from hstu.data.preprocess.ingest import check_period, check_rows, keep_core, read_files
 from hstu.data.preprocess.merge import Growth
-from hstu.data.preprocess.running import write_running
 from hstu.data.preprocess.state import (
     Base,
     Build,
@@ -142,6 +142,7 @@ def import_interactions(
     before = values_of(store, columns)
     columns = without_known_files(columns, store, target)
     if not columns.files:
+        check_tables_are_known(columns, store)
         _log.warning("%s has all of these files already, and is kept", target)
         return target
     whole, digests = with_earlier_files(columns, store)
@@ -294,7 +295,10 @@ def _run_stages(build: Build, published: Mapping[str, float]) -> None:
     elif of_requests:
         sizes = (of_requests["requests"], of_requests["candidates"])
         requests = Requests(**write_requests(build, offsets, *sizes, event_values))
-    write_running(build, offsets, requests)
+    if build.options.running_statistics:
+        from hstu.data.preprocess.running import write_running  # it imports torch, for longer than many appends take
+
+        write_running(build, offsets, requests)
     (with_events,) = one(build.engine, "SELECT count(*) FROM items WHERE events > 0")
     events = int(lengths.sum())
     statistics = {

@@ -134,6 +134,17 @@ def without_known_files(columns: InteractionColumns, store: SequenceStore, targe
     return replace(columns, interactions=tuple(new))
 
 
+def check_tables_are_known(columns: InteractionColumns, store: SequenceStore) -> None:
+    """Raise DataError if a table that is given is not in the store, for an append without new events."""
+    tables = (*filter(None, (columns.context, columns.titles, columns.items)), *columns.request_files)
+    known = store.sources.values()
+    if changed := [str(file) for file in tables if file.is_file() and sha256(file) not in known]:
+        raise DataError(
+            f"cannot append to {store.path}: {', '.join(changed)} is not as in the store, and no events are new. "
+            f"Tables are read with new events: give them together, leave the tables out, {_REMEDY}"
+        )
+
+
 def with_earlier_files(
     columns: InteractionColumns, store: SequenceStore
 ) -> tuple[InteractionColumns, Mapping[Path, str]]:

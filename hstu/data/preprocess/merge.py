@@ -21,7 +21,8 @@ from hstu.data.store.sequence_store import Requests
 
 _log = logging.getLogger(__name__)
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 18
+"""Events at once: what is done to them, one array after another, stays in the caches."""
 _MOST_SEGMENTS = 1 << 16
 
 Codes = tuple[np.ndarray | None, np.ndarray | None]
@@ -140,19 +141,17 @@ class Growth:
 
     def _fill(self, target: np.memmap, old: np.ndarray, new: np.ndarray, codes: Codes) -> None:
         places, (old_codes, new_codes) = self.places, codes
-        for begin in range(0, len(target), _BLOCK):
-            part = target[begin : begin + _BLOCK]
-            first, last = np.searchsorted(places, (begin, begin + len(part)))
-            values = self._old(old, begin - first, begin + len(part) - last)
-            values = values if old_codes is None else old_codes[values]
-            if first == last:
-                part[:] = values
-                continue
-            here = new[first:last]
-            is_new = np.zeros(len(part), dtype=bool)
-            is_new[places[first:last] - begin] = True
-            part[is_new] = here if new_codes is None else new_codes[here]
-            part[~is_new] = values
+        with open(str(target.filename), "r+b") as file:  # the kernel writes zeros to a map first
+            file.seek(target.offset)
+            for begin in range(0, len(target), _BLOCK):
+                part = np.empty(min(_BLOCK, len(target) - begin), dtype=target.dtype)
+                first, last = np.searchsorted(places, (begin, begin + len(part)))
+                values = self._old(old, begin - first, begin + len(part) - last)
+                here, is_old = new[first:last], np.ones(len(part), dtype=bool)
+                is_old[places[first:last] - begin] = False
+                part[is_old] = values if old_codes is None else old_codes.take(values)
+                part[~is_old] = here if new_codes is None else new_codes[here]
+                file.write(part.data)
         target.flush()
 
     def _old(self, values: np.ndarray, begin: int, end: int) -> np.ndarray:

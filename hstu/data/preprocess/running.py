@@ -77,10 +77,8 @@ def learn_from(store: SequenceStore, places: np.ndarray | None = None) -> Runnin
 
 
 def write_running(build: Build, offsets: np.ndarray, requests: Requests | None) -> None:
-    """Write the running statistics of all events and candidates as features, if the options want them."""
+    """Write the running statistics of all events and candidates as features."""
     schema, writer = build.schema, build.writer
-    if not build.options.running_statistics:
-        return
     if schema.timestamp is None:
         raise ConfigError(
             "--running_statistics: they are of what was known at a time, and the data has no times; give --time"

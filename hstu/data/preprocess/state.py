@@ -82,8 +82,10 @@ class Base:
     """Earlier raw file → SHA-256."""
     forgotten: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Codes of the users who are removed."""
+    events: dict[str, np.ndarray] = field(default_factory=dict)
+    """"user", "item" → events of each of the base, of an item 1 or 0; -1 if it leaves; int32. A stage fills it."""
     codes: dict[str, np.ndarray] = field(default_factory=dict)
-    """"user", "item" → the new code of each of the base, int64; -1 for those that do not stay. A stage fills it."""
+    """"user", "item" → the new code of each of the base, int32; -1 for those that do not stay. A stage fills it."""
 
 
 @dataclass(frozen=True)

@@ -27,29 +27,33 @@ _FEATURE_BYTES_PER_ROW = 60
 
 
 def number_users_and_items(build: Build) -> tuple[np.ndarray, int]:
-    """Create the tables users and items, ascending in id. Returns events per user, int64 [U], and number of items."""
+    """Create the tables users and items, ascending in id, and their vocabularies. Returns events per user, int64 [U],
+    and the number of items."""
     listed = {"titles": "titles", "item_table": "usable_items"}
     further = [rows for name, rows in listed.items() if name in build.raw.tables and build.options.all_items]
     further += ["candidates"] if build.raw.requests else []
-    _number(build, "user", ())
-    num_items = _number(build, "item", further)
-    return column(build.engine, "SELECT events FROM users ORDER BY code"), num_items
+    build.writer.write_vocabulary(USER_FEATURE, _number(build, "user", ()))
+    ids = _number(build, "item", further)
+    build.writer.write_vocabulary(build.schema.item, ids)
+    return column(build.engine, "SELECT events FROM users ORDER BY code"), len(ids)
 
 
-def _number(build: Build, name: str, further: Sequence[str]) -> int:
-    """Create the table users or items, of events and of ``further`` tables."""
+def _number(build: Build, name: str, further: Sequence[str]) -> np.ndarray:
+    """Create the table users or items, of events and of ``further`` tables. Returns its ids."""
     query = f'SELECT "{name}" AS id, count(*) AS events FROM events GROUP BY 1'
     if further:
         every = [query, *(f'SELECT DISTINCT "{name}", 0 FROM {rows} WHERE "{name}" IS NOT NULL' for rows in further)]
         query = f"SELECT id, CAST(sum(events) AS BIGINT) AS events FROM ({' UNION ALL '.join(every)}) GROUP BY 1"
     query = f"{query} ORDER BY 1"
-    return number_with_base(build, name, query) if build.base else build.table(f"{name}s", query, "code")
+    if build.base:
+        return number_with_base(build, name, query)
+    build.table(f"{name}s", query, "code")
+    build.view(f"new_{name}s", f"SELECT id, code FROM {name}s")
+    return column(build.engine, f"SELECT id FROM {name}s")
 
 
 def write_vocabularies(build: Build) -> None:
-    """Write raw ids of users and items, in the order of their tables, texts of actions, and each item's first title."""
-    build.writer.write_vocabulary(USER_FEATURE, column(build.engine, "SELECT id FROM users"))
-    build.writer.write_vocabulary(build.schema.item, column(build.engine, "SELECT id FROM items"))
+    """Write the texts of actions, and each item's first title."""
     texts = labels(build)
     if build.schema.action and texts:
         build.writer.write_vocabulary(build.schema.action, np.array(texts, dtype=object))
@@ -141,13 +145,13 @@ def write_rows(
     valued = f"SELECT * {f'REPLACE ({replaced})' if replaced else ''} FROM ({rows})"
     joins = " ".join(f"JOIN vocabulary_{name} {name}_codes ON e.{name} = {name}_codes.id" for name in features)
     found = build.engine.sql(
-        f"SELECT {values} FROM ({valued}) e JOIN items i ON e.item = i.id {joins} ORDER BY {order}",
+        f"SELECT {values} FROM ({valued}) e JOIN new_items i ON e.item = i.id {joins} ORDER BY {order}",
         params=list(parameters),
     )
     start = place.start
     for batch in found.to_arrow_reader(ROWS_PER_CHUNK):
         for name, array in arrays.items():
-            array[start : start + batch.num_rows] = batch.column(name).to_numpy(zero_copy_only=False)
+            array[start : start + batch.num_rows] = np.from_dlpack(batch.column(name))  # to_numpy would import pandas
         start += batch.num_rows
     if start != place.stop:
         raise RuntimeError(f"{start - place.start} rows instead of {place.stop - place.start} in {place}")

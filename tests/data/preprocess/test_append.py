@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from hstu.data.preprocess import forget
 from hstu.data.store import writer
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
+from tests.conftest import REPOSITORY
 from tests.data.own_tables import histories, own_store
 from tests.data.preprocess.test_restart import arrays, contents, stopped_after_each_stage
 
@@ -66,6 +69,31 @@ def test_tables_of_users_are_read_anew(folder: Path) -> None:
     store = make(folder, "june.csv", append=True, **with_users)
     assert contents(store) == contents(make(folder, "may.csv", "june.csv", store="at_once", **with_users))
     assert SequenceStore.open(store).raw_ids("town").tolist() == ["Bonn", "Rom", "Ulm", "unknown"]
+
+
+def test_a_table_alone_is_no_append(folder: Path) -> None:
+    with_users: dict[str, Any] = {"context": folder / "users.csv", "context_columns": ("town",)}
+    before = contents(make(folder, "may.csv", **with_users))
+    make(folder, "may.csv", append=True, **with_users)
+    (folder / "users.csv").write_text(f"{USERS}a,Bonn\n")
+    with pytest.raises(DataError, match=r"users\.csv is not as in the store, and no events are new"):
+        make(folder, "may.csv", append=True, **with_users)
+    assert contents(folder / "store") == before
+
+
+def test_an_append_starts_without_torch_and_pandas(tmp_path: Path) -> None:
+    """Each takes longer than many appends."""
+    for name, rows in (("a", "9,10,1\n10,9,0\n"), ("b", "9,7,3\n8,10,0\n")):
+        (tmp_path / f"{name}.csv").write_text(f"u,i,a\n{rows}")
+    own_store(tmp_path, tmp_path / "a.csv", action="a")
+    append = f"--dataset_name mine --output {tmp_path}/store --interactions {tmp_path}/b.csv --append"
+    append += " --user u --item i --action a --no_report"
+    program = "import sys; from scripts import preprocess_dataset as p; print(p.main(sys.argv[1:]), *sys.modules)"
+    command = [sys.executable, "-c", program, *append.split()]
+    told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+    assert told.startswith("0 ") and not {"torch", "pandas"} & {*told.split()}
+    expected = own_store(tmp_path, [tmp_path / "a.csv", tmp_path / "b.csv"], action="a", store="at_once")
+    assert contents(tmp_path / "store") == contents(expected.path)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -51,7 +52,7 @@ from hstu.data.store.layout import (
 )
 from hstu.data.store.meta import MALFORMED, StoreFiles, read_meta, remedy
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 _HASHED_ON_OPENING = 8 << 20
 """Bytes whose checksums are verified at every opening, smallest files first. This takes a few milliseconds."""
 NO_EVENT = -1
@@ -125,6 +126,18 @@ class SequenceStore:
         files up to 8 MiB. verify_contents checks the rest. Raises DataError with the damage and the command that makes
         the store."""
         path = Path(path).absolute()
+        directory = _inode(path)
+        try:
+            store = cls._open(path)
+        except DataError:
+            if _inode(path) == directory:
+                raise
+            return cls.open(path)
+        # If a writer has replaced the store in the meantime, files of both may have been read.
+        return store if _inode(path) == directory else cls.open(path)
+
+    @classmethod
+    def _open(cls, path: Path) -> SequenceStore:
         try:
             meta = read_meta(path)
         except DataError as error:
@@ -352,6 +365,10 @@ def decode_strings(offsets: np.ndarray, utf8: np.ndarray) -> np.ndarray:
     strings = np.empty(len(offsets) - 1, dtype=object)
     strings[:] = [text[begin:end].decode() for begin, end in pairwise(offsets.tolist())]
     return strings
+
+
+def _inode(path: Path) -> int:
+    return os.stat(path).st_ino if os.path.exists(path) else 0
 
 
 def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -13,6 +13,7 @@ import pytest
 
 from hstu.base.errors import DataError
 from hstu.base.files import sha256
+from hstu.data.store import sequence_store
 from hstu.data.store.meta import sealed
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.data.store.writer import StoreWriter
@@ -234,6 +235,26 @@ def test_overwriting_replaces_the_store_whole(tmp_path: Path) -> None:
     assert SequenceStore.open(tmp_path / "toy").sequence("item").tolist() == [3]
     assert old.sequence("item").tolist() == [1, 2], "an open store stays readable"
     assert os.listdir(tmp_path) == ["toy"]
+
+
+@pytest.mark.parametrize("lengths", [[3], [2, 1]])
+def test_a_store_that_is_replaced_while_it_is_opened_is_the_new_one(
+    lengths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files may have other sizes than those that the old description says, or equal ones."""
+    write_toy(tmp_path / "toy", [1, 2])
+    plain, calls = sequence_store.read_meta, iter([True])
+
+    def replaced(path: Path) -> dict[str, Any]:
+        meta = plain(path)
+        if next(calls, False):
+            write_toy(tmp_path / "toy", lengths, overwrite=True)
+        return meta
+
+    monkeypatch.setattr(sequence_store, "read_meta", replaced)
+    found = SequenceStore.open(tmp_path / "toy")
+    assert found.sequence("item").tolist() == lengths
+    found.verify_contents()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

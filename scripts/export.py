@@ -99,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(loaded, *loaded.report, *caveats(config))
         evaluations, folder = evaluations_of(checkpoint, options.run_dir), directory / SERVING
         whole = folder if base is None else directory / "whole"
-        difference = write_serving(loaded, whole, evaluations=evaluations, table_dtype=options.table_dtype)
+        details = {"evaluations": evaluations, "table_dtype": options.table_dtype, "base": base}
+        difference = write_serving(loaded, whole, **details)
         found = "was not compared with the model"
         if difference is not None:
             found = f"differs from the model by at most {difference:.1e} (tolerance {TOLERANCE:g})"

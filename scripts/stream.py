@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--max_bad", type=int, default=1000, help="Kafka: messages of a part that are set aside at most (%(default)s)")
     add("--metrics_port", type=int, help="port of Prometheus metrics")
     add("--once", action="store_true", help="end when no part is left, in place of waiting for more")
+    add(
+        "--every_s", type=float, default=0.0, help="from the begin of a part to that of the next at least (%(default)s)"
+    )
     add("--poll_s", type=float, default=10.0, help="between two looks for a part (%(default)s)")
     options, columns = parser.parse_known_args(arguments)
     if set_here := [word for word in columns if word in _SET_HERE]:
@@ -81,10 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     watch = _metrics(options.metrics_port) if options.metrics_port else None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     while True:
+        begun = time.monotonic()
         if watch:
             watch(stream)
         if stream.advance():
             print(summary(stream.results[-1]), flush=True)
+            time.sleep(max(0.0, begun + options.every_s - time.monotonic()))
         elif options.once:
             print(f"{options.source}: no part is left; {stream.settings.run_dir / 'stream.md'} has the results")
             return EXIT_DONE

@@ -22,7 +22,7 @@ from hstu.parallel.tables import dynamic_tables
 from hstu.serve.histories import known_of_items, request_facts
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.outputs import predictions_of
-from hstu.serve.program import ServingProgram
+from hstu.serve.program import ServingProgram, key_of
 from hstu.serve.runtime.files import FORMAT, VERSION
 from hstu.serve.runtime.model import ITEM_VECTORS
 from hstu.train.inference import InferenceSource, StoredSource
@@ -98,6 +98,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
         **request_facts(config, trained.source, trained.vocabularies),
         "format": FORMAT,
         "version": VERSION,
+        "program": key_of(program, network, args, config.numbers, trained.source.roles),
         "inputs": list(program.input_names),
         "tokens_per_item": inputs.tokens_per_item,
         "heads": network.num_attention_heads,

@@ -61,6 +61,7 @@ def write_serving(
     *,
     evaluations: Mapping[str, Mapping[str, float]] | None = None,
     table_dtype: str = "float32",
+    base: Contents | None = None,
 ) -> float | None:
     """Write an export into a new folder. Returns its ``difference`` from the model.
 
@@ -69,6 +70,7 @@ def write_serving(
         folder: the folder to create, with its parents. The manifest is written last, so a folder with one is complete.
         evaluations: split → metric → value, for the model card.
         table_dtype: one of TABLE_DTYPES.
+        base: an earlier export, whose program is used if a new one would be equal.
 
     Raises:
         ConfigError: the model reads inputs that requests cannot contain.
@@ -78,9 +80,11 @@ def write_serving(
     folder.mkdir(parents=True)
     with trained.inference():
         program = ServingProgram(trained.task)
-        exported = trace(program)
         facts, tables, vocabulary = collect(trained, program)
-        torch.export.save(exported, folder / PROGRAM)
+        if base is not None and base.facts.get("program") == facts["program"]:
+            shutil.copyfile(base.path_of(PROGRAM), folder / PROGRAM)
+        else:
+            torch.export.save(trace(program), folder / PROGRAM)
         for name, tensors in ((WEIGHTS, program.state_dict()), (TABLES, tables), (VOCABULARY, vocabulary)):
             write_tensors(folder / name, tensors)
         (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")

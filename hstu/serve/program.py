@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
 
+from hstu.base.files import digest_of
 from hstu.config.args.network import SIDE_WIDTH
 from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import RankingModel
@@ -191,6 +193,13 @@ class _OfInputsAndWeights(nn.Module):
     def forward(self, inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
         outputs: Tensor = functional_call(self._program[0], weights, (inputs,))
         return outputs
+
+
+def key_of(program: ServingProgram, *options: object) -> str:
+    """Digest of all that ``trace`` depends on: the code, the version of torch, the options of the model, and shapes."""
+    shapes = {name: (weight.shape, weight.dtype) for name, weight in program.state_dict().items()}
+    sources = Path(__file__).parents[1].rglob("*.py")
+    return digest_of(sources, torch.__version__, repr(program), repr(shapes), *map(repr, options))
 
 
 def trace(program: ServingProgram) -> ExportedProgram:

@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loaded = load_model(LoadedModel, options)
     if loaded.mesh.is_main:
         progress_log.setLevel(logging.INFO)
+        progress_log.propagate = False  # libraries have given the root logger a handler
         progress_log.addHandler(logging.StreamHandler())
     split = period or choose_split(loaded.with_data(), options.split)
     metrics = [name for name in options.metrics.split(",") if name] if options.metrics else None
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, (users, predictions) = evaluation.metrics(), evaluation.counts()
     groups, new = evaluation.by_gap(loaded), evaluation.new_counts() if period else {}
     rows = evaluation.rows(loaded) if options.per_user else None
+    halves = evaluation.half_widths() if period and options.output else {}
     if not loaded.mesh.is_main:
         return EXIT_DONE
     data = loaded.with_data().eval_store.path
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         evaluated: dict[str, Any] = {"split": split}
         if period:
             counts = {name: {"count": count, "predictions": of_new} for name, (count, of_new) in new.items()}
-            evaluated = {"period": asdict(period), "events": evaluation.held_out, "new": counts}
+            evaluated = {"period": asdict(period), "events": evaluation.held_out, "new": counts, "half_widths": halves}
         document = {
             "checkpoint": str(loaded.checkpoint),
             "model": loaded.version,

@@ -37,6 +37,7 @@ from hstu.train.builder import build_evaluator
 from hstu.train.corpus import Queries, pair_scores, recommend
 from hstu.train.evaluate import NEW, Evaluator, MultiTaskEvaluator, Observations, RetrievalEvaluator
 from hstu.train.inference import InferenceSource
+from hstu.train.metrics import half_widths
 
 PART_USERS = 10_000
 """Users whose vectors are in memory at once."""
@@ -59,6 +60,11 @@ class Evaluation:
     def metrics(self) -> dict[str, float]:
         """Compute the metrics of all predictions; nan for metrics that the data leaves undefined."""
         return self.evaluator.metrics_of_all(self.observations)
+
+    def half_widths(self) -> dict[str, float]:
+        """Half of a 95 % interval of each metric, over users."""
+        found = self.observations
+        return half_widths(lambda rows: self.evaluator.metrics_of_all(found.select(rows)), found.users)
 
     def counts(self) -> tuple[int, int]:
         """(users, predictions) of all ranks."""

@@ -3,5 +3,5 @@ import this package.
 
 parts.py finds the next part: in a directory, here or at any URL of fsspec. loop.py does for each part what a user could
 type: append it to the store, evaluate the model on it, train on it, export what has changed. report.py writes the page
-of a stream, with popular.py as the simplest method beside the model.
+of a stream, with what events.py finds in the parts themselves.
 """

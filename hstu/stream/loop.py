@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hstu.base.errors import ConfigError, UserError
+from hstu.base.errors import UserError
 from hstu.base.files import DirectoryLock, remove, replace_text
 from hstu.base.processes import start_python
 from hstu.checkpoint.find import GIN, locate
@@ -33,11 +33,12 @@ from hstu.config.gin_io import load_stored
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.sampling.splits import Period
 from hstu.data.store.sequence_store import SequenceStore
+from hstu.stream.events import changes_of, counts_of, popularity
 from hstu.stream.parts import Source
-from hstu.stream.popular import popularity
 from hstu.stream.report import write_page
 
 _COUNTS = ("events", "users", "items")
+_EVALUATED = ("users", "predictions", "metrics", "half_widths")
 _LAST_LINES = 12
 _STOP_S = 60.0
 """A training that is told to stop writes its checkpoint within this time, or is killed."""
@@ -108,13 +109,15 @@ class Stream:
             seconds = self._steps(folder, files, before["newest"])
             store = SequenceStore.open(self._store)
             counts = counts_of(store)
+            result |= changes_of(store)
             for kind in ("evaluation", "frozen"):
                 if (file := folder / f"{kind}.json").exists():
                     found = json.loads(file.read_text(encoding="utf-8"))
-                    result[kind] = {key: found[key] for key in ("users", "predictions", "metrics")}
-            if self.settings.task == "retrieval" and before["newest"] is not None:
+                    result[kind] = {key: found[key] for key in _EVALUATED if key in found}
+            if self.settings.task == "retrieval" and "evaluation" in result:
                 result["popular"] = popularity(store, self._scored(store, before["newest"] + 1))
         result |= {**counts, "new": {key: counts[key] - before[key] for key in _COUNTS}, "seconds": seconds}
+        result["done"] = int(time.time())
         replace_text(folder / "result.json", json.dumps(result, indent=1) + "\n")
         self.results.append(result)
         remove(folder / "copies")
@@ -129,7 +132,8 @@ class Stream:
     def _steps(self, folder: Path, files: Sequence[Path], newest: int | None) -> dict[str, float]:
         """Returns the seconds of each. ``newest``: time of the newest event before. None: this is the first part."""
         frozen, seconds = self.settings.run_dir / "frozen", {"append": self._append(folder, files, newest is None)}
-        if newest is not None:  # before the training, so that what is evaluated does not know the part
+        is_later = newest is not None and counts_of(SequenceStore.open(self._store))["newest"] > newest
+        if newest is not None and is_later:  # before the training, so that what is evaluated does not know the part
             seconds["evaluate"] = self._evaluate(folder / "evaluation.json", self._checkpoints, newest + 1)
             if frozen.exists():
                 seconds["frozen"] = self._evaluate(folder / "frozen.json", frozen, newest + 1)
@@ -207,13 +211,3 @@ class Stream:
             text = "\n".join(f"    {line}" for line in last)
             raise UserError(f"a step of {folder} ended with exit code {code}. The end of {output}:\n{text}")
         return round(time.monotonic() - begun, 1)
-
-
-def counts_of(store: SequenceStore) -> dict[str, int]:
-    """Numbers of events, users and items, and the time of the newest event, seconds since 1970. Raises ConfigError for
-    a store without times."""
-    if store.timestamp_feature is None:
-        raise ConfigError("a stream needs times: give --time COLUMN")
-    newest = store.sequence(store.timestamp_feature)[store.offsets()[1:] - 1].max()
-    items = store.cardinality(store.item_feature)
-    return {"events": store.num_events, "users": store.num_users, "items": items, "newest": int(newest)}

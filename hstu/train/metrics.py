@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import nan
 
 import numpy as np
 from torch.distributed import ReduceOp
 
+from hstu.base.hashing import hash_ids
 from hstu.parallel.exchange import ALONE, Exchange
 
 logger = logging.getLogger(__name__)
 
 _NO_LABEL = -(1 << 62)
 """The largest label of a rank without rows."""
+_GROUPS, _T = 20, 2.093
+"""Groups of users of a jackknife, and the 97.5 % point of Student's t with a degree of freedom less."""
 ROUNDING = 32 * float(np.finfo(np.float32).eps)
 """4e-6: scores of a user that differ by less, relative to the user's largest |score|, are equal but for rounding."""
 
@@ -107,6 +110,19 @@ def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray, exc
     weighted = np.array([(areas * impressions)[defined].sum(), impressions[defined].sum()])
     total, weight = exchange.total(weighted)
     return float(total / weight) if weight else nan
+
+
+def half_widths(metrics: Callable[[np.ndarray], Mapping[str, float]], users: np.ndarray) -> dict[str, float]:
+    """Half of a 95 % interval of each metric over users, by a jackknife that leaves out a group of users at a time.
+
+    ``metrics``: computes them from some rows, bool [N]; collective where ranks divide the rows. ``users``: int64 [N].
+    Metrics that are undefined without a group have no interval.
+    """
+    groups = hash_ids(users, _GROUPS)
+    found = [metrics(groups != group) for group in range(_GROUPS)]
+    values = {name: np.array([each.get(name, nan) for each in found]) for name in found[0]}
+    halves = {name: _T * float(np.sqrt((_GROUPS - 1) * of.var())) for name, of in values.items()}
+    return {name: half for name, half in halves.items() if math.isfinite(half)}
 
 
 def check_classes(labels: np.ndarray, num_classes: int, exchange: Exchange = ALONE) -> None:

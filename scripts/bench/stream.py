@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from hstu.base.files import digest_of
+from hstu.base.files import digest_of, remove
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import open_tensors
 from hstu.data.store.sequence_store import SequenceStore
@@ -130,6 +130,8 @@ def kills(folder: Path, ranks: int, count: int, limit_s: float) -> None:
     done = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     number = sum("step" in each for each in done)
     while time.monotonic() < end and not (number >= count and done and "differ" in done[-1]):
+        if not whole.exists():
+            remove(run)
         stream = start(folder, str(folder / "parts"), "--once", "--nproc_per_node", ranks)
         if whole.exists() and number < count:
             kind, moment = KINDS[number % 3], random.Random(f"{ranks} {number}")

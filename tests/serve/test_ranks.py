@@ -23,7 +23,8 @@ CANDIDATES = Candidates(USERS, np.full(7, ITEMS), np.tile(np.arange(ITEMS), 7), 
 
 
 def metrics(mesh: Mesh, path: Path, split: Split | Period) -> Any:
-    return evaluate_split(LoadedModel.load(path, mesh=mesh), split).metrics()
+    found = evaluate_split(LoadedModel.load(path, mesh=mesh), split)
+    return found.metrics() | {f"half {name}": half for name, half in found.half_widths().items()}
 
 
 def rows_of_period(mesh: Mesh, path: Path) -> dict[tuple[int, int], int]:

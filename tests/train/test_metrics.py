@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from hstu.config.args.task import METRICS_OF_KIND, fits_kind
-from hstu.train.metrics import ROUNDING, auc, retrieval_metrics, without_rounding
+from hstu.train.metrics import ROUNDING, auc, half_widths, retrieval_metrics, without_rounding
 from hstu.train.task_metrics import TaskMetrics, ndcg_by_group, ordered_pairs, ranking_metrics
 
 ALL = ("AUC", "GAUC", "ACC", "LOGLOSS", "NE")
@@ -326,3 +327,18 @@ def test_metrics_of_another_kind_are_refused() -> None:
         TaskMetrics(("AUC", "RMSE"), "binary")
     assert fits_kind("NDCG@10", "binary") and fits_kind("AUC>=0", "class")
     assert not any(fits_kind(name, "class") for name in ("NDCG@0", "NDCG@", "NDCG@2x", "AUC@2", "AUC>=", "HR@10"))
+
+
+def mean_of(values: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    return {"mean": float(values[rows].mean())}
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_intervals_are_over_users(repeats: int) -> None:
+    """Four equal answers of each user say no more than one of each."""
+    draw, halves = np.random.default_rng(0), []
+    users = np.repeat(np.arange(1000), repeats)
+    for _ in range(100):
+        hits = np.repeat(draw.random(1000) < 0.2, repeats)
+        halves.append(half_widths(partial(mean_of, hits), users)["mean"])
+    assert np.mean(halves) == pytest.approx(2.093 * math.sqrt(0.2 * 0.8 / 1000), rel=0.05) and np.std(halves) < 0.005

@@ -8,13 +8,13 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
 
 from hstu.base.errors import DataError
 from hstu.base.files import sha256
+from hstu.base.times import as_date
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, open_bytes
 from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, LATEST_SECOND, ColumnDescription
 from hstu.data.preprocess.state import Build, one, source_names, write_parquet
@@ -259,8 +259,7 @@ def check_period(build: Build) -> None:
         return
     ends = """min("timestamp"), max("timestamp"), CAST(min("time") AS VARCHAR), CAST(max("time") AS VARCHAR)"""
     first, last, low, high, events = one(build.engine, f"SELECT {ends}, count(*) FROM usable_events")
-    dates = (f"{datetime.fromtimestamp(second, UTC):%Y-%m-%d %H:%M:%S}" for second in (first, last))
-    period = f"the {events:,} events are of {' to '.join(dates)} UTC"
+    period = f"the {events:,} events are of {as_date(first).removesuffix(' UTC')} to {as_date(last)}"
     _log.info("%s", period)
     if build.raw.resolve_types is None or build.options.any_times:
         return

@@ -11,18 +11,8 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.option import located
 from hstu.data.batches.jagged import run_indices
-from hstu.data.sampling.splits import (
-    Period,
-    Runs,
-    Split,
-    bounds_of_split,
-    cut_events,
-    require_undamaged,
-    tested_events,
-    trained_events,
-    user_keys,
-    users_of_split,
-)
+from hstu.data.sampling import splits
+from hstu.data.sampling.splits import Period, Runs, Split
 from hstu.data.store.layout import HeldOut
 from hstu.data.store.sequence_store import Requests, SequenceStore
 
@@ -114,7 +104,7 @@ def build_samples(
     if isinstance(split, Period) and split.most is not None:
         return _drawn(store, build_samples(store, args, task, replace(split, most=None), seed), split)
     offsets = np.asarray(store.offsets(), dtype=np.int64)
-    require_undamaged(store, bool((np.diff(offsets) >= 0).all()), "offsets of the users")
+    splits.require_undamaged(store, bool((np.diff(offsets) >= 0).all()), "offsets of the users")
     runs = Runs(np.arange(store.num_users, dtype=np.int64), offsets[:-1], offsets[1:])
     if args.candidates == "requests":
         if first_segment:
@@ -122,7 +112,7 @@ def build_samples(
             raise ConfigError(located(args, "candidates", text))
         return _of_requests(store, args, split, seed)
     if split == "train":
-        trained, stop = trained_events(store, runs, args, task, seed)
+        trained, stop = splits.trained_events(store, runs, args, task, seed)
         if first_segment:
             return _of_new_events(store, trained, stop, args, task, first_segment)
         return _training(trained, stop, args, task)
@@ -131,14 +121,14 @@ def build_samples(
     if args.split == "none" and split != "all":
         raise ConfigError(located(args, "split", "holds nothing out, so there is nothing to evaluate"))
     if task == "retrieval":
-        target = tested_events(store, runs, args) - (args.valid_items if split == "valid" else 0)
+        target = splits.tested_events(store, runs, args) - (args.valid_items if split == "valid" else 0)
         return _with_target(store, runs.select(target < runs.stop), target[target < runs.stop], args)
     if split == "all":
         return _ranking_samples(runs, runs.lengths, args)
     if args.split != "time":
-        runs = runs.select(users_of_split(store, args, split, seed))
+        runs = runs.select(splits.users_of_split(store, args, split, seed))
         return _ranking_samples(runs, runs.lengths, args)
-    cut = cut_events(store, args.train_fraction)
+    cut = splits.cut_events(store, args.train_fraction)
     return _ranking_samples(runs.select(runs.stop > cut), (runs.stop - cut)[runs.stop > cut], args)
 
 
@@ -208,7 +198,7 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split | Period,
     requests, offsets = store.requests(), np.asarray(store.offsets())
     ends = requests.history_ends
     is_within = (offsets[requests.users] < ends) & (ends <= offsets[requests.users + 1])
-    require_undamaged(store, bool(is_within.all() and (requests.sizes > 0).all()), "requests")
+    splits.require_undamaged(store, bool(is_within.all() and (requests.sizes > 0).all()), "requests")
     if isinstance(split, Period):
         chosen = np.flatnonzero(split.is_within(requests.times))
         if split.first_only:
@@ -216,7 +206,7 @@ def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split | Period,
     elif split == "all" or args.split == "none":
         chosen = np.arange(len(requests))
     elif args.split != "time":
-        chosen = np.flatnonzero(users_of_split(store, args, split, seed)[requests.users])
+        chosen = np.flatnonzero(splits.users_of_split(store, args, split, seed)[requests.users])
     else:
         middle = min(int(args.train_fraction * len(requests)), len(requests) - 1)
         in_training = requests.times < np.partition(requests.times, middle)[middle]
@@ -264,7 +254,7 @@ def _drawn(store: SequenceStore, samples: SampleTable, period: Period) -> Sample
     items = store.sequence(store.item_feature) if is_event else store.candidates(store.item_feature)
     times = store.sequence(str(store.timestamp_feature))[newest] if is_event else store.candidate_times(newest)[0]
     labels = np.ones_like(newest) if samples.target is not None else samples.num_labels
-    rows = period.drawn(user_keys(store)[samples.user], items[newest], times, labels)
+    rows = period.drawn(splits.user_keys(store)[samples.user], items[newest], times, labels)
     counts = {"samples": len(rows), "not_drawn": int(labels.sum() - labels[rows].sum())}
     return replace(samples.take(rows), report=samples.report | counts)
 
@@ -272,7 +262,7 @@ def _drawn(store: SequenceStore, samples: SampleTable, period: Period) -> Sample
 def _of_held_out(
     store: SequenceStore, runs: Runs, args: DatasetArgs, task: Task, split: HeldOut | Period
 ) -> SampleTable:
-    begin, stop = bounds_of_split(store, runs, split)
+    begin, stop = splits.bounds_of_split(store, runs, split)
     if task == "ranking":  # a truncated sample labels at most half of its length, so that each label has a history
         labelled = args.max_num_candidates or max(args.max_sequence_length // 2, 1)
         samples = _windows(Runs(runs.user, runs.begin, stop), begin, args, labelled, is_training=False)

@@ -32,7 +32,7 @@ import numpy as np
 from hstu.base.files import digest_of, remove
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import open_tensors
-from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.serve import runtime
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,7 +233,7 @@ def load(folder: Path, minutes: float, parts: int, events_per_s: float, rate: fl
         process.terminate()
         process.wait(60)
     store, parts_done = SequenceStore.open(folder / "run/store"), results()
-    users = np.repeat(store.raw_ids("user"), np.diff(store.offsets()))
+    users = np.repeat(store.raw_ids(USER_FEATURE), np.diff(store.offsets()))
     stored = zip(users, store.raw_ids("film")[store.sequence("film")], store.sequence("at"), strict=True)
     newest = {f"{each['number']:05d}": each["newest"] for each in parts_done}
     ages, wrong, models = list[float](), 0, dict[Any, Any]()

@@ -4,6 +4,7 @@ import logging
 import mmap
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ from tests.helpers import make_batch
 from tests.train.tiny import NETWORK
 
 
+@dataclass
 class Clock:
     """A clock that moves when told to."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
+    now: float = 100.0
 
     def __call__(self) -> float:
         return self.now

@@ -7,6 +7,7 @@ import signal
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -83,33 +84,23 @@ def test_a_loader_resumes_where_a_batch_says_the_run_stands(collator: Collator, 
         assert_same(other, one)
 
 
-class _Dies:
+def _dies(collator: Collator, plan: BatchPlan) -> HSTUBatch:
     """Kills its process at the third batch, as the kernel does where memory ran out."""
-
-    def __init__(self, collator: Collator) -> None:
-        self.collator = collator
-
-    def __call__(self, plan: BatchPlan) -> HSTUBatch:
-        if plan.global_start >= 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return self.collator(plan)
+    if plan.global_start >= 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return collator(plan)
 
 
 def test_a_dead_worker_is_a_clear_error(collator: Collator) -> None:
     with pytest.raises(DataError, match=r"a data worker died .*data_workers \(now 1\)"):
-        list(islice(build_loader(_Dies(collator), plans(), workers=1), 12))
+        list(islice(build_loader(partial(_dies, collator), plans(), workers=1), 12))
     gc.collect()  # as long as DataLoader's iterator is there, any child that ends makes it tell of the dead worker
 
 
-class _Collects:
-    """Builds batches after a garbage collection."""
-
-    def __init__(self, collator: Collator) -> None:
-        self._collator = collator
-
-    def __call__(self, plan: BatchPlan) -> HSTUBatch:
-        gc.collect()
-        return self._collator(plan)
+def _collects(collator: Collator, plan: BatchPlan) -> HSTUBatch:
+    """Builds a batch after a garbage collection."""
+    gc.collect()
+    return collator(plan)
 
 
 def test_a_worker_leaves_the_garbage_of_the_training_process_alone(collator: Collator) -> None:
@@ -120,21 +111,20 @@ def test_a_worker_leaves_the_garbage_of_the_training_process_alone(collator: Col
         garbage: list[object] = [dist.ProcessGroupGloo(store, 0, 1, timedelta(seconds=60))]
         garbage.append(garbage)
         del garbage, store
-        batches = build_loader(_Collects(collator), plans(), workers=1)
+        batches = build_loader(partial(_collects, collator), plans(), workers=1)
         assert len(list(islice(batches, 2))) == 2
     finally:
         gc.enable()
 
 
-class _Breaks:
-    def __call__(self, plan: BatchPlan) -> HSTUBatch:
-        raise ZeroDivisionError("a defect")
+def _breaks(plan: BatchPlan) -> HSTUBatch:
+    raise ZeroDivisionError("a defect")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_defect_of_ours_keeps_its_traceback(workers: int) -> None:
     with pytest.raises(ZeroDivisionError, match="a defect") as error:
-        next(build_loader(_Breaks(), plans(), workers=workers))
+        next(build_loader(_breaks, plans(), workers=workers))
     traceback.clear_frames(error.tb)  # which hold the loader: left to the garbage collector it takes 5 s to stop
 
 

@@ -113,7 +113,7 @@ class Stream:
             for kind in ("evaluation", "frozen"):
                 if (file := folder / f"{kind}.json").exists():
                     found = json.loads(file.read_text(encoding="utf-8"))
-                    result[kind] = {key: found[key] for key in _EVALUATED if key in found}
+                    result[kind] = {key: found[key] for key in found if key in _EVALUATED}
             if self.settings.task == "retrieval" and "evaluation" in result:
                 result["popular"] = popularity(store, self._scored(store, before["newest"] + 1))
         result |= {**counts, "new": {key: counts[key] - before[key] for key in _COUNTS}, "seconds": seconds}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from hstu.base.errors import ConfigError
+from hstu.base.hashing import random_bits
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.option import located
 from hstu.data.batches.jagged import run_indices
@@ -15,6 +16,8 @@ from hstu.data.sampling import splits
 from hstu.data.sampling.splits import Period, Runs, Split
 from hstu.data.store.layout import HeldOut
 from hstu.data.store.sequence_store import Requests, SequenceStore
+
+_SEED_OF_DRAWS = 0
 
 
 @dataclass(frozen=True)
@@ -249,12 +252,14 @@ def samples_of_requests(
 
 
 def _drawn(store: SequenceStore, samples: SampleTable, period: Period) -> SampleTable:
-    """The samples of a period without ``most`` that it draws."""
+    """The samples of a period that it draws, by a hash of their newest labels, so that any model gets the same."""
     newest, is_event = samples.newest_labels, samples.first_candidate is None
     items = store.sequence(store.item_feature) if is_event else store.candidates(store.item_feature)
     times = store.sequence(str(store.timestamp_feature))[newest] if is_event else store.candidate_times(newest)[0]
     labels = np.ones_like(newest) if samples.target is not None else samples.num_labels
-    rows = period.drawn(splits.user_keys(store)[samples.user], items[newest], times, labels)
+    users = splits.user_keys(store)[samples.user]
+    order = np.argsort(random_bits(_SEED_OF_DRAWS, users, items[newest], times), kind="stable")
+    rows = np.sort(order[labels[order].cumsum() <= (period.most or 0)])
     counts = {"samples": len(rows), "not_drawn": int(labels.sum() - labels[rows].sum())}
     return replace(samples.take(rows), report=samples.report | counts)
 

@@ -16,7 +16,6 @@ from hstu.data.store.layout import HeldOut
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 Split = Literal["train", "valid", "test", "all"]
-_SEED_OF_DRAWS = 0
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,6 @@ class Period:
         count, (users,) = np.diff(bounds), np.nonzero(np.diff(bounds))
         begin[users] = events[bounds[users]]  # events are in time order within a user
         return begin, begin + (np.minimum(count, 1) if self.first_only else count)
-
-    def drawn(self, users: np.ndarray, items: np.ndarray, times: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Draw samples, ascending rows int64 [n], by a hash of their newest events, so that any model gets the same.
-
-        ``users``: their ``user_keys``, [S]. ``items``: codes, ``times``, ``labels``: numbers of labels, int64 [S].
-        """
-        order = np.argsort(random_bits(_SEED_OF_DRAWS, users, items, times), kind="stable")
-        return np.sort(order[labels[order].cumsum() <= (self.most or 0)])
 
 
 @dataclass(frozen=True)

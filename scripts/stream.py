@@ -51,7 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--gin-config-file", nargs="+", action="extend", required=True, metavar="FILE", help="of the model and training"
     )
     add("--gin-bindings", nargs="+", action="extend", default=[], metavar="BINDING", help="they win over the files")
-    add("--epochs", type=float, default=1.0, help="passes over a part's events; the first part: as the files say")
+    add(
+        "--train_on",
+        choices=("new_events", "all"),
+        default="new_events",
+        help="what each part trains on: its events, or all so far (%(default)s)",
+    )
+    add("--epochs", type=float, default=1.0, help="passes over them (%(default)s); the first part: as the files say")
     add("--frozen_after", type=int, default=1, help="part whose model the page compares with (%(default)s; 0: none)")
     add("--most_scored", type=int, help="events of a part that are evaluated at most, drawn at random; default: all")
     add("--nproc_per_node", type=int, default=1, help="processes that train (%(default)s)")
@@ -73,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = Settings(
         run_dir=options.run_dir.absolute(), task=options.task, gin_files=options.gin_config_file,
         gin_bindings=options.gin_bindings, preprocess=columns, scripts=Path(__file__).resolve().parent,
-        epochs=options.epochs, frozen_after=options.frozen_after, ranks=options.nproc_per_node,
-        exports=not options.no_export, most_scored=options.most_scored,
+        train_on=options.train_on, epochs=options.epochs, frozen_after=options.frozen_after,
+        ranks=options.nproc_per_node, exports=not options.no_export, most_scored=options.most_scored,
     )  # fmt: skip
     if options.source.startswith("kafka://"):
         source: Source = Topic(options.source, options.part_events, options.max_bad)

@@ -56,8 +56,10 @@ class Settings:
     """Arguments of the preprocessing that name the columns of the data."""
     scripts: Path
     """Directory of the command-line tools."""
+    train_on: str
+    """TrainerArgs.continue_on of the parts after the first: new_events, or all so far."""
     epochs: float
-    """Passes over the new events of a part. The first part is trained on as the gin file says."""
+    """Passes over them. The first part is trained on as the gin file says."""
     frozen_after: int
     ranks: int
     exports: bool
@@ -168,7 +170,7 @@ class Stream:
             *settings.gin_bindings, f"DatasetArgs.dataset_path = {str(self._store)!r}", 'DatasetArgs.split = "none"',
             f"TrainerArgs.output_dir = {str(run / 'training')!r}", "TrainerArgs.eval_interval = 0",
             f"TrainerArgs.ckpt_save_dir = {str(self._checkpoints)!r}", 'TrainerArgs.ckpt_load_dir = "auto"',
-            'TrainerArgs.continue_on = "new_events"', 'TrainerArgs.progress_bar = "off"',
+            f"TrainerArgs.continue_on = {settings.train_on!r}", 'TrainerArgs.progress_bar = "off"',
         ]  # fmt: skip
         if not is_first:
             bindings.append(f"TrainerArgs.num_train_epochs = {settings.epochs}")

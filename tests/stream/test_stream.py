@@ -55,11 +55,11 @@ def write_parts(folder: Path, days: int = 3) -> None:
         (folder / f"day-{day}.csv").write_text("user,film,at\n" + lines)
 
 
-def start(folder: Path, run: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, run: str, train_on: str) -> subprocess.Popen[bytes]:
     command = [
         "scripts/stream.py", "--source", folder / "parts", "--run_dir", folder / run, "--task", "retrieval", "--once",
         "--gin-config-file", folder / "films.gin", "--dataset_name", "films", "--user", "user", "--item", "film",
-        "--time", "at", "--no_export",
+        "--time", "at", "--no_export", "--train_on", train_on,
     ]  # fmt: skip
     return subprocess.Popen([sys.executable, *map(str, command)], cwd=REPOSITORY, start_new_session=True)
 
@@ -74,22 +74,25 @@ def outcome(run: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_stream_that_is_killed_at_every_step_ends_as_one_that_is_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("train_on", ["new_events", "all"])
+def test_a_stream_that_is_killed_at_every_step_ends_as_one_that_is_not(train_on: str, tmp_path: Path) -> None:
     write_parts(tmp_path / "parts")
     (tmp_path / "films.gin").write_text(GIN)
-    assert start(tmp_path, "whole").wait() == 0
+    assert start(tmp_path, "whole", train_on).wait() == 0
     second, steps = tmp_path / "killed" / "parts" / "00002", ("part.json", "evaluation.json", "frozen.json")
     for step, number in zip(steps, (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL), strict=True):
-        stream = start(tmp_path, "killed")
+        stream = start(tmp_path, "killed", train_on)
         while not (second / step).exists():
             assert stream.poll() is None
             time.sleep(0.02)
         os.kill(stream.pid, number)
         assert stream.wait() == (128 + number if number == signal.SIGTERM else -number)
-    assert start(tmp_path, "killed").wait() == 0
+    assert start(tmp_path, "killed", train_on).wait() == 0
     whole, killed = outcome(tmp_path / "whole"), outcome(tmp_path / "killed")
     assert killed["results"] == whole["results"] and killed["tensors"] == whole["tensors"]
     assert [each["new"]["events"] for each in whole["results"]] == [200, 200, 200]
+    last = (tmp_path / "whole" / "training" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["iter"] == {"new_events": 16, "all": 19}[train_on]
     assert whole["results"][1]["evaluation"]["metrics"] == whole["results"][1]["frozen"]["metrics"]
     assert whole["results"][2]["evaluation"]["metrics"] != whole["results"][2]["frozen"]["metrics"]
     page = (tmp_path / "whole" / "stream.md").read_text()

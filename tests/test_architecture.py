@@ -30,6 +30,7 @@ IMPORTS_WHEN_CALLED = {
     "hstu.ops.select",  # a backend is imported once it is chosen
     "hstu.entry",  # a bad file is refused before torch is imported
     "hstu.train.main",  # and a bad set of packages before they are imported
+    "hstu.data.preprocess.build",  # only running statistics need torch, which takes longer to import than many appends
 }
 
 

@@ -93,6 +93,9 @@ def _complete(path: Path) -> list[Path]:
     """Return the checkpoint or export ``path``, or those of a run or directory, the last first. Raises DataError."""
     if is_run(path):
         return _checkpoints_of_run(path)
+    if any((path / file).is_file() for file in ("serving/delta.json", "delta.json")):
+        text = "is a delta for servers: it has only what changed since an earlier export. Give the run that it is of"
+        raise DataError(f"{path} {text}, or its checkpoint")
     found = [path] if (path / MANIFEST).is_file() else restore_candidates(path)
     if not found:
         raise DataError(

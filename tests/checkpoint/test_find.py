@@ -71,6 +71,15 @@ def test_a_run_that_saves_nothing_says_so(tmp_path: Path) -> None:
         locate(tmp_path / "run")
 
 
+def test_a_delta_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "serving").mkdir()
+    for file in ("manifest.json", "serving/manifest.json", "serving/delta.json"):
+        (tmp_path / file).touch()
+    for place in (tmp_path, tmp_path / "serving"):
+        with pytest.raises(DataError, match=r"is a delta for servers: .* Give the run that it is of"):
+            locate(place)
+
+
 def test_a_run_that_goes_on_keeps_its_name(tmp_path: Path) -> None:
     first = make_run(tmp_path / "run", None)
     assert Run.of(tmp_path / "run", None, continues=True).id == first.id

@@ -276,10 +276,10 @@ class RetrievalEvaluator(Evaluator):
         The U queries at the time of the request come before the U at the time of the last event, if there are any.
         Leaves the rest of the batches where a rank has collected ROUND_NUMBERS.
         """
-        collected = 0
+        collected, asked_at = 0, 1
         vectors: list[Tensor] = [torch.zeros((1, 0, 1), device=device)]
         users, targets, events, seen, seen_lengths, history = ([np.zeros(0, dtype=np.int64)] for _ in range(6))
-        for batch in batches:
+        for number, batch in enumerate(batches, 1):
             real = np.flatnonzero(on_host(batch.user_ids) >= 0)
             asked = [batch] if batch.request_times is None else [batch, replace(batch, request_times=None)]
             vectors.append(torch.stack([self._queries(each)[torch.from_numpy(real).to(device)] for each in asked]))
@@ -293,8 +293,11 @@ class RetrievalEvaluator(Evaluator):
                 seen.append(on_host(batch.seen.values))
                 seen_lengths.append(on_host(batch.seen.lengths)[real])
             collected += len(real) * _NUMBERS_PER_QUERY + int(seen_lengths[-1].sum())
-            if self.exchange.total(collected, ReduceOp.MAX) >= ROUND_NUMBERS:
-                break
+            if number == asked_at:  # a collective: again after as many batches, or half of those that seem to be left
+                left = ROUND_NUMBERS - (most := max(1, int(self.exchange.total(collected, ReduceOp.MAX))))
+                if left <= 0:
+                    break
+                asked_at += max(1, min(number, left * number // (2 * most)))
         joined = torch.cat(vectors[1:] or vectors, dim=1)
         arrays = (np.tile(np.concatenate(parts), len(joined)) for parts in (users, targets, seen, seen_lengths))
         return Queries(joined.flatten(0, 1), *arrays), len(joined), np.concatenate(events), np.concatenate(history)

@@ -21,7 +21,6 @@ from hstu.train.builder import build_model
 from hstu.train.inference import InferenceSource
 from tests.conftest import write_small_store
 from tests.train.test_requests import random_log
-from tests.train.test_side_features import tables_for
 from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, enlarge, tiny_config, walks
 
 MEGABYTE = 1 << 20
@@ -66,7 +65,6 @@ def test_what_requests_showed_scores_as_in_an_evaluation_of_the_data(
             "known_after": ["watched"],
         },
         network={**RELATIVE, "interleave_actions": interleave, "target_group_size": group},
-        tables=tables_for(data, {"side_feature_names": side}),
     )
     session = model.session(MEGABYTE)
     assert session.reencodes_because is None

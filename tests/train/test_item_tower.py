@@ -16,7 +16,7 @@ from hstu.config.args import DynamicEmbeddingArgs
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
-from tests.train.tiny import FinishedRun, build, run, tables_of, tiny_config
+from tests.train.tiny import FinishedRun, build, run, tiny_config
 
 GENRES, PER_GENRE, USERS, LENGTH = 4, 8, 32, 5
 ITEMS = GENRES * PER_GENRE
@@ -145,7 +145,6 @@ def test_what_a_tower_lacks_is_told(mesh: Mesh, tmp_path: Path) -> None:
         event_features={"device": [[0, 1, 0, 1]] * 8},
     )
     dataset = {"side_feature_names": ["device"], "contextual_feature_names": []}
-    tables = tuple(table for table in tables_of(store) if table.feature_names != ["genre"])
-    options: Any = {"dataset": dataset, "task_args": {"item_tower": True}, "tables": tables}
+    options: Any = {"dataset": dataset, "task_args": {"item_tower": True}}
     with pytest.raises(ConfigError, match=r"side_feature_names.*no feature of items.*item_tower.* has genre"):
         build(tiny_config("retrieval", store, tmp_path, **options), mesh)

@@ -5,9 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import MakeStore
-from tests.train.tiny import FinishedRun, Train, tables_of, walks
+from tests.train.tiny import FinishedRun, Train, walks
 
 TASKS = ("ranking", "retrieval")
 CANDIDATES = {"dataset": {"max_num_candidates": 2}}
@@ -105,8 +104,7 @@ def test_own_context_can_be_left_out_and_reordered(train: Train, make_store: Mak
     store = make_store(**{**walks(), "context": {"town": [0, 1] * 10, "age": [0, 1, 2, 3] * 5}})
 
     def with_context(*names: str) -> FinishedRun:
-        tables = tuple(table for table in tables_of(store) if table.feature_names[0] in (*names, "item_id", "action"))
-        return train("ranking", store=store, tables=tables, dataset={"contextual_feature_names": list(names)})
+        return train("ranking", store=store, dataset={"contextual_feature_names": list(names)})
 
     runs = [with_context(*names) for names in ((), ("town",), ("town", "age"), ("age", "town"))]
     assert len({run.losses[-1] for run in runs}) == 4
@@ -118,9 +116,8 @@ def test_sequences_of_items_alone_are_retrieved(train: Train, make_store: MakeSt
     assert falls(train("retrieval", store=store, trainer={"max_train_iters": 12}))
 
 
-def test_actions_can_be_left_out(train: Train, store: SequenceStore) -> None:
-    tables = tuple(table for table in tables_of(store) if table.feature_names != ["action"])
-    finished = train("retrieval", tables=tables, dataset={"action_feature_name": ""}, trainer={"max_train_iters": 12})
+def test_actions_can_be_left_out(train: Train) -> None:
+    finished = train("retrieval", dataset={"action_feature_name": ""}, trainer={"max_train_iters": 12})
     assert falls(finished)
     assert finished.trainer.source.roles.action is None
 

@@ -18,7 +18,6 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.config.gin_files import ALL_RULES
 from tests.conftest import write_small_store
-from tests.train.test_side_features import tables_for
 from tests.train.tiny import build, enlarge, run, tiny_config
 
 USERS, LENGTH, ITEMS, ACTIONS = 24, 7, 12, 4
@@ -30,6 +29,7 @@ DATASET: dict[str, Any] = {
     "known_after": ["watched"],
     "shuffle": False,
 }
+PLAIN = DATASET | {"side_feature_names": [], "known_after": []}
 Log = dict[str, Any]
 """Arguments of write_small_store."""
 
@@ -65,9 +65,7 @@ def predictions(mesh: Mesh, tmp_path: Path, log: Log, **given: Any) -> tuple[lis
     number = len(list(tmp_path.iterdir()))
     store = write_small_store(tmp_path / f"store_{number}", **log)
     sizes = {"train_batch_size": 2 * USERS, "eval_batch_size": 2 * USERS}
-    tables = tables_for(store, {"side_feature_names": ["device", "watched", "time_gap"]})
-    config = tiny_config("ranking", store, tmp_path / f"run_{number}", **given, trainer=sizes, tables=tables)
-    trainer = build(config, mesh)
+    trainer = build(tiny_config("ranking", store, tmp_path / f"run_{number}", **given, trainer=sizes), mesh)
     model, batch = enlarge(trainer.state.model.eval()), next(trainer.source.train_batches(START))
     with torch.no_grad():
         logits = model(batch).logits
@@ -114,31 +112,22 @@ def test_a_candidate_does_not_see_the_others_of_its_request(mesh: Mesh, tmp_path
 @pytest.mark.parametrize("split", ["time", pytest.param("user_holdout", marks=pytest.mark.slow)])
 def test_models_learn_to_rank_what_was_shown(mesh: Mesh, tmp_path: Path, split: str) -> None:
     store = write_small_store(tmp_path / "store", **random_log())
-    dataset = {**DATASET, "side_feature_names": [], "known_after": []}
     trainer = {"max_train_iters": 50, "eval_at_end": True, "train_batch_size": 16}
     task = {"prediction_head_arch": [8, 1], "eval_metrics": ("AUC", "GAUC")}
-    config = tiny_config(
-        "ranking", store, tmp_path, dataset={**dataset, "split": split}, trainer=trainer, task_args=task,
-        tables=tables_for(store, dataset), optimizer={"learning_rate": 0.02},
-    )  # fmt: skip
+    options: Any = {"trainer": trainer, "task_args": task, "optimizer": {"learning_rate": 0.02}}
+    config = tiny_config("ranking", store, tmp_path, dataset=PLAIN | {"split": split}, **options)
     validate(config, 1, ALL_RULES)
     assert run(config, mesh).metrics["AUC"] > 0.8
 
 
 def test_a_task_compares_the_candidates_of_a_request(mesh: Mesh, tmp_path: Path) -> None:
     store = write_small_store(tmp_path / "store", **random_log())
-    watched: dict[str, Any] = {
-        "name": "watched",
-        "label": "watched",
-        "kind": "class",
-        "num_classes": 5,
-        "metrics": ("ACC",),
-    }
-    clicked: dict[str, Any] = {"name": "clicked", "label": "action", "loss": "pairwise", "metrics": ("NDCG", "NDCG@1")}
-    tasks = [RankingTaskArgs(**clicked), RankingTaskArgs(**watched, weight=0.01)]
-    dataset = {**DATASET, "side_feature_names": [], "known_after": []}
+    tasks = [
+        RankingTaskArgs(name="clicked", label="action", loss="pairwise", metrics=("NDCG", "NDCG@1")),
+        RankingTaskArgs(label="watched", kind="class", num_classes=5, metrics=("ACC",), weight=0.01),
+    ]
     config = tiny_config(
-        "ranking", store, tmp_path, dataset=dataset, tables=tables_for(store, dataset),
+        "ranking", store, tmp_path, dataset=PLAIN,
         trainer={"max_train_iters": 30, "eval_at_end": True, "train_batch_size": 16},
         task_args={"prediction_head_arch": [8], "eval_metrics": ("AUC",), "tasks": tasks},
         optimizer={"learning_rate": 0.02},
@@ -151,10 +140,8 @@ def test_a_task_compares_the_candidates_of_a_request(mesh: Mesh, tmp_path: Path)
 
 def test_large_requests_are_divided(mesh: Mesh, tmp_path: Path) -> None:
     store = write_small_store(tmp_path / "store", **random_log())
-    dataset = {**DATASET, "side_feature_names": [], "known_after": [], "max_num_candidates": 2}
-    dataset |= {"max_sequence_length": 7}
-    config = tiny_config("ranking", store, tmp_path, dataset=dataset, tables=tables_for(store, dataset))
-    source = build(config, mesh).source
+    dataset = PLAIN | {"max_num_candidates": 2, "max_sequence_length": 7}
+    source = build(tiny_config("ranking", store, tmp_path, dataset=dataset), mesh).source
     sampler = source.train_sampler(START)
     batches = [batch for batch, _ in zip(source.train_batches(START), range(sampler.batches_per_epoch), strict=False)]
     labels = sum(batch.num_labels_total for batch in batches)
@@ -184,15 +171,12 @@ def test_options_that_requests_do_not_have_are_errors(mesh: Mesh, store: Sequenc
 def test_what_was_shown_and_not_taken_is_a_hard_negative_of_retrieval(mesh: Mesh, tmp_path: Path) -> None:
     store = write_small_store(tmp_path / "store", **random_log())
     dataset = {"contextual_feature_names": [], "max_sequence_length": 7}
-    tables = tables_for(store, dataset)
     losses = []
     for hard in (0, 3):
         task_args = {"negatives": "uniform", "num_negatives": 4, "hard_negatives": hard}
-        config = tiny_config(
-            "retrieval", store, tmp_path / str(hard), dataset=dataset, tables=tables, task_args=task_args
-        )
+        config = tiny_config("retrieval", store, tmp_path / str(hard), dataset=dataset, task_args=task_args)
         losses.append(run(config, mesh).losses)
     assert np.isfinite(losses).all() and (np.array(losses[0]) != np.array(losses[1])).any()
     bare = write_small_store(tmp_path / "bare", **{**random_log(), "requests": ()})
     with pytest.raises(ConfigError, match=r"hard_negatives = 3: .*bare has no requests"):
-        build(tiny_config("retrieval", bare, tmp_path, dataset=dataset, tables=tables, task_args=task_args), mesh)
+        build(tiny_config("retrieval", bare, tmp_path, dataset=dataset, task_args=task_args), mesh)

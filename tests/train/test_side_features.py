@@ -14,13 +14,14 @@ from hstu.config.args import EmbeddingArgs, NumericFeatureArgs
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
-from tests.train.tiny import build, run, tables_of, tiny_config
+from tests.train.tiny import build, run, tiny_config
 
 SIDE: dict[str, Any] = {
     "side_feature_names": ["genres", "device", "watched", "vector", "seconds", "load"],
     "known_after": ["watched", "seconds"],
     "contextual_feature_names": [],
 }
+SAVES = {"ckpt_save_interval": 4}
 USERS, LENGTH, ITEMS, ACTIONS = 24, 8, 11, 4
 
 
@@ -55,14 +56,7 @@ def random_store(path: Path, more: float = 0.0, **changes: Any) -> SequenceStore
 def accuracy(mesh: Mesh, store: SequenceStore, path: Path, side: dict[str, Any]) -> float:
     trainer = {"max_train_iters": 60, "eval_at_end": True}
     dataset = {"contextual_feature_names": [], **side}
-    config = tiny_config("ranking", store, path, trainer=trainer, dataset=dataset, tables=tables_for(store, dataset))
-    return run(config, mesh).metrics["ACC"]
-
-
-def tables_for(store: SequenceStore, dataset: dict[str, Any]) -> tuple[EmbeddingArgs, ...]:
-    """Tables of the features that are used."""
-    used = {"item_id", "action", *dataset.get("side_feature_names", [])}
-    return tuple(table for table in tables_of(store) if set(table.feature_names) <= used)
+    return run(tiny_config("ranking", store, path, trainer=trainer, dataset=dataset), mesh).metrics["ACC"]
 
 
 def test_a_model_learns_from_a_feature_of_the_event(mesh: Mesh, tmp_path: Path) -> None:
@@ -84,12 +78,7 @@ def test_features_that_the_data_lacks_and_times_of_items_are_errors(mesh: Mesh, 
 def test_a_history_given_by_hand_with_features_gets_what_its_user_gets(mesh: Mesh, tmp_path: Path) -> None:
     store = random_store(tmp_path / "store")
     dataset = {**SIDE, "side_feature_names": [*SIDE["side_feature_names"], "hour_of_day"], "max_sequence_length": 5}
-    options: dict[str, Any] = {
-        "dataset": dataset,
-        "tables": tables_for(store, dataset),
-        "trainer": {"ckpt_save_interval": 4},
-    }
-    finished = run(tiny_config("retrieval", store, tmp_path, **options), mesh)
+    finished = run(tiny_config("retrieval", store, tmp_path, dataset=dataset, trainer=SAVES), mesh)
     model = api.load(finished.path, mesh=mesh)
     (expected,) = model.recommend([100], top=3)
     (history,) = given_histories(store, 1)
@@ -118,8 +107,7 @@ def test_a_history_given_by_hand_with_features_gets_what_its_user_gets(mesh: Mes
 
 def test_a_model_keeps_the_statistics_of_the_numbers_that_it_was_trained_on(mesh: Mesh, tmp_path: Path) -> None:
     store, other = random_store(tmp_path / "store"), random_store(tmp_path / "other", more=1e7)
-    options: dict[str, Any] = {"dataset": SIDE, "tables": tables_for(store, SIDE), "trainer": {"ckpt_save_interval": 4}}
-    config = tiny_config("retrieval", store, tmp_path, **options)
+    config = tiny_config("retrieval", store, tmp_path, dataset=SIDE, trainer=SAVES)
     numbers = (NumericFeatureArgs(feature_names=["seconds"], transform="quantile"),)
     finished = run(replace(config, numbers=numbers), mesh)
     histories = given_histories(store, 3)
@@ -141,14 +129,14 @@ def test_transforms_and_tables_that_do_not_fit_the_numbers_are_errors(mesh: Mesh
         ),
         ("device", "none", r"'device' is no number of the data .*; it has vector, seconds, load"),
     ):
-        config = tiny_config("ranking", store, tmp_path, dataset=SIDE, tables=tables_for(store, SIDE))
+        config = tiny_config("ranking", store, tmp_path, dataset=SIDE)
         numbers = (NumericFeatureArgs(feature_names=[name], transform=transform),)
         with pytest.raises(ConfigError, match=told):
             build(replace(config, numbers=numbers), mesh)
     table = EmbeddingArgs(
         feature_names=["load"], table_name="load", item_vocab_size_or_capacity=4, sharding_type="data_parallel"
     )
-    config = tiny_config("ranking", store, tmp_path, dataset=SIDE, tables=(*tables_for(store, SIDE), table))
+    config = replace(config, embeddings=(*config.embeddings, table))
     with pytest.raises(ConfigError, match="'load' is a number or a vector, which has no table; remove it here"):
         build(config, mesh)
 
@@ -160,8 +148,7 @@ def given_histories(store: SequenceStore, count: int) -> list[api.History]:
 
 def test_what_a_history_given_by_hand_lacks_of_its_features_is_told(mesh: Mesh, tmp_path: Path) -> None:
     store = random_store(tmp_path / "store")
-    options: dict[str, Any] = {"dataset": SIDE, "tables": tables_for(store, SIDE), "trainer": {"ckpt_save_interval": 4}}
-    finished = run(tiny_config("retrieval", store, tmp_path, **options), mesh)
+    finished = run(tiny_config("retrieval", store, tmp_path, dataset=SIDE, trainer=SAVES), mesh)
     model = api.load(finished.path, mesh=mesh)
     (history,) = given_histories(store, 1)
     device, watched = history.features["device"], history.features["watched"]
@@ -197,8 +184,4 @@ def test_the_hour_of_an_event_teaches_without_a_column_of_its_own(mesh: Mesh, tm
     items = rng.integers(0, ITEMS, (USERS, LENGTH)).tolist()
     times = (hours * 3600 + 10**6 // 86_400 * 86_400).tolist()
     store = write_small_store(tmp_path / "store", items, actions=actions.tolist(), timestamps=times, num_items=ITEMS)
-    dataset = {"contextual_feature_names": [], "side_feature_names": ["hour_of_day"]}
-    tables = tables_for(store, dataset)
-    trainer = {"max_train_iters": 60, "eval_at_end": True}
-    options: dict[str, Any] = {"dataset": dataset, "tables": tables, "trainer": trainer}
-    assert run(tiny_config("ranking", store, tmp_path, **options), mesh).metrics["ACC"] > 0.95
+    assert accuracy(mesh, store, tmp_path, {"side_feature_names": ["hour_of_day"]}) > 0.95

@@ -12,19 +12,15 @@ from hstu.config.args import (
     BenchmarkDatasetArgs,
     EmbeddingArgs,
     FeatureArgs,
-    NetworkArgs,
-    OptimizerArgs,
     RandomDistribution,
     RankingArgs,
-    RetrievalArgs,
-    TrainerArgs,
 )
 from hstu.config.run_config import RunConfig
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.parallel.mesh import Mesh
 from hstu.train.batch_source import label_offset
 from hstu.train.sources import RandomSource, open_source
-from tests.train.tiny import NETWORK, TRAINER, ids, run
+from tests.train.tiny import ids, run, run_config
 
 FIRST = SamplerPosition()
 
@@ -32,39 +28,33 @@ FIRST = SamplerPosition()
 def random_config(task: str, output: Path, **task_args: Any) -> RunConfig:
     items, users, actions = "item", "user", "action"
     rows = {items: 20, users: 7, actions: 4}
-    return RunConfig(
-        task=task,  # type: ignore[arg-type]
-        trainer=TrainerArgs(**{**TRAINER, "max_train_iters": 5, "eval_at_end": True, "output_dir": f"{output}/run"}),
-        dataset=BenchmarkDatasetArgs(
-            feature_args=[
-                FeatureArgs(
-                    feature_names=[items, actions],
-                    max_sequence_length=9,
-                    is_jagged=True,
-                    value_dists=[RandomDistribution(dist_type="zipf"), RandomDistribution()],
-                ),
-                FeatureArgs(feature_names=[users], max_sequence_length=1),
-            ],
-            embedding_args=[
-                EmbeddingArgs(
-                    feature_names=[name],
-                    table_name=name,
-                    item_vocab_size_or_capacity=count,
-                    sharding_type="data_parallel" if name == actions else "model_parallel",
-                )
-                for name, count in rows.items()
-            ],
-            item_feature_name=items,
-            contextual_feature_names=[users],
-            action_feature_name=actions,
-            num_generated_batches=3,
-        ),
-        network=NetworkArgs(**NETWORK),
-        optimizer=OptimizerArgs(optimizer_str="adam", learning_rate=0.01),
-        task_args=RankingArgs(prediction_head_arch=[8, 2], num_tasks=2, **task_args)
-        if task == "ranking"
-        else RetrievalArgs(**task_args),
+    dataset = BenchmarkDatasetArgs(
+        feature_args=[
+            FeatureArgs(
+                feature_names=[items, actions],
+                max_sequence_length=9,
+                is_jagged=True,
+                value_dists=[RandomDistribution(dist_type="zipf"), RandomDistribution()],
+            ),
+            FeatureArgs(feature_names=[users], max_sequence_length=1),
+        ],
+        embedding_args=[
+            EmbeddingArgs(
+                feature_names=[name],
+                table_name=name,
+                item_vocab_size_or_capacity=count,
+                sharding_type="data_parallel" if name == actions else "model_parallel",
+            )
+            for name, count in rows.items()
+        ],
+        item_feature_name=items,
+        contextual_feature_names=[users],
+        action_feature_name=actions,
+        num_generated_batches=3,
     )
+    own = {"prediction_head_arch": [8, 2], "num_tasks": 2} if task == "ranking" else {}
+    trainer = {"max_train_iters": 5, "eval_at_end": True}
+    return run_config(task, dataset, (), output, trainer=trainer, task_args=own | task_args)
 
 
 @pytest.mark.parametrize(

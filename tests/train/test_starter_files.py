@@ -179,17 +179,6 @@ def test_quick_files_stand_beside_the_others(tmp_path: Path, monkeypatch: pytest
     Path("events.csv").write_text(
         "u,i\n" + "".join(f"{user},{item}\n" for user in range(9) for item in range(user, 12))
     )
-    command = [
-        "--dataset_name",
-        "mine",
-        "--interactions",
-        "events.csv",
-        "--user",
-        "u",
-        "--item",
-        "i",
-        "--output",
-        "mine",
-    ]
-    assert main(command) == main([*command, "--quick"]) == 0
+    options = "--dataset_name mine --interactions events.csv --user u --item i --output mine"
+    assert main(options.split()) == main([*options.split(), "--quick"]) == 0
     assert {file.name for file in tmp_path.glob("*.gin")} == {"mine_retrieval.gin", "mine_retrieval_quick.gin"}

@@ -1,6 +1,7 @@
 """Which tables a run has, and whether the ids fit."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,21 +95,9 @@ def test_a_step_does_not_walk_through_a_table(
     mesh: Mesh, store: SequenceStore, tmp_path: Path, sharded: list[str], kernel_backend: str
 ) -> None:
     rows = 20_000
-    tables = tuple(
-        replace(table, item_vocab_size_or_capacity=rows) if table.feature_names == ["item_id"] else table
-        for table in tables_of(store, sharded)
-    )
-    config = tiny_config(
-        "retrieval",
-        store,
-        tmp_path,
-        tables=tables,
-        trainer={"max_grad_norm": 1.0},
-        network={"kernel_backend": kernel_backend},
-        optimizer={"optimizer_str": "adam", "learning_rate": 0.01},
-        task_args={"negatives": "uniform", "num_negatives": 3},
-    )
-    trainer = build(config, mesh)
+    options: Any = {"trainer": {"max_grad_norm": 1.0}, "network": {"kernel_backend": kernel_backend}}
+    options |= {"tables": with_items(store, sharded, rows), "task_args": {"negatives": "uniform", "num_negatives": 3}}
+    trainer = build(tiny_config("retrieval", store, tmp_path, **options), mesh)
     batches = trainer.source.train_batches(SamplerPosition())
     trainer.pipeline.progress(batches)
     with OperatorsOn(rows * 16) as recorded:
@@ -118,13 +107,17 @@ def test_a_step_does_not_walk_through_a_table(
     assert recorded.names <= by_row | views
 
 
+def with_items(store: SequenceStore, sharded: Sequence[str], rows: int) -> tuple[EmbeddingArgs, ...]:
+    """The tables of the store, so many rows in that of the items."""
+    return tuple(
+        replace(table, item_vocab_size_or_capacity=rows) if table.feature_names == ["item_id"] else table
+        for table in tables_of(store, sharded)
+    )
+
+
 def refusal(mesh: Mesh, store: str, output: str, sharded: tuple[str, ...], memory: int | None) -> str:
     """What a run says about ten billion items on a host with so many bytes of ``memory`` (None: its own)."""
-    opened = SequenceStore.open(store)
-    tables = tuple(
-        replace(table, item_vocab_size_or_capacity=10**10) if table.feature_names == ["item_id"] else table
-        for table in tables_of(opened, sharded)
-    )
+    tables = with_items(SequenceStore.open(store), sharded, 10**10)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ConfigError) as told:
         if memory is not None:
             patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))

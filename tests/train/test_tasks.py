@@ -14,7 +14,7 @@ from hstu.data.sampling.sampler import START
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.conftest import write_small_store
-from tests.train.tiny import build, run, tables_of, tiny_config
+from tests.train.tiny import build, run, tiny_config
 
 USERS, LENGTH, ITEMS, ACTIONS = 24, 8, 12, 4
 MISSING = "unknown"
@@ -68,15 +68,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SequenceStore:
 
 
 def task_config(store: SequenceStore, path: Path, **options: Any) -> Any:
-    used = {"item_id", "action", *options.get("dataset", {}).get("side_feature_names", [])}
-    given = {
-        "tables": tuple(table for table in tables_of(store) if set(table.feature_names) <= used),
-        **options,
-        "dataset": {"contextual_feature_names": [], "max_num_candidates": 3, **options.get("dataset", {})},
-        "task_args": {"prediction_head_arch": [16], "tasks": tasks(), **options.get("task_args", {})},
+    defaults: dict[str, dict[str, Any]] = {
+        "dataset": {"contextual_feature_names": [], "max_num_candidates": 3},
+        "task_args": {"prediction_head_arch": [16], "tasks": tasks(), "eval_metrics": ("AUC",)},
     }
-    given["task_args"] = {"eval_metrics": ("AUC",), **given["task_args"]}
-    return tiny_config("ranking", store, path, **given)
+    given = {name: default | options.get(name, {}) for name, default in defaults.items()}
+    return tiny_config("ranking", store, path, **options | given)
 
 
 @pytest.mark.parametrize("sharing", ["shared", pytest.param("ple", marks=pytest.mark.slow)])

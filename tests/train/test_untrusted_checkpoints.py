@@ -16,20 +16,25 @@ from hstu.base.errors import DataError
 from hstu.checkpoint.directory import MANIFEST, DamagedCheckpoint, describe_files, read_manifest, write_manifest
 from hstu.checkpoint.export import describe, export
 from hstu.checkpoint.load import load
+from hstu.config.run_config import RunConfig
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from tests.train.tiny import build, run, tables_with_dynamic, tiny_config
 
 FIRST, LAST = "iteration_00000001", "iteration_00000002"
-SAVING = {"ckpt_save_interval": 1, "max_train_iters": 2}
+SAVING: dict[str, Any] = {"ckpt_save_interval": 1, "max_train_iters": 2}
 
 
 @pytest.fixture(scope="module")
 def saved(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run with a dynamic table and two checkpoints."""
     place = tmp_path_factory.mktemp("saved")
-    run(tiny_config("retrieval", store, place, trainer=SAVING, tables=tables_with_dynamic(store, 11)), mesh)
+    run(config_of(store, place, **SAVING), mesh)
     return place
+
+
+def config_of(store: SequenceStore, output: Path, **trainer: Any) -> RunConfig:
+    return tiny_config("retrieval", store, output, trainer=trainer, tables=tables_with_dynamic(store, 11))
 
 
 @pytest.fixture
@@ -60,8 +65,8 @@ class Attack:
 
 def attempts(checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh) -> dict[str, Callable[[], Any]]:
     """What users do with a checkpoint."""
-    trainer = {"ckpt_load_dir": str(checkpoint), "ckpt_save_interval": -1, "output_dir": str(output / "new")}
-    config = tiny_config("retrieval", store, output, trainer=trainer, tables=tables_with_dynamic(store, 11))
+    loading = {"ckpt_load_dir": str(checkpoint), "ckpt_save_interval": -1, "output_dir": str(output / "new")}
+    config = config_of(store, output, **loading)
     return {
         "inspect": lambda: list(describe(checkpoint)),
         "export": lambda: export(checkpoint, output / "exported"),
@@ -153,17 +158,15 @@ def test_auto_does_not_fall_back_from_a_checkpoint_of_a_newer_program(
     checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh
 ) -> None:
     (checkpoint / MANIFEST).write_text('{"version": 3}')
-    trainer = SAVING | {"ckpt_load_dir": "auto"}
-    config = tiny_config("retrieval", store, output, trainer=trainer, tables=tables_with_dynamic(store, 11))
     with pytest.raises(DataError, match="newer version of this program"):
-        run(config, mesh)
+        run(config_of(store, output, **SAVING, ckpt_load_dir="auto"), mesh)
 
 
 def test_a_progress_file_without_a_part_of_the_state_is_refused(
     checkpoint: Path, output: Path, store: SequenceStore, mesh: Mesh
 ) -> None:
-    config = tiny_config("retrieval", store, output / "new", tables=tables_with_dynamic(store, 11))
-    trainer, progress = build(config, mesh), json.loads((checkpoint / "progress.json").read_text())
+    trainer = build(config_of(store, output / "new"), mesh)
+    progress = json.loads((checkpoint / "progress.json").read_text())
     lacking = [
         json.dumps({key: progress[key] for key in progress if key != name}) for name in ("iteration", "position")
     ]

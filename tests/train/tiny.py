@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hstu.config.args import (
+    BenchmarkDatasetArgs,
     DatasetArgs,
     DynamicEmbeddingArgs,
     EmbeddingArgs,
@@ -154,24 +155,41 @@ class TinyOptions(TypedDict, total=False):
 
 
 def tiny_config(task: str, store: SequenceStore | str, output: Path | str, **options: Unpack[TinyOptions]) -> RunConfig:
-    """A run of a few iterations in ``output``/run with checkpoints, if any, in ``output``/checkpoints."""
+    """A run of a few iterations in ``output``/run with checkpoints, if any, in ``output``/checkpoints.
+
+    Unless ``tables`` are given, there is one for each feature that the run reads.
+    """
     store = SequenceStore.open(store) if isinstance(store, str) else store
-    ranking = task == "ranking"
-    make_task, defaults = (RankingArgs, RANKING) if ranking else (RetrievalArgs, RETRIEVAL)
-    places = {"output_dir": f"{output}/run", "ckpt_save_dir": f"{output}/checkpoints"}
-    data = {"dataset_name": "toy", "dataset_path": str(store.path), "max_sequence_length": 8, "shuffle": True}
-    unused = {*store.item_side_features} - {*options.get("dataset", {}).get("side_feature_names", ())}
+    own: dict[str, Any] = {"dataset_name": "toy", "dataset_path": str(store.path), "max_sequence_length": 8}
+    own |= {"shuffle": True, **options.get("dataset", {})}
+    names = [*own.get("contextual_feature_names", store.contextual_features), *own.get("side_feature_names", ())]
+    used = {store.item_feature, own.get("action_feature_name", store.action_feature), *names}
     tables = tuple(
         table
         for table in tables_of(store, options.get("sharded", ("item_id",)), options.get("sharding", "row_wise"))
-        if not unused & {*table.feature_names}
+        if used >= {*table.feature_names}
     )
+    return run_config(task, DatasetArgs(**own), options.get("tables", tables), output, **options)
+
+
+def run_config(
+    task: str,
+    dataset: DatasetArgs | BenchmarkDatasetArgs,
+    tables: tuple[EmbeddingArgs, ...],
+    output: Path | str,
+    /,
+    **options: Unpack[TinyOptions],
+) -> RunConfig:
+    """The same on any data."""
+    ranking = task == "ranking"
+    make_task, defaults = (RankingArgs, RANKING) if ranking else (RetrievalArgs, RETRIEVAL)
+    places = {"output_dir": f"{output}/run", "ckpt_save_dir": f"{output}/checkpoints"}
     of_tables = options.get("table_schedule")
     return RunConfig(
         task=task,  # type: ignore[arg-type]
         trainer=TrainerArgs(**{**TRAINER, **places, **options.get("trainer", {})}),
-        dataset=DatasetArgs(**{**data, **options.get("dataset", {})}),
-        embeddings=options.get("tables", tables),
+        dataset=dataset,
+        embeddings=tables,
         network=NetworkArgs(**{**NETWORK, **options.get("network", {})}),
         optimizer=OptimizerArgs(**{"optimizer_str": "adam", "learning_rate": 0.01, **options.get("optimizer", {})}),
         schedule=LRScheduleArgs(**options.get("schedule", {})),

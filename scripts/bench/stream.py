@@ -100,7 +100,7 @@ def children_of(process: int) -> list[int]:
 
 def strike(stream: subprocess.Popen[bytes], kind: str, draw: random.Random) -> str | None:
     """Kill at a random moment. Returns the step of the stream at this moment; None if the stream has ended before."""
-    moment, step = time.monotonic() + draw.uniform(0, 25), "start"
+    moment, step = time.monotonic() + draw.uniform(0, 45), "start"
     while stream.poll() is None:
         children = children_of(stream.pid)
         words = Path(f"/proc/{children[0]}/cmdline").read_bytes().decode().split("\0") if children else ["", ""]

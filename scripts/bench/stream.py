@@ -82,12 +82,15 @@ def start(folder: Path, source: str, *more: object) -> subprocess.Popen[bytes]:
 
 
 def contents(run: Path) -> dict[str, str]:
-    """What a stream has made → its digest; of results without what they cost."""
-    files = [*run.glob("exports/**/*"), *run.glob("store/*.npy"), *run.glob("parts/*/[ef]*.json")]
+    """What a stream has made → its digest; of results without what they cost, and of evaluations without the
+    digest of the checkpoint, which has a random id of the run."""
+    files = [*run.glob("exports/**/*"), *run.glob("store/*.npy"), *run.glob("parts/*/frozen.json")]
     found = {str(file.relative_to(run)): digest_of([file]) for file in files if file.is_file()}
-    for file in run.glob("parts/*/result.json"):
+    for file in [*run.glob("parts/*/result.json"), *run.glob("parts/*/evaluation.json")]:
         result = json.loads(file.read_text(encoding="utf-8"))
-        found[str(file.relative_to(run))] = str({k: v for k, v in result.items() if k not in ("seconds", "done")})
+        found[str(file.relative_to(run))] = str(
+            {k: v for k, v in result.items() if k not in ("seconds", "done", "model")}
+        )
     stored = open_tensors(locate(run / "checkpoints"))
     tensors = {name: stored.read_whole(name).numpy().tobytes() for name in stored.sizes}
     return found | {f"tensor {name}": digest_of([], content.hex()) for name, content in tensors.items()}
@@ -169,8 +172,8 @@ class Clients:
 
     def _ask(self, number: int, due: float) -> None:
         try:
-            if not hasattr(self._own, "connection"):
-                self._own.connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+            # A new connection each: the server ends one that is silent for 30 s.
+            self._own.connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
             body = json.dumps({"items": self.histories[number], "k": 10})
             self._own.connection.request("POST", "/recommend", body, {"content-type": "application/json"})
             answer = self._own.connection.getresponse()
@@ -181,7 +184,8 @@ class Clients:
             self.answers.append((time.time(), time.monotonic() - due, number, found["model"], scores))
         except Exception as error:
             self.lost.append(repr(error))
-            vars(self._own).clear()
+        finally:
+            self._own.connection.close()
 
 
 def load(folder: Path, minutes: float, parts: int, events_per_s: float, rate: float, port: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from hstu.model.stack import FusedHSTULayer
 from hstu.ops.kernels import Backend
 from tests.model.examples import gradients, make_network
 from tests.ops import oracle
-from tests.ops.backends import INTERPRETED, kernels_of, require_compiler
+from tests.ops.backends import INTERPRETED, kernels_of
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
 
@@ -32,12 +32,6 @@ BATCH = Batch(
 )
 MAX_TOKENS = 16
 FAST = Backend.TRITON if INTERPRETED else Backend.CPU
-
-
-@pytest.fixture(autouse=True)
-def compiler(request: pytest.FixtureRequest) -> None:
-    if request.node.funcargs.get("backend") is Backend.CPU:
-        require_compiler()
 
 
 def make_layer(backend: Backend = Backend.PYTORCH, **changes: Any) -> FusedHSTULayer:

@@ -1,6 +1,7 @@
 """Which fast backends the shared tests drive here, on which device, how exact they are, and operators by backend."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +53,7 @@ TOLERANCE = {
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@functools.cache
 def require_compiler() -> None:
     """Skip the test where the C++ kernels cannot be compiled."""
     try:
@@ -76,7 +78,9 @@ def examples(count: int) -> int:
 def kernels_of(
     backend: Backend, width: int = 1, dtype: torch.dtype = torch.float32, *, has_bias: bool = False
 ) -> Kernels:
-    """The kernels of a backend for heads, rows and vectors of ``width`` channels."""
+    """The kernels of a backend for heads, rows and vectors of ``width`` channels. Skips where they cannot be built."""
+    if backend is Backend.CPU:
+        require_compiler()
     return resolve_kernels(backend, KernelShapes(width, 1, width, width, dtype, has_bias))
 
 

@@ -22,11 +22,6 @@ BFLOAT16 = KernelShapes(64, 1, 64, 64, torch.bfloat16)
 FAST = pytest.mark.parametrize("requested", ["cutlass", "triton"])
 
 
-@pytest.fixture
-def compiler() -> None:
-    require_compiler()
-
-
 def on_cpu(requested: str) -> dict[str, str]:
     """Operator → what serves it."""
     return said(select_kernels(requested, strict=False, device=CPU, shapes=SHAPES))
@@ -37,7 +32,8 @@ def said(kernels: Kernels) -> dict[str, str]:
 
 
 @FAST
-def test_on_a_cpu_the_cpp_kernels_are_used(requested: str, caplog: pytest.LogCaptureFixture, compiler: None) -> None:
+def test_on_a_cpu_the_cpp_kernels_are_used(requested: str, caplog: pytest.LogCaptureFixture) -> None:
+    require_compiler()
     with caplog.at_level(logging.INFO, logger="hstu.ops.select"):
         served = on_cpu(requested)
     assert served["attention"] == "cpu" and served["jagged_concat"] == "pytorch (cpu: no kernel)"
@@ -53,8 +49,9 @@ def test_without_a_compiler_pytorch_is_used_and_the_reason_says_what_to_install(
 
 
 def test_a_cpu_kernel_that_is_wrong_is_not_used_and_the_check_is_run_once_per_machine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: None
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    require_compiler()
     ran: list[str] = []
     backend_operators = [operator for operator, served in on_cpu("cutlass").items() if served == "cpu"]
 

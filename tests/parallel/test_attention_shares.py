@@ -15,7 +15,7 @@ from hstu.ops.kernels import AttentionConfig, AttentionInputs, AttentionKernels,
 from hstu.ops.layout import JaggedLayout, pad_tokens
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.parallel.attention_shares import share_attention, within
-from tests.ops.backends import BACKENDS, INTERPRETED, kernels_of, require_compiler
+from tests.ops.backends import BACKENDS, INTERPRETED, kernels_of
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch, batches
 
@@ -145,8 +145,6 @@ MASKS: list[dict[str, Any]] = [
 def test_kernels_compute_ranges_of_queries_alone(
     mask: dict[str, Any], has_bias: bool, backend: Backend, dtype: torch.dtype
 ) -> None:
-    if backend is Backend.CPU:
-        require_compiler()
     if INTERPRETED and has_bias != bool(mask):
         pytest.skip("takes long to interpret")
     kernels = kernels_of(backend, WIDTH, has_bias=has_bias).attention

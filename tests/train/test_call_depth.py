@@ -14,6 +14,7 @@ from hstu.ops.cpu import build
 from hstu.ops.kernels import Backend, Kernels, KernelShapes
 from hstu.ops.select import resolve_kernels
 from hstu.pipeline.finite import NonFiniteStep
+from tests.ops.backends import require_compiler
 from tests.train.tiny import Train
 
 MOST_FUNCTIONS, MOST_FILES = 13, 8
@@ -22,10 +23,7 @@ Record = Callable[[str], None]
 
 
 def watch_cpp(patch: pytest.MonkeyPatch, record: Record) -> None:
-    try:
-        build.library_file()
-    except build.KernelsUnavailable as reason:
-        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+    require_compiler()
 
     class Library:
         def __getattr__(self, function: str) -> Any:

@@ -5,17 +5,14 @@ from typing import Any
 
 import pytest
 
-from hstu.ops.cpu.build import KernelsUnavailable, library_file
 from hstu.ops.kernels import OPERATORS
+from tests.ops.backends import require_compiler
 from tests.train.tiny import Train
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> None:
-    try:
-        library_file()
-    except KernelsUnavailable as reason:
-        pytest.skip(f"NEEDS A C++ COMPILER: {reason}")
+    require_compiler()
 
 
 def network(backend: str, task: str) -> dict[str, Any]:
@@ -41,10 +38,8 @@ def test_the_log_names_the_kernels(train: Train) -> None:
 
 
 def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(train: Train) -> None:
-    options = {"ckpt_save_interval": 2, "ckpt_load_dir": "auto"}
-    whole = train("retrieval", network=network("cutlass", "retrieval"), trainer={"max_train_iters": 4})
-    train("retrieval", output="one", network=network("cutlass", "retrieval"), trainer=options | {"max_train_iters": 2})
-    rest = train(
-        "retrieval", output="one", network=network("cutlass", "retrieval"), trainer=options | {"max_train_iters": 4}
-    )
+    saving, own = {"ckpt_save_interval": 2, "ckpt_load_dir": "auto"}, network("cutlass", "retrieval")
+    whole = train("retrieval", network=own, trainer={"max_train_iters": 4})
+    for iterations in (2, 4):
+        rest = train("retrieval", output="one", network=own, trainer=saving | {"max_train_iters": iterations})
     assert rest.losses[-2:] == whole.losses[-2:]

@@ -1,5 +1,6 @@
 """Tokens that show features of items and events beside their ids, token by token."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from hstu.data.batches.batch import HSTUBatch, ItemColumns, keyed_jagged
 from hstu.data.features.values import statistics_of_numbers
 from hstu.model.inputs import NumberInputs, SequenceFeatures, SequenceInputs, rank_among
+from tests import helpers
 from tests.model.examples import make_network
 
 WIDTH, ROWS = 8, 7
@@ -53,10 +55,12 @@ def random_events(lengths: list[int], features: SequenceFeatures) -> Events:
 
 def make_batch(users: Events, features: SequenceFeatures, candidates: int) -> HSTUBatch:
     """The users, and an empty sequence."""
-    lengths = np.array([*map(len, users), 0])
-    own = np.minimum(lengths, candidates)
     events = [event for user in users for event in user]
-    return HSTUBatch(
+    of_users = [[event["item"][0] for event in user] for user in users]
+    own = [min(len(user), candidates) for user in users]
+    batch = helpers.make_batch([*of_users, []], num_candidates=[*own, 0], num_labels=[0] * (len(users) + 1), labels=[])
+    return dataclasses.replace(
+        batch,
         features=keyed_jagged(
             {name: np.array([v for event in events for v in event[name]], dtype=np.int64) for name in features.names},
             {
@@ -70,14 +74,6 @@ def make_batch(users: Events, features: SequenceFeatures, candidates: int) -> HS
             ),
             numbers=torch.tensor([[x for name in NUMBERS for x in event[name]] for event in events]).reshape(-1, 5),
         ),
-        num_candidates=torch.from_numpy(own),
-        num_labels=torch.zeros(len(lengths), dtype=torch.int64),
-        labels=torch.empty(0, dtype=torch.int64),
-        user_ids=torch.arange(len(lengths)),
-        real_batch_size=len(users),
-        item_lengths=lengths,
-        num_candidates_host=own,
-        num_labels_host=np.zeros_like(lengths),
     )
 
 

@@ -86,9 +86,19 @@ def within_span(
     return abs(query.position - key.position) <= max_span
 
 
-def num_before(tokens: list[Token]) -> int:
-    """Context and history tokens of a sequence."""
-    return sum(token.kind != "candidate" for token in tokens)
+def mask_of(
+    tokens: list[Token], *, is_causal: bool, contextual_mask: bool, max_span: int | None = None, full_tokens: int = 0
+) -> Tensor:
+    """Which tokens of a sequence look at which: bool [queries, keys]."""
+    num_before = sum(token.kind != "candidate" for token in tokens)
+    window: dict[str, Any] = dict(max_span=max_span, full_tokens=full_tokens, num_before=num_before)
+    pairs = [
+        sees(i, j, is_causal=is_causal, contextual_mask=contextual_mask)
+        and within_span(i, j, contextual_mask=contextual_mask, **window)
+        for i in tokens
+        for j in tokens
+    ]
+    return torch.tensor(pairs, dtype=torch.bool).view(len(tokens), len(tokens))
 
 
 def bias_of(query: Token, key: Token, position_weight: Tensor, time_weight: Tensor) -> Tensor:
@@ -124,17 +134,8 @@ def attention(
         if bias is not None:
             pairs = torch.stack([torch.stack([bias_of(i, j, *bias) for j in tokens]) for i in tokens])
             scores = scores + pairs
-        window: dict[str, Any] = dict(max_span=max_span, full_tokens=full_tokens, num_before=num_before(tokens))
-        mask = torch.tensor(
-            [
-                [
-                    sees(i, j, is_causal=is_causal, contextual_mask=contextual_mask)
-                    and within_span(i, j, contextual_mask=contextual_mask, **window)
-                    for j in tokens
-                ]
-                for i in tokens
-            ]
-        )
+        window: dict[str, Any] = dict(max_span=max_span, full_tokens=full_tokens)
+        mask = mask_of(tokens, is_causal=is_causal, contextual_mask=contextual_mask, **window)
         weights = scores * torch.sigmoid(scores) / scaling_seqlen * mask
         outputs.append(torch.einsum("hij,jhd->ihd", weights, v[rows]))
     return torch.cat(outputs) if outputs else q * 0 + k * 0 + v * 0

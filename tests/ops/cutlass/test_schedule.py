@@ -41,16 +41,8 @@ def masks_of(
     """The mask of each sequence, bool [queries, keys], from the oracle."""
     for user in users:
         tokens = oracle.tokens_of(user, contextuals=contextuals, tokens_per_item=tokens_per_item, group_size=group_size)
-        yield np.array(
-            [
-                [
-                    oracle.sees(query, key, is_causal=config.is_causal, contextual_mask=config.contextual_mask)
-                    for key in tokens
-                ]
-                for query in tokens
-            ],
-            dtype=bool,
-        ).reshape(len(tokens), len(tokens))
+        mask = oracle.mask_of(tokens, is_causal=config.is_causal, contextual_mask=config.contextual_mask)
+        yield mask.numpy()
 
 
 @settings(deadline=None, max_examples=100)

@@ -16,10 +16,9 @@ from collections.abc import Callable, Iterator
 from functools import partial, partialmethod
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -36,8 +35,8 @@ from hstu.model.embedding import table_specs
 from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.ranking import RankingDense
 from hstu.ops.kernels import AttentionConfig
-from hstu.ops.layout import build_layout
 from hstu.ops.pytorch import attention
+from hstu.ops.self_check import small_layout
 from hstu.parallel import mesh as meshes
 from hstu.parallel.group import to_train_batch
 from hstu.pipeline.finite import FiniteCheck
@@ -115,25 +114,16 @@ def meta_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], N
     model.dense.to("meta")
     model.look_up = partial(rows_of_sharded_tables, model)  # type: ignore[method-assign]
     spoil(model)
-    clipped: list[float] = []
-
-    def clip(limit: float) -> Tensor:
-        clipped.append(limit)
-        return clip_grad_norm_(model.dense.parameters(), limit)
-
-    optimizers = SimpleNamespace(
-        zero_grad=lambda: None,
-        clip_grad_norm=clip,
-        step=lambda found_inf: None,
-    )
-    step = TrainStep(model, optimizers, mesh, max_grad_norm=1.0)  # type: ignore[arg-type]
+    optimizers = Mock(spec=["zero_grad", "clip_grad_norm", "step"])
+    optimizers.clip_grad_norm.side_effect = partial(clip_grad_norm_, model.dense.parameters())
+    step = TrainStep(model, optimizers, mesh, max_grad_norm=1.0)
     step.check = MetaCheck(mesh)
     batch = to_train_batch(next(source.train_batches(SamplerPosition())), roles, mesh, 2)
     batch = batch.to(torch.device("meta"), non_blocking=True)
     with PageableCopies() as copies:
         loss = step(batch).loss
     assert not copies.found
-    assert clipped == [1.0]
+    optimizers.clip_grad_norm.assert_called_once_with(1.0)
     return loss
 
 
@@ -202,12 +192,18 @@ def test_a_step_needs_no_value_from_the_device(
 def test_a_model_that_reads_a_value_is_detected(
     ask: Callable[[Tensor], Any], mesh: meshes.Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        meta_step(config_of(store, tmp_path, "ranking"), mesh, spoiled_by(ask))
+
+
+def spoiled_by(deed: Callable[[Tensor], Any]) -> Callable[[GRModel], None]:
+    """Makes a model do the deed with its loss."""
+
     def spoil(model: GRModel) -> None:
         assert isinstance(model.dense, DenseModel) and isinstance(model.dense.task, RankingDense)
-        model.dense.task.register_forward_hook(lambda _, given, output: ask(output.loss_sum.detach()) and None)
+        model.dense.task.register_forward_hook(lambda _, given, output: (deed(output.loss_sum.detach()), None)[1])
 
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        meta_step(config_of(store, tmp_path, "ranking"), mesh, spoil)
+    return spoil
 
 
 @pytest.mark.usefixtures("without_values")
@@ -217,30 +213,14 @@ def test_a_model_that_reads_a_value_is_detected(
 def test_a_model_that_copies_pageable_memory_is_detected(
     copy: Callable[[Tensor], Any], mesh: meshes.Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:
-    def spoil(model: GRModel) -> None:
-        assert isinstance(model.dense, DenseModel) and isinstance(model.dense.task, RankingDense)
-
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            copy(output.loss_sum.detach())
-
-        model.dense.task.register_forward_hook(hook)
-
     with pytest.raises(AssertionError, match="_to_copy"):
-        meta_step(config_of(store, tmp_path, "ranking"), mesh, spoil)
+        meta_step(config_of(store, tmp_path, "ranking"), mesh, spoiled_by(copy))
 
 
 @pytest.mark.parametrize("kernels", ["cutlass", "triton", "pytorch"])
 def test_attention_copies_what_it_plans_from_pinned_memory(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "pin_memory", _pinned)
-    layout = build_layout(
-        item_lengths=np.array([70, 0, 3]),
-        num_sequences=3,
-        num_contextuals=2,
-        num_candidates=np.array([9, 0, 1]),
-        tokens_per_item=1,
-        target_group_size=1,
-        device=torch.device("meta"),
-    )
+    layout = small_layout(torch.device("meta"), (70, 0, 3), (9, 0, 1), num_contextuals=2, group_size=1)
     config = AttentionConfig(1.0, 100)
     with PageableCopies() as copies:
         if kernels == "cutlass":

@@ -14,11 +14,7 @@ from hstu.config.args import (
     DatasetArgs,
     DynamicEmbeddingArgs,
     FeatureArgs,
-    NetworkArgs,
-    OptimizerArgs,
     RandomDistribution,
-    RetrievalArgs,
-    TrainerArgs,
 )
 from hstu.config.run_config import RunConfig
 from hstu.data.sampling.sampler import SamplerPosition
@@ -29,7 +25,7 @@ from hstu.parallel.tables import dynamic_tables
 from hstu.train.sources import open_source
 from tests.conftest import write_small_store
 from tests.parallel.dynamic.dictionary import DictionaryTable
-from tests.train.tiny import ITEMS, NETWORK, TRAINER, FinishedRun, Train, run, tables_with_dynamic, tiny_config, walks
+from tests.train.tiny import ITEMS, FinishedRun, Train, run, run_config, tables_with_dynamic, tiny_config, walks
 
 MANY, ROWS, STEPS = 10**12, 5_000, 200
 
@@ -41,21 +37,17 @@ def zipf_config(output: Path, policy: Policy, **task_args: Any) -> RunConfig:
     table = DynamicEmbeddingArgs(
         feature_names=["item"], table_name="item_table", item_vocab_size_or_capacity=ROWS, evict_strategy=policy
     )
-    trainer = {**TRAINER, "train_batch_size": 16, "max_train_iters": STEPS, "log_interval": 10, "eval_at_end": True}
-    return RunConfig(
-        task="retrieval",
-        trainer=TrainerArgs(**{**trainer, "output_dir": f"{output}/run"}),
-        dataset=BenchmarkDatasetArgs(
-            feature_args=[features],
-            embedding_args=[table],
-            item_feature_name="item",
-            contextual_feature_names=[],
-            num_generated_batches=STEPS,
-        ),
-        network=NetworkArgs(**{**NETWORK, "num_layers": 1}),
-        optimizer=OptimizerArgs(optimizer_str="adam", learning_rate=0.01),
-        task_args=RetrievalArgs(**{"filter_seen": False, "eval_metrics": ("HR@1000",), **task_args}),
+    dataset = BenchmarkDatasetArgs(
+        feature_args=[features],
+        embedding_args=[table],
+        item_feature_name="item",
+        contextual_feature_names=[],
+        num_generated_batches=STEPS,
     )
+    trainer = {"train_batch_size": 16, "max_train_iters": STEPS, "log_interval": 10, "eval_at_end": True}
+    options: Any = {"trainer": trainer, "network": {"num_layers": 1}}
+    task_args = {"filter_seen": False, "eval_metrics": ("HR@1000",), **task_args}
+    return run_config("retrieval", dataset, (), output, task_args=task_args, **options)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu"])

@@ -24,7 +24,7 @@ from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train.sources import open_source
 from tests.conftest import write_small_store
-from tests.train.tiny import build, enlarge, tables_of, tiny_config
+from tests.train.tiny import build, enlarge, tiny_config
 
 USERS, LENGTH, ACTIONS, ITEMS_PER_EVENT = 4, 8, 4, 3
 ITEMS = LENGTH * ITEMS_PER_EVENT
@@ -72,13 +72,9 @@ class Layout:
         if not self.has_actions:
             dataset["action_feature_name"] = ""
         network = {"disable_contextual_mask": None, "target_group_size": self.group, **self.network}
-        without = {*NEVER_SHOWN, *([] if self.has_actions else ["action"])}
-        tables = tuple(table for table in tables_of(store) if not without & set(table.feature_names))
         batches = {"train_batch_size": USERS, "eval_batch_size": USERS}
-        return tiny_config(
-            self.task, store, path, dataset=dataset, network=network, trainer=batches, tables=tables,
-            task_args=self.task_args,
-        )  # fmt: skip
+        options: Any = {"network": network, "trainer": batches, "task_args": self.task_args}
+        return tiny_config(self.task, store, path, dataset=dataset, **options)
 
     def may_see(self, predicted: int, kind: str, event: int) -> bool:
         """Whether the prediction of an event may depend on a value of another one, or of itself."""

@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, least in (("nproc_per_node", 1), ("frozen_after", 0), ("most_scored", 1)):
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise ConfigError(f"--{name} {getattr(options, name)}: give {least} or more")
+    if options.train_on == "new_events" and options.epochs < 1:
+        raise ConfigError(f"--epochs {options.epochs} would leave out events: give 1 or more, or --train_on all")
     settings = Settings(
         run_dir=options.run_dir.absolute(), task=options.task, gin_files=options.gin_config_file,
         gin_bindings=options.gin_bindings, preprocess=columns, scripts=Path(__file__).resolve().parent,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,8 +11,6 @@ from hstu.base.errors import EXIT_DONE, DataError, UserError
 from hstu.checkpoint.tensors import read_metadata
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
-
-log = logging.getLogger(__name__)
 
 _REMEDIES = (
     '"all" starts a new pass over all of it; TrainerArgs.ckpt_load_optimizer = False would start from the weights at '
@@ -61,18 +58,15 @@ def choose_phase(checkpoint: Path, own: Mapping[str, Any], store: SequenceStore,
     if not changed or position is None:  # an export has no position: ``load`` refuses it
         return Phase.of(progress)
     has_grown = "segments" in stored and stored.get("state") in store.lineage
-    is_of_new = continue_on in ("new_events", "new_events_alone")
-    if continue_on == "all" or (is_of_new and has_grown):
+    if continue_on == "all" or (continue_on == "new_events" and has_grown):
         seen = 0 if continue_on == "all" else stored["segments"]
         left = stored.get("samples", 0) - position["consumed"]
         if seen and left > 0 and position["epoch"] == Phase.of(progress).first_epoch:  # later epochs repeat labels
-            text = f"{checkpoint} was saved {left} samples before the end of the first pass of its phase"
-            if continue_on == "new_events":
-                raise DataError(
-                    f"{text}. Finish the pass on a copy of the data as it was, or set TrainerArgs.continue_on: "
-                    f'"new_events_alone" never trains on the labels of these samples, {_REMEDIES}.'
-                )
-            log.warning("%s: this phase trains on new events alone, and never on the labels of those samples", text)
+            raise DataError(
+                f"{checkpoint} was saved {left} samples before the end of the first pass of its phase, whose labels "
+                f"would be left out. Finish the pass on a copy of the data as it was, or set TrainerArgs.continue_on: "
+                f"{_REMEDIES}."
+            )
         return Phase(progress["iteration"], position["epoch"] + (position["consumed"] > 0), seen)
     if has_grown:
         segments = store.segments()
@@ -81,7 +75,7 @@ def choose_phase(checkpoint: Path, own: Mapping[str, Any], store: SequenceStore,
             f"{store.path} has grown since {checkpoint} was trained on it: {new:,} new events. Set "
             f'TrainerArgs.continue_on: "new_events" trains on each of them once, {_REMEDIES}.'
         )
-    wanted = f'"{continue_on}" needs data that has grown by appending; ' if is_of_new else ""
+    wanted = '"new_events" needs data that has grown by appending; ' if continue_on == "new_events" else ""
     raise DataError(
         f"{checkpoint} was trained on other data: {changed}. Its position in an epoch means other samples here. Name "
         f"the data that it was trained on, or set TrainerArgs.continue_on: {wanted}{_REMEDIES}."

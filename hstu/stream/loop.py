@@ -166,13 +166,11 @@ class Stream:
 
     def _train(self, folder: Path, is_first: bool) -> float:
         settings, run = self.settings, self.settings.run_dir
-        # The part before has been trained on as long as it should be, even if that is less than a pass.
-        continue_on = "new_events_alone" if settings.train_on == "new_events" else settings.train_on
         bindings = [
             *settings.gin_bindings, f"DatasetArgs.dataset_path = {str(self._store)!r}", 'DatasetArgs.split = "none"',
             f"TrainerArgs.output_dir = {str(run / 'training')!r}", "TrainerArgs.eval_interval = 0",
             f"TrainerArgs.ckpt_save_dir = {str(self._checkpoints)!r}", 'TrainerArgs.ckpt_load_dir = "auto"',
-            f"TrainerArgs.continue_on = {continue_on!r}", 'TrainerArgs.progress_bar = "off"',
+            f"TrainerArgs.continue_on = {settings.train_on!r}", 'TrainerArgs.progress_bar = "off"',
         ]  # fmt: skip
         if not is_first:
             bindings.append(f"TrainerArgs.num_train_epochs = {settings.epochs}")

@@ -62,15 +62,15 @@ class TrainerArgs(Args):
     continue_on: Optional[str] = option(
         None,
         changes="training",
-        choices=("new_events", "new_events_alone", "all"),
+        choices=("new_events", "all"),
         needs=(OF_WHAT_IS_LOADED, having("ckpt_load_optimizer", True, why="weights alone start at iteration 0")),
     )
     """What a run that resumes trains on if its data has changed since the checkpoint, in a new phase of the run.
     new_events: each event that appending has brought since, once per pass, after the events before it. An error if the
-    first pass of the phase before was not finished; new_events_alone leaves out what it has left. all: everything, from
-    the start of an epoch; also of other data. The length of the run (max_train_iters, num_train_epochs) is that of
-    the phase, while iterations count on. Tables find their rows by raw id, and new ids start as initialised. On the
-    same data, the run resumes in the phase of the checkpoint. None: changed data is an error."""
+    first pass of the phase before was not finished. all: everything, from the start of an epoch; also of other data.
+    The length of the run (max_train_iters, num_train_epochs) is that of the phase, while iterations count on. Tables
+    find their rows by raw id, and new ids start as initialised. On the same data, the run resumes in the phase of the
+    checkpoint. None: changed data is an error."""
     ckpt_param_map: Optional[str] = option(None, changes="reports", needs=OF_ANOTHER_RUN)
     """Text file that renames tensors of the checkpoint. Each line is "new old": the tensor "new" of this run, or every
     tensor whose name starts with "new.", is named "old" in the checkpoint. scripts/inspect_checkpoint.py prints the

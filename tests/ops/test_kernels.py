@@ -33,7 +33,6 @@ from tests.ops.backends import (
     hstu_attention,
     kernels_of,
     norm_mul_dropout,
-    require_compiler,
     softmax_loss,
 )
 from tests.ops.oracle import User
@@ -52,12 +51,6 @@ ONE_ROW: dict[str, Any] = {"pool_size": 1, "width": 1, "masks": False}
 MANY_QUERIES = 20 if INTERPRETED else 130
 LENGTHS = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 63, 65, 127, 129])
 NUM_CANDIDATES = st.sampled_from([0, 0, 1, 7, 40])
-
-
-@pytest.fixture(autouse=True)
-def compiler(request: pytest.FixtureRequest) -> None:
-    if request.getfixturevalue("backend") is Backend.CPU:
-        require_compiler()
 
 
 def differentiate(function: Callable[..., Tensor], leaves: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from hstu.ops.layer import HSTULayerConfig, HSTULayerFunction
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch import operators
 from tests.model.examples import make_network
-from tests.ops.backends import INTERPRETED, kernels_of, require_compiler
+from tests.ops.backends import INTERPRETED, kernels_of
 from tests.ops.oracle import User
 from tests.ops.rank_threads import RankThread, on_ranks
 from tests.ops.strategies import Batch
@@ -31,12 +31,6 @@ RECOMPUTE = [
     {"recompute_input_layernorm": True, "recompute_input_silu": True},
     {"recompute_layer": True},
 ]
-
-
-@pytest.fixture(autouse=True)
-def kernels(request: pytest.FixtureRequest) -> None:
-    if request.node.funcargs.get("backend") is Backend.CPU:
-        require_compiler()
 
 
 def make_weights(dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ops.backends import INTERPRETED
+from tests.ops.oracle import User
+from tests.ops.strategies import Batch
 
 pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
 
@@ -22,14 +23,12 @@ from triton.compiler import make_backend
 
 from hstu.ops.comm import LayerComm
 from hstu.ops.kernels import AttentionConfig, AttentionInputs, GateConfig, GateInputs, Gradient
-from hstu.ops.layout import build_layout
 from hstu.ops.triton import attention, linear, norm
 from hstu.ops.triton.compile_ahead import WARP_SIZE, specialized_kernel
 from hstu.ops.triton.launch import Launch
 
 CAPABILITY = 90
 PRODUCT_OF_32_BITS = re.compile(r"arith\.muli %(\w+), %(\w+) .*: (?:i32|tensor<[0-9x]+xi32>)")
-CPU = torch.device("cpu")
 STRIDE = 2**30 + 64
 """Twice this exceeds 2³¹."""
 
@@ -112,16 +111,7 @@ class TestStridesBeyond32Bits:
     @pytest.mark.parametrize("dim", [0, 1])
     def test_attention(self, memory: Tensor, dim: int) -> None:
         torch.manual_seed(0)
-        layout = build_layout(
-            item_lengths=np.array([3]),
-            num_sequences=1,
-            num_contextuals=0,
-            num_candidates=None,
-            tokens_per_item=1,
-            target_group_size=1,
-            device=CPU,
-        )
-        config = AttentionConfig(0.5, 1)
+        layout, config = Batch((User(3, 0),), 0, 1, 1).layout(with_times=False), AttentionConfig(0.5, 1)
         inputs = [torch.randn(3, 3, 16, dtype=torch.float16) for _ in range(4)]
         results = []
         for grad, q, k, v, *grads in (

@@ -1,6 +1,7 @@
 """Triton's projection, rows and pool loss against float64, its dropout, its split heads, and repeatable gradients."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,40 +13,28 @@ from torch.utils.checkpoint import checkpoint
 from hstu.ops.functional import project_uvqk
 from hstu.ops.kernels import Backend, GateConfig, Negatives, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, TokenOrder
-from tests.ops.backends import hstu_attention, kernels_of, norm_mul_dropout, softmax_loss
+from tests.ops.backends import TOLERANCE, device_of, hstu_attention, kernels_of, norm_mul_dropout, softmax_loss
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
+from tests.ops.test_kernels import assert_near, differentiate, to
 from tests.ops.test_norm_mul_dropout import over_two_ranks
 from tests.ops.test_softmax_loss import make_seen
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
-
 
 def compare(
-    function: Callable[..., Tensor], leaves: list[Tensor], device: torch.device, *, dtype: torch.dtype = torch.float32
+    function: Callable[..., Tensor], leaves: list[Tensor], grad_out: Tensor, dtype: torch.dtype = torch.float32
 ) -> None:
-    """``function(backend, *leaves)`` by Triton on ``device`` and by PyTorch in float64: result and gradients."""
-    results = []
-    for backend, target, kind in (
-        (Backend.TRITON, device, dtype),
-        (Backend.PYTORCH, torch.device("cpu"), torch.float64),
-    ):
-        given = [leaf.to(dtype).to(target, kind).detach().requires_grad_() for leaf in leaves]
-        out = function(backend, *given)
-        slope = torch.cos(torch.arange(out.numel())).view(out.shape).to(dtype)
-        results.append([out.detach(), *torch.autograd.grad(out, given, slope.to(out))])
-    for index, (ours, exact) in enumerate(zip(*results, strict=True)):
-        assert ours.shape == exact.shape
-        if exact.numel():
-            error = float((ours.cpu().double() - exact).abs().max() / exact.abs().max().clamp(min=1e-3))
-            assert error <= TOLERANCE[dtype], f"result {index} (0: output, then gradients) is off by {error:.2g}"
+    """``function(backend, *leaves)`` by Triton and by PyTorch in float64: result and gradients."""
+    leaves, grad_out = to(leaves, "cpu", dtype), grad_out.to(dtype)
+    device = device_of(Backend.TRITON)
+    got = differentiate(partial(function, Backend.TRITON), to(leaves, device), grad_out.to(device))
+    exact = differentiate(partial(function, Backend.PYTORCH), to(leaves, "cpu", torch.float64), grad_out.double())
+    assert_near(got, exact, 1.5 * TOLERANCE[Backend.TRITON][dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "hidden", "heads", "width"), [(0, 8, 1, 4), (1, 33, 1, 5), (150, 64, 2, 16)])
-def test_the_projection_equals_float64(
-    device: torch.device, dtype: torch.dtype, tokens: int, hidden: int, heads: int, width: int
-) -> None:
+def test_the_projection_equals_float64(dtype: torch.dtype, tokens: int, hidden: int, heads: int, width: int) -> None:
     torch.manual_seed(tokens)
 
     def run(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -55,7 +44,7 @@ def test_the_projection_equals_float64(
         return project_uvqk(x, weight, bias, kernels)
 
     leaves = [torch.randn(tokens, hidden), torch.randn(4 * heads * width, hidden) / hidden**0.5]
-    compare(run, [*leaves, torch.randn(4 * heads * width)], device, dtype=dtype)
+    compare(run, [*leaves, torch.randn(4 * heads * width)], torch.randn(tokens, 4 * heads * width), dtype)
 
 
 @pytest.mark.parametrize("rows", [(0, 0), (1, 0, 70), (5, 127, 130)])
@@ -72,13 +61,13 @@ def test_jagged_concat_moves_rows_and_their_gradients_exactly(device: torch.devi
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 129])
-def test_positions_equal_float64_and_far_ones_share_the_last(device: torch.device, tokens: int) -> None:
+def test_positions_equal_float64_and_far_ones_share_the_last(tokens: int) -> None:
     torch.manual_seed(0)
     positions = torch.randint(40, (tokens,))
     compare(
         lambda backend, x, table: kernels_of(backend).add_positions(x, table, positions.to(x.device)),
         [torch.randn(tokens, 70), torch.randn(30, 70)],
-        device,
+        torch.randn(tokens, 70),
     )
 
 
@@ -86,15 +75,13 @@ def test_positions_equal_float64_and_far_ones_share_the_last(device: torch.devic
 @pytest.mark.parametrize(
     ("queries", "pool", "width"), [(0, 4, 16), (1, 1, 3), (130, 70, 50), (5, 100, 200), (70, 70, 256)]
 )
-def test_the_pool_loss_equals_float64(
-    device: torch.device, queries: int, pool: int, width: int, weighted: bool, masks: bool
-) -> None:
+def test_the_pool_loss_equals_float64(queries: int, pool: int, width: int, weighted: bool, masks: bool) -> None:
     torch.manual_seed(0)
     targets, ids = torch.randint(5, (queries,)), torch.randint(9, (pool,))
     log_weights = torch.randn(pool).masked_fill(torch.rand(pool) < 0.3, -torch.inf) if weighted else None
     negatives = Negatives(targets, ids, 0.3, log_weights, make_seen(queries, pool) if masks else None)
     vectors = [F.normalize(torch.randn(n, width), dim=1) for n in (queries, queries, pool)]
-    compare(lambda backend, *vectors: softmax_loss(vectors, negatives, backend), vectors, device)
+    compare(lambda backend, *vectors: softmax_loss(vectors, negatives, backend), vectors, torch.tensor(1.0))
 
 
 def test_gradients_of_the_bias_have_the_same_bits_in_every_run(device: torch.device) -> None:

@@ -70,36 +70,22 @@ def test_one_held_out_split_is_evaluated_during_and_after_training(
     assert source.eval_splits == source.final_splits == (held_out,)
 
 
-def training_batches(store: Path, task: Task, mesh: Mesh, *bindings: str) -> list[dict[str, Any]]:
-    """What the batches of the first epochs hold."""
-    source = open_source(starter(store, task, *bindings), mesh)
-    batches = islice(source.train_batches(START), 3 * source.batches_per_epoch)
-    return [
-        {
-            "values": batch.features.values(),
-            "lengths": batch.features.lengths(),
-            "labels": batch.labels,
-            "times": batch.items.timestamps,
-        }
-        for batch in batches
-    ]
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_held_out_changes_no_training_batch(tmp_path: Path, task: Task, mesh: Mesh) -> None:
     uniform = ("RetrievalArgs.negatives = 'uniform'", "RetrievalArgs.num_negatives = 4") if task == "retrieval" else ()
     more = ("DatasetArgs.max_sequence_length = 4", "DatasetArgs.window_stride = 2", *uniform)
 
-    def batches(name: str, changed: int | None) -> list[dict[str, Any]]:
-        return training_batches(write_events(tmp_path / name, changed), task, mesh, *more)
+    def batches(name: str, changed: int | None) -> list[tuple[Any, ...]]:
+        """What those of the first epochs hold."""
+        source = open_source(starter(write_events(tmp_path / name, changed), task, *more), mesh)
+        return [
+            (batch.features.values(), batch.features.lengths(), batch.labels, batch.items.timestamps)
+            for batch in islice(source.train_batches(START), 3 * source.batches_per_epoch)
+        ]
 
     original = batches("original", None)
     for name, changed, equal in (("test", 1, True), ("valid", 3, True), ("train", 5, False)):
-        others = batches(name, changed)
-        assert len(others) == len(original)
-        same = [
-            all(torch.equal(one[key], other[key]) for key in one) for one, other in zip(original, others, strict=True)
-        ]
+        same = [all(map(torch.equal, *pair)) for pair in zip(original, batches(name, changed), strict=True)]
         assert all(same) if equal else not any(same), name
 
 

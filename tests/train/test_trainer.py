@@ -18,9 +18,8 @@ from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.pipelines import SequentialPipeline
-from hstu.train.builder import build_trainer
 from hstu.train.trainer import Trainer
-from tests.train.tiny import FinishedRun, Train, build, run, tiny_config
+from tests.train.tiny import Train, build, run, tiny_config
 
 # --- what is done when ---------------------------------------------------------------------------------------------
 
@@ -150,23 +149,21 @@ def test_a_run_that_reaches_its_last_iteration_is_done(train: Train) -> None:
 
 @pytest.mark.parametrize("saving", [True, False])
 def test_sigterm_stops_after_the_step_in_flight_and_saves_where_checkpoints_are_kept(
-    mesh: Mesh, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: bool
+    train: Train, monkeypatch: pytest.MonkeyPatch, saving: bool
 ) -> None:
-    step = SequentialPipeline.progress
+    step, steps = SequentialPipeline.progress, itertools.count()
 
     def signalled(self: SequentialPipeline, batches: Any) -> Any:
-        if trainer.state.iteration == 2:
+        if next(steps) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batches)
 
     monkeypatch.setattr(SequentialPipeline, "progress", signalled)
     options = {"max_train_iters": 50, "eval_at_end": True, "ckpt_save_interval": 100 if saving else -1}
-    trainer = build(tiny_config("ranking", store, tmp_path, trainer=options), mesh)
-    trainer.train()
-    finished = FinishedRun(trainer, trainer.run_directory.path)
+    finished = train("ranking", trainer=options)
     assert (finished.summary["status"], finished.summary["iterations"]) == ("stopped", 3)
     assert finished.evaluations == []
-    assert (tmp_path / "checkpoints" / "iteration_00000003").exists() == saving
+    assert finished.saved == ["iteration_00000003"] * saving
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_with_what_to_do(train: Train, tmp_path: Path) -> None:
@@ -177,16 +174,15 @@ def test_a_loss_that_is_not_a_number_ends_the_run_with_what_to_do(train: Train, 
 
 
 def test_an_error_of_ours_is_not_hidden_and_the_summary_says_failed(
-    mesh: Mesh, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(Trainer, "_train_step", broken)
-    trainer = build(tiny_config("ranking", store, tmp_path), mesh)
     with pytest.raises(ZeroDivisionError):
-        trainer.train()
-    assert FinishedRun(trainer, trainer.run_directory.path).summary["status"] == "failed"
+        train("ranking", output="failed")
+    assert json.loads((tmp_path / "failed" / "run" / "summary.json").read_text())["status"] == "failed"
 
 
 # --- the best, and enough ------------------------------------------------------------------------------------------
@@ -314,32 +310,24 @@ def test_the_operative_configuration_trains_the_same_model(
     assert first.losses == run(again, mesh).losses
 
 
-def test_clipping_bounds_the_dense_step(train: Train, mesh: Mesh) -> None:
+def test_clipping_bounds_the_dense_step(train: Train, mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "sharded": ["item_id", "town", "action"],
+        "optimizer": {"optimizer_str": "sgd", "learning_rate": 1.0},
+    }
+    untrained = build(tiny_config("ranking", store, tmp_path, **options), mesh)
+    untrained.run_directory.close()
+    before = dict(untrained.state.model.dense.named_parameters())
+
     def distance(max_grad_norm: float) -> float:
-        options = {
-            "sharded": ["item_id", "town", "action"],
-            "optimizer": {"optimizer_str": "sgd", "learning_rate": 1.0},
-            "trainer": {"max_train_iters": 1, "max_grad_norm": max_grad_norm},
-        }
-        finished = train("ranking", **options)
+        finished = train("ranking", trainer={"max_train_iters": 1, "max_grad_norm": max_grad_norm}, **options)
         after = dict(finished.trainer.state.model.dense.named_parameters())
-        before = dict(build_untrained(finished, mesh).state.model.dense.named_parameters())
         with torch.no_grad():
             return math.sqrt(sum(float((after[name] - before[name]).square().sum()) for name in after))
 
     assert distance(0.0) > 0.2
     assert distance(0.1) == pytest.approx(0.1, rel=1e-4)
     assert distance(100.0) == distance(0.0)
-
-
-def build_untrained(finished: FinishedRun, mesh: Mesh) -> Trainer:
-    """The model with which a run began."""
-    torch.manual_seed(finished.trainer.args.seed)
-    other = f"TrainerArgs.output_dir = '{finished.path.parent}/untrained'"
-    config = load([str(finished.path / "operative.gin")], [other], "ranking")
-    trainer = build_trainer(config, mesh)
-    trainer.run_directory.close()
-    return trainer
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,12 @@ class Rows:
     @torch.no_grad()
     def move(self, source: Tensor, target: Tensor) -> None:
         """Move rows with their states from the slots ``source`` to ``target``, int64 [n], which share none."""
-        if len(source):
-            rows, states = self.read(int(source.max()) + 1)
-            moved = (kept[source.to(kept.device)].to(self.device) for kept in (rows, *states.values()))
-            self.initialize(target, next(moved), dict(zip(states, moved, strict=True)))
+        for block, used in self._ranges(len(self)):
+            here = (source >= used.start) & (source < used.stop)
+            rows, states = self._used(block, len(used))
+            slots = (source[here] - used.start).to(rows.device)
+            moved = {name: state[slots].to(self.device) for name, state in states.items()}
+            self.initialize(target[here], rows[slots].to(self.device), moved)
 
     @torch.no_grad()
     def start(

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,19 @@ def children_of(process: int) -> list[int]:
     return [int(each) for each in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+def step_of(stream: int) -> str:
+    """The command that a stream runs; "between" if there is none."""
+    with suppress(FileNotFoundError, IndexError):  # it has ended meanwhile, or there is none
+        words = Path(f"/proc/{children_of(stream)[0]}/cmdline").read_bytes().decode().split("\0")
+        return next((word for word in words[1:] if word.endswith(".py") or word == "hstu.entry"), "between")
+    return "between"
+
+
 def strike(stream: subprocess.Popen[bytes], kind: str, draw: random.Random) -> str | None:
     """Kill at a random moment. Returns the step of the stream at this moment; None if the stream has ended before."""
     moment, step = time.monotonic() + draw.uniform(0, 45), "start"
     while stream.poll() is None:
-        children = children_of(stream.pid)
-        words = Path(f"/proc/{children[0]}/cmdline").read_bytes().decode().split("\0") if children else ["", ""]
-        step = next((word for word in words[1:] if word.endswith(".py") or word == "hstu.entry"), "between")
+        step = step_of(stream.pid)
         if time.monotonic() >= moment and (kind != "launcher" or step == "hstu.entry"):
             if kind == "launcher":
                 time.sleep(draw.uniform(0, 8))

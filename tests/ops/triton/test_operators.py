@@ -32,6 +32,7 @@ def compare(
     assert_near(got, exact, 1.5 * TOLERANCE[Backend.TRITON][dtype])
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "hidden", "heads", "width"), [(0, 8, 1, 4), (1, 33, 1, 5), (150, 64, 2, 16)])
 def test_the_projection_equals_float64(dtype: torch.dtype, tokens: int, hidden: int, heads: int, width: int) -> None:
@@ -60,6 +61,7 @@ def test_jagged_concat_moves_rows_and_their_gradients_exactly(device: torch.devi
     assert all(torch.equal(ours, right) for ours, right in zip(*results, strict=True))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("tokens", [0, 1, 129])
 def test_positions_equal_float64_and_far_ones_share_the_last(tokens: int) -> None:
     torch.manual_seed(0)
@@ -71,6 +73,7 @@ def test_positions_equal_float64_and_far_ones_share_the_last(tokens: int) -> Non
     )
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(("weighted", "masks"), [(False, False), (True, True)])
 @pytest.mark.parametrize(
     ("queries", "pool", "width"), [(0, 4, 16), (1, 1, 3), (130, 70, 50), (5, 100, 200), (70, 70, 256)]

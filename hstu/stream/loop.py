@@ -108,9 +108,10 @@ class Stream:
         result: dict[str, Any] = {"number": len(self.results) + 1, "name": name, "files": list(map(str, files))}
         seconds: dict[str, float] = {}
         if files:  # a part without a good event has none
-            seconds = self._steps(folder, files, before["newest"])
+            seconds["append"] = self._append(folder, files, is_first=before["newest"] is None)
             store = SequenceStore.open(self._store)
             counts = counts_of(store)
+            seconds |= self._steps(folder, before["newest"], counts["newest"])
             result |= changes_of(store)
             for kind in ("evaluation", "frozen"):
                 if (file := folder / f"{kind}.json").exists():
@@ -131,15 +132,15 @@ class Stream:
         assert isinstance(config.dataset, DatasetArgs)
         return build_samples(store, config.dataset, config.task, Period(since, most=self.settings.most_scored), seed=0)
 
-    def _steps(self, folder: Path, files: Sequence[Path], newest: int | None) -> dict[str, float]:
-        """Returns the seconds of each. ``newest``: time of the newest event before. None: this is the first part."""
-        frozen, seconds = self.settings.run_dir / "frozen", {"append": self._append(folder, files, newest is None)}
-        is_later = newest is not None and counts_of(SequenceStore.open(self._store))["newest"] > newest
-        if newest is not None and is_later:  # before the training, so that what is evaluated does not know the part
-            seconds["evaluate"] = self._evaluate(folder / "evaluation.json", self._checkpoints, newest + 1)
+    def _steps(self, folder: Path, before: int | None, newest: int) -> dict[str, float]:
+        """Do the steps after the append. Returns the seconds of each. ``before``, ``newest``: times of the newest event
+        without this part and with it; None: this is the first part."""
+        frozen, seconds = self.settings.run_dir / "frozen", dict[str, float]()
+        if before is not None and newest > before:  # ahead of the training, so that the model does not know the part
+            seconds["evaluate"] = self._evaluate(folder / "evaluation.json", self._checkpoints, before + 1)
             if frozen.exists():
-                seconds["frozen"] = self._evaluate(folder / "frozen.json", frozen, newest + 1)
-        seconds["train"] = self._train(folder, is_first=newest is None)
+                seconds["frozen"] = self._evaluate(folder / "frozen.json", frozen, before + 1)
+        seconds["train"] = self._train(folder, is_first=before is None)
         if self.settings.exports:
             seconds["export"] = self._export(folder)
         if len(self.results) + 1 == self.settings.frozen_after:

@@ -87,8 +87,9 @@ class DynamicTable:
             self.slots.sightings.free_unseen(self.step - limit)
         freed, source, target = self.slots.free_unseen(self.step - limit)
         self._expired += freed
-        self.rows.move(source, target)
-        self.changed[target] = self.changed[source]
+        if len(source):  # a move writes back caches
+            self.rows.move(source, target)
+            self.changed[target] = self.changed[source]
 
     def look_up(self, ids: Tensor, *, training: bool) -> Tensor:
         """Return the rows, int64 [n], of ids without assigning new ones. ``training``: rows will be updated."""

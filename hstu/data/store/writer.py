@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from hstu.base.errors import DataError
-from hstu.base.files import Journal, exchange, put_in_place, remove, sync_tree, written_aside
+from hstu.base.files import Journal, exchange, put_in_place, remove, sha256, sync_tree, written_aside
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.features.values import statistics_of_numbers
 from hstu.data.store.layout import (
@@ -243,7 +242,7 @@ class StoreWriter:
                     "dtype": dtype,
                     "length": length,
                     "bytes": (self.partial / file).stat().st_size,
-                    "sha256": hashlib.sha256(np.memmap(self.partial / file, mode="r").data).hexdigest(),
+                    "sha256": sha256(self.partial / file),
                 }
                 for file, (dtype, length) in self._arrays.items()
             },

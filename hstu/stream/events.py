@@ -57,8 +57,9 @@ def popularity(store: SequenceStore, samples: SampleTable) -> dict[str, dict[str
     for place, (begin, target) in enumerate(zip(samples.history_begin, samples.target, strict=True)):
         seen, own = np.unique(items[begin:target]), counts[items[target]]
         if items[target] not in seen:
-            better = len(ascending) - np.searchsorted(ascending, own, side="right") - (counts[seen] > own).sum()
-            equal = (ascending == own).sum() - 1 - (counts[seen] == own).sum()
+            first, after = (np.searchsorted(ascending, own, side=side) for side in ("left", "right"))
+            better = len(ascending) - after - (counts[seen] > own).sum()
+            equal = after - first - 1 - (counts[seen] == own).sum()
             ranks[place] = 1 + better + equal / 2
     metrics = partial(retrieval_metrics, METRICS)
     return {

@@ -18,7 +18,7 @@ from hstu.data.batches.batch import NEGATIVES, HSTUBatch, keyed_jagged
 from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.collectives import gather_objects
-from hstu.parallel.dynamic.hashing import initial_rows, mix, table_key
+from hstu.parallel.dynamic.hashing import initial_rows, mix, quantiles_of, table_key
 from hstu.parallel.dynamic.slots import Counters
 from hstu.parallel.dynamic.table import owners
 from hstu.parallel.mesh import Mesh
@@ -126,7 +126,8 @@ def start_as_dynamic(model: GRModel, seed: int) -> None:
         if feature in SIZES:
             spec = next(spec for spec in model.specs if spec.name == name)
             ids = torch.from_numpy(id_of(np.arange(SIZES[feature])))
-            rows = initial_rows(ids, spec.dim, spec.init_std, table_key(seed, name))
+            normal = quantiles_of("normal", ids.device)
+            rows = initial_rows(ids, spec.dim, spec.init_std, table_key(seed, name), normal)
             for shard in weight.local_shards():
                 first, count = shard.metadata.shard_offsets[0], shard.metadata.shard_sizes[0]
                 shard.tensor[:, : spec.dim] = rows[first : first + count]
@@ -201,7 +202,8 @@ def fresh_slots(model: GRModel, optimizers: Optimizers) -> list[bool]:
     for name, table in dynamic_tables(model).items():
         ids = torch.arange(1000, 1003, device=table.rows.device)
         slots = table.assign_rows(ids.repeat(100))[: len(ids)]  # often enough for lfu
-        expected = initial_rows(ids, table.spec.dim, table.spec.init_std, table_key(7, name))
+        normal = quantiles_of("normal", ids.device)
+        expected = initial_rows(ids, table.spec.dim, table.spec.init_std, table_key(7, name), normal)
         rows, states = table.rows.read(len(table.rows))
         slots = slots.to(rows.device)  # a table in two parts comes together in host memory
         expected = expected.to(rows.device)

@@ -59,16 +59,15 @@ def table_key(seed: int, table: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int, quantiles: Tensor | None = None) -> Tensor:
+def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int, quantiles: Tensor) -> Tensor:
     """Return rows for int64 ids [n]: float32 [n, dim], equal for equal key and id on every rank and device.
 
-    Numbers of the distribution with these ``quantiles`` (see ``quantiles_of``; None: normal), times init_std. A lookup
-    table replaces arithmetic, so that every device gives the same bits.
+    Numbers of the distribution with these ``quantiles`` (see ``quantiles_of``), times init_std. A lookup table replaces
+    arithmetic, so that every device gives the same bits.
     """
     words = -(-dim // 4)
     keys = mix(ids ^ table_key)[:, None] + torch.arange(words, device=ids.device)
     drawn = mix(keys).view(torch.int16).to(torch.int32) + _QUANTILES // 2
-    quantiles = quantiles_of("normal", ids.device) if quantiles is None else quantiles
     return (quantiles[drawn] * init_std)[:, :dim]
 
 

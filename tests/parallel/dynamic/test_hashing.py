@@ -8,19 +8,20 @@ from hstu.base.hashing import splitmix64
 from hstu.parallel.dynamic.hashing import initial_rows, mix, quantiles_of, table_key, unmix
 
 KEY = table_key(1234, "item")
+NORMAL = quantiles_of("normal", torch.device("cpu"))
 
 
 def test_an_id_has_the_same_row_whoever_is_beside_it_and_another_in_another_table_or_run() -> None:
     ids = torch.tensor([5, -(2**63), 2**63 - 1, 0, -1])
-    rows = initial_rows(ids, 6, 0.1, KEY)
-    assert torch.equal(initial_rows(ids[[3, 0]], 6, 0.1, KEY), rows[[3, 0]])
+    rows = initial_rows(ids, 6, 0.1, KEY, NORMAL)
+    assert torch.equal(initial_rows(ids[[3, 0]], 6, 0.1, KEY, NORMAL), rows[[3, 0]])
     assert len(rows.unique(dim=0)) == len(ids)
     for other in (table_key(1234, "user"), table_key(1235, "item")):
-        assert not (initial_rows(ids, 6, 0.1, other) == rows).any()
+        assert not (initial_rows(ids, 6, 0.1, other, NORMAL) == rows).any()
 
 
 def test_rows_are_normal_with_the_deviation_asked_for_and_do_not_resemble_one_another() -> None:
-    rows = initial_rows(torch.arange(4000), 50, 0.02, KEY) / 0.02
+    rows = initial_rows(torch.arange(4000), 50, 0.02, KEY, NORMAL) / 0.02
     assert rows.dtype == torch.float32 and rows.shape == (4000, 50)
     assert abs(float(rows.mean())) < 0.01 and abs(float(rows.std()) - 1) < 0.01
     assert abs(float(rows.abs().median()) - 0.6745) < 0.01  # the normal distribution's

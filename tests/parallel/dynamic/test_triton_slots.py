@@ -92,7 +92,7 @@ def test_new_rows_have_their_initial_values_in_whichever_block_they_are_and_no_s
     normal = quantiles_of("normal", DEVICE)
     rows.start(slots, number, kernels, ids, table_key=12345, init_std=0.02, quantiles=normal)
     values, states = torch.cat([block.weight for block in blocks]), torch.cat([b.states["sum"] for b in blocks])
-    assert torch.equal(values[slots[:5], :dim], initial_rows(ids[:5], dim, 0.02, 12345))
+    assert torch.equal(values[slots[:5], :dim], initial_rows(ids[:5], dim, 0.02, 12345, normal))
     untouched = torch.ones(27, dtype=torch.bool, device=DEVICE).index_fill(0, slots[:5], False)
     assert (values[untouched] == 9).all() and (values[:, dim:] == 9).all() and torch.equal(states > 0, untouched)
     rows.start(slots[5:], number[:0].new_ones(1), kernels)

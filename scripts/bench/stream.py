@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout, installed or not
+
 from hstu.base.files import digest_of, remove
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.tensors import open_tensors

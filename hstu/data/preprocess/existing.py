@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from hstu.base.errors import DataError
-from hstu.base.files import sha256
 from hstu.data.datasets import DATASETS
 from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.datasets.spec import Schema
-from hstu.data.preprocess.state import BuildOptions, source_names
+from hstu.data.preprocess.state import BuildOptions, source_digest, source_names
 from hstu.data.store.layout import NUMBER_ROLES
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.data.store.writer import check_replaceable, is_taken, restore_discarded
@@ -90,7 +89,7 @@ def files_that_differ(store: SequenceStore, files: Sequence[Path]) -> Iterator[s
             yield f"it was made from {name}, which is not given now"
         elif name not in store.sources:
             yield f"it was made without {now[name]}"
-        elif sha256(now[name]) != store.sources[name]:
+        elif source_digest(now[name]) != store.sources[name]:
             yield f"{now[name]} has changed since"
 
 
@@ -122,7 +121,7 @@ def without_known_files(columns: InteractionColumns, store: SequenceStore, targe
     known, places = {digest: file for file, digest in earlier.items()}, {file.resolve() for file in earlier}
     new = []
     for file in columns.files:
-        if file.is_file() and (same := known.get(sha256(file))):  # a missing file is reported when it is read
+        if file.is_file() and (same := known.get(source_digest(file))):  # a missing file is reported when it is read
             _log.info("%s is in %s already%s", file, target, "" if file == same else f", as {same}")
         elif file.resolve() in places:
             raise DataError(
@@ -138,7 +137,7 @@ def check_tables_are_known(columns: InteractionColumns, store: SequenceStore) ->
     """Raise DataError if a table that is given is not in the store, for an append without new events."""
     tables = (*filter(None, (columns.context, columns.titles, columns.items)), *columns.request_files)
     known = store.sources.values()
-    if changed := [str(file) for file in tables if file.is_file() and sha256(file) not in known]:
+    if changed := [str(file) for file in tables if file.is_file() and source_digest(file) not in known]:
         raise DataError(
             f"cannot append to {store.path}: {', '.join(changed)} is not as in the store, and no events are new. "
             f"Tables are read with new events: give them together, leave the tables out, {_REMEDY}"

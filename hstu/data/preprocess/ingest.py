@@ -13,11 +13,10 @@ from pathlib import Path
 import duckdb
 
 from hstu.base.errors import DataError
-from hstu.base.files import sha256
 from hstu.base.times import as_date
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, open_bytes
 from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, LATEST_SECOND, ColumnDescription
-from hstu.data.preprocess.state import Build, one, source_names, write_parquet
+from hstu.data.preprocess.state import Build, one, source_digest, source_names, write_parquet
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def _read(build: Build, name: str, file: RawFile, select: str) -> None:
     def ingest() -> Counter[str]:
         bad = _ingest(build, file, select, name)
         (source,) = (source for source, other in source_names(build.raw.files).items() if other == file.path)
-        build.writer.journal.commit(f"source {source}", sha256(file.path))
+        build.writer.journal.commit(f"source {source}", source_digest(file.path))
         return bad
 
     build.skipped.update(build.once(name, ingest))

@@ -147,10 +147,10 @@ class Growth:
                 part = np.empty(min(_BLOCK, len(target) - begin), dtype=target.dtype)
                 first, last = np.searchsorted(places, (begin, begin + len(part)))
                 values = self._old(old, begin - first, begin + len(part) - last)
-                here, is_old = new[first:last], np.ones(len(part), dtype=bool)
-                is_old[places[first:last] - begin] = False
+                here, at, is_old = new[first:last], places[first:last] - begin, np.ones(len(part), dtype=bool)
+                is_old[at] = False
                 part[is_old] = values if old_codes is None else old_codes.take(values)
-                part[~is_old] = here if new_codes is None else new_codes[here]
+                part[at] = here if new_codes is None else new_codes[here]
                 file.write(part.data)
         target.flush()
 

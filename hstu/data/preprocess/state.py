@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.base.files import written_aside
+from hstu.base.files import sha256, written_aside
 from hstu.data.datasets.raw import literal, one_file
 from hstu.data.datasets.spec import RawTables, Schema
 from hstu.data.store.sequence_store import SequenceStore
@@ -190,6 +191,17 @@ class Build:
         if not self.raw.requests:
             return "events"
         return "(SELECT * FROM events UNION ALL BY NAME SELECT * EXCLUDE number FROM candidates)"
+
+
+def source_digest(file: Path) -> str:
+    """SHA-256 of a raw file. One that has not changed since is read once only."""
+    now = file.stat()
+    return _digest(file, now.st_size, now.st_mtime_ns)
+
+
+@lru_cache
+def _digest(file: Path, *_version: int) -> str:
+    return sha256(file)
 
 
 def source_names(files: Sequence[Path]) -> dict[str, Path]:

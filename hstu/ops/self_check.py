@@ -1,17 +1,13 @@
 """Self check of kernels: compare them with PyTorch in float64 once per machine, before their first use.
 
 A defect in a compiler or driver would silently train a wrong model. All backends share one table of cases.
-``check_process.py`` runs it and caches the results. This command runs it now for many shapes:
-
-    python -m hstu.ops.self_check triton [--device cuda:0] [--head-dim 64 128] [--dtype bfloat16]
+``check_process.py`` runs it and caches the results, and tests/ops/test_self_check.py runs it for more shapes.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.compile_ahead import Job, describe
+from hstu.ops.compile_ahead import Job
 from hstu.ops.functional import add_layer_norm, hstu_attention, norm_mul_dropout, project_uvqk
 from hstu.ops.kernels import (
     SLOTS,
@@ -49,9 +45,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference relative to the largest number: above the rounding of the dtype, far below a defect."""
 NORM_TOLERANCE = {torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Largest norm of the error relative to the norm of the reference; rounding alone causes half of it."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEAD_DIMS = (256, 128, 64, 50, 32, 16)
-"""Together they use every tile width. The head dims of the benchmark come first."""
 CPU_HEAD_DIMS = (24, 80, 200)
 MASKS: dict[str, dict[str, Any]] = {
     "causal": {},
@@ -306,44 +299,3 @@ def is_usable(device: torch.device) -> bool:
     except Exception:
         return False
     return True
-
-
-def main() -> int:
-    """Run the command: continue after exceptions, print the failures last, and return 1 if there are any."""
-    parser = argparse.ArgumentParser(description="Compare the kernels of a backend with PyTorch.")
-    parser.add_argument("backend", choices=("triton", "cutlass"))
-    parser.add_argument("--device", type=torch.device, default="cuda:0")
-    parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
-    parser.add_argument("--dtype", help="only this one, such as bfloat16")
-    options = parser.parse_args()
-    # Deterministic algorithms fill new tensors with nan, which exposes elements that a kernel fails to write.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    all_shapes: list[KernelShapes | None] = [
-        KernelShapes(width, 2, 2 * width, width, dtype, has_bias, has_window=options.backend == Backend.TRITON)
-        for dtype in DTYPES
-        for width in options.head_dim
-        for has_bias in (False, True)
-        if options.dtype is None or dtype == getattr(torch, options.dtype)
-    ]
-    failures = []
-    for check in (check for shapes in (*all_shapes, None) for check in checks(options.backend, options.device, shapes)):
-        try:
-            measured = check.measure()
-        except Exception as error:
-            failures.append(f"{check.case}: {describe(error)}")
-            print(f"FAILED {failures[-1]}", flush=True)
-            if not is_usable(options.device):
-                failures.append("the device cannot be used after this error: later cases were not run")
-                break
-            continue
-        for name, (difference, tolerance) in measured.items():
-            is_right = difference <= tolerance
-            line = f"{difference:.1e} of {tolerance:.0e}  {name}"
-            failures += [] if is_right else [line]
-            print(f"{'ok   ' if is_right else 'WRONG'} {line}", flush=True)
-    print(f"{len(failures)} failures", *failures, sep="\n")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

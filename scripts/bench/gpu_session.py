@@ -84,22 +84,27 @@ BACKENDS: Variants = {name: (f"NetworkArgs.kernel_backend = '{name}'",) for name
 PIPELINES: Variants = {name: (f"TrainerArgs.pipeline_type = '{name}'",) for name in ("none", "native", "prefetch")}
 
 
+def against_float64(backend: str, head_dim: int) -> list[str]:
+    """The tests that compare the kernels of a backend with PyTorch; skipped without a GPU."""
+    return ["-m", "pytest", "-m", "gpu", "-q", "tests/ops/test_self_check.py", "-k", f"{backend}-{head_dim}"]
+
+
 def checked(backend: str, limit_s: float) -> Item:
     """The kernels of a backend against float64. A rehearsal compiles those of the step."""
     compiled = ["ranking", "--gin-config-file", "configs/benchmark_ranking.gin", "--capability", "90"]
     return Item(
         f"{backend} against float64",
         limit_s,
-        ["-m", "hstu.ops.self_check", backend, "--head-dim", "256", "--dtype", "bfloat16"],
+        against_float64(backend, 256),
         ["-m", "hstu.train.compile_ahead", *compiled, "--cache", SCRATCH, "--gin-bindings", *BACKENDS[backend]],
     )
 
 
 def sanitized(tool: str, backend: str) -> Item:
     """The smallest kernels under compute-sanitizer."""
-    module = ["-m", "hstu.ops.self_check", backend, "--head-dim", "64", "--dtype", "bfloat16"]
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, *module]
-    return Item(f"{tool}, {backend}", 90, command, [*module, "--help"], is_program=True)
+    tests = against_float64(backend, 64)
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, *tests]
+    return Item(f"{tool}, {backend}", 90, command, tests, is_program=True)
 
 
 ON_ML_1M = (
@@ -188,7 +193,7 @@ PARTS: dict[int, tuple[Item, ...]] = {
             "pytest -m gpu",
             350,
             ["-m", "pytest", "-m", "gpu", "-n", "4", "-v", "-rfE", "--tb=line", "--timeout", "90", "--durations=10"],
-            ["-m", "pytest", "-m", "gpu", "-q", "tests/ops/test_self_check.py", "-k", "cutlass"],
+            against_float64("cutlass", 64),
         ),
         sanitized("racecheck", "cutlass"),
         sanitized("racecheck", "triton"),

@@ -1,7 +1,6 @@
-"""Kernels are compared with PyTorch before their first use; the command for it lists the failures last."""
+"""Kernels are compared with PyTorch before their first use."""
 
 import importlib
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from hstu.ops import self_check
 from hstu.ops.kernels import OPERATORS, Backend, KernelShapes
 from hstu.ops.select import resolve_kernels
-from hstu.ops.self_check import Check, Errors, checks, main
+from hstu.ops.self_check import checks
 from tests.ops.backends import INTERPRETED, ON_A_GPU
 
 GPU = torch.device("cuda", 0)
@@ -85,11 +84,17 @@ ON_CUTLASS = KernelShapes(64, 4, 64, 64, torch.bfloat16)
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_A_GPU, reason="NEEDS AN NVIDIA GPU")
-@pytest.mark.parametrize(("head_dim", "has_bias"), [(256, False), (64, True), (128, True)])
-def test_all_cutlass_kernels_pass(head_dim: int, has_bias: bool) -> None:
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "has_bias"),
+    [
+        *(("cutlass", 256, False), ("cutlass", 64, True), ("cutlass", 128, True)),
+        *(("triton", 256, False), ("triton", 64, True)),
+    ],
+)
+def test_all_kernels_pass_on_a_gpu(backend: str, head_dim: int, has_bias: bool) -> None:
     shapes = replace(ON_CUTLASS, head_dim=head_dim, has_bias=has_bias)
-    errors = {name: error for check in checks(Backend.CUTLASS, GPU, shapes) for name, error in check.measure().items()}
-    assert len(errors) == 3 * 3
+    errors = {name: error for check in checks(backend, GPU, shapes) for name, error in check.measure().items()}
+    assert len(errors) >= 3 * 3
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 
@@ -117,58 +122,3 @@ def test_the_log_names_what_cutlass_serves() -> None:
     assert served(50, has_bias=False) == [width, others]
     window = "triton (cutlass: NetworkArgs.max_attention_span)"
     assert served(64, has_bias=False, has_window=True) == [window, others]
-
-
-def stub_checks(backend: str, device: torch.device, shapes: KernelShapes | None) -> Iterator[Check]:
-    def measured(name: str, error: float) -> Callable[[], Errors]:
-        return lambda: {name: (error, 1e-2)}
-
-    def raises() -> Errors:
-        raise RuntimeError("ptxas failed\nwith a long log")
-
-    if shapes is None:
-        yield Check("slots", "slots", measured("slots", 0.0))
-        return
-    if shapes.has_bias:
-        return
-    yield Check("attention", f"attention {shapes.head_dim}", measured(f"dK {shapes.head_dim}", 0.5))
-    yield Check("add_positions", f"add_positions {shapes.head_dim}", raises)
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    def run(*arguments: str) -> tuple[int, str]:
-        """Its exit code and what it prints."""
-        chosen = ["--device", "cpu", "--head-dim", "256", "64", "--dtype", "bfloat16"]
-        monkeypatch.setattr("sys.argv", ["self_check", "triton", *chosen, *arguments])
-        monkeypatch.setattr(self_check, "checks", stub_checks)
-        code = main()
-        torch.use_deterministic_algorithms(False)
-        return code, capsys.readouterr().out
-
-    return run
-
-
-def test_it_goes_on_after_failures_and_lists_them_last(command: Callable[..., tuple[int, str]]) -> None:
-    code, printed = command()
-    while_it_ran, failures = printed.split("4 failures\n")
-    assert code == 1
-    assert while_it_ran.splitlines()[-1] == "ok    0.0e+00 of 1e-02  slots", "the last case is run"
-    assert failures.splitlines() == [
-        "5.0e-01 of 1e-02  dK 256",
-        "add_positions 256: RuntimeError: ptxas failed",
-        "5.0e-01 of 1e-02  dK 64",
-        "add_positions 64: RuntimeError: ptxas failed",
-    ]
-
-
-def test_it_ends_where_an_error_has_made_the_gpu_unusable(
-    command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(self_check, "is_usable", lambda device: False)
-    code, printed = command()
-    assert code == 1 and "dK 64" not in printed and "later cases were not run" in printed.splitlines()[-1]
-
-
-def test_shapes_can_be_chosen(command: Callable[..., tuple[int, str]]) -> None:
-    assert "256" not in command("--head-dim", "64")[1]

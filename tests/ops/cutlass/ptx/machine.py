@@ -5,7 +5,7 @@ memory descriptors. Its timing is adversarial: a TMA load completes at once, and
 only when an instruction waits for it. A buffer released too early or a result used too early therefore gives a wrong
 number, and a missing arrival gives a deadlock. Threads of a warp that diverge before an instruction that all must
 execute are an error. Proxies, caches, the order of ordinary memory accesses, and the host's TMA descriptors are not
-modelled: on a GPU, ``python -m hstu.ops.self_check cutlass`` checks the results.
+modelled: on a GPU, tests/ops/test_self_check.py checks the results.
 
 Temporary: once the self check has passed on GPUs of compute capability 8.0 and 9.0, delete this folder, and the rows
 about it in docs/benchmarks/kernels/README.md.

@@ -83,8 +83,7 @@ Order = Callable[[np.ndarray], np.ndarray]
 """Rows of the sample table, int64 [n], at these indices in the order of an epoch, int64 [n]."""
 
 _BLOCK = 1 << 16  # samples whose tokens are read at once
-_COSTLY_SAMPLES = 1 << 13  # of a global batch, whose plan takes about 2 ms
-_LEAST_PER_ROUND = 64  # fewer samples at once are faster one by one
+_COSTLY_SAMPLES = 1 << 12  # of a global batch, whose plan takes about 2 ms
 MOST_LISTED = 1 << 24
 """Samples up to which the order of an epoch is a list in memory. It decides the order: changing it would make a resumed
 run train on some samples of its epoch twice and never on others."""
@@ -274,44 +273,12 @@ def balanced_ranks(
     ``costs``: float64 [n]. ``counts``: int64 [ranks], largest number of samples per rank. With ``tokens``, int64 [n], a
     rank also holds at most ``tokens_per_rank`` tokens."""
     order = np.argsort(-costs, kind="stable")
-    costs, chosen, done = costs[order], np.empty_like(order), 0
-    sizes = np.zeros(len(costs), dtype=np.int64) if tokens is None else tokens[order]
-    loads, rooms = np.where(counts > 0, 0.0, np.inf), counts.copy()
-    token_rooms = np.full_like(counts, tokens_per_rank)
-    while len(counts) > _LEAST_PER_ROUND:
-        # The next samples go to the ranks in order of load, one each, as long as no rank is due a second one.
-        ranks = np.argsort(loads, kind="stable")[: len(costs) - done]
-        batch = slice(done, done + len(ranks))
-        after = loads[ranks] + costs[batch]
-        goes = sizes[batch] <= token_rooms[ranks]
-        goes[1:] &= np.minimum.accumulate(after)[:-1] > loads[ranks[1:]]
-        taken = len(goes) if goes.all() else int(goes.argmin())
-        if taken < _LEAST_PER_ROUND:
-            break
-        ranks = ranks[:taken]
-        chosen[order[done : done + taken]] = ranks
-        rooms[ranks] -= 1
-        token_rooms[ranks] -= sizes[done : done + taken]
-        loads[ranks] = np.where(rooms[ranks] > 0, after[:taken], np.inf)
-        done += taken
-    rest = _one_by_one(costs[done:], sizes[done:], loads, rooms, token_rooms)
-    if rest is None:
-        return None
-    chosen[order[done:]] = rest
-    return chosen
-
-
-def _one_by_one(
-    costs: np.ndarray, sizes: np.ndarray, loads: np.ndarray, rooms: np.ndarray, token_rooms: np.ndarray
-) -> list[int] | None:
-    """The ranks of the rest of the samples. The arrays of the ranks are their loads and rooms so far."""
+    sizes = np.zeros(len(costs), dtype=np.int64) if tokens is None else tokens
     # (cost so far, rank, room for samples, room for tokens). Ties go to the lower rank, so all ranks agree.
-    state = zip(loads.tolist(), range(len(loads)), rooms.tolist(), token_rooms.tolist(), strict=True)
-    ranks = [entry for entry in state if entry[2]]
-    heapq.heapify(ranks)
+    ranks = [(0.0, rank, room, tokens_per_rank) for rank, room in enumerate(counts.tolist()) if room]
     full: list[tuple[int, tuple[float, int, int, int]]] = []  # without room for the last sample, the most room first
-    chosen = []
-    for cost, size in zip(costs.tolist(), sizes.tolist(), strict=True):
+    chosen = np.empty_like(order)
+    for sample, cost, size in zip(order, costs[order].tolist(), sizes[order].tolist(), strict=True):
         while full and -full[0][0] >= size:
             heapq.heappush(ranks, heapq.heappop(full)[1])
         while ranks and ranks[0][3] < size:
@@ -320,7 +287,7 @@ def _one_by_one(
         if not ranks:
             return None
         load, rank, room, token_room = ranks[0]
-        chosen.append(rank)
+        chosen[sample] = rank
         if room > 1:
             heapq.heapreplace(ranks, (load + cost, rank, room - 1, token_room - size))
         else:

@@ -18,7 +18,7 @@ from hstu.data.sampling.negatives import shown_not_taken
 from hstu.data.sampling.sampler import BatchPlan, shuffled_ties, window_starts
 from hstu.data.sampling.samples import SampleTable, samples_of_requests
 from hstu.data.store.meta import read_meta
-from hstu.data.store.sequence_store import USER_FEATURE, Requests, SequenceStore, time_codes
+from hstu.data.store.sequence_store import Requests, SequenceStore, time_codes
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class StoreReader:
             )
 
     def read(self, plan: BatchPlan) -> Rows:
-        """Reads the rows of ``plan.indices``. A value out of range raises a DataError that names its user."""
+        """Reads the rows of ``plan.indices``. A value out of range raises a DataError."""
         samples = self.samples.take(plan.indices)
         start, history_begin = samples.start, samples.history_begin
         lengths, num_labels = samples.lengths, samples.num_labels
@@ -84,7 +84,9 @@ class StoreReader:
             items=item_ids,
             actions=None if self.roles.action is None else self._of_items(self.roles.action, items),
             timestamps=items.times() if self.wants_timestamps else None,
-            context={name: self._of_users(name, samples.user) for name in self.roles.contextual},
+            context={
+                name: self._for_model(name, self.store.context(name)[samples.user]) for name in self.roles.contextual
+            },
             side=self._side(items),
             label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
             numbers=self._numbers(items),
@@ -115,13 +117,7 @@ class StoreReader:
         return shown_not_taken(self.store, events, np.repeat(ends, num_labels), self.hard_negatives)
 
     def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
-        return self._for_model(feature, items.values(feature), items.place)
-
-    def _of_users(self, feature: str, users: np.ndarray) -> np.ndarray:
-        def place(index: int) -> str:
-            return f"user {self.store.raw_ids(USER_FEATURE)[users[index]]} (row {users[index]})"
-
-        return self._for_model(feature, self.store.context(feature)[users], place)
+        return self._for_model(feature, items.values(feature))
 
     def _side(self, items: SampleItems) -> ItemFeatures:
         """The side features with ids. The item codes must already be checked."""
@@ -146,7 +142,7 @@ class StoreReader:
                 list_lengths[name] = offsets.take(codes + 1) - starts
                 places = ranges(starts, list_lengths[name])
             # take() is a third faster than [].
-            side[name] = self._for_model(name, values.take(places), lambda _: "an item")
+            side[name] = self._for_model(name, values.take(places))
         return ItemFeatures(side, list_lengths)
 
     def _numbers(self, items: SampleItems) -> np.ndarray | None:
@@ -160,17 +156,16 @@ class StoreReader:
         ]
         return np.concatenate(columns, axis=1)
 
-    def _for_model(self, feature: str, stored: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
-        """Checks stored codes and returns their int64 model ids. ``place(i)`` locates value i for an error."""
+    def _for_model(self, feature: str, stored: np.ndarray) -> np.ndarray:
+        """Checks stored codes and returns their int64 model ids."""
         values = stored.astype(np.int64)
         cardinality = self.store.cardinality(feature)
         # Viewed as unsigned, negative codes are too large as well: one comparison instead of two.
         wrong = values.view(np.uint64) >= np.uint64(cardinality)
         if wrong.any():
-            first = int(wrong.argmax())
             raise DataError(
-                f"{self.store.path}: {feature} = {values[first]} of {place(first)} is not in [0, {cardinality}): "
-                "the data is damaged, preprocess it again"
+                f"{self.store.path}: {feature} = {values[wrong][0]} is not in [0, {cardinality}): the data is damaged, "
+                "preprocess it again"
             )
         if self.recoding and feature in self.recoding:
             return self.recoding[feature][values]
@@ -234,14 +229,6 @@ class SampleItems:
         """int64 [n] codes of a time feature. A candidate's previous event is the last event of its history."""
         of_events = self.store.time_codes(feature, self.events, self.before)
         return self._joined(of_events, lambda shown: time_codes(feature, *self.store.candidate_times(shown)))
-
-    def place(self, index: int) -> str:
-        """Describes the item at ``index`` for an error."""
-        if self.is_candidate is not None:
-            return "an item of a request"
-        row = int(self.taken[index])
-        user = int(np.searchsorted(self.store.offsets(), row, side="right")) - 1
-        return f"user {self.store.raw_ids(USER_FEATURE)[user]} (event {row})"
 
     def _joined(self, of_events: np.ndarray, of_candidates: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         if self.candidates is None or self.is_candidate is None:

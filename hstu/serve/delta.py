@@ -1,4 +1,4 @@
-"""Write an export as what has changed since an earlier one, and make a whole export of such deltas again."""
+"""Write an export as what has changed since an earlier one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import DataError
-from hstu.base.files import written_aside
 from hstu.base.ids import codes_of
 from hstu.checkpoint.directory import describe_files
 from hstu.data.features.running import keys_of
@@ -30,7 +29,6 @@ from hstu.serve.runtime.files import (
     VOCABULARY,
     WEIGHTS,
     Vocabulary,
-    checksum_of,
     rows_at,
 )
 from hstu.serve.runtime.model import ITEM_VECTORS
@@ -105,24 +103,6 @@ def write_delta(source: Path, base: Contents, folder: Path, path: str, threshold
         num_bytes=sum(entry["bytes"] for entry in files.values()),
         whole_bytes=sum(entry["bytes"] for entry in new.files.values()),
     )
-
-
-def write_whole(export: Path, output: Path) -> None:
-    """Write what a delta makes of its base as a new folder "serving", with the bytes of a whole export.
-
-    Raises DataError if the delta or its base is missing or damaged.
-    """
-    contents = read_export(export)
-    with written_aside(output) as aside:
-        aside.mkdir(parents=True)
-        for name in contents.files:
-            if name in contents.tensors:
-                write_tensors(aside / name, contents.tensors[name])
-            else:
-                _copy(contents.path_of(name), aside / name)
-        found = checksum_of(write_manifest(aside, [aside / name for name in contents.files]))
-        if found != contents.digest:
-            raise DataError(f"{export} gives an export with {found[:12]}, not {contents.digest[:12]}; {_REMEDY}")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
 from hstu.serve.contents import as_texts, check_can_be_served
-from hstu.serve.delta import write_whole
+from hstu.serve.delta import read_export
 from hstu.serve.export import TOLERANCE, difference, write_serving
 from hstu.serve.runtime import Candidates, History, ServingError
 from hstu.serve.runtime.delta import digest_of
@@ -329,14 +329,18 @@ def chain(retrieval: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def files_in(folder: Path) -> dict[Path, bytes]:
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def held_by(folder: Path) -> dict[str, bytes]:
+    """What an export holds: the bytes of each file that a service reads, also if it follows from a base."""
+    found = read_export(folder)
+    tensors = {
+        f"{file}/{name}": each.numpy().tobytes() for file in found.tensors for name, each in found.tensors[file].items()
+    }
+    return tensors | {name: found.path_of(name).read_bytes() for name in found.files if name not in found.tensors}
 
 
-def test_a_base_and_its_deltas_give_the_files_of_whole_exports(chain: Path, tmp_path: Path) -> None:
+def test_a_base_and_its_deltas_hold_what_whole_exports_hold(chain: Path) -> None:
     for number in (1, 2, 3):
-        write_whole(chain / f"d{number}", tmp_path / f"{number}")
-        assert files_in(tmp_path / f"{number}") == files_in(chain / f"w{number}")
+        assert held_by(chain / f"d{number}") == held_by(chain / f"w{number}")
         assert digest_of(chain / f"d{number}") == digest_of(chain / f"w{number}")
     history = request([1000, 1003, 2000], [1, 2, 3], [60, 120, 180])
     assert runtime.load(chain / "d3").recommend(history) == runtime.load(chain / "w3").recommend(history)
@@ -372,8 +376,7 @@ def test_rows_that_change_by_less_than_a_threshold_are_left_out_and_counted_from
     sizes = [delta_of(root / f"w{n}", root / base, root / f"d{n}", 1.5e-3) for n, base in ((4, "d3"), (5, "d4"))]
     assert [size.changed for size in sizes] == [1, 2 + 1]  # those two are 1e-3 and then 2e-3 behind
     assert sizes[0].num_bytes < sizes[0].whole_bytes / 2
-    write_whole(root / "d5", tmp_path / "whole")
-    assert files_in(tmp_path / "whole") == files_in(root / "w5")
+    assert held_by(root / "d5") == held_by(root / "w5")
 
 
 @pytest.mark.parametrize(
@@ -435,8 +438,7 @@ def test_the_command_writes_a_delta_of_a_later_checkpoint(
         assert export.main([*command, *options, "--output", str(tmp_path / name)]) == 0
     *_, last = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"delta: \d+ of \d+ rows, [\d,]+ bytes; a whole export has [\d,]+", last)
-    write_whole(tmp_path / "delta", tmp_path / "made")
-    assert files_in(tmp_path / "made") == files_in(tmp_path / "whole/serving")
+    assert held_by(tmp_path / "delta") == held_by(tmp_path / "whole")
     assert {path.name for path in (tmp_path / "delta").iterdir()} == {"manifest.json", "serving"}
     assert runtime.load(tmp_path / "delta/serving").facts == runtime.load(tmp_path / "whole/serving").facts
     shutil.rmtree(tmp_path / "base/serving")

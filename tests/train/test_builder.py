@@ -41,11 +41,6 @@ def test_a_fraction_of_the_epochs_is_trained(train: Train) -> None:
     assert finished.records[-1]["epoch"] == pytest.approx(5 / 3)
 
 
-@pytest.mark.parametrize("kind", ["native", "prefetch"])
-def test_every_pipeline_trains_the_same_model(train: Train, kind: str) -> None:
-    assert train("ranking", trainer={"pipeline_type": kind}).losses == train("ranking").losses
-
-
 def test_a_part_that_matches_no_weight_is_told_as_a_mistake_of_the_file(
     mesh: Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:

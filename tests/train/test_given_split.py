@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from hstu.base.errors import ConfigError
 from hstu.config.args import Task
 from hstu.config.run_config import RunConfig
 from hstu.data.preprocess import InteractionColumns, import_interactions
@@ -87,13 +86,3 @@ def test_what_is_held_out_changes_no_training_batch(tmp_path: Path, task: Task, 
     for name, changed, equal in (("test", 1, True), ("valid", 3, True), ("train", 5, False)):
         same = [all(map(torch.equal, *pair)) for pair in zip(original, batches(name, changed), strict=True)]
         assert all(same) if equal else not any(same), name
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_an_option_that_contradicts_the_column_is_an_error_with_its_line(
-    tmp_path: Path, task: Task, mesh: Mesh
-) -> None:
-    option = "valid_items = 0" if task == "retrieval" else "split = 'time'"
-    config = starter(write_events(tmp_path), task, f"DatasetArgs.{option}")
-    with pytest.raises(ConfigError, match=rf"--gin-bindings: DatasetArgs\.{option}: has no effect, because the data"):
-        open_source(config, mesh)

@@ -35,11 +35,3 @@ def test_the_log_names_the_kernels(train: Train) -> None:
     lines = dict(re.findall(r"kernel (\w+): (.*)", text))
     assert tuple(lines) == OPERATORS
     assert lines["attention"] == "cpu" and lines["jagged_concat"] == "pytorch (cpu: no kernel)"
-
-
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(train: Train) -> None:
-    saving, own = {"ckpt_save_interval": 2, "ckpt_load_dir": "auto"}, network("cutlass", "retrieval")
-    whole = train("retrieval", network=own, trainer={"max_train_iters": 4})
-    for iterations in (2, 4):
-        rest = train("retrieval", output="one", network=own, trainer=saving | {"max_train_iters": iterations})
-    assert rest.losses[-2:] == whole.losses[-2:]

@@ -12,7 +12,6 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.train.sources import StoreSource
 from tests.conftest import MakeStore
 from tests.train.conftest import OpenSource
-from tests.train.tiny import Train
 
 LONGEST = 5
 
@@ -71,20 +70,6 @@ def test_random_windows_have_other_items_in_each_epoch_and_as_many_labels(source
         assert len(set.union(*seen)) == sum(map(len, seen))
         if task == "retrieval":
             assert windows.item_counts.sum() == pytest.approx(newest.item_counts.sum())
-
-
-@pytest.mark.parametrize(
-    ("task", "windows"), [("ranking", {"window_stride": 3}), ("retrieval", {"window_stride": "random"})]
-)
-def test_a_run_resumed_with_windows_is_the_run_that_went_through(
-    task: str, windows: dict[str, Any], train: Train
-) -> None:
-    options = {"dataset": {"max_sequence_length": LONGEST, **windows}}
-    through = train(task, trainer={"max_train_iters": 8, "log_interval": 1}, **options)
-    saving = {"ckpt_save_interval": 4, "log_interval": 1}
-    train(task, trainer={"max_train_iters": 4, **saving}, output="parts", **options)
-    resumed = train(task, trainer={"max_train_iters": 8, "ckpt_load_dir": "auto", **saving}, output="parts", **options)
-    assert resumed.losses[-4:] == through.losses[-4:]
 
 
 def test_a_damaged_sample_ends_the_run_or_is_left_out(

@@ -76,30 +76,6 @@ def test_bfloat16_learns_what_float32_learns(train: Train, task: str) -> None:
     assert half.metrics[main] == pytest.approx(single.metrics[main], abs=0.1)
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("recomputed", ["recompute_input_layernorm", "recompute_input_silu", "recompute_layer"])
-def test_recomputing_changes_nothing(train: Train, task: str, recomputed: str) -> None:
-    dropout = {"hidden_dropout": 0.3}
-    assert train(task, network={recomputed: True, **dropout}).losses == train(task, network=dropout).losses
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adagrad", "rowwise_adagrad"])
-def test_every_optimizer_learns(train: Train, optimizer: str) -> None:
-    rate = 0.3 if optimizer == "sgd" else 0.03
-    options = {"optimizer_str": optimizer, "learning_rate": rate}
-    assert falls(train("ranking", optimizer=options, trainer={"max_train_iters": 20}))
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adam"])
-@pytest.mark.parametrize("task", TASKS)
-def test_where_the_tables_are_makes_no_difference(train: Train, task: str, optimizer: str) -> None:
-    options = {"optimizer_str": optimizer, "learning_rate": 0.05 if optimizer == "sgd" else 0.01}
-    sharded, replicated = (
-        train(task, sharded=names, optimizer=options).losses for names in (["item_id", "town", "action"], [])
-    )
-    np.testing.assert_allclose(sharded, replicated, rtol=1e-5)
-
-
 def test_own_context_can_be_left_out_and_reordered(train: Train, make_store: MakeStore) -> None:
     store = make_store(**{**walks(), "context": {"town": [0, 1] * 10, "age": [0, 1, 2, 3] * 5}})
 

@@ -1,11 +1,8 @@
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
@@ -22,45 +19,6 @@ from tests.data.collators import assert_same, batches_of, collator_of, host, num
 from tests.data.toy_store import ToyStore, store_of
 from tests.helpers import make_batch
 
-users = st.lists(
-    st.lists(st.tuples(st.integers(0, 49), st.integers(0, 9)), min_size=1, max_size=9), min_size=4, max_size=4
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(users, st.integers(2, 6), st.integers(0, 2))
-def test_ranking_batches_equal_batches_written_out_by_hand(
-    rows: list[list[tuple[int, int]]], length: int, candidates: int
-) -> None:
-    candidates = min(candidates, length - 1)
-    items, actions = ([[pair[n] for pair in row] for row in rows] for n in (0, 1))
-    context = {"age": [1, 2, 3, 4], "sex": [5, 6, 7, 8]}
-    times = [[100 * user + n for n in range(len(row))] for user, row in enumerate(rows)]
-    store = ToyStore(items, actions=actions, times=times, context=context)
-    batches = batches_of(
-        collator_of(store, "ranking", "all", length=length, candidates=candidates, wants_timestamps=True)
-    )
-
-    kept = [user for user, row in enumerate(rows) if len(row) >= 1 + candidates]
-    if not kept:
-        assert batches == []
-        return
-    padding: list[list[int]] = [[]] * (4 - len(kept))
-
-    def newest(lists: list[list[int]]) -> list[list[int]]:
-        return [lists[user][-length:] for user in kept] + padding
-
-    expected = make_batch(
-        newest(items),
-        newest(actions),
-        {name: [ids[user] for user in kept] + [0] * len(padding) for name, ids in context.items()},
-        num_candidates=[candidates] * len(kept) + [0] * len(padding),
-        timestamp_lists=newest(times),
-    )
-    assert len(batches) == 1
-    assert_same(batches[0], expected)
-    assert batches[0].user_ids.tolist() == kept + [-1] * len(padding)
-
 
 def test_a_retrieval_batch_predicts_each_next_item() -> None:
     store = ToyStore([[7, 8, 9, 1, 2], [5, 5, 3, 4], [1, 2]], actions=[[1, 2, 3, 4, 5], [6, 7, 8, 9], [1, 1]])
@@ -70,17 +28,6 @@ def test_a_retrieval_batch_predicts_each_next_item() -> None:
     assert batch.labels.tolist() == [9, 5]
     assert batch.features["item"].values()[batch.negatives.pool_positions].tolist() == [5, 8, 9]
     assert host(batch.negatives.pool_positions).tolist() == [2, 0, 1]
-
-
-def test_a_retrieval_evaluation_holds_out_the_last_item_and_knows_the_whole_history() -> None:
-    store = ToyStore([[7, 8, 9, 1], [5, 3], [4]])
-    (test,) = batches_of(collator_of(store, split="test", length=2, batch_size=3, wants_seen=True))
-    seen: list[list[int]] = [[7, 8, 9], [5], []]
-    expected = make_batch([[8, 9], [5], []], task="retrieval_eval", labels=[1, 3, -1], seen_lists=seen)
-    assert_same(test, replace(expected, target_events=torch.tensor([3, 5, 0])))
-    (valid,) = batches_of(collator_of(store, split="valid", length=2, batch_size=3))
-    assert valid.labels.tolist() == [9, -1, -1] and valid.seen is None
-    assert [row.tolist() for row in valid.features["item"].to_dense()] == [[7, 8], [], []]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Numbers and vectors of items and numbers of events, from users' own tables to the store."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -30,24 +29,6 @@ BOTH: dict[str, Any] = {
     "vectors": ("vector",), "lists": {"vector": ";"},
 }  # fmt: skip
 NAN = float("nan")
-
-
-def test_numbers_and_vectors_reach_the_store(tmp_path: Path) -> None:
-    store = make(tmp_path, EVENTS, ITEMS, **BOTH)
-    store.verify_contents()
-    np.testing.assert_equal(store.item_numbers("price").tolist(), [[1.5], [4], [NAN]])
-    np.testing.assert_equal(store.item_numbers("vector").tolist(), [[1, 2, -3], [0.5, 0, 1000], [NAN] * 3])
-    np.testing.assert_equal(store.sequence("watched").tolist(), [NAN, NAN, -800, 3, 9.5])
-    assert store.item_numbers("vector").dtype == store.sequence("watched").dtype == np.float32
-    assert store.item_number_features == ("price", "vector") and store.event_number_features == ("watched",)
-    assert json.loads((store.path / "meta.json").read_text())["version"] == 4
-    found = store.features["watched"].statistics
-    assert found is not None and (found.count, found.missing, found.mean) == (3, 2, [pytest.approx(-787.5 / 3)])
-    assert found.quantiles is not None and (found.quantiles[0], found.quantiles[-1]) == (-800, 9.5)
-    vector = store.features["vector"]
-    assert vector.width == 3 and vector.statistics is not None and vector.statistics.std == [0.25, 1, 501.5]
-    with pytest.raises(DataError, match="has no cardinality"):
-        store.cardinality("watched")
 
 
 @pytest.mark.parametrize("windows", [{}, {"window_stride": 2}, {"window_stride": "random"}])

@@ -14,12 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.data.datasets.raw import table_with_header
-from hstu.data.datasets.spec import UNKNOWN, RawTables, Schema
+from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.preprocess import write
-from hstu.data.preprocess.build import build_store
 from hstu.data.preprocess.report import format_report, write_report
-from hstu.data.preprocess.state import BuildOptions
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.histories import stored_vocabulary
 from scripts.preprocess_dataset import main
@@ -65,29 +62,11 @@ def of_events(store: SequenceStore, feature: str) -> list[Any]:
     return list(store.raw_ids(feature)[store.sequence(feature)])
 
 
-def test_values_lists_and_events_reach_the_store(tmp_path: Path) -> None:
-    store = make(tmp_path, **BOTH)
-    store.verify_contents()
-    assert store.item_side_features == ("year", "genres", "colour") and store.event_features == ("device",)
-    assert of_items(store, "year") == {"x1": "1995", "x2": "1994", "x3": UNKNOWN}
-    assert of_items(store, "genres") == {"x1": ["Drama", "Comedy"], "x2": ["Drama"], "x3": [UNKNOWN]}
-    assert of_items(store, "colour") == {"x1": "blue", "x2": "red", "x3": "green"}, "of the first event with a value"
-    assert of_events(store, "device") == [UNKNOWN, "web", "tv", "web", "phone"]
-    assert store.raw_ids("genres").tolist() == ["Comedy", "Drama", UNKNOWN], "War is of no item of the events"
-    assert store.encode("device", ["tv", UNKNOWN]).tolist() == [1, 2]
-
-
 def test_without_a_table_of_items_their_columns_are_in_the_events(tmp_path: Path) -> None:
     events = "u,i,t,tags\na,x,2,\na,x,5,b;c\nb,x,3,a;b\n"
     store = make(tmp_path, events, None, item_columns=("tags",), lists={"tags": ";"})
     assert of_items(store, "tags") == {"x": ["a", "b"]}
     assert "items_without_row" not in store.statistics
-
-
-@pytest.mark.parametrize("without", [{"item_columns": ("year",)}, {"event_columns": ("device",)}])
-def test_either_kind_stands_alone(tmp_path: Path, without: dict[str, Any]) -> None:
-    store = make(tmp_path, items=ITEMS if "item_columns" in without else None, **without)
-    store.verify_contents()
 
 
 def test_lists_of_parquet_need_no_separator(tmp_path: Path) -> None:
@@ -170,24 +149,6 @@ def test_any_tables_give_the_store_of_a_plain_reference(rows: list[Any], of_item
     assert store.raw_ids("tags").tolist() == sorted({tag for row in tags for tag in row})
     by_time = events.sort_values("t", kind="stable").query("colour != ''").drop_duplicates("i").set_index("i").colour
     assert list(of_items(store, "colour").values()) == by_time.reindex(ids).fillna(UNKNOWN).tolist()
-
-
-def test_a_built_in_dataset_declares_its_table_of_items(tmp_path: Path) -> None:
-    (tmp_path / "plays.csv").write_text("listener,track,played_at\n1,7,5\n1,8,6\n")
-    (tmp_path / "tracks.csv").write_text("track,genres,year\n8,rock|pop,1990\n9,folk,\n")
-    ids = {"track": "BIGINT"}
-    raw = RawTables(
-        logs=(table_with_header(tmp_path / "plays.csv", ids | {"listener": "BIGINT", "played_at": "BIGINT"}),),
-        events='listener AS "user", track AS item, played_at AS "time", played_at AS "timestamp"',
-        tables={"item_table": (table_with_header(tmp_path / "tracks.csv", ids),
-                               "track AS item, string_split(genres, '|') AS i0, year AS i1")},
-    )  # fmt: skip
-    schema = Schema(item="track", item_features=("genres", "year"))
-    options = BuildOptions(name="listens", output=tmp_path / "store", command="")
-    store = SequenceStore.open(build_store(raw, schema, options, {}))
-    assert of_items(store, "genres") == {7: [UNKNOWN], 8: ["rock", "pop"]}
-    assert of_items(store, "year") == {7: UNKNOWN, 8: "1990"}
-    assert set(store.sources) == {"plays.csv", "tracks.csv"}
 
 
 # --- what goes with the other options --------------------------------------------------------------------------------

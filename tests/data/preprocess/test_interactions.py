@@ -101,10 +101,6 @@ def test_context_follows_its_columns_and_is_unknown_where_missing(tmp_path: Path
     assert "Rom" not in store.raw_ids("town, or city"), "users without events are left out"
 
 
-def test_the_user_alone_can_be_the_context(tmp_path: Path) -> None:
-    assert make(tmp_path, TABLE, context_columns=("member",)).contextual_features == ("user_id",)
-
-
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 @pytest.mark.parametrize(
     ("users", "described", "ages"),

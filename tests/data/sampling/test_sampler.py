@@ -225,12 +225,6 @@ def test_costs_of_ranks_are_within_a_tenth_at_32_sequences_a_rank(kind: str, wor
     assert max(cost_ratio(plans, loads) for plans in plain) > 1.1, "there was something to balance"
 
 
-def test_the_plan_of_a_small_batch_is_the_one_made_by_hand() -> None:
-    # 8 | 7, then 6 to the second (13) and 5 to the first (13); 2 to the first of equals (15), 1 to the second (14)
-    ranks = balanced_ranks(np.array([5.0, 8.0, 6.0, 7.0, 1.0, 2.0]), np.array([3, 3]))
-    assert ranks is not None and ranks.tolist() == [0, 0, 1, 1, 1, 0]
-
-
 @settings(max_examples=80, deadline=None)
 @given(lengths, st.integers(1, 8), worlds, st.integers(60, 200), st.booleans())
 def test_by_tokens_no_rank_exceeds_its_budget_or_goes_without_and_no_sample_is_lost(

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from hstu import api
 from hstu.base.errors import ConfigError, DataError
@@ -152,22 +151,6 @@ def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
         assert own["item"].tolist() == (1000 + observations.items[last]).tolist()
         for column, values in columns.items():
             np.testing.assert_allclose(own[column], values[last], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "width", "prefix"), [("ranking", ACTIONS, "p_"), ("tasks", ACTIONS + 2, "p_level_")])
-def test_columns_of_scores_are_probabilities_and_the_expected_action(
-    loaded: Loaded, name: str, width: int, prefix: str
-) -> None:
-    logits = np.random.default_rng(0).normal(size=(7, width)).astype(np.float32)
-    columns = columns_of(loaded(name), logits)
-    probabilities = torch.from_numpy(logits[:, :ACTIONS]).softmax(dim=1).numpy()
-    found = np.stack([columns[f"{prefix}{action}"] for action in range(ACTIONS)], 1)
-    np.testing.assert_allclose(found, probabilities, 1e-5)
-    if name == "ranking":
-        np.testing.assert_allclose(columns["score"], probabilities @ np.arange(ACTIONS), rtol=1e-5)
-    else:
-        high = torch.from_numpy(logits[:, -1]).sigmoid().numpy()
-        np.testing.assert_allclose(columns["score_high"], high, rtol=1e-5)
 
 
 def test_classes_are_named_by_the_texts_of_the_actions(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

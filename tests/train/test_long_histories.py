@@ -32,17 +32,6 @@ def lengths(source: StoreSource, epochs: int = 1) -> list[int]:
     return [length for batch in batches for length in batch.item_lengths[: batch.real_batch_size].tolist()]
 
 
-def test_windows_train_on_whole_histories(source: OpenSource, store: SequenceStore) -> None:
-    newest, windows = source("retrieval"), source("retrieval", dataset={"window_stride": 4})
-    histories = np.diff(store.offsets()) - 2  # without the held-out items
-    labels = [
-        sum(batch.num_labels_total for batch in islice(each.train_batches(SamplerPosition()), each.batches_per_epoch))
-        for each in (newest, windows)
-    ]
-    assert labels == [int((np.minimum(histories, LONGEST) - 1).sum()), int((histories - 1).sum())]
-    assert max(lengths(windows)) == LONGEST and len(lengths(windows)) > len(lengths(newest))
-
-
 @pytest.mark.parametrize("windows", [{"window_stride": 4}, {"window_stride": "random"}])
 def test_evaluation_knows_nothing_of_windows(source: OpenSource, windows: dict[str, Any]) -> None:
     for task in ("retrieval", "ranking"):

@@ -76,17 +76,6 @@ def test_bfloat16_learns_what_float32_learns(train: Train, task: str) -> None:
     assert half.metrics[main] == pytest.approx(single.metrics[main], abs=0.1)
 
 
-def test_own_context_can_be_left_out_and_reordered(train: Train, make_store: MakeStore) -> None:
-    store = make_store(**{**walks(), "context": {"town": [0, 1] * 10, "age": [0, 1, 2, 3] * 5}})
-
-    def with_context(*names: str) -> FinishedRun:
-        return train("ranking", store=store, dataset={"contextual_feature_names": list(names)})
-
-    runs = [with_context(*names) for names in ((), ("town",), ("town", "age"), ("age", "town"))]
-    assert len({run.losses[-1] for run in runs}) == 4
-    assert runs[2].trainer.source.roles.contextual == ("town", "age")
-
-
 def test_sequences_of_items_alone_are_retrieved(train: Train, make_store: MakeStore) -> None:
     store = make_store(walks()["items"])
     assert falls(train("retrieval", store=store, trainer={"max_train_iters": 12}))
@@ -103,14 +92,3 @@ def test_ranking_by_bits_has_a_metric_a_task(train: Train) -> None:
     finished = train("ranking", task_args=bits, trainer={"max_train_iters": 20, "eval_at_end": True})
     assert falls(finished)
     assert set(finished.metrics) == {"AUC", "AUC/task0", "AUC/task1", "NE", "ACC"}
-
-
-def test_the_time_split_trains_on_what_came_first(train: Train, make_store: MakeStore) -> None:
-    data = walks()
-    times = [[100 * place + user for place in range(len(row))] for user, row in enumerate(data["items"])]
-    store = make_store(**data, timestamps=times)
-    options = {"split": "time", "train_fraction": 0.5}
-    finished = train("ranking", store=store, dataset=options, trainer=EVALUATED)
-    assert falls(finished)
-    labelled = sum(batch.num_labels_total for batch in finished.trainer.source.eval_batches("valid"))
-    assert labelled < sum(len(row) for row in data["items"]) / 2 + 20

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.batches.jagged import first_from
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelColumn
 from hstu.data.preprocess import forget
@@ -111,17 +110,6 @@ def test_candidates_have_numbers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows.label_values["watched"], np.array([np.nan, 7.5], dtype=np.float32))
     with pytest.raises(DataError, match=r"s\.csv:3: 'watched' is '7,5'"):
         make(tmp_path, events, shown.replace("7.5", '"7,5"'), force=True, **watched)
-
-
-@settings(max_examples=30)
-@given(st.lists(st.lists(st.integers(0, 6), max_size=5).map(sorted), min_size=1, max_size=4), st.integers(-1, 8))
-def test_the_end_of_each_history_is_found(runs: list[list[int]], at: int) -> None:
-    times = np.array([time for run in runs for time in run], dtype=np.int64)
-    bounds = np.cumsum([0, *map(len, runs)])
-    found = first_from(times, bounds[:-1], bounds[1:], np.full(len(runs), at)) if len(times) else bounds[:-1]
-    assert found.tolist() == [
-        start + sum(time < at for time in run) for start, run in zip(bounds[:-1], runs, strict=True)
-    ]
 
 
 @pytest.mark.slow

@@ -20,43 +20,7 @@ from hstu.data.store.writer import StoreWriter
 from tests.conftest import REPOSITORY, MakeStore, write_item_feature
 
 ITEMS = [[3, 1], [0, 2, 2], [1]]
-ACTIONS = [[1, 0], [4, 4, 2], [1]]
-
-
-def test_a_store_gives_back_what_was_written(make_store: MakeStore) -> None:
-    store = make_store(ITEMS, actions=ACTIONS, timestamps=[[5, 5], [1, 2, 9], [0]], context={"age": [1, 0, 1]})
-
-    assert (store.num_users, store.num_events) == (3, 6)
-    assert store.offsets().tolist() == [0, 2, 5, 6]
-    assert store.sequence("item_id").tolist() == [3, 1, 0, 2, 2, 1]
-    assert store.sequence("action").tolist() == [1, 0, 4, 4, 2, 1]
-    assert store.sequence("timestamp").tolist() == [5, 5, 1, 2, 9, 0]
-    assert store.context("age").tolist() == [1, 0, 1]
-    assert (store.item_feature, store.action_feature, store.timestamp_feature) == ("item_id", "action", "timestamp")
-    assert store.contextual_features == ("age",)
-    assert [store.cardinality(name) for name in ("item_id", "action", "age", "user_id")] == [4, 5, 2, 3]
-    assert store.sequence("item_id").dtype == np.int32 and store.sequence("timestamp").dtype == np.int64
-    assert store.titles() is None
-
-
 GENRES = [[2, 0], [1], [1, 1, 0], [2]]
-DEVICES = [[1, 0], [0, 1, 1], [1]]
-
-
-def test_features_of_items_and_events_come_back(make_store: MakeStore) -> None:
-    features = {"year": [5, 0, 3, 3], "genres": GENRES}
-    store = make_store(ITEMS, item_features=features, event_features={"device": DEVICES})
-    assert store.item_side_features == ("year", "genres") and store.event_features == ("device",)
-    years, none = store.item_values("year")
-    assert years.tolist() == [5, 0, 3, 3] and years.dtype == np.int32 and none is None
-    genres, offsets = store.item_values("genres")
-    assert genres.tolist() == [2, 0, 1, 1, 1, 0, 2] and genres.dtype == np.int32
-    assert offsets is not None and offsets.tolist() == [0, 2, 3, 6, 7] and offsets.dtype == np.int64
-    assert store.sequence("device").tolist() == [1, 0, 0, 1, 1, 1] and store.sequence("device").dtype == np.int32
-    assert [store.cardinality(name) for name in ("year", "genres", "device")] == [6, 3, 2]
-    assert store.raw_ids("genres").tolist() == ["value 000", "value 001", "value 002"]
-    assert store.encode("device", ["value 001", "value 000"]).tolist() == [1, 0]
-    assert (store.path / "item.genres.offsets.npy").is_file() and (store.path / "sequence.device.npy").is_file()
 
 
 def test_a_list_and_a_feature_named_like_its_offsets_do_not_meet(make_store: MakeStore) -> None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import logging
 import weakref
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from hstu.config.args import DynamicEmbeddingArgs
-from hstu.ops.check_process import remembered
-from hstu.ops.cpu.build import KernelsUnavailable, int32, int64, library, library_file, pointer
-from hstu.ops.kernels import SLOTS
+from hstu.ops.cpu.build import KernelsUnavailable, int32, int64, library, pointer
 from hstu.ops.select import select_slot_kernels
 from hstu.parallel.dynamic.slots import POLICIES, Assignment, Policy, SlotTable, TorchSlots
 
@@ -28,13 +24,12 @@ def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: 
     kernels = None
     if device.type == "cpu":
         try:
-            refusal = remembered(library_file().stem, [SLOTS], _refusal).get(SLOTS)
+            slots = CpuSlots(capacity, policy, threshold)
         except KernelsUnavailable as reason:
-            refusal = str(reason)
-        if refusal is None:
+            log.warning("kernel slots of table %s: pytorch (cpu: %s)", table, reason)
+        else:
             log.info("kernel slots of table %s: cpu", table)
-            return CpuSlots(capacity, policy, threshold)
-        log.warning("kernel slots of table %s: pytorch (cpu: %s)", table, refusal)
+            return slots
     elif device.type == "cuda":
         kernels, unsupported_reason = select_slot_kernels(device)
         if kernels is not None:
@@ -97,19 +92,3 @@ class CpuSlots(SlotTable):
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return pointer(tensor.data_ptr())
-
-
-def _refusal(operators: Sequence[str] = (SLOTS,)) -> dict[str, str | None]:
-    """Compare CpuSlots with TorchSlots, because compilers have defects. Takes some tenths of a second."""
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(200, generator=generator).mul(300).long() for _ in range(30)]
-    for policy, threshold in itertools.product(POLICIES, (0, 2)):
-        tables = CpuSlots(300, policy, threshold), TorchSlots(300, policy, threshold)
-        for step, ids in enumerate(batches, 1):
-            compiled, expected = (table.assign(ids, step) for table in tables)
-            contents = [torch.stack(table.content())[:, table.content()[0].argsort()] for table in tables]
-            found = torch.equal(tables[0].lookup(ids), compiled.slots)
-            if not found or not torch.equal(*contents) or compiled.counters != expected.counters:
-                reason = f"they differ from PyTorch's ({policy}); please report this with the output of `c++ --version`"
-                return dict.fromkeys(operators, reason)
-    return dict.fromkeys(operators)

@@ -1,7 +1,6 @@
 """The C++ and the PyTorch implementation of SlotTable equal a dictionary, id for id; on a GPU by Triton's index."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hstu.config.args import DynamicEmbeddingArgs
-from hstu.ops import check_process, select
+from hstu.ops import select
 from hstu.parallel.dynamic import create
 from hstu.parallel.dynamic.create import CpuSlots, create_slots
 from hstu.parallel.dynamic.hashing import unmix
@@ -173,17 +172,6 @@ def test_lru_and_lfu_differ_as_their_names_say(kind: type[SlotTable]) -> None:
     stream = [[1, 1, 1], [2], [3]]
     assert held_after(kind(2, "lru"), stream) == [2, 3]
     assert held_after(kind(2, "lfu"), stream) == [1, 3]
-
-
-def test_compiled_slots_are_not_used_where_they_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    args = DynamicEmbeddingArgs(feature_names=["item"], table_name="item", item_vocab_size_or_capacity=9)
-    monkeypatch.setattr(create, "library_file", lambda: tmp_path / "kernels.so")
-    monkeypatch.setattr(check_process, "cache_directory", lambda: tmp_path)
-    monkeypatch.setattr(create, "CpuSlots", lambda capacity, *rest: CpuSlots(capacity - 1, *rest))
-    assert isinstance(create_slots("item", args, 9, torch.device("cpu")), TorchSlots)
-    assert "pytorch (cpu: they differ from PyTorch's (lru)" in caplog.text
 
 
 def test_a_gpu_uses_the_kernels_of_triton_and_where_that_cannot_run_pytorch_with_a_warning(

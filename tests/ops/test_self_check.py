@@ -98,15 +98,6 @@ def test_all_kernels_pass_on_a_gpu(backend: str, head_dim: int, has_bias: bool) 
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
 
 
-def test_only_the_head_dim_and_dtype_of_the_run_are_checked() -> None:
-    pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT checked")
-    names = [check.case for check in checks(Backend.CUTLASS, GPU, ON_CUTLASS)]
-    assert len(names) == 3 and all("64 channels, bfloat16" in name for name in names)
-    with_bias = [check.case for check in checks(Backend.CUTLASS, GPU, replace(ON_CUTLASS, has_bias=True))]
-    assert len(with_bias) == 3 and all("bfloat16" in name and ", bias" in name for name in with_bias)
-    assert not list(checks(Backend.CUTLASS, GPU, replace(ON_CUTLASS, head_dim=256, has_bias=True)))
-
-
 def test_the_log_names_what_cutlass_serves() -> None:
     def served(head_dim: int, *, has_bias: bool, has_window: bool = False) -> list[str]:
         shapes = replace(ON_CUTLASS, head_dim=head_dim, has_bias=has_bias, has_window=has_window)

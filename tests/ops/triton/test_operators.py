@@ -1,9 +1,8 @@
-"""Triton's projection, rows and pool loss against float64, its dropout, its split heads, and repeatable gradients."""
+"""Triton's projection, rows and pool loss against float64, its dropout and its split heads."""
 
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -85,23 +84,6 @@ def test_the_pool_loss_equals_float64(queries: int, pool: int, width: int, weigh
     negatives = Negatives(targets, ids, 0.3, log_weights, make_seen(queries, pool) if masks else None)
     vectors = [F.normalize(torch.randn(n, width), dim=1) for n in (queries, queries, pool)]
     compare(lambda backend, *vectors: softmax_loss(vectors, negatives, backend), vectors, torch.tensor(1.0))
-
-
-def test_gradients_of_the_bias_have_the_same_bits_in_every_run(device: torch.device) -> None:
-    rng = np.random.default_rng(0)
-    users = tuple(User(n, 3, tuple(np.cumsum(rng.integers(0, 10**6, n + 3)).tolist())) for n in (40, 1))
-    batch = Batch(users, contextuals=2, tokens_per_item=1, group_size=1)
-    results = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        layout = batch.layout(device=device)
-        q, k, v = (torch.randn(layout.num_tokens, 1, 16).to(device).requires_grad_() for _ in range(3))
-        tables = [torch.randn(n).to(device).requires_grad_() for n in (99, NUM_TIME_BUCKETS)]
-        out = hstu_attention(
-            q, k, v, layout, alpha=0.3, scaling_seqlen=9, bias=RelativeBias(*tables), backend=Backend.TRITON
-        )
-        results.append(torch.autograd.grad(out.sin().sum(), [q, k, v, *tables]))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_a_gradient_that_is_not_finite_stays_so_in_the_gradients_of_the_bias(device: torch.device) -> None:

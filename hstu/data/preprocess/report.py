@@ -97,11 +97,9 @@ def _rows(store: SequenceStore, lengths: np.ndarray) -> Iterator[tuple[str, obje
     yield from ((f"skipped: {why}", number) for why, number in sorted(skipped.items()))
     yield "skipped in all", sum(skipped.values())
     if store.timestamp_feature is not None:
-        first, last, tied, users = _times(store)
-        for what, second in (("first event", first), ("last event", last)):
-            yield what, as_date(second)
-        yield "events at the second of the event before, in the order of the file", tied
-        yield "users whose last two events are of one second: the file decides", users
+        times = store.sequence(store.timestamp_feature)
+        for what, second in (("first event", times.min()), ("last event", times.max())):
+            yield what, as_date(int(second))
     for limit in _TRUNCATED_AT:
         cut = np.maximum(lengths - limit, 0)
         share = f"{(cut > 0).mean():.1%} of the users, {cut.sum() / lengths.sum():.1%} of the events"
@@ -110,20 +108,6 @@ def _rows(store: SequenceStore, lengths: np.ndarray) -> Iterator[tuple[str, obje
     for what in ("items_without_row", "forgotten_users"):
         if number := store.statistics.get(what):
             yield what.replace("_", " "), number
-
-
-def _times(store: SequenceStore) -> tuple[int, int, int, int]:
-    """(first time, last time, events in the second of their user's previous event, users whose last event is one)."""
-    times, offsets = store.sequence(str(store.timestamp_feature)), store.offsets()
-    spans, events, users = [], 0, 0
-    for begin in range(0, store.num_events, _CHUNK):
-        chunk = times[begin : begin + _CHUNK + 1]
-        spans += [int(chunk.min()), int(chunk.max())]
-        tied = begin + 1 + np.flatnonzero(chunk[1:] == chunk[:-1])
-        tied = tied[offsets[np.searchsorted(offsets, tied)] != tied]  # within one user
-        events += len(tied)
-        users += int((offsets[np.searchsorted(offsets, tied + 1)] == tied + 1).sum())
-    return min(spans), max(spans), events, users
 
 
 def _event_counts(store: SequenceStore, feature: str) -> np.ndarray:

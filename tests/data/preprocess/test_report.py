@@ -52,24 +52,6 @@ def test_a_store_without_statistics_is_an_error_that_says_what_to_do(
     assert "meta.json is incomplete (KeyError('items'))" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_events_of_one_second_are_counted(chunk: int, make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = [[5, 5, 5, 6], [6], [6, 6], [7, 8, 8]]
-    store = make_store([[0] * len(row) for row in times], timestamps=times)
-    monkeypatch.setattr(report, "_CHUNK", chunk)
-    assert report._times(store) == (5, 8, 4, 2), "the third and fourth user have two events at the end"
-
-
-def test_the_report_says_how_many_ends_the_file_decides(ml_100k_store: SequenceStore, folder: Path) -> None:
-    users = 0
-    for user in range(ml_100k_store.num_users):
-        begin, end = ml_100k_store.offsets()[user : user + 2]
-        last, before = ml_100k_store.sequence("timestamp")[end - 1], ml_100k_store.sequence("timestamp")[end - 2]
-        users += bool(end - begin > 1 and last == before)
-    (line,) = (line for line in (folder / "report.md").read_text().splitlines() if "whose last two events" in line)
-    assert users > 0 and line.split("|")[2].strip() == str(users)
-
-
 def test_ids_are_shown_and_not_run() -> None:
     page = report._table(("x",), [("<script>alert(1)</script> | `x` [a](b)\n\x1b[31mred" + " word" * 40,)])
     assert "<script>" not in page and "\x1b" not in page and r"\|" in page

@@ -81,6 +81,7 @@ class RetrievalDense(nn.Module):
         self.temperature = args.temperature
         self.l2_norm_eps = args.l2_norm_eps
         self.mask_seen = args.mask_seen
+        self.later_target_weights = args.later_target_weights
         self.gather_pool = gather_pool
         self.log_counts = log_counts
         self.kernels = encoder.inputs.kernels
@@ -131,7 +132,29 @@ class RetrievalDense(nn.Module):
         )
         kernel = self.kernels.pool_softmax_loss if draws is None else self.kernels.sampled_softmax_loss
         loss = softmax_loss(queries, positives, pool, negatives, kernel)
+        if self.later_target_weights:
+            ends = item_ends[torch.searchsorted(item_ends, labelled_items, right=True)]
+            loss = loss + self._of_later_targets(queries, positives, items, labelled_items, ends)
         return self.encoder.comm.sum_over_tokens(loss)
+
+    def _of_later_targets(
+        self, queries: Tensor, positives: Tensor, items: Tensor, places: Tensor, ends: Tensor
+    ) -> Tensor:
+        """What RetrievalArgs.later_target_weights add to the loss, a scalar: for each label the logit of the target less
+        the weighted mean of the logits of all its targets.
+
+        queries, positives: [M, E], normalised. places: int64 [M], rows of the targets in ``items``; ends: int64 [M], of
+        the sequences in which they are.
+        """
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        vectors = self.kernels.l2_normalize(items, self.l2_norm_eps)
+        targets, total = positives.to(dtype), torch.ones(len(places), 1, dtype=dtype, device=places.device)
+        for distance, weight in enumerate(self.later_target_weights, start=1):
+            later = places + distance
+            weights = weight * (later < ends).to(dtype).unsqueeze(1)
+            targets = targets + weights * vectors.index_select(0, later.clamp(max=len(items) - 1))
+            total = total + weights
+        return ((positives - targets / total) * queries).sum() / self.temperature
 
     def _pool(
         self, items: Tensor, embeddings: Mapping[str, Tensor], batch: HSTUBatch, draws: Tensor | None

@@ -112,7 +112,9 @@ def loss_by_loop(
             logits = F.normalize(table[[target, *rivals]].double(), dim=1) @ query / ARGS.temperature
             if log_counts is not None:
                 logits = logits - F.pad(log_counts[rivals], (1, 0))
-            total = total + logits.logsumexp(0) - logits[0]
+            targets = F.normalize(table[items[place:]].double(), dim=1) @ query / ARGS.temperature
+            weights = torch.tensor([1.0, *model.later_target_weights], dtype=torch.float64)[: len(targets)]
+            total = total + logits.logsumexp(0) - targets[: len(weights)] @ weights / weights.sum()
             step += 1
     return total.float()
 
@@ -127,9 +129,13 @@ def assert_same_loss_and_gradients(actual: Tensor, expected: Tensor, leaves: Seq
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("hidden_size", [DIM, 10])
+@pytest.mark.parametrize("later", [[], [0.5, 0.25]], ids=["next", "three"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_equal_a_loop_over_steps(kind: str, hidden_size: int, interleaved: bool) -> None:
+def test_loss_and_gradients_equal_a_loop_over_steps(
+    kind: str, later: list[float], hidden_size: int, interleaved: bool
+) -> None:
     model, table = make_model(hidden_size, interleaved)
+    model.later_target_weights = later
     options, negatives_of_step = KINDS[kind]
     output = run(model, table, make_batch(HISTORIES, task="retrieval", **options))
     assert output.queries is None

@@ -20,6 +20,11 @@ from tests.distributed.launch import Launch, free_port, run_ranks, started_mesh
 from tests.distributed.tensor_cases import RunOptions, consolidated, make_config, new_run, train_steps, write_store
 
 TABLES = ("item_id", "action", "age", "genres", "year", "watched")
+RETRIEVAL = (
+    "RetrievalArgs.item_tower = True",
+    "RetrievalArgs.mask_seen = True",
+    "RetrievalArgs.later_target_weights = [0.5, 0.25]",
+)
 STEPS = 6
 """More than an epoch, which is 3 batches of the 23 users of ranking and 5 of the 33 of retrieval."""
 RTOL = 1e-5
@@ -128,7 +133,7 @@ def options(case: Case) -> RunOptions:
             # Of the two encodings one is added to tokens, the other to what heads compute.
             f"NetworkArgs.position_encoding = {'absolute' if case.task == 'ranking' else 'relative_bias'!r}",
             f"NetworkArgs.max_attention_span = {8 if case.task == 'ranking' else None}",
-            *(["RetrievalArgs.item_tower = True", "RetrievalArgs.mask_seen = True"] * (case.task == "retrieval")),
+            *(RETRIEVAL if case.task == "retrieval" else ()),
             # Divided by the longest sequence attention is so little that sgd hardly moves its weights.
             "NetworkArgs.scaling_seqlen = 1",
         ],

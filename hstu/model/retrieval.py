@@ -140,10 +140,10 @@ class RetrievalDense(nn.Module):
     def _of_later_targets(
         self, queries: Tensor, positives: Tensor, items: Tensor, places: Tensor, ends: Tensor
     ) -> Tensor:
-        """What RetrievalArgs.later_target_weights add to the loss, a scalar: for each label the logit of the target less
-        the weighted mean of the logits of all its targets.
+        """What RetrievalArgs.later_target_weights add to the loss, a scalar: for each label the logit of its next item
+        less the weighted mean of the logits of all its targets.
 
-        queries, positives: [M, E], normalised. places: int64 [M], rows of the targets in ``items``; ends: int64 [M], of
+        queries, positives: [M, E], normalised. places: int64 [M], rows of the next items in ``items``; ends: int64 [M], of
         the sequences in which they are.
         """
         dtype = torch.promote_types(queries.dtype, torch.float32)

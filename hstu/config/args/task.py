@@ -216,8 +216,8 @@ class RetrievalArgs(Args):
     included, of whatever kind the negatives are; filter_seen excludes the same items from evaluation. A step needs 8
     bytes of memory for each sequence and each item of the pool of negatives."""
     later_target_weights: list[float] = option([], changes="training", above=0, maximum=1)
-    """Training: weights of the second, third, … item after a position as targets beside the next one, whose weight is 1,
-    such as [0.5, 0.25]: the loss is the cross entropy to all of them. Empty: the next item alone."""
+    """Training: weights of the second, third, … item after a position as targets beside the next one, whose weight is
+    1, such as [0.5, 0.25]: the loss is the cross entropy to all of them. Empty: the next item alone."""
     item_tower: bool = option(False, changes="tensors", needs=replace(STORED_DATA, strict=True))
     """Make the vector of an item from its id and the features of DatasetArgs.side_feature_names that belong to
     items: the row of the id plus an MLP of the rows of the features. An item that is new, or was never trained on, gets

@@ -143,8 +143,8 @@ class RetrievalDense(nn.Module):
         """What RetrievalArgs.later_target_weights add to the loss, a scalar: for each label the logit of its next item
         less the weighted mean of the logits of all its targets.
 
-        queries, positives: [M, E], normalised. places: int64 [M], rows of the next items in ``items``; ends: int64 [M], of
-        the sequences in which they are.
+        queries, positives: [M, E], normalised. places: int64 [M], rows of the next items in ``items``. ends: int64 [M],
+        where their sequences end.
         """
         dtype = torch.promote_types(queries.dtype, torch.float32)
         vectors = self.kernels.l2_normalize(items, self.l2_norm_eps)

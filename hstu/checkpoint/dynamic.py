@@ -108,7 +108,7 @@ def table_problems(
         problems.append(f"dynamic table {name}: its ids stand for other raw ids than in this run's data")
     if width != table.spec.dim:
         problems.append(f"dynamic table {name} is {width} wide there, {table.spec.dim} here")
-    missing = [state for state in table.rows.zero_states(0) if with_states and state not in states]
+    missing = [state for state in table.rows.initial_states(0) if with_states and state not in states]
     return problems + [f"the state {state} of dynamic table {name} is not in the checkpoint" for state in missing]
 
 
@@ -121,7 +121,7 @@ def load_table(
     *,
     with_states: bool,
 ) -> None:
-    """Overwrite this rank's part of a table if the rows fit. Missing or unwanted states become zero."""
+    """Overwrite this rank's part of a table if the rows fit. Missing or unwanted states begin anew."""
     if not parts or parts[0].rows.shape[1] != table.spec.dim:
         return
     parts = [_with_states_of(part, table, with_states) for part in parts]
@@ -139,9 +139,9 @@ def load_table(
 
 
 def _with_states_of(part: TableContent, table: DynamicTable, keep: bool) -> TableContent:
-    """Give a part the states of the table: stored ones, or zeros."""
+    """Give a part the states of the table: stored ones, or initial ones."""
     stored = part.states if keep else {}
-    states = {name: stored.get(name, zeros) for name, zeros in table.rows.zero_states(len(part.ids)).items()}
+    states = {name: stored.get(name, initial) for name, initial in table.rows.initial_states(len(part.ids)).items()}
     return dataclasses.replace(part, states=states)
 
 

@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import logging
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
@@ -26,6 +26,7 @@ from hstu.model.gr_model import GRModel
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.shards import ShardedView, global_view, shard_dim, view_of
+from hstu.parallel.table_kernels import Piece, pieces_of
 from hstu.parallel.table_optimizer import state_shape
 from hstu.parallel.tables import sharded_weights
 
@@ -71,10 +72,10 @@ class TrainState:
 
     def _weights(self) -> dict[str, Tensor | ShardedView]:
         parameters = unwrap_dense(self.model).state_dict().items()
-        held = {name: view_of(tensor) if isinstance(tensor, DTensor) else tensor for name, tensor in parameters}
-        dense = {_canonical(name): self._whole(name, tensor) for name, tensor in held.items()}
-        sharded = sharded_weights(self.model)
-        return dense | {f"tables.{t.name}": _pieces(sharded.get(t.name), (t.rows, t.dim)) for t in self._sharded()}
+        local = {name: view_of(tensor) if isinstance(tensor, DTensor) else tensor for name, tensor in parameters}
+        dense = {_canonical(name): self._whole(name, tensor) for name, tensor in local.items()}
+        held = {name: pieces_of(weight) for name, weight in sharded_weights(self.model).items()}
+        return dense | {f"tables.{t.name}": _view(held.get(t.name, []), (t.rows, t.dim)) for t in self._sharded()}
 
     def _optimizer_states(self) -> dict[str, Tensor | ShardedView]:
         dense, tables = self.optimizers.dense.state_tensors(), self.optimizers.tables.state_tensors()
@@ -89,8 +90,8 @@ class TrainState:
             states[f"tables.{name}"] = tensor
         for table in self._sharded():
             for state in self.optimizers.tables.training[table.name].states:
-                shards = tables.get(f"{table.name}.{state}")
-                states[f"tables.{table.name}.{state}"] = _pieces(shards, state_shape(table, state))
+                held = tables.get(f"{table.name}.{state}", [])
+                states[f"tables.{table.name}.{state}"] = _view(held, state_shape(table, state))
         return states
 
     def _sharded(self) -> list[TableSpec]:
@@ -156,13 +157,9 @@ def _canonical(name: str) -> str:
     return f"tables.{name.removeprefix(_REPLICATED_PREFIX).removesuffix('.weight').replace('/', '.')}"
 
 
-def _pieces(sharded: ShardedTensor | None, size: tuple[int, ...]) -> ShardedView:
-    """Return this rank's shards, if any, as pieces of a tensor of ``size``, without padding columns."""
-    pieces = []
-    for shard in sharded.local_shards() if sharded is not None else []:
-        offsets = shard.metadata.shard_offsets
-        pieces.append((offsets, shard.tensor[..., : size[-1] - offsets[-1]]))
-    return ShardedView(size, pieces)
+def _view(held: Iterable[Piece], size: tuple[int, ...]) -> ShardedView:
+    """Return this rank's shards, if any, as a view of a tensor of ``size``, without padding columns."""
+    return ShardedView(size, [(offsets, shard[..., : size[-1] - offsets[-1]]) for offsets, shard in held])
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:

@@ -163,16 +163,16 @@ def table_costs(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) 
     A replicated table on a GPU has a dense gradient and updates all its rows."""
     args, sharded, replicated = workload.config.optimizer, 0.0, 0.0
     for table in plan:
-        states = TableTraining.of(table.spec, args).states
+        states = [state for state in TableTraining.of(table.spec, args).states if not is_rowwise(state)]
         ids = _count(table.spec, run.ids)
         looked_up = run.distinct_ids[table.spec.name] if workload.world_size > 1 else ids
-        per_element = 2 + 4 + 2 * (1 + sum(not is_rowwise(state) for state in states))
+        per_element = 2 + 4 + 2 * (1 + len(states))
         repeated = 4 * ids if workload.world_size > 1 else 0  # rows are copied to all occurrences, gradients added
         sharded += FLOAT32 * table.spec.stored_dim * float(looked_up * per_element + repeated)
     for spec in workload.replicated_specs:
         ids = _count(spec, run.group_ids)
         updated = ids if workload.device_type == "cpu" else spec.rows
-        states = TableTraining.of(spec, args).states
+        states = [state for state in TableTraining.of(spec, args).states if not is_rowwise(state)]
         replicated += FLOAT32 * spec.dim * (5.0 * ids + updated * (1 + 2 * (1 + len(states)) + 1))
     launches = 40 * len({table.spec.stored_dim for table in plan})  # a few for the ids and rows per collection
     found = {

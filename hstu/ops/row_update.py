@@ -18,13 +18,15 @@ class RowUpdate:
 
     - adam, at step t: m ← β1 m + (1 - β1) g, v ← β2 v + (1 - β2) g²,
       w ← w - lr · (m / (1 - β1ᵗ)) / (√(v / (1 - β2ᵗ)) + ε)
+    - partial_rowwise_adam: the same, with the mean of g² over the row in place of g², so that v is one number per row
     - adagrad: s ← s + g², w ← w - lr · g / (√s + ε)
     - sgd: w ← w - lr · g
 
-    adam is FBGEMM's OptimType.ADAM without weight decay. torch.optim.SparseAdam adds ε to the uncorrected √v instead.
+    With a weight decay λ, each first does w ← (1 - lr · λ) w. adam and partial_rowwise_adam are FBGEMM's.
+    torch.optim.SparseAdam adds ε to the uncorrected √v instead.
     """
 
-    optimizer: Literal["adam", "adagrad", "sgd"]
+    optimizer: Literal["adam", "partial_rowwise_adam", "adagrad", "sgd"]
     learning_rate: float
     eps: float = 0.0
     betas: tuple[float, float] = (0.0, 0.0)
@@ -32,6 +34,8 @@ class RowUpdate:
     """t, counted from 1."""
     max_gradient: float | None = None
     """Absolute value to which g is clamped; None: no limit."""
+    weight_decay: float = 0.0
+    """λ."""
 
 
 UpdateRows = Callable[[Tensor, Tensor, Sequence[Tensor], RowUpdate, Tensor | None], None]
@@ -39,7 +43,8 @@ UpdateRows = Callable[[Tensor, Tensor, Sequence[Tensor], RowUpdate, Tensor | Non
 
 gradient: sparse COO [rows, D] in which rows may repeat, or dense, where all-zero rows have no gradient.
 Repeated rows are summed in order of occurrence, so that the bits do not depend on the position of a row.
-weight: [rows, D]. states: m and v of adam, s of adagrad, none of sgd, each shaped as weight.
+weight: [rows, D]. states: m and v of adam, s of adagrad, none of sgd, each shaped as weight, but v of
+partial_rowwise_adam: [rows].
 found_inf: scalar on the device; if it is not 0, nothing changes.
 """
 
@@ -55,7 +60,7 @@ def update_rows(
             changes &= found_inf == 0
         new = _new_weight_and_states(gradient, weight, states, update)
         for tensor, value in zip((weight, *states), new, strict=True):
-            tensor.copy_(torch.where(changes, value, tensor))
+            tensor.copy_(torch.where(changes if tensor.dim() > 1 else changes[:, 0], value, tensor))
         return
     rows, values = sum_by_row(gradient)
     old = [tensor.index_select(0, rows) for tensor in (weight, *states)]
@@ -75,15 +80,21 @@ def _new_weight_and_states(g: Tensor, weight: Tensor, states: Sequence[Tensor], 
     if update.max_gradient is not None:
         g = g.clamp(-update.max_gradient, update.max_gradient)
     rate, eps = update.learning_rate, update.eps
+    if update.weight_decay:
+        weight = weight * (1 - rate * update.weight_decay)
     match update.optimizer:
         case "sgd":
             return [torch.add(weight, g, alpha=-rate)]
         case "adagrad":
             total = torch.addcmul(states[0], g, g)
             return [torch.addcdiv(weight, g, total.sqrt().add_(eps), value=-rate), total]
-        case "adam":
+        case "adam" | "partial_rowwise_adam":
             (beta1, beta2), step = update.betas, update.step
             first = torch.lerp(states[0], g, 1 - beta1)
-            second = (states[1] * beta2).addcmul_(g, g, value=1 - beta2)
+            if update.optimizer == "adam":
+                second = (states[1] * beta2).addcmul_(g, g, value=1 - beta2)
+            else:
+                second = (states[1] * beta2).add_(g.square().mean(1), alpha=1 - beta2)
             deviation = (second / (1 - beta2**step)).sqrt_().add_(eps)
+            deviation = deviation if second.dim() > 1 else deviation[:, None]
             return [torch.addcdiv(weight, first / (1 - beta1**step), deviation, value=-rate), first, second]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
+from hstu.config.args.optimizer import ROWWISE
 from hstu.config.option import located
 from hstu.model.embedding import ReplicatedTables
 from hstu.parallel.shards import ShardedView, WeightShares, swap_values
@@ -27,7 +28,7 @@ class OptimizerSettings:
     """Optimizer settings of one weight."""
 
     optimizer: str
-    """A value of OptimizerArgs.optimizer_str; rowwise_adagrad means adagrad here."""
+    """A value of OptimizerArgs.optimizer_str; an optimizer of tables means the one that ROWWISE gives."""
     learning_rate: float
     """Peak learning rate."""
     weight_decay: float
@@ -198,13 +199,17 @@ def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
 def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: OptimizerArgs) -> torch.optim.Optimizer:
     """Fused, because only torch's fused optimizers support ``found_inf``."""
     rate = settings.learning_rate
-    match settings.optimizer:
+    name = ROWWISE.get(settings.optimizer, settings.optimizer)
+    if name != settings.optimizer:
+        log.info("%s is for tables; the dense part uses %s", settings.optimizer, name)
+    match name:
         case "sgd":
             return torch.optim.SGD(parameters, lr=rate, momentum=args.momentum, fused=True)
-        case "adagrad" | "rowwise_adagrad":
-            if settings.optimizer == "rowwise_adagrad":
-                log.info("rowwise_adagrad is for tables; the dense part uses adagrad")
-            return torch.optim.Adagrad(parameters, lr=rate, eps=args.adam_eps, fused=True)
+        case "adagrad":
+            initial = args.initial_accumulator_value
+            return torch.optim.Adagrad(
+                parameters, lr=rate, initial_accumulator_value=initial, eps=args.adam_eps, fused=True
+            )
         case "adam" | "adamw":
             betas = (args.adam_beta1, args.adam_beta2)
             return torch.optim.Adam(parameters, lr=rate, betas=betas, eps=args.adam_eps, fused=True)

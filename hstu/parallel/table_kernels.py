@@ -1,4 +1,4 @@
-"""What TorchRec's sharded tables lack: exchanges of distinct ids, Adam on the CPU, and clamped row gradients.
+"""What TorchRec's sharded tables lack: exchanges of distinct ids, optimizers on the CPU, and clamped row gradients.
 
 On the CPU, FBGEMM 1.6 to 1.8 has no fused Adam ("not supported in CPU mode"), and DenseTableBatchedEmbeddingBags of the
 DENSE compute kernel pools despite PoolingMode.NONE. tests/parallel/test_table_kernels.py fails when either is fixed.
@@ -6,13 +6,14 @@ DENSE compute kernel pools despite PoolingMode.NONE. tests/parallel/test_table_k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.nn import functional
 from torchrec import EmbeddingCollection, KeyedJaggedTensor
@@ -32,6 +33,14 @@ from hstu.data.batches.batch import is_of_negatives
 
 BFLOAT16 = {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(QCommsConfig(CommType.BF16, CommType.BF16))}
 """TorchRec's codecs of rows and gradients. Its get_qcomm_codecs_registry would send float16 between CPUs."""
+
+Piece = tuple[Sequence[int], Tensor]
+"""A live shard of this rank: offset of its first element in the whole tensor; shard."""
+
+
+def pieces_of(sharded: ShardedTensor) -> list[Piece]:
+    """Return the shards of this rank."""
+    return [(shard.metadata.shard_offsets, shard.tensor) for shard in sharded.local_shards()]
 
 
 class RowSparseEmbedding(BaseEmbedding):
@@ -73,19 +82,17 @@ class RowSparseEmbedding(BaseEmbedding):
         """Yield (table name, parameter) pairs, which the sharded collection registers."""
         yield from self._weights.items()
 
-    def as_sharded_tensors(self, tensors: Mapping[str, Tensor], suffix: str = "weight") -> dict[str, ShardedTensor]:
-        """Wrap ``tensors`` (table → tensor shaped like its parameter) as live ShardedTensors ``<table>.<suffix>``."""
-        shards = [
-            tensors[table.name].detach()[first_row : first_row + table.local_rows]
-            for table, first_row in zip(self._config.embedding_tables, self._first_rows, strict=True)
-        ]
-        sharded = get_state_dict(self._config.embedding_tables, shards, self._pg)
-        return {f"{key.removesuffix('.weight')}.{suffix}": tensor for key, tensor in sharded.items()}
+    def pieces(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Piece]]:
+        """Yield (table, live shard) pairs of ``tensors``: table → tensor with the rows of its parameter."""
+        for table, first_row in zip(self._config.embedding_tables, self._first_rows, strict=True):
+            rows = tensors[table.name].detach()[first_row : first_row + table.local_rows]
+            yield table.name, (cast(ShardMetadata, table.local_metadata).shard_offsets[: rows.dim()], rows)
 
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """Return the shards as ShardedTensors, as TorchRec's kernels do."""
         state = {} if destination is None else destination
-        state.update({f"{prefix}{key}": tensor for key, tensor in self.as_sharded_tensors(self._weights).items()})
+        shards = [rows for _, (_, rows) in self.pieces(self._weights)]
+        state.update(get_state_dict(self._config.embedding_tables, shards, self._pg, prefix=prefix))
         return state
 
     def flush(self) -> None:

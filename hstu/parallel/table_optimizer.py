@@ -1,7 +1,7 @@
 """Optimizer and learning rate of each table, behind one optimizer for all tables.
 
 TorchRec's fused optimizers update rows inside backward. ``TableOptimizer.step`` updates the rows of replicated tables,
-and of sharded tables with Adam on the CPU.
+and of sharded tables with an optimizer that FBGEMM lacks on the CPU.
 """
 
 from __future__ import annotations
@@ -12,25 +12,30 @@ from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+    WeightDecayMode,
+)
 from torch import Tensor, nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from hstu.config.args import OptimizerArgs
 from hstu.model.embedding import TableSpec
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import RowUpdate, UpdateRows
-from hstu.parallel.table_kernels import RowSparseEmbedding
+from hstu.parallel.table_kernels import Piece, RowSparseEmbedding, pieces_of
 
 OPTIMIZERS: dict[str, tuple[EmbOptimType, tuple[str, ...]]] = {
     "sgd": (EmbOptimType.EXACT_SGD, ()),
     "adagrad": (EmbOptimType.EXACT_ADAGRAD, ("sum",)),
     "rowwise_adagrad": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, ("rowwise_sum",)),
     "adam": (EmbOptimType.ADAM, ("exp_avg", "exp_avg_sq")),
-    "adamw": (EmbOptimType.ADAM, ("exp_avg", "exp_avg_sq")),  # equals adam, because tables get no weight decay
+    "adamw": (EmbOptimType.ADAM, ("exp_avg", "exp_avg_sq")),  # equals adam: the decay of all tables is decoupled
+    "partial_rowwise_adam": (EmbOptimType.PARTIAL_ROWWISE_ADAM, ("exp_avg", "rowwise_exp_avg_sq")),
 }
 """Optimizer → FBGEMM's; names of its states in torch.optim, float32 [rows, columns], or [rows] for ``rowwise_…``."""
+_WITHOUT_DECAY = ("sgd", "adagrad")
+"""Optimizers that have no decoupled weight decay in FBGEMM."""
 
 
 def is_rowwise(state: str) -> bool:
@@ -52,6 +57,10 @@ class TableTraining:
     learning_rate: float
     max_gradient: float | None = None
     """Row gradients are clamped to ± this value."""
+    weight_decay: float = 0.0
+    """Decoupled decay of the rows that a step updates."""
+    initial_accumulator: float = 0.0
+    """What the sums of squares of adagrad and rowwise_adagrad begin with."""
 
     @classmethod
     def of(cls, spec: TableSpec, args: OptimizerArgs) -> TableTraining:
@@ -62,24 +71,39 @@ class TableTraining:
         optimizer = spec.optimizer or optimizer or args.optimizer_str
         if spec.replicated and optimizer == "rowwise_adagrad":
             optimizer = "adagrad"
-        return cls(optimizer, spec.learning_rate or rate or args.learning_rate, args.sparse_max_gradient)
+        decay = args.sparse_weight_decay if spec.weight_decay is None else spec.weight_decay
+        rate = spec.learning_rate or rate or args.learning_rate
+        return cls(optimizer, rate, args.sparse_max_gradient, decay, args.initial_accumulator_value)
 
     @property
     def states(self) -> tuple[str, ...]:
         """Names of the optimizer states."""
         return OPTIMIZERS[self.optimizer][1]
 
+    def initial(self, state: str) -> float:
+        """Return the value that each number of a state begins with."""
+        return self.initial_accumulator if state.endswith("sum") else 0.0
+
+    @property
+    def lacks_decay(self) -> bool:
+        """Whether the table decays and FBGEMM's optimizer does not."""
+        return self.weight_decay > 0 and self.optimizer in _WITHOUT_DECAY
+
     def is_row_sparse(self, device_type: str) -> bool:
         """Return whether ``TableOptimizer.step`` updates the sharded table, from sparse gradients."""
-        return self.optimizer in ("adam", "adamw") and device_type == "cpu"
+        return device_type == "cpu" and (self.optimizer.endswith(("adam", "adamw")) or self.lacks_decay)
 
     def fused_params(self, args: OptimizerArgs) -> dict[str, Any]:
         """Return the training as keyword arguments of FBGEMM's tables."""
         params: dict[str, Any] = {"optimizer": OPTIMIZERS[self.optimizer][0], "learning_rate": self.learning_rate}
         if self.optimizer != "sgd":
             params["eps"] = args.adam_eps
-        if self.optimizer in ("adam", "adamw"):
+        if self.optimizer.endswith(("adam", "adamw")):
             params |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2}
+        if self.weight_decay:
+            params["weight_decay"] = self.weight_decay
+            if self.optimizer == "rowwise_adagrad":  # the others have no other decay
+                params["weight_decay_mode"] = WeightDecayMode.DECOUPLE
         if self.max_gradient is not None:
             params["max_gradient"] = self.max_gradient  # for ClampedFusedEmbedding
         return params
@@ -114,10 +138,16 @@ class TableOptimizer:
         own = [pair for kernel in self._sparse_kernels for pair in kernel.named_parameters_by_table()]
         self._weights = dict([*own, *replicated.items()])
         self.states = {
-            name: {state: torch.zeros_like(weight) for state in training[name].states}
+            name: {state: torch.zeros_like(weight[:, 0] if is_rowwise(state) else weight) for state in own.states}
             for name, weight in self._weights.items()
+            for own in [training[name]]
         }
         """Table that ``step`` updates → state name → live tensor."""
+        live = [(key, tensor) for key, held in self.state_tensors().items() for _, tensor in held]
+        for key, tensor in [*live, *self.replicated_state_tensors().items()]:
+            table, _, state = key.rpartition(".")
+            if value := training[table].initial(state):  # zeros are there, in memory that nothing has touched yet
+                tensor.fill_(value)
 
     @property
     def learning_rate(self) -> float:
@@ -159,13 +189,14 @@ class TableOptimizer:
                     betas=(self._args.adam_beta1, self._args.adam_beta2),
                     step=self.steps,
                     max_gradient=own.max_gradient,
+                    weight_decay=own.weight_decay,
                 )
                 self._update_rows(weight.grad, weight, tuple(self.states[name].values()), update, found_inf)
 
-    def state_tensors(self) -> dict[str, ShardedTensor]:
-        """Return the live states of tables with a shard on this rank: ``<table>.<state>`` → tensor."""
-        tensors = {
-            self._state_key(name): tensor
+    def state_tensors(self) -> dict[str, list[Piece]]:
+        """Return the live states of tables with a shard on this rank: ``<table>.<state>`` → shards."""
+        held = {
+            self._state_key(name): pieces_of(tensor)
             for optimizer in self._fused
             for states in optimizer.state_dict()["state"].values()
             for name, tensor in states.items()
@@ -173,9 +204,9 @@ class TableOptimizer:
         for kernel in self._sparse_kernels:
             names = [name for name, _ in kernel.named_parameters_by_table()]
             for state in self.training[names[0]].states:  # all tables of a kernel have the same optimizer
-                moments = {name: self.states[name][state] for name in names}
-                tensors.update(kernel.as_sharded_tensors(moments, state))
-        return tensors
+                for name, piece in kernel.pieces({name: self.states[name][state] for name in names}):
+                    held.setdefault(f"{name}.{state}", []).append(piece)
+        return held
 
     def replicated_state_tensors(self) -> dict[str, Tensor]:
         """Return the live states of replicated tables: ``<table>.<state>`` → [rows, dim]."""
@@ -186,4 +217,5 @@ class TableOptimizer:
     def _state_key(self, name: str) -> str:
         """Return ``<table>.<state>``. TorchRec names the first state of every optimizer momentum1."""
         table, _, state = name.rpartition(".")
-        return f"{table}.{self.training[table].states[0]}" if state == "momentum1" else name
+        states = self.training[table].states
+        return f"{table}.{states[0 if state == 'momentum1' else 1]}"

@@ -348,14 +348,20 @@ def prepare_tables(
 
 
 def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: str) -> None:
-    """Warn where a CPU replaces EmbeddingArgs.compute_kernel. Raises ConfigError for a dense kernel on a GPU."""
+    """Warn where a CPU replaces EmbeddingArgs.compute_kernel. Raises ConfigError for what FBGEMM lacks on a GPU."""
     for spec in specs:
-        option = f"EmbeddingArgs.compute_kernel = {spec.compute_kernel!r} of table {spec.name!r}"
-        used = "dense" if TableTraining.of(spec, args).is_row_sparse(device_type) else "fused"
+        option, training = f"EmbeddingArgs.compute_kernel = {spec.compute_kernel!r}", TableTraining.of(spec, args)
+        option += f" of table {spec.name!r}"
+        used = "dense" if training.is_row_sparse(device_type) else "fused"
         if device_type == "cpu" and spec.compute_kernel not in (None, used):
             log.warning("%s is ignored on a CPU: %s is used, which trains the same", option, used)
         elif device_type != "cpu" and spec.compute_kernel == "dense":
             raise ConfigError(f"{option}: it exists only on a CPU, where FBGEMM has no Adam; use 'fused' on a GPU")
+        if device_type != "cpu" and training.lacks_decay and not spec.replicated:
+            raise ConfigError(
+                f"table {spec.name!r} has a weight decay of {training.weight_decay}, but FBGEMM's {training.optimizer} "
+                "on GPUs has none; use adam, partial_rowwise_adam or rowwise_adagrad, or sparse_weight_decay = 0"
+            )
 
 
 def table_sharders(config: RunConfig, world_size: int) -> list[EmbeddingCollectionSharder]:

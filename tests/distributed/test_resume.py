@@ -33,6 +33,12 @@ CASES: dict[str, Any] = {
     "adam, two replicated": {"optimizer": "adam", "replicated": ["action", "user"]},
     "rowwise_adagrad": {"optimizer": "rowwise_adagrad"},
     "width no multiple of 4": {"optimizer": "adagrad", "dim": 6},
+    "partial_rowwise_adam": {"optimizer": "partial_rowwise_adam", "optimizer_args": {"sparse_weight_decay": 0.1}},
+    "decaying, begun": {
+        "optimizer": "adagrad",
+        "trained": {"user": {"optimizer_str": "rowwise_adagrad", "weight_decay": 0.3}, "item": {"weight_decay": 0.2}},
+        "optimizer_args": {"initial_accumulator_value": 0.1},
+    },
 }
 ALL = ["user", "item", "action"]
 MOVED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,6 +50,8 @@ MOVED: dict[str, tuple[str, dict[str, Any]]] = {
         ("adam", "row_wise", {}),
         ("adam", "column_wise", {"sharding": "column_wise"}),
         ("rowwise_adagrad", "table_wise", {"sharding": "table_wise"}),
+        ("partial_rowwise_adam", "replicated", {"replicated": ALL}),
+        ("partial_rowwise_adam", "table_wise", {"sharding": "table_wise"}),
         ("width no multiple of 4", "replicated", {"replicated": ALL}),
         ("width no multiple of 4", "all sharded", {"replicated": [], "sharding": "column_wise"}),
     )

@@ -55,6 +55,17 @@ MIXED: dict[str, Any] = {
     "limited columns": {"optimizer": "sgd", "sharding": "column_wise", "optimizer_args": LIMITED},
     "limited, planned": {"optimizer": "adagrad", "sharding": "auto", "optimizer_args": LIMITED, "replicated": []},
 }
+DECAYING = {"sparse_weight_decay": 0.2, "initial_accumulator_value": 0.3}
+BEGUN = {"initial_accumulator_value": 0.3, "sparse_max_gradient": 0.05}
+LONG: dict[str, Any] = {
+    "partial row-wise adam": {"optimizer": "partial_rowwise_adam", "trained": {"item": {"weight_decay": 0.4}}},
+    "decays of adam and sgd": {"optimizer": "adam", "trained": OWN, "optimizer_args": {"sparse_weight_decay": 0.2}},
+    "decay of adagrad": {"optimizer": "adagrad", "replicated": ["user"], "optimizer_args": DECAYING},
+    "decay of rowwise_adagrad": {"optimizer": "rowwise_adagrad", "optimizer_args": DECAYING},
+    "begun adagrads": {"optimizer": "adagrad", "trained": OWN, "optimizer_args": BEGUN},
+}
+"""Cases that train for twenty steps."""
+MIXED |= {name: {"steps": 20, **case} for name, case in LONG.items()}
 CASES |= MIXED
 
 
@@ -72,6 +83,8 @@ class Training:
     optimizer: str
     learning_rate: float
     max_gradient: float | None = None
+    weight_decay: float = 0.0
+    initial: float = 0.0
 
 
 @pytest.fixture(scope="module")
@@ -231,20 +244,24 @@ def test_each_table_and_part_is_trained_as_it_says_and_equals_a_float64_referenc
 
 
 def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[str, Any], list[float], list[float]]:
-    """What three steps of a case come to."""
+    """What the steps of a case come to."""
+    args = case.get("optimizer_args", {})
+    accumulator = args.get("initial_accumulator_value", 0.0)
     name, replicated = case["optimizer"], case.get("replicated", ["action"])
-    replicas = name.removeprefix("rowwise_")  # what replicated tables make of it
+    replicas = "adagrad" if name == "rowwise_adagrad" else name  # what replicated tables make of it
     tables = {
         f"{feature}_table": Training(
             own.get("optimizer_str", replicas if feature in replicated else name),
             own.get("learning_rate", LEARNING_RATE),
-            max_gradient=case.get("optimizer_args", {}).get("sparse_max_gradient"),
+            max_gradient=args.get("sparse_max_gradient"),
+            weight_decay=own.get("weight_decay", args.get("sparse_weight_decay", 0.0)),
+            initial=accumulator,
         )
         for feature in ("user", "item", "action")
         for own in [case.get("trained", {}).get(feature, {})]
     }
     parts = {part["regex"]: (part["optimizer_str"], part["learning_rate"]) for part in case.get("parts", ())}
-    return reference({"": (name, LEARNING_RATE)} | parts, tables, initial, steps=3)
+    return reference({"": (name, LEARNING_RATE)} | parts, tables, initial, case.get("steps", 3), accumulator)
 
 
 def test_weight_decay_does_not_touch_sharded_or_replicated_tables(on_one_rank: Any) -> None:
@@ -289,11 +306,15 @@ def test_one_multiplier_scales_dense_weights_and_both_kinds_of_tables(on_one_ran
 
 EPS, BETAS = 1e-8, (0.9, 0.999)
 TABLE_OF = {"user": "user_table", "item": "item_table", "action": "action_table", FEATURES[3]: "item_table"}
-DENSE = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+DENSE: dict[str, Any] = {"sgd": torch.optim.SGD} | dict.fromkeys(("adam", "partial_rowwise_adam"), torch.optim.Adam)
 
 
 def reference(
-    dense: dict[str, tuple[str, float]], tables: dict[str, Training], initial: dict[str, Any], steps: int
+    dense: dict[str, tuple[str, float]],
+    tables: dict[str, Training],
+    initial: dict[str, Any],
+    steps: int,
+    accumulator: float,
 ) -> tuple[dict[str, Any], list[float], list[float]]:
     """Final tables and dense weights, each step's loss, and how far each step's clamp cut gradients (0: it did not).
 
@@ -303,7 +324,7 @@ def reference(
     task = ToyTask(8, 8, dropout=0.0).double()
     rows_of = {name: torch.tensor(rows, dtype=torch.float64, requires_grad=True) for name, rows in initial.items()}
     optimizers = [
-        _dense(name, rate, [w for key, w in task.named_parameters() if _part(key, dense) == part])
+        _dense(name, rate, accumulator, [w for key, w in task.named_parameters() if _part(key, dense) == part])
         for part, (name, rate) in dense.items()
     ]
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in tables}
@@ -340,9 +361,10 @@ def _part(name: str, parts: dict[str, tuple[str, float]]) -> str:
     return max((part for part in parts if name.startswith(part)), key=len)
 
 
-def _dense(name: str, rate: float, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    extra: dict[str, Any] = {} if name == "sgd" else {"eps": EPS}
-    return DENSE.get(name, torch.optim.Adagrad)(weights, lr=rate, **extra)
+def _dense(name: str, rate: float, initial: float, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if name in DENSE:
+        return DENSE[name](weights, lr=rate, **({} if name == "sgd" else {"eps": EPS}))
+    return torch.optim.Adagrad(weights, lr=rate, initial_accumulator_value=initial, eps=EPS)
 
 
 def _clamp(gradient: torch.Tensor | None, limit: float | None) -> float:
@@ -360,16 +382,19 @@ def update_rows(
 ) -> None:
     assert table.grad is not None
     optimizer, rate, gradient = training.optimizer, training.learning_rate, table.grad[rows]
+    table[rows] *= 1 - rate * training.weight_decay
     if optimizer == "sgd":
         table[rows] -= rate * gradient
-    elif optimizer == "adam":
+    elif optimizer in ("adam", "partial_rowwise_adam"):
         first, second = (state.setdefault(key, torch.zeros_like(table)) for key in ("m", "v"))
         first[rows] = BETAS[0] * first[rows] + (1 - BETAS[0]) * gradient
-        second[rows] = BETAS[1] * second[rows] + (1 - BETAS[1]) * gradient**2
+        second[rows] = BETAS[1] * second[rows] + (1 - BETAS[1]) * (
+            gradient**2 if optimizer == "adam" else (gradient**2).mean(dim=1, keepdim=True)
+        )
         corrected = first[rows] / (1 - BETAS[0] ** t), second[rows] / (1 - BETAS[1] ** t)
         table[rows] -= rate * corrected[0] / (corrected[1].sqrt() + EPS)
     else:
         squares = gradient**2 if optimizer == "adagrad" else (gradient**2).mean(dim=1, keepdim=True)
-        total = state.setdefault("sum", torch.zeros_like(table[:, : squares.shape[1]]))
+        total = state.setdefault("sum", torch.full_like(table[:, : squares.shape[1]], training.initial))
         total[rows] += squares
         table[rows] -= rate * gradient / (total[rows].sqrt() + EPS)

@@ -143,7 +143,7 @@ def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:
         "weights": sum(local_part(p.detach()).nbytes for p in model.dense.parameters()),
         "states": sum(map(held_bytes, (*dense_states.values(), *replicated_states.values()))),
         "tables": sum(t.nbytes for t in tables),
-        "table states": sum(shard.tensor.nbytes for state in table_states.values() for shard in state.local_shards()),
+        "table states": sum(shard.nbytes for state in table_states.values() for _, shard in state),
     }
     first = next(batches)
     parts = config.trainer.gradient_accumulation_steps

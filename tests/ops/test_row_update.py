@@ -13,7 +13,7 @@ from hstu.ops import row_update as plain
 from hstu.ops.cpu import operators as cpp
 from hstu.ops.row_update import RowUpdate
 
-STATES = {"sgd": 0, "adagrad": 1, "adam": 2}
+STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "partial_rowwise_adam": 2}
 KERNELS = {"C++": cpp.update_rows, "PyTorch": plain.update_rows}
 
 
@@ -22,29 +22,34 @@ def sparse(rows: Tensor, values: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def oracle(rows: Tensor, values: Tensor, tables: list[Tensor], update: RowUpdate) -> list[Tensor]:
-    """Weight and states [rows, D], one number at a time."""
-    new = [table.double().tolist() for table in tables]
+    """Weight and states [rows, D], one number at a time; a state of [rows] has its number in each column."""
+    width = tables[0].shape[1]
+    new = [(table if table.dim() > 1 else table[:, None].expand(-1, width)).double().tolist() for table in tables]
     for row in rows.unique().tolist():
         gradient = values[rows == row].double().sum(0)
         if update.max_gradient is not None:
             gradient = gradient.clamp(-update.max_gradient, update.max_gradient)
+        mean = gradient.square().mean().item()
         for column, g in enumerate(gradient.tolist()):
             numbers = [table[row][column] for table in new]
-            for table, number in zip(new, _number(g, numbers, update), strict=True):
+            for table, number in zip(new, _number(g, mean, numbers, update), strict=True):
                 table[row][column] = number
-    return [torch.tensor(table, dtype=torch.float64) for table in new]
+    columns = [slice(None) if table.dim() > 1 else 0 for table in tables]
+    return [torch.tensor(table, dtype=torch.float64)[:, own] for table, own in zip(new, columns, strict=True)]
 
 
-def _number(g: float, old: list[float], update: RowUpdate) -> list[float]:
+def _number(g: float, mean_square: float, old: list[float], update: RowUpdate) -> list[float]:
     rate, eps, (beta1, beta2), step = update.learning_rate, update.eps, update.betas, update.step
+    old = [old[0] - rate * update.weight_decay * old[0], *old[1:]]
     match update.optimizer:
         case "sgd":
             return [old[0] - rate * g]
         case "adagrad":
             total = old[1] + g * g
             return [old[0] - rate * g / (math.sqrt(total) + eps), total]
-        case "adam":
-            m, v = beta1 * old[1] + (1 - beta1) * g, beta2 * old[2] + (1 - beta2) * g * g
+        case "adam" | "partial_rowwise_adam":
+            square = g * g if update.optimizer == "adam" else mean_square
+            m, v = beta1 * old[1] + (1 - beta1) * g, beta2 * old[2] + (1 - beta2) * square
             deviation = math.sqrt(v / (1 - beta2**step)) + eps
             return [old[0] - rate * m / (1 - beta1**step) / deviation, m, v]
 
@@ -55,6 +60,8 @@ def case(optimizer: str, count: int, table_rows: int, width: int, seed: int = 0)
     rows = torch.randint(table_rows, (count,), generator=generator)
     values = torch.randn(count, width, generator=generator)
     tables = [torch.rand(table_rows, width, generator=generator) for _ in range(1 + STATES[optimizer])]
+    if optimizer.startswith("partial"):
+        tables[2] = tables[2][:, 0].clone()
     return rows, values, tables
 
 
@@ -66,13 +73,21 @@ def case(optimizer: str, count: int, table_rows: int, width: int, seed: int = 0)
     table_rows=st.sampled_from([1, 5, 3000]),
     width=st.sampled_from([1, 16, 50]),
     max_gradient=st.sampled_from([None, 0.5]),
+    weight_decay=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 1000),
 )
 def test_rows_with_a_gradient_are_trained_by_the_formula(
-    kernel: str, optimizer: Any, count: int, table_rows: int, width: int, max_gradient: float | None, seed: int
+    kernel: str,
+    optimizer: Any,
+    count: int,
+    table_rows: int,
+    width: int,
+    max_gradient: float | None,
+    weight_decay: float,
+    seed: int,
 ) -> None:
     rows, values, tables = case(optimizer, count, table_rows, width, seed)
-    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=3, max_gradient=max_gradient)
+    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=3, max_gradient=max_gradient, weight_decay=weight_decay)
     expected = oracle(rows, values, tables, update)
     KERNELS[kernel](sparse(rows, values, tables[0].shape), tables[0], tables[1:], update)
     for table, right in zip(tables, expected, strict=True):
@@ -87,7 +102,7 @@ def test_rows_without_a_gradient_keep_every_bit(kernel: Any, optimizer: Any) -> 
     update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98))
     kernel(sparse(torch.tensor([7, 2, 7]), values, (9, 4)), tables[0], tables[1:], update)
     for old, new in zip(before, tables, strict=True):
-        moved = (old != new).any(1).nonzero().flatten().tolist()
+        moved = (old != new).view(9, -1).any(1).nonzero().flatten().tolist()
         assert moved == [2, 7]
 
 
@@ -105,7 +120,7 @@ def test_a_dense_gradient_trains_the_same_rows_and_nothing_changes_in_a_step_tha
     rows, values, tables = case(optimizer, 40, 60, 5)
     others, before = ([table.clone() for table in tables] for _ in range(2))
     gradient = sparse(rows, values, (60, 5))
-    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=2, max_gradient=1.0)
+    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=2, max_gradient=1.0, weight_decay=0.1)
     for each in (gradient, gradient.to_dense()):
         cpp.update_rows(each, tables[0], tables[1:], update, torch.tensor(1.0))
         assert all(map(torch.equal, before, tables))

@@ -32,9 +32,9 @@ class EmbeddingArgs(NamedFeaturesArgs, OwnOptimizerArgs):
         choices=("auto", "row_wise", "table_wise", "column_wise"),
         needs=having("sharding_type", "model_parallel"),
     )
-    """How a model_parallel table is sharded. auto: TorchRec's planner decides. column_wise excludes the optimizer
-    rowwise_adagrad. Dynamic tables are always row_wise. TorchRec's table_row_wise and grid do not exist here: it has
-    them only for tables whose rows are pooled."""
+    """How a model_parallel table is sharded. auto: TorchRec's planner decides. column_wise excludes the optimizers
+    rowwise_adagrad and partial_rowwise_adam. Dynamic tables are always row_wise. TorchRec's table_row_wise and grid do
+    not exist here: it has them only for tables whose rows are pooled."""
     compute_kernel: Optional[str] = option(
         None,
         changes="speed",
@@ -43,7 +43,8 @@ class EmbeddingArgs(NamedFeaturesArgs, OwnOptimizerArgs):
     )
     """Kernel of a model_parallel table. fused: FBGEMM updates the rows in backward. fused_uvm: the rows are in host
     memory. fused_uvm_caching: as fused_uvm, with a cache for a fifth of the rows in GPU memory. dense (CPU only): the
-    gradients of the rows go to our own Adam. None: fused, or dense for Adam on a CPU. A CPU always uses these defaults
+    gradients of the rows go to our own optimizer. None: fused, or dense for what FBGEMM lacks on a CPU: adam, adamw,
+    partial_rowwise_adam, and weight decay with sgd and adagrad. A CPU always uses these defaults
     and warns if another kernel is given. Not for dynamic tables, whose options for GPU memory decide."""
     init_std: float = option(0.02, changes="training", above=0, maximum=1e6)
     """Standard deviation of initial rows, which are normally distributed but for DynamicEmbeddingArgs.initializer."""

@@ -6,18 +6,24 @@ from typing import Optional
 
 from hstu.config.option import Args, having, not_having, option
 
-OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad")
+OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad", "partial_rowwise_adam")
+ROWWISE = {"rowwise_adagrad": "adagrad", "partial_rowwise_adam": "adam"}
+"""Optimizers with a state of one number per row → the same with states of the size of the weight."""
+_REFUSED = dict.fromkeys(("lamb", "lion", "muon"), "use 'adamw'")
 WITH_A_DECAY = having("schedule", "linear", "cosine", "cosine_restarts", "exponential", "warmup_stable_decay")
 
 
 class OwnOptimizerArgs(Args):
     """The optimizer of a table or of a part of the dense weights."""
 
-    optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS)
+    optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS, refused=_REFUSED)
     """Optimizer. None: OptimizerArgs.optimizer_str, or sparse_optimizer_str for a model_parallel table.
-    rowwise_adagrad: model_parallel tables only."""
+    rowwise_adagrad: model_parallel tables only. partial_rowwise_adam: tables only."""
     learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate. None: OptimizerArgs.learning_rate, or sparse_learning_rate for a model_parallel table."""
+    weight_decay: Optional[float] = option(None, changes="training", minimum=0)
+    """Decoupled weight decay; norms and biases never decay. None: OptimizerArgs.weight_decay, or for a table
+    sparse_weight_decay."""
 
 
 class PartOptimizerArgs(OwnOptimizerArgs):
@@ -27,28 +33,30 @@ class PartOptimizerArgs(OwnOptimizerArgs):
     """Python regular expression that is searched anywhere in the name of a dense weight. The names are as in a
     checkpoint, without "model.", such as task.encoder.stack.layers.0.uvqk.weight. For tables, use
     EmbeddingArgs.optimizer_str."""
-    weight_decay: Optional[float] = option(None, changes="training", minimum=0)
-    """Decoupled weight decay; norms and biases never decay. None: OptimizerArgs.weight_decay."""
 
 
 class OptimizerArgs(Args):
     """The optimizers of the dense part and of the tables."""
 
-    optimizer_str: str = option(changes="tensors", choices=OPTIMIZERS)
-    """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad."""
+    optimizer_str: str = option(changes="tensors", choices=OPTIMIZERS, refused=_REFUSED)
+    """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad. partial_rowwise_adam is adam whose
+    second moment has one number per row of a table, and so half of its state; the dense part then uses adam."""
     learning_rate: float = option(changes="training", above=0, maximum=1e6)
     """Peak learning rate."""
     adam_beta1: float = option(0.9, changes="training", minimum=0, below=1)
-    """Decay of the first moment of adam and adamw."""
+    """Decay of the first moment of adam, adamw and partial_rowwise_adam."""
     adam_beta2: float = option(0.999, changes="training", minimum=0, below=1)
-    """Decay of the second moment of adam and adamw."""
+    """Decay of the second moment of adam, adamw and partial_rowwise_adam."""
     adam_eps: float = option(1e-8, changes="training", above=0)
-    """Epsilon of adam, adamw, adagrad and rowwise_adagrad."""
+    """Epsilon of all optimizers but sgd."""
+    initial_accumulator_value: float = option(0.0, changes="training", minimum=0)
+    """What the sums of squared gradients of adagrad and rowwise_adagrad begin with, in the dense part and the tables. 0
+    makes the first step of each weight as large as the learning rate."""
     weight_decay: float = option(0.0, changes="training", minimum=0)
-    """Decoupled weight decay of dense weights. Tables, norms and biases never decay."""
+    """Decoupled weight decay of dense weights. Norms and biases never decay, tables by sparse_weight_decay."""
     momentum: float = option(0.0, changes="tensors", minimum=0, below=1)
     """Momentum of sgd in the dense part. Tables have none."""
-    sparse_optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS)
+    sparse_optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS, refused=_REFUSED)
     """Optimizer of the model_parallel tables that set no optimizer_str. None: optimizer_str."""
     sparse_learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate of the model_parallel tables that set no learning_rate. None: learning_rate."""
@@ -56,6 +64,10 @@ class OptimizerArgs(Args):
     """Limit of each element of the gradient of a table row. It is the gradient of the mean loss over the global
     batch, summed over all look-ups of the row; it is clamped to [-limit, limit] before the optimizer of the table, and
     for data_parallel tables after TrainerArgs.max_grad_norm. None: no limit."""
+    sparse_weight_decay: float = option(0.0, changes="training", minimum=0)
+    """Decoupled weight decay of the tables that set no weight_decay, model_parallel and data_parallel: a step first
+    multiplies each row that it trains by 1 - learning rate · decay. Other rows stay as they are. On GPUs, FBGEMM has no
+    such decay for model_parallel tables with sgd or adagrad, which is an error."""
     part_optimizers: list[PartOptimizerArgs] = option([], changes="tensors")
     """Parts of the dense weights with their own optimizer, learning rate or weight decay. A weight belongs to the first
     part whose regex is found in its name. LRScheduleArgs, max_grad_norm and ema_decay apply to all parts."""
@@ -74,6 +86,7 @@ class LRScheduleArgs(Args):
         "constant",
         changes="training",
         choices=("constant", "linear", "cosine", "cosine_restarts", "exponential", "step", "warmup_stable_decay"),
+        refused={"onecycle": "use 'cosine' with a warm-up"},
     )
     """Shape of the decay after the warm-up. warmup_stable_decay: 1 until the last decay_iters or decay_ratio of all
     iterations, over which it falls linearly to min_ratio; each phase that counts_from = "start" adds returns to 1."""

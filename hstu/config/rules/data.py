@@ -14,6 +14,7 @@ from hstu.config.args import (
     FeatureArgs,
     RandomDistribution,
 )
+from hstu.config.args.optimizer import ROWWISE
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, apply, did_you_mean
 from hstu.config.run_config import RunConfig
@@ -48,14 +49,14 @@ def tables_are_consistent(run: RunConfig) -> Iterator[Problem]:
         yield from apply(RULES_OF_A_TABLE, run, table)
 
 
-def rowwise_adagrad_forbids_column_wise(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
+def rowwise_states_forbid_column_wise(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if table.sharding == "column_wise" and _may_be_sharded(table):
         owner, parameter = _optimizer_of(run, table)
-        if getattr(owner, parameter) == "rowwise_adagrad":
+        if (optimizer := getattr(owner, parameter)) in ROWWISE:
             text = (
                 f"cannot be combined with {cited(owner, parameter)}: each rank would keep its own state for its "
                 "columns of a row, so that the result would depend on the number of ranks; use 'row_wise', "
-                "'table_wise' or 'auto', or the optimizer 'adagrad'"
+                f"'table_wise' or 'auto', or the optimizer {ROWWISE[optimizer]!r}"
             )
             yield problem(table, "sharding", text)
 
@@ -79,8 +80,8 @@ def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> 
 def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if table.compute_kernel == "dense" and _may_be_sharded(table):
         owner, parameter = _optimizer_of(run, table)
-        if getattr(owner, parameter) not in ("adam", "adamw"):
-            text = f"is for adam and adamw, but {cited(owner, parameter)}; use 'fused'"
+        if getattr(owner, parameter) not in ("adam", "adamw", "partial_rowwise_adam"):
+            text = f"is for adam, adamw and partial_rowwise_adam, but {cited(owner, parameter)}; use 'fused'"
             yield problem(table, "compute_kernel", text)
 
 
@@ -98,7 +99,7 @@ def _optimizer_of(run: RunConfig, table: EmbeddingArgs) -> tuple[Args, str]:
 
 
 RULES_OF_A_TABLE = (
-    rowwise_adagrad_forbids_column_wise, rowwise_adagrad_is_for_sharded_tables,
+    rowwise_states_forbid_column_wise, rowwise_adagrad_is_for_sharded_tables,
     dynamic_tables_choose_their_kernel, dense_kernel_has_adam,
 )  # fmt: skip
 

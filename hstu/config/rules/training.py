@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from hstu.config.args import DatasetArgs, LRScheduleArgs, RankingArgs
+from hstu.config.args.optimizer import ROWWISE
 from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
@@ -113,8 +114,17 @@ def parts_are_of_the_dense_weights(run: RunConfig) -> Iterator[Problem]:
             re.compile(getattr(part, "regex", ""))
         except (re.error, OverflowError, RecursionError) as error:
             yield problem(part, "regex", f"is not a Python regular expression: {error}; escape or close it")
-        if getattr(part, "optimizer_str", None) == "rowwise_adagrad":
-            yield problem(part, "optimizer_str", "is for model_parallel tables; use 'adagrad'")
+        if (name := getattr(part, "optimizer_str", None)) in ROWWISE:
+            yield problem(part, "optimizer_str", f"is for tables; use {ROWWISE[name]!r}")
+
+
+def initial_accumulator_is_of_an_adagrad(run: RunConfig) -> Iterator[Problem]:
+    args = run.optimizer
+    used = [args.optimizer_str, args.sparse_optimizer_str]
+    used += [getattr(part, "optimizer_str", None) for part in (*args.part_optimizers, *run.embeddings)]
+    if args.initial_accumulator_value and not any(name and name.endswith("adagrad") for name in used):
+        text = "is for adagrad and rowwise_adagrad, which nothing in this run has; remove it, or choose one of them"
+        yield problem(args, "initial_accumulator_value", text)
 
 
 def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
@@ -144,5 +154,6 @@ def _schedules(run: RunConfig) -> Iterator[LRScheduleArgs]:
 RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero, best_metric_is_measured,
     best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence, heads_divide, ranks_divide,
-    parts_are_of_the_dense_weights, milestones_fit_the_schedule, warmup_and_decay_fit_into_the_run,
+    parts_are_of_the_dense_weights, initial_accumulator_is_of_an_adagrad, milestones_fit_the_schedule,
+    warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

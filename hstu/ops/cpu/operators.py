@@ -16,7 +16,7 @@ from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library
 from hstu.ops.kernels import AttentionKernels, GateKernels
 from hstu.ops.row_update import RowUpdate
 
-_OPTIMIZERS = ("sgd", "adagrad", "adam")  # in the order of HstuRowOptimizer of csrc/rows.cpp
+_OPTIMIZERS = ("sgd", "adagrad", "adam", "partial_rowwise_adam")  # in the order of HstuRowOptimizer of csrc/rows.cpp
 
 
 class _Arguments(Arguments):
@@ -25,7 +25,7 @@ class _Arguments(Arguments):
     _fields_ = fields(
         (pointer, "rows gradients weight first second"),
         (int64, "count width"),
-        (float32, "rate eps beta1 beta2 correction1 correction2 max_gradient"),
+        (float32, "rate eps beta1 beta2 correction1 correction2 max_gradient decay"),
         (int32, "optimizer threads"),
     )
 
@@ -51,6 +51,7 @@ def update_rows(
         correction1=1 - update.betas[0] ** update.step,
         correction2=1 - update.betas[1] ** update.step,
         max_gradient=math.inf if update.max_gradient is None else update.max_gradient,
+        decay=1 - update.learning_rate * update.weight_decay,
         optimizer=_OPTIMIZERS.index(update.optimizer),
     )
     arguments.set(rows=rows, gradients=gradients, weight=weight.detach(), first=first, second=second)

@@ -100,8 +100,10 @@ class ShardedDynamicCollection(DistinctIdsCollection):
         states, caches = optimizer.state_tensors(), find_caches(self._lookups)
         blocks: dict[str, list[RowBlock]] = {}
         for name in self.embeddings:
-            own_states = {state: _local(states[f"{name}.{state}"]) for state in optimizer.training[name].states}
-            block = RowBlock(_local(weights[name]), own_states, caches.get(name))
+            training = optimizer.training[name]
+            own_states = {state: states[f"{name}.{state}"][0][1] for state in training.states}
+            initial = {state: training.initial(state) for state in own_states}
+            block = RowBlock(weights[name].local_shards()[0].tensor, own_states, caches.get(name), initial)
             blocks.setdefault(logical_name(name), []).append(block)
         self.tables = {
             name: DynamicTable(spec_of[name], seed, Rows(own, spec_of[name].dim)) for name, own in blocks.items()
@@ -190,11 +192,6 @@ class ShardedDynamicCollection(DistinctIdsCollection):
                 if key not in training:
                     slots[slice_of[key]] = table.look_up(ids[key], training=self.training)
         return _with_values(features, slots)
-
-
-def _local(tensor: ShardedTensor) -> Tensor:
-    local: Tensor = tensor.local_shards()[0].tensor
-    return local
 
 
 def _with_values(features: KeyedJaggedTensor, values: Tensor) -> KeyedJaggedTensor:

@@ -10,7 +10,7 @@ other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +32,8 @@ class RowBlock:
     states: Mapping[str, Tensor]
     """By name: [rows, stored_dim], or [rows] if rowwise."""
     cache: FbgemmCache | None = None
+    initial: Mapping[str, float] = field(default_factory=dict)
+    """State → its value in a new row, if not 0."""
 
 
 class Rows:
@@ -56,13 +58,13 @@ class Rows:
 
     @torch.no_grad()
     def initialize(self, slots: Tensor, weight: Tensor, states: Mapping[str, Tensor] | None = None) -> None:
-        """Write ``weight``, float32 [n, dim], and ``states`` (None: zeros) to distinct ``slots``, int64 [n]."""
+        """Write ``weight``, float32 [n, dim], and ``states`` (None: initial ones) to distinct ``slots``, int64 [n]."""
         for block, used in self._ranges(len(self)):
             here = (slots >= used.start) & (slots < used.stop) if len(self.blocks) > 1 else slice(None)
             rows, own = slots[here] - used.start, weight[here]
             block.weight[rows, : self.dim] = own
             for name, state in block.states.items():
-                state.index_fill_(0, rows, 0)
+                state.index_fill_(0, rows, block.initial.get(name, 0))
                 if states is not None:
                     state[(rows, slice(self.dim))[: state.dim()]] = states[name][here]
             if block.cache is not None:
@@ -84,7 +86,7 @@ class Rows:
     def start(
         self, slots: Tensor, number: Tensor, kernels: ModuleType | None, ids: Tensor | None = None, **initial: Any
     ) -> None:
-        """Write initial rows, or zeros without ``ids``, to the first ``number``, int64 [1], of ``slots``; zero states.
+        """Write initial rows, or zeros without ``ids``, and states to the first ``number``, int64 [1], of ``slots``.
 
         ``kernels``: hstu/ops/triton/slots.py, which does not wait for the device. None: ``initialize``.
         ``initial``: ``table_key``, ``init_std`` and ``quantiles`` of hashing.py's ``initial_rows``.
@@ -98,8 +100,8 @@ class Rows:
         columns = None if ids is None else self.dim
         for block, held in self._ranges(len(self)):
             kernels.start_rows(block.weight, slots, number, ids, first_row=held.start, columns=columns, **initial)
-            for state in block.states.values():
-                kernels.start_rows(state, slots, number, first_row=held.start)
+            for name, state in block.states.items():
+                kernels.start_rows(state, slots, number, first_row=held.start, fill=block.initial.get(name, 0.0))
             if block.cache is not None:
                 places = torch.arange(len(slots), device=slots.device)
                 here = (places < number) & (slots >= held.start) & (slots < held.stop)
@@ -135,11 +137,11 @@ class Rows:
             for name, state in own_states.items():
                 state.copy_(states[name][here])
 
-    def zero_states(self, number: int) -> dict[str, Tensor]:
-        """Return states of ``number`` untrained rows: host zeros [number, dim], or [number] if rowwise."""
-        states = self.blocks[0].states.items()
+    def initial_states(self, number: int) -> dict[str, Tensor]:
+        """Return states of ``number`` untrained rows, on the host: [number, dim], or [number] if rowwise."""
+        states, initial = self.blocks[0].states.items(), self.blocks[0].initial
         sizes = {name: (number, self.dim) if state.dim() > 1 else (number,) for name, state in states}
-        return {name: torch.zeros(sizes[name], dtype=state.dtype) for name, state in states}
+        return {name: torch.full(sizes[name], initial.get(name, 0.0), dtype=state.dtype) for name, state in states}
 
     def _ranges(self, number: int) -> Iterator[tuple[RowBlock, range]]:
         start = 0

@@ -5,15 +5,16 @@
 
 #include "pack.h"
 
-enum HstuRowOptimizer : int32_t { SGD, ADAGRAD, ADAM };
+enum HstuRowOptimizer : int32_t { SGD, ADAGRAD, ADAM, PARTIAL_ROWWISE_ADAM };
 
-// Mirrors hstu/ops/cpu/operators.py. All float32; weight, first and second: [rows, width], contiguous.
+// Mirrors hstu/ops/cpu/operators.py. All float32, contiguous; weight, first and second: [rows, width], but second of
+// PARTIAL_ROWWISE_ADAM: [rows].
 extern "C" struct HstuRowUpdate {
     const int64_t* rows;     // [count]: the row of each gradient; rows may repeat
     const float* gradients;  // [count, width], contiguous
     float *weight, *first, *second;  // first and second: the states of the optimizer, or null
     int64_t count, width;
-    float rate, eps, beta1, beta2, correction1, correction2, max_gradient;
+    float rate, eps, beta1, beta2, correction1, correction2, max_gradient, decay;
     int32_t optimizer, threads;
 };
 
@@ -53,9 +54,19 @@ std::vector<Occurrence> sorted_occurrences(const HstuRowUpdate& a) {
 template <int OPTIMIZER>
 void update_row(const HstuRowUpdate& a, const float* __restrict gradient, float* __restrict w, float* __restrict m,
                 float* __restrict v) {
-    const float limit = a.max_gradient;
+    const auto clamped = [&](int64_t c) { return std::min(std::max(gradient[c], -a.max_gradient), a.max_gradient); };
+    if (a.decay != 1) {  // a loop of its own: without decay the bits are those of the plain formula
+        for (int64_t c = 0; c < a.width; ++c) w[c] *= a.decay;
+    }
+    float deviation = 0;  // of the whole row
+    if (OPTIMIZER == PARTIAL_ROWWISE_ADAM) {
+        float squares = 0;
+        for (int64_t c = 0; c < a.width; ++c) squares += clamped(c) * clamped(c);
+        *v = *v * a.beta2 + (1 - a.beta2) * (squares / a.width);
+        deviation = std::sqrt(*v / a.correction2) + a.eps;
+    }
     for (int64_t c = 0; c < a.width; ++c) {
-        const float g = std::min(std::max(gradient[c], -limit), limit);
+        const float g = clamped(c);
         if (OPTIMIZER == SGD) {
             w[c] -= a.rate * g;
         } else if (OPTIMIZER == ADAGRAD) {
@@ -63,8 +74,11 @@ void update_row(const HstuRowUpdate& a, const float* __restrict gradient, float*
             w[c] -= a.rate * (g / (std::sqrt(m[c]) + a.eps));
         } else {
             m[c] += (1 - a.beta1) * (g - m[c]);
-            v[c] = v[c] * a.beta2 + (1 - a.beta2) * (g * g);
-            w[c] -= a.rate * ((m[c] / a.correction1) / (std::sqrt(v[c] / a.correction2) + a.eps));
+            if (OPTIMIZER == ADAM) {
+                v[c] = v[c] * a.beta2 + (1 - a.beta2) * (g * g);
+                deviation = std::sqrt(v[c] / a.correction2) + a.eps;
+            }
+            w[c] -= a.rate * ((m[c] / a.correction1) / deviation);
         }
     }
 }
@@ -79,7 +93,9 @@ inline void request(const float* row, int64_t width) {
 template <int OPTIMIZER>
 void update_rows(const HstuRowUpdate& a) {
     const std::vector<Occurrence> sorted = sorted_occurrences(a);
+    const int64_t second_width = OPTIMIZER == PARTIAL_ROWWISE_ADAM ? 1 : a.width;
     const auto at = [&](float* table, int64_t row) { return table ? table + row * a.width : nullptr; };
+    const auto second_at = [&](int64_t row) { return a.second ? a.second + row * second_width : nullptr; };
     const auto run_start = [&](int64_t place) {  // the first place from here on at which a row begins
         while (place > 0 && place < a.count && sorted[place].row == sorted[place - 1].row) ++place;
         return place;
@@ -92,7 +108,8 @@ void update_rows(const HstuRowUpdate& a) {
         while (place < end) {
             if (place + AHEAD < end) {
                 const Occurrence& ahead = sorted[place + AHEAD];
-                for (float* table : {a.weight, a.first, a.second}) request(at(table, ahead.row), a.width);
+                for (float* table : {a.weight, a.first}) request(at(table, ahead.row), a.width);
+                request(second_at(ahead.row), second_width);
                 request(a.gradients + ahead.place * a.width, a.width);
             }
             const int64_t row = sorted[place].row;
@@ -105,7 +122,7 @@ void update_rows(const HstuRowUpdate& a) {
                 }
                 gradient = sum.data();
             }
-            update_row<OPTIMIZER>(a, gradient, at(a.weight, row), at(a.first, row), at(a.second, row));
+            update_row<OPTIMIZER>(a, gradient, at(a.weight, row), at(a.first, row), second_at(row));
         }
     }
 }
@@ -118,5 +135,6 @@ extern "C" void hstu_update_rows(const HstuRowUpdate* a) {
         case SGD: return hstu::update_rows<SGD>(*a);
         case ADAGRAD: return hstu::update_rows<ADAGRAD>(*a);
         case ADAM: return hstu::update_rows<ADAM>(*a);
+        case PARTIAL_ROWWISE_ADAM: return hstu::update_rows<PARTIAL_ROWWISE_ADAM>(*a);
     }
 }

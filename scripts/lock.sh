@@ -7,6 +7,7 @@
 #
 #   torch_cpu.txt, torch_cuda.txt   torch and what it needs: PyTorch's own CPU build, and PyPI's build, for CUDA
 #   cpu.txt, cuda.txt               everything else
+#   docs.txt                        what builds the documentation as a site
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 torch=2.13.0
@@ -30,6 +31,8 @@ newest cuda "$torch"
 newest cpu "$torch+cpu" "$@"
 # pip cannot resolve TorchRec beside the CPU build of FBGEMM, because it asks for the CUDA build.
 sed -n '/^torchrec==/,/[^\\]$/p' requirements/cuda.txt >>requirements/cpu.txt
+lock <(sed -n 's/^docs = \["\(.*\)"\].*/\1/p' pyproject.toml) --universal --generate-hashes \
+    --constraint <(grep -o '^[^ ]*==[^ ]*' requirements/cpu.txt) >requirements/docs.txt
 torch=$(sed -n 's/^    "torch>=\([0-9.]*\),.*/torch==\1.0/p' pyproject.toml)
 oldest --extra cpu "$@" | grep -vP '^(nvidia-(?!cutlass)|cuda-toolkit)' >requirements/oldest.txt # torch brings these
 oldest --extra cuda "$@" | grep '^torchrec==' >>requirements/oldest.txt

@@ -114,6 +114,7 @@ install_packages() {
         fi
         run_pip "${checked[@]}" "requirements/$kind.txt"
     fi
+    "$python" -m pip uninstall --yes hstu >>"$log" 2>&1 || true # the name of this package up to 0.3.0
     run_pip --no-deps --no-build-isolation -e .
 }
 

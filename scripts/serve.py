@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--poll_s", type=_between(float, 0.1, 86_400), default=5.0, help="between looks for an export (%(default)s)")
     options = parser.parse_args(arguments)
     if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client")):
-        raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu[serve]'")
+        raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu-trainer[serve]'")
     let_idle_threads_sleep()
     from hstu.serve.server.app import serve  # after what torch reads once, and after mistakes in the options
     from hstu.serve.server.batching import Settings

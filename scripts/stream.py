@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _metrics(port: int) -> Callable[[Stream], None]:
     """Serve metrics at the port. Returns what sets them."""
     if missing := missing_packages(("prometheus_client",)):
-        raise ConfigError(f"--metrics_port: missing packages: {', '.join(missing)}: pip install 'hstu[serve]'")
+        raise ConfigError(f"--metrics_port: missing packages: {', '.join(missing)}: pip install 'hstu-trainer[serve]'")
     from prometheus_client import Gauge, start_http_server
 
     waiting = Gauge("hstu_stream_waiting_parts", "parts that are complete and not trained on")

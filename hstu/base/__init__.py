@@ -1,1 +1,1 @@
-"""Errors, files, locks, hashes, figures and child processes for all other packages. Imports none of them."""
+"""Errors, files, locks, hashes, figures, processes, shipped files: for all other packages. Imports none of them."""

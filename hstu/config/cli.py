@@ -75,7 +75,8 @@ def _parser(task: Task) -> argparse.ArgumentParser:
     parser = _Parser(description=f"Train an HSTU model for {task}. Everything is set in gin files.", allow_abbrev=False)
     repeated: dict[str, Any] = {"action": "extend", "nargs": "+", "default": []}
     add = parser.add_argument
-    add("--gin-config-file", dest="files", metavar="FILE", help="gin file; repeatable, later files win", **repeated)
+    files_help = "gin file, or the name of a shipped one; repeatable, later files win"
+    add("--gin-config-file", dest="files", metavar="FILE", help=files_help, **repeated)
     bindings_help = '"Class.parameter = value"; repeatable, wins over the files'
     add("--gin-bindings", dest="bindings", metavar="BINDING", help=bindings_help, **repeated)
     validate_help = "check the files, and what they name: data, checkpoint, memory, disk; print one line, exit"

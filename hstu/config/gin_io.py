@@ -5,10 +5,12 @@ gin_scan.py reads bindings, gin_builder.py builds argument objects, and hstu/con
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from hstu.base.errors import ConfigError, DataError
+from hstu.base.shipped import shipped_configs
 from hstu.config.args import Task
 from hstu.config.gin_builder import ConfigBuilder
 from hstu.config.gin_scan import scan, scan_stored
@@ -17,8 +19,8 @@ from hstu.config.run_config import RunConfig
 
 
 def load(files: Sequence[str], bindings: Sequence[str], task: Task) -> RunConfig:
-    """Reads gin files (later ones win) and bindings (which win over files). Raises ConfigError with every problem.
-    Checks each parameter alone; ``read_and_check`` also applies rules across parameters."""
+    """Reads gin files (paths, or names of shipped ones; later ones win) and bindings (which win over files).
+    Raises ConfigError with every problem. Checks each parameter alone, and ``read_and_check`` them together."""
     return read_and_check(files, bindings, task, world_size=1, rules=())[0]
 
 
@@ -28,10 +30,23 @@ def read_and_check(
     """``load`` with ``rules``. Returns the configuration and its warnings. Raises ConfigError with all problems."""
     if not files and rules:  # ``load`` also accepts bindings alone
         raise ConfigError(
-            f"no configuration: give --gin-config-file FILE, for example --gin-config-file configs/ml_1m_{task}.gin "
+            f"no configuration: give --gin-config-file FILE, for example --gin-config-file ml_1m_{task} "
             "(--help lists all options, --explain all parameters)"
         )
-    return _build(ConfigBuilder(scan(files, bindings), files, task), world_size, rules)
+    notes: list[str] = []
+    files = [_find(name, notes) for name in files]
+    config, warnings = _build(ConfigBuilder(scan(files, bindings), files, task), world_size, rules)
+    return config, notes + warnings
+
+
+def _find(name: str, notes: list[str]) -> str:
+    """The path of a file that the user gave by its path or by the name of a shipped file, with or without ".gin".
+    A file of the working directory wins, and a note says so."""
+    shipped = shipped_configs().get(name.removesuffix(".gin"))
+    here = next(filter(os.path.isfile, (name, f"{name}.gin")), None)
+    if here and shipped and not os.path.samefile(here, shipped):
+        notes.append(f"--gin-config-file {name}: reads {here} of this directory, and not the shipped {shipped}")
+    return here or shipped or name
 
 
 def _build(builder: ConfigBuilder, world_size: int, rules: Sequence[Rule]) -> tuple[RunConfig, list[str]]:

@@ -6,6 +6,7 @@ Uses gin's parser but not its loader, which drops line numbers and duplicates an
 from __future__ import annotations
 
 import codecs
+import difflib
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from gin import config_parser
 
+from hstu.base.shipped import shipped_configs
 from hstu.config.problems import Binding, Location, Problem, did_you_mean, literal
 
 COMMAND_LINE = "--gin-bindings"
@@ -96,7 +98,9 @@ def _read(path: Path) -> str:
         text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ValueError(f"no such file{did_you_mean(path.name, siblings)}") from None
+        near = ", ".join(difflib.get_close_matches(path.stem, shipped_configs(), n=5))
+        shipped = f" (shipped files with similar names: {near})" if near else ""
+        raise ValueError(f"no such file{did_you_mean(path.name, siblings)}{shipped}") from None
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}; give a .gin file") from None
     except UnicodeDecodeError:
@@ -124,9 +128,11 @@ class _Include:
 
 
 def _include(result: Scan, include: _Include, included_by: tuple[str, ...]) -> None:
-    """Reads an included file. Its path is relative to the working directory, as in gin, or to the including file."""
+    """Reads an included file: a path relative to the working directory, as in gin, or to the including file, or the
+    name of a shipped file."""
     beside = Path(include.at.name).parent / include.name
-    found = next((path for path in (Path(include.name), beside) if path.is_file()), None)
+    shipped = Path(shipped_configs().get(include.name.removesuffix(".gin"), ""))
+    found = next((path for path in (Path(include.name), beside, shipped) if path.is_file()), None)
     statement = f"include {literal(include.name)}"
     if found is None:
         guess = did_you_mean(beside.name, [entry.name for entry in sorted(beside.parent.glob("*.gin"))])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hstu.base.shipped import command
 from hstu.config.args import DatasetArgs
 from hstu.config.option import problem
 from hstu.config.problems import Problem, did_you_mean
@@ -17,9 +18,10 @@ def dataset_is_built_in_or_described(run: RunConfig) -> Iterator[Problem]:
     dataset = run.dataset
     if isinstance(dataset, DatasetArgs) and resolve_name(dataset.dataset_name) is None and not run.embeddings:
         guess = did_you_mean(dataset.dataset_name, DATASETS) or "."
+        script = command("scripts/preprocess_dataset.py")
         text = (
             f"is not a built-in dataset{guess} Built in: {', '.join(DATASETS)}. For your own data: make it with "
-            f"scripts/preprocess_dataset.py --dataset_name {dataset.dataset_name} --interactions FILE --user COLUMN "
+            f"{script} --dataset_name {dataset.dataset_name} --interactions FILE --user COLUMN "
             "--item COLUMN, set DatasetArgs.dataset_path to it, and bind EmbeddingArgs for each feature"
         )
         yield problem(dataset, "dataset_name", text)

@@ -35,6 +35,9 @@ def check_packages() -> None:
     tested = ", or ".join(_listed(stack) for stack in STACKS)
     remedy = f"scripts/install.sh installs releases that belong together: {tested}"
     if missing := [package for package in STACKS[0] if package not in versions]:
+        if missing == ["torchrec"]:  # as after pip install 'hstu-trainer[cpu]'
+            release = "{}.{}".format(*_release(versions["fbgemm-gpu"]))
+            remedy = f"pip install --no-deps 'torchrec=={release}.*' brings the one that belongs to FBGEMM {release}"
         raise UserError(f"missing packages: {', '.join(missing)}. {remedy}")
     is_tested = any(all(_release(versions[name]) == _release(stack[name]) for name in stack) for stack in STACKS)
     if not is_tested and os.environ.get("RANK", "0") == "0":

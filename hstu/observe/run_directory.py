@@ -244,7 +244,7 @@ class WeightsAndBiases:
         except ImportError as error:
             raise ConfigError(
                 f"TrainerArgs.wandb_project = {project!r} needs the package wandb ({error}): "
-                "pip install 'hstu[wandb]', or remove the option"
+                "pip install 'hstu-trainer[wandb]', or remove the option"
             ) from error
         identity = directory / "wandb_id.txt"
         if not identity.exists():

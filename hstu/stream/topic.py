@@ -36,7 +36,7 @@ class Topic(Source):
         try:
             from confluent_kafka import Consumer
         except ImportError as error:
-            raise ConfigError(f"--source {url}: missing package: pip install 'hstu[kafka]'") from error
+            raise ConfigError(f"--source {url}: missing package: pip install 'hstu-trainer[kafka]'") from error
         parts = urlsplit(url)
         self._topic, self._most, self._most_bad = parts.path.strip("/"), most, most_bad
         if not parts.netloc or not self._topic or "/" in self._topic:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from hstu.base.errors import ConfigError
+from hstu.base.shipped import command
 from hstu.checkpoint.phase import Phase
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
@@ -352,8 +353,8 @@ class Trainer:
         if status in ("done", "stopped early") and self.source.trained_on and self.checkpoints.newest_iteration:
             directory = self.run_directory.path
             path, output = (quote(str(path)) for path in (directory, Path("exports", directory.name)))
-            log.info("next: python scripts/evaluate.py --run_dir %s", path)
-            log.info("      python scripts/export.py --run_dir %s --output %s --program", path, output)
+            log.info("next: %s --run_dir %s", command("scripts/evaluate.py"), path)
+            log.info("      %s --run_dir %s --output %s --program", command("scripts/export.py"), path, output)
         elif status == "stopped" and self.checkpoints.newest_iteration:
             binding = f"'TrainerArgs.output_dir = \"{self.run_directory.path}\"'"
             log.info("to go on: the same command with the bindings %s 'TrainerArgs.ckpt_load_dir = \"auto\"'", binding)

@@ -56,7 +56,7 @@ def exit_of(task: str, *argv: str) -> int:
 
 def test_without_a_file_it_says_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_of("retrieval") == 2
-    assert "--gin-config-file configs/ml_1m_retrieval.gin" in capsys.readouterr().err
+    assert "--gin-config-file ml_1m_retrieval " in capsys.readouterr().err
 
 
 def test_unknown_option(capsys: pytest.CaptureFixture[str]) -> None:

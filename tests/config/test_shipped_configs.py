@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import Task
-from hstu.config.gin_io import load
+from hstu.config.gin_io import load, read_and_check
 from hstu.config.rules import validate
 from tests.config.gin_files import ALL_RULES, write
 
@@ -28,10 +29,7 @@ def complete_files(page: Path) -> list[Any]:
 
 
 BLOCKS = [block for page in PAGES for block in complete_files(page)]
-
-
-def test_there_are_documented_files_to_check() -> None:
-    assert BLOCKS, "docs/configuration.md shows complete files in blocks marked ```gin task=..."
+assert BLOCKS, "docs/configuration.md shows complete files in blocks marked ```gin task=..."
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -40,6 +38,25 @@ def test_shipped_config_is_valid(path: Path) -> None:
     config = load([str(path)], [], task)
     parallel = config.tensor_parallel.tensor_model_parallel_size
     assert validate(config, world_size=parallel, rules=ALL_RULES) == []
+
+
+def test_a_shipped_file_has_a_name_but_a_file_of_the_directory_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shipped = load([str(ROOT / "configs" / "ml_1m_retrieval.gin")], [], "retrieval")
+    for name in ("ml_1m_retrieval", "ml_1m_retrieval.gin"):
+        assert read_and_check([name], [], "retrieval", world_size=1) == (shipped, [])
+    write(tmp_path, 'include "amazon_toys_retrieval"\nTrainerArgs.seed = 5\n', "ml_1m_retrieval.gin")
+    own, warnings = read_and_check(["ml_1m_retrieval"], [], "retrieval", world_size=1)
+    assert own == load([str(ROOT / "configs" / "amazon_toys_retrieval.gin")], ["TrainerArgs.seed = 5"], "retrieval")
+    assert warnings[0].startswith(
+        "--gin-config-file ml_1m_retrieval: reads ml_1m_retrieval.gin of this directory, and not"
+    )
+    with pytest.raises(
+        ConfigError, match=r"no such file.* \(shipped files with similar names: ml_20m_retrieval_large,"
+    ):
+        load(["configs/ml_20m_retreival_large.gin"], [], "retrieval")
 
 
 @pytest.mark.parametrize(("task", "text"), BLOCKS)

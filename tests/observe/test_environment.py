@@ -1,7 +1,7 @@
 import os
 import subprocess
 import sys
-from importlib.metadata import requires
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,16 +21,18 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("stack", STACKS, ids=lambda stack: f"torch {stack['torch']}")
-def test_each_tested_stack_is_in_the_ranges_of_the_package_and_in_the_readme(
+def test_each_tested_stack_is_in_the_ranges_of_the_package_and_on_the_page(
     stack: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(environment, "installed_releases", lambda: {**stack, "torch": f"{stack['torch']}.1+cpu"})
     check_packages()
     assert capsys.readouterr().err == ""
-    required = {each.name: each.specifier for each in map(Requirement, requires("hstu") or [])}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["cuda"]]
+    required = {each.name: each.specifier for each in map(Requirement, lines)}
     for package, release in stack.items():
         assert f"{release}.0" in required[package]
-    assert f"| {' | '.join(stack.values())} |" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(stack.values())} |" in (REPOSITORY / "docs" / "install.md").read_text(encoding="utf-8")
 
 
 def test_the_tests_run_with_one_of_the_stacks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,6 +56,9 @@ def test_untested_releases_are_a_warning_of_one_line(
 def test_missing_packages_are_an_error_with_the_command_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "installed_releases", lambda: {"torch": "2.13.0"})
     with pytest.raises(UserError, match=r"missing packages: torchrec, fbgemm-gpu\. scripts/install\.sh installs"):
+        check_packages()
+    monkeypatch.setattr(environment, "installed_releases", lambda: {"torch": "2.12.1", "fbgemm-gpu": "1.7.0"})
+    with pytest.raises(UserError, match=r"missing packages: torchrec\. pip install --no-deps 'torchrec==1\.7\.\*'"):
         check_packages()
     assert missing_packages(["torch", "no_such_package"]) == ["no_such_package"]
 

@@ -158,7 +158,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
 
 def test_weights_and_biases_that_is_not_installed_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"wandb_project = 'mine' needs .* pip install 'hstu\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"wandb_project = 'mine' needs .* pip install 'hstu-trainer\[wandb\]'"):
         RunDirectory(tmp_path, "", wandb_project="mine")
 
 

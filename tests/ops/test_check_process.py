@@ -48,7 +48,7 @@ def stub():
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of stubs, on a machine with an H100 and an empty cache."""
-    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

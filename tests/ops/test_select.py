@@ -86,7 +86,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine with an H100."""
-    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
     pytest.importorskip("cutlass", reason="NEEDS CUTLASS: pip install nvidia-cutlass-dsl")
     machine = Machine()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

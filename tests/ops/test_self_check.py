@@ -49,7 +49,7 @@ def test_a_wrong_gradient_and_a_kernel_that_does_not_repeat_are_found() -> None:
 
 
 def test_only_what_the_run_uses_is_checked() -> None:
-    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 
     def of(shapes: KernelShapes | None, operator: str) -> list[str]:
         found = checks(Backend.TRITON, torch.device("cpu"), shapes)
@@ -65,7 +65,7 @@ def test_only_what_the_run_uses_is_checked() -> None:
 
 @pytest.mark.parametrize("backend", [Backend.TRITON, Backend.CPU])
 def test_every_operator_with_a_kernel_has_a_check(backend: Backend) -> None:
-    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
     of_backend = importlib.import_module(f"hstu.ops.{backend}.operators").OPERATORS
     served = resolve_kernels(backend, SHAPES).served_by
     assert {check.operator for check in checks(backend, torch.device("cpu"), SHAPES)} == set(of_backend)

@@ -178,7 +178,7 @@ def test_kernels_that_are_left_out_keep_their_rows_in_the_table(tmp_path: Path) 
 
 
 def test_the_fastest_configuration_of_each_kernel_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
     calls, file = iter(range(100)), tmp_path / "tiles.json"
 
     def clock(run: Callable[[], object]) -> float:

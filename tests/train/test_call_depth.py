@@ -36,7 +36,7 @@ def watch_cpp(patch: pytest.MonkeyPatch, record: Record) -> None:
 
 def watch_triton(patch: pytest.MonkeyPatch, record: Record) -> None:
     """Kernels do not run, and their results are undefined. In a run, a launcher is Triton's own function."""
-    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 
     def launcher(kernel: Any, *_: object) -> Callable[..., None]:
         return lambda **_: record(kernel.fn.__name__)

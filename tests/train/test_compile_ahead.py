@@ -12,7 +12,7 @@ from tests.train.tiny import tables_with_dynamic, tiny_config
 
 if INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
-pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 
 from hstu.ops.triton.compile_ahead import specialized_kernel
 from hstu.ops.triton.launch import recorded_launches

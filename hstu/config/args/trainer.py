@@ -151,8 +151,8 @@ class TrainerArgs(Args):
     tensorboard: bool = option(True, changes="reports")
     """Write TensorBoard event files to <output_dir>/tensorboard."""
     wandb_project: Optional[str] = option(None, changes="reports", not_empty=True)
-    """Weights & Biases project that receives the metrics and the configuration (needs pip install 'hstu[wandb]' and
-    wandb login). With WANDB_MODE=offline the data is written to <output_dir>/wandb. None: off."""
+    """Weights & Biases project that receives the metrics and the configuration (needs pip install 'hstu-trainer[wandb]'
+    and wandb login). With WANDB_MODE=offline the data is written to <output_dir>/wandb. None: off."""
     progress_bar: str = option("auto", changes="reports", choices=("auto", "on", "off"))
     """Show a progress bar. auto: if standard error is a terminal."""
     gc_interval: int = option(0, changes="speed", minimum=0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from hstu.base.files import replace_text
+from hstu.base.shipped import command
 from hstu.config.args import NetworkArgs, Task
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.features.roles import predefined_embeddings
@@ -50,7 +51,8 @@ def write_starters(store: SequenceStore, path: Path, quick: bool = False) -> Ite
             continue
         file = path.with_name(f"{path.name}_{task}{'_quick' if quick else ''}.gin")
         text = _starter(store, path, task, quick, *objective)
-        yield f"train {task}: python pretrain_gr_{task}.py --gin-config-file {file}{_write(file, text, store)}"
+        train = command(f"pretrain_gr_{task}.py")
+        yield f"train {task}: {train} --gin-config-file {file}{_write(file, text, store)}"
 
 
 def _write(file: Path, text: str, store: SequenceStore) -> str:

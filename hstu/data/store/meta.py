@@ -16,6 +16,7 @@ from numpy.lib.format import open_memmap
 from hstu.base.errors import DataError, printable
 from hstu.base.files import sha256
 from hstu.base.json_shape import check_shape
+from hstu.base.shipped import command
 from hstu.data.datasets import resolve_name
 from hstu.data.store.layout import META_FILE, lengths_of_files
 
@@ -59,9 +60,10 @@ def remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
     """The command that makes the store: the one recorded in ``meta``, else a guess from the directory's name. Without a
     valid description, even --force replaces nothing: the user must move the directory away."""
     end = " --force" if meta is not None else " (first move what is there away)" if os.path.exists(path) else ""
-    if meta and (command := meta.get("command")):
-        return f"Make it with: {printable(str(command), keep='')}{end}"
-    script = "python scripts/preprocess_dataset.py"
+    script = command("scripts/preprocess_dataset.py")
+    if meta and (made_by := str(meta.get("command") or "")):
+        made_by = made_by.replace("python scripts/preprocess_dataset.py", script, 1)
+        return f"Make it with: {printable(made_by, keep='')}{end}"
     if name := resolve_name(path.name):
         return f"Make it with: {script} --dataset_name {name} --output {path}{end}"
     return (

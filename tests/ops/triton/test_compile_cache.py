@@ -13,7 +13,7 @@ from tests.ops.backends import INTERPRETED
 
 if INTERPRETED:
     pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
-pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 
 import kernel_variants
 from kernel_variants import record, variants

@@ -13,7 +13,7 @@ from tests.ops.backends import INTERPRETED
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
 
-pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 
 import triton
 from kernel_variants import record, source_of, variants

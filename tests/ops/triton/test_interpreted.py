@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="this is the interpreting pr
 
 def interpret(*arguments: str, timeout_s: int) -> int:
     """Run tests in the interpreting process; all must pass. Returns their number."""
-    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s)

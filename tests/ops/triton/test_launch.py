@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 import triton
 from triton.runtime.errors import OutOfResources
 

@@ -17,7 +17,7 @@ from hstu.parallel.dynamic.rows import FbgemmCache, RowBlock, Rows
 from hstu.parallel.dynamic.slots import Counters, TorchSlots
 from hstu.parallel.dynamic.table import DynamicTable, pop_reports
 
-kernels = pytest.importorskip("hstu.ops.triton.slots", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+kernels = pytest.importorskip("hstu.ops.triton.slots", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 from hstu.ops.triton.launch import Launch, recorded_launches  # noqa: E402
 
 CAPACITY, DIM = 40, 8

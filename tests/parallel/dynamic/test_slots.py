@@ -177,7 +177,7 @@ def test_lru_and_lfu_differ_as_their_names_say(kind: type[SlotTable]) -> None:
 def test_a_gpu_uses_the_kernels_of_triton_and_where_that_cannot_run_pytorch_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+    pytest.importorskip("triton", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
     from hstu.ops.triton import slots as kernels
 
     args = DynamicEmbeddingArgs(

@@ -18,7 +18,7 @@ from tests.ops.backends import INTERPRETED, device_of, examples, needs_gpu
 from tests.parallel.dynamic.dictionary import DictionaryTable
 from tests.parallel.dynamic.test_slots import IDS, THRESHOLDS, assert_alike, assert_holds, assert_is
 
-kernels: ModuleType = pytest.importorskip("hstu.ops.triton.slots", reason="NEEDS TRITON: pip install -e '.[cpu]'")
+kernels: ModuleType = pytest.importorskip("hstu.ops.triton.slots", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 
 pytestmark = [] if INTERPRETED else list(needs_gpu)
 DEVICE = device_of(Backend.TRITON)

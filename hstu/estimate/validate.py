@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import psutil
 import torch
@@ -26,14 +26,14 @@ from hstu.checkpoint.phase import choose_phase
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.config.args import Args, DatasetArgs, RankingArgs
 from hstu.config.option import problem
-from hstu.config.problems import Problem, Unknown, apply, did_you_mean
+from hstu.config.problems import Problem, Unknown, did_you_mean
 from hstu.config.rules.task import label_leak, tasks_of
 from hstu.config.run_config import RunDraft
 from hstu.data.features.roles import FeatureRoles, benchmark_roles, resolve_roles
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate.estimate import beside_tables, memory, size
-from hstu.estimate.sharding import TableShards, dense_tensors, plan_tables, table_tensors
-from hstu.estimate.workload import Workload, plan_workload
+from hstu.estimate.sharding import dense_tensors, plan_tables, table_tensors
+from hstu.estimate.workload import plan_workload
 from hstu.model.embedding import table_specs
 from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
@@ -48,50 +48,40 @@ from hstu.train.builder import directory_of_checkpoints
 from hstu.train.sources import open_source, store_path
 from hstu.train.tables import check_rows, choose_tables, predefined_tables
 
-T = TypeVar("T")
-Problems = Iterator[Problem]
-
 
 class Built(SimpleNamespace):
-    """The parts of the run that could be built. Reading a missing part raises Unknown."""
+    """The parts of the run that could be built, and what is wrong. Reading a missing part raises Unknown."""
+
+    def __init__(self, run: RunDraft) -> None:
+        super().__init__(run=run, problems=[])
 
     def __getattr__(self, name: str) -> Any:
         raise Unknown(name)
 
+    def add(self, part: Args, parameter: str, text: str, is_warning: bool = False) -> None:
+        """Add a problem of an option."""
+        self.problems.append(problem(part, parameter, text, is_warning))
 
-def what_the_file_names_fits(run: RunDraft) -> Problems:
+    @contextmanager
+    def at(self, part: Args, parameter: str) -> Iterator[None]:
+        """Turn a UserError into problems. Those that name no file and line are located at ``part.parameter``."""
+        try:
+            yield
+        except UserError as error:
+            places = tuple(f"{name}:" for name in (*self.run.source_files, "--gin-bindings"))
+            for text in error.problems if isinstance(error, ConfigError) else [str(error)]:
+                own = Problem(text) if text.startswith(places) else problem(part, parameter, text)
+                self.problems.append(own)
+
+
+def what_the_file_names_fits(run: RunDraft) -> Iterator[Problem]:
     """Builds everything that the gin files name and yields the problems."""
     quiet_libraries()
-    built = Built()
+    built = Built(run)
     for step in STEPS:
-        try:
-            yield from apply((step,), run, built)
-        except UserError as error:
-            yield from reported(run, run.dataset, _place_of_data(run.dataset), error)
-
-
-def attempt(
-    run: RunDraft, part: Args, parameter: str, function: Callable[..., T], *arguments: Any
-) -> Generator[Problem, None, T]:
-    """Returns the result of ``function``. A UserError yields problems (see ``reported``) and raises Unknown."""
-    try:
-        return function(*arguments)
-    except UserError as error:
-        yield from reported(run, part, parameter, error)
-    raise Unknown
-
-
-def check(run: RunDraft, part: Args, parameter: str, function: Callable[..., object], *arguments: Any) -> Problems:
-    """Calls ``function`` as ``attempt`` does, and continues after an error."""
-    with suppress(Unknown):
-        yield from attempt(run, part, parameter, function, *arguments)
-
-
-def reported(run: RunDraft, part: Args, parameter: str, error: UserError) -> Problems:
-    """The problems of an error. Those that name no file and line are located at ``part.parameter``."""
-    places = tuple(f"{name}:" for name in (*run.source_files, "--gin-bindings"))
-    for text in error.problems if isinstance(error, ConfigError) else [str(error)]:
-        yield Problem(text) if text.startswith(places) else problem(part, parameter, text)
+        with suppress(Unknown), built.at(run.dataset, _place_of_data(run.dataset)):
+            step(run, built)
+    yield from built.problems
 
 
 def _place_of_data(dataset: Args) -> str:
@@ -99,57 +89,56 @@ def _place_of_data(dataset: Args) -> str:
     return "dataset_path" if getattr(dataset, "dataset_path", None) else "dataset_name" if is_named else "feature_args"
 
 
-def open_data(run: RunDraft, built: Built) -> Problems:
+def open_data(run: RunDraft, built: Built) -> None:
     """The preprocessed data is intact, and has the features that the model reads."""
     dataset = run.dataset
     if not isinstance(dataset, DatasetArgs):
         built.roles, built.tables = benchmark_roles(dataset), tuple(run.embeddings)
         return
     if path := dataset.eval_dataset_path:
-        yield from check(run, dataset, "eval_dataset_path", SequenceStore.open, path)
-    built.store = yield from attempt(run, dataset, _place_of_data(dataset), SequenceStore.open, store_path(dataset))
-    arguments = built.store, dataset, tasks_of(run), run.has_item_tower
-    built.roles = yield from attempt(run, dataset, "dataset_name", resolve_roles, *arguments)
+        with built.at(dataset, "eval_dataset_path"):
+            SequenceStore.open(path)
+    built.store = SequenceStore.open(store_path(dataset))
+    with built.at(dataset, "dataset_name"):
+        built.roles = resolve_roles(built.store, dataset, tasks_of(run), run.has_item_tower)
 
 
-def rows_suffice(run: RunDraft, built: Built) -> Problems:
+def rows_suffice(run: RunDraft, built: Built) -> None:
     """Static tables have rows for all ids, and the data has the features of all tables."""
     store = built.store
     features = {name: store.feature(name) for name in (*store.features, *store.time_features)}
     ids = {name: store.cardinality(name) for name, each in features.items() if each.cardinality is not None}
     known = [table for table in run.embeddings if set(table.feature_names) <= ids.keys()]
-    raw = tuple(name for name in ids if features[name].raw)
-    yield from check(run, run.dataset, "dataset_name", check_rows, known, ids, raw)
+    with built.at(run.dataset, "dataset_name"):
+        check_rows(known, ids, tuple(name for name in ids if features[name].raw))
     for table in [] if hasattr(built, "roles") else run.embeddings:  # if roles exist, choose_tables reports it
         if unknown := [name for name in table.feature_names if name not in store.features]:
             text = f"the data has no feature {', '.join(map(repr, unknown))}; it has {', '.join(store.features)}"
-            yield problem(table, "feature_names", text + did_you_mean(unknown[0], store.features))
+            built.add(table, "feature_names", text + did_you_mean(unknown[0], store.features))
 
 
-def fit_tables(run: RunDraft, built: Built) -> Problems:
+def fit_tables(run: RunDraft, built: Built) -> None:
     """Each feature has one table, with a valid name, width and size."""
     dataset, roles = run.dataset, built.roles
-    if isinstance(dataset, DatasetArgs):
-        predefined = predefined_tables(dataset, built.store, run.network)
-        chosen = run.embeddings, predefined, roles.names, roles.numbers
-        built.tables = yield from attempt(run, dataset, "dataset_name", choose_tables, *chosen)
-    arguments = built.tables, run.network, roles, run.looks_up_negatives, run.world_size
-    built.specs = yield from attempt(run, dataset, "dataset_name", table_specs, *arguments)
+    with built.at(dataset, "dataset_name"):
+        if isinstance(dataset, DatasetArgs):
+            predefined = predefined_tables(dataset, built.store, run.network)
+            built.tables = choose_tables(run.embeddings, predefined, roles.names, roles.numbers)
+        built.specs = table_specs(built.tables, run.network, roles, run.looks_up_negatives, run.world_size)
 
 
-def open_samples(run: RunDraft, built: Built) -> Problems:
+def open_samples(run: RunDraft, built: Built) -> None:
     """The splits have samples, the ids of a second store are known, and each rank's batches fit."""
-    dataset, config, _ = run.dataset, run.finish(), built.tables
-    arguments = config, None, run.world_size
-    built.source = yield from attempt(run, dataset, _place_of_data(dataset), open_source, *arguments)
+    config, _ = run.finish(), built.tables
+    built.source = open_source(config, None, run.world_size)
 
 
-def masks_hide_the_labels(run: RunDraft, built: Built) -> Problems:
+def masks_hide_the_labels(run: RunDraft, built: Built) -> None:
     """Applies ``label_leak`` with the contextual features of the data."""
-    yield from label_leak(run, has_context=bool(built.roles.contextual))
+    built.problems += label_leak(run, has_context=bool(built.roles.contextual))
 
 
-def head_fits_the_labels(run: RunDraft, built: Built) -> Problems:
+def head_fits_the_labels(run: RunDraft, built: Built) -> None:
     """The head of a ranking model has a class for every action of the data."""
     args, dataset = run.task_args, run.dataset
     if not isinstance(args, RankingArgs) or args.tasks is not None:
@@ -165,32 +154,35 @@ def head_fits_the_labels(run: RunDraft, built: Built) -> Problems:
         ids = {name: table.item_vocab_size_or_capacity for table in run.embeddings for name in table.feature_names}
         roles, least = built.roles, 0
     labels = cast(BatchSource, SimpleNamespace(roles=roles, cardinalities=ids, least_action=least))
-    yield from check(run, args, "prediction_head_arch", label_offset, args, labels)
+    with built.at(args, "prediction_head_arch"):
+        label_offset(args, labels)
 
 
-def kernels_run_here(run: RunDraft, built: Built) -> Problems:
+def kernels_run_here(run: RunDraft, built: Built) -> None:
     """This machine has the kernels that strict_kernel_backend and EmbeddingArgs.compute_kernel require."""
     network, device = run.network, _device_type()
     tp, cp = run.tensor_parallel, run.context_parallel
     shapes = kernel_shapes(network, tp.tensor_model_parallel_size, cp.context_parallel_size)
-    wanted = network.kernel_backend, network.strict_kernel_backend, torch.device(device), shapes
-    yield from check(run, network, "kernel_backend", select_kernels, *wanted)
+    with built.at(network, "kernel_backend"):
+        select_kernels(network.kernel_backend, network.strict_kernel_backend, torch.device(device), shapes)
     tables = {table.table_name: table for table in run.embeddings}
     for spec in built.specs:
         if spec.compute_kernel is not None:
-            yield from check(run, tables[spec.name], "compute_kernel", check_kernels, [spec], run.optimizer, device)
+            with built.at(tables[spec.name], "compute_kernel"):
+                check_kernels([spec], run.optimizer, device)
 
 
-def build_dense(run: RunDraft, built: Built) -> Problems:
+def build_dense(run: RunDraft, built: Built) -> None:
     """The dense part and its optimizers can be built. Stores the sizes of all checkpoint tensors."""
-    dense = yield from attempt(run, run.optimizer, "part_optimizers", dense_tensors, run, built.roles)
-    built.tensors = dense | table_tensors(run, built.specs)
+    with built.at(run.optimizer, "part_optimizers"):
+        built.tensors = dense_tensors(run, built.roles) | table_tensors(run, built.specs)
 
 
-def choose_directories(run: RunDraft, built: Built) -> Problems:
+def choose_directories(run: RunDraft, built: Built) -> None:
     """output_dir and, if checkpoints are saved, ckpt_save_dir are writable. Creates neither."""
     trainer, path = run.trainer, Path(run.trainer.output_dir or default_path(run.source_files))
-    built.save_dir = yield from attempt(run, trainer, "ckpt_load_dir", directory_of_checkpoints, run, path)
+    with built.at(trainer, "ckpt_load_dir"):
+        built.save_dir = directory_of_checkpoints(run, path)
     written = {"output_dir": path} | ({"ckpt_save_dir": built.save_dir} if trainer.saves_checkpoints else {})
     for parameter, directory in written.items():
         existing = _existing_ancestor(directory)
@@ -199,45 +191,45 @@ def choose_directories(run: RunDraft, built: Built) -> Problems:
                 pass
         except OSError as error:
             text = f"{existing} cannot be written: {error.strerror or error}; give another directory"
-            yield problem(trainer, parameter, text)
+            built.add(trainer, parameter, text)
 
 
-def open_checkpoint(run: RunDraft, built: Built) -> Problems:
+def open_checkpoint(run: RunDraft, built: Built) -> None:
     """ckpt_load_dir holds a complete, undamaged checkpoint, and ckpt_param_map is readable."""
     trainer = run.trainer
-    yield from check(run, trainer, "ckpt_param_map", LoadOptions.from_args, trainer)
-    places = trainer.ckpt_load_dir, built.save_dir
-    found = yield from attempt(run, trainer, "ckpt_load_dir", candidates, *places)
-    for root in found[:1]:
-        files = yield from attempt(run, trainer, "ckpt_load_dir", read_manifest, root)
-        damage = file_problems(root, files)
-        for text in damage:
-            yield problem(trainer, "ckpt_load_dir", text, is_warning=trainer.ckpt_load_dir == AUTO)
-        if not damage:
-            built.checkpoint = root
+    with built.at(trainer, "ckpt_param_map"):
+        built.load_options = LoadOptions.from_args(trainer)
+    with built.at(trainer, "ckpt_load_dir"):
+        for root in candidates(trainer.ckpt_load_dir, built.save_dir)[:1]:
+            damage = file_problems(root, read_manifest(root))
+            for text in damage:
+                built.add(trainer, "ckpt_load_dir", text, is_warning=trainer.ckpt_load_dir == AUTO)
+            if not damage:
+                built.checkpoint = root
 
 
-def match_the_checkpoint(run: RunDraft, built: Built) -> Problems:
+def match_the_checkpoint(run: RunDraft, built: Built) -> None:
     """The checkpoint holds the weights of this model and, if they are to be loaded, its optimizer states."""
     raw_ids, gin = RawIds(), ""
     if isinstance(run.dataset, DatasetArgs):
         raw_ids = RawIds.from_store(built.store, built.roles.names)
         if run.trainer.ckpt_load_optimizer:
-            of_data = built.checkpoint, built.source.trained_on, built.store, run.trainer.continue_on
-            yield from check(run, run.trainer, "continue_on", choose_phase, *of_data)
+            with built.at(run.trainer, "continue_on"):
+                choose_phase(built.checkpoint, built.source.trained_on, built.store, run.trainer.continue_on)
     with suppress(Unknown):
         gin = run.finish().operative_gin()
     shape = ModelShape(built.tensors, built.specs, raw_ids, gin)
-    arguments = built.checkpoint, shape, LoadOptions.from_args(run.trainer)
-    yield from check(run, run.trainer, "ckpt_load_dir", match_checkpoint, *arguments)
+    with built.at(run.trainer, "ckpt_load_dir"):
+        match_checkpoint(built.checkpoint, shape, built.load_options)
 
 
-def memory_is_enough(run: RunDraft, built: Built) -> Problems:
+def memory_is_enough(run: RunDraft, built: Built) -> None:
     """The estimated memory of a rank fits into this machine."""
     device, ranks_here = _device_type(), int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
     workload = plan_workload(run.finish(), run.world_size, ranks_here, device, built.source)
-    plan = yield from attempt(run, run.dataset, _place_of_data(run.dataset), _plan_with_room, workload)
-    needed = sum(memory(workload, plan).values())
+    check_memory(workload.specs, workload.config, ranks_here, run.world_size)
+    room = room_of_rank(torch.device(device), ranks_here, lambda: beside_tables(workload))
+    needed = sum(memory(workload, plan_tables(workload, room)).values())
     if device == "cuda":
         has, owner = torch.cuda.get_device_properties(0).total_memory, "the GPU"
     else:
@@ -248,17 +240,10 @@ def memory_is_enough(run: RunDraft, built: Built) -> Problems:
             "needs the memory, also on another --device, and with --fit what fits. Lower the batch, shard the tables "
             "over more ranks (model_parallel), or recompute layers (NetworkArgs.recompute_layer)"
         )
-        yield problem(run.trainer, "train_batch_size", text)
+        built.add(run.trainer, "train_batch_size", text)
 
 
-def _plan_with_room(workload: Workload) -> tuple[TableShards, ...]:
-    """The table shards. Raises ConfigError if tables do not fit into the memory of the host or the ranks."""
-    check_memory(workload.specs, workload.config, workload.ranks_per_host, workload.world_size)
-    device = torch.device(workload.device_type)
-    return plan_tables(workload, room_of_rank(device, workload.ranks_per_host, lambda: beside_tables(workload)))
-
-
-def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> Problems:
+def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> None:
     """The disk of ckpt_save_dir has room for one checkpoint. Too little room for all kept ones is a warning."""
     trainer, args = run.trainer, run.optimizer
     if not trainer.saves_checkpoints:
@@ -273,13 +258,13 @@ def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> Problems:
     kept = saved if kept is None else min(saved, kept + 1)  # plus the best one, or the one being written
     if one > free:
         text = f"a checkpoint has about {size(one)}, and {size(free)} are free there; give another directory"
-        yield problem(trainer, "ckpt_save_dir", text)
+        built.add(trainer, "ckpt_save_dir", text)
     elif kept * one > free:
         text = (
             f"{kept} checkpoints of about {size(one)} each are kept, and {size(free)} are free there; set "
             "TrainerArgs.ckpt_keep_last, or give another directory"
         )
-        yield problem(trainer, "ckpt_save_dir", text, is_warning=True)
+        built.add(trainer, "ckpt_save_dir", text, is_warning=True)
 
 
 def _device_type() -> str:

@@ -193,9 +193,11 @@ def test_the_tensors_of_a_run_are_known_before_it_starts(
     name: str, store: SequenceStore, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     config = tiny_config("ranking", store, tmp_path, **OPTIONS[name])
-    draft, built = RunDraft(**vars(config), world_size=1), Built()
+    draft = RunDraft(**vars(config), world_size=1)
+    built = Built(draft)
     for step in (validate.open_data, validate.fit_tables, validate.build_dense):
-        assert list(step(draft, built)) == []
+        step(draft, built)
+    assert built.problems == []
     assert {tensor: tuple(shape) for tensor, shape in built.tensors.items()} == trained[1][name]
 
 

@@ -6,6 +6,7 @@
         [--event_columns e,f] [--requests FILE... [--request COL]]
     python scripts/preprocess_dataset.py --dataset_name NAME --interactions FILE --sequences
         [--items FILE.json --item_columns attributes]
+    python scripts/preprocess_dataset.py --dataset_name NAME --interactions NAME.inter
     python scripts/preprocess_dataset.py --dataset_name NAME --interactions NEW... --append, and the options as before
     python scripts/preprocess_dataset.py --dataset_name NAME --forget users.txt
     python scripts/preprocess_dataset.py --dataset_name ml-1m --verify
@@ -146,11 +147,9 @@ def _make(args: argparse.Namespace) -> Path:
         if misplaced:
             raise ConfigError(f"{', '.join(misplaced)}: only with --interactions, your own table")
         return preprocess(args.dataset_name, raw_path=args.raw_path, **common)
-    if args.sequences:
-        args.user, args.item = args.user or "user", args.item or "item"
-    if args.raw_path or not args.user or not args.item:
-        raise ConfigError("--interactions needs --user and --item, and does not go with --raw_path")
-    columns = InteractionColumns(**{name: getattr(args, name) for name in _COLUMNS})
+    if args.raw_path:
+        raise ConfigError("--interactions, your own table, does not go with --raw_path")
+    columns = InteractionColumns.of({name: getattr(args, name) for name in _COLUMNS})
     return import_interactions(args.dataset_name, columns, append=args.append, **common)
 
 

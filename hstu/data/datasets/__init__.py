@@ -2,8 +2,8 @@
 
 movielens.py, kuairand.py and amazon.py each hold a dataset family: source, features and reader of the raw files. Add a
 dataset as an entry there, and a family as a file listed in ``_FAMILIES``. own.py reads users' own tables, with the
-options in own_columns.py; spec.py and raw.py define what all datasets declare. The registry imports neither NumPy nor
-torch nor DuckDB.
+options in own_columns.py, of which recbole.py finds some by itself; spec.py and raw.py define what all datasets
+declare. The registry imports neither NumPy nor torch nor DuckDB.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def read_sequences(files: Sequence[Path]) -> RawTables:
     user, item = as_integer('"user"'), as_integer("item")
     return RawTables(
         logs=(SequenceFile(path=files[0], columns={"user": "VARCHAR", "item": "VARCHAR"}, header=False),),
-        events=f'CASE WHEN is_first THEN {user} END AS "user", {item} AS item',
+        events=f'CASE WHEN is_usable THEN {user} END AS "user", {item} AS item',
         tables={"item_table": (lists, f"{item} AS item, i0")} if lists.path.is_file() else {},
         descriptions={name: ColumnDescription(name, "an integer; a user has one line") for name in ("user", "item")},
     )

@@ -32,6 +32,7 @@ from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, SPLIT_NAMES, Colu
 _log = logging.getLogger(__name__)
 
 _ID = "an id, int64 or text"
+_LINES = "; a user has one line, or each line is one event, 'user item', divided by blanks, tabs or --delimiter"
 _ALLOWED = {
     "user": _ID,
     "item": _ID,
@@ -96,7 +97,7 @@ def interactions(columns: InteractionColumns, texts: Collection[str] = (), store
     requests = [_table(columns, file, needed, event_items, needs_one=False)[0] for file in columns.request_files]
     return RawTables(
         logs=logs,
-        events=select_list(given | of_events) + ", is_first" * columns.sequences,
+        events=select_list(given | of_events) + ", is_usable" * columns.sequences,
         requests=tuple(filter(None, requests)),
         has_request_ids=columns.request is not None,
         tables={name: table for name, table in tables.items() if table},
@@ -168,7 +169,7 @@ def _feature(columns: InteractionColumns, name: str, column: str, table: RawFile
 
 def _description(columns: InteractionColumns, name: str, column: str) -> ColumnDescription:
     if name != "time":
-        return ColumnDescription(column, _ALLOWED[name] + "; a user has one line" * columns.sequences)
+        return ColumnDescription(column, _ALLOWED[name] + _LINES * columns.sequences)
     allowed = f"{UNIT_NAMES[columns.time_unit]} since 1970, or a date and time like 2024-05-31 12:00:00"
     return ColumnDescription(column, allowed, partial(unit_hint, columns.time_unit))
 
@@ -185,7 +186,7 @@ def _resolve_types(
     table = ColumnTypes(engine, (*columns.files, *columns.request_files), log, texts)
     user, user_is_integer = table.id("user", columns.user)
     item, item_is_integer = table.id("item", columns.item)
-    once = f"CASE WHEN is_first THEN {user} END" if columns.sequences else user
+    once = f"CASE WHEN is_usable THEN {user} END" if columns.sequences else user
     selected = [f'{once} AS "user"', f"{item} AS item"]
     labels: tuple[str, ...] = ()
     if columns.action:
@@ -250,7 +251,8 @@ class ColumnTypes:
         """Return (SQL, whether it is BIGINT, not VARCHAR): if all values are canonical int64. Empty text is NULL."""
         kind = self._types[name]
         if kind not in _INTEGERS and kind != "VARCHAR":
-            raise DataError(f"{self._name}: ids in {column!r} must be integers or strings, the column is {kind}")
+            gaps = " (pandas makes integers with gaps decimal: astype('Int64'))" * (kind in ("DOUBLE", "FLOAT"))
+            raise DataError(f"{self._name}: ids in {column!r} must be integers or strings, the column is {kind}{gaps}")
         value = identifier(name)
         if kind == "VARCHAR":
             value = f"nullif({value}, '')"

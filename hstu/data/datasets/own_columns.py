@@ -16,10 +16,11 @@ from hstu.data.datasets.raw import (
     RawFile,
     SequenceFile,
     check_readable,
-    header_columns,
     probable_delimiter,
     quote_beside,
+    typed_header,
 )
+from hstu.data.datasets.recbole import options_of
 from hstu.data.datasets.spec import USER_FEATURE, Schema
 
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
@@ -49,7 +50,9 @@ class InteractionColumns:
     )
     user: str = field(metadata={"help": "column of the user, int64 or strings"})
     item: str = field(metadata={"help": "column of the item, int64 or strings"})
-    sequences: bool = _option("lines are 'user item item …', one per user, in order", False, action="store_true")
+    sequences: bool = _option(
+        "lines are 'user item item …' of a user, or 'user item' of an event", False, action="store_true"
+    )
     action: str | None = _option("column of the action, integers >= 0 or texts, numbered in alphabetical order")
     time: str | None = _option("column of the time, a number since 1970 or a date; without it: order of the rows")
     time_unit: str = _option("unit of times that are numbers", "s", choices=TIME_UNITS)
@@ -150,6 +153,19 @@ class InteractionColumns:
             if ranges < 2:
                 yield f"--bins {column}={ranges}: at least 2 ranges are needed"
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> InteractionColumns:
+        """The tables of these options. Sequences and RecBole's files need no ``user`` and ``item``."""
+        given = {name: value for name, value in options.items() if value or name == "interactions"}
+        first: Path = given["interactions"][0]
+        if given.get("sequences"):
+            given = {"user": "user", "item": "item", **given}
+        elif ".inter" in first.suffixes and not given.keys() >= {"user", "item"}:
+            given = options_of(first, given)
+        if not given.keys() >= {"user", "item"}:
+            raise ConfigError("--interactions needs --user and --item, the columns of the users and of the items")
+        return cls(**given)
+
     @property
     def files(self) -> tuple[Path, ...]:
         """The files of the interactions. Raises DataError for a directory without any."""
@@ -209,14 +225,17 @@ def open_table(file: Path, delimiter: str | None, header: Sequence[str] = (), se
     """Open a table and read its header. ``header``: column names for a file without them, as sequences."""
     check_readable(file)
     if sequences:
-        return SequenceFile(path=file, columns=dict.fromkeys(header, "VARCHAR"), header=False)
+        columns = dict.fromkeys(header, "VARCHAR")
+        return SequenceFile(path=file, columns=columns, header=False, delimiter=delimiter or " ")
     if file.suffix == ".parquet":
         if header:
             raise ConfigError(f"{file}: a Parquet file has names of its columns; leave out --header")
         return RawFile(path=file)
     delimiter = delimiter or probable_delimiter(file)
-    columns = dict.fromkeys(header or header_columns(file, delimiter), "VARCHAR")
-    return RawFile(path=file, columns=columns, delimiter=delimiter, header=not header, quote=quote_beside(delimiter))
+    typed = dict(typed_header(file, delimiter)) if not header else dict.fromkeys(header, "")
+    quote = "" if all(typed.values()) else quote_beside(delimiter)  # RecBole writes quotes as any other character
+    columns = dict.fromkeys(typed, "VARCHAR")
+    return RawFile(path=file, columns=columns, delimiter=delimiter, header=not header, quote=quote)
 
 
 def columns_of(table: RawFile) -> dict[str, str]:

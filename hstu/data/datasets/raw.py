@@ -20,7 +20,6 @@ MAX_REJECTED_LINES = 10_000
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """File name suffix → compression of the text."""
 _SNIFFED_BYTES = 1 << 16
-_ID = r"[^ \t\r\n]+"
 _RECBOLE_TYPES = ("token", "token_seq", "float", "float_seq")
 
 
@@ -117,23 +116,34 @@ class RawFile:
         return line
 
 
+@dataclass(frozen=True, kw_only=True)
 class SequenceFile(RawFile):
-    """Text with one line per user, ``user item item …``. Each item becomes a row of the two ``columns`` and
-    ``is_first``: whether no earlier line is the user's. A line without items is a row whose item is NULL."""
+    """Text with one line per user, ``user item item …``, or per event, ``user item``: if half of the lines have two
+    ids, and half of them a user of an earlier line. Each item becomes a row of the two ``columns`` and ``is_usable``:
+    whether no earlier line is the user's, or the event's line has no third id. A line without items has a NULL item."""
+
+    delimiter: str = " "
+
+    @property
+    def _id(self) -> str:
+        return rf"[^{re.escape(self.delimiter)} \t\r\n]+"
 
     def relation(self) -> str:
         """SQL of the rows, as that of a table."""
         user, item = map(identifier, self.columns or ())
         rows = RawFile(path=self.path, columns={"ids": "VARCHAR"}, delimiter="\x1f", header=False, quote="").relation()
-        ids = f"SELECT row_number() OVER () AS line, regexp_extract_all(ids, {literal(_ID)}) AS ids FROM {rows}"
+        ids = f"SELECT row_number() OVER () AS line, regexp_extract_all(ids, {literal(self._id)}) AS ids FROM {rows}"
         first = "row_number() OVER (PARTITION BY ids[1] ORDER BY line) = 1"
-        users = f"SELECT ids, {first} AS is_first FROM ({ids}) WHERE len(ids) > 0 ORDER BY line"
+        users = f"SELECT line, ids, {first} AS is_first FROM ({ids}) WHERE len(ids) > 0"
+        of_events = "2 * least(count_if(len(ids) = 2) OVER (), count_if(NOT is_first) OVER ()) >= count(*) OVER ()"
+        usable = f"CASE WHEN {of_events} THEN len(ids) <= 2 ELSE is_first END AS is_usable"
         items = "unnest(CASE WHEN len(ids) > 1 THEN ids[2:] ELSE [NULL] END)"
-        return f"(SELECT ids[1] AS {user}, {items} AS {item}, is_first FROM ({users}))"
+        lines = f"SELECT ids, {usable} FROM ({users}) ORDER BY line"
+        return f"(SELECT ids[1] AS {user}, {items} AS {item}, is_usable FROM ({lines}))"
 
     def _lines_of_rows(self, lines: IO[str]) -> Iterator[int]:
         for number, line in enumerate(lines, 1):
-            ids = len(re.findall(_ID, line))
+            ids = len(re.findall(self._id, line))
             yield from [number] * max(ids - 1, min(ids, 1))
 
 
@@ -196,6 +206,11 @@ def probable_delimiter(file: Path) -> str:
 
 def header_columns(file: Path, delimiter: str) -> list[str]:
     """Column names in the first line, without the types of RecBole. Raises DataError if they are unusable."""
+    return [name for name, _ in typed_header(file, delimiter)]
+
+
+def typed_header(file: Path, delimiter: str) -> list[tuple[str, str]]:
+    """``header_columns`` with the types of RecBole; with empty ones, unless all columns have one."""
     try:
         with open_text(file) as lines:
             if quote_beside(delimiter):
@@ -204,14 +219,14 @@ def header_columns(file: Path, delimiter: str) -> list[str]:
                 header = next(lines, "").rstrip("\r\n").split(delimiter)
     except csv.Error as error:
         raise DataError(f"{file}:1: {error}") from error
-    typed = [name.rpartition(":") for name in header]
+    typed, kinds = [name.rpartition(":") for name in header], [""] * len(header)
     if all(kind in _RECBOLE_TYPES for _, _, kind in typed):
-        header = [name for name, _, _ in typed]
+        header, kinds = [name for name, _, _ in typed], [kind for _, _, kind in typed]
     if not any(header):
         raise DataError(f"{file}:1: the first line is empty; it must name the columns")
     if len(set(header)) < len(header) or "" in header:
         raise DataError(f"{file}:1: the first line must name every column once, it is: {', '.join(header)}")
-    return header
+    return list(zip(header, kinds, strict=True))
 
 
 def require_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.own_tables import histories, own_store
+from tests.data.preprocess.test_restart import arrays
 
 RATINGS = "7::A::3::10\n7::B::4::11\n8::A::5::9\n"
 
@@ -112,10 +113,39 @@ def test_the_first_line_says_what_separates_columns(tmp_path: Path, delimiter: s
     assert histories(make(tmp_path, write(tmp_path / "r.dat", text), action="a")) == {7: ["A:b", "B"]}
 
 
-def test_types_of_recbole_are_not_part_of_names(tmp_path: Path) -> None:
-    file = write(tmp_path / "r.inter", "u:token\ti:token\ta:float\n7\tA:b\t3\n7\tB\t4.0\n")
-    store = make(tmp_path, file, action="a")
-    assert histories(store) == {7: ["A:b", "B"]} and store.sequence("a").tolist() == [3, 4]
+def test_the_headers_of_recbole_say_what_options_would(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "r.inter", "item:token\tuser_id:token\ttimestamp:float\tlabel:float\ttext:token_seq\n"
+          'A:b\t7\t9e8\t3\tx y\nB\t7\t950000000\t4.0\t"\nB\t8\t950000001\t4\t\n')  # fmt: skip
+    write(tmp_path / "r.user", "user_id:token\tage:float\tlikes:token_seq\n7\t20.5\ta\n8\t30\tb\n")
+    header = "item:token\tfull_title:token_seq\tage:float\tprice:float\ttags:token_seq\temb:float_seq\n"
+    write(tmp_path / "r.item", header + 'A:b\t"A" b\t1\t\tx  y\t0 1\nB\tB\t1\t2.5\t\t2 3\n')
+    caplog.set_level("INFO")
+    command = ["--dataset_name", "mine", "--interactions", str(tmp_path / "r.inter"), "--item", "item", "--no_report"]
+    assert main([*command, "--output", str(tmp_path / "derived")]) == 0
+    assert f"{tmp_path / 'r.inter'}: not read are text, likes, age" in caplog.messages
+    store = SequenceStore.open(tmp_path / "derived")
+    options: dict[str, Any] = {
+        "user": "user_id", "item": "item", "action": "label", "time": "timestamp", "bins": {"age": 10},
+        "context": tmp_path / "r.user", "context_columns": ("user_id", "age"), "items": tmp_path / "r.item",
+        "item_columns": ("price", "tags", "emb"), "numbers": ("price",), "vectors": ("emb",),
+        "lists": {"tags": " ", "emb": " "}, "titles": tmp_path / "r.item", "title": "full_title",
+    }  # fmt: skip
+    assert arrays(store) == arrays(make(tmp_path, tmp_path / "r.inter", **options))
+    assert histories(store) == {7: ["A:b", "B"], 8: ["B"]} and store.sequence("label").tolist() == [3, 4, 4]
+    titles = store.titles()
+    assert titles is not None and titles.tolist() == ['"A" b', "B"]
+    assert store.raw_ids("tags").tolist() == ["unknown", "x", "y"]
+
+
+def test_headers_that_do_not_say_enough_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for header, message in (
+        ("user_id:token\tartist:token", "the item in 'item_id', and the columns are user_id, artist;"),
+        ("user_id:token\titem_id_list:token_seq\titem_id:token", "a row must be one event"),
+        ("user_id:token item_id:token", "must give the types of the columns, divided by tabs"),
+    ):
+        file = write(tmp_path / "a.inter", f"{header}\n1\t2\t3\n")
+        assert main(["--dataset_name", "mine", "--interactions", str(file), "--output", str(tmp_path / "store")]) == 3
+        assert message in capsys.readouterr().err
 
 
 def test_a_row_of_a_file_without_header_is_reported_with_its_line(tmp_path: Path) -> None:

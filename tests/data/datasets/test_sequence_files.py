@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hstu.base.errors import DataError
 from hstu.data.preprocess import preprocess
 from hstu.data.preprocess.report import format_report
 from hstu.data.store.sequence_store import SequenceStore
@@ -96,6 +97,22 @@ def test_bad_lines_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
     )
     assert histories(store) == {1: [5, 6], 3: [5, 7]}
     assert store.statistics["skipped_rows"] == {"unusable item": 2, "unusable user": 2}
+
+
+@pytest.mark.parametrize("delimiter", [" ", ",", "::", "|"])
+def test_lines_of_events_and_other_separators_give_the_same_store(tmp_path: Path, delimiter: str) -> None:
+    rows = generate(lambda number: f"ü{number}")[0]
+    of_users = [[user, *items] for user, items in rows.items()]
+    given: dict[str, Any] = {**NAMES, "item_columns": (), "sequences": True, "delimiter": delimiter}
+    for lines in (of_users, [[user, item] for user, items in rows.items() for item in items]):
+        file = tmp_path / f"{len(lines)}.txt"
+        file.write_text("".join(f"{delimiter.join(line)}\n" for line in lines))
+        assert histories(own_store(tmp_path, file, **given, store=file.stem)) == rows
+        file.write_text(file.read_text() + delimiter.join(of_users[0]))
+        with pytest.raises(
+            DataError, match=rf"{file.name}:{len(lines) + 1}: 'user' is 'ü\d+'; .* each line is one event"
+        ):
+            own_store(tmp_path, file, **given, store="bad")
 
 
 def test_another_file_continues_the_histories(tmp_path: Path) -> None:

@@ -2,4 +2,4 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["hstu", "hstu.*"]), "hstu_scripts", "hstu_configs", "hstu_configs.examples"])
+setup(packages=[*find_packages(include=["hstu", "hstu.*"]), "hstu_scripts", "hstu_configs"])

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, (users, predictions) = evaluation.metrics(), evaluation.counts()
     groups, new = evaluation.by_gap(loaded), evaluation.new_counts() if period else {}
     rows = evaluation.rows(loaded) if options.per_user else None
-    halves = evaluation.half_widths() if period and options.output else {}
+    halves = evaluation.half_widths() if options.output else {}
     if not loaded.mesh.is_main:
         return EXIT_DONE
     data = loaded.with_data().eval_store.path
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write = pq.write_table if options.per_user.suffix == ".parquet" else write_csv
             write(rows, aside)
     if options.output:
-        evaluated: dict[str, Any] = {"split": split}
+        evaluated: dict[str, Any] = {"split": split, "half_widths": halves}
         if period:
             counts = {name: {"count": count, "predictions": of_new} for name, (count, of_new) in new.items()}
             evaluated = {"period": asdict(period), "events": evaluation.held_out, "new": counts, "half_widths": halves}

@@ -21,7 +21,7 @@ LEVELS = (
     ("pipeline",),
     ("checkpoint", "observe"),
     ("train",),
-    ("estimate", "serve", "stream"),
+    ("estimate", "serve", "stream", "sweep"),
     ("api",),
     ("entry",),
 )

@@ -34,12 +34,12 @@ def read_and_check(
             "(--help lists all options, --explain all parameters)"
         )
     notes: list[str] = []
-    files = [_find(name, notes) for name in files]
+    files = [find_file(name, notes) for name in files]
     config, warnings = _build(ConfigBuilder(scan(files, bindings), files, task), world_size, rules)
     return config, notes + warnings
 
 
-def _find(name: str, notes: list[str]) -> str:
+def find_file(name: str, notes: list[str]) -> str:
     """The path of a file that the user gave by its path or by the name of a shipped file, with or without ".gin".
     A file of the working directory wins, and a note says so."""
     shipped = shipped_configs().get(name.removesuffix(".gin"))

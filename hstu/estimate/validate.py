@@ -29,6 +29,7 @@ from hstu.config.option import problem
 from hstu.config.problems import Problem, Unknown, did_you_mean
 from hstu.config.rules.task import label_leak, tasks_of
 from hstu.config.run_config import RunDraft
+from hstu.data.datasets import store_path
 from hstu.data.features.roles import FeatureRoles, benchmark_roles, resolve_roles
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate.estimate import beside_tables, memory, size
@@ -45,7 +46,7 @@ from hstu.parallel.table_optimizer import TableTraining
 from hstu.parallel.tables import check_kernels, check_memory, room_of_rank
 from hstu.train.batch_source import BatchSource, label_offset
 from hstu.train.builder import directory_of_checkpoints
-from hstu.train.sources import open_source, store_path
+from hstu.train.sources import open_source
 from hstu.train.tables import check_rows, choose_tables, predefined_tables
 
 

@@ -26,6 +26,7 @@ from hstu.config.gin_io import load_stored
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import ranges
+from hstu.data.datasets import store_path
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.gr_model import GRModel
 from hstu.model.ranking import RankingModel
@@ -41,7 +42,6 @@ from hstu.serve.runtime.requests import History
 from hstu.train.builder import build_model, build_state, raw_ids
 from hstu.train.evaluate import RetrievalEvaluator, evaluation_mode
 from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
-from hstu.train.sources import store_path
 
 
 def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tuple[RunConfig, Path, list[str]]:

@@ -14,19 +14,15 @@ so a stream that is killed at any moment and started again does what is not done
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hstu.base.errors import UserError
 from hstu.base.files import DirectoryLock, remove, replace_text
-from hstu.base.processes import start_python
+from hstu.base.processes import last_lines, start_python, stop
 from hstu.checkpoint.find import GIN, locate
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.gin_io import load_stored
@@ -39,9 +35,6 @@ from hstu.stream.report import write_page
 
 _COUNTS = ("events", "users", "items")
 _EVALUATED = ("users", "predictions", "metrics", "half_widths")
-_LAST_LINES = 12
-_STOP_S = 60.0
-"""A training that is told to stop writes its checkpoint within this time, or is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,14 +196,9 @@ class Stream:
         try:
             code = child.wait()
         except BaseException:  # a stop signal
-            child.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=_STOP_S)
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
+            stop([child])
             raise
         if code:
-            last = output.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:]
-            text = "\n".join(f"    {line}" for line in last)
-            raise UserError(f"a step of {folder} ended with exit code {code}. The end of {output}:\n{text}")
+            text = f"a step of {folder} ended with exit code {code}. The end of {output}:\n{last_lines(output)}"
+            raise UserError(text)
         return round(time.monotonic() - begun, 1)

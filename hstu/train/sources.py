@@ -21,7 +21,7 @@ from hstu.data.batches.collate import Assembler, Collator, SkippedSamples
 from hstu.data.batches.jagged import ranges
 from hstu.data.batches.loader import build_loader
 from hstu.data.batches.synthetic import SyntheticDataset
-from hstu.data.datasets import resolve_name
+from hstu.data.datasets import store_path
 from hstu.data.features.roles import benchmark_roles, check_numbers, recoding_of, resolve_roles
 from hstu.data.features.values import LabelColumn, check_labels, training_statistics
 from hstu.data.sampling.negatives import count_items
@@ -309,12 +309,6 @@ class StoreSource(BatchSource):
             hides_request_times=training and self._config.reads_request_time and self._args.query_time == "either",
         )
         return Collator(reader.read, assembler, self._skipped)
-
-
-def store_path(args: DatasetArgs) -> Path:
-    """Path of the preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
-    name = resolve_name(args.dataset_name) or args.dataset_name
-    return Path(args.dataset_path or Path("tmp_data") / name)
 
 
 class RandomSource(BatchSource):

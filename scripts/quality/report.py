@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,47 +12,47 @@ import pandas as pd
 from hstu.base.figure import COLOURS, GREY, open_figure
 from hstu.config.args.task import AT_LAST_EVENT
 from hstu.serve.predict import GAPS
+from hstu.sweep.trial import data_facts, number
 from hstu.train.metrics import retrieval_gains
-from scripts.quality.means import mean_and_error, number, paired_difference
 from scripts.quality.runs import RANKS, Result, Run, read_ranks
-from scripts.quality.tables import Row, Table
+from scripts.quality.tables import ROOT, Table
 
-_UNTOLD = 'DatasetArgs.query_time = "last_event"'
+_UNTOLD = "DatasetArgs.query_time = 'last_event'"
 
 
-def write_report(name: str, table: Table, runs: Sequence[Run], output: Path) -> Path:
-    """Write <output>/<name>/README.md and its plots from the results that there are. Returns the path."""
-    folder = output / name
+def write_report(table: Table, runs: Sequence[Run], output: Path) -> Path:
+    """Write <output>/<table>/README.md and its plots from the results that there are. Returns the path."""
+    name, folder = table.name, output / table.name
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[int, Result]] = {row.name: {} for row in table.rows}
     for run in runs:
         if (result := run.stored()) is not None:
-            results[run.row.name][run.seed] = _at_both_clocks(result, table, run.row)
+            results[run.row.name][run.seed] = _at_both_clocks(result, run)
     ranks = read_ranks(folder / RANKS)
     drawn = draw_metrics(table, results, folder / "metrics.png"), draw_curves(table, results, folder / "curves.png")
     images = [image for image in drawn if image]
     lines = [*_lines(table, results, ranks), "", *_by_gap(table, results, ranks), *_notes(table, not ranks.empty), ""]
-    text = "\n".join([*_head(name, table, runs), *lines])
+    text = "\n".join([*_head(table, runs), *lines])
     text += "".join(f"\n![{image.stem} of {name}]({image.name})\n" for image in images)
     page = folder / "README.md"
     page.write_text(text, encoding="utf-8")
     return page
 
 
-def _head(name: str, table: Table, runs: Sequence[Run]) -> list[str]:
-    facts = runs[0].data_facts() or {}
+def _head(table: Table, runs: Sequence[Run]) -> list[str]:
+    facts = data_facts(runs[0].store) or {}
     data = ", ".join(f"{value:,} {what}" for what, value in facts.items())
-    command = f"python scripts/quality/run.py --table {name} --seeds {max(run.seed for run in runs)}"
+    command = f"python scripts/quality/run.py --table {table.name} --seeds {max(run.seed for run in runs)}"
     command += f" --output … --gin-bindings {' '.join(map(repr, more))}" if (more := runs[0].bindings) else ""
     return [f"# {table.title}", "", f"Written by `{command}`. Data: {table.dataset}{', ' * bool(data)}{data}.", ""]
 
 
-def _at_both_clocks(result: Result, table: Table, row: Row) -> Result:
+def _at_both_clocks(result: Result, run: Run) -> Result:
     """The result; a method that reads no time of the request has its one number in both columns."""
-    if not row.peer and _UNTOLD not in table.bindings_of(row):
+    if not run.row.peer and _UNTOLD not in (run.settings or ()):
         return result
-    at_last_event = {f"{name}/{AT_LAST_EVENT}": value for name, value in result.metrics.items()}
-    return replace(result, metrics=at_last_event | result.metrics)
+    at_last_event = {f"{name}/{AT_LAST_EVENT}": value for name, value in result["metrics"].items()}
+    return result | {"metrics": at_last_event | result["metrics"]}
 
 
 def _lines(table: Table, results: dict[str, dict[int, Result]], ranks: pd.DataFrame) -> list[str]:
@@ -110,11 +109,11 @@ def _by_gap(table: Table, results: dict[str, dict[int, Result]], ranks: pd.DataF
 
 
 def _values(results: dict[int, Result], metric: str) -> dict[int, float]:
-    return {seed: result.metrics[metric] for seed, result in results.items() if metric in result.metrics}
+    return {seed: found["metrics"][metric] for seed, found in results.items() if metric in found["metrics"]}
 
 
 def _mean(results: dict[int, Result], field: str, unit: float) -> str:
-    values = [value / unit for result in results.values() if (value := getattr(result, field)) is not None]
+    values = [value / unit for result in results.values() if (value := result.get(field)) is not None]
     return f"{np.mean(values):.1f}" if values else ""
 
 
@@ -125,7 +124,7 @@ def _notes(table: Table, has_ranks: bool) -> list[str]:
         f"The checkpoint with the best {table.metric} on validation is evaluated on the test part, once. Epochs "
         "are those of this checkpoint."
     )
-    if any(row.epochs_of for row in table.rows):
+    if any(row.waits for row in table.rows):
         how.append("Rows that train on the validation part, too, train for as many.")
     if has_ranks and table.task == "retrieval":
         how.append(
@@ -145,16 +144,29 @@ def _notes(table: Table, has_ranks: bool) -> list[str]:
         )
     if table.published:
         how.append("Rows without seeds are what papers report for the same files; they were not run here.")
-    common = [*table.bindings, *table.validation]
-    of_all = f"All rows: {_code(common)}. " if common else ""
-    lines = [" ".join(how), "", f"{of_all}Each row, on top of its gin file:", "", "| row | settings |", "|---|---|"]
+    lines = [" ".join(how), "", "What each row adds to the file that its gin file includes:", "", "| row | settings |"]
+    lines.append("|---|---|")
     for row in table.rows:
-        if row.peer:
+        if row.config is None:
             lines.append(f"| {row.name} | {_code([' '.join(row.peer)])} |")
             continue
-        own = [binding for binding in table.bindings_of(row) if binding not in common]
-        lines.append(f"| {row.name} | {table.config_of(row)} {_code(own)} |")
+        shown = row.config.relative_to(ROOT) if row.config.is_relative_to(ROOT) else row.config
+        own = [line for line in row.config.read_text(encoding="utf-8").splitlines() if " = " in line]
+        lines.append(f"| {row.name} | {_code([str(shown)])}: {_code(own)} |")
     return lines
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, from the sample variance; the error of a single value is nan."""
+    if not values:
+        return math.nan, math.nan
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(np.mean(values)), error
+
+
+def paired_difference(values: dict[int, float], reference: dict[int, float]) -> tuple[float, float]:
+    """Mean and standard error of the differences, seed by seed, over the seeds that both have."""
+    return mean_and_error([value - reference[seed] for seed, value in values.items() if seed in reference])
 
 
 def _code(texts: Sequence[str]) -> str:
@@ -189,7 +201,7 @@ def draw_metrics(table: Table, results: dict[str, dict[int, Result]], image: Pat
 
 def draw_curves(table: Table, results: dict[str, dict[int, Result]], image: Path) -> Path | None:
     """The first metric on validation over epochs: the mean over the seeds of a row, and its standard error."""
-    curves = {row: [each.curve for each in of_row.values() if each.curve] for row, of_row in results.items()}
+    curves = {row: [each["curve"] for each in of_row.values() if each.get("curve")] for row, of_row in results.items()}
     curves = {row: of_row for row, of_row in curves.items() if of_row}
     if not curves:
         return None

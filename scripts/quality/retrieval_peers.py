@@ -35,8 +35,8 @@ from hstu.config.cli import tool
 from hstu.data.batches.jagged import ranges, run_indices
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
+from hstu.sweep.trial import number
 from hstu.train.metrics import retrieval_metrics
-from scripts.quality.means import number
 
 try:
     from implicit.nearest_neighbours import CosineRecommender

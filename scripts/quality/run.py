@@ -14,14 +14,12 @@ SIGTERM.
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -29,143 +27,56 @@ if __name__ == "__main__":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hstu.base.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, DataError, UserError
-from hstu.base.processes import start_python
+from hstu.base.errors import EXIT_DONE, EXIT_FAILURE, ConfigError, DataError
 from hstu.config.cli import tool
+from hstu.sweep.trial import data_facts
 from scripts.quality.report import write_report
-from scripts.quality.runs import ROOT, Places, Run, data_facts
-from scripts.quality.tables import TABLES, Table, find
+from scripts.quality.runs import Run
+from scripts.quality.tables import ROOT, TABLES, Table, find
+from scripts.sweep import Runner, environments, stop_as_ctrl_c
 
 OUTPUT = ROOT / "docs" / "benchmarks" / "quality"
-_EXIT_SIGTERM = 128 + signal.SIGTERM
-_STOP_S = 60.0
-"""A run that was told to stop writes its checkpoint within this time, or is killed."""
-_LAST_LINES = 8
 
 
-class Runner:
-    """Does runs in child processes, several at a time."""
-
-    def __init__(self) -> None:
-        self._processes: set[subprocess.Popen[bytes]] = set()
-        self._is_stopped = False
-
-    def execute(self, runs: Sequence[Run], jobs: int) -> list[Run]:
-        """Do what is not done of ``runs``, ``jobs`` at a time. Returns those that have failed.
-
-        Raises KeyboardInterrupt after the runs have saved their checkpoints.
-        """
-        failed = []
-        for needs_others in (False, True):
-            now = [run for run in runs if (run.row.epochs_of is not None) == needs_others]
-            with ThreadPoolExecutor(jobs) as pool:
-                try:
-                    failed += [run for run, is_done in zip(now, pool.map(self._do, now), strict=True) if not is_done]
-                except KeyboardInterrupt:
-                    self._stop()
-                    pool.shutdown(cancel_futures=True)
-                    raise
-        return failed
-
-    def _do(self, run: Run) -> bool:
-        """Do a run unless it is done. Returns whether it is done now."""
-        vars(run).pop("settings", None)  # they are unknown as long as the runs that it waits for are not finished
-        if run.stored() is not None:
-            return True
-        if run.settings is None:
-            print(f"{run}: not run, because {run.row.epochs_of!r} has not finished with all seeds", flush=True)
-            return False
-        state = ", because its settings or its data have changed" if run.is_outdated() else ""
-        print(f"{run}: started in {run.folder}{state}", flush=True)
-        begun, log = time.monotonic(), run.folder / "output.txt"
-        try:
-            for command in run.commands():
-                self._run(command, log, run.threads)
-        except UserError as error:
-            if not self._is_stopped:
-                lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-                last = "".join(f"    {line}\n" for line in lines[-_LAST_LINES:])
-                print(f"{run}: failed: {error}. The end of {log}:\n{last}", end="", flush=True)
-            return False
-        result = run.stored()
-        assert result is not None
-        shown = " ".join(f"{name}={result.metrics[name]:.4f}" for name in run.table.metrics if name in result.metrics)
-        print(f"{run}: held out: {shown}, {time.monotonic() - begun:.0f} s", flush=True)
-        return True
-
-    def _run(self, command: Sequence[str], log: Path, threads: int) -> None:
-        """Run a command. Raises UserError if it fails or must not be started any more."""
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        with log.open("ab") as output:
-            process = start_python(command, output, cwd=ROOT, env=environment)
-        self._processes.add(process)
-        if self._is_stopped:
-            process.terminate()
-        code = process.wait()
-        self._processes.discard(process)
-        if code:
-            raise UserError(f"a command ended with exit code {code}")
-
-    def _stop(self) -> None:
-        """End the processes; trainings save a checkpoint first. A second Ctrl-C kills them at once."""
-        self._is_stopped = True
-        deadline = time.monotonic() + _STOP_S
-        processes = list(self._processes)  # the threads take away those that end
-        for process in processes:
-            process.terminate()
-        with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            for process in processes:
-                process.wait(timeout=max(0.1, deadline - time.monotonic()))
-        for process in processes:
-            process.kill()
-
-
-def runs_of(
-    name: str, table: Table, options: argparse.Namespace, places: Places, rows: Sequence[str] | None = None
-) -> list[Run]:
+def runs_of(table: Table, options: argparse.Namespace, rows: Sequence[str] | None = None) -> list[Run]:
     """The runs of a table, seed by seed."""
-    wanted = [table.row(row) for row in rows] if rows else table.rows
-    made: list[Run] = []
-
-    def make(row_name: str, seed: int, waits_for: tuple[Run, ...] = ()) -> Run:
-        return Run(
-            table_name=name, table=table, row=table.row(row_name), seed=seed, places=places,
-            threads=options.threads, bindings=tuple(options.gin_bindings), waits_for=waits_for,
-        )  # fmt: skip
-
-    seeds = range(1, options.seeds + 1)
-    for seed in seeds:
-        for row in wanted:
-            others = tuple(make(row.epochs_of, other) for other in seeds) if row.epochs_of else ()
-            made.append(make(row.name, seed, others))
-    return made
+    given = {name: getattr(options, name).absolute() for name in ("data", "work", "output")}
+    make = partial(Run, table=table, threads=options.threads, bindings=tuple(options.gin_bindings), **given)
+    wanted, seeds = [table.row(row) for row in rows] if rows else table.rows, range(1, options.seeds + 1)
+    references = tuple(make(row=row, seed=seed) for row in table.rows[:1] for seed in seeds)
+    return [make(row=row, seed=seed, waits_for=references) for seed in seeds for row in wanted]
 
 
-def preprocess_table(table: Table, places: Places, raw: Path | None) -> None:
+def execute(runs: Sequence[Run], options: argparse.Namespace) -> bool:
+    """Do what is not done. Returns whether all runs are done."""
+    runner = Runner(environments(options.jobs, 1, options.threads))
+    failed = runner.run([run for run in runs if not run.row.waits])
+    later = [replace(run) for run in runs if run.row.waits]  # they know now how long to train
+    for run in (run for run in later if run.settings is None):
+        print(f"{run}: not run, because {run.table.reference!r} has not finished with all seeds", flush=True)
+    ready = [run for run in later if run.settings is not None]
+    return not (runner.run(ready) or failed) and len(ready) == len(later)
+
+
+def preprocess_table(table: Table, store: Path, raw: Path | None) -> None:
     """Make the data of the table unless it is there."""
-    store = places.data / table.store
     if data_facts(store) is not None:
         return
     command = ["scripts/preprocess_dataset.py", "--dataset_name", table.dataset, "--output", str(store)]
     command += ["--raw_path", str(raw / table.dataset)] if raw else []
-    command += ["--running_statistics"] * table.running_statistics
+    command += ["--running_statistics"] * (table.task == "ranking")
     print(f"preprocessing {table.dataset} into {store}", flush=True)
     if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
         raise DataError(f"{table.dataset} is not preprocessed; the lines above say why")
 
 
-def list_runs(runs: Sequence[Run]) -> None:
-    """Print what would be done."""
-    for run in runs:
-        if run.stored() is not None:
-            state = "done"
-        elif run.is_outdated():
-            state = "to do again: its settings or its data have changed"
-        elif run.settings is None:
-            state = f"to do after {run.row.epochs_of!r}"
-        else:
-            state = f"to do in {run.folder}"
-        print(f"{run}: {state}")
+def state_of(run: Run) -> str:
+    """What would be done of a run."""
+    if run.stored() is not None:
+        return "done"
+    if run.is_outdated():
+        return "to do again: its settings or its data have changed"
+    return f"to do in {run.folder}" if run.settings else f"to do after {run.table.reference!r}"
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -190,13 +101,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.gin_bindings and options.output == OUTPUT:
         raise ConfigError("--gin-bindings changes what all rows train: give --output DIR, too, so that the published "
                           "tables stay as they are")  # fmt: skip
-    options.threads = options.threads or max(1, len(os.sched_getaffinity(0)) // options.jobs)
+    options.threads = int(environments(options.jobs, 1, options.threads)[0]["OMP_NUM_THREADS"])
     return options
-
-
-def stop_as_ctrl_c(*_: object) -> None:
-    """Handler of SIGTERM."""
-    raise KeyboardInterrupt(_EXIT_SIGTERM)
 
 
 @tool
@@ -204,24 +110,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse(arguments)
     table = find("table", options.table, TABLES)
-    places = Places(data=options.data.absolute(), work=options.work.absolute(), output=options.output.absolute())
-    runs = runs_of(options.table, table, options, places, options.rows)
+    runs = runs_of(table, options, options.rows)
     for run in runs[: len(runs) // options.seeds]:
         run.check()
     if options.dry_run:
-        list_runs(runs)
+        print(*(f"{run}: {state_of(run)}" for run in runs), sep="\n")
         return EXIT_DONE
-    preprocess_table(table, places, options.raw)
+    preprocess_table(table, runs[0].store, options.raw)
     signal.signal(signal.SIGTERM, stop_as_ctrl_c)
     try:
-        failed = Runner().execute(runs, options.jobs)
+        is_done = execute(runs, options)
     except KeyboardInterrupt as stop:
         print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
         return int(stop.args[0]) if stop.args else 128 + signal.SIGINT
     finally:
-        report = write_report(options.table, table, runs_of(options.table, table, options, places), places.output)
+        report = write_report(table, runs_of(table, options), options.output)
         print(f"table: {report}", flush=True)
-    return EXIT_FAILURE if failed else EXIT_DONE
+    return EXIT_DONE if is_done else EXIT_FAILURE
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ assert BLOCKS, "docs/configuration.md shows complete files in blocks marked ```g
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shipped_config_is_valid(path: Path) -> None:
-    task: Task = "retrieval" if "retrieval" in path.name else "ranking"
+    task: Task = "retrieval" if "retrieval" in str(path.relative_to(ROOT)) else "ranking"
     config = load([str(path)], [], task)
     parallel = config.tensor_parallel.tensor_model_parallel_size
     assert validate(config, world_size=parallel, rules=ALL_RULES) == []

@@ -1,22 +1,28 @@
-"""The campaign of quality: rows can be trained, validation chooses, what is done is kept, and means have errors."""
+"""Sweeps and the campaign of quality: validation chooses, what is done is kept, and means have errors."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from hstu.base.errors import UserError
+from hstu.config.gin_io import load_stored
+from hstu.sweep.trial import Trial, number
+from scripts import sweep
 from scripts.quality import report
 from scripts.quality import run as command
-from scripts.quality.means import mean_and_error, number, paired_difference
-from scripts.quality.runs import Places, Run, read_results
-from scripts.quality.tables import TABLES, Row, Table, without_each
+from scripts.quality.report import mean_and_error, paired_difference
+from scripts.quality.runs import Run, read_results
+from scripts.quality.tables import ROOT, TABLES, Table
 from tests.conftest import write_small_store
 
 PEER = """
@@ -27,6 +33,17 @@ if base > 9: sys.exit("no memory left")
 if base > 8: time.sleep(60)
 result = {"metrics": {"NDCG@10": base + seed / 100, "HR@10": 2 * base}, "seconds": 3}
 json.dump(result, open(folder + "/peer.json", "w"))
+"""
+TINY = f"""
+include "{ROOT}/configs/quality/ml_100k_retrieval/all.gin"
+NetworkArgs.num_layers = 1
+NetworkArgs.hidden_size = 8
+NetworkArgs.kv_channels = 4
+DatasetArgs.side_feature_names = []
+RetrievalArgs.item_tower = False
+DatasetArgs.action_feature_name = ""
+TrainerArgs.num_train_epochs = 1.0
+TrainerArgs.eval_interval = 2
 """
 
 
@@ -41,12 +58,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def table(place: Path, **bases: float) -> Table:
     """Rows of peers, with what they score for seed 0."""
-
-    def peer(base: float) -> tuple[str, ...]:
-        return (str(place / "peer.py"), "$seed", str(base), "$folder", str(place / "calls"))
-
-    rows = tuple(Row(name=name, peer=peer(base)) for name, base in bases.items())
-    return replace(TABLES["ml_1m_retrieval"], dataset="toy", rows=rows, reference=next(iter(bases)))
+    scores, calls = bases.items(), str(place / "calls")
+    peers = {name: {"command": [str(place / "peer.py"), "$seed", str(base), "$folder", calls]} for name, base in scores}
+    shown = TABLES["ml_1m_retrieval"].metrics
+    return Table(folder=place / "toy", title="", dataset="toy", metrics=shown, reference=min(bases), peers=peers)
 
 
 def run(place: Path, *arguments: str) -> int:
@@ -71,22 +86,18 @@ def test_means_have_the_standard_error_of_the_sample() -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_of_every_table_can_be_trained(name: str, tmp_path: Path) -> None:
-    places = Places(data=tmp_path, work=tmp_path, output=tmp_path)
-    for row in TABLES[name].rows:
-        Run(table_name=name, table=TABLES[name], row=row, seed=1, places=places).check()
     table = TABLES[name]
-    assert table.chooses(table.row(table.reference))
-
-
-def test_rows_without_a_part_undo_it_on_top_of_the_recipe() -> None:
-    rows = {row.name: row.bindings for row in without_each({"a": ["A.x = 1"], "b": ["B.y = 2", "B.z = 3"]})}
-    assert rows == {"all": (), "without a": ("A.x = 1",), "without b": ("B.y = 2", "B.z = 3")}
+    runs = [Run(table=table, row=row, seed=1, data=tmp_path, work=tmp_path, output=tmp_path) for row in table.rows]
+    for run in runs:
+        run.check()
+    reference = runs[0].trial
+    assert runs[0].row.name == table.reference and reference and reference.config.trainer.best_metric == table.metric
 
 
 def test_what_is_done_is_kept_and_the_table_has_means_errors_and_pairs(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(TABLES, "toy", table(place, sasrec=0.2, ease=0.25))
+    monkeypatch.setitem(TABLES, "toy", table(place, bert=0.2, ease=0.25))
     assert run(place, "--seeds", "3", "--rows", "ease") == 0 and calls(place) == 3
     assert run(place, "--seeds", "3", "--jobs", "2") == 0 and calls(place) == 6
     lines = (place / "output" / "toy" / "README.md").read_text().splitlines()
@@ -97,10 +108,10 @@ def test_what_is_done_is_kept_and_the_table_has_means_errors_and_pairs(
 
     line = read_results(place / "output" / "toy" / "results.jsonl")["ease", 1]
     assert line["data"] == {"users": 2, "items": 4, "events": 7}
-    monkeypatch.setitem(TABLES, "toy", table(place, sasrec=0.2, ease=0.3))
+    monkeypatch.setitem(TABLES, "toy", table(place, bert=0.2, ease=0.3))
     assert run(place, "--seeds", "1", "--dry-run") == 0
     shown = capsys.readouterr().out
-    assert "sasrec, seed 1: done" in shown and "ease, seed 1: to do again: its settings or its data have" in shown
+    assert "bert, seed 1: done" in shown and "ease, seed 1: to do again: its settings or its data have" in shown
 
 
 @pytest.mark.slow
@@ -116,15 +127,12 @@ def test_a_reader_can_recompute_the_table_from_the_ranks_of_one_seed(
         'write(\'peer.json\', \'{"metrics": {"NDCG@10": 0.63093, "HR@10": 1.0}}\')\n'
         "write('per_user.csv', '\\n'.join(['user,rank', *(f'{user},2' for user in range(100, 160))]))\n"
     )
-    made = replace(
-        TABLES["ml_100k_retrieval"], reference="a, b", published=(("a paper", 0.1, 0.2),),
-        rows=(Row(name="a, b", trials=7), Row(name="second", peer=(str(place / "peer.py"), "$folder"))),
-        bindings=(
-            "NetworkArgs.num_layers = 1", "NetworkArgs.hidden_size = 8", "NetworkArgs.kv_channels = 4",
-            "DatasetArgs.side_feature_names = []", "RetrievalArgs.item_tower = False",
-            'DatasetArgs.action_feature_name = ""', "TrainerArgs.num_train_epochs = 1.0",
-            "TrainerArgs.eval_interval = 2",
-        ),
+    (place / "toy").mkdir()
+    (place / "toy" / "a_b.gin").write_text(f"# a, b\n{TINY}")
+    made = Table(
+        folder=place / "toy", title="", dataset="ml-100k", metrics=TABLES["ml_100k_retrieval"].metrics, trials=7,
+        reference="a, b", published=(("a paper", 0.1, 0.2),),
+        peers={"second": {"command": [str(place / "peer.py"), "$folder"]}},
     )  # fmt: skip
     monkeypatch.setitem(TABLES, "toy", made)
     for row in ("a, b", "second"):
@@ -186,3 +194,85 @@ def test_names_that_do_not_exist_are_refused(place: Path, capsys: pytest.Capture
     assert command.main(["--table", "ml_1m_retrieval", *arguments]) == 2
     error = capsys.readouterr().err
     assert "row 'all'" in error and "did you mean 'num_layers'" in error
+
+
+# --- sweeps ---
+
+
+def sweep_of(place: Path, *arguments: str, grid: str = "OptimizerArgs.learning_rate = [1e-3, 2e-3, 3e-3]") -> int:
+    """Sweep the tiny file on a small store."""
+    if not (place / "tiny.gin").exists():
+        (place / "tiny.gin").write_text(TINY + f"DatasetArgs.dataset_path = {str(place / 'store')!r}\n")
+        items = [[(user + step * step) % 9 for step in range(5)] for user in range(24)]
+        times = [[*range(5)]] * 24
+        write_small_store(place / "store", items, timestamps=times, name="ml-100k", item_feature="movie_id")
+    return sweep.main([str(place / "tiny.gin"), "--output", str(place / "out"), "--grid", grid, *arguments])
+
+
+def pretend(trial: Trial) -> Iterator[list[str]]:
+    """A run directory as of a training, where the test part would choose the highest rate and validation the second."""
+    rate = trial.config.optimizer.learning_rate
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    with (trial.root / "calls").open("a") as calls:
+        calls.write(f"{trial}\n")
+    if rate == 1e-3 and trial.seed == 2:
+        raise UserError("exit code 1")
+    valid = {"NDCG@10": 0.3 - abs(rate - 2e-3) + trial.seed / 100}
+    evaluation = {"kind": "eval", "iter": 4, "epoch": 0.5, "split": "valid", "metrics": valid}
+    (trial.folder / "metrics.jsonl").write_text(json.dumps(evaluation) + "\n")
+    (trial.folder / "summary.json").write_text(json.dumps({"status": "done", "best": {"split": "valid", "iter": 4}}))
+    tested = {"metrics": {"NDCG@10": 0.2 + rate}, "half_widths": {"NDCG@10": 0.05}}
+    (trial.folder / "test.json").write_text(json.dumps(tested))
+    yield from ()
+
+
+def test_validation_chooses_the_setting_and_only_what_is_missing_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trial, "commands", pretend)
+    assert sweep_of(tmp_path, "--seeds", "2", "--jobs", "2") == 1
+    table = (tmp_path / "out" / "table.md").read_text()
+    first, second, third = (line.split("|")[1:-1] for line in table.splitlines()[2:5])
+    assert [cell.strip() for cell in first] == [
+        "learning_rate=0.002", ".3150 ± .0050", ".2020 ± .0000", "± .0500", "2", "0.5", "0.0"
+    ]  # fmt: skip
+    assert "learning_rate=0.003" in second[0] and "learning_rate=0.001" in third[0] and third[4].strip() == "1"
+    assert "- learning_rate=0.001, seed 2 failed:" in table
+    assert load_stored(tmp_path / "out" / "best.gin").optimizer.learning_rate == 2e-3
+    assert "exit code 1" in (tmp_path / "out" / "trials.jsonl").read_text().splitlines()[1]
+
+    (tmp_path / "out" / "calls").write_text("")
+    more = "OptimizerArgs.learning_rate = [2e-3, 4e-3, -1]"
+    assert sweep_of(tmp_path, "--seeds", "2", grid=more) == 1
+    assert (tmp_path / "out" / "calls").read_text().splitlines() == [f"learning_rate=0.004, seed {n}" for n in (1, 2)]
+    assert "learning_rate=-1 failed" in (tmp_path / "out" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        ("OptimizerArgs.learnin_rate = [1, 2]", "did you mean 'learning_rate'"),
+        ("OptimizerArgs.learning_rate = [1e-3", "a bracket or a quote is not closed"),
+        ("TrainerArgs.seed = [1, 2]", "is set by the sweep"),
+        ("DatasetArgs.valid_items = [0]", "hold out both"),
+    ],
+)
+def test_a_grid_that_cannot_be_trained_is_refused(
+    grid: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep_of(tmp_path, grid=grid) == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_best_file_of_a_sweep_that_was_stopped_repeats_its_numbers(tmp_path: Path) -> None:
+    started = tmp_path / "out"
+    threading.Thread(target=stop_when, args=(lambda: any(started.rglob("iteration_*")),)).start()
+    grid = "OptimizerArgs.learning_rate = [1e-3, 1e-2]"
+    assert sweep_of(tmp_path, "--threads", "1", grid=grid) == 128 + signal.SIGTERM
+    assert sweep_of(tmp_path, "--threads", "1", grid=grid) == 0
+    best = (started / "best.gin").read_text().splitlines()
+    words = best[2].removeprefix("# OMP_NUM_THREADS=1 python ").split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment).returncode == 0
+    (summary,) = (json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/summary.json"))
+    assert f"valid NDCG@10 {summary['best']['value']!r}, test {summary['last_metrics']['test']['NDCG@10']!r}" in best[1]

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
+from hstu.config.args import DatasetArgs
 from hstu.data.datasets import amazon, kuairand, movielens
 from hstu.data.datasets.spec import DatasetSpec
 
@@ -23,6 +25,12 @@ DATASETS: Mapping[str, DatasetSpec] = {spec.name: spec for family in _FAMILIES f
 def resolve_name(name: str) -> str | None:
     """Canonical name of a built-in dataset, else None. Accepts aliases in any case: ``movielens-1m``, ``ML_1M``."""
     return _CANONICAL.get(_normalized(name))
+
+
+def store_path(args: DatasetArgs) -> Path:
+    """Path of the preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
+    name = resolve_name(args.dataset_name) or args.dataset_name
+    return Path(args.dataset_path or Path("tmp_data") / name)
 
 
 def _normalized(name: str) -> str:

@@ -1,0 +1,1 @@
+"""Trainings of settings over seeds, which can be stopped and continued. Only scripts import this package."""

@@ -12,9 +12,11 @@ from typing import Any
 from hstu.config.args import (
     ACCEPTED,
     CLASSES,
+    OF_RESEARCH_CODE,
     REGISTRY,
     REMOVED,
     REMOVED_DEFAULTS,
+    RESEARCH_CODE,
     SCOPED,
     SEVERAL,
     TASK_ARGS,
@@ -136,6 +138,12 @@ class ConfigBuilder:
             self._macros[binding.name] = binding
         elif cls:
             self._file_parameter(cls, binding)
+        elif binding.selector in RESEARCH_CODE:
+            ours = OF_RESEARCH_CODE.get(binding.parameter)
+            is_new = "a file of Meta's research code: configs/ml_1m_retrieval.gin is its model here (docs/migration.md)"
+            text = f"write {ours} = {show(binding.value)}" if ours else "has no counterpart here: remove it"
+            self._fail(binding, is_new if binding.parameter == "dataset_name" else text)
+            self.complete = False  # what seems to be missing is bound by other names
         else:
             guess = nearest(binding.selector, CLASSES)
             hint = f"did you mean {guess!r}?" if guess else f"there are {', '.join(CLASSES)}"

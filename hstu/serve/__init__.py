@@ -5,5 +5,6 @@ runtime/requests.py defines a request: a ``History``, and ``Candidates`` to scor
 and histories.py builds batches from them.
 session.py answers repeated requests from a cache: prefix.py computes new tokens, pages.py stores keys and values.
 export.py writes a directory for services: the traced program (program.py) with tables and ids (contents.py).
+importing.py makes an export of a checkpoint of another trainer.
 runtime/ loads that directory with torch and the standard library alone; server/ answers HTTP requests with it.
 """

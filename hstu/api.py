@@ -1,4 +1,4 @@
-"""The Python interface for notebooks: load a trained model, inspect it, and compute with it.
+"""The Python interface for notebooks: make data, train, load a trained model, inspect it, and compute with it.
 
     from hstu import api
 
@@ -10,42 +10,67 @@ docs/python_api.md shows each function with its output. Importing this module im
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from itertools import islice
+from math import inf
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hstu.base.errors import DataError, printable
+from hstu.base.errors import ConfigError, DataError, printable
+from hstu.base.files import sha256
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.tensors import TABLES, open_tensors
+from hstu.config.args import Task
+from hstu.config.gin_io import read_and_check
+from hstu.config.problems import literal
+from hstu.config.rules import RULES
 from hstu.data.batches.batch import HSTUBatch
+from hstu.data.preprocess import InteractionColumns, import_interactions
+from hstu.data.preprocess.report import format_report
+from hstu.data.preprocess.starter import write_starters
+from hstu.data.preprocess.state import open_engine, write_parquet
+from hstu.data.rules import DATA_RULES
 from hstu.data.sampling.splits import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
+from hstu.estimate.estimate import beside_tables_of_run
 from hstu.parallel.dynamic.table import merged
 from hstu.serve.histories import histories
-from hstu.serve.loaded import LoadedModel
+from hstu.serve.loaded import LoadedModel, mesh_of_this_process
 from hstu.serve.predict import evaluate_split, item_vectors
 from hstu.serve.runtime.requests import History
 from hstu.serve.session import Session
 from hstu.train.corpus import Corpus, Queries, recommend
 from hstu.train.inference import StoredSource
+from hstu.train.main import start_mesh, train_here
+from hstu.train.metrics import retrieval_metrics
 
 __all__ = [
     "History",
     "Recommendation",
     "Table",
     "TrainedModel",
+    "dataset",
     "encode_users",
     "format_recommendations",
+    "format_report",
     "histories",
     "load",
     "open_store",
+    "retrieval_scores",
+    "train",
 ]
+
+
+open_store = SequenceStore.open
 
 
 @dataclass(frozen=True)
@@ -70,9 +95,44 @@ class Table:
     """float32 [n, dim]."""
 
 
-def open_store(path: str | Path) -> SequenceStore:
-    """Open preprocessed data such as ``tmp_data/ml-100k``. Raises DataError."""
-    return SequenceStore.open(path)
+def dataset(interactions: Any, *, output: str | Path, quick: bool = False, **options: Any) -> SequenceStore:
+    """Make the store of your own tables, and the starter files ``<output>_retrieval.gin`` and ``<output>_ranking.gin``.
+
+    ``options`` are those of scripts/preprocess_dataset.py, such as ``user``, ``item``, ``time``, ``context``, ``force``
+    and ``append``, with tuples for ``a,b`` and dicts for ``a=1,b=2``. Tables are paths, or frames of pandas, Polars or
+    Arrow, of which ``raw/<name>`` beside ``output`` gets a Parquet file. ``quick``: starter files of a small model and
+    500 iterations. Raises ConfigError or DataError, which call the argument x --x.
+    """
+    target, given = Path(output), {name: value for name, value in options.items() if value is not None}
+    given["interactions"] = interactions
+    for name in {"interactions", "requests", "context", "items", "titles"} & given.keys():
+        tables = given[name] if isinstance(given[name], (list, tuple)) else [given[name]]
+        files = tuple(_as_file(table, target.parent / "raw" / target.name, name) for table in tables)
+        given[name] = files if name in ("interactions", "requests") else files[0]
+    for name in {"context_columns", "item_columns", "event_columns", "numbers", "vectors", "header"} & given.keys():
+        given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
+    columns = {field.name: given.pop(field.name) for field in fields(InteractionColumns) if field.name in given}
+    store = SequenceStore.open(import_interactions(target.name, InteractionColumns.of(columns), output=target, **given))
+    list(write_starters(store, target, quick))
+    return store
+
+
+def _as_file(table: Any, folder: Path, role: str) -> Path:
+    """The path of a table. A frame is written to a file in ``folder``, whose name has the digest of its content."""
+    if isinstance(table, (str, Path)):
+        return Path(table)
+    names = [str(name) for name in getattr(table, "column_names", getattr(table, "columns", ()))]
+    if repeated := [repr(name) for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise DataError(
+            f"{role}: the frame has several columns named {', '.join(repeated)}; each needs a name of its own, and "
+            "frame.loc[:, ~frame.columns.duplicated()] of pandas keeps the first"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as scratch, open_engine(Path(scratch), "4GB") as engine:
+        engine.execute(f"SET pandas_analyze_sample = {2**31}")  # all rows decide the type of a column
+        engine.register("frame", table)
+        write_parquet(engine, "SELECT * FROM frame", written := Path(scratch, "frame.parquet"))
+        return written.replace(folder / f"{role}-{sha256(written)[:12]}.parquet")
 
 
 @dataclass
@@ -203,6 +263,40 @@ class TrainedModel(LoadedModel):
 
 
 load = TrainedModel.load
+
+
+def train(
+    config: str | Path | Mapping[str, Any], bindings: Mapping[str, Any] = MappingProxyType({}), task: Task | None = None
+) -> TrainedModel:
+    """Train in this process alone, and load the model as :func:`load` does: the best, if the run chooses one.
+
+    The run writes what the command writes. Interrupted, it ends after a checkpoint. Raises errors as the command does.
+    ``config``: path of a gin file, gin text, or option → value. ``bindings``: option → value, which wins. ``task``
+    None: ranking if an option of RankingArgs is set, else retrieval.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("api.train trains in one process; with torchrun, start pretrain_gr_retrieval.py")
+    values = {**(config if isinstance(config, Mapping) else {}), **bindings}
+    texts, files = [f"{name} = {literal(value)}" for name, value in values.items()], []
+    if isinstance(config, str) and "=" in config and not config.endswith(".gin"):
+        texts.insert(0, config)
+    elif not isinstance(config, Mapping):
+        files.append(str(config))
+    run, problems = read_and_check(files, texts, task, 1, (*RULES, *DATA_RULES))
+    for problem in problems:
+        warnings.warn(problem, stacklevel=2)
+    if not run.trainer.saves_checkpoints:
+        raise ConfigError("api.train loads what the run saves: set TrainerArgs.ckpt_save_interval to 0 or more")
+    mesh_of_this_process()  # leaves the world at exit
+    mesh = start_mesh(run)
+    return load(train_here(run, mesh, beside_tables_of_run), mesh=mesh)
+
+
+def retrieval_scores(y_true: Sequence[Any], y_pred: Sequence[Any], metrics: Sequence[str]) -> dict[str, float]:
+    """HR@K, NDCG@K, MRR@K or MRR of one item per user, in the user's ranked items or Recommendation in ``y_pred``."""
+    lists = [list(ranked.items if isinstance(ranked, Recommendation) else ranked) for ranked in y_pred]
+    ranks = [ranked.index(item) + 1 if item in ranked else inf for item, ranked in zip(y_true, lists, strict=True)]
+    return retrieval_metrics(metrics, np.array(ranks))
 
 
 def format_recommendations(recommendations: Iterable[Recommendation]) -> str:

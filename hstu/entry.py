@@ -5,26 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from hstu.config.args import Task
 from hstu.config.cli import parse_command_line
 from hstu.config.rules import RULES, Rule
-from hstu.config.run_config import RunConfig
 from hstu.data.rules import DATA_RULES
 from hstu.observe.environment import check_packages, let_idle_threads_sleep
-
-if TYPE_CHECKING:
-    from hstu.parallel.mesh import Mesh
 
 
 def train(task: Task) -> int:
     """Train with the configuration of the command line. Returns the exit code."""
     config = parse_command_line(task, rules=(*RULES, *DATA_RULES), preflight=preflight)
     let_idle_threads_sleep()
-    from hstu.train.main import run  # imports torch: only after the configuration is checked
+    from hstu.estimate.estimate import beside_tables_of_run  # imports torch: only after the configuration is checked
+    from hstu.train.main import run
 
-    return run(config, beside_tables)
+    return run(config, beside_tables_of_run)
 
 
 train_ranking = partial(train, "ranking")
@@ -38,14 +34,6 @@ def preflight() -> Sequence[Rule]:
     from hstu.estimate.validate import what_the_file_names_fits
 
     return (what_the_file_names_fits,)
-
-
-def beside_tables(config: RunConfig, mesh: Mesh) -> int:
-    """Estimate the GPU bytes of a train step without the tables. The planner gives the rest to the tables."""
-    from hstu.estimate import estimate, workload
-
-    planned = workload.plan_workload(config, mesh.world_size, mesh.local_world_size, mesh.device.type)
-    return estimate.beside_tables(planned)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ class UserError(Exception):
     def __str__(self) -> str:
         return printable(super().__str__())
 
+    def _render_traceback_(self) -> list[str]:  # what IPython shows in a notebook
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(UserError):
     """Mistakes in the configuration, one line each. ``warnings`` lists allowed settings that look wrong."""

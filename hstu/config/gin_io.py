@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.shipped import shipped_configs
-from hstu.config.args import Task
+from hstu.config.args import RankingArgs, Task
 from hstu.config.gin_builder import ConfigBuilder
 from hstu.config.gin_scan import scan, scan_stored
 from hstu.config.rules import RULES, Rule, check
@@ -25,17 +25,20 @@ def load(files: Sequence[str], bindings: Sequence[str], task: Task) -> RunConfig
 
 
 def read_and_check(
-    files: Sequence[str], bindings: Sequence[str], task: Task, world_size: int, rules: Sequence[Rule] = RULES
+    files: Sequence[str], bindings: Sequence[str], task: Task | None, world_size: int, rules: Sequence[Rule] = RULES
 ) -> tuple[RunConfig, list[str]]:
-    """``load`` with ``rules``. Returns the configuration and its warnings. Raises ConfigError with all problems."""
-    if not files and rules:  # ``load`` also accepts bindings alone
+    """``load`` with ``rules``. Returns the configuration and its warnings. Raises ConfigError with all problems.
+    ``task`` None: ranking if something sets an option of RankingArgs, else retrieval; files may be missing then."""
+    if not files and rules and task:  # ``load`` also accepts bindings alone
         raise ConfigError(
             f"no configuration: give --gin-config-file FILE, for example --gin-config-file ml_1m_{task} "
             "(--help lists all options, --explain all parameters)"
         )
     notes: list[str] = []
     files = [find_file(name, notes) for name in files]
-    config, warnings = _build(ConfigBuilder(scan(files, bindings), files, task), world_size, rules)
+    found = scan(files, bindings)
+    task = task or ("ranking" if RankingArgs.__name__ in {each.selector for each in found.bindings} else "retrieval")
+    config, warnings = _build(ConfigBuilder(found, files, task), world_size, rules)
     return config, notes + warnings
 
 

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hstu.config.run_config import RunConfig
 from hstu.estimate import sharding
 from hstu.estimate.dry_run import BACKWARD, FORWARD, ROWS, UPDATE, DryRun, dry_run
 from hstu.estimate.machine import Machine, ThisCpu
 from hstu.estimate.record import GRADIENTS, Exchange, Operator
 from hstu.estimate.sharding import TableShards, Transfer
-from hstu.estimate.workload import Batch, Workload
+from hstu.estimate.workload import Batch, Workload, plan_workload
 from hstu.ops.costs import FLOAT32
+from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import UNLIMITED, TableRoom, TablesDoNotFit
 
 COMPUTING, WAITING = "computing", "waiting for the slowest rank"
@@ -124,6 +126,11 @@ def memory(workload: Workload, plan: tuple[TableShards, ...]) -> dict[str, int]:
 def beside_tables(workload: Workload) -> int:
     """Bytes that a step needs on a rank in addition to the sharded tables and their optimizer states."""
     return sum(memory(workload, ()).values())
+
+
+def beside_tables_of_run(config: RunConfig, mesh: Mesh) -> int:
+    """``beside_tables`` of a run that is about to start. The planner gives the rest of the GPU to the tables."""
+    return beside_tables(plan_workload(config, mesh.world_size, mesh.local_world_size, mesh.device.type))
 
 
 def plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:

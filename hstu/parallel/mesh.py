@@ -280,6 +280,8 @@ def _has_gpus() -> bool:
 
 
 def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
+    if dist.is_initialized():  # a notebook trains one model after another, in one world
+        return dist.distributed_c10d._get_default_store()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connect two ranks at their first message, not all at the start
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:  # the old name

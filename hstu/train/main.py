@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,15 +53,7 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
     quiet_libraries()
     trainer, watchdog = None, None
     try:
-        mesh = meshes.start(
-            tensor_parallel_size=config.tensor_parallel.tensor_model_parallel_size,
-            context_parallel_size=config.context_parallel.context_parallel_size,
-            timeout_s=config.trainer.collective_timeout_s,
-            seed=config.trainer.seed,
-            deterministic=config.trainer.deterministic,
-            allow_tf32=config.precision.allow_tf32,
-            must_agree=run_facts(config),
-        )
+        mesh = start_mesh(config)
         watchdog = Watchdog(mesh, config.trainer.collective_timeout_s)
         watchdog.start()
         trainer = build_trainer(config, mesh, beside_tables)
@@ -92,6 +85,41 @@ def run(config: RunConfig, beside_tables: Callable[[RunConfig, Mesh], int] | Non
     if trainer is not None:
         trainer.run_directory.draw_curves()  # last, because no other rank waits any more
     return EXIT_DONE
+
+
+def train_here(config: RunConfig, mesh: Mesh, beside_tables: Callable[[RunConfig, Mesh], int]) -> Path:
+    """Train in the main thread of this process, alone in ``mesh``, to the end or, if interrupted, to a last checkpoint.
+    Returns the directory of the run. Raises UserError."""
+    check_packages()
+    from hstu.observe.logging import quiet_libraries, tear_down_logging
+    from hstu.train.builder import build_trainer
+
+    quiet_libraries()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        trainer = build_trainer(config, mesh, beside_tables)
+        with closing(trainer.checkpoints):
+            trainer.train()
+        trainer.run_directory.draw_curves()
+        return trainer.run_directory.path
+    finally:
+        tear_down_logging()
+        signal.signal(signal.SIGTERM, handler)
+
+
+def start_mesh(config: RunConfig) -> Mesh:
+    """Join the world and set up the process as ``config`` says."""
+    from hstu.parallel import mesh as meshes
+
+    return meshes.start(
+        tensor_parallel_size=config.tensor_parallel.tensor_model_parallel_size,
+        context_parallel_size=config.context_parallel.context_parallel_size,
+        timeout_s=config.trainer.collective_timeout_s,
+        seed=config.trainer.seed,
+        deterministic=config.trainer.deterministic,
+        allow_tf32=config.precision.allow_tf32,
+        must_agree=run_facts(config),
+    )
 
 
 def run_facts(config: RunConfig) -> dict[str, str]:

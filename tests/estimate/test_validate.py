@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from hstu import entry
 from hstu.base.errors import ConfigError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
@@ -19,7 +18,7 @@ from hstu.config.gin_io import read_and_check
 from hstu.config.run_config import RunDraft
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate import validate
-from hstu.estimate.estimate import beside_tables
+from hstu.estimate.estimate import beside_tables, beside_tables_of_run
 from hstu.estimate.validate import Built, what_the_file_names_fits
 from hstu.estimate.workload import plan_workload
 from hstu.parallel import tables
@@ -249,7 +248,7 @@ def planned_beside(mesh: Mesh, store: str, output: str) -> tuple[int, int]:
         return on_a_cpu(device, ranks_on_host, beside_tables)
 
     tables.room_of_rank = as_on_a_gpu
-    build_trainer(config, mesh, entry.beside_tables).run_directory.close()
+    build_trainer(config, mesh, beside_tables_of_run).run_directory.close()
     return found[0], beside_tables(plan_workload(config, 1, 1, "cpu"))
 
 

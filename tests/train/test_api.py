@@ -1,9 +1,13 @@
 """The Python interface: what a notebook does with a trained run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
@@ -17,6 +21,8 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.train.builder import build_model
 from hstu.train.inference import InferenceSource
+from tests.conftest import REPOSITORY
+from tests.data.preprocess.test_restart import arrays
 from tests.train.tiny import ACTIONS, ITEMS, FinishedRun, run, tables_with_dynamic, tiny_config, walks
 
 SAVES = {"ckpt_save_interval": 1000}
@@ -39,6 +45,61 @@ def trained(finished: FinishedRun, mesh: Mesh) -> TrainedModel:
 def ranking(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     trainer = {"eval_at_end": True, **SAVES}
     return run(tiny_config("ranking", store, tmp_path_factory.mktemp("ranking"), trainer=trainer), mesh)
+
+
+def test_a_run_trained_from_text_or_a_mapping_is_that_of_the_trainer(
+    finished: FinishedRun, trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"TrainerArgs.output_dir": "run", "TrainerArgs.ckpt_save_dir": "saved"}
+    text = trained.config.operative_gin()
+    again = api.train(text, places)
+    assert again.checkpoint.parent == Path("saved") and Path("run/summary.json").exists()
+    assert again.evaluate("test") == trained.evaluate("test") == api.load("run").evaluate("test")
+    for name, table in trained.tables().items():
+        assert torch.equal(again.tables()[name].rows, table.rows)
+    with pytest.raises(ConfigError, match=r"api\.train loads what the run saves"):
+        api.train(text, {**places, "TrainerArgs.ckpt_save_interval": -1})
+    with pytest.raises(ConfigError, match=r"NetworkArgs\.num_layers is required") as problem:
+        api.train({"RankingArgs.prediction_head_arch": [1]})
+    assert problem.value._render_traceback_() == [f"ConfigError: {problem.value}"]  # what a notebook shows
+
+
+def test_frames_give_the_store_of_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [(f"u{user}", 1000 + item) for user, row in enumerate(walks()["items"]) for item in row]
+    frame = pd.DataFrame(rows, columns=["who", "what"]).assign(at=lambda rows: 1_717_000_000 + rows.index)
+    users = pd.DataFrame({"who": [f"u{user}" for user in range(20)], "town": ["Ulm", None] * 10})
+    given: dict[str, Any] = {"user": "who", "item": "what", "time": "at", "context_columns": ["who", "town"]}
+    frame.to_csv("events.csv", index=False)
+    users.to_csv("users.csv", index=False)
+    expected = arrays(api.dataset("events.csv", output="data/files", context="users.csv", **given))
+    dates = frame.assign(at=pd.to_datetime(frame["at"], unit="s"), what=frame["what"].astype(object))
+    for name, tables in (("dates", dates), ("parts", [frame[:50], frame[50:]]), ("arrow", pa.Table.from_pandas(frame))):
+        assert arrays(api.dataset(tables, output=f"data/{name}", context=users, **given)) == expected
+    api.dataset(frame[:50], output="data/parts", context=users, **given, force=True)
+    grown = api.dataset(frame[50:], output="data/parts", context=users, **given, append=True)
+    assert arrays(grown)["offsets.npy"] == expected["offsets.npy"]
+    bad = {
+        "data/parts exists and does not fit this command": frame,
+        r"interactions-\w{12}.parquet, row 1: 'who' is empty": frame.assign(who=frame["who"].where(frame.index > 0)),
+        r"the column is DOUBLE \(pandas makes integers with gaps decimal": frame.assign(what=1.5),
+        "several columns named 'what'": pd.concat([frame, frame[["what"]]], axis=1),
+    }
+    for message, table in bad.items():
+        with pytest.raises(DataError, match=message):
+            api.dataset(table, output="data/parts" if table is frame else "data/bad", context=users, **given)
+
+
+def test_the_notebook_runs_and_beats_what_is_popular(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((REPOSITORY / "docs" / "tutorials" / "notebook.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, Any] = {}
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
+        exec("".join(cell["source"]), names)
+        assert [output["output_type"] for output in cell["outputs"]] in (["stream"], ["execute_result"])
+    assert names["scores"]["HR@10"] > 0.8 > 0.2 > names["popular_scores"]["HR@10"]
 
 
 def test_histories_have_the_ids_and_values_of_the_raw_data(store: SequenceStore) -> None:

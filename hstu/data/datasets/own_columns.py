@@ -157,10 +157,9 @@ class InteractionColumns:
     def of(cls, options: Mapping[str, Any]) -> InteractionColumns:
         """The tables of these options. Sequences and RecBole's files need no ``user`` and ``item``."""
         given = {name: value for name, value in options.items() if value or name == "interactions"}
-        first: Path = given["interactions"][0]
         if given.get("sequences"):
             given = {"user": "user", "item": "item", **given}
-        elif ".inter" in first.suffixes and not given.keys() >= {"user", "item"}:
+        elif ".inter" in (first := Path(given["interactions"][0])).suffixes and not given.keys() >= {"user", "item"}:
             given = options_of(first, given)
         if not given.keys() >= {"user", "item"}:
             raise ConfigError("--interactions needs --user and --item, the columns of the users and of the items")

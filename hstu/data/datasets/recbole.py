@@ -13,8 +13,6 @@ from typing import Any
 from hstu.base.errors import DataError
 from hstu.data.datasets.raw import probable_delimiter, typed_header
 
-_log = logging.getLogger(__name__)
-
 
 def options_of(inter: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of InteractionColumns for ``inter`` and the files beside it. ``given``: options, which win. Raises
@@ -57,5 +55,5 @@ def options_of(inter: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         found = tables | {"numbers": numbers, "vectors": vectors, "lists": lists} | found
         left_out += [name for name in types if name in used and name != found["item"]]
     if left_out:
-        _log.info("%s: not read are %s", inter, ", ".join(left_out))
+        logging.getLogger(__name__).info("%s: not read are %s", inter, ", ".join(left_out))
     return found

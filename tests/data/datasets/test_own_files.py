@@ -134,7 +134,6 @@ def test_the_headers_of_recbole_say_what_options_would(tmp_path: Path, caplog: p
     assert histories(store) == {7: ["A:b", "B"], 8: ["B"]} and store.sequence("label").tolist() == [3, 4, 4]
     titles = store.titles()
     assert titles is not None and titles.tolist() == ['"A" b', "B"]
-    assert store.raw_ids("tags").tolist() == ["unknown", "x", "y"]
 
 
 def test_headers_that_do_not_say_enough_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,11 +104,11 @@ def option(
 
     changes: see ``Changes``. needs: conditions for an effect. excludes: options that must not be given together with
     this one → the reason, or "". choices: allowed values, in any letter case. above, below: exclusive limits.
-    words: strings allowed instead of a number. capitals: metric names, upper-cased up to a "/" ("hr@10" → "HR@10").
-    pattern: regular expression that a string must match in full. examples: matches of it, for messages.
-    not_empty: forbid an empty string or list, and empty strings in a list. aliases: other name of the field in gin
-    files → field of the class whose value is added to a value given by that name. refused: beginning of a value that
-    other trainers have and this one has decided against, in small letters → what to use instead.
+    words: strings allowed instead of a number; with pattern, examples of them. capitals: metric names, upper-cased up
+    to a "/" ("hr@10" → "HR@10"). pattern: regular expression that a string must match in full. examples: matches of
+    it, for messages. not_empty: forbid an empty string or list, and empty strings in a list. aliases: other name of the
+    field in gin files → field of the class whose value is added to a value given by that name. refused: beginning of a
+    value that this trainer has decided against, in small letters → what to use instead.
     """
     metadata = {name: value for name, value in locals().items() if name != "default"}
     metadata["needs"] = (needs,) if isinstance(needs, Need) else tuple(needs)
@@ -303,10 +303,10 @@ def _within_limits(field: Field[Any], element: Any) -> bool:
     if element is None:  # its type has been checked
         return True
     if limits["words"] and isinstance(element, str):
-        return element in limits["words"]
+        return element in limits["words"] or bool(limits["pattern"] and re.fullmatch(limits["pattern"], element))
     return (
         (limits["choices"] is None or element in limits["choices"])
-        and (limits["pattern"] is None or re.fullmatch(limits["pattern"], element) is not None)
+        and (limits["pattern"] is None or limits["words"] or re.fullmatch(limits["pattern"], element) is not None)
         and all(limits[name] is None or holds(element, limits[name]) for name, (_, holds) in _BOUNDS.items())
     )
 
@@ -318,7 +318,9 @@ def _guess(field: Field[Any], element: Any) -> str:
         if re.sub("[_-]", "", element.lower()).startswith(name):
             return f"; it was judged not worth its code: {instead}"
     if field.metadata["words"]:
-        return _quoted_hint(element) or did_you_mean(element, field.metadata["words"])
+        number = re.match(r"[\d.]*", element)[0]  # type: ignore[index]  # it matches any string
+        words = [re.sub(r"^\d+", number, word) for word in field.metadata["words"]]
+        return _quoted_hint(element) or did_you_mean(element, words)
     if field.metadata["choices"] is None:
         element = re.sub(r"\d+", "K", element)  # so that HR10 is closest to the example HR@K
     return did_you_mean(element, field.metadata["choices"] or field.metadata["examples"])

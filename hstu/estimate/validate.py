@@ -254,7 +254,7 @@ def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> None:
         one += spec.rows * bytes_per_row(spec.dim, TableTraining.of(spec, args).optimizer)
     free = shutil.disk_usage(_existing_ancestor(built.save_dir)).free
     saved, kept = 1, trainer.ckpt_keep_last
-    if trainer.ckpt_save_interval is not None and trainer.max_train_iters is not None:
+    if isinstance(trainer.ckpt_save_interval, int) and trainer.max_train_iters is not None:
         saved = -(-trainer.max_train_iters // trainer.ckpt_save_interval)
     kept = saved if kept is None else min(saved, kept + 1)  # plus the best one, or the one being written
     if one > free:

@@ -154,7 +154,8 @@ def describe_saving(args: TrainerArgs, directory: Path) -> str:
     """Describe what the run saves, and where."""
     if not args.saves_checkpoints:
         return f"none, because TrainerArgs.ckpt_save_interval = {args.ckpt_save_interval}"
-    saved = [f"every {args.ckpt_save_interval} iterations"] if args.ckpt_save_interval is not None else []
+    unit = "" if isinstance(args.ckpt_save_interval, str) else " iterations"
+    saved = [f"every {args.ckpt_save_interval}{unit}"] if args.ckpt_save_interval is not None else []
     saved += ["the last state"] if args.save_at_end else []
     saved += [f"the best {args.best_metric}"] if args.best_metric is not None else []
     return f"{', '.join(saved) or 'only when SIGTERM ends the run'}, in {directory}"

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -42,6 +43,7 @@ from hstu.pipeline.pipelines import TrainPipeline
 from hstu.train.batch_source import BatchSource
 from hstu.train.evaluate import Evaluator
 from hstu.train.history import MetricsHistory, RunningLoss, Selection
+from hstu.train.intervals import Intervals
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +94,14 @@ class Trainer:
         """Whether the weights are no longer those of ``state.iteration``, and must not be saved."""
         self._stop = StopSignal(self.mesh, self.pipeline.step.check)
         self.evaluator.between_batches = self._stop.raise_if_received
+        intervals = {
+            "log": args.log_interval,
+            "evaluation": args.eval_interval if self.source.eval_splits else None,
+            "checkpoint": args.ckpt_save_interval if args.saves_checkpoints else None,
+        }
+        self._intervals = Intervals(intervals, self.pipeline.step.check, self.mesh.is_main)
+        if self._intervals.has_state:
+            self.state.carried["intervals"] = self._intervals
 
     def train(self) -> None:
         """Train to the last iteration, early stopping or a stop signal; the summary gives the reason."""
@@ -132,6 +142,7 @@ class Trainer:
     def _restore(self) -> None:
         with self.mesh.heartbeat.during("restoring a checkpoint"):
             self.checkpoints.restore(self.state)
+        self._intervals.resume(self.state.iteration)
         self._follow_samples()
         self._check_length()
         self._selection.follow(self._history)
@@ -194,12 +205,18 @@ class Trainer:
         own = self.config.table_schedule
         of_tables = None if own is None else self._lr_multiplier(own)
         self.state.optimizers.set_lr_multiplier(self._lr_multiplier(self.config.schedule), of_tables)
+        self._intervals.before_step()
         result = self.pipeline.progress(batches)
+        before = self._epochs_of(self.state.position)
         self.state.iteration += 1
         self.state.position = result.batch.position or SamplerPosition()  # hand-made batches have no position
+        self._intervals.after_step(self.state.iteration, before, self._epochs_of(self.state.position))
         self._running_loss.add(result.losses)
         tokens, flops = self.flop_counter.count(result.batch)
         self.meter.add(samples=result.batch.real_batch_size, tokens=tokens, flops=flops)
+
+    def _epochs_of(self, position: SamplerPosition) -> Fraction:
+        return position.epoch + Fraction(position.consumed, max(1, len(self.source.train_lengths.items)))
 
     def _lr_multiplier(self, schedule: LRScheduleArgs) -> float:
         """Multiplier of a schedule for the next step, which counts as the phase and the size of batches say."""
@@ -218,9 +235,10 @@ class Trainer:
         """Log, evaluate, save and collect garbage at their intervals."""
         iteration, args = self.state.iteration, self.args
         last = iteration == self.total_iters
-        if iteration % args.log_interval == 0 or last:
+        due = self._intervals.due
+        if "log" in due or last:
             self._log(bar)
-        if self._is_due(iteration) and not (last and args.eval_at_end):
+        if "evaluation" in due and not (last and args.eval_at_end):
             self.evaluate(self.source.eval_splits)
         if self._selection.is_exhausted and not last:
             last = True
@@ -229,8 +247,7 @@ class Trainer:
             )
             if self._running_loss.steps:
                 self._log(bar)
-        interval = args.ckpt_save_interval if args.saves_checkpoints else None
-        if (interval is not None and iteration % interval == 0) or (last and args.save_at_end):
+        if "checkpoint" in due or (last and args.save_at_end):
             self._save()
         if args.gc_interval and iteration % args.gc_interval == 0:
             gc.collect()
@@ -273,9 +290,10 @@ class Trainer:
     def _eta_s(self, step_s: float) -> float:
         """Seconds to the end: the steps, and the evaluations if each takes as long as the last one."""
         args, iteration, total, evaluations = self.args, self.state.iteration, self.total_iters, 0
-        if args.eval_interval > 0:
-            due = (total - args.eval_at_end) // args.eval_interval - (iteration - 1) // args.eval_interval
-            evaluations = due * len(self.source.eval_splits)
+        every = self._intervals.iterations("evaluation", self.source.batches_per_epoch, step_s)
+        if every is not None:
+            due = (total - args.eval_at_end) // every - (iteration - 1) // every
+            evaluations = int(due) * len(self.source.eval_splits)
         if args.eval_at_end:
             evaluations += len(self.source.final_splits)
         return (total - iteration) * step_s + evaluations * self._evaluation_s
@@ -319,12 +337,8 @@ class Trainer:
     def _missed_evaluation(self) -> bool:
         """Whether the run that saved the checkpoint would have evaluated next."""
         iteration = self.state.iteration
-        is_due = self.phase.first_iteration < iteration < self.total_iters and self._is_due(iteration)
+        is_due = self.phase.first_iteration < iteration < self.total_iters and "evaluation" in self._intervals.due
         return is_due and not self._history.has(self.source.eval_splits[0], iteration)
-
-    def _is_due(self, iteration: int) -> bool:
-        every = self.args.eval_interval
-        return every > 0 and iteration % every == 0 and bool(self.source.eval_splits)
 
     def _keep_best(self) -> None:
         if self.args.saves_checkpoints:

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.pipelines import SequentialPipeline
+from hstu.train import intervals
 from hstu.train.trainer import Trainer
 from tests.train.tiny import Train, build, run, tiny_config
 
@@ -245,6 +247,35 @@ def test_evaluations_use_the_average_of_the_weights(train: Train) -> None:
     assert averaged.losses == plain.losses != still.losses
     lost = [finished.metrics["LOGLOSS"] for finished in (plain, averaged, still)]
     assert lost[0] < lost[1] < 0.9 * lost[2], "the average follows the weights at a distance"
+
+
+def test_intervals_of_epochs_and_minutes_go_on_where_a_run_stopped(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock goes on by 24 seconds whenever it is read, which each step does once."""
+    readings = itertools.count(0.0, 24.0)
+    monkeypatch.setattr(intervals, "time", SimpleNamespace(monotonic=lambda: next(readings)))
+    options: dict[str, Any] = {"log_interval": "1 min", "eval_interval": ".5epoch", "ckpt_save_interval": "1.5 epoch"}
+    options |= {"max_train_iters": 13, "train_batch_size": 4, "save_at_end": False}
+    whole = train("ranking", output="whole", trainer=options)
+    samples = len(whole.trainer.source.train_lengths.items)
+    assert samples % 4, "positions, not iterations, count"
+    ends = [min(end, samples) for end in range(4, samples + 4, 4)]
+    done = [0, *(epoch * samples + end for epoch in range(9) for end in ends)]
+    halves = [at for at in range(1, 14) if 2 * done[at] // samples > 2 * done[at - 1] // samples]
+    logged = [record["iter"] for record in whole.records if record["kind"] == "train"]
+    assert logged == [3, 5, 8, 10, 13]
+    assert [at for at, _ in whole.evaluations] == halves and len(halves) > 4
+    assert whole.saved == [f"iteration_{at:08d}" for at in halves[2::3]]
+
+    cut = halves[2] + 1
+    train("ranking", output="cut", trainer=options | {"max_train_iters": cut})
+    again = train("ranking", output="cut", trainer=options | {"ckpt_load_dir": "auto"})
+    straight, resumed = ([(r["kind"], r["iter"]) for r in each.records if r["iter"] > cut] for each in (whole, again))
+    assert resumed == straight
+    assert again.saved == whole.saved
+    plain = train("ranking", trainer={"ckpt_save_interval": 2})
+    assert "intervals" not in plain.trainer.state.carried, "checkpoints of other runs have what they had"
 
 
 # --- going on ------------------------------------------------------------------------------------------------------

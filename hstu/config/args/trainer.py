@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Optional
+import re
+from fractions import Fraction
+from typing import Any, Optional
 
 from hstu.config.option import STORED_DATA, Args, having, not_having, option
 
@@ -13,6 +15,17 @@ OF_ANOTHER_RUN = (
 )
 NEVER = 999_999_999
 """Intervals from here on mean never, as in files of other trainers."""
+_INTERVAL = r"(?=.*[1-9])(\d+(?:\.\d+)?|\.\d+) ?(epoch|min)"
+
+
+def _interval(default: int | None, **limits: Any) -> Any:
+    return option(default, changes="reports", words=("1 epoch", "30 min"), pattern=_INTERVAL, **limits)
+
+
+def split_interval(value: int | str) -> tuple[Fraction, str]:
+    """Return number and unit of an interval: "iteration", "epoch" or "min"."""
+    found = re.fullmatch(_INTERVAL, value) if isinstance(value, str) else None
+    return (Fraction(found[1]), found[2]) if found else (Fraction(value), "iteration")
 
 
 class TrainerArgs(Args):
@@ -23,10 +36,11 @@ class TrainerArgs(Args):
     tokens train on this number times the size of their group."""
     eval_batch_size: int = option(changes="speed", minimum=1, maximum=10_000_000)
     """Sequences per rank in an evaluation step."""
-    eval_interval: int = option(100, changes="reports", minimum=0)
-    """Iterations (optimizer steps) between two evaluations. 0: never during training, see eval_at_end."""
-    log_interval: int = option(100, changes="reports", minimum=1)
-    """Iterations between two log lines."""
+    eval_interval: int | str = _interval(100, minimum=0)
+    """Iterations (optimizer steps) between two evaluations; or passes over the data, such as "0.5 epoch"; or minutes of
+    the run, such as "30 min", which a resumed run goes on counting. 0: never during training, see eval_at_end."""
+    log_interval: int | str = _interval(100, minimum=1)
+    """Iterations, epochs or minutes between two log lines."""
     max_train_iters: Optional[int] = option(None, changes="training", minimum=1)
     """Iterations to train. None: one pass over the data. A number above one pass continues with reshuffled epochs."""
     num_train_epochs: Optional[float] = option(None, changes="training", above=0, excludes={"max_train_iters": ""})
@@ -41,9 +55,9 @@ class TrainerArgs(Args):
     """First profiled iteration."""
     profile_step_end: int = option(200, changes="reports", minimum=1, needs=having("profile", True))
     """First iteration after the profiled ones."""
-    ckpt_save_interval: Optional[int] = option(None, changes="reports", minimum=-1)
-    """Iterations between two checkpoints. The last state (save_at_end) and the best one (best_metric) are saved as
-    well. None: only these. -1, or from 999999999 on: save none."""
+    ckpt_save_interval: Optional[int | str] = _interval(None, minimum=-1)
+    """Iterations, epochs or minutes between two checkpoints. The last state (save_at_end) and the best one
+    (best_metric) are saved as well. None: only these. -1, or from 999999999 on: save none."""
     ckpt_save_dir: Optional[str] = option(None, changes="reports", not_empty=True)
     """Directory of the checkpoints, one subdirectory per saved iteration. Two runs must not share it. None:
     ./checkpoints/<name of the run's directory>. With ckpt_load_dir = "auto" and no output_dir, it is ./checkpoints/<gin
@@ -162,7 +176,8 @@ class TrainerArgs(Args):
     @property
     def saves_checkpoints(self) -> bool:
         """Whether the run saves checkpoints."""
-        return self.ckpt_save_interval is None or 0 <= self.ckpt_save_interval < NEVER
+        every = self.ckpt_save_interval
+        return every is None or isinstance(every, str) or 0 <= every < NEVER
 
     @property
     def sequences_per_iteration(self) -> int:

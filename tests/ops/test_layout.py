@@ -49,15 +49,11 @@ def test_only_the_last_token_of_a_sequence_asks_at_the_time_of_the_request(batch
 
 
 @given(batches())
-def test_queries_may_all_have_the_times_of_their_own_tokens(batch: Batch) -> None:
-    assert torch.equal(*times_of(batch.layout(asks_for_next=False)))
-
-
-@given(batches())
-def test_each_sequence_may_have_the_times_of_its_own_tokens(batch: Batch) -> None:
+def test_queries_may_have_the_times_of_their_own_tokens(batch: Batch) -> None:
     asks, layout = torch.arange(len(batch.users)) % 2 == 0, batch.layout()
     (own, following), (_, found) = times_of(layout), times_of(batch.layout(asks_for_next=asks))
     assert torch.equal(found, torch.where(asks.repeat_interleave(torch.from_numpy(layout.seqlens)), following, own))
+    assert torch.equal(*times_of(batch.layout(asks_for_next=False)))
 
 
 def parts_of(num_tokens: int) -> list[range]:

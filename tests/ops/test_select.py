@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,12 +176,29 @@ def test_where_strict_a_cpu_is_an_error(requested: str) -> None:
         select_kernels(requested, strict=True, device=CPU, shapes=SHAPES)
 
 
-def test_shapes_that_the_cpp_kernels_cannot_serve_are_named() -> None:
-    kernels = resolve_kernels(Backend.CPU, KernelShapes(512, 1, 64, 64, torch.bfloat16))
+@pytest.mark.parametrize(
+    ("backend", "shapes", "attention"),
+    [
+        (Backend.CPU, {"head_dim": 512}, "pytorch (cpu: heads of 512 > 256 channels)"),
+        (Backend.TRITON, {"head_dim": 512}, "pytorch (triton: heads of 512 > 256 channels)"),
+        (Backend.CUTLASS, {"head_dim": 256}, "cutlass"),
+        (Backend.CUTLASS, {"head_dim": 128, "has_bias": True}, "cutlass"),
+        (
+            Backend.CUTLASS,
+            {"head_dim": 256, "has_bias": True},
+            "triton (cutlass: heads of 256 channels with a relative bias, not 32, 64, 128)",
+        ),
+        (Backend.CUTLASS, {"head_dim": 50}, "triton (cutlass: heads of 50 channels, not 32, 64, 128, 256)"),
+        (Backend.CUTLASS, {"has_window": True}, "triton (cutlass: NetworkArgs.max_attention_span)"),
+    ],
+)
+def test_shapes_that_a_backend_cannot_serve_are_named(backend: Backend, shapes: dict[str, Any], attention: str) -> None:
+    kernels = resolve_kernels(backend, replace(BFLOAT16, **shapes))
     served = said(kernels)
-    assert served["attention"] == "pytorch (cpu: heads of 512 > 256 channels)"
-    assert {served[name] for name in ("norm_mul_dropout", "sampled_softmax_loss", "pool_softmax_loss")} == {"cpu"}
-    assert kernels.attention is REFERENCE_KERNELS.attention
+    assert served["attention"] == attention
+    assert (kernels.attention is REFERENCE_KERNELS.attention) == attention.startswith("pytorch")
+    other = "triton (cutlass: no kernel)" if backend is Backend.CUTLASS else str(backend)
+    assert {served[name] for name in ("norm_mul_dropout", "sampled_softmax_loss", "pool_softmax_loss")} == {other}
     assert kernels.norm_mul_dropout is not REFERENCE_KERNELS.norm_mul_dropout
 
 

@@ -72,13 +72,6 @@ def test_every_operator_with_a_kernel_has_a_check(backend: Backend) -> None:
     assert set(of_backend) == {name for name in OPERATORS if served[name].backend is backend}
 
 
-def test_the_log_names_what_triton_serves() -> None:
-    served = resolve_kernels(Backend.TRITON, KernelShapes(512, 1, 64, 64, torch.bfloat16)).served_by
-    assert str(served["attention"]) == "pytorch (triton: heads of 512 > 256 channels)"
-    assert str(served["norm_mul_dropout"]) == "triton"
-    assert str(served["l2_normalize"]) == "pytorch (triton: no kernel)"
-
-
 ON_CUTLASS = KernelShapes(64, 4, 64, 64, torch.bfloat16)
 
 
@@ -96,20 +89,3 @@ def test_all_kernels_pass_on_a_gpu(backend: str, head_dim: int, has_bias: bool) 
     errors = {name: error for check in checks(backend, GPU, shapes) for name, error in check.measure().items()}
     assert len(errors) >= 3 * 3
     assert all(error <= tolerance for error, tolerance in errors.values()), errors
-
-
-def test_the_log_names_what_cutlass_serves() -> None:
-    def served(head_dim: int, *, has_bias: bool, has_window: bool = False) -> list[str]:
-        shapes = replace(ON_CUTLASS, head_dim=head_dim, has_bias=has_bias, has_window=has_window)
-        served_by = resolve_kernels(Backend.CUTLASS, shapes).served_by
-        return [str(served_by[operator]) for operator in ("attention", "add_layer_norm")]
-
-    others = "triton (cutlass: no kernel)"
-    assert served(256, has_bias=False) == ["cutlass", others]
-    assert served(128, has_bias=True) == ["cutlass", others]
-    bias = "triton (cutlass: heads of 256 channels with a relative bias, not 32, 64, 128)"
-    assert served(256, has_bias=True) == [bias, others]
-    width = "triton (cutlass: heads of 50 channels, not 32, 64, 128, 256)"
-    assert served(50, has_bias=False) == [width, others]
-    window = "triton (cutlass: NetworkArgs.max_attention_span)"
-    assert served(64, has_bias=False, has_window=True) == [window, others]

@@ -290,7 +290,7 @@ def report(settings: Sequence[Setting], failed: Mapping[str, str], by: tuple[str
     shown = {f"valid {metric}": f"validation.{metric}", **{f"test {name}": f"metrics.{name}" for name in names}}
     others = {"95 % of users": f"half_widths.{metric}", "epoch": "epoch", "minutes": "seconds"}
     frame = pd.json_normalize(done).reindex(columns=["setting", *shown.values(), *others.values()])
-    grouped = frame.groupby("setting")
+    grouped = frame.set_index("setting").astype(float).groupby(level=0)  # undefined metrics are None
     mean, error, count = grouped.mean(), grouped.sem(), grouped.size()
     value = mean[f"validation.{metric}"] * (-1 if mode == "max" else 1)
     ranked = sorted(settings, key=lambda each: (-count.get(each.name, 0), value.get(each.name, 0.0)))

@@ -112,8 +112,9 @@ class Trial:
         if (result := self.result()) is None:
             return None
         metric = str(self.config.trainer.best_metric)
-        valid, test = ((result[part] or {}).get(metric, math.nan) for part in ("validation", "metrics"))
-        return f"{metric} valid {number(valid)} at iteration {result['iteration']}, test {number(test)}"
+        found = ((result[part] or {}).get(metric) for part in ("validation", "metrics"))
+        valid, test = ("undefined" if value is None else number(value) for value in found)
+        return f"{metric} valid {valid} at iteration {result['iteration']}, test {test}"
 
     @property
     def _summary(self) -> dict[str, Any] | None:

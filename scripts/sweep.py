@@ -91,7 +91,7 @@ class Runner:
                     minutes, more = (time.monotonic() - begun) / 60, len(left) - done
                     rest = f", about {minutes / done * more:.1f} min left" if more else ""
                     shown = f"failed: {reason}" if reason else job.outcome()
-                    print(f"[{len(jobs) - more}/{len(jobs)}] {job}: {shown} ({minutes:.1f} min{rest})", flush=True)
+                    _say(f"[{len(jobs) - more}/{len(jobs)}] {job}: {shown} ({minutes:.1f} min{rest})")
             except BaseException:
                 self._is_stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -102,7 +102,7 @@ class Runner:
     def _do(self, job: Any) -> str | None:
         """Do a job. Returns why it has failed, or None."""
         environment, output = self._free.get(), job.folder / "output.txt"
-        print(f"{job}: started, see {output}", flush=True)
+        _say(f"{job}: started, see {output}")
         try:
             for command in job.commands():
                 self._run(command, output, environment)
@@ -122,6 +122,10 @@ class Runner:
         self._children.discard(child)
         if code:
             raise UserError(f"exit code {code}")
+
+
+def _say(line: str) -> None:
+    print(f"{line}\n", end="", flush=True)  # in one piece, because other threads print, too
 
 
 def environments(jobs: int, ranks: int, threads: int) -> list[dict[str, str]]:

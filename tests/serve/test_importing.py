@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, randn
+from torch import Tensor
 
 from hstu.base.errors import UserError
 from hstu.data.batches.batch import HSTUBatch
@@ -23,7 +23,9 @@ from tests.train.test_untrusted_checkpoints import Attack
 from tests.train.tiny import ACTIONS, ITEMS, tables_of, tables_with_dynamic, tiny_config
 
 D, H, C, MOST, RAW = 16, 2, 8, 11, 1000  # RAW: raw id of the first item
-RESEARCH = {**BIAS, **PUBLISHED, "attention_scale": 1.0, "norm_epsilon": 1e-6, "scaling_seqlen": MOST}
+RESEARCH = BIAS | PUBLISHED | {"attention_scale": 1.0, "norm_epsilon": 1e-6, "scaling_seqlen": MOST}
+RESEARCH |= {"num_position_buckets": 9}
+ALONE: Any = {"task": "retrieval", "dataset": {"action_feature_name": "", "contextual_feature_names": []}}
 SIZES = {"uvqk": (D, H, 4, C), "o": (D, H * C), "o.b": (D,)}
 LEARNED = {"uvqk.b": (H, 4, C), "in.w": (D,), "in.b": (D,), "out.w": (H * C,), "out.b": (H * C,)}
 
@@ -35,6 +37,10 @@ def layer(x: Tensor, w: Mapping[str, Tensor], n: int, alpha: float, eps: float, 
     attended = torch.einsum("hij,jhc->ihc", scores, v).flatten(1)
     gated = F.layer_norm(attended, (H * C,), w.get("out.w"), w.get("out.b"), eps) * u.flatten(1)
     return x + gated @ w["o"].T + w["o.b"]
+
+
+def randn(*size: Any) -> Tensor:
+    return torch.randn(*size) * 0.3
 
 
 def rows(batch: HSTUBatch, feature: str) -> tuple[Tensor, ...]:
@@ -112,7 +118,8 @@ def nvidia_directory(path: Path, letters: str = "uvqk") -> Callable[[HSTUBatch],
 
 @pytest.mark.parametrize("source", ["meta-research", "nvidia", "nvidia, dynamic table"])
 def test_an_imported_model_computes_the_same(store: SequenceStore, mesh: Mesh, tmp_path: Path, source: str) -> None:
-    path, options, layouts = tmp_path / "source", research_options(), {}
+    torch.manual_seed(0)
+    path, options, layouts = tmp_path / "source", {**ALONE, "network": RESEARCH}, {}
     if source == "meta-research":
         expected = research_file(path)
     else:
@@ -138,11 +145,6 @@ def test_an_imported_model_computes_the_same(store: SequenceStore, mesh: Mesh, t
     assert not loaded.report and len(lines) == (22 if is_ranking else 14)
 
 
-def research_options(**network: Any) -> Any:
-    alone = {"action_feature_name": "", "contextual_feature_names": []}
-    return {"task": "retrieval", "dataset": alone, "network": RESEARCH | {"num_position_buckets": 9} | network}
-
-
 def test_what_cannot_be_imported_is_refused_by_name(store: SequenceStore, tmp_path: Path) -> None:
     research_file(tmp_path / "a.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:-999])
@@ -154,7 +156,7 @@ def test_what_cannot_be_imported_is_refused_by_name(store: SequenceStore, tmp_pa
         ("(?s)do not fit.*uvqk.* → .*layers.1.uvqk.weight.*nothing fills", "a.pt", {"kv_channels": 4}),
         ("(?s)_o.bias .16. → .*no such weight", "a.pt", {"output_bias": False}),
     ):
-        config = tiny_config(store=store, output=tmp_path, **research_options(**network))
+        config = tiny_config(store=store, output=tmp_path, **ALONE, network=RESEARCH | network)
         for source, text in (("meta-research", error), ("meta-dlrm", "states no name and no layout")):
             with pytest.raises(UserError, match=text):
                 import_checkpoint(source, tmp_path / name, config, tmp_path / "imported", {}, {}, False)

@@ -57,7 +57,8 @@ class DenseOptimizer:
         """Peak learning rate of parameters that no PartOptimizerArgs has another one for."""
         parts = [part for part in module.modules() if isinstance(part, ReplicatedTables)]
         tables = {id(weight) for part in parts for weight in part.parameters()}
-        trained = {name: weight for name, weight in self.parameters.items() if id(weight) not in tables}
+        self.trained = trained = {name: weight for name, weight in self.parameters.items() if id(weight) not in tables}
+        """The parameters without the replicated tables."""
         self._shares = shares
         self._owned = trained if shares is None else shares.own
         """This rank's slice of each trained parameter."""

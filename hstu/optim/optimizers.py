@@ -15,7 +15,7 @@ from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.flat_weights import FlatWeights
 from hstu.parallel.fsdp import FsdpWeights, fully_sharded
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.shards import WeightShares, clip_grad_norm
+from hstu.parallel.shards import WeightShares, clip_grad_norm, gradient_norm
 from hstu.parallel.table_optimizer import TableOptimizer
 
 
@@ -53,6 +53,10 @@ class Optimizers:
         """Drop the gradients. Call it before a training step looks up rows."""
         self.dense.zero_grad()
         self.tables.zero_grad()
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the gradients of the dense weights, without tables; a scalar on the device. Collective."""
+        return gradient_norm(self.dense.trained.values(), self.tp_group)
 
     def clip_grad_norm(self, max_norm: float) -> Tensor:
         """Clip the global L2 norm of dense gradients; returns the norm before. Collective if weights are sharded."""

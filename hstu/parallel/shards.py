@@ -132,10 +132,18 @@ def global_view(shard: Tensor | ShardedView, dim: int, group: dist.ProcessGroup)
 
 
 def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group: dist.ProcessGroup | None) -> Tensor:
-    """Clip like torch.nn.utils.clip_grad_norm_, by the L2 norm over global parameters, each counted once.
+    """Clip like torch.nn.utils.clip_grad_norm_, by the norm that ``gradient_norm`` returns. Returns it, too."""
+    norm = gradient_norm(parameters, group)
+    gradients = [numbers_of(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
-    Gradients may be sparse, or DTensors on one mesh. ``group``: the tensor-parallel group or None. Returns the norm
-    before clipping as a scalar on the device, without waiting for it.
+
+def gradient_norm(parameters: Collection[nn.Parameter], group: dist.ProcessGroup | None) -> Tensor:
+    """L2 norm of the gradients of global parameters, each counted once, as a scalar on the device. Collective.
+
+    Gradients may be sparse, whose repeated rows are summed in place, or DTensors on one mesh. ``group``: the
+    tensor-parallel group or None. The host does not wait.
     """
     kinds: dict[tuple[bool, bool], list[Tensor]] = {}
     """(is split over tensor-parallel ranks, is split over data-parallel ranks) → local gradient values."""
@@ -159,9 +167,7 @@ def clip_grad_norm(parameters: Collection[nn.Parameter], max_norm: float, group:
             if parts:
                 dist.all_reduce(square, group=ranks)
         squares.append(square)
-    norm = torch.stack(squares).sum().sqrt()
-    torch._foreach_mul_([one for kind in kinds.values() for one in kind], (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return torch.stack(squares).sum().sqrt()
 
 
 def numbers_of(gradient: Tensor) -> Tensor:

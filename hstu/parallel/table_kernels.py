@@ -1,4 +1,4 @@
-"""What TorchRec's sharded tables lack: exchanges of distinct ids, optimizers on the CPU, and clamped row gradients.
+"""What TorchRec's sharded tables lack: distinct ids, optimizers on the CPU, and measured or clamped gradients of rows.
 
 On the CPU, FBGEMM 1.6 to 1.8 has no fused Adam ("not supported in CPU mode"), and DenseTableBatchedEmbeddingBags of the
 DENSE compute kernel pools despite PoolingMode.NONE. tests/parallel/test_table_kernels.py fails when either is fixed.
@@ -6,8 +6,9 @@ DENSE compute kernel pools despite PoolingMode.NONE. tests/parallel/test_table_k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -102,19 +103,36 @@ class RowSparseEmbedding(BaseEmbedding):
         """Do nothing: there is no cache."""
 
 
-class ClampedFusedEmbedding(BatchedFusedEmbedding):
-    """TorchRec's fused kernel with the gradient of each row clamped to ±``max_gradient`` (in the group's fused_params).
+class FusedEmbedding(BatchedFusedEmbedding):
+    """TorchRec's fused kernel, which can measure and clamp the gradient of each row.
 
-    It clamps the sum over all lookups of the global batch; FBGEMM's gradient_clipping clamps each lookup separately.
+    Both are of the sum over all lookups of the global batch; FBGEMM's gradient_clipping clamps each lookup separately.
+    Elements are clamped to ±``max_gradient``, if the group's fused_params have it.
     """
+
+    measures = False
+    """Whether backward adds the squares of the gradients, before clamping, to ``square``."""
+    square: Tensor | float = 0.0
+    unmeasured: Collection[str] = ()
+    """Tables whose last row is not measured."""
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Look up rows: float32 [tokens, columns]."""
         rows: Tensor = super().forward(features)
-        if rows.requires_grad:
-            indices, limit = self._row_indices(features), self.config.fused_params["max_gradient"]
-            rows.register_hook(lambda gradients: clamp_row_sums(gradients, indices, limit))
+        limit = (self.config.fused_params or {}).get("max_gradient")
+        if rows.requires_grad and (self.measures or limit is not None):
+            rows.register_hook(partial(self._sum_gradients, self._row_indices(features), limit))
         return rows
+
+    def _sum_gradients(self, rows: Tensor, limit: float | None, gradients: Tensor) -> Tensor:
+        sums = sum_rows(gradients, rows)
+        if self.measures:
+            squares, tables = sums.square().sum(1), self.config.embedding_tables
+            for table, end in zip(tables, accumulate(table.local_rows for table in tables), strict=True):
+                if table.name in self.unmeasured:
+                    squares = squares.masked_fill(rows == end - 1, 0.0)
+            self.square = self.square + squares.sum()
+        return gradients if limit is None else sums.clamp_(-limit, limit)
 
     def _row_indices(self, features: KeyedJaggedTensor) -> Tensor:
         """Return the row of each token, int64 [tokens], numbered through all tables of the group."""
@@ -126,8 +144,8 @@ class ClampedFusedEmbedding(BatchedFusedEmbedding):
         return torch.cat(rows)
 
 
-def clamp_row_sums(gradients: Tensor, rows: Tensor, limit: float) -> Tensor:
-    """Move the clamped sum of each row's gradients [n, D] to the row's first occurrence; zero all others.
+def sum_rows(gradients: Tensor, rows: Tensor) -> Tensor:
+    """Move the sum of each row's gradients [n, D] to the row's first occurrence; zero all others.
 
     ``rows``: int64 [n]. Adds in the order of occurrence. The host does not wait for the device.
     """
@@ -143,11 +161,11 @@ def clamp_row_sums(gradients: Tensor, rows: Tensor, limit: float) -> Tensor:
         sums.index_add_(0, first, gradients)
     else:  # index_add_ uses atomics on GPUs; index_put_ sorts, which is deterministic
         sums.index_put_((first,), gradients, accumulate=True)
-    return sums.clamp_(-limit, limit)
+    return sums
 
 
 class RowSparseLookup(GroupedEmbeddingsLookup):
-    """TorchRec's lookup with the kernels above, for groups with the DENSE compute kernel or ``max_gradient``."""
+    """TorchRec's lookup with the kernels above."""
 
     def _create_embedding_kernel(
         self,
@@ -158,11 +176,9 @@ class RowSparseLookup(GroupedEmbeddingsLookup):
     ) -> BaseEmbedding:
         if config.compute_kernel is EmbeddingComputeKernel.DENSE:
             return RowSparseEmbedding(config, pg, device)
-        if "max_gradient" in (config.fused_params or {}):
-            caching = EmbeddingComputeKernel.FUSED_UVM_CACHING
-            self._need_prefetch |= any(table.compute_kernel is caching for table in config.embedding_tables)
-            return ClampedFusedEmbedding(config, pg, device)
-        return super()._create_embedding_kernel(config, pg, device, env)
+        caching = EmbeddingComputeKernel.FUSED_UVM_CACHING
+        self._need_prefetch |= any(table.compute_kernel is caching for table in config.embedding_tables)
+        return FusedEmbedding(config, pg, device)
 
 
 class DistinctIdsCollection(ShardedEmbeddingCollection):

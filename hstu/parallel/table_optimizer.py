@@ -6,11 +6,12 @@ and of sharded tables with an optimizer that FBGEMM lacks on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
@@ -22,8 +23,10 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from hstu.config.args import OptimizerArgs
 from hstu.model.embedding import TableSpec
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
-from hstu.ops.row_update import RowUpdate, UpdateRows
-from hstu.parallel.table_kernels import Piece, RowSparseEmbedding, pieces_of
+from hstu.ops.row_update import RowUpdate, UpdateRows, sum_by_row
+from hstu.parallel.mesh import Mesh
+from hstu.parallel.shards import gradient_norm
+from hstu.parallel.table_kernels import FusedEmbedding, Piece, RowSparseEmbedding, pieces_of
 
 OPTIMIZERS: dict[str, tuple[EmbOptimType, tuple[str, ...]]] = {
     "sgd": (EmbOptimType.EXACT_SGD, ()),
@@ -105,7 +108,7 @@ class TableTraining:
             if self.optimizer == "rowwise_adagrad":  # the others have no other decay
                 params["weight_decay_mode"] = WeightDecayMode.DECOUPLE
         if self.max_gradient is not None:
-            params["max_gradient"] = self.max_gradient  # for ClampedFusedEmbedding
+            params["max_gradient"] = self.max_gradient  # for FusedEmbedding
         return params
 
 
@@ -123,8 +126,12 @@ class TableOptimizer:
         args: OptimizerArgs,
         replicated: Mapping[str, nn.Parameter],
         update_rows: UpdateRows = REFERENCE_KERNELS.update_rows,
+        unmeasured: Collection[str] = (),
     ) -> None:
-        """``training`` by table name, including tables without a shard here; ``replicated``: table name → weight."""
+        """``training`` by table name, including tables without a shard here; ``replicated``: table name → weight.
+
+        ``unmeasured``: tables whose last row has no gradient of its own, and is left out of ``gradient_norm``.
+        """
         self.training = training
         self.steps = 0
         """Optimizer steps so far; set it on restore."""
@@ -134,6 +141,10 @@ class TableOptimizer:
         modules = [module for lookup in lookups for module in lookup.modules()]
         self._fused_kernels = [m for m in modules if isinstance(m, SplitTableBatchedEmbeddingBagsCodegen)]
         self._sparse_kernels = [m for m in modules if isinstance(m, RowSparseEmbedding)]
+        self._measured = [m for m in modules if isinstance(m, FusedEmbedding)]
+        self._unmeasured = unmeasured
+        for kernel in self._measured:
+            kernel.unmeasured = unmeasured
         self._replicated = list(replicated)
         own = [pair for kernel in self._sparse_kernels for pair in kernel.named_parameters_by_table()]
         self._weights = dict([*own, *replicated.items()])
@@ -170,6 +181,27 @@ class TableOptimizer:
             kernel.iter_cpu.fill_(self.steps)
         for weight in self._weights.values():
             weight.grad = None
+
+    def measure_gradients(self, measures: bool) -> None:
+        """Set whether the next lookup and its backward measure the gradients of fused tables."""
+        for kernel in self._measured:
+            kernel.measures, kernel.square = measures, 0.0
+
+    def gradient_norm(self, mesh: Mesh) -> Tensor:
+        """L2 norm of the gradients of the rows of all tables, as a scalar on the device. Collective.
+
+        The gradient of a row is summed over all look-ups of the global batch, and not clamped yet. Call it between
+        backward and ``step``, and ``measure_gradients`` before the look-up.
+        """
+        total = torch.zeros((), device=mesh.device) + sum(kernel.square for kernel in self._measured)
+        weights = {name: weight for name, weight in self._weights.items() if weight.grad is not None}
+        replicated = [weights.pop(name) for name in self._replicated if name in weights]
+        for name, weight in weights.items():
+            rows, sums = sum_by_row(cast(Tensor, weight.grad))
+            total += sums[rows != (len(weight) - 1 if name in self._unmeasured else -1)].square().sum()
+        if mesh.world_size > 1:
+            dist.all_reduce(total, group=mesh.world_group)
+        return (total + gradient_norm(replicated, None).square()).sqrt() if replicated else total.sqrt()
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:

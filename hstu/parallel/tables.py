@@ -128,9 +128,9 @@ def shard(
             init_parameters=False,
         )
     write_initial_rows(model, config.trainer.seed, mesh.heartbeat)
-    optimizer = TableOptimizer(
-        sharded_collections(model), training, args, model.replicated_tables.weights(), update_rows
-    )
+    default_rows = [physical_names(name, table_memory)[-1] for name, table_memory in memory.items()]
+    replicated = model.replicated_tables.weights()
+    optimizer = TableOptimizer(sharded_collections(model), training, args, replicated, update_rows, default_rows)
     weights = sharded_weights(model)
     for collection in sharded_collections(model):
         if isinstance(collection, ShardedDynamicCollection):
@@ -224,18 +224,21 @@ def pack_plan(plan: ShardingPlan) -> bytes:
 
 
 def describe_plan(tables: Mapping[str, ParameterSharding], training: Mapping[str, TableTraining]) -> str:
-    """Return a line per physical table. The last column has the bytes of rows and states on the fullest rank."""
+    """Return a line per physical table. The last columns have the bytes of all ranks, and those of the fullest rank."""
     lines = []
     for name, table in tables.items():
+        optimizer, of_rows = training[name].optimizer, 0
         held: Counter[int | None] = Counter()
         for shard in cast(EnumerableShardingSpec, table.sharding_spec).shards:
             rows, columns = shard.shard_sizes
-            held[cast(Any, shard.placement).rank()] += rows * bytes_per_row(columns, training[name].optimizer)
+            of_rows += rows * columns * FLOAT32
+            held[cast(Any, shard.placement).rank()] += rows * bytes_per_row(columns, optimizer)
         ends = (shard.shard_offsets[0] + rows, shard.shard_offsets[1] + columns)  # of the last shard
-        holders, most = sum(size > 0 for size in held.values()), max(held.values()) / 1e6
-        lines.append((name, *ends, table.sharding_type, holders, table.compute_kernel, f"{most:,.2f} MB"))
-    head = ("table", "rows", "width", "sharding", "ranks", "kernel", "fullest rank")
-    return tabulate(lines, head, tablefmt="plain", intfmt=",", colalign=("left", *["right"] * 6))
+        holders, sizes = sum(size > 0 for size in held.values()), (of_rows, held.total() - of_rows, max(held.values()))
+        shown = [f"{size / 1e6:,.2f} MB" for size in sizes]
+        lines.append((name, *ends, table.sharding_type, holders, table.compute_kernel, optimizer, *shown))
+    head = ("table", "rows", "width", "sharding", "ranks", "kernel", "optimizer", "weights", "states", "fullest rank")
+    return tabulate(lines, head, tablefmt="plain", intfmt=",", colalign=("left", *["right"] * 9))
 
 
 def _gpu_kernels(

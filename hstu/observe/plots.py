@@ -1,4 +1,4 @@
-"""Plots the training loss and each evaluated metric over iterations and epochs."""
+"""Plots the training loss, gradient norms, learning rates and each evaluated metric over iterations and epochs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ Point = tuple[int, float]
 _MOST_COLUMNS = 3
 _TASK_COLOURS = (*COLOURS[:6], "#332288", "#661100", "#999933", "#882255", "#44AA99", "#AA4499")  # without black
 _BLACK = "#000000"
+_NORMS, _RATES = "Gradient norm", "Learning rate"
+_WATCHED = {"grad_norm": _NORMS, "lr": _RATES}
 
 
 def draw_curves(
@@ -29,7 +31,8 @@ def draw_curves(
 ) -> Optional[Path]:
     """Draw a PNG from metrics.jsonl: a panel for the loss and one per metric. Returns None if there is nothing to draw.
 
-    Validation metrics are lines; a single test evaluation is a star. ``task_names`` replace task0, task1, …. ``best``:
+    Panels of gradient norms and learning rates follow, if the file has them. Validation metrics are lines, those of
+    training samples dotted; a single test evaluation is a star. ``task_names`` replace task0, task1, …. ``best``:
     iteration of the best checkpoint, marked by a dotted line.
     """
     if not metrics_file.exists():
@@ -41,7 +44,8 @@ def draw_curves(
     if not losses and not metrics:
         return None
 
-    panels = 1 + max(len(metrics), 1)
+    watched = watched_curves(records)
+    panels = 1 + max(len(metrics), 1) + len(watched)
     columns = min(panels, _MOST_COLUMNS)
     rows = math.ceil(panels / columns)
     with open_figure(image, size=(6 * columns, 4.2 * rows), dpi=150) as figure:
@@ -56,10 +60,12 @@ def draw_curves(
             others[0].set(title="not evaluated yet", xticks=[], yticks=[])
         for axes, (name, curves) in zip(others, metrics.items(), strict=False):
             _draw_metric(axes, name, curves, colours)
+        for axes, (title, curves_by_name) in zip(others[panels - 1 - len(watched) :], watched.items(), strict=False):
+            _draw_watched(axes, title, curves_by_name)
         for axes in others[panels - 1 :]:
             axes.set_axis_off()
         epochs = [record["epoch"] / record["iter"] for record in records if record.get("epoch") and record["iter"]]
-        for axes in (first, *others[: len(metrics)]):
+        for axes in (first, *others[: len(metrics)], *others[panels - 1 - len(watched) : panels - 1]):
             if best:
                 axes.axvline(best, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
             if epochs:
@@ -80,6 +86,27 @@ def metric_curves(
                 curve = record["split"], names.get(task, task)
                 curves.setdefault(metric, {}).setdefault(curve, []).append((record["iter"], value))
     return curves
+
+
+def watched_curves(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Point]]]:
+    """Title of a panel → name → points (iteration, value): gradient norms, and learning rates if they change."""
+    found: dict[str, dict[str, list[Point]]] = {}
+    for record in (record for record in records if record["kind"] == "train"):
+        for name, value in record.items():
+            kind, _, part = name.replace("_tables", "/tables").partition("/")
+            if value and kind in _WATCHED:  # without zeros, which a logarithmic axis lacks
+                curves = found.setdefault(_WATCHED[kind], {})
+                curves.setdefault(part or "dense", []).append((record["iter"], value))
+    if len({value for points in found.get(_RATES, {}).values() for _, value in points}) == 1:
+        del found[_RATES]
+    return found
+
+
+def _draw_watched(axes: Axes, title: str, curves: Mapping[str, Sequence[Point]]) -> None:
+    for (name, points), colour in zip(curves.items(), cycle(COLOURS), strict=False):
+        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=f"{name}  {points[-1][1]:.3g}")
+    axes.set(xlabel="iteration", title=title, yscale="log" if title == _NORMS else "linear")
+    axes.legend(fontsize=9)
 
 
 def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[Point]], colours: Mapping[str, str]) -> None:
@@ -115,16 +142,16 @@ def _draw_metric(
     last = [
         f"{split} {_star(split, points)}{points[-1][1]:.4f}" for (split, task), points in curves.items() if not task
     ]
-    axes.set(xlabel="iteration", title="   ".join([name, *last]))
+    axes.set(xlabel="iteration", title="  ".join([name, *last]))
     tasks = [task for task in dict.fromkeys(task for _, task in curves) if task]
     for task in [*tasks, ""]:
         colour = colours.get(task, _BLACK if tasks else COLOURS[0])
-        drawn = {split: curves[split, task] for split in ("valid", "test") if (split, task) in curves}
+        drawn = {split: curves[split, task] for split in ("train", "valid", "test") if (split, task) in curves}
         for split, points in drawn.items():
             final = bool(_star(split, points))
             axes.plot(
                 *zip(*points, strict=True),
-                "*" if final else "o-" if split == "valid" else "s--",
+                "*" if final else {"train": ":", "valid": "o-"}.get(split, "s--"),
                 color=colour,
                 linewidth=2.6 if tasks and not task else 1.6,
                 markersize=14.0 if final else 4.0,
@@ -132,7 +159,8 @@ def _draw_metric(
                 zorder=5 if final else 2,
             )
         if drawn:  # tasks with names have no mean
-            values = (f"{_star(split, points)}{points[-1][1]:.4f}" for split, points in drawn.items())
+            evaluated = ((split, points) for split, points in drawn.items() if split != "train")
+            values = (f"{_star(split, points)}{points[-1][1]:.4f}" for split, points in evaluated)
             label = task or ("request" if AT_LAST_EVENT in tasks else "mean")
             axes.plot([], [], color=colour, linewidth=4, label="  ".join([label, *values]))
     _add_legend(axes, tasks)

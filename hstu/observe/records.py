@@ -47,15 +47,20 @@ class TrainRecord(Throughput):
     """Mean over the labelled tokens."""
     lr: float
     lr_tables: Optional[float] = None
-    """Of tables without a rate of their own. None, and omitted from the file, unless they have a schedule of theirs."""
+    """Of sharded tables without a rate of their own. What is None is not in the file."""
+    lr_parts: Mapping[str, float] = field(default_factory=dict)
+    """PartOptimizerArgs.regex → learning rate, written as "lr/<regex>"."""
+    grad_norm: Optional[float] = None
+    """Of this step, see ``StepResult.grad_norms``, like the next."""
+    grad_norm_tables: Optional[float] = None
     memory_bytes: int
     """On this rank."""
     time_s: float
     """Seconds since the run began."""
     loss_scale: Optional[float] = None
-    """For the next step. None, and omitted from the file, if the loss is not scaled, like skipped_steps."""
+    """For the next step. None if the loss is not scaled."""
     skipped_steps: Optional[int] = None
-    """Steps whose gradients overflowed."""
+    """Steps whose gradients overflowed or whose norm was a spike. None if none can be skipped."""
     tables: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Dynamic table → its id counts by name."""
     task_losses: Mapping[str, float] = field(default_factory=dict)
@@ -63,15 +68,12 @@ class TrainRecord(Throughput):
 
     def as_json(self) -> dict[str, Any]:
         """The object written to metrics.jsonl."""
-        fields = dict(vars(self))
+        fields = {name: value for name, value in vars(self).items() if value is not None}
         del fields["step_s"]
-        if self.lr_tables is None:
-            del fields["lr_tables"]
         if not self.tables:
             del fields["tables"]
-        if self.loss_scale is None:
-            del fields["loss_scale"], fields["skipped_steps"]
         losses = {f"loss/{task}": loss for task, loss in fields.pop("task_losses").items()}
+        losses |= {f"lr/{part}": rate for part, rate in fields.pop("lr_parts").items()}
         first = {name: fields.pop(name) for name in ("epoch", "loss", "lr")}
         return {"kind": "train", "iter": fields.pop("iteration"), **fields.pop("ranks"), **first, **fields, **losses}
 

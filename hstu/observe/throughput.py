@@ -1,4 +1,4 @@
-"""Speed of training: FLOPs of a step, rates between two log lines, the peak that MFU is relative to, and a profile."""
+"""Speed of training: FLOPs of a step, rates between two log lines, the peak that MFU is relative to, and profiles."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Optional, Self, TypeVar
 import numpy as np
 import psutil
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
-from hstu.config.args import NetworkArgs
+from hstu.config.args import NetworkArgs, TrainerArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import sequence_tokens
 from hstu.data.features.roles import FeatureRoles
@@ -258,7 +258,7 @@ def _measure(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class Profiler:
-    """Traces the iterations [start, end) into ``directory``/trace-rank<rank>.json.gz.
+    """Traces the iterations [profile_step_start, profile_step_end) into ``directory``/trace-rank<rank>.json.gz.
 
     Use it as a context manager and call ``step`` when each iteration begins. A run that ends inside the window writes
     the trace so far; a run that resumes inside it starts tracing at once. On a GPU, cudaProfilerStart and
@@ -266,48 +266,65 @@ class Profiler:
     --capture-range=cudaProfilerApi`` records it.
     """
 
-    def __init__(self, directory: Path, start: int, end: int, *, rank: int = 0, enabled: bool = True) -> None:
+    def __init__(self, directory: Path, args: TrainerArgs, rank: int = 0) -> None:
         self.trace_file = Path(directory) / f"trace-rank{rank}.json.gz"
-        self._window = range(start, end if enabled else start)
+        is_on = args.profile and rank in (args.profile_ranks or [rank])
+        self._window = range(args.profile_step_start, args.profile_step_end if is_on else args.profile_step_start)
+        self._warmup, self._contents = args.profile_warmup, args.profile_with
         self._profile: Optional[profile] = None
         self._cuda = torch.cuda.is_available()
         self._last: Optional[int] = None
 
     def step(self, iteration: int) -> None:
         """Start, continue or stop the trace. Call it when ``iteration`` begins."""
-        self._last, is_inside = iteration, iteration in self._window
-        if self._profile is None and is_inside:
-            self._start()
-        elif self._profile is not None and is_inside:
-            self._profile.step()
+        self._end_range()
+        self._last = iteration
+        if self._window and self._window.start - self._warmup <= iteration < self._window.stop:
+            if self._profile is None:
+                self._start(iteration)
+            else:
+                self._profile.step()
         elif self._profile is not None:
             self._stop()
-        if self._cuda and is_inside:
+        if self._cuda and iteration in self._window:
             torch.cuda.nvtx.range_push(f"iteration {iteration}")
 
     def __enter__(self) -> Self:
+        if self._cuda and self._window and "memory" in self._contents:
+            torch.cuda.memory._record_memory_history()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_range()
         if self._profile is not None:
             self._stop()
         elif self._window and not self.trace_file.exists():
             first, last = self._window.start, self._window.stop
             log.warning("no profile: the run ended (at %s) outside of [%d, %d)", self._last, first, last)
 
-    def _start(self) -> None:
+    def _end_range(self) -> None:
+        if self._cuda and self._last in self._window:
+            torch.cuda.nvtx.range_pop()
+
+    def _start(self, iteration: int) -> None:
         activities = [ProfilerActivity.CPU]
         if self._cuda:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStart()
-        self._profile = profile(activities=activities)
+        warmup = max(0, self._window.start - iteration)
+        self._profile = profile(
+            activities=activities,
+            schedule=schedule(wait=0, warmup=warmup, active=len(self._window)) if warmup else None,
+            profile_memory="memory" in self._contents,
+            record_shapes="shapes" in self._contents,
+            with_stack="stacks" in self._contents,
+        )
         self._profile.start()
 
     def _stop(self) -> None:
         assert self._profile is not None
         if self._cuda:
-            torch.cuda.nvtx.range_pop()
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStop()
         self._profile.stop()
@@ -315,3 +332,13 @@ class Profiler:
         self._profile.export_chrome_trace(str(self.trace_file))
         self._profile = None
         log.info("profile written: %s", self.trace_file)
+
+
+def save_memory(directory: Path, rank: int) -> None:
+    """Write what a GPU's memory holds to memory-rank<rank>.pickle, and log where."""
+    file = directory / f"memory-rank{rank}.pickle"
+    try:
+        torch.cuda.memory._dump_snapshot(str(file))
+        log.warning("memory ran out; https://pytorch.org/memory_viz shows what is in it: %s", file)
+    except Exception as error:  # of any type; the error to report is that memory ran out
+        log.warning("memory ran out; no snapshot of it is written: %s", error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from hstu.parallel.group import look_up
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.own_time import own_time
 from hstu.parallel.shards import all_finite, numbers_of
-from hstu.pipeline.finite import FiniteCheck, LossScale
+from hstu.pipeline.finite import FiniteCheck, GradientSpikes, LossScale
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,9 @@ class StepResult:
     [1 + tasks] on the device, equal on all ranks."""
     batch: HSTUBatch
     """This rank's batch, on the device. A resumed run continues at its ``position``."""
+    grad_norms: Mapping[str, Tensor] = field(default_factory=dict)
+    """If ``TrainStep.measures_norms``: global L2 norms before clipping, float32 scalars on the device, equal on all
+    ranks. "grad_norm" is of the dense weights, "grad_norm_tables" of the rows of all tables, unless it was skipped."""
 
     @property
     def loss(self) -> Tensor:
@@ -50,13 +53,18 @@ class TrainStep:
         mesh: Mesh,
         max_grad_norm: float = 0.0,
         loss_scale: LossScale | None = None,
+        spikes: GradientSpikes | None = None,
     ) -> None:
         self.model = model
         self.optimizers = optimizers
         self.mesh = mesh
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale
+        self.spikes = spikes
+        self.measures_norms = False
+        """Whether the next step measures ``StepResult.grad_norms``."""
         self.check = FiniteCheck(mesh, loss_scale)
+        self.check.deferred &= spikes is None  # the host waits for the norm of each step
 
     def __call__(self, batch: TrainBatch, overlap: Callable[[], None] = lambda: None) -> StepResult:
         """Train on a batch that is on the device.
@@ -65,6 +73,7 @@ class TrainStep:
         there. Raises NonFiniteStep on all ranks: see FiniteCheck.
         """
         self.optimizers.zero_grad()
+        self.optimizers.tables.measure_gradients(self.measures_norms)
 
         # Look up rows of the sharded tables, for this rank or for its tp_cp group.
         rows = look_up(self.model, batch, self.mesh)
@@ -100,17 +109,30 @@ class TrainStep:
         overlap()
         if self.loss_scale is not None and not self._unscale(row_gradients, self.loss_scale):
             return StepResult(losses, batch.own)
+        norms: dict[str, Tensor] = {}
+        if self.measures_norms or self.spikes is not None:
+            norms["grad_norm"] = self.optimizers.gradient_norm()
+        if self.spikes is not None and self._is_spike(norms["grad_norm"], self.spikes):
+            return StepResult(losses, batch.own, norms)
 
         # Backward into the sharded tables, which updates fused tables; exchange of replicated tables' gradients.
         if rows:
             torch.autograd.backward(list(rows.values()), self.check.mask(row_gradients))
         average_sparse_gradients(self.model.dense)
+        if self.measures_norms:
+            norms["grad_norm_tables"] = self.optimizers.tables.gradient_norm(self.mesh)
 
         # Clip and update the dense part; update the other tables and the moving average.
         if self.max_grad_norm > 0:
             self.optimizers.clip_grad_norm(self.max_grad_norm)
         self.optimizers.step(self.check.found_inf)
-        return StepResult(losses, batch.own)
+        return StepResult(losses, batch.own, norms)
+
+    def _is_spike(self, norm: Tensor, spikes: GradientSpikes) -> bool:
+        """Whether to skip the step, alike on all ranks, which may have rounded ``norm`` apart."""
+        if self.mesh.world_size > 1:
+            dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        return spikes.is_spike(norm.item(), self.mesh.heartbeat.iteration)
 
     def _unscale(self, row_gradients: list[Tensor], loss_scale: LossScale) -> bool:
         """Unscale all gradients and update the loss scale. False: they overflow, skip the step."""

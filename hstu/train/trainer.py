@@ -7,7 +7,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from hstu.base.errors import ConfigError
@@ -31,14 +32,14 @@ from hstu.data.sampling.splits import Split
 from hstu.observe.logging import format_eval, format_train, progress_bar
 from hstu.observe.records import EvalRecord, Throughput, TrainRecord
 from hstu.observe.run_directory import RunDirectory
-from hstu.observe.throughput import FlopCounter, Profiler, Stragglers, ThroughputMeter, memory_bytes
+from hstu.observe.throughput import FlopCounter, Profiler, Stragglers, ThroughputMeter, memory_bytes, save_memory
 from hstu.optim.optimizers import lr_multiplier
 from hstu.parallel.collectives import gather_copies, sum_over_ranks
 from hstu.parallel.dynamic.table import describe_report, pop_reports
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.own_time import own_time
 from hstu.parallel.tables import dynamic_tables
-from hstu.pipeline.finite import NonFiniteStep, Stopped, StopSignal
+from hstu.pipeline.finite import GradientSpikes, LossScale, NonFiniteStep, Stopped, StopSignal
 from hstu.pipeline.pipelines import TrainPipeline
 from hstu.train.batch_source import BatchSource
 from hstu.train.evaluate import Evaluator
@@ -82,8 +83,13 @@ class Trainer:
         self._history = MetricsHistory()
         self._loss_scale = self.pipeline.step.loss_scale
         self.state.carried_in_phase |= {"history": self._history, "running_loss": self._running_loss}
+        self._skipping: dict[str, LossScale | GradientSpikes] = {}
         if self._loss_scale is not None:
-            self.state.carried["loss_scale"] = self._loss_scale
+            self._skipping["loss_scale"] = self._loss_scale
+        if self.pipeline.step.spikes is not None:
+            self._skipping["gradient_spikes"] = self.pipeline.step.spikes
+        self.state.carried |= self._skipping
+        self._grad_norms: Mapping[str, Tensor] = {}
         args, split = self.args, next(iter(self.source.eval_splits), "none")
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
@@ -128,6 +134,9 @@ class Trainer:
             status = ended
         except NonFiniteStep as error:
             self.state.iteration = error.iteration - 1  # on a GPU the bad step may already be counted
+            raise
+        except torch.OutOfMemoryError:
+            save_memory(self.run_directory.path, self.mesh.rank)
             raise
         finally:
             gc.enable()
@@ -177,10 +186,8 @@ class Trainer:
 
     def _train_loop(self) -> None:
         batches = self.meter.timed(self._load(self.source.train_batches(self.state.position)))
-        args, path = self.args, self.run_directory.path
-        profiler = Profiler(
-            path, args.profile_step_start, args.profile_step_end, rank=self.mesh.rank, enabled=args.profile
-        )
+        args = self.args
+        profiler = Profiler(self.run_directory.path, args, self.mesh.rank)
         bar = progress_bar(self.total_iters, args.progress_bar, visible=self.mesh.is_main, initial=self.state.iteration)
         with profiler, bar:
             while self.state.iteration < self.total_iters and not self._selection.is_exhausted:
@@ -206,9 +213,11 @@ class Trainer:
         of_tables = None if own is None else self._lr_multiplier(own)
         self.state.optimizers.set_lr_multiplier(self._lr_multiplier(self.config.schedule), of_tables)
         self._intervals.before_step()
+        self.pipeline.step.measures_norms = self._logs_after(self.state.iteration + 1)
         result = self.pipeline.progress(batches)
         before = self._epochs_of(self.state.position)
         self.state.iteration += 1
+        self._grad_norms = result.grad_norms
         self.state.position = result.batch.position or SamplerPosition()  # hand-made batches have no position
         self._intervals.after_step(self.state.iteration, before, self._epochs_of(self.state.position))
         self._running_loss.add(result.losses)
@@ -217,6 +226,11 @@ class Trainer:
 
     def _epochs_of(self, position: SamplerPosition) -> Fraction:
         return position.epoch + Fraction(position.consumed, max(1, len(self.source.train_lengths.items)))
+
+    def _logs_after(self, iteration: int) -> bool:
+        """Whether a log line follows this iteration, or may: epochs and minutes are known only after it."""
+        every = self.args.log_interval
+        return isinstance(every, str) or iteration % every == 0 or iteration == self.total_iters
 
     def _lr_multiplier(self, schedule: LRScheduleArgs) -> float:
         """Multiplier of a schedule for the next step, which counts as the phase and the size of batches say."""
@@ -261,19 +275,26 @@ class Trainer:
         )
         self._last_throughput = rates
         straggler, warning = self._stragglers.follow(rates.ranks)
-        scale = self._loss_scale
+        scale, optimizers = self._loss_scale, self.state.optimizers
+        norms = {name: float(norm) for name, norm in self._grad_norms.items()}
         record = TrainRecord(
             **vars(rates),
             iteration=self.state.iteration,
             epoch=self._epoch(self.state.iteration),
             loss=loss,
             task_losses=task_losses,
-            lr=self.state.optimizers.learning_rate,
-            lr_tables=None if self.config.table_schedule is None else self.state.optimizers.tables.learning_rate,
+            lr=optimizers.learning_rate,
+            lr_tables=optimizers.tables.learning_rate,
+            lr_parts={
+                part.regex: (part.learning_rate or optimizers.dense.learning_rate) * optimizers.lr_multiplier
+                for part in self.config.optimizer.part_optimizers
+            },
+            grad_norm=norms.get("grad_norm"),
+            grad_norm_tables=norms.get("grad_norm_tables"),
             memory_bytes=memory_bytes(self.mesh.device),
             time_s=time.monotonic() - self._begun,
             loss_scale=None if scale is None else scale.value,
-            skipped_steps=None if scale is None else scale.pop_skipped_steps(),
+            skipped_steps=sum(part.pop_skipped_steps() for part in self._skipping.values()) if self._skipping else None,
             tables=pop_reports(
                 dynamic_tables(self.state.model),
                 lambda own: sum_over_ranks(torch.tensor(own), group).tolist(),
@@ -286,6 +307,8 @@ class Trainer:
         for table, report in record.tables.items():
             log.info(describe_report(table, report))
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
+        if self.args.train_metrics_samples:
+            self._measure("train", self.source.sample_batches(self.args.train_metrics_samples), self.state.iteration)
 
     def _eta_s(self, step_s: float) -> float:
         """Seconds to the end: the steps, and the evaluations if each takes as long as the last one."""
@@ -320,19 +343,22 @@ class Trainer:
         iteration = self.state.iteration if iteration is None else iteration
         self.pipeline.resolve()
         for split in splits:
-            begun = time.monotonic()
-            during = self.mesh.heartbeat.during(f"evaluating on {split}")
-            averaged = self.state.optimizers.dense.averaged_weights()
-            with self.meter.paused(), self.pipeline.evaluation(), averaged, during:
-                metrics = self.evaluator.evaluate(self.source.eval_batches(split))
-            record = EvalRecord(iteration=iteration, epoch=self._epoch(iteration), split=split, metrics=metrics)
-            is_new = not self._history.has(split, iteration)
-            self._history.add(record)
-            self.run_directory.write(record)
+            begun, is_new = time.monotonic(), not self._history.has(split, iteration)
+            self._history.add(self._measure(split, self.source.eval_batches(split), iteration))
             self._evaluation_s = time.monotonic() - begun
-            log.info(format_eval(record, self._evaluation_s))
             if is_new and split == self._selection.split and self._selection.follow(self._history):
                 self._keep_best()
+
+    def _measure(self, split: Split, batches: Iterator[HSTUBatch], iteration: int) -> EvalRecord:
+        begun = time.monotonic()
+        during = self.mesh.heartbeat.during(f"evaluating on {split}")
+        averaged = self.state.optimizers.dense.averaged_weights()
+        with self.meter.paused(), self.pipeline.evaluation(), averaged, during:
+            metrics = self.evaluator.evaluate(batches)
+        record = EvalRecord(iteration=iteration, epoch=self._epoch(iteration), split=split, metrics=metrics)
+        self.run_directory.write(record)
+        log.info(format_eval(record, time.monotonic() - begun))
+        return record
 
     def _missed_evaluation(self) -> bool:
         """Whether the run that saved the checkpoint would have evaluated next."""

@@ -171,6 +171,7 @@ def train_steps(
 ) -> Iterator[StepResult]:
     """So many steps from the state's position, one after the other."""
     pipeline = build_pipeline(config.trainer, state.model, state.optimizers, mesh)
+    pipeline.step.measures_norms = True
     batches = source.train_batches(state.position)
     for _ in range(steps):
         yield advance(pipeline, batches, state)

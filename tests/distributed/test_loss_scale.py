@@ -1,5 +1,7 @@
 """A scaled loss trains what an unscaled one does, and a step that overflows on any rank leaves no trace on all.
 
+Nor does one whose gradient norm is a spike.
+
 Bit for bit, over groups of both kinds, in all pipelines, with tables that backward updates and tables that it does not.
 The runs compute in float32, in which scaling by a power of two is exact.
 """
@@ -17,6 +19,7 @@ from hstu.model.stack import ModelOutput
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
+from hstu.pipeline.finite import GradientSpikes
 from hstu.train.trainer import Trainer
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
@@ -57,7 +60,8 @@ WAYS: dict[str, Any] = {
     "unscaled": {},
     "fixed": {"precision": {"loss_scale": 1024.0}},
     "without the batch": {"leave_out": True},
-    "overflow": {"precision": {"loss_scale": "dynamic", "growth_interval": 2}, "overflow": True},
+    "overflow": {"precision": {"loss_scale": "dynamic", "growth_interval": 2}, "overflow": math.inf},
+    "spike": {"skip_factor": 1e6, "overflow": 1e12},
 }
 LAUNCHES = {"2 ranks": Launch(2, 200), "2 × 2 ranks": Launch(4, 200, tp=2)}
 
@@ -84,12 +88,14 @@ def train(
     output: str,
     *,
     leave_out: bool = False,
-    overflow: bool = False,
+    overflow: float = 0.0,
+    skip_factor: float | None = None,
     dynamic: bool = False,
     **options: Unpack[TinyOptions],
 ) -> dict[str, Any]:
-    """STEPS steps. ``leave_out``: without the batch of BAD_STEP. ``overflow``: its gradients do, on the last rank.
+    """STEPS steps. ``leave_out``: without the batch of BAD_STEP. ``overflow``: factor of its gradient on the last rank.
 
+    ``skip_factor``: that of a run of which the gradient norms have been 1.
     ``dynamic``: the items' table is dynamic. Its rows are not compared, but the weights that are trained on them.
     """
     skip_measuring_the_peak()
@@ -97,7 +103,10 @@ def train(
         options["tables"] = tables_with_dynamic(SequenceStore.open(store), 30)
     trainer = build(tiny_config(task, store, output, **options), mesh)
     if overflow and mesh.rank == mesh.world_size - 1:
-        _overflow(trainer)
+        _overflow(trainer, overflow)
+    if skip_factor is not None:
+        trainer.pipeline.step.spikes = GradientSpikes(skip_factor)
+        trainer.pipeline.step.spikes.load_state_dict({"norms": [1.0] * 16, "in_a_row": 0, "skipped": 0})
     batches = _batches(trainer, leave_out)
     told: dict[str, Any] = {"weights": [digest(trainer.state, mesh)], "scales": [], "losses": []}
     for number in range(1, STEPS + 1 - leave_out):
@@ -118,7 +127,7 @@ def _batches(trainer: Trainer, leave_out: bool) -> Iterator[HSTUBatch]:
             yield batch
 
 
-def _overflow(trainer: Trainer) -> None:
+def _overflow(trainer: Trainer, factor: float) -> None:
     """In the backward of the first micro-batch of BAD_STEP; the loss itself is finite."""
     forwards, parts = 0, trainer.args.gradient_accumulation_steps
 
@@ -126,7 +135,7 @@ def _overflow(trainer: Trainer) -> None:
         nonlocal forwards
         forwards += 1
         if forwards == (BAD_STEP - 1) * parts + 1:
-            output.loss_sum.register_hook(lambda gradient: gradient * math.inf)
+            output.loss_sum.register_hook(lambda gradient: gradient * factor)
 
     unwrap_dense(trainer.state.model).register_forward_hook(hook)
 
@@ -140,10 +149,11 @@ def test_a_fixed_scale_changes_no_bit(runs: Any, case: str) -> None:
         assert fixed["scales"] == [[1024.0] * len(runs)] * STEPS
 
 
+@pytest.mark.parametrize("way", ["overflow", "spike"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_step_that_overflows_on_one_rank_changes_nothing_on_any(runs: Any, case: str) -> None:
+def test_a_step_that_overflows_on_one_rank_changes_nothing_on_any(runs: Any, case: str, way: str) -> None:
     for rank in runs:
-        told, expected = rank[f"{case}, overflow"], rank[f"{case}, without the batch"]
+        told, expected = rank[f"{case}, {way}"], rank[f"{case}, without the batch"]
         before, after = told["weights"][BAD_STEP - 1 : BAD_STEP + 1]
         assert after == before
         assert told["weights"][:BAD_STEP] + told["weights"][BAD_STEP + 1 :] == expected["weights"]
@@ -151,4 +161,5 @@ def test_a_step_that_overflows_on_one_rank_changes_nothing_on_any(runs: Any, cas
         unscaled = rank[f"{case}, unscaled"]["losses"]
         assert told["losses"][:BAD_STEP] == unscaled[:BAD_STEP], "the loss of a skipped step is that of its batch"
         # growth_interval is 2: the step before the overflow does not count any more after it
-        assert told["scales"] == [[value] * len(runs) for value in (65536.0, 32768.0, 32768.0, 65536.0)]
+        scales = (65536.0, 32768.0, 32768.0, 65536.0) if way == "overflow" else [None] * STEPS
+        assert told["scales"] == [[value] * len(runs) for value in scales]

@@ -179,13 +179,14 @@ def run_groups(store: str, groups: Sequence[Group]) -> dict[str, Any]:
 
 
 def _train(mesh: Mesh, store: str, run: RunOptions) -> dict[str, Any]:
-    """The losses, the users that this rank trained on in each step, and the whole weights before and after."""
+    """The losses and gradient norms, the users of this rank in each step, and the whole weights before and after."""
     config = make_config(store, mesh.world_size, **run)
     validate(config, mesh.world_size, rules=ALL_RULES)
     source, state = new_run(mesh, config)
-    told: dict[str, Any] = {"losses": [], "users": [], "initial": _weights(state, mesh)}
+    told: dict[str, Any] = {"losses": [], "norms": [], "users": [], "initial": _weights(state, mesh)}
     for result in train_steps(mesh, config, source, state, STEPS):
         told["losses"].append(float(result.loss))
+        told["norms"].append([float(result.grad_norms[name]) for name in ("grad_norm", "grad_norm_tables")])
         told["users"].append(result.batch.user_ids[: result.batch.real_batch_size].tolist())
     try:
         return told | {"weights": _weights(state, mesh)}
@@ -220,6 +221,7 @@ def _other_numbers(ranks: list[Any], reference: Any) -> Iterable[str]:
     """Losses of all ranks and consolidated weights that are not those of the single process."""
     for rank, told in enumerate(ranks):
         yield from _far(f"losses of rank {rank}", told["losses"], reference["losses"], 0.0)
+        yield from _far(f"gradient norms of rank {rank}", told["norms"], reference["norms"], 0.0)
     if "unequal" in ranks[0]:
         yield f"ranks that should have the same weights differ: {ranks[0]['unequal']}"
         return

@@ -75,6 +75,7 @@ def test_waiting_for_data_and_skipped_steps_are_shown_where_they_matter() -> Non
     assert "wait" not in format_train(record(data_wait=0.04), 1000)
     assert format_train(record(data_wait=0.34), 1000).endswith("  wait 34%")
     assert format_train(record(skipped_steps=2), 1000).endswith("  2 skipped")
+    assert "  lr 1.0e-03  grad 12   131k tok/s" in format_train(record(grad_norm=12.3), 1000)
     slow = record(ranks={"slowest_excess": 0.45})
     assert format_train(slow, 1000, straggler="rank 3 (host-b)").endswith(" rank 3 (host-b) +45%")
     assert slow.as_json()["slowest_excess"] == 0.45 == slow.scalars()["train/slowest_excess"]

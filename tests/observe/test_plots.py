@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.observe.plots import draw_curves, metric_curves
+from hstu.observe.plots import draw_curves, metric_curves, watched_curves
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -80,6 +80,18 @@ def test_the_best_iteration_is_marked_and_the_legend_names_what_is_drawn(
     assert marked == [200, 200]
     expected = [["click", "like", "sum"], ["click", "like"]]
     assert [[label.split()[0] for label in labels] for labels in legends] == expected
+
+
+def test_gradient_norms_and_learning_rates_have_panels_if_there_is_something_to_see(tmp_path: Path) -> None:
+    rates = [{"lr": 1.0, "lr/head": 2.0, "grad_norm": 3.0, "grad_norm_tables": 4.0}, {"lr": 0.5, "lr/head": 0.0}]
+    records = [record | watched for record, watched in zip(losses(2), rates, strict=True)]
+    assert watched_curves(records) == {
+        "Learning rate": {"dense": [(10, 1.0), (20, 0.5)], "head": [(10, 2.0)]},
+        "Gradient norm": {"dense": [(10, 3.0)], "tables": [(10, 4.0)]},
+    }
+    assert watched_curves([record | {"lr": 1.0} for record in losses(2)]) == {}
+    image = draw_curves(write(tmp_path / "metrics.jsonl", records), tmp_path / "curves.png")
+    assert image is not None and pixels(image).shape[0] > 1000, "two rows of panels"
 
 
 @pytest.mark.parametrize("records", [losses(1), evaluations()])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hstu.config.args import NetworkArgs
+from hstu.config.args import NetworkArgs, TrainerArgs
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.features.roles import FeatureRoles
 from hstu.observe.throughput import (
@@ -240,6 +240,12 @@ def test_candidates_and_their_actions_count_apart_from_history() -> None:
 # --- profiles --------------------------------------------------------------------------------------------------------
 
 
+def profiler_of(directory: Path, start: int, end: int, rank: int = 0, **options: Any) -> Profiler:
+    window: Any = {"profile_step_start": start, "profile_step_end": end}
+    args = TrainerArgs(train_batch_size=1, eval_batch_size=1, profile=True, **window, **options)
+    return Profiler(directory, args, rank)
+
+
 def run_in(profiler: Profiler, begin: int, end: int) -> None:
     """Iterations that each multiply matrices of their own size, so that a trace tells which were recorded."""
     with profiler:
@@ -255,20 +261,29 @@ def multiplications(trace: Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("window", "iterations", "rank", "traced"),
-    [((3, 6), (1, 10), 0, 3), ((3, 100), (1, 5), 1, 2), ((3, 6), (5, 10), 0, 1)],
-    ids=["exactly the window", "a run that ends in it", "a run resumed in it"],
+    ("window", "iterations", "rank", "warmup", "traced"),
+    [((3, 6), (1, 10), 0, 0, 3), ((3, 6), (1, 10), 0, 2, 3), ((3, 100), (1, 5), 1, 0, 2), ((3, 6), (5, 10), 0, 2, 1)],
+    ids=["exactly the window", "after a warm-up", "a run that ends in it", "a run resumed in it"],
 )
 def test_what_is_in_the_window_is_traced(
-    window: tuple[int, int], iterations: tuple[int, int], rank: int, traced: int, tmp_path: Path
+    window: tuple[int, int], iterations: tuple[int, int], rank: int, warmup: int, traced: int, tmp_path: Path
 ) -> None:
-    run_in(Profiler(tmp_path, *window, rank=rank), *iterations)
+    run_in(profiler_of(tmp_path, *window, rank, profile_warmup=warmup), *iterations)
     assert multiplications(tmp_path / f"trace-rank{rank}.json.gz") == traced
+
+
+def test_a_trace_has_what_is_chosen(tmp_path: Path) -> None:
+    run_in(profiler_of(tmp_path, 1, 2, profile_with=["memory", "shapes", "stacks"]), 1, 3)
+    with gzip.open(tmp_path / "trace-rank0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    assert [[1, 3], [3, 2]] in [event.get("args", {}).get("Input Dims", [])[:2] for event in events]
+    assert "[memory]" in {event.get("name") for event in events}
+    assert "python_function" in {event.get("cat") for event in events}
 
 
 def test_a_window_that_was_never_reached_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="hstu"):
-        run_in(Profiler(tmp_path, 50, 60), 1, 5)
+        run_in(profiler_of(tmp_path, 50, 60, profile_ranks=[0]), 1, 5)
     assert "outside of [50, 60)" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
@@ -276,7 +291,7 @@ def test_a_window_that_was_never_reached_is_told(tmp_path: Path, caplog: pytest.
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu_kernels_are_traced_too(tmp_path: Path) -> None:
-    profiler = Profiler(tmp_path, 1, 2)
+    profiler = profiler_of(tmp_path, 1, 2)
     with profiler:
         for iteration in range(3):
             profiler.step(iteration)

@@ -39,6 +39,7 @@ from hstu.ops.pytorch import attention
 from hstu.ops.self_check import small_layout
 from hstu.parallel import mesh as meshes
 from hstu.parallel.group import to_train_batch
+from hstu.parallel.shards import gradient_norm
 from hstu.pipeline.finite import FiniteCheck
 from hstu.pipeline.step import TrainStep
 from hstu.train.builder import build_task
@@ -114,10 +115,11 @@ def meta_step(config: RunConfig, mesh: meshes.Mesh, spoil: Callable[[GRModel], N
     model.dense.to("meta")
     model.look_up = partial(rows_of_sharded_tables, model)  # type: ignore[method-assign]
     spoil(model)
-    optimizers = Mock(spec=["zero_grad", "clip_grad_norm", "step"])
+    optimizers = Mock(spec=["zero_grad", "gradient_norm", "clip_grad_norm", "step", "tables"])
+    optimizers.gradient_norm.side_effect = partial(gradient_norm, [*model.dense.parameters()], None)
     optimizers.clip_grad_norm.side_effect = partial(clip_grad_norm_, model.dense.parameters())
     step = TrainStep(model, optimizers, mesh, max_grad_norm=1.0)
-    step.check = MetaCheck(mesh)
+    step.check, step.measures_norms = MetaCheck(mesh), True
     batch = to_train_batch(next(source.train_batches(SamplerPosition())), roles, mesh, 2)
     batch = batch.to(torch.device("meta"), non_blocking=True)
     with PageableCopies() as copies:

@@ -9,18 +9,25 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from hstu.base.errors import UserError
+from hstu.config.args import PartOptimizerArgs
 from hstu.config.gin_io import load
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.shards import ShardedView
+from hstu.pipeline.finite import NonFiniteStep
 from hstu.pipeline.pipelines import SequentialPipeline
 from hstu.train import intervals
 from hstu.train.trainer import Trainer
+from tests.distributed.pipeline_cases import digest
 from tests.train.tiny import Train, build, run, tiny_config
 
 # --- what is done when ---------------------------------------------------------------------------------------------
@@ -101,7 +108,68 @@ def test_tables_follow_their_own_schedule_and_the_dense_part_follows_the_other(
     moving = "lr_tables" if still == "dense" else "lr"
     lrs = [record[moving] for record in found.records]
     assert lrs == pytest.approx([0, 0.005, 0.01, 0.01, 0.01, 0.01, 0.02 / 3, 0.01 / 3])
-    assert "lr_tables" not in expected.records[0]
+    assert expected.records[3]["lr_tables"] == rates["sparse_learning_rate"]
+
+
+def test_gradient_norms_are_what_sgd_subtracts_from_weights_and_tables(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path
+) -> None:
+    config = tiny_config("ranking", store, tmp_path, optimizer={"optimizer_str": "sgd", "learning_rate": 0.5})
+    trainer = build(config, mesh)
+    trainer.pipeline.step.measures_norms = True
+
+    def flat(part: str) -> Tensor:
+        found = [ShardedView.whole(each) for name, each in trainer.state.tensors().items() if name.startswith(part)]
+        return torch.cat([shard.flatten() for view in found for shard in view.shards.values()])
+
+    parts = {"grad_norm": "model.task.", "grad_norm_tables": "model.tables."}
+    before = {norm: flat(part) for norm, part in parts.items()}
+    norms = trainer.pipeline.progress(trainer.source.train_batches(SamplerPosition())).grad_norms
+    for norm, part in parts.items():
+        assert float(norms[norm]) == pytest.approx(float((flat(part) - before[norm]).norm()) / 0.5, rel=1e-5)
+    trainer.run_directory.close()
+
+
+@pytest.mark.parametrize("pipeline", ["none", "native", "prefetch"])
+def test_a_resumed_run_skips_the_steps_that_an_uninterrupted_one_skips(train: Train, pipeline: str) -> None:
+    trainer = {"max_train_iters": 40, "grad_norm_skip_factor": 1.3, "ckpt_save_interval": 30, "train_batch_size": 1}
+    options: Any = {"optimizer": {"learning_rate": 1e-3}, "network": {"hidden_dropout": 0.3}}
+    whole = train("ranking", trainer=trainer | {"pipeline_type": "none"}, **options)
+    half = {"ckpt_load_dir": str(whole.path.parent / "checkpoints" / "iteration_00000030"), "pipeline_type": pipeline}
+    resumed = train("ranking", trainer=trainer | half, **options)
+    assert resumed.losses == whole.losses[30:]
+    skipped = [record["skipped_steps"] for record in whole.records]
+    assert [record["skipped_steps"] for record in resumed.records] == skipped[30:]
+    assert not any(skipped[:16]) and 0 < sum(skipped[30:]) < 10
+    assert ["grad_norm_tables" in record for record in whole.records] == [not each for each in skipped]
+
+
+def test_a_run_that_only_skips_ends_and_says_what_to_do(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
+    trainer = build(tiny_config("ranking", store, tmp_path, trainer={"grad_norm_skip_factor": 9.0}), mesh)
+    trainer._skipping["gradient_spikes"].load_state_dict({"norms": [1e-6] * 16, "in_a_row": 0, "skipped": 0})
+    batches, before = trainer.source.train_batches(SamplerPosition()), digest(trainer.state, mesh)
+    for _ in range(20):
+        trainer.pipeline.progress(batches)
+    with pytest.raises(NonFiniteStep, match=r"20 steps in a row .* lower OptimizerArgs.learning_rate, or clip"):
+        trainer.pipeline.progress(batches)
+    assert digest(trainer.state, mesh) == before
+    trainer.run_directory.close()
+
+
+@pytest.mark.parametrize("task", ["ranking", "retrieval"])
+def test_log_lines_can_evaluate_training_samples_and_show_all_learning_rates(train: Train, task: str) -> None:
+    parts = [PartOptimizerArgs(regex="uvqk", learning_rate=0.5), PartOptimizerArgs(regex="out")]
+    optimizer = {"part_optimizers": parts, "sparse_learning_rate": 0.25}
+    own = train(task, trainer={"log_interval": 2, "train_metrics_samples": 6}, optimizer=optimizer)
+    assert own.evaluations == [(2, "train"), (4, "train")] and own.summary["last_metrics"] == {}
+    rates = [own.records[0][name] for name in ("lr", "lr_tables", "lr/uvqk", "lr/out")]
+    assert rates == [0.01, 0.25, 0.5, 0.01]
+    (batch,) = own.trainer.source.sample_batches(6)
+    assert len({*batch.user_ids[: batch.real_batch_size].tolist()}) == 6
+    known = own.trainer.source.batch_of(np.array([0]))
+    last = known.labels[known.num_labels_host[0] - 1]
+    assert batch.labels[batch.num_labels_host[0] - 1 if task == "ranking" else 0] == last
+    assert train(task, trainer={"log_interval": 2}, optimizer=optimizer).losses == own.losses
 
 
 def test_evaluating_in_between_does_not_change_training(train: Train) -> None:
@@ -132,6 +200,17 @@ def test_a_profile_of_the_chosen_iterations_is_written(train: Train) -> None:
     with gzip.open(finished.path / "trace-rank0.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert "aten::addmm" in names or "aten::linear" in names
+
+
+def test_when_a_gpu_runs_out_of_memory_what_it_holds_is_written(
+    mesh: Mesh, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(tiny_config("ranking", store, tmp_path), mesh)
+    monkeypatch.setattr(trainer.pipeline, "progress", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: Path(file).write_text("blocks"))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert (trainer.run_directory.path / "memory-rank0.pickle").read_text() == "blocks"
 
 
 # --- how a run ends ------------------------------------------------------------------------------------------------

@@ -41,6 +41,10 @@ class TrainerArgs(Args):
     the run, such as "30 min", which a resumed run goes on counting. 0: never during training, see eval_at_end."""
     log_interval: int | str = _interval(100, minimum=1)
     """Iterations, epochs or minutes between two log lines."""
+    train_metrics_samples: int = option(0, changes="reports", minimum=0, maximum=1_000_000, needs=STORED_DATA)
+    """Samples of the training data, evenly spaced, that each log line evaluates like "valid" (as split "train"; in
+    retrieval by the last item that is trained on). If they are 1 % of the sequences between two log lines, they take
+    about 0.3 % of the time; in retrieval, ranking the corpus comes on top. 0: none."""
     max_train_iters: Optional[int] = option(None, changes="training", minimum=1)
     """Iterations to train. None: one pass over the data. A number above one pass continues with reshuffled epochs."""
     num_train_epochs: Optional[float] = option(None, changes="training", above=0, excludes={"max_train_iters": ""})
@@ -55,6 +59,16 @@ class TrainerArgs(Args):
     """First profiled iteration."""
     profile_step_end: int = option(200, changes="reports", minimum=1, needs=having("profile", True))
     """First iteration after the profiled ones."""
+    profile_warmup: int = option(0, changes="reports", minimum=0, needs=having("profile", True))
+    """Iterations just before profile_step_start in which the profiler runs, but records nothing: its start is slow."""
+    profile_with: list[str] = option(
+        [], changes="reports", choices=("memory", "shapes", "stacks"), needs=having("profile", True)
+    )
+    """What a trace has beside operators and kernels, at some cost. memory: allocations; on a GPU, the snapshot that is
+    written when memory runs out (memory-rank<rank>.pickle) then has the stack of each allocation of the run. shapes:
+    sizes of the inputs of operators. stacks: lines of Python."""
+    profile_ranks: list[int] = option([], changes="reports", minimum=0, needs=having("profile", True))
+    """Ranks that write a trace. []: all."""
     ckpt_save_interval: Optional[int | str] = _interval(None, minimum=-1)
     """Iterations, epochs or minutes between two checkpoints. The last state (save_at_end) and the best one
     (best_metric) are saved as well. None: only these. -1, or from 999999999 on: save none."""
@@ -132,6 +146,11 @@ class TrainerArgs(Args):
     """Stop after this many consecutive evaluations in which best_metric does not improve. None: never."""
     max_grad_norm: float = option(0.0, changes="training", minimum=0)
     """Maximum global L2 norm of the dense gradients; larger gradients are scaled down to it. 0: no clipping."""
+    grad_norm_skip_factor: Optional[float] = option(None, changes="training", above=1)
+    """Skip a step whose gradient norm exceeds this many times its running median, the median of up to 128 last steps
+    that were not skipped. Weights, tables and moving averages stay as they are. The norm is the global L2 norm of the
+    gradients of the dense weights, without tables, before max_grad_norm; the first 16 steps are never skipped. After 20
+    skipped steps in a row the next one ends the run. On a GPU the host then waits for each step. None: never."""
     gradient_accumulation_steps: int = option(
         1,
         changes="training",

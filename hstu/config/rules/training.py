@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
-from hstu.config.args import DatasetArgs, LRScheduleArgs, RankingArgs
+from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, LRScheduleArgs, RankingArgs
 from hstu.config.args.optimizer import ROWWISE
 from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
@@ -23,6 +23,11 @@ def profiled_iterations_are_a_range(run: RunConfig) -> Iterator[Problem]:
     trainer = run.trainer
     if trainer.profile and trainer.profile_step_start >= trainer.profile_step_end:
         yield problem(trainer, "profile_step_start", f"must be below {cited(trainer, 'profile_step_end')}")
+
+
+def profiled_ranks_exist(run: RunDraft) -> Iterator[Problem]:
+    if max(run.trainer.profile_ranks, default=0) >= run.world_size:
+        yield problem(run.trainer, "profile_ranks", f"must be below the number of ranks, which is {run.world_size}")
 
 
 def save_interval_is_not_zero(run: RunConfig) -> Iterator[Problem]:
@@ -108,6 +113,18 @@ def ranks_divide(run: RunDraft) -> Iterator[Problem]:
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
 
 
+def skipped_steps_change_no_table(run: RunConfig) -> Iterator[Problem]:
+    trainer = run.trainer
+    for table in run.embeddings if trainer.grad_norm_skip_factor is not None else ():
+        if isinstance(table, DynamicEmbeddingArgs):
+            text = "a dynamic table gives rows to new ids before the norm is known, and may evict others; remove it"
+        elif table.compute_kernel == "fused_uvm_caching" and trainer.pipeline_type == "prefetch":
+            text = 'a cache that is prefetched is locked until backward; remove it, or set pipeline_type = "native"'
+        else:
+            continue
+        yield problem(trainer, "grad_norm_skip_factor", f"is not for table {table.table_name!r}: {text}")
+
+
 def parts_are_of_the_dense_weights(run: RunConfig) -> Iterator[Problem]:
     for part in run.optimizer.part_optimizers:
         try:
@@ -152,8 +169,9 @@ def _schedules(run: RunConfig) -> Iterator[LRScheduleArgs]:
 
 
 RULES = (
-    profiled_iterations_are_a_range, save_interval_is_not_zero, best_metric_is_measured,
+    profiled_iterations_are_a_range, profiled_ranks_exist, save_interval_is_not_zero, best_metric_is_measured,
     best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence, heads_divide, ranks_divide,
-    parts_are_of_the_dense_weights, initial_accumulator_is_of_an_adagrad, milestones_fit_the_schedule,
+    skipped_steps_change_no_table, parts_are_of_the_dense_weights, initial_accumulator_is_of_an_adagrad,
+    milestones_fit_the_schedule,
     warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

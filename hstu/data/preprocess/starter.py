@@ -106,7 +106,8 @@ DatasetArgs.max_sequence_length = {max(min(covering, _LONGEST), 2)}
 DatasetArgs.contextual_feature_names = {context!r}
 DatasetArgs.shuffle = True
 
-# {per_user:.0f} events per user: 4 layers from {_SHORT} on, else 2; in retrieval temperature 0.05, else 0.07.
+# {per_user:.0f} events per user: 4 layers from {_SHORT} on, else 2; in retrieval temperature
+# 0.05, else 0.07 and later targets.
 NetworkArgs.num_layers = {2 if quick or _are_short(store) else 4}
 # {items:,} items: width 64 and learning rate 0.002 up to 5,000, else 256 and 0.001.
 NetworkArgs.hidden_size = {width}
@@ -211,10 +212,11 @@ def _retrieval(store: SequenceStore) -> tuple[int, str] | str:
         settings |= {"RetrievalArgs.negatives": "uniform", "RetrievalArgs.num_negatives": 128}
     if store.item_side_features:
         settings["RetrievalArgs.item_tower"] = True
-    settings |= {
-        "RetrievalArgs.temperature": 0.07 if _are_short(store) else 0.05,
-        "RetrievalArgs.eval_metrics": ("HR@10", "NDCG@10"),
-    }
+    if _are_short(store):
+        settings |= {"RetrievalArgs.temperature": 0.07, "RetrievalArgs.later_target_weights": [0.5, 0.25]}
+    else:
+        settings["RetrievalArgs.temperature"] = 0.05
+    settings["RetrievalArgs.eval_metrics"] = ("HR@10", "NDCG@10")
     return samples, (_CLOCKS if store.timestamp_feature else "") + _gin(settings)
 
 

@@ -175,7 +175,8 @@ def test_metrics_have_their_schema(ranking: tuple[Path, str, str]) -> None:
         ("train", 6),
         ("eval", 6),
     ]
-    measured = {"epoch", "loss", "lr", "samples_per_s", "tokens_per_s", "tflops", "mfu", "data_wait", "memory_bytes"}
+    measured = {"epoch", "loss", "lr", "lr_tables", "grad_norm", "grad_norm_tables", "samples_per_s", "tokens_per_s"}
+    measured |= {"tflops", "mfu", "data_wait", "memory_bytes"}
     for record in records:
         if record["kind"] == "train":
             assert set(record) == {"kind", "iter", "time_s"} | measured

@@ -23,6 +23,7 @@ SIMPLE = {
     str: TEXT,
     list[str]: st.lists(TEXT, max_size=40),
     list[int]: st.lists(st.integers(0, 99), max_size=4),
+    list[float]: st.lists(st.floats(0.01, 1), max_size=4),
 }
 
 
@@ -40,7 +41,8 @@ def values_of(cls: type, field: Any) -> st.SearchStrategy[Any]:
     """Valid values of a field that does not hold other argument objects."""
     annotation = annotations_of(cls)[field.name]
     if field.metadata["choices"] is not None:
-        return st.sampled_from(field.metadata["choices"])
+        choice = st.sampled_from(field.metadata["choices"])
+        return st.lists(choice, max_size=3) if typing.get_origin(annotation) is list else choice
     if field.name == "eval_metrics":
         metrics = ["AUC", "GAUC", "AUC>=3"] if cls is a.RankingArgs else ["HR@5", "NDCG@100", "MRR"]
         return st.lists(st.sampled_from(metrics), min_size=1).map(tuple)

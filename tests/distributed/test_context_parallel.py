@@ -140,6 +140,7 @@ def by_rank(cases: list[Case]) -> list[dict[Grid, list[float]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_random_batches_give_what_one_rank_gives(cases: list[Case], by_rank: Any, grid: Grid) -> None:
     for rank, found in enumerate(of_rank for of_rank in by_rank if grid in of_rank):

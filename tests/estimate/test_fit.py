@@ -25,6 +25,7 @@ def plans_of(memory_gb: str) -> tuple[RunConfig, list[Plan]]:
     return config, search(config, world_size=4, ranks_per_host=2, machine=machine)
 
 
+@pytest.mark.slow
 def test_the_first_plan_is_the_fastest_that_fits_and_others_are_smaller() -> None:
     config, plans = plans_of("80")
     assert all(plan.fits for plan in plans)

@@ -66,6 +66,7 @@ def test_the_slowest_group_decides_and_the_parts_add_up() -> None:
 RUN = ["--gin-config-file", "configs/benchmark_ranking_balanced.gin", "--device", "h100"]
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_per_size_and_names_the_largest_loss(capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--gin-bindings", "TrainerArgs.enable_balanced_shuffler = False", "NetworkArgs.num_layers = 1"]
     assert script.main([*RUN, *more, "--simulate", "16", "8"]) == 0

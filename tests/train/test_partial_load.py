@@ -100,7 +100,8 @@ def test_another_architecture_is_refused_with_the_lines_that_differ(
 def another_value(field: dataclasses.Field[Any], value: Any) -> Any:
     """A value that the option allows and that is not ``value``; the same one for texts and lists without choices."""
     if field.metadata["choices"]:
-        return next(choice for choice in field.metadata["choices"] if choice != value)
+        chosen = next(choice for choice in field.metadata["choices"] if choice != value)
+        return [chosen] if isinstance(value, list) else chosen
     if isinstance(value, bool):
         return not value
     if isinstance(value, (int, float)):
@@ -148,8 +149,8 @@ def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
     assert {field.name for _, field in left} == {
         *("ckpt_load_dir", "ckpt_save_dir", "ckpt_param_map", "output_dir", "eval_dataset_path", "wandb_project"),
         *("best_metric", "best_metric_mode", "eval_metrics", "ckpt_save_interval"),  # names, or useless alone
-        *("tensor_model_parallel_size", "sequence_parallel", "same_second_targets"),
-    }, "texts, what needs several ranks (see tests/distributed), and what is for retrieval"
+        *("tensor_model_parallel_size", "sequence_parallel", "same_second_targets", "profile_ranks"),
+    }, "texts, what needs or names ranks (see tests/distributed), and what is for retrieval"
 
 
 def test_the_body_of_one_task_begins_another(train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

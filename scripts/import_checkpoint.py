@@ -7,8 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 from hstu.config.cli import tool
-from hstu.config.gin_io import find_file, load
-from hstu.config.gin_scan import scan
+from hstu.config.gin_io import load
 from hstu.serve.command import check_new, read_ids
 from hstu.serve.importing import import_checkpoint
 
@@ -28,8 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     check_new(options.output)
     ids = {name: None if file == "rows" else read_ids(file) for name, file in options.ids}
-    bound = {each.selector for each in scan([find_file(name, []) for name in options.files], options.bindings).bindings}
-    config = load(options.files, options.bindings, "ranking" if "RankingArgs" in bound else "retrieval")
+    config = load(options.files, options.bindings, task=None)
     where = options.source, options.path, config, options.output
     print("\n".join(import_checkpoint(*where, dict(options.layout), ids, options.partial)))
     return 0

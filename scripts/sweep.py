@@ -44,7 +44,7 @@ from hstu.base.files import DirectoryLock, replace_text
 from hstu.base.processes import last_lines, start_python, stop
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.cli import tool
-from hstu.config.gin_io import find_file
+from hstu.config.gin_io import find_file, task_of
 from hstu.config.gin_scan import scan
 from hstu.config.problems import literal
 from hstu.data.datasets import store_path
@@ -173,12 +173,11 @@ def parse_grid(lines: Sequence[str]) -> dict[str, Sequence[Any]]:
 def check(trial: Trial) -> tuple[str, str]:
     """The metric that chooses, and its mode. Raises ConfigError if there is none, or if a trial cannot be trained."""
     trainer, data = trial.config.trainer, trial.config.dataset
-    bound = {each.name: each.value for each in scan(trial.files, trial.bindings).bindings}
     if trainer.best_metric is None:
         raise ConfigError("TrainerArgs.best_metric chooses the best setting, and no file or binding sets it")
     if not trainer.saves_checkpoints:
         raise ConfigError("TrainerArgs.ckpt_save_interval keeps no checkpoint, not even the best: leave it out")
-    if bound.get("TrainerArgs.ckpt_load_dir", "") not in ("", "auto"):
+    if trial.bound.get("TrainerArgs.ckpt_load_dir", "") not in ("", "auto"):
         raise ConfigError("TrainerArgs.ckpt_load_dir: trials go on from their own checkpoints: leave it out")
     has_both = False
     if isinstance(data, DatasetArgs):
@@ -359,10 +358,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     options = parse(arguments)
     files = [*dict.fromkeys(find_file(name, []) for name in options.files)]
-    bound = {each.selector for each in scan(files, options.gin_bindings).bindings}
     sweep = Sweep(
         files=files, grid=parse_grid(options.grid), bindings=tuple(options.gin_bindings),
-        task="ranking" if "RankingArgs" in bound else "retrieval", seeds=options.seeds, ranks=options.ranks,
+        task=task_of(scan(files, options.gin_bindings)), seeds=options.seeds, ranks=options.ranks,
         output=(options.output or Path("runs") / f"sweep-{Path(files[0]).stem}").absolute(),
     )  # fmt: skip
     settings, done, failed = sweep.settings(options.samples), dict[str, Setting](), dict[str, str]()

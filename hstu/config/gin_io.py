@@ -13,12 +13,12 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.base.shipped import shipped_configs
 from hstu.config.args import RankingArgs, Task
 from hstu.config.gin_builder import ConfigBuilder
-from hstu.config.gin_scan import scan, scan_stored
+from hstu.config.gin_scan import Scan, scan, scan_stored
 from hstu.config.rules import RULES, Rule, check
 from hstu.config.run_config import RunConfig
 
 
-def load(files: Sequence[str], bindings: Sequence[str], task: Task) -> RunConfig:
+def load(files: Sequence[str], bindings: Sequence[str], task: Task | None) -> RunConfig:
     """Reads gin files (paths, or names of shipped ones; later ones win) and bindings (which win over files).
     Raises ConfigError with every problem. Checks each parameter alone, and ``read_and_check`` them together."""
     return read_and_check(files, bindings, task, world_size=1, rules=())[0]
@@ -28,7 +28,7 @@ def read_and_check(
     files: Sequence[str], bindings: Sequence[str], task: Task | None, world_size: int, rules: Sequence[Rule] = RULES
 ) -> tuple[RunConfig, list[str]]:
     """``load`` with ``rules``. Returns the configuration and its warnings. Raises ConfigError with all problems.
-    ``task`` None: ranking if something sets an option of RankingArgs, else retrieval; files may be missing then."""
+    ``task`` None: what ``task_of`` says; files may be missing then."""
     if not files and rules and task:  # ``load`` also accepts bindings alone
         raise ConfigError(
             f"no configuration: give --gin-config-file FILE, for example --gin-config-file ml_1m_{task} "
@@ -37,9 +37,13 @@ def read_and_check(
     notes: list[str] = []
     files = [find_file(name, notes) for name in files]
     found = scan(files, bindings)
-    task = task or ("ranking" if RankingArgs.__name__ in {each.selector for each in found.bindings} else "retrieval")
-    config, warnings = _build(ConfigBuilder(found, files, task), world_size, rules)
+    config, warnings = _build(ConfigBuilder(found, files, task or task_of(found)), world_size, rules)
     return config, notes + warnings
+
+
+def task_of(found: Scan) -> Task:
+    """Ranking if something sets an option of RankingArgs, else retrieval."""
+    return "ranking" if any(each.selector == RankingArgs.__name__ for each in found.bindings) else "retrieval"
 
 
 def find_file(name: str, notes: list[str]) -> str:
@@ -61,9 +65,8 @@ def _build(builder: ConfigBuilder, world_size: int, rules: Sequence[Rule]) -> tu
 def load_stored(path: Path) -> RunConfig:
     """Reads operative.gin of a checkpoint, export or run. Runs and includes nothing. Raises DataError if invalid."""
     try:
-        text = path.read_text(encoding="utf-8")
-        task: Task = "ranking" if "\nRankingArgs." in f"\n{text}" else "retrieval"
-        builder = ConfigBuilder(scan_stored(text, str(path)), [str(path)], task, is_stored=True)
+        found = scan_stored(path.read_text(encoding="utf-8"), str(path))
+        builder = ConfigBuilder(found, [str(path)], task_of(found), is_stored=True)
         return _build(builder, world_size=1, rules=())[0]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as a configuration: {error}") from error

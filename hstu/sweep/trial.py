@@ -49,11 +49,15 @@ class Trial:
         return f"{self.name}, seed {self.seed}"
 
     @cached_property
+    def bound(self) -> dict[str, Any]:
+        """Parameter that the files and bindings set → its value."""
+        return {each.name: each.value for each in scan(self.files, self.bindings).bindings}
+
+    @cached_property
     def settings(self) -> tuple[str, ...]:
-        """What the files and bindings set, one line for each parameter."""
-        bound = {each.name: each.value for each in scan(self.files, self.bindings).bindings}
+        """``bound``, one line for each parameter."""
         own = {f"TrainerArgs.{name}" for name in OWN}
-        return tuple(f"{name} = {value!r}" for name, value in sorted(bound.items()) if name not in own)
+        return tuple(f"{name} = {value!r}" for name, value in sorted(self.bound.items()) if name not in own)
 
     @cached_property
     def config(self) -> RunConfig:

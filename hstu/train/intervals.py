@@ -53,6 +53,11 @@ class Intervals:
             if unit == "iteration":
                 (self.due.add if iteration % number == 0 else self.due.discard)(name)
 
+    def may_be_due(self, name: str, iteration: int) -> bool:
+        """Whether ``name`` is due after an iteration to come, or may be: epochs and minutes are known only after it."""
+        number, unit = self._every[name]
+        return unit != "iteration" or iteration % number == 0
+
     def iterations(self, name: str, per_epoch: int, step_s: float) -> float | None:
         """Return the estimated iterations between two times at which ``name`` is due; None: never."""
         if name not in self._every:

@@ -213,7 +213,9 @@ class Trainer:
         of_tables = None if own is None else self._lr_multiplier(own)
         self.state.optimizers.set_lr_multiplier(self._lr_multiplier(self.config.schedule), of_tables)
         self._intervals.before_step()
-        self.pipeline.step.measures_norms = self._logs_after(self.state.iteration + 1)
+        following = self.state.iteration + 1
+        is_logged = following == self.total_iters or self._intervals.may_be_due("log", following)
+        self.pipeline.step.measures_norms = is_logged
         result = self.pipeline.progress(batches)
         before = self._epochs_of(self.state.position)
         self.state.iteration += 1
@@ -226,11 +228,6 @@ class Trainer:
 
     def _epochs_of(self, position: SamplerPosition) -> Fraction:
         return position.epoch + Fraction(position.consumed, max(1, len(self.source.train_lengths.items)))
-
-    def _logs_after(self, iteration: int) -> bool:
-        """Whether a log line follows this iteration, or may: epochs and minutes are known only after it."""
-        every = self.args.log_interval
-        return isinstance(every, str) or iteration % every == 0 or iteration == self.total_iters
 
     def _lr_multiplier(self, schedule: LRScheduleArgs) -> float:
         """Multiplier of a schedule for the next step, which counts as the phase and the size of batches say."""

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from hstu.data.store.sequence_store import SequenceStore
 from hstu.observe.records import read_metrics
 from tests.config.gin_files import table, text
 from tests.distributed.launch import run_script
@@ -206,20 +205,6 @@ def test_two_ranks_write_one_run(retrieval: tuple[Path, str, str]) -> None:
     assert [path.name for path in (directory / "checkpoints").glob("iter*")] == ["iteration_00000006"]
 
 
-def test_recommendations_are_the_users_own_ids(retrieval: tuple[Path, str, str], place: Path) -> None:
-    codes, output = run_script(
-        "scripts/recommend.py", "--run_dir", retrieval[0], "--users", "user-03,user-00", "--top", 4
-    )
-    assert codes == [0], output
-    assert [line for line in output.splitlines() if line.startswith("user")] == ["user user-03", "user user-00"]
-    for block, user in zip(output.split("user user-")[1:], (3, 0), strict=True):
-        items = re.findall(r"ad-(\d\d)", block)
-        unknown = ITEMS - len(set(walks()["items"][user]))
-        assert len(items) == min(4, unknown)
-        assert not set(map(int, items)) & set(walks()["items"][user])
-    assert SequenceStore.open(place / "criteo").raw_ids("ad")[0] == "ad-00"
-
-
 def test_the_benchmark_runs_small(tmp_path: Path) -> None:
     small = {
         "NetworkArgs__num_layers": 1,
@@ -303,14 +288,6 @@ def test_missing_data_is_exit_code_3(place: Path) -> None:
     assert codes == [3]
     assert output.count(f"error: no preprocessed data at {place / 'nowhere'}") == 1
     assert "Traceback" not in output
-
-
-def test_two_ranks_tell_of_a_bad_configuration_once(place: Path) -> None:
-    command = arguments(RANKING, place, "bad", NetworkArgs__num_layers=0)
-    code, _, errors = python(*TORCHRUN, *command)
-    assert code != 0
-    assert errors.count("bad configuration: ") == 1 and errors.count("num_layers") == 1
-    assert re.search(r"exitcode\s*:\s*2", errors)
 
 
 @pytest.mark.slow

@@ -15,23 +15,26 @@ from tests.config.gin_files import OWN_DATA, RANKING, RETRIEVAL, changed, write
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_a_mistake_on_one_rank_is_told_once(tmp_path: Path) -> None:
-    for rank in range(3):
-        write(tmp_path, changed(RANKING, f"NetworkArgs.num_layers = {2 - rank}"), f"run{rank}.gin")
+@pytest.mark.parametrize(
+    ("layers", "told"), [((2, 0), "[rank 1] bad configuration: "), ((0, 0), "bad configuration: ")]
+)
+def test_a_mistake_on_some_or_all_ranks_is_told_once(tmp_path: Path, layers: tuple[int, int], told: str) -> None:
+    for rank, number in enumerate(layers):
+        write(tmp_path, changed(RANKING, f"NetworkArgs.num_layers = {number}"), f"run{rank}.gin")
     script = write(
         tmp_path,
         "import os, time\n"
         "from hstu.config.cli import parse_command_line\n"
         f"parse_command_line('ranking', ['--gin-config-file', f'{tmp_path}/run{{os.environ[\"RANK\"]}}.gin'])\n"
-        "time.sleep(60)\n",  # torchrun ends the good ranks
+        "time.sleep(60)\n",  # torchrun ends the good rank
         "script.py",
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", script]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(torchrun, capture_output=True, text=True, timeout=60, env=environment)
     assert result.returncode == 1
     assert result.stderr.count("NetworkArgs.num_layers = 0: expected int, at least 1") == 1
-    assert "[rank 2] bad configuration: " in result.stderr and "exitcode  : 2" in result.stderr
+    assert f"\n{told}" in f"\n{result.stderr}" and "exitcode  : 2" in result.stderr
 
 
 def test_reading_a_file_imports_nothing_heavy() -> None:

@@ -100,20 +100,6 @@ def test_benchmark_takes_features_and_tables_by_reference(load_text: LoadText) -
     assert config.embeddings[0].sharding_type == "data_parallel"
 
 
-def test_benchmark_takes_distributions(load_text: LoadText) -> None:
-    text = changed(
-        BENCHMARK,
-        "seq/FeatureArgs.seqlen_dist = @RandomDistribution()",
-        "seq/FeatureArgs.value_dists = [@ids/RandomDistribution(), @RandomDistribution()]",
-        'ids/RandomDistribution.dist_type = "zipf"',
-    )
-    dataset = load_text(text).dataset
-    assert isinstance(dataset, BenchmarkDatasetArgs)
-    group = dataset.feature_args[0]
-    assert group.seqlen_dist == RandomDistribution()
-    assert group.value_dists == [RandomDistribution(dist_type="zipf"), RandomDistribution()]
-
-
 def test_benchmark_takes_distributions_by_feature(load_text: LoadText) -> None:
     given = "seq/FeatureArgs.value_dists = {'action': @few/RandomDistribution()}"
     config = load_text(changed(BENCHMARK, given, "few/RandomDistribution.high = 3"))
@@ -129,13 +115,8 @@ def test_benchmark_takes_distributions_by_feature(load_text: LoadText) -> None:
     ("line", "value"),
     [
         ('NetworkArgs.kernel_backend = "PyTorch"', "pytorch"),
-        ('NetworkArgs.dtype_str = "BFLOAT16"', "bfloat16"),
         ('NetworkArgs.position_encoding = ("Absolute", "RELATIVE_BIAS")', ("absolute", "relative_bias")),
-        ('OptimizerArgs.optimizer_str = "Adam"', "adam"),
-        ('TrainerArgs.pipeline_type = "NONE"', "none"),
         ('RankingArgs.eval_metrics = ("auc>=4", "LogLoss")', ("AUC>=4", "LOGLOSS")),
-        ('RankingArgs.eval_metrics = "gauc"', ("GAUC",)),
-        ('RankingArgs.prediction_head_act_type = "GELU"', "gelu"),
         ('TrainerArgs.best_metric = "auc"', "AUC"),
         ('PrecisionArgs.loss_scale = "Dynamic"', "dynamic"),
     ],

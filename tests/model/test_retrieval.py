@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hstu.config.args import RetrievalArgs
-from hstu.data.batches.batch import NEGATIVES, PADDING_ID, HSTUBatch
+from hstu.data.batches.batch import NEGATIVES, HSTUBatch
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import ModelOutput, SequenceEncoder
@@ -141,38 +141,6 @@ def test_loss_and_gradients_equal_a_loop_over_steps(
     assert output.queries is None
     expected = loss_by_loop(model, table, negatives_of_step)
     assert_same_loss_and_gradients(output.loss_sum, expected, [table, *model.parameters()])
-
-
-@pytest.mark.parametrize("drawn", [False, True], ids=["whole_pool", "draws"])
-def test_two_ranks_together_equal_one_process(drawn: bool) -> None:
-    """Pools of different sizes with items in common, padded as the collective pads them."""
-    draws = torch.randint(2**31, (9, 6), generator=torch.Generator().manual_seed(3)).int().tolist()
-    ranks = [(HISTORIES[:2], draws[:5]), (HISTORIES[2:], draws[5:])]
-    batches = [
-        make_batch(rows, task="retrieval", in_batch_pool=True, draws=own if drawn else None) for rows, own in ranks
-    ]
-    model, table = make_model()
-    pools: list[tuple[Tensor, Tensor]] = []
-
-    def keep(rows: Tensor, ids: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-        pools.append((rows, ids))
-        return rows, ids
-
-    model.gather_pool = keep
-    for batch in batches:
-        run(model, table, batch)
-    longest = max(len(ids) for _, ids in pools)
-    gathered = (
-        torch.cat([F.pad(rows, (0, 0, 0, longest - len(rows))) for rows, _ in pools]),
-        torch.cat([F.pad(ids, (0, longest - len(ids)), value=PADDING_ID) for _, ids in pools]),
-    )
-    assert len(pools[0][1]) != len(pools[1][1]) and set(pools[0][1].tolist()) & set(pools[1][1].tolist())
-    model.gather_pool = lambda rows, ids, largest: gathered
-    together = torch.stack([run(model, table, batch).loss_sum for batch in batches]).sum()
-
-    model.gather_pool = lambda rows, ids, largest: (rows, ids)
-    union = make_batch(HISTORIES, task="retrieval", in_batch_pool=True, draws=draws if drawn else None)
-    assert_same_loss_and_gradients(together, run(model, table, union).loss_sum, [table, *model.parameters()])
 
 
 @pytest.mark.parametrize("histories", [[[], []], [[4], []]], ids=["padding_only", "one_item"])

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,34 +156,6 @@ def test_tokens_and_their_gradients_are_those_written_down_one_by_one(
         got = torch.autograd.grad((tokens * factor).sum(), parameters, allow_unused=True, materialize_grads=True)
         wanted = torch.autograd.grad((expected * factor).sum(), parameters, allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("interleave", [True, False])
-def test_what_is_known_after_the_event_reaches_no_token_of_a_candidate_item(interleave: bool) -> None:
-    features = FEATURES["with actions"]
-    network = make_network(interleave_actions=interleave, position_encoding="none")
-    inputs = SequenceInputs(network, features)
-    users = random_events([5], features)
-    weights = {name: torch.randn(ROWS, features.width(name, network)) for name in features.names}
-
-    def tokens_of_items() -> Tensor:
-        batch = make_batch(users, features, candidates=2)
-        ids = batch.features.to_dict()
-        looked_up = {name: weight[ids[name].values()] for name, weight in weights.items()}
-        tokens: Tensor = inputs(looked_up, batch)[0]
-        return tokens[:: inputs.tokens_per_item]
-
-    before = tokens_of_items()
-    for event in users[0][3:]:
-        event["watched"] = [(event["watched"][0] + 1) % ROWS]
-        event["tags"] = [(code + 1) % ROWS for code in event["tags"]]
-        event["seconds"] = [1.0 if math.isnan(event["seconds"][0]) else math.nan]
-    assert torch.equal(tokens_of_items(), before)
-    users[0][3]["genres"] = [(code + 1) % ROWS for code in users[0][3]["genres"]]
-    assert not torch.equal(tokens_of_items()[3], before[3]), "what is known of an item is shown"
-    before = tokens_of_items()
-    users[0][4]["vector"] = [1.0, math.pi, 3.0]
-    assert not torch.equal(tokens_of_items()[4], before[4])
 
 
 def test_ranks_among_quantiles_that_are_equal_and_beyond_them() -> None:

@@ -16,32 +16,16 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingEnv
 
 from hstu.config.args import OptimizerArgs
-from hstu.ops.row_update import RowUpdate
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.table_kernels import sum_rows
 from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 from tests.distributed.launch import run_cases
 from tests.helpers import Allocations
-from tests.ops.test_row_update import oracle, sparse
+from tests.ops.test_row_update import sparse
 
 LR, BETAS, EPS = 0.01, (0.9, 0.99), 1e-6
 ADAM_TRAINING = {"table": TableTraining("adam", LR)}
 ARGS = OptimizerArgs(optimizer_str="adam", learning_rate=LR, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPS)
-
-
-def test_steps_with_repeated_and_skipped_rows_follow_the_formula() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = nn.Parameter(torch.randn((4, 3), generator=generator, dtype=torch.float64))
-    optimizer = TableOptimizer([], ADAM_TRAINING, ARGS, {"table": weight})
-    expected = [weight.detach(), *(torch.zeros(4, 3) for _ in range(2))]
-    for step, looked_up in enumerate(([0, 2, 0], [2], [0, 3], [2, 2]), 1):
-        rows = torch.tensor(looked_up)
-        values = torch.randn((len(rows), 3), generator=generator, dtype=torch.float64)
-        expected = oracle(rows, values, expected, RowUpdate("adam", LR, EPS, BETAS, step))
-        weight.grad = sparse(rows, values, (4, 3))
-        optimizer.step()
-    found = [weight.detach(), *optimizer.states["table"].values()]
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_a_step_without_looked_up_rows_only_counts() -> None:

@@ -167,22 +167,6 @@ def test_a_long_append_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     assert_equal(model.append(until(sample, 20), 17), model.whole(sample)[-1])
 
 
-def test_the_newest_token_reads_when_it_is_asked() -> None:
-    model = make_model(0, position_encoding=BOTH)
-    (sample,) = random_samples([9], contextuals=0)
-    model.encode(sample)
-    prefix = model.prefix()
-    found = []
-    for at in (sample.times[-1] + 60, sample.times[-1] + 10**6):
-        batch = make_batch([sample], model.features)
-        batch.request_times = torch.tensor([at])
-        tail = make_batch([newest(sample, 2)], model.features)
-        tail.request_times = batch.request_times
-        found.append(model.incremental.newest(prefix, tail))
-        assert_equal(found[-1], model.encoder(model.tables(batch), batch)[0][-1])
-    assert not found[0].allclose(found[1])
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -204,27 +188,6 @@ def test_only_items_that_get_a_window_are_computed_again() -> None:
         model.encode(*random_samples([length], contextuals=0))
         kept.append(model.incremental.kept_items(model.prefix(), 1))
     assert kept == [3, 9, 14]
-
-
-def test_the_least_recently_used_history_gives_its_pages_and_no_answer_changes() -> None:
-    model = make_model(0, cache_tokens=60, position_encoding=BOTH)
-    samples = random_samples([16, 14, 12, 15], contextuals=0, candidates=4)
-    histories = [until(sample, len(sample.items) - 4) for sample in samples]
-    capacity = model.cache.statistics.capacity_bytes
-    for key in (0, 1, 0, 2, 3, 0, 1, 2, 3):
-        if model.cache.find(key) is None:
-            model.incremental.encode([key], make_batch([histories[key]], model.features))
-        assert_equal(model.score(samples[key], key), model.candidates(samples[key]))
-        assert model.cache.statistics.used_bytes <= capacity
-    statistics = model.cache.statistics
-    # 24, 20, 16 and 22 tokens take 6, 5, 4 and 6 of the 15 pages
-    assert (statistics.encoded_tokens, statistics.evictions, statistics.users) == (2 * (24 + 20 + 16 + 22), 5, 3)
-    assert statistics.used_bytes == 15 * PAGE * 2 * 2 * 8 * 4
-
-
-def test_a_cache_too_small_for_one_history_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"holds 10 pages of 1,024 bytes.*needs 13; give at least 13,312 bytes"):
-        make_model(0, cache_tokens=42, num_layers=4)
 
 
 def test_histories_that_do_not_fit_together_are_refused_and_nothing_stays() -> None:

@@ -20,7 +20,6 @@ from hstu.serve.session import Session
 from hstu.train.builder import build_model
 from hstu.train.inference import InferenceSource
 from tests.conftest import write_small_store
-from tests.train.test_requests import random_log
 from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, enlarge, tiny_config, walks
 
 MEGABYTE = 1 << 20
@@ -44,70 +43,6 @@ def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
     largest = float(expected[expected.isfinite()].abs().max())
     rounding = 4 * torch.finfo(torch.float32).eps * largest
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=max(1e-5, rounding))
-
-
-@pytest.mark.parametrize(("interleave", "group"), [(True, 1), (False, 2)])
-def test_what_requests_showed_scores_as_in_an_evaluation_of_the_data(
-    mesh: Mesh, tmp_path: Path, interleave: bool, group: int
-) -> None:
-    log, side = random_log(), ["device", "watched", "time_gap"]
-    data = write_small_store(tmp_path / "store", **log)
-    model = untrained(
-        "ranking",
-        data,
-        mesh,
-        tmp_path / "run",
-        dataset={
-            "candidates": "requests",
-            "max_sequence_length": 10,
-            "contextual_feature_names": [],
-            "side_feature_names": side,
-            "known_after": ["watched"],
-        },
-        network={**RELATIVE, "interleave_actions": interleave, "target_group_size": group},
-    )
-    session = model.session(MEGABYTE)
-    assert session.reencodes_because is None
-    seen = 0
-    for batch in model.batches("valid"):
-        logits = model.forward(batch).logits
-        assert logits is not None
-        for row in range(batch.real_batch_size):
-            user, shown = int(batch.user_ids[row]), int(batch.num_candidates_host[row])
-            events = int(batch.item_lengths[row]) - shown
-            history = raw_history(log, user, events)
-            session.encode([part(history, 0, events - 2)])
-            session.append([part(history, events - 2, events)])
-            ((time, candidates),) = (
-                (time, found)
-                for who, time, found in log["requests"]
-                if who == user and 1000 + 60 * (events - 1) + 30 == time
-            )
-            scores = session.score(
-                100 + user,
-                [1000 + item for item in candidates["item_id"]],
-                at=time,
-                features={"device": raw_values(candidates["device"])},
-            )
-            assert_equal(scores, logits[seen : seen + shown])
-            seen += shown
-        seen = 0
-    assert session.statistics.hits > 4 and session.statistics.misses == 0
-
-
-def raw_values(codes: list[int]) -> list[str]:
-    return [f"value {code:03d}" for code in codes]
-
-
-def raw_history(log: dict[str, Any], user: int, events: int) -> History:
-    features = {name: raw_values(values[user][:events]) for name, values in log["event_features"].items()}
-    return History(
-        100 + user,
-        items=[1000 + item for item in log["items"][user][:events]],
-        actions=log["actions"][user][:events],
-        timestamps=log["timestamps"][user][:events],
-        features=features,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -51,17 +51,6 @@ def test_a_metric_that_was_undefined_first_gets_its_best_later() -> None:
     assert history.best["valid"]["AUC"] == {"value": 0.4, "iter": 20}
 
 
-def test_a_resumed_run_knows_what_was_evaluated_before() -> None:
-    history, resumed = MetricsHistory(), MetricsHistory()
-    for entry in (record(10, AUC=0.8, NE=math.nan), record(20, AUC=0.7, NE=0.9), record(20, "test", AUC=0.5)):
-        history.add(entry)
-    resumed.load_state_dict(json.loads(json.dumps(history.state_dict(), allow_nan=False)))
-    assert resumed.best == history.best
-    assert resumed.best["valid"] == {"AUC": {"value": 0.8, "iter": 10}, "NE": {"value": 0.9, "iter": 20}}
-    assert resumed.last == {"valid": {"AUC": 0.7, "NE": 0.9}, "test": {"AUC": 0.5}}
-    assert resumed.has("test", 20) and not resumed.has("test", 10)
-
-
 def test_what_a_checkpoint_keeps_does_not_grow_with_the_evaluations() -> None:
     history, sizes = MetricsHistory(), []
     for iteration in range(1000, 3000):

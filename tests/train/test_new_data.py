@@ -261,20 +261,9 @@ def test_a_history_given_by_hand_gets_what_the_same_user_of_the_data_gets(
         api.load(exported, mesh=mesh).recommend(["u00"])
 
 
-def test_what_a_history_lacks_or_what_is_unknown_in_it_is_told(old: FinishedRun, mesh: Mesh) -> None:
+def test_what_is_unknown_in_a_history_is_told(old: FinishedRun, mesh: Mesh) -> None:
     trained = load_on(old, mesh, more=False)
     items = [item_name(1), "no item", item_name(2)]
     (answer,), unknown = trained.recommend_for([api.History("zoe", items=items, actions=[1, 2, 3])], top=3)
     assert unknown == {"what": ["no item"], "user_id": ["zoe"]}
     assert len(answer.items) == 3 and not set(items) & set(answer.items)
-    for history, told in (
-        (api.History("zoe", items=items), r"has no actions, but the model reads did \(integer: 0, 1, 2, 3\)"),
-        (api.History("zoe", items=[], actions=[]), "has no items"),
-        (api.History("zoe", items=items, actions=[1]), "has 1 actions for 3 items"),
-        (
-            api.History("zoe", items=items, actions=[1, 2, 3], context={"city": "Ulm"}),
-            r"'city'; it has town \(text: Köln, Rom, Ulm\), user_id \(text: … 20 values\)",
-        ),
-    ):
-        with pytest.raises(DataError, match=told):
-            trained.recommend_for([history])

@@ -9,30 +9,29 @@ from tests.conftest import MakeStore
 from tests.train.tiny import FinishedRun, Train, walks
 
 TASKS = ("ranking", "retrieval")
-CANDIDATES = {"dataset": {"max_num_candidates": 2}}
-EVALUATED = {"max_train_iters": 12, "eval_at_end": True}
 
 
 def falls(finished: FinishedRun) -> bool:
     return bool(np.mean(finished.losses[-3:]) < 0.9 * np.mean(finished.losses[:3]))
 
 
-@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
-    "network",
+    ("task", "options"),
     [
-        {"position_encoding": "absolute"},
-        {"position_encoding": "relative_bias"},
-        {"position_encoding": "none"},
-        {"item_embedding_dim": 8},
-        {"item_embedding_dim": 6, "contextual_embedding_dim": 4},
-        {"hidden_dropout": 0.2, "input_dropout": 0.0},
-        {"num_attention_heads": 1, "kv_channels": 4},
+        ("ranking", {"network": {"position_encoding": "none"}}),
+        ("retrieval", {"network": {"position_encoding": "relative_bias", "item_embedding_dim": 8}}),
+        ("ranking", {"network": {"item_embedding_dim": 6, "contextual_embedding_dim": 4}}),
+        ("retrieval", {"network": {"hidden_dropout": 0.2, "input_dropout": 0.0}}),
+        ("ranking", {"network": {"num_attention_heads": 1, "kv_channels": 4}}),
+        ("ranking", {"network": {"target_group_size": 2}, "dataset": {"max_num_candidates": 3}}),
+        ("ranking", {"network": {"interleave_actions": False}, "dataset": {"max_num_candidates": 1}}),
+        ("retrieval", {"network": {"interleave_actions": False}}),
+        ("retrieval", {"dataset": {"action_feature_name": ""}}),
     ],
     ids=str,
 )
-def test_a_network_learns_and_is_evaluated(train: Train, task: str, network: Any) -> None:
-    finished = train(task, network=network, trainer=EVALUATED)
+def test_a_run_learns_and_is_evaluated(train: Train, task: str, options: dict[str, Any]) -> None:
+    finished = train(task, trainer={"max_train_iters": 12, "eval_at_end": True}, **options)
     assert falls(finished)
     assert all(value is not None for value in finished.metrics.values())
 
@@ -43,24 +42,6 @@ def test_each_position_encoding_is_a_model_of_its_own(train: Train, task: str) -
         train(task, network={"position_encoding": kind}).losses[-1] for kind in ("absolute", "relative_bias", "none")
     ]
     assert len(set(losses)) == 3
-
-
-@pytest.mark.parametrize(("task", "options"), [("ranking", CANDIDATES), ("retrieval", {})])
-def test_actions_can_be_part_of_their_items_tokens(train: Train, task: str, options: dict[str, Any]) -> None:
-    finished = train(task, network={"interleave_actions": False}, trainer=EVALUATED, **options)
-    assert falls(finished)
-    interleaved = train(task, **options)
-    tokens = [
-        run.trainer.flop_counter.count(next(run.trainer.source.eval_batches("valid")))[0]
-        for run in (finished, interleaved)
-    ]
-    assert tokens[0] < tokens[1]
-
-
-@pytest.mark.parametrize("options", [{"max_num_candidates": 1}, {"max_num_candidates": 3}])
-@pytest.mark.parametrize("group", [1, 2])
-def test_candidates_are_learnt_and_evaluated(train: Train, options: dict[str, Any], group: int) -> None:
-    assert falls(train("ranking", dataset=options, network={"target_group_size": group}, trainer=EVALUATED))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -79,12 +60,6 @@ def test_bfloat16_learns_what_float32_learns(train: Train, task: str) -> None:
 def test_sequences_of_items_alone_are_retrieved(train: Train, make_store: MakeStore) -> None:
     store = make_store(walks()["items"])
     assert falls(train("retrieval", store=store, trainer={"max_train_iters": 12}))
-
-
-def test_actions_can_be_left_out(train: Train) -> None:
-    finished = train("retrieval", dataset={"action_feature_name": ""}, trainer={"max_train_iters": 12})
-    assert falls(finished)
-    assert finished.trainer.source.roles.action is None
 
 
 def test_ranking_by_bits_has_a_metric_a_task(train: Train) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import RankingTaskArgs
 from hstu.config.rules import validate
 from hstu.data.sampling.sampler import START
 from hstu.data.store.sequence_store import SequenceStore
@@ -118,39 +117,6 @@ def test_models_learn_to_rank_what_was_shown(mesh: Mesh, tmp_path: Path, split: 
     config = tiny_config("ranking", store, tmp_path, dataset=PLAIN | {"split": split}, **options)
     validate(config, 1, ALL_RULES)
     assert run(config, mesh).metrics["AUC"] > 0.8
-
-
-def test_a_task_compares_the_candidates_of_a_request(mesh: Mesh, tmp_path: Path) -> None:
-    store = write_small_store(tmp_path / "store", **random_log())
-    tasks = [
-        RankingTaskArgs(name="clicked", label="action", loss="pairwise", metrics=("NDCG", "NDCG@1")),
-        RankingTaskArgs(label="watched", kind="class", num_classes=5, metrics=("ACC",), weight=0.01),
-    ]
-    config = tiny_config(
-        "ranking", store, tmp_path, dataset=PLAIN,
-        trainer={"max_train_iters": 30, "eval_at_end": True, "train_batch_size": 16},
-        task_args={"prediction_head_arch": [8], "eval_metrics": ("AUC",), "tasks": tasks},
-        optimizer={"learning_rate": 0.02},
-    )  # fmt: skip
-    validate(config, 1, ALL_RULES)
-    finished = run(config, mesh)
-    assert finished.losses[-1] < finished.losses[0]
-    assert {"NDCG/clicked", "NDCG@1/clicked", "ACC/watched"} <= finished.metrics.keys()
-
-
-def test_large_requests_are_divided(mesh: Mesh, tmp_path: Path) -> None:
-    store = write_small_store(tmp_path / "store", **random_log())
-    dataset = PLAIN | {"max_num_candidates": 2, "max_sequence_length": 7}
-    source = build(tiny_config("ranking", store, tmp_path, dataset=dataset), mesh).source
-    sampler = source.train_sampler(START)
-    batches = [batch for batch, _ in zip(source.train_batches(START), range(sampler.batches_per_epoch), strict=False)]
-    labels = sum(batch.num_labels_total for batch in batches)
-    samples = source.train_lengths
-    users = np.unique(np.concatenate([batch.user_ids[: batch.real_batch_size].numpy() for batch in batches]))
-    shown = [len(values["item_id"]) for user, _, values in random_log()["requests"] if user in users]
-    assert labels == sum(shown) == samples.labels.sum() and max(shown) > 2 >= samples.candidates.max()
-    kept = np.concatenate([batch.item_lengths - batch.num_candidates_host for batch in batches])
-    assert kept[kept > 0].min() >= 1
 
 
 def test_options_that_requests_do_not_have_are_errors(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:

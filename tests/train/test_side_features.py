@@ -146,37 +146,6 @@ def given_histories(store: SequenceStore, count: int) -> list[api.History]:
     return list(api.histories(store, range(count), (*store.event_features, *store.event_number_features)))
 
 
-def test_what_a_history_given_by_hand_lacks_of_its_features_is_told(mesh: Mesh, tmp_path: Path) -> None:
-    store = random_store(tmp_path / "store")
-    finished = run(tiny_config("retrieval", store, tmp_path, dataset=SIDE, trainer=SAVES), mesh)
-    model = api.load(finished.path, mesh=mesh)
-    (history,) = given_histories(store, 1)
-    device, watched = history.features["device"], history.features["watched"]
-    numbers = {name: history.features[name] for name in ("seconds", "load")}
-    for features, told in (
-        (
-            {**numbers, "device": device},
-            r"no feature watched \(text: .*\), which the model reads .*: give one value per item",
-        ),
-        (
-            {**numbers, "device": device[1:], "watched": watched},
-            r"has 7 features 'device' for 8 items; give one per item",
-        ),
-        ({**history.features, "load": [1e99] * 8}, "a value of 'load' is 1e\\+99; give a finite number, or None"),
-        ({**history.features, "vector": [[1, 2]] * 8}, r"'vector' is \[1, 2\]; give a list of 3 finite numbers"),
-        (
-            {**history.features, "colour": device},
-            r"no feature of items or events 'colour'; it has genres \(list of text: .*\), device \(text: .*\), watched",
-        ),
-    ):
-        with pytest.raises(DataError, match=told):
-            model.recommend_for([replace(history, features=features)])
-    _, unknown = model.recommend_for(
-        [replace(history, features={**numbers, "device": [None, "sofa"] * 4, "watched": watched})]
-    )
-    assert unknown == {"device": ["sofa"]}
-
-
 def test_the_hour_of_an_event_teaches_without_a_column_of_its_own(mesh: Mesh, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     hours = np.cumsum(rng.integers(0, 24, (USERS, LENGTH)), axis=1)

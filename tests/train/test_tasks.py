@@ -90,17 +90,6 @@ def test_a_run_learns_all_kinds_of_tasks(mesh: Mesh, store: SequenceStore, tmp_p
     assert min(learnt) > 0.75, metrics
 
 
-def test_micro_batches_train_as_the_whole_batch(mesh: Mesh, store: SequenceStore, tmp_path: Path) -> None:
-    own = [*tasks(), RankingTaskArgs(name="pairs", label="click", loss="pairwise")]
-    losses = []
-    for parts in (1, 2):
-        trainer = {"gradient_accumulation_steps": parts, "train_batch_size": 8 // parts}
-        config = task_config(store, tmp_path / str(parts), trainer=trainer, task_args={"tasks": own})
-        losses.append(run(config, mesh).losses)
-    assert losses[0][0] != losses[0][-1]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
-
-
 def test_the_part_of_a_task_is_the_loss_of_a_run_that_counts_it_alone(
     mesh: Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:

@@ -372,17 +372,6 @@ def test_the_best_ranker_is_chosen_by_users_that_the_test_does_not_have(train: T
     assert users[0] and users[1] and not users[0] & users[1] - {-1}
 
 
-def test_a_continued_run_remembers_the_best_metrics_of_its_first_part(train: Train) -> None:
-    options = {"eval_interval": 2, "ckpt_save_interval": 4, "ckpt_load_dir": "auto"}
-    first = train("ranking", output="one", trainer={**options, "max_train_iters": 4})
-    best = first.summary["best_metrics"]["valid"]["LOGLOSS"]
-    second = train("ranking", output="one", trainer={**options, "max_train_iters": 8}, optimizer={"learning_rate": 5.0})
-    assert [iteration for iteration, _ in second.evaluations] == [2, 4, 6, 8]
-    after = [r["metrics"]["LOGLOSS"] for r in second.records if r["kind"] == "eval" and r["iter"] > 4]
-    assert all(value is None or value > best["value"] for value in after), "the second part must be worse"
-    assert second.summary["best_metrics"]["valid"]["LOGLOSS"] == best
-
-
 @pytest.mark.parametrize("batch_size", [8, 16, 4])
 def test_epochs_and_schedules_count_samples_whatever_the_global_batch(train: Train, batch_size: int) -> None:
     """The first two epochs have global batches of 8, as if they had been trained by another number of ranks."""

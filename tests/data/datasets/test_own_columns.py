@@ -37,16 +37,9 @@ def test_texts_as_actions_become_labels(tmp_path: Path, suffix: str) -> None:
     assert "view: 3, buy: 1, cart: 1" in write_report(store, tmp_path / "report").read_text()
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("1,7,view\n1,8,\n", r"e\.csv:3: 'a' is empty"),
-        ("1,7,4\n1,8,3\n1,9,five\n", r"e\.csv:4: 'a' is 'five'; allowed is an integer"),
-        ("".join(f"1,7,review {n}\n" for n in range(300)), "'a' has more than 256 different texts, such as 'review 0'"),
-    ],
-)
-def test_what_is_no_action_is_refused(tmp_path: Path, rows: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_texts_without_end_are_no_actions(tmp_path: Path) -> None:
+    rows = "".join(f"1,7,review {n}\n" for n in range(300))
+    with pytest.raises(DataError, match="'a' has more than 256 different texts, such as 'review 0'"):
         make(tmp_path, write(tmp_path / "e.csv", f"u,i,a\n{rows}"), action="a")
 
 
@@ -108,13 +101,6 @@ def test_ranges_keep_equal_numbers_together_and_have_names_of_their_own() -> Non
     expected = {"1000000000..1000000001": 1e9, "1000000002..1000000003": 1e9 + 2}
     assert ranges_of(large, np.ones(4, dtype=int), 2) == expected
     assert ranges_of(np.array([]), np.array([]), 3) == {}
-
-
-@pytest.mark.parametrize("value", ["old", "nan", "inf"])
-def test_ranges_need_numbers(value: str, tmp_path: Path) -> None:
-    events = write(tmp_path / "e.csv", f"u,i,age\n1,7,1\n2,7,{value}\n")
-    with pytest.raises(DataError, match=f"--bins age=3: not all values are finite numbers, such as '{value}'"):
-        make(tmp_path, events, context_columns=("age",), bins={"age": 3})
 
 
 # --- titles --------------------------------------------------------------------------------------------------------

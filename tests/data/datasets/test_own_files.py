@@ -80,11 +80,6 @@ def test_files_of_one_name_in_two_folders_have_a_checksum_each(tmp_path: Path) -
     assert len(store.sources) == 2 and len(set(store.sources.values())) == 2
 
 
-def test_a_missing_column_is_reported_with_its_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"b\.csv has no column 'i'. It has: u, j"):
-        make(tmp_path, [write(tmp_path / "a.csv", "u,i\n1,2\n"), write(tmp_path / "b.csv", "u,j\n1,2\n")])
-
-
 # --- text files ----------------------------------------------------------------------------------------------------
 
 

@@ -77,19 +77,6 @@ def test_lists_of_parquet_need_no_separator(tmp_path: Path) -> None:
     assert of_items(store, "n") == {"x1": ["3"], "x2": ["1", "2"], "x3": ["1"]}
 
 
-def test_numbers_are_grouped_into_ranges_of_equally_many(tmp_path: Path) -> None:
-    events = "u,i,t,price\n" + "".join(f"a,x{n},{n},{n if n != 3 else ''}\n" for n in range(9))
-    items = "i,weight\n" + "".join(f"x{n},{n / 2}\n" for n in range(8))
-    store = make(
-        tmp_path, events, items, item_columns=("weight",), event_columns=("price",), bins={"price": 2, "weight": 4}
-    )
-    assert store.ranges["price"] == {"0..4": 0, "5..8": 5} and [*store.ranges["weight"].values()] == [0, 1, 2, 3]
-    assert of_events(store, "price") == ["0..4"] * 3 + [UNKNOWN] + ["0..4"] + ["5..8"] * 4
-    weights = of_items(store, "weight")
-    assert weights["x0"] == "0..0.5" and weights["x7"] == "3..3.5" and weights["x8"] == UNKNOWN
-    assert store.cardinality("weight") == 5
-
-
 texts = st.sampled_from(["", "a", "b", "C", "é", "10", "9", UNKNOWN])
 lists = st.lists(st.sampled_from(["", "a", " b", "Ω", "a b"]), max_size=3).map("|".join)
 numbers = st.one_of(st.just(""), st.integers(-5, 20).map(str), st.just("2.50"))
@@ -292,11 +279,6 @@ def test_items_without_a_row_are_counted_and_the_first_row_counts(
     assert store.statistics["items_without_row"] == 1
     assert re.search(r"items without row +\| 1 ", write_report(store, tmp_path / "report").read_text())
     assert "features of items: year (3)" in format_report(store)
-
-
-def test_bad_rows_of_the_items_may_be_skipped(tmp_path: Path) -> None:
-    store = make(tmp_path, items=ITEMS + "x4\n", item_columns=("year",), bad_row_policy="skip")
-    assert store.statistics["skipped_rows"] == {"too few columns": 1}
 
 
 def test_a_column_of_many_numbers_gets_a_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,14 +9,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from hstu.config.cli import tool
 from hstu.config.gin_io import load
 from hstu.serve.command import check_new, read_ids
-from hstu.serve.importing import import_checkpoint
+from hstu.serve.importing import PEERS, REFUSED, import_checkpoint
 
 
 @tool
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     add = (parser := argparse.ArgumentParser(description=__doc__)).add_argument
-    add("--from", dest="source", choices=("nvidia", "meta-research", "meta-dlrm"), required=True)
+    add("--from", dest="source", choices=(*PEERS, *REFUSED), required=True)
     add("path", type=Path, help="the checkpoint: its directory, or a file of torch.save")
     add("--gin-config-file", dest="files", metavar="FILE", nargs="+", required=True, help="describes the same model")
     add("--gin-bindings", dest="bindings", metavar="BINDING", nargs="+", default=[])

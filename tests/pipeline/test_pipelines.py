@@ -42,7 +42,7 @@ CASES: dict[str, Any] = {
         "optimizer": ADAM,
     },
 }
-NAMES = {1: ["ranking, two widths", "ranking, clipped", "retrieval, all items, seen"], 2: list(CASES)}
+NAMES = {1: ["retrieval, all items, seen"], 2: list(CASES)}
 """Ranks → cases."""
 
 

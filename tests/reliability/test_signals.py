@@ -20,7 +20,7 @@ from tests.reliability.test_background import TIMEOUT_S, TRAINER, committed, run
 def test_a_signal_to_ranks_and_workers_saves_the_current_iteration_and_exits_with_0(
     store: str, tmp_path: Path, fault: str
 ) -> None:
-    trainer = {"data_workers": 2, "max_train_iters": 1000, "ckpt_save_interval": 100}
+    trainer = {"data_workers": 2, "max_train_iters": 1000, "ckpt_save_interval": 100, "ckpt_async": True}
     ranks = run(2, store, tmp_path, fault, 7, **trainer)
     assert [rank.exit_code for rank in ranks] == [0, 0], ranks[0].output + ranks[1].output
     assert list(committed(tmp_path)) == [7]

@@ -24,7 +24,7 @@ def falls(finished: FinishedRun) -> bool:
         ("retrieval", {"network": {"hidden_dropout": 0.2, "input_dropout": 0.0}}),
         ("ranking", {"network": {"num_attention_heads": 1, "kv_channels": 4}}),
         ("ranking", {"network": {"target_group_size": 2}, "dataset": {"max_num_candidates": 3}}),
-        ("ranking", {"network": {"interleave_actions": False}, "dataset": {"max_num_candidates": 1}}),
+        ("ranking", {"network": {"interleave_actions": False}}),
         ("retrieval", {"network": {"interleave_actions": False}}),
         ("retrieval", {"dataset": {"action_feature_name": ""}}),
     ],

@@ -26,9 +26,8 @@ from hstu.base.errors import EXIT_DONE, ConfigError
 from hstu.config.cli import tool
 from hstu.observe.environment import missing_packages
 from hstu.stream.loop import Settings, Stream
-from hstu.stream.parts import Directory, Source
+from hstu.stream.parts import Directory, Source, Topic
 from hstu.stream.report import summary
-from hstu.stream.topic import Topic
 
 _SET_HERE = ("--interactions", "--output", "--append", "--force", "--forget", "--quick")
 

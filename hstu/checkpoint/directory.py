@@ -146,7 +146,11 @@ def read_manifest(root: Path) -> Files:
         files = manifest["files"]
         if text != _manifest_text(files):
             raise ValueError("its content has changed since it was written")
-        _check_entries(files)
+        for name, entry in files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(f"it lists {name!r}, which is not in the checkpoint")
+            if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+                raise ValueError(f"its entry of {name!r} is no size and checksum")
     except FileNotFoundError:
         raise DamagedCheckpoint(
             f"{root} is not a complete checkpoint: it has no {MANIFEST}. Load another checkpoint."
@@ -154,14 +158,6 @@ def read_manifest(root: Path) -> Files:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is damaged ({error}). Load another checkpoint.") from None
     return dict(files)
-
-
-def _check_entries(files: Files) -> None:
-    for name, entry in files.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"it lists {name!r}, which is not in the checkpoint")
-        if type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
-            raise ValueError(f"its entry of {name!r} is no size and checksum")
 
 
 def listed_files(root: Path, pattern: str) -> list[Path]:

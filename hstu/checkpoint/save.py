@@ -56,7 +56,11 @@ class Snapshot:
     @classmethod
     def of(cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None) -> Snapshot:
         """Collect what to save of ``state``, which may change afterwards if ``copies`` (memory to reuse) are given."""
-        tensors = _own_share(state.tensors(), mesh)
+        tensors = {  # the shards of this rank, and its part of what is equal on all ranks, which rank 0 need not plan
+            name: tensor
+            for number, (name, tensor) in enumerate(state.tensors().items())
+            if isinstance(tensor, ShardedView) or number % mesh.world_size == mesh.rank
+        }
         if copies is not None:
             _copy_to_host(tensors, copies, mesh.device)
         ranks = {
@@ -74,15 +78,6 @@ class Snapshot:
             random_state=random_state(mesh.device),
             dynamic=copy_tables(dynamic_tables(state.model)),
         )
-
-
-def _own_share(tensors: dict[str, Tensor | ShardedView], mesh: Mesh) -> dict[str, Tensor | ShardedView]:
-    """The shards of this rank, and its part of the tensors that are equal on all ranks, which rank 0 need not plan."""
-    return {
-        name: tensor
-        for number, (name, tensor) in enumerate(tensors.items())
-        if isinstance(tensor, ShardedView) or number % mesh.world_size == mesh.rank
-    }
 
 
 def _copy_to_host(tensors: dict[str, Tensor | ShardedView], copies: HostCopies, device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torchrec import JaggedTensor, KeyedJaggedTensor
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections
-from hstu.model.item_tower import ItemTower, join_rows
+from hstu.model.inputs import ItemTower, join_rows
 from hstu.model.stack import ModelOutput
 
 

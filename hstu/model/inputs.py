@@ -15,13 +15,12 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import NetworkArgs
 from hstu.config.args.network import SIDE_WIDTH
 from hstu.config.run_config import RunConfig
-from hstu.data.batches.batch import HSTUBatch
+from hstu.data.batches.batch import NEGATIVES, POOL, HSTUBatch
 from hstu.data.batches.jagged import sequence_tokens
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import NUM_QUANTILES
 from hstu.data.store.layout import NumberStatistics
 from hstu.model.heads import MLP
-from hstu.model.item_tower import join_rows
 from hstu.ops.comm import LayerComm
 from hstu.ops.dropout import dropout
 from hstu.ops.kernels import Kernels
@@ -306,3 +305,45 @@ def rank_among(values: Tensor, quantiles: Tensor) -> Tensor:
     between = torch.where(above > below, part, torch.zeros_like(part))
     place = torch.where(right > left, (left + right - 1) / 2, left - 1 + between)
     return place.clamp(0, last) * (2 / last) - 1
+
+
+def join_rows(names: Sequence[str], rows: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
+    """Join the feature rows of n items side by side: [n, number of names × width]. Lists are averaged.
+
+    rows: feature → [n, width], or for a list [sum of list_lengths, width]. list_lengths: list → int64 [n].
+    """
+    joined = []
+    for name in names:
+        values = rows[name]
+        if name in list_lengths:
+            lengths = list_lengths[name]
+            values = torch.segment_reduce(values, "mean", lengths=lengths, unsafe=True)  # checks would wait for the GPU
+        joined.append(values)
+    return torch.cat(joined, dim=1)
+
+
+class ItemTower(nn.Module):
+    """Vector of an item: the row of its id plus an MLP of its joined feature rows. Both are scaled by √E."""
+
+    def __init__(self, network: NetworkArgs, roles: FeatureRoles) -> None:
+        super().__init__()
+        self.features, self.lists, self._all_lists = roles.tower, roles.tower_lists, roles.lists
+        width = network.item_width
+        self.scale = math.sqrt(width)
+        self.projection = MLP(len(self.features) * SIDE_WIDTH, (width, width), "silu")
+
+    def forward(self, rows: Tensor, of_features: Mapping[str, Tensor], list_lengths: Mapping[str, Tensor]) -> Tensor:
+        """Vectors [n, E], not normalised. rows: of the ids, [n, E]; the rest as in :func:`join_rows`."""
+        joined = join_rows(self.features, of_features, list_lengths)
+        vectors: Tensor = rows * self.scale + self.projection(joined * self.scale)
+        return vectors
+
+    def list_lengths(self, batch: HSTUBatch, key: str) -> dict[str, Tensor]:
+        """List → number of values for each item under ``key``: the item feature, NEGATIVES or POOL."""
+        if key == POOL:
+            assert batch.negatives.pool_features is not None
+            return {name: batch.negatives.pool_features[name].lengths() for name in self.lists}
+        is_negative = key == NEGATIVES
+        lengths = batch.negatives.list_lengths if is_negative else batch.items.list_lengths
+        names = self.lists if is_negative else self._all_lists
+        return {} if lengths is None else {name: lengths[names.index(name)] for name in self.lists}

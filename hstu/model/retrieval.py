@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hstu.config.args import RetrievalArgs
 from hstu.data.batches.batch import NEGATIVES, PADDING_ID, POOL, HSTUBatch, of_negatives, of_pool
-from hstu.model.item_tower import ItemTower
+from hstu.model.inputs import ItemTower
 from hstu.model.stack import ModelOutput, SequenceEncoder, labelled_rows, own_rows
 from hstu.ops.functional import softmax_loss
 from hstu.ops.kernels import NEVER_SEEN, Negatives, SeenItems

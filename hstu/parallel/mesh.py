@@ -291,9 +291,9 @@ def _join_world(device: torch.device, timeout: timedelta) -> dist.Store:
         try:
             served, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         except dist.DistError as error:
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            place, why = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}", str(error).rstrip(".")
             raise ConfigError(
-                f"rank {os.environ['RANK']} cannot join the others at {place} (MASTER_ADDR, MASTER_PORT): {error}. "
+                f"rank {os.environ['RANK']} cannot join the others at {place} (MASTER_ADDR, MASTER_PORT): {why}. "
                 "Check that other hosts reach the port, or choose another one (torchrun --master_port)."
             ) from error
         # torch 2.13: with --max-restarts torchrun shares one store between all attempts, and a rank that reads an

@@ -21,7 +21,6 @@ from hstu.model.embedding import TableSpec
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve.histories import known_of_items, request_facts
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.outputs import predictions_of
 from hstu.serve.program import ServingProgram, key_of
 from hstu.serve.runtime.files import FORMAT, VERSION
 from hstu.serve.runtime.model import ITEM_VECTORS
@@ -112,7 +111,7 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
         },
         "l2_norm_eps": args.l2_norm_eps if isinstance(args, RetrievalArgs) else None,
         "filter_seen": trained.leaves_out_seen,
-        "tasks": [asdict(each) for each in predictions_of(trained)],
+        "tasks": [asdict(each) for each in trained.predictions],
     }
 
 

@@ -1,15 +1,15 @@
-"""Load a trained model with its configuration and data."""
+"""Load a trained model with its configuration and data, and say what its outputs mean."""
 
 from __future__ import annotations
 
 import atexit
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from threading import RLock
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from hstu.checkpoint.directory import MANIFEST, verified_file
 from hstu.checkpoint.find import GIN, LAST, best_of, check_belongs, is_choice, is_run, locate
 from hstu.checkpoint.load import load as load_checkpoint
 from hstu.checkpoint.matching import LoadOptions
-from hstu.config.args import DatasetArgs, RetrievalArgs
+from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
 from hstu.config.gin_io import load_stored
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
@@ -29,17 +29,19 @@ from hstu.data.batches.jagged import ranges
 from hstu.data.datasets import store_path
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.model.gr_model import GRModel
-from hstu.model.ranking import RankingModel
+from hstu.model.ranking import RankingDense, RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.stack import ModelOutput
+from hstu.model.tasks import MultiTaskDense
 from hstu.optim.optimizers import Optimizers
 from hstu.parallel import mesh as meshes
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.serve.histories import BatchEncoder, histories, stored_vocabulary, vocabularies_of
 from hstu.serve.runtime.files import Vocabulary
+from hstu.serve.runtime.model import columns_of
 from hstu.serve.runtime.requests import History
-from hstu.train.builder import build_model, build_state, raw_ids
+from hstu.train.builder import build_model, build_state, raw_ids, task_names
 from hstu.train.evaluate import RetrievalEvaluator, evaluation_mode
 from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
 
@@ -69,6 +71,22 @@ def with_store(config: RunConfig, path: str | Path) -> RunConfig:
     """The configuration on other preprocessed data."""
     assert isinstance(config.dataset, DatasetArgs)
     return replace(config, dataset=replace(config.dataset, dataset_path=str(path), eval_dataset_path=None))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Consecutive outputs of a model that predict one property of an item."""
+
+    name: str
+    """The name in serving.json."""
+    kind: str
+    """ "binary": a logit; "class": one logit per label; "number": the value itself."""
+    columns: Sequence[str]
+    """The name of each output."""
+    first: int = 0
+    """The label of the first output, if the kind is "class"."""
+    expected: str | None = None
+    """The column of the expected label, if there is one."""
 
 
 @dataclass
@@ -191,6 +209,46 @@ class LoadedModel:
         """Builds batches from requests."""
         return BatchEncoder(self.config, self.source, self.vocabularies)
 
+    @property
+    def predictions(self) -> list[Prediction]:
+        """What the outputs of the model mean, in their order: one table for files, exports, the server and sessions.
+
+        Columns of ranking:
+        - One binary task: ``score``, the probability of a positive action. Several: ``score_<name>`` each.
+        - Classes: ``p_<action>``, a probability each, and ``score``, the expected action, unless actions are texts.
+        - RankingArgs.tasks: ``score_<task>`` (binary: probability, regression: value), ``p_<task>_<label>`` (class).
+        """
+        task, source = self.task, self.source
+        if isinstance(task, RetrievalDense):
+            return [Prediction("cosine", "number", ["score"])]
+        if isinstance(task, MultiTaskDense):
+            found = []
+            for each in task.each_task:
+                name, kind, facts = each.args.task_name, each.args.kind, source.label_facts.get(each.args.label)
+                labels = _labels(each.first_class, each.args.output_width, facts.texts if facts else ())
+                columns = [f"p_{name}_{label}" for label in labels] if kind == "class" else [f"score_{name}"]
+                found.append(Prediction(name, "number" if kind == "regression" else kind, columns, each.first_class))
+            return found
+        assert isinstance(task, RankingDense) and isinstance(self.config.task_args, RankingArgs)
+        if task.is_multi_task:
+            bits = [f"task{bit}" for bit in range(task.num_tasks)]
+            named = task_names(self.dataset.dataset_name)
+            columns = [f"score_{name}" for name in (named if len(named) == len(bits) else bits)]
+            if len(bits) == 1:
+                columns = ["score"]
+            return [Prediction(bit, "binary", [column]) for bit, column in zip(bits, columns, strict=True)]
+        action, texts, first = source.roles.action, [], task.label_offset
+        assert action is not None, "a ranking model has actions"
+        if not isinstance(source, StoredSource) and source.store.feature(action).has_vocab:
+            texts = source.store.raw_ids(action).tolist()
+        columns = [f"p_{label}" for label in _labels(first, self.config.task_args.prediction_head_arch[-1], texts)]
+        return [Prediction(action, "class", columns, first, expected=None if texts else "score")]
+
+    def columns(self, outputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Convert outputs of the model, float32 [n, width], to column name → float32 [n], as an export does."""
+        columns = columns_of([asdict(each) for each in self.predictions], torch.from_numpy(outputs))
+        return {name: values.numpy() for name, values in columns.items()}
+
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Disable dropout and gradients, and use averaged weights if the run kept them."""
@@ -279,6 +337,11 @@ class LoadedModel:
     def model_ids(self, codes: np.ndarray) -> np.ndarray:
         """Convert item codes of the data to model ids, int64 [n]."""
         return self.store.model_ids(self.source.roles.item, codes)
+
+
+def _labels(first: int, count: int, texts: Sequence[str]) -> list[Any]:
+    """Names of ``count`` classes from label ``first`` on. ``texts``: names of the labels 0, 1, …; may be shorter."""
+    return [texts[label] if label < len(texts) else label for label in range(first, first + count)]
 
 
 @cache

@@ -32,7 +32,6 @@ from hstu.model.ranking import RankingDense
 from hstu.parallel.exchange import Exchange
 from hstu.serve.command import Candidates
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.outputs import columns_of, predictions_of
 from hstu.train.builder import build_evaluator
 from hstu.train.corpus import Queries, pair_scores, recommend
 from hstu.train.evaluate import NEW, Evaluator, MultiTaskEvaluator, Observations, RetrievalEvaluator
@@ -99,7 +98,7 @@ class Evaluation:
 
         Columns: user and item; of a period time, in seconds since 1970. Retrieval: rank and score, if the model reads
         the time of the request also rank_last_event and score_last_event, and with times gap, the seconds since the
-        event before the item. Ranking: request, the columns of ``predictions_of``, and ``label`` (the action) or
+        event before the item. Ranking: request, the columns of ``loaded.predictions``, and ``label`` (the action) or
         ``label_<task>``.
         """
         to_main = np.zeros(len(self.observations), dtype=np.int64)
@@ -120,7 +119,7 @@ class Evaluation:
                 values = torch.from_numpy(columns.pop("label").T)
                 for task in self.evaluator.tasks:
                     columns[f"label_{task.args.task_name}"] = task.labels(values).numpy()
-            columns |= columns_of(loaded, each.results)
+            columns |= loaded.columns(each.results)
         return _table(loaded, store, each.users, each.items, columns)
 
 
@@ -329,7 +328,7 @@ def _ranks(keys: np.ndarray) -> np.ndarray:
 
 
 class RankingPredictor:
-    """Scores given candidates with a ranking model. Columns: user, item, and the columns of ``predictions_of``.
+    """Scores given candidates with a ranking model. Columns: user, item, and the columns of ``loaded.predictions``.
 
     ``candidates`` have the event features that the model reads. ``at``: see ``LoadedModel.user_vectors``.
     Raises ConfigError if the model does not read ``at``, or if it reads the unknown actions on other candidates.
@@ -345,7 +344,7 @@ class RankingPredictor:
         """See RetrievalPredictor."""
         given = self.candidates.of_users(users)
         users, items = np.repeat(given.users, given.counts), self.loaded.model_ids(given.items)
-        return _table(self.loaded, self.loaded.store, users, items, columns_of(self.loaded, self.logits(given)))
+        return _table(self.loaded, self.loaded.store, users, items, self.loaded.columns(self.logits(given)))
 
     def logits(self, given: Candidates) -> np.ndarray:
         """Compute the logits of candidates, float32 [C, outputs]. Every rank returns all rows."""
@@ -355,7 +354,7 @@ class RankingPredictor:
             valid = self.loaded.task.label_offset if isinstance(self.loaded.task, RankingDense) else 0
             values[source.roles.action] = np.full_like(given.items, valid)
         requests = GivenRequests(source.store, given.users, given.counts, values, self.at)
-        width = sum(len(each.columns) for each in predictions_of(self.loaded))
+        width = sum(len(each.columns) for each in self.loaded.predictions)
         places, outputs = [np.zeros(0, dtype=np.int64)], [np.zeros((0, width), dtype=np.float32)]
         with self.loaded.inference():
             for of_batch, batch in source.candidate_batches(requests):

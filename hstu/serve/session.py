@@ -17,9 +17,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.outputs import columns_of
-from hstu.serve.pages import CacheStatistics, Prefix, PrefixCache
-from hstu.serve.prefix import IncrementalEncoder, tokens_of
+from hstu.serve.prefix import CacheStatistics, IncrementalEncoder, Prefix, PrefixCache, tokens_of
 from hstu.serve.runtime.requests import Candidates, History
 from hstu.train.corpus import pair_scores
 
@@ -186,7 +184,7 @@ class Session:
 
     def named(self, outputs: Tensor) -> dict[str, np.ndarray]:
         """Convert what ``score`` returns to the columns of scripts/predict.py: name → float32 [m]."""
-        return columns_of(self._loaded, outputs.reshape(len(outputs), -1).cpu().numpy())
+        return self._loaded.columns(outputs.reshape(len(outputs), -1).cpu().numpy())
 
     def user_embeddings(self, users: Sequence[Any], at: int | None = None) -> Tensor:
         """As ``TrainedModel.user_embeddings``. Computes whole histories if ``reencodes_because`` is not None."""

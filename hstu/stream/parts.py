@@ -1,19 +1,29 @@
-"""Where the parts of a stream come from."""
+"""Where the parts of a stream come from: a directory, or a Kafka topic of JSON objects."""
 
 from __future__ import annotations
 
+import csv
+import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from hstu.base.errors import DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import written_aside
+
+if TYPE_CHECKING:
+    from confluent_kafka import Consumer, Message
 
 _HIDDEN = (".", "_")
 """Names that begin so are no parts: files that are being written, and marks of other programs."""
+_TIMEOUT_S = 30.0
+EVENTS, QUARANTINE = "events.csv", "quarantine.jsonl"
 
 
 class Source(ABC):
@@ -64,3 +74,129 @@ class Directory(Source):
             with written_aside(target) as aside:
                 self._files.get_file(str(path), str(aside))
         return target
+
+
+class Topic(Source):
+    """A Kafka topic, whose messages are JSON objects from column to value. A part is what has come since the last one.
+
+    A part's name has the offsets at which it ends, ``0-1200,1-1187`` of two partitions. The next part begins there, so
+    that the results of a stream are all that it knows of its position; Kafka keeps no offsets for it. Messages that are
+    no objects of single values go to QUARANTINE in the part's directory, with the reason.
+
+    url: ``kafka://host:port[,host:port]/topic``. most: messages in a part. most_bad: messages in quarantine of a part;
+    with more, ``fetch`` raises DataError.
+    """
+
+    def __init__(self, url: str, most: int, most_bad: int) -> None:
+        try:
+            from confluent_kafka import Consumer
+        except ImportError as error:
+            raise ConfigError(f"--source {url}: missing package: pip install 'hstu-trainer[kafka]'") from error
+        parts = urlsplit(url)
+        self._topic, self._most, self._most_bad = parts.path.strip("/"), most, most_bad
+        if not parts.netloc or not self._topic or "/" in self._topic:
+            raise ConfigError(f"--source {url}: expected kafka://host:port/topic")
+        settings = {"bootstrap.servers": parts.netloc, "group.id": "hstu", "enable.auto.commit": False}
+        # Of each partition a known number of messages is read, which are there: a short wait is enough.
+        self._consumer: Consumer = Consumer({**settings, "log_level": 3, "fetch.wait.max.ms": 20})
+
+    def waiting(self, taken: Sequence[str]) -> list[str]:
+        """See Source. One part: all messages that are there, or ``most`` of them. Raises DataError if messages are gone
+        that no part has."""
+        begins, ends = _ends(taken), dict[int, int]()
+        room, partitions = self._most, self._partitions()
+        for place, partition in enumerate(partitions):
+            low, high = self._watermarks(partition)
+            begin = begins.get(partition, low)
+            if begin < low:
+                raise DataError(
+                    f"topic {self._topic}, partition {partition}: messages {begin} to {low - 1} are gone before they "
+                    "were read. Keep messages for longer than the stream may stand still, and begin it anew"
+                )
+            fair = -(-room // (len(partitions) - place))  # so that no partition waits for another
+            ends[partition] = begin + min(high - begin, fair)
+            room -= ends[partition] - begin
+        return [",".join(f"{each}-{end}" for each, end in ends.items())] if room < self._most else []
+
+    def fetch(self, name: str, taken: Sequence[str], folder: Path) -> list[Path]:
+        """See Source. Without a good message there is no file."""
+        events, quarantine = folder / EVENTS, folder.parent / QUARANTINE
+        if not quarantine.exists():
+            rows, bad = self._read(name, taken)
+            if len(bad) > self._most_bad:
+                raise DataError(
+                    f"topic {self._topic}: {len(bad):,} messages of the part {name} cannot be read, and --max_bad "
+                    f"allows {self._most_bad:,}. The first: {json.dumps(bad[0])}"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            if rows:
+                columns = dict.fromkeys(column for row in rows for column in row)
+                with written_aside(events) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+                    writer = csv.DictWriter(file, list(columns))
+                    writer.writeheader()
+                    writer.writerows(rows)
+            with written_aside(quarantine) as aside:  # last, because it says that the part is whole
+                aside.write_text("".join(json.dumps(each) + "\n" for each in bad), encoding="utf-8")
+        return [events] if events.exists() else []
+
+    def _partitions(self) -> list[int]:
+        found = self._consumer.list_topics(self._topic, timeout=_TIMEOUT_S).topics[self._topic]
+        if found.error or not found.partitions:
+            raise DataError(f"topic {self._topic}: {found.error or 'it has no partitions'}")
+        return sorted(found.partitions)
+
+    def _watermarks(self, partition: int) -> tuple[int, int]:
+        from confluent_kafka import TopicPartition
+
+        low, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic, partition), timeout=_TIMEOUT_S)
+        return int(low), int(high)
+
+    def _read(self, name: str, taken: Sequence[str]) -> tuple[list[Mapping[str, Any]], list[dict[str, Any]]]:
+        """(rows, messages of the quarantine) of a part, in the order of partitions and offsets."""
+        rows, bad, begins = list[Mapping[str, Any]](), list[dict[str, Any]](), _ends(taken)
+        for partition, end in _ends([name]).items():
+            begin = begins[partition] if partition in begins else self._watermarks(partition)[0]
+            for message in self._messages(partition, begin, end):
+                row, reason = _row(message.value())
+                if row is not None:
+                    rows.append(row)
+                else:
+                    text = (message.value() or b"")[:1000].decode("utf-8", errors="replace")
+                    bad.append({"partition": partition, "offset": message.offset(), "reason": reason, "message": text})
+        return rows, bad
+
+    def _messages(self, partition: int, begin: int, end: int) -> Iterator[Message]:
+        from confluent_kafka import TopicPartition
+
+        place = TopicPartition(self._topic, partition, begin)
+        self._consumer.assign([place])
+        position = begin
+        while position < end:
+            messages = self._consumer.consume(min(10_000, end - position), timeout=_TIMEOUT_S)
+            if not messages or messages[0].error():
+                why = messages[0].error() if messages else f"nothing came in {_TIMEOUT_S:g} s"
+                raise DataError(f"topic {self._topic}, partition {partition}, offset {position}: {why}")
+            yield from (message for message in messages if (message.offset() or 0) < end)
+            position = (messages[-1].offset() or 0) + 1
+
+
+def _ends(taken: Sequence[str]) -> dict[int, int]:
+    """Partition → the offset after the last message of the last part."""
+    if not taken:
+        return {}
+    pairs = (each.split("-") for each in taken[-1].split(","))
+    return {int(partition): int(end) for partition, end in pairs}
+
+
+def _row(value: bytes | None) -> tuple[Mapping[str, Any] | None, str]:
+    """(the object of a message, ""), or (None, why it is none)."""
+    try:
+        row = json.loads(value or b"")
+    except ValueError as error:
+        return None, f"no JSON: {error}"
+    if not isinstance(row, dict) or not row:
+        return None, "no JSON object"
+    for column, each in row.items():
+        if isinstance(each, (list, dict)) or (isinstance(each, float) and not math.isfinite(each)):
+            return None, f"the value of {column!r} is no text or number"
+    return row, ""

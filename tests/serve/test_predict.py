@@ -21,7 +21,6 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.command import read_candidates
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.outputs import columns_of, predictions_of
 from hstu.serve.predict import choose_split, evaluate_split, with_metrics
 from scripts import embed, evaluate, predict
 from tests.conftest import write_small_store
@@ -142,7 +141,7 @@ def test_a_ranking_model_predicts_candidates_as_it_was_evaluated_on_them(
     found = pd.read_parquet(here / "out")
     assert len(found) == len(pairs) + len(extra) and (found["user"][: ITEMS + held_out] == 103).all()
     observations = evaluate_split(loaded(name), "valid").observations
-    columns = columns_of(loaded(name), observations.results)
+    columns = loaded(name).columns(observations.results)
     assert set(found) == {"user", "item", *columns}
     by_user = found.groupby("user").tail(held_out).set_index("user")
     for user in np.unique(observations.users):
@@ -158,7 +157,7 @@ def test_classes_are_named_by_the_texts_of_the_actions(loaded: Loaded, monkeypat
     texts = np.array(["buy", "cart", "look", "view"], dtype=object)
     monkeypatch.setitem(model.store.features, "action", replace(model.store.feature("action"), has_vocab=True))
     monkeypatch.setattr(SequenceStore, "raw_ids", lambda self, name: texts)
-    (prediction,) = predictions_of(model)
+    (prediction,) = model.predictions
     assert prediction.columns == ["p_buy", "p_cart", "p_look", "p_view"]
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from hstu.base.errors import ConfigError
 from hstu.model.inputs import SequenceFeatures
 from hstu.model.stack import SequenceEncoder
-from hstu.serve.pages import Prefix, PrefixCache
-from hstu.serve.prefix import IncrementalEncoder
+from hstu.serve.prefix import IncrementalEncoder, Prefix, PrefixCache
 from tests.model.examples import Sample, Tables, make_batch, make_features, make_network, random_samples
 from tests.serve.served import PUBLISHED
 

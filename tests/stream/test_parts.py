@@ -9,8 +9,7 @@ import pytest
 from confluent_kafka import Producer
 
 from hstu.base.errors import DataError
-from hstu.stream.parts import Directory
-from hstu.stream.topic import QUARANTINE, Topic
+from hstu.stream.parts import QUARANTINE, Directory, Topic
 
 
 def test_parts_of_a_directory_come_in_the_order_of_names_and_what_is_being_written_is_no_part(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ cache, without recomputing earlier tokens. Forward only. Source: M-FALCON, arXiv
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hstu.ops.kernels import AttentionConfig, AttentionInputs
 from hstu.ops.layout import JaggedLayout, distance_index, time_buckets
-from hstu.ops.pytorch.attention import MASKED
+from hstu.ops.pytorch.attention import MASKED, forward
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,12 @@ def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
     if not (layout.num_candidate_tokens is not None or config.is_causal):
         raise ValueError("is_causal = False: earlier tokens see appended ones, so their keys and values change")
     dtype = torch.float64 if inputs.q.dtype == torch.float64 else torch.float32
-    queries, keys, values = (x.transpose(0, 1).to(dtype) for x in (inputs.q, inputs.k, inputs.v))
     tables = None if bias is None else (bias.position_weight.to(dtype), bias.time_weight.to(dtype))
-    attended = _own(inputs, (queries, keys, values), tables, prefix)
+    q, k, v = (x.to(dtype) for x in (inputs.q, inputs.k, inputs.v))
+    later = max(0, prefix.history_end - prefix.num_tokens - len(q))  # history tokens after the new ones
+    own = replace(config, scaling_seqlen=1, full_tokens=max(0, config.full_tokens - later))
+    attended = forward(replace(inputs, q=q, k=k, v=v, config=own)).transpose(0, 1).contiguous()
+    queries = q.transpose(0, 1)
     added = _prefix_terms(inputs, tables, prefix, dtype)
     start = 0
     for page_keys, page_values in prefix.pages:
@@ -100,36 +103,3 @@ def _is_hidden(start: int, stop: int, layout: JaggedLayout, config: AttentionCon
         first = newest = prefix.history_end
     has_limit = not config.has_no_limit(newest, prefix.history_end)
     return has_limit and first - (stop - 1) > config.max_span
-
-
-def _own(
-    inputs: AttentionInputs, qkv: tuple[Tensor, ...], tables: tuple[Tensor, Tensor] | None, prefix: CachedPrefix
-) -> Tensor:
-    """[H, n, d]: attention of new tokens to themselves and earlier new tokens, for candidates within their group."""
-    layout, config, count = inputs.layout, inputs.config, len(inputs.q)
-    size = count if layout.num_candidate_tokens is None else layout.candidate_group_tokens
-    padding = -count % size  # of the last group; comes after real tokens, so they do not see it
-
-    def grouped(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, padding)).unflatten(1, (-1, size))
-
-    def pairs(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Values of queries and keys per group: [groups, size, 1] and [groups, 1, size]."""
-        return F.pad(rows, (0, padding)).view(-1, size, 1), F.pad(columns, (0, padding)).view(-1, 1, size)
-
-    q, k, v = map(grouped, qkv)
-    # For single rows and columns, sums of elementwise products are faster than matrix products.
-    scores = config.alpha * ((q * k).sum(-1, keepdim=True) if size == 1 else q @ k.transpose(2, 3))
-    rows, columns = pairs(layout.positions, layout.positions)
-    hidden = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
-    if config.max_span is not None:
-        hidden = hidden | ~_visible(rows, columns, config, config.max_span, prefix)
-    if tables is not None:
-        assert layout.query_times is not None and layout.token_times is not None
-        position, time = tables
-        asked, known = pairs(layout.query_times, layout.token_times)
-        by_position = position[distance_index(rows, columns, len(position))]
-        scores = scores + (by_position + time[time_buckets(asked - known).long()])
-    weighted = F.silu(scores.masked_fill_(hidden, MASKED), inplace=True)
-    attended = weighted * v if size == 1 else weighted @ v
-    return attended.flatten(1, 2)[:, :count].contiguous()

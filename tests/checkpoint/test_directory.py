@@ -51,12 +51,6 @@ def test_auto_is_the_newest_complete_checkpoint_of_the_save_directory(tmp_path: 
     assert candidates("auto", str(tmp_path))[0] == newest
 
 
-def test_a_path_is_a_checkpoint_or_a_directory_whose_newest_is_taken(tmp_path: Path) -> None:
-    old, new = make_checkpoint(tmp_path / "iteration_1"), make_checkpoint(tmp_path / "iteration_2")
-    assert candidates(str(tmp_path), "elsewhere") == [new]
-    assert candidates(str(old), "elsewhere") == [old]
-
-
 def test_candidates_are_the_latest_commit_then_earlier_then_later_ones(tmp_path: Path) -> None:
     two, four, six, eight = make_checkpoints(tmp_path, 2, 4, 6, 8)
     assert restore_candidates(tmp_path) == [eight, six, four, two]

@@ -9,13 +9,12 @@ import pytest
 
 from hstu.observe.logging import (
     Progress,
-    format_eval,
     format_seconds,
     format_train,
     progress_bar,
     set_up_logging,
 )
-from hstu.observe.records import EvalRecord, TrainRecord
+from hstu.observe.records import TrainRecord
 
 
 def record(iteration: int = 200, **values: Any) -> TrainRecord:
@@ -87,14 +86,6 @@ def test_the_parts_of_a_loss_follow_in_further_lines() -> None:
     assert first == format_train(record(), 1000)
     assert len(others) == 2 and all(line.startswith("     loss/task") and len(line) <= 111 for line in others)
     assert " ".join(others).split() == [word for task in losses for word in (f"loss/{task}", "0.2500")]
-
-
-def test_many_metrics_go_on_in_further_lines() -> None:
-    metrics = {f"{name}/task{task}": 0.5 for name in ("AUC", "GAUC") for task in range(8)}
-    lines = format_eval(EvalRecord(iteration=100, epoch=1.0, split="valid", metrics=metrics), seconds=3.2).split("\n")
-    assert len(lines) > 1 and all(len(line) <= 111 for line in lines)
-    assert [line[:5] for line in lines[1:]] == ["     "] * (len(lines) - 1)
-    assert " ".join(lines).split()[5:-2] == [word for name in metrics for word in (name, "0.5000")]
 
 
 @pytest.mark.parametrize(

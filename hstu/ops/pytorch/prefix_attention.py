@@ -72,8 +72,8 @@ def _prefix_terms(
         position, time = tables
         added = position[distance_index(rows[:, None], keys, len(position))] + time[_buckets(layout, prefix)]
     if config.max_span is not None:
-        hidden = ~_visible(rows[:, None], keys, config, config.max_span, prefix)
-        added = added.masked_fill(hidden, MASKED)
+        no_limit = (keys < prefix.num_contextuals) | config.has_no_limit(rows[:, None], prefix.history_end)
+        added = added.masked_fill((rows[:, None] - keys > config.max_span) & ~no_limit, MASKED)
     return added
 
 
@@ -87,11 +87,6 @@ def _buckets(layout: JaggedLayout, prefix: CachedPrefix) -> Tensor:
         layout.cache["prefix_buckets"] = time_buckets(times[:, None] - prefix.times).long()
     buckets: Tensor = layout.cache["prefix_buckets"]
     return buckets
-
-
-def _visible(rows: Tensor, keys: Tensor, config: AttentionConfig, span: int, prefix: CachedPrefix) -> Tensor:
-    """bool: whether rows at these positions see these context and history tokens through a window of ``span``."""
-    return (rows - keys <= span) | (keys < prefix.num_contextuals) | config.has_no_limit(rows, prefix.history_end)
 
 
 def _is_hidden(start: int, stop: int, layout: JaggedLayout, config: AttentionConfig, prefix: CachedPrefix) -> bool:

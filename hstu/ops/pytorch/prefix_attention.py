@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,8 +47,12 @@ def prefix_attention(inputs: AttentionInputs, prefix: CachedPrefix) -> Tensor:
     tables = None if bias is None else (bias.position_weight.to(dtype), bias.time_weight.to(dtype))
     q, k, v = (x.to(dtype) for x in (inputs.q, inputs.k, inputs.v))
     later = max(0, prefix.history_end - prefix.num_tokens - len(q))  # history tokens after the new ones
-    own = replace(config, scaling_seqlen=1, full_tokens=max(0, config.full_tokens - later))
-    attended = forward(replace(inputs, q=q, k=k, v=v, config=own)).transpose(0, 1).contiguous()
+    own, among = replace(config, scaling_seqlen=1, full_tokens=max(0, config.full_tokens - later)), layout
+    if layout.num_candidate_tokens is not None:  # each group is a sequence: it sees no other
+        sizes = np.diff([*range(0, len(q), layout.candidate_group_tokens), len(q)])
+        groups = partial(replace, layout, seqlens=sizes, num_candidate_tokens_host=sizes, cache={})
+        among = layout.cached("target groups", groups)
+    attended = forward(replace(inputs, q=q, k=k, v=v, layout=among, config=own)).transpose(0, 1).contiguous()
     queries = q.transpose(0, 1)
     added = _prefix_terms(inputs, tables, prefix, dtype)
     start = 0

@@ -71,11 +71,14 @@ class RealTargets(TransformerLightningModule):
 
 
 class EASE(models.EASEModel):
-    """RecTools 0.19.0 multiplies histories by the transpose of EASE's matrix, which makes it much weaker."""
+    """RecTools 0.19.0 multiplies histories by the transpose of EASE's matrix, which makes it much weaker.
+
+    The view of the transpose stays one: ranking is 200 times slower with a matrix that is contiguous by rows.
+    """
 
     def _fit(self, dataset: Dataset) -> None:
         super()._fit(dataset)
-        self.weight: np.ndarray = np.ascontiguousarray(self.weight.T)
+        self.weight: np.ndarray = self.weight.T
 
 
 class GRULayers(TransformerLayersBase):

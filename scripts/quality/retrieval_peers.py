@@ -57,16 +57,17 @@ RANKED, USERS_AT_ONCE = 1000, 1024
 
 
 class RealTargets(TransformerLightningModule):
-    """The loss of RecTools without the logits of padding, which it ignores: equal, and several times faster."""
+    """The loss of RecTools without the logits of padding, which it ignores, and with negatives taken from the logits of
+    all items, not from copies of their vectors: equal, and several times faster."""
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """The loss of a batch."""
         items, real = self.torch_model.item_model.get_all_embeddings(), batch["y"] != 0
-        targets, candidates = batch["y"][real][:, None], None
-        if "negatives" in batch:
-            candidates = torch.cat([targets[..., None], batch["negatives"][real][:, None]], -1)
+        targets = batch["y"][real][:, None]
         sessions = self.torch_model.encode_sessions(batch, items)[real][:, None]
-        logits = self.torch_model.similarity_module(sessions, items, candidates)
+        logits = self.torch_model.similarity_module(sessions, items)
+        if "negatives" in batch:
+            logits = logits.gather(-1, torch.cat([targets[..., None], batch["negatives"][real][:, None]], -1))
         return self.loss_calculator(logits, targets, batch["yw"][real][:, None])
 
 

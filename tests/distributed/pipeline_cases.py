@@ -5,6 +5,7 @@ empty sequences; of two ranks one then has nothing but empty sequences.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -23,7 +24,6 @@ from tests.conftest import write_small_store
 from tests.train.tiny import ITEM_FEATURES, TinyOptions, tiny_config, walks
 
 STEPS = 9
-EVALUATED_AFTER = (0, 2, 3, 6)
 PIPELINES = ("none", "native", "prefetch")
 
 
@@ -73,6 +73,7 @@ def train(
     store: str,
     pipeline_type: str,
     task: str = "ranking",
+    evaluate_after: Sequence[int] = (0, 2, 3, 6),
     **options: Unpack[TinyOptions],
 ) -> dict[str, Any]:
     """STEPS steps with evaluations in between: losses, positions, sizes of the batches trained on, metrics, weights."""
@@ -88,7 +89,7 @@ def train(
             told["by task"].append(result.losses.tolist()[1:])
             told["positions"].append([result.batch.position.epoch, result.batch.position.consumed])
             told["real"].append(result.batch.real_batch_size)
-        if step in EVALUATED_AFTER:
+        if step in evaluate_after:
             with pipeline.evaluation():
                 told["metrics"] += [evaluator.evaluate(source.eval_batches(split)) for split in source.final_splits]
     told["weights"] = digest(state, mesh)

@@ -44,6 +44,7 @@ CASES: dict[str, Any] = {
 }
 NAMES = {1: ["retrieval, all items, seen"], 2: list(CASES)}
 """Ranks → cases."""
+NEVER_EVALUATED = {"never evaluated": {**CASES["ranking, clipped"], "evaluate_after": ()}}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def runs(store: str) -> dict[int, list[dict[str, Any]]]:
     def cases(names: list[str]) -> dict[str, Any]:
         return {
             f"{name}, {kind}": partial(train, store=store, pipeline_type=kind, **options)
-            for name, options in ((name, CASES[name]) for name in names)
+            for name, options in ({name: CASES[name] for name in names} | NEVER_EVALUATED).items()
             for kind in PIPELINES
         }
 
@@ -84,6 +85,15 @@ def test_what_is_compared_trains_over_an_uneven_epoch_end(runs: Any, ranks: int,
     last_of_epoch = of_ranks[0]["positions"].index([1, 4 * ranks]) - 1
     real = sorted(told["real"][last_of_epoch] for told in of_ranks)
     assert real == [0, 1][-ranks:], "1 user, and else empty sequences"
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_evaluations_in_between_leave_training_as_it_is(runs: Any, kind: str) -> None:
+    for of_rank in (rank for ranks in runs.values() for rank in ranks):
+        evaluated, never = of_rank[f"ranking, clipped, {kind}"], of_rank[f"never evaluated, {kind}"]
+        assert evaluated["metrics"] and not never["metrics"]
+        for what in ("losses", "positions", "weights"):
+            assert evaluated[what] == never[what]
 
 
 def iterators(mesh: Mesh, store: str, kind: str) -> dict[str, Any]:

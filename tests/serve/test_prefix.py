@@ -166,6 +166,22 @@ def test_a_long_append_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     assert_equal(model.append(until(sample, 20), 17), model.whole(sample)[-1])
 
 
+def test_the_newest_token_reads_when_it_is_asked() -> None:
+    model = make_model(0, position_encoding=BOTH)
+    (sample,) = random_samples([9], contextuals=0)
+    model.encode(sample)
+    prefix = model.prefix()
+    found = []
+    for at in (sample.times[-1] + 60, sample.times[-1] + 10**6):
+        batch = make_batch([sample], model.features)
+        batch.request_times = torch.tensor([at])
+        tail = make_batch([newest(sample, 2)], model.features)
+        tail.request_times = batch.request_times
+        found.append(model.incremental.newest(prefix, tail))
+        assert_equal(found[-1], model.encoder(model.tables(batch), batch)[0][-1])
+    assert not found[0].allclose(found[1])
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -187,6 +203,11 @@ def test_only_items_that_get_a_window_are_computed_again() -> None:
         model.encode(*random_samples([length], contextuals=0))
         kept.append(model.incremental.kept_items(model.prefix(), 1))
     assert kept == [3, 9, 14]
+
+
+def test_a_cache_too_small_for_one_history_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"holds 10 pages of 1,024 bytes.*needs 13; give at least 13,312 bytes"):
+        make_model(0, cache_tokens=42, num_layers=4)
 
 
 def test_histories_that_do_not_fit_together_are_refused_and_nothing_stays() -> None:

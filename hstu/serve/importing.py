@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -243,7 +244,8 @@ def read(source: str, path: Path, layouts: Mapping[str, str]) -> tuple[list[Any]
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings(action="ignore"):  # of pickles that are refused
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:
         raise
     except Exception as error:  # of many types
@@ -253,7 +255,8 @@ def _load(path: Path) -> dict[str, Any]:
                 "trust it, save only torch.save({name: each.cpu() for name, each in model.state_dict().items()}, path)"
             ) from None
         reason = re.split(r"[.\n]", str(error).strip())[0]
-        raise DataError(f"{path} is truncated, or no dict of torch.save ({reason}). Copy it again.") from None
+        text = "Copy it again; what pickle wrote, such as a model of RecTools, is refused (docs/migration.md)"
+        raise DataError(f"{path} is truncated, or no dict of torch.save ({reason}). {text}.") from None
 
 
 def _read_keyed(path: Path) -> dict[str, tuple[np.ndarray, Tensor]]:

@@ -36,17 +36,16 @@ from hstu.pipeline.step import detach_rows
 from hstu.train.builder import build_model, build_pipeline, build_state
 from hstu.train.sources import open_source
 from tests.distributed.launch import Launch, run_cases
-from tests.estimate.runs import CASES, ONE, TWO, TWO_BY_CONTEXT, TWO_BY_TENSOR, Sizes, held_bytes, run_config
+from tests.estimate.runs import CASES, ONE, TWO, TWO_BY_TENSOR, Sizes, held_bytes, run_config
 
 BYTES = {"float": 4, "long int": 8, "int": 4, "c10::BFloat16": 2, "unsigned char": 1, "double": 8}
 
 
 def launched(min_group_size: int = 1) -> Iterator[Any]:
-    """(case, launch) as parameters. Starting ranks takes most of the time: by default one rank, or two of a group."""
+    """(case, launch) as parameters. Starting ranks takes most of the time: by default one, or two that split heads."""
     for name, launch in ((name, launch) for name, case in CASES.items() for launch in case["launches"]):
         if max(launch[1:]) >= min_group_size:
-            is_fast = launch in (ONE, TWO_BY_TENSOR, TWO_BY_CONTEXT)
-            yield pytest.param(name, launch, marks=() if is_fast else pytest.mark.slow)
+            yield pytest.param(name, launch, marks=() if launch in (ONE, TWO_BY_TENSOR) else pytest.mark.slow)
 
 
 @cache
@@ -61,20 +60,23 @@ def counted(launch: Sizes) -> list[dict[str, Any]]:
     return run_cases(Launch(ranks, 200, tp, cp), cases)
 
 
+@cache
 def case(name: str, launch: Sizes) -> tuple[Workload, list[dict[str, Any]]]:
     ranks, tp, cp = launch
     config = run_config(**CASES[name]["run"], tp=tp, cp=cp)
     return plan_workload(config, ranks, ranks, "cpu"), [rank[name] for rank in counted(launch)]
 
 
-def run_of(workload: Workload, step: int) -> DryRun:
+@cache
+def run_of(name: str, launch: Sizes, step: int) -> DryRun:
+    workload, _ = case(name, launch)
     return dry_run(workload, workload.steps[step][0])
 
 
 @pytest.mark.parametrize(("name", "launch"), launched())
 def test_what_stays_is_known_to_the_byte(name: str, launch: Sizes) -> None:
     workload, ranks = case(name, launch)
-    run = run_of(workload, 0)
+    run = run_of(name, launch, 0)
     dense = 4 * sum(weight.elements for weight in run.weights.values())
     held = 4 * sum(held_weights(workload, run).values())
     replicated, _, replicated_states = replicated_bytes(workload, run)
@@ -88,8 +90,8 @@ def test_what_stays_is_known_to_the_byte(name: str, launch: Sizes) -> None:
 
 @pytest.mark.parametrize(("name", "launch"), launched())
 def test_what_backward_needs_is_known_within_a_tenth(name: str, launch: Sizes) -> None:
-    workload, ranks = case(name, launch)
-    assert ranks[0]["activations"] == pytest.approx(run_of(workload, 0).recording.saved, rel=0.1)
+    _, ranks = case(name, launch)
+    assert ranks[0]["activations"] == pytest.approx(run_of(name, launch, 0).recording.saved, rel=0.1)
 
 
 @pytest.mark.parametrize(("name", "launch"), launched(min_group_size=2))
@@ -97,7 +99,7 @@ def test_what_is_exchanged_is_known_within_a_fifth(name: str, launch: Sizes) -> 
     workload, ranks = case(name, launch)
     expected: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    for transfer in transfers(workload, run_of(workload, 2), plan_tables(workload)):
+    for transfer in transfers(workload, run_of(name, launch, 2), plan_tables(workload)):
         # gloo sums whole tensors where a part would do
         expected[transfer.kind.replace("reduce_scatter", "all_reduce")] += transfer.payload
         calls[transfer.kind.replace("reduce_scatter", "all_reduce")] += transfer.calls

@@ -16,6 +16,7 @@ from hstu.checkpoint.directory import (
     DamagedCheckpoint,
     collective_io,
     file_problems,
+    listed_files,
     read_manifest,
     torch_load,
     verified_file,
@@ -27,10 +28,10 @@ from hstu.checkpoint.phase import Phase, difference
 from hstu.checkpoint.raw_ids import RawIds, RowRemap, remap_rows
 from hstu.checkpoint.state import TrainState, set_random_state
 from hstu.checkpoint.tensors import (
+    RANDOM_FILES,
     STATES,
     TABLES,
     StoredTensors,
-    is_export,
     open_tensors,
     read_metadata,
     sizes_of_ranks,
@@ -122,10 +123,9 @@ def match_checkpoint(
     root: Path, shape: ModelShape, options: LoadOptions
 ) -> tuple[TensorMatch, list[ConfigDifference], dict[str, RowRemap]]:
     """Return (matches, configuration differences, table weight → remap). Raises DataError if it refuses to load."""
-    if options.optimizer and is_export(root):
+    if options.optimizer and not listed_files(root, RANDOM_FILES):
         raise DataError(
-            f"{root} is an export, which holds only weights. Set TrainerArgs.ckpt_load_optimizer = False to start "
-            "from them at iteration 0."
+            f"{root} holds only weights. Set TrainerArgs.ckpt_load_optimizer = False to start from them at iteration 0."
         )
     stored_sizes, remaps = open_tensors(root).sizes, _remaps(root, shape, options)
     own_tables = [f"{TABLES}{spec.name}" for spec in shape.specs]
@@ -252,7 +252,7 @@ def _restore_metadata(root: Path, state: TrainState, mesh: Mesh) -> None:
             f"{root / 'progress.json'} is damaged: it lacks a part of the state, {error}. Load another checkpoint."
         ) from error
     if (ranks, tp, cp) == (mesh.world_size, mesh.tp_size, mesh.cp_size):  # a group's generators must agree
-        set_random_state(torch_load(verified_file(root, f"rng_rank{mesh.rank}.pt")), mesh.device)
+        set_random_state(torch_load(verified_file(root, RANDOM_FILES.replace("*", str(mesh.rank)))), mesh.device)
     else:
         log.info("%s was saved by %d ranks in groups of %d: dropout starts from fresh seeds", root, ranks, tp * cp)
 

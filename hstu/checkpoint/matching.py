@@ -13,7 +13,7 @@ from torch import Size
 
 from hstu.base.errors import DataError
 from hstu.checkpoint.raw_ids import RowRemap
-from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, join_name, split_name
+from hstu.checkpoint.tensors import AVERAGE, DYNAMIC, IDS, TABLES, WEIGHTS, is_weight, join_name, split_name
 from hstu.config.args import CLASSES, Args, TrainerArgs
 from hstu.config.gin_scan import scan_stored
 from hstu.config.option import Changes, Mismatch, annotations_of, coerce, default_of, is_required
@@ -197,11 +197,10 @@ def match_tensors(
 
 def _to_load(tensors: Mapping[str, Size], options: LoadOptions) -> dict[str, Size]:
     """Return the weights with moving averages, and all states with ``options.optimizer``."""
-    states = None if options.optimizer else ("", AVERAGE)
     return {
         name: size
         for name, size in tensors.items()
-        if not name.startswith((IDS, DYNAMIC)) and (states is None or split_name(name)[1] in states)
+        if not name.startswith((IDS, DYNAMIC)) and (options.optimizer or is_weight(name))
     }
 
 

@@ -26,9 +26,9 @@ from hstu.checkpoint.directory import (
     writing_errors,
 )
 from hstu.checkpoint.dynamic import DYNAMIC_FILES, TableDicts, copy_tables
-from hstu.checkpoint.find import RUN_FILE
+from hstu.checkpoint.find import GIN, RUN_FILE
 from hstu.checkpoint.state import TrainState, random_state
-from hstu.checkpoint.tensors import TENSORS
+from hstu.checkpoint.tensors import INDEX, RANDOM_FILES, TENSORS, is_weight
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
@@ -46,19 +46,26 @@ class Snapshot:
     tensors: dict[str, Tensor | ShardedView]
     copies: HostCopies | None
     """Copies of the live tensors. None: save their values at the time of writing."""
-    metadata: str
-    operative_gin: str
-    run: str
-    random_state: dict[str, Tensor]
+    texts: dict[str, str]
+    """Name of a file that rank 0 writes → its content."""
+    random_state: dict[str, Tensor] | None
+    """None: of weights alone, from which no run resumes."""
     dynamic: TableDicts
     """This rank's part of the dynamic tables."""
 
     @classmethod
-    def of(cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None) -> Snapshot:
+    def of(
+        cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None, weights_only: bool = False
+    ) -> Snapshot:
         """Collect what to save of ``state``, which may change afterwards if ``copies`` (memory to reuse) are given."""
+        tensors, metadata = state.tensors(), state.metadata()
+        run = {RUN_FILE: state.run} if state.run else {}
+        if weights_only:
+            tensors = {name: tensor for name, tensor in tensors.items() if is_weight(name)}
+            metadata["carried"] = {}
         tensors = {  # the shards of this rank, and its part of what is equal on all ranks, which rank 0 need not plan
             name: tensor
-            for number, (name, tensor) in enumerate(state.tensors().items())
+            for number, (name, tensor) in enumerate(tensors.items())
             if isinstance(tensor, ShardedView) or number % mesh.world_size == mesh.rank
         }
         if copies is not None:
@@ -72,19 +79,14 @@ class Snapshot:
             iteration=state.iteration,
             tensors=tensors,
             copies=copies,
-            metadata=json.dumps(state.metadata() | ranks, indent=1),
-            operative_gin=state.operative_gin,
-            run=state.run,
-            random_state=random_state(mesh.device),
-            dynamic=copy_tables(dynamic_tables(state.model)),
+            texts={"progress.json": json.dumps(metadata | ranks, indent=1), GIN: state.operative_gin} | run,
+            random_state=None if weights_only else random_state(mesh.device),
+            dynamic=copy_tables(dynamic_tables(state.model), with_states=not weights_only),
         )
 
 
 def _copy_to_host(tensors: dict[str, Tensor | ShardedView], copies: HostCopies, device: torch.device) -> None:
-    pieces = [item.index for item in create_default_local_save_plan(tensors, is_coordinator=True).items]
-    for index in set(copies) - set(pieces):
-        del copies[index]
-    for index in pieces:
+    for index in (item.index for item in create_default_local_save_plan(tensors, is_coordinator=True).items):
         piece = _piece(tensors, index)
         copy = copies.get(index)
         if copy is None or (copy.shape, copy.dtype) != (piece.shape, piece.dtype):
@@ -150,20 +152,17 @@ def _write_tensors(root: Path, snapshot: Snapshot, mesh: Mesh) -> None:
 
 
 def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> Files:
-    rng = root / f"rng_rank{mesh.rank}.pt"
-    torch_save(snapshot.random_state, rng)
-    files = [rng, *(root / TENSORS).glob(f"__{mesh.rank}_*")]
+    files = [*(root / TENSORS).glob(f"__{mesh.rank}_*")]
+    if snapshot.random_state is not None:
+        files.append(root / RANDOM_FILES.replace("*", str(mesh.rank)))
+        torch_save(snapshot.random_state, files[-1])
     if snapshot.dynamic:
         files.append(root / DYNAMIC_FILES.replace("*", str(mesh.rank)))
         torch_save(snapshot.dynamic, files[-1])
     if mesh.is_main:
-        progress, gin = root / "progress.json", root / "operative.gin"
-        progress.write_text(snapshot.metadata)
-        gin.write_text(snapshot.operative_gin)
-        files += [progress, gin, root / TENSORS / ".metadata"]
-        if snapshot.run:
-            files.append(root / RUN_FILE)
-            files[-1].write_text(snapshot.run, encoding="utf-8")
+        for name, text in snapshot.texts.items():
+            (root / name).write_text(text, encoding="utf-8")
+        files += [root / TENSORS / INDEX, *(root / name for name in snapshot.texts)]
     return describe_files(root, files)
 
 

@@ -29,6 +29,8 @@ from hstu.checkpoint.directory import DamagedCheckpoint, listed_files, verified_
 from hstu.parallel.shards import ShardedView
 
 TENSORS = "tensors"
+RANDOM_FILES = "rng_rank*.pt"
+"""Files of the generators of each rank. What has none, an export for example, holds weights alone."""
 CONSOLIDATED = "model.safetensors"
 """File of an export's tensors."""
 EXPORT_VERSION = 1
@@ -82,6 +84,11 @@ def join_name(weight: str, state: str) -> str:
         return weight
     prefix = STATES if weight.startswith(TABLES) else _DENSE_STATES
     return f"{prefix}{weight.removeprefix(WEIGHTS)}.{state}"
+
+
+def is_weight(name: str) -> bool:
+    """Return whether a tensor is a weight or the moving average of one, which evaluations use."""
+    return split_name(name)[1] in ("", AVERAGE)
 
 
 class StoredTensors(ABC):

@@ -80,7 +80,8 @@ def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | N
     args = config.trainer
     options = on_all_ranks(lambda: LoadOptions.from_args(args), mesh.world_group)
     timeout_s = args.collective_timeout_s if args.ckpt_async else None
-    checkpoints = CheckpointStore(saved_in, args.ckpt_load_dir, mesh, args.ckpt_keep_last, timeout_s, options)
+    keep, keep_weights = args.ckpt_keep_last, args.ckpt_weights_keep_last
+    checkpoints = CheckpointStore(saved_in, args.ckpt_load_dir, mesh, keep, timeout_s, options, keep_weights)
     if args.saves_checkpoints:
         checkpoints.claim()
     with ExitStack() as undo:
@@ -154,8 +155,9 @@ def describe_saving(args: TrainerArgs, directory: Path) -> str:
     """Describe what the run saves, and where."""
     if not args.saves_checkpoints:
         return f"none, because TrainerArgs.ckpt_save_interval = {args.ckpt_save_interval}"
-    unit = "" if isinstance(args.ckpt_save_interval, str) else " iterations"
-    saved = [f"every {args.ckpt_save_interval}{unit}"] if args.ckpt_save_interval is not None else []
+    every = {"": args.ckpt_save_interval, "the weights alone ": args.ckpt_weights_interval}
+    units = {part: "" if isinstance(number, str) else " iterations" for part, number in every.items()}
+    saved = [f"{part}every {number}{units[part]}" for part, number in every.items() if number is not None]
     saved += ["the last state"] if args.save_at_end else []
     saved += [f"the best {args.best_metric}"] if args.best_metric is not None else []
     return f"{', '.join(saved) or 'only when SIGTERM ends the run'}, in {directory}"

@@ -83,9 +83,9 @@ def _note(trainer: Trainer, seen: dict[str, Any]) -> None:
     save, train = trainer.checkpoints.save, trainer.train
     stalls: list[float] = seen.setdefault("stalls_s", [])
 
-    def save_and_note(state: Any) -> None:
+    def save_and_note(state: Any, **options: bool) -> None:
         begun = time.monotonic()
-        save(state)
+        save(state, **options)
         stalls.append(time.monotonic() - begun)
 
     def train_and_note() -> None:

@@ -1,6 +1,8 @@
 """Checkpoints of other trainers, written here in their layouts from models by the formulas of arXiv 2402.17152."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,28 @@ def test_an_imported_model_computes_the_same(store: SequenceStore, mesh: Mesh, t
     found = output.logits if is_ranking else output.queries
     torch.testing.assert_close(found, expected(batch), atol=1e-5, rtol=1e-5)
     assert not loaded.report and len(lines) == (22 if is_ranking else 14)
+
+
+def test_the_command_opens_no_socket_and_starts_no_program(store: SequenceStore, tmp_path: Path) -> None:
+    research_file(tmp_path / "a.pt")
+    config = tiny_config(store=store, output=tmp_path, **ALONE, network=RESEARCH)
+    (tmp_path / "a.gin").write_text(config.operative_gin())
+    code = """if True:
+        import os, socket, subprocess, sys
+        from scripts import import_checkpoint as command
+        def probe(*arguments, read=command.import_checkpoint):
+            for each in (socket.socket, os.fork, lambda: subprocess.run(["true"]), lambda: os.system("true")):
+                try:
+                    each()
+                except command.DataError as error:
+                    print(error)
+            return read(*arguments)
+        command.import_checkpoint = probe
+        sys.exit(command.main())"""
+    words = [code, "--from", "meta-research", f"{tmp_path}/a.pt", "--gin-config-file", f"{tmp_path}/a.gin"]
+    words = [sys.executable, "-c", *words, "--output", f"{tmp_path}/imported"]
+    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("an import opens no connection")) == (0, 4), done.stdout + done.stderr
 
 
 def test_what_cannot_be_imported_is_refused_by_name(store: SequenceStore, tmp_path: Path) -> None:

@@ -12,11 +12,9 @@ from typing import Any
 from hstu.config.args import (
     ACCEPTED,
     CLASSES,
-    OF_RESEARCH_CODE,
     REGISTRY,
     REMOVED,
     REMOVED_DEFAULTS,
-    RESEARCH_CODE,
     SCOPED,
     SEVERAL,
     TASK_ARGS,
@@ -38,6 +36,7 @@ from hstu.config.option import (
     with_origins,
 )
 from hstu.config.problems import Binding, Location, Problem, did_you_mean, incomplete, nearest, show
+from hstu.config.research_code import SELECTORS, advice
 from hstu.config.run_config import RunDraft
 
 Owner = tuple[str, type[Args]]
@@ -138,11 +137,8 @@ class ConfigBuilder:
             self._macros[binding.name] = binding
         elif cls:
             self._file_parameter(cls, binding)
-        elif binding.selector in RESEARCH_CODE:
-            ours = OF_RESEARCH_CODE.get(binding.parameter)
-            is_new = "a file of Meta's research code: configs/ml_1m_retrieval.gin is its model here (docs/migration.md)"
-            text = f"write {ours} = {show(binding.value)}" if ours else "has no counterpart here: remove it"
-            self._fail(binding, is_new if binding.parameter == "dataset_name" else text)
+        elif binding.selector in SELECTORS:
+            self._fail(binding, advice(binding))
             self.complete = False  # what seems to be missing is bound by other names
         else:
             guess = nearest(binding.selector, CLASSES)

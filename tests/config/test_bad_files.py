@@ -44,7 +44,7 @@ NAMES = [
         told=("NetworkArg.num_layers = 2", "did you mean 'NetworkArgs'")),
     bad("unknown class", "ranking", "Quux.width = 2" + HERE, told=("no class Quux", "TrainerArgs, EmbeddingArgs")),
     bad("file of Meta's research code", "ranking", 'train_fn.dataset_name = "ml-20m"' + HERE,
-        told=("a file of Meta's research code: configs/ml_1m_retrieval.gin is its model",)),
+        told=("a file of Meta's research code: configs/ml_20m_retrieval.gin is its model", "--convert")),
     bad("option of it", "ranking", "hstu_encoder.num_blocks = 2" + HERE, told=("write NetworkArgs.num_layers = 2",)),
     bad("misspelt parameter", "ranking", "NetworkArgs.hiden_size = 32" + HERE, "-NetworkArgs.hidden_size",
         told=("NetworkArgs.hiden_size = 32", "did you mean 'hidden_size'", "--explain NetworkArgs")),

@@ -66,20 +66,6 @@ ACCEPTED: Mapping[str, str] = {
 }
 """Ignored parameter in the gin files of other trainers, for any class → text of the warning."""
 
-RESEARCH_CODE = "train_fn", "hstu_encoder", "sasrec_encoder", "create_data_loader"
-"""What gin files of Meta's research code (github.com/meta-recsys/generative-recommenders) bind."""
-OF_RESEARCH_CODE: Mapping[str, str] = {
-    "max_sequence_length": "DatasetArgs.max_sequence_length", "local_batch_size": "TrainerArgs.train_batch_size",
-    "num_epochs": "TrainerArgs.num_train_epochs", "num_workers": "TrainerArgs.data_workers",
-    "item_embedding_dim": "NetworkArgs.hidden_size", "num_blocks": "NetworkArgs.num_layers",
-    "num_heads": "NetworkArgs.num_attention_heads", "dqk": "NetworkArgs.kv_channels", "dv": "NetworkArgs.kv_channels",
-    "dropout_rate": "NetworkArgs.input_dropout", "linear_dropout_rate": "NetworkArgs.hidden_dropout",
-    "learning_rate": "OptimizerArgs.learning_rate", "weight_decay": "OptimizerArgs.weight_decay",
-    "num_negatives": "RetrievalArgs.num_negatives", "temperature": "RetrievalArgs.temperature",
-    "l2_norm_eps": "RetrievalArgs.l2_norm_eps", "enable_tf32": "PrecisionArgs.allow_tf32",
-}  # fmt: skip
-"""Parameter of these → the same here."""
-
 REMOVED: Mapping[str, str] = {
     "RetrievalArgs.request_time": 'remove it for "target", or bind DatasetArgs.query_time = "last_event"',
     "RetrievalArgs.popularity_exponent": "popularity draws with the power 0.75, mixed draws uniformly: remove it",

@@ -179,7 +179,7 @@ def _to_arrow(content: TableContent, raw_ids: np.ndarray | None) -> pa.Table:
         "count": counts_of(content.policy, content.scores),
         "step": steps_of(content.policy, content.scores),
         "changed": content.changed,
-        "row": content.rows,
+        "row": content.rows.float(),
         **{f"state.{name}": state for name, state in content.states.items()},
     }
     arrow = pa.table({name: _to_array(tensor.numpy()) for name, tensor in columns.items()})

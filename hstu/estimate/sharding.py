@@ -25,7 +25,7 @@ from hstu.model.stack import ROUNDED_WEIGHTS
 from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.optim.dense import DenseOptimizer
-from hstu.parallel.dynamic.memory import bytes_per_row, logical_name
+from hstu.parallel.dynamic.memory import logical_name
 from hstu.parallel.flat_weights import FlatLayout
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise, state_shape
 from hstu.parallel.tables import UNLIMITED, TableRanks, TableRoom, memory_plans, plan_sharding, prepare_tables
@@ -108,9 +108,9 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
     """Bytes of (rows, optimizer states) of the sharded tables on the rank with the largest sum."""
     held = np.zeros((workload.world_size, 2), dtype=np.int64)
     for table in plan:
-        optimizer = TableTraining.of(table.spec, workload.config.optimizer).optimizer
+        training = TableTraining.of(table.spec, workload.config.optimizer)
         for rank, rows, columns in table.shards:
-            held[rank] += FLOAT32 * rows * columns, rows * bytes_per_row(columns, optimizer)
+            held[rank] += training.dtype.itemsize * rows * columns, rows * training.bytes_per_row(columns)
     of_rows, with_states = held[held[:, 1].argmax()].tolist()
     return of_rows, with_states - of_rows
 
@@ -123,7 +123,8 @@ def replicated_bytes(workload: Workload, run: DryRun) -> tuple[int, int, int]:
     looked_up = sum(_count(spec, run.group_ids) * spec.dim for spec in specs)
     states = sum(size.numel() for size in table_tensors(workload.config, specs).values()) - rows
     gradients = looked_up if workload.device_type == "cpu" else rows
-    return FLOAT32 * rows, FLOAT32 * gradients, FLOAT32 * states
+    of_rows = sum(spec.dtype.itemsize * spec.rows * spec.dim for spec in specs)
+    return of_rows, FLOAT32 * gradients, FLOAT32 * states
 
 
 def _count(spec: TableSpec, ids: Mapping[str, int]) -> int:
@@ -209,6 +210,8 @@ def checkpoint(workload: Workload) -> tuple[int, int]:
     sizes = dense_tensors(config, source.roles)
     sizes |= table_tensors(config, workload.specs)
     found = FLOAT32 * sum(size.numel() for size in sizes.values())
+    static = [spec for spec in workload.specs if spec.dynamic is None]
+    found -= sum((FLOAT32 - spec.dtype.itemsize) * spec.rows * spec.dim for spec in static)
     found += sum(ids.nbytes for ids in raw_ids(source).tensors().values())
     has_dynamic = any(spec.dynamic is not None for spec in workload.specs)
     return (2 + has_dynamic) * workload.world_size + 5, found

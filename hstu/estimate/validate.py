@@ -41,7 +41,6 @@ from hstu.observe.logging import quiet_libraries
 from hstu.observe.run_directory import default_path
 from hstu.ops.costs import FLOAT32
 from hstu.ops.select import select_kernels
-from hstu.parallel.dynamic.memory import bytes_per_row
 from hstu.parallel.table_optimizer import TableTraining
 from hstu.parallel.tables import check_kernels, check_memory, room_of_rank
 from hstu.train.batch_source import BatchSource, label_offset
@@ -251,7 +250,7 @@ def disk_has_room_for_checkpoints(run: RunDraft, built: Built) -> None:
         return
     one = FLOAT32 * sum(shape.numel() for shape in built.tensors.values())
     for spec in (spec for spec in built.specs if spec.dynamic is not None):
-        one += spec.rows * bytes_per_row(spec.dim, TableTraining.of(spec, args).optimizer)
+        one += spec.rows * TableTraining.of(spec, args).bytes_per_row(spec.dim)
     free = shutil.disk_usage(_existing_ancestor(built.save_dir)).free
     saved, kept = 1, trainer.ckpt_keep_last
     if isinstance(trainer.ckpt_save_interval, int) and trainer.max_train_iters is not None:

@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import EmbeddingCollection, EmbeddingConfig
+from torchrec.modules.embedding_configs import dtype_to_data_type
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
@@ -30,7 +32,7 @@ _DIM_MULTIPLE = 4  # FBGEMM requires rows of a multiple of 4 floats, also on the
 
 @dataclass(frozen=True)
 class TableSpec:
-    """One table of ``rows`` × ``dim`` float32, and the features (keys of the batch) that look up its rows."""
+    """One table of ``rows`` × ``dim`` numbers, and the features (keys of the batch) that look up its rows."""
 
     name: str
     rows: int
@@ -49,6 +51,8 @@ class TableSpec:
     """Decoupled weight decay of this table; None: that of all tables."""
     compute_kernel: str | None = None
     """TorchRec's compute kernel; None: the planner chooses."""
+    dtype: torch.dtype = torch.float32
+    """Type of the rows: float32 or bfloat16."""
 
     @property
     def stored_dim(self) -> int:
@@ -117,6 +121,7 @@ def table_specs(
                 learning_rate=table.learning_rate,
                 weight_decay=table.weight_decay,
                 compute_kernel=table.compute_kernel,
+                dtype=torch.bfloat16 if table.data_type == "bfloat16" else torch.float32,
             )
         )
     if problems:
@@ -149,6 +154,31 @@ def initial_row_blocks(spec: TableSpec, seed: int, start: int, stop: int) -> Ite
             yield low, rows[low - first : high - first]
 
 
+def look_up(ids: Tensor, weight: Tensor) -> Tensor:
+    """Return rows of a table, float32 [n, dim], for int64 ids [n].
+
+    The gradient of a bfloat16 table, whose ``grad_dtype`` must be float32, is sparse; that of others is so on a CPU.
+    """
+    if weight.dtype == torch.bfloat16:
+        return cast(Tensor, _LookUp.apply(ids, weight))
+    return functional.embedding(ids, weight, sparse=weight.device.type == "cpu")
+
+
+class _LookUp(torch.autograd.Function):
+    """``look_up`` in a bfloat16 table. F.embedding would round the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.size = weight.size()
+        return functional.embedding(ids, weight).float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (ids,) = ctx.saved_tensors
+        return None, torch.sparse_coo_tensor(ids[None], gradient, ctx.size, check_invariants=False)
+
+
 class DynamicEmbeddingCollection(EmbeddingCollection):
     """Tables that accept any id. TorchRec selects their sharder by this type."""
 
@@ -163,6 +193,7 @@ def build_collections(specs: Iterable[TableSpec]) -> nn.ModuleList:
                 num_embeddings=spec.rows,
                 embedding_dim=spec.stored_dim,
                 feature_names=list(spec.features),
+                data_type=dtype_to_data_type(spec.dtype),
                 init_fn=lambda _: None,  # hstu.parallel.tables writes the initial rows once the shards exist
             )
             collections.setdefault(spec.collection, []).append(config)
@@ -185,13 +216,14 @@ class ReplicatedTables(nn.Module):
         self._item_feature = item_feature
         self.tables = nn.ModuleDict()
         for spec in self.specs.values():
-            weight = torch.empty(spec.rows, spec.dim)
+            weight = torch.empty(spec.rows, spec.dim, dtype=spec.dtype)
             for first, rows in initial_row_blocks(spec, seed, 0, spec.rows):
                 weight[first : first + len(rows)] = rows
             self.tables[_module_name(spec.name)] = nn.Embedding(spec.rows, spec.dim, _weight=weight)
+            self.weight(spec.name).grad_dtype = torch.float32
 
     def weight(self, table: str) -> nn.Parameter:
-        """Rows of one table, float32 [rows, dim]."""
+        """Rows of one table, [rows, dim]."""
         weight = self.tables[_module_name(table)].weight
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -217,8 +249,7 @@ class ReplicatedTables(nn.Module):
         return rows
 
     def _look_up(self, spec: TableSpec, ids: Tensor) -> Tensor:
-        weight = self.weight(spec.name)
-        return functional.embedding(ids, weight, sparse=weight.device.type == "cpu")
+        return look_up(ids, self.weight(spec.name))
 
 
 def _module_name(table: str) -> str:

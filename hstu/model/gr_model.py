@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn import functional
 from torchrec import JaggedTensor, KeyedJaggedTensor
 
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.features.roles import FeatureRoles
-from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections
+from hstu.model.embedding import ReplicatedTables, TableSpec, build_collections, look_up
 from hstu.model.inputs import ItemTower, join_rows
 from hstu.model.stack import ModelOutput
 
@@ -128,7 +127,7 @@ class GRModel(nn.Module):
         for spec in self.specs:
             if spec.replicated:
                 weight = self.replicated_tables.weight(spec.name)
-                rows |= {name: functional.embedding(ids[name], weight) for name in spec.features if name in ids}
+                rows |= {name: look_up(ids[name], weight) for name in spec.features if name in ids}
         return {name: rows[name] for name in ids}
 
     @property

@@ -20,13 +20,14 @@ class RowUpdate:
       w ← w - lr · (m / (1 - β1ᵗ)) / (√(v / (1 - β2ᵗ)) + ε)
     - partial_rowwise_adam: the same, with the mean of g² over the row in place of g², so that v is one number per row
     - adagrad: s ← s + g², w ← w - lr · g / (√s + ε)
+    - rowwise_adagrad: the same, with the mean of g² over the row in place of g²
     - sgd: w ← w - lr · g
 
     With a weight decay λ, each first does w ← (1 - lr · λ) w. adam and partial_rowwise_adam are FBGEMM's.
     torch.optim.SparseAdam adds ε to the uncorrected √v instead.
     """
 
-    optimizer: Literal["adam", "partial_rowwise_adam", "adagrad", "sgd"]
+    optimizer: Literal["adam", "partial_rowwise_adam", "adagrad", "rowwise_adagrad", "sgd"]
     learning_rate: float
     eps: float = 0.0
     betas: tuple[float, float] = (0.0, 0.0)
@@ -44,7 +45,7 @@ UpdateRows = Callable[[Tensor, Tensor, Sequence[Tensor], RowUpdate, Tensor | Non
 gradient: sparse COO [rows, D] in which rows may repeat, or dense, where all-zero rows have no gradient.
 Repeated rows are summed in order of occurrence, so that the bits do not depend on the position of a row.
 weight: [rows, D]. states: m and v of adam, s of adagrad, none of sgd, each shaped as weight, but v of
-partial_rowwise_adam: [rows].
+partial_rowwise_adam and s of rowwise_adagrad: [rows].
 found_inf: scalar on the device; if it is not 0, nothing changes.
 """
 
@@ -73,7 +74,14 @@ def sum_by_row(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows of a COO gradient, ascending, and their sums in order of occurrence, which ``coalesce`` loses."""
     rows, index = gradient._indices()[0].unique(return_inverse=True)
     values = gradient._values()
-    return rows, values.new_zeros((len(rows), *values.shape[1:])).index_add_(0, index, values)
+    return rows, add_rows(values.new_zeros((len(rows), *values.shape[1:])), index, values)
+
+
+def add_rows(sums: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Add each of ``values`` to the row of ``sums`` at its ``index``, in order."""
+    if sums.device.type == "cpu":
+        return sums.index_add_(0, index, values)
+    return sums.index_put_((index,), values, accumulate=True)  # sorts on GPUs, where index_add_ uses atomics
 
 
 def _new_weight_and_states(g: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate) -> list[Tensor]:
@@ -85,6 +93,9 @@ def _new_weight_and_states(g: Tensor, weight: Tensor, states: Sequence[Tensor], 
     match update.optimizer:
         case "sgd":
             return [torch.add(weight, g, alpha=-rate)]
+        case "rowwise_adagrad":
+            total = states[0] + g.square().mean(1)
+            return [torch.addcdiv(weight, g, total.sqrt().add_(eps)[:, None], value=-rate), total]
         case "adagrad":
             total = torch.addcmul(states[0], g, g)
             return [torch.addcdiv(weight, g, total.sqrt().add_(eps), value=-rate), total]

@@ -126,7 +126,7 @@ def average_sparse_gradients(dense: nn.Module) -> None:
     for weight in weights:
         if weight.grad is None:  # no row was looked up
             weight.grad = torch.sparse_coo_tensor(
-                torch.empty(1, 0, dtype=torch.int64), weight.new_empty(0, weight.shape[1]), weight.shape
+                torch.empty(1, 0, dtype=torch.int64), torch.empty(0, weight.shape[1]), weight.shape
             )
     found = [sum_by_row(cast(Tensor, weight.grad)) for weight in weights]
     largest = torch.tensor([len(rows) for rows, _ in found])

@@ -29,8 +29,11 @@ from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, KJTList
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.types import CommOp, ParameterSharding, ShardingEnv
+from torchrec.modules.embedding_configs import data_type_to_dtype
 
 from hstu.data.batches.batch import is_of_negatives
+from hstu.model.embedding import look_up
+from hstu.ops.row_update import add_rows
 
 BFLOAT16 = {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(QCommsConfig(CommType.BF16, CommType.BF16))}
 """TorchRec's codecs of rows and gradients. Its get_qcomm_codecs_registry would send float16 between CPUs."""
@@ -45,7 +48,7 @@ def pieces_of(sharded: ShardedTensor) -> list[Piece]:
 
 
 class RowSparseEmbedding(BaseEmbedding):
-    """Shards of a group of tables, looked up with F.embedding(sparse=True). Column-wise shards are stacked by rows."""
+    """Shards of a group of tables, with sparse gradients. Column-wise shards are stacked by rows."""
 
     def __init__(self, config: GroupedEmbeddingConfig, pg: dist.ProcessGroup | None, device: torch.device | None):
         super().__init__()
@@ -58,9 +61,13 @@ class RowSparseEmbedding(BaseEmbedding):
             self._first_rows.append(sum(rows))
             rows.append(table.local_rows)
         cols = {table.name: table.local_cols for table in config.embedding_tables}
+        dtype = data_type_to_dtype(config.data_type)
         self._weights = {
-            name: nn.Parameter(torch.zeros((sum(rows), cols[name]), device=device)) for name, rows in shards.items()
+            name: nn.Parameter(torch.zeros((sum(rows), cols[name]), dtype=dtype, device=device))
+            for name, rows in shards.items()
         }
+        for weight in self._weights.values():
+            weight.grad_dtype = torch.float32
 
     @property
     def config(self) -> GroupedEmbeddingConfig:
@@ -68,14 +75,14 @@ class RowSparseEmbedding(BaseEmbedding):
         return self._config
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Look up all features, table after table: rows flattened to [tokens · columns]."""
+        """Look up all features, table after table: float32 rows flattened to [tokens · columns]."""
         ids, ends = features.values(), features.offset_per_key()[1:]
         looked_up, key, start = [], 0, 0
         for table, first_row in zip(self._config.embedding_tables, self._first_rows, strict=True):
             key += table.num_features()
             stop = ends[key - 1]
             rows = ids[start:stop] + first_row if first_row else ids[start:stop]
-            looked_up.append(functional.embedding(rows, self._weights[table.name], sparse=True).flatten())
+            looked_up.append(look_up(rows, self._weights[table.name]).flatten())
             start = stop
         return looked_up[0] if len(looked_up) == 1 else torch.cat(looked_up)
 
@@ -156,12 +163,7 @@ def sum_rows(gradients: Tensor, rows: Tensor) -> Tensor:
     run_start = torch.where(starts_run, positions, 0).cummax(0).values if len(rows) else positions
     first = torch.empty_like(order)
     first[order] = order[run_start]
-    sums = torch.zeros_like(gradients)
-    if sums.device.type == "cpu":
-        sums.index_add_(0, first, gradients)
-    else:  # index_add_ uses atomics on GPUs; index_put_ sorts, which is deterministic
-        sums.index_put_((first,), gradients, accumulate=True)
-    return sums
+    return add_rows(torch.zeros_like(gradients), first, gradients)
 
 
 class RowSparseLookup(GroupedEmbeddingsLookup):

@@ -6,8 +6,9 @@ and of sharded tables with an optimizer that FBGEMM lacks on the CPU.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,8 +23,10 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from hstu.config.args import OptimizerArgs
 from hstu.model.embedding import TableSpec
+from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import RowUpdate, UpdateRows, sum_by_row
+from hstu.parallel.dynamic.hashing import mix, round_to_bfloat16, table_key
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import gradient_norm
 from hstu.parallel.table_kernels import FusedEmbedding, Piece, RowSparseEmbedding, pieces_of
@@ -64,6 +67,8 @@ class TableTraining:
     """Decoupled decay of the rows that a step updates."""
     initial_accumulator: float = 0.0
     """What the sums of squares of adagrad and rowwise_adagrad begin with."""
+    dtype: torch.dtype = torch.float32
+    """Type of the rows. Optimizer states are float32."""
 
     @classmethod
     def of(cls, spec: TableSpec, args: OptimizerArgs) -> TableTraining:
@@ -76,12 +81,17 @@ class TableTraining:
             optimizer = "adagrad"
         decay = args.sparse_weight_decay if spec.weight_decay is None else spec.weight_decay
         rate = spec.learning_rate or rate or args.learning_rate
-        return cls(optimizer, rate, args.sparse_max_gradient, decay, args.initial_accumulator_value)
+        return cls(optimizer, rate, args.sparse_max_gradient, decay, args.initial_accumulator_value, spec.dtype)
 
     @property
     def states(self) -> tuple[str, ...]:
         """Names of the optimizer states."""
         return OPTIMIZERS[self.optimizer][1]
+
+    def bytes_per_row(self, columns: int) -> int:
+        """Return the bytes of a row with its optimizer states."""
+        numbers = [1 if is_rowwise(state) else columns for state in self.states]
+        return columns * self.dtype.itemsize + sum(numbers) * FLOAT32
 
     def initial(self, state: str) -> float:
         """Return the value that each number of a state begins with."""
@@ -94,7 +104,8 @@ class TableTraining:
 
     def is_row_sparse(self, device_type: str) -> bool:
         """Return whether ``TableOptimizer.step`` updates the sharded table, from sparse gradients."""
-        return device_type == "cpu" and (self.optimizer.endswith(("adam", "adamw")) or self.lacks_decay)
+        lacks_on_cpu = self.optimizer.endswith(("adam", "adamw")) or self.lacks_decay
+        return self.dtype != torch.float32 or (device_type == "cpu" and lacks_on_cpu)  # FBGEMM has no bfloat16
 
     def fused_params(self, args: OptimizerArgs) -> dict[str, Any]:
         """Return the training as keyword arguments of FBGEMM's tables."""
@@ -127,6 +138,7 @@ class TableOptimizer:
         replicated: Mapping[str, nn.Parameter],
         update_rows: UpdateRows = REFERENCE_KERNELS.update_rows,
         unmeasured: Collection[str] = (),
+        seed: int = 0,
     ) -> None:
         """``training`` by table name, including tables without a shard here; ``replicated``: table name → weight.
 
@@ -149,11 +161,18 @@ class TableOptimizer:
         own = [pair for kernel in self._sparse_kernels for pair in kernel.named_parameters_by_table()]
         self._weights = dict([*own, *replicated.items()])
         self.states = {
-            name: {state: torch.zeros_like(weight[:, 0] if is_rowwise(state) else weight) for state in own.states}
+            name: {
+                state: torch.zeros(weight.shape[: 2 - is_rowwise(state)], device=weight.device)
+                for state in training[name].states
+            }
             for name, weight in self._weights.items()
-            for own in [training[name]]
         }
         """Table that ``step`` updates → state name → live tensor."""
+        first_rows = {name: at[0] for kernel in self._sparse_kernels for name, (at, _) in kernel.pieces(self._weights)}
+        self.row_keys: dict[str, Callable[[Tensor], Tensor]] = {
+            name: partial(_row_keys, table_key(seed, name), first_rows.get(name, 0)) for name in self._weights
+        }
+        """Table that ``step`` updates → rows of this rank, int64 [n] → keys by which they are rounded to bfloat16."""
         live = [(key, tensor) for key, held in self.state_tensors().items() for _, tensor in held]
         for key, tensor in [*live, *self.replicated_state_tensors().items()]:
             table, _, state = key.rpartition(".")
@@ -223,7 +242,21 @@ class TableOptimizer:
                     max_gradient=own.max_gradient,
                     weight_decay=own.weight_decay,
                 )
-                self._update_rows(weight.grad, weight, tuple(self.states[name].values()), update, found_inf)
+                if weight.dtype == torch.float32:
+                    self._update_rows(weight.grad, weight, tuple(self.states[name].values()), update, found_inf)
+                else:
+                    self._update_rounded(name, weight, update, found_inf)
+
+    def _update_rounded(self, name: str, weight: Tensor, update: RowUpdate, found_inf: Tensor | None) -> None:
+        """Update copies of the rows in float32, and round them to be written. Unchanged rows keep their bits."""
+        rows, sums = sum_by_row(cast(Tensor, weight.grad))
+        new, *states = (tensor[rows].float() for tensor in (weight, *self.states[name].values()))
+        places = torch.arange(len(rows), device=rows.device)[None]
+        gradient = torch.sparse_coo_tensor(places, sums, new.shape, check_invariants=False)
+        self._update_rows(gradient, new, states, update, found_inf)
+        weight[rows] = round_to_bfloat16(new, mix(mix(self.row_keys[name](rows)) + self.steps))
+        for state, value in zip(self.states[name].values(), states, strict=True):
+            state[rows] = value
 
     def state_tensors(self) -> dict[str, list[Piece]]:
         """Return the live states of tables with a shard on this rank: ``<table>.<state>`` → shards."""
@@ -251,3 +284,7 @@ class TableOptimizer:
         table, _, state = name.rpartition(".")
         states = self.training[table].states
         return f"{table}.{states[0 if state == 'momentum1' else 1]}"
+
+
+def _row_keys(table_key: int, first_row: int, rows: Tensor) -> Tensor:
+    return (rows + first_row) ^ table_key

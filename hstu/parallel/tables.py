@@ -36,12 +36,11 @@ from hstu.config.option import located
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
-from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import UpdateRows
 from hstu.parallel.collectives import on_rank_0
 from hstu.parallel.dynamic.collection import DynamicSharder, ShardedDynamicCollection
-from hstu.parallel.dynamic.memory import MemoryPlan, bytes_per_row, physical_names, plan_memory, split_tables
+from hstu.parallel.dynamic.memory import MemoryPlan, physical_names, plan_memory, split_tables
 from hstu.parallel.dynamic.table import DynamicTable
 from hstu.parallel.mesh import Heartbeat, Mesh
 from hstu.parallel.table_kernels import BFLOAT16, CollectionSharder
@@ -99,7 +98,7 @@ def shard(
     ``beside_tables`` returns the bytes of GPU memory that a rank needs beside the sharded tables.
     Returns the model and the optimizer of its tables. Raises TablesDoNotFit on all ranks.
     """
-    args, device = config.optimizer, mesh.device.type
+    args, device, seed = config.optimizer, mesh.device.type, config.trainer.seed
     sharders = table_sharders(config, mesh.world_size)
     check_kernels(model.specs, args, device)
     memory = memory_plans(model.specs, args, mesh.world_size)
@@ -127,14 +126,14 @@ def shard(
             init_data_parallel=False,
             init_parameters=False,
         )
-    write_initial_rows(model, config.trainer.seed, mesh.heartbeat)
+    write_initial_rows(model, seed, mesh.heartbeat)
     default_rows = [physical_names(name, table_memory)[-1] for name, table_memory in memory.items()]
     replicated = model.replicated_tables.weights()
-    optimizer = TableOptimizer(sharded_collections(model), training, args, replicated, update_rows, default_rows)
+    optimizer = TableOptimizer(sharded_collections(model), training, args, replicated, update_rows, default_rows, seed)
     weights = sharded_weights(model)
     for collection in sharded_collections(model):
         if isinstance(collection, ShardedDynamicCollection):
-            collection.create_tables(model.specs, weights, optimizer, config.trainer.seed)
+            collection.create_tables(model.specs, weights, optimizer, seed)
     return model, optimizer
 
 
@@ -227,16 +226,16 @@ def describe_plan(tables: Mapping[str, ParameterSharding], training: Mapping[str
     """Return a line per physical table. The last columns have the bytes of all ranks, and those of the fullest rank."""
     lines = []
     for name, table in tables.items():
-        optimizer, of_rows = training[name].optimizer, 0
+        trained, of_rows = training[name], 0
         held: Counter[int | None] = Counter()
         for shard in cast(EnumerableShardingSpec, table.sharding_spec).shards:
             rows, columns = shard.shard_sizes
-            of_rows += rows * columns * FLOAT32
-            held[cast(Any, shard.placement).rank()] += rows * bytes_per_row(columns, optimizer)
+            of_rows += rows * columns * trained.dtype.itemsize
+            held[cast(Any, shard.placement).rank()] += rows * trained.bytes_per_row(columns)
         ends = (shard.shard_offsets[0] + rows, shard.shard_offsets[1] + columns)  # of the last shard
         holders, sizes = sum(size > 0 for size in held.values()), (of_rows, held.total() - of_rows, max(held.values()))
         shown = [f"{size / 1e6:,.2f} MB" for size in sizes]
-        lines.append((name, *ends, table.sharding_type, holders, table.compute_kernel, optimizer, *shown))
+        lines.append((name, *ends, table.sharding_type, holders, table.compute_kernel, trained.optimizer, *shown))
     head = ("table", "rows", "width", "sharding", "ranks", "kernel", "optimizer", "weights", "states", "fullest rank")
     return tabulate(lines, head, tablefmt="plain", intfmt=",", colalign=("left", *["right"] * 9))
 
@@ -283,9 +282,7 @@ def _gigabytes(number: float) -> str:
 
 
 def _why_not(specs: Sequence[TableSpec], args: OptimizerArgs, ranks: TableRanks) -> str:
-    needed = {
-        spec.name: spec.rows * bytes_per_row(spec.stored_dim, TableTraining.of(spec, args).optimizer) for spec in specs
-    }
+    needed = {spec.name: spec.rows * TableTraining.of(spec, args).bytes_per_row(spec.stored_dim) for spec in specs}
     largest = sorted(needed, key=lambda name: -needed[name])[:_MOST_NAMED]
     has = f"{_gigabytes(ranks.room.host)} of host memory"
     if ranks.device_type == "cuda":
@@ -303,7 +300,8 @@ def _why_not(specs: Sequence[TableSpec], args: OptimizerArgs, ranks: TableRanks)
 def check_memory(specs: Sequence[TableSpec], config: RunConfig, ranks_here: int, world_size: int) -> None:
     """Raise TablesDoNotFit if the rows alone need more memory than this host and its GPUs have."""
     needed = sum(
-        FLOAT32 * spec.rows * spec.dim * (ranks_here if spec.replicated else ranks_here / world_size) for spec in specs
+        spec.dtype.itemsize * spec.rows * spec.dim * (ranks_here if spec.replicated else ranks_here / world_size)
+        for spec in specs
     )
     has = host_memory()
     has += sum(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
@@ -326,7 +324,7 @@ def _at_the_largest(specs: Sequence[TableSpec], config: RunConfig, text: str) ->
 def memory_plans(specs: Sequence[TableSpec], args: OptimizerArgs, world_size: int) -> dict[str, MemoryPlan]:
     """Return table name → memory plan of each dynamic table."""
     return {
-        spec.name: plan_memory(spec, TableTraining.of(spec, args).optimizer, world_size)
+        spec.name: plan_memory(spec, TableTraining.of(spec, args), world_size)
         for spec in specs
         if spec.dynamic is not None
     }
@@ -365,6 +363,13 @@ def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: 
                 f"table {spec.name!r} has a weight decay of {training.weight_decay}, but FBGEMM's {training.optimizer} "
                 "on GPUs has none; use adam, partial_rowwise_adam or rowwise_adagrad, or sparse_weight_decay = 0"
             )
+        if device_type != "cpu" and spec.dtype != torch.float32:
+            memory = plan_memory(spec, training, ranks=1) if spec.dynamic else None
+            if spec.replicated or spec.compute_kernel or (memory and memory.gpu_rows < memory.rows):
+                raise ConfigError(
+                    f"table {spec.name!r}: FBGEMM has no bfloat16 rows. PyTorch trains them on GPUs if the table is "
+                    "model_parallel, has no compute_kernel, and is all in GPU memory; else use float32"
+                )
 
 
 def table_sharders(config: RunConfig, world_size: int) -> list[EmbeddingCollectionSharder]:

@@ -18,6 +18,7 @@ from tests.distributed.tensor_cases import consolidated
 from tests.distributed.toy import ITEMS, ToyOptions, new_state, save, train_state
 from tests.helpers import error_of
 
+BFLOAT16 = {"data_type": "bfloat16"}
 CASES: dict[str, Any] = {
     "sgd": {"optimizer": "sgd", "dropout": 0.3, "optimizer_args": {"momentum": 0.9}},
     "mixed, dropout": {
@@ -39,6 +40,12 @@ CASES: dict[str, Any] = {
         "trained": {"user": {"optimizer_str": "rowwise_adagrad", "weight_decay": 0.3}, "item": {"weight_decay": 0.2}},
         "optimizer_args": {"initial_accumulator_value": 0.1},
     },
+    "bfloat16": {
+        "init_seed_offset": 1,  # also before the checkpoint, as rows are rounded by the seed
+        "optimizer": "adam",
+        "sharding": "table_wise",
+        "trained": {"user": {"optimizer_str": "rowwise_adagrad", **BFLOAT16}, "item": BFLOAT16, "action": BFLOAT16},
+    },
 }
 ALL = ["user", "item", "action"]
 MOVED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,6 +59,7 @@ MOVED: dict[str, tuple[str, dict[str, Any]]] = {
         ("rowwise_adagrad", "table_wise", {"sharding": "table_wise"}),
         ("partial_rowwise_adam", "replicated", {"replicated": ALL}),
         ("partial_rowwise_adam", "table_wise", {"sharding": "table_wise"}),
+        ("bfloat16", "row_wise", {"sharding": "row_wise"}),
         ("width no multiple of 4", "replicated", {"replicated": ALL}),
         ("width no multiple of 4", "all sharded", {"replicated": [], "sharding": "column_wise"}),
     )
@@ -106,7 +114,7 @@ def interrupted_and_not(mesh: Mesh, directory: Path, **options: Unpack[ToyOption
 
 def continue_from(mesh: Mesh, checkpoint: Path, **options: Unpack[ToyOptions]) -> dict[str, Any]:
     """Load a checkpoint into a model with other weights, perhaps on other ranks or in other tables; two steps more."""
-    options["init_seed_offset"] = 1
+    options.setdefault("init_seed_offset", 1)
     state = new_state(mesh, **options)
     load(checkpoint, state, mesh)
     assert (state.iteration, state.position.consumed, state.optimizers.tables.steps) == (3, 36, 3)

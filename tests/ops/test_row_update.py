@@ -13,7 +13,7 @@ from hstu.ops import row_update as plain
 from hstu.ops.cpu import operators as cpp
 from hstu.ops.row_update import RowUpdate
 
-STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "partial_rowwise_adam": 2}
+STATES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 1, "adam": 2, "partial_rowwise_adam": 2}
 KERNELS = {"C++": cpp.update_rows, "PyTorch": plain.update_rows}
 
 
@@ -44,8 +44,8 @@ def _number(g: float, mean_square: float, old: list[float], update: RowUpdate) -
     match update.optimizer:
         case "sgd":
             return [old[0] - rate * g]
-        case "adagrad":
-            total = old[1] + g * g
+        case "adagrad" | "rowwise_adagrad":
+            total = old[1] + (g * g if update.optimizer == "adagrad" else mean_square)
             return [old[0] - rate * g / (math.sqrt(total) + eps), total]
         case "adam" | "partial_rowwise_adam":
             square = g * g if update.optimizer == "adam" else mean_square
@@ -60,8 +60,8 @@ def case(optimizer: str, count: int, table_rows: int, width: int, seed: int = 0)
     rows = torch.randint(table_rows, (count,), generator=generator)
     values = torch.randn(count, width, generator=generator)
     tables = [torch.rand(table_rows, width, generator=generator) for _ in range(1 + STATES[optimizer])]
-    if optimizer.startswith("partial"):
-        tables[2] = tables[2][:, 0].clone()
+    if optimizer.startswith(("partial", "rowwise")):
+        tables[-1] = tables[-1][:, 0].clone()
     return rows, values, tables
 
 

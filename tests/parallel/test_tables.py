@@ -1,9 +1,11 @@
 """EmbeddingArgs.compute_kernel: what TorchRec's planner chooses, and what happens where a device lacks the kernel."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs
@@ -70,3 +72,8 @@ def test_what_fbgemm_lacks_is_refused_on_a_gpu(caplog: pytest.LogCaptureFixture)
         check_kernels([spec(None)], args, "cuda")
     with pytest.raises(ConfigError, match="of table 'item': it exists only on a CPU, where FBGEMM has no Adam"):
         messages("dense", "adam", "cuda", caplog)
+    half, args = replace(spec(None), dtype=torch.bfloat16), replace(args, sparse_weight_decay=0.0)
+    check_kernels([half], args, "cuda")
+    for other in (replace(half, replicated=True), replace(half, compute_kernel="fused_uvm")):
+        with pytest.raises(ConfigError, match="table 'item': FBGEMM has no bfloat16 rows"):
+            check_kernels([other], args, "cuda")

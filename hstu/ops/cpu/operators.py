@@ -33,10 +33,10 @@ class _Arguments(Arguments):
 def update_rows(
     gradient: Tensor, weight: Tensor, states: Sequence[Tensor], update: RowUpdate, found_inf: Tensor | None = None
 ) -> None:
-    """See :data:`hstu.ops.row_update.UpdateRows`. PyTorch serves dense gradients, ``found_inf`` and other dtypes."""
+    """See :data:`hstu.ops.row_update.UpdateRows`. PyTorch serves dense gradients, ``found_inf`` and what C++ lacks."""
     tensors = (weight, *states)
     served = gradient.is_sparse and all(each.dtype == torch.float32 and each.is_contiguous() for each in tensors)
-    if not served or found_inf is not None:
+    if not served or found_inf is not None or update.optimizer not in _OPTIMIZERS:
         row_update.update_rows(gradient, weight, states, update, found_inf)
         return
     rows, gradients = gradient._indices()[0].contiguous(), gradient._values().contiguous()

@@ -1,4 +1,4 @@
-"""Hashes of id tensors on any device, and initial rows derived from them."""
+"""Hashes of id tensors on any device, and what is drawn by them: initial rows and stochastic rounding."""
 
 from __future__ import annotations
 
@@ -65,10 +65,22 @@ def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int, quantil
     Numbers of the distribution with these ``quantiles`` (see ``quantiles_of``), times init_std. A lookup table replaces
     arithmetic, so that every device gives the same bits.
     """
-    words = -(-dim // 4)
-    keys = mix(ids ^ table_key)[:, None] + torch.arange(words, device=ids.device)
-    drawn = mix(keys).view(torch.int16).to(torch.int32) + _QUANTILES // 2
-    return (quantiles[drawn] * init_std)[:, :dim]
+    return quantiles[_drawn(mix(ids ^ table_key), dim)] * init_std
+
+
+def round_to_bfloat16(rows: Tensor, keys: Tensor) -> Tensor:
+    """Round float32 rows [n, dim] to one of the two nearest numbers of bfloat16, so that the mean is that of ``rows``.
+
+    ``keys``: hashes, int64 [n], by which a row is drawn. What bfloat16 has stays as it is.
+    """
+    bits = rows.view(torch.int32) + _drawn(keys, rows.shape[1])  # a carry rounds away from zero
+    return (bits & -_QUANTILES).view(torch.float32).bfloat16()
+
+
+def _drawn(keys: Tensor, dim: int) -> Tensor:
+    """Draw from [0, 65536) by int64 keys [n]: int32 [n, dim]."""
+    keys = keys[:, None] + torch.arange(-(-dim // 4), device=keys.device)
+    return (mix(keys).view(torch.int16).to(torch.int32) + _QUANTILES // 2)[:, :dim]
 
 
 @cache

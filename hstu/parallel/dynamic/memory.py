@@ -19,16 +19,9 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from hstu.base.errors import ConfigError
 from hstu.model.embedding import DynamicEmbeddingCollection, TableSpec
-from hstu.ops.costs import FLOAT32
-from hstu.parallel.table_optimizer import OPTIMIZERS, is_rowwise
+from hstu.parallel.table_optimizer import TableTraining
 
 _HOST = "/host"
-
-
-def bytes_per_row(columns: int, optimizer: str) -> int:
-    """Return the bytes of a row with its optimizer states."""
-    numbers = [1 if is_rowwise(state) else columns for state in OPTIMIZERS[optimizer][1]]
-    return (columns + sum(numbers)) * FLOAT32
 
 
 @dataclass(frozen=True)
@@ -83,8 +76,8 @@ class MemoryPlan:
         return f"{self.rows:,} rows of {self.row_bytes:,} bytes with their states, {whole}; {given}: {where}"
 
 
-def plan_memory(spec: TableSpec, optimizer: str, ranks: int) -> MemoryPlan:
-    """Plan the memory of a dynamic table over ``ranks``, trained by ``optimizer`` (a key of OPTIMIZERS).
+def plan_memory(spec: TableSpec, training: TableTraining, ranks: int) -> MemoryPlan:
+    """Plan the memory of a dynamic table over ``ranks``.
 
     The first given option sets the budget: global_hbm_for_values, item_vocab_gpu_capacity (rows),
     item_vocab_gpu_capacity_ratio (share of the capacity). By default the budget holds all rows.
@@ -92,7 +85,7 @@ def plan_memory(spec: TableSpec, optimizer: str, ranks: int) -> MemoryPlan:
     args = spec.dynamic
     assert args is not None
     capacity = args.item_vocab_size_or_capacity
-    row_bytes = bytes_per_row(spec.stored_dim, optimizer)
+    row_bytes = training.bytes_per_row(spec.stored_dim)
     if args.global_hbm_for_values is not None:
         given_by, budget = "global_hbm_for_values", args.global_hbm_for_values
     elif args.item_vocab_gpu_capacity is not None:

@@ -58,11 +58,11 @@ class Rows:
 
     @torch.no_grad()
     def initialize(self, slots: Tensor, weight: Tensor, states: Mapping[str, Tensor] | None = None) -> None:
-        """Write ``weight``, float32 [n, dim], and ``states`` (None: initial ones) to distinct ``slots``, int64 [n]."""
+        """Write ``weight``, [n, dim], and ``states`` (None: initial ones) to distinct ``slots``, int64 [n]."""
         for block, used in self._ranges(len(self)):
             here = (slots >= used.start) & (slots < used.stop) if len(self.blocks) > 1 else slice(None)
             rows, own = slots[here] - used.start, weight[here]
-            block.weight[rows, : self.dim] = own
+            block.weight[rows, : self.dim] = own.to(block.weight.dtype)
             for name, state in block.states.items():
                 state.index_fill_(0, rows, block.initial.get(name, 0))
                 if states is not None:

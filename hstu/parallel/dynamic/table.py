@@ -45,8 +45,9 @@ class DynamicTable:
         self._counts = torch.zeros(len(fields(Counters)), dtype=torch.int64, device=rows.device)
         self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         """Last training batch that changed each row."""
+        self._key = table_key(seed, spec.name)
         self._initial = {
-            "table_key": table_key(seed, spec.name),
+            "table_key": self._key,
             "init_std": spec.init_std,
             "quantiles": quantiles_of(self.args.initializer, rows.device),
         }
@@ -97,6 +98,10 @@ class DynamicTable:
         if training:
             self.changed[rows] = self.step
         return rows
+
+    def row_keys(self, first_slot: int, rows: Tensor) -> Tensor:
+        """Return a key for each of ``rows``, int64 [n], counted from ``first_slot``, by table and id alone."""
+        return self.slots.ids_of((rows + first_slot).clamp(max=self.default_slot - 1)) ^ self._key
 
     def prefetch(self, ids: Tensor) -> None:
         """Load rows of ``ids``, int64 [n], into caches for the next step's lookup. Affects only speed."""
@@ -202,7 +207,7 @@ class TableContent:
     changed: Tensor
     """int64 [n]: last training batch that changed the row, through an id of the batch or a negative."""
     rows: Tensor
-    """float32 [n, dim]."""
+    """float32 or bfloat16 [n, dim]."""
     states: Mapping[str, Tensor]
     """Optimizer states by name: float32 [n, dim], or [n] if rowwise."""
     sightings: Sightings | None = None

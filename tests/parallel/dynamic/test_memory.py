@@ -12,7 +12,8 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, NetworkArgs
 from hstu.data.features.roles import FeatureRoles
 from hstu.model.embedding import TableSpec, build_collections, table_specs
-from hstu.parallel.dynamic.memory import MemoryPlan, SplitLookup, bytes_per_row, plan_memory, split_tables
+from hstu.parallel.dynamic.memory import MemoryPlan, SplitLookup, plan_memory, split_tables
+from hstu.parallel.table_optimizer import TableTraining
 from hstu.parallel.tables import TableRanks
 from tests.parallel.test_table_plan import plan_of
 
@@ -30,14 +31,15 @@ def spec_of(**options: Any) -> TableSpec:
 
 
 def plan(**options: Any) -> MemoryPlan:
-    return plan_memory(spec_of(**options), "adam", ranks=4)
+    return plan_memory(spec_of(**options), TableTraining("adam", 0.1), ranks=4)
 
 
 @pytest.mark.parametrize(
     ("optimizer", "expected"), [("sgd", 128), ("adagrad", 256), ("rowwise_adagrad", 132), ("adam", 384)]
 )
 def test_a_row_counts_with_the_states_of_its_optimizer(optimizer: str, expected: int) -> None:
-    assert bytes_per_row(32, optimizer) == expected
+    assert TableTraining(optimizer, 0.1).bytes_per_row(32) == expected
+    assert TableTraining(optimizer, 0.1, dtype=torch.bfloat16).bytes_per_row(32) == expected - 64
 
 
 def test_bytes_come_before_rows_and_rows_before_their_share() -> None:

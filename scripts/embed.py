@@ -89,5 +89,4 @@ def _write(name: str, ids: np.ndarray, parts: Iterator[np.ndarray], loaded: Load
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -142,5 +142,4 @@ def _period(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Per
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -188,5 +188,4 @@ def _put(path: Path, table: pa.Table) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

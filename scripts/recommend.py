@@ -182,5 +182,4 @@ def _as_json(trained: api.TrainedModel, answered: Sequence[api.Recommendation], 
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -74,5 +74,4 @@ def _between(kind: type[int] | type[float], low: float, high: float) -> Callable
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

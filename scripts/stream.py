@@ -128,5 +128,4 @@ def _metrics(port: int) -> Callable[[Stream], None]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -114,6 +114,8 @@ def tool(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the scripts set it for the time of their imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with reader_may_leave():
                 return main(arguments)

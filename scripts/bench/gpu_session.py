@@ -96,7 +96,7 @@ def checked(backend: str, limit_s: float) -> Item:
         f"{backend} against float64",
         limit_s,
         against_float64(backend, 256),
-        ["-m", "hstu.train.compile_ahead", *compiled, "--cache", SCRATCH, "--gin-bindings", *BACKENDS[backend]],
+        ["scripts/bench/compile_ahead.py", *compiled, "--cache", SCRATCH, "--gin-bindings", *BACKENDS[backend]],
     )
 
 

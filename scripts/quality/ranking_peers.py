@@ -38,7 +38,7 @@ from hstu.data.sampling.samples import build_samples
 from hstu.data.sampling.splits import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.train.metrics import auc
-from scripts.quality.ratings import LIKED, in_parts, influences
+from scripts.quality.evaluate import LIKED, in_parts, influences
 from scripts.quality.tables import find
 
 SPACES: dict[str, dict[str, tuple[float, ...]]] = {

@@ -11,8 +11,8 @@ from sklearn.metrics import roc_auc_score
 
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
+from scripts.quality.evaluate import influences
 from scripts.quality.ranking_peers import SPACES, Labels, Trees, inputs, main, measure
-from scripts.quality.ratings import influences
 
 
 @pytest.fixture(scope="module")

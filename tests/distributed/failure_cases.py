@@ -284,6 +284,7 @@ FAULTS: dict[str, Callable[[Trainer, int, Path], None]] = {
     "slow saves": slowly,
     "refused": in_saving(no_space),
     "killed while saving": in_saving(lambda _: os.kill(os.getpid(), signal.SIGKILL)),
+    "SIGTERM": in_step(terminate),
     "SIGTERM to all processes": in_step(terminate_all),
     "SIGTERM and a slow end": terminate_and_end_slowly,
     "another disk": in_step(lambda _trainer, failed_at: os.chdir(failed_at.parent / "other_disk")),

@@ -11,6 +11,7 @@ import pytest
 from hstu.checkpoint.directory import file_problems, read_manifest
 from tests.distributed.failure_cases import run_with
 from tests.distributed.launch import EndedRank, Launch, run_ranks, run_to_their_ends
+from tests.distributed.test_failures import failed_at
 
 TIMEOUT_S = 120
 SAVED = [2, 4, 5]
@@ -88,6 +89,15 @@ def test_a_failed_write_on_one_rank_ends_all_ranks_and_keeps_the_last_commit(
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["iteration_00000002", "latest"]
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["iter"]
     assert last == 4 if not background else last <= 6, "a failed save is reported before the next one"
+
+
+def test_sigterm_saves_the_current_iteration_and_exits_with_0(store: str, tmp_path: Path) -> None:
+    trainer = {"ckpt_async": True, "max_train_iters": 1000, "ckpt_save_interval": 500}
+    ranks = run(2, store, tmp_path, "SIGTERM", at=5, **trainer)
+    assert list(committed(tmp_path)) == [5]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
+    assert ranks[1].at - failed_at(tmp_path) < 30
+    assert [rank.exit_code for rank in ranks] == [0, 0]
 
 
 def test_a_rank_killed_while_it_writes_in_the_background_ends_the_others(store: str, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--gin-config-file", action="extend", nargs="+", required=True)
     parser.add_argument("--gin-bindings", action="extend", nargs="+", default=[])
     parser.add_argument("--capability", type=int, required=True, help="of the GPU: 90 for 9.0")
+    parser.add_argument("--processes", type=int, default=num_cores(), help="(default: one per core)")
     parser.add_argument("--cache", type=Path, help="directory to fill instead of the user's caches")
     options = parser.parse_args()
     quiet_libraries()
@@ -40,12 +41,14 @@ def main() -> int:
     begun = time.monotonic()
     jobs = jobs_of_run(load(options.gin_config_file, options.gin_bindings, options.task), options.capability)
     recorded_s = time.monotonic() - begun
-    results = list(compile_all(jobs, num_cores()))
-    failed = [result for result in results if result.error is not None]
-    for result in failed:
-        print(f"FAILED {result.name}: {result.error}", file=sys.stderr)
+    results = []
+    for result in compile_all(jobs, options.processes):
+        results.append(result)
+        if result.error is not None:
+            print(f"FAILED {result.name}: {result.error}", file=sys.stderr)
+    failed = sum(result.error is not None for result in results)
     wall_s, cpu_s = time.monotonic() - begun, sum(result.cpu_s for result in results)
-    print(f"kernels={len(results)} failed={len(failed)} record={recorded_s:.1f}s wall={wall_s:.1f}s cpu={cpu_s:.0f}s")
+    print(f"kernels={len(results)} failed={failed} record={recorded_s:.1f}s wall={wall_s:.1f}s cpu={cpu_s:.0f}s")
     if options.cache is not None:
         strip_triton_cache(triton_cache)
         size = sum(file.stat().st_size for file in options.cache.rglob("*") if file.is_file())

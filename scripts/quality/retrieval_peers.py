@@ -72,14 +72,11 @@ class RealTargets(TransformerLightningModule):
 
 
 class EASE(models.EASEModel):
-    """RecTools 0.19.0 multiplies histories by the transpose of EASE's matrix, which makes it much weaker.
-
-    The view of the transpose stays one: ranking is 200 times slower with a matrix that is contiguous by rows.
-    """
+    """RecTools 0.19.0 multiplies histories by the transpose of EASE's matrix, which makes it much weaker."""
 
     def _fit(self, dataset: Dataset) -> None:
         super()._fit(dataset)
-        self.weight: np.ndarray = self.weight.T
+        self.weight: np.ndarray = self.weight.T  # a view: ranking by a copy of contiguous rows is 200 times slower
 
 
 class GRULayers(TransformerLayersBase):

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,10 @@ class DenseOptimizer:
         """This rank's slice of each trained parameter."""
         decaying = {id(weight) for weight in decayed_parameters(module)}
         settings = match_part_optimizers(trained, args)
+        for name, weight in trained.items():
+            is_matrix = weight.ndim == 2 and id(weight) in decaying and not name.endswith("table")  # looked up
+            if settings[name].optimizer == "muon" and not is_matrix:
+                settings[name] = replace(settings[name], optimizer="adam")
         by_settings: dict[OptimizerSettings, dict[str, nn.Parameter]] = {}
         for name, owned in self._owned.items():
             by_settings.setdefault(settings[name], {})[name] = owned
@@ -182,7 +186,9 @@ class _ParameterGroup:
         if self.decayed:
             factor = 1.0 - self.optimizer.param_groups[0]["lr"] * self.settings.weight_decay
             torch._foreach_mul_(self.decayed, factor if found_inf is None else torch.where(found_inf > 0, 1.0, factor))
-        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # torch's fused optimizers read it
+        if isinstance(self.optimizer, torch.optim.Muon) and found_inf is not None and found_inf.item() > 0:
+            return  # the host waits, as in torch.amp.GradScaler: only torch's fused optimizers read found_inf
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
 
 
@@ -198,7 +204,7 @@ def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: OptimizerArgs) -> torch.optim.Optimizer:
-    """Fused, because only torch's fused optimizers support ``found_inf``."""
+    """Fused where torch can, because only its fused optimizers support ``found_inf``."""
     rate = settings.learning_rate
     name = ROWWISE.get(settings.optimizer, settings.optimizer)
     if name != settings.optimizer:
@@ -214,6 +220,8 @@ def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: Op
         case "adam" | "adamw":
             betas = (args.adam_beta1, args.adam_beta2)
             return torch.optim.Adam(parameters, lr=rate, betas=betas, eps=args.adam_eps, fused=True)
+        case "muon":
+            return torch.optim.Muon(parameters, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     raise ValueError(f"unknown dense optimizer {settings.optimizer!r}")
 
 

@@ -76,7 +76,7 @@ class TableTraining:
         optimizer, rate = args.sparse_optimizer_str, args.sparse_learning_rate
         if spec.replicated:
             optimizer = rate = None
-        optimizer = spec.optimizer or optimizer or args.optimizer_str
+        optimizer = spec.optimizer or optimizer or args.optimizer_str.replace("muon", "adam")
         if spec.replicated and optimizer == "rowwise_adagrad":
             optimizer = "adagrad"
         decay = args.sparse_weight_decay if spec.weight_decay is None else spec.weight_decay

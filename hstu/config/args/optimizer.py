@@ -9,7 +9,8 @@ from hstu.config.option import Args, having, not_having, option
 OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad", "partial_rowwise_adam")
 ROWWISE = {"rowwise_adagrad": "adagrad", "partial_rowwise_adam": "adam"}
 """Optimizers with a state of one number per row → the same with states of the size of the weight."""
-_REFUSED = dict.fromkeys(("lamb", "lion", "muon"), "use 'adamw'")
+DENSE_OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "muon")
+_REFUSED = dict.fromkeys(("lamb", "lion"), "use 'adamw'")
 WITH_A_DECAY = having("schedule", "linear", "cosine", "cosine_restarts", "exponential", "warmup_stable_decay")
 
 
@@ -29,6 +30,8 @@ class OwnOptimizerArgs(Args):
 class PartOptimizerArgs(OwnOptimizerArgs):
     """Settings of some dense weights, for OptimizerArgs.part_optimizers. All share its betas, epsilon and momentum."""
 
+    optimizer_str: Optional[str] = option(None, changes="tensors", choices=DENSE_OPTIMIZERS, refused=_REFUSED)
+    """Optimizer. None: OptimizerArgs.optimizer_str."""
     regex: str = option(changes="tensors", not_empty=True)
     """Python regular expression that is searched anywhere in the name of a dense weight. The names are as in a
     checkpoint, without "model.", such as task.encoder.stack.layers.0.uvqk.weight. For tables, use
@@ -38,9 +41,11 @@ class PartOptimizerArgs(OwnOptimizerArgs):
 class OptimizerArgs(Args):
     """The optimizers of the dense part and of the tables."""
 
-    optimizer_str: str = option(changes="tensors", choices=OPTIMIZERS, refused=_REFUSED)
+    optimizer_str: str = option(changes="tensors", choices=(*OPTIMIZERS, "muon"), refused=_REFUSED)
     """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad. partial_rowwise_adam is adam whose
-    second moment has one number per row of a table, and so half of its state; the dense part then uses adam."""
+    second moment has one number per row of a table, and so half of its state; the dense part then uses adam. muon is
+    torch.optim.Muon for the matrices of linear layers, with momentum 0.95 and steps of the size of Adam's (Moonshot,
+    arXiv:2502.16982); all other weights and the tables then use adam. It needs whole matrices on each rank."""
     learning_rate: float = option(changes="training", above=0, maximum=1e6)
     """Peak learning rate."""
     adam_beta1: float = option(0.9, changes="training", minimum=0, below=1)

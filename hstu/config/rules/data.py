@@ -80,7 +80,7 @@ def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> 
 def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if table.compute_kernel == "dense" and _may_be_sharded(table):
         owner, parameter = _optimizer_of(run, table)
-        if getattr(owner, parameter) not in ("adam", "adamw", "partial_rowwise_adam"):
+        if getattr(owner, parameter) not in ("adam", "adamw", "partial_rowwise_adam", "muon"):
             text = f"is for adam, adamw and partial_rowwise_adam, but {cited(owner, parameter)}; use 'fused'"
             yield problem(table, "compute_kernel", text)
 

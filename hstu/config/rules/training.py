@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, LRScheduleArgs, RankingArgs
-from hstu.config.args.optimizer import ROWWISE
 from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
@@ -131,8 +130,15 @@ def parts_are_of_the_dense_weights(run: RunConfig) -> Iterator[Problem]:
             re.compile(getattr(part, "regex", ""))
         except (re.error, OverflowError, RecursionError) as error:
             yield problem(part, "regex", f"is not a Python regular expression: {error}; escape or close it")
-        if (name := getattr(part, "optimizer_str", None)) in ROWWISE:
-            yield problem(part, "optimizer_str", f"is for tables; use {ROWWISE[name]!r}")
+
+
+def muon_has_whole_matrices(run: RunConfig) -> Iterator[Problem]:
+    split = {"tensor_model_parallel_size": run.tensor_parallel, "sharding": run.data_parallel}
+    for part in (run.optimizer, *run.optimizer.part_optimizers):
+        for parameter, owner in split.items() if getattr(part, "optimizer_str", None) == "muon" else ():
+            if getattr(owner, parameter) not in (1, "none"):
+                text = f"needs whole matrices on each rank, but {cited(owner, parameter)}; remove it, or use 'adam'"
+                yield problem(part, "optimizer_str", text)
 
 
 def initial_accumulator_is_of_an_adagrad(run: RunConfig) -> Iterator[Problem]:
@@ -171,7 +177,7 @@ def _schedules(run: RunConfig) -> Iterator[LRScheduleArgs]:
 RULES = (
     profiled_iterations_are_a_range, profiled_ranks_exist, save_interval_is_not_zero, best_metric_is_measured,
     best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence, heads_divide, ranks_divide,
-    skipped_steps_change_no_table, parts_are_of_the_dense_weights, initial_accumulator_is_of_an_adagrad,
+    skipped_steps_change_no_table, parts_are_of_the_dense_weights, muon_has_whole_matrices, initial_accumulator_is_of_an_adagrad,
     milestones_fit_the_schedule,
     warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

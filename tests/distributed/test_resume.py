@@ -35,6 +35,7 @@ CASES: dict[str, Any] = {
     "rowwise_adagrad": {"optimizer": "rowwise_adagrad"},
     "width no multiple of 4": {"optimizer": "adagrad", "dim": 6},
     "partial_rowwise_adam": {"optimizer": "partial_rowwise_adam", "optimizer_args": {"sparse_weight_decay": 0.1}},
+    "muon": {"optimizer": "muon", "optimizer_args": {"weight_decay": 0.1}},
     "decaying, begun": {
         "optimizer": "adagrad",
         "trained": {"user": {"optimizer_str": "rowwise_adagrad", "weight_decay": 0.3}, "item": {"weight_decay": 0.2}},
@@ -60,6 +61,7 @@ MOVED: dict[str, tuple[str, dict[str, Any]]] = {
         ("partial_rowwise_adam", "replicated", {"replicated": ALL}),
         ("partial_rowwise_adam", "table_wise", {"sharding": "table_wise"}),
         ("bfloat16", "row_wise", {"sharding": "row_wise"}),
+        ("muon", "table_wise", {"sharding": "table_wise"}),
         ("width no multiple of 4", "replicated", {"replicated": ALL}),
         ("width no multiple of 4", "all sharded", {"replicated": [], "sharding": "column_wise"}),
     )

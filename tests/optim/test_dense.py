@@ -8,7 +8,7 @@ from torch import nn
 from hstu.config.args import OptimizerArgs
 from hstu.optim.dense import DenseOptimizer, decayed_parameters
 
-NAMES = ["sgd", "adagrad", "adam", "adamw", "rowwise_adagrad"]
+NAMES = ["sgd", "adagrad", "adam", "adamw", "rowwise_adagrad", "muon"]
 
 
 class Net(nn.Module):

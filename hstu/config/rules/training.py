@@ -177,7 +177,7 @@ def _schedules(run: RunConfig) -> Iterator[LRScheduleArgs]:
 RULES = (
     profiled_iterations_are_a_range, profiled_ranks_exist, save_interval_is_not_zero, best_metric_is_measured,
     best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence, heads_divide, ranks_divide,
-    skipped_steps_change_no_table, parts_are_of_the_dense_weights, muon_has_whole_matrices, initial_accumulator_is_of_an_adagrad,
-    milestones_fit_the_schedule,
+    skipped_steps_change_no_table, parts_are_of_the_dense_weights, muon_has_whole_matrices,
+    initial_accumulator_is_of_an_adagrad, milestones_fit_the_schedule,
     warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

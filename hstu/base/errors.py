@@ -38,6 +38,12 @@ class ConfigError(UserError):
         self.warnings = list(warnings)
         super().__init__("\n".join(self.problems))
 
+    @classmethod
+    def raise_if(cls, problems: list[str]) -> None:
+        """Raise the error if there are problems."""
+        if problems:
+            raise cls(problems)
+
 
 class DataError(UserError):
     """Missing, damaged or unexpected data. The text names the file and the remedy."""

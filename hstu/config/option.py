@@ -140,8 +140,7 @@ class Args:
             problems += [f"{cls.__name__}.{each.name} = {show(value)}: {problem}" for problem in found]
             if not found:
                 object.__setattr__(self, each.name, converted(cls, each, value))
-        if problems:
-            raise ConfigError(problems)
+        ConfigError.raise_if(problems)
 
 
 def with_origins(part: T, origins: Mapping[str, Binding]) -> T:

@@ -124,8 +124,7 @@ def table_specs(
                 dtype=torch.bfloat16 if table.data_type == "bfloat16" else torch.float32,
             )
         )
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_if(problems)
     return tuple(specs)
 
 

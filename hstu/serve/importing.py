@@ -97,8 +97,8 @@ def import_checkpoint(
     ConfigError if the network computes other things than the source, and DataError, with the map, or for a bad file.
     """
     (found, lines), network, problems = read(source, path, layouts), config.network, list[str]()
-    if wrong := {name: value for name, value in COMPUTES.get(source, {}).items() if getattr(network, name) != value}:
-        raise ConfigError([f"set NetworkArgs.{name} = {value}: {source} computes so" for name, value in wrong.items()])
+    wrong = {name: value for name, value in COMPUTES.get(source, {}).items() if getattr(network, name) != value}
+    ConfigError.raise_if([f"set NetworkArgs.{name} = {value}: {source} computes so" for name, value in wrong.items()])
     data = open_source(config)
     with torch.device("meta"):
         task = task_module(config, data.roles, REFERENCE_KERNELS)

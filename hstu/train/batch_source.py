@@ -182,8 +182,7 @@ def choose_partition(config: RunConfig, roles: FeatureRoles, lengths: SampleLeng
         return None
     longest = SequenceFeatures.of(config, roles).max_tokens(network)
     length = f"max_sequence_length ({config.max_items} items and {len(roles.contextual)} contextual features)"
-    if problems := list(token_limit_admits(config, longest, length)):
-        raise ConfigError(in_reading_order(problems))
+    ConfigError.raise_if(in_reading_order(token_limit_admits(config, longest, length)))
     counter = FlopCounter(network, roles)
 
     def loads(rows: np.ndarray) -> Loads:

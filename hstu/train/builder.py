@@ -192,8 +192,7 @@ def open_run_directory(config: RunConfig, path: Path, checkpoints: CheckpointSto
 
 def check_masks(config: RunConfig, roles: FeatureRoles) -> None:
     """Raise ConfigError if the attention masks reveal labels to the model."""
-    if leaks := list(label_leak(config, has_context=bool(roles.contextual))):
-        raise ConfigError(in_reading_order(leaks))
+    ConfigError.raise_if(in_reading_order(label_leak(config, has_context=bool(roles.contextual))))
 
 
 def task_names(dataset_name: str) -> tuple[str, ...]:

@@ -59,8 +59,7 @@ def choose_tables(
     for name in features:
         if name not in served:
             problems.append(f"feature {name!r} has no table: give an EmbeddingArgs with feature_names = [{name!r}]")
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_if(problems)
     return tuple(tables)
 
 
@@ -96,5 +95,4 @@ def check_rows(tables: Sequence[EmbeddingArgs], cardinalities: Mapping[str, int]
                     "table a DynamicEmbeddingArgs"
                 )
                 problems.append(located(table, "item_vocab_size_or_capacity", text))
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_if(problems)

@@ -94,8 +94,7 @@ class InteractionColumns:
     )
 
     def __post_init__(self) -> None:
-        if problems := [*self._contradictions(), *self._problems_of_features()]:
-            raise ConfigError(problems)
+        ConfigError.raise_if([*self._contradictions(), *self._problems_of_features()])
 
     def _contradictions(self) -> Iterator[str]:
         others = (self.user, self.item, self.action, self.time, *self.event_columns)

@@ -134,8 +134,7 @@ def resolve_roles(
         text = "has no feature of items, from which RetrievalArgs.item_tower = True makes their vectors; "
         text += f"{store.path} has {', '.join(allowed)}" if allowed else f"{store.path} has none; set it to False"
         problems.append(located(args, "side_feature_names", text))
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_if(problems)
     return chosen
 
 
@@ -152,8 +151,7 @@ def check_numbers(roles: FeatureRoles, args: Iterable[NumericFeatureArgs]) -> No
             elif widths[name] > 1 and each.transform not in ("standardize", "none"):
                 text = f"is for numbers, and {name!r} is a vector; use 'standardize' or 'none'"
                 problems.append(located(each, "transform", text))
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_if(problems)
 
 
 def recoding_of(theirs: SequenceStore, ours: SequenceStore, roles: FeatureRoles) -> dict[str, np.ndarray]:
@@ -175,8 +173,7 @@ def recoding_of(theirs: SequenceStore, ours: SequenceStore, roles: FeatureRoles)
             problems.append(
                 f"has {name!r} up to {theirs.cardinality(name) - 1}, the training data below {mine.cardinality}"
             )
-    if problems:
-        raise ConfigError([f"DatasetArgs.eval_dataset_path: {theirs.path} {problem}" for problem in problems])
+    ConfigError.raise_if([f"DatasetArgs.eval_dataset_path: {theirs.path} {problem}" for problem in problems])
     return recoding
 
 

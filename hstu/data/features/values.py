@@ -133,8 +133,7 @@ def check_labels(tasks: Sequence[RankingTaskArgs], facts: Mapping[str, LabelFact
     """Raises ConfigError for labels that do not fit the tasks."""
     found = [(task, _problem_of(task, facts[task.label])) for task in tasks]
     problems = [located(task, *problem) for task, problem in found if problem]
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_if(problems)
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,7 @@ def check_split(store: SequenceStore, args: DatasetArgs) -> None:
         "remove it, or preprocess the data without --split"
     )
     options = ("split", "valid_items", "train_fraction", "valid_fraction", "eval_dataset_path")
-    if problems := [located(args, option, text) for option in options if is_given(args, option)]:
-        raise ConfigError(problems)
+    ConfigError.raise_if([located(args, option, text) for option in options if is_given(args, option)])
 
 
 def check_requests(store: SequenceStore, args: DatasetArgs) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -63,6 +64,12 @@ def put_in_place(written: Path, target: Path) -> None:
     sync_to_disk(written)
     os.replace(written, target)
     sync_to_disk(target.parent)
+
+
+def unused(directory: Path, pattern: str, first: int = 1) -> Path:
+    """Insert ``first``, ``first`` + 1, … for ``{}``; return the first path that does not exist."""
+    paths = (directory / pattern.format(number) for number in itertools.count(first))
+    return next(path for path in paths if not path.exists())
 
 
 def exchange(first: Path, second: Path) -> bool:

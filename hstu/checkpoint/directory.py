@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -26,7 +25,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hstu.base.errors import DataError, UserError
-from hstu.base.files import WRITING, aside_path, put_in_place, sha256, sync_to_disk
+from hstu.base.files import WRITING, aside_path, put_in_place, sha256, sync_to_disk, unused
 from hstu.parallel.collectives import on_all_ranks
 from hstu.parallel.mesh import Mesh
 
@@ -271,8 +270,7 @@ def commit(final: Path) -> None:
         if _holds_state_of(temporary, final):  # a resumed run saves an iteration again
             shutil.rmtree(temporary)
             return
-        names = (f"{_SET_ASIDE}{final.name}_{number}" for number in itertools.count(1))
-        aside = next(path for path in map(final.with_name, names) if not path.exists())
+        aside = unused(final.parent, f"{_SET_ASIDE}{final.name}_{{}}")
         log.warning("%s is damaged or holds another state; it is kept as %s", final, final.rename(aside).name)
     put_in_place(temporary, final)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Optional, TextIO
 
 from hstu.base.errors import ConfigError, UserError
-from hstu.base.files import DirectoryLock, replace_text
+from hstu.base.files import DirectoryLock, replace_text, unused
 from hstu.observe.plots import draw_curves
 from hstu.observe.records import EvalRecord, TrainRecord, to_line
 
@@ -205,12 +204,6 @@ class RunDirectory:
 
 def _failure(path: Path, error: OSError) -> RunDirectoryFailure:
     return RunDirectoryFailure(f"the run's directory cannot be written: {path}: {error.strerror or error}")
-
-
-def unused(directory: Path, pattern: str, first: int = 1) -> Path:
-    """Insert ``first``, ``first`` + 1, … for ``{}``; return the first path that does not exist."""
-    paths = (directory / pattern.format(number) for number in itertools.count(first))
-    return next(path for path in paths if not path.exists())
 
 
 class TensorBoard:

@@ -92,7 +92,7 @@ def write_delta(source: Path, base: Contents, folder: Path, path: str, threshold
     for name, entry in new.files.items():
         if name in (FACTS, WEIGHTS) or (name not in (TABLES, VOCABULARY) and base.files.get(name) != entry):
             _copy(source / name, folder / name)
-    files = write_manifest(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    files = write_manifest(folder)
     found = read_contents(folder, base).tensors
     if not all(_is_same(found[file].get(name), own) for file in found for name, own in new.tensors[file].items()):
         raise DataError(f"the delta does not give what it was made of, a defect; please report it, and {_REMEDY}")

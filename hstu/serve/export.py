@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,13 @@ def write_serving(
         )
     write_tensors(folder / TABLES, _reduced(tables, table_dtype))
     (folder / CARD).write_text(_card(trained, model.encoder, tables, table_dtype, evaluations or {}), encoding="utf-8")
-    write_manifest(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
+    write_manifest(folder)
     return found
 
 
-def write_manifest(folder: Path, paths: Iterable[Path]) -> Files:
-    """Write the manifest of an export with these files, and return the files, with sizes and checksums."""
-    files = describe_files(folder, paths)
+def write_manifest(folder: Path) -> Files:
+    """Write the manifest of an export with all files of its folder, and return them, with sizes and checksums."""
+    files = describe_files(folder, sorted(path for path in folder.rglob("*") if path.is_file()))
     manifest = {"sha256": checksum_of(files), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return files

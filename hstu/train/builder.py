@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from hstu.base.errors import ConfigError, DataError
+from hstu.base.files import unused
 from hstu.checkpoint.directory import complete_checkpoints
 from hstu.checkpoint.find import AUTO, Run, belongs, candidates
 from hstu.checkpoint.matching import LoadOptions
@@ -32,7 +33,7 @@ from hstu.model.retrieval import GatherPool, LogCounts, RetrievalDense
 from hstu.model.stack import DTYPES, SequenceEncoder, kernel_shapes
 from hstu.model.tasks import MultiTaskDense
 from hstu.observe.logging import set_up_logging
-from hstu.observe.run_directory import RunDirectory, default_path, run_name, unused
+from hstu.observe.run_directory import RunDirectory, default_path, run_name
 from hstu.observe.throughput import ThroughputMeter, peak_tflops
 from hstu.ops.kernels import Kernels
 from hstu.ops.pytorch.operators import cpu_multiplies_bfloat16

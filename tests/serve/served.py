@@ -149,7 +149,7 @@ def export_with(folder: Path, target: Path, change: Callable[[Tensors, Tensors],
     ):
         write_tensors(path, tensors)
     (target / "MODEL_CARD.md").write_text(target.name)
-    write_manifest(target, sorted(path for path in target.rglob("*") if path.is_file()))
+    write_manifest(target)
     return target
 
 

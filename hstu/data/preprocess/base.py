@@ -19,7 +19,7 @@ from hstu.base.errors import DataError
 from hstu.base.ids import codes_of
 from hstu.data.datasets.raw import literal
 from hstu.data.datasets.spec import UNKNOWN, USER_FEATURE
-from hstu.data.preprocess.state import Build
+from hstu.data.preprocess.state import Build, columns_of
 from hstu.data.store.sequence_store import SequenceStore
 
 _BLOCK = 1 << 22
@@ -92,7 +92,7 @@ def number_with_base(build: Build, name: str, new: str) -> np.ndarray:
     places = np.flatnonzero(stays := events >= 0)
     if not stays.all():
         known, events = known[stays], events[stays]
-    ids, counts = columns_of(build, new)
+    ids, counts = columns_of(build.engine, new)
     if known.dtype != ids.dtype:  # integers in the base, text in the new files
         known = known.astype(str).astype(object)
         order = np.argsort(known)
@@ -108,11 +108,6 @@ def number_with_base(build: Build, name: str, new: str) -> np.ndarray:
     build.earlier.codes[name] = np.full(len(stays), -1, dtype=np.int32)
     build.earlier.codes[name][places] = np.delete(every, rows[is_new])
     return known
-
-
-def columns_of(build: Build, query: str) -> list[np.ndarray]:
-    """The columns of a query, without NULLs."""
-    return [np.asarray(values) for values in build.engine.execute(query).fetchnumpy().values()]
 
 
 def _keeps_items_without_events(build: Build) -> bool:

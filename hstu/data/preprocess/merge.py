@@ -15,8 +15,8 @@ import numpy as np
 
 from hstu.base.errors import DataError
 from hstu.data.batches.jagged import first_from, ranges, run_offsets
-from hstu.data.preprocess.base import columns_of, labels
-from hstu.data.preprocess.state import Build
+from hstu.data.preprocess.base import labels
+from hstu.data.preprocess.state import Build, columns_of
 from hstu.data.store.sequence_store import Requests
 
 _log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Growth:
         for name, feature in schema.of_events().items():
             if name not in schema.quantities():
                 query = f"SELECT b.code, n.code FROM base_{name} b JOIN vocabulary_{name} n ON b.id = n.id"
-                old, changed = columns_of(build, query)
+                old, changed = columns_of(build.engine, query)
                 of_base = np.full(store.cardinality(feature), -1)
                 of_base[old] = changed
                 codes[name] = (of_base, None)

@@ -262,10 +262,9 @@ def one(engine: Connection, query: str) -> tuple[Any, ...]:
     return tuple(row)
 
 
-def column(engine: Connection, query: str) -> np.ndarray:
-    """The only column of a query, without NULLs: int64 or str objects."""
-    (values,) = engine.execute(query).fetchnumpy().values()
-    return np.asarray(values)
+def columns_of(engine: Connection, query: str) -> list[np.ndarray]:
+    """The columns of a query, without NULLs; texts as str objects."""
+    return [np.asarray(values) for values in engine.execute(query).fetchnumpy().values()]
 
 
 def utf8_column(engine: Connection, query: str) -> tuple[np.ndarray, np.ndarray]:

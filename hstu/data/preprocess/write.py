@@ -16,7 +16,7 @@ from hstu.data.datasets.spec import SPLIT_NAMES, USER_FEATURE
 from hstu.data.preprocess.base import labels, number_with_base, used_values
 from hstu.data.preprocess.features import write_event_vocabularies
 from hstu.data.preprocess.merge import Growth
-from hstu.data.preprocess.state import ROWS_PER_CHUNK, Build, column, memory_bytes, one
+from hstu.data.preprocess.state import ROWS_PER_CHUNK, Build, columns_of, memory_bytes, one
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def number_users_and_items(build: Build) -> tuple[np.ndarray, int]:
     build.writer.write_vocabulary(USER_FEATURE, _number(build, "user", ()))
     ids = _number(build, "item", further)
     build.writer.write_vocabulary(build.schema.item, ids)
-    return column(build.engine, "SELECT events FROM users ORDER BY code"), len(ids)
+    return columns_of(build.engine, "SELECT events FROM users ORDER BY code")[0], len(ids)
 
 
 def _number(build: Build, name: str, further: Sequence[str]) -> np.ndarray:
@@ -49,7 +49,7 @@ def _number(build: Build, name: str, further: Sequence[str]) -> np.ndarray:
         return number_with_base(build, name, query)
     build.table(f"{name}s", query, "code")
     build.view(f"new_{name}s", f"SELECT id, code FROM {name}s")
-    return column(build.engine, f"SELECT id FROM {name}s")
+    return columns_of(build.engine, f"SELECT id FROM {name}s")[0]
 
 
 def write_vocabularies(build: Build) -> None:
@@ -63,7 +63,7 @@ def write_vocabularies(build: Build) -> None:
             QUALIFY row_number() OVER (PARTITION BY item ORDER BY source_row) = 1"""
         first_rows = first_rows if has_table else "SELECT id AS item, title FROM base_items"
         query = f"SELECT coalesce(t.title, '') FROM items i LEFT JOIN ({first_rows}) t ON i.id = t.item ORDER BY i.code"
-        build.writer.write_titles(column(build.engine, query))
+        build.writer.write_titles(*columns_of(build.engine, query))
 
 
 def keep_raw_ids(build: Build) -> None:
@@ -172,9 +172,9 @@ def write_split(build: Build, offsets: np.ndarray, growth: Growth | None) -> Non
     )
     counted = ", ".join(f'count(*) FILTER ("split" = {number})' for number in (0, 1))
     per_user = f'SELECT "user", {counted}, {overlaps} FROM events GROUP BY 1 ORDER BY 1'
-    users, train, valid, is_mixed = map(np.asarray, build.engine.execute(per_user).fetchnumpy().values())
+    users, train, valid, is_mixed = columns_of(build.engine, per_user)
     if growth and not is_mixed.any():
-        users = column(build.engine, "SELECT id FROM users ORDER BY code")
+        (users,) = columns_of(build.engine, "SELECT id FROM users ORDER BY code")
         train, valid, is_mixed = growth.split_counts()
     if is_mixed.any():
         order = "in time order" if schema.timestamp else "in the order of the rows"

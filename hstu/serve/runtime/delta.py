@@ -27,6 +27,7 @@ from .files import (
     read_directory,
     read_tensors,
     rows_at,
+    run_indices,
 )
 from .requests import ServingError
 
@@ -193,8 +194,8 @@ def _out_of_rows(name: str, rows: Tensor) -> Tensor:
 
 def rows_in(runs: Tensor) -> Tensor:
     """The numbers, int64 [n], of runs, int64 [runs, 2]: (first, or -1 for as many -1; count)."""
-    first, counts = runs[:, 0].repeat_interleave(runs[:, 1]), runs[:, 1]
-    inside = torch.arange(len(first)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    run, inside = run_indices(runs[:, 1])
+    first = runs[run, 0]
     return torch.where(first < 0, first, first + inside)
 
 

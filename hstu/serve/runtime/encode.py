@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import Vocabulary, rows_at
+from .files import Vocabulary, rows_at, run_indices
 from .requests import (
     Candidates,
     History,
@@ -276,8 +276,7 @@ class Encoder:
             return rows_at(rows, places).masked_fill(places < 0, vocabulary.missing), counts
         offsets, known = self._known[f"item.{name}.offsets"], places.clamp(min=0)
         counts = (rows_at(offsets[1:], known) - rows_at(offsets, known)).masked_fill(places < 0, 1)
-        event = torch.repeat_interleave(counts)
-        inside = torch.arange(len(event)) - (counts.cumsum(0) - counts)[event]
+        event, inside = run_indices(counts)
         chosen = rows_at(rows, rows_at(offsets, known)[event] + inside)
         return chosen.masked_fill(places[event] < 0, vocabulary.missing), counts
 

@@ -140,6 +140,12 @@ def rows_at(values: Tensor, index: Tensor) -> Tensor:
     return values[index.clamp(min=0)]
 
 
+def run_indices(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """(index of its run, index within the run) of each element of consecutive runs; both int64 [sum of lengths]."""
+    run = torch.repeat_interleave(lengths)
+    return run, torch.arange(len(run)) - (lengths.cumsum(0) - lengths)[run]
+
+
 class Vocabulary:
     """Maps the values of one feature to their indices, and to table rows.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .encode import Events
-from .files import Table
+from .files import Table, run_indices
 
 Sequence_ = tuple[Events, Events | None]
 """(history, candidates to score). None: predict from the newest event."""
@@ -33,7 +33,7 @@ def inputs_of(
     # Unless "apart", the attention mask treats the candidate as the newest event of the history.
     apart = shown if facts["candidates"]["apart"] else torch.zeros_like(shown)
     lengths, ends = num_context + items * per_item, num_context + (items - apart) * per_item
-    sequence, place = _runs(lengths)
+    sequence, place = run_indices(lengths)
     first_item = items.cumsum(0) - items
     item = first_item[sequence] + (place - num_context).clamp(min=0) // per_item
     row = num_context * len(items) + item + (place - num_context) % per_item * int(items.sum())
@@ -41,7 +41,7 @@ def inputs_of(
     inputs["positions"] = torch.minimum(place, ends[sequence])
     inputs |= _padded("", lengths, ends)
     if "is_history" in facts["inputs"]:
-        of_item, place_of_item = _runs(items)
+        of_item, place_of_item = run_indices(items)
         inputs["is_history"] = (place_of_item < (items - shown)[of_item]).float()
     if "token_times" in facts["inputs"]:
         times = _joined([part.times for part in parts])[item]
@@ -58,7 +58,7 @@ def inputs_of(
         inputs["kept"] = is_kept.nonzero().squeeze(1)
         inputs |= _padded("kept_", lengths - removed, ends - removed)
     counts = shown.clamp(min=1) if facts["task"] == "ranking" else torch.ones_like(shown)
-    run, output = _runs(counts)
+    run, output = run_indices(counts)
     last = lengths.cumsum(0)[run]
     back = (counts[run] - output) * per_item if facts["task"] == "ranking" else 1
     inputs["outputs"] = last - back
@@ -77,7 +77,7 @@ def _table_rows(facts: Mapping[str, Any], tables: Mapping[str, Table], parts: Se
             rows = rows_of(name, [part.ids[name] for part in parts])
             if facts["features"][name]["is_list"]:
                 counts = torch.cat([part.counts[name] for part in parts])
-                sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, _runs(counts)[0], rows)
+                sums = rows.new_zeros(len(counts), rows.shape[1]).index_add_(0, run_indices(counts)[0], rows)
                 rows = sums / counts[:, None]
             found.append(rows)
         return torch.cat(found, dim=1)
@@ -98,15 +98,9 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor:
 
 
 def _padded(kind: str, lengths: Tensor, ends: Tensor) -> dict[str, Tensor]:
-    sequence, place = _runs(lengths)
+    sequence, place = run_indices(lengths)
     longest = int(lengths.max())
     places = sequence * longest + place
     padded = torch.full((len(lengths) * longest,), len(places))
     padded[places] = torch.arange(len(places))
     return {f"{kind}padded": padded.view(-1, longest), f"{kind}places": places, f"{kind}history_ends": ends}
-
-
-def _runs(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """(run, index in its run) of each element of consecutive runs; int64 [sum of lengths] both."""
-    run = torch.repeat_interleave(lengths)
-    return run, torch.arange(len(run)) - (lengths.cumsum(0) - lengths)[run]

@@ -76,6 +76,9 @@ class RunDirectory:
     ) -> None:
         self.path = Path(path)
         self.is_main = is_main
+        self.log_file = self.path / "log.txt" if is_main else None
+        self.metrics_file = self.path / "metrics.jsonl"
+        """Which records.py reads."""
         self.identity = identity
         self._task_names = task_names
         self.earlier: Optional[Path] = None
@@ -98,16 +101,6 @@ class RunDirectory:
             self._trackers.append(TensorBoard(self.path / "tensorboard"))
         if wandb_project is not None:
             self._trackers.append(WeightsAndBiases(wandb_project, self.path, config))
-
-    @property
-    def log_file(self) -> Optional[Path]:
-        """Path of the log; None except on the main rank."""
-        return self.path / "log.txt" if self.is_main else None
-
-    @property
-    def metrics_file(self) -> Path:
-        """Path of metrics.jsonl, which records.py reads."""
-        return self.path / "metrics.jsonl"
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
         """Append a record to metrics.jsonl, flush the file, and send the numbers to the trackers."""

@@ -72,6 +72,7 @@ class Stream:
     def __post_init__(self) -> None:
         self.settings.run_dir.mkdir(parents=True, exist_ok=True)
         self._lock = DirectoryLock(self.settings.run_dir, "--run_dir")
+        self._store, self._checkpoints = (self.settings.run_dir / name for name in ("store", "checkpoints"))
         done = sorted((self.settings.run_dir / "parts").glob("*/result.json"))
         self.results = [json.loads(file.read_text(encoding="utf-8")) for file in done]
 
@@ -139,14 +140,6 @@ class Stream:
         if len(self.results) + 1 == self.settings.frozen_after:
             self._run(folder, "export.py", "--ckpt", self._checkpoints, "--output", frozen, made=frozen)
         return seconds
-
-    @property
-    def _store(self) -> Path:
-        return self.settings.run_dir / "store"
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.settings.run_dir / "checkpoints"
 
     def _append(self, folder: Path, files: Sequence[Path], is_first: bool) -> float:
         append = [] if is_first else ["--append"]

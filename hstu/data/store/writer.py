@@ -70,6 +70,8 @@ class StoreWriter:
         self._command = command
         self._resume_key = resume_key
         self.partial = self.target.parent / f".{self.target.name}.partial"
+        self.scratch = self.partial / "scratch"
+        """Directory for working files on the target's disk; removed when the block ends."""
         self.raw_features: set[str] = set()
         """Features of which models get the raw ids, which must be int64, instead of the codes."""
         self._features: dict[str, FeatureMeta] = {}
@@ -78,11 +80,6 @@ class StoreWriter:
         self._split: str | None = None
         self._overwrite = overwrite
         self._check_target()
-
-    @property
-    def scratch(self) -> Path:
-        """Directory for working files on the target's disk; removed when the block ends."""
-        return self.partial / "scratch"
 
     def __enter__(self) -> StoreWriter:
         self.partial.mkdir(parents=True, exist_ok=True)

@@ -72,6 +72,8 @@ class Encoder:
         known: Mapping[str, Tensor],
     ) -> None:
         self.facts, self.vocabularies = facts, vocabularies
+        self.items = vocabularies[facts["item"]]
+        """The vocabulary of items that the model reads."""
         self._known_items, self._known = items, known
 
     @cached_property
@@ -84,11 +86,6 @@ class Encoder:
     def running_names(self) -> list[str]:
         """Running statistics that the model reads."""
         return [entry["name"] for entry in self.facts["numbers"] if entry.get("is_running")]
-
-    @property
-    def items(self) -> Vocabulary:
-        """The vocabulary of items that the model reads."""
-        return self.vocabularies[self.facts["item"]]
 
     @property
     def given_features(self) -> dict[str, bool]:
@@ -158,12 +155,9 @@ class Encoder:
         self._refuse(candidate_problems(candidates, self.facts, self.text_of))
         every = torch.full((count,), max(newest, 0) if at is None else at)
         candidates = Candidates(candidates.items, self._with_running(candidates.features, history, (candidates, every)))
-        found = []
-        for part in range(parts):
-            shown = candidates.cut(slice(count * part // parts, count * (part + 1) // parts))
-            asked = torch.full((len(shown.items),), max(newest, 0) if at is None else at)
-            found.append(self._events(shown, asked, torch.full_like(asked, newest), "the candidates have"))
-        return found
+        before = torch.full_like(every, newest)
+        cuts = (slice(count * part // parts, count * (part + 1) // parts) for part in range(parts))
+        return [self._events(candidates.cut(own), every[own], before[own], "the candidates have") for own in cuts]
 
     def sequences(
         self, history: History, candidates: Candidates, at: int | None = None

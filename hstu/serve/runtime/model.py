@@ -90,6 +90,10 @@ class Model:
                 raise ValueError(f"the size of {name!r} is {size!r}; it may be at most {largest}")
         vocabularies = {name: self._vocabulary(name, like) for name in facts["features"]}
         self.encoder = Encoder(self.facts, vocabularies, vocabularies[self.facts["item"]], stored)
+        self.reads_request_time = bool(facts["reads_request_time"])
+        """Whether results depend on ``at``, the time of the request."""
+        self.filter_seen = bool(facts.get("filter_seen", True))
+        """Whether items of a history are not recommended unless a caller says otherwise. Older exports lack it."""
         self.titles = texts_of(stored, "titles") if "titles.utf8" in stored else []
         self._items: Tensor | None = None
         if self.facts["task"] == "retrieval":
@@ -129,16 +133,6 @@ class Model:
             encoder.text_of(name)
         if not computed.isfinite().all():
             raise ServingError("it gives no finite number")
-
-    @property
-    def reads_request_time(self) -> bool:
-        """Whether results depend on ``at``, the time of the request."""
-        return bool(self.facts["reads_request_time"])
-
-    @property
-    def filter_seen(self) -> bool:
-        """Whether items of a history are not recommended unless a caller says otherwise. Older exports lack it."""
-        return bool(self.facts.get("filter_seen", True))
 
     def left_out(self, history: History, filter_seen: bool | None) -> Sequence[Any]:
         """The items of a history if these are not recommended, else none. Argument: see :meth:`recommend_batch`."""

@@ -17,14 +17,6 @@ from torch.futures import Future
 
 from hstu.base.files import aside_path, sync_to_disk
 from hstu.checkpoint import directory as folder
-from hstu.checkpoint.directory import (
-    CheckpointFailure,
-    Files,
-    collective_io,
-    describe_files,
-    torch_save,
-    writing_errors,
-)
 from hstu.checkpoint.dynamic import DYNAMIC_FILES, TableDicts, copy_tables
 from hstu.checkpoint.find import GIN, RUN_FILE
 from hstu.checkpoint.state import TrainState, random_state
@@ -117,7 +109,7 @@ class _Writer(dcp.FileSystemWriter):
     """Raises the file system's OSError, which torch would hide."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        with writing_errors():
+        with folder.writing_errors():
             return super().write_data(plan, planner)
 
 
@@ -129,17 +121,17 @@ def write(directory: Path, snapshot: Snapshot, mesh: Mesh) -> Path:
     final = folder.checkpoint_path(directory, snapshot.iteration)
     temporary = aside_path(final)
     try:
-        collective_io(lambda: folder.begin(final) if mesh.is_main else None, mesh)
-        collective_io(lambda: _write_tensors(temporary, snapshot, mesh), mesh)
-        own_files = collective_io(lambda: _write_own_files(temporary, snapshot, mesh), mesh)
+        folder.collective_io(lambda: folder.begin(final) if mesh.is_main else None, mesh)
+        folder.collective_io(lambda: _write_tensors(temporary, snapshot, mesh), mesh)
+        own_files = folder.collective_io(lambda: _write_own_files(temporary, snapshot, mesh), mesh)
         files = {name: entry for part in gather_objects(own_files, mesh.world_group) for name, entry in part.items()}
-        collective_io(lambda: _commit(final, files) if mesh.is_main else None, mesh)
+        folder.collective_io(lambda: _commit(final, files) if mesh.is_main else None, mesh)
     except Exception as error:
         if mesh.is_main:
             folder.remove_leftovers(directory)
-        if not isinstance(error, CheckpointFailure):
+        if not isinstance(error, folder.CheckpointFailure):
             raise
-        raise CheckpointFailure(
+        raise folder.CheckpointFailure(
             f"cannot save {final}: {error}. Earlier complete checkpoints are intact: free space or permissions there "
             'and start again with TrainerArgs.ckpt_load_dir = "auto".'
         ) from error
@@ -151,22 +143,22 @@ def _write_tensors(root: Path, snapshot: Snapshot, mesh: Mesh) -> None:
     dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=mesh.world_group)
 
 
-def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> Files:
+def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> folder.Files:
     files = [*(root / TENSORS).glob(f"__{mesh.rank}_*")]
     if snapshot.random_state is not None:
         files.append(root / RANDOM_FILES.replace("*", str(mesh.rank)))
-        torch_save(snapshot.random_state, files[-1])
+        folder.torch_save(snapshot.random_state, files[-1])
     if snapshot.dynamic:
         files.append(root / DYNAMIC_FILES.replace("*", str(mesh.rank)))
-        torch_save(snapshot.dynamic, files[-1])
+        folder.torch_save(snapshot.dynamic, files[-1])
     if mesh.is_main:
         for name, text in snapshot.texts.items():
             (root / name).write_text(text, encoding="utf-8")
         files += [root / TENSORS / INDEX, *(root / name for name in snapshot.texts)]
-    return describe_files(root, files)
+    return folder.describe_files(root, files)
 
 
-def _commit(final: Path, files: Files) -> None:
+def _commit(final: Path, files: folder.Files) -> None:
     temporary = aside_path(final)
     for name, entry in files.items():
         if not folder.becomes_visible(temporary / name, entry["bytes"]):

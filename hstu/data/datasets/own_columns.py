@@ -11,22 +11,14 @@ from typing import Any
 import duckdb
 
 from hstu.base.errors import ConfigError, DataError
-from hstu.data.datasets.raw import (
-    COMPRESSIONS,
-    RawFile,
-    SequenceFile,
-    check_readable,
-    probable_delimiter,
-    quote_beside,
-    typed_header,
-)
+from hstu.data.datasets import raw
 from hstu.data.datasets.recbole import options_of
 from hstu.data.datasets.spec import USER_FEATURE, Schema
 
 TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 """Unit of numeric times → units per second."""
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-_TABLES = (".csv", ".tsv", *(f"{text}{end}" for text in (".csv", ".tsv") for end in COMPRESSIONS), ".parquet")
+_TABLES = (".csv", ".tsv", *(f"{text}{end}" for text in (".csv", ".tsv") for end in raw.COMPRESSIONS), ".parquet")
 """Endings of the files that are read from a directory."""
 SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}
 """Words for list separators that are hard to type on a command line."""
@@ -219,24 +211,24 @@ def _with_numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def open_table(file: Path, delimiter: str | None, header: Sequence[str] = (), sequences: bool = False) -> RawFile:
+def open_table(file: Path, delimiter: str | None, header: Sequence[str] = (), sequences: bool = False) -> raw.RawFile:
     """Open a table and read its header. ``header``: column names for a file without them, as sequences."""
-    check_readable(file)
+    raw.check_readable(file)
     if sequences:
         columns = dict.fromkeys(header, "VARCHAR")
-        return SequenceFile(path=file, columns=columns, header=False, delimiter=delimiter or " ")
+        return raw.SequenceFile(path=file, columns=columns, header=False, delimiter=delimiter or " ")
     if file.suffix == ".parquet":
         if header:
             raise ConfigError(f"{file}: a Parquet file has names of its columns; leave out --header")
-        return RawFile(path=file)
-    delimiter = delimiter or probable_delimiter(file)
-    typed = dict(typed_header(file, delimiter)) if not header else dict.fromkeys(header, "")
-    quote = "" if all(typed.values()) else quote_beside(delimiter)  # RecBole writes quotes as any other character
+        return raw.RawFile(path=file)
+    delimiter = delimiter or raw.probable_delimiter(file)
+    typed = dict(raw.typed_header(file, delimiter)) if not header else dict.fromkeys(header, "")
+    quote = "" if all(typed.values()) else raw.quote_beside(delimiter)  # RecBole writes quotes as any other character
     columns = dict.fromkeys(typed, "VARCHAR")
-    return RawFile(path=file, columns=columns, delimiter=delimiter, header=not header, quote=quote)
+    return raw.RawFile(path=file, columns=columns, delimiter=delimiter, header=not header, quote=quote)
 
 
-def columns_of(table: RawFile) -> dict[str, str]:
+def columns_of(table: raw.RawFile) -> dict[str, str]:
     """Column → SQL type."""
     if table.columns is not None:
         return dict(table.columns)

@@ -31,20 +31,9 @@ from hstu.data.datasets.own import interactions
 from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.datasets.raw import check_readable, open_text
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
+from hstu.data.preprocess import existing
 from hstu.data.preprocess.base import is_text, show_base, show_no_events
 from hstu.data.preprocess.download import by_hand, locate_raw, obtain_raw
-from hstu.data.preprocess.existing import (
-    appendable,
-    check_tables_are_known,
-    integers_of,
-    is_kept,
-    stored_options,
-    stored_schema,
-    values_of,
-    warn_of_values,
-    with_earlier_files,
-    without_known_files,
-)
 from hstu.data.preprocess.features import check_items, write_context, write_item_features
 from hstu.data.preprocess.ingest import check_period, check_rows, keep_core, read_files
 from hstu.data.preprocess.merge import Growth
@@ -105,7 +94,7 @@ def preprocess(
     if located is None and raw_path is not None:
         needed = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
         raise DataError(f"{raw_path} does not hold the files of {canonical}: {needed}. {by_hand(spec, folder)}")
-    if is_kept(options, located and [file for file in located[1] if file.is_file()]):
+    if existing.is_kept(options, located and [file for file in located[1] if file.is_file()]):
         return target
     raw_format, files = located or obtain_raw(spec, folder)
     raw = raw_format.reader(files)
@@ -136,16 +125,16 @@ def import_interactions(
     options = _options(name, target, force, limits, **columns.arguments())
     if not append:
         raw = interactions(columns)
-        return target if is_kept(options, raw.files) else build_store(raw, columns.schema(), options, {})
+        return target if existing.is_kept(options, raw.files) else build_store(raw, columns.schema(), options, {})
     begun = time.monotonic()
-    store = appendable(options, columns)
-    before = values_of(store, columns)
-    columns = without_known_files(columns, store, target)
+    store = existing.appendable(options, columns)
+    before = existing.values_of(store, columns)
+    columns = existing.without_known_files(columns, store, target)
     if not columns.files:
-        check_tables_are_known(columns, store)
+        existing.check_tables_are_known(columns, store)
         _log.warning("%s has all of these files already, and is kept", target)
         return target
-    whole, digests = with_earlier_files(columns, store)
+    whole, digests = existing.with_earlier_files(columns, store)
     ids = {"user": USER_FEATURE, "item": store.item_feature}
     raw = interactions(
         columns,
@@ -164,7 +153,7 @@ def import_interactions(
         after.cardinality(after.item_feature) - store.cardinality(store.item_feature),
         time.monotonic() - begun,
     )
-    warn_of_values(before, values_of(after, columns))
+    existing.warn_of_values(before, existing.values_of(after, columns))
     return target
 
 
@@ -182,7 +171,7 @@ def forget(name: str, users: Path, *, output: str | Path | None = None, memory_l
     with open_text(users) as lines:
         ids = {line.rstrip("\r\n") for line in lines} - {""}
     known = store.raw_ids(USER_FEATURE)
-    wanted = np.array(sorted(ids), dtype=object) if is_text(store, USER_FEATURE) else integers_of(ids)
+    wanted = np.array(sorted(ids), dtype=object) if is_text(store, USER_FEATURE) else existing.integers_of(ids)
     forgotten = codes_of(wanted, known)
     forgotten = forgotten[forgotten >= 0]
     events = int(np.diff(store.offsets())[forgotten].sum())
@@ -192,7 +181,7 @@ def forget(name: str, users: Path, *, output: str | Path | None = None, memory_l
         return target
     if len(forgotten) == store.num_users:
         raise DataError(f"{users} names all users of {target}, and a store without users cannot be; delete it")
-    schema, options = stored_schema(store), stored_options(store, target, memory_limit)
+    schema, options = existing.stored_schema(store), existing.stored_options(store, target, memory_limit)
     raw = RawTables(logs=(), events="", kept=(*schema.of_users(), *schema.of_items()))
     build_store(raw, schema, options, {}, Base(store, forgotten=forgotten))
     _log.info("removed from %s: %d users with %d events", target, len(forgotten), events)

@@ -11,16 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hstu.ops.kernels import (
-    OPERATORS,
-    AddLayerNormKernels,
-    AttentionKernels,
-    Backend,
-    GateKernels,
-    Kernels,
-    ProjectionKernels,
-    ServedBy,
-)
+from hstu.ops import kernels
 from hstu.ops.layout import TokenOrder
 from hstu.ops.pytorch import attention, norm, softmax_loss
 from hstu.ops.row_update import update_rows
@@ -80,16 +71,16 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad, inverse, source), None, None
 
 
-REFERENCE_KERNELS = Kernels(
-    attention=AttentionKernels(attention.forward, attention.backward, serves_ranges=True),
-    add_layer_norm=AddLayerNormKernels(norm.add_layer_norm_forward, norm.add_layer_norm_backward),
-    project_uvqk=ProjectionKernels(project_uvqk, F.silu),
-    norm_mul_dropout=GateKernels(norm.gate_forward, norm.gate_backward),
+REFERENCE_KERNELS = kernels.Kernels(
+    attention=kernels.AttentionKernels(attention.forward, attention.backward, serves_ranges=True),
+    add_layer_norm=kernels.AddLayerNormKernels(norm.add_layer_norm_forward, norm.add_layer_norm_backward),
+    project_uvqk=kernels.ProjectionKernels(project_uvqk, F.silu),
+    norm_mul_dropout=kernels.GateKernels(norm.gate_forward, norm.gate_backward),
     sampled_softmax_loss=softmax_loss.SampledSoftmaxLoss.apply,
     l2_normalize=softmax_loss.l2_normalize,
     pool_softmax_loss=softmax_loss.PoolSoftmaxLoss.apply,
     jagged_concat=jagged_concat,
     add_positions=add_positions,
     update_rows=update_rows,
-    served_by=dict.fromkeys(OPERATORS, ServedBy(Backend.PYTORCH)),
+    served_by=dict.fromkeys(kernels.OPERATORS, kernels.ServedBy(kernels.Backend.PYTORCH)),
 )

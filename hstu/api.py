@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import compress, islice
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -193,11 +193,8 @@ class TrainedModel(LoadedModel):
     def known_users(self, users: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         """Divide raw user ids into (known, unknown) users of the data, each in the given order."""
         named = list(users)
-        places = self.users.places(named).tolist()
-        known, unknown = (
-            [user for user, place in zip(named, places, strict=True) if (place >= 0) == b] for b in (True, False)
-        )
-        return known, unknown
+        is_known = self.users.places(named) >= 0
+        return list(compress(named, is_known)), list(compress(named, ~is_known))
 
     def recommend_for(
         self, given: Sequence[History], top: int = 10, at: int | Sequence[int] | None = None

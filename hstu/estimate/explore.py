@@ -173,9 +173,7 @@ class Cluster:
         return max((name for name in self.parts_s if name != COMPUTING), key=self.parts_s.__getitem__)
 
 
-def simulate(
-    config: RunConfig, gpus: int, ranks_per_host: int, machine: Machine, steps: int | None = None, seed: int = 0
-) -> Cluster:
+def simulate(config: RunConfig, gpus: int, ranks_per_host: int, machine: Machine, steps: int | None = None) -> Cluster:
     """Simulates ``steps`` (None: as many as the limits allow) with lengths drawn from the data."""
     source = open_source(config, world_size=DRAWN_RANKS)
     workload = Workload(config, gpus, ranks_per_host, "cuda", source, ())
@@ -186,7 +184,7 @@ def simulate(
     spread = np.linspace(0, len(batches) - 1, MOST_GROUPS).astype(int)
     workload = replace(workload, steps=(tuple(batches[index] for index in spread),))
     plan = plan_for(machine, workload)
-    parts, tokens, flops = simulate_steps(workload, fit_times(workload, machine, plan), steps, seed)
+    parts, tokens, flops = simulate_steps(workload, fit_times(workload, machine, plan), steps, seed=0)
     step_s = sum(parts.values())
     needed = sum(memory(workload, plan).values())
     return Cluster(gpus, needed, step_s, parts, tokens_per_s=tokens / step_s, tflops=flops / step_s / 1e12)

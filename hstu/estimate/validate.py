@@ -77,16 +77,13 @@ class Built(SimpleNamespace):
 def what_the_file_names_fits(run: RunDraft) -> Iterator[Problem]:
     """Builds everything that the gin files name and yields the problems."""
     quiet_libraries()
-    built = Built(run)
+    built, place = Built(run), "dataset_name" if isinstance(run.dataset, DatasetArgs) else "feature_args"
+    if getattr(run.dataset, "dataset_path", None):
+        place = "dataset_path"
     for step in STEPS:
-        with suppress(Unknown), built.at(run.dataset, _place_of_data(run.dataset)):
+        with suppress(Unknown), built.at(run.dataset, place):
             step(run, built)
     yield from built.problems
-
-
-def _place_of_data(dataset: Args) -> str:
-    is_named = isinstance(dataset, DatasetArgs)
-    return "dataset_path" if getattr(dataset, "dataset_path", None) else "dataset_name" if is_named else "feature_args"
 
 
 def open_data(run: RunDraft, built: Built) -> None:

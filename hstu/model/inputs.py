@@ -170,8 +170,9 @@ class SequenceInputs(nn.Module):
             return [*parts, _rows(items, range(ends[0], len(own))), _rows(actions, range(ends[1]))]
         if layout.num_candidate_tokens is None:
             return [*parts, items + actions]
-        is_history = to_device(_is_history(batch)[own.start : own.stop], actions.device)
-        return [*parts, items + actions * is_history[:, None]]
+        kinds = np.stack([batch.item_lengths - batch.num_candidates_host, batch.num_candidates_host], axis=1)
+        flags = np.repeat(np.tile([True, False], len(kinds)), kinds.reshape(-1))  # False for candidates
+        return [*parts, items + actions * to_device(flags[own.start : own.stop], actions.device)[:, None]]
 
     def _embed(self, role: str, feature: str, embeddings: Mapping[str, Tensor], num_rows: int, own: range) -> Tensor:
         """Rows ``own`` of a feature, projected to width D. Raises DataError unless it has ``num_rows`` rows."""
@@ -204,13 +205,6 @@ class SequenceInputs(nn.Module):
 def _rows(values: Tensor, own: range) -> Tensor:
     """Slice the rows ``own``. All rows stay unsliced, because the backward of a slice copies the gradient."""
     return values if len(own) == len(values) else values[own.start : own.stop]
-
-
-def _is_history(batch: HSTUBatch) -> np.ndarray:
-    """bool [Σ item_lengths], host: False for candidates."""
-    lengths, candidates = batch.item_lengths, batch.num_candidates_host
-    flags = np.tile([True, False], len(lengths))
-    return np.repeat(flags, np.stack([lengths - candidates, candidates], axis=1).reshape(-1))
 
 
 class NumberInputs(nn.Module):

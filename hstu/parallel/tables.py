@@ -172,11 +172,12 @@ def plan_sharding(
     on_gpu, prefetches = ranks.device_type == "cuda", config.trainer.pipeline_type == "prefetch"
     constraints: dict[str, ParameterConstraints] = {}
     for spec in specs:
+        column_shards = next(n for n in range(ranks.count, 0, -1) if spec.stored_dim % (n * _COLUMN_MULTIPLE) == 0)
         for name, (kernel, cache) in _gpu_kernels(spec, memory.get(spec.name), prefetches).items():
             constraints[name] = ParameterConstraints(
                 sharding_types=_sharding_types(spec, ranks),
                 compute_kernels=[(kernel if on_gpu else EmbeddingComputeKernel.FUSED).value],
-                min_partition=_column_shard_width(spec.stored_dim, ranks.count),
+                min_partition=spec.stored_dim // column_shards,
                 cache_params=cache if on_gpu else None,
             )
     topology = Topology(
@@ -270,11 +271,6 @@ def _sharding_types(spec: TableSpec, ranks: TableRanks) -> list[str]:
         text = "table %s: table_wise instead of row_wise: with %d rows per rank some of %d ranks would have none, and"
         log.warning(text + " FBGEMM cannot look up in such shards on CPUs", spec.name, rows_per_rank, ranks.count)
     return [ShardingType.TABLE_WISE.value]
-
-
-def _column_shard_width(dim: int, world_size: int) -> int:
-    shards = next(n for n in range(world_size, 0, -1) if dim % (n * _COLUMN_MULTIPLE) == 0)
-    return dim // shards
 
 
 def _gigabytes(number: float) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
+from itertools import islice, repeat
 from pathlib import Path
 from threading import RLock
 from typing import Any, Self
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import sha256
+from hstu.base.times import as_date
 from hstu.checkpoint.directory import MANIFEST, verified_file
 from hstu.checkpoint.find import GIN, LAST, best_of, check_belongs, is_choice, is_run, locate
 from hstu.checkpoint.load import load as load_checkpoint
@@ -43,7 +45,7 @@ from hstu.serve.runtime.model import columns_of
 from hstu.serve.runtime.requests import History
 from hstu.train.builder import build_model, build_state, raw_ids, task_names
 from hstu.train.evaluate import RetrievalEvaluator, evaluation_mode
-from hstu.train.inference import InferenceSource, StoredSource, asked_at, zero_spare_rows
+from hstu.train.inference import InferenceSource, StoredSource, zero_spare_rows
 
 
 def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tuple[RunConfig, Path, list[str]]:
@@ -305,7 +307,23 @@ class LoadedModel:
     def asked_at(self, batches: Iterable[HSTUBatch], at: int | Sequence[int] | None) -> Iterator[HSTUBatch]:
         """Set the request time of batches of histories to ``at``. Arguments and errors: ``user_vectors``."""
         self.check_request_time(at)
-        return iter(batches) if at is None else asked_at(batches, at)
+        if at is None:
+            yield from batches
+            return
+        times = iter(at) if isinstance(at, Sequence) else repeat(at)
+        for batch in batches:
+            assert batch.items.timestamps is not None
+            own = np.zeros(batch.batch_size, dtype=np.int64)
+            own[: batch.real_batch_size] = [*islice(times, batch.real_batch_size)]
+            events = batch.items.timestamps.numpy()
+            asked = np.repeat(own, batch.item_lengths)
+            if len(late := np.flatnonzero(events > asked)):
+                time, newest = int(asked[late[0]]), int(events[late].max())
+                raise DataError(
+                    f"recommendations are asked for at {as_date(time)}, and a history has an event at "
+                    f"{as_date(newest)}, which is later; give a later time, or leave out what comes after it"
+                )
+            yield replace(batch, request_times=torch.from_numpy(own))
 
     def require_retrieval(self) -> RetrievalArgs:
         """The task of a retrieval run. Raises DataError for a ranking run."""

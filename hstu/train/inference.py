@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,14 +13,13 @@ import torch
 
 from hstu.base.errors import DataError
 from hstu.base.ids import codes_of
-from hstu.base.times import as_date
 from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.tensors import AVERAGE, TABLES, join_name, open_tensors, read_metadata
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.config.run_config import RunConfig
-from hstu.data.batches.batch import HSTUBatch, ItemFeatures, is_of_negatives
+from hstu.data.batches.batch import ItemFeatures, is_of_negatives
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.sampling.splits import Period
 from hstu.data.store.layout import NumberStatistics
@@ -130,27 +128,6 @@ class StoredSource(BatchSource):
 
     least_action = property(_no_data)
     train_sampler = batch_of = train_batches = eval_batches = _no_data
-
-
-def asked_at(batches: Iterable[HSTUBatch], at: int | Sequence[int]) -> Iterator[HSTUBatch]:
-    """Set the request times to ``at``, seconds since 1970, one for all or for each history in order.
-
-    Raises DataError if a history has a later event.
-    """
-    times = iter(at) if isinstance(at, Sequence) else repeat(at)
-    for batch in batches:
-        assert batch.items.timestamps is not None
-        own = np.zeros(batch.batch_size, dtype=np.int64)
-        own[: batch.real_batch_size] = [*islice(times, batch.real_batch_size)]
-        events = batch.items.timestamps.numpy()
-        asked = np.repeat(own, batch.item_lengths)
-        if len(late := np.flatnonzero(events > asked)):
-            time, newest = int(asked[late[0]]), int(events[late].max())
-            raise DataError(
-                f"recommendations are asked for at {as_date(time)}, and a history has an event at {as_date(newest)}, "
-                "which is later; give a later time, or leave out what comes after it"
-            )
-        yield replace(batch, request_times=torch.from_numpy(own))
 
 
 def describe_features(source: BatchSource) -> dict[str, Any]:

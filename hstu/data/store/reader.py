@@ -64,7 +64,7 @@ class StoreReader:
         ends = start + lengths
         items = self._shuffled(SampleItems.of(self.store, samples, start, lengths), samples, start, lengths, plan.epoch)
         labelled = SampleItems.of(self.store, samples, ends - num_labels, num_labels) if self.labels else items
-        held_out = request_times = seen = None
+        held_out = request_times = seen = hard_negatives = None
         if samples.target is not None:
             target = SampleItems(self.store, samples.target)
             held_out = self._of_items(self.roles.item, target)
@@ -76,6 +76,10 @@ class StoreReader:
             earlier = self._shuffled(earlier, samples, history_begin, seen_lengths, plan.epoch)
             seen = self._of_items(self.roles.item, earlier), seen_lengths
         item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
+        if self.hard_negatives:
+            with_history = labels_with_history(num_labels, lengths)
+            events = items.taken[ranges(np.cumsum(lengths) - with_history, with_history)]
+            hard_negatives = shown_not_taken(self.store, events, np.repeat(ends, with_history), self.hard_negatives)
         return Rows(
             user_ids=samples.user,
             lengths=lengths,
@@ -90,7 +94,7 @@ class StoreReader:
             side=self._side(items),
             label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
             numbers=self._numbers(items),
-            hard_negatives=self._hard_negatives(items, lengths, ends, labels_with_history(num_labels, lengths)),
+            hard_negatives=hard_negatives,
             held_out=held_out,
             request_times=request_times,
             target_events=samples.newest_labels if self.wants_label_events else samples.target,
@@ -107,14 +111,6 @@ class StoreReader:
         stop = self.samples.stop[np.searchsorted(users, samples.user.astype(users.dtype))].astype(np.int64)
         times, bounds = self.store.sequence(str(self.store.timestamp_feature)), (samples.history_begin, stop)
         return replace(items, shuffled=shuffled_ties(times, bounds, first, counts, self.ties_seed, epoch))
-
-    def _hard_negatives(
-        self, items: SampleItems, lengths: np.ndarray, ends: np.ndarray, num_labels: np.ndarray
-    ) -> np.ndarray | None:
-        if not self.hard_negatives:
-            return None
-        events = items.taken[ranges(np.cumsum(lengths) - num_labels, num_labels)]
-        return shown_not_taken(self.store, events, np.repeat(ends, num_labels), self.hard_negatives)
 
     def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
         return self._for_model(feature, items.values(feature))

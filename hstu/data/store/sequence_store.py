@@ -115,7 +115,9 @@ class SequenceStore:
         """1 plus the number of appends that brought events."""
         self.command: str | None = meta["command"]
         self._files = StoreFiles(path, meta)
-        self.lineage: tuple[str, ...] = (*meta.get("earlier_states", ()), self._state())
+        content = sorted((file, digest) for file, digest in self.checksums.items() if file != SEGMENT_FILE)
+        state = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        self.lineage: tuple[str, ...] = (*meta.get("earlier_states", ()), state)
         """Digests of the content after the first build and after each change of it, oldest first. The last is today's
         state. Stores of equal arrays have equal states, whatever files and commands made them."""
 
@@ -341,10 +343,6 @@ class SequenceStore:
 
     def _named(self, role: Role) -> tuple[str, ...]:
         return tuple(name for name, feature in self.features.items() if feature.role == role)
-
-    def _state(self) -> str:
-        content = sorted((file, digest) for file, digest in self.checksums.items() if file != SEGMENT_FILE)
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def _check_offsets(self) -> None:
         self._files.check_ends(OFFSETS_FILE, self.num_events)

@@ -449,7 +449,7 @@ def test_the_sampled_loss_has_the_same_bits_on_any_number_of_threads(
     temperature=st.sampled_from([1.0, 0.05, 0.01]),
     weighted=st.booleans(),
     masks=st.booleans(),
-    block_elements=st.sampled_from([1 << 18, 60]),
+    block_elements=st.sampled_from([1 << 18, 480]),
     keeps=st.booleans(),
 )
 def test_the_pool_loss_equals_float64(

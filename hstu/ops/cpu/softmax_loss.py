@@ -19,8 +19,9 @@ DRAWS_PER_PACKED_ROW = 8
 """From this many draws per row of the pool, copying its rows to aligned memory pays."""
 POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS = 1 << 18, 512
 """Scores per block (1 MiB stays in the cache of a core), and its least rows: products are fastest near a square."""
-POOL_KEPT_ELEMENTS, POOL_KEPT_ROWS = 1 << 22, 256
-"""Scores kept for the gradient of the pool (16 MiB), and the least rows to which they belong."""
+POOL_KEPT_ELEMENTS, POOL_KEPT_ROWS = 1 << 23, 64
+"""Scores kept for the gradient of the pool (32 MiB), and the least rows to which they belong: if possible as many as the
+width, so that visits of kept scores and of the gradient move equally many bytes."""
 LEAST_WIDTH = 16
 """Numbers per vector: one AVX-512 register. Shorter vectors are padded."""
 
@@ -125,7 +126,8 @@ class PoolSoftmaxLoss(SoftmaxLoss):
             arguments.set(log_weights=None if log_weights is None else log_weights[columns])
             library().hstu_pool_softmax(ctypes.byref(arguments))
 
-        least_rows = POOL_KEPT_ROWS if POOL_KEPT_ROWS * len(pool) <= POOL_KEPT_ELEMENTS else POOL_BLOCK_ROWS
+        kept_rows = max(POOL_KEPT_ROWS, queries.shape[1])
+        least_rows = kept_rows if kept_rows * len(pool) <= POOL_KEPT_ELEMENTS else POOL_BLOCK_ROWS
         shape = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, least_rows)
         blocks = *shape, POOL_KEPT_ELEMENTS
         return in_blocks(ctx, [queries, positives, pool], negatives.temperature, exponentials, blocks)

@@ -20,8 +20,8 @@ DRAWS_PER_PACKED_ROW = 8
 POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS = 1 << 18, 512
 """Scores per block (1 MiB stays in the cache of a core), and its least rows: products are fastest near a square."""
 POOL_KEPT_ELEMENTS, POOL_KEPT_ROWS = 1 << 23, 64
-"""Scores kept for the gradient of the pool (32 MiB), and the least rows to which they belong: if possible as many as the
-width, so that visits of kept scores and of the gradient move equally many bytes."""
+"""Scores kept for the gradient of the pool (32 MiB), and the least rows to which they belong: if possible as many as
+the width, so that visits of kept scores and of the gradient move equally many bytes."""
 LEAST_WIDTH = 16
 """Numbers per vector: one AVX-512 register. Shorter vectors are padded."""
 

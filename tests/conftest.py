@@ -2,6 +2,7 @@
 
 import functools
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("repeatable")
+
+# A shell starts background jobs with SIGINT ignored, and what a test then starts could not be interrupted.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RAW_DATA = REPOSITORY.parent / "shared" / "data"

@@ -1,6 +1,7 @@
 """Fixtures that every room's tests share: real raw data, a real store, small stores made from lists."""
 
 import functools
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,9 @@ settings.load_profile("repeatable")
 
 # A shell starts background jobs with SIGINT ignored, and what a test then starts could not be interrupted.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Nothing that a test writes must outlive a power failure. tests/reliability/test_durability.py sees each call.
+os.fsync = lambda _: None  # type: ignore[assignment]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RAW_DATA = REPOSITORY.parent / "shared" / "data"

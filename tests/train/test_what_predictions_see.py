@@ -2,7 +2,7 @@
 compare the predictions of all events bit for bit."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -170,17 +170,15 @@ StoreWith = Callable[..., SequenceStore]
 
 
 @pytest.fixture(scope="module")
-def store_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreWith]:
-    """Factory of the stores of write_store, each written once, without waiting for the disk."""
+def store_with(tmp_path_factory: pytest.TempPathFactory) -> StoreWith:
+    """Factory of the stores of write_store, each written once."""
     folder = tmp_path_factory.mktemp("stores")
 
     @functools.cache
     def store_with(kind: str = "", event: int = -1) -> SequenceStore:
         return write_store(folder / f"{kind}{event}", kind, event)
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hstu.base.files.sync_to_disk", lambda *_: None)
-        yield store_with
+    return store_with
 
 
 def first_batch(config: RunConfig, mesh: Mesh, split: str = "train") -> HSTUBatch:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,13 +28,6 @@ VALUES = ["", "a", "b", "C", "é", "10"]
 SPLITS: dict[Task, tuple[Split, ...]] = {"retrieval": ("train", "valid", "test"), "ranking": ("train", "valid")}
 Sample = dict[str, Any]
 """Raw values: those of the user, of the events and of their items by name, the labels, the target."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _without_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hstu.base.files.sync_to_disk", lambda *_: None)
-        yield
 
 
 @st.composite

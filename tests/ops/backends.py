@@ -53,6 +53,28 @@ TOLERANCE = {
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def patch_language_once_per_launch() -> None:
+    """Triton 3.9's interpreter patches its language at each call of a function in a kernel: half of its time."""
+    from triton.runtime import interpreter
+
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
+
+    def patch_once(function: Any) -> Any:
+        is_patched = id(function.__globals__) in patched
+        patched.add(id(function.__globals__))
+        return None if is_patched else patch(function)
+
+    def launch_anew(*args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+
+if INTERPRETED:
+    patch_language_once_per_launch()
+
+
 @functools.cache
 def require_compiler() -> None:
     """Skip the test where the C++ kernels cannot be compiled."""

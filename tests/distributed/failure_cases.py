@@ -51,6 +51,7 @@ def run_with(
     """
     torch.set_num_threads(1)
     skip_measuring_the_peak()
+    run_directory.draw_curves = lambda *_: None  # takes longer than the run
     seen: dict[str, Any] = {}
     build = builder.build_trainer
 

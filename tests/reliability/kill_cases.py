@@ -15,6 +15,7 @@ import torch
 from hstu.checkpoint.state import TrainState
 from hstu.config.run_config import RunConfig
 from hstu.model.ranking import RankingDense
+from hstu.observe import run_directory
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder, main
@@ -85,6 +86,7 @@ def run(kill: Kill | None, store: str, output: str, **options: Unpack[TinyOption
     """Run a training as the entry scripts do. Returns what a surviving rank has counted, and its final weights."""
     torch.set_num_threads(1)
     skip_measuring_the_peak()
+    run_directory.draw_curves = lambda *_: None  # takes longer than the run
     seen: dict[str, Any] = {}
     build = builder.build_trainer
 

@@ -113,8 +113,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["scripts/preprocess_dataset.py", "--dataset_name", "criteo", "--output", path / "criteo"]
     columns = ["--user", "reader", "--item", "ad", "--action", "clicked", "--time", "at"]
     context = ["--context", path / "readers.csv", "--context_columns", "town"]
-    code, output, errors = python(*command, "--interactions", path / "events.csv", *columns, *context)
-    assert code == 0, errors
+    codes, output = run_script(*command, "--interactions", path / "events.csv", *columns, *context)
+    assert codes == [0], output
     assert f"items {ITEMS}" in output
     for script, lines in TASK.items():
         place_of_data = f"DatasetArgs.dataset_path = '{path / 'criteo'}'\n"
@@ -268,8 +268,8 @@ def test_validating_is_quick(place: Path, script: str) -> None:
 
 def test_validating_opens_what_the_file_names_and_leaves_nothing_behind(place: Path) -> None:
     command = [*arguments(RANKING, place, "validated"), "--validate-only"]
-    code, output, errors = python(*command)
-    assert (code, output.startswith("OK: ")) == (0, True), errors
+    codes, output = run_script(*command)
+    assert (codes, output.startswith("OK: ")) == ([0], True), output
     assert not (place / "validated").exists()
     wrong = bindings(
         ads__EmbeddingArgs__item_vocab_size_or_capacity=10, TrainerArgs__ckpt_load_dir="nowhere", TrainerArgs__seeds=1

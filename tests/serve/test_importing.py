@@ -1,8 +1,6 @@
 """Checkpoints of other trainers, written here in their layouts from models by the formulas of arXiv 2402.17152."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.importing import import_checkpoint
 from hstu.serve.loaded import LoadedModel
+from tests.distributed.launch import run_script
 from tests.serve.served import BIAS, PUBLISHED
 from tests.train.test_untrusted_checkpoints import Attack
 from tests.train.tiny import ACTIONS, ITEMS, tables_of, tables_with_dynamic, tiny_config
@@ -163,10 +162,10 @@ def test_the_command_opens_no_socket_and_starts_no_program(store: SequenceStore,
             return read(*arguments)
         command.import_checkpoint = probe
         sys.exit(command.main())"""
-    words = [code, "--from", "meta-research", f"{tmp_path}/a.pt", "--gin-config-file", f"{tmp_path}/a.gin"]
-    words = [sys.executable, "-c", *words, "--output", f"{tmp_path}/imported"]
-    done = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert (done.returncode, done.stdout.count("an import opens no connection")) == (0, 4), done.stdout + done.stderr
+    (tmp_path / "probe.py").write_text(code)
+    words = ["--from", "meta-research", f"{tmp_path}/a.pt", "--gin-config-file", f"{tmp_path}/a.gin"]
+    codes, output = run_script(f"{tmp_path}/probe.py", *words, "--output", f"{tmp_path}/imported")
+    assert (codes, output.count("an import opens no connection")) == ([0], 4), output
 
 
 def test_what_cannot_be_imported_is_refused_by_name(store: SequenceStore, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -53,8 +54,15 @@ def imported(tree: ast.AST) -> set[str]:
     return names & MODULES.keys()
 
 
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
-IMPORTS = {name: imported(tree) - {name, "hstu"} for name, tree in TREES.items()}
+@cache
+def trees() -> dict[str, ast.Module]:
+    return {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Module → the modules that it imports."""
+    return {name: imported(tree) - {name, "hstu"} for name, tree in trees().items()}
 
 
 def room_of(module: str) -> str:
@@ -64,21 +72,21 @@ def room_of(module: str) -> str:
 def test_a_module_imports_only_from_its_own_and_earlier_rooms() -> None:
     for module in MODULES.keys() - {"hstu"}:
         room = room_of(module)
-        others = {other for other in IMPORTS[module] if room_of(other) != room}
+        others = {other for other in imports()[module] if room_of(other) != room}
         later = {other for other in others if LEVEL_OF[room_of(other)] >= LEVEL_OF[room]}
         assert not later, f"{module} imports {later}"
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
     try:
-        TopologicalSorter(IMPORTS).prepare()
+        TopologicalSorter(imports()).prepare()
     except CycleError as error:
         pytest.fail(f"import circle: {' → '.join(reversed(error.args[1]))}")
 
 
 def test_functions_do_not_import_modules_of_the_project() -> None:
     for module in MODULES.keys() - IMPORTS_WHEN_CALLED:
-        functions = (node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef))
+        functions = (node for node in ast.walk(trees()[module]) if isinstance(node, ast.FunctionDef))
         inner = {function.name: imported(function) for function in functions if imported(function)}
         assert not inner, f"functions of {module} import {inner}"
 
@@ -90,8 +98,8 @@ def test_a_circle_and_an_import_in_a_function_would_be_noticed() -> None:
         "hstu.data.batches.jagged",
         "hstu.ops.select",
     }
-    assert "hstu.data.store.sequence_store" in IMPORTS["hstu.data.sampling.samples"]
-    assert "hstu.config.run_config" in IMPORTS["hstu.train.main"]
+    assert "hstu.data.store.sequence_store" in imports()["hstu.data.sampling.samples"]
+    assert "hstu.config.run_config" in imports()["hstu.train.main"]
 
 
 def test_importing_the_package_loads_neither_torch_nor_triton() -> None:

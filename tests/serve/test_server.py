@@ -31,7 +31,7 @@ from scripts import serve
 from tests.helpers import flip
 from tests.serve.http_server import Client, StubLoader, running, until, write_folder
 from tests.serve.served import Served, Tensors, delta_of, export_with, histories, request, rewrite
-from tests.test_architecture import IMPORTS
+from tests.test_architecture import imports
 
 EVENTS = {"items": [3, 4]}
 
@@ -433,10 +433,10 @@ def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_server_imports_no_trainer() -> None:
-    reached, new = set[str](), {module for module in IMPORTS if module.startswith("hstu.serve.server")}
+    reached, new = set[str](), {module for module in imports() if module.startswith("hstu.serve.server")}
     while new:
         reached |= new
-        new = {other for module in new for other in IMPORTS[module]} - reached
+        new = {other for module in new for other in imports()[module]} - reached
     own = ("hstu.serve.server", "hstu.serve.runtime")
     assert {module for module in reached if not module.startswith(own)} <= {
         "hstu.serve",

@@ -27,7 +27,7 @@ from tests.conftest import write_small_store
 from tests.parallel.dynamic.dictionary import DictionaryTable
 from tests.train.tiny import ITEMS, FinishedRun, Train, run, run_config, tables_with_dynamic, tiny_config, walks
 
-MANY, ROWS, STEPS = 10**12, 5_000, 200
+MANY, ROWS, STEPS = 10**12, 2_500, 100
 
 
 def zipf_config(output: Path, policy: Policy, **task_args: Any) -> RunConfig:

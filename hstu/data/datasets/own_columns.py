@@ -222,7 +222,7 @@ def open_table(file: Path, delimiter: str | None, header: Sequence[str] = (), se
             raise ConfigError(f"{file}: a Parquet file has names of its columns; leave out --header")
         return raw.RawFile(path=file)
     delimiter = delimiter or raw.probable_delimiter(file)
-    typed = dict(raw.typed_header(file, delimiter)) if not header else dict.fromkeys(header, "")
+    typed = raw.typed_header(file, delimiter) if not header else dict.fromkeys(header, "")
     quote = "" if all(typed.values()) else raw.quote_beside(delimiter)  # RecBole writes quotes as any other character
     columns = dict.fromkeys(typed, "VARCHAR")
     return raw.RawFile(path=file, columns=columns, delimiter=delimiter, header=not header, quote=quote)

@@ -186,7 +186,7 @@ def open_text(file: Path) -> Iterator[IO[str]]:
 
 def table_with_header(file: Path, types: Mapping[str, str]) -> RawFile:
     """Read a CSV header. Columns outside ``types`` are text. Raises DataError if a column of ``types`` is missing."""
-    header = header_columns(file, ",")
+    header = [*typed_header(file, ",")]
     require_columns(file, header, types)
     return RawFile(path=file, columns={name: types.get(name, "VARCHAR") for name in header})
 
@@ -204,13 +204,9 @@ def probable_delimiter(file: Path) -> str:
     return "::" if "::" in line else usual if usual in line else ":"
 
 
-def header_columns(file: Path, delimiter: str) -> list[str]:
-    """Column names in the first line, without the types of RecBole. Raises DataError if they are unusable."""
-    return [name for name, _ in typed_header(file, delimiter)]
-
-
-def typed_header(file: Path, delimiter: str) -> list[tuple[str, str]]:
-    """``header_columns`` with the types of RecBole; with empty ones, unless all columns have one."""
+def typed_header(file: Path, delimiter: str) -> dict[str, str]:
+    """Column name in the first line → its type of RecBole, which is empty unless all columns have one. Raises
+    DataError if the names are unusable."""
     try:
         with open_text(file) as lines:
             if quote_beside(delimiter):
@@ -226,7 +222,7 @@ def typed_header(file: Path, delimiter: str) -> list[tuple[str, str]]:
         raise DataError(f"{file}:1: the first line is empty; it must name the columns")
     if len(set(header)) < len(header) or "" in header:
         raise DataError(f"{file}:1: the first line must name every column once, it is: {', '.join(header)}")
-    return list(zip(header, kinds, strict=True))
+    return dict(zip(header, kinds, strict=True))
 
 
 def require_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from hstu.data.datasets.raw import probable_delimiter, typed_header
 def options_of(inter: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Options of InteractionColumns for ``inter`` and the files beside it. ``given``: options, which win. Raises
     DataError if its header has no types, or lacks the columns of users and items."""
-    types = dict(typed_header(inter, probable_delimiter(inter)))
+    types = typed_header(inter, probable_delimiter(inter))
     found: dict[str, Any] = {"user": "user_id", "item": "item_id", **given}
     if not all(types.values()):
         raise DataError(
@@ -36,13 +36,13 @@ def options_of(inter: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     left_out = [name for name in types if name not in used]
     users, items = (inter.with_name(inter.name.replace(".inter", suffix)) for suffix in (".user", ".item"))
     if users.is_file() and "context" not in given:
-        types = dict(typed_header(users, probable_delimiter(users)))
+        types = typed_header(users, probable_delimiter(users))
         columns = given.get("context_columns") or tuple(name for name in types if "seq" not in types[name])
         ranges = {name: 10 for name in columns if types.get(name) == "float"}
         found = {"context": users, "context_columns": columns, "bins": ranges, **found}
         left_out += [name for name in types if name not in columns]
     if items.is_file() and "items" not in given:
-        types = dict(typed_header(items, probable_delimiter(items)))
+        types = typed_header(items, probable_delimiter(items))
         used += found.get("context_columns", ())
         title = next((name for name in types if name in ("title", "name") or name.endswith("_title")), None)
         features = given.get("item_columns") or tuple(name for name in types if name not in (*used, title))

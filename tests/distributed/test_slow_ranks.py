@@ -19,7 +19,7 @@ from tests.distributed.launch import Launch, run_cases
 from tests.distributed.toy import dense_of
 from tests.train.tiny import build, skip_measuring_the_peak, tiny_config, walks
 
-SLEEP_S = 0.15
+SLEEP_S = 0.3
 
 
 def in_forward(trainer: Trainer) -> None:

@@ -26,7 +26,8 @@ from hstu.checkpoint.phase import choose_phase
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.config.args import Args, DatasetArgs, RankingArgs
 from hstu.config.option import problem
-from hstu.config.problems import Problem, Unknown, did_you_mean
+from hstu.config.problems import Problem, Unknown, apply, did_you_mean
+from hstu.config.rules import RULES
 from hstu.config.rules.task import label_leak, tasks_of
 from hstu.config.run_config import RunDraft
 from hstu.data.datasets import store_path
@@ -80,8 +81,9 @@ def what_the_file_names_fits(run: RunDraft) -> Iterator[Problem]:
     built, place = Built(run), "dataset_name" if isinstance(run.dataset, DatasetArgs) else "feature_args"
     if getattr(run.dataset, "dataset_path", None):
         place = "dataset_path"
-    for step in STEPS:
-        with suppress(Unknown), built.at(run.dataset, place):
+    is_wrong = any(not found.is_warning for found in apply(RULES, run))
+    for step in STEPS:  # if rules tell mistakes, what is built of them may fail anyhow
+        with suppress(Exception if is_wrong else Unknown), built.at(run.dataset, place):
             step(run, built)
     yield from built.problems
 
@@ -222,8 +224,6 @@ def match_the_checkpoint(run: RunDraft, built: Built) -> None:
 
 def memory_is_enough(run: RunDraft, built: Built) -> None:
     """The estimated memory of a rank fits into this machine."""
-    if run.world_size % run.ranks_per_group:
-        return  # a rule tells it
     device, ranks_here = _device_type(), int(os.environ.get("LOCAL_WORLD_SIZE", run.world_size))
     workload = plan_workload(run.finish(), run.world_size, ranks_here, device, built.source)
     check_memory(workload.specs, workload.config, ranks_here, run.world_size)

@@ -116,6 +116,7 @@ def test_a_run_that_could_start_has_no_problems_and_nothing_is_written(text: str
         ("TrainerArgs.ckpt_param_map = '/no/such/place'", "cannot be read"),
         ("TrainerArgs.output_dir = '/proc/run'", "/proc cannot be written"),
         ("ContextParallelArgs.context_parallel_size = 2", "must divide the number of ranks, which is 1"),
+        ("NetworkArgs.truncate_after_layer = 1", "has no effect with NetworkArgs.truncate_to_items"),
     ],
 )
 def test_a_mistake_is_told_with_its_line(text: str, tmp_path: Path, line: str, said: str) -> None:

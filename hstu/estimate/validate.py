@@ -32,6 +32,7 @@ from hstu.config.rules.task import label_leak, tasks_of
 from hstu.config.run_config import RunDraft
 from hstu.data.datasets import store_path
 from hstu.data.features.roles import FeatureRoles, benchmark_roles, resolve_roles
+from hstu.data.rules import DATA_RULES
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.estimate.estimate import beside_tables, memory, size
 from hstu.estimate.sharding import dense_tensors, plan_tables, table_tensors
@@ -78,10 +79,11 @@ class Built(SimpleNamespace):
 def what_the_file_names_fits(run: RunDraft) -> Iterator[Problem]:
     """Builds everything that the gin files name and yields the problems."""
     quiet_libraries()
-    built, place = Built(run), "dataset_name" if isinstance(run.dataset, DatasetArgs) else "feature_args"
+    built = Built(run)
+    place = "dataset_name" if isinstance(run.dataset, DatasetArgs) else "feature_args"
     if getattr(run.dataset, "dataset_path", None):
         place = "dataset_path"
-    is_wrong = any(not found.is_warning for found in apply(RULES, run))
+    is_wrong = any(not found.is_warning for found in apply((*RULES, *DATA_RULES), run))
     for step in STEPS:  # if rules tell mistakes, what is built of them may fail anyhow
         with suppress(Exception if is_wrong else Unknown), built.at(run.dataset, place):
             step(run, built)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import OptimizerArgs, PartOptimizerArgs
-from hstu.config.args.optimizer import ROWWISE
+from hstu.config.args.optimizer import OF_MATRICES, ROWWISE
 from hstu.config.option import located
 from hstu.model.embedding import ReplicatedTables
 from hstu.parallel.shards import ShardedView, WeightShares, swap_values
@@ -66,8 +66,8 @@ class DenseOptimizer:
         settings = match_part_optimizers(trained, args)
         for name, weight in trained.items():
             is_matrix = weight.ndim == 2 and id(weight) in decaying and not name.endswith("table")  # looked up
-            if settings[name].optimizer == "muon" and not is_matrix:
-                settings[name] = replace(settings[name], optimizer="adam")
+            if not is_matrix and (other := OF_MATRICES.get(settings[name].optimizer)):
+                settings[name] = replace(settings[name], optimizer=other)
         by_settings: dict[OptimizerSettings, dict[str, nn.Parameter]] = {}
         for name, owned in self._owned.items():
             by_settings.setdefault(settings[name], {})[name] = owned

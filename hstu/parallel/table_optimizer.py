@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from hstu.config.args import OptimizerArgs
+from hstu.config.args.optimizer import OF_MATRICES
 from hstu.model.embedding import TableSpec
 from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -76,7 +77,7 @@ class TableTraining:
         optimizer, rate = args.sparse_optimizer_str, args.sparse_learning_rate
         if spec.replicated:
             optimizer = rate = None
-        optimizer = spec.optimizer or optimizer or args.optimizer_str.replace("muon", "adam")
+        optimizer = spec.optimizer or optimizer or OF_MATRICES.get(args.optimizer_str, args.optimizer_str)
         if spec.replicated and optimizer == "rowwise_adagrad":
             optimizer = "adagrad"
         decay = args.sparse_weight_decay if spec.weight_decay is None else spec.weight_decay

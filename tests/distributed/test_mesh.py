@@ -173,9 +173,12 @@ def test_a_port_in_use_is_a_mistake_of_the_configuration_that_names_it(monkeypat
             mesh_module.start(timeout_s=5)
 
 
-def test_a_process_alone_keeps_the_number_of_threads_that_its_caller_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = Mock()
-    monkeypatch.setattr(torch, "set_num_threads", choose)
-    mesh_module.start()
-    mesh_module.finish()
-    choose.assert_not_called()
+def test_a_process_alone_keeps_the_number_of_threads_that_its_caller_chose() -> None:
+    before, chosen = torch.get_num_threads(), (os.cpu_count() or 1) + 1
+    torch.set_num_threads(chosen)
+    try:
+        mesh_module.start()
+        mesh_module.finish()
+        assert torch.get_num_threads() == chosen
+    finally:
+        torch.set_num_threads(before)

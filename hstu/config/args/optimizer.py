@@ -9,7 +9,9 @@ from hstu.config.option import Args, having, not_having, option
 OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rowwise_adagrad", "partial_rowwise_adam")
 ROWWISE = {"rowwise_adagrad": "adagrad", "partial_rowwise_adam": "adam"}
 """Optimizers with a state of one number per row → the same with states of the size of the weight."""
-DENSE_OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "muon")
+OF_MATRICES = {"muon": "adam"}
+"""Optimizers that train only the matrices of layers → that of all other weights and of tables."""
+_DENSE = (*(name for name in OPTIMIZERS if name not in ROWWISE), *OF_MATRICES)
 _REFUSED = dict.fromkeys(("lamb", "lion"), "use 'adamw'")
 WITH_A_DECAY = having("schedule", "linear", "cosine", "cosine_restarts", "exponential", "warmup_stable_decay")
 
@@ -30,7 +32,7 @@ class OwnOptimizerArgs(Args):
 class PartOptimizerArgs(OwnOptimizerArgs):
     """Settings of some dense weights, for OptimizerArgs.part_optimizers. All share its betas, epsilon and momentum."""
 
-    optimizer_str: Optional[str] = option(None, changes="tensors", choices=DENSE_OPTIMIZERS, refused=_REFUSED)
+    optimizer_str: Optional[str] = option(None, changes="tensors", choices=_DENSE, refused=_REFUSED)
     """Optimizer. None: OptimizerArgs.optimizer_str."""
     regex: str = option(changes="tensors", not_empty=True)
     """Python regular expression that is searched anywhere in the name of a dense weight. The names are as in a
@@ -41,7 +43,7 @@ class PartOptimizerArgs(OwnOptimizerArgs):
 class OptimizerArgs(Args):
     """The optimizers of the dense part and of the tables."""
 
-    optimizer_str: str = option(changes="tensors", choices=(*OPTIMIZERS, "muon"), refused=_REFUSED)
+    optimizer_str: str = option(changes="tensors", choices=(*OPTIMIZERS, *OF_MATRICES), refused=_REFUSED)
     """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad. partial_rowwise_adam is adam whose
     second moment has one number per row of a table, and so half of its state; the dense part then uses adam. muon is
     torch.optim.Muon for the matrices of linear layers, with momentum 0.95 and steps of the size of Adam's (Moonshot,

@@ -14,7 +14,7 @@ from hstu.config.args import (
     FeatureArgs,
     RandomDistribution,
 )
-from hstu.config.args.optimizer import ROWWISE
+from hstu.config.args.optimizer import OF_MATRICES, ROWWISE
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, apply, did_you_mean
 from hstu.config.run_config import RunConfig
@@ -80,7 +80,8 @@ def dynamic_tables_choose_their_kernel(run: RunConfig, table: EmbeddingArgs) -> 
 def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
     if table.compute_kernel == "dense" and _may_be_sharded(table):
         owner, parameter = _optimizer_of(run, table)
-        if getattr(owner, parameter) not in ("adam", "adamw", "partial_rowwise_adam", "muon"):
+        optimizer = getattr(owner, parameter)
+        if OF_MATRICES.get(optimizer, optimizer) not in ("adam", "adamw", "partial_rowwise_adam"):
             text = f"is for adam, adamw and partial_rowwise_adam, but {cited(owner, parameter)}; use 'fused'"
             yield problem(table, "compute_kernel", text)
 

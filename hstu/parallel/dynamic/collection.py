@@ -166,7 +166,7 @@ class ShardedDynamicCollection(DistinctIdsCollection):
         ``forward_stream`` already holds the lookup of the current step, which this waits for, but not yet its backward,
         which may run at the same time.
         """
-        cached = [each for each in self.tables.values() if any(block.cache is not None for block in each.rows.blocks)]
+        cached = [table for table in self.tables.values() if table.rows.is_cached]
         batches = [(table, _ids_of(table, features)) for features in dist_input for table in cached]
         if batches and forward_stream is not None:
             torch.cuda.current_stream().wait_stream(forward_stream)

@@ -51,6 +51,11 @@ class Rows:
         """Device for looking up slots."""
         return self.blocks[0].weight.device
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether rows can be prefetched into a cache."""
+        return any(block.cache is not None for block in self.blocks)
+
     @torch.no_grad()
     def initialize(self, slots: Tensor, weight: Tensor, states: Mapping[str, Tensor] | None = None) -> None:
         """Write ``weight``, [n, dim], and ``states`` (None: initial ones) to distinct ``slots``, int64 [n]."""

@@ -135,7 +135,7 @@ def _applied(base: Contents | None, link: _Link) -> Contents:
             rows = changes[f"{key}/values"] if rule["whole"] else moved(name, rule, old, made, moves)
             if rule["changed"] and not rule["whole"]:
                 rows = rows.index_copy(0, rows_in(changes[f"{key}/rows"]), changes[f"{key}/values"])
-            made[name] = torch.nn.functional.pad(rows.cumsum(0), (1, 0)) if name.endswith(".offsets") else rows
+            made[name] = _out_of_rows(name, rows)
         tensors[file] = made
     return Contents(link.facts, tensors, link.files, (link.folder, *base.folders))
 
@@ -186,6 +186,10 @@ def new_rows(source: Tensor) -> Tensor:
 def in_rows(name: str, tensor: Tensor) -> Tensor:
     """A tensor with one row per id: for the bounds of lists, their lengths."""
     return tensor.diff() if name.endswith(".offsets") else tensor
+
+
+def _out_of_rows(name: str, rows: Tensor) -> Tensor:
+    return torch.nn.functional.pad(rows.cumsum(0), (1, 0)) if name.endswith(".offsets") else rows
 
 
 def rows_in(runs: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from hstu.stream.events import changes_of, popularity
 from hstu.stream.report import write_page
 from tests.config.gin_files import table, text
 from tests.conftest import REPOSITORY, write_small_store
-from tests.scripts.pages import blocks, follow
+from tests.scripts.test_pages import blocks, follow
 
 GIN = """
 TrainerArgs.train_batch_size = 8

@@ -13,7 +13,7 @@ from hstu.parallel.mesh import Mesh
 from scripts.preprocess_dataset import main as preprocess
 from tests.config.gin_files import ALL_RULES
 from tests.conftest import REPOSITORY
-from tests.scripts.pages import blocks
+from tests.scripts.test_pages import blocks
 from tests.train.tiny import run
 
 EXAMPLES = sorted((REPOSITORY / "configs" / "examples").glob("*.gin"))

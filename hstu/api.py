@@ -8,8 +8,6 @@
 docs/python_api.md shows each function with its output. Importing this module imports torch and TorchRec.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence

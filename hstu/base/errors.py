@@ -1,7 +1,5 @@
 """User errors, exit codes, and text that is safe for terminals. Other exceptions are defects and exit with code 1."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

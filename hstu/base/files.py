@@ -1,7 +1,5 @@
 """Atomic writes that survive power failures, directory locks, and the journal of a long job."""
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import hashlib

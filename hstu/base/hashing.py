@@ -6,8 +6,6 @@ Source: G. Steele, D. Lea, C. Flood, "Fast splittable pseudorandom number genera
 variant 13 of D. Stafford).
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import ArrayLike
 

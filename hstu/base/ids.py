@@ -1,7 +1,5 @@
 """Ids and their codes. A code is the id's index in an ascending array; unknown ids have the code -1."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

@@ -1,7 +1,5 @@
 """Checks that the content of a JSON file has the structure that its reader expects."""
 
-from __future__ import annotations
-
 from types import UnionType
 from typing import Any, get_args
 

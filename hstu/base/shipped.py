@@ -1,7 +1,5 @@
 """Files and commands that come with the package: those of a checkout, or what pip has installed of them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 _ROOT = Path(__file__).parents[2]

@@ -5,8 +5,6 @@ are symbolic links that are replaced atomically. Each checkpoint has a manifest 
 file, because torch.distributed.checkpoint loads flipped bytes without an error.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import json

@@ -7,8 +7,6 @@ An export holds only ``dynamic.<table>.ids`` (int64 [n], ascending) and ``dynami
 treats each id as seen once, before the first batch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Exports and descriptions of a checkpoint: safetensors for other tools, Parquet for dynamic tables, lines of text."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Loads a checkpoint or an export into a run on any number of ranks, whole or in part."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Content of a checkpoint, under names that are independent of the number of ranks, wrappers and sharding."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

@@ -6,8 +6,6 @@ written under a temporary name and renamed when every byte is on disk. Pointing 
 directory ``weights`` holds the same without optimizer and random states.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

@@ -4,8 +4,6 @@ A table is ``model.tables.<table>``, with states ``optimizer.tables.<table>.<sta
 ``model.<parameter>``, with states ``optimizer.dense.<parameter>.<state>``.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import warnings

@@ -1,7 +1,5 @@
 """Command lines: reads gin files into a checked RunConfig, and ends tools with an exit code for users' errors."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import os

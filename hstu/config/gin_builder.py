@@ -3,8 +3,6 @@
 A misspelt name is reported and read as the most similar name, so that the rest of the binding is checked too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, replace
 from typing import Any

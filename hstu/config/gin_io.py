@@ -3,8 +3,6 @@
 gin_scan.py reads bindings, gin_builder.py builds argument objects, and hstu/config/rules checks them.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Uses gin's parser but not its loader, which drops line numbers and duplicates and stops at the first mistake.
 """
 
-from __future__ import annotations
-
 import codecs
 import difflib
 import re

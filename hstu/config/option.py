@@ -1,7 +1,5 @@
 """Declares the fields of argument classes and checks their values, from gin files and from Python alike."""
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

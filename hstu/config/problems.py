@@ -1,7 +1,5 @@
 """Mistakes in a configuration: location, text and correction; rules on objects without the wrong values."""
 
-from __future__ import annotations
-
 import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping

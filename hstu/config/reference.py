@@ -4,8 +4,6 @@
 page. ``--check`` exits with 1 if they are out of date.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import functools

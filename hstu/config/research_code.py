@@ -1,7 +1,5 @@
 """Gin files of Meta's research code (github.com/meta-recsys/generative-recommenders): what their lines are here."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

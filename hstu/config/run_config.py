@@ -1,7 +1,5 @@
 """RunConfig, the result of reading gin files: all options of a run in frozen dataclasses."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any

@@ -1,8 +1,6 @@
 """Rules that need the registry of built-in datasets, which hstu.config must not import. NumPy and torch stay out."""
 # ruff: noqa: D103
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from hstu.base.shipped import command

@@ -4,8 +4,6 @@ The real TrainStep trains the model of rank 0 of a tp_cp group on tensors withou
 process groups of torch's "fake" backend. It omits tables and data parallelism, whose costs sharding.py computes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping

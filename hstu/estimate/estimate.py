@@ -1,7 +1,5 @@
 """Estimates memory, communication and step time of a run, and reports them as text and as JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -7,8 +7,6 @@ A cluster is simulated step by step: a step lasts as long as its slowest rank. T
 of its tokens and FLOPs, fitted to the estimates of some batches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product

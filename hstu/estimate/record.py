@@ -1,7 +1,5 @@
 """Records operators, memory and collectives of a training step, with real tensors or torch's FakeTensorMode."""
 
-from __future__ import annotations
-
 import weakref
 from dataclasses import dataclass, field
 from typing import Any

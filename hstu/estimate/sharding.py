@@ -3,8 +3,6 @@
 Tables are sharded by the planner of a run. The costs of data parallelism follow from the weights of the dry run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

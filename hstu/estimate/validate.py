@@ -3,8 +3,6 @@
 Each step builds one part of the run and stores it in ``Built``. It ends where it reads a missing value or part.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Plans, before a run starts, which batches its ranks compute on and how the ranks are grouped."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice

@@ -4,8 +4,6 @@ model_parallel tables become TorchRec EmbeddingCollections, sharded by hstu.para
 device, because no rank ever holds a whole table. data_parallel tables are nn.Embeddings in the dense model.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence

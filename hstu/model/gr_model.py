@@ -4,8 +4,6 @@ TorchRec's pipelines trace ``GRModel.forward`` symbolically to find the sharded 
 early. It must therefore stay a plain chain of calls; all control flow is inside ``dense`` and ``_rows``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

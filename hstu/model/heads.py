@@ -1,7 +1,5 @@
 """Small MLPs: prediction heads of one or several tasks, and projections between widths."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -3,8 +3,6 @@
 Models run :class:`hstu.model.stack.FusedHSTULayer`, a subclass that computes the same with kernels.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

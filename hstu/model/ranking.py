@@ -1,7 +1,5 @@
 """RankingGR: predict the action of each labelled item."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 

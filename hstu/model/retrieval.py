@@ -3,8 +3,6 @@
 Output shapes depend only on input shapes, and invalid entries are masked, so the host never waits for the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 import numpy as np

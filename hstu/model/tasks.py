@@ -4,8 +4,6 @@ Losses map outputs float32 [M, width] and labels float32 [M] to the loss per lab
 scaled (RankingTaskArgs.scale) and never missing. No function waits for the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import cast
 

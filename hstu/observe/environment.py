@@ -1,7 +1,5 @@
 """Setup before the import of torch: compatible package versions, and how idle threads wait."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """The directory of a run, TensorBoard and Weights & Biases. Only the main rank writes; other ranks do nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

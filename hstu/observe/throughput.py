@@ -1,7 +1,5 @@
 """Speed of training: FLOPs of a step, rates between two log lines, the peak that MFU is relative to, and profiles."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

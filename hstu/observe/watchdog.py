@@ -5,8 +5,6 @@ thread compares the statuses of all ranks and proposes a verdict. The first verd
 with its own stacks and exits with code 1, even if its main thread hangs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import faulthandler
 import json

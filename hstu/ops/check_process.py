@@ -4,8 +4,6 @@ An illegal access breaks CUDA for its process, a compiler or driver fault may ki
 A fault refuses the operator being checked; a new process checks the others. The processes of a host take turns.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import hashlib
 import importlib

@@ -4,8 +4,6 @@ Each context-parallel rank holds a range of the T tokens. It scales their gradie
 weight gradients over these ranks: the average is then the sum over tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Triton kernels go to Triton's cache (TRITON_CACHE_DIR), CUTLASS kernels to ``hst
 caches can be copied to a machine with the same package versions. Each backend's ``compile_ahead.py`` lists its kernels.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

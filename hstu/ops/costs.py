@@ -6,8 +6,6 @@ The other functions return the cost of one operator's kernels on one rank; bytes
 nothing stays in a cache. ``element_size``: bytes of the compute dtype.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple

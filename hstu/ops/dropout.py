@@ -1,7 +1,5 @@
 """Dropout that draws 16 random bits per element on CPUs. torch draws a double, which is five times slower."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -3,8 +3,6 @@
 On tensors without data (torch's FakeTensorMode) they show what a step needs. Other operators run as PyTorch's own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

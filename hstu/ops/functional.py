@@ -4,8 +4,6 @@ The losses call :func:`softmax_loss`. The other functions serve the plain layer,
 fused layer (hstu/ops/layer.py) calls its kernels itself. Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

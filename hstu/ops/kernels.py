@@ -1,7 +1,5 @@
 """Interfaces and settings of the kernels. B sequences have T tokens in all, the model D channels or H heads of d."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum

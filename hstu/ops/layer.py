@@ -9,8 +9,6 @@ pass over memory. T and H count the tokens and heads that this rank projects. Co
 attention (:meth:`LayerComm.tokens_to_heads`). Source: HSTU, arXiv 2402.17152, sec. 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Layout of a jagged batch: offsets, positions, times and order of tokens; the mask; distances and time buckets."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """One optimizer step on the table rows that have a gradient: formulas, interface and PyTorch reference."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal

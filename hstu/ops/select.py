@@ -1,7 +1,5 @@
 """Select the kernels of a model. Backends are imported on demand: Triton, CUTLASS or a C++ compiler may be missing."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ A defect in a compiler or driver would silently train a wrong model. All backend
 ``check_process.py`` runs it and caches the results, and tests/ops/test_self_check.py runs it for more shapes.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Shapes and GPUs that the kernels of each backend support. Needs neither Triton nor CUTLASS. PyTorch supports all."""
 
-from __future__ import annotations
-
 import torch
 
 from hstu.ops.kernels import OPERATORS, Backend, KernelShapes

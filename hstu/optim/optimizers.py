@@ -1,7 +1,5 @@
 """Combines the dense and table optimizers of a run, and defines the schedule of their learning rates."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -9,8 +9,6 @@ Ranges have equal work: under a causal mask, ranges with later queries of a hist
 the range sees are not sent: those of other sequences, later ones, and those before a window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise

@@ -8,8 +8,6 @@ current CUDA device. In torch 2.13, torch.distributed.nn.functional's all-gather
 backward, and torch.distributed._functional_collectives is private and has just renamed its functions.
 """
 
-from __future__ import annotations
-
 import hashlib
 import socket
 from collections.abc import Callable, Mapping, Sequence

@@ -9,8 +9,6 @@ FSDP frees and refills their storage.
 Source: Zhao et al., PyTorch FSDP, VLDB 2023.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 

@@ -5,8 +5,6 @@ the rank's own tokens, and is also scaled by the context-parallel size. Backward
 divides by the world size, which gives the gradient of a single process.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,7 +1,5 @@
 """Arrays that all ranks of a host share: one rank computes them, and all map the file that it writes."""
 
-from __future__ import annotations
-
 import logging
 import pickle
 import tempfile

@@ -13,8 +13,6 @@ Megatron-core 0.16.1 has mappings for the first two, but they need CUDA and wait
 autograd function that communicates while it computes.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace

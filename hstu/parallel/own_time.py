@@ -1,7 +1,5 @@
 """The time that this rank computes in forward and backward, without its waits for other ranks."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ On the CPU, FBGEMM 1.6 to 1.8 has no fused Adam ("not supported in CPU mode"), a
 DENSE compute kernel pools despite PoolingMode.NONE. tests/parallel/test_table_kernels.py fails when either is fixed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate

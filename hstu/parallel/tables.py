@@ -1,7 +1,5 @@
 """Tables with sharding strategy model_parallel: planning by available memory, sharding and initialisation."""
 
-from __future__ import annotations
-
 import logging
 import lzma
 import pickle

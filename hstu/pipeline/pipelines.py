@@ -9,8 +9,6 @@ the position of a row, not its value. For dynamic tables it covers ids of batch 
 A CPU has no copies and no streams; with several ranks the id exchange still overlaps.
 """
 
-from __future__ import annotations
-
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """One training step, from the look-up in the tables to the moving average of the weights."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

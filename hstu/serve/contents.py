@@ -1,7 +1,5 @@
 """The contents of an exported directory besides the program: facts, tables, ids and item features."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any

@@ -1,7 +1,5 @@
 """Write an export as what has changed since an earlier one."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Export a trained model to a folder that a service loads with plain PyTorch."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Read user histories with raw ids from the data, and build model batches from histories."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property

@@ -4,8 +4,6 @@
 a comment says so. Correct it there, or for one import by --layout and --ids.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

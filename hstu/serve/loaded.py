@@ -1,7 +1,5 @@
 """Load a trained model with its configuration and data, and say what its outputs mean."""
 
-from __future__ import annotations
-
 import atexit
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager

@@ -3,8 +3,6 @@
 Callers pass users in chunks to bound the memory. Ranks divide each chunk. Its result depends only on its users.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

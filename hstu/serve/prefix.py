@@ -4,8 +4,6 @@ An HSTU layer reads earlier tokens only through their keys and values. A least-r
 of a fixed amount of memory, so that only new tokens are computed. Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

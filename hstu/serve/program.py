@@ -4,8 +4,6 @@ It runs copies of the trained modules in float32. torch.export cannot trace host
 layout as tensors, and attention pads sequences to one length (hstu/ops/pytorch/attention.py).
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path

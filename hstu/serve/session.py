@@ -1,7 +1,5 @@
 """Encode user histories once, append events to them, and answer repeated requests from a cache."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

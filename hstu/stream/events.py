@@ -1,7 +1,5 @@
 """What the events of a part say without a model: how they differ from the part before, and how popularity scores."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

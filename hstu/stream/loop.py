@@ -11,8 +11,6 @@ so a stream that is killed at any moment and started again does what is not done
     <run_dir>/stream.md      the page, with stream.png
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Sequence

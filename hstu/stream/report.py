@@ -1,7 +1,5 @@
 """The page of a stream: what the model of the part before scored on each part, what is in the part, and the cost."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One setting, trained with one seed: its commands, and what its run directory tells when they are done."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

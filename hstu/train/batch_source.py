@@ -1,7 +1,5 @@
 """BatchSource: the data of a run for training and evaluation, its partition over ranks and its labels."""
 
-from __future__ import annotations
-
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Builds a Trainer from a checked configuration. Functions are in the order of construction."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The kernels that a run launches, to compile them ahead of it (scripts/bench/compile_ahead.py). No GPU is needed."""
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ Queries or items are sent, whichever are fewer. If these are the queries, each r
 and scores it for the queries of all ranks, gathered in rounds. Otherwise each embeds all items for its own queries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property

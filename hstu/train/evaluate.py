@@ -4,8 +4,6 @@ Evaluators first collect Observations, one row per prediction of this rank, then
 ranks, or from some rows. Ranks have equally many batches, some of which may hold only padding.
 """
 
-from __future__ import annotations
-
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Metrics and losses of a run so far. Checkpoints contain them, so that a resumed run continues them."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

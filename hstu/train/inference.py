@@ -1,7 +1,5 @@
 """Data sources for applying a trained model: to newer data than its training data, or without data."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What is due after a step: logs, evaluations and checkpoints, every so many iterations, epochs or minutes."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from fractions import Fraction

@@ -5,8 +5,6 @@ A metric that the data does not define (one class only, nothing evaluated) is na
 ``exchange``: the ranks that divide the rows, so that all rows of a user are on one of them. Results are equal on all.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence

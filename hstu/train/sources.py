@@ -1,7 +1,5 @@
 """Opens the batch source that a configuration names: a preprocessed store or random data."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace

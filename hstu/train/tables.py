@@ -1,7 +1,5 @@
 """Assigns embedding tables to features, and checks that they have a row for each id."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 

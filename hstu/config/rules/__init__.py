@@ -4,8 +4,6 @@ A rule receives a RunConfig, which may be incomplete (hstu/config/problems.py), 
 warning. Entry points add the rules of other packages (``hstu.data.rules``). Fields declare the limits of single values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field
 from typing import Any

@@ -1,8 +1,6 @@
 """Rules about embedding tables in gin files, and about random benchmark data."""
 # ruff: noqa: D103
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 from hstu.config.args import (

@@ -1,8 +1,6 @@
 """Rules about ranking and its tasks, retrieval, the dataset, its split and its candidates."""
 # ruff: noqa: D103
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -1,8 +1,6 @@
 """Rules about training: run length, checkpoints, batches, ranks, optimizers, schedule and precision."""
 # ruff: noqa: D103
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """HSTUBatch: sequences of users with their labels, from the collator to the model."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """From a plan to a batch: a reader reads the samples as Rows, and the Assembler adds padding and negatives."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence

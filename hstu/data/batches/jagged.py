@@ -1,7 +1,5 @@
 """Arithmetic of jagged NumPy arrays: n runs of different ``lengths`` that lie one after another, without padding."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import ArrayLike
 

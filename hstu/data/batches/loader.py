@@ -1,7 +1,5 @@
 """Batches in the exact order of the plans, built here or ahead of time by any number of DataLoader workers."""
 
-from __future__ import annotations
-
 import gc
 import re
 import signal

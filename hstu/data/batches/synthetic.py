@@ -1,7 +1,5 @@
 """Random batches in memory, to measure speed. A sample depends only on its ordinal, the split and the seed."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import cast

@@ -6,8 +6,6 @@ options in own_columns.py, of which recbole.py finds some by itself; spec.py and
 declare. The registry imports neither NumPy nor torch nor DuckDB.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

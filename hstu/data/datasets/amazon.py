@@ -1,7 +1,5 @@
 """Amazon: ratings of books (http://jmcauley.ucsd.edu/data/amazon/); Beauty and Toys as sequences, as in S3-Rec."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """KuaiRand Pure, 1K and 27K. Format: https://kuairand.com/ (arXiv 2208.08696)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """MovieLens 100K, 1M and 20M (formats: GroupLens READMEs), and 100K as RecBole's tab-separated atomic files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

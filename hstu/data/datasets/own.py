@@ -4,8 +4,6 @@ All values decide the type of a column, not a sample. A text column holds intege
 integers: ``007`` stays text, distinct from ``7``. A time column has the type of most of its values.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial

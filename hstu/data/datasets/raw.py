@@ -1,7 +1,5 @@
 """Raw text and Parquet files as SQL relations for DuckDB, and checks of the files."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -3,8 +3,6 @@
 Format: https://recbole.io/docs/user_guide/data/atomic_files.html
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which features of the data a model reads, in which roles, and with which codes and tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 

@@ -4,8 +4,6 @@ What is known of items is as of the midnight (UTC) before the event, so that a s
 tables that it gets once a day. What is known of the user are all earlier events. Exports contain this file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

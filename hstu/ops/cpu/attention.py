@@ -1,7 +1,5 @@
 """Attention by C++ kernels: csrc/attention.cpp. Layers share a batch's time buckets, up to MOST_BUCKET_BYTES."""
 
-from __future__ import annotations
-
 import ctypes
 from functools import partial
 

@@ -6,8 +6,6 @@ needs no rebuild. The library is in the user's cache, named by a hash of sources
     python -m hstu.ops.cpu.build    compile now, as an installer does; the exit code is 0 even if that fails
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import platform

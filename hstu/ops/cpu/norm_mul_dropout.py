@@ -1,7 +1,5 @@
 """The gated norm by C++ kernels: see csrc/layer.cpp. Drops the same elements as the PyTorch kernel."""
 
-from __future__ import annotations
-
 import ctypes
 from enum import IntEnum
 

@@ -1,7 +1,5 @@
 """The C++ kernels by operator, and the table optimizers among them (csrc/rows.cpp). PyTorch serves other operators."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections.abc import Sequence

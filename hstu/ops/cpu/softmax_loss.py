@@ -1,7 +1,5 @@
 """Softmax losses and L2 normalization by C++ kernels: csrc/softmax_loss.cpp, pool_softmax.cpp and layer.cpp."""
 
-from __future__ import annotations
-
 import ctypes
 from typing import Any
 

@@ -5,8 +5,6 @@ Memory is bounded, and the cost follows Σ n². Padding needs no mask, because p
 candidates, all sequences therefore share one mask and one position bias.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The residual stream with its LayerNorm, and the gated norm, in plain PyTorch. Computed in float32 at least."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

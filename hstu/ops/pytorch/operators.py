@@ -1,7 +1,5 @@
 """The reference kernels: every operator in plain PyTorch, on any device and in any dtype."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Sequence
 from functools import cache

@@ -4,8 +4,6 @@ HSTU attention has no softmax: each row is Σ SiLU(score) V / N with constant N.
 cache, without recomputing earlier tokens. Forward only. Source: M-FALCON, arXiv 2402.17152, sec. 3.4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Softmax losses of retrieval and L2 normalization of their vectors in plain PyTorch, on any device."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator

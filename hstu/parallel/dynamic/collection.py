@@ -6,8 +6,6 @@ and ``compute``, which looks rows up. Pipelines call them separately, but ``comp
 ids get rows in that order even if a pipeline runs ahead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Hashes of id tensors on any device, and what is drawn by them: initial rows and stochastic rounding."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from functools import cache

@@ -6,8 +6,6 @@ features ``<feature>/host``. Ids are exchanged under the real features. SplitLoo
 of both tables, and the rows return to the order of the ids. On a CPU both tables are in host memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Convert raw ids of requests to the ids that a model reads: for an exported model, rows of its tables."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

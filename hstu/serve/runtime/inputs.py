@@ -1,7 +1,5 @@
 """Convert sequences of ids to the inputs of an exported program."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Start the HTTP server, answer its routes, and end it in order."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import json

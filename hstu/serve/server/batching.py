@@ -1,7 +1,5 @@
 """Settings and metrics of the server, and the batches in which it computes waiting requests."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import time

@@ -1,7 +1,5 @@
 """The JSON of requests with its limits, and the answers of an exported model to batches of mixed requests."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice

@@ -1,7 +1,5 @@
 """Find exports, serve the newest, and replace it when a newer export appears."""
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -48,7 +48,7 @@ _EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
 _FOR_ALL = (
     "output", "force", "memory_limit", "bad_row_policy", "max_bad_rows", "min_user_events", "min_item_events",
-    "all_items", "running_statistics", "any_times", "raw_ids",
+    "all_items", "running_statistics", "any_times", "raw_ids", "shards",
 )  # fmt: skip
 _COLUMNS = tuple(field.name for field in fields(InteractionColumns))
 _WITH_FORGET = ("help", "dataset_name", "output", "forget", "memory_limit", "no_report", "quick")
@@ -97,7 +97,8 @@ def _stop_signals() -> Iterator[list[int]]:
 
 def _run(args: argparse.Namespace) -> None:
     if args.verify:
-        _verify(args)
+        SequenceStore.open(path := _target(args)).verify_contents()
+        print(f"{path}: every checksum and every value is right")
         return
     path = _make(args)
     store = SequenceStore.open(path)
@@ -124,12 +125,6 @@ def _write_report(store: SequenceStore, force: bool) -> Path:
         return report
     with disk_errors(folder):
         return write_report(store, folder)
-
-
-def _verify(args: argparse.Namespace) -> None:
-    path = _target(args)
-    SequenceStore.open(path).verify_contents()
-    print(f"{path}: every checksum and every value is right")
 
 
 def _make(args: argparse.Namespace) -> Path:
@@ -181,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         default=(),
         help="item, user or item,user: models get the raw ids, int64, which dynamic tables take as they are",
     )
+    add("--shards", type=int, default=1, help="cut the store into so many parts, of which a rank opens those it needs")
     add("--forget", type=Path, metavar="FILE", help="only remove the users of a text file, one raw id a line")
     add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
     add("--quick", action="store_true", help="write starter files of a small model, 500 iterations, for a first look")

@@ -109,6 +109,7 @@ def write_small_store(
     segments: Sequence[Sequence[int]] | None = None,
     earlier: SequenceStore | None = None,
     name: str = "toy",
+    shards: int = 1,
 ) -> SequenceStore:
     """A store of the given item codes, one list a user.
 
@@ -118,7 +119,7 @@ def write_small_store(
     ``items``; the raw ids of both are "value 007", or those of ``event_texts``. ``item_numbers``: feature -> [items,
     width], ``event_numbers``: feature -> lists like ``items``. ``raw``: features whose raw ids models get.
     ``requests``: user, time, and feature -> codes of the candidates, by user and time. ``segments``: numbers of the
-    appends, lists like ``items``, to the store ``earlier``, which may be at ``path``.
+    appends, lists like ``items``, to the store ``earlier``, which may be at ``path``. ``shards``: as StoreWriter has.
     """
     lengths = [len(row) for row in items]
     if timestamps is None:
@@ -130,7 +131,7 @@ def write_small_store(
         return np.array([value for row in rows for value in row], dtype=np.int64)
 
     num_items = num_items or int(flat(items).max()) + 1
-    with StoreWriter(path, name=name, command=None, overwrite=earlier is not None) as writer:
+    with StoreWriter(path, name=name, command=None, overwrite=earlier is not None, shards=shards) as writer:
         writer.earlier_states = () if earlier is None else earlier.lineage
         if segments is not None:
             writer.create_segments(int(flat(segments).max()) + 1, sum(lengths))[:] = flat(segments)

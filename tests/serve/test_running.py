@@ -75,8 +75,9 @@ def test_later_days_know_all_of_the_data_and_unknown_items_nothing(store: Sequen
     empty, at = History(items=[], actions=[], timestamps=[]), int(store.sequence("t").max()) + 5 * DAY_S
     (events,) = served.model.encoder.candidates(Candidates([3, 999]), empty, at)
     assert events.numbers is not None
-    of_item = store.sequence("a")[store.raw_ids("i")[store.sequence("i")] == 3]
-    mean, centre = (of_item.sum() + 5 * store.sequence("a").mean()) / (len(of_item) + 5), store.sequence("a").mean()
+    actions = np.asarray(store.sequence("a"))
+    of_item = actions[store.raw_ids("i")[store.sequence("i")] == 3]
+    mean, centre = (of_item.sum() + 5 * actions.mean()) / (len(of_item) + 5), actions.mean()
     assert events.numbers[:, READ.index("item_mean")].tolist() == pytest.approx([mean, centre])
     assert events.numbers[:, READ.index("user_count")].tolist() == [0, 0]
 

@@ -3,6 +3,8 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
+from hstu.data.store.parts import Values
+
 
 def run_starts(lengths: np.ndarray) -> np.ndarray:
     """Index of the first element of each run, int64 [n]."""
@@ -25,7 +27,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum(), dtype=np.int64) + np.repeat(starts - run_starts(lengths), lengths)
 
 
-def first_from(times: np.ndarray, begin: np.ndarray, end: np.ndarray, at: np.ndarray) -> np.ndarray:
+def first_from(times: Values, begin: np.ndarray, end: np.ndarray, at: np.ndarray) -> np.ndarray:
     """First index in [begin[i], end[i]) with times >= at[i], else end[i]; int64 [n]. ``times`` ascend in each range."""
     low, high = begin.astype(np.int64), end.astype(np.int64)
     while (open_ := low < high).any():

@@ -57,6 +57,7 @@ from hstu.data.preprocess.write import (
     write_split,
     write_vocabularies,
 )
+from hstu.data.store.layout import MOST_SHARDS
 from hstu.data.store.meta import VERSION
 from hstu.data.store.sequence_store import Requests, SequenceStore
 from hstu.data.store.writer import StoreWriter, check_replaceable, restore_discarded
@@ -199,6 +200,9 @@ def _options(name: str, output: Path, force: bool, limits: Mapping[str, Any], **
         if least < 1:
             raise ConfigError(f"--{option} {least}: at least 1, which leaves out nothing")
         arguments[option] = None if least == 1 else least
+    if not 1 <= options.shards <= MOST_SHARDS:
+        raise ConfigError(f"--shards {options.shards}: from 1, which makes no shards, to {MOST_SHARDS}")
+    arguments["shards"] = None if options.shards == 1 else options.shards
     for flag in ("all_items", "running_statistics", "any_times"):  # without a value
         arguments[flag] = () if getattr(options, flag) else None
     words = ["python", "scripts/preprocess_dataset.py"]
@@ -220,7 +224,12 @@ def build_store(
     with (
         disk_errors(options.output),
         StoreWriter(
-            options.output, name=options.name, command=options.command, overwrite=options.force, resume_key=key
+            options.output,
+            name=options.name,
+            command=options.command,
+            overwrite=options.force,
+            resume_key=key,
+            shards=options.shards,
         ) as writer,
     ):
         if base and SequenceStore.open(options.output).lineage != base.store.lineage:

@@ -187,6 +187,7 @@ def stored_options(store: SequenceStore, target: Path, memory_limit: str) -> Bui
         raw_ids=tuple(role for role, name in roles.items() if name in store.features and store.features[name].raw),
         all_items="--all_items" in _options_of(store.command),
         running_statistics=bool(store.running_statistics),
+        shards=max(1, store.num_shards),
     )
 
 

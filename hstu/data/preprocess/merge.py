@@ -17,6 +17,7 @@ from hstu.base.errors import DataError
 from hstu.data.batches.jagged import first_from, ranges, run_offsets
 from hstu.data.preprocess.base import labels
 from hstu.data.preprocess.state import Build, columns_of
+from hstu.data.store.parts import Values
 from hstu.data.store.sequence_store import Requests
 
 _log = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Growth:
         late = build.once("places", lambda: self._find_places(new))
         if build.raw.logs:
             _log.info("%d new events, of which %d are older than the newest one before", len(self.places), late)
+        old: Values
         for name, array in arrays.items():
             old, codes = store.sequence(build.feature(name)), self.codes.get(name, (None, None))
             build.once(f"merged {name}", lambda: self._fill(array, old, new[name], codes))  # noqa: B023
@@ -139,7 +141,7 @@ class Growth:
         """Whether all events of the base stay, in the order in which they are."""
         return bool((np.diff(self.users, prepend=-1) > 0).all())
 
-    def _fill(self, target: np.memmap, old: np.ndarray, new: np.ndarray, codes: Codes) -> None:
+    def _fill(self, target: np.memmap, old: Values, new: np.ndarray, codes: Codes) -> None:
         places, (old_codes, new_codes) = self.places, codes
         with open(str(target.filename), "r+b") as file:  # the kernel writes zeros to a map first
             file.seek(target.offset)
@@ -154,7 +156,7 @@ class Growth:
                 file.write(part.data)
         target.flush()
 
-    def _old(self, values: np.ndarray, begin: int, end: int) -> np.ndarray:
+    def _old(self, values: Values, begin: int, end: int) -> np.ndarray:
         """Values [begin, end) of those of the base that stay, in the new order of the users."""
         if self.is_whole:
             return values[begin:end]

@@ -18,6 +18,7 @@ from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.features.running import DAY_S, NUM_FACTORS, WITH_VALUES, Questions, RunningStatistics, keys_of, names_of
 from hstu.data.preprocess.base import labels
 from hstu.data.preprocess.state import Build
+from hstu.data.store.parts import Values
 from hstu.data.store.sequence_store import Requests, SequenceStore
 
 _FIRST_FIT, _GROWTH, _NEWEST = 2000, 1.5, 1 << 22
@@ -46,7 +47,7 @@ class Log:
     values: Tensor | None
 
     @classmethod
-    def of(cls, offsets: np.ndarray, items: np.ndarray, times: np.ndarray, actions: np.ndarray | None) -> Self:
+    def of(cls, offsets: np.ndarray, items: Values, times: Values, actions: Values | None) -> Self:
         """The arrays of a store."""
         first, item, time = (torch.from_numpy(np.array(array, dtype=np.int64)) for array in (offsets, items, times))
         values = None if actions is None else torch.from_numpy(np.array(actions, dtype=np.float64))
@@ -73,7 +74,7 @@ def learn_from(store: SequenceStore, places: np.ndarray | None = None) -> Runnin
     actions = store.sequence(str(store.action_feature)) if has_values else None
     times = store.sequence(str(store.timestamp_feature))
     items = store.sequence(store.item_feature)
-    return learn(Log.of(store.offsets(), items if places is None else places[items], times, actions))
+    return learn(Log.of(store.offsets(), items if places is None else places[np.asarray(items)], times, actions))
 
 
 def write_running(build: Build, offsets: np.ndarray, requests: Requests | None) -> None:

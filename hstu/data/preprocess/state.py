@@ -70,6 +70,8 @@ class BuildOptions:
     """Add the statistics of features/running.py to the events."""
     any_times: bool = False
     """Take times of users' own tables that probably are something else."""
+    shards: int = 1
+    """Cut the store into so many shards, or into one per user where there are fewer users."""
 
 
 @dataclass(frozen=True)

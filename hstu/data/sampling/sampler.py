@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset
 from hstu.base.errors import DataError
 from hstu.base.hashing import random_below, random_bits, random_uniform
 from hstu.data.batches.jagged import first_from, ranges, run_offsets, run_starts
+from hstu.data.store.parts import Values
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ def knows_request_time(seed: int, epoch: int, ordinals: np.ndarray) -> np.ndarra
 
 
 def shuffled_ties(
-    times: np.ndarray, bounds: tuple[np.ndarray, np.ndarray], first: np.ndarray, lengths: np.ndarray, *key: int
+    times: Values, bounds: tuple[np.ndarray, np.ndarray], first: np.ndarray, lengths: np.ndarray, *key: int
 ) -> np.ndarray:
     """int64 [Σ lengths]: the events at places [first, first + length) of histories whose equal times are shuffled.
 

@@ -13,6 +13,7 @@ from hstu.base.times import as_date
 from hstu.config.args import Args, DatasetArgs, Task
 from hstu.config.option import is_given, located
 from hstu.data.store.layout import HeldOut
+from hstu.data.store.parts import Values
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 
 Split = Literal["train", "valid", "test", "all"]
@@ -35,7 +36,7 @@ class Period:
         drawn = [] if self.most is None else [f"at most {self.most:,}"]
         return " ".join([*drawn, "first events" if self.first_only else "events", *shown])
 
-    def is_within(self, times: np.ndarray) -> np.ndarray:
+    def is_within(self, times: Values) -> np.ndarray:
         """Whether times, int64 [n], lie in the period: bool [n]."""
         after = True if self.since is None else times >= self.since
         return np.broadcast_to(after & (True if self.until is None else times < self.until), times.shape)
@@ -173,8 +174,9 @@ def cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
     if store.timestamp_feature is None:
         raise ConfigError('DatasetArgs.split = "time" needs timestamps, and the data has none; use another split')
     times = store.sequence(store.timestamp_feature)
-    middle = min(int(fraction * len(times)), len(times) - 1)
-    cut = np.partition(times, middle)[middle]
+    middle, ordered = min(int(fraction * len(times)), len(times) - 1), np.array(times)
+    ordered.partition(middle)
+    cut = ordered[middle]
     # Events are in time order within a user, so the later events are the last ones.
     num_later = np.diff(np.searchsorted(np.flatnonzero(times >= cut), store.offsets()))
     return np.asarray(store.offsets()[1:] - num_later, dtype=np.int64)

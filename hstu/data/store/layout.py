@@ -26,6 +26,9 @@ NUMBER_ROLES = ("item_number", "event_number")
 """Roles of quantities: numbers of events, numbers and vectors of items. NaN means missing."""
 OF_CANDIDATES: tuple[Role, ...] = ("item", "action", "event", "event_number")
 """Roles of the features that candidates of requests have, as events do."""
+IN_SHARDS = ("sequence.", "candidate.", SEGMENT_FILE)
+"""How the names of files begin that lie in shards, if a store has any: those with a value per event or candidate."""
+MOST_SHARDS = 10_000
 REQUEST_FILES = {
     "users": "request.user.npy", "times": "request.time.npy", "history_ends": "request.history.npy",
     "offsets": "request.offsets.npy",
@@ -107,6 +110,11 @@ def _quoted(feature: str, role: Role) -> str:
     name = quote(feature, safe="")
     # Without this, the values of "a.offsets" would go into the offsets file of "a".
     return name.replace(".", "%2E") if role in ("item_feature", "item_number") else name
+
+
+def shard_file(shard: int, file: str) -> str:
+    """The part of a file that lies in a shard."""
+    return f"shard.{shard:05d}/{file}"
 
 
 def split_file(split: HeldOut) -> str:

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import tokenize
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -17,11 +17,15 @@ from hstu.base.errors import DataError, printable
 from hstu.base.files import sha256
 from hstu.base.json_shape import check_shape
 from hstu.base.shipped import command
+from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets import resolve_name
-from hstu.data.store.layout import META_FILE, lengths_of_files
+from hstu.data.store.layout import IN_SHARDS, META_FILE, lengths_of_files, shard_file
+from hstu.data.store.parts import Parts, Values
 
 FORMAT = "hstu-sequence-store"
-VERSION = 4
+VERSION = 5
+"""The newest version that this program reads: that of stores in shards."""
+UNSHARDED_VERSION = 4
 _SEAL = "sha256"
 MALFORMED = (KeyError, TypeError, IndexError, ValueError, OverflowError, AttributeError, StopIteration)
 """Errors that reading a valid JSON file raises where it does not describe a store."""
@@ -49,8 +53,10 @@ def read_meta(path: Path) -> dict[str, Any]:
                 "program wrote it. Update this program"
             )
         check_shape(meta, {"files": {str: {"bytes": int, "dtype": str, "length": int, "sha256": str}}})
-        if outside := [file for file in meta["files"] if "/" in file or file in ("", "..")]:
-            raise ValueError(f"it lists {outside[0]!r}, which is no file of the store")
+        check_shape(meta, {"shards?": {"users": [int], "sha256": {str: str}}})
+        names = {file for file in meta["files"] if "/" not in file} - {"", ".."}
+        if outside := meta["files"].keys() - names - set(_files_of_shards(meta)):
+            raise ValueError(f"it lists {min(outside)!r}, which is no file of the store")
     except ValueError as error:
         raise DataError(f"{path / META_FILE} is damaged: {error}") from error
     return meta
@@ -72,6 +78,14 @@ def remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
     )
 
 
+def _files_of_shards(meta: Mapping[str, Any]) -> Iterator[str]:
+    """The files that the shards of a description consist of."""
+    shards = meta.get("shards", {"users": [], "sha256": {}})
+    for file in shards["sha256"]:
+        if "/" not in file and file.startswith(IN_SHARDS):
+            yield from (shard_file(shard, file) for shard in range(len(shards["users"]) - 1))
+
+
 def sealed(meta: Mapping[str, Any]) -> str:
     """The JSON of a store's description, with a checksum of its content."""
     return json.dumps({**meta, _SEAL: _digest(meta)}, indent=1, ensure_ascii=False)
@@ -82,45 +96,77 @@ def _digest(meta: Mapping[str, Any]) -> str:
 
 
 class StoreFiles:
-    """Maps a file name to its array, a read-only memory map. Checks raise a DataError that names the damaged file."""
+    """Maps a file name to its array, a read-only memory map. Checks raise a DataError that names the damaged file.
+
+    A file that lies in shards has its name without the shard, and is an array of type Parts, which opens them as they
+    are read."""
 
     def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
         self.path = path
         self._meta = meta
         self.described: Mapping[str, Any] = meta["files"]
+        shards = meta.get("shards", {"users": [0], "sha256": {}})
+        self.shard_users = np.array(shards["users"], dtype=np.int64)
+        """int64 [shards + 1]: shard k has the users [shard_users[k], shard_users[k + 1]). [0]: there are no shards."""
+        self.sharded: Mapping[str, str] = shards["sha256"]
+        """File that lies in shards → SHA-256 of the same file of a store without shards."""
         self._maps: dict[str, np.ndarray] = {}
 
     def __contains__(self, file: str) -> bool:
-        return file in self.described
+        return file in self.described or file in self.sharded
 
     def __getitem__(self, file: str) -> np.ndarray:
         if file not in self._maps:
-            self._maps[file] = np.asarray(open_memmap(self.path / file, mode="r"))
+            found = self._parts(file) if file in self.sharded else self._map(file)
+            self._maps[file] = cast(np.ndarray, found)
         return self._maps[file]
 
+    def _parts(self, file: str) -> Parts:
+        described = [self.described[shard_file(shard, file)] for shard in range(len(self.shard_users) - 1)]
+        (dtype,) = {each["dtype"] for each in described}
+        bounds = run_offsets([each["length"] for each in described])
+        return Parts(bounds, np.dtype(dtype), lambda shard: self._map(shard_file(shard, file)))
+
+    def _map(self, file: str) -> np.ndarray:
+        try:
+            array = np.asarray(open_memmap(self.path / file, mode="r"))
+        except (*MALFORMED, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:
+            raise self.damaged(file, str(error)) from error
+        expected = self.described[file]
+        if array.dtype.str != expected["dtype"] or array.shape != (expected["length"],):
+            found = f"{array.dtype.str} {list(array.shape)}"
+            raise self.damaged(file, f"it holds {found} instead of {expected['dtype']} [{expected['length']}]")
+        return array
+
+    def file_at(self, file: str, index: int) -> str:
+        """The file that holds a value of an array: ``file``, or its part in a shard."""
+        array: Values = self[file]
+        if not isinstance(array, Parts):
+            return file
+        return shard_file(int(np.searchsorted(array.bounds, index, side="right")) - 1, file)
+
     def check_presence(self) -> None:
-        """Checks that every file exists and has the described size, dtype and length."""
+        """Checks that every file exists and has the described size, and outside of shards the described dtype and
+        length. Those of a shard's files are checked when these are opened."""
         for file, expected in self.described.items():
             path = self.path / file
             if not path.is_file():
                 raise self.damaged(file, "it is missing")
             if path.stat().st_size != expected["bytes"]:
                 raise self.damaged(file, f"it has {path.stat().st_size} bytes instead of {expected['bytes']}")
-            try:
-                array = self[file]
-            except (*MALFORMED, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:
-                raise self.damaged(file, str(error)) from error
-            if array.dtype.str != expected["dtype"] or array.shape != (expected["length"],):
-                found = f"{array.dtype.str} {list(array.shape)}"
-                raise self.damaged(file, f"it holds {found} instead of {expected['dtype']} [{expected['length']}]")
+            if "/" not in file:
+                _ = self[file]
         for file, length in lengths_of_files(self._meta).items():
             if file not in self or length not in (None, len(self[file])):
                 raise self.damaged(META_FILE, f"it does not describe {file} with {length} values")
 
     def check_sums(self, up_to: int | None) -> None:
-        """Verifies the checksums of the smallest files, ``up_to`` bytes in total; None means all files."""
+        """Verifies the checksums of the smallest files outside of shards, ``up_to`` bytes in total; None means all
+        files."""
         left = up_to
-        for file, expected in sorted(self.described.items(), key=lambda item: item[1]["bytes"]):
+        checked = [file for file in self.described if up_to is None or "/" not in file]
+        for file in sorted(checked, key=lambda file: self.described[file]["bytes"]):
+            expected = self.described[file]
             if left is not None and (left := left - expected["bytes"]) < 0:
                 return
             if (found := sha256(self.path / file)) != expected["sha256"]:

@@ -12,9 +12,11 @@
     vocabulary.<feature>.*        code -> raw id: int64 [cardinality], or UTF-8 bytes and their offsets
     titles.*                      item code -> human title, where the data has titles
     segment.npy                   uint16 [E]: number of the append that brought each event, where there was one
+    shard.<number>/               the parts of sequence.*, candidate.* and segment.npy, in a store in shards
 
 U users and I items are ordered by raw id. E events are in time order within a user; ties keep the raw file's order.
 Numbers are float32 instead of codes, NaN where missing: item.<feature>.npy holds [I * width] of them.
+A shard holds consecutive users with their events and candidates: the shards one after another are a store without them.
 layout.py declares these files, writer.py writes them, meta.py maps and checks them.
 """
 
@@ -23,11 +25,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -51,6 +53,7 @@ from hstu.data.store.layout import (
     vocabulary_stem,
 )
 from hstu.data.store.meta import MALFORMED, StoreFiles, read_meta, remedy
+from hstu.data.store.parts import Parts, Values
 
 _CHUNK = 1 << 18
 _HASHED_ON_OPENING = 8 << 20
@@ -115,6 +118,9 @@ class SequenceStore:
         """1 plus the number of appends that brought events."""
         self.command: str | None = meta["command"]
         self._files = StoreFiles(path, meta)
+        self.shard_users = self._files.shard_users
+        """int64 [shards + 1]: shard k has the users [shard_users[k], shard_users[k + 1]). [0]: there are no shards."""
+        self.num_shards = len(self.shard_users) - 1
         content = sorted((file, digest) for file, digest in self.checksums.items() if file != SEGMENT_FILE)
         state = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self.lineage: tuple[str, ...] = (*meta.get("earlier_states", ()), state)
@@ -125,8 +131,8 @@ class SequenceStore:
     def open(cls, path: str | Path) -> SequenceStore:
         """Opens and checks a store in time independent of its size. Checks the version and checksum of the description,
         the presence, size, dtype and length of every array, a sample of the offsets, and the checksums of the smallest
-        files up to 8 MiB. verify_contents checks the rest. Raises DataError with the damage and the command that makes
-        the store."""
+        files up to 8 MiB. Of shards it checks presence and size, and opens none. verify_contents checks the rest.
+        Raises DataError with the damage and the command that makes the store."""
         path = Path(path).absolute()
         directory = _inode(path)
         try:
@@ -161,8 +167,9 @@ class SequenceStore:
 
     @property
     def checksums(self) -> dict[str, str]:
-        """File → its SHA-256 in the description."""
-        return {file: entry["sha256"] for file, entry in self._files.described.items()}
+        """File → its SHA-256 in the description, equal for any number of shards."""
+        described = self._files.described.items()
+        return {file: entry["sha256"] for file, entry in described if "/" not in file} | {**self._files.sharded}
 
     def feature(self, name: str) -> FeatureMeta:
         """A stored feature or a time feature. Raises DataError for an unknown name."""
@@ -175,7 +182,7 @@ class SequenceStore:
         """int64 [U + 1]: user u's events are [offsets[u], offsets[u + 1])."""
         return self._files[OFFSETS_FILE]
 
-    def sequence(self, feature: str) -> np.ndarray:
+    def sequence(self, feature: str) -> Values:
         """[E] values of the item, the action, the timestamp or an event feature. Codes are int32, time features int64,
         times int64 seconds, and numbers float32, NaN where missing."""
         if feature in self.time_features:
@@ -190,7 +197,7 @@ class SequenceStore:
         previous = times[np.maximum(events - 1 if before is None else before, 0)]
         return time_codes(feature, times[events], np.where(is_first, NO_EVENT, previous))
 
-    def segments(self) -> np.ndarray | None:
+    def segments(self) -> Values | None:
         """uint16 [E]: the append that brought each event, 0 for the first build. None if num_segments is 1."""
         return self._files[SEGMENT_FILE] if self.num_segments > 1 else None
 
@@ -220,7 +227,7 @@ class SequenceStore:
             raise DataError(f"{self.path} has no requests; preprocess the data with --requests FILE")
         return Requests(**{field: self._files[file] for field, file in REQUEST_FILES.items()})
 
-    def candidates(self, feature: str) -> np.ndarray:
+    def candidates(self, feature: str) -> Values:
         """[C] values of the item, the action or an event feature, request after request, in the dtypes of events."""
         return self._files[self.feature(feature).candidate_file]
 
@@ -230,7 +237,7 @@ class SequenceStore:
         rows = np.searchsorted(requests.offsets, candidates, side="right") - 1
         return requests.times[rows], times[requests.history_ends[rows] - 1]
 
-    def columns(self, feature: str) -> list[np.ndarray]:
+    def columns(self, feature: str) -> list[Values]:
         """Values of an item, action or event feature: of all events and, with requests, of all candidates."""
         return [self.sequence(feature), *([self.candidates(feature)] if self.num_requests else [])]
 
@@ -329,15 +336,15 @@ class SequenceStore:
                     if feature.role == "timestamp":
                         backwards = start + 1 + np.flatnonzero(values[1:] < values[:-1])
                         if (offsets[np.searchsorted(offsets, backwards)] != backwards).any():
-                            yield file, "a user's events are not in time order"
+                            yield self._files.file_at(file, start), "a user's events are not in time order"
                     elif feature.role in NUMBER_ROLES:
                         if np.isinf(values).any():
-                            yield file, "a number is infinite"
+                            yield self._files.file_at(file, start), "a number is infinite"
                     elif values.min() < 0 or values.max() >= self.cardinality(name):
-                        yield file, f"values outside [0, {feature.cardinality})"
-        of_segments = () if self.num_segments == 1 else _chunks(self._files[SEGMENT_FILE])
-        if any(int(values.max()) >= self.num_segments for _, values in of_segments):
-            yield SEGMENT_FILE, f"values outside [0, {self.num_segments})"
+                        yield self._files.file_at(file, start), f"values outside [0, {feature.cardinality})"
+        for start, values in () if self.num_segments == 1 else _chunks(self._files[SEGMENT_FILE]):
+            if int(values.max()) >= self.num_segments:
+                yield self._files.file_at(SEGMENT_FILE, start), f"values outside [0, {self.num_segments})"
         if self.num_requests:
             yield from request_problems(self.requests(), offsets, self.sequence(str(self.timestamp_feature)))
 
@@ -351,6 +358,18 @@ class SequenceStore:
         for name in self.item_side_features:
             if self.features[name].is_list:
                 self._files.check_ends(list_offsets_file(name), len(self._files[self.features[name].file]))
+        if self._files.sharded:
+            self._check_shards()
+
+    def _check_shards(self) -> None:
+        users = self.shard_users
+        is_right = users[0] == 0 and users[-1] == self.num_users and (np.diff(users) > 0).all()
+        if is_right:
+            bounds = shard_bounds(users, self.offsets(), self.requests() if self.num_requests else None)
+            arrays = {file: cast(Parts, self._files[file]) for file in self._files.sharded}
+            is_right = all(np.array_equal(parts.bounds, bounds(file)) for file, parts in arrays.items())
+        if not is_right:
+            raise self._files.damaged(META_FILE, "its shards are not the events and candidates of their users")
 
     def remedy(self) -> str:
         """The command that made the store, with --force."""
@@ -369,12 +388,23 @@ def _inode(path: Path) -> int:
     return os.stat(path).st_ino if os.path.exists(path) else 0
 
 
-def _chunks(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (start, chunk). Chunks overlap by one value, so that every pair of neighbours can be compared."""
-    return ((start, values[start : start + _CHUNK + 1]) for start in range(0, len(values), _CHUNK))
+def _chunks(values: Values) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (start, chunk). Within a shard, chunks overlap by one value, so that the chunks have every pair of
+    neighbours; users lie in one shard."""
+    bounds = values.bounds.tolist() if isinstance(values, Parts) else (0, len(values))
+    for begin, stop in pairwise(bounds):
+        yield from ((start, values[start : min(start + _CHUNK + 1, stop)]) for start in range(begin, stop, _CHUNK))
 
 
-def request_problems(requests: Requests, offsets: np.ndarray, times: np.ndarray) -> Iterator[tuple[str, str]]:
+def shard_bounds(users: np.ndarray, offsets: np.ndarray, requests: Requests | None) -> Callable[[str], np.ndarray]:
+    """File in shards → the first value of each shard, int64 [shards + 1]. ``users``: first user of each shard, int64
+    [shards + 1]. ``offsets``: int64 [U + 1], the events of each user."""
+    of_events = offsets[users]
+    of_candidates = None if requests is None else requests.offsets[np.searchsorted(requests.users, users)]
+    return lambda file: of_candidates if file.startswith("candidate.") and of_candidates is not None else of_events
+
+
+def request_problems(requests: Requests, offsets: np.ndarray, times: Values) -> Iterator[tuple[str, str]]:
     """Yields (file, problem). ``offsets``: int64 [U + 1], the events of each user. ``times``: int64 [E]."""
     users, ends, num_users = requests.users, requests.history_ends, len(offsets) - 1
     if (requests.sizes < 1).any():

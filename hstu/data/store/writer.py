@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +23,7 @@ from hstu.data.batches.jagged import run_offsets
 from hstu.data.features.values import statistics_of_numbers
 from hstu.data.store.layout import (
     DTYPES,
+    IN_SHARDS,
     META_FILE,
     NUMBER_ROLES,
     OFFSETS_FILE,
@@ -29,12 +32,15 @@ from hstu.data.store.layout import (
     FeatureMeta,
     Role,
     list_offsets_file,
+    shard_file,
     split_file,
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store.meta import FORMAT, VERSION, read_meta, sealed
-from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.meta import FORMAT, UNSHARDED_VERSION, VERSION, read_meta, sealed
+from hstu.data.store.sequence_store import Requests, SequenceStore, shard_bounds
+
+_log = logging.getLogger(__name__)
 
 
 class StoreWriter:
@@ -52,10 +58,12 @@ class StoreWriter:
         command: str | None,
         overwrite: bool = False,
         resume_key: str | None = None,
+        shards: int = 1,
     ) -> None:
         """``command`` makes this store again; errors about a damaged store show it. ``overwrite``: replace an existing
         store, even a damaged one, if its description is valid. ``resume_key``: identifies all that determines the
-        content. ``journal`` lists finished stages, ``scratch`` their files. None: never continue a killed writer."""
+        content. ``journal`` lists finished stages, ``scratch`` their files. None: never continue a killed writer.
+        ``shards``: cut the store into so many; there are never more than users."""
         self.target = Path(target).resolve()  # a symbolic link stays; the directory behind it is replaced
         self.statistics: Mapping[str, Any] = {}
         self.sources: Mapping[str, str] = {}
@@ -69,6 +77,7 @@ class StoreWriter:
         self._name = name
         self._command = command
         self._resume_key = resume_key
+        self._shards = shards
         self.partial = self.target.parent / f".{self.target.name}.partial"
         self.scratch = self.partial / "scratch"
         """Directory for working files on the target's disk; removed when the block ends."""
@@ -76,7 +85,8 @@ class StoreWriter:
         """Features of which models get the raw ids, which must be int64, instead of the codes."""
         self._features: dict[str, FeatureMeta] = {}
         self._arrays: dict[str, tuple[str, int]] = {}
-        self._num_users = self._num_requests = self._num_candidates = 0
+        self._sharded: dict[str, Any] = {}
+        self._num_users = self._num_events = self._num_requests = self._num_candidates = 0
         self._split: str | None = None
         self._overwrite = overwrite
         self._check_target()
@@ -118,7 +128,7 @@ class StoreWriter:
 
     def write_offsets(self, offsets: np.ndarray) -> None:
         """Stores int64 [U + 1] offsets, strictly ascending from 0 to the number of events."""
-        self._num_users = len(offsets) - 1
+        self._num_users, self._num_events = len(offsets) - 1, int(offsets[-1])
         self._create(OFFSETS_FILE, np.dtype(np.int64), len(offsets))[:] = offsets
 
     def create_sequence(
@@ -200,8 +210,13 @@ class StoreWriter:
             remove(self.partial)
 
     def _commit(self) -> None:
-        (self.partial / META_FILE).write_text(sealed(self._meta()), encoding="utf-8")
+        features = [asdict(self._described(feature)) for feature in self._features.values()]
+        whole = self._cut() if min(self._shards, self._num_users) > 1 else []
+        (self.partial / META_FILE).write_text(sealed(self._meta(features)), encoding="utf-8")
+        self.journal.file.unlink(missing_ok=True)  # from here on, another run starts anew
         shutil.rmtree(self.scratch)
+        for file in whole:
+            (self.partial / file).unlink()
         SequenceStore.open(self.partial).verify_values()
         sync_tree(self.partial)
         self._check_target()
@@ -215,11 +230,34 @@ class StoreWriter:
         put_in_place(self.partial, self.target)
         remove(discarded)
 
-    def _meta(self) -> dict[str, Any]:
-        (item,) = (feature for feature in self._features.values() if feature.role == "item")
+    def _cut(self) -> list[str]:
+        """Copies the arrays of events and candidates into shards. Returns their files, which the shards replace. They
+        stay until the store is whole, so that a killed writer can continue."""
+        for left in self.partial.glob("shard.*"):
+            remove(left)
+        offsets = np.load(self.partial / OFFSETS_FILE)
+        requests = None
+        if self._num_requests:
+            requests = Requests(**{field: np.load(self.partial / file) for field, file in REQUEST_FILES.items()})
+        users = cut_users(offsets, self._shards)
+        if len(users) <= self._shards:
+            _log.warning("%s gets %d shards: there are no more users", self.target, len(users) - 1)
+        bounds, whole = shard_bounds(users, offsets, requests), [f for f in self._arrays if f.startswith(IN_SHARDS)]
+        self._sharded = {"users": users.tolist(), "sha256": {file: sha256(self.partial / file) for file in whole}}
+        for file in whole:
+            dtype, _ = self._arrays.pop(file)
+            values = np.load(self.partial / file, mmap_mode="r")
+            for shard, (begin, stop) in enumerate(pairwise(bounds(file).tolist())):
+                part = shard_file(shard, file)
+                self._arrays[part] = (dtype, stop - begin)
+                (self.partial / part).parent.mkdir(exist_ok=True)
+                np.save(self.partial / part, values[begin:stop])
+        return whole
+
+    def _meta(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if self._sharded else UNSHARDED_VERSION,
             "name": self._name,
             "command": self._command,
             **({"split": self._split} if self._split else {}),
@@ -227,11 +265,12 @@ class StoreWriter:
             **({"running_statistics": self.running_statistics} if self.running_statistics else {}),
             **({"earlier_states": self.earlier_states} if self.earlier_states else {}),
             **({"num_segments": self._num_segments} if self._num_segments > 1 else {}),
+            **({"shards": self._sharded} if self._sharded else {}),
             "num_users": self._num_users,
-            "num_events": self._arrays[item.file][1],
+            "num_events": self._num_events,
             "num_requests": self._num_requests,
             "num_candidates": self._num_candidates,
-            "features": [asdict(self._described(feature)) for feature in self._features.values()],
+            "features": features,
             "statistics": dict(self.statistics),
             "sources": dict(self.sources),
             "files": {
@@ -261,6 +300,17 @@ class StoreWriter:
         check_replaceable(self.target)
         if is_taken(self.target) and not self._overwrite:
             raise DataError(f"{self.target} exists; --force replaces it")
+
+
+def cut_users(offsets: np.ndarray, shards: int) -> np.ndarray:
+    """int64 [n + 1]: the first users of n shards of about equally many events, and the number of users. n is ``shards``
+    or, if that is less, the number of users. ``offsets``: int64 [U + 1], the events of each user."""
+    users = len(offsets) - 1
+    count = min(shards, users)
+    places = np.arange(count + 1)
+    nearest = np.searchsorted(offsets, np.linspace(0, offsets[-1], count + 1))
+    ascending = np.maximum.accumulate(nearest - places) + places  # a user with many events takes a shard alone
+    return np.minimum(ascending, users - count + places)
 
 
 def restore_discarded(target: Path) -> None:
@@ -297,9 +347,9 @@ def check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise DataError(f"{target} is a file; give another --output, or move it away")
     try:
-        described = {META_FILE, *read_meta(target)["files"]}
+        described = {META_FILE, *(files := read_meta(target)["files"]), *(file.rpartition("/")[0] for file in files)}
     except DataError as error:
         raise DataError(f"{error}. It is not replaced: move it away, or give another --output") from error
-    if foreign := sorted(path.name for path in target.iterdir() if path.name not in described):
+    if foreign := sorted({str(path.relative_to(target)) for path in target.rglob("*")} - described):
         shown = ", ".join(foreign[:5]) + (", …" if len(foreign) > 5 else "")
         raise DataError(f"{target} holds files that are not of the store: {shown}; move them away")

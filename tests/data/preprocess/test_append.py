@@ -62,6 +62,25 @@ def test_files_that_are_in_the_store_are_not_added_twice(folder: Path, caplog: p
     assert contents(store) == contents(make(folder, "may.csv", "june.csv", store="at_once"))
 
 
+def test_a_store_in_shards_stays_in_shards(folder: Path) -> None:
+    at_once = SequenceStore.open(make(folder, "may.csv", "june.csv", store="at_once"))
+    made = make(folder, "may.csv", shards=3)
+    assert SequenceStore.open(made).num_shards == 2, "there are no more users"
+    with pytest.raises(DataError, match=r"--shards was 3, it is now not given"):
+        make(folder, "june.csv", append=True)
+    grown = SequenceStore.open(make(folder, "june.csv", append=True, shards=3))
+    grown.verify_contents()
+    assert grown.num_shards == 3 and "--shards 3" in str(grown.command)
+    assert grown.lineage[-1] == at_once.lineage[-1] and histories(grown) == histories(at_once)
+    (folder / "gone.txt").write_text("b\n")
+    less = [SequenceStore.open(forget("mine", folder / "gone.txt", output=each.path)) for each in (grown, at_once)]
+    less[0].verify_contents()
+    assert [each.num_shards for each in less] == [3, 0] and "--shards 3" in str(less[0].command)
+    assert less[0].lineage[-1] == less[1].lineage[-1] and histories(less[0]) == histories(less[1])
+    with pytest.raises(ConfigError, match="--shards 0: from 1"):
+        make(folder, "may.csv", store="none", shards=0)
+
+
 def test_tables_of_users_are_read_anew(folder: Path) -> None:
     with_users: dict[str, Any] = {"context": folder / "users.csv", "context_columns": ("u", "town")}
     make(folder, "may.csv", **with_users)

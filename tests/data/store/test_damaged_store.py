@@ -111,6 +111,36 @@ def test_a_description_that_lies_is_refused_though_its_checksum_is_right(lie: st
     assert "meta.json" in str(raised.value) and "Make it with" in str(raised.value)
 
 
+def test_damage_of_a_shard_names_it(make_store: MakeStore) -> None:
+    good = make_store([[1], [2, 2], [3, 0], [1]], num_items=4, shards=2)
+    file = good.path / "shard.00001" / "sequence.item_id.npy"
+    whole = file.read_bytes()
+    flip(file, 1)
+    with pytest.raises(DataError, match=r"shard\.00001/sequence\.item_id\.npy is damaged"):
+        SequenceStore.open(good.path).sequence("item_id")[-1]
+    file.write_bytes(whole)
+    flip(file, len(whole) - 1)
+    with pytest.raises(DataError, match=r"shard\.00001/sequence\.item_id\.npy is damaged: values outside"):
+        SequenceStore.open(good.path).verify_values()
+    with pytest.raises(DataError, match=r"shard\.00001/sequence\.item_id\.npy is damaged: its SHA-256"):
+        SequenceStore.open(good.path).verify_contents()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=r"shard\.00001/sequence\.item_id\.npy is damaged: it has"):
+        SequenceStore.open(good.path)
+    file.unlink()
+    with pytest.raises(DataError, match=r"shard\.00001/sequence\.item_id\.npy is damaged: it is missing"):
+        SequenceStore.open(good.path)
+
+
+@pytest.mark.parametrize("users", [[0, 3, 4], [0, 2], [0, 4, 4], [], [1, 2, 4], [0, 2, 5], [0, 1, 2, 4]])
+def test_shards_that_do_not_fit_the_users_are_refused(users: list[int], make_store: MakeStore) -> None:
+    good = make_store([[1], [2, 2], [3, 0], [1]], num_items=4, shards=2)
+    shards = json.loads((good.path / "meta.json").read_text())["shards"]
+    describe(good.path, shards=shards | {"users": users})
+    with pytest.raises(DataError, match=r"meta\.json is (damaged|incomplete)"):
+        SequenceStore.open(good.path)
+
+
 def test_raw_ids_that_are_no_text_are_told_when_they_are_read(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "s", name="toy", command=None) as writer:
         writer.write_offsets(np.array([0, 1]))

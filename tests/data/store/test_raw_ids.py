@@ -23,7 +23,7 @@ def test_models_read_the_raw_ids_of_a_store_that_keeps_them(tmp_path: Path) -> N
     store.verify_contents()
     assert store.features["sku"].raw and store.features["user_id"].raw and not store.features["when"].raw
     assert "--raw_ids item,user" in (store.command or "")
-    items = store.model_ids("sku", store.sequence("sku"))
+    items = store.model_ids("sku", np.asarray(store.sequence("sku")))
     assert items.tolist() == [7, 2**63 - 1, 7, -3] and items.dtype == np.int64
     assert store.model_ids("user_id", store.context("user_id")).tolist() == [-9, 5]
     assert store.encode("sku", np.array([2**63 - 1])).tolist() == [2]

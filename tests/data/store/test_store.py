@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hstu.base.errors import DataError
 from hstu.base.files import sha256
-from hstu.data.store import sequence_store
+from hstu.data.store import meta, sequence_store
 from hstu.data.store.meta import sealed
+from hstu.data.store.parts import Parts
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.data.store.writer import StoreWriter
+from hstu.data.store.writer import StoreWriter, cut_users
 from tests.conftest import REPOSITORY, MakeStore, write_item_feature
 
 ITEMS = [[3, 1], [0, 2, 2], [1]]
@@ -75,7 +79,7 @@ def test_a_recorded_command_is_the_remedy(make_store: MakeStore) -> None:
 def test_a_store_of_a_newer_program_is_told_from_a_damaged_one(make_store: MakeStore) -> None:
     store = make_store(ITEMS)
     describe(store.path, version=99)
-    with pytest.raises(DataError, match=r"version 99, and this program reads version 4: a newer program wrote it"):
+    with pytest.raises(DataError, match=r"version 99, and this program reads version 5: a newer program wrote it"):
         SequenceStore.open(store.path)
 
 
@@ -120,6 +124,94 @@ def test_a_store_says_which_append_brought_an_event_and_which_states_it_had(tmp_
     grown, at_once = (SequenceStore.open(tmp_path / name) for name in ("first", "at_once"))
     assert (grown.num_segments, np.asarray(grown.segments()).tolist()) == (2, [0, 1, 1])
     assert grown.lineage == (*first.lineage, *at_once.lineage), "segments are no content"
+
+
+def in_shards(make_store: MakeStore, shards: int) -> SequenceStore:
+    """Users with 1 to 9 events and one with 60, and candidates of every third user."""
+    rng = np.random.default_rng(0)
+    items = [rng.integers(0, 9, 60 if user == 2 else 1 + user % 9).tolist() for user in range(20)]
+    requests = [(user, 2_000_000, {"item_id": [user % 9] * (1 + user % 4)}) for user in range(0, 20, 3)]
+    return make_store(items, segments=items, requests=requests, num_items=9, shards=shards)
+
+
+@pytest.mark.parametrize("shards", [2, 7, 64])
+def test_shards_read_like_a_store_without(shards: int, make_store: MakeStore, caplog: pytest.LogCaptureFixture) -> None:
+    whole, store = (in_shards(make_store, count) for count in (1, shards))
+    store.verify_contents()
+    assert store.num_shards == min(shards, 20) and ("there are no more users" in caplog.text) == (shards > 20)
+    assert (store.checksums, store.lineage) == (whole.checksums, whole.lineage), "equal content is one state"
+    copy = pickle.loads(pickle.dumps(store))
+    pairs = [(whole.segments(), copy.segments()), (whole.candidates("item_id"), copy.candidates("item_id"))]
+    pairs += [(whole.sequence(name), copy.sequence(name)) for name in ("item_id", "timestamp")]
+    rng = np.random.default_rng(1)
+    for old, new in pairs:
+        assert old is not None and new is not None and (len(old), old.dtype) == (len(new), new.dtype)
+        indices = rng.integers(-len(old), len(old), (9, 5))
+        others: list[Any] = [rng.random(len(old)) < 0.3, slice(3, -2), slice(None, None, -4), slice(5, 2), []]
+        for index in (indices, *others):
+            np.testing.assert_array_equal(old[index], new[index])
+        np.testing.assert_array_equal(old >= 4, new >= 4)
+        np.testing.assert_array_equal(np.diff(old), np.diff(new))
+        assert (old[3], old.min(), old.max(), old.tolist()) == (new[3], new.min(), new.max(), [*new])
+        assert np.fmin.reduce(new) == old.min()
+        for outside in (len(old), -len(old) - 1):
+            with pytest.raises(IndexError):
+                new[[0, outside]]
+
+
+def test_only_the_shards_that_are_read_are_opened(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, opened = in_shards(make_store, 10).path, list[str]()
+    plain = meta.open_memmap
+
+    def noted(file: Path, mode: str) -> np.ndarray:
+        opened.append(str(file))
+        return plain(file, mode=mode)
+
+    monkeypatch.setattr(meta, "open_memmap", noted)
+    store = SequenceStore.open(path)
+    assert not [file for file in opened if "shard." in file]
+    opened.clear()
+    items = store.sequence("item_id")
+    for _ in range(2):
+        assert items[store.offsets()[store.shard_users[4]]] in range(9)
+    assert opened == [str(path / "shard.00004" / "sequence.item_id.npy")]
+    assert isinstance(items, Parts)
+    items.most_open = 2
+    for shard in (4, 5, 6, 5, 4):  # the one that was read longest ago is closed
+        items.part(shard)
+    assert [file[-26:-21] for file in opened] == ["00004", "00005", "00006", "00004"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), shards=st.integers(1, 50))
+def test_shards_divide_the_events_evenly(lengths: list[int], shards: int) -> None:
+    offsets = np.cumsum([0, *lengths])
+    users = cut_users(offsets, shards)
+    assert len(users) - 1 == min(shards, len(lengths)) and (users[0], users[-1]) == (0, len(lengths))
+    sizes = np.diff(offsets[users])
+    assert (np.diff(users) > 0).all() and sizes.max() <= offsets[-1] / (len(users) - 1) + 2 * max(lengths)
+
+
+def test_a_store_that_is_killed_as_it_is_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(name: str) -> None:
+        with StoreWriter(tmp_path / name, name="toy", command=None, resume_key="k", shards=3) as writer:
+            writer.write_offsets(np.arange(0, 13, 2))
+            items = writer.create_sequence("item", "item", cardinality=12, length=12)
+            if "filled" not in writer.journal:
+                items[:] = range(12)
+                items.flush()
+                writer.journal.commit("filled")
+            writer.write_vocabulary("user_id", np.arange(6))
+
+    write("at_once")
+    calls = iter(range(9))
+    save = np.save
+    monkeypatch.setattr(np, "save", lambda *args: save(*args) if next(calls) < 1 else signal.raise_signal(2))
+    with pytest.raises(KeyboardInterrupt):
+        write("killed")
+    monkeypatch.undo()
+    write("killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "at_once") and len(os.listdir(tmp_path)) == 2
 
 
 def test_a_failing_writer_leaves_nothing_and_the_old_store_as_it_was(tmp_path: Path) -> None:
@@ -234,6 +326,7 @@ NOT_REPLACED: dict[str, tuple[Callable[[SequenceStore], object], str]] = {
         ),
         "its checksum is wrong",
     ),
+    "files in shards": (lambda store: (store.path / "shard.00000").mkdir(), r"not of the store: shard\.00000"),
     "files beside": (lambda store: (store.path / "thesis.txt").write_text("x"), r"not of the store: thesis\.txt"),
 }
 

@@ -1,0 +1,138 @@
+"""An array that lies in several files, of which only those that are read are opened: a column of a store in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+
+_MOST_OPEN = 1 << 10
+
+
+class Parts(NDArrayOperatorsMixin):
+    """A read-only array [n] of N consecutive parts. A part is opened when a value of it is first read.
+
+    It reads like a memory map: by index, slice, mask and array of indices, and with NumPy's operators. These go part by
+    part, so that memory holds only their result. np.asarray copies all values.
+
+    Args:
+        bounds: int64 [N + 1]; part k has the values [bounds[k], bounds[k + 1]).
+        dtype: of every part.
+        open_part: number of a part → its values. It is called again if the part has been closed since.
+    """
+
+    ndim = 1
+
+    def __init__(self, bounds: np.ndarray, dtype: np.dtype, open_part: Callable[[int], np.ndarray]) -> None:
+        self.bounds, self.dtype = bounds, dtype
+        self.shape = (int(bounds[-1]),)
+        self.most_open = _MOST_OPEN
+        """Parts that stay open. Beyond it, those that were read longest ago are closed."""
+        self._open_part = open_part
+        self._opened: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        for part in self._filled():
+            yield from self.part(part)
+
+    def part(self, number: int) -> np.ndarray:
+        """The values of a part."""
+        found = self._opened.pop(number, None)
+        self._opened[number] = found = self._open_part(number) if found is None else found
+        if len(self._opened) > self.most_open:
+            for oldest in list(self._opened)[: -self.most_open]:
+                self._opened.pop(oldest, None)  # another thread may have closed it
+        return found
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            begin, stop, step = index.indices(len(self))
+            return self._run(begin, max(begin, stop)) if step == 1 else self.take(np.arange(begin, stop, step))
+        wanted = np.asarray(index)
+        if wanted.dtype != bool:
+            return self.take(wanted)[()]
+        if wanted.shape != self.shape:
+            raise IndexError(f"a mask of shape {wanted.shape} for an array of shape {self.shape}")
+        chosen = ((part, wanted[begin:stop]) for part, (begin, stop) in enumerate(pairwise(self.bounds)))
+        return np.concatenate(
+            [np.empty(0, self.dtype), *(self.part(part)[mask] for part, mask in chosen if mask.any())]
+        )
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """The values at ``indices``, integers of any shape."""
+        flat, size = np.asarray(indices, dtype=np.int64).reshape(-1), len(self)
+        if not len(flat):
+            return np.empty(np.shape(indices), self.dtype)
+        if not -size <= flat.min() <= flat.max() < size:
+            raise IndexError(f"indices from {flat.min()} to {flat.max()} for an array of {size} values")
+        flat = np.where(flat < 0, flat + size, flat)
+        part_of = self._part_of(flat)
+        first, last = int(part_of.min()), int(part_of.max())
+        if first == last:
+            return self.part(first)[flat - self.bounds[first]].reshape(np.shape(indices))
+        order = np.argsort(part_of.astype(np.uint16) if last < 1 << 16 else part_of, kind="stable")  # a radix sort
+        ends = np.cumsum(np.bincount(part_of, minlength=last + 1))
+        within, found = flat - self.bounds[part_of], np.empty(len(flat), self.dtype)
+        for part in np.flatnonzero(np.diff(ends, prepend=0)).tolist():
+            places = order[ends[part - 1] if part else 0 : ends[part]]
+            found[places] = self.part(part)[within[places]]
+        return found.reshape(np.shape(indices))
+
+    def min(self) -> Any:
+        """The smallest value."""
+        return min(self.part(part).min() for part in self._filled())
+
+    def max(self) -> Any:
+        """The largest value."""
+        return max(self.part(part).max() for part in self._filled())
+
+    def tolist(self) -> list[Any]:
+        """All values."""
+        return np.asarray(self).tolist()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("the values lie in several parts, so that an array of them is a copy")
+        found = np.empty(self.shape, dtype or self.dtype)
+        for part in self._filled():
+            found[self.bounds[part] : self.bounds[part + 1]] = self.part(part)
+        return found
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any) -> Any:
+        by_part = method == "__call__" and all(np.shape(each) in ((), self.shape) for each in inputs)
+        if out is not None:
+            options["out"] = out
+        if not by_part or options:
+            return getattr(ufunc, method)(*(np.asarray(each) for each in inputs), **options)
+        spans = [slice(*span) for span in pairwise(self.bounds.tolist())]
+        return np.concatenate([ufunc(*(each[span] if np.ndim(each) else each for each in inputs)) for span in spans])
+
+    def _part_of(self, places: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.bounds, places, side="right") - 1
+
+    def _filled(self) -> list[int]:
+        return np.flatnonzero(np.diff(self.bounds)).tolist()
+
+    def _run(self, begin: int, stop: int) -> np.ndarray:
+        """The values [begin, stop): a view where they lie in one part."""
+        if begin == stop:
+            return np.empty(0, self.dtype)
+        first, last = self._part_of(np.array([begin, stop - 1])).tolist()
+        if first == last:
+            return self.part(first)[begin - self.bounds[first] : stop - self.bounds[first]]
+        found = np.empty(stop - begin, self.dtype)
+        for part in range(first, last + 1):
+            inner = slice(max(begin, self.bounds[part]), min(stop, self.bounds[part + 1]))
+            values = self.part(part)[inner.start - self.bounds[part] : inner.stop - self.bounds[part]]
+            found[inner.start - begin : inner.stop - begin] = values
+        return found
+
+
+Values = np.ndarray | Parts
+"""A stored array: one memory map or, in shards, the parts of which it consists."""

@@ -1,12 +1,11 @@
 """Finds the checkpoint for a path, and the run of a checkpoint; run.json in both directories identifies the run."""
 
-from __future__ import annotations
-
 import json
 import os
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 from hstu.base.errors import DataError
 from hstu.base.json_shape import check_shape
@@ -31,14 +30,14 @@ class Run:
     """Absolute path of the directory with its checkpoints. None: it saves none."""
 
     @classmethod
-    def of(cls, directory: Path, checkpoints: Path | None, *, continues: bool) -> Run:
+    def of(cls, directory: Path, checkpoints: Path | None, *, continues: bool) -> Self:
         """Describe the run that writes to ``directory``: the run in its run.json with ``continues``, else a new run."""
         earlier = cls.read(directory) if continues else None
         saved_in = None if checkpoints is None else str(checkpoints.absolute())
         return cls(earlier.id if earlier else uuid.uuid4().hex, str(directory.absolute()), saved_in)
 
     @classmethod
-    def read(cls, directory: Path) -> Run | None:
+    def read(cls, directory: Path) -> Self | None:
         """Read run.json of a run, a checkpoint or an export; None if absent. Raises DataError if it is damaged."""
         path = directory / RUN_FILE
         try:

@@ -1,11 +1,9 @@
 """Phases of a run: what it trains on between two changes of its data, and the phase that a checkpoint leads to."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from hstu.base.errors import EXIT_DONE, DataError, UserError
 from hstu.checkpoint.tensors import read_metadata
@@ -35,7 +33,7 @@ class Phase:
     """The labels are the events of the store's segments from this one on. 0: those of the whole training split."""
 
     @classmethod
-    def of(cls, progress: Mapping[str, Any]) -> Phase:
+    def of(cls, progress: Mapping[str, Any]) -> Self:
         """Return the phase in which a checkpoint with this progress.json was saved."""
         stored = progress.get("phase", {})
         return cls(*(stored.get(field.name, 0) for field in fields(cls)))

@@ -3,11 +3,10 @@
 Preprocessing numbers the raw ids of a feature in ascending order: one new id shifts the rows of all larger ids.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ class RawIds:
     features: Mapping[str, IdTensors] = field(default_factory=dict)
 
     @classmethod
-    def from_store(cls, store: SequenceStore, features: Collection[str]) -> RawIds:
+    def from_store(cls, store: SequenceStore, features: Collection[str]) -> Self:
         """Read the raw ids of the features that are looked up by code, memory mapped."""
         named = [name for name in features if store.feature(name).has_vocab and not store.feature(name).raw]
         with warnings.catch_warnings():
@@ -36,7 +35,7 @@ class RawIds:
             return cls({name: tuple(map(torch.from_numpy, store.raw_id_arrays(name))) for name in named})
 
     @classmethod
-    def from_stored(cls, tensors: StoredTensors, features: Collection[str]) -> RawIds:
+    def from_stored(cls, tensors: StoredTensors, features: Collection[str]) -> Self:
         """Read the raw ids that a checkpoint holds for the features."""
         found = {}
         for feature in features:

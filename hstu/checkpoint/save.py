@@ -1,10 +1,9 @@
 """Writes a checkpoint to a temporary directory, and renames it when every byte is on disk."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -46,9 +45,7 @@ class Snapshot:
     """This rank's part of the dynamic tables."""
 
     @classmethod
-    def of(
-        cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None, weights_only: bool = False
-    ) -> Snapshot:
+    def of(cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None, weights_only: bool = False) -> Self:
         """Collect what to save of ``state``, which may change afterwards if ``copies`` (memory to reuse) are given."""
         tensors, metadata = state.tensors(), state.metadata()
         run = {RUN_FILE: state.run} if state.run else {}

@@ -1,11 +1,9 @@
 """From table rows, numbers and vectors to the token sequence that the HSTU stack processes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import torch
@@ -50,7 +48,7 @@ class SequenceFeatures(FeatureRoles):
         }
 
     @classmethod
-    def of(cls, config: RunConfig, roles: FeatureRoles) -> SequenceFeatures:
+    def of(cls, config: RunConfig, roles: FeatureRoles) -> Self:
         """The sequences of a run whose data has these roles."""
         transforms = {name: args.transform for args in config.numbers for name in args.feature_names}
         return cls(**vars(roles), max_items=config.max_items, transforms=transforms, asks_for_next=config.asks_for_next)

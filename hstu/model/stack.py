@@ -1,10 +1,8 @@
 """The encoder of ranking and retrieval: inputs, and HSTU layers on kernels. Also what the models on it share."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -179,7 +177,7 @@ class Truncation:
     comm: LayerComm
 
     @classmethod
-    def of(cls, x: Tensor, layout: JaggedLayout, items: int, comm: LayerComm) -> Truncation:
+    def of(cls, x: Tensor, layout: JaggedLayout, items: int, comm: LayerComm) -> Self:
         """Truncate the sequences of ``layout`` to their newest ``items`` items. x: this rank's tokens."""
         shorter, tokens, left_of = truncate_history(layout, items)
         ranges = comm.token_ranges(layout.num_tokens)

@@ -1,13 +1,11 @@
 """The records of metrics.jsonl: their fields, writing and reading."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Self
 
 from hstu.base.json_shape import check_shape
 
@@ -105,7 +103,7 @@ class EvalRecord:
         return {f"{self.split}/{name}": value for name, value in self.metrics.items()}
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> EvalRecord:
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
         """Inverse of ``as_json``; also accepts a record read from a file."""
         metrics = {name: math.nan if value is None else value for name, value in record["metrics"].items()}
         return cls(iteration=record["iter"], epoch=record["epoch"], split=record["split"], metrics=metrics)

@@ -1,12 +1,11 @@
 """Optimizer of the dense part: all weights except tables. Its moving average includes the replicated tables."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ class OptimizerSettings:
     """As configured; applies only to ``decayed_parameters``."""
 
     @classmethod
-    def of(cls, args: OptimizerArgs, part: PartOptimizerArgs | None = None) -> OptimizerSettings:
+    def of(cls, args: OptimizerArgs, part: PartOptimizerArgs | None = None) -> Self:
         """Settings of ``part``; ``args`` supplies values that ``part`` omits."""
         given = {name: getattr(part, name, None) for name in _SETTINGS}
         return cls(*(getattr(args, name) if value is None else value for name, value in given.items()))

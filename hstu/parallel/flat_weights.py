@@ -8,12 +8,11 @@ determines the memory. It fails with fewer weights than ranks, and ``found_inf``
 Source: Rajbhandari et al., ZeRO, SC 2020.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -37,7 +36,7 @@ class FlatLayout:
     range_size: int
 
     @classmethod
-    def of(cls, numels: Mapping[str, int], ranks: int) -> FlatLayout:
+    def of(cls, numels: Mapping[str, int], ranks: int) -> Self:
         """Lay out weights one after another. ``numels``: weight → number of elements."""
         starts, end = {}, 0
         for name, numel in numels.items():

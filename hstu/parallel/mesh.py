@@ -1,7 +1,5 @@
 """Device, ranks, process groups and heartbeat of this process, under torchrun or as a world of one in plain Python."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os
@@ -14,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -102,7 +100,7 @@ class Mesh:
     """Progress of this rank, read by the watchdog."""
 
     @classmethod
-    def of(cls, tp_size: int, cp_size: int, group_of: Callable[[str, range], dist.ProcessGroup], **others: Any) -> Mesh:
+    def of(cls, tp_size: int, cp_size: int, group_of: Callable[[str, range], dist.ProcessGroup], **others: Any) -> Self:
         """Place this rank of the world. ``group_of`` (field, ranks) returns its group of a kind; ``others``: fields."""
         rank, world_size, size = dist.get_rank(), dist.get_world_size(), tp_size * cp_size
         tp_rank, place = rank % tp_size, rank % size

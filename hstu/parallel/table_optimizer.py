@@ -4,12 +4,10 @@ TorchRec's fused optimizers update rows inside backward. ``TableOptimizer.step``
 and of sharded tables with an optimizer that FBGEMM lacks on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -72,7 +70,7 @@ class TableTraining:
     """Type of the rows. Optimizer states are float32."""
 
     @classmethod
-    def of(cls, spec: TableSpec, args: OptimizerArgs) -> TableTraining:
+    def of(cls, spec: TableSpec, args: OptimizerArgs) -> Self:
         """Read the table's own options; else OptimizerArgs.sparse_* if sharded; else the options of the dense model."""
         optimizer, rate = args.sparse_optimizer_str, args.sparse_learning_rate
         if spec.replicated:

@@ -6,8 +6,6 @@ whole has one look-up and one update of the tables, and what a loss needs of all
 pool of negatives. So the update equals an undivided batch, with the activations of one micro-batch in memory.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +61,7 @@ class TrainBatch(TensorGroup):
     @classmethod
     def of(
         cls, own: HSTUBatch, computed: HSTUBatch, group: GroupLayout | None, count: int, roles: FeatureRoles
-    ) -> TrainBatch:
+    ) -> Self:
         """Splits ``computed``, which is ``own`` or the merged batch of its group, into ``count`` micro-batches."""
         if count == 1:
             return cls(own=own, parts=(computed,), group=group)

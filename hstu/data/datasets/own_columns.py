@@ -1,12 +1,10 @@
 """Options that describe users' own tables, and the functions that open the files."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import duckdb
 
@@ -145,7 +143,7 @@ class InteractionColumns:
                 yield f"--bins {column}={ranges}: at least 2 ranges are needed"
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> InteractionColumns:
+    def of(cls, options: Mapping[str, Any]) -> Self:
         """The tables of these options. Sequences and RecBole's files need no ``user`` and ``item``."""
         given = {name: value for name, value in options.items() if value or name == "interactions"}
         if given.get("sequences"):

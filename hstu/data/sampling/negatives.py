@@ -4,10 +4,8 @@ The host draws from counters, so a sample's draws are independent of rank, world
 follow the items' counts in the training samples. ``expected_log_counts`` serves the logQ correction of the loss.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
@@ -41,7 +39,7 @@ class Negatives:
     """Largest number of a position's draws that hard negatives replace."""
 
     @classmethod
-    def of(cls, args: RetrievalArgs) -> Negatives:
+    def of(cls, args: RetrievalArgs) -> Self:
         """Reads the options."""
         exponent = _WORD2VEC_EXPONENT if args.negatives == "popularity" else 0.0
         shared = args.shared_negatives or args.negatives == "mixed"

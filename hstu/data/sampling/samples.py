@@ -1,9 +1,8 @@
 """From users' histories to samples, which are runs of a user's events: truncation, candidates and windows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 
@@ -63,15 +62,15 @@ class SampleTable:
             return self.target
         return (self.stop if self.first_candidate is None else self.first_candidate + self.num_candidates) - 1
 
-    def take(self, rows: np.ndarray) -> SampleTable:
+    def take(self, rows: np.ndarray) -> Self:
         """These samples, in int64."""
         return self._map(lambda values: values[rows].astype(np.int64))
 
-    def compact(self) -> SampleTable:
+    def compact(self) -> Self:
         """The same samples, in int32 where all values fit."""
         return self._map(lambda values: values.astype(np.int32 if values.max(initial=0) < 2**31 else np.int64))
 
-    def _map(self, change: Callable[[np.ndarray], np.ndarray]) -> SampleTable:
+    def _map(self, change: Callable[[np.ndarray], np.ndarray]) -> Self:
         arrays = {name: change(value) for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return replace(self, **arrays)  # type: ignore[arg-type]
 

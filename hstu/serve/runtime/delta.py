@@ -3,13 +3,11 @@
 docs/export.md describes the files of a delta.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -49,7 +47,7 @@ class Contents:
     """The folders of the delta, of its base, of the base of that, …."""
 
     @classmethod
-    def read(cls, folder: Path, files: Mapping[str, Any] | None = None) -> Contents:
+    def read(cls, folder: Path, files: Mapping[str, Any] | None = None) -> Self:
         """Read a whole export with these ``files``, which are verified; None: one that is being made."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         tensors = {name: read_tensors(folder / name) for name in (WEIGHTS, TABLES, VOCABULARY)}

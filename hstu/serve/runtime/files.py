@@ -1,7 +1,5 @@
 """Read the files of an exported directory: manifest, safetensors, tables and vocabularies."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -12,7 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -178,7 +176,7 @@ class Vocabulary:
         self.numbers = values if isinstance(values, Tensor) else torch.empty(0, dtype=torch.int64)
 
     @classmethod
-    def read(cls, stored: Mapping[str, Tensor], name: str, facts: Mapping[str, Any]) -> Vocabulary:
+    def read(cls, stored: Mapping[str, Tensor], name: str, facts: Mapping[str, Any]) -> Self:
         """Create the vocabulary of an exported feature. ``facts``: entry of the feature in serving.json."""
         key, kind = f"ids.{name}", facts["kind"]
         values = texts_of(stored, key) if kind == "texts" else stored.get(key)

@@ -31,8 +31,7 @@ from hstu.observe import run_directory, watchdog
 from hstu.parallel.mesh import Mesh
 from hstu.train import builder, main
 from hstu.train.trainer import Trainer
-from tests.distributed.toy import dense_of
-from tests.train.tiny import TinyOptions, skip_measuring_the_peak, tables_with_dynamic, tiny_config
+from tests.train.tiny import TinyOptions, in_forward, skip_measuring_the_peak, tables_with_dynamic, tiny_config
 
 
 def run_with(
@@ -132,27 +131,14 @@ def over_an_evaluation(trainer: Trainer, iteration: int, failed_at: Path) -> Non
     trainer.source.eval_batches = batches  # type: ignore[method-assign]
 
 
-def in_forward(deed: Callable[[ModelOutput], None]) -> Callable[[Trainer, int, Path], None]:
-    """Do it to the output of the dense model in an iteration."""
+def without_number(trainer: Trainer, iteration: int, failed_at: Path) -> None:
+    """The loss of an iteration is no number."""
 
-    def sabotage(trainer: Trainer, iteration: int, failed_at: Path) -> None:
-        forwards = 0
+    def lose(output: ModelOutput) -> None:
+        failed_at.write_text(str(time.time()))
+        output.loss_sum = output.loss_sum * float("nan")
 
-        def hook(_module: Any, _inputs: Any, output: ModelOutput) -> None:
-            nonlocal forwards
-            forwards += 1
-            if forwards == iteration:
-                failed_at.write_text(str(time.time()))
-                deed(output)
-
-        dense_of(trainer.state.model).task.register_forward_hook(hook)
-
-    return sabotage
-
-
-def lose(output: ModelOutput) -> None:
-    """A loss that is no number."""
-    output.loss_sum = output.loss_sum * float("nan")
+    in_forward(trainer, iteration, lose)
 
 
 def sleep_through_sigterm() -> None:
@@ -281,7 +267,7 @@ FAULTS: dict[str, Callable[[Trainer, int, Path], None]] = {
     "asleep over a batch": in_loading(lambda: time.sleep(1000)),
     "asleep through SIGTERM": in_loading(sleep_through_sigterm),
     "bad data": in_loading(lambda: refuse(DataError("row 7 is torn"))),
-    "no number": in_forward(lose),
+    "no number": without_number,
     "slow saves": slowly,
     "refused": in_saving(no_space),
     "killed while saving": in_saving(lambda _: os.kill(os.getpid(), signal.SIGKILL)),

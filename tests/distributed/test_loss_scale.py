@@ -15,16 +15,22 @@ import pytest
 
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.model.stack import ModelOutput
 from hstu.parallel.collectives import gather_objects
-from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.finite import GradientSpikes
 from hstu.train.trainer import Trainer
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import digest
-from tests.train.tiny import TinyOptions, build, skip_measuring_the_peak, tables_with_dynamic, tiny_config, walks
+from tests.train.tiny import (
+    TinyOptions,
+    build,
+    in_forward,
+    skip_measuring_the_peak,
+    tables_with_dynamic,
+    tiny_config,
+    walks,
+)
 
 STEPS = 4
 BAD_STEP = 2
@@ -103,7 +109,7 @@ def train(
         options["tables"] = tables_with_dynamic(SequenceStore.open(store), 30)
     trainer = build(tiny_config(task, store, output, **options), mesh)
     if overflow and mesh.rank == mesh.world_size - 1:
-        _overflow(trainer, overflow)
+        in_forward(trainer, BAD_STEP, lambda output: output.loss_sum.register_hook(lambda grad: grad * overflow))
     if skip_factor is not None:
         trainer.pipeline.step.spikes = GradientSpikes(skip_factor)
         trainer.pipeline.step.spikes.load_state_dict({"norms": [1.0] * 16, "in_a_row": 0, "skipped": 0})
@@ -125,19 +131,6 @@ def _batches(trainer: Trainer, leave_out: bool) -> Iterator[HSTUBatch]:
     for number, batch in enumerate(trainer.source.train_batches(trainer.state.position), 1):
         if not (leave_out and number == BAD_STEP):
             yield batch
-
-
-def _overflow(trainer: Trainer, factor: float) -> None:
-    """In the backward of the first micro-batch of BAD_STEP; the loss itself is finite."""
-    forwards, parts = 0, trainer.args.gradient_accumulation_steps
-
-    def hook(_module: Any, _inputs: Any, output: ModelOutput) -> None:
-        nonlocal forwards
-        forwards += 1
-        if forwards == (BAD_STEP - 1) * parts + 1:
-            output.loss_sum.register_hook(lambda gradient: gradient * factor)
-
-    unwrap_dense(trainer.state.model).register_forward_hook(hook)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.splits import Split
-from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
 from hstu.pipeline.finite import FiniteCheck, Stopped, StopSignal
 from hstu.train.trainer import Trainer
@@ -28,7 +27,7 @@ from tests.distributed.failure_cases import FAULTS
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.pipeline_cases import digest
 from tests.distributed.training_cases import config_for
-from tests.train.tiny import OF_THE_ACTION, FinishedRun, TinyOptions, build, walks
+from tests.train.tiny import OF_THE_ACTION, FinishedRun, TinyOptions, build, in_forward, walks
 
 WHOLE, EVERY = 9, 4
 STOPS: dict[str, tuple[int, str, int]] = {
@@ -82,16 +81,7 @@ RECORDED = ("kind", "iter", "epoch", "loss", "lr", "loss_scale", "skipped_steps"
 
 def _signal_in_micro_batch(trainer: Trainer, iteration: int, _: Path) -> None:
     """After the forward of the first micro-batch, before that of the second."""
-    dense, parts = unwrap_dense(trainer.state.model), trainer.args.gradient_accumulation_steps
-    forwards = 0
-
-    def hook(*_: Any) -> None:
-        nonlocal forwards
-        forwards += dense.training
-        if dense.training and forwards == (iteration - 1) * parts + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    dense.register_forward_hook(hook)
+    in_forward(trainer, iteration, lambda _: os.kill(os.getpid(), signal.SIGTERM))
 
 
 def _signal_in_evaluation(trainer: Trainer, iteration: int, _: Path) -> None:

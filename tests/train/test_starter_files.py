@@ -1,7 +1,15 @@
-"""The gin files that preprocessing writes beside a store train as they are."""
+"""Gin files train as they are: those that preprocessing writes, our examples, and a suite of a user's own.
+
+HSTU_PEER_GIN_FILES names a directory of such a suite, as NVIDIA's examples publish them; tests/config/users has
+imitations.
+"""
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +17,21 @@ import numpy as np
 import pytest
 
 from hstu.config.args import DatasetArgs, Task
-from hstu.config.gin_io import read_and_check
+from hstu.config.gin_io import load, read_and_check
+from hstu.config.rules import validate
 from hstu.config.run_config import RunConfig
+from hstu.data.datasets import DATASETS, resolve_name
+from hstu.data.datasets.spec import Schema
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from scripts.preprocess_dataset import main
-from tests.config.gin_files import ALL_RULES
-from tests.conftest import MakeStore, write_small_store
+from scripts.preprocess_dataset import main as preprocess
+from tests.config.gin_files import ALL_RULES, write
+from tests.config.test_users_files import FILES, task_of
+from tests.conftest import REPOSITORY, MakeStore, write_small_store
+from tests.scripts.test_pages import SHOP, written
 from tests.train.tiny import run, walks
 
 SHORT = ("TrainerArgs.num_train_epochs = 2", "TrainerArgs.tensorboard = False", 'TrainerArgs.progress_bar = "off"')
@@ -182,3 +196,88 @@ def test_quick_files_stand_beside_the_others(tmp_path: Path, monkeypatch: pytest
     options = "--dataset_name mine --interactions events.csv --user u --item i --output mine"
     assert main(options.split()) == main([*options.split(), "--quick"]) == 0
     assert {file.name for file in tmp_path.glob("*.gin")} == {"mine_retrieval.gin", "mine_retrieval_quick.gin"}
+
+
+EXAMPLES = sorted((REPOSITORY / "configs" / "examples").glob("*.gin"))
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 80 shoppers, made as docs/tutorials/a_shop.md says."""
+    place = tmp_path_factory.mktemp("shop")
+    smaller = written(SHOP, "SCRIPT").replace("range(1500)", "range(80)")
+    subprocess.run([sys.executable, "-c", smaller], cwd=place, check=True)
+    columns = "--user shopper --item sku --action what --time at --event_columns device --item_columns category,price"
+    files = [f"--{name}={place / file}.csv" for name, file in
+             (("interactions", "events"), ("items", "items"), ("requests", "impressions"))]  # fmt: skip
+    told = [*files, *columns.split(), "--numbers", "price", "--request", "request", "--output", str(place / "store")]
+    assert preprocess(["--dataset_name", "shop", *told]) == 0
+    return place / "store"
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_trains(file: Path, shop: Path, mesh: Mesh, tmp_path: Path) -> None:
+    bindings = [
+        f"DatasetArgs.dataset_path = {str(shop)!r}",
+        f"TrainerArgs.output_dir = {str(tmp_path / 'run')!r}",
+        f"TrainerArgs.ckpt_save_dir = {str(tmp_path / 'checkpoints')!r}",
+        "TrainerArgs.num_train_epochs = None",
+        "TrainerArgs.max_train_iters = 12",
+        "TrainerArgs.log_interval = 1",
+        "TrainerArgs.train_batch_size = 16",
+        "OptimizerArgs.learning_rate = 0.01",
+    ]
+    task = "ranking" if "ranking" in file.stem else "retrieval"
+    config, warnings = read_and_check([str(file)], bindings, task, 1, ALL_RULES)  # type: ignore[arg-type]
+    assert not warnings
+    finished = run(config, mesh)
+    assert np.mean(finished.losses[-3:]) < np.mean(finished.losses[:3])
+    assert all(0 <= value <= 1 for value in finished.metrics.values())
+
+
+PEERS = sorted(Path(os.environ.get("HSTU_PEER_GIN_FILES", "/nowhere")).glob("*.gin"))
+SMALL = (
+    "NetworkArgs.num_layers = 1", "NetworkArgs.hidden_size = 16", "NetworkArgs.num_attention_heads = 2",
+    "NetworkArgs.kv_channels = 8", "NetworkArgs.dtype_str = 'float32'", "TrainerArgs.train_batch_size = 2",
+    "TrainerArgs.eval_batch_size = 20", "TrainerArgs.max_train_iters = 2", "TrainerArgs.max_eval_iters = 1",
+)  # fmt: skip
+
+
+def write_data(dataset_name: str) -> None:
+    """A few users with the features of the data set, where a run without dataset_path looks for it."""
+    name = resolve_name(dataset_name) or dataset_name
+    own = Schema(item="ad", action="clicked", context=("site",), action_cardinality=2)
+    schema = DATASETS[name].schema if name in DATASETS else own
+    items = [[(user + place) % 11 for place in range(30)] for user in range(20)]
+    actions = [[37 * item % (schema.action_cardinality or 2) for item in row] for row in items]  # all bits of 256
+    write_small_store(
+        Path("tmp_data") / name, items, name=name, actions=actions, num_actions=schema.action_cardinality,
+        item_feature=schema.item, action_feature=schema.action or "", context=dict.fromkeys(schema.context, range(20)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "files",
+    [pytest.param(FILES, id="imitations"), pytest.param(PEERS, id="peers", marks=pytest.mark.skipif(
+        not PEERS, reason="HSTU_PEER_GIN_FILES names no directory with gin files of another trainer"))],
+)  # fmt: skip
+def test_each_file_of_a_suite_runs_twice(
+    files: list[Path], mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in files:
+        text = re.sub(r"(?<![.\d])(?!9{9}\b)\d{4,}\b", "1000", file.read_text())  # sizes that a test can hold
+        for number in range(2):
+            config = load([write(tmp_path, text)], SMALL, task_of(file))
+            validate(config, world_size=1, rules=ALL_RULES)
+            if isinstance(dataset := config.dataset, DatasetArgs):
+                config = replace(config, dataset=replace(dataset, dataset_path=None))
+                if not number:
+                    write_data(dataset.dataset_name)
+            if config.trainer.saves_checkpoints:
+                own = replace(config.trainer, ckpt_save_dir=f"{file.stem}_{number}")
+                config = replace(config, trainer=own)
+            finished = run(config, mesh)
+            assert finished.losses and np.isfinite(finished.losses).all(), file
+            assert finished.summary["status"] == "done" and None not in finished.metrics.values(), file
+    assert not Path("checkpoints").exists()

@@ -1,4 +1,4 @@
-"""Batches from a preprocessed store."""
+"""Batches from a preprocessed store, and from a second one for evaluation, which numbers its ids differently."""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hstu.base.errors import DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import EmbeddingArgs
 from hstu.config.gin_io import load
 from hstu.data.batches.batch import NEGATIVES
-from hstu.data.sampling.sampler import SamplerPosition
+from hstu.data.preprocess import InteractionColumns, import_interactions
+from hstu.data.sampling.sampler import START, SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
+from hstu.train.evaluate import RetrievalEvaluator
 from hstu.train.sources import open_source
+from tests.conftest import MakeStore, write_small_store
 from tests.train.conftest import OpenSource
-from tests.train.tiny import ITEMS, ids, real_users, tiny_config, walks
+from tests.train.tiny import ITEMS, build, ids, real_users, run, tables_of, tiny_config, walks
 
 FIRST = SamplerPosition()
 
@@ -141,3 +144,95 @@ def test_a_source_keeps_24_bytes_per_sample(source: OpenSource) -> None:
         id(value): value for value in [*vars(samples).values(), *opened.train_lengths] if hasattr(value, "nbytes")
     }
     assert sum(array.nbytes for array in arrays.values()) == 24 * len(samples)
+
+
+def write_users(path: Path, users: list[int], *, item_order: np.ndarray, context: tuple[str, ...]) -> SequenceStore:
+    """A store of these users of the walks that numbers items by ``item_order`` (code → raw id 1000, 1001, …).
+
+    Vocabularies ascend, so codes are the places of those items that occur.
+    """
+    data = walks()
+    rows = [item_order[data["items"][user]] for user in users]
+    raw = np.unique(np.concatenate(rows))
+    towns = [data["context"]["town"][user] for user in users]
+    return write_small_store(
+        path,
+        [np.searchsorted(raw, row).tolist() for row in rows],
+        actions=[data["actions"][user] for user in users],
+        context={"town": towns} | dict.fromkeys(context, [0] * len(users)),
+        item_ids=(1000 + raw).tolist(),
+    )
+
+
+def test_a_second_store_with_other_numbers_gives_the_metrics_of_one_store(
+    mesh: Mesh, make_store: MakeStore, tmp_path: Path
+) -> None:
+    data = walks()
+    one_more: dict[str, Any] = {"items": [[item + 1 for item in row] for row in data["items"]], "num_items": ITEMS + 1}
+    store = make_store(**{**data, **one_more})  # its item 0, raw id 1000, is nobody's
+    trainer = build(tiny_config("ranking", store, tmp_path / "out", trainer={"max_train_iters": 10}), mesh)
+    trainer.train()
+    first = list(trainer.source.eval_batches("valid"))
+    held_out = [user for batch in first for user in real_users(batch)]
+    second_store = write_users(tmp_path / "second", held_out, item_order=1 + np.arange(ITEMS), context=("planet",))
+    begins = second_store.offsets()[:-1]
+    assert (second_store.sequence("item_id")[begins] + 1 == [one_more["items"][user][0] for user in held_out]).all()
+
+    config = tiny_config("ranking", store, tmp_path, dataset={"eval_dataset_path": str(second_store.path)})
+    second = list(open_source(config, mesh).eval_batches("valid"))
+    assert [ids(batch, "item_id") for batch in second] == [ids(batch, "item_id") for batch in first]
+    assert trainer.evaluator.evaluate(second) == trainer.evaluator.evaluate(first)
+
+
+def test_ids_that_only_the_second_store_has_are_refused(
+    source: OpenSource, tmp_path: Path, store: SequenceStore
+) -> None:
+    shifted = np.arange(ITEMS) + ITEMS - 1
+    second = write_users(tmp_path / "second", list(range(20)), item_order=shifted, context=())
+    with pytest.raises(DataError) as caught:
+        source("ranking", dataset={"eval_dataset_path": str(second.path)})
+    for part in (
+        "DatasetArgs.eval_dataset_path",
+        str(second.path),
+        "10 raw id(s)",
+        "'item_id': 1011, 1012",
+        "or leave",
+    ):
+        assert part in str(caught.value)
+
+
+def test_actions_beyond_those_trained_on_are_refused(make_store: MakeStore, source: OpenSource) -> None:
+    data = walks()
+    second = make_store(**{**data, "num_actions": 9})
+    with pytest.raises(ConfigError, match=r"eval_dataset_path: .* has 'action' up to 8, the training data below 4"):
+        source("ranking", dataset={"eval_dataset_path": str(second.path)})
+
+
+UNSEEN = 5
+
+
+def store_with_unseen_items(folder: Path) -> SequenceStore:
+    """The walks over the items 0, 2, 4, …; the items 1, 3, … have no events."""
+    events = [f"{user},{2 * item}" for user, items in enumerate(walks()["items"]) for item in items]
+    (folder / "events.csv").write_text("\n".join(["who,what", *events]))
+    names = [f"{item},film {item}" for item in range(2 * UNSEEN)]
+    (folder / "items.csv").write_text("\n".join(["what,name", *names]))
+    columns = InteractionColumns(
+        interactions=folder / "events.csv", user="who", item="what", titles=folder / "items.csv", title="name"
+    )
+    return SequenceStore.open(import_interactions("walks", columns, output=folder / "store", all_items=True))
+
+
+def test_items_without_events_are_ranked_and_drawn_as_negatives(mesh: Mesh, tmp_path: Path) -> None:
+    store = store_with_unseen_items(tmp_path)
+    unseen = np.setdiff1d(np.arange(ITEMS + UNSEEN), store.sequence("what"))
+    assert len(unseen) == UNSEEN and (store.raw_ids("what")[unseen] % 2 == 1).all()
+    uniform = {"negatives": "uniform", "num_negatives": 16}
+    config = tiny_config("retrieval", store, tmp_path, tables=tables_of(store, ("what",)), task_args=uniform)
+    source = open_source(config, mesh)
+    drawn = next(source.train_batches(START)).features[NEGATIVES].values().numpy()
+    assert set(unseen) <= set(drawn)
+    finished = run(config, mesh)
+    evaluator = finished.trainer.evaluator
+    assert isinstance(evaluator, RetrievalEvaluator)
+    assert len(finished.losses) == 4 and evaluator.corpus().size == ITEMS + UNSEEN

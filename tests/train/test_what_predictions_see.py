@@ -1,5 +1,8 @@
 """What a prediction depends on, for every kind of feature and every layout of tokens: change a value of one event, and
-compare the predictions of all events bit for bit."""
+compare the predictions of all events bit for bit.
+
+Of masks that show a model what it is to predict the default is safe, others are refused, and both is true of the model.
+"""
 
 import functools
 from collections.abc import Callable
@@ -12,21 +15,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from hstu.base.errors import ConfigError
 from hstu.config.args import RankingTaskArgs
+from hstu.config.rules import validate
+from hstu.config.rules.task import label_leak
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
-from hstu.data.sampling.sampler import START
+from hstu.data.sampling.sampler import START, SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.gr_model import GRModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.ops.layout import JaggedLayout
 from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh
+from hstu.train import builder
 from hstu.train.sources import open_source
+from tests.config.gin_files import ALL_RULES
 from tests.conftest import write_small_store
-from tests.train.tiny import build, enlarge, tiny_config
+from tests.train.tiny import ACTIONS, build, enlarge, tiny_config
 
-USERS, LENGTH, ACTIONS, ITEMS_PER_EVENT = 4, 8, 4, 3
+USERS, LENGTH, ITEMS_PER_EVENT = 4, 8, 3
 ITEMS = LENGTH * ITEMS_PER_EVENT
 KNOWN_BEFORE = ("item", "year", "genres", "vector", "device", "load", "time")
 """Kinds of values of an event that may be shown when its action is predicted: the id of its item, a feature of the
@@ -250,3 +258,75 @@ def test_an_item_is_found_in_evaluation_by_what_finds_it_in_training(
         found = model(next(open_source(evaluated, mesh).eval_batches("valid"))).queries
     assert found is not None
     torch.testing.assert_close(found[:USERS], trained, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(params=["ranking", "retrieval"])
+def task(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def config_of(task: str, store: SequenceStore, tmp_path: Path, candidates: int = 0, **network: Any) -> RunConfig:
+    network = {"disable_contextual_mask": None, **network}
+    return tiny_config(task, store, tmp_path, network=network, dataset={"max_num_candidates": candidates})
+
+
+def leaks(config: RunConfig, has_context: bool = True) -> list[str]:
+    return [str(problem) for problem in label_leak(config, has_context)]
+
+
+def test_masks_that_hide_labels_are_accepted_and_the_default_is_one(
+    task: str, store: SequenceStore, tmp_path: Path
+) -> None:
+    for candidates, is_disabled in ((0, True), (1, False)):
+        config = config_of(task, store, tmp_path, candidates)
+        assert config.network.disable_contextual_mask is is_disabled and leaks(config) == []
+        assert f"NetworkArgs.disable_contextual_mask = {is_disabled}" in config.operative_gin()
+    seen = {"disable_contextual_mask": False}
+    assert leaks(config_of(task, store, tmp_path, **seen), has_context=False) == [], "no context, nothing to pass on"
+    assert leaks(config_of(task, store, tmp_path, **seen, num_layers=1)) == [], "one layer passes nothing on"
+    for options in (seen, {"is_causal": False}):
+        assert leaks(config_of("ranking", store, tmp_path, candidates=1, **options)) == [], "candidates are not seen"
+
+
+def test_context_that_passes_later_items_on_is_refused_at_start_where_the_store_names_it(
+    mesh: Mesh, store: SequenceStore, task: str, tmp_path: Path
+) -> None:
+    config = config_of(task, store, tmp_path, disable_contextual_mask=False)
+    (said,) = leaks(config)
+    assert said.startswith("NetworkArgs.disable_contextual_mask = False: ") and "from the second layer on" in said
+    assert validate(config, 1, ALL_RULES) == []  # that the data has contextual features is not known yet
+    with pytest.raises(ConfigError, match="from the second layer on, an item sees"):
+        build(config, mesh)
+
+
+@pytest.mark.parametrize(
+    ("options", "sees_labels"),
+    [
+        ({}, False),
+        ({"disable_contextual_mask": True}, False),
+        ({"disable_contextual_mask": False}, True),
+        ({"disable_contextual_mask": False, "num_layers": 1}, False),
+        ({"is_causal": False}, True),
+    ],
+)
+def test_what_is_said_is_true_of_the_model(
+    mesh: Mesh,
+    store: SequenceStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    sees_labels: bool,
+) -> None:
+    monkeypatch.setattr(builder, "check_masks", lambda *_: None)
+    config = config_of("ranking", store, tmp_path, **options)
+    assert bool(leaks(config)) == sees_labels
+    trainer = build(config, mesh)
+    model, batch = enlarge(trainer.state.model.eval(), 4), next(trainer.source.train_batches(SamplerPosition()))
+    with torch.no_grad():
+        before = model(batch).logits
+        actions = batch.features["action"].values()
+        actions[2] = (actions[2] + 1) % ACTIONS  # the label of the first user's third item
+        changed = (model(batch).logits != before).any(dim=1)
+    assert changed.any(), "items after it do see the action"
+    assert not changed[:2].any() or sees_labels
+    assert changed[2] == sees_labels

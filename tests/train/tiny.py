@@ -1,5 +1,6 @@
 """Runs small enough for a test: data that can be learnt, configurations over it, and what a run has left behind."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.model.gr_model import GRModel
+from hstu.model.stack import ModelOutput
 from hstu.observe.records import read_metrics
+from hstu.parallel.ddp import unwrap_dense
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.train import builder
 from hstu.train.trainer import Trainer
@@ -252,6 +255,18 @@ def enlarge(model: GRModel, factor: float = 3) -> GRModel:
         for parameter in model.dense.parameters():
             parameter.mul_(factor)
     return model
+
+
+def in_forward(trainer: Trainer, step: int, deed: Callable[[ModelOutput], Any]) -> None:
+    """Do it to the output of the model in one training step, counted from 1, or in its first micro-batch."""
+    dense, forwards = unwrap_dense(trainer.state.model), itertools.count()
+    first = (step - 1) * trainer.args.gradient_accumulation_steps
+
+    def hook(_module: Any, _inputs: Any, output: ModelOutput) -> None:
+        if dense.training and next(forwards) == first:
+            deed(output)
+
+    dense.register_forward_hook(hook)
 
 
 def skip_measuring_the_peak() -> None:

@@ -65,7 +65,7 @@ class SequentialPipeline(TrainPipeline):
 class NativeStages(TrainPipelineSparseDist[TrainBatch, StepResult]):
     """TorchRec's stages around ``TrainStep``, also for models without a sharded table.
 
-    TorchRec 1.6 to 1.8 fails to trace such models; tests/pipeline/test_defects.py fails once that is fixed.
+    TorchRec 1.6 to 1.8 fails to trace such models; tests/pipeline/test_pipelines.py fails once that is fixed.
     """
 
     def __init__(self, step: TrainStep) -> None:
@@ -132,7 +132,7 @@ class NativePipeline(TrainPipeline):
             yield
         finally:
             # Without sparse_dist=False, TorchRec resends the ids of the waiting batch and loses the sizes of the first
-            # exchange, which the look-up needs (tests/pipeline/test_defects.py).
+            # exchange, which the look-up needs (tests/pipeline/test_pipelines.py).
             self._stages.attach(sparse_dist=False)
 
 

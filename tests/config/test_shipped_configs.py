@@ -1,4 +1,4 @@
-"""Every gin file that we ship, and every complete gin file in the documentation, is valid."""
+"""Every gin file that we ship, every complete one in the documentation, and those of users as they are, are valid."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import Task
+from hstu.config.args import DatasetArgs, Task
+from hstu.config.cli import parse_command_line
 from hstu.config.gin_io import load, read_and_check
 from hstu.config.rules import validate
 from tests.config.gin_files import ALL_RULES, write
@@ -63,3 +64,45 @@ def test_a_shipped_file_has_a_name_but_a_file_of_the_directory_wins(
 def test_documented_file_is_valid(task: str, text: str, tmp_path: Path) -> None:
     config = load([write(tmp_path, text)], [], task)  # type: ignore[arg-type]
     assert validate(config, world_size=config.tensor_parallel.tensor_model_parallel_size, rules=ALL_RULES) == []
+
+
+FILES = sorted((Path(__file__).parent / "users").glob("*.gin"))
+WARNED = {
+    "benchmark_ranking": [
+        "seqlen_dist = @lengths/RandomDistribution(): has no effect",
+        "profile_step_start = 50: has no effect",
+        "profile_step_end = 60: has no effect",
+    ],
+    "benchmark_ranking_host_memory": ["here the class of a table decides", "log_interval = 10: bound twice"],
+    "criteo_ranking": ["here the class of a table decides"],
+    "movielens_retrieval": ["seed = 1234: bound twice"],
+}
+"""File → parts of its warnings, in order; the other files have none."""
+
+
+def task_of(file: Path) -> Task:
+    return "retrieval" if file.stem.endswith("retrieval") else "ranking"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_a_users_file_is_valid_unchanged(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parse_command_line(task_of(file), ["--gin-config-file", str(file), "--validate-only"], ALL_RULES)
+    captured = capsys.readouterr()
+    assert exit_.value.code == 0, captured.err
+    assert captured.out == f"OK: {file} describes a {task_of(file)} run for 1 rank\n"
+    warnings, expected = captured.err.splitlines(), WARNED.get(file.stem, [])
+    assert len(warnings) == len(expected), captured.err
+    assert all(
+        warning.startswith("warning: ") and part in warning for part, warning in zip(expected, warnings, strict=True)
+    ), captured.err
+
+
+def test_there_are_nine_and_the_newer_ones_give_history_and_candidates_apart() -> None:
+    assert len(FILES) == 9
+    lengths = {}
+    for file in FILES:
+        dataset = load([str(file)], [], task_of(file)).dataset
+        if isinstance(dataset, DatasetArgs) and "max_history_seqlen" in file.read_text():
+            lengths[file.stem] = dataset.max_sequence_length
+    assert lengths == {"kuairand_27k_ranking": 8202, "kuairand_pure_ranking": 510, "movielens_retrieval": 200}

@@ -24,7 +24,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.train.sources import open_source
 from tests.conftest import write_small_store
-from tests.parallel.dynamic.dictionary import DictionaryTable
+from tests.parallel.dynamic.test_slots import DictionaryTable
 from tests.train.tiny import ITEMS, FinishedRun, Train, run, run_config, tables_with_dynamic, tiny_config, walks
 
 MANY, ROWS, STEPS = 10**12, 2_500, 100

@@ -29,7 +29,7 @@ from hstu.parallel.mesh import Mesh
 from scripts.preprocess_dataset import main
 from scripts.preprocess_dataset import main as preprocess
 from tests.config.gin_files import ALL_RULES, write
-from tests.config.test_users_files import FILES, task_of
+from tests.config.test_shipped_configs import FILES, task_of
 from tests.conftest import REPOSITORY, MakeStore, write_small_store
 from tests.scripts.test_pages import SHOP, written
 from tests.train.tiny import run, walks

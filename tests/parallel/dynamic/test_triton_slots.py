@@ -15,8 +15,7 @@ from hstu.parallel.dynamic.hashing import initial_rows, quantiles_of, unmix
 from hstu.parallel.dynamic.rows import RowBlock, Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Policy, TorchSlots
 from tests.ops.backends import INTERPRETED, device_of, examples, needs_gpu
-from tests.parallel.dynamic.dictionary import DictionaryTable
-from tests.parallel.dynamic.test_slots import IDS, THRESHOLDS, assert_alike, assert_holds, assert_is
+from tests.parallel.dynamic.test_slots import IDS, THRESHOLDS, DictionaryTable, assert_alike, assert_holds, assert_is
 
 kernels: ModuleType = pytest.importorskip("hstu.ops.triton.slots", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 

@@ -1,7 +1,5 @@
 """The style of all figures: plots of the data report and curves of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +31,7 @@ STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def open_figure(image: Path, size: tuple[float, float], dpi: int) -> Iterator[Figure]:
+def open_figure(image: Path, size: tuple[float, float], dpi: int) -> Iterator["Figure"]:
     """Yield a Figure of ``size`` inches. If the block succeeds, write it to ``image`` atomically, as PNG."""
     # Imported here, because most processes never draw. pyplot is avoided: it keeps global state and may need a display.
     from matplotlib import rc_context

@@ -1,13 +1,11 @@
 """Matches tensors of a checkpoint and of a run, which may differ in names, sizes, vocabularies and configuration."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from torch import Size
 
@@ -32,7 +30,7 @@ class ParamMap:
     entries: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: str | Path) -> ParamMap:
+    def read(cls, path: str | Path) -> Self:
         """Read lines ``new old``; # starts a comment. Raises DataError with the line number of a bad line."""
         entries: dict[str, str] = {}
         try:
@@ -92,7 +90,7 @@ class LoadOptions:
         return self.zero_new_rows or (self.optimizer and self.continues_on_other_data)
 
     @classmethod
-    def from_args(cls, args: TrainerArgs) -> LoadOptions:
+    def from_args(cls, args: TrainerArgs) -> Self:
         """Read the options from the configuration. Raises DataError for a bad ckpt_param_map."""
         param_map = ParamMap.read(args.ckpt_param_map) if args.ckpt_param_map else ParamMap()
         is_in_phases = args.continue_on is not None
@@ -141,7 +139,7 @@ class TensorMatch:
             *(f"{name} is in the checkpoint only" for name in self.unexpected),
         ]
 
-    def report(self, differences: list[ConfigDifference]) -> list[str]:
+    def report(self, differences: list["ConfigDifference"]) -> list[str]:
         """Return what a load that is not strict has done: one line per mismatch."""
         return [
             f"{len(self.stored_names)} tensors read",

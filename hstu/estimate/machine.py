@@ -1,7 +1,5 @@
 """Speed and memory of a rank and its links: GPUs from data sheets and assumptions, this CPU from measurements."""
 
-from __future__ import annotations
-
 import math
 import os
 import statistics
@@ -121,7 +119,7 @@ def gpu(name: str, dtype: torch.dtype) -> Machine:
 
 def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
     """A copy of ``machine`` with some numbers replaced. Raises ConfigError for unknown names and impossible numbers."""
-    names = [field.name for field in fields(Machine) if field.type == "float"]
+    names = [field.name for field in fields(Machine) if field.type is float]
     changed: dict[str, Any] = {}
     for name, text in settings.items():
         if name not in names:

@@ -1,7 +1,5 @@
 """The log of a run on the terminal and in log.txt: handlers, line formats and a progress bar."""
 
-from __future__ import annotations
-
 import logging
 import math
 import sys
@@ -172,7 +170,7 @@ class Progress:
             yield batch
 
 
-def progress_bar(total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> tqdm[Any]:
+def progress_bar(total: int, mode: str = "auto", *, visible: bool = True, initial: int = 0) -> "tqdm[Any]":
     """A bar on standard error. ``mode``: "on", "off", or "auto" (on for terminals). ``visible``: True on one rank."""
     shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
     return tqdm(total=total, initial=initial, desc="train", dynamic_ncols=True, leave=False, disable=not shown)

@@ -3,8 +3,6 @@
 Tensors are sent, on the device of the ranks. ``ALONE`` sends nothing: the same code then computes on all rows at once.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +28,7 @@ class Exchange:
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def of(cls, mesh: Mesh) -> Exchange:
+    def of(cls, mesh: Mesh) -> "Exchange":
         """All ranks of the run."""
         return cls(mesh.world_group, mesh.rank, mesh.world_size, mesh.device) if mesh.world_size > 1 else ALONE
 

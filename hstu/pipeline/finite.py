@@ -1,7 +1,5 @@
 """Decides whether a step counts: checks for nan, inf and spikes, and the float16 loss scale. Carries stop signals."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os
@@ -224,7 +222,7 @@ class FiniteCheck:
         agreed, self._agreed = self._agreed, []
         return agreed
 
-    def _describe(self, step: _Pending) -> str:
+    def _describe(self, step: "_Pending") -> str:
         users = step.batch.user_ids.tolist()[: min(step.batch.real_batch_size, _SHOWN_USERS)]
         own = (float(step.loss_sum), bool(step.gradients_finite), ", ".join(map(str, users)))
         by_rank = [*enumerate(gather_objects(own, self.mesh.world_group))]

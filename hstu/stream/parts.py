@@ -1,7 +1,5 @@
 """Where the parts of a stream come from: a directory, or a Kafka topic of JSON objects."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math
@@ -18,7 +16,7 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import written_aside
 
 if TYPE_CHECKING:
-    from confluent_kafka import Consumer, Message
+    from confluent_kafka import Message
 
 _HIDDEN = (".", "_")
 """Names that begin so are no parts: files that are being written, and marks of other programs."""
@@ -165,7 +163,7 @@ class Topic(Source):
                     bad.append({"partition": partition, "offset": message.offset(), "reason": reason, "message": text})
         return rows, bad
 
-    def _messages(self, partition: int, begin: int, end: int) -> Iterator[Message]:
+    def _messages(self, partition: int, begin: int, end: int) -> Iterator["Message"]:
         from confluent_kafka import TopicPartition
 
         place = TopicPartition(self._topic, partition, begin)

@@ -1,7 +1,5 @@
 """Declarations of a dataset: its features, the source of its raw files, and the SQL that reads them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -127,7 +125,7 @@ class RawTables:
     """Names ``i0``, … of item features in ``events``. An item's first value counts."""
     kept: tuple[str, ...] = ()
     """Names ``c0``, ``i0``, … of features that no file has, because the store to which events are added keeps them."""
-    resolve_types: Callable[[DuckDBPyConnection, str], dict[str, Any]] | None = None
+    resolve_types: Callable[["DuckDBPyConnection", str], dict[str, Any]] | None = None
     """For types that depend on the data: the select lists above then only pick columns (without timestamp), and
     ``resolve_types(engine, ingested events)`` returns the final ones for JSON, under "events" and the names of
     ``tables``, and under "labels" the texts of the actions 0, 1, …, if they are texts."""

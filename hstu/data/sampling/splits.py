@@ -1,9 +1,7 @@
 """Which users and events a split or a period holds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 
@@ -60,9 +58,9 @@ class Runs:
     begin: np.ndarray
     stop: np.ndarray
 
-    def select(self, keep: np.ndarray) -> Runs:
+    def select(self, keep: np.ndarray) -> Self:
         """These runs; ``keep``: bool or int [n]."""
-        return Runs(self.user[keep], self.begin[keep], self.stop[keep])
+        return type(self)(self.user[keep], self.begin[keep], self.stop[keep])
 
     @property
     def lengths(self) -> np.ndarray:

@@ -1,7 +1,5 @@
 """List the CUTLASS kernels to compile before a run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -4,8 +4,6 @@ An object file contains machine code and the host function that launches it. The
 to convert a nested tuple of 25 numbers, plus 50 µs to create it. It uses objects with ``__c_pointers__`` as they are.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

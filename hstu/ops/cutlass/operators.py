@@ -1,7 +1,5 @@
 """Operators that have CUTLASS kernels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from hstu.ops.cutlass import attention

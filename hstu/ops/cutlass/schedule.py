@@ -5,8 +5,6 @@ and streams tiles of *columns*. For O and dQ, rows are queries and columns are k
 The host lists the blocks. Functions that take ``where`` are also compiled into the kernels. Needs no CUTLASS.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any

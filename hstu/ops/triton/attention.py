@@ -1,7 +1,5 @@
 """HSTU attention by Triton kernels: host functions and tile sizes."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

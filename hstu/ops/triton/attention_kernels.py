@@ -4,8 +4,6 @@ Each backward kernel recomputes the scores. This costs seven products instead of
 same element: there are no floating-point atomics, and every run gives the same bits.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

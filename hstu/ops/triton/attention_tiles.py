@@ -3,8 +3,6 @@
 Rows i are queries, columns j keys, counted from the start of their sequence. The functions also serve transposed tiles.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

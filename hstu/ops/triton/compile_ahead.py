@@ -1,7 +1,5 @@
 """Compile recorded launches without a GPU into Triton's cache, exactly as a launch compiles them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path

@@ -5,8 +5,6 @@ exactly what they would run. There is no autotuning: the configuration does not 
 ranks run the same one and runs repeat bit for bit. ``scripts/bench/configurations.py`` finds the fastest.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The uvqk projection by Triton kernels: a linear layer and SiLU in one pass."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -5,8 +5,6 @@ writes one row of partial sums, [programs, WIDTH]; PyTorch adds these, so there 
 function of seed, row and column, so that only the seed is saved for backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

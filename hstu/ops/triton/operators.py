@@ -1,7 +1,5 @@
 """The Triton kernels by operator."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from hstu.ops.kernels import AddLayerNormKernels, AttentionKernels, GateKernels, ProjectionKernels

@@ -5,8 +5,6 @@ change between batches are marked ``do_not_specialize``, and vectors that start 
 ``do_not_specialize_on_alignment``; otherwise Triton would recompile for them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

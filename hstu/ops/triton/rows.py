@@ -1,7 +1,5 @@
 """Operators on whole rows by Triton kernels: jagged concatenation, positions, sums by key."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any

@@ -3,8 +3,6 @@
 The host never waits for the device: it launches each kernel for the most that a batch can need.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ As in :mod:`hstu.ops.pytorch.softmax_loss`, forward also computes the gradients.
 stored; sampled negatives store one float32 per draw.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Creates the slots of a dynamic table: in C++ on a CPU, with Triton kernels on a GPU, else in PyTorch."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import weakref
@@ -42,7 +40,7 @@ def create_slots(table: str, args: DynamicEmbeddingArgs, capacity: int, device: 
 class CpuSlots(SlotTable):
     """See SlotTable. C++ (hstu/ops/cpu/csrc/slots.h) on one thread. Raises KernelsUnavailable without a compiler."""
 
-    sightings: CpuSlots | None
+    sightings: "CpuSlots | None"
 
     def __init__(self, capacity: int, policy: Policy, admission_threshold: int = 0) -> None:
         super().__init__(capacity, policy, admission_threshold)

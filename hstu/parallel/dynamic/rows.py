@@ -7,8 +7,6 @@ saves the location of each row for backward. FBGEMM also looks up in several pas
 other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -31,7 +29,7 @@ class RowBlock:
     """[rows, stored_dim]."""
     states: Mapping[str, Tensor]
     """By name: [rows, stored_dim], or [rows] if rowwise."""
-    cache: FbgemmCache | None = None
+    cache: "FbgemmCache | None" = None
     initial: Mapping[str, float] = field(default_factory=dict)
     """State → its value in a new row, if not 0."""
 

@@ -1,12 +1,10 @@
 """A request: a history, candidates, and what is wrong with them for a model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import pairwise
 from reprlib import repr
-from typing import Any
+from typing import Any, Self
 
 _SECONDS = range(-(10**11), 10**11)
 """Times that can be seconds since 1970: 3,000 years. Since 1973, milliseconds are outside."""
@@ -36,11 +34,11 @@ class History:
     """Item or event feature → value per event: None if missing, a list for several values or a vector. Item features
     that are left out come from the data."""
 
-    def cut(self, events: slice) -> History:
+    def cut(self, events: slice) -> Self:
         """A history of a slice of the events."""
         return self.changed(lambda values: values[events])
 
-    def changed(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> History:
+    def changed(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> Self:
         """A history with changed sequences of values per event."""
         return replace(
             self,
@@ -59,9 +57,9 @@ class Candidates:
     features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """As History.features, for features that are known before an event."""
 
-    def cut(self, items: slice) -> Candidates:
+    def cut(self, items: slice) -> Self:
         """A slice of the candidates."""
-        return Candidates(self.items[items], {name: each[items] for name, each in self.features.items()})
+        return type(self)(self.items[items], {name: each[items] for name, each in self.features.items()})
 
 
 def name_of(history: History) -> str:

@@ -1,5 +1,7 @@
 """Options that describe users' own tables, and the functions that open the files."""
 
+from __future__ import annotations  # preprocess_dataset.py reads the text of the types
+
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields

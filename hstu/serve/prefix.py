@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.batches.jagged import run_offsets
 from hstu.model.stack import DTYPES, SequenceEncoder, mixed_precision
 from hstu.ops.kernels import AttentionInputs
-from hstu.ops.layout import JaggedLayout, token_order
+from hstu.ops.layout import JaggedLayout, token_order, with_tokens
 from hstu.ops.pytorch.prefix_attention import CachedPrefix, prefix_attention
 
 APPENDED_AT_ONCE = 256
@@ -273,7 +272,7 @@ class IncrementalEncoder:
         """Compute the newest token, float32 [D], of a history at ``batch.request_times``. ``batch`` ends with it."""
         before = prefix.num_tokens - self._per_item
         x, layout = self._newest(batch, 1)
-        part = _part(layout, slice(0, len(x)), before, prefix.num_tokens)
+        part = _part(layout, slice(0, len(x), 1), before, prefix.num_tokens)
         earlier = replace(prefix)
         earlier.cut(before)
         return self._extend(earlier, x, part, prefix.num_tokens, keep=False)[-1]
@@ -284,15 +283,12 @@ class IncrementalEncoder:
         Micro-batches bound the memory. Only later candidates of the same group read the action on a candidate.
         """
         group, per_item = self.encoder.network.target_group_size, self._per_item
-        count = int(batch.num_candidates_host[0])
-        x, layout = self._newest(batch, count)
-        if group == 1 and per_item == 2:  # no candidate reads the actions of others
-            layout = _sliced(layout, slice(None, None, 2), candidate_group_tokens=1, tokens_per_item=1)
-            x, per_item = x[::2], 1
+        x, layout = self._newest(batch, int(batch.num_candidates_host[0]))
+        step = per_item if group == 1 else 1  # without actions: no candidate reads those of others
         end, found = prefix.num_tokens, []
-        for rows in _runs_of(len(x), self._items_at_once * per_item):
+        for rows in _runs_of(len(x), self._items_at_once * per_item, step):
             part = _part(layout, rows, end, end)
-            found.append(self._extend(prefix, x[rows], part, end, keep=False)[::per_item])
+            found.append(self._extend(prefix, x[rows], part, end, keep=False)[:: per_item // step])
         return torch.cat([x.new_empty(0, x.shape[1], dtype=torch.float32), *found])
 
     def _newest(self, batch: HSTUBatch, count: int) -> tuple[Tensor, JaggedLayout]:
@@ -300,9 +296,10 @@ class IncrementalEncoder:
         if batch.real_batch_size != 1 or batch.item_lengths[0] < count:
             raise ValueError(f"a batch of one sequence with at least {count} items, not of {batch.item_lengths}")
         layout = self.encoder.inputs.layout(batch)
-        content = self._content(batch, layout)
-        rows = slice(len(content) - count * self._per_item, len(content))
-        return content[rows], _sliced(layout, rows)
+        content, num_tokens = self._content(batch, layout), count * self._per_item
+        newest = slice(len(content) - num_tokens, None)
+        candidates = layout.num_candidate_tokens_host[:1]
+        return content[newest], with_tokens(layout, np.array([num_tokens]), candidates, lambda each: each[newest])
 
     def _extend(self, prefix: Prefix, x: Tensor, layout: JaggedLayout, history_end: int, keep: bool) -> Tensor:
         """Encode ``x`` [n, D] after a prefix: float32 [n, D]. ``keep``: append the tokens to the prefix."""
@@ -353,29 +350,17 @@ def tokens_of(encoder: SequenceEncoder, items: int) -> int:
     return len(features.contextual) + items * features.tokens_per_item(encoder.network)
 
 
-def _runs_of(count: int, length: int) -> Iterator[slice]:
+def _runs_of(count: int, length: int, step: int = 1) -> Iterator[slice]:
     for start in range(0, count, length):
-        yield slice(start, min(start + length, count))
-
-
-def _sliced(layout: JaggedLayout, rows: slice, **changes: Any) -> JaggedLayout:
-    of_tokens = {name: getattr(layout, name) for name in ("positions", "token_times", "query_times")}
-    found = {name: None if values is None else values[rows] for name, values in of_tokens.items()}
-    return replace(layout, **{**found, **changes})
+        yield slice(start, min(start + length, count), step)
 
 
 def _part(layout: JaggedLayout, rows: slice, start: int, history_end: int) -> JaggedLayout:
     """The layout of ``rows`` as one sequence whose first token is at position ``start`` of context and history."""
-    count, device = rows.stop - rows.start, layout.positions.device
-    are_candidates = layout.num_candidate_tokens is not None
-    return _sliced(
-        layout,
-        rows,
-        seqlen_offsets=torch.tensor([0, count], device=device),
-        seqlens=np.array([count]),
-        num_contextuals=0,
-        num_candidate_tokens=torch.tensor([count], device=device) if are_candidates else None,
-        num_candidate_tokens_host=np.array([count if are_candidates else 0]),
-        positions=torch.arange(start, start + count, device=device).clamp_(max=history_end),
-        cache={},
-    )
+    count = len(range(rows.start, rows.stop, rows.step))
+    candidates = np.array([0 if layout.num_candidate_tokens is None else count])
+    part = with_tokens(layout, np.array([count]), candidates, lambda of_tokens: of_tokens[rows])
+    positions = torch.arange(start, start + count, device=layout.positions.device).clamp_(max=history_end)
+    group, per_item = layout.candidate_group_tokens // rows.step, layout.tokens_per_item // rows.step
+    changes = {"num_contextuals": 0, "candidate_group_tokens": group, "tokens_per_item": per_item}
+    return replace(part, positions=positions, **changes)

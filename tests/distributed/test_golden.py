@@ -13,7 +13,7 @@ import pytest
 
 from hstu.data.store.sequence_store import SequenceStore
 from tests.distributed.launch import Launch, run_cases
-from tests.distributed.training_cases import train
+from tests.distributed.pipeline_cases import train_whole
 
 NETWORK = {
     "num_layers": 2,
@@ -69,7 +69,7 @@ def runs(ml_100k_store: SequenceStore, tmp_path_factory: pytest.TempPathFactory)
     output: Path = tmp_path_factory.mktemp("golden")
     cases = {
         name: partial(
-            train,
+            train_whole,
             store=str(ml_100k_store.path),
             output=str(output / name),
             **{"network": NETWORK, **options},

@@ -25,8 +25,7 @@ from hstu.train.trainer import Trainer
 from tests.conftest import write_small_store
 from tests.distributed.failure_cases import FAULTS
 from tests.distributed.launch import Launch, run_cases
-from tests.distributed.pipeline_cases import digest
-from tests.distributed.training_cases import config_for
+from tests.distributed.pipeline_cases import config_for, digest
 from tests.train.tiny import OF_THE_ACTION, FinishedRun, TinyOptions, build, in_forward, walks
 
 WHOLE, EVERY = 9, 4

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
-from tests.distributed.training_cases import train, users_evaluated
+from tests.distributed.pipeline_cases import train_whole, users_evaluated
 from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, TOWER, shown, walks
 
 SIZES = (1, 3)
@@ -101,14 +101,14 @@ def trained(place: Path, size: int) -> dict[str, Any]:
     cases = {}
     for number, (name, options) in enumerate(CASES.items()):
         saving = {"ckpt_save_interval": ITERATIONS // 2} if size == 1 else {}
-        cases[name] = case(train, place, f"{size}/{name}", options, WHOLE | saving)
+        cases[name] = case(train_whole, place, f"{size}/{name}", options, WHOLE | saving)
         in_parts = {
             "train_batch_size": GLOBAL_BATCH // 2,
             "gradient_accumulation_steps": 2,
             "pipeline_type": ("none", "native", "prefetch")[number % 3],
         }
         if size == 3:
-            cases[f"{name}, in parts"] = case(train, place, f"{size}/{name}, in parts", options, WHOLE | in_parts)
+            cases[f"{name}, in parts"] = case(train_whole, place, f"{size}/{name}, in parts", options, WHOLE | in_parts)
     return cases
 
 
@@ -122,8 +122,8 @@ def from_checkpoints_of_one_rank(place: Path, size: int) -> dict[str, Any]:
             for iteration in (ITERATIONS, ITERATIONS // 2)
         )
         evaluation = f"evaluate {task}"
-        cases[evaluation] = case(train, place, f"{size}/{evaluation}", options, {**end, "eval_at_end": True})
-        cases[f"go on {task}"] = case(train, place, f"{size}/go on {task}", options, middle)
+        cases[evaluation] = case(train_whole, place, f"{size}/{evaluation}", options, {**end, "eval_at_end": True})
+        cases[f"go on {task}"] = case(train_whole, place, f"{size}/go on {task}", options, middle)
         cases[f"seven {task}"] = case(
             users_evaluated, place, f"{size}/seven {task}", options, {"eval_batch_size": 2 * size}, store="seven"
         )

@@ -9,7 +9,7 @@ import pytest
 
 from hstu.data.store.sequence_store import SequenceStore
 from tests.distributed.launch import Launch, run_cases
-from tests.distributed.training_cases import train as train_on_rank
+from tests.distributed.pipeline_cases import train_whole
 from tests.train.tiny import Train
 
 
@@ -17,7 +17,7 @@ from tests.train.tiny import Train
 def test_compiled_parts_train_what_the_others_do_on_two_ranks(store: SequenceStore, tmp_path: Path) -> None:
     cases = {
         str(compiled): partial(
-            train_on_rank,
+            train_whole,
             task="ranking",
             store=str(store.path),
             output=str(tmp_path / str(compiled)),

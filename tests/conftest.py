@@ -28,7 +28,7 @@ settings.load_profile("repeatable")
 # A shell starts background jobs with SIGINT ignored, and what a test then starts could not be interrupted.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Nothing that a test writes must outlive a power failure. tests/reliability/test_durability.py sees each call.
+# Nothing that a test writes must outlive a power failure. tests/reliability/test_disks.py sees each call.
 os.fsync = lambda _: None  # type: ignore[assignment]
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -1,11 +1,14 @@
-"""Models with random weights and every kind of feature, exported for serving."""
+"""Models with random weights and every kind of feature, exported for serving; random requests and their answers."""
+
+from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import random
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 from hstu import api
 from hstu.api import TrainedModel
 from hstu.config.args import EmbeddingArgs
+from hstu.data.batches.batch import HSTUBatch
 from hstu.data.datasets.spec import UNKNOWN
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
@@ -25,6 +29,7 @@ from hstu.parallel.tables import dynamic_tables
 from hstu.serve import runtime
 from hstu.serve.delta import DeltaSize, read_export, write_delta
 from hstu.serve.export import for_export, write_manifest, write_serving, write_tensors
+from hstu.serve.loaded import LoadedModel
 from hstu.serve.runtime import History
 from hstu.serve.runtime.files import checksum_of
 from hstu.train.builder import build_model, build_state
@@ -156,3 +161,140 @@ def export_with(folder: Path, target: Path, change: Callable[[Tensors, Tensors],
 def delta_of(whole: Path, base: Path, folder: Path, threshold: float = 0.0) -> DeltaSize:
     """Write the delta that leads from ``base``, which lies beside it, to ``whole``."""
     return write_delta(whole, read_export(base), folder, f"../{base.name}", threshold)
+
+
+_DAY_S, _UNKNOWN = 86_400, -7
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Requests of several users at one time."""
+
+    histories: list[runtime.History]
+    candidates: list[runtime.Candidates]
+    """Items to score, one or more per user; read by ranking alone."""
+    at: int | None
+
+
+def random_requests(model: runtime.Model, count: int = 10) -> list[Requests]:
+    """Requests with known and unknown ids and missing values of everything that a model reads, of all lengths."""
+    draw, facts = random.Random(0), model.facts
+    longest, rule = facts["max_items"], facts["candidates"]
+    lengths = [1, 2, longest + 3, *(draw.randint(1, longest) for _ in range(count - 3))]
+    histories = [_history(model, user, length, draw) for user, length in enumerate(lengths)]
+    most = min(3, rule["most"] or 3) if rule["trained"] else 3
+    shown = [_candidates(model, history, draw.randint(1, most), draw) for history in histories]
+    found = [Requests(histories, shown, None)]
+    if model.reads_request_time:
+        newest = max(int(time) for history in histories for time in history.timestamps or ())
+        found.append(Requests(histories, shown, newest + draw.randrange(1, _DAY_S)))
+        if facts["task"] == "ranking":  # a user who has done nothing yet
+            empty = runtime.History(items=[], context=histories[0].context, user=histories[0].user)
+            found[-1] = Requests([empty, *histories], [shown[0], *shown], found[-1].at)
+    return found
+
+
+def largest_difference(trained: LoadedModel, model: runtime.Model) -> float:
+    """Largest difference of a vector's number or a logit on random requests, relative to 1 + its absolute value."""
+    worst = 0.0
+    for requests in random_requests(model):
+        with torch.no_grad():
+            if model.facts["task"] == "ranking":
+                expected = torch.cat(list(_logits(trained, model, requests)))
+                found = torch.cat(model.predict_batch(requests.histories, requests.candidates, requests.at))
+                items = [item for each in requests.candidates for item in each.items]
+                assert torch.equal(found.isnan().all(dim=1), torch.tensor([item == _UNKNOWN for item in items]))
+                found, expected = found[~found.isnan().all(dim=1)], expected[~found.isnan().all(dim=1)]
+            else:
+                batches = trained.encoder.batches(requests.histories)
+                items, vectors = _item_vectors(trained)
+                expected = torch.cat([trained.user_vectors(batches, requests.at).cpu(), vectors])
+                found = torch.cat([model.embed_batch(requests.histories, requests.at), model.item_vectors(items)])
+        worst = max(worst, float(((found - expected).abs() / (1 + expected.abs())).nan_to_num(torch.inf).max()))
+    return worst
+
+
+def _item_vectors(trained: LoadedModel) -> tuple[list[Any], Tensor]:
+    corpus = trained.retrieval_evaluator().corpus()
+    return trained.vocabularies[trained.source.roles.item].values_at(corpus.ids.cpu()), corpus.vectors()
+
+
+def _logits(trained: LoadedModel, model: runtime.Model, requests: Requests) -> Iterator[Tensor]:
+    """Logits of the candidates: together, as in training with candidates; else each as the newest event."""
+    encoder, sequences = trained.encoder, []
+    is_trained = model.facts["candidates"]["trained"]
+    for history, shown in zip(requests.histories, requests.candidates, strict=True):
+        count = len(shown.items)
+        room = (model.facts["candidates"]["most"] or count) if is_trained else 1
+        events = encoder.history(history, requests.at, model.facts["max_items"] - room)
+        parts = encoder.candidates(shown, history, requests.at, 1 if is_trained else count)
+        sequences += [(events, part) for part in parts]
+    first = 0
+    for batch in encoder.batches_of(sequences):
+        counts = [0 if shown is None else shown.length for _, shown in sequences[first : first + batch.real_batch_size]]
+        first += batch.real_batch_size
+        logits = trained.forward(_labelled(trained, model, batch, counts)).logits
+        assert logits is not None, "a ranking model has logits"
+        yield logits.cpu()
+
+
+def _labelled(trained: LoadedModel, model: runtime.Model, batch: HSTUBatch, counts: Sequence[int]) -> HSTUBatch:
+    """The batch with the newest ``counts`` items of each sequence labelled, and as candidates if they are any."""
+    labels = np.zeros(batch.batch_size, dtype=np.int64)
+    labels[: len(counts)] = counts
+    shown = labels if model.facts["candidates"]["trained"] else np.zeros_like(labels)
+    names, total = trained.source.roles.labels, int(labels.sum())
+    return replace(
+        batch,
+        num_candidates=torch.from_numpy(shown),
+        num_candidates_host=shown,
+        num_labels=torch.from_numpy(labels),
+        num_labels_host=labels,
+        labels=torch.full((total,), model.facts["tasks"][0]["first"]),
+        label_values=torch.full((len(names), total), torch.nan) if names else None,
+    )
+
+
+def _history(model: runtime.Model, user: int, length: int, draw: random.Random) -> runtime.History:
+    facts, times, now = model.facts, [], 1_000_000_000 + draw.randrange(_DAY_S)
+    for _ in range(length):
+        times.append(now)
+        now += draw.choice((0, 30, draw.randrange(40 * _DAY_S)))
+    chosen = [name for name in facts["contextual"] if draw.random() < 0.8]
+    given = [name for name, must in model.encoder.given_features.items() if must or draw.random() < 0.3]
+    return runtime.History(
+        items=_values(model, facts["item"], length, draw),
+        actions=_values(model, facts["action"], length, draw, unknown=0) if facts["action"] else None,
+        timestamps=times if facts["reads_times"] else None,
+        context={name: _values(model, name, 1, draw)[0] for name in chosen},
+        features={name: _of_events(model, name, length, draw) for name in given},
+        user=user,
+    )
+
+
+def _candidates(model: runtime.Model, history: runtime.History, count: int, draw: random.Random) -> runtime.Candidates:
+    names = [name for name in model.encoder.known_before if name in history.features]
+    items = _values(model, model.facts["item"], count, draw)
+    return runtime.Candidates(items, {name: _of_events(model, name, count, draw) for name in names})
+
+
+def _of_events(model: runtime.Model, name: str, count: int, draw: random.Random) -> list[Any]:
+    """Values of a feature, None among them."""
+    widths = {entry["name"]: entry["width"] for entry in model.facts["numbers"]}
+    found: list[Any]
+    if name in widths:
+        found = [[draw.gauss(0, 3) for _ in range(widths[name])] for _ in range(count)]
+    elif model.facts["features"][name]["is_list"]:
+        found = [_values(model, name, draw.randint(0, 3), draw) for _ in range(count)]
+    else:
+        found = _values(model, name, count, draw)
+    return [None if draw.random() < 0.1 else value for value in found]
+
+
+def _values(model: runtime.Model, feature: str, count: int, draw: random.Random, unknown: float = 0.05) -> list[Any]:
+    """Known values of a feature, and now and then an unknown one."""
+    known = model.encoder.vocabularies[feature]
+    if not known.size:
+        return [_UNKNOWN] * count
+    places = torch.tensor([draw.randrange(known.size) for _ in range(count)], dtype=torch.int64)
+    return [_UNKNOWN if draw.random() < unknown else value for value in known.values_at(places)]

@@ -28,13 +28,13 @@ from hstu.serve.runtime.files import texts_of
 from hstu.serve.server.swap import find_exports
 from scripts import export
 from tests.helpers import flip
-from tests.serve.random_requests import largest_difference
 from tests.serve.served import (
     Served,
     Tensors,
     delta_of,
     export_with,
     histories,
+    largest_difference,
     random_model,
     request,
     rewrite,

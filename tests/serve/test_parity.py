@@ -23,8 +23,7 @@ from hstu.serve.runtime.files import read_tensors, tables_of
 from hstu.train.evaluate import RetrievalEvaluator
 from scripts import export
 from tests.serve.http_server import running
-from tests.serve.random_requests import largest_difference
-from tests.serve.served import BIAS, EVERY_FEATURE, feature_store, random_model, serve
+from tests.serve.served import BIAS, EVERY_FEATURE, feature_store, largest_difference, random_model, serve
 from tests.train.tiny import ITEMS, OF_THE_ACTION, FinishedRun
 
 TOLERANCE = 1e-4

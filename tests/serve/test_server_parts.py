@@ -23,8 +23,7 @@ from hstu.serve.server.batching import Batcher, Metrics, Overloaded, Settings
 from hstu.serve.server.model import Answer, ScoreRequest, ServedModel
 from hstu.serve.server.swap import LiveModel, find_exports
 from tests.serve.http_server import StubLoader, write_folder
-from tests.serve.random_requests import random_requests
-from tests.serve.served import Served
+from tests.serve.served import Served, random_requests
 
 
 class Doubler:

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,23 @@ from tests.distributed.toy import new_state
 from tests.reliability.test_background import TIMEOUT_S, TRAINER, committed, run
 
 Disk = Callable[[Path, str], None]
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    """``disk(directory, options)`` mounts a tmpfs there."""
+    mounted: list[Path] = []
+
+    def mount(directory: Path, options: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(directory)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("NEEDS THE RIGHT TO MOUNT: a small disk of its own")
+        mounted.append(directory)
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", str(directory)], check=True)
 
 
 def run_alone(store: str, output: Path, fault: str = "nothing", at: int = 0, **trainer: Any) -> EndedRank:

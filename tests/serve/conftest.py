@@ -9,6 +9,7 @@ import pytest
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.loaded import LoadedModel
+from scripts import export
 from tests.conftest import write_small_store
 from tests.serve.served import BIAS, EVERY_FEATURE, PUBLISHED, Served, feature_store, random_model, serve
 from tests.train.conftest import one_rank, undisturbed  # noqa: F401
@@ -67,6 +68,25 @@ def loaded(finished: Callable[[str], FinishedRun], mesh: Mesh) -> Callable[[str]
         return models[name]
 
     return load
+
+
+@pytest.fixture(scope="package")
+def exported(
+    finished: Callable[[str], FinishedRun], mesh: Mesh, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """``exported("ranking")``: the newest checkpoint of that run, exported by the command with its program."""
+    output = tmp_path_factory.mktemp("exported")
+
+    def of_run(name: str) -> Path:
+        if not (output / name).exists():
+            checkpoints = finished(name).path.parent / "checkpoints"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("hstu.serve.loaded.mesh_of_this_process", lambda: mesh)
+                patch.setattr(export, "mesh_of_this_process", lambda: mesh)
+                assert export.main(["--ckpt", str(checkpoints), "--output", str(output / name), "--program"]) == 0
+        return output / name
+
+    return of_run
 
 
 @pytest.fixture

@@ -423,24 +423,24 @@ def test_a_delta_between_models_that_do_not_fit_is_refused(chain: Path, ranking:
 
 def test_the_command_writes_a_delta_of_a_later_checkpoint(
     finished: Callable[[str], FinishedRun],
+    exported: Callable[[str], Path],
     mesh: Mesh,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(export, "mesh_of_this_process", lambda: mesh)
-    command = ["--run_dir", str(finished("retrieval").path)]
+    command, whole = ["--run_dir", str(finished("retrieval").path)], exported("retrieval")
     for name, options in {
         "base": ["--ckpt", "12", "--program"],
-        "whole": ["--ckpt", "15", "--program"],
         "delta": ["--ckpt", "15", "--delta", str(tmp_path / "base")],
     }.items():
         assert export.main([*command, *options, "--output", str(tmp_path / name)]) == 0
     *_, last = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"delta: \d+ of \d+ rows, [\d,]+ bytes; a whole export has [\d,]+", last)
-    assert held_by(tmp_path / "delta") == held_by(tmp_path / "whole")
+    assert held_by(tmp_path / "delta") == held_by(whole)
     assert {path.name for path in (tmp_path / "delta").iterdir()} == {"manifest.json", "serving"}
-    assert runtime.load(tmp_path / "delta/serving").facts == runtime.load(tmp_path / "whole/serving").facts
+    assert runtime.load(tmp_path / "delta/serving").facts == runtime.load(whole / "serving").facts
     shutil.rmtree(tmp_path / "base/serving")
     command += ["--delta", str(tmp_path / "base"), "--output", str(tmp_path / "next")]
     assert export.main(command) == EXIT_BAD_DATA

@@ -1,8 +1,13 @@
 """One model, applied in each way there is, has one set of metrics: trained, exported, from a cache, and served.
 
-Exports of models with other settings (slow) compute what the models compute.
+Exports of models with other settings (slow) compute what the models compute. A score has one meaning: it is the same in
+an evaluation, in a file of predictions, in an export and in a session. Evaluation and use agree on the items that a
+user has had, too: RetrievalArgs.filter_seen is the policy of both.
 """
 
+from __future__ import annotations
+
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,38 +21,25 @@ from hstu import api
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
+from hstu.serve.command import Candidates
+from hstu.serve.contents import caveats
 from hstu.serve.export import TOLERANCE as ROUNDING
+from hstu.serve.export import difference
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.predict import Evaluation, evaluate_split
+from hstu.serve.predict import Evaluation, RankingPredictor, RetrievalPredictor, evaluate_split
+from hstu.serve.runtime import Candidates as Shown
 from hstu.serve.runtime.files import read_tensors, tables_of
+from hstu.serve.server.model import RecommendRequest, ServedModel
 from hstu.train.evaluate import RetrievalEvaluator
-from scripts import export
+from tests.conftest import write_small_store
 from tests.serve.http_server import running
-from tests.serve.served import BIAS, EVERY_FEATURE, feature_store, largest_difference, random_model, serve
-from tests.train.tiny import ITEMS, OF_THE_ACTION, FinishedRun
+from tests.serve.served import BIAS, EVERY_FEATURE, Served, feature_store, largest_difference, random_model, serve
+from tests.train.tiny import ITEMS, OF_THE_ACTION, tiny_config, walks
 
 TOLERANCE = 1e-4
 MEGABYTE = 1 << 20
 Predict = Callable[[api.History, list[Any], int], Any]
 """History, candidates, time of the request → what the model predicts for each: a cosine, or logits of the classes."""
-
-
-@pytest.fixture(scope="module", params=["retrieval", "ranking"])
-def name(request: Any) -> str:
-    chosen: str = request.param
-    return chosen
-
-
-@pytest.fixture(scope="module")
-def exported(name: str, finished: Any, mesh: Mesh, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The newest checkpoint of a run, exported by the command."""
-    run: FinishedRun = finished(name)
-    output = tmp_path_factory.mktemp("exported") / name
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hstu.serve.loaded.mesh_of_this_process", lambda: mesh)
-        patch.setattr(export, "mesh_of_this_process", lambda: mesh)
-        assert export.main(["--ckpt", str(run.path.parent / "checkpoints"), "--output", str(output), "--program"]) == 0
-    return output
 
 
 def of_program(exported: Path, _: Mesh) -> Iterator[Predict]:
@@ -131,15 +123,24 @@ def predicted_again(evaluation: Evaluation, predict: Predict, store: SequenceSto
 WAYS: dict[str, Any] = {"program": of_program, "cache": of_cache, "server": of_server}
 
 
+@pytest.mark.parametrize("name", ["retrieval", "ranking"])
 @pytest.mark.parametrize("way", WAYS)
 def test_metrics_are_those_of_the_checkpoint(
-    way: str, name: str, exported: Path, loaded: Callable[[str], LoadedModel], store: SequenceStore, mesh: Mesh
+    way: str,
+    name: str,
+    exported: Callable[[str], Path],
+    loaded: Callable[[str], LoadedModel],
+    store: SequenceStore,
+    mesh: Mesh,
 ) -> None:
     model = loaded(name)
     split = model.with_data().final_splits[-1]
-    trained, of_weights = evaluate_split(model, split), evaluate_split(LoadedModel.load(exported, mesh=mesh), split)
+    trained, of_weights = (
+        evaluate_split(model, split),
+        evaluate_split(LoadedModel.load(exported(name), mesh=mesh), split),
+    )
     assert of_weights.metrics() == trained.metrics()
-    predict = next(ways := WAYS[way](exported, mesh))
+    predict = next(ways := WAYS[way](exported(name), mesh))
     results = predicted_again(trained, predict, store)
     ways.close()
     has_history = ~np.isnan(results.reshape(len(results), -1)).any(axis=1)
@@ -234,3 +235,138 @@ def test_tables_of_fewer_bits_are_close(
     places = served.model.encoder.items.rows(range(1000, 1000 + ITEMS))
     found = tables_of(read_tensors(served.folder / "tables.safetensors"))["item_id_table"].rows(places)
     assert 0 < ((found - rows).abs() / rows.abs().amax(dim=1, keepdim=True)).max() <= largest
+
+
+# --- a score has one meaning ---
+
+
+def test_candidates_of_an_evaluation_score_as_each_does_alone(ranking: Served) -> None:
+    trained, model = ranking.trained, ranking.model
+    session, cut = trained.session(1 << 24), 0
+    for batch in trained.batches("valid"):
+        logits = trained.forward(batch).logits
+        assert logits is not None
+        users = batch.user_ids[: batch.real_batch_size].tolist()
+        for user, expected in zip(users, logits.split(batch.num_labels.tolist()), strict=False):
+            (whole,) = trained.histories_of(np.array([user]))
+            end = len(whole.items) - len(expected)
+            history = whole.cut(slice(end))
+            cut += end > session.max_items
+            session.encode([history])
+            for place in range(end, len(whole.items)):
+                event = whole.cut(slice(place, place + 1))
+                assert event.timestamps is not None
+                known = {name: event.features[name] for name in model.encoder.known_before if name in event.features}
+                at = int(event.timestamps[0])
+                found = model.predict_batch([history], [Shown(event.items, known)], at)
+                found.append(session.score(whole.user, event.items, at=at, features=known))
+                for each in found:
+                    torch.testing.assert_close(each[0], expected[place - end], atol=ROUNDING, rtol=ROUNDING)
+    assert cut, "some histories are longer than the model's"
+
+
+def test_a_score_does_not_depend_on_the_candidates_beside(ranking: Served) -> None:
+    users, names = np.arange(20), [name for name in ranking.model.encoder.known_before if name == "device"]
+
+    def first_of(count: int) -> np.ndarray:
+        items = np.tile(np.arange(count), len(users))
+        given = Candidates(users, np.full_like(users, count), items, {name: items % 3 for name in names})
+        return RankingPredictor(ranking.trained, given, at=10**7).logits(given)[::count]
+
+    for count in (2, 3, 7, 11):
+        np.testing.assert_allclose(first_of(count), first_of(1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["gap", "history"])
+def test_the_check_of_an_export_notices_another_meaning(
+    ranking: Served, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if what == "history":  # cut to what fits beside fewer candidates
+        monkeypatch.setitem(ranking.model.facts["candidates"], "most", 2)
+    else:  # counted from the candidate before
+        codes = SequenceStore.time_codes
+
+        def from_the_event_before(store: SequenceStore, feature: str, events: np.ndarray, _: Any = None) -> np.ndarray:
+            return codes(store, feature, events)
+
+        monkeypatch.setattr(SequenceStore, "time_codes", from_the_event_before)
+    found = difference(ranking.trained, ranking.model)
+    assert found is not None and found > 100 * ROUNDING
+
+
+def test_an_export_says_where_evaluation_and_service_differ(features: SequenceStore, tmp_path: Path) -> None:
+    def said(task: str = "ranking", **options: Any) -> str:
+        return " ".join(caveats(tiny_config(task, features, tmp_path, **options)))
+
+    window = {"max_attention_span": 3, "min_full_attention_tokens": 2}
+    truncated = {"truncate_after_layer": 1, "truncate_to_items": 2}
+    assert "min_full_attention_tokens treats the newest events otherwise" in said(network=window)
+    assert "truncate_to_items treats" in said(network=truncated)
+    assert not said("retrieval", network=truncated) and not said(network=window, dataset={"max_num_candidates": 2})
+    requests = {"candidates": "requests"}
+    assert "their scores depend on their number" in said(dataset=requests)
+    assert not said(dataset={**requests, "max_num_candidates": 2})
+
+
+def test_an_unknown_candidate_has_no_score(ranking: Served) -> None:
+    trained, (history,) = ranking.trained, ranking.trained.histories_of(np.array([0]))
+    session, given = trained.session(1 << 24), {"device": [None, None]}
+    session.encode([history])
+    cached = session.score(history.user, [1000, -7], at=10**7, features=given)
+    (exported,) = ranking.model.predict_batch([history], [Shown([1000, -7], given)], 10**7)
+    torch.testing.assert_close(cached, exported, atol=ROUNDING, rtol=ROUNDING, equal_nan=True)
+    assert cached.isnan().any(dim=1).tolist() == [False, True]
+    named, scores = session.named(cached), ranking.model.score(history, Shown([1000, -7], given), 10**7)
+    assert named.keys() == scores.keys() and {each[1] for each in scores.values()} == {None}
+    for name, values in named.items():
+        assert values[0] == pytest.approx(scores[name][0], abs=ROUNDING) and np.isnan(values[1])
+
+
+def test_an_item_without_a_vector_is_last_in_a_file_of_predictions(
+    retrieval: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = np.array([0])
+    given = Candidates(one, np.array([3]), np.arange(3), {})
+    monkeypatch.setattr("hstu.serve.predict.pair_scores", lambda *_: torch.tensor([torch.nan, -0.2, -0.1]))
+    monkeypatch.setitem(vars(retrieval.trained), "version", "of no checkpoint")
+    table = RetrievalPredictor(retrieval.trained, None, given, denied=np.array([2]), keep_seen=True).predict(one)
+    assert table["item"].to_pylist() == [1001, 1000] and table["rank"].to_pylist() == [1, 2]
+    assert table["score"].to_pylist() == [pytest.approx(-0.2), None]
+
+
+TOP = 4
+
+
+@pytest.mark.parametrize("filter_seen", [True, False])
+def test_hits_of_the_evaluation_are_items_that_users_get(
+    mesh: Mesh, tmp_path: Path, filter_seen: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The held-out items of half of the users are the first items of their histories."""
+    events = walks()
+    events["items"] = [[*row[:-1], row[0]] if place % 2 else row for place, row in enumerate(events["items"])]
+    store = write_small_store(tmp_path / "store", **events)
+    task_args = {"filter_seen": filter_seen, "eval_metrics": (f"HR@{TOP}",)}
+    (tmp_path / "manifest.json").write_text("{}")  # of which predictions name the checksum
+    trained = random_model("retrieval", store, mesh, tmp_path, task_args=task_args, network={"num_layers": 1})
+    served = serve(trained, tmp_path / "serving")
+    whole = [*trained.histories_of(np.arange(store.num_users))]
+    given, targets = [each.cut(slice(-1)) for each in whole], [each.items[-1] for each in whole]
+    repeated = sum(target in each.items for each, target in zip(given, targets, strict=True))
+    with caplog.at_level(logging.WARNING):
+        expected = trained.evaluate("test")[f"HR@{TOP}"]
+    assert repeated and (f"{repeated} of {len(whole)} targets" in caplog.text) == filter_seen
+
+    requests = [RecommendRequest.model_construct(**vars(each), k=TOP) for each in given]
+    answers = ServedModel(served.model, "").answer(requests)
+    for found in (
+        [each.items for each in trained.recommend_for(given, TOP)[0]],
+        [each.items for each in served.model.recommend_batch(given, TOP)],
+        [[best["item"] for best in each["items"]] for each in answers],  # type: ignore[index]
+    ):
+        assert np.mean([target in items for items, target in zip(found, targets, strict=True)]) == expected
+    rows = RetrievalPredictor(trained, TOP).predict(np.arange(store.num_users)).to_pylist()
+    pairs = {(row["user"], row["item"]) for row in rows}
+    best = trained.recommend([*store.raw_ids("user_id")], TOP)
+    assert pairs == {(each.user, item) for each in best for item in each.items}
+    assert pairs.isdisjoint((each.user, item) for each in whole for item in each.items) == filter_seen
+    assert ("left out" in (served.folder / "MODEL_CARD.md").read_text()) == filter_seen

@@ -1,6 +1,5 @@
 """Each operator falls back by itself, and says why, or is an error; on a CPU the C++ kernels stand in for a GPU's."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,6 @@ CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
 SHAPES = KernelShapes(64, 1, 64, 64, torch.float32)
 BFLOAT16 = KernelShapes(64, 1, 64, 64, torch.bfloat16)
-FAST = pytest.mark.parametrize("requested", ["cutlass", "triton"])
 
 
 def on_cpu(requested: str) -> dict[str, str]:
@@ -31,15 +29,6 @@ def on_cpu(requested: str) -> dict[str, str]:
 
 def said(kernels: Kernels) -> dict[str, str]:
     return {operator: str(served) for operator, served in kernels.served_by.items()}
-
-
-@FAST
-def test_on_a_cpu_the_cpp_kernels_are_used(requested: str, caplog: pytest.LogCaptureFixture) -> None:
-    require_compiler()
-    with caplog.at_level(logging.INFO, logger="hstu.ops.select"):
-        served = on_cpu(requested)
-    assert served["attention"] == "cpu" and served["jagged_concat"] == "pytorch (cpu: no kernel)"
-    assert f"kernel_backend '{requested}' runs on GPUs; this CPU uses C++ kernels" in caplog.messages
 
 
 def test_without_a_compiler_pytorch_is_used_and_the_reason_says_what_to_install(
@@ -170,7 +159,7 @@ def test_triton_serves_gpus_without_cutlass_kernels(
     assert on_gpu(requested)["attention"] == attention
 
 
-@FAST
+@pytest.mark.parametrize("requested", ["cutlass", "triton"])
 def test_where_strict_a_cpu_is_an_error(requested: str) -> None:
     with pytest.raises(ConfigError, match="strict_kernel_backend"):
         select_kernels(requested, strict=True, device=CPU, shapes=SHAPES)

@@ -1,6 +1,10 @@
-"""What a launch passes on and calls: values, tables of a relative bias, and kernels that were compiled ahead."""
+"""All CUTLASS kernels compile without a GPU, and docs/benchmarks/kernels lists them.
+
+What a launch passes on and calls: values, tables of a relative bias, and kernels that were compiled ahead.
+"""
 
 import ctypes
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kernel_variants import Compiled, read_cutlass_kernel
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
 from hstu.ops.compile_ahead import compile_all
-from hstu.ops.cutlass import attention, compile_ahead, objects
+from hstu.ops.cutlass import attention, compile_ahead, hopper, objects
 from hstu.ops.cutlass.attention import Kernel, Variant
 from hstu.ops.cutlass.bias import CELL_BITS, NUM_CELLS, BiasArguments, BiasSums, cells
 from hstu.ops.cutlass.objects import LaunchArguments
@@ -21,6 +26,7 @@ from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, KernelS
 from hstu.ops.layout import NUM_TIME_BUCKETS, bucket_thresholds, time_buckets
 from hstu.ops.self_check import small_layout
 
+TABLE = Path(__file__).resolve().parents[3] / "docs" / "benchmarks" / "kernels" / "cutlass.json"
 CPU = torch.device("cpu")
 VARIANT = Variant(Kernel.FORWARD, torch.bfloat16, 32, 80)
 WITH_BIAS = Variant(Kernel.QUERIES, torch.bfloat16, 32, 80, has_bias=True, through_silu=True)
@@ -138,3 +144,40 @@ def test_the_table_of_a_model_is_read_as_it_is() -> None:
     bias = RelativeBias(torch.randn(2 * 1000 - 1), torch.randn(NUM_TIME_BUCKETS))
     arguments = BiasArguments.of(bias, small_layout(CPU))
     assert arguments.center == 999 and arguments.position_weight.data_ptr() == bias.position_weight.data_ptr()
+
+
+# --- every kernel, compiled ---
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    """What the machine code of a kernel needs."""
+    return read_cutlass_kernel(variant, *attention.compile_ahead(variant))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_kernel_compiles_without_a_gpu_and_without_spills(capability: int) -> None:
+    compiled = compile_variant(Variant(Kernel.FORWARD, torch.bfloat16, 32, capability))
+    assert compiled.spill_instructions == compiled.stack_bytes == 0
+    assert (compiled.wgmma > 0, compiled.mma > 0) == (capability == 90, capability == 80)
+
+
+def test_the_table_has_every_kernel_and_no_spills() -> None:
+    rows = json.loads(TABLE.read_text())
+    listed = [(row["kernel"], row["head_dim"]) for row in rows]
+    assert listed == [(compile_ahead.kernel_name(v), v.head_dim) for v in attention.variants()]
+    assert not any(row["spill_instructions"] or row["stack_bytes"] for row in rows)
+
+
+@pytest.mark.parametrize("variant", attention.variants((torch.bfloat16,)))
+def test_threads_that_compute_ask_for_no_more_registers_than_the_others_give_up(variant: Variant) -> None:
+    """Else ``setmaxnreg.inc`` waits for ever. A kernel of 384 threads starts with 168 per thread."""
+    to_load, to_compute = hopper.registers(variant.shape)
+    assert hopper.WARPGROUP * (168 - to_load) >= hopper.CONSUMERS * hopper.WARPGROUP * (to_compute - 168)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_kernel_compiles_without_spills(dtype: torch.dtype) -> None:
+    for variant in attention.variants((dtype,)):
+        compiled = compile_variant(variant)  # raises where registers or shared memory run out
+        assert compiled.spill_instructions == compiled.stack_bytes == 0, compiled

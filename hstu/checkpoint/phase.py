@@ -55,7 +55,7 @@ def choose_phase(checkpoint: Path, own: Mapping[str, Any], store: SequenceStore,
     changed = difference(stored, own)
     if not changed or position is None:  # an export has no position: ``load`` refuses it
         return Phase.of(progress)
-    has_grown = "segments" in stored and stored.get("state") in store.lineage
+    has_grown = "segments" in stored and stored.get("state") in store.lineage[:-1]
     if continue_on == "all" or (continue_on == "new_events" and has_grown):
         seen = 0 if continue_on == "all" else stored["segments"]
         left = stored.get("samples", 0) - position["consumed"]
@@ -87,8 +87,13 @@ def difference(stored: Mapping[str, Any] | None, own: Mapping[str, Any]) -> str:
     is_same = stored.get("state") == own["state"] or all(
         stored.get(name) == own[name] for name in ("users", "events", "checksums")
     )
+    is_same &= stored.get("windows") == own.get("windows")
     # Checkpoints of earlier versions may have another order of many samples.
     if is_same and ("samples" not in own or stored.get("order") == own.get("order")):
         return ""
-    there, here = (f"{data['events']:,} events of {data['users']:,} users" for data in (stored, own))
+    there, here = (
+        f"{data['events']:,} events of {data['users']:,} users"
+        + (f", shuffled in windows of {data['windows']} shards" if data.get("windows") else "")
+        for data in (stored, own)
+    )
     return f"{there}; this data has {here if here != there else 'as many, but others or in another order'}"

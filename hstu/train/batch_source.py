@@ -20,7 +20,7 @@ from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelCodes, LabelFacts
 from hstu.data.sampling.negatives import ItemDistribution, Negatives, expected_log_counts
-from hstu.data.sampling.sampler import BatchPartition, Loads, SamplerPosition, TrainSampler
+from hstu.data.sampling.sampler import BatchPartition, Loads, SamplerPosition, ShardWindows, TrainSampler
 from hstu.data.sampling.splits import Split
 from hstu.data.store.layout import NumberStatistics
 from hstu.model.inputs import SequenceFeatures
@@ -72,6 +72,7 @@ class BatchSource(ABC):
     def __init__(self, config: RunConfig, mesh: Mesh | None, world_size: int) -> None:
         self._config = config
         self.label_facts, self.ranges = {}, {}
+        self._windows: ShardWindows | None = None
         self.max_items = config.max_items
         self._mesh = mesh
         self._rank, self._world_size = (0, world_size) if mesh is None else (mesh.rank, mesh.world_size)
@@ -151,6 +152,7 @@ class BatchSource(ABC):
             getattr(self._config.dataset, "shuffle", False),
             position,
             self._partition,
+            self._windows,
         )
 
     @abstractmethod

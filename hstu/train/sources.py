@@ -24,7 +24,7 @@ from hstu.data.datasets import store_path
 from hstu.data.features.roles import benchmark_roles, check_numbers, recoding_of, resolve_roles
 from hstu.data.features.values import LabelColumn, check_labels, training_statistics
 from hstu.data.sampling.negatives import count_items
-from hstu.data.sampling.sampler import MOST_LISTED, BatchPlan, EvalSampler, SamplerPosition
+from hstu.data.sampling.sampler import MOST_LISTED, BatchPlan, EvalSampler, SamplerPosition, ShardWindows
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.sampling.splits import Period, Split, check_requests, check_split, require_requests
 from hstu.data.store.layout import OFFSETS_FILE, NumberStatistics
@@ -72,12 +72,15 @@ class StoreSource(BatchSource):
         self._eval_samples: dict[Split | Period, SampleTable] = {}
         self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
+        if args.shuffle_window_shards:
+            bounds = np.searchsorted(samples.user, self.store.shard_users.astype(samples.user.dtype))
+            self._windows = ShardWindows(bounds, args.shuffle_window_shards)
         self.plan_training(SampleLengths(samples.lengths, samples.num_candidates, samples.num_labels))
 
     def _open(self) -> None:
         """Open the data and check that the configuration fits it."""
         config, args = self._config, self._args
-        self.store = SequenceStore.open(store_path(args))
+        self.store = SequenceStore.open(store_path(args), most_open=2 * args.shuffle_window_shards or None)
         self.ranges = self.store.ranges
         self.eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
         """The data for evaluation."""
@@ -126,19 +129,22 @@ class StoreSource(BatchSource):
         features = [self.store.feature(name) for name in (self.roles.item, self.roles.action, cut_by) if name]
         files = [OFFSETS_FILE, *(feature.file for feature in features)]
         checksums = {file: self.store.checksums[file] for file in files}
+        window = self._args.shuffle_window_shards
         return {
             "users": self.store.num_users,
             "events": self.store.num_events,
             "checksums": checksums,
             "state": self.store.lineage[-1],
             "segments": self.store.num_segments,
+            **({"windows": f"{window} of {self.store.num_shards}"} if window else {}),
         }
 
     @property
     def trained_on(self) -> dict[str, Any]:
         """See BatchSource."""
         samples = len(self._train_samples)
-        return self._data | {"samples": samples} | ({"order": "feistel"} if samples > MOST_LISTED else {})
+        is_listed = samples <= MOST_LISTED or self._windows is not None
+        return self._data | {"samples": samples} | ({} if is_listed else {"order": "feistel"})
 
     @cached_property
     def least_action(self) -> int:

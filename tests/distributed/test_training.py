@@ -1,4 +1,4 @@
-"""One global batch gives one result: whole runs on 1 and 3 ranks, on 3 also in micro-batches."""
+"""One global batch gives one result: whole runs on 1 and 3 ranks, on 3 also in micro-batches, and on shards."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -71,6 +71,9 @@ METRICS = {
     "retrieval": ("HR@3", "NDCG@3", "MRR", "MRR@5", "HR@500"),
 }
 GOES_ON = {"ranking": "ranking", "retrieval": "full, either time"}
+SHARDS = (1, 4, 64)
+IN_SHARDS = {"ranking": "ranking, requests", "retrieval": "mixed, logQ, random windows, seen"}
+"""Task → the case that is trained on stores of these numbers of shards."""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     users = walks(31)
     write_small_store(path / "store", **users, item_features=ITEM_FEATURES, requests=shown(users["items"]))
     write_small_store(path / "seven", **walks(7), item_features=ITEM_FEATURES)
+    for shards in SHARDS:
+        store = path / f"in {shards}"
+        write_small_store(store, **users, item_features=ITEM_FEATURES, requests=shown(users["items"]), shards=shards)
     return path
 
 
@@ -130,15 +136,34 @@ def from_checkpoints_of_one_rank(place: Path, size: int) -> dict[str, Any]:
     return cases
 
 
+def in_shards(place: Path, size: int) -> dict[str, Any]:
+    """Runs that shuffle stores in shards, whole or in windows, and those that one rank began on 4 shards."""
+    cases = {}
+    for task, name in IN_SHARDS.items():
+        for kind, windows in (("whole", 0), ("windows", 2)):
+            options = CASES[name] | {"dataset": CASES[name]["dataset"] | {"shuffle": True}}
+            options["dataset"] |= {"shuffle_window_shards": windows}
+            for shards in SHARDS if kind == "whole" else (4,):
+                saving = {"ckpt_save_interval": ITERATIONS // 2} if size == 1 else {}
+                key, saved = f"{task}, {kind} in {shards}", f"{place}/1/{task}, {kind} in 4/checkpoints"
+                trainer = {**WHOLE, "eval_at_end": True}
+                cases[key] = case(train_whole, place, f"{size}/{key}", options, trainer | saving, f"in {shards}")
+            trainer["ckpt_load_dir"] = f"{saved}/iteration_{ITERATIONS // 2:08d}"
+            key = f"{task}, {kind} goes on"
+            cases[key] = case(train_whole, place, f"{size}/{key}", options, trainer, f"in {shards}")
+    return cases
+
+
 @pytest.fixture(scope="module")
 def launches(place: Path) -> dict[int, list[dict[str, Any]]]:
     """World size → results of all ranks, from one launch each."""
     return {
         size: run_cases(
             Launch(size, timeout_s=300),
-            trained(place, size) | from_checkpoints_of_one_rank(place, size),
+            (trained(place, size) | from_checkpoints_of_one_rank(place, size) if size in SIZES else {})
+            | in_shards(place, size),
         )
-        for size in SIZES
+        for size in (1, 2, 3)
     }
 
 
@@ -199,6 +224,28 @@ def test_a_checkpoint_of_one_rank_is_trained_on_by_any_number(runs: Any, task: s
     straight = [loss for iteration, loss in runs[1][name]["losses"].items() if int(iteration) > ITERATIONS // 2]
     assert list(runs[1][f"go on {task}"]["losses"].values()) == straight
     np.testing.assert_allclose(list(runs[3][f"go on {task}"]["losses"].values()), straight, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("task", IN_SHARDS)
+def test_shards_change_no_bit_of_a_run(runs: Any, task: str, size: int) -> None:
+    whole = runs[size][f"{task}, whole in 1"]
+    assert len({*whole["losses"].values()}) == ITERATIONS and whole["metrics"]
+    for shards in SHARDS[1:]:
+        assert runs[size][f"{task}, whole in {shards}"] == whole
+    windows = runs[size][f"{task}, windows in 4"]
+    assert windows["losses"] != whole["losses"]
+    assert_same_training(windows, runs[1][f"{task}, windows in 4"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["whole", "windows"])
+@pytest.mark.parametrize("task", IN_SHARDS)
+def test_a_run_on_shards_goes_on_with_the_same_samples(runs: Any, task: str, kind: str, size: int) -> None:
+    """The order of all samples goes on from 4 to 64 shards, too."""
+    found = [*runs[size][f"{task}, {kind} goes on"]["losses"].values()]
+    straight = [*runs[1][f"{task}, {kind} in 4"]["losses"].values()][ITERATIONS // 2 :]
+    np.testing.assert_allclose(found, straight, rtol=0 if size == 1 else 1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)

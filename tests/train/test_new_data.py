@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hstu import api
-from hstu.base.errors import DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.checkpoint.phase import NothingNew
@@ -158,6 +158,25 @@ def test_a_run_goes_on_with_changed_data_only_as_told(
     tables = api.load(finished.path, mesh=mesh).tables()
     norms = tables["what_table"].rows.norm(dim=1)
     assert (norms > 0.1).all() and finished.trainer.state.iteration == 61
+
+
+def test_a_position_in_windows_of_shards_is_refused_for_others(mesh: Mesh, tmp_path: Path) -> None:
+    stores = {count: write_small_store(tmp_path / f"in {count}", **walks(), shards=count) for count in (1, 4, 8)}
+
+    def go_on(shards: int, windows: int, name: str, **trainer: Any) -> FinishedRun:
+        dataset = {"shuffle": True, "shuffle_window_shards": windows}
+        trainer = {"ckpt_save_interval": 3, "max_train_iters": 6, "ckpt_save_dir": str(tmp_path / name), **trainer}
+        return run(tiny_config("retrieval", stores[shards], tmp_path, dataset=dataset, trainer=trainer), mesh)
+
+    with pytest.raises(ConfigError, match=r"shuffle_window_shards.* needs a store in shards, and .*/in 1 has none"):
+        go_on(1, 2, "none")
+    loading = {"ckpt_load_dir": str(locate(go_on(4, 2, "begun").path))}
+    for shards, windows, here in ((8, 2, ", shuffled in windows of 2 of 8 shards"), (4, 0, "")):
+        told = rf"users, shuffled in windows of 2 of 4 shards; this data has .* of 20 users{here}\. Its position"
+        with pytest.raises(DataError, match=told):
+            go_on(shards, windows, "refused", **loading)
+        again = go_on(shards, windows, f"all {shards}", continue_on="all", max_train_iters=1, **loading)
+        assert (again.trainer.state.iteration, again.trainer.phase.first_iteration) == (7, 6)
 
 
 def test_a_phase_trains_on_what_appending_has_brought(mesh: Mesh, tmp_path: Path, train: Train) -> None:

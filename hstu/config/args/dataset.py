@@ -72,6 +72,14 @@ class DatasetArgs(AnyDatasetArgs):
     an item: its user is still in the request before. False leaves them out."""
     shuffle: bool = option(False, changes="training")
     """Shuffle the users again in each epoch."""
+    shuffle_window_shards: int = option(
+        0,
+        changes="training",
+        minimum=0,
+        needs=having("shuffle", True, why="without it the order is that of the store", strict=True),
+    )
+    """Shuffle the shards of a store (preprocess_dataset.py --shards), then the samples of each window of this many
+    shards: a process reads one window after another, and keeps the shards of two open. 0: shuffle all samples."""
     shuffle_ties: bool = option(
         False,
         changes="training",

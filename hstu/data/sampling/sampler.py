@@ -1,7 +1,8 @@
 """Which samples form which batch: the order of an epoch, the position in it, and the division of a batch over ranks.
 
-The order of an epoch is one permutation of all samples, a function of (seed, epoch) only. A *global batch* is the next
-run of it: ``batch_size * world_size`` samples or, under a token budget, as many as fit on the ranks. Each rank takes a
+The order of an epoch is one permutation of all samples, a function of (seed, epoch) only, or with ShardWindows one of
+the shards and one of the samples of each window of them. A *global batch* is the next run of the order:
+``batch_size * world_size`` samples or, under a token budget, as many as fit on the ranks. Each rank takes a
 contiguous slice of the run, or the samples that balancing assigns to it. The number of consumed samples is therefore
 the whole state, and a run can resume at any world size. Every rank plans the whole batch on the host from known
 lengths, so nothing is communicated. The division decides which rank trains on a sample, never which samples share a
@@ -80,6 +81,34 @@ class BatchPartition:
     """Largest number of tokens per rank; a longer sample is the only one of its rank. None: samples are counted."""
 
 
+@dataclass(frozen=True)
+class ShardWindows:
+    """Shuffle the shards of a store, then the samples within each window of shards that follow one another."""
+
+    bounds: np.ndarray
+    """int64 [shards + 1]: shard k has the samples [bounds[k], bounds[k + 1])."""
+    shards: int
+    """Shards of a window."""
+
+    def order(self, seed: int, epoch: int) -> Order:
+        """The order of an epoch. It keeps nothing per sample."""
+        drawn = np.random.default_rng([seed, epoch]).permutation(len(self.bounds) - 1)
+        begins = run_offsets(np.diff(self.bounds)[drawn])  # of the shards, in the order of the epoch
+        edges = begins[[*range(0, len(drawn), self.shards), -1]]
+
+        def rows(ordinals: np.ndarray) -> np.ndarray:
+            windows = np.searchsorted(edges, ordinals, side="right") - 1
+            places = np.empty(len(ordinals), dtype=np.int64)
+            for window in np.unique(windows).tolist():
+                begin, stop = edges[window : window + 2].tolist()
+                inner = windows == window
+                places[inner] = begin + feistel_rows(stop - begin, seed, epoch, ordinals[inner] - begin, window)
+            shards = np.searchsorted(begins, places, side="right") - 1
+            return self.bounds[drawn[shards]] + places - begins[shards]
+
+        return rows
+
+
 Order = Callable[[np.ndarray], np.ndarray]
 """Rows of the sample table, int64 [n], at these indices in the order of an epoch, int64 [n]."""
 
@@ -91,10 +120,12 @@ run train on some samples of its epoch twice and never on others."""
 _FEISTEL_ROUNDS = 6
 
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> Order:
+def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool, windows: ShardWindows | None = None) -> Order:
     """The order of an epoch, equal on all ranks and at all world sizes: above MOST_LISTED samples ``feistel_rows``."""
     if not shuffle:
         return np.asarray
+    if windows is not None:
+        return windows.order(seed, epoch)
     if num_samples > MOST_LISTED:
         return partial(feistel_rows, num_samples, seed, epoch)
     listed = np.arange(num_samples, dtype=np.int32)
@@ -102,8 +133,9 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> Order
     return lambda ordinals: listed[ordinals].astype(np.int64)
 
 
-def feistel_rows(num_samples: int, seed: int, epoch: int, ordinals: np.ndarray) -> np.ndarray:
+def feistel_rows(num_samples: int, seed: int, epoch: int, ordinals: np.ndarray, *window: int) -> np.ndarray:
     """int64 [n]: where a random permutation of ``num_samples`` rows takes ``ordinals``; each row is computed alone.
+    ``window``: number of a permutation among those of the epoch.
 
     A Feistel network on pairs (left, right) in [0, width) x [0, height), whose product is at least ``num_samples``. A
     row beyond the samples is permuted again until it is one of them.
@@ -114,12 +146,12 @@ def feistel_rows(num_samples: int, seed: int, epoch: int, ordinals: np.ndarray) 
     sizes, halves = (width, height), [*np.divmod(ordinals, height)]
     for step in range(_FEISTEL_ROUNDS):
         own = step % 2
-        bits = random_bits(seed, _ORDER_STREAM, epoch, step, halves[1 - own]) >> np.uint64(32)
+        bits = random_bits(seed, _ORDER_STREAM, epoch, *window, step, halves[1 - own]) >> np.uint64(32)
         halves[own] = (halves[own] + random_below(sizes[own], bits)) % sizes[own]
     rows = halves[0] * height + halves[1]
     beyond = np.flatnonzero(rows >= num_samples)
     if len(beyond):
-        rows[beyond] = feistel_rows(num_samples, seed, epoch, rows[beyond])
+        rows[beyond] = feistel_rows(num_samples, seed, epoch, rows[beyond], *window)
     return rows
 
 
@@ -137,6 +169,8 @@ class TrainSampler(IterableDataset[BatchPlan]):
     shuffle: bool
     position: SamplerPosition = START
     partition: BatchPartition | None = None
+    windows: ShardWindows | None = None
+    """With ``shuffle``: the shards to shuffle. None: one permutation of all samples."""
 
     def __post_init__(self) -> None:
         self._token_budget = None if self.partition is None else self.partition.tokens_per_rank
@@ -166,8 +200,10 @@ class TrainSampler(IterableDataset[BatchPlan]):
         """Global batches of the rest of the epoch."""
         if self._token_budget is None:
             return -(-(self.num_samples - position.consumed) // (self.batch_size * self.world_size))
-        order = epoch_order(self.num_samples, self.seed, position.epoch, self.shuffle)
-        return sum(1 for _ in self._global_batches(order, position.consumed))
+        return sum(1 for _ in self._global_batches(self._order(position.epoch), position.consumed))
+
+    def _order(self, epoch: int) -> Order:
+        return epoch_order(self.num_samples, self.seed, epoch, self.shuffle, self.windows)
 
     @property
     def is_costly(self) -> bool:
@@ -189,7 +225,7 @@ class TrainSampler(IterableDataset[BatchPlan]):
         """Yields (epoch, its order, bounds of the ranks' slices) of the global batches without end."""
         begin = self.position.consumed
         for epoch in count(self.position.epoch):
-            order = epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
+            order = self._order(epoch)
             for bounds in self._global_batches(order, begin):
                 yield epoch, order, bounds
             begin = 0

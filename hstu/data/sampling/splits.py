@@ -74,6 +74,9 @@ def check_split(store: SequenceStore, args: DatasetArgs) -> None:
         if is_given(args, name) and store.timestamp_feature is None:
             text = f"needs times, and {store.path} has none; remove it, or preprocess the data with a time column"
             raise ConfigError([located(args, name, text)])
+    if args.shuffle_window_shards and not store.num_shards:
+        text = f"needs a store in shards, and {store.path} has none; remove it, or preprocess the data with --shards N"
+        raise ConfigError([located(args, "shuffle_window_shards", text)])
     if store.split is None:
         trained, validated = _users_before(store, args)
         if args.valid_fraction and not trained < validated < store.num_users:

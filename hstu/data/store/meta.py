@@ -101,9 +101,10 @@ class StoreFiles:
     A file that lies in shards has its name without the shard, and is an array of type Parts, which opens them as they
     are read."""
 
-    def __init__(self, path: Path, meta: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, meta: Mapping[str, Any], most_open: int | None = None) -> None:
         self.path = path
         self._meta = meta
+        self._most_open = most_open
         self.described: Mapping[str, Any] = meta["files"]
         shards = meta.get("shards", {"users": [0], "sha256": {}})
         self.shard_users = np.array(shards["users"], dtype=np.int64)
@@ -125,7 +126,7 @@ class StoreFiles:
         described = [self.described[shard_file(shard, file)] for shard in range(len(self.shard_users) - 1)]
         (dtype,) = {each["dtype"] for each in described}
         bounds = run_offsets([each["length"] for each in described])
-        return Parts(bounds, np.dtype(dtype), lambda shard: self._map(shard_file(shard, file)))
+        return Parts(bounds, np.dtype(dtype), lambda shard: self._map(shard_file(shard, file)), self._most_open)
 
     def _map(self, file: str) -> np.ndarray:
         try:

@@ -22,16 +22,21 @@ class Parts(NDArrayOperatorsMixin):
         bounds: int64 [N + 1]; part k has the values [bounds[k], bounds[k + 1]).
         dtype: of every part.
         open_part: number of a part → its values. It is called again if the part has been closed since.
+        most_open: parts that stay open. Beyond it, those that were read longest ago are closed. None: 1,024.
     """
 
     ndim = 1
 
-    def __init__(self, bounds: np.ndarray, dtype: np.dtype, open_part: Callable[[int], np.ndarray]) -> None:
+    def __init__(
+        self,
+        bounds: np.ndarray,
+        dtype: np.dtype,
+        open_part: Callable[[int], np.ndarray],
+        most_open: int | None = None,
+    ) -> None:
         self.bounds, self.dtype = bounds, dtype
         self.shape = (int(bounds[-1]),)
-        self.most_open = _MOST_OPEN
-        """Parts that stay open. Beyond it, those that were read longest ago are closed."""
-        self._open_part = open_part
+        self._open_part, self._most_open = open_part, most_open or _MOST_OPEN
         self._opened: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -45,8 +50,8 @@ class Parts(NDArrayOperatorsMixin):
         """The values of a part."""
         found = self._opened.pop(number, None)
         self._opened[number] = found = self._open_part(number) if found is None else found
-        if len(self._opened) > self.most_open:
-            for oldest in list(self._opened)[: -self.most_open]:
+        if len(self._opened) > self._most_open:
+            for oldest in list(self._opened)[: -self._most_open]:
                 self._opened.pop(oldest, None)  # another thread may have closed it
         return found
 

@@ -87,7 +87,7 @@ class Requests:
 class SequenceStore:
     """A read-only, memory-mapped dataset: only what is indexed is read from disk. It pickles as its path."""
 
-    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+    def __init__(self, path: Path, meta: dict[str, Any], most_open: int | None = None) -> None:
         self.path = path
         self.name: str = meta["name"]
         self.num_users: int = meta["num_users"]
@@ -117,7 +117,8 @@ class SequenceStore:
         self.num_segments: int = meta.get("num_segments", 1)
         """1 plus the number of appends that brought events."""
         self.command: str | None = meta["command"]
-        self._files = StoreFiles(path, meta)
+        self._most_open = most_open
+        self._files = StoreFiles(path, meta, most_open)
         self.shard_users = self._files.shard_users
         """int64 [shards + 1]: shard k has the users [shard_users[k], shard_users[k + 1]). [0]: there are no shards."""
         self.num_shards = len(self.shard_users) - 1
@@ -128,30 +129,30 @@ class SequenceStore:
         state. Stores of equal arrays have equal states, whatever files and commands made them."""
 
     @classmethod
-    def open(cls, path: str | Path) -> SequenceStore:
+    def open(cls, path: str | Path, most_open: int | None = None) -> SequenceStore:
         """Opens and checks a store in time independent of its size. Checks the version and checksum of the description,
         the presence, size, dtype and length of every array, a sample of the offsets, and the checksums of the smallest
         files up to 8 MiB. Of shards it checks presence and size, and opens none. verify_contents checks the rest.
-        Raises DataError with the damage and the command that makes the store."""
+        ``most_open``: see Parts. Raises DataError with the damage and the command that makes the store."""
         path = Path(path).absolute()
         directory = _inode(path)
         try:
-            store = cls._open(path)
+            store = cls._open(path, most_open)
         except DataError:
             if _inode(path) == directory:
                 raise
-            return cls.open(path)
+            return cls.open(path, most_open)
         # If a writer has replaced the store in the meantime, files of both may have been read.
-        return store if _inode(path) == directory else cls.open(path)
+        return store if _inode(path) == directory else cls.open(path, most_open)
 
     @classmethod
-    def _open(cls, path: Path) -> SequenceStore:
+    def _open(cls, path: Path, most_open: int | None) -> SequenceStore:
         try:
             meta = read_meta(path)
         except DataError as error:
             raise DataError(f"{error}. {remedy(path, None)}") from error
         try:
-            store = cls(path, meta)
+            store = cls(path, meta, most_open)
             store._files.check_presence()
         except MALFORMED as error:
             raise DataError(f"{path / META_FILE} is incomplete ({error!r}). {remedy(path, meta)}") from error
@@ -159,8 +160,8 @@ class SequenceStore:
         store._files.check_sums(up_to=_HASHED_ON_OPENING)
         return store
 
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return SequenceStore.open, (self.path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SequenceStore.open, (self.path, self._most_open)
 
     def __repr__(self) -> str:
         return f"SequenceStore({str(self.path)!r}, users={self.num_users}, events={self.num_events})"

@@ -175,8 +175,9 @@ def test_only_the_shards_that_are_read_are_opened(make_store: MakeStore, monkeyp
     for _ in range(2):
         assert items[store.offsets()[store.shard_users[4]]] in range(9)
     assert opened == [str(path / "shard.00004" / "sequence.item_id.npy")]
+    items = SequenceStore.open(path, most_open=2).sequence("item_id")
     assert isinstance(items, Parts)
-    items.most_open = 2
+    opened.clear()
     for shard in (4, 5, 6, 5, 4):  # the one that was read longest ago is closed
         items.part(shard)
     assert [file[-26:-21] for file in opened] == ["00004", "00005", "00006", "00004"]

@@ -114,6 +114,29 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def cache_directory() -> Path:
+    """The user's cache directory for hstu, which is created. Raises OSError if there is none.
+
+    Files in it are executed. Where others can write to ``hstu``, as in a shared XDG_CACHE_HOME, it is
+    ``hstu-<user id>``.
+    """
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise OSError("the user has no home directory; set HOME or XDG_CACHE_HOME") from error
+    for directory in (Path(root) / "hstu", Path(root) / f"hstu-{os.geteuid()}"):
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        if only_own(directory):
+            return directory
+    raise OSError(f"other users can write to {directory}; set XDG_CACHE_HOME to a directory of your own")
+
+
+def only_own(path: Path) -> bool:
+    """Whether a file or directory exists and no other user but root can have written it."""
+    status = path.stat() if path.exists() else None
+    return status is not None and status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
+
+
 log = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from hstu.base.files import digest_of, replace_text
+from hstu.base.files import cache_directory, digest_of, replace_text
 from hstu.ops.compile_ahead import compile_all, describe, num_cores
 from hstu.ops.kernels import Backend, KernelShapes
-from hstu.ops.self_check import CPU_HEAD_DIMS, Check, cache_directory, checks, is_usable
+from hstu.ops.self_check import CPU_HEAD_DIMS, Check, checks, is_usable
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Compile kernels before they are launched: on all cores, and also for GPUs that this machine lacks.
 
-Triton kernels go to Triton's cache (TRITON_CACHE_DIR), CUTLASS kernels to ``hstu.ops.self_check.cache_directory``. Both
+Triton kernels go to Triton's cache (TRITON_CACHE_DIR), CUTLASS kernels to ``hstu.base.files.cache_directory``. Both
 caches can be copied to a machine with the same package versions. Each backend's ``compile_ahead.py`` lists its kernels.
 """
 

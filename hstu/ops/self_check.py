@@ -5,10 +5,8 @@ A defect in a compiler or driver would silently train a wrong model. All backend
 """
 
 import importlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -265,28 +263,6 @@ def small_layout(
         device=device,
         item_times=torch.from_numpy(np.cumsum(gaps)).to(device),
     )
-
-
-def cache_directory() -> Path:
-    """The user's cache directory for hstu, which is created. Raises OSError if there is none.
-
-    Its files are executed. Where others can write to ``hstu``, as in a shared XDG_CACHE_HOME, it is ``hstu-<user id>``.
-    """
-    try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:
-        raise OSError("the user has no home directory; set HOME or XDG_CACHE_HOME") from error
-    for directory in (Path(root) / "hstu", Path(root) / f"hstu-{os.geteuid()}"):
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if only_own(directory):
-            return directory
-    raise OSError(f"other users can write to {directory}; set XDG_CACHE_HOME to a directory of your own")
-
-
-def only_own(path: Path) -> bool:
-    """Whether a file or directory exists and no other user but root can have written it."""
-    status = path.stat() if path.exists() else None
-    return status is not None and status.st_uid in (0, os.geteuid()) and not status.st_mode & 0o022
 
 
 def is_usable(device: torch.device) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from hstu.base.files import cache_directory
 from hstu.ops.cpu import build
-from hstu.ops.self_check import cache_directory
 
 pytestmark = pytest.mark.skipif(
     not any(map(shutil.which, build.COMPILERS)), reason="NEEDS A C++ COMPILER: none is found"

@@ -45,7 +45,7 @@ class DatasetArgs(AnyDatasetArgs):
     which counts the history without candidates: max_sequence_length = max_history_seqlen + max_num_candidates.
     Room for max_num_candidates stays free where a sample has fewer."""
     dataset_path: Optional[str] = option(None, changes="tensors")
-    """Directory of the preprocessed data. None: tmp_data/<dataset_name>."""
+    """Directory of the preprocessed data, or of a lake (docs/data_at_scale.md). None: tmp_data/<dataset_name>."""
     candidates: str = option("tail", changes="training", choices=("tail", "requests"), needs=SCORES_CANDIDATES)
     """Ranking: what is scored without attending to each other. tail: the newest items of a user, max_num_candidates of
     them. requests: what was shown to a user in each request of data preprocessed with --requests, after the newest

@@ -17,7 +17,7 @@ from hstu.data.features.values import LabelColumn
 from hstu.data.sampling.negatives import shown_not_taken
 from hstu.data.sampling.sampler import BatchPlan, shuffled_ties, window_starts
 from hstu.data.sampling.samples import SampleTable, samples_of_requests
-from hstu.data.store.meta import read_meta
+from hstu.data.store.lake import describe
 from hstu.data.store.sequence_store import Requests, SequenceStore, time_codes
 
 
@@ -248,7 +248,7 @@ class GivenRequests(SequenceStore):
         values: Mapping[str, np.ndarray],
         at: int | None = None,
     ) -> None:
-        super().__init__(store.path, read_meta(store.path))
+        super().__init__(store.path, describe(store.path))
         ends = np.asarray(store.offsets())[users + 1]
         times = np.zeros_like(ends)
         if store.timestamp_feature is not None:

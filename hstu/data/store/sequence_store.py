@@ -36,6 +36,7 @@ import numpy as np
 from hstu.base.errors import DataError
 from hstu.base.ids import codes_of
 from hstu.data.datasets.spec import USER_FEATURE
+from hstu.data.store.lake import LakeFiles, describe, files_of
 from hstu.data.store.layout import (
     META_FILE,
     NUMBER_ROLES,
@@ -52,7 +53,7 @@ from hstu.data.store.layout import (
     strings_files,
     vocabulary_stem,
 )
-from hstu.data.store.meta import MALFORMED, StoreFiles, read_meta, remedy
+from hstu.data.store.meta import MALFORMED, remedy
 from hstu.data.store.parts import Parts, Values
 
 _CHUNK = 1 << 18
@@ -118,7 +119,7 @@ class SequenceStore:
         """1 plus the number of appends that brought events."""
         self.command: str | None = meta["command"]
         self._most_open = most_open
-        self._files = StoreFiles(path, meta, most_open)
+        self._files = files_of(path, meta, most_open)
         self.shard_users = self._files.shard_users
         """int64 [shards + 1]: shard k has the users [shard_users[k], shard_users[k + 1]). [0]: there are no shards."""
         self.num_shards = len(self.shard_users) - 1
@@ -147,10 +148,7 @@ class SequenceStore:
 
     @classmethod
     def _open(cls, path: Path, most_open: int | None) -> SequenceStore:
-        try:
-            meta = read_meta(path)
-        except DataError as error:
-            raise DataError(f"{error}. {remedy(path, None)}") from error
+        meta = describe(path)
         try:
             store = cls(path, meta, most_open)
             store._files.check_presence()
@@ -292,7 +290,12 @@ class SequenceStore:
         wanted = np.array([str(value) for value in raw], dtype=object) if known.dtype == object else np.asarray(raw)
         if known.dtype != object and not (wanted.dtype == np.int64 or len(wanted) == 0):
             raise DataError(f"{self.path}: raw ids of {feature!r} are int64, got {list(raw[:5])!r}")
-        codes = codes_of(wanted, known)
+        if isinstance(self._files, LakeFiles):  # whose users may be in any order
+            order = np.argsort(known)
+            found = codes_of(wanted, known[order])
+            codes = np.where(found < 0, found, order[found])
+        else:
+            codes = codes_of(wanted, known)
         unknown = wanted[codes < 0]
         if len(unknown):
             shown = ", ".join(repr(value) for value in unknown[:5].tolist()) + (", …" if len(unknown) > 5 else "")

@@ -22,8 +22,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from hstu.base.files import digest_of, written_aside
-from hstu.ops.self_check import cache_directory, only_own
+from hstu.base.files import cache_directory, digest_of, only_own, written_aside
 
 log = logging.getLogger(__name__)
 

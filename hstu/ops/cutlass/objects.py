@@ -21,8 +21,7 @@ from cutlass.base_dsl.compiler import HostTarget
 from cutlass.cute.runtime import find_runtime_libraries, load_module
 from torch.utils._pytree import tree_leaves
 
-from hstu.base.files import digest_of, written_aside
-from hstu.ops.self_check import cache_directory, only_own
+from hstu.base.files import cache_directory, digest_of, only_own, written_aside
 
 SYMBOL = "hstu_kernel"
 """Prefix of the symbols in every object file."""

@@ -300,7 +300,7 @@ def test_a_store_that_is_replaced_while_it_is_opened_is_the_new_one(
 ) -> None:
     """Its files may have other sizes than those that the old description says, or equal ones."""
     write_toy(tmp_path / "toy", [1, 2])
-    plain, calls = sequence_store.read_meta, iter([True])
+    plain, calls = sequence_store.describe, iter([True])
 
     def replaced(path: Path) -> dict[str, Any]:
         meta = plain(path)
@@ -308,7 +308,7 @@ def test_a_store_that_is_replaced_while_it_is_opened_is_the_new_one(
             write_toy(tmp_path / "toy", lengths, overwrite=True)
         return meta
 
-    monkeypatch.setattr(sequence_store, "read_meta", replaced)
+    monkeypatch.setattr(sequence_store, "describe", replaced)
     found = SequenceStore.open(tmp_path / "toy")
     assert found.sequence("item").tolist() == lengths
     found.verify_contents()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shutil
 import signal
 import sys
@@ -30,6 +29,7 @@ if __name__ == "__main__":
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout, installed or not
 
 from hstu.base.errors import EXIT_DONE
+from hstu.base.remote import local_export, relative_path
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import Run, belongs
 from hstu.checkpoint.tensors import read_metadata
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--delta_threshold belongs to --delta")
     require_model(parser, options)
     quiet_libraries()
-    base = None if options.delta is None else read_export(options.delta)
+    base = None if options.delta is None else read_export(local_export(options.delta))
     config, checkpoint, why = stored_config(options.run_dir or options.ckpt, options.ckpt)
     measured = list[str]()
     for line in why:
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = f"differs from the model by at most {difference:.1e} (tolerance {TOLERANCE:g})"
         measured.append(f"program: {found}")
         if base is not None:
-            path = os.path.relpath(base.folders[0].resolve(), (options.output / SERVING).resolve())
+            path = relative_path(options.output / SERVING, base.folders[0])
             size = write_delta(whole, base, folder, path, options.delta_threshold)
             shutil.rmtree(whole)
             rows, of_bytes = f"{size.changed:,} of {size.rows:,} rows", f"{size.num_bytes:,} bytes"

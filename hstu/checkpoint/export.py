@@ -14,9 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from hstu.base import remote
 from hstu.base.errors import DataError
-from hstu.base.files import written_aside
+from hstu.base.files import remove, written_aside
 from hstu.checkpoint.directory import (
+    MANIFEST,
     check_files,
     describe_files,
     listed_files,
@@ -55,11 +57,16 @@ def export(
     ``model.safetensors`` holds the weights (moving averages where the run keeps them), the raw ids of table rows as
     ``ids.<feature>`` (see RawIds), and dynamic tables (see dynamic.py). ``operative.gin`` is the configuration, and
     ``config.json`` lists the tables. Host memory must hold one rank's part of one tensor. ``write_more`` writes further
-    files to the unfinished directory; without ``weights`` only these. Raises DataError if the checkpoint is damaged or
+    files to the unfinished directory; without ``weights`` only these. A URL gets a copy, of which the local path is
+    returned. Raises DataError if the checkpoint is damaged or
     ``output`` exists.
     """
-    if output.exists():
-        raise DataError(f"{output} exists; give the name of a directory that does not exist")
+    given, url = output, remote.url_of(output)
+    output = output if url is None else remote.Cache.of().place(url)
+    if url is not None:
+        remove(output)  # of an upload that failed
+    if output.exists() or (url is not None and remote.read(f"{url}/{MANIFEST}")):
+        raise DataError(f"{given} exists; give the name of a directory that does not exist")
     check_files(checkpoint, f"cannot export {checkpoint}")
     output.parent.mkdir(parents=True, exist_ok=True)
     with written_aside(output) as temporary:
@@ -69,6 +76,8 @@ def export(
         if write_more is not None:
             write_more(temporary)
         write_manifest(temporary, describe_files(temporary, (path for path in temporary.rglob("*") if path.is_file())))
+    if url is not None:
+        remote.upload(output, url, MANIFEST)
     return output
 
 

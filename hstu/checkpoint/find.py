@@ -10,6 +10,7 @@ from typing import Self
 from hstu.base.errors import DataError
 from hstu.base.json_shape import check_shape
 from hstu.checkpoint.directory import BEST, MANIFEST, checkpoint_path, link_target, restore_candidates
+from hstu.checkpoint.mirror import local_checkpoint
 
 AUTO = "auto"
 LAST = "last"
@@ -59,7 +60,7 @@ def locate(name: str | Path, which: str = LAST) -> Path:
 
     ``which``: "last" (the newest), "best", or an iteration.
     """
-    found = _complete(Path(name))
+    found = _complete(local_checkpoint(name, which))
     if which == LAST:
         return found[0]
     if which == BEST:

@@ -25,6 +25,7 @@ from hstu.checkpoint.directory import BEST, LATEST, DamagedCheckpoint, collectiv
 from hstu.checkpoint.find import AUTO, belongs, candidates
 from hstu.checkpoint.load import check_all_files, load
 from hstu.checkpoint.matching import LoadOptions
+from hstu.checkpoint.mirror import Mirror
 from hstu.checkpoint.save import HostCopies, Snapshot, write
 from hstu.checkpoint.state import TrainState
 from hstu.parallel.collectives import gather_objects, on_rank_0
@@ -39,7 +40,7 @@ class CheckpointStore:
     """The checkpoints of one run. All methods are collective.
 
     ``load_dir``: TrainerArgs.ckpt_load_dir. ``keep_last``: checkpoints to keep besides the best; None: all.
-    ``keep_weights``: saves of weights alone to keep.
+    ``keep_weights``: saves of weights alone to keep. ``url``: where everything that ``save_dir`` has is uploaded.
     ``background_timeout_s``: write checkpoints during training, in a thread whose collectives have this timeout. None:
     ``save`` returns when everything is written.
     """
@@ -53,6 +54,7 @@ class CheckpointStore:
         background_timeout_s: float | None = None,
         load_options: LoadOptions | None = None,
         keep_weights: int | None = None,
+        url: str | None = None,
     ) -> None:
         self.save_dir = Path(save_dir)
         self.load_dir = load_dir
@@ -64,6 +66,7 @@ class CheckpointStore:
         self._found: Path | None = None
         self._weights_dir = self.save_dir / "weights"
         self._keep = {self.save_dir: keep_last, self._weights_dir: keep_weights}
+        self._mirror = Mirror(url, self.save_dir, self._keep) if url and mesh.is_main else None
         self._load_options = load_options or LoadOptions()
         self._work: list[Future[None]] = []
         self._thread: ThreadPoolExecutor | None = None
@@ -114,7 +117,7 @@ class CheckpointStore:
     def mark_best(self, iteration: int) -> None:
         """Point ``best`` to a saved checkpoint and keep it until another one is the best."""
         path = folder.checkpoint_path(self.save_dir, iteration)
-        self._run(lambda mesh: collective_io(lambda: folder.set_link(self.save_dir, BEST, path), mesh, on_rank_0))
+        self._run(lambda mesh: collective_io(lambda: self._link_best(path), mesh, on_rank_0))
 
     def _run(self, function: Callable[[Mesh], None]) -> None:
         """Call ``function``, in the background after all earlier ones."""
@@ -150,10 +153,21 @@ class CheckpointStore:
         for each in work:
             each.result()
 
+    def finish_uploads(self) -> None:
+        """Wait until everything that was saved is at the URL. Raises CheckpointFailure if the last could not go there.
+
+        Ranks meet every few seconds, so that none of them seems to be stuck."""
+        while not on_rank_0(lambda: self._mirror is None or self._mirror.is_done(5.0), self.mesh.world_group):
+            self.mesh.heartbeat.beat()
+        mirror, self._mirror = self._mirror, None
+        collective_io(mirror.close if mirror else lambda: None, self.mesh, on_rank_0)
+
     def close(self) -> None:
-        """Wait for a background save, log its error, and unlock ``save_dir``."""
+        """Wait for a background save and for uploads, log their errors, and unlock ``save_dir``."""
         try:
             self.wait()
+            if self._mirror is not None:
+                self._mirror.close()
         except Exception as error:
             log.error("a checkpoint that was being written is lost: %s", error)
         if self._lock is not None:
@@ -218,8 +232,15 @@ class CheckpointStore:
         path = write(directory, snapshot, mesh)
         collective_io(lambda: self._publish(path) if mesh.is_main else None, mesh)
 
+    def _link_best(self, path: Path) -> None:
+        folder.set_link(self.save_dir, BEST, path)
+        if self._mirror is not None:
+            self._mirror.upload(path)
+
     def _publish(self, path: Path) -> None:
         folder.set_link(path.parent, LATEST, path)
+        if self._mirror is not None:
+            self._mirror.upload(path)
         size = sum(entry["bytes"] for entry in folder.read_manifest(path).values())
         log.info("saved %s (%.3g MB)", path, size / 1e6)
         self._delete_older(path.parent, folder.iteration_of(path))
@@ -232,6 +253,8 @@ class CheckpointStore:
         try:
             self._is_new = folder.make(self.save_dir)
             self._lock = DirectoryLock(self.save_dir, "TrainerArgs.ckpt_save_dir")
+            if self._mirror is not None:
+                self._mirror.fetch()
             self._check_others()
             return folder.begin(self.save_dir / secrets.token_hex(8))
         except OSError as error:

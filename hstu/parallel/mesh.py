@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hstu.base import remote
 from hstu.base.errors import ConfigError
 from hstu.parallel.collectives import require_equal
 
@@ -64,8 +65,8 @@ class Heartbeat:
 
     @property
     def idle_s(self) -> float:
-        """Seconds since the last mark or beat."""
-        return time.monotonic() - self._at
+        """Seconds since the last mark or beat, or since files of a URL were copied."""
+        return time.monotonic() - max(self._at, remote.progress["at"])
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import sha256
+from hstu.base.remote import Absent
 from hstu.base.times import as_date
 from hstu.checkpoint.directory import MANIFEST, verified_file
 from hstu.checkpoint.find import GIN, LAST, best_of, check_belongs, is_choice, is_run, locate
 from hstu.checkpoint.load import load as load_checkpoint
 from hstu.checkpoint.matching import LoadOptions
+from hstu.checkpoint.mirror import local_checkpoint
 from hstu.config.args import DatasetArgs, RankingArgs, RetrievalArgs
 from hstu.config.gin_io import load_stored
 from hstu.config.run_config import RunConfig
@@ -51,12 +53,13 @@ def stored_config(path: str | Path, checkpoint: str | Path | None = None) -> tup
 
     Arguments and errors: ``LoadedModel.load``.
     """
-    directory, is_named = Path(path), is_choice(checkpoint)
+    is_named = is_choice(checkpoint)
+    directory = local_checkpoint(path, str(checkpoint) if is_named else LAST)
 
     def config_of(stored: Path) -> RunConfig:
         return load_stored(directory / GIN if is_run(directory) else verified_file(stored, GIN))
 
-    place = Path(checkpoint) if checkpoint and not is_named else directory
+    place = local_checkpoint(checkpoint) if checkpoint and not is_named else directory
     stored = locate(place, str(checkpoint) if is_named else LAST)
     if checkpoint and is_run(directory) and not is_named:
         check_belongs(stored, directory)
@@ -150,7 +153,7 @@ class LoadedModel:
         try:
             source = InferenceSource(config, config.dataset, mesh)
         except DataError as error:
-            if store_path(config.dataset).exists():
+            if not isinstance(error, Absent) and store_path(config.dataset).exists():
                 raise
             source = StoredSource(config, root, mesh, error)
         model, optimizers = build_model(config, source, mesh)

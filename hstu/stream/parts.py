@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from hstu.base import remote
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import written_aside
 
@@ -45,7 +45,7 @@ class Directory(Source):
     """
 
     def __init__(self, url: str) -> None:
-        self._files, root = fsspec.core.url_to_fs(url)
+        self._files, root = remote.filesystem(remote.url_of(url) or url)
         self._root, self._url, self._is_local = PurePosixPath(root), url, isinstance(self._files, LocalFileSystem)
         if not self._files.isdir(root):
             raise DataError(f"--source {url}: there is no such directory; each entry of it is to be a part of the data")
@@ -70,7 +70,8 @@ class Directory(Source):
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             with written_aside(target) as aside:
-                self._files.get_file(str(path), str(aside))
+                url = f"{self._url}/{path.relative_to(self._root)}"
+                remote.retried(url, lambda files, source: files.get_file(source, str(aside)))
         return target
 
 

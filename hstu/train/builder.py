@@ -7,11 +7,13 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from hstu.base import remote
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import unused
 from hstu.checkpoint.directory import complete_checkpoints
 from hstu.checkpoint.find import AUTO, Run, belongs, candidates
 from hstu.checkpoint.matching import LoadOptions
+from hstu.checkpoint.mirror import local_checkpoint
 from hstu.checkpoint.raw_ids import RawIds
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
@@ -80,7 +82,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | N
     options = on_all_ranks(lambda: LoadOptions.from_args(args), mesh.world_group)
     timeout_s = args.collective_timeout_s if args.ckpt_async else None
     keep, keep_weights = args.ckpt_keep_last, args.ckpt_weights_keep_last
-    checkpoints = CheckpointStore(saved_in, args.ckpt_load_dir, mesh, keep, timeout_s, options, keep_weights)
+    url = remote.url_of(args.ckpt_save_dir)
+    load_dir = on_all_ranks(lambda: local_load_dir(config, saved_in), mesh.world_group)
+    checkpoints = CheckpointStore(saved_in, load_dir, mesh, keep, timeout_s, options, keep_weights, url)
     if args.saves_checkpoints:
         checkpoints.claim()
     with ExitStack() as undo:
@@ -135,6 +139,8 @@ def directory_of_checkpoints(config: RunConfig, path: Path) -> Path:
     gin file, so that the next start finds it.
     """
     args = config.trainer
+    if url := remote.url_of(args.ckpt_save_dir):
+        return remote.Cache.of(config.dataset).place(url, work=True)
     if args.ckpt_save_dir is not None:
         return Path(args.ckpt_save_dir)
     if args.ckpt_load_dir == AUTO and args.output_dir is None:
@@ -148,6 +154,15 @@ def directory_of_checkpoints(config: RunConfig, path: Path) -> Path:
     if args.ckpt_load_dir == AUTO:
         return saved_in
     return unused(CHECKPOINTS, f"{path.name}-{{}}", first=2) if complete_checkpoints(saved_in) else saved_in
+
+
+def local_load_dir(config: RunConfig, saved_in: Path) -> str:
+    """TrainerArgs.ckpt_load_dir, or the local copy of what is there. ``saved_in``: that of ckpt_save_dir."""
+    args = config.trainer
+    url = remote.url_of(args.ckpt_load_dir)
+    if url is not None and url == remote.url_of(args.ckpt_save_dir):
+        return str(saved_in)
+    return str(local_checkpoint(url, cache=remote.Cache.of(config.dataset))) if url else args.ckpt_load_dir
 
 
 def describe_saving(args: TrainerArgs, directory: Path) -> str:

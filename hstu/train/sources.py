@@ -82,7 +82,8 @@ class StoreSource(BatchSource):
         config, args = self._config, self._args
         self.store = SequenceStore.open(store_path(args), most_open=2 * args.shuffle_window_shards or None)
         self.ranges = self.store.ranges
-        self.eval_store = SequenceStore.open(args.eval_dataset_path) if args.eval_dataset_path else self.store
+        second = args.eval_dataset_path
+        self.eval_store = SequenceStore.open(store_path(replace(args, dataset_path=second))) if second else self.store
         """The data for evaluation."""
         tasks, tower = tasks_of(config), config.has_item_tower
         self.roles = resolve_roles(self.store, args, tasks, tower)

@@ -132,6 +132,7 @@ class Trainer:
                 ended = "stopped"
             with self.mesh.heartbeat.during("saving a checkpoint"):
                 self.checkpoints.wait()
+                self.checkpoints.finish_uploads()
             status = ended
         except NonFiniteStep as error:
             self.state.iteration = error.iteration - 1  # on a GPU the bad step may already be counted

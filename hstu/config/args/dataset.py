@@ -45,7 +45,14 @@ class DatasetArgs(AnyDatasetArgs):
     which counts the history without candidates: max_sequence_length = max_history_seqlen + max_num_candidates.
     Room for max_num_candidates stays free where a sample has fewer."""
     dataset_path: Optional[str] = option(None, changes="tensors")
-    """Directory of the preprocessed data, or of a lake (docs/data_at_scale.md). None: tmp_data/<dataset_name>."""
+    """Directory of the preprocessed data, or its URL; or of a lake (docs/data_at_scale.md). None:
+    tmp_data/<dataset_name>."""
+    cache_dir: Optional[str] = option(None, changes="speed", not_empty=True)
+    """Local directory for files of URLs, which the processes of a host share. None: hstu/remote in XDG_CACHE_HOME or
+    ~/.cache."""
+    cache_gb: float = option(100.0, changes="speed", above=0)
+    """GB (10^9 bytes) in cache_dir at most. Files that were used longest ago are removed for others. Checkpoints that
+    the run saves there do not count."""
     candidates: str = option("tail", changes="training", choices=("tail", "requests"), needs=SCORES_CANDIDATES)
     """Ranking: what is scored without attending to each other. tail: the newest items of a user, max_num_candidates of
     them. requests: what was shown to a user in each request of data preprocessed with --requests, after the newest

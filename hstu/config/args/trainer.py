@@ -73,13 +73,14 @@ class TrainerArgs(Args):
     """Iterations, epochs or minutes between two checkpoints. The last state (save_at_end) and the best one
     (best_metric) are saved as well. None: only these. -1, or from 999999999 on: save none."""
     ckpt_save_dir: Optional[str] = option(None, changes="reports", not_empty=True)
-    """Directory of the checkpoints, one subdirectory per saved iteration. Two runs must not share it. None:
+    """Directory of the checkpoints, one subdirectory per saved iteration. Two runs must not share it. A URL: they are
+    written to DatasetArgs.cache_dir, and uploaded in the background. None:
     ./checkpoints/<name of the run's directory>. With ckpt_load_dir = "auto" and no output_dir, it is ./checkpoints/<gin
     file name>, so that the next start finds the checkpoints."""
     ckpt_load_dir: str = option("", changes="reports")
-    """Checkpoint to start from: a checkpoint directory, a directory of checkpoints or the directory of a run, of which
-    the latest is loaded. "auto" loads the latest one in ckpt_save_dir if there is any, or the one before if the latest
-    is damaged."""
+    """Checkpoint to start from, a path or a URL: a checkpoint directory, a directory of checkpoints or the directory of
+    a run, of which the latest is loaded. "auto" loads the latest one in ckpt_save_dir if there is any, or the one
+    before if the latest is damaged."""
     ckpt_load_strict: bool = option(True, changes="reports", needs=OF_WHAT_IS_LOADED)
     """True: any mismatch between checkpoint and model is an error. False: load the tensors that match, initialise the
     others, and report which are missing, unexpected or of another size. A table that has grown keeps the saved

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from itertools import pairwise
 
+from hstu.base.errors import ConfigError
+from hstu.base.remote import url_of
 from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, LRScheduleArgs, RankingArgs
 from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
@@ -30,6 +32,18 @@ def profiled_ranks_exist(run: RunDraft) -> Iterator[Problem]:
 def save_interval_is_not_zero(run: RunConfig) -> Iterator[Problem]:
     if run.trainer.ckpt_save_interval == 0:
         yield problem(run.trainer, "ckpt_save_interval", "expected int, at least 1, or -1 to save no checkpoint")
+
+
+def urls_are_where_they_may_be(run: RunConfig) -> Iterator[Problem]:
+    parts = ((run.dataset, ("dataset_path", "eval_dataset_path", "cache_dir")),
+             (run.trainer, ("ckpt_save_dir", "ckpt_load_dir", "output_dir")))  # fmt: skip
+    for part, names in parts:
+        for name in names:
+            try:
+                if url_of(getattr(part, name, None)) and name in ("output_dir", "cache_dir"):
+                    yield problem(part, name, "must be a local directory, as logs and cached files are; give another")
+            except ConfigError as error:
+                yield Problem(f"{type(part).__name__}.{name}: {error}")  # without the value
 
 
 def best_metric_is_measured(run: RunConfig) -> Iterator[Problem]:
@@ -173,9 +187,9 @@ def _schedules(run: RunConfig) -> Iterator[LRScheduleArgs]:
 
 
 RULES = (
-    profiled_iterations_are_a_range, profiled_ranks_exist, save_interval_is_not_zero, best_metric_is_measured,
-    best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence, heads_divide, ranks_divide,
-    skipped_steps_change_no_table, parts_are_of_the_dense_weights, muon_has_whole_matrices,
+    profiled_iterations_are_a_range, profiled_ranks_exist, save_interval_is_not_zero, urls_are_where_they_may_be,
+    best_metric_is_measured, best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence,
+    heads_divide, ranks_divide, skipped_steps_change_no_table, parts_are_of_the_dense_weights, muon_has_whole_matrices,
     initial_accumulator_is_of_an_adagrad, milestones_fit_the_schedule,
     warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

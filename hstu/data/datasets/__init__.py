@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from hstu.base import remote
 from hstu.config.args import DatasetArgs
 from hstu.data.datasets import amazon, kuairand, movielens
 from hstu.data.datasets.spec import DatasetSpec
@@ -26,9 +27,9 @@ def resolve_name(name: str) -> str | None:
 
 
 def store_path(args: DatasetArgs) -> Path:
-    """Path of the preprocessed data of ``args``: dataset_path, or tmp_data/<canonical name>."""
+    """Local path of the preprocessed data of ``args``: dataset_path, of which a URL is staged, or tmp_data/<name>."""
     name = resolve_name(args.dataset_name) or args.dataset_name
-    return Path(args.dataset_path or Path("tmp_data") / name)
+    return remote.stage(args.dataset_path or Path("tmp_data") / name, remote.Cache.of(args), root_only=True)
 
 
 def _normalized(name: str) -> str:

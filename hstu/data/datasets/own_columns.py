@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import duckdb
 
+from hstu.base import remote
 from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets import raw
 from hstu.data.datasets.recbole import options_of
@@ -147,7 +148,7 @@ class InteractionColumns:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
         """The tables of these options. Sequences and RecBole's files need no ``user`` and ``item``."""
-        given = {name: value for name, value in options.items() if value or name == "interactions"}
+        given = {name: value for name, value in staged(options).items() if value or name == "interactions"}
         if given.get("sequences"):
             given = {"user": "user", "item": "item", **given}
         elif ".inter" in (first := Path(given["interactions"][0])).suffixes and not given.keys() >= {"user", "item"}:
@@ -193,6 +194,16 @@ class InteractionColumns:
                 value = ",".join(map(str, value)) or None
             given.setdefault(option.name, None if value == option.default else () if value is True else value)
         return given
+
+
+def staged(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of tables, with local copies of the files and directories that are URLs. Raises DataError."""
+
+    def local(value: Any) -> Any:
+        return remote.stage(value, raw=True) if isinstance(value, Path) else tuple(map(local, value))
+
+    tables = {name: options.get(name) for name in ("interactions", "requests", "context", "items", "titles")}
+    return {**options, **{name: local(value) for name, value in tables.items() if value}}
 
 
 def _all_files(paths: Sequence[Path]) -> tuple[Path, ...]:

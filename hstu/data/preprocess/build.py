@@ -15,20 +15,22 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import duckdb
 import numpy as np
 
+from hstu.base import remote
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.ids import codes_of
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own import interactions
-from hstu.data.datasets.own_columns import InteractionColumns
+from hstu.data.datasets.own_columns import InteractionColumns, staged
 from hstu.data.datasets.raw import check_readable, open_text
 from hstu.data.datasets.spec import USER_FEATURE, RawTables, Schema
 from hstu.data.preprocess import existing
@@ -57,7 +59,7 @@ from hstu.data.preprocess.write import (
     write_split,
     write_vocabularies,
 )
-from hstu.data.store.layout import MOST_SHARDS
+from hstu.data.store.layout import META_FILE, MOST_SHARDS
 from hstu.data.store.meta import VERSION
 from hstu.data.store.sequence_store import Requests, SequenceStore
 from hstu.data.store.writer import StoreWriter, check_replaceable, restore_discarded
@@ -67,6 +69,28 @@ DATA_DIRECTORY = Path("tmp_data")
 """Default directory of stores and, under raw/, of downloads; relative to the current directory."""
 
 
+P = ParamSpec("P")
+
+
+def _publishes(build: Callable[P, Path]) -> Callable[P, Path]:
+    """Let ``output`` be a URL: the store there is brought here, made or changed in the cache, and uploaded."""
+
+    @wraps(build)
+    def published(*args: P.args, **options: P.kwargs) -> Path:
+        if (url := remote.url_of(str(options.get("output") or ""))) is None:
+            return build(*args, **options)
+        place = remote.Cache.of().place(url, work=True)
+        if not options.get("force"):
+            remote.fetch(url, place, META_FILE)
+        options["output"] = place
+        path = build(*args, **options)
+        remote.upload(path, url, META_FILE)
+        return path
+
+    return published
+
+
+@_publishes
 def preprocess(
     name: str,
     *,
@@ -90,7 +114,7 @@ def preprocess(
     spec = DATASETS[canonical]
     target = Path(output) if output else DATA_DIRECTORY / canonical
     options = _options(canonical, target, force, limits, raw_path=raw_path)
-    folder = Path(raw_path) if raw_path else DATA_DIRECTORY / "raw" / canonical
+    folder = remote.stage(raw_path, raw=True) if raw_path else DATA_DIRECTORY / "raw" / canonical
     located = locate_raw(spec, folder)
     if located is None and raw_path is not None:
         needed = " or ".join(", ".join(raw_format.files) for raw_format in spec.raw_formats)
@@ -104,6 +128,7 @@ def preprocess(
     return build_store(raw, schema, options, {} if is_filtered else spec.published)
 
 
+@_publishes
 def import_interactions(
     name: str,
     columns: InteractionColumns,
@@ -120,6 +145,7 @@ def import_interactions(
         raise ConfigError(
             f"dataset_name {name!r}: allowed are letters, digits, '_', '-' and '.', as it names a directory"
         )
+    columns = replace(columns, **staged({each.name: getattr(columns, each.name) for each in fields(columns)}))
     target = Path(output) if output else DATA_DIRECTORY / name
     if append and force:
         raise ConfigError("--append adds to a store, and --force replaces it; leave out one of them")
@@ -158,6 +184,7 @@ def import_interactions(
     return target
 
 
+@_publishes
 def forget(name: str, users: Path, *, output: str | Path | None = None, memory_limit: str = "4GB") -> Path:
     """Remove users from a store: their events, rows and requests, and the values and items that only they had.
 
@@ -169,7 +196,7 @@ def forget(name: str, users: Path, *, output: str | Path | None = None, memory_l
     store = SequenceStore.open(target)
     if store.name != (resolve_name(name) or name):
         raise DataError(f"{target} is the store of {store.name}; give it as --dataset_name, or another --output")
-    with open_text(users) as lines:
+    with open_text(remote.stage(users, raw=True)) as lines:
         ids = {line.rstrip("\r\n") for line in lines} - {""}
     known = store.raw_ids(USER_FEATURE)
     wanted = np.array(sorted(ids), dtype=object) if is_text(store, USER_FEATURE) else existing.integers_of(ids)
@@ -208,7 +235,7 @@ def _options(name: str, output: Path, force: bool, limits: Mapping[str, Any], **
     words = ["python", "scripts/preprocess_dataset.py"]
     for option, value in arguments.items():
         if value is not None:
-            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else [value])]
+            words += [f"--{option}", *map(remote.as_given, value if isinstance(value, tuple) else [value])]
     return replace(options, command=shlex.join(words))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hstu.base import remote
 from hstu.base.errors import DataError
 from hstu.data.datasets import DATASETS
 from hstu.data.datasets.own_columns import InteractionColumns
@@ -118,12 +119,12 @@ def appendable(options: BuildOptions, columns: InteractionColumns) -> SequenceSt
 def without_known_files(columns: InteractionColumns, store: SequenceStore, target: Path) -> InteractionColumns:
     """Leave out files of interactions that the store has. Raises DataError for a file that had another content then."""
     earlier = _earlier_files(store)
-    known, places = {digest: file for file, digest in earlier.items()}, {file.resolve() for file in earlier}
+    known, places = {digest: file for file, digest in earlier.items()}, {remote.as_given(file) for file in earlier}
     new = []
     for file in columns.files:
         if file.is_file() and (same := known.get(source_digest(file))):  # a missing file is reported when it is read
             _log.info("%s is in %s already%s", file, target, "" if file == same else f", as {same}")
-        elif file.resolve() in places:
+        elif remote.as_given(file) in places:
             raise DataError(
                 f"cannot append to {target}: {file} is in it with another content. Put new events into a file of "
                 f"another name, {_REMEDY}"

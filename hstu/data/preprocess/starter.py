@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hstu.base import remote
 from hstu.base.files import replace_text
 from hstu.base.shipped import command
 from hstu.config.args import NetworkArgs, Task
@@ -49,8 +50,9 @@ def write_starters(store: SequenceStore, path: Path, quick: bool = False) -> Ite
         if isinstance(objective, str):
             yield f"no starter file for {task}: {objective}"
             continue
-        file = path.with_name(f"{path.name}_{task}{'_quick' if quick else ''}.gin")
-        text = _starter(store, path, task, quick, *objective)
+        name, given = f"{path.name}_{task}{'_quick' if quick else ''}.gin", remote.as_given(path)
+        file = Path(name) if remote.url_of(given) else path.with_name(name)
+        text = _starter(store, given, task, quick, *objective)
         train = command(f"pretrain_gr_{task}.py")
         yield f"train {task}: {train} --gin-config-file {file}{_write(file, text, store)}"
 
@@ -68,7 +70,7 @@ def _write(file: Path, text: str, store: SequenceStore) -> str:
     return ""
 
 
-def _starter(store: SequenceStore, path: Path, task: Task, quick: bool, samples: int, objective: str) -> str:
+def _starter(store: SequenceStore, path: str, task: Task, quick: bool, samples: int, objective: str) -> str:
     """A gin file for about ``samples`` training samples. ``objective``: lines of settings of the task."""
     items, is_ranking = _items(store), task == "ranking"
     per_user, per_item = store.num_events / store.num_users, store.num_events / items
@@ -99,7 +101,7 @@ def _starter(store: SequenceStore, path: Path, task: Task, quick: bool, samples:
 # {task.capitalize()} on {store.name} ({store.num_users:,} users, {items:,} items, {store.num_events:,} events){purpose}
 
 DatasetArgs.dataset_name = {store.name!r}
-DatasetArgs.dataset_path = {str(path)!r}
+DatasetArgs.dataset_path = {path!r}
 # All events of {_COVERED:.0%} of the users, but no more than {_LONGEST} of a user.
 DatasetArgs.max_sequence_length = {max(min(covering, _LONGEST), 2)}
 # Features of users with at least {_SHARED} users per value.

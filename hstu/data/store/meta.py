@@ -7,12 +7,15 @@ import json
 import os
 import tokenize
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any, cast
 
 import numpy as np
 from numpy.lib.format import open_memmap
 
+from hstu.base import remote
 from hstu.base.errors import DataError, printable
 from hstu.base.files import sha256
 from hstu.base.json_shape import check_shape
@@ -112,6 +115,9 @@ class StoreFiles:
         self.sharded: Mapping[str, str] = shards["sha256"]
         """File that lies in shards → SHA-256 of the same file of a store without shards."""
         self._maps: dict[str, np.ndarray] = {}
+        self._staged = remote.origin(path)
+        """The URL of which this is the local copy, whose shards are copied when they are first read; else None."""
+        self._ahead: Thread | None = None
 
     def __contains__(self, file: str) -> bool:
         return file in self.described or file in self.sharded
@@ -130,7 +136,7 @@ class StoreFiles:
 
     def _map(self, file: str) -> np.ndarray:
         try:
-            array = np.asarray(open_memmap(self.path / file, mode="r"))
+            array = np.asarray(open_memmap(self._local(file), mode="r"))
         except (*MALFORMED, OSError, EOFError, SyntaxError, tokenize.TokenError) as error:
             raise self.damaged(file, str(error)) from error
         expected = self.described[file]
@@ -138,6 +144,32 @@ class StoreFiles:
             found = f"{array.dtype.str} {list(array.shape)}"
             raise self.damaged(file, f"it holds {found} instead of {expected['dtype']} [{expected['length']}]")
         return array
+
+    def _local(self, file: str) -> Path:
+        """The path of a file. Of a URL, its shard is copied first, and then in a thread those that follow."""
+        if self._staged is not None and "/" in file:
+            shard = int(file.partition("/")[0].rpartition(".")[2])
+            is_new = not (self.path / file).is_file()
+            remote.complete(self.path, self._files_of(shard))
+            if is_new and not (self._ahead and self._ahead.is_alive()):
+                self._ahead = Thread(target=self._copy_ahead, args=(shard,), name="read-ahead", daemon=True)
+                self._ahead.start()
+        return self.path / file
+
+    def _copy_ahead(self, shard: int) -> None:
+        """Copy the shards after this one, as many as half of the cache holds."""
+        count, room = len(self.shard_users) - 1, self._staged[1].max_bytes // 2 if self._staged else 0
+        for following in range(shard + 1, shard + count):
+            files = self._files_of(following % count)
+            room -= sum(entry["bytes"] for entry in files.values())
+            if room < 0:
+                return
+            with suppress(DataError):  # it is raised where the shard is read
+                remote.complete(self.path, files)
+
+    def _files_of(self, shard: int) -> dict[str, Any]:
+        names = (shard_file(shard, file) for file in self.sharded)
+        return {name: self.described[name] for name in names}
 
     def file_at(self, file: str, index: int) -> str:
         """The file that holds a value of an array: ``file``, or its part in a shard."""
@@ -151,6 +183,8 @@ class StoreFiles:
         length. Those of a shard's files are checked when these are opened."""
         for file, expected in self.described.items():
             path = self.path / file
+            if self._staged is not None and "/" in file and not path.exists():
+                continue
             if not path.is_file():
                 raise self.damaged(file, "it is missing")
             if path.stat().st_size != expected["bytes"]:
@@ -170,7 +204,7 @@ class StoreFiles:
             expected = self.described[file]
             if left is not None and (left := left - expected["bytes"]) < 0:
                 return
-            if (found := sha256(self.path / file)) != expected["sha256"]:
+            if (found := sha256(self._local(file))) != expected["sha256"]:
                 raise self.damaged(file, f"its SHA-256 is {found} instead of {expected['sha256']}")
 
     def check_ends(self, file: str, total: int) -> None:

@@ -33,6 +33,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from hstu.base import remote
 from hstu.base.errors import DataError
 from hstu.base.ids import codes_of
 from hstu.data.datasets.spec import USER_FEATURE
@@ -131,11 +132,12 @@ class SequenceStore:
 
     @classmethod
     def open(cls, path: str | Path, most_open: int | None = None) -> SequenceStore:
-        """Opens and checks a store in time independent of its size. Checks the version and checksum of the description,
-        the presence, size, dtype and length of every array, a sample of the offsets, and the checksums of the smallest
-        files up to 8 MiB. Of shards it checks presence and size, and opens none. verify_contents checks the rest.
-        ``most_open``: see Parts. Raises DataError with the damage and the command that makes the store."""
-        path = Path(path).absolute()
+        """Opens and checks a store in time independent of its size; of a URL, its local copy. Checks the version and
+        checksum of the description, the presence, size, dtype and length of every array, a sample of the offsets, and
+        the checksums of the smallest files up to 8 MiB. Of shards it checks presence and size, and opens none.
+        verify_contents checks the rest. ``most_open``: see Parts. Raises DataError with the damage and the command that
+        makes the store."""
+        path = remote.stage(path, root_only=True).absolute()
         directory = _inode(path)
         try:
             store = cls._open(path, most_open)

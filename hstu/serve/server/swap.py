@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hstu.base.errors import DataError, printable
+from hstu.base.remote import local_export
 from hstu.serve import runtime
 from hstu.serve.runtime.delta import digest_of
 from hstu.serve.runtime.files import DELTA, FACTS, MANIFEST, SERVING
@@ -91,7 +92,7 @@ class LiveModel:
 
     def refresh(self) -> bool:
         """Load the newest export that works, if it is new. Returns whether it is. One thread at a time may call it."""
-        found = find_exports(self._root)
+        found = find_exports(local_export(self._root))
         is_same, self._found = found == self._found, found  # the base of a delta may have come after it
         self._bad = {
             each: reason

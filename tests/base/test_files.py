@@ -1,4 +1,7 @@
-"""Files and directories are put in place whole, or not at all; a directory is locked for one process."""
+"""Files and directories are put in place whole, or not at all; a directory is locked for one process.
+
+The structure of JSON files is accepted, or refused with the place that differs.
+"""
 
 import os
 import re
@@ -6,11 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hstu.base.errors import ConfigError
 from hstu.base.files import LOCK_FILE, DirectoryLock, replace_text, written_aside
+from hstu.base.json_shape import check_shape
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -104,3 +109,32 @@ def test_a_forked_child_does_not_remove_the_lock(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         DirectoryLock(tmp_path, "Some.option")
     lock.release()
+
+
+SHAPE = {"n": int, "tables?": {str: {"names": [str]}}, "rate?": float}
+
+
+@pytest.mark.parametrize(
+    "value", [{"n": 0}, {"n": 3, "tables": {}}, {"n": 1, "tables": {"a": {"names": ["x"]}}, "rate": 0.5, "more": None}]
+)
+def test_what_fits_is_accepted(value: Any) -> None:
+    check_shape(value, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "it is \\[\\]"),
+        ({}, "it has no 'n'"),
+        ({"n": True}, "it.n is True"),
+        ({"n": 10**400}, "it.n is 10000"),
+        ({"n": 1, "tables": {"a": {}}}, "it.tables.a has no 'names'"),
+        ({"n": 1, "tables": {"a": {"names": ["x", 7]}}}, r"it.tables.a.names\[1\] is 7"),
+        ({"n": 1, "tables": None}, "it.tables is None"),
+        ({"n": 1, "rate": float("nan")}, "it.rate is nan"),
+    ],
+)
+def test_the_first_place_that_differs_is_named(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        check_shape(value, SHAPE)
+    assert len(str(caught.value)) < 200

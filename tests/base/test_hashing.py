@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from hstu.base.hashing import hash_ids, hash_strings, random_below, random_bits, splitmix64
+from hstu.base.ids import codes_of
 
 
 def chi_square_z(counts: np.ndarray) -> float:
@@ -52,3 +53,21 @@ def test_a_string_hashes_the_same_whatever_array_holds_it(width: str | type[obje
     alone = [hash_strings(np.array([text]))[0] for text in ("a", "ab", "ba")]
     assert hash_strings(np.array(["a", "ab", "ba"], dtype=width)).tolist() == alone
     assert len(set(alone)) == 3
+
+
+@pytest.mark.parametrize(
+    ("known", "ids", "codes"),
+    [
+        ([3, 5, 9], [9, 4, 3, 10, -1], [2, -1, 0, -1, -1]),
+        (["a", "b"], ["b", "", "c"], [1, -1, -1]),
+        ([], [1, 2], [-1, -1]),
+        ([7], [], []),
+    ],
+)
+def test_the_code_of_an_id_is_its_place_and_that_of_an_unknown_one_minus_one(
+    known: list, ids: list, codes: list
+) -> None:
+    kind = object if known and isinstance(known[0], str) else np.int64
+    found = codes_of(np.array(ids, dtype=kind), np.array(known, dtype=kind))
+    assert found.dtype == np.int64
+    assert found.tolist() == codes

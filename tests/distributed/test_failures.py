@@ -100,47 +100,42 @@ def test_a_rank_that_is_stuck_past_the_timeout_ends_all_and_is_named(store: str,
     check_checkpoints(tmp_path, 2)
 
 
+DEAD = r"the run ends: rank 1 \(\S+, pid \d+\) is dead or frozen"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("faults", "lasting", "collective_timeout_s", "ended_after_s"),
+    ("faults", "iteration", "lasting", "collective_timeout_s", "ended_after_s", "said"),
     [
-        ({1: "frozen"}, (1,), 4, 4),
+        ({1: "frozen"}, 3, (1,), 4, 4, DEAD),
         # A launcher stops the ranks, which feel nothing of a killed one, and kills them after 30 s.
-        ({0: "asleep through SIGTERM", 1: "killed", 2: "asleep through SIGTERM"}, (), 100, 20),
+        ({0: "asleep through SIGTERM", 1: "killed", 2: "asleep through SIGTERM"}, 3, (), 100, 20, DEAD),
+        # Rank 0 serves the store.
+        ({0: "killed"}, 5, (), 60, 10, r"the launcher, or rank 0 .*, is dead or out of reach"),
+        (
+            {1: "bad data"}, 3, (), 60, 10,
+            r"the run ends: rank 1 \(\S+, pid \d+\) failed at iteration 3 \(.*\): DataError: row 7 is torn",
+        ),
     ],
-)
-def test_a_rank_that_is_dead_or_frozen_is_named_by_the_others(
+    ids=["frozen", "killed beside sleepers", "rank 0 killed", "error"],
+)  # fmt: skip
+def test_a_rank_that_is_dead_or_frozen_or_fails_is_named_by_the_others(
     store: str,
     tmp_path: Path,
     faults: dict[int, str],
+    iteration: int,
     lasting: tuple[int, ...],
     collective_timeout_s: int,
     ended_after_s: int,
+    said: str,
 ) -> None:
-    ranks = run(3, store, tmp_path, faults, 3, lasting, collective_timeout_s=collective_timeout_s)
+    ranks = run(3, store, tmp_path, faults, iteration, lasting, collective_timeout_s=collective_timeout_s)
     check_all_ended(ranks, tmp_path, ended_after_s)
-    for rank in (0, 2):
-        assert re.search(r"the run ends: rank 1 \(\S+, pid \d+\) is dead or frozen", ranks[rank].output)
-
-
-@pytest.mark.slow
-def test_the_rank_that_serves_the_store_is_named_when_it_dies(store: str, tmp_path: Path) -> None:
-    ranks = run(3, store, tmp_path, {0: "killed"}, iteration=5, collective_timeout_s=60)
-    check_all_ended(ranks, tmp_path, timeout_s=10)
-    for rank in (1, 2):
-        assert re.search(r"the launcher, or rank 0 .*, is dead or out of reach", ranks[rank].output)
-    check_checkpoints(tmp_path, 2, 4)
-
-
-@pytest.mark.slow
-def test_an_error_of_one_rank_is_told_on_all(store: str, tmp_path: Path) -> None:
-    ranks = run(3, store, tmp_path, {1: "bad data"}, iteration=3, collective_timeout_s=60)
-    check_all_ended(ranks, tmp_path, timeout_s=10)
-    assert [rank.exit_code for rank in ranks] == [1, 3, 1]
-    for rank in (0, 2):
-        said = r"the run ends: rank 1 \(\S+, pid \d+\) failed at iteration 3 \(.*\): DataError: row 7 is torn"
-        assert re.search(said, ranks[rank].output)
-    check_checkpoints(tmp_path, 2)
+    failed = next(rank for rank, fault in faults.items() if "asleep" not in fault)
+    assert all(re.search(said, ended.output) for rank, ended in enumerate(ranks) if rank != failed)
+    if faults[failed] == "bad data":
+        assert [rank.exit_code for rank in ranks] == [1, 3, 1]
+    check_checkpoints(tmp_path, *range(2, iteration, 2))
 
 
 def test_a_loss_that_is_no_number_on_one_rank_ends_all_and_is_not_saved(store: str, tmp_path: Path) -> None:

@@ -84,14 +84,18 @@ def load_on(finished: FinishedRun, mesh: Mesh, more: bool) -> api.TrainedModel:
     return api.load(finished.path, mesh=mesh)
 
 
+def assert_alike(expected: Sequence[api.Recommendation], found: Sequence[api.Recommendation]) -> None:
+    for one, other in zip(expected, found, strict=True):
+        assert (one.user, one.items, one.titles) == (other.user, other.items, other.titles)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+
+
 def test_new_data_leaves_the_recommendations_of_known_users_as_they_were(old: FinishedRun, mesh: Mesh) -> None:
     users = [f"u{user:02}" for user in range(20)]
     before, after = (load_on(old, mesh, more) for more in (False, True))
     expected, found = before.recommend(users, top=ITEMS), after.recommend(users, top=ITEMS)
     assert before.report == []
-    for one, other in zip(expected, found, strict=True):
-        assert (one.user, one.items) == (other.user, other.items)
-        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+    assert_alike(expected, found)
 
 
 def test_a_model_stays_valid_when_events_are_appended(mesh: Mesh, tmp_path: Path) -> None:
@@ -104,9 +108,7 @@ def test_a_model_stays_valid_when_events_are_appended(mesh: Mesh, tmp_path: Path
         people.write("a zoë,Bonn\n")
     store = import_interactions("walks", columns_of(tmp_path, "more.csv"), output=tmp_path / "store", append=True)
     assert SequenceStore.open(store).raw_ids("what")[:2].tolist() == ["another", item_name(0)]
-    for one, other in zip(before, api.load(finished.path, mesh=mesh).recommend(users, top=ITEMS), strict=True):
-        assert (one.user, one.items) == (other.user, other.items)
-        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+    assert_alike(before, api.load(finished.path, mesh=mesh).recommend(users, top=ITEMS))
 
 
 def test_what_is_new_is_reported_and_has_rows_of_zeros(old: FinishedRun, mesh: Mesh) -> None:
@@ -273,9 +275,7 @@ def test_a_history_given_by_hand_gets_what_the_same_user_of_the_data_gets(
     found += [api.load(path, mesh=mesh).recommend_for(given, top=5) for path in (finished.path, exported)]
     for answered, unknown in found:
         assert unknown == {}
-        for one, other in zip(expected, answered, strict=True):
-            assert (one.user, one.items, one.titles) == (other.user, other.items, other.titles)
-            np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+        assert_alike(expected, answered)
     with pytest.raises(DataError, match="no preprocessed data at"):
         api.load(exported, mesh=mesh).recommend(["u00"])
 

@@ -35,7 +35,7 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.preprocess.report import format_report
 from hstu.data.preprocess.starter import write_starters
-from hstu.data.preprocess.state import open_engine, write_parquet
+from hstu.data.preprocess.state import open_engine
 from hstu.data.rules import DATA_RULES
 from hstu.data.sampling.splits import Split
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
@@ -127,9 +127,9 @@ def _as_file(table: Any, folder: Path, role: str) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as scratch, open_engine(Path(scratch), "4GB") as engine:
-        engine.execute(f"SET pandas_analyze_sample = {2**31}")  # all rows decide the type of a column
+        engine.connection.execute(f"SET pandas_analyze_sample = {2**31}")  # all rows decide the type of a column
         engine.register("frame", table)
-        write_parquet(engine, "SELECT * FROM frame", written := Path(scratch, "frame.parquet"))
+        engine.write("SELECT * FROM frame", written := Path(scratch, "frame.parquet"))
         return written.replace(folder / f"{role}-{sha256(written)[:12]}.parquet")
 
 

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from duckdb import DuckDBPyConnection
-
 from hstu.base.errors import DataError
 from hstu.data.datasets.own_columns import TIME_UNITS, UNIT_NAMES, InteractionColumns, columns_of, open_table
 from hstu.data.datasets.raw import (
@@ -25,7 +23,7 @@ from hstu.data.datasets.raw import (
     require_columns,
     select_list,
 )
-from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, SPLIT_NAMES, ColumnDescription, RawTables
+from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, SPLIT_NAMES, ColumnDescription, Queries, RawTables
 
 _log = logging.getLogger(__name__)
 
@@ -178,7 +176,7 @@ def _resolve_types(
     of_events: Sequence[str],
     of_context: Sequence[str],
     of_items: Sequence[str],
-    engine: DuckDBPyConnection,
+    engine: Queries,
     log: str,
 ) -> dict[str, Any]:
     table = ColumnTypes(engine, (*columns.files, *columns.request_files), log, texts)
@@ -235,9 +233,7 @@ def unit_hint(unit: str, value: str) -> str:
 class ColumnTypes:
     """SQL expressions that convert ingested columns to the types of RawTables.events."""
 
-    def __init__(
-        self, engine: DuckDBPyConnection, files: tuple[Path, ...], relation: str, texts: Collection[str] = ()
-    ) -> None:
+    def __init__(self, engine: Queries, files: tuple[Path, ...], relation: str, texts: Collection[str] = ()) -> None:
         """``texts``: those of user and item whose ids are text, whatever the values."""
         self._texts = texts
         self._engine, self._relation = engine, relation

@@ -15,7 +15,8 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
@@ -43,6 +44,7 @@ from hstu.data.preprocess.state import (
     Base,
     Build,
     BuildOptions,
+    Engine,
     disk_errors,
     memory_bytes,
     one,
@@ -263,9 +265,29 @@ def build_store(
             raise DataError(f"another process has changed {options.output} just now; start the command again")
         if writer.journal:
             _log.info("continuing an interrupted run: %d of its stages are done", len(writer.journal))
-        with open_engine(writer.scratch, options.memory_limit) as engine:
+        with _open(options, writer.scratch, sum(file.stat().st_size for file in raw.files)) as engine:
             _run_stages(Build(raw, schema, options, writer, engine, base), published)
     return options.output
+
+
+@contextmanager
+def _open(options: BuildOptions, scratch: Path, raw_bytes: int) -> Iterator[Engine]:
+    """The engine of the options."""
+    if options.engine == "duckdb":
+        with open_engine(scratch, options.memory_limit) as engine:
+            yield engine
+        return
+    try:
+        from hstu.data.preprocess.spark import DRIVER_FRACTION, open_spark
+    except ImportError as error:
+        raise ConfigError(
+            f'--engine spark needs {error.name}, which is not installed: pip install "hstu-trainer[spark]", and Java 17'
+        ) from error
+    with (
+        open_engine(scratch, options.memory_limit, DRIVER_FRACTION) as local,
+        open_spark(local, scratch, options.memory_limit, options.spark_master, raw_bytes) as engine,
+    ):
+        yield engine
 
 
 def _check_options(raw: RawTables, schema: Schema, options: BuildOptions, base: Base | None) -> None:
@@ -274,6 +296,13 @@ def _check_options(raw: RawTables, schema: Schema, options: BuildOptions, base: 
     if "user" in options.raw_ids and USER_FEATURE not in schema.context:
         raise ConfigError(
             "--raw_ids user: the user is no feature of this data; name the user column in --context_columns, too"
+        )
+    if options.spark_master and options.engine != "spark":
+        raise ConfigError(f"--spark_master {options.spark_master}: only with --engine spark")
+    if base and options.engine != "duckdb":
+        raise ConfigError(
+            f"--engine {options.engine} makes whole stores, and cannot add to one; leave it out with --append, which "
+            "reads only the new files"
         )
     for option, wanted in (("requests", raw.requests), ("all_items", options.all_items)):
         if wanted and options.min_item_events > 1:
@@ -361,7 +390,7 @@ def _resume_key(raw: RawTables, schema: Schema, options: BuildOptions, base: Bas
     tables = [repr(raw.parts), repr(raw.tables), raw.settings, repr(schema)]
     rules = [options.name, options.bad_row_policy, options.max_bad_rows]
     rules += [options.min_user_events, options.min_item_events, options.all_items]
-    rules += [options.running_statistics]
+    rules += [options.running_statistics, options.engine]
     if base:
         rules += [*base.store.lineage, base.forgotten.tolist()]
     programs = [VERSION, np.__version__, duckdb.__version__]

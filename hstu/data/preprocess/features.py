@@ -50,7 +50,8 @@ def write_event_vocabularies(build: Build) -> dict[str, tuple[int, str]]:
         if name in build.schema.quantities():
             continue
         value = _value_in_vocabulary(build, feature, name, f"coalesce(nullif({name}, ''), {literal(UNKNOWN)})", rows)
-        values = f"SELECT {value} AS id FROM {rows}" + (f" UNION ALL SELECT id FROM base_{name}" if build.base else "")
+        build.view(f"values_of_{name}", f"SELECT {value} AS id FROM {rows}")
+        values = f"SELECT id FROM values_of_{name}" + (f" UNION ALL SELECT id FROM base_{name}" if build.base else "")
         found[name] = (_write_vocabulary(build, feature, name, values), value)
     return found
 
@@ -115,10 +116,11 @@ def _write_categories(build: Build, name: str, feature: str, rows: str, owners: 
     """Write the codes and the vocabulary of a user or item feature. ``rows``: table with code and value."""
     given, is_list = _has_value(build, name, rows), _is_list(build, name, rows)
     value = f"unnest({name}) AS value, generate_subscripts({name}, 1) - 1 AS place" if is_list else f"{name} AS value"
-    each = f"(SELECT code, {value} FROM {rows} WHERE {given})"
+    build.view(f"each_{name}", f"SELECT code, {value} FROM {rows} WHERE {given}")
     (present,) = one(build.engine, f"SELECT count(*) FROM {rows} WHERE {given}")
-    value = _value_in_vocabulary(build, feature, name, "value", each)
-    values = f"SELECT {value} AS id FROM {each}"
+    value = _value_in_vocabulary(build, feature, name, "value", f"each_{name}")
+    build.view(f"ids_of_{name}", f"SELECT * EXCLUDE value, {value} AS id FROM each_{name}")
+    values = f"SELECT id FROM ids_of_{name}"
     if present < owners:
         values += f" UNION ALL SELECT {literal(UNKNOWN)}"
     number = _write_vocabulary(build, feature, name, values, is_list)
@@ -135,7 +137,7 @@ def _write_categories(build: Build, name: str, feature: str, rows: str, owners: 
     if present < owners:
         (array[:],) = one(build.engine, f"SELECT code FROM vocabulary_{name} WHERE id = {literal(UNKNOWN)}")
     codes = f"""SELECT e.* EXCLUDE id, CAST(v.code AS INTEGER) AS value
-        FROM (SELECT * EXCLUDE value, {value} AS id FROM {each}) e JOIN vocabulary_{name} v ON e.id = v.id"""
+        FROM ids_of_{name} e JOIN vocabulary_{name} v ON e.id = v.id"""
     for batch in _batches(build, codes):
         places = batch["code"] if offsets is None else offsets[batch["code"]] + batch["place"]
         array[places] = batch["value"]
@@ -161,7 +163,7 @@ def _write_vocabulary(build: Build, feature: str, name: str, values: str, is_lis
     """Write the distinct values of a query's ``id``, ascending; the row number is the code. Returns their number."""
     table = f"vocabulary_{name}"
     number = build.table(table, f"SELECT DISTINCT id FROM ({values}) ORDER BY 1", "code")
-    build.writer.write_text_vocabulary(feature, *utf8_column(build.engine, f"SELECT id FROM {table} ORDER BY code"))
+    build.writer.write_text_vocabulary(feature, *utf8_column(build.engine, f"SELECT id FROM {table}"))
     is_own = build.raw.resolve_types is not None  # features of built-in datasets are declared on purpose
     if is_own and not is_list and number > _MANY_NUMBERS:  # lists have no ranges
         only = f"SELECT bool_and(({as_number('id')}) IS NOT NULL) FROM {table} WHERE id <> {literal(UNKNOWN)}"
@@ -184,7 +186,7 @@ def _value_in_vocabulary(build: Build, feature: str, name: str, value: str, rela
     rows = f"(SELECT {value} AS value FROM {relation})"
     # The numbers of the base are not known any more, only their ranges: these stay, and take new numbers beyond them.
     kept = build.base.store.ranges.get(feature, {}) if build.base and build.keeps(name) else {}
-    found: Mapping[str, float] = build.once(f"ranges {name}", lambda: _find_ranges(build, feature, rows, kept))
+    found: Mapping[str, float] = build.once(f"ranges {name}", lambda: _find_ranges(build, feature, name, rows, kept))
     build.writer.ranges[feature] = found
     number = as_number(value)
     cases = [f"WHEN {number} >= CAST('{start!r}' AS DOUBLE) THEN {literal(key)}" for key, start in found.items()][::-1]
@@ -193,7 +195,7 @@ def _value_in_vocabulary(build: Build, feature: str, name: str, value: str, rela
     return f"CASE WHEN {value} IN ({final}) THEN {value} {' '.join(cases)} ELSE {value} END"
 
 
-def _find_ranges(build: Build, feature: str, values: str, kept: Mapping[str, float]) -> Mapping[str, float]:
+def _find_ranges(build: Build, feature: str, name: str, values: str, kept: Mapping[str, float]) -> Mapping[str, float]:
     ranges, number = build.schema.bins[feature], as_number("value")
     known = f"FROM {values} WHERE value NOT IN ({', '.join(map(literal, (UNKNOWN, *kept)))})"
     (bad,) = one(build.engine, f"SELECT min(value) {known} AND NOT coalesce(isfinite({number}), false)")
@@ -201,7 +203,8 @@ def _find_ranges(build: Build, feature: str, values: str, kept: Mapping[str, flo
         raise DataError(f"--bins {feature}={ranges}: not all values are finite numbers, such as {bad!r}; leave it out")
     if kept:
         return kept
-    query = f"SELECT {number} AS number, count(*) AS count {known} GROUP BY 1 ORDER BY 1"
+    build.view(f"numbers_of_{name}", f"SELECT {number} AS number {known}")
+    query = f"SELECT number, count(*) AS count FROM numbers_of_{name} GROUP BY 1 ORDER BY 1"
     found = build.engine.execute(query).fetchnumpy()
     return ranges_of(np.asarray(found["number"]), np.asarray(found["count"]), ranges)
 
@@ -226,7 +229,7 @@ def ranges_of(numbers: np.ndarray, counts: np.ndarray, ranges: int) -> dict[str,
 def _has_value(build: Build, name: str, rows: str) -> str:
     if name in build.schema.quantities():
         return f"{name} IS NOT NULL"
-    return f"len({name}) > 0" if _is_list(build, name, rows) else f"{name} <> ''"
+    return f"array_length({name}) > 0" if _is_list(build, name, rows) else f"{name} <> ''"
 
 
 def _is_list(build: Build, name: str, rows: str) -> bool:

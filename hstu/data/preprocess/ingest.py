@@ -16,7 +16,7 @@ from hstu.base.errors import DataError
 from hstu.base.times import as_date
 from hstu.data.datasets.raw import COMPRESSIONS, RawFile, identifier, open_bytes
 from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, LATEST_SECOND, ColumnDescription
-from hstu.data.preprocess.state import Build, one, source_digest, source_names, write_parquet
+from hstu.data.preprocess.state import Build, Engine, one, source_digest, source_names
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +27,8 @@ _MANY_EVENTS = 1000
 """So many events are neither a toy nor a first try, so their times are checked."""
 _SHOWN = 80
 """Most characters of a value in a message."""
+_Rejected = tuple[int, str, str, str]
+"""Number of unreadable lines, and of the first of them: reason, location, detail."""
 _REASONS = {
     "CAST": "value of the wrong type",
     "MISSING COLUMNS": "too few columns",
@@ -38,12 +40,15 @@ _REASONS = {
 def read_files(build: Build) -> None:
     """Create the tables log_0, … and typed, and context, titles and item_table if the data has them."""
     raw = build.raw
-    for number, (log, columns) in enumerate(raw.parts):
-        _read(build, f"log_{number}", log, columns)
+    files = {f"log_{number}": part for number, part in enumerate(raw.parts)}
+    files |= {f"{name}_as_read": table for name, table in raw.tables.items()}
+    unread = {name: file for name, file in files.items() if name not in build.writer.journal}
+    found = build.engine.each(_ingest, [(*file, build.file(name)) for name, file in unread.items()])
+    for name, (file, _) in files.items():
+        build.skipped.update(build.once(name, lambda: _count(build, file, *next(found))))  # noqa: B023
+        build.engine.show(name, build.file(name), "source_row")
     parts = (f"SELECT {number} AS part, * FROM log_{number}" for number in range(len(raw.parts)))
     build.view("as_read", " UNION ALL BY NAME ".join(parts))  # columns that a file lacks are NULL
-    for name, (file, select) in raw.tables.items():
-        _read(build, f"{name}_as_read", file, select)
     if (resolve := raw.resolve_types) is None:
         build.view("typed", "SELECT * FROM as_read")
         for name in raw.tables:
@@ -55,31 +60,30 @@ def read_files(build: Build) -> None:
         build.table(name, f"SELECT source_row, {types[name]} FROM {name}_as_read")
 
 
-def _read(build: Build, name: str, file: RawFile, select: str) -> None:
-    def ingest() -> Counter[str]:
-        bad = _ingest(build, file, select, name)
-        (source,) = (source for source, other in source_names(build.raw.files).items() if other == file.path)
-        build.writer.journal.commit(f"source {source}", source_digest(file.path))
-        return bad
+def _count(build: Build, file: RawFile, digest: str, rejected: _Rejected | None) -> Counter[str]:
+    """Count the unreadable lines of a file by reason. Raises DataError if they may not be skipped."""
+    bad: Counter[str] = Counter()
+    if rejected:
+        build.skip(bad, *rejected)
+    (source,) = (source for source, other in source_names(build.raw.files).items() if other == file.path)
+    build.writer.journal.commit(f"source {source}", digest)
+    return bad
 
-    build.skipped.update(build.once(name, ingest))
-    build.show_file(name, "source_row")
 
-
-def _ingest(build: Build, raw: RawFile, select: str, name: str) -> Counter[str]:
-    """Write ``select`` of the readable rows. Returns the number of unreadable lines by reason. Raises DataError for
-    those that may not be skipped."""
-    read, uniform = raw, replace(raw, path=build.file(name).with_suffix(".lines"))
+def _ingest(engine: Engine, raw: RawFile, select: str, target: Path) -> tuple[str, _Rejected | None]:
+    """Write ``select`` of the readable rows. Returns the file's digest, and what build.skip needs of unreadable lines.
+    Raises DataError if no line may be skipped."""
+    read, uniform = raw, replace(raw, path=target.with_suffix(".lines"))
     try:
         try:
-            write_parquet(build.engine, f"SELECT {select} FROM {raw.relation()}", build.file(name))
+            engine.write(f"SELECT {select} FROM {raw.relation()}", target)
         except duckdb.InvalidInputException as error:
             if _MIXED_LINE_ENDS not in str(error):
                 raise
             read = uniform
             _copy_with_uniform_lines(raw.path, uniform.path)
-            write_parquet(build.engine, f"SELECT {select} FROM {uniform.relation()}", build.file(name))
-        return Counter() if raw.columns is None else _count_rejects(build, raw, read)
+            engine.write(f"SELECT {select} FROM {uniform.relation()}", target)
+        return source_digest(raw.path), None if raw.columns is None else _rejected(engine, raw, read)
     except (duckdb.InvalidInputException, duckdb.ConversionException, duckdb.IOException) as error:
         text = str(error)
         if raw.path.name not in text and not any(kind.upper() in text.upper() for kind in COMPRESSIONS.values()):
@@ -97,27 +101,25 @@ def _copy_with_uniform_lines(file: Path, target: Path) -> None:
         shutil.copyfileobj(io.TextIOWrapper(source, encoding="latin-1"), copy)
 
 
-def _count_rejects(build: Build, raw: RawFile, read: RawFile) -> Counter[str]:
-    """Count the lines that DuckDB rejected. ``read``: ``raw``, or its copy with LF line ends."""
-    bad: Counter[str] = Counter()
+def _rejected(engine: Engine, raw: RawFile, read: RawFile) -> _Rejected | None:
+    """The lines that DuckDB rejected. ``read``: ``raw``, or its copy with LF line ends."""
     first = ", ".join(f"arg_min({name}, line_byte_position)" for name in ("error_type", "error_message", "column_name"))
     hidden = f"max(error_type::VARCHAR IN ('{_UNQUOTED}', '{_TOO_LONG}'))"
     try:
         query = f"SELECT count(DISTINCT line), min(line_byte_position), {first}, {hidden} FROM reject_errors"
-        number, byte, kind, message, name, hides_lines = one(build.engine, query)
+        ((number, byte, kind, message, name, hides_lines),) = engine.connection.execute(query).fetchall()
     except duckdb.CatalogException:  # the table exists only after a rejected line
-        return bad
-    build.engine.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
+        return None
+    engine.connection.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
     if not number:
-        return bad
+        return None
     location = f"{raw.path}:{read.line_at(byte - 1)}"  # DuckDB counts from 1
     detail = _explain(kind, message, name)
     if hides_lines:  # an unclosed quote also makes an unknown number of further lines unreadable
         raise DataError(
             f"{location}: {detail}. The lines after it cannot be read either, so it cannot be skipped: correct it"
         )
-    build.skip(bad, number, _REASONS.get(kind, "unreadable line"), location, detail)
-    return bad
+    return number, _REASONS.get(kind, "unreadable line"), location, detail
 
 
 def _explain(kind: str, message: str, name: str | None) -> str:
@@ -196,7 +198,7 @@ def vector_width(build: Build, name: str) -> int:
         return build.base.store.features[build.schema.quantities()[name]].width
     of_events = name in build.raw.event_items
     rows, order = ("typed", "part, source_row") if of_events else ("item_table", "source_row")
-    query = f"SELECT len({name}) FROM {rows} WHERE NOT isnan({name}[1]) ORDER BY {order} LIMIT 1"
+    query = f"SELECT len({name}), {order} FROM {rows} WHERE NOT isnan({name}[1]) ORDER BY {order} LIMIT 1"
     return build.once(f"width {name}", lambda: next((row[0] for row in build.engine.execute(query).fetchall()), 1))
 
 
@@ -256,8 +258,10 @@ def check_period(build: Build) -> None:
     """Log the period of the events. Raises DataError if the times of a user's own table are probably something else."""
     if build.schema.timestamp is None:
         return
-    ends = """min("timestamp"), max("timestamp"), CAST(min("time") AS VARCHAR), CAST(max("time") AS VARCHAR)"""
-    first, last, low, high, events = one(build.engine, f"SELECT {ends}, count(*) FROM usable_events")
+    ends = """min("timestamp") AS first, max("timestamp") AS last, min("time") AS low, max("time") AS high"""
+    build.table("period", f"SELECT {ends}, count(*) AS events FROM usable_events")
+    shown = "CAST(low AS VARCHAR), CAST(high AS VARCHAR)"
+    first, last, low, high, events = one(build.engine, f'SELECT "first", "last", {shown}, events FROM period')
     period = f"the {events:,} events are of {as_date(first).removesuffix(' UTC')} to {as_date(last)}"
     _log.info("%s", period)
     if build.raw.resolve_types is None or build.options.any_times:
@@ -282,7 +286,7 @@ def keep_core(build: Build) -> None:
     least = {"user": options.min_user_events, "item": options.min_item_events}
     rounds = build.once("core", lambda: _find_core(build, least))
     for name in least:
-        build.show_file(f"core_{name}s")
+        build.engine.show(f"core_{name}s", build.file(f"core_{name}s"))
     kept = " AND ".join(f'"{name}" IN (SELECT id FROM core_{name}s)' for name in least)
     build.view("events", f"SELECT * FROM usable_events WHERE {kept}")
     before, after = (one(build.engine, f"SELECT count(*) FROM {rows}")[0] for rows in ("usable_events", "events"))
@@ -300,8 +304,8 @@ def _find_core(build: Build, least: dict[str, int]) -> int:
         found = {}
         for name in ("user", "item"):
             query = f'SELECT "{name}" AS id FROM usable_events {known} GROUP BY 1 HAVING count(*) >= {least[name]}'
-            found[name] = write_parquet(build.engine, query, build.file(f"core_{name}s"))
-            build.show_file(f"core_{name}s")
+            found[name] = build.engine.write(query, build.file(f"core_{name}s"))
+            build.engine.show(f"core_{name}s", build.file(f"core_{name}s"))
             known = f'WHERE "{name}" IN (SELECT id FROM core_{name}s)'
         rounds += 1
         if found == kept:

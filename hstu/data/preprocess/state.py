@@ -30,8 +30,8 @@ from hstu.data.store.writer import StoreWriter, mapped
 
 _log = logging.getLogger(__name__)
 
-Connection = duckdb.DuckDBPyConnection
 Policy = Literal["raise", "skip"]
+EngineName = Literal["duckdb", "spark"]
 T = TypeVar("T")
 ROWS_PER_CHUNK = 1 << 20
 _ENGINE_FRACTION = 0.55
@@ -72,6 +72,10 @@ class BuildOptions:
     """Take times of users' own tables that probably are something else."""
     shards: int = 1
     """Cut the store into so many shards, or into one per user where there are fewer users."""
+    engine: EngineName = "duckdb"
+    """What runs the stages; the store is the same."""
+    spark_master: str | None = None
+    """URL of Spark's master. None: the session that spark-submit made, else ``local[*]``."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +95,54 @@ class Base:
     """"user", "item" → the new code of each of the base, int32; -1 for those that do not stay. A stage fills it."""
 
 
+class Engine:
+    """Runs the SQL of the stages in DuckDB. spark.py has the same methods for a cluster.
+
+    Queries are DuckDB's SELECT. Those that join, group, sort or number rows must also be SQL that sqlglot translates
+    for Spark, so what is computed from the columns of one row belongs into a view before them."""
+
+    rows_at_once: int | None = None
+    """Most rows that may be sorted at once. None: as the memory limit allows."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+        self.connection = connection
+
+    def execute(self, query: str) -> duckdb.DuckDBPyConnection:
+        """Run a query, whose rows ``fetchall`` and ``fetchnumpy`` of the result return."""
+        return self.connection.execute(query)
+
+    def sql(self, query: str) -> duckdb.DuckDBPyRelation:
+        """The result of a query, with ``types``, and rows that ``to_arrow_reader`` streams in order."""
+        return self.connection.sql(query)
+
+    def register(self, name: str, table: Any) -> None:
+        """Name a table in memory."""
+        self.connection.register(name, table)
+
+    def write(self, query: str, target: Path, number: str | None = None) -> int:
+        """Write the rows of a query to a working table atomically. ``number``: column of row numbers that ``show`` will
+        add. Returns the number of rows."""
+        return write_parquet(self.connection, query, target)
+
+    def show(self, name: str, target: Path, number: str | None = None) -> None:
+        """Name a working table. ``number``: its column of row numbers, from 0."""
+        self.view(name, numbered_rows(target, number))
+
+    def view(self, name: str, query: str) -> None:
+        """Name a query, which runs again wherever it is used."""
+        self.connection.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
+
+    def each(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+        """The results of ``function(engine, *arguments)`` in order. An error of one is raised in its turn."""
+        return (function(self, *given) for given in arguments)
+
+
 @dataclass(frozen=True)
 class Build:
     """One run of the stages. Each stage leaves its result in the journal, a working table, or a part of the store.
 
-    A working table is a Parquet file in the writer's scratch directory, with a view of the same name for queries:
+    A working table is a Parquet file in the writer's scratch directory, or a directory of such files that Spark wrote,
+    with a view of the same name for queries:
 
         log_0, …                            rows of the raw files as read; ``source_row`` numbers them from 0
         context, titles, item_table         the other files as in RawTables, with ``source_row``
@@ -108,7 +155,7 @@ class Build:
     schema: Schema
     options: BuildOptions
     writer: StoreWriter
-    engine: Connection
+    engine: Engine
     base: Base | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason → skipped rows, over all stages."""
@@ -148,23 +195,17 @@ class Build:
 
     def table(self, name: str, query: str, number: str | None = None) -> int:
         """Create a working table from a query, once. ``number``: column of row numbers. Returns the number of rows."""
-        rows = self.once(name, lambda: write_parquet(self.engine, query, self.file(name)))
-        self.show_file(name, number)
+        rows = self.once(name, lambda: self.engine.write(query, self.file(name), number))
+        self.engine.show(name, self.file(name), number)
         return rows
 
     def file(self, name: str) -> Path:
         """The file of a working table."""
         return self.writer.scratch / f"{name}.parquet"
 
-    def show_file(self, name: str, number: str | None = None) -> None:
-        """Create the view of a working table. ``number``: column of row numbers, from 0."""
-        numbered = f"* EXCLUDE file_row_number, file_row_number AS {number}" if number else "*"
-        rows = f"read_parquet({one_file(self.file(name))}, hive_partitioning = false, file_row_number = {bool(number)})"
-        self.view(name, f"SELECT {numbered} FROM {rows}")
-
     def view(self, name: str, query: str) -> None:
         """Name a query, which runs again wherever it is used."""
-        self.engine.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
+        self.engine.view(name, query)
 
     def skip(self, bad: Counter[str], number: int, reason: str, location: str, detail: str) -> None:
         """Count ``number`` bad rows, the first of them at ``location``, in ``bad``, the counter of a stage (reason →
@@ -189,10 +230,8 @@ class Build:
         return f"{time_column}{split}part, source_row"
 
     def shown(self) -> str:
-        """SQL relation of the events and the candidates, which lack columns of users."""
-        if not self.raw.requests:
-            return "events"
-        return "(SELECT * FROM events UNION ALL BY NAME SELECT * EXCLUDE number FROM candidates)"
+        """Relation of the events and the candidates, which lack columns of users."""
+        return "shown" if self.raw.requests else "events"
 
 
 def source_digest(file: Path) -> str:
@@ -223,18 +262,24 @@ def memory_bytes(text: str) -> int:
     return amount
 
 
+def connect(memory: float, spill: Path, threads: int) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB of ``memory`` bytes, which spills to a directory."""
+    engine = duckdb.connect()
+    engine.execute(f"SET memory_limit = '{int(memory) >> 10} KiB'")
+    engine.execute(f"SET temp_directory = {literal(str(spill))}")
+    engine.execute(f"SET threads = {threads}")
+    engine.execute("SET TimeZone = 'UTC'")  # else times without a zone are local times
+    return engine
+
+
 @contextmanager
-def open_engine(scratch: Path, memory_limit: str) -> Iterator[Connection]:
+def open_engine(scratch: Path, memory_limit: str, fraction: float = _ENGINE_FRACTION) -> Iterator[Engine]:
     """An in-memory DuckDB that spills to ``scratch``. Its errors become DataError, interruptions KeyboardInterrupt."""
     spill = scratch / "spill"
     try:
-        with duckdb.connect() as engine:
-            engine.execute(f"SET memory_limit = '{int(memory_bytes(memory_limit) * _ENGINE_FRACTION) >> 10} KiB'")
-            engine.execute(f"SET temp_directory = {literal(str(spill))}")
-            engine.execute(f"SET threads = {len(os.sched_getaffinity(0))}")
-            engine.execute("SET TimeZone = 'UTC'")  # else times without a zone are local times
-            engine.execute(f"SET enable_progress_bar = {str(sys.stdout.isatty()).lower()}")
-            yield engine
+        with connect(memory_bytes(memory_limit) * fraction, spill, len(os.sched_getaffinity(0))) as connection:
+            connection.execute(f"SET enable_progress_bar = {str(sys.stdout.isatty()).lower()}")
+            yield Engine(connection)
     except duckdb.InterruptException:
         raise KeyboardInterrupt from None
     except RuntimeError as error:
@@ -258,18 +303,18 @@ def disk_errors(directory: Path) -> Iterator[None]:
         raise DataError(f"cannot write {error.filename or directory}: {error.strerror or error}") from error
 
 
-def one(engine: Connection, query: str) -> tuple[Any, ...]:
+def one(engine: Engine, query: str) -> tuple[Any, ...]:
     """The only row of a query."""
     (row,) = engine.execute(query).fetchall()
     return tuple(row)
 
 
-def columns_of(engine: Connection, query: str) -> list[np.ndarray]:
+def columns_of(engine: Engine, query: str) -> list[np.ndarray]:
     """The columns of a query, without NULLs; texts as str objects."""
     return [np.asarray(values) for values in engine.execute(query).fetchnumpy().values()]
 
 
-def utf8_column(engine: Connection, query: str) -> tuple[np.ndarray, np.ndarray]:
+def utf8_column(engine: Engine, query: str) -> tuple[np.ndarray, np.ndarray]:
     """The only column of a query, strings without NULLs, as (int64 offsets [n + 1], UTF-8 bytes as uint8)."""
     lengths, texts = [np.zeros(1, dtype=np.int64)], [np.zeros(0, dtype=np.uint8)]
     for batch in engine.sql(query).to_arrow_reader(ROWS_PER_CHUNK):
@@ -282,10 +327,18 @@ def utf8_column(engine: Connection, query: str) -> tuple[np.ndarray, np.ndarray]
     return np.cumsum(np.concatenate(lengths)), np.concatenate(texts)
 
 
-def write_parquet(engine: Connection, select: str, target: Path) -> int:
-    """Write the rows of a query to a file atomically. Returns their number."""
+def numbered_rows(file: Path, number: str | None, first: int = 0) -> str:
+    """SQL of the rows of a Parquet file. ``number``: column of row numbers, from ``first``."""
+    numbered = f"* EXCLUDE file_row_number, file_row_number + {first} AS {number}" if number else "*"
+    rows = f"read_parquet({one_file(file)}, hive_partitioning = false, file_row_number = {bool(number)})"
+    return f"SELECT {numbered} FROM {rows}"
+
+
+def write_parquet(connection: duckdb.DuckDBPyConnection, select: str, target: Path, options: str = "") -> int:
+    """Write the rows of a query atomically: to a file, or as ``options`` of COPY say. Returns their number."""
     with written_aside(target) as aside:
-        (rows,) = one(engine, f"COPY ({select}) TO {literal(str(aside))} (FORMAT parquet, COMPRESSION lz4_raw)")
+        copy = f"COPY ({select}) TO {literal(str(aside))} (FORMAT parquet, COMPRESSION lz4_raw{options})"
+        ((rows,),) = connection.execute(copy).fetchall()
     return int(rows)
 
 

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from hstu.base.errors import DataError
 from hstu.data.batches.jagged import first_from
+from hstu.data.datasets.raw import literal
 from hstu.data.datasets.spec import SPLIT_NAMES, USER_FEATURE
 from hstu.data.preprocess.base import labels, number_with_base, used_values
 from hstu.data.preprocess.features import write_event_vocabularies
@@ -35,7 +35,7 @@ def number_users_and_items(build: Build) -> tuple[np.ndarray, int]:
     build.writer.write_vocabulary(USER_FEATURE, _number(build, "user", ()))
     ids = _number(build, "item", further)
     build.writer.write_vocabulary(build.schema.item, ids)
-    return columns_of(build.engine, "SELECT events FROM users ORDER BY code")[0], len(ids)
+    return columns_of(build.engine, "SELECT events FROM users")[0], len(ids)
 
 
 def _number(build: Build, name: str, further: Sequence[str]) -> np.ndarray:
@@ -82,8 +82,8 @@ def create_events(build: Build, length: int, num_items: int) -> tuple[dict[str, 
     schema, create = build.schema, build.writer.create_sequence
     arrays = {"item": create(schema.item, "item", cardinality=num_items, length=length)}
     if schema.action:
-        query = f"SELECT coalesce(max(action), 0) FROM {build.shown()}"
-        largest = build.once("largest action", lambda: int(one(build.engine, query)[0]))
+        query = f"SELECT max(action) FROM {build.shown()}"
+        largest = build.once("largest action", lambda: int(one(build.engine, query)[0] or 0))
         if texts := labels(build):
             largest = len(texts) - 1
         elif build.base:
@@ -106,18 +106,23 @@ def write_events(
     build: Build, offsets: np.ndarray, arrays: Mapping[str, np.memmap], features: Mapping[str, str]
 ) -> None:
     """Fill ``arrays`` with the new events by bucket of users. ``offsets``: int64 [U + 1], of these events."""
-    rows, order = 'SELECT * FROM events WHERE "user" BETWEEN ? AND ?', f'"user", {build.order()}'
-    size = rows_per_bucket(build, len(features))
-    for number, (begin, end) in enumerate(pairwise(build.once("buckets", lambda: bucket_bounds(offsets, size)))):
-        bounds = [one(build.engine, f"SELECT id FROM users WHERE code = {code}")[0] for code in (begin, end - 1)]
+    order, size = f'e."user", {build.order()}', rows_per_bucket(build, len(features))
+    buckets = build.once("buckets", lambda: bucket_bounds(offsets, size))
+    for number, (begin, end) in enumerate(pairwise(buckets)):
+        of_users = "true"
+        if len(buckets) > 2:
+            ids = [one(build.engine, f"SELECT id FROM users WHERE code = {code}")[0] for code in (begin, end - 1)]
+            first, last = (literal(name) if isinstance(name, str) else name for name in ids)
+            of_users = f'"user" BETWEEN {first} AND {last}'
         place = slice(int(offsets[begin]), int(offsets[end]))
-        build.once(f"bucket {number}", partial(write_rows, build, arrays, features, rows, order, place, bounds))
+        write = partial(write_rows, build, arrays, features, "events", of_users, order, place)
+        build.once(f"bucket {number}", write)
 
 
 def rows_per_bucket(build: Build, num_features: int) -> int:
     """Largest number of events to sort at once."""
     bytes_per_row = _SORT_BYTES_PER_ROW + _FEATURE_BYTES_PER_ROW * num_features
-    return memory_bytes(build.options.memory_limit) // bytes_per_row
+    return build.engine.rows_at_once or memory_bytes(build.options.memory_limit) // bytes_per_row
 
 
 def bucket_bounds(offsets: np.ndarray, rows: int) -> list[int]:
@@ -131,22 +136,23 @@ def write_rows(
     build: Build,
     arrays: Mapping[str, np.memmap],
     features: Mapping[str, str],
-    rows: str,
+    table: str,
+    condition: str,
     order: str,
     place: slice,
-    parameters: Sequence[Any] = (),
 ) -> None:
-    """Fill the slice ``place`` with a query's rows in ``order``, as codes. ``features``: e0, e1, … → SQL of value."""
+    """Fill the slice ``place`` with the rows of a table that meet a condition, as codes in ``order``. ``features``: e0,
+    e1, … → SQL of value."""
     coded = {"item": "CAST(i.code AS INTEGER) AS item"}
     coded |= {name: f"CAST({name}_codes.code AS INTEGER) AS {name}" for name in features}
     coded |= {name: f"coalesce(e.{name}, 'nan'::FLOAT) AS {name}" for name in build.schema.quantities()}
     values = ", ".join(coded.get(name, f'e."{name}"') for name in arrays)
     replaced = ", ".join(f"{value} AS {name}" for name, value in features.items())
-    valued = f"SELECT * {f'REPLACE ({replaced})' if replaced else ''} FROM ({rows})"
+    replace = f" REPLACE ({replaced})" if replaced else ""
+    build.view("bucket", f"SELECT *{replace} FROM {table}" + f" WHERE {condition}" * (condition != "true"))
     joins = " ".join(f"JOIN vocabulary_{name} {name}_codes ON e.{name} = {name}_codes.id" for name in features)
     found = build.engine.sql(
-        f"SELECT {values} FROM ({valued}) e JOIN new_items i ON e.item = i.id {joins} ORDER BY {order}",
-        params=list(parameters),
+        f"SELECT {values} FROM bucket e JOIN new_items i ON e.item = i.id {joins} ORDER BY {order}"
     )
     start = place.start
     for batch in found.to_arrow_reader(ROWS_PER_CHUNK):
@@ -220,6 +226,7 @@ def find_requests(build: Build) -> dict[str, int]:
     query = f"""SELECT r.number, i.* EXCLUDE ("user", "timestamp") FROM impressions i
         JOIN requests r ON i."user" = r."user" AND i.{key} = r.key"""
     candidates = build.table("candidates", query)
+    build.view("shown", "SELECT * FROM events UNION ALL BY NAME SELECT * EXCLUDE number FROM candidates")
     if left_out:
         _log.warning(
             "%d of %d requests, with %d candidates, are left out: their users have no event in a second before them",
@@ -255,8 +262,9 @@ def write_requests(
     bounds, size = of_requests["offsets"], rows_per_bucket(build, len(features))
     buckets = build.once("request buckets", lambda: bucket_bounds(bounds, size))
     for number, (begin, end) in enumerate(pairwise(buckets)):
-        rows = f"SELECT * FROM candidates WHERE number BETWEEN {begin} AND {end - 1}"
+        of_requests_here = f"number BETWEEN {begin} AND {end - 1}" if len(buckets) > 2 else "true"
         place = slice(int(bounds[begin]), int(bounds[end]))
-        write = partial(write_rows, build, arrays, features, rows, "number, part, source_row", place)
+        order = "number, part, source_row"
+        write = partial(write_rows, build, arrays, features, "candidates", of_requests_here, order, place)
         build.once(f"request bucket {number}", write)
     return of_requests

@@ -1,0 +1,354 @@
+"""Runs the stages in Spark: the same SQL as in DuckDB, on working tables that are directories of Parquet files.
+
+A query is of one of four kinds, which its syntax tree decides:
+
+    row by row    one task per file of the tables runs it in DuckDB, word for word
+    aggregates    count, min, max or bool_and of all rows: tasks as above, and DuckDB combines their rows
+    first rows    SELECT … ORDER BY … LIMIT n: likewise
+    relational    joins, groups, sorts: sqlglot translates it, and Spark's executors write the result
+
+Files are read, values parsed and text formatted in DuckDB alone, so Spark sees columns of final types only. The driver
+streams results from their files. All machines need the directory of the store at one path, this package, and duckdb.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import duckdb
+import pyarrow.parquet
+import sqlglot
+from pyspark import SparkConf
+from pyspark.sql import SparkSession
+from sqlglot import exp
+
+from hstu.base.errors import ConfigError, DataError
+from hstu.base.files import remove, written_aside
+from hstu.data.datasets.raw import identifier
+from hstu.data.preprocess.state import Engine, connect, memory_bytes, numbered_rows, write_parquet
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame
+
+T = TypeVar("T")
+ROW_GROUPS_PER_FILE = 8
+"""Of about 123,000 rows each. A file is what one task computes at a time."""
+_HEAP_FRACTION, _TASKS_FRACTION, DRIVER_FRACTION = 0.45, 0.2, 0.1
+"""Shares of the memory limit, in a Spark of this machine: Java's heap, DuckDB in all tasks, DuckDB in the driver."""
+_LEAST_MEMORY = 2 << 30
+_SHUFFLED_BYTES = 64 << 20
+"""Size of a part of a shuffle, by the bytes of the raw files."""
+_RELATIONAL = (
+    exp.Join,
+    exp.Group,
+    exp.Distinct,
+    exp.Window,
+    exp.Order,
+    exp.Limit,
+    exp.AggFunc,
+    exp.Having,
+    exp.Qualify,
+)
+_COMBINED = {
+    exp.Count: "CAST(sum({}) AS BIGINT)",
+    exp.Min: "min({})",
+    exp.Max: "max({})",
+    exp.LogicalAnd: "bool_and({})",
+}
+"""Aggregate of all rows → how the aggregates of parts are combined."""
+_SETTINGS = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.ansi.enabled": "true",
+    "spark.sql.adaptive.enabled": "true",
+    "spark.sql.adaptive.skewJoin.enabled": "true",
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    "spark.sql.parquet.datetimeRebaseModeInRead": "CORRECTED",
+    "spark.sql.parquet.datetimeRebaseModeInWrite": "CORRECTED",
+    "spark.sql.parquet.compression.codec": "lz4_raw",
+}
+
+
+@contextmanager
+def open_spark(
+    engine: Engine, scratch: Path, memory_limit: str, master: str | None, raw_bytes: int
+) -> Iterator[SparkEngine]:
+    """The engine of a session: the one that spark-submit made, else a new one of ``master``. ``engine``: the driver's
+    DuckDB. Raises ConfigError if a Spark of this machine cannot run within the limit."""
+    given = SparkSession.getActiveSession()
+    is_submitted = given is not None or "PYSPARK_GATEWAY_PORT" in os.environ
+    url = master or SparkConf().get("spark.master", "local[*]") or "local[*]"
+    is_local, limit = url.startswith("local") and not is_submitted, memory_bytes(memory_limit)
+    conf = SparkConf().setAppName("hstu-preprocess").setAll(list(_SETTINGS.items()))
+    if not is_submitted:
+        conf.setMaster(url)
+    if is_local:
+        if limit < _LEAST_MEMORY:
+            raise ConfigError(f"--memory_limit {memory_limit!r}: --engine spark on this machine needs at least 2GiB")
+        root = str(Path(__file__).resolve().parents[3])
+        conf.set("spark.driver.memory", f"{int(limit * _HEAP_FRACTION) >> 20}m")
+        conf.set("spark.local.dir", str(scratch / "spill")).set("spark.ui.enabled", "false")
+        conf.set("spark.driver.host", "localhost").set("spark.ui.showConsoleProgress", "false").set("spark.log.level", "ERROR")
+        conf.set("spark.executorEnv.PYTHONPATH", root)
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    logging.getLogger("py4j").setLevel(logging.WARNING)
+    before = signal.getsignal(signal.SIGINT)
+    session = given or SparkSession.builder.config(conf=conf).getOrCreate()
+    try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)  # PySpark sets a handler of its own
+        tasks = session.sparkContext.defaultParallelism
+        for name, value in _SETTINGS.items():
+            session.conf.set(name, value)
+        session.conf.set("spark.sql.shuffle.partitions", str(max(tasks, raw_bytes // _SHUFFLED_BYTES)))
+        at_once = tasks if is_local else int(session.conf.get("spark.executor.cores", "1") or 1)
+        yield SparkEngine(engine.connection, session, scratch, int(limit * _TASKS_FRACTION) // at_once)
+    finally:
+        if not is_submitted:
+            session.stop()
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of a working table, and the row number of its first row in the table."""
+
+    path: Path
+    first: int
+    number: str | None
+    """Column of row numbers that the file lacks."""
+
+    @property
+    def rows(self) -> str:
+        return numbered_rows(self.path, self.number, self.first)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A query on one file of a table. Its other tables are empty, so that all tasks together have each row once."""
+
+    views: Sequence[tuple[str, str]]
+    """Name → SQL, in the order in which they need one another."""
+    query: str
+    target: Path
+
+    def run(self, connection: duckdb.DuckDBPyConnection) -> int:
+        for name, query in self.views:
+            connection.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
+        return write_parquet(connection, self.query, self.target)
+
+
+class _TaskEngine(Engine):
+    """DuckDB in a task, which writes a table as a directory of files."""
+
+    def write(self, query: str, target: Path, number: str | None = None) -> int:
+        return write_parquet(self.connection, query, target, f", ROW_GROUPS_PER_FILE {ROW_GROUPS_PER_FILE}")
+
+
+class SparkEngine(Engine):
+    """Runs the SQL of the stages in Spark."""
+
+    rows_at_once = 1 << 62
+
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, session: SparkSession, scratch: Path, task_memory: int
+    ) -> None:
+        super().__init__(connection)
+        self._session, self._scratch, self._task_memory = session, scratch, task_memory
+        self._tables: dict[str, list[_File]] = {}
+        self._views: dict[str, str] = {}
+        self._results = 0
+
+    def execute(self, query: str) -> duckdb.DuckDBPyConnection:
+        """As Engine, with the result in DuckDB."""
+        return self.connection.execute(self._reduced(query))
+
+    def sql(self, query: str) -> duckdb.DuckDBPyRelation:
+        """As Engine, with the result in DuckDB."""
+        return self.connection.sql(self._reduced(query))
+
+    def write(self, query: str, target: Path, number: str | None = None) -> int:
+        """As Engine, to a directory of files."""
+        tree = _parsed(query)
+        remove(target)
+        if number is not None:
+            unnumbered = self._scratch / f"{target.name}.unnumbered"
+            self.write(query, unnumbered)
+            self.show("unnumbered", unnumbered, number)
+            self.write("SELECT * FROM unnumbered", target)
+            remove(unnumbered)
+        elif _is_row_by_row(tree):
+            self._write_by_tasks(query, target)
+        else:
+            self._write_by_spark(tree, target)
+        return sum(pyarrow.parquet.read_metadata(file).num_rows for file in _parts(target))
+
+    def show(self, name: str, target: Path, number: str | None = None) -> None:
+        """As Engine."""
+        files, first = _parts(target), 0
+        number = None if number in pyarrow.parquet.read_schema(files[0]).names else number
+        self._tables[name] = []
+        for path in files:
+            self._tables[name].append(_File(path, first, number))
+            first += pyarrow.parquet.read_metadata(path).num_rows
+        self._views.pop(name, None)
+        super().view(name, " UNION ALL ".join(file.rows for file in self._tables[name]))
+
+    def view(self, name: str, query: str) -> None:
+        """As Engine. A relational query runs now, and once."""
+        tree = _parsed(query)
+        if _is_row_by_row(tree):
+            self._tables.pop(name, None)
+            self._views[name] = query
+            super().view(name, query)
+            return
+        self._materialize(name, query)
+
+    def each(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+        """As Engine, each in a task."""
+        spill, memory = self._scratch / "spill", self._task_memory
+        for result in self._map(partial(_run, function, memory, spill), arguments):
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+    def _map(self, function: Callable[[tuple[Any, ...]], Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        if not arguments:
+            return []
+        found: list[Any] = self._session.sparkContext.parallelize(arguments, len(arguments)).map(function).collect()
+        return found
+
+    def _reduced(self, query: str) -> str:
+        """Compute what DuckDB in the driver should not; returns SQL of the result's rows."""
+        if not query.startswith("SELECT"):
+            return query
+        tree = _parsed(query)
+        if _is_row_by_row(tree):
+            return query
+        remove(self._scratch / f"result_{self._results}")
+        self._results += 1
+        target = self._scratch / f"result_{self._results}"
+        combined = _combination(tree, query)
+        if combined is None:
+            self._write_by_spark(tree, target)
+        else:
+            self._write_by_tasks(query, target)
+        self.show("result", target)
+        if combined is None or isinstance(combined, str):
+            return f"SELECT {combined or '* FROM result'}"
+        columns = zip(combined, self.connection.sql("SELECT * FROM result").columns, strict=True)
+        return f"SELECT {', '.join(f'{how.format(identifier(name))}' for how, name in columns)} FROM result"
+
+    def _write_by_tasks(self, query: str, target: Path) -> None:
+        views: dict[str, str] = {}
+        self._add_views(_parsed(query), views)
+        tables = [name for name in views if name in self._tables]
+        with written_aside(target) as aside:
+            aside.mkdir()
+            tasks: list[tuple[_Task]] = []
+            for name in tables:
+                for file in self._tables[name]:
+                    part = aside / f"part-{len(tasks):06}.parquet"
+                    tasks.append((_Task([*(views | {name: file.rows}).items()], query, part),))
+            for _ in self.each(_run_task, tasks):
+                pass
+
+    def _add_views(self, tree: exp.Expr, views: dict[str, str]) -> None:
+        """Add the definitions of all that a query reads; of tables, their first file without its rows."""
+        for table in tree.find_all(exp.Table):
+            name = table.name
+            if name in self._views:
+                self._add_views(_parsed(self._views[name]), views)
+                views.setdefault(name, self._views[name])
+            elif name in self._tables:
+                views.setdefault(name, f"{self._tables[name][0].rows} LIMIT 0")
+
+    def _write_by_spark(self, tree: exp.Expr, target: Path) -> None:
+        for name in {table.name for table in tree.find_all(exp.Table)}:
+            self._frame(name).createOrReplaceTempView(name)
+        translated = tree.transform(_as_spark).sql(dialect="spark")
+        with written_aside(target) as aside:
+            self._session.sql(translated).write.parquet(aside.resolve().as_uri())
+
+    def _frame(self, name: str) -> DataFrame:
+        """A table or a view as Spark reads it."""
+        if name in self._views:
+            only = re.fullmatch(r"SELECT \* FROM (\w+)", self._views[name])
+            if only:
+                return self._frame(only[1])
+            self._materialize(name, self._views[name])
+        elif self._tables[name][0].number:
+            self._materialize(name, f"SELECT * FROM {name}")
+        return self._session.read.parquet(*(file.path.resolve().as_uri() for file in self._tables[name]))
+
+    def _materialize(self, name: str, query: str) -> None:
+        """Turn a view into a table."""
+        target = self._scratch / f"{name}-{hashlib.sha256(query.encode()).hexdigest()[:16]}"
+        self.write(query, target)
+        self.show(name, target)
+
+
+def _parts(directory: Path) -> list[Path]:
+    """The files of a working table in order."""
+    return sorted(directory.glob("*.parquet"), key=lambda file: [int(part) for part in re.findall(r"\d+", file.stem)])
+
+
+def _run(function: Callable[..., Any], memory: int, spill: Path, given: tuple[Any, ...]) -> Any:
+    """In a task: the result of a function, or its error for the driver to raise."""
+    try:
+        with connect(memory, spill, threads=1) as connection:
+            return function(_TaskEngine(connection), *given)
+    except (DataError, duckdb.Error) as error:
+        return error
+
+
+def _run_task(engine: Engine, task: _Task) -> int:
+    return task.run(engine.connection)
+
+
+def _parsed(query: str) -> exp.Query:
+    tree = sqlglot.parse_one(query, dialect="duckdb")
+    assert isinstance(tree, exp.Query), query
+    return tree
+
+
+def _is_row_by_row(tree: exp.Expr) -> bool:
+    has_query = any(condition.args.get("query") for condition in tree.find_all(exp.In))
+    is_set = any(union.args.get("distinct") for union in tree.find_all(exp.Union))
+    has_table = all(select.args.get("from_") for select in tree.find_all(exp.Select))
+    return tree.find(*_RELATIONAL) is None and not has_query and not is_set and has_table
+
+
+def _combination(tree: exp.Query, query: str) -> Sequence[str] | str | None:
+    """How the results of parts make that of the whole: the function of each column, or SQL after SELECT for the first
+    rows. None: they cannot."""
+    rest = tree.copy()
+    if tree.args.get("limit") and tree.args.get("order"):
+        for clause in ("limit", "order", "distinct"):
+            rest.set(clause, None)
+        distinct = "DISTINCT " if tree.args.get("distinct") else ""
+        tail = query[query.rindex(" ORDER BY ") :]
+        return f"{distinct}* FROM result{tail}" if _is_row_by_row(rest) else None
+    values = [column.unalias() for column in tree.selects]
+    values = [value.this if isinstance(value, exp.Filter) else value for value in values]
+    rest.set("expressions", [exp.Literal.number(1)])
+    if not _is_row_by_row(rest) or any(type(value) not in _COMBINED or value.find(exp.Distinct) for value in values):
+        return None
+    return [_COMBINED[type(value)] for value in values if isinstance(value, exp.AggFunc)]
+
+
+def _as_spark(node: exp.Expr) -> exp.Expr:
+    """Replace what sqlglot leaves as it is in DuckDB."""
+    if isinstance(node, exp.Anonymous) and node.name.lower() == "row":
+        return exp.Anonymous(this="STRUCT", expressions=node.expressions)
+    return node

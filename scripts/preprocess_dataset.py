@@ -48,7 +48,7 @@ _EXIT_SIGNAL = 128
 """Plus the number of the signal, as shells count."""
 _FOR_ALL = (
     "output", "force", "memory_limit", "bad_row_policy", "max_bad_rows", "min_user_events", "min_item_events",
-    "all_items", "running_statistics", "any_times", "raw_ids", "shards",
+    "all_items", "running_statistics", "any_times", "raw_ids", "shards", "engine", "spark_master",
 )  # fmt: skip
 _COLUMNS = tuple(field.name for field in fields(InteractionColumns))
 _WITH_FORGET = ("help", "dataset_name", "output", "forget", "memory_limit", "no_report", "quick")
@@ -158,12 +158,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, help="directory of the store; without it tmp_data/<dataset_name>")
     add("--force", action="store_true", help="replace an existing store; else it is kept if it fits its raw files")
     add("--memory_limit", default="4GB", help="memory for sorting; beyond it, working files beside the store are used")
-    add(
-        "--bad_row_policy",
-        choices=("raise", "skip"),
-        default="raise",
-        help="raise: the first row that cannot be used ends the run; skip: such rows are skipped and counted",
-    )
+    add("--engine", choices=("duckdb", "spark"), default="duckdb", help="what computes; the store is the same")
+    add("--spark_master", help="URL of Spark; without it the session that spark-submit made, else local[*]")
+    skip = "raise: the first row that cannot be used ends the run; skip: such rows are skipped and counted"
+    add("--bad_row_policy", choices=("raise", "skip"), default="raise", help=skip)
     add("--max_bad_rows", type=int, default=1000, help="with skip, more bad rows than this end the run all the same")
     add("--min_user_events", type=int, default=1, help="leave out users with fewer events")
     add("--min_item_events", type=int, default=1, help="leave out items with fewer events, until all left have enough")

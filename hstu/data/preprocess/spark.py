@@ -99,7 +99,9 @@ def open_spark(
         root = str(Path(__file__).resolve().parents[3])
         conf.set("spark.driver.memory", f"{int(limit * _HEAP_FRACTION) >> 20}m")
         conf.set("spark.local.dir", str(scratch / "spill")).set("spark.ui.enabled", "false")
-        conf.set("spark.driver.host", "localhost").set("spark.ui.showConsoleProgress", "false").set("spark.log.level", "ERROR")
+        conf.set("spark.driver.host", "localhost").set("spark.ui.showConsoleProgress", "false").set(
+            "spark.log.level", "ERROR"
+        )
         conf.set("spark.executorEnv.PYTHONPATH", root)
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     logging.getLogger("py4j").setLevel(logging.WARNING)
@@ -133,21 +135,6 @@ class _File:
         return numbered_rows(self.path, self.number, self.first)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A query on one file of a table. Its other tables are empty, so that all tasks together have each row once."""
-
-    views: Sequence[tuple[str, str]]
-    """Name → SQL, in the order in which they need one another."""
-    query: str
-    target: Path
-
-    def run(self, connection: duckdb.DuckDBPyConnection) -> int:
-        for name, query in self.views:
-            connection.execute(f"CREATE OR REPLACE VIEW {name} AS {query}")
-        return write_parquet(connection, self.query, self.target)
-
-
 class _TaskEngine(Engine):
     """DuckDB in a task, which writes a table as a directory of files."""
 
@@ -167,6 +154,8 @@ class SparkEngine(Engine):
         self._session, self._scratch, self._task_memory = session, scratch, task_memory
         self._tables: dict[str, list[_File]] = {}
         self._views: dict[str, str] = {}
+        self._known: set[str] = set()
+        """Names that Spark knows."""
         self._results = 0
 
     def execute(self, query: str) -> duckdb.DuckDBPyConnection:
@@ -202,6 +191,7 @@ class SparkEngine(Engine):
             self._tables[name].append(_File(path, first, number))
             first += pyarrow.parquet.read_metadata(path).num_rows
         self._views.pop(name, None)
+        self._known.discard(name)
         super().view(name, " UNION ALL ".join(file.rows for file in self._tables[name]))
 
     def view(self, name: str, query: str) -> None:
@@ -210,23 +200,20 @@ class SparkEngine(Engine):
         if _is_row_by_row(tree):
             self._tables.pop(name, None)
             self._views[name] = query
+            self._known.discard(name)
             super().view(name, query)
             return
         self._materialize(name, query)
 
     def each(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Iterator[T]:
         """As Engine, each in a task."""
-        spill, memory = self._scratch / "spill", self._task_memory
-        for result in self._map(partial(_run, function, memory, spill), arguments):
+        if not arguments:
+            return
+        run = partial(_run, function, self._task_memory, self._scratch / "spill", Path.cwd())
+        for result in self._session.sparkContext.parallelize(arguments, len(arguments)).map(run).collect():
             if isinstance(result, Exception):
                 raise result
             yield result
-
-    def _map(self, function: Callable[[tuple[Any, ...]], Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        if not arguments:
-            return []
-        found: list[Any] = self._session.sparkContext.parallelize(arguments, len(arguments)).map(function).collect()
-        return found
 
     def _reduced(self, query: str) -> str:
         """Compute what DuckDB in the driver should not; returns SQL of the result's rows."""
@@ -255,12 +242,9 @@ class SparkEngine(Engine):
         tables = [name for name in views if name in self._tables]
         with written_aside(target) as aside:
             aside.mkdir()
-            tasks: list[tuple[_Task]] = []
-            for name in tables:
-                for file in self._tables[name]:
-                    part = aside / f"part-{len(tasks):06}.parquet"
-                    tasks.append((_Task([*(views | {name: file.rows}).items()], query, part),))
-            for _ in self.each(_run_task, tasks):
+            given = [(views | {name: file.rows}, query) for name in tables for file in self._tables[name]]
+            parts = [(*task, aside / f"part-{number:06}.parquet") for number, task in enumerate(given)]
+            for _ in self.each(_write_part, parts):
                 pass
 
     def _add_views(self, tree: exp.Expr, views: dict[str, str]) -> None:
@@ -274,11 +258,12 @@ class SparkEngine(Engine):
                 views.setdefault(name, f"{self._tables[name][0].rows} LIMIT 0")
 
     def _write_by_spark(self, tree: exp.Expr, target: Path) -> None:
-        for name in {table.name for table in tree.find_all(exp.Table)}:
+        for name in {table.name for table in tree.find_all(exp.Table)} - self._known:
             self._frame(name).createOrReplaceTempView(name)
+            self._known.add(name)
         translated = tree.transform(_as_spark).sql(dialect="spark")
         with written_aside(target) as aside:
-            self._session.sql(translated).write.parquet(aside.resolve().as_uri())
+            self._session.sql(translated).write.parquet(f"file://{aside.absolute()}")
 
     def _frame(self, name: str) -> DataFrame:
         """A table or a view as Spark reads it."""
@@ -289,7 +274,8 @@ class SparkEngine(Engine):
             self._materialize(name, self._views[name])
         elif self._tables[name][0].number:
             self._materialize(name, f"SELECT * FROM {name}")
-        return self._session.read.parquet(*(file.path.resolve().as_uri() for file in self._tables[name]))
+        files = (re.sub(r"[*?\[\]{}\\]", r"\\\g<0>", str(file.path.absolute())) for file in self._tables[name])
+        return self._session.read.parquet(*(f"file://{file}" for file in files))  # Spark expands patterns
 
     def _materialize(self, name: str, query: str) -> None:
         """Turn a view into a table."""
@@ -303,17 +289,24 @@ def _parts(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.parquet"), key=lambda file: [int(part) for part in re.findall(r"\d+", file.stem)])
 
 
-def _run(function: Callable[..., Any], memory: int, spill: Path, given: tuple[Any, ...]) -> Any:
-    """In a task: the result of a function, or its error for the driver to raise."""
+def _run(function: Callable[..., Any], memory: int, spill: Path, directory: Path, given: tuple[Any, ...]) -> Any:
+    """In a task: the result of a function, or its error for the driver to raise. ``directory``: the driver's current
+    one, which relative paths are in."""
     try:
+        if directory.is_dir():
+            os.chdir(directory)
         with connect(memory, spill, threads=1) as connection:
             return function(_TaskEngine(connection), *given)
     except (DataError, duckdb.Error) as error:
         return error
 
 
-def _run_task(engine: Engine, task: _Task) -> int:
-    return task.run(engine.connection)
+def _write_part(engine: Engine, views: dict[str, str], query: str, target: Path) -> int:
+    """In a task: write a query on one file of a table. The other tables are empty, so that all tasks together have each
+    row once. ``views``: name → SQL, in the order in which they need one another."""
+    for name, definition in views.items():
+        engine.view(name, definition)
+    return write_parquet(engine.connection, query, target)
 
 
 def _parsed(query: str) -> exp.Query:

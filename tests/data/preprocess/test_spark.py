@@ -19,7 +19,7 @@ from hstu.base.errors import UserError
 from hstu.data.datasets.spec import RawTables, Schema
 from hstu.data.preprocess import build, preprocess
 from hstu.data.preprocess.state import Base, BuildOptions
-from tests.conftest import RAW_DATA, REPOSITORY
+from tests.conftest import REPOSITORY
 from tests.data.own_tables import own_store
 from tests.data.preprocess import test_fuzz
 from tests.data.preprocess.test_restart import SCRIPT, contents, generate
@@ -183,11 +183,14 @@ def test_200_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", ["ml-1m", "kuairand-pure"])
-def test_built_in_datasets_give_equal_stores(both: None, tmp_path: Path, name: str) -> None:
-    """In KuaiRand's generated logs, some users and videos have far more events than others."""
-    raw = RAW_DATA / name if name == "ml-1m" else generate(tmp_path / "raw", 300_000, "pure")
-    preprocess(name, raw_path=raw, output=tmp_path / "store")
+def test_movielens_gives_equal_stores(both: None, tmp_path: Path, raw_data_dir: Path) -> None:
+    preprocess("ml-1m", raw_path=raw_data_dir / "ml-1m", output=tmp_path / "store")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_logs_with_frequent_users_and_items_give_equal_stores(both: None, tmp_path: Path) -> None:
+    preprocess("kuairand-pure", raw_path=generate(tmp_path / "raw", 300_000, "pure"), output=tmp_path / "store")
 
 
 @pytest.mark.slow

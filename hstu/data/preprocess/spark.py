@@ -139,6 +139,7 @@ class _TaskEngine(Engine):
     """DuckDB in a task, which writes a table as a directory of files."""
 
     def write(self, query: str, target: Path, number: str | None = None) -> int:
+        remove(target)  # of a run that was killed before it could record the table
         return write_parquet(self.connection, query, target, f", ROW_GROUPS_PER_FILE {ROW_GROUPS_PER_FILE}")
 
 

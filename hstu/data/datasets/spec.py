@@ -102,7 +102,7 @@ class ColumnDescription:
 class Queries(Protocol):
     """What runs a query: DuckDB, or an engine of preprocess/."""
 
-    def execute(self, query: str) -> DuckDBPyConnection:
+    def execute(self, query: str) -> "DuckDBPyConnection":
         """Run a query. The result has its rows."""
 
 

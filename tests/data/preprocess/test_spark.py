@@ -170,9 +170,9 @@ def test_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_200_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Path) -> None:
-    for number in range(100, 300):
+@pytest.mark.timeout(900)
+def test_further_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Path) -> None:
+    for number in range(100, 130):  # each takes Spark some seconds
         (tmp_path / str(number)).mkdir()
         equal_on(tmp_path / str(number), number)
 

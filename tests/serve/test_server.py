@@ -441,4 +441,6 @@ def test_the_server_imports_no_trainer() -> None:
     assert {module for module in reached if not module.startswith(own)} <= {
         "hstu.serve",
         "hstu.base.errors",
+        "hstu.base.files",
+        "hstu.base.remote",
     }

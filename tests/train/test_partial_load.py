@@ -147,7 +147,15 @@ def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
             torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
         left = [each for each in left if each not in tried]
     assert {field.name for _, field in left} == {
-        *("ckpt_load_dir", "ckpt_save_dir", "ckpt_param_map", "output_dir", "eval_dataset_path", "wandb_project"),
+        *(
+            "ckpt_load_dir",
+            "ckpt_save_dir",
+            "ckpt_param_map",
+            "output_dir",
+            "eval_dataset_path",
+            "wandb_project",
+            "cache_dir",
+        ),
         *("best_metric", "best_metric_mode", "eval_metrics", "ckpt_save_interval"),  # names, or useless alone
         *("tensor_model_parallel_size", "sequence_parallel", "same_second_targets", "profile_ranks"),
         *("ckpt_weights_interval", "ckpt_weights_keep_last"),  # need checkpoints at an interval

@@ -200,7 +200,7 @@ def staged(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of tables, with local copies of the files and directories that are URLs. Raises DataError."""
 
     def local(value: Any) -> Any:
-        return remote.stage(value, raw=True) if isinstance(value, Path) else tuple(map(local, value))
+        return remote.stage(value, raw=True) if isinstance(value, str | Path) else tuple(map(local, value))
 
     tables = {name: options.get(name) for name in ("interactions", "requests", "context", "items", "titles")}
     return {**options, **{name: local(value) for name, value in tables.items() if value}}

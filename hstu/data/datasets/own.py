@@ -334,11 +334,12 @@ class ColumnTypes:
 
 
 def number_value(value: str) -> str:
-    """SQL: FLOAT; NULL for an empty value and NaN (also as text), NaN for other text and beyond float32."""
+    """SQL: FLOAT; NULL for an empty value and NaN (also as text), NaN for other text and beyond float32. -0 is 0:
+    DuckDB may write either for the other."""
     number = as_number(value)
     missing = f"{value} IS NULL OR trim(CAST({value} AS VARCHAR)) = '' OR coalesce(isnan({number}), false)"
     fits = f"coalesce(abs({number}) <= {_LARGEST}, false)"
-    return f"CASE WHEN {missing} THEN NULL WHEN {fits} THEN CAST({number} AS FLOAT) ELSE 'nan'::FLOAT END"
+    return f"CASE WHEN {missing} THEN NULL WHEN {fits} THEN CAST({number} + 0 AS FLOAT) ELSE 'nan'::FLOAT END"
 
 
 def vector_value(value: str, elements: str) -> str:

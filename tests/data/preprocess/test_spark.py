@@ -164,7 +164,7 @@ def equal_on(folder: Path, number: int) -> None:
             own_store(folder, **awkward(folder, chance))
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(3))
 def test_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Path, number: int) -> None:
     equal_on(tmp_path, number)
 

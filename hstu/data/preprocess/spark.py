@@ -226,6 +226,7 @@ class SparkEngine(Engine):
         remove(self._scratch / f"result_{self._results}")
         self._results += 1
         target = self._scratch / f"result_{self._results}"
+        remove(target)  # of a run that was killed
         combined = _combination(tree, query)
         if combined is None:
             self._write_by_spark(tree, target)

@@ -1,8 +1,11 @@
 """Spark makes the stores of DuckDB, byte for byte, and refuses what it refuses, in the same words."""
 
+import json
 import os
 import random
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -19,7 +22,8 @@ from hstu.data.preprocess.state import Base, BuildOptions
 from tests.conftest import REPOSITORY
 from tests.data.own_tables import own_store
 from tests.data.preprocess import test_fuzz
-from tests.data.preprocess.test_restart import contents, generate
+from tests.data.preprocess.test_restart import SCRIPT, contents, generate
+from tests.serve.http_server import until
 
 pyspark = pytest.importorskip("pyspark", reason='PySpark is missing: pip install ".[spark]"')
 pytest.importorskip("sqlglot", reason='sqlglot is missing: pip install ".[spark]"')
@@ -172,7 +176,7 @@ def test_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_further_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Path) -> None:
-    for number in range(100, 130):  # each takes Spark some seconds
+    for number in range(100, 115):  # each takes Spark some seconds
         (tmp_path / str(number)).mkdir()
         equal_on(tmp_path / str(number), number)
 
@@ -187,3 +191,25 @@ def test_movielens_gives_equal_stores(both: None, tmp_path: Path, raw_data_dir: 
 @pytest.mark.timeout(900)
 def test_logs_with_frequent_users_and_items_give_equal_stores(both: None, tmp_path: Path) -> None:
     preprocess("kuairand-pure", raw_path=generate(tmp_path / "raw", 300_000, "pure"), output=tmp_path / "store")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    raw = generate(tmp_path / "raw", 60_000, "pure")
+    command = [sys.executable, str(SCRIPT), "--dataset_name", "kuairand-pure", "--raw_path", str(raw), "--no_report"]
+    journal = tmp_path / ".s.partial" / "scratch" / "journal.json"
+    for number, stage in ((signal.SIGKILL, "users"), (signal.SIGTERM, "values_of_c1")):
+        told = (tmp_path / "told.txt").open("w+")
+        process = subprocess.Popen([*command, "--output", "s", "--engine", "spark"], cwd=tmp_path, stderr=told)
+        until(lambda stage=stage: journal.exists() and f'"{stage}"' in journal.read_text(), 400)
+        finished = json.loads(journal.read_text())["stages"]
+        process.send_signal(number)
+        assert process.wait(120) == (-number if number == signal.SIGKILL else 128 + number)
+        told.seek(0)
+        assert "Traceback" not in told.read()
+        assert finished.items() <= json.loads(journal.read_text())["stages"].items()
+    for engine, output in (("spark", "s"), ("duckdb", "t")):
+        given = [*command, "--output", output, "--engine", engine]
+        subprocess.run(given, cwd=tmp_path, check=True, timeout=300, capture_output=True)
+    assert contents(tmp_path / "s") == contents(tmp_path / "t")

@@ -119,12 +119,12 @@ def appendable(options: BuildOptions, columns: InteractionColumns) -> SequenceSt
 def without_known_files(columns: InteractionColumns, store: SequenceStore, target: Path) -> InteractionColumns:
     """Leave out files of interactions that the store has. Raises DataError for a file that had another content then."""
     earlier = _earlier_files(store)
-    known, places = {digest: file for file, digest in earlier.items()}, {remote.as_given(file) for file in earlier}
+    known, places = {digest: file for file, digest in earlier.items()}, {_place(file) for file in earlier}
     new = []
     for file in columns.files:
         if file.is_file() and (same := known.get(source_digest(file))):  # a missing file is reported when it is read
             _log.info("%s is in %s already%s", file, target, "" if file == same else f", as {same}")
-        elif remote.as_given(file) in places:
+        elif _place(file) in places:
             raise DataError(
                 f"cannot append to {target}: {file} is in it with another content. Put new events into a file of "
                 f"another name, {_REMEDY}"
@@ -132,6 +132,11 @@ def without_known_files(columns: InteractionColumns, store: SequenceStore, targe
         else:
             new.append(file)
     return replace(columns, interactions=tuple(new))
+
+
+def _place(file: Path) -> str:
+    """The URL of a file, or its path, which is the same however the path is written."""
+    return remote.as_given(file if remote.url_of(file) else file.resolve())
 
 
 def check_tables_are_known(columns: InteractionColumns, store: SequenceStore) -> None:

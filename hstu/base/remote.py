@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,7 +30,7 @@ import fsspec
 from filelock import FileLock
 
 from hstu.base.errors import ConfigError, DataError, UserError, printable
-from hstu.base.files import WRITING, remove, replace_text, sha256, written_aside
+from hstu.base.files import WRITING, cache_directory, remove, replace_text, sha256, written_aside
 
 log = logging.getLogger(__name__)
 Files = Mapping[str, Mapping[str, Any]]
@@ -73,15 +74,23 @@ def url_of(path: str | Path | None) -> str | None:
 class Cache:
     """A local directory for files of URLs, which the processes of a host share."""
 
-    root: Path
+    directory: Path | None
+    """None: ``remote`` in the user's cache directory for hstu."""
     max_bytes: int
 
     @classmethod
     def of(cls, args: object = None) -> Cache:
-        """The cache of DatasetArgs; without them hstu/remote in XDG_CACHE_HOME or ~/.cache, of 100 GB."""
-        own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hstu" / "remote"
-        root = Path(getattr(args, "cache_dir", None) or own).absolute()
-        return cls(root, int(1e9 * getattr(args, "cache_gb", DEFAULT_GB)))
+        """The cache of DatasetArgs; without them that of the user, of 100 GB. Nothing is made before it is used."""
+        given = getattr(args, "cache_dir", None)
+        return cls(Path(given).absolute() if given else None, int(1e9 * getattr(args, "cache_gb", DEFAULT_GB)))
+
+    @cached_property
+    def root(self) -> Path:
+        """The directory. Raises DataError if the user has none."""
+        try:
+            return self.directory or cache_directory() / "remote"
+        except OSError as error:
+            raise DataError(f"no directory for copies of URLs: {error}; or give DatasetArgs.cache_dir") from error
 
     def place(self, url: str, content: bytes = b"", *, work: bool = False) -> Path:
         """The local path for ``url``, in a directory of its own, which is made and notes the URL."""

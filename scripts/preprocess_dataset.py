@@ -37,7 +37,7 @@ from hstu.base.errors import EXIT_DONE, ConfigError, DataError, PrintableFormatt
 from hstu.data.datasets import DATASETS, resolve_name
 from hstu.data.datasets.own_columns import SEPARATORS
 from hstu.data.preprocess import DATA_DIRECTORY, InteractionColumns, forget, import_interactions, preprocess
-from hstu.data.preprocess.report import REPORT, format_report, write_report
+from hstu.data.preprocess.report import format_report
 from hstu.data.preprocess.starter import write_starters
 from hstu.data.preprocess.state import disk_errors
 from hstu.data.store.layout import META_FILE
@@ -51,7 +51,7 @@ _FOR_ALL = (
     "all_items", "running_statistics", "any_times", "raw_ids", "shards", "engine", "spark_master",
 )  # fmt: skip
 _COLUMNS = tuple(field.name for field in fields(InteractionColumns))
-_WITH_FORGET = ("help", "dataset_name", "output", "forget", "memory_limit", "no_report", "quick")
+_WITH_FORGET = ("help", "dataset_name", "output", "forget", "memory_limit", "quick")
 _OWN_TABLE = (*_COLUMNS, "append")
 
 
@@ -106,25 +106,12 @@ def _run(args: argparse.Namespace) -> None:
         print(printable(format_report(store)))
     except MALFORMED as error:
         raise DataError(f"{path / META_FILE} is incomplete ({error!r}). {remedy(path, None)}") from error
-    if not args.no_report:
-        print(f"  report: {_write_report(store, args.force)}")
     with disk_errors(path.parent):
         print("".join(f"  {line}\n" for line in write_starters(store, path, args.quick)), end="")
 
 
 def _target(args: argparse.Namespace) -> Path:
     return args.output or DATA_DIRECTORY / (resolve_name(args.dataset_name) or args.dataset_name)
-
-
-def _write_report(store: SequenceStore, force: bool) -> Path:
-    """Writes <store>.report/report.md unless it is already newer than the store; returns its path."""
-    folder = store.path.absolute().with_name(f"{store.path.name}.report")
-    report = folder / REPORT
-    made = (store.path / META_FILE).stat().st_mtime
-    if not force and report.is_file() and report.stat().st_mtime >= made:
-        return report
-    with disk_errors(folder):
-        return write_report(store, folder)
 
 
 def _make(args: argparse.Namespace) -> Path:
@@ -178,7 +165,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--forget", type=Path, metavar="FILE", help="only remove the users of a text file, one raw id a line")
     add("--verify", action="store_true", help="only check every checksum and every value of an existing store")
     add("--quick", action="store_true", help="write starter files of a small model, 500 iterations, for a first look")
-    add("--no_report", action="store_true", help="do not write <output>.report/report.md")
     _add_own_table(parser.add_argument_group("your own table").add_argument)
     return parser
 

@@ -1,4 +1,4 @@
-"""The style of all figures: plots of the data report and curves of a run."""
+"""The style of all figures: curves of a run and of a stream."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -142,7 +142,7 @@ class Stream:
     def _append(self, folder: Path, files: Sequence[Path], is_first: bool) -> float:
         append = [] if is_first else ["--append"]
         return self._run(folder, "preprocess_dataset.py", *self.settings.preprocess, "--interactions", *files,
-                         "--output", self._store, "--no_report", *append)  # fmt: skip
+                         "--output", self._store, *append)  # fmt: skip
 
     def _evaluate(self, made: Path, model: Path, since: int) -> float:
         most = [] if self.settings.most_scored is None else ["--most", self.settings.most_scored]

@@ -18,7 +18,7 @@ from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelColumn
 from hstu.data.preprocess import forget
 from hstu.data.preprocess import write as write_module
-from hstu.data.preprocess.report import write_report
+from hstu.data.preprocess.report import format_report
 from hstu.data.sampling.sampler import EvalSampler
 from hstu.data.sampling.samples import build_samples
 from hstu.data.sampling.splits import check_requests
@@ -120,8 +120,7 @@ def test_requests_are_given_again_when_events_are_added(tmp_path: Path) -> None:
     (tmp_path / "more.csv").write_text(second)
     found = make(tmp_path, first, append=True, interactions=tmp_path / "more.csv")
     assert arrays(found) == whole
-    report = write_report(found, tmp_path / "report").read_text()
-    assert "requests 2 of 2 users" in report and "events before a request" in report
+    assert "requests 2 of 2 users" in format_report(found)
     make(tmp_path, first, force=True)
     stays = make(tmp_path, first, None, append=True, interactions=tmp_path / "more.csv")
     assert contents(stays.path) == contents(found.path), "requests that are not given stay"
@@ -317,7 +316,7 @@ def test_options_that_the_data_does_not_admit_are_errors(tmp_path: Path) -> None
 
 def test_the_command_knows_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(tmp_path)
-    arguments = ["--dataset_name", "mine", "--no_report", "--interactions", str(tmp_path / "e.csv"), "--requests",
+    arguments = ["--dataset_name", "mine", "--interactions", str(tmp_path / "e.csv"), "--requests",
                  str(tmp_path / "s.csv"), "--request", "r", "--event_columns", "device", "--output",
                  str(tmp_path / "store")]  # fmt: skip
     columns = [word for name, column in zip(("user", "item", "action", "time"), "uiat", strict=True) for word in

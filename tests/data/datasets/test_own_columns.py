@@ -9,7 +9,6 @@ import pytest
 
 from hstu.base.errors import DataError
 from hstu.data.preprocess.features import ranges_of
-from hstu.data.preprocess.report import write_report
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.preprocess_dataset import main
 from tests.data.datasets.test_own_files import make, write
@@ -34,7 +33,6 @@ def test_texts_as_actions_become_labels(tmp_path: Path, suffix: str) -> None:
     assert store.sequence("a").tolist() == [0, 2, 2, 1, 2]
     assert store.cardinality("a") == 3
     assert store.encode("a", ["view", "buy"]).tolist() == [2, 0]
-    assert "view: 3, buy: 1, cart: 1" in write_report(store, tmp_path / "report").read_text()
 
 
 def test_texts_without_end_are_no_actions(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_directory_stands_for_its_files_in_the_order_of_their_names(
     assert histories(make(tmp_path, days)) == {1: [10, 20, 30]}
     write(days / "day_11.csv", "u,i\n1,40\n")
     command = ["--dataset_name", "mine", "--interactions", "days", "--user", "u", "--item", "i", "--output", "mine"]
-    assert main([*command, "--append", "--no_report"]) == 0
+    assert main([*command, "--append"]) == 0
     store = SequenceStore.open("mine")
     assert histories(store) == {1: [10, 20, 30, 40]} and "days/day_9.csv.zst" in str(store.command)
     command[3] = "days/older"
@@ -96,7 +96,7 @@ def test_the_command_takes_the_delimiter_of_all_tables(tmp_path: Path, monkeypat
     write(tmp_path / "u.data", RATINGS.replace("::", "\t"))
     write(tmp_path / "u.user", "u\tage\tsex\n7\t24\tM\n8\t53\tF\n")
     command = ["--dataset_name", "tabs", "--interactions", "u.data", "--delimiter", "tab", "--header", "u,i,a,t"]
-    command += ["--user", "u", "--item", "i", "--context", "u.user", "--context_columns", "sex", "--no_report"]
+    command += ["--user", "u", "--item", "i", "--context", "u.user", "--context_columns", "sex"]
     assert main(command) == 0
     store = SequenceStore.open("tmp_data/tabs")
     assert store.raw_ids("sex")[store.context("sex")].tolist() == ["M", "F"]
@@ -115,7 +115,7 @@ def test_the_headers_of_recbole_say_what_options_would(tmp_path: Path, caplog: p
     header = "item:token\tfull_title:token_seq\tage:float\tprice:float\ttags:token_seq\temb:float_seq\n"
     write(tmp_path / "r.item", header + 'A:b\t"A" b\t1\t\tx  y\t0 1\nB\tB\t1\t2.5\t\t2 3\n')
     caplog.set_level("INFO")
-    command = ["--dataset_name", "mine", "--interactions", str(tmp_path / "r.inter"), "--item", "item", "--no_report"]
+    command = ["--dataset_name", "mine", "--interactions", str(tmp_path / "r.inter"), "--item", "item"]
     assert main([*command, "--output", str(tmp_path / "derived")]) == 0
     assert f"{tmp_path / 'r.inter'}: not read are text, likes, age" in caplog.messages
     store = SequenceStore.open(tmp_path / "derived")

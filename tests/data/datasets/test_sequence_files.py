@@ -133,7 +133,7 @@ def test_a_stopped_build_goes_on_and_its_command_is_kept(tmp_path: Path, monkeyp
     store, stages = stopped_after_each_stage(monkeypatch, lambda: own_store(tmp_path, **given))
     assert arrays(store) == whole
     assert {"log_0", "item_table_as_read"} <= set(stages)
-    command = ["--dataset_name", "shop", "--interactions", "lines.txt.gz", "--sequences", "--no_report"]
+    command = ["--dataset_name", "shop", "--interactions", "lines.txt.gz", "--sequences"]
     assert [main(command), main(command), main([*command, "--force"])] == [0, 0, 0]
     recorded = f"python scripts/preprocess_dataset.py {' '.join(command[:4])} --user user --item item --sequences"
     assert SequenceStore.open(Path("tmp_data/shop")).command == f"{recorded} --output tmp_data/shop"

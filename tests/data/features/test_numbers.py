@@ -118,7 +118,7 @@ def test_the_command_line_knows_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     command = ["--dataset_name", "mine", "--interactions", str(tmp_path / "e.csv"), "--user", "u", "--item", "i"]
     command += ["--time", "t", "--items", str(tmp_path / "i.csv"), "--item_columns", "price,vector"]
     command += ["--event_columns", "watched", "--numbers", "price,watched", "--vectors", "vector"]
-    command += ["--lists", "vector=;", "--no_report", "--output", str(tmp_path / "store")]
+    command += ["--lists", "vector=;", "--output", str(tmp_path / "store")]
     assert main(command) == 0, capsys.readouterr().err
     told = capsys.readouterr().out
     assert "features of items: price (number, 1 missing), vector (vector of 3, 1 missing)" in told

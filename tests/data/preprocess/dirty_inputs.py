@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-OWN = ("--dataset_name", "mine", "--interactions", "events.csv", "--user", "u", "--item", "i", "--no_report")
+OWN = ("--dataset_name", "mine", "--interactions", "events.csv", "--user", "u", "--item", "i")
 ALL = (*OWN, "--action", "a", "--time", "t")
 ML = ("--dataset_name", "ml-100k", "--raw_path", ".")
-SEQUENCES = ("--dataset_name", "mine", "--interactions", "s.txt", "--sequences", "--no_report")
+SEQUENCES = ("--dataset_name", "mine", "--interactions", "s.txt", "--sequences")
 JSON = (*SEQUENCES, "--items", "a.json", "--item_columns", "tags")
 TOYS = ("--dataset_name", "amazon-toys", "--raw_path", ".")
 KUAIRAND = ("--dataset_name", "kuairand-pure", "--raw_path", ".")

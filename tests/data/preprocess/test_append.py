@@ -106,7 +106,7 @@ def test_an_append_starts_without_torch_and_pandas(tmp_path: Path) -> None:
         (tmp_path / f"{name}.csv").write_text(f"u,i,a\n{rows}")
     own_store(tmp_path, tmp_path / "a.csv", action="a")
     append = f"--dataset_name mine --output {tmp_path}/store --interactions {tmp_path}/b.csv --append"
-    append += " --user u --item i --action a --no_report"
+    append += " --user u --item i --action a"
     program = "import sys; from scripts import preprocess_dataset as p; print(p.main(sys.argv[1:]), *sys.modules)"
     command = [sys.executable, "-c", program, *append.split()]
     told = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.splitlines()[-1]

@@ -47,7 +47,7 @@ def test_filters_are_part_of_the_command_and_logged(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("e.csv").write_text("u,i\n" + "a,1\na,2\nb,1\nb,2\nc,3\n")
-    command = ["--dataset_name", "mine", "--interactions", "e.csv", "--user", "u", "--item", "i", "--no_report"]
+    command = ["--dataset_name", "mine", "--interactions", "e.csv", "--user", "u", "--item", "i"]
     with caplog.at_level(logging.INFO, logger="hstu"):
         assert main([*command, "--min_user_events", "2"]) == 0
     assert "4 of 5 events are left" in caplog.text

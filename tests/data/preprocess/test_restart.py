@@ -66,7 +66,7 @@ def arrays(store: SequenceStore) -> dict[str, bytes]:
 def test_killed_and_stopped_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """SIGTERM comes during a query, for which DuckDB has an exception of its own."""
     raw = generate(tmp_path / "raw", 60_000)
-    command = [sys.executable, str(SCRIPT), "--dataset_name", "kuairand-27k", "--raw_path", str(raw), "--no_report"]
+    command = [sys.executable, str(SCRIPT), "--dataset_name", "kuairand-27k", "--raw_path", str(raw)]
     partial = tmp_path / ".s.partial"
     journal = partial / "scratch" / "journal.json"
     for number, stage in ((signal.SIGKILL, "log_0"), (signal.SIGTERM, "log_2")):

@@ -197,7 +197,7 @@ def test_logs_with_frequent_users_and_items_give_equal_stores(both: None, tmp_pa
 @pytest.mark.timeout(900)
 def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     raw = generate(tmp_path / "raw", 60_000, "pure")
-    command = [sys.executable, str(SCRIPT), "--dataset_name", "kuairand-pure", "--raw_path", str(raw), "--no_report"]
+    command = [sys.executable, str(SCRIPT), "--dataset_name", "kuairand-pure", "--raw_path", str(raw)]
     journal = tmp_path / ".s.partial" / "scratch" / "journal.json"
     for number, stage in ((signal.SIGKILL, "users"), (signal.SIGTERM, "values_of_c1")):
         told = (tmp_path / "told.txt").open("w+")

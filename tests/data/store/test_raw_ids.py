@@ -14,7 +14,7 @@ EVENTS = "member,sku,when\n5,7,10\n-9,7,11\n5,-3,12\n-9,9223372036854775807,13\n
 def preprocess(folder: Path, events: str, *options: str) -> int:
     (folder / "events.csv").write_text(events)
     table = ["--interactions", str(folder / "events.csv"), "--user", "member", "--item", "sku", "--time", "when"]
-    return main(["--dataset_name", "mine", *table, "--output", str(folder / "mine"), "--no_report", *options])
+    return main(["--dataset_name", "mine", *table, "--output", str(folder / "mine"), *options])
 
 
 def test_models_read_the_raw_ids_of_a_store_that_keeps_them(tmp_path: Path) -> None:

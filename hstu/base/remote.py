@@ -12,8 +12,10 @@ A file is written aside, compared with its size and SHA-256, and renamed, so a k
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -41,7 +43,7 @@ MANIFESTS = ("meta.json", "manifest.json")
 DEFAULT_GB = 100.0
 _ORIGIN, _STAGED, _WORK, _LOCK = "origin.json", "staged", "work", ".lock"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}([^/].*)")
-_ATTEMPTS, _FIRST_WAIT_S, _LONGEST_WAIT_S = 5, 0.5, 8.0
+_REPEATED_S, _FIRST_WAIT_S, _LONGEST_WAIT_S = 30.0, 0.5, 8.0
 _STREAMS, _REPORT_S, _ABANDONED_S = 8, 10.0, 3600.0
 
 progress: dict[str, float] = {"at": 0.0}
@@ -350,9 +352,10 @@ def _upload(local: Path, url: str) -> int:
 
 
 def retried(url: str, call: Callable[[Any, str], Any]) -> Any:
-    """``call`` (file system, path in it), again after failures. Raises DataError, and Absent where nothing is."""
-    begun, wait_s = time.monotonic(), _FIRST_WAIT_S
-    for attempt in range(1, _ATTEMPTS + 1):
+    """``call`` (file system, path in it), again for 30 s after it first fails. Raises DataError, and Absent where
+    nothing is."""
+    begun, wait_s, until = time.monotonic(), _FIRST_WAIT_S, math.inf
+    for attempt in itertools.count(1):
         try:
             return call(*filesystem(url))
         except UserError:
@@ -361,20 +364,21 @@ def retried(url: str, call: Callable[[Any, str], Any]) -> Any:
             raise Absent(f"{url} is not there") from error
         except Exception as error:  # of many libraries
             reason = printable(f"{type(error).__name__}: {error}".splitlines()[0][:300])
+            now = time.monotonic()
+            until = min(until, now + _REPEATED_S)
             is_refused = isinstance(error, PermissionError) or "Credential" in type(error).__name__
-            if is_refused or attempt == _ATTEMPTS or isinstance(error, NotImplementedError):
-                seconds, what = time.monotonic() - begun, "Check the address, the network, the service and the disk"
+            if is_refused or now + wait_s > until or isinstance(error, NotImplementedError):
+                what = "Check the address, the network, the service and the disk"
                 if is_refused:
                     what = "Renew the credentials in the environment, the cloud's files or the role of the machine"
                 raise DataError(
-                    f"{url}: {attempt} attempt(s) in {seconds:.0f} s failed with {reason}. {what}; then start the same "
-                    "command again, which goes on from what is there"
+                    f"{url}: {attempt} attempt(s) in {now - begun:.0f} s failed, the last with {reason}. {what}; then "
+                    "start the same command again, which goes on from what is there"
                 ) from error
             log.warning("retry url=%s attempt=%d wait=%.1fs reason=%s", url, attempt, wait_s, reason)
         progress["at"] = time.monotonic()
         time.sleep(wait_s * random.uniform(0.75, 1.25))
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-    raise AssertionError("the last attempt returns or raises")
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -388,4 +392,5 @@ def filesystem(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise ConfigError(f"{url}: {error}; expected s3://, gs:// or another protocol of fsspec") from error
     files.invalidate_cache()
+    files.retries = 1  # of s3fs: each of them would be several of botocore, which repeats a request
     return files, path

@@ -37,8 +37,10 @@ def server() -> Iterator[ObjectStore]:
 
 @pytest.fixture
 def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ObjectStore:
-    for name, value in {**server.environment, "XDG_CACHE_HOME": str(tmp_path / "home")}.items():
+    home = {"XDG_CACHE_HOME": str(tmp_path / "home"), "AWS_MAX_ATTEMPTS": "2"}
+    for name, value in {**server.environment, **home}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "_REPEATED_S", 2.0)
     monkeypatch.setattr(remote, "_FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(remote, "_LONGEST_WAIT_S", 0.02)
     server.fault = lambda method, path: None
@@ -106,7 +108,10 @@ def test_faults_that_pass_are_retried(store: ObjectStore, tmp_path: Path, kind: 
     assert gets(store, "/0") == (1 if kind == "slow" else 3)
 
 
-@pytest.mark.parametrize("kind, remedy", [("403", "Renew the credentials"), ("truncate", "goes on from what is there")])
+STAY = [("403", "Renew the credentials"), ("truncate", "goes on from what is there"), ("503", "goes on from what")]
+
+
+@pytest.mark.parametrize("kind, remedy", STAY)
 def test_faults_that_stay_end_with_a_remedy_and_nothing_half(
     store: ObjectStore, tmp_path: Path, kind: str, remedy: str
 ) -> None:

@@ -3,14 +3,11 @@
     python scripts/estimate.py --gin-config-file configs/benchmark_ranking.gin --world-size 16 --tp 2 --device h100
 
 No GPU is needed. The time on a GPU is a roofline: published peaks times assumed efficiencies. ``--set`` changes any
-number: --set network_gb_s=25 --set attention_efficiency=0.5. For the CPU (``--device cpu``, the default) the operators
-of the run are timed on this machine for some seconds. docs/distributed.md explains the formulas.
+number: --set network_gb_s=25 --set attention_efficiency=0.5. For the CPU (``--device cpu``, the default) the peak is
+measured in less than a second. docs/distributed.md explains the formulas.
 
 --fit tries what may be split, sharded and recomputed, and into how many micro-batches a rank divides its batch. All
 plans train the same global batches. It needs a --device other than the CPU.
-
---simulate 64 256 1024 trains on clusters of so many GPUs, step by step: the ranks wait for the one with the longest
-sequences. A GPU has the same number of sequences in all of them.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--gin-config-file", dest="files", action="extend", nargs="+", default=[], metavar="FILE")
     add("--gin-bindings", dest="bindings", action="extend", nargs="+", default=[], metavar="BINDING")
-    add("--world-size", type=int, help="ranks (1)")
+    add("--world-size", type=int, default=1, help="ranks (1)")
     add("--tp", type=int, help="tensor-parallel size (default: as in the file)")
     add("--cp", type=int, help="context-parallel size (default: as in the file)")
     add("--ranks-per-host", type=int, help="ranks per host (8, or all if there are fewer; on a CPU all)")
@@ -58,40 +55,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--set", dest="settings", action="append", default=[], metavar="NAME=NUMBER", help="a number of the machine")
     add("--task", choices=("ranking", "retrieval"), help="task of the run, if the file does not show it")
     add("--fit", action="store_true", help="search for the fastest plan within the memory, and print its gin lines")
-    add("--simulate", type=int, nargs="+", metavar="GPUS", help="simulate clusters of these sizes, the smallest first")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    for name in ("world_size", "tp", "cp", "ranks_per_host", "simulate"):
+    for name in ("world_size", "tp", "cp", "ranks_per_host"):
         value = getattr(options, name)
-        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+        if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     if options.fit and (options.device == "cpu" or options.json):
         raise ConfigError("--fit compares plans on a GPU, and prints text: give --device h100, and no --json")
-    if options.simulate and (options.device == "cpu" or options.fit or options.world_size):
-        raise ConfigError(
-            "--simulate needs the numbers of a GPU, and its own sizes: give --device h100, and neither "
-            "--fit nor --world-size"
-        )
-    sizes = options.simulate = sorted(options.simulate or [])
-    options.world_size = options.world_size or (sizes or [1])[0]
     if options.ranks_per_host is None:
         options.ranks_per_host = options.world_size if options.device == "cpu" else min(8, options.world_size)
-    for ranks in sizes or [options.world_size]:
-        if ranks % options.ranks_per_host:
-            name = "simulate" if sizes else "world-size"
-            raise ConfigError(f"--{name} {ranks} is no multiple of {options.ranks_per_host} ranks per host")
+    if options.world_size % options.ranks_per_host:
+        raise ConfigError(
+            f"--world-size {options.world_size} is no multiple of {options.ranks_per_host} ranks per host"
+        )
     return options
 
 
-def read(options: argparse.Namespace, world_size: int) -> RunConfig:
-    """The checked configuration for ``world_size`` ranks."""
+def read(options: argparse.Namespace) -> RunConfig:
+    """The checked configuration."""
     sizes = {
         "TensorModelParallelArgs.tensor_model_parallel_size": options.tp,
         "ContextParallelArgs.context_parallel_size": options.cp,
     }
     bindings = [*options.bindings, *(f"{name} = {size}" for name, size in sizes.items() if size is not None)]
     task = options.task or _task_of(options)
-    return read_and_check(options.files, bindings, task, world_size, (*RULES, *DATA_RULES))[0]
+    return read_and_check(options.files, bindings, task, options.world_size, (*RULES, *DATA_RULES))[0]
 
 
 def _task_of(options: argparse.Namespace) -> Task:
@@ -103,7 +92,7 @@ def _task_of(options: argparse.Namespace) -> Task:
 
 def run(options: argparse.Namespace) -> str:
     """The report."""
-    config = read(options, options.world_size)
+    config = read(options)
     check_packages()
 
     import torch
@@ -115,29 +104,16 @@ def run(options: argparse.Namespace) -> str:
 
     quiet_libraries()
     on_cpu, dtype = options.device == "cpu", getattr(torch, config.network.dtype_str)
-    if options.simulate or options.fit:
-        gpu = machine.with_settings(machine.gpu(options.device, dtype), _settings(options))
-    if options.simulate:
-        clusters = []
-        for gpus in options.simulate:
-            print(f"{gpus} GPUs", file=sys.stderr, flush=True)
-            clusters.append(explore.simulate(read(options, gpus), gpus, options.ranks_per_host, gpu))
-        if options.json:
-            return json.dumps(explore.clusters_as_objects(clusters), indent=1)
-        return explore.clusters_as_text(clusters, gpu)
+    device = machine.this_cpu(options.ranks_per_host, dtype) if on_cpu else machine.gpu(options.device, dtype)
+    device = machine.with_settings(device, dict(text.partition("=")[::2] for text in options.settings))
     if options.fit:
-        return explore.plans_as_text(explore.search(config, options.world_size, options.ranks_per_host, gpu), config)
+        plans = explore.search(config, options.world_size, options.ranks_per_host, device)
+        return explore.plans_as_text(plans, config)
     workload = plan_workload(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
-    device = machine.this_cpu(workload) if on_cpu else machine.gpu(options.device, dtype)
-    device = machine.with_settings(device, _settings(options))
     found = estimate(workload, device)
     if options.json:
         return json.dumps(as_json(found, workload), indent=1)
     return "\n".join(report(found, workload, device))
-
-
-def _settings(options: argparse.Namespace) -> dict[str, str]:
-    return dict(text.partition("=")[::2] for text in options.settings)
 
 
 @tool

@@ -7,10 +7,10 @@ from typing import Any
 from hstu.config.run_config import RunConfig
 from hstu.estimate import sharding
 from hstu.estimate.dry_run import BACKWARD, FORWARD, ROWS, UPDATE, DryRun, dry_run
-from hstu.estimate.machine import Machine, ThisCpu
+from hstu.estimate.machine import Machine
 from hstu.estimate.record import GRADIENTS, Exchange, Operator
 from hstu.estimate.sharding import TableShards, Transfer
-from hstu.estimate.workload import Batch, Workload, plan_workload
+from hstu.estimate.workload import Workload, plan_workload
 from hstu.ops.costs import FLOAT32
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import UNLIMITED, TableRoom, TablesDoNotFit
@@ -76,15 +76,16 @@ class Estimate:
 def estimate(workload: Workload, machine: Machine) -> Estimate:
     """Estimates ``workload`` on ``machine``."""
     plan, batches = plan_for(machine, workload), workload.batches
-    computing, exposed = step_times(workload, machine, workload.typical, plan)
-    waiting = sum(computing.values()) * (workload.straggling - 1)
     run = dry_run(workload, workload.typical)
+    computing, exposed = step_times(workload, machine, run, plan)
+    waiting = sum(computing.values()) * (workload.straggling - 1)
+    step = {COMPUTING: sum(computing.values())} | {f"exchange for {part}": each for part, each in exposed.items()}
     files, saved = sharding.checkpoint(workload)
     return Estimate(
         memory=memory(workload, plan),
         transfers=transfers(workload, run, plan),
         computing=computing,
-        step=step_parts(computing, exposed) | {WAITING: waiting},
+        step=step | {WAITING: waiting},
         tokens=sum(map(workload.tokens, batches)) / len(batches) * workload.dp_size,
         samples=sum(len(one.samples) for one in batches) / len(batches) * workload.dp_size,
         flops=sum(map(workload.flops, batches)) / len(batches) / workload.config.ranks_per_group,
@@ -145,18 +146,15 @@ def plan_for(machine: Machine, workload: Workload) -> tuple[TableShards, ...]:
 
 
 def step_times(
-    workload: Workload, machine: Machine, batch: Batch, plan: tuple[TableShards, ...]
+    workload: Workload, machine: Machine, run: DryRun, plan: tuple[TableShards, ...]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Two dicts for one rank: operator → seconds, and purpose of exchanges → seconds that no computation hides."""
-    run = dry_run(workload, batch)
     shared = "tensor parallelism" if workload.cp_size == 1 else "context parallelism"
     parts = {"world_group": "tables", "tp_group": "tensor parallelism", "cp_group": "context parallelism"}
     parts |= {"tp_cp_group": shared} | dict.fromkeys(("dp_group", "dp_cp_group"), "data parallelism")
     exposed = dict.fromkeys(parts.values(), 0.0)
     computing, waits = _follow(workload, machine, run)
     computing |= {name: machine.seconds(name, cost) for name, cost in sharding.table_costs(workload, run, plan).items()}
-    if isinstance(machine, ThisCpu):
-        computing = {"a rank alone": machine.step_seconds(workload)}
     for group, seconds in waits.items():
         exposed[parts[group]] += seconds
     for transfer in (each for each in transfers(workload, run, plan) if each.behind != "operators"):
@@ -164,11 +162,6 @@ def step_times(
         hidden = _hidden_seconds(transfer, seconds, workload, sum(computing.values())) if machine.overlaps else 0.0
         exposed[parts[transfer.group]] += max(0.0, seconds - hidden)
     return computing, exposed
-
-
-def step_parts(computing: dict[str, float], exposed: dict[str, float]) -> dict[str, float]:
-    """Part of a step of one rank → seconds, from the result of ``step_times``."""
-    return {COMPUTING: sum(computing.values())} | {f"exchange for {part}": each for part, each in exposed.items()}
 
 
 def transfers(workload: Workload, run: DryRun, plan: tuple[TableShards, ...]) -> tuple[Transfer, ...]:
@@ -266,8 +259,7 @@ def report(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
     saved, seconds = size(found.checkpoint_bytes), found.checkpoint_s
     yield f"checkpoint: {found.checkpoint_files:,} files, {saved}, {seconds:.3g} s at {machine.storage_gb_s:g} GB/s\n"
     yield f"note: {workload.note}"
-    if not isinstance(machine, ThisCpu):
-        yield f"note: times are what {machine.name} should need (a roofline); none of them has been measured on a GPU"
+    yield f"note: times are what {machine.name} should need (a roofline); none of them has been measured"
     if found.memory_total > found.memory_limit:
         yield "warning: this is more memory than a rank has"
 

@@ -1,11 +1,6 @@
-"""Speed and memory of a rank and its links: GPUs from data sheets and assumptions, this CPU from measurements."""
+"""Speed and memory of a rank and its links, from data sheets and assumptions; the peak of this CPU is measured."""
 
 import math
-import os
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -15,17 +10,11 @@ import psutil
 import torch
 
 from hstu.base.errors import ConfigError
-from hstu.config.args import ContextParallelArgs, DataParallelArgs, TensorModelParallelArgs
 from hstu.config.problems import did_you_mean
-from hstu.data.sampling.sampler import SamplerPosition
 from hstu.estimate.record import ATTENTION
 from hstu.estimate.sharding import Transfer
-from hstu.estimate.workload import Workload
 from hstu.observe.throughput import data_sheet_tflops, peak_tflops
 from hstu.ops.costs import Cost
-from hstu.parallel import mesh as meshes
-from hstu.train.builder import build_loss_scale, build_model, build_pipeline
-from hstu.train.sources import open_source
 
 
 @dataclass(frozen=True)
@@ -133,73 +122,18 @@ def with_settings(machine: Machine, settings: Mapping[str, str]) -> Machine:
     return replace(machine, **changed)
 
 
-_MOST_FLOPS = 4e10
-"""FLOPs of the largest step that is measured."""
-_BUDGET_S, _LEAST_STEPS = 2.0, 5
-
-
-_OTHER_RANK = """
-import torch
-torch.set_num_threads(1)
-matrix, array = torch.ones(384, 384), torch.ones(1 << 19)
-while True:
-    matrix @ matrix
-    array += 1
-"""
-
-
-@dataclass(frozen=True)
-class ThisCpu(Machine):
-    """A rank's share of the cores of this host, measured. Its links are assumptions."""
-
-    memory_gb_s: float = 10.0  # unused: steps are measured
-    link_gb_s: float = 1.0
-    network_gb_s: float = 1.0
-    link_latency_us: float = 100.0
-    network_latency_us: float = 100.0
-    link_efficiency: float = 1.0
-    overlaps: bool = False
-
-    def step_seconds(self, workload: Workload) -> float:
-        """Measured median seconds per step of one rank without communication, data loading included.
-        A step of more than ``_MOST_FLOPS`` is measured with fewer sequences and scaled up."""
-        config, trainer = workload.config, workload.config.trainer
-        operations = workload.flops(workload.typical) / config.ranks_per_group
-        sequences = max(1, round(trainer.train_batch_size * min(1.0, _MOST_FLOPS / operations)))
-        alone = replace(
-            config,
-            trainer=replace(trainer, train_batch_size=sequences),
-            tensor_parallel=TensorModelParallelArgs(),
-            context_parallel=ContextParallelArgs(),
-            data_parallel=DataParallelArgs(),
-        )
-        threads, mesh = torch.get_num_threads(), meshes.start()
-        cores, ranks = len(os.sched_getaffinity(0)), workload.ranks_per_host
-        torch.set_num_threads(max(1, cores // ranks))
-        # The other ranks slow this one down, because cores share caches, memory and power.
-        others = [subprocess.Popen([sys.executable, "-c", _OTHER_RANK]) for _ in range(min(ranks, cores) - 1)]
-        try:
-            source = open_source(alone, mesh)
-            model, optimizers = build_model(alone, source, mesh)
-            pipeline = build_pipeline(alone.trainer, model, optimizers, mesh, build_loss_scale(alone))
-            batches = source.train_batches(SamplerPosition())
-            pipeline.progress(batches)
-            times: list[float] = []
-            while len(times) < _LEAST_STEPS or sum(times) < _BUDGET_S:
-                begun = time.perf_counter()
-                pipeline.progress(batches)
-                times.append(time.perf_counter() - begun)
-        finally:
-            for process in others:
-                process.kill()
-                process.wait()
-            meshes.finish()
-            torch.set_num_threads(threads)
-        return statistics.median(times) * trainer.train_batch_size / sequences
-
-
-def this_cpu(workload: Workload) -> ThisCpu:
-    """A rank's share of this host."""
-    ranks, dtype = workload.ranks_per_host, getattr(torch, workload.config.network.dtype_str)
+def this_cpu(ranks: int, dtype: torch.dtype) -> Machine:
+    """A share of one of ``ranks`` ranks of this host. The peak is measured, and all else but the memory assumed."""
     peak, _ = peak_tflops(torch.device("cpu"), torch.float32 if dtype is torch.float32 else torch.bfloat16)
-    return ThisCpu("this CPU", psutil.virtual_memory().total / 1e9 / ranks, peak / ranks)
+    return Machine(
+        "this CPU",
+        memory_gb=psutil.virtual_memory().total / 1e9 / ranks,
+        peak_tflops=peak / ranks,
+        memory_gb_s=10.0,
+        link_gb_s=1.0,
+        network_gb_s=1.0,
+        link_latency_us=100.0,
+        network_latency_us=100.0,
+        link_efficiency=1.0,
+        overlaps=False,
+    )

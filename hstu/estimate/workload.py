@@ -144,14 +144,10 @@ def plan_workload(
     chosen = np.unique(np.linspace(0, num_groups - 1, MOST_GROUPS).astype(int)).tolist()
     steps = []
     for samples, ranks in islice(source.train_sampler(SamplerPosition()).global_batches(), num_steps):
-        batches = batches_of_groups(source.train_lengths, samples, ranks // size, num_groups)
-        steps.append(tuple(batches[group] for group in chosen))
+        groups = ranks // size
+        in_order = samples[np.argsort(groups, kind="stable")]
+        bounds = run_offsets(np.bincount(groups, minlength=num_groups))
+        of_groups = [in_order[bounds[group] : bounds[group + 1]] for group in chosen]
+        lengths = [SampleLengths(*(values[rows] for values in source.train_lengths)) for rows in of_groups]
+        steps.append(tuple(map(Batch, of_groups, lengths)))
     return Workload(config, world_size, ranks_per_host, device_type, source, tuple(steps))
-
-
-def batches_of_groups(lengths: SampleLengths, samples: np.ndarray, groups: np.ndarray, num_groups: int) -> list[Batch]:
-    """The batch of each tp_cp group. ``samples`` are rows of the sample table, ``groups`` the group of each sample."""
-    in_order = samples[np.argsort(groups, kind="stable")]
-    bounds = run_offsets(np.bincount(groups, minlength=num_groups))
-    of_groups = [in_order[bounds[g] : bounds[g + 1]] for g in range(num_groups)]
-    return [Batch(each, SampleLengths(*(values[each] for values in lengths))) for each in of_groups]

@@ -58,7 +58,7 @@ class TrainRecord(Throughput):
     loss_scale: Optional[float] = None
     """For the next step. None if the loss is not scaled."""
     skipped_steps: Optional[int] = None
-    """Steps whose gradients overflowed or whose norm was a spike. None if none can be skipped."""
+    """Steps that were skipped because their gradients overflowed. None if the loss is not scaled."""
     tables: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Dynamic table → its id counts by name."""
     task_losses: Mapping[str, float] = field(default_factory=dict)

@@ -1,12 +1,10 @@
-"""Decides whether a step counts: checks for nan, inf and spikes, and the float16 loss scale. Carries stop signals."""
+"""Decides whether a step counts: checks for nan and inf, and the float16 loss scale. Carries stop signals."""
 
 import logging
 import math
 import os
 import signal
-import statistics
 import sys
-from collections import deque
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -31,65 +29,15 @@ SCALE_FACTOR = 2.0
 LOWEST_SCALE = 1.0
 HIGHEST_SCALE = 2.0**127
 """The largest power of two in float32."""
-MEDIAN_STEPS, FEWEST_STEPS = 128, 16
-"""Most steps whose gradient norms the running median is of, and the fewest without which no step is skipped."""
-MOST_SKIPPED = 20
-"""Steps in a row that are skipped for their norm before the run ends."""
 
 
 class NonFiniteStep(UserError):
-    """A loss or gradient is not finite, or too many norms in a row are spikes. Raised on all ranks."""
+    """A loss or gradient is not finite. Raised on all ranks."""
 
     def __init__(self, message: str, iteration: int) -> None:
         super().__init__(message)
         self.iteration = iteration
         """1-based iteration of the step."""
-
-
-class GradientSpikes:
-    """Finds the steps to skip: their gradient norm exceeds ``factor`` times the median norm of the last steps.
-
-    The norms of skipped steps do not enter the median. All ranks must give the same norms.
-    """
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-        self._norms: deque[float] = deque(maxlen=MEDIAN_STEPS)
-        self._in_a_row = self._skipped_steps = 0
-
-    def is_spike(self, norm: float, iteration: int) -> bool:
-        """Whether to skip the step with this norm; ``iteration``: its number from 1. Raises NonFiniteStep."""
-        median = statistics.median(self._norms) if len(self._norms) >= FEWEST_STEPS else math.inf
-        if norm <= self.factor * median:
-            self._norms.extend([norm] if 0 < norm < math.inf else [])  # a batch without labels has no gradient
-            self._in_a_row = 0
-            return False
-        self._in_a_row += 1
-        text = f"the gradient norm at iteration {iteration} is {norm:.4g}, the median of the steps before {median:.4g}"
-        if self._in_a_row > MOST_SKIPPED:
-            text += (
-                f", and {MOST_SKIPPED} steps in a row have been skipped for their norm. Go on from an earlier "
-                "checkpoint (TrainerArgs.ckpt_load_dir) with a lower OptimizerArgs.learning_rate, or clip "
-                f"(TrainerArgs.max_grad_norm), or raise TrainerArgs.grad_norm_skip_factor, which is {self.factor:g}"
-            )
-            raise NonFiniteStep(text, iteration)
-        self._skipped_steps += 1
-        log.info("%s: skipped", text)
-        return True
-
-    def pop_skipped_steps(self) -> int:
-        """Return the number of steps skipped since the last call."""
-        skipped, self._skipped_steps = self._skipped_steps, 0
-        return skipped
-
-    def state_dict(self) -> dict[str, Any]:
-        """The whole state, serializable as JSON."""
-        return {"norms": list(self._norms), "in_a_row": self._in_a_row, "skipped": self._skipped_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict``."""
-        self._norms.extend(state["norms"])
-        self._in_a_row, self._skipped_steps = state["in_a_row"], state["skipped"]
 
 
 class LossScale:

@@ -17,7 +17,7 @@ from hstu.parallel.group import look_up
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.own_time import own_time
 from hstu.parallel.shards import all_finite, numbers_of
-from hstu.pipeline.finite import FiniteCheck, GradientSpikes, LossScale
+from hstu.pipeline.finite import FiniteCheck, LossScale
 
 log = logging.getLogger(__name__)
 
@@ -51,18 +51,15 @@ class TrainStep:
         mesh: Mesh,
         max_grad_norm: float = 0.0,
         loss_scale: LossScale | None = None,
-        spikes: GradientSpikes | None = None,
     ) -> None:
         self.model = model
         self.optimizers = optimizers
         self.mesh = mesh
         self.max_grad_norm = max_grad_norm
         self.loss_scale = loss_scale
-        self.spikes = spikes
         self.measures_norms = False
         """Whether the next step measures ``StepResult.grad_norms``."""
         self.check = FiniteCheck(mesh, loss_scale)
-        self.check.deferred &= spikes is None  # the host waits for the norm of each step
 
     def __call__(self, batch: TrainBatch, overlap: Callable[[], None] = lambda: None) -> StepResult:
         """Train on a batch that is on the device.
@@ -107,11 +104,7 @@ class TrainStep:
         overlap()
         if self.loss_scale is not None and not self._unscale(row_gradients, self.loss_scale):
             return StepResult(losses, batch.own)
-        norms: dict[str, Tensor] = {}
-        if self.measures_norms or self.spikes is not None:
-            norms["grad_norm"] = self.optimizers.gradient_norm()
-        if self.spikes is not None and self._is_spike(norms["grad_norm"], self.spikes):
-            return StepResult(losses, batch.own, norms)
+        norms = {"grad_norm": self.optimizers.gradient_norm()} if self.measures_norms else {}
 
         # Backward into the sharded tables, which updates fused tables; exchange of replicated tables' gradients.
         if rows:
@@ -125,12 +118,6 @@ class TrainStep:
             self.optimizers.clip_grad_norm(self.max_grad_norm)
         self.optimizers.step(self.check.found_inf)
         return StepResult(losses, batch.own, norms)
-
-    def _is_spike(self, norm: Tensor, spikes: GradientSpikes) -> bool:
-        """Whether to skip the step, alike on all ranks, which may have rounded ``norm`` apart."""
-        if self.mesh.world_size > 1:
-            dist.all_reduce(norm, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
-        return spikes.is_spike(norm.item(), self.mesh.heartbeat.iteration)
 
     def _unscale(self, row_gradients: list[Tensor], loss_scale: LossScale) -> bool:
         """Unscale all gradients and update the loss scale. False: they overflow, skip the step."""

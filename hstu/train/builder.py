@@ -45,7 +45,7 @@ from hstu.parallel.fsdp import shard_dense
 from hstu.parallel.layer_comm import split_encoder
 from hstu.parallel.mesh import Mesh, seed_dropout
 from hstu.parallel.tables import check_memory, shard
-from hstu.pipeline.finite import GradientSpikes, LossScale
+from hstu.pipeline.finite import LossScale
 from hstu.pipeline.pipelines import NativePipeline, PrefetchPipeline, SequentialPipeline, TrainPipeline
 from hstu.pipeline.step import TrainStep
 from hstu.train.batch_source import BatchSource, label_codes
@@ -337,8 +337,7 @@ def build_pipeline(
     args: TrainerArgs, model: GRModel, optimizers: Optimizers, mesh: Mesh, loss_scale: LossScale | None = None
 ) -> TrainPipeline:
     """Build the pipeline of TrainerArgs.pipeline_type."""
-    spikes = None if args.grad_norm_skip_factor is None else GradientSpikes(args.grad_norm_skip_factor)
-    step = TrainStep(model, optimizers, mesh, args.max_grad_norm, loss_scale, spikes)
+    step = TrainStep(model, optimizers, mesh, args.max_grad_norm, loss_scale)
     return PIPELINES[args.pipeline_type](step, args.gradient_accumulation_steps)
 
 

@@ -39,7 +39,7 @@ from hstu.parallel.dynamic.table import describe_report, pop_reports
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.own_time import own_time
 from hstu.parallel.tables import dynamic_tables
-from hstu.pipeline.finite import GradientSpikes, LossScale, NonFiniteStep, Stopped, StopSignal
+from hstu.pipeline.finite import NonFiniteStep, Stopped, StopSignal
 from hstu.pipeline.pipelines import TrainPipeline
 from hstu.train.batch_source import BatchSource
 from hstu.train.evaluate import Evaluator
@@ -83,12 +83,8 @@ class Trainer:
         self._history = MetricsHistory()
         self._loss_scale = self.pipeline.step.loss_scale
         self.state.carried_in_phase |= {"history": self._history, "running_loss": self._running_loss}
-        self._skipping: dict[str, LossScale | GradientSpikes] = {}
         if self._loss_scale is not None:
-            self._skipping["loss_scale"] = self._loss_scale
-        if self.pipeline.step.spikes is not None:
-            self._skipping["gradient_spikes"] = self.pipeline.step.spikes
-        self.state.carried |= self._skipping
+            self.state.carried["loss_scale"] = self._loss_scale
         self._grad_norms: Mapping[str, Tensor] = {}
         args, split = self.args, next(iter(self.source.eval_splits), "none")
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
@@ -295,7 +291,7 @@ class Trainer:
             memory_bytes=memory_bytes(self.mesh.device),
             time_s=time.monotonic() - self._begun,
             loss_scale=None if scale is None else scale.value,
-            skipped_steps=sum(part.pop_skipped_steps() for part in self._skipping.values()) if self._skipping else None,
+            skipped_steps=None if scale is None else scale.pop_skipped_steps(),
             tables=pop_reports(
                 dynamic_tables(self.state.model),
                 lambda own: sum_over_ranks(torch.tensor(own), group).tolist(),

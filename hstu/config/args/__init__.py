@@ -67,6 +67,7 @@ ACCEPTED: Mapping[str, str] = {
 """Ignored parameter in the gin files of other trainers, for any class → text of the warning."""
 
 REMOVED: Mapping[str, str] = {
+    "TrainerArgs.grad_norm_skip_factor": "no step is skipped for its norm: remove it; max_grad_norm clips",
     "RetrievalArgs.request_time": 'remove it for "target", or bind DatasetArgs.query_time = "last_event"',
     "RetrievalArgs.popularity_exponent": "popularity draws with the power 0.75, mixed draws uniformly: remove it",
     "DatasetArgs.dynamic_tables": "bind DynamicEmbeddingArgs for the features whose tables are to be dynamic",

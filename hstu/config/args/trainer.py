@@ -157,11 +157,6 @@ class TrainerArgs(Args):
     """Stop after this many consecutive evaluations in which best_metric does not improve. None: never."""
     max_grad_norm: float = option(0.0, changes="training", minimum=0)
     """Maximum global L2 norm of the dense gradients; larger gradients are scaled down to it. 0: no clipping."""
-    grad_norm_skip_factor: Optional[float] = option(None, changes="training", above=1)
-    """Skip a step whose gradient norm exceeds this many times its running median, the median of up to 128 last steps
-    that were not skipped. Weights, tables and moving averages stay as they are. The norm is the global L2 norm of the
-    gradients of the dense weights, without tables, before max_grad_norm; the first 16 steps are never skipped. After 20
-    skipped steps in a row the next one ends the run. On a GPU the host then waits for each step. None: never."""
     gradient_accumulation_steps: int = option(
         1,
         changes="training",

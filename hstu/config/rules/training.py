@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from hstu.base.errors import ConfigError
 from hstu.base.remote import url_of
-from hstu.config.args import DatasetArgs, DynamicEmbeddingArgs, LRScheduleArgs, RankingArgs
+from hstu.config.args import DatasetArgs, LRScheduleArgs, RankingArgs
 from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
@@ -124,18 +124,6 @@ def ranks_divide(run: RunDraft) -> Iterator[Problem]:
 # --- optimizers and schedule ---------------------------------------------------------------------------------------
 
 
-def skipped_steps_change_no_table(run: RunConfig) -> Iterator[Problem]:
-    trainer = run.trainer
-    for table in run.embeddings if trainer.grad_norm_skip_factor is not None else ():
-        if isinstance(table, DynamicEmbeddingArgs):
-            text = "a dynamic table gives rows to new ids before the norm is known, and may evict others; remove it"
-        elif table.compute_kernel == "fused_uvm_caching" and trainer.pipeline_type == "prefetch":
-            text = 'a cache that is prefetched is locked until backward; remove it, or set pipeline_type = "native"'
-        else:
-            continue
-        yield problem(trainer, "grad_norm_skip_factor", f"is not for table {table.table_name!r}: {text}")
-
-
 def parts_are_of_the_dense_weights(run: RunConfig) -> Iterator[Problem]:
     for part in run.optimizer.part_optimizers:
         try:
@@ -189,7 +177,7 @@ def _schedules(run: RunConfig) -> Iterator[LRScheduleArgs]:
 RULES = (
     profiled_iterations_are_a_range, profiled_ranks_exist, save_interval_is_not_zero, urls_are_where_they_may_be,
     best_metric_is_measured, best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence,
-    heads_divide, ranks_divide, skipped_steps_change_no_table, parts_are_of_the_dense_weights, muon_has_whole_matrices,
+    heads_divide, ranks_divide, parts_are_of_the_dense_weights, muon_has_whole_matrices,
     initial_accumulator_is_of_an_adagrad, milestones_fit_the_schedule,
     warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

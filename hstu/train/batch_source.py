@@ -3,7 +3,6 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch, ItemFeatures
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelCodes, LabelFacts
-from hstu.data.sampling.negatives import ItemDistribution, Negatives, expected_log_counts
+from hstu.data.sampling.negatives import Negatives, expected_log_counts
 from hstu.data.sampling.sampler import BatchPartition, Loads, SamplerPosition, ShardWindows, TrainSampler
 from hstu.data.sampling.splits import Split
 from hstu.data.store.layout import NumberStatistics
@@ -110,20 +109,13 @@ class BatchSource(ABC):
         """Occurrences of each item in the training samples; with random windows the expectation per epoch, float64."""
         raise ConfigError("the items of training samples are counted in preprocessed data only")
 
-    @cached_property
-    def corpus(self) -> ItemDistribution:
-        """The distribution of negatives over all items."""
-        assert self.negatives is not None
-        exponent = self.negatives.exponent
-        weights = self.item_counts.astype(np.float64) ** exponent if exponent else None
-        return ItemDistribution(self.cardinalities[self.roles.item], weights)
-
     def log_counts(self) -> LogCounts | None:
         """log of the expected counts of items among the negatives; None without a logQ correction."""
         if self.negatives is None or not self.negatives.logq:
             return None
-        counts = self.item_counts if self.negatives.has_batch_pool else np.zeros(self.corpus.size, dtype=np.int64)
-        log_counts = expected_log_counts(self.negatives, self.corpus, counts, self.batches_per_epoch)
+        has_pool = self.negatives.has_batch_pool
+        counts = self.item_counts if has_pool else np.zeros(self.cardinalities[self.roles.item])
+        log_counts = expected_log_counts(self.negatives, counts, self.batches_per_epoch)
         ids = self.item_ids()
         return LogCounts(torch.from_numpy(log_counts), None if ids is None else torch.from_numpy(ids))
 

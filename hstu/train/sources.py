@@ -26,7 +26,7 @@ from hstu.data.features.values import LabelColumn, check_labels, training_statis
 from hstu.data.sampling.negatives import count_items
 from hstu.data.sampling.sampler import MOST_LISTED, BatchPlan, EvalSampler, SamplerPosition, ShardWindows
 from hstu.data.sampling.samples import SampleTable, build_samples
-from hstu.data.sampling.splits import Period, Split, check_requests, check_split, require_requests
+from hstu.data.sampling.splits import Period, Split, check_requests, check_split
 from hstu.data.store.layout import OFFSETS_FILE, NumberStatistics
 from hstu.data.store.reader import GivenRequests, NoLabels, StoreReader
 from hstu.data.store.sequence_store import SequenceStore
@@ -91,8 +91,6 @@ class StoreSource(BatchSource):
         check_split(self.store, args)
         for store in (self.store, self.eval_store):
             check_requests(store, args)
-        if config.retrieval is not None and config.retrieval.hard_negatives:
-            require_requests(self.store, config.retrieval, "hard_negatives")
         self._labels = {name: LabelColumn(self.store, name) for name in self.roles.labels}
         self._eval_labels = {name: column.of(self.eval_store) for name, column in self._labels.items()}
         self.label_facts = {
@@ -310,7 +308,6 @@ class StoreSource(BatchSource):
             labels=labels or (self._labels if store is self.store else self._eval_labels),
             window_seed=trainer.seed if training and self._draws_windows else None,
             ties_seed=trainer.seed if training and self._args.shuffle_ties and not self.phase.first_segment else None,
-            hard_negatives=self.negatives.hard if training and self.negatives is not None else 0,
             wants_label_events=not training,
         )
         assembler = Assembler(
@@ -321,7 +318,6 @@ class StoreSource(BatchSource):
             trainer.seed,
             self.negatives,
             item_ids=reader.item_ids if self.roles.item in self.raw_features else None,
-            corpus=self.corpus if training and self.negatives is not None else None,
             tower_features=reader.tower_features if self.roles.tower else None,
             hides_request_times=training and self._config.reads_request_time and self._args.query_time == "either",
         )

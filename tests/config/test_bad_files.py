@@ -281,8 +281,6 @@ TOGETHER = [
         "RetrievalArgs.num_negatives = 0" + HERE, told=("'uniform'", "above 0")),
     bad("full with number", "retrieval", 'RetrievalArgs.negatives = "full"',
         "RetrievalArgs.num_negatives = 9" + HERE, told=("whole corpus",)),
-    bad("hard negatives of a batch", "retrieval", 'RetrievalArgs.negatives = "in_batch"',
-        "RetrievalArgs.hard_negatives = 4" + HERE, told=("no effect with", "'in_batch'"), alone=False),
     bad("an option of earlier versions", "retrieval", 'RetrievalArgs.request_time = "target"' + HERE,
         told=("was removed", "DatasetArgs.query_time", 'remove it for "target"')),
     bad("no positions and a bias", "retrieval", 'NetworkArgs.position_encoding = ("none", "relative_bias")' + HERE,

@@ -11,7 +11,7 @@ from hstu.config.args import DatasetArgs, Task
 from hstu.data.batches.batch import HSTUBatch, TensorGroup
 from hstu.data.batches.collate import Assembler, Collator
 from hstu.data.features.roles import resolve_roles
-from hstu.data.sampling.negatives import ItemDistribution, Negatives, count_items
+from hstu.data.sampling.negatives import Negatives
 from hstu.data.sampling.sampler import EvalSampler
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.sampling.splits import Split
@@ -34,10 +34,6 @@ def build_collator(
 ) -> Collator:
     """The collator of one split of a store. ``recoding``: see StoreReader."""
     roles = resolve_roles(store, args)
-    corpus = None
-    if negatives is not None and negatives.exponent:
-        counts = count_items(store, roles.item, samples)
-        corpus = ItemDistribution(len(counts), counts**negatives.exponent)
     return Collator(
         StoreReader(
             store,
@@ -47,7 +43,7 @@ def build_collator(
             wants_seen=wants_seen,
             recoding=recoding,
         ).read,
-        Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives, corpus=corpus),
+        Assembler(batch_size, task, roles, store.cardinality(roles.item), seed, negatives),
     )
 
 

@@ -85,11 +85,11 @@ CASES: dict[str, Any] = {
             TOWER,
         ],
     },
-    "retrieval, popularity, logQ": {
+    "retrieval, uniform, logQ": {
         "task": "retrieval",
         "sharding": "column_wise",
         "bindings": [
-            "RetrievalArgs.negatives = 'popularity'",
+            "RetrievalArgs.negatives = 'uniform'",
             "RetrievalArgs.num_negatives = 4",
             "RetrievalArgs.logq_correction = True",
             *TRUNCATED,

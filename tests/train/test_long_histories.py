@@ -42,7 +42,7 @@ def test_evaluation_knows_nothing_of_windows(source: OpenSource, windows: dict[s
 
 def test_random_windows_have_other_items_in_each_epoch_and_as_many_labels(source: OpenSource) -> None:
     for task in ("retrieval", "ranking"):
-        negatives = {"negatives": "popularity", "num_negatives": 4} if task == "retrieval" else {}
+        negatives = {"negatives": "uniform", "num_negatives": 4} if task == "retrieval" else {}
         newest, windows = (
             source(task, dataset={"window_stride": "random" if is_random else None}, task_args=negatives)
             for is_random in (False, True)

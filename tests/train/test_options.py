@@ -74,8 +74,7 @@ NEGATIVES: dict[str, dict[str, Any]] = {
     "in_batch, draws": {"num_negatives": 4},
     "uniform": {"negatives": "uniform", "num_negatives": 4},
     "uniform, shared": {"negatives": "uniform", "num_negatives": 6, "shared_negatives": True},
-    "popularity, corrected": {"negatives": "popularity", "num_negatives": 4, "logq_correction": True},
-    "mixed": {"negatives": "mixed", "num_negatives": 4},
+    "mixed, corrected": {"negatives": "mixed", "num_negatives": 4, "logq_correction": True},
     "full": {"negatives": "full"},
 }
 

@@ -132,17 +132,3 @@ def test_options_that_requests_do_not_have_are_errors(mesh: Mesh, store: Sequenc
     assert "is for ranking and has no effect here" in problems("retrieval")
     with pytest.raises(ConfigError, match=r"candidates.*has no requests"):
         build(tiny_config("ranking", store, tmp_path, dataset={"candidates": "requests"}), mesh)
-
-
-def test_what_was_shown_and_not_taken_is_a_hard_negative_of_retrieval(mesh: Mesh, tmp_path: Path) -> None:
-    store = write_small_store(tmp_path / "store", **random_log())
-    dataset = {"contextual_feature_names": [], "max_sequence_length": 7}
-    losses = []
-    for hard in (0, 3):
-        task_args = {"negatives": "uniform", "num_negatives": 4, "hard_negatives": hard}
-        config = tiny_config("retrieval", store, tmp_path / str(hard), dataset=dataset, task_args=task_args)
-        losses.append(run(config, mesh).losses)
-    assert np.isfinite(losses).all() and (np.array(losses[0]) != np.array(losses[1])).any()
-    bare = write_small_store(tmp_path / "bare", **{**random_log(), "requests": ()})
-    with pytest.raises(ConfigError, match=r"hard_negatives = 3: .*bare has no requests"):
-        build(tiny_config("retrieval", bare, tmp_path, dataset=dataset, task_args=task_args), mesh)

@@ -148,7 +148,7 @@ def test_training_uses_nothing_after_the_cut(cut_store: SequenceStore, source: O
     options: dict[str, Any] = {
         "dataset": {**SPLIT, "max_sequence_length": 4, "shuffle_ties": True, "window_stride": 2}
         | {"side_feature_names": ["price"]},
-        "task_args": {"negatives": "popularity", "num_negatives": 5, "logq_correction": True, "mask_seen": True},
+        "task_args": {"negatives": "mixed", "num_negatives": 5, "logq_correction": True, "mask_seen": True},
         "network": {"position_encoding": "relative_bias"},
     }
     redrawn_store = store_at(tmp_path / "redrawn", redrawn=3)

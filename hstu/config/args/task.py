@@ -10,7 +10,6 @@ from typing import Any, Optional
 from hstu.config.option import STORED_DATA, Args, having, not_having, option
 
 OF_BINARY = having("kind", "binary", strict=True)
-DRAWN_PER_POSITION = having("negatives", "uniform", "popularity", why="only these are drawn per position")
 METRICS_PER_TASK = ("AUC", "GAUC")
 """Ranking metrics that a run with several tasks also reports per task, as "AUC/task0"."""
 LOWER_IS_BETTER = ("LOGLOSS", "NE", "RMSE", "MAE")
@@ -179,30 +178,14 @@ class RetrievalArgs(Args):
     """Temperature of the softmax."""
     l2_norm_eps: float = option(1e-6, changes="training", above=0, maximum=1e6)
     """Lower bound of the norms by which queries and items are divided."""
-    negatives: str = option(
-        "in_batch", changes="training", choices=("in_batch", "uniform", "popularity", "mixed", "full")
-    )
+    negatives: str = option("in_batch", changes="training", choices=("in_batch", "uniform", "mixed", "full"))
     """in_batch: the distinct items of the batch over all data-parallel ranks. uniform: random draws from the corpus.
-    popularity: draws from the corpus by how often the training samples have an item, to the power 0.75; one that they
-    lack is never drawn. Use it with logq_correction; on MovieLens it did not gain over uniform, nor did mixed.
     mixed: the items of the batch and num_negatives draws from the corpus that all positions share (Yang et al., WWW
-    2020). full: a softmax over the whole corpus."""
-    shared_negatives: bool = option(False, changes="training", needs=DRAWN_PER_POSITION)
-    """uniform, popularity: draw one set of negatives for the whole global batch instead of one set per position."""
-    hard_negatives: int = option(
-        0,
-        changes="training",
-        minimum=0,
-        maximum=10_000_000,
-        needs=(
-            replace(STORED_DATA, strict=True),
-            replace(DRAWN_PER_POSITION, strict=True),
-            having("shared_negatives", False, why="each position has its own", strict=True),
-            having("logq_correction", False, why="it corrects for random draws alone", strict=True),
-        ),
+    2020); on MovieLens it did not gain over uniform. full: a softmax over the whole corpus."""
+    shared_negatives: bool = option(
+        False, changes="training", needs=having("negatives", "uniform", why="only these are drawn per position")
     )
-    """uniform, popularity: how many of the num_negatives of a position are at most items that the user's last request
-    before the target showed and that the user did not take; data preprocessed with --requests has them."""
+    """uniform: draw one set of negatives for the whole global batch instead of one set per position."""
     logq_correction: bool = option(
         False,
         changes="training",
@@ -210,7 +193,7 @@ class RetrievalArgs(Args):
     )
     """Subtract log Q from the logit of each negative, where Q is how often the item is expected among the negatives:
     the sampled softmax then estimates the softmax over the whole corpus. The target is always there, so its logit stays
-    (Bengio and Senécal, 2003). On MovieLens popularity needs it, and the other kinds did not gain from it."""
+    (Bengio and Senécal, 2003). On MovieLens no kind gained from it."""
     mask_seen: bool = option(False, changes="training")
     """Training: no negatives of a position are items that the user has seen up to it, those before the sequence begins
     included, of whatever kind the negatives are; filter_seen excludes the same items from evaluation. A step needs 8

@@ -148,17 +148,10 @@ def retrieval_has_a_next_item(run: RunConfig) -> Iterator[Problem]:
 def number_of_negatives_fits_their_kind(run: RunConfig) -> Iterator[Problem]:
     if (retrieval := run.retrieval) is not None:
         kind = cited(retrieval, "negatives")
-        if retrieval.negatives in ("uniform", "popularity", "mixed") and retrieval.num_negatives <= 0:
+        if retrieval.negatives in ("uniform", "mixed") and retrieval.num_negatives <= 0:
             yield problem(retrieval, "num_negatives", f"must be above 0 with {kind}, for example 128")
         if retrieval.negatives == "full" and retrieval.num_negatives > 0:
             yield problem(retrieval, "num_negatives", f"must be -1 with {kind}, which takes the whole corpus")
-
-
-def hard_negatives_are_draws(run: RunConfig) -> Iterator[Problem]:
-    retrieval = run.retrieval
-    if retrieval is not None and retrieval.hard_negatives > max(retrieval.num_negatives, 0):
-        text = f"they replace draws, of which there are {cited(retrieval, 'num_negatives')}; use at most as many"
-        yield problem(retrieval, "hard_negatives", text)
 
 
 def item_towers_have_features(run: RunConfig) -> Iterator[Problem]:
@@ -307,7 +300,7 @@ RULES = (
     candidates_leave_history, windows_leave_no_gap, split_fits_the_task, a_fraction_cuts_time_or_users,
     what_is_evaluated_is_held_out, users_are_left_for_the_test, head_fits_the_tasks, metrics_fit_the_head,
     labels_are_not_inputs, ranking_has_actions, retrieval_has_a_next_item,
-    number_of_negatives_fits_their_kind, hard_negatives_are_draws, item_towers_have_features,
+    number_of_negatives_fits_their_kind, item_towers_have_features,
     position_encodings_combine, each_task_is_consistent, tasks_have_different_names, spans_fit_the_layers,
     truncation_leaves_layers, masks_hide_the_labels,
 )  # fmt: skip

@@ -25,7 +25,7 @@ from hstu.data.batches.batch import (
 )
 from hstu.data.batches.jagged import ranges, run_indices, run_offsets
 from hstu.data.features.roles import FeatureRoles
-from hstu.data.sampling.negatives import ItemDistribution, Negatives, draw_31_bits, draw_each, draw_shared
+from hstu.data.sampling.negatives import Negatives, draw_31_bits, draw_each, draw_shared
 from hstu.data.sampling.sampler import BatchPlan, knows_request_time
 
 
@@ -50,8 +50,6 @@ class Rows:
     """Features of FeatureRoles.labels, in their order → float32 [Σ num_labels], NaN where missing."""
     numbers: np.ndarray | None = None
     """float32 [n, W], see ItemColumns.numbers."""
-    hard_negatives: np.ndarray | None = None
-    """Item codes, [labels that follow another item, Negatives.hard], see draw_each."""
     held_out: np.ndarray | None = None
     """Retrieval evaluation: the target items, [b]."""
     request_times: np.ndarray | None = None
@@ -79,8 +77,6 @@ class Assembler:
     """For retrieval. Evaluation batches have none, but keep the key, because tables that serve NEGATIVES expect it."""
     item_ids: Callable[[np.ndarray], np.ndarray] | None = None
     """Item codes → model ids. None: the codes."""
-    corpus: ItemDistribution | None = None
-    """Distribution of the draws from the corpus. None: uniform."""
     tower_features: Callable[[np.ndarray], ItemFeatures] | None = None
     """Item codes → the values of ``roles.tower``. Required for an item tower with NEGATIVES."""
     hides_request_times: bool = False
@@ -176,13 +172,13 @@ class Assembler:
         labels = (*key, plan.ordinals[sample][:, None], place[:, None])
         if negatives.kind == "in_batch":
             return None, draw_31_bits(labels, negatives.num) if negatives.num else None, pool
-        draws, corpus = None, self.corpus or ItemDistribution(self.corpus_size)
+        draws = None
         if negatives.kind == "full":
             codes = np.arange(self.corpus_size, dtype=np.int64)
         elif negatives.shared:
-            codes = draw_shared((*key, plan.global_start), negatives.num, corpus)
+            codes = draw_shared((*key, plan.global_start), negatives.num, self.corpus_size)
         else:
-            codes, draws = draw_each(labels, negatives.num, corpus, rows.hard_negatives)
+            codes, draws = draw_each(labels, negatives.num, self.corpus_size)
         return codes, draws, pool
 
     def _padded_tensor(self, values: np.ndarray | None) -> Tensor | None:

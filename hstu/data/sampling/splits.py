@@ -8,7 +8,7 @@ import numpy as np
 from hstu.base.errors import ConfigError, DataError
 from hstu.base.hashing import hash_strings, random_bits
 from hstu.base.times import as_date
-from hstu.config.args import Args, DatasetArgs, Task
+from hstu.config.args import DatasetArgs, Task
 from hstu.config.option import is_given, located
 from hstu.data.store.layout import HeldOut
 from hstu.data.store.parts import Values
@@ -98,7 +98,9 @@ def check_requests(store: SequenceStore, args: DatasetArgs) -> None:
     """Raises ConfigError where the data lacks requests that options need, or these do not fit."""
     if args.candidates != "requests":
         return
-    require_requests(store, args, "candidates")
+    if not store.num_requests:
+        text = f"{store.path} has no requests; preprocess the data with --requests FILE, or remove this"
+        raise ConfigError([located(args, "candidates", text)])
     if store.split is not None:
         text = f"the split of the data (column {store.split!r}) is of events; preprocess the data without --split"
         raise ConfigError([located(args, "candidates", text)])
@@ -109,13 +111,6 @@ def check_requests(store: SequenceStore, args: DatasetArgs) -> None:
             "max_num_candidates, which divides larger requests"
         )
         raise ConfigError([located(args, "max_sequence_length", text)])
-
-
-def require_requests(store: SequenceStore, args: Args, option: str) -> None:
-    """Raises ConfigError where the data lacks the requests that an option needs."""
-    if not store.num_requests:
-        text = f"{store.path} has no requests; preprocess the data with --requests FILE, or remove this"
-        raise ConfigError([located(args, option, text)])
 
 
 def trained_events(

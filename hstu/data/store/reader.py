@@ -9,12 +9,11 @@ import numpy as np
 
 from hstu.base.errors import ConfigError, DataError
 from hstu.config.args import DatasetArgs
-from hstu.data.batches.batch import ItemFeatures, labels_with_history
+from hstu.data.batches.batch import ItemFeatures
 from hstu.data.batches.collate import Rows
 from hstu.data.batches.jagged import ranges, run_offsets
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelColumn
-from hstu.data.sampling.negatives import shown_not_taken
 from hstu.data.sampling.sampler import BatchPlan, shuffled_ties, window_starts
 from hstu.data.sampling.samples import SampleTable, samples_of_requests
 from hstu.data.store.lake import describe
@@ -42,8 +41,6 @@ class StoreReader:
     """Seed that moves the windows of training samples, see window_starts. None: each sample is the newest window."""
     ties_seed: int | None = field(default=None, kw_only=True)
     """Seed that shuffles events of equal times in training samples, see shuffled_ties. None: the order of the file."""
-    hard_negatives: int = field(default=0, kw_only=True)
-    """Hard negatives per label: items that its user was shown and did not take."""
     wants_label_events: bool = field(default=False, kw_only=True)
     """Give ``SampleTable.newest_labels`` as the target events of samples without a target."""
 
@@ -64,7 +61,7 @@ class StoreReader:
         ends = start + lengths
         items = self._shuffled(SampleItems.of(self.store, samples, start, lengths), samples, start, lengths, plan.epoch)
         labelled = SampleItems.of(self.store, samples, ends - num_labels, num_labels) if self.labels else items
-        held_out = request_times = seen = hard_negatives = None
+        held_out = request_times = seen = None
         if samples.target is not None:
             target = SampleItems(self.store, samples.target)
             held_out = self._of_items(self.roles.item, target)
@@ -76,10 +73,6 @@ class StoreReader:
             earlier = self._shuffled(earlier, samples, history_begin, seen_lengths, plan.epoch)
             seen = self._of_items(self.roles.item, earlier), seen_lengths
         item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
-        if self.hard_negatives:
-            with_history = labels_with_history(num_labels, lengths)
-            events = items.taken[ranges(np.cumsum(lengths) - with_history, with_history)]
-            hard_negatives = shown_not_taken(self.store, events, np.repeat(ends, with_history), self.hard_negatives)
         return Rows(
             user_ids=samples.user,
             lengths=lengths,
@@ -94,7 +87,6 @@ class StoreReader:
             side=self._side(items),
             label_values={name: column.read(labelled.values(name)) for name, column in self.labels.items()},
             numbers=self._numbers(items),
-            hard_negatives=hard_negatives,
             held_out=held_out,
             request_times=request_times,
             target_events=samples.newest_labels if self.wants_label_events else samples.target,

@@ -131,12 +131,7 @@ def draws_by_user(collator: Collator, world_size: int, batch_size: int, seed: in
     return found
 
 
-POPULAR = Negatives("popularity", 5, exponent=0.75)
-
-
-@pytest.mark.parametrize(
-    "negatives", [Negatives("uniform", 5), Negatives("in_batch", 5), POPULAR], ids=lambda n: n.kind
-)
+@pytest.mark.parametrize("negatives", [Negatives("uniform", 5), Negatives("in_batch", 5)], ids=lambda n: n.kind)
 def test_a_samples_draws_do_not_depend_on_the_world_size(negatives: Negatives) -> None:
     collator = collator_of(long_store(3000), negatives=negatives, batch_size=8)
     alone = draws_by_user(collator, world_size=1, batch_size=8)
@@ -179,7 +174,7 @@ def test_full_negatives_are_the_corpus() -> None:
     assert batch.features[NEGATIVES].lengths().tolist() == [60, 0, 0, 0]
 
 
-@pytest.mark.parametrize("kind", ["in_batch", "uniform", "popularity", "mixed", "full"])
+@pytest.mark.parametrize("kind", ["in_batch", "uniform", "mixed", "full"])
 def test_an_evaluation_has_the_keys_of_training_but_no_negatives(kind: str) -> None:
     negatives = Negatives(kind, 3)  # type: ignore[arg-type]
     train, test = (

@@ -1,4 +1,4 @@
-"""Memory, traffic and cost of what a dry run leaves out: tables, DDP, FSDP2 and sharded optimizer states.
+"""Memory, traffic and cost of what a dry run leaves out: tables, DDP and FSDP2.
 
 Tables are sharded by the planner of a run. The costs of data parallelism follow from the weights of the dry run.
 """
@@ -24,7 +24,6 @@ from hstu.ops.costs import FLOAT32, Cost
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.dynamic.memory import logical_name
-from hstu.parallel.flat_weights import FlatLayout
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise, state_shape
 from hstu.parallel.tables import UNLIMITED, TableRanks, TableRoom, memory_plans, plan_sharding, prepare_tables
 from hstu.train.builder import raw_ids, task_module
@@ -217,28 +216,14 @@ def checkpoint(workload: Workload) -> tuple[int, int]:
 
 def held_weights(workload: Workload, run: DryRun) -> dict[str, int]:
     """Parameter of the dense part → elements that a rank holds between steps, padding included."""
-    counts, ranks = {name: weight.elements for name, weight in run.weights.items()}, workload.shard_group_size
-    match workload.dense_sharding:
-        case "weights":
-            return {name: -(-w.rows // ranks) * (w.elements // w.rows) for name, w in run.weights.items()}
-        case "optimizer":
-            return counts | {"padding": ranks * FlatLayout.of(counts, ranks).range_size - sum(counts.values())}
-    return counts
+    ranks = workload.shard_group_size
+    return {name: -(-weight.rows // ranks) * (weight.elements // weight.rows) for name, weight in run.weights.items()}
 
 
 def state_bytes(workload: Workload, run: DryRun) -> int:
-    """Bytes of dense optimizer states and the moving average on the rank that has the most."""
-    counts, ranks = {name: weight.elements for name, weight in run.weights.items()}, workload.shard_group_size
-    shares = [held_weights(workload, run)]  # with sharded weights: of the first rank, which has no padding
-    if workload.dense_sharding == "optimizer":
-        by_rank = map(FlatLayout.of(counts, ranks).owned, range(ranks))
-        shares = [{name: len(elements) for name, elements in owned.items()} for owned in by_rank]
-
-    def of_share(share: dict[str, int]) -> int:
-        owned = [(run.weights[name], count) for name, count in share.items()]
-        return sum(weight.state_bytes * count // weight.elements + weight.step_bytes for weight, count in owned)
-
-    return max(map(of_share, shares))
+    """Bytes of dense optimizer states and the moving average on the first rank, which has the most."""
+    owned = [(run.weights[name], count) for name, count in held_weights(workload, run).items()]
+    return sum(weight.state_bytes * count // weight.elements + weight.step_bytes for weight, count in owned)
 
 
 def gathered_and_gradients(workload: Workload, run: DryRun) -> tuple[int, int]:
@@ -275,8 +260,6 @@ def data_parallel_transfers(workload: Workload, run: DryRun) -> Iterator[Transfe
         payload = ranks * part * size
         yield shards(name, "reduce_scatter", calls=layers + 1, payload=payload, behind="backward")
         elements = replicated
-    if workload.dense_sharding == "optimizer":
-        yield shards("updated dense weights", "all_gather", calls=1, payload=part // ranks * FLOAT32)
     if elements > 0:
         buckets, group = 1 + elements * FLOAT32 // DDP_BUCKET_BYTES, workload.dp_cp_size
         yield Transfer(name, "all_reduce", "dp_cp_group", group, buckets, elements * size, behind="backward")

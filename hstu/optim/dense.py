@@ -15,7 +15,8 @@ from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.args.optimizer import OF_MATRICES, ROWWISE
 from hstu.config.option import located
 from hstu.model.embedding import ReplicatedTables
-from hstu.parallel.shards import ShardedView, WeightShares, swap_values
+from hstu.parallel.fsdp import FsdpWeights
+from hstu.parallel.shards import ShardedView, swap_values
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +47,11 @@ class DenseOptimizer:
     Every optimizer first decays ``decayed_parameters``: w ← w - lr · weight_decay · w. With ``ema_decay``, the state
     includes a moving average of the parameters, which include the replicated tables that hstu.parallel trains.
 
-    ``shares``: the slices of parameters that each rank updates; None: this rank updates all.
+    ``shares``: parameters of which each rank updates its own rows; None: this rank updates all.
     Raises ConfigError if OptimizerArgs.part_optimizers do not fit the parameters.
     """
 
-    def __init__(self, module: nn.Module, args: OptimizerArgs, shares: WeightShares | None = None) -> None:
+    def __init__(self, module: nn.Module, args: OptimizerArgs, shares: FsdpWeights | None = None) -> None:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
         """Peak learning rate of parameters that no PartOptimizerArgs has another one for."""
@@ -98,7 +99,7 @@ class DenseOptimizer:
 
     @torch.no_grad()
     def step(self, found_inf: Tensor | None = None) -> None:
-        """Apply weight decay, then the updates, then the moving average. Collective if ranks share parameters.
+        """Apply weight decay, then the updates, then the moving average.
 
         ``found_inf``: float32 scalar on the device, as in torch.amp. If it is not 0, only ``steps`` changes.
         """
@@ -106,8 +107,6 @@ class DenseOptimizer:
             self._shares.take_gradients()
         for group in self._groups:
             group.step(found_inf)
-        if self._shares is not None:
-            self._shares.gather()
         self._update_averages(found_inf)
         self.steps += 1
 

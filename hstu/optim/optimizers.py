@@ -10,10 +10,9 @@ from hstu.config.args import LRScheduleArgs, OptimizerArgs
 from hstu.model.gr_model import GRModel
 from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.ddp import unwrap_dense
-from hstu.parallel.flat_weights import FlatWeights
 from hstu.parallel.fsdp import FsdpWeights, fully_sharded
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.shards import WeightShares, clip_grad_norm, gradient_norm
+from hstu.parallel.shards import clip_grad_norm, gradient_norm
 from hstu.parallel.table_optimizer import TableOptimizer
 
 
@@ -75,23 +74,16 @@ class Optimizers:
         self.set_lr_multiplier(counters["lr_multiplier"])
 
 
-def build_optimizers(
-    model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh, shard_states: bool = False
-) -> Optimizers:
+def build_optimizers(model: GRModel, args: OptimizerArgs, tables: TableOptimizer, mesh: Mesh) -> Optimizers:
     """Build the optimizers of a model with sharded tables, whose dense part may use TP and DDP or FSDP.
 
-    ``shard_states``: shard dense optimizer states over ``mesh.dp_cp_group``; states of sharded weights always are.
     Raises ConfigError if OptimizerArgs.part_optimizers do not fit the weights.
     """
     dense = unwrap_dense(model)
     of_tables = {id(weight) for weight in model.replicated_tables.parameters()}
     trained = {name: weight for name, weight in dense.named_parameters() if id(weight) not in of_tables}
     sharded = fully_sharded(dense)
-    shares: WeightShares | None = None
-    if sharded is not None:
-        shares = FsdpWeights(trained, sharded)
-    elif shard_states and mesh.dp_cp_size > 1:
-        shares = FlatWeights(trained, mesh.dp_cp_group)
+    shares = None if sharded is None else FsdpWeights(trained, sharded)
     return Optimizers(DenseOptimizer(dense, args, shares), tables, mesh.tp_group if mesh.tp_size > 1 else None)
 
 

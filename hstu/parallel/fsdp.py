@@ -25,7 +25,7 @@ from hstu.model.gr_model import DenseModel, GRModel
 from hstu.model.stack import ROUNDED_WEIGHTS, FusedHSTULayer
 from hstu.parallel.collectives import gather_copies
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.shards import ShardedView, WeightShares, all_finite, local_part, view_of
+from hstu.parallel.shards import ShardedView, all_finite, local_part, view_of
 
 
 class LayerGather(DefaultAllocMixin, AllGather):
@@ -125,19 +125,32 @@ def fully_sharded(dense: nn.Module) -> FullySharded | None:
     return found
 
 
-class FsdpWeights(WeightShares):
-    """Fully sharded weights: each rank updates its own rows."""
+class FsdpWeights:
+    """Weights of which each rank updates its own rows. Per step: backward, ``take_gradients``, update of ``own``."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], sharded: FullySharded) -> None:
-        super().__init__(weights, {name: local_part(weight.detach()) for name, weight in weights.items()})
-        self._sharded = sharded
+        self._weights, self._sharded = dict(weights), sharded
+        self.own = {name: nn.Parameter(local_part(weight.detach())) for name, weight in weights.items()}
+        """Weight → the rows that this rank updates, possibly none, in its memory and with a gradient of their own."""
 
-    def gather(self) -> None:
-        """Do nothing: the next forward gathers the weights."""
+    def take_gradients(self) -> None:
+        """After backward, set the gradient of each tensor in ``own``, sharing memory with the weight's gradient."""
+        for name, own in self.own.items():
+            gradient = self._weights[name].grad
+            own.grad = None if gradient is None else local_part(gradient)
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of the weights and of ``own``."""
+        for weight in (*self._weights.values(), *self.own.values()):
+            weight.grad = None
 
     @contextmanager
     def lend(self, owned: Mapping[str, Tensor]) -> Iterator[None]:
-        """See WeightShares. Units gather their weights in forward; the root's weights stay gathered."""
+        """Swap in the weights in ``owned`` (tensors shaped like ``own``), and let parts of the model be called.
+
+        Units gather their weights in forward; the root's weights stay gathered. Entering is collective. Leaving is not,
+        so that a failed rank need not wait for others.
+        """
         self._swap(owned)
         self._sharded.root.unshard()  # evaluations call submodules of the root, such as the item tower, directly
         try:
@@ -146,8 +159,8 @@ class FsdpWeights(WeightShares):
             self._swap(owned)
 
     def view(self, name: str, owned: Tensor) -> ShardedView:
-        """See WeightShares."""
-        weight = self.weights[name].detach()
+        """Return a view of a weight-sized tensor, of which ``owned`` holds this rank's rows."""
+        weight = self._weights[name].detach()
         assert isinstance(weight, DTensor)
         return view_of(weight, owned)
 

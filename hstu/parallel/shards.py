@@ -1,10 +1,8 @@
-"""Sharded tensors: global views for checkpoints, weights that ranks update in shares, and gradient norms."""
+"""Sharded tensors: global views for checkpoints, and gradient norms."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -64,47 +62,6 @@ class ShardedView:
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
         return self.shards[index.offset]
-
-
-class WeightShares(ABC):
-    """Weights that ranks update in shares. Per step: backward, ``take_gradients``, update of ``own``, ``gather``."""
-
-    def __init__(self, weights: Mapping[str, nn.Parameter], own: Mapping[str, Tensor]) -> None:
-        """``own``: this rank's elements of each weight, possibly none, in the memory of the weight."""
-        self.weights = dict(weights)
-        self.own = {name: nn.Parameter(elements.detach()) for name, elements in own.items()}
-        """Weight → the elements that this rank updates, with their own gradient."""
-
-    def take_gradients(self) -> None:
-        """After backward, set the gradient of each tensor in ``own``, sharing memory with the weight's gradient."""
-        for name, own in self.own.items():
-            gradient = self.weights[name].grad
-            own.grad = None if gradient is None else self._own_part(name, local_part(gradient))
-
-    def zero_grad(self) -> None:
-        """Drop the gradients of the weights and of ``own``."""
-        for weight in (*self.weights.values(), *self.own.values()):
-            weight.grad = None
-
-    @abstractmethod
-    def gather(self) -> None:
-        """Update the weights from every rank's changed ``own``. Collective."""
-
-    @abstractmethod
-    @contextmanager
-    def lend(self, owned: Mapping[str, Tensor]) -> Iterator[None]:
-        """Swap in the weights in ``owned`` (tensors shaped like ``own``), and let parts of the model be called.
-
-        Entering is collective. Leaving is not, so that a failed rank need not wait for others.
-        """
-
-    @abstractmethod
-    def view(self, name: str, owned: Tensor) -> ShardedView:
-        """Return a view of a weight-sized tensor, of which ``owned`` holds this rank's elements."""
-
-    def _own_part(self, name: str, gradient: Tensor) -> Tensor:
-        """Return the ``own`` elements of a local gradient: by default all."""
-        return gradient
 
 
 def swap_values(weights: Mapping[str, nn.Parameter], others: Mapping[str, Tensor]) -> None:

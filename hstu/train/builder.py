@@ -247,8 +247,7 @@ def build_model(
         model = shard_dense(model, mesh, sent_as, DTYPES[config.network.dtype_str])
     else:
         model = replicate_dense(model, mesh, sent_as)
-    shard_states = config.data_parallel.sharding == "optimizer"
-    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh, shard_states)
+    optimizers = build_optimizers(model, config.optimizer, table_optimizer, mesh)
     seed_dropout(mesh)
     rows = sum(spec.rows for spec in specs)
     log.info("model: %s dense parameters, %s rows in %d tables", f"{parameters:,}", f"{rows:,}", len(specs))

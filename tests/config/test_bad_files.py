@@ -204,7 +204,7 @@ TOGETHER = [
         "OptimizerArgs.part_optimizers = [@head/PartOptimizerArgs()]",
         told=("one of 'adam', 'adamw', 'sgd', 'adagrad', 'muon'",)),
     bad("muon on slices of matrices", "ranking", 'OptimizerArgs.optimizer_str = "muon"' + HERE,
-        'DataParallelArgs.sharding = "optimizer"', told=("needs whole matrices", "sharding = 'optimizer'")),
+        'DataParallelArgs.sharding = "weights"', told=("needs whole matrices", "sharding = 'weights'")),
     bad("muon of a part on slices of matrices", "ranking", 'head/PartOptimizerArgs.regex = "head"',
         'head/PartOptimizerArgs.optimizer_str = "muon"' + HERE,
         "TensorModelParallelArgs.tensor_model_parallel_size = 2",

@@ -28,8 +28,8 @@ from tests.distributed.test_tensor_parallel import PUBLISHED
 from tests.distributed.toy import save
 
 STEPS = 12
-KINDS = ("none", "optimizer", "weights")
-RESUMED = ("none, then optimizer", "optimizer, then weights", "weights, then none")
+KINDS = ("none", "weights")
+RESUMED = ("none, then weights", "weights, then none")
 PARTS = ("losses", "metrics", "tensors", "averaged")
 RTOL, ATOL = 1e-6, 4.8e-7
 """For fully sharded weights: their ends are elsewhere, where vector instructions round otherwise (test_matrix.py)."""
@@ -149,10 +149,8 @@ def launched(request: Any, store: str, tmp_path_factory: Any) -> list[tuple[str,
     return [told for rank in run_cases(Launch(2, 300), cases) for told in rank.items()]
 
 
-def assert_close(found: Any, expected: Any, exact: bool, name: str) -> None:
-    if exact:
-        assert found == expected, name
-    elif isinstance(expected, dict):
+def assert_close(found: Any, expected: Any, name: str) -> None:
+    if isinstance(expected, dict):
         assert found.keys() == expected.keys()
         for key, values in expected.items():
             # Where predictions are almost equal, the last bit of a weight changes their order.
@@ -162,11 +160,11 @@ def assert_close(found: Any, expected: Any, exact: bool, name: str) -> None:
         np.testing.assert_allclose(found, expected, RTOL, err_msg=name)
 
 
-def test_sharded_runs_train_the_same_weights_and_sharded_states_alone_the_same_bits(launched: Any) -> None:
+def test_sharded_runs_train_the_same_weights(launched: Any) -> None:
     for case, told in launched:
         whole = told["none"]
-        for kind, part in product(KINDS[1:], ("initial", *PARTS)):
-            assert_close(told[kind][part], whole[part], kind != "weights", f"{case}, {kind}, {part}")
+        for part in ("initial", *PARTS):
+            assert_close(told["weights"][part], whole[part], f"{case}, {part}")
         moved = [name for name, values in whole["tensors"].items() if values != whole["initial"][name]]
         assert {name for name in whole["averaged"] if ".numbers." not in name} <= set(moved)
         trained = {name: whole["tensors"][name] for name in whole["averaged"]}
@@ -175,7 +173,7 @@ def test_sharded_runs_train_the_same_weights_and_sharded_states_alone_the_same_b
 
 def test_a_run_goes_on_with_another_sharding(launched: Any) -> None:
     for (case, told), name, part in product(launched, RESUMED, PARTS):
-        assert_close(told[name][part], told["none"][part], "weights" not in name, f"{case}, {name}, {part}")
+        assert_close(told[name][part], told["none"][part], f"{case}, {name}, {part}")
 
 
 def freed_and_refused(mesh: Mesh, store: str) -> dict[str, Any]:

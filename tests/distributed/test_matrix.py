@@ -66,7 +66,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "sharding": ("row_wise", "table_wise", "column_wise", "data_parallel"),
     "optimizer": ("sgd", "rowwise_adagrad", "adam"),
     "pipeline": ("none", "native", "prefetch"),
-    "dense_sharding": ("none", "optimizer", "weights"),
+    "dense_sharding": ("none", "weights"),
     "task": ("ranking", "retrieval"),
     "by_tokens": (False, True),
     "balanced": (False, True),

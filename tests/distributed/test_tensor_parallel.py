@@ -177,7 +177,7 @@ MOVED: dict[str, Any] = {
     "tables": {"task": "retrieval", "optimizer": "adagrad"},
     "dropout": {"bindings": ["NetworkArgs.hidden_dropout = 0.5"]},
 }
-HOPS = (Launch(2, 120, cp=2), "weights"), (Launch(4, 120, tp=2), "optimizer"), (Launch(1, 120), "none")
+HOPS = (Launch(2, 120, cp=2), "weights"), (Launch(4, 120, tp=2), "none"), (Launch(1, 120), "none")
 """Ranks and DataParallelArgs.sharding."""
 PLACES = (
     {"sharding": "column_wise", "replicated": ["age"]},

@@ -132,9 +132,6 @@ CASES: dict[str, dict[str, Any]] = {
         "OptimizerArgs.part_optimizers = [@layers/PartOptimizerArgs(), @rest/PartOptimizerArgs()]",
         "OptimizerArgs.ema_decay = 0.9",
     ),
-    "states sharded": _case(
-        [TWO, FOUR], "DataParallelArgs.sharding = 'optimizer'", "OptimizerArgs.ema_decay = 0.9", task="retrieval"
-    ),
     "weights sharded": _case([TWO, FOUR], "DataParallelArgs.sharding = 'weights'"),
     "weights sharded, sent as bfloat16": _case(
         [TWO],

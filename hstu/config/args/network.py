@@ -182,12 +182,11 @@ class TensorModelParallelArgs(Args):
 class DataParallelArgs(Args):
     """Data parallelism of the dense part."""
 
-    sharding: str = option("none", changes="speed", choices=("none", "optimizer", "weights"))
-    """What each data-parallel rank holds only a part of. none: nothing, every rank has the whole dense part.
-    optimizer: the states of its optimizers and the moving average of its weights (OptimizerArgs.ema_decay). Each rank
-    updates an equal part of the weights, and the ranks gather the parts after every step (ZeRO stage 1). weights: also
-    the weights and their gradients. Each layer is gathered when it computes, in forward and again in backward (FSDP).
-    All train the same weights, and checkpoints do not depend on it: a run can go on with another one."""
+    sharding: str = option("none", changes="speed", choices=("none", "weights"))
+    """What each data-parallel rank holds only a part of. none: nothing, every rank has the whole dense part. weights:
+    the weights, their gradients, the states of their optimizers and their moving average (OptimizerArgs.ema_decay).
+    Each layer is gathered when it computes, in forward and again in backward (FSDP). Both train the same weights, and
+    checkpoints do not depend on it: a run can go on with the other one."""
 
 
 class ContextParallelArgs(Args):

@@ -11,7 +11,6 @@ from hstu.config.args import (
     ACCEPTED,
     CLASSES,
     REGISTRY,
-    REMOVED,
     REMOVED_DEFAULTS,
     SCOPED,
     SEVERAL,
@@ -149,12 +148,12 @@ class ConfigBuilder:
         if binding.parameter in ACCEPTED:
             self._fail(binding, ACCEPTED[binding.parameter], is_warning=True)
             return
-        full_name = f"{cls.__name__}.{binding.parameter}"
-        if full_name in REMOVED:
-            if not self._is_stored or REMOVED_DEFAULTS.get(full_name, binding.value) != binding.value:
-                self._fail(binding, f"was removed; {REMOVED[full_name]}")
-            return
         names = {name: option.name for option in options_of(cls) for name in (option.name, *option.metadata["aliases"])}
+        if self._is_stored and binding.parameter not in names:
+            default = REMOVED_DEFAULTS.get(f"{cls.__name__}.{binding.parameter}", binding.value)
+            if default != binding.value:
+                self._fail(binding, "decided the labels or the tables, and was removed: train anew")
+            return
         bound = self._by_owner.setdefault((binding.scope, cls), {})
         if binding.parameter in names:
             parameter = names[binding.parameter]

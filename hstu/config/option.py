@@ -96,7 +96,6 @@ def option(
     examples: tuple[str, ...] = (),
     not_empty: bool = False,
     aliases: Mapping[str, str] = MappingProxyType({}),
-    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """A dataclass field. Without a default it is required. For a list, the limits hold for each element.
 
@@ -105,8 +104,7 @@ def option(
     words: strings allowed instead of a number; with pattern, examples of them. capitals: metric names, upper-cased up
     to a "/" ("hr@10" → "HR@10"). pattern: regular expression that a string must match in full. examples: matches of
     it, for messages. not_empty: forbid an empty string or list, and empty strings in a list. aliases: other name of the
-    field in gin files → field of the class whose value is added to a value given by that name. refused: beginning of a
-    value that this trainer has decided against, in small letters → what to use instead.
+    field in gin files → field of the class whose value is added to a value given by that name.
     """
     metadata = {name: value for name, value in locals().items() if name != "default"}
     metadata["needs"] = (needs,) if isinstance(needs, Need) else tuple(needs)
@@ -311,9 +309,6 @@ def _within_limits(field: Field[Any], element: Any) -> bool:
 def _guess(field: Field[Any], element: Any) -> str:
     if not isinstance(element, str):
         return ""
-    for name, instead in field.metadata["refused"].items():
-        if re.sub("[_-]", "", element.lower()).startswith(name):
-            return f"; it was judged not worth its code: {instead}"
     if field.metadata["words"]:
         number = re.match(r"[\d.]*", element)[0]  # type: ignore[index]  # it matches any string
         words = [re.sub(r"^\d+", number, word) for word in field.metadata["words"]]

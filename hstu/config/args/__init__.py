@@ -66,31 +66,14 @@ ACCEPTED: Mapping[str, str] = {
 }
 """Ignored parameter in the gin files of other trainers, for any class → text of the warning."""
 
-REMOVED: Mapping[str, str] = {
-    "TrainerArgs.grad_norm_skip_factor": "no step is skipped for its norm: remove it; max_grad_norm clips",
-    "RetrievalArgs.request_time": 'remove it for "target", or bind DatasetArgs.query_time = "last_event"',
-    "RetrievalArgs.popularity_exponent": "popularity draws with the power 0.75, mixed draws uniformly: remove it",
-    "DatasetArgs.dynamic_tables": "bind DynamicEmbeddingArgs for the features whose tables are to be dynamic",
-    "DatasetArgs.random_windows": 'for True bind DatasetArgs.window_stride = "random"',
-    "RankingTaskArgs.positive_from": 'bind positive_values = [">= 4"] for 4',
-    "RankingTaskArgs.bit_mask": 'bind positive_values = ["& 4"] for 4',
-    "RetrievalArgs.item_id_dropout": "vectors of items are always made with their ids: remove it",
-    "NetworkArgs.bfloat16_residual": "the residual stream has the type of the inputs: remove it",
-    "NetworkArgs.side_embedding_dim": "tables of side features have 16 columns: remove it",
-    "NetworkArgs.allow_label_leak": "a mask that shows the labels is always an error: remove it",
-    "DataParallelArgs.reshard_after_forward": "weights are freed after forward: remove it",
-    "DataParallelArgs.shard_group_size": "all ranks with equal dense weights share it: remove it",
-}
-"""``Class.parameter`` of earlier versions → what to do."""
-
 REMOVED_DEFAULTS: Mapping[str, Any] = {
     "DatasetArgs.dynamic_tables": False,
     "RankingTaskArgs.positive_from": None,
     "RankingTaskArgs.bit_mask": None,
     "NetworkArgs.side_embedding_dim": 16,
 }
-"""Parameters of REMOVED that decided the labels or the tables → default. A stored configuration with another value is
-refused; all other parameters of REMOVED are ignored there."""
+"""``Class.parameter`` of earlier versions that decided the labels or the tables → default. A stored configuration with
+another value is refused. Its other parameters that this version lacks are ignored."""
 
 TASK_ARGS: Mapping[Task, type[RankingArgs | RetrievalArgs]] = {"ranking": RankingArgs, "retrieval": RetrievalArgs}
 """Task of the entry script → class that is read."""

@@ -12,14 +12,13 @@ ROWWISE = {"rowwise_adagrad": "adagrad", "partial_rowwise_adam": "adam"}
 OF_MATRICES = {"muon": "adam"}
 """Optimizers that train only the matrices of layers → that of all other weights and of tables."""
 _DENSE = (*(name for name in OPTIMIZERS if name not in ROWWISE), *OF_MATRICES)
-_REFUSED = dict.fromkeys(("lamb", "lion"), "use 'adamw'")
 WITH_A_DECAY = having("schedule", "linear", "cosine", "cosine_restarts", "exponential", "warmup_stable_decay")
 
 
 class OwnOptimizerArgs(Args):
     """The optimizer of a table or of a part of the dense weights."""
 
-    optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS, refused=_REFUSED)
+    optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS)
     """Optimizer. None: OptimizerArgs.optimizer_str, or sparse_optimizer_str for a model_parallel table.
     rowwise_adagrad: model_parallel tables only. partial_rowwise_adam: tables only."""
     learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
@@ -32,7 +31,7 @@ class OwnOptimizerArgs(Args):
 class PartOptimizerArgs(OwnOptimizerArgs):
     """Settings of some dense weights, for OptimizerArgs.part_optimizers. All share its betas, epsilon and momentum."""
 
-    optimizer_str: Optional[str] = option(None, changes="tensors", choices=_DENSE, refused=_REFUSED)
+    optimizer_str: Optional[str] = option(None, changes="tensors", choices=_DENSE)
     """Optimizer. None: OptimizerArgs.optimizer_str."""
     regex: str = option(changes="tensors", not_empty=True)
     """Python regular expression that is searched anywhere in the name of a dense weight. The names are as in a
@@ -43,7 +42,7 @@ class PartOptimizerArgs(OwnOptimizerArgs):
 class OptimizerArgs(Args):
     """The optimizers of the dense part and of the tables."""
 
-    optimizer_str: str = option(changes="tensors", choices=(*OPTIMIZERS, *OF_MATRICES), refused=_REFUSED)
+    optimizer_str: str = option(changes="tensors", choices=(*OPTIMIZERS, *OF_MATRICES))
     """Optimizer. rowwise_adagrad is for tables; the dense part then uses adagrad. partial_rowwise_adam is adam whose
     second moment has one number per row of a table, and so half of its state; the dense part then uses adam. muon is
     torch.optim.Muon for the matrices of linear layers, with momentum 0.95 and steps of the size of Adam's (Moonshot,
@@ -63,7 +62,7 @@ class OptimizerArgs(Args):
     """Decoupled weight decay of dense weights. Norms and biases never decay, tables by sparse_weight_decay."""
     momentum: float = option(0.0, changes="tensors", minimum=0, below=1)
     """Momentum of sgd in the dense part. Tables have none."""
-    sparse_optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS, refused=_REFUSED)
+    sparse_optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS)
     """Optimizer of the model_parallel tables that set no optimizer_str. None: optimizer_str."""
     sparse_learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate of the model_parallel tables that set no learning_rate. None: learning_rate."""
@@ -93,7 +92,6 @@ class LRScheduleArgs(Args):
         "constant",
         changes="training",
         choices=("constant", "linear", "cosine", "cosine_restarts", "exponential", "step", "warmup_stable_decay"),
-        refused={"onecycle": "use 'cosine' with a warm-up"},
     )
     """Shape of the decay after the warm-up. warmup_stable_decay: 1 until the last decay_iters or decay_ratio of all
     iterations, over which it falls linearly to min_ratio; each phase that counts_from = "start" adds returns to 1."""

@@ -1,11 +1,10 @@
 """Speed of training: FLOPs of a step, rates between two log lines, the peak that MFU is relative to, and profiles."""
 
-import functools
 import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,7 @@ log = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 Gather = Callable[[list[float]], list[list[float]]]
 SLOW_BY = 0.2
-"""The slowest rank is a straggler if it takes longer than the median rank by this share,"""
-IN_A_ROW = 3
-"""and is reported after so many records in a row."""
+"""Log lines name the slowest rank if it takes longer than the median rank by this share."""
 
 
 @dataclass(frozen=True)
@@ -96,35 +93,6 @@ def rank_times(own: np.ndarray, step_s: float) -> dict[str, float]:
         # The rest of a step: collectives, with the wait for slower ranks, and look-ups and updates.
         "mean_collective_s": max(step_s - float(mean.sum()), 0.0),
     }
-
-
-class Stragglers:
-    """Finds a rank that is the slowest by far. ``host_of``: returns the host of a rank; called once per rank."""
-
-    def __init__(self, host_of: Callable[[int], str]) -> None:
-        self._host_of = functools.cache(host_of)
-        self._rank: int | None = None
-        self._records = 0
-
-    def follow(self, times: Mapping[str, float]) -> tuple[str | None, str | None]:
-        """The rank that is the slowest by SLOW_BY, and a warning if it now was in IN_A_ROW records; None if not so.
-
-        times: of ``rank_times``, or empty.
-        """
-        before, self._rank = self._rank, None
-        if not times or times["slowest_excess"] < SLOW_BY:
-            return None, None
-        self._rank = int(times["slowest_rank"])
-        self._records = self._records + 1 if self._rank == before else 1
-        named = f"rank {self._rank} ({self._host_of(self._rank)})"
-        if self._records != IN_A_ROW:
-            return named, None
-        return named, (
-            f"the others wait for {named}, the slowest in {IN_A_ROW} log intervals in a row: per step it computes "
-            f"{times['slowest_compute_s']:.3g} s and waits {times['slowest_data_wait_s']:.3g} s for data, the median "
-            f"rank {times['median_compute_s']:.3g} s and {times['median_data_wait_s']:.3g} s "
-            "(docs/failures.md, A slow rank)"
-        )
 
 
 class ThroughputMeter:

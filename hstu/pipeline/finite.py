@@ -96,7 +96,7 @@ class FiniteCheck:
     On a CPU, and with a dynamic loss scale, the host waits for each check. Otherwise it runs ahead of the GPU:
     ``found_inf`` and ``mask`` make a bad step keep every weight, and the host raises at the next check or in
     ``resolve``. Call ``resolve`` before evaluating, logging or saving: zero gradients move the moments of FBGEMM's
-    fused Adam. The same collective carries stop signals and ``flags``.
+    fused Adam. The same collective carries stop signals.
     """
 
     def __init__(self, mesh: Mesh, loss_scale: LossScale | None = None) -> None:
@@ -112,9 +112,6 @@ class FiniteCheck:
         """The stop signal that this rank received, set by its handler."""
         self.stop_signal: signal.Signals | None = None
         """A signal that some rank had received by the last resolved step. Equal on all ranks."""
-        self.flags: list[bool] = []
-        """What this rank tells the others in each check: equally many flags on all ranks."""
-        self._agreed: list[bool] = []
         self._pending: _Pending | None = None
 
     def __call__(self, loss_sums: Tensor, gradients_finite: Tensor, batch: HSTUBatch) -> Tensor:
@@ -124,10 +121,9 @@ class FiniteCheck:
         Raises NonFiniteStep for this step, or for the previous step if ``deferred``.
         """
         self.resolve()
-        own = [self.received_signal == number for number in STOP_SIGNALS] + self.flags
-        received = loss_sums.new_zeros(len(own))
-        for index in (index for index, is_set in enumerate(own) if is_set):
-            received[index] = 1.0
+        received = loss_sums.new_zeros(len(STOP_SIGNALS))
+        if self.received_signal is not None:
+            received[STOP_SIGNALS.index(self.received_signal)] = 1.0
         totals = torch.cat([loss_sums, (~gradients_finite).float()[None], received])
         if self.mesh.dp_size > 1:
             dist.all_reduce(totals, group=self.mesh.dp_group)
@@ -157,18 +153,11 @@ class FiniteCheck:
         step, self._pending = self._pending, None
         step.copied.synchronize()
         loss_finite, gradients_finite, *not_received = step.good.tolist()
-        self._agreed = [not each for each in not_received[len(STOP_SIGNALS) :]]
-        not_received = not_received[: len(STOP_SIGNALS)]
         self.stop_signal = STOP_SIGNALS[not_received.index(False)] if False in not_received else None
         scale = self.loss_scale
         self.overflowed = loss_finite and not gradients_finite and scale is not None and scale.can_shrink
         if not ((loss_finite and gradients_finite) or self.overflowed):
             raise NonFiniteStep(self._describe(step), step.iteration)
-
-    def pop_flags(self) -> list[bool]:
-        """Return which flags some rank had set in the last resolved step, once. Equal on all ranks."""
-        agreed, self._agreed = self._agreed, []
-        return agreed
 
     def _describe(self, step: "_Pending") -> str:
         users = step.batch.user_ids.tolist()[: min(step.batch.real_batch_size, _SHOWN_USERS)]
@@ -198,8 +187,7 @@ class _Pending:
 
     iteration: int
     good: Tensor
-    """bool [4 + flags], on the host after ``copied``: loss is finite, gradients are finite, no SIGTERM, no SIGINT; no
-    rank has set the flag."""
+    """bool [4], on the host after ``copied``: loss is finite, gradients are finite, no SIGTERM, no SIGINT."""
     copied: torch.cuda.Event
     loss_sum: Tensor
     gradients_finite: Tensor

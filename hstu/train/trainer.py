@@ -32,7 +32,7 @@ from hstu.data.sampling.splits import Split
 from hstu.observe.logging import format_eval, format_train, progress_bar
 from hstu.observe.records import EvalRecord, Throughput, TrainRecord
 from hstu.observe.run_directory import RunDirectory
-from hstu.observe.throughput import FlopCounter, Profiler, Stragglers, ThroughputMeter, memory_bytes, save_memory
+from hstu.observe.throughput import SLOW_BY, FlopCounter, Profiler, ThroughputMeter, memory_bytes, save_memory
 from hstu.optim.optimizers import lr_multiplier
 from hstu.parallel.collectives import gather_copies, sum_over_ranks
 from hstu.parallel.dynamic.table import describe_report, pop_reports
@@ -89,7 +89,6 @@ class Trainer:
         args, split = self.args, next(iter(self.source.eval_splits), "none")
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
-        self._stragglers = Stragglers(self._host_of)
         self._evaluation_s = 0.0
         """Duration of the last evaluation of a split."""
         self._has_best_weights = False
@@ -102,7 +101,7 @@ class Trainer:
             "checkpoint": args.ckpt_save_interval if args.saves_checkpoints else None,
             "weights": args.ckpt_weights_interval if args.saves_checkpoints else None,
         }
-        self._intervals = Intervals(intervals, self.pipeline.step.check, self.mesh.is_main)
+        self._intervals = Intervals(intervals)
         if self._intervals.has_state:
             self.state.carried["intervals"] = self._intervals
 
@@ -210,7 +209,6 @@ class Trainer:
         own = self.config.table_schedule
         of_tables = None if own is None else self._lr_multiplier(own)
         self.state.optimizers.set_lr_multiplier(self._lr_multiplier(self.config.schedule), of_tables)
-        self._intervals.before_step()
         following = self.state.iteration + 1
         is_logged = following == self.total_iters or self._intervals.may_be_due("log", following)
         self.pipeline.step.measures_norms = is_logged
@@ -271,7 +269,9 @@ class Trainer:
             own_time.pop_s(), lambda own: gather_copies(torch.tensor(own, dtype=torch.float64), group).tolist()
         )
         self._last_throughput = rates
-        straggler, warning = self._stragglers.follow(rates.ranks)
+        straggler = None
+        if rates.ranks.get("slowest_excess", 0.0) >= SLOW_BY:
+            straggler = f"rank {rates.ranks['slowest_rank']} ({self._host_of(int(rates.ranks['slowest_rank']))})"
         scale, optimizers = self._loss_scale, self.state.optimizers
         norms = {name: float(norm) for name, norm in self._grad_norms.items()}
         record = TrainRecord(
@@ -299,8 +299,6 @@ class Trainer:
         )
         self.run_directory.write(record)
         log.info(format_train(record, self.total_iters, self._eta_s(rates.step_s), straggler))
-        if warning and self.mesh.is_main:
-            log.warning(warning)
         for table, report in record.tables.items():
             log.info(describe_report(table, report))
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
@@ -310,7 +308,7 @@ class Trainer:
     def _eta_s(self, step_s: float) -> float:
         """Seconds to the end: the steps, and the evaluations if each takes as long as the last one."""
         args, iteration, total, evaluations = self.args, self.state.iteration, self.total_iters, 0
-        every = self._intervals.iterations("evaluation", self.source.batches_per_epoch, step_s)
+        every = self._intervals.iterations("evaluation", self.source.batches_per_epoch)
         if every is not None:
             due = (total - args.eval_at_end) // every - (iteration - 1) // every
             evaluations = int(due) * len(self.source.eval_splits)

@@ -84,5 +84,3 @@ def test_a_slow_rank_is_named_with_what_is_slow(runs: dict[str, Any], what: str,
     assert usual(f"slowest_{other}_s") < 0.5 * SLEEP_S < usual("mean_collective_s"), "the two others wait for it"
     is_shown = [rank == each and record["slowest_excess"] >= 0.2 for each, record in zip(named, records, strict=True)]
     assert sum(line.startswith("iter ") for line in lines) == sum(is_shown) > 0
-    in_a_row = any(all(is_shown[first : first + 3]) for first in range(len(records) - 2))
-    assert any(line.startswith("the others wait for rank ") for line in lines) == in_a_row

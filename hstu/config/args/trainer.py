@@ -15,17 +15,17 @@ OF_ANOTHER_RUN = (
 )
 NEVER = 999_999_999
 """Intervals from here on mean never, as in files of other trainers."""
-_INTERVAL = r"(?=.*[1-9])(\d+(?:\.\d+)?|\.\d+) ?(epoch|min)"
+_INTERVAL = r"(?=.*[1-9])(\d+(?:\.\d+)?|\.\d+) ?epoch"
 
 
 def _interval(default: int | None, **limits: Any) -> Any:
-    return option(default, changes="reports", words=("1 epoch", "30 min"), pattern=_INTERVAL, **limits)
+    return option(default, changes="reports", words=("1 epoch",), pattern=_INTERVAL, **limits)
 
 
 def split_interval(value: int | str) -> tuple[Fraction, str]:
-    """Return number and unit of an interval: "iteration", "epoch" or "min"."""
+    """Return number and unit of an interval: "iteration" or "epoch"."""
     found = re.fullmatch(_INTERVAL, value) if isinstance(value, str) else None
-    return (Fraction(found[1]), found[2]) if found else (Fraction(value), "iteration")
+    return (Fraction(found[1]), "epoch") if found else (Fraction(value), "iteration")
 
 
 class TrainerArgs(Args):
@@ -37,10 +37,10 @@ class TrainerArgs(Args):
     eval_batch_size: int = option(changes="speed", minimum=1, maximum=10_000_000)
     """Sequences per rank in an evaluation step."""
     eval_interval: int | str = _interval(100, minimum=0)
-    """Iterations (optimizer steps) between two evaluations; or passes over the data, such as "0.5 epoch"; or minutes of
-    the run, such as "30 min", which a resumed run goes on counting. 0: never during training, see eval_at_end."""
+    """Iterations (optimizer steps) between two evaluations, or passes over the data, such as "0.5 epoch". 0: never
+    during training, see eval_at_end."""
     log_interval: int | str = _interval(100, minimum=1)
-    """Iterations, epochs or minutes between two log lines."""
+    """Iterations or epochs between two log lines."""
     train_metrics_samples: int = option(0, changes="reports", minimum=0, maximum=1_000_000, needs=STORED_DATA)
     """Samples of the training data, evenly spaced, that each log line evaluates like "valid" (as split "train"; in
     retrieval by the last item that is trained on). If they are 1 % of the sequences between two log lines, they take
@@ -70,7 +70,7 @@ class TrainerArgs(Args):
     profile_ranks: list[int] = option([], changes="reports", minimum=0, needs=having("profile", True))
     """Ranks that write a trace. []: all."""
     ckpt_save_interval: Optional[int | str] = _interval(None, minimum=-1)
-    """Iterations, epochs or minutes between two checkpoints. The last state (save_at_end) and the best one
+    """Iterations or epochs between two checkpoints. The last state (save_at_end) and the best one
     (best_metric) are saved as well. None: only these. -1, or from 999999999 on: save none."""
     ckpt_save_dir: Optional[str] = option(None, changes="reports", not_empty=True)
     """Directory of the checkpoints, one subdirectory per saved iteration. Two runs must not share it. A URL: they are
@@ -112,7 +112,7 @@ class TrainerArgs(Args):
     ckpt_weights_interval: Optional[int | str] = _interval(
         None, minimum=1, needs=not_having("ckpt_save_interval", -1, NEVER, why="nothing is saved", strict=True)
     )
-    """Iterations, epochs or minutes between two saves of the weights alone, without states of optimizers, to
+    """Iterations or epochs between two saves of the weights alone, without states of optimizers, to
     <ckpt_save_dir>/weights/iteration_<n>. The commands read them, and so does ckpt_load_dir with ckpt_load_optimizer =
     False. None: never."""
     ckpt_weights_keep_last: Optional[int] = option(

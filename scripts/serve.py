@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, _between(int, 1, 1 << 30)
     add("--export", type=Path, required=True, help="an export with a program, or a folder with several")
+    add("--users", help="where events of users are kept: a file, or redis://HOST:PORT/DATABASE (nowhere)")
     add("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
     add("--port", type=_between(int, 0, 65_535), default=8000, help="0 takes a free one (%(default)s)")
     add("--max_batch", type=count, default=32, help="requests that are computed together at most (%(default)s)")
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_waiting=options.max_waiting,
             max_body_bytes=options.max_body_kb << 10,
             poll_s=options.poll_s,
+            users=options.users,
         ),
     )
     return EXIT_DONE

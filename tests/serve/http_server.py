@@ -51,6 +51,9 @@ class Client:
     def post(self, path: str, content: Any) -> Reply:
         return self._ask("POST", path, content if isinstance(content, bytes) else json.dumps(content).encode())
 
+    def delete(self, path: str) -> Reply:
+        return self._ask("DELETE", path, None)
+
     def _ask(self, method: str, path: str, body: bytes | None) -> Reply:
         self._connection.request(method, path, body, {"content-type": "application/json"})
         answer = self._connection.getresponse()
@@ -110,11 +113,12 @@ class StubModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: User) -> Answer | Exception:
-        if request.items[0] == "defect":
+        items = request.history.items
+        if items[0] == "defect":
             return RuntimeError("a secret")
-        if request.items[0] == "unfit":
+        if items[0] == "unfit":
             return ServingError("a history has no actions")
-        content: dict[str, Any] = {"vector": [float(item) for item in request.items]}
+        content: dict[str, Any] = {"vector": [float(item) for item in items]}
         if isinstance(request, RecommendRequest):
             content = {"items": [{"item": item, "score": 1.0, "title": ""} for item in range(request.k)]}
         return {"model": self.version, **content, "unknown_items": [], "unknown": {}}

@@ -65,7 +65,8 @@ def test_answers_name_the_model_and_health_and_metrics_tell_its_state(stub: Clie
 @pytest.mark.parametrize(
     ("request_", "where", "problem"),
     [
-        ({}, "items", "Field required"),
+        ({}, "the request", "give items, or the user whose stored events are to be read"),
+        ({"user": 7, "actions": [1]}, "the request", "give items with actions, or the user alone"),
         ({"items": [[1]]}, "items[0]", "expected a valid integer or a valid string"),
         ({**EVENTS, "actions": [1, 1.5]}, "actions[1]", "expected a valid integer or a valid string"),
         ({**EVENTS, "features": {"tags": [[{}]]}}, "features.tags[0]", "a valid integer or a valid number"),
@@ -130,7 +131,8 @@ def test_the_page_needs_nothing_from_elsewhere(stub: Client) -> None:
     assert reply.status == 200 and reply.headers["content-type"].startswith("text/html")
     assert "://" not in reply.text and "default-src 'self'" in reply.headers["content-security-policy"]
     paths = stub.get("/openapi.json").json["paths"]
-    assert {"/recommend", "/score", "/embed", "/health", "/metrics", "/model", "/items"} == paths.keys()
+    asked, told = {"/recommend", "/score", "/embed"}, {"/health", "/metrics", "/model", "/items"}
+    assert asked | told | {"/events", "/users/{user}"} == paths.keys()
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node, which runs the script of the page, is not installed")

@@ -9,8 +9,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +30,9 @@ from hstu.base.errors import ConfigError, PrintableFormatter
 from hstu.serve.runtime import ServingError
 
 from .batching import Batcher, Metrics, Overloaded, Settings
-from .model import Answer, RecommendRequest, ScoreRequest, ServedModel, User
+from .model import Answer, EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
 from .swap import LiveModel
+from .users import StoreError, Users, open_store
 
 _SHOWN_PROBLEMS = 10
 _HEADERS = [
@@ -42,6 +44,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     413: {"description": "The request is too large"},
     422: {"description": "The request has mistakes, or does not fit the model"},
     429: {"description": "Too many requests wait; see the header Retry-After"},
+    503: {"description": "The store of users does not answer"},
 }
 _BACKLOG = 256
 _SWITCH_INTERVAL_S = 1e-4
@@ -89,16 +92,31 @@ def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvic
 
 
 def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI:
-    """Create the ASGI application, which also refreshes ``live``. ``metrics``: the object that ``live`` uses."""
-    batcher = Batcher(lambda queries: live.current.answer(queries), settings, metrics)
+    """Create the ASGI application, which also refreshes ``live``. ``metrics``: the object that ``live`` uses.
+
+    Raises ConfigError if the store of users cannot be opened.
+    """
+    users = Users(None if settings.users is None else open_store(settings.users), metrics)
+
+    def answers(queries: Sequence[User]) -> list[Answer | Exception]:
+        served = live.current
+        filled = users.filled(queries, served)
+        found = iter(served.answer([each for each in filled if not isinstance(each, Exception)]))
+        return [each if isinstance(each, Exception) else next(found) for each in filled]
+
+    batcher = Batcher(answers, settings, metrics)
+    # Its own metrics are not shown. Requests that come during a transaction share the next.
+    writer = Batcher(lambda queries: users.write(queries, live.current), replace(settings, max_wait_s=0), Metrics())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         batcher.start()
+        writer.start()
         watching = asyncio.create_task(_watch(live, settings.poll_s))
         yield
         watching.cancel()
-        await batcher.close()
+        await asyncio.gather(batcher.close(), writer.close())
+        users.close()
 
     app = FastAPI(
         title="HSTU",
@@ -113,17 +131,27 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     @app.post("/recommend", responses=_FAILURES)
     async def recommend(user: RecommendRequest) -> Response:
         """The items whose vectors are closest to that of the user. Retrieval only."""
-        return _as_json(await batcher.ask(user, len(user.items)))
+        return _as_json(await batcher.ask(user, user.size))
 
     @app.post("/score", responses=_FAILURES)
     async def score(user: ScoreRequest) -> Response:
         """What the model predicts for candidates: each task of a ranking model, the cosine of retrieval."""
-        return _as_json(await batcher.ask(user, len(user.items) + len(user.candidates)))
+        return _as_json(await batcher.ask(user, user.size))
 
     @app.post("/embed", responses=_FAILURES)
     async def embed(user: User) -> Response:
         """The vector of the user. Retrieval only."""
-        return _as_json(await batcher.ask(user, len(user.items)))
+        return _as_json(await batcher.ask(user, user.size))
+
+    @app.post("/events", responses=_FAILURES)
+    async def events(request: EventsRequest) -> Response:
+        """Store events of users, each once, at their places in time. Answered when a crash can lose none."""
+        return _as_json(await writer.ask(request, len(request.events)))
+
+    @app.delete("/users/{user:path}", responses=_FAILURES)
+    async def forget(user: str) -> Response:
+        """Forget a user: remove all stored events."""
+        return _as_json(await writer.ask(user))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -237,7 +265,8 @@ class Guard:
             answer = _failure(500, "the server has failed to answer this request; its log says why")
             await answer(scope, receive, send_and_note)
         finally:
-            path = scope["path"] if scope["path"] in self._paths else "other"
+            path = getattr(scope.get("route"), "path", scope["path"])
+            path = path if path in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.monotonic() - begun)
 
@@ -273,6 +302,11 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Overloaded)
     async def overloaded(_: Request, error: Overloaded) -> Response:
         return _failure(429, str(error), {"Retry-After": str(error.retry_after_s)})
+
+    @app.exception_handler(StoreError)
+    async def unavailable(_: Request, error: StoreError) -> Response:
+        _log.warning("store of users: %s", error)
+        return _failure(503, "the store of users does not answer; the server's log says why")
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:

@@ -39,6 +39,8 @@ class Settings:
     """Seconds in which a connection must send its next request. Otherwise it is closed."""
     shutdown_s: int = 20
     """Seconds for running requests to finish after SIGTERM."""
+    users: str | None = None
+    """Where the events of users are kept: a file, or a URL redis://…. None: nowhere."""
 
 
 class Metrics:
@@ -58,6 +60,7 @@ class Metrics:
             "hstu_batch_seconds", "Time to compute a batch", buckets=_SECONDS, registry=registry
         )
         self.waiting = Gauge("hstu_waiting_requests", "Requests that wait to be computed", registry=registry)
+        self.events = Counter("hstu_events", "Events that POST /events or DELETE took", ["kind"], registry=registry)
         self.swaps = Counter("hstu_model_swaps", "Newer exports that have replaced older ones", registry=registry)
         self.refused = Gauge("hstu_refused_exports", "Exports that could not be loaded", registry=registry)
         self.model = Gauge("hstu_model", "1 for the model in use", ["version", "task"], registry=registry)

@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from hstu.serve.runtime import Candidates, History, Model, Recommendation, ServingError
 
-MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED = 10_000, 1_000, 1_000
+MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED, MAX_POSTED = 10_000, 1_000, 1_000, 1_000
 _MAX_TEXT = 1_000
 _NOT_FINITE = "the model gives no finite number for this request; look for extreme numbers in it"
 
@@ -24,24 +25,46 @@ Name = Annotated[str, Field(max_length=_MAX_TEXT)]
 
 
 class User(BaseModel):
-    """A user: events in the ids of the raw data, oldest first. GET /model says what the model reads of them."""
+    """A user: events in the ids of the raw data, oldest first. GET /model says what the model reads of them.
+
+    Without items, ``user`` names the user whose stored events are read.
+    """
 
     model_config = ConfigDict(extra="forbid")
-    items: list[Id] = Field(max_length=MAX_EVENTS, description="Ids of the items, one per event; ranking needs none")
+    items: list[Id] | None = Field(
+        None,
+        max_length=MAX_EVENTS,
+        description="Ids of the items, one per event; ranking needs none. Default: those stored of the user",
+    )
     actions: list[Id] | None = Field(None, max_length=MAX_EVENTS, description="One per event, if the model reads them")
     timestamps: list[Seconds] | None = Field(
         None, max_length=MAX_EVENTS, description="Seconds since 1970, one per event, if the model reads times"
     )
     context: dict[Name, Number | Text | None] = Field({}, description="Contextual feature → value of the user")
     features: dict[Name, list[Value]] = Field({}, description="Feature of items or events → one value per event")
-    user: Id | None = Field(None, description="Id of the user, for models that read it")
+    user: Id | None = Field(None, description="Id of the user, for models that read it, and for stored events")
     at: Seconds | None = Field(
         None, description="When the user asks, in seconds since 1970, if the model reads it. Default: the newest event"
     )
 
+    @model_validator(mode="after")
+    def _has_events(self) -> Self:
+        if self.items is None:
+            if self.user is None:
+                raise PydanticCustomError("events", "give items, or the user whose stored events are to be read")
+            if given := [name for name in ("actions", "timestamps", "features") if getattr(self, name)]:
+                raise PydanticCustomError("events", f"give items with {', '.join(given)}, or the user alone")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Number of events and candidates in the request."""
+        return len(self.items or ())
+
     @property
     def history(self) -> History:
         """The events and facts of the user."""
+        assert self.items is not None, "those of stored users are filled in"
         return History(**{each.name: getattr(self, each.name) for each in fields(History)})
 
 
@@ -61,9 +84,35 @@ class ScoreRequest(User):
     candidate_features: dict[Name, list[Value]] = Field({}, description="Feature → one value per candidate")
 
     @property
+    def size(self) -> int:
+        """Number of events and candidates in the request."""
+        return super().size + len(self.candidates)
+
+    @property
     def shown(self) -> Candidates:
         """The candidates with their features."""
         return Candidates(self.candidates, self.candidate_features)
+
+
+class Event(BaseModel):
+    """An event of a user, in the ids of the raw data."""
+
+    model_config = ConfigDict(extra="forbid")
+    user: Id
+    item: Id
+    timestamp: Seconds = Field(description="Seconds since 1970")
+    action: Id | None = Field(None, description="If the model reads actions")
+    features: dict[Name, Value] = Field({}, description="The features that GET /model calls required → value")
+    id: Id | None = Field(
+        None, description="One of a kind among the events of the user. Default: the time and the item, together"
+    )
+
+
+class EventsRequest(BaseModel):
+    """Events to store. All are stored, or none."""
+
+    model_config = ConfigDict(extra="forbid")
+    events: list[Event] = Field(min_length=1, max_length=MAX_POSTED)
 
 
 Answer = dict[str, Any]
@@ -78,6 +127,42 @@ class ServedModel:
         self.model, self.version = model, version
         self.task: str = model.facts["task"]
         self._titles = [title.casefold() for title in model.titles]
+
+    @property
+    def event_features(self) -> list[str]:
+        """Features that every event needs; the model knows the others of the items."""
+        return [name for name, is_required in self.model.encoder.given_features.items() if is_required]
+
+    def check_events(self, events: Sequence[Event]) -> None:
+        """Raise ServingError if the model could not read one of the events."""
+        try:
+            self._check_events(events)
+        except ServingError:  # find the first event with a mistake
+            for place, event in enumerate(events):
+                try:
+                    self._check_events([event])
+                except ServingError as error:
+                    raise ServingError(f"events[{place}]: {error}") from None
+            raise
+
+    def _check_events(self, events: Sequence[Event]) -> None:
+        needed = self.event_features
+        for event in events:
+            if event.features.keys() != {*needed}:
+                raise ServingError(
+                    f"it has the features {', '.join(event.features) or 'none'}; give those that the model reads of "
+                    f"every event, null where one is missing, and no others: "
+                    f"{', '.join(map(self.model.encoder.text_of, needed)) or 'none'}"
+                )
+        ordered = sorted(events, key=lambda event: event.timestamp)
+        actions = [event.action for event in ordered]
+        history = History(
+            items=[event.item for event in ordered],
+            actions=None if None in actions else actions,
+            timestamps=[event.timestamp for event in ordered],
+            features={name: [event.features[name] for event in ordered] for name in needed},
+        )
+        self.model.encoder.history(history, None, len(events))
 
     def answer(self, requests: Sequence[User]) -> list[Answer | Exception]:
         """Answer requests together. One that fails gets its exception, a ServingError if it does not fit the model.

@@ -1,0 +1,270 @@
+"""The events of users, kept in SQLite or Redis, so that a request may give the id of a user instead of a history."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from hstu.base.errors import ConfigError
+from hstu.serve.runtime import History, ServingError
+
+from .batching import Metrics
+from .model import MAX_EVENTS, Event, EventsRequest, ServedModel, User
+
+Change = Callable[[dict[bytes, str | None]], Mapping[bytes, str | None]]
+"""User → events before, to user → events after, as JSON. None: no events. May be called again, if another writer came
+between."""
+
+
+class StoreError(Exception):
+    """The store does not answer."""
+
+
+def open_store(place: str) -> Store:
+    """Open the store at a path (SQLite) or a URL redis://HOST:PORT/DATABASE. Raises ConfigError if it cannot."""
+    try:
+        return RedisStore(place) if place.startswith(("redis://", "rediss://")) else SqliteStore(place)
+    except StoreError as error:
+        raise ConfigError(
+            f"--users {place}: {error}. Give a file, which is created if it is not there, or redis://HOST:PORT/DATABASE"
+        ) from None
+
+
+class SqliteStore:
+    """A file with one row per user. Several servers of one machine may share it.
+
+    User → events as JSON. One thread reads, another updates. Methods raise StoreError.
+    """
+
+    def __init__(self, path: str) -> None:
+        with _failures(sqlite3.Error):
+            self._reader, self._writer = (
+                sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False) for _ in range(2)
+            )
+            self._writer.execute("PRAGMA journal_mode = WAL")  # reads need not wait for writes
+            self._writer.execute("PRAGMA synchronous = FULL")
+            self._writer.execute("CREATE TABLE IF NOT EXISTS hstu_users (user BLOB PRIMARY KEY, events TEXT NOT NULL)")
+
+    def read(self, users: Sequence[bytes]) -> list[str | None]:
+        """The events of users. None: none are known."""
+        with _failures(sqlite3.Error):
+            return [_events_in(self._reader, user) for user in users]
+
+    def update(self, users: Sequence[bytes], change: Change) -> None:
+        """Change the events of users in one transaction. Once it returns, a killed process loses nothing of it."""
+        with _failures(sqlite3.Error):
+            self._writer.execute("BEGIN IMMEDIATE")  # waits for other writers
+            with self._writer:  # commits, or rolls back on an exception
+                changed = change({user: _events_in(self._writer, user) for user in users})
+                for user, events in changed.items():
+                    if events is None:
+                        self._writer.execute("DELETE FROM hstu_users WHERE user = ?", (user,))
+                    else:
+                        self._writer.execute("INSERT OR REPLACE INTO hstu_users VALUES (?, ?)", (user, events))
+
+    def close(self) -> None:
+        """Release the file."""
+        self._reader.close()
+        self._writer.close()
+
+
+def _events_in(connection: sqlite3.Connection, user: bytes) -> str | None:
+    found = connection.execute("SELECT events FROM hstu_users WHERE user = ?", (user,)).fetchone()
+    return None if found is None else found[0]
+
+
+class RedisStore:
+    """A Redis database with one key per user. Several servers may share it. Needs the package redis."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            import redis
+        except ImportError:
+            raise StoreError("the package redis is missing; to install it: pip install 'hstu-trainer[redis]'") from None
+        self._errors = redis.RedisError
+        with _failures(self._errors, ValueError):
+            self._client: Any = redis.Redis.from_url(url, socket_timeout=30, socket_connect_timeout=5)
+            self._client.ping()
+
+    def read(self, users: Sequence[bytes]) -> list[str | None]:
+        """As of SqliteStore."""
+        with _failures(self._errors):
+            return [each and each.decode() for each in self._client.mget(map(_key, users))] if users else []
+
+    def update(self, users: Sequence[bytes], change: Change) -> None:
+        """As of SqliteStore."""
+
+        def run(pipe: Any) -> None:
+            before = [each and each.decode() for each in pipe.mget(map(_key, users))]
+            changed = change(dict(zip(users, before, strict=True)))
+            pipe.multi()
+            for user, events in changed.items():
+                pipe.delete(_key(user)) if events is None else pipe.set(_key(user), events)
+
+        with _failures(self._errors):
+            self._client.transaction(run, *map(_key, users))  # again, if another client has changed one of them
+
+    def close(self) -> None:
+        """As of SqliteStore."""
+        self._client.close()
+
+
+Store = SqliteStore | RedisStore
+
+
+def _key(user: bytes) -> bytes:
+    return b"hstu:user:" + user
+
+
+@contextmanager
+def _failures(*errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        raise StoreError(str(error)) from error
+
+
+@dataclass
+class StoredEvents:
+    """The events of one user, ordered by time, then by arrival. One value per event in each list."""
+
+    items: list[Any] = field(default_factory=list)
+    actions: list[Any] = field(default_factory=list)
+    timestamps: list[int] = field(default_factory=list)
+    ids: list[Any] = field(default_factory=list)
+    features: dict[str, list[Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, text: str | None) -> StoredEvents:
+        """Parse what ``text`` has written. None: no events."""
+        return cls() if text is None else cls(**json.loads(text))
+
+    def text(self) -> str:
+        """All but events that are older than MAX_EVENTS others, as JSON.
+
+        Of events at one time, all are kept or none: one that was left out and comes again is left out again.
+        """
+        first = bisect_left(self.timestamps, self.timestamps[-MAX_EVENTS]) if len(self.items) > MAX_EVENTS else 0
+        content = {name: getattr(self, name)[first:] for name in ("items", "actions", "timestamps", "ids")}
+        return json.dumps({**content, "features": {name: each[first:] for name, each in self.features.items()}})
+
+    @cached_property
+    def _known(self) -> set[tuple[Any, str]]:
+        """What events are recognized by: their ids, or else their times and items."""
+        return {*map(_identity, self.ids, self.timestamps, self.items)}
+
+    def add(self, event: Event) -> str:
+        """Put an event in its place. Returns "repeated", and does nothing, or "late" or "in_order"."""
+        identity = _identity(event.id, event.timestamp, event.item)
+        if identity in self._known:
+            return "repeated"
+        self._known.add(identity)
+        place, count = bisect_right(self.timestamps, event.timestamp), len(self.items)
+        self.items.insert(place, event.item)
+        self.actions.insert(place, event.action)
+        self.timestamps.insert(place, event.timestamp)
+        self.ids.insert(place, event.id)
+        for name in {**self.features, **event.features}:
+            self.features.setdefault(name, [None] * count).insert(place, event.features.get(name))
+        return "in_order" if place == count else "late"
+
+    def history(self, user: Any, served: ServedModel, at: int | None) -> History:
+        """The newest events until ``at`` (None: all), with the features that the model needs of each event."""
+        stop = len(self.items) if at is None else bisect_right(self.timestamps, at)
+        missing = [None] * len(self.items)
+        needed = {name: self.features.get(name, missing) for name in served.event_features}
+        every = History(user, items=self.items, actions=self.actions, timestamps=self.timestamps, features=needed)
+        return every.cut(slice(max(0, stop - MAX_EVENTS), stop))
+
+
+def _identity(event_id: Any, time: int, item: Any) -> tuple[Any, str]:
+    return (time, str(item)) if event_id is None else ("id", str(event_id))
+
+
+def _stored_id(user: Any) -> bytes:
+    """The id in the store: the number 7 and the text "7" are one user, as in all ids of requests."""
+    return str(user).encode()
+
+
+class Users:
+    """The users of a server. ``store`` None: it keeps none."""
+
+    def __init__(self, store: Store | None, metrics: Metrics) -> None:
+        self._store, self._metrics = store, metrics
+
+    def write(self, requests: Sequence[EventsRequest | str], served: ServedModel) -> list[dict[str, int] | Exception]:
+        """Store the events of requests, and forget users whose ids are given, in one transaction.
+
+        A request with an event that the model cannot read gets a ServingError, and none of its events is stored.
+        """
+        problems = [self._problem(each, served) for each in requests]
+        fitting = [each for each, problem in zip(requests, problems, strict=True) if problem is None]
+        counts: list[dict[str, int]] = []
+
+        def change(before: dict[bytes, str | None]) -> Mapping[bytes, str | None]:
+            events = {user: StoredEvents.read(text) for user, text in before.items()}
+            counts[:] = [_applied(each, events) for each in fitting]
+            return {user: each.text() if each.items else None for user, each in events.items()}
+
+        ids = [[each] if isinstance(each, str) else [event.user for event in each.events] for each in fitting]
+        if fitting and self._store is not None:
+            self._store.update([*{_stored_id(user): None for own in ids for user in own}], change)
+        for kind in ("in_order", "late", "repeated", "forgotten"):
+            self._metrics.events.labels(kind).inc(sum(own.get(kind, 0) for own in counts))
+        found = iter(counts)
+        return [next(found) if problem is None else problem for problem in problems]
+
+    def filled(self, requests: Sequence[User], served: ServedModel) -> list[User | Exception]:
+        """The requests, with the stored events of the user in those that give none."""
+        found = list[User | Exception](requests)
+        places = [place for place, request in enumerate(requests) if request.items is None]
+        if not places:
+            return found
+        try:
+            if self._store is None:
+                raise ServingError("the request has no items, and this server keeps no users; give items")
+            texts = self._store.read([_stored_id(requests[place].user) for place in places])
+        except (ServingError, StoreError) as error:
+            return [each if each.items is not None else error for each in requests]
+        for place, text in zip(places, texts, strict=True):
+            request, events = requests[place], StoredEvents.read(text)
+            history = events.history(request.user, served, request.at)
+            columns = {name: getattr(history, name) for name in ("items", "actions", "timestamps", "features")}
+            found[place] = request.model_copy(update=columns)
+            if not history.items and served.task == "retrieval":
+                found[place] = ServingError(
+                    f"the user {request.user!r} has no events{' until then' * bool(events.items)}; give some to "
+                    "POST /events, or items in the request"
+                )
+        return found
+
+    def close(self) -> None:
+        """Release the store."""
+        if self._store is not None:
+            self._store.close()
+
+    def _problem(self, request: EventsRequest | str, served: ServedModel) -> Exception | None:
+        try:
+            if self._store is None:
+                raise ServingError("this server keeps no users; start it with --users FILE")
+            if isinstance(request, EventsRequest):
+                served.check_events(request.events)
+        except Exception as error:  # also a defect
+            return error
+        return None
+
+
+def _applied(request: EventsRequest | str, events: dict[bytes, StoredEvents]) -> dict[str, int]:
+    """Change the events of users. Returns how many of each kind there were."""
+    if isinstance(request, str):
+        user = _stored_id(request)
+        forgotten, events[user] = events[user], StoredEvents()
+        return {"forgotten": len(forgotten.items)}
+    kinds = [events[_stored_id(event.user)].add(event) for event in request.events]
+    return {kind: kinds.count(kind) for kind in ("in_order", "late", "repeated")}

@@ -1,0 +1,277 @@
+"""Events of users that a server keeps: each once, in the order of their times, also when it is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hstu.base.errors import ConfigError
+from hstu.serve.runtime import Candidates, History
+from hstu.serve.server import users as users_module
+from hstu.serve.server.batching import Metrics, Settings
+from hstu.serve.server.model import EventsRequest, ServedModel, User
+from hstu.serve.server.users import Store, Users, open_store
+from tests.serve.http_server import Client, running, until, write_folder
+from tests.serve.served import Served
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where a store may be: a file, or a Redis server of this test."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "users.db")
+        return
+    pytest.importorskip("redis", reason="the package redis is not installed: pip install redis")
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed: apt-get install redis-server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path) as server:
+        try:
+            until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def store(place: str) -> Iterator[Store]:
+    opened = open_store(place)
+    yield opened
+    opened.close()
+
+
+def event(time: int, item: Any = 1000, user: Any = 7, **more: Any) -> dict[str, Any]:
+    return {"user": user, "item": item, "timestamp": time, "action": 1, **more}
+
+
+def written(users: Users, served: ServedModel, *events: dict[str, Any]) -> dict[str, int]:
+    (found,) = users.write([EventsRequest.model_validate({"events": events})], served)
+    assert isinstance(found, dict), found
+    return found
+
+
+def stored(users: Users, served: ServedModel, user: Any = 7, at: int | None = None) -> History:
+    (found,) = users.filled([User.model_validate({"user": user, "at": at})], served)
+    assert isinstance(found, User), found
+    return found.history
+
+
+def in_any_order(events: Sequence[dict[str, Any]], draw: random.Random) -> Iterator[list[dict[str, Any]]]:
+    """The events in small requests, in any order but for those of one time, and a third of them again later."""
+    times = draw.sample(found := sorted({each["timestamp"] for each in events}), len(found))
+    sent = [each for time in times for each in events if each["timestamp"] == time]
+    for again in draw.sample(sent, len(sent) // 3):
+        sent.insert(draw.randint(sent.index(again) + 1, len(sent)), again)
+    while sent:
+        count = draw.randint(1, 4)
+        yield sent[:count]
+        del sent[:count]
+
+
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+@pytest.mark.parametrize("seed", range(3))
+def test_answers_are_those_of_whole_histories_in_any_order_and_over_restarts(
+    task: str, seed: int, place: str, request: pytest.FixtureRequest
+) -> None:
+    draw, model = random.Random(seed), request.getfixturevalue(task).model
+    served = ServedModel(model, "first")
+    own = {"device": "value 001", "watched": 2.5, "spent": 1.5} if task == "ranking" else {}
+    times = sorted(draw.choices(range(50), k=30))
+    events = [event(time, 1000 + number % 5, features=own, id=number) for number, time in enumerate(times)]
+    counts = dict.fromkeys(("in_order", "late", "repeated"), 0)
+    for part in in_any_order(events, draw):
+        users = Users(open_store(place), Metrics())
+        counts = {kind: counts[kind] + count for kind, count in written(users, served, *part).items()}
+        users.close()
+    assert counts["in_order"] + counts["late"] == 30 and counts["repeated"] == 10 and counts["late"] > 5
+    users = Users(open_store(place), Metrics())
+    for at in (None, times[20]):
+        seen = [each for each in events if at is None or each["timestamp"] <= at]
+        features = {name: [value] * len(seen) for name, value in own.items()}
+        items, seconds = [each["item"] for each in seen], [each["timestamp"] for each in seen]
+        whole = History(7, items=items, timestamps=seconds, actions=[1] * len(seen), features=features)
+        found = stored(users, served, at=at)
+        shown = Candidates([1000, 1001], {"device": [None, "value 002"]} if own else {})
+        assert model.score(found, shown, at) == model.score(whole, shown, at)
+    users.close()
+
+
+def test_events_without_an_id_are_known_by_time_and_item_and_users_are_known_by_the_text_of_their_id(
+    retrieval: Served, store: Store
+) -> None:
+    users, served = Users(store, Metrics()), ServedModel(retrieval.model, "first")
+    assert written(users, served, event(60), event(60), event(60, "1000", "7")) == {
+        "in_order": 1,
+        "late": 0,
+        "repeated": 2,
+    }
+    assert written(users, served, event(60, 1001), event(50)) == {"in_order": 1, "late": 1, "repeated": 0}
+    assert written(users, served, event(60, id="a"), event(99, 1003, id="a"))["repeated"] == 1
+    assert stored(users, served, "7").items == [1000, 1000, 1001, 1000]
+    other = event(1, 1002, "a/?")
+    assert written(users, served, other)["in_order"] == 1 and stored(users, served, "a/?").items == [1002]
+    assert users.write(["7"], served) == [{"forgotten": 4}] and users.write(["7"], served) == [{"forgotten": 0}]
+    (error,) = users.filled([User.model_validate({"user": 7})], served)
+    assert "the user 7 has no events; give some to POST /events" in str(error)
+    (error,) = users.filled([User.model_validate({"user": "a/?", "at": 0})], served)
+    assert "has no events until then" in str(error)
+
+
+def test_old_events_that_were_left_out_do_not_come_back(
+    retrieval: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(users_module, "MAX_EVENTS", 5)
+    served, draw = ServedModel(retrieval.model, "first"), random.Random(0)
+    for number in range(20):
+        users = Users(open_store(str(tmp_path / f"{number}.db")), Metrics())
+        events = [event(draw.randrange(12), id=place) for place in range(20)]
+        sent = [*events, *draw.sample(events, 20)]  # all of them again
+        for each in sent:
+            written(users, served, each)
+        newest = sorted(events, key=lambda each: each["timestamp"])[-5:]
+        assert stored(users, served).timestamps == [each["timestamp"] for each in newest]
+        users.close()
+
+
+def test_a_newer_model_reads_features_that_older_events_lack_as_missing(
+    ranking: Served, retrieval: Served, store: Store
+) -> None:
+    users, newer = Users(store, Metrics()), ServedModel(ranking.model, "newer")
+    written(users, ServedModel(retrieval.model, "older"), event(1), event(2))
+    own = {"device": "value 001", "watched": 1, "spent": 2}
+    written(users, newer, event(3, features=own))
+    found = stored(users, newer)
+    assert found.features == {name: [None, None, value] for name, value in own.items()}
+    assert stored(users, ServedModel(retrieval.model, "older")).features == {}
+    ranking.model.score(found, Candidates([1000], {"device": [None]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"action": None}, "events[1]: a history has no actions, but the model reads action"),
+        (
+            {"features": {}},
+            "has the features none; give those that the model reads of every event, null where one is missing, and",
+        ),
+        ({"features": {"device": ["a"], "watched": 1, "spent": 1}}, "a value of 'device' is ['a']; give one value"),
+        ({"features": {"device": "a", "watched": 1, "spent": "x"}}, "a value of 'spent' is 'x'; give a finite number"),
+        ({"timestamp": 1_700_000_000_000}, "give whole seconds since 1970, not milliseconds"),
+    ],
+)
+def test_a_request_with_an_event_that_the_model_cannot_read_stores_nothing(
+    ranking: Served, tmp_path: Path, change: dict[str, Any], problem: str
+) -> None:
+    users, served = Users(open_store(str(tmp_path / "users.db")), Metrics()), ServedModel(ranking.model, "first")
+    good = event(5, features={"device": None, "watched": 1, "spent": None})
+    requests = [EventsRequest.model_validate({"events": each}) for each in ([good, {**good, **change}], [good])]
+    error, counts = users.write(requests, served)
+    assert problem in str(error) and counts == {"in_order": 1, "late": 0, "repeated": 0}
+    assert stored(users, served).timestamps == [5]
+    users.close()
+
+
+def test_writers_of_several_servers_to_one_user_lose_nothing(retrieval: Served, place: str) -> None:
+    served, servers = ServedModel(retrieval.model, "first"), [Users(open_store(place), Metrics()) for _ in range(4)]
+
+    def write(number: int) -> None:
+        for time in range(25):
+            written(servers[number], served, event(time, id=f"{number} {time}"))
+
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(write, range(4))]
+    assert stored(servers[0], served).timestamps == sorted([*range(25)] * 4)
+    for each in servers:
+        each.close()
+
+
+def test_a_store_that_fails_is_no_defect_and_costs_only_the_requests_that_need_it(
+    retrieval: Served, tmp_path: Path
+) -> None:
+    def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
+        return ServedModel(retrieval.model, version)
+
+    path, whole = tmp_path / "users.db", {"items": [1003], "actions": [1], "timestamps": [0]}
+    with running(write_folder(tmp_path / "first"), load, Settings(poll_s=3600, users=str(path))) as client:
+        assert "has no events" in client.post("/embed", {"user": 7}).json["error"]
+        assert client.post("/events", {"events": [event(0, 1003, "a/b")]}).json == {
+            "in_order": 1,
+            "late": 0,
+            "repeated": 0,
+        }
+        vector = client.post("/embed", {"user": "a/b"}).json["vector"]
+        assert vector == client.post("/embed", whole).json["vector"]
+        assert client.delete("/users/a%2Fb").json == {"forgotten": 1}
+        assert 'hstu_events_total{kind="forgotten"} 1' in client.get("/metrics").text
+        with sqlite3.connect(path) as connection:
+            connection.execute("DROP TABLE hstu_users")
+        assert client.post("/embed", {"user": 7}).status == client.delete("/users/7").status == 503
+        assert client.post("/embed", whole).status == 200
+        assert 'path="/users/{user:path}",status="503"' in client.get("/metrics").text
+    with running(tmp_path / "first", load) as client:
+        assert "keeps no users; give items" in client.post("/embed", {"user": 7}).json["error"]
+        assert "start it with --users" in client.delete("/users/7").json["error"]
+
+
+@pytest.mark.parametrize("place", ["nowhere/users.db", "text", "redis://127.0.0.1:1/0", "redis://"])
+def test_a_place_that_is_no_store_is_refused_at_start(place: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no database" * 100)
+    with pytest.raises(ConfigError, match="Give a file, which is created"):
+        open_store(place if ":" in place else str(tmp_path / place))
+
+
+def started(folder: Path, users: Path) -> tuple[subprocess.Popen[str], int]:
+    """A server in a process of its own, and its port."""
+    command = [sys.executable, "scripts/serve.py", "--export", str(folder), "--users", str(users), "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert server.stderr is not None
+    for line in server.stderr:
+        if found := re.search(r"listening url=http://127.0.0.1:(\d+)", line):
+            return server, int(found[1])
+    raise AssertionError(f"the server has ended: {server.wait()}")
+
+
+def test_a_server_that_is_killed_has_lost_no_event_that_it_confirmed(retrieval: Served, tmp_path: Path) -> None:
+    server, port = started(retrieval.folder, tmp_path / "users.db")
+    confirmed: list[int] = []
+
+    def write(number: int) -> None:
+        client = Client(port)
+        for time in range(number, 10_000, 3):
+            try:
+                reply = client.post("/events", {"events": [event(time)]})
+            except OSError:
+                return
+            assert reply.json["repeated"] == 0
+            confirmed.append(time)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+    for each in threads:
+        each.start()
+    until(lambda: len(confirmed) > 100)
+    os.kill(server.pid, signal.SIGKILL)
+    for each in threads:
+        each.join()
+    server.wait()
+    users = Users(open_store(str(tmp_path / "users.db")), Metrics())
+    times = stored(users, ServedModel(retrieval.model, "first")).timestamps
+    users.close()
+    assert times is not None and {*confirmed} <= {*times} and [*times] == sorted({*times})

@@ -312,7 +312,7 @@ sys.meta_path.insert(0, Pause())
 """
 
 
-TOOLS = "dynamic_table estimate export inspect_checkpoint preprocess_dataset quickstart_report recommend"
+TOOLS = "estimate export inspect_checkpoint preprocess_dataset quickstart_report recommend"
 
 
 @pytest.mark.parametrize("script", [RANKING, RETRIEVAL, *(f"scripts/{tool}.py" for tool in TOOLS.split())])

@@ -13,7 +13,6 @@ from hstu.base.errors import EXIT_BAD_DATA, ConfigError, UserError, printable, r
 from hstu.config.args import Task
 from hstu.config.gin_io import read_and_check
 from hstu.config.reference import explain
-from hstu.config.research_code import convert
 from hstu.config.rules import RULES, Rule
 from hstu.config.run_config import RunConfig
 
@@ -29,7 +28,7 @@ def parse_command_line(
 ) -> RunConfig:
     """Reads the command line (``sys.argv`` by default) and its gin files, and applies ``rules``.
 
-    Prints all mistakes (``report_once``) and exits with 2. ``--validate-only``, ``--print-config``, ``--convert`` and
+    Prints all mistakes (``report_once``) and exits with 2. ``--validate-only``, ``--print-config`` and
     ``--explain`` print their output and exit with 0. Warnings go to standard error. ``preflight`` returns the rules
     that open data, checkpoints and directories. They run on rank 0 with ``--validate-only``, but not with ``--quick``.
     """
@@ -38,8 +37,6 @@ def parse_command_line(
         options = _parser(task).parse_args(argv)
         if options.explain is not None:
             _finish(explain(options.explain), is_first_rank)
-        if options.convert:
-            _finish(convert(options.files, options.bindings), is_first_rank)
         if options.quick and not options.validate_only:
             raise ConfigError("command line: --quick belongs to --validate-only")
         world_size = _world_size(os.environ)
@@ -84,7 +81,6 @@ def _parser(task: Task) -> argparse.ArgumentParser:
     add("--validate-only", action="store_true", help=validate_help)
     add("--quick", action="store_true", help="with --validate-only: check the files alone, in a second or two")
     add("--print-config", action="store_true", help="print the configuration in force, defaults included, exit")
-    add("--convert", action="store_true", help="print a gin file of Meta's research code as one of this trainer, exit")
     add("--explain", nargs="*", metavar="CLASS", help="print the parameters of these (or all) classes, exit")
     return parser
 

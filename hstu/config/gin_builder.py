@@ -12,7 +12,6 @@ from hstu.config.args import (
     CLASSES,
     REGISTRY,
     REMOVED_DEFAULTS,
-    SCOPED,
     SEVERAL,
     TASK_ARGS,
     Args,
@@ -33,11 +32,12 @@ from hstu.config.option import (
     with_origins,
 )
 from hstu.config.problems import Binding, Location, Problem, did_you_mean, incomplete, nearest, show
-from hstu.config.research_code import SELECTORS, advice
 from hstu.config.run_config import RunDraft
 
 Owner = tuple[str, type[Args]]
 """(scope, class) of a group of bindings."""
+_OF_RESEARCH_CODE = "train_fn", "hstu_encoder", "sasrec_encoder", "create_data_loader", "HSTU"
+"""What gin files of Meta's research code (github.com/meta-recsys/generative-recommenders) bind."""
 
 
 class ConfigBuilder:
@@ -68,7 +68,6 @@ class ConfigBuilder:
         for cls, field_name in REGISTRY.items():
             if field_name not in ("", *SEVERAL, "dataset", "task_args") or cls in (dataset, TASK_ARGS[self.task]):
                 known[field_name] = self._object(("", cls))
-        known |= {name: self._object(owner) if owner in self._by_owner else None for owner, name in SCOPED.items()}
         if dataset is BenchmarkDatasetArgs:
             if (tables := getattr(known["dataset"], "embedding_args", None)) is not None:
                 known["embeddings"] = tuple(tables)
@@ -134,8 +133,8 @@ class ConfigBuilder:
             self._macros[binding.name] = binding
         elif cls:
             self._file_parameter(cls, binding)
-        elif binding.selector in SELECTORS:
-            self._fail(binding, advice(binding))
+        elif binding.selector in _OF_RESEARCH_CODE:
+            self._fail(binding, "is an option of Meta's research code; docs/migration.md says what to write instead")
             self.complete = False  # what seems to be missing is bound by other names
         else:
             guess = nearest(binding.selector, CLASSES)
@@ -318,8 +317,7 @@ class ConfigBuilder:
         if field_name == "task_args" and cls is not TASK_ARGS[self.task]:
             return f"this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}; remove it"
         if field_name not in ("", *SEVERAL):
-            others = "".join(f" or as {written(other)}" for other in SCOPED if other[1] is cls)
-            return f"{cls.__name__} is read without a scope{others}; drop {scope}/" if scope else None
+            return f"{cls.__name__} is read without a scope; drop {scope}/" if scope else None
         if not self.complete:  # an unreadable file may refer to it
             return None
         hint = did_you_mean(written(owner), map(written, referred)) or "; refer to it, or remove it"

@@ -5,7 +5,6 @@ Tools end without a traceback where there is no defect.
 
 import errno
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,9 +14,7 @@ from typing import Any
 import pytest
 
 from hstu.base.errors import DataError
-from hstu.checkpoint.matching import config_differences
 from hstu.config.cli import parse_command_line, tool
-from hstu.config.gin_io import load
 from hstu.config.option import problem
 from tests.config.gin_files import OWN_DATA, RANKING, RETRIEVAL, changed, write
 from tests.conftest import REPOSITORY
@@ -96,24 +93,6 @@ def test_print_config_is_a_file_that_prints_itself(tmp_path: Path, capsys: pytes
     printed = capsys.readouterr().out
     assert exit_of("ranking", "--gin-config-file", write(tmp_path, printed, "again.gin"), "--print-config") == 0
     assert capsys.readouterr().out == printed
-
-
-def test_a_file_of_the_research_code_becomes_a_shipped_file_with_what_differs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = ["import research", "rate = 2e-3", "train_fn.dataset_name = 'amzn-books'", "train_fn.learning_rate = %rate"]
-    lines += ["train_fn.max_sequence_length = 60", "hstu_encoder.dv = 16", "hstu_encoder.dqk = 32", "train_fn.a = 1"]
-    theirs = write(tmp_path, "\n".join(lines), "theirs.gin")
-    assert exit_of("retrieval", "--gin-config-file", theirs, "--convert") == 0
-    ours = write(tmp_path, converted := capsys.readouterr().out, "ours.gin")
-    texts = [load([name], [], "retrieval").operative_gin() for name in ("amazon_books_retrieval", ours)]
-    assert {each.name.rpartition(".")[2]: each.own for each in config_differences(*texts)} == {
-        "max_sequence_length": "60", "num_position_buckets": "60", "learning_rate": "0.002",
-        "norm_affine": "False", "uvqk_bias": "False", "output_bias": "True",
-    }  # fmt: skip
-    for comment in (":1: import research: a gin file", "dqk = 32: NetworkArgs.kv_channels is one", "a = 1: has no"):
-        assert re.search(f"(?m)^# .*{comment}", converted)
-    assert exit_of("retrieval", "--gin-config-file", ours, "--convert") == 2
 
 
 def test_explain_prints_the_named_classes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,16 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hstu.base.errors import ConfigError
-from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.export import describe, export
 from hstu.checkpoint.tensors import load_safetensors, read_metadata
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
@@ -30,7 +27,6 @@ from hstu.parallel.dynamic.slots import steps_of
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.train.tables import check_rows, choose_tables
-from scripts.dynamic_table import main
 from tests.conftest import write_small_store
 from tests.distributed.launch import Launch, run_cases
 from tests.train.tiny import ITEMS, FinishedRun, Train, build, run, tables_of, tables_with_dynamic, tiny_config, walks
@@ -205,30 +201,6 @@ def finished(mesh: Mesh, store: SequenceStore, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def checkpoint(finished: FinishedRun) -> Path:
     return finished.path.parent / "checkpoints" / "iteration_00000006"
-
-
-def test_tables_go_to_parquet_with_raw_ids_and_what_has_changed_since_a_step(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (content,) = read_tables(checkpoint)[TABLE]
-    whole, new = tmp_path / "whole.parquet", tmp_path / "deeper" / "new.parquet"
-    begin = ["export", "--ckpt", str(checkpoint.parent), "--table", TABLE, "--parquet"]
-    assert main([*begin, str(whole)]) == 0
-    exported = pq.read_table(whole)
-    assert exported["id"].to_pylist() == content.ids.tolist()
-    assert exported["raw_id"].to_pylist() == [1000 + code for code in content.ids.tolist()]
-    assert np.array_equal(np.array(exported["row"].to_pylist(), np.float32), content.rows.numpy())
-
-    assert main([*begin, str(new), "--since-step", "4"]) == 0
-    assert "export later changes with --since-step 6" in capsys.readouterr().out
-    newest = content.changed > 4
-    assert 0 < newest.sum() < len(newest)
-    assert pq.read_table(new)["id"].to_pylist() == content.ids[newest].tolist()
-
-    assert main([*begin, str(new / "below")]) == 3
-    assert "below cannot be written: " in capsys.readouterr().err
-    assert main(["export", "--ckpt", str(checkpoint), "--table", "films", "--parquet", str(new)]) == 3
-    assert "has no dynamic table 'films'; it has movies" in capsys.readouterr().err
 
 
 def test_an_export_has_the_ids_in_order_with_the_rows_of_the_live_table(

@@ -85,8 +85,7 @@ class OptimizerArgs(Args):
 
 
 class LRScheduleArgs(Args):
-    """The learning-rate schedule: one multiplier over time for all learning rates, dense and tables alike. Options of
-    tables/LRScheduleArgs make another schedule for all tables, which has the other options of LRScheduleArgs."""
+    """The learning-rate schedule: one multiplier over time for all learning rates, dense and tables alike."""
 
     schedule: str = option(
         "constant",

@@ -1,10 +1,9 @@
-"""Plots the training loss, gradient norms, learning rates and each evaluated metric over iterations and epochs."""
+"""Plots the training loss and each evaluated metric over iterations."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -22,8 +21,6 @@ Point = tuple[int, float]
 _MOST_COLUMNS = 3
 _TASK_COLOURS = (*COLOURS[:6], "#332288", "#661100", "#999933", "#882255", "#44AA99", "#AA4499")  # without black
 _BLACK = "#000000"
-_NORMS, _RATES = "Gradient norm", "Learning rate"
-_WATCHED = {"grad_norm": _NORMS, "lr": _RATES}
 
 
 def draw_curves(
@@ -31,9 +28,8 @@ def draw_curves(
 ) -> Optional[Path]:
     """Draw a PNG from metrics.jsonl: a panel for the loss and one per metric. Returns None if there is nothing to draw.
 
-    Panels of gradient norms and learning rates follow, if the file has them. Validation metrics are lines, those of
-    training samples dotted; a single test evaluation is a star. ``task_names`` replace task0, task1, …. ``best``:
-    iteration of the best checkpoint, marked by a dotted line.
+    Validation metrics are lines, those of training samples dotted; a single test evaluation is a star. ``task_names``
+    replace task0, task1, …. ``best``: iteration of the best checkpoint, marked by a dotted line.
     """
     if not metrics_file.exists():
         return None
@@ -44,8 +40,7 @@ def draw_curves(
     if not losses and not metrics:
         return None
 
-    watched = watched_curves(records)
-    panels = 1 + max(len(metrics), 1) + len(watched)
+    panels = 1 + max(len(metrics), 1)
     columns = min(panels, _MOST_COLUMNS)
     rows = math.ceil(panels / columns)
     with open_figure(image, size=(6 * columns, 4.2 * rows), dpi=150) as figure:
@@ -60,16 +55,11 @@ def draw_curves(
             others[0].set(title="not evaluated yet", xticks=[], yticks=[])
         for axes, (name, curves) in zip(others, metrics.items(), strict=False):
             _draw_metric(axes, name, curves, colours)
-        for axes, (title, curves_by_name) in zip(others[panels - 1 - len(watched) :], watched.items(), strict=False):
-            _draw_watched(axes, title, curves_by_name)
         for axes in others[panels - 1 :]:
             axes.set_axis_off()
-        epochs = [record["epoch"] / record["iter"] for record in records if record.get("epoch") and record["iter"]]
-        for axes in (first, *others[: len(metrics)], *others[panels - 1 - len(watched) : panels - 1]):
-            if best:
+        if best:
+            for axes in (first, *others[: len(metrics)]):
                 axes.axvline(best, color=GREY, linestyle=":", linewidth=1.5, zorder=1)
-            if epochs:
-                _add_epochs(axes, epochs[-1])
     return image
 
 
@@ -86,27 +76,6 @@ def metric_curves(
                 curve = record["split"], names.get(task, task)
                 curves.setdefault(metric, {}).setdefault(curve, []).append((record["iter"], value))
     return curves
-
-
-def watched_curves(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Point]]]:
-    """Title of a panel → name → points (iteration, value): gradient norms, and learning rates if they change."""
-    found: dict[str, dict[str, list[Point]]] = {}
-    for record in (record for record in records if record["kind"] == "train"):
-        for name, value in record.items():
-            kind, _, part = name.replace("_tables", "/tables").partition("/")
-            if value and kind in _WATCHED:  # without zeros, which a logarithmic axis lacks
-                curves = found.setdefault(_WATCHED[kind], {})
-                curves.setdefault(part or "dense", []).append((record["iter"], value))
-    if len({value for points in found.get(_RATES, {}).values() for _, value in points}) == 1:
-        del found[_RATES]
-    return found
-
-
-def _draw_watched(axes: Axes, title: str, curves: Mapping[str, Sequence[Point]]) -> None:
-    for (name, points), colour in zip(curves.items(), cycle(COLOURS), strict=False):
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.2, label=f"{name}  {points[-1][1]:.3g}")
-    axes.set(xlabel="iteration", title=title, yscale="log" if title == _NORMS else "linear")
-    axes.legend(fontsize=9)
 
 
 def _draw_losses(axes: Axes, losses: Mapping[str, Sequence[Point]], colours: Mapping[str, str]) -> None:
@@ -174,10 +143,3 @@ def _add_legend(axes: Axes, tasks: Sequence[str]) -> None:
 def _star(split: str, points: Sequence[Point]) -> str:
     """Mark of the single test evaluation at the end of a run."""
     return "★ " if split == "test" and len(points) == 1 else ""
-
-
-def _add_epochs(axes: Axes, epochs_per_iteration: float) -> None:
-    functions = (partial(np.multiply, epochs_per_iteration), partial(np.multiply, 1 / epochs_per_iteration))
-    above = axes.secondary_xaxis("top", functions=functions)
-    above.set_xlabel("epoch", color=GREY, fontsize=9)
-    above.tick_params(labelsize=9)

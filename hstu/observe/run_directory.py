@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _FILES = (
     "run.json", "operative*.gin", "metrics.jsonl", "summary.json", "curves.png", "log.txt", "tensorboard",
-    "trace-rank*.json.gz", "memory-rank*.pickle",
+    "trace-rank*.json.gz",
 )  # fmt: skip
 """Files that a run writes into its directory."""
 _DRAWING_S = 15.0  # launchers kill a run 30 s after SIGTERM

@@ -13,7 +13,7 @@ from typing import Optional, Self, TypeVar
 import numpy as np
 import psutil
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import ProfilerActivity, profile
 
 from hstu.config.args import NetworkArgs, TrainerArgs
 from hstu.data.batches.batch import HSTUBatch
@@ -236,7 +236,7 @@ class Profiler:
         self.trace_file = Path(directory) / f"trace-rank{rank}.json.gz"
         is_on = args.profile and rank in (args.profile_ranks or [rank])
         self._window = range(args.profile_step_start, args.profile_step_end if is_on else args.profile_step_start)
-        self._warmup, self._contents = args.profile_warmup, args.profile_with
+        self._contents = args.profile_with
         self._profile: Optional[profile] = None
         self._cuda = torch.cuda.is_available()
         self._last: Optional[int] = None
@@ -245,9 +245,9 @@ class Profiler:
         """Start, continue or stop the trace. Call it when ``iteration`` begins."""
         self._end_range()
         self._last = iteration
-        if self._window and self._window.start - self._warmup <= iteration < self._window.stop:
+        if iteration in self._window:
             if self._profile is None:
-                self._start(iteration)
+                self._start()
             else:
                 self._profile.step()
         elif self._profile is not None:
@@ -256,8 +256,6 @@ class Profiler:
             torch.cuda.nvtx.range_push(f"iteration {iteration}")
 
     def __enter__(self) -> Self:
-        if self._cuda and self._window and "memory" in self._contents:
-            torch.cuda.memory._record_memory_history()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -272,16 +270,14 @@ class Profiler:
         if self._cuda and self._last in self._window:
             torch.cuda.nvtx.range_pop()
 
-    def _start(self, iteration: int) -> None:
+    def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
         if self._cuda:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStart()
-        warmup = max(0, self._window.start - iteration)
         self._profile = profile(
             activities=activities,
-            schedule=schedule(wait=0, warmup=warmup, active=len(self._window)) if warmup else None,
             profile_memory="memory" in self._contents,
             record_shapes="shapes" in self._contents,
             with_stack="stacks" in self._contents,
@@ -298,13 +294,3 @@ class Profiler:
         self._profile.export_chrome_trace(str(self.trace_file))
         self._profile = None
         log.info("profile written: %s", self.trace_file)
-
-
-def save_memory(directory: Path, rank: int) -> None:
-    """Write what a GPU's memory holds to memory-rank<rank>.pickle, and log where."""
-    file = directory / f"memory-rank{rank}.pickle"
-    try:
-        torch.cuda.memory._dump_snapshot(str(file))
-        log.warning("memory ran out; https://pytorch.org/memory_viz shows what is in it: %s", file)
-    except Exception as error:  # of any type; the error to report is that memory ran out
-        log.warning("memory ran out; no snapshot of it is written: %s", error)

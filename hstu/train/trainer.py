@@ -32,7 +32,7 @@ from hstu.data.sampling.splits import Split
 from hstu.observe.logging import format_eval, format_train, progress_bar
 from hstu.observe.records import EvalRecord, Throughput, TrainRecord
 from hstu.observe.run_directory import RunDirectory
-from hstu.observe.throughput import SLOW_BY, FlopCounter, Profiler, ThroughputMeter, memory_bytes, save_memory
+from hstu.observe.throughput import SLOW_BY, FlopCounter, Profiler, ThroughputMeter, memory_bytes
 from hstu.optim.optimizers import lr_multiplier
 from hstu.parallel.collectives import gather_copies, sum_over_ranks
 from hstu.parallel.dynamic.table import describe_report, pop_reports
@@ -131,9 +131,6 @@ class Trainer:
             status = ended
         except NonFiniteStep as error:
             self.state.iteration = error.iteration - 1  # on a GPU the bad step may already be counted
-            raise
-        except torch.OutOfMemoryError:
-            save_memory(self.run_directory.path, self.mesh.rank)
             raise
         finally:
             gc.enable()

@@ -23,7 +23,7 @@ from hstu.observe.environment import (
     let_idle_threads_sleep,
     missing_packages,
 )
-from hstu.observe.plots import draw_curves, metric_curves, watched_curves
+from hstu.observe.plots import draw_curves, metric_curves
 from hstu.observe.records import EvalRecord, read_metrics
 from hstu.observe.run_directory import RunDirectory, default_path
 from tests.observe.test_logging import record as train
@@ -287,12 +287,6 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     return path
 
 
-def pixels(image: Path) -> np.ndarray[Any, Any]:
-    from matplotlib.image import imread
-
-    return np.asarray(imread(image))
-
-
 def losses(count: int) -> list[dict[str, Any]]:
     return [{"kind": "train", "iter": 10 * (i + 1), "loss": 8 / (i + 1)} for i in range(count)]
 
@@ -315,20 +309,6 @@ def test_each_metric_has_a_panel_with_its_tasks_by_name_and_without_undefined_va
         "NE": {("valid", ""): points},
     }
     assert ("valid", "task1") in metric_curves(records)["AUC"]
-
-
-def test_both_panels_show_something(tmp_path: Path) -> None:
-    metrics = write(tmp_path / "metrics.jsonl", losses(50) + evaluations())
-    image = draw_curves(metrics, tmp_path / "curves.png")
-    assert image == tmp_path / "curves.png"
-    picture = pixels(image)[..., :3]
-    assert picture.shape[0] >= 600
-    assert picture.shape[1] >= 1500
-    blue = (np.abs(picture - np.array([0, 0x72, 0xB2]) / 255) < 0.02).all(axis=-1)
-    left, right = np.array_split(blue, 2, axis=1)
-    assert left.sum() > 500
-    assert right.sum() > 500
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".new"] == []
 
 
 @pytest.mark.parametrize("count", [3, 50])
@@ -355,20 +335,8 @@ def test_the_best_iteration_is_marked_and_the_legend_names_what_is_drawn(
     assert [[label.split()[0] for label in labels] for labels in legends] == expected
 
 
-def test_gradient_norms_and_learning_rates_have_panels_if_there_is_something_to_see(tmp_path: Path) -> None:
-    rates = [{"lr": 1.0, "lr/head": 2.0, "grad_norm": 3.0, "grad_norm_tables": 4.0}, {"lr": 0.5, "lr/head": 0.0}]
-    records = [record | watched for record, watched in zip(losses(2), rates, strict=True)]
-    assert watched_curves(records) == {
-        "Learning rate": {"dense": [(10, 1.0), (20, 0.5)], "head": [(10, 2.0)]},
-        "Gradient norm": {"dense": [(10, 3.0)], "tables": [(10, 4.0)]},
-    }
-    assert watched_curves([record | {"lr": 1.0} for record in losses(2)]) == {}
-    image = draw_curves(write(tmp_path / "metrics.jsonl", records), tmp_path / "curves.png")
-    assert image is not None and pixels(image).shape[0] > 1000, "two rows of panels"
-
-
-@pytest.mark.parametrize("records", [losses(1), evaluations()])
-def test_a_short_run_can_be_drawn_too(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("records", [losses(1), evaluations(), losses(50) + evaluations()])
+def test_short_and_long_runs_can_be_drawn(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     metrics = write(tmp_path / "metrics.jsonl", records)
     assert draw_curves(metrics, tmp_path / "curves.png") is not None
 

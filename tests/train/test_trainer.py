@@ -193,17 +193,6 @@ def test_a_profile_of_the_chosen_iterations_is_written(train: Train) -> None:
     assert "aten::addmm" in names or "aten::linear" in names
 
 
-def test_when_a_gpu_runs_out_of_memory_what_it_holds_is_written(
-    mesh: Mesh, store: SequenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = build(tiny_config("ranking", store, tmp_path), mesh)
-    monkeypatch.setattr(trainer.pipeline, "progress", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
-    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: Path(file).write_text("blocks"))
-    with pytest.raises(torch.OutOfMemoryError):
-        trainer.train()
-    assert (trainer.run_directory.path / "memory-rank0.pickle").read_text() == "blocks"
-
-
 # --- how a run ends ------------------------------------------------------------------------------------------------
 
 

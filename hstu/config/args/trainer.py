@@ -59,14 +59,11 @@ class TrainerArgs(Args):
     """First profiled iteration."""
     profile_step_end: int = option(200, changes="reports", minimum=1, needs=having("profile", True))
     """First iteration after the profiled ones."""
-    profile_warmup: int = option(0, changes="reports", minimum=0, needs=having("profile", True))
-    """Iterations just before profile_step_start in which the profiler runs, but records nothing: its start is slow."""
     profile_with: list[str] = option(
         [], changes="reports", choices=("memory", "shapes", "stacks"), needs=having("profile", True)
     )
-    """What a trace has beside operators and kernels, at some cost. memory: allocations; on a GPU, the snapshot that is
-    written when memory runs out (memory-rank<rank>.pickle) then has the stack of each allocation of the run. shapes:
-    sizes of the inputs of operators. stacks: lines of Python."""
+    """What a trace has beside operators and kernels, at some cost. memory: allocations. shapes: sizes of the inputs of
+    operators. stacks: lines of Python."""
     profile_ranks: list[int] = option([], changes="reports", minimum=0, needs=having("profile", True))
     """Ranks that write a trace. []: all."""
     ckpt_save_interval: Optional[int | str] = _interval(None, minimum=-1)

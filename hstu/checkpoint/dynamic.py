@@ -33,10 +33,9 @@ TableDicts = dict[str, dict[str, Any]]
 """Table → its TableContent as nested dicts of numbers and tensors."""
 
 
-def copy_tables(tables: Mapping[str, DynamicTable], *, with_states: bool = True) -> TableDicts:
+def copy_tables(tables: Mapping[str, DynamicTable]) -> TableDicts:
     """Copy this rank's tables to host memory. torch.save would write a view with its whole storage."""
-    left_out: dict[str, Any] = {} if with_states else {"states": {}}
-    return {name: _to_host(dataclasses.replace(table.content(), **left_out)) for name, table in tables.items()}
+    return {name: _to_host(table.content()) for name, table in tables.items()}
 
 
 def _to_host(value: Any) -> Any:

@@ -19,7 +19,7 @@ from hstu.checkpoint import directory as folder
 from hstu.checkpoint.dynamic import DYNAMIC_FILES, TableDicts, copy_tables
 from hstu.checkpoint.find import GIN, RUN_FILE
 from hstu.checkpoint.state import TrainState, random_state
-from hstu.checkpoint.tensors import INDEX, RANDOM_FILES, TENSORS, is_weight
+from hstu.checkpoint.tensors import INDEX, RANDOM_FILES, TENSORS
 from hstu.parallel.collectives import gather_objects
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
@@ -39,19 +39,15 @@ class Snapshot:
     """Copies of the live tensors. None: save their values at the time of writing."""
     texts: dict[str, str]
     """Name of a file that rank 0 writes → its content."""
-    random_state: dict[str, Tensor] | None
-    """None: of weights alone, from which no run resumes."""
+    random_state: dict[str, Tensor]
     dynamic: TableDicts
     """This rank's part of the dynamic tables."""
 
     @classmethod
-    def of(cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None, weights_only: bool = False) -> Self:
+    def of(cls, state: TrainState, mesh: Mesh, copies: HostCopies | None = None) -> Self:
         """Collect what to save of ``state``, which may change afterwards if ``copies`` (memory to reuse) are given."""
         tensors, metadata = state.tensors(), state.metadata()
         run = {RUN_FILE: state.run} if state.run else {}
-        if weights_only:
-            tensors = {name: tensor for name, tensor in tensors.items() if is_weight(name)}
-            metadata["carried"] = {}
         tensors = {  # the shards of this rank, and its part of what is equal on all ranks, which rank 0 need not plan
             name: tensor
             for number, (name, tensor) in enumerate(tensors.items())
@@ -69,8 +65,8 @@ class Snapshot:
             tensors=tensors,
             copies=copies,
             texts={"progress.json": json.dumps(metadata | ranks, indent=1), GIN: state.operative_gin} | run,
-            random_state=None if weights_only else random_state(mesh.device),
-            dynamic=copy_tables(dynamic_tables(state.model), with_states=not weights_only),
+            random_state=random_state(mesh.device),
+            dynamic=copy_tables(dynamic_tables(state.model)),
         )
 
 
@@ -141,10 +137,8 @@ def _write_tensors(root: Path, snapshot: Snapshot, mesh: Mesh) -> None:
 
 
 def _write_own_files(root: Path, snapshot: Snapshot, mesh: Mesh) -> folder.Files:
-    files = [*(root / TENSORS).glob(f"__{mesh.rank}_*")]
-    if snapshot.random_state is not None:
-        files.append(root / RANDOM_FILES.replace("*", str(mesh.rank)))
-        folder.torch_save(snapshot.random_state, files[-1])
+    files = [*(root / TENSORS).glob(f"__{mesh.rank}_*"), root / RANDOM_FILES.replace("*", str(mesh.rank))]
+    folder.torch_save(snapshot.random_state, files[-1])
     if snapshot.dynamic:
         files.append(root / DYNAMIC_FILES.replace("*", str(mesh.rank)))
         folder.torch_save(snapshot.dynamic, files[-1])

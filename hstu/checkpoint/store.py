@@ -2,8 +2,7 @@
 
 A checkpoint is a directory ``iteration_<n>`` with ``tensors/`` (torch.distributed.checkpoint; each rank writes its
 shards), ``progress.json``, ``operative.gin``, ``rng_rank<r>.pt``, files of dynamic tables and ``manifest.json``. It is
-written under a temporary name and renamed when every byte is on disk. Pointing ``latest`` to it commits it. The
-directory ``weights`` holds the same without optimizer and random states.
+written under a temporary name and renamed when every byte is on disk. Pointing ``latest`` to it commits it.
 """
 
 import contextlib
@@ -40,7 +39,7 @@ class CheckpointStore:
     """The checkpoints of one run. All methods are collective.
 
     ``load_dir``: TrainerArgs.ckpt_load_dir. ``keep_last``: checkpoints to keep besides the best; None: all.
-    ``keep_weights``: saves of weights alone to keep. ``url``: where everything that ``save_dir`` has is uploaded.
+    ``url``: where everything that ``save_dir`` has is uploaded.
     ``background_timeout_s``: write checkpoints during training, in a thread whose collectives have this timeout. None:
     ``save`` returns when everything is written.
     """
@@ -53,7 +52,6 @@ class CheckpointStore:
         keep_last: int | None = None,
         background_timeout_s: float | None = None,
         load_options: LoadOptions | None = None,
-        keep_weights: int | None = None,
         url: str | None = None,
     ) -> None:
         self.save_dir = Path(save_dir)
@@ -64,9 +62,8 @@ class CheckpointStore:
         self._lock: DirectoryLock | None = None
         self._is_new = False
         self._found: Path | None = None
-        self._weights_dir = self.save_dir / "weights"
-        self._keep = {self.save_dir: keep_last, self._weights_dir: keep_weights}
-        self._mirror = Mirror(url, self.save_dir, self._keep) if url and mesh.is_main else None
+        self._keep = keep_last
+        self._mirror = Mirror(url, self.save_dir, {self.save_dir: keep_last}) if url and mesh.is_main else None
         self._load_options = load_options or LoadOptions()
         self._work: list[Future[None]] = []
         self._thread: ThreadPoolExecutor | None = None
@@ -101,18 +98,16 @@ class CheckpointStore:
         """Return whether ``restore`` continues the run that wrote to ``run_directory``."""
         return self._load_options.optimizer and any(belongs(path, run_directory) for path in self._candidates())
 
-    def save(self, state: TrainState, *, weights_only: bool = False) -> None:
-        """Save a checkpoint of ``state``, or its weights alone; it may change afterwards. Raises CheckpointFailure.
+    def save(self, state: TrainState) -> None:
+        """Save a checkpoint of ``state``, which may change afterwards. Raises CheckpointFailure.
 
         In the background only the previous checkpoint is complete when this returns; ``poll`` and ``wait`` raise
         the errors of this one.
         """
         self.wait()
-        snapshot = Snapshot.of(state, self.mesh, self._copies, weights_only=weights_only)
-        directory = self._weights_dir if weights_only else self.save_dir
-        self._run(lambda mesh: self._write(directory, snapshot, mesh))
-        if not weights_only:
-            self.newest_iteration = state.iteration
+        snapshot = Snapshot.of(state, self.mesh, self._copies)
+        self._run(lambda mesh: self._write(snapshot, mesh))
+        self.newest_iteration = state.iteration
 
     def mark_best(self, iteration: int) -> None:
         """Point ``best`` to a saved checkpoint and keep it until another one is the best."""
@@ -209,7 +204,7 @@ class CheckpointStore:
         if resumes and self._is_own(path):
             self.newest_iteration = state.iteration
             if self._lock is not None:
-                self._delete_older(self.save_dir, state.iteration)
+                self._delete_older(state.iteration)
         log.info("%s %s", "resuming from" if resumes else "starting from the weights of", path)
         return True
 
@@ -228,8 +223,8 @@ class CheckpointStore:
     def _is_own(self, path: Path) -> bool:
         return path.resolve().parent == self.save_dir.resolve()
 
-    def _write(self, directory: Path, snapshot: Snapshot, mesh: Mesh) -> None:
-        path = write(directory, snapshot, mesh)
+    def _write(self, snapshot: Snapshot, mesh: Mesh) -> None:
+        path = write(self.save_dir, snapshot, mesh)
         collective_io(lambda: self._publish(path) if mesh.is_main else None, mesh)
 
     def _link_best(self, path: Path) -> None:
@@ -238,16 +233,16 @@ class CheckpointStore:
             self._mirror.upload(path)
 
     def _publish(self, path: Path) -> None:
-        folder.set_link(path.parent, LATEST, path)
+        folder.set_link(self.save_dir, LATEST, path)
         if self._mirror is not None:
             self._mirror.upload(path)
         size = sum(entry["bytes"] for entry in folder.read_manifest(path).values())
         log.info("saved %s (%.3g MB)", path, size / 1e6)
-        self._delete_older(path.parent, folder.iteration_of(path))
+        self._delete_older(folder.iteration_of(path))
 
-    def _delete_older(self, directory: Path, iteration: int) -> None:
-        if (keep := self._keep[directory]) is not None:
-            folder.delete_older(directory, iteration, keep)
+    def _delete_older(self, iteration: int) -> None:
+        if self._keep is not None:
+            folder.delete_older(self.save_dir, iteration, self._keep)
 
     def _claim(self) -> Path:
         try:
@@ -265,8 +260,6 @@ class CheckpointStore:
 
     def _check_others(self) -> None:
         others = folder.complete_checkpoints(self.save_dir)
-        if self.load_dir != AUTO:  # a run that was killed before its first checkpoint starts again with "auto"
-            others += folder.complete_checkpoints(self._weights_dir)
         own = self._load_options.optimizer and any(map(self._is_own, self._candidates()))
         if others and not own:
             raise ConfigError(

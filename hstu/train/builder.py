@@ -81,10 +81,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, beside_tables: BesideTables | N
     args = config.trainer
     options = on_all_ranks(lambda: LoadOptions.from_args(args), mesh.world_group)
     timeout_s = args.collective_timeout_s if args.ckpt_async else None
-    keep, keep_weights = args.ckpt_keep_last, args.ckpt_weights_keep_last
     url = remote.url_of(args.ckpt_save_dir)
     load_dir = on_all_ranks(lambda: local_load_dir(config, saved_in), mesh.world_group)
-    checkpoints = CheckpointStore(saved_in, load_dir, mesh, keep, timeout_s, options, keep_weights, url)
+    checkpoints = CheckpointStore(saved_in, load_dir, mesh, args.ckpt_keep_last, timeout_s, options, url)
     if args.saves_checkpoints:
         checkpoints.claim()
     with ExitStack() as undo:
@@ -169,9 +168,9 @@ def describe_saving(args: TrainerArgs, directory: Path) -> str:
     """Describe what the run saves, and where."""
     if not args.saves_checkpoints:
         return f"none, because TrainerArgs.ckpt_save_interval = {args.ckpt_save_interval}"
-    every = {"": args.ckpt_save_interval, "the weights alone ": args.ckpt_weights_interval}
-    units = {part: "" if isinstance(number, str) else " iterations" for part, number in every.items()}
-    saved = [f"{part}every {number}{units[part]}" for part, number in every.items() if number is not None]
+    every = args.ckpt_save_interval
+    unit = "" if isinstance(every, str) else " iterations"
+    saved = [] if every is None else [f"every {every}{unit}"]
     saved += ["the last state"] if args.save_at_end else []
     saved += [f"the best {args.best_metric}"] if args.best_metric is not None else []
     return f"{', '.join(saved) or 'only when SIGTERM ends the run'}, in {directory}"

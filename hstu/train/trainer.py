@@ -99,7 +99,6 @@ class Trainer:
             "log": args.log_interval,
             "evaluation": args.eval_interval if self.source.eval_splits else None,
             "checkpoint": args.ckpt_save_interval if args.saves_checkpoints else None,
-            "weights": args.ckpt_weights_interval if args.saves_checkpoints else None,
         }
         self._intervals = Intervals(intervals)
         if self._intervals.has_state:
@@ -238,8 +237,6 @@ class Trainer:
         iteration, args = self.state.iteration, self.args
         last = iteration == self.total_iters
         due = self._intervals.due
-        if "weights" in due:  # first: a stop saves a checkpoint, and the run that resumes from it does not repeat this
-            self._save(weights_only=True)
         if "log" in due or last:
             self._log(bar)
         if "evaluation" in due and not (last and args.eval_at_end):
@@ -362,12 +359,12 @@ class Trainer:
             with self.meter.paused(), self.mesh.heartbeat.during("saving a checkpoint"):
                 self.checkpoints.mark_best(self.state.iteration)
 
-    def _save(self, *, weights_only: bool = False) -> None:
+    def _save(self) -> None:
         self.pipeline.resolve()
-        is_new = weights_only or self.checkpoints.newest_iteration != self.state.iteration
+        is_new = self.checkpoints.newest_iteration != self.state.iteration
         if self.args.saves_checkpoints and is_new and not self._has_best_weights:
             with self.meter.paused(), self.mesh.heartbeat.during("saving a checkpoint"):
-                self.checkpoints.save(self.state, weights_only=weights_only)
+                self.checkpoints.save(self.state)
 
     def _epoch(self, iteration: int) -> float:
         in_phase = iteration - self.phase.first_iteration - self._shift

@@ -158,7 +158,6 @@ def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
         ),
         *("best_metric", "best_metric_mode", "eval_metrics", "ckpt_save_interval"),  # names, or useless alone
         *("tensor_model_parallel_size", "sequence_parallel", "profile_ranks"),
-        *("ckpt_weights_interval", "ckpt_weights_keep_last"),  # need checkpoints at an interval
     }, "texts, what needs or names ranks (see tests/distributed), and what is for retrieval"
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,19 +15,15 @@ import torch
 from torch import Tensor
 
 from hstu.base.errors import UserError
-from hstu.checkpoint.directory import read_manifest
-from hstu.checkpoint.dynamic import read_tables
-from hstu.checkpoint.tensors import open_tensors
 from hstu.config.args import PartOptimizerArgs
 from hstu.config.gin_io import load
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
-from hstu.pipeline.finite import Stopped
 from hstu.pipeline.pipelines import SequentialPipeline
 from hstu.train.trainer import Trainer
-from tests.train.tiny import Train, build, run, tables_with_dynamic, tiny_config
+from tests.train.tiny import Train, build, run, tiny_config
 
 # --- what is done when ---------------------------------------------------------------------------------------------
 
@@ -153,37 +148,6 @@ def test_evaluation_can_be_limited_to_some_batches(train: Train) -> None:
     limited = {"eval_batch_size": 2, "max_eval_iters": 1, "eval_at_end": True}
     finished = train("retrieval", trainer=limited, task_args={"eval_metrics": ("HR@1",)})
     assert finished.metrics["HR@1"] in (0, 0.5, 1), "of two users"
-
-
-@pytest.mark.parametrize("in_background", [False, True])
-def test_weights_alone_are_saved_where_a_run_that_stops_and_resumes_reaches_them(
-    train: Train, store: SequenceStore, monkeypatch: pytest.MonkeyPatch, in_background: bool
-) -> None:
-    trainer = {"max_train_iters": 6, "eval_interval": 4, "ckpt_save_interval": 3, "ckpt_async": in_background}
-    trainer |= {"ckpt_weights_interval": 2, "ckpt_weights_keep_last": 2, "ckpt_keep_last": 1, "eval_at_end": True}
-    options: Any = {"tables": tables_with_dynamic(store, 16), "optimizer": {"ema_decay": 0.5}}
-    whole, first, last = train("ranking", trainer=trainer, **options), "iteration_00000004", "iteration_00000006"
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_measure", Mock(side_effect=Stopped("SIGTERM")))
-        assert train("ranking", output="cut", trainer=trainer, **options).saved == [first]
-    resumed = train("ranking", output="cut", trainer=trainer | {"ckpt_load_dir": "auto"}, **options)
-    expected, found = (each.path.parent / "checkpoints" for each in (whole, resumed))
-    assert sorted(os.listdir(found)) == [last, "latest", "weights"]
-    assert sorted(os.listdir(found / "weights")) == [first, last, "latest"]
-    for name in (first, last):
-        files, same = (read_manifest(each / "weights" / name) for each in (found, expected))
-        assert all(files[each] == same[each] for each in ("progress.json", "tensors/__0_0.distcp"))
-    full, alone = (read_tables(path / last)["movies"][0] for path in (found, found / "weights"))
-    assert torch.equal(full.rows, alone.rows) and full.states and not alone.states
-    stored, kept = (open_tensors(path / last) for path in (found, found / "weights"))
-    names = {name for name in stored.sizes if not name.startswith("optimizer.") or name.endswith(".average")}
-    assert kept.sizes.keys() == names < stored.sizes.keys()
-    assert all(torch.equal(kept.read_whole(name), stored.read_whole(name)) for name in names)
-    begun = {"ckpt_load_dir": str(found / "weights"), "eval_at_start": True}
-    with pytest.raises(UserError, match="weights/iteration_00000006 holds only weights"):
-        train("ranking", trainer=begun, **options)
-    tuned = train("ranking", trainer=begun | {"ckpt_load_optimizer": False}, **options)
-    assert tuned.records[0]["metrics"] == whole.metrics
 
 
 def test_a_profile_of_the_chosen_iterations_is_written(train: Train) -> None:

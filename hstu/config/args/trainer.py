@@ -106,16 +106,6 @@ class TrainerArgs(Args):
     ckpt_keep_last: Optional[int] = option(None, changes="reports", minimum=1)
     """Number of newest checkpoints to keep in ckpt_save_dir; older ones are deleted after each save. The best
     checkpoint is always kept. None: keep all."""
-    ckpt_weights_interval: Optional[int | str] = _interval(
-        None, minimum=1, needs=not_having("ckpt_save_interval", -1, NEVER, why="nothing is saved", strict=True)
-    )
-    """Iterations or epochs between two saves of the weights alone, without states of optimizers, to
-    <ckpt_save_dir>/weights/iteration_<n>. The commands read them, and so does ckpt_load_dir with ckpt_load_optimizer =
-    False. None: never."""
-    ckpt_weights_keep_last: Optional[int] = option(
-        None, changes="reports", minimum=1, needs=not_having("ckpt_weights_interval", None)
-    )
-    """Number of newest weights to keep of those that ckpt_weights_interval saves. None: keep all."""
     ckpt_async: bool = option(False, changes="speed")
     """Write checkpoints in the background: training waits only for the copy to host memory."""
     pipeline_type: str = option("native", changes="speed", choices=("none", "native", "prefetch"))

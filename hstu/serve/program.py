@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.func import functional_call
+from torch.fx import GraphModule
 
 from hstu.base.files import digest_of
 from hstu.config.args.network import SIDE_WIDTH
@@ -47,6 +48,8 @@ _SIZES = {
     "kept_history_ends": (("sequences", 2),),
 }
 """Input → its dimensions as (name, size in the traced example). Size None: fixed by the model."""
+_END = 2**63 - 1
+"""Traced end of a slice that has none."""
 
 
 class ServingProgram(nn.Module):
@@ -163,9 +166,11 @@ class ServingProgram(nn.Module):
     def _layout(
         self, inputs: dict[str, Tensor], kind: str, token_times: Tensor | None, query_times: Tensor | None
     ) -> JaggedLayout:
-        module, nothing = self.inputs, np.zeros(0, dtype=np.int64)
+        module, nothing, ends = self.inputs, np.zeros(0, dtype=np.int64), inputs[f"{kind}history_ends"]
+        if self.head is None and not (self.network.has_window and self.network.min_full_attention_tokens):
+            ends = ends.amax(0, keepdim=True)  # without candidates, all sequences share one mask and position bias
         return PaddedLayout(
-            seqlen_offsets=inputs[f"{kind}history_ends"],  # placeholder: the program's kernels do not read it
+            seqlen_offsets=ends,  # placeholder: the program's kernels do not read it
             seqlens=nothing,
             num_candidate_tokens=None,
             num_candidate_tokens_host=nothing,
@@ -177,7 +182,7 @@ class ServingProgram(nn.Module):
             query_times=query_times,
             padded_tokens=inputs[f"{kind}padded"],
             places=inputs[f"{kind}places"],
-            history_ends=inputs[f"{kind}history_ends"],
+            history_ends=ends,
         )
 
 
@@ -218,6 +223,30 @@ def trace(program: ServingProgram) -> ExportedProgram:
     # The file of a program contains the traced example. Zero weights keep files of equal graphs equal.
     weights = {name: torch.zeros_like(weight) for name, weight in sorted(program.state_dict().items())}
     with torch.no_grad():
-        return torch.export.export(
+        traced = torch.export.export(
             _OfInputsAndWeights(program), (example, weights), dynamic_shapes=(shapes, dict.fromkeys(weights))
         )
+    _simplify(traced.graph_module)
+    return traced
+
+
+def _simplify(module: GraphModule) -> None:
+    """Remove operators that change no number: half of them, which a small request pays for in full."""
+    graph, aten, autocast = module.graph, torch.ops.aten, torch.ops.higher_order.wrap_with_autocast
+    for block in graph.find_nodes(op="call_function", target=autocast):  # float32 needs none
+        inner = getattr(module, block.args[4].target).graph
+        with graph.inserting_before(block):
+            found = graph.graph_copy(inner, dict(zip(inner.find_nodes(op="placeholder"), block.args[5:], strict=True)))
+        for output in list(block.users):
+            output.replace_all_uses_with(found[output.args[1]])
+            graph.erase_node(output)
+        graph.erase_node(block)
+    for node in list(graph.nodes):
+        is_own_type = node.target is aten.to.dtype and node.args[1:] == (node.args[0].meta["val"].dtype,)
+        if is_own_type or (node.target is aten.slice.Tensor and node.args[2:] == (0, _END)):
+            node.replace_all_uses_with(node.args[0])
+        if is_own_type or node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()

@@ -6,7 +6,7 @@ candidates, all sequences therefore share one mask and one position bias.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -112,11 +112,14 @@ def padded_forward(inputs: AttentionInputs) -> Tensor:
     """:func:`forward` for a PaddedLayout, without host integers: torch.export traces one graph for any batch."""
     layout, config, tables = inputs.layout, inputs.config, _tables(inputs.bias)
     assert isinstance(layout, PaddedLayout)
-    q, k, v = (_pad(_with_zero_row(rows), layout.padded_tokens) for rows in (inputs.q, inputs.k, inputs.v))
+    together = _pad(_with_zero_row(torch.cat([inputs.q, inputs.k, inputs.v], dim=-1)), layout.padded_tokens)
+    q, k, v = together.split([inputs.q.shape[-1], inputs.k.shape[-1], inputs.v.shape[-1]], dim=-1)
     key, every = ("padded attention", config, len(tables)), slice(None)
     if key not in layout.cache:
         ends = layout.history_ends[:, None, None]
-        layout.cache[key] = _pairs_of(inputs, layout.padded_tokens, ends, every, every, q.dtype)
+        pairs = _pairs_of(inputs, layout.padded_tokens, ends, every, every, q.dtype)
+        buckets = None if pairs.buckets is None else pairs.buckets.long()  # once, not in each layer
+        layout.cache[key] = replace(pairs, buckets=buckets)
     out = _attend(q, k, v, layout.cache[key].added(tables), config.alpha).transpose(1, 2).flatten(0, 1)
     return out.index_select(0, layout.places).div(config.scaling_seqlen).to(inputs.v.dtype)
 

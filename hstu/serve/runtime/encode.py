@@ -184,10 +184,12 @@ class Encoder:
             for name, values in given.items():
                 if name not in self.vocabularies or values is None:
                     continue
-                single = [each for value in values for each in (value if isinstance(value, (list, tuple)) else [value])]
-                rows = self.vocabularies[name].rows(single).tolist()
-                unknown = self.vocabularies[name].unknown
-                own = {value for value, row in zip(single, rows, strict=True) if row == unknown and value is not None}
+                if self.facts["features"][name]["is_list"]:
+                    values = [
+                        each for value in values for each in (value if isinstance(value, (list, tuple)) else [value])
+                    ]
+                is_unknown = self.vocabularies[name].rows(values) == self.vocabularies[name].unknown
+                own = {values[place] for place in is_unknown.nonzero()[:, 0].tolist()} - {None}
                 found.setdefault(name, set()).update(own)
         return {name: sorted(values, key=str) for name, values in found.items() if values}
 

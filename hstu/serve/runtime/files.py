@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import re
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -203,25 +204,23 @@ class Vocabulary:
         """Index of each value in the vocabulary, int64 [n]; -1 if unknown. Numbers may be given as texts."""
         if self.kind == "texts":
             return torch.tensor([self._place(str(value)) for value in values], dtype=torch.int64)
-        numbers = [_as_int64(value) for value in values]
+        wanted, is_number = _as_int64s(values)
         if self.kind in ("range", "time"):
-            known = range(self.size)
-            return torch.tensor([-1 if n is None or n not in known else n for n in numbers], dtype=torch.int64)
-        wanted = torch.tensor([number or 0 for number in numbers], dtype=torch.int64)
+            return torch.where(is_number & (wanted >= 0) & (wanted < self.size), wanted, -1)
         if not len(self.numbers):
             return torch.full_like(wanted, -1)
-        found = torch.searchsorted(self.numbers, wanted).clamp(max=len(self.numbers) - 1)
-        is_number = torch.tensor([number is not None for number in numbers], dtype=torch.bool)
+        found = torch.searchsorted(self.numbers, wanted).clamp_(max=len(self.numbers) - 1)
         return torch.where(is_number & (self.numbers[found] == wanted), found, -1)
 
     def rows(self, values: Sequence[Any]) -> Tensor:
         """Row of each value, int64 [n]; ``missing`` for None."""
         if self.kind == "raw":
-            numbers = [_as_int64(value) for value in values]
-            found = torch.tensor([self.unknown if n is None else n for n in numbers], dtype=torch.int64)
+            numbers, is_number = _as_int64s(values)
+            found = torch.where(is_number, numbers, self.unknown)
         else:
             found = self.rows_of(self.places(values))
-        return found.masked_fill(torch.tensor([value is None for value in values], dtype=torch.bool), self.missing)
+        is_missing = [value is None for value in values]
+        return found.masked_fill(torch.tensor(is_missing), self.missing) if any(is_missing) else found
 
     def rows_of(self, places: Tensor) -> Tensor:
         """Row of each index, int64 [n]; ``unknown`` for a negative index."""
@@ -236,8 +235,18 @@ class Vocabulary:
         return found
 
 
+def _as_int64s(values: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """(the numbers, int64 [n], 0 for what is none; whether each is one, bool [n])."""
+    if {*map(type, values)} == {int}:  # so are most requests; an array takes a tenth of the time of a list
+        with suppress(OverflowError):
+            return torch.frombuffer(array("q", values), dtype=torch.int64), torch.ones(len(values), dtype=torch.bool)
+    numbers = [_as_int64(value) for value in values]
+    is_number = torch.tensor([number is not None for number in numbers], dtype=torch.bool)
+    return torch.tensor([number or 0 for number in numbers], dtype=torch.int64), is_number
+
+
 def _as_int64(value: Any) -> int | None:
-    if type(value) is not int:  # fast path: histories have many int values
+    if type(value) is not int:
         text = str(value)
         if not _DIGITS.fullmatch(text):  # int() also reads " 5_0 "
             return None

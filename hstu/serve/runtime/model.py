@@ -110,7 +110,10 @@ class Model:
         if like is not None and like.contents.files[PROGRAM] == contents.files[PROGRAM]:
             self._program = like._program
         else:
-            self._program = torch.export.load(contents.path_of(PROGRAM)).module()
+            traced = torch.export.load(contents.path_of(PROGRAM))
+            constants = [traced.constants[each.target] for each in traced.graph_signature.input_specs if each.target]
+            graph = traced.graph_module  # its module() would match each input with guards
+            self._program = lambda inputs, weights: graph(*constants, *inputs.values(), *weights.values())[0]
 
     def _vocabulary(self, name: str, like: Model | None) -> Vocabulary:
         """The vocabulary of a feature: that of ``like``, with what it has looked up, if a delta did not change it."""

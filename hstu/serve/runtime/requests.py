@@ -98,9 +98,9 @@ def history_problems(history: History, at: int | None, facts: Mapping[str, Any],
     if seconds != sorted(seconds):
         before, after = next(pair for pair in pairwise(seconds) if pair[0] > pair[1])
         yield f"{who} has an event at {before} before one at {after}; give events from the oldest to the newest"
-    if at is not None and (newest := max(seconds, default=at)) > at:
-        yield f"{who} has an event at {newest}, which is later than the request at {at}"
-    if (farthest := max([*seconds, at or 0], key=abs)) not in _SECONDS:
+    if at is not None and seconds and seconds[-1] > at:
+        yield f"{who} has an event at {seconds[-1]}, which is later than the request at {at}"
+    if (farthest := max([*seconds[:1], *seconds[-1:], at or 0], key=abs)) not in _SECONDS:
         yield f"{who} has the time {farthest}; give whole seconds since 1970, not milliseconds"
 
 

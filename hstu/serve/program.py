@@ -7,7 +7,7 @@ layout as tensors, and attention pads sequences to one length (hstu/ops/pytorch/
 import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -236,7 +236,8 @@ def _simplify(module: GraphModule) -> None:
     for block in graph.find_nodes(op="call_function", target=autocast):  # float32 needs none
         inner = getattr(module, block.args[4].target).graph
         with graph.inserting_before(block):
-            found = graph.graph_copy(inner, dict(zip(inner.find_nodes(op="placeholder"), block.args[5:], strict=True)))
+            given = dict(zip(inner.find_nodes(op="placeholder"), block.args[5:], strict=True))
+            found: Any = graph.graph_copy(inner, given)
         for output in list(block.users):
             output.replace_all_uses_with(found[output.args[1]])
             graph.erase_node(output)

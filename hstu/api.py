@@ -312,5 +312,5 @@ def encode_users(store: SequenceStore, users: Sequence[Any]) -> np.ndarray:
     try:
         numbers = np.array([int(user) for user in users], dtype=np.int64)
     except ValueError as error:
-        raise DataError(f"{store.path}: user ids are whole numbers, got {list(users)!r}") from error
+        raise DataError(f"{store}: user ids are whole numbers, got {list(users)!r}") from error
     return store.encode(USER_FEATURE, numbers)

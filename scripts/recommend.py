@@ -100,7 +100,7 @@ def _recommend(options: argparse.Namespace) -> None:
     else:
         known, unknown_users = trained.known_users(wanted)
         if not known:
-            raise DataError(f"{trained.store.path} has none of these users: {shown(unknown_users)}")
+            raise DataError(f"{trained.store} has none of these users: {shown(unknown_users)}")
         answered = trained.recommend(known, options.top, options.at)
     if not trained.mesh.is_main:
         return

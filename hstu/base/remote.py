@@ -2,7 +2,7 @@
 
 Everything else works on local paths. Where a path enters, ``stage`` turns a URL into one.
 
-    <cache>/staged/<key>/<name>    files of a URL; those that were used longest ago make room for others
+    <cache>/staged/<key>/<name>    files of a URL, or arrays of a lake; those that were used longest ago make room
     <cache>/work/<key>/<name>      what is made here for a URL; nothing removes it
     <cache>/*/<key>/origin.json    the URL of <name>
 
@@ -19,6 +19,7 @@ import math
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -38,7 +39,9 @@ log = logging.getLogger(__name__)
 Files = Mapping[str, Mapping[str, Any]]
 """Path below a directory → "bytes", and "sha256" or "modified" (seconds since 1970)."""
 
-MANIFESTS = ("meta.json", "manifest.json")
+LAKE_FILE = "lake.json"
+"""Describes a lake, whose files are read where they are."""
+MANIFESTS = ("meta.json", "manifest.json", LAKE_FILE)
 """What lists the files of a store, and of a checkpoint or export. It is uploaded last: what has one is complete."""
 DEFAULT_GB = 100.0
 _ORIGIN, _STAGED, _WORK, _LOCK = "origin.json", "staged", "work", ".lock"
@@ -88,14 +91,16 @@ class Cache:
 
     @cached_property
     def root(self) -> Path:
-        """The directory. Raises DataError if the user has none."""
+        """The directory. Raises ConfigError if the user has none."""
         try:
             return self.directory or cache_directory() / "remote"
         except OSError as error:
-            raise DataError(f"no directory for copies of URLs: {error}; or give DatasetArgs.cache_dir") from error
+            text = f"no directory for copies of URLs and for arrays of lakes: {error}; set XDG_CACHE_HOME or"
+            raise ConfigError(f"{text} DatasetArgs.cache_dir to a directory that you can write to") from error
 
     def place(self, url: str, content: bytes = b"", *, work: bool = False) -> Path:
-        """The local path for ``url``, in a directory of its own, which is made and notes the URL."""
+        """The local path for ``url``, or for arrays of a local lake, in a directory of its own, which is made and notes
+        the URL. ``content``: what else decides on the directory."""
         key = hashlib.sha256(url.encode() + content).hexdigest()[:16]
         place = self.root / (_WORK if work else _STAGED) / key / PurePosixPath(url).name
         try:
@@ -122,8 +127,11 @@ class Cache:
         if total > self.max_bytes:
             raise DataError(
                 f"{needed / 1e9:.3g} GB do not fit into {self.root}, the cache of {self.max_bytes / 1e9:.3g} GB. Set "
-                "DatasetArgs.cache_gb higher, or make the store in shards"
+                "DatasetArgs.cache_gb higher, or make the store in shards, the lake of smaller files"
             )
+        if needed > (free := shutil.disk_usage(self.root).free):
+            text = f"{needed / 1e9:.3g} GB do not fit on the disk of {self.root}, which has {free / 1e9:.3g} GB free"
+            raise DataError(f"{text}. Free some space, or give DatasetArgs.cache_dir on another disk")
 
 
 def origin(path: Path) -> tuple[str, Cache] | None:
@@ -143,16 +151,20 @@ def as_given(path: object) -> str:
 
 
 def stage(path: str | Path, cache: Cache | None = None, *, raw: bool = False, root_only: bool = False) -> Path:
-    """The local copy of a directory with a manifest: a store, a checkpoint or an export. Local paths stay as they are.
+    """The local copy of a directory with a manifest: a store, a checkpoint or an export; of a lake, local or not, a
+    directory in the cache with its description. Other local paths stay as they are.
 
     ``raw``: of a file or directory without manifest and checksums, whose sizes and times are compared. ``root_only``:
     leave out files in subdirectories, which ``complete`` copies. Raises DataError.
     """
     if (url := url_of(path)) is None:
-        return Path(str(path).removeprefix("file://"))
+        local = Path(str(path).removeprefix("file://"))
+        if raw or not os.path.isfile(local / LAKE_FILE) or origin(local.absolute()):
+            return local
+        url = str(local.absolute())
     manifests = ((name, read(f"{url}/{name}")) for name in MANIFESTS if not raw)
     manifest, content = next(((name, found) for name, found in manifests if found), ("", b""))
-    files: Files = retried(url, _sizes_and_times) if raw else listed(url, content)
+    files: Files = retried(url, sizes_and_times) if raw else listed(url, content) if manifest != LAKE_FILE else {}
     place = (cache := cache or Cache.of()).place(url, content)
     if "" in files:
         copy_files(url.rpartition("/")[0], place.parent, {place.name: files[""]}, cache)
@@ -161,6 +173,7 @@ def stage(path: str | Path, cache: Cache | None = None, *, raw: bool = False, ro
         gone.unlink()
     copy_files(url, place, {name: files[name] for name in files if not (root_only and "/" in name)}, cache)
     if not raw:
+        place.mkdir(exist_ok=True)
         replace_text(place / manifest, content.decode(), shared=True)
     return place
 
@@ -171,7 +184,8 @@ def complete(directory: Path, files: Files) -> None:
         copy_files(found[0], directory, files, found[1])
 
 
-def _sizes_and_times(files: Any, root: str) -> Files:
+def sizes_and_times(files: Any, root: str) -> Files:
+    """The files in a directory of a file system of fsspec; of a file "" → itself."""
     infos = {path: info or files.info(path) for path, info in files.find(root, detail=True).items()}
     if not infos:
         raise FileNotFoundError(root)
@@ -185,13 +199,13 @@ def copy_files(url: str, directory: Path, files: Files, cache: Cache | None) -> 
     """Download those files of a URL that ``directory`` lacks, one process at a time. ``cache``: room is made in it."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}{_LOCK}"):
-        missing = {name: entry for name, entry in files.items() if not _is_there(directory / name, entry)}
+        missing = {name: entry for name, entry in files.items() if not is_there(directory / name, entry)}
         if missing and cache is not None:
             cache.make_room(sum(entry["bytes"] for entry in missing.values()), {directory / name for name in files})
         _for_each(missing, lambda name: _download(url, directory / name, name, missing[name]), f"staged url={url}")
 
 
-def _is_there(path: Path, entry: Mapping[str, Any]) -> bool:
+def is_there(path: Path, entry: Mapping[str, Any]) -> bool:
     """Whether a file is staged. Notes that it is used now."""
     try:
         found = path.stat()
@@ -261,7 +275,7 @@ def mirror(url: str, only: str | None = None) -> Path:
         manifest = place / name / MANIFESTS[1]
         content = manifest.read_bytes() if manifest.is_file() else read(f"{url}/{name}/{manifest.name}")
         if content is not None:
-            written = retried(f"{url}/{name}/{manifest.name}", _sizes_and_times)[""]["modified"]
+            written = retried(f"{url}/{name}/{manifest.name}", sizes_and_times)[""]["modified"]
             files = {file: {**entry, "modified": written} for file, entry in listed(url, content).items()}
             copy_files(f"{url}/{name}", place / name, files, cache)
             replace_text(manifest, content.decode(), shared=True)

@@ -70,7 +70,7 @@ def choose_phase(checkpoint: Path, own: Mapping[str, Any], store: SequenceStore,
         segments = store.segments()
         new = 0 if segments is None else int((segments >= stored["segments"]).sum())
         raise DataError(
-            f"{store.path} has grown since {checkpoint} was trained on it: {new:,} new events. Set "
+            f"{store} has grown since {checkpoint} was trained on it: {new:,} new events. Set "
             f'TrainerArgs.continue_on: "new_events" trains on each of them once, {_REMEDIES}.'
         )
     wanted = '"new_events" needs data that has grown by appending; ' if continue_on == "new_events" else ""

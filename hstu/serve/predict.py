@@ -151,7 +151,7 @@ def _held_out(source: InferenceSource, period: Period) -> int:
         return found
     times = store.sequence(str(store.timestamp_feature))
     first, last = as_date(int(times.min())), as_date(int(times.max()))
-    raise DataError(f"{store.path} has no {period}; it has events from {first} to {last}")
+    raise DataError(f"{store} has no {period}; it has events from {first} to {last}")
 
 
 def choose_split(source: InferenceSource, split: str | None) -> Split:

@@ -68,7 +68,7 @@ class StoreSource(BatchSource):
         self._draws_windows = args.has_random_windows and not self.phase.first_segment
         if self.phase.first_segment and not len(self._train_samples):
             count = f"{self._train_samples.report['new_events']:,} new events"
-            raise NothingNew(f"nothing new to train on: {self.store.path} has {count}, and no label among them")
+            raise NothingNew(f"nothing new to train on: {self.store} has {count}, and no label among them")
         self._eval_samples: dict[Split | Period, SampleTable] = {}
         self._skipped = SkippedSamples() if config.trainer.bad_row_policy == "skip" else None
         samples = self._train_samples
@@ -283,7 +283,7 @@ class StoreSource(BatchSource):
             of_targets = {"new_users": samples.user, "new_items": items}
             report |= {name: int(np.isin(of_targets[name], new).sum()) for name, new in self.newcomers.items()}
         if split not in ("valid", "test") or store.split is not None or self._is_cut_in_time:
-            log.info("%s, %s: %s", store.path, split, ", ".join(f"{n} {name}" for name, n in report.items()))
+            log.info("%s, %s: %s", store, split, ", ".join(f"{n} {name}" for name, n in report.items()))
         return samples
 
     def _collator(

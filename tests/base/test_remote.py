@@ -13,6 +13,8 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hstu.base import remote
@@ -23,6 +25,7 @@ from hstu.config.gin_io import read_and_check
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from tests.object_store import BUCKET, ObjectStore, object_store
+from tests.serve.http_server import until
 
 ROOT = Path(__file__).parents[2]
 STAGE = "import sys; from pathlib import Path; from hstu.base import remote as r; "
@@ -206,6 +209,76 @@ def test_a_store_is_made_appended_to_and_read_at_a_url(store: ObjectStore, tmp_p
     assert there.sequence("item")[:].tolist() == here.sequence("item")[:].tolist()
     there.verify_contents()
     assert gets(store, "shard.00001/sequence.item.npy") == 1
+
+
+def test_shards_are_brought_in_the_order_that_is_expected(store: ObjectStore, tmp_path: Path) -> None:
+    columns = {"user": np.arange(600) % 60, "item": np.arange(600) % 7, "time": np.arange(600) + 10**9}
+    pd.DataFrame(columns).to_csv(tmp_path / "log.csv", index=False)
+    table = InteractionColumns(interactions=tmp_path / "log.csv", user="user", item="item", time="time")
+    import_interactions("shop", table, output=f"s3://{BUCKET}/ahead", shards=6, any_times=True)
+    opened = SequenceStore.open(f"s3://{BUCKET}/ahead")
+    store.requests.clear()
+    opened.expect((4, 1, 5))
+    until(lambda: gets(store, "shard.00005/sequence.item.npy") == 1)
+    assert opened.sequence("item")[:1].tolist() == [0]  # of shard 0, after which 1 is here, and 2 and 3 follow
+    until(lambda: gets(store, "shard.00003/sequence.item.npy") == 1)
+    read = [int(path.split("/shard.")[1][:5]) for _, path in store.requests if "sequence.item.npy" in path]
+    assert [*dict.fromkeys(read)] == [4, 1, 5, 0, 2, 3]
+
+
+def lake_of(folder: Path) -> Path:
+    """20 users in 4 files, with lists of 1,000 events."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        lists = {name: rng.integers(0, 9, (5, 1000)).tolist() for name in ("item", "action")}
+        pq.write_table(pa.table({"user": range(5 * number, 5 * number + 5), **lists}), folder / f"{number}.parquet")
+    (folder / "lake.json").write_text('{"user": "user", "item": "item", "action": "action"}')
+    return folder
+
+
+def values(opened: SequenceStore, name: str) -> list[int]:
+    return np.asarray(opened.sequence(name)).tolist()
+
+
+def test_a_lake_in_a_bucket_is_read_as_the_local_one(store: ObjectStore, tmp_path: Path) -> None:
+    here, url = lake_of(tmp_path / "lake"), f"s3://{BUCKET}/of-users"
+    for file in here.iterdir():
+        fsspec.filesystem("s3").put_file(str(file), f"{url}/{file.name}")
+    local, there = SequenceStore.open(here), SequenceStore.open(url)
+    assert local.checksums == there.checksums and str(there) == url and str(local) == str(here)
+    child = os.fork()  # as a data worker, which must not share a connection
+    if not child:
+        os._exit(values(there, "action") != values(local, "action"))
+    assert values(there, "item") == values(local, "item") and os.waitpid(child, 0)[1] == 0
+    store.fault = lambda method, path: "503" if path.endswith("of-users/2.parquet") else None
+    shutil.rmtree(tmp_path / "home")
+    with pytest.raises(DataError, match=rf"{url}/2\.parquet: \d attempt\(s\) in \d s failed, the last with .*SlowDown"):
+        SequenceStore.open(url)
+    store.fault = lambda method, path: None
+    fsspec.filesystem("s3").put_file(str(here / "1.parquet"), f"{url}/2.parquet")
+    with pytest.raises(DataError, match=r"user 5 has several rows"):
+        SequenceStore.open(url)
+
+
+def test_arrays_of_a_lake_make_room_as_files_of_urls_do(tmp_path: Path) -> None:
+    here, cache = lake_of(tmp_path / "lake"), remote.Cache(tmp_path / "cache", 90_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hstu.data.store.lake._THREADS", 1)
+        opened = SequenceStore.open(remote.stage(here, cache))
+        expected = [values(opened, name) for name in ("item", "action")]  # 80 KB each
+        assert sum(path.stat().st_size for path in tmp_path.glob("cache/**/*") if path.is_file()) < 100_000
+    again = SequenceStore.open(remote.stage(here, remote.Cache(tmp_path / "other", 10**9)))
+    assert expected == [values(again, name) for name in ("item", "action")]
+    with pytest.raises(DataError, match=r"do not fit into .*Set DatasetArgs.cache_gb higher"):
+        values(SequenceStore.open(remote.stage(here, remote.Cache(tmp_path / "small", 5000))), "item")
+
+
+def test_no_place_for_a_cache_is_an_error_that_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"set XDG_CACHE_HOME or DatasetArgs\.cache_dir to a directory"):
+        SequenceStore.open(lake_of(tmp_path / "lake"))
 
 
 @pytest.mark.slow

@@ -48,8 +48,8 @@ class DatasetArgs(AnyDatasetArgs):
     """Directory of the preprocessed data, or its URL; or of a lake (docs/data_at_scale.md). None:
     tmp_data/<dataset_name>."""
     cache_dir: Optional[str] = option(None, changes="speed", not_empty=True)
-    """Local directory for files of URLs, which the processes of a host share. None: hstu/remote in XDG_CACHE_HOME or
-    ~/.cache."""
+    """Local directory for files of URLs and arrays of lakes, which the processes of a host share. None: hstu/remote in
+    XDG_CACHE_HOME or ~/.cache."""
     cache_gb: float = option(100.0, changes="speed", above=0)
     """GB (10^9 bytes) in cache_dir at most. Files that were used longest ago are removed for others. Checkpoints that
     the run saves there do not count."""

@@ -117,7 +117,7 @@ def resolve_roles(
     for role, owner, parameter, names, allowed in named:
         for name in names:
             if name not in allowed:
-                text = f"{name!r} is no {role} feature of {store.path}; allowed: {', '.join(allowed) or 'none'}"
+                text = f"{name!r} is no {role} feature of {store}; allowed: {', '.join(allowed) or 'none'}"
                 if name in TIME_FEATURES and store.timestamp_feature is None:
                     text += ". It is computed from times, and the data has none: preprocess it again with --time"
                 elif role == "side" and not of_items:
@@ -130,7 +130,7 @@ def resolve_roles(
     if item_tower and not chosen.tower and not problems:
         allowed = store.item_side_features
         text = "has no feature of items, from which RetrievalArgs.item_tower = True makes their vectors; "
-        text += f"{store.path} has {', '.join(allowed)}" if allowed else f"{store.path} has none; set it to False"
+        text += f"{store} has {', '.join(allowed)}" if allowed else f"{store} has none; set it to False"
         problems.append(located(args, "side_feature_names", text))
     ConfigError.raise_if(problems)
     return chosen

@@ -72,7 +72,7 @@ class LabelColumn:
         for text, number in zip(raw, numbers, strict=True):
             if number is None and text != UNKNOWN:
                 raise DataError(
-                    f"{self.store.path}: the label {self.name!r} has the value {text!r}, which the training data lacks"
+                    f"{self.store}: the label {self.name!r} has the value {text!r}, which the training data lacks"
                 )
         return np.array([np.nan if number is None else number for number in numbers], dtype=np.float32)
 
@@ -82,7 +82,7 @@ class LabelColumn:
             return codes
         if len(codes) and (codes.min() < 0 or codes.max() >= len(self.values)):
             raise DataError(
-                f"{self.store.path}: {self.name!r} has values outside [0, {len(self.values)}): the data is damaged, "
+                f"{self.store}: {self.name!r} has values outside [0, {len(self.values)}): the data is damaged, "
                 "preprocess it again"
             )
         return self.values[codes]

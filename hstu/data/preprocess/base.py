@@ -195,7 +195,7 @@ def labels(build: Build) -> list[str]:
     if build.raw.logs and bool(old) != bool(new):
         kinds = [f"texts, such as {values[0]!r}" if values else "numbers" for values in (old, new)]
         raise DataError(
-            f"{build.raw.logs[0].path}: the actions in {action!r} are {kinds[1]}, and those of {store.path} are "
+            f"{build.raw.logs[0].path}: the actions in {action!r} are {kinds[1]}, and those of {store} are "
             f"{kinds[0]}. Write them alike"
         )
     return sorted({*old, *new})

@@ -145,7 +145,7 @@ def check_tables_are_known(columns: InteractionColumns, store: SequenceStore) ->
     known = store.sources.values()
     if changed := [str(file) for file in tables if file.is_file() and source_digest(file) not in known]:
         raise DataError(
-            f"cannot append to {store.path}: {', '.join(changed)} is not as in the store, and no events are new. "
+            f"cannot append to {store}: {', '.join(changed)} is not as in the store, and no events are new. "
             f"Tables are read with new events: give them together, leave the tables out, {_REMEDY}"
         )
 

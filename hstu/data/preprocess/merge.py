@@ -97,7 +97,7 @@ class Growth:
             build.once(f"merged {name}", lambda: self._fill(array, old, new[name], codes))  # noqa: B023
         segments = store.num_segments + bool(build.raw.logs)
         if segments > _MOST_SEGMENTS:
-            raise DataError(f"{store.path} has {store.num_segments} segments, and cannot have more: make it again")
+            raise DataError(f"{store} has {store.num_segments} segments, and cannot have more: make it again")
         if segments > 1:
             array = build.writer.create_segments(segments, int(self.offsets[-1]))
             first = np.broadcast_to(np.uint16(0), store.num_events)

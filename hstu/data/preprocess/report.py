@@ -15,7 +15,7 @@ def format_report(store: SequenceStore) -> str:
     also = f" and {unused:,} without events" if unused else ""
     sparsity = f"; sparsity {found['sparsity']:.4%}" if found["sparsity"] > 0 else ""  # not if events repeat
     lines = [
-        f"{store.name}: {store.path}",
+        f"{store.name}: {store}",
         f"  users {found['users']:,}, items {found['items']:,}{also}, events {found['events']:,}",
         f"  events per user: max {found['length_max']:,}, min {found['length_min']:,}, "
         f"mean {found['length_mean']:,.1f}, median {found['length_median']:,.0f}{sparsity}",

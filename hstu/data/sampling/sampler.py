@@ -51,6 +51,8 @@ class BatchPlan:
     """First ordinal of the global batch, equal on all ranks."""
     position: SamplerPosition
     """Position of the run after training on the batch."""
+    shards: tuple[int, ...] = ()
+    """Of a plan with windows: the shards of this window and of the next one, in the order of the epoch."""
 
     @classmethod
     def of(cls, samples: np.ndarray) -> BatchPlan:
@@ -91,8 +93,7 @@ class ShardWindows:
 
     def order(self, seed: int, epoch: int) -> Order:
         """The order of an epoch. It keeps nothing per sample."""
-        drawn = np.random.default_rng([seed, epoch]).permutation(len(self.bounds) - 1)
-        begins = run_offsets(np.diff(self.bounds)[drawn])  # of the shards, in the order of the epoch
+        drawn, begins = self._drawn(seed, epoch)
         edges = begins[[*range(0, len(drawn), self.shards), -1]]
 
         def rows(ordinals: np.ndarray) -> np.ndarray:
@@ -106,6 +107,19 @@ class ShardWindows:
             return self.bounds[drawn[shards]] + places - begins[shards]
 
         return rows
+
+    def next_shards(self, seed: int, epoch: int, ordinal: int) -> tuple[int, ...]:
+        """The shards of the window of a sample and of the next one, which may be in the next epoch, in this order."""
+        drawn, begins = self._drawn(seed, epoch)
+        place = int(np.searchsorted(begins, ordinal, side="right")) - 1
+        first = place - place % self.shards
+        window, rest = np.split(drawn[first:], [self.shards])
+        return (*window.tolist(), *[*rest.tolist(), *self._drawn(seed, epoch + 1)[0].tolist()][: self.shards])
+
+    def _drawn(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the order of an epoch, int64 [shards], and the first sample of each, int64 [shards + 1]."""
+        drawn = np.random.default_rng([seed, epoch]).permutation(len(self.bounds) - 1)
+        return drawn, run_offsets(np.diff(self.bounds)[drawn])
 
 
 Order = Callable[[np.ndarray], np.ndarray]
@@ -213,7 +227,8 @@ class TrainSampler(IterableDataset[BatchPlan]):
         for epoch, order, bounds in self._epochs():
             start, stop = int(bounds[0]), int(bounds[-1])
             ordinals = start + np.flatnonzero(self._ranks(order, bounds) == self.rank)
-            yield BatchPlan(order(ordinals), ordinals, epoch, start, SamplerPosition(epoch, stop))
+            shards = () if self.windows is None else self.windows.next_shards(self.seed, epoch, start)
+            yield BatchPlan(order(ordinals), ordinals, epoch, start, SamplerPosition(epoch, stop), shards)
 
     def global_batches(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (rows of the sample table, rank of each row) of all global batches without end; int64 [n] both."""

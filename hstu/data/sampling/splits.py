@@ -42,7 +42,7 @@ class Period:
     def held_out(self, store: SequenceStore) -> tuple[np.ndarray, np.ndarray]:
         """(first, one past the last), int64 [U] each: the events of each user. Raises DataError without times."""
         if store.timestamp_feature is None:
-            raise DataError(f"{store.path} has no times, so no period of it can be evaluated; evaluate a split")
+            raise DataError(f"{store} has no times, so no period of it can be evaluated; evaluate a split")
         events = np.flatnonzero(self.is_within(store.sequence(store.timestamp_feature)))
         begin, bounds = np.array(store.offsets()[:-1]), np.searchsorted(events, store.offsets())
         count, (users,) = np.diff(bounds), np.nonzero(np.diff(bounds))
@@ -71,7 +71,7 @@ class Runs:
 def check_split(store: SequenceStore, args: DatasetArgs) -> None:
     """Raises ConfigError for options that contradict the data's split or leave a split empty, or lack shards."""
     if args.shuffle_window_shards and not store.num_shards:
-        text = f"needs a store in shards, and {store.path} has none; remove it, or preprocess the data with --shards N"
+        text = f"needs a store in shards, and {store} has none; remove it, or preprocess the data with --shards N"
         raise ConfigError([located(args, "shuffle_window_shards", text)])
     if store.split is None:
         trained, validated = _users_before(store, args)
@@ -95,7 +95,7 @@ def check_requests(store: SequenceStore, args: DatasetArgs) -> None:
     if args.candidates != "requests":
         return
     if not store.num_requests:
-        text = f"{store.path} has no requests; preprocess the data with --requests FILE, or remove this"
+        text = f"{store} has no requests; preprocess the data with --requests FILE, or remove this"
         raise ConfigError([located(args, "candidates", text)])
     if store.split is not None:
         text = f"the split of the data (column {store.split!r}) is of events; preprocess the data without --split"
@@ -177,4 +177,4 @@ def cut_events(store: SequenceStore, fraction: float) -> np.ndarray:
 def require_undamaged(store: SequenceStore, is_right: bool, what: str) -> None:
     """Raise DataError unless ``is_right``."""
     if not is_right:
-        raise DataError(f"{store.path}: the {what} are damaged; preprocess the data again")
+        raise DataError(f"{store}: the {what} are damaged; preprocess the data again")

@@ -4,12 +4,12 @@ A directory with ``lake.json`` is a lake. Its keys are options of ``preprocess_d
 ``user``, ``item``, ``action``, ``time``, ``time_unit``, ``context_columns``, ``event_columns``,
 ``raw_ids``. Two are its own:
 
-    files   directory or URL (s3://, gs://, hdfs://) of the Parquet files. Without it: the directory of lake.json
+    files   directory or URL (s3://, gs://, …) of the Parquet files. Without it: the directory of lake.json
     where   [[column, operator, value], …]: only rows that satisfy all. A directory ``day=2026-11-01`` is a column
 
-Users have the order of the files' paths and of the rows. The lake is a store in shards, one per file, in the user's
-cache directory. What has a value per user is read when the lake is first opened, a column of the events of a file when
-one of its values is first read.
+Users have the order of the files' paths and of the rows. The lake is a store in shards, one per file, in the cache for
+URLs (``remote.Cache``). What has a value per user is read when the lake is first opened, a column of the events of a
+file when one of its values is first read, and again if others needed its room.
 """
 
 from __future__ import annotations
@@ -18,21 +18,25 @@ import hashlib
 import json
 import logging
 import os
-import shutil
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock
 
-from hstu.base.errors import DataError
-from hstu.base.files import cache_directory, written_aside
+from hstu.base import remote
+from hstu.base.errors import DataError, UserError
+from hstu.base.files import remove, written_aside
 from hstu.base.ids import codes_of
 from hstu.base.json_shape import check_shape
+from hstu.base.remote import LAKE_FILE
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets.own_columns import TIME_UNITS
 from hstu.data.datasets.spec import USER_FEATURE
@@ -47,8 +51,8 @@ from hstu.data.store.layout import (
     vocabulary_stem,
 )
 from hstu.data.store.meta import StoreFiles, read_meta, remedy
+from hstu.data.store.parquet_files import files_below, open_dataset
 
-LAKE_FILE = "lake.json"
 _ROLES: dict[str, Role] = {"item": "item", "action": "action", "time": "timestamp"}
 _SHAPE = {
     "user": str, "item": str, "action?": str, "time?": str, "time_unit?": str, "context_columns?": [str],
@@ -56,12 +60,15 @@ _SHAPE = {
 }  # fmt: skip
 _ROWS_PER_BATCH = 4096
 _MOST_CODES = 2**31 - 1
+_HEADER_BYTES = 128
+"""Of a file of NumPy's with one dimension."""
 _THREADS = len(os.sched_getaffinity(0))
 _log = logging.getLogger(__name__)
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """The description of a store (``read_meta``), or of a lake, whose users are read when it is first opened."""
+    """The description of a store (``read_meta``), or of a lake from ``remote.stage``, whose users are read when it
+    is first opened."""
     if os.path.isfile(path / LAKE_FILE):  # Path.is_file raises for a name that is too long
         return Lake(path).describe()
     try:
@@ -79,9 +86,12 @@ class Lake:
     """The files and the columns of a lake. Whatever reads them raises a DataError with file, column and row."""
 
     def __init__(self, path: Path) -> None:
-        """Reads lake.json and lists the files. Raises DataError for wrong keys and values, or if there is no file."""
-        from pyarrow import dataset, fs
-
+        """Reads lake.json and lists the files. ``path``: see ``remote.stage``. Raises DataError for wrong keys and
+        values, or if there is no file."""
+        staged = remote.origin(path)
+        assert staged is not None, path
+        self.given, self._cache = staged
+        """Directory or URL of the lake."""
         try:
             self.options = options = json.loads((path / LAKE_FILE).read_text(encoding="utf-8"))
             check_shape(options, _SHAPE)
@@ -90,20 +100,19 @@ class Lake:
                 raise ValueError(f"{wrong[0]!r} is unknown; allowed: {', '.join(known)}")
             if options.get("time_unit", "s") not in TIME_UNITS or not {*options.get("raw_ids", ())} <= {"item", "user"}:
                 raise ValueError(f"time_unit is one of {', '.join(TIME_UNITS)}, and raw_ids lists item, user or both")
-            place = options.get("files", ".")
-            self._filesystem, root = fs.FileSystem.from_uri(place if "://" in place else str((path / place).resolve()))
-            listed = self._filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-            visible = [each for each in listed if not any(f"/{mark}" in each.path[len(root) :] for mark in "._")]
-            found = [each for each in visible if each.extension == "parquet"]
-            self.files = sorted((each.path, each.size, each.mtime_ns) for each in found)
+            place = options.get("files", ".").removeprefix("file://")
+            joined = os.path.normpath(place if remote.url_of(place) else os.path.join(self.given, place))
+            self.root = remote.url_of(joined) or os.path.realpath(joined)
+            found = [(name, *state) for name, state in files_below(self.root).items() if name.endswith(".parquet")]
+            self.files = sorted(each for each in found if not re.search("/[._]", each[0][len(self.root) :]))
             if not self.files:
-                raise ValueError(f"no file in {place} ends with .parquet")
-            names = [name for name, *_ in self.files]
-            data = dataset.dataset(names, format="parquet", filesystem=self._filesystem, partitioning="hive")
+                raise ValueError(f"no file in {self.root} ends with .parquet")
+            data = open_dataset({name: size for name, size, _ in self.files})
         except (OSError, ValueError) as error:  # pyarrow raises subclasses of these
-            raise DataError(f"{path / LAKE_FILE}: {error}. docs/data_at_scale.md says what it may hold") from error
+            file = f"{self.given}/{LAKE_FILE}"
+            raise DataError(f"{file}: {error}. docs/data_at_scale.md says what it may hold") from error
         self._fragments, self._directories = list(data.get_fragments()), data.partitioning.schema
-        self.path, self.root = path, root
+        self.path = path
         named = {options[key]: role for key, role in _ROLES.items() if key in options}
         self.of_events: dict[str, Role] = named | dict.fromkeys(options.get("event_columns", ()), "event")
         """Column of lists → its role."""
@@ -113,19 +122,41 @@ class Lake:
         not_coded = {"timestamp", "item" if self.is_raw else ""}
         self.coded = [*self.of_users[1:], *(name for name, role in self.of_events.items() if role not in not_coded)]
         """The columns of codes."""
-        key = json.dumps([self.options, self.files]).encode()
-        self.cache = cache_directory() / f"lake-{hashlib.sha256(key).hexdigest()[:32]}"
+        self.cache = self._cache.place(self.given, json.dumps([self.options, self.files]).encode())
         """Directory of the arrays that are made of these columns of these files."""
 
     def describe(self) -> dict[str, Any]:
         """The description of a store with this content. The first process of a host reads the users of all files."""
         with FileLock(f"{self.cache}.lock"):
-            if not self.cache.exists():
-                _log.info("%s: reading the users of %d files", self.path, len(self.files))
+            if not self._has_users():
+                _log.info("%s: reading the users of %d files", self.given, len(self.files))
+                remove(self.cache)
                 with written_aside(self.cache) as aside:
                     aside.mkdir()
                     _write_users(self, aside)
         return json.loads((self.cache / META_FILE).read_text(encoding="utf-8")) | {"lake": self}
+
+    def _has_users(self) -> bool:
+        """Whether all arrays with a value per user are in the cache. Notes that they are used."""
+        if not (self.cache / META_FILE).is_file():
+            return False
+        files = json.loads((self.cache / META_FILE).read_text(encoding="utf-8"))["files"]
+        return all([remote.is_there(self.cache / file, files[file]) for file in files if "/" not in file])
+
+    def make_room(self, needed: int) -> None:
+        """Makes room in the cache for arrays of so many bytes. Raises DataError if there is too little."""
+        self._cache.make_room(needed, {*self.cache.glob("*.npy")})
+
+    @contextmanager
+    def reading(self, number: int) -> Iterator[None]:
+        """Turns errors of a file, and of the disk of the cache, into a DataError."""
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # pyarrow raises subclasses of these
+            text = str(error).partition("\n")[0]
+            raise DataError(f"{self.files[number][0]} cannot be read, or its arrays written: {text}") from error
 
     def scan(self, number: int, columns: Sequence[str]) -> Any:
         """pyarrow.dataset.Scanner of the rows of a file that ``where`` keeps, in their order."""
@@ -213,8 +244,7 @@ class Lake:
     def check_unchanged(self, number: int) -> None:
         """Raises a DataError if a file has changed since the lake was opened."""
         name, *before = self.files[number]
-        found = self._filesystem.get_file_info(name)
-        if [found.size, found.mtime_ns] != before:
+        if files_below(name) != {name: tuple(before)}:
             raise DataError(f"{name} has changed since this run began. Start the run again; new files need new names")
 
 
@@ -226,9 +256,6 @@ class LakeFiles(StoreFiles):
         super().__init__(self._lake.cache, meta, most_open)
         self._features = {feature.file: feature for feature in map(FeatureMeta.of, meta["features"])}
 
-    def check_presence(self) -> None:
-        """Nothing to check: the arrays of users appear all at once, and those of events when they are read."""
-
     def check_sums(self, up_to: int | None) -> None:
         """Nothing to check: what stands for the checksums is derived from the footers of the Parquet files."""
 
@@ -236,23 +263,23 @@ class LakeFiles(StoreFiles):
         """See StoreFiles."""
         return DataError(f"{self.path / file} is damaged: {what}. Remove {self.path}, and it is made again")
 
-    def _map(self, file: str) -> np.ndarray:
-        if "/" in file and not (self.path / file).exists():
-            shard, name = file.split("/")
-            with FileLock(self.path / f"{name}.lock"):
-                first = int(shard.rpartition(".")[2])
-                # Who reads a column mostly reads all of it, so the next ones are made at the same time.
-                shards = range(len(self.shard_users) - 1)[first : first + _THREADS]
-                missing = [each for each in shards if not (self.path / shard_file(each, name)).exists()]
-                needed = sum(self.described[shard_file(each, name)]["bytes"] for each in missing)
-                if needed > shutil.disk_usage(self.path).free:
-                    text = (
-                        f"{needed / 1e9:.3g} GB of {self._features[name].name!r} do not fit on the disk of {self.path}"
-                    )
-                    raise DataError(f"{text}. Remove lakes from there, or set XDG_CACHE_HOME to another disk")
-                with ThreadPoolExecutor(_THREADS) as pool:
-                    list(pool.map(partial(self._make, self._features[name]), missing))
-        return super()._map(file)
+    def _files_of(self, shard: int) -> list[str]:
+        """Of the columns that are read."""
+        return [shard_file(shard, file) for file in [*self._maps] if file in self.sharded]
+
+    def _bring(self, shard: int, name: str) -> None:
+        """Makes an array and, at the same time, those of the next shards: who reads a column mostly reads all of it."""
+        if self._is_made(shard, name):
+            return
+        with FileLock(self.path / f"{name}.lock"):
+            shards = [shard, *islice(self._following(shard), _THREADS - 1)]
+            missing = [each for each in shards if not self._is_made(each, name)]
+            self._lake.make_room(sum(self.described[shard_file(each, name)]["bytes"] for each in missing))
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(partial(self._make, self._features[name]), missing))
+
+    def _is_made(self, shard: int, name: str) -> bool:
+        return remote.is_there(self.path / shard_file(shard, name), self.described[shard_file(shard, name)])
 
     def _make(self, feature: FeatureMeta, shard: int) -> None:
         """Writes the values of a column of the events of a file."""
@@ -263,7 +290,7 @@ class LakeFiles(StoreFiles):
         known = self[f"{vocabulary_stem(feature.name)}.npy"] if feature.raw else None
         dtype, length = (self.described[file][key] for key in ("dtype", "length"))
         (self.path / file).parent.mkdir(exist_ok=True)
-        with written_aside(self.path / file) as aside, aside.open("wb") as out:
+        with lake.reading(number), written_aside(self.path / file) as aside, aside.open("wb") as out:
             header = {"descr": dtype, "fortran_order": False, "shape": (length,)}
             np.lib.format.write_array_header_1_0(out, header)
             for row, offsets, values in lake.runs(number, feature.name):
@@ -294,6 +321,11 @@ class _Users(NamedTuple):
     """The distinct items if their ids are raw, int64; else empty."""
 
 
+def _read_users(lake: Lake, number: int) -> _Users:
+    with lake.reading(number):
+        return _users_of(lake, number)
+
+
 def _users_of(lake: Lake, number: int) -> _Users:
     import pyarrow
 
@@ -316,10 +348,10 @@ def _users_of(lake: Lake, number: int) -> _Users:
 def _write_users(lake: Lake, directory: Path) -> None:
     """Writes the arrays with a value per user, the ids of items and the description to an empty directory."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        of_files = list(pool.map(partial(_users_of, lake), range(len(lake.files))))
+        of_files = list(pool.map(partial(_read_users, lake), range(len(lake.files))))
     numbers = [number for number, each in enumerate(of_files) if len(each.lengths)]
     if not numbers:
-        raise DataError(f"{lake.path}: the files have no rows" + " that 'where' keeps" * ("where" in lake.options))
+        raise DataError(f"{lake.given}: the files have no rows" + " that 'where' keeps" * ("where" in lake.options))
     found = [of_files[number] for number in numbers]
     options, item, ends = lake.options, lake.options["item"], np.cumsum([len(each.lengths) for each in found])
     cardinalities = dict(zip(lake.coded, 1 + np.max([each.largest for each in found], axis=0), strict=True))
@@ -338,6 +370,7 @@ def _write_users(lake: Lake, directory: Path) -> None:
         cardinality = len(items) if column == item else cardinalities.get(column)
         size, is_item = None if cardinality is None else int(cardinality), column == item
         features.append(FeatureMeta(column, role, DTYPES[role], size, is_item, is_item and lake.is_raw))
+    lake.make_room(sum(array.nbytes for array in arrays.values()))
     for file, array in arrays.items():
         np.save(directory / file, array)
     sources = {name[len(lake.root) + 1 :]: lake.footer(number) for number, (name, *_) in enumerate(lake.files)}
@@ -345,7 +378,8 @@ def _write_users(lake: Lake, directory: Path) -> None:
 
     def described(file: str, dtype: str, length: int) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps([content, file]).encode()).hexdigest()
-        return {"dtype": dtype, "length": length, "bytes": length * np.dtype(dtype).itemsize, "sha256": digest}
+        size = _HEADER_BYTES + length * np.dtype(dtype).itemsize
+        return {"dtype": dtype, "length": length, "bytes": size, "sha256": digest}
 
     files = {file: described(file, array.dtype.str, len(array)) for file, array in arrays.items()}
     of_events = [feature for feature in features if feature.name in lake.of_events]
@@ -373,7 +407,7 @@ def _ids_of_users(lake: Lake, parts: Sequence[Any]) -> dict[str, np.ndarray]:
     counts = ids.value_counts()
     if len(counts) < len(ids):
         twice = counts.filter(compute.greater(counts.field("counts"), 1))[0]["values"]
-        raise DataError(f"{lake.path}: user {twice} has several rows; a user has one row in all files together")
+        raise DataError(f"{lake.given}: user {twice} has several rows; a user has one row in all files together")
     if user in lake.options.get("context_columns", ()) and compute.any(compute.greater(ids[:-1], ids[1:])).as_py():
         raise lake.error(0, user, "is in context_columns, and the rows of all files do not ascend by it; sort them")
     if not pyarrow.types.is_integer(ids.type):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tokenize
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -68,16 +68,17 @@ def read_meta(path: Path) -> dict[str, Any]:
 def remedy(path: Path, meta: Mapping[str, Any] | None) -> str:
     """The command that makes the store: the one recorded in ``meta``, else a guess from the directory's name. Without a
     valid description, even --force replaces nothing: the user must move the directory away."""
+    given = remote.as_given(path)
     end = " --force" if meta is not None else " (first move what is there away)" if os.path.exists(path) else ""
     script = command("scripts/preprocess_dataset.py")
     if meta and (made_by := str(meta.get("command") or "")):
         made_by = made_by.replace("python scripts/preprocess_dataset.py", script, 1)
         return f"Make it with: {printable(made_by, keep='')}{end}"
     if name := resolve_name(path.name):
-        return f"Make it with: {script} --dataset_name {name} --output {path}{end}"
+        return f"Make it with: {script} --dataset_name {name} --output {given}{end}"
     return (
-        f"Make it with: {script} --dataset_name NAME --output {path} (a built-in NAME), or from your own table "
-        f"with: {script} --dataset_name NAME --interactions FILE --user COLUMN --item COLUMN --output {path}{end}"
+        f"Make it with: {script} --dataset_name NAME --output {given} (a built-in NAME), or from your own table "
+        f"with: {script} --dataset_name NAME --interactions FILE --user COLUMN --item COLUMN --output {given}{end}"
     )
 
 
@@ -116,8 +117,10 @@ class StoreFiles:
         """File that lies in shards → SHA-256 of the same file of a store without shards."""
         self._maps: dict[str, np.ndarray] = {}
         self._staged = remote.origin(path)
-        """The URL of which this is the local copy, whose shards are copied when they are first read; else None."""
+        """The URL or the lake of which this has the arrays. Its shards are brought here when they are first read. None:
+        all is here."""
         self._ahead: Thread | None = None
+        self._expected: Sequence[int] = ()
 
     def __contains__(self, file: str) -> bool:
         return file in self.described or file in self.sharded
@@ -146,30 +149,53 @@ class StoreFiles:
         return array
 
     def _local(self, file: str) -> Path:
-        """The path of a file. Of a URL, its shard is copied first, and then in a thread those that follow."""
+        """The path of a file. What lies in a shard is brought here first."""
         if self._staged is not None and "/" in file:
-            shard = int(file.partition("/")[0].rpartition(".")[2])
-            is_new = not (self.path / file).is_file()
-            remote.complete(self.path, self._files_of(shard))
-            if is_new and not (self._ahead and self._ahead.is_alive()):
-                self._ahead = Thread(target=self._copy_ahead, args=(shard,), name="read-ahead", daemon=True)
-                self._ahead.start()
+            folder, _, name = file.partition("/")
+            self._bring(int(folder.rpartition(".")[2]), name)
         return self.path / file
 
-    def _copy_ahead(self, shard: int) -> None:
-        """Copy the shards after this one, as many as half of the cache holds."""
-        count, room = len(self.shard_users) - 1, self._staged[1].max_bytes // 2 if self._staged else 0
-        for following in range(shard + 1, shard + count):
-            files = self._files_of(following % count)
-            room -= sum(entry["bytes"] for entry in files.values())
+    def expect(self, shards: Sequence[int]) -> None:
+        """Bring these shards here in a thread. They are read next, in this order."""
+        if shards != self._expected and self._bring_ahead(shards):
+            self._expected = shards
+
+    def _following(self, shard: int) -> Sequence[int]:
+        """The shards that are read after this one: those that are expected, else those that follow by number."""
+        if shard in self._expected:
+            return self._expected[self._expected.index(shard) + 1 :]
+        return [*range(shard + 1, len(self.shard_users) - 1), *range(shard)]
+
+    def _bring(self, shard: int, name: str) -> None:
+        """Bring a file of a shard here, with all others, and then in a thread the shards that follow."""
+        is_new = not (self.path / shard_file(shard, name)).is_file()
+        remote.complete(self.path, {file: self.described[file] for file in self._files_of(shard)})
+        if is_new:
+            self._bring_ahead(self._following(shard))
+
+    def _bring_ahead(self, shards: Sequence[int]) -> bool:
+        """Start a thread for these shards. Returns False if one runs."""
+        if self._staged is None or (self._ahead and self._ahead.is_alive()):
+            return False
+        self._ahead = Thread(target=self._copy_ahead, args=(shards, self._staged[1]), name="read-ahead", daemon=True)
+        self._ahead.start()
+        return True
+
+    def _copy_ahead(self, shards: Sequence[int], cache: remote.Cache) -> None:
+        """Bring as many of these shards here as half of the cache holds."""
+        room = cache.max_bytes // 2
+        for shard in shards:
+            files = self._files_of(shard)
+            room -= sum(self.described[file]["bytes"] for file in files)
             if room < 0:
                 return
             with suppress(DataError):  # it is raised where the shard is read
-                remote.complete(self.path, files)
+                for file in files:
+                    self._bring(shard, file.partition("/")[2])
 
-    def _files_of(self, shard: int) -> dict[str, Any]:
-        names = (shard_file(shard, file) for file in self.sharded)
-        return {name: self.described[name] for name in names}
+    def _files_of(self, shard: int) -> list[str]:
+        """The files of a shard that are brought here."""
+        return [shard_file(shard, file) for file in self.sharded]
 
     def file_at(self, file: str, index: int) -> str:
         """The file that holds a value of an array: ``file``, or its part in a shard."""

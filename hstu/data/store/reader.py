@@ -45,12 +45,14 @@ class StoreReader:
     def __post_init__(self) -> None:
         if self.wants_timestamps and self.store.timestamp_feature is None:
             raise ConfigError(
-                f'NetworkArgs.position_encoding = "relative_bias" needs times, and {self.store.path} has none; '
+                f'NetworkArgs.position_encoding = "relative_bias" needs times, and {self.store} has none; '
                 "use another position_encoding or preprocess with a time column"
             )
 
     def read(self, plan: BatchPlan) -> Rows:
         """Reads the rows of ``plan.indices``. A value out of range raises a DataError."""
+        if plan.shards:
+            self.store.expect(plan.shards)
         samples = self.samples.take(plan.indices)
         start, history_begin = samples.start, samples.history_begin
         lengths, num_labels = samples.lengths, samples.num_labels
@@ -138,7 +140,7 @@ class StoreReader:
         wrong = values.view(np.uint64) >= np.uint64(cardinality)
         if wrong.any():
             raise DataError(
-                f"{self.store.path}: {feature} = {values[wrong][0]} is not in [0, {cardinality}): the data is damaged, "
+                f"{self.store}: {feature} = {values[wrong][0]} is not in [0, {cardinality}): the data is damaged, "
                 "preprocess it again"
             )
         if self.recoding and feature in self.recoding:

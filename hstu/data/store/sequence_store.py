@@ -37,7 +37,7 @@ from hstu.base import remote
 from hstu.base.errors import DataError
 from hstu.base.ids import codes_of
 from hstu.data.datasets.spec import USER_FEATURE
-from hstu.data.store.lake import LakeFiles, describe, files_of
+from hstu.data.store.lake import describe, files_of
 from hstu.data.store.layout import (
     META_FILE,
     NUMBER_ROLES,
@@ -163,6 +163,10 @@ class SequenceStore:
     def __reduce__(self) -> tuple[Any, ...]:
         return SequenceStore.open, (self.path, self._most_open)
 
+    def __str__(self) -> str:
+        """The path or URL as it was given."""
+        return remote.as_given(self.path)
+
     def __repr__(self) -> str:
         return f"SequenceStore({str(self.path)!r}, users={self.num_users}, events={self.num_events})"
 
@@ -172,11 +176,15 @@ class SequenceStore:
         described = self._files.described.items()
         return {file: entry["sha256"] for file, entry in described if "/" not in file} | {**self._files.sharded}
 
+    def expect(self, shards: Sequence[int]) -> None:
+        """Bring shards of a URL or a lake here, in a thread, as they are read next, in this order."""
+        self._files.expect(shards)
+
     def feature(self, name: str) -> FeatureMeta:
         """A stored feature or a time feature. Raises DataError for an unknown name."""
         known = self.features | self.time_features
         if name not in known:
-            raise DataError(f"{self.path} has no feature {name!r}; it has: {', '.join(known)}")
+            raise DataError(f"{self} has no feature {name!r}; it has: {', '.join(known)}")
         return known[name]
 
     def offsets(self) -> np.ndarray:
@@ -225,7 +233,7 @@ class SequenceStore:
     def requests(self) -> Requests:
         """The requests. Raises DataError where the store has none."""
         if not self.num_requests:
-            raise DataError(f"{self.path} has no requests; preprocess the data with --requests FILE")
+            raise DataError(f"{self} has no requests; preprocess the data with --requests FILE")
         return Requests(**{field: self._files[file] for field, file in REQUEST_FILES.items()})
 
     def candidates(self, feature: str) -> Values:
@@ -265,7 +273,7 @@ class SequenceStore:
             return self.num_users
         meta = self.feature(feature)
         if meta.cardinality is None:
-            raise DataError(f"{self.path}: feature {feature!r} is a {meta.role} and has no cardinality")
+            raise DataError(f"{self}: feature {feature!r} is a {meta.role} and has no cardinality")
         return meta.cardinality
 
     def raw_ids(self, feature: str) -> np.ndarray:
@@ -276,7 +284,7 @@ class SequenceStore:
     def raw_id_arrays(self, feature: str) -> tuple[np.ndarray, ...]:
         """raw_ids as stored: int64 [cardinality], or int64 [cardinality + 1] offsets and UTF-8 bytes."""
         if feature != USER_FEATURE and not self.feature(feature).has_vocab:
-            raise DataError(f"{self.path}: feature {feature!r} has no vocabulary, its values are the raw ones")
+            raise DataError(f"{self}: feature {feature!r} has no vocabulary, its values are the raw ones")
         stem = vocabulary_stem(feature)
         files = (f"{stem}.npy",) if f"{stem}.npy" in self._files else strings_files(stem)
         return tuple(self._files[file] for file in files)
@@ -291,17 +299,14 @@ class SequenceStore:
         known = self.raw_ids(feature)
         wanted = np.array([str(value) for value in raw], dtype=object) if known.dtype == object else np.asarray(raw)
         if known.dtype != object and not (wanted.dtype == np.int64 or len(wanted) == 0):
-            raise DataError(f"{self.path}: raw ids of {feature!r} are int64, got {list(raw[:5])!r}")
-        if isinstance(self._files, LakeFiles):  # whose users may be in any order
-            order = np.argsort(known)
-            found = codes_of(wanted, known[order])
-            codes = np.where(found < 0, found, order[found])
-        else:
-            codes = codes_of(wanted, known)
+            raise DataError(f"{self}: raw ids of {feature!r} are int64, got {list(raw[:5])!r}")
+        order = np.argsort(known, kind="stable")  # the users of a lake may be in any order
+        found = codes_of(wanted, known[order])
+        codes = np.where(found < 0, found, order[found])
         unknown = wanted[codes < 0]
         if len(unknown):
             shown = ", ".join(repr(value) for value in unknown[:5].tolist()) + (", …" if len(unknown) > 5 else "")
-            raise DataError(f"{self.path}: {len(unknown)} raw id(s) not in the vocabulary of {feature!r}: {shown}")
+            raise DataError(f"{self}: {len(unknown)} raw id(s) not in the vocabulary of {feature!r}: {shown}")
         return codes
 
     def titles(self) -> np.ndarray | None:

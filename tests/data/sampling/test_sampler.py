@@ -108,10 +108,13 @@ def test_windows_of_shards_are_read_one_after_another_and_resume_anywhere(
     options: dict[str, Any] = {"num_samples": size, "batch_size": 3, "seed": 5, "shuffle": True, "windows": windows}
     rows = samples_of(epoch_of(world_size, **options))
     assert sorted(rows) == list(range(size)) and rows == samples_of(epoch_of(1, **options))
-    drawn = np.random.default_rng([5, 0]).permutation(len(sizes))
+    drawn, later = (np.random.default_rng([5, epoch]).permutation(len(sizes)).tolist() for epoch in (0, 1))
     for first in range(0, len(sizes), shards):
         window = [row for shard in drawn[first : first + shards] for row in range(*bounds[shard : shard + 2])]
         assert sorted(rows[: len(window)]) == sorted(window)
+        following = [*drawn[first : first + shards], *[*drawn[first + shards :], *later][:shards]]
+        for ordinal in range(size - len(rows), size - len(rows) + len(window)):
+            assert windows.next_shards(5, 0, ordinal) == tuple(following)
         rows = rows[len(window) :]
     at = SamplerPosition(0, data.draw(st.integers(0, size - 1)))
     left = samples_of(epoch_of(data.draw(worlds), position=at, **options))

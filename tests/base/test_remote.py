@@ -264,7 +264,7 @@ def test_a_lake_in_a_bucket_is_read_as_the_local_one(store: ObjectStore, tmp_pat
 def test_arrays_of_a_lake_make_room_as_files_of_urls_do(tmp_path: Path) -> None:
     here, cache = lake_of(tmp_path / "lake"), remote.Cache(tmp_path / "cache", 90_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hstu.data.store.lake._THREADS", 1)
+        patch.setattr("hstu.data.store.lake._THREADS", 8)
         opened = SequenceStore.open(remote.stage(here, cache))
         expected = [values(opened, name) for name in ("item", "action")]  # 80 KB each
         assert sum(path.stat().st_size for path in tmp_path.glob("cache/**/*") if path.is_file()) < 100_000

@@ -90,8 +90,8 @@ class Lake:
         values, or if there is no file."""
         staged = remote.origin(path)
         assert staged is not None, path
-        self.given, self._cache = staged
-        """Directory or URL of the lake."""
+        self.given, self.room = staged
+        """Directory or URL of the lake, and the cache that has its arrays."""
         try:
             self.options = options = json.loads((path / LAKE_FILE).read_text(encoding="utf-8"))
             check_shape(options, _SHAPE)
@@ -112,7 +112,6 @@ class Lake:
             file = f"{self.given}/{LAKE_FILE}"
             raise DataError(f"{file}: {error}. docs/data_at_scale.md says what it may hold") from error
         self._fragments, self._directories = list(data.get_fragments()), data.partitioning.schema
-        self.path = path
         named = {options[key]: role for key, role in _ROLES.items() if key in options}
         self.of_events: dict[str, Role] = named | dict.fromkeys(options.get("event_columns", ()), "event")
         """Column of lists → its role."""
@@ -122,7 +121,7 @@ class Lake:
         not_coded = {"timestamp", "item" if self.is_raw else ""}
         self.coded = [*self.of_users[1:], *(name for name, role in self.of_events.items() if role not in not_coded)]
         """The columns of codes."""
-        self.cache = self._cache.place(self.given, json.dumps([self.options, self.files]).encode())
+        self.cache = self.room.place(self.given, json.dumps([self.options, self.files]).encode())
         """Directory of the arrays that are made of these columns of these files."""
 
     def describe(self) -> dict[str, Any]:
@@ -142,10 +141,6 @@ class Lake:
             return False
         files = json.loads((self.cache / META_FILE).read_text(encoding="utf-8"))["files"]
         return all([remote.is_there(self.cache / file, files[file]) for file in files if "/" not in file])
-
-    def make_room(self, needed: int) -> None:
-        """Makes room in the cache for arrays of so many bytes. Raises DataError if there is too little."""
-        self._cache.make_room(needed, {*self.cache.glob("*.npy")})
 
     @contextmanager
     def reading(self, number: int) -> Iterator[None]:
@@ -272,9 +267,12 @@ class LakeFiles(StoreFiles):
         if self._is_made(shard, name):
             return
         with FileLock(self.path / f"{name}.lock"):
-            shards = [shard, *islice(self._following(shard), _THREADS - 1)]
+            room, size = self._lake.room, self.described[shard_file(shard, name)]["bytes"]
+            at_once = max(1, min(_THREADS, room.max_bytes // size // 4))  # with some larger ones, they still fit
+            shards = [shard, *islice(self._following(shard), at_once - 1)]
             missing = [each for each in shards if not self._is_made(each, name)]
-            self._lake.make_room(sum(self.described[shard_file(each, name)]["bytes"] for each in missing))
+            needed = sum(self.described[shard_file(each, name)]["bytes"] for each in missing)
+            room.make_room(needed, {*self.path.glob("*.npy")})
             with ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(partial(self._make, self._features[name]), missing))
 
@@ -370,7 +368,7 @@ def _write_users(lake: Lake, directory: Path) -> None:
         cardinality = len(items) if column == item else cardinalities.get(column)
         size, is_item = None if cardinality is None else int(cardinality), column == item
         features.append(FeatureMeta(column, role, DTYPES[role], size, is_item, is_item and lake.is_raw))
-    lake.make_room(sum(array.nbytes for array in arrays.values()))
+    lake.room.make_room(sum(array.nbytes for array in arrays.values()), set())
     for file, array in arrays.items():
         np.save(directory / file, array)
     sources = {name[len(lake.root) + 1 :]: lake.footer(number) for number, (name, *_) in enumerate(lake.files)}
@@ -388,7 +386,7 @@ def _write_users(lake: Lake, directory: Path) -> None:
         files |= {file: described(file, dtype, int(each.lengths.sum())) for file, dtype in names.items()}
     sharded = {feature.file: described(feature.file, feature.dtype, 0)["sha256"] for feature in of_events}
     meta = {
-        "name": lake.path.name, "command": None, "statistics": {}, "sources": sources, "files": files,
+        "name": lake.cache.name, "command": None, "statistics": {}, "sources": sources, "files": files,
         "num_users": int(ends[-1]), "num_events": int(arrays[OFFSETS_FILE][-1]), "features": [*map(asdict, features)],
         "file_of_shard": numbers, "shards": {"users": [0, *ends.tolist()], "sha256": sharded},
     }  # fmt: skip

@@ -89,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{loaded.checkpoint}\n{split} of {data}: {users:,} users, {predictions:,} predictions{seen}\n")
     if evaluation.held_out is not None:
         skipped = evaluation.held_out - evaluation.not_drawn - predictions
-        print(f"{evaluation.held_out:,} events, {skipped:,} of them not predicted: no event before")
+        why = "no event before" if loaded.dataset.same_second_targets else "none before, or one in the same second"
+        print(f"{evaluation.held_out:,} events, {skipped:,} of them not predicted: {why}")
         if period and period.most is not None:
             print(f"{evaluation.not_drawn:,} more are not among those that were drawn")
         for name, (count, of_new) in new.items():

@@ -307,6 +307,7 @@ class StoreSource(BatchSource):
             recoding=self._recoding if store is self.eval_store else None,
             labels=labels or (self._labels if store is self.store else self._eval_labels),
             window_seed=trainer.seed if training and self._draws_windows else None,
+            ties_seed=trainer.seed if training and self._args.shuffle_ties and not self.phase.first_segment else None,
             wants_label_events=not training,
         )
         assembler = Assembler(

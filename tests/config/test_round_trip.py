@@ -134,7 +134,7 @@ def test_operative_gin_loads_to_an_equal_config(config: RunConfig) -> None:
     assert again.operative_gin() == config.operative_gin()
 
 
-@pytest.mark.parametrize("line", ["DatasetArgs.shuffle_ties = True", "DatasetArgs.dynamic_tables = False"])
+@pytest.mark.parametrize("line", ["RetrievalArgs.request_time = 'last_event'", "DatasetArgs.dynamic_tables = False"])
 def test_a_stored_configuration_may_have_what_was_removed(tmp_path: Path, line: str) -> None:
     text = load([write(tmp_path, BASES["retrieval"])], [], "retrieval").operative_gin()
     (tmp_path / "operative.gin").write_text(f"{text}\n{line}\n")

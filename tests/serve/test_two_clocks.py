@@ -225,3 +225,13 @@ def test_what_comes_after_a_query_does_not_change_its_bits(path: Path, mesh: Mes
     assert np.array_equal(later[0][:, 1], ranks[:, 1]) and np.array_equal(later[1][:, 1], scores[:, 1])
     assert (later[1][:, 0] != scores[:, 0]).any() and not torch.equal(later[2], queries), "told, they read its time"
     assert torch.equal(attacked["item"][2], queries) and not np.array_equal(attacked["item"][1], scores)
+
+
+def test_targets_of_the_second_of_the_event_before_may_be_left_out(path: Path, mesh: Mesh, tmp_path: Path) -> None:
+    model, store = LoadedModel.load(path, mesh=mesh), write_store(tmp_path / "store")
+    gaps = np.diff(np.asarray(store.sequence("timestamp")).reshape(USERS, EVENTS))[:, -2]
+    (ranks, scores, _), (kept_ranks, kept_scores, _) = (
+        results(model, store, same_second_targets=kept) for kept in (True, False)
+    )
+    assert 0 < (gaps == 0).sum() < USERS
+    assert np.array_equal(kept_ranks, ranks[gaps > 0]) and np.allclose(kept_scores, scores[gaps > 0], atol=1e-6)

@@ -146,7 +146,8 @@ def test_what_is_new_to_training_stands_apart_on_any_number_of_ranks(cut_store: 
 
 def test_training_uses_nothing_after_the_cut(cut_store: SequenceStore, source: OpenSource, tmp_path: Path) -> None:
     options: dict[str, Any] = {
-        "dataset": {**SPLIT, "max_sequence_length": 4, "window_stride": 2} | {"side_feature_names": ["price"]},
+        "dataset": {**SPLIT, "max_sequence_length": 4, "shuffle_ties": True, "window_stride": 2}
+        | {"side_feature_names": ["price"]},
         "task_args": {"negatives": "mixed", "num_negatives": 5, "logq_correction": True, "mask_seen": True},
         "network": {"position_encoding": "relative_bias"},
     }

@@ -72,6 +72,11 @@ class DatasetArgs(AnyDatasetArgs):
     trains in either way, so that the model may be asked with and without the time. Evaluation of request and either
     reports both: HR@10 with the time, and HR@10/last_event without it. It has no influence on actions, which are
     predicted at the time of their own event."""
+    same_second_targets: bool = option(
+        True, changes="reports", needs=having("task", "retrieval", why="ranking has no held-out items")
+    )
+    """Evaluate the held-out items whose time is the second of the event before them, too. No service is asked for such
+    an item: its user is still in the request before. False leaves them out."""
     shuffle: bool = option(False, changes="training")
     """Shuffle the users again in each epoch."""
     shuffle_window_shards: int = option(
@@ -82,6 +87,14 @@ class DatasetArgs(AnyDatasetArgs):
     )
     """Shuffle the shards of a store (preprocess_dataset.py --shards), then the samples of each window of this many
     shards: a process reads one window after another, and keeps the shards of two open. 0: shuffle all samples."""
+    shuffle_ties: bool = option(
+        False,
+        changes="training",
+        needs=having("task", "retrieval", why="ranking keeps the order in which the numbers of events were computed"),
+    )
+    """Training: shuffle the events of a user that have equal times again in each epoch, so that nothing is learnt from
+    their order in the raw file. What is held out stays held out. Evaluation, and a phase of new events
+    (TrainerArgs.continue_on), keep the order of the file. The data needs times."""
     split: str = option("auto", changes="training", choices=("auto", *dict.fromkeys(sum(SPLITS.values(), ()))))
     """How training and evaluation data are separated. auto: the split column of your own data, if it was preprocessed
     with --split; else leave_one_out for retrieval and user_holdout for ranking. time: train on the events before a cut

@@ -43,8 +43,9 @@ class SampleTable:
     """With ``request``: index of the sample's first candidate among the store's candidates."""
     report: dict[str, int] = field(default_factory=dict)
     """Counts: users of the split, samples, users (or targets) without enough history, users whose oldest events are in
-    no sample, users in random windows, and events of all samples. Of a phase: new events, and labels. Of a period that
-    draws samples: labels that were not drawn; the other counts are of all its samples."""
+    no sample, users in random windows, events of all samples, and targets of the same second as the event before. Of a
+    phase: new events, and labels. Of a period that draws samples: labels that were not drawn; the other counts are of
+    all its samples."""
 
     def __len__(self) -> int:
         return len(self.user)
@@ -123,7 +124,7 @@ def build_samples(
         raise ConfigError(located(args, "split", "holds nothing out, so there is nothing to evaluate"))
     if task == "retrieval":
         target = splits.tested_events(store, runs, args) - (args.valid_items if split == "valid" else 0)
-        return _with_target(runs.select(target < runs.stop), target[target < runs.stop], args)
+        return _with_target(store, runs.select(target < runs.stop), target[target < runs.stop], args)
     if split == "all":
         return _ranking_samples(runs, runs.lengths, args)
     if args.split != "time":
@@ -183,10 +184,15 @@ def _of_new_events(
     return replace(samples, report=samples.report | counts)
 
 
-def _with_target(runs: Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
+def _with_target(store: SequenceStore, runs: Runs, target: np.ndarray, args: DatasetArgs) -> SampleTable:
     """Evaluation samples, one per run: the history before ``target``, of at least one event."""
     kept = Runs(runs.user, runs.begin, target).select(target > runs.begin)
-    return _table(kept, args, len(runs.user), np.zeros_like(kept.user), target=kept.stop)
+    samples = _table(kept, args, len(runs.user), np.zeros_like(kept.user), target=kept.stop)
+    if args.same_second_targets:
+        return samples
+    later = np.flatnonzero(store.gaps(kept.stop) > 0)
+    report = samples.report | {"samples": len(later), "same_second": len(samples) - len(later)}
+    return replace(samples.take(later), report=report)
 
 
 def _of_requests(store: SequenceStore, args: DatasetArgs, split: Split | Period, seed: int) -> SampleTable:
@@ -266,7 +272,7 @@ def _of_held_out(
         samples = _windows(Runs(runs.user, runs.begin, stop), begin, args, labelled, is_training=False)
     else:
         rows, place = run_indices(stop - begin)
-        samples = _with_target(runs.select(rows), begin[rows] + place, args)
+        samples = _with_target(store, runs.select(rows), begin[rows] + place, args)
     counts = {"users": int((stop > begin).sum()), "held_out": int((stop - begin).sum())}
     return replace(samples, report=samples.report | counts)
 

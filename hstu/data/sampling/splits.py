@@ -69,7 +69,11 @@ class Runs:
 
 
 def check_split(store: SequenceStore, args: DatasetArgs) -> None:
-    """Raises ConfigError for options that contradict the data's split or leave a split empty, or lack shards."""
+    """Raises ConfigError for options that contradict the data's split, leave a split empty or lack times."""
+    for name in ("shuffle_ties", "same_second_targets"):
+        if is_given(args, name) and store.timestamp_feature is None:
+            text = f"needs times, and {store.path} has none; remove it, or preprocess the data with a time column"
+            raise ConfigError([located(args, name, text)])
     if args.shuffle_window_shards and not store.num_shards:
         text = f"needs a store in shards, and {store} has none; remove it, or preprocess the data with --shards N"
         raise ConfigError([located(args, "shuffle_window_shards", text)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from hstu.data.batches.collate import Rows
 from hstu.data.batches.jagged import ranges, run_offsets
 from hstu.data.features.roles import FeatureRoles
 from hstu.data.features.values import LabelColumn
-from hstu.data.sampling.sampler import BatchPlan, window_starts
+from hstu.data.sampling.sampler import BatchPlan, shuffled_ties, window_starts
 from hstu.data.sampling.samples import SampleTable, samples_of_requests
 from hstu.data.store.lake import describe
 from hstu.data.store.sequence_store import Requests, SequenceStore, time_codes
@@ -39,6 +39,8 @@ class StoreReader:
     """The columns that FeatureRoles.labels names."""
     window_seed: int | None = field(default=None, kw_only=True)
     """Seed that moves the windows of training samples, see window_starts. None: each sample is the newest window."""
+    ties_seed: int | None = field(default=None, kw_only=True)
+    """Seed that shuffles events of equal times in training samples, see shuffled_ties. None: the order of the file."""
     wants_label_events: bool = field(default=False, kw_only=True)
     """Give ``SampleTable.newest_labels`` as the target events of samples without a target."""
 
@@ -59,7 +61,7 @@ class StoreReader:
         if self.window_seed is not None:
             start = window_starts(history_begin, start, samples.stop, self.window_seed, plan.epoch, plan.ordinals)
         ends = start + lengths
-        items = SampleItems.of(self.store, samples, start, lengths)
+        items = self._shuffled(SampleItems.of(self.store, samples, start, lengths), samples, start, lengths, plan.epoch)
         labelled = SampleItems.of(self.store, samples, ends - num_labels, num_labels) if self.labels else items
         held_out = request_times = seen = None
         if samples.target is not None:
@@ -70,6 +72,7 @@ class StoreReader:
             before = start if samples.target is None else samples.target
             seen_lengths = before - history_begin
             earlier = SampleItems(self.store, ranges(history_begin, seen_lengths))
+            earlier = self._shuffled(earlier, samples, history_begin, seen_lengths, plan.epoch)
             seen = self._of_items(self.roles.item, earlier), seen_lengths
         item_ids = self._of_items(self.roles.item, items)  # also checks the codes, which then index item features
         return Rows(
@@ -91,6 +94,17 @@ class StoreReader:
             target_events=samples.newest_labels if self.wants_label_events else samples.target,
             seen=seen,
         )
+
+    def _shuffled(
+        self, items: SampleItems, samples: SampleTable, first: np.ndarray, counts: np.ndarray, epoch: int
+    ) -> SampleItems:
+        """The items, ``counts`` of each sample from event ``first`` on, with those of equal times shuffled."""
+        if self.ties_seed is None:
+            return items
+        users = self.samples.user  # a user's first sample ends with the events to train on, other windows before
+        stop = self.samples.stop[np.searchsorted(users, samples.user.astype(users.dtype))].astype(np.int64)
+        times, bounds = self.store.sequence(str(self.store.timestamp_feature)), (samples.history_begin, stop)
+        return replace(items, shuffled=shuffled_ties(times, bounds, first, counts, self.ties_seed, epoch))
 
     def _of_items(self, feature: str, items: SampleItems) -> np.ndarray:
         return self._for_model(feature, items.values(feature))
@@ -169,6 +183,8 @@ class SampleItems:
     """bool [n]. None: all items are events."""
     before: np.ndarray | None = None
     """int64: the event that each event follows; for a candidate, the newest of its history. None: the one before."""
+    shuffled: np.ndarray | None = None
+    """int64: the event whose values stand in the place of each of ``events``, which has its time. None: itself."""
 
     @classmethod
     def of(cls, store: SequenceStore, samples: SampleTable, start: np.ndarray, lengths: np.ndarray) -> SampleItems:
@@ -184,9 +200,14 @@ class SampleItems:
         candidates = ranges(samples.first_candidate, shown)
         return cls(store, ranges(start, lengths - shown), candidates, is_candidate)
 
+    @property
+    def taken(self) -> np.ndarray:
+        """int64: the events whose values the items have."""
+        return self.events if self.shuffled is None else self.shuffled
+
     def values(self, feature: str) -> np.ndarray:
         """[n] stored values of the item, the action or an event feature."""
-        of_events = self.store.sequence(feature)[self.events]
+        of_events = self.store.sequence(feature)[self.taken]
         return self._joined(of_events, lambda shown: self.store.candidates(feature)[shown])
 
     def times(self) -> np.ndarray:

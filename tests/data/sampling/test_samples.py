@@ -29,6 +29,13 @@ def spans(samples: SampleTable) -> list[tuple[int, int, int]]:
     return list(zip(samples.start.tolist(), samples.stop.tolist(), samples.num_labels.tolist(), strict=True))
 
 
+def test_targets_cannot_be_chosen_by_their_second_in_data_without_times() -> None:
+    with pytest.raises(
+        ConfigError, match=r"same_second_targets.* has none; remove it, or preprocess the data with a time column"
+    ):
+        check_split(store_of(5), DatasetArgs(dataset_name="toy", max_sequence_length=4, same_second_targets=False))
+
+
 def test_a_long_history_gives_windows_back_to_its_first_event() -> None:
     samples = table("retrieval", (12,), max_sequence_length=4, window_stride=3, valid_items=1)  # trained on: 10 events
     assert spans(samples) == [(6, 10, 3), (3, 7, 3), (0, 4, 3)]

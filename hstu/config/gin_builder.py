@@ -12,6 +12,7 @@ from hstu.config.args import (
     CLASSES,
     REGISTRY,
     REMOVED_DEFAULTS,
+    SCOPED,
     SEVERAL,
     TASK_ARGS,
     Args,
@@ -68,6 +69,7 @@ class ConfigBuilder:
         for cls, field_name in REGISTRY.items():
             if field_name not in ("", *SEVERAL, "dataset", "task_args") or cls in (dataset, TASK_ARGS[self.task]):
                 known[field_name] = self._object(("", cls))
+        known |= {name: self._object(owner) if owner in self._by_owner else None for owner, name in SCOPED.items()}
         if dataset is BenchmarkDatasetArgs:
             if (tables := getattr(known["dataset"], "embedding_args", None)) is not None:
                 known["embeddings"] = tuple(tables)
@@ -317,7 +319,8 @@ class ConfigBuilder:
         if field_name == "task_args" and cls is not TASK_ARGS[self.task]:
             return f"this is a {self.task} run, which reads {TASK_ARGS[self.task].__name__}; remove it"
         if field_name not in ("", *SEVERAL):
-            return f"{cls.__name__} is read without a scope; drop {scope}/" if scope else None
+            others = "".join(f" or as {written(other)}" for other in SCOPED if other[1] is cls)
+            return f"{cls.__name__} is read without a scope{others}; drop {scope}/" if scope else None
         if not self.complete:  # an unreadable file may refer to it
             return None
         hint = did_you_mean(written(owner), map(written, referred)) or "; refer to it, or remove it"

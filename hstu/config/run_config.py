@@ -8,6 +8,7 @@ from hstu.base.errors import ConfigError
 from hstu.config.args import (
     CLASSES,
     REGISTRY,
+    SCOPED,
     TASK_ARGS,
     Args,
     BenchmarkDatasetArgs,
@@ -46,6 +47,8 @@ class RunConfig:
     """``disable_contextual_mask`` has its effective value, never None."""
     optimizer: OptimizerArgs
     schedule: LRScheduleArgs = field(default_factory=LRScheduleArgs)
+    table_schedule: LRScheduleArgs | None = None
+    """The schedule of the tables; None: ``schedule``."""
     precision: PrecisionArgs = field(default_factory=PrecisionArgs)
     tensor_parallel: TensorModelParallelArgs = field(default_factory=TensorModelParallelArgs)
     data_parallel: DataParallelArgs = field(default_factory=DataParallelArgs)
@@ -155,11 +158,11 @@ class RunConfig:
 
     def operative_gin(self) -> str:
         """The effective configuration as gin text, defaults included. Loading it gives an equal RunConfig."""
-        writer = _GinWriter()
+        writer, scopes = _GinWriter(), {name: scope for (scope, _), name in SCOPED.items()}
         for each in fields(self):
             value = getattr(self, each.name)
             if isinstance(value, Args):
-                writer.write(value)
+                writer.write(value, scopes.get(each.name, ""))
             elif each.name == "numbers" or (each.name == "embeddings" and self.data == "stored"):
                 writer.refer_to(value)  # BenchmarkDatasetArgs refers to its tables itself
         header = f"# The configuration in force, defaults included. Task: {self.task}."

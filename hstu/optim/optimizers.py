@@ -32,11 +32,14 @@ class Optimizers:
         """The group over which dense parameters are sharded, if any."""
         self.lr_multiplier = 1.0
 
-    def set_lr_multiplier(self, multiplier: float) -> None:
-        """Multiply every learning rate from the next backward on."""
+    def set_lr_multiplier(self, multiplier: float, of_tables: float | None = None) -> None:
+        """Multiply every learning rate from the next backward on. ``of_tables``: that of tables; None: ``multiplier``.
+
+        A checkpoint has only ``multiplier``: the trainer sets both before each step.
+        """
         self.lr_multiplier = multiplier
         self.dense.set_lr_multiplier(multiplier)
-        self.tables.set_lr_multiplier(multiplier)
+        self.tables.set_lr_multiplier(multiplier if of_tables is None else of_tables)
 
     @property
     def learning_rate(self) -> float:

@@ -24,7 +24,7 @@ from hstu.base.shipped import command
 from hstu.checkpoint.phase import Phase
 from hstu.checkpoint.state import TrainState
 from hstu.checkpoint.store import CheckpointStore
-from hstu.config.args import RankingArgs, TrainerArgs
+from hstu.config.args import LRScheduleArgs, RankingArgs, TrainerArgs
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.sampler import SamplerPosition
@@ -202,7 +202,9 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[HSTUBatch]) -> None:
         self.mesh.heartbeat.mark("training step", self.state.iteration + 1)
-        self.state.optimizers.set_lr_multiplier(self._lr_multiplier())
+        own = self.config.table_schedule
+        of_tables = None if own is None else self._lr_multiplier(own)
+        self.state.optimizers.set_lr_multiplier(self._lr_multiplier(self.config.schedule), of_tables)
         following = self.state.iteration + 1
         is_logged = following == self.total_iters or self._intervals.may_be_due("log", following)
         self.pipeline.step.measures_norms = is_logged
@@ -219,9 +221,9 @@ class Trainer:
     def _epochs_of(self, position: SamplerPosition) -> Fraction:
         return position.epoch + Fraction(position.consumed, max(1, len(self.source.train_lengths.items)))
 
-    def _lr_multiplier(self) -> float:
-        """Multiplier of the schedule for the next step, which counts as the phase and the size of batches say."""
-        schedule, position, per_epoch = self.config.schedule, self.state.position, self.source.batches_per_epoch
+    def _lr_multiplier(self, schedule: LRScheduleArgs) -> float:
+        """Multiplier of a schedule for the next step, which counts as the phase and the size of batches say."""
+        position, per_epoch = self.state.position, self.source.batches_per_epoch
         epoch = position.epoch + (position.consumed == len(self.source.train_lengths.items))  # of the next batch
         phase = self.phase
         epoch_start = phase.first_iteration + (epoch - phase.first_epoch) * per_epoch

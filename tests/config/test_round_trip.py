@@ -117,6 +117,7 @@ def run_configs(draw: st.DrawFn) -> RunConfig:
         network=draw(instances(a.NetworkArgs)),
         optimizer=draw(OPTIMIZERS),
         schedule=draw(instances(a.LRScheduleArgs)),
+        table_schedule=draw(st.none() | instances(a.LRScheduleArgs)),
         precision=draw(instances(a.PrecisionArgs)),
         tensor_parallel=draw(instances(a.TensorModelParallelArgs)),
         data_parallel=draw(instances(a.DataParallelArgs)),

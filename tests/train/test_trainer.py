@@ -82,22 +82,28 @@ def test_by_epoch_learning_rates_change_at_the_ends_of_epochs_of_any_length(trai
     assert len(rates) == len(dict(rates)) == len(set(dict(rates).values())), "one for each epoch"
 
 
-def test_dense_weights_and_tables_follow_one_schedule_which_a_resume_goes_on_with(
-    train: Train, store: SequenceStore
+@pytest.mark.parametrize("pipeline", ["none", "native", "prefetch"])
+@pytest.mark.parametrize("still", ["dense", "tables"])
+def test_tables_follow_their_own_schedule_and_the_dense_part_follows_the_other(
+    train: Train, store: SequenceStore, pipeline: str, still: str
 ) -> None:
-    options: Any = {
-        "optimizer": {"learning_rate": 0.01, "sparse_learning_rate": 0.03},
-        "sharded": tuple(store.features),
-    }
-    options["schedule"] = {"schedule": "warmup_stable_decay", "warmup_iters": 2, "decay_iters": 3}
-    trainer = {"max_train_iters": 8, "ckpt_save_interval": 4}
-    expected = train("ranking", trainer=trainer, **options)
-    half = expected.path.parent / "checkpoints" / "iteration_00000004"
-    resumed = train("ranking", output="on", trainer=trainer | {"ckpt_load_dir": str(half)}, **options)
+    """A part whose rate is too small to move a float32 shows what the other one follows."""
+    decays: Any = {"schedule": "warmup_stable_decay", "warmup_iters": 2, "decay_iters": 3}
+    rates = {"learning_rate": 1e-30, "sparse_learning_rate": 0.01}
+    rates = rates if still == "dense" else dict(zip(rates, [*rates.values()][::-1], strict=True))
+    options: Any = {"optimizer": rates, "sharded": tuple(store.features)}
+    trainer = {"max_train_iters": 8, "pipeline_type": pipeline, "ckpt_save_interval": 4}
+    expected = train("ranking", schedule=decays, trainer=trainer, **options)
+    apart = {"table_schedule": decays} if still == "dense" else {"schedule": decays, "table_schedule": {}}
+    found = train("ranking", output="apart", trainer=trainer, **apart, **options)
+    assert found.losses == expected.losses and len(set(found.losses)) == 8
+    half = found.path.parent / "checkpoints" / "iteration_00000004"
+    resumed = train("ranking", output="on", trainer=trainer | {"ckpt_load_dir": str(half)}, **apart, **options)
     assert resumed.losses == expected.losses[4:]
-    multipliers = np.array([0, 0.5, 1, 1, 1, 1, 2 / 3, 1 / 3])
-    for name, rate in (("lr", 0.01), ("lr_tables", 0.03)):
-        assert [record[name] for record in expected.records] == pytest.approx(rate * multipliers)
+    moving = "lr_tables" if still == "dense" else "lr"
+    lrs = [record[moving] for record in found.records]
+    assert lrs == pytest.approx([0, 0.005, 0.01, 0.01, 0.01, 0.01, 0.02 / 3, 0.01 / 3])
+    assert expected.records[3]["lr_tables"] == rates["sparse_learning_rate"]
 
 
 def test_gradient_norms_are_what_sgd_subtracts_from_weights_and_tables(

@@ -152,6 +152,7 @@ class TinyOptions(TypedDict, total=False):
     network: Mapping[str, Any]
     optimizer: Mapping[str, Any]
     schedule: Mapping[str, Any]
+    table_schedule: Mapping[str, Any] | None
     precision: Mapping[str, Any]
     task_args: Mapping[str, Any]
 
@@ -186,6 +187,7 @@ def run_config(
     ranking = task == "ranking"
     make_task, defaults = (RankingArgs, RANKING) if ranking else (RetrievalArgs, RETRIEVAL)
     places = {"output_dir": f"{output}/run", "ckpt_save_dir": f"{output}/checkpoints"}
+    of_tables = options.get("table_schedule")
     return RunConfig(
         task=task,  # type: ignore[arg-type]
         trainer=TrainerArgs(**{**TRAINER, **places, **options.get("trainer", {})}),
@@ -194,6 +196,7 @@ def run_config(
         network=NetworkArgs(**{**NETWORK, **options.get("network", {})}),
         optimizer=OptimizerArgs(**{"optimizer_str": "adam", "learning_rate": 0.01, **options.get("optimizer", {})}),
         schedule=LRScheduleArgs(**options.get("schedule", {})),
+        table_schedule=None if of_tables is None else LRScheduleArgs(**of_tables),
         precision=PrecisionArgs(**options.get("precision", {})),
         task_args=make_task(**{**defaults, **options.get("task_args", {})}),
     )

@@ -54,6 +54,9 @@ REGISTRY: Mapping[type[Args], str] = {
 SEVERAL = ("embeddings", "numbers")
 """Fields of RunConfig that hold one object per gin scope."""
 
+SCOPED: Mapping[tuple[str, type[Args]], str] = {("tables", LRScheduleArgs): "table_schedule"}
+"""Gin scope and class → field of RunConfig that holds their object; None if the scope has no binding."""
+
 CLASSES: Mapping[str, type[Args]] = {cls.__name__: cls for cls in REGISTRY}
 """Name in a gin file → class."""
 

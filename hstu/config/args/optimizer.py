@@ -85,7 +85,8 @@ class OptimizerArgs(Args):
 
 
 class LRScheduleArgs(Args):
-    """The learning-rate schedule: one multiplier over time for all learning rates, dense and tables alike."""
+    """The learning-rate schedule: one multiplier over time for all learning rates, dense and tables alike. Options of
+    tables/LRScheduleArgs make another schedule for all tables, which has the other options of LRScheduleArgs."""
 
     schedule: str = option(
         "constant",

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from hstu.base.errors import ConfigError
 from hstu.base.remote import url_of
-from hstu.config.args import DatasetArgs, RankingArgs
+from hstu.config.args import DatasetArgs, LRScheduleArgs, RankingArgs
 from hstu.config.args.task import AT_LAST_EVENT, LOWER_IS_BETTER, METRICS_PER_TASK
 from hstu.config.option import cited, problem
 from hstu.config.problems import Problem, did_you_mean
@@ -151,21 +151,27 @@ def initial_accumulator_is_of_an_adagrad(run: RunConfig) -> Iterator[Problem]:
 
 
 def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
-    schedule = run.schedule
-    if any(left >= right for left, right in pairwise(schedule.milestones)):
-        yield problem(schedule, "milestones", "must increase; sort them and remove repetitions")
-    if schedule.schedule == "step" and not schedule.milestones:
-        yield problem(schedule, "schedule", "needs LRScheduleArgs.milestones; set it, for example to [1000, 2000]")
+    for schedule in _schedules(run):
+        if any(left >= right for left, right in pairwise(schedule.milestones)):
+            yield problem(schedule, "milestones", "must increase; sort them and remove repetitions")
+        if schedule.schedule == "step" and not schedule.milestones:
+            yield problem(schedule, "schedule", "needs LRScheduleArgs.milestones; set it, for example to [1000, 2000]")
 
 
 def warmup_and_decay_fit_into_the_run(run: RunConfig) -> Iterator[Problem]:
-    schedule = run.schedule
-    if (schedule.warmup_ratio or 0) + (schedule.decay_ratio or 0) > 1 and schedule.schedule != "cosine_restarts":
-        other = cited(schedule, "warmup_ratio")
-        yield problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
-    if schedule.schedule == "warmup_stable_decay" and schedule.decay_iters is schedule.decay_ratio is None:
-        text = "needs the length of the decay at the end of the run; set decay_ratio, for example to 0.2"
-        yield problem(schedule, "schedule", text)
+    for schedule in _schedules(run):
+        if (schedule.warmup_ratio or 0) + (schedule.decay_ratio or 0) > 1 and schedule.schedule != "cosine_restarts":
+            other = cited(schedule, "warmup_ratio")
+            yield problem(schedule, "decay_ratio", f"and {other} together exceed 1, the whole run; lower one of them")
+        if schedule.schedule == "warmup_stable_decay" and schedule.decay_iters is schedule.decay_ratio is None:
+            text = "needs the length of the decay at the end of the run; set decay_ratio, for example to 0.2"
+            yield problem(schedule, "schedule", text)
+
+
+def _schedules(run: RunConfig) -> Iterator[LRScheduleArgs]:
+    yield run.schedule
+    if run.table_schedule is not None:
+        yield run.table_schedule
 
 
 RULES = (

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import SimpleNamespace
@@ -96,7 +97,7 @@ def open_data(run: RunDraft, built: Built) -> None:
         return
     if path := dataset.eval_dataset_path:
         with built.at(dataset, "eval_dataset_path"):
-            SequenceStore.open(path)
+            SequenceStore.open(store_path(replace(dataset, dataset_path=path)))
     built.store = SequenceStore.open(store_path(dataset))
     with built.at(dataset, "dataset_name"):
         built.roles = resolve_roles(built.store, dataset, tasks_of(run), run.has_item_tower)

@@ -164,14 +164,14 @@ def recoding_of(theirs: SequenceStore, ours: SequenceStore, roles: FeatureRoles)
                 recoding[name] = ours.encode(name, theirs.raw_ids(name))
             except DataError as error:
                 raise DataError(
-                    f"DatasetArgs.eval_dataset_path: {theirs.path} has ids that the training data lacks. "
+                    f"DatasetArgs.eval_dataset_path: {theirs} has ids that the training data lacks. "
                     f"{error}. Preprocess the training data so that it has them, or leave the feature out"
                 ) from error
         elif (other.cardinality or 0) > (mine.cardinality or 0) and not mine.raw:
             problems.append(
                 f"has {name!r} up to {theirs.cardinality(name) - 1}, the training data below {mine.cardinality}"
             )
-    ConfigError.raise_if([f"DatasetArgs.eval_dataset_path: {theirs.path} {problem}" for problem in problems])
+    ConfigError.raise_if([f"DatasetArgs.eval_dataset_path: {theirs} {problem}" for problem in problems])
     return recoding
 
 

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add, count = parser.add_argument, _between(int, 1, 1 << 30)
     add("--export", type=Path, required=True, help="an export with a program, or a folder with several")
     add("--users", help="where events of users are kept: a file, or redis://HOST:PORT/DATABASE (nowhere)")
+    add("--items", type=Path, help=".csv or .parquet file of items in stock and their categories, read when it changes")
     add("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
     add("--port", type=_between(int, 0, 65_535), default=8000, help="0 takes a free one (%(default)s)")
     add("--max_batch", type=count, default=32, help="requests that are computed together at most (%(default)s)")
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_body_bytes=options.max_body_kb << 10,
             poll_s=options.poll_s,
             users=options.users,
+            items=options.items,
         ),
     )
     return EXIT_DONE

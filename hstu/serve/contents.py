@@ -26,7 +26,7 @@ from hstu.train.inference import InferenceSource, StoredSource
 
 MOST_CANDIDATES = 256
 """Candidates per sequence if training does not set a limit."""
-_ROWS_AT_ONCE = 1 << 16
+_ROWS_AT_ONCE, _EVENTS_AT_ONCE = 1 << 16, 1 << 24
 
 
 def check_can_be_served(trained: LoadedModel) -> None:
@@ -76,6 +76,13 @@ def collect(
         ids, codes = features.item_ids(), np.arange(source.cardinalities[source.roles.item], dtype=np.int64)
         places = codes_of(trained.model_ids(codes), ids)  # index in ``ids`` of each item of the data
         vocabulary |= _items(source, features, places, len(ids))
+        vocabulary["popularity"], events = (
+            torch.zeros(len(ids), dtype=torch.int64),
+            source.store.sequence(facts["item"]),
+        )
+        for first in range(0, len(events), _EVENTS_AT_ONCE):
+            shown = places[events[first : first + _EVENTS_AT_ONCE]]
+            vocabulary["popularity"] += torch.from_numpy(shown).bincount(minlength=len(ids))
         if any(entry["is_running"] for entry in facts["numbers"]):
             learnt = learn_from(source.store, places).tables
             vocabulary |= {f"running.{name}": table for name, table in learnt.items()}

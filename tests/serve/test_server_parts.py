@@ -1,4 +1,4 @@
-"""Batching, which export is served, and random requests of which a bad one harms none beside it; without HTTP."""
+"""Batching, which export is served, rules, and random requests of which a bad one harms no other; without HTTP."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
 from hstu.base.errors import DataError
+from hstu.data.store.sequence_store import SequenceStore
 from hstu.serve.runtime import ServingError
 from hstu.serve.server.batching import Batcher, Metrics, Overloaded, Settings
-from hstu.serve.server.model import Answer, ScoreRequest, ServedModel
+from hstu.serve.server.model import Answer, RecommendRequest, ScoreRequest, ServedModel
+from hstu.serve.server.rules import Catalog, ItemFile, chosen_items
 from hstu.serve.server.swap import LiveModel, find_exports
 from tests.serve.http_server import StubLoader, write_folder
 from tests.serve.served import Served, random_requests
@@ -305,3 +308,99 @@ def test_a_defect_fails_the_request_that_causes_it(ranking: Served, monkeypatch:
     monkeypatch.setattr(model, "run", runs)
     failure = OSError if step == "encode" else MemoryError
     assert [type(each) for each in served.answer(queries)] == [dict, dict, failure, dict]
+
+
+def _steps(scores: np.ndarray, asked: RecommendRequest, categories: np.ndarray, vectors: np.ndarray) -> Any:
+    """Oracle of the rules over all items: a function that checks the items of one list, and how many there must be."""
+    room = {number: asked.quotas.get(str(number), asked.most_per_category) for number in range(5)}
+    free = scores > -np.inf
+
+    def has_room(item: int, chosen: list[int]) -> bool:
+        most, own = room.get(int(categories[item])), [categories[each] for each in chosen]
+        return most is None or own.count(categories[item]) < most
+
+    def check(chosen: list[int]) -> None:
+        for count, item in enumerate([*chosen, None][: asked.k]):
+            before = chosen[:count]
+            left = [each for each in np.flatnonzero(free) if each not in before and has_room(each, before)]
+            closest = (vectors[left] @ vectors[before].T).max(axis=1, initial=-1) if before else np.zeros(len(left))
+            values = (1 - asked.diversity) * scores[left] - asked.diversity * closest
+            assert (item is None) == (not left)
+            assert item is None or values[left.index(item)] >= values.max() - 1e-5
+
+    return check
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_rules_choose_among_all_items(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    count, k = int(draw.choice([3, 40, 700])), int(draw.choice([1, 5, 20]))
+    vectors = draw.normal(size=(count + 1, 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = vectors @ vectors[0]
+    scores[draw.random(count + 1) < draw.choice([0, 0.5])] = -np.inf
+    scores[-1], categories = -np.inf, draw.integers(-1, 5, count + 1)
+    categories[np.argsort(-scores)[: count // 2]] = 1  # most of the best are of one category
+    quotas = {str(number): int(draw.integers(0, 4)) for number in draw.choice(5, draw.integers(0, 3), replace=False)}
+    most, diversity = draw.choice([None, 1, 3]), float(draw.choice([0, 0.3, 0.9]))
+    asked = RecommendRequest(items=[1], k=k, most_per_category=most, quotas=quotas, diversity=diversity)
+    given = (torch.from_numpy(scores), Catalog(None, torch.from_numpy(categories), {str(n): n for n in range(5)}))
+    places, is_drawn = chosen_items(given[0], asked, given[1], torch.from_numpy(vectors))
+    assert not is_drawn.any()
+    check = _steps(scores, asked, categories, vectors.astype(np.float64))
+    check(places.tolist())
+
+    explores = asked.model_copy(update={"exploration": 0.4, "seed": seed})
+    some, is_drawn = chosen_items(given[0], explores, given[1], torch.from_numpy(vectors))
+    assert some.equal(chosen_items(given[0], explores, given[1], torch.from_numpy(vectors))[0])
+    drawn = round(0.4 * k)
+    assert is_drawn.sum() <= drawn and len({*some.tolist()}) == len(some) and (scores[some] > -np.inf).all()
+    best = asked.model_copy(update={"k": k - drawn})
+    if best.k:
+        _steps(scores, best, categories, vectors.astype(np.float64))(some[~is_drawn].tolist())
+    for number in range(5):
+        limit = quotas.get(str(number), most)
+        assert limit is None or (categories[some] == number).sum() <= limit
+
+
+def test_items_follow_the_item_file_and_a_user_without_events_gets_popular_ones(
+    retrieval: Served, features: SequenceStore, tmp_path: Path
+) -> None:
+    path = tmp_path / "items.csv"
+    path.write_text(
+        "item,in_stock,category,price\n1001,true,a,9\n1002,1,b,9\n1003,false,a,9\n1004,true,,9\n7,true,a,9\n"
+    )
+    (tmp_path / "root").symlink_to(retrieval.folder)
+    live = LiveModel(
+        tmp_path / "root", Metrics(), lambda _, name, __: ServedModel(retrieval.model, name), ItemFile(path)
+    )
+
+    def recommended(**options: Any) -> Answer:
+        (answer,) = live.current.answer([RecommendRequest(**{"items": [], "filter_seen": False, **options})])
+        assert isinstance(answer, dict), answer
+        return answer
+
+    counts = np.bincount(features.sequence("item_id"))
+    popular, history = recommended(), {"items": [1001], "actions": [1], "timestamps": [0]}
+    assert popular["fallback"] == "popular" and "fallback" not in recommended(**history)
+    assert {each["item"] for each in popular["items"]} == {1001, 1002, 1004}
+    for each in popular["items"]:
+        assert each["score"] == pytest.approx(counts[each["item"] - 1000] / counts.max())
+    every = recommended(**history)["items"]
+    assert recommended(**history, min_score=every[1]["score"])["items"] == every[:2]
+    assert {each["item"] for each in recommended(quotas={"a": 0})["items"]} == {1002, 1004}
+    (unfit,) = live.current.answer([RecommendRequest(items=[], quotas={"c": 1})])
+    assert "no item has the category 'c'; there are 2: a, b" in str(unfit)
+
+    path.write_text("item,in_stock\n1001,perhaps\n")
+    assert not live.refresh() and "perhaps" in live.refused[str(path)]
+    assert {each["item"] for each in recommended()["items"]} == {1001, 1002, 1004}
+    path.write_text("item,in_stock\n1003,true\n")
+    assert not live.refresh() and not live.refused
+    assert [each["item"] for each in recommended()["items"]] == [1003]
+    (unfit,) = live.current.answer([RecommendRequest(items=[], most_per_category=1)])
+    assert "with a column category" in str(unfit)
+    for text, problem in (("a,b\n", "no column 'item'"), ("item\n1\n1\n", "several rows"), ("", "Empty")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=problem):
+            ItemFile(path)

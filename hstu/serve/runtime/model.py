@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -173,26 +174,35 @@ class Model:
 
     def nearest(self, queries: Tensor, k: Sequence[int], lists: Sequence[Lists]) -> list[Recommendation]:
         """Find the ``k`` items nearest to each unit vector of ``queries``, float32 [n, E]."""
-        items, found = self._item_vectors("recommend"), []
-        step = max(1, _COSINES_AT_ONCE // max(1, len(items)))
+        found, count = [], len(self._item_vectors("recommend"))
+        step = max(1, _COSINES_AT_ONCE // max(1, count))
         for first in range(0, len(queries), step):
-            scores = queries[first : first + step] @ items.t()
-            scores[:, self._is_missing] = -torch.inf
-            for own, (left_out, only) in zip(scores, lists[first : first + step], strict=True):
-                if only is not None:
-                    places = self.encoder.items.places(only)
-                    kept = own[places]
-                    own.fill_(-torch.inf)[places] = kept
-                own[self.encoder.items.places(left_out)] = -torch.inf
-            own_k = k[first : first + step]
-            best, places = scores.topk(min(max(own_k), len(items)), dim=1)
-            found += [self._named(*row) for row in zip(best, places, own_k, strict=True)]
+            chunk = slice(first, first + step)
+            best, places = self.scores(queries[chunk], lists[chunk]).topk(min(max(k[chunk]), count), dim=1)
+            for own_best, own_places, own_k in zip(best, places, k[chunk], strict=True):
+                own_best = own_best[own_best > -torch.inf][:own_k]
+                found.append(self.named(own_best, own_places[: len(own_best)]))
         return found
 
-    def _named(self, scores: Tensor, places: Tensor, k: int) -> Recommendation:
-        chosen = places[scores > -torch.inf][:k]
-        titles = [self.titles[place] for place in chosen.tolist()] if self.titles else []
-        return Recommendation(self.encoder.items.values_at(chosen), scores[: len(chosen)].tolist(), titles)
+    def scores(self, queries: Tensor, lists: Sequence[Lists]) -> Tensor:
+        """Cosines of unit vectors, float32 [n, E], and all items, [n, items + 1]; -inf for items not to recommend.
+
+        The last column, -inf, is for unknown items.
+        """
+        scores = queries @ self._item_vectors("recommend").t()
+        scores[:, self._is_missing] = -torch.inf
+        for own, (left_out, only) in zip(scores, lists, strict=True):
+            if only is not None:
+                places = self.encoder.items.places(only)
+                kept = own[places]
+                own.fill_(-torch.inf)[places] = kept
+            own[self.encoder.items.places(left_out)] = -torch.inf
+        return scores
+
+    def named(self, scores: Tensor, places: Tensor) -> Recommendation:
+        """The items at places, int64 [n], with their scores."""
+        titles = [self.titles[place] for place in places.tolist()] if self.titles else []
+        return Recommendation(self.encoder.items.values_at(places), scores.tolist(), titles)
 
     def embed(self, history: History, at: int | None = None) -> Tensor:
         """Encode one history into a unit vector, float32 [E], see :meth:`embed_batch`."""
@@ -281,6 +291,17 @@ class Model:
                 found[place] = own
             start = stop
         return found
+
+    @property
+    def vectors(self) -> Tensor:
+        """Unit vectors of all items, float32 [items + 1, E], zeros for unknown items, the last. Retrieval only."""
+        return self._item_vectors("recommend")
+
+    @cached_property
+    def popularity(self) -> Tensor | None:
+        """Events of each item in the data, as a part of the most that one has, [items + 1]. None: an older export."""
+        counts = self.contents.tensors[VOCABULARY].get("popularity")
+        return None if counts is None else torch.nn.functional.pad(counts / counts.max().clamp(min=1), (0, 1))
 
     def _item_vectors(self, purpose: str) -> Tensor:
         if self._items is None:

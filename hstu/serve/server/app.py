@@ -31,6 +31,7 @@ from hstu.serve.runtime import ServingError
 
 from .batching import Batcher, Metrics, Overloaded, Settings
 from .model import Answer, EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
+from .rules import ItemFile
 from .swap import LiveModel
 from .users import StoreError, Users, open_store
 
@@ -63,7 +64,7 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
     with _bound(host, port) as listener:
         metrics = Metrics()
         gc.freeze()  # exempts imported modules, so that collecting a replaced model pauses threads for less time
-        live = LiveModel(root, metrics)
+        live = LiveModel(root, metrics, items=None if settings.items is None else ItemFile(settings.items))
         shown = f"[{host}]" if ":" in host else host
         # uvicorn handles both signals, and raises them again after its graceful shutdown.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -359,6 +360,8 @@ def _facts(served: ServedModel) -> dict[str, Any]:
             "features": {name: encoder.described[name] for name in encoder.given_features},
         },
         "predictions": facts["tasks"],
+        "categories": [] if served.catalog is None else [*served.catalog.numbers],
+        "fallback": "popular" if served.task == "retrieval" and served.model.popularity is not None else None,
     }
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
@@ -41,6 +42,8 @@ class Settings:
     """Seconds for running requests to finish after SIGTERM."""
     users: str | None = None
     """Where the events of users are kept: a file, or a URL redis://…. None: nowhere."""
+    items: Path | None = None
+    """File that says which items are in stock, and of which category. None: no rules of items."""
 
 
 class Metrics:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Annotated, Any, Self
 
 import torch
@@ -11,6 +11,9 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from hstu.serve.runtime import Candidates, History, Model, Recommendation, ServingError
+from hstu.serve.runtime.model import Lists
+
+from .rules import Catalog, chosen_items
 
 MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED, MAX_POSTED = 10_000, 1_000, 1_000, 1_000
 _MAX_TEXT = 1_000
@@ -75,6 +78,18 @@ class RecommendRequest(User):
     filter_seen: StrictBool | None = Field(None, description="Leave out the user's items. Default: as in evaluation")
     allow: list[Id] | None = Field(None, max_length=MAX_EVENTS, description="The only items to recommend. Default: all")
     deny: list[Id] = Field([], max_length=MAX_EVENTS, description="Items not to recommend")
+    min_score: Number | None = Field(None, description="The least score of a recommended item")
+    most_per_category: StrictInt | None = Field(None, ge=0, description="The most items of one category")
+    quotas: dict[Name, Annotated[StrictInt, Field(ge=0)]] = Field({}, description="Category → the most items of it")
+    diversity: Number = Field(0.0, ge=0, lt=1, description="Weight of the largest cosine with an item further up")
+    exploration: Number = Field(0.0, ge=0, le=1, description="Part of the k items that are drawn at random")
+    seed: StrictInt | None = Field(None, ge=0, lt=2**63, description="Of the draw. Default: another each time")
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether more than lists of items decides what is recommended."""
+        limits = (self.min_score, self.most_per_category)
+        return bool(self.quotas or self.diversity or self.exploration) or any(each is not None for each in limits)
 
 
 class ScoreRequest(User):
@@ -117,7 +132,7 @@ class EventsRequest(BaseModel):
 
 Answer = dict[str, Any]
 """JSON: "model", its version; "items", "scores" or "vector"; "unknown_items", and "unknown" with values of the action
-and of each feature, which the model does not have."""
+and of each feature, which the model does not have; "fallback" if the items are those of a user without events."""
 
 
 class ServedModel:
@@ -126,7 +141,14 @@ class ServedModel:
     def __init__(self, model: Model, version: str) -> None:
         self.model, self.version = model, version
         self.task: str = model.facts["task"]
+        self.catalog: Catalog | None = None
+        """What the server's item file says of the items."""
         self._titles = [title.casefold() for title in model.titles]
+
+    def falls_back(self, request: User) -> bool:
+        """Whether a user without events gets popular items."""
+        is_asked = self.task == "retrieval" and isinstance(request, RecommendRequest)
+        return is_asked and not request.items and self.model.popularity is not None
 
     @property
     def event_features(self) -> list[str]:
@@ -198,7 +220,8 @@ class ServedModel:
                 shown = request.shown if isinstance(request, ScoreRequest) else None
                 if self.task == "ranking" and shown is None:
                     raise ServingError("a ranking model has no vectors of users and items; use /score")
-                encoded.append(self.model.encode(request.history, shown, request.at))
+                is_empty = self.falls_back(request)
+                encoded.append([] if is_empty else self.model.encode(request.history, shown, request.at))
             except Exception as error:  # also a defect
                 encoded.append(error)
         outputs = iter(self.model.run([each for each in encoded if not isinstance(each, Exception)]))
@@ -209,18 +232,44 @@ class ServedModel:
 
     def _recommendations(
         self, requests: Sequence[User], outputs: Sequence[Tensor | Exception]
-    ) -> dict[int, Recommendation]:
+    ) -> dict[int, Answer | Exception]:
         """Index of a RecommendRequest → its best items."""
-        vectors = {place: output for place, output in enumerate(outputs) if isinstance(output, Tensor)}
-        ranked = [(place, each) for place in vectors if isinstance(each := requests[place], RecommendRequest)]
-        if not ranked:
-            return {}
-        queries, counts = torch.cat([vectors[place] for place, _ in ranked]), [each.k for _, each in ranked]
-        lists = [([*each.deny, *self.model.left_out(each.history, each.filter_seen)], each.allow) for _, each in ranked]
-        found = self.model.nearest(queries, counts, lists)
-        return {place: best for (place, _), best in zip(ranked, found, strict=True)}
+        found = dict[int, Answer | Exception]()
+        simple = list[tuple[int, Tensor, int, Lists]]()
+        for place, (request, output) in enumerate(zip(requests, outputs, strict=True)):
+            if not isinstance(request, RecommendRequest) or isinstance(output, Exception):
+                continue
+            lists = [*request.deny, *self.model.left_out(request.history, request.filter_seen)], request.allow
+            if request.has_rules or self.falls_back(request) or (self.catalog and self.catalog.in_stock is not None):
+                try:
+                    found[place] = self._by_rules(request, output, lists)
+                except ServingError as error:
+                    found[place] = error
+            else:
+                simple.append((place, output, request.k, lists))
+        if simple:
+            places, queries, counts, every = zip(*simple, strict=True)
+            best = self.model.nearest(torch.cat(queries), counts, every)
+            found |= {place: _listed(each) for place, each in zip(places, best, strict=True)}
+        return found
 
-    def _answer(self, request: User, output: Tensor, best: Recommendation | None) -> Answer:
+    def _by_rules(self, request: RecommendRequest, output: Tensor, lists: Lists) -> Answer:
+        """The best items by rules.py: those closest to the user vector ``output``, or popular ones."""
+        popularity = self.model.popularity if self.falls_back(request) else None
+        catalog = self.catalog  # another thread may replace it
+        query = output if popularity is None else torch.zeros(1, self.model.vectors.shape[1])
+        scores = self.model.scores(query, [lists])[0]
+        if popularity is not None:
+            scores += popularity
+        elif request.min_score is not None:
+            scores[scores < request.min_score] = -torch.inf
+        if catalog is not None and catalog.in_stock is not None:
+            scores[~catalog.in_stock] = -torch.inf
+        places, is_drawn = chosen_items(scores, request, catalog, self.model.vectors)
+        found = _listed(self.model.named(scores[places], places), is_drawn.tolist())
+        return found if popularity is None else {**found, "fallback": "popular"}
+
+    def _answer(self, request: User, output: Tensor, best: Answer | Exception | None) -> Answer | Exception:
         shown, content, unknown_items = Candidates([]), Answer(), set[Any]()
         if isinstance(request, ScoreRequest):
             shown = request.shown
@@ -229,11 +278,17 @@ class ServedModel:
             unknown_items = {item for item, no_score in zip(shown.items, has_none, strict=True) if no_score}
         elif isinstance(request, RecommendRequest):
             assert best is not None, "_recommendations answers each"
-            shown = Candidates([*(request.allow or ()), *request.deny])
-            rows = zip(best.items, best.scores, best.titles or [""] * len(best.items), strict=True)
-            content["items"] = [{"item": item, "score": score, "title": title} for item, score, title in rows]
+            if isinstance(best, Exception):
+                return best
+            shown, content = Candidates([*(request.allow or ()), *request.deny]), best
         else:
             content["vector"] = output[0].tolist()
         unknown = self.model.unknown(request.history, shown)
         unknown_items.update(unknown.pop(self.model.facts["item"], []))
         return {"model": self.version, **content, "unknown_items": sorted(unknown_items, key=str), "unknown": unknown}
+
+
+def _listed(best: Recommendation, are_drawn: Sequence[bool] = ()) -> Answer:
+    rows = zip(best.items, best.scores, best.titles or [""] * len(best.items), strict=True)
+    items = [{"item": item, "score": score, "title": title} for item, score, title in rows]
+    return {"items": [each | {"drawn": True} if drawn else each for each, drawn in zip_longest(items, are_drawn)]}

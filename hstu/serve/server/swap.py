@@ -15,6 +15,7 @@ from hstu.serve.runtime.files import DELTA, FACTS, MANIFEST, SERVING
 
 from .batching import Metrics
 from .model import ServedModel
+from .rules import ItemFile
 
 LATEST = "latest"
 _log = logging.getLogger(__name__)
@@ -72,8 +73,9 @@ class LiveModel:
     current: ServedModel
     """The model that answers requests."""
 
-    def __init__(self, root: Path, metrics: Metrics, load: Load = load) -> None:
-        self._root, self._load, self._metrics = root, load, metrics
+    def __init__(self, root: Path, metrics: Metrics, load: Load = load, items: ItemFile | None = None) -> None:
+        self._root, self._load, self._metrics, self._items = root, load, metrics, items
+        self._items_problem = ""
         self._loaded: Found | None = None
         self._found: list[Found] = []
         self._bad: dict[Found, str] = {}  # never mutated, only replaced: other threads read it
@@ -87,8 +89,9 @@ class LiveModel:
 
     @property
     def refused(self) -> dict[str, str]:
-        """Folder → reason, for existing exports that cannot be loaded."""
-        return {str(found.folder): reason for found, reason in self._bad.items()}
+        """Folder or item file → reason, for existing ones that cannot be loaded."""
+        found = {str(found.folder): reason for found, reason in self._bad.items()}
+        return found | ({str(self._items.path): self._items_problem} if self._items and self._items_problem else {})
 
     def refresh(self) -> bool:
         """Load the newest export that works, if it is new. Returns whether it is. One thread at a time may call it."""
@@ -100,8 +103,21 @@ class LiveModel:
             if each in found and (is_same or not (each.folder / DELTA).is_file())
         }
         is_swapped = any(self._try(each) for each in self._newer(found))
+        if self._items is not None and self._loaded is not None:
+            self._reload(self._items)
         self._metrics.refused.set(len(self._bad))
         return is_swapped
+
+    def _reload(self, items: ItemFile) -> None:
+        """Read the item file if it has changed. One with a mistake changes nothing."""
+        try:
+            if items.reload():
+                self.current.catalog = items.catalog(self.current.model)
+                self._items_problem = ""
+                _log.info("reloaded items=%s", items.path)
+        except DataError as error:
+            self._items_problem = printable(str(error))
+            _log.warning("refused items=%s reason=%s", items.path, self._items_problem)
 
     def _newer(self, found: list[Found]) -> Iterator[Found]:
         """Exports to try, newest first: not refused, and newer than the current model unless its folder is gone."""
@@ -122,6 +138,8 @@ class LiveModel:
             model = self._load(found.folder, version, current)
             if current is not None and model.task != current.task:
                 raise runtime.ServingError(f"it is a {model.task} model, and a {current.task} model is in use")
+            if self._items is not None:
+                model.catalog = self._items.catalog(model.model)
         except Exception as error:  # whatever fails, the current model keeps serving
             reason = printable(f"{type(error).__name__}: {error}".split("\n")[0])
             self._bad = {**self._bad, found: reason}

@@ -236,8 +236,8 @@ class Users:
             request, events = requests[place], StoredEvents.read(text)
             history = events.history(request.user, served, request.at)
             columns = {name: getattr(history, name) for name in ("items", "actions", "timestamps", "features")}
-            found[place] = request.model_copy(update=columns)
-            if not history.items and served.task == "retrieval":
+            filled = found[place] = request.model_copy(update=columns)
+            if not history.items and served.task == "retrieval" and not served.falls_back(filled):
                 found[place] = ServingError(
                     f"the user {request.user!r} has no events{' until then' * bool(events.items)}; give some to "
                     "POST /events, or items in the request"

@@ -3,9 +3,8 @@
 python scripts/export.py --run_dir runs/quickstart --output exports/first --program
 python scripts/serve.py --export exports
 
---export is what export.py has written, or a folder with several of them. Of several, the newest that is complete is
-served, or the one that the link "latest" in it leads to; a newer one replaces it while the server runs. Open
-http://127.0.0.1:8000 in a browser to try the model. /openapi.json describes the interface (docs/serve.md).
+--export is what export.py has written, or a folder with several, of which the newest is served (docs/serve.md). Open
+http://127.0.0.1:8000 in a browser to try the model. /openapi.json describes the interface.
 """
 
 from __future__ import annotations

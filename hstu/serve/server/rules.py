@@ -44,12 +44,12 @@ class ItemFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._state = self._found_state()
-        self._table = _read(path)
+        self._state: tuple[int, ...] | None = None
+        self.reload()
 
     def reload(self) -> bool:
-        """Read the file again if it has changed. Returns whether it has. Raises DataError once per change."""
-        state = self._found_state()
+        """Read the file if it has changed. Returns whether it has. Raises DataError once per change."""
+        state = (found.st_size, found.st_mtime_ns) if self.path.exists() and (found := self.path.stat()) else ()
         if state == self._state:
             return False
         self._state = state
@@ -64,7 +64,7 @@ class ItemFile:
         numbers: dict[str, int] = {}
         if "in_stock" in self._table.column_names:
             in_stock = torch.zeros(items.size + 1, dtype=torch.bool)
-            in_stock[places] = torch.tensor(self._table["in_stock"].to_pylist())
+            in_stock[places] = torch.tensor(self._table["in_stock"].to_pylist(), dtype=torch.bool)
             in_stock[-1] = False  # where unknown items were written
         if "category" in self._table.column_names:
             encoded = self._table["category"].combine_chunks().dictionary_encode()
@@ -73,13 +73,6 @@ class ItemFile:
             categories[places] = torch.tensor(encoded.indices.fill_null(-1).to_pylist(), dtype=torch.int64)
             categories[-1] = -1
         return Catalog(in_stock, categories, numbers)
-
-    def _found_state(self) -> tuple[int, int]:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return 0, 0
-        return found.st_size, found.st_mtime_ns
 
 
 def _read(path: Path) -> pa.Table:
@@ -92,8 +85,6 @@ def _read(path: Path) -> pa.Table:
         if "item" not in table.column_names:
             raise ValueError(f"it has no column 'item'; it has {', '.join(table.column_names)}")
         columns = {name: table[name] for name in _COLUMNS if name in table.column_names}
-        if pa.types.is_string(columns["item"].type):
-            columns["item"] = _as_numbers(columns["item"])
         if pc.count_distinct(columns["item"], mode="all").as_py() < len(table) or columns["item"].null_count:
             raise ValueError("an item is missing or has several rows; give one row per item")
         if "in_stock" in columns:
@@ -106,15 +97,6 @@ def _read(path: Path) -> pa.Table:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DataError(f"--items {path} cannot be read: {error}") from error
     return pa.table(columns)
-
-
-def _as_numbers(ids: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Texts as numbers if all are, which are faster to look up."""
-    try:
-        numbers = ids.cast(pa.int64())
-    except pa.ArrowInvalid:
-        return ids
-    return numbers if numbers.cast(pa.string()).equals(ids) else ids
 
 
 def chosen_items(

@@ -310,6 +310,10 @@ def test_a_defect_fails_the_request_that_causes_it(ranking: Served, monkeypatch:
     assert [type(each) for each in served.answer(queries)] == [dict, dict, failure, dict]
 
 
+def recommend(**fields: Any) -> RecommendRequest:
+    return RecommendRequest.model_validate(fields)
+
+
 def _steps(scores: np.ndarray, asked: RecommendRequest, categories: np.ndarray, vectors: np.ndarray) -> Any:
     """Oracle of the rules over all items: a function that checks the items of one list, and how many there must be."""
     room = {number: asked.quotas.get(str(number), asked.most_per_category) for number in range(5)}
@@ -322,7 +326,7 @@ def _steps(scores: np.ndarray, asked: RecommendRequest, categories: np.ndarray, 
     def check(chosen: list[int]) -> None:
         for count, item in enumerate([*chosen, None][: asked.k]):
             before = chosen[:count]
-            left = [each for each in np.flatnonzero(free) if each not in before and has_room(each, before)]
+            left = [each for each in np.flatnonzero(free).tolist() if each not in before and has_room(each, before)]
             closest = (vectors[left] @ vectors[before].T).max(axis=1, initial=-1) if before else np.zeros(len(left))
             values = (1 - asked.diversity) * scores[left] - asked.diversity * closest
             assert (item is None) == (not left)
@@ -342,8 +346,8 @@ def test_rules_choose_among_all_items(seed: int) -> None:
     scores[-1], categories = -np.inf, draw.integers(-1, 5, count + 1)
     categories[np.argsort(-scores)[: count // 2]] = 1  # most of the best are of one category
     quotas = {str(number): int(draw.integers(0, 4)) for number in draw.choice(5, draw.integers(0, 3), replace=False)}
-    most, diversity = draw.choice([None, 1, 3]), float(draw.choice([0, 0.3, 0.9]))
-    asked = RecommendRequest(items=[1], k=k, most_per_category=most, quotas=quotas, diversity=diversity)
+    most, diversity = [None, 1, 3][draw.integers(3)], float(draw.choice([0, 0.3, 0.9]))
+    asked = recommend(items=[1], k=k, most_per_category=most, quotas=quotas, diversity=diversity)
     given = (torch.from_numpy(scores), Catalog(None, torch.from_numpy(categories), {str(n): n for n in range(5)}))
     places, is_drawn = chosen_items(given[0], asked, given[1], torch.from_numpy(vectors))
     assert not is_drawn.any()
@@ -376,7 +380,7 @@ def test_items_follow_the_item_file_and_a_user_without_events_gets_popular_ones(
     )
 
     def recommended(**options: Any) -> Answer:
-        (answer,) = live.current.answer([RecommendRequest(**{"items": [], "filter_seen": False, **options})])
+        (answer,) = live.current.answer([recommend(**{"items": [], "filter_seen": False, **options})])
         assert isinstance(answer, dict), answer
         return answer
 
@@ -389,7 +393,7 @@ def test_items_follow_the_item_file_and_a_user_without_events_gets_popular_ones(
     every = recommended(**history)["items"]
     assert recommended(**history, min_score=every[1]["score"])["items"] == every[:2]
     assert {each["item"] for each in recommended(quotas={"a": 0})["items"]} == {1002, 1004}
-    (unfit,) = live.current.answer([RecommendRequest(items=[], quotas={"c": 1})])
+    (unfit,) = live.current.answer([recommend(items=[], quotas={"c": 1})])
     assert "no item has the category 'c'; there are 2: a, b" in str(unfit)
 
     path.write_text("item,in_stock\n1001,perhaps\n")
@@ -398,7 +402,7 @@ def test_items_follow_the_item_file_and_a_user_without_events_gets_popular_ones(
     path.write_text("item,in_stock\n1003,true\n")
     assert not live.refresh() and not live.refused
     assert [each["item"] for each in recommended()["items"]] == [1003]
-    (unfit,) = live.current.answer([RecommendRequest(items=[], most_per_category=1)])
+    (unfit,) = live.current.answer([recommend(items=[], most_per_category=1)])
     assert "with a column category" in str(unfit)
     for text, problem in (("a,b\n", "no column 'item'"), ("item\n1\n1\n", "several rows"), ("", "Empty")):
         path.write_text(text)

@@ -1,5 +1,6 @@
 """The HTTP server of exported models: FastAPI in front of hstu.serve.runtime. scripts/serve.py starts it.
 
-app.py has the routes. A request becomes a ``Query`` (model.py) and waits in a ``Batcher`` (batching.py). The current
-``ServedModel`` of the ``LiveModel`` (swap.py) answers it. Needs the extra ``serve``, but neither TorchRec nor Megatron.
+app.py has the routes. A request becomes a ``User`` (model.py) and waits in a ``Batcher`` (batching.py). The current
+``ServedModel`` of the ``LiveModel`` (swap.py) answers it, for stored users (users.py) too, and by rules (rules.py).
+Needs the extra ``serve``, but neither TorchRec nor Megatron.
 """

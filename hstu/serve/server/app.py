@@ -156,7 +156,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Whether the server answers, with which model, since when, and which exports it could not load, and why."""
+        """Whether the server answers, with which model, since when, and which files it refused, and why."""
         current = live.current
         facts = {"model": current.version, "task": current.task, "since": live.since, "refused": live.refused}
         return {"status": "ok", **facts}
@@ -168,7 +168,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
 
     @app.get("/model")
     async def model() -> dict[str, Any]:
-        """What the model in use reads and predicts."""
+        """What the model in use reads and predicts, and the categories of its items."""
         return _facts(live.current)
 
     @app.get("/items", responses={422: _FAILURES[422]})

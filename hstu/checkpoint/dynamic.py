@@ -54,6 +54,7 @@ def read_tables(root: Path) -> dict[str, list[TableContent]]:
     for file in sorted(listed_files(root, DYNAMIC_FILES), key=lambda path: int(path.stem.removeprefix("dynamic_rank"))):
         for name, fields in torch_load(file, mmap=True).items():
             sightings = fields.pop("sightings")
+            fields.pop("changed", None)  # in checkpoints of earlier versions
             content = TableContent(**fields, sightings=None if sightings is None else Sightings(**sightings))
             tables.setdefault(name, []).append(content)
     return tables
@@ -84,9 +85,8 @@ def _from_export(tensors: Mapping[str, Tensor]) -> dict[str, list[TableContent]]
     for name in tensors:
         if name.startswith(DYNAMIC) and name.endswith(_IDS):
             table, ids = name.removesuffix(_IDS), tensors[name]
-            once, never = torch.ones_like(ids), torch.zeros_like(ids)
-            scores, rows = score("lru", once, 0), tensors[f"{table}{_WEIGHT}"]
-            content = TableContent("lru", 0, ids, scores=scores, changed=never, rows=rows, states={})
+            scores, rows = score("lru", torch.ones_like(ids), 0), tensors[f"{table}{_WEIGHT}"]
+            content = TableContent("lru", 0, ids, scores=scores, rows=rows, states={})
             tables[table.removeprefix(DYNAMIC)] = [content]
     return tables
 

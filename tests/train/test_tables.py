@@ -4,6 +4,7 @@ Dynamic tables in whole runs: what is logged, what a checkpoint has, and what ot
 """
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,12 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hstu.base.errors import ConfigError
+from hstu.checkpoint.directory import describe_files, read_manifest, torch_load, torch_save, write_manifest
+from hstu.checkpoint.dynamic import read_tables
 from hstu.checkpoint.export import describe, export
 from hstu.checkpoint.tensors import load_safetensors, read_metadata
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.parallel.dynamic.slots import steps_of
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.tables import dynamic_tables
 from hstu.train.tables import check_rows, choose_tables
@@ -176,8 +178,6 @@ def test_a_run_that_goes_on_from_a_checkpoint_loses_no_row(train: Train, store: 
     going_on = {"max_train_iters": 8, "ckpt_load_dir": "auto"}
     resumed = train("ranking", output="resumed", trainer=sizes | going_on, **options)
     assert resumed.losses[-4:] == pytest.approx(straight.losses[-4:], rel=1e-6)
-    content = dynamic_tables(straight.trainer.state.model)["movies"].content()
-    assert torch.equal(content.changed, steps_of(content.policy, content.scores)), "also where an id has moved"
     reports = [record["tables"]["movies"] for record in straight.records]
     assert reports[0]["waiting"] > 0
     assert (policy == "none") == any(report["expirations"] for report in reports)
@@ -203,6 +203,17 @@ def checkpoint(finished: FinishedRun) -> Path:
     return finished.path.parent / "checkpoints" / "iteration_00000006"
 
 
+def test_tables_of_checkpoints_that_also_say_when_a_row_changed_are_read(checkpoint: Path, tmp_path: Path) -> None:
+    earlier = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+    file = earlier / "dynamic_rank0.pt"
+    tables = torch_load(file)
+    tables[TABLE]["changed"] = torch.zeros_like(tables[TABLE]["ids"])
+    torch_save(tables, file)
+    write_manifest(earlier, read_manifest(earlier) | describe_files(earlier, [file]))
+    (found,), (expected,) = read_tables(earlier)[TABLE], read_tables(checkpoint)[TABLE]
+    assert torch.equal(found.ids, expected.ids) and torch.equal(found.rows, expected.rows)
+
+
 def test_an_export_has_the_ids_in_order_with_the_rows_of_the_live_table(
     finished: FinishedRun, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -220,15 +231,3 @@ def test_an_export_has_the_ids_in_order_with_the_rows_of_the_live_table(
     assert told["tensors"]["dynamic.movies.weight"] == described
     for place in (checkpoint, exported):
         assert any(f"dynamic table movies   {ROWS} ids × 16 of item_id" in line for line in describe(place))
-
-
-def test_rows_that_were_negatives_alone_have_changed_too(train: Train, store: SequenceStore) -> None:
-    finished = train(
-        "retrieval",
-        tables=tables_with_dynamic(store, rows=ITEMS),
-        trainer={"train_batch_size": 1, "max_train_iters": 12},
-        task_args={"negatives": "full"},
-    )
-    content = dynamic_tables(finished.trainer.state.model)["movies"].content()
-    last_seen = steps_of(content.policy, content.scores)
-    assert (content.changed == 12).all() and (last_seen < 12).any()

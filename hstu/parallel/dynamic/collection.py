@@ -192,7 +192,7 @@ class ShardedDynamicCollection(DistinctIdsCollection):
                     slots[slice_of[key]] = found
             for key in ids:
                 if key not in training:
-                    slots[slice_of[key]] = table.look_up(ids[key], training=self.training)
+                    slots[slice_of[key]] = table.look_up(ids[key])
         return _with_values(features, slots)
 
 

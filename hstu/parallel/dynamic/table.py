@@ -18,7 +18,7 @@ from hstu.parallel.dynamic.hashing import mix, quantiles_of, table_key
 from hstu.parallel.dynamic.rows import Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Counters, Policy, counts_of, eviction_order, score, steps_of
 
-_OF_IDS = "ids", "scores", "changed", "rows"
+_OF_IDS = "ids", "scores", "rows"
 """Fields of TableContent with an entry per id, besides its states."""
 TableReport = dict[str, float]
 """``rows`` and ``capacity`` over all ranks; ``hit_rate``: share of lookups of ids that had a row before their batch;
@@ -43,8 +43,6 @@ class DynamicTable:
         self.step = 0
         """Training batches so far."""
         self._counts = torch.zeros(len(fields(Counters)), dtype=torch.int64, device=rows.device)
-        self.changed = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-        """Last training batch that changed each row."""
         self._key = table_key(seed, spec.name)
         self._initial = {
             "table_key": self._key,
@@ -75,9 +73,7 @@ class DynamicTable:
             assigned.new_ids,
             **self._initial,
         )
-        rows = self._or_default(assigned.slots)
-        self.changed[rows] = self.step
-        return rows
+        return self._or_default(assigned.slots)
 
     def _expire(self) -> None:
         """At every tenth of expire_iters, forget the ids that occurred in none of that many batches before this one."""
@@ -90,14 +86,10 @@ class DynamicTable:
         self._expired += freed
         if len(source):  # a move writes back caches
             self.rows.move(source, target)
-            self.changed[target] = self.changed[source]
 
-    def look_up(self, ids: Tensor, *, training: bool) -> Tensor:
-        """Return the rows, int64 [n], of ids without assigning new ones. ``training``: rows will be updated."""
-        rows = self._or_default(self.slots.lookup(ids))
-        if training:
-            self.changed[rows] = self.step
-        return rows
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Return the rows, int64 [n], of ids without assigning new ones."""
+        return self._or_default(self.slots.lookup(ids))
 
     def row_keys(self, first_slot: int, rows: Tensor) -> Tensor:
         """Return a key for each of ``rows``, int64 [n], counted from ``first_slot``, by table and id alone."""
@@ -121,7 +113,6 @@ class DynamicTable:
             step=self.step,
             ids=ids,
             scores=scores,
-            changed=self.changed[: len(ids)],
             rows=rows,
             states=states,
             sightings=None if sightings is None else Sightings(*sightings.content()),
@@ -139,7 +130,6 @@ class DynamicTable:
         self.slots.restore(kept.ids, kept.scores)
         self.step = kept.step
         self.rows.write(kept.rows, kept.states)
-        self.changed[: len(kept.ids)] = kept.changed.to(self.changed)
         if self.slots.sightings is not None and kept.sightings is not None:
             sighted = own(kept.sightings.ids)
             ids, scores = kept.sightings.ids[sighted], kept.sightings.scores[sighted]
@@ -204,8 +194,6 @@ class TableContent:
     """int64 [n]."""
     scores: Tensor
     """int64 [n]."""
-    changed: Tensor
-    """int64 [n]: last training batch that changed the row, through an id of the batch or a negative."""
     rows: Tensor
     """float32 or bfloat16 [n, dim]."""
     states: Mapping[str, Tensor]

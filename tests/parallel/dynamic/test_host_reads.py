@@ -72,7 +72,7 @@ def train(table: DynamicTable, batches: int = 4) -> None:
         table.prefetch(ids)
         table.clear_default_row()
         table.assign_rows(ids)
-        table.look_up(ids + 7, training=True)
+        table.look_up(ids + 7)
 
 
 @pytest.mark.parametrize("threshold", [0, 3])

@@ -1,13 +1,14 @@
-"""What the events of a part say without a model: their counts, and how popularity scores."""
+"""What the events of a part say without a model: how they differ from the part before, and how popularity scores."""
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from hstu.base.errors import ConfigError
 from hstu.data.sampling.samples import SampleTable
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.train.metrics import half_widths, retrieval_metrics
+from hstu.train.metrics import entropy, half_widths, retrieval_metrics
 
 METRICS = ("HR@10", "NDCG@10")
 
@@ -22,11 +23,25 @@ def counts_of(store: SequenceStore) -> dict[str, int]:
     return {"events": store.num_events, "users": store.num_users, "items": items, "newest": int(newest)}
 
 
-def mean_action(store: SequenceStore) -> float:
-    """Mean of the actions of the last part of a store, which has actions."""
-    actions, segments = store.sequence(str(store.action_feature)), store.segments()
-    of_part = actions if segments is None else actions[np.asarray(segments) == store.num_segments - 1]
-    return float(np.mean(of_part))
+def changes_of(store: SequenceStore) -> dict[str, Any]:
+    """How the last part of a store differs from the one before: see the page. Means are of the action, if there is one.
+
+    "gone": users and items without an event in the last part. "drift": of the items, in bits; not of a single part.
+    """
+    segments, found = store.segments(), dict[str, Any]()
+    is_new = np.ones(store.num_events, dtype=bool) if segments is None else segments == store.num_segments - 1
+    if store.action_feature is not None:
+        found["mean action"] = float(store.sequence(store.action_feature)[is_new].mean())
+    if segments is None:
+        return found
+    both = [np.flatnonzero(is_new), np.flatnonzero(segments == store.num_segments - 2)]
+    items, size = store.sequence(store.item_feature), store.cardinality(store.item_feature)
+    counts = {"users": [np.diff(np.searchsorted(events, store.offsets())) for events in both]}
+    counts["items"] = [np.bincount(items[events], minlength=size) for events in both]
+    found["gone"] = {name: int(((now == 0) & (before > 0)).sum()) for name, (now, before) in counts.items()}
+    now, before = (count / max(1, count.sum()) for count in counts["items"])
+    found["drift"] = float((entropy((now + before) / 2) - (entropy(now) + entropy(before)) / 2).sum() / np.log(2))
+    return found
 
 
 def popularity(store: SequenceStore, samples: SampleTable) -> dict[str, dict[str, float]]:

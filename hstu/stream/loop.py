@@ -27,7 +27,7 @@ from hstu.config.gin_io import load_stored
 from hstu.data.sampling.samples import SampleTable, build_samples
 from hstu.data.sampling.splits import Period
 from hstu.data.store.sequence_store import SequenceStore
-from hstu.stream.events import counts_of, mean_action, popularity
+from hstu.stream.events import changes_of, counts_of, popularity
 from hstu.stream.parts import Source
 from hstu.stream.report import write_page
 
@@ -104,8 +104,7 @@ class Stream:
             store = SequenceStore.open(self._store)
             counts = counts_of(store)
             seconds |= self._steps(folder, before["newest"], counts["newest"])
-            if store.action_feature is not None:
-                result["mean action"] = mean_action(store)
+            result |= changes_of(store)
             for kind in ("evaluation", "frozen"):
                 if (file := folder / f"{kind}.json").exists():
                     found = json.loads(file.read_text(encoding="utf-8"))

@@ -32,6 +32,9 @@ metrics.
 {plot}
 ## Events
 
+*Gone* had events in the part before and has none in this one. *Drift* is the Jensen-Shannon divergence, in bits, of the
+shares that items have of the events of the two parts: 0 for equal shares, 1 without a common item.
+
 {_table(results, _events)}
 
 ## Cost
@@ -74,10 +77,11 @@ def _scores(result: Result, names: Sequence[str]) -> dict[str, object]:
 
 
 def _events(result: Result) -> dict[str, object]:
-    new = result["new"]
-    counts = {"events": new["events"], "new users": new["users"], "new items": new["items"]}
-    mean = {"mean action": f"{result['mean action']:.3f}"} if "mean action" in result else {}
-    return {**{name: f"{count:,}" for name, count in counts.items()}, **mean}
+    new, gone = result["new"], result.get("gone", {})
+    counts = {"events": new["events"], "new users": new["users"], "gone users": gone.get("users")}
+    counts |= {"new items": new["items"], "gone items": gone.get("items")}
+    shares = {name: f"{result[name]:.3f}" for name in ("drift", "mean action") if name in result}
+    return {**{name: f"{count:,}" for name, count in counts.items() if count is not None}, **shares}
 
 
 def _costs(result: Result) -> dict[str, object]:

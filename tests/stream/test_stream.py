@@ -24,7 +24,7 @@ from hstu.checkpoint.tensors import open_tensors
 from hstu.config.args import DatasetArgs
 from hstu.data.sampling.samples import build_samples
 from hstu.data.sampling.splits import Period
-from hstu.stream.events import mean_action, popularity
+from hstu.stream.events import changes_of, popularity
 from hstu.stream.parts import QUARANTINE, Directory, Topic
 from hstu.stream.report import write_page
 from tests.config.gin_files import table, text
@@ -131,25 +131,29 @@ def test_popularity_ranks_unseen_items_by_their_events_in_the_last_part(tmp_path
     assert found["NDCG@10"] == pytest.approx(np.mean(1 / np.log2(1 + np.array([1, 1.5, 2.5, 1, 2.5]))))
 
 
-def test_the_mean_action_is_that_of_the_last_part(tmp_path: Path) -> None:
-    items, times, segments = [[1, 2, 2], [2]], [[1, 2, 3], [2]], [[0, 0, 1], [1]]
-    for number, (given, mean) in enumerate(((None, 2.5), (segments, 3.5))):
-        store = write_small_store(
-            tmp_path / str(number), items, actions=[[1, 2, 3], [4]], timestamps=times, segments=given
-        )
-        assert mean_action(store) == mean
+def test_changes_of_a_part_are_those_of_a_plain_reference(tmp_path: Path) -> None:
+    """In the part before, users 0 and 2 had items 1, 2 and 2; in the last, user 0 and a new user have items 2 and 3."""
+    store = write_small_store(
+        tmp_path, [[1, 2, 2], [2], [3]], segments=[[0, 0, 1], [0], [1]], timestamps=[[1, 2, 3], [2], [4]]
+    )
+    found = changes_of(store)
+    before, now = np.array([0, 1 / 3, 2 / 3, 0]), np.array([0, 0, 1 / 2, 1 / 2])
+    terms = [
+        p * np.log2(2 * p / (p + q)) for each in ((before, now), (now, before)) for p, q in zip(*each, strict=True) if p
+    ]
+    assert found["gone"] == {"users": 1, "items": 1} and found["drift"] == pytest.approx(sum(terms) / 2)
 
 
 def test_the_page_says_what_was_scored_before_it_was_trained_on(tmp_path: Path) -> None:
     part = {"newest": 0, "new": {"events": 2000, "users": 3, "items": 4}, "seconds": {"train": 40.0}, "done": 200}
     scored = {"evaluation": {"predictions": 1500, "metrics": {"HR@10": 0.1, "HR@10/new_users": 0.2}, "half_widths": {}}}
     popular = {"popular": {"metrics": {"HR@10": 0.05}, "half_widths": {"HR@10": 0.011}}}
-    later = {"mean action": 0.25, **part, **scored, **popular}
+    later = {"gone": {"users": 5, "items": 6}, "drift": 0.25, **part, **scored, **popular}
     write_page([{"number": 1, "name": "a", **part}, {"number": 2, "name": "b", **later}], tmp_path)
     rows = [line.strip("|").split("|") for line in (tmp_path / "stream.md").read_text().splitlines() if "| b" in line]
     assert [[cell.strip() for cell in row] for row in rows] == [
         ["2", "b", "1,500", "0.1000", "0.0500 ± 0.0110"],
-        ["2", "b", "2,000", "3", "4", "0.250"],
+        ["2", "b", "2,000", "3", "4", "5", "6", "0.250"],
         ["2", "b", "", "", "", "40", "", "50.0", "1970-01-01 00:00:00 UTC", "3 min 20 s"],
     ]
 

@@ -188,16 +188,6 @@ def test_recomputing_gives_the_same_bits_with_dropout(
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("changes", [{}, *RECOMPUTE], ids=str)
-def test_without_tokens_all_parameters_get_gradients_of_zero(changes: dict[str, Any]) -> None:
-    layer = make_layer(position_encoding="relative_bias", **changes)
-    layout = Batch((User(0, 0, is_padding=True),) * 3, 2, 2, 1).layout()
-    out = torch.add(*layer(torch.zeros(0, 8, requires_grad=True), layout))
-    assert out.shape == (0, 8)
-    out.sum().backward()
-    assert not any(gradient.any() for gradient in gradients(layer).values())
-
-
 def test_bfloat16_stays_close_to_float32() -> None:
     x = torch.randn(BATCH.layout().num_tokens, 8)
     exact, rounded = step(make_layer(), x), step(make_layer(), x, torch.bfloat16)

@@ -88,11 +88,18 @@ def test_users_do_not_depend_on_their_neighbours_or_on_padding(encoding: str, in
         assert tokens.isfinite().all()
 
 
+@pytest.mark.parametrize("recompute", [(), ("input_layernorm", "input_silu"), ("layer",)])
 @pytest.mark.parametrize("encoding", ["absolute", "relative_bias"])
-def test_a_rank_without_tokens_gives_every_parameter_a_gradient_of_zeros(encoding: str) -> None:
+def test_a_rank_without_tokens_gives_every_parameter_a_gradient_of_zeros(
+    encoding: str, recompute: tuple[str, ...]
+) -> None:
     features = make_features(contextuals=2)
     network = make_network(
-        position_encoding=encoding, item_embedding_dim=3, contextual_embedding_dim=5, hidden_dropout=0.2
+        position_encoding=encoding,
+        item_embedding_dim=3,
+        contextual_embedding_dim=5,
+        hidden_dropout=0.2,
+        **{f"recompute_{part}": True for part in recompute},
     )
     encoder, tables = SequenceEncoder(network, features), Tables(features, 3, 5)
     batch = make_batch([], features, padding=3)

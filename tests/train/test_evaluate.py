@@ -184,14 +184,6 @@ def test_a_metric_that_was_undefined_first_gets_its_best_later() -> None:
     assert history.best["valid"]["AUC"] == {"value": 0.4, "iter": 20}
 
 
-def test_what_a_checkpoint_keeps_does_not_grow_with_the_evaluations() -> None:
-    history, sizes = MetricsHistory(), []
-    for iteration in range(1000, 3000):
-        history.add(record(iteration, AUC=0.5 + iteration / 10000, NE=0.25))
-        sizes.append(len(json.dumps(history.state_dict())))
-    assert max(sizes) < sizes[0] + 100  # more digits
-
-
 def follow(values: list[float], mode: str = "max", patience: int | None = 2) -> tuple[list[bool], Selection]:
     """Whether each of the values, evaluated at 10, 20, …, was the best by then; and the selection in the end."""
     history, selection = MetricsHistory(), Selection("AUC", mode, "valid", patience)

@@ -36,27 +36,6 @@ def test_a_run_learns_and_is_evaluated(train: Train, task: str, options: dict[st
     assert all(value is not None for value in finished.metrics.values())
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_each_position_encoding_is_a_model_of_its_own(train: Train, task: str) -> None:
-    losses = [
-        train(task, network={"position_encoding": kind}).losses[-1] for kind in ("absolute", "relative_bias", "none")
-    ]
-    assert len(set(losses)) == 3
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_bfloat16_learns_what_float32_learns(train: Train, task: str) -> None:
-    half, single = (
-        train(task, network={"dtype_str": dtype}, trainer={"max_train_iters": 30, "eval_at_end": True})
-        for dtype in ("bfloat16", "float32")
-    )
-    assert half.losses != single.losses
-    np.testing.assert_allclose(half.losses[:3], single.losses[:3], rtol=0.05)
-    assert falls(half)
-    main = "AUC" if task == "ranking" else "MRR"
-    assert half.metrics[main] == pytest.approx(single.metrics[main], abs=0.1)
-
-
 def test_sequences_of_items_alone_are_retrieved(train: Train, make_store: MakeStore) -> None:
     store = make_store(walks()["items"])
     assert falls(train("retrieval", store=store, trainer={"max_train_iters": 12}))

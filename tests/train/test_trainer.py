@@ -197,25 +197,6 @@ def test_sigterm_stops_after_the_step_in_flight_and_saves_where_checkpoints_are_
     assert finished.saved == ["iteration_00000003"] * saving
 
 
-def test_a_loss_that_is_not_a_number_ends_the_run_with_what_to_do(train: Train, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the loss is not finite at iteration \d+: (nan|inf) on rank 0.*Lower Opt"):
-        train("ranking", output="diverged", optimizer={"optimizer_str": "sgd", "learning_rate": 1e6})
-    summary = json.loads((tmp_path / "diverged" / "run" / "summary.json").read_text())
-    assert summary["status"] == "failed" and summary["iterations"] > 0
-
-
-def test_an_error_of_ours_is_not_hidden_and_the_summary_says_failed(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*_: Any) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(Trainer, "_train_step", broken)
-    with pytest.raises(ZeroDivisionError):
-        train("ranking", output="failed")
-    assert json.loads((tmp_path / "failed" / "run" / "summary.json").read_text())["status"] == "failed"
-
-
 # --- the best, and enough ------------------------------------------------------------------------------------------
 
 WORSE_AND_WORSE = {"optimizer_str": "sgd", "learning_rate": 1e-9}

@@ -228,19 +228,6 @@ def test_ids_without_a_slot_are_not_found_and_looking_changes_nothing(kind: type
     assert table.lookup(torch.empty(0, dtype=torch.int64)).tolist() == []
 
 
-def held_after(table: SlotTable, stream: Sequence[Sequence[int]]) -> list[int]:
-    for step, batch in enumerate(stream, 1):
-        table.assign(torch.tensor(batch), step)
-    return sorted(table.content()[0].tolist())
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_lru_and_lfu_differ_as_their_names_say(kind: type[SlotTable]) -> None:
-    stream = [[1, 1, 1], [2], [3]]
-    assert held_after(kind(2, "lru"), stream) == [2, 3]
-    assert held_after(kind(2, "lfu"), stream) == [1, 3]
-
-
 def test_a_gpu_uses_the_kernels_of_triton_and_where_that_cannot_run_pytorch_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

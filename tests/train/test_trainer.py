@@ -22,7 +22,6 @@ from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import ShardedView
 from hstu.pipeline.pipelines import SequentialPipeline
-from hstu.train.trainer import Trainer
 from tests.train.tiny import Train, build, run, tiny_config
 
 # --- what is done when ---------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from hstu.parallel.mesh import Mesh, finish, start
 
@@ -125,6 +126,7 @@ def started_mesh(tp: int = 1, cp: int = 1, port: int | None = None) -> Iterator[
     torch.set_num_threads(1)
     yield mesh
     finish()
+    _clear_sharding_prop_cache()  # which has the groups that have ended
 
 
 def run_to_their_ends(

@@ -45,7 +45,6 @@ from hstu.serve.histories import histories
 from hstu.serve.loaded import LoadedModel, mesh_of_this_process
 from hstu.serve.predict import evaluate_split, item_vectors
 from hstu.serve.runtime.requests import History
-from hstu.serve.session import Session
 from hstu.train.corpus import Corpus, Queries, recommend
 from hstu.train.inference import StoredSource
 from hstu.train.main import start_mesh, train_here
@@ -220,10 +219,6 @@ class TrainedModel(LoadedModel):
     def histories(self, users: Sequence[Any]) -> Iterator[History]:
         """The histories of users with the features that the model reads. Raises DataError for unknown users."""
         return self.histories_of(encode_users(self.store, users))
-
-    def session(self, cache_bytes: int, **options: Any) -> Session:
-        """Create a cache of encoded histories. Arguments and errors: see :class:`hstu.serve.session.Session`."""
-        return Session(self, cache_bytes, **options)
 
     def _best(
         self,

@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--export", type=Path, required=True, help="an export with a program, or a folder with several")
     add("--users", help="where events of users are kept: a file, or redis://HOST:PORT/DATABASE (nowhere)")
     add("--items", type=Path, help=".csv or .parquet file of items in stock and their categories, read when it changes")
+    add("--cache_mb", type=_between(int, 0, 1 << 20), default=256, help="for users between requests (%(default)s)")
     add("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
     add("--port", type=_between(int, 0, 65_535), default=8000, help="0 takes a free one (%(default)s)")
     add("--max_batch", type=count, default=32, help="requests that are computed together at most (%(default)s)")
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             poll_s=options.poll_s,
             users=options.users,
             items=options.items,
+            cache_bytes=options.cache_mb << 20,
         ),
     )
     return EXIT_DONE

@@ -3,8 +3,8 @@
 loaded.py opens a checkpoint or an export with its data as a ``LoadedModel``, which says what its outputs mean.
 runtime/requests.py defines a request: a ``History``, and ``Candidates`` to score. runtime/encode.py looks up its ids,
 and histories.py builds batches from them.
-session.py answers repeated requests from a cache of keys and values; prefix.py stores them and computes new tokens.
 export.py writes a directory for services: the traced program (program.py) with tables and ids (contents.py).
 importing.py makes an export of a checkpoint of another trainer.
-runtime/ loads that directory with torch and the standard library alone; server/ answers HTTP requests with it.
+runtime/ loads that directory with torch and the standard library alone; server/ answers HTTP requests with it,
+and keeps users: their events, and in memory the keys and values of their histories (runtime/cache.py).
 """

@@ -51,7 +51,7 @@ def caveats(config: RunConfig) -> list[str]:
         found.append(f"NetworkArgs.{option} {text}; with DatasetArgs.max_num_candidates above 0 they are")
     if isinstance(dataset, DatasetArgs) and dataset.candidates == "requests" and not dataset.max_num_candidates:
         text = "a history is cut to what fits beside the candidates of a request: their scores depend on their number"
-        found.append(f"without DatasetArgs.max_num_candidates, {text}, except in sessions")
+        found.append(f"without DatasetArgs.max_num_candidates, {text}")
     return found
 
 
@@ -98,12 +98,24 @@ def _facts(trained: LoadedModel, program: ServingProgram) -> dict[str, Any]:
     dataset, network, args = trained.dataset, config.network, config.task_args
     has_candidates = dataset.has_candidates
     alone = _newest_event_is_scored(config)
+    requests = request_facts(config, trained.source, trained.vocabularies)
+    running = [entry["name"] for entry in requests["numbers"] if entry["is_running"]]
+    counts = f"running statistics ({', '.join(running)}) count all events of a user" if running else None
+    spans = [span for span in network.attention_spans if span is not None]
+    cached = {
+        "layers": network.num_layers,
+        "channels": network.kv_channels,
+        "span": min(spans, default=None),
+        "full_tokens": network.min_full_attention_tokens,
+    }
     return {
-        **request_facts(config, trained.source, trained.vocabularies),
+        **requests,
         "format": FORMAT,
         "version": VERSION,
         "program": key_of(program, network, args, config.numbers, trained.source.roles),
         "inputs": list(program.input_names),
+        "cached": cached if program.whole_because is None else None,
+        "whole_because": program.whole_because or counts,
         "tokens_per_item": inputs.tokens_per_item,
         "heads": network.num_attention_heads,
         "truncate_to_items": network.truncate_to_items,

@@ -214,7 +214,7 @@ class LoadedModel:
 
     @property
     def predictions(self) -> list[Prediction]:
-        """What the outputs of the model mean, in their order: one table for files, exports, the server and sessions.
+        """What the outputs of the model mean, in their order: one table for files, exports and the server.
 
         Columns of ranking:
         - One binary task: ``score``, the probability of a positive action. Several: ``score_<name>`` each.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import TensorArgument
 from torch.func import functional_call
 from torch.fx import GraphModule
 
@@ -22,6 +23,7 @@ from hstu.model.heads import MultiTaskHead
 from hstu.model.ranking import RankingModel
 from hstu.model.retrieval import RetrievalDense
 from hstu.model.tasks import MultiTaskDense, RankingTask
+from hstu.ops.kernels import AttentionInputs
 from hstu.ops.layout import JaggedLayout
 from hstu.ops.pytorch.attention import PaddedLayout, padded_forward
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -41,6 +43,9 @@ _SIZES = {
     "query_times": (("tokens", 6),),
     "padded": (("sequences", 2), ("longest", 5)),
     "history_ends": (("sequences", 2),),
+    "prefix": (("sequences", 2), ("layers", None), ("pair", None), ("heads", None), ("earlier", 4), ("channels", None)),
+    "prefix_lengths": (("sequences", 2),),
+    "prefix_times": (("sequences", 2), ("earlier", 4)),
     "outputs": (("outputs", 3),),
     "kept": (("kept_tokens", 4),),
     "kept_places": (("kept_tokens", 4),),
@@ -66,11 +71,14 @@ class ServingProgram(nn.Module):
     positions: int64 [T], position of each token in its sequence; all candidates have the position of the first.
     padded, places, history_ends: int64 [S, N], [T], [S], see PaddedLayout.
     token_times, query_times: int64 [T], in seconds, see JaggedLayout.
+    prefix, prefix_lengths, prefix_times: float32 [S, L, 2, H, P, d], int64 [S], int64 [S, P]: cached keys and values of
+        tokens before these, of which the layout counts all. Absent if ``whole_because`` says why.
     kept, kept_padded, kept_places, kept_history_ends: with NetworkArgs.truncate_to_items, the tokens that the later
         layers compute, and their layout.
     outputs: int64 [M], the tokens from which to predict.
 
-    Returns unit vectors, float32 [M, E], for retrieval, and ModelOutput.logits, float32 [M, P], for ranking.
+    Returns unit vectors, float32 [M, E], for retrieval, and ModelOutput.logits, float32 [M, P], for ranking; then the
+    keys and values, float32 [T, H, d], of the first layer, then of the second, …, if it reads a prefix.
     """
 
     def __init__(self, task: RetrievalDense | RankingModel) -> None:
@@ -78,6 +86,8 @@ class ServingProgram(nn.Module):
         task = copy.deepcopy(task).cpu().eval().requires_grad_(False)
         self.network = task.encoder.network
         self._truncates = self.network.whole_layers < self.network.num_layers
+        self.whole_because = _whole_because(task)
+        """Why a new event changes the keys and values of earlier ones, so that none are cached. None: it does not."""
         self.inputs, self.layers = task.encoder.inputs, task.encoder.layers
         self.head = task.head if isinstance(task, RankingModel) else None
         self.tasks = task.tasks if isinstance(task, MultiTaskDense) else None
@@ -98,20 +108,34 @@ class ServingProgram(nn.Module):
             "context": bool(features.contextual),
             "token_times": network.needs_times,
             "query_times": network.needs_times,
+            "prefix": self.whole_because is None,
+            "prefix_lengths": self.whole_because is None,
+            "prefix_times": self.whole_because is None and network.needs_times,
             **dict.fromkeys((name for name in _SIZES if name.startswith("kept")), self._truncates),
         }
         return tuple(name for name in _SIZES if needed.get(name, True))
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
         """Predict; see the class for inputs and outputs."""
-        x = self._tokens(inputs)
+        x, computed = self._tokens(inputs), list[Tensor]()
+
+        def attend(read: AttentionInputs) -> Tensor:
+            if "prefix" not in inputs:
+                return padded_forward(read)
+            earlier = inputs["prefix"].select(1, len(computed) // 2)
+            computed.extend([read.k, read.v])
+            return padded_forward(read, earlier)
+
         for layers, tokens, layout in self._stages(inputs):
             own, update = x if tokens is None else x.index_select(0, tokens), None
             for layer in layers:
-                own, update = layer(own, layout, update, padded_forward)
+                own, update = layer(own, layout, update, attend)
             assert update is not None  # there is a layer
             x = own + update if tokens is None else x.index_copy(0, tokens, own + update)
-        tokens = x.index_select(0, inputs["outputs"])
+        outputs = self._predicted(x.index_select(0, inputs["outputs"]))
+        return (outputs, *computed) if computed else outputs
+
+    def _predicted(self, tokens: Tensor) -> Tensor:
         if self.head is None:
             return REFERENCE_KERNELS.l2_normalize(self.query_projection(tokens), self.l2_norm_eps)
         outputs: Tensor = self.head(tokens)
@@ -167,8 +191,10 @@ class ServingProgram(nn.Module):
         self, inputs: dict[str, Tensor], kind: str, token_times: Tensor | None, query_times: Tensor | None
     ) -> JaggedLayout:
         module, nothing, ends = self.inputs, np.zeros(0, dtype=np.int64), inputs[f"{kind}history_ends"]
-        if self.head is None and not (self.network.has_window and self.network.min_full_attention_tokens):
-            ends = ends.amax(0, keepdim=True)  # without candidates, all sequences share one mask and position bias
+        # Without candidates, all sequences share one mask and position bias, if these depend on distances alone.
+        depends = self.network.has_window and (self.network.min_full_attention_tokens or module.features.contextual)
+        if is_shared := self.head is None and not depends:
+            ends = ends.amax(0, keepdim=True)
         return PaddedLayout(
             seqlen_offsets=ends,  # placeholder: the program's kernels do not read it
             seqlens=nothing,
@@ -176,14 +202,27 @@ class ServingProgram(nn.Module):
             num_candidate_tokens_host=nothing,
             positions=inputs[f"{kind}places"],  # placeholder, too
             num_contextuals=len(module.features.contextual),
-            candidate_group_tokens=module.target_group_size * module.tokens_per_item,
+            candidate_group_tokens=1,  # candidates that are apart come without their actions
             tokens_per_item=module.tokens_per_item,
             token_times=token_times,
             query_times=query_times,
             padded_tokens=inputs[f"{kind}padded"],
             places=inputs[f"{kind}places"],
             history_ends=ends,
+            prefix_lengths=None if is_shared else inputs.get("prefix_lengths"),
+            prefix_times=inputs.get("prefix_times"),
         )
+
+
+def _whole_because(task: RetrievalDense | RankingModel) -> str | None:
+    network = task.encoder.network
+    if network.truncate_after_layer is not None:
+        return "NetworkArgs.truncate_after_layer: each event moves the place where later layers cut histories"
+    if not network.is_causal:
+        return "NetworkArgs.is_causal = False: events see later ones"
+    if task.encoder.features.contextual and not network.disable_contextual_mask:
+        return "NetworkArgs.disable_contextual_mask = False: context sees the whole history, which sees the context"
+    return None
 
 
 class _OfInputsAndWeights(nn.Module):
@@ -193,8 +232,8 @@ class _OfInputsAndWeights(nn.Module):
         super().__init__()
         self._program = (program,)  # a tuple, so that its parameters are not registered here
 
-    def forward(self, inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor:
-        outputs: Tensor = functional_call(self._program[0], weights, (inputs,))
+    def forward(self, inputs: dict[str, Tensor], weights: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        outputs: Tensor | tuple[Tensor, ...] = functional_call(self._program[0], weights, (inputs,))
         return outputs
 
 
@@ -211,12 +250,16 @@ def trace(program: ServingProgram) -> ExportedProgram:
         "item_width": program.network.item_width,
         "contextual_width": program.network.contextual_width,
         "number_width": sum(program.inputs.features.number_widths),
+        "layers": program.network.num_layers,
+        "pair": 2,
+        "heads": program.network.num_attention_heads,
+        "channels": program.network.kv_channels,
         **{f"{role}_width": len(n) * SIDE_WIDTH for role, n in program.inputs.side.items()},
     }
     dims = {axis: Dim(axis) for axes in _SIZES.values() for axis, size in axes if size is not None}
     example, shapes = {}, {}
     for name in program.input_names:
-        is_float = name in ("items", "actions", "side", "known_after", "numbers", "is_history", "context")
+        is_float = name in ("items", "actions", "side", "known_after", "numbers", "is_history", "context", "prefix")
         size = [sizes[axis] if given is None else given for axis, given in _SIZES[name]]
         example[name] = torch.zeros(size, dtype=torch.float32 if is_float else torch.int64)
         shapes[name] = {place: dims[axis] for place, (axis, given) in enumerate(_SIZES[name]) if given is not None}
@@ -227,6 +270,8 @@ def trace(program: ServingProgram) -> ExportedProgram:
             _OfInputsAndWeights(program), (example, weights), dynamic_shapes=(shapes, dict.fromkeys(weights))
         )
     _simplify(traced.graph_module)
+    for spec, node in zip(traced.graph_signature.output_specs, traced.graph.output_node().args[0], strict=True):
+        spec.arg = TensorArgument(node.name)  # the removed operators may have been outputs
     return traced
 
 

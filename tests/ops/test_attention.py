@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
 from hstu.ops.kernels import AttentionConfig, AttentionInputs, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
 from hstu.ops.pytorch import attention as pytorch_attention
 from hstu.ops.pytorch.attention import PaddedLayout
 from hstu.ops.pytorch.attention import forward as whole_attention
-from hstu.ops.pytorch.prefix_attention import CachedPrefix, prefix_attention
 from tests.ops import oracle
 from tests.ops.backends import hstu_attention
 from tests.ops.oracle import User
@@ -154,7 +154,7 @@ def test_attention_on_padded_sequences_equals_that_on_jagged_ones(mask: dict[str
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-CONTEXT, HISTORY, CANDIDATES, PAGE = 2, 14, 5, 4
+CONTEXT, HISTORY, CANDIDATES = 2, 14, 5
 TIMES = tuple(int(3.1 ** min(i, 12)) + 60 * i for i in range(HISTORY + CANDIDATES))
 
 
@@ -179,7 +179,7 @@ def part_of(layout: JaggedLayout, start: int) -> JaggedLayout:
 @pytest.mark.parametrize("full", [0, 4])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("candidates", "group_size"), [(0, 1), (CANDIDATES, 1), (CANDIDATES, 2)])
-def test_new_rows_equal_those_of_the_whole_sequence(
+def test_tokens_after_cached_keys_and_values_equal_those_of_the_whole_sequence(
     span: int | None, full: int, with_bias: bool, candidates: int, group_size: int
 ) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -188,23 +188,21 @@ def test_new_rows_equal_those_of_the_whole_sequence(
     q, k, v = torch.randn(layout.num_tokens, 3, 3, 8, generator=generator, dtype=torch.float64).unbind(1)
     weights = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (2 * 30 - 1, NUM_TIME_BUCKETS)]
     bias = RelativeBias(*weights) if with_bias else None
-    start = CONTEXT + HISTORY - (0 if candidates else 3)
-    pages = [
-        (k[first : min(first + PAGE, start)].transpose(0, 1), v[first : min(first + PAGE, start)].transpose(0, 1))
-        for first in range(0, start, PAGE)
-    ]
+    start, padding = CONTEXT + HISTORY - (0 if candidates else 3), 2
+    new = torch.arange(layout.num_tokens - start)
     assert layout.token_times is not None
-    prefix = CachedPrefix(pages, start, CONTEXT, layout.token_times[:start], CONTEXT + HISTORY)
-    new = prefix_attention(
-        AttentionInputs(q[start:], k[start:], v[start:], part_of(layout, start), config, bias), prefix
+    of_new = PaddedLayout(
+        **vars(part_of(layout, start)),
+        padded_tokens=new[None],
+        places=new,
+        history_ends=torch.tensor([CONTEXT + HISTORY]),
+        prefix_lengths=torch.tensor([start]),
+        prefix_times=functional.pad(layout.token_times[:start], (padding, 0))[None],
     )
-    torch.testing.assert_close(
-        new, whole_attention(AttentionInputs(q, k, v, layout, config, bias))[start:], rtol=1e-12, atol=1e-14
+    prefix = torch.stack([k[:start], v[:start]]).transpose(1, 2)[None]  # [1, 2, H, start, d]
+    found = pytorch_attention.padded_forward(
+        AttentionInputs(q[start:], k[start:], v[start:], of_new, config, bias),
+        functional.pad(prefix, (0, 0, padding, 0)),
     )
-
-
-def test_history_without_a_causal_mask_is_refused() -> None:
-    layout, x = layout_of(0, 1), torch.zeros(CONTEXT + HISTORY, 1, 8)
-    prefix = CachedPrefix([], 0, CONTEXT, None, CONTEXT + HISTORY)
-    with pytest.raises(ValueError, match="is_causal = False: earlier tokens see appended ones"):
-        prefix_attention(AttentionInputs(x, x, x, layout, AttentionConfig(1.0, 30, is_causal=False)), prefix)
+    expected = whole_attention(AttentionInputs(q, k, v, layout, config, bias))[start:]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)

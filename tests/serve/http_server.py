@@ -16,6 +16,7 @@ from typing import Any
 import uvicorn
 
 from hstu.serve.runtime import ServingError
+from hstu.serve.runtime.cache import PrefixCache
 from hstu.serve.server.app import server_config
 from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import Answer, RecommendRequest, User
@@ -107,7 +108,7 @@ class StubModel:
     gate: threading.Event = field(default_factory=threading.Event)
     batches: list[list[User]] = field(default_factory=list)
 
-    def answer(self, requests: Sequence[User]) -> list[Answer | Exception]:
+    def answer(self, requests: Sequence[User], cache: PrefixCache | None = None) -> list[Answer | Exception]:
         self.batches.append(list(requests))
         assert self.gate.wait(30)
         return [self._answer(request) for request in requests]

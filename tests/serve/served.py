@@ -198,20 +198,28 @@ def largest_difference(trained: LoadedModel, model: runtime.Model) -> float:
     """Largest difference of a vector's number or a logit on random requests, relative to 1 + its absolute value."""
     worst = 0.0
     for requests in random_requests(model):
-        with torch.no_grad():
-            if model.facts["task"] == "ranking":
-                expected = torch.cat(list(_logits(trained, model, requests)))
-                found = torch.cat(model.predict_batch(requests.histories, requests.candidates, requests.at))
-                items = [item for each in requests.candidates for item in each.items]
-                assert torch.equal(found.isnan().all(dim=1), torch.tensor([item == _UNKNOWN for item in items]))
-                found, expected = found[~found.isnan().all(dim=1)], expected[~found.isnan().all(dim=1)]
-            else:
-                batches = trained.encoder.batches(requests.histories)
-                items, vectors = _item_vectors(trained)
-                expected = torch.cat([trained.user_vectors(batches, requests.at).cpu(), vectors])
-                found = torch.cat([model.embed_batch(requests.histories, requests.at), model.item_vectors(items)])
+        expected = torch.cat(answers_of_the_trainer(trained, model, requests))
+        if model.facts["task"] == "ranking":
+            found = torch.cat(model.predict_batch(requests.histories, requests.candidates, requests.at))
+            items = [item for each in requests.candidates for item in each.items]
+            assert torch.equal(found.isnan().all(dim=1), torch.tensor([item == _UNKNOWN for item in items]))
+            found, expected = found[~found.isnan().all(dim=1)], expected[~found.isnan().all(dim=1)]
+        else:
+            items, vectors = _item_vectors(trained)
+            expected = torch.cat([expected, vectors])
+            found = torch.cat([model.embed_batch(requests.histories, requests.at), model.item_vectors(items)])
         worst = max(worst, float(((found - expected).abs() / (1 + expected.abs())).nan_to_num(torch.inf).max()))
     return worst
+
+
+@torch.no_grad()
+def answers_of_the_trainer(trained: LoadedModel, model: runtime.Model, requests: Requests) -> list[Tensor]:
+    """Logits of the candidates of each history, or its vector [1, E]."""
+    if model.facts["task"] == "retrieval":
+        batches = trained.encoder.batches(requests.histories)
+        return [*trained.user_vectors(batches, requests.at).cpu().split(1)]
+    counts = [len(each.items) for each in requests.candidates]
+    return [*torch.cat([*_logits(trained, model, requests)]).split(counts)]
 
 
 def _item_vectors(trained: LoadedModel) -> tuple[list[Any], Tensor]:

@@ -1,7 +1,7 @@
 """One model, applied in each way there is, has one set of metrics: trained, exported, from a cache, and served.
 
 Exports of models with other settings (slow) compute what the models compute. A score has one meaning: it is the same in
-an evaluation, in a file of predictions, in an export and in a session. Evaluation and use agree on the items that a
+an evaluation, in a file of predictions and in an export. Evaluation and use agree on the items that a
 user has had, too: RetrievalArgs.filter_seen is the policy of both.
 """
 
@@ -37,7 +37,6 @@ from tests.serve.served import BIAS, EVERY_FEATURE, Served, feature_store, large
 from tests.train.tiny import ITEMS, OF_THE_ACTION, tiny_config, walks
 
 TOLERANCE = 1e-4
-MEGABYTE = 1 << 20
 Predict = Callable[[api.History, list[Any], int], Any]
 """History, candidates, time of the request → what the model predicts for each: a cosine, or logits of the classes."""
 
@@ -52,17 +51,17 @@ def of_program(exported: Path, _: Mesh) -> Iterator[Predict]:
     yield predict
 
 
-def of_cache(exported: Path, mesh: Mesh) -> Iterator[Predict]:
-    """The first half of a history is encoded, and the rest is appended."""
-    model = api.load(exported, mesh=mesh)
-    session = model.session(MEGABYTE)
+def of_cache(exported: Path, _: Mesh) -> Iterator[Predict]:
+    """The keys and values of the first half of a history come from a request before."""
+    model = runtime.load(exported / "serving")
 
     def predict(history: api.History, candidates: list[Any], at: int) -> Any:
-        half = (len(history.items) + 1) // 2
-        session.encode([history.cut(slice(half))])
-        if half < len(history.items):
-            session.append([history.cut(slice(half, None))])
-        return session.score(history.user, candidates, at=at if model.reads_request_time else None).numpy()
+        whole, kept = as_request(history), list[Any]([None])
+        for count in ((len(whole.items) + 1) // 2, len(whole.items)):
+            part = whole.cut(slice(count))
+            encoded = model.encode(part, Shown(candidates), at if model.reads_request_time else None, kept[-1], True)
+            (output,) = model.run([encoded], lambda _, prefix: kept.append(prefix))
+        return model.outputs_of(candidates, output).numpy()
 
     yield predict
 
@@ -242,7 +241,7 @@ def test_tables_of_fewer_bits_are_close(
 
 def test_candidates_of_an_evaluation_score_as_each_does_alone(ranking: Served) -> None:
     trained, model = ranking.trained, ranking.model
-    session, cut = trained.session(1 << 24), 0
+    cut = 0
     for batch in trained.batches("valid"):
         logits = trained.forward(batch).logits
         assert logits is not None
@@ -251,17 +250,14 @@ def test_candidates_of_an_evaluation_score_as_each_does_alone(ranking: Served) -
             (whole,) = trained.histories_of(np.array([user]))
             end = len(whole.items) - len(expected)
             history = whole.cut(slice(end))
-            cut += end > session.max_items
-            session.encode([history])
+            cut += end > model.encoder.room(1)[0]
             for place in range(end, len(whole.items)):
                 event = whole.cut(slice(place, place + 1))
                 assert event.timestamps is not None
                 known = {name: event.features[name] for name in model.encoder.known_before if name in event.features}
                 at = int(event.timestamps[0])
-                found = model.predict_batch([history], [Shown(event.items, known)], at)
-                found.append(session.score(whole.user, event.items, at=at, features=known))
-                for each in found:
-                    torch.testing.assert_close(each[0], expected[place - end], atol=ROUNDING, rtol=ROUNDING)
+                (found,) = model.predict_batch([history], [Shown(event.items, known)], at)
+                torch.testing.assert_close(found[0], expected[place - end], atol=ROUNDING, rtol=ROUNDING)
     assert cut, "some histories are longer than the model's"
 
 
@@ -309,17 +305,11 @@ def test_an_export_says_where_evaluation_and_service_differ(features: SequenceSt
 
 
 def test_an_unknown_candidate_has_no_score(ranking: Served) -> None:
-    trained, (history,) = ranking.trained, ranking.trained.histories_of(np.array([0]))
-    session, given = trained.session(1 << 24), {"device": [None, None]}
-    session.encode([history])
-    cached = session.score(history.user, [1000, -7], at=10**7, features=given)
+    (history,), given = ranking.trained.histories_of(np.array([0])), {"device": [None, None]}
     (exported,) = ranking.model.predict_batch([history], [Shown([1000, -7], given)], 10**7)
-    torch.testing.assert_close(cached, exported, atol=ROUNDING, rtol=ROUNDING, equal_nan=True)
-    assert cached.isnan().any(dim=1).tolist() == [False, True]
-    named, scores = session.named(cached), ranking.model.score(history, Shown([1000, -7], given), 10**7)
-    assert named.keys() == scores.keys() and {each[1] for each in scores.values()} == {None}
-    for name, values in named.items():
-        assert values[0] == pytest.approx(scores[name][0], abs=ROUNDING) and np.isnan(values[1])
+    assert exported.isnan().any(dim=1).tolist() == [False, True]
+    scores = ranking.model.score(history, Shown([1000, -7], given), 10**7)
+    assert {values[1] for values in scores.values()} == {None} and None not in {each[0] for each in scores.values()}
 
 
 def test_an_item_without_a_vector_is_last_in_a_file_of_predictions(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hstu import api
-from hstu.base.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError
 from hstu.data.features.running import DAY_S
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
@@ -89,12 +89,7 @@ def test_requests_without_what_they_need_are_refused(store: SequenceStore, serve
         served.model.predict_batch([replace(history, timestamps=None)], [shown], None)
     with pytest.raises(ServingError, match="has an action that is no number"):
         served.model.predict_batch([replace(history, actions=["view"] * len(history.items))], [shown], None)
-    session = api.Session(served.trained, 1 << 24)
-    with pytest.raises(DataError, match="a session does not compute running statistics; give the features item_mean,"):
-        session.encode([history])
-    session.encode([of_user(store, 0)])
-    with pytest.raises(DataError, match="a session does not compute running statistics"):
-        session.score(history.user, [3])
+    assert "running statistics (item_mean, " in str(served.model.whole_because)
 
 
 def test_candidates_that_would_see_the_actions_on_others_are_refused(

@@ -358,7 +358,7 @@ def test_damaged_exports_never_replace_a_good_one(retrieval: Served, tmp_path: P
     half = shutil.copytree(retrieval.folder, tmp_path / "half")
     (half / "tables.safetensors").unlink()
     old = shutil.copytree(retrieval.folder, tmp_path / "old")
-    rewrite(old, "serving.json", (old / "serving.json").read_bytes().replace(b'"version": 3', b'"version": 0'))
+    rewrite(old, "serving.json", (old / "serving.json").read_bytes().replace(b'"version": 4', b'"version": 0'))
     diverged = shutil.copytree(retrieval.folder, tmp_path / "diverged")
     tables = (diverged / "tables.safetensors").read_bytes()
     start = 8 + int.from_bytes(tables[:8], "little")

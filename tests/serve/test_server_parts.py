@@ -298,10 +298,10 @@ def test_a_defect_fails_the_request_that_causes_it(ranking: Served, monkeypatch:
             marked.append(id(encoded))
         return encoded
 
-    def runs(encoded: list[Any]) -> Any:
+    def runs(encoded: list[Any], *more: Any) -> Any:
         if any(id(each) in marked for each in encoded):
             raise MemoryError("a defect")
-        return run(encoded)
+        return run(encoded, *more)
 
     marked: list[int] = []
     monkeypatch.setattr(model, "encode", encodes)

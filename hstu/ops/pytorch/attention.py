@@ -63,6 +63,11 @@ class PaddedLayout(JaggedLayout):
     places: Tensor  # int64 [T]: index of each token among the B · N padded positions
     history_ends: Tensor
     """int64 [B]: index of the first candidate token in its sequence; the sequence's length if there is none."""
+    prefix_lengths: Tensor | None = None
+    """int64 [B]: tokens of each sequence before those of the layout, whose keys and values are cached. None: mask and
+    bias depend on distances alone, so that all sequences share one."""
+    prefix_times: Tensor | None = None
+    """int64 [B, P]: their times, padded at the beginning."""
 
 
 def forward(inputs: AttentionInputs) -> Tensor:
@@ -108,20 +113,40 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
     return bias and RelativeBias(*(grad.to(weight.dtype) for grad, weight in zip(grad_tables, bias, strict=True)))
 
 
-def padded_forward(inputs: AttentionInputs) -> Tensor:
-    """:func:`forward` for a PaddedLayout, without host integers: torch.export traces one graph for any batch."""
+def padded_forward(inputs: AttentionInputs, prefix: Tensor | None = None) -> Tensor:
+    """:func:`forward` for a PaddedLayout, without host integers: torch.export traces one graph for any batch.
+
+    prefix: keys and values of earlier tokens, float [B, 2, H, P, d]. Their padding, at the beginning, is zeros: it adds
+    nothing.
+    """
     layout, config, tables = inputs.layout, inputs.config, _tables(inputs.bias)
     assert isinstance(layout, PaddedLayout)
     together = _pad(_with_zero_row(torch.cat([inputs.q, inputs.k, inputs.v], dim=-1)), layout.padded_tokens)
     q, k, v = together.split([inputs.q.shape[-1], inputs.k.shape[-1], inputs.v.shape[-1]], dim=-1)
-    key, every = ("padded attention", config, len(tables)), slice(None)
+    if prefix is not None:
+        k, v = (torch.cat([earlier, new], dim=2) for earlier, new in zip(prefix.unbind(1), (k, v), strict=True))
+    key = ("padded attention", config, len(tables))
     if key not in layout.cache:
-        ends = layout.history_ends[:, None, None]
-        pairs = _pairs_of(inputs, layout.padded_tokens, ends, every, every, q.dtype)
+        pairs = _padded_pairs(inputs, layout, 0 if prefix is None else prefix.shape[3], q.dtype)
         buckets = None if pairs.buckets is None else pairs.buckets.long()  # once, not in each layer
         layout.cache[key] = replace(pairs, buckets=buckets)
     out = _attend(q, k, v, layout.cache[key].added(tables), config.alpha).transpose(1, 2).flatten(0, 1)
     return out.index_select(0, layout.places).div(config.scaling_seqlen).to(inputs.v.dtype)
+
+
+def _padded_pairs(inputs: AttentionInputs, layout: PaddedLayout, num_earlier: int, dtype: torch.dtype) -> Pairs:
+    """Pairs of the tokens of a PaddedLayout with ``num_earlier`` padded tokens of the prefix, and with each other."""
+    tokens, ends = layout.padded_tokens, layout.history_ends[:, None, None]
+    j = torch.arange(num_earlier + tokens.shape[1], device=tokens.device)[None]
+    i, (asked, known) = j[:, num_earlier:], _times_of(inputs, tokens)
+    if layout.prefix_times is not None and known is not None:
+        known = torch.cat([layout.prefix_times, known], dim=1)
+    if layout.prefix_lengths is None:
+        ends = ends + num_earlier
+    else:
+        padding = num_earlier - layout.prefix_lengths[:, None]
+        i, j = i - padding, j - padding
+    return _pairs_of(inputs, i[:, :, None], j[:, None], ends, asked, known, dtype)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, added: Tensor, alpha: float) -> Tensor:
@@ -231,20 +256,36 @@ def _blocks(inputs: AttentionInputs, group: Group, dtype: torch.dtype) -> Iterat
         rows = slice(start, min(start + step, queries.stop))
         sees_later = not config.is_causal or (config.contextual_mask and start < layout.num_contextuals)
         keys = slice(0, tokens.shape[1] if sees_later else rows.stop)
-        yield rows, keys, _pairs_of(inputs, tokens, end, rows, keys, dtype)
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        asked, known = _times_of(inputs, tokens)
+        if asked is not None and known is not None:
+            asked, known = asked[:, rows], known[:, keys]
+        i, j = index[None, rows, None], index[None, None, keys]
+        yield rows, keys, _pairs_of(inputs, i, j, end, asked, known, dtype)
+
+
+def _times_of(inputs: AttentionInputs, tokens: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """int64 [b, n]: times of padded tokens as queries and as keys. None without a bias."""
+    if inputs.bias is None:
+        return None, None
+    layout = inputs.layout
+    assert layout.query_times is not None and layout.token_times is not None
+    return F.pad(layout.query_times, (0, 1))[tokens], F.pad(layout.token_times, (0, 1))[tokens]
 
 
 def _pairs_of(
-    inputs: AttentionInputs, tokens: Tensor, end: Tensor, rows: slice, keys: slice, dtype: torch.dtype
+    inputs: AttentionInputs,
+    i: Tensor,
+    j: Tensor,
+    end: Tensor,
+    asked: Tensor | None,
+    known: Tensor | None,
+    dtype: torch.dtype,
 ) -> Pairs:
-    layout = inputs.layout
-    index = torch.arange(tokens.shape[1], device=tokens.device)
-    i, j = index[None, rows, None], index[None, None, keys]
-    hidden = ~is_visible(i, j, end, layout, inputs.config)
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=tokens.device).masked_fill_(hidden, MASKED)
-    if inputs.bias is None:
+    """Pairs of queries at ``i`` [S, r, 1] and keys at ``j`` [S, 1, k], with their times [b, r] and [b, k]."""
+    hidden = ~is_visible(i, j, end, inputs.layout, inputs.config)
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, MASKED)
+    if inputs.bias is None or asked is None or known is None:
         return Pairs(mask, None, None)
-    assert layout.query_times is not None and layout.token_times is not None
     distances = distance_index(torch.minimum(i, end), torch.minimum(j, end), len(inputs.bias.position_weight))
-    asked, known = (F.pad(times, (0, 1))[tokens] for times in (layout.query_times, layout.token_times))
-    return Pairs(mask, distances, time_buckets(asked[:, rows, None] - known[:, None, keys]))
+    return Pairs(mask, distances, time_buckets(asked[:, :, None] - known[:, None]))

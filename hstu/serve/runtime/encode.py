@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from reprlib import repr
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -47,6 +47,19 @@ class Events:
     """Time of the request, scalar int64. None: for candidates, and if the model reads no times."""
     length: int = 0
     """Number of events or candidates."""
+
+    def newest(self, count: int) -> Self:
+        """The newest ``count`` events."""
+        first = self.length - count
+        firsts = {name: int(values[:first].sum()) for name, values in self.counts.items()}
+        return replace(
+            self,
+            ids={name: ids[firsts.get(name, first) :] for name, ids in self.ids.items()},
+            counts={name: values[first:] for name, values in self.counts.items()},
+            numbers=None if self.numbers is None else self.numbers[first:],
+            times=None if self.times is None else self.times[first:],
+            length=count,
+        )
 
 
 class Encoder:
@@ -157,18 +170,14 @@ class Encoder:
         cuts = (slice(count * part // parts, count * (part + 1) // parts) for part in range(parts))
         return [self._events(candidates.cut(own), every[own], before[own], "the candidates have") for own in cuts]
 
-    def sequences(
-        self, history: History, candidates: Candidates, at: int | None = None
-    ) -> list[tuple[Events, Events | None]]:
-        """Encode even parts of the candidates, each after the newest events.
+    def room(self, count: int) -> tuple[int, int]:
+        """For ``count`` candidates: (events of a history, even parts into which to divide the candidates).
 
         ``max_items`` less the most candidates are kept. Without a limit of candidates, as many as fit beside a part.
         """
-        count, longest, rule = len(candidates.items), self.facts["max_items"], self.facts["candidates"]
+        longest, rule = self.facts["max_items"], self.facts["candidates"]
         number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
-        room = longest - ((rule["most"] or -(-count // max(number, 1))) if rule["trained"] else 1)
-        events = self.history(history, at, room)
-        return [(events, part) for part in self.candidates(candidates, history, at, number)]
+        return longest - ((rule["most"] or -(-count // max(number, 1))) if rule["trained"] else 1), number
 
     def are_unknown(self, items: Sequence[Any]) -> Tensor:
         """Whether neither the model nor its data has an item, bool [n]. An unknown candidate has no score."""

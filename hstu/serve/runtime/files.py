@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .requests import ServingError
 
-FORMAT, VERSION = "hstu-serving", 3
+FORMAT, VERSION = "hstu-serving", 4
 MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.safetensors", "vocabulary.safetensors"
 PROGRAM, WEIGHTS = "program.pt2", "weights.safetensors"
 SERVING = "serving"

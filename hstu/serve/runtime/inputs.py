@@ -1,49 +1,81 @@
 """Convert sequences of ids to the inputs of an exported program."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cache import Prefix, joined_prefixes
 from .encode import Events
 from .files import Table, run_indices
 
-Sequence_ = tuple[Events, Events | None]
-"""(history, candidates to score). None: predict from the newest event."""
+
+class Sequence_(NamedTuple):
+    """A history to predict from."""
+
+    events: Events
+    """Those after the prefix."""
+    candidates: Events | None = None
+    """Items to score. None: predict from the newest event."""
+    prefix: Prefix | None = None
+    """The first events, whose keys and values are cached, with the context. None: cache nothing."""
+
+    @property
+    def cached_items(self) -> int:
+        """Number of events in the prefix."""
+        return 0 if self.prefix is None else self.prefix.num_items
+
+    @property
+    def new_items(self) -> int:
+        """Number of events and candidates after the prefix."""
+        return self.events.length + (0 if self.candidates is None else self.candidates.length)
 
 
-def num_items(sequence: Sequence_) -> int:
-    """Events of a history and candidates."""
-    events, candidates = sequence
-    return events.length + (0 if candidates is None else candidates.length)
+def tokens_per_candidate(facts: Mapping[str, Any]) -> int:
+    """1 if candidates are apart: nothing sees their actions, which are then left out."""
+    return 1 if facts["candidates"]["apart"] else int(facts["tokens_per_item"])
+
+
+def num_tokens(facts: Mapping[str, Any], sequence: Sequence_) -> int:
+    """Tokens of a sequence after its prefix, which has the context."""
+    context = 0 if sequence.cached_items else len(facts["contextual"])
+    shown = 0 if sequence.candidates is None else sequence.candidates.length
+    return context + sequence.events.length * facts["tokens_per_item"] + shown * tokens_per_candidate(facts)
 
 
 def inputs_of(
     facts: Mapping[str, Any], tables: Mapping[str, Table], sequences: Sequence[Sequence_]
 ) -> tuple[dict[str, Tensor], list[int]]:
     """(inputs of the program, see hstu/serve/program.py; number of outputs of each sequence)."""
-    parts = [part for sequence in sequences for part in sequence if part is not None]
+    parts = [part for each in sequences for part in (each.events, each.candidates) if part is not None]
     inputs = _table_rows(facts, tables, parts)
     per_item, num_context = facts["tokens_per_item"], len(facts["contextual"])
-    items = torch.tensor([num_items(sequence) for sequence in sequences])
-    shown = torch.tensor([0 if candidates is None else candidates.length for _, candidates in sequences])
+    items = torch.tensor([each.new_items for each in sequences])
+    cached = torch.tensor([each.cached_items for each in sequences])
+    shown = torch.tensor([0 if each.candidates is None else each.candidates.length for each in sequences])
     # Unless "apart", the attention mask treats the candidate as the newest event of the history.
     apart = shown if facts["candidates"]["apart"] else torch.zeros_like(shown)
-    lengths, ends = num_context + items * per_item, num_context + (items - apart) * per_item
+    before = torch.where(cached > 0, num_context + cached * per_item, 0)  # tokens of the prefix
+    ends = num_context + (cached + items - apart) * per_item
+    lengths = torch.tensor([num_tokens(facts, each) for each in sequences])
     sequence, place = run_indices(lengths)
+    place = place + before[sequence]  # in the sequence with its prefix
     first_item = items.cumsum(0) - items
-    item = first_item[sequence] + (place - num_context).clamp(min=0) // per_item
-    row = num_context * len(items) + item + (place - num_context) % per_item * int(items.sum())
+    inputs["positions"] = position = torch.minimum(place, ends[sequence])
+    of_sequence = (position - num_context).clamp(min=0) // per_item + place - position - cached[sequence]
+    item = first_item[sequence] + of_sequence.clamp(min=0)
+    row = num_context * len(items) + item + (position - num_context) % per_item * int(items.sum())
     inputs["order"] = torch.where(place < num_context, place * len(items) + sequence, row)
-    inputs["positions"] = torch.minimum(place, ends[sequence])
     inputs |= _padded("", lengths, ends)
+    if "prefix" in facts["inputs"]:
+        inputs |= joined_prefixes(facts, [each.prefix for each in sequences])
     if "is_history" in facts["inputs"]:
         of_item, place_of_item = run_indices(items)
         inputs["is_history"] = (place_of_item < (items - shown)[of_item]).float()
     if "token_times" in facts["inputs"]:
         times = _joined([part.times for part in parts])[item]
-        at = torch.stack([events.at for events, _ in sequences if events.at is not None])[sequence]
+        at = torch.stack([each.events.at for each in sequences if each.events.at is not None])[sequence]
         inputs["token_times"] = inputs["query_times"] = times
         if facts["asks_for_next"]:  # the time of the next token, or of the request, or its own
             following = torch.cat([times[1:], times[-1:]])
@@ -58,7 +90,7 @@ def inputs_of(
     counts = shown.clamp(min=1) if facts["task"] == "ranking" else torch.ones_like(shown)
     run, output = run_indices(counts)
     last = lengths.cumsum(0)[run]
-    back = (counts[run] - output) * per_item if facts["task"] == "ranking" else 1
+    back = (counts[run] - output) * tokens_per_candidate(facts) if facts["task"] == "ranking" else 1
     inputs["outputs"] = last - back
     return {name: inputs[name] for name in facts["inputs"]}, counts.tolist()
 

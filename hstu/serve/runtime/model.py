@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import Prefix, newest_changes
 from .delta import Contents, read_contents
 from .encode import Encoder
 from .files import PROGRAM, TABLES, VOCABULARY, WEIGHTS, Vocabulary, fitting, tables_of, texts_of
-from .inputs import Sequence_, inputs_of, num_items
+from .inputs import Sequence_, inputs_of, num_tokens
 from .requests import Candidates, History, ServingError
 
 ITEM_VECTORS = "item_vectors"
@@ -107,14 +108,16 @@ class Model:
             self._items /= self._items.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
             self._is_missing = ~self._items.any(dim=1)
         self._weights = dict(sorted(contents.tensors[WEIGHTS].items()))
-        self._program: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor]
+        self.whole_because: str | None = facts["whole_because"]
+        """Why no keys and values can be kept for later requests of a user. None: they can."""
+        self._program: Callable[[dict[str, Tensor], dict[str, Tensor]], tuple[Tensor, ...]]
         if like is not None and like.contents.files[PROGRAM] == contents.files[PROGRAM]:
             self._program = like._program
         else:
             traced = torch.export.load(contents.path_of(PROGRAM))
             constants = [traced.constants[each.target] for each in traced.graph_signature.input_specs if each.target]
             graph = traced.graph_module  # its module() would match each input with guards
-            self._program = lambda inputs, weights: graph(*constants, *inputs.values(), *weights.values())[0]
+            self._program = lambda inputs, weights: graph(*constants, *inputs.values(), *weights.values())
 
     def _vocabulary(self, name: str, like: Model | None) -> Vocabulary:
         """The vocabulary of a feature: that of ``like``, with what it has looked up, if a delta did not change it."""
@@ -214,20 +217,54 @@ class Model:
         encoded = [self.encode(history, None, at) for history in histories]
         return torch.cat([torch.empty(0, width), *self.run(encoded)])
 
-    def encode(self, history: History, candidates: Candidates | None, at: int | None = None) -> list[Sequence_]:
-        """Prepare a request for :meth:`run`, which runs requests with different ``at`` together."""
-        if self.facts["task"] == "retrieval":
-            if candidates is not None and candidates.features:
-                raise ServingError("a retrieval model reads no features of candidates; leave them out")
-            return [(self.encoder.history(history, at, self.facts["max_items"]), None)]
-        assert candidates is not None, "a ranking model scores candidates"
-        return [*self.encoder.sequences(history, candidates, at)]
+    def encode(
+        self,
+        history: History,
+        candidates: Candidates | None,
+        at: int | None = None,
+        earlier: Prefix | None = None,
+        caches: bool = False,
+    ) -> list[Sequence_]:
+        """Prepare a request for :meth:`run`, which runs requests with different ``at`` together.
 
-    def run(self, encoded: Sequence[Sequence[Sequence_]]) -> list[Tensor]:
-        """Run the program. Returns the vector [1, E] of each user, or the logits [candidates, outputs]."""
-        outputs = iter(self._run([part for own in encoded for part in own]))
+        ``caches``: keep keys and values of the history, unless ``whole_because`` says why not, and reuse those that
+        ``earlier``, which an earlier run has kept of this user, has of it.
+        """
+        parts, room = 1, self.facts["max_items"]
+        if self.facts["task"] == "ranking":
+            assert candidates is not None, "a ranking model scores candidates"
+            room, parts = self.encoder.room(len(candidates.items))
+        elif candidates is not None and candidates.features:
+            raise ServingError("a retrieval model reads no features of candidates; leave them out")
+        count, prefix = min(len(history.items), room), None
+        if caches and self.whole_because is None:
+            before = int(len(history.items) > room)
+            window = history.cut(slice(len(history.items) - count - before, None))
+            scored = 1 if candidates is not None and not self.facts["candidates"]["apart"] else 0
+            end = len(self.facts["contextual"]) + (count + scored) * self.facts["tokens_per_item"]
+            prefix = (earlier or Prefix.empty(self.facts, window, before)).valid_for(self.facts, window, before, end)
+        events = self.encoder.history(history, at, count if prefix is None else count - prefix.num_items)
+        if self.facts["task"] == "retrieval" or candidates is None:
+            return [Sequence_(events, None, prefix)]
+        found = self.encoder.candidates(candidates, history, at, parts)
+        return [Sequence_(events, part, prefix) for part in found]
+
+    def run(
+        self, encoded: Sequence[Sequence[Sequence_]], keep: Callable[[int, Prefix], None] | None = None
+    ) -> list[Tensor]:
+        """Run the program. Returns the vector [1, E] of each user, or the logits [candidates, outputs].
+
+        ``keep`` is called with the number of each request with ``caches``, and what its next request may reuse.
+        """
+        encoded = self._with_shared_prefixes(encoded)
+        outputs, found = iter(self._run([part for own in encoded for part in own])), []
         nothing = torch.empty(0, sum(len(task["columns"]) for task in self.facts["tasks"]))
-        return [torch.cat([*(next(outputs) for _ in own)]) if own else nothing for own in encoded]
+        for place, own in enumerate(encoded):
+            of_parts = [next(outputs) for _ in own]
+            found.append(torch.cat([output for output, _ in of_parts]) if own else nothing)
+            if keep is not None and own and (prefix := of_parts[-1][1]) is not None:
+                keep(place, prefix)
+        return found
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
         """Unit vectors of items, float32 [len(items), E]; zeros for unknown items."""
@@ -273,24 +310,66 @@ class Model:
         outputs = self.run([self.encode(history, each, at) for history, each in zip(histories, shown, strict=True)])
         return [self.outputs_of(each.items, computed) for each, computed in zip(shown, outputs, strict=True)]
 
-    def _run(self, sequences: Sequence[Sequence_]) -> list[Tensor]:
-        """Run the program on chunks of sequences of similar length. Returns [outputs, width] per sequence."""
-        facts, found, start = self.facts, [torch.empty(0)] * len(sequences), 0
-        most = _SCORES_AT_ONCE // facts["heads"]
-        lengths = [num_items(sequence) * facts["tokens_per_item"] + len(facts["contextual"]) for sequence in sequences]
-        order = sorted(range(len(sequences)), key=lengths.__getitem__)  # a chunk is padded to its longest sequence
+    def _with_shared_prefixes(self, encoded: Sequence[Sequence[Sequence_]]) -> list[Sequence[Sequence_]]:
+        """Compute the history of several parts with candidates once, if that is the prefix of each."""
+        found, newest = list(encoded), int(newest_changes(self.facts))
+        if not self.facts["candidates"]["apart"]:  # windows count the candidate, too
+            return found
+        firsts = {place: own[0] for place, own in enumerate(encoded) if len(own) > 1}
+        firsts = {place: own for place, own in firsts.items() if own.prefix and own.events.length > newest}
+        alone = self._run([Sequence_(own.events, None, own.prefix) for own in firsts.values()])
+        for (place, own), (_, prefix) in zip(firsts.items(), alone, strict=True):
+            events = own.events.newest(newest)
+            found[place] = [Sequence_(events, part.candidates, prefix) for part in encoded[place]]
+        return found
+
+    def _run(self, sequences: Sequence[Sequence_]) -> list[tuple[Tensor, Prefix | None]]:
+        """Run the program on chunks of sequences of similar length. Returns [outputs, width] per sequence, and more of
+        its prefix."""
+        facts, start = self.facts, 0
+        found: list[tuple[Tensor, Prefix | None]] = [(torch.empty(0), None)] * len(sequences)
+        most, per_item, context = _SCORES_AT_ONCE // facts["heads"], facts["tokens_per_item"], len(facts["contextual"])
+        new = [num_tokens(facts, each) for each in sequences]
+        whole = [count + each.cached_items * per_item + context for count, each in zip(new, sequences, strict=True)]
+        # A chunk is padded to its longest sequence.
+        order = sorted(range(len(sequences)), key=lambda place: (new[place], whole[place]))
         while start < len(order):
-            stop = start + 1
-            while stop < len(order) and (stop + 1 - start) * lengths[order[stop]] ** 2 <= most:
+            stop, longest = start + 1, whole[order[start]]
+            while stop < len(order):
+                longest = max(longest, whole[order[stop]])
+                if (stop + 1 - start) * new[order[stop]] * longest > most:
+                    break
                 stop += 1
             chunk = order[start:stop]
             inputs, counts = inputs_of(facts, self._tables, [sequences[place] for place in chunk])
             with torch.inference_mode():
-                outputs = self._program(inputs, self._weights)
+                outputs, *computed = self._program(inputs, self._weights)
+            first = 0
             for place, own in zip(chunk, outputs.split(counts), strict=True):
-                found[place] = own
+                tokens = slice(first, first + new[place])
+                found[place] = own, self._continued(sequences[place], computed, inputs.get("token_times"), tokens)
+                first = tokens.stop
             start = stop
         return found
+
+    def _continued(
+        self, sequence: Sequence_, computed: Sequence[Tensor], times: Tensor | None, tokens: slice
+    ) -> Prefix | None:
+        """The prefix of a sequence with its new events, but for a newest one that later events change.
+
+        ``tokens``: those of the sequence in ``times`` and ``computed``, the keys and values of each layer.
+        """
+        prefix, facts = sequence.prefix, self.facts
+        if prefix is None:
+            return None
+        items = max(0, sequence.events.length - newest_changes(facts))
+        context, per_item = len(facts["contextual"]), facts["tokens_per_item"]
+        count = items * per_item + context * (not prefix.num_items) if items else 0
+        shown = 0 if sequence.candidates is None or facts["candidates"]["apart"] else sequence.candidates.length
+        end = context + (prefix.num_items + sequence.events.length + shown) * per_item
+        kept = slice(tokens.start, tokens.start + count)
+        seconds = torch.zeros(count, dtype=torch.int64) if times is None else times[kept]
+        return prefix.followed_by([each[kept] for each in computed], seconds, items, end)
 
     @property
     def vectors(self) -> Tensor:

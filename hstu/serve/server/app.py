@@ -28,6 +28,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import hstu
 from hstu.base.errors import ConfigError, PrintableFormatter
 from hstu.serve.runtime import ServingError
+from hstu.serve.runtime.cache import PrefixCache
 
 from .batching import Batcher, Metrics, Overloaded, Settings
 from .model import Answer, EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
@@ -98,11 +99,13 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     Raises ConfigError if the store of users cannot be opened.
     """
     users = Users(None if settings.users is None else open_store(settings.users), metrics)
+    cache = PrefixCache(settings.cache_bytes)
 
     def answers(queries: Sequence[User]) -> list[Answer | Exception]:
         served = live.current
         filled = users.filled(queries, served)
-        found = iter(served.answer([each for each in filled if not isinstance(each, Exception)]))
+        found = iter(served.answer([each for each in filled if not isinstance(each, Exception)], cache))
+        metrics.cache_bytes.set(cache.num_bytes)
         return [each if isinstance(each, Exception) else next(found) for each in filled]
 
     batcher = Batcher(answers, settings, metrics)
@@ -152,7 +155,9 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     @app.delete("/users/{user:path}", responses=_FAILURES)
     async def forget(user: str) -> Response:
         """Forget a user: remove all stored events."""
-        return _as_json(await writer.ask(user))
+        answer = await writer.ask(user)
+        await batcher.run(cache.drop, user)
+        return _as_json(answer)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:

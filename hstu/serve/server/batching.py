@@ -44,6 +44,8 @@ class Settings:
     """Where the events of users are kept: a file, or a URL redis://…. None: nowhere."""
     items: Path | None = None
     """File that says which items are in stock, and of which category. None: no rules of items."""
+    cache_bytes: int = 256 << 20
+    """Memory for keys and values of users whose ids requests give."""
 
 
 class Metrics:
@@ -64,6 +66,7 @@ class Metrics:
         )
         self.waiting = Gauge("hstu_waiting_requests", "Requests that wait to be computed", registry=registry)
         self.events = Counter("hstu_events", "Events that POST /events or DELETE took", ["kind"], registry=registry)
+        self.cache_bytes = Gauge("hstu_cache_bytes", "Memory of keys and values of users", registry=registry)
         self.swaps = Counter("hstu_model_swaps", "Newer exports that have replaced older ones", registry=registry)
         self.refused = Gauge("hstu_refused_exports", "Exports that could not be loaded", registry=registry)
         self.model = Gauge("hstu_model", "1 for the model in use", ["version", "task"], registry=registry)
@@ -126,6 +129,10 @@ class Batcher:
         self._changed.set()
         self._metrics.waiting.set(len(self._queue))
         return await waiting.answer
+
+    async def run(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function between two batches."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def _run(self) -> None:
         while not (self._is_closing and not self._queue):

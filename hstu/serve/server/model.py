@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from hstu.serve.runtime import Candidates, History, Model, Recommendation, ServingError
+from hstu.serve.runtime.cache import Prefix, PrefixCache
 from hstu.serve.runtime.model import Lists
 
 from .rules import Catalog, chosen_items
@@ -148,7 +149,7 @@ class ServedModel:
     def falls_back(self, request: User) -> bool:
         """Whether a user without events gets popular items."""
         is_asked = self.task == "retrieval" and isinstance(request, RecommendRequest)
-        return is_asked and not request.items and self.model.popularity is not None
+        return is_asked and not len(request.history.items) and self.model.popularity is not None
 
     @property
     def event_features(self) -> list[str]:
@@ -186,21 +187,22 @@ class ServedModel:
         )
         self.model.encoder.history(history, None, len(events))
 
-    def answer(self, requests: Sequence[User]) -> list[Answer | Exception]:
+    def answer(self, requests: Sequence[User], cache: PrefixCache | None = None) -> list[Answer | Exception]:
         """Answer requests together. One that fails gets its exception, a ServingError if it does not fit the model.
 
         If one makes them fail together, each is computed alone, so that an error belongs to the request that causes it.
+        ``cache``: of users whose ids are given.
         """
         try:
             with torch.inference_mode():
-                outputs = self._outputs(requests)
+                outputs = self._outputs(requests, cache)
                 best = self._recommendations(requests, outputs)
                 return [
                     output if isinstance(output, Exception) else self._answer(request, output, best.get(place))
                     for place, (request, output) in enumerate(zip(requests, outputs, strict=True))
                 ]
         except Exception as error:
-            return [error] if len(requests) == 1 else [self.answer([request])[0] for request in requests]
+            return [error] if len(requests) == 1 else [self.answer([request], cache)[0] for request in requests]
 
     def search(self, text: str, count: int) -> list[dict[str, Any]]:
         """Find up to ``count`` items whose title contains ``text`` or whose id equals it, as JSON. Thread-safe."""
@@ -212,7 +214,7 @@ class ServedModel:
         found = zip(values, places, strict=True)
         return [{"item": value, "title": titles[place] if titles else ""} for value, place in found]
 
-    def _outputs(self, requests: Sequence[User]) -> list[Tensor | Exception]:
+    def _outputs(self, requests: Sequence[User], cache: PrefixCache | None) -> list[Tensor | Exception]:
         """For each request, the user vector [1, E], the logits [candidates, outputs], or its exception."""
         encoded: list[Any] = []
         for request in requests:
@@ -220,11 +222,21 @@ class ServedModel:
                 shown = request.shown if isinstance(request, ScoreRequest) else None
                 if self.task == "ranking" and shown is None:
                     raise ServingError("a ranking model has no vectors of users and items; use /score")
-                is_empty = self.falls_back(request)
-                encoded.append([] if is_empty else self.model.encode(request.history, shown, request.at))
+                user = None if cache is None else request.user
+                earlier = None if cache is None or user is None else cache.find(str(user), self.version)
+                parts = []
+                if not self.falls_back(request):
+                    parts = self.model.encode(request.history, shown, request.at, earlier, user is not None)
+                encoded.append(parts)
             except Exception as error:  # also a defect
                 encoded.append(error)
-        outputs = iter(self.model.run([each for each in encoded if not isinstance(each, Exception)]))
+        fitting = [place for place, each in enumerate(encoded) if not isinstance(each, Exception)]
+
+        def keep(place: int, prefix: Prefix) -> None:
+            if cache is not None:
+                cache.put(str(requests[fitting[place]].user), self.version, prefix)
+
+        outputs = iter(self.model.run([encoded[place] for place in fitting], keep))
         found = [each if isinstance(each, Exception) else next(outputs) for each in encoded]
         return [
             one if isinstance(one, Exception) or one.isfinite().all() else ServingError(_NOT_FINITE) for one in found

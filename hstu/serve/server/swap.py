@@ -64,7 +64,10 @@ Load = Callable[[Path, str, ServedModel | None], ServedModel]
 
 def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
     """Load and verify an export. Shares what is equal with the current model, which may be the base of a delta."""
-    return ServedModel(runtime.load(folder, like=None if current is None else current.model), version)
+    model = runtime.load(folder, like=None if current is None else current.model)
+    if model.whole_because is not None:
+        _log.info("no keys and values are kept model=%s reason=%s", version, model.whole_because)
+    return ServedModel(model, version)
 
 
 class LiveModel:

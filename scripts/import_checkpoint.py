@@ -11,7 +11,7 @@ from hstu.base.errors import DataError
 from hstu.config.cli import tool
 from hstu.config.gin_io import load
 from hstu.serve.command import check_new, read_ids
-from hstu.serve.importing import PEERS, REFUSED, import_checkpoint
+from hstu.train.importing import PEERS, REFUSED, import_checkpoint
 
 
 def _stay_alone() -> None:

@@ -4,7 +4,6 @@ loaded.py opens a checkpoint or an export with its data as a ``LoadedModel``, wh
 runtime/requests.py defines a request: a ``History``, and ``Candidates`` to score. runtime/encode.py looks up its ids,
 and histories.py builds batches from them.
 export.py writes a directory for services: the traced program (program.py) with tables and ids (contents.py).
-importing.py makes an export of a checkpoint of another trainer.
 runtime/ loads that directory with torch and the standard library alone; server/ answers HTTP requests with it,
 and keeps users: their events, and in memory the keys and values of their histories (runtime/cache.py).
 """

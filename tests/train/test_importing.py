@@ -16,8 +16,8 @@ from hstu.data.batches.batch import HSTUBatch
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
-from hstu.serve.importing import import_checkpoint
 from hstu.serve.loaded import LoadedModel
+from hstu.train.importing import import_checkpoint
 from tests.distributed.launch import run_script
 from tests.serve.served import BIAS, PUBLISHED
 from tests.train.test_untrusted_checkpoints import Attack

@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--max_waiting", type=count, default=256, help="requests that wait at most; more get 429 (%(default)s)")
     add("--max_body_kb", type=count, default=1024, help="largest request (%(default)s)")
     add("--poll_s", type=_between(float, 0.1, 86_400), default=5.0, help="between looks for an export (%(default)s)")
+    add("--drain_s", type=_between(float, 0, 3600), default=0, help="taking requests after SIGTERM (%(default)s)")
     options = parser.parse_args(arguments)
     if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client")):
         raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu-trainer[serve]'")
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_waiting=options.max_waiting,
             max_body_bytes=options.max_body_kb << 10,
             poll_s=options.poll_s,
+            drain_s=options.drain_s,
             users=options.users,
             items=options.items,
             cache_bytes=options.cache_mb << 20,

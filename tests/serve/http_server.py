@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,16 +16,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from hstu.serve.runtime import ServingError
 from hstu.serve.runtime.cache import PrefixCache
 from hstu.serve.server.app import server_config
 from hstu.serve.server.batching import Metrics, Settings
+from hstu.serve.server.listening import Server
 from hstu.serve.server.model import Answer, RecommendRequest, User
 from hstu.serve.server.swap import LiveModel, Load, load
 
 UNWATCHED = Settings(poll_s=3600)
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -46,17 +49,20 @@ class Client:
     def __post_init__(self) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.timeout_s)
 
-    def get(self, path: str) -> Reply:
-        return self._ask("GET", path, None)
+    def get(self, path: str, **headers: str) -> Reply:
+        return self._ask("GET", path, None, headers)
 
-    def post(self, path: str, content: Any) -> Reply:
-        return self._ask("POST", path, content if isinstance(content, bytes) else json.dumps(content).encode())
+    def post(self, path: str, content: Any, **headers: str) -> Reply:
+        """Headers are written with "_" for "-"."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        return self._ask("POST", path, body, headers)
 
     def delete(self, path: str) -> Reply:
-        return self._ask("DELETE", path, None)
+        return self._ask("DELETE", path, None, {})
 
-    def _ask(self, method: str, path: str, body: bytes | None) -> Reply:
-        self._connection.request(method, path, body, {"content-type": "application/json"})
+    def _ask(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> Reply:
+        given = {name.replace("_", "-"): value for name, value in headers.items()}
+        self._connection.request(method, path, body, {"content-type": "application/json", **given})
         answer = self._connection.getresponse()
         return Reply(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read().decode())
 
@@ -68,7 +74,7 @@ class Client:
 def running(root: Path, load: Load = load, settings: Settings = UNWATCHED) -> Iterator[Client]:
     """A server of the exports in ``root`` on a free port of this machine, until the end of the block."""
     metrics = Metrics()
-    server = uvicorn.Server(server_config(LiveModel(root, metrics, load), settings, metrics))
+    server = Server(server_config(LiveModel(root, metrics, load), settings, metrics), settings.drain_s)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -81,6 +87,18 @@ def running(root: Path, load: Load = load, settings: Settings = UNWATCHED) -> It
             server.should_exit = True
             thread.join(60)
     assert not thread.is_alive()
+
+
+def started(folder: Path, *options: str, log: list[str] | None = None) -> tuple[subprocess.Popen[str], int]:
+    """A server in a process of its own, and its port. ``log``: lines that it writes until it listens are added."""
+    command = [sys.executable, "scripts/serve.py", "--export", str(folder), "--port", "0", *options]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert server.stderr is not None
+    for line in server.stderr:
+        (log if log is not None else []).append(line)
+        if found := re.search(r"listening url=http://127.0.0.1:(\d+)", line):
+            return server, int(found[1])
+    raise AssertionError(f"the server has ended: {server.wait()}")
 
 
 def until(is_true: Any, limit_s: float = 30) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import signal
 import socket
 import sqlite3
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,10 +23,8 @@ from hstu.serve.server import users as users_module
 from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import EventsRequest, ServedModel, User
 from hstu.serve.server.users import Store, Users, open_store
-from tests.serve.http_server import Client, running, until, write_folder
+from tests.serve.http_server import Client, running, started, until, write_folder
 from tests.serve.served import Served
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -238,19 +234,8 @@ def test_a_place_that_is_no_store_is_refused_at_start(place: str, tmp_path: Path
         open_store(place if ":" in place else str(tmp_path / place))
 
 
-def started(folder: Path, users: Path) -> tuple[subprocess.Popen[str], int]:
-    """A server in a process of its own, and its port."""
-    command = [sys.executable, "scripts/serve.py", "--export", str(folder), "--users", str(users), "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert server.stderr is not None
-    for line in server.stderr:
-        if found := re.search(r"listening url=http://127.0.0.1:(\d+)", line):
-            return server, int(found[1])
-    raise AssertionError(f"the server has ended: {server.wait()}")
-
-
 def test_a_server_that_is_killed_has_lost_no_event_that_it_confirmed(retrieval: Served, tmp_path: Path) -> None:
-    server, port = started(retrieval.folder, tmp_path / "users.db")
+    server, port = started(retrieval.folder, "--users", str(tmp_path / "users.db"))
     confirmed: list[int] = []
 
     def write(number: int) -> None:

@@ -6,49 +6,40 @@ import json
 import logging
 import resource
 import signal
-import socket
 import sys
-import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import h11
 import torch
 import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import hstu
-from hstu.base.errors import ConfigError, PrintableFormatter
+from hstu.base.errors import PrintableFormatter
 from hstu.serve.runtime import ServingError
 from hstu.serve.runtime.cache import PrefixCache
 
 from .batching import Batcher, Metrics, Overloaded, Settings
+from .guard import Guard, failure
+from .listening import Connection, Server, bound
 from .model import Answer, EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
 from .rules import ItemFile
 from .swap import LiveModel
-from .users import StoreError, Users, open_store
+from .users import StoreCheck, StoreError, Users, open_store
 
 _SHOWN_PROBLEMS = 10
-_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"cache-control", b"no-store"),
-    (b"content-security-policy", b"default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"),
-]
 _FAILURES: dict[int | str, dict[str, Any]] = {
     413: {"description": "The request is too large"},
     422: {"description": "The request has mistakes, or does not fit the model"},
     429: {"description": "Too many requests wait; see the header Retry-After"},
     503: {"description": "The store of users does not answer"},
 }
-_BACKLOG = 256
 _SWITCH_INTERVAL_S = 1e-4
 """How long a thread may hold the GIL while others wait. PyTorch operators release it.
 While another thread loads an export, requests take 3 times as long; with Python's default of 5 ms, 40 times.
@@ -62,16 +53,16 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     torch.set_num_threads(settings.threads)
     resource.setrlimit(resource.RLIMIT_NOFILE, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[1:])  # 1,024 are few
-    with _bound(host, port) as listener:
+    with bound(host, port) as listener:
         metrics = Metrics()
         gc.freeze()  # exempts imported modules, so that collecting a replaced model pauses threads for less time
         live = LiveModel(root, metrics, items=None if settings.items is None else ItemFile(settings.items))
         shown = f"[{host}]" if ":" in host else host
-        # uvicorn handles both signals, and raises them again after its graceful shutdown.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        server = Server(server_config(live, settings, metrics), settings.drain_s)
+        for each in (signal.SIGTERM, signal.SIGINT):  # before uvicorn listens, and when it raises them again at its end
+            signal.signal(each, server.handle_exit)
         _log.info("listening url=http://%s:%d", shown, listener.getsockname()[1])
-        uvicorn.Server(server_config(live, settings, metrics)).run(sockets=[listener])
+        server.run(sockets=[listener])
     _log.info("stopped")
 
 
@@ -130,6 +121,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         docs_url=None,  # FastAPI's pages load scripts from other hosts, which the header forbids
         redoc_url=None,
     )
+    app.state.is_draining = False  # Server sets it
     _add_error_handlers(app)
 
     @app.post("/recommend", responses=_FAILURES)
@@ -166,6 +158,16 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         facts = {"model": current.version, "task": current.task, "since": live.since, "refused": live.refused}
         return {"status": "ok", **facts}
 
+    check = StoreCheck(users)
+
+    @app.get("/ready", responses={503: {"description": "Send requests to another server"}})
+    async def ready() -> Response:
+        """Whether to send requests here: a model is loaded, the store of users answers, and the server does not end."""
+        if app.state.is_draining:
+            return failure(503, "the server ends; send requests to another")
+        await check.run()
+        return _as_json({"status": "ready", "model": live.current.version})
+
     @app.get("/metrics")
     async def prometheus() -> Response:
         """Counters in the text format of Prometheus."""
@@ -195,96 +197,9 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     return app
 
 
-class Connection(H11Protocol):
-    """A connection that must send each request, with its body, within ``timeout_keep_alive`` seconds.
-
-    ``timer`` ends it. It is cancelled while a request is being answered. While ``limit_concurrency`` connections are
-    open, a new one ends the one that has waited longest for a request.
-    """
-
-    timer: asyncio.TimerHandle
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request."""
-        super().connection_made(transport)
-        self.timer = self.loop.call_later(self.timeout_keep_alive, transport.abort)
-        if len(self.connections) >= (self.limit_concurrency or 0):
-            known = (each for each in self.connections if isinstance(each, Connection))
-            longest = min((each for each in known if not each.timer.cancelled()), key=lambda each: each.timer.when())
-            longest.timer.cancel()
-            longest.transport.abort()
-
-    def handle_events(self) -> None:
-        """Stop waiting once a request is complete."""
-        super().handle_events()
-        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
-            self.timer.cancel()
-
-    def on_response_complete(self) -> None:
-        """Wait for the next request, which may have arrived already."""
-        self.timer.cancel()
-        self.timer = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
-        super().on_response_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Release the connection."""
-        self.timer.cancel()
-        super().connection_lost(exc)
-
-
-class Guard:
-    """ASGI middleware that counts requests, limits their size, adds headers and answers exceptions with status 500.
-
-    ``max_body_bytes``: larger requests get status 413, chunked requests without a length get 411.
-    ``paths``: paths that are counted by name; other paths are counted as "other".
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, paths: Collection[str]) -> None:
-        self._app, self._metrics, self._max_body_bytes, self._paths = app, metrics, max_body_bytes, paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        begun, status = time.monotonic(), 0
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message = {**message, "headers": [*message["headers"], *_HEADERS]}
-            await send(message)
-
-        headers, answer = dict(scope["headers"]), self._app
-        if b"transfer-encoding" in headers:
-            answer = _failure(411, "give the header Content-Length")
-        elif int(headers.get(b"content-length", 0)) > self._max_body_bytes:
-            answer = _failure(413, f"the request is larger than {self._max_body_bytes} bytes")
-        try:
-            await answer(scope, receive, send_and_note)
-        except h11.LocalProtocolError:  # a malformed body, which uvicorn has already answered
-            _log.info("malformed request path=%s", scope["path"])
-        except Exception:
-            _log.exception("defect path=%s", scope["path"])
-            if status:
-                raise
-            answer = _failure(500, "the server has failed to answer this request; its log says why")
-            await answer(scope, receive, send_and_note)
-        finally:
-            path = getattr(scope.get("route"), "path", scope["path"])
-            path = path if path in self._paths else "other"
-            self._metrics.requests.labels(path, str(status)).inc()
-            self._metrics.seconds.labels(path).observe(time.monotonic() - begun)
-
-
 def _as_json(answer: Answer) -> Response:
     # A Response skips FastAPI's slow validation of each number.
     return Response(json.dumps(answer, allow_nan=False), media_type="application/json")
-
-
-def _failure(status: int, text: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:
-    # json.dumps escapes to ASCII, because texts may contain lone surrogates, which UTF-8 cannot encode.
-    return Response(json.dumps({"error": text, **more}), status, headers, media_type="application/json")
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -299,26 +214,26 @@ def _add_error_handlers(app: FastAPI) -> None:
         told = {where: f"expected {text}" if text[:1].islower() else text for where, text in told.items()}
         problems = [{"where": where, "problem": text} for where, text in [*told.items()][:_SHOWN_PROBLEMS]]
         more = f"; the first {_SHOWN_PROBLEMS} are shown" if len(found) > _SHOWN_PROBLEMS else ""
-        return _failure(422, f"the request has {len(found)} problem(s){more}", problems=problems)
+        return failure(422, f"the request has {len(found)} problem(s){more}", problems=problems)
 
     @app.exception_handler(ServingError)
     async def unfit(_: Request, error: ServingError) -> Response:
-        return _failure(422, str(error))
+        return failure(422, str(error))
 
     @app.exception_handler(Overloaded)
     async def overloaded(_: Request, error: Overloaded) -> Response:
-        return _failure(429, str(error), {"Retry-After": str(error.retry_after_s)})
+        return failure(429, str(error), {"Retry-After": str(error.retry_after_s)})
 
     @app.exception_handler(StoreError)
     async def unavailable(_: Request, error: StoreError) -> Response:
         _log.warning("store of users: %s", error)
-        return _failure(503, "the store of users does not answer; the server's log says why")
+        return failure(503, "the store of users does not answer; the server's log says why")
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # of FastAPI, if parsing fails for another reason than a mistake of syntax
-            return _failure(422, "the request is no JSON in UTF-8, or has a number or nested lists of extreme length")
-        return _failure(error.status_code, str(error.detail), error.headers)
+            return failure(422, "the request is no JSON in UTF-8, or has a number or nested lists of extreme length")
+        return failure(error.status_code, str(error.detail), error.headers)
 
 
 def _where(error: Mapping[str, Any], body: Any) -> str:
@@ -368,18 +283,6 @@ def _facts(served: ServedModel) -> dict[str, Any]:
         "categories": [] if served.catalog is None else [*served.catalog.numbers],
         "fallback": "popular" if served.task == "retrieval" and served.model.popularity is not None else None,
     }
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or bodies wait 40 ms for the client's ACK
-        return listener
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen at {host}, port {port}: {error.strerror}. Choose another with --port; 0 takes a free one"
-        ) from None
 
 
 def _set_up_logging() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sqlite3
 from bisect import bisect_left, bisect_right
@@ -39,7 +40,7 @@ def open_store(place: str) -> Store:
 class SqliteStore:
     """A file with one row per user. Several servers of one machine may share it.
 
-    User → events as JSON. One thread reads, another updates. Methods raise StoreError.
+    User → events as JSON. Threads may read beside one that updates. Methods raise StoreError.
     """
 
     def __init__(self, path: str) -> None:
@@ -244,6 +245,11 @@ class Users:
                 )
         return found
 
+    def check(self) -> None:
+        """Raise StoreError if the store does not answer. Thread-safe."""
+        if self._store is not None:
+            self._store.read([b""])
+
     def close(self) -> None:
         """Release the store."""
         if self._store is not None:
@@ -258,6 +264,23 @@ class Users:
         except Exception as error:  # also a defect
             return error
         return None
+
+
+class StoreCheck:
+    """Whether a store answers. One check runs at a time, so that a store that hangs holds one thread."""
+
+    def __init__(self, users: Users, limit_s: float = 2) -> None:
+        self._users, self._limit_s = users, limit_s
+        self._running: asyncio.Future[None] | None = None
+
+    async def run(self) -> None:
+        """Raises StoreError if the store does not answer in time."""
+        if self._running is None or self._running.done():
+            self._running = asyncio.ensure_future(asyncio.to_thread(self._users.check))
+        done, _ = await asyncio.wait([self._running], timeout=self._limit_s)
+        if not done:
+            raise StoreError(f"no answer within {self._limit_s:g} s")
+        self._running.result()
 
 
 def _applied(request: EventsRequest | str, events: dict[bytes, StoredEvents]) -> dict[str, int]:

@@ -1,0 +1,72 @@
+"""What every request passes: ids, the limit of its size, headers of answers, metrics, and an answer to each defect."""
+
+import json
+import logging
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import h11
+from fastapi.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .batching import Metrics
+
+_log = logging.getLogger(__name__)
+_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"),
+]
+
+
+class Guard:
+    """ASGI middleware that counts requests, limits their size, adds headers and answers exceptions with status 500.
+
+    ``max_body_bytes``: larger requests get status 413, chunked requests without a length get 411.
+    ``paths``: paths that are counted by name; other paths are counted as "other".
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, paths: Collection[str]) -> None:
+        self._app, self._metrics, self._max_body_bytes, self._paths = app, metrics, max_body_bytes, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        begun, status = time.monotonic(), 0
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                added = [*_HEADERS, *[(b"connection", b"close")] * scope["app"].state.is_draining]
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        headers, answer = dict(scope["headers"]), self._app
+        if b"transfer-encoding" in headers:
+            answer = failure(411, "give the header Content-Length")
+        elif int(headers.get(b"content-length", 0)) > self._max_body_bytes:
+            answer = failure(413, f"the request is larger than {self._max_body_bytes} bytes")
+        try:
+            await answer(scope, receive, send_and_note)
+        except h11.LocalProtocolError:  # a malformed body, which uvicorn has already answered
+            _log.info("malformed request path=%s", scope["path"])
+        except Exception:
+            _log.exception("defect path=%s", scope["path"])
+            if status:
+                raise
+            answer = failure(500, "the server has failed to answer this request; its log says why")
+            await answer(scope, receive, send_and_note)
+        finally:
+            path = getattr(scope.get("route"), "path", scope["path"])
+            path = path if path in self._paths else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(time.monotonic() - begun)
+
+
+def failure(status: int, text: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:
+    """The answer to a request that fails."""
+    # json.dumps escapes to ASCII, because texts may contain lone surrogates, which UTF-8 cannot encode.
+    return Response(json.dumps({"error": text, **more}), status, headers, media_type="application/json")

@@ -38,7 +38,7 @@ TOWER: dict[str, Any] = {"task_args": {"item_tower": True}, "dataset": {"side_fe
 WINDOW: dict[str, Any] = {"max_attention_span": 3, "min_full_attention_tokens": 4}
 LAYOUTS: dict[str, Any] = {
     "times and an item tower": ("retrieval", {"network": {**CAUSAL, **BIAS}, **TOWER}),
-    "one token per event": ("retrieval", {"network": {**CAUSAL, "interleave_actions": False}}),
+    "one token per event": ("retrieval", {"network": {**CAUSAL, **BIAS, "interleave_actions": False}}),
     "a window": ("retrieval", {"network": {**CAUSAL, **BIAS, **WINDOW}}),
     "candidates": ("ranking", {"network": {**CAUSAL, **BIAS}, "dataset": {**EVERY_FEATURE, "max_num_candidates": 3}}),
     "the newest event is scored": ("ranking", {"network": {**CAUSAL, **BIAS}, "dataset": EVERY_FEATURE}),
@@ -93,6 +93,16 @@ def test_answers_are_those_of_the_trainer(name: str, features: SequenceStore, me
             (expected,) = answers_of_the_trainer(served.trained, model, Requests([user.history], [user.shown], user.at))
             assert float(((output - expected).abs() / (1 + expected.abs())).max()) <= 1e-5
     assert reused > 100 and computed > 100
+    for user in users:
+        (expected,) = answers_of_the_trainer(served.trained, model, Requests([user.whole], [user.shown], user.at))
+        for late in range(len(user.whole.items)):
+            user.missing, user.prefix = [late], None
+            if user.history.items:
+                model.run([encode(model, user)], kept.__setitem__)
+                user.prefix = kept[0]
+            user.missing = []
+            (output,) = model.run([encode(model, user)])
+            assert float(((output - expected).abs() / (1 + expected.abs())).max()) <= 1e-5, f"event {late} came late"
 
 
 def of_users(requests: Requests) -> list[tuple[History, Candidates]]:

@@ -59,7 +59,7 @@ class Prefix:
             return found
         columns = [(own.items, other.items), (own.actions, other.actions), (own.timestamps, other.timestamps)]
         columns += [(own.features.get(name), other.features.get(name)) for name in {**own.features, **other.features}]
-        same = min(_common(*both, before) for both in columns)
+        same = min(_common(*both, before) for both in columns) - newest_changes(facts)  # what follows it may differ
         context, per_item = len(facts["contextual"]), facts["tokens_per_item"]
         stable = context + min(same, self.num_items) * per_item
         span, full = facts["cached"]["span"], facts["cached"]["full_tokens"]

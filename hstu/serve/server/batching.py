@@ -143,7 +143,8 @@ class Batcher:
                 await self._changed.wait()
             elif (patience := self._patience_s()) > 0:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), patience)
+                    async with asyncio.timeout(patience):  # wait_for would create a task
+                        await self._changed.wait()
             else:
                 batch = self._next_batch()
                 self._metrics.waiting.set(len(self._queue))

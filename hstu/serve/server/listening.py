@@ -44,6 +44,19 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+class _Parser(h11.Connection):
+    """Gives out the headers of an answer with its body, so that both leave in one packet."""
+
+    _headers = b""
+
+    def send(self, event: Any) -> Any:
+        """What to write for an event."""
+        found, self._headers = self._headers + (super().send(event) or b""), b""
+        if isinstance(event, h11.Response):
+            found, self._headers = b"", found
+        return found
+
+
 class Connection(H11Protocol):
     """A connection that must send each request, with its body, within ``timeout_keep_alive`` seconds.
 
@@ -56,6 +69,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
         super().connection_made(transport)
+        self.conn = _Parser(h11.SERVER)
         self.timer = self.loop.call_later(self.timeout_keep_alive, transport.abort)
         if len(self.connections) >= (self.limit_concurrency or 0):
             known = (each for each in self.connections if isinstance(each, Connection))

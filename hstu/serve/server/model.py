@@ -149,7 +149,7 @@ class ServedModel:
     def falls_back(self, request: User) -> bool:
         """Whether a user without events gets popular items."""
         is_asked = self.task == "retrieval" and isinstance(request, RecommendRequest)
-        return is_asked and not len(request.history.items) and self.model.popularity is not None
+        return is_asked and not request.items and self.model.popularity is not None
 
     @property
     def event_features(self) -> list[str]:

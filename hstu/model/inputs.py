@@ -153,24 +153,52 @@ class SequenceInputs(nn.Module):
         of_actions = rows[-1]
         own = range(of_actions.start, of_items.stop)  # a range may begin with an action and end with an item
         num_items = int(batch.item_lengths.sum())
-        items = self._embed("item", self.features.item, embeddings, num_items, own)
-        if "side" in self.projections:
-            items = items + self._embed_side("side", embeddings, batch, own)
-        if self.features.action is None:
-            if "known_after" in self.projections:
-                items = items + self._embed_side("known_after", embeddings, batch, own)
-            return [*parts, items]
-        actions = self._embed("action", self.features.action, embeddings, num_items, own)
-        if "known_after" in self.projections:
-            actions = actions + self._embed_side("known_after", embeddings, batch, own)
+        items, actions = self._embed("item", self.features.item, embeddings, num_items, own), None
+        if self.features.action is not None:
+            actions = self._embed("action", self.features.action, embeddings, num_items, own)
+        side = {role: self._embed_side(role, embeddings, batch, own) for role in self.side if role in self.projections}
         if self.tokens_per_item == 2:
+            items, actions = self.combined(items, actions, side)
             ends = len(own) - len(of_items), len(of_actions)
             return [*parts, _rows(items, range(ends[0], len(own))), _rows(actions, range(ends[1]))]
-        if layout.num_candidate_tokens is None:
-            return [*parts, items + actions]
+        if layout.num_candidate_tokens is None or actions is None:
+            return [*parts, *self.combined(items, actions, side)]
         kinds = np.stack([batch.item_lengths - batch.num_candidates_host, batch.num_candidates_host], axis=1)
         flags = np.repeat(np.tile([True, False], len(kinds)), kinds.reshape(-1))  # False for candidates
-        return [*parts, items + actions * to_device(flags[own.start : own.stop], actions.device)[:, None]]
+        is_history = to_device(flags[own.start : own.stop], actions.device)
+        return [*parts, *self.combined(items, actions, side, is_history)]
+
+    def combined(
+        self, items: Tensor, actions: Tensor | None, side: Mapping[str, Tensor], is_history: Tensor | None = None
+    ) -> list[Tensor]:
+        """Rows of item tokens and of action tokens, or of tokens that are both, from projected rows [n, D].
+
+        ``side``: role → projected side features. ``is_history``: [n], 0 for candidates, whose actions are hidden.
+        """
+        if "side" in side:
+            items = items + side["side"]
+        events = items if actions is None else actions
+        if "known_after" in side:
+            events = events + side["known_after"]
+        if self.tokens_per_item == 2:
+            return [items, events]
+        if actions is None:
+            return [events]
+        return [items + (events if is_history is None else events * is_history[:, None])]
+
+    def project(self, role: str, rows: Tensor) -> Tensor:
+        """Table rows of a role, scaled and projected to width D."""
+        rows = rows * self.scale
+        return self.projections[role](rows) if role in self.projections else rows
+
+    def project_side(self, role: str, rows: Tensor | None, numbers: Tensor | None) -> Tensor:
+        """Side features of one role, projected to width D, from their joined rows and the numbers of a batch."""
+        found = [] if rows is None else [rows * self.scale]
+        if role in self.numbers:
+            transformed = self.numbers[role](numbers)
+            found.append(transformed.to(found[0].dtype) if found else transformed)
+        projected: Tensor = self.projections[role](torch.cat(found, dim=1))
+        return projected
 
     def _embed(self, role: str, feature: str, embeddings: Mapping[str, Tensor], num_rows: int, own: range) -> Tensor:
         """Rows ``own`` of a feature, projected to width D. Raises DataError unless it has ``num_rows`` rows."""
@@ -180,24 +208,15 @@ class SequenceInputs(nn.Module):
                 f"feature {feature!r} has {len(values)} values in a batch that needs {num_rows}: a contextual feature "
                 "has exactly one value per sequence, an action exactly one per item"
             )
-        values = _rows(values, own) * self.scale
-        return self.projections[role](values) if role in self.projections else values
+        return self.project(role, _rows(values, own))
 
     def _embed_side(self, role: str, embeddings: Mapping[str, Tensor], batch: HSTUBatch, own: range) -> Tensor:
         """Side features of one role for the items ``own``, projected to width D."""
-        names, rows = self.side[role], []
-        if names:
-            lists, lengths = self.features.lists, {}
-            if batch.items.list_lengths is not None:
-                lengths = dict(zip(lists, batch.items.list_lengths, strict=True))
-            joined = join_rows(names, embeddings, lengths)
-            rows.append(_rows(joined, own) * self.scale)
-        if role in self.numbers:
-            assert batch.items.numbers is not None
-            numbers = self.numbers[role](_rows(batch.items.numbers, own))
-            rows.append(numbers.to(rows[0].dtype) if rows else numbers)
-        projected: Tensor = self.projections[role](torch.cat(rows, dim=1))
-        return projected
+        joined, numbers, lengths = None, batch.items.numbers, batch.items.list_lengths
+        if names := self.side[role]:
+            of_lists = {} if lengths is None else dict(zip(self.features.lists, lengths, strict=True))
+            joined = _rows(join_rows(names, embeddings, of_lists), own)
+        return self.project_side(role, joined, None if numbers is None else _rows(numbers, own))
 
 
 def _rows(values: Tensor, own: range) -> Tensor:

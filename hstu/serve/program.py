@@ -148,35 +148,18 @@ class ServingProgram(nn.Module):
     def _tokens(self, inputs: dict[str, Tensor]) -> Tensor:
         """Input tokens [T, D] of the first layer, computed as in SequenceInputs."""
         module = self.inputs
-        parts = [self._projected("contextual", inputs["context"])] if "context" in inputs else []
-        items = self._projected("item", inputs["items"])
-        if "side" in module.projections:
-            items = items + self._side("side", inputs)
-        if "actions" in inputs:
-            actions = self._projected("action", inputs["actions"])
-            if "known_after" in module.projections:
-                actions = actions + self._side("known_after", inputs)
-            if "is_history" in inputs:
-                actions = actions * inputs["is_history"][:, None]
-            parts += [items, actions] if module.tokens_per_item == 2 else [items + actions]
-        else:
-            parts.append(items + self._side("known_after", inputs) if "known_after" in module.projections else items)
-        x = torch.cat(parts).index_select(0, inputs["order"])
+        of_context = [module.project("contextual", inputs["context"])] if "context" in inputs else []
+        actions = module.project("action", inputs["actions"]) if "actions" in inputs else None
+        side = {
+            role: module.project_side(role, inputs.get(role), inputs.get("numbers"))
+            for role in module.side
+            if role in module.projections
+        }
+        of_items = module.combined(module.project("item", inputs["items"]), actions, side, inputs.get("is_history"))
+        x = torch.cat([*of_context, *of_items]).index_select(0, inputs["order"])
         if module.position_table is not None:
             x = REFERENCE_KERNELS.add_positions(x, module.position_table, inputs["positions"])
         return x
-
-    def _projected(self, role: str, rows: Tensor) -> Tensor:
-        rows = rows * self.inputs.scale
-        projected: Tensor = self.inputs.projections[role](rows) if role in self.inputs.projections else rows
-        return projected
-
-    def _side(self, role: str, inputs: dict[str, Tensor]) -> Tensor:
-        rows = [inputs[role] * self.inputs.scale] if role in inputs else []
-        if role in self.inputs.numbers:
-            rows.append(self.inputs.numbers[role](inputs["numbers"]))
-        projected: Tensor = self.inputs.projections[role](torch.cat(rows, dim=1))
-        return projected
 
     def _stages(self, inputs: dict[str, Tensor]) -> Iterator[tuple[Sequence[nn.Module], Tensor | None, JaggedLayout]]:
         """Groups of layers, as in SequenceEncoder: (layers, tokens that they compute (None: all), layout)."""

@@ -76,13 +76,10 @@ def collect(
         ids, codes = features.item_ids(), np.arange(source.cardinalities[source.roles.item], dtype=np.int64)
         places = codes_of(trained.model_ids(codes), ids)  # index in ``ids`` of each item of the data
         vocabulary |= _items(source, features, places, len(ids))
-        vocabulary["popularity"], events = (
-            torch.zeros(len(ids), dtype=torch.int64),
-            source.store.sequence(facts["item"]),
-        )
-        for first in range(0, len(events), _EVENTS_AT_ONCE):
-            shown = places[events[first : first + _EVENTS_AT_ONCE]]
-            vocabulary["popularity"] += torch.from_numpy(shown).bincount(minlength=len(ids))
+        events = source.store.sequence(facts["item"])
+        some = np.array_split(events, 1 + len(events) // _EVENTS_AT_ONCE)
+        counts = sum(np.bincount(places[each], minlength=len(ids)) for each in some)
+        vocabulary["popularity"] = torch.from_numpy(np.asarray(counts))
         if any(entry["is_running"] for entry in facts["numbers"]):
             learnt = learn_from(source.store, places).tables
             vocabulary |= {f"running.{name}": table for name, table in learnt.items()}

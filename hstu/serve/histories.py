@@ -24,7 +24,7 @@ from hstu.data.store.layout import TIME_FEATURES
 from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.serve.runtime.encode import Encoder, Events
 from hstu.serve.runtime.files import Vocabulary
-from hstu.serve.runtime.requests import History, name_of
+from hstu.serve.runtime.requests import History
 from hstu.train.batch_source import BatchSource
 from hstu.train.sources import StoreSource
 
@@ -137,16 +137,9 @@ class BatchEncoder(Encoder):
         source = self._source
         return learn_from(source.store) if isinstance(source, StoreSource) and self.running_names else None
 
-    def batches(self, histories: Sequence[History], rooms: Sequence[int] | None = None) -> Iterator[HSTUBatch]:
-        """Batches of histories, cut to their newest ``rooms`` items (None: ``max_items``). Raises DataError."""
-        kept = [self._source.max_items] * len(histories) if rooms is None else rooms
-        return self.batches_of((self.encoded(each, room), None) for each, room in zip(histories, kept, strict=True))
-
-    def encoded(self, history: History, room: int) -> Events:
-        """The newest ``room`` events of a history of at least one, without a request. Raises DataError."""
-        if not len(history.items):
-            raise DataError(f"{name_of(history)} has no items; give at least one")
-        return self.history(history, None, room)
+    def batches(self, histories: Iterable[History]) -> Iterator[HSTUBatch]:
+        """Batches of the newest ``max_items`` events of histories, for retrieval. Raises DataError."""
+        return self.batches_of((self.history(each, None, self._source.max_items), None) for each in histories)
 
     def batches_of(self, sequences: Iterable[tuple[Events, Events | None]]) -> Iterator[HSTUBatch]:
         """Batches of histories, each with its candidates, if any. Candidates have no labels."""

@@ -89,7 +89,8 @@ def write_delta(source: Path, base: Contents, folder: Path, path: str, threshold
     (folder / DELTA).write_text(text, encoding="utf-8")
     for name, entry in new.files.items():
         if name in (FACTS, WEIGHTS) or (name not in (TABLES, VOCABULARY) and base.files.get(name) != entry):
-            _copy(source / name, folder / name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
     files = write_manifest(folder)
     found = read_contents(folder, base).tensors
     if not all(_is_same(found[file].get(name), own) for file in found for name, own in new.tensors[file].items()):
@@ -101,11 +102,6 @@ def write_delta(source: Path, base: Contents, folder: Path, path: str, threshold
         num_bytes=sum(entry["bytes"] for entry in files.values()),
         whole_bytes=sum(entry["bytes"] for entry in new.files.values()),
     )
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
 
 
 def _check_fits(base: Contents, new: Contents, threshold: float) -> None:
@@ -169,17 +165,14 @@ def _compared(
             rules[name], made[name] = None, old[name]
             continue
         rows, key, made[name] = in_rows(name, own[name]), f"{file}/{name}", own[name]
-        before = in_rows(name, old[name]) if name in old else None
-        rule = _rule(file, name, new) | {"length": len(rows), "of_base": 0 if before is None else len(before)}
-        start = None if before is None else moved(name, rule, old, made, moves)
+        rule = _rule(file, name, new) | {"length": len(rows)}
+        start = moved(name, rule, old, made, moves) if name in old else None
         if start is None or (start.shape, start.dtype) != (rows.shape, rows.dtype):
             rules[name], changes[f"{key}/values"] = rule | {"changed": len(rows), "whole": True}, rows
             continue
         differs = (_as_bytes(start) != _as_bytes(rows)).any(1)
         if limit:
-            is_new = (
-                rows_in(moves[rule["rows"]]) < 0 if rule["rows"] in moves else torch.zeros(len(rows), dtype=torch.bool)
-            )
+            is_new = rows_in(moves[rule["rows"]]) < 0 if rule["rows"] in moves else torch.tensor(False)
             differs &= is_new | ~((rows.float() - start.float()).abs().amax(1) <= limit)
         changed = differs.nonzero()[:, 0]
         rules[name] = rule | {"changed": len(changed), "whole": False}

@@ -16,10 +16,10 @@ from hstu.data.batches.batch import is_of_negatives
 from hstu.data.batches.jagged import ranges, run_offsets
 from hstu.data.preprocess.running import learn_from
 from hstu.model.embedding import TableSpec
+from hstu.model.program import ServingProgram, key_of
 from hstu.parallel.tables import dynamic_tables
 from hstu.serve.histories import known_of_items, request_facts
 from hstu.serve.loaded import LoadedModel
-from hstu.serve.program import ServingProgram, key_of
 from hstu.serve.runtime.files import FORMAT, VERSION
 from hstu.serve.runtime.model import ITEM_VECTORS
 from hstu.train.inference import InferenceSource, StoredSource

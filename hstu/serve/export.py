@@ -19,10 +19,10 @@ from hstu.config.run_config import RunConfig
 from hstu.data.features import running
 from hstu.data.sampling.samples import build_samples
 from hstu.data.store.reader import SampleItems
+from hstu.model.program import ServingProgram, trace
 from hstu.serve import runtime
 from hstu.serve.contents import check_can_be_served, collect
 from hstu.serve.loaded import LoadedModel, with_store
-from hstu.serve.program import ServingProgram, trace
 from hstu.serve.runtime.delta import Contents
 from hstu.serve.runtime.encode import Encoder
 from hstu.serve.runtime.files import FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hstu.data.store.sequence_store import SequenceStore
+from hstu.model.program import ServingProgram
 from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
-from hstu.serve.program import ServingProgram
 from hstu.serve.runtime import Candidates, History, Model
 from hstu.serve.runtime.cache import Prefix, PrefixCache
 from hstu.serve.server.model import RecommendRequest, ServedModel

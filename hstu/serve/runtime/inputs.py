@@ -47,7 +47,7 @@ def num_tokens(facts: Mapping[str, Any], sequence: Sequence_) -> int:
 def inputs_of(
     facts: Mapping[str, Any], tables: Mapping[str, Table], sequences: Sequence[Sequence_]
 ) -> tuple[dict[str, Tensor], list[int]]:
-    """(inputs of the program, see hstu/serve/program.py; number of outputs of each sequence)."""
+    """(inputs of the program, see hstu/model/program.py; number of outputs of each sequence)."""
     parts = [part for each in sequences for part in (each.events, each.candidates) if part is not None]
     inputs = _table_rows(facts, tables, parts)
     per_item, num_context = facts["tokens_per_item"], len(facts["contextual"])

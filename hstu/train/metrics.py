@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import nan
 
 import numpy as np
+import pandas as pd
 from torch.distributed import ReduceOp
 
 from hstu.base.hashing import hash_ids
@@ -31,18 +32,12 @@ def auc_by_group(scores: np.ndarray, positive: np.ndarray, groups: np.ndarray) -
 
     scores [N], positive bool [N], groups integer [N].
     """
-    if not len(scores):
-        return np.zeros(0)
-    order = np.lexsort((scores, groups))
-    scores, positive, groups = scores[order], positive[order], groups[order]
-    (group_starts, group_lengths), (tie_starts, tie_lengths) = runs(groups), runs(groups, scores)
-    midranks = np.repeat(tie_starts + (tie_lengths + 1) / 2, tie_lengths)
-    num_positive = np.add.reduceat(positive, group_starts, dtype=np.float64)
+    midranks = pd.Series(scores).groupby(groups).rank()
+    rows = pd.DataFrame({"positives": positive, "negatives": ~positive, "rank_sum": midranks * positive})
+    found = rows.astype(np.float64).groupby(groups).sum()
     # Mann–Whitney U: ranks within the group minus ranks of the positives among themselves.
-    rank_sums = np.add.reduceat(midranks * positive, group_starts) - num_positive * group_starts
-    with np.errstate(invalid="ignore"):
-        pairs = num_positive * (group_lengths - num_positive)
-        return (rank_sums - num_positive * (num_positive + 1) / 2) / pairs
+    ordered = found.rank_sum - found.positives * (found.positives + 1) / 2
+    return (ordered / (found.positives * found.negatives)).to_numpy()
 
 
 def without_rounding(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -93,11 +88,9 @@ def auc(scores: np.ndarray, positive: np.ndarray, exchange: Exchange = ALONE) ->
 
 def _counted(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values, ascending, and the sums of their rows of ``counts``, int64 [n, columns]."""
-    if not len(values):
-        return values, counts.astype(np.int64)
-    order = np.argsort(values)
-    starts, _ = runs(values[order])
-    return values[order][starts], np.add.reduceat(counts[order], starts, dtype=np.int64)
+    distinct, places = np.unique(values, return_inverse=True)
+    sums = [np.bincount(places, column, len(distinct)) for column in counts.T]
+    return distinct, np.stack(sums, axis=1).astype(np.int64)
 
 
 def grouped_auc(scores: np.ndarray, positive: np.ndarray, users: np.ndarray, exchange: Exchange = ALONE) -> float:

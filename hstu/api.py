@@ -190,7 +190,7 @@ class TrainedModel(LoadedModel):
     def known_users(self, users: Iterable[Any]) -> tuple[list[Any], list[Any]]:
         """Divide raw user ids into (known, unknown) users of the data, each in the given order."""
         named = list(users)
-        is_known = self.users.places(named) >= 0
+        is_known = self.users.rows(named) >= 0
         return list(compress(named, is_known)), list(compress(named, ~is_known))
 
     def recommend_for(

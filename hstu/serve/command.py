@@ -224,7 +224,7 @@ def _encode(ids: pd.Series[Any], vocabulary: Vocabulary) -> tuple[np.ndarray, li
     """Look up raw ids. Returns (codes, int64 [n], -1 if unknown; the distinct unknown ids)."""
     places, distinct = pd.factorize(ids)
     values = list(distinct.tolist())
-    codes = vocabulary.places(values).numpy()
+    codes = vocabulary.rows(values).numpy()
     return codes[places], [value for value, code in zip(values, codes, strict=True) if code < 0]
 
 

@@ -37,10 +37,14 @@ def vocabulary_of(raw: np.ndarray, **options: Any) -> Vocabulary:
 
 
 def stored_vocabulary(store: SequenceStore, feature: str) -> Vocabulary:
-    """The vocabulary of a feature of the data: raw value → code."""
+    """The vocabulary of a feature of the data, or of its users. Its ``rows`` are the codes."""
     if feature != USER_FEATURE and not store.feature(feature).has_vocab:
         return Vocabulary("range", store.cardinality(feature))
-    return vocabulary_of(store.raw_ids(feature), ranges=store.ranges.get(feature))
+    raw = store.raw_ids(feature)
+    if feature == USER_FEATURE and raw.dtype != object:  # the users of a lake may be in any order
+        order = np.argsort(raw, kind="stable")
+        return vocabulary_of(raw[order], rows=_as_tensor(order))
+    return vocabulary_of(raw, ranges=store.ranges.get(feature))
 
 
 def vocabularies_of(source: BatchSource, raw_ids: RawIds) -> dict[str, Vocabulary]:

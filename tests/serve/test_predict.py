@@ -17,13 +17,15 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.export import export
 from hstu.checkpoint.find import locate
 from hstu.data.store.reader import GivenRequests
-from hstu.data.store.sequence_store import SequenceStore
+from hstu.data.store.sequence_store import USER_FEATURE, SequenceStore
 from hstu.parallel.mesh import Mesh
 from hstu.serve.command import read_candidates
+from hstu.serve.histories import stored_vocabulary
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import choose_split, evaluate_split, with_metrics
 from scripts import embed, evaluate, predict
 from tests.conftest import write_small_store
+from tests.data.store.test_lake import ROWS, write_lake
 from tests.serve.served import Served
 from tests.train.tiny import ACTIONS, ITEM_FEATURES, ITEMS, FinishedRun, walks
 
@@ -229,6 +231,12 @@ def test_a_file_of_candidates_has_raw_values_and_unknown_ones_are_named(
         DataError, match=r"'device' has values .* know: 'tv'; it has device \(text: value 000, value 001"
     ):
         read_candidates(ranking.trained, str(tmp_path / "pairs.csv"), ["device"])
+
+
+def test_users_of_a_lake_are_found_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lake = SequenceStore.open(write_lake(tmp_path / "lake", ROWS | {"who": [9, 3, 12, 5, 8]}, context_columns=[]))
+    assert stored_vocabulary(lake, USER_FEATURE).rows(["8", 5, 9, 7]).tolist() == [4, 3, 0, -1]
 
 
 def test_candidates_after_the_time_of_the_request_are_refused(store: SequenceStore) -> None:

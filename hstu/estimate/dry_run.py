@@ -92,7 +92,7 @@ def dry_run(workload: Workload, batch: Batch) -> DryRun:
         kernels = fake_kernels(Backend.CPU if is_cpu else requested, recorder.report)
         step = _build_step(workload, mesh, kernels, on_device, recorder)
         dense = cast(DenseModel, step.model.dense)
-        with recorder, torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda tensor: tensor):
+        with recorder:
             step(on_device)
         weights = _weights(dense, step.optimizers.dense)
     parts = {id(part): part for part in (on_device.own, *on_device.parts)}

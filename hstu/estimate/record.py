@@ -53,8 +53,6 @@ class Recording:
     """The events of a step in order, and its memory."""
 
     events: list[Operator | Exchange] = field(default_factory=list)
-    saved: int = 0
-    """Maximum bytes that autograd saves for backward, without weights and batches."""
     peak: dict[str, int] = field(default_factory=dict)
     """Kind of memory → bytes allocated by the step at its peak."""
     peak_without_gradients: dict[str, int] = field(default_factory=dict)
@@ -71,7 +69,6 @@ class Recorder(TorchDispatchMode):
         self._live: dict[str, int] = {}
         self._owners: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._exchanged: dict[int, int] = {}
-        self._kept: dict[int, int] = {}
 
     def begin(self, phase: str) -> None:
         """Set the kind of the memory that operators allocate."""
@@ -81,14 +78,6 @@ class Recorder(TorchDispatchMode):
         """Record an operator that reads ``inputs``."""
         needs = {self._exchanged.pop(id(each.untyped_storage()), -1) for each in inputs} - {-1}
         self.recording.events.append(Operator(name, cost, self.phase, tuple(sorted(needs))))
-
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Pack hook for torch.autograd.graph.saved_tensors_hooks: record that autograd saves ``tensor``."""
-        key = id(tensor.untyped_storage())
-        if key in self._owners:
-            self._kept[key] = self._owners[key][2]
-            self.recording.saved = max(self.recording.saved, sum(self._kept.values()))
-        return tensor
 
     def own(self, tensor: Tensor, kind: str) -> None:
         """Change the kind of the memory of ``tensor``."""
@@ -146,7 +135,6 @@ class Recorder(TorchDispatchMode):
         def free(_: Any, key: int = key) -> None:
             _, kind, size = self._owners.pop(key)
             self._exchanged.pop(key, None)
-            self._kept.pop(key, None)
             self._live[kind] -= size
 
         self._owners[key] = weakref.ref(storage, free), kind, size

@@ -79,11 +79,6 @@ class Assignment:
         """[1]: number of newly assigned slots."""
         return self.counts[_INSERTIONS : _INSERTIONS + 1]
 
-    @property
-    def counters(self) -> Counters:
-        """Event counts on the host; waits for the device."""
-        return Counters(*self.counts.tolist())
-
 
 class SlotTable(ABC):
     """Ids, scores and slots of one shard.

@@ -15,7 +15,15 @@ from hstu.parallel.dynamic.hashing import initial_rows, quantiles_of, unmix
 from hstu.parallel.dynamic.rows import RowBlock, Rows
 from hstu.parallel.dynamic.slots import NO_SLOT, Policy, TorchSlots
 from tests.ops.backends import INTERPRETED, device_of, examples, needs_gpu
-from tests.parallel.dynamic.test_slots import IDS, THRESHOLDS, DictionaryTable, assert_alike, assert_holds, assert_is
+from tests.parallel.dynamic.test_slots import (
+    IDS,
+    THRESHOLDS,
+    DictionaryTable,
+    assert_alike,
+    assert_holds,
+    assert_is,
+    counters_of,
+)
 
 kernels: ModuleType = pytest.importorskip("hstu.ops.triton.slots", reason="NEEDS TRITON: pip install -e '.[cpu,dev]'")
 
@@ -57,7 +65,7 @@ def test_long_streams_equal_those_of_pytorch_and_go_on_from_a_checkpoint(policy:
         taken = int(index.taken)
         made = assert_alike(ours, oracle, torch.from_numpy(rng.zipf(1.2, batch) % (8 * capacity) - 7), step)
         refills += int(index.taken) < taken
-        evictions += made.counters.evictions
+        evictions += counters_of(made).evictions
         if step == steps // 2:
             ours.restore(*(part.clone() for part in ours.content()))
             index = ours._index

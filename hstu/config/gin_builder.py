@@ -58,7 +58,6 @@ class ConfigBuilder:
         self._resolving: list[str] = []
         self._making: set[Owner] = set()
         self._unclear: set[type[Args]] = set()  # wrong values hide references to these classes
-        self._strays: set[Owner] = set()  # the scope is probably misspelt
         for binding in self._statements:
             self._file(binding)
 
@@ -102,26 +101,13 @@ class ConfigBuilder:
 
     def _several(self, cls: type[Args]) -> tuple[Any, ...]:
         """The bound objects of a class and its subclasses, in file order."""
-        owners = self._owners_of(cls)
-        self._strays |= {owner for owner in owners if owner[0] and self._is_stray(owner)}
-        return tuple(self._object(owner) for owner in owners if owner not in self._strays)
+        return tuple(self._object(owner) for owner in self._owners_of(cls))
 
     def _owners_of(self, cls: type[Args]) -> list[Owner]:
         """Owners of objects. As in gin, bindings without a scope are defaults for scoped ones, or else one object."""
         owners = [owner for owner in self._by_owner if issubclass(owner[1], cls)]
         scoped = {kind for scope, kind in owners if scope}
         return [owner for owner in owners if owner[0] or owner[1] not in scoped]
-
-    def _is_stray(self, owner: Owner) -> bool:
-        """Whether parameters are missing and the scope is probably misspelt. Reports this."""
-        (scope, cls), bound = owner, self._bound(owner)
-        others = [other for other, kind in self._by_owner if other != scope and REGISTRY[kind] == REGISTRY[cls]]
-        missing, guess = _missing(cls, bound), nearest(scope, filter(None, others))
-        if not missing or guess is None:
-            return False
-        text = f"{written(owner)} lacks {', '.join(missing)}; is the scope {scope!r} a misspelling of {guess!r}?"
-        self.problems.append(Problem(text, self._location_of(bound)))
-        return True
 
     # --- bindings by class and parameter ---
 
@@ -301,7 +287,7 @@ class ConfigBuilder:
             for scope, leaf in leaves
             if isinstance(leaf, Reference) and (cls := find_class(leaf.selector))
         }
-        used = {outer for owner in {*self._objects, *self._strays, *referred} for outer in _with_outer_scopes(owner)}
+        used = {outer for owner in {*self._objects, *referred} for outer in _with_outer_scopes(owner)}
         for owner in self._by_owner.keys() - used:
             if (reason := self._reason_unused(owner, referred)) is not None:
                 for binding in self._by_owner[owner].values():

@@ -85,8 +85,8 @@ class _ConsoleFormatter(PrintableFormatter):
         return super().format(record)
 
 
-def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan, straggler: str | None = None) -> str:
-    """One aligned line: tok/s of all ranks, MFU per rank, ``eta_s`` seconds to the end, data wait only from 5 %.
+def format_train(record: TrainRecord, total_iters: int, straggler: str | None = None) -> str:
+    """One aligned line: tok/s of all ranks, MFU per rank, the time that the steps left take, data wait only from 5 %.
 
     With several tasks, their parts of the loss follow in further lines. ``straggler``: the slowest rank and its host,
     if the others wait for it.
@@ -98,10 +98,10 @@ def format_train(record: TrainRecord, total_iters: int, eta_s: float = math.nan,
         f"loss {record.loss:7.4f}",
         f"lr {record.lr:.1e}",
         *([] if record.grad_norm is None else [f"grad {record.grad_norm:.2g}"]),
-        f"{_short(record.tokens_per_s):>5} tok/s",
+        f"{tqdm.format_sizeof(record.tokens_per_s):>5} tok/s",
         f"MFU {_percent(record.mfu)}",
         f"{record.memory_bytes / 2**30:4.3g} GiB",
-        f"ETA {format_seconds(eta_s)}",
+        f"ETA {format_seconds((total_iters - record.iteration) * record.step_s)}",
     ]
     if record.data_wait >= _WAIT_SHOWN:
         parts.append(f"wait {_percent(record.data_wait).strip()}")
@@ -174,11 +174,6 @@ def progress_bar(total: int, mode: str = "auto", *, visible: bool = True, initia
     """A bar on standard error. ``mode``: "on", "off", or "auto" (on for terminals). ``visible``: True on one rank."""
     shown = visible and (mode == "on" or (mode == "auto" and sys.stderr.isatty()))
     return tqdm(total=total, initial=initial, desc="train", dynamic_ncols=True, leave=False, disable=not shown)
-
-
-def _short(number: float) -> str:
-    """Three digits with a unit: 950, 13.7k, 1.20M."""
-    return tqdm.format_sizeof(number) if math.isfinite(number) else "n/a"
 
 
 def _percent(share: float) -> str:

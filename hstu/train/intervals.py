@@ -42,13 +42,6 @@ class Intervals:
         number, unit = self._every[name]
         return unit != "iteration" or iteration % number == 0
 
-    def iterations(self, name: str, per_epoch: int) -> float | None:
-        """Return the estimated iterations between two times at which ``name`` is due; None: never."""
-        if name not in self._every:
-            return None
-        number, unit = self._every[name]
-        return max(1.0, float(number) * (per_epoch if unit == "epoch" else 1))
-
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON: what the last step made due."""
         return {"due": sorted(self.due)}

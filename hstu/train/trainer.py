@@ -89,8 +89,6 @@ class Trainer:
         args, split = self.args, next(iter(self.source.eval_splits), "none")
         self._selection = Selection(args.best_metric, args.best_metric_mode, split, args.early_stop_patience)
         self._last_throughput: Throughput | None = None
-        self._evaluation_s = 0.0
-        """Duration of the last evaluation of a split."""
         self._has_best_weights = False
         """Whether the weights are no longer those of ``state.iteration``, and must not be saved."""
         self._stop = StopSignal(self.mesh, self.pipeline.step.check)
@@ -292,23 +290,12 @@ class Trainer:
             ),
         )
         self.run_directory.write(record)
-        log.info(format_train(record, self.total_iters, self._eta_s(rates.step_s), straggler))
+        log.info(format_train(record, self.total_iters, straggler))
         for table, report in record.tables.items():
             log.info(describe_report(table, report))
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
         if self.args.train_metrics_samples:
             self._measure("train", self.source.sample_batches(self.args.train_metrics_samples), self.state.iteration)
-
-    def _eta_s(self, step_s: float) -> float:
-        """Seconds to the end: the steps, and the evaluations if each takes as long as the last one."""
-        args, iteration, total, evaluations = self.args, self.state.iteration, self.total_iters, 0
-        every = self._intervals.iterations("evaluation", self.source.batches_per_epoch)
-        if every is not None:
-            due = (total - args.eval_at_end) // every - (iteration - 1) // every
-            evaluations = int(due) * len(self.source.eval_splits)
-        if args.eval_at_end:
-            evaluations += len(self.source.final_splits)
-        return (total - iteration) * step_s + evaluations * self._evaluation_s
 
     def _evaluate_at_end(self) -> None:
         """Evaluate the last weights on the splits that choose the best ones, and the best ones on the other splits."""
@@ -332,9 +319,8 @@ class Trainer:
         iteration = self.state.iteration if iteration is None else iteration
         self.pipeline.resolve()
         for split in splits:
-            begun, is_new = time.monotonic(), not self._history.has(split, iteration)
+            is_new = not self._history.has(split, iteration)
             self._history.add(self._measure(split, self.source.eval_batches(split), iteration))
-            self._evaluation_s = time.monotonic() - begun
             if is_new and split == self._selection.split and self._selection.follow(self._history):
                 self._keep_best()
 

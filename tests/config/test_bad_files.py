@@ -75,7 +75,7 @@ NAMES = [
     bad("feature args without benchmark", "ranking", "FeatureArgs.max_sequence_length = 1" + HERE,
         told=("never used", "nothing refers to @FeatureArgs()")),
     bad("misspelt scope of a table", "own", "itme/EmbeddingArgs.init_std = 0.1" + HERE,
-        told=("itme/EmbeddingArgs lacks feature_names, table_name", "misspelling of 'item'")),
+        told=("itme/EmbeddingArgs.feature_names is required and not bound",), alone=False),
 ]  # fmt: skip
 
 REFERENCES = [

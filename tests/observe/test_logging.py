@@ -64,8 +64,8 @@ def test_other_ranks_tell_warnings_only_with_their_rank(capsys: pytest.CaptureFi
 
 
 def test_log_lines_of_training_are_aligned() -> None:
-    early = format_train(record(9, loss=12.5, tokens_per_s=87.0, epoch=0.01, lr=5e-5), 12000, eta_s=7500)
-    late = format_train(record(12000, tokens_per_s=1.31e6, mfu=math.nan), 12000, eta_s=0)
+    early = format_train(record(9, loss=12.5, tokens_per_s=87.0, epoch=0.01, lr=5e-5, step_s=7500 / 11991), 12000)
+    late = format_train(record(12000, tokens_per_s=1.31e6, mfu=math.nan, step_s=0.5), 12000)
     assert (
         early
         == "iter     9/12000  epoch  0.01  loss 12.5000  lr 5.0e-05   87.0 tok/s  MFU  34%   1.5 GiB  ETA 2 h 05 min"

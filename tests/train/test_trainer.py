@@ -43,13 +43,6 @@ from tests.train.tiny import Train, build, run, tiny_config
 def test_records_come_when_they_are_asked_for(train: Train, task: str, options: dict[str, Any], records: str) -> None:
     finished = train(task, trainer={"eval_at_end": True, **options})
     assert records == ", ".join(f"{record.get('split', '')} {record['iter']}".strip() for record in finished.records)
-    trainer = finished.trainer
-    trainer._evaluation_s = 1.0
-    for index, record in enumerate(finished.records):
-        if record["kind"] == "train":
-            trainer.state.iteration = record["iter"]
-            left = [later for later in finished.records[index:] if later["kind"] == "eval"]
-            assert trainer._eta_s(step_s=0.0) == len(left), "the ETA counts the evaluations to come"
 
 
 def test_a_loss_is_the_mean_since_the_record_before(train: Train) -> None:

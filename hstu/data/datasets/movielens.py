@@ -142,7 +142,6 @@ def _spec(
 
 _RECBOLE_WHEEL = WheelFiles(
     "recbole==1.2.1",
-    "recbole/dataset_example/ml-100k",
     {
         "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
         "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",

@@ -82,10 +82,9 @@ class Archive:
 
 @dataclass(frozen=True)
 class WheelFiles:
-    """Raw files inside a wheel on PyPI: pip requirement, folder in the wheel, and the SHA-256 of each file."""
+    """Raw files inside a wheel on PyPI: pip requirement, and the SHA-256 of each file."""
 
     requirement: str
-    folder: str
     sha256: Mapping[str, str]
 
 

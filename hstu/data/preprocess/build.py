@@ -157,7 +157,6 @@ def import_interactions(
         return target if existing.is_kept(options, raw.files) else build_store(raw, columns.schema(), options, {})
     begun = time.monotonic()
     store = existing.appendable(options, columns)
-    before = existing.values_of(store, columns)
     columns = existing.without_known_files(columns, store, target)
     if not columns.files:
         existing.check_tables_are_known(columns, store)
@@ -182,7 +181,6 @@ def import_interactions(
         after.cardinality(after.item_feature) - store.cardinality(store.item_feature),
         time.monotonic() - begun,
     )
-    existing.warn_of_values(before, existing.values_of(after, columns))
     return target
 
 

@@ -218,24 +218,3 @@ def stored_schema(store: SequenceStore) -> Schema:
         vectors=tuple(feature.name for feature in numbers if feature.width > 1),
         split=store.split,
     )
-
-
-def values_of(store: SequenceStore, columns: InteractionColumns) -> dict[str, str]:
-    """Feature → meaning of its values: "integers" or "text" for ids, or the texts of actions and ranges."""
-    ids = (USER_FEATURE, store.item_feature)
-    values = {name: "text" if len(store.raw_id_arrays(name)) > 1 else "integers" for name in ids}
-    named = [name for name in (columns.action, *columns.bins) if name and store.features[name].has_vocab]
-    return values | {name: ", ".join(store.raw_ids(name)) for name in named}
-
-
-def warn_of_values(before: Mapping[str, str], after: Mapping[str, str]) -> None:
-    """Warn about features whose values changed their meaning, which breaks models trained before."""
-    for name, now in after.items():
-        if not now.startswith(was := before[name]):
-            _log.warning(
-                "%r was %s, and is %s now: models of the earlier data take its values for others or do not know them, "
-                "so train new ones",
-                name,
-                was,
-                now,
-            )

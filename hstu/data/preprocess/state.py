@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,9 +39,6 @@ _MIN_MEMORY = 256 << 20
 _INTERRUPTED = "Query interrupted"
 """Text of the RuntimeError with which DuckDB replaces any exception of a signal handler during a query."""
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-_QUIET_S = 10.0
-"""A build that takes longer logs each further stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +155,11 @@ class Build:
     base: Base | None = None
     skipped: Counter[str] = field(default_factory=Counter)
     """Reason → skipped rows, over all stages."""
-    begun: float = field(default_factory=time.monotonic)
 
     def once(self, stage: str, make: Callable[[], T]) -> T:
         """Run a stage, or return its JSON result from an earlier, interrupted run."""
         journal = self.writer.journal
         if stage not in journal:
-            if (seconds := time.monotonic() - self.begun) > _QUIET_S:
-                _log.info("stage %s begins after %.0f s", stage, seconds)
             journal.commit(stage, make())
         result: T = journal[stage]
         return result

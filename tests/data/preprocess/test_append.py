@@ -318,23 +318,6 @@ def test_a_bad_row_of_a_new_file_leaves_the_store(folder: Path) -> None:
     assert contents(folder / "store") == before
 
 
-def test_what_earlier_models_misread_is_a_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (folder / "ages.csv").write_text("u,age\nb,10\nd,20\na,30\ne,90\n")
-    users: dict[str, Any] = {"context": folder / "ages.csv", "context_columns": ("age",), "bins": {"age": 2}}
-    make(folder, "may.csv", **users)
-    (folder / "june.csv").write_text(JUNE.replace("view", "cart"))
-    make(folder, "june.csv", append=True, **users)
-    assert "'a' was buy, view, and is buy, cart, view now: models of the earlier data take its values" in caplog.text
-    assert "'age' was 10, 20, and is 10..20, 30..90 now" in caplog.text
-    caplog.clear()
-    pd.DataFrame({"u": [1, 2], "i": [1, 2]}).to_csv(folder / "numbers.csv", index=False)
-    (folder / "texts.csv").write_text("u,i\n3,x\n")
-    plain: dict[str, Any] = dict.fromkeys(("action", "time", "split"))
-    make(folder, "numbers.csv", store="ids", **plain)
-    make(folder, "texts.csv", store="ids", append=True, **plain)
-    assert "'i' was integers, and is text now" in caplog.text and "'user_id'" not in caplog.text
-
-
 def test_the_command_appends(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(folder)
     command = ["--dataset_name", "mine", "--user", "u", "--item", "i", "--time", "t", "--action", "a"]

@@ -275,15 +275,3 @@ def test_items_without_a_row_are_counted_and_the_first_row_counts(
     assert 'i.csv has no row for 1 of 3 items: their features are "unknown"' in caplog.text
     assert store.statistics["items_without_row"] == 1
     assert "features of items: year (3)\n  items without row 1" in format_report(store)
-
-
-def test_a_column_of_many_numbers_gets_a_hint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    events = "u,i,t,watched\n" + "".join(f"a,x{n},{n},{n * 1.5}\n" for n in range(150))
-    with caplog.at_level(logging.WARNING, logger="hstu"):
-        make(tmp_path, events, None, event_columns=("watched",))
-    assert "column 'watched' has 150 different numbers" in caplog.text and "--numbers watched takes" in caplog.text
-    items = "i,tags\n" + "".join(f"x{n},{n}|{n + 1}\n" for n in range(150))
-    caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="hstu"):
-        make(tmp_path, events, items, item_columns=("tags",), lists={"tags": "|"}, force=True)
-    assert "different numbers" not in caplog.text  # --bins and --numbers take no lists

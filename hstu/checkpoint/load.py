@@ -155,7 +155,8 @@ def _remaps(root: Path, shape: ModelShape, options: LoadOptions) -> dict[str, Ro
         if len(stored_features) == len(features):
             rows = sum(map(shape.raw_ids.count, features)) if is_dynamic else table.rows
             stored = RawIds.from_stored(tensors, stored_features)
-            own_ids, stored_ids = shape.raw_ids.of(features), stored.of(stored_features)
+            own_ids = [shape.raw_ids.features.get(name) for name in features]
+            stored_ids = [stored.features.get(name) for name in stored_features]
             remap = remap_rows(rows, own_ids, stored_ids)
             if is_dynamic and any((own is None) != (old is None) for own, old in zip(own_ids, stored_ids, strict=True)):
                 remap = RowRemap(None)  # codes on one side, raw ids on the other

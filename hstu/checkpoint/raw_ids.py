@@ -44,10 +44,6 @@ class RawIds:
                     found[feature] = tuple(tensors.read_whole(name) for name in names)
         return cls(found)
 
-    def of(self, features: Sequence[str]) -> list[IdTensors | None]:
-        """Return the raw ids of each feature, or None if unknown."""
-        return [self.features.get(name) for name in features]
-
     def decoded(self, feature: str) -> np.ndarray | None:
         """Return the raw ids of a feature, ascending, as int64 or str objects; None if unknown."""
         arrays = self.features.get(feature)

@@ -112,7 +112,7 @@ class CheckpointStore:
     def mark_best(self, iteration: int) -> None:
         """Point ``best`` to a saved checkpoint and keep it until another one is the best."""
         path = folder.checkpoint_path(self.save_dir, iteration)
-        self._run(lambda mesh: collective_io(lambda: self._link_best(path), mesh, on_rank_0))
+        self._run(lambda mesh: collective_io(lambda: self._link(BEST, path), mesh, on_rank_0))
 
     def _run(self, function: Callable[[Mesh], None]) -> None:
         """Call ``function``, in the background after all earlier ones."""
@@ -227,15 +227,13 @@ class CheckpointStore:
         path = write(self.save_dir, snapshot, mesh)
         collective_io(lambda: self._publish(path) if mesh.is_main else None, mesh)
 
-    def _link_best(self, path: Path) -> None:
-        folder.set_link(self.save_dir, BEST, path)
+    def _link(self, name: str, path: Path) -> None:
+        folder.set_link(self.save_dir, name, path)
         if self._mirror is not None:
             self._mirror.upload(path)
 
     def _publish(self, path: Path) -> None:
-        folder.set_link(self.save_dir, LATEST, path)
-        if self._mirror is not None:
-            self._mirror.upload(path)
+        self._link(LATEST, path)
         size = sum(entry["bytes"] for entry in folder.read_manifest(path).values())
         log.info("saved %s (%.3g MB)", path, size / 1e6)
         self._delete_older(folder.iteration_of(path))

@@ -16,9 +16,6 @@ from typing import NamedTuple
 
 from hstu.base.files import replace_text
 
-READ_BY_LAUNCHES = (".cubin", ".json")
-"""Files that Triton reads for a compiled kernel. The other files hold intermediate representations."""
-
 
 class Job(NamedTuple):
     """A kernel to compile."""
@@ -86,8 +83,8 @@ def adopt_triton_cache(folder: Path) -> None:
 
 
 def strip_triton_cache(folder: Path) -> None:
-    """Delete the files that launches do not read, nine tenths of a cache."""
+    """Delete intermediate representations, nine tenths of a cache. Launches read machine code and its description."""
     for file in folder.glob("*/*"):
-        if file.suffix not in READ_BY_LAUNCHES:
+        if file.suffix not in (".cubin", ".json"):
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     adopt_triton_cache(folder)

@@ -16,7 +16,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import count, islice
 
 import numpy as np
@@ -119,8 +119,14 @@ class ShardWindows:
 
     def _drawn(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in the order of an epoch, int64 [shards], and the first sample of each, int64 [shards + 1]."""
-        drawn = np.random.default_rng([seed, epoch]).permutation(len(self.bounds) - 1)
+        drawn = _shard_order(len(self.bounds) - 1, seed, epoch)
         return drawn, run_offsets(np.diff(self.bounds)[drawn])
+
+
+@lru_cache(maxsize=2)
+def _shard_order(shards: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [shards]. Each batch asks for that of its epoch and of the next one."""
+    return np.random.default_rng([seed, epoch]).permutation(shards)
 
 
 Order = Callable[[np.ndarray], np.ndarray]

@@ -176,7 +176,8 @@ class Lake:
             self.refuse(number, column, "it is null", np.asarray(lists.is_null()), row)
             offsets, values = run_offsets(lists.value_lengths()), lists.flatten()
             self.refuse(number, column, "it holds a null", np.asarray(values.is_null()), row, offsets)
-            numbers, unit = _integers(values), getattr(values.type, "unit", self.options.get("time_unit", "s"))
+            numbers = values.cast("int64").to_numpy(zero_copy_only=False)
+            unit = getattr(values.type, "unit", self.options.get("time_unit", "s"))
             yield row, offsets, numbers // TIME_UNITS[unit] if self.of_events[column] == "timestamp" else numbers
             row += len(lists)
 
@@ -320,27 +321,23 @@ class _Users(NamedTuple):
 
 
 def _read_users(lake: Lake, number: int) -> _Users:
-    with lake.reading(number):
-        return _users_of(lake, number)
-
-
-def _users_of(lake: Lake, number: int) -> _Users:
     import pyarrow
 
-    lake.check_columns(number)
-    largest = [lake.largest_code(number, name) for name in lake.coded]
-    table, columns = lake.scan(number, lake.of_users).to_table(), []
-    for name in lake.of_users:
-        values = table[name].combine_chunks()
-        lake.refuse(number, name, "it is null", np.asarray(values.is_null()), 0)
-        is_text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
-        columns.append(values.cast(pyarrow.large_string() if is_text else pyarrow.int64()))
-    item, lengths, items = lake.options["item"], [np.empty(0, np.int64)], np.empty(0, np.int64)
-    for row, offsets, values in lake.runs(number, item):
-        lengths.append(np.diff(offsets))
-        lake.refuse(number, item, "it is empty; leave out users without events", lengths[-1] == 0, row)
-        items = np.union1d(items, values) if lake.is_raw else items
-    return _Users(columns, np.concatenate(lengths), largest, items)
+    with lake.reading(number):
+        lake.check_columns(number)
+        largest = [lake.largest_code(number, name) for name in lake.coded]
+        table, columns = lake.scan(number, lake.of_users).to_table(), []
+        for name in lake.of_users:
+            values = table[name].combine_chunks()
+            lake.refuse(number, name, "it is null", np.asarray(values.is_null()), 0)
+            is_text = pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)
+            columns.append(values.cast(pyarrow.large_string() if is_text else pyarrow.int64()))
+        item, lengths, items = lake.options["item"], [np.empty(0, np.int64)], np.empty(0, np.int64)
+        for row, offsets, values in lake.runs(number, item):
+            lengths.append(np.diff(offsets))
+            lake.refuse(number, item, "it is empty; leave out users without events", lengths[-1] == 0, row)
+            items = np.union1d(items, values) if lake.is_raw else items
+        return _Users(columns, np.concatenate(lengths), largest, items)
 
 
 def _write_users(lake: Lake, directory: Path) -> None:
@@ -415,8 +412,3 @@ def _ids_of_users(lake: Lake, parts: Sequence[Any]) -> dict[str, np.ndarray]:
         ends = np.frombuffer(offsets, np.int64)[: len(ids) + 1]
         return dict(zip(strings_files(stem), (ends, np.frombuffer(utf8, np.uint8)[: ends[-1]]), strict=True))
     return {f"{stem}.npy": ids.to_numpy()}
-
-
-def _integers(values: Any) -> np.ndarray:
-    """The whole numbers or times of a pyarrow array as int64."""
-    return values.cast("int64").to_numpy(zero_copy_only=False)

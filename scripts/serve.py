@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--max_body_kb", type=count, default=1024, help="largest request (%(default)s)")
     add("--poll_s", type=_between(float, 0.1, 86_400), default=5.0, help="between looks for an export (%(default)s)")
     add("--drain_s", type=_between(float, 0, 3600), default=0, help="taking requests after SIGTERM (%(default)s)")
+    add("--log_format", choices=("text", "json"), default="text", help="of the lines on standard error (%(default)s)")
     options = parser.parse_args(arguments)
     if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client")):
         raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu-trainer[serve]'")
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_body_bytes=options.max_body_kb << 10,
             poll_s=options.poll_s,
             drain_s=options.drain_s,
+            log_format=options.log_format,
             users=options.users,
             items=options.items,
             cache_bytes=options.cache_mb << 20,

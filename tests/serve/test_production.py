@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
+import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hstu.serve.server.batching import Settings
+from hstu.serve.server.logs import set_up_logging
 from tests.serve.http_server import Client, StubLoader, running, started, until, write_folder
 from tests.serve.served import Served
 
@@ -68,3 +76,74 @@ def test_a_server_is_ready_while_its_store_answers(tmp_path: Path) -> None:
             assert "store of users does not answer" in client.get("/ready").json["error"]
     finally:
         store.kill()
+
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    with running(write_folder(tmp_path_factory.mktemp("stub") / "first"), StubLoader()) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("given", "is_kept"), [("a-1_b/2", True), ("x" * 129, False), ("a b", False), ("", False)])
+def test_an_answer_has_the_id_of_its_request_or_a_new_one(stub: Client, given: str, is_kept: bool) -> None:
+    replies = [stub.post("/embed", {"items": [1]}, X_Request_Id=given), stub.get("/nothing", X_Request_Id=given)]
+    found = {reply.headers["x-request-id"] for reply in replies}
+    assert (
+        found == {given} if is_kept else len(found) == 2 and all(re.fullmatch("[0-9a-f]{32}", each) for each in found)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "is_valid"),
+    [
+        (f"00-{TRACE}-{PARENT}-01", True),
+        (f"cc-{TRACE}-{PARENT}-00", True),
+        (f"cc-{TRACE}-{PARENT}-00-more", True),
+        (f"00-{TRACE}-{PARENT}-01-more", False),
+        (f"cc-{TRACE}-{PARENT}-00more", False),
+        (f"ff-{TRACE}-{PARENT}-01", False),
+        (f"00-{'0' * 32}-{PARENT}-01", False),
+        (f"00-{TRACE}-{'0' * 16}-01", False),
+        (f"00-{TRACE.upper()}-{PARENT}-01", False),
+        (f"00-{TRACE}-{PARENT}", False),
+    ],
+)
+def test_a_valid_trace_context_is_in_the_answer(stub: Client, given: str, is_valid: bool) -> None:
+    assert stub.get("/health", traceparent=given).headers.get("traceparent") == (given if is_valid else None)
+
+
+def test_log_lines_name_the_request_as_text_and_as_json(retrieval: Served, tmp_path: Path) -> None:
+    for options in ([], ["--log_format", "json"]):
+        database, lines = tmp_path / f"{len(options)}.db", list[str]()
+        server, port = started(retrieval.folder, "--users", str(database), *options, log=lines)
+        with sqlite3.connect(database) as connection:
+            connection.execute("DROP TABLE hstu_users")
+        reply = Client(port).post("/embed", {"user": 7}, X_Request_Id="mine", traceparent=f"00-{TRACE}-{PARENT}-01")
+        assert reply.status == 503 and reply.headers["x-request-id"] == "mine"
+        server.terminate()
+        assert server.wait(20) == 0 and server.stderr is not None
+        lines += server.stderr.read().splitlines()
+        if not options:
+            assert any(re.search(f"store of users: .* request_id=mine trace_id={TRACE}$", line) for line in lines)
+            continue
+        found = [json.loads(line) for line in lines]
+        (failed,) = (each for each in found if each["message"].startswith("store of users"))
+        assert (failed["level"], failed["request_id"], failed["trace_id"]) == ("warning", "mine", TRACE)
+        assert datetime.fromisoformat(failed["time"]).tzinfo is UTC
+        assert {each["message"].split()[0] for each in found} >= {"serving", "listening", "stopped"}
+
+
+def test_a_defect_in_the_log_names_its_request(stub: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stderr", written)
+    for logger in (logging.getLogger("hstu"), logging.getLogger("uvicorn")):
+        for name in ("handlers", "propagate"):
+            monkeypatch.setattr(logger, name, getattr(logger, name))  # set back at the end
+    set_up_logging("json")
+    assert stub.post("/embed", {"items": ["defect"]}, X_Request_Id="mine").status == 500
+    (found,) = map(json.loads, written.getvalue().splitlines())
+    assert found["message"] == "defect path=/embed" and found["request_id"] == "mine" and found["level"] == "error"
+    assert "a secret" in found["traceback"]

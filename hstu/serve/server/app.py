@@ -21,17 +21,17 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException
 
 import hstu
-from hstu.base.errors import PrintableFormatter
 from hstu.serve.runtime import ServingError
 from hstu.serve.runtime.cache import PrefixCache
 
 from .batching import Batcher, Metrics, Overloaded, Settings
 from .guard import Guard, failure
 from .listening import Connection, Server, bound
+from .logs import set_up_logging
 from .model import Answer, EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
 from .rules import ItemFile
 from .swap import LiveModel
-from .users import StoreCheck, StoreError, Users, open_store
+from .users import StoreError, Users, open_store
 
 _SHOWN_PROBLEMS = 10
 _FAILURES: dict[int | str, dict[str, Any]] = {
@@ -40,6 +40,7 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
     429: {"description": "Too many requests wait; see the header Retry-After"},
     503: {"description": "The store of users does not answer"},
 }
+_STORE_LIMIT_S = 2
 _SWITCH_INTERVAL_S = 1e-4
 """How long a thread may hold the GIL while others wait. PyTorch operators release it.
 While another thread loads an export, requests take 3 times as long; with Python's default of 5 ms, 40 times.
@@ -49,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 def serve(root: Path, host: str, port: int, settings: Settings) -> None:
     """Serve the newest export of ``root`` until SIGTERM or Ctrl-C. Raises ConfigError or DataError if it cannot."""
-    _set_up_logging()
+    set_up_logging(settings.log_format)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     torch.set_num_threads(settings.threads)
     resource.setrlimit(resource.RLIMIT_NOFILE, 2 * resource.getrlimit(resource.RLIMIT_NOFILE)[1:])  # 1,024 are few
@@ -158,14 +159,15 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         facts = {"model": current.version, "task": current.task, "since": live.since, "refused": live.refused}
         return {"status": "ok", **facts}
 
-    check = StoreCheck(users)
-
     @app.get("/ready", responses={503: {"description": "Send requests to another server"}})
     async def ready() -> Response:
         """Whether to send requests here: a model is loaded, the store of users answers, and the server does not end."""
         if app.state.is_draining:
             return failure(503, "the server ends; send requests to another")
-        await check.run()
+        try:
+            await asyncio.wait_for(asyncio.to_thread(users.check), _STORE_LIMIT_S)
+        except TimeoutError:
+            raise StoreError(f"no answer within {_STORE_LIMIT_S} s") from None
         return _as_json({"status": "ready", "model": live.current.version})
 
     @app.get("/metrics")
@@ -283,12 +285,3 @@ def _facts(served: ServedModel) -> dict[str, Any]:
         "categories": [] if served.catalog is None else [*served.catalog.numbers],
         "fallback": "popular" if served.task == "retrieval" and served.model.popularity is not None else None,
     }
-
-
-def _set_up_logging() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    for name in ("hstu", "uvicorn"):
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(logging.INFO if name == "hstu" else logging.WARNING)

@@ -40,6 +40,8 @@ class Settings:
     """Seconds in which a connection must send its next request. Otherwise it is closed."""
     shutdown_s: int = 20
     """Seconds for running requests to finish after SIGTERM."""
+    log_format: str = "text"
+    """Of log lines: "text" or "json"."""
     drain_s: float = 0
     """Seconds after SIGTERM in which requests are still taken, while GET /ready answers 503."""
     users: str | None = None

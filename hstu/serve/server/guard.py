@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .batching import Metrics
+from .logs import CURRENT, ids_of
 
 _log = logging.getLogger(__name__)
 _HEADERS = [
@@ -40,11 +41,17 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                added = [*_HEADERS, *[(b"connection", b"close")] * scope["app"].state.is_draining]
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
         headers, answer = dict(scope["headers"]), self._app
+        ids = ids_of(headers)
+        CURRENT.set(ids)
+        added = [*_HEADERS, (b"x-request-id", ids["request_id"].encode())]
+        if "trace_id" in ids:
+            added.append((b"traceparent", headers[b"traceparent"]))
+        if scope["app"].state.is_draining:
+            added.append((b"connection", b"close"))
         if b"transfer-encoding" in headers:
             answer = failure(411, "give the header Content-Length")
         elif int(headers.get(b"content-length", 0)) > self._max_body_bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sqlite3
 from bisect import bisect_left, bisect_right
@@ -264,23 +263,6 @@ class Users:
         except Exception as error:  # also a defect
             return error
         return None
-
-
-class StoreCheck:
-    """Whether a store answers. One check runs at a time, so that a store that hangs holds one thread."""
-
-    def __init__(self, users: Users, limit_s: float = 2) -> None:
-        self._users, self._limit_s = users, limit_s
-        self._running: asyncio.Future[None] | None = None
-
-    async def run(self) -> None:
-        """Raises StoreError if the store does not answer in time."""
-        if self._running is None or self._running.done():
-            self._running = asyncio.ensure_future(asyncio.to_thread(self._users.check))
-        done, _ = await asyncio.wait([self._running], timeout=self._limit_s)
-        if not done:
-            raise StoreError(f"no answer within {self._limit_s:g} s")
-        self._running.result()
 
 
 def _applied(request: EventsRequest | str, events: dict[bytes, StoredEvents]) -> dict[str, int]:

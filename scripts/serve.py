@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--max_waiting", type=count, default=256, help="requests that wait at most; more get 429 (%(default)s)")
     add("--max_body_kb", type=count, default=1024, help="largest request (%(default)s)")
     add("--poll_s", type=_between(float, 0.1, 86_400), default=5.0, help="between looks for an export (%(default)s)")
+    add("--api_keys", type=Path, help="file with a line NAME:SHA256 per key, read when it changes (anybody may ask)")
+    add("--max_waiting_per_client", type=count, default=64, help="of a name of --api_keys (%(default)s)")
     add("--drain_s", type=_between(float, 0, 3600), default=0, help="taking requests after SIGTERM (%(default)s)")
     add("--log_format", choices=("text", "json"), default="text", help="of the lines on standard error (%(default)s)")
     options = parser.parse_args(arguments)
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             max_waiting=options.max_waiting,
             max_body_bytes=options.max_body_kb << 10,
             poll_s=options.poll_s,
+            max_waiting_per_client=options.max_waiting_per_client,
+            api_keys=options.api_keys,
             drain_s=options.drain_s,
             log_format=options.log_format,
             users=options.users,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import logging
@@ -13,15 +14,18 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hstu.base.errors import DataError
 from hstu.serve.server.batching import Settings
+from hstu.serve.server.clients import KeyFile
 from hstu.serve.server.logs import set_up_logging
-from tests.serve.http_server import Client, StubLoader, running, started, until, write_folder
+from tests.serve.http_server import Client, Reply, StubLoader, running, started, until, write_folder
 from tests.serve.served import Served
 
 WHOLE: dict[str, Any] = {"items": [1003], "actions": [1], "timestamps": [0]}
@@ -147,3 +151,77 @@ def test_a_defect_in_the_log_names_its_request(stub: Client, monkeypatch: pytest
     (found,) = map(json.loads, written.getvalue().splitlines())
     assert found["message"] == "defect path=/embed" and found["request_id"] == "mine" and found["level"] == "error"
     assert "a secret" in found["traceback"]
+
+
+def line_of(name: str, key: str) -> str:
+    return f"{name}:{hashlib.sha256(key.encode()).hexdigest()}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "has no key"),
+        ("# shop\n\nshop:a secret\n", ":3 is not NAME:SHA256"),
+        (line_of("a shop", "k"), ":1 is not NAME:SHA256"),
+        (line_of("shop", "k").upper(), ":1 is not NAME:SHA256"),
+        (line_of("shop", "k") + line_of("app", "k"), ":2 has the key of another name"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_wrong_file_of_keys_is_refused_without_showing_it(tmp_path: Path, text: str | None, problem: str) -> None:
+    path = tmp_path / "keys"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(DataError, match=problem) as raised:
+        KeyFile(path)
+    assert "secret" not in str(raised.value)
+
+
+def test_requests_need_a_key_of_the_file_as_it_is_now(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, embed = tmp_path / "keys", ("/embed", {"items": [1]})
+    path.write_text(line_of("shop", "old key") + line_of("shop", "new key") + line_of("app", "its key"))
+    settings = Settings(poll_s=0.02, api_keys=path)
+    with running(write_folder(tmp_path / "first"), StubLoader(), settings) as client:
+
+        def status(key: str) -> int:
+            return client.post(*embed, authorization=key).status
+
+        assert [status(f"Bearer {key}") for key in ("old key", "new key", "its key")] == [200] * 3
+        assert status("bearer its key") == 200
+        wrong = ("", "Bearer", "Bearer ", "Bearer other", "Basic its key", "its key", line_of("app", "its key")[4:])
+        assert {status(key) for key in wrong} == {401}
+        reply = client.post(*embed)
+        assert "Authorization: Bearer KEY" in reply.json["error"] and reply.headers["www-authenticate"] == "Bearer"
+        assert {client.get(path).status for path in ("/", "/model", "/items?q=a", "/openapi.json", "/none")} == {401}
+        assert {client.get(path).status for path in ("/health", "/ready", "/metrics")} == {200}
+        path.write_text(line_of("app", "its key"))
+        until(lambda: status("Bearer old key") == 401)
+        assert status("Bearer its key") == 200
+        path.unlink()  # and so do those of a file that is gone
+        until(lambda: client.get("/health").json["refused"])
+        assert "cannot be read" in client.get("/health").json["refused"][str(path)] and status("Bearer its key") == 200
+    assert "its key" not in caplog.text and "old key" not in caplog.text
+
+
+def test_one_client_cannot_fill_the_queue(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(line_of("shop", "a") + line_of("app", "b"))
+    settings = Settings(max_batch=1, max_waiting_per_client=2, poll_s=60, api_keys=tmp_path / "keys")
+    load = StubLoader(is_open=False)
+    with running(write_folder(tmp_path / "first"), load, settings) as client, ThreadPoolExecutor(8) as pool:
+
+        def ask(item: int, key: str) -> Reply:
+            return Client(client.port).post("/embed", {"items": [item]}, authorization=f"Bearer {key}")
+
+        first = pool.submit(ask, 0, "a")
+        until(lambda: load.models[0].batches)  # it is being computed
+        waiting = []
+        for item in (1, 2):
+            waiting.append(pool.submit(ask, item, "a"))
+            until(lambda: f"hstu_waiting_requests {len(waiting)}.0" in client.get("/metrics").text)
+        reply = ask(3, "a")
+        assert reply.status == 429 and "of shop" in reply.json["error"] and int(reply.headers["retry-after"]) >= 1
+        other = pool.submit(ask, 4, "b")
+        until(lambda: "hstu_waiting_requests 3.0" in client.get("/metrics").text)
+        load.models[0].gate.set()
+        assert [each.result().status for each in (first, *waiting, other)] == [200] * 4
+        assert [each.history.items[0] for (each,) in load.models[0].batches] == [0, 4, 1, 2]

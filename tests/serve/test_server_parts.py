@@ -94,6 +94,27 @@ def test_queries_that_come_meanwhile_are_computed_together_and_small_ones_overta
     assert compute.batches == [[0], *expected]
 
 
+def test_equally_small_queries_of_all_clients_come_in_turn() -> None:
+    """Those of one that asks all the time do not come before those of one that asks now and then."""
+
+    async def main() -> None:
+        batcher = started(compute, max_batch=2)
+        first = asyncio.create_task(batcher.ask(0, 1, "busy"))
+        await compute.begun()
+        busy = [asyncio.create_task(batcher.ask(number, 1, "busy")) for number in range(1, 7)]
+        await asyncio.sleep(0)
+        asked = ((10, "a"), (20, "b"), (11, "a"))
+        others = [asyncio.create_task(batcher.ask(number, 1, client)) for number, client in asked]
+        await asyncio.sleep(0)
+        compute.gate.set()
+        await asyncio.gather(first, *busy, *others)
+        await batcher.close()
+
+    compute = Doubler()
+    asyncio.run(main())
+    assert compute.batches == [[0], [10, 20], [1, 11], [2, 3], [4, 5], [6]]
+
+
 def test_too_many_waiting_queries_are_refused() -> None:
     async def main() -> None:
         batcher = started(compute, max_waiting=2, max_batch=1)

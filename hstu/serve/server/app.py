@@ -25,9 +25,10 @@ from hstu.serve.runtime import ServingError
 from hstu.serve.runtime.cache import PrefixCache
 
 from .batching import Batcher, Metrics, Overloaded, Settings
+from .clients import KeyFile
 from .guard import Guard, failure
 from .listening import Connection, Server, bound
-from .logs import set_up_logging
+from .logs import CURRENT, set_up_logging
 from .model import Answer, EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
 from .rules import ItemFile
 from .swap import LiveModel
@@ -35,6 +36,7 @@ from .users import StoreError, Users, open_store
 
 _SHOWN_PROBLEMS = 10
 _FAILURES: dict[int | str, dict[str, Any]] = {
+    401: {"description": "The server wants a key; see the header WWW-Authenticate"},
     413: {"description": "The request is too large"},
     422: {"description": "The request has mistakes, or does not fit the model"},
     429: {"description": "Too many requests wait; see the header Retry-After"},
@@ -92,6 +94,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     """
     users = Users(None if settings.users is None else open_store(settings.users), metrics)
     cache = PrefixCache(settings.cache_bytes)
+    keys = None if settings.api_keys is None else KeyFile(settings.api_keys)
 
     def answers(queries: Sequence[User]) -> list[Answer | Exception]:
         served = live.current
@@ -108,7 +111,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         batcher.start()
         writer.start()
-        watching = asyncio.create_task(_watch(live, settings.poll_s))
+        watching = asyncio.create_task(_watch(live, keys, settings.poll_s))
         yield
         watching.cancel()
         await asyncio.gather(batcher.close(), writer.close())
@@ -125,38 +128,42 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     app.state.is_draining = False  # Server sets it
     _add_error_handlers(app)
 
+    async def answered(by: Batcher, query: Any, size: int = 0) -> Response:
+        return _as_json(await by.ask(query, size, CURRENT.get().get("client", "")))
+
     @app.post("/recommend", responses=_FAILURES)
     async def recommend(user: RecommendRequest) -> Response:
         """The items whose vectors are closest to that of the user. Retrieval only."""
-        return _as_json(await batcher.ask(user, user.size))
+        return await answered(batcher, user, user.size)
 
     @app.post("/score", responses=_FAILURES)
     async def score(user: ScoreRequest) -> Response:
         """What the model predicts for candidates: each task of a ranking model, the cosine of retrieval."""
-        return _as_json(await batcher.ask(user, user.size))
+        return await answered(batcher, user, user.size)
 
     @app.post("/embed", responses=_FAILURES)
     async def embed(user: User) -> Response:
         """The vector of the user. Retrieval only."""
-        return _as_json(await batcher.ask(user, user.size))
+        return await answered(batcher, user, user.size)
 
     @app.post("/events", responses=_FAILURES)
     async def events(request: EventsRequest) -> Response:
         """Store events of users, each once, at their places in time. Answered when a crash can lose none."""
-        return _as_json(await writer.ask(request, len(request.events)))
+        return await answered(writer, request, len(request.events))
 
     @app.delete("/users/{user:path}", responses=_FAILURES)
     async def forget(user: str) -> Response:
         """Forget a user: remove all stored events."""
-        answer = await writer.ask(user)
+        answer = await answered(writer, user)
         await batcher.run(cache.drop, user)
-        return _as_json(answer)
+        return answer
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """Whether the server answers, with which model, since when, and which files it refused, and why."""
         current = live.current
-        facts = {"model": current.version, "task": current.task, "since": live.since, "refused": live.refused}
+        refused = live.refused | (keys.refused if keys else {})
+        facts = {"model": current.version, "task": current.task, "since": live.since, "refused": refused}
         return {"status": "ok", **facts}
 
     @app.get("/ready", responses={503: {"description": "Send requests to another server"}})
@@ -195,7 +202,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         return HTMLResponse(text)
 
     paths = {getattr(route, "path", "") for route in app.routes}
-    app.add_middleware(Guard, metrics=metrics, max_body_bytes=settings.max_body_bytes, paths=paths)
+    app.add_middleware(Guard, metrics=metrics, max_body_bytes=settings.max_body_bytes, paths=paths, keys=keys)
     return app
 
 
@@ -254,13 +261,15 @@ def _where(error: Mapping[str, Any], body: Any) -> str:
     return "".join(parts).removeprefix(".") or "the request"
 
 
-async def _watch(live: LiveModel, every_s: float) -> None:
+async def _watch(live: LiveModel, keys: KeyFile | None, every_s: float) -> None:
     while True:
         await asyncio.sleep(every_s)
         try:
+            if keys is not None:
+                await asyncio.to_thread(keys.refresh)
             if await asyncio.to_thread(live.refresh):
                 gc.collect()  # the replaced model has reference cycles
-        except Exception:  # such as an unavailable file system; the current model keeps serving
+        except Exception:  # such as an unavailable file system; model and keys stay as they are
             _log.exception("cannot look for newer exports")
 
 

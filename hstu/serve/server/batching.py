@@ -33,6 +33,8 @@ class Settings:
     """Maximum wait of a request for others, unless another batch is being computed."""
     max_waiting: int = 256
     """Maximum waiting requests. Further requests get status 429."""
+    max_waiting_per_client: int = 64
+    """Maximum waiting requests of one client, if clients have keys."""
     max_body_bytes: int = 1 << 20
     poll_s: float = 5.0
     """Seconds between searches for a newer export."""
@@ -42,6 +44,8 @@ class Settings:
     """Seconds for running requests to finish after SIGTERM."""
     log_format: str = "text"
     """Of log lines: "text" or "json"."""
+    api_keys: Path | None = None
+    """File with the keys of clients (KeyFile). None: anybody may ask."""
     drain_s: float = 0
     """Seconds after SIGTERM in which requests are still taken, while GET /ready answers 503."""
     users: str | None = None
@@ -81,10 +85,10 @@ class Metrics:
 
 
 class Overloaded(Exception):
-    """The queue of waiting requests is full."""
+    """The queue of waiting requests is full, or has too many of one client."""
 
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__(f"too many requests wait; try again in {retry_after_s} s")
+    def __init__(self, retry_after_s: int, whose: str) -> None:
+        super().__init__(f"too many requests{whose} wait; try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
@@ -92,6 +96,9 @@ class Overloaded(Exception):
 class _Waiting:
     query: Any
     size: int
+    client: str
+    turn: int
+    """Of two equally small queries, the one with the lower turn comes first."""
     answer: asyncio.Future[Any]
     since: float = field(default_factory=time.monotonic)
 
@@ -100,14 +107,16 @@ class Batcher:
     """Computes batches of waiting queries, one at a time, with ``compute`` in a single separate thread.
 
     A batch of 1 to ``max_batch`` queries starts when it is full or its oldest query has waited ``max_wait_s``. During
-    a batch, queries gather for the next, which takes the smallest, so that they do not wait for many large ones. A
-    batch after one that has left out the oldest query takes the oldest.
+    a batch, queries gather for the next, which takes the smallest, so that they do not wait for many large ones; among
+    equally small ones, those of all clients in turn. A batch after one that has left out the oldest query takes it.
     """
 
     def __init__(self, compute: Compute, settings: Settings, metrics: Metrics) -> None:
         self._compute, self._settings, self._metrics = compute, settings, metrics
         self._queue: list[_Waiting] = []
         self._is_oldest_next = False
+        self._turn = 0
+        self._last_turns: dict[str, int] = {}
         self._changed = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._is_closing = False
@@ -124,11 +133,19 @@ class Batcher:
         await self._task
         self._thread.shutdown()
 
-    async def ask(self, query: Any, size: int = 0) -> Any:
-        """Answer a query of ``size`` events and candidates. Raises Overloaded, or the exception of ``compute``."""
-        if len(self._queue) >= self._settings.max_waiting:
-            raise Overloaded(max(1, math.ceil(len(self._queue) * self._seconds_per_query)))
-        waiting = _Waiting(query, size, asyncio.get_running_loop().create_future())
+    async def ask(self, query: Any, size: int = 0, client: str = "") -> Any:
+        """Answer a query of ``size`` events and candidates. Raises Overloaded, or the exception of ``compute``.
+
+        ``client``: who asks, of whom a limited number of queries may wait. "": nobody whose queries are limited.
+        """
+        own = sum(each.client == client for each in self._queue) if client else 0
+        is_limited = own >= self._settings.max_waiting_per_client
+        if is_limited or len(self._queue) >= self._settings.max_waiting:
+            retry_after_s = max(1, math.ceil(len(self._queue) * self._seconds_per_query))
+            raise Overloaded(retry_after_s, f" of {client}" * is_limited)
+        # Start-time fair queueing: a client's next turn is after its last, and not before the one that is being served.
+        turn = self._last_turns[client] = max(self._turn, self._last_turns.get(client, -1) + 1)
+        waiting = _Waiting(query, size, client, turn, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._changed.set()
         self._metrics.waiting.set(len(self._queue))
@@ -153,11 +170,13 @@ class Batcher:
                 await self._answer(batch)
 
     def _next_batch(self) -> list[_Waiting]:
-        """Take the next batch from the queue. Queries of up to 255 events are equally small: the oldest come first."""
-        order = sorted(self._queue, key=lambda each: 0 if self._is_oldest_next else (each.size >> 8).bit_length())
+        """Take the next batch from the queue. Queries of up to 255 events are equally small."""
+        oldest = self._queue[0] if self._is_oldest_next else None
+        order = sorted(self._queue, key=lambda each: (each is not oldest, (each.size >> 8).bit_length(), each.turn))
         count = sum(total <= _BATCH_SIZE for total in accumulate(each.size for each in order))
         batch = order[: min(max(1, count), self._settings.max_batch)]
         self._is_oldest_next = self._queue[0] not in batch
+        self._turn = max(self._turn, *(each.turn for each in batch))
         self._queue = [each for each in self._queue if each not in batch]
         return batch
 

@@ -11,8 +11,10 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .batching import Metrics
+from .clients import KeyFile
 from .logs import CURRENT, ids_of
 
+_OPEN = ("/health", "/ready", "/metrics")
 _log = logging.getLogger(__name__)
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -26,10 +28,14 @@ class Guard:
 
     ``max_body_bytes``: larger requests get status 413, chunked requests without a length get 411.
     ``paths``: paths that are counted by name; other paths are counted as "other".
+    ``keys``: without one of them, requests to other paths than those of probes get status 401.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, paths: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, max_body_bytes: int, paths: Collection[str], keys: KeyFile | None
+    ) -> None:
         self._app, self._metrics, self._max_body_bytes, self._paths = app, metrics, max_body_bytes, paths
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -44,7 +50,7 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
-        headers, answer = dict(scope["headers"]), self._app
+        headers = dict(scope["headers"])
         ids = ids_of(headers)
         CURRENT.set(ids)
         added = [*_HEADERS, (b"x-request-id", ids["request_id"].encode())]
@@ -52,10 +58,7 @@ class Guard:
             added.append((b"traceparent", headers[b"traceparent"]))
         if scope["app"].state.is_draining:
             added.append((b"connection", b"close"))
-        if b"transfer-encoding" in headers:
-            answer = failure(411, "give the header Content-Length")
-        elif int(headers.get(b"content-length", 0)) > self._max_body_bytes:
-            answer = failure(413, f"the request is larger than {self._max_body_bytes} bytes")
+        answer = self._refusal(scope["path"], headers) or self._app
         try:
             await answer(scope, receive, send_and_note)
         except h11.LocalProtocolError:  # a malformed body, which uvicorn has already answered
@@ -71,6 +74,20 @@ class Guard:
             path = path if path in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
             self._metrics.seconds.labels(path).observe(time.monotonic() - begun)
+
+    def _refusal(self, path: str, headers: Mapping[bytes, bytes]) -> Response | None:
+        """The answer to a request that is not read. None: it is."""
+        if self._keys is not None and path not in _OPEN:
+            client = self._keys.client_of(headers.get(b"authorization", b""))
+            if client is None:
+                text = "give the header Authorization: Bearer KEY, with a key of this server"
+                return failure(401, text, {"WWW-Authenticate": "Bearer"})
+            CURRENT.set({**CURRENT.get(), "client": client})
+        if b"transfer-encoding" in headers:
+            return failure(411, "give the header Content-Length")
+        if int(headers.get(b"content-length", 0)) > self._max_body_bytes:
+            return failure(413, f"the request is larger than {self._max_body_bytes} bytes")
+        return None
 
 
 def failure(status: int, text: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:

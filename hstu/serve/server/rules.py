@@ -17,6 +17,8 @@ from torch import Tensor
 from hstu.base.errors import DataError
 from hstu.serve.runtime import Model, ServingError
 
+from .watched import WatchedFile
+
 if TYPE_CHECKING:
     from .model import RecommendRequest
 
@@ -36,25 +38,12 @@ class Catalog:
     """Category → its number."""
 
 
-class ItemFile:
-    """A .csv or .parquet file with the column item and, if wanted, in_stock and category.
+class ItemFile(WatchedFile):
+    """A .csv or .parquet file with the column item and, if wanted, in_stock and category."""
 
-    Raises DataError if it cannot be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._state: tuple[int, ...] | None = None
-        self.reload()
-
-    def reload(self) -> bool:
-        """Read the file if it has changed. Returns whether it has. Raises DataError once per change."""
-        state = (found.st_size, found.st_mtime_ns) if self.path.exists() and (found := self.path.stat()) else ()
-        if state == self._state:
-            return False
-        self._state = state
+    def read(self) -> None:
+        """As of WatchedFile."""
         self._table = _read(self.path)
-        return True
 
     def catalog(self, model: Model) -> Catalog:
         """The columns in the order of the items of a model. Items that the file lacks are not in stock."""

@@ -78,7 +78,6 @@ class LiveModel:
 
     def __init__(self, root: Path, metrics: Metrics, load: Load = load, items: ItemFile | None = None) -> None:
         self._root, self._load, self._metrics, self._items = root, load, metrics, items
-        self._items_problem = ""
         self._loaded: Found | None = None
         self._found: list[Found] = []
         self._bad: dict[Found, str] = {}  # never mutated, only replaced: other threads read it
@@ -94,7 +93,7 @@ class LiveModel:
     def refused(self) -> dict[str, str]:
         """Folder or item file → reason, for existing ones that cannot be loaded."""
         found = {str(found.folder): reason for found, reason in self._bad.items()}
-        return found | ({str(self._items.path): self._items_problem} if self._items and self._items_problem else {})
+        return found | (self._items.refused if self._items else {})
 
     def refresh(self) -> bool:
         """Load the newest export that works, if it is new. Returns whether it is. One thread at a time may call it."""
@@ -106,21 +105,10 @@ class LiveModel:
             if each in found and (is_same or not (each.folder / DELTA).is_file())
         }
         is_swapped = any(self._try(each) for each in self._newer(found))
-        if self._items is not None and self._loaded is not None:
-            self._reload(self._items)
+        if self._items is not None and self._loaded is not None and self._items.refresh():
+            self.current.catalog = self._items.catalog(self.current.model)
         self._metrics.refused.set(len(self._bad))
         return is_swapped
-
-    def _reload(self, items: ItemFile) -> None:
-        """Read the item file if it has changed. One with a mistake changes nothing."""
-        try:
-            if items.reload():
-                self.current.catalog = items.catalog(self.current.model)
-                self._items_problem = ""
-                _log.info("reloaded items=%s", items.path)
-        except DataError as error:
-            self._items_problem = printable(str(error))
-            _log.warning("refused items=%s reason=%s", items.path, self._items_problem)
 
     def _newer(self, found: list[Found]) -> Iterator[Found]:
         """Exports to try, newest first: not refused, and newer than the current model unless its folder is gone."""

@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--poll_s", type=_between(float, 0.1, 86_400), default=5.0, help="between looks for an export (%(default)s)")
     add("--api_keys", type=Path, help="file with a line NAME:SHA256 per key, read when it changes (anybody may ask)")
     add("--max_waiting_per_client", type=count, default=64, help="of a name of --api_keys (%(default)s)")
+    add(
+        "--shown_log", type=Path, help="folder for files of what was shown, for preprocess_dataset.py --requests (none)"
+    )
     add("--drain_s", type=_between(float, 0, 3600), default=0, help="taking requests after SIGTERM (%(default)s)")
     add("--log_format", choices=("text", "json"), default="text", help="of the lines on standard error (%(default)s)")
     options = parser.parse_args(arguments)
@@ -66,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             poll_s=options.poll_s,
             max_waiting_per_client=options.max_waiting_per_client,
             api_keys=options.api_keys,
+            shown_log=options.shown_log,
             drain_s=options.drain_s,
             log_format=options.log_format,
             users=options.users,

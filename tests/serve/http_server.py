@@ -5,24 +5,28 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from hstu.serve.runtime import ServingError
 from hstu.serve.runtime.cache import PrefixCache
 from hstu.serve.server.app import server_config
 from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.listening import Server
-from hstu.serve.server.model import Answer, RecommendRequest, User
+from hstu.serve.server.model import Answer, RecommendRequest, ServedModel, User
 from hstu.serve.server.swap import LiveModel, Load, load
+from tests.serve.served import Served
 
 UNWATCHED = Settings(poll_s=3600)
 ROOT = Path(__file__).parents[2]
@@ -87,6 +91,28 @@ def running(root: Path, load: Load = load, settings: Settings = UNWATCHED) -> It
             server.should_exit = True
             thread.join(60)
     assert not thread.is_alive()
+
+
+def serving(served: Served, settings: Settings) -> AbstractContextManager[Client]:
+    """A server of an export that is loaded already, which takes a second."""
+    return running(served.folder, lambda _, name, __: ServedModel(served.model, name), settings)
+
+
+@contextmanager
+def redis_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A Redis server until the end of the block: its URL, and its process."""
+    pytest.importorskip("redis", reason="the package redis is not installed: pip install redis")
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed: apt-get install redis-server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder) as server:
+        try:
+            until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+            yield f"redis://127.0.0.1:{port}/0", server
+        finally:
+            server.kill()
 
 
 def started(folder: Path, *options: str, log: list[str] | None = None) -> tuple[subprocess.Popen[str], int]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
 import logging
 import re
-import shutil
+import resource
 import signal
-import socket
 import sqlite3
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,22 @@ from typing import Any
 
 import pytest
 
-from hstu.base.errors import DataError
-from hstu.serve.server.batching import Settings
+from hstu.base.errors import ConfigError, DataError
+from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.clients import KeyFile
 from hstu.serve.server.logs import set_up_logging
-from tests.serve.http_server import Client, Reply, StubLoader, running, started, until, write_folder
+from hstu.serve.server.shown import ShownLog
+from tests.serve.http_server import (
+    Client,
+    Reply,
+    StubLoader,
+    redis_server,
+    running,
+    serving,
+    started,
+    until,
+    write_folder,
+)
 from tests.serve.served import Served
 
 WHOLE: dict[str, Any] = {"items": [1003], "actions": [1], "timestamps": [0]}
@@ -57,29 +67,17 @@ def test_ctrl_c_and_a_second_sigterm_do_not_wait(retrieval: Served, signals: lis
 
 
 def test_a_server_is_ready_while_its_store_answers(tmp_path: Path) -> None:
-    pytest.importorskip("redis", reason="the package redis is not installed: pip install redis")
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed: apt-get install redis-server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        redis_port = free.getsockname()[1]
-    command = ["redis-server", "--port", str(redis_port), "--save", "", "--bind", "127.0.0.1"]
-    store = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
-    try:
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", redis_port)) == 0)
-        settings = Settings(poll_s=3600, users=f"redis://127.0.0.1:{redis_port}/0")
+    with redis_server(tmp_path) as (url, store):
+        settings = Settings(poll_s=3600, users=url)
         with running(write_folder(tmp_path / "first"), StubLoader(), settings) as client:
             assert client.get("/ready").status == 200
             store.send_signal(signal.SIGSTOP)  # it takes connections, and answers nothing
-            begun = time.monotonic()
             assert client.get("/ready").status == 503 and client.get("/health").status == 200
-            assert client.get("/ready").status == 503 and time.monotonic() - begun < 10
             store.send_signal(signal.SIGCONT)
             until(lambda: client.get("/ready").status == 200)
             store.kill()
             store.wait()
             assert "store of users does not answer" in client.get("/ready").json["error"]
-    finally:
-        store.kill()
 
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -147,7 +145,7 @@ def test_a_defect_in_the_log_names_its_request(stub: Client, monkeypatch: pytest
         for name in ("handlers", "propagate"):
             monkeypatch.setattr(logger, name, getattr(logger, name))  # set back at the end
     set_up_logging("json")
-    assert stub.post("/embed", {"items": ["defect"]}, X_Request_Id="mine").status == 500
+    assert Client(stub.port).post("/embed", {"items": ["defect"]}, X_Request_Id="mine").status == 500
     (found,) = map(json.loads, written.getvalue().splitlines())
     assert found["message"] == "defect path=/embed" and found["request_id"] == "mine" and found["level"] == "error"
     assert "a secret" in found["traceback"]
@@ -188,7 +186,15 @@ def test_requests_need_a_key_of_the_file_as_it_is_now(tmp_path: Path, caplog: py
 
         assert [status(f"Bearer {key}") for key in ("old key", "new key", "its key")] == [200] * 3
         assert status("bearer its key") == 200
-        wrong = ("", "Bearer", "Bearer ", "Bearer other", "Basic its key", "its key", line_of("app", "its key")[4:])
+        wrong = (
+            "",
+            "Bearer",
+            "Bearer ",
+            "Bearer other",
+            "Basic its key",
+            "its key",
+            line_of("app", "its key")[4:].strip(),
+        )
         assert {status(key) for key in wrong} == {401}
         reply = client.post(*embed)
         assert "Authorization: Bearer KEY" in reply.json["error"] and reply.headers["www-authenticate"] == "Bearer"
@@ -225,3 +231,82 @@ def test_one_client_cannot_fill_the_queue(tmp_path: Path) -> None:
         load.models[0].gate.set()
         assert [each.result().status for each in (first, *waiting, other)] == [200] * 4
         assert [each.history.items[0] for (each,) in load.models[0].batches] == [0, 4, 1, 2]
+
+
+def shown_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of all files."""
+    rows = list[dict[str, str]]()
+    for path in folder.glob("*.csv"):
+        with path.open(newline="") as file:
+            rows += csv.DictReader(file)
+    return rows
+
+
+def test_what_was_shown_is_written_with_request_model_and_place(
+    ranking: Served, retrieval: Served, tmp_path: Path
+) -> None:
+    folder, odd = tmp_path / "shown", 'a "b",\nc'
+    with serving(retrieval, Settings(poll_s=3600, shown_log=folder)) as client:
+        asked = {**WHOLE, "user": odd, "k": 3, "exploration": 0.4, "seed": 1}
+        reply = client.post("/recommend", asked, X_Request_Id="one")
+        assert client.post("/recommend", WHOLE).status == 200  # of nobody
+        assert client.post("/embed", {**WHOLE, "user": 7}).status == 200
+        client.post("/score", {**WHOLE, "user": 7, "candidates": [1001, -5], "at": 60}, X_Request_Id="two")
+        until(lambda: 'hstu_shown_total{outcome="written"} 2.0' in client.get("/metrics").text)
+    rows = shown_rows(folder)
+    first, second = ([row for row in rows if row["request"] == name] for name in ("one", "two"))
+    assert len(rows) == 5 and {row["model"] for row in rows} == {reply.json["model"]}
+    for place, (row, item) in enumerate(zip(first, reply.json["items"], strict=True)):
+        assert (row["user"], row["item"], row["place"]) == (odd, str(item["item"]), str(place))
+        assert float(row["score"]) == item["score"] and row["drawn"] == str(int(item.get("drawn", False)))
+        assert abs(int(row["time"]) - time.time()) < 60
+    assert [row["drawn"] for row in first].count("1") == 1
+    assert [(row["item"], row["place"], row["time"]) for row in second] == [("1001", "0", "60"), ("-5", "1", "60")]
+    assert float(second[0]["score"]) and second[1]["score"] == ""
+    own = {"device": [None], "watched": [2.5], "spent": [None]}
+    with serving(ranking, Settings(poll_s=3600, shown_log=folder)) as client:
+        shown = {"candidates": [1002], "candidate_features": {"device": ["value 001"]}}
+        answer = client.post("/score", {**WHOLE, "user": 7, "features": own, **shown}, X_Request_Id="three").json
+    (row,) = (row for row in shown_rows(folder) if row["request"] == "three")
+    assert row["device"] == "value 001"
+    assert {name: float(row[name]) for name in answer["scores"]} == {
+        name: each[0] for name, each in answer["scores"].items()
+    }
+
+
+def test_a_full_disk_costs_rows_of_the_log_and_no_answer(retrieval: Served, tmp_path: Path) -> None:
+    """A limit of the size of files cuts off a row as a full disk does."""
+    server, port = started(retrieval.folder, "--shown_log", str(tmp_path))
+    client, outcomes = Client(port), dict[str, float]()
+
+    def ask(count: int) -> None:
+        for _ in range(count):
+            assert client.post("/recommend", {**WHOLE, "user": 7, "k": 5}).status == 200
+        before = sum(outcomes.values())
+        pattern = r'hstu_shown_total{outcome="(\w+)"} (.*)'
+        until(
+            lambda: (
+                outcomes.update({k: float(v) for k, v in re.findall(pattern, client.get("/metrics").text)})
+                or sum(outcomes.values()) == before + count
+            )
+        )
+
+    ask(3)
+    _, hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)
+    (path,) = tmp_path.glob("*.csv")
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (path.stat().st_size + 100, hard))
+    ask(3)
+    assert outcomes == {"written": 3, "lost": 3}
+    resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    ask(3)
+    assert outcomes == {"written": 6, "lost": 3}
+    server.terminate()
+    assert server.wait(20) == 0 and server.stderr is not None
+    assert server.stderr.read().count("what was shown cannot be written") == 1
+    assert len(shown_rows(tmp_path)) == 30
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_at_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--shown_log .*file/shown: Not a directory. Give a folder to write to"):
+        ShownLog(tmp_path / "file/shown", Metrics())

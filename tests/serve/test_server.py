@@ -10,7 +10,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from hstu.serve.server.model import ServedModel
 from hstu.serve.server.swap import LiveModel
 from scripts import serve
 from tests.helpers import flip
-from tests.serve.http_server import Client, StubLoader, running, until, write_folder
+from tests.serve.http_server import Client, StubLoader, running, serving, until, write_folder
 from tests.serve.served import Served, Tensors, delta_of, export_with, histories, request, rewrite
 from tests.test_architecture import imports
 
@@ -234,11 +234,6 @@ def test_a_newer_export_answers_once_it_is_loaded_and_a_bad_one_is_shown(tmp_pat
 def retrieval_server(retrieval: Served) -> Iterator[Client]:
     with serving(retrieval, Settings(max_wait_s=0.05, poll_s=3600)) as client:
         yield client
-
-
-def serving(served: Served, settings: Settings) -> AbstractContextManager[Client]:
-    """A server of an export that is loaded already, which takes a second."""
-    return running(served.folder, lambda _, name, __: ServedModel(served.model, name), settings)
 
 
 def as_json(history: History) -> dict[str, Any]:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
-import socket
 import sqlite3
-import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +20,7 @@ from hstu.serve.server import users as users_module
 from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import EventsRequest, ServedModel, User
 from hstu.serve.server.users import Store, Users, open_store
-from tests.serve.http_server import Client, running, started, until, write_folder
+from tests.serve.http_server import Client, redis_server, running, started, until, write_folder
 from tests.serve.served import Served
 
 
@@ -33,18 +30,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield str(tmp_path / "users.db")
         return
-    pytest.importorskip("redis", reason="the package redis is not installed: pip install redis")
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed: apt-get install redis-server")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = ["redis-server", "--port", str(port), "--save", "", "--bind", "127.0.0.1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path) as server:
-        try:
-            until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            server.terminate()
+    with redis_server(tmp_path) as (url, _):
+        yield url
 
 
 @pytest.fixture

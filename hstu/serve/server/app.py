@@ -31,6 +31,7 @@ from .listening import Connection, Server, bound
 from .logs import CURRENT, set_up_logging
 from .model import Answer, EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
 from .rules import ItemFile
+from .shown import ShownLog
 from .swap import LiveModel
 from .users import StoreError, Users, open_store
 
@@ -95,6 +96,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     users = Users(None if settings.users is None else open_store(settings.users), metrics)
     cache = PrefixCache(settings.cache_bytes)
     keys = None if settings.api_keys is None else KeyFile(settings.api_keys)
+    shown = None if settings.shown_log is None else ShownLog(settings.shown_log, metrics)
 
     def answers(queries: Sequence[User]) -> list[Answer | Exception]:
         served = live.current
@@ -116,6 +118,8 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         watching.cancel()
         await asyncio.gather(batcher.close(), writer.close())
         users.close()
+        if shown is not None:
+            await asyncio.to_thread(shown.close)
 
     app = FastAPI(
         title="HSTU",
@@ -129,7 +133,11 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     _add_error_handlers(app)
 
     async def answered(by: Batcher, query: Any, size: int = 0) -> Response:
-        return _as_json(await by.ask(query, size, CURRENT.get().get("client", "")))
+        ids = CURRENT.get()
+        answer = await by.ask(query, size, ids.get("client", ""))
+        if shown is not None:
+            shown.add(query, answer, ids["request_id"])
+        return _as_json(answer)
 
     @app.post("/recommend", responses=_FAILURES)
     async def recommend(user: RecommendRequest) -> Response:

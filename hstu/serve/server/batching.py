@@ -52,6 +52,8 @@ class Settings:
     """Where the events of users are kept: a file, or a URL redis://…. None: nowhere."""
     items: Path | None = None
     """File that says which items are in stock, and of which category. None: no rules of items."""
+    shown_log: Path | None = None
+    """Folder for files of what was shown (ShownLog). None: it is not written."""
     cache_bytes: int = 256 << 20
     """Memory for keys and values of users whose ids requests give."""
 
@@ -74,6 +76,7 @@ class Metrics:
         )
         self.waiting = Gauge("hstu_waiting_requests", "Requests that wait to be computed", registry=registry)
         self.events = Counter("hstu_events", "Events that POST /events or DELETE took", ["kind"], registry=registry)
+        self.shown = Counter("hstu_shown", "Answers in the log of what was shown", ["outcome"], registry=registry)
         self.cache_bytes = Gauge("hstu_cache_bytes", "Memory of keys and values of users", registry=registry)
         self.swaps = Counter("hstu_model_swaps", "Newer exports that have replaced older ones", registry=registry)
         self.refused = Gauge("hstu_refused_exports", "Exports that could not be loaded", registry=registry)

@@ -38,25 +38,24 @@ class Catalog:
     """Category → its number."""
 
 
-class ItemFile(WatchedFile):
+class ItemFile(WatchedFile[pa.Table]):
     """A .csv or .parquet file with the column item and, if wanted, in_stock and category."""
 
-    def read(self) -> None:
-        """As of WatchedFile."""
-        self._table = _read(self.path)
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, _read)
 
     def catalog(self, model: Model) -> Catalog:
         """The columns in the order of the items of a model. Items that the file lacks are not in stock."""
         items = model.encoder.items
-        places = items.places(self._table["item"].to_pylist())
+        places = items.places(self.content["item"].to_pylist())
         in_stock = categories = None
         numbers: dict[str, int] = {}
-        if "in_stock" in self._table.column_names:
+        if "in_stock" in self.content.column_names:
             in_stock = torch.zeros(items.size + 1, dtype=torch.bool)
-            in_stock[places] = torch.tensor(self._table["in_stock"].to_pylist(), dtype=torch.bool)
+            in_stock[places] = torch.tensor(self.content["in_stock"].to_pylist(), dtype=torch.bool)
             in_stock[-1] = False  # where unknown items were written
-        if "category" in self._table.column_names:
-            encoded = self._table["category"].combine_chunks().dictionary_encode()
+        if "category" in self.content.column_names:
+            encoded = self.content["category"].combine_chunks().dictionary_encode()
             numbers = {name: number for number, name in enumerate(encoded.dictionary.to_pylist())}
             categories = torch.full((items.size + 1,), -1)
             categories[places] = torch.tensor(encoded.indices.fill_null(-1).to_pylist(), dtype=torch.int64)

@@ -1,48 +1,39 @@
 """Files that are read again when they change."""
 
 import logging
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from hstu.base.errors import DataError, printable
 
+Content = TypeVar("Content")
 _log = logging.getLogger(__name__)
 
 
-class WatchedFile(ABC):
-    """A file that is read when it is created, and again when it changes. Raises DataError if it cannot be read."""
+class WatchedFile(Generic[Content]):
+    """What ``read`` makes of a file. Raises DataError if it cannot be read at first."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._problem = path, ""
-        self._state: tuple[int, ...] | None = None
-        self._reload()
-
-    @property
-    def refused(self) -> dict[str, str]:
-        """The path → what is wrong with its newest content, if something is."""
-        return {str(self.path): self._problem} if self._problem else {}
+    def __init__(self, path: Path, read: Callable[[Path], Content]) -> None:
+        self._path, self._read, self._state = path, read, _state(path)
+        self.content = read(path)
+        self.refused: dict[str, str] = {}
+        """The path → what is wrong with the newest content, if something is."""
 
     def refresh(self) -> bool:
-        """Read the file if it has changed. Returns whether it has. One with a mistake changes nothing."""
-        try:
-            if not self._reload():
-                return False
-        except DataError as error:  # once per change
-            self._problem = printable(str(error))
-            _log.warning("refused file=%s reason=%s", self.path, self._problem)
-            return False
-        self._problem = ""
-        _log.info("reloaded file=%s", self.path)
-        return True
-
-    @abstractmethod
-    def read(self) -> None:
-        """Read the file. Raises DataError, and then changes nothing."""
-
-    def _reload(self) -> bool:
-        state = (found.st_size, found.st_mtime_ns) if self.path.exists() and (found := self.path.stat()) else ()
-        if state == self._state:
+        """Read the file if it has changed. Returns whether there is new content: a mistake changes nothing."""
+        if (state := _state(self._path)) == self._state:
             return False
         self._state = state
-        self.read()
+        try:
+            self.content, self.refused = self._read(self._path), {}
+        except DataError as error:
+            self.refused = {str(self._path): printable(str(error))}
+            _log.warning("refused file=%s reason=%s", self._path, error)
+            return False
+        _log.info("reloaded file=%s", self._path)
         return True
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    return (found.st_size, found.st_mtime_ns) if path.exists() and (found := path.stat()) else ()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import cached_property
 from itertools import islice, zip_longest
 from typing import Annotated, Any, Self
 
@@ -65,7 +66,7 @@ class User(BaseModel):
         """Number of events and candidates in the request."""
         return len(self.items or ())
 
-    @property
+    @cached_property
     def history(self) -> History:
         """The events and facts of the user."""
         assert self.items is not None, "those of stored users are filled in"
@@ -149,7 +150,7 @@ class ServedModel:
     def falls_back(self, request: User) -> bool:
         """Whether a user without events gets popular items."""
         is_asked = self.task == "retrieval" and isinstance(request, RecommendRequest)
-        return is_asked and not request.items and self.model.popularity is not None
+        return is_asked and not len(request.history.items) and self.model.popularity is not None
 
     @property
     def event_features(self) -> list[str]:

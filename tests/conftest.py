@@ -215,3 +215,15 @@ def make_store(tmp_path: Path) -> MakeStore:
         return made[-1]
 
     return make
+
+
+@pytest.fixture
+def broker() -> Iterator[Any]:
+    """A producer with librdkafka's own cluster, in this process; its topics have four partitions."""
+    from confluent_kafka import Producer
+
+    yield Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "mock", "log_level": 0})
+
+
+def topic_url(broker: Any, topic: str) -> str:
+    return "kafka://" + ",".join(f"{b.host}:{b.port}" for b in broker.list_topics(timeout=9).brokers.values()) + topic

@@ -1,1 +1,1 @@
-"""Errors, files, locks, hashes, figures, processes, shipped files: for all other packages. Imports none of them."""
+"""Errors, files, locks, hashes, topics, figures, processes, shipped files: for all others. Imports none of them."""

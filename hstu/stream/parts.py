@@ -3,17 +3,16 @@
 import csv
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from fsspec.implementations.local import LocalFileSystem
 
 from hstu.base import remote
-from hstu.base.errors import ConfigError, DataError
+from hstu.base.errors import DataError
 from hstu.base.files import written_aside
+from hstu.base.topic import TopicReader
 
 if TYPE_CHECKING:
     from confluent_kafka import Message
@@ -24,20 +23,7 @@ _TIMEOUT_S = 30.0
 EVENTS, QUARANTINE = "events.csv", "quarantine.jsonl"
 
 
-class Source(ABC):
-    """Parts with names, in an order. What ``taken`` has, the names of the parts so far, decides what comes next."""
-
-    @abstractmethod
-    def waiting(self, taken: Sequence[str]) -> list[str]:
-        """Names of the complete parts that are not in ``taken``, the next one first."""
-
-    @abstractmethod
-    def fetch(self, name: str, taken: Sequence[str], folder: Path) -> list[Path]:
-        """The local files of a part, which must not change any more. What is fetched or made lies in ``folder``, where
-        it is there already if an earlier call was not killed. Raises DataError if the part is empty or gone."""
-
-
-class Directory(Source):
+class Directory:
     """A directory in which each entry is a part: a file, or a directory of files. Parts come in the order of names.
 
     A part must appear at once, by a rename. One with an earlier name than others that are taken is taken, too: its
@@ -51,13 +37,14 @@ class Directory(Source):
             raise DataError(f"--source {url}: there is no such directory; each entry of it is to be a part of the data")
 
     def waiting(self, taken: Sequence[str]) -> list[str]:
-        """See Source."""
+        """Names of the complete parts that are not in ``taken``, the next one first."""
         self._files.invalidate_cache()
         names = {PurePosixPath(path).name for path in self._files.ls(str(self._root), detail=False)}
         return sorted(name for name in names - set(taken) if not name.startswith(_HIDDEN))
 
     def fetch(self, name: str, taken: Sequence[str], folder: Path) -> list[Path]:
-        """See Source. Local files are used where they are."""
+        """The local files of a part, which must not change any more. What is fetched or made lies in ``folder``, where
+        it is there already if an earlier call was not killed. Raises DataError if the part is empty or gone."""
         part = self._root / name
         found = sorted(PurePosixPath(path) for path in self._files.find(str(part)))
         files = [path for path in found if not any(each.startswith(_HIDDEN) for each in path.relative_to(part).parts)]
@@ -75,7 +62,7 @@ class Directory(Source):
         return target
 
 
-class Topic(Source):
+class Topic:
     """A Kafka topic, whose messages are JSON objects from column to value. A part is what has come since the last one.
 
     A part's name has the offsets at which it ends, ``0-1200,1-1187`` of two partitions. The next part begins there, so
@@ -87,25 +74,15 @@ class Topic(Source):
     """
 
     def __init__(self, url: str, most: int, most_bad: int) -> None:
-        try:
-            from confluent_kafka import Consumer
-        except ImportError as error:
-            raise ConfigError(f"--source {url}: missing package: pip install 'hstu-trainer[kafka]'") from error
-        parts = urlsplit(url)
-        self._topic, self._most, self._most_bad = parts.path.strip("/"), most, most_bad
-        if not parts.netloc or not self._topic or "/" in self._topic:
-            raise ConfigError(f"--source {url}: expected kafka://host:port/topic")
-        settings = {"bootstrap.servers": parts.netloc, "group.id": "hstu", "enable.auto.commit": False}
-        # Of each partition a known number of messages is read, which are there: a short wait is enough.
-        self._consumer: Consumer = Consumer({**settings, "log_level": 3, "fetch.wait.max.ms": 20})
+        self._reader = TopicReader("--source", url)
+        self._topic, self._most, self._most_bad = self._reader.topic, most, most_bad
 
     def waiting(self, taken: Sequence[str]) -> list[str]:
-        """See Source. One part: all messages that are there, or ``most`` of them. Raises DataError if messages are gone
-        that no part has."""
+        """As of Directory. One part: all messages that are there, or ``most`` of them. Raises DataError if messages are
+        gone that no part has."""
         begins, ends = _ends(taken), dict[int, int]()
-        room, partitions = self._most, self._partitions()
-        for place, partition in enumerate(partitions):
-            low, high = self._watermarks(partition)
+        room, partitions = self._most, self._reader.offsets()
+        for place, (partition, (low, high)) in enumerate(partitions.items()):
             begin = begins.get(partition, low)
             if begin < low:
                 raise DataError(
@@ -118,7 +95,7 @@ class Topic(Source):
         return [",".join(f"{each}-{end}" for each, end in ends.items())] if room < self._most else []
 
     def fetch(self, name: str, taken: Sequence[str], folder: Path) -> list[Path]:
-        """See Source. Without a good message there is no file."""
+        """As of Directory. Without a good message there is no file."""
         events, quarantine = folder / EVENTS, folder.parent / QUARANTINE
         if not quarantine.exists():
             rows, bad = self._read(name, taken)
@@ -138,24 +115,12 @@ class Topic(Source):
                 aside.write_text("".join(json.dumps(each) + "\n" for each in bad), encoding="utf-8")
         return [events] if events.exists() else []
 
-    def _partitions(self) -> list[int]:
-        found = self._consumer.list_topics(self._topic, timeout=_TIMEOUT_S).topics[self._topic]
-        if found.error or not found.partitions:
-            raise DataError(f"topic {self._topic}: {found.error or 'it has no partitions'}")
-        return sorted(found.partitions)
-
-    def _watermarks(self, partition: int) -> tuple[int, int]:
-        from confluent_kafka import TopicPartition
-
-        low, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic, partition), timeout=_TIMEOUT_S)
-        return int(low), int(high)
-
     def _read(self, name: str, taken: Sequence[str]) -> tuple[list[Mapping[str, Any]], list[dict[str, Any]]]:
         """(rows, messages of the quarantine) of a part, in the order of partitions and offsets."""
-        rows, bad, begins = list[Mapping[str, Any]](), list[dict[str, Any]](), _ends(taken)
+        rows, bad = list[Mapping[str, Any]](), list[dict[str, Any]]()
+        begins = {each: low for each, (low, _) in self._reader.offsets().items()} | _ends(taken)
         for partition, end in _ends([name]).items():
-            begin = begins[partition] if partition in begins else self._watermarks(partition)[0]
-            for message in self._messages(partition, begin, end):
+            for message in self._messages(partition, begins[partition], end):
                 row, reason = _row(message.value())
                 if row is not None:
                     rows.append(row)
@@ -165,18 +130,17 @@ class Topic(Source):
         return rows, bad
 
     def _messages(self, partition: int, begin: int, end: int) -> Iterator["Message"]:
-        from confluent_kafka import TopicPartition
-
-        place = TopicPartition(self._topic, partition, begin)
-        self._consumer.assign([place])
         position = begin
         while position < end:
-            messages = self._consumer.consume(min(10_000, end - position), timeout=_TIMEOUT_S)
-            if not messages or messages[0].error():
-                why = messages[0].error() if messages else f"nothing came in {_TIMEOUT_S:g} s"
-                raise DataError(f"topic {self._topic}, partition {partition}, offset {position}: {why}")
+            messages = self._reader.read(min(10_000, end - position), _TIMEOUT_S, {partition: position})
+            if not messages:
+                raise DataError(f"topic {self._topic}, partition {partition}, offset {position}: nothing came in time")
             yield from (message for message in messages if (message.offset() or 0) < end)
             position = (messages[-1].offset() or 0) + 1
+
+
+Source = Directory | Topic
+"""Parts with names, in an order. What ``taken`` has, the names of the parts so far, decides what comes next."""
 
 
 def _ends(taken: Sequence[str]) -> dict[int, int]:

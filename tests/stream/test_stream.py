@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from hstu.stream.events import changes_of, popularity
 from hstu.stream.parts import QUARANTINE, Directory, Topic
 from hstu.stream.report import write_page
 from tests.config.gin_files import table, text
-from tests.conftest import REPOSITORY, write_small_store
+from tests.conftest import REPOSITORY, topic_url, write_small_store
 from tests.scripts.test_pages import blocks, follow
 
 GIN = """
@@ -179,16 +178,6 @@ def test_parts_at_a_url_are_copied_once(tmp_path: Path) -> None:
     assert [(file.name, file.read_text()) for file in files] == [("y.csv", "y"), ("x.csv", "x")]
     remote.pipe("/lake/day=1/x.csv", b"changed")
     assert [file.read_text() for file in source.fetch("day=1", [], tmp_path)] == ["y", "x"]
-
-
-@pytest.fixture
-def broker() -> Iterator[Producer]:
-    """librdkafka's own cluster, in this process; its topics have four partitions."""
-    yield Producer({"test.mock.num.brokers": 1, "bootstrap.servers": "mock", "log_level": 0})
-
-
-def topic_url(broker: Producer, topic: str) -> str:
-    return "kafka://" + ",".join(f"{b.host}:{b.port}" for b in broker.list_topics(timeout=9).brokers.values()) + topic
 
 
 def test_parts_of_a_topic_have_each_message_once_and_set_bad_ones_aside(broker: Producer, tmp_path: Path) -> None:

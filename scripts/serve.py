@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add, count = parser.add_argument, _between(int, 1, 1 << 30)
     add("--export", type=Path, required=True, help="an export with a program, or a folder with several")
     add("--users", help="where events of users are kept: a file, or redis://HOST:PORT/DATABASE (nowhere)")
+    add("--follow", help="where further events come from: a file of JSON lines, or kafka://HOST:PORT/TOPIC (nowhere)")
     add("--items", type=Path, help=".csv or .parquet file of items in stock and their categories, read when it changes")
     add("--cache_mb", type=_between(int, 0, 1 << 20), default=256, help="for users between requests (%(default)s)")
     add("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
@@ -73,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             drain_s=options.drain_s,
             log_format=options.log_format,
             users=options.users,
+            follow=options.follow,
             items=options.items,
             cache_bytes=options.cache_mb << 20,
         ),

@@ -151,6 +151,10 @@ class StubModel:
     task: str = "retrieval"
     gate: threading.Event = field(default_factory=threading.Event)
     batches: list[list[User]] = field(default_factory=list)
+    recent: dict[str, float] = field(default_factory=dict)
+
+    def set_recent(self, recent: dict[str, float]) -> None:
+        """See ServedModel."""
 
     def answer(self, requests: Sequence[User], cache: PrefixCache | None = None) -> list[Answer | Exception]:
         self.batches.append(list(requests))

@@ -440,4 +440,5 @@ def test_the_server_imports_no_trainer() -> None:
         "hstu.base.errors",
         "hstu.base.files",
         "hstu.base.remote",
+        "hstu.base.topic",
     }

@@ -10,16 +10,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import time as clock
 from typing import Any
 
 import pytest
+import torch
 
 from hstu.base.errors import ConfigError
 from hstu.serve.runtime import Candidates, History
 from hstu.serve.server import users as users_module
 from hstu.serve.server.batching import Metrics, Settings
-from hstu.serve.server.model import EventsRequest, ServedModel, User
-from hstu.serve.server.users import Store, Users, open_store
+from hstu.serve.server.model import EventsRequest, RecommendRequest, ServedModel, User
+from hstu.serve.server.users import Followed, Store, Users, open_store
 from tests.serve.http_server import Client, redis_server, running, started, until, write_folder
 from tests.serve.served import Served
 
@@ -132,6 +134,43 @@ def test_old_events_that_were_left_out_do_not_come_back(
         newest = sorted(events, key=lambda each: each["timestamp"])[-5:]
         assert stored(users, served).timestamps == [each["timestamp"] for each in newest]
         users.close()
+
+
+def test_new_events_make_items_popular_also_after_a_restart(
+    retrieval: Served, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, day, model = int(clock()), 86_400, retrieval.model
+    users, served = Users(open_store(place), Metrics()), ServedModel(model, "first")
+    monkeypatch.setattr(users_module, "_COUNT_S", 0)
+
+    def popular() -> dict[Any, Any]:
+        users.count_recent(served)
+        assert served.popularity is not None
+        items = model.encoder.items.values_at(torch.arange(model.encoder.items.size))
+        scores = dict(zip(items, served.popularity.tolist(), strict=False))
+        return {item: pytest.approx(score, 1e-3) for item, score in scores.items()}
+
+    data = popular()
+    written(users, served, *(event(now - 20 * day, 1001, id=number) for number in range(500)))
+    written(users, served, *(event(now + day, 1001, id=number) for number in range(500, 1000)))
+    assert popular() == data, "neither last month nor tomorrow is now"
+    written(users, served, *(event(now, 1002, id=f"a{number}") for number in range(30)), event(now, "gone"))
+    for _ in range(2):  # events that come again are not counted again
+        written(users, served, *(event(now - 2 * day, 1003, user) for user in range(400)))
+    expected = {item: 10 * score.expected for item, score in data.items()}
+    expected[1002] += 30
+    expected[1003] += 100
+    most = max(expected.values())
+    expected = {item: score / most for item, score in expected.items()}
+    assert popular() == expected
+    key, _ = users.position("source")
+    users.write([Followed(events=[], key=key, position="5")], served)
+    users.close()
+    users, served = Users(open_store(place), Metrics()), ServedModel(model, "second")
+    assert popular() == expected and users.position("source") == (key, "5")
+    (answer,) = served.answer([RecommendRequest.model_validate({"items": [], "k": 1})])
+    assert isinstance(answer, dict) and (answer["fallback"], answer["items"][0]["item"]) == ("popular", 1003)
+    users.close()
 
 
 def test_a_newer_model_reads_features_that_older_events_lack_as_missing(

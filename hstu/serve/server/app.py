@@ -26,6 +26,7 @@ from hstu.serve.runtime.cache import PrefixCache
 
 from .batching import Batcher, Metrics, Overloaded, Settings
 from .clients import KeyFile
+from .follow import Follower
 from .guard import Guard, failure
 from .listening import Connection, Server, bound
 from .logs import CURRENT, set_up_logging
@@ -109,13 +110,17 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     # Its own metrics are not shown. Requests that come during a transaction share the next.
     writer = Batcher(lambda queries: users.write(queries, live.current), replace(settings, max_wait_s=0), Metrics())
 
+    followers = [Follower(source, users, writer, live, metrics) for source in [settings.follow] if source is not None]
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         batcher.start()
         writer.start()
-        watching = asyncio.create_task(_watch(live, keys, settings.poll_s))
+        watching = _watch(live, keys, users, writer, settings.poll_s)
+        tasks = [asyncio.create_task(each) for each in (watching, *(each.run() for each in followers))]
         yield
-        watching.cancel()
+        for task in tasks:
+            task.cancel()
         await asyncio.gather(batcher.close(), writer.close())
         users.close()
         if shown is not None:
@@ -269,7 +274,7 @@ def _where(error: Mapping[str, Any], body: Any) -> str:
     return "".join(parts).removeprefix(".") or "the request"
 
 
-async def _watch(live: LiveModel, keys: KeyFile | None, every_s: float) -> None:
+async def _watch(live: LiveModel, keys: KeyFile | None, users: Users, writer: Batcher, every_s: float) -> None:
     while True:
         await asyncio.sleep(every_s)
         try:
@@ -277,8 +282,9 @@ async def _watch(live: LiveModel, keys: KeyFile | None, every_s: float) -> None:
                 await asyncio.to_thread(keys.refresh)
             if await asyncio.to_thread(live.refresh):
                 gc.collect()  # the replaced model has reference cycles
+            await writer.run(users.count_recent, live.current)
         except Exception:  # such as an unavailable file system; model and keys stay as they are
-            _log.exception("cannot look for newer exports")
+            _log.exception("cannot look for newer exports, or count new events")
 
 
 def _facts(served: ServedModel) -> dict[str, Any]:
@@ -300,5 +306,5 @@ def _facts(served: ServedModel) -> dict[str, Any]:
         },
         "predictions": facts["tasks"],
         "categories": [] if served.catalog is None else [*served.catalog.numbers],
-        "fallback": "popular" if served.task == "retrieval" and served.model.popularity is not None else None,
+        "fallback": "popular" if served.task == "retrieval" and served.popularity is not None else None,
     }

@@ -50,6 +50,8 @@ class Settings:
     """Seconds after SIGTERM in which requests are still taken, while GET /ready answers 503."""
     users: str | None = None
     """Where the events of users are kept: a file, or a URL redis://…. None: nowhere."""
+    follow: str | None = None
+    """Source of further events: a file of JSON lines, or kafka://host:port/topic. None: there is none."""
     items: Path | None = None
     """File that says which items are in stock, and of which category. None: no rules of items."""
     shown_log: Path | None = None
@@ -75,7 +77,9 @@ class Metrics:
             "hstu_batch_seconds", "Time to compute a batch", buckets=_SECONDS, registry=registry
         )
         self.waiting = Gauge("hstu_waiting_requests", "Requests that wait to be computed", registry=registry)
-        self.events = Counter("hstu_events", "Events that POST /events or DELETE took", ["kind"], registry=registry)
+        self.events = Counter("hstu_events", "Events stored, forgotten or refused", ["kind"], registry=registry)
+        self.followed_age = Gauge("hstu_followed_age_seconds", "Age of the newest followed event", registry=registry)
+        self.followed_backlog = Gauge("hstu_followed_backlog", "Bytes or messages to be followed", registry=registry)
         self.shown = Counter("hstu_shown", "Answers in the log of what was shown", ["outcome"], registry=registry)
         self.cache_bytes = Gauge("hstu_cache_bytes", "Memory of keys and values of users", registry=registry)
         self.swaps = Counter("hstu_model_swaps", "Newer exports that have replaced older ones", registry=registry)

@@ -1,6 +1,6 @@
 """The JSON of requests with its limits, and the answers of an exported model to batches of mixed requests."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from itertools import islice, zip_longest
@@ -19,6 +19,8 @@ from .rules import Catalog, chosen_items
 
 MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED, MAX_POSTED = 10_000, 1_000, 1_000, 1_000
 _MAX_TEXT = 1_000
+_MOST_OF_DATA = 10
+"""New events as which the data's most popular item counts, others in proportion."""
 _NOT_FINITE = "the model gives no finite number for this request; look for extreme numbers in it"
 
 Text = Annotated[StrictStr, Field(max_length=_MAX_TEXT)]
@@ -145,12 +147,24 @@ class ServedModel:
         self.task: str = model.facts["task"]
         self.catalog: Catalog | None = None
         """What the server's item file says of the items."""
+        self.popularity = model.popularity
+        """Score of each item for users without events, [items + 1]."""
+        self.recent: Mapping[str, float] = {}
         self._titles = [title.casefold() for title in model.titles]
+
+    def set_recent(self, recent: Mapping[str, float]) -> None:
+        """Count new events as popularity, too. ``recent``: item → how many there are, weighted by age."""
+        self.recent, items, known = recent, self.model.encoder.items, self.model.popularity
+        counts = torch.zeros(items.size + 1)
+        counts[items.places([*recent])] = torch.tensor([*recent.values()])
+        counts[-1] = 0  # where unknown items were written
+        scores = counts if known is None else counts + _MOST_OF_DATA * known
+        self.popularity = scores / scores.max() if counts.any() else known
 
     def falls_back(self, request: User) -> bool:
         """Whether a user without events gets popular items."""
         is_asked = self.task == "retrieval" and isinstance(request, RecommendRequest)
-        return is_asked and not len(request.history.items) and self.model.popularity is not None
+        return is_asked and not len(request.history.items) and self.popularity is not None
 
     @property
     def event_features(self) -> list[str]:
@@ -268,7 +282,7 @@ class ServedModel:
 
     def _by_rules(self, request: RecommendRequest, output: Tensor, lists: Lists) -> Answer:
         """The best items by rules.py: those closest to the user vector ``output``, or popular ones."""
-        popularity = self.model.popularity if self.falls_back(request) else None
+        popularity = self.popularity if self.falls_back(request) else None
         catalog = self.catalog  # another thread may replace it
         query = output if popularity is None else torch.zeros(1, self.model.vectors.shape[1])
         scores = self.model.scores(query, [lists])[0]

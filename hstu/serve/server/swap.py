@@ -137,6 +137,7 @@ class LiveModel:
             _log.warning("refused export=%s reason=%s", found.folder, reason)
             return False
         if current is not None:
+            model.set_recent(current.recent)
             self._metrics.swaps.inc()
         self.current, self._loaded, self.since = model, found, time.time()
         _log.info("serving model=%s task=%s load=%.1fs", version, model.task, time.monotonic() - begun)

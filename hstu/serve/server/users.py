@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ from .model import MAX_EVENTS, Event, EventsRequest, ServedModel, User
 Change = Callable[[dict[bytes, str | None]], Mapping[bytes, str | None]]
 """User → events before, to user → events after, as JSON. None: no events. May be called again, if another writer came
 between."""
+_POSITION, _RECENT = b"\xffposition:", b"\xffrecent"
+"""Keys of the store that no user has, because ids are UTF-8."""
+_HALF_LIFE_S, _COUNT_S = 86_400, 60
 
 
 class StoreError(Exception):
@@ -192,11 +196,21 @@ def _stored_id(user: Any) -> bytes:
     return str(user).encode()
 
 
+class Followed(EventsRequest):
+    """Events of a followed source, and the place after them, as JSON, with its key in the store."""
+
+    events: list[Event]
+    key: bytes
+    position: str
+
+
 class Users:
     """The users of a server. ``store`` None: it keeps none."""
 
     def __init__(self, store: Store | None, metrics: Metrics) -> None:
         self._store, self._metrics = store, metrics
+        saved = store and store.read([_RECENT])[0]
+        self._recent_at, self._recent = json.loads(saved) if saved else (time.time(), {})
 
     def write(self, requests: Sequence[EventsRequest | str], served: ServedModel) -> list[dict[str, int] | Exception]:
         """Store the events of requests, and forget users whose ids are given, in one transaction.
@@ -205,20 +219,44 @@ class Users:
         """
         problems = [self._problem(each, served) for each in requests]
         fitting = [each for each, problem in zip(requests, problems, strict=True) if problem is None]
-        counts: list[dict[str, int]] = []
+        counts, new = list[dict[str, int]](), list[Event]()
 
         def change(before: dict[bytes, str | None]) -> Mapping[bytes, str | None]:
-            events = {user: StoredEvents.read(text) for user, text in before.items()}
-            counts[:] = [_applied(each, events) for each in fitting]
-            return {user: each.text() if each.items else None for user, each in events.items()}
+            new.clear()
+            events = {user: StoredEvents.read(before[user]) for user in before if user not in ends}
+            counts[:] = [_applied(each, events, new) for each in fitting]
+            texts = {user: each.text() if each.items else None for user, each in events.items()}
+            return {**texts, **ends}
 
+        ends = {each.key: each.position for each in fitting if isinstance(each, Followed)}
         ids = [[each] if isinstance(each, str) else [event.user for event in each.events] for each in fitting]
         if fitting and self._store is not None:
-            self._store.update([*{_stored_id(user): None for own in ids for user in own}], change)
+            self._store.update([*{_stored_id(user): None for own in ids for user in own}, *ends], change)
+        for event in new:
+            if event.timestamp <= time.time():
+                weight = 0.5 ** ((self._recent_at - event.timestamp) / _HALF_LIFE_S)
+                self._recent[str(event.item)] = self._recent.get(str(event.item), 0) + weight
         for kind in ("in_order", "late", "repeated", "forgotten"):
             self._metrics.events.labels(kind).inc(sum(own.get(kind, 0) for own in counts))
         found = iter(counts)
         return [next(found) if problem is None else problem for problem in problems]
+
+    def position(self, source: str) -> tuple[bytes, str | None]:
+        """The key of the position in a followed source, and its value. Raises ConfigError without a store."""
+        if self._store is None:
+            raise ConfigError("--follow needs --users: a file, or redis://HOST:PORT/DATABASE, where events are kept")
+        return (key := _POSITION + source.encode()), self._store.read([key])[0]
+
+    def count_recent(self, served: ServedModel) -> None:
+        """Give the model each item's number of new events, halved with each day of their age. Saves the numbers."""
+        now = time.time()
+        if self._store is None or not self._recent or (served.recent and now - self._recent_at < _COUNT_S):
+            return
+        factor, self._recent_at = 0.5 ** ((now - self._recent_at) / _HALF_LIFE_S), now
+        self._recent = {item: count * factor for item, count in self._recent.items() if count * factor > 0.01}
+        served.set_recent(self._recent)
+        text = json.dumps([now, self._recent])
+        self._store.update([_RECENT], lambda _: {_RECENT: text})
 
     def filled(self, requests: Sequence[User], served: ServedModel) -> list[User | Exception]:
         """The requests, with the stored events of the user in those that give none."""
@@ -258,18 +296,19 @@ class Users:
         try:
             if self._store is None:
                 raise ServingError("this server keeps no users; start it with --users FILE")
-            if isinstance(request, EventsRequest):
+            if isinstance(request, EventsRequest) and request.events:
                 served.check_events(request.events)
         except Exception as error:  # also a defect
             return error
         return None
 
 
-def _applied(request: EventsRequest | str, events: dict[bytes, StoredEvents]) -> dict[str, int]:
-    """Change the events of users. Returns how many of each kind there were."""
+def _applied(request: EventsRequest | str, events: dict[bytes, StoredEvents], new: list[Event]) -> dict[str, int]:
+    """Change the events of users. Returns how many of each kind there were. Those not stored before go to ``new``."""
     if isinstance(request, str):
         user = _stored_id(request)
         forgotten, events[user] = events[user], StoredEvents()
         return {"forgotten": len(forgotten.items)}
     kinds = [events[_stored_id(event.user)].add(event) for event in request.events]
+    new += [event for event, kind in zip(request.events, kinds, strict=True) if kind != "repeated"]
     return {kind: kinds.count(kind) for kind in ("in_order", "late", "repeated")}

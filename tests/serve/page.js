@@ -1,5 +1,6 @@
 // Runs the page of a server without a browser, fills its form, and prints what it has sent and shown.
-// node page.js URL?items=… CANDIDATE STEPS: a step [list, place, label, value] fills a field in a row of a list.
+// node page.js URL?items=… CANDIDATE STEPS: a step [list, place, label, value] fills a field in a row of a list, or
+// clicks a button there; without a place, it clicks the button of that id.
 "use strict";
 const [url, candidate, steps] = [process.argv[2], process.argv[3], JSON.parse(process.argv[4])];
 const found = {};
@@ -40,11 +41,13 @@ const text = each => each.textContent + each.children.map(text).join(" ");
   const fields = ["user", "history", "shown"].flatMap(list => found[list].children.flatMap(row =>
     row.children.filter(named).map(each => [list, each.name, named(each), texts(each)])));
   for (const [list, place, label, value] of steps) {
-    const field = found[list].children[place].children.find(each => named(each) === label);
-    field.value = value;
-    field.onchange();
+    await until(() => waiting === 0);
+    const field = place === null ? found[list] : found[list].children[place].children.find(each => named(each) === label);
+    if (field.onclick) await field.onclick();
+    else Object.assign(field, {value}).onchange();
   }
   await until(() => waiting === 0 && (found.answer.children.length || !found.wrong.hidden));
   const wrong = found.wrong.hidden ? "" : found.wrong.textContent;
-  console.log(JSON.stringify({fields, sent: JSON.parse(sent.at(-1)), answer: text(found.answer), wrong}));
+  const [answer, stored] = ["answer", "stored"].map(id => text(document.getElementById(id)));
+  console.log(JSON.stringify({fields, sent: JSON.parse(sent.at(-1)), answer, stored, wrong}));
 })();

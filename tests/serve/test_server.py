@@ -131,23 +131,35 @@ def test_the_page_needs_nothing_from_elsewhere(stub: Client) -> None:
     assert reply.status == 200 and reply.headers["content-type"].startswith("text/html")
     assert "://" not in reply.text and "default-src 'self'" in reply.headers["content-security-policy"]
     paths = stub.get("/openapi.json").json["paths"]
-    asked, told = {"/recommend", "/score", "/embed"}, {"/health", "/metrics", "/model", "/items"}
+    asked, told = {"/recommend", "/score", "/embed"}, {"/health", "/ready", "/metrics", "/model", "/items"}
     assert asked | told | {"/events", "/users/{user}"} == paths.keys()
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="node, which runs the script of the page, is not installed")
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node, which runs the page, is not installed")
+
+
+def on_page(client: Client, query: str, candidate: str, steps: list[tuple[str, int | None, str, str]]) -> Any:
+    """What page.js prints after these steps."""
+    page = f"http://127.0.0.1:{client.port}/?{query}"
+    command = ["node", str(Path(__file__).with_name("page.js")), page, candidate, json.dumps(steps)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+
+
+@needs_node
 def test_the_page_has_a_field_for_each_feature_that_the_model_reads(ranking: Served) -> None:
-    steps = [("user", 0, "town", "2"), ("history", 0, "watched", "2.5"), ("history", 1, "device", "value 001")]
-    steps += [
+    steps: list[tuple[str, int | None, str, str]] = [
+        ("user", 0, "town", "2"),
+        ("history", 0, "watched", "2.5"),
+        ("history", 1, "device", "value 001"),
         ("history", 1, "watched", "x"),
         ("history", 1, "spent", "0.5"),
         ("shown", 0, "device", "value 002"),
         ("history", 0, "action", "1"),
     ]
     with serving(ranking, Settings(poll_s=3600)) as client:
-        page = f"http://127.0.0.1:{client.port}/?items=1000,1001"
-        command = ["node", str(Path(__file__).with_name("page.js")), page, "1002", json.dumps(steps)]
-        found = json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+        found = on_page(client, "items=1000,1001", "1002", steps)
+        why = on_page(client, "items=1000,1001", "1002", [*steps[5:], ("answer", 0, "why this item", "")])
+    assert why["sent"]["candidate_features"] == {"device": ["value 002"]} and "How much each event" in why["answer"]
     rows = {(list_, name): (kind, values) for list_, kind, name, values in found["fields"]}
     assert rows["history", "device"] == rows["shown", "device"]
     assert rows["history", "device"] == ("select", ["device?", "value 000", "value 001", "value 002"])
@@ -158,6 +170,23 @@ def test_the_page_has_a_field_for_each_feature_that_the_model_reads(ranking: Ser
     assert sent["context"] == {"town": 2} and sent["actions"] == [1, 3]
     assert sent["candidates"] == ["1002"] and sent["candidate_features"] == {"device": ["value 002"]}
     assert "high" in found["answer"] and found["wrong"] == "The model does not have: watched x"
+
+
+@needs_node
+def test_the_page_sends_events_of_a_stored_user_and_explains_an_item(retrieval: Served, tmp_path: Path) -> None:
+    steps: list[tuple[str, int | None, str, str]] = [
+        ("send", None, "", ""),
+        ("rule-fields", 0, "Number of items", "2"),
+        ("answer", 0, "why this item", ""),
+    ]
+    with serving(retrieval, Settings(poll_s=3600, users=str(tmp_path / "users.db"))) as client:
+        found = on_page(client, "user=7&items=1000,1001", "", steps)
+        assert client.get("/users/7").json["items"] == [1000, 1001]
+        assert "no events" in on_page(client, "user=8&items=1000", "", [])["stored"]
+    assert "2 events:" in found["stored"] and "item 1000" in found["stored"] and found["wrong"] == ""
+    assert found["sent"].keys() == {"user", "at", "candidates", "explain"} and found["sent"]["user"] == "7"
+    answer = found["answer"]
+    assert "How much each event adds to score" in answer and "item 1001" in answer
 
 
 def test_overload_is_refused_with_a_time_to_retry(tmp_path: Path) -> None:

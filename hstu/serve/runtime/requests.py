@@ -38,6 +38,10 @@ class History:
         """A history of a slice of the events."""
         return self.changed(lambda values: values[events])
 
+    def without(self, place: int) -> Self:
+        """A history without one event."""
+        return self.changed(lambda values: [*values[:place], *values[place + 1 :]])
+
     def changed(self, change: Callable[[Sequence[Any]], Sequence[Any]]) -> Self:
         """A history with changed sequences of values per event."""
         return replace(

@@ -7,7 +7,7 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +24,13 @@ import hstu
 from hstu.serve.runtime import ServingError
 from hstu.serve.runtime.cache import PrefixCache
 
-from .batching import Batcher, Metrics, Overloaded, Settings
+from .batching import BATCH_SIZE, Batcher, Metrics, Overloaded, Settings
 from .clients import KeyFile
 from .follow import Follower
 from .guard import Guard, failure
 from .listening import Connection, Server, bound
 from .logs import CURRENT, set_up_logging
-from .model import Answer, EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
+from .model import Answer, EventsRequest, RecommendRequest, Result, ScoreRequest, ServedModel, User
 from .rules import ItemFile
 from .shown import ShownLog
 from .swap import LiveModel
@@ -99,7 +99,9 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     keys = None if settings.api_keys is None else KeyFile(settings.api_keys)
     shown = None if settings.shown_log is None else ShownLog(settings.shown_log, metrics)
 
-    def answers(queries: Sequence[User]) -> list[Answer | Exception]:
+    def answers(queries: Sequence[Any]) -> list[Result]:
+        if isinstance(queries[0], Iterator):  # it is alone in its batch
+            return [next(queries[0]) or queries[0]]
         served = live.current
         filled = users.filled(queries, served)
         found = iter(served.answer([each for each in filled if not isinstance(each, Exception)], cache))
@@ -140,6 +142,8 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     async def answered(by: Batcher, query: Any, size: int = 0) -> Response:
         ids = CURRENT.get()
         answer = await by.ask(query, size, ids.get("client", ""))
+        while isinstance(answer, Iterator):
+            answer = await by.ask(answer, BATCH_SIZE + 1, ids.get("client", ""))  # alone, after what is smaller
         if shown is not None:
             shown.add(query, answer, ids["request_id"])
         return _as_json(answer)
@@ -163,6 +167,11 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     async def events(request: EventsRequest) -> Response:
         """Store events of users, each once, at their places in time. Answered when a crash can lose none."""
         return await answered(writer, request, len(request.events))
+
+    @app.get("/users/{user:path}", responses=_FAILURES)
+    async def stored(user: str) -> Response:
+        """The stored events of a user, in the fields of a request, with the titles of the items."""
+        return _as_json(await batcher.run(users.stored, user, live.current))
 
     @app.delete("/users/{user:path}", responses=_FAILURES)
     async def forget(user: str) -> Response:
@@ -198,7 +207,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     @app.get("/model")
     async def model() -> dict[str, Any]:
         """What the model in use reads and predicts, and the categories of its items."""
-        return _facts(live.current)
+        return {**_facts(live.current), "keeps_users": settings.users is not None}
 
     @app.get("/items", responses={422: _FAILURES[422]})
     def items(

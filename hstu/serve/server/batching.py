@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_BATCH_SIZE = 8192
+BATCH_SIZE = 8192
 """Largest total size of the queries of a batch, except one that is larger alone."""
 Compute = Callable[[Sequence[Any]], Sequence[Any]]
 """Queries → answers, in order. An exception instead of an answer is raised in the ``ask`` of its query."""
@@ -158,9 +158,9 @@ class Batcher:
         self._metrics.waiting.set(len(self._queue))
         return await waiting.answer
 
-    async def run(self, function: Callable[..., None], *arguments: Any) -> None:
+    async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function between two batches."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
     async def _run(self) -> None:
         while not (self._is_closing and not self._queue):
@@ -180,7 +180,7 @@ class Batcher:
         """Take the next batch from the queue. Queries of up to 255 events are equally small."""
         oldest = self._queue[0] if self._is_oldest_next else None
         order = sorted(self._queue, key=lambda each: (each is not oldest, (each.size >> 8).bit_length(), each.turn))
-        count = sum(total <= _BATCH_SIZE for total in accumulate(each.size for each in order))
+        count = sum(total <= BATCH_SIZE for total in accumulate(each.size for each in order))
         batch = order[: min(max(1, count), self._settings.max_batch)]
         self._is_oldest_next = self._queue[0] not in batch
         self._turn = max(self._turn, *(each.turn for each in batch))

@@ -1,6 +1,6 @@
 """The JSON of requests with its limits, and the answers of an exported model to batches of mixed requests."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from itertools import islice, zip_longest
@@ -18,6 +18,8 @@ from hstu.serve.runtime.model import Lists
 from .rules import Catalog, chosen_items
 
 MAX_EVENTS, MAX_CANDIDATES, MAX_RECOMMENDED, MAX_POSTED = 10_000, 1_000, 1_000, 1_000
+_MAX_EXPLAINED, _MAX_COMPARED, _COMPARED_AT_ONCE = 10, 50, 4
+"""Of an explanation: candidates, events to leave out, and how many of them before other requests are answered."""
 _MAX_TEXT = 1_000
 _MOST_OF_DATA = 10
 """New events as which the data's most popular item counts, others in proportion."""
@@ -101,6 +103,8 @@ class ScoreRequest(User):
 
     candidates: list[Id] = Field(min_length=1, max_length=MAX_CANDIDATES, description="Ids of the items to score")
     candidate_features: dict[Name, list[Value]] = Field({}, description="Feature → one value per candidate")
+    explain: StrictInt = Field(0, ge=0, le=_MAX_COMPARED, description="Events to name that change each score most")
+    prediction: Name | None = Field(None, description="The prediction to explain. Default: the first")
 
     @property
     def size(self) -> int:
@@ -137,6 +141,7 @@ class EventsRequest(BaseModel):
 Answer = dict[str, Any]
 """JSON: "model", its version; "items", "scores" or "vector"; "unknown_items", and "unknown" with values of the action
 and of each feature, which the model does not have; "fallback" if the items are those of a user without events."""
+Result = Answer | Exception | Iterator[Answer | None]  # an answer in steps: None, until it is there
 
 
 class ServedModel:
@@ -202,7 +207,7 @@ class ServedModel:
         )
         self.model.encoder.history(history, None, len(events))
 
-    def answer(self, requests: Sequence[User], cache: PrefixCache | None = None) -> list[Answer | Exception]:
+    def answer(self, requests: Sequence[User], cache: PrefixCache | None = None) -> list[Result]:
         """Answer requests together. One that fails gets its exception, a ServingError if it does not fit the model.
 
         If one makes them fail together, each is computed alone, so that an error belongs to the request that causes it.
@@ -221,13 +226,17 @@ class ServedModel:
 
     def search(self, text: str, count: int) -> list[dict[str, Any]]:
         """Find up to ``count`` items whose title contains ``text`` or whose id equals it, as JSON. Thread-safe."""
-        items, wanted, titles = self.model.encoder.items, text.casefold(), self.model.titles
+        items, wanted = self.model.encoder.items, text.casefold()
         places = [place for place in items.places([text]).tolist() if place >= 0]
         others = (place for place, title in enumerate(self._titles) if wanted in title and place not in places)
         places = [*places, *islice(others, count)][:count]
-        values = items.values_at(torch.tensor(places, dtype=torch.int64))
-        found = zip(values, places, strict=True)
-        return [{"item": value, "title": titles[place] if titles else ""} for value, place in found]
+        return self.titled(items.values_at(torch.tensor(places, dtype=torch.int64)))
+
+    def titled(self, items: Sequence[Any]) -> list[dict[str, Any]]:
+        """Items with their titles, as JSON; "" for those without one. Thread-safe."""
+        places, titles = self.model.encoder.items.places(items).tolist(), self.model.titles
+        found = [titles[place] if titles and place >= 0 else "" for place in places]
+        return [{"item": item, "title": title} for item, title in zip(items, found, strict=True)]
 
     def _outputs(self, requests: Sequence[User], cache: PrefixCache | None) -> list[Tensor | Exception]:
         """For each request, the user vector [1, E], the logits [candidates, outputs], or its exception."""
@@ -296,7 +305,7 @@ class ServedModel:
         found = _listed(self.model.named(scores[places], places), is_drawn.tolist())
         return found if popularity is None else {**found, "fallback": "popular"}
 
-    def _answer(self, request: User, output: Tensor, best: Answer | Exception | None) -> Answer | Exception:
+    def _answer(self, request: User, output: Tensor, best: Answer | Exception | None) -> Result:
         shown, content, unknown_items = Candidates([]), Answer(), set[Any]()
         if isinstance(request, ScoreRequest):
             shown = request.shown
@@ -312,7 +321,45 @@ class ServedModel:
             content["vector"] = output[0].tolist()
         unknown = self.model.unknown(request.history, shown)
         unknown_items.update(unknown.pop(self.model.facts["item"], []))
-        return {"model": self.version, **content, "unknown_items": sorted(unknown_items, key=str), "unknown": unknown}
+        content |= {"unknown_items": sorted(unknown_items, key=str), "unknown": unknown}
+        answer = {"model": self.version, **content}
+        return self._explained(request, answer) if isinstance(request, ScoreRequest) and request.explain else answer
+
+    def _explained(self, asked: ScoreRequest, answer: Answer) -> Iterator[Answer | None]:
+        """Compare the scores with those without one of the newest events. Yields None between steps, then the answer.
+
+        The time of the request stays. Raises ServingError if the history has one event, or the prediction is unknown.
+        """
+        model, history, shown, at = self.model, asked.history, asked.shown, asked.at
+        facts, count = model.facts, len(history.items)
+        name, why = asked.prediction or next(iter(answer["scores"])), []
+        if name not in answer["scores"]:
+            raise ServingError(f"the model has no prediction {name!r}; it has {', '.join(answer['scores'])}")
+        if count < 2 or len(shown.items) > _MAX_EXPLAINED:
+            most = f"two events or more and up to {_MAX_EXPLAINED} candidates"
+            raise ServingError(f"explain takes {most}, and the request has {count} and {len(shown.items)}")
+        if at is None and model.reads_request_time and history.timestamps is not None:
+            at = int(history.timestamps[-1])
+        room = facts["max_items"] if facts["task"] == "retrieval" else model.encoder.room(len(shown.items))[0]
+        read = min(count, room)
+        if model.encoder.running is None:  # events before these change nothing, and to check them takes time
+            history = history.cut(slice(-(read + 2), None))
+        kept: list[Prefix] = []
+        outputs = model.run([model.encode(history, shown, at, None, True)], lambda _, prefix: kept.append(prefix))
+        newest, older = len(history.items) - 1, count - len(history.items)
+        compared = range(newest, newest - min(read, _MAX_COMPARED), -1)
+        for first in range(0, len(compared), _COMPARED_AT_ONCE):
+            some = [history.without(place) for place in compared[first : first + _COMPARED_AT_ONCE]]
+            outputs += model.run([model.encode(each, shown, at, next(iter(kept), None), True) for each in some])
+            yield None
+        scores = [model.predictions(model.outputs_of(shown.items, each)) for each in outputs]
+        for whole, *parts in zip(*(each[name] for each in scores), strict=True):  # of one candidate
+            changes = [] if whole is None else [(whole - p, place) for p, place in zip(parts, compared, strict=True)]
+            largest = sorted(changes, key=lambda change: -abs(change[0]))[: asked.explain]
+            titled = self.titled([history.items[place] for _, place in largest])
+            more = [{"place": place + older, "difference": change} for change, place in largest]
+            why.append([item | own for item, own in zip(titled, more, strict=True)])
+        yield {**answer, "prediction": name, "compared_events": len(compared), "read_events": read, "why": why}
 
 
 def _listed(best: Recommendation, are_drawn: Sequence[bool] = ()) -> Answer:

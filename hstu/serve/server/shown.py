@@ -41,7 +41,8 @@ class ShownLog:
 
     def add(self, asked: Any, answer: Answer, request_id: str) -> None:
         """Write the items of an answer to a RecommendRequest or ScoreRequest with a user. Returns at once."""
-        if not isinstance(asked, RecommendRequest | ScoreRequest) or asked.user is None:
+        explains = isinstance(asked, ScoreRequest) and asked.explain  # what was shown before
+        if not isinstance(asked, RecommendRequest | ScoreRequest) or asked.user is None or explains:
             return
         if self._room.acquire(blocking=False):
             self._thread.submit(self._write, asked, answer, request_id, int(time.time()))

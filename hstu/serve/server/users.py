@@ -16,7 +16,7 @@ from hstu.base.errors import ConfigError
 from hstu.serve.runtime import History, ServingError
 
 from .batching import Metrics
-from .model import MAX_EVENTS, Event, EventsRequest, ServedModel, User
+from .model import MAX_EVENTS, Answer, Event, EventsRequest, ServedModel, User
 
 Change = Callable[[dict[bytes, str | None]], Mapping[bytes, str | None]]
 """User → events before, to user → events after, as JSON. None: no events. May be called again, if another writer came
@@ -286,6 +286,15 @@ class Users:
         """Raise StoreError if the store does not answer. Thread-safe."""
         if self._store is not None:
             self._store.read([b""])
+
+    def stored(self, user: str, served: ServedModel) -> Answer:
+        """The events of a user, in the fields of a request, and the titles of the items. Raises as ``filled``."""
+        (found,) = self.filled([User.model_construct(user=user)], served)
+        if isinstance(found, Exception):
+            raise found
+        titles = [each["title"] for each in served.titled(found.history.items)]
+        columns = {name: getattr(found, name) for name in ("items", "actions", "timestamps", "features")}
+        return {"model": served.version, **columns, "titles": titles}
 
     def close(self) -> None:
         """Release the store."""

@@ -48,8 +48,13 @@ def grads(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 
 def test_operations_are_counted_as_the_published_ones() -> None:
-    shape = import_module("attention").Shape(np.array([6, 2]), 3, 5)
+    attention, layer = import_module("attention"), import_module("layer")
+    shape = attention.Shape(np.array([6, 2]), 3, 5)
     assert shape.flops == 2 * 3 * 5 * (36 + 4)
+    forward, backward = layer.Case("", shape, hidden=7).flops()
+    linear = 2 * 8 * 7 * (4 * 15 + 15)
+    assert forward == pytest.approx(shape.flops + linear)
+    assert backward == pytest.approx(2.5 * shape.flops + 2 * linear)
 
 
 def test_padded_attention_is_ours() -> None:
@@ -122,7 +127,14 @@ def test_attention_with_a_span_is_timed_without_the_hidden_pairs(
     assert span.flops < 0.3 * whole.flops
 
 
-def test_the_operators_of_a_layer_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_layer_and_its_operators_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layer, lengths = import_module("layer"), np.array([30, 30])
+    shape = import_module("attention").Shape(lengths, 1, 8)
+    monkeypatch.setattr(layer, "cases_of", lambda options: [layer.Case("30", shape, 16, relative_bias=True)])
+    written = report(monkeypatch, tmp_path, "layer")
+    assert variants(written["layers"]) == {"ours, C++", "ours, PyTorch", "padded"}
+    assert {row["dtype"] for row in written["layers"]} == {"float32", "bfloat16"}
+    assert all("everything else" in parts for parts in written["parts"].values())
     written = report(monkeypatch, tmp_path, "operators", "--tokens", "64")
     assert len(written["operators"]) == 12
     worst = [max(row["errors"]) for row in written["operators"] if "errors" in row]

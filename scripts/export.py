@@ -68,13 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_checkpoint_arguments(parser)
     parser.add_argument("--output", type=Path, required=True, help="directory to create")
     parser.add_argument("--program", action="store_true", help="also write a traced program and what it reads")
+    parser.add_argument("--compile", action="store_true", help="also compile the program by g++, for fast answers")
     parser.add_argument(
         "--table_dtype", choices=TABLE_DTYPES, default="float32", help="data type of the program's tables (%(default)s)"
     )
     parser.add_argument("--data", type=Path, help="data of the program's items; default: that of the run")
-    parser.add_argument(
-        "--delta", type=Path, metavar="BASE", help="write what has changed since this export with a program"
-    )
+    parser.add_argument("--delta", type=Path, metavar="BASE", help="write changes since this export with a program")
     parser.add_argument(
         "--delta_threshold",
         type=_threshold,
@@ -82,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="changes of rows up to this are left out (%(default)s: none)",
     )
     options = parser.parse_args(arguments)
-    if not (options.program or options.delta) and (options.data or options.table_dtype != "float32"):
-        parser.error("--table_dtype and --data belong to --program")
+    if not (options.program or options.delta) and (options.data or options.compile or options.table_dtype != "float32"):
+        parser.error("--table_dtype, --data and --compile belong to --program")
     if options.delta is None and options.delta_threshold:
         parser.error("--delta_threshold belongs to --delta")
     require_model(parser, options)
@@ -100,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         evaluations, folder = evaluations_of(checkpoint, options.run_dir), directory / SERVING
         whole = folder if base is None else directory / "whole"
         details = {"evaluations": evaluations, "table_dtype": options.table_dtype, "base": base}
-        difference = write_serving(loaded, whole, **details)
+        difference = write_serving(loaded, whole, **details, compiles=options.compile)
         found = "was not compared with the model"
         if difference is not None:
             found = f"differs from the model by at most {difference:.1e} (tolerance {TOLERANCE:g})"

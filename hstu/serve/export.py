@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hstu.base.errors import DataError
+from hstu.base.errors import ConfigError, DataError
 from hstu.checkpoint.directory import Files, describe_files
 from hstu.config.args import ContextParallelArgs, DataParallelArgs, TensorModelParallelArgs
 from hstu.config.run_config import RunConfig
@@ -25,7 +25,8 @@ from hstu.serve.contents import check_can_be_served, collect
 from hstu.serve.loaded import LoadedModel, with_store
 from hstu.serve.runtime.delta import Contents
 from hstu.serve.runtime.encode import Encoder
-from hstu.serve.runtime.files import FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
+from hstu.serve.runtime.files import COMPILED, FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
+from hstu.serve.runtime.model import machine
 from hstu.train.inference import InferenceSource, StoredSource
 
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
@@ -60,6 +61,7 @@ def write_serving(
     evaluations: Mapping[str, Mapping[str, float]] | None = None,
     table_dtype: str = "float32",
     base: Contents | None = None,
+    compiles: bool = False,
 ) -> float | None:
     """Write an export into a new folder. Returns its ``difference`` from the model.
 
@@ -69,9 +71,10 @@ def write_serving(
         evaluations: split → metric → value, for the model card.
         table_dtype: one of TABLE_DTYPES.
         base: an earlier export, whose program is used if a new one would be equal.
+        compiles: also write a compiled program. Takes a C++ compiler and about half a minute.
 
     Raises:
-        ConfigError: the model reads inputs that requests cannot contain.
+        ConfigError: the model reads inputs that requests cannot contain, or its program cannot be compiled here.
         DataError: the data with the item features is missing, or the export differs from the model.
     """
     check_can_be_served(trained)
@@ -80,9 +83,12 @@ def write_serving(
         program = ServingProgram(trained.task)
         facts, tables, vocabulary = collect(trained, program)
         if base is not None and base.facts.get("program") == facts["program"]:
-            shutil.copyfile(base.path_of(PROGRAM), folder / PROGRAM)
+            for path in filter(Path.is_file, map(base.path_of, (PROGRAM, COMPILED))):
+                shutil.copyfile(path, folder / path.name)
         else:
             torch.export.save(trace(program), folder / PROGRAM)
+        if compiles and not (folder / COMPILED).is_file():
+            compile_program(folder)
         for name, tensors in ((WEIGHTS, program.state_dict()), (TABLES, tables), (VOCABULARY, vocabulary)):
             write_tensors(folder / name, tensors)
         (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -100,6 +106,23 @@ def write_serving(
     (folder / CARD).write_text(_card(trained, model.encoder, tables, table_dtype, evaluations or {}), encoding="utf-8")
     write_manifest(folder)
     return found
+
+
+def compile_program(folder: Path) -> None:
+    """Compile the program in a folder with AOTInductor, for any x86-64 processor with AVX2.
+
+    Raises ConfigError if that is not possible on this machine.
+    """
+    if shutil.which("g++") is None or not machine().startswith("x86_64 with AVX2"):
+        raise ConfigError(f"--compile needs g++ and an x86_64 processor with AVX2; this is {machine()}. Leave it out")
+    options = {
+        "aot_inductor.metadata": {"for": machine()},
+        "assert_indirect_indexing": False,  # the runtime makes the indices
+        "cpp.march": "x86-64-v3",
+        "cpp.simdlen": 256,
+    }
+    program = torch.export.load(folder / PROGRAM)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(folder / COMPILED), inductor_configs=options)
 
 
 def write_manifest(folder: Path) -> Files:

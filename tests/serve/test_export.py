@@ -362,7 +362,7 @@ def test_a_delta_shares_with_its_base_what_has_not_changed(chain: Path) -> None:
     base = runtime.load(chain / "d2")
     model = runtime.load(chain / "d3", like=base)
     assert model._program is base._program and model.encoder.items is base.encoder.items
-    assert model._tables["tags_table"].weight is base._tables["tags_table"].weight
+    assert model.tables["tags_table"].weight is base.tables["tags_table"].weight
     assert runtime.load(chain / "d3").item_vectors([1000]).equal(model.item_vectors([1000]))
 
 

@@ -78,6 +78,8 @@ class Prefix:
 
     def followed_by(self, computed: Sequence[Tensor], times: Tensor, items: int, end: int) -> Prefix:
         """With ``items`` further events. computed: keys, values of each layer, [n, H, d] each."""
+        if not items and self.keys_values.is_contiguous():  # no view of more
+            return replace(self, end=end)
         new = torch.stack(list(computed)).unflatten(0, (-1, 2)).transpose(2, 3)
         return replace(
             self,
@@ -108,9 +110,10 @@ def joined_prefixes(facts: Mapping[str, Any], prefixes: Sequence[Prefix | None])
     """Inputs of the program: prefixes padded, at the beginning, to the longest, and to one token at least."""
     lengths = [0 if each is None else each.keys_values.shape[3] for each in prefixes]
     cached, longest = facts["cached"], max(1, *lengths)
-    padded = torch.zeros(len(prefixes), cached["layers"], 2, facts["heads"], longest, cached["channels"])
+    padded = torch.empty(len(prefixes), cached["layers"], 2, facts["heads"], longest, cached["channels"])
     times = torch.zeros(len(prefixes), longest, dtype=torch.int64)
     for place, (each, length) in enumerate(zip(prefixes, lengths, strict=True)):
+        padded[place, :, :, :, : longest - length] = 0
         if each is not None and length:
             padded[place, :, :, :, longest - length :] = each.keys_values
             times[place, longest - length :] = each.times

@@ -20,7 +20,7 @@ from .requests import ServingError
 
 FORMAT, VERSION = "hstu-serving", 4
 MANIFEST, FACTS, TABLES, VOCABULARY = "manifest.json", "serving.json", "tables.safetensors", "vocabulary.safetensors"
-PROGRAM, WEIGHTS = "program.pt2", "weights.safetensors"
+PROGRAM, COMPILED, WEIGHTS = "program.pt2", "compiled.pt2", "weights.safetensors"
 SERVING = "serving"
 """The folder in an export directory that services read."""
 DELTA, CHANGES = "delta.json", "changes.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch import Tensor
 from .cache import Prefix, newest_changes
 from .delta import Contents, read_contents
 from .encode import Encoder
-from .files import PROGRAM, TABLES, VOCABULARY, WEIGHTS, Vocabulary, fitting, tables_of, texts_of
+from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, WEIGHTS, Vocabulary, fitting, tables_of, texts_of
 from .inputs import Sequence_, inputs_of, num_tokens
 from .requests import Candidates, History, ServingError
 
@@ -23,8 +24,8 @@ _COSINES_AT_ONCE = 1 << 25
 """Maximum cosine similarities per matrix product."""
 _LARGEST = 1 << 20
 """Maximum number of events, and width of a feature."""
-_SCORES_AT_ONCE = 1 << 19
-"""Maximum attention scores per chunk, unless one sequence has more: 6 sequences of 200 tokens with 2 heads.
+_SCORES_AT_ONCE = 1 << 18
+"""Maximum attention scores per chunk, unless one sequence has more: 3 sequences of 200 tokens with 2 heads.
 Small chunks need less padding, and their activations fit the CPU caches.
 """
 Lists = tuple[Sequence[Any], Sequence[Any] | None]
@@ -81,7 +82,7 @@ class Model:
     def __init__(self, contents: Contents, like: Model | None = None) -> None:
         self.contents, self.facts = contents, contents.facts
         facts, stored = self.facts, contents.tensors[VOCABULARY]
-        self._tables = tables = tables_of(contents.tensors[TABLES])
+        self.tables = tables = tables_of(contents.tensors[TABLES])
         sizes = {"tokens_per_item": (facts["tokens_per_item"], 2), "max_items": (facts["max_items"], _LARGEST)}
         sizes |= {each["name"]: (each["width"], _LARGEST) for each in facts["numbers"]}
         for name, each in facts["features"].items():
@@ -107,17 +108,11 @@ class Model:
             self._items = torch.nn.functional.pad(vectors, (0, 0, 0, 1))  # the last, at −1, is for unknown items
             self._items /= self._items.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
             self._is_missing = ~self._items.any(dim=1)
-        self._weights = dict(sorted(contents.tensors[WEIGHTS].items()))
+        self.weights = dict(sorted(contents.tensors[WEIGHTS].items()))
         self.whole_because: str | None = facts["whole_because"]
         """Why no keys and values can be kept for later requests of a user. None: they can."""
-        self._program: Callable[[dict[str, Tensor], dict[str, Tensor]], tuple[Tensor, ...]]
-        if like is not None and like.contents.files[PROGRAM] == contents.files[PROGRAM]:
-            self._program = like._program
-        else:
-            traced = torch.export.load(contents.path_of(PROGRAM))
-            constants = [traced.constants[each.target] for each in traced.graph_signature.input_specs if each.target]
-            graph = traced.graph_module  # its module() would match each input with guards
-            self._program = lambda inputs, weights: graph(*constants, *inputs.values(), *weights.values())
+        self._program, self.traced_because = _program_of(contents, like)
+        """``traced_because``: why the compiled program of the export does not run. None: it does, or there is none."""
 
     def _vocabulary(self, name: str, like: Model | None) -> Vocabulary:
         """The vocabulary of a feature: that of ``like``, with what it has looked up, if a delta did not change it."""
@@ -341,9 +336,9 @@ class Model:
                     break
                 stop += 1
             chunk = order[start:stop]
-            inputs, counts = inputs_of(facts, self._tables, [sequences[place] for place in chunk])
+            inputs, counts = inputs_of(facts, self.tables, [sequences[place] for place in chunk])
             with torch.inference_mode():
-                outputs, *computed = self._program(inputs, self._weights)
+                outputs, *computed = self._program(inputs, self.weights)
             first = 0
             for place, own in zip(chunk, outputs.split(counts), strict=True):
                 tokens = slice(first, first + new[place])
@@ -386,6 +381,31 @@ class Model:
         if self._items is None:
             raise ServingError(f"cannot {purpose}: a ranking model has no vectors of users and items; use score")
         return self._items
+
+
+def _program_of(contents: Contents, like: Model | None) -> tuple[Callable[..., Sequence[Tensor]], str | None]:
+    """(what maps inputs and weights to outputs: the compiled program, if it fits this machine; why it does not)."""
+    if like is not None and all(like.contents.files.get(n) == contents.files.get(n) for n in (PROGRAM, COMPILED)):
+        return like._program, like.traced_because
+    path, why = contents.path_of(COMPILED), None
+    if path.is_file():
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader
+        wanted = loader.load_metadata_from_package(str(path), "model").get("for")
+        if wanted == machine():
+            run = loader(str(path), "model", False, 1, -1).run
+            return lambda inputs, weights: run([*inputs.values(), *weights.values()]), None
+        why = f"it was compiled for {wanted}, and this is {machine()}"
+    traced = torch.export.load(contents.path_of(PROGRAM))
+    constants = [traced.constants[each.target] for each in traced.graph_signature.input_specs if each.target]
+    graph = traced.graph_module  # its module() would match each input with guards
+    return lambda inputs, weights: graph(*constants, *inputs.values(), *weights.values()), why
+
+
+def machine() -> str:
+    """What a compiled program depends on: instructions of the processor, and the version of torch."""
+    has = torch.backends.cpu.get_cpu_capability()
+    instructions = "AVX2" if has in ("AVX2", "AVX512") else has
+    return f"{platform.machine()} with {instructions}, torch {torch.__version__.partition('+')[0]}"
 
 
 def columns_of(tasks: Sequence[Mapping[str, Any]], outputs: Tensor) -> dict[str, Tensor]:

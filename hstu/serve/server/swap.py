@@ -67,6 +67,8 @@ def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel
     model = runtime.load(folder, like=None if current is None else current.model)
     if model.whole_because is not None:
         _log.info("no keys and values are kept model=%s reason=%s", version, model.whole_because)
+    if model.traced_because is not None:
+        _log.info("the compiled program does not run model=%s reason=%s", version, model.traced_because)
     return ServedModel(model, version)
 
 

@@ -11,6 +11,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.serve.loaded import LoadedModel
 from scripts import export
 from tests.conftest import write_small_store
+from tests.serve.http_server import Client, StubLoader, running, write_folder
 from tests.serve.served import BIAS, EVERY_FEATURE, PUBLISHED, Served, feature_store, random_model, serve
 from tests.train.conftest import one_rank, undisturbed  # noqa: F401
 from tests.train.tiny import ITEM_FEATURES, OF_THE_ACTION, FinishedRun, run, skip_measuring_the_peak, tiny_config, walks
@@ -87,6 +88,13 @@ def exported(
         return output / name
 
     return of_run
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A server of a stub; tests leave it as it is."""
+    with running(write_folder(tmp_path_factory.mktemp("stub") / "first"), StubLoader()) as client:
+        yield client
 
 
 @pytest.fixture

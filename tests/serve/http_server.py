@@ -93,7 +93,7 @@ def running(root: Path, load: Load = load, settings: Settings = UNWATCHED) -> It
     assert not thread.is_alive()
 
 
-def serving(served: Served, settings: Settings) -> AbstractContextManager[Client]:
+def serving(served: Served, settings: Settings = UNWATCHED) -> AbstractContextManager[Client]:
     """A server of an export that is loaded already, which takes a second."""
     return running(served.folder, lambda _, name, __: ServedModel(served.model, name), settings)
 

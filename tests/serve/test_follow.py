@@ -20,9 +20,8 @@ from hstu.serve.server import follow
 from hstu.serve.server.batching import Settings
 from hstu.serve.server.follow import GrowingFile, Topic
 from hstu.serve.server.logs import set_up_logging
-from hstu.serve.server.model import ServedModel
 from tests.conftest import topic_url
-from tests.serve.http_server import Client, running, started, until, write_folder
+from tests.serve.http_server import Client, serving, started, until
 from tests.serve.served import Served
 from tests.serve.test_users import event
 
@@ -122,17 +121,10 @@ def test_a_topic_goes_on_from_a_position_and_names_what_is_gone(
 
 @pytest.mark.parametrize("source", ["kafka://", "kafka://host:1/a/b", "nowhere/events.jsonl", "."])
 def test_what_is_no_source_is_refused_at_start(source: str, retrieval: Served, tmp_path: Path) -> None:
-    settings = Settings(users=str(tmp_path / "users.db"), follow=source)
-    with (
-        pytest.raises(ConfigError, match=r"--follow .*kafka://host:port/topic"),
-        running(retrieval.folder, settings=settings),
-    ):
-        pass
-    with (
-        pytest.raises(ConfigError, match="--follow needs --users"),
-        running(retrieval.folder, settings=Settings(follow=str(tmp_path / "events.jsonl"))),
-    ):
-        pass
+    for users, problem in ((str(tmp_path / "users.db"), "kafka://host:port/topic"), (None, "--follow needs --users")):
+        settings = Settings(users=users, follow=source)
+        with pytest.raises(ConfigError, match=problem), serving(retrieval, settings):
+            pass
 
 
 @pytest.mark.timeout(300)
@@ -195,15 +187,12 @@ def test_bad_events_and_a_store_that_does_not_answer_stop_nothing(
         lines(0, 1) + "".join(json.dumps(event(5) | each) + "\n" for each in bad) + "\n\xff\n" + lines(1, 2)
     )
 
-    def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
-        return ServedModel(retrieval.model, version)
-
     def is_in_metrics(text: str) -> Callable[[], bool]:
         return lambda: text in client.get("/metrics").text
 
     set_up_logging("text")
     settings = Settings(users=str(database), follow=str(path))
-    with running(write_folder(tmp_path / "first"), load, settings) as client:
+    with serving(retrieval, settings) as client:
         until(is_in_metrics('hstu_events_total{kind="in_order"} 2.0'))
         until(is_in_metrics('hstu_events_total{kind="refused"} 7.0'))
         with sqlite3.connect(database) as connection:

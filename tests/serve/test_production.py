@@ -12,7 +12,6 @@ import resource
 import signal
 import sqlite3
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -81,12 +80,6 @@ def test_a_server_is_ready_while_its_store_answers(tmp_path: Path) -> None:
 
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-
-
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    with running(write_folder(tmp_path_factory.mktemp("stub") / "first"), StubLoader()) as client:
-        yield client
 
 
 @pytest.mark.parametrize(("given", "is_kept"), [("a-1_b/2", True), ("x" * 129, False), ("a b", False), ("", False)])
@@ -186,15 +179,8 @@ def test_requests_need_a_key_of_the_file_as_it_is_now(tmp_path: Path, caplog: py
 
         assert [status(f"Bearer {key}") for key in ("old key", "new key", "its key")] == [200] * 3
         assert status("bearer its key") == 200
-        wrong = (
-            "",
-            "Bearer",
-            "Bearer ",
-            "Bearer other",
-            "Basic its key",
-            "its key",
-            line_of("app", "its key")[4:].strip(),
-        )
+        stored = line_of("app", "its key").strip().removeprefix("app:")
+        wrong = ("", "Bearer", "Bearer ", "Bearer other", "Basic its key", "its key", f"Bearer {stored}")
         assert {status(key) for key in wrong} == {401}
         reply = client.post(*embed)
         assert "Authorization: Bearer KEY" in reply.json["error"] and reply.headers["www-authenticate"] == "Bearer"

@@ -36,13 +36,6 @@ from tests.test_architecture import imports
 EVENTS = {"items": [3, 4]}
 
 
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A server of a stub; tests leave it as it is."""
-    with running(write_folder(tmp_path_factory.mktemp("stub") / "first"), StubLoader()) as client:
-        yield client
-
-
 def metric(client: Client, name: str) -> float:
     return next(float(line.split()[-1]) for line in client.get("/metrics").text.splitlines() if line.startswith(name))
 
@@ -156,7 +149,7 @@ def test_the_page_has_a_field_for_each_feature_that_the_model_reads(ranking: Ser
         ("shown", 0, "device", "value 002"),
         ("history", 0, "action", "1"),
     ]
-    with serving(ranking, Settings(poll_s=3600)) as client:
+    with serving(ranking) as client:
         found = on_page(client, "items=1000,1001", "1002", steps)
         why = on_page(client, "items=1000,1001", "1002", [*steps[5:], ("answer", 0, "why this item", "")])
     assert why["sent"]["candidate_features"] == {"device": ["value 002"]} and "How much each event" in why["answer"]
@@ -187,20 +180,6 @@ def test_the_page_sends_events_of_a_stored_user_and_explains_an_item(retrieval: 
     assert found["sent"].keys() == {"user", "at", "candidates", "explain"} and found["sent"]["user"] == "7"
     answer = found["answer"]
     assert "How much each event adds to score" in answer and "item 1001" in answer
-
-
-def test_overload_is_refused_with_a_time_to_retry(tmp_path: Path) -> None:
-    root, load = write_folder(tmp_path / "first"), StubLoader(is_open=False)
-    with running(root, load, Settings(max_batch=1, max_waiting=1, poll_s=60)) as client, ThreadPoolExecutor(2) as pool:
-        model = load.models[0]
-        first = pool.submit(Client(client.port).post, "/embed", EVENTS)
-        until(lambda: model.batches)  # it is being computed
-        second = pool.submit(Client(client.port).post, "/embed", EVENTS)
-        until(lambda: metric(client, "hstu_waiting_requests") == 1)
-        reply = client.post("/embed", EVENTS)
-        assert reply.status == 429 and int(reply.headers["retry-after"]) >= 1 and "try again" in reply.json["error"]
-        model.gate.set()
-        assert {first.result().status, second.result().status} == {200}
 
 
 def is_closed(connection: socket.socket) -> bool:
@@ -349,7 +328,7 @@ def test_a_ranking_model_scores_candidates(ranking: Served) -> None:
     own = {"device": ["value 000"], "watched": [None], "spent": [1.5]}
     user = {"items": [1000], "actions": [1], "timestamps": [0], "features": own}
     shown = {"candidates": [1000, 1001], "candidate_features": {"device": [None, "value 001"]}}
-    with serving(ranking, Settings(poll_s=3600)) as client:
+    with serving(ranking) as client:
         scores = client.post("/score", {**user, **shown}).json["scores"]
         unknown = {"actions": [77], "candidate_features": {"device": ["fridge", None]}}
         answer = client.post("/score", {**user, **shown, **unknown}).json

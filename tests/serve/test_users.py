@@ -22,7 +22,7 @@ from hstu.serve.server import users as users_module
 from hstu.serve.server.batching import Metrics, Settings
 from hstu.serve.server.model import EventsRequest, RecommendRequest, ServedModel, User
 from hstu.serve.server.users import Followed, Store, Users, open_store
-from tests.serve.http_server import Client, redis_server, running, started, until, write_folder
+from tests.serve.http_server import Client, redis_server, serving, started, until
 from tests.serve.served import Served
 
 
@@ -53,6 +53,10 @@ def written(users: Users, served: ServedModel, *events: dict[str, Any]) -> dict[
     return found
 
 
+def counts(in_order: int, late: int, repeated: int) -> dict[str, int]:
+    return {"in_order": in_order, "late": late, "repeated": repeated}
+
+
 def stored(users: Users, served: ServedModel, user: Any = 7, at: int | None = None) -> History:
     (found,) = users.filled([User.model_validate({"user": user, "at": at})], served)
     assert isinstance(found, User), found
@@ -81,12 +85,12 @@ def test_answers_are_those_of_whole_histories_in_any_order_and_over_restarts(
     own = {"device": "value 001", "watched": 2.5, "spent": 1.5} if task == "ranking" else {}
     times = sorted(draw.choices(range(50), k=30))
     events = [event(time, 1000 + number % 5, features=own, id=number) for number, time in enumerate(times)]
-    counts = dict.fromkeys(("in_order", "late", "repeated"), 0)
+    total = counts(0, 0, 0)
     for part in in_any_order(events, draw):
         users = Users(open_store(place), Metrics())
-        counts = {kind: counts[kind] + count for kind, count in written(users, served, *part).items()}
+        total = {kind: total[kind] + count for kind, count in written(users, served, *part).items()}
         users.close()
-    assert counts["in_order"] + counts["late"] == 30 and counts["repeated"] == 10 and counts["late"] > 5
+    assert total["in_order"] + total["late"] == 30 and total["repeated"] == 10 and total["late"] > 5
     users = Users(open_store(place), Metrics())
     for at in (None, times[20]):
         seen = [each for each in events if at is None or each["timestamp"] <= at]
@@ -103,12 +107,8 @@ def test_events_without_an_id_are_known_by_time_and_item_and_users_are_known_by_
     retrieval: Served, store: Store
 ) -> None:
     users, served = Users(store, Metrics()), ServedModel(retrieval.model, "first")
-    assert written(users, served, event(60), event(60), event(60, "1000", "7")) == {
-        "in_order": 1,
-        "late": 0,
-        "repeated": 2,
-    }
-    assert written(users, served, event(60, 1001), event(50)) == {"in_order": 1, "late": 1, "repeated": 0}
+    assert written(users, served, event(60), event(60), event(60, "1000", "7")) == counts(1, 0, 2)
+    assert written(users, served, event(60, 1001), event(50)) == counts(1, 1, 0)
     assert written(users, served, event(60, id="a"), event(99, 1003, id="a"))["repeated"] == 1
     assert stored(users, served, "7").items == [1000, 1000, 1001, 1000]
     other = event(1, 1002, "a/?")
@@ -205,8 +205,8 @@ def test_a_request_with_an_event_that_the_model_cannot_read_stores_nothing(
     users, served = Users(open_store(str(tmp_path / "users.db")), Metrics()), ServedModel(ranking.model, "first")
     good = event(5, features={"device": None, "watched": 1, "spent": None})
     requests = [EventsRequest.model_validate({"events": each}) for each in ([good, {**good, **change}], [good])]
-    error, counts = users.write(requests, served)
-    assert problem in str(error) and counts == {"in_order": 1, "late": 0, "repeated": 0}
+    error, found = users.write(requests, served)
+    assert problem in str(error) and found == counts(1, 0, 0)
     assert stored(users, served).timestamps == [5]
     users.close()
 
@@ -228,17 +228,10 @@ def test_writers_of_several_servers_to_one_user_lose_nothing(retrieval: Served, 
 def test_a_store_that_fails_is_no_defect_and_costs_only_the_requests_that_need_it(
     retrieval: Served, tmp_path: Path
 ) -> None:
-    def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
-        return ServedModel(retrieval.model, version)
-
     path, whole = tmp_path / "users.db", {"items": [1003], "actions": [1], "timestamps": [0]}
-    with running(write_folder(tmp_path / "first"), load, Settings(poll_s=3600, users=str(path))) as client:
+    with serving(retrieval, Settings(poll_s=3600, users=str(path))) as client:
         assert "has no events" in client.post("/embed", {"user": 7}).json["error"]
-        assert client.post("/events", {"events": [event(0, 1003, "a/b")]}).json == {
-            "in_order": 1,
-            "late": 0,
-            "repeated": 0,
-        }
+        assert client.post("/events", {"events": [event(0, 1003, "a/b")]}).json == counts(1, 0, 0)
         vector = client.post("/embed", {"user": "a/b"}).json["vector"]
         assert vector == client.post("/embed", whole).json["vector"]
         assert client.delete("/users/a%2Fb").json == {"forgotten": 1}
@@ -248,7 +241,7 @@ def test_a_store_that_fails_is_no_defect_and_costs_only_the_requests_that_need_i
         assert client.post("/embed", {"user": 7}).status == client.delete("/users/7").status == 503
         assert client.post("/embed", whole).status == 200
         assert 'path="/users/{user:path}",status="503"' in client.get("/metrics").text
-    with running(tmp_path / "first", load) as client:
+    with serving(retrieval) as client:
         assert "keeps no users; give items" in client.post("/embed", {"user": 7}).json["error"]
         assert "start it with --users" in client.delete("/users/7").json["error"]
 

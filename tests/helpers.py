@@ -1,5 +1,6 @@
 """Small factories that the tests of every room share."""
 
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ def make_batch(
         num_candidates_host=candidates,
         num_labels_host=np.array(num_labels, dtype=np.int64),
     )
+
+
+def begin_script(file: Path, *arguments: str, cwd: Path, env: Mapping[str, str]) -> subprocess.Popen[str]:
+    """A shell script that leads a session of its own, with all that it says in ``stdout``."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(["bash", str(file), *arguments], cwd=cwd, env=env, start_new_session=True, **pipes)
 
 
 def flip(file: Path, position: int | None = None) -> None:

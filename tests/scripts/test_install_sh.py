@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.helpers import begin_script
 from tests.serve.http_server import until
 
 # Makes .venv/bin/python a copy of itself, and notes each pip call in calls.txt. Files beside it make it fail.
@@ -60,15 +61,8 @@ class Machine:
         self.command("df", f"#!/bin/bash\necho head\necho disk 0 0 {gigabytes * 1024 * 1024} 0% /\n")
 
     def begin(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", "scripts/install.sh", *arguments],
-            cwd=self.root,
-            env={"PATH": f"{self.bin}:{os.defpath}:/usr/bin:/bin", "HOME": str(self.here)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        env = {"PATH": f"{self.bin}:{os.defpath}:/usr/bin:/bin", "HOME": str(self.here)}
+        return begin_script(Path("scripts/install.sh"), *arguments, cwd=self.root, env=env)
 
     def install(self, *arguments: str) -> tuple[int, str]:
         process = self.begin(*arguments)

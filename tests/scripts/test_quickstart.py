@@ -18,6 +18,7 @@ from hstu.data.sampling.samples import build_samples
 from hstu.data.store.sequence_store import SequenceStore
 from scripts.quickstart_report import _popularity_ranks, popularity_baseline
 from tests.conftest import REPOSITORY, MakeStore
+from tests.helpers import begin_script
 from tests.serve.http_server import until
 
 FAKE_PYTHON = """#!/bin/bash
@@ -51,15 +52,8 @@ class Machine:
             (root / path).chmod(0o755)
 
     def begin(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", str(self.root / "scripts" / "quickstart.sh")],
-            cwd="/",
-            env={"PATH": os.defpath + ":/usr/bin:/bin"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        env = {"PATH": os.defpath + ":/usr/bin:/bin"}
+        return begin_script(self.root / "scripts" / "quickstart.sh", cwd=Path("/"), env=env)
 
     def quickstart(self) -> tuple[int, str, list[str]]:
         """Exit code, output, and what was run."""

@@ -121,8 +121,10 @@ def test_a_topic_goes_on_from_a_position_and_names_what_is_gone(
 
 @pytest.mark.parametrize("source", ["kafka://", "kafka://host:1/a/b", "nowhere/events.jsonl", "."])
 def test_what_is_no_source_is_refused_at_start(source: str, retrieval: Served, tmp_path: Path) -> None:
-    for users, problem in ((str(tmp_path / "users.db"), "kafka://host:port/topic"), (None, "--follow needs --users")):
-        settings = Settings(users=users, follow=source)
+    for settings, problem in (
+        (Settings(users=str(tmp_path / "users.db"), follow=source), r"--follow .*kafka://host:port/topic"),
+        (Settings(follow=str(tmp_path / "events.jsonl")), "--follow needs --users"),
+    ):
         with pytest.raises(ConfigError, match=problem), serving(retrieval, settings):
             pass
 

@@ -118,11 +118,9 @@ def test_an_append_starts_without_torch_and_pandas(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"time": None}, "--time was t, it is now not given"),
         ({"item": "a", "action": None}, "--action was a, it is now not given; --item was i, it is now a"),
         ({"min_item_events": 2}, "--min_item_events was not given, it is now 2"),
         ({"title": "i", "titles": "may.csv"}, "--title was not given, it is now i"),
-        ({"context_columns": ("u",)}, "--context_columns was not given, it is now u"),
     ],
 )
 def test_other_columns_and_options_are_refused_by_name(change: dict[str, Any], message: str, folder: Path) -> None:

@@ -48,6 +48,12 @@ def make(folder: Path, events: str = EVENTS, items: str | Path | None = ITEMS, *
     return own_store(folder, interactions, **({"time": "t", "items": items} | given))
 
 
+def write_tables(folder: Path, suffix: str, **tables: pd.DataFrame) -> None:
+    for name, table in tables.items():
+        file = folder / f"{name}{suffix}"
+        table.to_parquet(file) if suffix == ".parquet" else table.to_csv(file, index=False)
+
+
 def of_items(store: SequenceStore, feature: str) -> dict[Any, Any]:
     """Raw item → raw value, or list of them."""
     codes, offsets = store.item_values(feature)
@@ -107,11 +113,7 @@ def test_any_tables_give_the_store_of_a_plain_reference(rows: list[Any], of_item
     items = pd.DataFrame([(rows[0][1], "q", "r|s"), *of_item], columns=["i", "year", "tags"])
     with tempfile.TemporaryDirectory() as folder:
         suffix = ".parquet" if in_parquet else ".csv"
-        for name, table in (("e", events), ("i", items)):
-            if in_parquet:
-                table.to_parquet(Path(folder) / f"{name}.parquet")
-            else:
-                table.to_csv(Path(folder) / f"{name}.csv", index=False)
+        write_tables(Path(folder), suffix, e=events, i=items)
         store = own_store(
             Path(folder), Path(folder) / f"e{suffix}", time="t", items=Path(folder) / f"i{suffix}",
             item_columns=("year", "tags", "colour"), event_columns=("device", "price"), lists={"tags": "|"},

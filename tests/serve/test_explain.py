@@ -114,8 +114,9 @@ def test_stored_users_are_shown_and_explained(retrieval: Served, tmp_path: Path)
             ({**alone, **asked}, "has 1 and 1"),
             ({**columns, **asked, "candidates": [1008] * 11}, "has 6 and 11"),
             ({**columns, **asked, "prediction": "x"}, "has score"),
+            ({**columns, "candidates": [1008], "prediction": "score"}, "give explain, too"),
         ):
             reply = client.post("/score", mistake)
-            assert reply.status == 422 and text in reply.json["error"]
+            assert reply.status == 422 and text in reply.text
     (of_recommend,) = (tmp_path / "shown").iterdir()  # an explanation shows nothing new
     assert "drawn" in of_recommend.read_text().split("\n")[0]

@@ -250,7 +250,7 @@ def test_only_digits_are_a_number(retrieval: Served, item: object) -> None:
 
 
 def test_a_ranking_model_has_no_vectors(ranking: Served) -> None:
-    with pytest.raises(ServingError, match="cannot recommend: a ranking model has no vectors"):
+    with pytest.raises(ServingError, match="a ranking model has no vectors"):
         ranking.model.recommend(request([1000], [1], [5]))
 
 

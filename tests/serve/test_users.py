@@ -243,7 +243,8 @@ def test_a_store_that_fails_is_no_defect_and_costs_only_the_requests_that_need_i
         assert 'path="/users/{user:path}",status="503"' in client.get("/metrics").text
     with serving(retrieval) as client:
         assert "keeps no users; give items" in client.post("/embed", {"user": 7}).json["error"]
-        assert "start it with --users" in client.delete("/users/7").json["error"]
+        for reply in (client.delete("/users/7"), client.get("/users/7")):
+            assert "start it with --users" in reply.json["error"]
 
 
 @pytest.mark.parametrize("place", ["nowhere/users.db", "text", "redis://127.0.0.1:1/0", "redis://"])

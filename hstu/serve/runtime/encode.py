@@ -85,7 +85,7 @@ class Encoder:
         self.facts, self.vocabularies = facts, vocabularies
         self.items = vocabularies[facts["item"]]
         """The vocabulary of items that the model reads."""
-        self._known_items, self._known = items, known
+        self.known_items, self._known = items, known
 
     @cached_property
     def running(self) -> RunningStatistics | None:
@@ -179,10 +179,6 @@ class Encoder:
         number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
         return longest - ((rule["most"] or -(-count // max(number, 1))) if rule["trained"] else 1), number
 
-    def are_unknown(self, items: Sequence[Any]) -> Tensor:
-        """Whether neither the model nor its data has an item, bool [n]. An unknown candidate has no score."""
-        return self._known_items.places(items) < 0
-
     def unknown(self, histories: Iterable[History]) -> dict[str, list[Any]]:
         """Feature → distinct values of the histories that the model does not have, sorted as texts."""
         found: dict[str, set[Any]] = {}
@@ -209,12 +205,12 @@ class Encoder:
         missing = [name for name in self.running_names if name not in given]
         if not missing or self.running is None:
             return given
-        items = self._known_items.places(history.items)[None]
+        items = self.known_items.places(history.items)[None]
         seconds = () if history.timestamps is None else history.timestamps
         times = torch.tensor([[int(time) for time in seconds]], dtype=torch.int64)
         places, wanted, at = torch.arange(items.shape[1]), items[0], times[0]
         if asked is not None:
-            wanted, at = self._known_items.places(asked[0].items), asked[1]
+            wanted, at = self.known_items.places(asked[0].items), asked[1]
             places = torch.full_like(at, items.shape[1])
         questions = Questions(torch.zeros_like(places), places, wanted, at)
         found = self.running.numbers(items, self._values(history), times, questions)
@@ -235,7 +231,7 @@ class Encoder:
 
     def _events(self, shown: History | Candidates, times: Tensor, before: Tensor, who: str) -> Events:
         """``before``: time of the user's previous event for each, int64 [n]."""
-        facts, places = self.facts, self._known_items.places(shown.items)
+        facts, places = self.facts, self.known_items.places(shown.items)
         ids, counts = {facts["item"]: self.items.rows(shown.items)}, {}
         nothing = torch.full_like(places, -1)
         if facts["action"]:
@@ -254,13 +250,8 @@ class Encoder:
             if facts["features"][name]["is_list"]:
                 counts[name] = of_each
         numbers = [self._numbers(entry, shown, places, who) for entry in facts["numbers"]]
-        return Events(
-            ids,
-            counts,
-            torch.cat(numbers, dim=1) if numbers else None,
-            times if facts["reads_times"] else None,
-            length=len(places),
-        )
+        joined = torch.cat(numbers, dim=1) if numbers else None
+        return Events(ids, counts, joined, times if facts["reads_times"] else None, length=len(places))
 
     def _side(
         self, name: str, features: Mapping[str, Sequence[Any]], places: Tensor, who: str

@@ -159,7 +159,6 @@ class Model:
         Raises ServingError if a history is empty, incomplete or has an event after ``at``, if the model does not read
         ``at``, or if it is a ranking model.
         """
-        self._item_vectors("recommend")
         lists = [(self.left_out(history, filter_seen), None) for history in histories]
         found = self.nearest(self.embed_batch(histories, at), [k] * len(histories), lists)
         return [replace(each, unknown=self.unknown(own)) for each, own in zip(found, histories, strict=True)]
@@ -172,7 +171,7 @@ class Model:
 
     def nearest(self, queries: Tensor, k: Sequence[int], lists: Sequence[Lists]) -> list[Recommendation]:
         """Find the ``k`` items nearest to each unit vector of ``queries``, float32 [n, E]."""
-        found, count = [], len(self._item_vectors("recommend"))
+        found, count = [], len(self.vectors)
         step = max(1, _COSINES_AT_ONCE // max(1, count))
         for first in range(0, len(queries), step):
             chunk = slice(first, first + step)
@@ -187,7 +186,7 @@ class Model:
 
         The last column, -inf, is for unknown items.
         """
-        scores = queries @ self._item_vectors("recommend").t()
+        scores = queries @ self.vectors.t()
         scores[:, self._is_missing] = -torch.inf
         for own, (left_out, only) in zip(scores, lists, strict=True):
             if only is not None:
@@ -208,7 +207,7 @@ class Model:
 
     def embed_batch(self, histories: Sequence[History], at: int | None = None) -> Tensor:
         """Encode histories into unit vectors, float32 [n, E]. Arguments and errors: :meth:`recommend_batch`."""
-        width = self._item_vectors("embed").shape[1]
+        width = self.vectors.shape[1]
         encoded = [self.encode(history, None, at) for history in histories]
         return torch.cat([torch.empty(0, width), *self.run(encoded)])
 
@@ -263,7 +262,7 @@ class Model:
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
         """Unit vectors of items, float32 [len(items), E]; zeros for unknown items."""
-        return self._item_vectors("embed")[self.encoder.items.places(items)]
+        return self.vectors[self.encoder.items.places(items)]
 
     def score(self, history: History, candidates: Candidates | Sequence[Any], at: int | None = None) -> Scores:
         """Score candidates for one history, see :meth:`score_batch`."""
@@ -289,7 +288,7 @@ class Model:
 
     def outputs_of(self, items: Sequence[Any], computed: Tensor) -> Tensor:
         """Outputs for candidates, float32 [n, outputs], from those of :meth:`run`. NaN for items without a score."""
-        is_unknown = self.encoder.are_unknown(items)
+        is_unknown = self.encoder.known_items.places(items) < 0
         if self._items is not None:
             vectors = self.item_vectors(items)
             computed, is_unknown = vectors @ computed.T, ~vectors.any(dim=1)
@@ -369,18 +368,15 @@ class Model:
     @property
     def vectors(self) -> Tensor:
         """Unit vectors of all items, float32 [items + 1, E], zeros for unknown items, the last. Retrieval only."""
-        return self._item_vectors("recommend")
+        if self._items is None:
+            raise ServingError("a ranking model has no vectors of users and items; use score")
+        return self._items
 
     @cached_property
     def popularity(self) -> Tensor | None:
         """Events of each item in the data, as a part of the most that one has, [items + 1]. None: an older export."""
         counts = self.contents.tensors[VOCABULARY].get("popularity")
         return None if counts is None else torch.nn.functional.pad(counts / counts.max().clamp(min=1), (0, 1))
-
-    def _item_vectors(self, purpose: str) -> Tensor:
-        if self._items is None:
-            raise ServingError(f"cannot {purpose}: a ranking model has no vectors of users and items; use score")
-        return self._items
 
 
 def _program_of(contents: Contents, like: Model | None) -> tuple[Callable[..., Sequence[Tensor]], str | None]:

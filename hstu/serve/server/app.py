@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import json
 import logging
 import resource
 import signal
@@ -27,10 +26,10 @@ from hstu.serve.runtime.cache import PrefixCache
 from .batching import BATCH_SIZE, Batcher, Metrics, Overloaded, Settings
 from .clients import KeyFile
 from .follow import Follower
-from .guard import Guard, failure
+from .guard import Guard, as_json, failure
 from .listening import Connection, Server, bound
 from .logs import CURRENT, set_up_logging
-from .model import Answer, EventsRequest, RecommendRequest, Result, ScoreRequest, ServedModel, User
+from .model import EventsRequest, RecommendRequest, Result, ScoreRequest, ServedModel, User
 from .rules import ItemFile
 from .shown import ShownLog
 from .swap import LiveModel
@@ -146,7 +145,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
             answer = await by.ask(answer, BATCH_SIZE + 1, ids.get("client", ""))  # alone, after what is smaller
         if shown is not None:
             shown.add(query, answer, ids["request_id"])
-        return _as_json(answer)
+        return as_json(answer)
 
     @app.post("/recommend", responses=_FAILURES)
     async def recommend(user: RecommendRequest) -> Response:
@@ -171,7 +170,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     @app.get("/users/{user:path}", responses=_FAILURES)
     async def stored(user: str) -> Response:
         """The stored events of a user, in the fields of a request, with the titles of the items."""
-        return _as_json(await batcher.run(users.stored, user, live.current))
+        return as_json(await batcher.run(users.stored, user, live.current))
 
     @app.delete("/users/{user:path}", responses=_FAILURES)
     async def forget(user: str) -> Response:
@@ -197,7 +196,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
             await asyncio.wait_for(asyncio.to_thread(users.check), _STORE_LIMIT_S)
         except TimeoutError:
             raise StoreError(f"no answer within {_STORE_LIMIT_S} s") from None
-        return _as_json({"status": "ready", "model": live.current.version})
+        return as_json({"status": "ready", "model": live.current.version})
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -226,11 +225,6 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     paths = {getattr(route, "path", "") for route in app.routes}
     app.add_middleware(Guard, metrics=metrics, max_body_bytes=settings.max_body_bytes, paths=paths, keys=keys)
     return app
-
-
-def _as_json(answer: Answer) -> Response:
-    # A Response skips FastAPI's slow validation of each number.
-    return Response(json.dumps(answer, allow_nan=False), media_type="application/json")
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -314,6 +308,6 @@ def _facts(served: ServedModel) -> dict[str, Any]:
             "features": {name: encoder.described[name] for name in encoder.given_features},
         },
         "predictions": facts["tasks"],
-        "categories": [] if served.catalog is None else [*served.catalog.numbers],
+        "categories": [*served.catalog.numbers],
         "fallback": "popular" if served.task == "retrieval" and served.popularity is not None else None,
     }

@@ -1,7 +1,6 @@
 """The clients that may ask, and their keys."""
 
 import hashlib
-import hmac
 import re
 from pathlib import Path
 
@@ -22,13 +21,10 @@ class KeyFile(WatchedFile[dict[bytes, str]]):
         super().__init__(path, _names_of)
 
     def client_of(self, authorization: bytes) -> str | None:
-        """The client with the key of a header "Bearer KEY". None: no client. Takes equally long for all keys."""
+        """The client with the key of a header "Bearer KEY". None: no client."""
         scheme, _, key = authorization.partition(b" ")
-        given, client = hashlib.sha256(key.strip()).digest(), None
-        for digest, name in self.content.items():
-            if hmac.compare_digest(digest, given):
-                client = name
-        return client if scheme.lower() == b"bearer" else None
+        digest = hashlib.sha256(key.strip()).digest()  # how long the look-up takes says nothing of a key
+        return self.content.get(digest) if scheme.lower() == b"bearer" else None
 
 
 def _names_of(path: Path) -> dict[bytes, str]:

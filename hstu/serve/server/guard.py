@@ -14,7 +14,7 @@ from .batching import Metrics
 from .clients import KeyFile
 from .logs import CURRENT, ids_of
 
-_OPEN = ("/health", "/ready", "/metrics")
+_OPEN = ("/", "/health", "/ready", "/metrics")
 _log = logging.getLogger(__name__)
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -28,7 +28,7 @@ class Guard:
 
     ``max_body_bytes``: larger requests get status 413, chunked requests without a length get 411.
     ``paths``: paths that are counted by name; other paths are counted as "other".
-    ``keys``: without one of them, requests to other paths than those of probes get status 401.
+    ``keys``: without one of them, requests to other paths than ``_OPEN`` get status 401.
     """
 
     def __init__(
@@ -90,7 +90,11 @@ class Guard:
         return None
 
 
+def as_json(content: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """An answer in ASCII, because texts may have lone surrogates, and without FastAPI's slow validation of numbers."""
+    return Response(json.dumps(content, allow_nan=False), status, headers, media_type="application/json")
+
+
 def failure(status: int, text: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:
     """The answer to a request that fails."""
-    # json.dumps escapes to ASCII, because texts may contain lone surrogates, which UTF-8 cannot encode.
-    return Response(json.dumps({"error": text, **more}), status, headers, media_type="application/json")
+    return as_json({"error": text, **more}, status, headers)

@@ -106,6 +106,12 @@ class ScoreRequest(User):
     explain: StrictInt = Field(0, ge=0, le=_MAX_COMPARED, description="Events to name that change each score most")
     prediction: Name | None = Field(None, description="The prediction to explain. Default: the first")
 
+    @model_validator(mode="after")
+    def _explains_the_prediction(self) -> Self:
+        if self.prediction is not None and not self.explain:
+            raise PydanticCustomError("explain", "prediction is the one to explain; give explain, too, or leave it out")
+        return self
+
     @property
     def size(self) -> int:
         """Number of events and candidates in the request."""
@@ -150,7 +156,7 @@ class ServedModel:
     def __init__(self, model: Model, version: str) -> None:
         self.model, self.version = model, version
         self.task: str = model.facts["task"]
-        self.catalog: Catalog | None = None
+        self.catalog = Catalog(None, None, {})
         """What the server's item file says of the items."""
         self.popularity = model.popularity
         """Score of each item for users without events, [items + 1]."""
@@ -176,17 +182,16 @@ class ServedModel:
         """Features that every event needs; the model knows the others of the items."""
         return [name for name, is_required in self.model.encoder.given_features.items() if is_required]
 
-    def check_events(self, events: Sequence[Event]) -> None:
-        """Raise ServingError if the model could not read one of the events."""
+    def mistakes(self, events: Sequence[Event]) -> Iterator[tuple[int, str]]:
+        """Yield the place of each event that the model could not read, and why."""
         try:
             self._check_events(events)
-        except ServingError:  # find the first event with a mistake
+        except ServingError:  # one by one takes a hundred times as long
             for place, event in enumerate(events):
                 try:
                     self._check_events([event])
                 except ServingError as error:
-                    raise ServingError(f"events[{place}]: {error}") from None
-            raise
+                    yield place, str(error)
 
     def _check_events(self, events: Sequence[Event]) -> None:
         needed = self.event_features
@@ -260,27 +265,23 @@ class ServedModel:
             if cache is not None:
                 cache.put(str(requests[fitting[place]].user), self.version, prefix)
 
-        outputs = iter(self.model.run([encoded[place] for place in fitting], keep))
-        found = [each if isinstance(each, Exception) else next(outputs) for each in encoded]
-        return [
-            one if isinstance(one, Exception) or one.isfinite().all() else ServingError(_NOT_FINITE) for one in found
-        ]
+        computed = self.model.run([encoded[place] for place in fitting], keep)
+        outputs = (each if each.isfinite().all() else ServingError(_NOT_FINITE) for each in computed)
+        return [each if isinstance(each, Exception) else next(outputs) for each in encoded]
 
-    def _recommendations(
-        self, requests: Sequence[User], outputs: Sequence[Tensor | Exception]
-    ) -> dict[int, Answer | Exception]:
-        """Index of a RecommendRequest → its best items."""
-        found = dict[int, Answer | Exception]()
+    def _recommendations(self, requests: Sequence[User], outputs: list[Tensor | Exception]) -> dict[int, Answer]:
+        """Index of a RecommendRequest → its best items. One that breaks a rule gets a ServingError in ``outputs``."""
+        found = dict[int, Answer]()
         simple = list[tuple[int, Tensor, int, Lists]]()
         for place, (request, output) in enumerate(zip(requests, outputs, strict=True)):
             if not isinstance(request, RecommendRequest) or isinstance(output, Exception):
                 continue
             lists = [*request.deny, *self.model.left_out(request.history, request.filter_seen)], request.allow
-            if request.has_rules or self.falls_back(request) or (self.catalog and self.catalog.in_stock is not None):
+            if request.has_rules or self.falls_back(request) or self.catalog.in_stock is not None:
                 try:
                     found[place] = self._by_rules(request, output, lists)
                 except ServingError as error:
-                    found[place] = error
+                    outputs[place] = error
             else:
                 simple.append((place, output, request.k, lists))
         if simple:
@@ -299,13 +300,13 @@ class ServedModel:
             scores += popularity
         elif request.min_score is not None:
             scores[scores < request.min_score] = -torch.inf
-        if catalog is not None and catalog.in_stock is not None:
+        if catalog.in_stock is not None:
             scores[~catalog.in_stock] = -torch.inf
         places, is_drawn = chosen_items(scores, request, catalog, self.model.vectors)
         found = _listed(self.model.named(scores[places], places), is_drawn.tolist())
         return found if popularity is None else {**found, "fallback": "popular"}
 
-    def _answer(self, request: User, output: Tensor, best: Answer | Exception | None) -> Result:
+    def _answer(self, request: User, output: Tensor, best: Answer | None) -> Result:
         shown, content, unknown_items = Candidates([]), Answer(), set[Any]()
         if isinstance(request, ScoreRequest):
             shown = request.shown
@@ -314,8 +315,6 @@ class ServedModel:
             unknown_items = {item for item, no_score in zip(shown.items, has_none, strict=True) if no_score}
         elif isinstance(request, RecommendRequest):
             assert best is not None, "_recommendations answers each"
-            if isinstance(best, Exception):
-                return best
             shown, content = Candidates([*(request.allow or ()), *request.deny]), best
         else:
             content["vector"] = output[0].tolist()

@@ -87,9 +87,7 @@ def _read(path: Path) -> pa.Table:
     return pa.table(columns)
 
 
-def chosen_items(
-    scores: Tensor, asked: RecommendRequest, catalog: Catalog | None, vectors: Tensor
-) -> tuple[Tensor, Tensor]:
+def chosen_items(scores: Tensor, asked: RecommendRequest, catalog: Catalog, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Choose up to ``asked.k`` of all items by the rules of a request.
 
     Args:
@@ -98,7 +96,7 @@ def chosen_items(
 
     Returns the places of the items, best first, int64, and whether each was drawn at random. Raises ServingError.
     """
-    categories, room = None if catalog is None else catalog.categories, _room(asked, catalog)
+    categories, room = catalog.categories, _room(asked, catalog)
     if room is not None and categories is not None:
         scores = scores.masked_fill((categories >= 0) & (room[categories] == 0), -torch.inf)
     drawn = round(asked.exploration * asked.k)
@@ -120,11 +118,11 @@ def chosen_items(
     return places, is_drawn
 
 
-def _room(asked: RecommendRequest, catalog: Catalog | None) -> Tensor | None:
+def _room(asked: RecommendRequest, catalog: Catalog) -> Tensor | None:
     """Category → how many of its items may be recommended, int64. None: any number."""
     if asked.most_per_category is None and not asked.quotas:
         return None
-    if catalog is None or catalog.categories is None:
+    if catalog.categories is None:
         raise ServingError("the server knows no categories; start it with --items FILE, with a column category")
     if unknown := [name for name in asked.quotas if name not in catalog.numbers]:
         known = ", ".join([*catalog.numbers][:_SHOWN]) + ", …" * (len(catalog.numbers) > _SHOWN)

@@ -89,12 +89,10 @@ def _rows(asked: RecommendRequest | ScoreRequest, answer: Answer, request_id: st
         columns = {"score": [each["score"] for each in answer["items"]]}
         columns["drawn"] = [int(each.get("drawn", False)) for each in answer["items"]]
     own = {"user": asked.user, "time": now if asked.at is None else asked.at, "request": request_id}
-    rows = []
-    for place, item in enumerate(items):
-        fixed = {**own, "item": item, "place": place, "model": answer["model"]}
-        more = {name: _cell(values[place]) for name, values in columns.items()}
-        rows.append(fixed | more | fixed)  # in this order; a feature replaces none of these columns
-    return rows
+    fixed = [{**own, "item": item, "place": place, "model": answer["model"]} for place, item in enumerate(items)]
+    more = [dict(zip(columns, map(_cell, values), strict=True)) for values in zip(*columns.values(), strict=True)]
+    # The fixed columns come first, and no feature replaces one of them.
+    return [each | others | each for each, others in zip(fixed, more, strict=True)]
 
 
 def _cell(value: Any) -> Any:

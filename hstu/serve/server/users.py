@@ -24,6 +24,7 @@ between."""
 _POSITION, _RECENT = b"\xffposition:", b"\xffrecent"
 """Keys of the store that no user has, because ids are UTF-8."""
 _HALF_LIFE_S, _COUNT_S = 86_400, 60
+_KEEPS_NONE = "this server keeps no users; start it with --users FILE"
 
 
 class StoreError(Exception):
@@ -289,6 +290,8 @@ class Users:
 
     def stored(self, user: str, served: ServedModel) -> Answer:
         """The events of a user, in the fields of a request, and the titles of the items. Raises as ``filled``."""
+        if self._store is None:
+            raise ServingError(_KEEPS_NONE)
         (found,) = self.filled([User.model_construct(user=user)], served)
         if isinstance(found, Exception):
             raise found
@@ -304,9 +307,10 @@ class Users:
     def _problem(self, request: EventsRequest | str, served: ServedModel) -> Exception | None:
         try:
             if self._store is None:
-                raise ServingError("this server keeps no users; start it with --users FILE")
-            if isinstance(request, EventsRequest) and request.events:
-                served.check_events(request.events)
+                raise ServingError(_KEEPS_NONE)
+            if isinstance(request, EventsRequest):
+                for place, mistake in served.mistakes(request.events):
+                    return ServingError(f"events[{place}]: {mistake}")
         except Exception as error:  # also a defect
             return error
         return None

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from .files import Vocabulary, rows_at, run_indices
-from .requests import (
-    Candidates,
-    History,
-    ServingError,
-    candidate_problems,
-    feature_names,
-    history_problems,
-    name_of,
-)
+from .requests import Candidates, History, ServingError, candidate_problems, feature_names, history_problems, name_of
 from .running import Questions, RunningStatistics
 
 _RUNNING = "running."

@@ -39,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--port", type=_between(int, 0, 65_535), default=8000, help="0 takes a free one (%(default)s)")
     add("--max_batch", type=count, default=32, help="requests that are computed together at most (%(default)s)")
     add("--threads", type=count, default=1, help="cores that compute a batch; answering takes one more (%(default)s)")
-    add("--max_wait_ms", type=_between(float, 0, 1000), default=2, help="a request's wait for others (%(default)s)")
     add("--max_waiting", type=count, default=256, help="requests that wait at most; more get 429 (%(default)s)")
     add("--max_body_kb", type=count, default=1024, help="largest request (%(default)s)")
     add("--poll_s", type=_between(float, 0.1, 86_400), default=5.0, help="between looks for an export (%(default)s)")
@@ -64,7 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Settings(
             max_batch=options.max_batch,
             threads=options.threads,
-            max_wait_s=options.max_wait_ms / 1000,
             max_waiting=options.max_waiting,
             max_body_bytes=options.max_body_kb << 10,
             poll_s=options.poll_s,

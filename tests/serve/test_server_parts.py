@@ -49,21 +49,9 @@ class Doubler:
 
 
 def started(compute: Doubler, **settings: float) -> Batcher:
-    batcher = Batcher(compute, Settings(**{"max_wait_s": 0.0, **settings}), Metrics())  # type: ignore[arg-type]
+    batcher = Batcher(compute, Settings(**settings), Metrics())  # type: ignore[arg-type]
     batcher.start()
     return batcher
-
-
-def test_a_query_waits_for_others_until_the_batch_is_full() -> None:
-    async def main() -> list[int]:
-        batcher = started(compute, max_batch=3, max_wait_s=30)
-        answers = await asyncio.gather(*(batcher.ask(number) for number in range(3)))
-        await batcher.close()
-        return answers
-
-    compute = Doubler()
-    compute.gate.set()
-    assert asyncio.run(main()) == [0, 2, 4] and compute.batches == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +125,7 @@ def test_too_many_waiting_queries_are_refused() -> None:
 
 def test_a_mistake_costs_its_query_and_a_defect_its_batch() -> None:
     async def main() -> None:
-        batcher = started(compute, max_batch=2, max_wait_s=30)
+        batcher = started(compute, max_batch=2)
         found = await asyncio.gather(batcher.ask(-1), batcher.ask(1), return_exceptions=True)
         assert isinstance(found[0], ValueError) and found[1] == 2
         unlucky = await asyncio.gather(batcher.ask(13), batcher.ask(1), return_exceptions=True)

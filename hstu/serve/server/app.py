@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,7 +108,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
 
     batcher = Batcher(answers, settings, metrics)
     # Its own metrics are not shown. Requests that come during a transaction share the next.
-    writer = Batcher(lambda queries: users.write(queries, live.current), replace(settings, max_wait_s=0), Metrics())
+    writer = Batcher(lambda queries: users.write(queries, live.current), settings, Metrics())
 
     followers = [Follower(source, users, writer, live, metrics) for source in [settings.follow] if source is not None]
 

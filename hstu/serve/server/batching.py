@@ -5,8 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ class Settings:
     """Maximum requests per batch."""
     threads: int = 1
     """Threads per batch. More threads slow small models down, because every operator synchronizes them."""
-    max_wait_s: float = 0.002
-    """Maximum wait of a request for others, unless another batch is being computed."""
     max_waiting: int = 256
     """Maximum waiting requests. Further requests get status 429."""
     max_waiting_per_client: int = 64
@@ -107,15 +104,14 @@ class _Waiting:
     turn: int
     """Of two equally small queries, the one with the lower turn comes first."""
     answer: asyncio.Future[Any]
-    since: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
     """Computes batches of waiting queries, one at a time, with ``compute`` in a single separate thread.
 
-    A batch of 1 to ``max_batch`` queries starts when it is full or its oldest query has waited ``max_wait_s``. During
-    a batch, queries gather for the next, which takes the smallest, so that they do not wait for many large ones; among
-    equally small ones, those of all clients in turn. A batch after one that has left out the oldest query takes it.
+    During a batch, queries gather for the next, of at most ``max_batch``. It takes the smallest, so that they do not
+    wait for many large ones; among equally small ones, those of all clients in turn. A batch after one that has left
+    out the oldest query takes it.
     """
 
     def __init__(self, compute: Compute, settings: Settings, metrics: Metrics) -> None:
@@ -167,14 +163,10 @@ class Batcher:
             self._changed.clear()
             if not self._queue:
                 await self._changed.wait()
-            elif (patience := self._patience_s()) > 0:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(patience):  # wait_for would create a task
-                        await self._changed.wait()
-            else:
-                batch = self._next_batch()
-                self._metrics.waiting.set(len(self._queue))
-                await self._answer(batch)
+                continue
+            batch = self._next_batch()
+            self._metrics.waiting.set(len(self._queue))
+            await self._answer(batch)
 
     def _next_batch(self) -> list[_Waiting]:
         """Take the next batch from the queue. Queries of up to 255 events are equally small."""
@@ -186,12 +178,6 @@ class Batcher:
         self._turn = max(self._turn, *(each.turn for each in batch))
         self._queue = [each for each in self._queue if each not in batch]
         return batch
-
-    def _patience_s(self) -> float:
-        """Seconds until the next batch must start."""
-        if self._is_closing or len(self._queue) >= self._settings.max_batch:
-            return 0.0
-        return self._queue[0].since + self._settings.max_wait_s - time.monotonic()
 
     async def _answer(self, batch: list[_Waiting]) -> None:
         begun = time.monotonic()

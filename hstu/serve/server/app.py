@@ -35,6 +35,8 @@ from .swap import LiveModel
 from .users import StoreError, Users, open_store
 
 _SHOWN_PROBLEMS = 10
+_EXPECTED = "Input should be "
+"""How messages of pydantic begin."""
 _FAILURES: dict[int | str, dict[str, Any]] = {
     401: {"description": "The server wants a key; see the header WWW-Authenticate"},
     413: {"description": "The request is too large"},
@@ -233,9 +235,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> Response:
         found: dict[str, list[str]] = {}
         for each in error.errors():  # one per type that a value may have
-            found.setdefault(_where(each, error.body), []).append(str(each["msg"]).removeprefix("Input should be "))
+            found.setdefault(_where(each, error.body), []).append(str(each["msg"]))
         told = {where: " or ".join(dict.fromkeys(messages)) for where, messages in found.items()}
-        told = {where: f"expected {text}" if text[:1].islower() else text for where, text in told.items()}
+        told = {where: text.replace(_EXPECTED, "expected ", 1).replace(_EXPECTED, "") for where, text in told.items()}
         problems = [{"where": where, "problem": text} for where, text in [*told.items()][:_SHOWN_PROBLEMS]]
         more = f"; the first {_SHOWN_PROBLEMS} are shown" if len(found) > _SHOWN_PROBLEMS else ""
         return failure(422, f"the request has {len(found)} problem(s){more}", problems=problems)

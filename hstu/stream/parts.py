@@ -132,7 +132,8 @@ class Topic:
     def _messages(self, partition: int, begin: int, end: int) -> Iterator["Message"]:
         position = begin
         while position < end:
-            messages = self._reader.read(min(10_000, end - position), _TIMEOUT_S, {partition: position})
+            begins = {partition: begin} if position == begin else {}  # later calls go on from there
+            messages = self._reader.read(min(10_000, end - position), _TIMEOUT_S, begins)
             if not messages:
                 raise DataError(f"topic {self._topic}, partition {partition}, offset {position}: nothing came in time")
             yield from (message for message in messages if (message.offset() or 0) < end)

@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,7 +113,8 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     # Its own metrics are not shown. Requests that come during a transaction share the next.
     writer = Batcher(lambda queries: users.write(queries, live.current), settings, Metrics())
 
-    followers = [Follower(source, users, writer, live, metrics) for source in [settings.follow] if source is not None]
+    checker = ThreadPoolExecutor(1, "ready")  # a store that hangs holds one thread, however often GET /ready asks
+    followers = [] if settings.follow is None else [Follower(settings.follow, users, writer, live, metrics)]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -194,7 +196,8 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
         if app.state.is_draining:
             return failure(503, "the server ends; send requests to another")
         try:
-            await asyncio.wait_for(asyncio.to_thread(users.check), _STORE_LIMIT_S)
+            checked = asyncio.get_running_loop().run_in_executor(checker, users.check)
+            await asyncio.wait_for(checked, _STORE_LIMIT_S)
         except TimeoutError:
             raise StoreError(f"no answer within {_STORE_LIMIT_S} s") from None
         return as_json({"status": "ready", "model": live.current.version})

@@ -113,8 +113,8 @@ class Follower:
         self._source, self._writer, self._live, self._metrics = source, writer, live, metrics
         self._reader = Topic(source) if source.startswith("kafka://") else GrowingFile(Path(source).absolute())
         self._key, stored = users.position(source)
-        self._position: Any = json.loads(stored)[0] if stored else None
-        self._newest: float = json.loads(stored)[1] if stored else -math.inf
+        kept: tuple[Any, float] = json.loads(stored) if stored else (None, -math.inf)
+        self._position, self._newest = kept
         metrics.followed_age.set_function(lambda: time.time() - self._newest)
         metrics.followed_backlog.set_function(lambda: self._reader.backlog)
 

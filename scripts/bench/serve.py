@@ -271,21 +271,16 @@ def is_right(model: Model, events: list[Row], at: int | None, shown: list[Any] |
     items, actions, times = ([event[name] for event in events] for name in ("item", "action", "timestamp"))
     answered, scores = ([each[name] for each in found.get("items", [])] for name in ("item", "score"))
     if not events:
-        assert "fallback" in found and model.popularity is not None
-        pairs = [
-            (scores, model.popularity.topk(10)[0]),
-            (scores, model.popularity[model.encoder.items.places(answered)]),
-        ]
-    else:
-        history = History(items=items, actions=actions, timestamps=times)
-        vector = model.embed(history, at)
-        if "vector" in found:
-            pairs = [(found["vector"], vector)]
-        elif shown is not None:
-            pairs = [(found["scores"]["score"], model.item_vectors(shown) @ vector)]
-        else:  # items of nearly equal scores may change places
-            best = torch.tensor(model.recommend(history, 10, at).scores)
-            pairs = [(scores, best), (scores, model.item_vectors(answered) @ vector)]
+        return "fallback" in found  # to what is popular now, by the events of all users so far
+    history = History(items=items, actions=actions, timestamps=times)
+    vector = model.embed(history, at)
+    if "vector" in found:
+        pairs = [(found["vector"], vector)]
+    elif shown is not None:
+        pairs = [(found["scores"]["score"], model.item_vectors(shown) @ vector)]
+    else:  # items of nearly equal scores may change places
+        best = torch.tensor(model.recommend(history, 10, at).scores)
+        pairs = [(scores, best), (scores, model.item_vectors(answered) @ vector)]
     return all(np.shape(own) == np.shape(right) and np.allclose(own, right, atol=1e-4) for own, right in pairs)
 
 

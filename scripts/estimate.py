@@ -5,9 +5,6 @@
 No GPU is needed. The time on a GPU is a roofline: published peaks times assumed efficiencies. ``--set`` changes any
 number: --set network_gb_s=25 --set attention_efficiency=0.5. For the CPU (``--device cpu``, the default) the peak is
 measured in less than a second. docs/distributed.md explains the formulas.
-
---fit tries what may be split, sharded and recomputed, and into how many micro-batches a rank divides its batch. All
-plans train the same global batches. It needs a --device other than the CPU.
 """
 
 from __future__ import annotations
@@ -54,15 +51,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", choices=DEVICES, default="cpu")
     add("--set", dest="settings", action="append", default=[], metavar="NAME=NUMBER", help="a number of the machine")
     add("--task", choices=("ranking", "retrieval"), help="task of the run, if the file does not show it")
-    add("--fit", action="store_true", help="search for the fastest plan within the memory, and print its gin lines")
     add("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     for name in ("world_size", "tp", "cp", "ranks_per_host"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    if options.fit and (options.device == "cpu" or options.json):
-        raise ConfigError("--fit compares plans on a GPU, and prints text: give --device h100, and no --json")
     if options.ranks_per_host is None:
         options.ranks_per_host = options.world_size if options.device == "cpu" else min(8, options.world_size)
     if options.world_size % options.ranks_per_host:
@@ -97,7 +91,7 @@ def run(options: argparse.Namespace) -> str:
 
     import torch
 
-    from hstu.estimate import explore, machine
+    from hstu.estimate import machine
     from hstu.estimate.estimate import as_json, estimate, report
     from hstu.estimate.workload import plan_workload
     from hstu.observe.logging import quiet_libraries
@@ -106,9 +100,6 @@ def run(options: argparse.Namespace) -> str:
     on_cpu, dtype = options.device == "cpu", getattr(torch, config.network.dtype_str)
     device = machine.this_cpu(options.ranks_per_host, dtype) if on_cpu else machine.gpu(options.device, dtype)
     device = machine.with_settings(device, dict(text.partition("=")[::2] for text in options.settings))
-    if options.fit:
-        plans = explore.search(config, options.world_size, options.ranks_per_host, device)
-        return explore.plans_as_text(plans, config)
     workload = plan_workload(config, options.world_size, options.ranks_per_host, "cpu" if on_cpu else "cuda")
     found = estimate(workload, device)
     if options.json:

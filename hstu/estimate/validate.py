@@ -237,7 +237,7 @@ def memory_is_enough(run: RunDraft, built: Built) -> None:
     if needed > has:
         text = (
             f"a rank needs about {size(needed)}, and {owner} has {size(has)}; scripts/estimate.py shows what "
-            "needs the memory, also on another --device, and with --fit what fits. Lower the batch, shard the tables "
+            "needs the memory, also on another --device. Lower the batch, shard the tables "
             "over more ranks (model_parallel), or recompute layers (NetworkArgs.recompute_layer)"
         )
         built.add(run.trainer, "train_batch_size", text)

@@ -11,7 +11,7 @@ from hstu.base.errors import DataError
 from hstu.config.cli import tool
 from hstu.config.gin_io import load
 from hstu.serve.command import check_new, read_ids
-from hstu.train.importing import PEERS, REFUSED, import_checkpoint
+from hstu.train.importing import PEERS, import_checkpoint
 
 
 def _stay_alone() -> None:
@@ -28,7 +28,7 @@ def _stay_alone() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     add = (parser := argparse.ArgumentParser(description=__doc__)).add_argument
-    add("--from", dest="source", choices=(*PEERS, *REFUSED), required=True)
+    add("--from", dest="source", choices=(*PEERS,), required=True)
     add("path", type=Path, help="the checkpoint: its directory, or a file of torch.save")
     add("--gin-config-file", dest="files", metavar="FILE", nargs="+", required=True, help="describes the same model")
     add("--gin-bindings", dest="bindings", metavar="BINDING", nargs="+", default=[])

@@ -100,23 +100,10 @@ def _complete(path: Path) -> list[Path]:
     if not found:
         raise DataError(
             f'no complete checkpoint in {path} (TrainerArgs.ckpt_load_dir). Give a directory "iteration_<n>" that '
-            f'holds a {MANIFEST}, the directory above such directories, the directory of a run, "auto" or "".'
-            f"{of_another_trainer(path)}"
+            f'holds a {MANIFEST}, the directory above such directories, the directory of a run, "auto" or "". '
+            "hstu-import-checkpoint reads those of other trainers"
         )
     return found
-
-
-def of_another_trainer(path: Path) -> str:
-    """Return a sentence on whose checkpoint an existing path seems to be, and what to do; "" if it is not known."""
-    if (path / "torch_module").is_dir():
-        whose = "NVIDIA's trainer: hstu-import-checkpoint --from nvidia reads it"
-    elif (path / ".metadata").is_file():
-        whose = "TorchEasyRec (model.ckpt-<n>) or another user of torch.distributed.checkpoint: train anew"
-    elif path.is_file():
-        whose = "RecBole or RecTools (train anew), or Meta's research code (hstu-import-checkpoint reads it)"
-    else:
-        return ""
-    return f" It seems to be of {whose}; see docs/migration.md."
 
 
 def _checkpoints_of_run(directory: Path) -> list[Path]:

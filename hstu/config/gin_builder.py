@@ -37,8 +37,6 @@ from hstu.config.run_config import RunDraft
 
 Owner = tuple[str, type[Args]]
 """(scope, class) of a group of bindings."""
-_OF_RESEARCH_CODE = "train_fn", "hstu_encoder", "sasrec_encoder", "create_data_loader", "HSTU"
-"""What gin files of Meta's research code (github.com/meta-recsys/generative-recommenders) bind."""
 
 
 class ConfigBuilder:
@@ -121,9 +119,6 @@ class ConfigBuilder:
             self._macros[binding.name] = binding
         elif cls:
             self._file_parameter(cls, binding)
-        elif binding.selector in _OF_RESEARCH_CODE:
-            self._fail(binding, "is an option of Meta's research code; docs/migration.md says what to write instead")
-            self.complete = False  # what seems to be missing is bound by other names
         else:
             guess = nearest(binding.selector, CLASSES)
             hint = f"did you mean {guess!r}?" if guess else f"there are {', '.join(CLASSES)}"

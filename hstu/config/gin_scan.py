@@ -17,8 +17,6 @@ from hstu.base.shipped import shipped_configs
 from hstu.config.problems import Binding, Location, Problem, did_you_mean, literal
 
 COMMAND_LINE = "--gin-bindings"
-_OTHERS = {".config": "TorchEasyRec", ".yaml": "RecBole, VeOmni and ERNIEKit", ".yml": "RecBole, VeOmni and ERNIEKit"}
-"""Suffix → trainers that read such files."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,6 @@ def _scan_file(result: Scan, name: str, included_by: tuple[str, ...]) -> None:
 
 def _read(path: Path) -> str:
     """The text of a gin file. Raises ValueError if the file is unusable."""
-    if (others := _OTHERS.get(path.suffix)) and path.is_file():
-        text = "docs/migration.md has the same options for a gin file, and hstu-preprocess writes one for your data"
-        raise ValueError(f"no gin file, but in a format of {others}: {text}")
     try:
         text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode()
     except FileNotFoundError:

@@ -20,7 +20,7 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.base.files import written_aside
 from hstu.base.ids import codes_of
 from hstu.checkpoint.directory import describe_files, write_manifest
-from hstu.checkpoint.find import GIN, of_another_trainer
+from hstu.checkpoint.find import GIN
 from hstu.checkpoint.tensors import CONSOLIDATED, DYNAMIC, TABLES, WEIGHTS
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks, table_specs
@@ -77,13 +77,6 @@ PEERS: dict[str, tuple[Rule, ...]] = {
     ),
 }  # fmt: skip
 """Name after --from → its mapping."""
-
-REFUSED = {
-    "meta-dlrm": "its documentation states no name and no layout of a weight; rename them to those of meta-research",
-    "torcheasyrec": "its model has other inputs (action encoder, time buckets); train anew",
-    **dict.fromkeys(("recbole", "rectools"), "its files hold Python objects, of other architectures; train anew"),
-}
-"""Name after --from → why it is refused, and what to do."""
 
 
 def import_checkpoint(
@@ -211,12 +204,9 @@ def _join(parts: Sequence[Tensor], count: int, dim: int = 0) -> Tensor:
 
 def read(source: str, path: Path, layouts: Mapping[str, str]) -> tuple[list[Any], list[str]]:
     """Return (rule with names in full, tensor of each rank, keys or None) of each weight, and a line for all else."""
-    if source not in PEERS:
-        raise ConfigError(f"--from {source} is refused: {REFUSED[source]} (docs/migration.md)")
     of_ranks = sorted(path.glob("torch_module/model.[0-9]*.pth"), key=lambda file: int(file.name.split(".")[1]))
     if not (files := [path] if path.is_file() else of_ranks):
-        text = "is no file of torch.save, and no directory with torch_module/model.<rank>.pth."
-        raise DataError(f"{path} {text}{of_another_trainer(path)}")
+        raise DataError(f"{path} is no file of torch.save, and no directory with torch_module/model.<rank>.pth")
     unused, weights = dict[str, str](), dict[str, list[Tensor]]()
     for content in map(_load, files):
         for key in ("model_state_dict", "state_dict", "model"):

@@ -43,8 +43,6 @@ NAMES = [
     bad("misspelt class", "ranking", "NetworkArg.num_layers = 2" + HERE, "-NetworkArgs.num_layers",
         told=("NetworkArg.num_layers = 2", "did you mean 'NetworkArgs'")),
     bad("unknown class", "ranking", "Quux.width = 2" + HERE, told=("no class Quux", "TrainerArgs, EmbeddingArgs")),
-    bad("file of Meta's research code", "ranking", 'train_fn.dataset_name = "ml-20m"' + HERE,
-        told=("is an option of Meta's research code; docs/migration.md says what to write instead",)),
     bad("misspelt parameter", "ranking", "NetworkArgs.hiden_size = 32" + HERE, "-NetworkArgs.hidden_size",
         told=("NetworkArgs.hiden_size = 32", "did you mean 'hidden_size'", "--explain NetworkArgs")),
     bad("parameter of another class", "ranking", "TrainerArgs.learning_rate = 1.0" + HERE,

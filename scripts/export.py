@@ -20,7 +20,7 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -31,28 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from hstu.base.errors import EXIT_DONE
 from hstu.base.remote import local_export, relative_path
 from hstu.checkpoint.export import export
-from hstu.checkpoint.find import Run, belongs
-from hstu.checkpoint.tensors import read_metadata
 from hstu.config.cli import tool
 from hstu.observe.logging import quiet_libraries
-from hstu.observe.records import EvalRecord, read_metrics
 from hstu.serve.command import add_checkpoint_arguments, note, require_model
 from hstu.serve.contents import caveats
 from hstu.serve.delta import read_export, write_delta
 from hstu.serve.export import TABLE_DTYPES, TOLERANCE, for_export, write_serving
 from hstu.serve.loaded import LoadedModel, mesh_of_this_process, stored_config
 from hstu.serve.runtime.files import SERVING
-
-
-def evaluations_of(checkpoint: Path, run_dir: str | None) -> dict[str, Mapping[str, float]]:
-    """Metrics of a checkpoint's weights by split, of its run or else, where the run is not there, of the checkpoint."""
-    metadata, run = read_metadata(checkpoint), Run.read(checkpoint)
-    directory = Path(run_dir or (run.directory if run else ""))
-    records = metadata.get("carried", {}).get("history", {}).get("last", [])
-    if belongs(checkpoint, directory) and (directory / "metrics.jsonl").is_file():
-        records = read_metrics(directory / "metrics.jsonl")
-    measured = [record for record in records if record["kind"] == "eval" and record["iter"] == metadata["iteration"]]
-    return {each.split: each.metrics for each in map(EvalRecord.from_json, measured)}
 
 
 def _threshold(text: str) -> float:
@@ -96,10 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def write_program(directory: Path) -> None:
         loaded = LoadedModel.restore(for_export(config, options.data), checkpoint, mesh_of_this_process())
         note(loaded, *loaded.report, *caveats(config))
-        evaluations, folder = evaluations_of(checkpoint, options.run_dir), directory / SERVING
+        folder = directory / SERVING
         whole = folder if base is None else directory / "whole"
-        details = {"evaluations": evaluations, "table_dtype": options.table_dtype, "base": base}
-        difference = write_serving(loaded, whole, **details, compiles=options.compile)
+        difference = write_serving(loaded, whole, table_dtype=options.table_dtype, base=base, compiles=options.compile)
         found = "was not compared with the model"
         if difference is not None:
             found = f"differs from the model by at most {difference:.1e} (tolerance {TOLERANCE:g})"

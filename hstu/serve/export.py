@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from hstu.serve import runtime
 from hstu.serve.contents import check_can_be_served, collect
 from hstu.serve.loaded import LoadedModel, with_store
 from hstu.serve.runtime.delta import Contents
-from hstu.serve.runtime.encode import Encoder
 from hstu.serve.runtime.files import COMPILED, FACTS, MANIFEST, PROGRAM, TABLES, VOCABULARY, WEIGHTS, checksum_of
 from hstu.serve.runtime.model import machine
 from hstu.train.inference import InferenceSource, StoredSource
@@ -32,7 +30,7 @@ from hstu.train.inference import InferenceSource, StoredSource
 TABLE_DTYPES = ("float32", "bfloat16", "int8")
 TOLERANCE = 1e-4
 """Largest allowed difference of a logit or a vector component, relative to 1 + its absolute value."""
-CARD, PACKAGE = "MODEL_CARD.md", "hstu_serving"
+PACKAGE = "hstu_serving"
 _CHECKED_USERS = 10
 
 
@@ -58,7 +56,6 @@ def write_serving(
     trained: LoadedModel,
     folder: Path,
     *,
-    evaluations: Mapping[str, Mapping[str, float]] | None = None,
     table_dtype: str = "float32",
     base: Contents | None = None,
     compiles: bool = False,
@@ -68,7 +65,6 @@ def write_serving(
     Args:
         trained: loaded with the configuration of ``for_export``, on one rank.
         folder: the folder to create, with its parents. The manifest is written last, so a folder with one is complete.
-        evaluations: split → metric → value, for the model card.
         table_dtype: one of TABLE_DTYPES.
         base: an earlier export, whose program is used if a new one would be equal.
         compiles: also write a compiled program. Takes a C++ compiler and about half a minute.
@@ -103,7 +99,6 @@ def write_serving(
             "This is a defect of the export for models of this configuration; please report it"
         )
     write_tensors(folder / TABLES, _reduced(tables, table_dtype))
-    (folder / CARD).write_text(_card(trained, model.encoder, tables, table_dtype, evaluations or {}), encoding="utf-8")
     write_manifest(folder)
     return found
 
@@ -205,37 +200,3 @@ def _reduced(tables: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file. Equal tensors give equal bytes."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-
-def _card(
-    trained: LoadedModel, encoder: Encoder, tables: Mapping[str, Tensor], dtype: str, evaluations: Mapping[str, Any]
-) -> str:
-    is_retrieval = trained.config.task == "retrieval"
-    purpose = "recommends the next item of a user" if is_retrieval else "predicts what a user does with given items"
-    metrics = [
-        f"- {split}: {name} {value:.4f}" for split, values in evaluations.items() for name, value in values.items()
-    ]
-    needed = {name: ", needed for every event" * each["required"] for name, each in encoder.described.items()}
-    inputs = [f"- {encoder.text_of(name)}{end}" for name, end in needed.items()]
-    sizes = [f"- {name}: {len(rows):,} × {rows.shape[1]}, {dtype}" for name, rows in tables.items()]
-    left_out = "\nItems that the user has had are left out, here and in recommendations by default.\n"
-    return f"""# HSTU model on {trained.dataset.dataset_name}
-
-This model {purpose}. It reads up to {trained.source.max_items:,} of the newest events of a user.
-
-## Metrics
-{chr(10).join(metrics) or "The checkpoint has no record of an evaluation."}
-{left_out if trained.leaves_out_seen else ""}
-## Inputs
-Requests have the values of the raw data. Answers name the values that the model does not have.
-
-{chr(10).join(inputs)}
-
-## Tables
-{chr(10).join(sizes)}
-
-## Configuration
-```
-{trained.config.operative_gin().strip()}
-```
-"""

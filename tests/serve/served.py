@@ -112,7 +112,7 @@ def random_model(
 def serve(trained: TrainedModel, folder: Path, **options: Any) -> Served:
     """Export a model and load the result."""
     logging.getLogger("torch.export").setLevel(logging.ERROR)
-    difference = write_serving(trained, folder, evaluations={"valid": {"HR@10": 0.5}}, **options)
+    difference = write_serving(trained, folder, **options)
     return Served(trained, folder, runtime.load(folder), difference)
 
 
@@ -153,7 +153,7 @@ def export_with(folder: Path, target: Path, change: Callable[[Tensors, Tensors],
         paths, ({name: each * 1.001 for name, each in weights.items()}, tables, words), strict=True
     ):
         write_tensors(path, tensors)
-    (target / "MODEL_CARD.md").write_text(target.name)
+    (target / "note.txt").write_text(target.name)
     write_manifest(target)
     return target
 

@@ -60,24 +60,6 @@ def test_the_test_split_is_evaluated_on_the_best_as_evaluate_does(finished: Fini
     assert finished.summary["iterations"] == 6 and finished.summary["last_metrics"]["test"] == finished.metrics
 
 
-def test_the_card_of_an_export_has_the_metrics_of_its_weights(
-    finished: FinishedRun, mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export, "mesh_of_this_process", lambda: mesh)
-    for which, splits in (("best", ("valid", "test")), ("last", ("valid",))):
-        iteration = 4 if which == "best" else 6
-        expected = [
-            f"- {split}: HR@3 {record['metrics']['HR@3']:.4f}\n"
-            for split in splits
-            for record in finished.records
-            if (record["kind"], record.get("split"), record["iter"]) == ("eval", split, iteration)
-        ]
-        command = ["--run_dir", str(finished.path), "--ckpt", which, "--output", str(tmp_path / which), "--program"]
-        assert export.main(command) == 0
-        metrics = (tmp_path / which / "serving" / "MODEL_CARD.md").read_text().split("## ")[1]
-        assert len(expected) == len(splits) == metrics.count("HR@3") and all(line in metrics for line in expected)
-
-
 @pytest.mark.parametrize("script", [evaluate, predict, recommend, embed, export])
 def test_every_tool_takes_the_best_and_says_so(
     script: ModuleType, finished: FinishedRun, here: Path, capsys: pytest.CaptureFixture[str]

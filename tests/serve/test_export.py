@@ -118,9 +118,6 @@ def test_an_answer_names_the_values_that_the_model_does_not_have(ranking: Served
     assert ranking.model.score(user, shown).unknown == {**unknown, "item_id": [-5]}
     assert ranking.model.unknown(user) == {**unknown, "device": ["tablet"]}
     assert retrieval.model.recommend(request([1000, 7], [1, 1], [0, 1])).unknown == {"item_id": [7]}
-    card = (ranking.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert "- watched (number: value 000, value 001, value 002, value 003), needed for every event" in card
-    assert "- shape (list of 3 numbers)\n" in card and "- spent (number: 0..3.33333), needed" in card
     with pytest.raises(ServingError, match=r"no feature device \(text: value 000, value 001, value 002\), which"):
         ranking.model.score(request([1000], [1], [0]), shown)
 
@@ -274,14 +271,12 @@ def test_the_exported_package_imports_torch_and_the_standard_library_alone(retri
             assert {name.split(".")[0] for name in names} <= allowed, path
 
 
-def test_the_directory_has_the_package_and_a_card(retrieval: Served) -> None:
+def test_the_directory_has_the_package(retrieval: Served) -> None:
     package = {path.name for path in (retrieval.folder / "hstu_serving").glob("*.py")}
     assert package == {path.name for path in Path(runtime.__file__).parent.glob("*.py")}
-    card = (retrieval.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert "valid: HR@10 0.5000" in card and "NetworkArgs.item_embedding_dim = 12" in card
     files = json.loads((retrieval.folder / "manifest.json").read_text())["files"]
     tensors = {f"{name}.safetensors" for name in ("weights", "tables", "vocabulary")}
-    assert {"program.pt2", *tensors, "MODEL_CARD.md"} <= files.keys()
+    assert {"program.pt2", *tensors} <= files.keys()
 
 
 def grown(items: list[int], colours: list[str]) -> Callable[[Tensors, Tensors], None]:

@@ -359,4 +359,3 @@ def test_hits_of_the_evaluation_are_items_that_users_get(
     best = trained.recommend([*store.raw_ids("user_id")], TOP)
     assert pairs == {(each.user, item) for each in best for item in each.items}
     assert pairs.isdisjoint((each.user, item) for each in whole for item in each.items) == filter_seen
-    assert ("left out" in (served.folder / "MODEL_CARD.md").read_text()) == filter_seen

@@ -23,7 +23,7 @@ from hstu.data.datasets.raw import (
     require_columns,
     select_list,
 )
-from hstu.data.datasets.spec import FIRST_LIKELY, LAST_LIKELY, SPLIT_NAMES, ColumnDescription, Queries, RawTables
+from hstu.data.datasets.spec import SPLIT_NAMES, ColumnDescription, Queries, RawTables
 
 _log = logging.getLogger(__name__)
 
@@ -45,12 +45,6 @@ _DATES = ("DATE", "TIMESTAMP")
 _LARGEST = "3.4028234e38"
 """Largest float32."""
 _MOST_LABELS = 256
-_DATE_NUMBERS = (
-    (32_874, 73_051, "days since 1900, as in a spreadsheet"),
-    (19_900_101, 21_000_101, "a date as YYYYMMDD"),
-    (19_900_101_000_000, 21_000_101_000_000, "a date and time as YYYYMMDDhhmmss"),
-)
-"""First number, end, and what numbers between them probably are, in the years 1990 to 2099."""
 
 
 def interactions(columns: InteractionColumns, texts: Collection[str] = (), stored: Collection[str] = ()) -> RawTables:
@@ -166,8 +160,8 @@ def _feature(columns: InteractionColumns, name: str, column: str, table: RawFile
 def _description(columns: InteractionColumns, name: str, column: str) -> ColumnDescription:
     if name != "time":
         return ColumnDescription(column, _ALLOWED[name] + _LINES * columns.sequences)
-    allowed = f"{UNIT_NAMES[columns.time_unit]} since 1970, or a date and time like 2024-05-31 12:00:00"
-    return ColumnDescription(column, allowed, partial(unit_hint, columns.time_unit))
+    allowed = f"{UNIT_NAMES[columns.time_unit]} since 1970 (--time_unit), or a date and time like 2024-05-31 12:00:00"
+    return ColumnDescription(column, allowed)
 
 
 def _resolve_types(
@@ -214,20 +208,6 @@ def _like_events(name: str, is_integer: bool) -> str:
 
 def _as_text(name: str) -> str:
     return f"CAST({identifier(name)} AS VARCHAR) AS {identifier(name)}"
-
-
-def unit_hint(unit: str, value: str) -> str:
-    """Hint at what a time is that is unlikely in ``unit``; empty if it is likely, or nothing else fits."""
-    try:
-        number = float(value)
-    except ValueError:
-        return ""
-    fitting = [name for name, per_second in TIME_UNITS.items() if FIRST_LIKELY <= number / per_second < LAST_LIKELY]
-    if fitting:
-        (found,) = fitting
-        return "" if found == unit else f". In {UNIT_NAMES[found]} it would be after 1990: --time_unit {found}"
-    looks_like = (what for first, end, what in _DATE_NUMBERS if first <= number < end)
-    return "".join(f". It looks like {what}: write dates as 2024-05-31 or 2024-05-31 12:00:00" for what in looks_like)
 
 
 class ColumnTypes:

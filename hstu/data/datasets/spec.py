@@ -94,8 +94,6 @@ class ColumnDescription:
 
     label: str
     allowed: str
-    hint: Callable[[str], str] = lambda value: ""
-    """Bad value → hint at what the user probably meant, appended to the message; may be empty."""
 
 
 class Queries(Protocol):

@@ -233,7 +233,7 @@ def _explain_value(build: Build, name: str, rows: str, file: RawFile, row: int) 
     quantities = build.schema.quantities()
     is_vector = quantities.get(name) in build.schema.vectors
     width = f" ({vector_width(build, name)} in the first)" if is_vector else ""
-    detail = f"{column.label!r} {shown}; allowed is {column.allowed}{width}{column.hint(text or '')}"
+    detail = f"{column.label!r} {shown}; allowed is {column.allowed}{width}"
     return f"unusable {column.label if name in quantities else name}", file.place(row), detail
 
 
@@ -267,13 +267,13 @@ def check_period(build: Build) -> None:
     if build.raw.resolve_types is None or build.options.any_times:
         return
     column = build.raw.descriptions["time"]
-    hint = column.hint(low) if column.hint(low) == column.hint(high) else ""
-    is_early, is_short = first < FIRST_LIKELY, last - first < 24 * 3600 and build.base is None
-    if hint or (events >= _MANY_EVENTS and (is_early or is_short)):
-        why = "before 1990" if is_early else "after 2100" if last >= LAST_LIKELY else "within one day"
+    is_early, is_late = first < FIRST_LIKELY, last >= LAST_LIKELY
+    is_short = last - first < 24 * 3600 and build.base is None
+    if events >= _MANY_EVENTS and (is_early or is_late or is_short):
+        why = "before 1990" if is_early else "after 2100" if is_late else "within one day"
         raise DataError(
-            f"{build.raw.logs[0].path}: {column.label!r} is {low} to {high}, so {period}, {why}{hint}. Is it the right "
-            "column, in the unit of --time_unit? If the times are right, add --any_times"
+            f"{build.raw.logs[0].path}: {column.label!r} is {low} to {high}, so {period}, {why}. Is it the right "
+            "column, in the unit of --time_unit? Dates are like 2024-05-31. If the times are right, add --any_times"
         )
 
 

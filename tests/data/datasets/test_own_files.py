@@ -191,26 +191,16 @@ def test_times_in_other_units_become_seconds_and_keep_their_order(
 
 
 @pytest.mark.parametrize(("number", "unit"), [(10**12, "ms"), (10**15, "us"), (10**18, "ns")])
-def test_too_large_a_time_is_answered_with_its_probable_unit(tmp_path: Path, number: int, unit: str) -> None:
+def test_too_large_a_time_is_answered_with_the_option_of_its_unit(tmp_path: Path, number: int, unit: str) -> None:
     file = write(tmp_path / "e.csv", f"u,i,t\n1,a,{number}\n")
-    with pytest.raises(DataError, match=f"'t' is '{number}'.*after 1990: --time_unit {unit}"):
+    with pytest.raises(DataError, match=rf"'t' is '{number}'; allowed is seconds since 1970 \(--time_unit\)"):
         make(tmp_path, file, time="t")
     assert make(tmp_path, file, time="t", time_unit=unit).sequence("t").tolist() == [10**9]
 
 
 UNLIKELY: dict[str, tuple[list[Any], str, str]] = {
-    "Excel": (
-        [45_000.5, 45_443],
-        "s",
-        "12:30:00 to 1970-01-01 12:37:23 UTC, before 1990. It looks like days since 1900",
-    ),
-    "YYYYMMDD": (
-        [20_240_531, 20_240_601],
-        "s",
-        "before 1990. It looks like a date as YYYYMMDD: write dates as 2024-05",
-    ),
-    "YYYYMMDDhhmmss": ([20_240_531_120_000] * 2, "ms", "after 2100. It looks like a date and time as YYYYMMDDhhmmss"),
-    "seconds": ([1_717_000_000, 1_718_000_000], "ms", "before 1990. In seconds it would be after 1990: --time_unit s"),
+    "Excel": ([45_000.5, 45_443] * 500, "s", "12:30:00 to 1970-01-01 12:37:23 UTC, before 1990"),
+    "YYYYMMDDhhmmss": ([20_240_531_120_000] * 1000, "ms", "after 2100"),
     "a counter": ([*range(1000)], "s", "before 1990. Is it the right column"),
     "one day": (["2024-05-31 12:00", "2024-05-31 23:00"] * 500, "s", "within one day. Is it the right column"),
 }

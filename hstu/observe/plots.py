@@ -28,7 +28,7 @@ def draw_curves(
 ) -> Optional[Path]:
     """Draw a PNG from metrics.jsonl: a panel for the loss and one per metric. Returns None if there is nothing to draw.
 
-    Validation metrics are lines, those of training samples dotted; a single test evaluation is a star. ``task_names``
+    Validation metrics are lines; a single test evaluation is a star. ``task_names``
     replace task0, task1, …. ``best``: iteration of the best checkpoint, marked by a dotted line.
     """
     if not metrics_file.exists():
@@ -115,12 +115,12 @@ def _draw_metric(
     tasks = [task for task in dict.fromkeys(task for _, task in curves) if task]
     for task in [*tasks, ""]:
         colour = colours.get(task, _BLACK if tasks else COLOURS[0])
-        drawn = {split: curves[split, task] for split in ("train", "valid", "test") if (split, task) in curves}
+        drawn = {split: curves[split, task] for split in ("valid", "test") if (split, task) in curves}
         for split, points in drawn.items():
             final = bool(_star(split, points))
             axes.plot(
                 *zip(*points, strict=True),
-                "*" if final else {"train": ":", "valid": "o-"}.get(split, "s--"),
+                "*" if final else "o-" if split == "valid" else "s--",
                 color=colour,
                 linewidth=2.6 if tasks and not task else 1.6,
                 markersize=14.0 if final else 4.0,
@@ -128,8 +128,7 @@ def _draw_metric(
                 zorder=5 if final else 2,
             )
         if drawn:  # tasks with names have no mean
-            evaluated = ((split, points) for split, points in drawn.items() if split != "train")
-            values = (f"{_star(split, points)}{points[-1][1]:.4f}" for split, points in evaluated)
+            values = (f"{_star(split, points)}{points[-1][1]:.4f}" for split, points in drawn.items())
             label = task or ("request" if AT_LAST_EVENT in tasks else "mean")
             axes.plot([], [], color=colour, linewidth=4, label="  ".join([label, *values]))
     _add_legend(axes, tasks)

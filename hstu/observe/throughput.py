@@ -234,9 +234,7 @@ class Profiler:
 
     def __init__(self, directory: Path, args: TrainerArgs, rank: int = 0) -> None:
         self.trace_file = Path(directory) / f"trace-rank{rank}.json.gz"
-        is_on = args.profile and rank in (args.profile_ranks or [rank])
-        self._window = range(args.profile_step_start, args.profile_step_end if is_on else args.profile_step_start)
-        self._contents = args.profile_with
+        self._window = range(args.profile_step_start, args.profile_step_end if args.profile else 0)
         self._profile: Optional[profile] = None
         self._cuda = torch.cuda.is_available()
         self._last: Optional[int] = None
@@ -276,12 +274,7 @@ class Profiler:
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStart()
-        self._profile = profile(
-            activities=activities,
-            profile_memory="memory" in self._contents,
-            record_shapes="shapes" in self._contents,
-            with_stack="stacks" in self._contents,
-        )
+        self._profile = profile(activities=activities)
         self._profile.start()
 
     def _stop(self) -> None:

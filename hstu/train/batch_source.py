@@ -151,10 +151,6 @@ class BatchSource(ABC):
     def batch_of(self, samples: np.ndarray) -> HSTUBatch:
         """The training batch of these rows of the sample table, int64 [S], as any rank may get it at any step."""
 
-    def sample_batches(self, count: int) -> Iterator[HSTUBatch]:
-        """Evaluation batches of at most ``count`` training samples, evenly spaced. None of random data."""
-        return iter(())
-
     @abstractmethod
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """Endless training batches on the host, starting at ``position``."""

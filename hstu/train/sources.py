@@ -193,17 +193,6 @@ class StoreSource(BatchSource):
         """See BatchSource."""
         return self._collator(self.store, self._train_samples)(BatchPlan.of(samples))
 
-    def sample_batches(self, count: int) -> Iterator[HSTUBatch]:
-        """See BatchSource. Retrieval predicts the newest item of a sample, its last label."""
-        table, trainer = self._train_samples, self._config.trainer
-        samples = table.take(np.linspace(0, len(table) - 1, min(count, len(table))).astype(np.int64))
-        if self._config.task == "retrieval":
-            samples = samples.take(np.flatnonzero(samples.lengths > 1))
-            newest = samples.stop - 1
-            samples = replace(samples, target=newest, stop=newest, lengths=samples.lengths - 1, num_labels=0 * newest)
-        sampler = EvalSampler(len(samples), trainer.eval_batch_size, self._rank, self._world_size)
-        return build_loader(self._collator(self.store, samples), sampler)
-
     def train_batches(self, position: SamplerPosition) -> Iterator[HSTUBatch]:
         """See BatchSource."""
         trainer = self._config.trainer

@@ -294,8 +294,6 @@ class Trainer:
         for table, report in record.tables.items():
             log.info(describe_report(table, report))
         bar.set_postfix(loss=f"{loss:.4g}", refresh=False)
-        if self.args.train_metrics_samples:
-            self._measure("train", self.source.sample_batches(self.args.train_metrics_samples), self.state.iteration)
 
     def _evaluate_at_end(self) -> None:
         """Evaluate the last weights on the splits that choose the best ones, and the best ones on the other splits."""

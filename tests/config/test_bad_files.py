@@ -162,8 +162,6 @@ TOGETHER = [
         told=("cannot be combined with TrainerArgs.max_train_iters = 5",)),
     bad("profile window", "ranking", "TrainerArgs.profile = True", "TrainerArgs.profile_step_start = 300" + HERE,
         told=("must be below TrainerArgs.profile_step_end = 200",)),
-    bad("profile of no rank", "ranking", "TrainerArgs.profile = True", "TrainerArgs.profile_ranks = [0, 3]" + HERE,
-        told=("must be below the number of ranks, which is 3",), world_size=3),
     bad("epochs in the plural", "ranking", 'TrainerArgs.eval_interval = "2 epochs"' + HERE,
         told=("expected int, at least 0, or '1 epoch'", "did you mean '2 epoch'?")),
     bad("minutes", "ranking", 'TrainerArgs.log_interval = "30 min"' + HERE,

@@ -157,7 +157,7 @@ def test_a_run_resumes_with_every_option_that_does_not_change_the_result(
             "cache_dir",
         ),
         *("best_metric", "best_metric_mode", "eval_metrics", "ckpt_save_interval"),  # names, or useless alone
-        *("tensor_model_parallel_size", "sequence_parallel", "same_second_targets", "profile_ranks"),
+        *("tensor_model_parallel_size", "sequence_parallel", "same_second_targets"),
     }, "texts, what needs or names ranks (see tests/distributed), and what is for retrieval"
 
 

@@ -9,7 +9,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -118,19 +117,12 @@ def test_gradient_norms_are_what_sgd_subtracts_from_weights_and_tables(
 
 
 @pytest.mark.parametrize("task", ["ranking", "retrieval"])
-def test_log_lines_can_evaluate_training_samples_and_show_all_learning_rates(train: Train, task: str) -> None:
+def test_log_lines_show_all_learning_rates(train: Train, task: str) -> None:
     parts = [PartOptimizerArgs(regex="uvqk", learning_rate=0.5), PartOptimizerArgs(regex="out")]
     optimizer = {"part_optimizers": parts, "sparse_learning_rate": 0.25}
-    own = train(task, trainer={"log_interval": 2, "train_metrics_samples": 6}, optimizer=optimizer)
-    assert own.evaluations == [(2, "train"), (4, "train")] and own.summary["last_metrics"] == {}
+    own = train(task, trainer={"log_interval": 2}, optimizer=optimizer)
     rates = [own.records[0][name] for name in ("lr", "lr_tables", "lr/uvqk", "lr/out")]
     assert rates == [0.01, 0.25, 0.5, 0.01]
-    (batch,) = own.trainer.source.sample_batches(6)
-    assert len({*batch.user_ids[: batch.real_batch_size].tolist()}) == 6
-    known = own.trainer.source.batch_of(np.array([0]))
-    last = known.labels[known.num_labels_host[0] - 1]
-    assert batch.labels[batch.num_labels_host[0] - 1 if task == "ranking" else 0] == last
-    assert train(task, trainer={"log_interval": 2}, optimizer=optimizer).losses == own.losses
 
 
 def test_evaluating_in_between_does_not_change_training(train: Train) -> None:

@@ -41,10 +41,6 @@ class TrainerArgs(Args):
     during training, see eval_at_end."""
     log_interval: int | str = _interval(100, minimum=1)
     """Iterations or epochs between two log lines."""
-    train_metrics_samples: int = option(0, changes="reports", minimum=0, maximum=1_000_000, needs=STORED_DATA)
-    """Samples of the training data, evenly spaced, that each log line evaluates like "valid" (as split "train"; in
-    retrieval by the last item that is trained on). If they are 1 % of the sequences between two log lines, they take
-    about 0.3 % of the time; in retrieval, ranking the corpus comes on top. 0: none."""
     max_train_iters: Optional[int] = option(None, changes="training", minimum=1)
     """Iterations to train. None: one pass over the data. A number above one pass continues with reshuffled epochs."""
     num_train_epochs: Optional[float] = option(None, changes="training", above=0, excludes={"max_train_iters": ""})
@@ -59,13 +55,6 @@ class TrainerArgs(Args):
     """First profiled iteration."""
     profile_step_end: int = option(200, changes="reports", minimum=1, needs=having("profile", True))
     """First iteration after the profiled ones."""
-    profile_with: list[str] = option(
-        [], changes="reports", choices=("memory", "shapes", "stacks"), needs=having("profile", True)
-    )
-    """What a trace has beside operators and kernels, at some cost. memory: allocations. shapes: sizes of the inputs of
-    operators. stacks: lines of Python."""
-    profile_ranks: list[int] = option([], changes="reports", minimum=0, needs=having("profile", True))
-    """Ranks that write a trace. []: all."""
     ckpt_save_interval: Optional[int | str] = _interval(None, minimum=-1)
     """Iterations or epochs between two checkpoints. The last state (save_at_end) and the best one
     (best_metric) are saved as well. None: only these. -1, or from 999999999 on: save none."""

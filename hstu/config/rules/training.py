@@ -24,11 +24,6 @@ def profiled_iterations_are_a_range(run: RunConfig) -> Iterator[Problem]:
         yield problem(trainer, "profile_step_start", f"must be below {cited(trainer, 'profile_step_end')}")
 
 
-def profiled_ranks_exist(run: RunDraft) -> Iterator[Problem]:
-    if max(run.trainer.profile_ranks, default=0) >= run.world_size:
-        yield problem(run.trainer, "profile_ranks", f"must be below the number of ranks, which is {run.world_size}")
-
-
 def save_interval_is_not_zero(run: RunConfig) -> Iterator[Problem]:
     if run.trainer.ckpt_save_interval == 0:
         yield problem(run.trainer, "ckpt_save_interval", "expected int, at least 1, or -1 to save no checkpoint")
@@ -175,7 +170,7 @@ def _schedules(run: RunConfig) -> Iterator[LRScheduleArgs]:
 
 
 RULES = (
-    profiled_iterations_are_a_range, profiled_ranks_exist, save_interval_is_not_zero, urls_are_where_they_may_be,
+    profiled_iterations_are_a_range, save_interval_is_not_zero, urls_are_where_they_may_be,
     best_metric_is_measured, best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence,
     heads_divide, ranks_divide, parts_are_of_the_dense_weights, muon_has_whole_matrices,
     initial_accumulator_is_of_an_adagrad, milestones_fit_the_schedule,

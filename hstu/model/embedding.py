@@ -45,8 +45,6 @@ class TableSpec:
     """Optimizer of this table; None: the optimizer of all tables."""
     learning_rate: float | None = None
     """Peak learning rate of this table; None: the rate of all tables."""
-    weight_decay: float | None = None
-    """Decoupled weight decay of this table; None: that of all tables."""
     compute_kernel: str | None = None
     """TorchRec's compute kernel; None: the planner chooses."""
     dtype: torch.dtype = torch.float32
@@ -117,7 +115,6 @@ def table_specs(
                 dynamic=dynamic,
                 optimizer=table.optimizer_str,
                 learning_rate=table.learning_rate,
-                weight_decay=table.weight_decay,
                 compute_kernel=table.compute_kernel,
                 dtype=torch.bfloat16 if table.data_type == "bfloat16" else torch.float32,
             )

@@ -21,8 +21,7 @@ class RowUpdate:
     - rowwise_adagrad: the same, with the mean of g² over the row in place of g²
     - sgd: w ← w - lr · g
 
-    With a weight decay λ, each first does w ← (1 - lr · λ) w. adam and partial_rowwise_adam are FBGEMM's.
-    torch.optim.SparseAdam adds ε to the uncorrected √v instead.
+    adam and partial_rowwise_adam are FBGEMM's. torch.optim.SparseAdam adds ε to the uncorrected √v instead.
     """
 
     optimizer: Literal["adam", "partial_rowwise_adam", "adagrad", "rowwise_adagrad", "sgd"]
@@ -33,8 +32,6 @@ class RowUpdate:
     """t, counted from 1."""
     max_gradient: float | None = None
     """Absolute value to which g is clamped; None: no limit."""
-    weight_decay: float = 0.0
-    """λ."""
 
 
 UpdateRows = Callable[[Tensor, Tensor, Sequence[Tensor], RowUpdate, Tensor | None], None]
@@ -86,8 +83,6 @@ def _new_weight_and_states(g: Tensor, weight: Tensor, states: Sequence[Tensor], 
     if update.max_gradient is not None:
         g = g.clamp(-update.max_gradient, update.max_gradient)
     rate, eps = update.learning_rate, update.eps
-    if update.weight_decay:
-        weight = weight * (1 - rate * update.weight_decay)
     match update.optimizer:
         case "sgd":
             return [torch.add(weight, g, alpha=-rate)]

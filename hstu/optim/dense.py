@@ -211,10 +211,7 @@ def _build(parameters: list[nn.Parameter], settings: OptimizerSettings, args: Op
         case "sgd":
             return torch.optim.SGD(parameters, lr=rate, momentum=args.momentum, fused=True)
         case "adagrad":
-            initial = args.initial_accumulator_value
-            return torch.optim.Adagrad(
-                parameters, lr=rate, initial_accumulator_value=initial, eps=args.adam_eps, fused=True
-            )
+            return torch.optim.Adagrad(parameters, lr=rate, eps=args.adam_eps, fused=True)
         case "adam" | "adamw":
             betas = (args.adam_beta1, args.adam_beta2)
             return torch.optim.Adam(parameters, lr=rate, betas=betas, eps=args.adam_eps, fused=True)

@@ -12,10 +12,7 @@ from typing import Any, Self, cast
 import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-    WeightDecayMode,
-)
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor, nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
@@ -35,12 +32,10 @@ OPTIMIZERS: dict[str, tuple[EmbOptimType, tuple[str, ...]]] = {
     "adagrad": (EmbOptimType.EXACT_ADAGRAD, ("sum",)),
     "rowwise_adagrad": (EmbOptimType.EXACT_ROWWISE_ADAGRAD, ("rowwise_sum",)),
     "adam": (EmbOptimType.ADAM, ("exp_avg", "exp_avg_sq")),
-    "adamw": (EmbOptimType.ADAM, ("exp_avg", "exp_avg_sq")),  # equals adam: the decay of all tables is decoupled
+    "adamw": (EmbOptimType.ADAM, ("exp_avg", "exp_avg_sq")),  # equals adam, as tables have no decay
     "partial_rowwise_adam": (EmbOptimType.PARTIAL_ROWWISE_ADAM, ("exp_avg", "rowwise_exp_avg_sq")),
 }
 """Optimizer → FBGEMM's; names of its states in torch.optim, float32 [rows, columns], or [rows] for ``rowwise_…``."""
-_WITHOUT_DECAY = ("sgd", "adagrad")
-"""Optimizers that have no decoupled weight decay in FBGEMM."""
 
 
 def is_rowwise(state: str) -> bool:
@@ -62,10 +57,6 @@ class TableTraining:
     learning_rate: float
     max_gradient: float | None = None
     """Row gradients are clamped to ± this value."""
-    weight_decay: float = 0.0
-    """Decoupled decay of the rows that a step updates."""
-    initial_accumulator: float = 0.0
-    """What the sums of squares of adagrad and rowwise_adagrad begin with."""
     dtype: torch.dtype = torch.float32
     """Type of the rows. Optimizer states are float32."""
 
@@ -78,9 +69,8 @@ class TableTraining:
         optimizer = spec.optimizer or optimizer or OF_MATRICES.get(args.optimizer_str, args.optimizer_str)
         if spec.replicated and optimizer == "rowwise_adagrad":
             optimizer = "adagrad"
-        decay = args.sparse_weight_decay if spec.weight_decay is None else spec.weight_decay
         rate = spec.learning_rate or rate or args.learning_rate
-        return cls(optimizer, rate, args.sparse_max_gradient, decay, args.initial_accumulator_value, spec.dtype)
+        return cls(optimizer, rate, args.sparse_max_gradient, spec.dtype)
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -92,18 +82,9 @@ class TableTraining:
         numbers = [1 if is_rowwise(state) else columns for state in self.states]
         return columns * self.dtype.itemsize + sum(numbers) * FLOAT32
 
-    def initial(self, state: str) -> float:
-        """Return the value that each number of a state begins with."""
-        return self.initial_accumulator if state.endswith("sum") else 0.0
-
-    @property
-    def lacks_decay(self) -> bool:
-        """Whether the table decays and FBGEMM's optimizer does not."""
-        return self.weight_decay > 0 and self.optimizer in _WITHOUT_DECAY
-
     def is_row_sparse(self, device_type: str) -> bool:
         """Return whether ``TableOptimizer.step`` updates the sharded table, from sparse gradients."""
-        lacks_on_cpu = self.optimizer.endswith(("adam", "adamw")) or self.lacks_decay
+        lacks_on_cpu = self.optimizer.endswith(("adam", "adamw"))
         return self.dtype != torch.float32 or (device_type == "cpu" and lacks_on_cpu)  # FBGEMM has no bfloat16
 
     def fused_params(self, args: OptimizerArgs) -> dict[str, Any]:
@@ -113,10 +94,6 @@ class TableTraining:
             params["eps"] = args.adam_eps
         if self.optimizer.endswith(("adam", "adamw")):
             params |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2}
-        if self.weight_decay:
-            params["weight_decay"] = self.weight_decay
-            if self.optimizer == "rowwise_adagrad":  # the others have no other decay
-                params["weight_decay_mode"] = WeightDecayMode.DECOUPLE
         if self.max_gradient is not None:
             params["max_gradient"] = self.max_gradient  # for FusedEmbedding
         return params
@@ -172,11 +149,6 @@ class TableOptimizer:
             name: partial(_row_keys, table_key(seed, name), first_rows.get(name, 0)) for name in self._weights
         }
         """Table that ``step`` updates → rows of this rank, int64 [n] → keys by which they are rounded to bfloat16."""
-        live = [(key, tensor) for key, held in self.state_tensors().items() for _, tensor in held]
-        for key, tensor in [*live, *self.replicated_state_tensors().items()]:
-            table, _, state = key.rpartition(".")
-            if value := training[table].initial(state):  # zeros are there, in memory that nothing has touched yet
-                tensor.fill_(value)
 
     @property
     def learning_rate(self) -> float:
@@ -239,7 +211,6 @@ class TableOptimizer:
                     betas=(self._args.adam_beta1, self._args.adam_beta2),
                     step=self.steps,
                     max_gradient=own.max_gradient,
-                    weight_decay=own.weight_decay,
                 )
                 if weight.dtype == torch.float32:
                     self._update_rows(weight.grad, weight, tuple(self.states[name].values()), update, found_inf)

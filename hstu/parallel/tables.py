@@ -352,11 +352,6 @@ def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: 
             log.warning("%s is ignored on a CPU: %s is used, which trains the same", option, used)
         elif device_type != "cpu" and spec.compute_kernel == "dense":
             raise ConfigError(f"{option}: it exists only on a CPU, where FBGEMM has no Adam; use 'fused' on a GPU")
-        if device_type != "cpu" and training.lacks_decay and not spec.replicated:
-            raise ConfigError(
-                f"table {spec.name!r} has a weight decay of {training.weight_decay}, but FBGEMM's {training.optimizer} "
-                "on GPUs has none; use adam, partial_rowwise_adam or rowwise_adagrad, or sparse_weight_decay = 0"
-            )
         if device_type != "cpu" and spec.dtype != torch.float32:
             memory = plan_memory(spec, training, ranks=1) if spec.dynamic else None
             if spec.replicated or spec.compute_kernel or (memory and memory.gpu_rows < memory.rows):

@@ -204,8 +204,6 @@ TOGETHER = [
         "OptimizerArgs.part_optimizers = [@head/PartOptimizerArgs()]", told=("tensor_model_parallel_size = 2",),
         world_size=2),
     bad("muon of a table", "ranking", 'OptimizerArgs.sparse_optimizer_str = "muon"' + HERE, told=("one of 'adam'",)),
-    bad("accumulator of no adagrad", "ranking", "OptimizerArgs.initial_accumulator_value = 0.1" + HERE,
-        told=("is for adagrad and rowwise_adagrad, which nothing in this run has",)),
     bad("part of a misspelt scope", "ranking", 'head/PartOptimizerArgs.regex = "head"',
         "OptimizerArgs.part_optimizers = [@haed/PartOptimizerArgs()]" + HERE,
         told=("nothing is bound to haed/PartOptimizerArgs", "did you mean '@head/PartOptimizerArgs()'")),

@@ -257,11 +257,8 @@ CASES: dict[str, Any] = {
     **{f"static/{name}": partial(beside_static, optimizer=name) for name in ("adagrad", "rowwise_adagrad")},
     "static/sgd, continuous": partial(beside_static, optimizer="sgd", dist_type="continuous", dim=6),
     "static/adam, hashed": partial(beside_static, optimizer="adam", dist_type="hash_roundrobin", dim=6),
-    "static/decaying": partial(
-        beside_static,
-        optimizer="partial_rowwise_adam",
-        trained={"user": {"optimizer_str": "adagrad"}},
-        optimizer_args={"sparse_weight_decay": 0.2, "initial_accumulator_value": 0.3},
+    "static/rowwise": partial(
+        beside_static, optimizer="partial_rowwise_adam", trained={"user": {"optimizer_str": "adagrad"}}
     ),
     "static/mixed": partial(
         beside_static, optimizer="adam", trained=MIXED, optimizer_args={"sparse_max_gradient": 0.01}

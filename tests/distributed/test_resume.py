@@ -34,13 +34,8 @@ CASES: dict[str, Any] = {
     "adam, two replicated": {"optimizer": "adam", "replicated": ["action", "user"]},
     "rowwise_adagrad": {"optimizer": "rowwise_adagrad"},
     "width no multiple of 4": {"optimizer": "adagrad", "dim": 6},
-    "partial_rowwise_adam": {"optimizer": "partial_rowwise_adam", "optimizer_args": {"sparse_weight_decay": 0.1}},
+    "partial_rowwise_adam": {"optimizer": "partial_rowwise_adam"},
     "muon": {"optimizer": "muon", "optimizer_args": {"weight_decay": 0.1}},
-    "decaying, begun": {
-        "optimizer": "adagrad",
-        "trained": {"user": {"optimizer_str": "rowwise_adagrad", "weight_decay": 0.3}, "item": {"weight_decay": 0.2}},
-        "optimizer_args": {"initial_accumulator_value": 0.1},
-    },
     "bfloat16": {
         "init_seed_offset": 1,  # also before the checkpoint, as rows are rounded by the seed
         "optimizer": "adam",

@@ -57,21 +57,16 @@ MIXED: dict[str, Any] = {
     "limited columns": {"optimizer": "sgd", "sharding": "column_wise", "optimizer_args": LIMITED},
     "limited, planned": {"optimizer": "adagrad", "sharding": "auto", "optimizer_args": LIMITED, "replicated": []},
 }
-DECAYING = {"sparse_weight_decay": 0.2, "initial_accumulator_value": 0.3}
-BEGUN = {"initial_accumulator_value": 0.3, "sparse_max_gradient": 0.05}
 LONG: dict[str, Any] = {
-    "partial row-wise adam": {"optimizer": "partial_rowwise_adam", "trained": {"item": {"weight_decay": 0.4}}},
-    "decays of adam and sgd": {"optimizer": "adam", "trained": OWN, "optimizer_args": {"sparse_weight_decay": 0.2}},
-    "decay of adagrad": {"optimizer": "adagrad", "replicated": ["user"], "optimizer_args": DECAYING},
-    "decay of rowwise_adagrad": {"optimizer": "rowwise_adagrad", "optimizer_args": DECAYING},
-    "begun adagrads": {"optimizer": "adagrad", "trained": OWN, "optimizer_args": BEGUN},
+    "partial row-wise adam": {"optimizer": "partial_rowwise_adam"},
+    "limited adagrads": {"optimizer": "adagrad", "trained": OWN, "optimizer_args": {"sparse_max_gradient": 0.05}},
 }
 """Cases that train for twenty steps."""
 MIXED |= {name: {"steps": 20, **case} for name, case in LONG.items()}
 OWN_ROUNDED: dict[str, Any] = {
     "user": {"optimizer_str": "rowwise_adagrad"},
     "item": {},
-    "action": {"weight_decay": 0.4},
+    "action": {},
 }
 ROUNDED = {feature: {"data_type": "bfloat16", **own} for feature, own in OWN_ROUNDED.items()}
 CASES |= MIXED | {"bfloat16": {"steps": 20, "optimizer": "adam", "trained": ROUNDED}}
@@ -91,8 +86,6 @@ class Training:
     optimizer: str
     learning_rate: float
     max_gradient: float | None = None
-    weight_decay: float = 0.0
-    initial: float = 0.0
     is_rounded: bool = False
 
 
@@ -266,7 +259,6 @@ def test_bfloat16_rows_equal_a_reference_that_rounds_by_seed_table_step_row_and_
 def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[str, Any], list[float], list[float]]:
     """What the steps of a case come to."""
     args = case.get("optimizer_args", {})
-    accumulator = args.get("initial_accumulator_value", 0.0)
     name, replicated = case["optimizer"], case.get("replicated", ["action"])
     replicas = "adagrad" if name == "rowwise_adagrad" else name  # what replicated tables make of it
     tables = {
@@ -274,15 +266,13 @@ def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[st
             own.get("optimizer_str", replicas if feature in replicated else name),
             own.get("learning_rate", LEARNING_RATE),
             max_gradient=args.get("sparse_max_gradient"),
-            weight_decay=own.get("weight_decay", args.get("sparse_weight_decay", 0.0)),
-            initial=accumulator,
             is_rounded="data_type" in own,
         )
         for feature in ("user", "item", "action")
         for own in [case.get("trained", {}).get(feature, {})]
     }
     parts = {part["regex"]: (part["optimizer_str"], part["learning_rate"]) for part in case.get("parts", ())}
-    return reference({"": (name, LEARNING_RATE)} | parts, tables, initial, case.get("steps", 3), accumulator)
+    return reference({"": (name, LEARNING_RATE)} | parts, tables, initial, case.get("steps", 3))
 
 
 def test_weight_decay_does_not_touch_sharded_or_replicated_tables(on_one_rank: Any) -> None:
@@ -335,7 +325,6 @@ def reference(
     tables: dict[str, Training],
     initial: dict[str, Any],
     steps: int,
-    accumulator: float,
 ) -> tuple[dict[str, Any], list[float], list[float]]:
     """Final tables and dense weights, each step's loss, and how far each step's clamp cut gradients (0: it did not).
 
@@ -345,7 +334,7 @@ def reference(
     task = ToyTask(8, 8, dropout=0.0).double()
     rows_of = {name: torch.tensor(rows, dtype=torch.float64, requires_grad=True) for name, rows in initial.items()}
     optimizers = [
-        _dense(name, rate, accumulator, [w for key, w in task.named_parameters() if _part(key, dense) == part])
+        _dense(name, rate, [w for key, w in task.named_parameters() if _part(key, dense) == part])
         for part, (name, rate) in dense.items()
     ]
     states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in tables}
@@ -394,10 +383,10 @@ def _part(name: str, parts: dict[str, tuple[str, float]]) -> str:
     return max((part for part in parts if name.startswith(part)), key=len)
 
 
-def _dense(name: str, rate: float, initial: float, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _dense(name: str, rate: float, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if name in DENSE:
         return DENSE[name](weights, lr=rate, **({} if name == "sgd" else {"eps": EPS}))
-    return torch.optim.Adagrad(weights, lr=rate, initial_accumulator_value=initial, eps=EPS)
+    return torch.optim.Adagrad(weights, lr=rate, eps=EPS)
 
 
 def _clamp(gradient: torch.Tensor | None, limit: float | None) -> float:
@@ -415,7 +404,6 @@ def update_rows(
 ) -> None:
     assert table.grad is not None
     optimizer, rate, gradient = training.optimizer, training.learning_rate, table.grad[rows]
-    table[rows] *= 1 - rate * training.weight_decay
     if optimizer == "sgd":
         table[rows] -= rate * gradient
     elif optimizer in ("adam", "partial_rowwise_adam"):
@@ -428,6 +416,6 @@ def update_rows(
         table[rows] -= rate * corrected[0] / (corrected[1].sqrt() + EPS)
     else:
         squares = gradient**2 if optimizer == "adagrad" else (gradient**2).mean(dim=1, keepdim=True)
-        total = state.setdefault("sum", torch.full_like(table[:, : squares.shape[1]], training.initial))
+        total = state.setdefault("sum", torch.zeros_like(table[:, : squares.shape[1]]))
         total[rows] += squares
         table[rows] -= rate * gradient / (total[rows].sqrt() + EPS)

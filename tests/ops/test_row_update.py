@@ -40,7 +40,6 @@ def oracle(rows: Tensor, values: Tensor, tables: list[Tensor], update: RowUpdate
 
 def _number(g: float, mean_square: float, old: list[float], update: RowUpdate) -> list[float]:
     rate, eps, (beta1, beta2), step = update.learning_rate, update.eps, update.betas, update.step
-    old = [old[0] - rate * update.weight_decay * old[0], *old[1:]]
     match update.optimizer:
         case "sgd":
             return [old[0] - rate * g]
@@ -73,7 +72,6 @@ def case(optimizer: str, count: int, table_rows: int, width: int, seed: int = 0)
     table_rows=st.sampled_from([1, 5, 3000]),
     width=st.sampled_from([1, 16, 50]),
     max_gradient=st.sampled_from([None, 0.5]),
-    weight_decay=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 1000),
 )
 def test_rows_with_a_gradient_are_trained_by_the_formula(
@@ -83,11 +81,10 @@ def test_rows_with_a_gradient_are_trained_by_the_formula(
     table_rows: int,
     width: int,
     max_gradient: float | None,
-    weight_decay: float,
     seed: int,
 ) -> None:
     rows, values, tables = case(optimizer, count, table_rows, width, seed)
-    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=3, max_gradient=max_gradient, weight_decay=weight_decay)
+    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=3, max_gradient=max_gradient)
     expected = oracle(rows, values, tables, update)
     KERNELS[kernel](sparse(rows, values, tables[0].shape), tables[0], tables[1:], update)
     for table, right in zip(tables, expected, strict=True):
@@ -120,7 +117,7 @@ def test_a_dense_gradient_trains_the_same_rows_and_nothing_changes_in_a_step_tha
     rows, values, tables = case(optimizer, 40, 60, 5)
     others, before = ([table.clone() for table in tables] for _ in range(2))
     gradient = sparse(rows, values, (60, 5))
-    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=2, max_gradient=1.0, weight_decay=0.1)
+    update = RowUpdate(optimizer, 0.1, 1e-6, (0.9, 0.98), step=2, max_gradient=1.0)
     for each in (gradient, gradient.to_dense()):
         cpp.update_rows(each, tables[0], tables[1:], update, torch.tensor(1.0))
         assert all(map(torch.equal, before, tables))

@@ -227,14 +227,11 @@ def test_a_kernel_that_a_device_lacks_is_logged_with_its_replacement(
 
 
 def test_what_fbgemm_lacks_is_refused_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    args = OptimizerArgs(optimizer_str="sgd", learning_rate=0.1, sparse_weight_decay=0.1)
-    check_kernels([spec(None)], args, "cpu")
+    args = OptimizerArgs(optimizer_str="sgd", learning_rate=0.1)
     check_kernels([spec(None, "partial_rowwise_adam")], args, "cuda")
-    with pytest.raises(ConfigError, match=r"'item' has a weight decay of 0\.1, but FBGEMM's adagrad on GPUs has none"):
-        check_kernels([spec(None)], args, "cuda")
     with pytest.raises(ConfigError, match="of table 'item': it exists only on a CPU, where FBGEMM has no Adam"):
         messages("dense", "adam", "cuda", caplog)
-    half, args = replace(spec(None), dtype=torch.bfloat16), replace(args, sparse_weight_decay=0.0)
+    half = replace(spec(None), dtype=torch.bfloat16)
     check_kernels([half], args, "cuda")
     for other in (replace(half, replicated=True), replace(half, compute_kernel="fused_uvm")):
         with pytest.raises(ConfigError, match="table 'item': FBGEMM has no bfloat16 rows"):

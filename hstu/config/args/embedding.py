@@ -43,9 +43,9 @@ class EmbeddingArgs(NamedFeaturesArgs, OwnOptimizerArgs):
     )
     """Kernel of a model_parallel table. fused: FBGEMM updates the rows in backward. fused_uvm: the rows are in host
     memory. fused_uvm_caching: as fused_uvm, with a cache for a fifth of the rows in GPU memory. dense (CPU only): the
-    gradients of the rows go to our own optimizer. None: fused, or dense for what FBGEMM lacks on a CPU: adam, adamw,
-    partial_rowwise_adam, and weight decay with sgd and adagrad. A CPU always uses these defaults
-    and warns if another kernel is given. Not for dynamic tables, whose options for GPU memory decide."""
+    gradients of the rows go to our own optimizer. None: fused, or dense for what FBGEMM lacks on a CPU: adam, adamw
+    and partial_rowwise_adam. A CPU always uses these defaults and warns if another kernel is given.
+    Not for dynamic tables, whose options for GPU memory decide."""
     data_type: str = option("float32", changes="training", choices=("float32", "bfloat16"))
     """Type of the rows in memory and in checkpoints. bfloat16: half the bytes. Look-ups, gradients and optimizer states
     stay float32. A step rounds what it writes up or down by chance (stochastic rounding), so that on average changes

@@ -23,9 +23,6 @@ class OwnOptimizerArgs(Args):
     rowwise_adagrad: model_parallel tables only. partial_rowwise_adam: tables only."""
     learning_rate: Optional[float] = option(None, changes="training", above=0, maximum=1e6)
     """Peak learning rate. None: OptimizerArgs.learning_rate, or sparse_learning_rate for a model_parallel table."""
-    weight_decay: Optional[float] = option(None, changes="training", minimum=0)
-    """Decoupled weight decay; norms and biases never decay. None: OptimizerArgs.weight_decay, or for a table
-    sparse_weight_decay."""
 
 
 class PartOptimizerArgs(OwnOptimizerArgs):
@@ -37,6 +34,8 @@ class PartOptimizerArgs(OwnOptimizerArgs):
     """Python regular expression that is searched anywhere in the name of a dense weight. The names are as in a
     checkpoint, without "model.", such as task.encoder.stack.layers.0.uvqk.weight. For tables, use
     EmbeddingArgs.optimizer_str."""
+    weight_decay: Optional[float] = option(None, changes="training", minimum=0)
+    """Decoupled weight decay; norms and biases never decay. None: OptimizerArgs.weight_decay."""
 
 
 class OptimizerArgs(Args):
@@ -55,11 +54,8 @@ class OptimizerArgs(Args):
     """Decay of the second moment of adam, adamw and partial_rowwise_adam."""
     adam_eps: float = option(1e-8, changes="training", above=0)
     """Epsilon of all optimizers but sgd."""
-    initial_accumulator_value: float = option(0.0, changes="training", minimum=0)
-    """What the sums of squared gradients of adagrad and rowwise_adagrad begin with, in the dense part and the tables. 0
-    makes the first step of each weight as large as the learning rate."""
     weight_decay: float = option(0.0, changes="training", minimum=0)
-    """Decoupled weight decay of dense weights. Norms and biases never decay, tables by sparse_weight_decay."""
+    """Decoupled weight decay of dense weights. Tables, norms and biases never decay."""
     momentum: float = option(0.0, changes="tensors", minimum=0, below=1)
     """Momentum of sgd in the dense part. Tables have none."""
     sparse_optimizer_str: Optional[str] = option(None, changes="tensors", choices=OPTIMIZERS)
@@ -70,10 +66,6 @@ class OptimizerArgs(Args):
     """Limit of each element of the gradient of a table row. It is the gradient of the mean loss over the global
     batch, summed over all look-ups of the row; it is clamped to [-limit, limit] before the optimizer of the table, and
     for data_parallel tables after TrainerArgs.max_grad_norm. None: no limit."""
-    sparse_weight_decay: float = option(0.0, changes="training", minimum=0)
-    """Decoupled weight decay of the tables that set no weight_decay, model_parallel and data_parallel: a step first
-    multiplies each row that it trains by 1 - learning rate · decay. Other rows stay as they are. On GPUs, FBGEMM has no
-    such decay for model_parallel tables with sgd or adagrad, which is an error."""
     part_optimizers: list[PartOptimizerArgs] = option([], changes="tensors")
     """Parts of the dense weights with their own optimizer, learning rate or weight decay. A weight belongs to the first
     part whose regex is found in its name. LRScheduleArgs, max_grad_norm and ema_decay apply to all parts."""

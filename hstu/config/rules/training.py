@@ -136,15 +136,6 @@ def muon_has_whole_matrices(run: RunConfig) -> Iterator[Problem]:
                 yield problem(part, "optimizer_str", text)
 
 
-def initial_accumulator_is_of_an_adagrad(run: RunConfig) -> Iterator[Problem]:
-    args = run.optimizer
-    used = [args.optimizer_str, args.sparse_optimizer_str]
-    used += [getattr(part, "optimizer_str", None) for part in (*args.part_optimizers, *run.embeddings)]
-    if args.initial_accumulator_value and not any(name and name.endswith("adagrad") for name in used):
-        text = "is for adagrad and rowwise_adagrad, which nothing in this run has; remove it, or choose one of them"
-        yield problem(args, "initial_accumulator_value", text)
-
-
 def milestones_fit_the_schedule(run: RunConfig) -> Iterator[Problem]:
     for schedule in _schedules(run):
         if any(left >= right for left, right in pairwise(schedule.milestones)):
@@ -173,6 +164,6 @@ RULES = (
     profiled_iterations_are_a_range, save_interval_is_not_zero, urls_are_where_they_may_be,
     best_metric_is_measured, best_metric_mode_fits_the_metric, token_limit_admits_the_longest_sequence,
     heads_divide, ranks_divide, parts_are_of_the_dense_weights, muon_has_whole_matrices,
-    initial_accumulator_is_of_an_adagrad, milestones_fit_the_schedule,
+    milestones_fit_the_schedule,
     warmup_and_decay_fit_into_the_run,
 )  # fmt: skip

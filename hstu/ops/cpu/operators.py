@@ -23,7 +23,7 @@ class _Arguments(Arguments):
     _fields_ = fields(
         (pointer, "rows gradients weight first second"),
         (int64, "count width"),
-        (float32, "rate eps beta1 beta2 correction1 correction2 max_gradient decay"),
+        (float32, "rate eps beta1 beta2 correction1 correction2 max_gradient"),
         (int32, "optimizer threads"),
     )
 
@@ -49,7 +49,6 @@ def update_rows(
         correction1=1 - update.betas[0] ** update.step,
         correction2=1 - update.betas[1] ** update.step,
         max_gradient=math.inf if update.max_gradient is None else update.max_gradient,
-        decay=1 - update.learning_rate * update.weight_decay,
         optimizer=_OPTIMIZERS.index(update.optimizer),
     )
     arguments.set(rows=rows, gradients=gradients, weight=weight.detach(), first=first, second=second)

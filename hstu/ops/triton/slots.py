@@ -68,9 +68,8 @@ def start_rows(
     columns: int | None = None,
     table_key: int = 0,
     init_std: float = 0.0,
-    fill: float = 0.0,
 ) -> None:
-    """Set target[rows[i] - first_row] for i below ``number`` to its initial row, or to ``fill`` without ``ids``.
+    """Set target[rows[i] - first_row] for i below ``number`` to its initial row, or to 0 without ``ids``.
 
     ``target``: float32 [R, columns or more], or [R]. ``rows``: int64 or int32 [n]; rows outside ``target`` are skipped.
     ``number``: int64 [1]. ``quantiles``, ``table_key`` and ``init_std``: see ``initial_rows`` in
@@ -90,7 +89,6 @@ def start_rows(
         stride=matrix.stride(0),
         table_key=table_key,
         init_std=init_std,
-        fill=fill,
     )
 
 
@@ -175,9 +173,9 @@ def mixed(ids):
     return bits ^ (bits >> 31)
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows", "columns", "table_key", "init_std", "fill"])
+@triton.jit(do_not_specialize=["first_row", "num_rows", "columns", "table_key", "init_std"])
 def write_first_values(
-    target, rows, ids, quantiles, number, first_row, num_rows, columns, stride, table_key, init_std, fill,
+    target, rows, ids, quantiles, number, first_row, num_rows, columns, stride, table_key, init_std,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """See ``start_rows``. Four columns share a hash, whose 16-bit parts select their quantiles. Grid: any."""
@@ -193,7 +191,7 @@ def write_first_values(
             column = start + tl.arange(0, COLUMNS)
             mask = here[:, None] & (column < columns)[None, :]
             if ids is None:
-                value = tl.zeros((BLOCK, COLUMNS), tl.float32) + fill
+                value = tl.zeros((BLOCK, COLUMNS), tl.float32)
             else:
                 bits = mixed(key[:, None] + (column // 4)[None, :])
                 part = (bits >> (16 * (column % 4)).to(tl.uint64)[None, :]) & 0xFFFF

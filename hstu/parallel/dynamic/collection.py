@@ -100,8 +100,7 @@ class ShardedDynamicCollection(DistinctIdsCollection):
         for name in self.embeddings:
             training = optimizer.training[name]
             own_states = {state: states[f"{name}.{state}"][0][1] for state in training.states}
-            initial = {state: training.initial(state) for state in own_states}
-            block = RowBlock(weights[name].local_shards()[0].tensor, own_states, caches.get(name), initial)
+            block = RowBlock(weights[name].local_shards()[0].tensor, own_states, caches.get(name))
             blocks.setdefault(logical_name(name), []).append(block)
         self.tables = {
             name: DynamicTable(spec_of[name], seed, Rows(own, spec_of[name].dim)) for name, own in blocks.items()

@@ -8,7 +8,7 @@ other.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -30,8 +30,6 @@ class RowBlock:
     states: Mapping[str, Tensor]
     """By name: [rows, stored_dim], or [rows] if rowwise."""
     cache: "FbgemmCache | None" = None
-    initial: Mapping[str, float] = field(default_factory=dict)
-    """State → its value in a new row, if not 0."""
 
 
 class Rows:
@@ -56,13 +54,13 @@ class Rows:
 
     @torch.no_grad()
     def initialize(self, slots: Tensor, weight: Tensor, states: Mapping[str, Tensor] | None = None) -> None:
-        """Write ``weight``, [n, dim], and ``states`` (None: initial ones) to distinct ``slots``, int64 [n]."""
+        """Write ``weight``, [n, dim], and ``states`` (None: zeros) to distinct ``slots``, int64 [n]."""
         for block, used in self._ranges(len(self)):
             here = (slots >= used.start) & (slots < used.stop) if len(self.blocks) > 1 else slice(None)
             rows, own = slots[here] - used.start, weight[here]
             block.weight[rows, : self.dim] = own.to(block.weight.dtype)
             for name, state in block.states.items():
-                state.index_fill_(0, rows, block.initial.get(name, 0))
+                state.index_fill_(0, rows, 0)
                 if states is not None:
                     state[(rows, slice(self.dim))[: state.dim()]] = states[name][here]
             if block.cache is not None:
@@ -98,8 +96,8 @@ class Rows:
         columns = None if ids is None else self.dim
         for block, held in self._ranges(len(self)):
             kernels.start_rows(block.weight, slots, number, ids, first_row=held.start, columns=columns, **initial)
-            for name, state in block.states.items():
-                kernels.start_rows(state, slots, number, first_row=held.start, fill=block.initial.get(name, 0.0))
+            for state in block.states.values():
+                kernels.start_rows(state, slots, number, first_row=held.start)
             if block.cache is not None:
                 places = torch.arange(len(slots), device=slots.device)
                 here = (places < number) & (slots >= held.start) & (slots < held.stop)
@@ -137,9 +135,9 @@ class Rows:
 
     def initial_states(self, number: int) -> dict[str, Tensor]:
         """Return states of ``number`` untrained rows, on the host: [number, dim], or [number] if rowwise."""
-        states, initial = self.blocks[0].states.items(), self.blocks[0].initial
+        states = self.blocks[0].states.items()
         sizes = {name: (number, self.dim) if state.dim() > 1 else (number,) for name, state in states}
-        return {name: torch.full(sizes[name], initial.get(name, 0.0), dtype=state.dtype) for name, state in states}
+        return {name: torch.zeros(sizes[name], dtype=state.dtype) for name, state in states}
 
     def _ranges(self, number: int) -> Iterator[tuple[RowBlock, range]]:
         start = 0

@@ -14,7 +14,7 @@ extern "C" struct HstuRowUpdate {
     const float* gradients;  // [count, width], contiguous
     float *weight, *first, *second;  // first and second: the states of the optimizer, or null
     int64_t count, width;
-    float rate, eps, beta1, beta2, correction1, correction2, max_gradient, decay;
+    float rate, eps, beta1, beta2, correction1, correction2, max_gradient;
     int32_t optimizer, threads;
 };
 
@@ -55,9 +55,6 @@ template <int OPTIMIZER>
 void update_row(const HstuRowUpdate& a, const float* __restrict gradient, float* __restrict w, float* __restrict m,
                 float* __restrict v) {
     const auto clamped = [&](int64_t c) { return std::min(std::max(gradient[c], -a.max_gradient), a.max_gradient); };
-    if (a.decay != 1) {  // a loop of its own: without decay the bits are those of the plain formula
-        for (int64_t c = 0; c < a.width; ++c) w[c] *= a.decay;
-    }
     float deviation = 0;  // of the whole row
     if (OPTIMIZER == PARTIAL_ROWWISE_ADAM) {
         float squares = 0;

@@ -10,8 +10,8 @@ WIDEST_VECTOR = 256
 CUTLASS_HEAD_DIMS = (32, 64, 128, 256)
 CUTLASS_BIAS_HEAD_DIMS = (32, 64, 128)
 """With a relative bias: wider heads leave no registers and shared memory for the sums of its gradients."""
-CAPABILITIES = {(8, 0): 80, (9, 0): 90}
-"""Compute capability of a GPU with CUTLASS kernels → number of its architecture."""
+CUTLASS_CAPABILITY = (9, 0)
+"""Compute capability of GPUs with CUTLASS kernels."""
 MIN_TRITON_CAPABILITY = (8, 0)
 """First compute capability with bfloat16 products."""
 WITH_A_KERNEL = {
@@ -34,10 +34,9 @@ def device_unsupported_reason(backend: Backend, capability: tuple[int, int]) -> 
     if backend is Backend.TRITON:
         is_old = capability < MIN_TRITON_CAPABILITY
         return f"compute capability {_dotted(capability)} < {_dotted(MIN_TRITON_CAPABILITY)}" if is_old else None
-    if capability in CAPABILITIES:
+    if capability == CUTLASS_CAPABILITY:
         return None
-    served = " and ".join(map(_dotted, CAPABILITIES))
-    return f"compute capability {_dotted(capability)}: CUTLASS kernels are for {served}"
+    return f"compute capability {_dotted(capability)}: CUTLASS kernels are for {_dotted(CUTLASS_CAPABILITY)}"
 
 
 def _dotted(capability: tuple[int, int]) -> str:

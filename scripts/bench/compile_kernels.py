@@ -27,7 +27,7 @@ IsChosen = Callable[[Row], bool]
 ATTENTION = "hstu_attention"
 TRITON_CONFIGURATIONS: dict[int, int | None] = {80: None, 89: 1, 90: None, 100: 1}
 """Configurations of each kernel to compile, by compute capability: all, or the default alone to save time."""
-CUTLASS_OUTPUTS = {"forward": "O", "queries": "dQ", "keys": "dK and dV (256 on sm_80: dK)", "values": "dV"}
+CUTLASS_OUTPUTS = {"forward": "O", "queries": "dQ", "keys": "dK and dV"}
 WIDE = 128
 """Head dim above which the table counts a kernel separately: only those may spill registers."""
 
@@ -58,7 +58,7 @@ def cutlass_rows(is_chosen: IsChosen, known: list[Row]) -> Iterator[Row]:
     from hstu.ops.cutlass.compile_ahead import kernel_name
 
     for variant in cutlass_variants():
-        described = {"op": ATTENTION, "head_dim": variant.head_dim, "capability": variant.capability}
+        described = {"op": ATTENTION, "head_dim": variant.head_dim, "capability": 90}
         if not is_chosen(described):
             yield from _same(known, kernel=kernel_name(variant), head_dim=variant.head_dim)
             continue

@@ -280,8 +280,8 @@ def _output(*command: str | Path) -> str:
     return done.stdout
 
 
-LARGEST_SHARED_BYTES = {80: 166912, 90: 232448}
-"""Most shared memory of a CTA on an A100 and on an H100."""
+LARGEST_SHARED_BYTES = 232448
+"""Most shared memory of a CTA on an H100."""
 BARRIER_BYTES = 1024
 """Space of the mbarriers of sm_90: the buffers behind them are aligned to 1024 bytes."""
 
@@ -302,17 +302,15 @@ def read_cutlass_kernel(variant: Any, ptx: str, cubin: bytes) -> Compiled:
     numbers = (stationary * shape.block + 2 * shape.stages * shape.tile) * shape.head_dim
     of_slopes = shape.stages * shape.block * shape.tile * 2 if variant.is_split else 0
     of_bias = storage(shape.tile, variant.kernel is Kernel.QUERIES).size_in_bytes() if variant.has_bias else 0
-    of_barriers = BARRIER_BYTES if variant.capability == 90 else 0
     compiled = Compiled(
         kernel=kernel_name(variant),
-        capability=variant.capability,
+        capability=90,
         config=f"{shape.block} × {shape.tile}",
-        shared_bytes=numbers * variant.dtype.itemsize + of_slopes + of_bias + of_barriers,
+        shared_bytes=numbers * variant.dtype.itemsize + of_slopes + of_bias + BARRIER_BYTES,
         **read_cubin(cubin),
     )
-    most = LARGEST_SHARED_BYTES[variant.capability]
-    if compiled.shared_bytes > most:
-        raise RuntimeError(f"{variant}: {compiled.shared_bytes} bytes of shared memory exceed {most}")
+    if compiled.shared_bytes > LARGEST_SHARED_BYTES:
+        raise RuntimeError(f"{variant}: {compiled.shared_bytes} bytes of shared memory exceed {LARGEST_SHARED_BYTES}")
     if compiled.wgmma_waits > 2 * ptx.count("wgmma.wait_group"):
         raise RuntimeError(f"{variant}: the compiler has serialized the products of warp groups")
     return compiled

@@ -23,7 +23,6 @@ from pathlib import Path
 from scripts.gpu_bundle import libraries
 from scripts.gpu_bundle.libraries import PAGE
 
-CAPABILITY = 90
 HOSTS = ("x86-64", "skylake-avx512", "icelake-server", "sapphirerapids", "emeraldrapids", "znver3", "znver4")
 """CPUs of GPU machines: the compiler writes the function that launches a kernel for the CPU that it runs on."""
 TRACES = 6
@@ -90,7 +89,6 @@ def compile_kernels() -> None:
         variant
         for dtype, head_dims in ((torch.bfloat16, (128, 256)), (torch.float16, (64,)))
         for variant in variants((dtype,), head_dims)
-        if variant.capability == CAPABILITY
     ]
     print(f"{chosen[0]}: {len(compile_ahead(chosen[0])[1])} bytes of machine code", flush=True)
     for variant in chosen:

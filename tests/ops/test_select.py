@@ -137,15 +137,14 @@ def test_dynamic_tables_need_their_own_kernels_alone(machine: Machine) -> None:
     assert select_slot_kernels(GPU) == (None, "wrong")
 
 
-NOT_FOR_CUTLASS = "CUTLASS kernels are for 8.0 and 9.0"
+NOT_FOR_CUTLASS = "CUTLASS kernels are for 9.0"
 
 
 @pytest.mark.parametrize(
     ("capability", "requested", "attention"),
     [
-        ((8, 0), "cutlass", "cutlass"),
         ((9, 0), "cutlass", "cutlass"),
-        ((8, 6), "cutlass", f"triton (cutlass: compute capability 8.6: {NOT_FOR_CUTLASS})"),
+        ((8, 0), "cutlass", f"triton (cutlass: compute capability 8.0: {NOT_FOR_CUTLASS})"),
         ((12, 0), "cutlass", f"triton (cutlass: compute capability 12.0: {NOT_FOR_CUTLASS})"),
         ((12, 0), "triton", "triton"),
         ((7, 5), "triton", "pytorch (triton: compute capability 7.5 < 8.0)"),

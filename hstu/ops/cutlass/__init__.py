@@ -1,1 +1,1 @@
-"""CUTLASS kernels (CuTe DSL) of attention for NVIDIA GPUs of compute capability 8.0 and 9.0."""
+"""CUTLASS kernels (CuTe DSL) of attention for NVIDIA GPUs of compute capability 9.0."""

@@ -25,15 +25,14 @@ from hstu.ops.cutlass.bias import BiasArguments, BiasSums, cells
 from hstu.ops.cutlass.common import ROWS_OF_WARP, Shape
 from hstu.ops.cutlass.objects import LaunchArguments
 from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks, num_ctas, work_of
-from hstu.ops.cutlass.sm80 import BackwardSm80, ForwardSm80
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
 from hstu.ops.cutlass.sm90_split import SplitBackwardSm90
 from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
 from hstu.ops.layout import JaggedLayout, to_device
-from hstu.ops.support import CAPABILITIES, CUTLASS_HEAD_DIMS
+from hstu.ops.support import CUTLASS_HEAD_DIMS
 
 ELEMENTS = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
-ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
+ARCHITECTURE = "sm_90a"
 ALIGNMENT = 16
 """Bytes. Every address and stride that the kernels load from is a multiple."""
 
@@ -54,12 +53,7 @@ def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradi
     layout, config, bias = inputs.layout, inputs.config, inputs.bias
     of_q, of_k, of_v = grads
     arguments = None if bias is None else BiasArguments.of(bias, layout)
-    is_narrow = q.shape[2] <= WIDEST_KEYS_AND_VALUES
-    if is_narrow or Variant(Kernel.KEYS, q.dtype, q.shape[2], _capability(q.device)).num_outputs == 2:
-        _launch(Kernel.KEYS, [k, v, q, grad], [of_k, of_v], layout, config, arguments)
-    else:
-        _launch(Kernel.KEYS, [k, v, q, grad], [of_k], layout, config)
-        _launch(Kernel.VALUES, [k, q, grad], [of_v], layout, config)
+    _launch(Kernel.KEYS, [k, v, q, grad], [of_k, of_v], layout, config, arguments)
     sums = None if arguments is None else BiasSums.zeros(arguments, grad, v, layout)
     _launch(Kernel.QUERIES, [q, grad, k, v], [of_q], layout, config, arguments, sums)
     return None if bias is None or sums is None else sums.gradients(bias, config)
@@ -81,7 +75,7 @@ def _launch(
             each.grad_shift.zero_()
         return
     device = inputs[0].device
-    variant = Variant(kernel, inputs[0].dtype, head_dim, _capability(device), bias is not None, bool(before))
+    variant = Variant(kernel, inputs[0].dtype, head_dim, bias is not None, bool(before))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     items, ctas = _work_on(device, variant.shape, layout, config, heads, processors)
     blocks = len(items)
@@ -103,10 +97,6 @@ def _launch(
         function(*arguments.values)
     for each, total in zip(before, totals, strict=True):
         torch.sum(total, 0, out=each.grad_shift)
-
-
-def _capability(device: torch.device) -> int:
-    return CAPABILITIES[torch.cuda.get_device_capability(device)]
 
 
 def _work_on(
@@ -137,53 +127,34 @@ class Kernel(StrEnum):
 
     FORWARD = "forward"  # O
     QUERIES = "queries"  # dQ
-    KEYS = "keys"  # dK, and dV where no VALUES kernel exists
-    VALUES = "values"  # dV alone, where registers cannot hold both dK and dV of a block
+    KEYS = "keys"  # dK and dV
 
 
 WIDEST_KEYS_AND_VALUES = 128
 """Largest head dim at which the registers of one thread hold rows of both dK and dV."""
 
 # Columns per tile, by head dim: as many as fit into registers and shared memory with two stages.
-_TILES: dict[int, dict[Kernel, dict[int, int]]] = {
-    90: {
-        Kernel.FORWARD: {32: 128, 64: 128, 128: 128, 256: 80},
-        Kernel.QUERIES: {32: 128, 64: 128, 128: 96, 256: 48},
-        Kernel.KEYS: {32: 96, 64: 80, 128: 48, 256: 64},
-    },
-    80: {
-        Kernel.FORWARD: {32: 64, 64: 64, 128: 64, 256: 32},
-        Kernel.QUERIES: {32: 64, 64: 64, 128: 32, 256: 16},
-        Kernel.KEYS: {32: 64, 64: 64, 128: 32, 256: 16},
-        Kernel.VALUES: {256: 32},
-    },
+_TILES: dict[Kernel, dict[int, int]] = {
+    Kernel.FORWARD: {32: 128, 64: 128, 128: 128, 256: 80},
+    Kernel.QUERIES: {32: 128, 64: 128, 128: 96, 256: 48},
+    Kernel.KEYS: {32: 96, 64: 80, 128: 48, 256: 64},
 }
 
-
 # Smaller with a relative bias: registers also hold the indices, times and buckets of a tile's pairs.
-_BIAS_TILES: dict[int, dict[Kernel, dict[int, int]]] = {
-    90: {
-        Kernel.FORWARD: {32: 64, 64: 64, 128: 64},
-        Kernel.QUERIES: {32: 64, 64: 48, 128: 32},
-        Kernel.KEYS: {32: 64, 64: 48, 128: 32},
-    },
-    80: {
-        Kernel.FORWARD: {32: 64, 64: 64, 128: 32},
-        Kernel.QUERIES: {32: 32, 64: 32, 128: 32},
-        Kernel.KEYS: {32: 32, 64: 32, 128: 16},
-    },
+_BIAS_TILES: dict[Kernel, dict[int, int]] = {
+    Kernel.FORWARD: {32: 64, 64: 64, 128: 64},
+    Kernel.QUERIES: {32: 64, 64: 48, 128: 32},
+    Kernel.KEYS: {32: 64, 64: 48, 128: 32},
 }
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel for one dtype, head dim and compute capability."""
+    """A kernel for one dtype and head dim."""
 
     kernel: Kernel
     dtype: torch.dtype
     head_dim: int
-    capability: int
-    """90 for compute capability 9.0."""
     has_bias: bool = False
     """Whether it adds a relative bias to the scores. The QUERIES kernel then also sums the bias gradients."""
     through_silu: bool = False
@@ -192,30 +163,29 @@ class Variant:
     @property
     def rows(self) -> Rows:
         """Side of attention that the rows of its blocks are."""
-        return Rows.KEYS if self.kernel in (Kernel.KEYS, Kernel.VALUES) else Rows.QUERIES
+        return Rows.KEYS if self.kernel is Kernel.KEYS else Rows.QUERIES
 
     @property
     def shape(self) -> Shape:
         """Tile sizes and dtype."""
-        tile = (_BIAS_TILES if self.has_bias else _TILES)[self.capability][self.kernel][self.head_dim]
+        tile = (_BIAS_TILES if self.has_bias else _TILES)[self.kernel][self.head_dim]
         block = 64 if self.is_split else 128
         return Shape(ELEMENTS[self.dtype], self.head_dim, self.rows, tile, 2, block, self.has_bias)
 
     @property
     def is_split(self) -> bool:
         """Whether one warpgroup computes dV and the other dK: :mod:`hstu.ops.cutlass.sm90_split`."""
-        return self.kernel is Kernel.KEYS and self.num_outputs == 2 and self.head_dim > WIDEST_KEYS_AND_VALUES
+        return self.kernel is Kernel.KEYS and self.head_dim > WIDEST_KEYS_AND_VALUES
 
     @property
     def num_inputs(self) -> int:
         """Number of tensors that it reads: x, y, z or x, w, y, z."""
-        return 3 if self.kernel in (Kernel.FORWARD, Kernel.VALUES) else 4
+        return 3 if self.kernel is Kernel.FORWARD else 4
 
     @property
     def num_outputs(self) -> int:
         """Number of tensors that it writes."""
-        has_values_kernel = self.head_dim in _TILES[self.capability].get(Kernel.VALUES, ())
-        return 2 if self.kernel is Kernel.KEYS and not has_values_kernel else 1
+        return 2 if self.kernel is Kernel.KEYS else 1
 
     @property
     def elements(self) -> list[Any]:
@@ -229,24 +199,20 @@ class Variant:
 
     def build(self) -> Any:
         """The kernel object that the DSL compiles."""
-        if self.num_inputs == 3:
-            one_resident = ForwardSm90 if self.capability == 90 else ForwardSm80
-            return one_resident(self.shape, through_silu=self.through_silu)
-        if self.is_split:
-            return SplitBackwardSm90(self.shape, self.num_outputs, self.through_silu)
-        two_resident = BackwardSm90 if self.capability == 90 else BackwardSm80
-        return two_resident(self.shape, self.num_outputs, self.through_silu)
+        if self.kernel is Kernel.FORWARD:
+            return ForwardSm90(self.shape, through_silu=self.through_silu)
+        return (SplitBackwardSm90 if self.is_split else BackwardSm90)(self.shape, self.num_outputs, self.through_silu)
 
 
 def variants(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,), head_dims: Sequence[int] = CUTLASS_HEAD_DIMS
 ) -> Iterator[Variant]:
     """The variants that training uses; variants without a bias come first."""
-    for has_bias, capability, dtype in itertools.product((False, True), CAPABILITIES.values(), dtypes):
-        for kernel, tiles in (_BIAS_TILES if has_bias else _TILES)[capability].items():
+    for has_bias, dtype in itertools.product((False, True), dtypes):
+        for kernel, tiles in (_BIAS_TILES if has_bias else _TILES).items():
             for head_dim in head_dims:
                 if head_dim in tiles:
-                    yield Variant(kernel, dtype, head_dim, capability, has_bias, kernel is not Kernel.FORWARD)
+                    yield Variant(kernel, dtype, head_dim, has_bias, kernel is not Kernel.FORWARD)
 
 
 @functools.cache
@@ -272,9 +238,7 @@ def _compile(variant: Variant, *options: Any) -> Any:
     with warnings.catch_warnings():
         # The DSL warns about unrolled loops. Loops over registers must be unrolled: registers have no run-time index.
         warnings.simplefilter("ignore")
-        return cute.compile[(GPUArch(ARCHITECTURES[variant.capability]), *options)](
-            variant.build(), *_examples(variant)
-        )
+        return cute.compile[(GPUArch(ARCHITECTURE), *options)](variant.build(), *_examples(variant))
 
 
 def _examples(variant: Variant) -> tuple[Any, ...]:

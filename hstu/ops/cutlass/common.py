@@ -29,7 +29,7 @@ class Shape:
 
 
 class PairwiseKernel:
-    """A sum over pairs of a row and a column. Subclasses load and multiply tiles for one compute capability.
+    """A sum over pairs of a row and a column. Subclasses load and multiply tiles.
 
     Inputs are the ``num_resident`` tensors of which a block stays in shared memory, then the two streamed tensors.
     The DSL compiles functions that call an instance. They pass these tuples::
@@ -39,8 +39,6 @@ class PairwiseKernel:
     """
 
     num_resident: int
-    is_wide = False
-    """Whether outputs and pre-activations are accessed 16 bytes at a time: see store_rows."""
 
     def __init__(self, shape: Shape, num_outputs: int = 1, through_silu: bool = False) -> None:
         """``through_silu``: the outputs are gradients of pre-activations: see :meth:`store`."""
@@ -92,8 +90,8 @@ class PairwiseKernel:
         for i in cutlass.range_constexpr(len(self.outputs)):
             output = self.outputs[i]
             if const_expr(self.through_silu):
-                multiply_slopes(sums[i], outs[self.num_outputs + output], start, self.shape.dtype, self.is_wide)
-            store_rows(sums[i], outs[output], start, scales[output], self.shape.dtype, self.is_wide)
+                multiply_slopes(sums[i], outs[self.num_outputs + output], start, self.shape.dtype)
+            store_rows(sums[i], outs[output], start, scales[output], self.shape.dtype)
             if const_expr(self.through_silu):
                 warp = index * (self.shape.block // ROWS_OF_WARP) + (row - item[1]) // ROWS_OF_WARP
                 store_totals(sums[i], outs[2 * self.num_outputs + output], warp, head, column, scales[output])
@@ -230,39 +228,32 @@ def item_of(items: cute.Pointer, index: Int32) -> cute.Tensor:
 
 
 @cute.jit
-def store_rows(
-    sums: cute.Tensor, out: cute.Tensor, start: tuple, scale: Float32, dtype: cutlass.Constexpr, wide: cutlass.Constexpr
-) -> None:
+def store_rows(sums: cute.Tensor, out: cute.Tensor, start: tuple, scale: Float32, dtype: cutlass.Constexpr) -> None:
     """Write ``scale · sums`` as ``dtype`` to those rows of the block that exist in the sequence.
 
-    sums: float32 accumulators of m64nXk16 or m16n8k16. Element ``c + 2 r + 4 n`` belongs to row ``row + 8 r`` of the
+    sums: float32 accumulators of m64nXk16. Element ``c + 2 r + 4 n`` belongs to row ``row + 8 r`` of the
     sequence and to column ``column + 8 n + c``. out: [T, d, H]. start: ``item``, ``head``, ``row``, ``column``.
-    ``wide``: the four lanes of a row exchange columns, so that each writes eight neighbors at once instead of two.
+    The four lanes of a row exchange columns, so that each writes eight neighbors at once instead of two.
     """
     item, head, row, column = start
     for r in cutlass.range_constexpr(2):
-        stored = _pairs_at(out, item[0] + row + 8 * r, head, column, sums, wide)
+        stored = _pairs_at(out, item[0] + row + 8 * r, head, column, sums)
         for group in cutlass.range_constexpr(cute.size(stored, mode=[1])):
             pairs = cute.make_rmem_tensor(cute.size(stored, mode=[0]), Int32)
             for n in cutlass.range_constexpr(cute.size(pairs)):
                 e = 2 * r + 4 * (cute.size(pairs) * group + n)
                 pairs[n] = _pair(sums[e] * scale, sums[e + 1] * scale, dtype)
-            if const_expr(wide):
-                _transpose_quad(pairs)
+            _transpose_quad(pairs)
             if row + 8 * r < item[2]:
                 cute.autovec_copy(pairs, stored[None, group])
 
 
 @cute.jit
-def _pairs_at(
-    tensor: cute.Tensor, token: Int32, head: Int32, column: Int32, sums: cute.Tensor, wide: cutlass.Constexpr
-) -> cute.Tensor:
+def _pairs_at(tensor: cute.Tensor, token: Int32, head: Int32, column: Int32, sums: cute.Tensor) -> cute.Tensor:
     """A thread's pairs of numbers in a row of ``tensor``: [pairs per group, groups]. Arguments as in store_rows."""
-    first = cute.assume(column * 4, divby=8) if const_expr(wide) else cute.assume(column, divby=2)
+    first = cute.assume(column * 4, divby=8)
     pairs = cute.recast_ptr(cute.domain_offset((token, first, head), tensor).iterator, dtype=Int32)
-    count = cute.size(sums) // 4
-    shape, stride = ((4, count // 4), (1, 16)) if const_expr(wide) else ((count, 1), (4, 0))
-    return cute.make_tensor(pairs, cute.make_layout(shape, stride=stride))
+    return cute.make_tensor(pairs, cute.make_layout((4, cute.size(sums) // 16), stride=(1, 16)))
 
 
 @cute.jit
@@ -282,20 +273,17 @@ def _transpose_quad(pairs: cute.Tensor) -> None:
 
 
 @cute.jit
-def multiply_slopes(
-    sums: cute.Tensor, before: cute.Tensor, start: tuple, dtype: cutlass.Constexpr, wide: cutlass.Constexpr
-) -> None:
+def multiply_slopes(sums: cute.Tensor, before: cute.Tensor, start: tuple, dtype: cutlass.Constexpr) -> None:
     """Multiply the sums by SiLU' of ``before`` [T, d, H]; 0 for rows beyond the end. Arguments as in store_rows."""
     item, head, row, column = start
     for r in cutlass.range_constexpr(2):
         exists = row + 8 * r < item[2]
         token = item[0] + cutlass.min(row + 8 * r, item[2] - 1)
-        stored = _pairs_at(before, token, head, column, sums, wide)
+        stored = _pairs_at(before, token, head, column, sums)
         for group in cutlass.range_constexpr(cute.size(stored, mode=[1])):
             pairs = cute.make_rmem_tensor(cute.size(stored, mode=[0]), Int32)
             cute.autovec_copy(stored[None, group], pairs)
-            if const_expr(wide):
-                _transpose_quad(pairs)
+            _transpose_quad(pairs)
             values = cute.recast_tensor(pairs, dtype)
             for i in cutlass.range_constexpr(cute.size(values)):
                 e = (cute.size(pairs) * group + i // 2) * 4 + 2 * r + i % 2

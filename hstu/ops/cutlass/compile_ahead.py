@@ -6,21 +6,21 @@ from functools import partial
 from hstu.ops.compile_ahead import Job
 from hstu.ops.cutlass.attention import Variant, save_compiled, variants
 from hstu.ops.kernels import Backend, KernelShapes
-from hstu.ops.support import unsupported_reason
+from hstu.ops.support import CUTLASS_CAPABILITY, unsupported_reason
 
 
 def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
     """Compile jobs for the kernels that serve these shapes; empty if Triton serves them."""
-    if "attention" not in operators or shapes is None or unsupported_reason(Backend.CUTLASS, "attention", shapes):
+    is_other = divmod(capability, 10) != CUTLASS_CAPABILITY or "attention" not in operators
+    if is_other or shapes is None or unsupported_reason(Backend.CUTLASS, "attention", shapes):
         return []
-    needed = (shapes.has_bias, capability)
     return [
         Job(f"{kernel_name(variant)} ({variant.head_dim} channels)", partial(save_compiled, variant))
         for variant in variants((shapes.dtype,), (shapes.head_dim,))
-        if (variant.has_bias, variant.capability) == needed
+        if variant.has_bias == shapes.has_bias
     ]
 
 
 def kernel_name(variant: Variant) -> str:
     """Kernel name for tables."""
-    return f"{variant.kernel.value}{'_with_bias' if variant.has_bias else ''}_sm{variant.capability}"
+    return f"{variant.kernel.value}{'_with_bias' if variant.has_bias else ''}_sm90"

@@ -20,7 +20,6 @@ from hstu.ops.cutlass.schedule import count_tiles
 class Sm90Kernel(PairwiseKernel):
     """The loops of the loading warp and of the computing warps. Subclasses compute one tile."""
 
-    is_wide = True
     num_slopes = 0
     """int32 numbers per tile that :mod:`hstu.ops.cutlass.sm90_split` passes between warpgroups."""
     step: Callable[..., None]

@@ -7,7 +7,7 @@ number, and a missing arrival gives a deadlock. Threads of a warp that diverge b
 execute are an error. Proxies, caches, the order of ordinary memory accesses, and the host's TMA descriptors are not
 modelled: on a GPU, tests/ops/test_self_check.py checks the results.
 
-Temporary: once the self check has passed on GPUs of compute capability 8.0 and 9.0, delete this folder, and the rows
+Temporary: once the self check has passed on GPUs of compute capability 9.0, delete this folder, and the rows
 about it in docs/benchmarks/kernels/README.md.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from tests.ops.cutlass.ptx.registers import WIDTH, Instruction, Program, Values, from_bits16
 
 LANES = 32
-CONVERGENT = {"shfl", "bar", "mma", "ldmatrix", "wgmma", "elect"}
+CONVERGENT = {"shfl", "bar", "wgmma", "elect"}
 """Instructions that all threads of a warp execute together."""
 
 
@@ -251,9 +251,6 @@ class Warp:
     # -- TMA and WGMMA -----------------------------------------------------------------------------------------
 
     def _cp(self, instruction: Instruction, mask: np.ndarray) -> None:
-        if instruction.parts[2] != "bulk":
-            self._copy(instruction, mask)
-            return
         assert instruction.opcode.startswith("cp.async.bulk.tensor.3d"), instruction
         lane = np.flatnonzero(mask)
         assert len(lane) == 1, "TMA by more than one thread"
@@ -287,47 +284,6 @@ class Warp:
             while len(self.groups) > int(instruction.operands[0]):
                 for work in self.groups.pop(0):
                     work()
-
-    def _copy(self, instruction: Instruction, mask: np.ndarray) -> None:
-        """cp.async of 16 bytes per thread."""
-        if "global" not in instruction.parts:
-            self._group(instruction)
-            return
-        target, source = instruction.operands[:2]
-        to = self.values.read(target[1], "u32").astype(np.int64) + target[2]
-        of = self.values.read(source[1], "u64").astype(np.int64) + source[2]
-
-        def run() -> None:
-            for lane in np.flatnonzero(mask):
-                self.cta.shared[to[lane] : to[lane] + 16] = self.cta.global_bytes(int(of[lane]), 16)
-
-        self.open.append(run)
-
-    def _ldmatrix(self, instruction: Instruction, mask: np.ndarray) -> None:
-        assert mask.all() and "x4" in instruction.parts
-        targets, memory = instruction.operands
-        address = self.values.read(memory[1], "u32").astype(np.int64) + memory[2]
-        rows = self.cta.shared.view(np.uint16)[address[:, None] // 2 + np.arange(8)].reshape(4, 8, 8)
-        lane = np.arange(LANES)
-        for matrix, register in zip(rows, targets, strict=True):
-            of = matrix.T if "trans" in instruction.parts else matrix
-            low, high = (of[lane // 4, lane % 4 * 2 + c].astype(np.uint32) for c in (0, 1))
-            self.values.write(register, low | high << 16, mask)
-
-    def _mma(self, instruction: Instruction, mask: np.ndarray) -> None:
-        """mma.sync m16n8k16."""
-        assert mask.all() and "m16n8k16" in instruction.parts
-        sums, left, right, start = instruction.operands
-        dtype = instruction.parts[-2]
-        lane, a, b = np.arange(LANES), self._fragment(left), np.zeros((8, 16), np.uint16)
-        for r, register in enumerate(right):
-            pair = self.values.read(register, "u32")
-            for c in (0, 1):
-                b[lane // 4, lane % 4 * 2 + c + r * 8] = pair >> 16 * c & 0xFFFF
-        product = from_bits16(a, dtype) @ from_bits16(b, dtype).T
-        old = [self.values.read(register, "f32") for register in start]
-        for e, register in enumerate(sums):
-            self.values.write(register, old[e] + product[lane // 4 + e // 2 * 8, lane % 4 * 2 + e % 2], mask)
 
     def _fragment(self, registers: list) -> np.ndarray:
         """The left operand [16, 16] that a warp holds in registers, two 16-bit numbers in each."""

@@ -25,6 +25,7 @@ pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the 
 
 from hstu.ops.cutlass.attention import Kernel, Variant, bias_tensors, compile_ahead
 from hstu.ops.cutlass.bias import BiasArguments, BiasSums
+from hstu.ops.cutlass.hopper import THREADS
 from hstu.ops.cutlass.operators import OPERATORS
 from hstu.ops.cutlass.schedule import leading_rows, list_blocks
 from hstu.ops.support import CUTLASS_BIAS_HEAD_DIMS, CUTLASS_HEAD_DIMS
@@ -62,7 +63,6 @@ def run_kernel(
     With ``before_silu``, of which the rows of each output are the SiLU, the sums [H, d] of each output follow.
     """
     program = parse(ptx)
-    hopper = any(size == 128 for _, size in program.params)  # its inputs come as TMA descriptors
     shape = variant.shape
     blocks = list_blocks(layout, config, shape.rows, shape.block)
     tokens, heads, width = inputs[0].shape
@@ -81,7 +81,7 @@ def run_kernel(
     between = (tokens, heads, 3, width)
     outs = [torch.full(between, float("nan"), dtype=variant.dtype)[:, :, 1] for _ in range(variant.num_outputs)]
     totals = [torch.full((variant.num_totals(len(blocks)), heads, width), float("nan")) for _ in before_silu]
-    in_memory = [*([] if hopper else inputs), *outs, *before_silu, *totals]
+    in_memory = [*outs, *before_silu, *totals]  # inputs come as TMA descriptors
     tensors = [
         np.array([address_of(_bytes_of(tensor)), tokens | heads << 32, *tensor.stride()[:2]], np.uint64).tobytes()
         for tensor in in_memory
@@ -108,7 +108,7 @@ def run_kernel(
             params[name] = next(structs) if size == 32 else next(remaining)
     assert next(remaining, None) is None
     for index in range(NUM_CTAS):
-        Cta(program, params, memory, index, NUM_CTAS, 384 if hopper else 256).run()
+        Cta(program, params, memory, index, NUM_CTAS, THREADS).run()
     return [*outs, *(total.sum(0) for total in totals)]
 
 
@@ -118,8 +118,8 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.as_strided((extent,), (1,)).view(torch.uint8).numpy()
 
 
-def interpret(patch: pytest.MonkeyPatch, capability: int, ptx_of: Callable[[Variant], str] = ptx_of) -> None:
-    """Run launches on the interpreter, as on a GPU of this compute capability."""
+def interpret(patch: pytest.MonkeyPatch, ptx_of: Callable[[Variant], str] = ptx_of) -> None:
+    """Run launches on the interpreter, as on a GPU."""
 
     def launch(
         kernel: Kernel,
@@ -131,7 +131,7 @@ def interpret(patch: pytest.MonkeyPatch, capability: int, ptx_of: Callable[[Vari
         sums: BiasSums | None = None,
     ) -> None:
         before = [out.before_silu for out in outs if out.before_silu is not None]
-        variant = Variant(kernel, inputs[0].dtype, inputs[0].shape[2], capability, bias is not None, bool(before))
+        variant = Variant(kernel, inputs[0].dtype, inputs[0].shape[2], bias is not None, bool(before))
         values = [each.value for each in before]
         computed = run_kernel(variant, ptx_of(variant), inputs, values, layout, config, bias, sums)
         targets = [*(out.target for out in outs), *(each.grad_shift for each in before)]
@@ -139,7 +139,6 @@ def interpret(patch: pytest.MonkeyPatch, capability: int, ptx_of: Callable[[Vari
             target.copy_(result)
 
     patch.setattr("hstu.ops.cutlass.attention._launch", launch)
-    patch.setattr("hstu.ops.cutlass.attention._capability", lambda device: capability)
 
 
 def errors(
@@ -177,24 +176,21 @@ def errors(
 CAUSAL = {"is_causal": True, "contextual_mask": True}
 slow = partial(pytest.param, marks=pytest.mark.slow)
 EVERY_KERNEL = [
-    slow(capability, LAYOUT, 2 if head_dim == 64 else 1, head_dim, has_bias, torch.bfloat16, CAUSAL)
-    for capability in (90, 80)
+    slow(LAYOUT, 2 if head_dim == 64 else 1, head_dim, has_bias, torch.bfloat16, CAUSAL)
     for has_bias, head_dims in ((False, CUTLASS_HEAD_DIMS), (True, CUTLASS_BIAS_HEAD_DIMS))
     for head_dim in head_dims
 ]
 OTHER_MASKS = [
-    slow(capability, LAYOUT, 1, 32, has_bias, torch.float16, mask)
-    for capability in (90, 80)
+    slow(LAYOUT, 1, 32, has_bias, torch.float16, mask)
     for has_bias, mask in ((False, {"contextual_mask": False}), (True, {"is_causal": False}))
 ]
 
 
 @pytest.mark.parametrize(
-    ("capability", "layout", "heads", "head_dim", "has_bias", "dtype", "mask"),
-    [(90, SHORT, 1, 32, False, torch.bfloat16, CAUSAL), *EVERY_KERNEL, *OTHER_MASKS],
+    ("layout", "heads", "head_dim", "has_bias", "dtype", "mask"),
+    [(SHORT, 1, 32, False, torch.bfloat16, CAUSAL), *EVERY_KERNEL, *OTHER_MASKS],
 )
 def test_attention_and_its_gradients_equal_the_reference(
-    capability: int,
     layout: JaggedLayout,
     heads: int,
     head_dim: int,
@@ -203,16 +199,16 @@ def test_attention_and_its_gradients_equal_the_reference(
     mask: dict[str, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    interpret(monkeypatch, capability)
+    interpret(monkeypatch)
     assert max(errors(layout, heads, head_dim, has_bias, dtype, **mask)) < TOLERANCE
 
 
 def forward_error(monkeypatch: pytest.MonkeyPatch, of: str, to: str) -> float:
     """The error of O where the PTX of its kernel is changed."""
-    ptx = ptx_of(Variant(Kernel.FORWARD, torch.bfloat16, 32, 90))
+    ptx = ptx_of(Variant(Kernel.FORWARD, torch.bfloat16, 32))
     broken, count = re.subn(of, to, ptx)
     assert count
-    interpret(monkeypatch, 90, lambda variant: broken)
+    interpret(monkeypatch, lambda variant: broken)
     torch.manual_seed(0)
     q, k, v = torch.randn(3, LAYOUT.num_tokens, 1, 32).bfloat16()
     inputs = AttentionInputs(q, k, v, LAYOUT, AttentionConfig(0.125, 150))

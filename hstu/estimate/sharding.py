@@ -107,7 +107,7 @@ def table_bytes(workload: Workload, plan: tuple[TableShards, ...]) -> tuple[int,
     for table in plan:
         training = TableTraining.of(table.spec, workload.config.optimizer)
         for rank, rows, columns in table.shards:
-            held[rank] += training.dtype.itemsize * rows * columns, rows * training.bytes_per_row(columns)
+            held[rank] += FLOAT32 * rows * columns, rows * training.bytes_per_row(columns)
     of_rows, with_states = held[held[:, 1].argmax()].tolist()
     return of_rows, with_states - of_rows
 
@@ -120,7 +120,7 @@ def replicated_bytes(workload: Workload, run: DryRun) -> tuple[int, int, int]:
     looked_up = sum(_count(spec, run.group_ids) * spec.dim for spec in specs)
     states = sum(size.numel() for size in table_tensors(workload.config, specs).values()) - rows
     gradients = looked_up if workload.device_type == "cpu" else rows
-    of_rows = sum(spec.dtype.itemsize * spec.rows * spec.dim for spec in specs)
+    of_rows = FLOAT32 * sum(spec.rows * spec.dim for spec in specs)
     return of_rows, FLOAT32 * gradients, FLOAT32 * states
 
 
@@ -207,8 +207,6 @@ def checkpoint(workload: Workload) -> tuple[int, int]:
     sizes = dense_tensors(config, source.roles)
     sizes |= table_tensors(config, workload.specs)
     found = FLOAT32 * sum(size.numel() for size in sizes.values())
-    static = [spec for spec in workload.specs if spec.dynamic is None]
-    found -= sum((FLOAT32 - spec.dtype.itemsize) * spec.rows * spec.dim for spec in static)
     found += sum(ids.nbytes for ids in raw_ids(source).tensors().values())
     has_dynamic = any(spec.dynamic is not None for spec in workload.specs)
     return (2 + has_dynamic) * workload.world_size + 5, found

@@ -9,13 +9,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchrec import EmbeddingCollection, EmbeddingConfig
-from torchrec.modules.embedding_configs import dtype_to_data_type
 
 from hstu.base.errors import ConfigError
 from hstu.config.args import DynamicEmbeddingArgs, EmbeddingArgs, NetworkArgs
@@ -47,8 +45,6 @@ class TableSpec:
     """Peak learning rate of this table; None: the rate of all tables."""
     compute_kernel: str | None = None
     """TorchRec's compute kernel; None: the planner chooses."""
-    dtype: torch.dtype = torch.float32
-    """Type of the rows: float32 or bfloat16."""
 
     @property
     def stored_dim(self) -> int:
@@ -116,7 +112,6 @@ def table_specs(
                 optimizer=table.optimizer_str,
                 learning_rate=table.learning_rate,
                 compute_kernel=table.compute_kernel,
-                dtype=torch.bfloat16 if table.data_type == "bfloat16" else torch.float32,
             )
         )
     ConfigError.raise_if(problems)
@@ -151,26 +146,9 @@ def initial_row_blocks(spec: TableSpec, seed: int, start: int, stop: int) -> Ite
 def look_up(ids: Tensor, weight: Tensor) -> Tensor:
     """Return rows of a table, float32 [n, dim], for int64 ids [n].
 
-    The gradient of a bfloat16 table, whose ``grad_dtype`` must be float32, is sparse; that of others is so on a CPU.
+    The gradient is sparse on a CPU.
     """
-    if weight.dtype == torch.bfloat16:
-        return cast(Tensor, _LookUp.apply(ids, weight))
     return functional.embedding(ids, weight, sparse=weight.device.type == "cpu")
-
-
-class _LookUp(torch.autograd.Function):
-    """``look_up`` in a bfloat16 table. F.embedding would round the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.size = weight.size()
-        return functional.embedding(ids, weight).float()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (ids,) = ctx.saved_tensors
-        return None, torch.sparse_coo_tensor(ids[None], gradient, ctx.size, check_invariants=False)
 
 
 class DynamicEmbeddingCollection(EmbeddingCollection):
@@ -187,7 +165,6 @@ def build_collections(specs: Iterable[TableSpec]) -> nn.ModuleList:
                 num_embeddings=spec.rows,
                 embedding_dim=spec.stored_dim,
                 feature_names=list(spec.features),
-                data_type=dtype_to_data_type(spec.dtype),
                 init_fn=lambda _: None,  # hstu.parallel.tables writes the initial rows once the shards exist
             )
             collections.setdefault(spec.collection, []).append(config)
@@ -210,11 +187,10 @@ class ReplicatedTables(nn.Module):
         self._item_feature = item_feature
         self.tables = nn.ModuleDict()
         for spec in self.specs.values():
-            weight = torch.empty(spec.rows, spec.dim, dtype=spec.dtype)
+            weight = torch.empty(spec.rows, spec.dim)
             for first, rows in initial_row_blocks(spec, seed, 0, spec.rows):
                 weight[first : first + len(rows)] = rows
             self.tables[_module_name(spec.name)] = nn.Embedding(spec.rows, spec.dim, _weight=weight)
-            self.weight(spec.name).grad_dtype = torch.float32
 
     def weight(self, table: str) -> nn.Parameter:
         """Rows of one table, [rows, dim]."""

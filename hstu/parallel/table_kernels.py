@@ -27,7 +27,6 @@ from torchrec.distributed.embedding_lookup import GroupedEmbeddingsLookup
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, GroupedEmbeddingConfig, KJTList
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.types import CommOp, ParameterSharding, ShardingEnv
-from torchrec.modules.embedding_configs import data_type_to_dtype
 
 from hstu.data.batches.batch import is_of_negatives
 from hstu.model.embedding import look_up
@@ -59,13 +58,9 @@ class RowSparseEmbedding(BaseEmbedding):
             self._first_rows.append(sum(rows))
             rows.append(table.local_rows)
         cols = {table.name: table.local_cols for table in config.embedding_tables}
-        dtype = data_type_to_dtype(config.data_type)
         self._weights = {
-            name: nn.Parameter(torch.zeros((sum(rows), cols[name]), dtype=dtype, device=device))
-            for name, rows in shards.items()
+            name: nn.Parameter(torch.zeros((sum(rows), cols[name]), device=device)) for name, rows in shards.items()
         }
-        for weight in self._weights.values():
-            weight.grad_dtype = torch.float32
 
     @property
     def config(self) -> GroupedEmbeddingConfig:

@@ -4,9 +4,8 @@ TorchRec's fused optimizers update rows inside backward. ``TableOptimizer.step``
 and of sharded tables with an optimizer that FBGEMM lacks on the CPU.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self, cast
 
 import torch
@@ -22,7 +21,6 @@ from hstu.model.embedding import TableSpec
 from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import RowUpdate, UpdateRows, sum_by_row
-from hstu.parallel.dynamic.hashing import mix, round_to_bfloat16, table_key
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import gradient_norm
 from hstu.parallel.table_kernels import FusedEmbedding, Piece, RowSparseEmbedding, pieces_of
@@ -57,8 +55,6 @@ class TableTraining:
     learning_rate: float
     max_gradient: float | None = None
     """Row gradients are clamped to ± this value."""
-    dtype: torch.dtype = torch.float32
-    """Type of the rows. Optimizer states are float32."""
 
     @classmethod
     def of(cls, spec: TableSpec, args: OptimizerArgs) -> Self:
@@ -70,7 +66,7 @@ class TableTraining:
         if spec.replicated and optimizer == "rowwise_adagrad":
             optimizer = "adagrad"
         rate = spec.learning_rate or rate or args.learning_rate
-        return cls(optimizer, rate, args.sparse_max_gradient, spec.dtype)
+        return cls(optimizer, rate, args.sparse_max_gradient)
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -80,12 +76,11 @@ class TableTraining:
     def bytes_per_row(self, columns: int) -> int:
         """Return the bytes of a row with its optimizer states."""
         numbers = [1 if is_rowwise(state) else columns for state in self.states]
-        return columns * self.dtype.itemsize + sum(numbers) * FLOAT32
+        return (columns + sum(numbers)) * FLOAT32
 
     def is_row_sparse(self, device_type: str) -> bool:
         """Return whether ``TableOptimizer.step`` updates the sharded table, from sparse gradients."""
-        lacks_on_cpu = self.optimizer.endswith(("adam", "adamw"))
-        return self.dtype != torch.float32 or (device_type == "cpu" and lacks_on_cpu)  # FBGEMM has no bfloat16
+        return device_type == "cpu" and self.optimizer.endswith(("adam", "adamw"))
 
     def fused_params(self, args: OptimizerArgs) -> dict[str, Any]:
         """Return the training as keyword arguments of FBGEMM's tables."""
@@ -114,7 +109,6 @@ class TableOptimizer:
         replicated: Mapping[str, nn.Parameter],
         update_rows: UpdateRows = REFERENCE_KERNELS.update_rows,
         unmeasured: Collection[str] = (),
-        seed: int = 0,
     ) -> None:
         """``training`` by table name, including tables without a shard here; ``replicated``: table name → weight.
 
@@ -144,11 +138,6 @@ class TableOptimizer:
             for name, weight in self._weights.items()
         }
         """Table that ``step`` updates → state name → live tensor."""
-        first_rows = {name: at[0] for kernel in self._sparse_kernels for name, (at, _) in kernel.pieces(self._weights)}
-        self.row_keys: dict[str, Callable[[Tensor], Tensor]] = {
-            name: partial(_row_keys, table_key(seed, name), first_rows.get(name, 0)) for name in self._weights
-        }
-        """Table that ``step`` updates → rows of this rank, int64 [n] → keys by which they are rounded to bfloat16."""
 
     @property
     def learning_rate(self) -> float:
@@ -212,21 +201,7 @@ class TableOptimizer:
                     step=self.steps,
                     max_gradient=own.max_gradient,
                 )
-                if weight.dtype == torch.float32:
-                    self._update_rows(weight.grad, weight, tuple(self.states[name].values()), update, found_inf)
-                else:
-                    self._update_rounded(name, weight, update, found_inf)
-
-    def _update_rounded(self, name: str, weight: Tensor, update: RowUpdate, found_inf: Tensor | None) -> None:
-        """Update copies of the rows in float32, and round them to be written. Unchanged rows keep their bits."""
-        rows, sums = sum_by_row(cast(Tensor, weight.grad))
-        new, *states = (tensor[rows].float() for tensor in (weight, *self.states[name].values()))
-        places = torch.arange(len(rows), device=rows.device)[None]
-        gradient = torch.sparse_coo_tensor(places, sums, new.shape, check_invariants=False)
-        self._update_rows(gradient, new, states, update, found_inf)
-        weight[rows] = round_to_bfloat16(new, mix(mix(self.row_keys[name](rows)) + self.steps))
-        for state, value in zip(self.states[name].values(), states, strict=True):
-            state[rows] = value
+                self._update_rows(weight.grad, weight, tuple(self.states[name].values()), update, found_inf)
 
     def state_tensors(self) -> dict[str, list[Piece]]:
         """Return the live states of tables with a shard on this rank: ``<table>.<state>`` → shards."""
@@ -254,7 +229,3 @@ class TableOptimizer:
         table, _, state = name.rpartition(".")
         states = self.training[table].states
         return f"{table}.{states[0 if state == 'momentum1' else 1]}"
-
-
-def _row_keys(table_key: int, first_row: int, rows: Tensor) -> Tensor:
-    return (rows + first_row) ^ table_key

@@ -34,6 +34,7 @@ from hstu.config.option import located
 from hstu.config.run_config import RunConfig
 from hstu.model.embedding import TableSpec, initial_row_blocks
 from hstu.model.gr_model import GRModel
+from hstu.ops.costs import FLOAT32
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.row_update import UpdateRows
 from hstu.parallel.collectives import on_rank_0
@@ -127,7 +128,7 @@ def shard(
     write_initial_rows(model, seed, mesh.heartbeat)
     default_rows = [physical_names(name, table_memory)[-1] for name, table_memory in memory.items()]
     replicated = model.replicated_tables.weights()
-    optimizer = TableOptimizer(sharded_collections(model), training, args, replicated, update_rows, default_rows, seed)
+    optimizer = TableOptimizer(sharded_collections(model), training, args, replicated, update_rows, default_rows)
     weights = sharded_weights(model)
     for collection in sharded_collections(model):
         if isinstance(collection, ShardedDynamicCollection):
@@ -229,7 +230,7 @@ def describe_plan(tables: Mapping[str, ParameterSharding], training: Mapping[str
         held: Counter[int | None] = Counter()
         for shard in cast(EnumerableShardingSpec, table.sharding_spec).shards:
             rows, columns = shard.shard_sizes
-            of_rows += rows * columns * trained.dtype.itemsize
+            of_rows += rows * columns * FLOAT32
             held[cast(Any, shard.placement).rank()] += rows * trained.bytes_per_row(columns)
         ends = (shard.shard_offsets[0] + rows, shard.shard_offsets[1] + columns)  # of the last shard
         holders, sizes = sum(size > 0 for size in held.values()), (of_rows, held.total() - of_rows, max(held.values()))
@@ -294,8 +295,7 @@ def _why_not(specs: Sequence[TableSpec], args: OptimizerArgs, ranks: TableRanks)
 def check_memory(specs: Sequence[TableSpec], config: RunConfig, ranks_here: int, world_size: int) -> None:
     """Raise TablesDoNotFit if the rows alone need more memory than this host and its GPUs have."""
     needed = sum(
-        spec.dtype.itemsize * spec.rows * spec.dim * (ranks_here if spec.replicated else ranks_here / world_size)
-        for spec in specs
+        FLOAT32 * spec.rows * spec.dim * (ranks_here if spec.replicated else ranks_here / world_size) for spec in specs
     )
     has = host_memory()
     has += sum(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
@@ -352,13 +352,6 @@ def check_kernels(specs: Sequence[TableSpec], args: OptimizerArgs, device_type: 
             log.warning("%s is ignored on a CPU: %s is used, which trains the same", option, used)
         elif device_type != "cpu" and spec.compute_kernel == "dense":
             raise ConfigError(f"{option}: it exists only on a CPU, where FBGEMM has no Adam; use 'fused' on a GPU")
-        if device_type != "cpu" and spec.dtype != torch.float32:
-            memory = plan_memory(spec, training, ranks=1) if spec.dynamic else None
-            if spec.replicated or spec.compute_kernel or (memory and memory.gpu_rows < memory.rows):
-                raise ConfigError(
-                    f"table {spec.name!r}: FBGEMM has no bfloat16 rows. PyTorch trains them on GPUs if the table is "
-                    "model_parallel, has no compute_kernel, and is all in GPU memory; else use float32"
-                )
 
 
 def table_sharders(config: RunConfig, world_size: int) -> list[EmbeddingCollectionSharder]:

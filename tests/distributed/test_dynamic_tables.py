@@ -1,6 +1,6 @@
 """Dynamic tables trained by real ranks: as static ones where there is room, and right where there is none."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -119,7 +119,7 @@ def rows_by_id(model: GRModel, mesh: Mesh) -> dict[str, dict[int, list[float]]]:
     return merged
 
 
-def start_as_dynamic(model: GRModel, seed: int, id_of: Callable[[np.ndarray], np.ndarray]) -> None:
+def start_as_dynamic(model: GRModel, seed: int) -> None:
     """Write into static tables the rows that dynamic ones would begin with."""
     for name, weight in sharded_weights(model).items():
         feature = name.removesuffix("_table")
@@ -133,26 +133,24 @@ def start_as_dynamic(model: GRModel, seed: int, id_of: Callable[[np.ndarray], np
                 shard.tensor[:, : spec.dim] = rows[first : first + count]
 
 
-def beside_static(
-    mesh: Mesh, dist_type: str = "roundrobin", has_codes: bool = False, **options: Unpack[ToyOptions]
-) -> dict[str, Any]:
-    """Losses and rows of a run on static tables and of one on dynamic tables with room for all ids, or all codes."""
-    config, ids_of = make_config(**options), np.asarray if has_codes else id_of
+def beside_static(mesh: Mesh, dist_type: str = "roundrobin", **options: Unpack[ToyOptions]) -> dict[str, Any]:
+    """Losses and rows of a run on static tables and of one on dynamic tables with room for all ids."""
+    config = make_config(**options)
     static, static_optimizers = build(config, mesh)
-    start_as_dynamic(static, config.trainer.seed, ids_of)
+    start_as_dynamic(static, config.trainer.seed)
     table = {"item_vocab_size_or_capacity": 4 * ITEMS, "dist_type": dist_type}
     options["dynamic"] = dict.fromkeys(SIZES, table)
     dynamic, dynamic_optimizers = build(make_config(**options), mesh)
     losses: list[list[float]] = [[], []]
     for step in range(STEPS):
         for as_ids, (model, optimizers) in enumerate([(static, static_optimizers), (dynamic, dynamic_optimizers)]):
-            batch = batch_of(step, mesh.rank, mesh.world_size, as_ids=bool(as_ids) and not has_codes)
+            batch = batch_of(step, mesh.rank, mesh.world_size, as_ids=bool(as_ids))
             losses[as_ids].append(train_step(model, optimizers, mesh, batch))
     rows, same = rows_by_id(dynamic, mesh), {}
     static.eval()
     for feature, size in SIZES.items():
         codes = np.arange(size)
-        seen = {id_: code for code, id_ in zip(codes.tolist(), ids_of(codes).tolist(), strict=True)}
+        seen = {id_: code for code, id_ in zip(codes.tolist(), id_of(codes).tolist(), strict=True)}
         expected = static.rows_of({feature: torch.from_numpy(codes)})[feature]
         found = rows[f"{feature}_table"]
         same[feature] = [id_ in seen and row == expected[seen[id_]].tolist() for id_, row in found.items()]
@@ -262,9 +260,6 @@ CASES: dict[str, Any] = {
     ),
     "static/mixed": partial(
         beside_static, optimizer="adam", trained=MIXED, optimizer_args={"sparse_max_gradient": 0.01}
-    ),
-    "static/bfloat16": partial(
-        beside_static, optimizer="adam", has_codes=True, trained={key: {"data_type": "bfloat16"} for key in SIZES}
     ),
     **{name: partial(in_pipeline, **args) for name, args in (IN_PIPELINES | UNDER_PRESSURE | SPLIT).items()},
 }

@@ -18,7 +18,6 @@ from tests.distributed.tensor_cases import consolidated
 from tests.distributed.toy import ITEMS, ToyOptions, new_state, save, train_state
 from tests.helpers import error_of
 
-BFLOAT16 = {"data_type": "bfloat16"}
 CASES: dict[str, Any] = {
     "sgd": {"optimizer": "sgd", "dropout": 0.3, "optimizer_args": {"momentum": 0.9}},
     "mixed, dropout": {
@@ -36,12 +35,6 @@ CASES: dict[str, Any] = {
     "width no multiple of 4": {"optimizer": "adagrad", "dim": 6},
     "partial_rowwise_adam": {"optimizer": "partial_rowwise_adam"},
     "muon": {"optimizer": "muon", "optimizer_args": {"weight_decay": 0.1}},
-    "bfloat16": {
-        "init_seed_offset": 1,  # also before the checkpoint, as rows are rounded by the seed
-        "optimizer": "adam",
-        "sharding": "table_wise",
-        "trained": {"user": {"optimizer_str": "rowwise_adagrad", **BFLOAT16}, "item": BFLOAT16, "action": BFLOAT16},
-    },
 }
 ALL = ["user", "item", "action"]
 MOVED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,7 +48,6 @@ MOVED: dict[str, tuple[str, dict[str, Any]]] = {
         ("rowwise_adagrad", "table_wise", {"sharding": "table_wise"}),
         ("partial_rowwise_adam", "replicated", {"replicated": ALL}),
         ("partial_rowwise_adam", "table_wise", {"sharding": "table_wise"}),
-        ("bfloat16", "row_wise", {"sharding": "row_wise"}),
         ("muon", "table_wise", {"sharding": "table_wise"}),
         ("width no multiple of 4", "replicated", {"replicated": ALL}),
         ("width no multiple of 4", "all sharded", {"replicated": [], "sharding": "column_wise"}),

@@ -7,8 +7,6 @@ import pytest
 import torch
 from torchrec import KeyedJaggedTensor
 
-from hstu.base.hashing import splitmix64
-from hstu.parallel.dynamic.hashing import table_key
 from hstu.parallel.mesh import Mesh, seed_initial_weights
 from tests.distributed.launch import Launch, run_cases
 from tests.distributed.toy import (
@@ -63,13 +61,7 @@ LONG: dict[str, Any] = {
 }
 """Cases that train for twenty steps."""
 MIXED |= {name: {"steps": 20, **case} for name, case in LONG.items()}
-OWN_ROUNDED: dict[str, Any] = {
-    "user": {"optimizer_str": "rowwise_adagrad"},
-    "item": {},
-    "action": {},
-}
-ROUNDED = {feature: {"data_type": "bfloat16", **own} for feature, own in OWN_ROUNDED.items()}
-CASES |= MIXED | {"bfloat16": {"steps": 20, "optimizer": "adam", "trained": ROUNDED}}
+CASES |= MIXED
 
 
 LOOK_UPS: dict[str, Any] = {
@@ -86,7 +78,6 @@ class Training:
     optimizer: str
     learning_rate: float
     max_gradient: float | None = None
-    is_rounded: bool = False
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +211,6 @@ def test_an_exchange_in_bfloat16_rounds_rows_and_gradients_and_nothing_else(on_t
 
 def test_initial_rows_depend_on_neither_ranks_nor_sharding(runs: Any) -> None:
     same_width = [case for case, args in CASES.items() if args.get("dim", 8) == 8 and "user_dim" not in args]
-    same_width.remove("bfloat16")
     first = runs[1][same_width[0]]["initial"]
     for size in (1, 3):
         for case in same_width:
@@ -246,16 +236,6 @@ def test_each_table_and_part_is_trained_as_it_says_and_equals_a_float64_referenc
         assert all(cut > LIMIT for cut in cuts) or not case.startswith("limited")
 
 
-def test_bfloat16_rows_equal_a_reference_that_rounds_by_seed_table_step_row_and_column(runs: Any) -> None:
-    for size in (1, 3):
-        run = runs[size]["bfloat16"]
-        expected, losses, _ = reference_of(CASES["bfloat16"], run["initial"])
-        np.testing.assert_allclose(run["losses"], losses, rtol=1e-3)
-        for table, rows in run["tables"].items():
-            differ = np.abs(np.array(rows) - expected["tables"][table]) > 1e-6
-            assert differ.mean() < 0.02, f"{table}: float32 and float64 seldom lie on two sides of a drawn number"
-
-
 def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[str, Any], list[float], list[float]]:
     """What the steps of a case come to."""
     args = case.get("optimizer_args", {})
@@ -266,7 +246,6 @@ def reference_of(case: dict[str, Any], initial: dict[str, Any]) -> tuple[dict[st
             own.get("optimizer_str", replicas if feature in replicated else name),
             own.get("learning_rate", LEARNING_RATE),
             max_gradient=args.get("sparse_max_gradient"),
-            is_rounded="data_type" in own,
         )
         for feature in ("user", "item", "action")
         for own in [case.get("trained", {}).get(feature, {})]
@@ -362,21 +341,9 @@ def reference(
                 rows = torch.cat(touched[name]).unique()
                 cut = max(cut, _clamp(weight.grad, training.max_gradient))
                 update_rows(training, weight, rows, states[name], step)
-                if training.is_rounded:
-                    weight[rows] = rounded(weight[rows], rows, table_key(7, name), step)
             cuts.append(cut)
     trained = {name: table.detach().numpy() for name, table in rows_of.items()}
     return {"tables": trained, "dense": {k: w.detach().numpy() for k, w in task.named_parameters()}}, losses, cuts
-
-
-def rounded(rows: torch.Tensor, ids: torch.Tensor, key: int, step: int) -> torch.Tensor:
-    """Each number as the nearer to zero of its two neighbours in bfloat16, or the other one, as a hash decides."""
-    words = splitmix64(ids.numpy() ^ key) + np.uint64(step)
-    words = splitmix64(splitmix64(words)[:, None] + np.arange(-(-rows.shape[1] // 4), dtype=np.uint64))
-    drawn = (words.view(np.uint16)[:, : rows.shape[1]] ^ 0x8000) / 65536  # 16 bits for each number
-    numbers = rows.numpy()
-    step_of = 2.0 ** (np.floor(np.log2(np.abs(numbers))) - 7)  # between neighbours, which have 8 significant bits
-    return torch.from_numpy(np.copysign(np.floor(np.abs(numbers) / step_of + drawn) * step_of, numbers))
 
 
 def _part(name: str, parts: dict[str, tuple[str, float]]) -> str:

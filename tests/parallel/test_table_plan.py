@@ -4,7 +4,6 @@ EmbeddingArgs.compute_kernel: what TorchRec's planner chooses, and what happens 
 """
 
 import logging
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -231,8 +230,3 @@ def test_what_fbgemm_lacks_is_refused_on_a_gpu(caplog: pytest.LogCaptureFixture)
     check_kernels([spec(None, "partial_rowwise_adam")], args, "cuda")
     with pytest.raises(ConfigError, match="of table 'item': it exists only on a CPU, where FBGEMM has no Adam"):
         messages("dense", "adam", "cuda", caplog)
-    half = replace(spec(None), dtype=torch.bfloat16)
-    check_kernels([half], args, "cuda")
-    for other in (replace(half, replicated=True), replace(half, compute_kernel="fused_uvm")):
-        with pytest.raises(ConfigError, match="table 'item': FBGEMM has no bfloat16 rows"):
-            check_kernels([other], args, "cuda")

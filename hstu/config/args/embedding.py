@@ -46,11 +46,6 @@ class EmbeddingArgs(NamedFeaturesArgs, OwnOptimizerArgs):
     gradients of the rows go to our own optimizer. None: fused, or dense for what FBGEMM lacks on a CPU: adam, adamw
     and partial_rowwise_adam. A CPU always uses these defaults and warns if another kernel is given.
     Not for dynamic tables, whose options for GPU memory decide."""
-    data_type: str = option("float32", changes="training", choices=("float32", "bfloat16"))
-    """Type of the rows in memory and in checkpoints. bfloat16: half the bytes. Look-ups, gradients and optimizer states
-    stay float32. A step rounds what it writes up or down by chance (stochastic rounding), so that on average changes
-    below the 8 significant bits are not lost; the chance depends on seed, table, step, row or id, and column alone. Our
-    own kernels train such tables, because FBGEMM has no bfloat16 rows; on GPUs all rows are in GPU memory."""
     init_std: float = option(0.02, changes="training", above=0, maximum=1e6)
     """Standard deviation of initial rows, which are normally distributed but for DynamicEmbeddingArgs.initializer."""
 

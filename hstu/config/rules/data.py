@@ -84,15 +84,6 @@ def dense_kernel_has_adam(run: RunConfig, table: EmbeddingArgs) -> Iterator[Prob
             yield problem(table, "compute_kernel", text)
 
 
-def bfloat16_rows_are_whole_and_not_averaged(run: RunConfig, table: EmbeddingArgs) -> Iterator[Problem]:
-    if table.data_type == "bfloat16" and _may_be_sharded(table) and table.sharding == "column_wise":
-        text = f"rounds whole rows, but {cited(table, 'sharding')}; use 'row_wise', 'table_wise' or 'auto'"
-        yield problem(table, "data_type", text)
-    if table.data_type == "bfloat16" and not _may_be_sharded(table) and run.optimizer.ema_decay > 0:
-        text = f"is too coarse for the average of {cited(run.optimizer, 'ema_decay')}; use 'float32' or model_parallel"
-        yield problem(table, "data_type", text)
-
-
 def _may_be_sharded(table: EmbeddingArgs) -> bool:
     """Whether the table is model_parallel, or its sharding_type is missing because it is wrong."""
     return getattr(table, "sharding_type", "model_parallel") == "model_parallel"
@@ -108,7 +99,7 @@ def _optimizer_of(run: RunConfig, table: EmbeddingArgs) -> tuple[Args, str]:
 
 RULES_OF_A_TABLE = (
     rowwise_states_forbid_column_wise, rowwise_adagrad_is_for_sharded_tables,
-    dynamic_tables_choose_their_kernel, dense_kernel_has_adam, bfloat16_rows_are_whole_and_not_averaged,
+    dynamic_tables_choose_their_kernel, dense_kernel_has_adam,
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ ids get rows in that order even if a pipeline runs ahead.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -105,10 +105,6 @@ class ShardedDynamicCollection(DistinctIdsCollection):
         self.tables = {
             name: DynamicTable(spec_of[name], seed, Rows(own, spec_of[name].dim)) for name, own in blocks.items()
         }
-        for name in self.embeddings:
-            table = self.tables[logical_name(name)]
-            first = 0 if name in self.tables else len(table.rows.blocks[0].weight)
-            optimizer.row_keys[name] = partial(table.row_keys, first)
 
     @classmethod
     def create_embedding_sharding(

@@ -77,10 +77,6 @@ class CpuSlots(SlotTable):
         self._library.hstu_slots_assign(self._handle, *batch, *outputs)
         return Assignment(slots, new_slots, new_ids, events)
 
-    def ids_of(self, slots: Tensor) -> Tensor:
-        """See SlotTable."""
-        return self._records[slots, 0]
-
     def content(self) -> tuple[Tensor, Tensor]:
         """See SlotTable; views."""
         ids, scores = self._records[: int(self.size())].unbind(1)

@@ -1,4 +1,4 @@
-"""Hashes of id tensors on any device, and what is drawn by them: initial rows and stochastic rounding."""
+"""Hashes of id tensors on any device, and the initial rows that are drawn by them."""
 
 import hashlib
 import math
@@ -64,15 +64,6 @@ def initial_rows(ids: Tensor, dim: int, init_std: float, table_key: int, quantil
     arithmetic, so that every device gives the same bits.
     """
     return quantiles[_drawn(mix(ids ^ table_key), dim)] * init_std
-
-
-def round_to_bfloat16(rows: Tensor, keys: Tensor) -> Tensor:
-    """Round float32 rows [n, dim] to one of the two nearest numbers of bfloat16, so that the mean is that of ``rows``.
-
-    ``keys``: hashes, int64 [n], by which a row is drawn. What bfloat16 has stays as it is.
-    """
-    bits = rows.view(torch.int32) + _drawn(keys, rows.shape[1])  # a carry rounds away from zero
-    return (bits & -_QUANTILES).view(torch.float32).bfloat16()
 
 
 def _drawn(keys: Tensor, dim: int) -> Tensor:

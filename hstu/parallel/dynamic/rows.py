@@ -58,7 +58,7 @@ class Rows:
         for block, used in self._ranges(len(self)):
             here = (slots >= used.start) & (slots < used.stop) if len(self.blocks) > 1 else slice(None)
             rows, own = slots[here] - used.start, weight[here]
-            block.weight[rows, : self.dim] = own.to(block.weight.dtype)
+            block.weight[rows, : self.dim] = own
             for name, state in block.states.items():
                 state.index_fill_(0, rows, 0)
                 if states is not None:

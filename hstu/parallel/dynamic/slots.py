@@ -113,10 +113,6 @@ class SlotTable(ABC):
         """
 
     @abstractmethod
-    def ids_of(self, slots: Tensor) -> Tensor:
-        """Return the ids that have ``slots``, int64 [n], of which others give any number."""
-
-    @abstractmethod
     def content(self) -> tuple[Tensor, Tensor]:
         """Return (ids, scores) of the slots in use, by slot: the whole state."""
 
@@ -213,10 +209,6 @@ class TorchSlots(SlotTable):
         """See SlotTable."""
         slots: Tensor = self._index.find(_hashed(ids))
         return slots
-
-    def ids_of(self, slots: Tensor) -> Tensor:
-        """See SlotTable."""
-        return _ids(self._hashes[slots])
 
     def content(self) -> tuple[Tensor, Tensor]:
         """See SlotTable; the ids are a copy."""

@@ -43,9 +43,8 @@ class DynamicTable:
         self.step = 0
         """Training batches so far."""
         self._counts = torch.zeros(len(fields(Counters)), dtype=torch.int64, device=rows.device)
-        self._key = table_key(seed, spec.name)
         self._initial = {
-            "table_key": self._key,
+            "table_key": table_key(seed, spec.name),
             "init_std": spec.init_std,
             "quantiles": quantiles_of(self.args.initializer, rows.device),
         }
@@ -90,10 +89,6 @@ class DynamicTable:
     def look_up(self, ids: Tensor) -> Tensor:
         """Return the rows, int64 [n], of ids without assigning new ones."""
         return self._or_default(self.slots.lookup(ids))
-
-    def row_keys(self, first_slot: int, rows: Tensor) -> Tensor:
-        """Return a key for each of ``rows``, int64 [n], counted from ``first_slot``, by table and id alone."""
-        return self.slots.ids_of((rows + first_slot).clamp(max=self.default_slot - 1)) ^ self._key
 
     def prefetch(self, ids: Tensor) -> None:
         """Load rows of ``ids``, int64 [n], into caches for the next step's lookup. Affects only speed."""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hstu.base.hashing import splitmix64
-from hstu.parallel.dynamic.hashing import initial_rows, mix, quantiles_of, round_to_bfloat16, table_key, unmix
+from hstu.parallel.dynamic.hashing import initial_rows, mix, quantiles_of, table_key, unmix
 from hstu.parallel.dynamic.rows import FbgemmCache, RowBlock, Rows
 
 ROWS, DIM, SETS, WAYS, STEPS = 40, 4, 3, 2, 60
@@ -183,16 +183,6 @@ def test_rows_may_be_uniform_with_the_same_deviation_or_zeros() -> None:
     assert abs(float(uniform.std()) / 0.02 - 1) < 0.01 and not zeros.any()
     assert float(uniform.abs().max()) == pytest.approx(0.02 * 3**0.5, rel=1e-3)
     assert abs(float(uniform.abs().median()) / 0.02 - 3**0.5 / 2) < 0.02
-
-
-def test_rounding_keeps_what_bfloat16_has_and_on_average_what_it_has_not() -> None:
-    kept, keys = torch.tensor([0.0, -0.0, 1.5, -3e38, 1e-40, torch.inf, torch.nan]).bfloat16(), mix(torch.arange(20000))
-    rounded = round_to_bfloat16(kept.float().expand(9, -1), keys[:9])
-    assert torch.equal(rounded[:, :-1], kept[:-1].expand(9, -1)) and rounded[:, -1].isnan().all()
-    between = torch.tensor([1 + 2**-9, -1 - 2**-8 * 1.5, 3e-3, 1 - 2**-10])
-    rounded = round_to_bfloat16(between.expand(len(keys), -1), keys).float()
-    assert [len(column.unique()) for column in rounded.t()] == [2] * 4
-    torch.testing.assert_close(rounded.mean(0), between, rtol=1e-4, atol=0)
 
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1))

@@ -81,10 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="directory to create, or to go on in")
     add(
         "--candidates",
-        help=".csv or .parquet file with columns user and item, and one for each feature of events that a ranking "
-        "model reads before it predicts. Retrieval: only these items are recommended to these users",
+        help="ranking: .csv or .parquet file with columns user and item, and one for each feature of events that the "
+        "model reads before it predicts",
     )
-    add("--top", type=int, help=f"retrieval: items per user (default {_TOP}; with --candidates all)")
+    add("--top", type=int, help=f"retrieval: items per user (default {_TOP})")
     seen = "retrieval: also recommend items that the user has events of, or not; default: as in the run's evaluation"
     add("--keep_seen", action=argparse.BooleanOptionalAction, help=seen)
     add("--allow", help="retrieval: file of the only items to recommend; column item, or one raw id per line")
@@ -96,13 +96,15 @@ def _parser() -> argparse.ArgumentParser:
 def _wanted(loaded: LoadedModel, options: argparse.Namespace) -> tuple[Candidates | None, np.ndarray]:
     """The candidates, if there are any, and the rows of the users to predict for. Notes what is left out."""
     source = loaded.with_data()
+    if options.candidates and loaded.config.task == "retrieval":
+        raise ConfigError("--candidates is for ranking; a retrieval model ranks all items, or those of --allow")
     users = users_of_file(loaded, options.users_file)
     if not options.candidates:
         return None, users
     roles, store = source.roles, source.store
     numbers = [name for name in roles.numbers if name in store.event_number_features]
     read = [name for name in (*roles.categories, *numbers) if name in (*store.event_features, *numbers)]
-    before = [name for name in read if name not in roles.known_after] if loaded.config.task == "ranking" else []
+    before = [name for name in read if name not in roles.known_after]
     candidates = read_candidates(loaded, options.candidates, before)
     if not options.users_file:
         return candidates, candidates.users
@@ -128,10 +130,8 @@ def _predictor(loaded: LoadedModel, candidates: Candidates | None, options: argp
     )
     if loaded.reads_request_time and at is None:
         note(loaded, "each user asks at the time of the newest event; --at now asks now")
-    top = options.top or (_TOP if candidates is None else None)
-    return RetrievalPredictor(
-        loaded, top, candidates, allowed=allowed, denied=denied, keep_seen=options.keep_seen, at=at
-    )
+    top = options.top or _TOP
+    return RetrievalPredictor(loaded, top, allowed=allowed, denied=denied, keep_seen=options.keep_seen, at=at)
 
 
 def _write(predictor: Predictor, users: np.ndarray, options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from hstu.parallel.exchange import Exchange
 from hstu.serve.command import Candidates
 from hstu.serve.loaded import LoadedModel
 from hstu.train.builder import build_evaluator
-from hstu.train.corpus import Queries, pair_scores, recommend
+from hstu.train.corpus import Queries, recommend
 from hstu.train.evaluate import NEW, Evaluator, MultiTaskEvaluator, Observations, RetrievalEvaluator
 from hstu.train.inference import InferenceSource
 from hstu.train.metrics import half_widths
@@ -236,8 +236,7 @@ class RetrievalPredictor:
     """Predicts the best items of each user, with columns user, item, rank (from 1) and score (cosine similarity).
 
     Args:
-        top: items per user. None: all candidates.
-        candidates: rank these items of each user instead of all. Those without a vector are last, with score null.
+        top: items per user.
         allowed: int64 codes of the only items to recommend. None: all.
         denied: int64 codes of items to exclude.
         keep_seen: also recommend items of the user's history. None: as RetrievalArgs.filter_seen says.
@@ -249,8 +248,7 @@ class RetrievalPredictor:
     def __init__(
         self,
         loaded: LoadedModel,
-        top: int | None,
-        candidates: Candidates | None = None,
+        top: int,
         *,
         allowed: np.ndarray | None = None,
         denied: np.ndarray | None = None,
@@ -258,7 +256,7 @@ class RetrievalPredictor:
         at: int | None = None,
     ) -> None:
         loaded.check_request_time(at)
-        self.loaded, self.top, self.candidates, self.at = loaded, top, candidates, at
+        self.loaded, self.top, self.at = loaded, top, at
         self.keep_seen = not loaded.leaves_out_seen if keep_seen is None else keep_seen
         self._evaluator = loaded.retrieval_evaluator()
         ids = self._evaluator.corpus().ids.cpu().numpy()
@@ -270,12 +268,8 @@ class RetrievalPredictor:
 
     def predict(self, users: np.ndarray) -> pa.Table:
         """Predict for store rows: raw ids, grouped by user in the given order. Collective; every rank gets all rows."""
-        own, vectors = _own_user_vectors(self.loaded, users, self.at)
         with self.loaded.inference():
-            if self.candidates is None:
-                found = self._best(own, vectors)
-            else:
-                found = self._best_candidates(own, vectors, self.candidates.of_users(users))
+            found = self._best(*_own_user_vectors(self.loaded, users, self.at))
         of_user, items, scores = map(self._evaluator.exchange.gathered, found)
         order = np.argsort(pd.Index(users).get_indexer(of_user), kind="stable")
         columns = {"rank": _ranks(of_user[order]).astype(np.int32), "score": scores[order]}
@@ -285,7 +279,6 @@ class RetrievalPredictor:
         """(user, model id of the item, score) of the best items of the corpus, best first within each user."""
         seen, lengths = self._seen(users)
         queries = Queries(vectors, users, np.full_like(users, -1), seen, lengths)
-        assert self.top is not None, "top may be None for candidates only"
         positions, scores = recommend(queries, self._corpus, self.top, self._evaluator.exchange)
         found = positions >= 0
         return np.repeat(users, found.sum(axis=1)), self._ids[positions[found]], scores[found]
@@ -299,24 +292,6 @@ class RetrievalPredictor:
         if self.keep_seen:
             return np.zeros(0, dtype=np.int64), np.zeros_like(users)
         return self.loaded.items_of(users)
-
-    def _best_candidates(
-        self, users: np.ndarray, vectors: Tensor, candidates: Candidates
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As ``_best``, among the candidates of each user. ``candidates``: for the users of all ranks."""
-        corpus = self._evaluator.corpus(np.intersect1d(self.loaded.model_ids(candidates.items), self._ids))
-        own = candidates.of_users(users)
-        row, items = np.repeat(pd.Index(users).get_indexer(own.users), own.counts), self.loaded.model_ids(own.items)
-        scores = pair_scores(vectors, row, corpus.positions(items), corpus).cpu().numpy()
-        seen, lengths = self._seen(users)
-        known = np.unique(np.concatenate([seen, items]))  # products of raw ids may overflow int64
-        seen_keys = np.repeat(np.arange(len(users)), lengths) * len(known) + np.searchsorted(known, seen)
-        left = self._may_be_shown(items) & ~np.isin(row * len(known) + np.searchsorted(known, items), seen_keys)
-        order = np.lexsort((items, -scores, row))
-        order = order[left[order]]
-        if self.top is not None:
-            order = order[_ranks(row[order]) <= self.top]
-        return users[row[order]], items[order], scores[order]
 
 
 def _ranks(keys: np.ndarray) -> np.ndarray:

@@ -144,21 +144,6 @@ def target_ranks(queries: Queries, corpus: Corpus, exchange: Exchange = ALONE) -
     return ranks.cpu().numpy(), target_scores.double().cpu().numpy()
 
 
-def pair_scores(vectors: Tensor, rows: np.ndarray, positions: np.ndarray, corpus: Corpus) -> Tensor:
-    """Scores of (user, item) pairs, float32 [n]; NaN for items that are not in the corpus or have no vector.
-
-    Pair i is ``vectors[rows[i]]``, one of the normalised [U, E], and the item at ``positions[i]``, −1 for none.
-    """
-    device = corpus.ids.device
-    scores = torch.full((len(rows),), torch.nan, device=device)
-    for first, items in corpus.chunks():
-        here = np.flatnonzero((positions >= first) & (positions < first + len(items)))
-        of_items = items[torch.from_numpy(positions[here] - first).to(device)]
-        products = (vectors[torch.from_numpy(rows[here]).to(device)].float() * of_items).sum(dim=1)
-        scores[torch.from_numpy(here).to(device)] = products.masked_fill_(~of_items.any(dim=1), torch.nan)
-    return scores
-
-
 def recommend(queries: Queries, corpus: Corpus, k: int, exchange: Exchange = ALONE) -> tuple[np.ndarray, np.ndarray]:
     """The k best items that each user has not seen, best first; ties in corpus order. A nan score is never chosen.
 

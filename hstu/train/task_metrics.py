@@ -34,13 +34,11 @@ class TaskMetrics:
     - NE: LOGLOSS divided by the LOGLOSS of always predicting the base rate (He et al., ADKDD 2014).
     - AUC>=K: the AUC of the predicted P(label >= K), or of the score.
     - RMSE, MAE: of the score.
-    - XAUC: the fraction of pairs of different labels that the scores order correctly; equal scores count one half (Zhan
-      et al., KDD 2022).
     - NDCG, NDCG@K: candidates of a request ordered by score, averaged over requests with different labels. The gain is
       the label, not 2^label − 1, because watch times would overflow. Equal scores get the expectation over their
       orders (McSherry & Najork, ECIR 2008).
 
-    Scores of one user that differ by rounding alone are equal in AUC, GAUC, XAUC and NDCG.
+    Scores of one user that differ by rounding alone are equal in AUC, GAUC and NDCG.
     """
 
     names: Sequence[str]
@@ -129,9 +127,6 @@ class TaskMetrics:
             return self.mean(name, np.array([log_loss / of_base if of_base > 0 else math.nan]))
         if name.startswith("NDCG"):
             return self._ndcg(name, scores, labels - self.label_offset, requests)
-        if name == "XAUC":
-            share = np.array([ordered_pairs(scores, labels, exchange)])
-            return self.mean(name, share, "all labels of the evaluation set are equal")
         # Sorting makes the sum independent of the assignment of samples to ranks.
         errors = np.sort(np.abs(labels - scores))
         return float(np.sqrt(exchange.mean(np.square(errors))) if name == "RMSE" else exchange.mean(errors))
@@ -202,66 +197,6 @@ def ranking_metrics(
         if name in METRICS_PER_TASK:
             results |= {f"{name}/task{bit}": float(value) for bit, value in enumerate(values)}
     return results
-
-
-def ordered_pairs(scores: np.ndarray, labels: np.ndarray, exchange: Exchange = ALONE) -> float:
-    """Fraction of pairs with different labels that ``scores`` order as the labels; ties count one half; O(N log N).
-
-    Over ranks, each first counts the pairs within a range of labels. Each then gets a range of scores and counts, of
-    pairs that were on two ranks, those within its range and those with lower scores on another rank.
-    """
-    labels, scores = exchange.by_value(labels, scores)
-    pairs, ordered = _ordered(scores, labels)
-    num_rows = exchange.total(len(labels)).astype(np.float64)
-    pairs += (float(num_rows) * len(labels) - len(labels) ** 2) / 2  # labels of two ranks are different
-    if exchange.size > 1:
-        ranks = np.arange(exchange.size)
-        scores, of_rank = exchange.by_value(scores, np.full(len(scores), exchange.rank))
-        counts = np.bincount(of_rank, minlength=exchange.size)
-        (by_score,) = exchange.to_owners(ranks, counts)  # rows of this rank's labels, by the rank of their scores
-        (lower,) = exchange.to_owners(ranks, np.cumsum(by_score) - by_score)
-        ordered += _ordered(scores, of_rank)[1] + float((counts * (np.cumsum(lower) - lower)).sum())
-    pairs, ordered = exchange.total([pairs, ordered])
-    return float(ordered / pairs) if pairs else math.nan
-
-
-def _ordered(scores: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """(number of pairs with different labels, number that ``scores`` order as the labels)."""
-    # Sorted by label, the later row of a pair has the larger label. Ties are broken by score.
-    order = np.lexsort((scores, labels))
-    scores, labels = scores[order], labels[order]
-    pairs = int((len(labels) - _run_ends(labels)).sum())
-    by_score = np.argsort(scores, kind="stable")
-    ties = int((_run_ends(scores[by_score]) - _run_ends(scores[by_score], labels[by_score])).sum())
-    ranks = np.empty_like(by_score)
-    ranks[by_score] = np.arange(len(scores))
-    return pairs, pairs - _inversions(ranks) - ties / 2
-
-
-def _run_ends(*keys: np.ndarray) -> np.ndarray:
-    """For each element of sorted arrays, the index after the last element with the same combination of keys."""
-    starts, lengths = runs(*keys)
-    return np.repeat(starts + lengths, lengths)
-
-
-def _inversions(ranks: np.ndarray) -> int:
-    """Number of pairs i < j with ranks[i] > ranks[j]. ``ranks``: a permutation of 0 … N − 1.
-
-    A radix sort from the highest bit on keeps the order within each group of equal higher bits. An inverted pair is
-    counted at the bit that separates its group.
-    """
-    total = 0
-    for bit in reversed(range(len(ranks).bit_length())):
-        is_upper = (ranks >> bit & 1).astype(bool)
-        group_starts = ranks >> (bit + 1) << (bit + 1)
-        upper_before = np.concatenate([[0], np.cumsum(is_upper)])
-        uppers = upper_before[:-1] - upper_before[group_starts]
-        total += int(uppers[~is_upper].sum())
-        lowers = np.arange(len(ranks)) - group_starts - uppers
-        moved = np.empty_like(ranks)
-        moved[group_starts + np.where(is_upper, (1 << bit) + uppers, lowers)] = ranks
-        ranks = moved
-    return total
 
 
 def ndcg_by_group(scores: np.ndarray, gains: np.ndarray, groups: np.ndarray, cutoff: int | None = None) -> np.ndarray:

@@ -312,18 +312,6 @@ def test_an_unknown_candidate_has_no_score(ranking: Served) -> None:
     assert {values[1] for values in scores.values()} == {None} and None not in {each[0] for each in scores.values()}
 
 
-def test_an_item_without_a_vector_is_last_in_a_file_of_predictions(
-    retrieval: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = np.array([0])
-    given = Candidates(one, np.array([3]), np.arange(3), {})
-    monkeypatch.setattr("hstu.serve.predict.pair_scores", lambda *_: torch.tensor([torch.nan, -0.2, -0.1]))
-    monkeypatch.setitem(vars(retrieval.trained), "version", "of no checkpoint")
-    table = RetrievalPredictor(retrieval.trained, None, given, denied=np.array([2]), keep_seen=True).predict(one)
-    assert table["item"].to_pylist() == [1001, 1000] and table["rank"].to_pylist() == [1, 2]
-    assert table["score"].to_pylist() == [pytest.approx(-0.2), None]
-
-
 TOP = 4
 
 

@@ -93,7 +93,7 @@ def cosines(finished: Finished, mesh: Mesh, keep_seen: bool) -> dict[int, dict[i
 
 
 @pytest.mark.parametrize("keep_seen", [False, True])
-def test_items_are_chosen_by_lists_and_by_candidates(
+def test_items_are_chosen_by_lists(
     predicted: Callable[..., pd.DataFrame],
     finished: Finished,
     mesh: Mesh,
@@ -104,26 +104,19 @@ def test_items_are_chosen_by_lists_and_by_candidates(
     (here / "allow.txt").write_text("1001\n1002\n1003\n1004\n1005\n7\n")
     (here / "deny.csv").write_text("item,why\n1003,old\n")
     (here / "users.txt").write_text("105\n102\n105\nnobody\n")
-    pairs = pd.DataFrame({"user": [102, 105, 102, 105, 102, 1], "item": [1001, 1002, 1009, 1003, 1000, 1000]})
-    pairs.to_parquet(here / "pairs.parquet")
     options = ["--deny", here / "deny.csv", *(["--keep_seen"] if keep_seen else [])]
     scores = cosines(finished, mesh, keep_seen)
     listed = predicted("retrieval", "--allow", here / "allow.txt", "--users_file", here / "users.txt", *options)
     printed = capsys.readouterr().err
     assert "1 unknown item(s) left out: '7'" in printed and "1 unknown user(s) left out: 'nobody'" in printed
-    chosen = predicted("retrieval", "--candidates", here / "pairs.parquet", *options, where="pairs")
-    for found, items, users in (
-        (listed, {105: (1001, 1002, 1004, 1005), 102: (1001, 1002, 1004, 1005)}, [105, 102]),
-        (chosen, {102: (1001, 1009, 1000), 105: (1002,)}, [102, 105]),
-    ):
-        rows = [
-            (user, item, scores[user][item])
-            for user in users
-            for item in sorted(items[user], key=lambda item: -scores[user].get(item, 0))
-            if item in scores[user]
-        ]
-        assert [tuple(row[:2]) for row in found[["user", "item"]].to_numpy()] == [row[:2] for row in rows]
-        np.testing.assert_allclose(found["score"], [row[2] for row in rows], rtol=1e-5)
+    rows = [
+        (user, item, scores[user][item])
+        for user in (105, 102)
+        for item in sorted((1001, 1002, 1004, 1005), key=lambda item: -scores[user].get(item, 0))
+        if item in scores[user]
+    ]
+    assert [tuple(row[:2]) for row in listed[["user", "item"]].to_numpy()] == [row[:2] for row in rows]
+    np.testing.assert_allclose(listed["score"], [row[2] for row in rows], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "held_out"), [("ranking", 1), ("tasks", 2)])
@@ -204,8 +197,9 @@ def test_mistakes_are_told(refused: Callable[..., str], here: Path) -> None:
     assert "nobody.txt: the data knows no user of this file: 'zoe'" in refused(
         "retrieval", "--users_file", here / "nobody.txt"
     )
-    assert "absent.parquet cannot be read" in refused("retrieval", "--candidates", here / "absent.parquet")
-    assert "1 row(s) have no item" in refused("retrieval", "--candidates", here / "gap.csv")
+    assert "absent.parquet cannot be read" in refused("ranking", "--candidates", here / "absent.parquet")
+    assert "1 row(s) have no item" in refused("ranking", "--candidates", here / "gap.csv")
+    assert "--candidates is for ranking" in refused("retrieval", "--candidates", here / "gap.csv")
     assert "name a file of them with --candidates" in refused("ranking")
     assert "--top is for retrieval" in refused("ranking", "--top", 3)
     (here / "pairs.csv").write_text("user,item\n100,1000\n")

@@ -37,9 +37,8 @@ def rows_of_period(mesh: Mesh, path: Path) -> dict[tuple[int, int], int]:
 def predictions(mesh: Mesh, retrieval: Path, ranking: Path) -> Any:
     model = LoadedModel.load(retrieval, mesh=mesh)
     best = RetrievalPredictor(model, 3)
-    chosen = RetrievalPredictor(model, None, CANDIDATES, keep_seen=True)
     scored = RankingPredictor(LoadedModel.load(ranking, mesh=mesh), CANDIDATES)
-    tables = {"best": best.predict(USERS), "chosen": chosen.predict(USERS[:1]), "scored": scored.predict(USERS)}
+    tables = {"best": best.predict(USERS), "scored": scored.predict(USERS)}
     vectors = np.concatenate(list(user_vectors(model, USERS))).tolist()
     return {"vectors": {"user": USERS.tolist(), "vector": vectors}} | {
         name: table.to_pydict() for name, table in tables.items()
@@ -81,7 +80,7 @@ def test_the_labels_of_a_period_are_its_events(found: list[dict[str, Any]]) -> N
 def test_predictions_do_not_depend_on_the_ranks(found: list[dict[str, Any]]) -> None:
     one, *of_ranks = found
     for name, expected in one["predictions"].items():
-        assert len(expected["user"]) == {"best": 18, "chosen": ITEMS, "scored": 7 * ITEMS, "vectors": 7}[name]
+        assert len(expected["user"]) == {"best": 18, "scored": 7 * ITEMS, "vectors": 7}[name]
         for rank in of_ranks:
             actual = rank["predictions"][name]
             assert list(actual) == list(expected)

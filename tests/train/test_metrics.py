@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from hstu.config.args.task import METRICS_OF_KIND, fits_kind
 from hstu.train.metrics import ROUNDING, half_widths, retrieval_metrics, without_rounding
-from hstu.train.task_metrics import TaskMetrics, ordered_pairs, ranking_metrics
+from hstu.train.task_metrics import TaskMetrics, ranking_metrics
 
 ALL = ("AUC", "GAUC", "ACC", "LOGLOSS", "NE")
 
@@ -95,11 +94,6 @@ def gauc(scores: Sequence[float], positive: Sequence[bool], users: Sequence[int]
     return total / impressions if impressions else NAN
 
 
-def xauc(scores: Sequence[float], labels: Sequence[float]) -> float:
-    rows = list(zip(scores, labels, strict=True))
-    return pair_share([(b, a) for (a, x), (b, y) in itertools.product(rows, rows) if x < y])
-
-
 def ndcg(scores: Sequence[float], gains: Sequence[float], requests: Sequence[int], cutoff: float) -> float:
     values = []
     for request in sorted(set(requests)):
@@ -128,8 +122,6 @@ def reference(name: str, kind: str, rows: Sequence[Row]) -> float:
         return class_reference(name, [(0.0, logit) for logit in predictions], labels, users)
     if name.startswith("NDCG"):
         return ndcg(predictions, labels, requests, 2 if name == "NDCG@2" else math.inf)
-    if name == "XAUC":
-        return xauc(predictions, labels)
     if name == "AUC>=2":
         return auc_by_pairs(predictions, [label >= 2 for label in labels])
     errors = [abs(label - x) for x, label in zip(predictions, labels, strict=True)]
@@ -235,17 +227,6 @@ def test_differences_above_rounding_stay_also_among_many_scores() -> None:
     assert (without_rounding(many, np.zeros(len(many))) == many).all()
 
 
-# --- order metrics on many rows ------------------------------------------------------------------------------------
-
-
-def test_xauc_on_many_rows_equals_somers_d() -> None:
-    rng = np.random.default_rng(4)
-    labels = rng.integers(0, 30, 3000) / 2.0
-    scores = np.round(labels + rng.normal(0, 5, 3000))
-    # Somers' D is (ordered pairs − reversed pairs) / pairs with different labels.
-    assert ordered_pairs(scores, labels) == pytest.approx((1 + stats.somersd(labels, scores).statistic) / 2, abs=1e-12)
-
-
 # --- what is undefined or wrong ------------------------------------------------------------------------------------
 
 
@@ -253,7 +234,7 @@ def test_xauc_on_many_rows_equals_somers_d() -> None:
     ("kind", "labels", "undefined"),
     [
         ("binary", [1.0, 1.0, NAN], {"AUC", "GAUC", "NE", "NDCG", "NDCG@2"}),
-        ("regression", [2.5, 2.5, NAN], {"XAUC", "AUC>=2", "NDCG", "NDCG@2"}),
+        ("regression", [2.5, 2.5, NAN], {"AUC>=2", "NDCG", "NDCG@2"}),
     ],
 )
 def test_a_metric_that_labels_do_not_define_is_nan_and_names_the_task_and_the_reason(

@@ -18,7 +18,7 @@ AT_LAST_EVENT = "last_event"
 """Retrieval metrics of queries at the time of the last event are named as "HR@10/last_event"."""
 _CLASSIFICATION = ("AUC", "GAUC", "NE", "LOGLOSS", "ACC")
 _OF_CLASSES = ("AUC", "AUC>=K", "GAUC", "ACC", "LOGLOSS", "NE")
-_VALUES = ("AUC>=K", "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K")
+_VALUES = ("AUC>=K", "RMSE", "MAE", "NDCG", "NDCG@K")
 METRICS_OF_KIND = {
     "binary": (*_CLASSIFICATION, "NDCG", "NDCG@K"),
     "class": (*_CLASSIFICATION, "AUC>=K"),
@@ -85,7 +85,7 @@ class RankingTaskArgs(Args):
     scale: float = option(1.0, changes="model", above=0, maximum=1e12, needs=having("kind", "regression", strict=True))
     """regression: the loss compares with label / scale; predictions and metrics are in units of the label. Choose about
     the usual size of a label. huber is linear beyond an error of scale."""
-    metrics: Optional[tuple[str, ...]] = _metrics(None, (*_OF_CLASSES, "RMSE", "MAE", "XAUC", "NDCG", "NDCG@K"))
+    metrics: Optional[tuple[str, ...]] = _metrics(None, (*_OF_CLASSES, "RMSE", "MAE", "NDCG", "NDCG@K"))
     """Metrics, reported as "AUC/click". NDCG ranks the candidates of a request. None: AUC of binary, ACC of class,
     RMSE of regression."""
 

@@ -47,10 +47,6 @@ class Estimate:
     peak_tflops: float
     memory_limit: float
     """Bytes of memory available to a rank."""
-    checkpoint_files: int
-    checkpoint_bytes: int
-    checkpoint_s: float
-    """Time to write them, at the machine's ``storage_gb_s``."""
 
     @property
     def memory_total(self) -> int:
@@ -80,7 +76,6 @@ def estimate(workload: Workload, machine: Machine) -> Estimate:
     computing, exposed = step_times(workload, machine, run, plan)
     waiting = sum(computing.values()) * (workload.straggling - 1)
     step = {COMPUTING: sum(computing.values())} | {f"exchange for {part}": each for part, each in exposed.items()}
-    files, saved = sharding.checkpoint(workload)
     return Estimate(
         memory=memory(workload, plan),
         transfers=transfers(workload, run, plan),
@@ -91,9 +86,6 @@ def estimate(workload: Workload, machine: Machine) -> Estimate:
         flops=sum(map(workload.flops, batches)) / len(batches) / workload.config.ranks_per_group,
         peak_tflops=machine.peak_tflops,
         memory_limit=machine.memory_gb * 1e9,
-        checkpoint_files=files,
-        checkpoint_bytes=saved,
-        checkpoint_s=saved / (machine.storage_gb_s * 1e9),
     )
 
 
@@ -256,9 +248,7 @@ def report(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
         f"  {found.samples / found.step_s:,.0f} samples/s, {found.tokens / found.step_s:,.0f} tokens/s, "
         f"{found.tflops:.3g} TFLOPS per rank, MFU {found.mfu:.1%} of {found.peak_tflops:.3g} TFLOPS"
     )
-    saved, seconds = size(found.checkpoint_bytes), found.checkpoint_s
-    yield f"checkpoint: {found.checkpoint_files:,} files, {saved}, {seconds:.3g} s at {machine.storage_gb_s:g} GB/s\n"
-    yield f"note: {workload.note}"
+    yield f"\nnote: {workload.note}"
     yield f"note: times are what {machine.name} should need (a roofline); none of them has been measured"
     if found.memory_total > found.memory_limit:
         yield "warning: this is more memory than a rank has"

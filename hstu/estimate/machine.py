@@ -47,8 +47,6 @@ class Machine:
     """Share of the peak that attention reaches, by the FLOPs that hstu/ops/costs.py counts."""
     memory_efficiency: float = 0.75
     link_efficiency: float = 0.7
-    storage_gb_s: float = 5.0
-    """Rate at which all ranks together write a checkpoint."""
     overlaps: bool = True
     """Whether communication and copies run beside computation."""
 

@@ -26,7 +26,7 @@ from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.dynamic.memory import logical_name
 from hstu.parallel.table_optimizer import TableTraining, is_rowwise, state_shape
 from hstu.parallel.tables import UNLIMITED, TableRanks, TableRoom, memory_plans, plan_sharding, prepare_tables
-from hstu.train.builder import raw_ids, task_module
+from hstu.train.builder import task_module
 
 INT64 = 8
 """Bytes of an id and of a length."""
@@ -198,18 +198,6 @@ def table_tensors(run: RunConfig, specs: Sequence[TableSpec]) -> dict[str, torch
         for state in (*TableTraining.of(spec, args).states, *averages):
             sizes[f"optimizer.tables.{spec.name}.{state}"] = torch.Size(state_shape(spec, state))
     return sizes
-
-
-def checkpoint(workload: Workload) -> tuple[int, int]:
-    """(files, bytes of the tensors) of a checkpoint. The rows that dynamic tables will have are unknown: not counted.
-    Each rank has a file of tensors, one of its generators and, with dynamic tables, one of those; rank 0 has 5 more."""
-    config, source = workload.config, workload.source
-    sizes = dense_tensors(config, source.roles)
-    sizes |= table_tensors(config, workload.specs)
-    found = FLOAT32 * sum(size.numel() for size in sizes.values())
-    found += sum(ids.nbytes for ids in raw_ids(source).tensors().values())
-    has_dynamic = any(spec.dynamic is not None for spec in workload.specs)
-    return (2 + has_dynamic) * workload.world_size + 5, found
 
 
 def held_weights(workload: Workload, run: DryRun) -> dict[str, int]:

@@ -260,38 +260,30 @@ class RetrievalPredictor:
         self.keep_seen = not loaded.leaves_out_seen if keep_seen is None else keep_seen
         self._evaluator = loaded.retrieval_evaluator()
         ids = self._evaluator.corpus().ids.cpu().numpy()
-        self._allowed, self._denied = (None if each is None else loaded.model_ids(each) for each in (allowed, denied))
-        ids = ids[self._may_be_shown(ids)]
+        if allowed is not None:
+            ids = ids[np.isin(ids, loaded.model_ids(allowed))]
+        if denied is not None:
+            ids = ids[~np.isin(ids, loaded.model_ids(denied))]
         self._ids, self._corpus = ids, self._evaluator.corpus(ids)
         if not self._corpus.size:
             raise DataError("no item is left to recommend: the model has none of the allowed items, or all are denied")
 
     def predict(self, users: np.ndarray) -> pa.Table:
         """Predict for store rows: raw ids, grouped by user in the given order. Collective; every rank gets all rows."""
+        exchange = self._evaluator.exchange
+        own, vectors = _own_user_vectors(self.loaded, users, self.at)
+        seen, lengths = np.zeros(0, dtype=np.int64), np.zeros_like(own)
+        if not self.keep_seen:
+            seen, lengths = self.loaded.items_of(own)
+        queries = Queries(vectors, own, np.full_like(own, -1), seen, lengths)
         with self.loaded.inference():
-            found = self._best(*_own_user_vectors(self.loaded, users, self.at))
-        of_user, items, scores = map(self._evaluator.exchange.gathered, found)
-        order = np.argsort(pd.Index(users).get_indexer(of_user), kind="stable")
-        columns = {"rank": _ranks(of_user[order]).astype(np.int32), "score": scores[order]}
-        return _table(self.loaded, self.loaded.store, of_user[order], items[order], columns)
-
-    def _best(self, users: np.ndarray, vectors: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(user, model id of the item, score) of the best items of the corpus, best first within each user."""
-        seen, lengths = self._seen(users)
-        queries = Queries(vectors, users, np.full_like(users, -1), seen, lengths)
-        positions, scores = recommend(queries, self._corpus, self.top, self._evaluator.exchange)
+            positions, scores = recommend(queries, self._corpus, self.top, exchange)
         found = positions >= 0
-        return np.repeat(users, found.sum(axis=1)), self._ids[positions[found]], scores[found]
-
-    def _may_be_shown(self, ids: np.ndarray) -> np.ndarray:
-        is_allowed = np.ones(len(ids), dtype=bool) if self._allowed is None else np.isin(ids, self._allowed)
-        return is_allowed if self._denied is None else is_allowed & ~np.isin(ids, self._denied)
-
-    def _seen(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(model ids of the items to exclude, user after user; their number per user), both int64."""
-        if self.keep_seen:
-            return np.zeros(0, dtype=np.int64), np.zeros_like(users)
-        return self.loaded.items_of(users)
+        best = np.repeat(own, found.sum(axis=1)), self._ids[positions[found]], scores[found]
+        of_user, items, of_items = map(exchange.gathered, best)
+        order = np.argsort(pd.Index(users).get_indexer(of_user), kind="stable")
+        columns = {"rank": _ranks(of_user[order]).astype(np.int32), "score": of_items[order]}
+        return _table(self.loaded, self.loaded.store, of_user[order], items[order], columns)
 
 
 def _ranks(keys: np.ndarray) -> np.ndarray:

@@ -16,15 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hstu.checkpoint.save import Snapshot, write
-from hstu.checkpoint.tensors import open_tensors
 from hstu.config.run_config import RunConfig
 from hstu.data.batches.train_batch import TrainBatch
 from hstu.data.sampling.sampler import SamplerPosition
 from hstu.estimate.dry_run import DryRun, dry_run
 from hstu.estimate.estimate import transfers
 from hstu.estimate.record import Recorder
-from hstu.estimate.sharding import checkpoint, held_weights, plan_tables, replicated_bytes, state_bytes, table_bytes
+from hstu.estimate.sharding import held_weights, plan_tables, replicated_bytes, state_bytes, table_bytes
 from hstu.estimate.workload import Workload, plan_workload
 from hstu.model.gr_model import GRModel
 from hstu.ops.comm import Pending
@@ -35,10 +33,10 @@ from hstu.parallel.mesh import Mesh, seed_initial_weights
 from hstu.parallel.shards import local_part, numbers_of
 from hstu.parallel.tables import sharded_weights
 from hstu.pipeline.step import detach_rows
-from hstu.train.builder import build_model, build_pipeline, build_state
+from hstu.train.builder import build_model, build_pipeline
 from hstu.train.sources import open_source
 from tests.distributed.launch import Launch, run_cases
-from tests.estimate.runs import CASES, ONE, TWO, TWO_BY_TENSOR, Sizes, held_bytes, run_config
+from tests.estimate.runs import CASES, ONE, TWO_BY_TENSOR, Sizes, held_bytes, run_config
 
 BYTES = {"float": 4, "long int": 8, "int": 4, "c10::BFloat16": 2, "unsigned char": 1, "double": 8}
 
@@ -141,28 +139,6 @@ def test_what_is_exchanged_is_known_within_a_fifth(name: str, launch: Sizes) -> 
     for rank in ranks:
         assert rank["collectives"] == calls
         assert rank["pickled"] == 0
-
-
-@pytest.mark.parametrize("launch", [TWO, pytest.param(TWO_BY_TENSOR, marks=pytest.mark.slow)])
-def test_a_checkpoint_is_known_to_the_file_and_byte(launch: Sizes, tmp_path: Path) -> None:
-    ranks, tp, cp = launch
-    names = [name for name, case in CASES.items() if launch in case["launches"]][:: 1 if tp == 1 else 4]
-    configs = {name: run_config(**CASES[name]["run"], tp=tp, cp=cp) for name in names}
-    cases = {name: partial(save, config=config, directory=tmp_path / name) for name, config in configs.items()}
-    (saved, *_) = run_cases(Launch(ranks, 200, tp, cp), cases)
-    for name, config in configs.items():
-        workload = plan_workload(config, ranks, ranks, "cpu")
-        files = [path for path in saved[name].rglob("*") if path.is_file()]
-        tensors = open_tensors(saved[name])
-        held = sum(size.numel() * tensors.dtypes[key].itemsize for key, size in tensors.sizes.items())
-        assert checkpoint(workload) == (len(files), held), name
-
-
-def save(mesh: Mesh, config: RunConfig, directory: Path) -> Path:
-    """Save an untrained state and return its path."""
-    source = open_source(config, mesh)
-    model, optimizers = build_model(config, source, mesh)
-    return write(directory, Snapshot.of(build_state(config, source, model, optimizers, "{}"), mesh), mesh)
 
 
 def count(mesh: Mesh, config: RunConfig) -> dict[str, Any]:

@@ -8,8 +8,6 @@ WIDEST_HEAD = 256
 WIDEST_ROW = 16384
 WIDEST_VECTOR = 256
 CUTLASS_HEAD_DIMS = (32, 64, 128, 256)
-CUTLASS_BIAS_HEAD_DIMS = (32, 64, 128)
-"""With a relative bias: wider heads leave no registers and shared memory for the sums of its gradients."""
 CUTLASS_CAPABILITY = (9, 0)
 """Compute capability of GPUs with CUTLASS kernels."""
 MIN_TRITON_CAPABILITY = (8, 0)
@@ -59,14 +57,14 @@ def unsupported_reason(backend: Backend, operator: str, shapes: KernelShapes) ->
     row = {"add_layer_norm": shapes.hidden_size, "norm_mul_dropout": inner}.get(operator, 0)
     if row > WIDEST_ROW and backend is Backend.TRITON:
         return f"rows of {row} > {WIDEST_ROW} numbers"
+    if backend is Backend.CUTLASS and shapes.has_bias:
+        return "a relative bias"
     if backend is Backend.CUTLASS and shapes.has_window:
         return "NetworkArgs.max_attention_span"
     if backend is Backend.CUTLASS and shapes.has_ranges:
         return "ContextParallelArgs.context_parallel_size does not divide the heads"
     if shapes.dtype not in _DTYPES[backend]:
         return f"{shapes.dtype}".removeprefix("torch.")
-    served = CUTLASS_BIAS_HEAD_DIMS if shapes.has_bias else CUTLASS_HEAD_DIMS
-    if backend is not Backend.CUTLASS or shapes.head_dim in served:
+    if backend is not Backend.CUTLASS or shapes.head_dim in CUTLASS_HEAD_DIMS:
         return None
-    with_bias = " with a relative bias" if shapes.has_bias else ""
-    return f"heads of {shapes.head_dim} channels{with_bias}, not {', '.join(map(str, served))}"
+    return f"heads of {shapes.head_dim} channels, not {', '.join(map(str, CUTLASS_HEAD_DIMS))}"

@@ -293,20 +293,17 @@ def read_cutlass_kernel(variant: Any, ptx: str, cubin: bytes) -> Compiled:
         RuntimeError: the kernel needs more shared memory than the GPU has, or the compiler has serialized the
             asynchronous products, as it does when registers run out.
     """
-    from hstu.ops.cutlass.attention import Kernel  # CUTLASS is not installed everywhere
-    from hstu.ops.cutlass.bias import storage
-    from hstu.ops.cutlass.compile_ahead import kernel_name
+    from hstu.ops.cutlass.compile_ahead import kernel_name  # CUTLASS is not installed everywhere
 
     shape = variant.shape
     stationary = 1 if variant.num_inputs == 3 else 2
     numbers = (stationary * shape.block + 2 * shape.stages * shape.tile) * shape.head_dim
     of_slopes = shape.stages * shape.block * shape.tile * 2 if variant.is_split else 0
-    of_bias = storage(shape.tile, variant.kernel is Kernel.QUERIES).size_in_bytes() if variant.has_bias else 0
     compiled = Compiled(
         kernel=kernel_name(variant),
         capability=90,
         config=f"{shape.block} × {shape.tile}",
-        shared_bytes=numbers * variant.dtype.itemsize + of_slopes + of_bias + BARRIER_BYTES,
+        shared_bytes=numbers * variant.dtype.itemsize + of_slopes + BARRIER_BYTES,
         **read_cubin(cubin),
     )
     if compiled.shared_bytes > LARGEST_SHARED_BYTES:

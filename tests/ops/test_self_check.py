@@ -80,7 +80,7 @@ ON_CUTLASS = KernelShapes(64, 4, 64, 64, torch.bfloat16)
 @pytest.mark.parametrize(
     ("backend", "head_dim", "has_bias"),
     [
-        *(("cutlass", 256, False), ("cutlass", 64, True), ("cutlass", 128, True)),
+        *(("cutlass", 256, False), ("cutlass", 64, False), ("cutlass", 128, False)),
         *(("triton", 256, False), ("triton", 64, True)),
     ],
 )

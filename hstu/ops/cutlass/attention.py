@@ -15,19 +15,18 @@ import cuda.bindings.driver as cuda
 import cutlass
 import numpy as np
 import torch
-from cutlass import Float32, Float64, Int32, Int64, cute
+from cutlass import Float32, Int32, Int64, cute
 from cutlass.base_dsl.compiler import DumpDir, GPUArch, KeepCUBIN, KeepPTX
 from cutlass.cute.runtime import make_ptr
 from torch import Tensor
 
 from hstu.ops.cutlass import objects
-from hstu.ops.cutlass.bias import BiasArguments, BiasSums, cells
 from hstu.ops.cutlass.common import ROWS_OF_WARP, Shape
 from hstu.ops.cutlass.objects import LaunchArguments
 from hstu.ops.cutlass.schedule import Rows, leading_rows, list_blocks, num_ctas, work_of
 from hstu.ops.cutlass.sm90 import BackwardSm90, ForwardSm90
 from hstu.ops.cutlass.sm90_split import SplitBackwardSm90
-from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient
 from hstu.ops.layout import JaggedLayout, to_device
 from hstu.ops.support import CUTLASS_HEAD_DIMS
 
@@ -39,24 +38,18 @@ ALIGNMENT = 16
 
 def forward(inputs: AttentionInputs) -> Tensor:
     """See :data:`hstu.ops.kernels.AttentionForward`."""
-    q, k, v, bias, layout = inputs.q, inputs.k, inputs.v, inputs.bias, inputs.layout
+    q, k, v = map(_loadable, (inputs.q, inputs.k, inputs.v))
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    arguments = None if bias is None else BiasArguments.of(bias, layout)
-    tensors = [_loadable(q), _loadable(k), _loadable(v)]
-    _launch(Kernel.FORWARD, tensors, [Gradient(out)], layout, inputs.config, arguments)
+    _launch(Kernel.FORWARD, [q, k, v], [Gradient(out)], inputs.layout, inputs.config)
     return out
 
 
-def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]) -> RelativeBias | None:
+def backward(grad: Tensor, inputs: AttentionInputs, grads: tuple[Gradient, Gradient, Gradient]) -> None:
     """See :data:`hstu.ops.kernels.AttentionBackward`. The gradients have the same bits in every run."""
     grad, q, k, v = map(_loadable, (grad, inputs.q, inputs.k, inputs.v))
-    layout, config, bias = inputs.layout, inputs.config, inputs.bias
     of_q, of_k, of_v = grads
-    arguments = None if bias is None else BiasArguments.of(bias, layout)
-    _launch(Kernel.KEYS, [k, v, q, grad], [of_k, of_v], layout, config, arguments)
-    sums = None if arguments is None else BiasSums.zeros(arguments, grad, v, layout)
-    _launch(Kernel.QUERIES, [q, grad, k, v], [of_q], layout, config, arguments, sums)
-    return None if bias is None or sums is None else sums.gradients(bias, config)
+    _launch(Kernel.KEYS, [k, v, q, grad], [of_k, of_v], inputs.layout, inputs.config)
+    _launch(Kernel.QUERIES, [q, grad, k, v], [of_q], inputs.layout, inputs.config)
 
 
 def _launch(
@@ -65,8 +58,6 @@ def _launch(
     outs: list[Gradient],  # also holds the output of forward
     layout: JaggedLayout,
     config: AttentionConfig,
-    bias: BiasArguments | None = None,
-    sums: BiasSums | None = None,
 ) -> None:
     tokens, heads, head_dim = inputs[0].shape
     before = [out.before_silu for out in outs if out.before_silu is not None]
@@ -75,7 +66,7 @@ def _launch(
             each.grad_shift.zero_()
         return
     device = inputs[0].device
-    variant = Variant(kernel, inputs[0].dtype, head_dim, bias is not None, bool(before))
+    variant = Variant(kernel, inputs[0].dtype, head_dim, bool(before))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     items, ctas = _work_on(device, variant.shape, layout, config, heads, processors)
     blocks = len(items)
@@ -89,8 +80,6 @@ def _launch(
             items.data_ptr(),
             *(tokens, heads, blocks, leading_rows(layout, config), max(layout.candidate_group_tokens, 1)),
             *(config.alpha, 1.0 / config.scaling_seqlen),
-            *([] if bias is None else [tensor.data_ptr() for tensor in bias_tensors(variant, bias, sums)]),
-            *([] if bias is None else [bias.center, 1.0 / config.alpha]),
             ctas,
             torch.cuda.current_stream(device).cuda_stream,
         )
@@ -140,13 +129,6 @@ _TILES: dict[Kernel, dict[int, int]] = {
     Kernel.KEYS: {32: 96, 64: 80, 128: 48, 256: 64},
 }
 
-# Smaller with a relative bias: registers also hold the indices, times and buckets of a tile's pairs.
-_BIAS_TILES: dict[Kernel, dict[int, int]] = {
-    Kernel.FORWARD: {32: 64, 64: 64, 128: 64},
-    Kernel.QUERIES: {32: 64, 64: 48, 128: 32},
-    Kernel.KEYS: {32: 64, 64: 48, 128: 32},
-}
-
 
 @dataclass(frozen=True)
 class Variant:
@@ -155,8 +137,6 @@ class Variant:
     kernel: Kernel
     dtype: torch.dtype
     head_dim: int
-    has_bias: bool = False
-    """Whether it adds a relative bias to the scores. The QUERIES kernel then also sums the bias gradients."""
     through_silu: bool = False
     """Whether it outputs gradients of pre-activations, and their sums over the tokens."""
 
@@ -168,9 +148,9 @@ class Variant:
     @property
     def shape(self) -> Shape:
         """Tile sizes and dtype."""
-        tile = (_BIAS_TILES if self.has_bias else _TILES)[self.kernel][self.head_dim]
+        tile = _TILES[self.kernel][self.head_dim]
         block = 64 if self.is_split else 128
-        return Shape(ELEMENTS[self.dtype], self.head_dim, self.rows, tile, 2, block, self.has_bias)
+        return Shape(ELEMENTS[self.dtype], self.head_dim, self.rows, tile, 2, block)
 
     @property
     def is_split(self) -> bool:
@@ -207,12 +187,10 @@ class Variant:
 def variants(
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,), head_dims: Sequence[int] = CUTLASS_HEAD_DIMS
 ) -> Iterator[Variant]:
-    """The variants that training uses; variants without a bias come first."""
-    for has_bias, dtype in itertools.product((False, True), dtypes):
-        for kernel, tiles in (_BIAS_TILES if has_bias else _TILES).items():
-            for head_dim in head_dims:
-                if head_dim in tiles:
-                    yield Variant(kernel, dtype, head_dim, has_bias, kernel is not Kernel.FORWARD)
+    """The variants that training uses."""
+    for dtype, kernel, head_dim in itertools.product(dtypes, Kernel, head_dims):
+        if head_dim in _TILES[kernel]:
+            yield Variant(kernel, dtype, head_dim, kernel is not Kernel.FORWARD)
 
 
 @functools.cache
@@ -253,27 +231,10 @@ def _examples(variant: Variant) -> tuple[Any, ...]:
             _pointer(Int32),
             (Int32(1),) * 5,  # tokens, heads, blocks, leading rows, tokens per target group
             (Float32(1.0),) * 2,  # α and 1 / N
-            _bias_examples(variant) if variant.has_bias else (),
         ),
         Int32(1),
         cuda.CUstream(0),
     )
-
-
-def bias_tensors(variant: Variant, bias: BiasArguments, sums: BiasSums | None) -> list[Tensor]:
-    """The bias tensors that a kernel reads, then those it adds to, in the order of its arguments."""
-    times = bias.query_times, bias.token_times
-    tables = bias.position_weight, bias.time_weight, *cells(bias.position_weight.device)
-    tensors = [*(times if variant.rows is Rows.QUERIES else times[::-1]), *tables]
-    return tensors + ([] if sums is None else [sums.position, sums.time, sums.scale])
-
-
-def _bias_examples(variant: Variant) -> tuple[Any, ...]:
-    """``bias`` of :mod:`hstu.ops.cutlass.bias`: pointers to :func:`bias_tensors`, and two numbers."""
-    of_sums = (Int64, Int64, Float32) if variant.kernel is Kernel.QUERIES else ()
-    types = (Float64, Float64, Float32, Float32, Int64, Int32, *of_sums)
-    pointers = [_pointer(dtype, alignment=8) for dtype in types]
-    return (*pointers[:6], tuple(pointers[6:]), Int32(1), Float32(1.0))
 
 
 def _pointer(dtype: Any, alignment: int = ALIGNMENT) -> Any:

@@ -8,7 +8,6 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, const_expr, cute
 from cutlass.cutlass_dsl import select_
 
-from hstu.ops.cutlass import bias
 from hstu.ops.cutlass.schedule import ITEM_FIELDS, Rows, masked_tile_at, tile_at, tile_ranges, visible_columns
 
 ROWS_OF_WARP = 16
@@ -25,7 +24,6 @@ class Shape:
     tile: int  # Columns per tile
     stages: int  # Number of column tiles in shared memory
     block: int = 128  # Rows per block, the unit of work of a CTA
-    has_bias: bool = False
 
 
 class PairwiseKernel:
@@ -34,8 +32,8 @@ class PairwiseKernel:
     Inputs are the ``num_resident`` tensors of which a block stays in shared memory, then the two streamed tensors.
     The DSL compiles functions that call an instance. They pass these tuples::
 
-        batch = (items, sizes, factors, bias)       see hstu.ops.cutlass.attention._examples; bias: () if there is none
-        masking = (alpha, column, bounds, pairs)    see masked_silu_and_slope; pairs: () without a bias
+        batch = (items, sizes, factors)      see hstu.ops.cutlass.attention._examples
+        masking = (alpha, column, bounds)    see masked_silu_and_slope
     """
 
     num_resident: int
@@ -44,7 +42,6 @@ class PairwiseKernel:
         """``through_silu``: the outputs are gradients of pre-activations: see :meth:`store`."""
         self.shape, self.num_outputs, self.through_silu = shape, num_outputs, through_silu
         self.outputs: Sequence[int] = range(num_outputs)  # outputs whose sums the threads hold
-        self.sums_bias = shape.has_bias and self.num_resident == 2 and shape.rows is Rows.QUERIES
 
     def registers(self, scores_mma: Any, sums_mma: Any) -> tuple:
         """Registers for the output sums and for a tile. ``scores_mma``, ``sums_mma``: the two products."""
@@ -60,23 +57,6 @@ class PairwiseKernel:
         products = cute.make_rmem_tensor(scores_mma.partition_shape_C((shape.block, shape.tile)), Float32)
         sums = cute.make_rmem_tensor(sums_mma.partition_shape_C((shape.block, shape.head_dim)), Float32)
         return products, cute.make_rmem_tensor(cute.size(products) // 2, Int32), sums
-
-    def bias_sums(self, batch: tuple) -> tuple:
-        """:func:`hstu.ops.cutlass.bias.sums_of`, or () if the kernel does not compute bias gradients."""
-        return bias.sums_of(self.shape, batch[3]) if self.sums_bias else ()
-
-    def begin_pairs(self, batch: tuple, tables: tuple, item: cute.Tensor, row: Int32, state: tuple) -> tuple:
-        """``pairs`` of a block, see :mod:`hstu.ops.cutlass.bias`; () without a bias."""
-        if not self.shape.has_bias:
-            return ()
-        pairs = bias.pairs_of(batch[3], tables, item, row, state)
-        if self.sums_bias:
-            bias.begin_sums(pairs)
-        return pairs
-
-    def column_without_mask(self, index: Int32, ranges: tuple, column_in_tile: Int32) -> Int32:
-        """First column of a thread in a tile without a mask, where only a bias depends on it."""
-        return first_column(index, ranges, self.shape) + column_in_tile if self.shape.has_bias else column_in_tile
 
     @cute.jit
     def store(self, sums: tuple, outs: tuple, index: Int32, start: tuple, factors: tuple) -> None:
@@ -144,6 +124,11 @@ def _where(condition: Any, yes: Any, no: Any) -> Int32:
     return Int32(select_(condition, Int32(yes), Int32(no)))
 
 
+def or_zero(condition: Any, value: Float32) -> Float32:
+    """``value`` where the condition holds, else 0."""
+    return Float32(select_(condition, value, Float32(0.0)))
+
+
 @cute.jit
 def is_visible(column: Int32, bounds: tuple) -> Boolean:
     """Whether the row with these ``bounds`` sees the column."""
@@ -167,14 +152,14 @@ def silu_and_slope(score: Float32, alpha: Float32) -> tuple:
 def masked_silu_and_slope(score: Float32, e: cutlass.Constexpr, masking: tuple, masked: cutlass.Constexpr) -> tuple:
     """SiLU and SiLU' of α times the ``e``-th product; if ``masked``, 0 where the row does not see the column.
 
-    masking: α, column of the first accumulator, bounds (:func:`row_bounds`) of the rows ``row`` and ``row + 8``, and
-    ``pairs``. Accumulators are as in :func:`store_rows`.
+    masking: α, column of the first accumulator, and bounds (:func:`row_bounds`) of the rows ``row`` and ``row + 8``.
+    Accumulators are as in :func:`store_rows`.
     """
-    alpha, column, bounds, _ = masking
+    alpha, column, bounds = masking
     weight, slope = silu_and_slope(score, alpha)
     if const_expr(masked):
         counts = is_visible(column + e // 4 * 8 + e % 2, bounds[e // 2 % 2])
-        weight, slope = bias.or_zero(counts, weight), bias.or_zero(counts, slope)
+        weight, slope = or_zero(counts, weight), or_zero(counts, slope)
     return weight, slope
 
 
@@ -288,7 +273,7 @@ def multiply_slopes(sums: cute.Tensor, before: cute.Tensor, start: tuple, dtype:
             for i in cutlass.range_constexpr(cute.size(values)):
                 e = (cute.size(pairs) * group + i // 2) * 4 + 2 * r + i % 2
                 _, slope = silu_and_slope(values[i].to(Float32), Float32(1.0))
-                sums[e] = bias.or_zero(exists, sums[e] * slope)
+                sums[e] = or_zero(exists, sums[e] * slope)
 
 
 @cute.jit

@@ -17,10 +17,9 @@ def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str])
     return [
         Job(f"{kernel_name(variant)} ({variant.head_dim} channels)", partial(save_compiled, variant))
         for variant in variants((shapes.dtype,), (shapes.head_dim,))
-        if variant.has_bias == shapes.has_bias
     ]
 
 
 def kernel_name(variant: Variant) -> str:
     """Kernel name for tables."""
-    return f"{variant.kernel.value}{'_with_bias' if variant.has_bias else ''}_sm90"
+    return f"{variant.kernel.value}_sm90"

@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Int32, Int64, const_expr, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from hstu.ops.cutlass import bias, common, hopper
+from hstu.ops.cutlass import common, hopper
 from hstu.ops.cutlass.common import PairwiseKernel
 from hstu.ops.cutlass.hopper import Ring, acquire, multiply, release, wait
 from hstu.ops.cutlass.schedule import count_tiles
@@ -55,8 +55,6 @@ class Sm90Kernel(PairwiseKernel):
             slopes: cute.struct.Align[cute.struct.MemRange[Int32, shape.stages * self.num_slopes], alignment]
 
         self.storage = Storage
-        if const_expr(shape.has_bias):
-            self.tables = bias.storage(shape.tile, self.sums_bias)
         self.kernel(tuple(loads), tensors[self.num_resident + 2 :], batch).launch(
             grid=(grid, 1, 1), block=(hopper.THREADS, 1, 1), stream=stream, min_blocks_per_mp=1
         )
@@ -81,11 +79,6 @@ class Sm90Kernel(PairwiseKernel):
             for stage in range(shape.stages):
                 cute.arch.mbarrier_init(of_slopes + stage, hopper.WARPS_OF_WARPGROUP)
         cute.arch.mbarrier_init_fence()
-        tables: tuple = ()
-        if const_expr(shape.has_bias):
-            tables = bias.load_tables(
-                allocator.allocate(self.tables), batch[3], shape.tile, self.sums_bias, hopper.THREADS
-            )
         cute.arch.sync_threads()
         resident = hopper.view(smem.resident, hopper.tile_layout(shape, shape.block, num_resident))
         streamed = hopper.view(smem.streamed, hopper.tile_layout(shape, shape.tile, 2 * shape.stages))
@@ -100,13 +93,13 @@ class Sm90Kernel(PairwiseKernel):
             buffers: tuple = (resident, streamed, transposed)
             if const_expr(self.num_slopes > 0):
                 buffers = (*buffers, smem.slopes.data_ptr(), of_slopes)
-            self.consume(buffers, tuple(rings), outs, batch, tables, thread - hopper.WARPGROUP)
+            self.consume(buffers, tuple(rings), outs, batch, thread - hopper.WARPGROUP)
 
     @cute.jit
     def produce(self, loads: tuple, resident: cute.Tensor, streamed: cute.Tensor, rings: tuple, batch: tuple) -> None:
         """One warp: load blocks and tiles in the order in which the consumers use them."""
         num_resident, stages = self.num_resident, self.shape.stages
-        items, sizes, _, _ = batch
+        items, sizes, _ = batch
         heads, total = sizes[1], sizes[1] * sizes[2]
         turn, count = Int32(0), Int32(0)
         work = common.work_index(turn)
@@ -128,10 +121,10 @@ class Sm90Kernel(PairwiseKernel):
             work = common.work_index(turn)
 
     @cute.jit
-    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
+    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, thread: Int32) -> None:
         """Compute the rows of a block; ``thread`` counts from the first thread that shares the block."""
         shape, num_resident = self.shape, self.num_resident
-        items, sizes, factors, _ = batch
+        items, sizes, factors = batch
         heads, total = sizes[1], sizes[1] * sizes[2]
         lane = thread % 32
         row_in_block, column_in_tile = thread // 32 * 16 + lane // 4, lane % 4 * 2
@@ -143,7 +136,7 @@ class Sm90Kernel(PairwiseKernel):
             of_sums.make_fragment_B(of_sums.partition_B(buffers[2])),
             *buffers[3:],
         )
-        registers, of_bias = self.registers(of_scores, of_sums), self.bias_sums(batch)
+        registers = self.registers(of_scores, of_sums)
         sums = registers[0]
         state = operands, registers, rings[num_resident:]
         turn, count = Int32(0), Int32(0)
@@ -154,32 +147,26 @@ class Sm90Kernel(PairwiseKernel):
             bounds = tuple(common.row_bounds(row + 8 * r, item, sizes[3], sizes[4], shape.rows) for r in (0, 1))
             ranges = common.ranges_of(item, sizes, shape)
             num_masked, num_tiles = count_tiles(ranges)
-            pairs = self.begin_pairs(batch, tables, item, row, of_bias)
             for i in cutlass.range_constexpr(len(self.outputs)):
                 sums[i].fill(0.0)
             for i in cutlass.range_constexpr(num_resident):
                 wait(rings[i], turn)
             column = common.first_column(Int32(0), ranges, shape) + column_in_tile
-            self.step(count, state, (factors[0], column, bounds, pairs), True, True)
+            self.step(count, state, (factors[0], column, bounds), True, True)
             count += 1
             for u in cutlass.range(1, num_masked, unroll=1):
                 column = common.first_masked_column(u, ranges, shape) + column_in_tile
-                self.step(count, state, (factors[0], column, bounds, pairs), True, False)
+                self.step(count, state, (factors[0], column, bounds), True, False)
                 count += 1
-            for u in cutlass.range(cutlass.max(num_masked, 1), num_tiles, unroll=1):
-                left = self.column_without_mask(u, ranges, column_in_tile)
-                self.step(count, state, (factors[0], left, bounds, pairs), False, False)
+            for _u in cutlass.range(cutlass.max(num_masked, 1), num_tiles, unroll=1):
+                self.step(count, state, (factors[0], column_in_tile, bounds), False, False)
                 count += 1
             for i in cutlass.range_constexpr(num_resident):
                 release(rings[i], turn)
             self.finish(count - 1, state)
-            if const_expr(self.sums_bias):
-                bias.end_sums(pairs)
             self.store(sums, outs, work // heads, (item, head, row, column_in_tile), factors)
             turn += 1
             work = common.work_index(turn)
-        if const_expr(self.sums_bias):
-            bias.store_sums(batch[3], tables)
 
 
 class ForwardSm90(Sm90Kernel):
@@ -219,8 +206,6 @@ class ForwardSm90(Sm90Kernel):
     @cute.jit
     def weigh(self, count: Int32, scores: cute.Tensor, slopes: list, masking: tuple, masked: cutlass.Constexpr) -> None:
         """Replace the scores of tile ``count`` by its weights."""
-        if const_expr(self.shape.has_bias):
-            bias.add(scores, masking[1], masking[3], self.shape.rows, False)
         common.silu(scores, masking, masked)
 
     @cute.jit
@@ -266,14 +251,10 @@ class BackwardSm90(Sm90Kernel):
         if const_expr(not first):
             release(y_ring, count - 1)
             release(z_ring, count - 1)
-        if const_expr(shape.has_bias):
-            bias.add(scores, masking[1], masking[3], shape.rows, self.sums_bias)
         common.silu_derivative(scores, weights, masking, masked, with_weights, shape.dtype)
         warpgroup.wait_group(0)
         for e in cutlass.range_constexpr(cute.size(scores)):
             products[e] = products[e] * scores[e]
-        if const_expr(self.sums_bias):
-            bias.sum_tile(products, masking[1], masking[3])
         common.pack(products, gradients, shape.dtype)
         warpgroup.fence()
         left = common.left_operand(gradients, shape.dtype)

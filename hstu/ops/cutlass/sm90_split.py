@@ -31,12 +31,12 @@ class SplitBackwardSm90(Sm90Kernel):
         self.of_keys = _Keys(shape, through_silu)
 
     @cute.jit
-    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, tables: tuple, thread: Int32) -> None:
+    def consume(self, buffers: tuple, rings: tuple, outs: tuple, batch: tuple, thread: Int32) -> None:
         """Compute, in the threads of two warpgroups; ``thread`` counts from the first of them."""
         if cute.arch.make_warp_uniform(thread // WARPGROUP) == 0:
-            self.of_values.consume(buffers, rings, outs, batch, tables, thread)
+            self.of_values.consume(buffers, rings, outs, batch, thread)
         else:
-            self.of_keys.consume(buffers, rings, outs, batch, tables, thread - WARPGROUP)
+            self.of_keys.consume(buffers, rings, outs, batch, thread - WARPGROUP)
 
 
 class _Half(ForwardSm90):

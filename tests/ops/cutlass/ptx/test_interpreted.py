@@ -16,19 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.ops.functional import hstu_attention
-from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient, RelativeBias
-from hstu.ops.layout import NUM_TIME_BUCKETS, JaggedLayout
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, Gradient
+from hstu.ops.layout import JaggedLayout
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from hstu.ops.self_check import small_layout
 
 pytest.importorskip("cutlass", reason="nvidia-cutlass-dsl is not installed: the CUTLASS kernels are NOT compiled here")
 
-from hstu.ops.cutlass.attention import Kernel, Variant, bias_tensors, compile_ahead
-from hstu.ops.cutlass.bias import BiasArguments, BiasSums
+from hstu.ops.cutlass.attention import Kernel, Variant, compile_ahead
 from hstu.ops.cutlass.hopper import THREADS
 from hstu.ops.cutlass.operators import OPERATORS
 from hstu.ops.cutlass.schedule import leading_rows, list_blocks
-from hstu.ops.support import CUTLASS_BIAS_HEAD_DIMS, CUTLASS_HEAD_DIMS
+from hstu.ops.support import CUTLASS_HEAD_DIMS
 from tests.ops.cutlass.ptx.machine import Cta, TensorMap
 from tests.ops.cutlass.ptx.registers import parse
 
@@ -55,10 +54,8 @@ def run_kernel(
     before_silu: Sequence[Tensor],
     layout: JaggedLayout,
     config: AttentionConfig,
-    bias: BiasArguments | None = None,
-    sums: BiasSums | None = None,
 ) -> list[Tensor]:
-    """The outputs of a kernel for its inputs x, y, z or x, y, w, z: [T, H, d]. Adds to ``sums``.
+    """The outputs of a kernel for its inputs x, y, z or x, y, w, z: [T, H, d].
 
     With ``before_silu``, of which the rows of each output are the SiLU, the sums [H, d] of each output follow.
     """
@@ -91,10 +88,6 @@ def run_kernel(
     sizes = [tokens, heads, len(blocks), leading_rows(layout, config), group]
     numbers = [np.array([number], np.int32).tobytes() for number in sizes]
     numbers += [np.array([number], np.float32).tobytes() for number in (config.alpha, 1 / config.scaling_seqlen)]
-    if bias is not None:
-        tensors_of_bias = bias_tensors(variant, bias, sums)
-        numbers += [np.array([address_of(tensor.numpy())], np.uint64).tobytes() for tensor in tensors_of_bias]
-        numbers += [np.array([bias.center], np.int32).tobytes(), np.array([1 / config.alpha], np.float32).tobytes()]
     remaining = iter([items, *numbers])
     maps, structs = iter(map(loaded, inputs, box_rows)), iter(tensors)
     params: dict[str, Any] = {}
@@ -127,13 +120,11 @@ def interpret(patch: pytest.MonkeyPatch, ptx_of: Callable[[Variant], str] = ptx_
         outs: list[Gradient],
         layout: JaggedLayout,
         config: AttentionConfig,
-        bias: BiasArguments | None = None,
-        sums: BiasSums | None = None,
     ) -> None:
         before = [out.before_silu for out in outs if out.before_silu is not None]
-        variant = Variant(kernel, inputs[0].dtype, inputs[0].shape[2], bias is not None, bool(before))
+        variant = Variant(kernel, inputs[0].dtype, inputs[0].shape[2], bool(before))
         values = [each.value for each in before]
-        computed = run_kernel(variant, ptx_of(variant), inputs, values, layout, config, bias, sums)
+        computed = run_kernel(variant, ptx_of(variant), inputs, values, layout, config)
         targets = [*(out.target for out in outs), *(each.grad_shift for each in before)]
         for target, result in zip(targets, computed, strict=True):
             target.copy_(result)
@@ -141,33 +132,25 @@ def interpret(patch: pytest.MonkeyPatch, ptx_of: Callable[[Variant], str] = ptx_
     patch.setattr("hstu.ops.cutlass.attention._launch", launch)
 
 
-def errors(
-    layout: JaggedLayout, heads: int, head_dim: int, has_bias: bool, dtype: torch.dtype, **mask: bool
-) -> list[float]:
-    """The norm of the error of O, dQ, dK, dV, their sums over tokens and the gradients of a bias, relative to each."""
+def errors(layout: JaggedLayout, heads: int, head_dim: int, dtype: torch.dtype, **mask: bool) -> list[float]:
+    """The norm of the error of O, dQ, dK, dV and their sums over tokens, relative to each."""
     torch.manual_seed(0)
     config = AttentionConfig(head_dim**-0.5, 150, **mask)
     projected = torch.randn(layout.num_tokens, heads, 3, head_dim).to(dtype)
     grad = torch.randn(layout.num_tokens, heads, head_dim).to(dtype)
-    # Fewer positions than tokens.
-    tables = [torch.randn(2 * 100 - 1), torch.randn(NUM_TIME_BUCKETS)] if has_bias else []
-
-    leaves = [each.requires_grad_() for each in (projected, torch.zeros(heads, 3, head_dim), *tables)]
-    bias = RelativeBias(*leaves[2:]) if has_bias else None
+    leaves = [each.requires_grad_() for each in (projected, torch.zeros(heads, 3, head_dim))]
     v, q, k = projected.unbind(2)
-    out = hstu_attention(AttentionInputs(q, k, v, layout, config, bias), OPERATORS["attention"], leaves[1])
+    out = hstu_attention(AttentionInputs(q, k, v, layout, config), OPERATORS["attention"], leaves[1])
     gradient, *others = torch.autograd.grad(out, leaves, grad)
     ours = [out, *gradient.unbind(2), *others]
 
     # v, q and k are rounded, as in a layer: that is no error of a kernel.
     v, q, k = (each.detach().double().requires_grad_() for each in F.silu(projected).unbind(2))
-    exact_tables = [table.detach().double().requires_grad_() for table in tables]
-    bias = RelativeBias(*exact_tables) if has_bias else None
-    right = hstu_attention(AttentionInputs(q, k, v, layout, config, bias), REFERENCE_KERNELS.attention)
-    (*of_activated,) = torch.autograd.grad(right, [v, q, k, *exact_tables], grad.double())
+    right = hstu_attention(AttentionInputs(q, k, v, layout, config), REFERENCE_KERNELS.attention)
+    of_activated = torch.autograd.grad(right, [v, q, k], grad.double())
     before = projected.detach().double().requires_grad_()
-    (of_projected,) = torch.autograd.grad(F.silu(before), before, torch.stack(of_activated[:3], 2))
-    exact = [right, *of_projected.unbind(2), of_projected.sum(0), *of_activated[3:]]
+    (of_projected,) = torch.autograd.grad(F.silu(before), before, torch.stack(of_activated, 2))
+    exact = [right, *of_projected.unbind(2), of_projected.sum(0)]
     return [
         float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(ours, exact, strict=True)
     ]
@@ -176,31 +159,25 @@ def errors(
 CAUSAL = {"is_causal": True, "contextual_mask": True}
 slow = partial(pytest.param, marks=pytest.mark.slow)
 EVERY_KERNEL = [
-    slow(LAYOUT, 2 if head_dim == 64 else 1, head_dim, has_bias, torch.bfloat16, CAUSAL)
-    for has_bias, head_dims in ((False, CUTLASS_HEAD_DIMS), (True, CUTLASS_BIAS_HEAD_DIMS))
-    for head_dim in head_dims
+    slow(LAYOUT, 2 if head_dim == 64 else 1, head_dim, torch.bfloat16, CAUSAL) for head_dim in CUTLASS_HEAD_DIMS
 ]
-OTHER_MASKS = [
-    slow(LAYOUT, 1, 32, has_bias, torch.float16, mask)
-    for has_bias, mask in ((False, {"contextual_mask": False}), (True, {"is_causal": False}))
-]
+OTHER_MASKS = [slow(LAYOUT, 1, 32, torch.float16, mask) for mask in ({"contextual_mask": False}, {"is_causal": False})]
 
 
 @pytest.mark.parametrize(
-    ("layout", "heads", "head_dim", "has_bias", "dtype", "mask"),
-    [(SHORT, 1, 32, False, torch.bfloat16, CAUSAL), *EVERY_KERNEL, *OTHER_MASKS],
+    ("layout", "heads", "head_dim", "dtype", "mask"),
+    [(SHORT, 1, 32, torch.bfloat16, CAUSAL), *EVERY_KERNEL, *OTHER_MASKS],
 )
 def test_attention_and_its_gradients_equal_the_reference(
     layout: JaggedLayout,
     heads: int,
     head_dim: int,
-    has_bias: bool,
     dtype: torch.dtype,
     mask: dict[str, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interpret(monkeypatch)
-    assert max(errors(layout, heads, head_dim, has_bias, dtype, **mask)) < TOLERANCE
+    assert max(errors(layout, heads, head_dim, dtype, **mask)) < TOLERANCE
 
 
 def forward_error(monkeypatch: pytest.MonkeyPatch, of: str, to: str) -> float:

@@ -3,9 +3,9 @@
     python scripts/bench/compile_ahead.py ranking --gin-config-file configs/benchmark_ranking.gin --capability 90 \
         --cache caches
 
-compiles what one step launches and what the self check launches, for one rank. ``caches`` may be copied to a machine
-with the same Python packages. A run finds it there with ``XDG_CACHE_HOME=caches TRITON_CACHE_DIR=caches/triton``.
-Without ``--cache`` the user's own caches are filled.
+compiles what the self check launches for the shapes of the run: most kernels of its steps, of which the first step
+compiles the rest. ``caches`` may be copied to a machine with the same Python packages. A run finds it there with
+``XDG_CACHE_HOME=caches TRITON_CACHE_DIR=caches/triton``. Without ``--cache`` the user's own caches are filled.
 """
 
 from __future__ import annotations
@@ -17,10 +17,24 @@ from pathlib import Path
 
 from harness import command_line
 
+from hstu.config.args import DynamicEmbeddingArgs
 from hstu.config.gin_io import load
+from hstu.config.run_config import RunConfig
+from hstu.model.stack import kernel_shapes
 from hstu.observe.logging import quiet_libraries
-from hstu.ops.compile_ahead import adopt_triton_cache, compile_all, num_cores, strip_triton_cache
-from hstu.train.compile_ahead import jobs_of_run
+from hstu.ops.compile_ahead import Job, adopt_triton_cache, compile_all, num_cores, strip_triton_cache
+from hstu.ops.kernels import OPERATORS, Backend
+from hstu.ops.select import FALLBACKS
+from hstu.ops.self_check import jobs
+
+
+def jobs_of_run(config: RunConfig, capability: int) -> list[Job]:
+    """Compile jobs for the self checks of the run's backends."""
+    tp, cp = config.tensor_parallel.tensor_model_parallel_size, config.context_parallel.context_parallel_size
+    has_slots = any(isinstance(table, DynamicEmbeddingArgs) for table in config.embeddings)
+    checked = [kernel_shapes(config.network, tp, cp), *([None] if has_slots else [])]
+    backends = FALLBACKS[Backend(config.network.kernel_backend)]
+    return [job for each in backends for shapes in checked for job in jobs(each.value, shapes, capability, OPERATORS)]
 
 
 def main() -> int:
@@ -39,10 +53,10 @@ def main() -> int:
         os.environ |= {"XDG_CACHE_HOME": str(options.cache.absolute()), "TRITON_CACHE_DIR": str(triton_cache)}
         adopt_triton_cache(triton_cache)
     begun = time.monotonic()
-    jobs = jobs_of_run(load(options.gin_config_file, options.gin_bindings, options.task), options.capability)
+    to_compile = jobs_of_run(load(options.gin_config_file, options.gin_bindings, options.task), options.capability)
     recorded_s = time.monotonic() - begun
     results = []
-    for result in compile_all(jobs, options.processes):
+    for result in compile_all(to_compile, options.processes):
         results.append(result)
         if result.error is not None:
             print(f"FAILED {result.name}: {result.error}", file=sys.stderr)

@@ -282,13 +282,10 @@ class RetrievalPredictor:
         best = np.repeat(own, found.sum(axis=1)), self._ids[positions[found]], scores[found]
         of_user, items, of_items = map(exchange.gathered, best)
         order = np.argsort(pd.Index(users).get_indexer(of_user), kind="stable")
-        columns = {"rank": _ranks(of_user[order]).astype(np.int32), "score": of_items[order]}
-        return _table(self.loaded, self.loaded.store, of_user[order], items[order], columns)
-
-
-def _ranks(keys: np.ndarray) -> np.ndarray:
-    """Positions of elements among those of equal keys, from 1."""
-    return 1 + pd.Series(keys).groupby(keys, sort=False).cumcount().to_numpy()
+        of_user = of_user[order]
+        ranks = 1 + pd.Series(of_user).groupby(of_user, sort=False).cumcount().to_numpy(np.int32)
+        columns = {"rank": ranks, "score": of_items[order]}
+        return _table(self.loaded, self.loaded.store, of_user, items[order], columns)
 
 
 class RankingPredictor:

@@ -51,36 +51,6 @@ def huber(outputs: Tensor, labels: Tensor) -> Tensor:
 _LOSSES = {"bce": bce, "focal": focal, "cross_entropy": cross_entropy, "mse": mse, "huber": huber}
 
 
-def pairwise_sum(outputs: Tensor, labels: Tensor, weights: Tensor, num_labels: Tensor, longest: int) -> Tensor:
-    """RankNet's loss, log(1 + exp(negative - positive)) per pair (Burges et al., ICML 2005): float32 scalar.
-
-    Sums over requests the number of items times the mean over pairs of a positive and a negative item. A request
-    without both kinds has a loss of 0.
-
-    Args:
-        outputs: [M, 1], a score.
-        labels: 0 or 1, [M].
-        weights: [M]. A pair's weight is the product of its items' weights; a weight of 0 leaves an item out.
-        num_labels: labelled items of each request, int64 [B], with the sum M.
-        longest: at least the maximum of ``num_labels``.
-    """
-    scores, size = outputs[:, 0], len(labels)
-    request = torch.repeat_interleave(num_labels, output_size=size)
-    place = torch.arange(size, device=scores.device) - (num_labels.cumsum(0) - num_labels)[request]
-    cells = request * longest + place
-
-    def by_request(values: Tensor) -> Tensor:
-        cleared = values.new_zeros(len(num_labels) * longest)
-        return cleared.index_copy(0, cells, values).view(len(num_labels), longest)
-
-    positive, negative, score = (by_request(values) for values in (labels * weights, (1 - labels) * weights, scores))
-    of_pairs = positive[:, :, None] * negative[:, None, :]
-    losses = F.softplus(score[:, None, :] - score[:, :, None]) * of_pairs
-    total = of_pairs.sum((1, 2))
-    means = losses.sum((1, 2)) / torch.where(total > 0, total, 1.0)
-    return (means * num_labels).sum()
-
-
 class RankingTask(nn.Module):
     """One ranking task. columns: row names of HSTUBatch.label_values. codes: what the values of its label mean."""
 
@@ -117,9 +87,6 @@ class RankingTask(nn.Module):
         weights = (~targets.isnan()).float()
         targets = (targets - self.first_class) / args.scale
         labels = torch.where(weights > 0, targets, 0.0)
-        if args.loss_in_force == "pairwise":
-            longest = max(1, int(batch.num_candidates_host.max(initial=0)))
-            return args.weight * pairwise_sum(outputs, labels, weights, batch.num_labels, longest)
         losses = _LOSSES[args.loss_in_force](outputs, labels)
         return args.weight * (losses * weights).sum()
 

@@ -67,7 +67,6 @@ USER_TASKS = [
     'stay/RankingTaskArgs.metrics = ("RMSE", "MAE")',
     'high/RankingTaskArgs.label = "action"',
     "high/RankingTaskArgs.positive_values = ['>= 2']",
-    'high/RankingTaskArgs.loss = "pairwise"',
     'high/RankingTaskArgs.metrics = ("LOGLOSS",)',
     "RankingArgs.prediction_head_arch = [6]",
     "RankingArgs.eval_metrics = ('AUC',)",

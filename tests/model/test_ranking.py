@@ -193,24 +193,6 @@ def compare(losses: Tensor, outputs: Tensor, expected: Tensor, exact: Tensor) ->
     assert gradient.abs().max() > 0
 
 
-def test_pairs_are_those_of_one_request() -> None:
-    num_labels = torch.tensor([5, 1, 0, 6, 3, 9])
-    outputs, labels = outputs_of(1), labels_of(2)
-    labels[-3:] = 0
-    weights = torch.rand(ITEMS, generator=torch.Generator().manual_seed(2)) * (torch.arange(ITEMS) % 4 > 0)
-    exact = outputs.detach().double().requires_grad_()
-    expected, start = torch.zeros((), dtype=torch.float64), 0
-    for size in num_labels.tolist():
-        items, start = range(start, start + size), start + size
-        pairs = [(i, j) for i in items for j in items if labels[i] == 1 and labels[j] == 0]
-        of_pairs = [weights[i].double() * weights[j].double() for i, j in pairs]
-        if sum(of_pairs) > 0:
-            losses = [(1 + (exact[j, 0] - exact[i, 0]).exp()).log() for i, j in pairs]
-            total = sum(weight * loss for weight, loss in zip(of_pairs, losses, strict=True))
-            expected = expected + size * total / sum(of_pairs)
-    compare(tasks.pairwise_sum(outputs, labels, weights, num_labels, 9), outputs, expected, exact)
-
-
 def values(*columns: list[float]) -> Tensor:
     return torch.tensor(columns)
 

@@ -94,7 +94,7 @@ def test_the_part_of_a_task_is_the_loss_of_a_run_that_counts_it_alone(
     mesh: Mesh, store: SequenceStore, tmp_path: Path
 ) -> None:
     """Read out by weights that round away the other tasks. Nothing is learnt, so that the runs stay alike."""
-    own = [*tasks(), RankingTaskArgs(name="pairs", label="click", loss="pairwise", weight=0.3)]
+    own = [*tasks(), RankingTaskArgs(name="focal", label="click", loss="focal", weight=0.3)]
     options: Any = {
         "trainer": {"gradient_accumulation_steps": 3, "train_batch_size": 4, "log_interval": 3},
         "optimizer": {"optimizer_str": "sgd", "learning_rate": 1e-30},

@@ -67,7 +67,7 @@ OF_THE_ACTION: dict[str, Any] = {
     "tasks": [
         RankingTaskArgs(name="level", label="action", kind="class", num_classes=ACTIONS, weight=0.5),
         RankingTaskArgs(name="odd", label="action", positive_values=["& 1"], loss="focal", metrics=("LOGLOSS", "NDCG")),
-        RankingTaskArgs(name="high", label="action", positive_values=[">= 2"], loss="pairwise", metrics=("LOGLOSS",)),
+        RankingTaskArgs(name="high", label="action", positive_values=[">= 2"], metrics=("LOGLOSS",)),
     ],
 }
 """Arguments of RankingArgs: tasks that need no label but the action. They compare candidates."""

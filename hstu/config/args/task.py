@@ -44,7 +44,7 @@ def _metrics(default: Any, metrics: tuple[str, ...], **others: Any) -> Any:
 
 
 LOSSES = {
-    "binary": ("bce", "focal", "pairwise"),
+    "binary": ("bce", "focal"),
     "class": ("cross_entropy",),
     "regression": ("mse", "huber"),
 }
@@ -68,8 +68,8 @@ class RankingTaskArgs(Args):
     loss: Optional[str] = option(
         None, changes="training", choices=tuple(loss for losses in LOSSES.values() for loss in losses)
     )
-    """binary: bce, focal (arXiv 1708.02002, gamma = 2) or pairwise (RankNet: the logistic loss of each positive and
-    negative candidate of a request). class: cross_entropy. regression: mse or huber. None: the first of the kind."""
+    """binary: bce or focal (arXiv 1708.02002, gamma = 2). class: cross_entropy. regression: mse or huber. None: the
+    first of the kind."""
     weight: float = option(1.0, changes="training", above=0, maximum=1e6)
     """Factor of the loss. The loss of a run is the sum over the tasks of weight times the mean over the labelled items,
     in which items without a label count as 0."""

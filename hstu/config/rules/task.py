@@ -262,10 +262,9 @@ def metrics_fit_the_kind(run: RunConfig, task: RankingTaskArgs) -> Iterator[Prob
 def candidates_are_compared(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:
     if run.dataset.has_candidates:
         return
-    ranked = any(metric.startswith("NDCG") for metric in task.metrics or ())
-    for parameter, what in [("loss", "pairwise")] * (task.loss == "pairwise") + [("metrics", "NDCG")] * ranked:
-        text = f"{what} compares the candidates of a request, and {cited(run.dataset, 'max_num_candidates')}"
-        yield problem(task, parameter, f"{text}; set it above 1, or DatasetArgs.candidates to requests")
+    if any(metric.startswith("NDCG") for metric in task.metrics or ()):
+        text = f"NDCG compares the candidates of a request, and {cited(run.dataset, 'max_num_candidates')}"
+        yield problem(task, "metrics", f"{text}; set it above 1, or DatasetArgs.candidates to requests")
 
 
 def labels_are_hidden(run: RunConfig, task: RankingTaskArgs) -> Iterator[Problem]:

@@ -47,36 +47,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add(
         "--shown_log", type=Path, help="folder for files of what was shown, for preprocess_dataset.py --requests (none)"
     )
+    add("--second_model", type=Path, help="a second export, or a folder with several, for a share of the users (none)")
+    add("--second_share", type=_between(float, 0, 1), help="of the users whom the second model answers")
+    add("--shadow", action="store_true", help="the second model answers nobody, but computes beside the first for them")
+    add("--map_exports", action="store_true", help="share their memory with other servers: files must never be changed")
     add("--drain_s", type=_between(float, 0, 3600), default=0, help="taking requests after SIGTERM (%(default)s)")
     add("--log_format", choices=("text", "json"), default="text", help="of the lines on standard error (%(default)s)")
     options = parser.parse_args(arguments)
+    given = vars(options)
+    if options.second_model is None and (options.shadow or options.second_share is not None):
+        parser.error("--second_share and --shadow need --second_model")
+    if given["second_share"] is None:
+        if options.second_model is not None and not options.shadow:
+            parser.error("--second_model needs --second_share, of the users whom it answers, or --shadow")
+        given["second_share"] = 1.0
     if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client")):
         raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu-trainer[serve]'")
     let_idle_threads_sleep()
     from hstu.serve.server.app import serve  # after what torch reads once, and after mistakes in the options
     from hstu.serve.server.batching import Settings
 
-    serve(
-        options.export,
-        options.host,
-        options.port,
-        Settings(
-            max_batch=options.max_batch,
-            threads=options.threads,
-            max_waiting=options.max_waiting,
-            max_body_bytes=options.max_body_kb << 10,
-            poll_s=options.poll_s,
-            max_waiting_per_client=options.max_waiting_per_client,
-            api_keys=options.api_keys,
-            shown_log=options.shown_log,
-            drain_s=options.drain_s,
-            log_format=options.log_format,
-            users=options.users,
-            follow=options.follow,
-            items=options.items,
-            cache_bytes=options.cache_mb << 20,
-        ),
-    )
+    sizes = {"max_body_bytes": given.pop("max_body_kb") << 10, "cache_bytes": given.pop("cache_mb") << 20}
+    serve(given.pop("export"), given.pop("host"), given.pop("port"), Settings(**sizes, **given))
     return EXIT_DONE
 
 

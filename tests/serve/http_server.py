@@ -22,7 +22,7 @@ import pytest
 from hstu.serve.runtime import ServingError
 from hstu.serve.runtime.cache import PrefixCache
 from hstu.serve.server.app import server_config
-from hstu.serve.server.batching import Metrics, Settings
+from hstu.serve.server.batching import Metrics, ModelMetrics, Settings
 from hstu.serve.server.listening import Server
 from hstu.serve.server.model import Answer, RecommendRequest, ServedModel, User
 from hstu.serve.server.swap import LiveModel, Load, load
@@ -75,10 +75,18 @@ class Client:
 
 
 @contextmanager
-def running(root: Path, load: Load = load, settings: Settings = UNWATCHED) -> Iterator[Client]:
-    """A server of the exports in ``root`` on a free port of this machine, until the end of the block."""
+def running(
+    root: Path, load: Load = load, settings: Settings = UNWATCHED, second: Load | None = None
+) -> Iterator[Client]:
+    """A server of the exports in ``root`` on a free port of this machine, until the end of the block.
+
+    ``second``: loads those of ``settings.second_model``.
+    """
     metrics = Metrics()
-    server = Server(server_config(LiveModel(root, metrics, load), settings, metrics), settings.drain_s)
+    models = [LiveModel(root, metrics, load)]
+    if settings.second_model is not None and second is not None:
+        models.append(LiveModel(settings.second_model, ModelMetrics(metrics.registry, "hstu_second"), second))
+    server = Server(server_config(lambda: models, settings, metrics), settings.drain_s)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -144,7 +144,7 @@ def test_new_events_make_items_popular_also_after_a_restart(
     monkeypatch.setattr(users_module, "_COUNT_S", 0)
 
     def popular() -> dict[Any, Any]:
-        users.count_recent(served)
+        users.count_recent([served])
         assert served.popularity is not None
         items = model.encoder.items.values_at(torch.arange(model.encoder.items.size))
         scores = dict(zip(items, served.popularity.tolist(), strict=False))
@@ -171,6 +171,27 @@ def test_new_events_make_items_popular_also_after_a_restart(
     (answer,) = served.answer([RecommendRequest.model_validate({"items": [], "k": 1})])
     assert isinstance(answer, dict) and (answer["fallback"], answer["items"][0]["item"]) == ("popular", 1003)
     users.close()
+
+
+def test_what_is_popular_are_the_events_of_all_servers_of_a_store(
+    retrieval: Served, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(users_module, "_COUNT_S", 0)
+    now, model = int(clock()), retrieval.model
+    servers = [
+        (Users(open_store(place), Metrics()), [ServedModel(model, f"{n}"), ServedModel(model, "")]) for n in "ab"
+    ]
+    for turn in range(3):
+        for number, (users, models) in enumerate(servers):
+            written(
+                users, models[0], *(event(now, 1001 + number, id=f"{number} {turn} {n}") for n in range(4 + number))
+            )
+            users.count_recent(models)
+    for users, models in servers:
+        users.count_recent(models)
+        for each in models:
+            assert each.recent == {"1001": pytest.approx(12, 1e-3), "1002": pytest.approx(15, 1e-3)}
+        users.close()
 
 
 def test_a_newer_model_reads_features_that_older_events_lack_as_missing(

@@ -47,10 +47,12 @@ class Contents:
     """The folders of the delta, of its base, of the base of that, …."""
 
     @classmethod
-    def read(cls, folder: Path, files: Mapping[str, Any] | None = None) -> Self:
+    def read(cls, folder: Path, files: Mapping[str, Any] | None = None, mapped: bool = False) -> Self:
         """Read a whole export with these ``files``, which are verified; None: one that is being made."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        tensors = {name: read_tensors(folder / name) for name in (WEIGHTS, TABLES, VOCABULARY)}
+        tensors = {
+            name: read_tensors(folder / name, mapped and name != WEIGHTS) for name in (WEIGHTS, TABLES, VOCABULARY)
+        }
         return cls(facts, tensors, dict(files or {}), (folder,))
 
     @property
@@ -72,8 +74,8 @@ class _Link(NamedTuple):
     delta: dict[str, Any] | None
 
 
-def read_contents(directory: Path, known: Contents | None = None) -> Contents:
-    """Read an export. The base of a delta is ``known`` if that has the right digest, or else read from its path.
+def read_contents(directory: Path, known: Contents | None = None, mapped: bool = False) -> Contents:
+    """Read an export, or map its files. The base of a delta is ``known`` if it has the right digest, or is at its path.
 
     Raises ServingError if a file of it, or of an export that it is based on, is missing or damaged, or is another.
     """
@@ -82,7 +84,7 @@ def read_contents(directory: Path, known: Contents | None = None) -> Contents:
         links.append(_base_of(links[-1], delta, [link.folder for link in links]))
     with fitting(directory):
         if delta is None:
-            known = Contents.read(links[-1].folder, links.pop().files)
+            known = Contents.read(links[-1].folder, links.pop().files, mapped)
         for link in reversed(links):
             known = _applied(known, link)
     assert known is not None, "it was given, or is the last link"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import mmap
 import re
 from array import array
 from bisect import bisect_right
@@ -76,21 +77,23 @@ def checksum_of(files: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     """Read a safetensors file: 8 bytes with the length of a JSON header, the header, the bytes of the tensors.
 
-    Memory-mapping the file is unsafe: if it is truncated later, the process crashes. Each tensor has memory of its
-    own, so that one that stays in use, when a delta replaces others, keeps no others.
+    Each tensor has memory of its own, so that one that stays in use, when a delta replaces others, keeps no others.
+    ``mapped``: map them instead, so that processes share the memory. If the file is truncated later, they crash.
     """
     found = {}
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        for name, entry in json.loads(file.read(start - 8)).items():
+        entries = json.loads(file.read(start - 8))
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
+        for name, entry in entries.items():
             if name != "__metadata__":
                 shape, dtype, (first, end) = entry["shape"], _DTYPES[entry["dtype"]], entry["data_offsets"]
                 file.seek(start + first)
-                content = bytearray(end - first)
-                if file.readinto(content) < len(content):
+                content = bytearray(end - first) if whole is None else memoryview(whole)[start + first : start + end]
+                if len(content) < end - first or (whole is None and file.readinto(content) < len(content)):
                     raise ValueError(f"{path} ends early")
                 tensor = torch.frombuffer(content, dtype=dtype, count=math.prod(shape)) if content else torch.empty(0)
                 found[name] = tensor.to(dtype).view(shape)

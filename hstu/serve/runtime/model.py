@@ -15,7 +15,7 @@ from torch import Tensor
 from .cache import Prefix, newest_changes
 from .delta import Contents, read_contents
 from .encode import Encoder
-from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, WEIGHTS, Vocabulary, fitting, tables_of, texts_of
+from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, WEIGHTS, Vocabulary, fitting, rows_at, tables_of, texts_of
 from .inputs import Sequence_, inputs_of, num_tokens
 from .requests import Candidates, History, ServingError
 
@@ -52,7 +52,7 @@ class Scores(dict[str, list[Any]]):
     unknown: dict[str, list[Any]]
 
 
-def load(directory: str | Path, *, like: Model | None = None) -> Model:
+def load(directory: str | Path, *, like: Model | None = None, mapped: bool = False) -> Model:
     """Load the folder ``serving`` of an export, and verify the checksums of all files.
 
     Args:
@@ -60,11 +60,12 @@ def load(directory: str | Path, *, like: Model | None = None) -> Model:
             to ``like`` if that is its base or made of it, or else to the export at the path that it states.
         like: share what is equal with this model: the program, as in exports of one configuration, which saves
             seconds; after a delta also tables and vocabularies.
+        mapped: map the tensors, so that processes share them. The files must then never be changed, but may be removed.
 
     Raises ServingError if a file is missing or damaged, a delta does not fit its base, the folder has another version,
     or a test request fails.
     """
-    contents = read_contents(Path(directory), None if like is None else like.contents)
+    contents = read_contents(Path(directory), None if like is None else like.contents, mapped)
     with fitting(Path(directory)):
         model = Model(contents, like)
         model.check()
@@ -100,14 +101,15 @@ class Model:
         self.titles = texts_of(stored, "titles") if "titles.utf8" in stored else []
         self._items: Tensor | None = None
         if self.facts["task"] == "retrieval":
-            items, places = self.encoder.items, torch.arange(self.encoder.items.size)
-            if ITEM_VECTORS in tables:
-                vectors = tables[ITEM_VECTORS].rows(places)
-            else:
-                vectors = tables[self.facts["features"][self.facts["item"]]["table"]].rows(items.rows_of(places))
-            self._items = torch.nn.functional.pad(vectors, (0, 0, 0, 1))  # the last, at −1, is for unknown items
-            self._items /= self._items.norm(dim=1, keepdim=True).clamp(min=self.facts["l2_norm_eps"])
-            self._is_missing = ~self._items.any(dim=1)
+            table, rows = tables.get(ITEM_VECTORS), torch.arange(self.encoder.items.size)
+            if table is None:
+                table, rows = tables[facts["features"][facts["item"]]["table"]], self.encoder.items.rows_of(rows)
+            is_as_stored = rows.equal(torch.arange(len(table.weight))[: len(rows)])
+            is_as_stored = is_as_stored and table.weight.dtype == torch.float32
+            self._items = table.weight[: len(rows)] if is_as_stored else table.rows(rows)  # no copy of a mapped table
+            norms = self._items.norm(dim=1).clamp(min=facts["l2_norm_eps"])
+            self._lengths = torch.nn.functional.pad(norms, (0, 1), value=1.0)
+            self._is_missing = torch.nn.functional.pad(~self._items.any(dim=1), (0, 1), value=True)
         self.weights = dict(sorted(contents.tensors[WEIGHTS].items()))
         self.whole_because: str | None = facts["whole_because"]
         """Why no keys and values can be kept for later requests of a user. None: they can."""
@@ -171,7 +173,7 @@ class Model:
 
     def nearest(self, queries: Tensor, k: Sequence[int], lists: Sequence[Lists]) -> list[Recommendation]:
         """Find the ``k`` items nearest to each unit vector of ``queries``, float32 [n, E]."""
-        found, count = [], len(self.vectors)
+        found, count = [], len(self._is_missing)
         step = max(1, _COSINES_AT_ONCE // max(1, count))
         for first in range(0, len(queries), step):
             chunk = slice(first, first + step)
@@ -186,7 +188,7 @@ class Model:
 
         The last column, -inf, is for unknown items.
         """
-        scores = queries @ self.vectors.t()
+        scores = torch.nn.functional.pad(queries @ self.stored_vectors.t(), (0, 1)).div_(self._lengths)
         scores[:, self._is_missing] = -torch.inf
         for own, (left_out, only) in zip(scores, lists, strict=True):
             if only is not None:
@@ -207,9 +209,9 @@ class Model:
 
     def embed_batch(self, histories: Sequence[History], at: int | None = None) -> Tensor:
         """Encode histories into unit vectors, float32 [n, E]. Arguments and errors: :meth:`recommend_batch`."""
-        width = self.vectors.shape[1]
+        nothing = self.stored_vectors[:0]
         encoded = [self.encode(history, None, at) for history in histories]
-        return torch.cat([torch.empty(0, width), *self.run(encoded)])
+        return torch.cat([nothing, *self.run(encoded)])
 
     def encode(
         self,
@@ -262,7 +264,9 @@ class Model:
 
     def item_vectors(self, items: Sequence[Any]) -> Tensor:
         """Unit vectors of items, float32 [len(items), E]; zeros for unknown items."""
-        return self.vectors[self.encoder.items.places(items)]
+        places = self.encoder.items.places(items)
+        found = rows_at(self.stored_vectors, places) / self._lengths[places, None]
+        return found.masked_fill((places < 0)[:, None], 0)
 
     def score(self, history: History, candidates: Candidates | Sequence[Any], at: int | None = None) -> Scores:
         """Score candidates for one history, see :meth:`score_batch`."""
@@ -366,11 +370,16 @@ class Model:
         return prefix.followed_by([each[kept] for each in computed], seconds, items, end)
 
     @property
-    def vectors(self) -> Tensor:
-        """Unit vectors of all items, float32 [items + 1, E], zeros for unknown items, the last. Retrieval only."""
+    def stored_vectors(self) -> Tensor:
+        """Vectors of the items, float32 [items, E], of any length. Retrieval only."""
         if self._items is None:
             raise ServingError("a ranking model has no vectors of users and items; use score")
         return self._items
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """Unit vectors of all items, float32 [items + 1, E], zeros for unknown items, the last. A copy, if used."""
+        return torch.nn.functional.pad(self.stored_vectors, (0, 0, 0, 1)).div_(self._lengths[:, None])
 
     @cached_property
     def popularity(self) -> Tensor | None:

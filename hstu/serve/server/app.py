@@ -6,9 +6,11 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,18 +23,18 @@ from starlette.exceptions import HTTPException
 
 import hstu
 from hstu.serve.runtime import ServingError
-from hstu.serve.runtime.cache import PrefixCache
 
-from .batching import BATCH_SIZE, Batcher, Metrics, Overloaded, Settings
+from .batching import Batcher, Metrics, ModelMetrics, Overloaded, Settings
 from .clients import KeyFile
 from .follow import Follower
 from .guard import Guard, as_json, failure
 from .listening import Connection, Server, bound
 from .logs import CURRENT, set_up_logging
-from .model import EventsRequest, RecommendRequest, Result, ScoreRequest, ServedModel, User
+from .model import EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
 from .rules import ItemFile
 from .shown import ShownLog
-from .swap import LiveModel
+from .swap import LiveModel, load
+from .traffic import Traffic, suitable
 from .users import StoreError, Users, open_store
 
 _SHOWN_PROBLEMS = 10
@@ -62,9 +64,9 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
     with bound(host, port) as listener:
         metrics = Metrics()
         gc.freeze()  # exempts imported modules, so that collecting a replaced model pauses threads for less time
-        live = LiveModel(root, metrics, items=None if settings.items is None else ItemFile(settings.items))
         shown = f"[{host}]" if ":" in host else host
-        server = Server(server_config(live, settings, metrics), settings.drain_s)
+        models = partial(load_models, root, settings, metrics)
+        server = Server(server_config(models, settings, metrics), settings.drain_s)
         for each in (signal.SIGTERM, signal.SIGINT):  # before uvicorn listens, and when it raises them again at its end
             signal.signal(each, server.handle_exit)
         _log.info("listening url=http://%s:%d", shown, listener.getsockname()[1])
@@ -72,10 +74,22 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
     _log.info("stopped")
 
 
-def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvicorn.Config:
+def load_models(root: Path, settings: Settings, metrics: Metrics) -> list[LiveModel]:
+    """Load the model of ``root`` and, if there is to be one, the second. Raises DataError if one cannot be served."""
+    read = partial(load, mapped=settings.map_exports)
+    items = [None if settings.items is None else ItemFile(settings.items) for _ in range(2)]
+    first = LiveModel(root, metrics, read, items[0])
+    if settings.second_model is None:
+        return [first]
+    own = ModelMetrics(metrics.registry, "hstu_second")
+    second = LiveModel(settings.second_model, own, lambda *given: suitable(read(*given), first.current), items[1])
+    return [first, second]
+
+
+def server_config(models: Callable[[], Sequence[LiveModel]], settings: Settings, metrics: Metrics) -> uvicorn.Config:
     """Create the uvicorn configuration of the application."""
     return uvicorn.Config(
-        create_app(live, settings, metrics),
+        create_app(models, settings, metrics),
         http=Connection,
         loop="asyncio",
         ws="none",
@@ -90,45 +104,35 @@ def server_config(live: LiveModel, settings: Settings, metrics: Metrics) -> uvic
     )
 
 
-def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI:
-    """Create the ASGI application, which also refreshes ``live``. ``metrics``: the object that ``live`` uses.
+def create_app(models: Callable[[], Sequence[LiveModel]], settings: Settings, metrics: Metrics) -> FastAPI:
+    """Create the ASGI application of what ``models`` loads: the first model, or both. It refreshes them.
 
-    Raises ConfigError if the store of users cannot be opened.
+    Raises ConfigError or DataError for a mistake in the settings, before it loads them, or what ``models`` raises.
     """
     users = Users(None if settings.users is None else open_store(settings.users), metrics)
-    cache = PrefixCache(settings.cache_bytes)
     keys = None if settings.api_keys is None else KeyFile(settings.api_keys)
     shown = None if settings.shown_log is None else ShownLog(settings.shown_log, metrics)
 
-    def answers(queries: Sequence[Any]) -> list[Result]:
-        if isinstance(queries[0], Iterator):  # it is alone in its batch
-            return [next(queries[0]) or queries[0]]
-        served = live.current
-        filled = users.filled(queries, served)
-        found = iter(served.answer([each for each in filled if not isinstance(each, Exception)], cache))
-        metrics.cache_bytes.set(cache.num_bytes)
-        return [each if isinstance(each, Exception) else next(found) for each in filled]
+    def current() -> ServedModel:
+        return traffic.first.live.current
 
-    batcher = Batcher(answers, settings, metrics)
     # Its own metrics are not shown. Requests that come during a transaction share the next.
-    writer = Batcher(lambda queries: users.write(queries, live.current), settings, Metrics())
-
+    writer = Batcher(lambda queries: users.write(queries, current()), settings, Metrics())
+    followers = [] if settings.follow is None else [Follower(settings.follow, users, writer, current, metrics)]
+    traffic = Traffic(models(), users, settings, metrics, shown)
     checker = ThreadPoolExecutor(1, "ready")  # a store that hangs holds one thread, however often GET /ready asks
-    followers = [] if settings.follow is None else [Follower(settings.follow, users, writer, live, metrics)]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        batcher.start()
-        writer.start()
-        watching = _watch(live, keys, users, writer, settings.poll_s)
+        for each in (*(model.batcher for model in traffic.models), writer):
+            each.start()
+        watching = _watch(traffic, keys, users, writer, settings.poll_s)
         tasks = [asyncio.create_task(each) for each in (watching, *(each.run() for each in followers))]
         yield
         for task in tasks:
             task.cancel()
-        await asyncio.gather(batcher.close(), writer.close())
+        await asyncio.gather(traffic.close(), writer.close())
         users.close()
-        if shown is not None:
-            await asyncio.to_thread(shown.close)
 
     app = FastAPI(
         title="HSTU",
@@ -141,54 +145,49 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     app.state.is_draining = False  # Server sets it
     _add_error_handlers(app)
 
-    async def answered(by: Batcher, query: Any, size: int = 0) -> Response:
-        ids = CURRENT.get()
-        answer = await by.ask(query, size, ids.get("client", ""))
-        while isinstance(answer, Iterator):
-            answer = await by.ask(answer, BATCH_SIZE + 1, ids.get("client", ""))  # alone, after what is smaller
-        if shown is not None:
-            shown.add(query, answer, ids["request_id"])
-        return as_json(answer)
+    async def written(query: Any, size: int = 0) -> Response:
+        return as_json(await writer.ask(query, size, CURRENT.get().get("client", "")))
 
     @app.post("/recommend", responses=_FAILURES)
     async def recommend(user: RecommendRequest) -> Response:
         """The items whose vectors are closest to that of the user. Retrieval only."""
-        return await answered(batcher, user, user.size)
+        return as_json(await traffic.answer(user))
 
     @app.post("/score", responses=_FAILURES)
     async def score(user: ScoreRequest) -> Response:
         """What the model predicts for candidates: each task of a ranking model, the cosine of retrieval."""
-        return await answered(batcher, user, user.size)
+        return as_json(await traffic.answer(user))
 
     @app.post("/embed", responses=_FAILURES)
     async def embed(user: User) -> Response:
         """The vector of the user. Retrieval only."""
-        return await answered(batcher, user, user.size)
+        return as_json(await traffic.answer(user))
 
     @app.post("/events", responses=_FAILURES)
     async def events(request: EventsRequest) -> Response:
         """Store events of users, each once, at their places in time. Answered when a crash can lose none."""
-        return await answered(writer, request, len(request.events))
+        return await written(request, len(request.events))
 
     @app.get("/users/{user:path}", responses=_FAILURES)
     async def stored(user: str) -> Response:
         """The stored events of a user, in the fields of a request, with the titles of the items."""
-        return as_json(await batcher.run(users.stored, user, live.current))
+        return as_json(await traffic.first.batcher.run(users.stored, user, current()))
 
     @app.delete("/users/{user:path}", responses=_FAILURES)
     async def forget(user: str) -> Response:
         """Forget a user: remove all stored events."""
-        answer = await answered(writer, user)
-        await batcher.run(cache.drop, user)
+        answer = await written(user)
+        for each in traffic.models:
+            await each.batcher.run(each.cache.drop, user)
         return answer
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """Whether the server answers, with which model, since when, and which files it refused, and why."""
-        current = live.current
-        refused = live.refused | (keys.refused if keys else {})
-        facts = {"model": current.version, "task": current.task, "since": live.since, "refused": refused}
-        return {"status": "ok", **facts}
+        first, *others = ({"model": each.live.current.version, "since": each.live.since} for each in traffic.models)
+        refused = dict(ChainMap(*(each.live.refused for each in traffic.models), keys.refused if keys else {}))
+        second = [{**each, "share": settings.second_share, "shadow": settings.shadow} for each in others]
+        return {"status": "ok", "task": current().task, **first, "second": next(iter(second), None), "refused": refused}
 
     @app.get("/ready", responses={503: {"description": "Send requests to another server"}})
     async def ready() -> Response:
@@ -200,7 +199,7 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
             await asyncio.wait_for(checked, _STORE_LIMIT_S)
         except TimeoutError:
             raise StoreError(f"no answer within {_STORE_LIMIT_S} s") from None
-        return as_json({"status": "ready", "model": live.current.version})
+        return as_json({"status": "ready", "model": current().version})
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -210,15 +209,15 @@ def create_app(live: LiveModel, settings: Settings, metrics: Metrics) -> FastAPI
     @app.get("/model")
     async def model() -> dict[str, Any]:
         """What the model in use reads and predicts, and the categories of its items."""
-        return {**_facts(live.current), "keeps_users": settings.users is not None}
+        return {**_facts(current()), "keeps_users": settings.users is not None}
 
     @app.get("/items", responses={422: _FAILURES[422]})
     def items(
         q: Annotated[str, Query(min_length=1, max_length=200)], count: Annotated[int, Query(ge=1, le=100)] = 10
     ) -> dict[str, Any]:
         """Search items by a part of their title, or by id."""
-        current = live.current
-        return {"model": current.version, "items": current.search(q, count)}
+        served = current()
+        return {"model": served.version, "items": served.search(q, count)}
 
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
@@ -281,16 +280,17 @@ def _where(error: Mapping[str, Any], body: Any) -> str:
     return "".join(parts).removeprefix(".") or "the request"
 
 
-async def _watch(live: LiveModel, keys: KeyFile | None, users: Users, writer: Batcher, every_s: float) -> None:
+async def _watch(traffic: Traffic, keys: KeyFile | None, users: Users, writer: Batcher, every_s: float) -> None:
     while True:
         await asyncio.sleep(every_s)
         try:
             if keys is not None:
                 await asyncio.to_thread(keys.refresh)
-            if await asyncio.to_thread(live.refresh):
-                gc.collect()  # the replaced model has reference cycles
-            await writer.run(users.count_recent, live.current)
-        except Exception:  # such as an unavailable file system; model and keys stay as they are
+            for each in traffic.models:
+                if await asyncio.to_thread(each.live.refresh):
+                    gc.collect()  # the replaced model has reference cycles
+            await writer.run(users.count_recent, [each.live.current for each in traffic.models])
+        except Exception:  # such as an unavailable file system; models and keys stay as they are
             _log.exception("cannot look for newer exports, or count new events")
 
 

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary, generate_latest
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -22,70 +22,76 @@ Compute = Callable[[Sequence[Any]], Sequence[Any]]
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits of a server. scripts/serve.py has an option for each."""
+    """Settings of a server. ``hstu-serve --help`` explains those that are options."""
 
     max_batch: int = 32
-    """Maximum requests per batch."""
     threads: int = 1
     """Threads per batch. More threads slow small models down, because every operator synchronizes them."""
     max_waiting: int = 256
-    """Maximum waiting requests. Further requests get status 429."""
     max_waiting_per_client: int = 64
-    """Maximum waiting requests of one client, if clients have keys."""
     max_body_bytes: int = 1 << 20
     poll_s: float = 5.0
-    """Seconds between searches for a newer export."""
     request_s: int = 30
     """Seconds in which a connection must send its next request. Otherwise it is closed."""
     shutdown_s: int = 20
     """Seconds for running requests to finish after SIGTERM."""
     log_format: str = "text"
-    """Of log lines: "text" or "json"."""
     api_keys: Path | None = None
-    """File with the keys of clients (KeyFile). None: anybody may ask."""
     drain_s: float = 0
-    """Seconds after SIGTERM in which requests are still taken, while GET /ready answers 503."""
     users: str | None = None
-    """Where the events of users are kept: a file, or a URL redis://…. None: nowhere."""
     follow: str | None = None
-    """Source of further events: a file of JSON lines, or kafka://host:port/topic. None: there is none."""
     items: Path | None = None
-    """File that says which items are in stock, and of which category. None: no rules of items."""
     shown_log: Path | None = None
-    """Folder for files of what was shown (ShownLog). None: it is not written."""
     cache_bytes: int = 256 << 20
-    """Memory for keys and values of users whose ids requests give."""
+    """Of each model, for keys and values of users whose ids requests give."""
+    map_exports: bool = False
+    second_model: Path | None = None
+    second_share: float = 1.0
+    shadow: bool = False
 
 
-class Metrics:
-    """Prometheus metrics of one server."""
+class ModelMetrics:
+    """Prometheus metrics of a model that answers. ``prefix``: of their names."""
+
+    def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
+        self.registry = registry
+        self.answer_seconds = Histogram(
+            f"{prefix}_answer_seconds", "Time to answer by the model, with waiting", buckets=_SECONDS, registry=registry
+        )
+        self.batch_sizes = Histogram(
+            f"{prefix}_batch_size", "Requests that were computed together", buckets=_SIZES, registry=registry
+        )
+        self.batch_seconds = Histogram(
+            f"{prefix}_batch_seconds", "Time to compute a batch", buckets=_SECONDS, registry=registry
+        )
+        self.waiting = Gauge(f"{prefix}_waiting_requests", "Requests that wait to be computed", registry=registry)
+        self.cache_bytes = Gauge(f"{prefix}_cache_bytes", "Memory of keys and values of users", registry=registry)
+        self.shown = Counter(f"{prefix}_shown", "Answers in the log of what was shown", ["outcome"], registry=registry)
+        self.swaps = Counter(f"{prefix}_model_swaps", "Newer exports that have replaced older ones", registry=registry)
+        self.refused = Gauge(f"{prefix}_refused_exports", "Exports that could not be loaded", registry=registry)
+        self.model = Gauge(f"{prefix}_model", "1 for the model in use", ["version", "task"], registry=registry)
+
+
+class Metrics(ModelMetrics):
+    """Prometheus metrics of one server, and of its first model."""
 
     def __init__(self) -> None:
-        self._registry = registry = CollectorRegistry()
+        registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter("hstu_requests", "Answered requests", ["path", "status"], registry=registry)
         self.seconds = Histogram(
             "hstu_request_seconds", "Time from a request to its answer", ["path"], buckets=_SECONDS, registry=registry
         )
-        self.batch_sizes = Histogram(
-            "hstu_batch_size", "Requests that were computed together", buckets=_SIZES, registry=registry
-        )
-        self.batch_seconds = Histogram(
-            "hstu_batch_seconds", "Time to compute a batch", buckets=_SECONDS, registry=registry
-        )
-        self.waiting = Gauge("hstu_waiting_requests", "Requests that wait to be computed", registry=registry)
         self.events = Counter("hstu_events", "Events stored, forgotten or refused", ["kind"], registry=registry)
         self.followed_age = Gauge("hstu_followed_age_seconds", "Age of the newest followed event", registry=registry)
         self.followed_backlog = Gauge("hstu_followed_backlog", "Bytes or messages to be followed", registry=registry)
-        self.shown = Counter("hstu_shown", "Answers in the log of what was shown", ["outcome"], registry=registry)
-        self.cache_bytes = Gauge("hstu_cache_bytes", "Memory of keys and values of users", registry=registry)
-        self.swaps = Counter("hstu_model_swaps", "Newer exports that have replaced older ones", registry=registry)
-        self.refused = Gauge("hstu_refused_exports", "Exports that could not be loaded", registry=registry)
-        self.model = Gauge("hstu_model", "1 for the model in use", ["version", "task"], registry=registry)
+        self.shadow = Counter("hstu_shadow", "Requests to the shadow", ["outcome"], registry=registry)
+        self.overlap = Summary("hstu_shadow_overlap", "Part of the items that both models have", registry=registry)
+        super().__init__(registry, "hstu")
 
     def text(self) -> bytes:
         """Format all metrics in the Prometheus text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self.registry)
 
 
 class Overloaded(Exception):
@@ -114,7 +120,7 @@ class Batcher:
     out the oldest query takes it.
     """
 
-    def __init__(self, compute: Compute, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, compute: Compute, settings: Settings, metrics: ModelMetrics) -> None:
         self._compute, self._settings, self._metrics = compute, settings, metrics
         self._queue: list[_Waiting] = []
         self._is_oldest_next = False
@@ -130,7 +136,8 @@ class Batcher:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Compute the waiting queries, then stop."""
+        """Compute the waiting queries for which somebody waits, then stop."""
+        self._queue = [each for each in self._queue if not each.answer.done()]
         self._is_closing = True
         self._changed.set()
         await self._task

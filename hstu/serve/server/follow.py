@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
@@ -18,13 +19,13 @@ from hstu.base.errors import ConfigError
 from hstu.base.topic import TopicReader
 
 from .batching import Batcher, Metrics
-from .model import Event
-from .swap import LiveModel
+from .model import Event, ServedModel
 from .users import Followed, Users
 
 _MOST_EVENTS, _MOST_BYTES, _HEAD_BYTES = 256, 1 << 20, 1024
 _IDLE_S, _LOOK_S, _LONGEST_WAIT_S = 1.0, 5.0, 30.0
 _SHOWN = 10
+Current = Callable[[], ServedModel]
 Lines = list[tuple[str, bytes]]
 """(place in the source, content) of each event. Readers return them with the position after them, which is JSON."""
 _log = logging.getLogger(__name__)
@@ -106,11 +107,12 @@ class Topic:
 class Follower:
     """Stores the events of a source, with the position after them, so that a crash loses none.
 
-    ``writer``: the batcher that stores events. Raises ConfigError for what is no source.
+    ``writer``: the batcher that stores events. ``model``: returns the one that must be able to read them. Raises
+    ConfigError for what is no source.
     """
 
-    def __init__(self, source: str, users: Users, writer: Batcher, live: LiveModel, metrics: Metrics) -> None:
-        self._source, self._writer, self._live, self._metrics = source, writer, live, metrics
+    def __init__(self, source: str, users: Users, writer: Batcher, model: Current, metrics: Metrics) -> None:
+        self._source, self._writer, self._model, self._metrics = source, writer, model, metrics
         self._reader = Topic(source) if source.startswith("kafka://") else GrowingFile(Path(source).absolute())
         self._key, stored = users.position(source)
         kept: tuple[Any, float] = json.loads(stored) if stored else (None, -math.inf)
@@ -156,6 +158,6 @@ class Follower:
             except ValidationError as error:
                 first = error.errors(include_input=False)[0]
                 refused.append(" ".join([f"{place}:", *map(str, first["loc"]), first["msg"]]))
-        mistakes = dict(self._live.current.mistakes(found))
+        mistakes = dict(self._model().mistakes(found))
         refused += [f"{places[number]}: {mistake}" for number, mistake in mistakes.items()]
         return [event for number, event in enumerate(found) if number not in mistakes], refused, position

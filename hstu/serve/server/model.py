@@ -294,7 +294,7 @@ class ServedModel:
         """The best items by rules.py: those closest to the user vector ``output``, or popular ones."""
         popularity = self.popularity if self.falls_back(request) else None
         catalog = self.catalog  # another thread may replace it
-        query = output if popularity is None else torch.zeros(1, self.model.vectors.shape[1])
+        query = output if popularity is None else torch.zeros(1, self.model.stored_vectors.shape[1])
         scores = self.model.scores(query, [lists])[0]
         if popularity is not None:
             scores += popularity
@@ -302,7 +302,8 @@ class ServedModel:
             scores[scores < request.min_score] = -torch.inf
         if catalog.in_stock is not None:
             scores[~catalog.in_stock] = -torch.inf
-        places, is_drawn = chosen_items(scores, request, catalog, self.model.vectors)
+        vectors = self.model.vectors if request.diversity else scores[:, None]  # which are not read
+        places, is_drawn = chosen_items(scores, request, catalog, vectors)
         found = _listed(self.model.named(scores[places], places), is_drawn.tolist())
         return found if popularity is None else {**found, "fallback": "popular"}
 

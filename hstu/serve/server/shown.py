@@ -14,7 +14,7 @@ from typing import Any
 
 from hstu.base.errors import ConfigError
 
-from .batching import Metrics
+from .batching import ModelMetrics
 from .model import Answer, RecommendRequest, ScoreRequest
 
 _MOST_WAITING = 10_000
@@ -28,8 +28,8 @@ class ShownLog:
     ConfigError if ``folder`` cannot be written to.
     """
 
-    def __init__(self, folder: Path, metrics: Metrics) -> None:
-        self._folder, self._answers, self._server = folder, metrics.shown, secrets.token_hex(4)
+    def __init__(self, folder: Path, metrics: ModelMetrics) -> None:
+        self.folder, self._answers, self._server = folder, metrics.shown, secrets.token_hex(4)
         self._thread, self._room = ThreadPoolExecutor(1, "shown"), threading.Semaphore(_MOST_WAITING)
         self._numbers: dict[tuple[str, ...], int] = {}
         self._has_failed = False
@@ -61,7 +61,7 @@ class ShownLog:
         except Exception as error:  # of the disk, or a defect; the server goes on
             outcome = "lost"
             if not self._has_failed:
-                _log.warning("what was shown cannot be written folder=%s reason=%s", self._folder, error)
+                _log.warning("what was shown cannot be written folder=%s reason=%s", self.folder, error)
         self._has_failed = outcome == "lost"
         self._answers.labels(outcome).inc()
         self._room.release()
@@ -69,7 +69,7 @@ class ShownLog:
     def _append(self, rows: list[dict[str, Any]]) -> None:
         columns = tuple(rows[0])
         number = self._numbers.setdefault(columns, len(self._numbers))
-        path = self._folder / f"{datetime.now(UTC):%Y-%m-%dT%H}-{self._server}-{number}.csv"
+        path = self.folder / f"{datetime.now(UTC):%Y-%m-%dT%H}-{self._server}-{number}.csv"
         with path.open("ab", buffering=0) as file:
             text, begin = io.StringIO(), file.tell()
             lines = [*([] if begin else [columns]), *(each.values() for each in rows)]

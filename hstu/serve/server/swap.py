@@ -13,7 +13,7 @@ from hstu.serve import runtime
 from hstu.serve.runtime.delta import digest_of
 from hstu.serve.runtime.files import DELTA, FACTS, MANIFEST, SERVING
 
-from .batching import Metrics
+from .batching import ModelMetrics
 from .model import ServedModel
 from .rules import ItemFile
 
@@ -62,9 +62,9 @@ Load = Callable[[Path, str, ServedModel | None], ServedModel]
 """(folder, version, current model) → model. Raises if the export cannot be served."""
 
 
-def load(folder: Path, version: str, current: ServedModel | None) -> ServedModel:
-    """Load and verify an export. Shares what is equal with the current model, which may be the base of a delta."""
-    model = runtime.load(folder, like=None if current is None else current.model)
+def load(folder: Path, version: str, current: ServedModel | None, mapped: bool = False) -> ServedModel:
+    """Load or map an export, and verify it. Shares what is equal with the current model, maybe the base of a delta."""
+    model = runtime.load(folder, like=None if current is None else current.model, mapped=mapped)
     if model.whole_because is not None:
         _log.info("no keys and values are kept model=%s reason=%s", version, model.whole_because)
     if model.traced_because is not None:
@@ -78,8 +78,8 @@ class LiveModel:
     current: ServedModel
     """The model that answers requests."""
 
-    def __init__(self, root: Path, metrics: Metrics, load: Load = load, items: ItemFile | None = None) -> None:
-        self._root, self._load, self._metrics, self._items = root, load, metrics, items
+    def __init__(self, root: Path, metrics: ModelMetrics, load: Load = load, items: ItemFile | None = None) -> None:
+        self._root, self._load, self.metrics, self._items = root, load, metrics, items
         self._loaded: Found | None = None
         self._found: list[Found] = []
         self._bad: dict[Found, str] = {}  # never mutated, only replaced: other threads read it
@@ -109,7 +109,7 @@ class LiveModel:
         is_swapped = any(self._try(each) for each in self._newer(found))
         if self._items is not None and self._loaded is not None and self._items.refresh():
             self.current.catalog = self._items.catalog(self.current.model)
-        self._metrics.refused.set(len(self._bad))
+        self.metrics.refused.set(len(self._bad))
         return is_swapped
 
     def _newer(self, found: list[Found]) -> Iterator[Found]:
@@ -140,9 +140,9 @@ class LiveModel:
             return False
         if current is not None:
             model.set_recent(current.recent)
-            self._metrics.swaps.inc()
+            self.metrics.swaps.inc()
         self.current, self._loaded, self.since = model, found, time.time()
         _log.info("serving model=%s task=%s load=%.1fs", version, model.task, time.monotonic() - begun)
-        self._metrics.model.clear()
-        self._metrics.model.labels(version, model.task).set(1)
+        self.metrics.model.clear()
+        self.metrics.model.labels(version, model.task).set(1)
         return True

@@ -6,6 +6,7 @@ import json
 import sqlite3
 import time
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -210,8 +211,9 @@ class Users:
 
     def __init__(self, store: Store | None, metrics: Metrics) -> None:
         self._store, self._metrics = store, metrics
-        saved = store and store.read([_RECENT])[0]
-        self._recent_at, self._recent = json.loads(saved) if saved else (time.time(), {})
+        self._recent: Mapping[str, float] = {}
+        """Item → number of new events of all servers, as of the last time that they were counted."""
+        self._counted_at, self._new = time.time(), dict[str, float]()  # events that this server has stored since
 
     def write(self, requests: Sequence[EventsRequest | str], served: ServedModel) -> list[dict[str, int] | Exception]:
         """Store the events of requests, and forget users whose ids are given, in one transaction.
@@ -235,8 +237,8 @@ class Users:
             self._store.update([*{_stored_id(user): None for own in ids for user in own}, *ends], change)
         for event in new:
             if event.timestamp <= time.time():
-                weight = 0.5 ** ((self._recent_at - event.timestamp) / _HALF_LIFE_S)
-                self._recent[str(event.item)] = self._recent.get(str(event.item), 0) + weight
+                weight = 0.5 ** ((self._counted_at - event.timestamp) / _HALF_LIFE_S)
+                self._new[str(event.item)] = self._new.get(str(event.item), 0) + weight
         for kind in ("in_order", "late", "repeated", "forgotten"):
             self._metrics.events.labels(kind).inc(sum(own.get(kind, 0) for own in counts))
         found = iter(counts)
@@ -248,16 +250,27 @@ class Users:
             raise ConfigError("--follow needs --users: a file, or redis://HOST:PORT/DATABASE, where events are kept")
         return (key := _POSITION + source.encode()), self._store.read([key])[0]
 
-    def count_recent(self, served: ServedModel) -> None:
-        """Give the model each item's number of new events, halved with each day of their age. Saves the numbers."""
-        now = time.time()
-        if self._store is None or not self._recent or (served.recent and now - self._recent_at < _COUNT_S):
+    def count_recent(self, models: Sequence[ServedModel]) -> None:
+        """Give models each item's number of new events of all servers, halved with each day of their age.
+
+        Each minute this server adds its own to those in the store.
+        """
+        now, is_known = time.time(), all(each.recent is self._recent for each in models)
+        if self._store is None or (is_known and now - self._counted_at < _COUNT_S):
             return
-        factor, self._recent_at = 0.5 ** ((now - self._recent_at) / _HALF_LIFE_S), now
-        self._recent = {item: count * factor for item, count in self._recent.items() if count * factor > 0.01}
-        served.set_recent(self._recent)
-        text = json.dumps([now, self._recent])
-        self._store.update([_RECENT], lambda _: {_RECENT: text})
+
+        def change(before: dict[bytes, str | None]) -> Mapping[bytes, str | None]:
+            counts = Counter[str]()
+            for at, own in (json.loads(before[_RECENT] or "[0, {}]"), (self._counted_at, self._new)):
+                factor = 0.5 ** ((now - at) / _HALF_LIFE_S)
+                counts.update({item: count * factor for item, count in own.items()})
+            self._recent = {item: count for item, count in counts.items() if count > 0.01}
+            return {_RECENT: json.dumps([now, self._recent])} if counts else {}
+
+        self._store.update([_RECENT], change)
+        self._counted_at, self._new = now, {}
+        for each in models:
+            each.set_recent(self._recent)
 
     def filled(self, requests: Sequence[User], served: ServedModel) -> list[User | Exception]:
         """The requests, with the stored events of the user in those that give none."""

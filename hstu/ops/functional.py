@@ -168,7 +168,7 @@ def softmax_loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Ne
     """Sum over M queries of −log(e^{s⁺/τ} / (e^{s⁺/τ} + Σ w e^{s⁻/τ})), over the negatives of each query.
 
     The negatives are the whole pool, or pool rows that each query draws with repetition. Forward also computes the
-    gradients, so that each score is computed once and memory holds at most one block of scores. Not twice
+    gradients: memory holds the scores of a block, or of as many queries as pay for it. Not twice
     differentiable. queries and positives (vectors of the targets): [M, D], pool: [S, D], all L2-normalized. kernel:
     ``sampled_softmax_loss`` of :class:`hstu.ops.kernels.Kernels` with draws, else ``pool_softmax_loss``.
     Returns a scalar, float32 (float64 if all vectors are); 0 where M = 0 or no query has a negative.

@@ -25,6 +25,7 @@ from hstu.ops import costs
 from hstu.ops.functional import add_layer_norm, norm_mul_dropout, project_uvqk, softmax_loss
 from hstu.ops.kernels import AddLayerNormInputs, GateConfig, GateInputs, Kernels, KernelShapes, Negatives, SeenItems
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
+from hstu.ops.pytorch.softmax_loss import block_shape
 from hstu.ops.select import resolve_kernels
 
 SIZES: dict[str, dict[str, int]] = {
@@ -135,7 +136,7 @@ def full_softmax(options: argparse.Namespace, device: torch.device, masks: bool)
     first = torch.randint(99, (1 + rows // 32, pool), dtype=torch.int32, device=device)
     seen = SeenItems(first, of_rows // 32, of_rows % 32) if masks else None
     negatives = Negatives(torch.randint(pool, (rows,), device=device), ids, TEMPERATURE, seen=seen)
-    columns = max(1, min(pool, PRODUCT_ELEMENTS[device.type] // rows))
+    columns = block_shape(rows, pool, PRODUCT_ELEMENTS[device.type], rows)[1]
     scores, grad, grad_pool = (
         torch.zeros(*shape, device=device) for shape in ((rows * columns,), (rows, width), (pool, width))
     )

@@ -143,3 +143,11 @@ def test_whole_pool_memory_is_bounded_by_a_block(monkeypatch: pytest.MonkeyPatch
     with Allocations([]) as allocations:
         softmax_loss(vectors, negatives).backward()
     assert 0 < allocations.largest <= 1 << 12
+
+
+def test_gradients_scaled_in_place_are_those_of_a_retained_graph() -> None:
+    vectors, negatives = make_case(20, 30, num_ids=40)
+    loss = softmax_loss(vectors, negatives)
+    kept = [torch.autograd.grad(3 * loss, vectors, retain_graph=True) for _ in range(2)]
+    for once, twice, last in zip(*kept, torch.autograd.grad(3 * loss, vectors), strict=True):
+        assert torch.equal(once, twice) and torch.equal(once, last)

@@ -17,8 +17,8 @@ DRAWS_PER_PACKED_ROW = 8
 """From this many draws per row of the pool, copying its rows to aligned memory pays."""
 POOL_BLOCK_ELEMENTS, POOL_BLOCK_ROWS = 1 << 18, 512
 """Scores per block (1 MiB stays in the cache of a core), and its least rows: products are fastest near a square."""
-POOL_KEPT_ELEMENTS, POOL_KEPT_ROWS = 1 << 23, 64
-"""Scores kept for the gradient of the pool (32 MiB), and the least rows to which they belong: if possible as many as
+POOL_KEPT_ELEMENTS, POOL_KEPT_ROWS = 1 << 27, 128
+"""Scores kept for the gradient of the pool (512 MiB), and the least rows to which they belong: if possible as many as
 the width, so that visits of kept scores and of the gradient move equally many bytes."""
 LEAST_WIDTH = 16
 """Numbers per vector: one AVX-512 register. Shorter vectors are padded."""
@@ -114,10 +114,7 @@ class PoolSoftmaxLoss(SoftmaxLoss):
 
         def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
             arguments = _PoolArguments(
-                rows=scores.shape[0],
-                columns=scores.shape[1],
-                key_pitch=len(pool),
-                ordered=seen is not None,
+                rows=len(scores), columns=scores.shape[1], key_pitch=len(pool), ordered=seen is not None
             )
             arguments.set(scores=scores, keys=keys[..., columns], marks=marks[rows], peaks=peaks, totals=totals)
             arguments.set(key_rows=None if key_rows is None else key_rows[rows])

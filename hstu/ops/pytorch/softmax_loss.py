@@ -1,6 +1,7 @@
 """Softmax losses of retrieval and L2 normalization of their vectors in plain PyTorch, on any device."""
 
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,9 +32,10 @@ class SoftmaxLoss(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that forward computed."""
+        """Scale the gradients that forward computed, in place unless ``retain_graph`` is set."""
         others = len(ctx.needs_input_grad) - 3
-        return *(gradient * grad_loss for gradient in ctx.saved_tensors), *[None] * others
+        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
+        return *(scale(gradient, grad_loss) for gradient in ctx.saved_tensors), *[None] * others
 
 
 Exponentials = Callable[[Tensor, slice, slice, Tensor, Tensor], None]
@@ -80,35 +82,31 @@ def in_blocks(
     queries, positives, pool = vectors
     positive_logits = (queries * positives).sum(dim=1) / temperature
     losses = torch.empty_like(positive_logits)
-    wants_gradients = any(ctx.needs_input_grad)
     grad_queries, grad_pool = torch.zeros_like(queries), torch.zeros_like(pool)
     scaled_queries = queries / temperature
     block_rows, block_columns, most_kept = blocks
-    keeps = block_rows * len(pool) <= most_kept
+    wants_gradients = any(ctx.needs_input_grad)
+    keeps = wants_gradients and block_rows * len(pool) <= most_kept
+    memory = _memory_of_scores(queries, block_rows * (len(pool) if keeps else block_columns))
 
     for rows in _slices(len(queries), block_rows):
-        peaks, totals = positive_logits[rows].clone(), torch.zeros_like(positive_logits[rows])
-        kept = []
+        row_queries, row_logits = scaled_queries[rows], positive_logits[rows]
+        peaks, totals, computed = row_logits.clone(), torch.zeros_like(row_logits), []
         for columns in _slices(len(pool), block_columns):
-            old_peaks = peaks.clone()
-            block = scaled_queries[rows] @ pool[columns].t()
-            exponentials(block, rows, columns, peaks, totals)
-            if wants_gradients:
-                grad_queries[rows].mul_(old_peaks.sub_(peaks).exp_()[:, None]).addmm_(block, pool[columns])
-                kept += [(block, peaks.clone())] if keeps else []
-        losses[rows] = target_losses(positive_logits[rows], peaks + totals.log())
-        if not wants_gradients:
-            continue
-        log_norms = positive_logits[rows] + losses[rows]
-        grad_queries[rows] *= torch.exp(peaks - log_norms)[:, None] / temperature
-        for number, columns in enumerate(_slices(len(pool), block_columns)):
-            if keeps:
-                block, peaks = kept[number]
-            else:
-                block = scaled_queries[rows] @ pool[columns].t()
-                exponentials(block, rows, columns, peaks, totals)
-            row_scales = torch.exp(peaks - log_norms)[:, None] / temperature
-            grad_pool[columns].addmm_(block.t(), queries[rows] * row_scales)
+            items, start = pool[columns], len(row_logits) * columns.start if keeps else 0
+            block = memory[start : start + len(row_logits) * len(items)].view(-1, len(items))
+            exponentials(torch.mm(row_queries, items.t(), out=block), rows, columns, peaks, totals)
+            computed += [(columns, items, block, peaks.clone())] if wants_gradients else []
+        losses[rows] = target_losses(row_logits, peaks + totals.log())
+        log_norms = row_logits + losses[rows]
+        for columns, items, block, block_peaks in computed:
+            if not keeps:
+                exponentials(torch.mm(row_queries, items.t(), out=block), rows, columns, peaks, totals)
+                block_peaks = peaks
+            row_scales = torch.exp(block_peaks - log_norms)[:, None] / temperature
+            grad_queries[rows].addcmul_(row_scales, block @ items)
+            # Reading zeros of the first rows would make the system provide each page of a large gradient twice.
+            grad_pool[columns].addmm_(block.t(), queries[rows] * row_scales, beta=float(rows.start > 0))
     if wants_gradients:
         save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
     return losses.sum()
@@ -138,6 +136,19 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             grad_pool = _weighted_row_sums_transposed(queries, draws, weights, len(pool))
             save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
         return losses.sum()
+
+
+_of_thread = threading.local()
+
+
+def _memory_of_scores(like: Tensor, elements: int) -> Tensor:
+    """Uninitialised memory, on a CPU the same for each loss: new pages would take as long as a matrix product."""
+    memory: Tensor = getattr(_of_thread, "scores", torch.empty(0))
+    if like.is_cuda or memory.dtype != like.dtype or len(memory) < elements:
+        memory = like.new_empty(elements)
+    if not like.is_cuda:
+        _of_thread.scores = memory
+    return memory[:elements]
 
 
 def target_losses(positive_logits: Tensor, negative_log_totals: Tensor) -> Tensor:
@@ -209,7 +220,8 @@ def _weighted_row_sums_transposed(queries: Tensor, draws: Tensor, weights: Tenso
 def block_shape(rows: int, columns: int, elements: int, least_rows: int = MIN_BLOCK_ROWS) -> tuple[int, int]:
     """Rows and columns of a block of about ``elements`` scores: whole matrix rows unless too few would fit."""
     block_rows = max(1, min(rows, max(least_rows, elements // max(1, columns))))
-    return block_rows, max(1, min(columns, elements // block_rows))
+    most = elements // block_rows  # of it, an odd number of cache lines: at powers of two, rows share few cache sets
+    return block_rows, max(1, min(columns, most if most < 16 else most - (most - 16) % 32))
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+import s3fs
+
 BUCKET = "lake"
 Fault = Callable[[str, str], str | None]
 """(method, path) → "503", "403", "truncate", "slow", or None: the request passes."""
@@ -91,6 +93,7 @@ def object_store() -> Iterator[ObjectStore]:
             except ConnectionRefusedError:
                 assert time.monotonic() < deadline and server.poll() is None, "moto's server does not start"
                 time.sleep(0.1)
+        s3fs.S3FileSystem.clear_instance_cache()  # they have the address of an earlier server
         store = ObjectStore(port)
         yield store
         store.server.shutdown()

@@ -262,14 +262,16 @@ def fetch(url: str, directory: Path, manifest: str) -> None:
         replace_text(directory / manifest, content.decode())
 
 
-def mirror(url: str, only: str | None = None) -> Path:
-    """A local copy of all exports in a directory, or of one and what it is based on. Those that are there are kept.
-
-    Files get the times at which the manifests were written there. Raises DataError.
-    """
-    cache, wanted = Cache.of(), names_in(url) if only is None else [only]
-    place = cache.place(url)
-    for gone in {path for path in place.glob("*/") if only is None and path.name not in wanted}:
+def local_export(path: Path) -> Path:
+    """The local copy of an export with what it is based on, or of all exports in a directory. Those that are there are
+    kept. Files get the times at which the manifests were written at the URL. Raises DataError."""
+    if (url := url_of(path)) is None:
+        return path
+    parent, _, only = url.rpartition("/")
+    if is_one := read(f"{url}/{MANIFESTS[1]}") is not None:
+        url = parent
+    place, wanted = (cache := Cache.of()).place(url), [only] if is_one else names_in(url)
+    for gone in {path for path in place.glob("*/") if not is_one and path.name not in wanted}:
         remove(gone)
     for name in wanted:  # grows by the bases of deltas
         manifest = place / name / MANIFESTS[1]
@@ -280,17 +282,9 @@ def mirror(url: str, only: str | None = None) -> Path:
             copy_files(f"{url}/{name}", place / name, files, cache)
             replace_text(manifest, content.decode(), shared=True)
         delta = place / name / "serving" / "delta.json"
-        if only is not None and delta.is_file():
+        if is_one and delta.is_file():
             wanted.append(PurePosixPath(json.loads(delta.read_text(encoding="utf-8"))["path"]).parts[2])
-    return place if only is None else place / only
-
-
-def local_export(path: Path) -> Path:
-    """The local copy of an export with what it is based on, or of all exports in a directory. Raises DataError."""
-    if (url := url_of(path)) is None:
-        return path
-    parent, _, name = url.rpartition("/")
-    return mirror(parent, name) if read(f"{url}/{MANIFESTS[1]}") else mirror(url)
+    return place / only if is_one else place
 
 
 def relative_path(begin: Path, end: Path) -> str:
@@ -406,5 +400,6 @@ def filesystem(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise ConfigError(f"{url}: {error}; expected s3://, gs:// or another protocol of fsspec") from error
     files.invalidate_cache()
-    files.retries = 1  # of s3fs: each of them would be several of botocore, which repeats a request
+    files.retries = 1  # of s3fs. Only ``retried`` repeats: the times of all would multiply
+    getattr(files, "config_kwargs", {}).setdefault("retries", {"total_max_attempts": 1})  # of botocore
     return files, path

@@ -13,6 +13,7 @@ import duckdb
 from hstu.base import remote
 from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets import raw
+from hstu.data.datasets.lakehouse import live_files
 from hstu.data.datasets.recbole import options_of
 from hstu.data.datasets.spec import USER_FEATURE, Schema
 
@@ -21,6 +22,8 @@ TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 _TABLES = (".csv", ".tsv", *(f"{text}{end}" for text in (".csv", ".tsv") for end in raw.COMPRESSIONS), ".parquet")
 """Endings of the files that are read from a directory."""
+_IN_FILES = ("interactions", "requests")
+"""Options of several files. The others have one."""
 SEPARATORS = {"comma": ",", "tab": "\t", "space": " "}
 """Words for list separators that are hard to type on a command line."""
 
@@ -37,8 +40,8 @@ class InteractionColumns:
 
     interactions: Path | Sequence[Path] = field(
         metadata={
-            "help": "text (also .gz or .zst) or Parquet files, or directories of such files, one row per event; "
-            "without times, their rows follow one another in this order"
+            "help": "text (also .gz or .zst) or Parquet files, directories of such files, or Delta or Iceberg tables, "
+            "one row per event; without times, their rows follow one another in this order"
         }
     )
     user: str = field(metadata={"help": "column of the user, int64 or strings"})
@@ -148,11 +151,11 @@ class InteractionColumns:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
         """The tables of these options. Sequences and RecBole's files need no ``user`` and ``item``."""
-        given = {name: value for name, value in staged(options).items() if value or name == "interactions"}
+        given = {name: value for name, value in options.items() if value or name == "interactions"}
         if given.get("sequences"):
             given = {"user": "user", "item": "item", **given}
         elif ".inter" in (first := Path(given["interactions"][0])).suffixes and not given.keys() >= {"user", "item"}:
-            given = options_of(first, given)
+            given = options_of(remote.stage(first, raw=True), given)
         if not given.keys() >= {"user", "item"}:
             raise ConfigError("--interactions needs --user and --item, the columns of the users and of the items")
         return cls(**given)
@@ -197,13 +200,25 @@ class InteractionColumns:
 
 
 def staged(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of tables, with local copies of the files and directories that are URLs. Raises DataError."""
+    """The options of tables, with local copies of the files and directories that are URLs, and the files of Delta and
+    Iceberg tables as they are now. Raises DataError and ConfigError."""
 
-    def local(value: Any) -> Any:
-        return remote.stage(value, raw=True) if isinstance(value, str | Path) else tuple(map(local, value))
+    def local(name: str, path: str | Path) -> tuple[Path, ...]:
+        if (files := live_files(path)) is None:
+            return (remote.stage(path, raw=True),)
+        if name == "interactions" and not options.get("time"):
+            raise ConfigError(f"{path}: a table of Delta or Iceberg has no order of rows; give --time")
+        if name not in _IN_FILES and len(files) > 1:
+            raise DataError(f"{path}: --{name} is one file, and this table has {len(files)}; compact it into one")
+        return files
 
-    tables = {name: options.get(name) for name in ("interactions", "requests", "context", "items", "titles")}
-    return {**options, **{name: local(value) for name, value in tables.items() if value}}
+    found = dict(options)
+    for name in (*_IN_FILES, "context", "items", "titles"):
+        if value := options.get(name):
+            paths = [value] if isinstance(value, str | Path) else value
+            files = tuple(file for path in paths for file in local(name, path))
+            found[name] = files if name in _IN_FILES else files[0]
+    return found
 
 
 def _all_files(paths: Sequence[Path]) -> tuple[Path, ...]:

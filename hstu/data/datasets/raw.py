@@ -232,6 +232,8 @@ def require_columns(file: Path, present: Sequence[str], wanted: Iterable[str]) -
     hint = f" Did you mean {guess!r}?" if guess else ""
     if len(present) == 1:
         hint += " One column: if they are not separated, give what separates them with --delimiter."
+    if any(part.startswith(f"{missing[0]}=") for part in file.parts):
+        hint = f" There {missing[0]!r} is a name of directories: write it into the files, too."
     columns = f"column {missing[0]!r}" if len(missing) == 1 else f"columns {', '.join(map(repr, missing))}"
     raise DataError(f"{file} has no {columns}.{hint} It has: {', '.join(present)}")
 

@@ -147,6 +147,7 @@ def import_interactions(
         raise ConfigError(
             f"dataset_name {name!r}: allowed are letters, digits, '_', '-' and '.', as it names a directory"
         )
+    given = columns
     columns = replace(columns, **staged({each.name: getattr(columns, each.name) for each in fields(columns)}))
     target = Path(output) if output else DATA_DIRECTORY / name
     if append and force:
@@ -157,7 +158,7 @@ def import_interactions(
         return target if existing.is_kept(options, raw.files) else build_store(raw, columns.schema(), options, {})
     begun = time.monotonic()
     store = existing.appendable(options, columns)
-    columns = existing.without_known_files(columns, store, target)
+    columns = existing.without_known_files(given, columns, store, target)
     if not columns.files:
         existing.check_tables_are_known(columns, store)
         _log.warning("%s has all of these files already, and is kept", target)

@@ -18,6 +18,7 @@ import numpy as np
 from hstu.base import remote
 from hstu.base.errors import DataError
 from hstu.data.datasets import DATASETS
+from hstu.data.datasets.lakehouse import root_of
 from hstu.data.datasets.own_columns import InteractionColumns
 from hstu.data.datasets.spec import Schema
 from hstu.data.preprocess.state import BuildOptions, source_digest, source_names
@@ -116,9 +117,20 @@ def appendable(options: BuildOptions, columns: InteractionColumns) -> SequenceSt
     return store
 
 
-def without_known_files(columns: InteractionColumns, store: SequenceStore, target: Path) -> InteractionColumns:
-    """Leave out files of interactions that the store has. Raises DataError for a file that had another content then."""
+def without_known_files(
+    given: InteractionColumns, columns: InteractionColumns, store: SequenceStore, target: Path
+) -> InteractionColumns:
+    """Leave out files of interactions that the store has. Raises DataError for a file that had another content then,
+    and for one that is no longer in its Delta or Iceberg table. ``given``: ``columns`` before tables became files."""
     earlier = _earlier_files(store)
+    paths = (given.interactions,) if isinstance(given.interactions, Path) else given.interactions
+    tables = tuple(f"{root}/" for path in paths if (root := root_of(_place(path))))
+    lost = {_place(file) for file in earlier} - {_place(file) for file in columns.files}
+    if gone := sorted(file for file in lost if file.startswith(tables)):
+        raise DataError(
+            f"cannot append to {target}: {gone[0]} is no longer in its table, whose rows were deleted, changed or "
+            f"compacted. Give files of new events alone, {_REMEDY}"
+        )
     known, places = {digest: file for file, digest in earlier.items()}, {_place(file) for file in earlier}
     new = []
     for file in columns.files:

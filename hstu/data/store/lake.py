@@ -38,6 +38,7 @@ from hstu.base.ids import codes_of
 from hstu.base.json_shape import check_shape
 from hstu.base.remote import LAKE_FILE
 from hstu.data.batches.jagged import run_offsets
+from hstu.data.datasets.lakehouse import snapshot
 from hstu.data.datasets.own_columns import TIME_UNITS
 from hstu.data.datasets.spec import USER_FEATURE
 from hstu.data.store.layout import (
@@ -104,6 +105,10 @@ class Lake:
             joined = os.path.normpath(place if remote.url_of(place) else os.path.join(self.given, place))
             self.root = remote.url_of(joined) or os.path.realpath(joined)
             found = [(name, *state) for name, state in files_below(self.root).items() if name.endswith(".parquet")]
+            if (live := snapshot(self.root)) is not None:
+                found = [each for each in found if each[0] in live]
+                if len(found) < len(live):
+                    raise ValueError(f"{self.root} is a table with files outside of this directory")
             self.files = sorted(each for each in found if not re.search("/[._]", each[0][len(self.root) :]))
             if not self.files:
                 raise ValueError(f"no file in {self.root} ends with .parquet")

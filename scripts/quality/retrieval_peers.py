@@ -4,7 +4,9 @@
 
 The protocol is that of a retrieval run with DatasetArgs.valid_items = 1. The last item of each user is to be found
 among all items of the store, without those that the user has seen. The item before it chooses among the trials of a
-method and, of a sequence model, the epoch; nothing is trained on it. See docs/benchmarks/quality/retrieval_peers.
+method and, of a sequence model, the epoch; nothing is trained on it. With --train_fraction the data is cut in time, as
+by DatasetArgs.split = "time": each user's first item after the cut is to be found, from all events before the cut.
+See docs/benchmarks/quality/retrieval_peers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +71,14 @@ class RealTargets(TransformerLightningModule):
         if "negatives" in batch:
             logits = logits.gather(-1, torch.cat([targets[..., None], batch["negatives"][real][:, None]], -1))
         return self.loss_calculator(logits, targets, batch["yw"][real][:, None])
+
+
+class AllItems(Dataset):
+    """Also the items that nobody has chosen yet have a column, so that all histories have the same ones."""
+
+    def get_user_item_matrix(self, *args: Any, **kwargs: Any) -> Any:
+        """[users, items], sparse."""
+        return super().get_user_item_matrix(*args, **{**kwargs, "include_warm_items": True})
 
 
 class EASE(models.EASEModel):
@@ -147,10 +157,10 @@ class Histories:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, store: SequenceStore, split: str) -> Histories:
-        """The histories of a split of a run, also those events that are too old for a model's sequence."""
-        args = DatasetArgs(dataset_name=store.name, max_sequence_length=200, valid_items=1)
-        samples = build_samples(store, args, "retrieval", split, seed=0)  # type: ignore[arg-type]
+    def of(cls, store: SequenceStore, part: str, **cut: Any) -> Histories:
+        """The histories of a part of a run's data, also those events that are too old for a model's sequence."""
+        args = DatasetArgs(dataset_name=store.name, max_sequence_length=200, valid_items=1, **cut)
+        samples = build_samples(store, args, "retrieval", part, seed=0)  # type: ignore[arg-type]
         sequence = np.asarray(store.sequence(store.item_feature)).astype(np.int64)
         lengths = (samples.stop if samples.target is None else samples.target) - samples.history_begin
         row, place = run_indices(lengths)
@@ -164,7 +174,7 @@ class Histories:
         weight = np.ones(len(self.item)) if half_life is None else np.maximum(0.5 ** (self.later / half_life), 1e-9)
         moment = pd.to_datetime(-self.later, unit="s")
         events = pd.DataFrame({"user_id": self.user, "item_id": self.item, "weight": weight, "datetime": moment})
-        return Dataset(*(IdMap(np.arange(size)) for size in self.shape), Interactions(events))
+        return AllItems(*(IdMap(np.arange(size)) for size in self.shape), Interactions(events))
 
     def ranks(self, model: Any, half_life: float | None, among: int) -> np.ndarray:
         """Of the targets, among the first ``among`` items that are not in the history, float64 [U]; inf: not there."""
@@ -202,10 +212,12 @@ def fit(model: Any, train: Histories, valid: Histories, half_life: float | None)
     return best, epoch
 
 
-def measure(store: SequenceStore, name: str, seed: int, trials: Sequence[int]) -> tuple[str, pd.DataFrame]:
+def measure(
+    store: SequenceStore, name: str, seed: int, trials: Sequence[int], cut: Mapping[str, Any]
+) -> tuple[str, pd.DataFrame]:
     """The settings with the best NDCG@10 on validation, in words, and each user's rank of the test target."""
     build, grid = PEERS[name]
-    train, valid, test = (Histories.of(store, split) for split in ("train", "valid", "test"))
+    train, valid, test = (Histories.of(store, part, **cut) for part in ("train", "valid", "test"))
     best, words, ranks = -1.0, "", np.zeros(0)
     for settings in [grid[trial] for trial in trials] or grid:
         seed_everything(seed, verbose=False)
@@ -226,15 +238,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="only these")
     parser.add_argument("--seed", type=int, default=1, help="of initial weights, dropout and the order of users")
     parser.add_argument("--trials", type=int, nargs="+", default=(), choices=range(4), help="only these of a method's")
+    parser.add_argument("--train_fraction", type=float, help="cut in time, after this share of the events")
     parser.add_argument("--output", type=Path, help="also write the mean metrics of the last method here, as JSON")
     parser.add_argument("--per_user", type=Path, help="also write each user's rank of the last method here, as CSV")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     store, began = SequenceStore.open(options.store), time.monotonic()
+    cut = {"split": "time", "train_fraction": options.train_fraction} if options.train_fraction else {}
     print(f"| method | {' | '.join(METRICS)} | settings |\n|{'---|' * (len(METRICS) + 2)}")
     for name in options.peers:
-        words, ranks = measure(store, name, options.seed, options.trials)
+        words, ranks = measure(store, name, options.seed, options.trials, cut)
         metrics = retrieval_metrics(METRICS, ranks["rank"].to_numpy())
         print(f"| {name} | {' | '.join(number(metrics[metric]) for metric in METRICS)} | {words} |", flush=True)
         if options.per_user:

@@ -98,16 +98,18 @@ class Table:
 
     def _peer(
         self, name: str, *, trials: int | str = "", method: str = "", only: int | None = None,
-        settings: Mapping[str, float] | None = None, command: Sequence[str] = (),
+        train_fraction: float | None = None, settings: Mapping[str, float] | None = None, command: Sequence[str] = (),
     ) -> Row:  # fmt: skip
-        """A method of retrieval_peers.py (``only``: the one of its trials that validation chose on ML-100K), one of
-        ranking_peers.py (``settings``: the best of the trials on the validation users of seed 1), or any ``command``.
+        """A method of retrieval_peers.py (``only``: the one of its trials that validation chose on ML-100K;
+        ``train_fraction``: the share of events before a cut in time), one of ranking_peers.py (``settings``: the best
+        of the trials on the validation users of seed 1), or any ``command``.
         """
         words = ["--seed", "$seed", "--method", method, *_WRITES]
         words += ["--settings", json.dumps(settings)] if settings else []
         if self.task == "retrieval":
             chosen = [] if only is None else ["--trials", str(only)]
-            words = ["--peers", name, "--seed", "$seed", *chosen, *_WRITES]
+            cut = [] if train_fraction is None else ["--train_fraction", str(train_fraction)]
+            words = ["--peers", name, "--seed", "$seed", *chosen, *cut, *_WRITES]
         own = (f"scripts/quality/{self.task}_peers.py", "--store", "$store", *words)
         return Row(name=name, peer=command or own, trials=trials)
 

@@ -34,6 +34,15 @@ def test_histories_end_before_what_is_held_out(tmp_path: Path) -> None:
     assert (found["valid"].targets.tolist(), found["test"].targets.tolist()) == ([2, 2], [3, 1])
 
 
+def test_cut_in_time_only_events_before_the_cut_are_known(tmp_path: Path) -> None:
+    times = [[0, 1, 2, 8, 9], [3, 4, 5, 7]]
+    store = write_small_store(tmp_path / "store", [[0, 1, 2, 3, 4], [3, 2, 1, 0]], timestamps=times)
+    cut = {"split": "time", "train_fraction": 0.6}
+    train, test = (peers.Histories.of(store, part, **cut) for part in ("train", "test"))
+    assert (train.item.tolist(), test.item.tolist()) == ([0, 1], [0, 1, 2, 3, 2])
+    assert test.targets is not None and test.targets.tolist() == [3, 1]
+
+
 @pytest.mark.parametrize("half_life", [None, 2.0])
 def test_ranks_are_among_all_items_that_the_user_has_not_seen(store: SequenceStore, half_life: float | None) -> None:
     train, test = peers.Histories.of(store, "train"), peers.Histories.of(store, "test")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hstu.ops.pytorch.softmax_loss as implementation
 from hstu.ops.kernels import NEVER_SEEN, Negatives, SeenItems
@@ -143,6 +144,15 @@ def test_whole_pool_memory_is_bounded_by_a_block(monkeypatch: pytest.MonkeyPatch
     with Allocations([]) as allocations:
         softmax_loss(vectors, negatives).backward()
     assert 0 < allocations.largest <= 1 << 12
+
+
+def test_tensors_without_values_leave_no_memory_for_the_next_loss() -> None:
+    real = torch.ones(1)
+    with FakeTensorMode() as mode:
+        implementation._memory_of_scores(mode.from_tensor(real), 1 << 20)
+    implementation._memory_of_scores(real.to("meta"), 1 << 20)
+    kept = implementation._memory_of_scores(real, 1 << 20)
+    assert type(kept) is Tensor and kept.device == real.device
 
 
 def test_gradients_scaled_in_place_are_those_of_a_retained_graph() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
@@ -143,11 +144,11 @@ _of_thread = threading.local()
 
 def _memory_of_scores(like: Tensor, elements: int) -> Tensor:
     """Uninitialised memory, on a CPU the same for each loss: new pages would take as long as a matrix product."""
+    if like.device.type != "cpu" or isinstance(like, FakeTensor):
+        return like.new_empty(elements)
     memory: Tensor = getattr(_of_thread, "scores", torch.empty(0))
-    if like.is_cuda or memory.dtype != like.dtype or len(memory) < elements:
-        memory = like.new_empty(elements)
-    if not like.is_cuda:
-        _of_thread.scores = memory
+    if memory.dtype != like.dtype or len(memory) < elements:
+        memory = _of_thread.scores = like.new_empty(elements)
     return memory[:elements]
 
 

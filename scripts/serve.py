@@ -54,19 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--drain_s", type=_between(float, 0, 3600), default=0, help="taking requests after SIGTERM (%(default)s)")
     add("--log_format", choices=("text", "json"), default="text", help="of the lines on standard error (%(default)s)")
     options = parser.parse_args(arguments)
-    given = vars(options)
-    if options.second_model is None and (options.shadow or options.second_share is not None):
+    has_use = options.shadow or options.second_share is not None
+    if options.second_model is None and has_use:
         parser.error("--second_share and --shadow need --second_model")
-    if given["second_share"] is None:
-        if options.second_model is not None and not options.shadow:
-            parser.error("--second_model needs --second_share, of the users whom it answers, or --shadow")
-        given["second_share"] = 1.0
+    if options.second_model is not None and not has_use:
+        parser.error("--second_model needs --second_share, of the users whom it answers, or --shadow")
     if missing := missing_packages(("fastapi", "uvicorn", "prometheus_client")):
         raise ConfigError(f"missing packages: {', '.join(missing)}. To install them: pip install 'hstu-trainer[serve]'")
     let_idle_threads_sleep()
     from hstu.serve.server.app import serve  # after what torch reads once, and after mistakes in the options
     from hstu.serve.server.batching import Settings
 
+    given = {name: value for name, value in vars(options).items() if value is not None}  # the others keep the defaults
     sizes = {"max_body_bytes": given.pop("max_body_kb") << 10, "cache_bytes": given.pop("cache_mb") << 20}
     serve(given.pop("export"), given.pop("host"), given.pop("port"), Settings(**sizes, **given))
     return EXIT_DONE

@@ -268,9 +268,10 @@ def local_export(path: Path) -> Path:
     if (url := url_of(path)) is None:
         return path
     parent, _, only = url.rpartition("/")
-    if is_one := read(f"{url}/{MANIFESTS[1]}") is not None:
-        url = parent
-    place, wanted = (cache := Cache.of()).place(url), [only] if is_one else names_in(url)
+    is_one = read(f"{url}/{MANIFESTS[1]}") is not None
+    url = parent if is_one else url
+    cache, wanted = Cache.of(), [only] if is_one else names_in(url)
+    place = cache.place(url)
     for gone in {path for path in place.glob("*/") if not is_one and path.name not in wanted}:
         remove(gone)
     for name in wanted:  # grows by the bases of deltas

@@ -34,10 +34,10 @@ def snapshot(place: str) -> dict[str, int] | None:
     ``place``: directory of a Delta or Iceberg table, or the ``….metadata.json`` of an Iceberg table; a path or a URL.
     Raises DataError if the files do not say all about the rows, ConfigError if the library for the table is missing.
     """
-    if root_of(place) is None:
+    if (metadata := _metadata_of(place)) is None:
         return None
     try:
-        found = dict(_delta_files(place) if _DELTA in _names_in(place) else _iceberg_files(_metadata_of(place)))
+        found = dict(_delta_files(place) if metadata == _DELTA else _iceberg_files(metadata))
     except UserError:
         raise
     except ImportError as error:
@@ -67,10 +67,7 @@ def root_of(place: str) -> str | None:
     """The directory of a table, a path or a URL; None if ``place`` is no table."""
     if place.endswith(_METADATA):
         return place.rpartition(f"/{_ICEBERG}/")[0]
-    names = _names_in(place)
-    return (
-        place if _DELTA in names or (_ICEBERG in names and any(map(_number, _names_in(f"{place}/metadata")))) else None
-    )
+    return None if _metadata_of(place) is None else place
 
 
 def _names_in(place: str) -> list[str]:
@@ -109,15 +106,18 @@ def _delta_files(place: str) -> Iterator[tuple[str, int]]:
         yield f"{place}/{name}", file["size_bytes"]
 
 
-def _number(name: str) -> re.Match[str] | None:
-    return re.match(rf"v?(\d+).*{_METADATA}$", name)
-
-
-def _metadata_of(table: str) -> str:
-    """The newest metadata of an Iceberg table, which has the highest number; or what is given."""
+def _metadata_of(table: str) -> str | None:
+    """The newest metadata of an Iceberg table, which has the highest number, or what is given; of a Delta table its
+    log; None of what is no table."""
     if table.endswith(_METADATA):
         return table
-    numbers = {name: int(found[1]) for name in _names_in(f"{table}/{_ICEBERG}") if (found := _number(name))}
+    names = _names_in(table)
+    if _DELTA in names or _ICEBERG not in names:
+        return _DELTA if _DELTA in names else None
+    found = {name: re.match(rf"v?(\d+).*{_METADATA}$", name) for name in _names_in(f"{table}/{_ICEBERG}")}
+    numbers = {name: int(number[1]) for name, number in found.items() if number}
+    if not numbers:
+        return None
     newest = [name for name, number in numbers.items() if number == max(numbers.values())]
     if len(newest) > 1:
         raise DataError(f"{table}: {' and '.join(newest)} are equally new; give the path of the one in the catalog")

@@ -188,7 +188,9 @@ class Model:
 
         The last column, -inf, is for unknown items.
         """
-        scores = torch.nn.functional.pad(queries @ self.stored_vectors.t(), (0, 1)).div_(self._lengths)
+        scores = queries.new_empty(len(queries), len(self._lengths))
+        torch.mm(queries, self.stored_vectors.t(), out=scores[:, :-1])
+        scores /= self._lengths
         scores[:, self._is_missing] = -torch.inf
         for own, (left_out, only) in zip(scores, lists, strict=True):
             if only is not None:

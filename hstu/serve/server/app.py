@@ -33,7 +33,7 @@ from .logs import CURRENT, set_up_logging
 from .model import EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
 from .rules import ItemFile
 from .shown import ShownLog
-from .swap import LiveModel, load
+from .swap import LiveModel, Load, load
 from .traffic import Traffic, suitable
 from .users import StoreError, Users, open_store
 
@@ -77,13 +77,15 @@ def serve(root: Path, host: str, port: int, settings: Settings) -> None:
 def load_models(root: Path, settings: Settings, metrics: Metrics) -> list[LiveModel]:
     """Load the model of ``root`` and, if there is to be one, the second. Raises DataError if one cannot be served."""
     read = partial(load, mapped=settings.map_exports)
-    items = [None if settings.items is None else ItemFile(settings.items) for _ in range(2)]
-    first = LiveModel(root, metrics, read, items[0])
+
+    def live(exports: Path, own: ModelMetrics, read: Load) -> LiveModel:
+        return LiveModel(exports, own, read, None if settings.items is None else ItemFile(settings.items))
+
+    first = live(root, metrics, read)
     if settings.second_model is None:
         return [first]
     own = ModelMetrics(metrics.registry, "hstu_second")
-    second = LiveModel(settings.second_model, own, lambda *given: suitable(read(*given), first.current), items[1])
-    return [first, second]
+    return [first, live(settings.second_model, own, lambda *given: suitable(read(*given), first.current))]
 
 
 def server_config(models: Callable[[], Sequence[LiveModel]], settings: Settings, metrics: Metrics) -> uvicorn.Config:

@@ -302,7 +302,7 @@ class ServedModel:
             scores[scores < request.min_score] = -torch.inf
         if catalog.in_stock is not None:
             scores[~catalog.in_stock] = -torch.inf
-        vectors = self.model.vectors if request.diversity else scores[:, None]  # which are not read
+        vectors = self.model.vectors if request.diversity else None
         places, is_drawn = chosen_items(scores, request, catalog, vectors)
         found = _listed(self.model.named(scores[places], places), is_drawn.tolist())
         return found if popularity is None else {**found, "fallback": "popular"}

@@ -87,12 +87,14 @@ def _read(path: Path) -> pa.Table:
     return pa.table(columns)
 
 
-def chosen_items(scores: Tensor, asked: RecommendRequest, catalog: Catalog, vectors: Tensor) -> tuple[Tensor, Tensor]:
+def chosen_items(
+    scores: Tensor, asked: RecommendRequest, catalog: Catalog, vectors: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Choose up to ``asked.k`` of all items by the rules of a request.
 
     Args:
         scores: float32 [items + 1], -inf for items that may not be recommended.
-        vectors: unit vectors of the items, float32 [items + 1, E].
+        vectors: unit vectors of the items, float32 [items + 1, E]; None: the request asks for no diversity.
 
     Returns the places of the items, best first, int64, and whether each was drawn at random. Raises ServingError.
     """
@@ -110,7 +112,7 @@ def chosen_items(scores: Tensor, asked: RecommendRequest, catalog: Catalog, vect
     if room is not None and categories is not None:
         room = room - categories[best][categories[best] >= 0].bincount(minlength=len(room))
         luck = luck.masked_fill((categories >= 0) & (room[categories] == 0), -torch.inf)
-    others = _best(luck, drawn, categories, room, vectors, 0.0)
+    others = _best(luck, drawn, categories, room, None, 0.0)
     is_drawn = torch.zeros(len(best) + len(others), dtype=torch.bool)
     is_drawn[torch.randperm(len(is_drawn), generator=generator)[: len(others)]] = True
     places = torch.empty(len(is_drawn), dtype=torch.int64)
@@ -135,7 +137,7 @@ def _room(asked: RecommendRequest, catalog: Catalog) -> Tensor | None:
 
 
 def _best(
-    scores: Tensor, k: int, categories: Tensor | None, room: Tensor | None, vectors: Tensor, diversity: float
+    scores: Tensor, k: int, categories: Tensor | None, room: Tensor | None, vectors: Tensor | None, diversity: float
 ) -> Tensor:
     """Places of the ``k`` best, int64: among all items, though only the best of them are compared.
 
@@ -146,7 +148,7 @@ def _best(
         best, places = scores.topk(min(k, len(scores)))
         return places[best > -torch.inf]
     bounds, allowed, size = scores, int((scores > -torch.inf).sum()), 8 * k + 64
-    if diversity and allowed:
+    if vectors is not None and diversity and allowed:
         first = scores.argmax()
         bounds = (1 - diversity) * scores - diversity * (vectors @ vectors[first])
         bounds[first] = torch.inf
@@ -154,14 +156,15 @@ def _best(
         largest, pool = bounds.topk(min(size + 1, len(bounds)))
         inside, outside = pool[:size], float(largest[-1]) if size < allowed else -torch.inf
         own = None if categories is None or room is None else categories[inside]
-        found, lowest = _greedy((1 - diversity) * scores[inside], k, own, room, vectors[inside], diversity)
+        compared = None if vectors is None else vectors[inside]
+        found, lowest = _greedy((1 - diversity) * scores[inside], k, own, room, compared, diversity)
         if size >= allowed or (len(found) == k and lowest >= outside):
             return inside[found]
         size *= 8
 
 
 def _greedy(
-    values: Tensor, k: int, categories: Tensor | None, room: Tensor | None, vectors: Tensor, diversity: float
+    values: Tensor, k: int, categories: Tensor | None, room: Tensor | None, vectors: Tensor | None, diversity: float
 ) -> tuple[list[int], float]:
     """(indices of the chosen, the lowest value that one but the first had when it was chosen)."""
     found, lowest, left = list[int](), torch.inf, [] if room is None else room.tolist()
@@ -178,7 +181,7 @@ def _greedy(
             left[category] -= 1
             if not left[category]:
                 values[categories == category] = -torch.inf
-        if diversity:
+        if vectors is not None and diversity:
             cosines = vectors @ vectors[place]
             closest = cosines if len(found) == 1 else torch.maximum(closest, cosines)
     return found, lowest

@@ -298,11 +298,6 @@ def _check_options(raw: RawTables, schema: Schema, options: BuildOptions, base: 
         )
     if options.spark_master and options.engine != "spark":
         raise ConfigError(f"--spark_master {options.spark_master}: only with --engine spark")
-    if base and options.engine != "duckdb":
-        raise ConfigError(
-            f"--engine {options.engine} makes whole stores, and cannot add to one; leave it out with --append, which "
-            "reads only the new files"
-        )
     for option, wanted in (("requests", raw.requests), ("all_items", options.all_items)):
         if wanted and options.min_item_events > 1:
             raise ConfigError(

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ROW_GROUPS_PER_FILE = 8
 """Of about 123,000 rows each. A file is what one task computes at a time."""
+_ROWS_PER_FILE = 1 << 20
+"""Of tables that were in the driver's memory."""
 _HEAP_FRACTION, _TASKS_FRACTION, DRIVER_FRACTION = 0.45, 0.2, 0.1
 """Shares of the memory limit, in a Spark of this machine: Java's heap, DuckDB in all tasks, DuckDB in the driver."""
 _LEAST_MEMORY = 2 << 30
@@ -166,6 +168,17 @@ class SparkEngine(Engine):
     def sql(self, query: str) -> duckdb.DuckDBPyRelation:
         """As Engine, with the result in DuckDB."""
         return self.connection.sql(self._reduced(query))
+
+    def register(self, name: str, table: pyarrow.Table) -> None:
+        """As Engine, in files that the tasks read."""
+        target = self._scratch / f"{name}.registered"
+        remove(target)  # of a run that was killed
+        with written_aside(target) as aside:
+            aside.mkdir()
+            for number, start in enumerate(range(0, max(len(table), 1), _ROWS_PER_FILE)):
+                part = table.slice(start, _ROWS_PER_FILE)
+                pyarrow.parquet.write_table(part, aside / f"part-{number}.parquet", compression="lz4")
+        self.show(name, target)
 
     def write(self, query: str, target: Path, number: str | None = None) -> int:
         """As Engine, to a directory of files."""

@@ -21,7 +21,7 @@ from hstu.data.preprocess import build, preprocess
 from hstu.data.preprocess.state import Base, BuildOptions
 from tests.conftest import REPOSITORY
 from tests.data.own_tables import own_store
-from tests.data.preprocess import test_fuzz
+from tests.data.preprocess import test_append, test_fuzz
 from tests.data.preprocess.test_restart import SCRIPT, contents, generate
 from tests.serve.http_server import until
 
@@ -66,13 +66,18 @@ def both(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def build_twice(
         raw: RawTables, schema: Schema, options: BuildOptions, published: Mapping[str, float], base: Base | None = None
     ) -> Path:
-        if base or options.engine == "spark":
+        if options.engine == "spark":
             return original(raw, schema, options, published, base)
         other = replace(options, engine="spark", output=options.output.with_name(f"{options.output.name}.spark"))
-        (path, refused), (again, also) = (built(original, raw, schema, each, published) for each in (options, other))
+        if base:
+            shutil.copytree(options.output, other.output)
+        (path, refused), (again, also) = (
+            built(original, raw, schema, each, published, base and replace(base, events={}, codes={}))
+            for each in (options, other)
+        )
         assert also == refused
         if path is None or again is None:
-            return original(raw, schema, options, published)  # raises it
+            return original(raw, schema, options, published, base)  # raises it
         assert contents(again) == contents(path)
         shutil.rmtree(again)
         return path
@@ -171,6 +176,11 @@ def equal_on(folder: Path, number: int) -> None:
 @pytest.mark.parametrize("number", range(3))
 def test_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Path, number: int) -> None:
     equal_on(tmp_path, number)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_store_grows_to_the_bytes_of_one_made_at_once(both: None, tmp_path: Path, seed: int) -> None:
+    test_append.test_a_grown_store_has_the_bytes_of_one_made_at_once(seed, tmp_path)
 
 
 @pytest.mark.slow

@@ -60,7 +60,9 @@ class Growth:
         codes: dict[str, Codes] = {"item": (build.earlier.codes["item"], None)}
         for name, feature in schema.of_events().items():
             if name not in schema.quantities():
-                query = f"SELECT b.code AS old, n.code AS new FROM base_{name} b JOIN vocabulary_{name} n ON b.id = n.id"
+                query = (
+                    f"SELECT b.code AS old, n.code AS new FROM base_{name} b JOIN vocabulary_{name} n ON b.id = n.id"
+                )
                 old, changed = columns_of(build.engine, query)
                 of_base = np.full(store.cardinality(feature), -1)
                 of_base[old] = changed

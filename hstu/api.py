@@ -211,7 +211,7 @@ class TrainedModel(LoadedModel):
         items = [item for history in given for item in history.items]
         seen = self.vocabularies[item_feature].rows(items).numpy()
         best = self._best([history.user for history in given], vectors, corpus, seen, lengths, top)
-        unknown = self.encoder.unknown(given)
+        (unknown,) = self.encoder.unknown([given])
         if absent := {items[place] for place in np.flatnonzero(corpus.positions(seen) < 0)}:
             unknown[item_feature] = sorted(absent, key=str)
         return best, unknown

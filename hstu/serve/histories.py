@@ -163,6 +163,7 @@ class BatchEncoder(Encoder):
         def joined(tensors: Iterable[Tensor | None]) -> np.ndarray:
             return torch.cat([tensor for tensor in tensors if tensor is not None]).numpy()
 
+        times = [time for part in parts for time in part.times]
         ids = {name: joined(part.ids[name] for part in parts) for name in parts[0].ids}
         return Rows(
             user_ids=np.arange(len(sequences)),
@@ -171,7 +172,7 @@ class BatchEncoder(Encoder):
             num_labels=nothing,
             items=ids[roles.item],
             actions=ids[roles.action] if roles.action else None,
-            timestamps=joined(part.times for part in parts) if self._config.network.needs_times else None,
+            timestamps=np.array(times, dtype=np.int64) if self._config.network.needs_times else None,
             context={name: joined(events.context[name] for events, _ in sequences) for name in roles.contextual},
             side=ItemFeatures(
                 {name: ids[name] for name in roles.categories},

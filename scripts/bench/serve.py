@@ -5,8 +5,8 @@
 
 load: clients send events and requests of many users. The exports take turns as the newest, and SIGTERM ends the server,
 which starts again. Every tenth answer is compared with the plain runtime's for the events of the user, and at the end
-all stored events with those sent. Ctrl-C ends the load early. compare: scripts/serve.py and a FastAPI server whose
-route calls the runtime, in turn.
+all stored events with those sent. Ctrl-C ends the load early. compare: scripts/serve.py, that of other checkouts, and
+FastAPI servers whose route calls the runtime, in turn. With --stored, requests give ids of users with stored events.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Server:
 
     def __init__(self, script: Path, export: Path, port: int, log: Path, *more: object) -> None:
         command = [sys.executable, script, "--export", export, "--port", port, *more]
-        environment, self.log = {**os.environ, "PYTHONPATH": str(ROOT)}, log
+        root = script.parents[1] if script.name == "serve.py" else ROOT
+        environment, self.log = {**os.environ, "PYTHONPATH": str(root)}, log
         with log.open("wb") as out:  # in a session of its own, because Ctrl-C is not for it
             self.process = subprocess.Popen(
                 [*map(str, command)], env=environment, stdout=out, stderr=out, start_new_session=True
@@ -286,28 +287,37 @@ def is_right(model: Model, events: list[Row], at: int | None, shown: list[Any] |
 
 async def compare(options: argparse.Namespace, ids: list[Any]) -> Row:
     """See the module."""
-    folder, export, draw, rows = options.folder, options.exports[0] / "serving", random.Random(0), list[Row]()
-    bodies = list[bytes]()
+    folder, draw, rows, histories = options.folder, random.Random(0), list[Row](), list[Row]()
     for _ in range(300):
         times = range(BEGIN, BEGIN + STEP_S * min(200, 10 + int(draw.expovariate(1 / 90))), STEP_S)
         lists = {"items": draw.choices(ids, k=len(times)), "actions": draw.choices(range(1, 6), k=len(times))}
-        bodies.append(json.dumps({**lists, "timestamps": [*times]}).encode())
-    scripts = {"hstu-serve": ROOT / "scripts/serve.py", "async route": folder / "a.py", "thread pool": folder / "b.py"}
-    for name, path in list(scripts.items())[1:]:
-        path.write_text(MINIMAL if name == "async route" else MINIMAL.replace("async def", "def"))
-    servers = {
-        name: Server(path, export, options.port + place, folder / f"{name}.log")
-        for place, (name, path) in enumerate(scripts.items())
-    }
+        histories.append({**lists, "timestamps": [*times]})
+    asked = [{"user": user} for user in range(len(histories))] if options.stored else histories
+    bodies = [json.dumps(each).encode() for each in asked]
+    scripts = {"hstu-serve": ROOT / "scripts/serve.py"}
+    scripts |= {each.name: each / "scripts/serve.py" for each in options.checkouts}
+    exports = dict(zip(scripts, options.exports, strict=True))
+    if not options.stored:
+        scripts |= {"async route": folder / "a.py", "thread pool": folder / "b.py"}
+        scripts["async route"].write_text(MINIMAL)
+        scripts["thread pool"].write_text(MINIMAL.replace("async def", "def"))
+    servers = dict[str, Server]()
+    for name, path in scripts.items():
+        export, port = exports.get(name, options.exports[0]) / "serving", options.port + len(servers)
+        more = ["--users", folder / f"{name}.db"] * options.stored
+        servers[name] = Server(path, export, port, folder / f"{name}.log", *more)
     try:
         for server in servers.values():
             await server.start()
+        for place in range(len(servers) * options.stored):
+            await store(options.port + place, histories, bodies)
         for number, clients, (place, name) in product(range(options.rounds), (1, 16, 64), enumerate(servers)):
             cpu_s, begun = servers[name].cpu_s, time.monotonic()
             async with aiohttp.ClientSession(f"http://127.0.0.1:{options.port + place}") as session:
                 each = [ask_until(begun + options.seconds, session, bodies) for _ in range(clients)]
                 ms = [ms for found in await asyncio.gather(*each) for ms in found]
             row = {"round": number, "server": name, "clients": clients, "per_s": len(ms) / (time.monotonic() - begun)}
+            row |= {"stored": options.stored, "load": os.getloadavg()[0]}
             row["p50_ms"], row["p99_ms"] = np.quantile(ms, (0.5, 0.99)).tolist()
             rows.append({**row, "cpu_ms": 1e3 * (servers[name].cpu_s - cpu_s) / len(ms)})
             print(rows[-1], file=sys.stderr, flush=True)
@@ -315,6 +325,17 @@ async def compare(options: argparse.Namespace, ids: list[Any]) -> Row:
         for server in servers.values():
             await server.stop()
     return {"rows": rows}
+
+
+async def store(port: int, histories: list[Row], bodies: list[bytes]) -> None:
+    """Store the events of users, and ask once for each."""
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", raise_for_status=True) as session:
+        for user, (history, body) in enumerate(zip(histories, bodies, strict=True)):
+            rows = zip(history["items"], history["actions"], history["timestamps"], strict=True)
+            events = [{"user": user, "item": item, "action": action, "timestamp": at} for item, action, at in rows]
+            for path, content in (("/events", json.dumps({"events": events}).encode()), ("/recommend", body)):
+                async with session.post(path, data=content, headers=JSON) as answer:
+                    await answer.read()
 
 
 async def ask_until(end: float, session: aiohttp.ClientSession, bodies: list[bytes]) -> list[float]:
@@ -333,6 +354,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", choices=("load", "compare"))
     parser.add_argument("--exports", type=Path, nargs="+", required=True, help="of retrieval, with programs")
+    parser.add_argument("--checkouts", type=Path, nargs="*", default=[], help="to compare; one more export for each")
+    parser.add_argument("--stored", action="store_true", help="compare requests of users with stored events")
     parser.add_argument("--folder", type=Path, required=True, help="new, for the server's store and logs")
     parser.add_argument("--output", type=Path, help="file of the report")
     numbers = {"port": 8123, "requests": 100_000, "events": 100_000, "users": 50_000, "clients": 16, "swap_s": 60}

@@ -18,6 +18,7 @@ from hstu.parallel.mesh import Mesh
 from hstu.serve import runtime
 from hstu.serve.runtime import Candidates, History, Model
 from hstu.serve.runtime.cache import Prefix, PrefixCache
+from hstu.serve.runtime.inputs import Query
 from hstu.serve.server.model import RecommendRequest, ServedModel
 from hstu.serve.server.swap import load
 from tests.serve.served import (
@@ -111,7 +112,7 @@ def of_users(requests: Requests) -> list[tuple[History, Candidates]]:
 
 def encode(model: Model, user: Asked) -> Any:
     shown = user.shown if model.facts["task"] == "ranking" else None
-    return model.encode(user.history, shown, user.at, user.prefix, caches=True)
+    return model.encode_batch([Query(user.history, shown, user.at, user.prefix, caches=True)])[0]
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ def test_an_answer_names_the_values_that_the_model_does_not_have(ranking: Served
     shown = Candidates([1000, -5], {"device": [None, "fridge"]})
     unknown = {"action": [9], "watched": sorted(watched, key=str), "device": ["fridge", "tablet"], "town": [7.5]}
     assert ranking.model.score(user, shown).unknown == {**unknown, "item_id": [-5]}
-    assert ranking.model.unknown(user) == {**unknown, "device": ["tablet"]}
+    each = ranking.model.unknown_batch([user, request([1000], [1], [0]), user], [[], [], shown])
+    assert each == [{**unknown, "device": ["tablet"]}, {}, {**unknown, "item_id": [-5]}]
     assert retrieval.model.recommend(request([1000, 7], [1, 1], [0, 1])).unknown == {"item_id": [7]}
     with pytest.raises(ServingError, match=r"no feature device \(text: value 000, value 001, value 002\), which"):
         ranking.model.score(request([1000], [1], [0]), shown)

@@ -29,6 +29,7 @@ from hstu.serve.loaded import LoadedModel
 from hstu.serve.predict import Evaluation, RankingPredictor, RetrievalPredictor, evaluate_split
 from hstu.serve.runtime import Candidates as Shown
 from hstu.serve.runtime.files import read_tensors, tables_of
+from hstu.serve.runtime.inputs import Query
 from hstu.serve.server.model import RecommendRequest, ServedModel
 from hstu.train.evaluate import RetrievalEvaluator
 from tests.conftest import write_small_store
@@ -59,7 +60,8 @@ def of_cache(exported: Path, _: Mesh) -> Iterator[Predict]:
         whole, kept = as_request(history), list[Any]([None])
         for count in ((len(whole.items) + 1) // 2, len(whole.items)):
             part = whole.cut(slice(count))
-            encoded = model.encode(part, Shown(candidates), at if model.reads_request_time else None, kept[-1], True)
+            asked = Query(part, Shown(candidates), at if model.reads_request_time else None, kept[-1], True)
+            (encoded,) = model.encode_batch([asked])
             (output,) = model.run([encoded], lambda _, prefix: kept.append(prefix))
         return model.outputs_of(candidates, output).numpy()
 

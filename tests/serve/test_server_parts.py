@@ -296,15 +296,16 @@ def answer_of(served: ServedModel, query: ScoreRequest) -> Answer:
 @pytest.mark.parametrize("step", ["encode", "run"])
 def test_a_defect_fails_the_request_that_causes_it(ranking: Served, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     model, served = ranking.model, ServedModel(ranking.model, "one")
-    encode, run = model.encode, model.run
+    encode, run = model.encode_batch, model.run
     queries = [ScoreRequest(**each) for each in good_requests(ranking)[:4]]
 
-    def encodes(history: Any, *more: Any) -> Any:
-        encoded = encode(history, *more)
-        if history.items is queries[2].items:
-            if step == "encode":
-                raise OSError("a defect")
-            marked.append(id(encoded))
+    def encodes(asked: Any) -> Any:
+        encoded = encode(asked)
+        for each, own in zip(asked, encoded, strict=True):
+            if each.history.items is queries[2].items:
+                if step == "encode":
+                    raise OSError("a defect")
+                marked.append(id(own))
         return encoded
 
     def runs(encoded: list[Any], *more: Any) -> Any:
@@ -313,7 +314,7 @@ def test_a_defect_fails_the_request_that_causes_it(ranking: Served, monkeypatch:
         return run(encoded, *more)
 
     marked: list[int] = []
-    monkeypatch.setattr(model, "encode", encodes)
+    monkeypatch.setattr(model, "encode_batch", encodes)
     monkeypatch.setattr(model, "run", runs)
     failure = OSError if step == "encode" else MemoryError
     assert [type(each) for each in served.answer(queries)] == [dict, dict, failure, dict]

@@ -43,20 +43,18 @@ class Prefix:
         return self.keys_values.numel() * 4 + self.times.numel() * 8 + values
 
     @classmethod
-    def empty(cls, facts: Mapping[str, Any], history: History, before: int) -> Prefix:
+    def empty(cls, facts: Mapping[str, Any], history: History, before: int, end: int = 0) -> Prefix:
         """Nothing yet of a history."""
         cached = facts["cached"]
         nothing = torch.empty(cached["layers"], 2, facts["heads"], 0, cached["channels"])
-        return cls(history, before, 0, nothing, torch.empty(0, dtype=torch.int64))
+        return cls(history, before, 0, nothing, torch.empty(0, dtype=torch.int64), end)
 
-    def valid_for(self, facts: Mapping[str, Any], history: History, before: int, end: int) -> Prefix:
-        """What stays of it for a history with ``end`` tokens, of which the newest is computed anew."""
-        found = Prefix.empty(facts, history, before)
-        own, other = self.history, history
-        if (own.context, own.user, self.before) != (other.context, other.user, before):
-            return found
-        if before and (own.timestamps or [])[:1] != (other.timestamps or [])[:1]:
-            return found
+    def valid_for(self, facts: Mapping[str, Any], nothing: Prefix) -> Prefix:
+        """What stays of it for the history of ``nothing``, of which the newest is computed anew."""
+        own, other, before, end = self.history, nothing.history, nothing.before, nothing.end
+        starts = [(each.timestamps or [])[:1] if before else [] for each in (own, other)]
+        if (own.context, own.user, self.before, starts[0]) != (other.context, other.user, before, starts[1]):
+            return nothing
         columns = [(own.items, other.items), (own.actions, other.actions), (own.timestamps, other.timestamps)]
         columns += [(own.features.get(name), other.features.get(name)) for name in {**own.features, **other.features}]
         same = min(_common(*both, before) for both in columns) - newest_changes(facts)  # what follows it may differ
@@ -70,23 +68,21 @@ class Prefix:
         newest_is_new = newest_changes(facts) or facts["task"] == "retrieval"  # which predicts from it
         items = min((stable - context) // per_item, len(other.items) - before - newest_is_new)
         if items <= 0:
-            return found
+            return nothing
         tokens = context + items * per_item
-        return replace(
-            found, num_items=items, keys_values=self.keys_values[:, :, :, :tokens], times=self.times[:tokens]
-        )
+        kept = self.keys_values.narrow(3, 0, tokens)
+        return replace(nothing, num_items=items, keys_values=kept, times=self.times[:tokens])
 
-    def followed_by(self, computed: Sequence[Tensor], times: Tensor, items: int, end: int) -> Prefix:
+    def followed_by(self, computed: Sequence[Tensor], times: Tensor, items: int) -> Prefix:
         """With ``items`` further events. computed: keys, values of each layer, [n, H, d] each."""
-        if not items and self.keys_values.is_contiguous():  # no view of more
-            return replace(self, end=end)
+        if not items:
+            return replace(self, keys_values=self.keys_values.contiguous())  # no view of more
         new = torch.stack(list(computed)).unflatten(0, (-1, 2)).transpose(2, 3)
         return replace(
             self,
             num_items=self.num_items + items,
             keys_values=torch.cat([self.keys_values, new], dim=3),
             times=torch.cat([self.times, times]),
-            end=end,
         )
 
 

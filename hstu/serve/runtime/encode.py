@@ -1,16 +1,17 @@
 """Convert raw ids of requests to the ids that a model reads: for an exported model, rows of its tables."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain, compress, groupby
 from reprlib import repr
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from .files import Vocabulary, rows_at, run_indices
+from .files import Vocabulary, int64s, rows_at, run_indices
 from .requests import Candidates, History, ServingError, candidate_problems, feature_names, history_problems, name_of
 from .running import Questions, RunningStatistics
 
@@ -31,26 +32,25 @@ class Events:
     """List feature → number of its values at each event, int64 [n]."""
     numbers: Tensor | None
     """float32 [n, W]: concatenated numbers and vectors, NaN for missing. None: the model reads none."""
-    times: Tensor | None
-    """int64 [n], seconds. None: the model reads no times."""
+    times: list[int]
+    """Seconds, one per event. Empty if the model reads no times."""
     context: dict[str, Tensor] = field(default_factory=dict)
     """Contextual feature → table row, int64 [1]. Empty for candidates."""
-    at: Tensor | None = None
-    """Time of the request, scalar int64. None: for candidates, and if the model reads no times."""
+    at: int | None = None
+    """Time of the request, in seconds. None: for candidates, and if the model reads no times."""
     length: int = 0
     """Number of events or candidates."""
 
-    def newest(self, count: int) -> Self:
-        """The newest ``count`` events."""
-        first = self.length - count
-        firsts = {name: int(values[:first].sum()) for name, values in self.counts.items()}
+    def part(self, first: int, stop: int) -> Self:
+        """Some consecutive events."""
+        inner = {name: slice(int(each[:first].sum()), int(each[:stop].sum())) for name, each in self.counts.items()}
         return replace(
             self,
-            ids={name: ids[firsts.get(name, first) :] for name, ids in self.ids.items()},
-            counts={name: values[first:] for name, values in self.counts.items()},
-            numbers=None if self.numbers is None else self.numbers[first:],
-            times=None if self.times is None else self.times[first:],
-            length=count,
+            ids={name: ids[inner.get(name, slice(first, stop))] for name, ids in self.ids.items()},
+            counts={name: values[first:stop] for name, values in self.counts.items()},
+            numbers=None if self.numbers is None else self.numbers[first:stop],
+            times=self.times[first:stop],
+            length=stop - first,
         )
 
 
@@ -129,38 +129,53 @@ class Encoder:
         return f"{name} ({'list of ' * entry['is_list']}{entry['type']}{': ' * bool(values)}{', '.join(values)})"
 
     def history(self, history: History, at: int | None, room: int) -> Events:
-        """Encode the context and the newest ``room`` events. Raises ``error`` for an invalid history."""
-        self._refuse(history_problems(history, at, self.facts, self.text_of))
-        facts, count = self.facts, len(history.items)
-        history = replace(history, features=self._with_running(history.features, history, None))
-        newest = slice(max(0, count - room), None)
-        shown = history.cut(newest)
-        if not count:  # an empty history needs no features
-            shown = replace(shown, features=dict.fromkeys(self.given_features, ()))
-        times = before = torch.empty(0, dtype=torch.int64)
-        if count and facts["reads_times"]:
-            assert history.timestamps is not None, "it is checked"
-            times = torch.tensor([int(time) for time in history.timestamps], dtype=torch.int64)
-            before = torch.cat([times.new_full((1,), _NO_EVENT), times[:-1]])
-        events = self._events(shown, times[newest], before[newest], f"{name_of(history)} has")
-        given = {"user_id": history.user, **history.context}
-        context = {name: self.vocabularies[name].rows([given.get(name)]) for name in facts["contextual"]}
-        asked = None
-        if facts["reads_times"]:
-            asked = times[-1] if at is None else torch.tensor(at)
-        return replace(events, context=context, at=asked)
+        """Encode one of the :meth:`histories`."""
+        return self.histories([(history, at, room)])[0]
+
+    def histories(self, asked: Sequence[tuple[History, int | None, int]]) -> list[Events]:
+        """Encode context and newest ``room`` events of each (history, time of the request, room). Raises ``error``."""
+        runs = groupby(asked, lambda each: (len(each[0].items) > 0, each[0].features.keys()))
+        return joined(self._alike([*run]) for _, run in runs)
+
+    def _alike(self, asked: Sequence[tuple[History, int | None, int]]) -> list[Events]:
+        """As :meth:`histories`, of histories that give the same features: their values are looked up together."""
+        facts, shown, times, before, ends = self.facts, list[History](), list[int](), list[int](), list[int | None]()
+        for history, at, room in asked:
+            for problem in history_problems(history, at, facts, self.text_of):
+                raise self.error(problem)
+            newest, features = slice(max(0, len(history.items) - room), None), history.features
+            shown.append(replace(history, features=self._with_running(features, history, None)).cut(newest))
+            if facts["reads_times"]:
+                seconds = [*map(int, () if history.timestamps is None else history.timestamps)]
+                times += seconds[newest]
+                before += [_NO_EVENT, *seconds[:-1]][newest]
+                at = seconds[-1] if at is None else at
+            ends.append(at)
+        columns = {name: joined(each.features[name] for each in shown) for name in shown[0].features}
+        if not len(asked[0][0].items):  # an empty history needs no features
+            columns, before = {name: [] for name in self.given_features}, []
+        actions = joined(each.actions for each in shown if each.actions is not None)
+        every = History(items=joined(each.items for each in shown), actions=actions, features=columns)
+        events, stop, found = self._events(every, times, before, f"{name_of(shown[0])} has"), 0, []
+        users = [{"user_id": each.user, **each.context} for each in shown]
+        rows = {name: self.vocabularies[name].rows([each.get(name) for each in users]) for name in facts["contextual"]}
+        for place, each in enumerate(shown):
+            first, stop = stop, stop + len(each.items)
+            context = {name: values[place : place + 1] for name, values in rows.items()}
+            found.append(replace(events.part(first, stop), context=context, at=ends[place]))
+        return found
 
     def candidates(self, candidates: Candidates, history: History, at: int | None, parts: int = 1) -> list[Events]:
         """Encode candidates for the user of ``history`` at time ``at``, divided evenly into ``parts``."""
         count, newest = len(candidates.items), _NO_EVENT
         if self.facts["reads_times"] and history.timestamps is not None and len(history.timestamps):
             newest = int(history.timestamps[-1])
-        self._refuse(candidate_problems(candidates, self.facts, self.text_of))
-        every = torch.full((count,), max(newest, 0) if at is None else at)
-        candidates = Candidates(candidates.items, self._with_running(candidates.features, history, (candidates, every)))
-        before = torch.full_like(every, newest)
-        cuts = (slice(count * part // parts, count * (part + 1) // parts) for part in range(parts))
-        return [self._events(candidates.cut(own), every[own], before[own], "the candidates have") for own in cuts]
+        for problem in candidate_problems(candidates, self.facts, self.text_of):
+            raise self.error(problem)
+        times = [max(newest, 0) if at is None else at] * count
+        candidates = Candidates(candidates.items, self._with_running(candidates.features, history, (candidates, times)))
+        events = self._events(candidates, times, [newest] * count, "the candidates have")
+        return [events.part(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
     def room(self, count: int) -> tuple[int, int]:
         """For ``count`` candidates: (events of a history, even parts into which to divide the candidates).
@@ -171,27 +186,28 @@ class Encoder:
         number = -(-count // (rule["most"] or min(count, longest - 1) or 1))
         return longest - ((rule["most"] or -(-count // max(number, 1))) if rule["trained"] else 1), number
 
-    def unknown(self, histories: Iterable[History]) -> dict[str, list[Any]]:
-        """Feature → distinct values of the histories that the model does not have, sorted as texts."""
-        found: dict[str, set[Any]] = {}
-        for history in histories:
-            given = {self.facts["item"]: history.items, self.facts["action"]: history.actions}
-            given |= {name: [value] for name, value in {"user_id": history.user, **history.context}.items()}
-            given |= history.features
-            for name, values in given.items():
-                if name not in self.vocabularies or values is None:
-                    continue
-                if self.facts["features"][name]["is_list"]:
-                    values = [
-                        each for value in values for each in (value if isinstance(value, (list, tuple)) else [value])
-                    ]
-                is_unknown = self.vocabularies[name].rows(values) == self.vocabularies[name].unknown
-                own = {values[place] for place in is_unknown.nonzero()[:, 0].tolist()} - {None}
-                found.setdefault(name, set()).update(own)
-        return {name: sorted(values, key=str) for name, values in found.items() if values}
+    def unknown(self, requests: Sequence[Sequence[History]]) -> list[dict[str, list[Any]]]:
+        """For each request, feature → distinct values of its histories that the model lacks, sorted as texts."""
+        found: list[dict[str, list[Any]]] = [{} for _ in requests]
+        columns = [[self._columns(history) for history in own] for own in requests]
+        for name, vocabulary in self.vocabularies.items():
+            values = [joined(each.get(name, ()) for each in own) for own in columns]
+            if self.facts["features"][name]["is_list"]:
+                values = [joined(v if isinstance(v, (list, tuple)) else [v] for v in own) for own in values]
+            is_unknown = iter((vocabulary.rows(joined(values)) == vocabulary.unknown).tolist())
+            for unknown, own in zip(found, values, strict=True):
+                if distinct := {*compress(own, is_unknown)} - {None}:
+                    unknown[name] = sorted(distinct, key=str)
+        return found
+
+    def _columns(self, history: History) -> dict[str, Sequence[Any]]:
+        """Item, action or feature → its values in a history."""
+        found = {self.facts["item"]: history.items, **history.features}
+        found |= {name: [value] for name, value in {"user_id": history.user, **history.context}.items()}
+        return found if history.actions is None else {**found, self.facts["action"]: history.actions}
 
     def _with_running(
-        self, given: Mapping[str, Sequence[Any]], history: History, asked: tuple[Candidates, Tensor] | None
+        self, given: Mapping[str, Sequence[Any]], history: History, asked: tuple[Candidates, list[int]] | None
     ) -> Mapping[str, Sequence[Any]]:
         """Add running statistics that are not given: of the events, or of candidates at times after all of them."""
         missing = [name for name in self.running_names if name not in given]
@@ -202,7 +218,7 @@ class Encoder:
         times = torch.tensor([[int(time) for time in seconds]], dtype=torch.int64)
         places, wanted, at = torch.arange(items.shape[1]), items[0], times[0]
         if asked is not None:
-            wanted, at = self.known_items.places(asked[0].items), asked[1]
+            wanted, at = self.known_items.places(asked[0].items), int64s(asked[1])
             places = torch.full_like(at, items.shape[1])
         questions = Questions(torch.zeros_like(places), places, wanted, at)
         found = self.running.numbers(items, self._values(history), times, questions)
@@ -217,54 +233,44 @@ class Encoder:
         except (TypeError, ValueError) as error:
             raise self.error(f"{name_of(history)} has an action that is no number: {error}") from None
 
-    def _refuse(self, problems: Iterator[str]) -> None:
-        for problem in problems:
-            raise self.error(problem)
-
-    def _events(self, shown: History | Candidates, times: Tensor, before: Tensor, who: str) -> Events:
-        """``before``: time of the user's previous event for each, int64 [n]."""
-        facts, places = self.facts, self.known_items.places(shown.items)
-        ids, counts = {facts["item"]: self.items.rows(shown.items)}, {}
-        nothing = torch.full_like(places, -1)
+    def _events(self, shown: History | Candidates, times: list[int], before: list[int], who: str) -> Events:
+        """``before``: time of the user's previous event for each."""
+        facts, places, counts = self.facts, self.known_items.places(shown.items), dict[str, Tensor]()
+        is_known = self.known_items is self.items
+        ids = {facts["item"]: self.items.rows_of(places) if is_known else self.items.rows(shown.items)}
         if facts["action"]:
             actions = self.vocabularies[facts["action"]]
             given = shown.actions if isinstance(shown, History) else None
-            ids[facts["action"]] = actions.rows_of(nothing) if given is None else actions.rows(given)
+            ids[facts["action"]] = torch.full_like(places, actions.unknown) if given is None else actions.rows(given)
         for name in (*facts["side"], *facts["known_after"]):
-            vocabulary = self.vocabularies[name]
-            of_each = torch.ones_like(places)
+            vocabulary, is_list = self.vocabularies[name], facts["features"][name]["is_list"]
             if isinstance(shown, Candidates) and name in facts["known_after"]:
-                ids[name] = vocabulary.rows_of(nothing)
+                ids[name] = torch.full_like(places, vocabulary.unknown)
             elif facts["features"][name]["kind"] == "time":
-                ids[name] = vocabulary.rows_of(_time_codes(name, times, before))
+                ids[name] = vocabulary.rows_of(_time_codes(name, int64s(times), int64s(before)))
+            elif name in shown.features and is_list:
+                lists = [each if isinstance(each, (list, tuple)) and each else [None] for each in shown.features[name]]
+                ids[name], counts[name] = vocabulary.rows(joined(lists)), int64s([*map(len, lists)])
+            elif name in shown.features:
+                ids[name] = vocabulary.rows(shown.features[name])
+            elif is_list:
+                ids[name], counts[name] = self._lists_of_items(name, places, who)
             else:
-                ids[name], of_each = self._side(name, shown.features, places, who)
-            if facts["features"][name]["is_list"]:
-                counts[name] = of_each
+                ids[name] = rows_at(self._of_items(name, who), places).masked_fill_(places < 0, vocabulary.missing)
+            if is_list:
+                counts.setdefault(name, torch.ones_like(places))
         numbers = [self._numbers(entry, shown, places, who) for entry in facts["numbers"]]
-        joined = torch.cat(numbers, dim=1) if numbers else None
-        return Events(ids, counts, joined, times if facts["reads_times"] else None, length=len(places))
+        row = torch.cat(numbers, dim=1) if numbers else None
+        return Events(ids, counts, row, times if facts["reads_times"] else [], length=len(places))
 
-    def _side(
-        self, name: str, features: Mapping[str, Sequence[Any]], places: Tensor, who: str
-    ) -> tuple[Tensor, Tensor]:
-        """(rows of all values of one feature, event after event; number of values per event)."""
-        vocabulary, is_list = self.vocabularies[name], self.facts["features"][name]["is_list"]
-        counts = torch.ones_like(places)
-        if name in features:
-            if not is_list:
-                return vocabulary.rows(features[name]), counts
-            lists = [each if isinstance(each, (list, tuple)) and each else [None] for each in features[name]]
-            rows = vocabulary.rows([value for each in lists for value in each])
-            return rows, torch.tensor([len(each) for each in lists], dtype=torch.int64)
-        rows = self._of_items(name, who)
-        if not is_list:
-            return rows_at(rows, places).masked_fill(places < 0, vocabulary.missing), counts
-        offsets, known = self._known[f"item.{name}.offsets"], places.clamp(min=0)
-        counts = (rows_at(offsets[1:], known) - rows_at(offsets, known)).masked_fill(places < 0, 1)
+    def _lists_of_items(self, name: str, places: Tensor, who: str) -> tuple[Tensor, Tensor]:
+        """(rows of all values of a list feature of known items, event after event; number of values per event)."""
+        rows, offsets = self._of_items(name, who), self._known[f"item.{name}.offsets"]
+        is_unknown, begins = places < 0, rows_at(offsets, places)
+        counts = (rows_at(offsets[1:], places) - begins).masked_fill_(is_unknown, 1)
         event, inside = run_indices(counts)
-        chosen = rows_at(rows, rows_at(offsets, known)[event] + inside)
-        return chosen.masked_fill(places[event] < 0, vocabulary.missing), counts
+        chosen = rows_at(rows, begins.index_select(0, event).add_(inside))
+        return chosen.masked_fill_(is_unknown.index_select(0, event), self.vocabularies[name].missing), counts
 
     def _numbers(self, entry: Mapping[str, Any], shown: History | Candidates, places: Tensor, who: str) -> Tensor:
         """float32 [n, width]: one number or vector per event."""
@@ -297,6 +303,11 @@ class Encoder:
                 "give one value per item"
             )
         return self._known[f"item.{name}"]
+
+
+def joined(parts: Iterable[Iterable[Any]]) -> list[Any]:
+    """All values of several sequences."""
+    return [*chain.from_iterable(parts)]
 
 
 def _time_codes(name: str, times: Tensor, before: Tensor) -> Tensor:

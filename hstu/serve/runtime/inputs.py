@@ -1,14 +1,31 @@
 """Convert sequences of ids to the inputs of an exported program."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .cache import Prefix, joined_prefixes
-from .encode import Events
-from .files import Table, run_indices
+from .encode import Events, joined
+from .files import Table, int64s, run_indices
+from .requests import Candidates, History
+
+
+class Query(NamedTuple):
+    """A request to a model."""
+
+    history: History
+    candidates: Candidates | None = None
+    """Items to score. A ranking model needs them."""
+    at: int | None = None
+    """Time of the request. None: that of the newest event."""
+    earlier: Prefix | None = None
+    """What an earlier run has kept of this user, to be reused."""
+    caches: bool = False
+    """Keep keys and values of the history, unless ``Model.whole_because`` says why not."""
 
 
 class Sequence_(NamedTuple):
@@ -32,16 +49,12 @@ class Sequence_(NamedTuple):
         return self.events.length + (0 if self.candidates is None else self.candidates.length)
 
 
-def tokens_per_candidate(facts: Mapping[str, Any]) -> int:
-    """1 if candidates are apart: nothing sees their actions, which are then left out."""
-    return 1 if facts["candidates"]["apart"] else int(facts["tokens_per_item"])
-
-
 def num_tokens(facts: Mapping[str, Any], sequence: Sequence_) -> int:
     """Tokens of a sequence after its prefix, which has the context."""
     context = 0 if sequence.cached_items else len(facts["contextual"])
-    shown = 0 if sequence.candidates is None else sequence.candidates.length
-    return context + sequence.events.length * facts["tokens_per_item"] + shown * tokens_per_candidate(facts)
+    events, shown = sequence.events.length, sequence.new_items - sequence.events.length
+    per_candidate = 1 if facts["candidates"]["apart"] else facts["tokens_per_item"]  # nothing sees their actions
+    return context + events * facts["tokens_per_item"] + shown * per_candidate
 
 
 def inputs_of(
@@ -49,50 +62,57 @@ def inputs_of(
 ) -> tuple[dict[str, Tensor], list[int]]:
     """(inputs of the program, see hstu/model/program.py; number of outputs of each sequence)."""
     parts = [part for each in sequences for part in (each.events, each.candidates) if part is not None]
-    inputs = _table_rows(facts, tables, parts)
-    per_item, num_context = facts["tokens_per_item"], len(facts["contextual"])
-    items = torch.tensor([each.new_items for each in sequences])
-    cached = torch.tensor([each.cached_items for each in sequences])
-    shown = torch.tensor([0 if each.candidates is None else each.candidates.length for each in sequences])
-    # Unless "apart", the attention mask treats the candidate as the newest event of the history.
-    apart = shown if facts["candidates"]["apart"] else torch.zeros_like(shown)
-    before = torch.where(cached > 0, num_context + cached * per_item, 0)  # tokens of the prefix
-    ends = num_context + (cached + items - apart) * per_item
-    lengths = torch.tensor([num_tokens(facts, each) for each in sequences])
-    sequence, place = run_indices(lengths)
-    place = place + before[sequence]  # in the sequence with its prefix
-    first_item = items.cumsum(0) - items
-    inputs["positions"] = position = torch.minimum(place, ends[sequence])
-    of_sequence = (position - num_context).clamp(min=0) // per_item + place - position - cached[sequence]
-    item = first_item[sequence] + of_sequence.clamp(min=0)
-    row = num_context * len(items) + item + (position - num_context) % per_item * int(items.sum())
-    inputs["order"] = torch.where(place < num_context, place * len(items) + sequence, row)
-    inputs |= _padded("", lengths, ends)
+    inputs, own = _table_rows(facts, tables, parts), _layout(facts, sequences)
+    inputs |= {name: int64s(own[name]) for name in own.keys() & facts["inputs"]}
+    inputs |= _padded("", own["lengths"], own["ends"])
+    if own["kept"]:
+        inputs |= _padded("kept_", own["kept_lengths"], own["kept_ends"])
     if "prefix" in facts["inputs"]:
         inputs |= joined_prefixes(facts, [each.prefix for each in sequences])
-    if "is_history" in facts["inputs"]:
-        of_item, place_of_item = run_indices(items)
-        inputs["is_history"] = (place_of_item < (items - shown)[of_item]).float()
-    if "token_times" in facts["inputs"]:
-        times = _joined([part.times for part in parts])[item]
-        at = torch.stack([each.events.at for each in sequences if each.events.at is not None])[sequence]
-        inputs["token_times"] = inputs["query_times"] = times
-        if facts["asks_for_next"]:  # the time of the next token, or of the request, or its own
-            following = torch.cat([times[1:], times[-1:]])
-            queries = torch.where(place + 1 < ends[sequence], following, times)
-            is_asked = place + 1 == ends[sequence]
-            inputs["query_times"] = torch.where(is_asked, at, queries) if facts["request_follows"] else queries
-    if facts["truncate_to_items"] is not None:
-        removed = (ends - num_context - facts["truncate_to_items"] * per_item).clamp(min=0)
-        is_kept = (place < num_context) | (place >= num_context + removed[sequence])
-        inputs["kept"] = is_kept.nonzero().squeeze(1)
-        inputs |= _padded("kept_", lengths - removed, ends - removed)
-    counts = shown.clamp(min=1) if facts["task"] == "ranking" else torch.ones_like(shown)
-    run, output = run_indices(counts)
-    last = lengths.cumsum(0)[run]
-    back = (counts[run] - output) * tokens_per_candidate(facts) if facts["task"] == "ranking" else 1
-    inputs["outputs"] = last - back
-    return {name: inputs[name] for name in facts["inputs"]}, counts.tolist()
+    if "is_history" in inputs:
+        inputs["is_history"] = inputs["is_history"].float()
+    return {name: inputs[name] for name in facts["inputs"]}, own["counts"]
+
+
+def _layout(facts: Mapping[str, Any], sequences: Sequence[Sequence_]) -> dict[str, list[int]]:
+    """Numbers of tokens, items and sequences. For few, the fixed costs of operators of tensors would be larger."""
+    per_item, context, truncate = facts["tokens_per_item"], len(facts["contextual"]), facts["truncate_to_items"]
+    total, rows = sum(each.new_items for each in sequences), context * len(sequences)
+    own = defaultdict[str, list[int]](list)
+    first = first_item = 0  # of the sequence, among all tokens and items
+    for number, each in enumerate(sequences):
+        shown, cached = each.new_items - each.events.length, each.cached_items
+        # Unless "apart", the attention mask treats the candidate as the newest event of the history.
+        events, apart = (each.events.length, shown) if facts["candidates"]["apart"] else (each.new_items, 0)
+        before = context + cached * per_item if cached else 0  # tokens of the prefix
+        end = context + (cached + events) * per_item
+        last, last_item = first + end - before, first_item + events  # behind the history
+        stop, stop_item = last + apart, last_item + apart
+        of_context = range(number, rows + number, len(sequences)) if rows and not cached else range(0)
+        table = [range(rows + first_item + of * total, rows + last_item + of * total) for of in range(per_item)]
+        own["order"] += [*of_context, *joined(zip(*table, strict=True)), *range(rows + last_item, rows + stop_item)]
+        own["positions"] += [*range(before, end), *[end] * apart]
+        if "token_times" in facts["inputs"]:
+            of_items = [*each.events.times, *(() if each.candidates is None else each.candidates.times)]
+            times = of_items[:1] * len(of_context) + joined(zip(*[of_items[:events]] * per_item, strict=True))
+            own["token_times"] += times + of_items[events:]
+            if times and facts["asks_for_next"]:  # the time of the next token, or of the request, or its own
+                times = times[1:] + ([each.events.at or 0] if facts["request_follows"] else times[-1:])
+            own["query_times"] += times + of_items[events:]
+        own["is_history"] += [1] * each.events.length + [0] * shown
+        count = max(1, shown) if facts["task"] == "ranking" else 1
+        step = per_item if facts["task"] == "ranking" and not facts["candidates"]["apart"] else 1
+        own["counts"].append(count)
+        own["outputs"] += range(stop - count * step, stop, step)
+        own["lengths"].append(stop - first)
+        own["ends"].append(end)
+        if truncate is not None:  # which leaves nothing cached
+            removed = max(0, end - context - truncate * per_item)
+            own["kept"] += [*range(first, first + context), *range(first + context + removed, stop)]
+            own["kept_lengths"].append(stop - first - removed)
+            own["kept_ends"].append(end - removed)
+        first, first_item = stop, stop_item
+    return own
 
 
 def _table_rows(facts: Mapping[str, Any], tables: Mapping[str, Table], parts: Sequence[Events]) -> dict[str, Tensor]:
@@ -116,21 +136,15 @@ def _table_rows(facts: Mapping[str, Any], tables: Mapping[str, Table], parts: Se
     names |= {role: facts[role] for role in ("side", "known_after")}
     inputs = {role: of_events(read) for role, read in names.items() if read}
     if facts["numbers"]:
-        inputs["numbers"] = _joined([part.numbers for part in parts])
+        inputs["numbers"] = torch.cat([part.numbers for part in parts if part.numbers is not None])
     if facts["contextual"]:
         users = [part for part in parts if part.context]
         inputs["context"] = torch.cat([rows_of(n, [user.context[n] for user in users]) for n in facts["contextual"]])
     return inputs
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor:
-    return torch.cat([part for part in parts if part is not None])
-
-
-def _padded(kind: str, lengths: Tensor, ends: Tensor) -> dict[str, Tensor]:
-    sequence, place = run_indices(lengths)
-    longest = int(lengths.max())
-    places = sequence * longest + place
-    padded = torch.full((len(lengths) * longest,), len(places))
-    padded[places] = torch.arange(len(places))
-    return {f"{kind}padded": padded.view(-1, longest), f"{kind}places": places, f"{kind}history_ends": ends}
+def _padded(kind: str, lengths: Sequence[int], ends: Sequence[int]) -> dict[str, Tensor]:
+    total = sum(lengths)
+    padded = pad_sequence(torch.arange(total).split([*lengths]), batch_first=True, padding_value=total)
+    places = (padded.view(-1) < total).nonzero().view(-1)
+    return {f"{kind}padded": padded, f"{kind}places": places, f"{kind}history_ends": int64s(ends)}

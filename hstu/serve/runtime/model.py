@@ -14,9 +14,9 @@ from torch import Tensor
 
 from .cache import Prefix, newest_changes
 from .delta import Contents, read_contents
-from .encode import Encoder
+from .encode import Encoder, Events
 from .files import COMPILED, PROGRAM, TABLES, VOCABULARY, WEIGHTS, Vocabulary, fitting, rows_at, tables_of, texts_of
-from .inputs import Sequence_, inputs_of, num_tokens
+from .inputs import Query, Sequence_, inputs_of, num_tokens
 from .requests import Candidates, History, ServingError
 
 ITEM_VECTORS = "item_vectors"
@@ -24,8 +24,8 @@ _COSINES_AT_ONCE = 1 << 25
 """Maximum cosine similarities per matrix product."""
 _LARGEST = 1 << 20
 """Maximum number of events, and width of a feature."""
-_SCORES_AT_ONCE = 1 << 18
-"""Maximum attention scores per chunk, unless one sequence has more: 3 sequences of 200 tokens with 2 heads.
+_SCORES_AT_ONCE = 1 << 16
+"""Maximum attention scores per chunk, unless one sequence has more: those of 3 sequences of 100 tokens with 2 heads.
 Small chunks need less padding, and their activations fit the CPU caches.
 """
 Lists = tuple[Sequence[Any], Sequence[Any] | None]
@@ -163,13 +163,21 @@ class Model:
         """
         lists = [(self.left_out(history, filter_seen), None) for history in histories]
         found = self.nearest(self.embed_batch(histories, at), [k] * len(histories), lists)
-        return [replace(each, unknown=self.unknown(own)) for each, own in zip(found, histories, strict=True)]
+        unknown = self.unknown_batch(histories, [Candidates([])] * len(histories))
+        return [replace(each, unknown=own) for each, own in zip(found, unknown, strict=True)]
 
     def unknown(self, history: History, candidates: Candidates | Sequence[Any] = ()) -> dict[str, list[Any]]:
         """Item, action or feature → values of a request that the model reads and does not have."""
-        shown = candidates if isinstance(candidates, Candidates) else Candidates(candidates)
-        read = history.cut(slice(-self.facts["max_items"], None))
-        return self.encoder.unknown([read, History(items=shown.items, features=shown.features)])
+        return self.unknown_batch([history], [candidates])[0]
+
+    def unknown_batch(
+        self, histories: Sequence[History], candidates: Sequence[Candidates | Sequence[Any]]
+    ) -> list[dict[str, list[Any]]]:
+        """As :meth:`unknown`, of each request."""
+        read = (each.cut(slice(-self.facts["max_items"], None)) for each in histories)
+        shown = (each if isinstance(each, Candidates) else Candidates(each) for each in candidates)
+        others = (History(items=each.items, features=each.features) for each in shown)
+        return self.encoder.unknown([*zip(read, others, strict=True)])
 
     def nearest(self, queries: Tensor, k: Sequence[int], lists: Sequence[Lists]) -> list[Recommendation]:
         """Find the ``k`` items nearest to each unit vector of ``queries``, float32 [n, E]."""
@@ -178,9 +186,9 @@ class Model:
         for first in range(0, len(queries), step):
             chunk = slice(first, first + step)
             best, places = self.scores(queries[chunk], lists[chunk]).topk(min(max(k[chunk]), count), dim=1)
-            for own_best, own_places, own_k in zip(best, places, k[chunk], strict=True):
-                own_best = own_best[own_best > -torch.inf][:own_k]
-                found.append(self.named(own_best, own_places[: len(own_best)]))
+            for own_best, own_places, own_k in zip(best.tolist(), places, k[chunk], strict=True):
+                scores = [score for score in own_best[:own_k] if score > -torch.inf]
+                found.append(self.named(scores, own_places[: len(scores)]))
         return found
 
     def scores(self, queries: Tensor, lists: Sequence[Lists]) -> Tensor:
@@ -200,10 +208,10 @@ class Model:
             own[self.encoder.items.places(left_out)] = -torch.inf
         return scores
 
-    def named(self, scores: Tensor, places: Tensor) -> Recommendation:
+    def named(self, scores: list[float], places: Tensor) -> Recommendation:
         """The items at places, int64 [n], with their scores."""
         titles = [self.titles[place] for place in places.tolist()] if self.titles else []
-        return Recommendation(self.encoder.items.values_at(places), scores.tolist(), titles)
+        return Recommendation(self.encoder.items.values_at(places), scores, titles)
 
     def embed(self, history: History, at: int | None = None) -> Tensor:
         """Encode one history into a unit vector, float32 [E], see :meth:`embed_batch`."""
@@ -212,40 +220,43 @@ class Model:
     def embed_batch(self, histories: Sequence[History], at: int | None = None) -> Tensor:
         """Encode histories into unit vectors, float32 [n, E]. Arguments and errors: :meth:`recommend_batch`."""
         nothing = self.stored_vectors[:0]
-        encoded = [self.encode(history, None, at) for history in histories]
+        encoded = self.encode_batch([Query(history, None, at) for history in histories])
         return torch.cat([nothing, *self.run(encoded)])
 
-    def encode(
-        self,
-        history: History,
-        candidates: Candidates | None,
-        at: int | None = None,
-        earlier: Prefix | None = None,
-        caches: bool = False,
-    ) -> list[Sequence_]:
-        """Prepare a request for :meth:`run`, which runs requests with different ``at`` together.
+    def encode(self, history: History, candidates: Candidates | None, at: int | None = None) -> list[Sequence_]:
+        """Prepare one request for :meth:`run`."""
+        return self.encode_batch([Query(history, candidates, at)])[0]
 
-        ``caches``: keep keys and values of the history, unless ``whole_because`` says why not, and reuse those that
-        ``earlier``, which an earlier run has kept of this user, has of it.
-        """
-        parts, room = 1, self.facts["max_items"]
-        if self.facts["task"] == "ranking":
+    def encode_batch(self, queries: Sequence[Query]) -> list[list[Sequence_]]:
+        """Prepare requests for :meth:`run`, which runs requests with different ``at`` together."""
+        read, found = [self._read(query) for query in queries], []
+        asked = [(query.history, query.at, count) for query, (count, _, _) in zip(queries, read, strict=True)]
+        for query, (_, parts, prefix), events in zip(queries, read, self.encoder.histories(asked), strict=True):
+            shown: Sequence[Events | None] = [None]
+            if self.facts["task"] == "ranking" and query.candidates is not None:
+                shown = self.encoder.candidates(query.candidates, query.history, query.at, parts)
+            found.append([Sequence_(events, part, prefix) for part in shown])
+        return found
+
+    def _read(self, query: Query) -> tuple[int, int, Prefix | None]:
+        """(number of the newest events to compute, of parts of the candidates, what is cached of the other events)."""
+        facts, parts, room = self.facts, 1, self.facts["max_items"]
+        history, candidates, _, earlier, caches = query
+        if facts["task"] == "ranking":
             assert candidates is not None, "a ranking model scores candidates"
             room, parts = self.encoder.room(len(candidates.items))
         elif candidates is not None and candidates.features:
             raise ServingError("a retrieval model reads no features of candidates; leave them out")
-        count, prefix = min(len(history.items), room), None
-        if caches and self.whole_because is None:
-            before = int(len(history.items) > room)
-            window = history.cut(slice(len(history.items) - count - before, None))
-            scored = 1 if candidates is not None and not self.facts["candidates"]["apart"] else 0
-            end = len(self.facts["contextual"]) + (count + scored) * self.facts["tokens_per_item"]
-            prefix = (earlier or Prefix.empty(self.facts, window, before)).valid_for(self.facts, window, before, end)
-        events = self.encoder.history(history, at, count if prefix is None else count - prefix.num_items)
-        if self.facts["task"] == "retrieval" or candidates is None:
-            return [Sequence_(events, None, prefix)]
-        found = self.encoder.candidates(candidates, history, at, parts)
-        return [Sequence_(events, part, prefix) for part in found]
+        count = min(len(history.items), room)
+        if not caches or self.whole_because is not None:
+            return count, parts, None
+        before = int(len(history.items) > room)
+        window = history.cut(slice(len(history.items) - count - before, None))
+        scored = 1 if candidates is not None and not facts["candidates"]["apart"] else 0
+        end = len(facts["contextual"]) + (count + scored) * facts["tokens_per_item"]
+        nothing = Prefix.empty(facts, window, before, end)
+        prefix = nothing if earlier is None else earlier.valid_for(facts, nothing)
+        return count - prefix.num_items, parts, prefix
 
     def run(
         self, encoded: Sequence[Sequence[Sequence_]], keep: Callable[[int, Prefix], None] | None = None
@@ -283,8 +294,8 @@ class Model:
         of retrieval. Errors: :meth:`recommend_batch`.
         """
         found = [self.predictions(outputs) for outputs in self.predict_batch(histories, candidates, at)]
-        for scores, history, shown in zip(found, histories, candidates, strict=True):
-            scores.unknown = self.unknown(history, shown)
+        for scores, unknown in zip(found, self.unknown_batch(histories, candidates), strict=True):
+            scores.unknown = unknown
         return found
 
     def predictions(self, outputs: Tensor) -> Scores:
@@ -307,7 +318,7 @@ class Model:
         shown = [each if isinstance(each, Candidates) else Candidates(each) for each in candidates]
         if len(shown) != len(histories):
             raise ServingError(f"{len(shown)} lists of candidates for {len(histories)} histories; give one per history")
-        outputs = self.run([self.encode(history, each, at) for history, each in zip(histories, shown, strict=True)])
+        outputs = self.run(self.encode_batch([Query(*each, at) for each in zip(histories, shown, strict=True)]))
         return [self.outputs_of(each.items, computed) for each, computed in zip(shown, outputs, strict=True)]
 
     def _with_shared_prefixes(self, encoded: Sequence[Sequence[Sequence_]]) -> list[Sequence[Sequence_]]:
@@ -319,28 +330,25 @@ class Model:
         firsts = {place: own for place, own in firsts.items() if own.prefix and own.events.length > newest}
         alone = self._run([Sequence_(own.events, None, own.prefix) for own in firsts.values()])
         for (place, own), (_, prefix) in zip(firsts.items(), alone, strict=True):
-            events = own.events.newest(newest)
+            events = own.events.part(own.events.length - newest, own.events.length)
             found[place] = [Sequence_(events, part.candidates, prefix) for part in encoded[place]]
         return found
 
     def _run(self, sequences: Sequence[Sequence_]) -> list[tuple[Tensor, Prefix | None]]:
         """Run the program on chunks of sequences of similar length. Returns [outputs, width] per sequence, and more of
         its prefix."""
-        facts, start = self.facts, 0
+        facts, chunks, longest = self.facts, list[list[int]](), 0
         found: list[tuple[Tensor, Prefix | None]] = [(torch.empty(0), None)] * len(sequences)
         most, per_item, context = _SCORES_AT_ONCE // facts["heads"], facts["tokens_per_item"], len(facts["contextual"])
         new = [num_tokens(facts, each) for each in sequences]
         whole = [count + each.cached_items * per_item + context for count, each in zip(new, sequences, strict=True)]
         # A chunk is padded to its longest sequence.
-        order = sorted(range(len(sequences)), key=lambda place: (new[place], whole[place]))
-        while start < len(order):
-            stop, longest = start + 1, whole[order[start]]
-            while stop < len(order):
-                longest = max(longest, whole[order[stop]])
-                if (stop + 1 - start) * new[order[stop]] * longest > most:
-                    break
-                stop += 1
-            chunk = order[start:stop]
+        for place in sorted(range(len(sequences)), key=lambda place: (new[place], whole[place])):
+            longest = max(longest, whole[place])
+            if not chunks or (len(chunks[-1]) + 1) * new[place] * longest > most:
+                chunks, longest = [*chunks, []], whole[place]
+            chunks[-1].append(place)
+        for chunk in chunks:
             inputs, counts = inputs_of(facts, self.tables, [sequences[place] for place in chunk])
             with torch.inference_mode():
                 outputs, *computed = self._program(inputs, self.weights)
@@ -349,7 +357,6 @@ class Model:
                 tokens = slice(first, first + new[place])
                 found[place] = own, self._continued(sequences[place], computed, inputs.get("token_times"), tokens)
                 first = tokens.stop
-            start = stop
         return found
 
     def _continued(
@@ -365,11 +372,9 @@ class Model:
         items = max(0, sequence.events.length - newest_changes(facts))
         context, per_item = len(facts["contextual"]), facts["tokens_per_item"]
         count = items * per_item + context * (not prefix.num_items) if items else 0
-        shown = 0 if sequence.candidates is None or facts["candidates"]["apart"] else sequence.candidates.length
-        end = context + (prefix.num_items + sequence.events.length + shown) * per_item
         kept = slice(tokens.start, tokens.start + count)
         seconds = torch.zeros(count, dtype=torch.int64) if times is None else times[kept]
-        return prefix.followed_by([each[kept] for each in computed], seconds, items, end)
+        return prefix.followed_by([each[kept] for each in computed] if items else [], seconds, items)
 
     @property
     def stored_vectors(self) -> Tensor:

@@ -61,10 +61,6 @@ class Candidates:
     features: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     """As History.features, for features that are known before an event."""
 
-    def cut(self, items: slice) -> Self:
-        """A slice of the candidates."""
-        return type(self)(self.items[items], {name: each[items] for name, each in self.features.items()})
-
 
 def name_of(history: History) -> str:
     """The name of a history in error messages."""

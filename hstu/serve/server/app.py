@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 import hstu
@@ -206,7 +207,7 @@ def create_app(models: Callable[[], Sequence[LiveModel]], settings: Settings, me
     @app.get("/metrics")
     async def prometheus() -> Response:
         """Counters in the text format of Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/model")
     async def model() -> dict[str, Any]:

@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, Summary
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -55,14 +56,11 @@ class ModelMetrics:
 
     def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
         self.registry = registry
-        self.answer_seconds = Histogram(
-            f"{prefix}_answer_seconds", "Time to answer by the model, with waiting", buckets=_SECONDS, registry=registry
-        )
+        timing = partial(Histogram, buckets=_SECONDS, registry=registry)
+        self.answer_seconds = timing(f"{prefix}_answer_seconds", "Time to answer by the model, with waiting")
+        self.batch_seconds = timing(f"{prefix}_batch_seconds", "Time to compute a batch")
         self.batch_sizes = Histogram(
             f"{prefix}_batch_size", "Requests that were computed together", buckets=_SIZES, registry=registry
-        )
-        self.batch_seconds = Histogram(
-            f"{prefix}_batch_seconds", "Time to compute a batch", buckets=_SECONDS, registry=registry
         )
         self.waiting = Gauge(f"{prefix}_waiting_requests", "Requests that wait to be computed", registry=registry)
         self.cache_bytes = Gauge(f"{prefix}_cache_bytes", "Memory of keys and values of users", registry=registry)
@@ -88,10 +86,6 @@ class Metrics(ModelMetrics):
         self.shadow = Counter("hstu_shadow", "Requests to the shadow", ["outcome"], registry=registry)
         self.overlap = Summary("hstu_shadow_overlap", "Part of the items that both models have", registry=registry)
         super().__init__(registry, "hstu")
-
-    def text(self) -> bytes:
-        """Format all metrics in the Prometheus text format."""
-        return generate_latest(self.registry)
 
 
 class Overloaded(Exception):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hstu.serve.runtime import Candidates, History, Model, Recommendation, ServingError
 from hstu.serve.runtime.cache import Prefix, PrefixCache
+from hstu.serve.runtime.inputs import Query
 from hstu.serve.runtime.model import Lists
 
 from .rules import Catalog, chosen_items
@@ -215,19 +216,18 @@ class ServedModel:
     def answer(self, requests: Sequence[User], cache: PrefixCache | None = None) -> list[Result]:
         """Answer requests together. One that fails gets its exception, a ServingError if it does not fit the model.
 
-        If one makes them fail together, each is computed alone, so that an error belongs to the request that causes it.
+        If one makes them fail, each half is computed again, so that an error belongs to the request that causes it.
         ``cache``: of users whose ids are given.
         """
         try:
             with torch.inference_mode():
                 outputs = self._outputs(requests, cache)
                 best = self._recommendations(requests, outputs)
-                return [
-                    output if isinstance(output, Exception) else self._answer(request, output, best.get(place))
-                    for place, (request, output) in enumerate(zip(requests, outputs, strict=True))
-                ]
+                unknown = self.model.unknown_batch([each.history for each in requests], [*map(_named, requests)])
+                return [self._answer(*each) for each in zip(requests, outputs, best, unknown, strict=True)]
         except Exception as error:
-            return [error] if len(requests) == 1 else [self.answer([request], cache)[0] for request in requests]
+            half = len(requests) // 2
+            return [*self.answer(requests[:half], cache), *self.answer(requests[half:], cache)] if half else [error]
 
     def search(self, text: str, count: int) -> list[dict[str, Any]]:
         """Find up to ``count`` items whose title contains ``text`` or whose id equals it, as JSON. Thread-safe."""
@@ -243,51 +243,44 @@ class ServedModel:
         found = [titles[place] if titles and place >= 0 else "" for place in places]
         return [{"item": item, "title": title} for item, title in zip(items, found, strict=True)]
 
-    def _outputs(self, requests: Sequence[User], cache: PrefixCache | None) -> list[Tensor | Exception]:
-        """For each request, the user vector [1, E], the logits [candidates, outputs], or its exception."""
-        encoded: list[Any] = []
-        for request in requests:
-            try:
-                shown = request.shown if isinstance(request, ScoreRequest) else None
-                if self.task == "ranking" and shown is None:
-                    raise ServingError("a ranking model has no vectors of users and items; use /score")
-                user = None if cache is None else request.user
-                earlier = None if cache is None or user is None else cache.find(str(user), self.version)
-                parts = []
-                if not self.falls_back(request):
-                    parts = self.model.encode(request.history, shown, request.at, earlier, user is not None)
-                encoded.append(parts)
-            except Exception as error:  # also a defect
-                encoded.append(error)
-        fitting = [place for place, each in enumerate(encoded) if not isinstance(each, Exception)]
+    def _outputs(self, requests: Sequence[User], cache: PrefixCache | None) -> list[Tensor]:
+        """For each request, the user vector [1, E], or the logits [candidates, outputs]. Empty if it falls back."""
+        if self.task == "ranking" and not all(isinstance(request, ScoreRequest) for request in requests):
+            raise ServingError("a ranking model has no vectors of users and items; use /score")
+
+        def query(request: User) -> Query:
+            shown = request.shown if isinstance(request, ScoreRequest) else None
+            if cache is None or request.user is None:
+                return Query(request.history, shown, request.at)
+            return Query(request.history, shown, request.at, cache.find(str(request.user), self.version), True)
 
         def keep(place: int, prefix: Prefix) -> None:
             if cache is not None:
-                cache.put(str(requests[fitting[place]].user), self.version, prefix)
+                cache.put(str(requests[place].user), self.version, prefix)
 
-        computed = self.model.run([encoded[place] for place in fitting], keep)
-        outputs = (each if each.isfinite().all() else ServingError(_NOT_FINITE) for each in computed)
-        return [each if isinstance(each, Exception) else next(outputs) for each in encoded]
+        asked = [place for place, each in enumerate(requests) if not self.falls_back(each)]
+        encoded = dict(zip(asked, self.model.encode_batch([query(requests[place]) for place in asked]), strict=True))
+        outputs = self.model.run([encoded.get(place, []) for place in range(len(requests))], keep)
+        if not all(each.isfinite().all() for each in outputs):
+            raise ServingError(_NOT_FINITE)
+        return outputs
 
-    def _recommendations(self, requests: Sequence[User], outputs: list[Tensor | Exception]) -> dict[int, Answer]:
-        """Index of a RecommendRequest → its best items. One that breaks a rule gets a ServingError in ``outputs``."""
-        found = dict[int, Answer]()
+    def _recommendations(self, requests: Sequence[User], outputs: Sequence[Tensor]) -> list[Answer | None]:
+        """The best items, for each RecommendRequest."""
+        found: list[Answer | None] = [None] * len(requests)
         simple = list[tuple[int, Tensor, int, Lists]]()
         for place, (request, output) in enumerate(zip(requests, outputs, strict=True)):
-            if not isinstance(request, RecommendRequest) or isinstance(output, Exception):
-                continue
-            lists = [*request.deny, *self.model.left_out(request.history, request.filter_seen)], request.allow
-            if request.has_rules or self.falls_back(request) or self.catalog.in_stock is not None:
-                try:
+            if isinstance(request, RecommendRequest):
+                seen = self.model.left_out(request.history, request.filter_seen)
+                lists = [*request.deny, *seen], request.allow
+                if request.has_rules or self.falls_back(request) or self.catalog.in_stock is not None:
                     found[place] = self._by_rules(request, output, lists)
-                except ServingError as error:
-                    outputs[place] = error
-            else:
-                simple.append((place, output, request.k, lists))
+                else:
+                    simple.append((place, output, request.k, lists))
         if simple:
             places, queries, counts, every = zip(*simple, strict=True)
-            best = self.model.nearest(torch.cat(queries), counts, every)
-            found |= {place: _listed(each) for place, each in zip(places, best, strict=True)}
+            for place, best in zip(places, self.model.nearest(torch.cat(queries), counts, every), strict=True):
+                found[place] = _listed(best)
         return found
 
     def _by_rules(self, request: RecommendRequest, output: Tensor, lists: Lists) -> Answer:
@@ -304,22 +297,18 @@ class ServedModel:
             scores[~catalog.in_stock] = -torch.inf
         vectors = self.model.vectors if request.diversity else None
         places, is_drawn = chosen_items(scores, request, catalog, vectors)
-        found = _listed(self.model.named(scores[places], places), is_drawn.tolist())
+        found = _listed(self.model.named(scores[places].tolist(), places), is_drawn.tolist())
         return found if popularity is None else {**found, "fallback": "popular"}
 
-    def _answer(self, request: User, output: Tensor, best: Answer | None) -> Result:
-        shown, content, unknown_items = Candidates([]), Answer(), set[Any]()
+    def _answer(self, request: User, output: Tensor, best: Answer | None, unknown: dict[str, list[Any]]) -> Result:
+        content, unknown_items = Answer() if best is None else best, set[Any]()
         if isinstance(request, ScoreRequest):
-            shown = request.shown
-            outputs = self.model.outputs_of(shown.items, output)
+            items = request.candidates
+            outputs = self.model.outputs_of(items, output)
             content["scores"], has_none = self.model.predictions(outputs), outputs.isnan().all(dim=1).tolist()
-            unknown_items = {item for item, no_score in zip(shown.items, has_none, strict=True) if no_score}
-        elif isinstance(request, RecommendRequest):
-            assert best is not None, "_recommendations answers each"
-            shown, content = Candidates([*(request.allow or ()), *request.deny]), best
-        else:
+            unknown_items = {item for item, no_score in zip(items, has_none, strict=True) if no_score}
+        elif best is None:
             content["vector"] = output[0].tolist()
-        unknown = self.model.unknown(request.history, shown)
         unknown_items.update(unknown.pop(self.model.facts["item"], []))
         content |= {"unknown_items": sorted(unknown_items, key=str), "unknown": unknown}
         answer = {"model": self.version, **content}
@@ -345,12 +334,14 @@ class ServedModel:
         if model.encoder.running is None:  # events before these change nothing, and to check them takes time
             history = history.cut(slice(-(read + 2), None))
         kept: list[Prefix] = []
-        outputs = model.run([model.encode(history, shown, at, None, True)], lambda _, prefix: kept.append(prefix))
+        encoded = model.encode_batch([Query(history, shown, at, None, True)])
+        outputs = model.run(encoded, lambda _, prefix: kept.append(prefix))
         newest, older = len(history.items) - 1, count - len(history.items)
         compared = range(newest, newest - min(read, _MAX_COMPARED), -1)
         for first in range(0, len(compared), _COMPARED_AT_ONCE):
-            some = [history.without(place) for place in compared[first : first + _COMPARED_AT_ONCE]]
-            outputs += model.run([model.encode(each, shown, at, next(iter(kept), None), True) for each in some])
+            places, earlier = compared[first : first + _COMPARED_AT_ONCE], next(iter(kept), None)
+            some = [Query(history.without(place), shown, at, earlier, True) for place in places]
+            outputs += model.run(model.encode_batch(some))
             yield None
         scores = [model.predictions(model.outputs_of(shown.items, each)) for each in outputs]
         for whole, *parts in zip(*(each[name] for each in scores), strict=True):  # of one candidate
@@ -360,6 +351,13 @@ class ServedModel:
             more = [{"place": place + older, "difference": change} for change, place in largest]
             why.append([item | own for item, own in zip(titled, more, strict=True)])
         yield {**answer, "prediction": name, "compared_events": len(compared), "read_events": read, "why": why}
+
+
+def _named(request: User) -> Candidates:
+    """Items that a request names besides its events, with their features."""
+    if isinstance(request, RecommendRequest):
+        return Candidates([*(request.allow or ()), *request.deny])
+    return request.shown if isinstance(request, ScoreRequest) else Candidates([])
 
 
 def _listed(best: Recommendation, are_drawn: Sequence[bool] = ()) -> Answer:

@@ -20,8 +20,9 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +31,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import duckdb
 import pyarrow.parquet
 import sqlglot
+from py4j.protocol import Py4JError, Py4JJavaError
 from pyspark import SparkConf
+from pyspark.errors import PySparkException
 from pyspark.sql import SparkSession
 from sqlglot import exp
 
-from hstu.base.errors import ConfigError, DataError
+from hstu.base.errors import ConfigError, DataError, UserError
 from hstu.base.files import remove, written_aside
 from hstu.data.datasets.raw import identifier
 from hstu.data.preprocess.state import Engine, connect, memory_bytes, numbered_rows, write_parquet
@@ -42,7 +45,10 @@ from hstu.data.preprocess.state import Engine, connect, memory_bytes, numbered_r
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
+warnings.filterwarnings("ignore", module=r"pyspark\.")  # of pandas, and of a JVM that an interruption ended
 T = TypeVar("T")
+_ERRORS = (Py4JError, PySparkException, ConnectionError)
+"""Of Spark, and of its Java that has ended."""
 ROW_GROUPS_PER_FILE = 8
 """Of about 123,000 rows each. A file is what one task computes at a time."""
 _ROWS_PER_FILE = 1 << 20
@@ -87,7 +93,8 @@ def open_spark(
     engine: Engine, scratch: Path, memory_limit: str, master: str | None, raw_bytes: int
 ) -> Iterator[SparkEngine]:
     """The engine of a session: the one that spark-submit made, else a new one of ``master``. ``engine``: the driver's
-    DuckDB. Raises ConfigError if a Spark of this machine cannot run within the limit."""
+    DuckDB. Raises ConfigError if Spark does not start, or not within the limit on this machine; DataError if it fails.
+    """
     given = SparkSession.getActiveSession()
     is_submitted = given is not None or "PYSPARK_GATEWAY_PORT" in os.environ
     url = master or SparkConf().get("spark.master", "local[*]") or "local[*]"
@@ -107,8 +114,11 @@ def open_spark(
         conf.set("spark.executorEnv.PYTHONPATH", root)
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     logging.getLogger("py4j").setLevel(logging.WARNING)
+    logging.getLogger().addFilter(_is_not_of_py4j)
     before = signal.getsignal(signal.SIGINT)
-    session = given or SparkSession.builder.config(conf=conf).getOrCreate()
+    remedy = "It needs Java 17 or 21 (apt-get install default-jre-headless, or JAVA_HOME), and a master that answers"
+    with _errors(ConfigError, f"--engine spark: no Spark starts at {url}: {{}} {remedy} (--spark_master)"):
+        session = given or SparkSession.builder.config(conf=conf).getOrCreate()
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, before)  # PySpark sets a handler of its own
@@ -117,10 +127,34 @@ def open_spark(
             session.conf.set(name, value)
         session.conf.set("spark.sql.shuffle.partitions", str(max(tasks, raw_bytes // _SHUFFLED_BYTES)))
         at_once = tasks if is_local else int(session.conf.get("spark.executor.cores", "1") or 1)
-        yield SparkEngine(engine.connection, session, scratch, int(limit * _TASKS_FRACTION) // at_once)
+        with _errors(DataError, "Spark cannot go on: {} The lines of its own log above may say more"):
+            yield SparkEngine(engine.connection, session, scratch, int(limit * _TASKS_FRACTION) // at_once)
     finally:
         if not is_submitted:
-            session.stop()
+            with suppress(*_ERRORS):
+                session.stop()
+
+
+@contextmanager
+def _errors(kind: type[UserError], text: str) -> Iterator[None]:
+    """Turn errors of Spark into a ``kind`` of one line, and those that an interruption caused into KeyboardInterrupt.
+    ``text``: the message, with {} for what Spark says."""
+    try:
+        yield
+    except _ERRORS as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            cause = cause.__context__
+        lines = str(error).splitlines() or [type(error).__name__]  # of an error in Java the second one
+        said = lines[min(isinstance(error, Py4JJavaError), len(lines) - 1)].strip(": ").removesuffix(".")
+        raise kind(text.format(f"{said}.")) from error
+
+
+def _is_not_of_py4j(record: logging.LogRecord) -> bool:
+    """Whether a record may be logged: py4j logs the traceback of each interruption."""
+    return "py4j" not in record.pathname
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,16 @@ def test_delta_and_iceberg_tables_give_equal_stores_that_grow_equally(both: None
     assert own_store(tmp_path, append=True, **given).num_events == before.num_events + 200
 
 
+def test_without_java_the_error_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("u,i\n1,2\n")
+    given = ["--dataset_name", "mine", "--interactions", "a.csv", "--user", "u", "--item", "i", "--engine", "spark"]
+    environment = os.environ | {"JAVA_HOME": str(tmp_path)}
+    command = [sys.executable, str(SCRIPT), *given]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "error: --engine spark: no Spark starts at local[*]: [JAVA_GATEWAY_EXITED]" in run.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_further_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Path) -> None:

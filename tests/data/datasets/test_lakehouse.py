@@ -151,6 +151,47 @@ def test_rows_that_the_files_alone_do_not_say_are_refused(tmp_path: Path, monkey
         made(tmp_path, plain)
 
 
+def replace(table: Path, **changes: Any) -> None:
+    """Write version 1 of a Delta table, which removes the file of version 0 and adds it with other attributes."""
+    log = table / "_delta_log"
+    added = next(line for line in map(json.loads, (log / f"{0:020}.json").open()) if "add" in line)["add"]
+    removed = {"path": added["path"], "dataChange": True, "deletionTimestamp": 1}
+    lines = map(json.dumps, ({"remove": removed}, {"add": added | changes}))
+    (log / f"{1:020}.json").write_text("\n".join(lines))
+
+
+def test_a_shallow_clone_and_a_feature_of_the_future_are_refused(tmp_path: Path) -> None:
+    for name in ("original", "clone", "future"):
+        deltalake.write_deltalake(tmp_path / name, rows(0))
+    (file,) = (tmp_path / "original").glob("*.parquet")
+    for place in (f"{file}", f"file://{file}"):
+        replace(tmp_path / "clone", path=place)
+        assert f"it is a shallow clone, with rows in {place}," in refused(tmp_path, tmp_path / "clone")
+    features = {"readerFeatures": ["x"], "writerFeatures": ["x"]}
+    protocol = {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7, **features}}
+    (tmp_path / "future" / "_delta_log" / f"{1:020}.json").write_text(json.dumps(protocol))
+    assert "Feature 'x' is not supported" in refused(tmp_path, tmp_path / "future")
+
+
+def test_delete_files_of_iceberg_are_refused(tmp_path: Path) -> None:
+    from pyiceberg import manifest
+
+    table = iceberg(tmp_path / "w")
+    now, file, deletes = len(table.scan().to_arrow()), next(iter(table.scan().plan_files())).file, tmp_path / "deletes"
+    ids = {"file_path": (pa.string(), "2147483546"), "pos": (pa.int64(), "2147483545")}  # of Iceberg's specification
+    schema = pa.schema([pa.field(name, kind, metadata={"PARQUET:field_id": id_}) for name, (kind, id_) in ids.items()])
+    pq.write_table(pa.table({"file_path": [file.file_path], "pos": [0]}, schema=schema), deletes)
+    added = manifest.DataFile.from_args(
+        content=manifest.DataFileContent.POSITION_DELETES, file_path=f"file://{deletes}", partition=file.partition,
+        file_format=manifest.FileFormat.PARQUET, record_count=1, file_size_in_bytes=deletes.stat().st_size,
+    )  # fmt: skip
+    added.spec_id = 0
+    with table.transaction() as change, change.update_snapshot().fast_append() as files:
+        files.append_data_file(added)
+    assert len(table.scan().to_arrow()) == now - 1
+    assert "delete files mark rows as deleted" in refused(tmp_path, tmp_path / "w/db/events")
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_deletion_vectors_are_refused_where_there_are_some(tmp_path: Path, is_there: bool) -> None:
     pyroaring = pytest.importorskip("pyroaring")
@@ -160,11 +201,7 @@ def test_deletion_vectors_are_refused_where_there_are_some(tmp_path: Path, is_th
     content = struct.pack("<I", 1681511377) + pyroaring.BitMap64([0, 5]).serialize()
     vector = b"\1" + struct.pack(">I", len(content)) + content + struct.pack(">I", zlib.crc32(content))
     (tmp_path / "v.bin").write_bytes(vector if is_there else b"")
-    log = table / "_delta_log"
-    added = next(line for line in map(json.loads, (log / f"{0:020}.json").open()) if "add" in line)["add"]
     described = {"storageType": "p", "pathOrInlineDv": f"file://{tmp_path}/v.bin", "offset": 1, "cardinality": 2}
-    removed = {"path": added["path"], "dataChange": True, "deletionTimestamp": 1}
-    added = {"add": added | {"deletionVector": described | {"sizeInBytes": len(content)}}}
-    (log / f"{1:020}.json").write_text(f"{json.dumps({'remove': removed})}\n{json.dumps(added)}\n")
+    replace(table, deletionVector=described | {"sizeInBytes": len(content)})
     assert deltalake.DeltaTable(table).version() == 1
     assert "deletion vectors mark rows as deleted" in refused(tmp_path, table, store="other")

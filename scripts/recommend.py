@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add_model_arguments(parser, has_data=False)
+    add_model_arguments(parser)
     whom = parser.add_mutually_exclusive_group(required=True)
     whom.add_argument("--users", help="raw user ids, separated by commas")
     whom.add_argument("--users_file", help="file with one raw user id per line; - for stdin")

@@ -30,13 +30,11 @@ M = TypeVar("M", bound=LoadedModel)
 _SHOWN = 10
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, has_data: bool = True) -> None:
-    """Add --run_dir, --ckpt, --partial and, with ``has_data``, --data."""
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --run_dir, --ckpt, --partial and --data."""
     add_checkpoint_arguments(parser)
-    add = parser.add_argument
-    add("--partial", action="store_true", help="load what fits of the checkpoint, and report the rest")
-    if has_data:
-        add("--data", type=Path, help="preprocessed data to apply the model to; default: that of the run")
+    parser.add_argument("--partial", action="store_true", help="load what fits of the checkpoint, and report the rest")
+    parser.add_argument("--data", type=Path, help="preprocessed data to apply the model to; default: that of the run")
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +73,7 @@ def require_model(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 def load_model(cls: type[M], options: argparse.Namespace) -> M:
     """Load the model that the arguments name, and print on standard error what did not fit. Collective."""
     path, strict = options.run_dir or options.ckpt, False if options.partial else None
-    loaded = cls.load(path, options.ckpt, strict=strict, data=getattr(options, "data", None))
+    loaded = cls.load(path, options.ckpt, strict=strict, data=options.data)
     note(loaded, *loaded.report)
     return loaded
 

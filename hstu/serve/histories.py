@@ -143,10 +143,10 @@ class BatchEncoder(Encoder):
 
     def batches(self, histories: Iterable[History]) -> Iterator[HSTUBatch]:
         """Batches of the newest ``max_items`` events of histories, for retrieval. Raises DataError."""
-        return self.batches_of((self.history(each, None, self._source.max_items), None) for each in histories)
+        return self.batches_of(self.history(each, None, self._source.max_items) for each in histories)
 
-    def batches_of(self, sequences: Iterable[tuple[Events, Events | None]]) -> Iterator[HSTUBatch]:
-        """Batches of histories, each with its candidates, if any. Candidates have no labels."""
+    def batches_of(self, sequences: Iterable[Events]) -> Iterator[HSTUBatch]:
+        """Batches of events without labels."""
         # Evaluation batches, because training batches draw negatives. Nothing reads their held-out items.
         size, roles = self._config.trainer.eval_batch_size, self._source.roles
         assembler = Assembler(size, "retrieval", roles, 1, seed=0, negatives=self._source.negatives)
@@ -155,30 +155,26 @@ class BatchEncoder(Encoder):
             count = np.arange(len(chunk))
             yield assembler.assemble(self._rows(chunk), BatchPlan(count, count, 0, 0, START))
 
-    def _rows(self, sequences: Sequence[tuple[Events, Events | None]]) -> Rows:
+    def _rows(self, sequences: Sequence[Events]) -> Rows:
         roles, nothing = self._source.roles, np.zeros(len(sequences), dtype=np.int64)
-        parts = [part for sequence in sequences for part in sequence if part is not None]
-        shown = np.array([0 if candidates is None else candidates.length for _, candidates in sequences])
 
-        def joined(tensors: Iterable[Tensor | None]) -> np.ndarray:
-            return torch.cat([tensor for tensor in tensors if tensor is not None]).numpy()
+        def joined(tensors: Iterable[Any]) -> np.ndarray:
+            return torch.cat([*tensors]).numpy()
 
-        times = [time for part in parts for time in part.times]
-        ids = {name: joined(part.ids[name] for part in parts) for name in parts[0].ids}
+        ids = {name: joined(each.ids[name] for each in sequences) for name in sequences[0].ids}
+        counts = {name: joined(each.counts[name] for each in sequences) for name in roles.lists}
+        times = [time for each in sequences for time in each.times]
         return Rows(
             user_ids=np.arange(len(sequences)),
-            lengths=np.array([events.length for events, _ in sequences]) + shown,
-            num_candidates=shown,
+            lengths=np.array([each.length for each in sequences]),
+            num_candidates=nothing,
             num_labels=nothing,
             items=ids[roles.item],
             actions=ids[roles.action] if roles.action else None,
             timestamps=np.array(times, dtype=np.int64) if self._config.network.needs_times else None,
-            context={name: joined(events.context[name] for events, _ in sequences) for name in roles.contextual},
-            side=ItemFeatures(
-                {name: ids[name] for name in roles.categories},
-                {name: joined(part.counts[name] for part in parts) for name in roles.lists},
-            ),
-            numbers=joined(part.numbers for part in parts) if roles.numbers else None,
+            context={name: joined(each.context[name] for each in sequences) for name in roles.contextual},
+            side=ItemFeatures({name: ids[name] for name in roles.categories}, counts),
+            numbers=joined(each.numbers for each in sequences) if roles.numbers else None,
             held_out=nothing,
         )
 
@@ -190,19 +186,17 @@ def histories(
     raw = {name: store.raw_ids(name) for name, feature in store.features.items() if feature.has_vocab}
     offsets, users = store.offsets(), store.raw_ids(USER_FEATURE)
     action, timestamp = store.action_feature, store.timestamp_feature
+    read = dict.fromkeys(filter(None, (store.item_feature, action, timestamp, *features)))
     for row in range(store.num_users) if rows is None else rows:
         events = slice(int(offsets[row]), int(offsets[row + 1]))
-
-        def of_events(name: str, events: slice = events) -> Any:
-            values = store.sequence(name)[events]
-            return raw[name][values] if name in raw else values
-
-        codes = {name: int(store.context(name)[row]) for name in store.contextual_features}
+        stored = {name: store.sequence(name)[events] for name in read}
+        stored |= {name: int(store.context(name)[row]) for name in store.contextual_features}
+        values = {name: raw[name][codes] if name in raw else codes for name, codes in stored.items()}
         yield History(
             users[row],
-            items=of_events(store.item_feature),
-            actions=None if action is None else of_events(action),
-            timestamps=None if timestamp is None else of_events(timestamp),
-            context={name: raw[name][code] if name in raw else code for name, code in codes.items()},
-            features={name: of_events(name) for name in features},
+            items=values[store.item_feature],
+            actions=None if action is None else values[action],
+            timestamps=None if timestamp is None else values[timestamp],
+            context={name: values[name] for name in store.contextual_features},
+            features={name: values[name] for name in features},
         )

@@ -31,6 +31,7 @@ from hstu.serve.delta import DeltaSize, read_export, write_delta
 from hstu.serve.export import for_export, write_manifest, write_serving, write_tensors
 from hstu.serve.loaded import LoadedModel
 from hstu.serve.runtime import History
+from hstu.serve.runtime.encode import Events
 from hstu.serve.runtime.files import checksum_of
 from hstu.train.builder import build_model, build_state
 from hstu.train.inference import InferenceSource, zero_spare_rows
@@ -238,12 +239,26 @@ def _logits(trained: LoadedModel, model: runtime.Model, requests: Requests) -> I
         parts = encoder.candidates(shown, history, requests.at, 1 if is_trained else count)
         sequences += [(events, part) for part in parts]
     first = 0
-    for batch in encoder.batches_of(sequences):
-        counts = [0 if shown is None else shown.length for _, shown in sequences[first : first + batch.real_batch_size]]
+    for batch in encoder.batches_of(_followed(*each) for each in sequences):
+        counts = [shown.length for _, shown in sequences[first : first + batch.real_batch_size]]
         first += batch.real_batch_size
         logits = trained.forward(_labelled(trained, model, batch, counts)).logits
         assert logits is not None, "a ranking model has logits"
         yield logits.cpu()
+
+
+def _followed(events: Events, candidates: Events) -> Events:
+    """The events, and the candidates behind them."""
+    both = (events, candidates)
+    numbers = [each.numbers for each in both if each.numbers is not None]
+    return replace(
+        events,
+        ids={name: torch.cat([each.ids[name] for each in both]) for name in events.ids},
+        counts={name: torch.cat([each.counts[name] for each in both]) for name in events.counts},
+        numbers=torch.cat(numbers) if numbers else None,
+        times=[*events.times, *candidates.times],
+        length=events.length + candidates.length,
+    )
 
 
 def _labelled(trained: LoadedModel, model: runtime.Model, batch: HSTUBatch, counts: Sequence[int]) -> HSTUBatch:

@@ -37,11 +37,7 @@ _CHECKED_USERS = 10
 def for_export(config: RunConfig, data: Path | None = None) -> RunConfig:
     """The configuration to load a model for export: one process, float32, PyTorch operators; on other ``data``."""
     network = replace(
-        config.network,
-        dtype_str="float32",
-        compile=False,
-        kernel_backend="pytorch",
-        sequence_parallel=False,
+        config.network, dtype_str="float32", compile=False, kernel_backend="pytorch", sequence_parallel=False
     )
     return replace(
         config if data is None else with_store(config, data),

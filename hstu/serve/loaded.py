@@ -81,11 +81,9 @@ class Prediction:
     """Consecutive outputs of a model that predict one property of an item."""
 
     name: str
-    """The name in serving.json."""
     kind: str
     """ "binary": a logit; "class": one logit per label; "number": the value itself."""
     columns: Sequence[str]
-    """The name of each output."""
     first: int = 0
     """The label of the first output, if the kind is "class"."""
     expected: str | None = None
@@ -214,13 +212,7 @@ class LoadedModel:
 
     @property
     def predictions(self) -> list[Prediction]:
-        """What the outputs of the model mean, in their order: one table for files, exports and the server.
-
-        Columns of ranking:
-        - One binary task: ``score``, the probability of a positive action. Several: ``score_<name>`` each.
-        - Classes: ``p_<action>``, a probability each, and ``score``, the expected action, unless actions are texts.
-        - RankingArgs.tasks: ``score_<task>`` (binary: probability, regression: value), ``p_<task>_<label>`` (class).
-        """
+        """What the outputs of the model mean, in their order. docs/use.md lists the columns."""
         task, source = self.task, self.source
         if isinstance(task, RetrievalDense):
             return [Prediction("cosine", "number", ["score"])]

@@ -159,9 +159,8 @@ def choose_split(source: InferenceSource, split: str | None) -> Split:
     allowed = source.final_splits
     if not allowed:
         raise ConfigError('the run evaluates nothing, because its DatasetArgs.split = "none" holds nothing out')
-    for known in reversed(allowed):
-        if split in (None, known):
-            return known
+    if found := [known for known in allowed if split in (None, known)]:
+        return found[-1]
     raise ConfigError(
         f"the run has no split {split!r}; allowed: {', '.join(allowed)}{did_you_mean(str(split), allowed)}"
     )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -65,30 +65,23 @@ class Contents:
         return next((path for folder in self.folders if (path := folder / name).is_file()), self.folders[-1] / name)
 
 
-class _Link(NamedTuple):
-    """A whole export, or a delta with the files of the whole export that it leads to."""
-
-    folder: Path
-    facts: dict[str, Any]
-    files: dict[str, Any]
-    delta: dict[str, Any] | None
-
-
-def read_contents(directory: Path, known: Contents | None = None, mapped: bool = False) -> Contents:
+def read_contents(
+    directory: Path, known: Contents | None = None, mapped: bool = False, above: Sequence[Path] = ()
+) -> Contents:
     """Read an export, or map its files. The base of a delta is ``known`` if it has the right digest, or is at its path.
 
-    Raises ServingError if a file of it, or of an export that it is based on, is missing or damaged, or is another.
+    ``above``: the folders of deltas that are based on it. Raises ServingError if a file of it, or of an export that it
+    is based on, is missing or damaged, or is another.
     """
-    links = [_read_link(directory)]
-    while (delta := links[-1].delta) is not None and (known is None or known.digest != delta["base"]):
-        links.append(_base_of(links[-1], delta, [link.folder for link in links]))
+    facts, files = read_directory(directory)
+    if DELTA not in files:
+        with fitting(directory):
+            return Contents.read(directory, files, mapped)
+    delta = json.loads((directory / DELTA).read_text(encoding="utf-8"))
+    if known is None or known.digest != delta["base"]:
+        known = _base_of(directory, delta, known, mapped, above)
     with fitting(directory):
-        if delta is None:
-            known = Contents.read(links[-1].folder, links.pop().files, mapped)
-        for link in reversed(links):
-            known = _applied(known, link)
-    assert known is not None, "it was given, or is the last link"
-    return known
+        return _applied(known, directory, facts, delta)
 
 
 def digest_of(folder: Path) -> str:
@@ -98,34 +91,30 @@ def digest_of(folder: Path) -> str:
     return checksum_of(listed["files"])
 
 
-def _read_link(folder: Path) -> _Link:
-    facts, files = read_directory(folder)
-    delta = json.loads((folder / DELTA).read_text(encoding="utf-8")) if DELTA in files else None
-    return _Link(folder, facts, files if delta is None else delta["files"], delta)
-
-
-def _base_of(link: _Link, delta: Mapping[str, Any], before: Sequence[Path]) -> _Link:
-    folder, wanted = (link.folder / delta["path"]).resolve(), delta["base"]
+def _base_of(
+    directory: Path, delta: Mapping[str, Any], known: Contents | None, mapped: bool, above: Sequence[Path]
+) -> Contents:
+    folder, wanted = (directory / delta["path"]).resolve(), delta["base"]
     try:
-        base = _read_link(folder)
-        if (found := checksum_of(base.files)) == wanted and folder not in before:
-            return base
-        problem = f"the export at {folder} has {found[:12]}"
+        if folder not in (above := [*above, directory.resolve()]):
+            base = read_contents(folder, known, mapped, above)
+            if base.digest == wanted:
+                return base
+        problem = f"the export at {folder} has {digest_of(folder)[:12]}"
     except ServingError as error:
         problem = str(error)
     raise ServingError(
-        f"{link.folder} leads from the export with the digest {wanted[:12]} to {checksum_of(link.files)[:12]}, but "
+        f"{directory} leads from the export with the digest {wanted[:12]} to {checksum_of(delta['files'])[:12]}, but "
         f"{problem}. Put the export with {wanted[:12]} at {folder}, or make a whole export"
     )
 
 
-def _applied(base: Contents | None, link: _Link) -> Contents:
+def _applied(base: Contents, folder: Path, facts: dict[str, Any], delta: Mapping[str, Any]) -> Contents:
     """What a delta makes of its base, beside it. Tensors without changes are shared."""
-    assert base is not None and link.delta is not None
-    changes = read_tensors(link.folder / CHANGES)
-    moves = {kind: changes[f"moves/{kind}"] for kind in link.delta["moves"]}
-    tensors = {WEIGHTS: read_tensors(link.folder / WEIGHTS)}
-    for file, rules in link.delta["tensors"].items():
+    changes = read_tensors(folder / CHANGES)
+    moves = {kind: changes[f"moves/{kind}"] for kind in delta["moves"]}
+    tensors = {WEIGHTS: read_tensors(folder / WEIGHTS)}
+    for file, rules in delta["tensors"].items():
         old, made = base.tensors[file], dict[str, Tensor]()
         for name, rule in rules.items():
             key = f"{file}/{name}"
@@ -137,7 +126,7 @@ def _applied(base: Contents | None, link: _Link) -> Contents:
                 rows = rows.index_copy(0, rows_in(changes[f"{key}/rows"]), changes[f"{key}/values"])
             made[name] = _out_of_rows(name, rows)
         tensors[file] = made
-    return Contents(link.facts, tensors, link.files, (link.folder, *base.folders))
+    return Contents(facts, tensors, delta["files"], (folder, *base.folders))
 
 
 def moved(

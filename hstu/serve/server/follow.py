@@ -148,16 +148,15 @@ class Follower:
 
     def _read(self) -> tuple[list[Event], list[str], Any]:
         """(the next events that the model can read, why others are none, the position after them)."""
-        found, refused = list[Event](), list[str]()
-        places = list[str]()
+        found, refused = dict[str, Event](), list[str]()
         lines, position = self._reader.read(self._position)
         for place, line in lines:
             try:
-                found.append(Event.model_validate_json(line))
-                places.append(place)
+                found[place] = Event.model_validate_json(line)
             except ValidationError as error:
                 first = error.errors(include_input=False)[0]
                 refused.append(" ".join([f"{place}:", *map(str, first["loc"]), first["msg"]]))
-        mistakes = dict(self._model().mistakes(found))
-        refused += [f"{places[number]}: {mistake}" for number, mistake in mistakes.items()]
-        return [event for number, event in enumerate(found) if number not in mistakes], refused, position
+        for place, mistake in [([*found][number], why) for number, why in self._model().mistakes([*found.values()])]:
+            refused.append(f"{place}: {mistake}")
+            del found[place]
+        return [*found.values()], refused, position

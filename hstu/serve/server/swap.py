@@ -21,15 +21,15 @@ LATEST = "latest"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Found:
-    """An export folder in its current state."""
+    """An export folder in its current state. A newer one is greater."""
 
+    written_ns: int
+    """Modification time of the manifest."""
     folder: Path
     state: tuple[tuple[str, int, int], ...]
     """(name, size, modification time in ns) of each file. It changes while the folder is being copied."""
-    written_ns: int
-    """Modification time of the manifest."""
 
 
 def find_exports(root: Path) -> list[Found]:
@@ -43,19 +43,16 @@ def find_exports(root: Path) -> list[Found]:
     folders = [each for each in (named, named / SERVING) if (each / FACTS).is_file()][:1]
     if not folders and named is root and root.is_dir():
         folders = [path.parent for path in (*root.glob(f"[!.]*/{FACTS}"), *root.glob(f"[!.]*/{SERVING}/{FACTS}"))]
-    found = [each for folder in folders if (each := _look(folder.resolve())) is not None]
-    return sorted(found, key=lambda each: (each.written_ns, each.folder), reverse=True)
+    return sorted(filter(None, (_look(folder.resolve()) for folder in folders)), reverse=True)
 
 
 def _look(folder: Path) -> Found | None:
     try:
-        state = tuple(
-            (path.name, stat.st_size, stat.st_mtime_ns) for path in sorted(folder.iterdir()) for stat in [path.stat()]
-        )
+        files = {path.name: path.stat() for path in sorted(folder.iterdir())}
     except OSError:  # removed meanwhile
         return None
-    written = [changed_ns for name, _, changed_ns in state if name == MANIFEST]
-    return Found(folder, state, written[0]) if written else None
+    state = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items())
+    return Found(files[MANIFEST].st_mtime_ns, folder, state) if MANIFEST in files else None
 
 
 Load = Callable[[Path, str, ServedModel | None], ServedModel]
@@ -76,7 +73,6 @@ class LiveModel:
     """The current model of ``root`` (see ``find_exports``). Raises DataError if no export can be served."""
 
     current: ServedModel
-    """The model that answers requests."""
 
     def __init__(self, root: Path, metrics: ModelMetrics, load: Load = load, items: ItemFile | None = None) -> None:
         self._root, self._load, self.metrics, self._items = root, load, metrics, items
@@ -86,10 +82,9 @@ class LiveModel:
         self.since = 0.0
         """Start time of the current model, in seconds since 1970."""
         if not self.refresh():
-            reasons = [f"{folder}: {reason}" for folder, reason in self.refused.items()] or [
-                "give the folder that hstu-export --program has written, or one with several of them"
-            ]
-            raise DataError("\n".join([f"{root} has no export that can be served", *reasons]))
+            reasons = "\n".join(f"{folder}: {reason}" for folder, reason in self.refused.items())
+            remedy = "give the folder that hstu-export --program has written, or one with several of them"
+            raise DataError(f"{root} has no export that can be served\n{reasons or remedy}")
 
     @property
     def refused(self) -> dict[str, str]:
@@ -101,11 +96,8 @@ class LiveModel:
         """Load the newest export that works, if it is new. Returns whether it is. One thread at a time may call it."""
         found = find_exports(local_export(self._root))
         is_same, self._found = found == self._found, found  # the base of a delta may have come after it
-        self._bad = {
-            each: reason
-            for each, reason in self._bad.items()
-            if each in found and (is_same or not (each.folder / DELTA).is_file())
-        }
+        kept = [each for each in found if is_same or not (each.folder / DELTA).is_file()]
+        self._bad = {each: reason for each, reason in self._bad.items() if each in kept}
         is_swapped = any(self._try(each) for each in self._newer(found))
         if self._items is not None and self._loaded is not None and self._items.refresh():
             self.current.catalog = self._items.catalog(self.current.model)

@@ -189,7 +189,7 @@ def histories(
     read = dict.fromkeys(filter(None, (store.item_feature, action, timestamp, *features)))
     for row in range(store.num_users) if rows is None else rows:
         events = slice(int(offsets[row]), int(offsets[row + 1]))
-        stored = {name: store.sequence(name)[events] for name in read}
+        stored: dict[str, Any] = {name: store.sequence(name)[events] for name in read}
         stored |= {name: int(store.context(name)[row]) for name in store.contextual_features}
         values = {name: raw[name][codes] if name in raw else codes for name, codes in stored.items()}
         yield History(

@@ -10,11 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from hstu import api
 from hstu.base.errors import EXIT_BAD_DATA, ConfigError, DataError
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
@@ -40,21 +38,6 @@ from tests.serve.served import (
     rewrite,
 )
 from tests.train.tiny import FinishedRun
-
-
-def test_recommendations_are_those_of_the_model(features: SequenceStore, retrieval: Served) -> None:
-    assert largest_difference(retrieval.trained, retrieval.model) <= TOLERANCE
-    given, at = histories(features), 3_000_000
-    for time in (None, at):
-        expected, _ = retrieval.trained.recommend_for([api.History(**vars(each)) for each in given], top=4, at=time)
-        found = retrieval.model.recommend_batch(given, k=4, at=time)
-        assert [entry.items for entry in found] == [entry.items for entry in expected]
-        for ours, theirs in zip(found, expected, strict=True):
-            np.testing.assert_allclose(ours.scores, theirs.scores, atol=TOLERANCE)
-    vectors = retrieval.model.embed_batch(given)
-    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(given)))
-    scores = retrieval.model.score(given[0], [1003])["score"]
-    assert scores == pytest.approx([float(vectors[0] @ retrieval.trained.item_embeddings()[3])], abs=TOLERANCE)
 
 
 def test_requests_of_a_batch_do_not_change_each_other(

@@ -113,19 +113,6 @@ def test_histories_have_the_ids_and_values_of_the_raw_data(store: SequenceStore)
     assert again.user == 104
 
 
-def test_forward_gives_logits_for_ranking_and_queries_for_retrieval(
-    trained: TrainedModel, ranking: FinishedRun, mesh: Mesh
-) -> None:
-    batch = next(trained.batches("test"))
-    queries = trained.forward(batch).queries
-    assert queries is not None and queries.shape == (batch.batch_size, 16)
-    ranker = api.load(ranking.path, mesh=mesh)
-    batch = next(ranker.batches())
-    logits = ranker.forward(batch).logits
-    assert logits is not None and logits.shape == (batch.num_labels_total, ACTIONS)
-    assert not logits.requires_grad
-
-
 def test_tables_are_those_of_the_checkpoint(trained: TrainedModel, finished: FinishedRun) -> None:
     tables = trained.tables()
     assert {name: tuple(table.rows.shape) for name, table in tables.items()} == {
@@ -135,15 +122,6 @@ def test_tables_are_those_of_the_checkpoint(trained: TrainedModel, finished: Fin
     }
     items = finished.trainer.state.model.embed_items(torch.arange(ITEMS))
     torch.testing.assert_close(tables["item_id_table"].rows, items, rtol=0, atol=0)
-
-
-def test_embeddings_score_as_recommendations_do(trained: TrainedModel) -> None:
-    users, items = trained.user_embeddings([103, "104"]), trained.item_embeddings()
-    assert users.shape == (2, 16) and items.shape == (ITEMS, 16)
-    torch.testing.assert_close(items.norm(dim=1), torch.ones(ITEMS))
-    (entry,) = trained.recommend([104], top=1)
-    code = trained.store.encode("item_id", np.array(entry.items))[0]
-    assert float(users[1] @ items[code]) == pytest.approx(entry.scores[0], rel=1e-5)
 
 
 def test_asked_at_the_time_of_the_held_out_event_a_model_gives_what_is_evaluated(
@@ -198,22 +176,6 @@ def test_users_get_the_next_item_of_their_walk_and_nothing_they_know(trained: Tr
         assert not {item - 1000 for item in entry.items} & set(walks()["items"][user])
         assert entry.scores == sorted(entry.scores, reverse=True)
         assert entry.titles == [str(item) for item in entry.items]
-
-
-def test_no_more_items_are_recommended_than_there_are_unknown_ones(trained: TrainedModel) -> None:
-    longest = int(np.argmax([len(set(row)) for row in walks()["items"]]))
-    known = set(walks()["items"][longest])
-    (entry,) = trained.recommend([100 + longest], top=1000)
-    assert sorted(item - 1000 for item in entry.items) == sorted(set(range(ITEMS)) - known)
-    assert len(entry.scores) == len(entry.items)
-
-
-def test_the_recommendations_of_a_user_do_not_depend_on_the_other_users(trained: TrainedModel) -> None:
-    (alone,) = trained.recommend(["103"], top=4)
-    together = trained.recommend(["115", "103", "100", "103"], top=4)
-    for entry in (together[1], together[3]):
-        assert entry.items == alone.items
-        np.testing.assert_allclose(entry.scores, alone.scores, rtol=1e-5)
 
 
 def test_recommendations_are_printed_with_places_scores_and_titles_and_steer_no_terminal() -> None:

@@ -122,14 +122,6 @@ def test_a_part_that_matches_no_weight_is_told_as_a_mistake_of_the_file(
     assert "task.encoder.stack.layers.N.uvqk.weight, " in str(told.value)
 
 
-def test_a_run_directory_that_cannot_be_made_is_a_readable_error(
-    mesh: Mesh, store: SequenceStore, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"TrainerArgs\.output_dir"):
-        build(tiny_config("ranking", store, tmp_path, trainer={"output_dir": f"{tmp_path}/file/run"}), mesh)
-
-
 def test_a_mistake_that_one_rank_finds_is_raised_and_other_errors_pass_through(mesh: Mesh) -> None:
     def fails(error: Exception) -> None:
         raise error

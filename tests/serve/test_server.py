@@ -343,7 +343,7 @@ def test_a_ranking_model_scores_candidates(ranking: Served) -> None:
         assert reads["device"]["required"] and reads["device"]["before"] and not reads["watched"]["before"]
         for path in ("/recommend", "/embed"):
             reply = client.post(path, user)
-            assert reply.status == 422 and "use /score" in reply.json["error"]
+            assert reply.status == 422 and "/score" in reply.json["error"]
         one_value = {"candidates": [1, 2], "candidate_features": {"device": [None]}}
         assert "for 2 candidates" in client.post("/score", {**user, **one_value}).json["error"]
     history = request([1000], [1], [0], features=own)

@@ -190,8 +190,11 @@ class Encoder:
         """For each request, feature → distinct values of its histories that the model lacks, sorted as texts."""
         found: list[dict[str, list[Any]]] = [{} for _ in requests]
         columns = [[self._columns(history) for history in own] for own in requests]
-        for name, vocabulary in self.vocabularies.items():
-            values = [joined(each.get(name, ()) for each in own) for own in columns]
+        for name in sorted(self.vocabularies.keys() & {name for own in columns for each in own for name in each}):
+            vocabulary, values = (
+                self.vocabularies[name],
+                [joined(each.get(name, ()) for each in own) for own in columns],
+            )
             if self.facts["features"][name]["is_list"]:
                 values = [joined(v if isinstance(v, (list, tuple)) else [v] for v in own) for own in values]
             is_unknown = iter((vocabulary.rows(joined(values)) == vocabulary.unknown).tolist())

@@ -219,9 +219,8 @@ class Model:
 
     def embed_batch(self, histories: Sequence[History], at: int | None = None) -> Tensor:
         """Encode histories into unit vectors, float32 [n, E]. Arguments and errors: :meth:`recommend_batch`."""
-        nothing = self.stored_vectors[:0]
         encoded = self.encode_batch([Query(history, None, at) for history in histories])
-        return torch.cat([nothing, *self.run(encoded)])
+        return torch.cat([self.stored_vectors[:0], *self.run(encoded)])
 
     def encode(self, history: History, candidates: Candidates | None, at: int | None = None) -> list[Sequence_]:
         """Prepare one request for :meth:`run`."""
@@ -243,7 +242,8 @@ class Model:
         facts, parts, room = self.facts, 1, self.facts["max_items"]
         history, candidates, _, earlier, caches = query
         if facts["task"] == "ranking":
-            assert candidates is not None, "a ranking model scores candidates"
+            if candidates is None:
+                raise ServingError("a ranking model has no vectors of users and items; use score, in the server /score")
             room, parts = self.encoder.room(len(candidates.items))
         elif candidates is not None and candidates.features:
             raise ServingError("a retrieval model reads no features of candidates; leave them out")
@@ -380,7 +380,7 @@ class Model:
     def stored_vectors(self) -> Tensor:
         """Vectors of the items, float32 [items, E], of any length. Retrieval only."""
         if self._items is None:
-            raise ServingError("a ranking model has no vectors of users and items; use score")
+            raise ServingError("a ranking model has no vectors of users and items; use score, in the server /score")
         return self._items
 
     @cached_property

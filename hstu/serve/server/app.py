@@ -28,7 +28,7 @@ from hstu.serve.runtime import ServingError
 from .batching import Batcher, Metrics, ModelMetrics, Overloaded, Settings
 from .clients import KeyFile
 from .follow import Follower
-from .guard import Guard, as_json, failure
+from .guard import BodyRoute, Guard, as_json, failure
 from .listening import Connection, Server, bound
 from .logs import CURRENT, set_up_logging
 from .model import EventsRequest, RecommendRequest, ScoreRequest, ServedModel, User
@@ -145,6 +145,7 @@ def create_app(models: Callable[[], Sequence[LiveModel]], settings: Settings, me
         docs_url=None,  # FastAPI's pages load scripts from other hosts, which the header forbids
         redoc_url=None,
     )
+    app.router.route_class = BodyRoute
     app.state.is_draining = False  # Server sets it
     _add_error_handlers(app)
 

@@ -59,9 +59,7 @@ class ModelMetrics:
         timing = partial(Histogram, buckets=_SECONDS, registry=registry)
         self.answer_seconds = timing(f"{prefix}_answer_seconds", "Time to answer by the model, with waiting")
         self.batch_seconds = timing(f"{prefix}_batch_seconds", "Time to compute a batch")
-        self.batch_sizes = Histogram(
-            f"{prefix}_batch_size", "Requests that were computed together", buckets=_SIZES, registry=registry
-        )
+        self.batch_sizes = Histogram(f"{prefix}_batch_size", "Requests in a batch", buckets=_SIZES, registry=registry)
         self.waiting = Gauge(f"{prefix}_waiting_requests", "Requests that wait to be computed", registry=registry)
         self.cache_bytes = Gauge(f"{prefix}_cache_bytes", "Memory of keys and values of users", registry=registry)
         self.shown = Counter(f"{prefix}_shown", "Answers in the log of what was shown", ["outcome"], registry=registry)

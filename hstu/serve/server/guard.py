@@ -1,13 +1,15 @@
-"""What every request passes: ids, the limit of its size, headers of answers, metrics, and an answer to each defect."""
+"""What requests pass: ids, the limit of their size, headers of answers, metrics, an answer to each defect, parsing."""
 
 import json
 import logging
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 import h11
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .batching import Metrics
@@ -21,6 +23,28 @@ _HEADERS = [
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'self' 'unsafe-inline'; img-src data:; frame-ancestors 'none'"),
 ]
+
+
+class BodyRoute(APIRoute):
+    """A route that gives a body to its function directly: FastAPI's way there takes as long as HTTP."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request. FastAPI answers one that comes in pieces, is no JSON, or has mistakes."""
+        received, content = list[Message](), None
+        kind: Any = self.body_field and self.body_field.field_info.annotation
+
+        async def again() -> Message:
+            return received.pop() if received else await receive()
+
+        if kind and scope["method"] == "POST" and (b"content-type", b"application/json") in scope["headers"]:
+            received.append(await receive())
+            with suppress(KeyError, ValueError, RecursionError):
+                body = b"" if received[0].get("more_body") else received[0]["body"]
+                content = kind.model_validate(json.loads(body))
+        if content is None:
+            return await super().handle(scope, again, send)
+        answer: Response = await self.endpoint(content)
+        await answer(scope, receive, send)
 
 
 class Guard:

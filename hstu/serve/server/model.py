@@ -245,8 +245,6 @@ class ServedModel:
 
     def _outputs(self, requests: Sequence[User], cache: PrefixCache | None) -> list[Tensor]:
         """For each request, the user vector [1, E], or the logits [candidates, outputs]. Empty if it falls back."""
-        if self.task == "ranking" and not all(isinstance(request, ScoreRequest) for request in requests):
-            raise ServingError("a ranking model has no vectors of users and items; use /score")
 
         def query(request: User) -> Query:
             shown = request.shown if isinstance(request, ScoreRequest) else None
@@ -271,8 +269,7 @@ class ServedModel:
         simple = list[tuple[int, Tensor, int, Lists]]()
         for place, (request, output) in enumerate(zip(requests, outputs, strict=True)):
             if isinstance(request, RecommendRequest):
-                seen = self.model.left_out(request.history, request.filter_seen)
-                lists = [*request.deny, *seen], request.allow
+                lists = [*request.deny, *self.model.left_out(request.history, request.filter_seen)], request.allow
                 if request.has_rules or self.falls_back(request) or self.catalog.in_stock is not None:
                     found[place] = self._by_rules(request, output, lists)
                 else:
@@ -295,23 +292,20 @@ class ServedModel:
             scores[scores < request.min_score] = -torch.inf
         if catalog.in_stock is not None:
             scores[~catalog.in_stock] = -torch.inf
-        vectors = self.model.vectors if request.diversity else None
-        places, is_drawn = chosen_items(scores, request, catalog, vectors)
+        places, is_drawn = chosen_items(scores, request, catalog, self.model.vectors if request.diversity else None)
         found = _listed(self.model.named(scores[places].tolist(), places), is_drawn.tolist())
         return found if popularity is None else {**found, "fallback": "popular"}
 
     def _answer(self, request: User, output: Tensor, best: Answer | None, unknown: dict[str, list[Any]]) -> Result:
         content, unknown_items = Answer() if best is None else best, set[Any]()
         if isinstance(request, ScoreRequest):
-            items = request.candidates
-            outputs = self.model.outputs_of(items, output)
+            outputs = self.model.outputs_of(request.candidates, output)
             content["scores"], has_none = self.model.predictions(outputs), outputs.isnan().all(dim=1).tolist()
-            unknown_items = {item for item, no_score in zip(items, has_none, strict=True) if no_score}
+            unknown_items = {item for item, no_score in zip(request.candidates, has_none, strict=True) if no_score}
         elif best is None:
             content["vector"] = output[0].tolist()
         unknown_items.update(unknown.pop(self.model.facts["item"], []))
-        content |= {"unknown_items": sorted(unknown_items, key=str), "unknown": unknown}
-        answer = {"model": self.version, **content}
+        answer = {"model": self.version, **content, "unknown_items": sorted(unknown_items, key=str), "unknown": unknown}
         return self._explained(request, answer) if isinstance(request, ScoreRequest) and request.explain else answer
 
     def _explained(self, asked: ScoreRequest, answer: Answer) -> Iterator[Answer | None]:

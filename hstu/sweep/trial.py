@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hstu.base.errors import UserError
 from hstu.config.args import DatasetArgs, Task
 from hstu.config.gin_io import read_and_check
 from hstu.config.gin_scan import scan
@@ -82,6 +83,8 @@ class Trial:
             )  # fmt: skip
             files = ["--gin-config-file", *self.files]
             yield [*launcher, "-m", "hstu.entry", self.task, *files, "--gin-bindings", *bindings]
+            if self._summary is None:
+                raise UserError("the training was stopped before its end; the same command goes on with it")
         if not (self.folder / _TESTED).exists():
             best, per_user = checkpoints / ("best" if trainer.best_metric else ""), self.folder / "per_user.csv"
             per_user.unlink(missing_ok=True)  # of an evaluation that was killed

@@ -145,7 +145,7 @@ class Run:
 
     def _write_result(self) -> None:
         result = json.loads(self._peer_file.read_text(encoding="utf-8")) if self.trial is None else self.trial.result()
-        assert result is not None
+        assert result is not None, "commands raises where the training was stopped"
         if self.trial is not None:
             result.pop("half_widths")
             metric, curve = self.table.metric, result["curve"]

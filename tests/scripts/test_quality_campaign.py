@@ -234,6 +234,16 @@ def pretend(trial: Trial) -> Iterator[list[str]]:
     yield from ()
 
 
+def test_a_stopped_training_is_told_and_not_evaluated(place: Path) -> None:
+    table = TABLES["ml_100k_retrieval"]
+    run = Run(table=table, row=table.rows[0], seed=1, data=place, work=place, output=place)
+    commands = run.commands()
+    next(commands)
+    (run.folder / "summary.json").write_text('{"status": "stopped"}')
+    with pytest.raises(UserError, match="the training was stopped before its end; the same command goes on"):
+        next(commands)
+
+
 def test_validation_chooses_the_setting_and_only_what_is_missing_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

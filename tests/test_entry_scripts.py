@@ -227,33 +227,6 @@ def test_the_benchmark_runs_small(tmp_path: Path) -> None:
     assert "MFU" in output
 
 
-@pytest.mark.parametrize(
-    ("script", "launcher"), [(RANKING, ()), pytest.param(RETRIEVAL, TORCHRUN, marks=pytest.mark.slow)]
-)
-def test_sigterm_ends_a_run_cleanly_with_a_checkpoint(script: str, launcher: tuple[str, ...], place: Path) -> None:
-    """Torchrun hands the signal on to its ranks. Its own exit code says that it was stopped."""
-    directory = place / f"stopped {script}"
-    values: dict[str, Any] = {"max_train_iters": 10**6, "log_interval": 1, "ckpt_save_interval": 10**5}
-    values |= {"tensorboard": False, "ckpt_save_dir": str(directory / "checkpoints")}
-    given = {f"TrainerArgs__{name}": value for name, value in values.items()}
-    process = start(*launcher, *arguments(script, place, directory.name, **given))
-    metrics = directory / "metrics.jsonl"
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= 3:
-            break
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    code, output, errors = finish(process)
-    assert code == 0 or launcher, errors
-    summary = json.loads((directory / "summary.json").read_text())
-    assert summary["status"] == "stopped" and 3 <= summary["iterations"] < 10**6, errors
-    assert f"SIGTERM: stopping after iteration {summary['iterations']}" in output
-    assert f"'TrainerArgs.output_dir = \"{directory}\"' 'TrainerArgs.ckpt_load_dir = \"auto\"'" in output
-    committed = [path.name for path in (directory / "checkpoints").glob("iteration_*")]
-    assert committed == [f"iteration_{summary['iterations']:08d}"]
-
-
 # --- mistakes ------------------------------------------------------------------------------------------------------
 
 

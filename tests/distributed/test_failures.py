@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 from hstu.checkpoint.directory import file_problems, read_manifest
 from tests.conftest import write_small_store
 from tests.distributed.failure_cases import run_with
-from tests.distributed.launch import REPOSITORY, EndedRank, Launch, RankFailure, run_ranks, run_to_their_ends
+from tests.distributed.launch import REPOSITORY, EndedRank, Launch, run_to_their_ends
 from tests.train.tiny import walks
 
 MARGIN_S = 10
@@ -219,25 +218,3 @@ def test_torchrun_restarts_a_run_which_goes_on_from_its_last_checkpoint(store: s
     check_checkpoints(tmp_path, 2, 4, 6, 8)
     kinds = [record.get("iter", record["kind"]) for record in read_records(tmp_path)]
     assert kinds == [1, 2, 3, 4, "resumed", 5, 6, 7, 8]
-
-
-def fail_on_rank_one() -> None:
-    if os.environ["RANK"] == "1":
-        raise ValueError("rank one is unwell")
-    time.sleep(600)
-
-
-def sleep_forever() -> None:
-    time.sleep(600)
-
-
-def test_the_failing_rank_is_named_and_the_others_are_not_waited_for() -> None:
-    with pytest.raises(RankFailure, match="rank 1 of 2") as failure:
-        run_ranks(2, fail_on_rank_one)
-    assert failure.value.rank == 1
-    assert "rank one is unwell" in failure.value.stderr
-
-
-def test_a_launch_that_hangs_is_ended() -> None:
-    with pytest.raises(RankFailure, match="still running"):
-        run_ranks(Launch(1, timeout_s=2), sleep_forever)

@@ -58,14 +58,6 @@ def test_draws_mean_the_same_items_however_the_pool_is_spread(ids: Tensor, rando
     assert chosen[0, :2].tolist() == [distinct[0], distinct[-1]]
 
 
-def test_draws_are_uniform_over_the_distinct_ids() -> None:
-    ids = torch.tensor([5, 5, 5, 5, PADDING_ID, PADDING_ID, 2, 9])
-    draws = torch.randint(2**31, (300, 100), generator=torch.Generator().manual_seed(0)).int()
-    counts = np.unique(ids[choose_from_pool(draws, ids)], return_counts=True)
-    assert counts[0].tolist() == [2, 5, 9]
-    np.testing.assert_allclose(counts[1], 10_000, rtol=0.03)
-
-
 def test_normalised_vectors_have_norm_one_unless_they_are_too_short() -> None:
     vectors = torch.tensor([[3.0, 4.0], [0.0, 0.0], [3e-3, 4e-3]], requires_grad=True)
     normalised = l2_normalize(vectors, eps=1e-2)

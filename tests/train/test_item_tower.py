@@ -10,8 +10,6 @@ import torch
 
 from hstu import api
 from hstu.base.errors import ConfigError, DataError
-from hstu.checkpoint.export import export
-from hstu.checkpoint.find import locate
 from hstu.config.args import DynamicEmbeddingArgs
 from hstu.data.store.sequence_store import SequenceStore
 from hstu.parallel.mesh import Mesh
@@ -101,13 +99,6 @@ def test_new_items_of_newer_data_get_vectors_from_their_features_alone(finished:
     finally:
         shutil.rmtree(folder / "store")
         (folder / "old").rename(folder / "store")
-
-
-def test_an_export_recommends_what_its_checkpoint_recommends(finished: FinishedRun, mesh: Mesh, tmp_path: Path) -> None:
-    exported = export(locate(finished.path), tmp_path / "export")
-    users = [100, 101, 102, 103]
-    found, expected = (api.load(path, mesh=mesh).recommend(users, top=5) for path in (exported, finished.path))
-    assert [one.items for one in found] == [one.items for one in expected]
 
 
 def test_without_its_data_a_model_says_that_features_are_missing(finished: FinishedRun, mesh: Mesh) -> None:

@@ -98,19 +98,6 @@ def test_new_data_leaves_the_recommendations_of_known_users_as_they_were(old: Fi
     assert_alike(expected, found)
 
 
-def test_a_model_stays_valid_when_events_are_appended(mesh: Mesh, tmp_path: Path) -> None:
-    finished, users = train(mesh, write_store(tmp_path), tmp_path), [f"u{user:02}" for user in range(1, 20)]
-    before = api.load(finished.path, mesh=mesh).recommend(users, top=ITEMS)
-    new = ['"another",0,5000', '"item 04,new",1,5001', f'"{item_name(3)}",3,5002']
-    rows = [f"{user},{row}" for user in ("a zoë", "u00") for row in new]  # ids between the known ones
-    (tmp_path / "more.csv").write_text("\n".join(["who,what,did,when", *rows]))
-    with (tmp_path / "people.csv").open("a") as people:
-        people.write("a zoë,Bonn\n")
-    store = import_interactions("walks", columns_of(tmp_path, "more.csv"), output=tmp_path / "store", append=True)
-    assert SequenceStore.open(store).raw_ids("what")[:2].tolist() == ["another", item_name(0)]
-    assert_alike(before, api.load(finished.path, mesh=mesh).recommend(users, top=ITEMS))
-
-
 def test_what_is_new_is_reported_and_has_rows_of_zeros(old: FinishedRun, mesh: Mesh) -> None:
     trained = load_on(old, mesh, more=True)
     assert sorted(trained.report) == [

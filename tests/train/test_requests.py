@@ -98,16 +98,6 @@ def test_a_prediction_sees_the_history_and_its_own_candidate_alone(
     assert training == [True, False] * (len(plain) // 2), "the requests that showed others, and no other request"
 
 
-def test_a_candidate_does_not_see_the_others_of_its_request(mesh: Mesh, tmp_path: Path) -> None:
-    log = random_log()
-    plain, _ = predictions(mesh, tmp_path, log, **options(interleave=True))
-    for _, _, shown in log["requests"]:
-        shown["item_id"][0] = (shown["item_id"][0] + 1) % ITEMS
-    found, _ = predictions(mesh, tmp_path, log, **options(interleave=True))
-    for before, after in zip(plain, found, strict=True):
-        assert torch.equal(before[1:], after[1:]) and not torch.equal(before[0], after[0])
-
-
 @pytest.mark.parametrize("split", ["time", pytest.param("user_holdout", marks=pytest.mark.slow)])
 def test_models_learn_to_rank_what_was_shown(mesh: Mesh, tmp_path: Path, split: str) -> None:
     store = write_small_store(tmp_path / "store", **random_log())

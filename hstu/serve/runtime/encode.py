@@ -239,7 +239,7 @@ class Encoder:
     def _events(self, shown: History | Candidates, times: list[int], before: list[int], who: str) -> Events:
         """``before``: time of the user's previous event for each."""
         facts, places, counts = self.facts, self.known_items.places(shown.items), dict[str, Tensor]()
-        is_known = self.known_items is self.items
+        is_known = self.known_items is self.items and self.items.kind != "raw"  # raw ids have no places
         ids = {facts["item"]: self.items.rows_of(places) if is_known else self.items.rows(shown.items)}
         if facts["action"]:
             actions = self.vocabularies[facts["action"]]

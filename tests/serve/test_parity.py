@@ -306,14 +306,6 @@ def test_an_export_says_where_evaluation_and_service_differ(features: SequenceSt
     assert not said(dataset={**requests, "max_num_candidates": 2})
 
 
-def test_an_unknown_candidate_has_no_score(ranking: Served) -> None:
-    (history,), given = ranking.trained.histories_of(np.array([0])), {"device": [None, None]}
-    (exported,) = ranking.model.predict_batch([history], [Shown([1000, -7], given)], 10**7)
-    assert exported.isnan().any(dim=1).tolist() == [False, True]
-    scores = ranking.model.score(history, Shown([1000, -7], given), 10**7)
-    assert {values[1] for values in scores.values()} == {None} and None not in {each[0] for each in scores.values()}
-
-
 TOP = 4
 
 

@@ -206,18 +206,6 @@ def test_a_model_whose_folder_is_damaged_goes_on_and_one_that_is_removed_gives_w
     assert not live.refresh() and name_of(live) == "a"
 
 
-def test_a_link_chooses_the_export_also_an_older_one(tmp_path: Path) -> None:
-    for number, name in enumerate("ab"):
-        written(tmp_path / name / "serving", "", number)
-    link = tmp_path / "latest"
-    link.symlink_to("b")
-    live = live_model(tmp_path)
-    assert name_of(live) == "b"
-    (tmp_path / "other").symlink_to("a")
-    (tmp_path / "other").rename(link)
-    assert live.refresh() and name_of(live) == "a"
-
-
 def test_a_place_without_a_good_export_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="hstu-export --program"):
         live_model(tmp_path)

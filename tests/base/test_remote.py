@@ -25,7 +25,7 @@ from hstu.config.gin_io import read_and_check
 from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from tests.object_store import BUCKET, ObjectStore, object_store
-from tests.serve.http_server import until
+from tests.serve.http_server import Client, started, until
 
 ROOT = Path(__file__).parents[2]
 VALUES = """
@@ -340,9 +340,13 @@ def test_a_whole_run_in_the_bucket_equals_the_local_one(store: ObjectStore, tmp_
     staged = remote.local_export(Path(f"{bucket}/exports"))
     weights = [(each / "model.safetensors").read_bytes() for each in (staged / "a", tmp_path / "exports" / "a")]
     assert weights[0] == weights[1]
-    check = "import sys; from pathlib import Path; from hstu.serve.server.swap import LiveModel; "
-    check += "from hstu.serve.server.batching import Metrics; live = LiveModel(Path(sys.argv[1]), Metrics()); "
-    check += "print(live.current.version, live.refused); sys.exit(bool(live.refused))"
-    assert run("-c", check, f"{bucket}/exports").wait() == 0
+    server, port = started(f"{bucket}/exports")
+    try:
+        reply = Client(port).post("/recommend", {"items": [3, 5], "timestamps": [10**9, 10**9 + 99], "k": 5})
+        assert reply.status == 200, reply.text
+        assert len(reply.json["items"]) == 5
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or store.environment["AWS_SECRET_ACCESS_KEY"].encode() not in path.read_bytes(), path

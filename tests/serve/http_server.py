@@ -123,7 +123,7 @@ def redis_server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
             server.kill()
 
 
-def started(folder: Path, *options: str, log: list[str] | None = None) -> tuple[subprocess.Popen[str], int]:
+def started(folder: Path | str, *options: str, log: list[str] | None = None) -> tuple[subprocess.Popen[str], int]:
     """A server in a process of its own, and its port. ``log``: lines that it writes until it listens are added."""
     command = [sys.executable, "scripts/serve.py", "--export", str(folder), "--port", "0", *options]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)

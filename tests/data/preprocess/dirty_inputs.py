@@ -81,11 +81,7 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
     "truncated gzip": (named("e.csv.gz"), {"e.csv.gz": GZIP[:-3_000]}, "cannot read e.csv.gz: "),
     "Parquet called csv": (ALL, {"events.csv": parquet(u=[1], i=[2])}, "events.csv:1: a zero byte, .* or .parquet"),
     "csv called Parquet": (named("e.parquet"), {"e.parquet": GOOD}, "e.parquet is not a Parquet file"),
-    "Parquet cut short": (
-        named("e.parquet"),
-        {"e.parquet": parquet_cut_short},
-        "e.parquet is a damaged Parquet file",
-    ),
+    "Parquet cut short": (named("e.parquet"), {"e.parquet": parquet_cut_short}, "e.parquet is a damaged Parquet file"),
     "UTF-16": (ALL, {"events.csv": GOOD.decode().encode("utf-16")}, "events.csv:1: a zero byte, .*convert UTF-16"),
     "a zero byte": (ALL, {"events.csv": GOOD + b"3,\x00,1,1\n"}, "events.csv:5: a zero byte"),
     # columns
@@ -151,11 +147,7 @@ DIRT: dict[str, tuple[tuple[str, ...], Files, str]] = {
         "s.txt:2: expected columns: 2 found: 3 or more; .* --sequences",
     ),
     "sequences and stars": ((*SEQUENCES, "--action", "a"), {"s.txt": b"1 2\n"}, "no column 'a'. It has: user, item"),
-    "broken JSON": (
-        JSON,
-        {"s.txt": b"1 2\n", "a.json": b'{"2": [1],\n "3": [1,}\n'},
-        "a.json:2: Malformed JSON",
-    ),
+    "broken JSON": (JSON, {"s.txt": b"1 2\n", "a.json": b'{"2": [1],\n "3": [1,}\n'}, "a.json:2: Malformed JSON"),
     "JSON of no list": (JSON, {"s.txt": b"1 2\n", "a.json": b'{"2": "x"}'}, 'cannot read a.json: .*VARCHAR: "x"'),
     "JSON of other items": (JSON, {"s.txt": b"1 2\n", "a.json": b'{"9": [1]}'}, "a.json has no row for any of the 1"),
     "toys: an item that is no number": (

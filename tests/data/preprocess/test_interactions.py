@@ -13,14 +13,8 @@ from hstu.data.preprocess import InteractionColumns, import_interactions
 from hstu.data.store.sequence_store import SequenceStore
 from tests.data.own_tables import histories, own_store
 
-TABLE = pd.DataFrame(
-    {
-        "member": ["zoë", "abe", "zoë", "abe", "abe"],
-        "sku": [7, -3, 2**63 - 1, 7, 7],
-        "stars": [5, 0, 2, 3, 1],
-        "when": [20, 11, 20, 10, 10],
-    }
-)
+MEMBERS, SKUS = ["zoë", "abe", "zoë", "abe", "abe"], [7, -3, 2**63 - 1, 7, 7]
+TABLE = pd.DataFrame({"member": MEMBERS, "sku": SKUS, "stars": [5, 0, 2, 3, 1], "when": [20, 11, 20, 10, 10]})
 
 
 def write(table: pd.DataFrame, file: Path) -> Path:
@@ -88,12 +82,8 @@ def test_ids_with_ends_of_lines_or_leading_zeros_stay_apart(tmp_path: Path, user
 
 def test_context_follows_its_columns_and_is_unknown_where_missing(tmp_path: Path) -> None:
     context = pd.DataFrame({"member": ["zoë", "gone"], "town, or city": ["Ulm", "Rom"], "age": [31, 5]})
-    store = make(
-        tmp_path,
-        TABLE,
-        context=write(context, tmp_path / "members.csv"),
-        context_columns=("age", "member", "town, or city"),
-    )
+    members = write(context, tmp_path / "members.csv")
+    store = make(tmp_path, TABLE, context=members, context_columns=("age", "member", "town, or city"))
     assert store.contextual_features == ("age", "user_id", "town, or city")
     assert store.raw_ids("age")[store.context("age")].tolist() == ["unknown", "31"]
     assert store.raw_ids("town, or city")[store.context("town, or city")].tolist() == ["unknown", "Ulm"]
@@ -152,12 +142,11 @@ def test_zones_of_times_are_honoured_on_a_machine_of_any_zone(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TZ", "America/New_York")
-    table = pd.DataFrame(
-        {"member": ["a"] * len(ZONES), "sku": [f"{hour:02}" for hour in ZONES.values()], "at": list(ZONES)}
-    )
+    hours = [f"{hour:02}" for hour in ZONES.values()]
+    table = pd.DataFrame({"member": ["a"] * len(ZONES), "sku": hours, "at": list(ZONES)})
     store = make(tmp_path, table, suffix, time="at")
     assert store.sequence("at").tolist() == [1_717_113_600 + 3600 * hour for hour in sorted(ZONES.values())]
-    assert histories(store) == {"a": [f"{hour:02}" for hour in sorted(ZONES.values())]}
+    assert histories(store) == {"a": sorted(hours)}
 
 
 @pytest.mark.parametrize("zone", [None, "UTC", "Asia/Tokyo"])

@@ -26,22 +26,23 @@ SCRIPT = REPOSITORY / "scripts" / "preprocess_dataset.py"
 
 
 def generate(directory: Path, rows: int, variant: str = "27k") -> Path:
-    arguments = ["--output", str(directory), "--rows", str(rows), "--users", "50", "--items", "900"]
+    arguments = ["--output", str(directory), "--rows", str(rows), "--users", "50", "--items", "900", "--videos"]
     subprocess.run([sys.executable, str(GENERATE), *arguments, "--variant", variant], check=True, timeout=60)
     return directory
 
 
 def stopped_after_each_stage(monkeypatch: pytest.MonkeyPatch, make: Callable[[], T]) -> tuple[T, list[str]]:
-    """Calls ``make`` until it ends, stopped when it first finishes a stage. Returns its result, and the stages."""
+    """Calls ``make`` until it ends, stopped before and after it records each stage. Returns its result and them."""
     commit, stages = Journal.commit, []
 
     def stop(journal: Journal, stage: str, left: object = None) -> None:
-        commit(journal, stage, left)
-        if stage not in stages:
-            stages.append(stage)
+        stages.append(stage)
+        if stages.count(stage) > 1:
+            commit(journal, stage, left)
+        if stages.count(stage) < 3:
             raise KeyboardInterrupt
 
-    for _ in range(100):
+    for _ in range(200):
         with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
             patched.setattr(Journal, "commit", stop)
             return make(), stages

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from hstu.base.errors import UserError
 from hstu.data.datasets.spec import RawTables, Schema
 from hstu.data.preprocess import build, preprocess
 from hstu.data.preprocess.state import Base, BuildOptions
+from hstu.data.store.sequence_store import SequenceStore
 from tests.conftest import REPOSITORY
 from tests.data.batches import test_requests
 from tests.data.own_tables import own_store
 from tests.data.preprocess import test_append, test_fuzz
-from tests.data.preprocess.test_restart import SCRIPT, contents, generate
+from tests.data.preprocess.test_restart import SCRIPT, contents, generate, stopped_after_each_stage
 from tests.serve.http_server import until
 
 pyspark = pytest.importorskip("pyspark", reason='PySpark is missing: pip install ".[spark]"')
@@ -87,21 +89,7 @@ def both(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "build_store", build_twice)
 
 
-IDS = (
-    "7",
-    "007",
-    "-7",
-    "+7",
-    "9223372036854775807",
-    "9223372036854775808",
-    "a b",
-    "é",
-    "\uffff",
-    "𝄞",
-    "'",
-    "\\n",
-    "N/A",
-)
+IDS = ["7", "007", "-7", "+7", str(2**63 - 1), str(2**63), "a b", "é", "\uffff", "𝄞", "'", "\\n", "N/A"]
 ZONES = ("", "+02", " -0530", " Europe/Berlin")
 TIMES = {
     "integers": lambda chance: str(1_600_000_000 + chance.randrange(90_000)),
@@ -239,12 +227,6 @@ def test_movielens_gives_equal_stores(both: None, tmp_path: Path, raw_data_dir: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_logs_with_frequent_users_and_items_give_equal_stores(both: None, tmp_path: Path) -> None:
-    preprocess("kuairand-pure", raw_path=generate(tmp_path / "raw", 300_000, "pure"), output=tmp_path / "store")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     raw = generate(tmp_path / "raw", 60_000, "pure")
     command = [sys.executable, str(SCRIPT), "--dataset_name", "kuairand-pure", "--raw_path", str(raw)]
@@ -263,3 +245,35 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -
         given = [*command, "--output", output, "--engine", engine]
         subprocess.run(given, cwd=tmp_path, check=True, timeout=300, capture_output=True)
     assert contents(tmp_path / "s") == contents(tmp_path / "t")
+
+
+def kuairand_with_requests(folder: Path, rows: int, **given: Any) -> Path:
+    """The store of a generated KuaiRand as an own table with features, whose second log is what to rank."""
+    raw = folder / "raw"
+    events, shown = sorted((raw if raw.exists() else generate(raw, rows, "pure")).glob("log_*"))
+    videos, numbers = raw / "video_features_basic_pure.csv", ("play_time_ms", "video_duration")
+    columns: dict[str, Any] = {"user": "user_id", "item": "video_id", "action": "is_click", "time": "time_ms"}
+    columns |= {"context": raw / "user_features_pure.csv", "context_columns": ("user_active_degree", "user_id")}
+    columns |= {"items": videos, "item_columns": ("tag", "author_id", "video_duration"), "lists": {"tag": ","}}
+    columns |= {"event_columns": ("tab", "hourmin", "play_time_ms"), "numbers": numbers, "bins": {"hourmin": 5}}
+    return own_store(folder, events, time_unit="ms", requests=(shown,), **columns, **given).path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_logs_give_equal_stores_with_and_without_requests(both: None, tmp_path: Path) -> None:
+    made = SequenceStore.open(kuairand_with_requests(tmp_path, 300_000))
+    assert made.num_requests > 1000 and made.num_events > 100_000
+    preprocess("kuairand-pure", raw_path=tmp_path / "raw", output=tmp_path / "built_in")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_stopped_in_each_stage_it_goes_on_and_ends_with_the_same_bytes(
+    session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(kuairand_with_requests(tmp_path, 3000))
+    make = partial(kuairand_with_requests, tmp_path, 3000, store="spark", engine="spark")
+    made, stages = stopped_after_each_stage(monkeypatch, make)
+    assert {"typed", "vocabulary_i1", "ranges e1", "bucket 0", "request bucket 0"} <= set(stages)
+    assert contents(made) == whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 from urllib.parse import quote
 
@@ -106,6 +107,7 @@ def list_offsets_file(feature: str) -> str:
     return f"item.{_quoted(feature, 'item_feature')}.offsets.npy"
 
 
+@lru_cache  # readers ask for it several times per batch
 def _quoted(feature: str, role: Role) -> str:
     name = quote(feature, safe="")
     # Without this, the values of "a.offsets" would go into the offsets file of "a".

@@ -72,10 +72,9 @@ def test_a_share_of_the_users_is_answered_by_the_second_model_which_is_replaced_
     assert 8 < len(seconds) < 28 and seconds == {int(user) for user in map(str, range(60)) if place_of(user) < 0.3}
     for user in range(60):
         events = [
-            dict(zip(("item", "action", "timestamp"), each, strict=True))
-            for each in zip(*history(user).values(), strict=True)
+            event(60 * place, item, user, action=1 + (place == 1)) for place, item in enumerate(history(user)["items"])
         ]
-        assert client.post("/events", {"events": [{"user": user, **each} for each in events]}).status == 200
+        assert client.post("/events", {"events": events}).status == 200
     for _ in range(2):  # keys and values are kept, of each model its own
         for user in range(60):
             answer = client.post("/recommend", {"user": user, "k": 3}).json
@@ -90,11 +89,9 @@ def test_a_share_of_the_users_is_answered_by_the_second_model_which_is_replaced_
             )
     assert metric(client, "hstu_second_answer_seconds_count") == 4 * len(seconds)
     assert metric(client, "hstu_answer_seconds_count") == 4 * (60 - len(seconds))
-    health = client.get("/health").json
-    assert health["second"]["model"].startswith("a@") and (health["second"]["share"], health["second"]["shadow"]) == (
-        0.3,
-        False,
-    )
+    second_health = client.get("/health").json["second"]
+    assert second_health["model"].startswith("a@")
+    assert (second_health["share"], second_health["shadow"]) == (0.3, False)
     nobody = {client.post("/embed", history(0), X_Request_Id=str(number)).json["model"] for number in range(20)}
     assert len(nobody) == 2
     shutil.copytree(other, second / "b")
@@ -120,16 +117,22 @@ def test_a_shadow_answers_nobody_and_is_logged_apart_from_what_was_shown(
         overlaps.append(len({*items} & {*expected(second, user)}) / 3)
         explained = {**history(user), "user": user, "candidates": [1003], "explain": 1}
         assert client.post("/score", explained).status == 200, "explanations have no shadow"
-    until(lambda: metric(client, 'hstu_shadow_total{outcome="computed"}') == 12)
+    candidates = [1003, 99999, 1005]
+    one = client.post("/score", {**history(1), "user": 1, "candidates": candidates}).json["scores"]["score"]
+    other_score = second.score(History(1, **history(1)), candidates)["score"]
+    assert one[1] is None
+    until(lambda: metric(client, 'hstu_shadow_total{outcome="computed"}') == 13)
+    difference = sum(abs(one[place] - float(other_score[place])) for place in (0, 2)) / 2
+    assert metric(client, "hstu_shadow_score_difference_count") == 1
+    assert metric(client, "hstu_shadow_score_difference_sum") == pytest.approx(difference, abs=TOLERANCE)
+    assert difference > 100 * TOLERANCE
     assert metric(client, "hstu_shadow_overlap_count") == 12
     assert metric(client, "hstu_shadow_overlap_sum") == pytest.approx(sum(overlaps)) and 0 < sum(overlaps) < 12
     ended(server)
-    for folder, name, model in (
-        (shown, retrieval.folder.parent.name, retrieval.model),
-        (shown / "shadow", "a", second),
-    ):
+    first = (shown, retrieval.folder.parent.name, retrieval.model)
+    for folder, name, model in (first, (shown / "shadow", "a", second)):
         rows = shown_rows(folder)
-        assert {row["model"].split("@")[0] for row in rows} == {name} and len(rows) == 36
+        assert {row["model"].split("@")[0] for row in rows} == {name} and len(rows) == 12 * 3 + 3
         for user in range(12):
             assert [int(row["item"]) for row in rows if row["request"] == f"r{user}"] == expected(model, user)
 
@@ -143,8 +146,8 @@ class Failing(StubModel):
 
 
 def shadows(client: Client, outcome: str) -> float:
-    found = re.search(rf'hstu_shadow_total{{outcome="{outcome}"}} (.*)', client.get("/metrics").text)
-    return float(found[1]) if found else 0
+    name = f'hstu_shadow_total{{outcome="{outcome}"}}'
+    return metric(client, name) if name in client.get("/metrics").text else 0
 
 
 def test_a_slow_or_failing_shadow_changes_no_answer(
@@ -175,7 +178,7 @@ def test_a_slow_or_failing_shadow_changes_no_answer(
 
 
 def test_a_second_model_that_cannot_take_the_place_of_the_first_is_refused(
-    retrieval: Served, ranking: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    retrieval: Served, ranking: Served, tmp_path: Path
 ) -> None:
     def rename(_: dict[str, Any], words: dict[str, Any]) -> None:
         words[f"ids.{retrieval.model.facts['item']}"] += 50_000
@@ -188,29 +191,30 @@ def test_a_second_model_that_cannot_take_the_place_of_the_first_is_refused(
     ):
         with pytest.raises(ServingError, match=problem):
             suitable(ServedModel(model, "second"), first)
-    for options, problem in (
-        (["--second_share", "0.1"], "--second_share and --shadow need --second_model"),
-        (["--shadow"], "--second_share and --shadow need --second_model"),
-        (["--second_model", "a"], "--second_model needs --second_share, of the users"),
-        (["--second_model", "a", "--second_share", "1.5"], "1.5 is not from 0 to 1"),
-    ):
-        with pytest.raises(SystemExit) as exit_:
-            serve.main(["--export", str(tmp_path), *options])
-        assert exit_.value.code == EXIT_BAD_CONFIG and problem in capsys.readouterr().err
 
 
-def test_mistakes_in_other_options_are_named_before_a_model_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "code", "problem"),
+    [
+        ("--second_share 0.1", EXIT_BAD_CONFIG, "--second_share and --shadow need --second_model"),
+        ("--shadow", EXIT_BAD_CONFIG, "--second_share and --shadow need --second_model"),
+        ("--second_model a", EXIT_BAD_CONFIG, "--second_model needs --second_share, of the users"),
+        ("--second_model a --second_share 1.5", EXIT_BAD_CONFIG, "1.5 is not from 0 to 1"),
+        ("--api_keys {0}/no.keys", EXIT_BAD_DATA, "no.keys cannot be read"),
+        ("--users {0}/users.db --follow {0}", EXIT_BAD_CONFIG, "give a file, in a folder that is there"),
+        ("--follow {0}/events.jsonl", EXIT_BAD_CONFIG, "--follow needs --users"),
+    ],
+)
+def test_mistakes_in_options_are_named_before_a_model_is_loaded(
+    options: str, code: int, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    users = ["--users", str(tmp_path / "users.db")]
-    for options, code, problem in (
-        (["--api_keys", str(tmp_path / "no.keys")], EXIT_BAD_DATA, "no.keys cannot be read"),
-        ([*users, "--follow", str(tmp_path)], EXIT_BAD_CONFIG, "give a file, in a folder that is there"),
-        (["--follow", str(tmp_path / "events.jsonl")], EXIT_BAD_CONFIG, "--follow needs --users"),
-    ):
-        assert serve.main(["--export", str(tmp_path / "none"), "--port", "0", *options]) == code
-        error = capsys.readouterr().err
-        assert problem in error and "no export" not in error
+    found: object
+    try:
+        found = serve.main(["--export", str(tmp_path / "none"), "--port", "0", *options.format(tmp_path).split()])
+    except SystemExit as exit_:
+        found = exit_.code
+    error = capsys.readouterr().err
+    assert found == code and problem in error and "no export" not in error
 
 
 @contextmanager
@@ -247,10 +251,8 @@ def test_users_of_a_killed_server_are_answered_rightly_by_the_other(retrieval: S
     with proxy(tmp_path, [port for _, port in servers]) as client:
         until(lambda: client.get("/ready").status == 200)
         for user in range(20):
-            assert (
-                client.post("/events", {"events": [event(time, 1000 + time % 5, user) for time in range(4)]}).status
-                == 200
-            )
+            events = [event(time, 1000 + time, user) for time in range(4)]
+            assert client.post("/events", {"events": events}).status == 200
         places = list[int]()
         for user in range(20):
             before = answered()

@@ -83,6 +83,8 @@ class Metrics(ModelMetrics):
         self.followed_backlog = Gauge("hstu_followed_backlog", "Bytes or messages to be followed", registry=registry)
         self.shadow = Counter("hstu_shadow", "Requests to the shadow", ["outcome"], registry=registry)
         self.overlap = Summary("hstu_shadow_overlap", "Part of the items that both models have", registry=registry)
+        text = "Mean absolute difference of the scores of both models"
+        self.score_difference = Summary("hstu_shadow_score_difference", text, registry=registry)
         super().__init__(registry, "hstu")
 
 

@@ -87,7 +87,7 @@ class Traffic:
         return answer
 
     async def _compare(self, query: User, answer: Answer) -> None:
-        """Compute an answered request by the second model, log it, and compare the items."""
+        """Compute an answered request by the second model, log it, and compare the items or the scores."""
         outcome, version = "computed", self._second.live.current.version
         try:
             own = await self._second.ask(query)
@@ -98,6 +98,13 @@ class Traffic:
                 one, other = map(set, lists)
                 if one or other:
                     self._metrics.overlap.observe(len(one & other) / max(len(one), len(other)))
+            elif "scores" in answer:
+                names = answer["scores"].keys() & own["scores"].keys()
+                pairs = [
+                    pair for name in names for pair in zip(answer["scores"][name], own["scores"][name], strict=True)
+                ]
+                if found := [abs(one - other) for one, other in pairs if one is not None and other is not None]:
+                    self._metrics.score_difference.observe(sum(found) / len(found))
         except Overloaded:
             outcome = "dropped"
         except Exception as error:  # also a defect; the answer is sent already

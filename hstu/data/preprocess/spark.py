@@ -45,7 +45,6 @@ from hstu.data.preprocess.state import Engine, connect, memory_bytes, numbered_r
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
-warnings.filterwarnings("ignore", module=r"pyspark\.")  # of pandas, and of a JVM that an interruption ended
 T = TypeVar("T")
 _ERRORS = (Py4JError, PySparkException, ConnectionError)
 """Of Spark, and of its Java that has ended."""
@@ -113,6 +112,7 @@ def open_spark(
         )
         conf.set("spark.executorEnv.PYTHONPATH", root)
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    warnings.filterwarnings("ignore", module=r"pyspark\.")  # of pandas, and of a JVM that an interruption ended
     logging.getLogger("py4j").setLevel(logging.WARNING)
     logging.getLogger().addFilter(_is_not_of_py4j)
     before = signal.getsignal(signal.SIGINT)

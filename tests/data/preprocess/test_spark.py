@@ -163,7 +163,7 @@ def equal_on(folder: Path, number: int) -> None:
             own_store(folder, **awkward(folder, chance))
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(2))
 def test_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Path, number: int) -> None:
     equal_on(tmp_path, number)
 
@@ -201,7 +201,7 @@ def test_without_java_the_error_says_what_to_install(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_further_awkward_tables_give_equal_stores_and_messages(both: None, tmp_path: Path) -> None:
-    for number in range(100, 115):  # each takes Spark some seconds
+    for number in (2, *range(100, 115)):  # each takes Spark some seconds
         (tmp_path / str(number)).mkdir()
         equal_on(tmp_path / str(number), number)
 

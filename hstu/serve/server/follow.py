@@ -156,7 +156,8 @@ class Follower:
             except ValidationError as error:
                 first = error.errors(include_input=False)[0]
                 refused.append(" ".join([f"{place}:", *map(str, first["loc"]), first["msg"]]))
-        for place, mistake in [([*found][number], why) for number, why in self._model().mistakes([*found.values()])]:
-            refused.append(f"{place}: {mistake}")
-            del found[place]
+        places = [*found]
+        for number, mistake in self._model().mistakes([*found.values()]):
+            refused.append(f"{places[number]}: {mistake}")
+            del found[places[number]]
         return [*found.values()], refused, position

@@ -10,6 +10,7 @@ import torch
 
 from hstu.serve.runtime import ServingError
 from hstu.serve.runtime.cache import PrefixCache
+from hstu.serve.runtime.encode import joined
 
 from .batching import BATCH_SIZE, Batcher, Metrics, Overloaded, Settings
 from .logs import CURRENT
@@ -93,18 +94,7 @@ class Traffic:
             own = await self._second.ask(query)
             if self._of_shadow is not None:
                 self._of_shadow.add(query, own, CURRENT.get()["request_id"])
-            if isinstance(query, RecommendRequest) and "fallback" not in answer.keys() | own.keys():
-                lists = ([each["item"] for each in found["items"] if "drawn" not in each] for found in (answer, own))
-                one, other = map(set, lists)
-                if one or other:
-                    self._metrics.overlap.observe(len(one & other) / max(len(one), len(other)))
-            elif "scores" in answer:
-                names = answer["scores"].keys() & own["scores"].keys()
-                pairs = [
-                    pair for name in names for pair in zip(answer["scores"][name], own["scores"][name], strict=True)
-                ]
-                if found := [abs(one - other) for one, other in pairs if one is not None and other is not None]:
-                    self._metrics.score_difference.observe(sum(found) / len(found))
+            self._observe(query, answer, own)
         except Overloaded:
             outcome = "dropped"
         except Exception as error:  # also a defect; the answer is sent already
@@ -114,6 +104,18 @@ class Traffic:
                 text = "the shadow has failed, and hstu_shadow_total counts further failures model=%s reason=%s: %s"
                 _log.warning(text, version, type(error).__name__, error)
         self._metrics.shadow.labels(outcome).inc()
+
+    def _observe(self, query: User, *answers: Answer) -> None:
+        """Count how far the answers of both models agree."""
+        if isinstance(query, RecommendRequest) and not any("fallback" in answer for answer in answers):
+            one, other = ({each["item"] for each in answer["items"] if "drawn" not in each} for answer in answers)
+            if one or other:
+                self._metrics.overlap.observe(len(one & other) / max(len(one), len(other)))
+        elif isinstance(query, ScoreRequest):
+            first, second = (answer["scores"] for answer in answers)
+            pairs = joined(zip(first[name], second[name], strict=True) for name in first.keys() & second.keys())
+            if found := [abs(one - other) for one, other in pairs if one is not None and other is not None]:
+                self._metrics.score_difference.observe(sum(found) / len(found))
 
 
 def suitable(second: ServedModel, first: ServedModel) -> ServedModel:

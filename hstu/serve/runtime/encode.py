@@ -191,10 +191,8 @@ class Encoder:
         found: list[dict[str, list[Any]]] = [{} for _ in requests]
         columns = [[self._columns(history) for history in own] for own in requests]
         for name in sorted(self.vocabularies.keys() & {name for own in columns for each in own for name in each}):
-            vocabulary, values = (
-                self.vocabularies[name],
-                [joined(each.get(name, ()) for each in own) for own in columns],
-            )
+            vocabulary = self.vocabularies[name]
+            values = [joined(each.get(name, ()) for each in own) for own in columns]
             if self.facts["features"][name]["is_list"]:
                 values = [joined(v if isinstance(v, (list, tuple)) else [v] for v in own) for own in values]
             is_unknown = iter((vocabulary.rows(joined(values)) == vocabulary.unknown).tolist())

@@ -106,3 +106,9 @@ def test_importing_the_package_loads_neither_torch_nor_triton() -> None:
     code = "import hstu, sys; print({'torch', 'triton', 'torchrec'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_training_loads_no_duckdb() -> None:  # its wheel is too large for a machine that takes 64 MiB of files
+    code = "import hstu.train.main, sys; print('duckdb' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "False"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hstu.base.errors import DataError
-from hstu.data.datasets.own_columns import TIME_UNITS, UNIT_NAMES, InteractionColumns, columns_of, open_table
+from hstu.data.datasets.own_columns import UNIT_NAMES, InteractionColumns, columns_of, open_table
 from hstu.data.datasets.raw import (
     ListsFile,
     RawFile,
@@ -23,7 +23,7 @@ from hstu.data.datasets.raw import (
     require_columns,
     select_list,
 )
-from hstu.data.datasets.spec import SPLIT_NAMES, ColumnDescription, Queries, RawTables
+from hstu.data.datasets.spec import SPLIT_NAMES, TIME_UNITS, ColumnDescription, Queries, RawTables
 
 _log = logging.getLogger(__name__)
 

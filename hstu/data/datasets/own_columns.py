@@ -15,10 +15,8 @@ from hstu.base.errors import ConfigError, DataError
 from hstu.data.datasets import raw
 from hstu.data.datasets.lakehouse import live_files
 from hstu.data.datasets.recbole import options_of
-from hstu.data.datasets.spec import USER_FEATURE, Schema
+from hstu.data.datasets.spec import TIME_UNITS, USER_FEATURE, Schema
 
-TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-"""Unit of numeric times → units per second."""
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 _TABLES = (".csv", ".tsv", *(f"{text}{end}" for text in (".csv", ".tsv") for end in raw.COMPRESSIONS), ".parquet")
 """Endings of the files that are read from a directory."""

@@ -16,6 +16,8 @@ USER_FEATURE = "user_id"
 """Name of the vocabulary of users, even if the user is no contextual feature."""
 SPLIT_NAMES = ("train", "valid", "test")
 """Allowed values of a split column, in any case, in the chronological order of a user's events."""
+TIME_UNITS = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+"""Unit of numeric times → units per second."""
 LATEST_SECOND = 10**11
 """Larger times are after the year 5000, so they are probably not in seconds since 1970."""
 FIRST_LIKELY, LAST_LIKELY = 631_152_000, 4_102_444_800

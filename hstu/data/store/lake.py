@@ -39,8 +39,7 @@ from hstu.base.json_shape import check_shape
 from hstu.base.remote import LAKE_FILE
 from hstu.data.batches.jagged import run_offsets
 from hstu.data.datasets.lakehouse import snapshot
-from hstu.data.datasets.own_columns import TIME_UNITS
-from hstu.data.datasets.spec import USER_FEATURE
+from hstu.data.datasets.spec import TIME_UNITS, USER_FEATURE
 from hstu.data.store.layout import (
     DTYPES,
     META_FILE,

@@ -87,6 +87,7 @@ LOOKUP_KERNELS = re.compile(r"embedding_(?:nobag_)?(?:backward_)?codegen_")
 KEPT_KERNELS = re.compile(
     r"\d(?:split|dense)_embedding_nobag_"
     r"(?:codegen_forward|backward_codegen_(?:sgd|adagrad|rowwise_adagrad|adam|dense))_unweighted_"
+    r"|\dsplit_embedding_backward_codegen_find_long_segments"
 )
 """Those of tables without pooling, with our optimizers, for all dtypes and widths, in GPU or host memory."""
 NEVER_CALLED = ("fbgemm_gpu_tbe_training_backward_gwd", "fbgemm_gpu_tbe_training_backward_vbe")

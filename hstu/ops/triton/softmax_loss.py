@@ -96,16 +96,17 @@ class SampledSoftmaxLoss(SoftmaxLoss):
             )
         losses = target_losses(positive_logits, log_totals)
         if any(ctx.needs_input_grad):
-            grad_queries = torch.empty_like(queries)
+            # Not in place: several warps load each logit, and one of them could store its weight before.
+            grad_queries, weights = torch.empty_like(queries), torch.empty_like(logits)
             if num_queries:
                 launcher(draw_gradients, each_query, configs)(
                     logits=logits,
                     log_norms=positive_logits + losses,
-                    weights=logits,  # in place
+                    weights=weights,
                     grad=matrix(grad_queries),
                     **shared,
                 )
-            grad_pool = sums_by_key(queries, draws.flatten().long(), len(pool), logits, max(1, num_draws))
+            grad_pool = sums_by_key(queries, draws.flatten().long(), len(pool), weights, max(1, num_draws))
             save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
         return losses.sum()
 

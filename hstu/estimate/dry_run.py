@@ -32,6 +32,7 @@ from hstu.optim.optimizers import build_optimizers
 from hstu.parallel.collectives import gather_rows
 from hstu.parallel.layer_comm import split_encoder
 from hstu.parallel.mesh import Mesh
+from hstu.parallel.own_time import own_time
 from hstu.parallel.table_optimizer import TableOptimizer
 from hstu.pipeline.finite import FiniteCheck
 from hstu.pipeline.step import TrainStep
@@ -94,6 +95,7 @@ def dry_run(workload: Workload, batch: Batch) -> DryRun:
         dense = cast(DenseModel, step.model.dense)
         with recorder:
             step(on_device)
+        own_time.pop_s()  # of a step that computed nothing; the first of training may follow
         weights = _weights(dense, step.optimizers.dense)
     parts = {id(part): part for part in (on_device.own, *on_device.parts)}
     found[key] = DryRun(

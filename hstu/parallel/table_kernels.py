@@ -35,6 +35,8 @@ from hstu.ops.row_update import add_rows
 BFLOAT16 = {CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: get_qcomm_codecs(QCommsConfig(CommType.BF16, CommType.BF16))}
 """TorchRec's codecs of rows and gradients. Its get_qcomm_codecs_registry would send float16 between CPUs."""
 
+BAGS = 4096
+"""Bags per key in lookups on a GPU: about the warps that are resident at a time."""
 Piece = tuple[Sequence[int], Tensor]
 """A live shard of this rank: offset of its first element in the whole tensor; shard."""
 
@@ -118,7 +120,7 @@ class FusedEmbedding(BatchedFusedEmbedding):
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
         """Look up rows: float32 [tokens, columns]."""
-        rows: Tensor = super().forward(features)
+        rows: Tensor = super().forward(in_even_bags(features) if features.device().type == "cuda" else features)
         limit = (self.config.fused_params or {}).get("max_gradient")
         if rows.requires_grad and (self.measures or limit is not None):
             rows.register_hook(partial(self._sum_gradients, self._row_indices(features), limit))
@@ -157,6 +159,24 @@ def sum_rows(gradients: Tensor, rows: Tensor) -> Tensor:
     first = torch.empty_like(order)
     first[order] = order[run_start]
     return add_rows(torch.zeros_like(gradients), first, gradients)
+
+
+def in_even_bags(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The same ids per key in BAGS bags of almost equal sizes. Rows without pooling do not depend on the bags.
+
+    FBGEMM has a warp look up the ids of a bag one after another, and the distinct ids of a table are one bag: on an H100
+    that took 5 ms for 60,000 rows of 1,024 channels. The host does not wait for the device.
+    """
+    ends = features.offsets()[:: features.stride()]  # [keys + 1]
+    bag = torch.arange(BAGS, device=ends.device)
+    begins = ends[:-1, None] + ends.diff()[:, None] * bag // BAGS
+    return KeyedJaggedTensor(
+        keys=features.keys(),
+        values=features.values(),
+        weights=features.weights_or_none(),
+        offsets=torch.cat([begins.flatten(), ends[-1:]]),
+        stride=BAGS,
+    )
 
 
 class RowSparseLookup(GroupedEmbeddingsLookup):

@@ -14,6 +14,7 @@ from hstu.estimate.estimate import estimate, report
 from hstu.estimate.record import ATTENTION, Operator
 from hstu.estimate.sharding import Transfer, plan_tables
 from hstu.estimate.workload import plan_workload
+from hstu.parallel.own_time import own_time
 from tests.estimate.runs import run_config
 
 H100 = machine.gpu("h100", torch.bfloat16)
@@ -127,6 +128,7 @@ def test_a_layer_of_any_kind_is_counted_without_a_line_here() -> None:
     """Operators that no file of the estimate names: the arithmetic of the products is what the training log counts."""
     workload = plan_workload(run_config(), 1, 1, "cuda")
     events = dry_run(workload, workload.typical).recording.events
+    assert own_time.pop_s() == 0.0, "the run that follows does not count it"
     flops = sum(event.cost.flops for event in events if isinstance(event, Operator))
     assert workload.flops(workload.typical) < flops < 1.1 * workload.flops(workload.typical), "and the head's"
 

@@ -17,7 +17,7 @@ from torchrec.distributed.types import ShardingEnv
 
 from hstu.config.args import OptimizerArgs
 from hstu.parallel.mesh import Mesh
-from hstu.parallel.table_kernels import sum_rows
+from hstu.parallel.table_kernels import BAGS, in_even_bags, sum_rows
 from hstu.parallel.table_optimizer import TableOptimizer, TableTraining
 from tests.distributed.launch import run_cases
 from tests.helpers import Allocations
@@ -49,6 +49,17 @@ def test_the_cost_of_lookup_and_step_depends_on_the_rows_touched_not_on_the_tabl
         optimizer.step()
     assert allocations.largest == 100 * 8
     assert (weight.detach()[ids] != 0).all()
+
+
+def test_even_bags_hold_the_ids_of_their_key_in_the_same_order() -> None:
+    lengths = torch.tensor([[3, 9_000, 0], [0, 0, 0], [1, 1, 1]])
+    features = KeyedJaggedTensor(["a", "b", "c"], torch.arange(int(lengths.sum())), lengths=lengths.flatten())
+    even = in_even_bags(features)
+    for key in features.keys():
+        assert torch.equal(even[key].values(), features[key].values())
+        of_bags = even[key].lengths()
+        assert len(of_bags) == BAGS
+        assert of_bags.max() - of_bags.min() <= 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 200])

@@ -164,8 +164,8 @@ def sum_rows(gradients: Tensor, rows: Tensor) -> Tensor:
 def in_even_bags(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     """The same ids per key in BAGS bags of almost equal sizes. Rows without pooling do not depend on the bags.
 
-    FBGEMM has a warp look up the ids of a bag one after another, and the distinct ids of a table are one bag: on an H100
-    that took 5 ms for 60,000 rows of 1,024 channels. The host does not wait for the device.
+    FBGEMM has a warp look up the ids of a bag one after another, and the distinct ids of a table are one bag: 60,000
+    rows of 1,024 channels took 5 ms on an H100. The host does not wait for the device.
     """
     ends = features.offsets()[:: features.stride()]  # [keys + 1]
     bag = torch.arange(BAGS, device=ends.device)

@@ -90,7 +90,7 @@ def dry_run(workload: Workload, batch: Batch) -> DryRun:
     is_cpu = workload.device_type == "cpu" and requested is not Backend.PYTORCH
     with _mesh(workload) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         recorder = Recorder()
-        kernels = fake_kernels(Backend.CPU if is_cpu else requested, recorder.report)
+        kernels = fake_kernels(Backend.CPU if is_cpu else requested, workload.device_type, recorder.report)
         step = _build_step(workload, mesh, kernels, on_device, recorder)
         dense = cast(DenseModel, step.model.dense)
         with recorder:

@@ -38,16 +38,22 @@ Report = Callable[..., None]
 """Called with the name of an operator, the cost of one of its passes, and the tensors that it reads."""
 
 
-def fake_kernels(backend: Backend, report: Report) -> Kernels:
-    """Fakes of the kernels that ``backend`` implements. ``report`` is called once per pass of an operator."""
+def fake_kernels(backend: Backend, device_type: str, report: Report) -> Kernels:
+    """Fakes of the kernels that ``backend`` uses on a device. ``report`` is called once per pass of an operator."""
     fused = backend in (Backend.TRITON, Backend.CUTLASS)
-    copies, loss = backend is Backend.PYTORCH, lambda *inputs: _FakeSoftmax.apply(*inputs, report)
+    copies, is_cpp = backend is Backend.PYTORCH, backend is Backend.CPU
+    most_scores = softmax_loss.BLOCK_ELEMENTS[device_type]
+
+    def loss(*inputs: Any) -> Tensor:
+        result: Tensor = _FakeSoftmax.apply(*inputs, most_scores, is_cpp, report)
+        return result
+
     found = replace(
         REFERENCE_KERNELS,
         attention=AttentionKernels(
             partial(_attention, report, copies),
             partial(_attention_backward, report, copies),
-            differentiates_silu=backend is not Backend.CPU,
+            differentiates_silu=not is_cpp,
             serves_ranges=backend is not Backend.CUTLASS,
         ),
         sampled_softmax_loss=loss,
@@ -56,7 +62,7 @@ def fake_kernels(backend: Backend, report: Report) -> Kernels:
     if backend is not Backend.PYTORCH:
         gate = GateKernels(partial(_gate, report, fused), partial(_gate_backward, report), fused)
         found = replace(found, norm_mul_dropout=gate)
-    if backend is Backend.CPU:
+    if is_cpp:
         found = replace(found, l2_normalize=lambda vectors, eps: _FakeUnit.apply(vectors.float(), report))
     if fused:
         norm = AddLayerNormKernels(partial(_add_layer_norm, report), partial(_add_layer_norm_backward, report))
@@ -190,16 +196,28 @@ class _FakeUnit(torch.autograd.Function):
 
 
 class _FakeSoftmax(softmax_loss.SoftmaxLoss):
-    """Softmax losses whose forward saves the gradients."""
+    """Softmax losses whose forward saves the gradients. ``most_scores``: of the block of a whole pool."""
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives, report: Report
+        ctx: Any,
+        queries: Tensor,
+        positives: Tensor,
+        pool: Tensor,
+        negatives: Negatives,
+        most_scores: int,
+        is_cpp: bool,
+        report: Report,
     ) -> Tensor:
         draws, width = negatives.draws, pool.shape[1]
         if draws is None:
-            report("loss", costs.pool_softmax(len(queries), len(pool), width), queries, positives, pool)
-            blocks = [pool.new_empty(min(len(queries) * len(pool), 1 << 20))]  # of scores
+            cost = costs.pool_softmax(len(queries), len(pool), width, 6.0 if is_cpp else 11.5)
+            report("loss", cost, queries, positives, pool)
+            scores = pool.new_empty(min(len(queries) * len(pool), most_scores))
+            blocks = [scores, *map(torch.empty_like, (queries, queries, pool))]  # scaled queries, two gradients
+            if not is_cpp:  # which scores are hidden, and the first positions that say so
+                kinds = [torch.bool] if negatives.seen is None else [torch.bool, torch.int32]
+                blocks += [torch.empty_like(scores, dtype=kind) for kind in kinds]
         else:
             report("loss", costs.sampled_softmax(len(draws), draws.shape[1], width), queries, positives, pool)
             blocks = [queries.new_empty(draws.shape) for _ in range(2)]  # scores and their weights

@@ -12,12 +12,13 @@ CUTLASS_CAPABILITY = (9, 0)
 """Compute capability of GPUs with CUTLASS kernels."""
 MIN_TRITON_CAPABILITY = (8, 0)
 """First compute capability with bfloat16 products."""
+_WITHOUT_TRITON = ("l2_normalize", "pool_softmax_loss", "update_rows")
 WITH_A_KERNEL = {
     Backend.CPU: (
         *("attention", "norm_mul_dropout", "sampled_softmax_loss", "pool_softmax_loss"),
         *("l2_normalize", "update_rows"),
     ),
-    Backend.TRITON: tuple(operator for operator in OPERATORS if operator not in ("l2_normalize", "update_rows")),
+    Backend.TRITON: tuple(operator for operator in OPERATORS if operator not in _WITHOUT_TRITON),
     Backend.CUTLASS: ("attention",),
 }
 _DTYPES = {
@@ -45,11 +46,10 @@ def unsupported_reason(backend: Backend, operator: str, shapes: KernelShapes) ->
     """Why ``backend`` has no kernel for ``operator`` at these shapes; None if it has one."""
     if operator not in WITH_A_KERNEL[backend]:
         return "no kernel"
-    if operator in ("l2_normalize", "update_rows"):
+    if operator in ("l2_normalize", "pool_softmax_loss", "update_rows"):
         return None
-    if operator in ("sampled_softmax_loss", "pool_softmax_loss"):
-        has_limit = backend is Backend.TRITON or operator == "sampled_softmax_loss"
-        too_wide = has_limit and shapes.item_dim > WIDEST_VECTOR
+    if operator == "sampled_softmax_loss":
+        too_wide = shapes.item_dim > WIDEST_VECTOR
         return f"vectors of {shapes.item_dim} > {WIDEST_VECTOR} numbers" if too_wide else None
     if operator == "attention" and shapes.head_dim > WIDEST_HEAD and backend is not Backend.CUTLASS:
         return f"heads of {shapes.head_dim} > {WIDEST_HEAD} channels"

@@ -1,7 +1,7 @@
 """Compile every GPU kernel ahead of time and report its resources. No GPU is needed.
 
     python scripts/bench/compile_kernels.py [--backend triton cutlass] [--capability 89 100] [--head-dim 128 256] \
-        [--operator pool_softmax_loss] [--output docs/benchmarks/kernels]
+        [--operator sampled_softmax_loss] [--output docs/benchmarks/kernels]
 
 Writes ``kernels.md``, a table of one line per kernel, and per backend the raw numbers of every variant and
 configuration, ``triton.json`` and ``cutlass.json``. Everything takes about an hour on two cores. Options that leave

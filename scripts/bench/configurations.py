@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 from harness import Row, command_line, publish
 from torch import Tensor
 
 from hstu.ops.functional import hstu_attention, project_uvqk
-from hstu.ops.kernels import AttentionConfig, AttentionInputs, Negatives, RelativeBias
+from hstu.ops.kernels import AttentionConfig, AttentionInputs, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS
 from hstu.ops.self_check import small_layout
 from hstu.ops.triton.launch import Launch, capability_of, recorded_launches
@@ -52,12 +51,7 @@ def operators(
         width = 4 * heads * head_dim
         project_uvqk(drawn(tokens, hidden), drawn(width, hidden), drawn(width), OPERATORS["project_uvqk"])
 
-    def loss() -> None:
-        vectors = [F.normalize(drawn(8192, 128, dtype=torch.float32)) for _ in range(3)]
-        ids = torch.arange(8192, device=device)
-        OPERATORS["pool_softmax_loss"](*vectors, Negatives(ids, ids, 0.05))
-
-    yield from {"attention": attention, "project_uvqk": projection, "pool_softmax_loss": loss}.items()
+    yield from {"attention": attention, "project_uvqk": projection}.items()
 
 
 def times_of(launch: Launch, clock: Clock) -> dict[str, float | str]:

@@ -76,12 +76,11 @@ def variants() -> list[Variant]:
         Variant("add_positions", 0, f"[T, {HIDDEN}], float32", _run_positions),
         *(
             Variant(
-                op,
+                "sampled_softmax_loss",
                 0,
                 f"[M, {width}], float32{', seen items masked' if masks else ''}",
-                lambda op=op, width=width, masks=masks: _run_softmax(op, width, masks),  # type: ignore[misc]
+                lambda width=width, masks=masks: _run_softmax(width, masks),  # type: ignore[misc]
             )
-            for op in ("pool_softmax_loss", "sampled_softmax_loss")
             for width in (64, 256)
             for masks in (False, True)
         ),
@@ -169,13 +168,13 @@ def _run_positions() -> None:
     OPERATORS["add_positions"](x, table, layout.positions).sum().backward()
 
 
-def _run_softmax(op: str, width: int, masks: bool) -> None:
+def _run_softmax(width: int, masks: bool) -> None:
     vectors = _zeros(64, width), _zeros(64, width), _zeros(48, width)
     targets, ids = torch.zeros(64, dtype=torch.int64), torch.zeros(48, dtype=torch.int64)
     of_queries = torch.zeros(64, dtype=torch.int32)
     seen = SeenItems(torch.zeros(2, 48, dtype=torch.int32), of_queries, of_queries) if masks else None
-    draws = None if op == "pool_softmax_loss" else torch.zeros(64, 128, dtype=torch.int64)
-    OPERATORS[op](*vectors, Negatives(targets, ids, 0.05, _zeros(48), seen, draws))
+    draws = torch.zeros(64, 128, dtype=torch.int64)
+    OPERATORS["sampled_softmax_loss"](*vectors, Negatives(targets, ids, 0.05, _zeros(48), seen, draws))
 
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

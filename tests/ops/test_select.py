@@ -100,8 +100,8 @@ def test_right_kernels_are_used_and_only_those_that_are_used_are_checked(machine
 
 def test_a_refused_operator_falls_back_alone(machine: Machine) -> None:
     right = on_gpu("cutlass")
-    machine.faults["triton", "pool_softmax_loss"] = "it hangs"
-    right |= {"pool_softmax_loss": "pytorch (cutlass: no kernel; triton: it hangs)"}
+    machine.faults["triton", "sampled_softmax_loss"] = "it hangs"
+    right |= {"sampled_softmax_loss": "pytorch (cutlass: no kernel; triton: it hangs)"}
     assert on_gpu("cutlass") == right
     machine.faults["cutlass", "attention"] = "dK differs"
     assert on_gpu("cutlass") == right | {"attention": "triton (cutlass: dK differs)"}
@@ -109,7 +109,7 @@ def test_a_refused_operator_falls_back_alone(machine: Machine) -> None:
     kernels = select_kernels("cutlass", strict=False, device=GPU, shapes=BFLOAT16)
     assert said(kernels) == right | {"attention": "pytorch (cutlass: dK differs; triton: it hangs)"}
     refused = [operator for operator in OPERATORS if kernels.served_by[operator].is_refused]
-    assert refused == ["attention", "pool_softmax_loss"]
+    assert refused == ["attention", "sampled_softmax_loss"]
     assert on_gpu("triton")["attention"] == "pytorch (triton: it hangs)"
 
 
@@ -181,7 +181,9 @@ def test_shapes_that_a_backend_cannot_serve_are_named(backend: Backend, shapes: 
     assert served["attention"] == attention
     assert (kernels.attention is REFERENCE_KERNELS.attention) == attention.startswith("pytorch")
     other = "triton (cutlass: no kernel)" if backend is Backend.CUTLASS else str(backend)
-    assert {served[name] for name in ("norm_mul_dropout", "sampled_softmax_loss", "pool_softmax_loss")} == {other}
+    assert {served[name] for name in ("norm_mul_dropout", "sampled_softmax_loss")} == {other}
+    without = {Backend.CPU: "cpu", Backend.TRITON: "pytorch (triton: no kernel)"}
+    assert served["pool_softmax_loss"] == without.get(backend, "pytorch (cutlass: no kernel; triton: no kernel)")
     assert kernels.norm_mul_dropout is not REFERENCE_KERNELS.norm_mul_dropout
 
 

@@ -12,7 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hstu.ops.pytorch.softmax_loss as implementation
-from hstu.ops.kernels import NEVER_SEEN, Negatives, SeenItems
+from hstu.estimate.record import Recorder
+from hstu.ops.fake import fake_kernels
+from hstu.ops.kernels import NEVER_SEEN, Backend, Negatives, SeenItems
+from hstu.ops.pytorch.operators import REFERENCE_KERNELS
 from tests.helpers import Allocations
 from tests.ops.backends import softmax_loss
 
@@ -144,6 +147,24 @@ def test_whole_pool_memory_is_bounded_by_a_block(monkeypatch: pytest.MonkeyPatch
     with Allocations([]) as allocations:
         softmax_loss(vectors, negatives).backward()
     assert 0 < allocations.largest <= 1 << 12
+
+
+@pytest.mark.parametrize(("backend", "masks"), [(Backend.TRITON, False), (Backend.CUTLASS, True)])
+@pytest.mark.parametrize(("queries", "pool"), [(1300, 3700), (4096, 100_000), (700, 400_000)])
+def test_estimates_allocate_what_the_loss_over_a_pool_does_on_a_gpu(
+    backend: Backend, masks: bool, queries: int, pool: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(implementation.BLOCK_ELEMENTS, "cpu", implementation.BLOCK_ELEMENTS["cuda"])
+    peaks = []
+    with FakeTensorMode():
+        vectors, negatives = make_case(queries, pool, dim=50)
+        negatives = replace(negatives, seen=make_seen(queries, pool) if masks else None)
+        for is_fake in (True, False):
+            with Recorder() as recorder:
+                kernels = fake_kernels(backend, "cuda", recorder.report) if is_fake else REFERENCE_KERNELS
+                kernels.pool_softmax_loss(vectors[0], vectors[1], vectors[2], negatives)
+            peaks.append(sum(recorder.recording.peak.values()))
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
 
 
 def test_tensors_without_values_leave_no_memory_for_the_next_loss() -> None:

@@ -149,8 +149,8 @@ class PrecisionArgs(Args):
     )
     """loss_scale = "dynamic": consecutive steps without overflow after which the scale doubles."""
     allow_tf32: bool = option(False, changes="training")
-    """GPUs: allow PyTorch to multiply float32 matrices in TF32, which has 10 bits of mantissa. Our own kernels keep
-    float32 precision in any case."""
+    """GPUs: allow PyTorch to multiply float32 matrices in TF32, which has 10 bits of mantissa, also in the softmax over
+    a whole pool of items. Our own kernels keep float32 precision in any case."""
     fp32_master_grads: bool = option(
         True,
         changes="training",

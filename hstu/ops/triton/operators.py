@@ -5,7 +5,7 @@ from typing import Any
 from hstu.ops.kernels import AddLayerNormKernels, AttentionKernels, GateKernels, ProjectionKernels
 from hstu.ops.triton import attention, linear, norm
 from hstu.ops.triton.rows import add_positions, jagged_concat
-from hstu.ops.triton.softmax_loss import PoolSoftmaxLoss, SampledSoftmaxLoss
+from hstu.ops.triton.softmax_loss import SampledSoftmaxLoss
 
 OPERATORS: dict[str, Any] = {
     "attention": AttentionKernels(attention.forward, attention.backward, serves_ranges=True),
@@ -13,7 +13,6 @@ OPERATORS: dict[str, Any] = {
     "project_uvqk": ProjectionKernels(linear.project, linear.silu),
     "norm_mul_dropout": GateKernels(norm.gate_forward, norm.gate_backward),
     "sampled_softmax_loss": SampledSoftmaxLoss.apply,
-    "pool_softmax_loss": PoolSoftmaxLoss.apply,
     "jagged_concat": jagged_concat,
     "add_positions": add_positions,
 }

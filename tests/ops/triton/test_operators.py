@@ -1,23 +1,21 @@
-"""Triton's projection, rows and pool loss against float64, its dropout and its split heads."""
+"""Triton's projection and rows against float64, its dropout and its split heads."""
 
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hstu.ops.functional import project_uvqk
-from hstu.ops.kernels import Backend, GateConfig, Negatives, RelativeBias
+from hstu.ops.kernels import Backend, GateConfig, RelativeBias
 from hstu.ops.layout import NUM_TIME_BUCKETS, TokenOrder
-from tests.ops.backends import TOLERANCE, device_of, hstu_attention, kernels_of, norm_mul_dropout, softmax_loss
+from tests.ops.backends import TOLERANCE, device_of, hstu_attention, kernels_of, norm_mul_dropout
 from tests.ops.oracle import User
 from tests.ops.strategies import Batch
 from tests.ops.test_kernels import assert_near, differentiate, to
 from tests.ops.test_norm_mul_dropout import over_two_ranks
-from tests.ops.test_softmax_loss import make_seen
 
 
 def compare(
@@ -70,20 +68,6 @@ def test_positions_equal_float64_and_far_ones_share_the_last(tokens: int) -> Non
         [torch.randn(tokens, 70), torch.randn(30, 70)],
         torch.randn(tokens, 70),
     )
-
-
-@pytest.mark.usefixtures("device")
-@pytest.mark.parametrize(("weighted", "masks"), [(False, False), (True, True)])
-@pytest.mark.parametrize(
-    ("queries", "pool", "width"), [(0, 4, 16), (1, 1, 3), (130, 70, 50), (5, 100, 200), (70, 70, 256)]
-)
-def test_the_pool_loss_equals_float64(queries: int, pool: int, width: int, weighted: bool, masks: bool) -> None:
-    torch.manual_seed(0)
-    targets, ids = torch.randint(5, (queries,)), torch.randint(9, (pool,))
-    log_weights = torch.randn(pool).masked_fill(torch.rand(pool) < 0.3, -torch.inf) if weighted else None
-    negatives = Negatives(targets, ids, 0.3, log_weights, make_seen(queries, pool) if masks else None)
-    vectors = [F.normalize(torch.randn(n, width), dim=1) for n in (queries, queries, pool)]
-    compare(lambda backend, *vectors: softmax_loss(vectors, negatives, backend), vectors, torch.tensor(1.0))
 
 
 def test_a_gradient_that_is_not_finite_stays_so_in_the_gradients_of_the_bias(device: torch.device) -> None:

@@ -249,7 +249,7 @@ def report(found: Estimate, workload: Workload, machine: Machine) -> Iterator[st
         f"{found.tflops:.3g} TFLOPS per rank, MFU {found.mfu:.1%} of {found.peak_tflops:.3g} TFLOPS"
     )
     yield f"\nnote: {workload.note}"
-    yield f"note: times are what {machine.name} should need (a roofline); none of them has been measured"
+    yield f"note: times are what {machine.name} should need (a roofline, checked on one H100)"
     if found.memory_total > found.memory_limit:
         yield "warning: this is more memory than a rank has"
 

@@ -19,7 +19,11 @@ from hstu.ops.costs import Cost
 
 @dataclass(frozen=True)
 class Machine:
-    """The device of one rank and its links. Efficiencies and latencies are unmeasured assumptions for all GPUs."""
+    """The device of one rank and its links.
+
+    The efficiencies of matrix products, attention (CUTLASS) and memory are those of an H100 in bfloat16
+    (docs/benchmarks/h100), assumed for all GPUs. Those of links, and all latencies, are unmeasured assumptions.
+    """
 
     name: str
     memory_gb: float
@@ -41,9 +45,9 @@ class Machine:
     """Fixed time per message that a rank sends in an all_to_all, in addition to the time for its bytes."""
     launch_us: float = 4.0
     """Time to launch one kernel on an otherwise idle host."""
-    matmul_efficiency: float = 0.6
+    matmul_efficiency: float = 0.65
     """Share of the peak that matrix products reach."""
-    attention_efficiency: float = 0.3
+    attention_efficiency: float = 0.42
     """Share of the peak that attention reaches, by the FLOPs that hstu/ops/costs.py counts."""
     memory_efficiency: float = 0.75
     link_efficiency: float = 0.7
@@ -132,6 +136,8 @@ def this_cpu(ranks: int, dtype: torch.dtype) -> Machine:
         network_gb_s=1.0,
         link_latency_us=100.0,
         network_latency_us=100.0,
+        matmul_efficiency=0.6,
+        attention_efficiency=0.3,
         link_efficiency=1.0,
         overlaps=False,
     )

@@ -122,8 +122,9 @@ def _span(values: Iterable[int]) -> str:
 HEADING = """# Compiled kernels
 
 `python scripts/bench/compile_kernels.py --output docs/benchmarks/kernels` writes this page and the raw numbers of every
-variant and configuration: [triton.json](triton.json), [cutlass.json](cutlass.json). **None of these kernels has run on
-a GPU yet.** Columns, for the default configuration of each kernel: registers per thread (the CUTLASS kernels of sm_90
+variant and configuration: [triton.json](triton.json), [cutlass.json](cutlass.json). Of those for sm_90,
+[some have run](../h100/README.md#what-has-run-and-what-has-not), the others on no GPU yet.
+Columns, for the default configuration of each kernel: registers per thread (the CUTLASS kernels of sm_90
 then give 232 to each thread that computes up to head dim 64, else 240), KiB of shared memory per program, and spill
 instructions (loads and stores of registers that did not fit). In brackets: the most spills in any other configuration,
 on sm_80 and sm_90; training runs the default. For sm_89 and sm_100 only the default configurations are compiled.

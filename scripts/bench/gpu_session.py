@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,6 +51,11 @@ class Item:
     rehearsal: Sequence[str] | None
     """The same on a CPU at a tiny size; None: it cannot be rehearsed."""
     is_program: bool = False
+
+    @property
+    def stem(self) -> str:
+        """Name of its files, which the owner of a lent machine may move by any means."""
+        return re.sub(r"\W+", "_", self.name)
 
 
 def bench(script: str, *options: str) -> list[str]:
@@ -209,7 +215,7 @@ def rows_of(report: Path) -> list[dict[str, Any]]:
 
 def run(item: Item, options: argparse.Namespace, limit_s: float) -> str:
     """Run an item to its end or its limit, in a new process if one ends early; returns how it ended."""
-    report, begun = options.out / f"{item.name}.json", time.monotonic()
+    report, begun = options.out / f"{item.stem}.json", time.monotonic()
     while True:
         before, left = len(rows_of(report)), begun + limit_s - time.monotonic()
         code = run_once(item, options, report, left)
@@ -233,7 +239,7 @@ def run_once(item: Item, options: argparse.Namespace, report: Path, limit_s: flo
     command = list((item.rehearsal or ()) if options.dry_run else item.command)
     if options.dry_run or not item.is_program:
         command = [sys.executable, *command]
-    with tempfile.TemporaryDirectory() as folder, open(options.out / f"{item.name}.log", "ab") as sink:
+    with tempfile.TemporaryDirectory() as folder, open(options.out / f"{item.stem}.log", "ab") as sink:
         for name, path in {REPORT: report, SCRATCH: folder, OUT: options.out, DATA: options.data}.items():
             command = [part.replace(name, str(path)) for part in command]
         process = subprocess.Popen(
@@ -252,8 +258,8 @@ def run_once(item: Item, options: argparse.Namespace, report: Path, limit_s: flo
 
 def show(item: Item, options: argparse.Namespace) -> None:
     """Print the results of an item; the end of the output of one without results."""
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows_of(options.out / f"{item.name}.json")]
-    log = options.out / f"{item.name}.log"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows_of(options.out / f"{item.stem}.json")]
+    log = options.out / f"{item.stem}.log"
     if not lines and log.exists():
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
     print("".join(f"    {line[:400]}\n" for line in lines), end="", flush=True)

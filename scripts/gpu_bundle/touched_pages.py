@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 from scripts.gpu_bundle import libraries
@@ -91,7 +90,6 @@ def compile_kernels() -> None:
         for dtype, head_dims in ((torch.bfloat16, (128, 256)), (torch.float16, (64,)))
         for variant in variants((dtype,), head_dims)
     ]
-    chosen += [replace(variant, through_silu=False) for variant in chosen if variant.through_silu]  # of benchmarks
     print(f"{chosen[0]}: {len(compile_ahead(chosen[0])[1])} bytes of machine code", flush=True)
     for variant in chosen:
         with tempfile.NamedTemporaryFile(suffix=".o") as file:

@@ -1,6 +1,7 @@
 """List the CUTLASS kernels to compile before a run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from hstu.ops.compile_ahead import Job
@@ -10,13 +11,18 @@ from hstu.ops.support import CUTLASS_CAPABILITY, unsupported_reason
 
 
 def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str]) -> list[Job]:
-    """Compile jobs for the kernels that serve these shapes; empty if Triton serves them."""
+    """Compile jobs for the kernels that serve these shapes; empty if Triton serves them.
+
+    Backward kernels also without SiLU, as context parallelism and benchmarks launch them.
+    """
     is_other = divmod(capability, 10) != CUTLASS_CAPABILITY or "attention" not in operators
     if is_other or shapes is None or unsupported_reason(Backend.CUTLASS, "attention", shapes):
         return []
+    of_training = list(variants((shapes.dtype,), (shapes.head_dim,)))
+    both = dict.fromkeys([*of_training, *(replace(variant, through_silu=False) for variant in of_training)])
     return [
         Job(f"{kernel_name(variant)} ({variant.head_dim} channels)", partial(save_compiled, variant))
-        for variant in variants((shapes.dtype,), (shapes.head_dim,))
+        for variant in both
     ]
 
 

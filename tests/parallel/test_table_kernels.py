@@ -54,12 +54,10 @@ def test_the_cost_of_lookup_and_step_depends_on_the_rows_touched_not_on_the_tabl
 def test_even_bags_hold_the_ids_of_their_key_in_the_same_order() -> None:
     lengths = torch.tensor([[3, 9_000, 0], [0, 0, 0], [1, 1, 1]])
     features = KeyedJaggedTensor(["a", "b", "c"], torch.arange(int(lengths.sum())), lengths=lengths.flatten())
-    even = in_even_bags(features)
-    for key in ("a", "b", "c"):
-        assert torch.equal(even[key].values(), features[key].values())
-        of_bags = even[key].lengths()
-        assert len(of_bags) == BAGS
-        assert of_bags.max() - of_bags.min() <= 1
+    for key, even in in_even_bags(features).to_dict().items():
+        assert torch.equal(even.values(), features[key].values())
+        assert len(even.lengths()) == BAGS
+        assert even.lengths().max() - even.lengths().min() <= 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 200])

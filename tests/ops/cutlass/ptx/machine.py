@@ -182,22 +182,6 @@ class Warp:
             start = int(address[lane]) % 2 ** (64 if is_global else 32)
             yield int(lane), self.cta.global_bytes(start, size) if is_global else self.cta.shared[start : start + size]
 
-    def _red(self, instruction: Instruction, mask: np.ndarray) -> None:
-        """An atomic addition of integers, one thread after the other."""
-        self._atom(Instruction(instruction.opcode, ["_", *instruction.operands]), mask)
-
-    def _atom(self, instruction: Instruction, mask: np.ndarray) -> None:
-        """As ``red``; the register gets what was there before."""
-        target, memory, source = instruction.operands
-        assert instruction.parts[-2:] in (["add", "u32"], ["add", "u64"]), instruction
-        value = self.values.read(source, instruction.parts[-1])
-        before = np.zeros_like(value)
-        for lane, data in self._bytes_at(instruction, memory, 0, WIDTH[instruction.parts[-1]], mask):
-            number = data.view(value.dtype)
-            before[lane] = number[0]
-            number += value[lane]
-        self.values.write(target, before, mask)
-
     def _cvta(self, instruction: Instruction, mask: np.ndarray) -> None:
         self.values.alias(*instruction.operands)
 

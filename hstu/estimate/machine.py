@@ -1,4 +1,4 @@
-"""Speed and memory of a rank and its links, from data sheets and assumptions; the peak of this CPU is measured."""
+"""Speed and memory of a rank and its links: data sheets, one H100 and assumptions; the peak of this CPU is measured."""
 
 import math
 from collections.abc import Mapping

@@ -150,9 +150,10 @@ def sampled_softmax(queries: int, draws: int, width: int) -> Cost:
     return Cost(6.0 * queries * draws * width, 3.0 * FLOAT32 * queries * draws * width, launches=40)
 
 
-def pool_softmax(queries: int, pool: int, width: int, accesses: float = 6.0) -> Cost:
+def pool_softmax(queries: int, pool: int, width: int, is_cpp: bool = True) -> Cost:
     """Softmax of each query over a whole pool of items; the scores and both gradients are matrix products.
 
-    accesses: how often a score is read or written, 6 by C++ kernels and 11.5 by PyTorch's operators.
+    is_cpp: whether C++ kernels compute it, else PyTorch's operators, which read and write a score more often.
     """
+    accesses = 6.0 if is_cpp else 11.5
     return Cost(6.0 * queries * pool * width, accesses * FLOAT32 * queries * pool, launches=40)

@@ -211,7 +211,7 @@ class _FakeSoftmax(softmax_loss.SoftmaxLoss):
     ) -> Tensor:
         draws, width = negatives.draws, pool.shape[1]
         if draws is None:
-            cost = costs.pool_softmax(len(queries), len(pool), width, 6.0 if is_cpp else 11.5)
+            cost = costs.pool_softmax(len(queries), len(pool), width, is_cpp)
             report("loss", cost, queries, positives, pool)
             scores = pool.new_empty(min(len(queries) * len(pool), most_scores))
             blocks = [scores, *map(torch.empty_like, (queries, queries, pool))]  # scaled queries, two gradients

@@ -12,13 +12,11 @@ CUTLASS_CAPABILITY = (9, 0)
 """Compute capability of GPUs with CUTLASS kernels."""
 MIN_TRITON_CAPABILITY = (8, 0)
 """First compute capability with bfloat16 products."""
-_WITHOUT_TRITON = ("l2_normalize", "pool_softmax_loss", "update_rows")
+_ON_CPUS_ONLY = ("l2_normalize", "pool_softmax_loss", "update_rows")
+"""Operators that have kernels for CPUs alone, which serve all shapes."""
 WITH_A_KERNEL = {
-    Backend.CPU: (
-        *("attention", "norm_mul_dropout", "sampled_softmax_loss", "pool_softmax_loss"),
-        *("l2_normalize", "update_rows"),
-    ),
-    Backend.TRITON: tuple(operator for operator in OPERATORS if operator not in _WITHOUT_TRITON),
+    Backend.CPU: ("attention", "norm_mul_dropout", "sampled_softmax_loss", *_ON_CPUS_ONLY),
+    Backend.TRITON: tuple(operator for operator in OPERATORS if operator not in _ON_CPUS_ONLY),
     Backend.CUTLASS: ("attention",),
 }
 _DTYPES = {
@@ -46,7 +44,7 @@ def unsupported_reason(backend: Backend, operator: str, shapes: KernelShapes) ->
     """Why ``backend`` has no kernel for ``operator`` at these shapes; None if it has one."""
     if operator not in WITH_A_KERNEL[backend]:
         return "no kernel"
-    if operator in ("l2_normalize", "pool_softmax_loss", "update_rows"):
+    if operator in _ON_CPUS_ONLY:
         return None
     if operator == "sampled_softmax_loss":
         too_wide = shapes.item_dim > WIDEST_VECTOR

@@ -7,7 +7,8 @@ Variants run one after the other in one process; each result is written when it 
 of them. "step_ms" is the wall clock over all steps, with an idle device before and after; "host_ms" is what the host
 needs to enqueue a step. Where that is as long as the step, the device waits for the host. MFU counts operations as
 NVIDIA recsys-examples does (hstu/ops/costs.py). "difference" is the largest relative difference of the first losses
-from those of the first variant; with --tolerance a larger one is a failure.
+from those of the first variant; with --tolerance a larger one is a failure. With a tolerance of 0, all algorithms are
+deterministic.
 
 From torch's profiler, over fewer steps: the time in which the device is busy; its kernels by category and by name; how
 long several streams work at once; the gaps in which none does, with the kernels around the longest; and the calls with

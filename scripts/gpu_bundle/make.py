@@ -89,7 +89,8 @@ KEPT_KERNELS = re.compile(
     r"(?:codegen_forward|backward_codegen_(?:sgd|adagrad|rowwise_adagrad|adam|dense))_unweighted_"
     r"|\dsplit_embedding_backward_codegen_find_long_segments"
 )
-"""Those of tables without pooling, with our optimizers, for all dtypes and widths, in GPU or host memory."""
+"""Those of tables without pooling, with our optimizers, for all dtypes and widths, in GPU or host memory, and the
+search for frequent ids, which all optimizers share."""
 NEVER_CALLED = ("fbgemm_gpu_tbe_training_backward_gwd", "fbgemm_gpu_tbe_training_backward_vbe")
 """Libraries that FBGEMM loads at its import: for global weight decay, and for batches of several sizes."""
 COMPRESSION = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 26}]

@@ -18,11 +18,11 @@ def jobs(shapes: KernelShapes | None, capability: int, operators: Sequence[str])
     is_other = divmod(capability, 10) != CUTLASS_CAPABILITY or "attention" not in operators
     if is_other or shapes is None or unsupported_reason(Backend.CUTLASS, "attention", shapes):
         return []
-    of_training = list(variants((shapes.dtype,), (shapes.head_dim,)))
-    both = dict.fromkeys([*of_training, *(replace(variant, through_silu=False) for variant in of_training)])
+    fused = list(variants((shapes.dtype,), (shapes.head_dim,)))
+    without_silu = [replace(variant, through_silu=False) for variant in fused if variant.through_silu]
     return [
         Job(f"{kernel_name(variant)} ({variant.head_dim} channels)", partial(save_compiled, variant))
-        for variant in both
+        for variant in (*fused, *without_silu)
     ]
 
 

@@ -4,7 +4,7 @@ Losses map outputs float32 [M, width] and labels float32 [M] to the loss per lab
 scaled (RankingTaskArgs.scale) and never missing. No function waits for the device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -22,33 +22,19 @@ FOCAL_GAMMA = 2.0
 """Exponent of the focal loss (Lin et al., ICCV 2017)."""
 
 
-def bce(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross entropy. outputs: a logit."""
-    return F.binary_cross_entropy_with_logits(outputs[:, 0], labels, reduction="none")
-
-
-def focal(outputs: Tensor, labels: Tensor) -> Tensor:
+def _focal(outputs: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy times (1 - p)^2, where p is the predicted probability of the label (Lin et al., ICCV 2017)."""
     missed = torch.sigmoid(torch.where(labels > 0, -outputs[:, 0], outputs[:, 0]))
-    return missed**FOCAL_GAMMA * bce(outputs, labels)
+    return missed**FOCAL_GAMMA * F.binary_cross_entropy_with_logits(outputs[:, 0], labels, reduction="none")
 
 
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of classes. outputs: a logit per class."""
-    return F.cross_entropy(outputs, labels.long(), reduction="none")
-
-
-def mse(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Squared error."""
-    return (outputs[:, 0] - labels).square()
-
-
-def huber(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Half the squared error, linear beyond an error of 1 (Huber, 1964)."""
-    return F.huber_loss(outputs[:, 0], labels, reduction="none")
-
-
-_LOSSES = {"bce": bce, "focal": focal, "cross_entropy": cross_entropy, "mse": mse, "huber": huber}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bce": lambda outputs, labels: F.binary_cross_entropy_with_logits(outputs[:, 0], labels, reduction="none"),
+    "focal": _focal,
+    "cross_entropy": lambda outputs, labels: F.cross_entropy(outputs, labels.long(), reduction="none"),
+    "mse": lambda outputs, labels: (outputs[:, 0] - labels).square(),
+    "huber": lambda outputs, labels: F.huber_loss(outputs[:, 0], labels, reduction="none"),
+}
 
 
 class RankingTask(nn.Module):
@@ -87,7 +73,7 @@ class RankingTask(nn.Module):
         weights = (~targets.isnan()).float()
         targets = (targets - self.first_class) / args.scale
         labels = torch.where(weights > 0, targets, 0.0)
-        losses = _LOSSES[args.loss_in_force](outputs, labels)
+        losses = LOSSES[args.loss_in_force](outputs, labels)
         return args.weight * (losses * weights).sum()
 
 

@@ -30,6 +30,7 @@ from filelock import FileLock
 
 from hstu.base.files import cache_directory, digest_of, replace_text
 from hstu.ops.compile_ahead import compile_all, describe, num_cores
+from hstu.ops.cpu.build import KernelsUnavailable, keep_freed_memory, library_file
 from hstu.ops.kernels import Backend, KernelShapes
 from hstu.ops.self_check import CPU_HEAD_DIMS, Check, checks, is_usable
 
@@ -68,8 +69,8 @@ def refusals(
     return remembered(key, operators, partial(_check, backend, device, shapes))
 
 
-def refusals_on_cpu(library: Path, operators: Sequence[str]) -> dict[str, str]:
-    """Like :func:`refusals`, for the C++ kernels of a compiled ``library``, in this process; takes two seconds."""
+def refusals_on_cpu(operators: Sequence[str]) -> dict[str, str]:
+    """Like :func:`refusals`, for the C++ kernels, in this process; takes two seconds."""
 
     def check(waiting: Sequence[str]) -> Decided:
         all_shapes = [KernelShapes(dim, 3, 51, dim, torch.float32, True, dim < 32) for dim in CPU_HEAD_DIMS]
@@ -78,6 +79,11 @@ def refusals_on_cpu(library: Path, operators: Sequence[str]) -> dict[str, str]:
         chosen = sorted((case for case in cases if case.operator in waiting), key=attrgetter("operator"))
         return _decided(waiting, 0, list(_measured(chosen, cpu)), "")
 
+    try:
+        library = library_file()
+    except KernelsUnavailable as problem:
+        return dict.fromkeys(operators, f"there are no C++ kernels for this CPU: {problem}")
+    keep_freed_memory()
     return remembered(library.stem, operators, check)
 
 

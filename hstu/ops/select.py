@@ -92,17 +92,6 @@ def _refusals(
     if not operators:
         return {}
     if backend is Backend.CPU:
-        return _refusals_on_cpu(operators)
+        return refusals_on_cpu(operators)
     reason = device_unsupported_reason(backend, torch.cuda.get_device_capability(device))
     return refusals(backend, device, shapes, operators) if reason is None else dict.fromkeys(operators, reason)
-
-
-def _refusals_on_cpu(operators: Sequence[str]) -> Mapping[str, str]:
-    from hstu.ops.cpu.build import KernelsUnavailable, keep_freed_memory, library_file
-
-    try:
-        refused = refusals_on_cpu(library_file(), operators)
-    except KernelsUnavailable as problem:
-        return dict.fromkeys(operators, f"there are no C++ kernels for this CPU: {problem}")
-    keep_freed_memory()
-    return refused

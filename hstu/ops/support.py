@@ -28,16 +28,12 @@ _DTYPES = {
 
 def device_unsupported_reason(backend: Backend, capability: tuple[int, int]) -> str | None:
     """Why GPUs of this compute capability cannot run the kernels of ``backend``; None if they can."""
-    if backend is Backend.TRITON:
-        is_old = capability < MIN_TRITON_CAPABILITY
-        return f"compute capability {_dotted(capability)} < {_dotted(MIN_TRITON_CAPABILITY)}" if is_old else None
-    if capability == CUTLASS_CAPABILITY:
-        return None
-    return f"compute capability {_dotted(capability)}: CUTLASS kernels are for {_dotted(CUTLASS_CAPABILITY)}"
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return ".".join(map(str, capability))
+    own, least, only = (".".join(map(str, each)) for each in (capability, MIN_TRITON_CAPABILITY, CUTLASS_CAPABILITY))
+    if backend is Backend.TRITON and capability < MIN_TRITON_CAPABILITY:
+        return f"compute capability {own} < {least}"
+    if backend is Backend.CUTLASS and capability != CUTLASS_CAPABILITY:
+        return f"compute capability {own}: CUTLASS kernels are for {only}"
+    return None
 
 
 def unsupported_reason(backend: Backend, operator: str, shapes: KernelShapes) -> str | None:

@@ -15,7 +15,7 @@ from hstu.config.args import OptimizerArgs, PartOptimizerArgs
 from hstu.config.args.optimizer import OF_MATRICES, ROWWISE
 from hstu.config.option import located
 from hstu.model.embedding import ReplicatedTables
-from hstu.parallel.fsdp import FsdpWeights
+from hstu.parallel.fsdp import FsdpWeights, fully_sharded
 from hstu.parallel.shards import ShardedView, swap_values
 
 log = logging.getLogger(__name__)
@@ -47,11 +47,11 @@ class DenseOptimizer:
     Every optimizer first decays ``decayed_parameters``: w ← w - lr · weight_decay · w. With ``ema_decay``, the state
     includes a moving average of the parameters, which include the replicated tables that hstu.parallel trains.
 
-    ``shares``: parameters of which each rank updates its own rows; None: this rank updates all.
+    Of parameters that ``shard_dense`` has sharded, each rank updates its own rows.
     Raises ConfigError if OptimizerArgs.part_optimizers do not fit the parameters.
     """
 
-    def __init__(self, module: nn.Module, args: OptimizerArgs, shares: FsdpWeights | None = None) -> None:
+    def __init__(self, module: nn.Module, args: OptimizerArgs) -> None:
         self.parameters = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.learning_rate = args.learning_rate
         """Peak learning rate of parameters that no PartOptimizerArgs has another one for."""
@@ -59,8 +59,9 @@ class DenseOptimizer:
         tables = {id(weight) for part in parts for weight in part.parameters()}
         self.trained = trained = {name: weight for name, weight in self.parameters.items() if id(weight) not in tables}
         """The parameters without the replicated tables."""
-        self._shares = shares
-        self._owned = trained if shares is None else shares.own
+        sharded = fully_sharded(module)
+        self._shares = None if sharded is None else FsdpWeights(trained, sharded)
+        self._owned = trained if self._shares is None else self._shares.own
         """This rank's slice of each trained parameter."""
         decaying = {id(weight) for weight in decayed_parameters(module)}
         settings = match_part_optimizers(trained, args)
@@ -151,8 +152,9 @@ class DenseOptimizer:
         return states | {f"{name}.average": self._whole(name, average) for name, average in self._averages.items()}
 
     def _whole(self, name: str, state: Tensor) -> Tensor | ShardedView:
-        is_shared = self._shares is not None and name in self._owned and state.ndim > 0
-        return self._shares.view(name, state) if self._shares is not None and is_shared else state
+        if self._shares is None or name not in self._owned or state.ndim == 0:
+            return state
+        return self._shares.view(name, state)
 
 
 @dataclass(frozen=True)

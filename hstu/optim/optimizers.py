@@ -10,7 +10,6 @@ from hstu.config.args import LRScheduleArgs, OptimizerArgs
 from hstu.model.gr_model import GRModel
 from hstu.optim.dense import DenseOptimizer
 from hstu.parallel.ddp import unwrap_dense
-from hstu.parallel.fsdp import FsdpWeights, fully_sharded
 from hstu.parallel.mesh import Mesh
 from hstu.parallel.shards import clip_grad_norm, gradient_norm
 from hstu.parallel.table_optimizer import TableOptimizer
@@ -79,12 +78,8 @@ def build_optimizers(model: GRModel, args: OptimizerArgs, tables: TableOptimizer
 
     Raises ConfigError if OptimizerArgs.part_optimizers do not fit the weights.
     """
-    dense = unwrap_dense(model)
-    of_tables = {id(weight) for weight in model.replicated_tables.parameters()}
-    trained = {name: weight for name, weight in dense.named_parameters() if id(weight) not in of_tables}
-    sharded = fully_sharded(dense)
-    shares = None if sharded is None else FsdpWeights(trained, sharded)
-    return Optimizers(DenseOptimizer(dense, args, shares), tables, mesh.tp_group if mesh.tp_size > 1 else None)
+    dense = DenseOptimizer(unwrap_dense(model), args)
+    return Optimizers(dense, tables, mesh.tp_group if mesh.tp_size > 1 else None)
 
 
 def lr_multiplier(args: LRScheduleArgs, iteration: int, total_iters: int, epoch: int, epoch_start: int) -> float:

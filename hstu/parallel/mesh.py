@@ -212,9 +212,9 @@ def start(
 
 def without_timeout(mesh: Mesh) -> None:
     """Let collectives wait without limit, for runs in which a watchdog ends stuck ranks."""
-    groups = [mesh.dp_group, mesh.tp_group, mesh.cp_group, mesh.tp_cp_group, mesh.dp_cp_group]
-    for group in (mesh.world_group, *groups):
-        dist.distributed_c10d._set_pg_timeout(_NO_TIMEOUT, group)
+    for group in vars(mesh).values():
+        if isinstance(group, dist.ProcessGroup):
+            dist.distributed_c10d._set_pg_timeout(_NO_TIMEOUT, group)
 
 
 def finish(wait: bool = True) -> None:

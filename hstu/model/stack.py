@@ -84,11 +84,7 @@ class FusedHSTULayer(HSTULayer):
         )
 
     def forward(
-        self,
-        x: Tensor,
-        layout: JaggedLayout,
-        update: Tensor | None = None,
-        attend: AttentionForward | None = None,
+        self, x: Tensor, layout: JaggedLayout, update: Tensor | None = None, attend: AttentionForward | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :class:`HSTULayer`.
 

@@ -3,7 +3,7 @@
 On tensors without data (torch's FakeTensorMode) they show what a step needs. Other operators run as PyTorch's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -26,6 +26,7 @@ from hstu.ops.kernels import (
     GateKernels,
     Gradient,
     Kernels,
+    Loss,
     Negatives,
     ProjectionKernels,
     RelativeBias,
@@ -42,12 +43,7 @@ def fake_kernels(backend: Backend, device_type: str, report: Report) -> Kernels:
     """Fakes of the kernels that ``backend`` uses on a device. ``report`` is called once per pass of an operator."""
     fused = backend in (Backend.TRITON, Backend.CUTLASS)
     copies, is_cpp = backend is Backend.PYTORCH, backend is Backend.CPU
-    most_scores = softmax_loss.BLOCK_ELEMENTS[device_type]
-
-    def loss(*inputs: Any) -> Tensor:
-        result: Tensor = _FakeSoftmax.apply(*inputs, most_scores, is_cpp, report)
-        return result
-
+    loss = partial(_softmax_loss, report, softmax_loss.BLOCK_ELEMENTS[device_type], is_cpp)
     found = replace(
         REFERENCE_KERNELS,
         attention=AttentionKernels(
@@ -195,33 +191,21 @@ class _FakeUnit(torch.autograd.Function):
         return torch.empty_like(ctx.saved_tensors[0]), None
 
 
-class _FakeSoftmax(softmax_loss.SoftmaxLoss):
-    """Softmax losses whose forward saves the gradients. ``most_scores``: of the block of a whole pool."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        positives: Tensor,
-        pool: Tensor,
-        negatives: Negatives,
-        most_scores: int,
-        is_cpp: bool,
-        report: Report,
-    ) -> Tensor:
-        draws, width = negatives.draws, pool.shape[1]
-        if draws is None:
-            cost = costs.pool_softmax(len(queries), len(pool), width, is_cpp)
-            report("loss", cost, queries, positives, pool)
-            scores = pool.new_empty(min(len(queries) * len(pool), most_scores))
-            blocks = [scores, *map(torch.empty_like, (queries, queries, pool))]  # scaled queries, two gradients
-            if not is_cpp:  # which scores are hidden, and the first positions that say so
-                kinds = [torch.bool] if negatives.seen is None else [torch.bool, torch.int32]
-                blocks += [torch.empty_like(scores, dtype=kind) for kind in kinds]
-        else:
-            report("loss", costs.sampled_softmax(len(draws), draws.shape[1], width), queries, positives, pool)
-            blocks = [queries.new_empty(draws.shape) for _ in range(2)]  # scores and their weights
-            blocks += [draws.new_empty(draws.shape, dtype=torch.int64) for _ in range(4)]  # draws sorted by row
-        del blocks
-        ctx.save_for_backward(*map(torch.empty_like, (queries, positives, pool)))
-        return queries.new_empty(())
+def _softmax_loss(
+    report: Report, most_scores: int, is_cpp: bool, vectors: Sequence[Tensor], negatives: Negatives, _: bool
+) -> Loss:
+    """``most_scores``: of the block of a whole pool."""
+    (queries, _positives, pool), draws, width = vectors, negatives.draws, vectors[0].shape[1]
+    if draws is None:
+        report("loss", costs.pool_softmax(len(queries), len(pool), width, is_cpp), *vectors)
+        scores = pool.new_empty(min(len(queries) * len(pool), most_scores))
+        blocks = [scores, *map(torch.empty_like, (queries, queries, pool))]  # scaled queries, two gradients
+        if not is_cpp:  # which scores are hidden, and the first positions that say so
+            kinds = [torch.bool] if negatives.seen is None else [torch.bool, torch.int32]
+            blocks += [torch.empty_like(scores, dtype=kind) for kind in kinds]
+    else:
+        report("loss", costs.sampled_softmax(len(draws), draws.shape[1], width), *vectors)
+        blocks = [queries.new_empty(draws.shape) for _ in range(2)]  # scores and their weights
+        blocks += [draws.new_empty(draws.shape, dtype=torch.int64) for _ in range(4)]  # draws sorted by row
+    del blocks
+    return queries.new_empty(()), [*map(torch.empty_like, vectors)]

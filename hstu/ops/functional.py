@@ -180,4 +180,22 @@ def softmax_loss(queries: Tensor, positives: Tensor, pool: Tensor, negatives: Ne
     if negatives.log_weights is not None:
         negatives = replace(negatives, log_weights=negatives.log_weights.to(dtype))
     with torch.autocast(queries.device.type, enabled=False):
-        return kernel(queries.to(dtype), positives.to(dtype), pool.to(dtype), negatives)
+        loss: Tensor = _SoftmaxLoss.apply(kernel, negatives, *(vector.to(dtype) for vector in vectors))
+        return loss
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """A scalar loss whose forward saves the gradients of queries, positives and pool while scores are available."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: SoftmaxLoss, negatives: Negatives, *vectors: Tensor) -> Tensor:
+        loss, gradients = kernel(vectors, negatives, any(ctx.needs_input_grad))
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that forward computed, in place unless ``retain_graph`` is set."""
+        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
+        return None, None, *(scale(gradient, grad_loss) for gradient in ctx.saved_tensors)

@@ -172,8 +172,10 @@ class Negatives:
     """integer [M, R]: pool rows in [0, S), the negatives of each query. None: the whole pool."""
 
 
-SoftmaxLoss = Callable[[Tensor, Tensor, Tensor, Negatives], Tensor]
-"""See :func:`hstu.ops.functional.softmax_loss`; arguments are checked, vectors are float32 or float64."""
+Loss = tuple[Tensor, Sequence[Tensor]]
+SoftmaxLoss = Callable[[Sequence[Tensor], Negatives, bool], Loss]
+"""((queries, positives, pool), negatives, whether gradients are wanted) → the loss, and its gradients by the vectors or
+none. See :func:`hstu.ops.functional.softmax_loss`; vectors are float32 or float64."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ class ServedBy:
 
 @dataclass(frozen=True)
 class Kernels:
-    """One kernel per operator. After the first four, all but ``update_rows`` are differentiable functions."""
+    """One kernel per operator. Autograd differentiates ``l2_normalize``, ``jagged_concat`` and ``add_positions``."""
 
     attention: AttentionKernels
     add_layer_norm: AddLayerNormKernels

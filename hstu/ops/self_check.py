@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hstu.ops.compile_ahead import Job
-from hstu.ops.functional import add_layer_norm, hstu_attention, norm_mul_dropout, project_uvqk
+from hstu.ops.functional import add_layer_norm, hstu_attention, norm_mul_dropout, project_uvqk, softmax_loss
 from hstu.ops.kernels import (
     SLOTS,
     AddLayerNormInputs,
@@ -205,7 +205,7 @@ def _loss_cases(shapes: KernelShapes) -> Iterator[Case]:
         seen = SeenItems(*map(to, (first, indices[:count] % 2, indices[:count]))) if is_masked else None
         drawn = to(draws[:count]) if is_drawn else None
         negatives = Negatives(to(targets[:count]), to(ids), 0.1, to(log_weights), seen, drawn)
-        return kernel(queries, positives, pool, negatives)
+        return softmax_loss(queries, positives, pool, negatives, kernel)
 
     for name, leaves in (("pool_softmax_loss", vectors), ("sampled_softmax_loss", few)):
         for is_masked in (False, True):

@@ -233,7 +233,6 @@ def match_part_optimizers(names: Collection[str], args: OptimizerArgs) -> dict[s
             known = dict.fromkeys(re.sub(r"\.layers\.\d+\.", ".layers.N.", name) for name in names)
             text = f"matches no dense weight that the entries before it have left. There are {', '.join(known)}"
             problems.append(located(part, "regex", text))
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_if(problems)
     others = OptimizerSettings.of(args)
     return {name: settings.get(name, others) for name in names}

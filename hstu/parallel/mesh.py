@@ -188,10 +188,7 @@ def start(
         if ranks not in existing:
             # Each rank creates its own groups only, in the order of names that is equal on all ranks.
             existing[ranks] = dist.new_group(
-                list(ranks),
-                timeout=timeout,
-                use_local_synchronization=True,
-                group_desc=name,
+                list(ranks), timeout=timeout, use_local_synchronization=True, group_desc=name
             )
         return existing[ranks]
 

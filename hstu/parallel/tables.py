@@ -161,11 +161,7 @@ def least_room(own: TableRoom, group: dist.ProcessGroup) -> TableRoom:
 
 
 def plan_sharding(
-    model: nn.Module,
-    specs: Sequence[TableSpec],
-    memory: Mapping[str, MemoryPlan],
-    config: RunConfig,
-    ranks: TableRanks,
+    model: nn.Module, specs: Sequence[TableSpec], memory: Mapping[str, MemoryPlan], config: RunConfig, ranks: TableRanks
 ) -> ShardingPlan:
     """Return TorchRec's plan for ``model.embedding`` after ``prepare_tables``. Raises TablesDoNotFit."""
     on_gpu, prefetches = ranks.device_type == "cuda", config.trainer.pipeline_type == "prefetch"

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.compiler import ASTSource
 
 from hstu.ops.comm import LayerComm
-from hstu.ops.functional import add_layer_norm, hstu_attention, norm_mul_dropout, project_uvqk
+from hstu.ops.functional import add_layer_norm, hstu_attention, norm_mul_dropout, project_uvqk, softmax_loss
 from hstu.ops.kernels import (
     AddLayerNormInputs,
     AttentionConfig,
@@ -174,7 +174,7 @@ def _run_softmax(width: int, masks: bool) -> None:
     of_queries = torch.zeros(64, dtype=torch.int32)
     seen = SeenItems(torch.zeros(2, 48, dtype=torch.int32), of_queries, of_queries) if masks else None
     draws = torch.zeros(64, 128, dtype=torch.int64)
-    OPERATORS["sampled_softmax_loss"](*vectors, Negatives(targets, ids, 0.05, _zeros(48), seen, draws))
+    softmax_loss(*vectors, Negatives(targets, ids, 0.05, _zeros(48), seen, draws), OPERATORS["sampled_softmax_loss"])
 
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hstu.ops.pytorch.softmax_loss as implementation
 from hstu.estimate.record import Recorder
+from hstu.ops import functional
 from hstu.ops.fake import fake_kernels
 from hstu.ops.kernels import NEVER_SEEN, Backend, Negatives, SeenItems
 from hstu.ops.pytorch.operators import REFERENCE_KERNELS
@@ -162,7 +163,7 @@ def test_estimates_allocate_what_the_loss_over_a_pool_does_on_a_gpu(
         for is_fake in (True, False):
             with Recorder() as recorder:
                 kernels = fake_kernels(backend, "cuda", recorder.report) if is_fake else REFERENCE_KERNELS
-                kernels.pool_softmax_loss(vectors[0], vectors[1], vectors[2], negatives)
+                functional.softmax_loss(*vectors, negatives, kernels.pool_softmax_loss)
             peaks.append(sum(recorder.recording.peak.values()))
     assert peaks[0] == pytest.approx(peaks[1], rel=0.02)
 

@@ -58,8 +58,8 @@ def update_rows(
 OPERATORS: dict[str, Any] = {
     "attention": AttentionKernels(attention.forward, attention.backward, differentiates_silu=False, serves_ranges=True),
     "norm_mul_dropout": GateKernels(norm_mul_dropout.forward, norm_mul_dropout.backward, differentiates_silu=False),
-    "sampled_softmax_loss": softmax_loss.SampledSoftmaxLoss.apply,
-    "pool_softmax_loss": softmax_loss.PoolSoftmaxLoss.apply,
+    "sampled_softmax_loss": softmax_loss.sampled_softmax_loss,
+    "pool_softmax_loss": softmax_loss.pool_softmax_loss,
     "l2_normalize": softmax_loss.l2_normalize,
     "update_rows": update_rows,
 }

@@ -1,6 +1,7 @@
 """Softmax losses and L2 normalization by C++ kernels: csrc/softmax_loss.cpp, pool_softmax.cpp and layer.cpp."""
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hstu.ops.cpu.build import Arguments, fields, float32, int32, int64, library, pointer
-from hstu.ops.kernels import Negatives
+from hstu.ops.kernels import Loss, Negatives
 from hstu.ops.pytorch import softmax_loss
-from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, first_indices, in_blocks
+from hstu.ops.pytorch.softmax_loss import first_indices, in_blocks
 
 DRAWS_PER_PACKED_ROW = 8
 """From this many draws per row of the pool, copying its rows to aligned memory pays."""
@@ -37,48 +38,40 @@ class _LossArguments(Arguments):
     )
 
 
-class SampledSoftmaxLoss(SoftmaxLoss):
+def sampled_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_gradients: bool) -> Loss:
     """Softmax against R negatives per query, for float32 vectors of at most 256 numbers."""
-
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
-        """See :func:`hstu.ops.functional.softmax_loss`."""
-        draws, log_weights, seen = negatives.draws, negatives.log_weights, negatives.seen
-        assert draws is not None
-        num_queries, num_draws = draws.shape
-        width = queries.shape[1]
-        queries, positives, pool = (_at_least(LEAST_WIDTH, vectors) for vectors in (queries, positives, pool))
-        padded = library().hstu_packed_width(int64(queries.shape[1]))
-        arguments = _LossArguments(
-            num_queries=num_queries,
-            num_draws=num_draws,
-            pool_size=len(pool),
-            width=queries.shape[1],
-            padded=padded,
-            temperature=negatives.temperature,
-        )
-        arguments.set(
-            queries=queries,
-            positives=positives,
-            pool=pool,
-            draws=draws.int().contiguous(),
-            target_ids=negatives.target_ids.long().contiguous(),
-            pool_ids=negatives.pool_ids.long().contiguous(),
-        )
-        arguments.set(log_weights=None if log_weights is None else log_weights.contiguous())
-        if seen is not None:
-            arguments.set(**seen._asdict())
-        losses = torch.empty(num_queries)
-        arguments.set(losses=losses, tags=torch.empty(len(pool), dtype=torch.uint8))
-        if draws.numel() >= DRAWS_PER_PACKED_ROW * len(pool):
-            arguments.set(packed=torch.empty(len(pool), padded))
-        if any(ctx.needs_input_grad):
-            gradients = [torch.empty(vectors.shape) for vectors in (queries, positives, pool)]
-            arguments.set(grad_queries=gradients[0], grad_positives=gradients[1], grad_pool=gradients[2])
-            arguments.set(weights=torch.empty(num_queries, num_draws))
-            ctx.save_for_backward(*(gradient[:, :width] for gradient in gradients))
-        library().hstu_sampled_softmax(ctypes.byref(arguments))
-        return losses.sum()
+    draws, log_weights, seen, width = negatives.draws, negatives.log_weights, negatives.seen, vectors[0].shape[1]
+    assert draws is not None
+    vectors = queries, positives, pool = [_at_least(LEAST_WIDTH, each) for each in vectors]
+    padded, losses = library().hstu_packed_width(int64(queries.shape[1])), torch.empty(len(queries))
+    arguments = _LossArguments(
+        num_queries=len(queries),
+        num_draws=draws.shape[1],
+        pool_size=len(pool),
+        width=queries.shape[1],
+        padded=padded,
+        temperature=negatives.temperature,
+    )
+    arguments.set(
+        queries=queries,
+        positives=positives,
+        pool=pool,
+        draws=draws.int().contiguous(),
+        target_ids=negatives.target_ids.long().contiguous(),
+        pool_ids=negatives.pool_ids.long().contiguous(),
+        log_weights=None if log_weights is None else log_weights.contiguous(),
+        losses=losses,
+        tags=torch.empty(len(pool), dtype=torch.uint8),
+        **({} if seen is None else seen._asdict()),
+    )
+    if draws.numel() >= DRAWS_PER_PACKED_ROW * len(pool):
+        arguments.set(packed=torch.empty(len(pool), padded))
+    gradients = [torch.empty(each.shape) for each in vectors if wants_gradients]
+    if wants_gradients:
+        arguments.set(grad_queries=gradients[0], grad_positives=gradients[1], grad_pool=gradients[2])
+        arguments.set(weights=torch.empty(draws.shape))
+    library().hstu_sampled_softmax(ctypes.byref(arguments))
+    return losses.sum(), [gradient[:, :width] for gradient in gradients]
 
 
 def _at_least(width: int, vectors: Tensor) -> Tensor:
@@ -97,35 +90,32 @@ class _PoolArguments(Arguments):
     )
 
 
-class PoolSoftmaxLoss(SoftmaxLoss):
+def pool_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_gradients: bool) -> Loss:
     """Softmax against the whole pool: products by PyTorch, the rest by C++. In float64 PyTorch computes everything."""
+    queries, _, pool = vectors
+    if queries.dtype == torch.float64:
+        return softmax_loss.pool_softmax_loss(vectors, negatives, wants_gradients)
+    log_weights, seen = negatives.log_weights, negatives.seen
+    if seen is None:
+        keys, marks = _as_int32(negatives.pool_ids, negatives.target_ids)
+        key_rows = None
+    else:
+        keys, marks, key_rows = seen.first, seen.positions, seen.sequences
 
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
-        """See :func:`hstu.ops.functional.softmax_loss`."""
-        if queries.dtype == torch.float64:
-            return softmax_loss.PoolSoftmaxLoss.forward(ctx, queries, positives, pool, negatives)
-        log_weights, seen = negatives.log_weights, negatives.seen
-        if seen is None:
-            keys, marks = _as_int32(negatives.pool_ids, negatives.target_ids)
-            key_rows = None
-        else:
-            keys, marks, key_rows = seen.first, seen.positions, seen.sequences
+    def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
+        arguments = _PoolArguments(
+            rows=len(scores), columns=scores.shape[1], key_pitch=len(pool), ordered=seen is not None
+        )
+        arguments.set(scores=scores, keys=keys[..., columns], marks=marks[rows], peaks=peaks, totals=totals)
+        arguments.set(key_rows=None if key_rows is None else key_rows[rows])
+        arguments.set(log_weights=None if log_weights is None else log_weights[columns])
+        library().hstu_pool_softmax(ctypes.byref(arguments))
 
-        def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
-            arguments = _PoolArguments(
-                rows=len(scores), columns=scores.shape[1], key_pitch=len(pool), ordered=seen is not None
-            )
-            arguments.set(scores=scores, keys=keys[..., columns], marks=marks[rows], peaks=peaks, totals=totals)
-            arguments.set(key_rows=None if key_rows is None else key_rows[rows])
-            arguments.set(log_weights=None if log_weights is None else log_weights[columns])
-            library().hstu_pool_softmax(ctypes.byref(arguments))
-
-        kept_rows = max(POOL_KEPT_ROWS, queries.shape[1])
-        least_rows = kept_rows if kept_rows * len(pool) <= POOL_KEPT_ELEMENTS else POOL_BLOCK_ROWS
-        shape = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, least_rows)
-        blocks = *shape, POOL_KEPT_ELEMENTS
-        return in_blocks(ctx, [queries, positives, pool], negatives.temperature, exponentials, blocks)
+    kept_rows = max(POOL_KEPT_ROWS, queries.shape[1])
+    least_rows = kept_rows if kept_rows * len(pool) <= POOL_KEPT_ELEMENTS else POOL_BLOCK_ROWS
+    shape = softmax_loss.block_shape(len(queries), len(pool), POOL_BLOCK_ELEMENTS, least_rows)
+    blocks = *shape, POOL_KEPT_ELEMENTS
+    return in_blocks(vectors, negatives.temperature, exponentials, blocks, wants_gradients)
 
 
 def _as_int32(pool_ids: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor]:

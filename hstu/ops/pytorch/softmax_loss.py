@@ -3,17 +3,14 @@
 import math
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from hstu.ops.kernels import Negatives
+from hstu.ops.kernels import Loss, Negatives
 
 BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Elements of the largest temporary block: fits a CPU's cache; keeps a GPU busy (256 MiB)."""
@@ -27,18 +24,6 @@ def l2_normalize(vectors: Tensor, eps: float) -> Tensor:
     return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp(min=eps)
 
 
-class SoftmaxLoss(Function):
-    """A scalar loss whose forward saves the gradients of queries, positives and pool while scores are available."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale the gradients that forward computed, in place unless ``retain_graph`` is set."""
-        others = len(ctx.needs_input_grad) - 3
-        scale = torch.mul if torch._C._autograd._get_current_graph_task_keep_graph() else Tensor.mul_
-        return *(scale(gradient, grad_loss) for gradient in ctx.saved_tensors), *[None] * others
-
-
 Exponentials = Callable[[Tensor, slice, slice, Tensor, Tensor], None]
 """(scores of a block [m, n], its rows, its columns, peaks [m], totals [m]); updates all tensors in place.
 
@@ -47,35 +32,35 @@ Adds their sums to the totals, and rescales these to the new peaks.
 """
 
 
-class PoolSoftmaxLoss(SoftmaxLoss):
+def pool_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_gradients: bool) -> Loss:
     """Softmax against the whole pool, block by block."""
+    (queries, _, pool), seen = vectors, negatives.seen
 
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
-        """See :func:`hstu.ops.functional.softmax_loss`."""
-        seen = negatives.seen
+    def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
+        if negatives.log_weights is not None:
+            scores += negatives.log_weights[columns]
+        if seen is None:
+            hidden = negatives.target_ids[rows, None] == negatives.pool_ids[columns]
+        else:
+            hidden = seen.first[:, columns].index_select(0, seen.sequences[rows]) <= seen.positions[rows, None]
+        old_peaks = peaks.clone()
+        torch.maximum(peaks, scores.masked_fill_(hidden, -math.inf).amax(dim=1), out=peaks)
+        scores.sub_(peaks[:, None]).exp_()
+        totals.mul_(old_peaks.sub_(peaks).exp_()).add_(scores.sum(dim=1))
 
-        def exponentials(scores: Tensor, rows: slice, columns: slice, peaks: Tensor, totals: Tensor) -> None:
-            if negatives.log_weights is not None:
-                scores += negatives.log_weights[columns]
-            if seen is None:
-                hidden = negatives.target_ids[rows, None] == negatives.pool_ids[columns]
-            else:
-                hidden = seen.first[:, columns].index_select(0, seen.sequences[rows]) <= seen.positions[rows, None]
-            old_peaks = peaks.clone()
-            torch.maximum(peaks, scores.masked_fill_(hidden, -math.inf).amax(dim=1), out=peaks)
-            scores.sub_(peaks[:, None]).exp_()
-            totals.mul_(old_peaks.sub_(peaks).exp_()).add_(scores.sum(dim=1))
-
-        elements = BLOCK_ELEMENTS.get(queries.device.type, BLOCK_ELEMENTS["cuda"])
-        blocks = *block_shape(len(queries), len(pool), elements), elements
-        return in_blocks(ctx, [queries, positives, pool], negatives.temperature, exponentials, blocks)
+    elements = BLOCK_ELEMENTS.get(queries.device.type, BLOCK_ELEMENTS["cuda"])
+    blocks = *block_shape(len(queries), len(pool), elements), elements
+    return in_blocks(vectors, negatives.temperature, exponentials, blocks, wants_gradients)
 
 
 def in_blocks(
-    ctx: Any, vectors: list[Tensor], temperature: float, exponentials: Exponentials, blocks: tuple[int, int, int]
-) -> Tensor:
-    """Loss against a whole pool; saves gradients if needed. vectors: queries, positives, pool.
+    vectors: Sequence[Tensor],
+    temperature: float,
+    exponentials: Exponentials,
+    blocks: tuple[int, int, int],
+    wants_gradients: bool,
+) -> Loss:
+    """Loss against a whole pool. vectors: queries, positives, pool.
 
     blocks: rows and columns of a block, and the most scores kept. The gradient of the pool needs the totals of rows, so
     it takes a second pass over their blocks, which are computed again if they are too large to be kept.
@@ -86,7 +71,6 @@ def in_blocks(
     grad_queries, grad_pool = torch.zeros_like(queries), torch.zeros_like(pool)
     scaled_queries = queries / temperature
     block_rows, block_columns, most_kept = blocks
-    wants_gradients = any(ctx.needs_input_grad)
     keeps = wants_gradients and block_rows * len(pool) <= most_kept
     memory = _memory_of_scores(queries, block_rows * (len(pool) if keeps else block_columns))
 
@@ -108,35 +92,32 @@ def in_blocks(
             grad_queries[rows].addcmul_(row_scales, block @ items)
             # Reading zeros of the first rows would make the system provide each page of a large gradient twice.
             grad_pool[columns].addmm_(block.t(), queries[rows] * row_scales, beta=float(rows.start > 0))
-    if wants_gradients:
-        save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
-    return losses.sum()
+    if not wants_gradients:
+        return losses.sum(), ()
+    return with_gradients((grad_queries, grad_pool), queries, positives, losses, temperature)
 
 
-class SampledSoftmaxLoss(SoftmaxLoss):
+def sampled_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_gradients: bool) -> Loss:
     """Softmax against R negatives per query. The largest temporaries are [M, R]."""
-
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
-        """See :func:`hstu.ops.functional.softmax_loss`."""
-        draws, seen, temperature = negatives.draws, negatives.seen, negatives.temperature
-        assert draws is not None
-        positive_logits = (queries * positives).sum(dim=1) / temperature
-        logits = _draw_scores(queries, pool, draws).div_(temperature)
-        if negatives.log_weights is not None:
-            logits += negatives.log_weights[draws]
-        if seen is None:
-            hidden = negatives.pool_ids[draws] == negatives.target_ids[:, None]
-        else:
-            hidden = seen.first[seen.sequences[:, None], draws] <= seen.positions[:, None]
-        logits.masked_fill_(hidden, -math.inf)
-        losses = target_losses(positive_logits, logits.logsumexp(dim=1))
-        if any(ctx.needs_input_grad):
-            weights = logits.sub_((positive_logits + losses)[:, None]).exp_().div_(temperature)
-            grad_queries = _weighted_row_sums(pool, draws, weights)
-            grad_pool = _weighted_row_sums_transposed(queries, draws, weights, len(pool))
-            save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
-        return losses.sum()
+    queries, positives, pool = vectors
+    draws, seen, temperature = negatives.draws, negatives.seen, negatives.temperature
+    assert draws is not None
+    positive_logits = (queries * positives).sum(dim=1) / temperature
+    logits = _draw_scores(queries, pool, draws).div_(temperature)
+    if negatives.log_weights is not None:
+        logits += negatives.log_weights[draws]
+    if seen is None:
+        hidden = negatives.pool_ids[draws] == negatives.target_ids[:, None]
+    else:
+        hidden = seen.first[seen.sequences[:, None], draws] <= seen.positions[:, None]
+    logits.masked_fill_(hidden, -math.inf)
+    losses = target_losses(positive_logits, logits.logsumexp(dim=1))
+    if not wants_gradients:
+        return losses.sum(), ()
+    weights = logits.sub_((positive_logits + losses)[:, None]).exp_().div_(temperature)
+    grad_queries = _weighted_row_sums(pool, draws, weights)
+    grad_pool = _weighted_row_sums_transposed(queries, draws, weights, len(pool))
+    return with_gradients((grad_queries, grad_pool), queries, positives, losses, temperature)
 
 
 _of_thread = threading.local()
@@ -164,19 +145,14 @@ def first_indices(ids: Tensor, ordered: Tensor) -> Tensor:
     return torch.where(padded[found] == ids, found, len(ordered))
 
 
-def save_gradients(
-    ctx: Any,
-    of_negatives: tuple[Tensor, Tensor],
-    queries: Tensor,
-    positives: Tensor,
-    losses: Tensor,
-    temperature: float,
-) -> None:
-    """Save the gradients for backward. of_negatives: those of queries and pool through the negatives; changed."""
+def with_gradients(
+    of_negatives: tuple[Tensor, Tensor], queries: Tensor, positives: Tensor, losses: Tensor, temperature: float
+) -> Loss:
+    """The loss with all gradients. of_negatives: those of queries and pool through the negatives; changed."""
     # A target's probability p is exp(−loss). Near 1, p − 1 would lose digits, so use expm1.
     weights = torch.expm1(-losses).div_(temperature)[:, None]
     grad_queries, grad_pool = of_negatives
-    ctx.save_for_backward(grad_queries.addcmul_(weights, positives), weights * queries, grad_pool)
+    return losses.sum(), (grad_queries.addcmul_(weights, positives), weights * queries, grad_pool)
 
 
 def _draw_scores(queries: Tensor, pool: Tensor, draws: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 As in :mod:`hstu.ops.pytorch.softmax_loss`, forward also computes the gradients.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hstu.ops.kernels import Negatives
-from hstu.ops.pytorch.softmax_loss import SoftmaxLoss, save_gradients, target_losses
+from hstu.ops.kernels import Loss, Negatives
+from hstu.ops.pytorch.softmax_loss import target_losses, with_gradients
 from hstu.ops.triton.launch import launcher
 from hstu.ops.triton.primitives import LOG2_E, elements, load_rows, matrix
 from hstu.ops.triton.rows import sums_by_key
@@ -20,55 +21,52 @@ NO_LOGIT = tl.constexpr(float("-inf"))
 """Logit of an entry that is not a negative of the query."""
 
 
-class SampledSoftmaxLoss(SoftmaxLoss):
+def sampled_softmax_loss(vectors: Sequence[Tensor], negatives: Negatives, wants_gradients: bool) -> Loss:
     """Softmax against R negatives per query. Vectors are float32."""
-
-    @staticmethod
-    def forward(ctx: Any, queries: Tensor, positives: Tensor, pool: Tensor, negatives: Negatives) -> Tensor:
-        """See :func:`hstu.ops.functional.softmax_loss`."""
-        draws, temperature = negatives.draws, negatives.temperature
-        assert draws is not None
-        num_queries, num_draws = draws.shape
-        block_d = _padded(queries.shape[1])
-        shared = dict(
-            pool=matrix(pool),
-            draws=matrix(draws),
-            num_draws=num_draws,
-            inverse_temperature=1.0 / temperature,
-            WIDTH=queries.shape[1],
-            BLOCK_D=block_d,
+    queries, positives, pool = vectors
+    draws, temperature = negatives.draws, negatives.temperature
+    assert draws is not None
+    num_queries, num_draws = draws.shape
+    block_d = _padded(queries.shape[1])
+    shared = dict(
+        pool=matrix(pool),
+        draws=matrix(draws),
+        num_draws=num_draws,
+        inverse_temperature=1.0 / temperature,
+        WIDTH=queries.shape[1],
+        BLOCK_D=block_d,
+    )
+    configs = [triton.Config({"BLOCK": 32 if block_d <= 128 else 16}, num_warps=4, num_stages=2)]
+    positive_logits = (queries * positives).sum(dim=1) / temperature
+    logits = torch.empty(num_queries, num_draws, dtype=torch.float32, device=queries.device)
+    log_totals = torch.empty_like(positive_logits)
+    if num_queries:
+        each_query = lambda meta: (num_queries,)  # noqa: E731
+        launcher(draw_logits, each_query, configs)(
+            queries=matrix(queries),
+            target_ids=negatives.target_ids.contiguous(),
+            pool_ids=negatives.pool_ids.contiguous(),
+            logits=logits,
+            log_totals=log_totals,
+            pool_size=len(pool),
+            **_weights(negatives),
+            **shared,
         )
-        configs = [triton.Config({"BLOCK": 32 if block_d <= 128 else 16}, num_warps=4, num_stages=2)]
-        positive_logits = (queries * positives).sum(dim=1) / temperature
-        logits = torch.empty(num_queries, num_draws, dtype=torch.float32, device=queries.device)
-        log_totals = torch.empty_like(positive_logits)
-        if num_queries:
-            each_query = lambda meta: (num_queries,)  # noqa: E731
-            launcher(draw_logits, each_query, configs)(
-                queries=matrix(queries),
-                target_ids=negatives.target_ids.contiguous(),
-                pool_ids=negatives.pool_ids.contiguous(),
-                logits=logits,
-                log_totals=log_totals,
-                pool_size=len(pool),
-                **_weights(negatives),
-                **shared,
-            )
-        losses = target_losses(positive_logits, log_totals)
-        if any(ctx.needs_input_grad):
-            # Not in place: several warps load each logit, and one of them could store its weight before.
-            grad_queries, weights = torch.empty_like(queries), torch.empty_like(logits)
-            if num_queries:
-                launcher(draw_gradients, each_query, configs)(
-                    logits=logits,
-                    log_norms=positive_logits + losses,
-                    weights=weights,
-                    grad=matrix(grad_queries),
-                    **shared,
-                )
-            grad_pool = sums_by_key(queries, draws.flatten().long(), len(pool), weights, max(1, num_draws))
-            save_gradients(ctx, (grad_queries, grad_pool), queries, positives, losses, temperature)
-        return losses.sum()
+    losses = target_losses(positive_logits, log_totals)
+    if not wants_gradients:
+        return losses.sum(), ()
+    # Not in place: several warps load each logit, and one of them could store its weight before.
+    grad_queries, weights = torch.empty_like(queries), torch.empty_like(logits)
+    if num_queries:
+        launcher(draw_gradients, each_query, configs)(
+            logits=logits,
+            log_norms=positive_logits + losses,
+            weights=weights,
+            grad=matrix(grad_queries),
+            **shared,
+        )
+    grad_pool = sums_by_key(queries, draws.flatten().long(), len(pool), weights, max(1, num_draws))
+    return with_gradients((grad_queries, grad_pool), queries, positives, losses, temperature)
 
 
 def _weights(negatives: Negatives) -> dict[str, Any]:

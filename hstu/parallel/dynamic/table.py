@@ -65,13 +65,7 @@ class DynamicTable:
         self._expire()
         assigned = self.slots.assign(ids, self.step, None if counts is None else counts.long())
         self._counts += assigned.counts
-        self.rows.start(
-            assigned.new_slots,
-            assigned.insertions,
-            self.slots.kernels,
-            assigned.new_ids,
-            **self._initial,
-        )
+        self.rows.start(assigned.new_slots, assigned.insertions, self.slots.kernels, assigned.new_ids, **self._initial)
         return self._or_default(assigned.slots)
 
     def _expire(self) -> None:
